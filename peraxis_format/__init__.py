@@ -1,0 +1,127 @@
+"""The PXD format: read, write, check and apply 1-bit deltas of full fine-tunes. Needs numpy alone.
+
+    import peraxis_format
+
+    with peraxis_format.open("delta.pxd") as delta, peraxis_format.Safetensors.open("base") as base:
+        delta.verify()
+        peraxis_format.check_base(delta.manifest, base)
+        for name in delta:
+            weight = peraxis_format.reconstruct(delta.load(name), base.read(name) if name in base else None)
+
+SPEC.md is the normative description; docstrings name its clauses.
+"""
+
+from peraxis_format.binding import (
+    check_base,
+    check_base_bytes,
+    check_base_digest,
+    check_base_names,
+    check_base_tensor,
+)
+from peraxis_format.bits import mask_width, pack_signs, unpack_signs
+from peraxis_format.canonical import canonical_json, parse_strict_json
+from peraxis_format.checkpoint import INDEX_NAME, SINGLE_NAME, Safetensors, TensorInfo
+from peraxis_format.container import ALIGNMENT, Header, TensorRecord, header_bytes, layout
+from peraxis_format.delta import (
+    Axis,
+    BaseRef,
+    Component,
+    Encoding,
+    ModuleDelta,
+    encode_scale_pair,
+    encode_scales,
+    scale_shapes,
+    tensor_shapes,
+)
+from peraxis_format.dtypes import Array, DType, from_float32, to_float32
+from peraxis_format.errors import (
+    CODES,
+    BindingError,
+    CheckpointError,
+    ContainerError,
+    PayloadError,
+    ProfileError,
+    PxdError,
+    ShapeError,
+    UnsupportedError,
+)
+from peraxis_format.files import atomic_file, sync_folder
+from peraxis_format.manifest import (
+    ASSET_PATH,
+    COMPONENTS_MAX,
+    Asset,
+    BaseIdentity,
+    Calibration,
+    ComponentEntry,
+    Identity,
+    Manifest,
+    ModuleEntry,
+    Producer,
+)
+from peraxis_format.reader import DeltaFile, open, read_header
+from peraxis_format.reconstruct import dense_delta, reconstruct
+from peraxis_format.version import __version__
+from peraxis_format.writer import DeltaWriter
+
+__all__ = [
+    "ALIGNMENT",
+    "ASSET_PATH",
+    "CODES",
+    "COMPONENTS_MAX",
+    "INDEX_NAME",
+    "SINGLE_NAME",
+    "Array",
+    "Asset",
+    "Axis",
+    "BaseIdentity",
+    "BaseRef",
+    "BindingError",
+    "Calibration",
+    "CheckpointError",
+    "Component",
+    "ComponentEntry",
+    "ContainerError",
+    "DType",
+    "DeltaFile",
+    "DeltaWriter",
+    "Encoding",
+    "Header",
+    "Identity",
+    "Manifest",
+    "ModuleDelta",
+    "ModuleEntry",
+    "PayloadError",
+    "Producer",
+    "ProfileError",
+    "PxdError",
+    "Safetensors",
+    "ShapeError",
+    "TensorInfo",
+    "TensorRecord",
+    "UnsupportedError",
+    "__version__",
+    "atomic_file",
+    "canonical_json",
+    "check_base",
+    "check_base_bytes",
+    "check_base_digest",
+    "check_base_names",
+    "check_base_tensor",
+    "dense_delta",
+    "encode_scale_pair",
+    "encode_scales",
+    "from_float32",
+    "header_bytes",
+    "layout",
+    "mask_width",
+    "open",
+    "pack_signs",
+    "parse_strict_json",
+    "read_header",
+    "reconstruct",
+    "scale_shapes",
+    "sync_folder",
+    "tensor_shapes",
+    "to_float32",
+    "unpack_signs",
+]

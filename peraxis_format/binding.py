@@ -1,0 +1,72 @@
+"""Step 12 of SPEC 8: the base is the one that the delta was made for (SPEC 7)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from peraxis_format.checkpoint import Safetensors, TensorInfo
+from peraxis_format.dtypes import Array
+from peraxis_format.errors import fail
+from peraxis_format.manifest import Manifest, ModuleEntry
+
+__all__ = ["check_base", "check_base_bytes", "check_base_digest", "check_base_names", "check_base_tensor"]
+
+
+def check_base_names(manifest: Manifest, base: Safetensors) -> None:
+    """Every base tensor is there, by name, dtype and shape. Reads headers only.
+
+    Raises BindingError: E401, E402 (SPEC 7.1), E403 (SPEC 7.2).
+    """
+    bound = [module for module in manifest.modules if module.base is not None]
+    missing = [module.name for module in bound if module.name not in base]
+    if bound and len(missing) == len(bound):
+        fail("E401", f"{base.label} has no {missing[0]!r}, nor any other of {len(missing)}")
+    if missing:
+        fail("E402", f"{base.label} has no {missing[0]!r} ({len(missing)} of {len(bound)} missing)")
+    for module in bound:
+        check_base_tensor(module, base[module.name])
+
+
+def check_base_tensor(module: ModuleEntry, found: TensorInfo) -> None:
+    """One base tensor has the dtype and shape that its module names (SPEC 7.2)."""
+    wanted = module.base
+    if wanted is not None and (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
+        fail(
+            "E403",
+            f"{found.dtype.value} {list(found.shape)}, not {wanted.dtype.value} {list(wanted.shape)}",
+            field=module.name,
+        )
+
+
+def check_base_digest(module: ModuleEntry, sha256: str) -> None:
+    """One base tensor has the bytes that its module names (SPEC 7.3). sha256: hex digest of its raw bytes."""
+    if module.base is not None and sha256 != module.base.sha256:
+        fail("E404", field=module.name)
+
+
+def check_base_bytes(module: ModuleEntry, tensor: Array) -> None:
+    """`check_base_digest` on a contiguous storage array: the very bytes that are about to be used."""
+    data = memoryview(tensor.reshape(-1)).cast("B") if tensor.size else memoryview(b"")
+    check_base_digest(module, hashlib.sha256(data).hexdigest())
+
+
+def check_base(
+    manifest: Manifest,
+    base: Safetensors,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Step 12 for the whole file: names, dtypes, shapes, then digests on several threads.
+
+    Raises the BindingError that stands first in the file.
+    """
+    check_base_names(manifest, base)
+    bound = [module for module in manifest.modules if module.base is not None]
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        digests = pool.map(lambda module: base.sha256(module.name, progress=progress), bound)
+        for module, digest in zip(bound, digests, strict=True):
+            check_base_digest(module, digest)

@@ -1,0 +1,218 @@
+"""Plain safetensors checkpoints, read: names, dtypes, shapes, and rows of tensors, straight from the shards.
+
+Reads go into buffers of their own, never through a map of the whole file: what a streaming program holds in
+memory is then what it asked for. A checkpoint is a foreign file, so its parser is as lenient as safetensors'
+own where that is harmless, and refuses what could read outside the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+
+from peraxis_format.dtypes import Array, DType
+from peraxis_format.errors import CheckpointError
+
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "Safetensors", "TensorInfo"]
+
+SINGLE_NAME: Final = "model.safetensors"
+INDEX_NAME: Final = "model.safetensors.index.json"
+_HEADER_MAX: Final = 100_000_000  # safetensors' own bound
+_CHUNK: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a checkpoint: dtype, shape, and its byte range [begin, end) in its file."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    file: Path
+    begin: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.begin
+
+
+class Safetensors:
+    """A checkpoint in safetensors files: one file, or the shards of a folder. A context manager.
+
+    A read-only mapping of tensor names to TensorInfo, in name order. Reads may come from several threads.
+    """
+
+    def __init__(self, files: list[Path], *, label: str) -> None:
+        self.label = label
+        self.files = files
+        self._descriptors: dict[Path, int] = {}
+        tensors: dict[str, TensorInfo] = {}
+        for file in files:
+            for info in _read_infos(file):
+                if info.name in tensors:
+                    raise CheckpointError(
+                        f"{file}: tensor {info.name!r} stands in {tensors[info.name].file} too; "
+                        "pass a folder with one copy of each tensor"
+                    )
+                tensors[info.name] = info
+        self._tensors = dict(sorted(tensors.items()))
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Safetensors:
+        """Open a folder (by its index, its model.safetensors, or all its *.safetensors), or one file.
+
+        Raises CheckpointError where there is no checkpoint, or a malformed one.
+        """
+        path = Path(path)
+        if path.is_dir():
+            return cls(_shards(path), label=str(path))
+        if path.name.endswith(".index.json"):
+            return cls(_indexed(path), label=str(path))
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file or folder; pass a checkpoint's folder or hub id")
+        return cls([path], label=str(path))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._tensors[name]
+
+    def infos(self) -> list[TensorInfo]:
+        """Every tensor, in name order."""
+        return list(self._tensors.values())
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.size for info in self._tensors.values())
+
+    def read(self, name: str, rows: slice | None = None) -> Array:
+        """Read a tensor, or a range of its first dimension, into an array of its own.
+
+        Returns a storage array. Raises KeyError, CheckpointError for a file that ends too early.
+        """
+        info = self._tensors[name]
+        shape, begin = info.shape, info.begin
+        if rows is not None:
+            start, stop, step = rows.indices(shape[0])
+            if step != 1:
+                raise ValueError("rows must be contiguous")
+            row = info.size // shape[0]
+            shape = (max(0, stop - start), *shape[1:])
+            begin += start * row
+        out: Array = np.empty(shape, info.dtype.storage)
+        self._read_into(info, memoryview(out.reshape(-1)).cast("B") if out.size else memoryview(b""), begin)
+        return out
+
+    def sha256(self, name: str, *, progress: Callable[[int], None] | None = None) -> str:
+        """The hex digest of a tensor's raw bytes; progress is called with each number of bytes done."""
+        info = self._tensors[name]
+        digest = hashlib.sha256()
+        buffer = memoryview(bytearray(min(_CHUNK, max(1, info.size))))
+        for begin in range(info.begin, info.end, _CHUNK):
+            part = buffer[: min(_CHUNK, info.end - begin)]
+            self._read_into(info, part, begin)
+            digest.update(part)
+            if progress is not None:
+                progress(len(part))
+        return digest.hexdigest()
+
+    def _read_into(self, info: TensorInfo, target: memoryview, begin: int) -> None:
+        descriptor = self._descriptors.get(info.file)
+        if descriptor is None:
+            descriptor = self._descriptors.setdefault(info.file, os.open(info.file, os.O_RDONLY))
+        done = 0
+        while done < len(target):
+            count = os.preadv(descriptor, [target[done:]], begin + done)
+            if count == 0:
+                raise CheckpointError(f"{info.file}: ends within tensor {info.name!r}; fetch the file again")
+            done += count
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def __enter__(self) -> Safetensors:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _shards(folder: Path) -> list[Path]:
+    if (folder / INDEX_NAME).is_file():
+        return _indexed(folder / INDEX_NAME)
+    if (folder / SINGLE_NAME).is_file():
+        return [folder / SINGLE_NAME]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        old = next(iter([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]), None)
+        hint = f"{old.name} is a pickle: save the model with save_pretrained first" if old else "pass its folder"
+        raise CheckpointError(f"{folder}: holds no safetensors checkpoint; {hint}")
+    return files
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+        plain = all(isinstance(name, str) and name == Path(name).name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        plain = False
+        names = set()
+    if not plain or not names:
+        raise CheckpointError(f"{index}: not a safetensors index (a weight_map of plain file names)")
+    files = sorted(index.parent / name for name in names)
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing, though {index.name} lists it; fetch the checkpoint again")
+    return files
+
+
+def _read_infos(file: Path) -> Iterator[TensorInfo]:
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or not 2 <= length <= min(_HEADER_MAX, size - 8):
+            raise CheckpointError(f"{file}: not a safetensors file, or truncated (header length); fetch it again")
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            for name, value in header.items():
+                yield _info(name, value, file, 8 + length, size)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{file}: malformed safetensors header ({error}); fetch it again") from None
+
+
+def _info(name: str, value: dict[str, Any], file: Path, data: int, size: int) -> TensorInfo:
+    if value["dtype"] not in DType.__members__:
+        raise CheckpointError(f"{file}: tensor {name!r} has dtype {value['dtype']!r}, which PXD does not carry")
+    dtype = DType(value["dtype"])
+    shape = tuple(int(d) for d in value["shape"])
+    begin, end = (data + int(offset) for offset in value["data_offsets"])
+    if any(d < 0 for d in shape) or end - begin != math.prod(shape) * dtype.itemsize or begin < data:
+        raise ValueError(f"tensor {name!r}: offsets do not fit its shape")
+    if end > size:
+        raise CheckpointError(f"{file}: ends within tensor {name!r} ({size} of {end} bytes); fetch it again")
+    return TensorInfo(name, dtype, shape, file, begin, end)

@@ -1,0 +1,226 @@
+"""A module's delta in memory: components with their signs and scales, exact parts, and the base they refer to.
+
+    W = base + sum over k of b_k * scale_k        b_k in {-1, +1}, scale_k by axis (SPEC 5.3)
+
+A module with shape [R, ...] whose base has Rb rows covers kept = min(R, Rb) of them; rows beyond the base
+are its tail, stored exactly (SPEC 3.10). Below, `covered` is [kept, ...] = [..., d_out, d_in].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peraxis_format.bits import mask_width
+from peraxis_format.dtypes import Array, DType
+from peraxis_format.errors import ShapeError
+
+__all__ = [
+    "EXPONENT_MAX",
+    "EXPONENT_MIN",
+    "Axis",
+    "BaseRef",
+    "Component",
+    "Encoding",
+    "ModuleDelta",
+    "encode_scale_pair",
+    "encode_scales",
+    "scale_shapes",
+    "tensor_shapes",
+]
+
+EXPONENT_MIN: Final = -64
+EXPONENT_MAX: Final = 63
+# Scales are moved so that the largest lies in [2^14, 2^15): F16 keeps 11 bits down to 2^-14, 28 octaves below.
+_TOP: Final = 15
+
+
+class Axis(Enum):
+    """Along what the scales of a component run (SPEC 5.3)."""
+
+    ROW = "row"
+    COL = "col"
+    ROW_COL = "row+col"
+    TENSOR = "tensor"
+
+
+class Encoding(Enum):
+    """How a module is stored (SPEC 3.9)."""
+
+    SIGN = "sign"
+    FULL = "full"
+    SAME = "same"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseRef:
+    """The base tensor that a module refers to: dtype, shape, and the hex digest of its raw bytes."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    sha256: str
+
+
+def scale_shapes(axis: Axis, covered: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the scale tensors of one component, in file order (SPEC 5.3)."""
+    row, col = covered[:-1], (*covered[:-2], covered[-1])
+    return {
+        Axis.ROW: {"row": row},
+        Axis.COL: {"col": col},
+        Axis.ROW_COL: {"row": row, "col": col},
+        Axis.TENSOR: {"scalar": (1,)},
+    }[axis]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Component:
+    """One sign mask with its scales.
+
+    mask: U8 [..., d_out, ceil(d_in/8)]. row: F16 [..., d_out]. col: F16 [..., d_in]. scalar: F16 [1].
+    Exactly the scales of `axis` are set.
+    """
+
+    axis: Axis
+    exponent: int
+    mask: NDArray[np.uint8]
+    row: NDArray[np.float16] | None = None
+    col: NDArray[np.float16] | None = None
+    scalar: NDArray[np.float16] | None = None
+
+    def scales(self) -> dict[str, NDArray[np.float16]]:
+        """The scale arrays that are set, by name, in file order."""
+        named = {"row": self.row, "col": self.col, "scalar": self.scalar}
+        return {name: array for name, array in named.items() if array is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleDelta:
+    """One named tensor of the fine-tuned checkpoint, as it is stored.
+
+    shape, dtype: the fine-tuned tensor's. base: the base's tensor of the same name, None where it has none.
+    components: of a `sign` module, 1 to 8. full: storage array of shape `shape`. tail: storage array
+    [shape[0] - kept, ...] of a `sign` or `same` module with more rows than its base.
+    Raises ShapeError where the arrays are not those that SPEC 3.9 to 5.3 ask for.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    encoding: Encoding
+    base: BaseRef | None = None
+    components: tuple[Component, ...] = ()
+    full: Array | None = None
+    tail: Array | None = None
+
+    def __post_init__(self) -> None:
+        expected = tensor_shapes(
+            shape=self.shape,
+            dtype=self.dtype,
+            encoding=self.encoding,
+            axes=tuple(component.axis for component in self.components),
+            base_shape=None if self.base is None else self.base.shape,
+        )
+        held = dict(self.tensors())
+        if list(held) != [suffix for suffix, _, _ in expected]:
+            wanted = [suffix for suffix, _, _ in expected]
+            raise ShapeError(f"{self.name}: holds {sorted(held)}, but its encoding asks for {sorted(wanted)}")
+        for suffix, dtype, shape in expected:
+            array = held[suffix]
+            if array.shape != shape or array.dtype != dtype.storage:
+                raise ShapeError(
+                    f"{self.name}.{suffix}: {array.dtype} {list(array.shape)} is not {dtype.value} {list(shape)}"
+                )
+        for component in self.components:
+            if not EXPONENT_MIN <= component.exponent <= EXPONENT_MAX:
+                raise ShapeError(f"{self.name}: exponent {component.exponent} is not within -64 and 63")
+
+    @property
+    def kept(self) -> int:
+        """Rows of the first dimension that the base covers."""
+        if self.base is None or not self.shape:
+            return self.shape[0] if self.shape else 1
+        return min(self.shape[0], self.base.shape[0])
+
+    @property
+    def covered(self) -> tuple[int, ...]:
+        """The shape that the components cover: [kept, *shape[1:]]."""
+        return (self.kept, *self.shape[1:]) if self.shape else ()
+
+    def tensors(self) -> Iterator[tuple[str, Array]]:
+        """The stored tensors in file order, each with the suffix of its name (SPEC 4.1)."""
+        for k, component in enumerate(self.components):
+            yield f"{k}.mask", component.mask
+            for name, array in component.scales().items():
+                yield f"{k}.{name}", array
+        if self.full is not None:
+            yield "full", self.full
+        if self.tail is not None:
+            yield "tail", self.tail
+
+
+def tensor_shapes(
+    *,
+    shape: tuple[int, ...],
+    dtype: DType,
+    encoding: Encoding,
+    axes: tuple[Axis, ...],
+    base_shape: tuple[int, ...] | None,
+) -> list[tuple[str, DType, tuple[int, ...]]]:
+    """Suffix, dtype and shape of each tensor that a module stores, in file order (SPEC 4.1).
+
+    A function of the manifest entry alone: reader, writer and size estimates share it.
+    """
+    if encoding is Encoding.FULL:
+        return [("full", dtype, shape)]
+    kept = min(shape[0], base_shape[0]) if shape and base_shape else None
+    covered = (kept, *shape[1:]) if kept is not None else shape
+    tensors: list[tuple[str, DType, tuple[int, ...]]] = []
+    for k, axis in enumerate(axes):
+        tensors.append((f"{k}.mask", DType.U8, (*covered[:-1], mask_width(covered[-1]))))
+        tensors.extend((f"{k}.{name}", DType.F16, dims) for name, dims in scale_shapes(axis, covered).items())
+    if kept is not None and kept < shape[0]:
+        tensors.append(("tail", dtype, (shape[0] - kept, *shape[1:])))
+    return tensors
+
+
+def _exponent(largest: float) -> int:
+    """The power of two that moves `largest` into [2^14, 2^15); 0 for 0."""
+    return math.frexp(largest)[1] - _TOP if largest > 0 else 0
+
+
+def encode_scales(scales: NDArray[np.floating]) -> tuple[NDArray[np.float16], int]:
+    """Round scales to F16 under one exponent that uses F16's full precision (SPEC 5.5).
+
+    scales: any shape, finite, >= 0. Returns (F16 array, e) with scales ~ array * 2^e, relative error at most
+    2^-11 for scales within 2^28 of the largest. Raises ShapeError for negative or non-finite scales.
+    """
+    values = np.asarray(scales, dtype=np.float64)
+    if not np.all(np.isfinite(values)) or np.any(values < 0):
+        raise ShapeError("scales must be finite and not negative; fold a negative fit into the signs")
+    exponent = min(max(_exponent(float(values.max(initial=0.0))), EXPONENT_MIN), EXPONENT_MAX)
+    # + 0.0 turns -0 into +0 (SPEC 5.4).
+    return np.ldexp(values, -exponent).astype(np.float16) + np.float16(0.0), exponent
+
+
+def encode_scale_pair(
+    row: NDArray[np.floating], col: NDArray[np.floating]
+) -> tuple[NDArray[np.float16], NDArray[np.float16], int]:
+    """Round the two scale vectors of a row+col component under one exponent.
+
+    Each vector is moved into F16's range by a power of two of its own; the component's exponent is their sum.
+    Returns (row, col, e) with row_i * col_j ~ row16_i * col16_j * 2^e. Raises ShapeError as encode_scales does.
+    """
+    row16, row_exponent = encode_scales(row)
+    col16, col_exponent = encode_scales(col)
+    exponent = row_exponent + col_exponent
+    clamped = min(max(exponent, EXPONENT_MIN), EXPONENT_MAX)
+    if clamped != exponent:
+        # Out of the exponent's range: what is left over goes back into the rows.
+        row16 = np.ldexp(row16.astype(np.float64), exponent - clamped).astype(np.float16)
+    return row16, col16, clamped

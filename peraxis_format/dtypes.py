@@ -1,0 +1,122 @@
+"""Data types of tensors, and the exact conversions between binary32 and the float types.
+
+    BF16 -> F32   bits << 16
+    F32 -> BF16   (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16        nearest, ties to even; integers only
+    F16 <-> F32   IEEE conversions of numpy (nearest-even, subnormals kept)
+
+numpy has no bfloat16: a BF16 tensor is carried as its bit patterns in uint16. The array that holds a
+tensor's bytes, whatever the dtype, is called its storage array. F8 tensors are carried as uint8.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peraxis_format.errors import ShapeError
+
+__all__ = ["Array", "DType", "from_float32", "to_float32"]
+
+Array: TypeAlias = NDArray[Any]
+
+_STORAGE: Final[dict[str, type[np.generic]]] = {
+    "BOOL": np.uint8,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "F8_E4M3": np.uint8,
+    "F8_E5M2": np.uint8,
+    "U16": np.uint16,
+    "I16": np.int16,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "F32": np.float32,
+    "U64": np.uint64,
+    "I64": np.int64,
+    "F64": np.float64,
+}
+
+
+class DType(Enum):
+    """The dtypes of SPEC 1, by their safetensors names."""
+
+    BOOL = "BOOL"
+    U8 = "U8"
+    I8 = "I8"
+    F8_E4M3 = "F8_E4M3"
+    F8_E5M2 = "F8_E5M2"
+    U16 = "U16"
+    I16 = "I16"
+    F16 = "F16"
+    BF16 = "BF16"
+    U32 = "U32"
+    I32 = "I32"
+    F32 = "F32"
+    U64 = "U64"
+    I64 = "I64"
+    F64 = "F64"
+
+    @property
+    def storage(self) -> np.dtype[Any]:
+        """The numpy dtype of the storage array, little-endian."""
+        return np.dtype(_STORAGE[self.value]).newbyteorder("<")
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return self.storage.itemsize
+
+    @property
+    def is_float(self) -> bool:
+        """Whether this is one of the float types of SPEC 1, on which deltas are defined."""
+        return self in (DType.BF16, DType.F16, DType.F32)
+
+
+def to_float32(array: Array, dtype: DType) -> NDArray[np.float32]:
+    """Convert a storage array of a float type to binary32, exactly.
+
+    Returns a new array, except for F32, which is returned as it is. Raises ShapeError for another dtype.
+    """
+    if dtype is DType.F32:
+        return array.astype(np.float32, copy=False)
+    if dtype is DType.F16:
+        return array.astype(np.float32)
+    if dtype is DType.BF16:
+        bits = array.astype(np.uint32)
+        bits <<= np.uint32(16)
+        return bits.view(np.float32)
+    raise ShapeError(f"{dtype.value} is not one of BF16, F16, F32")
+
+
+def from_float32(array: NDArray[np.float32], dtype: DType) -> Array:
+    """Round binary32 to a float type, to nearest, ties to even (SPEC 6.1); NaN becomes canonical (SPEC 6.2).
+
+    Returns a storage array of the same shape. Magnitudes beyond the type become infinity.
+    Raises ShapeError for a dtype that is not BF16, F16 or F32.
+    """
+    nan = np.isnan(array)
+    if dtype is DType.F32:
+        rounded: Array = array.copy()
+        quiet: Any = np.float32(np.nan)
+    elif dtype is DType.F16:
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            rounded = array.astype(np.float16)
+        quiet = np.float16(np.nan)
+    elif dtype is DType.BF16:
+        bits = np.ascontiguousarray(array).view(np.uint32)
+        odd = (bits >> np.uint32(16)) & np.uint32(1)
+        odd += np.uint32(0x7FFF)
+        odd += bits
+        odd >>= np.uint32(16)
+        rounded = odd.astype(np.uint16)
+        quiet = np.uint16(0x7FC0)
+    else:
+        raise ShapeError(f"{dtype.value} is not one of BF16, F16, F32")
+    if nan.any():
+        # SPEC 6.2: 0x7FC0, 0x7E00, 0x7FC00000, whatever the payload was.
+        rounded[nan] = quiet
+    return rounded

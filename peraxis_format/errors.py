@@ -1,0 +1,189 @@
+"""Errors of the PXD format: one class a phase, one stable code a violated clause (SPEC 8).
+
+A reader stops at the first failure. Each error says what is wrong and where (file, byte offset, field
+path), which clause of SPEC.md it violates, and what to do about it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Final, NoReturn
+
+__all__ = [
+    "CODES",
+    "BindingError",
+    "CheckpointError",
+    "Code",
+    "ContainerError",
+    "PayloadError",
+    "ProfileError",
+    "PxdError",
+    "ShapeError",
+    "UnsupportedError",
+    "fail",
+]
+
+_FETCH = "fetch the file again from its publisher"
+_REWRITE = "write the file again with a conforming writer"
+_BASE = "pass the base checkpoint that `inspect` names, in the same revision"
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """One row of SPEC 8: the clause, what its violation means, and what a person does about it."""
+
+    clause: str
+    meaning: str
+    remedy: str
+
+
+CODES: Final[dict[str, Code]] = {
+    "E101": Code("2.1", "not a regular file", "pass the path of one .pxd file"),
+    "E102": Code("2.1", "2^53 bytes or more", _REWRITE),
+    "E103": Code("2.2", "empty, or too short to hold a header", _FETCH),
+    "E104": Code("2.2", "a Git LFS pointer, not the file itself", "run `git lfs pull`"),
+    "E105": Code("2.2", "an HTML page, not a PXD file", "use the download link; log in if the page asks for it"),
+    "E106": Code("2.2", "a zip or torch archive, not a PXD file", "for a .pt delta use `peraxis-tools convert`"),
+    "E107": Code("2.2", "a pickle, not a PXD file", "for a .pt delta use `peraxis-tools convert`"),
+    "E108": Code("2.2", "nothing but zeros at its start", _FETCH),
+    "E109": Code("2.2", "not a PXD file", "pass a .pxd file"),
+    "E110": Code("2.3", "impossible header length", _FETCH),
+    "E111": Code("2.4", "the header ends beyond the end of the file (truncated)", _FETCH),
+    "E112": Code("2.5", "no PXD magic", "pass a .pxd file; an ordinary safetensors file is a checkpoint, not a delta"),
+    "E113": Code("2.7", "not UTF-8", _FETCH),
+    "E114": Code("2.8", "not a JSON object, or something after it", _FETCH),
+    "E115": Code("2.9", "duplicate key", _REWRITE),
+    "E116": Code("2.10", "a number that is no integer of magnitude below 2^53", _REWRITE),
+    "E117": Code("2.11", "nested more than 8 deep", _REWRITE),
+    "E118": Code("2.12", "malformed record or metadata", _REWRITE),
+    "E119": Code("2.13", "unknown dtype", _REWRITE),
+    "E120": Code("2.14", "impossible shape", _REWRITE),
+    "E121": Code("2.15", "offsets do not fit dtype and shape", _REWRITE),
+    "E122": Code("2.16", "header not canonical", _REWRITE),
+    "E123": Code("2.17", "gap or overlap between tensors", _REWRITE),
+    "E124": Code("2.18", "data shorter than the header says (truncated)", _FETCH),
+    "E125": Code("2.18", "bytes after the data", _FETCH),
+    "E201": Code("2.6", "version not implemented", "update peraxis"),
+    "E202": Code("3.1", "the manifest is not strict JSON", _REWRITE),
+    "E203": Code("3.2", "manifest not canonical", _REWRITE),
+    "E204": Code("3.3", "unknown feature", "update peraxis"),
+    "E205": Code("3.4", "manifest does not follow the schema", _REWRITE),
+    "E206": Code("3.5", "malformed name", _REWRITE),
+    "E207": Code("3.6", "name repeated or unresolved", _REWRITE),
+    "E208": Code("3.8", "limit exceeded", _REWRITE),
+    "E209": Code("3.9", "encoding does not fit the tensor", _REWRITE),
+    "E210": Code("3.11", "base digest does not follow from the modules", _REWRITE),
+    "E211": Code("3.12", "asset path not allowed", _REWRITE),
+    "E212": Code("4.1", "tensors are not those that the manifest asks for", _REWRITE),
+    "E301": Code("4.3", "module damaged: its bytes do not match their digest", _FETCH),
+    "E302": Code("4.4", "asset damaged: its bytes do not match their digest", _FETCH),
+    "E303": Code("5.2", "unused mask bits are set", _REWRITE),
+    "E304": Code("4.5", "pad is not zero", _REWRITE),
+    "E305": Code("5.4", "scale is not finite", _REWRITE),
+    "E306": Code("5.4", "scale has its sign bit set", _REWRITE),
+    "E401": Code("7.1", "this is another model: none of the base tensors is there", _BASE),
+    "E402": Code("7.1", "base tensor missing", _BASE),
+    "E403": Code("7.2", "base tensor of another dtype or shape", _BASE),
+    "E404": Code("7.3", "base tensor with other bytes", _BASE),
+}
+
+
+class PxdError(Exception):
+    """A file, or a pair of file and base, that SPEC.md refuses.
+
+    code: a key of CODES. detail: what was found. file, offset (bytes from the start of the file), field
+    (path in the header, like `modules[3].components[0].axis`): where, as far as known.
+    """
+
+    phase: ClassVar[str]
+    exit_status: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        code: str,
+        detail: str = "",
+        *,
+        file: str | None = None,
+        offset: int | None = None,
+        field: str | None = None,
+    ) -> None:
+        self.code = code
+        self.detail = detail
+        self.file = file
+        self.offset = offset
+        self.field = field
+        super().__init__(code, detail)
+
+    @property
+    def clause(self) -> str:
+        """The clause of SPEC.md that is violated."""
+        return CODES[self.code].clause
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it, as an imperative phrase."""
+        return CODES[self.code].remedy
+
+    def __str__(self) -> str:
+        parts = [f"{self.code}: "]
+        if self.file is not None:
+            parts.append(f"{self.file}: ")
+        parts.append(CODES[self.code].meaning)
+        if self.detail:
+            parts.append(f": {self.detail}")
+        where = [
+            *([f"at {self.field}"] if self.field is not None else []),
+            *([f"offset {self.offset}"] if self.offset is not None else []),
+            f"SPEC {self.clause}",
+        ]
+        parts.append(f" ({', '.join(where)}); {self.remedy}")
+        return "".join(parts)
+
+
+class ContainerError(PxdError):
+    """E1xx: the bytes are not a well-formed container."""
+
+    phase = "container"
+
+
+class ProfileError(PxdError):
+    """E2xx: a container whose manifest or tensors PXD does not allow."""
+
+    phase = "profile"
+
+
+class UnsupportedError(ProfileError):
+    """E201, E204: made for a newer reader. Not verifiable here, which is not the same as damaged."""
+
+    exit_status = 3
+
+
+class PayloadError(PxdError):
+    """E3xx: the data are not what the manifest promises."""
+
+    phase = "payload"
+
+
+class BindingError(PxdError):
+    """E4xx: the base is not the one that the delta was made for."""
+
+    phase = "binding"
+
+
+class CheckpointError(Exception):
+    """A checkpoint (not a PXD file) that is missing, malformed or not fit for the task: what, where, what to do."""
+
+    exit_status: ClassVar[int] = 2
+
+
+class ShapeError(ValueError):
+    """Arrays handed to this library whose shape or dtype does not fit; a mistake of the caller, not of a file."""
+
+
+_PHASES: Final = {"1": ContainerError, "2": ProfileError, "3": PayloadError, "4": BindingError}
+
+
+def fail(code: str, detail: str = "", *, offset: int | None = None, field: str | None = None) -> NoReturn:
+    """Raise the error class of the code's phase."""
+    kind = UnsupportedError if code in ("E201", "E204") else _PHASES[code[1]]
+    raise kind(code, detail, offset=offset, field=field)

@@ -1,0 +1,71 @@
+"""From bytes of a file to a module, and steps 10 and 11 of SPEC 8 on it: unused bits, pads, scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from peraxis_format.bits import unused_bits_are_zero
+from peraxis_format.container import TensorRecord
+from peraxis_format.delta import Component, Encoding, ModuleDelta
+from peraxis_format.dtypes import Array
+from peraxis_format.errors import fail
+from peraxis_format.manifest import ModuleEntry
+
+__all__ = ["build_module", "check_pad", "check_values"]
+
+
+def _view(buffer: memoryview, record: TensorRecord, begin: int) -> Array:
+    """A zero-copy storage array of one tensor; buffer[0] is byte `begin` of the data."""
+    flat = np.frombuffer(buffer[record.begin - begin : record.end - begin], record.dtype.storage)
+    return flat.reshape(record.shape)
+
+
+def build_module(entry: ModuleEntry, records: Iterable[TensorRecord], buffer: memoryview, begin: int) -> ModuleDelta:
+    """Assemble a module from views of its range; buffer[0] is byte `begin` of the data."""
+    arrays = {record.name[len(entry.name) + 1 :]: _view(buffer, record, begin) for record in records}
+    components = tuple(
+        Component(
+            axis=component.axis,
+            exponent=component.exponent,
+            mask=arrays[f"{k}.mask"],
+            row=arrays.get(f"{k}.row"),
+            col=arrays.get(f"{k}.col"),
+            scalar=arrays.get(f"{k}.scalar"),
+        )
+        for k, component in enumerate(entry.components)
+    )
+    return ModuleDelta(
+        name=entry.name,
+        shape=entry.shape,
+        dtype=entry.dtype,
+        encoding=entry.encoding,
+        base=entry.base,
+        components=components,
+        full=arrays.get("full"),
+        tail=arrays.get("tail"),
+    )
+
+
+def check_pad(data: bytes, name: str, offset: int) -> None:
+    """A pad is zero (SPEC 4.5). offset: where in the file it stands."""
+    if any(data):
+        fail("E304", field=name, offset=offset)
+
+
+def check_values(module: ModuleDelta) -> None:
+    """Unused mask bits are zero (SPEC 5.2); scales are finite and have no sign bit (SPEC 5.4)."""
+    if module.encoding is not Encoding.SIGN:
+        return
+    for k, component in enumerate(module.components):
+        if not unused_bits_are_zero(component.mask, module.shape[-1]):
+            fail("E303", field=f"{module.name}.{k}.mask")
+    for k, component in enumerate(module.components):
+        for name, scale in component.scales().items():
+            bits = scale.view(np.uint16)
+            # The sign bit aside, F16 patterns from 0x7C00 on are infinity and NaN.
+            if np.any((bits & np.uint16(0x7FFF)) >= np.uint16(0x7C00)):
+                fail("E305", field=f"{module.name}.{k}.{name}")
+            if np.any(bits >> np.uint16(15)):
+                fail("E306", field=f"{module.name}.{k}.{name}")

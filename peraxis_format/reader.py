@@ -1,0 +1,262 @@
+"""DeltaFile: a PXD file opened by its header alone, its data mapped and read as asked for.
+
+open      steps 1 to 8 of SPEC 8; cost: the header
+[name]    zero-copy views of the mapped file, unchecked
+load      the module's bytes read once, held to steps 9 to 11, and owned
+verify    steps 9 to 11 for the whole file, several threads
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from peraxis_format.container import (
+    HEADER_BLOCK,
+    Header,
+    TensorRecord,
+    check_start,
+    header_length,
+    layout,
+    parse_header,
+)
+from peraxis_format.delta import ModuleDelta
+from peraxis_format.errors import PxdError, fail
+from peraxis_format.manifest import Manifest, ModuleEntry, check_manifest, parse_manifest
+from peraxis_format.payload import build_module, check_pad, check_values
+
+__all__ = ["DeltaFile", "open", "read_header"]
+
+_CHUNK: Final = 1 << 20  # hashed while still in the second-level cache
+
+
+def read_header(read: Callable[[int, int], bytes], file_size: int) -> tuple[Header, Manifest]:
+    """Steps 1 (but for the file's kind) to 8 of SPEC 8, over any source of bytes.
+
+    read(offset, size) returns the bytes there, fewer at the end of the file. Two calls are made at most, for
+    the header alone. Raises ContainerError, ProfileError.
+    """
+    start = read(0, HEADER_BLOCK)
+    check_start(start, file_size)
+    length = header_length(start, file_size)
+    header = parse_header(start[8:] + read(HEADER_BLOCK, length - (HEADER_BLOCK - 8)), file_size)
+    manifest = parse_manifest(header.manifest)
+    check_manifest(manifest)
+    _check_tensors(header.records, manifest)
+    return header, manifest
+
+
+def _check_tensors(records: Sequence[TensorRecord], manifest: Manifest) -> None:
+    # SPEC 4.1, 4.2: the records are the layout of the manifest, and nothing else.
+    sizes = [r.end - r.begin for r in records if r.name.startswith("__asset__.")]
+    expected = layout(manifest.modules, sizes) if len(sizes) == len(manifest.assets) else None
+    if expected is None:
+        fail("E212", f"{len(sizes)} assets in the data, {len(manifest.assets)} in the manifest", field="assets")
+    for record, wanted in zip(records, expected, strict=False):
+        if record != wanted:
+            fail("E212", f"{_describe(record)} in the place of {_describe(wanted)}", field=record.name)
+    if len(records) != len(expected):
+        fail("E212", f"{len(records)} tensors, not {len(expected)}")
+
+
+def _describe(record: TensorRecord) -> str:
+    return f"{record.name!r} {record.dtype.value} {list(record.shape)} at {record.begin}"
+
+
+class DeltaFile:
+    """One open PXD file. A context manager, and a read-only mapping of module names to ModuleDelta.
+
+    manifest, content_id, size: what the header says, checked. Arrays of views stay valid after `close`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._file = _open_regular(self.path)
+        try:
+            self.size = os.fstat(self._file).st_size
+            with _located(self.path):
+                self._header, self.manifest = read_header(self._pread, self.size)
+            self._map = mmap.mmap(self._file, self.size, access=mmap.ACCESS_READ)
+        except BaseException:
+            os.close(self._file)
+            raise
+        self._entries = {module.name: module for module in self.manifest.modules}
+        self._records = _records_by_module(self._header.records, self.manifest)
+        self._assets = [r for r in self._header.records if r.name.startswith("__asset__.")]
+        self._closed = False
+
+    # --- what it holds -------------------------------------------------------------------------------
+
+    @property
+    def content_id(self) -> str:
+        """The digest of the manifest's bytes (SPEC 3.2)."""
+        return "sha256:" + hashlib.sha256(self._header.manifest).hexdigest()
+
+    @property
+    def header_size(self) -> int:
+        """File offset of the data."""
+        return self._header.size
+
+    @property
+    def records(self) -> tuple[TensorRecord, ...]:
+        """Every tensor of the file, pads and assets included, in file order."""
+        return self._header.records
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def entry(self, name: str) -> ModuleEntry:
+        """The manifest's entry of a module. Raises KeyError."""
+        return self._entries[name]
+
+    def tensors(self, name: str) -> tuple[TensorRecord, ...]:
+        """The records of a module's tensors, pads left out, in file order."""
+        return self._records[name]
+
+    def span(self, name: str) -> tuple[int, int]:
+        """File offsets [begin, end) of a module's range (SPEC 4.3); (0, 0) where it stores nothing."""
+        records = self._records[name]
+        if not records:
+            return 0, 0
+        return self._header.size + records[0].begin, self._header.size + records[-1].end
+
+    def __getitem__(self, name: str) -> ModuleDelta:
+        """A module as zero-copy views of the mapped file; its payload is not checked. Raises KeyError."""
+        begin, end = self.span(name)
+        records = self._records[name]
+        data = memoryview(self._map)[begin:end]
+        return build_module(self._entries[name], records, data, records[0].begin if records else 0)
+
+    def load(self, name: str) -> ModuleDelta:
+        """Read a module once, hold these bytes to steps 9 to 11, and return it as their owner.
+
+        Raises PayloadError; KeyError for a name that is no module.
+        """
+        entry, records = self._entries[name], self._records[name]
+        begin, end = self.span(name)
+        data = memoryview(self._pread(begin, end - begin))
+        with _located(self.path):
+            if entry.sha256 is not None and hashlib.sha256(data).hexdigest() != entry.sha256:
+                fail("E301", field=name, offset=begin)  # SPEC 4.3
+            module = build_module(entry, records, data, records[0].begin if records else 0)
+            check_values(module)
+        return module
+
+    def asset(self, path: str) -> bytes:
+        """The bytes of an asset, held to their digest. Raises PayloadError (E302), KeyError."""
+        index = {asset.path: i for i, asset in enumerate(self.manifest.assets)}[path]
+        record = self._assets[index]
+        begin = self._header.size + record.begin
+        data = self._pread(begin, record.end - record.begin)
+        if hashlib.sha256(data).hexdigest() != self.manifest.assets[index].sha256:
+            with _located(self.path):
+                fail("E302", field=f"assets[{index}]", offset=begin)  # SPEC 4.4
+        return data
+
+    # --- checks --------------------------------------------------------------------------------------
+
+    def verify(self, *, workers: int | None = None, progress: Callable[[int], None] | None = None) -> None:
+        """Steps 9 to 11 of SPEC 8: digests, unused bits and pads, scales.
+
+        workers: threads that hash (default: one a processor). progress: called with each number of bytes
+        done, from any thread. Raises the PayloadError that stands first in the file, whatever the threads.
+        """
+        step = progress or (lambda _: None)
+        modules = [name for name in self if self._records[name]]
+        with _located(self.path):
+            with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+                # `map` hands over results, and so the first error, in file order.
+                for _ in pool.map(lambda name: self._check_module(name, step), modules):
+                    pass
+            for asset in self.manifest.assets:
+                step(len(self.asset(asset.path)))
+            for record in self._header.records:
+                if record.name.startswith("__pad__."):
+                    begin = self._header.size + record.begin
+                    check_pad(self._pread(begin, record.end - record.begin), record.name, begin)
+
+    def _check_module(self, name: str, step: Callable[[int], None]) -> None:
+        begin, end = self.span(name)
+        digest = hashlib.sha256()
+        for offset in range(begin, end, _CHUNK):
+            chunk = self._pread(offset, min(_CHUNK, end - offset))
+            digest.update(chunk)
+            step(len(chunk))
+        if digest.hexdigest() != self._entries[name].sha256:
+            fail("E301", field=name, offset=begin)  # SPEC 4.3
+        check_values(self[name])
+
+    # --- plumbing ------------------------------------------------------------------------------------
+
+    def _pread(self, offset: int, size: int) -> bytes:
+        parts = []
+        while size > 0:
+            part = os.pread(self._file, size, offset)
+            if not part:
+                break
+            parts.append(part)
+            offset += len(part)
+            size -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def close(self) -> None:
+        """Close the file. Arrays handed out before stay valid: they keep the map alive."""
+        if not self._closed:
+            self._closed = True
+            os.close(self._file)
+            # With views still in use the map cannot close; it then goes with the last of them.
+            with contextlib.suppress(BufferError):
+                self._map.close()
+
+    def __enter__(self) -> DeltaFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def _located(path: Path) -> Iterator[None]:
+    """Give an error that passes through the name of the file."""
+    try:
+        yield
+    except PxdError as error:
+        error.file = str(path)
+        raise
+
+
+def _open_regular(path: Path) -> int:
+    # SPEC 2.1: looked at before it is opened, since opening a pipe would wait for a writer.
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        with _located(path):
+            fail("E101")
+    return os.open(path, os.O_RDONLY)
+
+
+def _records_by_module(records: Sequence[TensorRecord], manifest: Manifest) -> dict[str, tuple[TensorRecord, ...]]:
+    stored = iter([record for record in records if not record.name.startswith(("__pad__.", "__asset__."))])
+    return {m.name: tuple(next(stored) for _ in m.tensors()) for m in manifest.modules}
+
+
+def open(path: str | os.PathLike[str]) -> DeltaFile:
+    """Open a PXD file by its header (steps 1 to 8 of SPEC 8).
+
+    Raises ContainerError, ProfileError, UnsupportedError; OSError where the file cannot be read.
+    """
+    return DeltaFile(path)

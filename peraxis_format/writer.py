@@ -1,0 +1,162 @@
+"""DeltaWriter: modules in, one PXD file out; deterministic and atomic (SPEC 11).
+
+The header holds the digests of the data behind it, so the data is spooled first: offsets count from the end
+of the header, and nothing in the spool changes when the header is put in front. The spool has no name, so
+that a killed run leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+import numpy as np
+
+from peraxis_format.container import ALIGNMENT, header_bytes, layout
+from peraxis_format.delta import ModuleDelta
+from peraxis_format.errors import PxdError, ShapeError
+from peraxis_format.files import atomic_file
+from peraxis_format.manifest import (
+    Asset,
+    BaseIdentity,
+    Calibration,
+    ComponentEntry,
+    Identity,
+    Manifest,
+    ModuleEntry,
+    Producer,
+    base_digest,
+    check_manifest,
+)
+from peraxis_format.payload import check_values
+from peraxis_format.version import __version__
+
+__all__ = ["DeltaWriter"]
+
+_COPY_CHUNK: Final = 1 << 22
+
+
+class DeltaWriter:
+    """Writes one PXD file. A context manager; without `finish` nothing appears under `path`.
+
+    Modules stand in the order of `add`, which is to be the execution order (SPEC 3.7). The same calls give the
+    same bytes.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        base: Identity,
+        fine_tuned: Identity,
+        producer: Producer | None = None,
+        calibration: Calibration | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self._base = base
+        self._fine_tuned = fine_tuned
+        self._producer = producer or Producer(name="peraxis", version=__version__)
+        self._calibration = calibration
+        self.metadata: dict[str, str] = dict(metadata or {})
+        self._modules: list[ModuleEntry] = []
+        self._tied: list[tuple[str, str]] = []
+        self._dropped: list[str] = []
+        self._assets: list[tuple[Asset, int]] = []
+        self._spool = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115  closed in __exit__
+        self._end = 0
+
+    def add(self, module: ModuleDelta) -> ModuleEntry:
+        """Append a module. Raises ShapeError where a reader would refuse its payload (SPEC 11.2)."""
+        try:
+            check_values(module)
+        except PxdError as error:
+            raise ShapeError(str(error)) from None
+        digest = hashlib.sha256()
+        empty = True
+        for _, array in module.tensors():
+            pad = self._align()
+            if not empty:
+                digest.update(pad)  # SPEC 4.3: pads between the tensors of a module are of its range
+            empty = False
+            data = memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B")
+            digest.update(data)
+            self._write(data)
+        entry = ModuleEntry(
+            name=module.name,
+            shape=module.shape,
+            dtype=module.dtype,
+            encoding=module.encoding,
+            components=tuple(ComponentEntry(axis=c.axis, exponent=c.exponent) for c in module.components),
+            sha256=None if empty else digest.hexdigest(),
+            base=module.base,
+        )
+        self._modules.append(entry)
+        return entry
+
+    def tie(self, name: str, alias: str) -> None:
+        """Say that `alias` is the same tensor as the module `name` (SPEC 3.7)."""
+        self._tied.append((name, alias))
+
+    def drop(self, name: str) -> None:
+        """Say that the base's tensor `name` is not in the fine-tuned checkpoint (SPEC 3.7)."""
+        self._dropped.append(name)
+
+    def add_asset(self, path: str, data: bytes) -> None:
+        """Append a small file of the checkpoint's folder. Raises ShapeError for an empty one."""
+        if not data:
+            raise ShapeError(f"{path}: an asset cannot be empty")
+        self._align()
+        self._write(data)
+        self._assets.append((Asset(path=path, sha256=hashlib.sha256(data).hexdigest()), len(data)))
+
+    def finish(self) -> Manifest:
+        """Write header and data to `path`, whole or not at all. Returns the manifest.
+
+        Raises ProfileError where the content breaks a rule of SPEC 3 (a name twice, an asset's path).
+        """
+        manifest = self._manifest()
+        check_manifest(manifest)
+        header = header_bytes(manifest.to_bytes(), layout(manifest.modules, [size for _, size in self._assets]))
+        with atomic_file(self.path) as file:
+            file.write(header)
+            self._spool.flush()
+            self._spool.seek(0)
+            shutil.copyfileobj(self._spool, file, _COPY_CHUNK)
+        return manifest
+
+    def _manifest(self) -> Manifest:
+        return Manifest(
+            base=BaseIdentity(digest=base_digest(self._modules), id=self._base.id, revision=self._base.revision),
+            fine_tuned=self._fine_tuned,
+            producer=self._producer,
+            modules=tuple(self._modules),
+            calibration=self._calibration,
+            tied=tuple(sorted(self._tied, key=lambda pair: pair[1])),
+            dropped=tuple(sorted(self._dropped)),
+            assets=tuple(asset for asset, _ in self._assets),
+            metadata=self.metadata,
+        )
+
+    def _align(self) -> bytes:
+        pad = bytes(-self._end % ALIGNMENT)
+        self._write(pad)
+        return pad
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._spool.write(data)
+        self._end += len(data)
+
+    def __enter__(self) -> DeltaWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._spool.close()
