@@ -33,7 +33,7 @@ from peraxis_format.delta import (
     scale_shapes,
     tensor_shapes,
 )
-from peraxis_format.dtypes import Array, DType, from_float32, to_float32
+from peraxis_format.dtypes import Array, DType, from_float32, raw_bytes, to_float32
 from peraxis_format.errors import (
     CODES,
     BindingError,
@@ -117,6 +117,7 @@ __all__ = [
     "open",
     "pack_signs",
     "parse_strict_json",
+    "raw_bytes",
     "read_header",
     "reconstruct",
     "scale_shapes",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from peraxis_format.checkpoint import Safetensors, TensorInfo
-from peraxis_format.dtypes import Array
+from peraxis_format.dtypes import Array, raw_bytes
 from peraxis_format.errors import fail
 from peraxis_format.manifest import Manifest, ModuleEntry
 
@@ -49,8 +49,7 @@ def check_base_digest(module: ModuleEntry, sha256: str) -> None:
 
 def check_base_bytes(module: ModuleEntry, tensor: Array) -> None:
     """`check_base_digest` on a contiguous storage array: the very bytes that are about to be used."""
-    data = memoryview(tensor.reshape(-1)).cast("B") if tensor.size else memoryview(b"")
-    check_base_digest(module, hashlib.sha256(data).hexdigest())
+    check_base_digest(module, hashlib.sha256(raw_bytes(tensor)).hexdigest())
 
 
 def check_base(

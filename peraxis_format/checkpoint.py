@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from peraxis_format.dtypes import Array, DType
+from peraxis_format.dtypes import Array, DType, raw_bytes
 from peraxis_format.errors import CheckpointError
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "Safetensors", "TensorInfo"]
@@ -119,7 +119,7 @@ class Safetensors:
             shape = (max(0, stop - start), *shape[1:])
             begin += start * row
         out: Array = np.empty(shape, info.dtype.storage)
-        self._read_into(info, memoryview(out.reshape(-1)).cast("B") if out.size else memoryview(b""), begin)
+        self._read_into(info, raw_bytes(out), begin)
         return out
 
     def sha256(self, name: str, *, progress: Callable[[int], None] | None = None) -> str:

@@ -70,12 +70,13 @@ class BaseRef:
 def scale_shapes(axis: Axis, covered: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the scale tensors of one component, in file order (SPEC 5.3)."""
     row, col = covered[:-1], (*covered[:-2], covered[-1])
-    return {
+    shapes: dict[Axis, dict[str, tuple[int, ...]]] = {
         Axis.ROW: {"row": row},
         Axis.COL: {"col": col},
         Axis.ROW_COL: {"row": row, "col": col},
         Axis.TENSOR: {"scalar": (1,)},
-    }[axis]
+    }
+    return shapes[axis]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from peraxis_format.errors import ShapeError
 
-__all__ = ["Array", "DType", "from_float32", "to_float32"]
+__all__ = ["Array", "DType", "from_float32", "raw_bytes", "to_float32"]
 
 Array: TypeAlias = NDArray[Any]
 
@@ -74,6 +74,12 @@ class DType(Enum):
     def is_float(self) -> bool:
         """Whether this is one of the float types of SPEC 1, on which deltas are defined."""
         return self in (DType.BF16, DType.F16, DType.F32)
+
+
+def raw_bytes(array: Array) -> memoryview:
+    """The bytes of a storage array in row-major order, without a copy where it is contiguous already."""
+    flat: Any = np.ascontiguousarray(array).reshape(-1)
+    return memoryview(flat.view(np.uint8))
 
 
 def to_float32(array: Array, dtype: DType) -> NDArray[np.float32]:

@@ -25,23 +25,26 @@ __all__ = ["dense_delta", "reconstruct", "term"]
 _BLOCK_ELEMENTS = 1 << 18  # 1 MiB of binary32: a block and its temporaries stay in the second-level cache
 
 
+def _f32(array: NDArray[np.float16] | None, batch: tuple[int, ...] = ()) -> NDArray[np.float32]:
+    """A scale vector of one batch element in binary32, exactly."""
+    if array is None:
+        raise ShapeError("a component lacks a scale of its axis")
+    scale: NDArray[np.float32] = array[batch].astype(np.float32)
+    return scale
+
+
 def scale_values(component: Component, rows: slice, batch: tuple[int, ...] = ()) -> NDArray[np.float32]:
     """The magnitudes |term| of a block of rows, broadcastable to [rows, d_in], exact in binary32 (SPEC 5.3)."""
-    factor = np.float32(2.0**component.exponent)
-
-    def f32(array: NDArray[np.float16] | None) -> NDArray[np.float32]:
-        if array is None:
-            raise ShapeError(f"a component of axis {component.axis.value} lacks a scale")
-        return array.astype(np.float32)
-
+    magnitude: NDArray[np.float32]
     if component.axis is Axis.TENSOR:
-        return f32(component.scalar) * factor
-    if component.axis is Axis.COL:
-        return f32(component.col)[batch] * factor
-    row = f32(component.row)[batch][rows, None]
-    if component.axis is Axis.ROW:
-        return row * factor
-    return (row * f32(component.col)[batch]) * factor
+        magnitude = _f32(component.scalar)
+    elif component.axis is Axis.COL:
+        magnitude = _f32(component.col, batch)
+    else:
+        magnitude = _f32(component.row, batch)[rows, None]
+        if component.axis is Axis.ROW_COL:
+            magnitude = magnitude * _f32(component.col, batch)
+    return magnitude * np.float32(2.0**component.exponent)
 
 
 def term(component: Component, d_in: int, rows: slice, batch: tuple[int, ...] = ()) -> NDArray[np.float32]:

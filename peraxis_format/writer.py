@@ -16,10 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-import numpy as np
-
 from peraxis_format.container import ALIGNMENT, header_bytes, layout
 from peraxis_format.delta import ModuleDelta
+from peraxis_format.dtypes import raw_bytes
 from peraxis_format.errors import PxdError, ShapeError
 from peraxis_format.files import atomic_file
 from peraxis_format.manifest import (
@@ -85,7 +84,7 @@ class DeltaWriter:
             if not empty:
                 digest.update(pad)  # SPEC 4.3: pads between the tensors of a module are of its range
             empty = False
-            data = memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B")
+            data = raw_bytes(array)
             digest.update(data)
             self._write(data)
         entry = ModuleEntry(
