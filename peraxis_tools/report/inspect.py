@@ -1,0 +1,82 @@
+"""How `inspect` looks to a person."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from peraxis_tools.inspect import ByteShare, InspectResult
+from peraxis_tools.report.console import size, text
+
+__all__ = ["render_inspect"]
+
+
+def render_inspect(result: InspectResult, console: Console, *, modules: bool = True) -> None:
+    """Summary first, then bytes, axes, and a line a module."""
+    _summary(result, console)
+    console.print(_bytes_table("encoding", result.by_encoding))
+    console.print(_bytes_table("kind", result.by_kind))
+    if result.axes:
+        console.print(_axes_table(result))
+    if modules:
+        console.print(_module_table(result))
+
+
+def _summary(result: InspectResult, console: Console) -> None:
+    manifest = result.manifest
+    revision = f" @ {text(manifest.base.revision)}" if manifest.base.revision else ""
+    console.print(f"[bold]{text(result.file)}[/]  PXD {result.version}, {text(result.content_id)}")
+    console.print(f"fine-tuned   {text(manifest.fine_tuned.id)}")
+    console.print(f"base         {text(manifest.base.id)}{revision}  {text(manifest.base.digest[:23])}…")
+    console.print(
+        f"size         {size(result.file_bytes)} for a checkpoint of {size(result.full_bytes)}: "
+        f"[bold]{result.ratio:.1f} times smaller[/]"
+    )
+    console.print(f"             assets {size(result.asset_bytes)}, header and alignment {size(result.overhead_bytes)}")
+    calibration = manifest.calibration
+    if calibration is None:
+        console.print("calibration  none")
+    else:
+        console.print(
+            f"calibration  {text(calibration.source)}, {calibration.samples} x {calibration.sequence_length} tokens, "
+            f"seed {calibration.seed}"
+        )
+    console.print(f"written by   {text(manifest.producer.name)} {text(manifest.producer.version)}")
+    for label, names in (("tied", [alias for _, alias in manifest.tied]), ("dropped", list(manifest.dropped))):
+        if names:
+            console.print(f"{label:<12} {text(', '.join(names[:4]))}{' …' if len(names) > 4 else ''}")
+
+
+def _bytes_table(label: str, shares: tuple[ByteShare, ...]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(label, min_width=12)
+    for title in ("modules", "stored", "full", "ratio"):
+        table.add_column(title, justify="right", min_width=8)
+    for share in shares:
+        ratio = f"{share.full_bytes / share.bytes:.1f}" if share.bytes else "-"
+        table.add_row(share.label, str(share.modules), size(share.bytes), size(share.full_bytes), ratio)
+    return table
+
+
+def _axes_table(result: InspectResult) -> Table:
+    columns = [axis for axis in ("row", "col", "row+col", "tensor") if any(axis in a.counts for a in result.axes)]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("axis by sub-type", min_width=16)
+    for axis in columns:
+        table.add_column(axis, justify="right", min_width=8)
+    for row in result.axes:
+        table.add_row(text(row.subtype), *(str(row.counts.get(axis, 0)) for axis in columns))
+    return table
+
+
+def _module_table(result: InspectResult) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("module", overflow="fold")
+    table.add_column("encoding")
+    table.add_column("shape", justify="right")
+    table.add_column("stored", justify="right")
+    for line in result.modules:
+        encoding = f"{line.encoding} {' '.join(line.axes)}" if line.axes else line.encoding
+        shape = "x".join(map(str, line.shape)) or "scalar"
+        table.add_row(text(line.name), encoding, f"{shape} {line.dtype}", size(line.bytes))
+    return table
