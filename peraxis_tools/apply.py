@@ -1,0 +1,214 @@
+"""Base + delta -> the whole fine-tuned checkpoint, streamed tensor by tensor (steps 1 to 12 of SPEC 8).
+
+Every tensor of the base is read once: the bytes that are hashed are the bytes that are used. Reading,
+hashing and rebuilding run on a few threads, a bounded number of bytes ahead of the writer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import peraxis_format as pxd
+from peraxis_tools.checkpoint import Checkpoint, is_tokenizer_asset, open_checkpoint
+from peraxis_tools.folders import atomic_folder, refuse_existing
+from peraxis_tools.shards import SHARD_BYTES, Shard, TensorSpec, plan_shards, shard_header, write_index, write_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["ApplyResult", "apply", "checkpoint_bytes", "load_model", "rebuild", "rebuild_all", "to_torch"]
+
+_AHEAD_BYTES: Final = 384 << 20
+_WORKERS: Final = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApplyResult:
+    """What `apply` wrote."""
+
+    folder: Path
+    content_id: str
+    tensors: int
+    bytes: int
+    files: tuple[str, ...]
+
+
+def rebuild(delta: pxd.DeltaFile, base: pxd.Safetensors, name: str) -> pxd.Array:
+    """One module's fine-tuned tensor: base bytes read once and held to their digest, payload likewise.
+
+    Returns a storage array. Raises PayloadError, BindingError (E404). Names, dtypes and shapes of the base
+    must have been checked (`check_base_names`).
+    """
+    entry = delta.entry(name)
+    tensor = None
+    if entry.base is not None and entry.encoding is pxd.Encoding.FULL:
+        pxd.check_base_digest(entry, base.sha256(name))  # bound, but not needed for the result
+    elif entry.base is not None:
+        tensor = base.read(name)
+        pxd.check_base_bytes(entry, tensor)
+    return pxd.reconstruct(delta.load(name), tensor)
+
+
+def rebuild_all(
+    delta: pxd.DeltaFile, base: pxd.Safetensors, *, workers: int | None = None
+) -> Iterator[tuple[pxd.ModuleEntry, pxd.Array]]:
+    """Every module in file order with its fine-tuned tensor, a few of them in flight at a time.
+
+    Memory: about twice the bytes in flight, which are at most _AHEAD_BYTES or one tensor.
+    Raises BindingError before the first tensor where names, dtypes or shapes do not match.
+    """
+    pxd.check_base_names(delta.manifest, base)
+    waiting: deque[tuple[pxd.ModuleEntry, int, Future[pxd.Array]]] = deque()
+    ahead = 0
+    with ThreadPoolExecutor(workers or _WORKERS) as pool:
+        try:
+            for entry in delta.manifest.modules:
+                size = TensorSpec(entry.name, entry.dtype, entry.shape).size
+                while waiting and ahead + size > _AHEAD_BYTES:
+                    done, its_size, future = waiting.popleft()
+                    yield done, future.result()
+                    ahead -= its_size
+                waiting.append((entry, size, pool.submit(rebuild, delta, base, entry.name)))
+                ahead += size
+            while waiting:
+                done, _, future = waiting.popleft()
+                yield done, future.result()
+        finally:
+            for _, _, future in waiting:
+                future.cancel()
+
+
+def apply(
+    base: str | Path,
+    delta: str | Path,
+    output: str | Path,
+    *,
+    base_revision: str | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> ApplyResult:
+    """Write base + delta as a Hugging Face folder: shards, index, configuration, tokenizer.
+
+    base: folder, file or hub id. progress is called with each number of bytes written. The folder appears
+    under `output` whole or not at all. Raises PxdError, CheckpointError, ToolError, OSError.
+    """
+    output = Path(output)
+    refuse_existing(output, overwrite=overwrite)
+    with pxd.open(delta) as file, open_checkpoint(base, revision=base_revision) as checkpoint:
+        shards = plan_shards(_specs(file.manifest), shard_bytes=shard_bytes)
+        with atomic_folder(output, overwrite=overwrite) as folder:
+            _write_shards(folder, shards, file, checkpoint.tensors, workers, progress or (lambda _: None))
+            write_index(folder, shards)
+            for name, data in _assets(file, checkpoint):
+                (folder / name).write_bytes(data)
+            names = tuple(sorted(path.name for path in folder.iterdir()))
+        tensors = [tensor for shard in shards for tensor in shard.tensors]
+        return ApplyResult(
+            folder=output,
+            content_id=file.content_id,
+            tensors=len(tensors),
+            bytes=sum(tensor.size for tensor in tensors),
+            files=names,
+        )
+
+
+def _aliases(manifest: pxd.Manifest) -> dict[str, list[str]]:
+    aliases: dict[str, list[str]] = {}
+    for name, alias in manifest.tied:
+        aliases.setdefault(name, []).append(alias)
+    return aliases
+
+
+def _specs(manifest: pxd.Manifest) -> Iterator[TensorSpec]:
+    """What the fine-tuned checkpoint holds, aliases right behind their modules (SPEC 6.5)."""
+    aliases = _aliases(manifest)
+    for module in manifest.modules:
+        for name in (module.name, *aliases.get(module.name, ())):
+            yield TensorSpec(name, module.dtype, module.shape)
+
+
+def checkpoint_bytes(manifest: pxd.Manifest) -> int:
+    """Bytes of the whole fine-tuned checkpoint."""
+    return sum(spec.size for spec in _specs(manifest))
+
+
+def _write_shards(
+    folder: Path,
+    shards: list[Shard],
+    delta: pxd.DeltaFile,
+    base: pxd.Safetensors,
+    workers: int | None,
+    progress: Callable[[int], None],
+) -> None:
+    aliases = _aliases(delta.manifest)
+    arrays = (
+        array
+        for entry, array in rebuild_all(delta, base, workers=workers)
+        for _ in range(1 + len(aliases.get(entry.name, ())))
+    )
+    for shard in shards:
+        with open(folder / shard.file_name, "wb") as file:
+            file.write(shard_header(shard.tensors))
+            for spec in shard.tensors:
+                write_tensor(file, spec, next(arrays))
+                progress(spec.size)
+
+
+def _assets(delta: pxd.DeltaFile, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
+    """The delta's assets; where it brings no tokenizer or no configuration at all, the base's."""
+    own = [asset.path for asset in delta.manifest.assets]
+    has_tokenizer = any(is_tokenizer_asset(name) for name in own)
+    for name in own:
+        yield name, delta.asset(name)
+    for name, data in base.assets():
+        if name not in own and not (is_tokenizer_asset(name) and has_tokenizer):
+            yield name, data
+
+
+def load_model(
+    base: str | Path, delta: str | Path, *, base_revision: str | None = None, **options: Any
+) -> PreTrainedModel:
+    """The fine-tuned model itself, without a folder in between: `load_model("org/base", "delta.pxd")`.
+
+    options go to `AutoModelForCausalLM.from_pretrained`. Memory: the model, and one tensor of the base.
+    Raises PxdError, CheckpointError, ToolError.
+    """
+    import json
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with pxd.open(delta) as file, open_checkpoint(base, revision=base_revision) as checkpoint:
+        config = json.loads(dict(_assets(file, checkpoint)).get("config.json") or json.dumps(checkpoint.config()))
+        state = {}
+        aliases = _aliases(file.manifest)
+        for entry, array in rebuild_all(file, checkpoint.tensors):
+            tensor = to_torch(array, entry.dtype)
+            for name in (entry.name, *aliases.get(entry.name, ())):
+                state[name] = tensor
+    options.setdefault("dtype", config.get("dtype", config.get("torch_dtype", torch.float32)))
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        None, config=AutoConfig.for_model(**config), state_dict=state, **options
+    )
+    return model.eval()
+
+
+def to_torch(array: pxd.Array, dtype: pxd.DType) -> Any:
+    """A storage array as a torch tensor of its dtype, sharing memory."""
+    import torch
+
+    kinds = {
+        pxd.DType.BF16: torch.bfloat16,
+        pxd.DType.BOOL: torch.bool,
+        pxd.DType.F8_E4M3: torch.float8_e4m3fn,
+        pxd.DType.F8_E5M2: torch.float8_e5m2,
+    }
+    tensor = torch.from_numpy(array)
+    return tensor.view(kinds[dtype]) if dtype in kinds else tensor

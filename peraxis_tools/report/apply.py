@@ -1,0 +1,17 @@
+"""How `apply` looks to a person."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from peraxis_tools.apply import ApplyResult
+from peraxis_tools.report.console import size, text
+
+__all__ = ["render_apply"]
+
+
+def render_apply(result: ApplyResult, console: Console) -> None:
+    """Where the checkpoint is and what it holds."""
+    console.print(f"[bold green]applied[/]  {text(result.folder)}  {result.tensors} tensors, {size(result.bytes)}")
+    console.print(f"delta    {text(result.content_id)}")
+    console.print(f"files    {text(', '.join(result.files))}")

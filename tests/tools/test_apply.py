@@ -1,0 +1,172 @@
+"""`apply`: what it writes is what SPEC.md says, computed here from the files with safetensors and numpy alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+import peraxis_format as pxd
+from peraxis_tools.apply import apply
+from peraxis_tools.errors import ToolError
+from tests.factories import base_ref, random_storage, sign_module, write_checkpoint, write_delta
+
+
+def oracle(delta: Path, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """SPEC 3 to 6 written out once more, without peraxis: safetensors reads, numpy adds, torch rounds."""
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    result = {}
+    with safe_open(delta, "np") as numbers, safe_open(delta, "pt") as tensors:
+        manifest = json.loads(numbers.metadata()["manifest"])
+        for module in manifest["modules"]:
+            name, shape = module["name"], module["shape"]
+            if module["encoding"] == "full":
+                result[name] = tensors.get_tensor(f"{name}.full")
+                continue
+            kept = min(shape[0], module["base"]["shape"][0])
+            total = base[name][:kept].to(torch.float32).numpy()
+            for k, component in enumerate(module["components"]):
+                mask = numbers.get_tensor(f"{name}.{k}.mask")
+                bits = np.unpackbits(mask, axis=-1, bitorder="little")[..., : shape[-1]]
+                scale = np.float32(2.0 ** component["exponent"])
+                if component["axis"] == "tensor":
+                    scale = scale * numbers.get_tensor(f"{name}.{k}.scalar").astype(np.float32)
+                if "row" in component["axis"]:
+                    scale = scale * numbers.get_tensor(f"{name}.{k}.row").astype(np.float32)[..., :, None]
+                if "col" in component["axis"]:
+                    scale = scale * numbers.get_tensor(f"{name}.{k}.col").astype(np.float32)[..., None, :]
+                total = total + np.where(bits == 1, scale, -scale)
+            rebuilt = torch.from_numpy(total).to(kinds[module["dtype"]])
+            if kept < shape[0]:
+                rebuilt = torch.cat([rebuilt, tensors.get_tensor(f"{name}.tail")])
+            result[name] = rebuilt
+        for name, alias in manifest["tied"]:
+            result[alias] = result[name]
+    return result
+
+
+def load(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """A base folder, and a delta with every encoding, axis, a resized vocabulary, a tie and assets."""
+    rng = np.random.default_rng(7)
+    embed, wide, odd = (random_storage(rng, shape) for shape in ((40, 24), (16, 24), (24, 43)))
+    norm, same = random_storage(rng, (24,)), random_storage(rng, (24, 24))
+    half = random_storage(rng, (8, 24), pxd.DType.F16)
+    experts = random_storage(rng, (3, 8, 24))
+    names = {
+        "embed": (embed, pxd.DType.BF16),
+        "wide": (wide, pxd.DType.BF16),
+        "odd": (odd, pxd.DType.BF16),
+        "norm": (norm, pxd.DType.BF16),
+        "same": (same, pxd.DType.BF16),
+        "half": (half, pxd.DType.F16),
+        "experts": (experts, pxd.DType.BF16),
+        "gone": (norm, pxd.DType.BF16),
+    }
+    base = write_checkpoint(tmp_path / "base", names)
+    both = (pxd.Axis.ROW_COL, pxd.Axis.TENSOR, pxd.Axis.COL)
+    modules = [
+        sign_module(rng, "embed", embed, rows=43),
+        sign_module(rng, "wide", wide, axes=both, rows=12),
+        sign_module(rng, "odd", odd, axes=(pxd.Axis.COL,)),
+        sign_module(rng, "half", half, base_dtype=pxd.DType.F16, dtype=pxd.DType.F32),
+        sign_module(rng, "experts", experts, axes=(pxd.Axis.ROW_COL, pxd.Axis.ROW)),
+        pxd.ModuleDelta(
+            name="norm",
+            shape=(24,),
+            dtype=pxd.DType.BF16,
+            encoding=pxd.Encoding.FULL,
+            base=base_ref(norm, pxd.DType.BF16),
+            full=random_storage(rng, (24,)),
+        ),
+        pxd.ModuleDelta(
+            name="same",
+            shape=(24, 24),
+            dtype=pxd.DType.BF16,
+            encoding=pxd.Encoding.SAME,
+            base=base_ref(same, pxd.DType.BF16),
+        ),
+    ]
+    delta = write_delta(
+        tmp_path / "delta.pxd",
+        modules,
+        tied=[("embed", "lm_head")],
+        dropped=["gone"],
+        assets={"config.json": b'{"model_type": "llama", "tuned": true}'},
+    )
+    return base, delta
+
+
+def test_applied_weights_equal_an_application_from_the_spec_alone(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, delta = pair
+    apply(base, delta, tmp_path / "out")
+    applied, expected = load(tmp_path / "out"), oracle(delta, load(base))
+    assert applied.keys() == expected.keys()
+    assert all(same_bits(applied[name], expected[name]) for name in expected)
+
+
+def test_shards_hold_what_one_file_holds_and_the_index_names_them(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, delta = pair
+    apply(base, delta, tmp_path / "one")
+    apply(base, delta, tmp_path / "many", shard_bytes=2048, workers=1)
+    one, many = load(tmp_path / "one"), load(tmp_path / "many")
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert index["weight_map"].keys() == many.keys() == one.keys()
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in one.values())
+    assert all(same_bits(one[name], many[name]) for name in one)
+
+
+def test_the_deltas_configuration_wins_over_the_bases(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, delta = pair
+    apply(base, delta, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tuned"] is True
+
+
+def test_a_wrong_base_leaves_no_output(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, delta = pair
+    data = bytearray((base / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (base / "model.safetensors").write_bytes(data)
+    with pytest.raises(pxd.BindingError) as caught:
+        apply(base, delta, tmp_path / "out")
+    assert caught.value.code == "E404"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "delta.pxd"]
+
+
+def test_damage_in_the_payload_leaves_no_output(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, delta = pair
+    data = bytearray(delta.read_bytes())
+    with pxd.open(delta) as file:
+        data[file.span("odd")[0]] ^= 1
+    delta.write_bytes(data)
+    with pytest.raises(pxd.PayloadError):
+        apply(base, delta, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_folder_is_kept_unless_told_otherwise(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, delta = pair
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+    with pytest.raises(ToolError, match="--overwrite"):
+        apply(base, delta, tmp_path / "out")
+    assert (tmp_path / "out" / "precious").read_text() == "mine"
+    apply(base, delta, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "precious").exists()
