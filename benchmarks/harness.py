@@ -1,4 +1,4 @@
-"""What every benchmark shares: timings as medians, rates against a bound of the same run, one JSON, one table, one plot.
+"""What every benchmark shares: medians, rates against a bound of the same run, one JSON, one table, one plot.
 
     from harness import Benchmark, timed
 
