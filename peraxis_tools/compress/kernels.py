@@ -1,0 +1,172 @@
+"""One pass over a matrix pair: signs of the delta and its weighted absolute sums, the same bits with and without numba.
+
+    d = f32(fine_tuned) - f32(base)          binary32
+    mask      bit j of row i is 1 where d_ij >= 0
+    row_i     = sum over j of |d_ij| w_j     binary64
+    col_j     = sum over i of |d_ij|         binary64
+    square    = sum over i, j of d_ij^2      binary64
+
+The order of every sum is part of the contract, so that neither threads nor the fallback change a byte: row_i and the
+square of a row are summed in 8 lanes (column j in lane j mod 8, columns ascending), lanes then added from 0 to 7;
+col_j is summed over chunks of 64 rows, rows ascending in a chunk, chunks ascending; squares over rows ascending.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peraxis_format import Array, DType, pack_signs, to_float32
+
+__all__ = ["DeltaSums", "have_numba", "matrix_sums"]
+
+_LANES: Final = 8
+_CHUNK: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaSums:
+    """mask: U8 [d_out, ceil(d_in/8)]. row: float64 [d_out]. col: float64 [d_in]. square: sum of squares."""
+
+    mask: NDArray[np.uint8]
+    row: NDArray[np.float64]
+    col: NDArray[np.float64]
+    square: float
+
+
+def matrix_sums(
+    base: Array,
+    fine_tuned: Array,
+    *,
+    base_dtype: DType,
+    dtype: DType,
+    weights: NDArray[np.float64] | None = None,
+    minus: Callable[[slice], NDArray[np.float32]] | None = None,
+    numba: bool | None = None,
+) -> DeltaSums:
+    """The sums of one matrix pair (storage arrays [d_out, d_in]).
+
+    weights: w, all ones where None. minus: what earlier components hold of the delta, a block of rows at a time;
+    it is subtracted from d. numba: force or forbid the compiled kernel (which has no `minus`).
+    """
+    width = base.shape[1]
+    w = np.ones(width) if weights is None else np.ascontiguousarray(weights)
+    if minus is None and (have_numba() if numba is None else numba):
+        return _compiled_sums(base, fine_tuned, base_dtype, dtype, w)
+    lanes_w = np.zeros(-(-width // _LANES) * _LANES)
+    lanes_w[:width] = w
+    masks, rows, cols, squares = [], [], [], []
+    for start in range(0, base.shape[0], _CHUNK):
+        part = slice(start, start + _CHUNK)
+        delta = to_float32(fine_tuned[part], dtype) - to_float32(base[part], base_dtype)
+        if minus is not None:
+            delta = delta - minus(part)
+        masks.append(pack_signs(delta >= 0))
+        wide = np.zeros((len(delta), len(lanes_w)))
+        np.abs(delta, out=wide[:, :width])
+        cols.append(np.add.reduce(wide[:, :width], axis=0))
+        rows.append(_lane_sums(wide * lanes_w))
+        squares.append(_lane_sums(wide * wide))
+    return _collect(np.concatenate(masks), np.concatenate(rows), np.stack(cols), np.concatenate(squares))
+
+
+def _lane_sums(wide: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[rows, 8 n] -> [rows], in the order that the module states."""
+    lanes = np.ascontiguousarray(wide.reshape(len(wide), -1, _LANES).transpose(1, 0, 2))
+    summed = np.add.reduce(lanes, axis=0)
+    total = summed[:, 0].copy()
+    for lane in range(1, _LANES):
+        total += summed[:, lane]
+    return total
+
+
+def _collect(
+    mask: NDArray[np.uint8],
+    row: NDArray[np.float64],
+    chunks: NDArray[np.float64],
+    squares: NDArray[np.float64],
+) -> DeltaSums:
+    col = chunks[0].copy()
+    for chunk in chunks[1:]:
+        col += chunk
+    return DeltaSums(mask=mask, row=row, col=col, square=float(np.cumsum(squares)[-1]))
+
+
+@cache
+def have_numba() -> bool:
+    """Whether numba can be imported."""
+    try:
+        import numba
+    except ImportError:
+        return False
+    return bool(numba.__version__)
+
+
+def _compiled_sums(
+    base: Array, fine_tuned: Array, base_dtype: DType, dtype: DType, weights: NDArray[np.float64]
+) -> DeltaSums:
+    rows, width = base.shape
+    mask = np.zeros((rows, (width + 7) // 8), np.uint8)
+    row, squares = np.empty(rows), np.empty(rows)
+    chunks = np.zeros((-(-rows // _CHUNK), width))
+    if base_dtype is DType.BF16 and dtype is DType.BF16:
+        _kernel(True)(base, fine_tuned, weights, mask, row, squares, chunks)
+    else:
+        left, right = to_float32(base, base_dtype), to_float32(fine_tuned, dtype)
+        _kernel(False)(left, right, weights, mask, row, squares, chunks)
+    return _collect(mask, row, chunks, squares)
+
+
+@cache
+def _kernel(bfloat16: bool) -> Callable[..., None]:
+    from numba import njit, prange
+
+    @njit(inline="always")
+    def widen(source: Any, buffer: Any) -> None:
+        for j in range(source.shape[0]):
+            buffer[j] = np.uint32(source[j]) << np.uint32(16)
+
+    @njit(parallel=True, cache=False)
+    def kernel(base: Any, fine_tuned: Any, weights: Any, mask: Any, row: Any, squares: Any, chunks: Any) -> None:
+        height, width = base.shape
+        padded = (width + 7) // 8 * 8
+        for chunk in prange(chunks.shape[0]):
+            left, right = np.empty(width, np.uint32), np.empty(width, np.uint32)
+            # Beyond `width` stays 0: it adds nothing to a lane, and sets no bit (see below).
+            size, weighted = np.zeros(padded), np.zeros(padded)
+            positive = np.zeros(padded, np.uint8)
+            for i in range(chunk * 64, min(height, chunk * 64 + 64)):
+                if bfloat16:
+                    widen(base[i], left)
+                    widen(fine_tuned[i], right)
+                    a, b = left.view(np.float32), right.view(np.float32)
+                else:
+                    a, b = base[i], fine_tuned[i]
+                for j in range(width):
+                    d = np.float32(b[j] - a[j])
+                    positive[j] = d >= 0
+                    size[j] = abs(np.float64(d))
+                    weighted[j] = size[j] * weights[j]
+                    chunks[chunk, j] += size[j]
+                sums, powers = np.zeros(8), np.zeros(8)
+                for j in range(0, padded, 8):
+                    for lane in range(8):
+                        sums[lane] += weighted[j + lane]
+                        powers[lane] += size[j + lane] * size[j + lane]
+                total, power = sums[0], powers[0]
+                for lane in range(1, 8):
+                    total += sums[lane]
+                    power += powers[lane]
+                row[i], squares[i] = total, power
+                for byte in range(padded // 8):
+                    value = np.uint8(0)
+                    for bit in range(8):
+                        value |= positive[8 * byte + bit] << bit
+                    mask[i, byte] = value
+
+    return kernel

@@ -1,0 +1,393 @@
+"""The whole model, one decoder block at a time: teacher (fine-tuned) and student (base + deltas) side by side.
+
+For each block: load it twice; see once which product reads which input (discovery); then, stage by stage in the order
+of the data (q/k/v; o; gate/up; down), run both up to the stage's input, sum G, E, F (statistics.py), fit the stage's
+modules, and put them into the student exactly as the file will apply them. What comes later is then fitted on inputs
+that already contain what came before. At last both blocks' outputs replace the hidden states. O(layers) work;
+memory holds one block of each model, the hidden states, and the sums of one stage.
+
+Embedding first, as its rows change what everything else sees; lm_head last, on the final hidden states. A tied
+pair is fitted first, on the teacher's final hidden states, which a pass of the teacher alone gives.
+
+Experts: a token may be routed elsewhere in the student, so teacher inputs cannot be matched; there Z = 0, and the
+experts are fitted on the student's own tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from peraxis_format import Axis, Encoding, Safetensors
+from peraxis_tools.compress.fit import FitOptions, FittedMatrix, fit_matrix
+from peraxis_tools.compress.hidden import HiddenStates
+from peraxis_tools.compress.modules import TORCH_DTYPES, apply_components, components_of, to_torch
+from peraxis_tools.compress.names import NameMap, Piece
+from peraxis_tools.compress.observe import Call, Observer, StopForward
+from peraxis_tools.compress.plan import TABLES, Plan, PlannedModule
+from peraxis_tools.compress.skeleton import Skeleton, UnsupportedModelError
+from peraxis_tools.compress.statistics import Moments, Statistics
+from peraxis_tools.compress.streaming import mean_components
+from peraxis_tools.compress.types import FittedModule, ModuleReport
+from peraxis_tools.compress.workfolder import WorkFolder
+
+__all__ = ["Batch", "Procedure", "Stage", "stages_of"]
+
+Key = tuple[str, int | None]  # parameter, batch element
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Token ids [samples, length]; whether they judge (held-out) or fit."""
+
+    ids: Tensor
+    held_out: bool
+
+
+@dataclass(slots=True)
+class Stage:
+    """Parameters whose inputs are ready at the same moment. leader: whose input's sums a key shares."""
+
+    parameters: list[str] = field(default_factory=list)
+    leader: dict[Key, Key] = field(default_factory=dict)
+    transposed: dict[str, bool] = field(default_factory=dict)
+    experts: bool = False
+
+
+def stages_of(calls: Sequence[Call]) -> list[Stage]:
+    """Group the calls of one forward pass: products with one input are one stage, and so are a parameter's experts."""
+    stages: list[Stage] = []
+    of_source: dict[tuple[int, int, int], tuple[Stage, Key]] = {}
+    of_parameter: dict[str, Stage] = {}
+    for call in calls:
+        key: Key = (call.parameter, call.index[0] if call.index else None)
+        stage = of_parameter.get(call.parameter)
+        if stage is None:
+            stage = of_source[call.source][0] if call.source in of_source else Stage()
+            if stage not in stages:
+                stages.append(stage)
+            of_parameter[call.parameter] = stage
+            stage.parameters.append(call.parameter)
+        leading = of_source.setdefault(call.source, (stage, key))
+        stage.leader.setdefault(key, leading[1] if leading[0] is stage else key)
+        stage.transposed[call.parameter] = call.transposed
+        stage.experts = stage.experts or bool(call.index)
+    return stages
+
+
+class Procedure:
+    """One run over all blocks. `fitted` fills as it goes; every finished part is in the work folder."""
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        base: Safetensors,
+        fine_tuned: Safetensors,
+        teacher: Skeleton,
+        student: Skeleton,
+        names: NameMap,
+        batches: Sequence[Batch],
+        options: FitOptions,
+        work: WorkFolder,
+        hidden_limit: int,
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        self.base, self.fine_tuned = base, fine_tuned
+        self.teacher, self.student = teacher, student
+        self.names, self.batches, self.options, self.work = names, batches, options, work
+        self.modules = {module.name: module for module in plan.modules}
+        self.aliases = {alias: name for name, alias in plan.tied}
+        self.fitted: dict[str, FittedModule] = {}
+        self._hidden = [
+            HiddenStates(work.path, label, limit=hidden_limit // 2) for label in ("teacher", "student")
+        ]
+        self._progress = progress
+        self.device = student.device
+
+    # -- tensors ---------------------------------------------------------------------------------------------
+
+    def _read(self, tensors: Safetensors, name: str, rows: slice | None = None) -> Tensor:
+        return to_torch(tensors.read(name, rows), tensors[name].dtype).to(self.device)
+
+    def teacher_tensor(self, name: str) -> Tensor:
+        """A tensor of the fine-tuned checkpoint."""
+        return self._read(self.fine_tuned, name)
+
+    def student_tensor(self, name: str) -> Tensor:
+        """A tensor as the file will give it: exact, or the base with what is fitted by now."""
+        module = self.modules[self.aliases.get(name, name)]
+        if module.encoding is not Encoding.SIGN or module.base_shape is None:
+            return self._read(self.fine_tuned, module.name)
+        kept = min(module.shape[0], module.base_shape[0])
+        base = self._read(self.base, module.name, slice(0, kept))
+        fitted = self.fitted.get(module.name)
+        covered = apply_components(base, fitted.components if fitted else (), TORCH_DTYPES[module.dtype])
+        if kept == module.shape[0]:
+            return covered
+        return torch.cat([covered, self._read(self.fine_tuned, module.name, slice(kept, None))])
+
+    def _parameter(self, name: str, source: Callable[[str], Tensor], skeleton: Skeleton) -> Tensor | None:
+        """A parameter's value, put together from the checkpoint's tensors; None where it has none of them."""
+        pieces = self.names.by_parameter.get(name)
+        if not pieces:
+            return None
+        if len(pieces) == 1 and pieces[0].index is None and pieces[0].rows is None:
+            return source(pieces[0].tensor)
+        value = torch.empty(skeleton.get(name).shape, dtype=skeleton.dtype, device=self.device)
+        for piece in pieces:
+            piece.select(value).copy_(source(piece.tensor))
+        return value
+
+    def _fill(self, names: Iterable[str]) -> None:
+        for name in names:
+            for skeleton, source in ((self.teacher, self.teacher_tensor), (self.student, self.student_tensor)):
+                value = self._parameter(name, source, skeleton)
+                if value is not None:
+                    skeleton.set(name, value)
+                elif skeleton.get(name).is_meta:
+                    raise UnsupportedModelError(f"{name}: the checkpoint has no tensor for it; use --fit none")
+
+    def _fill_outer(self) -> None:
+        """Everything outside the layers; what the checkpoint lacks is tied to what it has."""
+        outer = self.teacher.outer_parameters()
+        held = [name for name in outer if name in self.names.by_parameter]
+        self._fill(held)
+        for skeleton in (self.teacher, self.student):
+            skeleton.retie()
+        self._fill(name for name in outer if name not in held)
+
+    # -- the run ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def run(self) -> dict[str, FittedModule]:
+        """Fit every module that the plan gives signs. Returns them by name."""
+        blocks = len(self.student)
+        self._part("embedding", self._fit_tables)
+        for i, batch in enumerate(self.batches):
+            for hidden, skeleton in zip(self._hidden, (self.teacher, self.student), strict=True):
+                hidden[i] = skeleton.embed(batch.ids)
+        for index in range(blocks):
+            self._progress("fit", index, blocks + 1)
+            self._fill(self.student.layer_parameters(index))
+            self._part(f"block-{index:05d}", lambda index=index: self._fit_block(index))
+            self._advance(index)
+            for skeleton in (self.teacher, self.student):
+                skeleton.empty(index)
+        self._progress("fit", blocks, blocks + 1)
+        self._part("head", self._fit_head)
+        self._progress("fit", blocks + 1, blocks + 1)
+        return self.fitted
+
+    def _part(self, part: str, fit: Callable[[], list[FittedModule]]) -> None:
+        """Fit a part, or take it from the work folder, and see to it that the student has it."""
+        modules = self.work.load(part)
+        if modules is None:
+            modules = fit()
+            self.work.save(part, modules)
+        for module in modules:
+            self.fitted[module.name] = module
+        if part == "embedding":
+            self._fill_outer()
+        else:
+            self._install({self.names.by_tensor[module.name].parameter for module in modules})
+
+    def _install(self, parameters: Iterable[str]) -> None:
+        for name in sorted(parameters):
+            value = self._parameter(name, self.student_tensor, self.student)
+            if value is not None:
+                self.student.set(name, value)
+
+    def _advance(self, index: int) -> None:
+        for i, batch in enumerate(self.batches):
+            for hidden, skeleton in zip(self._hidden, (self.teacher, self.student), strict=True):
+                hidden[i] = skeleton.run_layer(index, batch.ids, hidden[i])
+
+    def _signed(self, parameters: Iterable[str]) -> list[tuple[PlannedModule, Piece]]:
+        """Modules with signs whose tensors lie in these parameters, in plan order."""
+        wanted = set(parameters)
+        return [
+            (module, piece)
+            for module in self.modules.values()
+            if module.encoding is Encoding.SIGN
+            and (piece := self.names.by_tensor.get(module.name)) is not None
+            and piece.parameter in wanted
+        ]
+
+    def _fit_tables(self) -> list[FittedModule]:
+        """Embeddings, and what no parameter of the model holds: without calibration."""
+        mapped = self.names.by_tensor
+        outer = set(self.teacher.outer_parameters())
+        return [
+            self._plain(module, "" if module.kind in TABLES else "not a parameter of the model: mean |delta|")
+            for module in self.modules.values()
+            if module.encoding is Encoding.SIGN
+            and (module.name not in mapped or mapped[module.name].parameter in outer)
+            and module.kind != "lm_head"
+        ]
+
+    def _plain(self, module: PlannedModule, note: str) -> FittedModule:
+        kept = min(module.shape[0], (module.base_shape or module.shape)[0])
+        components = mean_components(
+            self.base.read(module.name, slice(0, kept)),
+            self.fine_tuned.read(module.name, slice(0, kept)),
+            base_dtype=self.base[module.name].dtype,
+            dtype=module.dtype,
+            axis=module.axis,
+            components=module.components,
+        )
+        return FittedModule(name=module.name, components=components, report=ModuleReport(note=note))
+
+    def _fit_block(self, index: int) -> list[FittedModule]:
+        local = {name: self.student.get(name) for name in self.student.layer_parameters(index)}
+        calls: list[Call] = []
+        with Observer(local.items(), calls.append):
+            self.student.run_layer(index, self.batches[0].ids, self._hidden[1][0])
+        stages = stages_of(calls)
+        del calls
+        seen = {name for stage in stages for name in stage.parameters}
+        done = [self._plain(m, "its input was not seen: mean |delta|") for m, _ in self._signed(set(local) - seen)]
+        self._take(done)
+        for stage in stages:
+            modules = self._signed(stage.parameters)
+            if modules:
+                fitted = self._fit_stage(stage, modules, lambda skeleton, i: self._layer_forward(index, skeleton, i))
+                self._take(fitted)
+                done.extend(fitted)
+        return done
+
+    def _take(self, modules: Sequence[FittedModule]) -> None:
+        for module in modules:
+            self.fitted[module.name] = module
+        self._install({self.names.by_tensor[module.name].parameter for module in modules})
+
+    def _layer_forward(self, index: int, skeleton: Skeleton, i: int) -> None:
+        skeleton.run_layer(index, self.batches[i].ids, self._hidden[skeleton is self.student][i])
+
+    def _fit_head(self) -> list[FittedModule]:
+        heads = [m for m in self.modules.values() if m.encoding is Encoding.SIGN and m.kind == "lm_head"]
+        done: list[FittedModule] = []
+        for module in heads:
+            piece = self.names.by_tensor.get(module.name)
+            if piece is None:
+                done.append(self._plain(module, "not a parameter of the model: mean |delta|"))
+                continue
+            stage = Stage([piece.parameter], {(piece.parameter, None): (piece.parameter, None)})
+            stage.transposed[piece.parameter] = False
+            done.extend(self._fit_stage(stage, [(module, piece)], self._head_forward))
+        return done
+
+    def _head_forward(self, skeleton: Skeleton, i: int) -> None:
+        skeleton.head(self.batches[i].ids, self._hidden[skeleton is self.student][i])
+
+    # -- one stage -------------------------------------------------------------------------------------------
+
+    def _inputs(
+        self, stage: Stage, skeleton: Skeleton, run: Callable[[Skeleton, int], None], i: int
+    ) -> dict[Key, Tensor]:
+        """The inputs of the stage's leaders on batch i; the pass ends once all are there."""
+        leaders = set(stage.leader.values())
+        found: dict[Key, list[Tensor]] = {}
+
+        def see(call: Call) -> None:
+            key: Key = (call.parameter, call.index[0] if call.index else None)
+            if key in leaders or (stage.experts and stage.leader.get(key, key) == key):
+                found.setdefault(key, []).append(call.inputs.clone())
+            if not stage.experts and len(found) == len(leaders):
+                raise StopForward
+
+        parameters = [(name, skeleton.get(name)) for name in stage.parameters]
+        try:
+            with Observer(parameters, see):
+                run(skeleton, i)
+        except StopForward:
+            pass
+        return {key: torch.cat(inputs) for key, inputs in found.items()}
+
+    def _collect(self, stage: Stage, run: Callable[[Skeleton, int], None]) -> dict[Key, Statistics]:
+        sums: dict[Key, Statistics] = {}
+        for i, batch in enumerate(self.batches):
+            ours = self._inputs(stage, self.student, run, i)
+            theirs = {} if stage.experts else self._inputs(stage, self.teacher, run, i)
+            for key, inputs in ours.items():
+                if key not in sums:
+                    width = inputs.shape[-1]
+                    fit, judge = (
+                        Moments.zeros(width, paired=not stage.experts, device=self.device) for _ in range(2)
+                    )
+                    sums[key] = Statistics(fit=fit, held_out=judge)
+                moments = sums[key].held_out if batch.held_out else sums[key].fit
+                moments.add(inputs, theirs.get(key))
+        return sums
+
+    def _fit_stage(
+        self,
+        stage: Stage,
+        modules: Sequence[tuple[PlannedModule, Piece]],
+        run: Callable[[Skeleton, int], None],
+    ) -> list[FittedModule]:
+        sums = self._collect(stage, run)
+        return [self._fit_module(module, piece, stage, sums) for module, piece in modules]
+
+    def _fit_module(
+        self, module: PlannedModule, piece: Piece, stage: Stage, sums: dict[Key, Statistics]
+    ) -> FittedModule:
+        kept = min(module.shape[0], (module.base_shape or module.shape)[0])
+        base = self._read(self.base, module.name, slice(0, kept)).float()
+        tuned = self._read(self.fine_tuned, module.name, slice(0, kept)).float()
+        transposed = stage.transposed[piece.parameter]
+        if torch.equal(base, tuned):
+            return FittedModule(name=module.name, components=(), report=ModuleReport(note="unchanged"))
+        batch = base.shape[:-2]
+        options = self._options(module, batch=bool(batch), transposed=transposed)
+        results: list[FittedMatrix] = []
+        matrices = zip(base.reshape(-1, *base.shape[-2:]), tuned.reshape(-1, *tuned.shape[-2:]), strict=True)
+        for e, (b, t) in enumerate(matrices):
+            key: Key = (piece.parameter, e if batch else piece.index)
+            statistics = sums.get(stage.leader.get(key, key)) or _no_statistics(b.shape[-2 if transposed else -1])
+            if transposed:
+                b, t = b.t().contiguous(), t.t().contiguous()
+            results.append(
+                fit_matrix(b, t, dtype=TORCH_DTYPES[module.dtype], statistics=statistics, options=options)
+            )
+        if all(not result.terms for result in results):
+            components = ()
+        else:
+            components = components_of([r.terms for r in results], batch=tuple(batch), transposed=transposed)
+        return FittedModule(name=module.name, components=components, report=_report(results))
+
+    def _options(self, module: PlannedModule, *, batch: bool, transposed: bool) -> FitOptions:
+        axes = self.options.axes if module.axis is None else (module.axis,)
+        if batch and len(axes) > 1:
+            axes = (Axis.ROW_COL,)  # experts of one tensor share their axis; this one contains row and col
+        if transposed:
+            swapped = {Axis.ROW: Axis.COL, Axis.COL: Axis.ROW}
+            axes = tuple(swapped.get(axis, axis) for axis in axes)
+        return FitOptions(
+            axes=axes,
+            components=module.components,
+            refine=self.options.refine,
+            dampings=self.options.dampings,
+            rounds=self.options.rounds,
+            sweeps=self.options.sweeps,
+        )
+
+
+def _no_statistics(width: int) -> Statistics:
+    """For an expert that no token reached."""
+    return Statistics(fit=Moments.zeros(width, paired=False), held_out=Moments.zeros(width, paired=False))
+
+
+def _report(results: Sequence[FittedMatrix]) -> ModuleReport:
+    notes = sorted({result.note for result in results if result.note})
+    count = sum(1 for result in results if result.note)
+    share = f"{count} of {len(results)} experts: " if len(results) > 1 and notes else ""
+    return ModuleReport(
+        error=sum(result.error for result in results),
+        error_none=sum(result.error_none for result in results),
+        error_same=sum(result.error_same for result in results),
+        note=share + "; ".join(notes),
+    )

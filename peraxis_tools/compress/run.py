@@ -1,0 +1,262 @@
+"""compress: the verb. Which steps a run takes, and how what they find becomes one file.
+
+    open the pair -> refuse what does not fit together -> plan
+    fit none:    stream every tensor pair into the file
+    otherwise:   tokens -> embedding -> block by block -> lm_head (procedure.py, resumable) -> distillation -> the file
+
+No torch before a fit needs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peraxis_format import (
+    Array,
+    BaseRef,
+    DeltaWriter,
+    Encoding,
+    ModuleDelta,
+    Safetensors,
+    TensorInfo,
+    canonical_json,
+    raw_bytes,
+)
+from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.compress.options import CompressOptions, OptionError
+from peraxis_tools.compress.pairing import check_pair, tied_pairs
+from peraxis_tools.compress.plan import Plan, PlannedModule, plan
+from peraxis_tools.compress.streaming import mean_components
+from peraxis_tools.compress.types import FittedModule, ModuleReport, RunFit
+from peraxis_tools.errors import ToolError
+
+__all__ = ["CompressResult", "Progress", "compress"]
+
+# Called as progress(step, done, total): what is being done, and how far it is.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressResult:
+    """What `compress` made. Sizes in bytes; notes: modules that did not get what was planned, and why."""
+
+    path: Path
+    content_id: str
+    size: int
+    full_size: int
+    fit: str
+    modules: int
+    signed: int
+    unchanged: int
+    axes: Mapping[str, int]
+    notes: Mapping[str, str]
+    calibration_samples: int
+    calibration_tokens: int
+
+    @property
+    def ratio(self) -> float:
+        """Size of the fine-tuned checkpoint over size of the file."""
+        return self.full_size / self.size
+
+
+def compress(
+    base: str | Path,
+    fine_tuned: str | Path,
+    output: str | Path,
+    *,
+    options: CompressOptions | None = None,
+    base_revision: str | None = None,
+    fine_tuned_revision: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    show_plan: Callable[[Plan], None] | None = None,
+    **choices: Any,
+) -> CompressResult:
+    """Compress a fine-tuned checkpoint against its base into `output`.
+
+    base, fine_tuned: folder, safetensors file or hub id. choices: single options by name, in place of `options`
+    (compress(..., calibration="c4", bits=2)). show_plan is called with the plan before any work.
+    Raises ToolError (OptionError, CheckpointError) before work starts where the pair or the options do not fit.
+    """
+    if options is not None and choices:
+        raise OptionError(f"pass options, or {', '.join(choices)} by name, not both")
+    options = options or CompressOptions.from_mapping(choices)
+    output = Path(output)
+    step = progress or _no_progress
+    if output.exists() and not overwrite:
+        raise ToolError(f"{output}: exists; pass --overwrite to replace it")
+    if not output.parent.is_dir():
+        raise ToolError(f"{output.parent}: no such folder; make it first")
+    with (
+        open_checkpoint(base, revision=base_revision) as base_checkpoint,
+        open_checkpoint(fine_tuned, revision=fine_tuned_revision) as tuned_checkpoint,
+    ):
+        check_pair(base_checkpoint, tuned_checkpoint)
+        planned = plan(
+            fine_tuned={info.name: info for info in tuned_checkpoint.tensors.infos()},
+            base={info.name: info for info in base_checkpoint.tensors.infos()},
+            options=options,
+            tied=tied_pairs(tuned_checkpoint.tensors),
+        )
+        if show_plan is not None:
+            show_plan(planned)
+        fit = RunFit(plan=planned)
+        if options.resolved_fit != "none":
+            from peraxis_tools.compress.calibrated import calibrated_fit
+
+            fit = calibrated_fit(base_checkpoint, tuned_checkpoint, planned, output, options, step)
+        result = _write(base_checkpoint, tuned_checkpoint, fit, output, options, step)
+    if fit.work is not None:
+        shutil.rmtree(fit.work, ignore_errors=True)
+    return result
+
+
+def _no_progress(step: str, done: int, total: int) -> None:
+    return None
+
+
+def _write(
+    base: Checkpoint,
+    fine_tuned: Checkpoint,
+    fit: RunFit,
+    output: Path,
+    options: CompressOptions,
+    progress: Progress,
+) -> CompressResult:
+    planned = fit.plan
+    reports: dict[str, ModuleReport] = {}
+    axes: dict[str, int] = {}
+    counts = dict.fromkeys(Encoding, 0)
+    with DeltaWriter(
+        output,
+        base=base.identity,
+        fine_tuned=fine_tuned.identity,
+        calibration=fit.calibration,
+    ) as writer:
+        done, total = 0, planned.full_bytes
+        for module in planned.modules:
+            delta, report = _module_delta(module, base.tensors, fine_tuned.tensors, fit.modules.get(module.name))
+            writer.add(delta)
+            counts[delta.encoding] += 1
+            for component in delta.components:
+                axes[component.axis.value] = axes.get(component.axis.value, 0) + 1
+            if report is not None:
+                reports[module.name] = report
+            done += fine_tuned.tensors[module.name].size
+            progress("write", done, total)
+        for name, alias in planned.tied:
+            writer.tie(name, alias)
+        for name in planned.dropped:
+            writer.drop(name)
+        for path, data in fine_tuned.assets():
+            writer.add_asset(path, data)
+        writer.metadata["peraxis.config"] = options.canonical_json()
+        writer.metadata["peraxis.plan"] = _plan_json(planned)
+        if reports:
+            writer.metadata["peraxis.report"] = _report_json(reports)
+        writer.metadata.update(fit.metadata)
+        manifest = writer.finish()
+    return CompressResult(
+        path=output,
+        content_id=manifest.content_id,
+        size=output.stat().st_size,
+        full_size=planned.full_bytes,
+        fit=options.resolved_fit,
+        modules=len(planned.modules),
+        signed=counts[Encoding.SIGN],
+        unchanged=counts[Encoding.SAME],
+        axes=dict(sorted(axes.items())),
+        notes={name: report.note for name, report in reports.items() if report.note},
+        calibration_samples=fit.calibration.samples if fit.calibration else 0,
+        calibration_tokens=fit.tokens,
+    )
+
+
+def _module_delta(
+    module: PlannedModule, base: Safetensors, fine_tuned: Safetensors, fitted: FittedModule | None
+) -> tuple[ModuleDelta, ModuleReport | None]:
+    """The module as it is stored, and what there is to report of it. Reads one tensor pair."""
+    tuned_array = fine_tuned.read(module.name)
+    if module.base_shape is None or module.base_dtype is None:
+        return _full(module, None, tuned_array), None
+    base_array = base.read(module.name)
+    ref = base_ref(base[module.name], base_array)
+    if _same_bytes(module, base_array, tuned_array):
+        return _delta(module, Encoding.SAME, ref), None
+    if module.encoding is not Encoding.SIGN:
+        return _full(module, ref, tuned_array), None
+    kept = min(module.shape[0], module.base_shape[0])
+    tail = tuned_array[kept:] if kept < module.shape[0] else None
+    if fitted is None:
+        components = mean_components(
+            base_array[:kept],
+            tuned_array[:kept],
+            base_dtype=module.base_dtype,
+            dtype=module.dtype,
+            axis=module.axis,
+            components=module.components,
+        )
+        report = None
+    else:
+        components, report = fitted.components, fitted.report
+    encoding = Encoding.SIGN if components else Encoding.SAME
+    delta = ModuleDelta(
+        name=module.name,
+        shape=module.shape,
+        dtype=module.dtype,
+        encoding=encoding,
+        base=ref,
+        components=components,
+        tail=tail,
+    )
+    return delta, report
+
+
+def base_ref(info: TensorInfo, array: Array) -> BaseRef:
+    """The reference to a base tensor, from its bytes in memory."""
+    return BaseRef(dtype=info.dtype, shape=info.shape, sha256=hashlib.sha256(raw_bytes(array)).hexdigest())
+
+
+def _same_bytes(module: PlannedModule, base: Array, fine_tuned: Array) -> bool:
+    return module.dtype is module.base_dtype and base.shape == fine_tuned.shape and np.array_equal(
+        base.view(np.uint8) if base.ndim else base, fine_tuned.view(np.uint8) if fine_tuned.ndim else fine_tuned
+    )
+
+
+def _full(module: PlannedModule, ref: BaseRef | None, array: Array) -> ModuleDelta:
+    return ModuleDelta(
+        name=module.name, shape=module.shape, dtype=module.dtype, encoding=Encoding.FULL, base=ref, full=array
+    )
+
+
+def _delta(module: PlannedModule, encoding: Encoding, ref: BaseRef) -> ModuleDelta:
+    return ModuleDelta(name=module.name, shape=module.shape, dtype=module.dtype, encoding=encoding, base=ref)
+
+
+def _plan_json(planned: Plan) -> str:
+    """The plan for the manifest: predicted bytes, and for each module encoding, masks and axis, or why it is full."""
+
+    def line(module: PlannedModule) -> str:
+        axis = "auto" if module.axis is None else module.axis.value
+        return f"sign {module.components} {axis}" if module.components else f"full: {module.reason}"
+
+    modules: dict[str, Any] = {module.name: line(module) for module in planned.modules}
+    return canonical_json({"modules": modules, "payload_bytes": planned.payload_bytes}).decode()
+
+
+def _report_json(reports: Mapping[str, ModuleReport]) -> str:
+    """Errors and notes for the manifest; errors as decimal numbers in text."""
+
+    def line(report: ModuleReport) -> str:
+        errors = {"error": report.error, "none": report.error_none, "same": report.error_same}
+        parts = [f"{name} {value:.3g}" for name, value in errors.items() if value is not None]
+        return "; ".join([*parts, *([report.note] if report.note else [])])
+
+    return canonical_json({name: line(report) for name, report in reports.items()}).decode()

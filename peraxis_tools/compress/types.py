@@ -1,0 +1,43 @@
+"""What the steps of a compression hand to each other; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peraxis_format import Calibration, Component
+from peraxis_tools.compress.plan import Plan
+
+__all__ = ["FittedModule", "ModuleReport", "RunFit"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleReport:
+    """What the fit saw. Errors are mean squares of the module's output over the tokens that judged; None: unknown."""
+
+    error: float | None = None
+    error_none: float | None = None
+    error_same: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittedModule:
+    """Components of one tensor as they will be stored; none at all means `same` (the base's own weight)."""
+
+    name: str
+    components: tuple[Component, ...]
+    report: ModuleReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFit:
+    """All fitted modules, the plan that they follow, and what the manifest says about the text."""
+
+    plan: Plan
+    modules: Mapping[str, FittedModule] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    tokens: int = 0
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    work: Path | None = None

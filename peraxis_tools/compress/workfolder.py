@@ -1,0 +1,111 @@
+"""The work folder: what a run has fitted so far, on disk, so that a killed run goes on and ends in the same bytes.
+
+OUT.peraxis-work/
+  inputs.json        the digest that binds the folder to checkpoints, text and options; another run starts afresh
+  PART.json, PART.bin   the modules of one part (embedding, a block, the head): index and arrays
+
+A part is written under a temporary name and renamed, the json last: it is there whole or not at all. Hidden
+states are not kept: a resumed run computes them again, with the same operations and so to the same bits, which costs
+two forward passes for each finished block.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peraxis_format import Array, Axis, Component, atomic_file, raw_bytes
+from peraxis_tools.compress.types import FittedModule, ModuleReport
+
+__all__ = ["WorkFolder"]
+
+_INPUTS = "inputs.json"
+_TYPES = {"mask": np.uint8, "row": np.float16, "col": np.float16, "scalar": np.float16}
+
+
+class WorkFolder:
+    """Finished parts of one run. `digest` says of which."""
+
+    def __init__(self, output: Path, digest: str, *, resume: bool) -> None:
+        self.path = output.with_name(output.name + ".peraxis-work")
+        if self.path.exists() and not (resume and self._digest() == digest):
+            shutil.rmtree(self.path)
+        self.path.mkdir(exist_ok=True)
+        if self._digest() is None:
+            with atomic_file(self.path / _INPUTS) as file:
+                file.write(json.dumps({"digest": digest}).encode())
+
+    def _digest(self) -> str | None:
+        try:
+            return str(json.loads((self.path / _INPUTS).read_bytes())["digest"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def load(self, part: str) -> list[FittedModule] | None:
+        """The modules of a finished part; None where it is not finished."""
+        index = self.path / f"{part}.json"
+        if not index.is_file():
+            return None
+        data = (self.path / f"{part}.bin").read_bytes()
+        return [_module(entry, data) for entry in json.loads(index.read_bytes())]
+
+    def save(self, part: str, modules: Sequence[FittedModule]) -> None:
+        """Store a finished part."""
+        entries: list[dict[str, Any]] = []
+        offset = 0
+        with atomic_file(self.path / f"{part}.bin") as file:
+            for module in modules:
+                components = []
+                for component in module.components:
+                    arrays = {}
+                    for name, array in {"mask": component.mask, **component.scales()}.items():
+                        file.write(raw_bytes(np.ascontiguousarray(array)))
+                        arrays[name] = [offset, list(array.shape)]
+                        offset += array.nbytes
+                    components.append(
+                        {"axis": component.axis.value, "exponent": component.exponent, "arrays": arrays}
+                    )
+                report = module.report
+                entries.append(
+                    {
+                        "name": module.name,
+                        "components": components,
+                        "report": [report.error, report.error_none, report.error_same, report.note],
+                    }
+                )
+        with atomic_file(self.path / f"{part}.json") as file:
+            file.write(json.dumps(entries).encode())
+
+
+def _module(entry: dict[str, Any], data: bytes) -> FittedModule:
+    error, error_none, error_same, note = entry["report"]
+    return FittedModule(
+        name=entry["name"],
+        components=tuple(_component(component, data) for component in entry["components"]),
+        report=ModuleReport(error=error, error_none=error_none, error_same=error_same, note=note),
+    )
+
+
+def _component(entry: dict[str, Any], data: bytes) -> Component:
+    def array(name: str) -> Array | None:
+        if name not in entry["arrays"]:
+            return None
+        offset, shape = entry["arrays"][name]
+        return np.frombuffer(data, _TYPES[name], int(np.prod(shape)), offset).reshape(shape)
+
+    mask = array("mask")
+    if mask is None:
+        raise ValueError("a stored component has no mask")
+    return Component(
+        axis=Axis(entry["axis"]),
+        exponent=entry["exponent"],
+        mask=mask,
+        row=array("row"),
+        col=array("col"),
+        scalar=array("scalar"),
+    )
