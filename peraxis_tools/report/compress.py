@@ -1,0 +1,53 @@
+"""How `compress` looks to a person: the plan before, the result after."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from peraxis_tools.report.console import print_note, size, text
+
+if TYPE_CHECKING:
+    from peraxis_tools.compress import CompressResult, Plan
+
+__all__ = ["plan_lines", "render_compress"]
+
+_NOTES_SHOWN = 8
+
+
+def plan_lines(plan: Plan) -> None:
+    """The plan on standard error: what gets how many masks, what stays exact, and the size that follows."""
+    masks = Counter(module.components for module in plan.modules if module.components)
+    exact = Counter(module.reason for module in plan.modules if not module.components)
+    parts = [f"{count} modules with {k} mask{'s' * (k > 1)}" for k, count in sorted(masks.items())]
+    parts += [f"{count} exact ({reason})" for reason, count in sorted(exact.items())]
+    ratio = plan.full_bytes / max(plan.payload_bytes, 1)
+    print_note(f"plan: {', '.join(parts)}")
+    print_note(f"plan: {size(plan.payload_bytes)} of {size(plan.full_bytes)}, {ratio:.1f} times smaller")
+
+
+def render_compress(result: CompressResult, console: Console) -> None:
+    """File, sizes, what was fitted how, and what did not get what was planned."""
+    console.print(
+        f"[bold green]compressed[/]  {text(result.path)}  {size(result.size)} of {size(result.full_size)}, "
+        f"{result.ratio:.1f} times smaller"
+    )
+    console.print(f"content  {text(result.content_id)}")
+    axes = ", ".join(f"{axis} {count}" for axis, count in result.axes.items()) or "none"
+    console.print(
+        f"modules  {result.signed} with signs, {result.unchanged} as in the base, "
+        f"{result.modules - result.signed - result.unchanged} exact; axes: {axes}"
+    )
+    if result.calibration_samples:
+        console.print(
+            f"fit      {result.fit}, on {result.calibration_samples} samples, {result.calibration_tokens} tokens"
+        )
+    else:
+        console.print(f"fit      {result.fit}")
+    for i, (name, note) in enumerate(result.notes.items()):
+        if i == _NOTES_SHOWN:
+            console.print(f"note     and {len(result.notes) - i} more (inspect --json, metadata peraxis.report)")
+            break
+        console.print(f"note     {text(name)}: {text(note)}")
