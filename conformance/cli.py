@@ -1,0 +1,102 @@
+"""The command `peraxis-conformance`: run, list, copy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import report
+from .cases import Corpus, CorpusError
+from .process import AdapterError
+from .run import Adapter, run_cases
+
+__all__ = ["main"]
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="peraxis-conformance", description="Hold a loader or writer of PXD files to SPEC.md.")
+    verbs = made.add_subparsers(dest="verb", required=True)
+    run = verbs.add_parser("run", help="run an adapter over the cases", description="Run an adapter over the cases. Exit status: 0 all passed, 1 a case failed, 2 usage or input.")
+    run.add_argument("--adapter", required=True, help='the command, for example "node adapter.js"')
+    run.add_argument("--jobs", "-j", type=positive, default=os.cpu_count() or 1, help="processes at a time (default: one a core)")
+    run.add_argument("--no-serve", action="store_true", help="one process a case even where the adapter offers serve")
+    run.add_argument("--stop", action="store_true", help="stop at the first failure")
+    run.add_argument("--address-space", type=positive, metavar="MIB", help="RLIMIT_AS of each process; not for run-times that reserve much")
+    run.add_argument("--json", type=Path, metavar="FILE", help="write a JSON report")
+    run.add_argument("--junit", type=Path, metavar="FILE", help="write a JUnit XML report")
+    run.add_argument("--verbose", "-v", action="store_true", help="name every case")
+    run.add_argument("--verbose-codes", action="store_true", help="name rejections with another code than the recommended one")
+    show = verbs.add_parser("list", help="name the cases")
+    show.add_argument("--json", action="store_true", help="one JSON object a line")
+    for verb in (run, show):
+        verb.add_argument("--case", action="append", default=[], metavar="GLOB", help="only cases whose id matches; may be repeated")
+        verb.add_argument("--skip", action="append", default=[], metavar="GLOB", help="leave out cases whose id matches; may be repeated")
+        verb.add_argument("--corpus", type=Path, metavar="DIR", help="another corpus than the installed one")
+    copy = verbs.add_parser("copy", help="write the corpus into a folder, every file of every case")
+    copy.add_argument("directory", type=Path)
+    return made
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def run(given: argparse.Namespace) -> int:
+    corpus = corpus_of(given)
+    cases = corpus.select(given.case, given.skip)
+    if not cases:
+        raise CorpusError("no case matches --case and --skip; `peraxis-conformance list` names them all")
+    adapter = Adapter(shlex.split(given.adapter), serve=not given.no_serve, address_space_mib=given.address_space)
+    summary = run_cases(adapter, cases, root=corpus.root, jobs=given.jobs, stop_at_first=given.stop,
+                        progress=lambda outcome: report.show_case(outcome, verbose=given.verbose))  # fmt: skip
+    if given.verbose_codes:
+        report.show_codes(summary.outcomes)
+    report.show_summary(summary)
+    if given.json:
+        write(given.json, json.dumps(report.as_dict(summary), indent=1) + "\n")
+    if given.junit:
+        write(given.junit, report.as_junit(summary))
+    return 0 if summary.passed else FAILED
+
+
+def write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def corpus_of(given: argparse.Namespace) -> Corpus:
+    return Corpus(given.corpus) if given.corpus else Corpus()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    given = parser().parse_args(arguments)
+    try:
+        if given.verb == "run":
+            return run(given)
+        if given.verb == "list":
+            report.show_list(corpus_of(given).select(given.case, given.skip), as_json=given.json)
+        else:
+            report.show(f"{Corpus().copy(given.directory)} cases in {given.directory}")
+    except (AdapterError, CorpusError, OSError, ValueError) as error:
+        sys.stderr.write(f"peraxis-conformance: {report.escaped(str(error))}\n")
+        return USAGE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

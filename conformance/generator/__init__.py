@@ -1,0 +1,1 @@
+"""The corpus, made with the standard library and integers alone: never with the reference writer."""

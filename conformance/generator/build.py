@@ -1,0 +1,289 @@
+"""Content -> the bytes of a PXD file, with a hook at each step so that a case can plant exactly one fault.
+
+    tensors -> pads -> digests -> manifest -> text -> records -> header -> file
+
+A hook runs before the steps that follow it, so a fault that it plants is the only one: whoever changes a
+payload in `tensors` gets digests that match it, whoever changes the manifest in `manifest` gets its base digest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .content import Content, Module, words
+from .oracle import NAN, Real, add, decode, encode, multiply, scale, signed
+
+__all__ = ["MAGIC", "Tensor", "apply", "build", "canonical", "expected", "frame", "header_json", "safetensors"]
+
+MAGIC = '{"__metadata__":{"format":"pxd","pxd":"'
+ALIGNMENT = 64
+PAGE = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tensor:
+    """One record of the header with its bytes; owner is ("module" | "asset" | "pad", index)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+    owner: tuple[str, int]
+
+
+Record = dict[str, Any]
+
+
+def canonical(value: Any) -> str:
+    """RFC 8785 over null, booleans, integers, strings, arrays and objects (SPEC 3.2)."""
+    if isinstance(value, dict):
+        keys = sorted(value, key=lambda key: key.encode("utf-16-be"))
+        return "{" + ",".join(f"{quoted(key)}:{canonical(value[key])}" for key in keys) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(canonical, value)) + "]"
+    return quoted(value) if isinstance(value, str) else json.dumps(value)
+
+
+def quoted(text: str) -> str:
+    """A JSON string as RFC 8785, section 3.2.2.2, writes it."""
+    short = {8: "\\b", 9: "\\t", 10: "\\n", 12: "\\f", 13: "\\r", 0x22: '\\"', 0x5C: "\\\\"}
+    return '"' + "".join(short.get(ord(c)) or (f"\\u{ord(c):04x}" if c < " " else c) for c in text) + '"'
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def mask(signs: bytes, width: int) -> bytes:
+    """SPEC 5.1: least significant bit first, each row of `width` signs padded to whole bytes."""
+    rows = (signs[i : i + width] for i in range(0, len(signs), width))
+    return b"".join(
+        sum(bit << j for j, bit in enumerate(row)).to_bytes(-(-width // 8), "little") for row in rows
+    )
+
+
+def module_tensors(index: int, module: Module) -> list[Tensor]:
+    """SPEC 4.1: the tensors of one module, in order."""
+    owner, covered, made = ("module", index), module.covered, []
+
+    def put(word: str, dtype: str, shape: tuple[int, ...], data: bytes) -> None:
+        name = f"{module.name}.{word}"
+        made.append(Tensor(name=name, dtype=dtype, shape=shape, data=data, owner=owner))
+
+    for k, part in enumerate(module.components):
+        width = covered[-1] if covered else 1
+        put(f"{k}.mask", "U8", (*covered[:-1], -(-width // 8)), mask(part.signs, width))
+        shapes = {"row": covered[:-1], "col": (*covered[:-2], width), "scalar": (1,)}
+        for word, values in part.scales:
+            put(f"{k}.{word}", "F16", shapes[word], words(values))
+    if module.encoding == "full":
+        put("full", module.dtype, module.shape, module.exact)
+    elif module.tail:
+        put("tail", module.dtype, module.tail, module.exact)
+    return made
+
+
+def laid_out(content: Content) -> list[Tensor]:
+    """SPEC 4.2: every tensor of the file, pads included."""
+    plain = [tensor for i, module in enumerate(content.modules) for tensor in module_tensors(i, module)]
+    for i, asset in enumerate(content.assets):
+        shape = (len(asset.data),)
+        plain.append(Tensor(name=f"__asset__.{i}", dtype="U8", shape=shape, data=asset.data, owner=("asset", i)))
+    made: list[Tensor] = []
+    end = pads = 0
+    for tensor in plain:
+        if gap := -end % ALIGNMENT:
+            made.append(Tensor(name=f"__pad__.{pads}", dtype="U8", shape=(gap,), data=bytes(gap), owner=("pad", pads)))
+            pads += 1
+        made.append(tensor)
+        end += gap + len(tensor.data)
+    return made
+
+
+def offsets(tensors: Sequence[Tensor]) -> list[Record]:
+    """The records of tensors that follow each other."""
+    made, end = [], 0
+    for tensor in tensors:
+        begin, end = end, end + len(tensor.data)
+        made.append({"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]})
+    return made
+
+
+def ranges(tensors: Sequence[Tensor], kind: str) -> dict[int, tuple[int, int]]:
+    """SPEC 4.3: index -> [begin, end) of each module or asset."""
+    found: dict[int, tuple[int, int]] = {}
+    for tensor, record in zip(tensors, offsets(tensors), strict=True):
+        if tensor.owner[0] == kind:
+            begin, end = record["data_offsets"]
+            found[tensor.owner[1]] = (found.get(tensor.owner[1], (begin, end))[0], end)
+    return found
+
+
+def base_digest(modules: list[dict[str, Any]]) -> str:
+    """SPEC 3.11."""
+    rows = [
+        [m["name"], m["base"]["dtype"], m["base"]["shape"], m["base"]["sha256"]]
+        for m in sorted(modules, key=lambda m: m["name"].encode("utf-8", "surrogatepass"))
+        if m["base"] is not None
+    ]
+    return "sha256:" + sha256(canonical(rows).encode())
+
+
+def manifest_of(content: Content, tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """SPEC 3.4, but for the base digest."""
+    data = b"".join(tensor.data for tensor in tensors)
+    held = ranges(tensors, "module")
+    modules = [
+        {
+            "name": m.name, "dtype": m.dtype, "shape": list(m.shape), "encoding": m.encoding,
+            "components": [{"axis": c.axis, "exponent": c.exponent} for c in m.components],
+            "base": m.base and {"dtype": m.base.dtype, "shape": list(m.base.shape), "sha256": sha256(m.base.data)},
+            "sha256": sha256(data[slice(*held[i])]) if i in held else None,
+        }
+        for i, m in enumerate(content.modules)
+    ]  # fmt: skip
+    assets = ranges(tensors, "asset")
+    return {
+        "assets": [{"path": a.path, "sha256": sha256(data[slice(*assets[i])])} for i, a in enumerate(content.assets)],
+        "base": {"id": content.base[0], "revision": content.base[1], "digest": ""},
+        "calibration": content.calibration,
+        "dropped": list(content.dropped),
+        "features": [],
+        "fine_tuned": {"id": content.fine_tuned[0], "revision": content.fine_tuned[1]},
+        "metadata": dict(content.metadata),
+        "modules": modules,
+        "producer": {"name": content.producer[0], "version": content.producer[1]},
+        "tied": [list(pair) for pair in content.tied],
+    }  # fmt: skip
+
+
+def header_json(version: str, text: str, records: Sequence[Record]) -> str:
+    """SPEC 2, the grammar, without the spaces at the end."""
+    entries = [f'{{"__metadata__":{{"format":"pxd","pxd":{quoted(version)},"manifest":{quoted(text)}}}']
+    for record in records:
+        fields = {key: value for key, value in record.items() if key != "name"}
+        entries.append(f"{quoted(record['name'])}:{json.dumps(fields, separators=(',', ':'))}")
+    return ",".join(entries) + "}"
+
+
+def frame(header: bytes, data: bytes, *, spaces: int | None = None) -> bytes:
+    """SPEC 2.3: N, the header and its spaces, the data."""
+    padded = header + b" " * (-(8 + len(header)) % PAGE if spaces is None else spaces)
+    return len(padded).to_bytes(8, "little") + padded + data
+
+
+def unchanged(value: Any) -> Any:
+    return value
+
+
+Hook = Callable[[Any], Any]
+
+
+def build(content: Content, *, version: str = "1.0", tensors: Hook = unchanged, manifest: Hook = unchanged,
+          digested: Hook = unchanged, text: Hook = unchanged, records: Hook = unchanged, header: Hook = unchanged,
+          data: Hook = unchanged, file: Hook = unchanged) -> bytes:  # fmt: skip
+    """The file of `content`; each hook takes and returns what its step made (digested: after the base digest)."""
+    placed = tensors(laid_out(content))
+    made = manifest(manifest_of(content, placed))
+    if isinstance(made.get("base"), dict) and made["base"].get("digest") == "":
+        made["base"]["digest"] = base_digest(made["modules"])
+    made = digested(made)
+    written = header(header_json(version, text(canonical(made)), records(offsets(placed))))
+    encoded = written if isinstance(written, bytes) else written.encode()
+    return file(frame(encoded, data(b"".join(tensor.data for tensor in placed))))
+
+
+def safetensors(tensors: dict[str, tuple[str, tuple[int, ...], bytes]], *, metadata: str = "") -> bytes:
+    """A plain safetensors file: name -> (dtype, shape, bytes)."""
+    entries, end = ([f'"__metadata__":{{"format":{quoted(metadata)}}}'] if metadata else []), 0
+    for name, (dtype, shape, raw) in tensors.items():
+        fields = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + len(raw)]}
+        entries.append(f"{quoted(name)}:{json.dumps(fields, separators=(',', ':'))}")
+        end += len(raw)
+    header = ("{" + ",".join(entries) + "}").encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + b"".join(raw for _, _, raw in tensors.values())
+
+
+def expected(content: Content, file: bytes) -> dict[str, Any]:
+    """What an adapter's `decode` must say of the file of `content`."""
+    length = int.from_bytes(file[:8], "little")
+    text = json.loads(file[8 : 8 + length])["__metadata__"]["manifest"]
+    modules = [
+        {
+            "name": m.name, "dtype": m.dtype, "shape": list(m.shape), "encoding": m.encoding,
+            "components": [
+                {"axis": c.axis, "exponent": c.exponent, "signs_sha256": sha256(c.signs),
+                 "scales_sha256": sha256(b"".join(words(values) for _, values in c.scales))}
+                for c in m.components
+            ],
+            "exact_sha256": sha256(m.exact) if m.exact else None,
+        }
+        for m in content.modules
+    ]  # fmt: skip
+    return {
+        "content_id": "sha256:" + sha256(text.encode()),
+        "modules": modules,
+        "tied": [list(pair) for pair in content.tied],
+        "dropped": list(content.dropped),
+        "assets": [{"path": a.path, "size": len(a.data), "sha256": sha256(a.data)} for a in content.assets],
+        "metadata": content.metadata,
+    }
+
+
+def integers(data: bytes, size: int) -> list[int]:
+    return [int.from_bytes(data[i : i + size], "little") for i in range(0, len(data), size)]
+
+
+def term(part: Any, index: int, shape: tuple[int, ...]) -> Real:
+    """SPEC 5.3: the term of the weight with this flat index."""
+    width, height = shape[-1], shape[-2]
+    row, j = divmod(index, width)
+    if part.axis == "tensor":
+        value = decode(part.scalar[0], "F16")
+    else:
+        r = decode(part.row[row], "F16") if part.row else None
+        c = decode(part.col[row // height * width + j], "F16") if part.col else None
+        value = multiply(r, c) if r and c else r or c or NAN
+    return signed(scale(value, part.exponent), part.signs[index])
+
+
+def rebuilt(module: Module) -> bytes:
+    """SPEC 6: the fine-tuned tensor."""
+    if module.encoding == "full":
+        return module.exact
+    base, shape = module.base, module.covered
+    size = {"F16": 2, "BF16": 2, "F32": 4}
+    count = math.prod(shape)
+    if module.encoding == "same" and base.dtype == module.dtype:
+        whole = math.prod(base.shape)
+        return base.data[: len(base.data) // whole * count] + module.exact
+    held = integers(base.data, size[base.dtype])[:count]
+    made = []
+    for index, bits in enumerate(held):
+        a = decode(encode(decode(bits, base.dtype), "F32"), "F32")
+        for part in module.components:
+            a = decode(encode(add(a, term(part, index, shape)), "F32"), "F32")
+        made.append(encode(a, module.dtype))
+    return words(made, size[module.dtype]) + module.exact
+
+
+def apply(content: Content) -> tuple[bytes, bytes]:
+    """The base and the fine-tuned checkpoint, as safetensors files."""
+    base = {m.name: (m.base.dtype, m.base.shape, m.base.data) for m in content.modules if m.base}
+    made = {m.name: (m.dtype, m.shape, rebuilt(m)) for m in content.modules}
+    made |= {alias: made[name] for name, alias in content.tied}
+    for name in content.dropped:
+        base[name] = ("U8", (3,), b"old")
+    return safetensors(base, metadata="pt"), safetensors(made, metadata="pt")
+
+
+def replaced(content: Content, **changes: Any) -> Content:
+    """The content with some fields changed."""
+    return dataclasses.replace(content, **changes)

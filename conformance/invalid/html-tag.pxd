@@ -1,0 +1,1 @@
+<HTML><body>moved</body></HTML>

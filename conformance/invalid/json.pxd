@@ -1,0 +1,1 @@
+{"__metadata__":{"format":"pxd","pxd":"1.0"}}

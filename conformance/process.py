@@ -1,0 +1,196 @@
+"""One process of an adapter: started, watched for time and memory, ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["AdapterError", "Reply", "Server", "call"]
+
+LARGEST_REPLY = 64 << 20
+
+
+class AdapterError(Exception):
+    """The adapter cannot be run at all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reply:
+    """What came back: an exit status and a JSON value, or a problem."""
+
+    exit: int = -1
+    result: Any = None
+    problem: str = ""
+    seconds: float = 0.0
+
+
+def parse(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+
+
+def start(command: Sequence[str], **streams: Any) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True, **streams)
+    except OSError as error:
+        raise AdapterError(f"cannot start {command[0]!r}: {error.strerror}") from None
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End the process and what it started: it leads a session of its own."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        process.kill()
+    process.wait()
+
+
+def resident_peak(pid: int) -> int | None:
+    """The peak of resident memory in MiB, where the system tells (Linux)."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return None
+    for line in text.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) >> 10
+    return None
+
+
+def limit_address_space(mib: int | None) -> Any:
+    """A function that sets RLIMIT_AS in the child. Not for run-times that reserve address space they never use."""
+    if mib is None:
+        return None
+    import resource
+
+    return lambda: resource.setrlimit(resource.RLIMIT_AS, (mib << 20, mib << 20))
+
+
+def over(mib: int, peak: int | None) -> str:
+    return f"used {peak} MiB of memory, {mib} MiB are allowed" if peak is not None and peak > mib else ""
+
+
+def call(command: Sequence[str], *, seconds: float, mib: int, address_space_mib: int | None = None) -> Reply:
+    """Run one command to its end, its time-out or its memory limit."""
+    started = time.monotonic()
+    with tempfile.TemporaryFile() as stdout:
+        process = start(command, stdin=subprocess.DEVNULL, stdout=stdout, preexec_fn=limit_address_space(address_space_mib))
+        pause, problem = 0.0005, ""
+        while not problem:
+            # Peak memory is read while the process lives; what wait4 says after it ended also counts the
+            # memory of the process that started it.
+            peak = resident_peak(process.pid)
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                process.returncode = os.waitstatus_to_exitcode(status)
+                problem = over(mib, ended_peak(usage.ru_maxrss)) or over(mib, peak)
+                break
+            problem = over(mib, peak)
+            if time.monotonic() - started > seconds:
+                problem = f"no answer after {seconds} s"
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.02)
+        if process.returncode is None:
+            kill(process)
+        elapsed = time.monotonic() - started
+        if problem:
+            return Reply(problem=problem, seconds=elapsed)
+        if process.returncode < 0:
+            return Reply(problem=f"ended by {signal.Signals(-process.returncode).name}", seconds=elapsed)
+        stdout.seek(0)
+        return Reply(exit=process.returncode, result=parse(stdout.read(LARGEST_REPLY)), seconds=elapsed)
+
+
+def ended_peak(maxrss: int) -> int | None:
+    """ru_maxrss in MiB, unless it may be what this process itself used when it started the other."""
+    import resource
+
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return maxrss >> (20 if sys.platform == "darwin" else 10) if maxrss > own else None
+
+
+class Server:
+    """`ADAPTER serve`: one JSON line in, one out (README.md, Serving)."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._process = start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._buffer = b""
+        self._number = 0
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, arguments: Sequence[str], *, seconds: float, mib: int) -> Reply:
+        """One request. The process is ended where it is late, dead or over its memory."""
+        started = time.monotonic()
+        self._number += 1
+        self._reset_peak()
+        stdin = self._process.stdin
+        line = json.dumps({"id": self._number, "argv": list(arguments)}).encode() + b"\n"
+        try:
+            if stdin is not None:
+                stdin.write(line)
+                stdin.flush()
+            answer = self._line(started + seconds, mib)
+        except BrokenPipeError:
+            answer = b""
+        elapsed = time.monotonic() - started
+        problem = over(mib, resident_peak(self._process.pid)) if isinstance(answer, bytes) else answer
+        said = parse(answer) if isinstance(answer, bytes) else None
+        if not problem and (not isinstance(said, dict) or said.get("id") != self._number or not isinstance(said.get("exit"), int)):
+            problem = "the served process ended" if not answer else "the served process did not answer in the protocol"
+        if problem:
+            kill(self._process)
+            return Reply(problem=str(problem), seconds=elapsed)
+        return Reply(exit=said["exit"], result=said.get("result"), seconds=elapsed)
+
+    def _line(self, deadline: float, mib: int) -> bytes | str:
+        """The next line; text where there is none to come."""
+        stream = self._process.stdout
+        descriptor = stream.fileno() if stream else -1
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return "no answer in time"
+            if problem := over(mib, resident_peak(self._process.pid)):
+                return problem
+            ready, _, _ = select.select([descriptor], [], [], min(left, 0.05))
+            if ready:
+                chunk = os.read(descriptor, 1 << 16)
+                if not chunk:
+                    return b""
+                self._buffer += chunk
+                if len(self._buffer) > LARGEST_REPLY:
+                    return "the answer does not end"
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+    def _reset_peak(self) -> None:
+        """Let the peak of memory begin anew with this request (Linux)."""
+        try:
+            Path(f"/proc/{self._process.pid}/clear_refs").write_text("5")
+        except OSError:
+            return
+
+    def close(self) -> None:
+        """End of input, then a moment to leave, then a signal."""
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream:
+                stream.close()
+        try:
+            self._process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            kill(self._process)
