@@ -183,7 +183,7 @@ def load_model(
     import json
 
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     with pxd.open(delta) as file, open_checkpoint(base, revision=base_revision) as checkpoint:
         config = json.loads(dict(_assets(file, checkpoint)).get("config.json") or json.dumps(checkpoint.config()))
@@ -194,9 +194,10 @@ def load_model(
             for name in (entry.name, *aliases.get(entry.name, ())):
                 state[name] = tensor
     options.setdefault("dtype", config.get("dtype", config.get("torch_dtype", torch.float32)))
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        None, config=AutoConfig.for_model(**config), state_dict=state, **options
-    )
+    parsed = AutoConfig.for_model(**config)
+    # The class itself: AutoModelForCausalLM.from_pretrained insists on a folder to look into.
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)]
+    model: PreTrainedModel = kind.from_pretrained(None, config=parsed, state_dict=state, **options)
     return model.eval()
 
 

@@ -1,0 +1,112 @@
+"""`peraxis-tools eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from peraxis_tools.commands.options import json_option, quiet_option
+from peraxis_tools.evaluate import CANDIDATES, evaluate
+from peraxis_tools.report import emit, progress
+from peraxis_tools.report.evaluate import render_evaluate
+
+__all__ = ["command"]
+
+
+def _texts(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """`domain=source`; a source alone is a domain by its own name."""
+    texts: dict[str, str] = {}
+    for value in values:
+        domain, _, source = value.partition("=")
+        domain, source = (domain, source) if source else (Path(value).name.split(".")[0], value)
+        if domain in texts:
+            raise click.BadParameter(f"{domain!r} is given twice; name each text: --text name={source}")
+        texts[domain] = source
+    return texts
+
+
+def _names(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+@click.command("eval")
+@click.argument("base", metavar="BASE")
+@click.argument("fine_tuned", metavar="FINE_TUNED")
+@click.argument("delta", type=click.Path(path_type=Path))
+@click.option(
+    "--text", "texts", metavar="[DOMAIN=]TEXT", multiple=True, callback=_texts,
+    help="Held-out text: c4, a datasets id, or json, jsonl(.gz), parquet, txt. Repeatable.",
+)  # fmt: skip
+@click.option("--samples", default=50, show_default=True, type=click.IntRange(min=1), help="Windows of each text.")
+@click.option("--sequence-length", default=512, show_default=True, type=click.IntRange(min=2), help="Tokens a window.")
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Windows at a time.")
+@click.option("--text-column", help="Column of the text.  [default: text, else all text columns]")
+@click.option("--on-the-fly/--no-on-the-fly", default=True, help="Also base + terms unrounded, as a server computes.")
+@click.option(
+    "--tasks", default="", callback=_names, metavar="NAMES",
+    help="Tasks of lm-eval, comma-separated: arc_challenge,arc_easy,hellaswag,piqa,winogrande.",
+)  # fmt: skip
+@click.option("--task-limit", type=click.IntRange(min=1), help="Questions of each task.  [default: all]")
+@click.option(
+    "--task-path", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Folder of more lm-eval tasks."
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Draws the order of documents.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option(
+    "--compute-dtype", default="float32", show_default=True, type=click.Choice(("float32", "bfloat16", "float16"))
+)
+@click.option("--base-revision", help="Of a hub id.")
+@click.option("--fine-tuned-revision", help="Of a hub id.")
+@json_option
+@quiet_option
+def command(
+    base: str,
+    fine_tuned: str,
+    delta: Path,
+    texts: dict[str, str],
+    samples: int,
+    sequence_length: int,
+    batch_size: int,
+    text_column: str | None,
+    on_the_fly: bool,
+    tasks: tuple[str, ...],
+    task_limit: int | None,
+    task_path: Path | None,
+    seed: int,
+    device: str,
+    compute_dtype: str,
+    base_revision: str | None,
+    fine_tuned_revision: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure how close BASE + DELTA comes to FINE_TUNED: KL, top-1 agreement, perplexity, tasks.
+
+    Use text that calibration has not seen, in the fine-tune's own domain and outside of it.
+
+    Example: peraxis-tools eval org/base my/fine-tune delta.pxd --text code=held-out.jsonl --text c4=other.jsonl
+    """
+    candidates = tuple(name for name in CANDIDATES if on_the_fly or name != "on-the-fly")
+    with progress("evaluate", max(1, len(candidates) * len(texts)), unit="steps", quiet=quiet) as step:
+        result = evaluate(
+            base,
+            fine_tuned,
+            delta,
+            texts,
+            samples=samples,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            text_column=text_column,
+            candidates=candidates,
+            tasks=tasks,
+            task_limit=task_limit,
+            task_path=task_path,
+            seed=seed,
+            device=device,
+            compute_dtype=compute_dtype,
+            base_revision=base_revision,
+            fine_tuned_revision=fine_tuned_revision,
+            progress=lambda _step, _done, _total: step(1),
+        )
+    emit(result, render_evaluate, schema="peraxis.eval/1", as_json=as_json)

@@ -1,0 +1,111 @@
+"""The four models of an evaluation: fine-tuned, base, merged, on the fly. Each in memory, ready to predict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import peraxis_format as pxd
+from peraxis_tools.apply import load_model
+from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.errors import ToolError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+__all__ = ["load_checkpoint_model", "load_merged", "load_on_the_fly", "load_tokenizer", "quiet_transformers"]
+
+
+def _folder(source: str | Path, revision: str | None) -> Path:
+    with open_checkpoint(source, revision=revision) as checkpoint:
+        if checkpoint.folder is None:
+            raise ToolError(f"{source}: has no configuration beside it; pass the checkpoint's folder")
+        checkpoint.config()
+        return checkpoint.folder
+
+
+def load_checkpoint_model(
+    source: str | Path, *, dtype: torch.dtype, device: torch.device, revision: str | None = None
+) -> PreTrainedModel:
+    """A checkpoint as it is, computing in `dtype`."""
+    from transformers import AutoModelForCausalLM
+
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(_folder(source, revision), dtype=dtype)
+    return model.eval().to(device)
+
+
+def load_merged(
+    base: str | Path, delta: str | Path, *, dtype: torch.dtype, device: torch.device, revision: str | None = None
+) -> PreTrainedModel:
+    """Base + delta, weights rounded to their own dtype (SPEC 6.1) and then computing in `dtype`."""
+    return load_model(base, delta, base_revision=revision, dtype=dtype).to(device)
+
+
+def load_on_the_fly(
+    base: str | Path, delta: str | Path, *, device: torch.device, revision: str | None = None
+) -> PreTrainedModel:
+    """Base + delta in binary32 without the last rounding: what a server computes that adds the terms to products.
+
+    Built like `load_merged`; then every `sign` weight of it is replaced by its unrounded sum.
+    """
+    import torch
+
+    model = load_model(base, delta, base_revision=revision, dtype=torch.float32)
+    with pxd.open(delta) as file, open_checkpoint(base, revision=revision) as checkpoint:
+        for name, weight in _unrounded(file, checkpoint.tensors):
+            _put(model, name, weight)
+    return model.to(device)
+
+
+def _unrounded(delta: pxd.DeltaFile, base: pxd.Safetensors) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each `sign` module's covered rows: f32(base) + the sum of its terms, float32. Aliases follow by tying."""
+    import torch
+
+    for entry in delta.manifest.modules:
+        if entry.encoding is pxd.Encoding.SIGN and entry.base is not None:
+            module = delta.load(entry.name)
+            kept = pxd.to_float32(base.read(entry.name, slice(0, module.kept)), entry.base.dtype)
+            yield entry.name, torch.from_numpy(kept + pxd.dense_delta(module))
+
+
+def _put(model: PreTrainedModel, name: str, weight: torch.Tensor) -> None:
+    import torch
+
+    try:
+        parameter = model.get_parameter(name)
+    except AttributeError:
+        raise ToolError(
+            f"{name}: transformers keeps this weight under another name; evaluate it merged (--no-on-the-fly)"
+        ) from None
+    with torch.no_grad():
+        parameter[: weight.shape[0]].copy_(weight)
+
+
+def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
+    """The tokenizer of a checkpoint. Raises ToolError where it has none."""
+    from transformers import AutoTokenizer
+
+    folder = _folder(source, revision)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ToolError(f"{folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """transformers draws bars and comments on configurations; that is not for our users."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

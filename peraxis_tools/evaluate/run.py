@@ -1,0 +1,221 @@
+"""evaluate: the verb. Texts to samples; then one candidate after the other beside the fine-tuned model.
+
+Memory: two models (the fine-tuned one, and one candidate at a time) and the logits of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import peraxis_format as pxd
+from peraxis_tools.errors import ToolError
+from peraxis_tools.evaluate.types import (
+    CANDIDATES,
+    DomainResult,
+    EvaluateResult,
+    Fidelity,
+    TaskResult,
+    recovered_fraction,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from peraxis_tools.compress.calibration import Samples
+
+__all__ = ["Progress", "evaluate", "worst_kl"]
+
+# Called as progress(step, done, total): what is being evaluated, and how far it is.
+Progress = Callable[[str, int, int], None]
+
+
+def evaluate(
+    base: str | Path,
+    fine_tuned: str | Path,
+    delta: str | Path,
+    texts: Mapping[str, str | Path],
+    *,
+    sequence_length: int = 512,
+    samples: int = 50,
+    batch_size: int = 8,
+    seed: int = 0,
+    device: str = "auto",
+    compute_dtype: str = "float32",
+    candidates: Sequence[str] = CANDIDATES,
+    tasks: Sequence[str] = (),
+    task_limit: int | None = None,
+    task_path: Path | None = None,
+    text_column: str | None = None,
+    base_revision: str | None = None,
+    fine_tuned_revision: str | None = None,
+    progress: Progress | None = None,
+) -> EvaluateResult:
+    """Compare base + delta with the fine-tuned checkpoint.
+
+    texts: domain -> c4, a datasets id, or a file (json, jsonl, parquet, txt, csv; also .gz), cut into up to `samples`
+    windows of `sequence_length` tokens that do not overlap and hold no padding. candidates: of CANDIDATES; on-the-fly
+    always computes in float32, the others in compute_dtype. tasks: names for lm-eval, with task_limit questions
+    each; task_path: a folder of further task definitions. Raises ToolError, PxdError, CheckpointError.
+    """
+    unknown = sorted(set(candidates) - set(CANDIDATES))
+    if unknown:
+        raise ToolError(f"candidate {unknown[0]}: choose of {', '.join(CANDIDATES)}")
+    if not texts and not tasks:
+        raise ToolError("nothing to evaluate on: give a text (--text domain=file) or tasks (--tasks)")
+    from peraxis_tools.compress.calibrated import resolve_device
+    from peraxis_tools.evaluate.models import load_tokenizer, quiet_transformers
+
+    with pxd.open(delta) as file, quiet_transformers():
+        models = _Models(
+            base=base,
+            fine_tuned=fine_tuned,
+            delta=delta,
+            device=resolve_device(device),
+            compute_dtype=compute_dtype,
+            base_revision=base_revision,
+            fine_tuned_revision=fine_tuned_revision,
+        )
+        tokenizer = load_tokenizer(fine_tuned, revision=fine_tuned_revision)
+        sampled = {
+            domain: _samples(source, tokenizer, samples, sequence_length, seed, text_column)
+            for domain, source in texts.items()
+        }
+        found = _compare_all(models, sampled, candidates, batch_size, progress or _no_progress)
+        calibration = file.manifest.calibration
+        fitted_on = None if calibration is None else calibration.digest
+        return EvaluateResult(
+            base=str(base),
+            fine_tuned=str(fine_tuned),
+            delta=str(delta),
+            content_id=file.content_id,
+            bytes=file.size,
+            domains=tuple(
+                _domain(name, sampled[name], found[name], seen=sampled[name].digest == fitted_on) for name in sampled
+            ),
+            tasks=_tasks(models, tokenizer, tasks, task_limit, task_path, batch_size),
+        )
+
+
+def worst_kl(
+    base: str | Path, fine_tuned: str | Path, delta: str | Path, texts: Mapping[str, str | Path], **options: Any
+) -> float:
+    """The largest KL of the merged model over the texts, in nats per token: what a bound (--max-kl) is held against.
+
+    options: those of `evaluate`, but for candidates and tasks.
+    """
+    found = evaluate(base, fine_tuned, delta, texts, candidates=("merged",), **options).worst_kl
+    if found is None:
+        raise ToolError("a bound on KL needs a text to measure it on")
+    return found
+
+
+class _Models:
+    """Loads the models of one evaluation by name."""
+
+    def __init__(
+        self,
+        *,
+        base: str | Path,
+        fine_tuned: str | Path,
+        delta: str | Path,
+        device: torch.device,
+        compute_dtype: str,
+        base_revision: str | None,
+        fine_tuned_revision: str | None,
+    ) -> None:
+        import torch
+
+        self._base, self._fine_tuned, self._delta = base, fine_tuned, delta
+        self._base_revision, self._fine_tuned_revision = base_revision, fine_tuned_revision
+        self.device = device
+        self._dtype: torch.dtype = getattr(torch, compute_dtype)
+
+    def load(self, name: str) -> Any:
+        """`fine-tuned` or one of CANDIDATES."""
+        from peraxis_tools.evaluate import models
+
+        kind: dict[str, Any] = {"dtype": self._dtype, "device": self.device}
+        if name == "fine-tuned":
+            return models.load_checkpoint_model(self._fine_tuned, revision=self._fine_tuned_revision, **kind)
+        if name == "base":
+            return models.load_checkpoint_model(self._base, revision=self._base_revision, **kind)
+        if name == "merged":
+            return models.load_merged(self._base, self._delta, revision=self._base_revision, **kind)
+        return models.load_on_the_fly(self._base, self._delta, revision=self._base_revision, device=self.device)
+
+
+def _no_progress(step: str, done: int, total: int) -> None:
+    return None
+
+
+def _samples(
+    source: str | Path, tokenizer: Any, count: int, length: int, seed: int, text_column: str | None
+) -> Samples:
+    from peraxis_tools.compress.calibration import load_samples
+
+    return load_samples(str(source), tokenizer, samples=count, length=length, seed=seed, text_column=text_column)
+
+
+def _compare_all(
+    models: _Models, sampled: Mapping[str, Samples], candidates: Sequence[str], batch_size: int, progress: Progress
+) -> dict[str, dict[str, Fidelity]]:
+    """domain -> candidate -> Fidelity."""
+    import torch
+
+    from peraxis_tools.evaluate.fidelity import compare
+
+    found: dict[str, dict[str, Fidelity]] = {domain: {} for domain in sampled}
+    if not sampled:
+        return found
+    reference = models.load("fine-tuned")
+    total, done = len(candidates) * len(sampled), 0
+    for candidate in candidates:
+        model = models.load(candidate)
+        for domain, its in sampled.items():
+            # A base whose vocabulary was resized by the fine-tune has other logits: nothing to compare.
+            if model.config.get_text_config().vocab_size == reference.config.get_text_config().vocab_size:
+                found[domain][candidate] = compare(reference, model, torch.from_numpy(its.ids).split(batch_size))
+            done += 1
+            progress("evaluate", done, total)
+        del model
+    return found
+
+
+def _domain(name: str, samples: Samples, found: Mapping[str, Fidelity], *, seen: bool) -> DomainResult:
+    any_one = next(iter(found.values()))
+    base = found.get("base")
+    recovered = {
+        candidate: recovered_fraction(base=base.loss, candidate=its.loss, fine_tuned=its.loss_fine_tuned)
+        for candidate, its in found.items()
+        if base is not None
+    }
+    return DomainResult(
+        domain=name,
+        source=samples.source,
+        digest=samples.digest,
+        samples=len(samples.ids),
+        sequence_length=samples.ids.shape[1],
+        tokens=any_one.tokens,
+        perplexity_fine_tuned=any_one.perplexity_fine_tuned,
+        candidates=dict(found),
+        perplexity={candidate: its.perplexity for candidate, its in found.items()},
+        recovered=recovered,
+        seen=seen,
+    )
+
+
+def _tasks(
+    models: _Models,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    limit: int | None,
+    path: Path | None,
+    batch_size: int,
+) -> tuple[TaskResult, ...]:
+    if not tasks:
+        return ()
+    from peraxis_tools.evaluate.tasks import run_tasks
+
+    return run_tasks(models.load, tokenizer, tasks, limit=limit, path=path, batch_size=batch_size)

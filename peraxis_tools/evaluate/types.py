@@ -1,0 +1,104 @@
+"""What an evaluation finds; no torch.
+
+With p the fine-tuned model's next-token distribution, q the candidate's, and N predicted tokens t:
+
+    kl          mean of sum_v p(v) (log p(v) - log q(v))                      nats per token; 0 is the same model
+    top1        share of positions where both hold the same token most likely
+    perplexity  exp(loss),  loss = mean of -log q(t)
+    recovered   (loss_base - loss_candidate) / (loss_base - loss_fine_tuned)  1 is the fine-tune, 0 the base
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["CANDIDATES", "DomainResult", "EvaluateResult", "Fidelity", "TaskResult", "recovered_fraction"]
+
+# base: the delta left out. merged: weights rounded to their dtype, as `apply` writes them. on-the-fly: base plus
+# terms in binary32, unrounded, as a server of many variants computes them.
+CANDIDATES: Final = ("base", "merged", "on-the-fly")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fidelity:
+    """One candidate beside the fine-tuned model, over the same tokens.
+
+    kl_error: standard error of kl, from the spread between samples; None for a single sample.
+    """
+
+    tokens: int
+    kl: float
+    kl_error: float | None
+    top1: float
+    loss: float
+    loss_fine_tuned: float
+
+    @property
+    def perplexity(self) -> float:
+        """Of the candidate."""
+        return math.exp(self.loss)
+
+    @property
+    def perplexity_fine_tuned(self) -> float:
+        """Of the fine-tuned model."""
+        return math.exp(self.loss_fine_tuned)
+
+
+def recovered_fraction(*, base: float, candidate: float, fine_tuned: float) -> float | None:
+    """Of three losses: how much of what the fine-tune gained over the base the candidate has.
+
+    None where it gained nothing (on text outside its domain, say): there is nothing to recover.
+    """
+    return (base - candidate) / (base - fine_tuned) if fine_tuned < base else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainResult:
+    """One text. candidates, recovered: by name of CANDIDATES; a base of another vocabulary is left out.
+
+    seen: the delta was fitted on these very tokens, so its figures flatter.
+    """
+
+    domain: str
+    source: str
+    digest: str
+    samples: int
+    sequence_length: int
+    tokens: int
+    perplexity_fine_tuned: float
+    candidates: Mapping[str, Fidelity]
+    perplexity: Mapping[str, float]
+    recovered: Mapping[str, float | None]
+    seen: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskResult:
+    """One task of lm-eval: its metric (acc_norm where it has one, else its first) by model, standard errors likewise."""
+
+    task: str
+    metric: str
+    samples: int | None
+    scores: Mapping[str, float]
+    errors: Mapping[str, float | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateResult:
+    """All that `eval` reports."""
+
+    base: str
+    fine_tuned: str
+    delta: str
+    content_id: str
+    bytes: int
+    domains: tuple[DomainResult, ...]
+    tasks: tuple[TaskResult, ...]
+
+    @property
+    def worst_kl(self) -> float | None:
+        """The largest KL of the merged model over all texts; None without texts."""
+        return max((domain.candidates["merged"].kl for domain in self.domains), default=None)

@@ -1,0 +1,65 @@
+"""How `eval` looks to a person."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from peraxis_tools.evaluate.types import DomainResult, EvaluateResult, TaskResult
+from peraxis_tools.report.console import size, text
+
+__all__ = ["render_evaluate"]
+
+_LABELS = {"base": "base, no delta", "merged": "merged", "on-the-fly": "on the fly"}
+
+
+def render_evaluate(result: EvaluateResult, console: Console) -> None:
+    """A table a text, a line a candidate; then the tasks."""
+    console.print(f"[bold]{text(result.delta)}[/]  {size(result.bytes)}  {text(result.content_id)}")
+    console.print(f"against {text(result.fine_tuned)}, base {text(result.base)}")
+    for domain in result.domains:
+        console.print(_domain_title(domain))
+        console.print(_domain_table(domain))
+    if result.tasks:
+        console.print(_task_table(result.tasks))
+
+
+def _domain_title(domain: DomainResult) -> str:
+    seen = "  [yellow]the delta was fitted on this very text[/]" if domain.seen else ""
+    count = f"{domain.samples} x {domain.sequence_length} tokens"
+    return f"\n[bold]{text(domain.domain)}[/]  {text(domain.source)}, {count}{seen}"
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, title in enumerate(titles):
+        table.add_column(title, justify="right" if i else "left", min_width=9 if i else 16)
+    return table
+
+
+def _domain_table(domain: DomainResult) -> Table:
+    table = _table("", "KL", "±", "top-1", "perplexity", "recovered")
+    for name, its in domain.candidates.items():
+        recovered = domain.recovered.get(name)
+        table.add_row(
+            _LABELS[name],
+            f"{its.kl:.3g}",
+            "" if its.kl_error is None else f"{its.kl_error:.1g}",
+            f"{100 * its.top1:.1f}%",
+            f"{its.perplexity:.4g}",
+            "" if recovered is None else f"{100 * recovered:.1f}%",
+        )
+    table.add_row("fine-tuned", "", "", "", f"{domain.perplexity_fine_tuned:.4g}", "")
+    return table
+
+
+def _task_table(tasks: tuple[TaskResult, ...]) -> Table:
+    models = list(tasks[0].scores)
+    table = _table("task", "metric", *models)
+    for task in tasks:
+        cells = []
+        for model in models:
+            error = task.errors.get(model)
+            cells.append(f"{100 * task.scores[model]:.1f}" + ("" if error is None else f" ± {100 * error:.1f}"))
+        table.add_row(text(task.task), text(task.metric), *cells)
+    return table
