@@ -3,6 +3,7 @@
 open      steps 1 to 8 of SPEC 8; cost: the header
 [name]    zero-copy views of the mapped file, unchecked
 load      the module's bytes read once, held to steps 9 to 11, and owned
+check     steps 9 to 11 for one module, in chunks
 verify    steps 9 to 11 for the whole file, several threads
 """
 
@@ -83,7 +84,7 @@ class DeltaFile:
         try:
             self.size = os.fstat(self._file).st_size
             with _located(self.path):
-                self._header, self.manifest = read_header(self._pread, self.size)
+                self._header, self.manifest = read_header(self.read, self.size)
             self._map = mmap.mmap(self._file, self.size, access=mmap.ACCESS_READ)
         except BaseException:
             os.close(self._file)
@@ -148,7 +149,7 @@ class DeltaFile:
         """
         entry, records = self._entries[name], self._records[name]
         begin, end = self.span(name)
-        data = memoryview(self._pread(begin, end - begin))
+        data = memoryview(self.read(begin, end - begin))
         with _located(self.path):
             if entry.sha256 is not None and hashlib.sha256(data).hexdigest() != entry.sha256:
                 fail("E301", field=name, offset=begin)  # SPEC 4.3
@@ -161,7 +162,7 @@ class DeltaFile:
         index = {asset.path: i for i, asset in enumerate(self.manifest.assets)}[path]
         record = self._assets[index]
         begin = self._header.size + record.begin
-        data = self._pread(begin, record.end - record.begin)
+        data = self.read(begin, record.end - record.begin)
         if hashlib.sha256(data).hexdigest() != self.manifest.assets[index].sha256:
             with _located(self.path):
                 fail("E302", field=f"assets[{index}]", offset=begin)  # SPEC 4.4
@@ -180,29 +181,36 @@ class DeltaFile:
         with _located(self.path):
             with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
                 # `map` hands over results, and so the first error, in file order.
-                for _ in pool.map(lambda name: self._check_module(name, step), modules):
+                for _ in pool.map(lambda name: self.check(name, progress=step), modules):
                     pass
             for asset in self.manifest.assets:
                 step(len(self.asset(asset.path)))
             for record in self._header.records:
                 if record.name.startswith("__pad__."):
                     begin = self._header.size + record.begin
-                    check_pad(self._pread(begin, record.end - record.begin), record.name, begin)
+                    check_pad(self.read(begin, record.end - record.begin), record.name, begin)
 
-    def _check_module(self, name: str, step: Callable[[int], None]) -> None:
+    def check(self, name: str, *, progress: Callable[[int], None] | None = None) -> None:
+        """Steps 9 to 11 for one module, chunk by chunk: what `load` checks, with nothing held.
+
+        Raises PayloadError; KeyError for a name that is no module.
+        """
         begin, end = self.span(name)
         digest = hashlib.sha256()
         for offset in range(begin, end, _CHUNK):
-            chunk = self._pread(offset, min(_CHUNK, end - offset))
+            chunk = self.read(offset, min(_CHUNK, end - offset))
             digest.update(chunk)
-            step(len(chunk))
-        if digest.hexdigest() != self._entries[name].sha256:
-            fail("E301", field=name, offset=begin)  # SPEC 4.3
-        check_values(self[name])
+            if progress is not None:
+                progress(len(chunk))
+        with _located(self.path):
+            if end > begin and digest.hexdigest() != self._entries[name].sha256:
+                fail("E301", field=name, offset=begin)  # SPEC 4.3
+            check_values(self[name])
 
     # --- plumbing ------------------------------------------------------------------------------------
 
-    def _pread(self, offset: int, size: int) -> bytes:
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes of the file as they are, unchecked; fewer where it ends. From any thread."""
         parts = []
         while size > 0:
             part = os.pread(self._file, size, offset)
