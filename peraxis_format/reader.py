@@ -206,6 +206,10 @@ class DeltaFile:
             if end > begin and digest.hexdigest() != self._entries[name].sha256:
                 fail("E301", field=name, offset=begin)  # SPEC 4.3
             check_values(self[name])
+        if end > begin and hasattr(mmap, "MADV_DONTNEED"):
+            # The values were read through the map; its pages are the cache's, and need not count as this process's.
+            first = begin - begin % mmap.ALLOCATIONGRANULARITY
+            self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
 
     # --- plumbing ------------------------------------------------------------------------------------
 
