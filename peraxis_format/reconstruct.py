@@ -5,11 +5,17 @@
 
 Work goes through blocks of rows, so that memory beyond input and output stays at a few MiB.
 Rejected: `np.where(sign, +s, -s)`, which reads two arrays; here the sign bit of the scale is flipped instead.
+
+numpy is the reference. Where numba is installed, large tensors go through fast.py, which gives the same bits twenty
+times sooner and is imported only then.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -17,12 +23,19 @@ from numpy.typing import NDArray
 
 from peraxis_format.bits import unpack_signs
 from peraxis_format.delta import Axis, Component, Encoding, ModuleDelta
-from peraxis_format.dtypes import Array, from_float32, to_float32
+from peraxis_format.dtypes import Array, DType, from_float32, to_float32
 from peraxis_format.errors import ShapeError
 
-__all__ = ["dense_delta", "reconstruct", "term"]
+__all__ = ["dense_delta", "have_compiled", "reconstruct", "term"]
 
 _BLOCK_ELEMENTS = 1 << 18  # 1 MiB of binary32: a block and its temporaries stay in the second-level cache
+_COMPILED_FROM = 1 << 20  # weights; below, numpy is done before numba is imported
+
+
+@cache
+def have_compiled() -> bool:
+    """Whether the compiled kernels of fast.py can be used here: numba is installed, and the machine little-endian."""
+    return sys.byteorder == "little" and find_spec("numba") is not None
 
 
 def _f32(array: NDArray[np.float16] | None, batch: tuple[int, ...] = ()) -> NDArray[np.float32]:
@@ -67,10 +80,11 @@ def _row_blocks(covered: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], sli
             yield batch, slice(begin, min(begin + step, d_out))
 
 
-def reconstruct(module: ModuleDelta, base: Array | None = None) -> Array:
+def reconstruct(module: ModuleDelta, base: Array | None = None, *, compiled: bool | None = None) -> Array:
     """Rebuild the fine-tuned tensor, bit for bit as SPEC 6 says.
 
     base: storage array of the base tensor, in the dtype and shape of `module.base`; not read for `full`.
+    compiled: use fast.py (True) or numpy (False); by default fast.py where it can be had and the tensor is large.
     Returns a new storage array in the module's dtype and shape. Raises ShapeError if base does not fit.
     """
     if module.encoding is Encoding.FULL:
@@ -84,17 +98,26 @@ def reconstruct(module: ModuleDelta, base: Array | None = None) -> Array:
     if module.encoding is Encoding.SAME:
         # SPEC 6.3
         covered[...] = kept if ref.dtype is module.dtype else from_float32(to_float32(kept, ref.dtype), module.dtype)
+    elif compiled or (compiled is None and covered.size >= _COMPILED_FROM and have_compiled()):
+        from peraxis_format import fast
+
+        fast.rebuild(module.components, kept, covered, base_dtype=ref.dtype, dtype=module.dtype)
     else:
-        with np.errstate(over="ignore", invalid="ignore"):
-            for batch, rows in _row_blocks(module.covered):
-                # SPEC 6.1. `+` copies: to_float32 may hand back a view of the base.
-                total = to_float32(kept[batch][rows], ref.dtype)
-                for component in module.components:
-                    total = total + term(component, module.shape[-1], rows, batch)
-                covered[batch][rows] = from_float32(total, module.dtype)
+        _add_terms(module, kept, covered, ref.dtype)
     if module.tail is not None:
         out[module.kept :] = module.tail  # SPEC 6.4
     return out
+
+
+def _add_terms(module: ModuleDelta, base: Array, out: Array, base_dtype: DType) -> None:
+    """The reference of SPEC 6.1 and 6.2: base and out are the covered rows."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        for batch, rows in _row_blocks(module.covered):
+            # `+` copies: to_float32 may hand back a view of the base.
+            total = to_float32(base[batch][rows], base_dtype)
+            for component in module.components:
+                total = total + term(component, module.shape[-1], rows, batch)
+            out[batch][rows] = from_float32(total, module.dtype)
 
 
 def dense_delta(module: ModuleDelta) -> NDArray[np.float32]:
