@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 from rich.console import Console
 from rich.markup import escape
 
-__all__ = ["Progress", "emit", "print_error", "print_note", "progress", "size", "text", "to_json"]
+__all__ = ["Progress", "emit", "print_error", "print_note", "progress", "show", "size", "text", "to_json"]
 
 R = TypeVar("R")
 
@@ -72,7 +72,12 @@ def emit(result: R, render: Callable[[R, Console], None], *, schema: str, as_jso
     if as_json:
         sys.stdout.write(json.dumps({"schema": schema, **to_json(result)}, ensure_ascii=False, indent=2) + "\n")
     else:
-        render(result, Console(highlight=False, soft_wrap=True))
+        show(result, render)
+
+
+def show(result: R, render: Callable[[R, Console], None]) -> None:
+    """Print a result for a person."""
+    render(result, Console(highlight=False, soft_wrap=True))
 
 
 def print_error(message: str) -> None:

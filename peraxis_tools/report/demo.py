@@ -1,0 +1,56 @@
+"""How the demo looks to a person: each step as its command shows it, and the table at the end."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from peraxis_tools.apply import ApplyResult
+from peraxis_tools.compress import CompressResult
+from peraxis_tools.demo import DemoResult, DemoStep
+from peraxis_tools.inspect import InspectResult
+from peraxis_tools.report.apply import render_apply
+from peraxis_tools.report.compress import render_compress
+from peraxis_tools.report.console import size
+from peraxis_tools.report.inspect import render_inspect
+from peraxis_tools.report.verify import render_verify
+from peraxis_tools.verify import VerifyResult
+
+__all__ = ["render_demo", "render_step"]
+
+
+def render_step(step: DemoStep, console: Console) -> None:
+    """The command, then what it prints."""
+    console.print(f"\n[bold cyan]$ peraxis-tools {step.command}[/]")
+    match step.result:
+        case CompressResult():
+            render_compress(step.result, console)
+        case InspectResult():
+            render_inspect(step.result, console, modules=False)
+        case VerifyResult():
+            render_verify(step.result, console)
+        case ApplyResult():
+            render_apply(step.result, console)
+        case DemoResult():
+            render_demo(step.result, console)
+
+
+def render_demo(result: DemoResult, console: Console) -> None:
+    """Bytes and fidelity, a line a way to stand in for the fine-tuned model."""
+    domains = list(result.rows[0].fidelity)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("held-out text")
+    for title in ("bytes", "ratio", *(f"KL {domain}" for domain in domains), *(f"top-1 {d}" for d in domains)):
+        table.add_column(title, justify="right")
+    for row in result.rows:
+        table.add_row(
+            row.label,
+            size(row.bytes) if row.bytes else "-",
+            f"{row.ratio:.1f}" if row.ratio else "-",
+            *(f"{row.fidelity[domain].kl:.4f}" for domain in domains),
+            *(f"{row.fidelity[domain].top1:.1%}" for domain in domains),
+        )
+    console.print(f"full checkpoint {size(result.checkpoint_bytes)}; KL(fine-tuned || other) in nats per token")
+    console.print(table)
+    axes = ", ".join(f"{axis} {count}" for axis, count in result.axes.items())
+    console.print(f"axes of delta.pxd: {axes}; all files stay in {result.folder}")
