@@ -1,0 +1,41 @@
+"""End-to-end distillation as both papers have it: all scales at once, AdamW, mean squared error on the logits.
+
+    minimise over all scales   mean over tokens and vocabulary of (logits_student - logits_teacher)^2
+
+One sample a step, constant learning rate, the teacher's logits computed as they are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.functional import mse_loss
+
+from baselines.pair import Pair, SignedLinear
+
+__all__ = ["distill"]
+
+
+def distill(
+    pair: Pair, modules: Mapping[str, SignedLinear], ids: Tensor, *, lr: float, epochs: int, seed: int = 0
+) -> None:
+    """Train the scales of `modules` in place. ids: int64 [samples, length]."""
+    for module in modules.values():
+        module.scale = module.scale.detach().clone().requires_grad_(True)
+    optimizer = torch.optim.AdamW([module.scale for module in modules.values()], lr=lr)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for i in torch.randperm(len(ids), generator=generator).tolist():
+            batch = ids[i : i + 1]
+            with torch.no_grad():
+                target = pair.teacher(input_ids=batch, use_cache=False).logits
+            weights = {f"{name}.weight": module.weight() for name, module in modules.items()}
+            logits = functional_call(pair.student, weights, kwargs={"input_ids": batch, "use_cache": False}).logits
+            optimizer.zero_grad(set_to_none=True)
+            mse_loss(logits, target).backward()
+            optimizer.step()
+    for module in modules.values():
+        module.scale = module.scale.detach()
