@@ -77,7 +77,7 @@ class DomainResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskResult:
-    """One task of lm-eval: its metric (acc_norm where it has one, else its first) by model, standard errors likewise."""
+    """One task of lm-eval: one metric (acc_norm where it has one), its value and standard error by model."""
 
     task: str
     metric: str
