@@ -3,7 +3,7 @@
 open      steps 1 to 8 of SPEC 8; cost: the header
 [name]    zero-copy views of the mapped file, unchecked
 load      the module's bytes read once, held to steps 9 to 11, and owned
-check     steps 9 to 11 for one module, in chunks
+chunks    a module's bytes in order, held to steps 9 to 11 as they pass; `check` does that and no more
 verify    steps 9 to 11 for the whole file, several threads
 """
 
@@ -195,13 +195,23 @@ class DeltaFile:
 
         Raises PayloadError; KeyError for a name that is no module.
         """
-        begin, end = self.span(name)
-        digest = hashlib.sha256()
-        for offset in range(begin, end, _CHUNK):
-            chunk = self.read(offset, min(_CHUNK, end - offset))
-            digest.update(chunk)
+        for chunk in self.chunks(name):
             if progress is not None:
                 progress(len(chunk))
+
+    def chunks(self, name: str, *, size: int = _CHUNK) -> Iterator[memoryview]:
+        """The bytes of a module's range in order, `size` at a time, held to steps 9 to 11 behind the last one.
+
+        Each chunk is valid until the next one is asked for, since they share a buffer (fresh memory would cost more
+        than the read), and what was made of them only once the iteration has ended. Raises PayloadError, KeyError.
+        """
+        begin, end = self.span(name)
+        digest = hashlib.sha256()
+        buffer = memoryview(bytearray(min(size, end - begin)))
+        for offset in range(begin, end, size):
+            chunk = buffer[: self._read_into(buffer[: end - offset], offset)]
+            digest.update(chunk)
+            yield chunk
         with _located(self.path):
             if end > begin and digest.hexdigest() != self._entries[name].sha256:
                 fail("E301", field=name, offset=begin)  # SPEC 4.3
@@ -210,6 +220,19 @@ class DeltaFile:
             # The values were read through the map; its pages are the cache's, and need not count as this process's.
             first = begin - begin % mmap.ALLOCATIONGRANULARITY
             self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+    def read_into(self, target: memoryview, offset: int) -> None:
+        """Read bytes of the file, from `offset` on, into all of a writable buffer; their content is not checked.
+
+        Raises ContainerError (E124) where the file has become shorter than its header said.
+        """
+        done = 0
+        while done < len(target):
+            count = os.preadv(self._file, [target[done:]], offset + done)
+            if count == 0:
+                with _located(self.path):
+                    fail("E124", "the file has become shorter since it was opened", offset=offset + done)
+            done += count
 
     # --- plumbing ------------------------------------------------------------------------------------
 
@@ -224,6 +247,15 @@ class DeltaFile:
             offset += len(part)
             size -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _read_into(self, target: memoryview, offset: int) -> int:
+        done = 0
+        while done < len(target):
+            count = os.preadv(self._file, [target[done:]], offset + done)
+            if count == 0:
+                break
+            done += count
+        return done
 
     def close(self) -> None:
         """Close the file. Arrays handed out before stay valid: they keep the map alive."""
