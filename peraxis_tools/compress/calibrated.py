@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import torch
 from peraxis_format import Axis, Calibration, Safetensors
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.calibration import Samples, load_samples
+from peraxis_tools.compress.distill import DistillOptions, distill
 from peraxis_tools.compress.fit import AUTO_AXES, FitOptions
 from peraxis_tools.compress.names import map_names
 from peraxis_tools.compress.options import CompressOptions, OptionError
 from peraxis_tools.compress.plan import Plan
 from peraxis_tools.compress.procedure import Batch, Procedure
 from peraxis_tools.compress.skeleton import Skeleton
-from peraxis_tools.compress.types import RunFit
+from peraxis_tools.compress.types import FittedModule, RunFit
+from peraxis_tools.compress.weights import Weights
 from peraxis_tools.compress.workfolder import WorkFolder
 from peraxis_tools.errors import ToolError
 
@@ -45,6 +48,7 @@ def calibrated_fit(
         dtype = resolve_dtype(options.compute_dtype, device, config)
         teacher, student = (Skeleton(config, dtype=dtype, device=device) for _ in range(2))
         names = map_names(student.model, fine_tuned.tensors)
+        calibrating = replace(samples, ids=samples.ids[: options.calibration_samples])
         digest = _inputs_digest(base.tensors, fine_tuned.tensors, samples, options, device, dtype)
         work = WorkFolder(output, digest, resume=options.resume)
         procedure = Procedure(
@@ -54,13 +58,17 @@ def calibrated_fit(
             teacher=teacher,
             student=student,
             names=names,
-            batches=batches_of(samples, options, device),
+            batches=batches_of(calibrating, options, device),
             options=_fit_options(options),
             work=work,
             hidden_limit=options.hidden_limit,
             progress=progress,
         )
         modules = procedure.run()
+        metadata = {}
+        if options.distill_samples:
+            del procedure, teacher, student
+            modules, metadata = _distilled(plan, base, fine_tuned, modules, samples, config, options, work, progress)
     return RunFit(
         plan=plan,
         modules=modules,
@@ -72,8 +80,59 @@ def calibrated_fit(
             source=samples.source,
         ),
         tokens=samples.ids.size,
+        metadata=metadata,
         work=work.path,
     )
+
+
+def _distilled(
+    plan: Plan,
+    base: Checkpoint,
+    fine_tuned: Checkpoint,
+    modules: Mapping[str, FittedModule],
+    samples: Samples,
+    config: Any,
+    options: CompressOptions,
+    work: WorkFolder,
+    progress: Callable[[str, int, int], None],
+) -> tuple[Mapping[str, FittedModule], dict[str, str]]:
+    """The modules after end-to-end distillation on the samples behind those of calibration, and its losses."""
+    done = work.load("distilled")
+    if done is not None:
+        return {module.name: module for module in done}, work.load_text("distilled")
+    device = resolve_device(options.device)
+    dtype = torch.float32 if device.type == "cpu" else resolve_dtype(options.compute_dtype, device, config)
+    teacher, student = (Skeleton(config, dtype=dtype, device=device) for _ in range(2))
+    names = map_names(student.model, fine_tuned.tensors)
+    weights = Weights(
+        plan=plan, base=base.tensors, fine_tuned=fine_tuned.tensors, names=names, fitted={}, device=device
+    )
+    rest = replace(samples, ids=samples.ids[options.calibration_samples :])
+    if not len(rest.ids):
+        raise ToolError(f"calibration {options.calibration}: too little text to distil after calibration; give more")
+    train, held_out = (torch.from_numpy(np.ascontiguousarray(ids)).to(device) for ids in rest.split(options.held_out))
+    result = distill(
+        weights=weights,
+        teacher=teacher,
+        student=student,
+        modules=modules,
+        samples=train,
+        held_out=held_out,
+        options=DistillOptions(
+            epochs=options.distill_epochs,
+            lr=options.distill_lr,
+            sign_lr=options.distill_sign_lr,
+            loss=options.distill_loss,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            logits_limit=options.logits_limit,
+        ),
+        progress=progress,
+    )
+    text = {"peraxis.distillation": f"held-out {options.distill_loss}: {result.before:.6g} -> {result.after:.6g}"}
+    work.save_text("distilled", text)
+    work.save("distilled", list(result.modules.values()))
+    return result.modules, text
 
 
 def _fit_options(options: CompressOptions) -> FitOptions:
@@ -93,7 +152,7 @@ def _samples(folder: Path, options: CompressOptions) -> Samples:
     return load_samples(
         options.calibration,
         tokenizer,
-        samples=options.calibration_samples,
+        samples=options.calibration_samples + options.distill_samples,
         length=options.sequence_length,
         seed=options.seed,
         text_column=options.text_column,

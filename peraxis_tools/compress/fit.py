@@ -179,20 +179,23 @@ def _choose(
     options: FitOptions,
     error: Callable[[Sequence[Term]], float],
 ) -> _Variant | None:
-    """The variant of least held-out error: the axis first, by scales alone, then the damping. None without tokens."""
+    """The variant of least held-out error: axis, then damping, both by scales alone (signs take most of the time).
+
+    Its error is that of the fit that was asked for. None without tokens.
+    """
     problems: dict[float, Quadratic] = {}
     for damping in options.dampings:
         problem = quadratic(delta, fine_tuned, moments, damping)
         if problem is None:
             return None
         problems[damping] = problem
-    axis = options.axes[0]
-    if len(options.axes) > 1:
-        quick, middle = replace(options, refine=False), options.dampings[len(options.dampings) // 2]
-        ranked = [(error(fit_terms(problems[middle], a, quick)), i) for i, a in enumerate(options.axes)]
-        axis = options.axes[min(ranked)[1]]
-    trials = [
-        _Variant(error(tuple(map(stored, fit_terms(problem, axis, options)))), axis, damping)
-        for damping, problem in problems.items()
-    ]
-    return min(trials, key=lambda variant: variant.error)
+    quick = replace(options, refine=False)
+
+    def trial(damping: float, axis: Axis, how: FitOptions) -> _Variant:
+        return _Variant(error(tuple(map(stored, fit_terms(problems[damping], axis, how)))), axis, damping)
+
+    middle = options.dampings[len(options.dampings) // 2]
+    best = min((trial(middle, axis, quick) for axis in options.axes), key=lambda variant: variant.error)
+    others = [trial(damping, best.axis, quick) for damping in options.dampings if damping != middle]
+    best = min([best, *others], key=lambda variant: variant.error)
+    return trial(best.damping, best.axis, options) if options.refine else best

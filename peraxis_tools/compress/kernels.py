@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,63 +110,7 @@ def have_numba() -> bool:
 def _compiled_sums(
     base: Array, fine_tuned: Array, base_dtype: DType, dtype: DType, weights: NDArray[np.float64]
 ) -> DeltaSums:
-    rows, width = base.shape
-    mask = np.zeros((rows, (width + 7) // 8), np.uint8)
-    row, squares = np.empty(rows), np.empty(rows)
-    chunks = np.zeros((-(-rows // _CHUNK), width))
-    if base_dtype is DType.BF16 and dtype is DType.BF16:
-        _kernel(True)(base, fine_tuned, weights, mask, row, squares, chunks)
-    else:
-        left, right = to_float32(base, base_dtype), to_float32(fine_tuned, dtype)
-        _kernel(False)(left, right, weights, mask, row, squares, chunks)
-    return _collect(mask, row, chunks, squares)
+    from peraxis_format.fast import pair_sums
 
-
-@cache
-def _kernel(bfloat16: bool) -> Callable[..., None]:
-    from numba import njit, prange
-
-    @njit(inline="always")
-    def widen(source: Any, buffer: Any) -> None:
-        for j in range(source.shape[0]):
-            buffer[j] = np.uint32(source[j]) << np.uint32(16)
-
-    @njit(parallel=True, cache=False)
-    def kernel(base: Any, fine_tuned: Any, weights: Any, mask: Any, row: Any, squares: Any, chunks: Any) -> None:
-        height, width = base.shape
-        padded = (width + 7) // 8 * 8
-        for chunk in prange(chunks.shape[0]):
-            left, right = np.empty(width, np.uint32), np.empty(width, np.uint32)
-            # Beyond `width` stays 0: it adds nothing to a lane, and sets no bit (see below).
-            size, weighted = np.zeros(padded), np.zeros(padded)
-            positive = np.zeros(padded, np.uint8)
-            for i in range(chunk * 64, min(height, chunk * 64 + 64)):
-                if bfloat16:
-                    widen(base[i], left)
-                    widen(fine_tuned[i], right)
-                    a, b = left.view(np.float32), right.view(np.float32)
-                else:
-                    a, b = base[i], fine_tuned[i]
-                for j in range(width):
-                    d = np.float32(b[j] - a[j])
-                    positive[j] = d >= 0
-                    size[j] = abs(np.float64(d))
-                    weighted[j] = size[j] * weights[j]
-                    chunks[chunk, j] += size[j]
-                sums, powers = np.zeros(8), np.zeros(8)
-                for j in range(0, padded, 8):
-                    for lane in range(8):
-                        sums[lane] += weighted[j + lane]
-                        powers[lane] += size[j + lane] * size[j + lane]
-                total, power = sums[0], powers[0]
-                for lane in range(1, 8):
-                    total += sums[lane]
-                    power += powers[lane]
-                row[i], squares[i] = total, power
-                for byte in range(padded // 8):
-                    value = np.uint8(0)
-                    for bit in range(8):
-                        value |= positive[8 * byte + bit] << bit
-                    mask[i, byte] = value
-
-    return kernel
+    mask, row, col, square = pair_sums(base, fine_tuned, base_dtype=base_dtype, dtype=dtype, weights=weights)
+    return DeltaSums(mask=mask, row=row, col=col, square=square)

@@ -38,6 +38,7 @@ class CompressOptions:
     calibration    c4, a `datasets` id, or a file of json, jsonl(.gz), parquet or txt
     held_out       share of the calibration samples that judges, rather than fits
     distill_samples  samples of end-to-end distillation of all scales afterwards; 0: none
+    distill_lr     learning rate of the scales, relative to their size; distill_sign_lr: of the signs (0: kept)
     hidden_limit   hidden states beyond this go to disk; logits_limit: teacher logits beyond this are recomputed
     resume         go on where a killed run of the same inputs and options stopped
     """
@@ -58,7 +59,8 @@ class CompressOptions:
     refine_rounds: int = 3
     distill_samples: int = 0
     distill_epochs: int = 5
-    distill_lr: float = 1e-4
+    distill_lr: float = 1e-2
+    distill_sign_lr: float = 0.0
     distill_loss: str = "kl"
     device: str = "auto"
     compute_dtype: str = "auto"

@@ -144,6 +144,8 @@ def _plan_module(name: str, tensor: TensorLike, base: TensorLike | None, options
         return replace(module, reason="not in the base")
     if len(shape) < 2:
         return replace(module, reason="a vector")
+    if module.kind in ("bias", "norm"):
+        return replace(module, reason="a bias" if module.kind == "bias" else "a norm")
     if not module.compressible:
         return replace(module, reason="dtype or shape allows no delta")
     bits = options.bits

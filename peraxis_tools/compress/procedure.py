@@ -24,14 +24,15 @@ from torch import Tensor
 from peraxis_format import Axis, Encoding, Safetensors
 from peraxis_tools.compress.fit import FitOptions, FittedMatrix, fit_matrix
 from peraxis_tools.compress.hidden import HiddenStates
-from peraxis_tools.compress.modules import TORCH_DTYPES, apply_components, components_of, to_torch
+from peraxis_tools.compress.modules import TORCH_DTYPES, components_of
 from peraxis_tools.compress.names import NameMap, Piece
 from peraxis_tools.compress.observe import Call, Observer, StopForward
 from peraxis_tools.compress.plan import TABLES, Plan, PlannedModule
-from peraxis_tools.compress.skeleton import Skeleton, UnsupportedModelError
+from peraxis_tools.compress.skeleton import Skeleton
 from peraxis_tools.compress.statistics import Moments, Statistics
 from peraxis_tools.compress.streaming import mean_components
 from peraxis_tools.compress.types import FittedModule, ModuleReport
+from peraxis_tools.compress.weights import Weights, kept_rows
 from peraxis_tools.compress.workfolder import WorkFolder
 
 __all__ = ["Batch", "Procedure", "Stage", "stages_of"]
@@ -96,69 +97,18 @@ class Procedure:
         hidden_limit: int,
         progress: Callable[[str, int, int], None],
     ) -> None:
-        self.base, self.fine_tuned = base, fine_tuned
         self.teacher, self.student = teacher, student
         self.names, self.batches, self.options, self.work = names, batches, options, work
         self.modules = {module.name: module for module in plan.modules}
-        self.aliases = {alias: name for name, alias in plan.tied}
         self.fitted: dict[str, FittedModule] = {}
+        self.weights = Weights(
+            plan=plan, base=base, fine_tuned=fine_tuned, names=names, fitted=self.fitted, device=student.device
+        )
         self._hidden = [
             HiddenStates(work.path, label, limit=hidden_limit // 2) for label in ("teacher", "student")
         ]
         self._progress = progress
         self.device = student.device
-
-    # -- tensors ---------------------------------------------------------------------------------------------
-
-    def _read(self, tensors: Safetensors, name: str, rows: slice | None = None) -> Tensor:
-        return to_torch(tensors.read(name, rows), tensors[name].dtype).to(self.device)
-
-    def teacher_tensor(self, name: str) -> Tensor:
-        """A tensor of the fine-tuned checkpoint."""
-        return self._read(self.fine_tuned, name)
-
-    def student_tensor(self, name: str) -> Tensor:
-        """A tensor as the file will give it: exact, or the base with what is fitted by now."""
-        module = self.modules[self.aliases.get(name, name)]
-        if module.encoding is not Encoding.SIGN or module.base_shape is None:
-            return self._read(self.fine_tuned, module.name)
-        kept = min(module.shape[0], module.base_shape[0])
-        base = self._read(self.base, module.name, slice(0, kept))
-        fitted = self.fitted.get(module.name)
-        covered = apply_components(base, fitted.components if fitted else (), TORCH_DTYPES[module.dtype])
-        if kept == module.shape[0]:
-            return covered
-        return torch.cat([covered, self._read(self.fine_tuned, module.name, slice(kept, None))])
-
-    def _parameter(self, name: str, source: Callable[[str], Tensor], skeleton: Skeleton) -> Tensor | None:
-        """A parameter's value, put together from the checkpoint's tensors; None where it has none of them."""
-        pieces = self.names.by_parameter.get(name)
-        if not pieces:
-            return None
-        if len(pieces) == 1 and pieces[0].index is None and pieces[0].rows is None:
-            return source(pieces[0].tensor)
-        value = torch.empty(skeleton.get(name).shape, dtype=skeleton.dtype, device=self.device)
-        for piece in pieces:
-            piece.select(value).copy_(source(piece.tensor))
-        return value
-
-    def _fill(self, names: Iterable[str]) -> None:
-        for name in names:
-            for skeleton, source in ((self.teacher, self.teacher_tensor), (self.student, self.student_tensor)):
-                value = self._parameter(name, source, skeleton)
-                if value is not None:
-                    skeleton.set(name, value)
-                elif skeleton.get(name).is_meta:
-                    raise UnsupportedModelError(f"{name}: the checkpoint has no tensor for it; use --fit none")
-
-    def _fill_outer(self) -> None:
-        """Everything outside the layers; what the checkpoint lacks is tied to what it has."""
-        outer = self.teacher.outer_parameters()
-        held = [name for name in outer if name in self.names.by_parameter]
-        self._fill(held)
-        for skeleton in (self.teacher, self.student):
-            skeleton.retie()
-        self._fill(name for name in outer if name not in held)
 
     # -- the run ---------------------------------------------------------------------------------------------
 
@@ -172,7 +122,8 @@ class Procedure:
                 hidden[i] = skeleton.embed(batch.ids)
         for index in range(blocks):
             self._progress("fit", index, blocks + 1)
-            self._fill(self.student.layer_parameters(index))
+            for skeleton, source in self._sources():
+                self.weights.fill(skeleton, source, skeleton.layer_parameters(index))
             self._part(f"block-{index:05d}", lambda index=index: self._fit_block(index))
             self._advance(index)
             for skeleton in (self.teacher, self.student):
@@ -181,6 +132,9 @@ class Procedure:
         self._part("head", self._fit_head)
         self._progress("fit", blocks + 1, blocks + 1)
         return self.fitted
+
+    def _sources(self) -> tuple[tuple[Skeleton, Callable[[str], Tensor]], ...]:
+        return (self.teacher, self.weights.teacher), (self.student, self.weights.student)
 
     def _part(self, part: str, fit: Callable[[], list[FittedModule]]) -> None:
         """Fit a part, or take it from the work folder, and see to it that the student has it."""
@@ -191,13 +145,14 @@ class Procedure:
         for module in modules:
             self.fitted[module.name] = module
         if part == "embedding":
-            self._fill_outer()
+            for skeleton, source in self._sources():
+                self.weights.fill_outer(skeleton, source)
         else:
             self._install({self.names.by_tensor[module.name].parameter for module in modules})
 
     def _install(self, parameters: Iterable[str]) -> None:
         for name in sorted(parameters):
-            value = self._parameter(name, self.student_tensor, self.student)
+            value = self.weights.parameter(name, self.weights.student, self.student)
             if value is not None:
                 self.student.set(name, value)
 
@@ -230,11 +185,11 @@ class Procedure:
         ]
 
     def _plain(self, module: PlannedModule, note: str) -> FittedModule:
-        kept = min(module.shape[0], (module.base_shape or module.shape)[0])
+        rows = slice(0, kept_rows(module))
         components = mean_components(
-            self.base.read(module.name, slice(0, kept)),
-            self.fine_tuned.read(module.name, slice(0, kept)),
-            base_dtype=self.base[module.name].dtype,
+            self.weights.base.read(module.name, rows),
+            self.weights.fine_tuned.read(module.name, rows),
+            base_dtype=self.weights.base[module.name].dtype,
             dtype=module.dtype,
             axis=module.axis,
             components=module.components,
@@ -335,9 +290,7 @@ class Procedure:
     def _fit_module(
         self, module: PlannedModule, piece: Piece, stage: Stage, sums: dict[Key, Statistics]
     ) -> FittedModule:
-        kept = min(module.shape[0], (module.base_shape or module.shape)[0])
-        base = self._read(self.base, module.name, slice(0, kept)).float()
-        tuned = self._read(self.fine_tuned, module.name, slice(0, kept)).float()
+        base, tuned = self.weights.pair(module)
         transposed = stage.transposed[piece.parameter]
         if torch.equal(base, tuned):
             return FittedModule(name=module.name, components=(), report=ModuleReport(note="unchanged"))

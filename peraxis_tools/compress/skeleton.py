@@ -22,8 +22,6 @@ from peraxis_tools.errors import ToolError
 
 __all__ = ["Skeleton", "UnsupportedModelError", "decoder_layers"]
 
-Source = Callable[[str], Tensor]
-
 
 class UnsupportedModelError(ToolError):
     """The model has no chain of decoder layers that can be run one after the other."""
@@ -110,10 +108,15 @@ class Skeleton:
         path, _, leaf = name.rpartition(".")
         return self.model.get_submodule(path), leaf
 
-    def fill(self, names: list[str], source: Source) -> None:
-        """Set all these names from the source."""
-        for name in names:
-            self.set(name, source(name))
+    def owners(self, name: str) -> list[tuple[nn.Module, str]]:
+        """Every (module, attribute) that holds this parameter: several where it is tied."""
+        value = self.get(name)
+        return [
+            (module, leaf)
+            for module in self.model.modules()
+            for leaf, parameter in module._parameters.items()
+            if parameter is value
+        ]
 
     def retie(self) -> None:
         """Tie what the architecture ties (lm_head to the embedding), where one of the two is filled."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,15 @@ class WorkFolder:
             return None
         data = (self.path / f"{part}.bin").read_bytes()
         return [_module(entry, data) for entry in json.loads(index.read_bytes())]
+
+    def save_text(self, part: str, text: Mapping[str, str]) -> None:
+        """Store texts beside a part; to be called before the part itself is saved."""
+        with atomic_file(self.path / f"{part}.text.json") as file:
+            file.write(json.dumps(dict(text)).encode())
+
+    def load_text(self, part: str) -> dict[str, str]:
+        """The texts beside a finished part."""
+        return dict(json.loads((self.path / f"{part}.text.json").read_bytes()))
 
     def save(self, part: str, modules: Sequence[FittedModule]) -> None:
         """Store a finished part."""

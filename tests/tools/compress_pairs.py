@@ -1,0 +1,73 @@
+"""Small random checkpoint pairs with a tokenizer and a text, for the tests of the compressor."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+WORDS = "one two red blue sun moon tree stone walks sings under over the a and".split()
+# Letters, and the space as byte-level tokenizers write it: some families insist on a byte-level BPE.
+VOCABULARY = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", "Ġ", *sorted(set("".join(WORDS)))])}
+
+
+def write_text(path: Path, *, documents: int = 60, words: int = 40, seed: int = 0) -> Path:
+    """A jsonl file of documents of random words."""
+    import json
+
+    draw = random.Random(seed)
+    lines = [json.dumps({"text": " ".join(draw.choices(WORDS, k=words))}) for _ in range(documents)]
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of letters."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(VOCABULARY, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+def write_pair(
+    folder: Path, config: Any, *, dtype: torch.dtype = torch.float32, step: float = 0.02, seed: int = 0
+) -> tuple[Path, Path]:
+    """A random model and the same with every float parameter moved a little; (base, fine-tuned)."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    base, tuned = folder / "base", folder / "tuned"
+    model.save_pretrained(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            low_rank = torch.randn(parameter.shape[-1]) * torch.rand(*parameter.shape[:-1], 1)
+            parameter += (step * (torch.randn(parameter.shape) + low_rank)).to(parameter.dtype)
+    model.save_pretrained(tuned)
+    for path in (base, tuned):
+        write_tokenizer(path)
+    return base, tuned
+
+
+def llama_config(**changes: Any) -> Any:
+    """A Llama of three layers, width 24, MLP width 44 (neither of them a power of two)."""
+    from transformers import LlamaConfig
+
+    values = {
+        "vocab_size": 32,
+        "hidden_size": 24,
+        "intermediate_size": 44,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    return LlamaConfig(**{**values, **changes})

@@ -1,0 +1,123 @@
+"""No list of architectures: small random models of many families are seen, fitted and rebuilt by the same code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import peraxis_format as pxd
+from peraxis_tools.compress import CompressOptions, compress
+from peraxis_tools.compress.names import map_names
+from peraxis_tools.compress.observe import Call, Observer
+from peraxis_tools.compress.skeleton import Skeleton
+from tests.tools.compress_pairs import VOCABULARY, write_pair, write_text
+
+COMMON = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**COMMON, attention_bias=True, mlp_bias=True),
+    "mistral": lambda: transformers.MistralConfig(**COMMON, sliding_window=8),
+    "qwen2": lambda: transformers.Qwen2Config(**COMMON),
+    "qwen3": lambda: transformers.Qwen3Config(**COMMON, head_dim=8),
+    "phi3": lambda: transformers.Phi3Config(**COMMON),
+    "gemma": lambda: transformers.GemmaConfig(**COMMON, head_dim=8),
+    "gemma2": lambda: transformers.Gemma2Config(**COMMON, head_dim=8, sliding_window=8),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=32, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=1
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(**COMMON, num_local_experts=4),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(**COMMON, **MIXTURE),
+    "granite-moe": lambda: transformers.GraniteMoeConfig(**COMMON, num_local_experts=4),
+    "gpt-oss": lambda: transformers.GptOssConfig(**COMMON, num_local_experts=4, head_dim=8, sliding_window=8),
+}
+TRANSPOSED = {"gpt2", "gpt-oss"}
+FUSED = {"granite-moe", "gpt-oss"}
+
+
+def model_of(folder: Path) -> torch.nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_run_block_by_block_gives_the_logits_of_the_whole(family: str) -> None:
+    torch.manual_seed(0)
+    config = FAMILIES[family]()
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    state = model.state_dict()
+    skeleton = Skeleton(config, dtype=torch.float32, device=torch.device("cpu"))
+    for name in skeleton.outer_parameters():
+        skeleton.set(name, state[name])
+    ids = torch.randint(0, 32, (2, 24))
+    calls: list[Call] = []
+    with torch.no_grad():
+        hidden = skeleton.embed(ids)
+        for index in range(len(skeleton)):
+            names = skeleton.layer_parameters(index)
+            for name in names:
+                skeleton.set(name, state[name])
+            with Observer([(name, skeleton.get(name)) for name in names], calls.append):
+                hidden = skeleton.run_layer(index, ids, hidden)
+            skeleton.empty(index)
+        logits = skeleton.head(ids, hidden)
+        expected = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    seen = {call.parameter for call in calls}
+    matrices = {n for n in state if n.startswith(skeleton.prefix) and state[n].dim() > 1 and "bias" not in n}
+    assert seen == matrices
+    assert any(call.transposed for call in calls) == (family in TRANSPOSED)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_saved_tensor_is_found_in_the_model(family: str, tmp_path: Path) -> None:
+    base, _ = write_pair(tmp_path, FAMILIES[family]())
+    state = model_of(base).state_dict()
+    with pxd.Safetensors.open(base) as tensors:
+        names = map_names(Skeleton(FAMILIES[family](), dtype=torch.float32, device=torch.device("cpu")).model, tensors)
+        assert names.unmapped == ()
+        for tensor, piece in names.by_tensor.items():
+            stored = torch.from_numpy(tensors.read(tensor))
+            assert torch.equal(piece.select(state[piece.parameter]), stored), tensor
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calibration_beats_mean_magnitudes_and_every_matrix_is_fitted(family: str, tmp_path: Path) -> None:
+    base, tuned = write_pair(tmp_path, FAMILIES[family]())
+    text = write_text(tmp_path / "text.jsonl")
+    common = {"embeddings": "full"}
+    fitted_options = CompressOptions(
+        calibration=str(text), calibration_samples=16, sequence_length=24, batch_size=4, **common
+    )
+    errors = {}
+    for name, options in {"none": CompressOptions(**common), "refined": fitted_options}.items():
+        output = tmp_path / f"{name}.pxd"
+        result = compress(base, tuned, output, options=options)
+        assert not [note for note in result.notes.values() if "not seen" in note or "not a parameter" in note]
+        errors[name] = divergence(base, tuned, output, tmp_path / name)
+    assert errors["refined"] < 0.8 * errors["none"], errors
+
+
+def divergence(base: Path, tuned: Path, delta: Path, folder: Path) -> float:
+    """Mean KL(fine-tuned || applied) on random ids, through the folder that apply writes."""
+    from peraxis_tools import apply
+
+    apply(base, delta, folder)
+    ids = torch.randint(3, len(VOCABULARY), (8, 24), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        p, q = (torch.log_softmax(model_of(path)(input_ids=ids).logits, -1) for path in (tuned, folder))
+    return float((p.exp() * (p - q)).sum(-1).mean())
