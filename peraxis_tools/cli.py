@@ -26,6 +26,7 @@ VERBS: Final = {
     "inspect": "What a .pxd is, for which base, and where its bytes go.",
     "verify": "Prove that a .pxd is whole, and made for this base.",
     "apply": "Base + .pxd -> a complete Hugging Face folder.",
+    "diff": "What two deltas, or a delta and a fine-tune, do differently.",
     "eval": "How close base + .pxd comes to the fine-tune.",
     "demo": "Train a small pair and show the whole way, offline.",
 }

@@ -1,0 +1,73 @@
+"""`peraxis-tools diff`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from peraxis_tools.commands.options import json_option, quiet_option, workers_option
+from peraxis_tools.commands.sources import fetched
+from peraxis_tools.diff import diff, diff_checkpoint, diff_size
+from peraxis_tools.errors import CheckFailedError, ToolError
+from peraxis_tools.remote import is_remote
+from peraxis_tools.report import emit, progress
+from peraxis_tools.report.diff import render_diff
+
+__all__ = ["command"]
+
+
+def _is_delta(source: str) -> bool:
+    """A URL or a file that is no safetensors checkpoint; folders and hub ids are checkpoints."""
+    if is_remote(source):
+        return True
+    path = Path(source)
+    return path.suffix == ".pxd" or (path.is_file() and path.suffix != ".safetensors" and path.suffix != ".json")
+
+
+@click.command("diff")
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option("--base", metavar="FOLDER|ID", help="The base: for tensors stored exactly, and where B is a checkpoint.")
+@click.option("--top", default=12, show_default=True, type=click.IntRange(min=0), help="Modules to list.")
+@workers_option
+@json_option
+@quiet_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    a: str,
+    b: str,
+    base: str | None,
+    top: int,
+    workers: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Compare two deltas on one base, or a delta with a fine-tuned checkpoint.
+
+    A is a .pxd, B a .pxd or a checkpoint (folder or hub id; needs --base). Exit code 0: equal, 1: different.
+
+    \b
+    Example: peraxis-tools diff v1.pxd v2.pxd
+             peraxis-tools diff v1.pxd my-fine-tune --base meta-llama/Llama-3.1-8B
+    """
+    against_checkpoint = not _is_delta(b)
+    if against_checkpoint and base is None:
+        raise ToolError(f"{b}: is a checkpoint; pass --base to compare a delta with it")
+    with fetched([a] if against_checkpoint else [a, b], quiet=quiet) as paths:
+        with progress("diff", diff_size(paths[0]), quiet=quiet) as step:
+            if against_checkpoint:
+                result = diff_checkpoint(paths[0], b, base=base or "", workers=workers, progress=step)
+            else:
+                result = diff(paths[0], paths[1], base=base, workers=workers, progress=step)
+    result = dataclasses.replace(result, a=a, b=b)
+    emit(
+        result,
+        lambda result, console: render_diff(result, console, top=top),
+        schema="peraxis.diff/1",
+        as_json=as_json,
+    )
+    if not result.equal:
+        ctx.exit(CheckFailedError.exit_status)

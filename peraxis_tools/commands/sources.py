@@ -1,0 +1,24 @@
+"""Artifacts named on the command line: paths, or URLs that are fetched first, with progress."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from peraxis_tools.remote import local_copy
+from peraxis_tools.report import progress
+
+__all__ = ["fetched"]
+
+
+@contextlib.contextmanager
+def fetched(sources: Sequence[str], *, quiet: bool) -> Iterator[list[Path]]:
+    """Local paths for these sources, in order; copies of remote ones are removed at the end."""
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                local_copy(source, progress=lambda description, total: progress(description, total, quiet=quiet))
+            )
+            for source in sources
+        ]

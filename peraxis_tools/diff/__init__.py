@@ -1,0 +1,189 @@
+"""Compare two deltas on one base, or a delta with the fine-tuned checkpoint that it stands for; streamed.
+
+Memory: two modules of each file, or blocks of rows of exact tensors. Time: reading and hashing, and about as much
+again for the sums over signs. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Literal
+
+import peraxis_format as pxd
+from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.diff.checkpoint import compare_with_checkpoint
+from peraxis_tools.diff.manifests import manifest_changes
+from peraxis_tools.diff.modules import compare_modules
+from peraxis_tools.diff.result import DiffResult, GroupDiff, ManifestChange, ModuleDiff, group
+from peraxis_tools.errors import CheckFailedError
+from peraxis_tools.parallel import ordered_map
+from peraxis_tools.rows import BaseRows, base_rows
+
+__all__ = ["DiffResult", "GroupDiff", "ManifestChange", "ModuleDiff", "diff", "diff_checkpoint", "diff_size"]
+
+_BUDGET: Final = 64 << 20  # bytes of payload in flight, or one module of each file
+_DENSE_WORKERS: Final = 2  # blocks of rows are some tens of MiB a worker
+
+
+def diff(
+    a: str | Path,
+    b: str | Path,
+    *,
+    base: str | Path | None = None,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> DiffResult:
+    """Compare two deltas made for one base.
+
+    base: the checkpoint itself, needed only for the norms of tensors that are stored exactly; its dtypes and shapes
+    are checked, its bytes are not (`verify --base` does that). progress: called with numbers of payload bytes of A.
+    Raises CheckFailedError where the bases differ, PxdError, CheckpointError, OSError.
+    """
+    step = progress or (lambda _: None)
+    with pxd.open(a) as file_a, pxd.open(b) as file_b:
+        common = [name for name in file_a if name in file_b]
+        _check_one_base(file_a, file_b, common)
+        if base is None:
+            modules = _compare(file_a, file_b, common, None, workers, step)
+        else:
+            with open_checkpoint(base) as checkpoint:
+                pxd.check_base_names(file_a.manifest, checkpoint.tensors)
+                modules = _compare(file_a, file_b, common, checkpoint.tensors, workers, step)
+        return _result(
+            file_a,
+            modules,
+            b=str(b),
+            content_id_b=file_b.content_id,
+            equal=file_a.content_id == file_b.content_id,
+            manifest=manifest_changes(file_a.manifest, file_b.manifest),
+            only_in_b=tuple(name for name in file_b if name not in file_a),
+            only_in_a=tuple(name for name in file_a if name not in file_b),
+        )
+
+
+def diff_checkpoint(
+    a: str | Path,
+    fine_tuned: str | Path,
+    *,
+    base: str | Path,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> DiffResult:
+    """Compare base + delta with a fine-tuned checkpoint; relative distances are to the checkpoint's own delta.
+
+    Raises CheckFailedError, PxdError, CheckpointError, OSError.
+    """
+    step = progress or (lambda _: None)
+    with pxd.open(a) as file, open_checkpoint(base) as before, open_checkpoint(fine_tuned) as after:
+        pxd.check_base_names(file.manifest, before.tensors)
+        aliases = {alias for _, alias in file.manifest.tied}
+        common = [name for name in file if name in after.tensors]
+        if not common:
+            raise CheckFailedError(
+                f"{after.tensors.label}: has none of the modules of {a}; pass the fine-tuned checkpoint"
+            )
+
+        def work(name: str) -> ModuleDiff:
+            found = compare_with_checkpoint(file, name, before.tensors, after.tensors)
+            step(_size(file, name))
+            return found
+
+        modules = list(
+            ordered_map(
+                work, common, cost=lambda _: 1, budget=workers or _DENSE_WORKERS, workers=workers or _DENSE_WORKERS
+            )
+        )
+        only_in_a = tuple(name for name in file if name not in after.tensors)
+        only_in_b = tuple(name for name in after.tensors if name not in file and name not in aliases)
+        return _result(
+            file,
+            modules,
+            b=str(fine_tuned),
+            content_id_b=None,
+            equal=not only_in_a and not only_in_b and all(module.identical for module in modules),
+            manifest=(),
+            only_in_a=only_in_a,
+            only_in_b=only_in_b,
+        )
+
+
+def diff_size(a: str | Path) -> int:
+    """Units of the progress of `diff`: payload bytes of A."""
+    with pxd.open(a) as file:
+        return sum(_size(file, name) for name in file)
+
+
+def _size(file: pxd.DeltaFile, name: str) -> int:
+    begin, end = file.span(name)
+    return end - begin
+
+
+def _check_one_base(a: pxd.DeltaFile, b: pxd.DeltaFile, common: list[str]) -> None:
+    if not common:
+        raise CheckFailedError(f"{a.path} and {b.path}: have no module in common; these are deltas of different models")
+    for name in common:
+        refs = a.entry(name).base, b.entry(name).base
+        if refs[0] is not None and refs[1] is not None and refs[0] != refs[1]:
+            raise CheckFailedError(
+                f"{a.path} and {b.path}: made for different bases ({a.manifest.base.id!r} and {b.manifest.base.id!r} "
+                f"differ at {name}); deltas compare only on one base"
+            )
+
+
+def _compare(
+    a: pxd.DeltaFile,
+    b: pxd.DeltaFile,
+    common: list[str],
+    base: pxd.Safetensors | None,
+    workers: int | None,
+    step: Callable[[int], None],
+) -> list[ModuleDiff]:
+    def rows(name: str) -> BaseRows | None:
+        entry = a.entry(name)
+        return None if base is None or entry.base is None or b.entry(name).base is None else base_rows(base, entry)
+
+    def work(name: str) -> ModuleDiff:
+        found = compare_modules(a, b, name, rows(name))
+        step(_size(a, name))
+        return found
+
+    def cost(name: str) -> int:
+        return _size(a, name) + _size(b, name)
+
+    return list(ordered_map(work, common, cost=cost, budget=_BUDGET, workers=workers))
+
+
+def _result(
+    file: pxd.DeltaFile,
+    modules: list[ModuleDiff],
+    *,
+    b: str,
+    content_id_b: str | None,
+    equal: bool,
+    manifest: tuple[ManifestChange, ...],
+    only_in_a: tuple[str, ...],
+    only_in_b: tuple[str, ...],
+) -> DiffResult:
+    subtypes: dict[str, list[ModuleDiff]] = {}
+    for module in modules:
+        subtypes.setdefault(module.subtype, []).append(module)
+
+    def weights(name: str) -> int:
+        return math.prod(file.entry(name).shape)
+
+    against: Literal["a", "b"] = "a" if content_id_b is not None else "b"
+    return DiffResult(
+        a=str(file.path),
+        b=b,
+        content_id_a=file.content_id,
+        content_id_b=content_id_b,
+        equal=equal,
+        manifest=manifest,
+        only_in_a=only_in_a,
+        only_in_b=only_in_b,
+        total=group("total", modules, weights, against=against),
+        by_subtype=tuple(group(label, members, weights, against=against) for label, members in subtypes.items()),
+        modules=tuple(modules),
+    )

@@ -1,0 +1,103 @@
+"""A delta against a fine-tuned checkpoint: how far base + delta is from what it stands for.
+
+    d_A = sum of terms (or exact tensor - base)      d_B = fine-tuned - base      relative = ||d_A - d_B|| / ||d_B||
+
+Norms are of the delta before its last rounding (SPEC 6.1); `identical` speaks of the weights after it, bit by bit.
+Tensors pass by blocks of rows, each base row read once for both uses.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+import peraxis_format as pxd
+from peraxis_tools.diff.result import ModuleDiff, relative_distance
+from peraxis_tools.kinds import subtype_of
+from peraxis_tools.rows import delta_rows, has_delta, restrict, row_blocks
+
+__all__ = ["compare_with_checkpoint"]
+
+
+@dataclass(slots=True)
+class _Sums:
+    square_a: float = 0.0
+    square_b: float = 0.0
+    square_distance: float = 0.0
+    same_sign: int = 0
+    changed: int = 0
+    identical: bool = True
+
+
+def compare_with_checkpoint(
+    delta: pxd.DeltaFile, name: str, base: pxd.Safetensors, fine_tuned: pxd.Safetensors
+) -> ModuleDiff:
+    """One module against the fine-tuned tensor of its name. Names, dtypes and shapes of the base are checked before.
+
+    relative is to the checkpoint's own delta (norm_b), which is what is to be stored. Raises PayloadError.
+    """
+    entry, found = delta.entry(name), fine_tuned[name]
+    changes = tuple(
+        f"{what} {a} -> {b}"
+        for what, a, b in (
+            ("dtype", entry.dtype.value, found.dtype.value),
+            ("shape", "x".join(map(str, entry.shape)), "x".join(map(str, found.shape))),
+        )
+        if a != b
+    )
+    if changes:
+        return ModuleDiff(name=name, subtype=subtype_of(name), identical=False, changes=changes, note="not comparable")
+    module = delta.load(name)
+    if not has_delta(module):
+        same = bytes(pxd.raw_bytes(_exact(module, name, base))) == bytes(pxd.raw_bytes(fine_tuned.read(name)))
+        return ModuleDiff(name=name, subtype=subtype_of(name), identical=same, note="has no delta: compared bit by bit")
+    sums = _sums(module, name, base, fine_tuned)
+    norm_b = math.sqrt(sums.square_b)
+    distance = math.sqrt(sums.square_distance)
+    return ModuleDiff(
+        name=name,
+        subtype=subtype_of(name),
+        identical=sums.identical,
+        sign_agreement=sums.same_sign / sums.changed if sums.changed and module.components else None,
+        norm_a=math.sqrt(sums.square_a),
+        norm_b=norm_b,
+        distance=distance,
+        relative=relative_distance(distance, norm_b),
+    )
+
+
+def _exact(module: pxd.ModuleDelta, name: str, base: pxd.Safetensors) -> pxd.Array:
+    return pxd.reconstruct(module, None if module.full is not None else base.read(name))
+
+
+def _sums(module: pxd.ModuleDelta, name: str, base: pxd.Safetensors, fine_tuned: pxd.Safetensors) -> _Sums:
+    if module.base is None:
+        raise pxd.ShapeError(f"{name}: has no base tensor")
+    sums = _Sums()
+    for rows in row_blocks(module.covered):
+        chosen = rows if module.shape else None
+        base_block = base.read(name, chosen)
+        wanted_block = fine_tuned.read(name, chosen)
+        part = restrict(module, rows) if module.shape else module
+        sums.identical &= np.array_equal(_bits(pxd.reconstruct(part, base_block)), _bits(wanted_block))
+        plain = pxd.to_float32(base_block, module.base.dtype)
+        wanted = (pxd.to_float32(wanted_block, module.dtype) - plain).reshape(-1).astype(np.float64)
+        stored = delta_rows(module, rows, lambda _, plain=plain: plain).reshape(-1).astype(np.float64)  # type: ignore[misc]
+        sums.square_a += float(stored @ stored)
+        sums.square_b += float(wanted @ wanted)
+        sums.square_distance += float(np.square(stored - wanted).sum())
+        changed = wanted != 0.0
+        sums.changed += int(np.count_nonzero(changed))
+        sums.same_sign += int(np.count_nonzero(((stored > 0.0) == (wanted > 0.0)) & changed))
+    if module.shape and module.kept < module.shape[0]:
+        tail = module.full[module.kept :] if module.full is not None else module.tail
+        sums.identical &= np.array_equal(_bits(tail), _bits(fine_tuned.read(name, slice(module.kept, module.shape[0]))))
+    return sums
+
+
+def _bits(array: pxd.Array | None) -> pxd.Array:
+    if array is None:
+        return np.empty(0, np.uint8)
+    return np.frombuffer(pxd.raw_bytes(array), np.uint8)

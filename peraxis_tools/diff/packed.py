@@ -1,0 +1,168 @@
+"""Inner products of deltas from their packed form, without a dense matrix and without a whole mask in memory.
+
+A delta is a sum of components, D = sum_k b_k o (row_k col_k^T) 2^e_k, where an axis that a component does not have is
+all ones (SPEC 5.3). So
+
+    <A_k, B_l> = 2^(e_k + e_l)  sum_i row_k[i] row_l[i]  sum_j col_k[j] col_l[j] b_k[i,j] b_l[i,j]
+
+and the inner sum is over the xor of two masks (kernels.py), by blocks of rows. Of these come, in binary64,
+
+    <A, B> = sum_k,l <A_k, B_l>        ||A||^2 = <A, A>        ||A - B||^2 = ||A||^2 + ||B||^2 - 2 <A, B>
+
+The last difference cancels: distances below about 1e-7 of the norm are rounding. What is equal is not computed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+import peraxis_format as pxd
+from peraxis_tools.diff.kernels import byte_tables, differing_bits, differing_sums
+
+__all__ = ["Block", "Moments", "Packed", "magnitude", "moments", "pack", "row_step", "square"]
+
+# Rows of two masks: U8 [rows, ceil(d_in/8)] each.
+Block: TypeAlias = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+
+_BLOCK_BYTES: Final = 1 << 20  # of one mask at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """One component, its mask read by rows. rows counts over the batch: [..., d_out, d_in] has batch * d_out.
+
+    row: binary64 [batch, d_out] with 2^e in it. col: binary64 [batch, d_in], None where it is all ones.
+    mask(begin, end): U8 [end - begin, ceil(d_in/8)], unused bits zero.
+    """
+
+    d_in: int
+    row: NDArray[np.float64]
+    col: NDArray[np.float64] | None
+    mask: Callable[[int, int], NDArray[np.uint8]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moments:
+    """||A||^2, ||B||^2 and <A, B> of one module's two deltas.
+
+    agreement: the share of weights to which the first masks give the same sign; None where a side has none.
+    """
+
+    square_a: float
+    square_b: float
+    inner: float
+    agreement: float | None = None
+
+    @property
+    def square_distance(self) -> float:
+        """||A - B||^2; what rounding makes negative is 0."""
+        return max(0.0, self.square_a + self.square_b - 2.0 * self.inner)
+
+
+def pack(
+    exponent: int,
+    scales: Mapping[str, NDArray[np.float16]],
+    covered: tuple[int, ...],
+    mask: Callable[[int, int], NDArray[np.uint8]],
+) -> Packed:
+    """A component [..., d_out, d_in] for the sums below. scales: `row`, `col`, `scalar`, as its axis has them."""
+    d_out, d_in = covered[-2:]
+    batch = math.prod(covered[:-2])
+    rows = np.full((batch, d_out), 2.0**exponent)
+    if "row" in scales:
+        rows *= scales["row"].reshape(batch, d_out).astype(np.float64)
+    if "scalar" in scales:
+        rows *= float(scales["scalar"][0])
+    cols = scales["col"].reshape(batch, d_in).astype(np.float64) if "col" in scales else None
+    return Packed(d_in=d_in, row=rows, col=cols, mask=mask)
+
+
+def row_step(d_in: int) -> int:
+    """Rows of one block."""
+    return max(1, _BLOCK_BYTES // pxd.mask_width(d_in))
+
+
+def _read_blocks(a: Packed, b: Packed) -> Iterator[Block]:
+    step = row_step(a.d_in)
+    for begin in range(0, a.row.size, step):
+        end = min(begin + step, a.row.size)
+        yield a.mask(begin, end), b.mask(begin, end)
+
+
+def _inner(a: Packed, b: Packed, blocks: Iterable[Block] | None = None) -> tuple[float, int]:
+    """<A_k, B_l> and the number of weights whose signs differ; blocks: the rows of both masks, from 0 to the last."""
+    d_in, (_, d_out) = a.d_in, a.row.shape
+    rows = (a.row * b.row).reshape(-1)
+    inner, differing, first = [], 0, 0
+    whole, table, matrix = 0.0, None, -1
+    for mask_a, mask_b in blocks or _read_blocks(a, b):
+        for part in _split(first, len(mask_a), d_out):
+            if part.matrix != matrix:
+                matrix = part.matrix
+                cols = [packed.col[matrix] for packed in (a, b) if packed.col is not None]
+                columns = math.prod(cols, start=np.ones(d_in))
+                whole = float(columns.sum())
+                table = byte_tables(columns, pxd.mask_width(d_in)) if cols else None
+            pair = mask_a[part.rows], mask_b[part.rows]
+            count = differing_bits(*pair)
+            sums = count if table is None else differing_sums(*pair, table)
+            weights = rows[first + part.rows.start : first + part.rows.stop]
+            inner.append(float(weights @ (whole - 2.0 * sums)))
+            differing += int(count.sum())
+        first += len(mask_a)
+    return math.fsum(inner), differing
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Those rows of a block that belong to one matrix of the batch."""
+
+    matrix: int
+    rows: slice
+
+
+def _split(first: int, count: int, d_out: int) -> Iterator[_Part]:
+    begin = 0
+    while begin < count:
+        matrix = (first + begin) // d_out
+        end = min(count, (matrix + 1) * d_out - first)
+        yield _Part(matrix, slice(begin, end))
+        begin = end
+
+
+def _own_square(a: Packed) -> float:
+    columns = np.full(a.row.shape[0], float(a.d_in)) if a.col is None else np.square(a.col).sum(axis=1)
+    return float(np.square(a.row).sum(axis=1) @ columns)
+
+
+def square(components: Sequence[Packed]) -> float:
+    """||A||^2 of a sum of components; of one alone, from its scales."""
+    own = math.fsum(_own_square(component) for component in components)
+    return own + 2.0 * math.fsum(_inner(a, b)[0] for a, b in itertools.combinations(components, 2))
+
+
+def moments(a: Sequence[Packed], b: Sequence[Packed], blocks: Iterable[Block] | None = None) -> Moments:
+    """The inner products of two sums of components over the same covered shape.
+
+    blocks: the rows of both masks where each side has one component and something else reads them.
+    """
+    products = [_inner(x, y, blocks) for x, y in itertools.product(a, b)]
+    return Moments(
+        square_a=square(a),
+        square_b=square(b),
+        inner=math.fsum(inner for inner, _ in products),
+        agreement=1.0 - products[0][1] / (a[0].row.size * a[0].d_in) if products else None,
+    )
+
+
+def magnitude(component: Packed) -> float:
+    """The mean of |term| over the weights: mean(row) * mean(col) * 2^e, over the batch."""
+    columns = 1.0 if component.col is None else component.col.mean(axis=1)
+    return float(np.mean(component.row.mean(axis=1) * columns))

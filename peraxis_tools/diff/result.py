@@ -1,0 +1,108 @@
+"""What `diff` finds, as values: by module, by sub-type, in total."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["DiffResult", "GroupDiff", "ManifestChange", "ModuleDiff", "group", "relative_distance"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestChange:
+    """One field of the two manifests that differs, as texts; None where one lacks it."""
+
+    field: str
+    a: str | None
+    b: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleDiff:
+    """One module in both.
+
+    identical: the same stored bytes (against a checkpoint: the same weights after apply). changes: what its entries
+    say differently, like `axis row -> col`. sign_agreement: share of equal bits of the first masks (against a
+    checkpoint: of the weights that changed). scale_change: mean |first component| of B over that of A. norm_a,
+    norm_b, distance: of the deltas, and relative = distance / norm_a. Each is None where it is unknown, and note says
+    why.
+    """
+
+    name: str
+    subtype: str
+    identical: bool
+    changes: tuple[str, ...] = ()
+    sign_agreement: float | None = None
+    scale_change: float | None = None
+    norm_a: float | None = None
+    norm_b: float | None = None
+    distance: float | None = None
+    relative: float | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupDiff:
+    """Several modules together. relative is over those `measured`, by root of sums of squares."""
+
+    label: str
+    modules: int
+    different: int
+    measured: int
+    sign_agreement: float | None
+    relative: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiffResult:
+    """Two deltas, or a delta and a fine-tuned checkpoint. content_id_b is None for a checkpoint.
+
+    equal: the same content (against a checkpoint: the same tensors, bit for bit).
+    """
+
+    a: str
+    b: str
+    content_id_a: str
+    content_id_b: str | None
+    equal: bool
+    manifest: tuple[ManifestChange, ...]
+    only_in_a: tuple[str, ...]
+    only_in_b: tuple[str, ...]
+    total: GroupDiff
+    by_subtype: tuple[GroupDiff, ...]
+    modules: tuple[ModuleDiff, ...]
+
+
+def relative_distance(distance: float | None, norm: float | None) -> float | None:
+    """||dA - dB|| / ||dA||; None where either is unknown, or dA is zero while they differ."""
+    if distance is None or norm is None:
+        return None
+    if distance == 0.0:
+        return 0.0
+    return distance / norm if norm > 0.0 else None
+
+
+def group(
+    label: str, modules: Iterable[ModuleDiff], weights: Callable[[str], int], *, against: Literal["a", "b"] = "a"
+) -> GroupDiff:
+    """Sum modules up. weights: the number of a module's weights, by which sign agreement is averaged.
+
+    against: whose norm the relative distance is to.
+    """
+    modules = list(modules)
+    norms = {m.name: m.norm_a if against == "a" else m.norm_b for m in modules}
+    measured = [m for m in modules if m.distance is not None and norms[m.name] is not None]
+    distance = math.sqrt(math.fsum((m.distance or 0.0) ** 2 for m in measured))
+    norm = math.sqrt(math.fsum((norms[m.name] or 0.0) ** 2 for m in measured))
+    signed = [(m.sign_agreement, weights(m.name)) for m in modules if m.sign_agreement is not None]
+    count = sum(weight for _, weight in signed)
+    return GroupDiff(
+        label=label,
+        modules=len(modules),
+        different=sum(not m.identical for m in modules),
+        measured=len(measured),
+        sign_agreement=math.fsum(share * weight for share, weight in signed) / count if count else None,
+        relative=relative_distance(distance, norm) if measured else None,
+    )

@@ -1,0 +1,79 @@
+"""A file's components by rows, read as they are asked for: no whole mask in memory, nor pages of the file's map."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import peraxis_format as pxd
+from peraxis_tools.diff.packed import Block, Packed, pack, row_step
+
+__all__ = ["checked_blocks", "packed_components", "packed_module"]
+
+
+def packed_components(file: pxd.DeltaFile, name: str) -> list[Packed]:
+    """A module's components, masks read from the file as rows are asked for; none for what is not `sign`.
+
+    Bytes are not checked here.
+    """
+    entry = file.entry(name)
+    records = {record.name: record for record in file.tensors(name)}
+    found = []
+    for k, component in enumerate(entry.components):
+        mask = records[f"{name}.{k}.mask"]
+        scales = {
+            part: _read(file, records[f"{name}.{k}.{part}"])
+            for part in ("row", "col", "scalar")
+            if f"{name}.{k}.{part}" in records
+        }
+        covered = (min(entry.shape[0], entry.base.shape[0]), *entry.shape[1:]) if entry.base else entry.shape
+        found.append(pack(component.exponent, scales, covered, _mask_rows(file, mask)))
+    return found
+
+
+def checked_blocks(a: pxd.DeltaFile, b: pxd.DeltaFile, name: str) -> Iterator[Block]:
+    """The rows of both masks of a module with one component in each file, both ranges checked behind the last.
+
+    A component's mask stands first in its range (SPEC 4.1), so one pass over the bytes serves digest and sums. A block is
+    valid until the next one. Raises PayloadError.
+    """
+    width = a.tensors(name)[0].shape[-1]
+    size = width * row_step(a.entry(name).shape[-1])
+    left = math.prod(a.tensors(name)[0].shape)
+    for pair in itertools.zip_longest(a.chunks(name, size=size), b.chunks(name, size=size), fillvalue=b""):
+        count = min(left, size)
+        left -= count
+        if count:
+            masks = [np.frombuffer(chunk, np.uint8, count).reshape(-1, width) for chunk in pair]
+            yield masks[0], masks[1]
+
+
+def packed_module(module: pxd.ModuleDelta) -> list[Packed]:
+    """The same of a module in memory."""
+
+    def rows(mask: NDArray[np.uint8]) -> Callable[[int, int], NDArray[np.uint8]]:
+        flat = mask.reshape(-1, mask.shape[-1])
+        return lambda begin, end: flat[begin:end]
+
+    return [pack(c.exponent, c.scales(), module.covered, rows(c.mask)) for c in module.components]
+
+
+def _read(file: pxd.DeltaFile, record: pxd.TensorRecord) -> NDArray[Any]:
+    data = file.read(file.header_size + record.begin, record.end - record.begin)
+    return np.frombuffer(data, record.dtype.storage).reshape(record.shape)
+
+
+def _mask_rows(file: pxd.DeltaFile, record: pxd.TensorRecord) -> Callable[[int, int], NDArray[np.uint8]]:
+    width = record.shape[-1]
+    first = file.header_size + record.begin
+
+    def rows(begin: int, end: int) -> NDArray[np.uint8]:
+        data = file.read(first + begin * width, (end - begin) * width)
+        return np.frombuffer(data, np.uint8).reshape(end - begin, width)
+
+    return rows

@@ -1,0 +1,126 @@
+"""Artifacts by URL: any that fsspec reads (https, s3, gs, file, ...) and hf://org/repo/file.pxd, with @revision.
+
+A header is read through ranges and costs what it weighs; what needs the payload fetches the file once, into a
+temporary folder. Nothing here trusts what it fetched: the same checks follow as for a local file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+import peraxis_format as pxd
+from peraxis_tools.errors import ToolError
+
+__all__ = ["RemoteFile", "is_remote", "local_copy", "remote_file"]
+
+_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z][A-Za-z0-9+.-]+)*://")
+_CHUNK: Final = 1 << 22
+# hf://org/repo/path@revision, as people write it; the hub's own file system wants hf://org/repo@revision/path.
+_HUB: Final = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)/(?P<path>[^@]+)@(?P<revision>[^@]+)")
+
+
+def is_remote(source: str | Path) -> bool:
+    """Whether this is a URL and not a path."""
+    return isinstance(source, str) and _URL.match(source) is not None
+
+
+def _hub_form(url: str) -> str:
+    match = _HUB.fullmatch(url)
+    if match is None:
+        return url
+    revision = match["revision"].replace("/", "%2F")
+    return f"hf://{match['repo']}@{revision}/{match['path']}"
+
+
+class RemoteFile:
+    """One remote file: its size and ranges of its bytes. requested counts the bytes that were asked for."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.requested = 0
+        with _readable(url):
+            import fsspec
+
+            self._system, self._path = fsspec.core.url_to_fs(_hub_form(url))
+            size = self._system.size(self._path)
+        if size is None:
+            raise ToolError(f"{url}: the server does not say how large the file is; download it first")
+        self.size = int(size)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes from offset, fewer at the end of the file. Raises ToolError where the server sends other ones."""
+        end = min(offset + size, self.size)
+        if end <= offset:
+            return b""
+        with _readable(self.url):
+            data: bytes = self._system.cat_file(self._path, start=offset, end=end)
+        self.requested += len(data)
+        if len(data) != end - offset:
+            raise ToolError(f"{self.url}: the server sent {len(data)} bytes for a range of {end - offset}; download it")
+        return data
+
+    def header(self) -> tuple[pxd.Header, pxd.Manifest]:
+        """Steps 1 to 8 of SPEC 8 on the header alone. Raises ContainerError, ProfileError."""
+        try:
+            return pxd.read_header(self.read, self.size)
+        except pxd.PxdError as error:
+            error.file = self.url
+            raise
+
+    def download(self, target: Path, *, progress: Callable[[int], None] | None = None) -> None:
+        """Write the whole file to target, piece by piece."""
+        with _readable(self.url), self._system.open(self._path, "rb") as source, open(target, "wb") as file:
+            while chunk := source.read(_CHUNK):
+                file.write(chunk)
+                if progress is not None:
+                    progress(len(chunk))
+
+
+@contextlib.contextmanager
+def _readable(url: str) -> Iterator[None]:
+    """Everything that a file system library may raise becomes one line."""
+    try:
+        yield
+    except (ToolError, pxd.PxdError):
+        raise
+    except ImportError as error:
+        raise ToolError(f"{url}: needs the package {error.name or error}; install it, or download the file") from None
+    except ValueError as error:
+        raise ToolError(f"{url}: {_line(error)}") from None
+    except Exception as error:  # aiohttp, botocore, huggingface_hub: each has its own hierarchy
+        raise ToolError(f"{url}: cannot be read ({type(error).__name__}: {_line(error)}); check the address") from None
+
+
+def _line(error: Any) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "no details")
+
+
+def remote_file(url: str) -> RemoteFile:
+    """Open a remote file. Raises ToolError."""
+    return RemoteFile(url)
+
+
+@contextlib.contextmanager
+def local_copy(
+    source: str | Path, *, progress: Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]
+) -> Iterator[Path]:
+    """A path to work on: the source itself where it is local, else a temporary copy under its own name.
+
+    progress(description, total) opens a progress bar. Raises ToolError.
+    """
+    if not is_remote(source):
+        yield Path(source)
+        return
+    url = str(source)
+    remote = remote_file(url)
+    name = PurePosixPath(_hub_form(url).partition("?")[0]).name or "delta.pxd"
+    with tempfile.TemporaryDirectory(prefix="peraxis-") as folder:
+        target = Path(folder) / name
+        with progress(f"fetch {name}", remote.size) as step:
+            remote.download(target, progress=step)
+        yield target

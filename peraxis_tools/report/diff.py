@@ -1,0 +1,85 @@
+"""How `diff` looks to a person: the verdict and totals first, then what differs most."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from peraxis_tools.diff import DiffResult, GroupDiff, ModuleDiff
+from peraxis_tools.report.console import text
+
+__all__ = ["render_diff"]
+
+_NAMES_SHOWN = 8
+
+
+def render_diff(result: DiffResult, console: Console, *, top: int = 12) -> None:
+    """Verdict, manifest, sub-types, and the `top` modules that differ most."""
+    total = result.total
+    if result.equal:
+        console.print("[bold green]equal[/]      the same content")
+    else:
+        console.print(
+            f"[bold yellow]different[/]  {total.different} of {total.modules} modules differ; "
+            f"relative distance [bold]{_number(total.relative)}[/], signs agree {_percent(total.sign_agreement)}"
+        )
+    console.print(f"a  {text(result.a)}  {text(result.content_id_a)}")
+    console.print(f"b  {text(result.b)}  {text(result.content_id_b or 'checkpoint')}")
+    if total.measured < total.modules:
+        console.print(f"distance over {total.measured} of {total.modules} modules; notes below say why")
+    for change in result.manifest:
+        console.print(f"{text(change.field)}: {_short(change.a)} -> {_short(change.b)}")
+    for label, names in (("a", result.only_in_a), ("b", result.only_in_b)):
+        if names:
+            more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+            console.print(f"only in {label}: {text(', '.join(names[:_NAMES_SHOWN]))}{more}")
+    if total.different:
+        console.print(_groups(result))
+        console.print(_modules(_worst(result, top), console.width))
+
+
+def _worst(result: DiffResult, top: int) -> list[ModuleDiff]:
+    """Those whose distance is unknown first, then by relative distance, the largest first."""
+    different = [module for module in result.modules if not module.identical]
+    return sorted(different, key=lambda m: (m.relative is not None, -(m.relative or 0.0)))[:top]
+
+
+def _groups(result: DiffResult) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("sub-type", min_width=16)
+    for title in ("modules", "differ", "signs agree", "rel. distance"):
+        table.add_column(title, justify="right")
+    for row in (*result.by_subtype, result.total):
+        table.add_row(text(row.label), *_group_cells(row))
+    return table
+
+
+def _group_cells(row: GroupDiff) -> tuple[str, ...]:
+    return str(row.modules), str(row.different), _percent(row.sign_agreement), _number(row.relative)
+
+
+def _modules(modules: list[ModuleDiff], width: int) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", width=min(width, 80))
+    table.add_column("differ most", overflow="fold", ratio=1)
+    for title in ("signs", "scale", "rel. distance"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for module in modules:
+        notes = [*module.changes, *([module.note] if module.note else [])]
+        name = text(module.name) + "".join(f"\n  {text(note)}" for note in notes)
+        scale = "-" if module.scale_change is None else f"x{module.scale_change:.3g}"
+        table.add_row(name, _percent(module.sign_agreement), scale, _number(module.relative))
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}%"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _short(value: str | None) -> str:
+    if value is None:
+        return "-"
+    return text(value if len(value) <= 30 else value[:29] + "…")
