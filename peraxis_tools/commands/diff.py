@@ -56,12 +56,14 @@ def command(
     against_checkpoint = not _is_delta(b)
     if against_checkpoint and base is None:
         raise ToolError(f"{b}: is a checkpoint; pass --base to compare a delta with it")
-    with fetched([a] if against_checkpoint else [a, b], quiet=quiet) as paths:
-        with progress("diff", diff_size(paths[0]), quiet=quiet) as step:
-            if against_checkpoint:
-                result = diff_checkpoint(paths[0], b, base=base or "", workers=workers, progress=step)
-            else:
-                result = diff(paths[0], paths[1], base=base, workers=workers, progress=step)
+    with (
+        fetched([a] if against_checkpoint else [a, b], quiet=quiet) as paths,
+        progress("diff", diff_size(paths[0]), quiet=quiet) as step,
+    ):
+        if against_checkpoint:
+            result = diff_checkpoint(paths[0], b, base=base or "", workers=workers, progress=step)
+        else:
+            result = diff(paths[0], paths[1], base=base, workers=workers, progress=step)
     result = dataclasses.replace(result, a=a, b=b)
     emit(
         result,

@@ -39,8 +39,8 @@ def packed_components(file: pxd.DeltaFile, name: str) -> list[Packed]:
 def checked_blocks(a: pxd.DeltaFile, b: pxd.DeltaFile, name: str) -> Iterator[Block]:
     """The rows of both masks of a module with one component in each file, both ranges checked behind the last.
 
-    A component's mask stands first in its range (SPEC 4.1), so one pass over the bytes serves digest and sums. A block is
-    valid until the next one. Raises PayloadError.
+    A component's mask stands first in its range (SPEC 4.1), so one pass over the bytes serves digest and sums.
+    A block is valid until the next one. Raises PayloadError.
     """
     width = a.tensors(name)[0].shape[-1]
     size = width * row_step(a.entry(name).shape[-1])

@@ -23,8 +23,8 @@ def render_diff(result: DiffResult, console: Console, *, top: int = 12) -> None:
             f"[bold yellow]different[/]  {total.different} of {total.modules} modules differ; "
             f"relative distance [bold]{_number(total.relative)}[/], signs agree {_percent(total.sign_agreement)}"
         )
-    console.print(f"a  {text(result.a)}  {text(result.content_id_a)}")
-    console.print(f"b  {text(result.b)}  {text(result.content_id_b or 'checkpoint')}")
+    for label, name, content_id in (("a", result.a, result.content_id_a), ("b", result.b, result.content_id_b)):
+        console.print(f"{label}  {text(name)}\n   {text(content_id or 'a checkpoint')}")
     if total.measured < total.modules:
         console.print(f"distance over {total.measured} of {total.modules} modules; notes below say why")
     for change in result.manifest:

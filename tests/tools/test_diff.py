@@ -1,0 +1,183 @@
+"""`diff`: what it computes from packed signs is what dense arithmetic gives."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import peraxis_format as pxd
+from peraxis_tools.apply import apply
+from peraxis_tools.commands.diff import command
+from peraxis_tools.diff import ModuleDiff, diff, diff_checkpoint, kernels
+from peraxis_tools.diff.packed import moments, square
+from peraxis_tools.diff.stream import packed_module
+from peraxis_tools.errors import CheckFailedError
+from peraxis_tools.rows import delta_rows, restrict, row_blocks
+from tests.factories import base_ref, random_storage, sign_module, write_checkpoint, write_delta
+
+AXES = st.lists(st.sampled_from(list(pxd.Axis)), min_size=1, max_size=3).map(tuple)
+SHAPES = st.sampled_from([(3, 5), (8, 64), (17, 72), (2, 4, 9), (3, 6, 128), (1, 8)])
+
+
+def pair(seed: int, shape: tuple[int, ...], axes_a: tuple[pxd.Axis, ...], axes_b: tuple[pxd.Axis, ...]) -> tuple:
+    rng = np.random.default_rng(seed)
+    base = random_storage(rng, shape)
+    return base, sign_module(rng, "m.weight", base, axes=axes_a), sign_module(rng, "m.weight", base, axes=axes_b)
+
+
+@given(st.integers(0, 2**32), SHAPES, AXES, AXES)
+@settings(max_examples=60)
+def test_packed_inner_products_are_those_of_the_dense_deltas(seed, shape, axes_a, axes_b) -> None:
+    _, a, b = pair(seed, shape, axes_a, axes_b)
+    dense_a, dense_b = (pxd.dense_delta(m).astype(np.float64) for m in (a, b))
+    found = moments(packed_module(a), packed_module(b))
+    scale = np.linalg.norm(dense_a) * np.linalg.norm(dense_b)
+    assert found.square_a == pytest.approx(np.sum(dense_a**2), rel=1e-5)
+    assert found.square_b == pytest.approx(np.sum(dense_b**2), rel=1e-5)
+    assert found.inner == pytest.approx(np.sum(dense_a * dense_b), abs=1e-5 * scale)
+    signs = [pxd.unpack_signs(m.components[0].mask, shape[-1]) for m in (a, b)]
+    assert found.agreement == pytest.approx(np.mean(signs[0] == signs[1]))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("width", [1, 7, 8, 24])
+def test_compiled_and_plain_kernels_agree(compiled: bool, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(kernels, "_compiled", lambda: None)
+    rng = np.random.default_rng(width)
+    a, b = (rng.integers(0, 256, (700, width), np.uint8) for _ in range(2))
+    weights = rng.random(width * 8)
+    differ = np.unpackbits(a ^ b, axis=1, bitorder="little")
+    assert np.array_equal(kernels.differing_bits(a, b), differ.sum(axis=1))
+    sums = kernels.differing_sums(a, b, kernels.byte_tables(weights, width))
+    np.testing.assert_allclose(sums, differ @ weights, rtol=1e-5)
+
+
+def test_one_flipped_bit_is_found_and_weighs_what_it_weighs(tmp_path: Path) -> None:
+    _, a, _ = pair(1, (40, 96), (pxd.Axis.ROW_COL,), (pxd.Axis.ROW_COL,))
+    mask = a.components[0].mask.copy()
+    mask[7, 3] ^= 1 << 2
+    b = replace(a, components=(replace(a.components[0], mask=mask),))
+    result = diff(write_delta(tmp_path / "a.pxd", [a]), write_delta(tmp_path / "b.pxd", [b]))
+    difference = np.linalg.norm((pxd.dense_delta(a) - pxd.dense_delta(b)).astype(np.float64))
+    (module,) = result.modules
+    assert module.distance == pytest.approx(difference, rel=1e-5)
+    assert module.sign_agreement == 1 - 1 / (40 * 96)
+    assert not result.equal
+    assert result.total.relative == pytest.approx(difference / np.linalg.norm(pxd.dense_delta(a)), rel=1e-5)
+
+
+@given(st.integers(0, 2**32), AXES, AXES)
+@settings(max_examples=15)
+def test_files_compare_as_their_modules_do(tmp_path_factory, seed, axes_a, axes_b) -> None:
+    folder = tmp_path_factory.mktemp("files")
+    _, a, b = pair(seed, (70, 40), axes_a, axes_b)
+    (module,) = diff(write_delta(folder / "a.pxd", [a]), write_delta(folder / "b.pxd", [b])).modules
+    dense_a, dense_b = (pxd.dense_delta(m).astype(np.float64) for m in (a, b))
+    assert module.distance == pytest.approx(np.linalg.norm(dense_a - dense_b), rel=1e-3)
+    assert module.norm_b == pytest.approx(np.linalg.norm(dense_b), rel=1e-5)
+    assert module.changes == (
+        ()
+        if axes_a == axes_b
+        else (f"axis {' '.join(x.value for x in axes_a)} -> {' '.join(x.value for x in axes_b)}",)
+    )
+
+
+@given(st.integers(0, 2**32), SHAPES, AXES, st.integers(1, 40))
+@settings(max_examples=30)
+def test_blocks_of_rows_put_together_are_the_whole(seed, shape, axes, elements) -> None:
+    base, module, _ = pair(seed, shape, axes, axes)
+    blocks = list(row_blocks(shape, elements=elements))
+    dense = np.concatenate([delta_rows(module, rows, None) for rows in blocks])
+    assert np.array_equal(dense, pxd.dense_delta(module))
+    parts = np.concatenate([pxd.reconstruct(restrict(module, rows), base[rows]) for rows in blocks])
+    assert np.array_equal(parts, pxd.reconstruct(module, base))
+
+
+def exact(name: str, base: pxd.Array, value: pxd.Array) -> pxd.ModuleDelta:
+    ref = base_ref(base, pxd.DType.BF16)
+    return pxd.ModuleDelta(
+        name=name, shape=value.shape, dtype=pxd.DType.BF16, encoding=pxd.Encoding.FULL, base=ref, full=value
+    )
+
+
+def test_exact_tensors_have_a_distance_alone_and_norms_with_the_base(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    base, x, y = (random_storage(rng, (9,)) for _ in range(3))
+    folder = write_checkpoint(tmp_path / "base", {"norm.weight": (base, pxd.DType.BF16)})
+    a = write_delta(tmp_path / "a.pxd", [exact("norm.weight", base, x)])
+    b = write_delta(tmp_path / "b.pxd", [exact("norm.weight", base, y)])
+    f = {k: pxd.to_float32(v, pxd.DType.BF16).astype(np.float64) for k, v in (("x", x), ("y", y), ("base", base))}
+    (alone,) = diff(a, b).modules
+    assert alone.distance == pytest.approx(np.linalg.norm(f["x"] - f["y"]))
+    assert alone.relative is None
+    assert "--base" in (alone.note or "")
+    (with_base,) = diff(a, b, base=folder).modules
+    assert with_base.relative == pytest.approx(
+        np.linalg.norm(f["x"] - f["y"]) / np.linalg.norm(f["x"] - f["base"]), rel=1e-5
+    )
+
+
+def test_deltas_of_different_bases_are_refused(tmp_path: Path) -> None:
+    _, a, _ = pair(1, (4, 8), (pxd.Axis.ROW,), (pxd.Axis.ROW,))
+    _, b, _ = pair(2, (4, 8), (pxd.Axis.ROW,), (pxd.Axis.ROW,))
+    with pytest.raises(CheckFailedError, match="different bases"):
+        diff(write_delta(tmp_path / "a.pxd", [a]), write_delta(tmp_path / "b.pxd", [b]))
+
+
+def test_damage_is_found_even_where_the_sums_are_streamed(tmp_path: Path) -> None:
+    _, a, b = pair(1, (64, 64), (pxd.Axis.ROW,), (pxd.Axis.ROW,))
+    paths = [write_delta(tmp_path / name, [m]) for name, m in (("a.pxd", a), ("b.pxd", b))]
+    data = bytearray(paths[1].read_bytes())
+    data[-3] ^= 1
+    paths[1].write_bytes(data)
+    with pytest.raises(pxd.PayloadError, match="E301"):
+        diff(*paths)
+
+
+def test_a_delta_equals_the_checkpoint_that_apply_wrote(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    base = {name: random_storage(rng, shape) for name, shape in (("a.weight", (12, 24)), ("norm.weight", (24,)))}
+    folder = write_checkpoint(tmp_path / "base", {name: (array, pxd.DType.BF16) for name, array in base.items()})
+    modules = [
+        sign_module(rng, "a.weight", base["a.weight"], axes=(pxd.Axis.ROW, pxd.Axis.COL)),
+        exact("norm.weight", base["norm.weight"], random_storage(rng, (24,))),
+    ]
+    delta = write_delta(tmp_path / "a.pxd", modules, assets={"config.json": b'{"model_type": "llama"}'})
+    apply(folder, delta, tmp_path / "out")
+    result = diff_checkpoint(delta, tmp_path / "out", base=folder)
+    assert result.equal
+    # Rounding to BF16 is all that lies between the delta and the checkpoint.
+    assert 0.0 < result.modules[0].relative < 0.5
+    assert result.modules[1].distance == 0.0
+    other = diff_checkpoint(delta, folder, base=folder)
+    assert not other.equal
+    assert [m.identical for m in other.modules] == [False, False]
+
+
+def test_the_command_says_equal_or_different_by_its_exit_code_and_its_json(tmp_path: Path) -> None:
+    _, a, b = pair(1, (16, 24), (pxd.Axis.ROW,), (pxd.Axis.COL,))
+    paths = [str(write_delta(tmp_path / name, [m])) for name, m in (("a.pxd", a), ("b.pxd", b))]
+    same = CliRunner().invoke(command, [paths[0], paths[0], "--json"], standalone_mode=False)
+    found = json.loads(same.stdout)
+    assert (same.return_value, found["schema"], found["equal"]) == (None, "peraxis.diff/1", True)
+    other = CliRunner().invoke(command, [*paths, "--json"])
+    assert other.exit_code == 1
+    found = json.loads(other.stdout)
+    assert found["modules"][0]["changes"] == ["axis row -> col"]
+    shown = CliRunner().invoke(command, paths)
+    assert "different" in shown.stdout.splitlines()[0]
+    assert max(len(line) for line in shown.stdout.splitlines() if str(tmp_path) not in line) <= 80
+
+
+def test_relative_is_unknown_rather_than_infinite() -> None:
+    assert ModuleDiff(name="m", subtype="m", identical=False, distance=1.0, norm_a=0.0).relative is None
+    assert math.isclose(square([]), 0.0)
