@@ -15,9 +15,8 @@ This module imports numba, which takes a second: it is imported where weights ar
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from importlib import import_module
 from typing import Any, Final
 
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from peraxis_format.delta import Component
 from peraxis_format.dtypes import Array, DType
+from peraxis_format.reconstruct import thread_count
 
 # Any: numba's own annotations do not go through mypy --strict.
 numba: Any = import_module("numba")
@@ -34,7 +34,7 @@ intrinsic: Any = import_module("numba.extending").intrinsic
 cgutils: Any = import_module("numba.core.cgutils")
 ir: Any = import_module("llvmlite.ir")
 
-__all__ = ["pair_sums", "rebuild", "rebuild_jobs", "run_jobs", "thread_count"]
+__all__ = ["pair_sums", "rebuild", "rebuild_jobs", "run_jobs"]
 
 _LANES: Final = 8
 _CHUNK: Final = 64  # rows whose column sums are added up on their own; part of the order that pair_sums states
@@ -369,23 +369,14 @@ def pair_sums(
 # --- threads -------------------------------------------------------------------------------------------
 
 
-def thread_count() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def run_jobs(
-    jobs: Iterator[Callable[[], None]], *, threads: int | None = None, executor: Executor | None = None
-) -> None:
-    """Run jobs on `threads` threads (default: all processors), or on an executor. Raises what a job raises first.
+def run_jobs(jobs: Iterator[Callable[[], None]], *, threads: int | None = None) -> None:
+    """Run jobs on `threads` threads (default: all processors). Raises what a job raises first.
 
     When this returns or raises, no job is running any more.
     """
     listed = list(jobs)
     count = min(threads or thread_count(), len(listed))
-    if executor is not None:
-        _wait([executor.submit(job) for job in listed])
-    elif count <= 1:
+    if count <= 1:
         for job in listed:
             job()
     else:

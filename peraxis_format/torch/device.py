@@ -1,0 +1,164 @@
+"""What the stream needs of a device, twice: CUDA, and the host itself.
+
+The stream (stream.py) is written once against `Device`. On the host a "device buffer" is ordinary memory, an upload a
+copy, and events are nothing, so that order, buffers and counters are exercised by every test; what remains of CUDA is
+in this file and in kernels.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from peraxis_format.torch.errors import DeviceError
+from peraxis_format.torch.placement import Placement
+
+__all__ = ["Counters", "CudaDevice", "Device", "HostDevice", "device_of"]
+
+
+@dataclass(slots=True)
+class Counters:
+    """Copies from host to device since they were last reset, and their bytes."""
+
+    uploads: int = 0
+    uploaded_bytes: int = 0
+    modules: dict[str, int] = field(default_factory=dict)
+
+    def reset(self) -> None:
+        """Back to zero."""
+        self.uploads, self.uploaded_bytes = 0, 0
+        self.modules.clear()
+
+
+class Device(Protocol):
+    """Buffers, copies that may run beside compute, and the order between the two."""
+
+    counters: Counters
+    torch_device: torch.device
+
+    def host_buffer(self, size: int) -> Tensor:
+        """Flat uint8 host memory that begins at a multiple of 4096; page-locked where the device copies from it."""
+
+    def buffer(self, size: int) -> Tensor:
+        """Flat uint8 device memory."""
+
+    def upload(self, target: Tensor, source: Tensor, *, after: Any, modules: tuple[str, ...]) -> Any:
+        """Copy host to device behind the event `after`; returns the event of its end. Counted, by module too."""
+
+    def compute_waits(self, event: Any) -> None:
+        """What is launched from now on runs behind the event."""
+
+    def record(self) -> Any:
+        """The event of the end of what was launched so far."""
+
+    def host_waits(self, event: Any) -> None:
+        """Block this thread until the event."""
+
+    def synchronize(self) -> None:
+        """Block this thread until everything launched has run."""
+
+
+def _count(counters: Counters, source: Tensor, modules: tuple[str, ...]) -> None:
+    counters.uploads += 1
+    counters.uploaded_bytes += source.numel()
+    for name in modules:
+        counters.modules[name] = counters.modules.get(name, 0) + 1
+
+
+def _aligned(size: int) -> Tensor:
+    """Flat uint8 host memory at a multiple of 4096."""
+    raw = torch.empty(size + 4096, dtype=torch.uint8)
+    lead = -raw.data_ptr() % 4096
+    return raw[lead : lead + size]
+
+
+class HostDevice:
+    """The host as its own device."""
+
+    def __init__(self) -> None:
+        self.counters = Counters()
+        self.torch_device = torch.device("cpu")
+
+    def host_buffer(self, size: int) -> Tensor:
+        return _aligned(size)
+
+    def buffer(self, size: int) -> Tensor:
+        return _aligned(size)
+
+    def upload(self, target: Tensor, source: Tensor, *, after: Any, modules: tuple[str, ...]) -> Any:
+        target.copy_(source)
+        _count(self.counters, source, modules)
+
+    def compute_waits(self, event: Any) -> None:
+        pass
+
+    def record(self) -> Any:
+        return None
+
+    def host_waits(self, event: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+class CudaDevice:
+    """A CUDA device: uploads on a stream of their own, compute on the caller's current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        if not torch.cuda.is_available():
+            raise DeviceError(f"{device}: torch finds no CUDA device here; use a model on the CPU")
+        self.counters = Counters()
+        self.torch_device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call, unused-ignore]
+
+    def host_buffer(self, size: int) -> Tensor:
+        # Page-locking rounds up to pages, so that the buffer begins at one.
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def buffer(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self.torch_device)
+
+    def upload(self, target: Tensor, source: Tensor, *, after: Any, modules: tuple[str, ...]) -> Any:
+        if after is not None:
+            self._copies.wait_event(after)
+        with torch.cuda.stream(self._copies):
+            target.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]
+            event.record(self._copies)
+        _count(self.counters, source, modules)
+        return event
+
+    def compute_waits(self, event: Any) -> None:
+        if event is not None:
+            torch.cuda.current_stream(self.torch_device).wait_event(event)
+
+    def record(self) -> Any:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]
+        event.record(torch.cuda.current_stream(self.torch_device))
+        return event
+
+    def host_waits(self, event: Any) -> None:
+        if event is not None:
+            event.synchronize()
+
+    def synchronize(self) -> None:
+        torch.cuda.current_stream(self.torch_device).synchronize()
+        self._copies.synchronize()
+
+
+def device_of(placement: Placement) -> Device:
+    """The Device that all live storages are on. Raises DeviceError for several, and for others than CPU and CUDA."""
+    found = {part.view.device for parts in placement.values() for part in parts}
+    if len(found) > 1:
+        names = ", ".join(sorted(map(str, found)))
+        raise DeviceError(f"the model lies on several devices ({names}); one process serves one device")
+    device = next(iter(found), torch.device("cpu"))
+    if device.type == "cpu":
+        return HostDevice()
+    if device.type == "cuda":
+        return CudaDevice(device)
+    raise DeviceError(f"{device}: weights must be on the CPU or on a CUDA device")

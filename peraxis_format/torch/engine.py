@@ -1,0 +1,211 @@
+"""From a transfer's buffer on the device to weights in live storage: numba or numpy on the host, Triton on CUDA.
+
+An engine knows a fixed set of transfers and the pristine base of each live storage; `write` may then be called any
+number of times, with any buffer of the right content. Bases and live storages must not move in between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peraxis_format.delta import Axis, Encoding, ModuleDelta
+from peraxis_format.dtypes import Array, DType
+from peraxis_format.reconstruct import have_compiled, reconstruct
+from peraxis_format.torch.device import Device
+from peraxis_format.torch.image import Packed, Transfer, piece
+from peraxis_format.torch.placement import Part
+from peraxis_format.torch.storage import storage_array, tensor_view
+from peraxis_format.torch.work import Workers
+
+__all__ = ["CudaEngine", "Engine", "HostEngine", "engine_for"]
+
+_COMPILED_FROM: Final = 1 << 20  # weights in all; below, numpy is done before numba is imported
+
+
+class Engine(Protocol):
+    """Writes the modules of a transfer into live storage."""
+
+    def write(self, transfer: Transfer, buffer: Tensor) -> None:
+        """buffer: the transfer's bytes on the device. On return the work is launched, on the host done."""
+
+
+class HostEngine:
+    """CPU storages. compiled: use numba (default: where it is installed and there is enough to do)."""
+
+    def __init__(
+        self,
+        transfers: Sequence[Transfer],
+        bases: Mapping[Part, Tensor],
+        *,
+        workers: Workers,
+        compiled: bool | None = None,
+    ) -> None:
+        weights = sum(math.prod(packed.shape) for transfer in transfers for packed in transfer.modules)
+        self._compiled = have_compiled() and weights >= _COMPILED_FROM if compiled is None else compiled
+        self._bases = bases
+        self._workers = workers
+
+    def write(self, transfer: Transfer, buffer: Tensor) -> None:
+        self._workers.run(self._jobs(transfer, storage_array(buffer)))
+
+    def _jobs(self, transfer: Transfer, buffer: Array) -> Iterator[Callable[[], None]]:
+        for packed in transfer.modules:
+            module = piece(packed, buffer)
+            for part in packed.views:
+                yield from self._part_jobs(module, self._bases[part], part.view)
+
+    def _part_jobs(self, module: ModuleDelta, base: Tensor, live: Tensor) -> Iterator[Callable[[], None]]:
+        out = storage_array(live)
+        if module.full is not None:
+            full = module.full
+            yield lambda: np.copyto(out, full)  # SPEC 6.4
+        elif self._compiled and live.is_contiguous():
+            from peraxis_format import fast
+
+            kind = module.dtype
+            yield from fast.rebuild_jobs(
+                module.components, storage_array(base), out, base_dtype=kind, dtype=kind
+            )  # fmt: skip
+        else:
+            source = storage_array(base)
+            yield lambda: np.copyto(out, reconstruct(module, source, compiled=self._compiled))
+
+
+class CudaEngine:
+    """CUDA storages, with Triton: one launch a transfer for each kind of module in it (dtype, alignment).
+
+    The tables that kernels read are made here, once; `write` only launches.
+    """
+
+    def __init__(self, transfers: Sequence[Transfer], bases: Mapping[Part, Tensor], *, device: torch.device) -> None:
+        self._launches = {transfer: list(_launches(transfer, bases, device)) for transfer in transfers}
+        self._copies = {transfer: list(_copies(transfer)) for transfer in transfers}
+        self._scratch = {
+            transfer: [
+                (part, bases[part], packed) for packed in transfer.modules for part in packed.views
+                if packed.entry.encoding is Encoding.SIGN and not part.view.is_contiguous()
+            ]
+            for transfer in transfers
+        }  # fmt: skip
+
+    def write(self, transfer: Transfer, buffer: Tensor) -> None:
+        from peraxis_format.torch import kernels
+
+        for kind, aligned, tiles, records, terms in self._launches[transfer]:
+            kernels.apply_kernel[(tiles.numel(),)](
+                tiles, records, terms, buffer, KIND=kind, ALIGNED=aligned, ROWS_=kernels.ROWS, COLUMNS_=kernels.COLUMNS,
+                num_warps=8,
+            )  # fmt: skip
+        for packed, offset, view in self._copies[transfer]:
+            view.copy_(tensor_view(buffer, offset, packed.entry.dtype, packed.shape), non_blocking=True)
+        for part, base, packed in self._scratch[transfer]:
+            # A live storage with strides of its own (a transposed layout): rebuilt beside it, then copied.
+            out = torch.empty_like(base)
+            for kind, aligned, tiles, records, terms in _tables([(packed, base, out)], base.device):
+                kernels.apply_kernel[(tiles.numel(),)](
+                    tiles, records, terms, buffer, KIND=kind, ALIGNED=aligned, ROWS_=kernels.ROWS,
+                    COLUMNS_=kernels.COLUMNS, num_warps=8,
+                )  # fmt: skip
+            part.view.copy_(out)
+
+
+def engine_for(
+    transfers: Sequence[Transfer],
+    bases: Mapping[Part, Tensor],
+    *,
+    device: Device,
+    workers: Workers,
+    compiled: bool | None = None,
+) -> Engine:
+    """The engine of a device. compiled: see HostEngine."""
+    if device.torch_device.type == "cpu":
+        return HostEngine(transfers, bases, workers=workers, compiled=compiled)
+    return CudaEngine(transfers, bases, device=device.torch_device)
+
+
+_KINDS: Final = {DType.BF16: 0, DType.F16: 1, DType.F32: 2}
+
+
+def _copies(transfer: Transfer) -> Iterator[tuple[Packed, int, Tensor]]:
+    for packed in transfer.modules:
+        if packed.entry.encoding is Encoding.FULL:
+            for part in packed.views:
+                yield packed, packed.fields[0].offset, part.view
+
+
+def _launches(
+    transfer: Transfer, bases: Mapping[Part, Tensor], device: torch.device
+) -> Iterator[tuple[int, bool, Tensor, Tensor, Tensor]]:
+    yield from _tables(
+        [
+            (packed, bases[part], part.view)
+            for packed in transfer.modules
+            for part in packed.views
+            if packed.entry.encoding is Encoding.SIGN and part.view.is_contiguous()
+        ],
+        device,
+    )
+
+
+def _tables(
+    items: Sequence[tuple[Packed, Tensor, Tensor]], device: torch.device
+) -> Iterator[tuple[int, bool, Tensor, Tensor, Tensor]]:
+    """(dtype kind, aligned, tiles, records, terms) for each kind of matrix among (module, base, out) triples."""
+    grouped: dict[tuple[int, bool], list[tuple[Packed, Tensor, Tensor]]] = {}
+    for packed, base, out in items:
+        aligned = packed.shape[-1] % 8 == 0 and base.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
+        # The mask's rows are then whole bytes, and its start is a multiple of 64 in the buffer.
+        grouped.setdefault((_KINDS[packed.entry.dtype], aligned), []).append((packed, base, out))
+    for (kind, aligned), members in grouped.items():
+        records, terms, tiles = _matrix_rows(members)
+        yield (
+            kind,
+            aligned,
+            torch.tensor(tiles, dtype=torch.int32, device=device),
+            torch.tensor(records, dtype=torch.int64, device=device),
+            torch.tensor(terms, dtype=torch.int64, device=device),
+        )
+
+
+def _matrix_rows(
+    members: Sequence[tuple[Packed, Tensor, Tensor]],
+) -> tuple[list[list[int]], list[list[int]], Any]:
+    """Records, terms and tiles of kernels.py: a record for each matrix, so one for each batch element."""
+    from peraxis_format.torch import kernels
+
+    records: list[list[int]] = []
+    terms: list[list[int]] = []
+    counts: list[int] = []
+    for packed, base, out in members:
+        d_out, d_in = packed.shape[-2:]
+        size = d_out * d_in * base.element_size()
+        for e in range(math.prod(packed.shape[:-2])):
+            first = sum(counts)
+            records.append(
+                [base.data_ptr() + e * size, out.data_ptr() + e * size, d_out, d_in, first, len(terms),
+                 len(packed.entry.components), 0]
+            )  # fmt: skip
+            terms.extend(_term_rows(packed, e))
+            counts.append(-(-d_out // kernels.ROWS) * -(-d_in // kernels.COLUMNS))
+    return records, terms, np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+
+
+def _term_rows(packed: Packed, e: int) -> Iterator[list[int]]:
+    offsets = {f.suffix: f.offset for f in packed.fields}
+    d_out, d_in = packed.shape[-2:]
+    for k, component in enumerate(packed.entry.components):
+        row, stride, col = -1, 0, -1
+        if component.axis in (Axis.ROW, Axis.ROW_COL):
+            row, stride = offsets[f"{k}.row"] + 2 * e * d_out, 1
+        elif component.axis is Axis.TENSOR:
+            row = offsets[f"{k}.scalar"]
+        if component.axis in (Axis.COL, Axis.ROW_COL):
+            col = offsets[f"{k}.col"] + 2 * e * d_in
+        factor = int(np.float32(2.0**component.exponent).view(np.uint32))
+        yield [offsets[f"{k}.mask"] + e * d_out * -(-d_in // 8), row, stride, col, factor]
