@@ -28,7 +28,7 @@ from typing import Any
 
 from harness import Benchmark, Timing, arguments
 
-__all__ = ["METHODS", "Inputs", "main", "run_method", "stories"]
+__all__ = ["METHODS", "Inputs", "main", "run_method", "stories", "tokens"]
 
 FIT, DISTILL, VALIDATE = 50, 150, 5
 
@@ -53,7 +53,7 @@ def _bitdelta(inputs: Inputs, output: Path, *, distilled: bool) -> str:
     from baselines.bitdelta import bitdelta
     from baselines.pair import load_pair, write_pxd
 
-    samples, ids = _tokens(inputs)
+    samples, ids = tokens(inputs)
     pair = load_pair(inputs.base, inputs.fine_tuned)
     write_pxd(output, pair, bitdelta(pair, ids[FIT:] if distilled else None), samples=samples)
     return "lr 1e-4" if distilled else ""
@@ -63,7 +63,7 @@ def _paper(inputs: Inputs, output: Path, *, distilled: bool) -> str:
     from baselines.pair import load_pair, write_pxd
     from baselines.paper import paper
 
-    samples, ids = _tokens(inputs)
+    samples, ids = tokens(inputs)
     pair = load_pair(inputs.base, inputs.fine_tuned)
     modules = paper(pair, ids[:FIT], ids[FIT : FIT + VALIDATE], ids[FIT:] if distilled else None)
     write_pxd(output, pair, modules, samples=samples)
@@ -75,7 +75,7 @@ def _paper_tuned(inputs: Inputs, output: Path) -> str:
     from baselines.pair import load_pair, read_samples, write_pxd
     from baselines.tuned import paper_tuned
 
-    samples, ids = _tokens(inputs)
+    samples, ids = tokens(inputs)
     tuning = read_samples(inputs.fine_tuned, inputs.tuning, samples=16, length=inputs.length)
     modules, settings = paper_tuned(
         lambda: load_pair(inputs.base, inputs.fine_tuned),
@@ -88,7 +88,7 @@ def _paper_tuned(inputs: Inputs, output: Path) -> str:
     return f"lr {settings.row_lr:g}; {settings.distill_lr:g}"
 
 
-def _tokens(inputs: Inputs) -> tuple[Any, Any]:
+def tokens(inputs: Inputs) -> tuple[Any, Any]:
     """(the samples, their ids [FIT + DISTILL, length]): the ones that `compress` fits and distils on."""
     import torch
     from baselines.pair import read_samples
@@ -130,10 +130,12 @@ def _inspected(path: Path) -> Any:
     return inspect(path)
 
 
+# Label, and what writes the file and returns a note.
+Method = tuple[str, Callable[[Inputs, Path], str]]
 _DISTILLED = {"distill_samples": DISTILL}
 _SIGNS = {**_DISTILLED, "distill_sign_lr": 1e-2}
 # In this order, as later ones look at the sizes of earlier ones. "one axis": one vector a module, like the paper.
-METHODS: Mapping[str, tuple[str, Callable[[Inputs, Path], str]]] = {
+METHODS: Mapping[str, Method] = {
     "bitdelta-init": ("BitDelta, no distillation", lambda i, o: _bitdelta(i, o, distilled=False)),
     "bitdelta": ("BitDelta", lambda i, o: _bitdelta(i, o, distilled=True)),
     "paper-fit": ("paper, no distillation", lambda i, o: _paper(i, o, distilled=False)),
@@ -153,16 +155,20 @@ METHODS: Mapping[str, tuple[str, Callable[[Inputs, Path], str]]] = {
 }
 
 
-def run_method(method: str, inputs: Inputs) -> dict[str, Any]:
-    """Run one method in this process. Seconds and peak bytes; idle_rss: peak before the method began."""
+def run_method(method: str, inputs: Inputs, *, methods: Mapping[str, Method] = METHODS) -> dict[str, Any]:
+    """Run one method in this process. Wall and processor seconds, peak bytes; idle_rss: peak before it began."""
+    import datasets  # noqa: F401  what every method imports is no method's time
     import torch
-    import transformers  # noqa: F401  its import is not the method's time
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    AutoTokenizer.from_pretrained(inputs.fine_tuned)
+    AutoModelForCausalLM.from_pretrained(inputs.fine_tuned)
     torch.set_num_threads(1)
     before = _peak()
-    begin = time.perf_counter()
-    note = METHODS[method][1](inputs, inputs.output(method))
-    return {"seconds": time.perf_counter() - begin, "rss": _peak(), "idle_rss": before, "note": note}
+    begin, cpu = time.perf_counter(), time.process_time()
+    note = methods[method][1](inputs, inputs.output(method))
+    seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    return {"seconds": seconds, "cpu": cpu, "rss": _peak(), "idle_rss": before, "note": note}
 
 
 def _peak() -> int:
@@ -232,6 +238,7 @@ def measure(method: str, inputs: Inputs, texts: Mapping[str, Path], bench: Bench
         method=method,
         bytes=found.bytes,
         payload=sum(line.bytes for line in _inspected(path).modules),
+        cpu=run["cpu"],
         rss=run["rss"],
         idle_rss=run["idle_rss"],
         kl={name: its.kl for name, its in merged.items()},
