@@ -1,0 +1,5 @@
+"""`python -m peraxis_tools`: the command line where scripts are not on the path."""
+
+from peraxis_tools.cli import main
+
+main()
