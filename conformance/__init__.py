@@ -6,6 +6,6 @@ Standard library only; it shares no code with the reference library.
 from __future__ import annotations
 
 from .cases import Case, Corpus
-from .run import Outcome, run_cases
+from .run import Adapter, Outcome, Summary, laid_out, run_case, run_cases
 
-__all__ = ["Case", "Corpus", "Outcome", "run_cases"]
+__all__ = ["Adapter", "Case", "Corpus", "Outcome", "Summary", "laid_out", "run_case", "run_cases"]

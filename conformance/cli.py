@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import report
-from .cases import Corpus, CorpusError
+from .cases import Case, Corpus, CorpusError
 from .process import AdapterError
-from .run import Adapter, run_cases
+from .run import Adapter, Summary, laid_out, run_cases
 
 __all__ = ["main"]
 
@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="peraxis-conformance", description="Hold a loader or writer of PXD files to SPEC.md.")
     verbs = made.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="run an adapter over the cases", description="Run an adapter over the cases. Exit status: 0 all passed, 1 a case failed, 2 usage or input.")
-    run.add_argument("--adapter", required=True, help='the command, for example "node adapter.js"')
+    run.add_argument("--adapter", required=True, action="append", help='the command, for example "node adapter.js"; may be repeated')
     run.add_argument("--jobs", "-j", type=positive, default=os.cpu_count() or 1, help="processes at a time (default: one a core)")
     run.add_argument("--no-serve", action="store_true", help="one process a case even where the adapter offers serve")
     run.add_argument("--stop", action="store_true", help="stop at the first failure")
@@ -53,21 +53,26 @@ def positive(text: str) -> int:
 
 
 def run(given: argparse.Namespace) -> int:
-    corpus = corpus_of(given)
-    cases = corpus.select(given.case, given.skip)
-    if not cases:
-        raise CorpusError("no case matches --case and --skip; `peraxis-conformance list` names them all")
-    adapter = Adapter(shlex.split(given.adapter), serve=not given.no_serve, address_space_mib=given.address_space)
-    summary = run_cases(adapter, cases, root=corpus.root, jobs=given.jobs, stop_at_first=given.stop,
+    with laid_out(given.corpus) as corpus:
+        cases = corpus.select(given.case, given.skip)
+        if not cases:
+            raise CorpusError("no case matches --case and --skip; `peraxis-conformance list` names them all")
+        summaries = [run_adapter(given, command, corpus, cases) for command in given.adapter]
+    if given.json:
+        write(given.json, json.dumps(report.as_dict(summaries), indent=1) + "\n")
+    if given.junit:
+        write(given.junit, report.as_junit(summaries))
+    return 0 if all(summary.passed for summary in summaries) else FAILED
+
+
+def run_adapter(given: argparse.Namespace, command: str, corpus: Corpus, cases: Sequence[Case]) -> Summary:
+    adapter = Adapter(shlex.split(command), serve=not given.no_serve, address_space_mib=given.address_space)
+    summary = run_cases(adapter, corpus, cases, jobs=given.jobs, stop_at_first=given.stop,
                         progress=lambda outcome: report.show_case(outcome, verbose=given.verbose))  # fmt: skip
     if given.verbose_codes:
         report.show_codes(summary.outcomes)
     report.show_summary(summary)
-    if given.json:
-        write(given.json, json.dumps(report.as_dict(summary), indent=1) + "\n")
-    if given.junit:
-        write(given.junit, report.as_junit(summary))
-    return 0 if summary.passed else FAILED
+    return summary
 
 
 def write(path: Path, text: str) -> None:

@@ -9,14 +9,12 @@ takes a case and fails the test if the adapter does.
 from __future__ import annotations
 
 import shlex
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from .cases import Case, Corpus
-from .run import Adapter, run_case, scratch_folder
+from .run import Adapter, laid_out, run_case
 
 __all__ = ["pxd_adapter", "pxd_run", "pytest_addoption", "pytest_generate_tests"]
 
@@ -50,8 +48,7 @@ def pxd_adapter(pytestconfig: pytest.Config) -> Iterator[Adapter]:
 @pytest.fixture(scope="session")
 def pxd_run(pxd_adapter: Adapter) -> Iterator[Callable[[Case], None]]:
     """Run one case: passes, fails the test, or skips it."""
-    with tempfile.TemporaryDirectory(prefix="pxd-conformance-", dir=scratch_folder()) as scratch:
-        corpus = Corpus(scratch=Path(scratch))
+    with laid_out() as corpus:
 
         def run(case: Case) -> None:
             outcome = run_case(pxd_adapter, corpus, case)

@@ -73,10 +73,13 @@ def show_list(cases: Iterable[Case], *, as_json: bool) -> None:
             show(f"{case.id}  {case.clause}  {case.operation}  {verdict}")
 
 
-def as_dict(summary: Summary) -> dict[str, Any]:
+def as_dict(summaries: Iterable[Summary]) -> dict[str, Any]:
     """The report as JSON, version 1."""
+    return {"report": 1, "adapters": [adapter_dict(summary) for summary in summaries]}
+
+
+def adapter_dict(summary: Summary) -> dict[str, Any]:
     return {
-        "report": 1,
         "implementation": summary.caps.implementation,
         "version": summary.caps.version,
         "spec": list(summary.caps.spec),
@@ -92,17 +95,22 @@ def as_dict(summary: Summary) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def as_junit(summary: Summary) -> str:
-    """JUnit XML: one suite, one test case a case."""
-    outcomes = summary.outcomes
+def as_junit(summaries: Iterable[Summary]) -> str:
+    """JUnit XML: one suite an adapter, one test case a case."""
+    suites = [line for summary in summaries for line in junit_suite(summary)]
+    return "\n".join(['<?xml version="1.0" encoding="UTF-8"?>', "<testsuites>", *suites, "</testsuites>", ""])
+
+
+def junit_suite(summary: Summary) -> list[str]:
     skipped = summary.count("skipped") + summary.count("unsupported")
+    name = quoteattr("PXD conformance: " + escaped(summary.caps.implementation))
     lines = [
-        '<?xml version="1.0" encoding="UTF-8"?>',
-        f'<testsuite name={quoteattr("PXD conformance: " + escaped(summary.caps.implementation))} tests="{len(outcomes)}" '
-        f'failures="{summary.count("failed")}" errors="0" skipped="{skipped}" time="{summary.seconds:.3f}">',
+        f'<testsuite name={name} tests="{len(summary.outcomes)}" failures="{summary.count("failed")}" errors="0" '
+        f'skipped="{skipped}" time="{summary.seconds:.3f}">'
     ]
-    for o in outcomes:
+    for o in summary.outcomes:
         head = f'  <testcase classname="SPEC {o.case.clause}" name={quoteattr(o.case.id)} time="{o.seconds:.4f}"'
         inner = {"failed": "failure", "unsupported": "skipped", "skipped": "skipped"}.get(o.status)
-        lines.append(f"{head}/>" if inner is None else f"{head}><{inner} message={quoteattr(escaped(o.detail))}/></testcase>")
-    return "\n".join([*lines, "</testsuite>", ""])
+        message = quoteattr(escaped(o.detail))
+        lines.append(f"{head}/>" if inner is None else f"{head}><{inner} message={message}/></testcase>")
+    return [*lines, "</testsuite>"]

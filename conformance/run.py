@@ -8,13 +8,14 @@ that is watched for time and memory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from .cases import Case, Corpus
 from .judge import compare_decoded, compare_dump, compare_tensors
 from .process import AdapterError, Reply, Server, call
 
-__all__ = ["Adapter", "Caps", "Outcome", "Summary", "run_cases"]
+__all__ = ["Adapter", "Caps", "Outcome", "Summary", "laid_out", "run_case", "run_cases"]
 
 ACCEPTED, REJECTED, UNSUPPORTED = 0, 1, 77
 
@@ -195,32 +196,35 @@ def scratch_folder() -> str | None:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-def run_cases(adapter: Adapter, cases: Iterable[Case], *, root: Path | None = None, jobs: int = 1, stop_at_first: bool = False,
+@contextlib.contextmanager
+def laid_out(root: Path | None = None) -> Iterator[Corpus]:
+    """The corpus with a scratch folder for what it does not store."""
+    with tempfile.TemporaryDirectory(prefix="pxd-conformance-", dir=scratch_folder()) as scratch:
+        yield Corpus(root, scratch=Path(scratch)) if root else Corpus(scratch=Path(scratch))
+
+
+def run_cases(adapter: Adapter, corpus: Corpus, cases: Iterable[Case], *, jobs: int = 1, stop_at_first: bool = False,
               progress: Callable[[Outcome], None] = lambda outcome: None) -> Summary:  # fmt: skip
-    """Run the cases; the outcomes stand in their order. Raises CorpusError if a file is damaged."""
+    """Run the cases; the outcomes stand in their order. Ends the adapter. Raises CorpusError if a file is damaged."""
     started = time.monotonic()
     stop = threading.Event()
-    with tempfile.TemporaryDirectory(prefix="pxd-conformance-", dir=scratch_folder()) as scratch:
-        corpus = Corpus(root, scratch=Path(scratch)) if root else Corpus(scratch=Path(scratch))
 
-        def one(case: Case) -> Outcome | None:
-            if stop.is_set():
-                return None
-            outcome = run_case(adapter, corpus, case)
-            if stop_at_first and outcome.status == "failed":
-                stop.set()
-            progress(outcome)
-            return outcome
+    def one(case: Case) -> Outcome | None:
+        if stop.is_set():
+            return None
+        outcome = run_case(adapter, corpus, case)
+        if stop_at_first and outcome.status == "failed":
+            stop.set()
+        progress(outcome)
+        return outcome
 
-        try:
-            if jobs == 1:
-                results = [one(case) for case in cases]
-            else:
-                with ThreadPoolExecutor(max_workers=jobs) as pool:
-                    results = list(pool.map(one, cases))
-        finally:
-            adapter.close()
+    try:
+        if jobs == 1:
+            results = [one(case) for case in cases]
+        else:
+            with ThreadPoolExecutor(max_workers=jobs) as pool:
+                results = list(pool.map(one, cases))
+    finally:
+        adapter.close()
     outcomes = tuple(outcome for outcome in results if outcome is not None)
     return Summary(caps=adapter.caps, outcomes=outcomes, seconds=time.monotonic() - started)
-
-

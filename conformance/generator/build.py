@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ __all__ = ["MAGIC", "Tensor", "apply", "build", "canonical", "expected", "frame"
 MAGIC = '{"__metadata__":{"format":"pxd","pxd":"'
 ALIGNMENT = 64
 PAGE = 4096
+SPECIAL = re.compile(r'[\x00-\x1f"\\]')
+SHORT = {"\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r", '"': '\\"', "\\": "\\\\"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,8 +55,7 @@ def canonical(value: Any) -> str:
 
 def quoted(text: str) -> str:
     """A JSON string as RFC 8785, section 3.2.2.2, writes it."""
-    short = {8: "\\b", 9: "\\t", 10: "\\n", 12: "\\f", 13: "\\r", 0x22: '\\"', 0x5C: "\\\\"}
-    return '"' + "".join(short.get(ord(c)) or (f"\\u{ord(c):04x}" if c < " " else c) for c in text) + '"'
+    return '"' + SPECIAL.sub(lambda found: SHORT.get(found[0]) or f"\\u{ord(found[0]):04x}", text) + '"'
 
 
 def sha256(data: bytes) -> str:

@@ -145,10 +145,14 @@ def records() -> Iterator[Entry]:
         yield refused(f"dtype-{slug}", "E119", "2.13", build(SIMPLE, records=record(-1, dtype=name)))
     shapes = {
         "zero": ([5, 0], [128, 138]), "zero-bytes": ([0], [128, 128]), "nine": ([1] * 8 + [5], [128, 138]), "negative": ([-5], [128, 138]), "two-negatives": ([-5, -1], [128, 138]),
-        "product-2-64": ([2**32, 2**31], [128, 128]), "product-2-64-and-10": ([2**32, 2**31, 1, 5], [128, 138]), "product-wraps": ([3, 6148914691236517, 2**10], [128, 138]), "product-2-53": ([2**26, 2**26], [128, 2**53 - 1]), "many-zeros": ([2**53 - 1, 0], [128, 128]),
+        "product-2-64": ([2**32, 2**31], [128, 128]), "product-wraps-to-10": ([1693293930026579, 5447], [128, 138]), "product-2-53": ([2**26, 2**26], [128, 2**53 - 1]), "many-zeros": ([2**53 - 1, 0], [128, 128]),
     }  # fmt: skip
     for slug, (shape, held) in shapes.items():
         yield refused(f"shape-{slug}", "E120 E121 E118", "2.14", build(SIMPLE, records=record(-1, shape=shape, data_offsets=held)))
+    # 5447 * 1693293930026579 * 2 = 2^64 + 10, and 2^32 * 2^31 * 2 = 2^64: in 64 bits these sizes are 10 and 0.
+    yield refused("shape-wraps-to-nothing", "E120", "2.14", build(SIMPLE, records=record(-1, shape=[2**32, 2**31], data_offsets=[128, 128]), data=lambda d: d[:128]))
+    for slug, name in (("e8m0", "F8_E8M0"), ("nothing", ""), ("i4", "I4"), ("lower-case", "u8")):
+        yield refused(f"dtype-of-one-byte-{slug}", "E119", "2.13", build(SIMPLE, records=record(0, dtype=name)))
     spans = {"longer": [128, 139], "shorter": [128, 137], "reversed": [138, 128], "element-count": [128, 133], "empty": [138, 138], "negative": [-10, 0], "2-53": [2**53 - 11, 2**53 - 1]}
     for slug, held in spans.items():
         yield refused(f"offsets-{slug}", "E121 E123 E124 E118", "2.15", build(SIMPLE, records=record(-1, data_offsets=held)))

@@ -27,9 +27,9 @@ ASSET = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,118}\.(json|txt|model|jinja|tiktoken|md)"
 
 SWITCHES = {
     # Container.
-    "any-file-type": "2.1", "size-limit-ignored": "2.1", "page-size-ignored": "2.3", "length-limit-ignored": "2.3", "length-in-32-bits": "2.3", "magic-by-parsing": "2.5",
+    "size-limit-ignored": "2.1", "page-size-ignored": "2.3", "length-limit-ignored": "2.3", "length-in-32-bits": "2.3", "magic-by-parsing": "2.5",
     "version-ignored": "2.6", "minor-version-ignored": "2.6", "version-parsed": "2.6", "version-after-json": "2.6", "utf8-replaced": "2.7", "text-after-json": "2.8",
-    "duplicate-keys": "2.9", "duplicate-records": "2.9", "whole-floats-are-integers": "2.10", "depth-ignored": "2.11", "record-keys-ignored": "2.12", "metadata-keys-ignored": "2.12", "true-is-one": "2.12",
+    "duplicate-keys": "2.9", "duplicate-records": "2.9", "whole-floats-are-integers": "2.10", "record-keys-ignored": "2.12", "metadata-keys-ignored": "2.12", "true-is-one": "2.12",
     "dtype-unknown-is-bytes": "2.13", "empty-tensors": "2.14", "product-wraps": "2.14", "nine-dimensions": "2.14", "offsets-not-compared": "2.15", "header-not-canonical": "2.16", "header-padding-free": "2.16",
     "gaps": "2.17", "any-order": "2.17", "truncated": "2.18", "trailing-bytes": "2.18",
     # Profile.
@@ -92,10 +92,7 @@ class Reader:
 
     def contents(self, path: str) -> bytes:
         about = os.stat(path)
-        if not stat.S_ISREG(about.st_mode) and not self.wrong("any-file-type"):
-            raise Rejected("E101")
-        if not stat.S_ISREG(about.st_mode):
-            return b""
+        need(stat.S_ISREG(about.st_mode), "E101")
         need(about.st_size < 2**53 or self.wrong("size-limit-ignored"), "E102")
         if about.st_size >= 2**53:
             raise MemoryError
@@ -154,8 +151,7 @@ class Reader:
 
     def json(self, text: str, raw: bytes, *, manifest: bool) -> Any:
         codes = ("E202",) * 4 if manifest else ("E114", "E115", "E116", "E117")
-        if not self.wrong("depth-ignored"):
-            self.depth(raw, codes[3])
+        self.depth(raw, codes[3])
 
         def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
             made = dict(items)

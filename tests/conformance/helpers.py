@@ -1,0 +1,60 @@
+"""Where the kit and its loaders lie, and what each test of them needs."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import peraxis_conformance
+
+__all__ = ["C_FLAGS", "KIT", "SANITIZED", "SLOW", "SPEC", "compiled_loader", "node_loader", "reference_loader", "wrong_loader"]
+
+KIT = Path(peraxis_conformance.__file__).parent
+SPEC = Path(__file__).parents[2] / "SPEC.md"
+# 16 MiB headers: `make conformance` runs them, the tests leave them out.
+SLOW = ("hostile/limit-modules-*", "hostile/limit-header-largest", "hostile/bomb-*")
+C_FLAGS = ("-std=c11", "-g", "-O1", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror")
+SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+def reference_loader() -> list[str]:
+    """The adapter of peraxis_format."""
+    return [sys.executable, str(KIT / "loaders" / "python" / "adapter.py")]
+
+
+def wrong_loader(switch: str = "") -> list[str]:
+    """The small reader, right or wrong in one way."""
+    command = [sys.executable, "-S", str(KIT / "loaders" / "wrong" / "adapter.py")]
+    return [*command, "--wrong", switch] if switch else command
+
+
+def node_loader() -> list[str]:
+    """The loader in JavaScript; the test skips where Node is absent."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("no node on this machine")
+    return [node, str(KIT / "loaders" / "js" / "adapter.js")]
+
+
+@functools.cache
+def _build(folder: Path) -> Path:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler on this machine")
+    built = folder / "pxd"
+    source = str(KIT / "loaders" / "c" / "pxd.c")
+    subprocess.run([compiler, *C_FLAGS, *SANITIZED, "-o", str(built), source, "-lm"], check=True, timeout=120)
+    return built
+
+
+def compiled_loader(folder: Path) -> list[str]:
+    """The loader in C, built with warnings as errors and with sanitizers, whose findings end it with status 99."""
+    os.environ["ASAN_OPTIONS"] = "exitcode=99"
+    os.environ["UBSAN_OPTIONS"] = "halt_on_error=1:exitcode=99"
+    return [str(_build(folder))]

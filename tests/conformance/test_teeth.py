@@ -1,0 +1,83 @@
+"""No wrong loader survives the kit: every switch of loaders/wrong makes at least one case fail.
+
+The wrong loaders answer within this process, so that there can be many of them; the runner, the corpus and the
+judgement are the kit's own, and a few run as commands to show that it makes no difference.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from peraxis_conformance import Adapter, Case, Corpus, laid_out, run_cases
+from peraxis_conformance.process import Reply
+from peraxis_conformance.run import Caps, Summary
+from tests.conformance.helpers import KIT, SLOW, wrong_loader
+
+sys.path.insert(0, str(KIT / "loaders" / "wrong"))
+try:
+    small = importlib.import_module("adapter")
+finally:
+    sys.path.pop(0)
+SWITCHES: dict[str, str] = small.SWITCHES
+
+
+class InProcess(Adapter):
+    """The small reader behind the interface of an adapter, without a process."""
+
+    def __init__(self, switch: str) -> None:
+        self.switch = switch
+        said: dict[str, Any] = small.caps(switch)
+        operations = frozenset(said["operations"])
+        self.caps = Caps(implementation=switch, version="1", spec=("1.0",), features=frozenset(), operations=operations)
+
+    def ask(self, case: Case, arguments: Sequence[str]) -> Reply:
+        try:
+            status, result = small.answer(self.switch, list(arguments))
+        except Exception as error:
+            return Reply(problem=f"crashed: {error!r}")
+        return Reply(exit=status, result=result)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Iterator[Corpus]:
+    with laid_out() as made:
+        yield made
+
+
+def until_it_fails(adapter: Adapter, corpus: Corpus, clause: str) -> Summary:
+    """Cases of the clause that the switch breaks come first, and the first failure ends the run."""
+    ordered = sorted(corpus.select(skip=SLOW), key=lambda case: case.clause != clause)
+    return run_cases(adapter, corpus, ordered, stop_at_first=True)
+
+
+def test_there_are_many_ways_to_be_wrong() -> None:
+    print(f"\n{len(SWITCHES)} wrong loaders")
+    assert len(SWITCHES) >= 40
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_the_kit_fails_a_wrong_loader(corpus: Corpus, switch: str) -> None:
+    summary = until_it_fails(InProcess(switch), corpus, SWITCHES[switch])
+    assert summary.count("failed") == 1, f"{switch} passes every case"
+    assert not summary.passed
+
+
+@pytest.mark.parametrize("switch", ["most-significant-bit-first", "trailing-bytes", "partial-match"])
+def test_the_kit_fails_a_wrong_loader_that_is_a_command(corpus: Corpus, switch: str) -> None:
+    summary = until_it_fails(Adapter(wrong_loader(switch)), corpus, SWITCHES[switch])
+    assert summary.count("failed") == 1, f"{switch} passes every case"
+
+
+def test_the_kit_passes_the_same_loader_when_it_is_right(corpus: Corpus) -> None:
+    """Otherwise the failures above could be the small reader's own."""
+    summary = run_cases(InProcess(""), corpus, corpus.select(skip=SLOW))
+    assert [(o.case.id, o.detail) for o in summary.outcomes if o.status == "failed"] == []
+    assert summary.passed
