@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import torch
 
 from peraxis_format import Axis, Calibration, Safetensors
 from peraxis_tools.checkpoint import Checkpoint
-from peraxis_tools.compress.calibration import Samples, load_samples
-from peraxis_tools.compress.distill import DistillOptions, distill
+from peraxis_tools.compress.calibration import Ids, Parts, Samples, load_samples, partition
+from peraxis_tools.compress.distill import DistillOptions, distill, fill_whole
 from peraxis_tools.compress.fit import AUTO_AXES, FitOptions
-from peraxis_tools.compress.names import map_names
+from peraxis_tools.compress.generate import generate
+from peraxis_tools.compress.names import NameMap, map_names
 from peraxis_tools.compress.options import CompressOptions, OptionError
 from peraxis_tools.compress.plan import Plan
 from peraxis_tools.compress.procedure import Batch, Procedure
@@ -41,97 +42,179 @@ def calibrated_fit(
     """Fit every module of the plan on the calibration text."""
     if fine_tuned.folder is None or options.calibration is None:
         raise ToolError(f"{fine_tuned.tensors.label}: a fit on text needs the checkpoint's folder, with its tokenizer")
-    device = resolve_device(options.device)
     with quiet_transformers():
-        samples = _samples(fine_tuned.folder, options)
-        config = _config(fine_tuned.folder)
-        dtype = resolve_dtype(options.compute_dtype, device, config)
-        teacher, student = (Skeleton(config, dtype=dtype, device=device) for _ in range(2))
-        names = map_names(student.model, fine_tuned.tensors)
-        calibrating = replace(samples, ids=samples.ids[: options.calibration_samples])
-        digest = _inputs_digest(base.tensors, fine_tuned.tensors, samples, options, device, dtype)
-        work = WorkFolder(output, digest, resume=options.resume)
+        run = _open_run(base, fine_tuned, plan, output, options)
+        teacher, student = run.skeletons()
         procedure = Procedure(
             plan=plan,
             base=base.tensors,
             fine_tuned=fine_tuned.tensors,
             teacher=teacher,
             student=student,
-            names=names,
-            batches=batches_of(calibrating, options, device),
+            names=run.names,
+            batches=batches_of(run.parts.fit, run.parts.judge, options.batch_size, run.device),
             options=_fit_options(options),
-            work=work,
+            work=run.work,
             hidden_limit=options.hidden_limit,
             progress=progress,
         )
-        modules = procedure.run()
-        metadata = {}
+        modules: Mapping[str, FittedModule] = procedure.run()
+        metadata: dict[str, str] = {}
         if options.distill_samples:
             del procedure, teacher, student
-            modules, metadata = _distilled(plan, base, fine_tuned, modules, samples, config, options, work, progress)
+            modules, metadata = _distilled(run, modules, options, progress)
+    ids = run.samples.ids
     return RunFit(
         plan=plan,
         modules=modules,
         calibration=Calibration(
-            digest=samples.digest,
-            samples=len(samples.ids),
-            seed=samples.seed,
-            sequence_length=samples.ids.shape[1],
-            source=samples.source,
+            digest=run.samples.digest,
+            samples=len(ids),
+            seed=options.seed,
+            sequence_length=ids.shape[1],
+            source=run.samples.source,
         ),
-        tokens=samples.ids.size,
+        tokens=ids.size,
         metadata=metadata,
-        work=work.path,
+        work=run.work.path,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What is the same for every step of one run."""
+
+    base: Checkpoint
+    fine_tuned: Checkpoint
+    plan: Plan
+    config: Any
+    names: NameMap
+    samples: Samples
+    parts: Parts
+    work: WorkFolder
+    device: torch.device
+    dtype: torch.dtype
+
+    def skeletons(self) -> tuple[Skeleton, Skeleton]:
+        """A teacher and a student, both empty."""
+        one, two = (Skeleton(self.config, dtype=self.dtype, device=self.device) for _ in range(2))
+        return one, two
+
+    def weights(self) -> Weights:
+        """The pair's tensors, with nothing fitted."""
+        return Weights(
+            plan=self.plan,
+            base=self.base.tensors,
+            fine_tuned=self.fine_tuned.tensors,
+            names=self.names,
+            fitted={},
+            device=self.device,
+        )
+
+
+def _open_run(
+    base: Checkpoint, fine_tuned: Checkpoint, plan: Plan, output: Path, options: CompressOptions
+) -> _Run:
+    """Device, configuration, name map, samples and work folder."""
+    folder = fine_tuned.folder
+    if folder is None or options.calibration is None:
+        raise ToolError(f"{fine_tuned.tensors.label}: a fit on text needs the checkpoint's folder, with its tokenizer")
+    device = resolve_device(options.device)
+    config = _config(folder)
+    dtype = resolve_dtype(options.compute_dtype, device, config)
+    tokenizer = _tokenizer(folder)
+    count = options.calibration_samples + options.distill_samples
+    text = load_samples(
+        options.calibration,
+        tokenizer,
+        samples=count,
+        length=options.sequence_length,
+        seed=options.seed,
+        text_column=options.text_column,
+    )
+    names = map_names(Skeleton(config, dtype=dtype, device=device).model, fine_tuned.tensors)
+    digest = _inputs_digest(base.tensors, fine_tuned.tensors, text, options, device, dtype)
+    run = _Run(
+        base=base,
+        fine_tuned=fine_tuned,
+        plan=plan,
+        config=config,
+        names=names,
+        samples=text,
+        parts=partition([text.ids], calibration=options.calibration_samples / count, held_out=options.held_out),
+        work=WorkFolder(output, digest, resume=options.resume),
+        device=device,
+        dtype=dtype,
+    )
+    return _with_generated(run, tokenizer, options) if options.generated_samples else run
+
+
+def _with_generated(run: _Run, tokenizer: Any, options: CompressOptions) -> _Run:
+    """The run with samples that the fine-tuned model writes; kept in the work folder."""
+    length = run.samples.ids.shape[1]
+    ids = run.work.load_array("generated")
+    if ids is None:
+        teacher, _ = run.skeletons()
+        fill_whole(teacher, run.weights(), run.weights().teacher)
+        ids = generate(
+            teacher,
+            tokenizer,
+            samples=options.generated_samples,
+            length=length,
+            seed=options.seed,
+            batch_size=4 * options.batch_size,
+        )
+        run.work.save_array("generated", ids)
+    share = options.calibration_samples / (options.calibration_samples + options.distill_samples)
+    return replace(
+        run,
+        samples=replace(
+            run.samples,
+            ids=np.concatenate([run.samples.ids, ids]),
+            source=f"{run.samples.source}; {len(ids)} samples of the fine-tuned model",
+        ),
+        parts=partition([run.samples.ids, ids], calibration=share, held_out=options.held_out),
     )
 
 
 def _distilled(
-    plan: Plan,
-    base: Checkpoint,
-    fine_tuned: Checkpoint,
+    run: _Run,
     modules: Mapping[str, FittedModule],
-    samples: Samples,
-    config: Any,
     options: CompressOptions,
-    work: WorkFolder,
     progress: Callable[[str, int, int], None],
 ) -> tuple[Mapping[str, FittedModule], dict[str, str]]:
-    """The modules after end-to-end distillation on the samples behind those of calibration, and its losses."""
-    done = work.load("distilled")
+    """The modules after end-to-end distillation, and its losses."""
+    done = run.work.load("distilled")
     if done is not None:
-        return {module.name: module for module in done}, work.load_text("distilled")
-    device = resolve_device(options.device)
-    dtype = torch.float32 if device.type == "cpu" else resolve_dtype(options.compute_dtype, device, config)
-    teacher, student = (Skeleton(config, dtype=dtype, device=device) for _ in range(2))
-    names = map_names(student.model, fine_tuned.tensors)
-    weights = Weights(
-        plan=plan, base=base.tensors, fine_tuned=fine_tuned.tensors, names=names, fitted={}, device=device
-    )
-    rest = replace(samples, ids=samples.ids[options.calibration_samples :])
-    if not len(rest.ids):
+        return {module.name: module for module in done}, run.work.load_text("distilled")
+    if not len(run.parts.distill):
         raise ToolError(f"calibration {options.calibration}: too little text to distil after calibration; give more")
-    train, held_out = (torch.from_numpy(np.ascontiguousarray(ids)).to(device) for ids in rest.split(options.held_out))
+    teacher, student = run.skeletons()
+    train, judge = (
+        torch.from_numpy(np.ascontiguousarray(ids)).to(run.device)
+        for ids in (run.parts.distill, run.parts.distill_judge)
+    )
     result = distill(
-        weights=weights,
+        weights=run.weights(),
         teacher=teacher,
         student=student,
         modules=modules,
         samples=train,
-        held_out=held_out,
+        held_out=judge,
         options=DistillOptions(
             epochs=options.distill_epochs,
             lr=options.distill_lr,
             sign_lr=options.distill_sign_lr,
             loss=options.distill_loss,
-            batch_size=options.batch_size,
+            batch_size=options.distill_batch_size,
             seed=options.seed,
             logits_limit=options.logits_limit,
         ),
         progress=progress,
     )
     text = {"peraxis.distillation": f"held-out {options.distill_loss}: {result.before:.6g} -> {result.after:.6g}"}
-    work.save_text("distilled", text)
-    work.save("distilled", list(result.modules.values()))
+    run.work.save_text("distilled", text)
+    run.work.save("distilled", list(result.modules.values()))
     return result.modules, text
 
 
@@ -140,23 +223,13 @@ def _fit_options(options: CompressOptions) -> FitOptions:
     return FitOptions(axes=axes, refine=options.resolved_fit == "refined", rounds=options.refine_rounds)
 
 
-def _samples(folder: Path, options: CompressOptions) -> Samples:
+def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ToolError(f"{folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
-    if options.calibration is None:
-        raise OptionError("give --calibration")
-    return load_samples(
-        options.calibration,
-        tokenizer,
-        samples=options.calibration_samples + options.distill_samples,
-        length=options.sequence_length,
-        seed=options.seed,
-        text_column=options.text_column,
-    )
 
 
 def _config(folder: Path) -> Any:
@@ -168,12 +241,12 @@ def _config(folder: Path) -> Any:
         raise ToolError(f"{folder}: its config.json cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
-def batches_of(samples: Samples, options: CompressOptions, device: torch.device) -> list[Batch]:
+def batches_of(fit: Ids, judge: Ids, size: int, device: torch.device) -> list[Batch]:
     """Fit batches, then held-out ones."""
     batches = []
-    for ids, held_out in zip(samples.split(options.held_out), (False, True), strict=True):
-        for start in range(0, len(ids), options.batch_size):
-            part = np.ascontiguousarray(ids[start : start + options.batch_size])
+    for ids, held_out in ((fit, False), (judge, True)):
+        for start in range(0, len(ids), size):
+            part = np.ascontiguousarray(ids[start : start + size])
             batches.append(Batch(torch.from_numpy(part).to(device), held_out))
     return batches
 

@@ -7,7 +7,7 @@ a document), concatenated, and cut into samples of `sequence_length`. No sample 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from peraxis_tools.compress.options import OptionError
 
-__all__ = ["Samples", "load_samples", "read_documents"]
+__all__ = ["Ids", "Parts", "Samples", "load_samples", "partition", "read_documents"]
 
 _POOL: Final = 20  # documents read for each sample wanted, at least 1000: what the seed draws from
 _LOADERS: Final = {
@@ -29,11 +29,14 @@ _LOADERS: Final = {
 }
 
 
+Ids = NDArray[np.int64]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
     """Token ids int64 [samples, length], where they come from, and their digest as SPEC 3.4 defines it."""
 
-    ids: NDArray[np.int64]
+    ids: Ids
     source: str
     seed: int
 
@@ -42,11 +45,31 @@ class Samples:
         """Over the ids as 32-bit little-endian integers, sample after sample."""
         return "sha256:" + hashlib.sha256(self.ids.astype("<u4").tobytes()).hexdigest()
 
-    def split(self, held_out: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(fit, held-out); the latter is empty where there is one sample or the share is 0."""
-        count = len(self.ids)
-        judged = min(count - 1, int(np.ceil(held_out * count))) if held_out > 0 else 0
-        return self.ids[: count - judged], self.ids[count - judged :]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What each sample is for. All int64 [n, length]."""
+
+    fit: Ids
+    judge: Ids
+    distill: Ids
+    distill_judge: Ids
+
+
+def partition(sources: Sequence[Ids], *, calibration: float, held_out: float) -> Parts:
+    """Split each source into calibration (a share) and distillation, and each of these into fit and held-out.
+
+    Every part thus has its share of every source. A part of one sample is not split.
+    """
+    parts: list[list[Ids]] = [[], [], [], []]
+    for ids in sources:
+        cut = round(calibration * len(ids))
+        for i, part in enumerate((ids[:cut], ids[cut:])):
+            judged = min(max(len(part) - 1, 0), int(np.ceil(held_out * len(part))))
+            parts[2 * i].append(part[: len(part) - judged])
+            parts[2 * i + 1].append(part[len(part) - judged :])
+    fit, judge, train, train_judge = (np.concatenate(part) for part in parts)
+    return Parts(fit=fit, judge=judge, distill=train, distill_judge=train_judge)
 
 
 def read_documents(source: str, *, text_column: str | None, limit: int) -> list[str]:

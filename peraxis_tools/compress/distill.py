@@ -31,7 +31,7 @@ from peraxis_tools.compress.skeleton import Skeleton
 from peraxis_tools.compress.types import FittedModule
 from peraxis_tools.compress.weights import Weights, kept_rows
 
-__all__ = ["DistillOptions", "DistillResult", "distill"]
+__all__ = ["DistillOptions", "DistillResult", "distill", "fill_whole"]
 
 _WARM_UP = 0.05
 _CLIP = 3.0  # a latent further than this many scales from zero gets no gradient: its sign is decided
@@ -45,7 +45,7 @@ class DistillOptions:
     lr: float = 1e-2
     sign_lr: float = 0.0
     loss: str = "kl"
-    batch_size: int = 8
+    batch_size: int = 2
     seed: int = 0
     logits_limit: int = 4 << 30
 
@@ -157,7 +157,7 @@ def distill(
     progress: Callable[[str, int, int], None],
 ) -> DistillResult:
     """Train all scales of `modules` together. samples, held_out: ids [n, length]. Both models are loaded whole."""
-    _load(teacher, weights, weights.teacher)
+    fill_whole(teacher, weights, weights.teacher)
     trained = _dress(student, weights, modules, signs=options.sign_lr > 0)
     enable = getattr(student.model, "gradient_checkpointing_enable", None)
     if enable is not None and student.device.type != "cpu":
@@ -188,7 +188,8 @@ def distill(
     return DistillResult(modules={**modules, **distilled}, before=before, after=best)
 
 
-def _load(skeleton: Skeleton, weights: Weights, source: Callable[[str], Tensor]) -> None:
+def fill_whole(skeleton: Skeleton, weights: Weights, source: Callable[[str], Tensor]) -> None:
+    """Fill every layer: the whole model in memory."""
     weights.fill_outer(skeleton, source)
     for index in range(len(skeleton)):
         weights.fill(skeleton, source, skeleton.layer_parameters(index))
@@ -198,7 +199,7 @@ def _dress(
     student: Skeleton, weights: Weights, modules: Mapping[str, FittedModule], *, signs: bool
 ) -> dict[str, nn.ModuleList]:
     """Fill the student with base weights and put the components over them. Returns the components by module."""
-    _load(student, weights, weights.undressed)
+    fill_whole(student, weights, weights.undressed)
     trained: dict[str, nn.ModuleList] = {}
     by_parameter: dict[str, list[tuple[Piece, int, nn.ModuleList]]] = {}
     dtypes: dict[str, torch.dtype] = {}

@@ -37,6 +37,7 @@ class CompressOptions:
     embeddings     embed_tokens and lm_head: sign (`bits` masks), full (exact), auto (as many masks as pay)
     calibration    c4, a `datasets` id, or a file of json, jsonl(.gz), parquet or txt
     held_out       share of the calibration samples that judges, rather than fits
+    generated_samples  samples that the fine-tuned model writes itself, added to both texts: its own domain
     distill_samples  samples of end-to-end distillation of all scales afterwards; 0: none
     distill_lr     learning rate of the scales, relative to their size; distill_sign_lr: of the signs (0: kept)
     hidden_limit   hidden states beyond this go to disk; logits_limit: teacher logits beyond this are recomputed
@@ -52,6 +53,7 @@ class CompressOptions:
     calibration: str | None = None
     text_column: str | None = None
     calibration_samples: int = 50
+    generated_samples: int = 0
     sequence_length: int = 512
     held_out: float = 0.2
     batch_size: int = 8
@@ -59,6 +61,7 @@ class CompressOptions:
     refine_rounds: int = 3
     distill_samples: int = 0
     distill_epochs: int = 5
+    distill_batch_size: int = 2
     distill_lr: float = 1e-2
     distill_sign_lr: float = 0.0
     distill_loss: str = "kl"
@@ -85,6 +88,8 @@ class CompressOptions:
             ("batch_size", 1, 1 << 16),
             ("refine_rounds", 1, 64),
             ("distill_samples", 0, 1 << 24),
+            ("generated_samples", 0, 1 << 24),
+            ("distill_batch_size", 1, 1 << 16),
             ("distill_epochs", 1, 1 << 16),
             ("seed", 0, 1 << 32),
         ):

@@ -54,6 +54,16 @@ class WorkFolder:
         data = (self.path / f"{part}.bin").read_bytes()
         return [_module(entry, data) for entry in json.loads(index.read_bytes())]
 
+    def save_array(self, part: str, array: Array) -> None:
+        """Store one array under a name of its own."""
+        with atomic_file(self.path / f"{part}.npy") as file:
+            np.save(file, array, allow_pickle=False)
+
+    def load_array(self, part: str) -> Array | None:
+        """A stored array; None where there is none."""
+        path = self.path / f"{part}.npy"
+        return np.load(path, allow_pickle=False) if path.is_file() else None
+
     def save_text(self, part: str, text: Mapping[str, str]) -> None:
         """Store texts beside a part; to be called before the part itself is saved."""
         with atomic_file(self.path / f"{part}.text.json") as file:
