@@ -8,6 +8,7 @@ serve           many variants of one model, in one batch, over one base
 from peraxis_format.torch.apply import Applied, apply_
 from peraxis_format.torch.errors import DeviceError, LiveModelError
 from peraxis_format.torch.placement import FUSED, Part, Shard, chunk, place, whole
+from peraxis_format.torch.serve import Served, serve
 from peraxis_format.torch.switch import Swap, SwapError, Variant, VariantSwitch
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "DeviceError",
     "LiveModelError",
     "Part",
+    "Served",
     "Shard",
     "Swap",
     "SwapError",
@@ -24,5 +26,6 @@ __all__ = [
     "apply_",
     "chunk",
     "place",
+    "serve",
     "whole",
 ]

@@ -58,7 +58,10 @@ class Device(Protocol):
         """Block this thread until the event."""
 
     def synchronize(self) -> None:
-        """Block this thread until everything launched has run."""
+        """Block this thread until everything launched from here has run."""
+
+    def wait_all(self) -> None:
+        """Block this thread until the device is idle: forwards that other threads launched included."""
 
 
 def _count(counters: Counters, source: Tensor, modules: tuple[str, ...]) -> None:
@@ -102,6 +105,9 @@ class HostDevice:
         pass
 
     def synchronize(self) -> None:
+        pass
+
+    def wait_all(self) -> None:
         pass
 
 
@@ -148,6 +154,9 @@ class CudaDevice:
     def synchronize(self) -> None:
         torch.cuda.current_stream(self.torch_device).synchronize()
         self._copies.synchronize()
+
+    def wait_all(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
 
 
 def device_of(placement: Placement) -> Device:

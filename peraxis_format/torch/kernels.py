@@ -177,11 +177,12 @@ def _vector(term, index, inside, active):
 
 @triton.jit
 def decode_kernel(
-    y, x, order, tiles, heads, terms, N,
+    y, stride, x, order, tiles, heads, terms, N,
     K: tl.constexpr, TERMS: tl.constexpr, KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y += sum over k of row_k o ((x o col_k) B_k^T) for one tile of rows and BN outputs; y, x: [M, N], [M, K] bits.
+    """y += sum over k of row_k o ((x o col_k) B_k^T) for one tile of rows and BN outputs; y: [M, N] bits, rows
+    `stride` apart; x: [M, K] bits.
 
     The sum is binary32, rounded once onto y. With PRECISION tf32, x o col keeps 11 bits; signs are exact.
     """
@@ -206,7 +207,7 @@ def decode_kernel(
             signs = (_flip(mask) | 0x3F800000).to(tl.float32, bitcast=True)
             part = tl.dot(weighted, tl.trans(tl.reshape(signs, (BN, BK))), part, input_precision=PRECISION)
         total += part * _vector(term + 1, n, n < N, active)[None, :]
-    at = row[:, None] * N + n[None, :]
+    at = row[:, None] * stride + n[None, :]
     written = (member < count)[:, None] & (n < N)[None, :]
     before = _widen(tl.load(y + at, mask=written, other=0), KIND)
     tl.store(y + at, _narrow(before + total, KIND), mask=written)
@@ -214,7 +215,7 @@ def decode_kernel(
 
 @triton.jit
 def prefill_kernel(
-    y, x, weight, bias, order, tiles, heads, terms, N,
+    y, stride, x, weight, bias, order, tiles, heads, terms, N,
     K: tl.constexpr, TERMS: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -252,5 +253,5 @@ def prefill_kernel(
             acc = tl.dot(values.to(tl.float16, bitcast=True), tl.trans(bits.to(tl.float16, bitcast=True)), acc)
     if HAS_BIAS:
         acc += _widen(tl.load(bias + n, mask=n < N, other=0), KIND)[None, :]
-    at = row[:, None] * N + n[None, :]
+    at = row[:, None] * stride + n[None, :]
     tl.store(y + at, _narrow(acc, KIND), mask=(member < count)[:, None] & (n < N)[None, :])

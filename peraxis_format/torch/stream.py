@@ -172,8 +172,8 @@ class _Stamp:
 class Payload:
     """What one variant stores for one placement, under one residency. Checked when made, on the bytes that are kept.
 
-    For `file` nothing is kept: the file is checked once, and each use makes sure that it is still the same file. direct:
-    read past the page cache, for files that are read once and would push others out of it.
+    For `file` nothing is kept: the file is checked once, and each use makes sure that it is still the same file.
+    direct: read past the page cache, for files that are read once and would push others out of it.
     """
 
     def __init__(

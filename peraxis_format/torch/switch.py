@@ -4,9 +4,9 @@
     switch.add("legal", "legal.pxd", residency="pinned")
     switch.use("legal");  switch.use(None)          # None is the base, bit for bit
 
-Weights are rebuilt out of place: pristine base copy + payload -> live storage, in one pass. Adding a delta and subtracting
-it again is not exact in BF16 (up to a seventh of the weights end up wrong), so the base is kept: beside the model, or
-with base="pinned" in page-locked host memory, which kernels read over the link.
+Weights are rebuilt out of place: pristine base copy + payload -> live storage, in one pass. Adding a delta and
+subtracting it again is not exact in BF16 (up to a seventh of the weights end up wrong), so the base is kept: beside the
+model, or with base="pinned" in page-locked host memory, which kernels read over the link.
 
 A swap is all or nothing: on an error the model goes back to the variant before, or else to the base, and the error says
 which. A forward never sees half a swap: the model's own hooks hold swaps off while it runs.
@@ -284,12 +284,16 @@ class VariantSwitch:
             swap = Swap(name=name, previous=self._current, residency=None, epoch=self._epoch, seconds=0.0)
             if name == self._current:
                 return replace(swap, residency=None if target is None else target.variant.residency)
+            if self._device is not None:
+                self._device.wait_all()
             uploads, uploaded = self._uploads()
             read = 0 if target is None else target.payload.reads.size
             try:
                 written = self._write(target)
             except BaseException as error:
-                now = self._restore(error)
+                now = self._restore()
+                if not isinstance(error, Exception):
+                    raise  # an interrupt stays one
                 what = "the base" if now is None else f"variant {now!r}"
                 raise SwapError(f"swap to {name!r} failed ({error}); the model is {what}", now=now) from error
             self._current = name
@@ -330,7 +334,7 @@ class VariantSwitch:
         increment_versions({"": tuple(touched)})
         return sum(part.view.numel() * part.view.element_size() for part in restored | parts)
 
-    def _restore(self, error: BaseException) -> str | None:
+    def _restore(self) -> str | None:
         """After a failed swap: the variant before, else the base. Returns what it is."""
         previous = None if self._current is None else self._variants[self._current]
         if previous is not None:

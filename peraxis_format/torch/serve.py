@@ -1,0 +1,223 @@
+"""serve: many variants of one model in one batch, over one copy of the base.
+
+    served = serve(model, {"legal": "legal.pxd", "medical": "medical.pxd"})
+    with served.using(["legal", None, "medical"]):              # one a sequence; None: the base
+        model.generate(**batch)
+    served.close()                                              # the model is an ordinary one again
+
+The base's weights are never written. A variant costs its masks (a sixteenth of BF16) and its exact tensors. What a row
+gets is its own variant's output; how that differs from the merged model's is said in docs/loading.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from peraxis_format.delta import Encoding, ModuleDelta
+from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.binding import check_live, is_sharded
+from peraxis_format.torch.device import device_of
+from peraxis_format.torch.errors import DeviceError, LiveModelError
+from peraxis_format.torch.placement import Part, Placement, place
+from peraxis_format.torch.rows import Rows
+from peraxis_format.torch.served import GroupForward, Patch, ServedEmbedding, ServedLinear, State
+from peraxis_format.torch.storage import tensor_view
+from peraxis_format.torch.terms import terms_of
+from peraxis_format.torch.work import Workers
+
+__all__ = ["Served", "serve"]
+
+Backend = Literal["auto", "torch", "triton"]
+
+
+class Served:
+    """A model that serves several variants at once. A context manager; `close` puts the model back."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str], backend: Backend) -> None:
+        self.model = model
+        self.names = tuple(names)
+        self.stored = 0
+        self._index = {name: i for i, name in enumerate(names)}
+        self._rows: ContextVar[Rows | None] = ContextVar("peraxis_rows", default=None)
+        self._states: dict[nn.Module, State] = {}
+        self._classes: dict[nn.Module, type[nn.Module]] = {}
+        self._backend = backend
+
+    @contextlib.contextmanager
+    def using(self, variants: Sequence[str | int | None] | Tensor) -> Iterator[None]:
+        """Within the block (and this thread or task) batches are of these variants.
+
+        variants: one a sequence (dimension 0 of the batch), or one a token row of a packed batch; a name, its index in
+        `names`, or None or -1 for the base. Beams and repeated sequences have to be repeated here too.
+        """
+        given = variants.tolist() if isinstance(variants, Tensor) else list(variants)
+        if not given:
+            raise LiveModelError("an empty batch has no variants; give one a sequence")
+        token = self._rows.set(Rows(tuple(self._id(v) for v in given)))
+        try:
+            yield
+        finally:
+            self._rows.reset(token)
+
+    def _id(self, variant: str | int | None) -> int:
+        if variant is None:
+            return -1
+        if isinstance(variant, str):
+            if variant not in self._index:
+                raise LiveModelError(f"no variant {variant!r}; served: {', '.join(self.names)}")
+            return self._index[variant]
+        if not -1 <= variant < len(self.names):
+            raise LiveModelError(f"no variant {variant}; served: -1 (the base) to {len(self.names) - 1}")
+        return int(variant)
+
+    def state(self, module: nn.Module) -> State:
+        """The state of a module, made and put in its place when first asked for."""
+        if module not in self._states:
+            kernels = None
+            if self._backend == "triton":
+                from peraxis_format.torch.launch import LinearKernels
+
+                kernels = LinearKernels()
+            self._states[module] = State(self._rows.get, kernels)
+            self._exchange(module, self._states[module])
+        return self._states[module]
+
+    def _exchange(self, module: nn.Module, state: State) -> None:
+        kind = type(module)
+        if kind is nn.Linear:
+            self._classes[module] = kind
+            module.__class__ = ServedLinear
+            module.__dict__["peraxis"] = state
+        elif isinstance(module, nn.Embedding):
+            self._classes[module] = kind
+            # A subclass keeps its own attributes and methods behind the exchanged forward.
+            bases = (ServedEmbedding,) if kind is nn.Embedding else (ServedEmbedding, kind)
+            module.__class__ = type("ServedEmbedding", bases, {})
+            module.__dict__.update(peraxis=state, peraxis_class=kind)
+        else:
+            module.__dict__["forward"] = GroupForward(module, state)
+
+    def close(self) -> None:
+        """Make the model an ordinary one again, with the base's weights."""
+        for module in self._states:
+            kind = self._classes.get(module)
+            if kind is None:
+                del module.__dict__["forward"]
+                continue
+            module.__class__ = kind
+            module.__dict__.pop("peraxis")
+            module.__dict__.pop("peraxis_class", None)
+        self._states.clear()
+        self._classes.clear()
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@torch.no_grad()
+def serve(
+    model: nn.Module,
+    variants: Mapping[str, DeltaFile | str | os.PathLike[str]],
+    *,
+    backend: Backend = "auto",
+    views: Mapping[str, Tensor | Part | Sequence[Part]] | None = None,
+    workers: int | None = None,
+) -> Served:
+    """Let a live model that holds the base serve variants of it, mixed in one batch.
+
+    backend: "triton" (CUDA), "torch" (anywhere), "auto". views: see placement.place. Every delta is checked in full,
+    and the base's bytes once. Raises as apply_ does; the model is then as it was.
+    """
+    if any(isinstance(module.__dict__.get("peraxis"), State) for module in model.modules()):
+        raise LiveModelError("the model is served already; close that first, or give all variants at once")
+    served = Served(model, list(variants), _backend(backend, model))
+    try:
+        with Workers(workers) as pool:
+            for index, delta in enumerate(variants.values()):
+                with contextlib.ExitStack() as stack:
+                    file = delta if isinstance(delta, DeltaFile) else stack.enter_context(DeltaFile(delta))
+                    placement = place(model, file.manifest, views=views)
+                    if is_sharded(placement, file.manifest):
+                        raise LiveModelError("sharded weights cannot be served on the fly; use VariantSwitch")
+                    device_of(placement)
+                    check_live(file.manifest, placement, workers=pool.count)
+                    _register(served, index, file, placement)
+    except BaseException:
+        served.close()
+        raise
+    return served
+
+
+def _backend(asked: Backend, model: nn.Module) -> Backend:
+    cuda = any(parameter.is_cuda for parameter in model.parameters())
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if asked == "triton" and not cuda and not interpreted:
+        raise DeviceError('backend="triton" needs a model on a CUDA device; use "torch" on the CPU')
+    return asked if asked != "auto" else ("triton" if cuda else "torch")
+
+
+def _register(served: Served, index: int, file: DeltaFile, placement: Placement) -> None:
+    """Bring one variant's patches to the modules that own the parameters."""
+    owners = _Owners(served.model)
+    for name in file:
+        entry = file.entry(name)
+        if entry.encoding is Encoding.SAME:
+            continue
+        delta = file.load(name)
+        begin, end = file.span(name)
+        served.stored += end - begin
+        for part in placement[name]:
+            first, found = owners.of(part.view)
+            if not found:
+                raise LiveModelError(f"{name}: no module owns its storage; give rows of a parameter in `views`")
+            patch = _patch(delta, part.view, first)
+            for module, parameter in found:
+                served.state(module).patches.setdefault(parameter, {}).setdefault(index, []).append(patch)
+
+
+def _patch(delta: ModuleDelta, view: Tensor, first: int) -> Patch:
+    rows = view.shape[0] if view.ndim else 1
+    if delta.full is not None:
+        raw = torch.frombuffer(bytearray(delta.full.tobytes()), dtype=torch.uint8)
+        return Patch(first, first + rows, full=tensor_view(raw, 0, delta.dtype, delta.shape).to(view.device))
+    batch = tuple(tuple(terms) for terms in terms_of(delta, view.device))
+    if view.ndim == 2:
+        return Patch(first, first + rows, terms=batch[0])
+    return Patch(first, first + rows, batch=batch)
+
+
+class _Owners:
+    """Which modules own a storage: all that hold the parameter (tied ones are several), and at which row it begins."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held: list[tuple[int, int, int, list[tuple[nn.Module, str]]]] = []
+        by_storage: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in model.modules():
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None and tensor.numel():
+                    by_storage.setdefault(tensor.data_ptr(), []).append((module, name))
+        for begin, owners in by_storage.items():
+            tensor = getattr(*owners[0])
+            size = tensor.numel() * tensor.element_size()
+            self._held.append((begin, begin + size, size // (tensor.shape[0] if tensor.ndim else 1), owners))
+
+    def of(self, view: Tensor) -> tuple[int, list[tuple[nn.Module, str]]]:
+        """(row, owners) of a view of whole rows of a parameter; no owners where there is none."""
+        at = view.data_ptr()
+        for begin, end, row, owners in self._held:
+            if begin <= at < end and (at - begin) % row == 0:
+                return (at - begin) // row, owners
+        return 0, []

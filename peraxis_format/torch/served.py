@@ -1,0 +1,220 @@
+"""Modules that serve several variants at once: a linear, an embedding, and anything else that works row by row.
+
+    linear      y = x W^T + sum over k of row_k o ((x o col_k) B_k^T)      few rows of a variant: W untouched, shared
+                y = x W_v^T, W_v rebuilt where it is multiplied            many rows: the merged weights' values
+    embedding   rows of W_v for the tokens at hand: the merged bits
+    other       the module itself, run on each variant's rows with its own parameters: the merged bits
+
+A module keeps its class's place in the model, its parameters and its name: its class is exchanged for one of these (or,
+for others, its forward), and put back by `Served.close`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from peraxis_format.torch.errors import LiveModelError
+from peraxis_format.torch.rows import Rows
+from peraxis_format.torch.terms import Term, project, rebuild, rebuild_rows
+
+__all__ = ["MANY_ROWS", "GroupForward", "Patch", "ServedEmbedding", "ServedLinear", "State"]
+
+MANY_ROWS: Final = 64  # rows of one variant from which its weights are rebuilt rather than added to
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Patch:
+    """What one variant has for rows [begin, end) of one parameter: components, or the exact tensor."""
+
+    begin: int
+    end: int
+    terms: tuple[Term, ...] = ()
+    full: Tensor | None = None
+    batch: tuple[tuple[Term, ...], ...] = ()  # components of each batch element of a parameter of 3 or more dimensions
+
+
+@dataclass(slots=True, eq=False)
+class State:
+    """One module's share of a `Served`: patches by parameter name and variant, and who knows the batch's rows."""
+
+    rows: Callable[[], Rows | None]
+    kernels: Any
+    patches: dict[str, dict[int, list[Patch]]] = field(default_factory=dict)
+    tables: dict[Any, Any] = field(default_factory=dict)
+
+    def changed(self, variant: int) -> bool:
+        """Whether a variant differs from the base in this module."""
+        return any(variant in patches for patches in self.patches.values())
+
+    def parameter(self, module: nn.Module, name: str, variant: int) -> Tensor:
+        """A variant's merged parameter: a new tensor where it differs from the base's."""
+        base: Tensor = getattr(module, name)
+        patches = self.patches.get(name, {}).get(variant)
+        if not patches:
+            return base
+        out = base.detach().clone()
+        for patch in patches:
+            part = base.detach()[patch.begin : patch.end]
+            if patch.full is not None:
+                out[patch.begin : patch.end] = patch.full
+            elif patch.batch:
+                matrices = part.reshape(-1, *part.shape[-2:])
+                merged = [rebuild(matrix, terms) for matrix, terms in zip(matrices, patch.batch, strict=True)]
+                out[patch.begin : patch.end] = torch.stack(merged).reshape(part.shape)
+            else:
+                out[patch.begin : patch.end] = rebuild(part, patch.terms)
+        return out
+
+
+class ServedLinear(nn.Linear):
+    """A linear that adds each row's own variant."""
+
+    peraxis: State
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: [..., in_features]. Returns [..., out_features], in the input's dtype."""
+        state, rows = self.peraxis, self.peraxis.rows()
+        if rows is None or not any(state.changed(v) for v in rows.variants):
+            return functional.linear(input, self.weight, self.bias)
+        lead = input.shape[:-1]
+        x = input.reshape(-1, input.shape[-1])
+        if state.kernels is not None:
+            out: Tensor = state.kernels.linear(self, state, x, lead, rows)
+        else:
+            out = self._each(state, x, rows.groups(lead, x.device))
+        return out.reshape(*lead, self.out_features)
+
+    def _each(self, state: State, x: Tensor, groups: Mapping[int, Tensor]) -> Tensor:
+        out = functional.linear(x, self.weight, self.bias)
+        for variant, index in groups.items():
+            if variant >= 0 and state.changed(variant):
+                part = x[index]
+                bias = state.parameter(self, "bias", variant) if self.bias is not None else None
+                out[index] = self._rows(state, part, variant, bias)
+        return out
+
+    def _rows(self, state: State, x: Tensor, variant: int, bias: Tensor | None) -> Tensor:
+        """All rows of one variant."""
+        patches = state.patches.get("weight", {}).get(variant, [])
+        if len(x) >= MANY_ROWS or any(patch.full is not None for patch in patches):
+            return functional.linear(x, state.parameter(self, "weight", variant), bias)
+        out = functional.linear(x, self.weight).float()
+        for patch in patches:
+            out[:, patch.begin : patch.end] += project(x, patch.terms)
+        if bias is not None:
+            out += bias.float()
+        return out.to(x.dtype)
+
+
+class ServedEmbedding(nn.Embedding):
+    """An embedding that looks each sequence up in its own variant's table; only the rows asked for are rebuilt."""
+
+    peraxis: State
+    peraxis_class: type[nn.Embedding]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: token ids. What the class's own forward makes of the variant's table."""
+        state, rows = self.peraxis, self.peraxis.rows()
+        plain = self.peraxis_class.forward
+        if rows is None or not any(state.changed(v) for v in rows.variants):
+            return plain(self, input)
+        out: Tensor | None = None
+        flat = input.reshape(-1)
+        for variant, index in rows.groups(input.shape, input.device).items():
+            found = self._lookup(state, flat[index], variant, plain)
+            if out is None:
+                out = found.new_empty(len(flat), found.shape[-1])
+            out[index] = found
+        if out is None:
+            return plain(self, input)
+        return out.reshape(*input.shape, -1)
+
+    def _lookup(self, state: State, ids: Tensor, variant: int, plain: Callable[..., Tensor]) -> Tensor:
+        patches = state.patches["weight"].get(variant) if variant >= 0 else None
+        if not patches:
+            return plain(self, ids)
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        table = self.weight.detach()[unique]
+        for patch in patches:
+            mine = (unique >= patch.begin) & (unique < patch.end)
+            local = unique[mine] - patch.begin
+            if patch.full is not None:
+                table[mine] = patch.full[local]
+            else:
+                table[mine] = rebuild_rows(self.weight.detach()[patch.begin : patch.end], patch.terms, local)
+        # The class's own forward on a table of the rows at hand: scaling and the like stay what they are.
+        shadow: Any = nn.Embedding.__new__(self.peraxis_class)
+        shadow.__dict__.update(self.__dict__)
+        shadow.__dict__["_parameters"] = {**self._parameters, "weight": nn.Parameter(table, requires_grad=False)}
+        shadow.padding_idx = None
+        found: Tensor = plain(shadow, inverse)
+        return found
+
+
+class GroupForward:
+    """Stands in for the forward of any other module: one run for each variant in the batch, on that variant's rows."""
+
+    def __init__(self, module: nn.Module, state: State) -> None:
+        self.module = module
+        self.state = state
+        self.plain: Callable[..., Any] = module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Dimension 0 of every tensor argument that has the batch's size is the batch."""
+        rows = self.state.rows()
+        if rows is None or not any(self.state.changed(v) for v in rows.variants):
+            return self.plain(*args, **kwargs)
+        if rows.only is not None:
+            return self._run(rows.only, args, kwargs)
+        size = len(rows.ids)
+        if not any(isinstance(a, Tensor) and a.ndim and a.shape[0] == size for a in (*args, *kwargs.values())):
+            raise LiveModelError(
+                f"{type(self.module).__name__}: no argument has the batch ({size}) as dimension 0, so its variants "
+                "cannot be told apart; serve one variant a batch"
+            )
+        outputs = []
+        order = []
+        device = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)).device
+        for variant, index in rows.groups((size,), device).items():
+            outputs.append(self._run(variant, *_taken(args, kwargs, index, size)))
+            order.append(index)
+        return _scattered(outputs, torch.argsort(torch.cat(order)))
+
+    def _run(self, variant: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if variant < 0 or not self.state.changed(variant):
+            return self.plain(*args, **kwargs)
+        merged = {
+            name: self.state.parameter(self.module, name, variant)
+            for name, patches in self.state.patches.items()
+            if variant in patches
+        }
+        held = self.module.__dict__.pop("forward")
+        try:
+            return functional_call(self.module, merged, args, kwargs)
+        finally:
+            self.module.__dict__["forward"] = held
+
+
+def _taken(
+    args: tuple[Any, ...], kwargs: dict[str, Any], index: Tensor, size: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def take(value: Any) -> Any:
+        batched = isinstance(value, Tensor) and value.ndim and value.shape[0] == size
+        return value[index] if batched else value
+
+    return tuple(map(take, args)), {key: take(value) for key, value in kwargs.items()}
+
+
+def _scattered(outputs: list[Any], back: Tensor) -> Any:
+    if isinstance(outputs[0], Tensor):
+        return torch.cat(outputs)[back]
+    if isinstance(outputs[0], tuple):
+        return tuple(_scattered(list(column), back) for column in zip(*outputs, strict=True))
+    raise LiveModelError(f"a module returned {type(outputs[0]).__name__}; serve one variant a batch")

@@ -1,0 +1,93 @@
+"""Components as tensors on a device, and their arithmetic in plain torch: the reference of the serving kernels.
+
+term = sign o (row x col), row with 2^e folded in: float32, exact (SPEC 6.1)
+rebuild   round(f32(W) + term_0 + term_1 + ...)                     the bits of the merged weights
+project   sum over k of row_k o ((x o col_k) B_k^T)                 float32, W untouched
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peraxis_format.delta import Component, ModuleDelta
+
+__all__ = ["Term", "project", "rebuild", "rebuild_rows", "terms_of"]
+
+_BLOCK = 1 << 22  # weights that are unpacked at a time
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Term:
+    """One component of a matrix. mask: uint8 [d_out, ceil(d_in/8)]. row: float32 [d_out], with 2^e. col: [d_in]."""
+
+    mask: Tensor
+    row: Tensor
+    col: Tensor
+
+    def signs(self, rows: slice | Tensor) -> Tensor:
+        """float32 [rows, d_in]: +1 or -1."""
+        lanes = torch.arange(8, dtype=torch.uint8, device=self.mask.device)
+        bits = (self.mask[rows].unsqueeze(-1) >> lanes) & 1
+        return bits.flatten(-2)[:, : len(self.col)].float().mul_(2).sub_(1)
+
+    def dense(self, rows: slice | Tensor) -> Tensor:
+        """The term of some rows, float32 [rows, d_in]."""
+        return self.signs(rows) * (self.row[rows].unsqueeze(-1) * self.col)
+
+
+def terms_of(module: ModuleDelta, device: torch.device) -> list[list[Term]]:
+    """The components of a `sign` module: one list for each batch element (one, for a matrix)."""
+    d_out, d_in = module.shape[-2:]
+    batch = 1
+    for d in module.shape[:-2]:
+        batch *= d
+    return [[_term(component, e, batch, d_out, d_in, device) for component in module.components] for e in range(batch)]
+
+
+def _term(component: Component, e: int, batch: int, d_out: int, d_in: int, device: torch.device) -> Term:
+    row = torch.full((d_out,), 2.0**component.exponent)
+    if component.row is not None:
+        row = row * torch.from_numpy(component.row.reshape(batch, d_out)[e].copy()).float()
+    if component.scalar is not None:
+        row = row * float(component.scalar[0])
+    col = torch.ones(d_in)
+    if component.col is not None:
+        col = torch.from_numpy(component.col.reshape(batch, d_in)[e].copy()).float()
+    mask = torch.from_numpy(component.mask.reshape(batch, d_out, -1)[e].copy())
+    return Term(mask.to(device), row.to(device), col.to(device))
+
+
+def _blocks(d_out: int, d_in: int) -> list[slice]:
+    step = max(1, _BLOCK // d_in)
+    return [slice(begin, min(begin + step, d_out)) for begin in range(0, d_out, step)]
+
+
+def rebuild(weight: Tensor, terms: Sequence[Term]) -> Tensor:
+    """The merged weight [d_out, d_in], bit for bit (SPEC 6.1)."""
+    out = torch.empty_like(weight)
+    for rows in _blocks(*weight.shape):
+        out[rows] = rebuild_rows(weight, terms, rows)
+    return out
+
+
+def rebuild_rows(weight: Tensor, terms: Sequence[Term], rows: slice | Tensor) -> Tensor:
+    """Some rows of the merged weight."""
+    total = weight[rows].float()
+    for term in terms:
+        total = total + term.dense(rows)
+    return total.to(weight.dtype)
+
+
+def project(x: Tensor, terms: Sequence[Term]) -> Tensor:
+    """x: [rows, d_in]. Returns float32 [rows, d_out]."""
+    wide = x.float()
+    out = torch.zeros(len(x), len(terms[0].row), device=x.device)
+    for term in terms:
+        scaled = wide * term.col
+        for rows in _blocks(len(term.row), len(term.col)):
+            out[:, rows] += (scaled @ term.signs(rows).t()) * term.row[rows]
+    return out
