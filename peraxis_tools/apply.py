@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import Checkpoint, is_tokenizer_asset, open_checkpoint
 from peraxis_tools.folders import atomic_folder, refuse_existing
+from peraxis_tools.parts import refuse_part
 from peraxis_tools.shards import SHARD_BYTES, Shard, TensorSpec, plan_shards, shard_header, write_index, write_tensor
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def apply(
     output = Path(output)
     refuse_existing(output, overwrite=overwrite)
     with pxd.open(delta) as file, open_checkpoint(base, revision=base_revision) as checkpoint:
+        refuse_part(file.manifest, delta)
         shards = plan_shards(_specs(file.manifest), shard_bytes=shard_bytes)
         with atomic_folder(output, overwrite=overwrite) as folder:
             _write_shards(folder, shards, file, checkpoint.tensors, workers, progress or (lambda _: None))
@@ -186,6 +188,7 @@ def load_model(
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     with pxd.open(delta) as file, open_checkpoint(base, revision=base_revision) as checkpoint:
+        refuse_part(file.manifest, delta)
         config = json.loads(dict(_assets(file, checkpoint)).get("config.json") or json.dumps(checkpoint.config()))
         state = {}
         aliases = _aliases(file.manifest)

@@ -27,6 +27,8 @@ VERBS: Final = {
     "verify": "Prove that a .pxd is whole, and made for this base.",
     "apply": "Base + .pxd -> a complete Hugging Face folder.",
     "diff": "What two deltas, or a delta and a fine-tune, do differently.",
+    "merge": "Several deltas on one base into one, or parts into a whole.",
+    "split": "One delta into parts.",
     "eval": "How close base + .pxd comes to the fine-tune.",
     "demo": "Train a small pair and show the whole way, offline.",
 }

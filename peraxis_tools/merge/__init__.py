@@ -1,0 +1,262 @@
+"""Several deltas on one base become one: the parts of one delta, a weighted sum, or a sum fitted into k masks.
+
+A weighted sum keeps every component, its weight folded in (fold.py has the bound). Inputs are taken in the order of
+their content IDs, so that the order of the arguments changes no byte. The manifest names them: `peraxis.inputs` holds
+content IDs and weights, `peraxis.merge` how they were merged. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import peraxis_format as pxd
+from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.errors import CheckFailedError, ToolError
+from peraxis_tools.folders import refuse_existing
+from peraxis_tools.merge.methods import Method, Mixture
+from peraxis_tools.merge.modules import MergedModule, merge_module, relative_error
+from peraxis_tools.parts import PART_KEY, is_part, join_parts, part_metadata, refuse_part, split
+from peraxis_tools.rows import base_rows
+
+__all__ = [
+    "PART_KEY",
+    "MergeInput",
+    "MergeResult",
+    "MergedModule",
+    "Method",
+    "Mixture",
+    "is_part",
+    "merge",
+    "merge_parts",
+    "merge_size",
+    "part_metadata",
+    "refuse_part",
+    "split",
+]
+
+_INPUTS_KEY: Final = "peraxis.inputs"
+_MERGE_KEY: Final = "peraxis.merge"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeInput:
+    """One input; weight is None for a part."""
+
+    content_id: str
+    weight: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeResult:
+    """What `merge` wrote. kind: parts, sum (components kept) or fit.
+
+    error: ||sum - fit|| / ||sum|| over what was fitted; 0 where nothing was.
+    """
+
+    path: Path
+    content_id: str
+    kind: str
+    inputs: tuple[MergeInput, ...]
+    bytes: int
+    masks_max: int
+    error: float
+    modules: tuple[MergedModule, ...]
+
+
+def merge_size(paths: Sequence[str | Path]) -> int:
+    """Units of the progress of `merge`: payload bytes of all inputs."""
+    total = 0
+    for path in paths:
+        with pxd.open(path) as file:
+            total += file.size - file.header_size
+    return total
+
+
+def merge_parts(
+    paths: Sequence[str | Path],
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> MergeResult:
+    """Join parts of one delta (parts.py) into the file that they were parts of. Raises ToolError, PxdError."""
+    output = Path(output)
+    refuse_existing(output, overwrite=overwrite)
+    manifest, inputs = join_parts([Path(path) for path in paths], output, progress=progress)
+    modules = tuple(
+        MergedModule(name=m.name, encoding=m.encoding.value, components=len(m.components)) for m in manifest.modules
+    )
+    return _result(
+        output, manifest, "parts", tuple(MergeInput(content_id=content_id) for content_id in inputs), modules
+    )
+
+
+def merge(
+    paths: Sequence[str | Path],
+    output: str | Path,
+    *,
+    weights: Sequence[float],
+    mixture: Mixture | None = None,
+    bits: int | None = None,
+    base: str | Path | None = None,
+    name: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> MergeResult:
+    """Write the merge of deltas on one base.
+
+    weights: one for each path. bits: masks a module of the result has; None keeps all components of a weighted sum,
+    and means as many as the inputs have together (8 at most) for `ties` and `dare`. base: the checkpoint, needed
+    where inputs store different exact tensors. name: of the fine-tuned checkpoint that results. progress: payload
+    bytes of inputs done. Raises CheckFailedError for different bases, ToolError, PxdError, CheckpointError.
+    """
+    mixture = mixture or Mixture()
+    output = Path(output)
+    refuse_existing(output, overwrite=overwrite)
+    _check_weights(paths, weights)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(pxd.open(path)) for path in paths]
+        for file in opened:
+            refuse_part(file.manifest, file.path)
+        _check_compatible(opened)
+        pairs = sorted(zip(opened, weights, strict=True), key=lambda pair: (pair[0].content_id, pair[1]))
+        files = [file for file, _ in pairs]
+        ordered = [float(weight) for _, weight in pairs]
+        checkpoint = stack.enter_context(open_checkpoint(base)) if base is not None else None
+        if checkpoint is not None:
+            pxd.check_base_names(files[0].manifest, checkpoint.tensors)
+        if bits is None and not mixture.is_sum:
+            bits = min(pxd.COMPONENTS_MAX, sum(_masks(file) for file in files))
+        with _writer(output, files, ordered, mixture, bits, name) as writer:
+            modules = tuple(_add_all(writer, files, ordered, mixture, bits, checkpoint, progress or (lambda _: None)))
+            _add_rest(writer, files, ordered)
+            manifest = writer.finish()
+    inputs = tuple(
+        MergeInput(content_id=file.content_id, weight=weight) for file, weight in zip(files, ordered, strict=True)
+    )
+    return _result(output, manifest, "sum" if bits is None else "fit", inputs, modules)
+
+
+def _result(
+    output: Path, manifest: pxd.Manifest, kind: str, inputs: tuple[MergeInput, ...], modules: tuple[MergedModule, ...]
+) -> MergeResult:
+    error = math.fsum(module.square_error for module in modules)
+    return MergeResult(
+        path=output,
+        content_id=manifest.content_id,
+        kind=kind,
+        inputs=inputs,
+        bytes=output.stat().st_size,
+        masks_max=max(module.components for module in modules),
+        error=relative_error(error, math.fsum(module.square_norm for module in modules)),
+        modules=modules,
+    )
+
+
+def _check_weights(paths: Sequence[str | Path], weights: Sequence[float]) -> None:
+    if len(weights) != len(paths):
+        raise ToolError(f"{len(weights)} weights for {len(paths)} deltas; pass one for each")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ToolError(f"weights must be finite, not {', '.join(map(str, weights))}")
+
+
+def _masks(file: pxd.DeltaFile) -> int:
+    return max(len(module.components) for module in file.manifest.modules)
+
+
+def _check_compatible(files: Sequence[pxd.DeltaFile]) -> None:
+    """All on one base, with the same tensors: what a sum of deltas needs."""
+    first = files[0]
+    for file in files[1:]:
+        pair = f"{first.path} and {file.path}"
+        if sorted(file) != sorted(first):
+            odd = min(set(file) ^ set(first))
+            raise ToolError(f"{pair}: do not hold the same tensors, {odd} for one; only like models can be merged")
+        for name in first:
+            a, b = first.entry(name), file.entry(name)
+            if a.base != b.base:
+                raise CheckFailedError(
+                    f"{pair}: made for different bases ({first.manifest.base.id!r} and {file.manifest.base.id!r} "
+                    f"differ at {name}); deltas add up only on one base"
+                )
+            if (a.shape, a.dtype) != (b.shape, b.dtype):
+                raise ToolError(f"{pair}: {name} has another shape or dtype; only like models can be merged")
+        if (file.manifest.tied, file.manifest.dropped) != (first.manifest.tied, first.manifest.dropped):
+            raise ToolError(f"{pair}: tie or drop different tensors; only like models can be merged")
+
+
+def _writer(
+    output: Path,
+    files: Sequence[pxd.DeltaFile],
+    weights: Sequence[float],
+    mixture: Mixture,
+    bits: int | None,
+    name: str | None,
+) -> pxd.DeltaWriter:
+    first = files[0].manifest
+    calibrations = {file.manifest.calibration for file in files}
+    names = [file.manifest.fine_tuned.id for file in files]
+    terms = " + ".join(f"{weight:g} * {its}" for weight, its in zip(weights, names, strict=True))
+    inputs = [{"content_id": f.content_id, "weight": repr(w)} for f, w in zip(files, weights, strict=True)]
+    return pxd.DeltaWriter(
+        output,
+        base=pxd.Identity(id=first.base.id, revision=first.base.revision),
+        fine_tuned=pxd.Identity(id=name or terms),
+        calibration=calibrations.pop() if len(calibrations) == 1 else None,
+        metadata={_INPUTS_KEY: json.dumps(inputs), _MERGE_KEY: json.dumps(_how(mixture, bits), sort_keys=True)},
+    )
+
+
+def _how(mixture: Mixture, bits: int | None) -> dict[str, Any]:
+    how: dict[str, Any] = {"method": mixture.method, "bits": bits, "normalize": mixture.normalized}
+    if not mixture.is_sum:
+        how["density"] = repr(mixture.density)
+    if mixture.method == "dare":
+        how["seed"] = mixture.seed
+    return how
+
+
+def _add_all(
+    writer: pxd.DeltaWriter,
+    files: Sequence[pxd.DeltaFile],
+    weights: Sequence[float],
+    mixture: Mixture,
+    bits: int | None,
+    checkpoint: Checkpoint | None,
+    progress: Callable[[int], None],
+) -> list[MergedModule]:
+    merged = []
+    for entry in files[0].manifest.modules:
+        rows = base_rows(checkpoint.tensors, entry) if checkpoint is not None and entry.base is not None else None
+        module, found = merge_module(
+            [file.load(entry.name) for file in files],
+            weights,
+            mixture=mixture,
+            bits=bits,
+            base=rows,
+            keys=[f"{file.content_id} {entry.name}" for file in files],
+        )
+        writer.add(module)
+        merged.append(found)
+        for file in files:
+            begin, end = file.span(entry.name)
+            progress(end - begin)
+    return merged
+
+
+def _add_rest(writer: pxd.DeltaWriter, files: Sequence[pxd.DeltaFile], weights: Sequence[float]) -> None:
+    """Aliases, dropped names; configuration and tokenizer of the input with the largest weight."""
+    manifest = files[0].manifest
+    for name, alias in manifest.tied:
+        writer.tie(name, alias)
+    for name in manifest.dropped:
+        writer.drop(name)
+    main = max(zip(files, weights, strict=True), key=lambda pair: pair[1])[0]
+    for asset in main.manifest.assets:
+        writer.add_asset(asset.path, main.asset(asset.path))

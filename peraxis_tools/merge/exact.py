@@ -1,0 +1,105 @@
+"""Tensors that an input stores exactly, merged: base + sum w_i (tensor_i - base), rounded once to the dtype.
+
+Where there is no base tensor, or no base row, there is no delta either: such rows become the mean of the inputs'
+by their weights. What is the same in all inputs stays as it is. Blocks of rows, binary64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+import peraxis_format as pxd
+from peraxis_tools.errors import ToolError
+from peraxis_tools.merge.fit import Dense
+from peraxis_tools.rows import BaseRows, has_delta, row_blocks
+
+__all__ = ["merge_exact", "merge_tails"]
+
+
+def merge_exact(
+    modules: Sequence[pxd.ModuleDelta],
+    weights: Sequence[float],
+    *,
+    plain: bool,
+    base: BaseRows | None,
+    mixed: Callable[[], Dense],
+) -> pxd.ModuleDelta:
+    """One `full` module from modules of one name, of which one at least is `full`.
+
+    plain: whether the merge is the weighted sum with these weights. mixed: the merged delta by rows, read only where
+    the base is needed. Raises ToolError where it is needed and missing, or the tensors cannot be averaged.
+    """
+    kept = _untouched(modules, weights) if plain else _same_everywhere(modules, weights)
+    if kept is not None:
+        return kept
+    first = modules[0]
+    if not first.dtype.is_float:
+        raise ToolError(f"{first.name}: is {first.dtype.value} and differs between the inputs; it cannot be averaged")
+    out = np.empty(first.shape, first.dtype.storage)
+    covered = 0
+    if has_delta(first):
+        if base is None:
+            raise ToolError(f"{first.name}: is stored exactly and differs between the inputs; pass --base to merge it")
+        covered = first.kept if first.shape else 1
+        rows_of = mixed()
+        for rows in row_blocks(first.covered):
+            block = base(rows).astype(np.float64) + rows_of(rows)
+            out[rows if first.shape else ...] = pxd.from_float32(block.astype(np.float32), first.dtype)
+    if first.shape and covered < first.shape[0]:
+        out[covered:] = _mean([_rows_beyond(module, covered) for module in modules], weights, first.dtype, first.name)
+    return replace(first, encoding=pxd.Encoding.FULL, components=(), full=out, tail=None)
+
+
+def merge_tails(modules: Sequence[pxd.ModuleDelta], weights: Sequence[float]) -> pxd.Array | None:
+    """The rows beyond the base of modules that are not `full`; None where there are none."""
+    tails = [module.tail for module in modules if module.tail is not None]
+    return _mean(tails, weights, modules[0].dtype, modules[0].name) if tails else None
+
+
+def _rows_beyond(module: pxd.ModuleDelta, covered: int) -> pxd.Array:
+    part = module.full[covered:] if module.full is not None else module.tail
+    if part is None:
+        raise pxd.ShapeError(f"{module.name}: has no rows beyond the base")
+    return part
+
+
+def _untouched(modules: Sequence[pxd.ModuleDelta], weights: Sequence[float]) -> pxd.ModuleDelta | None:
+    """The input that the weighted sum is equal to: the only delta, with weight 1, or several of the same bytes."""
+    moving = [(m, w) for m, w in zip(modules, weights, strict=True) if m.encoding is not pxd.Encoding.SAME and w != 0.0]
+    if not moving or not _all_equal([m for m, _ in moving]) or not math.isclose(math.fsum(w for _, w in moving), 1.0):
+        return None
+    first = moving[0][0]
+    beyond = first.shape and first.kept < first.shape[0]
+    return first if first.full is not None and (not beyond or _all_equal(modules)) else None
+
+
+def _same_everywhere(modules: Sequence[pxd.ModuleDelta], weights: Sequence[float]) -> pxd.ModuleDelta | None:
+    return modules[0] if len(modules) == 1 and weights[0] == 1.0 else None
+
+
+def _all_equal(modules: Sequence[pxd.ModuleDelta]) -> bool:
+    first = modules[0].full
+    return first is not None and all(
+        module.full is not None and pxd.raw_bytes(module.full) == pxd.raw_bytes(first) for module in modules[1:]
+    )
+
+
+def _mean(arrays: Sequence[pxd.Array], weights: Sequence[float], dtype: pxd.DType, name: str) -> pxd.Array:
+    if all(pxd.raw_bytes(array) == pxd.raw_bytes(arrays[0]) for array in arrays[1:]):
+        return arrays[0]
+    total = math.fsum(weights)
+    if not dtype.is_float or abs(total) < 1e-8:
+        raise ToolError(f"{name}: has rows that the base lacks, and weights that sum to {total:g} give them no mean")
+    out: NDArray[np.generic] = np.empty(arrays[0].shape, dtype.storage)
+    for rows in row_blocks(arrays[0].shape):
+        block = sum(
+            weight / total * pxd.to_float32(array[rows], dtype).astype(np.float64)
+            for array, weight in zip(arrays, weights, strict=True)
+        )
+        out[rows] = pxd.from_float32(np.asarray(block, np.float32), dtype)
+    return out

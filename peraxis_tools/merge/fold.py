@@ -1,0 +1,65 @@
+"""A component times a number, still a component: the sign into the mask, the magnitude into scales and exponent.
+
+    w * b o (row col^T) 2^e  =  (sign(w) b) o (row' col^T) 2^e'        row' 2^e' ~ |w| row 2^e
+
+A power of two moves into the exponent and nothing is rounded. Any other weight rounds each scale of one vector (the
+row's, or the only one) to F16 once, under an exponent chosen anew (SPEC 5.5). With M the largest scale of the vector,
+
+    |folded term - w term| <= 2^-11 |w term|        for scales of at least 2^-28 M
+                           <= 2^-39 |w| M |col|     for the rest
+
+so that a weighted sum over components is off by at most sum_k 2^-11 |w_k| (|term_k| + 2^-28 M_k |col_k|).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+import peraxis_format as pxd
+
+__all__ = ["EXPONENT_RANGE", "fold", "negate_mask"]
+
+EXPONENT_RANGE: Final = (-64, 63)  # SPEC 3.9
+
+
+def negate_mask(mask: NDArray[np.uint8], d_in: int) -> NDArray[np.uint8]:
+    """The mask of the opposite signs; unused bits stay zero (SPEC 5.2)."""
+    flipped: NDArray[np.uint8] = ~mask
+    if d_in % 8:
+        flipped[..., -1] &= np.uint8((1 << d_in % 8) - 1)
+    return flipped
+
+
+def fold(component: pxd.Component, weight: float, d_in: int) -> pxd.Component:
+    """weight * component, within the bound above.
+
+    Raises ShapeError for a weight that is zero or not finite, or a product beyond what F16 and exponent can hold.
+    """
+    if not math.isfinite(weight) or weight == 0.0:
+        raise pxd.ShapeError(f"a component cannot be folded with the weight {weight}")
+    if weight < 0.0:
+        component = replace(component, mask=negate_mask(component.mask, d_in))
+    fraction, power = math.frexp(abs(weight))
+    if fraction == 0.5 and EXPONENT_RANGE[0] <= component.exponent + power - 1 <= EXPONENT_RANGE[1]:
+        return replace(component, exponent=component.exponent + power - 1)
+    return _scaled(component, abs(weight))
+
+
+def _scaled(component: pxd.Component, weight: float) -> pxd.Component:
+    """The first scale vector times weight, rounded under an exponent of its own."""
+    name, scale = next(iter(component.scales().items()))
+    rounded, shift = pxd.encode_scales(scale.astype(np.float64) * weight)
+    exponent = min(max(component.exponent + shift, EXPONENT_RANGE[0]), EXPONENT_RANGE[1])
+    rest = component.exponent + shift - exponent
+    if rest:
+        with np.errstate(over="ignore"):
+            rounded = np.ldexp(scale.astype(np.float64) * weight, -(shift - rest)).astype(np.float16)
+        if not np.all(np.isfinite(rounded)):
+            raise pxd.ShapeError(f"the weight {weight} brings scales beyond what F16 and an exponent of 63 can hold")
+    changed: dict[str, Any] = {name: rounded}
+    return replace(component, exponent=exponent, **changed)

@@ -1,0 +1,41 @@
+"""How `merge` and `split` look to a person."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from peraxis_tools.merge import MergeResult
+from peraxis_tools.report.console import size, text
+from peraxis_tools.split import SplitResult
+
+__all__ = ["render_merge", "render_split"]
+
+_KINDS = {
+    "parts": "parts joined, byte for byte",
+    "sum": "weighted sum, every mask kept",
+    "fit": "weighted sum, fitted into new masks",
+}
+
+
+def render_merge(result: MergeResult, console: Console) -> None:
+    """Where it is, of what, and what was lost."""
+    console.print(f"[bold green]merged[/]  {text(result.path)}  {size(result.bytes)}, {_KINDS[result.kind]}")
+    console.print(f"        {text(result.content_id)}")
+    for part in result.inputs:
+        weight = "part" if part.weight is None else f"{part.weight:g}"
+        console.print(f"{weight:>6}  {text(part.content_id)}")
+    if result.kind == "fit":
+        console.print(f"masks   {result.masks_max} a module; relative error of the fit [bold]{result.error:.4g}[/]")
+        worst = max(result.modules, key=lambda m: m.square_error / m.square_norm if m.square_norm else 0.0)
+        if worst.square_norm:
+            share = (worst.square_error / worst.square_norm) ** 0.5
+            console.print(f"worst   {text(worst.name)}  {share:.4g}")
+    elif result.kind == "sum":
+        console.print(f"masks   up to {result.masks_max} a module; each scale rounded to F16 once at most")
+
+
+def render_split(result: SplitResult, console: Console) -> None:
+    """The parts, a line each."""
+    console.print(f"[bold green]split[/]  {text(result.content_id)} into {len(result.parts)} parts")
+    for part in result.parts:
+        console.print(f"{text(part.path)}  {part.modules} modules, {size(part.bytes)}")

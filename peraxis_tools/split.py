@@ -1,0 +1,72 @@
+"""One delta into parts for upload or transport piece by piece; `merge` puts them together again, byte for byte."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import peraxis_format as pxd
+from peraxis_tools.errors import ToolError
+from peraxis_tools.folders import refuse_existing
+from peraxis_tools.parts import refuse_part
+from peraxis_tools.parts import split as write_parts
+
+__all__ = ["Part", "SplitResult", "split"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One file that was written."""
+
+    path: Path
+    modules: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitResult:
+    """content_id: of the whole."""
+
+    content_id: str
+    parts: tuple[Part, ...]
+
+
+def split(path: str | Path, folder: str | Path, *, parts: int, overwrite: bool = False) -> SplitResult:
+    """Write `parts` files of about equal size, modules in order, as `<name>-00001-of-00004.pxd` under folder.
+
+    Raises ToolError, PxdError, OSError.
+    """
+    folder = Path(folder)
+    with pxd.open(path) as delta:
+        refuse_part(delta.manifest, path)
+        groups = _groups(delta, parts)
+        stem = Path(path).stem
+        outputs = [folder / f"{stem}-{i:05d}-of-{len(groups):05d}.pxd" for i in range(1, len(groups) + 1)]
+        for output in outputs:
+            refuse_existing(output, overwrite=overwrite)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_parts(delta, groups, outputs)
+        written = zip(groups, outputs, strict=True)
+        return SplitResult(
+            content_id=delta.content_id,
+            parts=tuple(Part(path=o, modules=len(g), bytes=o.stat().st_size) for g, o in written),
+        )
+
+
+def _groups(delta: pxd.DeltaFile, parts: int) -> list[list[str]]:
+    """Runs of modules, each begun once the ones before it hold their share of the bytes."""
+    names = list(delta)
+    if parts > len(names):
+        raise ToolError(f"{delta.path}: has {len(names)} modules and cannot become {parts} parts")
+    total = sum(delta.span(name)[1] - delta.span(name)[0] for name in names)
+    groups: list[list[str]] = [[]]
+    done = 0
+    for i, name in enumerate(names):
+        if groups[-1] and len(groups) < parts:
+            full = done * parts >= total * len(groups)
+            if full or len(names) - i <= parts - len(groups):
+                groups.append([])
+        groups[-1].append(name)
+        begin, end = delta.span(name)
+        done += end - begin
+    return groups
