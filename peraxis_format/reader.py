@@ -31,8 +31,10 @@ from peraxis_format.container import (
 )
 from peraxis_format.delta import ModuleDelta
 from peraxis_format.errors import PxdError, fail
-from peraxis_format.manifest import Manifest, ModuleEntry, check_manifest, parse_manifest
+from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.payload import build_module, check_pad, check_values
+from peraxis_format.profile import check_manifest
+from peraxis_format.schema import parse_manifest
 
 __all__ = ["DeltaFile", "open", "read_header"]
 

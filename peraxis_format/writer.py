@@ -31,9 +31,10 @@ from peraxis_format.manifest import (
     ModuleEntry,
     Producer,
     base_digest,
-    check_manifest,
 )
 from peraxis_format.payload import check_values
+from peraxis_format.profile import check_manifest
+from peraxis_format.schema import parse_manifest
 from peraxis_format.version import __version__
 
 __all__ = ["DeltaWriter"]
@@ -121,8 +122,10 @@ class DeltaWriter:
         Raises ProfileError where the content breaks a rule of SPEC 3 (a name twice, an asset's path).
         """
         manifest = self._manifest()
-        check_manifest(manifest)
-        header = header_bytes(manifest.to_bytes(), layout(manifest.modules, [size for _, size in self._assets]))
+        text = manifest.to_bytes()
+        # SPEC 11.2: held to the schema as a reader sees it; a caller's metadata may hold anything.
+        check_manifest(parse_manifest(text))
+        header = header_bytes(text, layout(manifest.modules, [size for _, size in self._assets]))
         with atomic_file(self.path) as file:
             file.write(header)
             self._spool.flush()

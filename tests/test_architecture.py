@@ -13,7 +13,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Within the format library each module imports only what stands before it.
 ORDER = [
-    *("version", "errors", "dtypes", "bits", "canonical", "files", "delta", "manifest", "container", "payload"),
+    *(
+        "version",
+        "errors",
+        "dtypes",
+        "bits",
+        "canonical",
+        "files",
+        "delta",
+        "manifest",
+        "schema",
+        "profile",
+        "container",
+        "payload",
+    ),
     *("checkpoint", "binding", "fast", "reconstruct", "reader", "writer"),
 ]
 
