@@ -73,6 +73,7 @@ def magics() -> Iterator[Entry]:
     yield refused("version-escaped", "E201", "2.6", build(SIMPLE, header=replaced('"1.0"', '"1\\u002e0"')))
     yield refused("version-2-other-header", "E201", "2.6", frame((MAGIC + '2.0","index":[1.5,{}]}}').encode(), b"data"),
                   "a later version may change everything that follows it")  # fmt: skip
+    yield refused("version-without-end", "E201", "2.6", frame((MAGIC + "1.0").encode(), b""))
     yield refused("version-2-not-utf-8", "E201", "2.6", frame(MAGIC.encode() + b'2.0"\xff\xfe', b""))
 
 

@@ -159,6 +159,10 @@ def names() -> Iterator[Entry]:
         yield refused(f"name-{slug}", "E206", "3.5", build(Content(modules=(full(name, (1,), dtype="U8"),))))
         yield refused(f"name-alias-{slug}", "E206", "3.5", build(simple(tied=(("model.norm.weight", name),))))
         yield refused(f"name-dropped-{slug}", "E206", "3.5", build(simple(dropped=(name,))))
+    for slug, name in (("reserved", "__weight"), ("of-pad", "__pad__.0"), ("of-metadata", "__metadata__"), ("of-asset", "__asset__.0")):
+        yield refused(f"name-{slug}", "E206", "3.5", build(Content(modules=(full(name, (1,), dtype="U8"),))))
+        yield refused(f"name-alias-{slug}", "E206", "3.5", build(simple(tied=(("model.norm.weight", name),))))
+    yield refused("name-dropped-reserved", "E206", "3.5", build(simple(dropped=("__weight",))))
     twice = Content(modules=(same("w", (3,)), same("v", (3,)), same("w", (3,))))
     yield refused("name-twice", "E207", "3.6", build(twice))
     norm, query = "model.norm.weight", "model.q_proj.weight"

@@ -22,7 +22,7 @@ FLOATS = ("BF16", "F16", "F32")
 MAGIC = b'{"__metadata__":{"format":"pxd","pxd":"'
 INT = 2**53 - 1
 HEX = re.compile(r"[0-9a-f]{64}")
-NAME = re.compile(r"[!-.0-\[\]-~]{1,512}")
+NAME = re.compile(r"(?!__)[!-.0-\[\]-~]{1,512}")
 ASSET = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,118}\.(json|txt|model|jinja|tiktoken|md)"
 
 SWITCHES = {
@@ -34,7 +34,7 @@ SWITCHES = {
     "gaps": "2.17", "any-order": "2.17", "truncated": "2.18", "trailing-bytes": "2.18",
     # Profile.
     "manifest-duplicate-keys": "3.1", "manifest-floats": "3.1", "manifest-not-canonical": "3.2", "manifest-trailing-space": "3.2", "code-point-order": "3.2", "feature-ignored": "3.3", "unknown-keys": "3.4",
-    "missing-keys-default": "3.4", "true-is-integer": "3.4", "negative-integers": "3.4", "upper-case-digests": "3.4", "digest-without-algorithm": "3.4", "metadata-of-anything": "3.4", "name-any-characters": "3.5", "name-any-length": "3.5",
+    "missing-keys-default": "3.4", "true-is-integer": "3.4", "negative-integers": "3.4", "upper-case-digests": "3.4", "digest-without-algorithm": "3.4", "metadata-of-anything": "3.4", "name-any-characters": "3.5", "name-any-length": "3.5", "reserved-names": "3.5",
     "aliases-not-checked": "3.6", "duplicate-names": "3.6", "dropped-not-checked": "3.6", "lists-not-sorted": "3.7", "limits-ignored": "3.8", "components-unlimited": "3.8", "exponent-unlimited": "3.9", "fit-ignored": "3.9", "integers-convert": "3.9", "columns-may-differ": "3.10", "no-tails": "3.10",
     "base-digest-ignored": "3.11", "base-digest-not-sorted": "3.11", "asset-path-ignored": "3.12", "asset-path-with-newline": "3.12", "asset-path-by-search": "3.12", "asset-names-by-case": "3.12", "asset-index": "3.12", "asset-code": "3.12",
     "tensor-shapes-ignored": "4.1", "tensor-names-ignored": "4.1", "tensor-order-ignored": "4.1", "pads-optional": "4.2", "alignment-ignored": "4.2",
@@ -362,7 +362,8 @@ class Reader:
         names = [module["name"] for module in modules]
         aliases = [alias for _, alias in manifest["tied"]]
         for name in names + [name for pair in manifest["tied"] for name in pair] + manifest["dropped"]:
-            fits = NAME.fullmatch(name) or (self.wrong("name-any-characters") and 1 <= len(name) <= 512) or (self.wrong("name-any-length") and NAME.fullmatch(name[:512] or "x"))
+            plain = name.lstrip("_") or name if self.wrong("reserved-names") else name
+            fits = NAME.fullmatch(plain) or (self.wrong("name-any-characters") and 1 <= len(name) <= 512) or (self.wrong("name-any-length") and NAME.fullmatch(name[:512] or "x"))
             need(fits, "E206")
         known = set(names)
         need(len(known) == len(names) or self.wrong("duplicate-names"), "E207")
