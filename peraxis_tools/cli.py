@@ -29,6 +29,7 @@ VERBS: Final = {
     "diff": "What two deltas, or a delta and a fine-tune, do differently.",
     "merge": "Several deltas on one base into one, or parts into a whole.",
     "split": "One delta into parts.",
+    "convert": "From BitDelta's and the paper's .pt files; to LoRA or a checkpoint.",
     "eval": "How close base + .pxd comes to the fine-tune.",
     "demo": "Train a small pair and show the whole way, offline.",
 }

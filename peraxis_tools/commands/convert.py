@@ -1,0 +1,73 @@
+"""`peraxis-tools convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from peraxis_tools.apply import apply
+from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
+from peraxis_tools.commands.sources import fetched
+from peraxis_tools.convert import LAYOUTS, Layout, to_lora, to_pxd
+from peraxis_tools.errors import ToolError
+from peraxis_tools.report import emit
+from peraxis_tools.report.apply import render_apply
+from peraxis_tools.report.convert import render_lora, render_to_pxd
+
+__all__ = ["command"]
+
+_DEFAULT_RANK = 16
+
+
+@click.command("convert")
+@click.argument("source", metavar="SOURCE")
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file or folder to write.")
+@click.option("--base", metavar="FOLDER|ID", help="The base that a .pt delta is for; the base for a checkpoint.")
+@click.option("--from", "layout", type=click.Choice(["auto", *LAYOUTS]), default="auto", show_default=True)
+@click.option("--to", "target", type=click.Choice(["pxd", "lora", "checkpoint"]), help="Default: pxd from a .pt.")
+@click.option("--rank", type=click.IntRange(min=1), help=f"Of the LoRA adapter (default {_DEFAULT_RANK}).")
+@click.option(
+    "--max-error", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="Choose each rank by this error."
+)
+@click.option("--name", help="What the fine-tuned checkpoint is called.")
+@overwrite_option
+@json_option
+@quiet_option
+def command(
+    source: str,
+    output: Path,
+    base: str | None,
+    layout: str,
+    target: str | None,
+    rank: int | None,
+    max_error: float | None,
+    name: str | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Convert a .pt delta (BitDelta's, or of the paper's code) to .pxd; or a .pxd to a LoRA adapter or a checkpoint.
+
+    A .pt file is read as tensors alone; nothing in it is run. A LoRA adapter is an approximation: its error is shown.
+
+    \b
+    Example: peraxis-tools convert diff.pt --base meta-llama/Llama-2-7b-hf -o delta.pxd
+             peraxis-tools convert delta.pxd --to lora --rank 64 -o adapter
+    """
+    if target is None and source.partition("?")[0].endswith(".pxd"):
+        raise ToolError(f"{source}: is a .pxd already; pass --to lora or --to checkpoint")
+    if target in ("pxd", "checkpoint", None) and base is None:
+        raise ToolError(f"{source}: pass --base, the checkpoint that this delta is for")
+    with fetched([source], quiet=quiet) as (path,):
+        if target == "lora":
+            chosen = rank if rank is not None or max_error is not None else _DEFAULT_RANK
+            lora = to_lora(path, output, rank=chosen, max_error=max_error, overwrite=overwrite)
+            emit(lora, render_lora, schema="peraxis.convert-lora/1", as_json=as_json)
+        elif target == "checkpoint":
+            applied = apply(base or "", path, output, overwrite=overwrite)
+            emit(applied, render_apply, schema="peraxis.apply/1", as_json=as_json)
+        else:
+            known: Layout | None = next((item for item in LAYOUTS if item == layout), None)
+            converted = to_pxd(path, base or "", output, layout=known, name=name, overwrite=overwrite)
+            emit(converted, render_to_pxd, schema="peraxis.convert/1", as_json=as_json)

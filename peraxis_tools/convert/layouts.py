@@ -1,0 +1,177 @@
+"""Delta files of other projects, read: `.pt` dictionaries of tensors, without running anything that they hold.
+
+Both pack the signs of a weight [d_out, d_in] transposed: int32 [d_in/32, d_out], bit i of word [w, o] is the sign of
+weight [o, 32 w + i]; 1 is +1. Read along d_in and little-endian, these are the bytes of a PXD mask.
+
+    bitdelta     <module>.mask, <module>.coeff (one number); other parameters whole, under their own names
+    peraxis-pt   <module>.mask_row with .coeff_row, or .mask_col with .coeff_col; vectors, BF16. The weight is stored
+                 transposed, so its `row` vector has the length d_in and is PXD's `col`, and the other way round
+                 (the table of SPEC 5.3)
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+import peraxis_format as pxd
+from peraxis_tools.errors import ToolError
+from peraxis_tools.merge.fold import negate_mask
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["LAYOUTS", "Layout", "Signs", "TorchDelta", "component_of", "read_torch_delta"]
+
+Layout: TypeAlias = Literal["bitdelta", "peraxis-pt"]
+LAYOUTS: Final[tuple[Layout, ...]] = ("bitdelta", "peraxis-pt")
+
+# What their names call an axis, and what PXD calls it (SPEC 5.3).
+_SWAPPED: Final = {"row": pxd.Axis.COL, "col": pxd.Axis.ROW}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signs:
+    """One module as such a file holds it. words: int32 [d_in/32, d_out]. scale: binary64, flat, may be negative."""
+
+    axis: pxd.Axis
+    words: NDArray[np.int32]
+    scale: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TorchDelta:
+    """A whole file: modules by the name of their weight, and parameters stored whole."""
+
+    layout: Layout
+    signs: Mapping[str, Signs]
+    whole: Mapping[str, Tensor]
+
+
+def read_torch_delta(path: Path, layout: Layout | None = None) -> TorchDelta:
+    """Read such a file; layout None: recognise it by its names. Raises ToolError."""
+    tensors = _load(path)
+    masks = {key for key in tensors if key.rpartition(".")[2] in ("mask", "mask_row", "mask_col")}
+    if layout is None:
+        layout = _recognise(path, masks)
+    signs, used = (_bitdelta if layout == "bitdelta" else _peraxis)(path, tensors, masks)
+    whole = {name: tensor for name, tensor in tensors.items() if name not in used}
+    strange = next((name for name in whole if name.rpartition(".")[2] not in ("weight", "bias")), None)
+    if strange is not None:
+        raise ToolError(f"{path}: {strange!r} is no part of the layout {layout}; it cannot be converted")
+    return TorchDelta(layout=layout, signs=signs, whole=whole)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    import torch
+
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ToolError(
+            f"{path}: holds Python objects, not tensors alone; it is not opened, since that could run code"
+        ) from None
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise ToolError(f"{path}: not a .pt file, or damaged ({str(error).splitlines()[0][:120]})") from None
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in found.items()
+    ):
+        raise ToolError(f"{path}: not a dictionary of names and tensors; pass the file that the project saved")
+    return found
+
+
+def _recognise(path: Path, masks: set[str]) -> Layout:
+    kinds: set[Layout] = {"bitdelta" if key.endswith(".mask") else "peraxis-pt" for key in masks}
+    if len(kinds) != 1:
+        known = ", ".join(LAYOUTS)
+        raise ToolError(f"{path}: holds {'masks of both layouts' if kinds else 'no sign masks'}; --from knows {known}")
+    return kinds.pop()
+
+
+def _bitdelta(path: Path, tensors: Mapping[str, Tensor], masks: set[str]) -> tuple[dict[str, Signs], set[str]]:
+    signs, used = {}, set()
+    for key in masks:
+        module = key.removesuffix(".mask")
+        scale = f"{module}.coeff"
+        signs[f"{module}.weight"] = Signs(
+            axis=pxd.Axis.TENSOR,
+            words=_words(path, key, tensors),
+            scale=_scale(path, scale, tensors, 1),
+        )
+        used |= {key, scale}
+    return signs, used
+
+
+def _peraxis(path: Path, tensors: Mapping[str, Tensor], masks: set[str]) -> tuple[dict[str, Signs], set[str]]:
+    signs: dict[str, Signs] = {}
+    used: set[str] = set()
+    for key in masks:
+        module, _, name = key.rpartition(".")
+        theirs = name.removeprefix("mask_")
+        if theirs not in _SWAPPED:
+            raise ToolError(f"{path}: {key!r} is no part of the layout peraxis-pt; try --from bitdelta")
+        if f"{module}.weight" in signs:
+            raise ToolError(f"{path}: {module} has a row and a col variant; save the file after one has been chosen")
+        words = _words(path, key, tensors)
+        axis = _SWAPPED[theirs]
+        count = words.shape[1] if axis is pxd.Axis.ROW else words.shape[0] * 32
+        scale = f"{module}.coeff_{theirs}"
+        signs[f"{module}.weight"] = Signs(axis=axis, words=words, scale=_scale(path, scale, tensors, count))
+        used |= {key, scale}
+    return signs, used
+
+
+def _words(path: Path, key: str, tensors: Mapping[str, Any]) -> NDArray[np.int32]:
+    import torch
+
+    tensor = tensors[key]
+    if tensor.dtype is not torch.int32 or tensor.ndim != 2:
+        raise ToolError(f"{path}: {key!r} is {tensor.dtype} {list(tensor.shape)}, not int32 [d_in/32, d_out]")
+    words: NDArray[np.int32] = tensor.numpy()
+    return words
+
+
+def _scale(path: Path, key: str, tensors: Mapping[str, Any], count: int) -> NDArray[np.float64]:
+    tensor = tensors.get(key)
+    if tensor is None:
+        raise ToolError(f"{path}: has no {key!r} for its mask; save the file again")
+    if tensor.numel() != count or not tensor.is_floating_point():
+        raise ToolError(f"{path}: {key!r} has {tensor.numel()} values where {count} are wanted")
+    scale: NDArray[np.float64] = tensor.detach().double().reshape(-1).numpy()
+    if not np.all(np.isfinite(scale)):
+        raise ToolError(f"{path}: {key!r} holds values that are not finite")
+    return scale
+
+
+def component_of(signs: Signs) -> tuple[pxd.Component, float]:
+    """The component, and the largest relative error that F16 brings to a scale; 0 where it is exact.
+
+    A negative scale is folded into the signs (SPEC 5.4).
+    """
+    mask = np.ascontiguousarray(signs.words.T.astype("<i4")).view(np.uint8)
+    negative = signs.scale < 0.0
+    d_in = signs.words.shape[0] * 32
+    if signs.axis is pxd.Axis.COL:
+        mask = mask ^ np.packbits(negative, bitorder="little")
+    else:
+        mask = np.where(negative[:, None] if signs.axis is pxd.Axis.ROW else negative[0], negate_mask(mask, d_in), mask)
+    wanted = np.abs(signs.scale)
+    half, exponent = pxd.encode_scales(wanted)
+    stored = np.ldexp(half.astype(np.float64), exponent)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = np.nan_to_num(np.abs(stored - wanted) / wanted, nan=0.0)
+    name = {pxd.Axis.ROW: "row", pxd.Axis.COL: "col", pxd.Axis.TENSOR: "scalar"}[signs.axis]
+    scales: dict[str, Any] = {name: half}
+    return pxd.Component(axis=signs.axis, exponent=exponent, mask=mask, **scales), float(error.max(initial=0.0))
+
+
+def shape_of(signs: Signs) -> tuple[int, int]:
+    """[d_out, d_in]."""
+    return signs.words.shape[1], math.prod((signs.words.shape[0], 32))

@@ -1,0 +1,165 @@
+"""A `.pt` delta of another project and its base -> one .pxd, bound to that base.
+
+Signs are carried over bit by bit. Scales become F16 under an exponent: exactly for BF16 scales within 2^30 of the
+largest, otherwise rounded once (relative error at most 2^-11, and reported). Parameters stored whole take the base's
+dtype, as loading them into the base model would do. What the file does not name is the base's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import peraxis_format as pxd
+from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.convert.layouts import Layout, TorchDelta, component_of, read_torch_delta, shape_of
+from peraxis_tools.errors import CheckFailedError, ToolError
+from peraxis_tools.folders import refuse_existing
+from peraxis_tools.kinds import execution_key
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["ToPxdResult", "to_pxd"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToPxdResult:
+    """What was written. scale_error: the largest relative rounding of a scale; cast: parameters that changed dtype."""
+
+    path: Path
+    content_id: str
+    layout: str
+    bytes: int
+    sign: int
+    full: int
+    same: int
+    scale_error: float
+    cast: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Counts:
+    scale_error: float = 0.0
+    cast: tuple[str, ...] = ()
+
+
+def to_pxd(
+    source: str | Path,
+    base: str | Path,
+    output: str | Path,
+    *,
+    layout: Layout | None = None,
+    name: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> ToPxdResult:
+    """Convert; layout None recognises it. name: of the fine-tuned checkpoint (default: the file's name).
+
+    Raises ToolError, CheckpointError; CheckFailedError where the file is for another model.
+    """
+    source, output = Path(source), Path(output)
+    refuse_existing(output, overwrite=overwrite)
+    if not source.is_file():
+        raise ToolError(f"{source}: no such file")
+    found = read_torch_delta(source, layout)
+    counts = _Counts()
+    with open_checkpoint(base) as checkpoint:
+        _check_base(found, checkpoint, source)
+        identity = pxd.Identity(id=name or source.stem)
+        metadata = {"peraxis.converted": found.layout}
+        with pxd.DeltaWriter(output, base=checkpoint.identity, fine_tuned=identity, metadata=metadata) as writer:
+            _write(writer, found, checkpoint, counts, progress or (lambda _: None))
+            manifest = writer.finish()
+    kinds = [module.encoding for module in manifest.modules]
+    return ToPxdResult(
+        path=output,
+        content_id=manifest.content_id,
+        layout=found.layout,
+        bytes=output.stat().st_size,
+        sign=kinds.count(pxd.Encoding.SIGN),
+        full=kinds.count(pxd.Encoding.FULL),
+        same=kinds.count(pxd.Encoding.SAME),
+        scale_error=counts.scale_error,
+        cast=counts.cast,
+    )
+
+
+def _check_base(found: TorchDelta, checkpoint: Checkpoint, source: Path) -> None:
+    for name, signs in found.signs.items():
+        if name not in checkpoint.tensors:
+            raise CheckFailedError(
+                f"{source}: has a mask for {name}, which {checkpoint.tensors.label} lacks; another base"
+            )
+        info = checkpoint.tensors[name]
+        if info.shape != shape_of(signs) or not info.dtype.is_float:
+            raise CheckFailedError(
+                f"{source}: its mask for {name} is of {list(shape_of(signs))}, the base's tensor is {info.dtype.value} "
+                f"{list(info.shape)}; another base"
+            )
+
+
+def _write(
+    writer: pxd.DeltaWriter, found: TorchDelta, base: Checkpoint, counts: _Counts, progress: Callable[[int], None]
+) -> None:
+    tensors = base.tensors
+    stored: dict[str, str] = {}  # digests of parameters stored whole: a head may be the embedding once more
+    names = {*tensors, *found.whole}
+    for name in sorted(names, key=execution_key):
+        ref = None
+        if name in tensors:
+            info = tensors[name]
+            ref = pxd.BaseRef(dtype=info.dtype, shape=info.shape, sha256=tensors.sha256(name))
+            progress(info.size)
+        if name in found.signs and ref is not None:
+            component, error = component_of(found.signs[name])
+            counts.scale_error = max(counts.scale_error, error)
+            writer.add(_module(name, ref.shape, ref.dtype, ref, components=(component,)))
+        elif name in found.whole:
+            array, dtype = _storage(found.whole[name], ref, name, counts)
+            digest = hashlib.sha256(pxd.raw_bytes(array)).hexdigest()
+            if ref is not None and (digest, array.shape, dtype) == (ref.sha256, ref.shape, ref.dtype):
+                writer.add(_module(name, ref.shape, ref.dtype, ref))
+            elif ref is None and digest in stored:
+                writer.tie(stored[digest], name)
+            else:
+                writer.add(_module(name, array.shape, dtype, ref, full=array))
+                stored[digest] = name
+        elif ref is not None:
+            writer.add(_module(name, ref.shape, ref.dtype, ref))
+
+
+def _module(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: pxd.DType,
+    base: pxd.BaseRef | None,
+    *,
+    components: tuple[pxd.Component, ...] = (),
+    full: pxd.Array | None = None,
+) -> pxd.ModuleDelta:
+    encoding = pxd.Encoding.SIGN if components else pxd.Encoding.SAME if full is None else pxd.Encoding.FULL
+    return pxd.ModuleDelta(
+        name=name, shape=shape, dtype=dtype, encoding=encoding, base=base, components=components, full=full
+    )
+
+
+def _storage(tensor: Tensor, ref: pxd.BaseRef | None, name: str, counts: _Counts) -> tuple[pxd.Array, pxd.DType]:
+    """A parameter in the base's dtype, where both are float types."""
+    import torch
+
+    kinds = {torch.bfloat16: pxd.DType.BF16, torch.float16: pxd.DType.F16, torch.float32: pxd.DType.F32}
+    tensor = tensor.detach().contiguous()
+    dtype = kinds.get(tensor.dtype)
+    if dtype is None:
+        raise ToolError(f"{name}: is {tensor.dtype}; only BF16, F16 and F32 parameters can be carried over")
+    array: pxd.Array = (tensor.view(torch.uint16) if dtype is pxd.DType.BF16 else tensor).numpy()
+    if ref is None or not ref.dtype.is_float or ref.dtype is dtype:
+        return np.ascontiguousarray(array), dtype
+    counts.cast = (*counts.cast, name)
+    return pxd.from_float32(pxd.to_float32(array, dtype), ref.dtype), ref.dtype

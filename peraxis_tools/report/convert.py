@@ -1,0 +1,47 @@
+"""How `convert` looks to a person."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from peraxis_tools.convert import LoraResult, ToPxdResult
+from peraxis_tools.report.console import size, text
+
+__all__ = ["render_lora", "render_to_pxd"]
+
+_SHOWN = 8
+
+
+def render_to_pxd(result: ToPxdResult, console: Console) -> None:
+    """Where it is, what it holds, what was rounded."""
+    console.print(f"[bold green]converted[/]  {text(result.path)}  {size(result.bytes)}, from {result.layout}")
+    console.print(f"content    {text(result.content_id)}")
+    console.print(f"modules    {result.sign} sign, {result.full} full, {result.same} same as the base")
+    exact = "carried over exactly" if result.scale_error == 0.0 else "rounded to F16 once, relative error at most "
+    console.print(f"scales     {exact}{'' if result.scale_error == 0.0 else f'{result.scale_error:.2g}'}")
+    if result.cast:
+        console.print(f"cast       {len(result.cast)} parameters to the base's dtype, {text(result.cast[0])} for one")
+
+
+def render_lora(result: LoraResult, console: Console) -> None:
+    """Where it is, and what of the delta it keeps."""
+    ranks = [module.rank for module in result.modules]
+    console.print(f"[bold green]converted[/]  {text(result.folder)}  {size(result.bytes)}, a LoRA adapter for PEFT")
+    console.print(f"rank       {min(ranks)}" + (f" to {max(ranks)}" if max(ranks) > min(ranks) else ""))
+    console.print(
+        f"fidelity   relative error [bold]{result.error:.4g}[/] over {len(result.modules)} modules "
+        f"({100 * (1 - result.error**2):.1f}% of the square norm kept)"
+    )
+    if result.saved_whole:
+        console.print(f"whole      {len(result.saved_whole)} exact tensors, through modules_to_save")
+    for item in result.left_out[:_SHOWN]:
+        console.print(f"[yellow]left out[/]   {text(item.name)}: {item.reason}")
+    if len(result.left_out) > _SHOWN:
+        console.print(f"           and {len(result.left_out) - _SHOWN} more")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("largest errors", "rank", "rel. error"):
+        table.add_column(title, justify="left" if title.startswith("largest") else "right")
+    for module in sorted(result.modules, key=lambda m: -m.error)[:_SHOWN]:
+        table.add_row(text(module.name), str(module.rank), f"{module.error:.4g}")
+    console.print(table)
