@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from peraxis_format.delta import Component
 from peraxis_format.dtypes import Array, DType
-from peraxis_format.reconstruct import thread_count
+from peraxis_format.threads import thread_count
 
 # Any: numba's own annotations do not go through mypy --strict.
 numba: Any = import_module("numba")

@@ -12,7 +12,6 @@ times sooner and is imported only then.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -27,7 +26,7 @@ from peraxis_format.delta import Axis, Component, Encoding, ModuleDelta
 from peraxis_format.dtypes import Array, DType, from_float32, to_float32
 from peraxis_format.errors import ShapeError
 
-__all__ = ["dense_delta", "have_compiled", "reconstruct", "term", "thread_count"]
+__all__ = ["dense_delta", "have_compiled", "reconstruct", "term"]
 
 _BLOCK_ELEMENTS = 1 << 18  # 1 MiB of binary32: a block and its temporaries stay in the second-level cache
 _COMPILED_FROM = 1 << 20  # weights; below, numpy is done before numba is imported
@@ -37,11 +36,6 @@ _COMPILED_FROM = 1 << 20  # weights; below, numpy is done before numba is import
 def have_compiled() -> bool:
     """Whether the compiled kernels of fast.py can be used here: numba is installed, and the machine little-endian."""
     return sys.byteorder == "little" and find_spec("numba") is not None
-
-
-def thread_count() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _f32(array: NDArray[np.float16] | None, batch: tuple[int, ...] = ()) -> NDArray[np.float32]:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     *(
         "version",
-        "errors",
+        "threads", "errors",
         "dtypes",
         "bits",
         "canonical",

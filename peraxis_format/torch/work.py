@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import TypeVar
 
-from peraxis_format.reconstruct import thread_count
+from peraxis_format.threads import thread_count
 
 __all__ = ["Workers"]
 

@@ -1,0 +1,269 @@
+"""apply_: the reference's bits in the storage that was there, or nothing at all."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peraxis_format as pf
+from peraxis_format.torch import LiveModelError, apply_, binding, engine
+from peraxis_format.torch.engine import HostEngine
+from tests.loader.support import AXES, Small, bytes_of, expected_bytes, named_tensors, write_delta
+
+
+def base_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_applied_weights_have_the_bits_of_the_reference(
+    dtype: torch.dtype, axis: pf.Axis, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if compiled:
+        pytest.importorskip("numba")
+        monkeypatch.setattr(engine, "_COMPILED_FROM", 0)
+    model = Small(dtype=dtype)
+    base = base_of(model)
+    path = write_delta(tmp_path / "d.pxd", base, axes=(axis, pf.Axis.ROW))
+    pointers = {name: tensor.data_ptr() for name, tensor in named_tensors(model).items()}
+    applied = apply_(model, path)
+    assert bytes_of(named_tensors(model)) == expected_bytes(path, base)
+    assert pointers == {name: tensor.data_ptr() for name, tensor in named_tensors(model).items()}
+    assert applied.modules == len(base)
+
+
+def test_a_state_dict_is_written_in_place_and_tied_weights_once(tmp_path: Path) -> None:
+    model = Small(tied=True)
+    base = base_of(model)
+    path = write_delta(tmp_path / "d.pxd", base, tied={"head.weight": "embed.weight"}, components=2)
+    state = model.state_dict()
+    applied = apply_(state, path)
+    assert bytes_of(named_tensors(model)) == expected_bytes(path, base)
+    assert applied.uploads == 1
+    assert model.head.weight is model.embed.weight
+
+
+def test_an_alias_with_storage_of_its_own_is_written_too(tmp_path: Path) -> None:
+    model = Small(tied=False)
+    model.head.weight.data.copy_(model.embed.weight.data)
+    base = base_of(model)
+    path = write_delta(tmp_path / "d.pxd", base, tied={"head.weight": "embed.weight"})
+    apply_(model, path)
+    assert bytes_of(named_tensors(model)) == expected_bytes(path, base)
+    assert model.head.weight.data_ptr() != model.embed.weight.data_ptr()
+
+
+def refused(model: Any, path: Path, error: type[Exception], match: str) -> None:
+    before = bytes_of(dict(model) if isinstance(model, dict) else named_tensors(model))
+    with pytest.raises(error, match=match):
+        apply_(model, path)
+    assert before == bytes_of(dict(model) if isinstance(model, dict) else named_tensors(model))
+
+
+def test_another_base_is_refused_before_the_first_write(tmp_path: Path) -> None:
+    model = Small()
+    base = base_of(model)
+    path = write_delta(tmp_path / "d.pxd", base)
+    other = Small(seed=1)
+    refused(other, path, pf.BindingError, "E404")
+    one_bit = base_of(model)
+    one_bit["second.weight"].view(torch.int16)[3, 5] ^= 1
+    refused(one_bit, path, pf.BindingError, r"E404.*second\.weight")
+    refused({k: v for k, v in base.items() if k != "norm.bias"}, path, pf.BindingError, r"E402.*norm\.bias")
+    refused({f"x.{k}": v for k, v in base.items()}, path, pf.BindingError, "E401")
+    refused({**base, "norm.bias": base["norm.bias"].float()}, path, pf.BindingError, r"E403.*norm\.bias")
+
+
+def test_a_second_apply_meets_the_fine_tune_and_not_the_base(tmp_path: Path) -> None:
+    model = Small()
+    path = write_delta(tmp_path / "d.pxd", base_of(model))
+    apply_(model, path)
+    refused(model, path, pf.BindingError, "E404")
+
+
+def test_a_damaged_file_leaves_the_base(tmp_path: Path) -> None:
+    model = Small()
+    path = write_delta(tmp_path / "d.pxd", base_of(model))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    refused(model, path, pf.PayloadError, "E301")
+
+
+@pytest.mark.parametrize("nth", [0, 3, 6])
+def test_an_error_while_writing_puts_the_old_weights_back(
+    nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Small()
+    path = write_delta(tmp_path / "d.pxd", base_of(model))
+    plain, count = HostEngine._part_jobs, [0]
+
+    def failing(self: HostEngine, *args: Any) -> Any:
+        count[0] += 1
+        if count[0] > nth:
+            raise OSError("no more")
+        jobs = list(plain(self, *args))
+        for job in jobs:
+            job()  # written already when the next one fails
+        return iter(())
+
+    monkeypatch.setattr(HostEngine, "_part_jobs", failing)
+    refused(model, path, OSError, "no more")
+
+
+def test_a_base_is_hashed_once_and_again_only_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Small()
+    path = write_delta(tmp_path / "d.pxd", base_of(model))
+    hashed: list[int] = []
+    plain = binding.as_bytes
+
+    def counted(tensor: Tensor) -> Tensor:
+        hashed.append(1)
+        return plain(tensor)
+
+    monkeypatch.setattr(binding, "as_bytes", counted)
+    with pf.open(path) as delta:
+        placement = pf_place(model, delta.manifest)
+        binding.check_live(delta.manifest, placement)
+        first = len(hashed)
+        binding.check_live(delta.manifest, placement)
+        assert len(hashed) == first == len(placement)
+        with torch.no_grad():
+            model.first.weight[0, 0] += 1
+        with pytest.raises(pf.BindingError, match=r"E404.*first\.weight"):
+            binding.check_live(delta.manifest, placement)
+        assert len(hashed) == first + 1
+
+
+def pf_place(model: nn.Module, manifest: pf.Manifest) -> Any:
+    from peraxis_format.torch import place
+
+    return place(model, manifest)
+
+
+class Fused(nn.Module):
+    """What a runtime makes of q, k, v and of gate, up: one parameter each."""
+
+    def __init__(self, base: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.qkv_proj = nn.Linear(16, 40, bias=True, dtype=torch.bfloat16)
+        self.gate_up_proj = nn.Linear(16, 42, bias=False, dtype=torch.bfloat16)
+        self.qkv_proj.weight.data = torch.cat([base[f"{n}_proj.weight"] for n in "qkv"])
+        self.qkv_proj.bias.data = torch.cat([base[f"{n}_proj.bias"] for n in "qkv"])
+        self.gate_up_proj.weight.data = torch.cat([base["gate_proj.weight"], base["up_proj.weight"]])
+
+
+def fused_base() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    shapes = {
+        "q_proj.weight": (24, 16), "q_proj.bias": (24,), "k_proj.weight": (8, 16), "k_proj.bias": (8,),
+        "v_proj.weight": (8, 16), "v_proj.bias": (8,), "gate_proj.weight": (21, 16), "up_proj.weight": (21, 16),
+    }  # fmt: skip
+    return {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+
+
+def test_rows_of_fused_parameters_get_their_own_modules_with_their_own_axes(tmp_path: Path) -> None:
+    base = fused_base()
+    path = write_delta(tmp_path / "d.pxd", base)
+    model = Fused(base)
+    apply_(model, path)
+    wanted = expected_bytes(path, base)
+    assert bytes_of({"w": model.qkv_proj.weight})["w"] == b"".join(wanted[f"{n}_proj.weight"] for n in "qkv")
+    assert bytes_of({"b": model.qkv_proj.bias})["b"] == b"".join(wanted[f"{n}_proj.bias"] for n in "qkv")
+    gate_up = wanted["gate_proj.weight"] + wanted["up_proj.weight"]
+    assert bytes_of({"w": model.gate_up_proj.weight})["w"] == gate_up
+
+
+def test_a_transposed_layout_is_reached_through_a_view(tmp_path: Path) -> None:
+    base = {"w": torch.randn(24, 17).bfloat16()}
+    path = write_delta(tmp_path / "d.pxd", base)
+    live = base["w"].t().contiguous()
+    apply_({}, path, views={"w": live.t()})
+    assert bytes_of({"w": live.t()}) == expected_bytes(path, base)
+
+
+def test_what_cannot_hold_the_fine_tune_is_refused(tmp_path: Path) -> None:
+    model = Small()
+    base = base_of(model)
+    path = write_delta(tmp_path / "d.pxd", base)
+    quantised = copy.deepcopy(model)
+    quantised.hf_quantizer = object()
+    refused(quantised, path, LiveModelError, "quantised")
+    with torch.device("meta"):
+        empty = Small()
+    with pytest.raises(LiveModelError, match="meta"):
+        apply_(empty, path)
+    longer = pf.ModuleDelta(
+        name="w", shape=(3, 8), dtype=pf.DType.BF16, encoding=pf.Encoding.FULL,
+        full=np.zeros((3, 8), np.uint16),
+        base=pf.BaseRef(dtype=pf.DType.BF16, shape=(2, 8), sha256="0" * 64),
+    )  # fmt: skip
+    with pf.DeltaWriter(
+        tmp_path / "r.pxd", base=pf.Identity(id="b"), fine_tuned=pf.Identity(id="f")
+    ) as writer:  # fmt: skip
+        writer.add(longer)
+        writer.drop("gone")
+        writer.finish()
+    refused({"w": torch.zeros(2, 8).bfloat16()}, tmp_path / "r.pxd", LiveModelError, "storage cannot change in place")
+
+
+def test_modules_that_share_storage_but_differ_are_refused(tmp_path: Path) -> None:
+    model = Small(tied=True)
+    path = write_delta(tmp_path / "d.pxd", base_of(model))
+    refused(model, path, LiveModelError, "share storage")
+
+
+def configurations() -> list[Any]:
+    from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+
+    size = {
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+    }  # fmt: skip
+    return [
+        LlamaConfig(**size),
+        LlamaConfig(**size, tie_word_embeddings=True),
+        MistralConfig(**size),
+        Qwen2Config(**size, tie_word_embeddings=True),
+        Qwen3Config(**size, head_dim=8),
+        Gemma2Config(**size, head_dim=8),
+        Phi3Config(**size),
+        GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    ]
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_transformers_models_become_what_the_fine_tuned_checkpoint_would_be(index: int, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = configurations()[index]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
+    base = base_of(model)
+    tied = {}
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        first = next(n for n, p in named_tensors(model).items() if p is model.get_input_embeddings().weight)
+        last = [n for n, p in named_tensors(model).items() if p is model.get_input_embeddings().weight][-1]
+        tied = {last: first} if last != first else {}
+    path = write_delta(tmp_path / "d.pxd", base, tied=tied, components=1 + index % 2)
+    apply_(model, path)
+    assert bytes_of(named_tensors(model)) == expected_bytes(path, base)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    assert torch.isfinite(model(ids).logits).all()
+
+
+def test_the_stories_pair_becomes_what_the_reference_makes_of_it(shared: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = shared / "pairs" / "stories260K"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    base = base_of(model)
+    path = write_delta(tmp_path / "d.pxd", base, tied={"lm_head.weight": "model.embed_tokens.weight"}, components=2)
+    apply_(model, path)
+    assert bytes_of(named_tensors(model)) == expected_bytes(path, base)
