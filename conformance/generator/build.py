@@ -46,7 +46,7 @@ Record = dict[str, Any]
 def canonical(value: Any) -> str:
     """RFC 8785 over null, booleans, integers, strings, arrays and objects (SPEC 3.2)."""
     if isinstance(value, dict):
-        keys = sorted(value, key=lambda key: key.encode("utf-16-be"))
+        keys = sorted(value, key=lambda key: key.encode("utf-16-be", "surrogatepass"))
         return "{" + ",".join(f"{quoted(key)}:{canonical(value[key])}" for key in keys) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(canonical, value)) + "]"

@@ -1,0 +1,204 @@
+"""Fuzz the reader: only PXD errors come out, memory is bounded, and what is accepted the Rust parser accepts too.
+
+    python -m tests.conformance.fuzz_reader --seconds 900             random decisions, or
+    python -m tests.conformance.fuzz_reader --engine atheris --seconds 900     guided by coverage
+
+An input that breaks a rule is written to --crashes and ends the run with status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Failure", "Fuzzer", "Tally", "main", "seed_files"]
+
+MEMORY_MIB = 64
+
+
+class Failure(Exception):
+    """A rule does not hold for an input."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was run. headers: accepted by steps 1 to 8; files: by 1 to 11."""
+
+    inputs: int = 0
+    headers: int = 0
+    files: int = 0
+    seconds: float = 0.0
+    growth_mib: int = 0
+
+    def __str__(self) -> str:
+        rate = self.inputs / max(self.seconds, 1e-9)
+        return (f"{self.inputs:,} inputs in {self.seconds:.0f} s ({rate:.0f}/s): {self.headers:,} passed the header's checks, "
+                f"{self.files:,} every check; memory grew by {self.growth_mib} MiB")  # fmt: skip
+
+
+def seed_files() -> list[bytes]:
+    """Every stored file of the corpus, small ones twice as likely to be whole."""
+    import peraxis_conformance
+
+    root = Path(peraxis_conformance.__file__).parent
+    found = sorted(path for folder in ("valid", "apply", "invalid", "hostile") for path in (root / folder).glob("*.pxd"))
+    valid = [path.read_bytes() for path in found if path.parent.name in ("valid", "apply")]
+    return valid * 3 + [path.read_bytes() for path in found if path.parent.name not in ("valid", "apply")]
+
+
+def peak_mib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+class Fuzzer:
+    """Checks inputs and counts them. reader: (bytes) -> (header, manifest), the function under test."""
+
+    def __init__(self, scratch: Path, reader: Callable[[bytes], Any] | None = None) -> None:
+        import safetensors
+
+        import peraxis_format as pxd
+
+        self.pxd: Any = pxd
+        self.rust: Any = safetensors
+        self.scratch = scratch / "input.pxd"
+        self.reader = reader or (lambda data: pxd.read_header(lambda offset, size: data[offset : offset + size], len(data)))
+        self.tally = Tally()
+        self.start_mib = 0
+
+    def check(self, data: bytes) -> None:
+        """One input. Raises Failure, or whatever escapes the reader."""
+        self.tally.inputs += 1
+        try:
+            header, manifest = self.reader(data)
+        except self.pxd.PxdError:
+            return
+        finally:
+            self.check_memory(len(data))
+        self.tally.headers += 1
+        self.compare_with_rust(header, data)
+        self.check_whole(data, manifest)
+
+    def check_memory(self, size: int) -> None:
+        """The peak of the process: what one input takes beyond the first hundred can only be its own."""
+        if self.tally.inputs == 100:
+            self.start_mib = peak_mib()
+        if self.start_mib:
+            self.tally.growth_mib = peak_mib() - self.start_mib
+            if self.tally.growth_mib > MEMORY_MIB + (size >> 20):
+                raise Failure(f"memory grew by {self.tally.growth_mib} MiB on an input of {size} bytes")
+
+    def compare_with_rust(self, header: Any, data: bytes) -> None:
+        """The Rust parser accepts the file, with the same tensors."""
+        try:
+            theirs = dict(self.rust.deserialize(data))
+        except self.rust.SafetensorError as error:
+            raise Failure(f"accepted, but the Rust parser says: {error}") from None
+        ours = {r.name: (r.dtype.value, list(r.shape), data[header.size + r.begin : header.size + r.end]) for r in header.records}
+        if ours.keys() != theirs.keys():
+            raise Failure("other names than the Rust parser's")
+        for name, (dtype, shape, held) in ours.items():
+            other = theirs[name]
+            if (dtype, shape, held) != (other["dtype"], other["shape"], bytes(other["data"])):
+                raise Failure(f"{name!r} is another tensor than the Rust parser's")
+
+    def check_whole(self, data: bytes, manifest: Any) -> None:
+        """The file on a disk: the same manifest, then steps 9 to 11 and every module."""
+        self.scratch.write_bytes(data)
+        with contextlib.suppress(self.pxd.PxdError), self.pxd.open(self.scratch) as delta:
+            if delta.manifest != manifest:
+                raise Failure("the file and its bytes give different manifests")
+            delta.verify(workers=1)
+            for name in delta:
+                delta.load(name)
+            self.tally.files += 1
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="pxd-fuzz-", dir=shared if shared.is_dir() else None) as folder:
+        yield Path(folder)
+
+
+def keep(data: bytes, error: BaseException, folder: Path) -> Path:
+    """Write an input that breaks a rule where a person can find it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{hashlib.sha256(data).hexdigest()[:16]}.pxd"
+    path.write_bytes(data)
+    sys.stderr.write(f"{type(error).__name__}: {error}\nkept as {path}\n")
+    return path
+
+
+def run_random(fuzzer: Fuzzer, given: argparse.Namespace) -> int:
+    from tests.conformance.mutations import mutate
+
+    source, seeds, started = random.Random(given.seed), seed_files(), time.monotonic()
+    pick = lambda n: int(source.random() * n)  # noqa: E731  several times as fast as randrange
+    status = 0
+    while fuzzer.tally.inputs < given.runs and time.monotonic() - started < given.seconds:
+        data = mutate(pick, seeds)
+        try:
+            fuzzer.check(data)
+        except Exception as error:
+            keep(data, error, given.crashes)
+            status = 1
+            break
+    fuzzer.tally.seconds = time.monotonic() - started
+    sys.stdout.write(f"random, seed {given.seed}: {fuzzer.tally}\n")
+    return status
+
+
+def run_atheris(given: argparse.Namespace, scratch: Path) -> int:
+    import atheris
+
+    with atheris.instrument_imports(include=["peraxis_format"]):
+        import peraxis_format  # noqa: F401
+    from tests.conformance.mutations import mutate
+
+    fuzzer, seeds, started = Fuzzer(scratch), seed_files(), time.monotonic()
+
+    def one(decisions: bytes) -> None:
+        provider = atheris.FuzzedDataProvider(decisions)
+        data = mutate(lambda n: provider.ConsumeIntInRange(0, n - 1), seeds)
+        try:
+            fuzzer.check(data)
+        except Exception as error:
+            keep(data, error, given.crashes)
+            raise
+        if fuzzer.tally.inputs % 10_000 == 0 or fuzzer.tally.inputs == given.runs:
+            fuzzer.tally.seconds = time.monotonic() - started
+            sys.stdout.write(f"atheris: {fuzzer.tally}\n")
+            sys.stdout.flush()
+
+    given.crashes.mkdir(parents=True, exist_ok=True)
+    flags = [f"-artifact_prefix={given.crashes}/", f"-runs={given.runs}", f"-max_total_time={int(given.seconds)}", f"-seed={given.seed}", "-max_len=256", "-rss_limit_mb=0", "-verbosity=0"]
+    atheris.Setup([sys.argv[0], *flags], one)
+    atheris.Fuzz()
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Exit status 0 if every rule held."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=("random", "atheris"), default="random")
+    parser.add_argument("--runs", type=int, default=10_000_000)
+    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--crashes", type=Path, default=Path("build/fuzz"))
+    given = parser.parse_args(arguments)
+    with scratch_folder() as scratch:
+        return run_atheris(given, scratch) if given.engine == "atheris" else run_random(Fuzzer(scratch), given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Structure-aware mutations of PXD files: one engine for a random and for a coverage-guided fuzzer.
+
+A mutation takes its decisions from `pick(n)`, an integer in [0, n): a random generator gives them, or the bytes
+that atheris evolves. It works at one of four depths and repairs what stands above it, so that the reader's later
+steps are reached: raw bytes; the header (N and spaces repaired); the manifest (canonical text and base digest
+repaired); the payload (digests repaired).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from peraxis_conformance.generator.build import base_digest, canonical, frame, header_json
+
+__all__ = ["Pick", "mutate"]
+
+Pick = Callable[[int], int]
+
+NUMBERS = (0, 1, -1, 7, 8, 9, 63, 64, 65, 255, 4096, 2**24, 2**31, 2**32, 2**52, 2**53 - 1, 2**53, 2**63, 2**64, 10**400, -(2**53))
+TEXTS = ("", "a", "sign", "full", "same", "row", "col", "row+col", "tensor", "F16", "BF16", "F32", "U8", "F64", "BOOL", "sha256:", "__pad__.0", "\x00",
+         "\u202e", "\ud800", "../x", "config.json", "a" * 513, "0" * 64, "__metadata__", "model.norm.weight")  # fmt: skip
+TOKENS = (b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b"\\u0000", b"\\ud800", b"null", b"true", b"1e5", b"1.0", b"-0", b"01", b"NaN", b" ", b"\n", b"\x00", b"\xff", b"\xef\xbb\xbf",
+          b'"dtype":"U8",', b"9" * 30, b"[" * 30, b'{"a":' * 12)  # fmt: skip
+BROKEN = (TypeError, KeyError, ValueError, AttributeError, IndexError, StopIteration)  # what a changed tree may raise
+
+
+def some(pick: Pick, items: Sequence[Any]) -> Any:
+    return items[pick(len(items))]
+
+
+def raw(pick: Pick, data: bytes) -> bytes:
+    """Change a few bytes, or cut, repeat, insert."""
+    at = pick(len(data) + 1)
+    size = 1 + pick(16)
+    kind = pick(6)
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        return data[:at] + data[at + size :]
+    if kind == 2:
+        return data[:at] + data[at : at + size] + data[at:]
+    if kind == 3:
+        return data[:at] + some(pick, TOKENS) + data[at:]
+    if kind == 4:
+        return data[:at] + some(pick, TOKENS) + data[at + size :]
+    return data[:at] + bytes([pick(256)]) + data[at + 1 :]
+
+
+def split(data: bytes) -> tuple[bytes, bytes] | None:
+    """Header without its spaces, and data."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 4096 or length > len(data) - 8:
+        return None
+    return data[8 : 8 + length].rstrip(b" "), data[8 + length :]
+
+
+def parsed(data: bytes) -> tuple[dict[str, Any], list[dict[str, Any]], bytes] | None:
+    """Manifest, records and payload, or None where the file is not read so easily."""
+    parts = split(data)
+    try:
+        header = json.loads(parts[0]) if parts else None
+        manifest = json.loads(header["__metadata__"]["manifest"])
+        records = [{"name": name, **record} for name, record in header.items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return (manifest, records, parts[1]) if parts and isinstance(manifest, dict) else None
+
+
+def joined(manifest: Any, records: Any, payload: bytes) -> bytes:
+    """The file again; what cannot be written as text is replaced."""
+    text = canonical(manifest)
+    return frame(header_json("1.0", text, records).encode("utf-8", "replace"), payload)
+
+
+def header(pick: Pick, data: bytes) -> bytes:
+    """Change the header's text, and repair N and the spaces."""
+    parts = split(data)
+    if parts is None:
+        return raw(pick, data)
+    return frame(raw(pick, parts[0]), parts[1])
+
+
+def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every value under `value`."""
+    found = [path] if path else []
+    items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in items:
+        found += paths(child, (*path, key))
+    return found
+
+
+def changed(pick: Pick, tree: Any) -> Any:
+    """Replace, remove, repeat or move one value of a tree of JSON."""
+    tree = copy.deepcopy(tree)
+    found = paths(tree)
+    if not found:
+        return tree
+    path = some(pick, found)
+    holder = tree
+    for step in path[:-1]:
+        holder = holder[step]
+    kind = pick(7)
+    if kind == 0:
+        del holder[path[-1]]
+    elif kind == 1 and isinstance(holder, list):
+        holder.insert(path[-1], copy.deepcopy(holder[path[-1]]))
+    elif kind == 2 and isinstance(holder, list):
+        other = pick(len(holder))
+        holder[path[-1]], holder[other] = holder[other], holder[path[-1]]
+    elif kind == 3 and isinstance(holder, dict):
+        holder[some(pick, TEXTS)] = holder[path[-1]]
+    elif kind == 4:
+        holder[path[-1]] = some(pick, NUMBERS)
+    elif kind == 5:
+        holder[path[-1]] = some(pick, (None, True, [], {}, [[]], "x", holder[path[-1]]))
+    else:
+        holder[path[-1]] = some(pick, TEXTS)
+    return tree
+
+
+def manifest(pick: Pick, data: bytes) -> bytes:
+    """Change the manifest, and repair its text, its base digest and the header."""
+    parts = parsed(data)
+    if parts is None:
+        return raw(pick, data)
+    held, records, payload = parts
+    held = changed(pick, held)
+    try:
+        held["base"]["digest"] = base_digest(held["modules"]) if pick(4) else held["base"]["digest"]
+    except BROKEN:
+        pass  # The change broke what the digest covers.
+    return joined(held, records, payload)
+
+
+def records(pick: Pick, data: bytes) -> bytes:
+    """Change a record of the header."""
+    parts = parsed(data)
+    if parts is None:
+        return raw(pick, data)
+    held, listed, payload = parts
+    listed = [record for record in changed(pick, listed) if isinstance(record, dict) and isinstance(record.get("name"), str)]
+    return joined(held, listed, payload)
+
+
+def payload(pick: Pick, data: bytes) -> bytes:
+    """Change the data in place, and repair the digests that cover it."""
+    parts = parsed(data)
+    if parts is None or not parts[2]:
+        return raw(pick, data)
+    held, listed, body = parts
+    at = pick(len(body))
+    body = body[:at] + some(pick, (b"\x00", b"\xff", b"\x7c", b"\x80", b"\x01", b"\xfe\xff")) + body[at + 1 :]
+    body = body[: len(parts[2])]
+    try:
+        repair(held, listed, body)
+    except BROKEN:
+        pass  # The header does not say what the digests cover.
+    return joined(held, listed, body)
+
+
+def repair(held: dict[str, Any], listed: list[dict[str, Any]], body: bytes) -> None:
+    """The digests of modules and assets after a change of the data."""
+    for module in held["modules"]:
+        own = [r["data_offsets"] for r in listed if r["name"].startswith(module["name"] + ".")]
+        if own and module["sha256"] is not None:
+            module["sha256"] = hashlib.sha256(body[own[0][0] : own[-1][1]]).hexdigest()
+    for i, asset in enumerate(held["assets"]):
+        begin, end = next(r["data_offsets"] for r in listed if r["name"] == f"__asset__.{i}")
+        asset["sha256"] = hashlib.sha256(body[begin:end]).hexdigest()
+
+
+def crossed(pick: Pick, data: bytes, other: bytes) -> bytes:
+    """The header of one file before the data of another."""
+    a, b = split(data), split(other)
+    return raw(pick, data) if a is None or b is None else frame(a[0], b[1])
+
+
+LEVELS = (raw, header, header, manifest, manifest, manifest, records, records, payload)
+
+
+def mutate(pick: Pick, seeds: Sequence[bytes]) -> bytes:
+    """One to three mutations of one seed."""
+    data: bytes = some(pick, seeds)
+    for _ in range(1 + pick(3)):
+        data = crossed(pick, data, some(pick, seeds)) if pick(24) == 0 else some(pick, LEVELS)(pick, data)
+    return data
