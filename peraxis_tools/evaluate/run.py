@@ -84,7 +84,6 @@ def evaluate(
         }
         found = _compare_all(models, sampled, candidates, batch_size, progress or _no_progress)
         calibration = file.manifest.calibration
-        fitted_on = None if calibration is None else calibration.digest
         return EvaluateResult(
             base=str(base),
             fine_tuned=str(fine_tuned),
@@ -92,7 +91,7 @@ def evaluate(
             content_id=file.content_id,
             bytes=file.size,
             domains=tuple(
-                _domain(name, sampled[name], found[name], seen=sampled[name].digest == fitted_on) for name in sampled
+                _domain(name, sampled[name], found[name], seen=_seen(sampled[name], calibration)) for name in sampled
             ),
             tasks=_tasks(models, tokenizer, tasks, task_limit, task_path, batch_size),
         )
@@ -181,6 +180,13 @@ def _compare_all(
             progress("evaluate", done, total)
         del model
     return found
+
+
+def _seen(samples: Samples, calibration: pxd.Calibration | None) -> bool:
+    """Whether the fit's text was these tokens, or one of this name (`; ` and what was added may follow it)."""
+    if calibration is None:
+        return False
+    return calibration.digest == samples.digest or calibration.source.split("; ")[0] == samples.source
 
 
 def _domain(name: str, samples: Samples, found: Mapping[str, Fidelity], *, seen: bool) -> DomainResult:

@@ -59,7 +59,7 @@ def recovered_fraction(*, base: float, candidate: float, fine_tuned: float) -> f
 class DomainResult:
     """One text. candidates, recovered: by name of CANDIDATES; a base of another vocabulary is left out.
 
-    seen: the delta was fitted on these very tokens, so its figures flatter.
+    seen: the delta was fitted on these tokens, or on a text of this name: its figures may flatter.
     """
 
     domain: str

@@ -25,7 +25,7 @@ def render_evaluate(result: EvaluateResult, console: Console) -> None:
 
 
 def _domain_title(domain: DomainResult) -> str:
-    seen = "  [yellow]the delta was fitted on this very text[/]" if domain.seen else ""
+    seen = "  [yellow]the delta was fitted on a text of this name: not held out[/]" if domain.seen else ""
     count = f"{domain.samples} x {domain.sequence_length} tokens"
     return f"\n[bold]{text(domain.domain)}[/]  {text(domain.source)}, {count}{seen}"
 

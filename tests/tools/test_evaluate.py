@@ -192,6 +192,9 @@ def test_a_text_that_the_fit_saw_is_called_so(folder: Path) -> None:
     texts = {"train": folder / "train.jsonl", "held": folder / "held-out.jsonl"}
     seen = {domain.domain: domain.seen for domain in run(folder, "fitted.pxd", texts=texts).domains}
     assert seen == {"train": True, "held": False}
+    # Other samples of the same text were drawn from the same documents.
+    (other,) = run(folder, "fitted.pxd", texts={"train": folder / "train.jsonl"}, samples=4, seed=3).domains
+    assert other.seen
 
 
 def test_the_bound_on_kl_is_the_worst_text_merged(folder: Path) -> None:
