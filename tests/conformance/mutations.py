@@ -36,9 +36,13 @@ def raw(pick: Pick, data: bytes) -> bytes:
     """Change a few bytes, or cut, repeat, insert."""
     at = pick(len(data) + 1)
     size = 1 + pick(16)
-    kind = pick(6)
+    kind = pick(8)
     if kind == 0:
         return data[:at]
+    if kind == 6:
+        return data[: -1 - pick(3)]
+    if kind == 7:
+        return data + bytes(1 + pick(64))
     if kind == 1:
         return data[:at] + data[at + size :]
     if kind == 2:
