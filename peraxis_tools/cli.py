@@ -25,6 +25,7 @@ VERBS: Final = {
     "compress": "One fine-tune and its base in, one .pxd out.",
     "inspect": "What a .pxd is, for which base, and where its bytes go.",
     "verify": "Prove that a .pxd is whole, and made for this base.",
+    "sign": "Sign a .pxd with a key or certificate, offline.",
     "apply": "Base + .pxd -> a complete Hugging Face folder.",
     "diff": "What two deltas, or a delta and a fine-tune, do differently.",
     "merge": "Several deltas on one base into one, or parts into a whole.",

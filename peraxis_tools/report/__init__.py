@@ -1,5 +1,16 @@
 """The one layer that prints: rich text or versioned JSON from a result, progress, errors."""
 
-from peraxis_tools.report.console import Progress, emit, print_error, print_note, progress, show, size, text
+from peraxis_tools.report.console import (
+    Progress,
+    emit,
+    print_error,
+    print_note,
+    progress,
+    show,
+    size,
+    text,
+    to_json,
+    write,
+)
 
-__all__ = ["Progress", "emit", "print_error", "print_note", "progress", "show", "size", "text"]
+__all__ = ["Progress", "emit", "print_error", "print_note", "progress", "show", "size", "text", "to_json", "write"]

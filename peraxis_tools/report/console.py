@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 from rich.console import Console
 from rich.markup import escape
 
-__all__ = ["Progress", "emit", "print_error", "print_note", "progress", "show", "size", "text", "to_json"]
+__all__ = ["Progress", "emit", "print_error", "print_note", "progress", "show", "size", "text", "to_json", "write"]
 
 R = TypeVar("R")
 
@@ -78,6 +78,11 @@ def emit(result: R, render: Callable[[R, Console], None], *, schema: str, as_jso
 def show(result: R, render: Callable[[R, Console], None]) -> None:
     """Print a result for a person."""
     render(result, Console(highlight=False, soft_wrap=True))
+
+
+def write(rendered: str) -> None:
+    """Print what is formatted already."""
+    sys.stdout.write(rendered)
 
 
 def print_error(message: str) -> None:

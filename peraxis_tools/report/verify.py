@@ -6,8 +6,9 @@ from rich.console import Console
 
 from peraxis_tools.report.console import size, text
 from peraxis_tools.verify import VerifyResult
+from peraxis_tools.verify_files import FileVerdict, Status, VerifyReport
 
-__all__ = ["render_verify"]
+__all__ = ["render_report", "render_verify"]
 
 
 def render_verify(result: VerifyResult, console: Console) -> None:
@@ -18,3 +19,35 @@ def render_verify(result: VerifyResult, console: Console) -> None:
         console.print("base: not checked (pass --base)")
     else:
         console.print(f"base: {text(result.base)} is the one that this delta was made for, to the byte")
+
+
+_STYLES = {
+    Status.PASSED: "[bold green]verified[/]",
+    Status.FAILED: "[bold red]failed[/]",
+    Status.ERROR: "[bold red]error[/]",
+    Status.NOT_VERIFIABLE: "[bold yellow]not verifiable[/]",
+}
+
+
+def render_report(report: VerifyReport, console: Console) -> None:
+    """A verdict a file, its checks below it, and a sum where there are several."""
+    for verdict in report.files:
+        _verdict(verdict, console)
+    if len(report.files) > 1:
+        passed = sum(verdict.status is Status.PASSED for verdict in report.files)
+        console.print(f"{passed} of {len(report.files)} verified")
+
+
+def _verdict(verdict: FileVerdict, console: Console) -> None:
+    console.print(f"{_STYLES[verdict.status]}  {text(verdict.file)}")
+    if verdict.content_id is not None:
+        console.print(f"  {text(verdict.content_id)}")
+    for check in verdict.checks:
+        found = f"{check.code} {check.message}" if check.code else check.message
+        console.print(f"  {check.name:<11} {check.status.value:<7} {text(found or '')}")
+        places = (check.field, None if check.offset is None else f"offset {check.offset}")
+        where = [place for place in places if place is not None]
+        if where:
+            console.print(f"{'':<22}at {text(', '.join(where))} (SPEC {check.clause})")
+        if check.remedy is not None:
+            console.print(f"{'':<22}{text(check.remedy)}")

@@ -1,0 +1,56 @@
+"""`peraxis-tools sign`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from peraxis_tools.commands.options import json_option, overwrite_option
+from peraxis_tools.report import emit
+from peraxis_tools.report.sign import render_sign
+from peraxis_tools.sign import sign
+
+__all__ = ["command"]
+
+_PASSWORD = "PERAXIS_KEY_PASSWORD"
+
+
+@click.command("sign")
+@click.argument("delta", type=click.Path(path_type=Path))
+@click.option("--key", required=True, type=click.Path(path_type=Path), help="The private key, PEM, elliptic curve.")
+@click.option("--certificate", type=click.Path(path_type=Path), help="Sign with this key's certificate.")
+@click.option("--certificate-chain", multiple=True, type=click.Path(path_type=Path), help="Certificates above it.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Where to write it.  [default: DELTA.sig]")
+@overwrite_option
+@json_option
+def command(
+    delta: Path,
+    key: Path,
+    certificate: Path | None,
+    certificate_chain: tuple[Path, ...],
+    bundle: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Sign DELTA with a key or certificate, offline; the bundle goes beside it. Needs peraxis[sign].
+
+    A key's password is read from the environment variable PERAXIS_KEY_PASSWORD.
+
+    \b
+    Example: openssl ecparam -name prime256v1 -genkey -noout -out key.pem
+             openssl ec -in key.pem -pubout -out key.pub
+             peraxis-tools sign delta.pxd --key key.pem
+             peraxis-tools verify delta.pxd --signature --public-key key.pub
+    """
+    result = sign(
+        delta,
+        private_key=key,
+        password=os.environ.get(_PASSWORD),
+        certificate=certificate,
+        certificate_chain=certificate_chain,
+        bundle=bundle,
+        overwrite=overwrite,
+    )
+    emit(result, render_sign, schema="peraxis.sign/1", as_json=as_json)

@@ -1,0 +1,148 @@
+"""Verdicts in the formats that CI systems read: JUnit XML, SARIF 2.1.0, GitHub's workflow commands.
+
+The same report gives the same text: no times, no hosts.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import Any, Final
+from urllib.parse import quote
+from xml.sax.saxutils import escape as xml_text
+from xml.sax.saxutils import quoteattr
+
+import peraxis_format as pxd
+from peraxis_tools.verify_files import Check, FileVerdict, Status, VerifyReport
+
+__all__ = ["github", "junit", "sarif"]
+
+_SARIF_SCHEMA: Final = "https://json.schemastore.org/sarif-2.1.0.json"
+
+
+def _visible(value: str) -> str:
+    """Control and format characters as escapes: XML cannot hold some of them, and none belong into a log."""
+    return "".join(c if unicodedata.category(c) not in ("Cc", "Cf", "Cs") else f"\\u{ord(c):04x}" for c in value)
+
+
+def _sentence(check: Check) -> str:
+    where = [place for place in (check.field, None if check.offset is None else f"offset {check.offset}") if place]
+    parts = [
+        f"{check.code}: " if check.code else "",
+        check.message or check.status.value,
+        f" (at {', '.join(where)})" if where else "",
+        f" (SPEC {check.clause})" if check.clause else "",
+        f"; {check.remedy}" if check.remedy else "",
+    ]
+    return _visible("".join(parts))
+
+
+def _bad(report: VerifyReport) -> Iterator[tuple[FileVerdict, Check]]:
+    for verdict in report.files:
+        for check in verdict.checks:
+            if check.status is not Status.PASSED:
+                yield verdict, check
+
+
+def junit(report: VerifyReport) -> str:
+    """A suite a file, a case a check. Failed checks are failures, I/O is an error, what cannot be checked too."""
+    lines = ['<?xml version="1.0" encoding="UTF-8"?>']
+    failures = sum(check.status is Status.FAILED for _, check in _bad(report))
+    errors = sum(check.status is not Status.FAILED for _, check in _bad(report))
+    total = sum(len(verdict.checks) for verdict in report.files)
+    lines.append(f'<testsuites name="peraxis verify" tests="{total}" failures="{failures}" errors="{errors}">')
+    for verdict in report.files:
+        name = quoteattr(_visible(verdict.file))
+        failed = sum(check.status is Status.FAILED for check in verdict.checks)
+        bad = sum(check.status is not Status.PASSED for check in verdict.checks)
+        lines.append(
+            f'  <testsuite name={name} tests="{len(verdict.checks)}" failures="{failed}" errors="{bad - failed}">'
+        )
+        for check in verdict.checks:
+            case = f'    <testcase classname={name} name="{check.name}"'
+            if check.status is Status.PASSED:
+                lines.append(f"{case}/>")
+                continue
+            kind = "failure" if check.status is Status.FAILED else "error"
+            sentence = _sentence(check)
+            shown = f"<{kind} type={quoteattr(check.code or check.status.value)} message={quoteattr(sentence)}>"
+            lines.append(f"{case}>\n      {shown}{xml_text(sentence)}</{kind}>\n    </testcase>")
+        lines.append("  </testsuite>")
+    lines.append("</testsuites>")
+    return "\n".join(lines) + "\n"
+
+
+def _rule(check: Check) -> str:
+    return check.code or f"peraxis/{check.name.replace(' ', '-')}"
+
+
+def _uri(file: str) -> str:
+    return file if "://" in file else quote(PurePath(file).as_posix())
+
+
+def sarif(report: VerifyReport) -> str:
+    """SARIF 2.1.0 with a result for each check that did not pass; rules are the codes of SPEC 8."""
+    rules: dict[str, dict[str, Any]] = {}
+    results = []
+    for verdict, check in _bad(report):
+        rule = _rule(check)
+        known = pxd.CODES.get(rule)
+        rules.setdefault(
+            rule,
+            {
+                "id": rule,
+                "shortDescription": {"text": known.meaning if known else f"check of {check.name}"},
+                **({"help": {"text": f"SPEC {known.clause}: {known.remedy}"}} if known else {}),
+            },
+        )
+        place: dict[str, Any] = {"artifactLocation": {"uri": _uri(verdict.file)}}
+        if check.offset is not None:
+            place["region"] = {"byteOffset": check.offset, "byteLength": 0}
+        results.append(
+            {
+                "ruleId": rule,
+                "ruleIndex": list(rules).index(rule),
+                "level": "warning" if check.status is Status.NOT_VERIFIABLE else "error",
+                "message": {"text": _sentence(check)},
+                "locations": [{"physicalLocation": place}],
+            }
+        )
+    driver = {
+        "name": "peraxis-tools",
+        "version": pxd.__version__,
+        "semanticVersion": pxd.__version__,
+        "rules": list(rules.values()),
+    }
+    run = {
+        "tool": {"driver": driver},
+        "artifacts": [{"location": {"uri": _uri(verdict.file)}} for verdict in report.files],
+        "results": results,
+    }
+    return json.dumps({"$schema": _SARIF_SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2) + "\n"
+
+
+def _command_text(value: str) -> str:
+    return value.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _command_value(value: str) -> str:
+    return _command_text(value).replace(":", "%3A").replace(",", "%2C")
+
+
+def github(report: VerifyReport) -> str:
+    """An annotation for each check that did not pass, a notice for each file that did."""
+    lines = []
+    for verdict in report.files:
+        file = _command_value(_visible(verdict.file))
+        if verdict.status is Status.PASSED:
+            checks = ", ".join(check.name for check in verdict.checks)
+            lines.append(f"::notice file={file},title=verified::{verdict.content_id} ({checks})")
+        for check in verdict.checks:
+            if check.status is Status.PASSED:
+                continue
+            level = "warning" if check.status is Status.NOT_VERIFIABLE else "error"
+            title = _command_value(f"{check.name}: {check.status.value}")
+            lines.append(f"::{level} file={file},title={title}::{_command_text(_sentence(check))}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,17 @@
+"""How `sign` looks to a person."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from peraxis_tools.report.console import text
+from peraxis_tools.sign import SignResult
+
+__all__ = ["render_sign"]
+
+
+def render_sign(result: SignResult, console: Console) -> None:
+    """What was signed, how, and where the bundle is."""
+    console.print(f"[bold green]signed[/]  {text(result.file)}, with a {result.method}")
+    console.print(f"        {text(result.content_id)}")
+    console.print(f"bundle  {text(result.bundle)}")

@@ -1,0 +1,137 @@
+"""Sign a file and check signatures with `model-signing` (OpenSSF Model Signing), key or certificate, offline.
+
+The bundle stands beside the file, `<file>.sig`, in Sigstore's bundle format over an in-toto statement of the file's
+SHA-256: other tools of that library check it as well. The library is optional (`pip install peraxis[sign]`); nothing
+else needs it, and nothing here reaches a network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError
+
+__all__ = ["SignResult", "check_signature", "sign", "signature_path"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignResult:
+    """What was signed, and where the bundle is."""
+
+    file: Path
+    content_id: str
+    bundle: Path
+    method: str
+
+
+def signature_path(file: str | Path) -> Path:
+    """Where the bundle of a file is looked for."""
+    file = Path(file)
+    return file.with_name(f"{file.name}.sig")
+
+
+def sign(
+    file: str | Path,
+    *,
+    private_key: Path,
+    password: str | None = None,
+    certificate: Path | None = None,
+    certificate_chain: Sequence[Path] = (),
+    bundle: Path | None = None,
+    overwrite: bool = False,
+) -> SignResult:
+    """Sign a whole, valid file (its payload is verified first). Elliptic-curve keys in PEM.
+
+    certificate: sign with the certificate of this key, in place of the key alone. Raises ToolError, PxdError.
+    """
+    import peraxis_format as pxd
+
+    file = Path(file)
+    bundle = bundle or signature_path(file)
+    if bundle.exists() and not overwrite:
+        raise ToolError(f"{bundle}: exists already; pass --overwrite to sign again")
+    _need(private_key, *([certificate] if certificate is not None else []), *certificate_chain)
+    with pxd.open(file) as delta:
+        delta.verify()
+        content_id = delta.content_id
+    signing = _library().signing
+    with _clear(f"{file}: cannot be signed", ToolError):
+        config = signing.Config().set_hashing_config(_hashing(bundle))
+        if certificate is None:
+            config.use_elliptic_key_signer(private_key=private_key, password=password)
+        else:
+            config.use_certificate_signer(
+                private_key=private_key, signing_certificate=certificate, certificate_chain=list(certificate_chain)
+            )
+        config.sign(file, bundle)
+    return SignResult(
+        file=file, content_id=content_id, bundle=bundle, method="key" if certificate is None else "certificate"
+    )
+
+
+def check_signature(
+    file: str | Path,
+    *,
+    public_key: Path | None = None,
+    certificate_chain: Sequence[Path] = (),
+    bundle: Path | None = None,
+) -> None:
+    """Hold a file to its bundle: by the public key, or by certificates that the bundle's own must chain to.
+
+    Raises NotVerifiableError without key or bundle, CheckFailedError for another key or a changed file.
+    """
+    file = Path(file)
+    bundle = bundle or signature_path(file)
+    if public_key is None and not certificate_chain:
+        raise NotVerifiableError(f"{file}: a signature needs --public-key or --certificate-chain to be checked against")
+    if not bundle.is_file():
+        raise NotVerifiableError(f"{bundle}: no such bundle; fetch it from where {file.name} came from")
+    _need(*([public_key] if public_key is not None else []), *certificate_chain)
+    verifying = _library().verifying
+    config = verifying.Config().set_hashing_config(_hashing(bundle))
+    with _clear(f"{file}: the keys cannot be read", ToolError):
+        if public_key is not None:
+            config.use_elliptic_key_verifier(public_key=public_key)
+        else:
+            config.use_certificate_verifier(certificate_chain=list(certificate_chain))
+    with _clear(f"{file}: not what {bundle.name} was made for, or not signed with this key", CheckFailedError):
+        config.verify(file, bundle)
+
+
+def _need(*paths: Path) -> None:
+    for path in paths:
+        if not path.is_file():
+            raise NotVerifiableError(f"{path}: no such key or certificate")
+
+
+def _library() -> Any:
+    try:
+        import model_signing
+    except ImportError:
+        raise NotVerifiableError("signatures need the package model-signing: pip install 'peraxis[sign]'") from None
+    return model_signing
+
+
+def _hashing(bundle: Path) -> Any:
+    config = _library().hashing.Config()
+    config.set_ignored_paths(paths=[bundle], ignore_git_paths=False)
+    return config
+
+
+@contextlib.contextmanager
+def _clear(what: str, kind: type[ToolError]) -> Iterator[None]:
+    """Whatever the library raises, as one line; its own log stays silent."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    except Exception as error:  # cryptography, OpenSSL, protobuf and the library itself: each has its own classes
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise kind(f"{what} ({lines[0]})") from None
+    finally:
+        logging.disable(previous)

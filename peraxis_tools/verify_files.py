@@ -1,0 +1,242 @@
+"""Verify several files and keep going: a verdict a file, a check a line, one exit code for a CI job.
+
+Checks of one file run in order and the first that does not pass ends them:
+
+    structure   steps 1 to 8 of SPEC 8          payload    steps 9 to 11
+    content id  is one of those expected        signature  the bundle fits file and key
+    base        step 12                         error, kl  bounds against the fine-tuned checkpoint
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import peraxis_format as pxd
+from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError
+
+__all__ = ["Check", "FileVerdict", "Signature", "Status", "VerifyReport", "Wanted", "verify_files"]
+
+# Opens a file by the name that the user gave it, fetching it first where it is remote.
+Opener: TypeAlias = Callable[[str], AbstractContextManager[Path]]
+ProgressOf: TypeAlias = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+class Status(Enum):
+    """How a check, a file or a whole run ended; in the order in which one outweighs the other."""
+
+    FAILED = "failed"
+    ERROR = "error"
+    NOT_VERIFIABLE = "not verifiable"
+    PASSED = "passed"
+
+    @property
+    def exit_status(self) -> int:
+        """0 passed, 1 failed, 2 usage, input or I/O, 3 not verifiable."""
+        return {Status.PASSED: 0, Status.FAILED: 1, Status.ERROR: 2, Status.NOT_VERIFIABLE: 3}[self]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One check of one file. code, clause, offset, field: of SPEC 8, where a clause is violated."""
+
+    name: str
+    status: Status
+    message: str | None = None
+    code: str | None = None
+    clause: str | None = None
+    field: str | None = None
+    offset: int | None = None
+    remedy: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileVerdict:
+    """What became of one file. content_id and bytes are None where it could not be opened."""
+
+    file: str
+    status: Status
+    content_id: str | None
+    bytes: int | None
+    checks: tuple[Check, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """All files. status: the gravest, FAILED before ERROR before NOT_VERIFIABLE."""
+
+    status: Status
+    files: tuple[FileVerdict, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signature:
+    """What a signature is checked against."""
+
+    public_key: Path | None = None
+    certificate_chain: tuple[Path, ...] = ()
+    bundle: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What is to be checked beyond structure and payload. texts: domain -> text on which KL is measured."""
+
+    base: str | Path | None = None
+    content_ids: Sequence[str] = ()
+    signature: Signature | None = None
+    fine_tuned: str | Path | None = None
+    max_error: float | None = None
+    max_kl: float | None = None
+    texts: Mapping[str, str | Path] = field(default_factory=dict)
+
+
+def verify_files(
+    files: Sequence[str],
+    wanted: Wanted,
+    *,
+    open_file: Opener,
+    progress: ProgressOf,
+    workers: int | None = None,
+) -> VerifyReport:
+    """Verify each file; whatever goes wrong with one is in its verdict and never ends the run.
+
+    Raises ToolError for wishes that contradict each other, before any file is touched.
+    """
+    if wanted.max_kl is not None and not wanted.texts:
+        raise ToolError("--max-kl needs a text to measure it on: --text domain=FILE")
+    if (wanted.max_error is not None or wanted.max_kl is not None) and wanted.fine_tuned is None:
+        raise ToolError("--max-error and --max-kl need --fine-tuned, the checkpoint to compare with")
+    verdicts = tuple(_verdict(file, wanted, open_file, progress, workers) for file in files)
+    return VerifyReport(status=_gravest(verdict.status for verdict in verdicts), files=verdicts)
+
+
+def _gravest(statuses: Iterator[Status]) -> Status:
+    order: Final = list(Status)
+    return min(statuses, key=order.index, default=Status.PASSED)
+
+
+def _verdict(file: str, wanted: Wanted, open_file: Opener, progress: ProgressOf, workers: int | None) -> FileVerdict:
+    checks: list[Check] = []
+    content_id, size = None, None
+    name = "structure"
+    try:
+        with open_file(file) as path, pxd.open(path) as delta:
+            content_id, size = delta.content_id, delta.size
+            for name, check in _checks(path, delta, wanted, progress, workers):
+                checks.append(Check(name=name, status=Status.PASSED, message=check()))
+    except (pxd.PxdError, pxd.CheckpointError, ToolError, OSError) as error:
+        checks.append(_failed(name, error))
+    return FileVerdict(
+        file=file,
+        status=_gravest(check.status for check in checks),
+        content_id=content_id,
+        bytes=size,
+        checks=tuple(checks),
+    )
+
+
+def _checks(
+    path: Path, delta: pxd.DeltaFile, wanted: Wanted, progress: ProgressOf, workers: int | None
+) -> Iterator[tuple[str, Callable[[], str | None]]]:
+    """Name and action of each check, in order; an action returns what it found, or raises."""
+    yield "structure", lambda: f"{len(delta)} modules"
+    yield "payload", lambda: _payload(delta, progress, workers)
+    if wanted.content_ids:
+        yield "content id", lambda: _content_id(delta, wanted.content_ids)
+    if wanted.signature is not None:
+        yield "signature", lambda: _signature(path, wanted.signature)
+    if wanted.base is not None:
+        yield "base", lambda: _base(delta, wanted.base, progress, workers)
+    if wanted.max_error is not None:
+        yield "error", lambda: _error(path, wanted, progress, workers)
+    if wanted.max_kl is not None:
+        yield "kl", lambda: _kl(path, wanted)
+
+
+def _payload(delta: pxd.DeltaFile, progress: ProgressOf, workers: int | None) -> str:
+    with progress("verify", delta.size - delta.header_size) as step:
+        delta.verify(workers=workers, progress=step)
+    return f"{delta.size} bytes"
+
+
+def _content_id(delta: pxd.DeltaFile, expected: Sequence[str]) -> str:
+    if delta.content_id not in expected:
+        raise CheckFailedError(f"is {delta.content_id}, not {' or '.join(expected)}; this is another file")
+    return delta.content_id
+
+
+def _signature(path: Path, wanted: Signature | None) -> str | None:
+    from peraxis_tools.sign import check_signature
+
+    if wanted is None:
+        return None
+    check_signature(
+        path, public_key=wanted.public_key, certificate_chain=wanted.certificate_chain, bundle=wanted.bundle
+    )
+    return "signed with this key" if wanted.public_key else "signed under this certificate"
+
+
+def _base(delta: pxd.DeltaFile, base: str | Path | None, progress: ProgressOf, workers: int | None) -> str | None:
+    if base is None:
+        return None
+    with _open_base(base) as checkpoint, progress("base", checkpoint.tensors.size) as step:
+        pxd.check_base(delta.manifest, checkpoint.tensors, workers=workers, progress=step)
+    return f"{base} is the one that this delta was made for"
+
+
+def _open_base(source: str | Path) -> Checkpoint:
+    """A base that is not there leaves the binding unproven, which is neither damage nor a wrong base."""
+    try:
+        return open_checkpoint(source)
+    except pxd.CheckpointError as error:
+        raise NotVerifiableError(str(error)) from None
+
+
+def _error(path: Path, wanted: Wanted, progress: ProgressOf, workers: int | None) -> str:
+    from peraxis_tools.diff import diff_checkpoint, diff_size
+
+    if wanted.base is None or wanted.fine_tuned is None or wanted.max_error is None:
+        raise NotVerifiableError("--max-error needs --base, which the error is relative to")
+    with progress("error", diff_size(path)) as step:
+        found = diff_checkpoint(path, wanted.fine_tuned, base=wanted.base, workers=workers, progress=step)
+    if found.only_in_a or found.only_in_b:
+        odd = (*found.only_in_a, *found.only_in_b)[0]
+        raise CheckFailedError(f"does not hold the same tensors as {wanted.fine_tuned}, {odd} for one")
+    error = found.total.relative
+    if error is None or error > wanted.max_error:
+        raise CheckFailedError(f"relative error {error:.4g} is above {wanted.max_error:g}" if error else "has no delta")
+    return f"relative error {error:.4g}, at most {wanted.max_error:g}"
+
+
+def _kl(path: Path, wanted: Wanted) -> str:
+    from peraxis_tools.evaluate import worst_kl
+
+    if wanted.base is None or wanted.fine_tuned is None or wanted.max_kl is None:
+        raise NotVerifiableError("--max-kl needs --base, which the delta is applied to")
+    found = worst_kl(wanted.base, wanted.fine_tuned, path, wanted.texts)
+    if not found <= wanted.max_kl:
+        raise CheckFailedError(f"KL {found:.4g} nats a token is above {wanted.max_kl:g}")
+    return f"KL {found:.4g} nats a token, at most {wanted.max_kl:g}"
+
+
+def _failed(name: str, error: Exception) -> Check:
+    status = {1: Status.FAILED, 2: Status.ERROR, 3: Status.NOT_VERIFIABLE}[getattr(error, "exit_status", 2)]
+    if isinstance(error, pxd.PxdError):
+        meaning = pxd.CODES[error.code].meaning
+        return Check(
+            name=name,
+            status=status,
+            message=f"{meaning}: {error.detail}" if error.detail else meaning,
+            code=error.code,
+            clause=error.clause,
+            field=error.field,
+            offset=error.offset,
+            remedy=error.remedy,
+        )
+    return Check(name=name, status=status, message=" ".join(str(error).split()))

@@ -1,0 +1,129 @@
+"""`sign` and `verify --signature`: offline, with keys made here."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from peraxis_tools.commands.sign import command as sign_command
+from peraxis_tools.commands.verify import command as verify_command
+from tests.factories import random_storage, sign_module, write_delta
+
+pytest.importorskip("model_signing")
+pytest.importorskip("cryptography")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+def write_key(folder: Path, name: str):
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem = serialization.Encoding.PEM
+    private = folder / f"{name}.pem"
+    private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    public = folder / f"{name}.pub"
+    public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
+    return key, private, public
+
+
+@pytest.fixture
+def delta(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    return write_delta(tmp_path / "delta.pxd", [sign_module(rng, "a.weight", random_storage(rng, (16, 24)))])
+
+
+def sign(*arguments: object) -> None:
+    result = CliRunner().invoke(sign_command, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.exception
+
+
+def verify(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(verify_command, [str(a) for a in arguments])
+    return result.exit_code, result.stdout
+
+
+def test_a_signature_holds_for_its_key_and_file_and_for_no_other(delta: Path, tmp_path: Path) -> None:
+    _, private, public = write_key(tmp_path, "mine")
+    _, _, stranger = write_key(tmp_path, "stranger")
+    sign(delta, "--key", private)
+    assert (tmp_path / "delta.pxd.sig").is_file()
+    assert verify(delta, "--signature", "--public-key", public)[0] == 0
+    code, shown = verify(delta, "--signature", "--public-key", stranger)
+    assert code == 1
+    assert "not signed with this key" in shown
+    rng = np.random.default_rng(1)
+    write_delta(delta, [sign_module(rng, "a.weight", random_storage(rng, (16, 24)))])
+    code, shown = verify(delta, "--signature", "--public-key", public)
+    assert code == 1
+    assert "not what delta.pxd.sig was made for" in shown
+
+
+def test_a_missing_bundle_and_a_missing_key_are_not_verifiable(delta: Path, tmp_path: Path) -> None:
+    _, private, public = write_key(tmp_path, "mine")
+    code, shown = verify(delta, "--signature", "--public-key", public)
+    assert code == 3
+    assert "no such bundle" in shown
+    sign(delta, "--key", private)
+    assert verify(delta, "--signature")[0] == 3
+    assert verify(delta, "--signature", "--public-key", tmp_path / "gone.pub")[0] == 3
+
+
+def test_the_bundle_moves_with_the_file(delta: Path, tmp_path: Path) -> None:
+    _, private, public = write_key(tmp_path, "mine")
+    sign(delta, "--key", private)
+    (tmp_path / "elsewhere").mkdir()
+    moved = delta.rename(tmp_path / "elsewhere" / "renamed.pxd")
+    bundle = tmp_path / "delta.pxd.sig"
+    assert verify(moved, "--bundle", bundle, "--public-key", public)[0] == 0
+
+
+def test_certificates_work_in_the_place_of_keys(delta: Path, tmp_path: Path) -> None:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+
+    root_key, _, _ = write_key(tmp_path, "root")
+    leaf_key, leaf_private, _ = write_key(tmp_path, "leaf")
+    now = datetime.datetime.now(datetime.UTC)
+
+    def certificate(subject: str, key, issuer: str, signer, *, authority: bool) -> x509.Certificate:
+        names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, n)]) for n in (subject, issuer)]
+        usage = dict.fromkeys(
+            (
+                *("content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
+                *("encipher_only", "decipher_only"),
+            ),
+            False,
+        )
+        return (
+            x509.CertificateBuilder()
+            .subject_name(names[0])
+            .issuer_name(names[1])
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+            .add_extension(
+                x509.KeyUsage(digital_signature=True, key_cert_sign=authority, crl_sign=authority, **usage),
+                critical=True,
+            )
+            .add_extension(x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.CODE_SIGNING]), critical=False)
+            .sign(signer, hashes.SHA256())
+        )
+
+    root = certificate("root", root_key, "root", root_key, authority=True)
+    leaf = certificate("leaf", leaf_key, "root", root_key, authority=False)
+    strange = certificate("root", leaf_key, "root", leaf_key, authority=True)
+    paths = {}
+    for name, item in (("root", root), ("leaf", leaf), ("strange", strange)):
+        paths[name] = tmp_path / f"{name}.crt"
+        paths[name].write_bytes(item.public_bytes(serialization.Encoding.PEM))
+    sign(delta, "--key", leaf_private, "--certificate", paths["leaf"], "--certificate-chain", paths["root"])
+    code, shown = verify(delta, "--signature", "--certificate-chain", paths["root"])
+    assert code == 0, shown
+    assert verify(delta, "--signature", "--certificate-chain", paths["strange"])[0] == 1

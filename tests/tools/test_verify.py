@@ -1,0 +1,146 @@
+"""`verify`: verdicts, exit codes and the formats that CI systems read."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import peraxis_format as pxd
+from peraxis_tools.apply import apply
+from peraxis_tools.commands.verify import command
+from tests.factories import random_storage, sign_module, write_checkpoint, write_delta
+
+BF16 = pxd.DType.BF16
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """A base folder and a delta for it."""
+    rng = np.random.default_rng(0)
+    base = random_storage(rng, (32, 48))
+    folder = write_checkpoint(tmp_path / "base", {"a.weight": (base, BF16)})
+    assets = {"config.json": b'{"model_type": "llama"}'}
+    return folder, write_delta(tmp_path / "good.pxd", [sign_module(rng, "a.weight", base)], assets=assets)
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(command, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout
+
+
+def damaged(path: Path, position: int = 4100) -> Path:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    target = path.with_name("damaged.pxd")
+    target.write_bytes(data)
+    return target
+
+
+def test_each_outcome_has_its_exit_code(pair, tmp_path: Path) -> None:
+    base, good = pair
+    newer = tmp_path / "newer.pxd"
+    newer.write_bytes(good.read_bytes().replace(b'"pxd":"1.0"', b'"pxd":"9.0"', 1))
+    other = write_checkpoint(tmp_path / "other", {"a.weight": (np.zeros((32, 48), np.uint16), BF16)})
+    assert run(good)[0] == 0
+    assert run(good, "--base", base)[0] == 0
+    assert run(damaged(good))[0] == 1
+    assert run(good, "--base", other)[0] == 1
+    assert run(tmp_path / "missing.pxd")[0] == 2
+    assert run(newer)[0] == 3
+    assert run(good, "--base", tmp_path / "nowhere")[0] == 3
+    assert run(good, "--public-key", tmp_path / "no.pub")[0] == 3
+
+
+def test_the_gravest_of_several_files_decides_and_all_are_reported(pair, tmp_path: Path) -> None:
+    _, good = pair
+    code, shown = run(damaged(good), good, tmp_path / "missing.pxd", "--json")
+    found = json.loads(shown)
+    assert (code, found["schema"], found["status"]) == (1, "peraxis.verify/1", "failed")
+    assert [verdict["status"] for verdict in found["files"]] == ["failed", "passed", "error"]
+    check = found["files"][0]["checks"][-1]
+    assert (check["name"], check["code"], check["clause"], check["field"]) == ("payload", "E301", "4.3", "a.weight")
+
+
+def test_globs_are_files_sorted_and_an_empty_one_is_an_error(pair, tmp_path: Path) -> None:
+    _, good = pair
+    damaged(good)
+    code, shown = run(tmp_path / "*.pxd", "--json")
+    assert [Path(v["file"]).name for v in json.loads(shown)["files"]] == ["damaged.pxd", "good.pxd"]
+    assert code == 1
+    result = CliRunner().invoke(command, [str(tmp_path / "*.nothing")])
+    assert "matches no file" in str(result.exception)
+
+
+def test_the_content_id_pins_the_file(pair) -> None:
+    _, good = pair
+    with pxd.open(good) as file:
+        content_id = file.content_id
+    assert run(good, "--expect-content-id", content_id)[0] == 0
+    code, shown = run(good, "--expect-content-id", "sha256:" + "0" * 64)
+    assert code == 1
+    assert "this is another file" in shown
+
+
+def test_bounds_on_the_error_hold_and_fail(pair, tmp_path: Path) -> None:
+    base, good = pair
+    apply(base, good, tmp_path / "tuned")
+    assert run(good, "--base", base, "--fine-tuned", tmp_path / "tuned", "--max-error", "0.9")[0] == 0
+    code, shown = run(good, "--base", base, "--fine-tuned", tmp_path / "tuned", "--max-error", "1e-6")
+    assert code == 1
+    assert "is above 1e-06" in shown
+    # Measured against what it is not: the base itself has no delta at all.
+    assert run(good, "--base", base, "--fine-tuned", base, "--max-error", "0.9")[0] == 1
+    assert run(good, "--fine-tuned", base, "--max-error", "0.9")[0] == 3
+
+
+def test_junit_is_well_formed_and_counts_right(pair, tmp_path: Path) -> None:
+    _, good = pair
+    report = tmp_path / "report.xml"
+    code, shown = run(good, damaged(good), tmp_path / "mi<ss>&\x1bing.pxd", "--format", "junit", "-o", report)
+    assert (code, shown) == (1, "")
+    root = ElementTree.fromstring(report.read_text())
+    assert root.attrib | {"name": ""} == {"name": "", "tests": "5", "failures": "1", "errors": "1"}
+    assert [suite.get("failures") for suite in root] == ["0", "1", "0"]
+    failure = root.find(".//failure")
+    assert failure is not None
+    assert failure.get("type") == "E301"
+
+
+def test_sarif_has_what_its_schema_asks_for(pair, tmp_path: Path) -> None:
+    _, good = pair
+    _, shown = run(good, damaged(good), tmp_path / "with space.pxd", "--format", "sarif")
+    log = json.loads(shown)
+    assert log["version"] == "2.1.0"
+    (job,) = log["runs"]
+    driver = job["tool"]["driver"]
+    assert [rule["id"] for rule in driver["rules"]] == ["E301", "peraxis/structure"]
+    for result in job["results"]:
+        assert driver["rules"][result["ruleIndex"]]["id"] == result["ruleId"]
+        assert result["level"] in ("error", "warning", "note")
+        assert result["message"]["text"]
+    uris = [result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] for result in job["results"]]
+    assert uris[1].endswith("with%20space.pxd")
+
+
+def test_github_annotations_cannot_be_forged_by_a_file_name(pair, tmp_path: Path) -> None:
+    _, good = pair
+    _, shown = run(good, tmp_path / "x\n::error::gotcha,%.pxd", "--format", "github")
+    lines = shown.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("::notice file=")
+    assert lines[1].startswith("::error file=")
+    assert not any(line.startswith("::error::") for line in lines)
+
+
+def test_verdicts_fit_a_terminal(pair) -> None:
+    _, good = pair
+    _, shown = run(damaged(good))
+    assert shown.splitlines()[0].startswith("failed  ")
+    assert "E301" in shown
+    assert all(len(line) <= 80 or "/" in line for line in shown.splitlines())
