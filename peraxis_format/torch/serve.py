@@ -86,7 +86,8 @@ class Served:
                 from peraxis_format.torch.launch import LinearKernels
 
                 kernels = LinearKernels()
-            self._states[module] = State(self._rows.get, kernels)
+            tokens = getattr(self.model, "get_input_embeddings", lambda: module)()
+            self._states[module] = State(self._rows.get, kernels, broadcast=module is not tokens)
             self._exchange(module, self._states[module])
         return self._states[module]
 

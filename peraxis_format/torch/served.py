@@ -42,10 +42,14 @@ class Patch:
 
 @dataclass(slots=True, eq=False)
 class State:
-    """One module's share of a `Served`: patches by parameter name and variant, and who knows the batch's rows."""
+    """One module's share of a `Served`: patches by parameter name and variant, and who knows the batch's rows.
+
+    broadcast: an embedding whose input may be one sequence for all (positions, but not tokens).
+    """
 
     rows: Callable[[], Rows | None]
     kernels: Any
+    broadcast: bool = False
     patches: dict[str, dict[int, list[Patch]]] = field(default_factory=dict)
     tables: dict[Any, Any] = field(default_factory=dict)
 
@@ -125,6 +129,8 @@ class ServedEmbedding(nn.Embedding):
         plain = self.peraxis_class.forward
         if rows is None or not any(state.changed(v) for v in rows.variants):
             return plain(self, input)
+        if state.broadcast and input.ndim > 1 and len(input) == 1 and rows.only is None:
+            input = input.expand(len(rows.ids), *input.shape[1:])  # positions that all sequences share
         out: Tensor | None = None
         flat = input.reshape(-1)
         for variant, index in rows.groups(input.shape, input.device).items():

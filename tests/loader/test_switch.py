@@ -1,0 +1,258 @@
+"""VariantSwitch and the stream behind it: the right bits after any swap, one upload a module, nothing in between."""
+
+from __future__ import annotations
+
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import peraxis_format as pf
+from peraxis_format.torch import DeviceError, LiveModelError, SwapError, VariantSwitch, switch
+from peraxis_format.torch.device import HostDevice
+from peraxis_format.torch.engine import HostEngine
+from peraxis_format.torch.stream import DEPTH
+from tests.loader.support import Small, bytes_of, expected_bytes, named_tensors, write_delta
+
+RESIDENCIES = ("pinned", "file")
+
+
+def base_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
+
+
+def variants(folder: Path, base: dict[str, Tensor], count: int) -> dict[str | None, Path]:
+    """Variants that differ in which modules they change, and how."""
+    same = [(), ("second.weight", "norm.bias"), ("embed.weight",), ("first.weight", "first.bias", "head.weight")]
+    return {
+        str(i): write_delta(folder / f"{i}.pxd", base, seed=i, components=1 + i % 2, same=same[i % 4])
+        for i in range(count)
+    }
+
+
+def test_a_thousand_random_swaps_end_in_the_bits_of_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(switch, "TRANSFER_LIMIT", 700)  # several transfers, more than the ring has slots
+    model = Small()
+    base = base_of(model)
+    wanted = {None: bytes_of(base)}
+    chooser = random.Random(5)
+    with VariantSwitch(model) as live:
+        for i, (name, path) in enumerate(variants(tmp_path, base, 4).items()):
+            live.add(name, path, RESIDENCIES[i % 2], direct=i == 3)
+            wanted[name] = expected_bytes(path, base)
+        epoch = 0
+        for _ in range(1000):
+            name = chooser.choice(list(wanted))
+            previous = live.current
+            swap = live.use(name)
+            assert (swap.previous, live.current) == (previous, name)
+            epoch += name != previous
+            assert live.epoch == swap.epoch == epoch
+            assert bytes_of(named_tensors(model)) == wanted[name]
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+def test_a_swap_uploads_each_module_once_and_allocates_nothing(
+    residency: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(switch, "TRANSFER_LIMIT", 300)
+    model = Small()
+    base = base_of(model)
+    path = write_delta(tmp_path / "d.pxd", base, components=2)
+    with VariantSwitch(model) as live:
+        variant = live.add("v", path, residency)
+        device = live._device
+        assert isinstance(device, HostDevice)
+        for method in ("buffer", "host_buffer"):
+            monkeypatch.setattr(HostDevice, method, lambda *_: pytest.fail("a swap allocates"))
+        for _ in range(3):
+            device.counters.reset()
+            swap = live.use("v")
+            with pf.open(path) as delta:
+                stored = {name for name in delta if delta.span(name) != (0, 0)}
+                assert device.counters.modules == dict.fromkeys(stored, 1)
+                assert swap.uploaded >= sum(b - a for a, b in map(delta.span, stored))
+            assert swap.uploads > DEPTH  # the ring went round
+            assert swap.read == (variant.stored if residency == "file" else 0)
+            live.use(None)
+
+
+def test_residency_says_what_is_kept_where(tmp_path: Path) -> None:
+    model = Small()
+    path = write_delta(tmp_path / "d.pxd", base_of(model))
+    with VariantSwitch(model) as live:
+        assert live.add("a", path).residency == "pinned"
+        assert live.add("b", path, "file").host == 0
+        assert live.variants()[0].host == live.variants()[0].stored > 0
+        assert live.base_size == sum(t.numel() * 2 for t in named_tensors(model).values())
+        assert live.ring_size >= DEPTH * 4096
+        if not torch.cuda.is_available():
+            with pytest.raises(DeviceError, match="CUDA"):
+                live.add("c", path, "gpu")
+            with VariantSwitch(Small(), base="pinned") as other, pytest.raises(DeviceError, match="CUDA"):
+                other.add("a", path)
+
+
+@pytest.mark.parametrize("previous", [None, "0"])
+@pytest.mark.parametrize("nth", [0, 1, 2])
+def test_a_failed_swap_goes_back_and_says_to_what(
+    previous: str | None, nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(switch, "TRANSFER_LIMIT", 300)
+    model = Small()
+    base = base_of(model)
+    with VariantSwitch(model) as live:
+        for name, path in variants(tmp_path, base, 2).items():
+            live.add(name, path)
+        live.use(previous)
+        before, epoch = bytes_of(named_tensors(model)), live.epoch
+        plain, count = HostEngine.write, [0]
+
+        def failing(self: HostEngine, *args: Any) -> None:
+            count[0] += 1
+            if count[0] == nth + 1:
+                raise RuntimeError("the link is down")
+            plain(self, *args)
+
+        monkeypatch.setattr(HostEngine, "write", failing)
+        with pytest.raises(SwapError, match="link is down") as caught:
+            live.use("1")
+        assert caught.value.now == live.current == previous
+        assert bytes_of(named_tensors(model)) == before
+        assert live.epoch > epoch
+
+
+def test_where_the_previous_variant_cannot_be_had_the_model_is_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Small()
+    base = base_of(model)
+    with VariantSwitch(model) as live:
+        for name, path in variants(tmp_path, base, 2).items():
+            live.add(name, path)
+        live.use("0")
+
+        def failing(*_: Any) -> None:
+            raise RuntimeError("no engine")
+
+        monkeypatch.setattr(HostEngine, "write", failing)
+        with pytest.raises(SwapError, match="the model is the base") as caught:
+            live.use("1")
+        assert caught.value.now is live.current is None
+        assert bytes_of(named_tensors(model)) == bytes_of(base)
+
+
+def test_a_file_that_changed_since_it_was_registered_is_refused(tmp_path: Path) -> None:
+    model = Small()
+    base = base_of(model)
+    path = write_delta(tmp_path / "d.pxd", base)
+    with VariantSwitch(model) as live:
+        live.add("v", path, "file")
+        path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+        with pytest.raises(SwapError, match="changed or gone"):
+            live.use("v")
+        assert bytes_of(named_tensors(model)) == bytes_of(base)
+
+
+def test_a_damaged_variant_or_another_base_is_not_registered(tmp_path: Path) -> None:
+    model = Small()
+    base = base_of(model)
+    good = write_delta(tmp_path / "good.pxd", base)
+    data = bytearray(good.read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "bad.pxd").write_bytes(data)
+    other = write_delta(tmp_path / "other.pxd", base_of(Small(seed=9)))
+    with VariantSwitch(model) as live:
+        live.add("good", good)
+        live.use("good")
+        for residency in RESIDENCIES:
+            with pytest.raises(pf.PayloadError, match="E301"):
+                live.add("bad", tmp_path / "bad.pxd", residency)
+        with pytest.raises(pf.BindingError, match="E404"):
+            live.add("other", other)
+        # The live weights are a variant's, but the base is known: another variant of it is welcome.
+        live.add("again", good)
+        assert [v.name for v in live.variants()] == ["good", "again"]
+        assert bytes_of(named_tensors(model)) == expected_bytes(good, base)
+
+
+def test_names_are_checked_and_the_variant_in_use_stays(tmp_path: Path) -> None:
+    model = Small()
+    path = write_delta(tmp_path / "d.pxd", base_of(model))
+    with VariantSwitch(model) as live:
+        live.add("v", path)
+        with pytest.raises(LiveModelError, match="registered already"):
+            live.add("v", path)
+        with pytest.raises(LiveModelError, match="no variant 'w'; registered: v"):
+            live.use("w")
+        live.use("v")
+        epoch = live.epoch
+        assert live.use("v").epoch == epoch  # idempotent
+        with pytest.raises(LiveModelError, match="in use"):
+            live.remove("v")
+        live.use(None)
+        live.remove("v")
+        assert live.variants() == ()
+
+
+def test_a_forward_sees_one_variant_from_its_first_to_its_last_layer(tmp_path: Path) -> None:
+    model = Small().eval()
+    base = base_of(model)
+    ids = torch.randint(0, 37, (2, 5))
+    with VariantSwitch(model) as live, torch.no_grad():
+        for name, path in variants(tmp_path, base, 3).items():
+            live.add(name, path)
+        outputs = []
+        for name in (None, "0", "1", "2"):
+            live.use(name)
+            outputs.append(model(ids))
+        seen: list[Tensor] = []
+        stop = threading.Event()
+
+        def forwards() -> None:
+            with torch.no_grad():
+                while not stop.is_set():
+                    seen.append(model(ids))
+
+        threads = [threading.Thread(target=forwards) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        chooser = random.Random(1)
+        for _ in range(60):
+            live.use(chooser.choice([None, "0", "1", "2"]))
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert seen
+        assert all(any(torch.equal(output, one) for one in outputs) for output in seen)
+
+
+def test_a_swap_inside_a_forward_of_the_same_thread_is_refused(tmp_path: Path) -> None:
+    model = Small()
+    path = write_delta(tmp_path / "d.pxd", base_of(model))
+    with VariantSwitch(model) as live:
+        live.add("v", path)
+        model.norm.register_forward_hook(lambda *_: live.use("v"))
+        with pytest.raises(LiveModelError, match="between steps"):
+            model(torch.tensor([[1]]))
+        assert live.current is None
+        # The forward that failed has let go of the weights.
+        live.use("v")
+
+
+def test_a_compiled_model_is_guarded_by_hand(tmp_path: Path) -> None:
+    model = Small()
+    path = write_delta(tmp_path / "d.pxd", base_of(model))
+    with VariantSwitch(model, guard=False) as live:
+        live.add("v", path)
+        assert not model._forward_hooks
+        with live.running(), pytest.raises(LiveModelError, match="between steps"):
+            live.use("v")
+        live.use("v")
+        assert live.current == "v"
