@@ -45,11 +45,20 @@ class Case:
         """One record. Raises KeyError if a field is missing."""
         said = json.loads(line)
         return cls(
-            id=said["id"], clause=said["clause"], operation=said["operation"], accepts=said["expectation"] == "accept",
-            phase=said["phase"], codes=tuple(said["codes"]), features=tuple(said["features"]),
-            seconds=said["budget"]["seconds"], mib=said["budget"]["mib"], files=said["files"], sha256=said["sha256"],
-            expect=said.get("expect", {}), note=said.get("note", ""),
-        )  # fmt: skip
+            id=said["id"],
+            clause=said["clause"],
+            operation=said["operation"],
+            accepts=said["expectation"] == "accept",
+            phase=said["phase"],
+            codes=tuple(said["codes"]),
+            features=tuple(said["features"]),
+            seconds=said["budget"]["seconds"],
+            mib=said["budget"]["mib"],
+            files=said["files"],
+            sha256=said["sha256"],
+            expect=said.get("expect", {}),
+            note=said.get("note", ""),
+        )
 
 
 class Corpus:

@@ -22,23 +22,48 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="peraxis-conformance", description="Hold a loader or writer of PXD files to SPEC.md.")
+    made = argparse.ArgumentParser(
+        prog="peraxis-conformance", description="Hold a loader or writer of PXD files to SPEC.md."
+    )
     verbs = made.add_subparsers(dest="verb", required=True)
-    run = verbs.add_parser("run", help="run an adapter over the cases", description="Run an adapter over the cases. Exit status: 0 all passed, 1 a case failed, 2 usage or input.")
-    run.add_argument("--adapter", required=True, action="append", help='the command, for example "node adapter.js"; may be repeated')
-    run.add_argument("--jobs", "-j", type=positive, default=os.cpu_count() or 1, help="processes at a time (default: one a core)")
+    run = verbs.add_parser(
+        "run",
+        help="run an adapter over the cases",
+        description="Run an adapter over the cases. Exit status: 0 all passed, 1 a case failed, 2 usage or input.",
+    )
+    run.add_argument(
+        "--adapter", required=True, action="append", help='the command, for example "node adapter.js"; may be repeated'
+    )
+    run.add_argument(
+        "--jobs", "-j", type=positive, default=os.cpu_count() or 1, help="processes at a time (default: one a core)"
+    )
     run.add_argument("--no-serve", action="store_true", help="one process a case even where the adapter offers serve")
     run.add_argument("--stop", action="store_true", help="stop at the first failure")
-    run.add_argument("--address-space", type=positive, metavar="MIB", help="RLIMIT_AS of each process; not for run-times that reserve much")
+    run.add_argument(
+        "--address-space",
+        type=positive,
+        metavar="MIB",
+        help="RLIMIT_AS of each process; not for run-times that reserve much",
+    )
     run.add_argument("--json", type=Path, metavar="FILE", help="write a JSON report")
     run.add_argument("--junit", type=Path, metavar="FILE", help="write a JUnit XML report")
     run.add_argument("--verbose", "-v", action="store_true", help="name every case")
-    run.add_argument("--verbose-codes", action="store_true", help="name rejections with another code than the recommended one")
+    run.add_argument(
+        "--verbose-codes", action="store_true", help="name rejections with another code than the recommended one"
+    )
     show = verbs.add_parser("list", help="name the cases")
     show.add_argument("--json", action="store_true", help="one JSON object a line")
     for verb in (run, show):
-        verb.add_argument("--case", action="append", default=[], metavar="GLOB", help="only cases whose id matches; may be repeated")
-        verb.add_argument("--skip", action="append", default=[], metavar="GLOB", help="leave out cases whose id matches; may be repeated")
+        verb.add_argument(
+            "--case", action="append", default=[], metavar="GLOB", help="only cases whose id matches; may be repeated"
+        )
+        verb.add_argument(
+            "--skip",
+            action="append",
+            default=[],
+            metavar="GLOB",
+            help="leave out cases whose id matches; may be repeated",
+        )
         verb.add_argument("--corpus", type=Path, metavar="DIR", help="another corpus than the installed one")
     copy = verbs.add_parser("copy", help="write the corpus into a folder, every file of every case")
     copy.add_argument("directory", type=Path)
@@ -67,8 +92,14 @@ def run(given: argparse.Namespace) -> int:
 
 def run_adapter(given: argparse.Namespace, command: str, corpus: Corpus, cases: Sequence[Case]) -> Summary:
     adapter = Adapter(shlex.split(command), serve=not given.no_serve, address_space_mib=given.address_space)
-    summary = run_cases(adapter, corpus, cases, jobs=given.jobs, stop_at_first=given.stop,
-                        progress=lambda outcome: report.show_case(outcome, verbose=given.verbose))  # fmt: skip
+    summary = run_cases(
+        adapter,
+        corpus,
+        cases,
+        jobs=given.jobs,
+        stop_at_first=given.stop,
+        progress=lambda outcome: report.show_case(outcome, verbose=given.verbose),
+    )
     if given.verbose_codes:
         report.show_codes(summary.outcomes)
     report.show_summary(summary)

@@ -24,6 +24,7 @@ from .generator.container import container
 from .generator.encoded import encoded
 from .generator.entry import Cut, Entry, Made, Special
 from .generator.hostile import hostile, large
+from .generator.manifest import manifest
 from .generator.payload import payload
 from .generator.profile import profile
 from .generator.valid import contents
@@ -50,14 +51,25 @@ def golden() -> Iterator[tuple[str, Entry]]:
         yield "valid", Entry(id=slug, clause=clause, files={"file": file}, expect=expected(content, file))
         header = 8 + int.from_bytes(file[:8], "little")
         for length in boundaries(file):
-            code, where = ("E124", "2.18") if length >= header else ("E111", "2.4") if length >= 4096 else ("E103", "2.2")
-            yield "cut", Entry(id=f"{slug}-{length}", clause=where, phase="container", codes=(code,), files={"file": Cut(source=f"valid/{slug}", length=length)})
+            code, where = (
+                ("E124", "2.18") if length >= header else ("E111", "2.4") if length >= 4096 else ("E103", "2.2")
+            )
+            yield (
+                "cut",
+                Entry(
+                    id=f"{slug}-{length}",
+                    clause=where,
+                    phase="container",
+                    codes=(code,),
+                    files={"file": Cut(source=f"valid/{slug}", length=length)},
+                ),
+            )
 
 
 def corpus() -> Iterator[tuple[str, Entry]]:
     """(folder, entry) of every case, in the order of cases.jsonl."""
     yield from golden()
-    for group in (container, profile, payload):
+    for group in (container, manifest, profile, payload):
         yield from (("invalid", entry) for entry in group())
     yield from (("hostile", entry) for entry in hostile())
     yield from (("apply", entry) for entry in applied())
@@ -99,11 +111,17 @@ def line(folder: str, entry: Entry) -> tuple[dict[str, Any], dict[str, bytes]]:
             if isinstance(value, Made):
                 sums[role] = hashlib.sha256(large(value.name)).hexdigest()
     record = {
-        "id": f"{folder}/{entry.id}", "clause": entry.clause, "operation": entry.operation,
-        "expectation": "reject" if entry.phase else "accept", "phase": None if entry.phase == "any" else entry.phase,
-        "codes": list(entry.codes), "features": [], "budget": {"seconds": entry.seconds, "mib": entry.mib},
-        "files": paths, "sha256": sums,
-    }  # fmt: skip
+        "id": f"{folder}/{entry.id}",
+        "clause": entry.clause,
+        "operation": entry.operation,
+        "expectation": "reject" if entry.phase else "accept",
+        "phase": None if entry.phase == "any" else entry.phase,
+        "codes": list(entry.codes),
+        "features": [],
+        "budget": {"seconds": entry.seconds, "mib": entry.mib},
+        "files": paths,
+        "sha256": sums,
+    }
     if entry.expect:
         record["expect"] = dict(entry.expect)
     if entry.note:

@@ -86,7 +86,9 @@ def call(command: Sequence[str], *, seconds: float, mib: int, address_space_mib:
     """Run one command to its end, its time-out or its memory limit."""
     started = time.monotonic()
     with tempfile.TemporaryFile() as stdout:
-        process = start(command, stdin=subprocess.DEVNULL, stdout=stdout, preexec_fn=limit_address_space(address_space_mib))
+        process = start(
+            command, stdin=subprocess.DEVNULL, stdout=stdout, preexec_fn=limit_address_space(address_space_mib)
+        )
         pause, problem = 0.0005, ""
         while not problem:
             # Peak memory is read while the process lives; what wait4 says after it ended also counts the
@@ -150,7 +152,9 @@ class Server:
         elapsed = time.monotonic() - started
         problem = over(mib, resident_peak(self._process.pid)) if isinstance(answer, bytes) else answer
         said = parse(answer) if isinstance(answer, bytes) else None
-        if not problem and (not isinstance(said, dict) or said.get("id") != self._number or not isinstance(said.get("exit"), int)):
+        if not problem and (
+            not isinstance(said, dict) or said.get("id") != self._number or not isinstance(said.get("exit"), int)
+        ):
             problem = "the served process ended" if not answer else "the served process did not answer in the protocol"
         if problem:
             kill(self._process)

@@ -52,7 +52,10 @@ def show_summary(summary: Summary) -> None:
             count = sum(o.status == status and o.detail == reason for o in summary.outcomes)
             show(f"  {status}: {count} ({escaped(reason)})")
     if summary.other_codes:
-        show(f"  {summary.other_codes} rejections in the right phase name another code than SPEC 8 recommends (--verbose-codes lists them)")
+        show(
+            f"  {summary.other_codes} rejections in the right phase name another code than SPEC 8 recommends "
+            "(--verbose-codes lists them)"
+        )
     show(badge(summary))
 
 
@@ -67,7 +70,17 @@ def show_list(cases: Iterable[Case], *, as_json: bool) -> None:
     """The cases that would run."""
     for case in cases:
         if as_json:
-            show(json.dumps({"id": case.id, "clause": case.clause, "operation": case.operation, "accepts": case.accepts, "codes": case.codes}))
+            show(
+                json.dumps(
+                    {
+                        "id": case.id,
+                        "clause": case.clause,
+                        "operation": case.operation,
+                        "accepts": case.accepts,
+                        "codes": case.codes,
+                    }
+                )
+            )
         else:
             verdict = "accept" if case.accepts else f"reject {case.phase or ''} {' '.join(case.codes)}".rstrip()
             show(f"{case.id}  {case.clause}  {case.operation}  {verdict}")
@@ -88,11 +101,18 @@ def adapter_dict(summary: Summary) -> dict[str, Any]:
         "seconds": round(summary.seconds, 3),
         "counts": {status: summary.count(status) for status in ("passed", "failed", "unsupported", "skipped")},
         "cases": [
-            {"id": o.case.id, "clause": o.case.clause, "status": o.status, "detail": o.detail, "code": o.code,
-             "code_matches": o.code_matches, "seconds": round(o.seconds, 4)}
+            {
+                "id": o.case.id,
+                "clause": o.case.clause,
+                "status": o.status,
+                "detail": o.detail,
+                "code": o.code,
+                "code_matches": o.code_matches,
+                "seconds": round(o.seconds, 4),
+            }
             for o in summary.outcomes
         ],
-    }  # fmt: skip
+    }
 
 
 def as_junit(summaries: Iterable[Summary]) -> str:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .cases import Case, Corpus
 from .judge import compare_decoded, compare_dump, compare_tensors
@@ -100,9 +99,12 @@ class Adapter:
             if said["protocol"] != 1:
                 raise AdapterError(f"the adapter speaks protocol {said['protocol']}, this kit speaks 1")
             return Caps(
-                implementation=str(said["implementation"]), version=str(said["version"]), spec=tuple(said["spec"]),
-                features=frozenset(said["features"]), operations=frozenset(said["operations"]),
-            )  # fmt: skip
+                implementation=str(said["implementation"]),
+                version=str(said["version"]),
+                spec=tuple(said["spec"]),
+                features=frozenset(said["features"]),
+                operations=frozenset(said["operations"]),
+            )
         except (KeyError, TypeError) as error:
             raise AdapterError(f"`caps` lacks {error}") from None
 
@@ -111,7 +113,12 @@ class Adapter:
         kind = (case.operation, case.accepts)
         if not self._serves or kind not in self._proven:
             self._proven.add(kind)
-            return call([*self.command, *arguments], seconds=case.seconds, mib=case.mib, address_space_mib=self.address_space_mib)
+            return call(
+                [*self.command, *arguments],
+                seconds=case.seconds,
+                mib=case.mib,
+                address_space_mib=self.address_space_mib,
+            )
         server = getattr(self._local, "server", None)
         if server is None or not server.alive:
             server = self._local.server = Server([*self.command, "serve"])
@@ -168,12 +175,18 @@ def judge(corpus: Corpus, case: Case, reply: Reply, output: Path, dump: Path | N
     if not isinstance(said, dict) or said.get("ok") is not (reply.exit == ACCEPTED):
         return f"exit status {reply.exit} and the result {json.dumps(said)[:120]} do not agree"
     if case.accepts != (reply.exit == ACCEPTED):
-        return "accepted, must be rejected" if reply.exit == ACCEPTED else f"rejected ({said.get('code')}), must be accepted"
+        return (
+            "accepted, must be rejected"
+            if reply.exit == ACCEPTED
+            else f"rejected ({said.get('code')}), must be accepted"
+        )
     if not case.accepts:
         if output.exists():
             return "rejected, but an output file is there"
         wanted = case.phase
-        return "" if wanted is None or said.get("phase") == wanted else f"phase {said.get('phase')!r}, must be {wanted!r}"
+        return (
+            "" if wanted is None or said.get("phase") == wanted else f"phase {said.get('phase')!r}, must be {wanted!r}"
+        )
     if case.operation == "decode":
         return compare_decoded(case.expect, said) or (compare_dump(case.expect, dump) if dump else "")
     if not output.is_file():
@@ -187,7 +200,9 @@ def judge(corpus: Corpus, case: Case, reply: Reply, output: Path, dump: Path | N
 def first_difference(expected: bytes, made: bytes) -> str:
     if made == expected:
         return ""
-    at = next((i for i, (a, b) in enumerate(zip(expected, made, strict=False)) if a != b), min(len(expected), len(made)))
+    at = next(
+        (i for i, (a, b) in enumerate(zip(expected, made, strict=False)) if a != b), min(len(expected), len(made))
+    )
     return f"the file differs at byte {at} ({len(made)} bytes, must be {len(expected)})"
 
 
@@ -203,8 +218,15 @@ def laid_out(root: Path | None = None) -> Iterator[Corpus]:
         yield Corpus(root, scratch=Path(scratch)) if root else Corpus(scratch=Path(scratch))
 
 
-def run_cases(adapter: Adapter, corpus: Corpus, cases: Iterable[Case], *, jobs: int = 1, stop_at_first: bool = False,
-              progress: Callable[[Outcome], None] = lambda outcome: None) -> Summary:  # fmt: skip
+def run_cases(
+    adapter: Adapter,
+    corpus: Corpus,
+    cases: Iterable[Case],
+    *,
+    jobs: int = 1,
+    stop_at_first: bool = False,
+    progress: Callable[[Outcome], None] = lambda outcome: None,
+) -> Summary:
     """Run the cases; the outcomes stand in their order. Ends the adapter. Raises CorpusError if a file is damaged."""
     started = time.monotonic()
     stop = threading.Event()

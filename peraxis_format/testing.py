@@ -101,7 +101,7 @@ class Delta:
 
 def texts() -> st.SearchStrategy[str]:
     """Any Unicode text: controls, emoji and direction marks too, but no lone surrogates."""
-    return st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
+    return st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 
 def names() -> st.SearchStrategy[str]:
@@ -181,8 +181,15 @@ def modules(
     tail = draw(storage_arrays(dtype, (shape[0] - kept, *shape[1:]))) if kept < shape[0] else None
     count = draw(st.integers(1, 3)) if encoding is Encoding.SIGN else 0
     parts = tuple(draw(components((kept, *shape[1:]))) for _ in range(count))
-    made = ModuleDelta(name=name, shape=shape, dtype=dtype, encoding=encoding, base=_reference(base, base_dtype),
-                       components=parts, tail=tail)  # fmt: skip
+    made = ModuleDelta(
+        name=name,
+        shape=shape,
+        dtype=dtype,
+        encoding=encoding,
+        base=_reference(base, base_dtype),
+        components=parts,
+        tail=tail,
+    )
     return made, base
 
 
@@ -191,7 +198,9 @@ def assets() -> st.SearchStrategy[dict[str, bytes]]:
     suffix = st.sampled_from(("json", "txt", "model", "jinja", "tiktoken", "md"))
     path = st.builds(lambda stem, end: f"{stem}.{end}", st.text(_STEM, min_size=1, max_size=8), suffix)
     unique = st.lists(path, max_size=2, unique_by=str.lower)
-    return unique.flatmap(lambda found: st.fixed_dictionaries({name: st.binary(min_size=1, max_size=90) for name in found}))
+    return unique.flatmap(
+        lambda found: st.fixed_dictionaries({name: st.binary(min_size=1, max_size=90) for name in found})
+    )
 
 
 def _identities() -> st.SearchStrategy[Identity]:

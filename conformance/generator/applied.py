@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from .binding import base_of, bindings
 from .build import apply, build, safetensors
-from .content import Base, Component, Content, Module, component, full, noise, same, sign, words
-from .entry import PHASES, Entry
-from .faults import bytes_at, patched, put
+from .content import Base, Component, Content, component, full, noise, same, sign, words
+from .entry import Entry
 from .valid import example, simple
 
 __all__ = ["applied"]
@@ -21,7 +20,12 @@ BASE16 = 0x3C00  # F16 1.0
 
 def accepted(slug: str, clause: str, content: Content, **hooks: Any) -> Entry:
     base, output = apply(content)
-    return Entry(id=slug, clause=clause, operation="apply", files={"file": build(content, **hooks), "base": base, "output": output})
+    return Entry(
+        id=slug,
+        clause=clause,
+        operation="apply",
+        files={"file": build(content, **hooks), "base": base, "output": output},
+    )
 
 
 def scalars(*pairs: tuple[int, int], count: int, plus: tuple[int, ...]) -> tuple[Component, ...]:
@@ -32,24 +36,53 @@ def scalars(*pairs: tuple[int, int], count: int, plus: tuple[int, ...]) -> tuple
     )
 
 
-def steps(slug: str, clause: str, dtype: str, base: list[int], parts: tuple[Component, ...], base_dtype: str | None = None) -> Entry:
+def steps(
+    slug: str, clause: str, dtype: str, base: list[int], parts: tuple[Component, ...], base_dtype: str | None = None
+) -> Entry:
     """A module [1, n] over given base bits."""
     data = words(base, SIZE[base_dtype or dtype])
-    return accepted(slug, clause, Content(modules=(sign("w", (1, len(base)), dtype=dtype, base_dtype=base_dtype, base=data, components=parts),)))
+    return accepted(
+        slug,
+        clause,
+        Content(modules=(sign("w", (1, len(base)), dtype=dtype, base_dtype=base_dtype, base=data, components=parts),)),
+    )
 
 
 def layout() -> Iterator[Entry]:
     """SPEC 5: which scale and which bit belong to which weight."""
     for axis in ("row", "col", "row+col", "tensor"):
         slug = axis.replace("+", "-")
-        for shape, word in (((3, 11), "wide"), ((11, 3), "tall"), ((8, 8), "square"), ((2, 3, 9), "batch"), ((2, 2, 2, 3), "batch-of-two"), ((1, 1), "one")):
+        for shape, word in (
+            ((3, 11), "wide"),
+            ((11, 3), "tall"),
+            ((8, 8), "square"),
+            ((2, 3, 9), "batch"),
+            ((2, 2, 2, 3), "batch-of-two"),
+            ((1, 1), "one"),
+        ):
             yield accepted(f"axis-{slug}-{word}", "5.3", Content(modules=(sign("w", shape, (axis,)),)))
     for exponent in (-64, -30, -1, 1, 30, 63):
-        yield accepted(f"exponent-{exponent}", "5.3", Content(modules=(sign("w", (2, 9), ("row",), dtype="F32", exponent=exponent),)))
-        yield accepted(f"exponent-{exponent}-row-col", "5.3", Content(modules=(sign("w", (2, 9), ("row+col",), dtype="F32", exponent=exponent),)))
+        yield accepted(
+            f"exponent-{exponent}",
+            "5.3",
+            Content(modules=(sign("w", (2, 9), ("row",), dtype="F32", exponent=exponent),)),
+        )
+        yield accepted(
+            f"exponent-{exponent}-row-col",
+            "5.3",
+            Content(modules=(sign("w", (2, 9), ("row+col",), dtype="F32", exponent=exponent),)),
+        )
     for width in (1, 7, 8, 9, 16, 17, 65):
         yield accepted(f"bits-{width}", "5.1", Content(modules=(sign("w", (2, width), ("col",)),)))
-    yield accepted("eight-components", "6.1", Content(modules=(sign("w", (3, 9), ("row", "col", "row+col", "tensor", "col", "row", "tensor", "row+col"), dtype="F32"),)))
+    yield accepted(
+        "eight-components",
+        "6.1",
+        Content(
+            modules=(
+                sign("w", (3, 9), ("row", "col", "row+col", "tensor", "col", "row", "tensor", "row+col"), dtype="F32"),
+            )
+        ),
+    )
     yield accepted("everything", "6.1", example())
 
 
@@ -58,21 +91,116 @@ def dtypes() -> Iterator[Entry]:
     for dtype in SIZE:
         for base_dtype, size in SIZE.items():
             specials = {
-                "F16": [0, 0x8000, 1, 0x8001, 0x3FF, 0x400, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00, 0x7C01, 0xFE01, 0x3555],
-                "BF16": [0, 0x8000, 1, 0x8001, 0x7F, 0x80, 0x7F7F, 0xFF7F, 0x7F80, 0xFF80, 0x7FC0, 0x7F81, 0xFFC1, 0x477F, 0x4780, 0x3300, 0x3380],
-                "F32": [0, 0x80000000, 1, 0x80000001, 0x7FFFFF, 0x800000, 0x7F7FFFFF, 0xFF7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001, 0xFFC12345,
-                        0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x3F801000, 0x3F803000, 0x3F801001, 0x477FE000, 0x477FEFFF, 0x477FF000, 0x7F7F8000, 0x7F7F7FFF,
-                        0x33000000, 0x33000001, 0x33800000, 0x387FE000, 0x387FF000, 0x00008000, 0x00018000, 0x00007FFF],
-            }[base_dtype]  # fmt: skip
+                "F16": [
+                    0,
+                    0x8000,
+                    1,
+                    0x8001,
+                    0x3FF,
+                    0x400,
+                    0x7BFF,
+                    0xFBFF,
+                    0x7C00,
+                    0xFC00,
+                    0x7E00,
+                    0x7C01,
+                    0xFE01,
+                    0x3555,
+                ],
+                "BF16": [
+                    0,
+                    0x8000,
+                    1,
+                    0x8001,
+                    0x7F,
+                    0x80,
+                    0x7F7F,
+                    0xFF7F,
+                    0x7F80,
+                    0xFF80,
+                    0x7FC0,
+                    0x7F81,
+                    0xFFC1,
+                    0x477F,
+                    0x4780,
+                    0x3300,
+                    0x3380,
+                ],
+                "F32": [
+                    0,
+                    0x80000000,
+                    1,
+                    0x80000001,
+                    0x7FFFFF,
+                    0x800000,
+                    0x7F7FFFFF,
+                    0xFF7FFFFF,
+                    0x7F800000,
+                    0xFF800000,
+                    0x7FC00000,
+                    0x7F800001,
+                    0xFFC12345,
+                    0x3F808000,
+                    0x3F818000,
+                    0x3F808001,
+                    0x3F807FFF,
+                    0x3F801000,
+                    0x3F803000,
+                    0x3F801001,
+                    0x477FE000,
+                    0x477FEFFF,
+                    0x477FF000,
+                    0x7F7F8000,
+                    0x7F7F7FFF,
+                    0x33000000,
+                    0x33000001,
+                    0x33800000,
+                    0x387FE000,
+                    0x387FF000,
+                    0x00008000,
+                    0x00018000,
+                    0x00007FFF,
+                ],
+            }[base_dtype]
             raw = words(specials, size) + noise(f"bits {dtype} {base_dtype}", size * 60)
             count = len(raw) // size
             slug = f"{dtype}-on-{base_dtype}".lower()
-            yield accepted(f"same-{slug}", "6.3", Content(modules=(same("w", (count,), dtype=dtype, base_dtype=base_dtype, base=raw),)))
-            for word, bits, exponent in (("zero", 0, 0), ("tiny", 1, -64), ("small", 0x3C01, -12), ("large", 0x7BFF, 63)):
+            yield accepted(
+                f"same-{slug}",
+                "6.3",
+                Content(modules=(same("w", (count,), dtype=dtype, base_dtype=base_dtype, base=raw),)),
+            )
+            for word, bits, exponent in (
+                ("zero", 0, 0),
+                ("tiny", 1, -64),
+                ("small", 0x3C01, -12),
+                ("large", 0x7BFF, 63),
+            ):
                 part = component(f"{slug} {word}", (1, count), "tensor", exponent, scalar=(bits,))
-                yield accepted(f"sign-{slug}-{word}", "6.1", Content(modules=(sign("w", (1, count), dtype=dtype, base_dtype=base_dtype, base=raw, components=(part,)),)))
+                yield accepted(
+                    f"sign-{slug}-{word}",
+                    "6.1",
+                    Content(
+                        modules=(
+                            sign("w", (1, count), dtype=dtype, base_dtype=base_dtype, base=raw, components=(part,)),
+                        )
+                    ),
+                )
     for dtype in ("I8", "F64", "BOOL", "F8_E4M3"):
-        yield accepted(f"same-{dtype.lower().replace('_', '-')}", "6.3", Content(modules=(same("w", (4,), dtype=dtype, base=noise("w", {"F64": 32}.get(dtype, 4)) if dtype != "BOOL" else b"\1\0\1\1"),)))
+        yield accepted(
+            f"same-{dtype.lower().replace('_', '-')}",
+            "6.3",
+            Content(
+                modules=(
+                    same(
+                        "w",
+                        (4,),
+                        dtype=dtype,
+                        base=noise("w", {"F64": 32}.get(dtype, 4)) if dtype != "BOOL" else b"\1\0\1\1",
+                    ),
+                )
+            ),
+        )
 
 
 def roundings() -> Iterator[Entry]:
@@ -81,55 +209,146 @@ def roundings() -> Iterator[Entry]:
     half = (0x3C00, -8)  # Half a unit of BF16 at 1.
     for plus in (0, 1):
         yield steps(f"half-bf16-{plus}", "6.1", "BF16", near, scalars(half, count=5, plus=(plus,)))
-        yield steps(f"half-f16-{plus}", "6.1", "F16", [0x3C00, 0x3C01, 0x3C02, 0xBC00, 0xBC01], scalars((0x3C00, -11), count=5, plus=(plus,)))
-        yield steps(f"half-f32-{plus}", "6.1", "F32", [0x3F800000, 0x3F800001, 0x3F800002, 0xBF800000, 0xBF800001], scalars((0x3C00, -24), count=5, plus=(plus,)))
+        yield steps(
+            f"half-f16-{plus}",
+            "6.1",
+            "F16",
+            [0x3C00, 0x3C01, 0x3C02, 0xBC00, 0xBC01],
+            scalars((0x3C00, -11), count=5, plus=(plus,)),
+        )
+        yield steps(
+            f"half-f32-{plus}",
+            "6.1",
+            "F32",
+            [0x3F800000, 0x3F800001, 0x3F800002, 0xBF800000, 0xBF800001],
+            scalars((0x3C00, -24), count=5, plus=(plus,)),
+        )
         yield steps(f"past-half-bf16-{plus}", "6.1", "BF16", near, scalars((0x3C01, -8), count=5, plus=(plus,)))
         yield steps(f"before-half-bf16-{plus}", "6.1", "BF16", near, scalars((0x3BFF, -8), count=5, plus=(plus,)))
     # 1 + 2^-8 + 2^-30 is more than half way in exact arithmetic and exactly half way after binary32.
     yield steps("binary32-before-dtype", "6.1", "BF16", near, scalars(half, (0x3C00, -30), count=5, plus=(1, 1)))
-    yield steps("binary32-before-dtype-f16", "6.1", "F16", [0x3C00, 0x3C01], scalars((0x3C00, -11), (0x3C00, -40), count=2, plus=(1, 1)))
+    yield steps(
+        "binary32-before-dtype-f16",
+        "6.1",
+        "F16",
+        [0x3C00, 0x3C01],
+        scalars((0x3C00, -11), (0x3C00, -40), count=2, plus=(1, 1)),
+    )
     # 1 + 2^-24 is 1 in binary32, twice; the sum of both terms first gives 1 + 2^-23.
-    yield steps("each-step-rounds", "6.1", "F32", [ONE["F32"]] * 2, scalars((0x3C00, -24), (0x3C00, -24), count=2, plus=(1, 1)))
+    yield steps(
+        "each-step-rounds", "6.1", "F32", [ONE["F32"]] * 2, scalars((0x3C00, -24), (0x3C00, -24), count=2, plus=(1, 1))
+    )
     # (2^-60 + 2^40) - 2^40 is 0; in another order it is 2^-60.
-    yield steps("order-of-components", "6.1", "F32", [0, 0x80000000], scalars((0x3C00, -60), (0x3C00, 40), (0x3C00, 40), count=2, plus=(1, 1, 0)))
-    yield steps("order-of-components-reversed", "6.1", "F32", [0, 0x80000000], scalars((0x3C00, 40), (0x3C00, 40), (0x3C00, -60), count=2, plus=(0, 1, 1)))
-    yield steps("no-rounding-between", "6.1", "BF16", [one, one + 1], scalars((0x3C00, -9), (0x3C00, -9), (0x3C00, -9), count=2, plus=(1, 1, 1)))
-    yield steps("base-wider-than-dtype", "6.1", "BF16", [0x3F807FFF, 0x3F808000, 0x3F808001], scalars((0x3C00, -24), count=3, plus=(1,)), "F32")
+    yield steps(
+        "order-of-components",
+        "6.1",
+        "F32",
+        [0, 0x80000000],
+        scalars((0x3C00, -60), (0x3C00, 40), (0x3C00, 40), count=2, plus=(1, 1, 0)),
+    )
+    yield steps(
+        "order-of-components-reversed",
+        "6.1",
+        "F32",
+        [0, 0x80000000],
+        scalars((0x3C00, 40), (0x3C00, 40), (0x3C00, -60), count=2, plus=(0, 1, 1)),
+    )
+    yield steps(
+        "no-rounding-between",
+        "6.1",
+        "BF16",
+        [one, one + 1],
+        scalars((0x3C00, -9), (0x3C00, -9), (0x3C00, -9), count=2, plus=(1, 1, 1)),
+    )
+    yield steps(
+        "base-wider-than-dtype",
+        "6.1",
+        "BF16",
+        [0x3F807FFF, 0x3F808000, 0x3F808001],
+        scalars((0x3C00, -24), count=3, plus=(1,)),
+        "F32",
+    )
     for plus in (0, 1):
         zero = scalars((0, 0), count=4, plus=(plus,))
         for dtype, negative in (("BF16", 0x8000), ("F16", 0x8000), ("F32", 0x80000000)):
             yield steps(f"zero-scale-{dtype.lower()}-{plus}", "6.1", dtype, [0, negative, ONE[dtype], 1], zero)
-    yield steps("cancels-to-plus-zero", "6.1", "F32", [0x3F800000, 0xBF800000], scalars((0x3C00, 0), count=2, plus=(0,)))
+    yield steps(
+        "cancels-to-plus-zero", "6.1", "F32", [0x3F800000, 0xBF800000], scalars((0x3C00, 0), count=2, plus=(0,))
+    )
     yield steps("cancels-to-plus-zero-other", "6.1", "BF16", [0xBF80, 0x3F80], scalars((0x3C00, 0), count=2, plus=(1,)))
     for slug, dtype, base, pair in (
-        ("subnormal-f32", "F32", [0, 1, 0x80000001, 0x7FFFFF], (1, -64)), ("subnormal-f16", "F16", [0, 1, 0x3FF, 0x8001], (0x0001, 0)), ("subnormal-f16-half", "F16", [0, 1, 2, 3], (0x0001, -1)),
-        ("subnormal-bf16", "BF16", [0, 1, 0x7F, 0x8001], (0x0001, -64)), ("subnormal-scale", "F32", [0, 0x3F800000, 0xB3800000], (0x0001, 0)), ("subnormal-scale-3ff", "F32", [0, 0x38800000], (0x03FF, 0)),
-    ):  # fmt: skip
+        ("subnormal-f32", "F32", [0, 1, 0x80000001, 0x7FFFFF], (1, -64)),
+        ("subnormal-f16", "F16", [0, 1, 0x3FF, 0x8001], (0x0001, 0)),
+        ("subnormal-f16-half", "F16", [0, 1, 2, 3], (0x0001, -1)),
+        ("subnormal-bf16", "BF16", [0, 1, 0x7F, 0x8001], (0x0001, -64)),
+        ("subnormal-scale", "F32", [0, 0x3F800000, 0xB3800000], (0x0001, 0)),
+        ("subnormal-scale-3ff", "F32", [0, 0x38800000], (0x03FF, 0)),
+    ):
         yield steps(slug, "6.1", dtype, base, scalars(pair, count=len(base), plus=(1,)))
     for value in (0x0001, 0x0200, 0x03FF):
         part = component(f"tiny {value}", (2, 3), "row+col", -64, row=(value, 1), col=(1, value, 0x3FF))
-        yield accepted(f"smallest-products-{value:x}", "5.3", Content(modules=(sign("w", (2, 3), dtype="F32", base=bytes(24), components=(part,)),)))
+        yield accepted(
+            f"smallest-products-{value:x}",
+            "5.3",
+            Content(modules=(sign("w", (2, 3), dtype="F32", base=bytes(24), components=(part,)),)),
+        )
     huge = component("huge", (2, 3), "row+col", 63, row=(0x7BFF, 0x7BFE), col=(0x7BFF, 0x7BFD, 0x0001))
-    yield accepted("largest-products", "5.3", Content(modules=(sign("w", (2, 3), dtype="F32", base=bytes(24), components=(huge,)),)))
+    yield accepted(
+        "largest-products",
+        "5.3",
+        Content(modules=(sign("w", (2, 3), dtype="F32", base=bytes(24), components=(huge,)),)),
+    )
     product = component("product", (2, 3), "row+col", 0, row=(0x3C01, 0x3FFF), col=(0x3C01, 0x3FFF, 0x3BFF))
     for dtype in SIZE:
-        yield accepted(f"product-has-22-bits-{dtype.lower()}", "5.3", Content(modules=(sign("w", (2, 3), dtype=dtype, base=bytes(6 * SIZE[dtype]), components=(product,)),)))
+        yield accepted(
+            f"product-has-22-bits-{dtype.lower()}",
+            "5.3",
+            Content(modules=(sign("w", (2, 3), dtype=dtype, base=bytes(6 * SIZE[dtype]), components=(product,)),)),
+        )
     wide = component("wide", (1, 2), "row+col", -40, row=(0x7BFF,), col=(0x7BFF, 0x7801))
-    yield accepted("product-over-f16", "5.3", Content(modules=(sign("w", (1, 2), dtype="F32", base=bytes(8), components=(wide,)),)))
+    yield accepted(
+        "product-over-f16", "5.3", Content(modules=(sign("w", (1, 2), dtype="F32", base=bytes(8), components=(wide,)),))
+    )
     shifted = component("shifted", (1, 3), "row", 20, row=(0x7BFF,))
-    yield accepted("exponent-over-f16", "5.3", Content(modules=(sign("w", (1, 3), dtype="F32", base=bytes(12), components=(shifted,)),)))
+    yield accepted(
+        "exponent-over-f16",
+        "5.3",
+        Content(modules=(sign("w", (1, 3), dtype="F32", base=bytes(12), components=(shifted,)),)),
+    )
     yield steps("overflow-f16", "6.1", "F16", [0x7BFF, 0xFBFF, 0x7BFE], scalars((0x4C00, 0), count=3, plus=(1,)))
     yield steps("overflow-f16-below-half", "6.1", "F16", [0x7BFF, 0x7BFE], scalars((0x4BFF, 0), count=2, plus=(1,)))
     yield steps("overflow-f16-large", "6.1", "F16", [0, 0x8000], scalars((0x7BFF, 20), count=2, plus=(1,)))
-    yield steps("overflow-bf16", "6.1", "BF16", [0x7F7F, 0xFF7F], scalars((0x7BFF, 63), (0x7BFF, 63), count=2, plus=(1, 1)))
-    yield steps("overflow-bf16-half", "6.1", "BF16", [0x7F7F8000, 0x7F7F7FFF, 0xFF7F8000], scalars((0, 0), count=3, plus=(1,)), "F32")
+    yield steps(
+        "overflow-bf16", "6.1", "BF16", [0x7F7F, 0xFF7F], scalars((0x7BFF, 63), (0x7BFF, 63), count=2, plus=(1, 1))
+    )
+    yield steps(
+        "overflow-bf16-half",
+        "6.1",
+        "BF16",
+        [0x7F7F8000, 0x7F7F7FFF, 0xFF7F8000],
+        scalars((0, 0), count=3, plus=(1,)),
+        "F32",
+    )
     # 65520 rounds to infinity in F16; back to 65504 only if the steps between are kept in binary32.
-    yield steps("overflow-only-at-the-end", "6.1", "F16", [0x7BFF], scalars((0x7BFF, 0), (0x7BFF, 0), count=1, plus=(1, 0)))
-    for dtype, values in (("BF16", [0x7F80, 0xFF80, 0x7FC0, 0xFFC0, 0x7F81, 0xFFFF]), ("F16", [0x7C00, 0xFC00, 0x7E00, 0xFE00, 0x7C01, 0xFFFF]),
-                          ("F32", [0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF])):  # fmt: skip
+    yield steps(
+        "overflow-only-at-the-end", "6.1", "F16", [0x7BFF], scalars((0x7BFF, 0), (0x7BFF, 0), count=1, plus=(1, 0))
+    )
+    for dtype, values in (
+        ("BF16", [0x7F80, 0xFF80, 0x7FC0, 0xFFC0, 0x7F81, 0xFFFF]),
+        ("F16", [0x7C00, 0xFC00, 0x7E00, 0xFE00, 0x7C01, 0xFFFF]),
+        ("F32", [0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF]),
+    ):
         yield steps(f"not-finite-base-{dtype.lower()}", "6.2", dtype, values, scalars((BASE16, 0), count=6, plus=(1,)))
-        yield accepted(f"same-keeps-nan-{dtype.lower()}", "6.3", Content(modules=(same("w", (6,), dtype=dtype, base=words(values, SIZE[dtype])),)))
-        yield accepted(f"full-keeps-nan-{dtype.lower()}", "6.4", Content(modules=(full("w", (6,), dtype=dtype, exact=words(values, SIZE[dtype])),)))
+        yield accepted(
+            f"same-keeps-nan-{dtype.lower()}",
+            "6.3",
+            Content(modules=(same("w", (6,), dtype=dtype, base=words(values, SIZE[dtype])),)),
+        )
+        yield accepted(
+            f"full-keeps-nan-{dtype.lower()}",
+            "6.4",
+            Content(modules=(full("w", (6,), dtype=dtype, exact=words(values, SIZE[dtype])),)),
+        )
 
 
 def shapes() -> Iterator[Entry]:
@@ -137,68 +356,58 @@ def shapes() -> Iterator[Entry]:
     yield accepted("tail-sign", "6.4", Content(modules=(sign("w", (5, 9), ("row", "col"), base_rows=3),)))
     yield accepted("tail-sign-batch", "6.4", Content(modules=(sign("w", (3, 2, 5), ("row+col",), base_rows=2),)))
     yield accepted("tail-same", "6.4", Content(modules=(same("w", (5, 3), base_rows=4), same("v", (4,), base_rows=1))))
-    yield accepted("tail-same-other-dtype", "6.3", Content(modules=(same("w", (5, 3), dtype="F32", base_dtype="BF16", base_rows=4),)))
+    yield accepted(
+        "tail-same-other-dtype",
+        "6.3",
+        Content(modules=(same("w", (5, 3), dtype="F32", base_dtype="BF16", base_rows=4),)),
+    )
     yield accepted("fewer-rows-sign", "6.1", Content(modules=(sign("w", (2, 9), ("row+col",), base_rows=4),)))
     yield accepted("fewer-rows-sign-batch", "6.1", Content(modules=(sign("w", (1, 2, 9), ("col",), base_rows=3),)))
-    yield accepted("fewer-rows-same", "6.3", Content(modules=(same("w", (2, 3), base_rows=4), same("v", (1,), dtype="I64", base_rows=2))))
-    yield accepted("fewer-rows-same-other-dtype", "6.3", Content(modules=(same("w", (2, 3), dtype="F16", base_dtype="F32", base_rows=4),)))
-    yield accepted("no-dimensions", "6.3", Content(modules=(same("a", (), dtype="F32", base_dtype="BF16"), full("b", (), dtype="I64"))))
-    yield accepted("full-other-base", "6.4", Content(modules=(full("w", (2, 3), base=Base(dtype="I8", shape=(4, 1), data=b"\1\2\3\4")),)))
+    yield accepted(
+        "fewer-rows-same",
+        "6.3",
+        Content(modules=(same("w", (2, 3), base_rows=4), same("v", (1,), dtype="I64", base_rows=2))),
+    )
+    yield accepted(
+        "fewer-rows-same-other-dtype",
+        "6.3",
+        Content(modules=(same("w", (2, 3), dtype="F16", base_dtype="F32", base_rows=4),)),
+    )
+    yield accepted(
+        "no-dimensions",
+        "6.3",
+        Content(modules=(same("a", (), dtype="F32", base_dtype="BF16"), full("b", (), dtype="I64"))),
+    )
+    yield accepted(
+        "full-other-base",
+        "6.4",
+        Content(modules=(full("w", (2, 3), base=Base(dtype="I8", shape=(4, 1), data=b"\1\2\3\4")),)),
+    )
     yield accepted("all-new", "7.1", Content(modules=(full("a", (2, 3)), full("b", (1,), dtype="F64"))))
-    yield accepted("tied", "6.5", simple(tied=(("model.norm.weight", "A"), ("model.q_proj.weight", "lm_head.weight"), ("model.norm.weight", "z"))))
+    yield accepted(
+        "tied",
+        "6.5",
+        simple(
+            tied=(("model.norm.weight", "A"), ("model.q_proj.weight", "lm_head.weight"), ("model.norm.weight", "z"))
+        ),
+    )
     yield accepted("dropped", "6.5", simple(dropped=("old.bias", "old.weight")))
     content = simple()
     base, output = apply(content)
     more = safetensors({"unused": ("F32", (2,), bytes(8)), **base_of(content), "model.norm.weight": ("U8", (1,), b"x")})
-    yield Entry(id="base-with-more-tensors", clause="7.1", operation="apply", files={"file": build(content), "base": more, "output": output})
-    yield Entry(id="dropped-is-not-in-base", clause="6.5", operation="apply", files={"file": build(simple(dropped=("absent",))), "base": base, "output": output},
-                note="nothing asks for the tensors that are dropped")  # fmt: skip
-
-
-def base_of(content: Content) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    return {m.name: (m.base.dtype, m.base.shape, m.base.data) for m in content.modules if m.base}
-
-
-def rejected(slug: str, codes: str, clause: str, content: Content, base: dict[str, Any], **hooks: Any) -> Entry:
-    listed = tuple(codes.split())
-    return Entry(id=slug, clause=clause, operation="apply", phase=PHASES[listed[0][1]], codes=listed, files={"file": build(content, **hooks), "base": safetensors(base, metadata="pt")})
-
-
-def bindings() -> Iterator[Entry]:
-    """SPEC 7: a base that does not fit is refused, and so is a damaged file."""
-    held = Base(dtype="F32", shape=(2,), data=b"12345678")
-    content = Content(modules=(sign("q", (3, 9)), same("k", (4, 2)), full("n", (5,), base=held), full("new", (2,)), same("t", (5, 2), base_rows=4)))
-    good = base_of(content)
-    yield rejected("base-empty-of-ours", "E401", "7.1", content, {"other.weight": good["q"]})
-    yield rejected("base-other-prefix", "E401", "7.1", content, {f"model.{name}": value for name, value in good.items()})
-    yield rejected("base-upper-case", "E401", "7.1", content, {name.upper(): value for name, value in good.items()})
-    yield rejected("base-has-only-what-is-new", "E401", "7.1", content, {"new": ("BF16", (2,), bytes(4))})
-    for name in good:
-        yield rejected(f"base-lacks-{name}", "E402", "7.1", content, {other: value for other, value in good.items() if other != name})
-        dtype, shape, raw = good[name]
-        yield rejected(f"base-dtype-{name}", "E403", "7.2", content, {**good, name: ({"BF16": "F16", "F32": "I32"}[dtype], shape, raw)})
-        yield rejected(f"base-flat-{name}", "E403", "7.2", content, {**good, name: (dtype, (len(raw) // SIZE[dtype], 1, 1), raw)})
-        yield rejected(f"base-bytes-{name}", "E404", "7.3", content, {**good, name: (dtype, shape, raw[:-1] + bytes((raw[-1] ^ 1,)))})
-    yield rejected("base-lacks-all-but-one", "E402", "7.1", content, {"k": good["k"]})
-    yield rejected("base-transposed", "E403", "7.2", content, {**good, "q": ("BF16", (9, 3), good["q"][2])})
-    yield rejected("base-more-rows", "E403", "7.2", content, {**good, "t": ("BF16", (5, 2), good["t"][2] + bytes(4))})
-    yield rejected("base-fewer-rows", "E403", "7.2", content, {**good, "q": ("BF16", (2, 9), good["q"][2][:36])})
-    shrunk = Content(modules=(sign("q", (2, 9), base_rows=3), same("k", (2, 2), base_rows=4)))
-    for name, (dtype, shape, raw) in base_of(shrunk).items():
-        yield rejected(f"base-bytes-unused-{name}", "E404", "7.3", shrunk, {**base_of(shrunk), name: (dtype, shape, raw[:-1] + b"\x77")})
-    yield rejected("base-zero-sign", "E404", "7.3", shrunk, {**base_of(shrunk), "k": ("BF16", (4, 2), bytes(15) + b"\x80")})
-    yield rejected("apply-truncated", "E124", "2.18", content, good, file=lambda f: f[:-1])
-    yield rejected("apply-unknown-feature", "E204", "3.3", content, good, manifest=put("features", to=["x-conformance"]))
-    yield rejected("apply-damaged", "E301", "4.3", content, good, data=bytes_at(0, b"\xff"))
-    yield rejected("apply-damaged-full", "E301", "4.3", content, good, data=bytes_at(128, b"\x55\x55"))
-    yield rejected("apply-unused-bit", "E303", "5.2", content, good, tensors=patched(0, 1, b"\x80"))
-    yield rejected("apply-pad", "E304", "4.5", content, good, tensors=patched(1, 0, b"\x01"))
-    yield rejected("apply-scale-nan", "E305", "5.4", content, good, tensors=patched(2, 0, b"\x00\x7e"))
-    yield rejected("apply-scale-minus", "E306", "5.4", content, good, tensors=patched(2, 0, b"\x00\xbc"))
-    yield rejected("order-payload-before-binding", "E301", "4.3", content, {"other": good["q"]}, data=bytes_at(0, b"\xff"))
-    yield rejected("order-scale-before-binding", "E306", "5.4", content, {"other": good["q"]}, tensors=patched(2, 0, b"\x00\xbc"))
-    claimed: Module = dataclasses.replace(same("w", (2,)), base=Base(dtype="BF16", shape=(2,), data=b"0000"))
-    yield rejected("base-same-other-bytes", "E404", "7.3", Content(modules=(claimed,)), {"w": ("BF16", (2,), b"0001")})
+    yield Entry(
+        id="base-with-more-tensors",
+        clause="7.1",
+        operation="apply",
+        files={"file": build(content), "base": more, "output": output},
+    )
+    yield Entry(
+        id="dropped-is-not-in-base",
+        clause="6.5",
+        operation="apply",
+        files={"file": build(simple(dropped=("absent",))), "base": base, "output": output},
+        note="nothing asks for the tensors that are dropped",
+    )
 
 
 def applied() -> Iterator[Entry]:

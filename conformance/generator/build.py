@@ -65,9 +65,7 @@ def sha256(data: bytes) -> str:
 def mask(signs: bytes, width: int) -> bytes:
     """SPEC 5.1: least significant bit first, each row of `width` signs padded to whole bytes."""
     rows = (signs[i : i + width] for i in range(0, len(signs), width))
-    return b"".join(
-        sum(bit << j for j, bit in enumerate(row)).to_bytes(-(-width // 8), "little") for row in rows
-    )
+    return b"".join(sum(bit << j for j, bit in enumerate(row)).to_bytes(-(-width // 8), "little") for row in rows)
 
 
 def module_tensors(index: int, module: Module) -> list[Tensor]:
@@ -113,7 +111,9 @@ def offsets(tensors: Sequence[Tensor]) -> list[Record]:
     made, end = [], 0
     for tensor in tensors:
         begin, end = end, end + len(tensor.data)
-        made.append({"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]})
+        made.append(
+            {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        )
     return made
 
 
@@ -143,13 +143,16 @@ def manifest_of(content: Content, tensors: Sequence[Tensor]) -> dict[str, Any]:
     held = ranges(tensors, "module")
     modules = [
         {
-            "name": m.name, "dtype": m.dtype, "shape": list(m.shape), "encoding": m.encoding,
+            "name": m.name,
+            "dtype": m.dtype,
+            "shape": list(m.shape),
+            "encoding": m.encoding,
             "components": [{"axis": c.axis, "exponent": c.exponent} for c in m.components],
             "base": m.base and {"dtype": m.base.dtype, "shape": list(m.base.shape), "sha256": sha256(m.base.data)},
             "sha256": sha256(data[slice(*held[i])]) if i in held else None,
         }
         for i, m in enumerate(content.modules)
-    ]  # fmt: skip
+    ]
     assets = ranges(tensors, "asset")
     return {
         "assets": [{"path": a.path, "sha256": sha256(data[slice(*assets[i])])} for i, a in enumerate(content.assets)],
@@ -162,7 +165,7 @@ def manifest_of(content: Content, tensors: Sequence[Tensor]) -> dict[str, Any]:
         "modules": modules,
         "producer": {"name": content.producer[0], "version": content.producer[1]},
         "tied": [list(pair) for pair in content.tied],
-    }  # fmt: skip
+    }
 
 
 def header_json(version: str, text: str, records: Sequence[Record]) -> str:
@@ -187,9 +190,19 @@ def unchanged(value: Any) -> Any:
 Hook = Callable[[Any], Any]
 
 
-def build(content: Content, *, version: str = "1.0", tensors: Hook = unchanged, manifest: Hook = unchanged,
-          digested: Hook = unchanged, text: Hook = unchanged, records: Hook = unchanged, header: Hook = unchanged,
-          data: Hook = unchanged, file: Hook = unchanged) -> bytes:  # fmt: skip
+def build(
+    content: Content,
+    *,
+    version: str = "1.0",
+    tensors: Hook = unchanged,
+    manifest: Hook = unchanged,
+    digested: Hook = unchanged,
+    text: Hook = unchanged,
+    records: Hook = unchanged,
+    header: Hook = unchanged,
+    data: Hook = unchanged,
+    file: Hook = unchanged,
+) -> bytes:
     """The file of `content`; each hook takes and returns what its step made (digested: after the base digest)."""
     placed = tensors(laid_out(content))
     made = manifest(manifest_of(content, placed))
@@ -219,16 +232,23 @@ def expected(content: Content, file: bytes) -> dict[str, Any]:
     text = json.loads(file[8 : 8 + length])["__metadata__"]["manifest"]
     modules = [
         {
-            "name": m.name, "dtype": m.dtype, "shape": list(m.shape), "encoding": m.encoding,
+            "name": m.name,
+            "dtype": m.dtype,
+            "shape": list(m.shape),
+            "encoding": m.encoding,
             "components": [
-                {"axis": c.axis, "exponent": c.exponent, "signs_sha256": sha256(c.signs),
-                 "scales_sha256": sha256(b"".join(words(values) for _, values in c.scales))}
+                {
+                    "axis": c.axis,
+                    "exponent": c.exponent,
+                    "signs_sha256": sha256(c.signs),
+                    "scales_sha256": sha256(b"".join(words(values) for _, values in c.scales)),
+                }
                 for c in m.components
             ],
             "exact_sha256": sha256(m.exact) if m.exact else None,
         }
         for m in content.modules
-    ]  # fmt: skip
+    ]
     return {
         "content_id": "sha256:" + sha256(text.encode()),
         "modules": modules,

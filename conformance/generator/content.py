@@ -11,8 +11,22 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["SIZES", "Asset", "Base", "Component", "Content", "Module", "component", "full", "noise", "same",
-           "scales", "sign", "signs", "words"]  # fmt: skip
+__all__ = [
+    "SIZES",
+    "Asset",
+    "Base",
+    "Component",
+    "Content",
+    "Module",
+    "component",
+    "full",
+    "noise",
+    "same",
+    "scales",
+    "sign",
+    "signs",
+    "words",
+]
 
 SIZES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
@@ -147,13 +161,25 @@ def weights(seed: str, dtype: str, shape: tuple[int, ...]) -> bytes:
     return words(values, size)
 
 
-def sign(name: str, shape: tuple[int, ...], axes: tuple[str, ...] = ("row",), *, dtype: str = "BF16",
-         base_dtype: str | None = None, base_rows: int | None = None, exponent: int = -3,
-         components: tuple[Component, ...] | None = None, base: bytes | None = None) -> Module:  # fmt: skip
+def sign(
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...] = ("row",),
+    *,
+    dtype: str = "BF16",
+    base_dtype: str | None = None,
+    base_rows: int | None = None,
+    exponent: int = -3,
+    components: tuple[Component, ...] | None = None,
+    base: bytes | None = None,
+) -> Module:
     """A `sign` module; base_rows sets the base's first dimension where it differs."""
     base_shape = (base_rows or shape[0], *shape[1:])
-    held = Base(dtype=base_dtype or dtype, shape=base_shape,
-                data=base if base is not None else weights(name, base_dtype or dtype, base_shape))  # fmt: skip
+    held = Base(
+        dtype=base_dtype or dtype,
+        shape=base_shape,
+        data=base if base is not None else weights(name, base_dtype or dtype, base_shape),
+    )
     covered = (min(shape[0], base_shape[0]), *shape[1:])
     if components is None:
         components = tuple(component(f"{name} {k}", covered, axis, exponent - k) for k, axis in enumerate(axes))
@@ -162,15 +188,23 @@ def sign(name: str, shape: tuple[int, ...], axes: tuple[str, ...] = ("row",), *,
     return Module(name=name, dtype=dtype, shape=shape, encoding="sign", base=held, components=components, exact=exact)
 
 
-def full(name: str, shape: tuple[int, ...], *, dtype: str = "BF16", base: Base | None = None,
-         exact: bytes | None = None) -> Module:  # fmt: skip
+def full(
+    name: str, shape: tuple[int, ...], *, dtype: str = "BF16", base: Base | None = None, exact: bytes | None = None
+) -> Module:
     """A `full` module."""
     data = weights(f"{name} full", dtype, shape) if exact is None else exact
     return Module(name=name, dtype=dtype, shape=shape, encoding="full", base=base, exact=data)
 
 
-def same(name: str, shape: tuple[int, ...], *, dtype: str = "BF16", base_dtype: str | None = None,
-         base_rows: int | None = None, base: bytes | None = None) -> Module:  # fmt: skip
+def same(
+    name: str,
+    shape: tuple[int, ...],
+    *,
+    dtype: str = "BF16",
+    base_dtype: str | None = None,
+    base_rows: int | None = None,
+    base: bytes | None = None,
+) -> Module:
     """A `same` module, with a tail where the base has fewer rows."""
     base_shape = (base_rows or shape[0], *shape[1:]) if shape else ()
     data = weights(name, base_dtype or dtype, base_shape) if base is None else base

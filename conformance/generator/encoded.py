@@ -36,8 +36,14 @@ def source(content: Content) -> Files:
             | {word: put(f"{i}.{k}.{word}", words(values)) for word, values in part.scales}
             for k, part in enumerate(module.components)
         ]
-        entry = {"name": module.name, "dtype": module.dtype, "shape": list(module.shape), "encoding": module.encoding,
-                 "base": base(module.base), "components": parts}  # fmt: skip
+        entry = {
+            "name": module.name,
+            "dtype": module.dtype,
+            "shape": list(module.shape),
+            "encoding": module.encoding,
+            "base": base(module.base),
+            "components": parts,
+        }
         if module.exact:
             entry["exact"] = put(f"{i}.exact", module.exact)
         modules.append(entry)
@@ -50,7 +56,9 @@ def source(content: Content) -> Files:
         "modules": modules,
         "tied": [list(pair) for pair in content.tied],
         "dropped": list(content.dropped),
-        "assets": [{"path": asset.path, "file": put(f"asset.{i}", asset.data)} for i, asset in enumerate(content.assets)],
+        "assets": [
+            {"path": asset.path, "file": put(f"asset.{i}", asset.data)} for i, asset in enumerate(content.assets)
+        ],
     }
     return {"content.json": (json.dumps(said, indent=1) + "\n").encode(), **files}
 
@@ -64,7 +72,9 @@ def roles(files: Files) -> dict[str, bytes]:
 
 
 def accepted(slug: str, clause: str, content: Content, files: Files | None = None) -> Entry:
-    return Entry(id=slug, clause=clause, operation="encode", files={**roles(files or source(content)), "output": build(content)})
+    return Entry(
+        id=slug, clause=clause, operation="encode", files={**roles(files or source(content)), "output": build(content)}
+    )
 
 
 def edited(files: Files, edit: Callable[[dict[str, Any]], object]) -> Files:
@@ -82,10 +92,28 @@ def good() -> Iterator[Entry]:
     yield accepted("no-data", "11.1", Content(modules=(same("w", (3,)),)))
     yield accepted("header-no-spaces", "11.2", padded_to(4088))
     yield accepted("header-4095-spaces", "11.2", padded_to(4089))
-    yield accepted("pads", "11.2", Content(modules=tuple(full(f"m{i}", (n,), dtype="U8") for i, n in enumerate((1, 64, 63, 65, 3)))))
-    yield accepted("metadata-order", "11.2", simple(metadata={"\ufb33": "\x00\x1f\"\\/\x7f", "\U0001f600": "\u2028", "b": "", "a": "\n"}))
-    lists = simple(tied=(("model.norm.weight", "A"), ("model.q_proj.weight", "a"), ("model.norm.weight", "z")), dropped=("A0", "B", "a0"))
-    shuffled = edited(source(lists), lambda said: (said["tied"].reverse(), said["dropped"].reverse(), said["modules"][0].update(base=said["modules"][0].pop("base"))))
+    yield accepted(
+        "pads",
+        "11.2",
+        Content(modules=tuple(full(f"m{i}", (n,), dtype="U8") for i, n in enumerate((1, 64, 63, 65, 3)))),
+    )
+    yield accepted(
+        "metadata-order",
+        "11.2",
+        simple(metadata={"\ufb33": '\x00\x1f"\\/\x7f', "\U0001f600": "\u2028", "b": "", "a": "\n"}),
+    )
+    lists = simple(
+        tied=(("model.norm.weight", "A"), ("model.q_proj.weight", "a"), ("model.norm.weight", "z")),
+        dropped=("A0", "B", "a0"),
+    )
+    shuffled = edited(
+        source(lists),
+        lambda said: (
+            said["tied"].reverse(),
+            said["dropped"].reverse(),
+            said["modules"][0].update(base=said["modules"][0].pop("base")),
+        ),
+    )
     yield accepted("lists-in-any-order", "11.1", lists, shuffled)
 
 
@@ -94,12 +122,21 @@ def bad() -> Iterator[Entry]:
     files = source(content)
     first: Any = lambda said: said["modules"][0]  # noqa: E731
     edits: dict[str, Callable[[dict[str, Any]], object]] = {
-        "exponent": lambda s: first(s)["components"][0].update(exponent=64), "name": lambda s: first(s).update(name="a/b"), "name-twice": lambda s: first(s).update(name="v"),
-        "alias-of-nothing": lambda s: s.update(tied=[["x", "y"]]), "dropped-is-module": lambda s: s.update(dropped=["v"]), "asset-path": lambda s: s["assets"][0].update(path="../a.json"),
-        "dtype": lambda s: first(s).update(dtype="I16"), "no-components": lambda s: first(s).update(components=[]), "nine-components": lambda s: first(s).update(components=first(s)["components"] * 9),
-        "columns-differ": lambda s: first(s)["base"].update(shape=[3, 8]), "no-base": lambda s: first(s).update(base=None), "no-modules": lambda s: s.update(modules=[]),
-        "metadata-number": lambda s: s["metadata"].update(n=1), "lone-surrogate": lambda s: s["metadata"].update(n="\ud800"),
-    }  # fmt: skip
+        "exponent": lambda s: first(s)["components"][0].update(exponent=64),
+        "name": lambda s: first(s).update(name="a/b"),
+        "name-twice": lambda s: first(s).update(name="v"),
+        "alias-of-nothing": lambda s: s.update(tied=[["x", "y"]]),
+        "dropped-is-module": lambda s: s.update(dropped=["v"]),
+        "asset-path": lambda s: s["assets"][0].update(path="../a.json"),
+        "dtype": lambda s: first(s).update(dtype="I16"),
+        "no-components": lambda s: first(s).update(components=[]),
+        "nine-components": lambda s: first(s).update(components=first(s)["components"] * 9),
+        "columns-differ": lambda s: first(s)["base"].update(shape=[3, 8]),
+        "no-base": lambda s: first(s).update(base=None),
+        "no-modules": lambda s: s.update(modules=[]),
+        "metadata-number": lambda s: s["metadata"].update(n=1),
+        "lone-surrogate": lambda s: s["metadata"].update(n="\ud800"),
+    }
     for slug, edit in edits.items():
         yield refusal(slug, edited(copy.deepcopy(files), edit))
     for slug, value in (("infinite", 0x7C00), ("not-a-number", 0x7E00)):
@@ -117,4 +154,3 @@ def encoded() -> Iterator[Entry]:
     """Every case of this module."""
     yield from good()
     yield from bad()
-

@@ -56,10 +56,18 @@ def long_keys() -> bytes:
 
 
 LARGE = {
-    "modules-65536": lambda: modules_file(65536), "modules-65537": lambda: modules_file(65537), "header-largest": lambda: build(padded_to(LIMIT)),
-    "header-over-limit": lambda: build(padded_to(LIMIT + 1)), "many-arrays": lambda: bomb("[]"), "many-objects": lambda: bomb("{}"), "many-numbers": lambda: bomb("1"),
-    "deep-arrays": lambda: deep("["), "deep-objects": lambda: deep('{"a":'), "digits": digits, "many-keys": long_keys,
-}  # fmt: skip
+    "modules-65536": lambda: modules_file(65536),
+    "modules-65537": lambda: modules_file(65537),
+    "header-largest": lambda: build(padded_to(LIMIT)),
+    "header-over-limit": lambda: build(padded_to(LIMIT + 1)),
+    "many-arrays": lambda: bomb("[]"),
+    "many-objects": lambda: bomb("{}"),
+    "many-numbers": lambda: bomb("1"),
+    "deep-arrays": lambda: deep("["),
+    "deep-objects": lambda: deep('{"a":'),
+    "digits": digits,
+    "many-keys": long_keys,
+}
 
 
 @functools.lru_cache(maxsize=1)
@@ -75,50 +83,131 @@ def large_entries() -> Iterator[Entry]:
         yield Entry(id=f"limit-{name}", clause=clause, files={"file": Made(name=name)}, expect=kept, **ROOM)
     yield refused("limit-modules-65537", "E208", "3.8", Made(name="modules-65537"), **ROOM)
     yield refused("limit-header", "E110", "2.3", Made(name="header-over-limit"), **ROOM)
-    for name, codes in (("many-arrays", "E118"), ("many-objects", "E118"), ("many-numbers", "E118"), ("many-keys", "E118")):
+    for name, codes in (
+        ("many-arrays", "E118"),
+        ("many-objects", "E118"),
+        ("many-numbers", "E118"),
+        ("many-keys", "E118"),
+    ):
         yield refused(f"bomb-{name}", codes, "2.12", Made(name=name), "16 MiB of header that says nothing", **ROOM)
     yield refused("bomb-deep-arrays", "E117 E114", "2.11", Made(name="deep-arrays"), **ROOM)
     yield refused("bomb-deep-objects", "E117 E114", "2.11", Made(name="deep-objects"), **ROOM)
-    yield refused("bomb-digits", "E116", "2.10", Made(name="digits"), "a parser of quadratic time does not end in time", **ROOM)
+    yield refused(
+        "bomb-digits", "E116", "2.10", Made(name="digits"), "a parser of quadratic time does not end in time", **ROOM
+    )
 
 
 def small() -> Iterator[Entry]:
     nested = "[" * 1500 + "]" * 1500
     yield refused("nested-1500", "E117", "2.11", build(SIMPLE, header=replaced('"shape":[5]', f'"shape":{nested}')))
-    yield refused("nested-unclosed", "E117 E114", "2.11", frame((MAGIC + '1.0","manifest":"{}"},"a":' + "[" * 3900).encode(), b""))
+    yield refused(
+        "nested-unclosed", "E117 E114", "2.11", frame((MAGIC + '1.0","manifest":"{}"},"a":' + "[" * 3900).encode(), b"")
+    )
     yield refused("manifest-nested-1500", "E202", "3.1", build(SIMPLE, text=replaced(f'"{TEXT}"', nested)))
     yield refused("manifest-is-nested-unclosed", "E202", "3.1", build(SIMPLE, text=lambda t: '{"a":' * 500))
-    for slug, prefix in (("ansi", "\x1b]0;owned\x07\x1b[2J"), ("bidi", "\u202e\u2066"), ("line", "ok\r\nE000"), ("zero-width", "\u200b")):
+    for slug, prefix in (
+        ("ansi", "\x1b]0;owned\x07\x1b[2J"),
+        ("bidi", "\u202e\u2066"),
+        ("line", "ok\r\nE000"),
+        ("zero-width", "\u200b"),
+    ):
         yield refused(f"name-{slug}", "E206", "3.5", build(Content(modules=(full(prefix + "w", (1,), dtype="U8"),))))
-        yield refused(f"asset-{slug}", "E211", "3.12", build(simple(assets=(Asset(path=prefix + ".json", data=b"{}"),))))
+        yield refused(
+            f"asset-{slug}", "E211", "3.12", build(simple(assets=(Asset(path=prefix + ".json", data=b"{}"),)))
+        )
         yield refused(f"feature-{slug}", "E204", "3.3", build(SIMPLE, manifest=put("features", to=[prefix])))
-        yield refused(f"version-{slug}", "E201", "2.6", build(SIMPLE, header=replaced('"1.0"', f'"1.0{prefix}"'.replace("\x1b", "^").replace("\x07", "").replace("\r\n", " "))))
-    for slug, path in (("traversal", "../../etc/cron.d/job.json"), ("device", "/dev/null.json"), ("home", "~/.bashrc.txt"), ("drive", "C:\\boot.txt"), ("stream", "a.json:b.json")):
+        yield refused(
+            f"version-{slug}",
+            "E201",
+            "2.6",
+            build(
+                SIMPLE,
+                header=replaced(
+                    '"1.0"', f'"1.0{prefix}"'.replace("\x1b", "^").replace("\x07", "").replace("\r\n", " ")
+                ),
+            ),
+        )
+    for slug, path in (
+        ("traversal", "../../etc/cron.d/job.json"),
+        ("device", "/dev/null.json"),
+        ("home", "~/.bashrc.txt"),
+        ("drive", "C:\\boot.txt"),
+        ("stream", "a.json:b.json"),
+    ):
         yield refused(f"asset-{slug}", "E211", "3.12", build(simple(assets=(Asset(path=path, data=b"{}"),))))
     spans = {
-        "end-2-53": [128, 2**53 - 1], "begin-2-53": [2**53 - 11, 2**53 - 1], "end-2-63": [128, 2**63 - 1], "end-2-64": [128, 2**64 + 138], "wrap-2-32": [128, 2**32 + 138],
-    }  # fmt: skip
+        "end-2-53": [128, 2**53 - 1],
+        "begin-2-53": [2**53 - 11, 2**53 - 1],
+        "end-2-63": [128, 2**63 - 1],
+        "end-2-64": [128, 2**64 + 138],
+        "wrap-2-32": [128, 2**32 + 138],
+    }
     for slug, held in spans.items():
         yield refused(f"offsets-{slug}", "E121 E116 E123", "2.15", build(SIMPLE, records=record(-1, data_offsets=held)))
-    for slug, shape in (("2-32", [2**32, 5]), ("2-31", [2**31, 2**21]), ("eight-large", [2**52] * 8), ("2-62", [2**31, 2**31, 5])):
+    for slug, shape in (
+        ("2-32", [2**32, 5]),
+        ("2-31", [2**31, 2**21]),
+        ("eight-large", [2**52] * 8),
+        ("2-62", [2**31, 2**31, 5]),
+    ):
         yield refused(f"shape-{slug}", "E120 E121", "2.14", build(SIMPLE, records=record(-1, shape=shape)))
     for length in (2**63, 2**64 - 1, 2**62, 0x7FFFFFFFFFFFF0F8, 2**31 + 4088, 2**53 + 4088):
         # The low byte 0xF8 is what the first byte of the file must be (2.2); other lengths are told apart there.
         code = "E110" if length & 0xFF == 0xF8 else "E108 E109 E110"
-        yield refused(f"length-{length:x}", code, "2.3" if code == "E110" else "2.2", length.to_bytes(8, "little") + build(SIMPLE)[8:])
+        yield refused(
+            f"length-{length:x}",
+            code,
+            "2.3" if code == "E110" else "2.2",
+            length.to_bytes(8, "little") + build(SIMPLE)[8:],
+        )
     huge = {"modules": [["w", "U8", [2**53 - 1], "0" * 64]]}
     row = huge["modules"][0]
-    giant = {"name": row[0], "dtype": row[1], "shape": row[2], "encoding": "same", "components": [], "sha256": None, "base": {"dtype": "U8", "shape": row[2], "sha256": row[3]}}
-    claims = build(Content(modules=(full("v", (1,), dtype="U8"),)), manifest=lambda m: {**m, "modules": [*m["modules"], giant], "base": {**m["base"], "digest": base_digest([giant])}})
+    giant = {
+        "name": row[0],
+        "dtype": row[1],
+        "shape": row[2],
+        "encoding": "same",
+        "components": [],
+        "sha256": None,
+        "base": {"dtype": "U8", "shape": row[2], "sha256": row[3]},
+    }
+    claims = build(
+        Content(modules=(full("v", (1,), dtype="U8"),)),
+        manifest=lambda m: {
+            **m,
+            "modules": [*m["modules"], giant],
+            "base": {**m["base"], "digest": base_digest([giant])},
+        },
+    )
     text_id = "sha256:" + hashlib.sha256(manifest_text(claims).encode()).hexdigest()
-    yield Entry(id="claims-2-53-without-data", clause="3.9", files={"file": claims}, expect={"content_id": text_id}, note="a module that is the base's needs no bytes, however large", mib=128)
+    yield Entry(
+        id="claims-2-53-without-data",
+        clause="3.9",
+        files={"file": claims},
+        expect={"content_id": text_id},
+        note="a module that is the base's needs no bytes, however large",
+        mib=128,
+    )
     wide = {**giant, "shape": [2**53 - 1] * 8, "base": {**giant["base"], "shape": [2**53 - 1] * 8}}
-    overflow = build(Content(modules=(full("v", (1,), dtype="U8"),)), manifest=lambda m: {**m, "modules": [*m["modules"], {**wide, "shape": [2**53 - 1] * 7}], "base": {**m["base"], "digest": base_digest([wide])}})
+    overflow = build(
+        Content(modules=(full("v", (1,), dtype="U8"),)),
+        manifest=lambda m: {
+            **m,
+            "modules": [*m["modules"], {**wide, "shape": [2**53 - 1] * 7}],
+            "base": {**m["base"], "digest": base_digest([wide])},
+        },
+    )
     yield refused("shapes-differ-2-53", "E209", "3.10", overflow)
     text = canonical({"a": "b"})
     yield refused("manifest-of-one-key", "E205", "3.4", frame(header_json("1.0", text, []).encode(), b""))
     yield refused("only-magic", "E112", "2.5", frame(MAGIC.encode()[:-1], b""))
-    yield Entry(id="symbolic-link", clause="2.1", files={"file": Special(kind="symlink", source="valid/simple")}, expect={}, note="hub caches hold links to regular files")
+    yield Entry(
+        id="symbolic-link",
+        clause="2.1",
+        files={"file": Special(kind="symlink", source="valid/simple")},
+        expect={},
+        note="hub caches hold links to regular files",
+    )
 
 
 def manifest_text(file: bytes) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 from .build import build
-from .content import SIZES, Asset, Base, Component, Content, component, full, noise, same, scales, sign, signs, words
+from .content import SIZES, Asset, Base, Content, component, full, noise, same, sign
 
 __all__ = ["contents", "example", "padded_to", "simple"]
 
@@ -33,11 +32,19 @@ def example() -> Content:
         ),
         tied=(("model.embed_tokens.weight", "lm_head.weight"),),
         dropped=("model.layers.1.bias", "model.vision.weight"),
-        assets=(Asset(path="config.json", data=b'{"model_type":"example"}\n'),
-                Asset(path="chat_template.jinja", data=b"{{ messages }}")),
+        assets=(
+            Asset(path="config.json", data=b'{"model_type":"example"}\n'),
+            Asset(path="chat_template.jinja", data=b"{{ messages }}"),
+        ),
         metadata={"peraxis.plan": "row", "licence": "Apache-2.0"},
-        calibration={"digest": "sha256:" + "ab" * 32, "samples": 50, "seed": 0, "sequence_length": 128, "source": "wikitext"},
-    )  # fmt: skip
+        calibration={
+            "digest": "sha256:" + "ab" * 32,
+            "samples": 50,
+            "seed": 0,
+            "sequence_length": 128,
+            "source": "wikitext",
+        },
+    )
 
 
 def layout() -> Iterator[Case]:
@@ -60,7 +67,11 @@ def layout() -> Iterator[Case]:
     yield "pad-of-1", "4.2", Content(modules=(full("a", (63,), dtype="U8"), full("b", (2,), dtype="U8")))
     yield "twelve-pads", "4.2", Content(modules=tuple(full(f"m{i}", (3,), dtype="U8") for i in range(13)))
     yield "no-data", "4.1", Content(modules=(same("w", (3, 4)), same("v", (4,))))
-    yield "execution-order", "3.7", Content(modules=(full("z", (2,)), sign("b", (2, 9)), full("a", (2,)), same("c", (2,))))
+    yield (
+        "execution-order",
+        "3.7",
+        Content(modules=(full("z", (2,)), sign("b", (2, 9)), full("a", (2,)), same("c", (2,)))),
+    )
 
 
 def one_component(name: str, shape: tuple[int, ...], axis: str = "row", exponent: int = 0, **given: Any) -> Any:
@@ -77,7 +88,11 @@ def numbers() -> Iterator[Case]:
             for k, (axis, word, n) in enumerate((("row", "row", 2), ("col", "col", 9), ("tensor", "scalar", 1)))
         )
         yield f"scale-{slug}", "5.4", Content(modules=(sign("w", (2, 9), components=parts),))
-    yield "scales-mixed", "5.4", Content(modules=(one_component("w", (6, 9), row=(0, 1, 0x3FF, 0x400, 0x3C00, 0x7BFF)),))
+    yield (
+        "scales-mixed",
+        "5.4",
+        Content(modules=(one_component("w", (6, 9), row=(0, 1, 0x3FF, 0x400, 0x3C00, 0x7BFF)),)),
+    )
     axes = ("row", "col", "row+col", "tensor", "col", "row", "tensor", "row+col")
     yield "eight-components", "3.8", Content(modules=(sign("w", (3, 9), axes),))
     yield "eight-dimensions", "3.8", Content(modules=(sign("w", (2, 1, 1, 2, 1, 1, 2, 9), ("row", "col")),))
@@ -102,30 +117,110 @@ def encodings() -> Iterator[Case]:
     yield "same-tail", "3.10", Content(modules=(same("w", (5, 3), base_rows=4), same("v", (4,), base_rows=1)))
     yield "same-tail-integers", "3.10", Content(modules=(same("w", (5, 3), dtype="I32", base_rows=4),))
     yield "same-fewer-rows", "3.10", Content(modules=(same("w", (2, 3), base_rows=4),))
-    yield "same-tail-other-dtype", "3.10", Content(modules=(same("w", (3, 3), dtype="F32", base_dtype="BF16", base_rows=2),))
+    yield (
+        "same-tail-other-dtype",
+        "3.10",
+        Content(modules=(same("w", (3, 3), dtype="F32", base_dtype="BF16", base_rows=2),)),
+    )
 
 
 def texts() -> Iterator[Case]:
     one = (full("w", (1,), dtype="U8"),)
-    yield "metadata-escapes", "3.2", Content(
-        modules=one, metadata={"controls": "".join(map(chr, range(0x20))), "quotes": "\"\\/'", "delete": "\x7f\x80\u2028"})  # fmt: skip
-    yield "metadata-utf16-order", "3.2", Content(modules=one, metadata={"\ufb33": "1", "\U0001f600": "2", "\u20ac": "3", "": "", "a": "4", "A": "5"})
-    yield "metadata-text", "3.4", Content(modules=one, metadata={"emoji": "\U0001f9ea\u200d\u00e9", "noncharacter": "\uffff\U0010ffff", "rtl": "\u202etxt.exe", "ansi": "\x1b[2J"})
-    yield "metadata-key-like-manifest", "2.9", Content(modules=one, metadata={"modules": "[]", "base": "x", "__metadata__": "{}"})
+    yield (
+        "metadata-escapes",
+        "3.2",
+        Content(
+            modules=one,
+            metadata={"controls": "".join(map(chr, range(0x20))), "quotes": "\"\\/'", "delete": "\x7f\x80\u2028"},
+        ),
+    )
+    yield (
+        "metadata-utf16-order",
+        "3.2",
+        Content(modules=one, metadata={"\ufb33": "1", "\U0001f600": "2", "\u20ac": "3", "": "", "a": "4", "A": "5"}),
+    )
+    yield (
+        "metadata-text",
+        "3.4",
+        Content(
+            modules=one,
+            metadata={
+                "emoji": "\U0001f9ea\u200d\u00e9",
+                "noncharacter": "\uffff\U0010ffff",
+                "rtl": "\u202etxt.exe",
+                "ansi": "\x1b[2J",
+            },
+        ),
+    )
+    yield (
+        "metadata-key-like-manifest",
+        "2.9",
+        Content(modules=one, metadata={"modules": "[]", "base": "x", "__metadata__": "{}"}),
+    )
     yield "revisions", "3.4", Content(modules=one, base=("b", None), fine_tuned=("f", "main"))
     yield "empty-texts", "3.4", Content(modules=one, base=("", ""), fine_tuned=("", ""), producer=("", ""))
-    yield "largest-integer", "2.10", Content(
-        modules=one, calibration={"digest": "sha256:" + "0" * 64, "samples": 2**53 - 1, "seed": 2**53 - 1, "sequence_length": 0, "source": ""})  # fmt: skip
+    yield (
+        "largest-integer",
+        "2.10",
+        Content(
+            modules=one,
+            calibration={
+                "digest": "sha256:" + "0" * 64,
+                "samples": 2**53 - 1,
+                "seed": 2**53 - 1,
+                "sequence_length": 0,
+                "source": "",
+            },
+        ),
+    )
     yield "name-512", "3.5", Content(modules=(full("n" * 512, (1,), dtype="U8"),))
     printable = "".join(chr(c) for c in range(0x21, 0x7F) if chr(c) not in "/\\")
     yield "name-every-character", "3.5", Content(modules=(full(printable, (1,), dtype="U8"), sign("!", (1, 1))))
-    yield "names-like-tensors", "4.1", Content(modules=(
-        sign("a", (2, 9)), full("a.0", (2,)), full("a.0.mask", (1,)), full("a.full", (2,)), full("a.0.row", (2,)), same("a.tail", (2,))))  # fmt: skip
-    yield "tied", "3.6", simple(tied=(("model.norm.weight", "A"), ("model.q_proj.weight", "a"), ("model.norm.weight", "z")))
+    yield (
+        "names-like-tensors",
+        "4.1",
+        Content(
+            modules=(
+                sign("a", (2, 9)),
+                full("a.0", (2,)),
+                full("a.0.mask", (1,)),
+                full("a.full", (2,)),
+                full("a.0.row", (2,)),
+                same("a.tail", (2,)),
+            )
+        ),
+    )
+    yield (
+        "tied",
+        "3.6",
+        simple(tied=(("model.norm.weight", "A"), ("model.q_proj.weight", "a"), ("model.norm.weight", "z"))),
+    )
     yield "dropped", "3.7", simple(dropped=("A", "Z", "a", "model.q_proj", "~"))
-    yield "asset-names", "3.12", simple(assets=tuple(Asset(path=path, data=path.encode()) for path in (
-        "config.json", "index.json", "tokenizer.model", "vocab.txt", "chat.jinja", "o200k.tiktoken", "README.md", "_.json", "0.txt", "a..b.json",
-        "x" * 119 + ".json", "special_tokens-map.v2.json", "a.index.txt", "Xindex.json")))  # fmt: skip
+    yield (
+        "asset-names",
+        "3.12",
+        simple(
+            assets=tuple(
+                Asset(path=path, data=path.encode())
+                for path in (
+                    "config.json",
+                    "index.json",
+                    "tokenizer.model",
+                    "vocab.txt",
+                    "chat.jinja",
+                    "o200k.tiktoken",
+                    "README.md",
+                    "_.json",
+                    "0.txt",
+                    "a..b.json",
+                    "x" * 119 + ".json",
+                    "special_tokens-map.v2.json",
+                    "a.index.txt",
+                    "Xindex.json",
+                )
+            )
+        ),
+    )
     yield "asset-binary", "4.4", simple(assets=(Asset(path="tokenizer.model", data=noise("asset", 300)),))
     yield "asset-order", "4.1", simple(assets=(Asset(path="z.json", data=b"1"), Asset(path="a.json", data=b"22")))
 
@@ -149,5 +244,3 @@ def contents() -> Iterator[Case]:
     """(slug, clause, content) of every golden file."""
     for group in (layout, numbers, encodings, texts, sizes):
         yield from group()
-
-

@@ -26,7 +26,7 @@ __all__ = ["Failure", "Fuzzer", "Tally", "main", "seed_files"]
 MEMORY_MIB = 64
 
 
-class Failure(Exception):
+class Failure(Exception):  # noqa: N818  not an error of the program
     """A rule does not hold for an input."""
 
 
@@ -42,8 +42,11 @@ class Tally:
 
     def __str__(self) -> str:
         rate = self.inputs / max(self.seconds, 1e-9)
-        return (f"{self.inputs:,} inputs in {self.seconds:.0f} s ({rate:.0f}/s): {self.headers:,} passed the header's checks, "
-                f"{self.files:,} every check; memory grew by {self.growth_mib} MiB")  # fmt: skip
+        return (
+            f"{self.inputs:,} inputs in {self.seconds:.0f} s ({rate:.0f}/s): "
+            f"{self.headers:,} passed the header's checks, {self.files:,} every check; "
+            f"memory grew by {self.growth_mib} MiB"
+        )
 
 
 def seed_files() -> list[bytes]:
@@ -51,7 +54,9 @@ def seed_files() -> list[bytes]:
     import peraxis_conformance
 
     root = Path(peraxis_conformance.__file__).parent
-    found = sorted(path for folder in ("valid", "apply", "invalid", "hostile") for path in (root / folder).glob("*.pxd"))
+    found = sorted(
+        path for folder in ("valid", "apply", "invalid", "hostile") for path in (root / folder).glob("*.pxd")
+    )
     valid = [path.read_bytes() for path in found if path.parent.name in ("valid", "apply")]
     return valid * 3 + [path.read_bytes() for path in found if path.parent.name not in ("valid", "apply")]
 
@@ -71,7 +76,9 @@ class Fuzzer:
         self.pxd: Any = pxd
         self.rust: Any = safetensors
         self.scratch = scratch / "input.pxd"
-        self.reader = reader or (lambda data: pxd.read_header(lambda offset, size: data[offset : offset + size], len(data)))
+        self.reader = reader or (
+            lambda data: pxd.read_header(lambda offset, size: data[offset : offset + size], len(data))
+        )
         self.tally = Tally()
         self.start_mib = 0
 
@@ -103,7 +110,10 @@ class Fuzzer:
             theirs = dict(self.rust.deserialize(data))
         except self.rust.SafetensorError as error:
             raise Failure(f"accepted, but the Rust parser says: {error}") from None
-        ours = {r.name: (r.dtype.value, list(r.shape), data[header.size + r.begin : header.size + r.end]) for r in header.records}
+        ours = {
+            r.name: (r.dtype.value, list(r.shape), data[header.size + r.begin : header.size + r.end])
+            for r in header.records
+        }
         if ours.keys() != theirs.keys():
             raise Failure("other names than the Rust parser's")
         for name, (dtype, shape, held) in ours.items():
@@ -181,7 +191,15 @@ def run_atheris(given: argparse.Namespace, scratch: Path) -> int:
             sys.stdout.flush()
 
     given.crashes.mkdir(parents=True, exist_ok=True)
-    flags = [f"-artifact_prefix={given.crashes}/", f"-runs={given.runs}", f"-max_total_time={int(given.seconds)}", f"-seed={given.seed}", "-max_len=256", "-rss_limit_mb=0", "-verbosity=0"]
+    flags = [
+        f"-artifact_prefix={given.crashes}/",
+        f"-runs={given.runs}",
+        f"-max_total_time={int(given.seconds)}",
+        f"-seed={given.seed}",
+        "-max_len=256",
+        "-rss_limit_mb=0",
+        "-verbosity=0",
+    ]
     atheris.Setup([sys.argv[0], *flags], one)
     atheris.Fuzz()
     return 0

@@ -9,11 +9,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peraxis_conformance
 import pytest
 
-import peraxis_conformance
-
-__all__ = ["C_FLAGS", "KIT", "SANITIZED", "SLOW", "SPEC", "compiled_loader", "node_loader", "reference_loader", "wrong_loader"]
+__all__ = [
+    "C_FLAGS",
+    "KIT",
+    "SANITIZED",
+    "SLOW",
+    "SPEC",
+    "compiled_loader",
+    "node_loader",
+    "reference_loader",
+    "wrong_loader",
+]
 
 KIT = Path(peraxis_conformance.__file__).parent
 SPEC = Path(__file__).parents[2] / "SPEC.md"

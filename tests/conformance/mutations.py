@@ -8,6 +8,7 @@ repaired); the payload (digests repaired).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -20,11 +21,85 @@ __all__ = ["Pick", "mutate"]
 
 Pick = Callable[[int], int]
 
-NUMBERS = (0, 1, -1, 7, 8, 9, 63, 64, 65, 255, 4096, 2**24, 2**31, 2**32, 2**52, 2**53 - 1, 2**53, 2**63, 2**64, 10**400, -(2**53))
-TEXTS = ("", "a", "sign", "full", "same", "row", "col", "row+col", "tensor", "F16", "BF16", "F32", "U8", "F64", "BOOL", "sha256:", "__pad__.0", "\x00",
-         "\u202e", "\ud800", "../x", "config.json", "a" * 513, "0" * 64, "__metadata__", "model.norm.weight")  # fmt: skip
-TOKENS = (b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b"\\u0000", b"\\ud800", b"null", b"true", b"1e5", b"1.0", b"-0", b"01", b"NaN", b" ", b"\n", b"\x00", b"\xff", b"\xef\xbb\xbf",
-          b'"dtype":"U8",', b"9" * 30, b"[" * 30, b'{"a":' * 12)  # fmt: skip
+NUMBERS = (
+    0,
+    1,
+    -1,
+    7,
+    8,
+    9,
+    63,
+    64,
+    65,
+    255,
+    4096,
+    2**24,
+    2**31,
+    2**32,
+    2**52,
+    2**53 - 1,
+    2**53,
+    2**63,
+    2**64,
+    10**400,
+    -(2**53),
+)
+TEXTS = (
+    "",
+    "a",
+    "sign",
+    "full",
+    "same",
+    "row",
+    "col",
+    "row+col",
+    "tensor",
+    "F16",
+    "BF16",
+    "F32",
+    "U8",
+    "F64",
+    "BOOL",
+    "sha256:",
+    "__pad__.0",
+    "\x00",
+    "\u202e",
+    "\ud800",
+    "../x",
+    "config.json",
+    "a" * 513,
+    "0" * 64,
+    "__metadata__",
+    "model.norm.weight",
+)
+TOKENS = (
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b",",
+    b":",
+    b'"',
+    b"\\",
+    b"\\u0000",
+    b"\\ud800",
+    b"null",
+    b"true",
+    b"1e5",
+    b"1.0",
+    b"-0",
+    b"01",
+    b"NaN",
+    b" ",
+    b"\n",
+    b"\x00",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b'"dtype":"U8",',
+    b"9" * 30,
+    b"[" * 30,
+    b'{"a":' * 12,
+)
 BROKEN = (TypeError, KeyError, ValueError, AttributeError, IndexError, StopIteration)  # what a changed tree may raise
 
 
@@ -133,10 +208,8 @@ def manifest(pick: Pick, data: bytes) -> bytes:
         return raw(pick, data)
     held, records, payload = parts
     held = changed(pick, held)
-    try:
+    with contextlib.suppress(*BROKEN):  # the change may have broken what the digest covers
         held["base"]["digest"] = base_digest(held["modules"]) if pick(4) else held["base"]["digest"]
-    except BROKEN:
-        pass  # The change broke what the digest covers.
     return joined(held, records, payload)
 
 
@@ -146,7 +219,9 @@ def records(pick: Pick, data: bytes) -> bytes:
     if parts is None:
         return raw(pick, data)
     held, listed, payload = parts
-    listed = [record for record in changed(pick, listed) if isinstance(record, dict) and isinstance(record.get("name"), str)]
+    listed = [
+        record for record in changed(pick, listed) if isinstance(record, dict) and isinstance(record.get("name"), str)
+    ]
     return joined(held, listed, payload)
 
 
@@ -159,10 +234,8 @@ def payload(pick: Pick, data: bytes) -> bytes:
     at = pick(len(body))
     body = body[:at] + some(pick, (b"\x00", b"\xff", b"\x7c", b"\x80", b"\x01", b"\xfe\xff")) + body[at + 1 :]
     body = body[: len(parts[2])]
-    try:
+    with contextlib.suppress(*BROKEN):  # the header may not say what the digests cover
         repair(held, listed, body)
-    except BROKEN:
-        pass  # The header does not say what the digests cover.
     return joined(held, listed, body)
 
 

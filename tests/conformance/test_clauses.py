@@ -6,8 +6,8 @@ import re
 from collections import Counter
 
 import pytest
-
 from peraxis_conformance import Case, Corpus
+
 from tests.conformance.helpers import SPEC
 
 TAG = re.compile(r"\[((?:E\d{3}|apply|encode)(?:, (?:E\d{3}|apply|encode))*)\]")

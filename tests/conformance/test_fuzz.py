@@ -19,7 +19,9 @@ from tests.conformance.mutations import LEVELS, mutate
 
 def test_only_pxd_errors_come_out_of_mutated_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--runs", "6000", "--crashes", str(tmp_path)]) == 0
-    found = re.search(r"([\d,]+) inputs .* ([\d,]+) passed the header's checks, ([\d,]+) every check", capsys.readouterr().out)
+    found = re.search(
+        r"([\d,]+) inputs .* ([\d,]+) passed the header's checks, ([\d,]+) every check", capsys.readouterr().out
+    )
     assert found is not None
     inputs, headers, files = (int(number.replace(",", "")) for number in found.groups())
     # A fuzzer of which nothing gets past the first checks would show little.
@@ -30,7 +32,17 @@ def test_only_pxd_errors_come_out_of_mutated_files(tmp_path: Path, capsys: pytes
 
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed")
 def test_a_bounded_run_guided_by_coverage_finds_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.conformance.fuzz_reader", "--engine", "atheris", "--runs", "3000", "--crashes", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.conformance.fuzz_reader",
+        "--engine",
+        "atheris",
+        "--runs",
+        "3000",
+        "--crashes",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3,000 inputs" in done.stdout

@@ -11,19 +11,27 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-
 from peraxis_conformance import Adapter, Corpus, cli, generate, laid_out, run_cases
 from peraxis_conformance.process import AdapterError
+
 from tests.conformance.helpers import KIT, wrong_loader
 
-CAPS = {"protocol": 1, "implementation": "script", "version": "1", "spec": ["1.0"], "features": [], "operations": ["decode"]}
+CAPS = {
+    "protocol": 1,
+    "implementation": "script",
+    "version": "1",
+    "spec": ["1.0"],
+    "features": [],
+    "operations": ["decode"],
+}
 RIGHT = " ".join(wrong_loader())
 
 
 def script(folder: Path, body: str) -> list[str]:
     """An adapter whose caps are right; `body` is what it does otherwise."""
     path = folder / "adapter.py"
-    start = f"import json, os, sys, time\nif sys.argv[1] == 'caps':\n    print({json.dumps(json.dumps(CAPS))}); sys.exit(0)\n"
+    caps = json.dumps(json.dumps(CAPS))
+    start = f"import json, os, sys, time\nif sys.argv[1] == 'caps':\n    print({caps}); sys.exit(0)\n"
     path.write_text(start + body)
     return [sys.executable, "-S", str(path)]
 
@@ -62,8 +70,13 @@ def test_the_kit_imports_the_standard_library_alone() -> None:
         "outside = {name.partition('.')[0] for name in sys.modules} - set(sys.stdlib_module_names)\n"
         "print(sorted(name for name in outside if not name.startswith(('_', 'sitecustomize'))))"
     )
-    done = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, check=True,
-                          env={"PYTHONPATH": str(linked(KIT))})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(linked(KIT))},
+    )
     assert done.stdout.strip() == "['peraxis_conformance']"
 
 
@@ -86,7 +99,7 @@ def linked(kit: Path) -> Path:
         ("sys.exit(77)", "says unsupported"),
         ("os.kill(os.getpid(), 11)", "ended by SIGSEGV"),
         ("print('{\"ok\": true}'); sys.exit(0)", "must be rejected"),
-        ("print('{\"ok\": false, \"phase\": \"profile\", \"code\": \"E999\"}'); sys.exit(1)", "phase 'profile'"),
+        ('print(\'{"ok": false, "phase": "profile", "code": "E999"}\'); sys.exit(1)', "phase 'profile'"),
         ("held = bytearray(400 << 20); held[::4096] = b'x' * len(held[::4096]); time.sleep(3)", "MiB of memory"),
     ],
 )
@@ -107,7 +120,7 @@ def test_an_adapter_that_does_not_end_fails_the_case(tmp_path: Path, monkeypatch
 
 
 def test_another_code_in_the_right_phase_passes_and_is_counted(tmp_path: Path) -> None:
-    command = script(tmp_path, "print('{\"ok\": false, \"phase\": \"container\", \"code\": \"E999\"}'); sys.exit(1)")
+    command = script(tmp_path, 'print(\'{"ok": false, "phase": "container", "code": "E999"}\'); sys.exit(1)')
     with laid_out() as corpus:
         summary = run_cases(Adapter(command), corpus, corpus.select(["invalid/after-header"]))
     assert summary.passed
@@ -121,7 +134,9 @@ def test_what_an_adapter_does_not_offer_is_unsupported_and_never_passed(tmp_path
 
 def test_an_adapter_that_cannot_start_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "--adapter", "/nowhere/adapter"]) == 2
-    assert capsys.readouterr().err == "peraxis-conformance: cannot start '/nowhere/adapter': No such file or directory\n"
+    assert (
+        capsys.readouterr().err == "peraxis-conformance: cannot start '/nowhere/adapter': No such file or directory\n"
+    )
 
 
 def test_an_adapter_of_another_protocol_is_refused(tmp_path: Path) -> None:
@@ -136,20 +151,33 @@ def test_the_served_loader_and_the_command_agree() -> None:
         cases = corpus.select(["valid/axis-*", "invalid/pad-*", "apply/tail-*"])
         served = run_cases(Adapter(wrong_loader()), corpus, cases)
         single = run_cases(Adapter(wrong_loader(), serve=False), corpus, cases)
-    assert [(o.case.id, o.status, o.code) for o in served.outcomes] == [(o.case.id, o.status, o.code) for o in single.outcomes]
+    assert [(o.case.id, o.status, o.code) for o in served.outcomes] == [
+        (o.case.id, o.status, o.code) for o in single.outcomes
+    ]
     assert served.passed
 
 
 def test_reports_say_the_same_in_text_json_and_junit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = " ".join(wrong_loader("exponent-ignored"))
     paths = {"--json": tmp_path / "report.json", "--junit": tmp_path / "report.xml"}
-    arguments = ["run", "--adapter", wrong, "--case", "apply/exponent-*", *(str(x) for pair in paths.items() for x in pair)]
+    arguments = [
+        "run",
+        "--adapter",
+        wrong,
+        "--case",
+        "apply/exponent-*",
+        *(str(x) for pair in paths.items() for x in pair),
+    ]
     assert cli.main(arguments) == 1
     [report] = json.loads(paths["--json"].read_text())["adapters"]
     failures = ElementTree.parse(paths["--junit"]).getroot().findall(".//failure")
     text = capsys.readouterr().out
     assert report["counts"]["failed"] == len(failures) == text.count("FAIL ") > 0
-    assert text.splitlines()[-1] == report["badge"] == f"PXD 1.0 conformance | {report['counts']['passed']} of {len(report['cases'])}"
+    assert (
+        text.splitlines()[-1]
+        == report["badge"]
+        == f"PXD 1.0 conformance | {report['counts']['passed']} of {len(report['cases'])}"
+    )
     assert "apply/exponent-63" in text
     assert "must be 0x" in text
 
@@ -169,10 +197,14 @@ def test_a_copy_holds_every_file_and_runs_by_itself(tmp_path: Path, monkeypatch:
     small = tmp_path / "small"
     small.mkdir()
     (small / "valid").symlink_to(KIT / "valid")
-    (small / "cases.jsonl").write_text("".join(line for line in lines if json.loads(line)["id"] in {case.id for case in few}))
+    (small / "cases.jsonl").write_text(
+        "".join(line for line in lines if json.loads(line)["id"] in {case.id for case in few})
+    )
     assert Corpus(small).copy(tmp_path / "copy") == len(few)
     copied = Corpus(tmp_path / "copy")
-    assert all(isinstance(copied.path(case, "file"), Path) and copied.path(case, "file").is_file() for case in copied.cases)
+    assert all(
+        isinstance(copied.path(case, "file"), Path) and copied.path(case, "file").is_file() for case in copied.cases
+    )
     assert cli.main(["run", "--corpus", str(tmp_path / "copy"), "--adapter", RIGHT]) == 0
 
 
@@ -194,12 +226,34 @@ def test_special_files_are_what_they_say(tmp_path: Path) -> None:
 
 
 def test_the_plugin_runs_one_test_a_case(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "peraxis_conformance.plugin", "-p", "no:cacheprovider", "--pyargs", "peraxis_conformance.suite",
-               "--pxd-adapter", RIGHT, "--pxd-case", "invalid/pad-*", "--pxd-case", "encode/pads", "--rootdir", str(tmp_path)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "peraxis_conformance.plugin",
+        "-p",
+        "no:cacheprovider",
+        "--pyargs",
+        "peraxis_conformance.suite",
+        "--pxd-adapter",
+        RIGHT,
+        "--pxd-case",
+        "invalid/pad-*",
+        "--pxd-case",
+        "encode/pads",
+        "--rootdir",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     count = len(Corpus().select(["invalid/pad-*"]))
     assert f"{count} passed, 1 skipped" in done.stdout, done.stdout + done.stderr
-    failing = [*command[: command.index(RIGHT)], " ".join(wrong_loader("pads-not-zero")), *command[command.index(RIGHT) + 1 :]]
+    failing = [
+        *command[: command.index(RIGHT)],
+        " ".join(wrong_loader("pads-not-zero")),
+        *command[command.index(RIGHT) + 1 :],
+    ]
     done = subprocess.run(failing, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert "accepted, must be rejected" in done.stdout

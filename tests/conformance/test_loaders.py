@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from peraxis_conformance import Adapter, Corpus, laid_out, run_cases
 from peraxis_conformance.report import badge
+
 from tests.conformance.helpers import SLOW, compiled_loader, node_loader, reference_loader
 
 

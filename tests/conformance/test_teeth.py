@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-
 from peraxis_conformance import Adapter, Case, Corpus, laid_out, run_cases
 from peraxis_conformance.process import Reply
 from peraxis_conformance.run import Caps, Summary
+
 from tests.conformance.helpers import KIT, SLOW, wrong_loader
 
 sys.path.insert(0, str(KIT / "loaders" / "wrong"))

@@ -36,13 +36,23 @@ def logical(module: pxd.ModuleDelta) -> Iterator[tuple[str, bytes]]:
 
 def described(entry: pxd.ModuleEntry, content: dict[str, bytes]) -> dict[str, Any]:
     components = [
-        {"axis": part.axis.value, "exponent": part.exponent,
-         "signs_sha256": sha256(content[f"{k}.signs"]), "scales_sha256": sha256(content[f"{k}.scales"])}
+        {
+            "axis": part.axis.value,
+            "exponent": part.exponent,
+            "signs_sha256": sha256(content[f"{k}.signs"]),
+            "scales_sha256": sha256(content[f"{k}.scales"]),
+        }
         for k, part in enumerate(entry.components)
-    ]  # fmt: skip
+    ]
     exact = sha256(content["exact"]) if "exact" in content else None
-    return {"name": entry.name, "dtype": entry.dtype.value, "shape": list(entry.shape), "encoding": entry.encoding.value,
-            "components": components, "exact_sha256": exact}  # fmt: skip
+    return {
+        "name": entry.name,
+        "dtype": entry.dtype.value,
+        "shape": list(entry.shape),
+        "encoding": entry.encoding.value,
+        "components": components,
+        "exact_sha256": exact,
+    }
 
 
 def decode(path: str, dump: str | None) -> dict[str, Any]:
@@ -102,7 +112,9 @@ def array(folder: Path, name: str, dtype: pxd.DType, shape: tuple[int, ...]) -> 
 def component(folder: Path, said: dict[str, Any], covered: tuple[int, ...]) -> pxd.Component:
     axis = pxd.Axis(said["axis"])
     signs = np.frombuffer((folder / said["signs"]).read_bytes(), dtype=np.uint8).reshape(covered)
-    scales = {word: array(folder, said[word], pxd.DType.F16, shape) for word, shape in pxd.scale_shapes(axis, covered).items()}
+    scales = {
+        word: array(folder, said[word], pxd.DType.F16, shape) for word, shape in pxd.scale_shapes(axis, covered).items()
+    }
     return pxd.Component(axis=axis, exponent=said["exponent"], mask=pxd.pack_signs(signs.astype(bool)), **scales)
 
 
@@ -119,7 +131,9 @@ def module(folder: Path, said: dict[str, Any]) -> pxd.ModuleDelta:
         stored = shape if encoding is pxd.Encoding.FULL else (shape[0] - kept, *shape[1:])
         exact = {"full" if encoding is pxd.Encoding.FULL else "tail": array(folder, said["exact"], dtype, stored)}
     parts = tuple(component(folder, part, covered) for part in said["components"])
-    return pxd.ModuleDelta(name=said["name"], shape=shape, dtype=dtype, encoding=encoding, base=base, components=parts, **exact)
+    return pxd.ModuleDelta(
+        name=said["name"], shape=shape, dtype=dtype, encoding=encoding, base=base, components=parts, **exact
+    )
 
 
 def encode(source: str, out: str) -> dict[str, Any]:
@@ -127,8 +141,14 @@ def encode(source: str, out: str) -> dict[str, Any]:
     folder = Path(source)
     said = json.loads((folder / "content.json").read_bytes())
     calibration = pxd.Calibration(**said["calibration"]) if said["calibration"] else None
-    with pxd.DeltaWriter(out, base=pxd.Identity(**said["base"]), fine_tuned=pxd.Identity(**said["fine_tuned"]),
-                         producer=pxd.Producer(**said["producer"]), calibration=calibration, metadata=said["metadata"]) as writer:  # fmt: skip
+    with pxd.DeltaWriter(
+        out,
+        base=pxd.Identity(**said["base"]),
+        fine_tuned=pxd.Identity(**said["fine_tuned"]),
+        producer=pxd.Producer(**said["producer"]),
+        calibration=calibration,
+        metadata=said["metadata"],
+    ) as writer:
         for entry in said["modules"]:
             writer.add(module(folder, entry))
         for name, alias in said["tied"]:
@@ -142,8 +162,14 @@ def encode(source: str, out: str) -> dict[str, Any]:
 
 
 def caps() -> dict[str, Any]:
-    return {"protocol": 1, "implementation": "peraxis_format", "version": pxd.__version__, "spec": ["1.0"], "features": [],
-            "operations": ["decode", "apply", "encode", "dump", "serve"]}  # fmt: skip
+    return {
+        "protocol": 1,
+        "implementation": "peraxis_format",
+        "version": pxd.__version__,
+        "spec": ["1.0"],
+        "features": [],
+        "operations": ["decode", "apply", "encode", "dump", "serve"],
+    }
 
 
 def answer(arguments: list[str]) -> Answer:

@@ -10,8 +10,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from arithmetic import Part, decoded, encoded, rebuilt, unpacked  # noqa: E402
-from reader import SIZES, SWITCHES, Reader, Rejected, phase_of  # noqa: E402
+from arithmetic import Part, decoded, encoded, rebuilt, unpacked
+from reader import SIZES, SWITCHES, Reader, Rejected, phase_of
 
 __all__ = ["main"]
 
@@ -34,7 +34,11 @@ def parts_of(reader: Reader, module: dict[str, Any]) -> list[Part]:
         name, axis = f"{module['name']}.{k}", part["axis"]
         words = {"row+col": ("row", "col"), "tensor": ("scalar",)}.get(axis, (axis,))
         signs = unpacked(reader.bytes_of(f"{name}.mask"), rows, width, reader.wrong)
-        made.append(Part(axis, part["exponent"], signs, {word: reader.bytes_of(f"{name}.{word}") for word in words}, reader.wrong))
+        made.append(
+            Part(
+                axis, part["exponent"], signs, {word: reader.bytes_of(f"{name}.{word}") for word in words}, reader.wrong
+            )
+        )
     return made
 
 
@@ -51,15 +55,30 @@ def decode(reader: Reader) -> dict[str, Any]:
             scales = b"".join(reader.bytes_of(f"{module['name']}.{k}.{word}") for word in part.values)
             components.append({**said, "signs_sha256": sha256(part.signs), "scales_sha256": sha256(scales)})
         held = exact(reader, module)
-        modules.append({"name": module["name"], "dtype": module["dtype"], "shape": module["shape"], "encoding": module["encoding"],
-                        "components": components, "exact_sha256": sha256(held) if held else None})  # fmt: skip
+        modules.append(
+            {
+                "name": module["name"],
+                "dtype": module["dtype"],
+                "shape": module["shape"],
+                "encoding": module["encoding"],
+                "components": components,
+                "exact_sha256": sha256(held) if held else None,
+            }
+        )
     whole = reader.file[8 : reader.start] if reader.wrong("content-id-of-header") else reader.raw_manifest
     assets = []
     for i, asset in enumerate(manifest["assets"]):
         data = reader.bytes_of(f"__asset__.{i}")
         assets.append({"path": asset["path"], "size": len(data), "sha256": sha256(data)})
-    return {"ok": True, "content_id": "sha256:" + sha256(whole), "modules": modules, "tied": manifest["tied"],
-            "dropped": manifest["dropped"], "assets": assets, "metadata": manifest["metadata"]}  # fmt: skip
+    return {
+        "ok": True,
+        "content_id": "sha256:" + sha256(whole),
+        "modules": modules,
+        "tied": manifest["tied"],
+        "dropped": manifest["dropped"],
+        "assets": assets,
+        "metadata": manifest["metadata"],
+    }
 
 
 def read_base(path: str) -> Tensors:
@@ -67,7 +86,9 @@ def read_base(path: str) -> Tensors:
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     spans = {name: (r["dtype"], r["shape"], r["data_offsets"]) for name, r in header.items() if name != "__metadata__"}
-    return {name: (dtype, shape, data[start + span[0] : start + span[1]]) for name, (dtype, shape, span) in spans.items()}
+    return {
+        name: (dtype, shape, data[start + span[0] : start + span[1]]) for name, (dtype, shape, span) in spans.items()
+    }
 
 
 def bind(reader: Reader, base: Tensors) -> Tensors:
@@ -80,7 +101,13 @@ def bind(reader: Reader, base: Tensors) -> Tensors:
         if said is None or (wrong("full-needs-no-base") and module["encoding"] == "full"):
             continue
         wanted[name] = said
-        held = lower.get(name.lower()) if wrong("match-without-case") else short.get(name, base.get(name)) if wrong("prefix-stripped") else base.get(name)
+        held = (
+            lower.get(name.lower())
+            if wrong("match-without-case")
+            else short.get(name, base.get(name))
+            if wrong("prefix-stripped")
+            else base.get(name)
+        )
         if held is None:
             continue
         size = len(held[2]) == len(held[2]) // SIZES[said["dtype"]] * SIZES[said["dtype"]]
@@ -178,8 +205,14 @@ def dump(reader: Reader, folder: str) -> None:
 
 
 def caps(switch: str) -> dict[str, Any]:
-    return {"protocol": 1, "implementation": f"small reader ({switch or 'right'})", "version": "1", "spec": ["1.0"], "features": [],
-            "operations": ["decode", "apply", "dump", "serve"]}  # fmt: skip
+    return {
+        "protocol": 1,
+        "implementation": f"small reader ({switch or 'right'})",
+        "version": "1",
+        "spec": ["1.0"],
+        "features": [],
+        "operations": ["decode", "apply", "dump", "serve"],
+    }
 
 
 def answer(switch: str, arguments: list[str]) -> tuple[int, dict[str, Any]]:
@@ -193,7 +226,11 @@ def answer(switch: str, arguments: list[str]) -> tuple[int, dict[str, Any]]:
     try:
         if switch == "output-before-checks" and "--out" in options:
             Path(options["--out"]).write_bytes(b"")
-        if switch == "binding-before-payload" and "--base" in options and not set(bases(rest[0])) <= set(read_base(options["--base"])):
+        if (
+            switch == "binding-before-payload"
+            and "--base" in options
+            and not set(bases(rest[0])) <= set(read_base(options["--base"]))
+        ):
             raise Rejected("E402")
         reader = Reader(rest[0], switch)
         if operation == "decode":

@@ -51,7 +51,6 @@ def bits(value: float, dtype: str) -> int:
     return (wide + 0x7FFF + (wide >> 16 & 1)) >> 16
 
 
-
 def encoded(value: float, dtype: str, wrong: Wrong) -> bytes:
     """The bytes of `value` in dtype."""
     result, size = bits(value, dtype), SIZE[dtype]

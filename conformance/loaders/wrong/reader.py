@@ -16,8 +16,23 @@ from typing import Any
 
 __all__ = ["SWITCHES", "Reader", "Rejected", "phase_of"]
 
-SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-         "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}  # fmt: skip
+SIZES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+}
 FLOATS = ("BF16", "F16", "F32")
 MAGIC = b'{"__metadata__":{"format":"pxd","pxd":"'
 INT = 2**53 - 1
@@ -27,33 +42,148 @@ ASSET = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,118}\.(json|txt|model|jinja|tiktoken|md)"
 
 SWITCHES = {
     # Container.
-    "size-limit-ignored": "2.1", "page-size-ignored": "2.3", "length-limit-ignored": "2.3", "length-in-32-bits": "2.3", "magic-by-parsing": "2.5",
-    "version-ignored": "2.6", "minor-version-ignored": "2.6", "version-parsed": "2.6", "version-after-json": "2.6", "utf8-replaced": "2.7", "text-after-json": "2.8",
-    "duplicate-keys": "2.9", "duplicate-records": "2.9", "whole-floats-are-integers": "2.10", "record-keys-ignored": "2.12", "metadata-keys-ignored": "2.12", "true-is-one": "2.12",
-    "dtype-unknown-is-bytes": "2.13", "empty-tensors": "2.14", "product-wraps": "2.14", "nine-dimensions": "2.14", "offsets-not-compared": "2.15", "header-not-canonical": "2.16", "header-padding-free": "2.16",
-    "gaps": "2.17", "any-order": "2.17", "truncated": "2.18", "trailing-bytes": "2.18",
+    "size-limit-ignored": "2.1",
+    "page-size-ignored": "2.3",
+    "length-limit-ignored": "2.3",
+    "length-in-32-bits": "2.3",
+    "magic-by-parsing": "2.5",
+    "version-ignored": "2.6",
+    "minor-version-ignored": "2.6",
+    "version-parsed": "2.6",
+    "version-after-json": "2.6",
+    "utf8-replaced": "2.7",
+    "text-after-json": "2.8",
+    "duplicate-keys": "2.9",
+    "duplicate-records": "2.9",
+    "whole-floats-are-integers": "2.10",
+    "record-keys-ignored": "2.12",
+    "metadata-keys-ignored": "2.12",
+    "true-is-one": "2.12",
+    "dtype-unknown-is-bytes": "2.13",
+    "empty-tensors": "2.14",
+    "product-wraps": "2.14",
+    "nine-dimensions": "2.14",
+    "offsets-not-compared": "2.15",
+    "header-not-canonical": "2.16",
+    "header-padding-free": "2.16",
+    "gaps": "2.17",
+    "any-order": "2.17",
+    "truncated": "2.18",
+    "trailing-bytes": "2.18",
     # Profile.
-    "manifest-duplicate-keys": "3.1", "manifest-floats": "3.1", "manifest-not-canonical": "3.2", "manifest-trailing-space": "3.2", "code-point-order": "3.2", "feature-ignored": "3.3", "unknown-keys": "3.4",
-    "missing-keys-default": "3.4", "true-is-integer": "3.4", "negative-integers": "3.4", "upper-case-digests": "3.4", "digest-without-algorithm": "3.4", "metadata-of-anything": "3.4", "name-any-characters": "3.5", "name-any-length": "3.5", "reserved-names": "3.5",
-    "aliases-not-checked": "3.6", "duplicate-names": "3.6", "dropped-not-checked": "3.6", "lists-not-sorted": "3.7", "limits-ignored": "3.8", "components-unlimited": "3.8", "exponent-unlimited": "3.9", "fit-ignored": "3.9", "integers-convert": "3.9", "columns-may-differ": "3.10", "no-tails": "3.10",
-    "base-digest-ignored": "3.11", "base-digest-not-sorted": "3.11", "asset-path-ignored": "3.12", "asset-path-with-newline": "3.12", "asset-path-by-search": "3.12", "asset-names-by-case": "3.12", "asset-index": "3.12", "asset-code": "3.12",
-    "tensor-shapes-ignored": "4.1", "tensor-names-ignored": "4.1", "tensor-order-ignored": "4.1", "pads-optional": "4.2", "alignment-ignored": "4.2",
+    "manifest-duplicate-keys": "3.1",
+    "manifest-floats": "3.1",
+    "manifest-not-canonical": "3.2",
+    "manifest-trailing-space": "3.2",
+    "code-point-order": "3.2",
+    "feature-ignored": "3.3",
+    "unknown-keys": "3.4",
+    "missing-keys-default": "3.4",
+    "true-is-integer": "3.4",
+    "negative-integers": "3.4",
+    "upper-case-digests": "3.4",
+    "digest-without-algorithm": "3.4",
+    "metadata-of-anything": "3.4",
+    "name-any-characters": "3.5",
+    "name-any-length": "3.5",
+    "reserved-names": "3.5",
+    "aliases-not-checked": "3.6",
+    "duplicate-names": "3.6",
+    "dropped-not-checked": "3.6",
+    "lists-not-sorted": "3.7",
+    "limits-ignored": "3.8",
+    "components-unlimited": "3.8",
+    "exponent-unlimited": "3.9",
+    "fit-ignored": "3.9",
+    "integers-convert": "3.9",
+    "columns-may-differ": "3.10",
+    "no-tails": "3.10",
+    "base-digest-ignored": "3.11",
+    "base-digest-not-sorted": "3.11",
+    "asset-path-ignored": "3.12",
+    "asset-path-with-newline": "3.12",
+    "asset-path-by-search": "3.12",
+    "asset-names-by-case": "3.12",
+    "asset-index": "3.12",
+    "asset-code": "3.12",
+    "tensor-shapes-ignored": "4.1",
+    "tensor-names-ignored": "4.1",
+    "tensor-order-ignored": "4.1",
+    "pads-optional": "4.2",
+    "alignment-ignored": "4.2",
     # Payload.
-    "module-digest-ignored": "4.3", "digest-without-pads": "4.3", "digest-of-full-only": "4.3", "asset-digest-ignored": "4.4", "pads-not-zero": "4.5", "unused-bits-ignored": "5.2", "unused-bits-of-last-row-only": "5.2", "infinite-scales": "5.4", "not-a-number-scales": "5.4",
-    "negative-scales": "5.4", "minus-zero-scales": "5.4", "scales-of-first-component-only": "5.4", "columns-not-checked": "5.4",
+    "module-digest-ignored": "4.3",
+    "digest-without-pads": "4.3",
+    "digest-of-full-only": "4.3",
+    "asset-digest-ignored": "4.4",
+    "pads-not-zero": "4.5",
+    "unused-bits-ignored": "5.2",
+    "unused-bits-of-last-row-only": "5.2",
+    "infinite-scales": "5.4",
+    "not-a-number-scales": "5.4",
+    "negative-scales": "5.4",
+    "minus-zero-scales": "5.4",
+    "scales-of-first-component-only": "5.4",
+    "columns-not-checked": "5.4",
     # Signs and arithmetic.
-    "most-significant-bit-first": "5.1", "inverted-signs": "5.1", "bits-across-rows": "5.1", "transposed": "5.1", "row-and-col-swapped": "5.3", "batch-shares-col": "5.3", "exponent-ignored": "5.3", "exponent-negated": "5.3", "exponent-on-each-scale": "5.3",
-    "product-in-f16": "5.3", "scale-in-f16": "5.3", "product-in-bf16": "5.3", "subnormal-scales-are-zero": "5.3", "flush-to-zero": "6.1", "truncating-cast": "6.1", "half-away-from-zero": "6.1", "terms-summed-first": "6.1", "components-reversed": "6.1", "double-precision": "6.1",
-    "rounds-after-each-component": "6.1", "base-in-dtype-first": "6.1", "saturates": "6.1", "zero-has-no-sign": "6.1", "zero-scale-skipped": "6.1", "first-component-only": "6.1", "nan-payload-kept": "6.2", "nan-sign-kept": "6.2", "same-keeps-nan": "6.3", "same-canonical-nan": "6.3", "same-reinterprets": "6.3", "tail-from-base": "6.4", "tail-first": "6.4",
-    "aliases-left-out": "6.5", "dropped-kept": "6.5", "base-copied": "6.5",
+    "most-significant-bit-first": "5.1",
+    "inverted-signs": "5.1",
+    "bits-across-rows": "5.1",
+    "transposed": "5.1",
+    "row-and-col-swapped": "5.3",
+    "batch-shares-col": "5.3",
+    "exponent-ignored": "5.3",
+    "exponent-negated": "5.3",
+    "exponent-on-each-scale": "5.3",
+    "product-in-f16": "5.3",
+    "scale-in-f16": "5.3",
+    "product-in-bf16": "5.3",
+    "subnormal-scales-are-zero": "5.3",
+    "flush-to-zero": "6.1",
+    "truncating-cast": "6.1",
+    "half-away-from-zero": "6.1",
+    "terms-summed-first": "6.1",
+    "components-reversed": "6.1",
+    "double-precision": "6.1",
+    "rounds-after-each-component": "6.1",
+    "base-in-dtype-first": "6.1",
+    "saturates": "6.1",
+    "zero-has-no-sign": "6.1",
+    "zero-scale-skipped": "6.1",
+    "first-component-only": "6.1",
+    "nan-payload-kept": "6.2",
+    "nan-sign-kept": "6.2",
+    "same-keeps-nan": "6.3",
+    "same-canonical-nan": "6.3",
+    "same-reinterprets": "6.3",
+    "tail-from-base": "6.4",
+    "tail-first": "6.4",
+    "aliases-left-out": "6.5",
+    "dropped-kept": "6.5",
+    "base-copied": "6.5",
     # Binding.
-    "no-match-is-base": "7.1", "partial-match": "7.1", "match-without-case": "7.1", "prefix-stripped": "7.1", "full-needs-no-base": "7.1", "base-shape-ignored": "7.2", "base-dtype-ignored": "7.2", "base-size-only": "7.2", "base-bytes-ignored": "7.3", "base-same-bytes-ignored": "7.3", "base-bytes-used-only": "7.3",
+    "no-match-is-base": "7.1",
+    "partial-match": "7.1",
+    "match-without-case": "7.1",
+    "prefix-stripped": "7.1",
+    "full-needs-no-base": "7.1",
+    "base-shape-ignored": "7.2",
+    "base-dtype-ignored": "7.2",
+    "base-size-only": "7.2",
+    "base-bytes-ignored": "7.3",
+    "base-same-bytes-ignored": "7.3",
+    "base-bytes-used-only": "7.3",
     # The report.
-    "one-phase": "8", "binding-before-payload": "8", "content-id-of-header": "3.2", "output-before-checks": "8", "accepts-everything": "8", "rejects-everything": "8",
-}  # fmt: skip
+    "one-phase": "8",
+    "binding-before-payload": "8",
+    "content-id-of-header": "3.2",
+    "output-before-checks": "8",
+    "accepts-everything": "8",
+    "rejects-everything": "8",
+}
 
 
-class Rejected(Exception):
+class Rejected(Exception):  # noqa: N818  the word of the protocol
     """The file is refused; the argument is a code of SPEC 8."""
 
 
@@ -116,7 +246,12 @@ class Reader:
         if self.wrong("length-in-32-bits"):
             length %= 2**32
         need((8 + length) % 4096 == 0 or self.wrong("page-size-ignored"), "E110")
-        need(4088 <= length <= 2**24 or self.wrong("length-limit-ignored") or (self.wrong("page-size-ignored") and length < 4088), "E110")
+        need(
+            4088 <= length <= 2**24
+            or self.wrong("length-limit-ignored")
+            or (self.wrong("page-size-ignored") and length < 4088),
+            "E110",
+        )
         need(8 + length <= len(self.file), "E111")
         self.start = 8 + length
         raw = self.file[8 : self.start]
@@ -130,7 +265,12 @@ class Reader:
             raise Rejected("E113") from None
         header = self.json(text, raw, manifest=False)
         records = self.header_records(header)
-        if not (self.wrong("header-not-canonical") or self.wrong("magic-by-parsing") or self.wrong("utf8-replaced") or self.wrong("text-after-json")):
+        if not (
+            self.wrong("header-not-canonical")
+            or self.wrong("magic-by-parsing")
+            or self.wrong("utf8-replaced")
+            or self.wrong("text-after-json")
+        ):
             self.header_canonical(header, records, raw)
         return self.extents(records)
 
@@ -175,7 +315,9 @@ class Reader:
         def constant(word: str) -> Any:
             raise Rejected(codes[0])
 
-        decoder = json.JSONDecoder(object_pairs_hook=pairs, parse_int=integer, parse_float=number, parse_constant=constant)
+        decoder = json.JSONDecoder(
+            object_pairs_hook=pairs, parse_int=integer, parse_float=number, parse_constant=constant
+        )
         try:
             value, end = decoder.raw_decode(text)
         except (ValueError, RecursionError):
@@ -229,14 +371,25 @@ class Reader:
         if self.wrong("product-wraps"):
             total = wrapped(total)
         need(total < 2**53, "E120")
-        need(0 <= span[0] and (span[1] - span[0] == total or self.wrong("offsets-not-compared")), "E121")
+        need(span[0] >= 0 and (span[1] - span[0] == total or self.wrong("offsets-not-compared")), "E121")
 
     def header_canonical(self, header: dict[str, Any], records: list[dict[str, Any]], raw: bytes) -> None:
         entries = ['{"__metadata__":{"format":"pxd","pxd":"1.0","manifest":' + quoted(self.text) + "}"]
-        if self.wrong("metadata-keys-ignored") or self.wrong("record-keys-ignored") or self.wrong("version-ignored") or self.wrong("minor-version-ignored") or self.wrong("version-parsed") or getattr(self, "repeated", False):
+        if (
+            self.wrong("metadata-keys-ignored")
+            or self.wrong("record-keys-ignored")
+            or self.wrong("version-ignored")
+            or self.wrong("minor-version-ignored")
+            or self.wrong("version-parsed")
+            or getattr(self, "repeated", False)
+        ):
             return
         for record in records:
-            fields = (f'"dtype":{quoted(record["dtype"])}', f'"shape":{compact(record["shape"])}', f'"data_offsets":{compact(record["data_offsets"])}')
+            fields = (
+                f'"dtype":{quoted(record["dtype"])}',
+                f'"shape":{compact(record["shape"])}',
+                f'"data_offsets":{compact(record["data_offsets"])}',
+            )
             entries.append(quoted(record["name"]) + ":{" + ",".join(fields) + "}")
         try:
             written = (",".join(entries) + "}").encode()
@@ -274,7 +427,11 @@ class Reader:
         self.raw_manifest = raw
         text = self.text.strip(" ") if self.wrong("manifest-trailing-space") else self.text
         manifest = self.json(text, raw, manifest=True)
-        if not (self.wrong("manifest-not-canonical") or self.wrong("manifest-duplicate-keys") or (self.wrong("manifest-floats") and re.search(r"\d\.\d|\de\d", text))):
+        if not (
+            self.wrong("manifest-not-canonical")
+            or self.wrong("manifest-duplicate-keys")
+            or (self.wrong("manifest-floats") and re.search(r"\d\.\d|\de\d", text))
+        ):
             try:
                 need(self.canonical(manifest) == text and self.canonical(manifest).encode() is not None, "E203")
             except UnicodeEncodeError:
@@ -288,15 +445,21 @@ class Reader:
 
     def canonical(self, value: Any) -> str:
         if isinstance(value, dict):
-            order: Any = None if self.wrong("code-point-order") else (lambda key: key.encode("utf-16-be", "surrogatepass"))
-            return "{" + ",".join(f"{quoted(key)}:{self.canonical(value[key])}" for key in sorted(value, key=order)) + "}"
+            order: Any = (
+                None if self.wrong("code-point-order") else (lambda key: key.encode("utf-16-be", "surrogatepass"))
+            )
+            return (
+                "{" + ",".join(f"{quoted(key)}:{self.canonical(value[key])}" for key in sorted(value, key=order)) + "}"
+            )
         if isinstance(value, list):
             return "[" + ",".join(map(self.canonical, value)) + "]"
         return quoted(value) if isinstance(value, str) else json.dumps(value)
 
     def schema(self, manifest: dict[str, Any]) -> None:
         def hexes(value: Any) -> bool:
-            return isinstance(value, str) and bool(HEX.fullmatch(value.lower() if self.wrong("upper-case-digests") else value))
+            return isinstance(value, str) and bool(
+                HEX.fullmatch(value.lower() if self.wrong("upper-case-digests") else value)
+            )
 
         def digest(value: Any) -> bool:
             if self.wrong("digest-without-algorithm") and isinstance(value, str):
@@ -327,7 +490,12 @@ class Reader:
                 if set(tests) - set(value):
                     if not self.wrong("missing-keys-default"):
                         return False
-                    value.update({key: [] if key in ("assets", "tied", "dropped", "components") else None for key in set(tests) - set(value)})
+                    value.update(
+                        {
+                            key: [] if key in ("assets", "tied", "dropped", "components") else None
+                            for key in set(tests) - set(value)
+                        }
+                    )
                     return True
                 return all(test(value[key]) for key, test in tests.items())
 
@@ -342,13 +510,27 @@ class Reader:
         dtype = SIZES.__contains__
         base = keyed(dtype=lambda v: text(v) and dtype(v), sha256=hexes, shape=many(count))
         part = keyed(axis=lambda v: v in ("row", "col", "row+col", "tensor"), exponent=integer)
-        module = keyed(base=maybe(base), components=many(part), dtype=lambda v: text(v) and dtype(v), encoding=lambda v: v in ("sign", "full", "same"),
-                       name=text, sha256=maybe(hexes), shape=many(count))  # fmt: skip
+        module = keyed(
+            base=maybe(base),
+            components=many(part),
+            dtype=lambda v: text(v) and dtype(v),
+            encoding=lambda v: v in ("sign", "full", "same"),
+            name=text,
+            sha256=maybe(hexes),
+            shape=many(count),
+        )
         whole = keyed(
-            assets=many(keyed(path=text, sha256=hexes)), base=keyed(digest=digest, id=text, revision=maybe(text)),
-            calibration=maybe(keyed(digest=digest, samples=count, seed=count, sequence_length=count, source=text)), dropped=many(text), features=many(text),
-            fine_tuned=keyed(id=text, revision=maybe(text)), metadata=texts, modules=many(module), producer=keyed(name=text, version=text), tied=many(pair),
-        )  # fmt: skip
+            assets=many(keyed(path=text, sha256=hexes)),
+            base=keyed(digest=digest, id=text, revision=maybe(text)),
+            calibration=maybe(keyed(digest=digest, samples=count, seed=count, sequence_length=count, source=text)),
+            dropped=many(text),
+            features=many(text),
+            fine_tuned=keyed(id=text, revision=maybe(text)),
+            metadata=texts,
+            modules=many(module),
+            producer=keyed(name=text, version=text),
+            tied=many(pair),
+        )
         need(whole(manifest), "E205")
         if not self.wrong("lists-not-sorted"):
             aliases = [alias for _, alias in manifest["tied"]]
@@ -363,7 +545,11 @@ class Reader:
         aliases = [alias for _, alias in manifest["tied"]]
         for name in names + [name for pair in manifest["tied"] for name in pair] + manifest["dropped"]:
             plain = name.lstrip("_") or name if self.wrong("reserved-names") else name
-            fits = NAME.fullmatch(plain) or (self.wrong("name-any-characters") and 1 <= len(name) <= 512) or (self.wrong("name-any-length") and NAME.fullmatch(name[:512] or "x"))
+            fits = (
+                NAME.fullmatch(plain)
+                or (self.wrong("name-any-characters") and 1 <= len(name) <= 512)
+                or (self.wrong("name-any-length") and NAME.fullmatch(name[:512] or "x"))
+            )
             need(fits, "E206")
         known = set(names)
         need(len(known) == len(names) or self.wrong("duplicate-names"), "E207")
@@ -378,7 +564,12 @@ class Reader:
         if not self.wrong("base-digest-not-sorted"):
             bound.sort(key=lambda row: row[0])
         digest = "sha256:" + hashlib.sha256(self.canonical(bound).encode("utf-8", "replace")).hexdigest()
-        need(manifest["base"]["digest"].lower() == digest or self.wrong("base-digest-ignored") or self.wrong("digest-without-algorithm"), "E210")
+        need(
+            manifest["base"]["digest"].lower() == digest
+            or self.wrong("base-digest-ignored")
+            or self.wrong("digest-without-algorithm"),
+            "E210",
+        )
         self.asset_rules([asset["path"] for asset in manifest["assets"]])
 
     def module_rules(self, module: dict[str, Any]) -> None:
@@ -399,7 +590,9 @@ class Reader:
         if encoding == "sign":
             need(parts and module["sha256"] and floats and base_floats and len(shape) >= 2, "E209")
         else:
-            converts = (floats and base_floats) or (self.wrong("integers-convert") and SIZES[module["dtype"]] == SIZES[base["dtype"]])
+            converts = (floats and base_floats) or (
+                self.wrong("integers-convert") and SIZES[module["dtype"]] == SIZES[base["dtype"]]
+            )
             need(not parts and (module["dtype"] == base["dtype"] or converts), "E209")
             need((module["sha256"] is not None) == bool(self.tail(module)), "E209")
 
@@ -463,7 +656,10 @@ class Reader:
         plain = [record for record in self.records if not record["name"].startswith("__pad__.")]
         sizes = [record["shape"] for record in plain if record["name"].startswith("__asset__.")]
         self.pads = [record for record in self.records if record["name"].startswith("__pad__.")]
-        wanted += [(f"__asset__.{i}", "U8", sizes[i] if i < len(sizes) and len(sizes[i]) == 1 else [1]) for i in range(len(self.manifest["assets"]))]
+        wanted += [
+            (f"__asset__.{i}", "U8", sizes[i] if i < len(sizes) and len(sizes[i]) == 1 else [1])
+            for i in range(len(self.manifest["assets"]))
+        ]
         need(len(wanted) == len(plain), "E212")
         if self.wrong("tensor-order-ignored"):
             by_name = {record["name"]: record for record in plain}
@@ -515,7 +711,11 @@ class Reader:
 
     def module_digest(self, module: dict[str, Any]) -> None:
         names = [name for name, _, _ in self.module_tensors(module)]
-        if not names or self.wrong("module-digest-ignored") or (self.wrong("digest-of-full-only") and module["encoding"] != "full"):
+        if (
+            not names
+            or self.wrong("module-digest-ignored")
+            or (self.wrong("digest-of-full-only") and module["encoding"] != "full")
+        ):
             return
         data = self.file[self.start + self.tensors[names[0]][0] : self.start + self.tensors[names[-1]][1]]
         if self.wrong("digest-without-pads"):
@@ -540,8 +740,18 @@ class Reader:
             for i in range(0, len(raw), 2):
                 bits = raw[i] | raw[i + 1] << 8
                 magnitude = bits & 0x7FFF
-                need(magnitude < 0x7C00 or (magnitude == 0x7C00 and self.wrong("infinite-scales")) or (magnitude > 0x7C00 and self.wrong("not-a-number-scales")), "E305")
-                need(bits < 0x8000 or self.wrong("negative-scales") or (bits == 0x8000 and self.wrong("minus-zero-scales")), "E306")
+                need(
+                    magnitude < 0x7C00
+                    or (magnitude == 0x7C00 and self.wrong("infinite-scales"))
+                    or (magnitude > 0x7C00 and self.wrong("not-a-number-scales")),
+                    "E305",
+                )
+                need(
+                    bits < 0x8000
+                    or self.wrong("negative-scales")
+                    or (bits == 0x8000 and self.wrong("minus-zero-scales")),
+                    "E306",
+                )
 
 
 def compact(value: Any) -> str:
