@@ -14,6 +14,8 @@ import torch
 
 from peraxis_format import Axis, Calibration, Safetensors
 from peraxis_tools.checkpoint import Checkpoint
+from peraxis_tools.compress.adamw import ADAMW_EPOCHS
+from peraxis_tools.compress.budget import is_open, spend
 from peraxis_tools.compress.calibration import Ids, Parts, Samples, load_samples, partition
 from peraxis_tools.compress.distill import DistillOptions, distill, fill_whole
 from peraxis_tools.compress.fit import AUTO_AXES, FitOptions
@@ -22,6 +24,7 @@ from peraxis_tools.compress.names import NameMap, map_names
 from peraxis_tools.compress.options import CompressOptions, OptionError
 from peraxis_tools.compress.plan import Plan
 from peraxis_tools.compress.procedure import Batch, Procedure
+from peraxis_tools.compress.sensitivity import fisher_errors
 from peraxis_tools.compress.skeleton import Skeleton
 from peraxis_tools.compress.types import FittedModule, RunFit
 from peraxis_tools.compress.weights import Weights
@@ -38,22 +41,26 @@ def calibrated_fit(
     output: Path,
     options: CompressOptions,
     progress: Callable[[str, int, int], None],
+    show_plan: Callable[[Plan], None],
 ) -> RunFit:
-    """Fit every module of the plan on the calibration text."""
+    """Fit every module of the plan on the calibration text; with a byte target, make the plan first and show it."""
     if fine_tuned.folder is None or options.calibration is None:
         raise ToolError(f"{fine_tuned.tensors.label}: a fit on text needs the checkpoint's folder, with its tokenizer")
     with quiet_transformers():
         run = _open_run(base, fine_tuned, plan, output, options)
+        if options.has_target:
+            run = _with_budget(run, options, progress)
+            show_plan(run.plan)
         teacher, student = run.skeletons()
         procedure = Procedure(
-            plan=plan,
+            plan=run.plan,
             base=base.tensors,
             fine_tuned=fine_tuned.tensors,
             teacher=teacher,
             student=student,
             names=run.names,
             batches=batches_of(run.parts.fit, run.parts.judge, options.batch_size, run.device),
-            options=_fit_options(options),
+            options=_fit_options(options, len(run.parts.fit)),
             work=run.work,
             hidden_limit=options.hidden_limit,
             progress=progress,
@@ -65,7 +72,7 @@ def calibrated_fit(
             modules, metadata = _distilled(run, modules, options, progress)
     ids = run.samples.ids
     return RunFit(
-        plan=plan,
+        plan=run.plan,
         modules=modules,
         calibration=Calibration(
             digest=run.samples.digest,
@@ -177,6 +184,20 @@ def _with_generated(run: _Run, tokenizer: Any, options: CompressOptions) -> _Run
     )
 
 
+def _with_budget(run: _Run, options: CompressOptions, progress: Callable[[str, int, int], None]) -> _Run:
+    """The run with a plan that spends the byte target where it lowers KL most; kept in the work folder."""
+    errors = run.work.load_text("sensitivity")
+    if errors is None:
+        teacher, _ = run.skeletons()
+        weights = run.weights()
+        fill_whole(teacher, weights, weights.teacher)
+        samples = torch.from_numpy(np.ascontiguousarray(run.parts.fit)).to(run.device)
+        open_modules = [module for module in run.plan.modules if is_open(module, options)]
+        errors = fisher_errors(teacher, weights, open_modules, samples, seed=options.seed, progress=progress)
+        run.work.save_text("sensitivity", errors)
+    return replace(run, plan=spend(run.plan, errors, run.fine_tuned, options))
+
+
 def _distilled(
     run: _Run,
     modules: Mapping[str, FittedModule],
@@ -186,7 +207,7 @@ def _distilled(
     """The modules after end-to-end distillation, and its losses."""
     done = run.work.load("distilled")
     if done is not None:
-        return {module.name: module for module in done}, run.work.load_text("distilled")
+        return {module.name: module for module in done}, run.work.load_text("distilled") or {}
     if not len(run.parts.distill):
         raise ToolError(f"calibration {options.calibration}: too little text to distil after calibration; give more")
     teacher, student = run.skeletons()
@@ -218,9 +239,15 @@ def _distilled(
     return result.modules, text
 
 
-def _fit_options(options: CompressOptions) -> FitOptions:
-    axes = AUTO_AXES if options.axis == "auto" else (Axis(options.axis),)
-    return FitOptions(axes=axes, refine=options.resolved_fit == "refined", rounds=options.refine_rounds)
+def _fit_options(options: CompressOptions, fit_samples: int) -> FitOptions:
+    adamw = options.resolved_fit == "adamw"
+    auto = (Axis.ROW, Axis.COL) if adamw else AUTO_AXES
+    return FitOptions(
+        axes=auto if options.axis == "auto" else (Axis(options.axis),),
+        refine=options.resolved_fit == "refined",
+        adamw_steps=ADAMW_EPOCHS * fit_samples if adamw else 0,
+        rounds=options.refine_rounds,
+    )
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from peraxis_format import Axis
+from peraxis_tools.compress.adamw import adamw_term
 from peraxis_tools.compress.scales import Term, fit_scales, start_term, stored
 from peraxis_tools.compress.signs import descend, feedback, inverse_factor
 from peraxis_tools.compress.statistics import Moments, Statistics, squared_error
@@ -34,13 +35,15 @@ AUTO_AXES = (Axis.ROW, Axis.COL, Axis.ROW_COL, Axis.TENSOR)
 class FitOptions:
     """How one matrix is fitted.
 
-    axes: candidates. components: masks, 1 to 8. refine: choose signs, not only scales. dampings: candidates for
+    axes: candidates. components: masks, 1 to 8. refine: choose signs, not only scales. adamw_steps: above 0,
+    the paper's fit with so many steps in place of all else. dampings: candidates for
     lambda / mean diag G. rounds: alternations of signs and scales. sweeps: of coordinate descent in each.
     """
 
     axes: tuple[Axis, ...] = AUTO_AXES
     components: int = 1
     refine: bool = True
+    adamw_steps: int = 0
     dampings: tuple[float, ...] = (0.02, 0.1, 0.5)
     rounds: int = 3
     sweeps: int = 2
@@ -160,6 +163,8 @@ def fit_matrix(
     plain = tuple(map(stored, residual_terms(delta, options.axes, options.components)))
     error_none, error_same = error(plain), error(())
     fitted = FittedMatrix(terms=plain, error=error_none, error_none=error_none, error_same=error_same)
+    if options.adamw_steps:
+        return _fit_adamw(fitted, delta, fine_tuned, statistics.fit, options, error)
     best = _choose(delta, fine_tuned, statistics.fit, options, error)
     if best is not None and best.error < min(error_none, error_same):
         problem = quadratic(delta, fine_tuned, statistics.total, best.damping)
@@ -170,6 +175,22 @@ def fit_matrix(
         return replace(fitted, terms=(), error=error_same, note="no delta lowers the held-out error: base kept")
     why = "no calibration token reaches it" if best is None else "calibration does not improve it"
     return replace(fitted, note=f"{why}: mean |delta|")
+
+
+def _fit_adamw(
+    plain: FittedMatrix,
+    delta: Tensor,
+    fine_tuned: Tensor,
+    moments: Moments,
+    options: FitOptions,
+    error: Callable[[Sequence[Term]], float],
+) -> FittedMatrix:
+    """The paper's fit; like the paper, without a look at whether it is better than no fit."""
+    if not moments.tokens:
+        return replace(plain, note="no calibration token reaches it: mean |delta|")
+    terms = [stored(adamw_term(delta, fine_tuned, moments, a, steps=options.adamw_steps)) for a in options.axes]
+    best = min(terms, key=lambda term: error((term,)))
+    return replace(plain, terms=(best,), error=error((best,)))
 
 
 def _choose(

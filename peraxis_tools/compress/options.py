@@ -101,8 +101,15 @@ class CompressOptions:
             raise OptionError("this fit needs a text: give --calibration (c4, a datasets id, or a file)")
         if self.target_size is not None and self.target_ratio is not None:
             raise OptionError("target-size and target-ratio: give one of them")
-        if self.bits > 1 and (self.target_size is not None or self.target_ratio is not None):
+        if self.fit == "adamw" and (self.bits > 1 or self.has_target):
+            raise OptionError("fit adamw is the paper's: one mask a module, no target")
+        if self.bits > 1 and self.has_target:
             raise OptionError("bits and a target size exclude each other: the target decides the masks of each module")
+
+    @property
+    def has_target(self) -> bool:
+        """Whether a byte budget decides the masks of each module."""
+        return self.target_size is not None or self.target_ratio is not None
 
     @property
     def resolved_fit(self) -> str:

@@ -54,6 +54,9 @@ class PlannedModule:
     @property
     def payload_bytes(self) -> int:
         """Predicted bytes in the file; an open axis counts as row+col, the largest."""
+        if self.encoding is Encoding.SAME:
+            kept = min(self.shape[0], (self.base_shape or self.shape)[0])
+            return _align((self.shape[0] - kept) * math.prod(self.shape[1:]) * self.dtype.itemsize)
         return module_bytes(self, components=self.components, axis=self.axis)
 
     @property
@@ -80,13 +83,15 @@ class Plan:
         """Size of the fine-tuned checkpoint's tensors, tied ones once."""
         return sum(math.prod(m.shape) * m.dtype.itemsize for m in self.modules)
 
-    def with_components(self, components: Mapping[str, int]) -> Plan:
-        """The same plan with other numbers of masks; 0 is `full`."""
+    def with_choices(self, choices: Mapping[str, tuple[Encoding, int]]) -> Plan:
+        """The same plan with other encodings and numbers of masks, by name."""
         modules = []
         for module in self.modules:
-            count = components.get(module.name, module.components)
-            encoding = Encoding.SIGN if count else Encoding.FULL
-            modules.append(replace(module, components=count, encoding=encoding))
+            encoding, components = choices.get(module.name, (module.encoding, module.components))
+            changed = (encoding, components) != (module.encoding, module.components)
+            reason = "the budget buys more elsewhere" if encoding is Encoding.SAME else "within the budget"
+            reason = "" if encoding is Encoding.SIGN else reason if changed else module.reason
+            modules.append(replace(module, components=components, encoding=encoding, reason=reason))
         return replace(self, modules=tuple(modules))
 
 

@@ -16,7 +16,7 @@ experts are fitted on the student's own tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -319,14 +319,7 @@ class Procedure:
         if transposed:
             swapped = {Axis.ROW: Axis.COL, Axis.COL: Axis.ROW}
             axes = tuple(swapped.get(axis, axis) for axis in axes)
-        return FitOptions(
-            axes=axes,
-            components=module.components,
-            refine=self.options.refine,
-            dampings=self.options.dampings,
-            rounds=self.options.rounds,
-            sweeps=self.options.sweeps,
-        )
+        return replace(self.options, axes=axes, components=module.components)
 
 
 def _no_statistics(width: int) -> Statistics:

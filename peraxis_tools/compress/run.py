@@ -21,6 +21,7 @@ import numpy as np
 from peraxis_format import (
     Array,
     BaseRef,
+    Component,
     DeltaWriter,
     Encoding,
     ModuleDelta,
@@ -30,6 +31,7 @@ from peraxis_format import (
     raw_bytes,
 )
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.compress.budget import is_open, spend, weight_errors
 from peraxis_tools.compress.options import CompressOptions, OptionError
 from peraxis_tools.compress.pairing import check_pair, tied_pairs
 from peraxis_tools.compress.plan import Plan, PlannedModule, plan
@@ -105,13 +107,22 @@ def compress(
             options=options,
             tied=tied_pairs(tuned_checkpoint.tensors),
         )
-        if show_plan is not None:
+        if options.has_target and options.resolved_fit == "none":
+            errors = {
+                module.name: weight_errors(module, base_checkpoint.tensors, tuned_checkpoint.tensors)
+                for module in planned.modules
+                if is_open(module, options)
+            }
+            planned = spend(planned, errors, tuned_checkpoint, options)
+        if show_plan is not None and not (options.has_target and options.resolved_fit != "none"):
             show_plan(planned)
         fit = RunFit(plan=planned)
         if options.resolved_fit != "none":
             from peraxis_tools.compress.calibrated import calibrated_fit
 
-            fit = calibrated_fit(base_checkpoint, tuned_checkpoint, planned, output, options, step)
+            fit = calibrated_fit(
+                base_checkpoint, tuned_checkpoint, planned, output, options, step, show_plan or (lambda plan: None)
+            )
         result = _write(base_checkpoint, tuned_checkpoint, fit, output, options, step)
     if fit.work is not None:
         shutil.rmtree(fit.work, ignore_errors=True)
@@ -190,11 +201,15 @@ def _module_delta(
     ref = base_ref(base[module.name], base_array)
     if _same_bytes(module, base_array, tuned_array):
         return _delta(module, Encoding.SAME, ref), None
-    if module.encoding is not Encoding.SIGN:
+    if module.encoding is Encoding.FULL:
         return _full(module, ref, tuned_array), None
     kept = min(module.shape[0], module.base_shape[0])
     tail = tuned_array[kept:] if kept < module.shape[0] else None
-    if fitted is None:
+    components: tuple[Component, ...] = ()
+    report = None
+    if fitted is not None:
+        components, report = fitted.components, fitted.report
+    elif module.encoding is Encoding.SIGN:
         components = mean_components(
             base_array[:kept],
             tuned_array[:kept],
@@ -203,9 +218,6 @@ def _module_delta(
             axis=module.axis,
             components=module.components,
         )
-        report = None
-    else:
-        components, report = fitted.components, fitted.report
     encoding = Encoding.SIGN if components else Encoding.SAME
     delta = ModuleDelta(
         name=module.name,
@@ -245,7 +257,7 @@ def _plan_json(planned: Plan) -> str:
 
     def line(module: PlannedModule) -> str:
         axis = "auto" if module.axis is None else module.axis.value
-        return f"sign {module.components} {axis}" if module.components else f"full: {module.reason}"
+        return f"sign {module.components} {axis}" if module.components else f"{module.encoding.value}: {module.reason}"
 
     modules: dict[str, Any] = {module.name: line(module) for module in planned.modules}
     return canonical_json({"modules": modules, "payload_bytes": planned.payload_bytes}).decode()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from peraxis_format import Array, Axis, Component, DType, encode_scale_pair, encode_scales
 from peraxis_tools.compress.kernels import DeltaSums, matrix_sums
 
-__all__ = ["encode_component", "mean_components"]
+__all__ = ["dense_component", "encode_component", "mean_components"]
 
 _AXES = (Axis.ROW, Axis.COL, Axis.ROW_COL, Axis.TENSOR)
 
@@ -87,6 +87,12 @@ class _Stored:
     def dense(self, rows: slice) -> NDArray[np.float32]:
         signs = np.unpackbits(self.mask[rows], axis=-1, count=len(self.col), bitorder="little")
         return np.where(signs.view(np.bool_), self.col, -self.col) * self.row[rows, None]
+
+
+def dense_component(component: Component, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """What a component adds, as float32 [..., d_out, d_in]."""
+    count = int(np.prod(shape[:-2])) if len(shape) > 2 else 1
+    return np.stack([_Stored.of(component, e, shape).dense(slice(None)) for e in range(count)]).reshape(shape)
 
 
 def _measure(base: Array, fine_tuned: Array, *, base_dtype: DType, dtype: DType, earlier: Sequence[_Stored]) -> _Matrix:

@@ -60,7 +60,7 @@ class Weights:
 
     def _student(self, name: str, fitted: Mapping[str, FittedModule]) -> Tensor:
         module = self.modules[self._aliases.get(name, name)]
-        if module.encoding is not Encoding.SIGN:
+        if module.encoding is Encoding.FULL or module.base_shape is None:
             return self.read(self.fine_tuned, module.name)
         kept = kept_rows(module)
         base = self.read(self.base, module.name, slice(0, kept))

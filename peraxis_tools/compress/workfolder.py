@@ -64,14 +64,15 @@ class WorkFolder:
         path = self.path / f"{part}.npy"
         return np.load(path, allow_pickle=False) if path.is_file() else None
 
-    def save_text(self, part: str, text: Mapping[str, str]) -> None:
-        """Store texts beside a part; to be called before the part itself is saved."""
+    def save_text(self, part: str, text: Mapping[str, Any]) -> None:
+        """Store JSON values under a name of their own; for a part, before the part itself is saved."""
         with atomic_file(self.path / f"{part}.text.json") as file:
             file.write(json.dumps(dict(text)).encode())
 
-    def load_text(self, part: str) -> dict[str, str]:
-        """The texts beside a finished part."""
-        return dict(json.loads((self.path / f"{part}.text.json").read_bytes()))
+    def load_text(self, part: str) -> dict[str, Any] | None:
+        """What `save_text` stored; None where there is none."""
+        path = self.path / f"{part}.text.json"
+        return dict(json.loads(path.read_bytes())) if path.is_file() else None
 
     def save(self, part: str, modules: Sequence[FittedModule]) -> None:
         """Store a finished part."""
