@@ -40,6 +40,8 @@ _STORAGE: Final[dict[str, type[np.generic]]] = {
     "F64": np.float64,
 }
 
+_LITTLE: Final[dict[str, np.dtype[Any]]] = {name: np.dtype(kind).newbyteorder("<") for name, kind in _STORAGE.items()}
+
 
 class DType(Enum):
     """The dtypes of SPEC 1, by their safetensors names."""
@@ -63,7 +65,7 @@ class DType(Enum):
     @property
     def storage(self) -> np.dtype[Any]:
         """The numpy dtype of the storage array, little-endian."""
-        return np.dtype(_STORAGE[self.value]).newbyteorder("<")
+        return _LITTLE[self.value]
 
     @property
     def itemsize(self) -> int:
