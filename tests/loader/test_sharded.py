@@ -1,0 +1,163 @@
+"""Sharded models over gloo: each rank reads and writes its slice, and all of them or none become the fine-tune."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, multiprocessing
+
+import peraxis_format as pf
+from peraxis_format.torch import Shard, VariantSwitch, apply_, chunk, place
+from peraxis_format.torch.image import cut_transfers
+from tests.loader.support import bytes_of, expected_bytes, write_delta
+
+# A column-parallel, a row-parallel (whose pieces begin inside a byte), experts, and a norm that all ranks hold.
+SHAPES = {"up.weight": (44, 72), "down.weight": (24, 86), "experts.weight": (4, 10, 24), "norm.weight": (24,)}
+DIMS = {"up.weight": 0, "down.weight": 1, "experts.weight": 0}
+
+
+def base_tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in SHAPES.items()}
+
+
+def cut(tensor: Tensor, name: str, rank: int, world: int) -> Tensor:
+    if name not in DIMS:
+        return tensor.clone()
+    begin, end = chunk((0, tensor.shape[DIMS[name]]), rank, world)
+    return tensor.narrow(DIMS[name], begin, end - begin).clone().contiguous()
+
+
+def wanted_slices(path: Path, base: dict[str, Tensor], rank: int, world: int) -> dict[str, bytes]:
+    whole = expected_bytes(path, base)
+    out = {}
+    for name, tensor in base.items():
+        full = torch.frombuffer(bytearray(whole[name]), dtype=torch.bfloat16).view(tensor.shape)
+        out[name] = bytes_of({name: cut(full, name, rank, world)})[name]
+    return out
+
+
+def start(rank: int, world: int, folder: str) -> Path:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )  # fmt: skip
+    return Path(folder)
+
+
+def plain_slices(rank: int, world: int, folder: str) -> None:
+    path = start(rank, world, folder) / "d.pxd"
+    base = base_tensors()
+    live = {name: cut(tensor, name, rank, world) for name, tensor in base.items()}
+    shards = {name: Shard(dim, rank, world) for name, dim in DIMS.items()}
+    applied = apply_(live, path, shards=shards, workers=1)
+    assert bytes_of(live) == wanted_slices(path, base, rank, world)
+    with pf.open(path) as delta:
+        stored = sum(b - a for a, b in map(delta.span, delta))
+        # Its slice of every mask and scale, and what every rank needs whole: about one part of `world`.
+        whole = sum(b - a for a, b in [delta.span("norm.weight")])
+        assert applied.read_bytes <= (stored - whole) / world * 1.35 + whole
+        assert applied.verified_bytes < stored
+        runs = cut_transfers(delta, place(live, delta.manifest, shards=shards), limit=1 << 20)
+        assert applied.read_bytes == sum(run.size for transfer in runs for run in transfer.runs)
+    total = torch.tensor([applied.verified_bytes])
+    distributed.all_reduce(total)
+    assert int(total) == stored
+    distributed.destroy_process_group()
+
+
+def dtensors(rank: int, world: int, folder: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor import Shard as Sharded
+
+    path = start(rank, world, folder) / "d.pxd"
+    base = base_tensors()
+    shape = (2, 2) if world == 4 else (world,)
+    mesh = init_device_mesh("cpu", shape)
+    live = {}
+    for name, tensor in base.items():
+        placements: list[Any] = [Replicate()] * len(shape)
+        if name in DIMS:
+            placements[-1] = Sharded(DIMS[name])
+        if name == "up.weight" and world == 4:
+            placements[0] = Sharded(1)  # cut along both dimensions
+        live[name] = distribute_tensor(tensor, mesh, placements)
+    apply_(live, path, workers=1)
+    whole = expected_bytes(path, base)
+    for name, tensor in live.items():
+        assert bytes_of({name: tensor.full_tensor()})[name] == whole[name], name
+    distributed.destroy_process_group()
+
+
+def one_bad_rank(rank: int, world: int, folder: str) -> None:
+    path = start(rank, world, folder) / "d.pxd"
+    base = base_tensors()
+    live = {name: cut(tensor, name, rank, world) for name, tensor in base.items()}
+    if rank == world - 1:
+        live["down.weight"].view(torch.int16)[1, 1] ^= 1
+    before = bytes_of(live)
+    with pytest.raises(pf.BindingError, match=r"E404.*down\.weight"):
+        apply_(live, path, shards={name: Shard(dim, rank, world) for name, dim in DIMS.items()}, workers=1)
+    assert bytes_of(live) == before
+    distributed.destroy_process_group()
+
+
+def one_failing_rank(rank: int, world: int, folder: str) -> None:
+    from peraxis_format.torch.engine import HostEngine
+
+    path = start(rank, world, folder) / "d.pxd"
+    base = base_tensors()
+    live = {name: cut(tensor, name, rank, world) for name, tensor in base.items()}
+    before = bytes_of(live)
+    if rank == 0:
+
+        def failing(*_: Any) -> None:
+            raise OSError("this rank only")
+
+        HostEngine.write = failing  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="this rank only"):
+        apply_(live, path, shards={name: Shard(dim, rank, world) for name, dim in DIMS.items()}, workers=1)
+    assert bytes_of(live) == before
+    distributed.destroy_process_group()
+
+
+def swaps(rank: int, world: int, folder: str) -> None:
+    path = start(rank, world, folder)
+    base = base_tensors()
+    live = {name: cut(tensor, name, rank, world) for name, tensor in base.items()}
+    pristine = bytes_of(live)
+    shards = {name: Shard(dim, rank, world) for name, dim in DIMS.items()}
+    with VariantSwitch(live, shards=shards, workers=1) as switch:
+        switch.add("d", path / "d.pxd", "file")
+        switch.add("e", path / "e.pxd")
+        for name in ("d", "e", None, "d"):
+            switch.use(name)
+            file = None if name is None else path / f"{name}.pxd"
+            assert bytes_of(live) == (pristine if file is None else wanted_slices(file, base, rank, world))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("job", [plain_slices, dtensors, one_bad_rank, one_failing_rank, swaps])
+def test_ranks_become_the_fine_tune_together(world: int, job: Any, tmp_path: Path) -> None:
+    base = base_tensors()
+    write_delta(tmp_path / "d.pxd", base, components=2)
+    write_delta(tmp_path / "e.pxd", base, seed=5)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    multiprocessing.spawn(job, args=(world, str(tmp_path)), nprocs=world, join=True)
+
+
+def test_without_the_other_ranks_a_piece_cannot_be_checked(tmp_path: Path) -> None:
+    base = base_tensors()
+    path = write_delta(tmp_path / "d.pxd", base)
+    live = {name: cut(tensor, name, 0, 2) for name, tensor in base.items()}
+    with pytest.raises(Exception, match=r"initialise torch\.distributed"):
+        apply_(live, path, shards={name: Shard(dim, 0, 2) for name, dim in DIMS.items()})
