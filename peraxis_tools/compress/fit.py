@@ -9,7 +9,8 @@ all fits: scales (scales.py) and signs (signs.py) minimise J, component after co
 
 What is not known beforehand is how far the fit tokens can be trusted. So variants (axis; damping) are fitted
 on the fit tokens and judged by ||R - X Q^T||^2 on held-out tokens, beside the delta that has seen no text (`none`)
-and no delta at all (`same`). The best wins, and is fitted once more on all tokens.
+and no delta at all (`same`). A fit must win by more than chance would let it, a share 1 / sqrt(tokens that judge) of
+the error; the best is then fitted once more on all tokens.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from peraxis_tools.compress.statistics import Moments, Statistics, squared_error
 
 __all__ = ["FitOptions", "FittedMatrix", "Quadratic", "dense", "fit_matrix", "fit_terms", "quadratic", "residual_terms"]
 
+# Few tokens know little of G: inputs of all directions alike are mixed in, a tenth of a token for each dimension.
+_PSEUDO_TOKENS = 0.1
 AUTO_AXES = (Axis.ROW, Axis.COL, Axis.ROW_COL, Axis.TENSOR)
 
 
@@ -80,7 +83,7 @@ def quadratic(delta: Tensor, fine_tuned: Tensor, moments: Moments, damping: floa
     if not scale > 0.0:
         return None
     metric = moments.G.clone()
-    metric.diagonal().add_(damping * scale)
+    metric.diagonal().add_((damping + _PSEUDO_TOKENS * len(metric) / max(moments.tokens, 1)) * scale)
     target = delta
     if moments.E is not None:
         solved = torch.cholesky_solve(moments.E.t(), torch.linalg.cholesky(metric)).t()
@@ -166,12 +169,13 @@ def fit_matrix(
     if options.adamw_steps:
         return _fit_adamw(fitted, delta, fine_tuned, statistics.fit, options, error)
     best = _choose(delta, fine_tuned, statistics.fit, options, error)
-    if best is not None and best.error < min(error_none, error_same):
+    margin = 1.0 - max(judge.tokens, 1) ** -0.5
+    if best is not None and best.error < margin * min(error_none, error_same):
         problem = quadratic(delta, fine_tuned, statistics.total, best.damping)
         if problem is not None:
             terms = tuple(map(stored, fit_terms(problem, best.axis, options)))
             return replace(fitted, terms=terms, error=best.error, damping=best.damping)
-    if judge.tokens and error_same <= error_none:
+    if judge.tokens and error_same <= margin * error_none:
         return replace(fitted, terms=(), error=error_same, note="no delta lowers the held-out error: base kept")
     why = "no calibration token reaches it" if best is None else "calibration does not improve it"
     return replace(fitted, note=f"{why}: mean |delta|")

@@ -13,7 +13,6 @@ col_j is summed over chunks of 64 rows, rows ascending in a chunk, chunks ascend
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Final
@@ -46,17 +45,15 @@ def matrix_sums(
     base_dtype: DType,
     dtype: DType,
     weights: NDArray[np.float64] | None = None,
-    minus: Callable[[slice], NDArray[np.float32]] | None = None,
     numba: bool | None = None,
 ) -> DeltaSums:
     """The sums of one matrix pair (storage arrays [d_out, d_in]).
 
-    weights: w, all ones where None. minus: what earlier components hold of the delta, a block of rows at a time;
-    it is subtracted from d. numba: force or forbid the compiled kernel (which has no `minus`).
+    weights: w, all ones where None. numba: force or forbid the compiled kernel.
     """
     width = base.shape[1]
     w = np.ones(width) if weights is None else np.ascontiguousarray(weights)
-    if minus is None and (have_numba() if numba is None else numba):
+    if have_numba() if numba is None else numba:
         return _compiled_sums(base, fine_tuned, base_dtype, dtype, w)
     lanes_w = np.zeros(-(-width // _LANES) * _LANES)
     lanes_w[:width] = w
@@ -64,8 +61,6 @@ def matrix_sums(
     for start in range(0, base.shape[0], _CHUNK):
         part = slice(start, start + _CHUNK)
         delta = to_float32(fine_tuned[part], dtype) - to_float32(base[part], base_dtype)
-        if minus is not None:
-            delta = delta - minus(part)
         masks.append(pack_signs(delta >= 0))
         wide = np.zeros((len(delta), len(lanes_w)))
         np.abs(delta, out=wide[:, :width])

@@ -17,7 +17,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from peraxis_format import Array, Axis, Component, DType, encode_scale_pair, encode_scales
+from peraxis_format import (
+    Array,
+    Axis,
+    BaseRef,
+    Component,
+    DType,
+    Encoding,
+    ModuleDelta,
+    encode_scale_pair,
+    encode_scales,
+    reconstruct,
+)
 from peraxis_tools.compress.kernels import DeltaSums, matrix_sums
 
 __all__ = ["dense_component", "encode_component", "mean_components"]
@@ -42,71 +53,47 @@ def mean_components(
     Returns none at all where the two hold the same values.
     """
     shape = base.shape
-    flat_base = base.reshape(-1, *shape[-2:])
     flat_tuned = fine_tuned.reshape(-1, *shape[-2:])
     chosen: list[Component] = []
-    done: list[list[_Stored]] = [[] for _ in flat_base]
     for _ in range(components):
+        held, held_dtype = _with(chosen, base, base_dtype)
         matrices = [
-            _measure(b, f, base_dtype=base_dtype, dtype=dtype, earlier=earlier)
-            for b, f, earlier in zip(flat_base, flat_tuned, done, strict=True)
+            _measure(b, f, base_dtype=held_dtype, dtype=dtype)
+            for b, f in zip(held.reshape(-1, *shape[-2:]), flat_tuned, strict=True)
         ]
         if all(matrix.sums.square == 0.0 for matrix in matrices):
             break
         best = axis or min(_AXES, key=lambda a: sum(matrix.error[a] for matrix in matrices))
         mask = np.stack([matrix.sums.mask for matrix in matrices])
         row, col = _means(matrices, best, shape[-2:])
-        component = encode_component(mask, row, col, axis=best, batch=shape[:-2])
-        chosen.append(component)
-        for e, earlier in enumerate(done):
-            earlier.append(_Stored.of(component, e, shape))
+        chosen.append(encode_component(mask, row, col, axis=best, batch=shape[:-2]))
     return tuple(chosen)
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A stored component of one batch element, to be subtracted: mask, row * 2^e and col as float32."""
-
-    mask: NDArray[np.uint8]
-    row: NDArray[np.float32]
-    col: NDArray[np.float32]
-
-    @classmethod
-    def of(cls, component: Component, e: int, shape: tuple[int, ...]) -> _Stored:
-        d_out, d_in = shape[-2:]
-        factor = np.float32(2.0**component.exponent)
-        row, col = np.ones(d_out, np.float32), np.ones(d_in, np.float32)
-        if component.row is not None:
-            row = component.row.reshape(-1, d_out)[e].astype(np.float32)
-        if component.scalar is not None:
-            row = row * component.scalar.astype(np.float32)
-        if component.col is not None:
-            col = component.col.reshape(-1, d_in)[e].astype(np.float32)
-        return cls(component.mask.reshape(-1, *component.mask.shape[-2:])[e], row * factor, col)
-
-    def dense(self, rows: slice) -> NDArray[np.float32]:
-        signs = np.unpackbits(self.mask[rows], axis=-1, count=len(self.col), bitorder="little")
-        return np.where(signs.view(np.bool_), self.col, -self.col) * self.row[rows, None]
+def _with(components: Sequence[Component], base: Array, dtype: DType) -> tuple[Array, DType]:
+    """Base plus the components so far, in binary32 (SPEC 6.1 before its last rounding), and its dtype."""
+    if not components:
+        return base, dtype
+    module = ModuleDelta(
+        name="sum",
+        shape=base.shape,
+        dtype=DType.F32,
+        encoding=Encoding.SIGN,
+        base=BaseRef(dtype=dtype, shape=base.shape, sha256=""),
+        components=tuple(components),
+    )
+    return reconstruct(module, base), DType.F32
 
 
 def dense_component(component: Component, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """What a component adds, as float32 [..., d_out, d_in]."""
-    count = int(np.prod(shape[:-2])) if len(shape) > 2 else 1
-    return np.stack([_Stored.of(component, e, shape).dense(slice(None)) for e in range(count)]).reshape(shape)
+    dense: NDArray[np.float32] = _with([component], np.zeros(shape, np.float32), DType.F32)[0]
+    return dense
 
 
-def _measure(base: Array, fine_tuned: Array, *, base_dtype: DType, dtype: DType, earlier: Sequence[_Stored]) -> _Matrix:
-    def held(rows: slice) -> NDArray[np.float32]:
-        total = earlier[0].dense(rows)
-        for stored in earlier[1:]:
-            total = total + stored.dense(rows)
-        return total
-
+def _measure(base: Array, fine_tuned: Array, *, base_dtype: DType, dtype: DType) -> _Matrix:
     def sums(weights: NDArray[np.float64] | None) -> DeltaSums:
-        return matrix_sums(
-            base, fine_tuned, base_dtype=base_dtype, dtype=dtype, weights=weights,
-            minus=held if earlier else None,
-        )  # fmt: skip
+        return matrix_sums(base, fine_tuned, base_dtype=base_dtype, dtype=dtype, weights=weights)
 
     d_out, d_in = base.shape
     first = sums(None)

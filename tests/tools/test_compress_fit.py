@@ -1,0 +1,227 @@
+"""The mathematics of one module, against the plain way to compute the same thing."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import peraxis_format as pxd
+from peraxis_format import Axis
+from peraxis_tools.compress import signs as signs_module
+from peraxis_tools.compress.fit import FitOptions, dense, fit_matrix, fit_terms, quadratic
+from peraxis_tools.compress.kernels import matrix_sums
+from peraxis_tools.compress.modules import apply_components, components_of
+from peraxis_tools.compress.scales import fit_scales, start_term
+from peraxis_tools.compress.signs import Magnitude, descend, feedback, inverse_factor
+from peraxis_tools.compress.statistics import Moments, Statistics, squared_error
+from peraxis_tools.compress.streaming import dense_component, mean_components
+
+AXES = (Axis.ROW, Axis.COL, Axis.ROW_COL, Axis.TENSOR)
+
+
+def problem(
+    d_out: int = 12, d_in: int = 20, tokens: int = 200, seed: int = 0, noise: float = 0.05
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(base, fine-tuned, student inputs, teacher inputs); inputs are correlated."""
+    g = torch.Generator().manual_seed(seed)
+    base = torch.randn(d_out, d_in, generator=g)
+    tuned = base + 0.1 * torch.randn(d_out, d_in, generator=g) * torch.rand(d_out, 1, generator=g)
+    x = torch.randn(tokens, d_in, generator=g) @ torch.randn(d_in, d_in, generator=g)
+    return base, tuned, x, x + noise * torch.randn(tokens, d_in, generator=g)
+
+
+def moments_of(x: torch.Tensor, teacher: torch.Tensor | None, batches: int = 3) -> Moments:
+    moments = Moments.zeros(x.shape[1], paired=teacher is not None)
+    for rows in torch.arange(len(x)).chunk(batches):
+        moments.add(x[rows], None if teacher is None else teacher[rows])
+    return moments
+
+
+def statistics_of(x: torch.Tensor, teacher: torch.Tensor) -> Statistics:
+    cut = len(x) * 3 // 4
+    return Statistics(fit=moments_of(x[:cut], teacher[:cut]), held_out=moments_of(x[cut:], teacher[cut:]))
+
+
+def test_the_error_from_sums_is_the_error_of_the_outputs() -> None:
+    base, tuned, x, teacher = problem()
+    stored = 0.07 * torch.sign(tuned - base)
+    outputs = teacher @ tuned.T - x @ (base + stored).T
+    error = squared_error(tuned - base - stored, tuned, moments_of(x, teacher))
+    assert error == pytest.approx(float(outputs.square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_closed_forms_are_the_least_squares_solution(axis: Axis) -> None:
+    base, tuned, x, teacher = problem()
+    delta = tuned - base
+    target = quadratic(delta, tuned, moments_of(x, teacher), 0.1)
+    assert target is not None
+    start = start_term(delta, axis)
+    fitted = fit_scales(start, target.target, target.metric)
+
+    def cost(row: torch.Tensor, col: torch.Tensor) -> float:
+        rest = (target.target - torch.where(fitted.signs, col, -col) * row[:, None]).double()
+        return float(torch.sum((rest @ target.metric.double()) * rest))
+
+    best = cost(fitted.row, fitted.col)
+    assert best < cost(start.row, start.col)
+    # No small step of any scale lowers the cost by more than the ridge allows.
+    slack = 1e-4 * best if axis in (Axis.COL, Axis.ROW_COL) else 1e-6 * best
+    for factor in (0.97, 1.03):
+        if axis is not Axis.COL:
+            for o in range(len(fitted.row)) if axis is not Axis.TENSOR else [slice(None)]:
+                row = fitted.row.clone()
+                row[o] *= factor
+                assert cost(row, fitted.col) >= best - slack
+        if axis in (Axis.COL, Axis.ROW_COL):
+            for j in range(len(fitted.col)):
+                col = fitted.col.clone()
+                col[j] *= factor
+                assert cost(fitted.row, col) >= best - slack
+
+
+@given(seed=st.integers(0, 1000), components=st.integers(1, 3))
+def test_descent_never_raises_the_error_and_feedback_beats_plain_signs(seed: int, components: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    d_out, d_in = 9, 150  # more than a block of columns
+    x = torch.randn(300, d_in, generator=g) @ torch.randn(d_in, d_in, generator=g)
+    metric = (x.T @ x).double()
+    metric.diagonal().add_(0.05 * metric.diagonal().mean())
+    target = torch.randn(d_out, d_in, generator=g)
+    sizes = [
+        Magnitude(0.5**k * (0.5 + torch.rand(d_out, generator=g)), 0.5 + torch.rand(d_in, generator=g))
+        for k in range(components)
+    ]
+
+    def cost(signs: list[torch.Tensor]) -> float:
+        rest = target - sum(torch.where(s, m.col, -m.col) * m.row[:, None] for s, m in zip(signs, sizes, strict=True))
+        return float(torch.sum((rest.double() @ metric) * rest.double()))
+
+    plain = [target >= 0] * components
+    fed = feedback(target, sizes, inverse_factor(metric))
+    one = descend(target, sizes, fed, metric.float(), sweeps=1)
+    two = descend(target, sizes, one, metric.float(), sweeps=3)
+    assert cost(fed) < cost(plain)
+    assert cost(two) <= cost(one) * (1 + 1e-6)
+    assert cost(one) <= cost(fed) * (1 + 1e-6)
+
+
+def test_compiled_and_plain_sign_steps_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    base, tuned, x, teacher = problem(d_out=30, d_in=140, tokens=400)
+    found = quadratic(tuned - base, tuned, moments_of(x, teacher), 0.1)
+    assert found is not None
+    results = []
+    for compiled in (True, False):
+        monkeypatch.setattr(signs_module, "_compiles", lambda tensor, compiled=compiled: compiled)
+        results.append(dense(fit_terms(found, Axis.ROW_COL, FitOptions(components=2)), base))
+    assert (torch.sign(results[0]) != torch.sign(results[1])).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("refine", [False, True])
+@pytest.mark.parametrize("tokens", [2, 8, 15, 60])
+def test_few_tokens_never_make_it_worse_than_no_text_at_all(tokens: int, refine: bool) -> None:
+    base, tuned, x, teacher = problem(tokens=tokens + 2000, noise=0.3)
+    statistics = statistics_of(x[:tokens], teacher[:tokens])
+    options = FitOptions(refine=refine)
+    fitted = fit_matrix(base, tuned, dtype=torch.float32, statistics=statistics, options=options)
+    assert fitted.error <= min(fitted.error_none, fitted.error_same)
+    # On two thousand tokens that no fit saw:
+    unseen = moments_of(x[tokens:], teacher[tokens:])
+    nothing = Statistics(fit=moments_of(x[:0], teacher[:0]), held_out=moments_of(x[:0], teacher[:0]))
+    plain = fit_matrix(base, tuned, dtype=torch.float32, statistics=nothing, options=options)
+    ours = squared_error(tuned - base - dense(fitted.terms, base), tuned, unseen)
+    none = squared_error(tuned - base - dense(plain.terms, base), tuned, unseen)
+    assert ours <= 1.02 * none
+
+
+def test_more_masks_and_refined_signs_lower_the_held_out_error() -> None:
+    base, tuned, x, teacher = problem(tokens=2000, noise=0.0)
+    statistics = statistics_of(x, teacher)
+
+    def error(**changes: object) -> float:
+        options = replace(FitOptions(), **changes)
+        return fit_matrix(base, tuned, dtype=torch.float32, statistics=statistics, options=options).error
+
+    closed, refined = error(refine=False), error()
+    assert refined < 0.7 * closed
+    assert error(components=2) < 0.5 * refined
+    assert error(components=4) < 0.2 * error(components=2)
+
+
+def test_a_delta_below_the_grid_of_the_dtype_is_left_out_rather_than_made_noise() -> None:
+    base, _, x, _ = problem()
+    base = base.bfloat16().float()
+    tuned = base.clone()
+    tuned[0, 0] = tuned[0, 0].bfloat16() + torch.finfo(torch.bfloat16).eps * tuned[0, 0].abs()
+    tuned = tuned.bfloat16().float()
+    fitted = fit_matrix(base, tuned, dtype=torch.bfloat16, statistics=statistics_of(x, x), options=FitOptions())
+    assert fitted.error <= fitted.error_same
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_stored_components_rebuild_the_fitted_matrix(axis: Axis, transposed: bool) -> None:
+    base, tuned, x, teacher = problem()
+    options = FitOptions(axes=(axis,), components=2)
+    fitted = fit_matrix(base, tuned, dtype=torch.float32, statistics=statistics_of(x, teacher), options=options)
+    components = components_of([fitted.terms], batch=(), transposed=transposed)
+    stored = base.T.contiguous() if transposed else base
+    rebuilt = apply_components(stored, components, torch.float32)
+    expected = base + dense(fitted.terms, base)
+    torch.testing.assert_close(rebuilt.T if transposed else rebuilt, expected, rtol=0, atol=1e-6)
+    module = pxd.ModuleDelta(
+        name="w",
+        shape=tuple(stored.shape),
+        dtype=pxd.DType.F32,
+        encoding=pxd.Encoding.SIGN,
+        base=pxd.BaseRef(dtype=pxd.DType.F32, shape=tuple(stored.shape), sha256="0" * 64),
+        components=components,
+    )
+    # What the student runs with is, bit for bit, what a reader of the file will compute.
+    assert np.array_equal(pxd.reconstruct(module, stored.numpy()), rebuilt.numpy())
+
+
+@pytest.mark.parametrize("dtype", [pxd.DType.BF16, pxd.DType.F16, pxd.DType.F32])
+@given(shape=st.tuples(st.integers(1, 150), st.integers(1, 70)), seed=st.integers(0, 99))
+def test_sums_are_the_same_bits_with_and_without_numba(
+    dtype: pxd.DType, shape: tuple[int, int], seed: int
+) -> None:
+    pytest.importorskip("numba")
+    rng = np.random.default_rng(seed)
+    base = pxd.from_float32(rng.standard_normal(shape, np.float32), dtype)
+    tuned = pxd.from_float32(pxd.to_float32(base, dtype) + rng.standard_normal(shape, np.float32) / 50, dtype)
+    weights = rng.random(shape[1])
+    one, two = (
+        matrix_sums(base, tuned, base_dtype=dtype, dtype=dtype, weights=weights, numba=numba) for numba in (True, False)
+    )
+    assert np.array_equal(one.mask, two.mask)
+    assert one.row.tobytes() == two.row.tobytes()
+    assert one.col.tobytes() == two.col.tobytes()
+    assert one.square == two.square
+    delta = np.abs((pxd.to_float32(tuned, dtype) - pxd.to_float32(base, dtype)).astype(np.float64))
+    np.testing.assert_allclose(one.row, delta @ weights, rtol=1e-12)
+    np.testing.assert_allclose(one.col, delta.sum(axis=0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(9, 21), (3, 9, 21)])
+def test_mean_magnitudes_take_the_axis_of_least_weight_error_and_each_mask_lowers_it(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal(shape, np.float32)
+    tuned = base + rng.standard_normal(shape, np.float32) * rng.random((*shape[:-1], 1), np.float32)
+    dtypes = {"base_dtype": pxd.DType.F32, "dtype": pxd.DType.F32}
+
+    def error(axis: Axis | None, count: int = 1) -> float:
+        components = mean_components(base, tuned, axis=axis, components=count, **dtypes)
+        return float(np.square(tuned - base - sum(dense_component(c, shape) for c in components)).sum())
+
+    assert error(None) == pytest.approx(min(error(axis) for axis in AXES), rel=1e-3)
+    errors = [error(None, count) for count in range(1, 6)]
+    assert all(later < 0.8 * earlier for earlier, later in itertools.pairwise(errors))
+    assert mean_components(base, base, axis=None, components=2, **dtypes) == ()

@@ -1,0 +1,136 @@
+"""Plans from shapes alone: the sizes of the paper's models, and what each kind of tensor gets."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+import peraxis_format as pxd
+from peraxis_tools.compress import CompressOptions, OptionError, Plan, plan
+from peraxis_tools.compress.budget import Choice, allocate
+from peraxis_tools.compress.options import parse_size
+
+
+@dataclass(frozen=True)
+class Info:
+    dtype: pxd.DType
+    shape: tuple[int, ...]
+
+
+BF16 = pxd.DType.BF16
+# layers, hidden, query, key/value, MLP, vocabulary: from the models' public configurations
+LLAMA = (32, 4096, 4096, 1024, 14336, 128256)
+QWEN = (40, 5120, 5120, 1024, 17408, 151936)
+PHI = (40, 5120, 5120, 1280, 17920, 100352)
+
+
+def shapes(layers: int, hidden: int, query: int, kv: int, mlp: int, vocabulary: int, *, fused: bool) -> dict[str, Info]:
+    """Tensors of a Llama-like checkpoint; fused: as Phi-3 and Phi-4 store them."""
+    matrices = {"self_attn.o_proj": (hidden, query), "mlp.down_proj": (hidden, mlp)}
+    if fused:
+        matrices |= {"self_attn.qkv_proj": (query + 2 * kv, hidden), "mlp.gate_up_proj": (2 * mlp, hidden)}
+    else:
+        matrices |= {"self_attn.q_proj": (query, hidden), "mlp.gate_proj": (mlp, hidden), "mlp.up_proj": (mlp, hidden)}
+        matrices |= {"self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden)}
+    tensors = {name: Info(BF16, (vocabulary, hidden)) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    tensors["model.norm.weight"] = Info(BF16, (hidden,))
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        tensors |= {f"{prefix}{name}.weight": Info(BF16, shape) for name, shape in matrices.items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{norm}.weight"] = Info(BF16, (hidden,))
+    return tensors
+
+
+def planned(tensors: dict[str, Info], base: dict[str, Info] | None = None, **options: object) -> Plan:
+    return plan(fine_tuned=tensors, base=base or tensors, options=CompressOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("model", "fused", "full", "sign"),
+    # full: Llama's from the paper's Table 2; the other two follow from the shapes (masks + exact tables)
+    [(LLAMA, False, 2980, 1007), (QWEN, False, 4768, 1852), (PHI, True, 3764, 1838)],
+    ids=["Llama-3.1-8B", "Qwen3-14B", "Phi-4"],
+)
+def test_sizes_of_the_papers_models_follow_from_their_shapes(
+    model: tuple[int, ...], fused: bool, full: int, sign: int
+) -> None:
+    tensors = shapes(*model, fused=fused)
+    for embeddings, expected in (("full", full), ("sign", sign)):
+        size = planned(tensors, embeddings=embeddings, axis="row").payload_bytes / 1e6
+        assert size == pytest.approx(expected, rel=0.01)
+
+
+def test_plans_stand_in_execution_order_and_need_no_torch() -> None:
+    names = [module.name for module in planned(shapes(*LLAMA, fused=False)).modules]
+    assert names[0] == "model.embed_tokens.weight"
+    assert names[-2:] == ["model.norm.weight", "lm_head.weight"]
+    layers = [int(name.split(".")[2]) for name in names if ".layers." in name]
+    assert layers == sorted(layers)
+    code = "import sys, peraxis_tools.compress; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_cannot_or_should_not_carry_signs_is_exact_and_says_why() -> None:
+    tuned = {
+        "model.embed_tokens.weight": Info(BF16, (100, 64)),
+        "model.layers.0.q.weight": Info(BF16, (64, 64)),
+        "model.layers.0.q.bias": Info(BF16, (64,)),
+        "model.layers.0.mlp.gate.weight": Info(BF16, (4, 64)),
+        "model.layers.0.conv.weight": Info(BF16, (64, 1, 4)),
+        "model.layers.0.steps": Info(pxd.DType.I64, (8, 8)),
+        "model.layers.0.new.weight": Info(BF16, (64, 64)),
+    }
+    base = {name: info for name, info in tuned.items() if "new" not in name} | {"old.weight": Info(BF16, (8, 8))}
+    base["model.embed_tokens.weight"] = Info(pxd.DType.F32, (90, 64))
+    result = planned(tuned, base, bits=2)
+    modules = {module.name: module for module in result.modules}
+    assert {name for name, module in modules.items() if module.encoding is pxd.Encoding.SIGN} == {
+        "model.embed_tokens.weight",
+        "model.layers.0.q.weight",
+    }
+    assert all(module.reason for module in modules.values() if module.encoding is pxd.Encoding.FULL)
+    assert modules["model.layers.0.q.weight"].components == 2
+    assert result.dropped == ("old.weight",)
+    # 90 rows by signs (3 masks and their scales), 10 new rows exactly
+    embedding = modules["model.embed_tokens.weight"]
+    assert embedding.payload_bytes == 3 * (768 + 192 + 128) + 1280
+
+
+def test_a_budget_is_spent_where_a_byte_saves_most() -> None:
+    full, sign = pxd.Encoding.FULL, pxd.Encoding.SIGN
+    choices = {
+        "steep": [Choice(sign, 1, 10, 100.0), Choice(sign, 2, 20, 10.0), Choice(full, 0, 100, 0.0)],
+        "flat": [Choice(sign, 1, 10, 5.0), Choice(sign, 2, 20, 4.0), Choice(full, 0, 100, 0.0)],
+        # its second point lies above the line from the first to the third: never the best for any price
+        "bent": [Choice(sign, 1, 10, 50.0), Choice(sign, 2, 20, 49.0), Choice(sign, 3, 30, 0.0)],
+    }
+    assert {name: c.size for name, c in allocate(choices, 40).items()} == {"steep": 20, "flat": 10, "bent": 10}
+    assert {name: c.size for name, c in allocate(choices, 65).items()} == {"steep": 20, "flat": 10, "bent": 30}
+    with pytest.raises(OptionError, match="target too small"):
+        allocate(choices, 29)
+
+
+def test_options_survive_their_own_json_and_refuse_what_they_do_not_know() -> None:
+    import json
+
+    options = CompressOptions(calibration="c4", target_ratio=12.5, held_out=0.3, distill_samples=4)
+    assert CompressOptions.from_mapping(json.loads(options.canonical_json())) == options
+    for values in ({"nonsense": 1}, {"bits": 9}, {"bits": "two"}, {"axis": "diagonal"}, {"fit": "refined"}):
+        with pytest.raises(OptionError):
+            CompressOptions.from_mapping(values)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1200000", 1200000), ("800kB", 800_000), ("1.2GB", 1_200_000_000), ("1GiB", 1 << 30)]
+)
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+def test_a_size_that_is_none_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"1\.2GB"):
+        parse_size("big")

@@ -1,0 +1,262 @@
+"""compress from end to end on small random pairs: what becomes of every tensor, and of runs that are cut short."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import peraxis_format as pxd
+from peraxis_tools import apply
+from peraxis_tools.compress import CompressOptions, OptionError, compress
+from peraxis_tools.compress.calibration import load_samples, partition
+from peraxis_tools.errors import ToolError
+from tests.tools.compress_pairs import llama_config, write_pair, write_text
+
+FEW = {"calibration_samples": 8, "sequence_length": 16, "batch_size": 3}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """(base, fine-tuned, text): a Llama of three layers in bfloat16."""
+    folder = tmp_path_factory.mktemp("pair")
+    base, tuned = write_pair(folder, llama_config(), dtype=torch.bfloat16)
+    return base, tuned, write_text(folder / "text.jsonl")
+
+
+def edited(folder: Path, source: Path, **changes: torch.Tensor | None) -> Path:
+    """A copy of a checkpoint with tensors changed, added, or (None) taken out."""
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    for name, value in changes.items():
+        tensors.pop(name, None)
+        if value is not None:
+            tensors[name] = value
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def modules_of(path: Path) -> dict[str, pxd.ModuleEntry]:
+    with pxd.open(path) as delta:
+        delta.verify()
+        return {module.name: module for module in delta.manifest.modules}
+
+
+def test_every_tensor_is_covered_and_the_applied_folder_is_what_the_file_says(
+    pair: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, tuned, text = pair
+    output = tmp_path / "delta.pxd"
+    result = compress(base, tuned, output, calibration=str(text), **FEW)
+    apply(base, output, tmp_path / "applied")
+    original, applied = (load_file(folder / "model.safetensors") for folder in (tuned, tmp_path / "applied"))
+    assert original.keys() == applied.keys()
+    exact = {name for name, module in modules_of(output).items() if module.encoding is pxd.Encoding.FULL}
+    assert exact == {name for name in original if "norm" in name}
+    assert all(torch.equal(original[name], applied[name]) for name in exact)
+    assert result.signed == len(original) - len(exact)
+    assert not (tmp_path / "delta.pxd.peraxis-work").exists()
+
+
+def test_the_same_inputs_give_the_same_bytes(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, tuned, text = pair
+    for options in ({}, {"calibration": str(text), **FEW}, {"calibration": str(text), "distill_samples": 6, **FEW}):
+        files = [tmp_path / f"{i}.pxd" for i in range(2)]
+        for file in files:
+            compress(base, tuned, file, overwrite=True, **options)
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_run_can_be_repeated_from_its_artifact(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, tuned, text = pair
+    compress(base, tuned, tmp_path / "one.pxd", calibration=str(text), bits=2, axis="col", held_out=0.3, **FEW)
+    with pxd.open(tmp_path / "one.pxd") as delta:
+        (tmp_path / "run.yaml").write_text(delta.manifest.metadata["peraxis.config"], "utf-8")
+        assert set(json.loads(delta.manifest.metadata["peraxis.plan"])["modules"]) == set(modules_of(delta.path))
+    options = CompressOptions.from_yaml(tmp_path / "run.yaml")
+    compress(base, tuned, tmp_path / "two.pxd", options=options)
+    assert (tmp_path / "one.pxd").read_bytes() == (tmp_path / "two.pxd").read_bytes()
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, tuned, text = pair
+    options = {"calibration": str(text), "distill_samples": 6, "distill_epochs": 3, "generated_samples": 4, **FEW}
+    compress(base, tuned, tmp_path / "whole.pxd", **options)
+    cut = tmp_path / "cut.pxd"
+    code = f"import peraxis_tools as t; t.compress({str(base)!r}, {str(tuned)!r}, {str(cut)!r}, **{options!r})"
+    work = tmp_path / "cut.pxd.peraxis-work"
+    # Killed as soon as each of these is there; the next run finds it and goes on.
+    for part in ("generated.npy", "embedding.json", "block-00000.json", "block-00001.json", "head.json"):
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        while not (work / part).exists() and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert (work / part).exists()
+        assert not cut.exists()
+    compress(base, tuned, cut, **options)
+    assert cut.read_bytes() == (tmp_path / "whole.pxd").read_bytes()
+    assert not work.exists()
+
+
+def test_a_work_folder_of_other_options_is_not_continued(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, tuned, text = pair
+    compress(base, tuned, tmp_path / "plain.pxd", calibration=str(text), **FEW)
+    work = tmp_path / "delta.pxd.peraxis-work"
+    work.mkdir()
+    (work / "inputs.json").write_text('{"digest": "of another run"}')
+    (work / "embedding.json").write_text("[]")
+    compress(base, tuned, tmp_path / "delta.pxd", calibration=str(text), **FEW)
+    assert (tmp_path / "delta.pxd").read_bytes() == (tmp_path / "plain.pxd").read_bytes()
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_added_dropped_unchanged_and_resized_tensors(
+    pair: tuple[Path, Path, Path], tmp_path: Path, calibrated: bool
+) -> None:
+    source_base, source_tuned, text = pair
+    original = load_file(source_base / "model.safetensors")
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
+    # The base has two rows fewer of vocabulary, a tensor that is gone, and one that did not change.
+    base = edited(
+        tmp_path / "base",
+        source_base,
+        **{name: original[name][:-2].clone() for name in tables},
+        **{"model.gone.weight": torch.zeros(8, 8)},
+    )
+    same = "model.layers.1.mlp.up_proj.weight"
+    tuned = edited(tmp_path / "tuned", source_tuned, **{same: original[same].clone(), "model.extra": torch.arange(5)})
+    options = {"calibration": str(text), **FEW} if calibrated else {}
+    compress(base, tuned, tmp_path / "delta.pxd", **options)
+    modules = modules_of(tmp_path / "delta.pxd")
+    assert modules[same].encoding is pxd.Encoding.SAME
+    assert modules["model.extra"].base is None
+    with pxd.open(tmp_path / "delta.pxd") as delta:
+        assert delta.manifest.dropped == ("model.gone.weight",)
+        assert delta["lm_head.weight"].tail.shape[0] == 2
+    apply(base, tmp_path / "delta.pxd", tmp_path / "applied")
+    applied, expected = (load_file(f / "model.safetensors") for f in (tmp_path / "applied", tuned))
+    assert applied.keys() == expected.keys()
+    for name in tables:
+        assert torch.equal(applied[name][-2:], expected[name][-2:])
+
+
+def test_tied_tensors_are_stored_once(tmp_path: Path) -> None:
+    base, tuned = write_pair(tmp_path, llama_config(tie_word_embeddings=True))
+    tensors = load_file(tuned / "model.safetensors")
+    twice = edited(tmp_path / "twice", tuned, **{"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    text = write_text(tmp_path / "text.jsonl")
+    for source, tied in ((tuned, ()), (twice, (("model.embed_tokens.weight", "lm_head.weight"),))):
+        compress(base, source, tmp_path / "delta.pxd", calibration=str(text), overwrite=True, **FEW)
+        with pxd.open(tmp_path / "delta.pxd") as delta:
+            assert delta.manifest.tied == tied
+            assert "lm_head.weight" not in {module.name for module in delta.manifest.modules}
+
+
+def test_a_pair_that_is_none_is_refused_before_work_naming_what_differs(
+    pair: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, tuned, _ = pair
+    name = "model.layers.0.mlp.up_proj.weight"
+    wrong = edited(tmp_path / "wrong", base, **{name: torch.zeros(44, 25)})
+    with pytest.raises(ToolError, match=r"up_proj.weight is \[44, 25\] in the base and \[44, 24\]"):
+        compress(wrong, tuned, tmp_path / "delta.pxd")
+    (tmp_path / "other").mkdir()
+    save_file({"some.weight": torch.zeros(4, 4)}, tmp_path / "other" / "model.safetensors")
+    with pytest.raises(ToolError, match="no tensor has the same name"):
+        compress(tmp_path / "other", tuned, tmp_path / "delta.pxd")
+    assert not list(tmp_path.glob("delta*"))
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_byte_target_is_kept_and_used(pair: tuple[Path, Path, Path], tmp_path: Path, calibrated: bool) -> None:
+    base, tuned, text = pair
+    options = {"calibration": str(text), **FEW} if calibrated else {}
+    errors = []
+    smallest = compress(base, tuned, tmp_path / "small.pxd", embeddings="sign", **options).size
+    for target in (smallest, smallest + 6000, smallest + 12000):
+        path = tmp_path / f"{target}.pxd"
+        result = compress(base, tuned, path, target_size=target, **options)
+        assert target - 5200 <= result.size <= target
+        apply(base, path, tmp_path / f"{target}")
+        ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / f"{target}", tuned))
+        errors.append(sum(float((ours[n].float() - theirs[n].float()).square().sum()) for n in ours))
+    assert errors[0] > errors[1] > errors[2]
+    with pytest.raises(OptionError, match="target too small"):
+        compress(base, tuned, tmp_path / "none.pxd", target_size=3000, **options)
+
+
+def test_distillation_is_never_worse_on_held_out_text(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, tuned, text = pair
+    for lr, better in ((1e-2, True), (30.0, False)):
+        path = tmp_path / f"{lr}.pxd"
+        compress(base, tuned, path, calibration=str(text), distill_samples=12, distill_lr=lr, **FEW)
+        with pxd.open(path) as delta:
+            before, after = map(float, delta.manifest.metadata["peraxis.distillation"].split(": ")[1].split(" -> "))
+        assert after < before if better else after == before
+
+
+def test_hidden_states_on_disk_change_nothing(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, tuned, text = pair
+    for limit in (1 << 30, 0):
+        compress(base, tuned, tmp_path / f"{limit}.pxd", calibration=str(text), hidden_limit=limit, **FEW)
+    assert (tmp_path / "0.pxd").read_bytes() == (tmp_path / f"{1 << 30}.pxd").read_bytes()
+
+
+def test_text_is_read_alike_from_every_kind_of_file(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
+    from transformers import AutoTokenizer
+
+    _, tuned, text = pair
+    tokenizer = AutoTokenizer.from_pretrained(tuned)
+    documents = [json.loads(line)["text"] for line in text.read_text("utf-8").splitlines()]
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(text.read_bytes(), mtime=0))
+    (tmp_path / "b.jsonl").write_bytes(text.read_bytes())
+    (tmp_path / "c.txt").write_text("\n\n".join(documents), "utf-8")
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents}), tmp_path / "d.parquet")
+    table = [{"a": d[:10], "b": d[10:], "n": 3} for d in documents]
+    (tmp_path / "e.jsonl").write_text("\n".join(map(json.dumps, table)), "utf-8")
+    ids = {
+        path.name: load_samples(str(path), tokenizer, samples=8, length=16, seed=1).ids
+        for path in sorted(tmp_path.glob("?.*"))
+    }
+    for name in ("b.jsonl", "c.txt", "d.parquet"):
+        assert np.array_equal(ids[name], ids["a.json.gz"]), name
+    assert ids["e.jsonl"].shape == (8, 16)
+    other = load_samples(str(tmp_path / "b.jsonl"), tokenizer, samples=8, length=16, seed=2)
+    assert not np.array_equal(other.ids, ids["b.jsonl"])
+    with pytest.raises(OptionError, match="no column 'words'"):
+        load_samples(str(tmp_path / "b.jsonl"), tokenizer, samples=8, length=16, seed=1, text_column="words")
+
+
+def test_parts_hold_every_sample_once() -> None:
+    sources = [np.arange(20).reshape(10, 2), np.arange(100, 112).reshape(6, 2)]
+    parts = partition(sources, calibration=0.5, held_out=0.2)
+    everything = np.concatenate([parts.fit, parts.judge, parts.distill, parts.distill_judge])
+    assert sorted(everything.tolist()) == sorted(np.concatenate(sources).tolist())
+    assert (len(parts.fit), len(parts.judge), len(parts.distill), len(parts.distill_judge)) == (6, 2, 6, 2)
+
+
+@pytest.mark.realdata
+def test_the_shared_pair_is_compressed_and_rebuilt(shared: Path, tmp_path: Path) -> None:
+    base, tuned = (shared / "pairs" / name for name in ("stories260K", "stories260K-shakespeare"))
+    text = shared / "c4" / "c4-train.00000-of-01024.json.gz"
+    options = CompressOptions(calibration=str(text), calibration_samples=10, sequence_length=128)
+    result = compress(base, tuned, tmp_path / "s.pxd", options=options)
+    assert result.signed == 36
+    apply(base, tmp_path / "s.pxd", tmp_path / "applied")
+    assert os.listdir(tmp_path / "applied")
