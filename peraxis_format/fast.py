@@ -34,7 +34,7 @@ intrinsic: Any = import_module("numba.extending").intrinsic
 cgutils: Any = import_module("numba.core.cgutils")
 ir: Any = import_module("llvmlite.ir")
 
-__all__ = ["pair_sums", "rebuild", "rebuild_jobs", "run_jobs"]
+__all__ = ["pair_sums", "rebuild", "rebuild_jobs", "rebuild_matrix", "run_jobs"]
 
 _LANES: Final = 8
 _CHUNK: Final = 64  # rows whose column sums are added up on their own; part of the order that pair_sums states
@@ -225,12 +225,43 @@ def rebuild_jobs(
     masks = [np.ascontiguousarray(component.mask).reshape(shape[0], d_out, -1) for component in components]
     scales = np.stack([_scale_matrix(component, shape) for component in components])
     columns = np.stack([_column_matrix(component, shape) for component in components])
-    step = max(1, _BLOCK_BYTES // (d_in * base.itemsize))
     for e in range(shape[0]):
-        for begin in range(0, d_out, step):
-            rows = slice(begin, min(begin + step, d_out))
-            part = [mask[e, rows] for mask in masks]
-            yield _job(flat_base[e, rows], flat_out[e, rows], part, scales[:, e, rows], columns[:, e])
+        part = [mask[e] for mask in masks]
+        yield from _jobs(flat_base[e], flat_out[e], part, scales[:, e], columns[:, e])
+
+
+def rebuild_matrix(
+    masks: Sequence[NDArray[np.uint8]],
+    scales: NDArray[np.float32],
+    columns: NDArray[np.float32],
+    base: Array,
+    out: Array,
+    *,
+    dtype: DType,
+    threads: int | None = None,
+) -> None:
+    """`rebuild` of one matrix from components that are in binary32 already: the term is sign * (scales * columns).
+
+    masks: [d_out, ceil(d_in/8)] each. scales: [k, d_out], 2^e folded in. columns: [k, d_in]. base, out: [d_out, d_in].
+    """
+    padded = np.ones((len(columns), -(-base.shape[1] // _LANES) * _LANES), np.float32)
+    padded[:, : base.shape[1]] = columns
+    views = base.view(_VIEWS[dtype]), out.view(_VIEWS[dtype])
+    run_jobs(_jobs(*views, [np.ascontiguousarray(mask) for mask in masks], scales, padded), threads=threads)
+
+
+def _jobs(
+    base: Array, out: Array, masks: Sequence[Array], scales: Array, columns: Array
+) -> Iterator[Callable[[], None]]:
+    """Blocks of rows of one matrix."""
+    rows, width = base.shape
+    columns = np.ascontiguousarray(columns)
+    step = max(1, _BLOCK_BYTES // (width * base.itemsize))
+    for begin in range(0, rows, step):
+        part = slice(begin, min(begin + step, rows))
+        yield _job(
+            base[part], out[part], [mask[part] for mask in masks], np.ascontiguousarray(scales[:, part]), columns
+        )
 
 
 def _job(base: Array, out: Array, masks: Sequence[Array], scales: Array, columns: Array) -> Callable[[], None]:

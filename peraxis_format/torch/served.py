@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from peraxis_format.torch.errors import LiveModelError
 from peraxis_format.torch.rows import Rows
-from peraxis_format.torch.terms import Term, project, rebuild, rebuild_rows
+from peraxis_format.torch.terms import Term, is_quick, project, rebuild, rebuild_rows
 
 __all__ = ["MANY_ROWS", "GroupForward", "Patch", "ServedEmbedding", "ServedLinear", "State"]
 
@@ -107,7 +107,8 @@ class ServedLinear(nn.Linear):
     def _rows(self, state: State, x: Tensor, variant: int, bias: Tensor | None) -> Tensor:
         """All rows of one variant."""
         patches = state.patches.get("weight", {}).get(variant, [])
-        if len(x) >= MANY_ROWS or any(patch.full is not None for patch in patches):
+        exact = any(patch.full is not None for patch in patches)
+        if exact or len(x) >= MANY_ROWS or is_quick(self.weight):
             return functional.linear(x, state.parameter(self, "weight", variant), bias)
         out = functional.linear(x, self.weight).float()
         for patch in patches:

@@ -1,0 +1,147 @@
+"""Apply and sign packing on the CPU, against the copy bandwidth of the same run and the plain torch expressions.
+
+    python benchmarks/apply_cpu.py --threads 2 --check
+
+Bytes moved: copy 2 a byte; apply reads base and mask and writes the weight; pair sums read two matrices and write a
+mask. A ratio is the rate (bytes moved a second) over that of the copy, all of them measured in turns. --check exits
+with 1 where a bound is missed: apply 0.6 of the copy and 10 times the plain expression, pair sums 0.4 of the copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from harness import Benchmark, Result, Timing, arguments, timed_together
+
+from peraxis_format import Array, Axis, Component, DType, fast, pack_signs
+
+APPLY_OF_COPY, PAIR_OF_COPY, APPLY_OVER_PLAIN = 0.6, 0.4, 10.0
+
+
+def random_component(rng: np.random.Generator, axis: Axis, rows: int, columns: int) -> Component:
+    """Random signs and scales of an axis."""
+    row = rng.uniform(0.5, 1.5, rows).astype(np.float16)
+    col = rng.uniform(0.5, 1.5, columns).astype(np.float16)
+    return Component(
+        axis=axis,
+        exponent=-9,
+        mask=pack_signs(rng.random((rows, columns), np.float32) < 0.5),
+        row=row if axis in (Axis.ROW, Axis.ROW_COL) else None,
+        col=col if axis in (Axis.COL, Axis.ROW_COL) else None,
+        scalar=row[:1] if axis is Axis.TENSOR else None,
+    )
+
+
+def copier(source: Array, target: Array, pool: ThreadPoolExecutor, threads: int) -> Callable[[], None]:
+    """memcpy on several threads, each its part."""
+    parts = np.array_split(np.arange(len(source)), threads)
+
+    def copy_part(part: Array) -> None:
+        np.copyto(target[part[0] : part[-1] + 1], source[part[0] : part[-1] + 1])
+
+    return lambda: list(pool.map(copy_part, parts)) and None
+
+
+def plain_apply(base: torch.Tensor, component: Component) -> Callable[[], torch.Tensor]:
+    """The expression that one would write in torch."""
+    mask, row = torch.from_numpy(component.mask), torch.from_numpy(component.row)
+    scale = row.float() * 2.0**component.exponent
+
+    def run() -> torch.Tensor:
+        bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+        signs = bits.flatten(-2).float() * 2 - 1
+        return (base.float() + signs * scale[:, None]).to(torch.bfloat16)
+
+    return run
+
+
+def plain_pair(base: torch.Tensor, tuned: torch.Tensor) -> Callable[[], object]:
+    """Signs packed, means along rows and columns, in torch."""
+    weights = (1 << torch.arange(8)).to(torch.uint8)
+
+    def run() -> object:
+        delta = tuned.float() - base.float()
+        bits = (delta >= 0).to(torch.uint8).unflatten(-1, (-1, 8))
+        size = delta.abs()
+        return (bits * weights).sum(-1, dtype=torch.uint8), size.sum(0, dtype=torch.float64), size.sum(1)
+
+    return run
+
+
+def measure(options: argparse.Namespace) -> Benchmark:
+    """Every line of the table, measured in turns."""
+    rows, columns, threads = options.rows, options.columns, options.threads
+    rng = np.random.default_rng(0)
+    wide = rng.standard_normal((rows, columns), np.float32)
+    base = (wide.view(np.uint32) >> 16).astype(np.uint16)
+    tuned = base + rng.integers(0, 4, base.shape, np.uint16)
+    out = np.zeros_like(base)
+    components = {axis.value: random_component(rng, axis, rows, columns) for axis in Axis}
+    base_torch, tuned_torch = (torch.from_numpy(a.view(np.int16)).view(torch.bfloat16) for a in (base, tuned))
+    bf16 = {"base_dtype": DType.BF16, "dtype": DType.BF16, "threads": threads}
+    mask_size = rows * -(-columns // 8)
+    moved = 2 * base.nbytes + mask_size
+    actions: dict[str, tuple[int, Callable[[], object]]] = {}
+    with ThreadPoolExecutor(threads) as pool:
+        actions["copy"] = (2 * base.nbytes, copier(base, out, pool, threads))
+        for axis, component in components.items():
+            actions[f"apply {axis}"] = (moved, lambda c=component: fast.rebuild([c], base, out, **bf16))
+        two = [components["row"], components["col"]]
+        actions["apply row, col (two components)"] = (moved + mask_size, lambda: fast.rebuild(two, base, out, **bf16))
+        actions["signs and sums of a pair"] = (moved, lambda: fast.pair_sums(base, tuned, **bf16))
+        actions["plain torch apply"] = (moved, plain_apply(base_torch, components["row"]))
+        actions["plain torch signs and sums"] = (moved, plain_pair(base_torch, tuned_torch))
+        timings = timed_together([action for _, action in actions.values()], repeat=options.repeat, warmup=2)
+    parameters = {"rows": rows, "columns": columns, "threads": threads, "dtype": "BF16"}
+    return collect(dict(zip(actions, timings, strict=True)), {n: m for n, (m, _) in actions.items()}, parameters)
+
+
+def collect(timings: dict[str, Timing], moved: dict[str, int], parameters: dict[str, object]) -> Benchmark:
+    """Results against the copy of the run."""
+    bench = Benchmark("apply_cpu", parameters=parameters)
+    copy: Result | None = None
+    for name, timing in timings.items():
+        result = bench.add(name, timing, moved=moved[name], against=copy)
+        copy = copy or result
+    return bench
+
+
+def check(bench: Benchmark) -> list[str]:
+    """What misses its bound."""
+    found = {result.name: result for result in bench.results}
+    missed = [
+        f"{name}: {result.ratio:.2f} of the copy, bound {bound}"
+        for name, result in found.items()
+        for bound in (APPLY_OF_COPY if name.startswith("apply ") else PAIR_OF_COPY,)
+        if ((name.startswith("apply ") and "two" not in name) or name.startswith("signs")) and result.ratio < bound
+    ]
+    faster = found["plain torch apply"].median / found["apply row"].median
+    if faster < APPLY_OVER_PLAIN:
+        missed.append(f"apply row: {faster:.1f} times the plain expression, bound {APPLY_OVER_PLAIN}")
+    return missed
+
+
+def main() -> int:
+    """Measure, write, and with --check compare with the bounds."""
+    parser = arguments(__doc__)
+    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--columns", type=int, default=4096)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a bound is missed")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    bench = measure(options)
+    bench.finish(options.json, options.plot)
+    missed = check(bench) if options.check else []
+    for line in missed:
+        sys.stdout.write(f"missed: {line}\n")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
