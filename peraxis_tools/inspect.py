@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import peraxis_format as pxd
 from peraxis_tools.kinds import KINDS, kind_of, subtype_of
 
-__all__ = ["ByteShare", "InspectResult", "ModuleLine", "SubtypeAxes", "inspect", "summarise"]
+__all__ = [
+    "ByteShare",
+    "InspectResult",
+    "ModuleLine",
+    "SubtypeAxes",
+    "inspect",
+    "inspect_remote",
+    "select",
+    "summarise",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +110,21 @@ def summarise(
         axes=_axes(lines),
         modules=lines,
     )
+
+
+def select(result: InspectResult, pattern: str) -> InspectResult:
+    """The same result with those modules alone whose names match a glob; sums stay those of the whole file."""
+    return replace(result, modules=tuple(line for line in result.modules if fnmatchcase(line.name, pattern)))
+
+
+def inspect_remote(url: str) -> InspectResult:
+    """`inspect` of a URL: its header is read through ranges, and nothing else. Raises ToolError, PxdError."""
+    from peraxis_tools.remote import remote_file
+
+    remote = remote_file(url)
+    header, manifest = remote.header()
+    content_id = "sha256:" + hashlib.sha256(header.manifest).hexdigest()
+    return summarise(url, content_id, remote.size, manifest, header.records)
 
 
 def _line(module: pxd.ModuleEntry, sizes: dict[str, int]) -> ModuleLine:

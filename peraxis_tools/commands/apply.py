@@ -9,6 +9,7 @@ import click
 import peraxis_format as pxd
 from peraxis_tools.apply import apply, checkpoint_bytes
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, workers_option
+from peraxis_tools.commands.sources import fetched
 from peraxis_tools.report import emit, progress
 from peraxis_tools.report.apply import render_apply
 
@@ -17,7 +18,7 @@ __all__ = ["command"]
 
 @click.command("apply")
 @click.argument("base", metavar="BASE")
-@click.argument("delta", type=click.Path(path_type=Path))
+@click.argument("delta", metavar="DELTA")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--shard-size", default=5.0, show_default=True, type=click.FloatRange(min=0.001), help="GB a shard.")
 @overwrite_option
@@ -26,7 +27,7 @@ __all__ = ["command"]
 @quiet_option
 def command(
     base: str,
-    delta: Path,
+    delta: str,
     output: Path,
     shard_size: float,
     overwrite: bool,
@@ -34,20 +35,21 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write BASE + DELTA as a complete Hugging Face folder. BASE is a folder or a hub id.
+    """Write BASE + DELTA as a complete Hugging Face folder. BASE is a folder or a hub id, DELTA a path or a URL.
 
     Example: peraxis-tools apply meta-llama/Llama-3.1-8B delta.pxd -o my-model
     """
-    with pxd.open(delta) as file:
-        total = checkpoint_bytes(file.manifest)
-    with progress("apply", total, quiet=quiet) as step:
-        result = apply(
-            base,
-            delta,
-            output,
-            overwrite=overwrite,
-            shard_bytes=int(shard_size * 1e9),
-            workers=workers,
-            progress=step,
-        )
+    with fetched([delta], quiet=quiet) as (path,):
+        with pxd.open(path) as file:
+            total = checkpoint_bytes(file.manifest)
+        with progress("apply", total, quiet=quiet) as step:
+            result = apply(
+                base,
+                path,
+                output,
+                overwrite=overwrite,
+                shard_bytes=int(shard_size * 1e9),
+                workers=workers,
+                progress=step,
+            )
     emit(result, render_apply, schema="peraxis.apply/1", as_json=as_json)

@@ -6,27 +6,70 @@ from pathlib import Path
 
 import click
 
-from peraxis_tools.commands.options import json_option
-from peraxis_tools.inspect import inspect
-from peraxis_tools.report import emit
+from peraxis_tools.commands.options import json_option, quiet_option
+from peraxis_tools.commands.sources import fetched
+from peraxis_tools.errors import ToolError
+from peraxis_tools.inspect import InspectResult, inspect, inspect_remote, select
+from peraxis_tools.remote import is_remote
+from peraxis_tools.report import emit, print_note
 from peraxis_tools.report.inspect import render_inspect
 
 __all__ = ["command"]
 
 
 @click.command("inspect")
-@click.argument("delta", type=click.Path(path_type=Path))
+@click.argument("delta", metavar="DELTA")
 @click.option("--modules/--no-modules", default=True, help="A line a module.")
+@click.option("--module", "pattern", metavar="GLOB", help="Only modules whose names match.")
+@click.option("--tree", is_flag=True, help="Modules as a tree, bytes summed upwards.")
+@click.option("--plot", "figure", type=click.Path(path_type=Path), help="Write figures to this .png or .svg.")
+@click.option("--html", "page", type=click.Path(path_type=Path), help="Write a report that opens in any browser.")
 @json_option
-def command(delta: Path, modules: bool, as_json: bool) -> None:
-    """Show what DELTA is, for which base, and where its bytes go. Reads the header only.
+@quiet_option
+def command(
+    delta: str,
+    modules: bool,
+    pattern: str | None,
+    tree: bool,
+    figure: Path | None,
+    page: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Show what DELTA is, for which base, and where its bytes go. DELTA is a path or a URL.
 
+    Only the header is read, of a URL too; --plot and --html also read the scales (and fetch a remote file).
+
+    \b
     Example: peraxis-tools inspect delta.pxd --no-modules
+             peraxis-tools inspect hf://org/repo/delta.pxd --module '*.q_proj.*'
+             peraxis-tools inspect delta.pxd --plot delta.png --html delta.html
     """
-    result = inspect(delta)
+    result = inspect_remote(delta) if is_remote(delta) else inspect(delta)
+    if figure is not None or page is not None:
+        _write(result, delta, figure, page, quiet=quiet)
+    if pattern is not None:
+        result = select(result, pattern)
+        if not result.modules:
+            raise ToolError(f"{delta}: has no module that matches {pattern!r}")
     emit(
         result,
-        lambda result, console: render_inspect(result, console, modules=modules),
+        lambda result, console: render_inspect(result, console, modules=modules, tree=tree),
         schema="peraxis.inspect/1",
         as_json=as_json,
     )
+
+
+def _write(result: InspectResult, delta: str, figure: Path | None, page: Path | None, *, quiet: bool) -> None:
+    from peraxis_tools.inspect_details import details
+    from peraxis_tools.report.html import write_page
+    from peraxis_tools.report.plot import plot
+
+    with fetched([delta], quiet=quiet) as (path,):
+        found = details(path)
+    if figure is not None:
+        plot(result, found, figure)
+        print_note(f"wrote {figure}", quiet=quiet)
+    if page is not None:
+        write_page(result, found, page)
+        print_note(f"wrote {page}", quiet=quiet)

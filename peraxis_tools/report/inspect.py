@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from rich.console import Console
 from rich.table import Table
+from rich.tree import Tree
 
 from peraxis_tools.inspect import ByteShare, InspectResult
 from peraxis_tools.report.console import size, text
@@ -11,21 +14,24 @@ from peraxis_tools.report.console import size, text
 __all__ = ["render_inspect"]
 
 
-def render_inspect(result: InspectResult, console: Console, *, modules: bool = True) -> None:
-    """Summary first, then bytes, axes, and a line a module."""
+def render_inspect(result: InspectResult, console: Console, *, modules: bool = True, tree: bool = False) -> None:
+    """Summary first, then bytes, axes, and a line a module or a tree of them."""
     _summary(result, console)
     console.print(_bytes_table("encoding", result.by_encoding))
     console.print(_bytes_table("kind", result.by_kind))
     if result.axes:
         console.print(_axes_table(result))
-    if modules:
-        console.print(_module_table(result))
+    if tree:
+        console.print(_tree(result))
+    elif modules:
+        console.print(_module_table(result, min(console.width, 80) if console.is_terminal else 80))
 
 
 def _summary(result: InspectResult, console: Console) -> None:
     manifest = result.manifest
     revision = f" @ {text(manifest.base.revision)}" if manifest.base.revision else ""
-    console.print(f"[bold]{text(result.file)}[/]  PXD {result.version}, {text(result.content_id)}")
+    console.print(f"[bold]{text(result.file)}[/]  PXD {result.version}")
+    console.print(f"content id   {text(result.content_id)}")
     console.print(f"fine-tuned   {text(manifest.fine_tuned.id)}")
     console.print(f"base         {text(manifest.base.id)}{revision}  {text(manifest.base.digest[:23])}…")
     console.print(
@@ -69,12 +75,34 @@ def _axes_table(result: InspectResult) -> Table:
     return table
 
 
-def _module_table(result: InspectResult) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("module", overflow="fold")
-    table.add_column("encoding")
-    table.add_column("shape", justify="right")
-    table.add_column("stored", justify="right")
+def _tree(result: InspectResult) -> Tree:
+    """Modules by the parts of their names, bytes summed upwards."""
+    totals: Counter[tuple[str, ...]] = Counter()
+    for line in result.modules:
+        parts = tuple(line.name.split("."))
+        for depth in range(len(parts) + 1):
+            totals[parts[:depth]] += line.bytes
+    root = Tree(f"{text(result.file)}  {size(totals[()])}")
+    nodes = {(): root}
+    for line in result.modules:
+        parts = tuple(line.name.split("."))
+        for depth in range(1, len(parts) + 1):
+            path = parts[:depth]
+            if path in nodes:
+                continue
+            label = f"{text(path[-1])}  {size(totals[path])}"
+            if depth == len(parts):
+                label += f"  [dim]{line.encoding} {' '.join(line.axes)}[/]"
+            nodes[path] = nodes[path[:-1]].add(label)
+    return root
+
+
+def _module_table(result: InspectResult, width: int) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", width=width)
+    table.add_column("module", overflow="fold", ratio=1)
+    table.add_column("encoding", no_wrap=True)
+    table.add_column("shape", justify="right", no_wrap=True)
+    table.add_column("stored", justify="right", no_wrap=True)
     for line in result.modules:
         encoding = f"{line.encoding} {' '.join(line.axes)}" if line.axes else line.encoding
         shape = "x".join(map(str, line.shape)) or "scalar"

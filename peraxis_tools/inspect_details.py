@@ -1,0 +1,84 @@
+"""What `inspect` can say beyond the header: scales by depth, from the payload, and errors that the writer noted."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+import peraxis_format as pxd
+from peraxis_tools.kinds import layer_of, subtype_of
+
+__all__ = ["Details", "ScaleLine", "details", "noted_errors"]
+
+_REPORT_KEY: Final = "peraxis.report"
+_ERROR: Final = re.compile(r"(?:^|; )error ([0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]{1,2})?)(?:;|$)")
+_QUANTILES: Final = (0.05, 0.5, 0.95)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleLine:
+    """Magnitudes of one module's first component: quantiles over its rows or columns, the other axis at its mean."""
+
+    name: str
+    subtype: str
+    layer: int | None
+    low: float
+    median: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Details:
+    """Scales of every `sign` module, and errors by module name where the writer noted them."""
+
+    scales: tuple[ScaleLine, ...]
+    errors: Mapping[str, float]
+
+
+def details(path: str | Path) -> Details:
+    """Read the scales of a local file, as views; masks are not touched. Raises PxdError, OSError."""
+    with pxd.open(path) as delta:
+        scales = tuple(_scale_line(delta[name]) for name in delta if delta.entry(name).components)
+        return Details(scales=scales, errors=noted_errors(delta.manifest))
+
+
+def noted_errors(manifest: pxd.Manifest) -> dict[str, float]:
+    """Output errors that `compress` left in the metadata; empty where there are none, or none that can be read."""
+    try:
+        lines = json.loads(manifest.metadata.get(_REPORT_KEY, "{}"))
+    except ValueError:
+        return {}
+    found = (
+        {name: _ERROR.search(line) for name, line in lines.items() if isinstance(line, str)}
+        if isinstance(lines, dict)
+        else {}
+    )
+    errors = {}
+    for name, match in found.items():
+        if match is not None:
+            try:
+                errors[name] = float(match[1])
+            except ValueError:
+                continue
+    return errors
+
+
+def _scale_line(module: pxd.ModuleDelta) -> ScaleLine:
+    component = module.components[0]
+    vectors = [scale.astype(np.float64).reshape(-1) for scale in component.scales().values()]
+    values = vectors[0] * (vectors[1].mean() if len(vectors) > 1 else 1.0) * 2.0**component.exponent
+    low, median, high = (float(value) for value in np.quantile(values, _QUANTILES))
+    return ScaleLine(
+        name=module.name,
+        subtype=subtype_of(module.name),
+        layer=layer_of(module.name),
+        low=low,
+        median=median,
+        high=high,
+    )

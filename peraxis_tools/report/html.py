@@ -1,0 +1,180 @@
+"""One artifact as one HTML file: works offline, sorts and filters its table, light and dark, nothing fetched.
+
+Text from the artifact is escaped for HTML after control and bidirectional characters have become visible escapes, and
+a content security policy forbids everything but the page's own style and script.
+"""
+
+from __future__ import annotations
+
+import html
+import unicodedata
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Final
+
+import peraxis_format as pxd
+from peraxis_tools.inspect import ByteShare, InspectResult, ModuleLine
+from peraxis_tools.inspect_details import Details
+from peraxis_tools.report.console import size
+
+__all__ = ["page", "write_page"]
+
+_ASSETS: Final = Path(__file__).with_name("assets")
+_AXES: Final = ("row", "col", "row+col", "tensor")
+
+
+def write_page(result: InspectResult, details: Details, path: Path) -> None:
+    """Write the page, whole or not at all."""
+    with pxd.atomic_file(path) as file:
+        file.write(page(result, details).encode())
+
+
+def page(result: InspectResult, details: Details) -> str:
+    """The whole document."""
+    style = (_ASSETS / "report.css").read_text("utf-8")
+    script = (_ASSETS / "report.js").read_text("utf-8")
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+    title = _text(result.manifest.fine_tuned.id)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{title}: PXD report</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        f"{_heading(result)}{_cards(result)}"
+        f'<div class="columns">{_bytes("Bytes by kind", result.by_kind)}{_axes(result)}</div>\n'
+        f"{_manifest(result)}{_table(result, details)}"
+        f"</main>\n<script>\n{script}</script>\n</body>\n</html>\n"
+    )
+
+
+def _text(value: object) -> str:
+    shown = "".join(
+        c if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") else f"\\u{ord(c):04x}"
+        for c in str(value)
+    )
+    return html.escape(shown)
+
+
+def _heading(result: InspectResult) -> str:
+    base = result.manifest.base
+    revision = f" @ {_text(base.revision)}" if base.revision else ""
+    return (
+        f"<header><p class=kicker>PXD {_text(result.version)} delta</p><h1>{_text(result.manifest.fine_tuned.id)}</h1>"
+        f"<p>on <b>{_text(base.id)}</b>{revision}</p><p class=digest>{_text(result.content_id)}</p></header>\n"
+    )
+
+
+def _cards(result: InspectResult) -> str:
+    signed = sum(share.modules for share in result.by_encoding if share.label == "sign")
+    cards = (
+        ("file", size(result.file_bytes)),
+        ("checkpoint", size(result.full_bytes)),
+        ("smaller", f"{result.ratio:.1f} ×"),
+        ("modules", f"{len(result.modules)}"),
+        ("as signs", f"{signed}"),
+    )
+    items = "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in cards)
+    return f'<dl class="cards">{items}</dl>\n'
+
+
+def _bar(parts: Iterable[tuple[str, float]]) -> str:
+    spans = "".join(f'<i class="{css}" style="width:{100 * share:.2f}%"></i>' for css, share in parts if share > 0)
+    return f'<span class="bar">{spans}</span>'
+
+
+def _bytes(title: str, shares: tuple[ByteShare, ...]) -> str:
+    largest = max((share.bytes for share in shares), default=0) or 1
+    rows = "".join(
+        f"<tr><th scope=row>{_text(share.label)}</th><td>{_bar([('bytes', share.bytes / largest)])}</td>"
+        f"<td class=n>{size(share.bytes)}</td><td class=n>{share.full_bytes / share.bytes:.1f} ×</td></tr>"
+        if share.bytes
+        else f"<tr><th scope=row>{_text(share.label)}</th><td></td><td class=n>0 B</td><td class=n>-</td></tr>"
+        for share in shares
+    )
+    return f"<section><h2>{title}</h2><table class=bars>{rows}</table></section>"
+
+
+def _axes(result: InspectResult) -> str:
+    if not result.axes:
+        return ""
+    largest = max(sum(row.counts.values()) for row in result.axes)
+    rows = "".join(
+        f"<tr><th scope=row>{_text(row.subtype)}</th><td>"
+        + _bar((f"a{_AXES.index(axis)}", row.counts.get(axis, 0) / largest) for axis in _AXES)
+        + f"</td><td class=n>{' + '.join(map(str, row.counts.values()))}</td></tr>"
+        for row in result.axes
+    )
+    used = {axis for row in result.axes for axis in row.counts}
+    legend = "".join(f'<span><i class="a{i}"></i>{axis}</span>' for i, axis in enumerate(_AXES) if axis in used)
+    return f"<section><h2>Axis by sub-type</h2><p class=legend>{legend}</p><table class=bars>{rows}</table></section>"
+
+
+def _manifest(result: InspectResult) -> str:
+    manifest = result.manifest
+    rows: dict[str, str] = {
+        "base digest": manifest.base.digest,
+        "written by": f"{manifest.producer.name} {manifest.producer.version}",
+    }
+    if manifest.calibration is not None:
+        c = manifest.calibration
+        rows["calibration"] = f"{c.source}, {c.samples} x {c.sequence_length} tokens, seed {c.seed}"
+    if manifest.tied:
+        rows["tied"] = ", ".join(f"{alias} = {name}" for name, alias in manifest.tied)
+    if manifest.dropped:
+        rows["dropped"] = ", ".join(manifest.dropped)
+    if manifest.assets:
+        rows["assets"] = ", ".join(asset.path for asset in manifest.assets)
+    rows |= {key: _shortened(value) for key, value in sorted(manifest.metadata.items())}
+    items = "".join(f"<div><dt>{_text(key)}</dt><dd>{_text(value)}</dd></div>" for key, value in rows.items())
+    return f"<details><summary>Manifest</summary><dl class=manifest>{items}</dl></details>\n"
+
+
+def _shortened(value: str) -> str:
+    return value if len(value) <= 600 else f"{value[:600]}… ({len(value)} characters)"
+
+
+def _table(result: InspectResult, details: Details) -> str:
+    scales = {line.name: line.median for line in details.scales}
+    columns = ["module", "kind", "encoding", "axes", "shape", "dtype", "stored", "ratio", "median scale"]
+    if details.errors:
+        columns.append("error")
+    numeric = {"shape", "stored", "ratio", "median scale", "error"}
+    head = "".join(
+        f"<th scope=col aria-sort=none{' class=n' if name in numeric else ''}><button type=button>{name}</button></th>"
+        for name in columns
+    )
+    rows = "".join(_row(line, scales, details.errors) for line in result.modules)
+    return (
+        "<section><h2>Modules</h2><label class=filter>Filter <input type=search placeholder=layers.0></label>"
+        f"<div class=scroll><table id=modules><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        "<p id=count></p></section>\n"
+    )
+
+
+def _row(line: ModuleLine, scales: Mapping[str, float], errors: Mapping[str, float]) -> str:
+    elements = 1
+    for dimension in line.shape:
+        elements *= dimension
+    cells = [
+        _cell(line.name),
+        _cell(line.kind),
+        _cell(line.encoding),
+        _cell(" ".join(line.axes) or "-"),
+        _cell("×".join(map(str, line.shape)) or "scalar", elements),
+        _cell(line.dtype),
+        _cell(size(line.bytes), line.bytes),
+        _cell(f"{line.full_bytes / line.bytes:.1f}" if line.bytes else "-", line.full_bytes / max(line.bytes, 1)),
+        _number(scales.get(line.name)),
+    ]
+    if errors:
+        cells.append(_number(errors.get(line.name)))
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _cell(value: str, order: float | None = None) -> str:
+    return f"<td>{_text(value)}</td>" if order is None else f'<td class=n data-v="{order:.9g}">{_text(value)}</td>'
+
+
+def _number(value: float | None) -> str:
+    return '<td class=n data-v="-1">-</td>' if value is None else _cell(f"{value:.3g}", value)

@@ -1,0 +1,166 @@
+"""Figures of one artifact: axes by sub-type and depth (Figure 2 of the paper), scales, bytes, errors. PNG or SVG.
+
+The same file gives the same bytes: no dates, no random identifiers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import peraxis_format as pxd
+from peraxis_tools.errors import NotVerifiableError, ToolError
+from peraxis_tools.inspect import InspectResult, ModuleLine
+from peraxis_tools.inspect_details import Details
+from peraxis_tools.kinds import layer_of
+from peraxis_tools.report.console import size
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["plot"]
+
+# Okabe and Ito's colours, told apart by most eyes.
+_COLOURS: Final = {"row": "#0072B2", "col": "#E69F00", "row+col": "#009E73", "tensor": "#CC79A7"}
+_SUBTYPES: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#666666")
+_GREY: Final = "#666666"
+_STYLE: Final = {"svg.hashsalt": "peraxis", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+
+
+def plot(result: InspectResult, details: Details, path: Path) -> None:
+    """Write the figure to path, in the format of its suffix. Raises ToolError for another one."""
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise ToolError(f"{path}: a plot is a .png or an .svg")
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise NotVerifiableError("plots need the package matplotlib: pip install 'peraxis[plot]'") from None
+    panels: list[Callable[[Axes], None]] = [
+        lambda axes: _axes_by_subtype(axes, result),
+        lambda axes: _axes_by_depth(axes, result),
+        lambda axes: _scales(axes, details),
+        lambda axes: _bytes(axes, result),
+    ]
+    if details.errors:
+        panels.append(lambda axes: _errors(axes, details))
+    with mpl.rc_context(
+        {"svg.hashsalt": "peraxis", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    ):
+        rows = (len(panels) + 1) // 2
+        figure = Figure(figsize=(11, 3.6 * rows), layout="constrained")
+        name = _plain(result.manifest.fine_tuned.id)
+        figure.suptitle(f"{name}   {size(result.file_bytes)}, {result.ratio:.1f} times smaller", fontsize=11)
+        for i, panel in enumerate(panels):
+            panel(figure.add_subplot(rows, 2, i + 1))
+        # SVG would note the date, PNG the version of the library.
+        metadata: dict[str, Any] = {"Date": None} if path.suffix.lower() == ".svg" else {"Software": None}
+        with pxd.atomic_file(path) as file:
+            figure.savefig(file, format=path.suffix.lower()[1:], dpi=150, metadata=metadata)
+
+
+def _plain(value: str) -> str:
+    """Text from a file, fit for a label: printable, and no mathematics between dollar signs."""
+    shown = "".join(c if c.isprintable() else "?" for c in value).replace("$", r"\$")
+    return shown if len(shown) <= 60 else shown[:59] + "…"
+
+
+def _stacked(axes: Axes, labels: Sequence[object], counts: Sequence[Counter[str]]) -> None:
+    positions = range(len(labels))
+    bottom = [0] * len(labels)
+    for axis, colour in _COLOURS.items():
+        heights = [count[axis] for count in counts]
+        if any(heights):
+            axes.bar(positions, heights, 0.8, bottom=bottom, label=axis, color=colour)
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    axes.set_ylabel("components")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    if any(bottom):
+        axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0)
+    else:
+        axes.text(0.5, 0.5, "no sign modules", ha="center", transform=axes.transAxes)
+
+
+def _signed(result: InspectResult) -> list[ModuleLine]:
+    return [line for line in result.modules if line.axes]
+
+
+def _axes_by_subtype(axes: Axes, result: InspectResult) -> None:
+    counts: dict[str, Counter[str]] = {}
+    for line in _signed(result):
+        counts.setdefault(line.subtype, Counter()).update(line.axes)
+    _stacked(axes, list(counts), list(counts.values()))
+    axes.set_xticks(range(len(counts)), [_plain(name) for name in counts], rotation=30, ha="right")
+    axes.set_title("Axis by sub-type", loc="right")
+
+
+def _axes_by_depth(axes: Axes, result: InspectResult) -> None:
+    counts: dict[int, Counter[str]] = {}
+    for line in _signed(result):
+        layer = layer_of(line.name)
+        if layer is not None:
+            counts.setdefault(layer, Counter()).update(line.axes)
+    layers = sorted(counts)
+    _stacked(axes, layers, [counts[layer] for layer in layers])
+    step = max(1, len(layers) // 8)
+    axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    axes.set_xlabel("layer")
+    axes.set_title("Axis by depth", loc="right")
+
+
+def _scales(axes: Axes, details: Details) -> None:
+    by_subtype: dict[str, list[tuple[int, float, float, float]]] = {}
+    for line in details.scales:
+        if line.layer is not None and line.median > 0.0:
+            by_subtype.setdefault(line.subtype, []).append((line.layer, line.low, line.median, line.high))
+    colours = _subtype_colours(details)
+    for name, points in by_subtype.items():
+        points.sort()
+        layers, low, median, high = zip(*points, strict=True)
+        colour = colours[name]
+        axes.plot(layers, median, label=_plain(name), color=colour, lw=1.4, marker="." if len(layers) < 16 else "")
+        axes.fill_between(layers, low, high, color=colour, alpha=0.10, lw=0)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("|scale|")
+    axes.set_title("Scales by depth: median, 5% to 95%", loc="right")
+    if by_subtype:
+        axes.set_yscale("log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(frameon=False, fontsize=7, ncols=2)
+
+
+def _subtype_colours(details: Details) -> dict[str, str]:
+    """One colour for a sub-type in every panel, in the order of the file."""
+    names = dict.fromkeys(line.subtype for line in details.scales)
+    return {name: _SUBTYPES[i % len(_SUBTYPES)] for i, name in enumerate(names)}
+
+
+def _bytes(axes: Axes, result: InspectResult) -> None:
+    shares = [*result.by_kind]
+    labels = [share.label for share in shares] + ["assets, header"]
+    sizes = [share.bytes for share in shares] + [result.asset_bytes + result.overhead_bytes]
+    unit, name = (1e6, "MB") if max(sizes) >= 1e6 else (1e3, "kB")
+    bars = axes.barh(labels, [count / unit for count in sizes], color=_COLOURS["row"])
+    axes.bar_label(bars, [size(count) for count in sizes], padding=3, fontsize=8, color=_GREY)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel(f"{name} in the file")
+    axes.set_title("Bytes by kind", loc="right")
+
+
+def _errors(axes: Axes, details: Details) -> None:
+    subtypes = {line.name: line.subtype for line in details.scales}
+    points = [(layer_of(name), error, subtypes.get(name, "other")) for name, error in details.errors.items()]
+    for subtype, colour in {**_subtype_colours(details), "other": _GREY}.items():
+        chosen = [(layer if layer is not None else -1, error) for layer, error, kind in points if kind == subtype]
+        if chosen:
+            axes.scatter(*zip(*chosen, strict=True), s=14, label=_plain(subtype), color=colour)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if all(error > 0.0 for _, error, _ in points):
+        axes.set_yscale("log")
+    axes.set_xlabel("layer (-1: outside of the layers)")
+    axes.set_ylabel("mean square of the output's error")
+    axes.set_title("Error by module, as compress noted it", loc="right")
+    axes.legend(frameon=False, fontsize=7, ncols=2)

@@ -1,0 +1,155 @@
+"""`inspect --html`, `--plot`, `--tree`, `--module`: reports that hold what the file holds, and nothing that runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import peraxis_format as pxd
+from peraxis_tools.commands.inspect import command
+from peraxis_tools.inspect import inspect
+from peraxis_tools.inspect_details import details
+from peraxis_tools.report.html import page
+from tests.factories import random_storage, sign_module
+
+NASTY = "<script>alert(1)</script>\x1b[31m\u202e"
+
+
+@pytest.fixture
+def delta(tmp_path: Path) -> Path:
+    """Three layers, a name and metadata that want to break out."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "delta.pxd"
+    tuned = pxd.Identity(id=NASTY)
+    errors = {f"model.layers.{i}.mlp.up_proj.weight": f"error {i + 1}.5e-3; none 9" for i in range(3)}
+    metadata = {"note": NASTY, "peraxis.report": json.dumps(errors)}
+    with pxd.DeltaWriter(path, base=pxd.Identity(id="base"), fine_tuned=tuned, metadata=metadata) as writer:
+        for i in range(3):
+            axes = (pxd.Axis.ROW,) if i % 2 else (pxd.Axis.COL, pxd.Axis.TENSOR)
+            for name in ("self_attn.q_proj", "mlp.up_proj"):
+                full = f"model.layers.{i}.{name}.weight"
+                writer.add(sign_module(rng, full, random_storage(rng, (8 * (i + 1), 16)), axes=axes))
+        writer.add(sign_module(rng, "model.<b>x</b>.weight".replace("/", ""), random_storage(rng, (4, 8))))
+        writer.finish()
+    return path
+
+
+class Page(HTMLParser):
+    """Tags, and the rows of the table of modules."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links.extend(value or "" for name, value in attrs if name in ("src", "href"))
+
+
+def test_the_page_is_one_file_that_fetches_nothing_and_escapes_everything(delta: Path) -> None:
+    text = page(inspect(delta), details(delta))
+    parsed = Page(text)
+    assert parsed.links == []
+    assert parsed.tags.count("script") == 1
+    assert "alert(1)</script>" not in text
+    assert "&lt;script&gt;" in text
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert "<b>x" not in text
+    assert "default-src 'none'" in text
+
+
+def test_noted_errors_are_read_and_odd_ones_are_not(delta: Path) -> None:
+    found = details(delta).errors
+    assert found == {f"model.layers.{i}.mlp.up_proj.weight": pytest.approx((i + 1.5) * 1e-3) for i in range(3)}
+
+
+def test_scales_are_those_of_the_file(delta: Path) -> None:
+    lines = {line.name: line for line in details(delta).scales}
+    with pxd.open(delta) as file:
+        module = file.load("model.layers.1.mlp.up_proj.weight")
+    row = module.components[0].row.astype(np.float64) * 2.0 ** module.components[0].exponent
+    assert lines[module.name].median == pytest.approx(np.median(row))
+    assert lines[module.name].layer == 1
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_a_plot_is_the_same_bytes_each_time(delta: Path, tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("matplotlib")
+    for name in ("a", "b"):
+        done = CliRunner().invoke(command, [str(delta), "--plot", str(tmp_path / f"{name}.{suffix}"), "--no-modules"])
+        assert done.exit_code == 0, done.exception
+    data = (tmp_path / f"a.{suffix}").read_bytes()
+    assert data == (tmp_path / f"b.{suffix}").read_bytes()
+    assert data.startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
+    assert len(data) > 10_000
+
+
+def test_another_suffix_is_refused(delta: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(command, [str(delta), "--plot", str(tmp_path / "a.gif")])
+    assert "a plot is a .png or an .svg" in str(done.exception)
+
+
+def test_module_globs_choose_lines_and_keep_the_sums(delta: Path) -> None:
+    whole = json.loads(CliRunner().invoke(command, [str(delta), "--json"]).stdout)
+    found = json.loads(CliRunner().invoke(command, [str(delta), "--module", "*.q_proj.*", "--json"]).stdout)
+    assert [m["name"] for m in found["modules"]] == [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)]
+    assert found["by_kind"] == whole["by_kind"]
+    none = CliRunner().invoke(command, [str(delta), "--module", "nothing*"])
+    assert "no module that matches" in str(none.exception)
+
+
+def test_the_tree_sums_bytes_upwards(delta: Path) -> None:
+    shown = CliRunner().invoke(command, [str(delta), "--tree"]).stdout
+    total = sum(line.bytes for line in inspect(delta).modules)
+    assert f"delta.pxd  {total} B" in shown
+    layers = sum(line.bytes for line in inspect(delta).modules if ".layers." in line.name)
+    assert re.search(rf"layers  {layers} B", shown)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def browser(page_file: Path, folder: Path, *, dark: bool, width: int, script_check: bool = False) -> str:
+    """The page as a real browser leaves it (its DOM), or a screenshot beside it."""
+    flags = [
+        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
+        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+        f"--user-data-dir={folder / 'profile'}",
+        f"--window-size={width},900",
+        *(["--blink-settings=preferredColorScheme=0"] if dark else ["--blink-settings=preferredColorScheme=1"]),
+    ]
+    action = "--dump-dom" if script_check else f"--screenshot={folder / 'shot.png'}"
+    done = subprocess.run([CHROMIUM, *flags, action, page_file.as_uri()], capture_output=True, timeout=120, check=True)
+    return done.stdout.decode()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+def test_a_real_browser_runs_the_page_in_light_and_dark_narrow_and_wide(delta: Path, tmp_path: Path) -> None:
+    written = tmp_path / "report.html"
+    assert CliRunner().invoke(command, [str(delta), "--html", str(written), "--no-modules"]).exit_code == 0
+    # The script has run under the page's own policy: it counts the rows.
+    assert "7 of 7 modules" in browser(written, tmp_path, dark=False, width=1200, script_check=True)
+    image = pytest.importorskip("PIL.Image")
+    corners = {}
+    for dark in (False, True):
+        for width in (500, 1280):
+            browser(written, tmp_path, dark=dark, width=width)
+            with image.open(tmp_path / "shot.png") as shot:
+                assert shot.width == width
+                corners[dark, width] = shot.convert("L").getpixel((2, 2))
+                colours = shot.convert("RGB").getcolors(1 << 24)
+                assert len(colours) > 50  # bars and text, not an empty page
+    assert all(value > 240 for (dark, _), value in corners.items() if not dark)
+    assert all(value < 40 for (dark, _), value in corners.items() if dark)
