@@ -61,6 +61,7 @@ def mean_components(
             _measure(b, f, base_dtype=held_dtype, dtype=dtype)
             for b, f in zip(held.reshape(-1, *shape[-2:]), flat_tuned, strict=True)
         ]
+        del held  # twice the tensor's size: gone before the next one is made
         if all(matrix.sums.square == 0.0 for matrix in matrices):
             break
         best = axis or min(_AXES, key=lambda a: sum(matrix.error[a] for matrix in matrices))
