@@ -32,6 +32,7 @@ VERBS: Final = {
     "split": "One delta into parts.",
     "convert": "From BitDelta's and the paper's .pt files; to LoRA or a checkpoint.",
     "eval": "How close base + .pxd comes to the fine-tune.",
+    "publish": "A .pxd and its model card to the Hugging Face hub.",
     "demo": "Train a small pair and show the whole way, offline.",
 }
 

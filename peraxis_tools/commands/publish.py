@@ -1,0 +1,63 @@
+"""`peraxis-tools publish`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from peraxis_tools.commands.options import json_option, overwrite_option
+from peraxis_tools.publish import Relation, publish
+from peraxis_tools.report import emit
+from peraxis_tools.report.publish import render_publish
+
+__all__ = ["command"]
+
+
+@click.command("publish")
+@click.argument("repository", metavar="REPO")
+@click.argument("delta", type=click.Path(path_type=Path))
+@click.option("--evaluation", type=click.Path(path_type=Path), help="JSON of `eval --json`, for the card's fidelity.")
+@click.option("--license", "licence", help="The licence's identifier on the hub, like apache-2.0.")
+@click.option(
+    "--relation",
+    type=click.Choice(["finetune", "adapter", "quantized", "merge"]),
+    default="finetune",
+    show_default=True,
+    help="What the hub calls it to its base.",
+)
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--revision", help="The branch to commit to.")
+@click.option("--dry-run", type=click.Path(path_type=Path), help="Write the repository to this folder, upload nothing.")
+@overwrite_option
+@json_option
+def command(
+    repository: str,
+    delta: Path,
+    evaluation: Path | None,
+    licence: str | None,
+    relation: Relation,
+    private: bool,
+    revision: str | None,
+    dry_run: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Verify DELTA, write its model card from the manifest, and upload both (with DELTA.sig) to REPO on the hub.
+
+    \b
+    Example: peraxis-tools eval BASE FINE_TUNED delta.pxd --json > eval.json
+             peraxis-tools publish me/my-delta delta.pxd --evaluation eval.json --dry-run repo
+    """
+    result = publish(
+        repository,
+        delta,
+        evaluation=evaluation,
+        licence=licence,
+        relation=relation,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        private=private,
+        revision=revision,
+    )
+    emit(result, render_publish, schema="peraxis.publish/1", as_json=as_json)

@@ -1,0 +1,20 @@
+"""How `publish` looks to a person."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from peraxis_tools.publish import PublishResult
+from peraxis_tools.report.console import text
+
+__all__ = ["render_publish"]
+
+
+def render_publish(result: PublishResult, console: Console) -> None:
+    """Where it is now."""
+    if result.url is None:
+        console.print(f"[bold yellow]not uploaded[/] (dry run)  {text(result.folder)}")
+    else:
+        console.print(f"[bold green]published[/]  {text(result.url)}")
+    console.print(f"content  {text(result.content_id)}")
+    console.print(f"files    {text(', '.join(result.files))}")
