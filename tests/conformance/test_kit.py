@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import stat
 import subprocess
 import sys
@@ -257,3 +258,21 @@ def test_the_plugin_runs_one_test_a_case(tmp_path: Path) -> None:
     done = subprocess.run(failing, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert "accepted, must be rejected" in done.stdout
+
+
+def test_the_ten_minute_path_of_the_readme_is_true(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The two pieces of code, and what the runner says of them, are those of conformance/README.md."""
+    text = (KIT / "README.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    mine = tmp_path / "mine.py"
+    mine.write_text(first)
+    adapter = f"{sys.executable} {mine}"
+    assert cli.main(["run", "--adapter", adapter, "--case", "invalid/html*", "--case", "invalid/empty"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "PXD 1.0 conformance | 4 of 4"
+    mine.write_text(first.replace("    sys.exit(77)\n", second))
+    assert cli.main(["run", "--adapter", adapter, "--case", "valid/minimal", "--case", "cut/minimal-*"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "FAIL cut/minimal-4096  SPEC 2.18: accepted, must be rejected"
+    assert said[-1] == "PXD 1.0 conformance | 5 of 6"
+    for line in (said[0], said[-1], "PXD 1.0 conformance | 4 of 4"):
+        assert line in text

@@ -527,8 +527,7 @@ static void check_schema(const json *j, u32 id, const char *p) {
     CHILDREN(j, id, child) {
         if (keyed) {
             text key = j->nodes[child].key;
-            need(key.n && starts(word(p), ""), "E205");
-            need(!strncmp(p, (const char *)key.p, key.n) && p[key.n] == ':', "E205");
+            need(strlen(p) > key.n && !memcmp(p, key.p, key.n) && p[key.n] == ':', "E205");
             p += key.n + 1;
         }
         check_schema(j, child, p);

@@ -1,0 +1,97 @@
+"""Mutated files through several loaders: all accept, or all reject in the same phase.
+
+    python -m tests.conformance.differential --seconds 300
+
+Where loaders differ, one of them is wrong or SPEC.md says too little, and the corpus lacks a case. The file is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peraxis_conformance.process import Reply, Server, call
+
+from tests.conformance.fuzz_reader import keep, scratch_folder, seed_files
+from tests.conformance.helpers import compiled_loader, node_loader, reference_loader, wrong_loader
+from tests.conformance.mutations import mutate
+
+__all__ = ["disagreements", "loaders", "main"]
+
+Loaders = Mapping[str, Any]
+
+
+@contextlib.contextmanager
+def loaders(folder: Path) -> Iterator[dict[str, Any]]:
+    """name -> a function from arguments to a Reply."""
+    compiled = compiled_loader(folder)
+    commands = {"reference": reference_loader(), "javascript": node_loader(), "small": wrong_loader()}
+    servers = {name: Server([*command, "serve"]) for name, command in commands.items()}
+
+    def ask(server: Server) -> Any:
+        return lambda arguments: server.ask(arguments, seconds=20, mib=1024)
+
+    try:
+        yield {
+            **{name: ask(server) for name, server in servers.items()},
+            "c": lambda arguments: call([*compiled, *arguments], seconds=20, mib=1024),
+        }
+    finally:
+        for server in servers.values():
+            server.close()
+
+
+def verdict(reply: Reply) -> str:
+    """What has to be the same: the exit status, the phase of a rejection, the content of an accepted file."""
+    if reply.problem or not isinstance(reply.result, dict):
+        return f"broken: {reply.problem or reply.result}"
+    if reply.exit == 1:
+        return f"rejected: {reply.result.get('phase')}"
+    content = ("content_id", "modules", "tied", "dropped", "assets", "metadata")
+    return f"{reply.exit}: {json.dumps([reply.result.get(key) for key in content], sort_keys=True)}"
+
+
+def disagreements(asked: Loaders, inputs: Iterator[bytes], path: Path) -> Iterator[tuple[bytes, dict[str, str]]]:
+    """The inputs on which loaders differ, with what each says."""
+    for data in inputs:
+        path.write_bytes(data)
+        said = {name: verdict(ask(["decode", str(path)])) for name, ask in asked.items()}
+        if len(set(said.values())) > 1:
+            yield data, said
+
+
+def mutated(seed: int, runs: int, until: float, counter: list[int]) -> Iterator[bytes]:
+    """Mutated files; counter[0] counts them."""
+    source, seeds = random.Random(seed), seed_files()
+    while counter[0] < runs and time.monotonic() < until:
+        counter[0] += 1
+        yield mutate(lambda n: int(source.random() * n), seeds)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Exit status 0 if all loaders agreed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=10**9)
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--crashes", type=Path, default=Path("build/differential"))
+    given = parser.parse_args(arguments)
+    counter, status, started = [0], 0, time.monotonic()
+    with scratch_folder() as scratch, loaders(scratch) as asked:
+        inputs = mutated(given.seed, given.runs, started + given.seconds, counter)
+        for data, said in disagreements(asked, inputs, scratch / "input.pxd"):
+            keep(data, ValueError(json.dumps({name: text[:60] for name, text in said.items()})), given.crashes)
+            status = 1
+    sys.stdout.write(f"{counter[0]:,} inputs in {time.monotonic() - started:.0f} s through four loaders\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
