@@ -34,6 +34,7 @@ VERBS: Final = {
     "eval": "How close base + .pxd comes to the fine-tune.",
     "publish": "A .pxd and its model card to the Hugging Face hub.",
     "demo": "Train a small pair and show the whole way, offline.",
+    "completion": "The completion script of a shell.",
 }
 
 

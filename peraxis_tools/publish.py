@@ -140,7 +140,8 @@ def model_card(
             f"# {_md(found.manifest.fine_tuned.id)}",
             "",
             f"A full fine-tune of {_md(found.manifest.base.id)} as a 1-bit difference in the PXD format: "
-            f"{found.file_bytes:,} bytes for a checkpoint of {found.full_bytes:,}, **{found.ratio:.1f} times smaller**.",
+            f"{found.file_bytes:,} bytes for a checkpoint of {found.full_bytes:,}, "
+            f"**{found.ratio:.1f} times smaller**.",
             "",
             *_facts(found),
             *_loading(repository, file, found),

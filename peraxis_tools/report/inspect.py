@@ -31,7 +31,7 @@ def _summary(result: InspectResult, console: Console) -> None:
     manifest = result.manifest
     revision = f" @ {text(manifest.base.revision)}" if manifest.base.revision else ""
     console.print(f"[bold]{text(result.file)}[/]  PXD {result.version}")
-    console.print(f"content id   {text(result.content_id)}")
+    console.print(text(result.content_id))
     console.print(f"fine-tuned   {text(manifest.fine_tuned.id)}")
     console.print(f"base         {text(manifest.base.id)}{revision}  {text(manifest.base.digest[:23])}…")
     console.print(
