@@ -158,9 +158,7 @@ def weight_errors(module: PlannedModule, base: Safetensors, fine_tuned: Safetens
     return [error / norm * delta.size for error in errors]
 
 
-def spend(
-    plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpoint, options: CompressOptions
-) -> Plan:
+def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpoint, options: CompressOptions) -> Plan:
     """The plan of least error for the target of the options. errors: for 0 to 8 masks, of the open modules.
 
     Raises OptionError for a target that is too small.
@@ -207,6 +205,8 @@ def module_terms(
 
 def is_open(module: PlannedModule, options: CompressOptions) -> bool:
     """Whether the budget may choose how this module is stored: compressible, and not asked to be exact."""
-    return module.compressible and not (module.kind in TABLES and options.embeddings == "full") and (
-        module.encoding is Encoding.SIGN
+    return (
+        module.compressible
+        and not (module.kind in TABLES and options.embeddings == "full")
+        and (module.encoding is Encoding.SIGN)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from peraxis_tools.compress.adamw import ADAMW_EPOCHS
 from peraxis_tools.compress.budget import is_open, spend
 from peraxis_tools.compress.calibration import Ids, Parts, Samples, load_samples, partition
 from peraxis_tools.compress.distill import DistillOptions, distill, fill_whole
+from peraxis_tools.compress.distributed import Processes
 from peraxis_tools.compress.fit import AUTO_AXES, FitOptions
 from peraxis_tools.compress.generate import generate
 from peraxis_tools.compress.names import NameMap, map_names
@@ -62,6 +64,7 @@ def calibrated_fit(
             batches=batches_of(run.parts.fit, run.parts.judge, options.batch_size, run.device),
             options=_fit_options(options, len(run.parts.fit)),
             work=run.work,
+            processes=run.processes,
             hidden_limit=options.hidden_limit,
             progress=progress,
         )
@@ -69,7 +72,9 @@ def calibrated_fit(
         metadata: dict[str, str] = {}
         if options.distill_samples:
             del procedure, teacher, student
-            modules, metadata = _distilled(run, modules, options, progress)
+            if run.processes.leader:
+                modules, metadata = _distilled(run, modules, options, progress)
+            run.processes.barrier()
     ids = run.samples.ids
     return RunFit(
         plan=run.plan,
@@ -84,6 +89,8 @@ def calibrated_fit(
         tokens=ids.size,
         metadata=metadata,
         work=run.work.path,
+        leader=run.processes.leader,
+        close=run.processes.close,
     )
 
 
@@ -99,6 +106,7 @@ class _Run:
     samples: Samples
     parts: Parts
     work: WorkFolder
+    processes: Processes
     device: torch.device
     dtype: torch.dtype
 
@@ -119,14 +127,13 @@ class _Run:
         )
 
 
-def _open_run(
-    base: Checkpoint, fine_tuned: Checkpoint, plan: Plan, output: Path, options: CompressOptions
-) -> _Run:
+def _open_run(base: Checkpoint, fine_tuned: Checkpoint, plan: Plan, output: Path, options: CompressOptions) -> _Run:
     """Device, configuration, name map, samples and work folder."""
     folder = fine_tuned.folder
     if folder is None or options.calibration is None:
         raise ToolError(f"{fine_tuned.tensors.label}: a fit on text needs the checkpoint's folder, with its tokenizer")
     device = resolve_device(options.device)
+    processes = Processes(device)
     config = _config(folder)
     dtype = resolve_dtype(options.compute_dtype, device, config)
     tokenizer = _tokenizer(folder)
@@ -141,6 +148,8 @@ def _open_run(
     )
     names = map_names(Skeleton(config, dtype=dtype, device=device).model, fine_tuned.tensors)
     digest = _inputs_digest(base.tensors, fine_tuned.tensors, text, options, device, dtype)
+    work = WorkFolder(output, digest, resume=options.resume, leader=processes.leader)
+    processes.barrier()
     run = _Run(
         base=base,
         fine_tuned=fine_tuned,
@@ -149,7 +158,8 @@ def _open_run(
         names=names,
         samples=text,
         parts=partition([text.ids], calibration=options.calibration_samples / count, held_out=options.held_out),
-        work=WorkFolder(output, digest, resume=options.resume),
+        work=work,
+        processes=processes,
         device=device,
         dtype=dtype,
     )
@@ -160,7 +170,7 @@ def _with_generated(run: _Run, tokenizer: Any, options: CompressOptions) -> _Run
     """The run with samples that the fine-tuned model writes; kept in the work folder."""
     length = run.samples.ids.shape[1]
     ids = run.work.load_array("generated")
-    if ids is None:
+    if ids is None and run.processes.leader:
         teacher, _ = run.skeletons()
         fill_whole(teacher, run.weights(), run.weights().teacher)
         ids = generate(
@@ -172,6 +182,9 @@ def _with_generated(run: _Run, tokenizer: Any, options: CompressOptions) -> _Run
             batch_size=4 * options.batch_size,
         )
         run.work.save_array("generated", ids)
+    run.processes.barrier()
+    if ids is None:
+        ids = run.work.load_array("generated")
     share = options.calibration_samples / (options.calibration_samples + options.distill_samples)
     return replace(
         run,
@@ -187,7 +200,7 @@ def _with_generated(run: _Run, tokenizer: Any, options: CompressOptions) -> _Run
 def _with_budget(run: _Run, options: CompressOptions, progress: Callable[[str, int, int], None]) -> _Run:
     """The run with a plan that spends the byte target where it lowers KL most; kept in the work folder."""
     errors = run.work.load_text("sensitivity")
-    if errors is None:
+    if errors is None and run.processes.leader:
         teacher, _ = run.skeletons()
         weights = run.weights()
         fill_whole(teacher, weights, weights.teacher)
@@ -195,6 +208,9 @@ def _with_budget(run: _Run, options: CompressOptions, progress: Callable[[str, i
         open_modules = [module for module in run.plan.modules if is_open(module, options)]
         errors = fisher_errors(teacher, weights, open_modules, samples, seed=options.seed, progress=progress)
         run.work.save_text("sensitivity", errors)
+    run.processes.barrier()
+    if errors is None:
+        errors = run.work.load_text("sensitivity") or {}
     return replace(run, plan=spend(run.plan, errors, run.fine_tuned, options))
 
 
@@ -281,7 +297,9 @@ def batches_of(fit: Ids, judge: Ids, size: int, device: torch.device) -> list[Ba
 def resolve_device(name: str) -> torch.device:
     """The device that `auto` or a name stands for. Raises OptionError for one that is not here."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # One device a process: torchrun and accelerate say which in LOCAL_RANK.
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from peraxis_format import Axis, Encoding, Safetensors
+from peraxis_tools.compress.distributed import Processes
 from peraxis_tools.compress.fit import FitOptions, FittedMatrix, fit_matrix
 from peraxis_tools.compress.hidden import HiddenStates
 from peraxis_tools.compress.modules import TORCH_DTYPES, components_of
 from peraxis_tools.compress.names import NameMap, Piece
 from peraxis_tools.compress.observe import Call, Observer, StopForward
+from peraxis_tools.compress.options import OptionError
 from peraxis_tools.compress.plan import TABLES, Plan, PlannedModule
 from peraxis_tools.compress.skeleton import Skeleton
 from peraxis_tools.compress.statistics import Moments, Statistics
@@ -94,18 +96,23 @@ class Procedure:
         batches: Sequence[Batch],
         options: FitOptions,
         work: WorkFolder,
+        processes: Processes,
         hidden_limit: int,
         progress: Callable[[str, int, int], None],
     ) -> None:
         self.teacher, self.student = teacher, student
-        self.names, self.batches, self.options, self.work = names, batches, options, work
+        self.names, self.options, self.work, self.processes = names, options, work, processes
+        self.batches = [batches[i] for i in processes.share(len(batches))]
+        if len(batches) < processes.count:
+            raise OptionError(f"{processes.count} processes for {len(batches)} batches: give fewer, or a smaller batch")
         self.modules = {module.name: module for module in plan.modules}
         self.fitted: dict[str, FittedModule] = {}
         self.weights = Weights(
             plan=plan, base=base, fine_tuned=fine_tuned, names=names, fitted=self.fitted, device=student.device
         )
         self._hidden = [
-            HiddenStates(work.path, label, limit=hidden_limit // 2) for label in ("teacher", "student")
+            HiddenStates(work.path, f"{label}-{processes.rank}", limit=hidden_limit // 2)
+            for label in ("teacher", "student")
         ]
         self._progress = progress
         self.device = student.device
@@ -138,10 +145,11 @@ class Procedure:
 
     def _part(self, part: str, fit: Callable[[], list[FittedModule]]) -> None:
         """Fit a part, or take it from the work folder, and see to it that the student has it."""
-        modules = self.work.load(part)
+        modules = self.processes.spread(self.work.load(part) if self.processes.leader else None)
         if modules is None:
             modules = fit()
-            self.work.save(part, modules)
+            if self.processes.leader:
+                self.work.save(part, modules)
         for module in modules:
             self.fitted[module.name] = module
         if part == "embedding":
@@ -270,13 +278,28 @@ class Procedure:
             for key, inputs in ours.items():
                 if key not in sums:
                     width = inputs.shape[-1]
-                    fit, judge = (
-                        Moments.zeros(width, paired=not stage.experts, device=self.device) for _ in range(2)
-                    )
+                    fit, judge = (Moments.zeros(width, paired=not stage.experts, device=self.device) for _ in range(2))
                     sums[key] = Statistics(fit=fit, held_out=judge)
                 moments = sums[key].held_out if batch.held_out else sums[key].fit
                 moments.add(inputs, theirs.get(key))
+        self._add_up(stage, sums)
         return sums
+
+    def _add_up(self, stage: Stage, sums: dict[Key, Statistics]) -> None:
+        """Make the sums those of all processes. An expert may have had tokens in some of them only."""
+        if self.processes.count == 1:
+            return
+        keys = {stage.leader.get(key, key) for key in stage.leader if key[1] is None}
+        for name in stage.parameters if stage.experts else ():
+            shape = self.student.get(name).shape
+            for e in range(shape[0]) if len(shape) == 3 else ():
+                keys.add((name, e))
+                sums.setdefault((name, e), _no_statistics(shape[-2 if stage.transposed[name] else -1], self.device))
+        for key in sorted(keys, key=str):
+            for moments in (sums[key].fit, sums[key].held_out):
+                tokens = torch.tensor([moments.tokens], device=self.device)
+                self.processes.add([*moments.tensors(), tokens])
+                moments.tokens = int(tokens)
 
     def _fit_stage(
         self,
@@ -285,7 +308,13 @@ class Procedure:
         run: Callable[[Skeleton, int], None],
     ) -> list[FittedModule]:
         sums = self._collect(stage, run)
-        return [self._fit_module(module, piece, stage, sums) for module, piece in modules]
+        mine = set(self.processes.share(len(modules)))
+        return self.processes.exchange(
+            [
+                self._fit_module(module, piece, stage, sums) if i in mine else None
+                for i, (module, piece) in enumerate(modules)
+            ]
+        )
 
     def _fit_module(
         self, module: PlannedModule, piece: Piece, stage: Stage, sums: dict[Key, Statistics]
@@ -300,12 +329,12 @@ class Procedure:
         matrices = zip(base.reshape(-1, *base.shape[-2:]), tuned.reshape(-1, *tuned.shape[-2:]), strict=True)
         for e, (b, t) in enumerate(matrices):
             key: Key = (piece.parameter, e if batch else piece.index)
-            statistics = sums.get(stage.leader.get(key, key)) or _no_statistics(b.shape[-2 if transposed else -1])
+            statistics = sums.get(stage.leader.get(key, key)) or _no_statistics(
+                b.shape[-2 if transposed else -1], self.device
+            )
             if transposed:
                 b, t = b.t().contiguous(), t.t().contiguous()
-            results.append(
-                fit_matrix(b, t, dtype=TORCH_DTYPES[module.dtype], statistics=statistics, options=options)
-            )
+            results.append(fit_matrix(b, t, dtype=TORCH_DTYPES[module.dtype], statistics=statistics, options=options))
         if all(not result.terms for result in results):
             components = ()
         else:
@@ -322,9 +351,10 @@ class Procedure:
         return replace(self.options, axes=axes, components=module.components)
 
 
-def _no_statistics(width: int) -> Statistics:
+def _no_statistics(width: int, device: torch.device) -> Statistics:
     """For an expert that no token reached."""
-    return Statistics(fit=Moments.zeros(width, paired=False), held_out=Moments.zeros(width, paired=False))
+    fit, judge = (Moments.zeros(width, paired=False, device=device) for _ in range(2))
+    return Statistics(fit=fit, held_out=judge)
 
 
 def _report(results: Sequence[FittedMatrix]) -> ModuleReport:

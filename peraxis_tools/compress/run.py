@@ -10,7 +10,9 @@ No torch before a fit needs it.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ from peraxis_format import (
     canonical_json,
     raw_bytes,
 )
+from peraxis_format import open as open_delta
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.budget import is_open, spend, weight_errors
 from peraxis_tools.compress.options import CompressOptions, OptionError
@@ -53,6 +56,7 @@ class CompressResult:
     content_id: str
     size: int
     full_size: int
+    ratio: float
     fit: str
     modules: int
     signed: int
@@ -61,11 +65,6 @@ class CompressResult:
     notes: Mapping[str, str]
     calibration_samples: int
     calibration_tokens: int
-
-    @property
-    def ratio(self) -> float:
-        """Size of the fine-tuned checkpoint over size of the file."""
-        return self.full_size / self.size
 
 
 def compress(
@@ -116,6 +115,8 @@ def compress(
             planned = spend(planned, errors, tuned_checkpoint, options)
         if show_plan is not None and not (options.has_target and options.resolved_fit != "none"):
             show_plan(planned)
+        if options.resolved_fit == "none" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise OptionError("fit none reads and writes: run it in one process, without torchrun")
         fit = RunFit(plan=planned)
         if options.resolved_fit != "none":
             from peraxis_tools.compress.calibrated import calibrated_fit
@@ -123,10 +124,13 @@ def compress(
             fit = calibrated_fit(
                 base_checkpoint, tuned_checkpoint, planned, output, options, step, show_plan or (lambda plan: None)
             )
-        result = _write(base_checkpoint, tuned_checkpoint, fit, output, options, step)
-    if fit.work is not None:
+        if fit.leader:
+            _write(base_checkpoint, tuned_checkpoint, fit, output, options, step)
+    if fit.close is not None:
+        fit.close()
+    if fit.work is not None and fit.leader:
         shutil.rmtree(fit.work, ignore_errors=True)
-    return result
+    return _result(output, fit, options)
 
 
 def _no_progress(step: str, done: int, total: int) -> None:
@@ -140,11 +144,9 @@ def _write(
     output: Path,
     options: CompressOptions,
     progress: Progress,
-) -> CompressResult:
+) -> None:
     planned = fit.plan
     reports: dict[str, ModuleReport] = {}
-    axes: dict[str, int] = {}
-    counts = dict.fromkeys(Encoding, 0)
     with DeltaWriter(
         output,
         base=base.identity,
@@ -155,9 +157,6 @@ def _write(
         for module in planned.modules:
             delta, report = _module_delta(module, base.tensors, fine_tuned.tensors, fit.modules.get(module.name))
             writer.add(delta)
-            counts[delta.encoding] += 1
-            for component in delta.components:
-                axes[component.axis.value] = axes.get(component.axis.value, 0) + 1
             if report is not None:
                 reports[module.name] = report
             done += fine_tuned.tensors[module.name].size
@@ -173,18 +172,27 @@ def _write(
         if reports:
             writer.metadata["peraxis.report"] = _report_json(reports)
         writer.metadata.update(fit.metadata)
-        manifest = writer.finish()
+        writer.finish()
+
+
+def _result(output: Path, fit: RunFit, options: CompressOptions) -> CompressResult:
+    """What there is to say of a written file."""
+    with open_delta(output) as delta:
+        manifest, size = delta.manifest, delta.size
+    counts = Counter(module.encoding for module in manifest.modules)
+    axes = Counter(component.axis.value for module in manifest.modules for component in module.components)
     return CompressResult(
         path=output,
         content_id=manifest.content_id,
-        size=output.stat().st_size,
-        full_size=planned.full_bytes,
+        size=size,
+        full_size=fit.plan.full_bytes,
+        ratio=round(fit.plan.full_bytes / size, 4),
         fit=options.resolved_fit,
-        modules=len(planned.modules),
+        modules=len(manifest.modules),
         signed=counts[Encoding.SIGN],
         unchanged=counts[Encoding.SAME],
         axes=dict(sorted(axes.items())),
-        notes={name: report.note for name, report in reports.items() if report.note},
+        notes={name: module.report.note for name, module in fit.modules.items() if module.report.note},
         calibration_samples=fit.calibration.samples if fit.calibration else 0,
         calibration_tokens=fit.tokens,
     )
@@ -237,8 +245,12 @@ def base_ref(info: TensorInfo, array: Array) -> BaseRef:
 
 
 def _same_bytes(module: PlannedModule, base: Array, fine_tuned: Array) -> bool:
-    return module.dtype is module.base_dtype and base.shape == fine_tuned.shape and np.array_equal(
-        base.view(np.uint8) if base.ndim else base, fine_tuned.view(np.uint8) if fine_tuned.ndim else fine_tuned
+    return (
+        module.dtype is module.base_dtype
+        and base.shape == fine_tuned.shape
+        and np.array_equal(
+            base.view(np.uint8) if base.ndim else base, fine_tuned.view(np.uint8) if fine_tuned.ndim else fine_tuned
+        )
     )
 
 

@@ -63,9 +63,7 @@ def stored(term: Term) -> Term:
 
     has_row = term.axis is not Axis.COL
     has_col = term.axis in (Axis.COL, Axis.ROW_COL)
-    return replace(
-        term, row=rounded(term.row) if has_row else term.row, col=rounded(term.col) if has_col else term.col
-    )
+    return replace(term, row=rounded(term.row) if has_row else term.row, col=rounded(term.col) if has_col else term.col)
 
 
 def mean_magnitudes(target: Tensor, axis: Axis) -> Magnitude:

@@ -76,9 +76,7 @@ def feedback(target: Tensor, magnitudes: list[Magnitude], factor: tuple[Tensor, 
     return [sign[inverse_order].t().contiguous() for sign in signs]
 
 
-def _feedback_block(
-    work: Tensor, near: Tensor, rows: Tensor, cols: Tensor, signs: Tensor, errors: Tensor
-) -> None:
+def _feedback_block(work: Tensor, near: Tensor, rows: Tensor, cols: Tensor, signs: Tensor, errors: Tensor) -> None:
     """work, errors: [n, d_out]; near: [n, n]; rows: [k, d_out]; cols: [k, n]; signs: bool [k, n, d_out]."""
     diagonal = torch.diagonal(near).tolist()
     for j in range(len(work)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +33,10 @@ class FittedModule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFit:
-    """All fitted modules, the plan that they follow, and what the manifest says about the text."""
+    """All fitted modules, the plan that they follow, and what the manifest says about the text.
+
+    leader: whether this process writes the file (others wait in `close` until it is there).
+    """
 
     plan: Plan
     modules: Mapping[str, FittedModule] = field(default_factory=dict)
@@ -41,3 +44,5 @@ class RunFit:
     tokens: int = 0
     metadata: Mapping[str, str] = field(default_factory=dict)
     work: Path | None = None
+    leader: bool = True
+    close: Callable[[], None] | None = None

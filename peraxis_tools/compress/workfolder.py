@@ -11,6 +11,7 @@ two forward passes for each finished block.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ import numpy as np
 from peraxis_format import Array, Axis, Component, atomic_file, raw_bytes
 from peraxis_tools.compress.types import FittedModule, ModuleReport
 
-__all__ = ["WorkFolder"]
+__all__ = ["WorkFolder", "pack_modules", "unpack_modules"]
 
 _INPUTS = "inputs.json"
 _TYPES = {"mask": np.uint8, "row": np.float16, "col": np.float16, "scalar": np.float16}
@@ -31,8 +32,11 @@ _TYPES = {"mask": np.uint8, "row": np.float16, "col": np.float16, "scalar": np.f
 class WorkFolder:
     """Finished parts of one run. `digest` says of which."""
 
-    def __init__(self, output: Path, digest: str, *, resume: bool) -> None:
+    def __init__(self, output: Path, digest: str, *, resume: bool, leader: bool = True) -> None:
+        """leader: whether this process makes the folder; others are to wait for it before they read."""
         self.path = output.with_name(output.name + ".peraxis-work")
+        if not leader:
+            return
         if self.path.exists() and not (resume and self._digest() == digest):
             shutil.rmtree(self.path)
         self.path.mkdir(exist_ok=True)
@@ -51,8 +55,8 @@ class WorkFolder:
         index = self.path / f"{part}.json"
         if not index.is_file():
             return None
-        data = (self.path / f"{part}.bin").read_bytes()
-        return [_module(entry, data) for entry in json.loads(index.read_bytes())]
+        data = bytearray((self.path / f"{part}.bin").read_bytes())
+        return unpack_modules(json.loads(index.read_bytes()), data)
 
     def save_array(self, part: str, array: Array) -> None:
         """Store one array under a name of its own."""
@@ -76,33 +80,37 @@ class WorkFolder:
 
     def save(self, part: str, modules: Sequence[FittedModule]) -> None:
         """Store a finished part."""
-        entries: list[dict[str, Any]] = []
-        offset = 0
+        entries, data = pack_modules(modules)
         with atomic_file(self.path / f"{part}.bin") as file:
-            for module in modules:
-                components = []
-                for component in module.components:
-                    arrays = {}
-                    for name, array in {"mask": component.mask, **component.scales()}.items():
-                        file.write(raw_bytes(np.ascontiguousarray(array)))
-                        arrays[name] = [offset, list(array.shape)]
-                        offset += array.nbytes
-                    components.append(
-                        {"axis": component.axis.value, "exponent": component.exponent, "arrays": arrays}
-                    )
-                report = module.report
-                entries.append(
-                    {
-                        "name": module.name,
-                        "components": components,
-                        "report": [report.error, report.error_none, report.error_same, report.note],
-                    }
-                )
+            file.write(data)
         with atomic_file(self.path / f"{part}.json") as file:
             file.write(json.dumps(entries).encode())
 
 
-def _module(entry: dict[str, Any], data: bytes) -> FittedModule:
+def pack_modules(modules: Sequence[FittedModule]) -> tuple[list[dict[str, Any]], bytes]:
+    """(index as JSON values, arrays one after the other). Law: unpack_modules(*pack_modules(m)) == m."""
+    entries: list[dict[str, Any]] = []
+    data = io.BytesIO()
+    for module in modules:
+        components = []
+        for component in module.components:
+            arrays = {}
+            for name, array in {"mask": component.mask, **component.scales()}.items():
+                arrays[name] = [data.tell(), list(array.shape)]
+                data.write(raw_bytes(np.ascontiguousarray(array)))
+            components.append({"axis": component.axis.value, "exponent": component.exponent, "arrays": arrays})
+        report = module.report
+        fields = [report.error, report.error_none, report.error_same, report.note]
+        entries.append({"name": module.name, "components": components, "report": fields})
+    return entries, data.getvalue()
+
+
+def unpack_modules(entries: Sequence[dict[str, Any]], data: bytearray) -> list[FittedModule]:
+    """The inverse of pack_modules; arrays are views of data, and writable."""
+    return [_module(entry, data) for entry in entries]
+
+
+def _module(entry: dict[str, Any], data: bytearray) -> FittedModule:
     error, error_none, error_same, note = entry["report"]
     return FittedModule(
         name=entry["name"],
@@ -111,7 +119,7 @@ def _module(entry: dict[str, Any], data: bytes) -> FittedModule:
     )
 
 
-def _component(entry: dict[str, Any], data: bytes) -> Component:
+def _component(entry: dict[str, Any], data: bytearray) -> Component:
     def array(name: str) -> Array | None:
         if name not in entry["arrays"]:
             return None

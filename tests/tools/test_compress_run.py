@@ -89,6 +89,7 @@ def test_a_run_can_be_repeated_from_its_artifact(pair: tuple[Path, Path, Path], 
     assert (tmp_path / "one.pxd").read_bytes() == (tmp_path / "two.pxd").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, tuned, text = pair
     options = {"calibration": str(text), "distill_samples": 6, "distill_epochs": 3, "generated_samples": 4, **FEW}
@@ -98,12 +99,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(pair: tuple[Path, Path, Path], t
     work = tmp_path / "cut.pxd.peraxis-work"
     # Killed as soon as each of these is there; the next run finds it and goes on.
     for part in ("generated.npy", "embedding.json", "block-00000.json", "block-00001.json", "head.json"):
-        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
         while not (work / part).exists() and process.poll() is None:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert (work / part).exists()
+        _, said = process.communicate()
+        assert (work / part).exists(), said.decode()[-2000:]
         assert not cut.exists()
     compress(base, tuned, cut, **options)
     assert cut.read_bytes() == (tmp_path / "whole.pxd").read_bytes()
