@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import atomic_folder, refuse_existing
 from peraxis_tools.kinds import kind_of
 from peraxis_tools.parts import refuse_part
+from peraxis_tools.rows import delta_rows, row_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +54,7 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraResult:
-    """error: over all adapted modules, by root of sums of squares."""
+    """error: over all sign modules, by root of sums of squares; one that is left out counts as lost."""
 
     folder: Path
     content_id: str
@@ -96,7 +97,7 @@ def to_lora(
     adapter = _Adapter()
     with pxd.open(path) as delta:
         refuse_part(delta.manifest, path)
-        tied = {name for name, _ in delta.manifest.tied}
+        tied = _tied(delta)
         for entry in delta.manifest.modules:
             _add(adapter, delta, entry, rank, max_error, tied=entry.name in tied)
             begin, end = delta.span(entry.name)
@@ -118,6 +119,20 @@ def to_lora(
         )
 
 
+def _tied(delta: pxd.DeltaFile) -> set[str]:
+    """Modules that another parameter shares: by the manifest, or by the configuration where the head is not stored."""
+    tied = {name for name, _ in delta.manifest.tied}
+    kinds = {entry.name: kind_of(entry.name, entry.shape) for entry in delta.manifest.modules}
+    if any(asset.path == "config.json" for asset in delta.manifest.assets) and "lm_head" not in kinds.values():
+        try:
+            config = json.loads(delta.asset("config.json"))
+        except ValueError:
+            config = None
+        if isinstance(config, dict) and config.get("tie_word_embeddings"):
+            tied |= {name for name, kind in kinds.items() if kind == "embedding"}
+    return tied
+
+
 def _add(
     adapter: _Adapter,
     delta: pxd.DeltaFile,
@@ -133,6 +148,12 @@ def _add(
     reason = _cannot(entry, kind, tied=tied)
     if reason is not None:
         adapter.left_out.append(LeftOut(name=entry.name, reason=reason))
+        if entry.components:
+            lost = math.fsum(
+                float(np.square(block, dtype=np.float64).sum()) for block in _dense_blocks(delta.load(entry.name))
+            )
+            adapter.square_error += lost
+            adapter.square_norm += lost
     elif entry.encoding is pxd.Encoding.FULL:
         full = delta.load(entry.name).full
         adapter.tensors[f"{_PREFIX}{entry.name}"] = to_torch(np.array(full), entry.dtype)
@@ -140,6 +161,10 @@ def _add(
     else:
         dense = pxd.dense_delta(delta.load(entry.name))
         _decompose(adapter, entry, module, dense, rank, max_error)
+
+
+def _dense_blocks(module: pxd.ModuleDelta) -> Iterator[Any]:
+    return (delta_rows(module, rows, None) for rows in row_blocks(module.covered))
 
 
 def _cannot(entry: pxd.ModuleEntry, kind: str, *, tied: bool) -> str | None:

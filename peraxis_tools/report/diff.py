@@ -26,7 +26,7 @@ def render_diff(result: DiffResult, console: Console, *, top: int = 12) -> None:
     for label, name, content_id in (("a", result.a, result.content_id_a), ("b", result.b, result.content_id_b)):
         console.print(f"{label}  {text(name)}\n   {text(content_id or 'a checkpoint')}")
     if total.measured < total.modules:
-        console.print(f"distance over {total.measured} of {total.modules} modules; notes below say why")
+        console.print(f"distances are over {total.measured} of {total.modules} modules: exact tensors need --base")
     for change in result.manifest:
         console.print(f"{text(change.field)}: {_short(change.a)} -> {_short(change.b)}")
     for label, names in (("a", result.only_in_a), ("b", result.only_in_b)):

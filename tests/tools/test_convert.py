@@ -226,6 +226,18 @@ def test_peft_loads_the_adapter_into_the_weights_that_we_say(tmp_path: Path, sha
         np.testing.assert_allclose(change, pxd.dense_delta(module), atol=1e-5)
 
 
+def test_a_tied_embedding_is_left_out_and_counts_as_lost(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    names = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight")
+    modules = [sign_module(rng, name, random_storage(rng, SHAPES[name])) for name in names]
+    config = json.dumps({"tie_word_embeddings": True}).encode()
+    path = write_delta(tmp_path / "delta.pxd", modules, assets={"config.json": config})
+    result = to_lora(path, tmp_path / "adapter", rank=32)
+    assert [item.name for item in result.left_out] == ["model.embed_tokens.weight"]
+    lost, kept = (float(np.sum(pxd.dense_delta(module).astype(np.float64) ** 2)) for module in modules)
+    assert result.error == pytest.approx(np.sqrt(lost / (lost + kept)), rel=1e-4)
+
+
 def test_the_command_converts_both_ways(tmp_path: Path) -> None:
     path, _ = make_base(tmp_path)
     torch.save(
