@@ -86,8 +86,12 @@ def test_every_bf16_weight_is_rounded_as_the_reference_rounds_it() -> None:
         assert applied([module], [base]) == [pf.reconstruct(module, base, compiled=False).tobytes()]
 
 
-def test_plain_torch_rebuilds_the_reference_bits_too() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_plain_torch_rebuilds_the_reference_bits_too(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """terms.py is what serving kernels are held to; it is itself held to the format's reference."""
+    if compiled:
+        pytest.importorskip("numba")
+        monkeypatch.setattr("peraxis_format.torch.terms._COMPILED_FROM", 0)
     rng = np.random.default_rng(2)
     for shape in ((5, 7), (33, 130)):
         base = (rng.normal(size=shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
