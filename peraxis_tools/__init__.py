@@ -12,7 +12,10 @@ modules imports torch before it needs it.
 from peraxis_format import __version__
 from peraxis_tools.apply import apply, load_model
 from peraxis_tools.compress import compress
+from peraxis_tools.diff import diff
+from peraxis_tools.evaluate import evaluate
 from peraxis_tools.inspect import inspect
+from peraxis_tools.merge import merge
 from peraxis_tools.verify import verify
 
-__all__ = ["__version__", "apply", "compress", "inspect", "load_model", "verify"]
+__all__ = ["__version__", "apply", "compress", "diff", "evaluate", "inspect", "load_model", "merge", "verify"]
