@@ -71,9 +71,9 @@ def _count(counters: Counters, source: Tensor, modules: tuple[str, ...]) -> None
         counters.modules[name] = counters.modules.get(name, 0) + 1
 
 
-def _aligned(size: int) -> Tensor:
+def _aligned(size: int, *, pinned: bool = False) -> Tensor:
     """Flat uint8 host memory at a multiple of 4096."""
-    raw = torch.empty(size + 4096, dtype=torch.uint8)
+    raw = torch.empty(size + 4096, dtype=torch.uint8, pin_memory=pinned)
     lead = -raw.data_ptr() % 4096
     return raw[lead : lead + size]
 
@@ -122,8 +122,7 @@ class CudaDevice:
         self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call, unused-ignore]
 
     def host_buffer(self, size: int) -> Tensor:
-        # Page-locking rounds up to pages, so that the buffer begins at one.
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return _aligned(size, pinned=True)
 
     def buffer(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.torch_device)

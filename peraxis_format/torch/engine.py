@@ -6,9 +6,10 @@ number of times, with any buffer of the right content. Bases and live storages m
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from peraxis_format.torch.placement import Part
 from peraxis_format.torch.storage import storage_array, tensor_view
 from peraxis_format.torch.work import Workers
 
-__all__ = ["CudaEngine", "Engine", "HostEngine", "engine_for"]
+__all__ = ["TritonEngine", "Engine", "HostEngine", "engine_for"]
 
 _COMPILED_FROM: Final = 1 << 20  # weights in all; below, numpy is done before numba is imported
 
@@ -77,13 +78,14 @@ class HostEngine:
             yield lambda: np.copyto(out, reconstruct(module, source, compiled=self._compiled))
 
 
-class CudaEngine:
-    """CUDA storages, with Triton: one launch a transfer for each kind of module in it (dtype, alignment).
+class TritonEngine:
+    """CUDA storages; in Triton's interpreter CPU ones too. One launch a transfer for each kind of module (dtype, alignment).
 
     The tables that kernels read are made here, once; `write` only launches.
     """
 
     def __init__(self, transfers: Sequence[Transfer], bases: Mapping[Part, Tensor], *, device: torch.device) -> None:
+        self._device = device
         self._launches = {transfer: list(_launches(transfer, bases, device)) for transfer in transfers}
         self._copies = {transfer: list(_copies(transfer)) for transfer in transfers}
         self._scratch = {
@@ -95,24 +97,35 @@ class CudaEngine:
         }  # fmt: skip
 
     def write(self, transfer: Transfer, buffer: Tensor) -> None:
-        from peraxis_format.torch import kernels
+        with _current(self._device):
+            for launch in self._launches[transfer]:
+                _launch(launch, buffer)
+            for packed, offset, view in self._copies[transfer]:
+                view.copy_(tensor_view(buffer, offset, packed.entry.dtype, packed.shape), non_blocking=True)
+            for part, base, packed in self._scratch[transfer]:
+                # A live storage with strides of its own (a transposed layout): rebuilt beside it, then copied.
+                out = torch.empty_like(base)
+                for launch in _tables([(packed, base, out)], base.device):
+                    _launch(launch, buffer)
+                part.view.copy_(out)
 
-        for kind, aligned, tiles, records, terms in self._launches[transfer]:
-            kernels.apply_kernel[(tiles.numel(),)](
-                tiles, records, terms, buffer, KIND=kind, ALIGNED=aligned, ROWS_=kernels.ROWS, COLUMNS_=kernels.COLUMNS,
-                num_warps=8,
-            )  # fmt: skip
-        for packed, offset, view in self._copies[transfer]:
-            view.copy_(tensor_view(buffer, offset, packed.entry.dtype, packed.shape), non_blocking=True)
-        for part, base, packed in self._scratch[transfer]:
-            # A live storage with strides of its own (a transposed layout): rebuilt beside it, then copied.
-            out = torch.empty_like(base)
-            for kind, aligned, tiles, records, terms in _tables([(packed, base, out)], base.device):
-                kernels.apply_kernel[(tiles.numel(),)](
-                    tiles, records, terms, buffer, KIND=kind, ALIGNED=aligned, ROWS_=kernels.ROWS,
-                    COLUMNS_=kernels.COLUMNS, num_warps=8,
-                )  # fmt: skip
-            part.view.copy_(out)
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Kernels are launched on the current device: make it this one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+_Launch: TypeAlias = tuple[int, bool, Tensor, Tensor, Tensor]  # dtype kind, aligned, tiles, records, terms
+
+
+def _launch(launch: _Launch, buffer: Tensor) -> None:
+    from peraxis_format.torch import kernels
+
+    kind, aligned, tiles, records, terms = launch
+    kernels.apply_kernel[(tiles.numel(),)](
+        tiles, records, terms, buffer, KIND=kind, ALIGNED=aligned, ROWS_=kernels.ROWS, COLUMNS_=kernels.COLUMNS,
+        num_warps=8,
+    )  # fmt: skip
 
 
 def engine_for(
@@ -126,7 +139,7 @@ def engine_for(
     """The engine of a device. compiled: see HostEngine."""
     if device.torch_device.type == "cpu":
         return HostEngine(transfers, bases, workers=workers, compiled=compiled)
-    return CudaEngine(transfers, bases, device=device.torch_device)
+    return TritonEngine(transfers, bases, device=device.torch_device)
 
 
 _KINDS: Final = {DType.BF16: 0, DType.F16: 1, DType.F32: 2}
@@ -139,9 +152,7 @@ def _copies(transfer: Transfer) -> Iterator[tuple[Packed, int, Tensor]]:
                 yield packed, packed.fields[0].offset, part.view
 
 
-def _launches(
-    transfer: Transfer, bases: Mapping[Part, Tensor], device: torch.device
-) -> Iterator[tuple[int, bool, Tensor, Tensor, Tensor]]:
+def _launches(transfer: Transfer, bases: Mapping[Part, Tensor], device: torch.device) -> Iterator[_Launch]:
     yield from _tables(
         [
             (packed, bases[part], part.view)
@@ -153,14 +164,14 @@ def _launches(
     )
 
 
-def _tables(
-    items: Sequence[tuple[Packed, Tensor, Tensor]], device: torch.device
-) -> Iterator[tuple[int, bool, Tensor, Tensor, Tensor]]:
+def _tables(items: Sequence[tuple[Packed, Tensor, Tensor]], device: torch.device) -> Iterator[_Launch]:
     """(dtype kind, aligned, tiles, records, terms) for each kind of matrix among (module, base, out) triples."""
     grouped: dict[tuple[int, bool], list[tuple[Packed, Tensor, Tensor]]] = {}
     for packed, base, out in items:
-        aligned = packed.shape[-1] % 8 == 0 and base.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
-        # The mask's rows are then whole bytes, and its start is a multiple of 64 in the buffer.
+        d_out, d_in = packed.shape[-2:]
+        aligned = d_in % 8 == 0 and base.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
+        # A mask begins at a multiple of 64 in the buffer; that of a later batch element only where their size allows.
+        aligned = aligned and (len(packed.shape) == 2 or d_out * d_in % 128 == 0)
         grouped.setdefault((_KINDS[packed.entry.dtype], aligned), []).append((packed, base, out))
     for (kind, aligned), members in grouped.items():
         records, terms, tiles = _matrix_rows(members)

@@ -46,6 +46,7 @@ class LinearKernels:
         self._ranges: list[_Range] | None = None
         self._bias_table: Tensor | None = None
 
+    @torch.no_grad()
     def linear(self, module: ServedLinear, state: State, x: Tensor, lead: Sequence[int], rows: Rows) -> Tensor:
         """x: [rows, in_features]. Returns [rows, out_features]."""
         from peraxis_format.torch.served import MANY_ROWS

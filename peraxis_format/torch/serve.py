@@ -30,6 +30,7 @@ from peraxis_format.torch.placement import Part, Placement, place
 from peraxis_format.torch.rows import Rows
 from peraxis_format.torch.served import GroupForward, Patch, ServedEmbedding, ServedLinear, State
 from peraxis_format.torch.storage import tensor_view
+from peraxis_format.torch.stream import check_pads
 from peraxis_format.torch.terms import terms_of
 from peraxis_format.torch.work import Workers
 
@@ -173,6 +174,7 @@ def _backend(asked: Backend, model: nn.Module) -> Backend:
 def _register(served: Served, index: int, file: DeltaFile, placement: Placement) -> None:
     """Bring one variant's patches to the modules that own the parameters."""
     owners = _Owners(served.model)
+    check_pads(file)
     for name in file:
         entry = file.entry(name)
         if entry.encoding is Encoding.SAME:

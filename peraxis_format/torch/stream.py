@@ -16,6 +16,7 @@ All buffers are made once and shared by all variants. A module lies in one trans
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +28,8 @@ from typing import Any, Final, Literal
 from torch import Tensor
 
 from peraxis_format.dtypes import raw_bytes
-from peraxis_format.errors import fail
-from peraxis_format.payload import check_values
+from peraxis_format.errors import PxdError, fail
+from peraxis_format.payload import check_pad, check_values
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.device import Device
 from peraxis_format.torch.engine import Engine
@@ -37,7 +38,7 @@ from peraxis_format.torch.image import ALIGN, Packed, Run, Transfer, piece, shif
 from peraxis_format.torch.storage import storage_array
 from peraxis_format.torch.work import Workers
 
-__all__ = ["DEPTH", "Payload", "Residency", "Ring", "check_transfer", "read_transfer", "stream"]
+__all__ = ["DEPTH", "Payload", "Residency", "Ring", "check_pads", "check_transfer", "read_transfer", "stream"]
 
 Residency = Literal["gpu", "pinned", "file"]
 DEPTH: Final = 4
@@ -134,6 +135,16 @@ def _read_jobs(delta: DeltaFile, runs: Sequence[Run], target: memoryview) -> Ite
         yield job(parts)
 
 
+@contextlib.contextmanager
+def located(delta: DeltaFile) -> Iterator[None]:
+    """Give an error that passes through the name of the file."""
+    try:
+        yield
+    except PxdError as error:
+        error.file = error.file or str(delta.path)
+        raise
+
+
 def check_transfer(delta: DeltaFile, transfer: Transfer, buffer: Tensor, workers: Workers) -> None:
     """Steps 9 to 11 of SPEC 8 on a buffer's bytes, in parallel: of whole modules digests too, of boxes the scales."""
     array = storage_array(buffer)
@@ -148,7 +159,18 @@ def check_transfer(delta: DeltaFile, transfer: Transfer, buffer: Tensor, workers
 
         return run
 
-    workers.run(check(packed) for packed in transfer.modules)
+    with located(delta):
+        workers.run(check(packed) for packed in transfer.modules)
+
+
+def check_pads(delta: DeltaFile) -> None:
+    """SPEC 4.5, for the whole file: pads are few and small."""
+    for record in delta.records:
+        if record.name.startswith("__pad__."):
+            data = bytearray(record.end - record.begin)
+            delta.read_into(memoryview(data), delta.header_size + record.begin)
+            with located(delta):
+                check_pad(bytes(data), record.name, delta.header_size + record.begin)
 
 
 # --- one variant's payload -----------------------------------------------------------------------------
@@ -196,6 +218,7 @@ class Payload:
         self._kept: list[Tensor] = []
         self._stamp = _Stamp.of(delta)
         ring.reserve(max((transfer.size for transfer in transfers), default=0))
+        check_pads(delta)
         for transfer in transfers:
             self._keep(transfer, device, ring, workers)
         device.synchronize()
@@ -211,7 +234,8 @@ class Payload:
         elif self.residency == "gpu":
             buffer = device.buffer(transfer.size)
             names = tuple(packed.entry.name for packed in transfer.modules)
-            device.host_waits(device.upload(buffer, host, after=None, modules=names))
+            # Behind what was launched: the allocator may hand out memory that kernels in flight still use.
+            device.host_waits(device.upload(buffer, host, after=device.record(), modules=names))
             self._kept.append(buffer)
 
     def host(self, index: int) -> Tensor:
@@ -274,6 +298,7 @@ def _pipeline(payload: Payload, engine: Engine, *, device: Device, ring: Ring, w
     uploaded: list[Any] = [None] * len(transfers)
     written: list[Any] = [None] * len(transfers)
     reading: dict[int, Future[None]] = {}
+    begun = device.record()
     reader = Workers(1) if payload.residency == "file" else None
 
     def read(index: int) -> None:
@@ -295,7 +320,7 @@ def _pipeline(payload: Payload, engine: Engine, *, device: Device, ring: Ring, w
                 host = payload.host(t)
             target = ring.slots[t % DEPTH]
             names = tuple(packed.entry.name for packed in transfer.modules)
-            free = written[t - DEPTH] if t >= DEPTH else None
+            free = written[t - DEPTH] if t >= DEPTH else begun
             uploaded[t] = device.upload(
                 target[transfer.begin : transfer.size], host[transfer.begin :], after=free, modules=names
             )

@@ -95,7 +95,22 @@ def test_a_damaged_file_leaves_the_base(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    refused(model, path, pf.PayloadError, "E301")
+    refused(model, path, pf.PayloadError, r"E301: .*d\.pxd")
+
+
+def test_a_pad_that_is_not_zero_is_refused(tmp_path: Path) -> None:
+    model = Small()
+    path = write_delta(tmp_path / "d.pxd", base_of(model))
+    with pf.open(path) as delta:
+        module_ends = {delta.span(name)[1] for name in delta}
+        begin = next(
+            delta.header_size + r.begin for r in delta.records
+            if r.name.startswith("__pad__.") and delta.header_size + r.begin in module_ends
+        )  # fmt: skip
+    data = bytearray(path.read_bytes())
+    data[begin] = 1  # between two modules: in no module's digest
+    path.write_bytes(data)
+    refused(model, path, pf.PayloadError, "E304")
 
 
 @pytest.mark.parametrize("nth", [0, 3, 6])

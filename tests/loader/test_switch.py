@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 import peraxis_format as pf
 from peraxis_format.torch import DeviceError, LiveModelError, SwapError, VariantSwitch, switch
 from peraxis_format.torch.device import HostDevice
-from peraxis_format.torch.engine import HostEngine
+from peraxis_format.torch.engine import HostEngine, TritonEngine
 from peraxis_format.torch.stream import DEPTH
 from tests.loader.support import Small, bytes_of, expected_bytes, named_tensors, write_delta
 
@@ -81,6 +82,33 @@ def test_a_swap_uploads_each_module_once_and_allocates_nothing(
             assert swap.uploads > DEPTH  # the ring went round
             assert swap.read == (variant.stored if residency == "file" else 0)
             live.use(None)
+
+
+def test_triton_kernels_swap_to_the_same_bits_over_the_same_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU runs, but for streams and link: tables, launches, copies of exact tensors, odd and strided shapes."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a GPU")
+
+    def triton_engine(transfers: Any, bases: Any, **_: Any) -> Any:
+        return TritonEngine(transfers, bases, device=torch.device("cpu"))
+
+    monkeypatch.setattr(switch, "engine_for", triton_engine)
+    monkeypatch.setattr(switch, "TRANSFER_LIMIT", 700)
+    base = {name: t.detach().clone() for name, t in named_tensors(Small()).items()}
+    base["experts"] = torch.randn(3, 9, 24).bfloat16()
+    live = {name: tensor.clone() for name, tensor in base.items()}
+    turned = live.pop("second.weight").t().contiguous()
+    with VariantSwitch(live, views={"second.weight": turned.t()}) as switched:
+        for name, path in variants(tmp_path, base, 3).items():
+            switched.add(name, path, "file" if name == "1" else "pinned")
+        for name in ("0", "1", None, "2", "1"):
+            with np.errstate(all="ignore"):
+                switched.use(name)
+            wanted = bytes_of(base) if name is None else expected_bytes(tmp_path / f"{name}.pxd", base)
+            assert bytes_of({**live, "second.weight": turned.t()}) == wanted
 
 
 def test_residency_says_what_is_kept_where(tmp_path: Path) -> None:
