@@ -5,17 +5,56 @@
     peraxis_tools.compress("base", "fine-tuned", "delta.pxd", calibration="c4")
     model = peraxis_tools.load_model("base", "delta.pxd")
 
-Verbs share their names with the modules that hold them; the imports below bind the functions. None of these
-modules imports torch before it needs it.
+Verbs share their names with the modules that hold them, and are imported when they are first used: importing this
+package costs nothing, and `peraxis_tools.inspect` is always the function.
 """
 
-from peraxis_format import __version__
-from peraxis_tools.apply import apply, load_model
-from peraxis_tools.compress import compress
-from peraxis_tools.diff import diff
-from peraxis_tools.evaluate import evaluate
-from peraxis_tools.inspect import inspect
-from peraxis_tools.merge import merge
-from peraxis_tools.verify import verify
+from __future__ import annotations
 
-__all__ = ["__version__", "apply", "compress", "diff", "evaluate", "inspect", "load_model", "merge", "verify"]
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from peraxis_format import __version__
+
+if TYPE_CHECKING:
+    from peraxis_tools.apply import apply, load_model
+    from peraxis_tools.compress import compress
+    from peraxis_tools.diff import diff
+    from peraxis_tools.evaluate import evaluate
+    from peraxis_tools.inspect import inspect
+    from peraxis_tools.merge import merge
+    from peraxis_tools.verify import verify
+
+__all__ = [
+    "__version__",
+    "apply",
+    "compress",
+    "diff",
+    "evaluate",
+    "inspect",
+    "load_model",
+    "merge",
+    "verify",
+]
+
+_HOMES = {name: f"peraxis_tools.{name}" for name in __all__[1:]} | {"load_model": "peraxis_tools.apply"}
+
+
+class _Package(ModuleType):
+    """Keeps the import system from putting a verb's module where its function belongs."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        function = getattr(importlib.import_module(_HOMES[name]), name)
+        super().__setattr__(name, function)
+        return function
+
+
+sys.modules[__name__].__class__ = _Package

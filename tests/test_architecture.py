@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+import peraxis_format
+
 ROOT = Path(__file__).parents[1]
 # Within the format library each module imports only what stands before it.
 ORDER = [
     *(
         "version",
-        "threads", "errors",
+        "threads",
+        "errors",
         "dtypes",
         "bits",
         "canonical",
@@ -77,7 +80,8 @@ def test_imports_within_the_format_library_point_one_way() -> None:
 def test_the_tools_import_public_names_of_the_format_alone() -> None:
     for path in sources("peraxis_tools"):
         deep = {name for name in imported(path) if name.startswith("peraxis_format.")}
-        modules = {name for name in deep if (ROOT / (name.replace(".", "/") + ".py")).exists()}
+        public = {f"peraxis_format.{name}" for name in peraxis_format.__all__}
+        modules = {name for name in deep - public if (ROOT / (name.replace(".", "/") + ".py")).exists()}
         assert modules <= {"peraxis_format.fast", "peraxis_format.torch"}, (path, modules)
 
 
@@ -104,3 +108,12 @@ def test_light_verbs_import_neither_torch_nor_transformers(verb: str) -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_verb_is_its_function_whatever_was_imported_before() -> None:
+    code = (
+        "import peraxis_tools, peraxis_tools.inspect, peraxis_tools.apply, peraxis_tools.compress.run; "
+        "print(all(callable(getattr(peraxis_tools, name)) for name in peraxis_tools.__all__ if name[0] != '_'))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "True"
