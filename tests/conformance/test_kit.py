@@ -260,6 +260,30 @@ def test_the_plugin_runs_one_test_a_case(tmp_path: Path) -> None:
     assert "accepted, must be rejected" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ("data", ""),
+        ("data + bytes(1)", "differs at byte"),
+        ("data[:-1] + b'x'", "differs at byte"),
+        ("b''", "differs at byte 0"),
+    ],
+)
+def test_a_writer_is_held_to_every_byte(tmp_path: Path, change: str, part: str) -> None:
+    """A writer that copies the expected file passes; with one byte changed it fails."""
+    caps = {**CAPS, "operations": ["encode"]}
+    golden = KIT / "encode" / "pads.pxd"
+    path = tmp_path / "adapter.py"
+    path.write_text(
+        f"import sys\nif sys.argv[1] == 'caps':\n    print({json.dumps(json.dumps(caps))}); sys.exit(0)\n"
+        f"data = open({str(golden)!r}, 'rb').read()\nopen(sys.argv[4], 'wb').write({change})\nprint('{{\"ok\": true}}')"
+    )
+    command = [sys.executable, "-S", str(path)]
+    assert verdict(command, "encode/pads")[0][0] == ("failed" if part else "passed")
+    assert part in verdict(command, "encode/pads")[0][1]
+    assert verdict(command, "encode/refuse-exponent") == [("failed", "accepted, must be rejected")]
+
+
 def test_the_ten_minute_path_of_the_readme_is_true(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The two pieces of code, and what the runner says of them, are those of conformance/README.md."""
     text = (KIT / "README.md").read_text(encoding="utf-8")
