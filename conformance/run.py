@@ -28,6 +28,7 @@ __all__ = ["Adapter", "Caps", "Outcome", "Summary", "laid_out", "run_case", "run
 
 ACCEPTED, REJECTED, UNSUPPORTED = 0, 1, 77
 ROOMY_MIB = 256
+SCRATCH_MIB = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,8 +210,10 @@ def first_difference(expected: bytes, made: bytes) -> str:
 
 
 def scratch_folder() -> str | None:
-    """Memory where the system offers it: only there does a file of 2^53 bytes fit, and it is fast."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    """Memory where the system offers enough: there alone does a file of 2^53 bytes fit, and it is fast."""
+    memory = "/dev/shm"
+    roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > SCRATCH_MIB << 20
+    return memory if roomy else None
 
 
 @contextlib.contextmanager
