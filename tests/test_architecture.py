@@ -30,7 +30,7 @@ ORDER = [
         "container",
         "payload",
     ),
-    *("checkpoint", "binding", "fast", "reconstruct", "reader", "writer"),
+    *("checkpoint", "binding", "lanes", "pairs", "fast", "reconstruct", "reader", "writer"),
 ]
 
 

@@ -79,7 +79,7 @@ class HostEngine:
 
 
 class TritonEngine:
-    """CUDA storages; in Triton's interpreter CPU ones too. One launch a transfer for each kind of module (dtype, alignment).
+    """CUDA storages; in Triton's interpreter CPU ones too. One launch a transfer and kind (dtype, alignment).
 
     The tables that kernels read are made here, once; `write` only launches.
     """

@@ -1,0 +1,99 @@
+"""Eight columns at a time: the pieces of LLVM that the compiled kernels are made of.
+
+One byte of a mask holds eight signs, so a kernel goes through a row in groups of eight lanes, written down as LLVM
+vectors (numba's own loops are vectorised or not as their surroundings please; seen here: 4 to 60 ms for the same
+matrix). Every operation below is one machine instruction or two, whatever the compiler's mood:
+
+    byte -> <8 x i1>   a bitcast: bit j is lane j          sign        xor of the scale's sign bit
+    BF16 -> F32        zext, shl 16                         F32 -> BF16 (bits + 0x7FFF + odd) lshr 16, NaN selected
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Final
+
+import numpy as np
+
+from peraxis_format.dtypes import DType
+
+# Any: numba's own annotations do not go through mypy --strict.
+types: Any = import_module("numba").types
+cgutils: Any = import_module("numba.core.cgutils")
+ir: Any = import_module("llvmlite.ir")
+
+__all__ = [
+    "F16", "F32", "F64", "I1", "I8", "I16", "I32", "LANES", "VIEWS",
+    "load", "narrow", "prefetch", "same", "splat", "store", "vector", "widen",
+]  # fmt: skip
+
+LANES: Final = 8
+# The numba type of an array says what its elements are: numpy has no BF16, and numba no arithmetic on F16.
+VIEWS: Final[dict[DType, type[np.generic]]] = {DType.BF16: np.int16, DType.F16: np.uint16, DType.F32: np.float32}
+_PAGE: Final = 4096
+
+
+def vector(element: Any) -> Any:
+    return ir.VectorType(element, LANES)
+
+
+F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+I1, I8, I16, I32 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32)
+
+
+def same(kind: Any, value: Any) -> Any:
+    """A vector constant with the same value in each lane."""
+    return ir.Constant(vector(kind), [ir.Constant(kind, value)] * LANES)
+
+
+def splat(builder: Any, scalar: Any) -> Any:
+    kind = vector(scalar.type)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(I32, 0))
+    return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), ir.Constant(vector(I32), [0] * LANES))
+
+
+def place(builder: Any, address: Any, index: Any, kind: Any) -> Any:
+    """The pointer to element group `index` of size `kind` from an address."""
+    return builder.gep(builder.inttoptr(address, kind.as_pointer()), [index])
+
+
+def load(builder: Any, address: Any, index: Any, kind: Any) -> Any:
+    return builder.load(place(builder, address, index, kind), align=1)
+
+
+def store(builder: Any, value: Any, address: Any, index: Any) -> None:
+    builder.store(value, place(builder, address, index, value.type), align=1)
+
+
+def prefetch(builder: Any, address: Any, index: Any, kind: Any) -> None:
+    """Ask for what lies a page further on: hardware prefetchers stop at the end of each page (seen: 15 -> 7 ms)."""
+    pointer = I8.as_pointer()
+    kinds = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kinds, "llvm.prefetch.p0")
+    here = builder.bitcast(place(builder, address, index, vector(I32 if kind == types.float32 else I16)), pointer)
+    there = builder.gep(here, [ir.Constant(index.type, _PAGE)])
+    builder.call(function, [there, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
+
+
+def widen(builder: Any, address: Any, index: Any, kind: Any) -> Any:
+    """Load eight weights as binary32, exactly. kind: the numba type of the array's elements."""
+    if kind == types.int16:
+        bits = builder.zext(load(builder, address, index, vector(I16)), vector(I32))
+        return builder.bitcast(builder.shl(bits, same(I32, 16)), vector(F32))
+    if kind == types.uint16:
+        return builder.fpext(load(builder, address, index, vector(F16)), vector(F32))
+    return load(builder, address, index, vector(F32))
+
+
+def narrow(builder: Any, total: Any, kind: Any) -> Any:
+    """Round eight binary32 to nearest, ties to even; NaN becomes canonical (SPEC 6.1, 6.2)."""
+    nan = builder.fcmp_unordered("uno", total, total)
+    bits = builder.bitcast(total, vector(I32))
+    if kind == types.int16:
+        odd = builder.and_(builder.lshr(bits, same(I32, 16)), same(I32, 1))
+        rounded = builder.lshr(builder.add(bits, builder.add(odd, same(I32, 0x7FFF))), same(I32, 16))
+        return builder.trunc(builder.select(nan, same(I32, 0x7FC0), rounded), vector(I16))
+    if kind == types.uint16:
+        half = builder.bitcast(builder.fptrunc(total, vector(F16)), vector(I16))
+        return builder.select(nan, same(I16, 0x7E00), half)
+    return builder.select(nan, same(I32, 0x7FC00000), bits)
