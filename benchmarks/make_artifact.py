@@ -100,7 +100,9 @@ def write_variation(path: Path, like: Path, *, flip: float, seed: int = 0) -> No
     rng = np.random.default_rng(seed)
     with (
         pxd.open(like) as source,
-        pxd.DeltaWriter(path, base=pxd.Identity(id="example/random-base"), fine_tuned=pxd.Identity(id="x")) as writer,
+        pxd.DeltaWriter(
+            path, base=pxd.Identity(id="example/random-base"), fine_tuned=pxd.Identity(id=f"example/variation-{seed}")
+        ) as writer,
     ):
         for name in source:
             module = source[name]

@@ -60,7 +60,7 @@ def unit(values: torch.Tensor) -> torch.Tensor:
 
 
 def one_rounding(got: torch.Tensor, exact: torch.Tensor, coeff: torch.Tensor) -> bool:
-    """Half a unit of the sum for its BF16, and 2^-11 of the scale for its F16: where base and term cancel, the latter."""
+    """Half a unit of the sum for its BF16, and 2^-11 of the scale for its F16, seen where base and term cancel."""
     bound = unit(exact) / 2 + 2.0**-11 * coeff.double().abs()
     return bool(torch.all((got.double() - exact.double()).abs() <= bound))
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import peraxis_format as pxd
 from peraxis_tools.apply import apply
 from peraxis_tools.commands.diff import command
-from peraxis_tools.diff import ModuleDiff, diff, diff_checkpoint, kernels
+from peraxis_tools.diff import ModuleDiff, diff, diff_checkpoint, kernels, packed
 from peraxis_tools.diff.packed import moments, square
 from peraxis_tools.diff.stream import packed_module
 from peraxis_tools.errors import CheckFailedError
@@ -89,6 +89,18 @@ def test_files_compare_as_their_modules_do(tmp_path_factory, seed, axes_a, axes_
         if axes_a == axes_b
         else (f"axis {' '.join(x.value for x in axes_a)} -> {' '.join(x.value for x in axes_b)}",)
     )
+
+
+@pytest.mark.parametrize("axes_b", [(pxd.Axis.COL,), (pxd.Axis.ROW_COL, pxd.Axis.TENSOR)])
+@pytest.mark.parametrize("shape", [(70, 40), (5, 7, 24)])
+def test_small_blocks_come_to_the_same_sums(tmp_path: Path, monkeypatch, axes_b, shape) -> None:
+    _, a, b = pair(9, shape, (pxd.Axis.ROW_COL,), axes_b)
+    paths = [write_delta(tmp_path / "a.pxd", [a]), write_delta(tmp_path / "b.pxd", [b])]
+    (whole,) = diff(*paths).modules
+    monkeypatch.setattr(packed, "_BLOCK_BYTES", 17)
+    (blocks,) = diff(*paths).modules
+    assert blocks.distance == pytest.approx(whole.distance, rel=1e-9)
+    assert blocks.sign_agreement == whole.sign_agreement
 
 
 @given(st.integers(0, 2**32), SHAPES, AXES, st.integers(1, 40))

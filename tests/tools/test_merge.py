@@ -145,8 +145,10 @@ def test_parts_in_any_order_join_to_the_bytes_of_the_whole(tmp_path_factory, cou
     path = whole(folder)
     parts = [part.path for part in split(path, folder / "parts", parts=count).parts]
     assert len(parts) == count
+    ids = [part.content_id for part in merge_parts(parts, folder / "ordered.pxd").inputs]
     random.shuffle(parts)
-    merge_parts(parts, folder / "joined.pxd")
+    result = merge_parts(parts, folder / "joined.pxd")
+    assert [part.content_id for part in result.inputs] == ids
     assert (folder / "joined.pxd").read_bytes() == path.read_bytes()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -99,6 +100,23 @@ def test_bounds_on_the_error_hold_and_fail(pair, tmp_path: Path) -> None:
     assert run(good, "--fine-tuned", base, "--max-error", "0.9")[0] == 3
 
 
+def test_bounds_on_the_kl_are_held_against_the_evaluation(pair, tmp_path: Path, monkeypatch) -> None:
+    evaluation = importlib.import_module("peraxis_tools.evaluate")
+    base, good = pair
+    seen: list[tuple[object, ...]] = []
+    monkeypatch.setattr(evaluation, "worst_kl", lambda *arguments: seen.append(arguments) or 0.25)
+    arguments = (good, "--base", base, "--fine-tuned", "tuned", "--text", "chat=chat.jsonl")
+    assert run(*arguments, "--max-kl", "0.3")[0] == 0
+    code, shown = run(*arguments, "--max-kl", "0.2")
+    assert code == 1
+    assert "KL 0.25 nats a token is above 0.2" in shown
+    assert seen[0] == (str(base), "tuned", good, {"chat": "chat.jsonl"})
+    monkeypatch.setattr(evaluation, "worst_kl", lambda *_: float("nan"))
+    assert run(*arguments, "--max-kl", "0.3")[0] == 1
+    result = CliRunner().invoke(command, [str(good), "--max-kl", "0.3", "--fine-tuned", "tuned"])
+    assert "--text" in str(result.exception)
+
+
 def test_junit_is_well_formed_and_counts_right(pair, tmp_path: Path) -> None:
     _, good = pair
     report = tmp_path / "report.xml"
@@ -135,6 +153,7 @@ def test_github_annotations_cannot_be_forged_by_a_file_name(pair, tmp_path: Path
     assert len(lines) == 2
     assert lines[0].startswith("::notice file=")
     assert lines[1].startswith("::error file=")
+    assert "gotcha%2C%25.pxd,title=" in lines[1]
     assert not any(line.startswith("::error::") for line in lines)
 
 
