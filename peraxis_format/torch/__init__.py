@@ -8,8 +8,9 @@ serve           many variants of one model, in one batch, over one base
 from peraxis_format.torch.apply import Applied, apply_
 from peraxis_format.torch.errors import DeviceError, LiveModelError
 from peraxis_format.torch.placement import FUSED, Part, Shard, chunk, place, whole
+from peraxis_format.torch.reports import Swap, SwapError, Variant
 from peraxis_format.torch.serve import Served, serve
-from peraxis_format.torch.switch import Swap, SwapError, Variant, VariantSwitch
+from peraxis_format.torch.switch import VariantSwitch
 
 __all__ = [
     "FUSED",

@@ -25,8 +25,10 @@ from peraxis_format.torch.binding import agree, check_live, is_sharded, rank_and
 from peraxis_format.torch.device import device_of
 from peraxis_format.torch.engine import engine_for
 from peraxis_format.torch.image import cut_transfers
+from peraxis_format.torch.payload import Payload
 from peraxis_format.torch.placement import Part, Placement, Shard, Target, copy_aside, increment_versions, place
-from peraxis_format.torch.stream import Payload, Ring, stream
+from peraxis_format.torch.ring import Ring
+from peraxis_format.torch.stream import stream
 from peraxis_format.torch.work import Workers
 
 __all__ = ["TRANSFER_LIMIT", "Applied", "apply_", "together", "verify_share"]

@@ -26,11 +26,11 @@ from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.binding import check_live, is_sharded
 from peraxis_format.torch.device import device_of
 from peraxis_format.torch.errors import DeviceError, LiveModelError
+from peraxis_format.torch.payload import check_pads
 from peraxis_format.torch.placement import Part, Placement, place
 from peraxis_format.torch.rows import Rows
 from peraxis_format.torch.served import GroupForward, Patch, ServedEmbedding, ServedLinear, State
 from peraxis_format.torch.storage import tensor_view
-from peraxis_format.torch.stream import check_pads
 from peraxis_format.torch.terms import terms_of
 from peraxis_format.torch.work import Workers
 

@@ -33,6 +33,7 @@ from peraxis_format.torch.engine import Engine, engine_for
 from peraxis_format.torch.errors import DeviceError, LiveModelError
 from peraxis_format.torch.gate import Gate
 from peraxis_format.torch.image import cut_transfers
+from peraxis_format.torch.payload import Payload, Residency
 from peraxis_format.torch.placement import (
     Part,
     Placement,
@@ -43,47 +44,12 @@ from peraxis_format.torch.placement import (
     place,
     storage_key,
 )
-from peraxis_format.torch.stream import Payload, Residency, Ring, stream
+from peraxis_format.torch.reports import Swap, SwapError, Variant
+from peraxis_format.torch.ring import Ring
+from peraxis_format.torch.stream import stream
 from peraxis_format.torch.work import Workers
 
-__all__ = ["Swap", "SwapError", "Variant", "VariantSwitch"]
-
-
-class SwapError(LiveModelError):
-    """A swap failed; `now` says what the model is after it (None: the base)."""
-
-    def __init__(self, message: str, *, now: str | None) -> None:
-        super().__init__(message)
-        self.now = now
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Variant:
-    """A registered variant. stored: bytes of its payload; host, device: what its residency keeps of them there."""
-
-    name: str
-    content_id: str
-    residency: Residency
-    stored: int
-    host: int
-    device: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Swap:
-    """What a swap did. read: bytes of the file; uploads, uploaded: copies to the device and their bytes; written: bytes
-    of weights. epoch: counts changes of the weights, for whoever caches something that depends on them.
-    """
-
-    name: str | None
-    previous: str | None
-    residency: Residency | None
-    epoch: int
-    seconds: float
-    read: int = 0
-    uploads: int = 0
-    uploaded: int = 0
-    written: int = 0
+__all__ = ["VariantSwitch"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

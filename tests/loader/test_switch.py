@@ -16,7 +16,7 @@ import peraxis_format as pf
 from peraxis_format.torch import DeviceError, LiveModelError, SwapError, VariantSwitch, switch
 from peraxis_format.torch.device import HostDevice
 from peraxis_format.torch.engine import HostEngine, TritonEngine
-from peraxis_format.torch.stream import DEPTH
+from peraxis_format.torch.ring import DEPTH
 from tests.loader.support import Small, bytes_of, expected_bytes, named_tensors, write_delta
 
 RESIDENCIES = ("pinned", "file")
