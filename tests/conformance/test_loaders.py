@@ -31,7 +31,11 @@ def test_the_reference_library_passes_every_case(corpus: Corpus) -> None:
 
 def test_the_loader_in_c_passes_under_sanitizers(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder: Path = tmp_path_factory.getbasetemp()
-    passes(compiled_loader(folder), corpus, (*SLOW, "cut/*", "invalid/schema-*", "invalid/name-*", "apply/sign-*", "hostile/limit-*"))
+    passes(
+        compiled_loader(folder),
+        corpus,
+        (*SLOW, "cut/*", "invalid/schema-*", "invalid/name-*", "apply/sign-*", "hostile/limit-*"),
+    )
 
 
 def test_the_loader_in_javascript_passes(corpus: Corpus) -> None:
