@@ -127,7 +127,7 @@ def _refit(terms: list[Term], problem: Quadratic) -> list[Term]:
     refitted = []
     for term in terms:
         rest = rest + term.dense()
-        refitted.append(fit_scales(term, rest, problem.metric))
+        refitted.append(fit_scales(term, rest, problem.metric, rounds=1))
         rest = rest - refitted[-1].dense()
     return refitted
 

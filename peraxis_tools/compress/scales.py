@@ -28,7 +28,7 @@ from peraxis_tools.compress.signs import Magnitude
 __all__ = ["Term", "fit_scales", "mean_magnitudes", "start_term", "stored"]
 
 _RIDGE = 1e-3
-_ROUNDS = 4
+_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,10 +90,11 @@ def start_term(target: Tensor, axis: Axis) -> Term:
     return Term(axis=axis, signs=target >= 0, row=start.row, col=start.col)
 
 
-def fit_scales(term: Term, target: Tensor, metric: Tensor) -> Term:
+def fit_scales(term: Term, target: Tensor, metric: Tensor, *, rounds: int = _ROUNDS) -> Term:
     """The scales of least J for the term's signs; signs are turned only where a scale came out negative.
 
-    target: float32 [d_out, d_in]; metric: float32 [d_in, d_in].
+    target: float32 [d_out, d_in]; metric: float32 [d_in, d_in]; rounds: alternations of row+col, of which one is
+    enough where the scales are near their best already.
     """
     aim = target @ metric
     if term.axis is Axis.ROW:
@@ -102,7 +103,7 @@ def fit_scales(term: Term, target: Tensor, metric: Tensor) -> Term:
         return _fit_col(term, target, aim, metric)
     if term.axis is Axis.TENSOR:
         return _fit_scalar(term, aim, metric)
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         term = _fit_row(_fit_col(term, target, aim, metric), aim, metric)
     # A common factor is free between the two: share it out evenly, for F16's sake.
     balance = torch.sqrt(term.col.mean() / term.row.mean())
