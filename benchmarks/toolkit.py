@@ -1,0 +1,95 @@
+"""`verify` and `diff` of 1 GB artifacts of 8B shapes, against reading and hashing the same bytes on all cores.
+
+    python benchmarks/toolkit.py --repeat 5
+
+`verify` is to reach 85% of what hashing gives; `diff` is to take at most twice as long as reading and hashing both
+files, and to stay below 300 MB of memory (measured in a process of its own).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from harness import Benchmark, arguments, timed_together
+from make_artifact import write_artifact, write_variation
+
+import peraxis_format as pxd
+from peraxis_tools.diff import diff
+
+_PIECE = 16 << 20
+_CHUNK = 1 << 20
+
+
+def hash_all(*paths: Path) -> None:
+    """Read and hash files piece by piece on all cores: the least that a check of digests has to do."""
+
+    def work(piece: tuple[int, int, int]) -> None:
+        descriptor, begin, end = piece
+        digest = hashlib.sha256()
+        buffer = memoryview(bytearray(_CHUNK))
+        for offset in range(begin, end, _CHUNK):
+            count = os.preadv(descriptor, [buffer[: end - offset]], offset)
+            digest.update(buffer[:count])
+
+    files = [os.open(path, os.O_RDONLY) for path in paths]
+    try:
+        sizes = [os.fstat(file).st_size for file in files]
+        pieces = [
+            (file, begin, min(begin + _PIECE, size))
+            for file, size in zip(files, sizes, strict=True)
+            for begin in range(0, size, _PIECE)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(work, pieces))
+    finally:
+        for file in files:
+            os.close(file)
+
+
+def verify(path: Path) -> None:
+    with pxd.open(path) as delta:
+        delta.verify()
+
+
+def peak_megabytes(a: Path, b: Path) -> float:
+    """Peak resident memory of a process that compares two files, its interpreter and libraries included."""
+    code = (
+        "import resource, sys; from peraxis_tools.diff import diff; diff(*sys.argv[1:]);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(a), str(b)], capture_output=True, text=True, check=True)
+    return int(done.stdout) * 1024 / 1e6
+
+
+def main() -> None:
+    options = arguments(__doc__).parse_args()
+    bench = Benchmark("toolkit", parameters={"threads": os.cpu_count()})
+    with tempfile.TemporaryDirectory() as folder:
+        a, near, far = (Path(folder) / f"{name}.pxd" for name in ("a", "near", "far"))
+        write_artifact(a, seed=0)
+        write_variation(near, a, flip=0.02)
+        write_artifact(far, seed=1)
+        size = a.stat().st_size
+        one, checked = timed_together([lambda: hash_all(a), lambda: verify(a)], repeat=options.repeat)
+        hashing = bench.add("hash one", one, moved=size)
+        bench.add("verify", checked, moved=size, against=hashing)
+        both, close, apart = timed_together(
+            [lambda: hash_all(a, near), lambda: diff(a, near), lambda: diff(a, far)], repeat=options.repeat
+        )
+        hashing = bench.add("hash both", both, moved=2 * size)
+        peak = peak_megabytes(a, far)
+        bench.add("diff, 2% of bytes drawn anew", close, moved=2 * size, against=hashing)
+        bench.add(
+            "diff, independent signs", apart, moved=2 * size, against=hashing, note=f"peak {peak:.0f} MB", peak_mb=peak
+        )
+    bench.finish(options.json, options.plot)
+
+
+if __name__ == "__main__":
+    main()
