@@ -225,3 +225,27 @@ def test_mean_magnitudes_take_the_axis_of_least_weight_error_and_each_mask_lower
     errors = [error(None, count) for count in range(1, 6)]
     assert all(later < 0.8 * earlier for earlier, later in itertools.pairwise(errors))
     assert mean_components(base, base, axis=None, components=2, **dtypes) == ()
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.6])
+def test_mostly_unchanged_weights_are_never_worse_than_the_base_or_one_scalar(share: float) -> None:
+    base, tuned, x, _ = problem(d_out=16, d_in=48, tokens=4000)
+    g = torch.Generator().manual_seed(1)
+    # A step of a few units in the last place of bfloat16, in a share of the weights: a fine-tune at a low rate.
+    base = base.bfloat16().float()
+    moved = torch.rand(base.shape, generator=g) < share
+    tuned = torch.where(moved, base * (1 + 2**-7 * torch.randn(base.shape, generator=g)), base).bfloat16().float()
+    statistics = statistics_of(x[:2000], x[:2000])
+    unseen = moments_of(x[2000:], x[2000:])
+
+    def error(fitted: torch.Tensor) -> float:
+        applied = (base + fitted).bfloat16().float()
+        return squared_error(tuned - applied, tuned, unseen)
+
+    fitted = fit_matrix(base, tuned, dtype=torch.bfloat16, statistics=statistics, options=FitOptions())
+    delta = tuned - base
+    scalar = torch.where(delta >= 0, 1.0, -1.0) * delta.abs().mean()
+    ours = error(dense(fitted.terms, base))
+    assert ours <= 1.02 * error(torch.zeros_like(base))
+    assert ours <= error(scalar)
+    assert not fitted.terms or ours < 0.9 * error(torch.zeros_like(base))
