@@ -69,7 +69,13 @@ def _writer(output: Path, manifest: pxd.Manifest, metadata: dict[str, str]) -> p
     )
 
 
-def split(delta: pxd.DeltaFile, groups: Sequence[Sequence[str]], outputs: Sequence[Path]) -> None:
+def split(
+    delta: pxd.DeltaFile,
+    groups: Sequence[Sequence[str]],
+    outputs: Sequence[Path],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> None:
     """Write one part for each group of module names. Assets go into the first part.
 
     Law: joining them gives the file again, byte for byte. Raises ToolError unless the groups hold each module once.
@@ -83,6 +89,8 @@ def split(delta: pxd.DeltaFile, groups: Sequence[Sequence[str]], outputs: Sequen
             for name in names:
                 if name in chosen:
                     writer.add(delta.load(name))
+                    begin, end = delta.span(name)
+                    (progress or (lambda _: None))(end - begin)
             for name, alias in delta.manifest.tied:
                 if name in chosen:
                     writer.tie(name, alias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +32,17 @@ class SplitResult:
     parts: tuple[Part, ...]
 
 
-def split(path: str | Path, folder: str | Path, *, parts: int, overwrite: bool = False) -> SplitResult:
+def split(
+    path: str | Path,
+    folder: str | Path,
+    *,
+    parts: int,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> SplitResult:
     """Write `parts` files of about equal size, modules in order, as `<name>-00001-of-00004.pxd` under folder.
 
-    Raises ToolError, PxdError, OSError.
+    progress: called with numbers of payload bytes. Raises ToolError, PxdError, OSError.
     """
     folder = Path(folder)
     with pxd.open(path) as delta:
@@ -45,7 +53,7 @@ def split(path: str | Path, folder: str | Path, *, parts: int, overwrite: bool =
         for output in outputs:
             refuse_existing(output, overwrite=overwrite)
         folder.mkdir(parents=True, exist_ok=True)
-        write_parts(delta, groups, outputs)
+        write_parts(delta, groups, outputs, progress=progress)
         written = zip(groups, outputs, strict=True)
         return SplitResult(
             content_id=delta.content_id,
