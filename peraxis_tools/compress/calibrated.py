@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,17 @@ from peraxis_tools.compress.budget import is_open, spend
 from peraxis_tools.compress.calibration import Ids, Parts, Samples, load_samples, partition
 from peraxis_tools.compress.distill import DistillOptions, distill, fill_whole
 from peraxis_tools.compress.distributed import Processes
+from peraxis_tools.compress.environment import (
+    load_config,
+    load_tokenizer,
+    quiet_transformers,
+    resolve_device,
+    resolve_dtype,
+)
 from peraxis_tools.compress.fit import AUTO_AXES, FitOptions
 from peraxis_tools.compress.generate import generate
 from peraxis_tools.compress.names import NameMap, map_names
-from peraxis_tools.compress.options import CompressOptions, OptionError
+from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan import Plan
 from peraxis_tools.compress.procedure import Batch, Procedure
 from peraxis_tools.compress.sensitivity import fisher_errors
@@ -33,7 +38,7 @@ from peraxis_tools.compress.weights import Weights
 from peraxis_tools.compress.workfolder import WorkFolder
 from peraxis_tools.errors import ToolError
 
-__all__ = ["batches_of", "calibrated_fit", "resolve_device", "resolve_dtype"]
+__all__ = ["batches_of", "calibrated_fit"]
 
 
 def calibrated_fit(
@@ -134,9 +139,9 @@ def _open_run(base: Checkpoint, fine_tuned: Checkpoint, plan: Plan, output: Path
         raise ToolError(f"{fine_tuned.tensors.label}: a fit on text needs the checkpoint's folder, with its tokenizer")
     device = resolve_device(options.device)
     processes = Processes(device)
-    config = _config(folder)
+    config = load_config(folder)
     dtype = resolve_dtype(options.compute_dtype, device, config)
-    tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     count = options.calibration_samples + options.distill_samples
     text = load_samples(
         options.calibration,
@@ -266,24 +271,6 @@ def _fit_options(options: CompressOptions, fit_samples: int) -> FitOptions:
     )
 
 
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ToolError(f"{folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
-
-
-def _config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ToolError(f"{folder}: its config.json cannot be loaded: {str(error).splitlines()[0]}") from None
-
-
 def batches_of(fit: Ids, judge: Ids, size: int, device: torch.device) -> list[Batch]:
     """Fit batches, then held-out ones."""
     batches = []
@@ -292,44 +279,6 @@ def batches_of(fit: Ids, judge: Ids, size: int, device: torch.device) -> list[Ba
             part = np.ascontiguousarray(ids[start : start + size])
             batches.append(Batch(torch.from_numpy(part).to(device), held_out))
     return batches
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that `auto` or a name stands for. Raises OptionError for one that is not here."""
-    if name == "auto":
-        # One device a process: torchrun and accelerate say which in LOCAL_RANK.
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise OptionError(f"device {name}: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def resolve_dtype(name: str, device: torch.device, config: Any) -> torch.dtype:
-    """What blocks are computed in. auto: float32 on a CPU, the model's own dtype elsewhere.
-
-    Weights are those of the file, rounded to their dtype, whatever this is.
-    """
-    if name != "auto":
-        return getattr(torch, name)  # type: ignore[no-any-return]
-    own = getattr(config, "dtype", None)
-    return own if device.type != "cpu" and isinstance(own, torch.dtype) else torch.float32
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """transformers comments on configurations; that is not for our users."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _inputs_digest(

@@ -16,7 +16,7 @@ experts are fitted on the student's own tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,15 +31,14 @@ from peraxis_tools.compress.observe import Call, Observer, StopForward
 from peraxis_tools.compress.options import OptionError
 from peraxis_tools.compress.plan import TABLES, Plan, PlannedModule
 from peraxis_tools.compress.skeleton import Skeleton
+from peraxis_tools.compress.stages import Key, Stage, stages_of
 from peraxis_tools.compress.statistics import Moments, Statistics
 from peraxis_tools.compress.streaming import mean_components
 from peraxis_tools.compress.types import FittedModule, ModuleReport
 from peraxis_tools.compress.weights import Weights, kept_rows
 from peraxis_tools.compress.workfolder import WorkFolder
 
-__all__ = ["Batch", "Procedure", "Stage", "stages_of"]
-
-Key = tuple[str, int | None]  # parameter, batch element
+__all__ = ["Batch", "Procedure"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,37 +47,6 @@ class Batch:
 
     ids: Tensor
     held_out: bool
-
-
-@dataclass(slots=True)
-class Stage:
-    """Parameters whose inputs are ready at the same moment. leader: whose input's sums a key shares."""
-
-    parameters: list[str] = field(default_factory=list)
-    leader: dict[Key, Key] = field(default_factory=dict)
-    transposed: dict[str, bool] = field(default_factory=dict)
-    experts: bool = False
-
-
-def stages_of(calls: Sequence[Call]) -> list[Stage]:
-    """Group the calls of one forward pass: products with one input are one stage, and so are a parameter's experts."""
-    stages: list[Stage] = []
-    of_source: dict[tuple[int, int, int], tuple[Stage, Key]] = {}
-    of_parameter: dict[str, Stage] = {}
-    for call in calls:
-        key: Key = (call.parameter, call.index[0] if call.index else None)
-        stage = of_parameter.get(call.parameter)
-        if stage is None:
-            stage = of_source[call.source][0] if call.source in of_source else Stage()
-            if stage not in stages:
-                stages.append(stage)
-            of_parameter[call.parameter] = stage
-            stage.parameters.append(call.parameter)
-        leading = of_source.setdefault(call.source, (stage, key))
-        stage.leader.setdefault(key, leading[1] if leading[0] is stage else key)
-        stage.transposed[call.parameter] = call.transposed
-        stage.experts = stage.experts or bool(call.index)
-    return stages
 
 
 class Procedure:

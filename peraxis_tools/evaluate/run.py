@@ -64,7 +64,7 @@ def evaluate(
         raise ToolError(f"candidate {unknown[0]}: choose of {', '.join(CANDIDATES)}")
     if not texts and not tasks:
         raise ToolError("nothing to evaluate on: give a text (--text domain=file) or tasks (--tasks)")
-    from peraxis_tools.compress.calibrated import resolve_device
+    from peraxis_tools.compress.environment import resolve_device
     from peraxis_tools.evaluate.models import load_tokenizer, quiet_transformers
 
     with pxd.open(delta) as file, quiet_transformers():

@@ -1,0 +1,74 @@
+"""What a run finds around it: device, dtype, tokenizer, configuration; and transformers kept quiet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peraxis_tools.compress.options import OptionError
+from peraxis_tools.errors import ToolError
+
+__all__ = ["load_config", "load_tokenizer", "quiet_transformers", "resolve_device", "resolve_dtype"]
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint's folder. Raises ToolError where it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ToolError(f"{folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def load_config(folder: Path) -> Any:
+    """Its configuration, as transformers reads it. Raises ToolError where it cannot."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ToolError(f"{folder}: its config.json cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `auto` or a name stands for. Raises OptionError for one that is not here."""
+    if name == "auto":
+        # One device a process: torchrun and accelerate say which in LOCAL_RANK.
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise OptionError(f"device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device, config: Any) -> torch.dtype:
+    """What blocks are computed in. auto: float32 on a CPU, the model's own dtype elsewhere.
+
+    Weights are those of the file, rounded to their dtype, whatever this is.
+    """
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    own = getattr(config, "dtype", None)
+    return own if device.type != "cpu" and isinstance(own, torch.dtype) else torch.float32
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """transformers comments on configurations; that is not for our users."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
