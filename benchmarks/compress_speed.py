@@ -33,7 +33,9 @@ def write_deep_pair(folder: Path, layers: int, *, width: int, seed: int = 0) -> 
     """A random Llama and the same a small step on, with a tokenizer of bytes. Returns (base, fine-tuned)."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=258,
