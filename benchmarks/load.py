@@ -35,6 +35,7 @@ from peraxis_format.torch import VariantSwitch
 PRESETS = {
     "8b": {"layers": 32, "hidden": 4096, "mlp": 14336, "kv": 1024, "vocab": 128256},
     "1b": {"layers": 16, "hidden": 2048, "mlp": 8192, "kv": 512, "vocab": 128256},
+    "tiny": {"layers": 1, "hidden": 64, "mlp": 176, "kv": 32, "vocab": 256},
     "small": {"layers": 4, "hidden": 1024, "mlp": 2816, "kv": 256, "vocab": 8192},
 }
 

@@ -128,6 +128,5 @@ def pair_sums(
 
     step = max(1, _BLOCK_BYTES // (_CHUNK * width * base.itemsize))
     run_jobs(map(job, range(0, len(chunks), step)), threads=threads)
-    for chunk in chunks[1:]:
-        chunks[0] += chunk
-    return mask, row, chunks[0, :width].copy(), float(np.cumsum(squares)[-1])
+    # Along the first axis numpy adds row after row, in their order.
+    return mask, row, np.add.reduce(chunks, axis=0)[:width].copy(), float(np.cumsum(squares)[-1])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Iterable
+from threading import Thread
 
 __all__ = ["run_jobs", "thread_count"]
 
@@ -14,26 +15,30 @@ def thread_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_jobs(jobs: Iterator[Callable[[], None]], *, threads: int | None = None) -> None:
-    """Run jobs on `threads` threads (default: all processors). Raises what a job raises first.
+def run_jobs(jobs: Iterable[Callable[[], None]], *, threads: int | None = None) -> None:
+    """Run jobs on `threads` threads, this one among them (default: one a processor). Raises the first error.
 
-    When this returns or raises, no job is running any more.
+    After an error no further job is begun; when this returns or raises, none is running any more.
     """
-    listed = list(jobs)
-    count = min(threads or thread_count(), len(listed))
-    if count <= 1:
-        for job in listed:
-            job()
-    else:
-        with ThreadPoolExecutor(count) as pool:
-            _wait([pool.submit(job) for job in listed])
+    waiting = deque(jobs)
+    errors: list[BaseException] = []
 
+    def work() -> None:
+        while not errors:
+            try:
+                job = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                job()
+            except BaseException as error:
+                errors.append(error)
 
-def _wait(futures: Sequence[Future[None]]) -> None:
-    try:
-        for future in futures:
-            future.result()
-    finally:
-        for future in futures:
-            future.cancel()
-        wait(futures)
+    helpers = [Thread(target=work) for _ in range(min(threads or thread_count(), len(waiting)) - 1)]
+    for helper in helpers:
+        helper.start()
+    work()
+    for helper in helpers:
+        helper.join()
+    if errors:
+        raise errors[0]

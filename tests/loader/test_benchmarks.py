@@ -1,0 +1,77 @@
+"""The benchmarks' arithmetic, and that each of them runs small on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
+    spec = importlib.util.spec_from_file_location("harness", FOLDER / "harness.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "harness", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_percentiles_are_measured_values_and_ratios_compare_rates_or_speeds(harness: Any) -> None:
+    timing = harness.Timing((4.0, 1.0, 3.0, 2.0, 10.0))
+    assert (timing.median, timing.percentile(5), timing.percentile(95)) == (3.0, 1.0, 10.0)
+    bench = harness.Benchmark("b")
+    copy = bench.add("copy", harness.Timing((2.0,)), moved=8)
+    assert bench.add("half the bytes in half the time", harness.Timing((1.0,)), moved=4, against=copy).ratio == 1.0
+    assert bench.add("four times as slow", harness.Timing((8.0,)), against=copy).ratio == 0.25
+    lines = bench.table().splitlines()
+    assert len(lines) == 5
+    assert json.loads(bench.to_json())["results"][1]["against"] == "copy"
+
+
+def test_actions_are_measured_in_turns(harness: Any) -> None:
+    order: list[str] = []
+    timings = harness.timed_together([lambda: order.append("a"), lambda: order.append("b")], repeat=2, warmup=1)
+    assert order == ["a", "b"] * 3
+    assert [len(timing.seconds) for timing in timings] == [2, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("apply_cpu.py", ["--rows", "128", "--columns", "256"]),
+        ("load.py", ["--preset", "tiny"]),
+        ("serve.py", ["--preset", "tiny", "--variants", "1", "2", "--prompt", "8"]),
+    ],
+)
+def test_every_benchmark_runs_small_and_writes_json(script: str, options: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    target = tmp_path / "out.json"
+    command = [
+        sys.executable,
+        str(FOLDER / script),
+        *options,
+        "--repeat",
+        "2",
+        "--json",
+        str(target),
+        "--device",
+        "cpu",
+    ]
+    if script == "apply_cpu.py":
+        command = command[:-2]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(target.read_text())
+    assert document["benchmark"] == script.removesuffix(".py")
+    assert all(result["median"] > 0 for result in document["results"])
+    assert all(result["name"] in done.stdout for result in document["results"])
