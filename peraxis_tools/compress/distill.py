@@ -134,7 +134,7 @@ class _Dressed(nn.Module):
                 part = piece.select(total)
                 part.copy_(self._add(part.clone(), kept, components))
         rounded = total.detach().to(self._dtype).to(total.dtype)
-        return total + (rounded - total).detach()
+        return (total + (rounded - total).detach()).to(base.dtype)
 
     def _add(self, value: Tensor, kept: int, components: nn.Module) -> Tensor:
         for component in components:  # type: ignore[attr-defined]
