@@ -59,9 +59,10 @@ def verify(path: Path) -> None:
 
 def peak_megabytes(a: Path, b: Path) -> float:
     """Peak resident memory of a process that compares two files, its interpreter and libraries included."""
+    # VmHWM, since ru_maxrss would count the parent's memory, which the child had until it became this program.
     code = (
-        "import resource, sys; from peraxis_tools.diff import diff; diff(*sys.argv[1:]);"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "import sys; from peraxis_tools.diff import diff; diff(*sys.argv[1:]);"
+        "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(a), str(b)], capture_output=True, text=True, check=True)
     return int(done.stdout) * 1024 / 1e6

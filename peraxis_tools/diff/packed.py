@@ -31,7 +31,7 @@ __all__ = ["Block", "Moments", "Packed", "magnitude", "moments", "pack", "row_st
 # Rows of two masks: U8 [rows, ceil(d_in/8)] each.
 Block: TypeAlias = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
-_BLOCK_BYTES: Final = 1 << 20  # of one mask at a time
+_BLOCK_BYTES: Final = 1 << 18  # of one mask at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
