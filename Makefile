@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint conformance fuzz bench clean
+.PHONY: demo test lint conformance fuzz docs bench clean
 
 # The main job: train a small real pair, compress, inspect, verify, apply, measure. Offline.
 demo: $(INSTALLED)
@@ -19,19 +19,32 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 # Our reader, the C and the JavaScript loader pass every case; every deliberately wrong loader fails.
+SANITIZED := -std=c11 -g -O1 -Wall -Wextra -Wpedantic -Wshadow -Werror -fsanitize=address,undefined
+conformance: export ASAN_OPTIONS := exitcode=99
+conformance: export UBSAN_OPTIONS := halt_on_error=1:exitcode=99
 conformance: $(INSTALLED)
-	$(BIN)/python -m pytest tests/conformance -q
+	mkdir -p build
+	$(CC) $(SANITIZED) -fno-sanitize-recover=all -o build/pxd conformance/loaders/c/pxd.c -lm
+	$(BIN)/peraxis-conformance run --adapter "$(BIN)/python conformance/loaders/python/adapter.py" \
+	    --adapter build/pxd --adapter "node conformance/loaders/js/adapter.js"
+	$(BIN)/python -m pytest -q -s tests/conformance/test_teeth.py tests/conformance/test_clauses.py
 
 fuzz: $(INSTALLED)
-	$(BIN)/python tests/conformance/fuzz_reader.py
+	$(BIN)/python -m tests.conformance.fuzz_reader --seconds 3600
+	$(BIN)/python -m tests.conformance.differential --seconds 900
+
+# docs/commands.md, from the code.
+docs: $(INSTALLED)
+	$(BIN)/python -m peraxis_tools.reference docs/commands.md
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/apply_cpu.py
 	$(BIN)/python benchmarks/streaming.py
+	$(BIN)/python benchmarks/toolkit.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tools,plot,sign,test,lint]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
 	touch $@
 
 clean:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import mmap
 import os
 import stat
@@ -155,6 +156,9 @@ class DeltaFile:
         with _located(self.path):
             if entry.sha256 is not None and hashlib.sha256(data).hexdigest() != entry.sha256:
                 fail("E301", field=name, offset=begin)  # SPEC 4.3
+            for before, after in itertools.pairwise(records):
+                gap = self._header.size + before.end
+                check_pad(bytes(data[gap - begin : self._header.size + after.begin - begin]), name, gap)
             module = build_module(entry, records, data, records[0].begin if records else 0)
             check_values(module)
         return module

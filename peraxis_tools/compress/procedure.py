@@ -7,7 +7,7 @@ that already contain what came before. At last both blocks' outputs replace the 
 memory holds one block of each model, the hidden states, and the sums of one stage.
 
 Embedding first, as its rows change what everything else sees; lm_head last, on the final hidden states. A tied
-pair is fitted first, on the teacher's final hidden states, which a pass of the teacher alone gives.
+pair is fitted as the embedding that it is, by its weights alone: what the head reads is not known yet.
 
 Experts: a token may be routed elsewhere in the student, so teacher inputs cannot be matched; there Z = 0, and the
 experts are fitted on the student's own tokens.

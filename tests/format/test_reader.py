@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import zipfile
@@ -100,6 +101,22 @@ def test_any_flipped_payload_bit_is_found_whatever_the_threads(delta: Path) -> N
                 file.verify(workers=workers)
             codes.add((caught.value.code, caught.value.field))
         assert len(codes) == 1
+
+
+def test_a_pad_within_a_module_is_checked_by_load_too(delta: Path) -> None:
+    # The digest covers such a pad, so the file is made whole again with the digest of the damaged range.
+    data = bytearray(delta.read_bytes())
+    with pxd.open(delta) as file:
+        begin, end = file.span("a.weight")
+        mask = file.tensors("a.weight")[0]
+        data[file.header_size + mask.end] = 1
+        before = file.entry("a.weight").sha256
+    assert before is not None
+    after = hashlib.sha256(data[begin:end]).hexdigest()
+    delta.write_bytes(bytes(data).replace(before.encode(), after.encode()))
+    with pxd.open(delta) as file, pytest.raises(pxd.PayloadError) as caught:
+        file.load("a.weight")
+    assert caught.value.code == "E304"
 
 
 def test_opening_reads_the_header_alone(delta: Path) -> None:
