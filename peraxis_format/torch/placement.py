@@ -100,6 +100,7 @@ def place(
     fine-tune: transformed weights, a shape or dtype that changes, a tensor that would have to go away.
     """
     _refuse_quantised(target)
+    _refuse_part(manifest)
     finder = _Finder(_named(target), manifest, dict(views or {}), dict(shards or {}), fused)
     aliases: dict[str, list[str]] = {}
     for name, alias in manifest.tied:
@@ -118,6 +119,12 @@ def place(
     _refuse_dropped(manifest, finder)
     _refuse_shared(manifest, placement)
     return placement
+
+
+def _refuse_part(manifest: Manifest) -> None:
+    # SPEC 14: a part would leave the live model a mixture of base and fine-tune.
+    if "peraxis.part" in manifest.metadata:
+        raise LiveModelError("the file is a part of a delta; put the parts together with `peraxis-tools merge` first")
 
 
 def _named(target: Target) -> dict[str, Tensor]:

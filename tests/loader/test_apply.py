@@ -230,6 +230,15 @@ def test_what_cannot_hold_the_fine_tune_is_refused(tmp_path: Path) -> None:
     refused({"w": torch.zeros(2, 8).bfloat16()}, tmp_path / "r.pxd", LiveModelError, "storage cannot change in place")
 
 
+def test_a_part_of_a_delta_is_refused(tmp_path: Path) -> None:
+    from peraxis_tools.split import split
+
+    model = Small()
+    whole = write_delta(tmp_path / "whole.pxd", base_of(model))
+    parts = split(whole, tmp_path / "parts", parts=2).parts
+    refused(model, parts[0].path, LiveModelError, "part of a delta")
+
+
 def test_modules_that_share_storage_but_differ_are_refused(tmp_path: Path) -> None:
     model = Small(tied=True)
     path = write_delta(tmp_path / "d.pxd", base_of(model))

@@ -177,7 +177,8 @@ def test_variants_belong_to_the_thread_that_asked_for_them(tmp_path: Path) -> No
         thread.start()
         thread.join()
         found["mine"] = model(x)
-    assert torch.equal(found["other"], plain)
+    # Another thread may split the product otherwise, so the last bit is not compared.
+    torch.testing.assert_close(found["other"], plain)
     assert not torch.allclose(found["mine"], plain)
 
 

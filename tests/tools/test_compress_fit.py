@@ -190,9 +190,7 @@ def test_stored_components_rebuild_the_fitted_matrix(axis: Axis, transposed: boo
 
 @pytest.mark.parametrize("dtype", [pxd.DType.BF16, pxd.DType.F16, pxd.DType.F32])
 @given(shape=st.tuples(st.integers(1, 150), st.integers(1, 70)), seed=st.integers(0, 99))
-def test_sums_are_the_same_bits_with_and_without_numba(
-    dtype: pxd.DType, shape: tuple[int, int], seed: int
-) -> None:
+def test_sums_are_the_same_bits_with_and_without_numba(dtype: pxd.DType, shape: tuple[int, int], seed: int) -> None:
     pytest.importorskip("numba")
     rng = np.random.default_rng(seed)
     base = pxd.from_float32(rng.standard_normal(shape, np.float32), dtype)
