@@ -6,9 +6,7 @@ hashing and rebuilding run on a few threads, a bounded number of bytes ahead of 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import Checkpoint, is_tokenizer_asset, open_checkpoint
 from peraxis_tools.folders import atomic_folder, refuse_existing
+from peraxis_tools.parallel import ordered_map
 from peraxis_tools.parts import refuse_part
 from peraxis_tools.shards import SHARD_BYTES, Shard, TensorSpec, plan_shards, shard_header, write_index, write_tensor
 
@@ -64,24 +63,14 @@ def rebuild_all(
     Raises BindingError before the first tensor where names, dtypes or shapes do not match.
     """
     pxd.check_base_names(delta.manifest, base)
-    waiting: deque[tuple[pxd.ModuleEntry, int, Future[pxd.Array]]] = deque()
-    ahead = 0
-    with ThreadPoolExecutor(workers or _WORKERS) as pool:
-        try:
-            for entry in delta.manifest.modules:
-                size = TensorSpec(entry.name, entry.dtype, entry.shape).size
-                while waiting and ahead + size > _AHEAD_BYTES:
-                    done, its_size, future = waiting.popleft()
-                    yield done, future.result()
-                    ahead -= its_size
-                waiting.append((entry, size, pool.submit(rebuild, delta, base, entry.name)))
-                ahead += size
-            while waiting:
-                done, _, future = waiting.popleft()
-                yield done, future.result()
-        finally:
-            for _, _, future in waiting:
-                future.cancel()
+
+    def work(entry: pxd.ModuleEntry) -> tuple[pxd.ModuleEntry, pxd.Array]:
+        return entry, rebuild(delta, base, entry.name)
+
+    def size(entry: pxd.ModuleEntry) -> int:
+        return TensorSpec(entry.name, entry.dtype, entry.shape).size
+
+    return ordered_map(work, delta.manifest.modules, cost=size, budget=_AHEAD_BYTES, workers=workers or _WORKERS)
 
 
 def apply(

@@ -35,7 +35,7 @@ class DemoRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoResult:
-    """What the demo found. rows: the base alone, the one-scalar delta, ours at its size, ours by default."""
+    """What the demo found. rows: the base alone, one scalar a tensor, ours with as many masks, ours by default."""
 
     folder: Path
     checkpoint_bytes: int
@@ -83,9 +83,9 @@ def demo(
         overwrite=True,
     )
     deltas = {
-        "one scalar a tensor": scalar.path,
-        "peraxis, one mask a tensor": same_size.path,
-        "peraxis, default": ours.path,
+        "one scalar": scalar.path,
+        "peraxis, 1 mask": same_size.path,
+        "peraxis default": ours.path,
     }
     yield DemoStep("eval base fine-tuned delta.pxd --text ...", _measure(folder, pair, deltas, inspect(ours.path)))
 
