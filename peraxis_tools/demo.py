@@ -84,7 +84,7 @@ def demo(
     )
     deltas = {
         "one scalar": scalar.path,
-        "peraxis, 1 mask": same_size.path,
+        "peraxis 1 mask": same_size.path,
         "peraxis default": ours.path,
     }
     yield DemoStep("eval base fine-tuned delta.pxd --text ...", _measure(folder, pair, deltas, inspect(ours.path)))
