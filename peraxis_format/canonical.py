@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from json.encoder import encode_basestring
 from typing import Final, NoReturn, TypeAlias
 
 __all__ = ["INTEGER_MAX", "Json", "StrictJsonError", "canonical_json", "parse_strict_json"]
@@ -97,11 +98,11 @@ def _write(value: Json, out: Callable[[str], object]) -> None:
             raise ValueError(f"{value} is not an integer of magnitude below 2^53")
         out(str(value))
     elif isinstance(value, str):
-        out(json.dumps(value, ensure_ascii=False))
+        out(encode_basestring(value))
     elif isinstance(value, Mapping):
         for i, key in enumerate(sorted(value, key=lambda text: text.encode("utf-16-be", "surrogatepass"))):
             out("," if i else "{")
-            out(json.dumps(key, ensure_ascii=False))
+            out(encode_basestring(key))
             out(":")
             _write(value[key], out)
         out("}" if value else "{}")

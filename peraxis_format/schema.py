@@ -87,9 +87,10 @@ _digest = _matching(_DIGEST, "sha256: and 64 lower-case hex digits")
 
 def _one_of(kind: type[E], value: Json, path: str) -> E:
     text = _text(value, path)
-    if text not in {member.value for member in kind}:
+    try:
+        return kind(text)
+    except ValueError:
         fail("E205", f"unknown {kind.__name__.lower()} {text!r}", field=path)
-    return kind(text)
 
 
 def _dtype(value: Json, path: str) -> DType:
