@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, TypeAlias
 
 import numpy as np
 
@@ -13,7 +14,12 @@ from peraxis_format.dtypes import Array
 from peraxis_format.errors import fail
 from peraxis_format.manifest import ModuleEntry
 
-__all__ = ["build_module", "check_pad", "check_values"]
+__all__ = ["build_module", "check_pad", "check_stored_values", "check_values"]
+
+# Returns bytes [begin, end) of the data.
+Reader: TypeAlias = Callable[[int, int], bytes | memoryview]
+
+_BLOCK: Final = 1 << 19
 
 
 def _view(buffer: memoryview, record: TensorRecord, begin: int) -> Array:
@@ -59,13 +65,40 @@ def check_values(module: ModuleDelta) -> None:
     if module.encoding is not Encoding.SIGN:
         return
     for k, component in enumerate(module.components):
-        if not unused_bits_are_zero(component.mask, module.shape[-1]):
-            fail("E303", field=f"{module.name}.{k}.mask")
+        _check_mask(component.mask, module.shape[-1], f"{module.name}.{k}.mask")
     for k, component in enumerate(module.components):
         for name, scale in component.scales().items():
-            bits = scale.view(np.uint16)
-            # The sign bit aside, F16 patterns from 0x7C00 on are infinity and NaN.
-            if np.any((bits & np.uint16(0x7FFF)) >= np.uint16(0x7C00)):
-                fail("E305", field=f"{module.name}.{k}.{name}")
-            if np.any(bits >> np.uint16(15)):
-                fail("E306", field=f"{module.name}.{k}.{name}")
+            _check_scale(scale, f"{module.name}.{k}.{name}")
+
+
+def check_stored_values(entry: ModuleEntry, records: Sequence[TensorRecord], read: Reader) -> None:
+    """The same of a module in a file, by blocks of rows: no mask is held, and of a whole number of bytes none read.
+
+    read(begin, end) returns those bytes of the data.
+    """
+    if entry.encoding is not Encoding.SIGN:
+        return
+    for record in records if entry.shape[-1] % 8 else ():
+        if record.name.endswith(".mask"):
+            width = record.shape[-1]
+            step = max(1, _BLOCK // width) * width
+            for begin in range(record.begin, record.end, step):
+                data = read(begin, min(begin + step, record.end))
+                _check_mask(np.frombuffer(data, np.uint8).reshape(-1, width), entry.shape[-1], record.name)
+    for record in records:
+        if record.name.endswith((".row", ".col", ".scalar")):
+            _check_scale(np.frombuffer(read(record.begin, record.end), np.uint16), record.name)
+
+
+def _check_mask(mask: Array, d_in: int, name: str) -> None:
+    if not unused_bits_are_zero(mask, d_in):
+        fail("E303", field=name)
+
+
+def _check_scale(scale: Array, name: str) -> None:
+    bits = scale.view(np.uint16)
+    # The sign bit aside, F16 patterns from 0x7C00 on are infinity and NaN.
+    if np.any((bits & np.uint16(0x7FFF)) >= np.uint16(0x7C00)):
+        fail("E305", field=name)
+    if np.any(bits >> np.uint16(15)):
+        fail("E306", field=name)

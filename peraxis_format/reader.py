@@ -16,7 +16,7 @@ import mmap
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -33,13 +33,14 @@ from peraxis_format.container import (
 from peraxis_format.delta import ModuleDelta
 from peraxis_format.errors import PxdError, fail
 from peraxis_format.manifest import Manifest, ModuleEntry
-from peraxis_format.payload import build_module, check_pad, check_values
+from peraxis_format.payload import build_module, check_pad, check_stored_values, check_values
 from peraxis_format.profile import check_manifest
 from peraxis_format.schema import parse_manifest
+from peraxis_format.threads import run_jobs
 
 __all__ = ["DeltaFile", "open", "read_header"]
 
-_CHUNK: Final = 1 << 18  # hashed while still in the second-level cache
+_CHUNK: Final = 1 << 19  # hashed while still in the second-level cache
 
 
 def read_header(read: Callable[[int, int], bytes], file_size: int) -> tuple[Header, Manifest]:
@@ -184,17 +185,24 @@ class DeltaFile:
         """
         step = progress or (lambda _: None)
         modules = [name for name in self if self._records[name]]
-        largest_first = sorted(modules, key=lambda name: self.span(name)[0] - self.span(name)[1])
+        failed: dict[int, PxdError] = {}
+
+        def job(place: int) -> None:
+            # Of several errors the first in the file counts: what stands behind one that is known can be left out.
+            if min(tuple(failed), default=place) < place:
+                return
+            try:
+                self.check(modules[place], progress=step)
+            except PxdError as error:
+                failed[place] = error
+
+        # The largest first, so that no thread is left alone with one.
+        size = [end - begin for begin, end in map(self.span, modules)]
+        order = sorted(range(len(modules)), key=lambda place: -size[place])
+        run_jobs([partial(job, place) for place in order], threads=workers)
+        if failed:
+            raise failed[min(failed)]
         with _located(self.path):
-            with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-                # The largest first, so that no thread is left alone with one; errors in file order all the same.
-                checks = {name: pool.submit(self.check, name, progress=step) for name in largest_first}
-                try:
-                    for name in modules:
-                        checks[name].result()
-                finally:
-                    for check in checks.values():
-                        check.cancel()
             for asset in self.manifest.assets:
                 step(len(self.asset(asset.path)))
             for record in self._header.records:
@@ -221,18 +229,14 @@ class DeltaFile:
         digest = hashlib.sha256()
         buffer = memoryview(bytearray(min(size, end - begin)))
         for offset in range(begin, end, size):
-            chunk = buffer[: self._read_into(buffer[: end - offset], offset)]
+            chunk = buffer[: end - offset]
+            self.read_into(chunk, offset)
             digest.update(chunk)
             yield chunk
         with _located(self.path):
             if end > begin and digest.hexdigest() != self._entries[name].sha256:
                 fail("E301", field=name, offset=begin)  # SPEC 4.3
-            if self._entries[name].components:
-                check_values(self[name])
-        if end > begin and hasattr(mmap, "MADV_DONTNEED"):
-            # The values were read through the map; its pages are the cache's, and need not count as this process's.
-            first = begin - begin % mmap.ALLOCATIONGRANULARITY
-            self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
+            check_stored_values(self._entries[name], self._records[name], self._read_data)
 
     def read_into(self, target: memoryview, offset: int) -> None:
         """Read bytes of the file, from `offset` on, into all of a writable buffer; their content is not checked.
@@ -261,14 +265,10 @@ class DeltaFile:
             size -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _read_into(self, target: memoryview, offset: int) -> int:
-        done = 0
-        while done < len(target):
-            count = os.preadv(self._file, [target[done:]], offset + done)
-            if count == 0:
-                break
-            done += count
-        return done
+    def _read_data(self, begin: int, end: int) -> memoryview:
+        data = memoryview(bytearray(end - begin))
+        self.read_into(data, self._header.size + begin)
+        return data
 
     def close(self) -> None:
         """Close the file. Arrays handed out before stay valid: they keep the map alive."""
