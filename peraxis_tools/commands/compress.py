@@ -10,7 +10,7 @@ import click
 
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
 from peraxis_tools.compress import CompressOptions, compress
-from peraxis_tools.compress.options import AXES, EMBEDDINGS, FITS, parse_size, read_yaml
+from peraxis_tools.compress.options import AXES, EMBEDDINGS, FITS, RECIPES, parse_size, read_yaml
 from peraxis_tools.report import Progress, emit, progress
 from peraxis_tools.report.compress import plan_lines, render_compress
 
@@ -54,6 +54,7 @@ _SIZE = _Size()
 @click.argument("fine_tuned", metavar="FINE_TUNED")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The .pxd to write.")
 @click.option("--calibration", metavar="TEXT", help="c4, a datasets id, or json, jsonl(.gz), parquet, txt.")
+@click.option("--recipe", type=click.Choice(tuple(RECIPES)), help="Options under one name; others given win over it.")
 @click.option("--fit", type=click.Choice(FITS), help="Default: refined with a calibration text, else none.")
 @click.option("--axis", type=click.Choice(AXES), help="Along what scales run; auto: the best of each module.")
 @click.option("--bits", type=int, help="Masks a module, 1 to 8.  [default: 1]")
@@ -71,6 +72,9 @@ _SIZE = _Size()
 @click.option("--distill-batch-size", type=int, help="[default: 2]")
 @click.option("--distill-lr", type=float, help="Of scales, relative to their size.  [default: 0.01]")
 @click.option("--distill-sign-lr", type=float, help="Of signs; needs 12 bytes a weight.  [default: 0, signs stay]")
+@click.option(
+    "--distill-full-lr", type=float, help="Of tensors stored full, relative to their size.  [default: 0, exact]"
+)
 @click.option("--distill-loss", type=click.Choice(("kl", "mse")), help="On the logits.  [default: kl]")
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda where there is one]")
@@ -97,7 +101,9 @@ def command(
 ) -> None:
     """Write FINE_TUNED as a difference to BASE. Both are folders or hub ids (org/name, org/name@revision).
 
-    Options on the command line win over those of --config. What a run used is stored in the file
+    Options on the command line win over those of --config, these over those of --recipe: quick (mean |delta|, no text),
+    fit (signs and scales from the text), distilled (scales end to end, too; the whole model in memory), best (signs and
+    full tensors end to end; 12 bytes a weight). What a run used is stored in the file
     (inspect --json, metadata peraxis.config) and can be passed back through --config.
 
     Example: peraxis-tools compress meta-llama/Llama-3.1-8B my/fine-tune -o delta.pxd --calibration c4

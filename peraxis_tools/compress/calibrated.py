@@ -173,7 +173,6 @@ def _open_run(base: Checkpoint, fine_tuned: Checkpoint, plan: Plan, output: Path
 
 def _with_generated(run: _Run, tokenizer: Any, options: CompressOptions) -> _Run:
     """The run with samples that the fine-tuned model writes; kept in the work folder."""
-    length = run.samples.ids.shape[1]
     ids = run.work.load_array("generated")
     if ids is None and run.processes.leader:
         teacher, _ = run.skeletons()
@@ -181,8 +180,8 @@ def _with_generated(run: _Run, tokenizer: Any, options: CompressOptions) -> _Run
         ids = generate(
             teacher,
             tokenizer,
+            run.samples.ids,
             samples=options.generated_samples,
-            length=length,
             seed=options.seed,
             batch_size=4 * options.batch_size,
         )
@@ -229,8 +228,6 @@ def _distilled(
     done = run.work.load("distilled")
     if done is not None:
         return {module.name: module for module in done}, run.work.load_text("distilled") or {}
-    if not len(run.parts.distill):
-        raise ToolError(f"calibration {options.calibration}: too little text to distil after calibration; give more")
     teacher, student = run.skeletons()
     train, judge = (
         torch.from_numpy(np.ascontiguousarray(ids)).to(run.device)
@@ -247,6 +244,7 @@ def _distilled(
             epochs=options.distill_epochs,
             lr=options.distill_lr,
             sign_lr=options.distill_sign_lr,
+            full_lr=options.distill_full_lr,
             loss=options.distill_loss,
             batch_size=options.distill_batch_size,
             seed=options.seed,

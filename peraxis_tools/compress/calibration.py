@@ -48,7 +48,7 @@ class Samples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What each sample is for. All int64 [n, length]."""
+    """What each sample is for. All int64 [n, length]. Distillation trains on all that calibrated, too."""
 
     fit: Ids
     judge: Ids
@@ -69,7 +69,7 @@ def partition(sources: Sequence[Ids], *, calibration: float, held_out: float) ->
             parts[2 * i].append(part[: len(part) - judged])
             parts[2 * i + 1].append(part[len(part) - judged :])
     fit, judge, train, train_judge = (np.concatenate(part) for part in parts)
-    return Parts(fit=fit, judge=judge, distill=train, distill_judge=train_judge)
+    return Parts(fit=fit, judge=judge, distill=np.concatenate([train, fit, judge]), distill_judge=train_judge)
 
 
 def read_documents(source: str, *, text_column: str | None, limit: int) -> list[str]:

@@ -15,35 +15,40 @@ Samples are of one length without padding: no token is excluded, because none ha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from peraxis_format import Axis, Component, encode_scale_pair, encode_scales, pack_signs, unpack_signs
+from peraxis_format import Encoding
 from peraxis_tools.compress.modules import TORCH_DTYPES
 from peraxis_tools.compress.names import Piece
 from peraxis_tools.compress.plan import PlannedModule
 from peraxis_tools.compress.skeleton import Skeleton
-from peraxis_tools.compress.types import FittedModule
+from peraxis_tools.compress.trained import Dressed, TrainedComponent, TrainedTensor
+from peraxis_tools.compress.types import FittedModule, ModuleReport
 from peraxis_tools.compress.weights import Weights, kept_rows
 
 __all__ = ["DistillOptions", "DistillResult", "distill", "fill_whole"]
 
 _WARM_UP = 0.05
-_CLIP = 3.0  # a latent further than this many scales from zero gets no gradient: its sign is decided
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillOptions:
-    """epochs over the samples, lr of relative scales, sign_lr of latents in units of the scale; loss kl or mse."""
+    """epochs over the samples; loss kl or mse.
+
+    lr: of relative scales; sign_lr: of latents in units of the scale; full_lr: of full tensors in units of their
+    root mean square. At 0 the signs, the full tensors, stay as they are.
+    """
 
     epochs: int = 5
     lr: float = 1e-2
     sign_lr: float = 0.0
+    full_lr: float = 0.0
     loss: str = "kl"
     batch_size: int = 2
     seed: int = 0
@@ -59,92 +64,6 @@ class DistillResult:
     after: float
 
 
-class _TrainedComponent(nn.Module):
-    """One component with relative scales, and latents where signs are trained."""
-
-    def __init__(self, component: Component, d_in: int, *, signs: bool, device: torch.device) -> None:
-        super().__init__()
-        self.axis = component.axis
-        factor = 2.0**component.exponent
-        unpacked = torch.from_numpy(unpack_signs(component.mask, d_in)).to(device)
-        for name, array in component.scales().items():
-            scale = torch.from_numpy(array.astype(np.float32)).to(device)
-            # The exponent belongs to one of the two scales of row+col: which does not matter, they are relative.
-            if name != "col" or component.axis is Axis.COL:
-                scale = scale * factor
-            self.register_buffer(f"{name}_start", scale)
-            self.register_parameter(name, nn.Parameter(torch.zeros_like(scale)))
-        self.register_buffer("signs", unpacked)
-        # Half a scale from zero: near enough that a sign can turn, far enough that noise does not turn it.
-        self.latent = nn.Parameter(torch.where(unpacked, 0.5, -0.5)) if signs else None
-
-    def scale(self, name: str) -> Tensor:
-        return torch.relu(getattr(self, f"{name}_start") * (1 + getattr(self, name)))
-
-    def current_signs(self) -> Tensor:
-        return self.signs if self.latent is None else self.latent >= 0
-
-    def forward(self) -> Tensor:
-        if self.axis is Axis.TENSOR:
-            size = self.scale("scalar")
-        else:
-            size = torch.ones((), device=self.signs.device)
-            if self.axis is not Axis.COL:
-                size = size * self.scale("row").unsqueeze(-1)
-            if self.axis is not Axis.ROW:
-                size = size * self.scale("col").unsqueeze(-2)
-        if self.latent is None:
-            return torch.where(self.signs, size, -size)
-        hard = torch.where(self.latent >= 0, 1.0, -1.0)
-        soft = self.latent.clamp(-_CLIP, _CLIP)
-        return (soft + (hard - soft).detach()) * size
-
-    def stored(self) -> Component:
-        """As the file holds it."""
-        with torch.no_grad():
-            mask = pack_signs(self.current_signs().cpu().numpy())
-            arrays = {
-                name: self.scale(name).double().cpu().numpy()
-                for name in ("row", "col", "scalar")
-                if hasattr(self, f"{name}_start")
-            }
-        if self.axis is Axis.ROW_COL:
-            row, col, exponent = encode_scale_pair(arrays["row"], arrays["col"])
-            return Component(axis=self.axis, exponent=exponent, mask=mask, row=row, col=col)
-        ((name, array),) = arrays.items()
-        half, exponent = encode_scales(array)
-        return Component(axis=self.axis, exponent=exponent, mask=mask, **{name: half})
-
-
-class _Dressed(nn.Module):
-    """Parametrization: base parameter -> base + components, rounded to the module's dtype (gradient passes through)."""
-
-    def __init__(self, pieces: Sequence[tuple[Piece, int, nn.ModuleList]], dtype: torch.dtype) -> None:
-        super().__init__()
-        self._pieces = [(piece, kept) for piece, kept, _ in pieces]
-        self.components = nn.ModuleList(components for _, _, components in pieces)
-        self._dtype = dtype
-
-    def forward(self, base: Tensor) -> Tensor:
-        if len(self._pieces) == 1 and self._pieces[0][0].index is None and self._pieces[0][0].rows is None:
-            total = self._add(base, self._pieces[0][1], self.components[0])
-        else:
-            total = base.clone()
-            for (piece, kept), components in zip(self._pieces, self.components, strict=True):
-                part = piece.select(total)
-                part.copy_(self._add(part.clone(), kept, components))
-        rounded = total.detach().to(self._dtype).to(total.dtype)
-        return (total + (rounded - total).detach()).to(base.dtype)
-
-    def _add(self, value: Tensor, kept: int, components: nn.Module) -> Tensor:
-        for component in components:  # type: ignore[attr-defined]
-            dense = component()
-            if kept < value.shape[0]:
-                dense = torch.cat([dense, dense.new_zeros(value.shape[0] - kept, *value.shape[1:])])
-            value = value + dense
-        return value
-
-
 def distill(
     *,
     weights: Weights,
@@ -158,7 +77,7 @@ def distill(
 ) -> DistillResult:
     """Train all scales of `modules` together. samples, held_out: ids [n, length]. Both models are loaded whole."""
     fill_whole(teacher, weights, weights.teacher)
-    trained = _dress(student, weights, modules, signs=options.sign_lr > 0)
+    trained = _dress(student, weights, modules, options)
     enable = getattr(student.model, "gradient_checkpointing_enable", None)
     if enable is not None and student.device.type != "cpu":
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -166,7 +85,7 @@ def distill(
     cache = _TeacherLogits(teacher, options.logits_limit)
     optimizer, schedule = _optimizer(trained, options, steps=options.epochs * -(-len(samples) // options.batch_size))
     best = before = _judge(student, trained, cache, judge, options)
-    best_state = _stored(trained)
+    best_state = trained.stored(modules)
     generator = torch.Generator().manual_seed(options.seed)
     for epoch in range(options.epochs):
         progress("distill", epoch, options.epochs)
@@ -182,10 +101,9 @@ def distill(
         student.model.eval()
         error = _judge(student, trained, cache, judge, options)
         if error < best:
-            best, best_state = error, _stored(trained)
+            best, best_state = error, trained.stored(modules)
     progress("distill", options.epochs, options.epochs)
-    distilled = {name: replace(modules[name], components=components) for name, components in best_state.items()}
-    return DistillResult(modules={**modules, **distilled}, before=before, after=best)
+    return DistillResult(modules={**modules, **best_state}, before=before, after=best)
 
 
 def fill_whole(skeleton: Skeleton, weights: Weights, source: Callable[[str], Tensor]) -> None:
@@ -195,11 +113,52 @@ def fill_whole(skeleton: Skeleton, weights: Weights, source: Callable[[str], Ten
         weights.fill(skeleton, source, skeleton.layer_parameters(index))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trained:
+    """What is trained, by module: components, and full tensors with the value that they stand over."""
+
+    components: Mapping[str, nn.ModuleList]
+    full: Mapping[str, tuple[TrainedTensor, Tensor]]
+
+    def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+        """(scales, latents of signs, full tensors)."""
+        named = [pair for components in self.components.values() for pair in components.named_parameters()]
+        latents = [p for name, p in named if name.endswith("latent")]
+        scales = [p for name, p in named if not name.endswith("latent")]
+        return scales, latents, [tensor.theta for tensor, _ in self.full.values()]
+
+    def stored(self, modules: Mapping[str, FittedModule]) -> dict[str, FittedModule]:
+        """The modules as the file would hold them now."""
+        signed = {
+            name: replace(modules[name], components=tuple(c.stored() for c in components))  # type: ignore[operator]
+            for name, components in self.components.items()
+        }
+        whole = {
+            name: FittedModule(name=name, report=ModuleReport(), full=tensor.stored(value))
+            for name, (tensor, value) in self.full.items()
+        }
+        return {**signed, **whole}
+
+    @contextmanager
+    def rounded(self) -> Iterator[None]:
+        """Inside, scales are what F16 leaves of them."""
+        kept = []
+        for component in (c for components in self.components.values() for c in components):
+            kept.append((component, {name: p.detach().clone() for name, p in component.named_parameters()}))
+            component.round()  # type: ignore[operator]
+        yield
+        with torch.no_grad():
+            for component, values in kept:
+                for name, value in values.items():
+                    getattr(component, name).copy_(value)
+
+
 def _dress(
-    student: Skeleton, weights: Weights, modules: Mapping[str, FittedModule], *, signs: bool
-) -> dict[str, nn.ModuleList]:
-    """Fill the student with base weights and put the components over them. Returns the components by module."""
+    student: Skeleton, weights: Weights, modules: Mapping[str, FittedModule], options: DistillOptions
+) -> _Trained:
+    """Fill the student with base weights and full tensors, and put over them what is trained."""
     fill_whole(student, weights, weights.undressed)
+    full = _dress_full(student, weights) if options.full_lr > 0 else {}
     trained: dict[str, nn.ModuleList] = {}
     by_parameter: dict[str, list[tuple[Piece, int, nn.ModuleList]]] = {}
     dtypes: dict[str, torch.dtype] = {}
@@ -209,27 +168,46 @@ def _dress(
             continue
         planned: PlannedModule = weights.modules[name]
         trained[name] = nn.ModuleList(
-            _TrainedComponent(c, planned.shape[-1], signs=signs, device=student.device) for c in module.components
+            TrainedComponent(c, planned.shape[-1], signs=options.sign_lr > 0, device=student.device)
+            for c in module.components
         )
         by_parameter.setdefault(piece.parameter, []).append((piece, kept_rows(planned), trained[name]))
         dtypes[piece.parameter] = TORCH_DTYPES[planned.dtype]
     for parameter, pieces in by_parameter.items():
-        dressed = _Dressed(pieces, dtypes[parameter])
-        for owner, leaf in student.owners(parameter):
-            parametrize.register_parametrization(owner, leaf, dressed, unsafe=True)
-    return trained
+        _put_over(student, parameter, Dressed(pieces, dtypes[parameter]))
+    return _Trained(components=trained, full=full)
+
+
+def _dress_full(student: Skeleton, weights: Weights) -> dict[str, tuple[TrainedTensor, Tensor]]:
+    """Full float tensors that are a whole parameter each; not what the base has too, as that costs no byte."""
+    found = {}
+    for name, module in weights.modules.items():
+        piece = weights.names.by_tensor.get(name)
+        whole = piece is not None and piece.index is None and piece.rows is None
+        if module.encoding is not Encoding.FULL or not module.dtype.is_float or piece is None or not whole:
+            continue
+        value = student.get(piece.parameter)
+        if module.base_shape == module.shape and torch.equal(weights.read(weights.base, name).to(value), value):
+            continue
+        tensor = TrainedTensor(value, module.dtype)
+        _put_over(student, piece.parameter, tensor)
+        found[name] = (tensor, value)
+    return found
+
+
+def _put_over(student: Skeleton, parameter: str, module: nn.Module) -> None:
+    for owner, leaf in student.owners(parameter):
+        parametrize.register_parametrization(owner, leaf, module, unsafe=True)
 
 
 def _optimizer(
-    trained: Mapping[str, nn.ModuleList], options: DistillOptions, *, steps: int
+    trained: _Trained, options: DistillOptions, *, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    named = [(name, p) for components in trained.values() for name, p in components.named_parameters()]
-    groups = [{"params": [p for name, p in named if not name.endswith("latent")], "lr": options.lr}]
-    latents = [p for name, p in named if name.endswith("latent")]
-    if latents:
-        groups.append({"params": latents, "lr": options.sign_lr})
-    for _, parameter in named:
-        parameter.requires_grad_(True)
+    rates = (options.lr, options.sign_lr, options.full_lr)
+    groups = [{"params": p, "lr": lr} for p, lr in zip(trained.parameters(), rates, strict=True) if p]
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     warm = max(1, round(_WARM_UP * steps))
 
@@ -272,45 +250,16 @@ def _loss(student: Skeleton, teacher: _TeacherLogits, ids: Tensor, key: tuple[st
     return torch.sum(log_p.exp() * (log_p - log_q), dim=-1).mean()
 
 
-def _stored(trained: Mapping[str, nn.ModuleList]) -> dict[str, tuple[Component, ...]]:
-    return {name: tuple(c.stored() for c in components) for name, components in trained.items()}  # type: ignore[operator]
-
-
 @torch.no_grad()
 def _judge(
-    student: Skeleton,
-    trained: Mapping[str, nn.ModuleList],
-    teacher: _TeacherLogits,
-    held_out: Tensor,
-    options: DistillOptions,
+    student: Skeleton, trained: _Trained, teacher: _TeacherLogits, held_out: Tensor, options: DistillOptions
 ) -> float:
-    """Held-out loss of the state as it would be stored: relative scales are set to what F16 leaves of them."""
-    kept = {}
-    for components in trained.values():
-        for component in components:
-            kept[component] = {name: p.detach().clone() for name, p in component.named_parameters()}
-            _round(component)
+    """Held-out loss of the state as it would be stored."""
     total, count = 0.0, 0
-    with parametrize.cached():
+    with trained.rounded(), parametrize.cached():
         for start in range(0, len(held_out), options.batch_size):
             ids = held_out[start : start + options.batch_size]
             rows = list(range(start, start + len(ids)))
             total += float(_loss(student, teacher, ids, ("held-out", rows), options.loss)) * len(ids)
             count += len(ids)
-    for component, values in kept.items():
-        for name, value in values.items():
-            getattr(component, name).copy_(value)
     return total / count
-
-
-def _round(component: nn.Module) -> None:
-    """Set the relative scales of a component so that its scales are those of the file."""
-    stored: Component = component.stored()  # type: ignore[operator]
-    factor = 2.0**stored.exponent
-    for name, array in stored.scales().items():
-        exact = torch.from_numpy(array.astype(np.float64)).to(component.signs.device)  # type: ignore[union-attr,arg-type]
-        if name != "col" or stored.axis is Axis.COL:
-            exact = exact * factor
-        start = getattr(component, f"{name}_start").double()
-        relative = torch.where(start > 0, exact / start - 1, torch.zeros_like(exact))
-        getattr(component, name).copy_(relative.float())

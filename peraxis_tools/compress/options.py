@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
 from peraxis_tools.errors import ToolError
 
-__all__ = ["AXES", "EMBEDDINGS", "FITS", "CompressOptions", "OptionError", "parse_size"]
+__all__ = ["AXES", "EMBEDDINGS", "FITS", "RECIPES", "CompressOptions", "OptionError", "parse_size"]
 
 FITS: Final = ("auto", "none", "closed-form", "refined", "adamw")
 AXES: Final = ("auto", "row", "col", "row+col", "tensor")
 EMBEDDINGS: Final = ("auto", "sign", "full")
 _COMPUTE: Final = ("auto", "float32", "bfloat16", "float16")
 _LOSSES: Final = ("kl", "mse")
+# Sets of options under a name; what is given beside one wins over it.
+RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "quick": {"fit": "none"},
+    "fit": {},
+    "distilled": {"distill_samples": 150, "generated_samples": 300},
+    "best": {
+        "distill_samples": 150,
+        "generated_samples": 300,
+        "held_out": 0.1,
+        "distill_epochs": 15,
+        "distill_batch_size": 4,
+        "distill_sign_lr": 0.05,
+        "distill_full_lr": 0.003,
+    },
+}
 # Where a run stands and what it runs on: no part of what the bytes follow from.
 _NOT_CONTENT: Final = ("device", "resume", "hidden_limit", "logits_limit")
 
@@ -39,7 +55,8 @@ class CompressOptions:
     held_out       share of the calibration samples that judges, rather than fits
     generated_samples  samples that the fine-tuned model writes itself, added to both texts: its own domain
     distill_samples  samples of end-to-end distillation of all scales afterwards; 0: none
-    distill_lr     learning rate of the scales, relative to their size; distill_sign_lr: of the signs (0: kept)
+    distill_lr     learning rate of the scales, relative to their size; distill_sign_lr: of the signs (0: kept);
+                   distill_full_lr: of tensors stored full, relative to theirs (0: kept exact)
     hidden_limit   hidden states beyond this go to disk; logits_limit: teacher logits beyond this are recomputed
     resume         go on where a killed run of the same inputs and options stopped
     """
@@ -64,6 +81,7 @@ class CompressOptions:
     distill_batch_size: int = 2
     distill_lr: float = 1e-2
     distill_sign_lr: float = 0.0
+    distill_full_lr: float = 0.0
     distill_loss: str = "kl"
     device: str = "auto"
     compute_dtype: str = "auto"
@@ -120,10 +138,18 @@ class CompressOptions:
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> CompressOptions:
-        """Options from a mapping (YAML, JSON); `-` and `_` are the same. Raises OptionError for unknown keys."""
+        """Options from a mapping (YAML, JSON); `-` and `_` are the same, `recipe` stands for options of RECIPES.
+
+        Raises OptionError for unknown keys.
+        """
         known = {field.name: field for field in fields(cls)}
-        given: dict[str, Any] = {}
+        recipe = values.get("recipe", "fit")
+        if recipe not in RECIPES:
+            raise OptionError(f"recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
+        given: dict[str, Any] = dict(RECIPES[recipe])
         for key, value in values.items():
+            if key == "recipe":
+                continue
             name = str(key).replace("-", "_")
             if name not in known:
                 raise OptionError(f"unknown option {key!r}; known are {', '.join(sorted(map(_dashed, known)))}")

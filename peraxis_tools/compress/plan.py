@@ -156,7 +156,7 @@ def _plan_module(name: str, tensor: TensorLike, base: TensorLike | None, options
     bits = options.bits
     if module.kind in TABLES:
         if options.embeddings == "full":
-            return replace(module, reason="embeddings are kept exact")
+            return replace(module, reason="embeddings are stored full")
         bits = max(bits, _AUTO_EMBEDDING_BITS) if options.embeddings == "auto" else bits
     elif shape[-2] * 16 <= shape[-1]:
         return replace(module, reason="few rows: a router or a small head")

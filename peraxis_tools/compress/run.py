@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,7 @@ _COMPARED = 1 << 20  # bytes of a block
 # A tensor in work holds itself, its base, and twice that in binary32 where a second mask is fitted.
 _HELD = 4
 _AHEAD_BYTES = 512 << 20
+OTHERS = "all others"
 
 # Called as progress(step, done, total): what is being done, and how far it is.
 Progress = Callable[[str, int, int], None]
@@ -223,7 +224,8 @@ def _module_delta(
     if _same_bytes(module, base_array, tuned_array):
         return _delta(module, Encoding.SAME, ref), None
     if module.encoding is Encoding.FULL:
-        return _full(module, ref, tuned_array), None
+        whole = tuned_array if fitted is None or fitted.full is None else fitted.full
+        return _full(module, ref, whole), None if fitted is None else fitted.report
     kept = min(module.shape[0], module.base_shape[0])
     tail = tuned_array[kept:] if kept < module.shape[0] else None
     components: tuple[Component, ...] = ()
@@ -278,14 +280,19 @@ def _delta(module: PlannedModule, encoding: Encoding, ref: BaseRef) -> ModuleDel
 
 
 def _plan_json(planned: Plan) -> str:
-    """The plan for the manifest: predicted bytes, and for each module encoding, masks and axis, or why it is full."""
+    """The plan for the manifest: predicted bytes, and by choice the modules that it was made for.
 
-    def line(module: PlannedModule) -> str:
+    A choice is encoding, masks and axis, or why a module is full. Names are of one string each, and the most frequent
+    choice goes without them (OTHERS): in a header of JSON within JSON a quote is four bytes.
+    """
+    choices: dict[str, list[str]] = defaultdict(list)
+    for module in planned.modules:
         axis = "auto" if module.axis is None else module.axis.value
-        return f"sign {module.components} {axis}" if module.components else f"{module.encoding.value}: {module.reason}"
-
-    modules: dict[str, Any] = {module.name: line(module) for module in planned.modules}
-    return canonical_json({"modules": modules, "payload_bytes": planned.payload_bytes}).decode()
+        signed = f"sign {module.components} {axis}"
+        choices[signed if module.components else f"{module.encoding.value}: {module.reason}"].append(module.name)
+    frequent = max(choices, key=lambda choice: len(choices[choice]), default=None)
+    lines = {choice: OTHERS if choice == frequent else " ".join(names) for choice, names in choices.items()}
+    return canonical_json({"choices": lines, "payload_bytes": planned.payload_bytes}).decode()
 
 
 def _report_json(reports: Mapping[str, ModuleReport]) -> str:
@@ -296,4 +303,4 @@ def _report_json(reports: Mapping[str, ModuleReport]) -> str:
         parts = [f"{name} {value:.3g}" for name, value in errors.items() if value is not None]
         return "; ".join([*parts, *([report.note] if report.note else [])])
 
-    return canonical_json({name: line(report) for name, report in reports.items()}).decode()
+    return canonical_json({name: text for name, report in reports.items() if (text := line(report))}).decode()

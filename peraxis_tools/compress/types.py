@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peraxis_format import Calibration, Component
+from peraxis_format import Array, Calibration, Component
 from peraxis_tools.compress.plan import Plan
 
 __all__ = ["FittedModule", "ModuleReport", "RunFit"]
@@ -24,11 +24,15 @@ class ModuleReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FittedModule:
-    """Components of one tensor as they will be stored; none at all means `same` (the base's own weight)."""
+    """Components of one tensor as they will be stored; none at all means `same` (the base's own weight).
+
+    full: instead of components, the storage array of a full tensor that differs from the fine-tune's own.
+    """
 
     name: str
-    components: tuple[Component, ...]
+    components: tuple[Component, ...] = ()
     report: ModuleReport
+    full: Array | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

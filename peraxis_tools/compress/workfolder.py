@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -94,15 +95,24 @@ def pack_modules(modules: Sequence[FittedModule]) -> tuple[list[dict[str, Any]],
     for module in modules:
         components = []
         for component in module.components:
-            arrays = {}
-            for name, array in {"mask": component.mask, **component.scales()}.items():
-                arrays[name] = [data.tell(), list(array.shape)]
-                data.write(raw_bytes(np.ascontiguousarray(array)))
-            components.append({"axis": component.axis.value, "exponent": component.exponent, "arrays": arrays})
+            arrays = {"mask": component.mask, **component.scales()}
+            places = {name: _append(data, array) for name, array in arrays.items()}
+            components.append({"axis": component.axis.value, "exponent": component.exponent, "arrays": places})
         report = module.report
         fields = [report.error, report.error_none, report.error_same, report.note]
-        entries.append({"name": module.name, "components": components, "report": fields})
+        full = None if module.full is None else [module.full.dtype.str, *_append(data, module.full)]
+        entries.append({"name": module.name, "components": components, "report": fields, "full": full})
     return entries, data.getvalue()
+
+
+def _append(data: io.BytesIO, array: Array) -> tuple[int, list[int]]:
+    offset = data.tell()
+    data.write(raw_bytes(np.ascontiguousarray(array)))
+    return offset, list(array.shape)
+
+
+def _view(data: bytearray, dtype: Any, offset: int, shape: Sequence[int]) -> Array:
+    return np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape)
 
 
 def unpack_modules(entries: Sequence[dict[str, Any]], data: bytearray) -> list[FittedModule]:
@@ -116,6 +126,7 @@ def _module(entry: dict[str, Any], data: bytearray) -> FittedModule:
         name=entry["name"],
         components=tuple(_component(component, data) for component in entry["components"]),
         report=ModuleReport(error=error, error_none=error_none, error_same=error_same, note=note),
+        full=None if entry["full"] is None else _view(data, *entry["full"]),
     )
 
 
@@ -123,8 +134,7 @@ def _component(entry: dict[str, Any], data: bytearray) -> Component:
     def array(name: str) -> Array | None:
         if name not in entry["arrays"]:
             return None
-        offset, shape = entry["arrays"][name]
-        return np.frombuffer(data, _TYPES[name], int(np.prod(shape)), offset).reshape(shape)
+        return _view(data, _TYPES[name], *entry["arrays"][name])
 
     mask = array("mask")
     if mask is None:

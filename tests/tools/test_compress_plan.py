@@ -11,7 +11,7 @@ import pytest
 import peraxis_format as pxd
 from peraxis_tools.compress import CompressOptions, OptionError, Plan, plan
 from peraxis_tools.compress.budget import Choice, allocate
-from peraxis_tools.compress.options import parse_size
+from peraxis_tools.compress.options import RECIPES, parse_size
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,15 @@ def test_options_survive_their_own_json_and_refuse_what_they_do_not_know() -> No
     for values in ({"nonsense": 1}, {"bits": 9}, {"bits": "two"}, {"axis": "diagonal"}, {"fit": "refined"}):
         with pytest.raises(OptionError):
             CompressOptions.from_mapping(values)
+
+
+def test_an_option_that_is_given_wins_over_its_recipe() -> None:
+    for recipe, values in RECIPES.items():
+        text = {"calibration": "text.jsonl"}
+        made = CompressOptions.from_mapping({"distill-epochs": 7, **text, "recipe": recipe})
+        assert made == CompressOptions.from_mapping({**values, **text, "distill_epochs": 7})
+    with pytest.raises(OptionError, match="recipe 'better': choose one of"):
+        CompressOptions.from_mapping({"recipe": "better"})
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from peraxis_tools import apply
 from peraxis_tools.compress import CompressOptions, OptionError, compress
 from peraxis_tools.compress.calibration import load_samples, partition
 from peraxis_tools.errors import ToolError
+from peraxis_tools.evaluate import evaluate
 from tests.tools.compress_pairs import llama_config, write_pair, write_text
 
 FEW = {"calibration_samples": 8, "sequence_length": 16, "batch_size": 3}
@@ -83,7 +84,10 @@ def test_a_run_can_be_repeated_from_its_artifact(pair: tuple[Path, Path, Path], 
     compress(base, tuned, tmp_path / "one.pxd", calibration=str(text), bits=2, axis="col", held_out=0.3, **FEW)
     with pxd.open(tmp_path / "one.pxd") as delta:
         (tmp_path / "run.yaml").write_text(delta.manifest.metadata["peraxis.config"], "utf-8")
-        assert set(json.loads(delta.manifest.metadata["peraxis.plan"])["modules"]) == set(modules_of(delta.path))
+        choices = json.loads(delta.manifest.metadata["peraxis.plan"])["choices"]
+        assert choices.pop("sign 2 col") == "all others"
+        named = {name for names in choices.values() for name in names.split()}
+        assert named == {module.name for module in delta.manifest.modules if len(module.components) != 2}
     options = CompressOptions.from_yaml(tmp_path / "run.yaml")
     compress(base, tuned, tmp_path / "two.pxd", options=options)
     assert (tmp_path / "one.pxd").read_bytes() == (tmp_path / "two.pxd").read_bytes()
@@ -93,6 +97,7 @@ def test_a_run_can_be_repeated_from_its_artifact(pair: tuple[Path, Path, Path], 
 def test_a_killed_run_goes_on_to_the_same_bytes(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, tuned, text = pair
     options = {"calibration": str(text), "distill_samples": 6, "distill_epochs": 3, "generated_samples": 4, **FEW}
+    options |= {"distill_full_lr": 1e-3, "embeddings": "full"}
     compress(base, tuned, tmp_path / "whole.pxd", **options)
     cut = tmp_path / "cut.pxd"
     code = f"import peraxis_tools as t; t.compress({str(base)!r}, {str(tuned)!r}, {str(cut)!r}, **{options!r})"
@@ -190,10 +195,14 @@ def test_a_byte_target_is_kept_and_used(pair: tuple[Path, Path, Path], tmp_path:
         path = tmp_path / f"{target}.pxd"
         result = compress(base, tuned, path, target_size=target, **options)
         assert target - 5200 <= result.size <= target
+        if calibrated:  # spent for KL on the text, not for the weights' own error
+            found = evaluate(base, tuned, path, {"text": text}, samples=8, sequence_length=16, candidates=("merged",))
+            errors.append(found.domains[0].candidates["merged"].kl)
+            continue
         apply(base, path, tmp_path / f"{target}")
         ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / f"{target}", tuned))
         errors.append(sum(float((ours[n].float() - theirs[n].float()).square().sum()) for n in ours))
-    assert errors[0] > errors[1] > errors[2]
+    assert errors[0] > errors[1] and errors[0] > errors[2]
     with pytest.raises(OptionError, match="target too small"):
         compress(base, tuned, tmp_path / "none.pxd", target_size=3000, **options)
 
@@ -206,6 +215,22 @@ def test_distillation_is_never_worse_on_held_out_text(pair: tuple[Path, Path, Pa
         with pxd.open(path) as delta:
             before, after = map(float, delta.manifest.metadata["peraxis.distillation"].split(": ")[1].split(" -> "))
         assert after < before if better else after == before
+
+
+def test_full_tensors_move_only_where_distillation_may_move_them(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, tuned, text = pair
+    losses = []
+    for lr in (0.0, 3e-3):
+        path = tmp_path / f"{lr}.pxd"
+        options = {"calibration": str(text), "distill_samples": 12, "embeddings": "full", "distill_full_lr": lr, **FEW}
+        compress(base, tuned, path, **options)
+        apply(base, path, tmp_path / f"{lr}")
+        with pxd.open(path) as delta:
+            losses.append(float(delta.manifest.metadata["peraxis.distillation"].split(" -> ")[1]))
+            full = {module.name for module in delta.manifest.modules if module.encoding is pxd.Encoding.FULL}
+        exact, applied = (load_file(folder / "model.safetensors") for folder in (tuned, tmp_path / f"{lr}"))
+        assert {name for name in full if not torch.equal(exact[name], applied[name])} == (full if lr else set())
+    assert losses[1] < losses[0]
 
 
 def test_hidden_states_on_disk_change_nothing(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -244,12 +269,15 @@ def test_text_is_read_alike_from_every_kind_of_file(pair: tuple[Path, Path, Path
         load_samples(str(tmp_path / "b.jsonl"), tokenizer, samples=8, length=16, seed=1, text_column="words")
 
 
-def test_parts_hold_every_sample_once() -> None:
+def test_what_judges_is_nowhere_fitted() -> None:
     sources = [np.arange(20).reshape(10, 2), np.arange(100, 112).reshape(6, 2)]
     parts = partition(sources, calibration=0.5, held_out=0.2)
-    everything = np.concatenate([parts.fit, parts.judge, parts.distill, parts.distill_judge])
-    assert sorted(everything.tolist()) == sorted(np.concatenate(sources).tolist())
-    assert (len(parts.fit), len(parts.judge), len(parts.distill), len(parts.distill_judge)) == (6, 2, 6, 2)
+    for whole in (
+        (parts.distill, parts.distill_judge),
+        (parts.fit, parts.judge, parts.distill[:6], parts.distill_judge),
+    ):
+        assert sorted(np.concatenate(whole).tolist()) == sorted(np.concatenate(sources).tolist())
+    assert (len(parts.fit), len(parts.judge), len(parts.distill_judge)) == (6, 2, 2)
 
 
 @pytest.mark.realdata
