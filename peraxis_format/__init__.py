@@ -19,7 +19,7 @@ from peraxis_format.binding import (
     check_base_tensor,
 )
 from peraxis_format.bits import mask_width, pack_signs, unpack_signs
-from peraxis_format.canonical import canonical_json, parse_strict_json
+from peraxis_format.canonical import canonical_json
 from peraxis_format.checkpoint import INDEX_NAME, SINGLE_NAME, Safetensors, TensorInfo
 from peraxis_format.container import ALIGNMENT, Header, TensorRecord, header_bytes, layout
 from peraxis_format.delta import (
@@ -60,6 +60,7 @@ from peraxis_format.manifest import (
 )
 from peraxis_format.reader import DeltaFile, open, read_header
 from peraxis_format.reconstruct import dense_delta, reconstruct
+from peraxis_format.strict_json import parse_strict_json
 from peraxis_format.version import __version__
 from peraxis_format.writer import DeltaWriter
 

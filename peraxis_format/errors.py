@@ -54,7 +54,7 @@ CODES: Final[dict[str, Code]] = {
     "E114": Code("2.8", "not a JSON object, or something after it", _FETCH),
     "E115": Code("2.9", "duplicate key", _REWRITE),
     "E116": Code("2.10", "a number that is no integer of magnitude below 2^53", _REWRITE),
-    "E117": Code("2.11", "nested more than 8 deep", _REWRITE),
+    "E117": Code("2.11", "nested more than 8 deep, or more than 2^20 values", _REWRITE),
     "E118": Code("2.12", "malformed record or metadata", _REWRITE),
     "E119": Code("2.13", "unknown dtype", _REWRITE),
     "E120": Code("2.14", "impossible shape", _REWRITE),

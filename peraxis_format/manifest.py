@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from peraxis_format.canonical import Json, canonical_json
+from peraxis_format.canonical import canonical_json
 from peraxis_format.delta import (
     Axis,
     BaseRef,
@@ -20,12 +20,15 @@ from peraxis_format.delta import (
     tensor_shapes,
 )
 from peraxis_format.dtypes import DType
+from peraxis_format.strict_json import Json
 
 __all__ = [
     "ASSET_PATH",
     "COMPONENTS_MAX",
     "DIMENSIONS_MAX",
+    "ENTRIES_MAX",
     "FEATURES",
+    "METADATA_MAX",
     "MODULES_MAX",
     "Asset",
     "BaseIdentity",
@@ -40,6 +43,8 @@ __all__ = [
 
 FEATURES: Final[frozenset[str]] = frozenset()  # SPEC 3.3: none are defined in 1.0
 MODULES_MAX: Final = 65_536
+ENTRIES_MAX: Final = 65_536  # of assets, dropped, tied and metadata too
+METADATA_MAX: Final = 2**22  # bytes of its canonical JSON
 COMPONENTS_MAX: Final = 8
 DIMENSIONS_MAX: Final = 8
 ASSET_PATH: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,118}\.(json|txt|model|jinja|tiktoken|md)")
@@ -151,12 +156,14 @@ class Manifest:
 
 def base_digest(modules: Iterable[ModuleEntry]) -> str:
     """The digest over (name, dtype, shape, sha256) of every base tensor, in name order (SPEC 3.11)."""
-    rows: list[Json] = [
-        [m.name, m.base.dtype.value, list(m.base.shape), m.base.sha256]
-        for m in sorted(modules, key=lambda m: m.name)
-        if m.base is not None
-    ]
-    return "sha256:" + hashlib.sha256(canonical_json(rows)).hexdigest()
+    digest, opening = hashlib.sha256(), b"["
+    for m in sorted(modules, key=lambda m: m.name):
+        if m.base is not None:
+            row: Json = [m.name, m.base.dtype.value, list(m.base.shape), m.base.sha256]
+            digest.update(opening + canonical_json(row))
+            opening = b","
+    digest.update(b"]" if opening == b"," else b"[]")
+    return "sha256:" + digest.hexdigest()
 
 
 def _base_json(base: BaseRef | None) -> Json:

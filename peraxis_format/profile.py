@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import Final
 
+from peraxis_format.container import FILE_MAX
 from peraxis_format.delta import EXPONENT_MAX, EXPONENT_MIN, Encoding
+from peraxis_format.dtypes import DType
 from peraxis_format.errors import fail
 from peraxis_format.manifest import (
     ASSET_PATH,
@@ -74,10 +77,15 @@ def _check_limits(manifest: Manifest) -> None:
     for i, module in enumerate(manifest.modules):
         if len(module.components) > COMPONENTS_MAX:
             fail("E208", f"{len(module.components)} components", field=f"modules[{i}].components")
-        shapes = [(module.shape, "shape")] + ([(module.base.shape, "base.shape")] if module.base else [])
-        for shape, key in shapes:
-            if len(shape) > DIMENSIONS_MAX or 0 in shape:
-                fail("E208", f"shape {list(shape)}", field=f"modules[{i}].{key}")
+        _check_shape(module.shape, module.dtype, f"modules[{i}].shape")
+        if module.base is not None:
+            _check_shape(module.base.shape, module.base.dtype, f"modules[{i}].base.shape")
+
+
+def _check_shape(shape: tuple[int, ...], dtype: DType, path: str) -> None:
+    # SPEC 3.8: as of a record (2.14), since what is the base's has none.
+    if len(shape) > DIMENSIONS_MAX or 0 in shape or math.prod(shape) * dtype.itemsize >= FILE_MAX:
+        fail("E208", f"shape {list(shape[:9])}", field=path)
 
 
 def _check_encoding(module: ModuleEntry, path: str) -> None:

@@ -21,17 +21,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from peraxis_format.container import (
-    HEADER_BLOCK,
-    Header,
-    TensorRecord,
-    check_start,
-    header_length,
-    layout,
-    parse_header,
-)
+from peraxis_format.container import HEADER_BLOCK, Header, TensorRecord, records_of
 from peraxis_format.delta import ModuleDelta
 from peraxis_format.errors import PxdError, fail
+from peraxis_format.header import check_start, header_length, parse_header
 from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.payload import build_module, check_pad, check_stored_values, check_values
 from peraxis_format.profile import check_manifest
@@ -52,7 +45,7 @@ def read_header(read: Callable[[int, int], bytes], file_size: int) -> tuple[Head
     start = read(0, HEADER_BLOCK)
     check_start(start, file_size)
     length = header_length(start, file_size)
-    header = parse_header(start[8:] + read(HEADER_BLOCK, length - (HEADER_BLOCK - 8)), file_size)
+    header = parse_header(start[8:] if length < HEADER_BLOCK else read(8, length), file_size)
     manifest = parse_manifest(header.manifest)
     check_manifest(manifest)
     _check_tensors(header.records, manifest)
@@ -62,17 +55,17 @@ def read_header(read: Callable[[int, int], bytes], file_size: int) -> tuple[Head
 def _check_tensors(records: Sequence[TensorRecord], manifest: Manifest) -> None:
     # SPEC 4.1, 4.2: the records are the layout of the manifest, and nothing else.
     sizes = [r.end - r.begin for r in records if r.name.startswith("__asset__.")]
-    expected = layout(manifest.modules, sizes) if len(sizes) == len(manifest.assets) else None
-    if expected is None:
+    if len(sizes) != len(manifest.assets):
         fail("E212", f"{len(sizes)} assets in the data, {len(manifest.assets)} in the manifest", field="assets")
-    for record, wanted in zip(records, expected, strict=False):
+    for record, wanted in itertools.zip_longest(records, records_of(manifest.modules, sizes)):
         if record != wanted:
-            fail("E212", f"{_describe(record)} in the place of {_describe(wanted)}", field=record.name)
-    if len(records) != len(expected):
-        fail("E212", f"{len(records)} tensors, not {len(expected)}")
+            field = None if record is None else record.name
+            fail("E212", f"{_describe(record)} in the place of {_describe(wanted)}", field=field)
 
 
-def _describe(record: TensorRecord) -> str:
+def _describe(record: TensorRecord | None) -> str:
+    if record is None:
+        return "nothing"
     return f"{record.name!r} {record.dtype.value} {list(record.shape)} at {record.begin}"
 
 

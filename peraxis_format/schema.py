@@ -1,17 +1,23 @@
-"""Bytes -> a typed manifest (SPEC 3.1 to 3.4). Each function takes (value, path) and fails with E205 at the path."""
+"""Bytes -> a typed manifest (SPEC 3.1 to 3.4), entry by entry, so that it is never in memory as a tree of JSON.
+
+Each function of a type takes (value, path) and fails with E205 at the path.
+"""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from json.encoder import encode_basestring
 from typing import Final, TypeVar
 
-from peraxis_format.canonical import Json, StrictJsonError, canonical_json, parse_strict_json
 from peraxis_format.delta import Axis, BaseRef, Encoding
 from peraxis_format.dtypes import DType
 from peraxis_format.errors import fail
 from peraxis_format.manifest import (
+    ENTRIES_MAX,
     FEATURES,
+    METADATA_MAX,
     Asset,
     BaseIdentity,
     Calibration,
@@ -21,11 +27,15 @@ from peraxis_format.manifest import (
     ModuleEntry,
     Producer,
 )
+from peraxis_format.strict_json import PIECE_MAX, Json, StrictJsonError, check_text, parse_piece, pieces
 
 __all__ = ["parse_manifest"]
 
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
+_KEY: Final = re.compile(rb'("(?:[^"\\]++|\\.)*+"):', re.DOTALL)
+# What a piece must be byte for byte. Keys beyond ASCII, whose order differs from that of UTF-16, have no place in one.
+_CANONICAL: Final = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 T = TypeVar("T")
 E = TypeVar("E", Axis, DType, Encoding)
@@ -171,53 +181,126 @@ def _producer(value: Json, path: str) -> Producer:
     return Producer(name=_text(fields["name"], f"{path}.name"), version=_text(fields["version"], f"{path}.version"))
 
 
-def _metadata(value: Json, path: str) -> dict[str, str]:
-    if not isinstance(value, dict):
-        fail("E205", "not an object", field=path)
-    return {key: _text(text, f"{path}[{key!r}]") for key, text in value.items()}
+# --- the manifest's text, piece by piece --------------------------------------------------------------
+
+Span = tuple[int, int]
+
+
+def _value(data: bytes, span: Span, path: str, most: int = PIECE_MAX) -> Json:
+    """The value of one piece, held to SPEC 3.1 and 3.2."""
+    begin, end = span
+    if end - begin > most:
+        fail("E208", f"{end - begin} bytes", field=path)  # SPEC 3.8
+    piece = data[begin:end]
+    value = parse_piece(piece, begin)
+    try:
+        canonical = _CANONICAL.encode(value).encode("utf-8")
+    except UnicodeEncodeError:
+        canonical = b""  # an unpaired surrogate has no canonical form
+    if canonical != piece:
+        fail("E203", field=path)  # SPEC 3.2
+    return value
+
+
+def _members(data: bytes, span: Span, path: str, depth: int) -> Iterator[tuple[str, Span]]:
+    """Key and span of the value of each member of an object, held to SPEC 2.9 and 3.2."""
+    before, canonical = b"", True
+    for i, (begin, end) in enumerate(pieces(data, *span, depth=depth)):
+        if i >= ENTRIES_MAX:
+            fail("E208", f"more than {ENTRIES_MAX} members", field=path)  # SPEC 3.8
+        match = _KEY.match(data, begin, min(end, begin + PIECE_MAX))
+        if match is None:
+            if end - begin <= PIECE_MAX and not parse_piece(b"{" + data[begin:end] + b"}", begin):
+                raise StrictJsonError("E114", "nothing beside a comma", begin)
+            fail("E203", field=path)  # SPEC 3.2
+        key = str(parse_piece(match[1], begin))
+        order = key.encode("utf-16-be", "surrogatepass")
+        if i and order == before:
+            raise StrictJsonError("E115", repr(key[:64]), begin)  # SPEC 2.9
+        canonical = canonical and order >= before and encode_basestring(key).encode("utf-8", "replace") == match[1]
+        before = order
+        yield key, (match.end(), end)
+    if not canonical:
+        fail("E203", "keys", field=path)  # SPEC 3.2
+
+
+def _entries(data: bytes, span: Span, path: str, item: Callable[[Json, str], T]) -> tuple[T, ...]:
+    """A list of the manifest, each entry typed before the next one is parsed."""
+    if data[span[0]] != 0x5B:  # not an array
+        return _array(_value(data, span, path), path, item)
+
+    def typed() -> Iterator[T]:
+        for i, entry in enumerate(pieces(data, *span, depth=2)):
+            if i >= ENTRIES_MAX:
+                fail("E208", f"more than {ENTRIES_MAX} entries", field=path)  # SPEC 3.8
+            yield item(_value(data, entry, f"{path}[{i}]"), f"{path}[{i}]")
+
+    return tuple(typed())
+
+
+def _metadata(data: bytes, span: Span) -> dict[str, str]:
+    begin, end = span
+    if end - begin > METADATA_MAX:
+        fail("E208", f"{end - begin} bytes", field="metadata")  # SPEC 3.8
+    if data[begin] != 0x7B:
+        _value(data, span, "metadata")
+        fail("E205", "not an object", field="metadata")
+    texts: dict[str, str] = {}
+    for key, value in _members(data, span, "metadata", depth=2):
+        path = f"metadata[{key[:64]!r}]"
+        texts[key] = _text(_value(data, value, path, METADATA_MAX if data[value[0]] == 0x22 else PIECE_MAX), path)
+    return texts
 
 
 _KEYS: Final = "assets base calibration dropped features fine_tuned metadata modules producer tied"
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """Parse the manifest's bytes into typed values (SPEC 3.1 to 3.4, 3.7).
+    """Parse the manifest's bytes into typed values (SPEC 3.1 to 3.4, 3.7, and the lengths of 3.8).
 
-    Raises ProfileError (E202, E203, E205) or UnsupportedError (E204).
+    Raises ProfileError (E202, E203, E205, E208) or UnsupportedError (E204).
     """
     try:
-        value = parse_strict_json(data)
+        check_text(data)
+        return _parse(data)
     except StrictJsonError as error:
         fail("E202", error.detail, field="manifest")  # SPEC 3.1
-    if _canonical_or_none(value) != data:
-        fail("E203", field="manifest")  # SPEC 3.2
-    if isinstance(value, dict):
+
+
+def _parse(data: bytes) -> Manifest:
+    bare = data.strip(b" \t\r\n")
+    if bare[:1] != b"{" or data.rstrip(b" ") != bare:
+        fail("E202", "not an object", field="manifest")  # SPEC 3.1
+    if bare != data:
+        fail("E203", "white space", field="manifest")  # SPEC 3.2
+    spans = dict(_members(data, (0, len(data)), "manifest", depth=1))
+    if "features" in spans:
         # SPEC 3.3: before the schema, since a feature may bring keys that this reader does not know.
-        _check_features(value.get("features"))
-    fields = _object(value, "manifest", _KEYS)
-    manifest = Manifest(
-        assets=_array(fields["assets"], "assets", _asset),
-        base=_base_identity(fields["base"], "base"),
-        calibration=_optional(fields["calibration"], "calibration", _calibration),
-        dropped=_array(fields["dropped"], "dropped", _text),
-        features=_array(fields["features"], "features", _text),
-        fine_tuned=_identity(fields["fine_tuned"], "fine_tuned"),
-        metadata=_metadata(fields["metadata"], "metadata"),
-        modules=_array(fields["modules"], "modules", _module),
-        producer=_producer(fields["producer"], "producer"),
-        tied=_array(fields["tied"], "tied", _pair),
-    )
+        _check_features(_value(data, spans["features"], "features"))
+    _object(dict.fromkeys(spans), "manifest", _KEYS)
+    manifest = _typed(data, spans)
     for path, names in (("tied", [alias for _, alias in manifest.tied]), ("dropped", list(manifest.dropped))):
         if names != sorted(names):
             fail("E205", "not sorted", field=path)  # SPEC 3.7
     return manifest
 
 
-def _canonical_or_none(value: Json) -> bytes | None:
-    try:
-        return canonical_json(value)
-    except UnicodeEncodeError:
-        return None  # an unpaired surrogate has no canonical form
+def _typed(data: bytes, spans: dict[str, Span]) -> Manifest:
+    def value(key: str) -> Json:
+        return _value(data, spans[key], key)
+
+    return Manifest(
+        assets=_entries(data, spans["assets"], "assets", _asset),
+        base=_base_identity(value("base"), "base"),
+        calibration=_optional(value("calibration"), "calibration", _calibration),
+        dropped=_entries(data, spans["dropped"], "dropped", _text),
+        features=_array(value("features"), "features", _text),
+        fine_tuned=_identity(value("fine_tuned"), "fine_tuned"),
+        metadata=_metadata(data, spans["metadata"]),
+        modules=_entries(data, spans["modules"], "modules", _module),
+        producer=_producer(value("producer"), "producer"),
+        tied=_entries(data, spans["tied"], "tied", _pair),
+    )
 
 
 def _check_features(value: Json) -> None:

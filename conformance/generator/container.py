@@ -47,7 +47,7 @@ def kinds() -> Iterator[Entry]:
     yield refused("gguf", "E109", "2.2", b"GGUF\x03\x00\x00\x00" + bytes(64))
     yield refused("json", "E109", "2.2", b'{"__metadata__":{"format":"pxd","pxd":"1.0"}}')
     yield refused("pickle-0", "E109", "2.2", b"(dp0\n.")
-    yield refused("small-safetensors", "E109", "2.2", safetensors({"w": ("U8", (1,), b"\x01")}))
+    yield refused("small-safetensors", "E112", "2.2", safetensors({"w": ("U8", (1,), b"\x01")}))
     yield refused("byte-order-mark-first", "E109", "2.7", b"\xef\xbb\xbf" + good)
 
 
@@ -225,6 +225,10 @@ def records() -> Iterator[Entry]:
     }
     for slug, edit in wrong.items():
         yield refused(f"record-{slug}", "E118", "2.12", build(SIMPLE, records=edit))
+    long = build(Content(modules=(full("w", (1,), dtype="U8"),)), records=record(0, name="n" * 1025))
+    yield refused("record-name-1025", "E118", "2.12", long, "a name of 1,024 bytes is the manifest's matter (4.1)")
+    wide = build(Content(modules=(full("w", (1,), dtype="U8"),)), records=record(0, name="\U0001f9ea" * 257))
+    yield refused("record-name-1028-bytes", "E118", "2.12", wide, "257 characters")
     for slug, value in (
         ("array", '["BF16",[5],[128,138]]'),
         ("null", "null"),
@@ -382,7 +386,7 @@ def extents() -> Iterator[Entry]:
         "a header of 4 KiB claims 2^52 bytes",
         mib=128,
     )
-    yield refused("first-byte", "E109", "2.2", build(SIMPLE, file=bytes_at(0, b"\xf0")))
+    yield refused("first-byte", "E112", "2.2", build(SIMPLE, file=bytes_at(0, b"\xf0")))
 
 
 def container() -> Iterator[Entry]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from .build import MAGIC, base_digest, build, canonical, frame, header_json
 from .content import Asset, Base, Content, Module, full
 from .entry import Entry, Made, Special, refused
 from .faults import put, record, replaced
-from .valid import padded_to, simple
+from .valid import simple
 
 __all__ = ["hostile", "large"]
 
@@ -55,11 +56,73 @@ def long_keys() -> bytes:
     return frame((start + keys + "}").encode(), b"")
 
 
+def filled(length: int) -> bytes:
+    """A file whose JSON has this many bytes: modules, and what is missing as metadata."""
+    plain = build(Content(modules=many(60_000), metadata={"fill": ""}))
+    missing = length - len(plain[8 : 8 + int.from_bytes(plain[:8], "little")].rstrip(b" "))
+    return build(Content(modules=many(60_000), metadata={"fill": "x" * missing}))
+
+
+def metadata_of(size: int) -> bytes:
+    """A file whose metadata has this many bytes of canonical JSON, most of them three a character."""
+    characters, rest = divmod(size - len('{"":""}'), 3)
+    return build(simple(metadata={"": "\u7de9" * characters + "x" * rest}))
+
+
+def values_of(text: str) -> int:
+    """SPEC 2.11: the elements and members of all arrays and objects of a canonical text."""
+    return sum(bool(mark) for mark in re.findall(r'"(?:[^"\\]|\\.)*"|(,|[\[{](?![\]}]))', text))
+
+
+def manifest_values(count: int) -> bytes:
+    """A file whose manifest has this many values: modules of eight dimensions, the rest as members of metadata."""
+    base = Base(dtype="U8", shape=(1,) * 8, data=b"\x00")
+    modules = tuple(
+        Module(name=f"{i:x}", dtype="U8", shape=(1,) * 8, encoding="same", base=base) for i in range(count // 28)
+    )
+    missing = count - values_of(manifest_text(build(Content(modules=modules))))
+    return build(Content(modules=modules, metadata={f"{i:x}": "" for i in range(missing)}))
+
+
+def header_values(count: int) -> bytes:
+    """A header of this many values, all of them in order: four, and fourteen a record of eight dimensions."""
+    records = [
+        {"name": f"{i:x}", "dtype": "U8", "shape": [1] * 8, "data_offsets": [i, i + 1]}
+        for i in range((count - 4) // 14)
+    ]
+    return frame(header_json("1.0", "{}", records).encode(), bytes(len(records)))
+
+
+def entries(count: int) -> dict[str, Any]:
+    """As many entries of each list of the manifest."""
+    names = tuple(f"{i:05x}" for i in range(count))
+    return {
+        "dropped": names,
+        "tied": tuple(("model.norm.weight", name) for name in names),
+        "metadata": dict.fromkeys(names, ""),
+        "assets": [{"path": f"{name}.md", "sha256": "0" * 64} for name in names],
+    }
+
+
+def listed(key: str, count: int) -> bytes:
+    """A file with as many entries in one list; assets are in the manifest alone."""
+    held = entries(count)[key]
+    return build(SIMPLE, manifest=put("assets", to=held)) if key == "assets" else build(simple(**{key: held}))
+
+
 LARGE = {
     "modules-65536": lambda: modules_file(65536),
     "modules-65537": lambda: modules_file(65537),
-    "header-largest": lambda: build(padded_to(LIMIT)),
-    "header-over-limit": lambda: build(padded_to(LIMIT + 1)),
+    "header-largest": lambda: filled(LIMIT),
+    "header-over-limit": lambda: filled(LIMIT + 1),
+    "metadata-largest": lambda: metadata_of(2**22),
+    "metadata-over-limit": lambda: metadata_of(2**22 + 1),
+    "manifest-values-2-20": lambda: manifest_values(2**20),
+    "manifest-values-over-limit": lambda: manifest_values(2**20 + 1),
+    "header-values-2-20": lambda: header_values(2**20),
+    "header-values-over-limit": lambda: header_values(2**20 + 14),
+    **{f"{key}-65536": functools.partial(listed, key, 65536) for key in ("dropped", "tied", "metadata")},
+    **{f"{key}-65537": functools.partial(listed, key, 65537) for key in ("dropped", "tied", "metadata", "assets")},
     "many-arrays": lambda: bomb("[]"),
     "many-objects": lambda: bomb("{}"),
     "many-numbers": lambda: bomb("1"),
@@ -77,23 +140,39 @@ def large(name: str) -> bytes:
 
 
 def large_entries() -> Iterator[Entry]:
-    for name, clause in (("modules-65536", "3.8"), ("header-largest", "2.3")):
-        content_id = "sha256:" + hashlib.sha256(manifest_text(large(name)).encode()).hexdigest()
-        kept = {"content_id": content_id, "tied": [], "dropped": [], "assets": []}
-        yield Entry(id=f"limit-{name}", clause=clause, files={"file": Made(name=name)}, expect=kept, **ROOM)
-    yield refused("limit-modules-65537", "E208", "3.8", Made(name="modules-65537"), **ROOM)
-    yield refused("limit-header", "E110", "2.3", Made(name="header-over-limit"), **ROOM)
-    for name, codes in (
-        ("many-arrays", "E118"),
-        ("many-objects", "E118"),
-        ("many-numbers", "E118"),
-        ("many-keys", "E118"),
+    """The limits of SPEC 9 that take a large file to reach: the last one within, the first one beyond."""
+    for name, clause in (
+        ("modules-65536", "3.8"),
+        ("header-largest", "2.3"),
+        ("manifest-values-2-20", "2.11"),
+        ("metadata-largest", "3.8"),
+        ("dropped-65536", "3.8"),
+        ("tied-65536", "3.8"),
+        ("metadata-65536", "3.8"),
     ):
-        yield refused(f"bomb-{name}", codes, "2.12", Made(name=name), "16 MiB of header that says nothing", **ROOM)
+        kept = {"content_id": "sha256:" + hashlib.sha256(manifest_text(large(name)).encode()).hexdigest()}
+        yield Entry(id=f"limit-{name}", clause=clause, files={"file": Made(name=name)}, expect=kept, **ROOM)
+    for name in ("modules", "dropped", "tied", "metadata", "assets"):
+        yield refused(f"limit-{name}-65537", "E208", "3.8", Made(name=f"{name}-65537"), **ROOM)
+    yield refused("limit-metadata", "E208", "3.8", Made(name="metadata-over-limit"), **ROOM)
+    yield refused("limit-header", "E110", "2.3", Made(name="header-over-limit"), **ROOM)
+    yield refused("limit-manifest-values", "E202", "3.1", Made(name="manifest-values-over-limit"), **ROOM)
+    yield refused("limit-header-values", "E117", "2.11", Made(name="header-values-over-limit"), **ROOM)
+    within = Made(name="header-values-2-20")
+    yield refused("limit-header-values-within", "E205", "3.4", within, "the container is sound", **ROOM)
+    for name in ("many-arrays", "many-objects", "many-numbers", "many-keys"):
+        yield refused(
+            f"bomb-{name}", "E117 E118", "2.11", Made(name=name), "16 MiB of header that says nothing", **ROOM
+        )
     yield refused("bomb-deep-arrays", "E117 E114", "2.11", Made(name="deep-arrays"), **ROOM)
     yield refused("bomb-deep-objects", "E117 E114", "2.11", Made(name="deep-objects"), **ROOM)
     yield refused(
-        "bomb-digits", "E116", "2.10", Made(name="digits"), "a parser of quadratic time does not end in time", **ROOM
+        "bomb-digits",
+        "E116 E118",
+        "2.10",
+        Made(name="digits"),
+        "a parser of quadratic time does not end in time",
+        **ROOM,
     )
 
 
@@ -153,11 +232,11 @@ def small() -> Iterator[Entry]:
         yield refused(f"shape-{slug}", "E120 E121", "2.14", build(SIMPLE, records=record(-1, shape=shape)))
     for length in (2**63, 2**64 - 1, 2**62, 0x7FFFFFFFFFFFF0F8, 2**31 + 4088, 2**53 + 4088):
         # The low byte 0xF8 is what the first byte of the file must be (2.2); other lengths are told apart there.
-        code = "E110" if length & 0xFF == 0xF8 else "E108 E109 E110"
+        code = "E110" if length & 0xFF == 0xF8 else "E112"
         yield refused(
             f"length-{length:x}",
             code,
-            "2.3" if code == "E110" else "2.2",
+            "2.3" if code == "E110" else "2.5",
             length.to_bytes(8, "little") + build(SIMPLE)[8:],
         )
     huge = {"modules": [["w", "U8", [2**53 - 1], "0" * 64]]}
@@ -197,7 +276,7 @@ def small() -> Iterator[Entry]:
             "base": {**m["base"], "digest": base_digest([wide])},
         },
     )
-    yield refused("shapes-differ-2-53", "E209", "3.10", overflow)
+    yield refused("shapes-differ-2-53", "E208 E209", "3.8", overflow)
     text = canonical({"a": "b"})
     yield refused("manifest-of-one-key", "E205", "3.4", frame(header_json("1.0", text, []).encode(), b""))
     yield refused("only-magic", "E112", "2.5", frame(MAGIC.encode()[:-1], b""))

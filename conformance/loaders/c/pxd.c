@@ -21,6 +21,7 @@
 _Static_assert(FLT_EVAL_METHOD == 0 && FLT_MANT_DIG == 24, "SPEC 6 asks for binary32 arithmetic");
 #define MAGIC "{\"__metadata__\":{\"format\":\"pxd\",\"pxd\":\""
 #define LIMIT ((u64)1 << 53)
+#define VALUES (1 << 20)
 #define EACH(i, count) for (u32 i = 0; i < (count); i++)
 typedef uint8_t u8;
 typedef uint32_t u32;
@@ -161,7 +162,7 @@ static const char *sha_of(const void *data, size_t n) {
 /* ---- Strict JSON (SPEC 2.7 to 2.11): a tree of nodes; node 0 is the object, and 0 ends a list of children ---- */
 
 enum { NUL, BOOLEAN, INTEGER, STRING, ARRAY, OBJECT };
-typedef struct { u8 type; u32 first, next, count; text key; union { text string; int64_t number; } is; } node;
+typedef struct { u8 type; u32 first, next, count, size; text key; union { text string; int64_t number; } is; } node;
 typedef struct {
     const u8 *p;
     size_t n, i;
@@ -275,6 +276,8 @@ static u32 parse_value(json *j, int depth) {
     static const char *const words[] = {"null", "false", "true"};
     u32 id = j->used++, *link = &j->nodes[id].first;
     node *to = &j->nodes[id];
+    size_t start = j->i;
+    need(id <= VALUES, j->codes[3]); /* SPEC 2.11: node 0 is none of its elements */
     u8 c = peek(j), close = c + 2; /* ] follows [ and } follows { by two */
     if (c == '"') {
         to->type = STRING, to->is.string = parse_string(j);
@@ -298,6 +301,7 @@ static u32 parse_value(json *j, int depth) {
         j->i += strlen(words[which]);
         to->type = which ? BOOLEAN : NUL;
     } else { to->type = INTEGER, to->is.number = parse_number(j); }
+    to->size = (u32)(j->i - start);
     return id;
 }
 
@@ -305,6 +309,7 @@ static json *parse(const u8 *p, size_t n, const char *const *codes) { /* `i` is 
     json *j = allocate(1, sizeof *j);
     size_t nodes = 2; /* counted before they are allocated */
     for (size_t i = 0; i < n; i++) nodes += one_of(p[i], ",[{");
+    if (nodes > VALUES + 2) nodes = VALUES + 2;
     *j = (json){.p = p, .n = n, .canonical = true, .sorted = true, .codes = codes};
     j->nodes = allocate(nodes, sizeof *j->nodes);
     j->decoded = allocate(n + 4, 1);
@@ -416,7 +421,9 @@ static void check_kind(text file) { /* SPEC 2.2 */
     need(!starts(file, "PK"), "E106");
     need(!(file.n > 1 && file.p[0] == 0x80 && file.p[1] >= 2 && file.p[1] <= 5), "E107");
     while (zeros < file.n && zeros < 8 && !file.p[zeros]) zeros++;
-    need(zeros < (file.n < 8 ? file.n : 8), "E108"); need(file.p[0] == 0xF8, "E109"); need(file.n >= 4096, "E103");
+    need(zeros < (file.n < 8 ? file.n : 8), "E108");
+    need(file.p[0] == 0xF8, file.n > 8 && file.p[8] == '{' ? "E112" : "E109");
+    need(file.n >= 4096, "E103");
 }
 
 static text header_of(text file) {
@@ -443,7 +450,7 @@ static bool all_integers(const json *j, u32 array) {
 static record read_record(json *j, u32 id) { /* SPEC 2.12 to 2.15; another order of fields is not canonical */
     static const char *const keys[] = {"dtype", "shape", "data_offsets"};
     u32 field[3] = {0}, at = 0;
-    need(j->nodes[id].type == OBJECT && j->nodes[id].count == 3, "E118");
+    need(j->nodes[id].type == OBJECT && j->nodes[id].count == 3 && j->nodes[id].key.n <= 1024, "E118");
     CHILDREN(j, id, child) {
         int key = find(j->nodes[child].key, keys, 3);
         need(key >= 0, "E118");
@@ -555,8 +562,9 @@ static module read_module(const json *j, u32 id) { /* base components dtype enco
     if (m.has_base) {
         m.base_dtype = dtype_of(string_at(j, base, 0)); m.base_sha256 = string_at(j, base, 1);
         m.base_shape = read_shape(j, at(j, base, 2), "E208");
+        need(size_of(&m.base_shape, m.base_dtype) < LIMIT, "E208");
     }
-    need(j->nodes[parts].count <= 8, "E208");
+    need(size_of(&m.shape, m.dtype) < LIMIT && j->nodes[parts].count <= 8, "E208");
     CHILDREN(j, parts, part) {
         int64_t e = j->nodes[at(j, part, 1)].is.number;
         need(e >= -64 && e <= 63, "E209"); /* SPEC 3.9 */
@@ -574,12 +582,19 @@ static void read_manifest(pxd *f) {
         need(!j->nodes[id].count, "E204");
     }
     check_schema(j, 0, SCHEMA);
+    CHILDREN(j, 0, id) { /* SPEC 3.8; the members stand in the order of SCHEMA */
+        text key = j->nodes[id].key;
+        if (is(key, "assets") || is(key, "dropped") || is(key, "metadata") || is(key, "modules") || is(key, "tied"))
+            need(j->nodes[id].count <= 65536, "E208");
+        else need(j->nodes[id].size <= 1 << 16, "E208");
+        need(!is(key, "metadata") || j->nodes[id].size <= 1 << 22, "E208");
+    }
     u32 assets = at(j, 0, 0), dropped = at(j, 0, 3), modules = at(j, 0, 7), tied = at(j, 0, 9), count = 0;
     f->base_digest = string_at(j, at(j, 0, 1), 0); f->metadata = at(j, 0, 6);
     f->assets = allocate(j->nodes[assets].count, sizeof *f->assets);
     f->dropped = allocate(j->nodes[dropped].count, sizeof *f->dropped);
     f->tied = allocate(j->nodes[tied].count, 2 * sizeof *f->tied);
-    need(j->nodes[modules].count >= 1 && j->nodes[modules].count <= 65536, "E208"); /* SPEC 3.8 */
+    need(j->nodes[modules].count, "E208");
     f->modules = allocate(j->nodes[modules].count, sizeof *f->modules);
     CHILDREN(j, assets, id) f->assets[f->asset_count++] = (named){string_at(j, id, 0), string_at(j, id, 1), NULL};
     CHILDREN(j, dropped, id) f->dropped[f->dropped_count++] = j->nodes[id].is.string;

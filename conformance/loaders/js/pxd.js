@@ -12,6 +12,7 @@ const SIZES = new Map(Object.entries({
 }));
 const FLOATS = new Set(["BF16", "F16", "F32"]);
 const AXES = new Map(Object.entries({ row: ["row"], col: ["col"], "row+col": ["row", "col"], tensor: ["scalar"] }));
+const VALUES = 2 ** 20;
 const MAGIC = '{"__metadata__":{"format":"pxd","pxd":"';
 const NAME = /^(?!__)[!-.0-[\]-~]{1,512}$/;
 const ASSET = /^[A-Za-z0-9_][A-Za-z0-9_.-]{0,118}\.(json|txt|model|jinja|tiktoken|md)$/;
@@ -48,7 +49,8 @@ class Json {
     this.codes = codes; // syntax, duplicate key, number, depth
     this.canonical = true;
     this.sorted = true;
-    this.containers = 0;
+    this.values = 0;
+    this.members = new Map(); // of the outermost object: key -> its value as it is written
     this.space();
     need(this.peek() === "{", codes[0]);
     this.value = this.any(0);
@@ -72,11 +74,10 @@ class Json {
 
   any(depth) {
     const mark = this.peek();
+    need(this.values++ <= VALUES, this.codes[3]); // SPEC 2.11; the outermost object is none of its members
     if (mark === '"') return this.string();
     if (mark === "{" || mark === "[") {
       need(depth < 8, this.codes[3]);
-      // No object or array of a PXD file takes fewer than 8 bytes on average; a bomb of `{}` takes 3.
-      need(++this.containers * 8 <= this.source.length + 64, this.codes[0]);
       this.at++;
       return mark === "{" ? this.object(depth + 1) : this.array(depth + 1);
     }
@@ -101,7 +102,9 @@ class Json {
       this.space();
       this.take(":");
       this.space();
+      const start = this.at;
       made.set(key, this.any(depth));
+      if (depth === 1) this.members.set(key, this.source.slice(start, this.at));
       this.space();
       if (this.peek() === "}") break;
       this.take(",");
@@ -186,7 +189,7 @@ function checkKind(bytes) {
   need(!start.startsWith("PK"), "E106");
   need(!/^\x80[\x02-\x05]/.test(start), "E107");
   need(!/^\0+$/.test(start.slice(0, 8)), "E108");
-  need(bytes[0] === 0xf8, "E109");
+  need(bytes[0] === 0xf8, bytes[8] === 0x7b ? "E112" : "E109");
   need(bytes.length >= 4096, "E103");
 }
 
@@ -201,13 +204,17 @@ function headerLength(bytes) {
   return Number(length);
 }
 
+function bytesOf(dtype, shape) {
+  return shape.reduce((product, dimension) => product * BigInt(dimension), BigInt(SIZES.get(dtype)));
+}
+
 function readRecord(name, record) {
-  need(record instanceof Map && record.size === 3, "E118"); // SPEC 2.12
+  need(record instanceof Map && record.size === 3 && utf8.encode(name).length <= 1024, "E118"); // SPEC 2.12
   const [dtype, shape, offsets] = ["dtype", "shape", "data_offsets"].map((key) => record.get(key));
   need(string(dtype) && array(shape) && shape.every(integer) && array(offsets) && offsets.length === 2 && offsets.every(integer), "E118");
   need(SIZES.has(dtype), "E119");
   need(shape.length <= 8 && shape.every((size) => size >= 1), "E120"); // SPEC 2.14
-  const size = shape.reduce((product, dimension) => product * BigInt(dimension), BigInt(SIZES.get(dtype)));
+  const size = bytesOf(dtype, shape);
   need(size < 1n << 53n, "E120");
   const [begin, end] = offsets;
   need(begin >= 0 && BigInt(end) - BigInt(begin) === size, "E121");
@@ -267,6 +274,7 @@ const MODULE = keyed({
   components: list(keyed({ axis: oneOf(AXES), exponent: whole })),
   dtype: oneOf(SIZES), encoding: oneOf(new Set(["sign", "full", "same"])), name: word, sha256: orNull(hex), shape: list(count),
 });
+const LISTS = new Set(["assets", "dropped", "metadata", "modules", "tied"]);
 const MANIFEST = keyed({
   assets: list(keyed({ path: word, sha256: hex })),
   base: keyed({ digest, id: word, revision: orNull(word) }),
@@ -280,7 +288,13 @@ function readManifest(source) {
   need(json.canonical && json.sorted && json.end === source.length, "E203"); // SPEC 3.2
   const features = list(word)(json.value.get("features"));
   need(features.length === 0, "E204"); // SPEC 3.3
-  return MANIFEST(json.value);
+  const manifest = MANIFEST(json.value);
+  for (const [key, written] of json.members) { // SPEC 3.8
+    const value = json.value.get(key);
+    if (LISTS.has(key)) need((value.length ?? value.size) <= 65536, "E208");
+    if (!LISTS.has(key) || key === "metadata") need(utf8.encode(written).length <= 2 ** (key === "metadata" ? 22 : 16), "E208");
+  }
+  return manifest;
 }
 
 // ---- Step 8: names, limits, encodings, base digest, assets ----
@@ -304,7 +318,9 @@ const sameShape = (a, b) => a.length === b.length && a.every((size, i) => size =
 
 function checkModule(module) {
   const { base, components, dtype, encoding, shape, sha256: sum } = module;
-  for (const sizes of base ? [shape, base.shape] : [shape]) need(sizes.length <= 8 && sizes.every((size) => size >= 1), "E208"); // SPEC 3.8
+  for (const { dtype: kind, shape: sizes } of base ? [module, base] : [module]) { // SPEC 3.8
+    need(sizes.length <= 8 && sizes.every((size) => size >= 1) && bytesOf(kind, sizes) < 1n << 53n, "E208");
+  }
   need(components.length <= 8, "E208");
   need(components.every(({ exponent }) => exponent >= -64 && exponent <= 63), "E209"); // SPEC 3.9
   module.covered = shape;

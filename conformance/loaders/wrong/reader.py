@@ -56,7 +56,9 @@ SWITCHES = {
     "duplicate-keys": "2.9",
     "duplicate-records": "2.9",
     "whole-floats-are-integers": "2.10",
+    "values-unlimited": "2.11",
     "record-keys-ignored": "2.12",
+    "record-name-any-length": "2.12",
     "metadata-keys-ignored": "2.12",
     "true-is-one": "2.12",
     "dtype-unknown-is-bytes": "2.13",
@@ -93,6 +95,9 @@ SWITCHES = {
     "lists-not-sorted": "3.7",
     "limits-ignored": "3.8",
     "components-unlimited": "3.8",
+    "entries-unlimited": "3.8",
+    "texts-unlimited": "3.8",
+    "same-of-any-size": "3.8",
     "exponent-unlimited": "3.9",
     "fit-ignored": "3.9",
     "integers-convert": "3.9",
@@ -237,7 +242,7 @@ class Reader:
         need(not data.startswith(b"PK"), "E106")
         need(not (data[0] == 0x80 and data[1:2] in (b"\2", b"\3", b"\4", b"\5")), "E107")
         need(data[:8].strip(b"\0"), "E108")
-        need(data[0] == 0xF8 or self.wrong("page-size-ignored"), "E109")
+        need(data[0] == 0xF8 or self.wrong("page-size-ignored"), "E112" if data[8:9] == b"{" else "E109")
         need(len(data) >= 4096 or self.wrong("page-size-ignored"), "E103")
 
     def container(self) -> list[dict[str, Any]]:
@@ -292,6 +297,7 @@ class Reader:
     def json(self, text: str, raw: bytes, *, manifest: bool) -> Any:
         codes = ("E202",) * 4 if manifest else ("E114", "E115", "E116", "E117")
         self.depth(raw, codes[3])
+        need(values(raw) <= 2**20 or self.wrong("values-unlimited"), codes[3])
 
         def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
             made = dict(items)
@@ -352,6 +358,7 @@ class Reader:
         for name, record in header.items():
             if name != "__metadata__":
                 self.record(record)
+                need(len(name.encode("utf-8", "replace")) <= 1024 or self.wrong("record-name-any-length"), "E118")
                 made.append({"name": name, **record})
         return made
 
@@ -558,6 +565,11 @@ class Reader:
             need(all(first in known for first, _ in manifest["tied"]), "E207")
         need(not set(manifest["dropped"]) & (known | set(aliases)) or self.wrong("dropped-not-checked"), "E207")
         need(1 <= len(modules) <= 65536 or self.wrong("limits-ignored"), "E208")
+        for key in ("assets", "dropped", "metadata", "tied"):
+            need(len(manifest[key]) <= 65536 or self.wrong("entries-unlimited"), "E208")
+        for key in ("base", "calibration", "features", "fine_tuned", "metadata", "producer"):
+            size = len(self.canonical(manifest[key]).encode("utf-8", "replace"))
+            need(size <= 2 ** (22 if key == "metadata" else 16) or self.wrong("texts-unlimited"), "E208")
         for module in modules:
             self.module_rules(module)
         bound = [[m["name"], m["base"]["dtype"], m["base"]["shape"], m["base"]["sha256"]] for m in modules if m["base"]]
@@ -574,8 +586,10 @@ class Reader:
 
     def module_rules(self, module: dict[str, Any]) -> None:
         shape, base, parts = module["shape"], module["base"], module["components"]
-        for sizes in (shape, base["shape"] if base else []):
+        for held in (module, base) if base else (module,):
+            sizes = held["shape"]
             need((len(sizes) <= 8 and all(size >= 1 for size in sizes)) or self.wrong("limits-ignored"), "E208")
+            need(math.prod(sizes) * SIZES.get(held["dtype"], 1) < 2**53 or self.wrong("same-of-any-size"), "E208")
         need(len(parts) <= 8 or self.wrong("components-unlimited"), "E208")
         need(all(-64 <= part["exponent"] <= 63 for part in parts) or self.wrong("exponent-unlimited"), "E209")
         encoding, floats = module["encoding"], module["dtype"] in FLOATS
@@ -752,6 +766,12 @@ class Reader:
                     or (bits == 0x8000 and self.wrong("minus-zero-scales")),
                     "E306",
                 )
+
+
+def values(raw: bytes) -> int:
+    """SPEC 2.11: elements and members of every array and object of a text."""
+    marks = re.finditer(rb'"(?:[^"\\]++|\\.)*+"?|,|[\[{](?![ \t\r\n]*+[\]}])', raw, re.DOTALL)
+    return sum(raw[mark.start()] != 0x22 for mark in marks)
 
 
 def compact(value: Any) -> str:
