@@ -132,10 +132,7 @@ def _inspected(path: Path) -> Any:
 
 # Label, and what writes the file and returns a note.
 Method = tuple[str, Callable[[Inputs, Path], str]]
-_DISTILLED = {"distill_samples": DISTILL}
-# What the fine-tuned model writes itself is no further text: it is made of the fine-tune alone.
-_OWN = {**_DISTILLED, "generated_samples": 2 * DISTILL}
-_SIGNS = {**_OWN, "distill_sign_lr": 0.05, "distill_epochs": 15, "distill_batch_size": 4}
+_BEST = {"recipe": "best", "distill_samples": DISTILL}
 # In this order, as later ones look at the sizes of earlier ones. "one axis": one vector a module, like the paper.
 METHODS: Mapping[str, Method] = {
     "bitdelta-init": ("BitDelta, no distillation", lambda i, o: _bitdelta(i, o, distilled=False)),
@@ -145,12 +142,11 @@ METHODS: Mapping[str, Method] = {
     "paper-tuned": ("paper, rates tuned", _paper_tuned),
     "closed-form": ("closed form", lambda i, o: _ours(i, o, fit="closed-form", embeddings="full")),
     "refined": ("refined", lambda i, o: _ours(i, o, fit="refined", embeddings="full")),
-    "distilled": ("refined, scales distilled", lambda i, o: _ours(i, o, embeddings="full", **_DISTILLED)),
-    "own": ("the same, own text too", lambda i, o: _ours(i, o, embeddings="full", **_OWN)),
-    "signs": ("the same, signs too", lambda i, o: _ours(i, o, embeddings="full", **_SIGNS)),
-    "signs-col": ("the same, one axis", lambda i, o: _ours(i, o, axis="col", embeddings="full", **_SIGNS)),
-    "half": ("all tensors, half the bytes", lambda i, o: _ours(i, o, half_of="refined", **_SIGNS)),
-    "budget": ("the paper's bytes, spent freely", lambda i, o: _ours(i, o, size_of="paper", **_SIGNS)),
+    "scales": ("refined, scales distilled", lambda i, o: _ours(i, o, embeddings="full", distill_samples=DISTILL)),
+    "distilled": ("recipe distilled", lambda i, o: _ours(i, o, embeddings="full", recipe="distilled")),
+    "best": ("recipe best, one axis", lambda i, o: _ours(i, o, axis="col", embeddings="full", **_BEST)),
+    "half": ("all tensors, half the bytes", lambda i, o: _ours(i, o, half_of="best", **_BEST)),
+    "budget": ("the paper's bytes, spent freely", lambda i, o: _ours(i, o, size_of="paper", **_BEST)),
 }
 
 

@@ -173,6 +173,7 @@ def _open_run(base: Checkpoint, fine_tuned: Checkpoint, plan: Plan, output: Path
 
 def _with_generated(run: _Run, tokenizer: Any, options: CompressOptions) -> _Run:
     """The run with samples that the fine-tuned model writes; kept in the work folder."""
+    length = run.samples.ids.shape[1]
     ids = run.work.load_array("generated")
     if ids is None and run.processes.leader:
         teacher, _ = run.skeletons()
@@ -180,8 +181,8 @@ def _with_generated(run: _Run, tokenizer: Any, options: CompressOptions) -> _Run
         ids = generate(
             teacher,
             tokenizer,
-            run.samples.ids,
             samples=options.generated_samples,
+            length=length,
             seed=options.seed,
             batch_size=4 * options.batch_size,
         )
