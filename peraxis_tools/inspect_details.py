@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from peraxis_tools.kinds import layer_of, subtype_of
 __all__ = ["Details", "ScaleLine", "details", "noted_errors"]
 
 _REPORT_KEY: Final = "peraxis.report"
-_ERROR: Final = re.compile(r"(?:^|; )error ([0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]{1,2})?)(?:;|$)")
 _QUANTILES: Final = (0.05, 0.5, 0.95)
 
 
@@ -53,20 +52,11 @@ def noted_errors(manifest: pxd.Manifest) -> dict[str, float]:
     try:
         lines = json.loads(manifest.metadata.get(_REPORT_KEY, "{}"))
     except ValueError:
+        lines = None
+    if not isinstance(lines, dict):
         return {}
-    found = (
-        {name: _ERROR.search(line) for name, line in lines.items() if isinstance(line, str)}
-        if isinstance(lines, dict)
-        else {}
-    )
-    errors = {}
-    for name, match in found.items():
-        if match is not None:
-            try:
-                errors[name] = float(match[1])
-            except ValueError:
-                continue
-    return errors
+    values = {name: line[0] for name, line in lines.items() if isinstance(line, list) and line}
+    return {name: value for name, value in values.items() if isinstance(value, float) and math.isfinite(value)}
 
 
 def _scale_line(module: pxd.ModuleDelta) -> ScaleLine:

@@ -10,6 +10,7 @@ No torch before a fit needs it.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections import Counter, defaultdict
@@ -296,11 +297,12 @@ def _plan_json(planned: Plan) -> str:
 
 
 def _report_json(reports: Mapping[str, ModuleReport]) -> str:
-    """Errors and notes for the manifest; errors as decimal numbers in text."""
+    """For the manifest, by module: [error, of `none`, of `same`] to three digits, and a note where there is one."""
 
-    def line(report: ModuleReport) -> str:
-        errors = {"error": report.error, "none": report.error_none, "same": report.error_same}
-        parts = [f"{name} {value:.3g}" for name, value in errors.items() if value is not None]
-        return "; ".join([*parts, *([report.note] if report.note else [])])
+    def line(report: ModuleReport) -> list[Any]:
+        errors = (report.error, report.error_none, report.error_same)
+        known = [] if report.error is None else [value if value is None else float(f"{value:.3g}") for value in errors]
+        return [*known, *([report.note] if report.note else [])]
 
-    return canonical_json({name: text for name, report in reports.items() if (text := line(report))}).decode()
+    lines = {name: values for name, report in reports.items() if (values := line(report))}
+    return json.dumps(lines, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -29,7 +29,7 @@ def delta(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     path = tmp_path / "delta.pxd"
     tuned = pxd.Identity(id=NASTY)
-    errors = {f"model.layers.{i}.mlp.up_proj.weight": f"error {i + 1}.5e-3; none 9" for i in range(3)}
+    errors = {f"model.layers.{i}.mlp.up_proj.weight": [(i + 1.5) / 1000, 9.0] for i in range(3)}
     metadata = {"note": NASTY, "peraxis.report": json.dumps(errors)}
     with pxd.DeltaWriter(path, base=pxd.Identity(id="base"), fine_tuned=tuned, metadata=metadata) as writer:
         for i in range(3):
