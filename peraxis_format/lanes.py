@@ -24,7 +24,7 @@ ir: Any = import_module("llvmlite.ir")
 
 __all__ = [
     "F16", "F32", "F64", "I1", "I8", "I16", "I32", "LANES", "VIEWS",
-    "load", "narrow", "prefetch", "same", "splat", "store", "vector", "widen",
+    "eighths", "load", "narrow", "prefetch", "same", "splat", "store", "vector", "widen",
 ]  # fmt: skip
 
 LANES: Final = 8
@@ -33,23 +33,33 @@ VIEWS: Final[dict[DType, type[np.generic]]] = {DType.BF16: np.int16, DType.F16: 
 _PAGE: Final = 4096
 
 
-def vector(element: Any) -> Any:
-    return ir.VectorType(element, LANES)
+def vector(element: Any, lanes: int = LANES) -> Any:
+    return ir.VectorType(element, lanes)
 
 
 F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 I1, I8, I16, I32 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32)
 
 
-def same(kind: Any, value: Any) -> Any:
+def same(kind: Any, value: Any, lanes: int = LANES) -> Any:
     """A vector constant with the same value in each lane."""
-    return ir.Constant(vector(kind), [ir.Constant(kind, value)] * LANES)
+    return ir.Constant(vector(kind, lanes), [ir.Constant(kind, value)] * lanes)
 
 
 def splat(builder: Any, scalar: Any) -> Any:
     kind = vector(scalar.type)
     first = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(I32, 0))
     return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), ir.Constant(vector(I32), [0] * LANES))
+
+
+def eighths(builder: Any, value: Any) -> list[Any]:
+    """A vector of several groups, cut into groups of eight lanes."""
+    kind = value.type
+    nothing = ir.Constant(kind, ir.Undefined)
+    return [
+        builder.shuffle_vector(value, nothing, ir.Constant(vector(I32), list(range(first, first + LANES))))
+        for first in range(0, kind.count, LANES)
+    ]
 
 
 def place(builder: Any, address: Any, index: Any, kind: Any) -> Any:
@@ -65,24 +75,25 @@ def store(builder: Any, value: Any, address: Any, index: Any) -> None:
     builder.store(value, place(builder, address, index, value.type), align=1)
 
 
-def prefetch(builder: Any, address: Any, index: Any, kind: Any) -> None:
-    """Ask for what lies a page further on: hardware prefetchers stop at the end of each page (seen: 15 -> 7 ms)."""
+def prefetch(builder: Any, address: Any, index: Any, kind: Any, lanes: int = LANES, ahead: Any = _PAGE) -> None:
+    """Ask for what lies `ahead` bytes further on: hardware prefetchers stop at the end of each page (15 -> 7 ms)."""
     pointer = I8.as_pointer()
     kinds = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kinds, "llvm.prefetch.p0")
-    here = builder.bitcast(place(builder, address, index, vector(I32 if kind == types.float32 else I16)), pointer)
-    there = builder.gep(here, [ir.Constant(index.type, _PAGE)])
+    weights = vector(I32 if kind == types.float32 else I16, lanes)
+    here = builder.bitcast(place(builder, address, index, weights), pointer)
+    there = builder.gep(here, [ir.Constant(index.type, ahead) if isinstance(ahead, int) else ahead])
     builder.call(function, [there, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
 
 
-def widen(builder: Any, address: Any, index: Any, kind: Any) -> Any:
-    """Load eight weights as binary32, exactly. kind: the numba type of the array's elements."""
+def widen(builder: Any, address: Any, index: Any, kind: Any, lanes: int = LANES) -> Any:
+    """Load weights as binary32, exactly. kind: the numba type of the array's elements. index: in units of `lanes`."""
     if kind == types.int16:
-        bits = builder.zext(load(builder, address, index, vector(I16)), vector(I32))
-        return builder.bitcast(builder.shl(bits, same(I32, 16)), vector(F32))
+        bits = builder.zext(load(builder, address, index, vector(I16, lanes)), vector(I32, lanes))
+        return builder.bitcast(builder.shl(bits, same(I32, 16, lanes)), vector(F32, lanes))
     if kind == types.uint16:
-        return builder.fpext(load(builder, address, index, vector(F16)), vector(F32))
-    return load(builder, address, index, vector(F32))
+        return builder.fpext(load(builder, address, index, vector(F16, lanes)), vector(F32, lanes))
+    return load(builder, address, index, vector(F32, lanes))
 
 
 def narrow(builder: Any, total: Any, kind: Any) -> Any:
