@@ -9,15 +9,14 @@ repaired); the payload (digests repaired).
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from peraxis_conformance.generator.build import base_digest, canonical, frame, header_json
+from peraxis_conformance.generator.build import MAGIC, base_digest, canonical, frame, quoted
 
-__all__ = ["Pick", "mutate"]
+__all__ = ["Pick", "mutate", "mutate_text"]
 
 Pick = Callable[[int], int]
 
@@ -149,10 +148,20 @@ def parsed(data: bytes) -> tuple[dict[str, Any], list[dict[str, Any]], bytes] | 
     return (manifest, records, parts[1]) if parts and isinstance(manifest, dict) else None
 
 
+FIELDS = json.JSONEncoder(separators=(",", ":"))
+ENCODER = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
 def joined(manifest: Any, records: Any, payload: bytes) -> bytes:
     """The file again; what cannot be written as text is replaced."""
-    text = canonical(manifest)
-    return frame(header_json("1.0", text, records).encode("utf-8", "replace"), payload)
+    text = ENCODER.encode(manifest)
+    if not text.isascii():
+        text = canonical(manifest)  # whose order of keys differs beyond ASCII
+    entries = [MAGIC + '1.0","manifest":' + quoted(text) + "}"]
+    for record in records:
+        fields = {key: value for key, value in record.items() if key != "name"}
+        entries.append(f"{quoted(record['name'])}:{FIELDS.encode(fields)}")
+    return frame((",".join(entries) + "}").encode("utf-8", "replace"), payload)
 
 
 def header(pick: Pick, data: bytes) -> bytes:
@@ -173,8 +182,7 @@ def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def changed(pick: Pick, tree: Any) -> Any:
-    """Replace, remove, repeat or move one value of a tree of JSON."""
-    tree = copy.deepcopy(tree)
+    """Replace, remove, repeat or move one value of a tree of JSON, which is the caller's own."""
     found = paths(tree)
     if not found:
         return tree
@@ -186,7 +194,7 @@ def changed(pick: Pick, tree: Any) -> Any:
     if kind == 0:
         del holder[path[-1]]
     elif kind == 1 and isinstance(holder, list):
-        holder.insert(path[-1], copy.deepcopy(holder[path[-1]]))
+        holder.insert(path[-1], holder[path[-1]])
     elif kind == 2 and isinstance(holder, list):
         other = pick(len(holder))
         holder[path[-1]], holder[other] = holder[other], holder[path[-1]]
@@ -264,4 +272,12 @@ def mutate(pick: Pick, seeds: Sequence[bytes]) -> bytes:
     data: bytes = some(pick, seeds)
     for _ in range(1 + pick(3)):
         data = crossed(pick, data, some(pick, seeds)) if pick(24) == 0 else some(pick, LEVELS)(pick, data)
+    return data
+
+
+def mutate_text(pick: Pick, seeds: Sequence[bytes]) -> bytes:
+    """One to three mutations of bytes or of the header's text: for files too large to be made a tree of JSON."""
+    data: bytes = some(pick, seeds)
+    for _ in range(1 + pick(3)):
+        data = (raw, header)[pick(2)](pick, data)
     return data
