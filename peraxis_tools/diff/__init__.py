@@ -18,12 +18,11 @@ from peraxis_tools.diff.manifests import manifest_changes
 from peraxis_tools.diff.modules import compare_modules
 from peraxis_tools.diff.result import DiffResult, GroupDiff, ManifestChange, ModuleDiff, group
 from peraxis_tools.errors import CheckFailedError
-from peraxis_tools.parallel import ordered_map
+from peraxis_tools.parallel import balanced_map
 from peraxis_tools.rows import BaseRows, base_rows
 
 __all__ = ["DiffResult", "GroupDiff", "ManifestChange", "ModuleDiff", "diff", "diff_checkpoint", "diff_size"]
 
-_BUDGET: Final = 64 << 20  # bytes of payload in flight, or one module of each file
 _DENSE_WORKERS: Final = 2  # blocks of rows are some tens of MiB a worker
 
 
@@ -90,10 +89,8 @@ def diff_checkpoint(
             step(_size(file, name))
             return found
 
-        modules = list(
-            ordered_map(
-                work, common, cost=lambda _: 1, budget=workers or _DENSE_WORKERS, workers=workers or _DENSE_WORKERS
-            )
+        modules = balanced_map(
+            work, common, cost=lambda name: math.prod(file.entry(name).shape), workers=workers or _DENSE_WORKERS
         )
         only_in_a = tuple(name for name in file if name not in after.tensors)
         only_in_b = tuple(name for name in after.tensors if name not in file and name not in aliases)
@@ -152,7 +149,7 @@ def _compare(
     def cost(name: str) -> int:
         return _size(a, name) + _size(b, name)
 
-    return list(ordered_map(work, common, cost=cost, budget=_BUDGET, workers=workers))
+    return balanced_map(work, common, cost=cost, workers=workers)
 
 
 def _result(

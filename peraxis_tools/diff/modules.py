@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 import peraxis_format as pxd
-from peraxis_tools.diff.packed import Moments, magnitude, moments, square
+from peraxis_tools.diff.packed import Moments, Packed, magnitude, moments, square
 from peraxis_tools.diff.result import ModuleDiff, relative_distance
 from peraxis_tools.diff.stream import checked_blocks, packed_components
 from peraxis_tools.kinds import subtype_of
@@ -22,9 +23,10 @@ _NEEDS_BASE = "stored exactly; pass --base for its delta"
 
 @dataclass(frozen=True, slots=True)
 class _Measure:
-    """What a pair of modules comes to; None where it cannot be told."""
+    """What a pair of modules comes to; None where it cannot be told. scale: mean |first component| of B over A's."""
 
     moments: Moments | None = None
+    scale: float | None = None
     distance: float | None = None
     note: str | None = None
 
@@ -54,19 +56,15 @@ def compare_modules(a: pxd.DeltaFile, b: pxd.DeltaFile, name: str, base: BaseRow
         a.check(name)
         return _identical(a, name, base)
     measure = _measure(a, b, name, base)
-    scale = None
-    if entry_a.components and entry_b.components:
-        before, after = (magnitude(packed_components(file, name)[0]) for file in (a, b))
-        scale = after / before if before > 0.0 else None
     found = measure.moments
     norm_a = None if found is None else math.sqrt(found.square_a)
     return ModuleDiff(
         name=name,
         subtype=subtype_of(name),
         identical=False,
-        changes=entry_changes(entry_a, entry_b),
+        changes=(*entry_changes(entry_a, entry_b), *_new_rows(a, b, name)),
         sign_agreement=None if found is None else found.agreement,
-        scale_change=scale,
+        scale_change=measure.scale,
         norm_a=norm_a,
         norm_b=None if found is None else math.sqrt(found.square_b),
         distance=measure.distance,
@@ -99,39 +97,47 @@ def _identical(file: pxd.DeltaFile, name: str, base: BaseRows | None) -> ModuleD
 def _measure(file_a: pxd.DeltaFile, file_b: pxd.DeltaFile, name: str, base: BaseRows | None) -> _Measure:
     a, b = file_a.entry(name), file_b.entry(name)
     comparable = a.shape == b.shape and a.dtype.is_float and b.dtype.is_float
-    if comparable and len(a.components) == 1 == len(b.components):
-        blocks = checked_blocks(file_a, file_b, name)
-        found = moments(packed_components(file_a, name), packed_components(file_b, name), blocks)
-        return _with_tails(found, file_a, file_b, name)
-    file_a.check(name)
-    file_b.check(name)
+    streamed = comparable and len(a.components) == 1 == len(b.components)
+    if not streamed:
+        file_a.check(name)
+        file_b.check(name)
     if not comparable:
         return _Measure(note="of another shape" if a.shape != b.shape else "not of a float type")
     if pxd.Encoding.FULL not in (a.encoding, b.encoding):
-        found = moments(packed_components(file_a, name), packed_components(file_b, name))
-        return _with_tails(found, file_a, file_b, name)
+        parts = packed_components(file_a, name), packed_components(file_b, name)
+        found = moments(*parts, checked_blocks(file_a, file_b, name) if streamed else None)
+        return _Measure(found, _scale(*parts), math.sqrt(found.square_distance))
     if has_delta(a) and has_delta(b) and base is not None:
-        return _with_tails(_dense_moments(file_a[name], file_b[name], base), file_a, file_b, name)
-    full_a, full_b = file_a[name].full, file_b[name].full
-    if full_a is not None and full_b is not None:
-        # fine-tuned minus base, twice, with the same base: the base cancels out of the distance, not out of the norms.
-        return _Measure(distance=math.sqrt(_square_difference(full_a, a.dtype, full_b, b.dtype)), note=_NEEDS_BASE)
-    return _Measure(note=_NEEDS_BASE if has_delta(a) and has_delta(b) else "has no base tensor")
+        found = _dense_moments(file_a[name], file_b[name], base)
+        return _Measure(found, distance=math.sqrt(found.square_distance))
+    note = _NEEDS_BASE if has_delta(a) and has_delta(b) else "has no base tensor"
+    whole_a, whole_b = (file[name] for file in (file_a, file_b))
+    if whole_a.full is None or whole_b.full is None:
+        return _Measure(note=note)
+    # fine-tuned minus base, twice, with the same base: the base cancels out of the distance, not out of the norms.
+    covered = slice(0, min(whole_a.kept, whole_b.kept))
+    full_a, full_b = (x[covered] if x.shape else x for x in (whole_a.full, whole_b.full))
+    return _Measure(distance=math.sqrt(_square_difference(full_a, a.dtype, full_b, b.dtype)), note=note)
 
 
-def _with_tails(found: Moments, file_a: pxd.DeltaFile, file_b: pxd.DeltaFile, name: str) -> _Measure:
-    """Rows beyond the base have no delta: they count in the distance and in neither norm."""
-    tails = [(_tail(file[name]), file.entry(name).dtype) for file in (file_a, file_b)]
-    (tail_a, dtype_a), (tail_b, dtype_b) = tails
-    extra = 0.0
-    if tail_a is not None and tail_b is not None:
-        extra = _square_difference(tail_a, dtype_a, tail_b, dtype_b)
-    return _Measure(found, math.sqrt(found.square_distance + extra))
+def _scale(a: Sequence[Packed], b: Sequence[Packed]) -> float | None:
+    before, after = (magnitude(parts[0]) if parts else 0.0 for parts in (a, b))
+    return after / before if before > 0.0 and b else None
+
+
+def _new_rows(file_a: pxd.DeltaFile, file_b: pxd.DeltaFile, name: str) -> tuple[str, ...]:
+    """Rows beyond the base have no delta, so they count in no distance and no norm; where they differ, it is told."""
+    tails = [_tail(file[name]) for file in (file_a, file_b)]
+    if tails[0] is None or tails[1] is None or tails[0].shape != tails[1].shape or tails[0].dtype != tails[1].dtype:
+        return ()
+    rows = [tail.reshape(len(tail), -1) for tail in tails if tail is not None]
+    different = int(np.any(rows[0] != rows[1], axis=1).sum())
+    return (f"{different} of {len(rows[0])} new rows differ",) if different else ()
 
 
 def _tail(module: pxd.ModuleDelta) -> pxd.Array | None:
-    if module.full is not None and module.shape:
-        return module.full[module.kept :] if module.kept < module.shape[0] else None
+    if module.full is not None:
+        return module.full[module.kept :] if module.shape and module.kept < module.shape[0] else None
     return module.tail
 
 

@@ -24,14 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 import peraxis_format as pxd
-from peraxis_tools.diff.kernels import byte_tables, differing_bits, differing_sums
+from peraxis_tools.diff.kernels import Columns, differing
 
 __all__ = ["Block", "Moments", "Packed", "magnitude", "moments", "pack", "row_step", "square"]
 
 # Rows of two masks: U8 [rows, ceil(d_in/8)] each.
 Block: TypeAlias = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
-_BLOCK_BYTES: Final = 1 << 18  # of one mask at a time
+_BLOCK_BYTES: Final = 1 << 19  # of one mask at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,24 +100,26 @@ def _inner(a: Packed, b: Packed, blocks: Iterable[Block] | None = None) -> tuple
     """<A_k, B_l> and the number of weights whose signs differ; blocks: the rows of both masks, from 0 to the last."""
     d_in, (_, d_out) = a.d_in, a.row.shape
     rows = (a.row * b.row).reshape(-1)
-    inner, differing, first = [], 0, 0
-    whole, table, matrix = 0.0, None, -1
+    inner: list[float] = []
+    changed = first = 0
+    columns, matrix = None, -1
     for mask_a, mask_b in blocks or _read_blocks(a, b):
         for part in _split(first, len(mask_a), d_out):
             if part.matrix != matrix:
                 matrix = part.matrix
-                cols = [packed.col[matrix] for packed in (a, b) if packed.col is not None]
-                columns = math.prod(cols, start=np.ones(d_in))
-                whole = float(columns.sum())
-                table = byte_tables(columns, pxd.mask_width(d_in)) if cols else None
-            pair = mask_a[part.rows], mask_b[part.rows]
-            count = differing_bits(*pair)
-            sums = count if table is None else differing_sums(*pair, table)
+                columns = _columns([packed.col[matrix] for packed in (a, b) if packed.col is not None])
+            counts, sums = differing(mask_a[part.rows], mask_b[part.rows], columns)
             weights = rows[first + part.rows.start : first + part.rows.stop]
+            whole = float(d_in) if columns is None else columns.total
             inner.append(float(weights @ (whole - 2.0 * sums)))
-            differing += int(count.sum())
+            changed += int(counts.sum())
         first += len(mask_a)
-    return math.fsum(inner), differing
+    return math.fsum(inner), changed
+
+
+def _columns(cols: Sequence[NDArray[np.float64]]) -> Columns | None:
+    """The product of those column scales that there are; None where all are ones."""
+    return Columns(math.prod(cols, start=np.ones_like(cols[0]))) if cols else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ def test_packed_inner_products_are_those_of_the_dense_deltas(seed, shape, axes_a
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("width", [1, 7, 8, 24])
+@pytest.mark.parametrize("width", [1, 7, 8, 24, 1040])
 def test_compiled_and_plain_kernels_agree(compiled: bool, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiled:
         monkeypatch.setattr(kernels, "_compiled", lambda: None)
@@ -56,9 +56,10 @@ def test_compiled_and_plain_kernels_agree(compiled: bool, width: int, monkeypatc
     a, b = (rng.integers(0, 256, (700, width), np.uint8) for _ in range(2))
     weights = rng.random(width * 8)
     differ = np.unpackbits(a ^ b, axis=1, bitorder="little")
-    assert np.array_equal(kernels.differing_bits(a, b), differ.sum(axis=1))
-    sums = kernels.differing_sums(a, b, kernels.byte_tables(weights, width))
+    counts, sums = kernels.differing(a, b, kernels.Columns(weights))
+    assert np.array_equal(counts, differ.sum(axis=1))
     np.testing.assert_allclose(sums, differ @ weights, rtol=1e-5)
+    assert np.array_equal(kernels.differing(a, b, None)[1], counts)
 
 
 def test_one_flipped_bit_is_found_and_weighs_what_it_weighs(tmp_path: Path) -> None:
@@ -136,6 +137,32 @@ def test_exact_tensors_have_a_distance_alone_and_norms_with_the_base(tmp_path: P
     assert with_base.relative == pytest.approx(
         np.linalg.norm(f["x"] - f["y"]) / np.linalg.norm(f["x"] - f["base"]), rel=1e-5
     )
+
+
+def resized(base: pxd.Array, seed: int, rows: int, encoding: pxd.Encoding) -> pxd.ModuleDelta:
+    """A vocabulary of `rows` rows more than the base: signs, or exact, and new rows drawn from `seed`."""
+    rng = np.random.default_rng(seed)
+    new = random_storage(rng, (rows, base.shape[1]))
+    signs = sign_module(np.random.default_rng(7), "embed.weight", base)
+    shape = (len(base) + rows, base.shape[1])
+    if encoding is pxd.Encoding.SIGN:
+        return replace(signs, shape=shape, tail=new)
+    full = np.concatenate([pxd.reconstruct(signs, base), new])
+    return replace(signs, shape=shape, encoding=pxd.Encoding.FULL, components=(), full=full)
+
+
+@pytest.mark.parametrize("encoding", [pxd.Encoding.SIGN, pxd.Encoding.FULL])
+def test_new_rows_count_in_no_distance_and_no_norm_and_are_told(tmp_path: Path, encoding) -> None:
+    base = random_storage(np.random.default_rng(0), (12, 16))
+    folder = write_checkpoint(tmp_path / "base", {"embed.weight": (base, pxd.DType.BF16)})
+    paths = [write_delta(tmp_path / f"{seed}.pxd", [resized(base, seed, 3, encoding)]) for seed in (1, 2)]
+    (found,) = diff(*paths, base=folder).modules
+    assert (found.distance, found.relative, found.identical) == (0.0, 0.0, False)
+    assert found.changes == ("3 of 3 new rows differ",)
+    dense = pxd.dense_delta(sign_module(np.random.default_rng(7), "embed.weight", base))
+    assert found.norm_a == pytest.approx(np.linalg.norm(dense), rel=0.1)
+    (alone,) = diff(*paths).modules
+    assert alone.distance == 0.0
 
 
 def test_deltas_of_different_bases_are_refused(tmp_path: Path) -> None:
