@@ -41,6 +41,10 @@ class Timing:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
+    def speed_over(self, other: Timing) -> float:
+        """How many times as fast as `other`: the median over repetitions that were measured in turns."""
+        return statistics.median(theirs / mine for mine, theirs in zip(self.seconds, other.seconds, strict=True))
+
     def percentile(self, percent: float) -> float:
         """Nearest-rank percentile: one of the measured values."""
         ordered = sorted(self.seconds)
@@ -110,13 +114,13 @@ class Benchmark:
         *,
         moved: int | None = None,
         against: Result | None = None,
+        ratio: float | None = None,
         note: str = "",
         **extra: Any,
     ) -> Result:
-        """Record a timing. With `against`: the ratio of rates where both moved bytes, else of speeds."""
+        """Record a timing. With `against`: the ratio given, else of rates where both moved bytes, else of speeds."""
         rate = None if moved is None else moved / timing.median
-        ratio = None
-        if against is not None:
+        if against is not None and ratio is None:
             both = rate is not None and against.rate is not None
             ratio = rate / against.rate if both else against.median / timing.median
         result = Result(

@@ -20,12 +20,12 @@ from peraxis_format.dtypes import Array, DType
 from peraxis_format.lanes import (
     F32,
     I1,
-    I8,
     I32,
     LANES,
     VIEWS,
     load,
     narrow,
+    over_groups,
     prefetch,
     same,
     splat,
@@ -39,7 +39,6 @@ from peraxis_format.threads import run_jobs
 numba: Any = import_module("numba")
 types: Any = numba.types
 intrinsic: Any = import_module("numba.extending").intrinsic
-cgutils: Any = import_module("numba.core.cgutils")
 ir: Any = import_module("llvmlite.ir")
 
 __all__ = ["pair_sums", "rebuild", "rebuild_jobs", "rebuild_matrix", "run_jobs"]
@@ -70,18 +69,21 @@ def _rebuild_row(
             )
             scale = load(builder, builder.add(scales, scale_step), ir.Constant(I32, 0), F32)
             mask = builder.add(builder.extract_value(masks, k), offset)
-            terms.append((mask, splat(builder, scale), builder.add(columns, column_step)))
-        with cgutils.for_range(builder, groups) as group:
-            prefetch(builder, source, group.index, kinds[0])
-            total = widen(builder, source, group.index, kinds[0])
+            terms.append((mask, scale, builder.add(columns, column_step)))
+
+        def step(j: Any, lanes: int) -> None:
+            prefetch(builder, source, j, kinds[0], lanes)
+            total = widen(builder, source, j, kinds[0], lanes)
             for mask, scale, column in terms:
-                positive = builder.bitcast(load(builder, mask, group.index, I8), vector(I1))
+                positive = builder.bitcast(load(builder, mask, j, ir.IntType(lanes)), vector(I1, lanes))
                 # Exact (SPEC 6.1): two F16 have 22 bits, a power of two adds none. So no order of them matters.
-                size = builder.fmul(scale, load(builder, column, group.index, vector(F32)))
-                flip = builder.select(positive, same(I32, 0), same(I32, 0x80000000))
-                term = builder.bitcast(builder.xor(builder.bitcast(size, vector(I32)), flip), vector(F32))
-                total = builder.fadd(total, term)
-            store(builder, narrow(builder, total, kinds[1]), target, group.index)
+                size = builder.fmul(splat(builder, scale, lanes), load(builder, column, j, vector(F32, lanes)))
+                flip = builder.select(positive, same(I32, 0, lanes), same(I32, 0x80000000, lanes))
+                flipped = builder.xor(builder.bitcast(size, vector(I32, lanes)), flip)
+                total = builder.fadd(total, builder.bitcast(flipped, vector(F32, lanes)))
+            store(builder, narrow(builder, total, kinds[1]), target, j)
+
+        over_groups(builder, groups, step)
         return context.get_dummy_value()
 
     address, pair = types.intp, types.UniTuple(types.intp, 2)

@@ -1,15 +1,16 @@
-"""Eight columns at a time: the pieces of LLVM that the compiled kernels are made of.
+"""Many columns at a time: the pieces of LLVM that the compiled kernels are made of.
 
-One byte of a mask holds eight signs, so a kernel goes through a row in groups of eight lanes, written down as LLVM
-vectors (numba's own loops are vectorised or not as their surroundings please; seen here: 4 to 60 ms for the same
-matrix). Every operation below is one machine instruction or two, whatever the compiler's mood:
+One byte of a mask holds eight signs, so a kernel goes through a row in groups of eight lanes, four groups at a time (a
+cache line of BF16), written down as LLVM vectors (numba's own loops are vectorised or not as their surroundings please;
+seen here: 4 to 60 ms for the same matrix). Every operation is an instruction or two, whatever the compiler's mood:
 
-    byte -> <8 x i1>   a bitcast: bit j is lane j          sign        xor of the scale's sign bit
+    bytes -> <i1>      a bitcast: bit j is lane j          sign        xor of the scale's sign bit
     BF16 -> F32        zext, shl 16                         F32 -> BF16 (bits + 0x7FFF + odd) lshr 16, NaN selected
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Final
 
@@ -23,11 +24,12 @@ cgutils: Any = import_module("numba.core.cgutils")
 ir: Any = import_module("llvmlite.ir")
 
 __all__ = [
-    "F16", "F32", "F64", "I1", "I8", "I16", "I32", "LANES", "VIEWS",
-    "eighths", "load", "narrow", "prefetch", "same", "splat", "store", "vector", "widen",
+    "F16", "F32", "F64", "I1", "I8", "I16", "I32", "LANES", "VIEWS", "WIDE",
+    "eighths", "load", "narrow", "over_groups", "prefetch", "same", "splat", "store", "vector", "widen",
 ]  # fmt: skip
 
 LANES: Final = 8
+WIDE: Final = 32
 # The numba type of an array says what its elements are: numpy has no BF16, and numba no arithmetic on F16.
 VIEWS: Final[dict[DType, type[np.generic]]] = {DType.BF16: np.int16, DType.F16: np.uint16, DType.F32: np.float32}
 _PAGE: Final = 4096
@@ -46,10 +48,10 @@ def same(kind: Any, value: Any, lanes: int = LANES) -> Any:
     return ir.Constant(vector(kind, lanes), [ir.Constant(kind, value)] * lanes)
 
 
-def splat(builder: Any, scalar: Any) -> Any:
-    kind = vector(scalar.type)
+def splat(builder: Any, scalar: Any, lanes: int = LANES) -> Any:
+    kind = vector(scalar.type, lanes)
     first = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(I32, 0))
-    return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), ir.Constant(vector(I32), [0] * LANES))
+    return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), ir.Constant(vector(I32, lanes), [0] * lanes))
 
 
 def eighths(builder: Any, value: Any) -> list[Any]:
@@ -97,14 +99,26 @@ def widen(builder: Any, address: Any, index: Any, kind: Any, lanes: int = LANES)
 
 
 def narrow(builder: Any, total: Any, kind: Any) -> Any:
-    """Round eight binary32 to nearest, ties to even; NaN becomes canonical (SPEC 6.1, 6.2)."""
+    """Round binary32 to nearest, ties to even; NaN becomes canonical (SPEC 6.1, 6.2)."""
+    lanes = total.type.count
     nan = builder.fcmp_unordered("uno", total, total)
-    bits = builder.bitcast(total, vector(I32))
+    bits = builder.bitcast(total, vector(I32, lanes))
     if kind == types.int16:
-        odd = builder.and_(builder.lshr(bits, same(I32, 16)), same(I32, 1))
-        rounded = builder.lshr(builder.add(bits, builder.add(odd, same(I32, 0x7FFF))), same(I32, 16))
-        return builder.trunc(builder.select(nan, same(I32, 0x7FC0), rounded), vector(I16))
+        odd = builder.and_(builder.lshr(bits, same(I32, 16, lanes)), same(I32, 1, lanes))
+        rounded = builder.lshr(builder.add(bits, builder.add(odd, same(I32, 0x7FFF, lanes))), same(I32, 16, lanes))
+        return builder.trunc(builder.select(nan, same(I32, 0x7FC0, lanes), rounded), vector(I16, lanes))
     if kind == types.uint16:
-        half = builder.bitcast(builder.fptrunc(total, vector(F16)), vector(I16))
-        return builder.select(nan, same(I16, 0x7E00), half)
-    return builder.select(nan, same(I32, 0x7FC00000), bits)
+        half = builder.bitcast(builder.fptrunc(total, vector(F16, lanes)), vector(I16, lanes))
+        return builder.select(nan, same(I16, 0x7E00, lanes), half)
+    return builder.select(nan, same(I32, 0x7FC00000, lanes), bits)
+
+
+def over_groups(builder: Any, groups: Any, step: Callable[[Any, int], None]) -> None:
+    """Columns 0 to 8 * groups. step(j, lanes) emits columns lanes * j to lanes * (j + 1): WIDE of them, then LANES."""
+    wide = ir.Constant(groups.type, WIDE // LANES)
+    many = builder.udiv(groups, wide)
+    with cgutils.for_range(builder, many) as loop:
+        step(loop.index, WIDE)
+    done = builder.mul(many, wide)
+    with cgutils.for_range(builder, builder.sub(groups, done)) as loop:
+        step(builder.add(loop.index, done), LANES)

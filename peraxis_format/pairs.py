@@ -16,7 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peraxis_format.dtypes import Array, DType
-from peraxis_format.lanes import F32, F64, I32, LANES, VIEWS, eighths, load, prefetch, same, store, vector, widen
+from peraxis_format.lanes import (
+    F32,
+    F64,
+    I32,
+    LANES,
+    VIEWS,
+    eighths,
+    load,
+    over_groups,
+    prefetch,
+    same,
+    store,
+    vector,
+    widen,
+)
 from peraxis_format.threads import run_jobs
 
 numba: Any = import_module("numba")
@@ -28,7 +42,6 @@ ir: Any = import_module("llvmlite.ir")
 __all__ = ["pair_sums"]
 
 _CHUNK: Final = 64  # rows whose column sums are added up on their own; part of the order that pair_sums states
-_WIDE: Final = 32  # columns at a time: a cache line of BF16
 _BLOCK_BYTES: Final = 1 << 21
 
 
@@ -81,12 +94,7 @@ def _pair_groups(
             for each, value in zip(at, along, strict=True):
                 store(builder, value, column, each)
 
-        many = builder.udiv(groups, _index(_WIDE // LANES))
-        with cgutils.for_range(builder, many) as loop:
-            step(loop.index, _WIDE)
-        done = builder.mul(many, _index(_WIDE // LANES))
-        with cgutils.for_range(builder, builder.sub(groups, done)) as loop:
-            step(builder.add(loop.index, done), LANES)
+        over_groups(builder, groups, step)
         for i, total in enumerate(sums):
             store(builder, builder.load(total), lanes, ir.Constant(I32, i))
         return context.get_dummy_value()
