@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -19,6 +18,7 @@ from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import atomic_folder, refuse_existing
 from peraxis_tools.inspect import InspectResult, inspect
 from peraxis_tools.parts import refuse_part
+from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.sign import signature_path
 
 __all__ = ["PublishResult", "Relation", "model_card", "publish", "read_evaluation"]
@@ -26,6 +26,7 @@ __all__ = ["PublishResult", "Relation", "model_card", "publish", "read_evaluatio
 Relation = Literal["finetune", "adapter", "quantized", "merge"]
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_CHUNK: Final = 1 << 22
 _EVALUATION: Final = "peraxis.eval/1"
 _SPECIAL: Final = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&])")
 
@@ -52,6 +53,7 @@ def publish(
     overwrite: bool = False,
     private: bool = False,
     revision: str | None = None,
+    progress: ProgressOf = silent,
 ) -> PublishResult:
     """Verify the file, write the card, and upload both; with dry_run, write the repository to that folder instead.
 
@@ -62,7 +64,8 @@ def publish(
         raise ToolError(f"{repository}: not a repository's name; pass org/name")
     with pxd.open(path) as delta:
         refuse_part(delta.manifest, path)
-        delta.verify()
+        with progress("verify", delta.size - delta.header_size) as step:
+            delta.verify(progress=step)
     found = inspect(path)
     card = model_card(repository, path.name, found, read_evaluation(evaluation), licence=licence, relation=relation)
     bundle = signature_path(path)
@@ -75,8 +78,9 @@ def publish(
         with atomic_folder(dry_run, overwrite=overwrite) as folder:
             (folder / "README.md").write_text(card, "utf-8")
             (folder / ".gitattributes").write_text(_ATTRIBUTES)
-            for name, source in files.items():
-                shutil.copyfile(source, folder / name)
+            with progress("copy", sum(source.stat().st_size for source in files.values())) as step:
+                for name, source in files.items():
+                    _copy(source, folder / name, step)
     return PublishResult(
         repository=repository,
         content_id=found.content_id,
@@ -84,6 +88,13 @@ def publish(
         folder=dry_run,
         url=url,
     )
+
+
+def _copy(source: Path, target: Path, step: Callable[[int], None]) -> None:
+    with open(source, "rb") as reader, open(target, "wb") as writer:
+        while chunk := reader.read(_CHUNK):
+            writer.write(chunk)
+            step(len(chunk))
 
 
 # A .pxd is large and binary; its suffix is Cython's too, whose text filters must not touch it.

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import peraxis_format as pxd
 from peraxis_tools.errors import ToolError
+from peraxis_tools.progress import ProgressOf, silent
 
 __all__ = ["RemoteFile", "is_remote", "local_copy", "remote_file"]
 
@@ -106,12 +107,10 @@ def remote_file(url: str) -> RemoteFile:
 
 
 @contextlib.contextmanager
-def local_copy(
-    source: str | Path, *, progress: Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]
-) -> Iterator[Path]:
+def local_copy(source: str | Path, *, progress: ProgressOf = silent) -> Iterator[Path]:
     """A path to work on: the source itself where it is local, else a temporary copy under its own name.
 
-    progress(description, total) opens a progress bar. Raises ToolError.
+    Raises ToolError.
     """
     if not is_remote(source):
         yield Path(source)

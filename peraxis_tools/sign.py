@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError
+from peraxis_tools.progress import ProgressOf, silent
 
 __all__ = ["SignResult", "check_signature", "sign", "signature_path"]
 
@@ -44,6 +45,7 @@ def sign(
     certificate_chain: Sequence[Path] = (),
     bundle: Path | None = None,
     overwrite: bool = False,
+    progress: ProgressOf = silent,
 ) -> SignResult:
     """Sign a whole, valid file (its payload is verified first). Elliptic-curve keys in PEM.
 
@@ -57,10 +59,11 @@ def sign(
         raise ToolError(f"{bundle}: exists already; pass --overwrite to sign again")
     _need(private_key, *([certificate] if certificate is not None else []), *certificate_chain)
     with pxd.open(file) as delta:
-        delta.verify()
+        with progress("verify", delta.size - delta.header_size) as step:
+            delta.verify(progress=step)
         content_id = delta.content_id
     signing = _library().signing
-    with _clear(f"{file}: cannot be signed", ToolError):
+    with _clear(f"{file}: cannot be signed", ToolError), progress("sign", None):
         config = signing.Config().set_hashing_config(_hashing(bundle))
         if certificate is None:
             config.use_elliptic_key_signer(private_key=private_key, password=password)

@@ -19,12 +19,12 @@ from typing import Final, TypeAlias
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError
+from peraxis_tools.progress import ProgressOf
 
 __all__ = ["Check", "FileVerdict", "Signature", "Status", "VerifyReport", "Wanted", "verify_files"]
 
 # Opens a file by the name that the user gave it, fetching it first where it is remote.
 Opener: TypeAlias = Callable[[str], AbstractContextManager[Path]]
-ProgressOf: TypeAlias = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 class Status(Enum):
@@ -150,13 +150,13 @@ def _checks(
     if wanted.content_ids:
         yield "content id", lambda: _content_id(delta, wanted.content_ids)
     if wanted.signature is not None:
-        yield "signature", lambda: _signature(path, wanted.signature)
+        yield "signature", lambda: _signature(path, wanted.signature, progress)
     if wanted.base is not None:
         yield "base", lambda: _base(delta, wanted.base, progress, workers)
     if wanted.max_error is not None:
         yield "error", lambda: _error(path, wanted, progress, workers)
     if wanted.max_kl is not None:
-        yield "kl", lambda: _kl(path, wanted)
+        yield "kl", lambda: _kl(path, wanted, progress)
 
 
 def _payload(delta: pxd.DeltaFile, progress: ProgressOf, workers: int | None) -> str:
@@ -171,14 +171,15 @@ def _content_id(delta: pxd.DeltaFile, expected: Sequence[str]) -> str:
     return delta.content_id
 
 
-def _signature(path: Path, wanted: Signature | None) -> str | None:
+def _signature(path: Path, wanted: Signature | None, progress: ProgressOf) -> str | None:
     from peraxis_tools.sign import check_signature
 
     if wanted is None:
         return None
-    check_signature(
-        path, public_key=wanted.public_key, certificate_chain=wanted.certificate_chain, bundle=wanted.bundle
-    )
+    with progress("signature", None):
+        check_signature(
+            path, public_key=wanted.public_key, certificate_chain=wanted.certificate_chain, bundle=wanted.bundle
+        )
     return "signed with this key" if wanted.public_key else "signed under this certificate"
 
 
@@ -214,12 +215,13 @@ def _error(path: Path, wanted: Wanted, progress: ProgressOf, workers: int | None
     return f"relative error {error:.4g}, at most {wanted.max_error:g}"
 
 
-def _kl(path: Path, wanted: Wanted) -> str:
+def _kl(path: Path, wanted: Wanted, progress: ProgressOf) -> str:
     from peraxis_tools.evaluate import worst_kl
 
     if wanted.base is None or wanted.fine_tuned is None or wanted.max_kl is None:
         raise NotVerifiableError("--max-kl needs --base, which the delta is applied to")
-    found = worst_kl(wanted.base, wanted.fine_tuned, path, wanted.texts)
+    with progress("kl", None):
+        found = worst_kl(wanted.base, wanted.fine_tuned, path, wanted.texts)
     if not found <= wanted.max_kl:
         raise CheckFailedError(f"KL {found:.4g} nats a token is above {wanted.max_kl:g}")
     return f"KL {found:.4g} nats a token, at most {wanted.max_kl:g}"

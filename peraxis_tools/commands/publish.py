@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import click
 
-from peraxis_tools.commands.options import json_option, overwrite_option
+from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
 from peraxis_tools.publish import Relation, publish
-from peraxis_tools.report import emit
+from peraxis_tools.report import emit, hub_progress, staged
 from peraxis_tools.report.publish import render_publish
 
 __all__ = ["command"]
@@ -31,6 +32,7 @@ __all__ = ["command"]
 @click.option("--dry-run", type=click.Path(path_type=Path), help="Write the repository to this folder, upload nothing.")
 @overwrite_option
 @json_option
+@quiet_option
 def command(
     repository: str,
     delta: Path,
@@ -42,6 +44,7 @@ def command(
     dry_run: Path | None,
     overwrite: bool,
     as_json: bool,
+    quiet: bool,
 ) -> None:
     """Verify DELTA, write its model card from the manifest, and upload both (with DELTA.sig) to REPO on the hub.
 
@@ -49,15 +52,17 @@ def command(
     Example: peraxis-tools eval BASE FINE_TUNED delta.pxd --json > eval.json
              peraxis-tools publish me/my-delta delta.pxd --evaluation eval.json --dry-run repo
     """
-    result = publish(
-        repository,
-        delta,
-        evaluation=evaluation,
-        licence=licence,
-        relation=relation,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        private=private,
-        revision=revision,
-    )
+    with hub_progress(quiet=quiet) if dry_run is None else contextlib.nullcontext():
+        result = publish(
+            repository,
+            delta,
+            evaluation=evaluation,
+            licence=licence,
+            relation=relation,
+            dry_run=dry_run,
+            overwrite=overwrite,
+            private=private,
+            revision=revision,
+            progress=staged(quiet=quiet),
+        )
     emit(result, render_publish, schema="peraxis.publish/1", as_json=as_json)

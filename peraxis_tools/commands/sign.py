@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from peraxis_tools.commands.options import json_option, overwrite_option
-from peraxis_tools.report import emit
+from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
+from peraxis_tools.report import emit, staged
 from peraxis_tools.report.sign import render_sign
 from peraxis_tools.sign import sign
 
@@ -25,6 +25,7 @@ _PASSWORD = "PERAXIS_KEY_PASSWORD"
 @click.option("--bundle", type=click.Path(path_type=Path), help="Where to write it.  [default: DELTA.sig]")
 @overwrite_option
 @json_option
+@quiet_option
 def command(
     delta: Path,
     key: Path,
@@ -33,6 +34,7 @@ def command(
     bundle: Path | None,
     overwrite: bool,
     as_json: bool,
+    quiet: bool,
 ) -> None:
     """Sign DELTA with a key or certificate, offline; the bundle goes beside it. Needs peraxis[sign].
 
@@ -52,5 +54,6 @@ def command(
         certificate_chain=certificate_chain,
         bundle=bundle,
         overwrite=overwrite,
+        progress=staged(quiet=quiet),
     )
     emit(result, render_sign, schema="peraxis.sign/1", as_json=as_json)

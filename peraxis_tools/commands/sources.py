@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from peraxis_tools.remote import local_copy
-from peraxis_tools.report import progress
+from peraxis_tools.report import staged
 
 __all__ = ["fetched"]
 
@@ -16,9 +16,4 @@ __all__ = ["fetched"]
 def fetched(sources: Sequence[str], *, quiet: bool) -> Iterator[list[Path]]:
     """Local paths for these sources, in order; copies of remote ones are removed at the end."""
     with contextlib.ExitStack() as stack:
-        yield [
-            stack.enter_context(
-                local_copy(source, progress=lambda description, total: progress(description, total, quiet=quiet))
-            )
-            for source in sources
-        ]
+        yield [stack.enter_context(local_copy(source, progress=staged(quiet=quiet))) for source in sources]

@@ -15,7 +15,7 @@ from peraxis_tools.commands.options import json_option, quiet_option, workers_op
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.errors import ToolError
 from peraxis_tools.remote import is_remote
-from peraxis_tools.report import progress, show, to_json, write
+from peraxis_tools.report import show, staged, to_json, write
 from peraxis_tools.report.ci import github, junit, sarif
 from peraxis_tools.report.verify import render_report
 from peraxis_tools.verify_files import Signature, VerifyReport, Wanted, verify_files
@@ -108,7 +108,7 @@ def command(
         _expanded(deltas),
         wanted,
         open_file=open_file,
-        progress=lambda description, total: progress(description, total, quiet=quiet),
+        progress=staged(quiet=quiet),
         workers=workers,
     )
     _emit(report, "json" if as_json else kind, output)

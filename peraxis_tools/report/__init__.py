@@ -3,14 +3,29 @@
 from peraxis_tools.report.console import (
     Progress,
     emit,
+    hub_progress,
     print_error,
     print_note,
     progress,
     show,
     size,
+    staged,
     text,
     to_json,
     write,
 )
 
-__all__ = ["Progress", "emit", "print_error", "print_note", "progress", "show", "size", "text", "to_json", "write"]
+__all__ = [
+    "Progress",
+    "emit",
+    "hub_progress",
+    "print_error",
+    "print_note",
+    "progress",
+    "show",
+    "size",
+    "staged",
+    "text",
+    "to_json",
+    "write",
+]

@@ -11,16 +11,36 @@ import contextlib
 import dataclasses
 import json
 import sys
+import threading
+import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 
-__all__ = ["Progress", "emit", "print_error", "print_note", "progress", "show", "size", "text", "to_json", "write"]
+from peraxis_tools.progress import ProgressOf
+
+__all__ = [
+    "Progress",
+    "emit",
+    "hub_progress",
+    "print_error",
+    "print_note",
+    "progress",
+    "show",
+    "size",
+    "staged",
+    "text",
+    "to_json",
+    "write",
+]
+
+_REFRESH_SECONDS: Final = 0.05
 
 R = TypeVar("R")
 
@@ -97,20 +117,66 @@ def print_note(message: str, *, quiet: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def progress(description: str, total: int, *, unit: str = "bytes", quiet: bool = False) -> Iterator[Progress]:
-    """A bar with time left on standard error, where that is a terminal; yields the function that advances it."""
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-    from rich.progress import Progress as Bar
+def progress(description: str, total: int | None, *, unit: str = "bytes", quiet: bool = False) -> Iterator[Progress]:
+    """A bar on standard error, where that is a terminal; yields the function that advances it, from any thread.
 
+    total: with it the bar says how much is done and how long the rest takes, without it (None) how long it took so far.
+    """
     console = Console(stderr=True)
-    count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
-    with Bar(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda done: bar.advance(task, done)
+    if quiet or not console.is_terminal:
+        yield lambda _: None
+        return
+    from rich import progress as bars
+
+    columns: list[bars.ProgressColumn] = [bars.TextColumn("{task.description}"), bars.BarColumn()]
+    if total is None:
+        columns += [bars.TimeElapsedColumn()]
+    else:
+        columns += [bars.DownloadColumn() if unit == "bytes" else bars.MofNCompleteColumn(), bars.TimeRemainingColumn()]
+    with bars.Progress(*columns, console=console, transient=True) as bar:
+        steps = _Steps(partial(bar.advance, bar.add_task(description, total=total)))
+        yield steps
+        steps.flush()
+
+
+class _Steps:
+    """Passes steps on a few times a second: a bar takes longer to advance than many a step takes."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance = advance
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._due = 0.0
+
+    def __call__(self, done: int, /) -> None:
+        with self._lock:
+            self._waiting += done
+            if time.monotonic() < self._due:
+                return
+            self._due = time.monotonic() + _REFRESH_SECONDS
+        self.flush()
+
+    def flush(self) -> None:
+        with self._lock:
+            waiting, self._waiting = self._waiting, 0
+        self._advance(waiting)
+
+
+def staged(*, quiet: bool = False) -> ProgressOf:
+    """What opens a bar for each stage of work that has several."""
+    return lambda description, total: progress(description, total, quiet=quiet)
+
+
+@contextlib.contextmanager
+def hub_progress(*, quiet: bool = False) -> Iterator[None]:
+    """The hub library's own bars of an upload, where ours would be shown."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled() or (Console(stderr=True).is_terminal and not quiet):
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

@@ -1,0 +1,116 @@
+"""Progress: a bar for every stage that may take long, on a terminal alone, and none with --quiet."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import peraxis_format as pxd
+from peraxis_tools.report.console import _Steps
+from peraxis_tools.verify_files import Wanted, verify_files
+from tests.factories import random_storage, sign_module, write_checkpoint, write_delta
+
+pty = pytest.importorskip("pty")
+NEEDS_SIGNING = pytest.mark.skipif(importlib.util.find_spec("model_signing") is None, reason="no model-signing")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """base/, a.pxd and b.pxd of it, key.pem."""
+    rng = np.random.default_rng(0)
+    base = random_storage(rng, (32, 48))
+    write_checkpoint(tmp_path / "base", {"a.weight": (base, pxd.DType.BF16)})
+    for name in ("a", "b"):
+        module = sign_module(rng, "a.weight", base)
+        write_delta(tmp_path / f"{name}.pxd", [module], assets={"config.json": b'{"model_type": "llama"}'})
+    return tmp_path
+
+
+def on_terminal(folder: Path, *arguments: str) -> str:
+    """What the program writes to a terminal as standard error."""
+    mine, its = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "peraxis_tools", *arguments],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=its,
+        env={**os.environ, "TERM": "xterm", "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    os.close(its)
+    shown = b""
+    while True:
+        try:
+            part = os.read(mine, 1 << 16)
+        except OSError:  # Linux's word for the end
+            break
+        if not part:
+            break
+        shown += part
+    os.close(mine)
+    assert process.wait() in (0, 1), shown
+    return shown.decode()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stages"),
+    [
+        (("verify", "a.pxd", "--base", "base"), ("verify", "base")),
+        (("diff", "a.pxd", "b.pxd"), ("diff",)),
+        (("merge", "a.pxd", "b.pxd", "--weights", "1,1", "-o", "c.pxd"), ("merge",)),
+        (("apply", "base", "a.pxd", "-o", "out"), ("apply",)),
+        (("publish", "me/delta", "a.pxd", "--dry-run", "repo"), ("verify", "copy")),
+        (("convert", "a.pxd", "--to", "checkpoint", "--base", "base", "-o", "full"), ("apply",)),
+        pytest.param(("sign", "a.pxd", "--key", "key.pem"), ("verify", "sign"), marks=NEEDS_SIGNING),
+    ],
+)
+def test_each_stage_has_its_bar_on_a_terminal_and_none_with_quiet(folder: Path, arguments, stages) -> None:
+    if arguments[0] == "sign":
+        from tests.tools.test_sign import write_key
+
+        write_key(folder, "key")
+    shown = on_terminal(folder, *arguments)
+    assert "\x1b[?25l" in shown  # a bar hides the cursor
+    for stage in stages:
+        assert f"{stage} \x1b" in shown or f"{stage} ━" in shown, (stage, shown)
+    again = () if arguments[0] in ("verify", "diff") else ("--overwrite",)
+    assert on_terminal(folder, *arguments, *again, "--quiet") == ""
+
+
+def test_the_kl_check_of_verify_is_a_stage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluation = pytest.importorskip("peraxis_tools.evaluate")
+    stages: list[tuple[str, bool]] = []
+
+    @contextmanager
+    def progress(description: str, total: int | None) -> Iterator:
+        stages.append((description, total is None))
+        yield lambda _: None
+
+    monkeypatch.setattr(evaluation, "worst_kl", lambda *_: 0.0)
+    wanted = Wanted(base=folder / "base", fine_tuned="tuned", max_kl=1.0, texts={"chat": "chat.jsonl"})
+
+    @contextmanager
+    def open_file(name: str) -> Iterator[Path]:
+        yield Path(name)
+
+    report = verify_files([str(folder / "a.pxd")], wanted, open_file=open_file, progress=progress)
+    assert report.status.value == "passed"
+    assert stages == [("verify", False), ("base", False), ("kl", True)]
+
+
+def test_steps_from_many_threads_add_up() -> None:
+    seen: list[int] = []
+    steps = _Steps(seen.append)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(steps, [1] * 4000))
+    steps.flush()
+    assert sum(seen) == 4000
+    assert len(seen) < 400
