@@ -74,8 +74,32 @@ def junit(report: VerifyReport) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rule(check: Check) -> str:
+def _rule_id(check: Check) -> str:
     return check.code or f"peraxis/{check.name.replace(' ', '-')}"
+
+
+# What to do where a check that is no clause of SPEC 8 does not pass.
+_HELP: Final = {
+    "structure": "Check the path and the rights to read it.",
+    "payload": "Check the path and the rights to read it.",
+    "content id": "Fetch the file that the pinned content ID names, or pin the new one if the change is meant.",
+    "signature": "Fetch file and bundle again, and check that the key is the publisher's.",
+    "base": "Pass the base checkpoint that `inspect` names, in the same revision.",
+    "error": "Compress again with more masks, or raise the bound.",
+    "kl": "Compress again with a calibration text or more masks, or raise the bound.",
+}
+
+
+def _rule(check: Check) -> dict[str, Any]:
+    known = pxd.CODES.get(_rule_id(check))
+    short = known.meaning if known else f"the check of the {check.name} did not pass"
+    full = f"SPEC {known.clause} does not hold: {known.meaning}." if known else f"{short[0].upper()}{short[1:]}."
+    return {
+        "id": _rule_id(check),
+        "shortDescription": {"text": short},
+        "fullDescription": {"text": full},
+        "help": {"text": known.remedy if known else _HELP.get(check.name, "See `peraxis-tools verify --help`.")},
+    }
 
 
 def _uri(file: str) -> str:
@@ -87,19 +111,11 @@ def sarif(report: VerifyReport) -> str:
     rules: dict[str, dict[str, Any]] = {}
     results = []
     for verdict, check in _bad(report):
-        rule = _rule(check)
-        known = pxd.CODES.get(rule)
-        rules.setdefault(
-            rule,
-            {
-                "id": rule,
-                "shortDescription": {"text": known.meaning if known else f"check of {check.name}"},
-                **({"help": {"text": f"SPEC {known.clause}: {known.remedy}"}} if known else {}),
-            },
-        )
-        place: dict[str, Any] = {"artifactLocation": {"uri": _uri(verdict.file)}}
-        if check.offset is not None:
-            place["region"] = {"byteOffset": check.offset, "byteLength": 0}
+        rule = _rule_id(check)
+        rules.setdefault(rule, _rule(check))
+        # GitHub places a result by its line alone, of which a binary file has one; the byte is for people.
+        region = {"startLine": 1, "byteOffset": check.offset or 0, "byteLength": 0}
+        place = {"artifactLocation": {"uri": _uri(verdict.file)}, "region": region}
         results.append(
             {
                 "ruleId": rule,

@@ -17,6 +17,7 @@ from peraxis_tools.commands.verify import command
 from tests.factories import random_storage, sign_module, write_checkpoint, write_delta
 
 BF16 = pxd.DType.BF16
+SCHEMAS = Path(__file__).parent / "schemas"
 
 
 @pytest.fixture
@@ -144,6 +145,42 @@ def test_sarif_has_what_its_schema_asks_for(pair, tmp_path: Path) -> None:
         assert result["message"]["text"]
     uris = [result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] for result in job["results"]]
     assert uris[1].endswith("with%20space.pxd")
+
+
+@pytest.fixture
+def every_outcome(pair, tmp_path: Path) -> list[Path]:
+    """Files that pass, are damaged, are missing, are of another version; names that want quoting."""
+    _, good = pair
+    newer = tmp_path / "newer 9.pxd"
+    newer.write_bytes(good.read_bytes().replace(b'"pxd":"1.0"', b'"pxd":"9.0"', 1))
+    return [good, damaged(good), newer, tmp_path / "mi<ss>&\x1bing\n\u202e%.pxd"]
+
+
+def test_sarif_holds_to_the_published_schema(every_outcome: list[Path]) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((SCHEMAS / "sarif-2.1.0.json").read_bytes())
+    validator = jsonschema.validators.validator_for(schema)(schema)
+    for files in ([every_outcome[0]], every_outcome):
+        log = json.loads(run(*files, "--format", "sarif")[1])
+        assert [error.message for error in validator.iter_errors(log)] == []
+        (job,) = log["runs"]
+        assert len(job["results"]) == len(files) - 1
+        # What GitHub's code scanning asks for beyond the schema.
+        for result in job["results"]:
+            assert result["locations"][0]["physicalLocation"]["region"]["startLine"] == 1
+        for rule in job["tool"]["driver"]["rules"]:
+            assert all(rule[key]["text"] for key in ("shortDescription", "fullDescription", "help"))
+    assert list(validator.iter_errors({**log, "versions": "2.1.0"}))  # the schema has teeth
+
+
+def test_junit_holds_to_the_schema_that_ci_reads_it_by(every_outcome: list[Path]) -> None:
+    etree = pytest.importorskip("lxml.etree")
+    schema = etree.XMLSchema(etree.parse(str(SCHEMAS / "junit.xsd")))
+    for files in ([every_outcome[0]], every_outcome):
+        report = etree.fromstring(run(*files, "--format", "junit")[1].encode())
+        assert schema.validate(report), schema.error_log
+    del report[0].attrib["tests"]
+    assert not schema.validate(report)
 
 
 def test_github_annotations_cannot_be_forged_by_a_file_name(pair, tmp_path: Path) -> None:
