@@ -28,6 +28,9 @@ _DEFAULT_RANK = 16
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file or folder to write.")
 @click.option("--base", metavar="FOLDER|ID", help="The base that a .pt delta is for; the base for a checkpoint.")
 @click.option("--from", "layout", type=click.Choice(["auto", *LAYOUTS]), default="auto", show_default=True)
+@click.option(
+    "--axis", type=click.Choice(["row", "col"]), help="Which to take where a .pt holds both variants of a module."
+)
 @click.option("--to", "target", type=click.Choice(["pxd", "lora", "checkpoint"]), help="Default: pxd from a .pt.")
 @click.option("--rank", type=click.IntRange(min=1), help=f"Of the LoRA adapter (default {_DEFAULT_RANK}).")
 @click.option(
@@ -42,6 +45,7 @@ def command(
     output: Path,
     base: str | None,
     layout: str,
+    axis: str | None,
     target: str | None,
     rank: int | None,
     max_error: float | None,
@@ -78,7 +82,14 @@ def command(
             known: Layout | None = next((item for item in LAYOUTS if item == layout), None)
             with progress("convert", _checkpoint_bytes(base or ""), quiet=quiet) as step:
                 converted = to_pxd(
-                    path, base or "", output, layout=known, name=name, overwrite=overwrite, progress=step
+                    path,
+                    base or "",
+                    output,
+                    layout=known,
+                    axis=None if axis is None else pxd.Axis(axis),
+                    name=name,
+                    overwrite=overwrite,
+                    progress=step,
                 )
             emit(converted, render_to_pxd, schema="peraxis.convert/1", as_json=as_json)
 

@@ -7,12 +7,21 @@ weight [o, 32 w + i]; 1 is +1. Read along d_in and little-endian, these are the 
     peraxis-pt   <module>.mask_row with .coeff_row, or .mask_col with .coeff_col; vectors, BF16. The weight is stored
                  transposed, so its `row` vector has the length d_in and is PXD's `col`, and the other way round
                  (the table of SPEC 5.3)
+
+Their merges, which a converted file is to repeat: bitdelta rounds each term to the weight's dtype and adds it in that
+dtype; peraxis-pt adds terms that are of the weight's dtype already. So
+
+    W = round(W_base + b * round(scale))        round: to the dtype of W_base
+
+and since 8 bits of BF16 and 11 of F16 fit into an F16 scale under an exponent, W is theirs to the bit on a base of
+these dtypes, where all scales of a module lie within 2^28 of its largest. On an F32 base a scale is rounded to F16.
 """
 
 from __future__ import annotations
 
 import math
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +37,7 @@ from peraxis_tools.merge.fold import negate_mask
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LAYOUTS", "Layout", "Signs", "TorchDelta", "component_of", "read_torch_delta"]
+__all__ = ["LAYOUTS", "Carried", "Layout", "Signs", "TorchDelta", "component_of", "read_torch_delta"]
 
 Layout: TypeAlias = Literal["bitdelta", "peraxis-pt"]
 LAYOUTS: Final[tuple[Layout, ...]] = ("bitdelta", "peraxis-pt")
@@ -55,13 +64,16 @@ class TorchDelta:
     whole: Mapping[str, Tensor]
 
 
-def read_torch_delta(path: Path, layout: Layout | None = None) -> TorchDelta:
-    """Read such a file; layout None: recognise it by its names. Raises ToolError."""
+def read_torch_delta(path: Path, layout: Layout | None = None, *, axis: pxd.Axis | None = None) -> TorchDelta:
+    """Read such a file; layout None: recognise it by its names. Raises ToolError.
+
+    axis: row or col, as SPEC.md names them: which to take of a module whose variants are both there.
+    """
     tensors = _load(path)
     masks = {key for key in tensors if key.rpartition(".")[2] in ("mask", "mask_row", "mask_col")}
     if layout is None:
         layout = _recognise(path, masks)
-    signs, used = (_bitdelta if layout == "bitdelta" else _peraxis)(path, tensors, masks)
+    signs, used = _bitdelta(path, tensors, masks) if layout == "bitdelta" else _peraxis(path, tensors, masks, axis)
     whole = {name: tensor for name, tensor in tensors.items() if name not in used}
     strange = next((name for name in whole if name.rpartition(".")[2] not in ("weight", "bias")), None)
     if strange is not None:
@@ -73,7 +85,8 @@ def _load(path: Path) -> dict[str, Tensor]:
     import torch
 
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped where the file is a zip, as it is since torch 1.6: tensors then come into memory one by one.
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise ToolError(
             f"{path}: holds Python objects, not tensors alone; it is not opened, since that could run code"
@@ -109,7 +122,9 @@ def _bitdelta(path: Path, tensors: Mapping[str, Tensor], masks: set[str]) -> tup
     return signs, used
 
 
-def _peraxis(path: Path, tensors: Mapping[str, Tensor], masks: set[str]) -> tuple[dict[str, Signs], set[str]]:
+def _peraxis(
+    path: Path, tensors: Mapping[str, Tensor], masks: set[str], wanted: pxd.Axis | None
+) -> tuple[dict[str, Signs], set[str]]:
     signs: dict[str, Signs] = {}
     used: set[str] = set()
     for key in masks:
@@ -117,14 +132,19 @@ def _peraxis(path: Path, tensors: Mapping[str, Tensor], masks: set[str]) -> tupl
         theirs = name.removeprefix("mask_")
         if theirs not in _SWAPPED:
             raise ToolError(f"{path}: {key!r} is no part of the layout peraxis-pt; try --from bitdelta")
-        if f"{module}.weight" in signs:
-            raise ToolError(f"{path}: {module} has a row and a col variant; save the file after one has been chosen")
-        words = _words(path, key, tensors)
-        axis = _SWAPPED[theirs]
-        count = words.shape[1] if axis is pxd.Axis.ROW else words.shape[0] * 32
-        scale = f"{module}.coeff_{theirs}"
-        signs[f"{module}.weight"] = Signs(axis=axis, words=words, scale=_scale(path, scale, tensors, count))
+        axis, scale = _SWAPPED[theirs], f"{module}.coeff_{theirs}"
         used |= {key, scale}
+        if {f"{module}.mask_row", f"{module}.mask_col"} <= masks and axis is not wanted:
+            if wanted is None:
+                # The paper keeps the variant of the lower validation error, which is not in the file.
+                raise ToolError(
+                    f"{path}: {module} has both a row and a col variant, and nothing says which was chosen; pass "
+                    "--axis row (a scale an output, their mask_col) or --axis col (a scale an input, their mask_row)"
+                )
+            continue
+        words = _words(path, key, tensors)
+        count = words.shape[1] if axis is pxd.Axis.ROW else words.shape[0] * 32
+        signs[f"{module}.weight"] = Signs(axis=axis, words=words, scale=_scale(path, scale, tensors, count))
     return signs, used
 
 
@@ -150,11 +170,21 @@ def _scale(path: Path, key: str, tensors: Mapping[str, Any], count: int) -> NDAr
     return scale
 
 
-def component_of(signs: Signs) -> tuple[pxd.Component, float]:
-    """The component, and the largest relative error that F16 brings to a scale; 0 where it is exact.
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """A component as it is stored.
 
-    A negative scale is folded into the signs (SPEC 5.4).
+    error: the largest relative difference to a scale of the file. merges: whether base + component is their merge's
+    weight to the bit.
     """
+
+    component: pxd.Component
+    error: float
+    merges: bool
+
+
+def component_of(signs: Signs, dtype: pxd.DType) -> Carried:
+    """The component for a base tensor of this dtype. A negative scale is folded into the signs (SPEC 5.4)."""
     mask = np.ascontiguousarray(signs.words.T.astype("<i4")).view(np.uint8)
     negative = signs.scale < 0.0
     d_in = signs.words.shape[0] * 32
@@ -162,14 +192,19 @@ def component_of(signs: Signs) -> tuple[pxd.Component, float]:
         mask = mask ^ np.packbits(negative, bitorder="little")
     else:
         mask = np.where(negative[:, None] if signs.axis is pxd.Axis.ROW else negative[0], negate_mask(mask, d_in), mask)
-    wanted = np.abs(signs.scale)
-    half, exponent = pxd.encode_scales(wanted)
+    scale = np.abs(signs.scale)
+    theirs = pxd.to_float32(pxd.from_float32(scale.astype(np.float32), dtype), dtype).astype(np.float64)
+    half, exponent = pxd.encode_scales(theirs)
     stored = np.ldexp(half.astype(np.float64), exponent)
     with np.errstate(invalid="ignore", divide="ignore"):
-        error = np.nan_to_num(np.abs(stored - wanted) / wanted, nan=0.0)
+        error = np.nan_to_num(np.abs(stored - scale) / scale, nan=0.0)
     name = {pxd.Axis.ROW: "row", pxd.Axis.COL: "col", pxd.Axis.TENSOR: "scalar"}[signs.axis]
     scales: dict[str, Any] = {name: half}
-    return pxd.Component(axis=signs.axis, exponent=exponent, mask=mask, **scales), float(error.max(initial=0.0))
+    return Carried(
+        pxd.Component(axis=signs.axis, exponent=exponent, mask=mask, **scales),
+        error=float(error.max(initial=0.0)),
+        merges=bool(np.array_equal(stored, theirs)),
+    )
 
 
 def shape_of(signs: Signs) -> tuple[int, int]:

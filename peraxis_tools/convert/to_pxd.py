@@ -1,8 +1,9 @@
 """A `.pt` delta of another project and its base -> one .pxd, bound to that base.
 
-Signs are carried over bit by bit. Scales become F16 under an exponent: exactly for BF16 scales within 2^30 of the
-largest, otherwise rounded once (relative error at most 2^-11, and reported). Parameters stored whole take the base's
-dtype, as loading them into the base model would do. What the file does not name is the base's.
+Signs are carried over bit by bit, scales so that the weights are those of the project's own merge (layouts.py): to the
+bit on a BF16 or F16 base; on an F32 base with each scale rounded to F16 (relative error at most 2^-11). What a scale
+lost is reported. Parameters stored whole take the base's dtype, as loading them into the base model would do. What the
+file does not name is the base's.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ __all__ = ["ToPxdResult", "to_pxd"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToPxdResult:
-    """What was written. scale_error: the largest relative rounding of a scale; cast: parameters that changed dtype."""
+    """What was written.
+
+    scale_error: the largest relative difference of a stored scale to the file's. merges: whether applying it gives the
+    weights of the project's own merge to the bit. cast: parameters that changed dtype.
+    """
 
     path: Path
     content_id: str
@@ -40,12 +45,14 @@ class ToPxdResult:
     full: int
     same: int
     scale_error: float
+    merges: bool
     cast: tuple[str, ...]
 
 
 @dataclass(slots=True)
 class _Counts:
     scale_error: float = 0.0
+    merges: bool = True
     cast: tuple[str, ...] = ()
 
 
@@ -55,11 +62,14 @@ def to_pxd(
     output: str | Path,
     *,
     layout: Layout | None = None,
+    axis: pxd.Axis | None = None,
     name: str | None = None,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> ToPxdResult:
     """Convert; layout None recognises it. name: of the fine-tuned checkpoint (default: the file's name).
+
+    axis: row or col, for modules that the file holds both variants of; others keep the one that they have.
 
     Raises ToolError, CheckpointError; CheckFailedError where the file is for another model.
     """
@@ -67,7 +77,7 @@ def to_pxd(
     refuse_existing(output, overwrite=overwrite)
     if not source.is_file():
         raise ToolError(f"{source}: no such file")
-    found = read_torch_delta(source, layout)
+    found = read_torch_delta(source, layout, axis=axis)
     counts = _Counts()
     with open_checkpoint(base) as checkpoint:
         _check_base(found, checkpoint, source)
@@ -86,6 +96,7 @@ def to_pxd(
         full=kinds.count(pxd.Encoding.FULL),
         same=kinds.count(pxd.Encoding.SAME),
         scale_error=counts.scale_error,
+        merges=counts.merges,
         cast=counts.cast,
     )
 
@@ -117,9 +128,10 @@ def _write(
             ref = pxd.BaseRef(dtype=info.dtype, shape=info.shape, sha256=tensors.sha256(name))
             progress(info.size)
         if name in found.signs and ref is not None:
-            component, error = component_of(found.signs[name])
-            counts.scale_error = max(counts.scale_error, error)
-            writer.add(_module(name, ref.shape, ref.dtype, ref, components=(component,)))
+            carried = component_of(found.signs[name], ref.dtype)
+            counts.scale_error = max(counts.scale_error, carried.error)
+            counts.merges &= carried.merges
+            writer.add(_module(name, ref.shape, ref.dtype, ref, components=(carried.component,)))
         elif name in found.whole:
             array, dtype = _storage(found.whole[name], ref, name, counts)
             digest = hashlib.sha256(pxd.raw_bytes(array)).hexdigest()

@@ -18,8 +18,10 @@ def render_to_pxd(result: ToPxdResult, console: Console) -> None:
     console.print(f"[bold green]converted[/]  {text(result.path)}  {size(result.bytes)}, from {result.layout}")
     console.print(f"content    {text(result.content_id)}")
     console.print(f"modules    {result.sign} sign, {result.full} full, {result.same} same as the base")
-    exact = "carried over exactly" if result.scale_error == 0.0 else "rounded to F16 once, relative error at most "
-    console.print(f"scales     {exact}{'' if result.scale_error == 0.0 else f'{result.scale_error:.2g}'}")
+    rounded = f"rounded once, relative error at most {result.scale_error:.2g}"
+    console.print(f"scales     {'carried over exactly' if result.scale_error == 0.0 else rounded}")
+    if result.merges:
+        console.print(f"weights    bit for bit those of {result.layout}'s own merge")
     if result.cast:
         console.print(f"cast       {len(result.cast)} parameters to the base's dtype, {text(result.cast[0])} for one")
 
