@@ -174,7 +174,8 @@ def rebuild_matrix(
 ) -> None:
     """`rebuild` of one matrix from components that are in binary32 already: the term is sign * (scales * columns).
 
-    masks: [d_out, ceil(d_in/8)] each. scales: [k, d_out], 2^e folded in. columns: [k, d_in]. base, out: [d_out, d_in].
+    masks: [d_out, ceil(d_in/8)] each. scales: [k, d_out], 2^e folded in. columns: [k, d_in]. base, out: [d_out, d_in],
+    C-contiguous.
     """
     padded = np.ones((len(columns), -(-base.shape[1] // LANES) * LANES), np.float32)
     padded[:, : base.shape[1]] = columns

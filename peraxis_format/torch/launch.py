@@ -18,7 +18,8 @@ from peraxis_format.torch import kernels
 from peraxis_format.torch.rows import Rows
 
 if TYPE_CHECKING:
-    from peraxis_format.torch.served import Patch, ServedLinear, State
+    from peraxis_format.torch.linear import ServedLinear
+    from peraxis_format.torch.served import Patch, State
 
 __all__ = ["LinearKernels"]
 
@@ -49,7 +50,7 @@ class LinearKernels:
     @torch.no_grad()
     def linear(self, module: ServedLinear, state: State, x: Tensor, lead: Sequence[int], rows: Rows) -> Tensor:
         """x: [rows, in_features]. Returns [rows, out_features]."""
-        from peraxis_format.torch.served import MANY_ROWS
+        from peraxis_format.torch.linear import MANY_ROWS
 
         x = x.contiguous()
         groups = rows.groups(lead, x.device)

@@ -67,6 +67,19 @@ class Rows:
             self._cache[key] = found
         return found
 
+    def span(self, shape: Sequence[int], variants: Sequence[int], device: torch.device) -> slice | Tensor:
+        """The rows of some variants, one variant's after the other's: a slice where they lie side by side."""
+        key = ("span", tuple(shape), tuple(variants), device)
+        found = self._cache.get(key)
+        if not isinstance(found, slice | Tensor):
+            groups = self.groups(shape, torch.device("cpu"))
+            rows = torch.cat([groups[v] for v in variants])
+            first = int(rows[0])
+            beside = torch.equal(rows, torch.arange(first, first + len(rows)))
+            found = slice(first, first + len(rows)) if beside else rows.to(device)
+            self._cache[key] = found
+        return found
+
     def _row_ids(self, shape: Sequence[int]) -> Tensor:
         count = 1
         for d in shape:

@@ -26,12 +26,13 @@ from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.binding import check_live, is_sharded
 from peraxis_format.torch.device import device_of
 from peraxis_format.torch.errors import DeviceError, LiveModelError
+from peraxis_format.torch.linear import ServedLinear
 from peraxis_format.torch.payload import check_pads
 from peraxis_format.torch.placement import Part, Placement, place
 from peraxis_format.torch.rows import Rows
-from peraxis_format.torch.served import GroupForward, Patch, ServedEmbedding, ServedLinear, State
+from peraxis_format.torch.served import GroupForward, Patch, ServedEmbedding, State
 from peraxis_format.torch.storage import tensor_view
-from peraxis_format.torch.terms import terms_of
+from peraxis_format.torch.terms import Scratch, terms_of
 from peraxis_format.torch.work import Workers
 
 __all__ = ["Served", "serve"]
@@ -51,6 +52,7 @@ class Served:
         self._states: dict[nn.Module, State] = {}
         self._classes: dict[nn.Module, type[nn.Module]] = {}
         self._backend = backend
+        self._scratch = Scratch()
 
     @contextlib.contextmanager
     def using(self, variants: Sequence[str | int | None] | Tensor) -> Iterator[None]:
@@ -88,7 +90,7 @@ class Served:
 
                 kernels = LinearKernels()
             tokens = getattr(self.model, "get_input_embeddings", lambda: module)()
-            self._states[module] = State(self._rows.get, kernels, broadcast=module is not tokens)
+            self._states[module] = State(self._rows.get, kernels, self._scratch, broadcast=module is not tokens)
             self._exchange(module, self._states[module])
         return self._states[module]
 

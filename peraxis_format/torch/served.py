@@ -1,7 +1,6 @@
 """Modules that serve several variants at once: a linear, an embedding, and anything else that works row by row.
 
-    linear      y = x W^T + sum over k of row_k o ((x o col_k) B_k^T)      few rows of a variant: W untouched, shared
-                y = x W_v^T, W_v rebuilt where it is multiplied            many rows: the merged weights' values
+    linear      see linear.py
     embedding   rows of W_v for the tokens at hand: the merged bits
     other       the module itself, run on each variant's rows with its own parameters: the merged bits
 
@@ -11,22 +10,19 @@ for others, its forward), and put back by `Served.close`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional
 
 from peraxis_format.torch.errors import LiveModelError
 from peraxis_format.torch.rows import Rows
-from peraxis_format.torch.terms import Term, is_quick, project, rebuild, rebuild_rows
+from peraxis_format.torch.terms import Scratch, Term, rebuild, rebuild_rows
 
-__all__ = ["MANY_ROWS", "GroupForward", "Patch", "ServedEmbedding", "ServedLinear", "State"]
-
-MANY_ROWS: Final = 64  # rows of one variant from which its weights are rebuilt rather than added to
+__all__ = ["GroupForward", "Patch", "ServedEmbedding", "State"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,9 +45,9 @@ class State:
 
     rows: Callable[[], Rows | None]
     kernels: Any
+    scratch: Scratch
     broadcast: bool = False
     patches: dict[str, dict[int, list[Patch]]] = field(default_factory=dict)
-    tables: dict[Any, Any] = field(default_factory=dict)
 
     def changed(self, variant: int) -> bool:
         """Whether a variant differs from the base in this module."""
@@ -75,47 +71,6 @@ class State:
             else:
                 out[patch.begin : patch.end] = rebuild(part, patch.terms)
         return out
-
-
-class ServedLinear(nn.Linear):
-    """A linear that adds each row's own variant."""
-
-    peraxis: State
-
-    def forward(self, input: Tensor) -> Tensor:
-        """input: [..., in_features]. Returns [..., out_features], in the input's dtype."""
-        state, rows = self.peraxis, self.peraxis.rows()
-        if rows is None or not any(state.changed(v) for v in rows.variants):
-            return functional.linear(input, self.weight, self.bias)
-        lead = input.shape[:-1]
-        x = input.reshape(-1, input.shape[-1])
-        if state.kernels is not None:
-            out: Tensor = state.kernels.linear(self, state, x, lead, rows)
-        else:
-            out = self._each(state, x, rows.groups(lead, x.device))
-        return out.reshape(*lead, self.out_features)
-
-    def _each(self, state: State, x: Tensor, groups: Mapping[int, Tensor]) -> Tensor:
-        out = functional.linear(x, self.weight, self.bias)
-        for variant, index in groups.items():
-            if variant >= 0 and state.changed(variant):
-                part = x[index]
-                bias = state.parameter(self, "bias", variant) if self.bias is not None else None
-                out[index] = self._rows(state, part, variant, bias)
-        return out
-
-    def _rows(self, state: State, x: Tensor, variant: int, bias: Tensor | None) -> Tensor:
-        """All rows of one variant."""
-        patches = state.patches.get("weight", {}).get(variant, [])
-        exact = any(patch.full is not None for patch in patches)
-        if exact or len(x) >= MANY_ROWS or is_quick(self.weight):
-            return functional.linear(x, state.parameter(self, "weight", variant), bias)
-        out = functional.linear(x, self.weight).float()
-        for patch in patches:
-            out[:, patch.begin : patch.end] += project(x, patch.terms)
-        if bias is not None:
-            out += bias.float()
-        return out.to(x.dtype)
 
 
 class ServedEmbedding(nn.Embedding):

@@ -3,10 +3,13 @@
 term = sign o (row x col), row with 2^e folded in: float32, exact (SPEC 6.1)
 rebuild   round(f32(W) + term_0 + term_1 + ...)                     the bits of the merged weights
 project   sum over k of row_k o ((x o col_k) B_k^T)                 float32, W untouched
+
+On the CPU both go through numba where it is installed and the matrix is large (fast.py, products.py).
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,10 +20,11 @@ from peraxis_format.delta import Component, ModuleDelta
 from peraxis_format.reconstruct import have_compiled
 from peraxis_format.torch.storage import dtype_of, storage_array
 
-__all__ = ["Term", "is_quick", "project", "rebuild", "rebuild_rows", "terms_of"]
+__all__ = ["Scratch", "Term", "add_projections", "is_quick", "project", "rebuild", "rebuild_rows", "terms_of"]
 
 _BLOCK = 1 << 22  # weights that are unpacked at a time
 _COMPILED_FROM = 1 << 18
+_THREADED_FROM = 1 << 22
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,6 +44,24 @@ class Term:
     def dense(self, rows: slice | Tensor) -> Tensor:
         """The term of some rows, float32 [rows, d_in]."""
         return self.signs(rows) * (self.row[rows].unsqueeze(-1) * self.col)
+
+    def part(self, rows: slice) -> Term:
+        """Some rows as a term of their own, in the same memory."""
+        return Term(self.mask[rows], self.row[rows], self.col)
+
+
+class Scratch(threading.local):
+    """One buffer a thread for rebuilt weights: new memory for each would cost more than the rebuilding."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def rows(self, rows: int, like: Tensor) -> Tensor:
+        """[rows, width of `like`] in its dtype, on the CPU; the next call overwrites it."""
+        size = rows * like.shape[1] * like.element_size()
+        if self._buffer.numel() < size:
+            self._buffer = torch.empty(size, dtype=torch.uint8)
+        return self._buffer[:size].view(like.dtype).view(rows, like.shape[1])
 
 
 def terms_of(module: ModuleDelta, device: torch.device) -> list[list[Term]]:
@@ -70,14 +92,15 @@ def _blocks(d_out: int, d_in: int) -> list[slice]:
 
 
 def is_quick(weight: Tensor) -> bool:
-    """Whether `rebuild` goes through fast.py: then it costs less than `project` for any number of rows."""
+    """Whether numba is used for a weight."""
     return weight.device.type == "cpu" and weight.numel() >= _COMPILED_FROM and have_compiled()
 
 
-def rebuild(weight: Tensor, terms: Sequence[Term]) -> Tensor:
-    """The merged weight [d_out, d_in], bit for bit (SPEC 6.1)."""
-    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    if is_quick(weight):
+def rebuild(weight: Tensor, terms: Sequence[Term], *, out: Tensor | None = None, quick: bool | None = None) -> Tensor:
+    """The merged weight [d_out, d_in], bit for bit (SPEC 6.1). out: where to, contiguous. quick: see is_quick."""
+    if out is None:
+        out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    if is_quick(weight) if quick is None else quick:
         from peraxis_format import fast
 
         fast.rebuild_matrix(
@@ -87,6 +110,7 @@ def rebuild(weight: Tensor, terms: Sequence[Term]) -> Tensor:
             storage_array(weight.contiguous()),
             storage_array(out),
             dtype=dtype_of(weight, "weight"),
+            threads=1 if weight.numel() < _THREADED_FROM else None,
         )
         return out
     for rows in _blocks(*weight.shape):
@@ -111,3 +135,25 @@ def project(x: Tensor, terms: Sequence[Term]) -> Tensor:
         for rows in _blocks(len(term.row), len(term.col)):
             out[:, rows] += (scaled @ term.signs(rows).t()) * term.row[rows]
     return out
+
+
+def add_projections(products: Sequence[tuple[Tensor, Sequence[Term], Tensor]], *, quick: bool) -> None:
+    """out += project(x, terms) for each (x, terms, out), out float32 [rows, d_out]. quick: see is_quick."""
+    if not quick:
+        for x, terms, out in products:
+            out += project(x, terms)
+        return
+    from peraxis_format.products import Product, add_products
+
+    add_products(
+        [
+            Product(
+                masks=[term.mask.numpy() for term in terms],
+                rows=[term.row.numpy() for term in terms],
+                columns=[term.col.numpy() for term in terms],
+                inputs=x.detach().float().numpy(),
+                out=out.numpy(),
+            )
+            for x, terms, out in products
+        ]
+    )

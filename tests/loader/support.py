@@ -64,6 +64,7 @@ def write_delta(
     components: int = 1,
     tied: Mapping[str, str] | None = None,
     same: Sequence[str] = (),
+    full: Sequence[str] = (),
 ) -> Path:
     """Write a delta: matrices `sign` (axes in turn, or those given), vectors `full`, names of `same` as they are."""
     rng = np.random.default_rng(seed)
@@ -74,7 +75,7 @@ def write_delta(
             if tied and name in tied:
                 continue
             chosen = axes or [AXES[(i + k + seed) % len(AXES)] for k in range(components)]
-            encoding = pf.Encoding.SIGN if tensor.ndim >= 2 else pf.Encoding.FULL
+            encoding = pf.Encoding.SIGN if tensor.ndim >= 2 and name not in full else pf.Encoding.FULL
             if name in same:
                 encoding = pf.Encoding.SAME
             writer.add(random_module(name, tensor, rng, chosen, encoding))

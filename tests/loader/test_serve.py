@@ -13,11 +13,21 @@ from torch import Tensor, nn
 
 import peraxis_format as pf
 from peraxis_format.torch import DeviceError, LiveModelError, apply_, serve
-from peraxis_format.torch.served import MANY_ROWS
+from peraxis_format.torch.linear import MANY_ROWS
 from tests.loader.support import AXES, Small, bytes_of, named_tensors, write_delta
 
 ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
-BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"))]
+INTERPRETED = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+
+
+@pytest.fixture(params=["torch", "numba", pytest.param("triton", marks=INTERPRETED)])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Plain torch, the same with numba for all matrices, however small, and the kernels."""
+    if request.param != "numba":
+        return str(request.param)
+    pytest.importorskip("numba")
+    monkeypatch.setattr("peraxis_format.torch.terms._COMPILED_FROM", 0)
+    return "torch"
 
 
 def base_of(model: nn.Module) -> dict[str, Tensor]:
@@ -48,7 +58,6 @@ def dense_terms(path: Path, name: str) -> Tensor:
         return torch.from_numpy(pf.dense_delta(delta.load(name))).double()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", list(ROUNDOFF))
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("length", [1, 7])
@@ -86,7 +95,6 @@ def test_on_the_fly_is_within_the_stated_bound_of_float64(
         assert torch.all((found[i].double() - exact).abs() <= bound)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
 def test_many_rows_of_a_variant_are_multiplied_with_the_merged_weights(backend: Any, tmp_path: Path) -> None:
     model = One(40, 24, torch.float32, bias=False)
@@ -102,7 +110,33 @@ def test_many_rows_of_a_variant_are_multiplied_with_the_merged_weights(backend: 
             assert torch.equal(found[i], expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_merged_weights_are_multiplied_block_by_block(
+    backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a fused weight, of which one part is exact, one has terms, and one is the base's."""
+    monkeypatch.setattr("peraxis_format.torch.linear._BLOCK", 100)
+    model = One(40, 24, torch.bfloat16, bias=True)
+    parts = {"a": (0, 10), "b": (10, 13), "c": (13, 24)}
+    base = {name: model.linear.weight.detach()[first:last].clone() for name, (first, last) in parts.items()}
+    views = {name: model.linear.weight.detach()[first:last] for name, (first, last) in parts.items()}
+    path = write_delta(tmp_path / "v.pxd", base, components=2, full=("b",), same=("c",))
+    weight = model.linear.weight.detach().clone()
+    x = torch.randn(2, MANY_ROWS, 40).bfloat16()
+    with serve(model, {"v": path}, backend=backend, views=views) as served, served.using(["v", None]):
+        found = model(x)
+    changed = merged_parts(path, base)
+    weight[0:10], weight[10:13] = changed["a"], changed["b"]
+    torch.testing.assert_close(found[1], model(x[1]))
+    torch.testing.assert_close(found[0], nn.functional.linear(x[0], weight, model.linear.bias), rtol=0.02, atol=0.02)
+
+
+def merged_parts(path: Path, base: dict[str, Tensor]) -> dict[str, Tensor]:
+    state = {name: tensor.clone() for name, tensor in base.items()}
+    apply_(state, path)
+    return state
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @torch.no_grad()
 def test_a_mixed_batch_gives_each_sequence_its_merged_model(backend: Any, tied: bool, tmp_path: Path) -> None:
