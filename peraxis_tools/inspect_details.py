@@ -13,6 +13,7 @@ import numpy as np
 
 import peraxis_format as pxd
 from peraxis_tools.kinds import layer_of, subtype_of
+from peraxis_tools.progress import ProgressOf, silent
 
 __all__ = ["Details", "ScaleLine", "details", "noted_errors"]
 
@@ -40,11 +41,22 @@ class Details:
     errors: Mapping[str, float]
 
 
-def details(path: str | Path) -> Details:
+def details(path: str | Path, *, progress: ProgressOf = silent) -> Details:
     """Read the scales of a local file, as views; masks are not touched. Raises PxdError, OSError."""
     with pxd.open(path) as delta:
-        scales = tuple(_scale_line(delta[name]) for name in delta if delta.entry(name).components)
-        return Details(scales=scales, errors=noted_errors(delta.manifest))
+        signed = [name for name in delta if delta.entry(name).components]
+        sizes = {name: _span(delta, name) for name in signed}
+        scales = []
+        with progress("scales", sum(sizes.values())) as step:
+            for name in signed:
+                scales.append(_scale_line(delta[name]))
+                step(sizes[name])
+        return Details(scales=tuple(scales), errors=noted_errors(delta.manifest))
+
+
+def _span(delta: pxd.DeltaFile, name: str) -> int:
+    begin, end = delta.span(name)
+    return end - begin
 
 
 def noted_errors(manifest: pxd.Manifest) -> dict[str, float]:

@@ -11,7 +11,7 @@ from peraxis_tools.commands.sources import fetched
 from peraxis_tools.errors import ToolError
 from peraxis_tools.inspect import InspectResult, inspect, inspect_remote, select
 from peraxis_tools.remote import is_remote
-from peraxis_tools.report import emit, print_note
+from peraxis_tools.report import emit, print_note, progress, staged
 from peraxis_tools.report.inspect import render_inspect
 
 __all__ = ["command"]
@@ -66,9 +66,10 @@ def _write(result: InspectResult, delta: str, figure: Path | None, page: Path | 
     from peraxis_tools.report.plot import plot
 
     with fetched([delta], quiet=quiet) as (path,):
-        found = details(path)
+        found = details(path, progress=staged(quiet=quiet))
     if figure is not None:
-        plot(result, found, figure)
+        with progress("plot", None, quiet=quiet):
+            plot(result, found, figure)
         print_note(f"wrote {figure}", quiet=quiet)
     if page is not None:
         write_page(result, found, page)

@@ -2,6 +2,7 @@
 
 from peraxis_tools.report.console import (
     Progress,
+    axes,
     emit,
     hub_progress,
     print_error,
@@ -17,6 +18,7 @@ from peraxis_tools.report.console import (
 
 __all__ = [
     "Progress",
+    "axes",
     "emit",
     "hub_progress",
     "print_error",

@@ -15,7 +15,7 @@ from typing import Final
 import peraxis_format as pxd
 from peraxis_tools.inspect import ByteShare, InspectResult, ModuleLine
 from peraxis_tools.inspect_details import Details
-from peraxis_tools.report.console import size
+from peraxis_tools.report.console import axes, size
 
 __all__ = ["page", "write_page"]
 
@@ -42,7 +42,7 @@ def page(result: InspectResult, details: Details) -> str:
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{title}: PXD report</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
         f"{_heading(result)}{_cards(result)}"
-        f'<div class="columns">{_bytes("Bytes by kind", result.by_kind)}{_axes(result)}</div>\n'
+        f'<div class="columns">{_bytes("Bytes by kind", result)}{_axes(result)}</div>\n'
         f"{_manifest(result)}{_table(result, details)}"
         f"</main>\n<script>\n{script}</script>\n</body>\n</html>\n"
     )
@@ -83,16 +83,22 @@ def _bar(parts: Iterable[tuple[str, float]]) -> str:
     return f'<span class="bar">{spans}</span>'
 
 
-def _bytes(title: str, shares: tuple[ByteShare, ...]) -> str:
+def _bytes(title: str, result: InspectResult) -> str:
+    rest = ByteShare(label="assets, header", modules=0, bytes=result.asset_bytes + result.overhead_bytes, full_bytes=0)
+    shares = (*result.by_kind, rest)
     largest = max((share.bytes for share in shares), default=0) or 1
     rows = "".join(
         f"<tr><th scope=row>{_text(share.label)}</th><td>{_bar([('bytes', share.bytes / largest)])}</td>"
-        f"<td class=n>{size(share.bytes)}</td><td class=n>{share.full_bytes / share.bytes:.1f} ×</td></tr>"
+        f"<td class=n>{size(share.bytes)}</td><td class=n>{_times(share)}</td></tr>"
         if share.bytes
         else f"<tr><th scope=row>{_text(share.label)}</th><td></td><td class=n>0 B</td><td class=n>-</td></tr>"
         for share in shares
     )
     return f"<section><h2>{title}</h2><table class=bars>{rows}</table></section>"
+
+
+def _times(share: ByteShare) -> str:
+    return f"{share.full_bytes / share.bytes:.1f} ×" if share.full_bytes and share.bytes else ""
 
 
 def _axes(result: InspectResult) -> str:
@@ -157,10 +163,10 @@ def _row(line: ModuleLine, scales: Mapping[str, float], errors: Mapping[str, flo
     for dimension in line.shape:
         elements *= dimension
     cells = [
-        _cell(line.name),
+        f"<td>{_text(line.name).replace('.', '.<wbr>')}</td>",  # a line may end behind a dot
         _cell(line.kind),
         _cell(line.encoding),
-        _cell(" ".join(line.axes) or "-"),
+        _cell(axes(line.axes) or "-"),
         _cell("×".join(map(str, line.shape)) or "scalar", elements),
         _cell(line.dtype),
         _cell(size(line.bytes), line.bytes),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Final
 
 from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
-from peraxis_tools.inspect import ByteShare, InspectResult
-from peraxis_tools.report.console import size, text
+from peraxis_tools.inspect import ByteShare, InspectResult, ModuleLine
+from peraxis_tools.report.console import axes, size, text
 
 __all__ = ["render_inspect"]
+
+_WIDEST: Final = 120
 
 
 def render_inspect(result: InspectResult, console: Console, *, modules: bool = True, tree: bool = False) -> None:
@@ -24,7 +27,7 @@ def render_inspect(result: InspectResult, console: Console, *, modules: bool = T
     if tree:
         console.print(_tree(result))
     elif modules:
-        console.print(_module_table(result, min(console.width, 80) if console.is_terminal else 80))
+        console.print(_module_table(result, min(console.width, _WIDEST) if console.is_terminal else 80))
 
 
 def _summary(result: InspectResult, console: Console) -> None:
@@ -76,25 +79,38 @@ def _axes_table(result: InspectResult) -> Table:
 
 
 def _tree(result: InspectResult) -> Tree:
-    """Modules by the parts of their names, bytes summed upwards."""
+    """Modules by the parts of their names, bytes summed upwards; a part with one child stands on its child's line."""
     totals: Counter[tuple[str, ...]] = Counter()
+    children: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
     for line in result.modules:
-        parts = tuple(line.name.split("."))
-        for depth in range(len(parts) + 1):
-            totals[parts[:depth]] += line.bytes
-    root = Tree(f"{text(result.file)}  {size(totals[()])}")
-    nodes = {(): root}
+        for path in _prefixes(line.name):
+            totals[path] += line.bytes
+            children.setdefault(path[:-1], set()).add(path)
+    whole = sum(line.bytes for line in result.modules)
+    nodes = {(): Tree(f"{text(result.file)}  {size(whole)}")}
+    modules = {tuple(line.name.split(".")): line for line in result.modules}
     for line in result.modules:
-        parts = tuple(line.name.split("."))
-        for depth in range(1, len(parts) + 1):
-            path = parts[:depth]
-            if path in nodes:
+        shown: list[str] = []
+        for path in _prefixes(line.name):
+            shown.append(path[-1])
+            here = modules.get(path)
+            if here is None and len(children[path]) == 1:
                 continue
-            label = f"{text(path[-1])}  {size(totals[path])}"
-            if depth == len(parts):
-                label += f"  [dim]{line.encoding} {' '.join(line.axes)}[/]"
-            nodes[path] = nodes[path[:-1]].add(label)
-    return root
+            if path not in nodes:
+                label = f"{text('.'.join(shown))}  {size(totals[path])}"
+                above = path[: len(path) - len(shown)]
+                nodes[path] = nodes[above].add(label if here is None else f"{label}  [dim]{_encoding(here)}[/]")
+            shown = []
+    return nodes[()]
+
+
+def _prefixes(name: str) -> list[tuple[str, ...]]:
+    parts = tuple(name.split("."))
+    return [parts[:depth] for depth in range(1, len(parts) + 1)]
+
+
+def _encoding(line: ModuleLine) -> str:
+    return f"{line.encoding} {axes(line.axes)}" if line.axes else line.encoding
 
 
 def _module_table(result: InspectResult, width: int) -> Table:
@@ -104,7 +120,7 @@ def _module_table(result: InspectResult, width: int) -> Table:
     table.add_column("shape", justify="right", no_wrap=True)
     table.add_column("stored", justify="right", no_wrap=True)
     for line in result.modules:
-        encoding = f"{line.encoding} {' '.join(line.axes)}" if line.axes else line.encoding
+        encoding = _encoding(line)
         shape = "x".join(map(str, line.shape)) or "scalar"
         table.add_row(text(line.name), encoding, f"{shape} {line.dtype}", size(line.bytes))
     return table

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["plot"]
 
-# Okabe and Ito's colours, told apart by most eyes.
+# Okabe and Ito's colours, told apart by most eyes; a brown for their yellow, which is faint on white.
 _COLOURS: Final = {"row": "#0072B2", "col": "#E69F00", "row+col": "#009E73", "tensor": "#CC79A7"}
-_SUBTYPES: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#666666")
+_SUBTYPES: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31", "#666666")
 _GREY: Final = "#666666"
 _STYLE: Final = {"svg.hashsalt": "peraxis", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
@@ -46,15 +46,16 @@ def plot(result: InspectResult, details: Details, path: Path) -> None:
     ]
     if details.errors:
         panels.append(lambda axes: _errors(axes, details))
-    with mpl.rc_context(
-        {"svg.hashsalt": "peraxis", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    ):
+    with mpl.rc_context(_STYLE):
         rows = (len(panels) + 1) // 2
         figure = Figure(figsize=(11, 3.6 * rows), layout="constrained")
+        grid = figure.add_gridspec(rows, 2)
         name = _plain(result.manifest.fine_tuned.id)
         figure.suptitle(f"{name}   {size(result.file_bytes)}, {result.ratio:.1f} times smaller", fontsize=11)
         for i, panel in enumerate(panels):
-            panel(figure.add_subplot(rows, 2, i + 1))
+            # An odd one at the end takes the whole row.
+            columns = slice(None) if i == 2 * rows - 2 == len(panels) - 1 else i % 2
+            panel(figure.add_subplot(grid[i // 2, columns]))
         # SVG would note the date, PNG the version of the library.
         metadata: dict[str, Any] = {"Date": None} if path.suffix.lower() == ".svg" else {"Software": None}
         with pxd.atomic_file(path) as file:
@@ -120,15 +121,29 @@ def _scales(axes: Axes, details: Details) -> None:
         points.sort()
         layers, low, median, high = zip(*points, strict=True)
         colour = colours[name]
-        axes.plot(layers, median, label=_plain(name), color=colour, lw=1.4, marker="." if len(layers) < 16 else "")
-        axes.fill_between(layers, low, high, color=colour, alpha=0.10, lw=0)
+        axes.plot(layers, median, label=_plain(name), color=colour, lw=1.6, marker="." if len(layers) < 16 else "")
+        for edge in (low, high):
+            axes.plot(layers, edge, color=colour, lw=0.7, alpha=0.6, ls=(0, (4, 2)))
     axes.set_xlabel("layer")
     axes.set_ylabel("|scale|")
-    axes.set_title("Scales by depth: median, 5% to 95%", loc="right")
+    axes.set_title("Scales by depth: median, dashed 5% and 95%", loc="right")
     if by_subtype:
         axes.set_yscale("log")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(frameon=False, fontsize=7, ncols=2)
+        _legend_below(axes)
+
+
+def _legend_below(axes: Axes) -> None:
+    axes.legend(
+        frameon=False,
+        fontsize=7,
+        ncols=7,
+        handlelength=1.2,
+        columnspacing=1.0,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.16),
+        borderaxespad=0,
+    )
 
 
 def _subtype_colours(details: Details) -> dict[str, str]:
@@ -160,7 +175,7 @@ def _errors(axes: Axes, details: Details) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     if all(error > 0.0 for _, error, _ in points):
         axes.set_yscale("log")
-    axes.set_xlabel("layer (-1: outside of the layers)")
+    axes.set_xlabel("layer (-1: outside of the layers)" if any(layer is None for layer, _, _ in points) else "layer")
     axes.set_ylabel("mean square of the output's error")
     axes.set_title("Error by module, as compress noted it", loc="right")
-    axes.legend(frameon=False, fontsize=7, ncols=2)
+    _legend_below(axes)

@@ -115,6 +115,10 @@ def test_the_tree_sums_bytes_upwards(delta: Path) -> None:
     assert f"delta.pxd  {total} B" in shown
     layers = sum(line.bytes for line in inspect(delta).modules if ".layers." in line.name)
     assert re.search(rf"layers  {layers} B", shown)
+    # A part with one child has no line of its own, and every module has one.
+    assert shown.count("self_attn.q_proj.weight  ") == 3
+    assert "sign col, tensor" in shown
+    assert not any(line.endswith(" ") for line in shown.splitlines())
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

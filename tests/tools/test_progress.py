@@ -65,6 +65,7 @@ def on_terminal(folder: Path, *arguments: str) -> str:
     [
         (("verify", "a.pxd", "--base", "base"), ("verify", "base")),
         (("diff", "a.pxd", "b.pxd"), ("diff",)),
+        (("inspect", "a.pxd", "--html", "a.html"), ("scales",)),
         (("merge", "a.pxd", "b.pxd", "--weights", "1,1", "-o", "c.pxd"), ("merge",)),
         (("apply", "base", "a.pxd", "-o", "out"), ("apply",)),
         (("publish", "me/delta", "a.pxd", "--dry-run", "repo"), ("verify", "copy")),
@@ -81,7 +82,7 @@ def test_each_stage_has_its_bar_on_a_terminal_and_none_with_quiet(folder: Path, 
     assert "\x1b[?25l" in shown  # a bar hides the cursor
     for stage in stages:
         assert f"{stage} \x1b" in shown or f"{stage} ━" in shown, (stage, shown)
-    again = () if arguments[0] in ("verify", "diff") else ("--overwrite",)
+    again = () if arguments[0] in ("verify", "diff", "inspect") else ("--overwrite",)
     assert on_terminal(folder, *arguments, *again, "--quiet") == ""
 
 
