@@ -24,10 +24,10 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
     "fit": {},
     "distilled": {"distill_samples": 150, "generated_samples": 300},
     "best": {
-        "distill_samples": 150,
-        "generated_samples": 300,
+        "distill_samples": 550,
+        "generated_samples": 400,
         "held_out": 0.1,
-        "distill_epochs": 15,
+        "distill_epochs": 8,
         "distill_batch_size": 4,
         "distill_sign_lr": 0.05,
         "distill_full_lr": 0.003,
