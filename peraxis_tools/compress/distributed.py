@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,6 +71,12 @@ class Processes:
         index, data = pack_modules(modules or []) if self.leader else ([], b"")
         index_bytes = self._send(json.dumps(index).encode(), 0)
         return unpack_modules(json.loads(index_bytes), self._send(data, 0))
+
+    def tell(self, values: Any) -> Any:
+        """JSON values of the leader, to all."""
+        if self.count == 1:
+            return values
+        return json.loads(self._send(json.dumps(values).encode() if self.leader else b"", 0))
 
     def close(self) -> None:
         """Wait for all, then leave the group."""

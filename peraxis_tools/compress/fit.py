@@ -1,16 +1,23 @@
-"""One module, from its sums to its stored delta.
+"""The modules that read one input, from its sums to their stored deltas.
 
-With lambda a damping relative to the mean diagonal of G, and H = G + lambda I, the target
+With a damping lambda, n tokens, and g the diagonal of G, the metric is
 
-    T = D + W_f E H^-1      minimises   ||R - X T^T||^2 + lambda ||D - T||^2        (D* of the dense fit)
+    H = G + lambda diag(g) + mu (d_in / n) mean(g) I
+
+lambda keeps signs from relying on correlations that other text does not have, and is relative to each input for itself,
+as a few inputs of a language model are far larger than the rest; mu: few tokens know little of G, so inputs of all
+directions alike are mixed in, half a token for each dimension. Over the target
+
+    T = D + W_f E H^-1      minimises   ||R - X T^T||^2 + the damping of (D - T)        (D* of the dense fit)
 
 and, up to a constant, every stored delta Q costs  J(Q) = tr((T - Q) H (T - Q)^T). So one objective serves
-all fits: scales (scales.py) and signs (signs.py) minimise J, component after component, then jointly.
+all fits: scales (scales.py) and signs (signs.py) minimise J, component after component, then jointly. H and what is
+made of it are the same for all modules that read the input.
 
-What is not known beforehand is how far the fit tokens can be trusted. So variants (axis; damping) are fitted
-on the fit tokens and judged by ||R - X Q^T||^2 on held-out tokens, beside the delta that has seen no text (`none`)
-and no delta at all (`same`). A fit must win by more than chance would let it, a share 1 / sqrt(tokens that judge) of
-the error; the best is then fitted once more on all tokens.
+Whether calibration can be trusted at all is not known beforehand. So each module is first fitted on the fit tokens
+and judged by ||R - X Q^T||^2 on held-out tokens, beside the delta that has seen no text (`none`) and no delta at all
+(`same`). A fit must win by more than chance would let it, a share 1 / sqrt(tokens that judge) of the error. From
+there it goes on, on all tokens: what is reported is the error before that, of tokens that no fit had seen.
 """
 
 from __future__ import annotations
@@ -23,33 +30,58 @@ from torch import Tensor
 
 from peraxis_format import Axis
 from peraxis_tools.compress.adamw import adamw_term
-from peraxis_tools.compress.scales import Term, fit_scales, start_term, stored
-from peraxis_tools.compress.signs import descend, feedback, inverse_factor
-from peraxis_tools.compress.statistics import Moments, Statistics, squared_error
+from peraxis_tools.compress.scales import Term, fit_scales, mean_magnitudes, start_term, stored
+from peraxis_tools.compress.signs import Factor, descend, feedback, inverse_factor
+from peraxis_tools.compress.statistics import Judge, Moments, Statistics
 
-__all__ = ["FitOptions", "FittedMatrix", "Quadratic", "dense", "fit_matrix", "fit_terms", "quadratic", "residual_terms"]
+__all__ = [
+    "AUTO_AXES",
+    "FitOptions",
+    "FittedMatrix",
+    "Matrix",
+    "Metric",
+    "Quadratic",
+    "dense",
+    "fit_matrices",
+    "fit_terms",
+    "metric_of",
+    "quadratic",
+    "residual_terms",
+]
 
-# Few tokens know little of G: inputs of all directions alike are mixed in, a tenth of a token for each dimension.
-_PSEUDO_TOKENS = 0.1
 AUTO_AXES = (Axis.ROW, Axis.COL, Axis.ROW_COL, Axis.TENSOR)
+_DAMPING = 0.1  # lambda
+_PSEUDO_TOKENS = 0.5  # mu
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitOptions:
-    """How one matrix is fitted.
+    """How a matrix is fitted.
 
-    axes: candidates. components: masks, 1 to 8. refine: choose signs, not only scales. adamw_steps: above 0,
-    the paper's fit with so many steps in place of all else. dampings: candidates for
-    lambda / mean diag G. rounds: alternations of signs and scales. sweeps: of coordinate descent in each.
+    axes: candidates where none is asked for. refine: choose signs, not only scales. adamw_steps: above 0, the paper's
+    fit with so many steps in place of all else. rounds: alternations of signs and scales. sweeps: of coordinate
+    descent in each.
     """
 
     axes: tuple[Axis, ...] = AUTO_AXES
-    components: int = 1
     refine: bool = True
     adamw_steps: int = 0
-    dampings: tuple[float, ...] = (0.02, 0.1, 0.5)
     rounds: int = 3
-    sweeps: int = 2
+    sweeps: int = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """What is to be fitted. base, fine_tuned: float32 [d_out, d_in].
+
+    dtype: what base + delta is rounded to when applied. axes: candidates. components: masks, 1 to 8.
+    """
+
+    base: Tensor
+    fine_tuned: Tensor
+    dtype: torch.dtype
+    axes: tuple[Axis, ...] = AUTO_AXES
+    components: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,70 +96,117 @@ class FittedMatrix:
     error: float
     error_none: float
     error_same: float
-    damping: float | None = None
     note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
+class Metric:
+    """H, the factor of its inverse (where signs are chosen), and E H^-1 (where teacher inputs are known); float32."""
+
+    matrix: Tensor
+    factor: Factor | None
+    carried: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class Quadratic:
-    """J(Q) = tr((T - Q) H (T - Q)^T). target float32 [d_out, d_in], metric float32 [d_in, d_in], factor of H^-1."""
+    """J(Q) = tr((T - Q) H (T - Q)^T). target: T, float32 [d_out, d_in]; aim: T H."""
 
     target: Tensor
-    metric: Tensor
-    factor: tuple[Tensor, Tensor]
+    aim: Tensor
+    metric: Metric
 
 
-def quadratic(delta: Tensor, fine_tuned: Tensor, moments: Moments, damping: float) -> Quadratic | None:
-    """The objective for these sums; None where they carry no information (no tokens, or inputs all zero)."""
-    scale = float(torch.diagonal(moments.G).mean())
-    if not scale > 0.0:
+def metric_of(moments: Moments, *, signs: bool, damping: float = _DAMPING) -> Metric | None:
+    """The metric of these sums; None where they carry no information (no tokens, or inputs all zero)."""
+    diagonal = torch.diagonal(moments.G)
+    mean = float(diagonal.mean())
+    if not mean > 0.0:
         return None
     metric = moments.G.clone()
-    metric.diagonal().add_((damping + _PSEUDO_TOKENS * len(metric) / max(moments.tokens, 1)) * scale)
-    target = delta
+    metric.diagonal().add_(damping * diagonal + _PSEUDO_TOKENS * len(metric) / max(moments.tokens, 1) * mean)
+    carried = None
     if moments.E is not None:
-        solved = torch.cholesky_solve(moments.E.t(), torch.linalg.cholesky(metric)).t()
-        target = delta + fine_tuned @ solved.float()
-    return Quadratic(target=target, metric=metric.float(), factor=inverse_factor(metric))
+        carried = torch.cholesky_solve(moments.E.t(), torch.linalg.cholesky(metric)).t().float()
+    return Metric(matrix=metric.float(), factor=inverse_factor(metric) if signs else None, carried=carried)
+
+
+def quadratic(delta: Tensor, fine_tuned: Tensor, metric: Metric) -> Quadratic:
+    """The objective of one module. delta, fine_tuned: float32 [d_out, d_in]."""
+    target = delta if metric.carried is None else delta + fine_tuned @ metric.carried
+    return Quadratic(target=target, aim=target @ metric.matrix, metric=metric)
 
 
 def residual_terms(delta: Tensor, axes: Sequence[Axis], components: int) -> tuple[Term, ...]:
     """`none`: sign and mean magnitude of the delta, then of what that leaves, and so on; least weight error."""
+
+    def captured(axis: Axis) -> float:
+        # Each is a least squares fit, row or col being ones: it takes sum(row^2) sum(col^2) from the sum of squares.
+        found = mean_magnitudes(rest, axis)
+        return float(found.row.square().sum() * found.col.square().sum())
+
     terms: list[Term] = []
     rest = delta
-    for _ in range(components):
-        candidates = [start_term(rest, axis) for axis in axes]
-        terms.append(min(candidates, key=lambda term: float((rest - term.dense()).square().sum())))
-        rest = rest - terms[-1].dense()
+    for k in range(components):
+        terms.append(start_term(rest, axes[0] if len(axes) == 1 else max(axes, key=captured)))
+        if k + 1 < components:
+            rest = rest - terms[-1].dense()
     return tuple(terms)
 
 
-def fit_terms(problem: Quadratic, axis: Axis, options: FitOptions) -> tuple[Term, ...]:
-    """Terms of least J: greedily one after the other, then signs and scales in turn, all together."""
-    terms: list[Term] = []
-    rest = problem.target
-    for _ in range(options.components):
-        term = fit_scales(start_term(rest, axis), rest, problem.metric)
-        terms.append(term)
-        rest = rest - term.dense()
-    for _ in range(options.rounds if options.refine else 0):
-        magnitudes = [term.magnitude for term in terms]
-        signs = feedback(problem.target, magnitudes, problem.factor)
-        signs = descend(problem.target, magnitudes, signs, problem.metric, sweeps=options.sweeps)
-        terms = [replace(term, signs=sign) for term, sign in zip(terms, signs, strict=True)]
-        terms = _refit(terms, problem)
-    if not options.refine and options.components > 1:
+def fit_terms(
+    problem: Quadratic, axis: Axis, options: FitOptions, *, components: int = 1, start: Sequence[Term] | None = None
+) -> tuple[Term, ...]:
+    """Terms of least J: greedily one after the other, then signs and scales in turn, all together.
+
+    start: terms of a problem much like this one, to go on from.
+    """
+    terms = list(start) if start is not None and options.refine else _greedy(problem, axis, components, options)
+    if options.refine:
+        if start is None and problem.metric.factor is not None:
+            signs = feedback(problem.target, [term.magnitude for term in terms], problem.metric.factor)
+            terms = _refit(_with_signs(terms, signs), problem)
+        for _ in range(options.rounds):
+            signs = descend(
+                problem.target,
+                [term.magnitude for term in terms],
+                [term.signs for term in terms],
+                problem.metric.matrix,
+                sweeps=options.sweeps,
+            )
+            terms = _refit(_with_signs(terms, signs), problem)
+    elif components > 1:
         for _ in range(options.rounds):
             terms = _refit(terms, problem)
     return tuple(sorted(terms, key=lambda term: -float(term.row.mean() * term.col.mean())))
 
 
-def _refit(terms: list[Term], problem: Quadratic) -> list[Term]:
-    rest = problem.target - sum(term.dense() for term in terms)
+def _greedy(problem: Quadratic, axis: Axis, components: int, options: FitOptions) -> list[Term]:
+    terms: list[Term] = []
+    rest, aim = problem.target, problem.aim
+    # Scales that signs will follow, and that follow the signs, need not be exact yet.
+    rounds = {"rounds": 1} if options.refine else {}
+    for _ in range(components):
+        terms.append(fit_scales(start_term(rest, axis), rest, problem.metric.matrix, aim=aim, **rounds))
+        if len(terms) < components:
+            rest = rest - terms[-1].dense()
+            aim = rest @ problem.metric.matrix
+    return terms
+
+
+def _with_signs(terms: Sequence[Term], signs: Sequence[Tensor]) -> list[Term]:
+    return [replace(term, signs=sign) for term, sign in zip(terms, signs, strict=True)]
+
+
+def _refit(terms: Sequence[Term], problem: Quadratic) -> list[Term]:
+    """The scales of each term in turn, for what the others leave."""
+    if len(terms) == 1:
+        return [fit_scales(terms[0], problem.target, problem.metric.matrix, aim=problem.aim, rounds=1)]
+    rest = problem.target - dense(terms, problem.target)
     refitted = []
     for term in terms:
         rest = rest + term.dense()
-        refitted.append(fit_scales(term, rest, problem.metric, rounds=1))
+        refitted.append(fit_scales(term, rest, problem.metric.matrix, rounds=1))
         rest = rest - refitted[-1].dense()
     return refitted
 
@@ -141,50 +220,89 @@ def dense(terms: Sequence[Term], like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Variant:
-    """A fit that held-out tokens have judged."""
+class _Trial:
+    """A matrix fitted on the fit tokens. fitted: what it would be without more; start: terms to go on from."""
 
-    error: float
-    axis: Axis
-    damping: float
+    fitted: FittedMatrix
+    start: tuple[Term, ...] = ()
+    axis: Axis | None = None
 
 
-def fit_matrix(
-    base: Tensor, fine_tuned: Tensor, *, dtype: torch.dtype, statistics: Statistics, options: FitOptions
-) -> FittedMatrix:
-    """Fit one matrix. base, fine_tuned: float32 [d_out, d_in]; dtype: what base + delta is rounded to when applied.
+def fit_matrices(matrices: Sequence[Matrix], *, statistics: Statistics, options: FitOptions) -> list[FittedMatrix]:
+    """Fit the matrices that read one input. Uses the statistics up: held-out tokens end in the fit.
 
     Never worse than `none` and `same` where it was judged; errors are those of the rounded weight.
     """
-    judge = statistics.held_out if statistics.held_out.tokens else statistics.fit
-    delta = fine_tuned - base
+    metric = None if options.adamw_steps else metric_of(statistics.fit, signs=options.refine)
+    judging = statistics.judging.single()
+    # Signs by feedback alone say whether calibration helps; the rounds then run once, on all tokens.
+    first = replace(options, rounds=0) if options.refine and statistics.held_out.tokens else options
+    trials = [_try(matrix, metric, judging, statistics.fit, first) for matrix in matrices]
+    del judging
+    if not statistics.held_out.tokens or all(trial.axis is None for trial in trials):
+        return [trial.fitted for trial in trials]
+    statistics.fit.absorb(statistics.held_out)
+    # Signs go on from those of the trial: no feedback, and no factor.
+    metric = metric_of(statistics.fit, signs=False)
+    return [_finish(matrix, trial, metric, options) for matrix, trial in zip(matrices, trials, strict=True)]
+
+
+def _try(matrix: Matrix, metric: Metric | None, judging: Moments, moments: Moments, options: FitOptions) -> _Trial:
+    delta = matrix.fine_tuned - matrix.base
+    judge = Judge(matrix.fine_tuned, judging)
 
     def error(terms: Sequence[Term]) -> float:
-        applied = (base + dense(terms, base)).to(dtype).float()
-        return squared_error(fine_tuned - applied, fine_tuned, judge) / max(judge.tokens, 1)
+        applied = (matrix.base + dense(terms, matrix.base)).to(matrix.dtype).float()
+        return judge.error(matrix.fine_tuned - applied)
 
-    plain = tuple(map(stored, residual_terms(delta, options.axes, options.components)))
+    plain = tuple(map(stored, residual_terms(delta, matrix.axes, matrix.components)))
     error_none, error_same = error(plain), error(())
     fitted = FittedMatrix(terms=plain, error=error_none, error_none=error_none, error_same=error_same)
     if options.adamw_steps:
-        return _fit_adamw(fitted, delta, fine_tuned, statistics.fit, options, error)
-    best = _choose(delta, fine_tuned, statistics.fit, options, error)
+        return _Trial(_fit_adamw(fitted, matrix, delta, moments, options, error))
     margin = 1.0 - max(judge.tokens, 1) ** -0.5
-    if best is not None and best.error < margin * min(error_none, error_same):
-        problem = quadratic(delta, fine_tuned, statistics.total, best.damping)
-        if problem is not None:
-            terms = tuple(map(stored, fit_terms(problem, best.axis, options)))
-            return replace(fitted, terms=terms, error=best.error, damping=best.damping)
+    if metric is not None:
+        problem = quadratic(delta, matrix.fine_tuned, metric)
+        axis = _axis(matrix, problem, moments.tokens, error)
+        start = fit_terms(problem, axis, options, components=matrix.components)
+        terms = tuple(map(stored, start))
+        found = error(terms)
+        if found < margin * min(error_none, error_same):
+            return _Trial(replace(fitted, terms=terms, error=found), start, axis)
     if judge.tokens and error_same <= margin * error_none:
-        return replace(fitted, terms=(), error=error_same, note="no delta lowers the held-out error: base kept")
-    why = "no calibration token reaches it" if best is None else "calibration does not improve it"
-    return replace(fitted, note=f"{why}: mean |delta|")
+        return _Trial(replace(fitted, terms=(), error=error_same, note="no delta lowers the held-out error: base kept"))
+    why = "no calibration token reaches it" if metric is None else "calibration does not improve it"
+    return _Trial(replace(fitted, note=f"{why}: mean |delta|"))
+
+
+def _axis(matrix: Matrix, problem: Quadratic, tokens: int, error: Callable[[Sequence[Term]], float]) -> Axis:
+    """row+col holds the others as special cases; where tokens are so few that it might fit noise, the best by scales
+    alone on held-out tokens.
+    """
+    if len(matrix.axes) == 1:
+        return matrix.axes[0]
+    if Axis.ROW_COL in matrix.axes and tokens >= matrix.base.shape[1]:
+        return Axis.ROW_COL
+    quick = FitOptions(refine=False)
+
+    def scales_alone(axis: Axis) -> float:
+        return error(tuple(map(stored, fit_terms(problem, axis, quick, components=matrix.components))))
+
+    return min(matrix.axes, key=scales_alone)
+
+
+def _finish(matrix: Matrix, trial: _Trial, metric: Metric | None, options: FitOptions) -> FittedMatrix:
+    if trial.axis is None or metric is None:
+        return trial.fitted
+    problem = quadratic(matrix.fine_tuned - matrix.base, matrix.fine_tuned, metric)
+    terms = fit_terms(problem, trial.axis, options, components=matrix.components, start=trial.start)
+    return replace(trial.fitted, terms=tuple(map(stored, terms)))
 
 
 def _fit_adamw(
     plain: FittedMatrix,
+    matrix: Matrix,
     delta: Tensor,
-    fine_tuned: Tensor,
     moments: Moments,
     options: FitOptions,
     error: Callable[[Sequence[Term]], float],
@@ -192,35 +310,6 @@ def _fit_adamw(
     """The paper's fit; like the paper, without a look at whether it is better than no fit."""
     if not moments.tokens:
         return replace(plain, note="no calibration token reaches it: mean |delta|")
-    terms = [stored(adamw_term(delta, fine_tuned, moments, a, steps=options.adamw_steps)) for a in options.axes]
+    terms = [stored(adamw_term(delta, matrix.fine_tuned, moments, a, steps=options.adamw_steps)) for a in matrix.axes]
     best = min(terms, key=lambda term: error((term,)))
     return replace(plain, terms=(best,), error=error((best,)))
-
-
-def _choose(
-    delta: Tensor,
-    fine_tuned: Tensor,
-    moments: Moments,
-    options: FitOptions,
-    error: Callable[[Sequence[Term]], float],
-) -> _Variant | None:
-    """The variant of least held-out error: the axis by scales alone, then the damping by a first round of signs.
-
-    Its error is that of the fit that was asked for. None without tokens.
-    """
-    problems: dict[float, Quadratic] = {}
-    for damping in options.dampings:
-        problem = quadratic(delta, fine_tuned, moments, damping)
-        if problem is None:
-            return None
-        problems[damping] = problem
-    quick = replace(options, refine=False)
-
-    def trial(damping: float, axis: Axis, how: FitOptions) -> _Variant:
-        return _Variant(error(tuple(map(stored, fit_terms(problems[damping], axis, how)))), axis, damping)
-
-    middle = options.dampings[len(options.dampings) // 2]
-    best = min((trial(middle, axis, quick) for axis in options.axes), key=lambda variant: variant.error)
-    short = replace(options, rounds=1)
-    best = min((trial(damping, best.axis, short) for damping in options.dampings), key=lambda variant: variant.error)
-    return trial(best.damping, best.axis, options) if options.refine else best

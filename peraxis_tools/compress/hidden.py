@@ -24,10 +24,15 @@ class HiddenStates:
         self._held: dict[int, Tensor] = {}
         self._files: dict[int, tuple[Path, DType, torch.device]] = {}
 
+    @property
+    def in_memory(self) -> int:
+        """Bytes that are held in memory."""
+        return sum(value.numel() * value.element_size() for value in self._held.values())
+
     def __setitem__(self, batch: int, value: Tensor) -> None:
         self._held.pop(batch, None)
         size = value.numel() * value.element_size()
-        if size + sum(t.numel() * t.element_size() for t in self._held.values()) <= self._limit:
+        if size + self.in_memory <= self._limit:
             self._held[batch] = value
             return
         path = self._folder / f"hidden-{self._label}-{batch}.npy"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peraxis_format import Array, Axis, Component, DType, pack_signs
 from peraxis_tools.compress.scales import Term
+from peraxis_tools.compress.signs import unit
 from peraxis_tools.compress.streaming import encode_component
 
 __all__ = [
@@ -58,14 +59,14 @@ def apply_components(base: Tensor, components: Sequence[Component], dtype: torch
     for component in components:
         signs = torch.from_numpy(np.ascontiguousarray(component.mask)).to(base.device)
         bits = torch.arange(8, dtype=torch.uint8, device=base.device)
-        unpacked = ((signs.unsqueeze(-1) >> bits) & 1).flatten(-2)[..., : base.shape[-1]].bool()
+        unpacked = ((signs.unsqueeze(-1) >> bits) & 1).flatten(-2)[..., : base.shape[-1]]
         size: Tensor = torch.ones(1, device=base.device)
         for scale, dimension in ((component.row, -1), (component.col, -2), (component.scalar, None)):
             if scale is not None:
                 part = torch.from_numpy(scale.astype(np.float32)).to(base.device)
                 size = size * (part if dimension is None else part.unsqueeze(dimension))
         size = size * 2.0**component.exponent
-        total = total + torch.where(unpacked, size, -size)
+        total = total + unit(unpacked).mul_(size)
     return total.to(dtype)
 
 

@@ -7,19 +7,25 @@ batch element (expert), its strides say whether the parameter is stored transpos
 
     stored [d_out, d_in], used as X W^T   (nn.Linear)          transposed = False
     stored [d_in, d_out], used as X W     (Conv1D, some experts)   transposed = True
+
+The mode looks at every operation of a pass, which costs as much as a small model's own arithmetic. Once a pass has
+shown that all products of interest are those of nn.Linear layers, hooks on these layers say the same (Watch).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Call", "Observer", "StopForward"]
+__all__ = ["Call", "Discovery", "Observer", "StopForward", "Watch", "discover"]
 
 _aten = torch.ops.aten
 # op -> (position of the left operand, position of the right operand, is the right one [d_out, d_in] already)
@@ -109,3 +115,106 @@ def _split(name: str, parameter: Tensor, transposed: bool, left: Tensor, right: 
     elif right.dim() == 3 and left.dim() == 3 and right.stride(0) == matrix:
         for e in range(right.shape[0]):
             yield Call(name, (first + e,), transposed, left[e])
+
+
+@dataclass(frozen=True, slots=True)
+class Discovery:
+    """What one pass has shown: every call in order, its output (None where it was stopped), and the parameters of
+    which hooks saw every call.
+    """
+
+    calls: list[Call]
+    output: Tensor | None
+    hooked: frozenset[str]
+
+
+def discover(
+    run: Callable[[], Tensor],
+    parameters: Mapping[str, Tensor],
+    owners: Mapping[str, nn.Module],
+    *,
+    to_the_end: bool = True,
+) -> Discovery:
+    """Run a pass under an Observer, and hooks beside it. owners: the module of each parameter.
+
+    to_the_end: False stops before the product that has the last of the parameters.
+    """
+    calls: list[Call] = []
+    hooked: list[Call] = []
+    missing = set(parameters)
+
+    def see(call: Call) -> None:
+        calls.append(call)
+        missing.discard(call.parameter)
+        if not missing and not to_the_end:
+            raise StopForward
+
+    plain = {
+        name: owner for name, owner in owners.items() if type(owner) is nn.Linear and owner.weight is parameters[name]
+    }
+    output = None
+    hooks = _Hooks(plain)
+    with suppress(StopForward), hooks, hooks.reporting(hooked.append), Observer(parameters.items(), see):
+        output = run()
+
+    def sources(found: Iterable[Call], name: str) -> list[tuple[int, int, int]]:
+        return [call.source for call in found if call.parameter == name]
+
+    same = frozenset(name for name in plain if sources(calls, name) == sources(hooked, name))
+    return Discovery(calls=calls, output=output, hooked=same)
+
+
+class Watch:
+    """Reports calls on some parameters to each thread that asks: by hooks where they are known to see them all."""
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], owners: Mapping[str, nn.Module], *, hooked: Collection[str]
+    ) -> None:
+        """hooked: of the Discovery of a model of the same architecture."""
+        self._parameters = dict(parameters)
+        self._hooks = _Hooks(owners) if set(parameters) <= set(hooked) else None
+
+    def __enter__(self) -> Watch:
+        if self._hooks is not None:
+            self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._hooks is not None:
+            self._hooks.__exit__()
+
+    def reporting(self, see: Callable[[Call], None]) -> AbstractContextManager[Any]:
+        """While active, `see` gets the calls of this thread."""
+        return Observer(self._parameters.items(), see) if self._hooks is None else self._hooks.reporting(see)
+
+
+class _Hooks:
+    """Pre-forward hooks of nn.Linear layers, by the name of their weight; each thread has its own listener."""
+
+    def __init__(self, owners: Mapping[str, nn.Module]) -> None:
+        self._owners = dict(owners)
+        self._local = threading.local()
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Hooks:
+        for name, owner in self._owners.items():
+            self._handles.append(owner.register_forward_pre_hook(partial(self._report, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @contextmanager
+    def reporting(self, see: Callable[[Call], None]) -> Iterator[None]:
+        self._local.see = see
+        try:
+            yield
+        finally:
+            del self._local.see
+
+    def _report(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        see = getattr(self._local, "see", None)
+        if see is not None and args and isinstance(args[0], Tensor):
+            see(Call(name, (), False, args[0].reshape(-1, args[0].shape[-1])))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from peraxis_format import Axis, encode_scales
-from peraxis_tools.compress.signs import Magnitude
+from peraxis_tools.compress.signs import Magnitude, unit
 
 __all__ = ["Term", "fit_scales", "mean_magnitudes", "start_term", "stored"]
 
@@ -50,7 +50,7 @@ class Term:
 
     def dense(self) -> Tensor:
         """B o S, float32 [d_out, d_in]."""
-        return torch.where(self.signs, self.col, -self.col) * self.row[:, None]
+        return unit(self.signs).mul_(self.col).mul_(self.row[:, None])
 
 
 def stored(term: Term) -> Term:
@@ -90,13 +90,13 @@ def start_term(target: Tensor, axis: Axis) -> Term:
     return Term(axis=axis, signs=target >= 0, row=start.row, col=start.col)
 
 
-def fit_scales(term: Term, target: Tensor, metric: Tensor, *, rounds: int = _ROUNDS) -> Term:
+def fit_scales(term: Term, target: Tensor, metric: Tensor, *, aim: Tensor | None = None, rounds: int = _ROUNDS) -> Term:
     """The scales of least J for the term's signs; signs are turned only where a scale came out negative.
 
-    target: float32 [d_out, d_in]; metric: float32 [d_in, d_in]; rounds: alternations of row+col, of which one is
-    enough where the scales are near their best already.
+    target: float32 [d_out, d_in]; metric: float32 [d_in, d_in]; aim: their product, where it is known; rounds:
+    alternations of row+col, of which one is enough where the scales are near their best already.
     """
-    aim = target @ metric
+    aim = target @ metric if aim is None else aim
     if term.axis is Axis.ROW:
         return _fit_row(term, aim, metric)
     if term.axis is Axis.COL:
@@ -127,7 +127,7 @@ def _fold(term: Term, *, row: Tensor | None = None, col: Tensor | None = None) -
 
 
 def _fit_row(term: Term, aim: Tensor, metric: Tensor) -> Term:
-    pattern = torch.where(term.signs, term.col, -term.col)
+    pattern = unit(term.signs).mul_(term.col)
     above = torch.sum(pattern * aim, dim=1)
     below = torch.sum((pattern @ metric) * pattern, dim=1)
     row = torch.where(below > 0, above / below, torch.zeros_like(above))
@@ -135,8 +135,8 @@ def _fit_row(term: Term, aim: Tensor, metric: Tensor) -> Term:
 
 
 def _fit_col(term: Term, target: Tensor, aim: Tensor, metric: Tensor) -> Term:
-    pattern = torch.where(term.signs, term.row[:, None], -term.row[:, None])
-    system = metric.double() * (pattern.t() @ pattern).double()
+    pattern = unit(term.signs).mul_(term.row[:, None])
+    system = (pattern.t() @ pattern).double().mul_(metric)
     right = torch.sum(pattern * aim, dim=0, dtype=torch.float64)
     ridge = _RIDGE * torch.diagonal(system).mean()
     if float(ridge) <= 0.0:
@@ -152,7 +152,7 @@ def _fit_col(term: Term, target: Tensor, aim: Tensor, metric: Tensor) -> Term:
 
 
 def _fit_scalar(term: Term, aim: Tensor, metric: Tensor) -> Term:
-    pattern = torch.where(term.signs, 1.0, -1.0)
+    pattern = unit(term.signs)
     below = torch.sum((pattern @ metric) * pattern, dtype=torch.float64)
     above = torch.sum(pattern * aim, dtype=torch.float64)
     scalar = float(above / below) if float(below) > 0 else 0.0

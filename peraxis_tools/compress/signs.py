@@ -8,14 +8,15 @@ S_k = row_k col_k^T >= 0, the objective is
 sign(T) minimises J only for a diagonal H. Two passes do better at the same size:
 
   feedback  columns are decided one after the other; what column j gets wrong is passed on to the columns not yet
-            decided, along U, the upper Cholesky factor of H^-1 = U^T U (GPTQ's recursion with a grid of signs):
+            decided, along U, the upper factor of H^-1 = U^T U (GPTQ's recursion with a grid of signs):
                 e = (T_j - Q_j) / U_jj ;  T_l -= e U_jl  for l > j
   descend   with g = (T - Q) H, turning one sign (Q_j -> -Q_j) changes a row's J by 4 (q_j g_j + q_j^2 H_jj).
-            A sign is turned exactly when that is negative, so J never grows. One sweep costs one product with H.
+            A sign is turned exactly when that is negative, so J never grows; then g += 2 q_j H_j. Few signs are
+            turned, so a sweep costs far less than a product with H.
 
-Both run over columns in blocks: vector steps within a block, one matrix product for all that lies outside it.
-Work arrays are [d_in, d_out], so that a column of W is contiguous. On a CPU with numba the steps within a block are
-compiled (signs_numba.py); they may differ from torch's in the last bit, and so, rarely, in a sign.
+Both run over columns in blocks: steps within a block, one matrix product for all that lies outside it. On a CPU with
+numba the steps within a block are compiled (signs_numba.py); they may differ from torch's in the last bit, and so,
+rarely, in a sign.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from torch import Tensor
 
 from peraxis_tools.compress.kernels import have_numba
 
-__all__ = ["Magnitude", "descend", "feedback", "inverse_factor"]
+__all__ = ["Factor", "Magnitude", "descend", "feedback", "inverse_factor", "unit"]
 
 _BLOCK = 128  # columns decided before what they leave is passed on to all others
+_SWEPT = 512  # the same for descent, where a column passes on little
 _ROWS = 256  # rows a thread takes at a time
 
 
@@ -44,50 +46,73 @@ class Magnitude:
     col: Tensor
 
 
-def inverse_factor(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """(order, U): columns from the largest diagonal of H down, and upper U with (H[order, order])^-1 = U^T U.
+def unit(signs: Tensor) -> Tensor:
+    """+1 and -1 as float32; several times as fast as torch.where, which branches on every sign."""
+    return signs.float().mul_(2.0).sub_(1.0)
 
-    metric: [d, d] float64, positive definite. U is float32.
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """upper: float32 [d, d], upper triangular, with (H[order, order])^-1 = upper^T upper."""
+
+    order: Tensor
+    upper: Tensor
+
+
+def inverse_factor(metric: Tensor) -> Factor:
+    """Columns from the largest diagonal of H down, and the factor of the inverse in this order.
+
+    metric: [d, d] float64, positive definite. With J the matrix that turns the order around and J H J = L L^T,
+    H^-1 = (J L^-1 J)^T (J L^-1 J), and the product in brackets is upper triangular: the inverse is never formed.
     """
     order = torch.argsort(torch.diagonal(metric), descending=True, stable=True)
-    factor = torch.linalg.cholesky(metric[order][:, order])
-    inverse = torch.cholesky_inverse(factor)
-    return order, torch.linalg.cholesky(inverse, upper=True).float()
+    turned = order.flip(0)
+    lower = torch.linalg.cholesky(metric[turned][:, turned])
+    unit = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+    inverse = torch.linalg.solve_triangular(lower, unit, upper=False)
+    return Factor(order=order, upper=inverse.flip(0, 1).float().contiguous())
 
 
-def feedback(target: Tensor, magnitudes: list[Magnitude], factor: tuple[Tensor, Tensor]) -> list[Tensor]:
+def feedback(target: Tensor, magnitudes: list[Magnitude], factor: Factor) -> list[Tensor]:
     """Signs (one bool [d_out, d_in] for each magnitude) by error feedback; components share each column's residual.
 
     target: [d_out, d_in] float32; factor: of `inverse_factor`.
     """
-    order, upper = factor
-    work = target.t()[order].contiguous()
-    rows = torch.stack([magnitude.row for magnitude in magnitudes]).contiguous()
-    cols = torch.stack([magnitude.col[order] for magnitude in magnitudes]).contiguous()
+    upper = factor.upper
+    work = target[:, factor.order]
+    rows = torch.stack([magnitude.row for magnitude in magnitudes])
+    cols = torch.stack([magnitude.col[factor.order] for magnitude in magnitudes])
     signs = torch.empty(len(magnitudes), *work.shape, dtype=torch.bool, device=work.device)
     step = _compiled("feedback") if _compiles(work) else _feedback_block
-    for start in range(0, len(work), _BLOCK):
-        part = slice(start, min(start + _BLOCK, len(work)))
-        near = upper[part, part].contiguous()
-        errors = torch.empty_like(work[part])
-        step(work[part], near, rows, cols[:, part].contiguous(), signs[:, part], errors)
-        work[part.stop :].addmm_(upper[part, part.stop :].t(), errors, alpha=-1)
-    inverse_order = torch.argsort(order)
-    return [sign[inverse_order].t().contiguous() for sign in signs]
+    for part in _blocks(work.shape[1], _BLOCK):
+        block = work[:, part].contiguous()
+        errors = torch.empty_like(block)
+        chosen = torch.empty(len(magnitudes), *block.shape, dtype=torch.bool, device=work.device)
+        step(block, upper[part, part].contiguous(), rows, cols[:, part].contiguous(), chosen, errors)
+        signs[:, :, part] = chosen
+        work[:, part.stop :].addmm_(errors, upper[part, part.stop :], alpha=-1)
+    inverse_order = torch.argsort(factor.order)
+    return [sign[:, inverse_order] for sign in signs]
+
+
+def _blocks(width: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, width)) for start in range(0, width, size)]
 
 
 def _feedback_block(work: Tensor, near: Tensor, rows: Tensor, cols: Tensor, signs: Tensor, errors: Tensor) -> None:
-    """work, errors: [n, d_out]; near: [n, n]; rows: [k, d_out]; cols: [k, n]; signs: bool [k, n, d_out]."""
+    """work, errors: [d_out, n]; near: [n, n]; rows: [k, d_out]; cols: [k, n]; signs: bool [k, d_out, n]."""
     diagonal = torch.diagonal(near).tolist()
-    for j in range(len(work)):
-        rest = work[j]
+    columns = work.t().contiguous()
+    for j in range(len(columns)):
+        rest = columns[j]
         for k in range(len(rows)):
             size = rows[k] * cols[k, j]
             positive = rest >= 0
-            signs[k, j] = positive
+            signs[k, :, j] = positive
             rest = rest - torch.where(positive, size, -size)
-        errors[j] = rest / diagonal[j]
-        work[j + 1 :].addr_(near[j, j + 1 :], errors[j], alpha=-1)
+        error = rest / diagonal[j]
+        errors[:, j] = error
+        columns[j + 1 :].addr_(near[j, j + 1 :], error, alpha=-1)
 
 
 def descend(
@@ -99,39 +124,41 @@ def descend(
     """
     values = torch.stack(
         [
-            torch.where(sign, 1.0, -1.0).t() * magnitude.col[:, None] * magnitude.row
+            unit(sign).mul_(magnitude.col).mul_(magnitude.row[:, None])
             for sign, magnitude in zip(signs, magnitudes, strict=True)
         ]
-    ).contiguous()
-    turned = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
+    )
+    gradient = (target - values.sum(dim=0)) @ metric
     step = _compiled("descend") if _compiles(values) else _descend_block
     for _ in range(sweeps):
-        gradient = metric @ (target.t() - values.sum(dim=0))
         changed = False
-        for start in range(0, len(gradient), _BLOCK):
-            part = slice(start, min(start + _BLOCK, len(gradient)))
-            change = torch.zeros_like(gradient[part])
-            step(gradient[part], metric[part, part].contiguous(), values[:, part], turned[:, part], change)
-            gradient[: part.start].addmm_(metric[part, : part.start].t(), change)
-            gradient[part.stop :].addmm_(metric[part, part.stop :].t(), change)
-            changed = changed or bool(change.any())
+        for part in _blocks(gradient.shape[1], _SWEPT):
+            block, size = gradient[:, part].contiguous(), values[:, :, part].contiguous()
+            change = torch.zeros_like(block)
+            step(block, metric[part, part].contiguous(), size, change)
+            if change.any():
+                changed = True
+                gradient[:, part], values[:, :, part] = block, size
+                gradient[:, : part.start].addmm_(change, metric[part, : part.start])
+                gradient[:, part.stop :].addmm_(change, metric[part, part.stop :])
         if not changed:
             break
-    return [sign ^ turn.t() for sign, turn in zip(signs, turned, strict=True)]
+    # A magnitude of zero has lost its sign.
+    return [(value > 0) | ((value == 0) & sign) for sign, value in zip(signs, values, strict=True)]
 
 
-def _descend_block(gradient: Tensor, near: Tensor, values: Tensor, turned: Tensor, change: Tensor) -> None:
-    """gradient, change: [n, d_out]; near: [n, n]; values: [k, n, d_out], signed; turned: bool, as values."""
+def _descend_block(gradient: Tensor, near: Tensor, values: Tensor, change: Tensor) -> None:
+    """gradient, change: [d_out, n]; near: [n, n]; values: [k, d_out, n], signed."""
     diagonal = torch.diagonal(near).tolist()
-    for j in range(len(gradient)):
+    columns = gradient.t().contiguous()
+    for j in range(len(columns)):
         for k in range(len(values)):
-            q = values[k, j]
-            flip = q * (gradient[j] + q * diagonal[j]) < 0
-            step = torch.where(flip, 2 * q, 0.0)
-            turned[k, j] ^= flip
-            values[k, j] -= step
-            change[j] += step
-            gradient.addr_(near[j], step)
+            q = values[k, :, j]
+            step = torch.where(q * (columns[j] + q * diagonal[j]) < 0, q + q, 0.0)
+            values[k, :, j] -= step
+            change[:, j] += step
+            columns.addr_(near[j], step)
+    gradient.copy_(columns.t())
 
 
 def _compiles(tensor: Tensor) -> bool:
@@ -147,11 +174,10 @@ def _compiled(name: str) -> Callable[..., None]:
 
     def step(*tensors: Tensor) -> None:
         arrays = [tensor.numpy() for tensor in tensors]
-        height = arrays[0].shape[1]
+        height = arrays[0].shape[0]
         firsts = range(0, height, _ROWS)
         if len(firsts) <= 1 or torch.get_num_threads() == 1:
-            for first in firsts:
-                kernel(first, min(height, first + _ROWS), *arrays)
+            kernel(0, height, *arrays)
             return
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(lambda first: kernel(first, min(height, first + _ROWS), *arrays), firsts))

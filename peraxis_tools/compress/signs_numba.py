@@ -1,62 +1,82 @@
-"""The block steps of signs.py, compiled: vector operations over rows [first, last). Imported lazily.
+"""The block steps of signs.py, compiled: rows [first, last) of W, one after the other. Imported lazily.
 
-Arrays as in signs.py: [n, d_out] for a block of n columns, one row of W in each column of the array. What happens to
-one row does not depend on another, so rows can be spread over threads (the kernels release the GIL) in any way.
+Arrays as in signs.py: [d_out, n] for a block of n columns. What happens to one row does not depend on another, so rows
+can be spread over threads (the kernels release the GIL) in any way.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 import numpy as np
-from numba import njit
+from numba import njit, types
 
 __all__ = ["DESCEND", "FEEDBACK"]
 
+_TOGETHER = 8  # rows that share a pass over the factor: their errors are known before the next column needs them
+_MATRIX: Final = types.float32[:, ::1]
+_MATRICES: Final = types.float32[:, :, ::1]
+_MASKS: Final = types.boolean[:, :, ::1]
 
-@njit(nogil=True, cache=True)
+
+def _compiled(*arrays: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compiled for these types on import, and kept on disk where numba finds a folder that it may write."""
+    signature = types.void(types.intp, types.intp, *arrays)
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            kernel: Callable[..., Any] = njit(signature, nogil=True, cache=True)(function)
+        except RuntimeError:  # "cannot cache function": no such folder, so compile in every process
+            kernel = njit(signature, nogil=True)(function)
+        return kernel
+
+    return decorate
+
+
+@_compiled(_MATRIX, _MATRIX, _MATRIX, _MATRIX, _MASKS, _MATRIX)
 def FEEDBACK(  # noqa: N802
     first: int, last: int, work: Any, near: Any, rows: Any, cols: Any, signs: Any, errors: Any
 ) -> None:
     """See signs._feedback_block."""
-    width = work.shape[0]
-    for j in range(width):
-        for r in range(first, last):
-            rest = work[j, r]
-            for k in range(rows.shape[0]):
-                size = rows[k, r] * cols[k, j]
-                positive = rest >= 0
-                signs[k, j, r] = positive
-                rest = rest - size if positive else rest + size
-            errors[j, r] = rest / near[j, j]
-        for column in range(j + 1, width):
-            factor = near[j, column]
-            for r in range(first, last):
-                work[column, r] -= factor * errors[j, r]
+    width = work.shape[1]
+    error = np.empty(_TOGETHER, np.float32)
+    for start in range(first, last, _TOGETHER):
+        count = min(_TOGETHER, last - start)
+        for j in range(width):
+            for i in range(count):
+                r = start + i
+                rest = work[r, j]
+                for k in range(rows.shape[0]):
+                    size = rows[k, r] * cols[k, j]
+                    positive = rest >= 0
+                    signs[k, r, j] = positive
+                    rest = rest - size if positive else rest + size
+                error[i] = rest / near[j, j]
+                errors[r, j] = error[i]
+            # Slices that start at 0: what LLVM turns into vector operations.
+            factor = near[j, j + 1 :]
+            for i in range(count):
+                passed = error[i]
+                later = work[start + i, j + 1 :]
+                for column in range(len(later)):
+                    later[column] -= passed * factor[column]
 
 
-@njit(nogil=True, cache=True)
-def DESCEND(  # noqa: N802
-    first: int, last: int, gradient: Any, near: Any, values: Any, turned: Any, change: Any
-) -> None:
+@_compiled(_MATRIX, _MATRIX, _MATRICES, _MATRIX)
+def DESCEND(first: int, last: int, gradient: Any, near: Any, values: Any, change: Any) -> None:  # noqa: N802
     """See signs._descend_block."""
-    width = gradient.shape[0]
-    step = np.empty(last - first, np.float32)
-    for j in range(width):
-        for k in range(values.shape[0]):
-            moved = False
-            for r in range(first, last):
-                q = values[k, j, r]
-                if q * (gradient[j, r] + q * near[j, j]) < 0:
-                    turned[k, j, r] = not turned[k, j, r]
-                    values[k, j, r] = -q
-                    step[r - first] = 2 * q
-                    change[j, r] += 2 * q
-                    moved = True
-                else:
-                    step[r - first] = 0
-            if moved:
-                for column in range(width):
-                    factor = near[j, column]
-                    for r in range(first, last):
-                        gradient[column, r] += factor * step[r - first]
+    width = gradient.shape[1]
+    for r in range(first, last):
+        slope = gradient[r]
+        for j in range(width):
+            for k in range(values.shape[0]):
+                q = values[k, r, j]
+                if q * (slope[j] + q * near[j, j]) < 0:
+                    values[k, r, j] = -q
+                    step = q + q
+                    change[r, j] += step
+                    # Few signs are turned, so work is done only where one is.
+                    row = near[j]
+                    for column in range(width):
+                        slope[column] += step * row[column]

@@ -10,6 +10,7 @@ full), rotary embeddings and position ids come from the model's own code, for th
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,8 +30,11 @@ class UnsupportedModelError(ToolError):
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules built inside get their parameters on the meta device; buffers stay real."""
+    """Modules built inside get their parameters on the meta device, and no values; buffers stay real."""
+    from transformers import PreTrainedModel
+
     register = nn.Module.register_parameter
+    initialize = PreTrainedModel.initialize_weights
 
     def register_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None and param.device.type != "meta":
@@ -38,10 +42,13 @@ def _parameters_on_meta() -> Iterator[None]:
         register(module, name, param)
 
     nn.Module.register_parameter = register_meta  # type: ignore[method-assign]
+    # On meta tensors it changes nothing, and takes its time.
+    PreTrainedModel.initialize_weights = lambda self: None  # type: ignore[method-assign]
     try:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+        PreTrainedModel.initialize_weights = initialize  # type: ignore[method-assign]
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -104,6 +111,10 @@ class Skeleton:
         module, leaf = self._owner(name)
         return getattr(module, leaf)
 
+    def owner(self, name: str) -> nn.Module:
+        """The module that has this parameter."""
+        return self._owner(name)[0]
+
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, leaf = name.rpartition(".")
         return self.model.get_submodule(path), leaf
@@ -131,17 +142,36 @@ class Skeleton:
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    def run_layer(self, index: int, ids: Tensor, hidden: Tensor | None) -> Tensor:
-        """Output of one layer [batch, length, width] for its input hidden states; None: what the embedding gives.
+    def write(self, name: str, value: Tensor) -> None:
+        """Put values into a parameter's own memory: passes that hold the parameter see them too."""
+        self.get(name).copy_(value)
 
-        Layer 0 must be run before any other one: it shows what a layer returns.
+    @contextmanager
+    def at_layer(self, index: int) -> Iterator[Callable[[Tensor, Tensor | None], Tensor]]:
+        """While active, a function: (ids, input hidden states) -> one layer's output [batch, length, width].
+
+        Threads may call it side by side. Hidden states None: what the embedding gives. Layer 0 must be run before any
+        other one: it shows what a layer returns.
         """
-        try:
-            with self._rerouted(index, hidden):
+        given = threading.local()
+
+        def run(ids: Tensor, hidden: Tensor | None) -> Tensor:
+            given.hidden = hidden
+            try:
                 self.model(input_ids=ids, use_cache=False)
-        except StopForward as stop:
-            return stop.value
-        raise UnsupportedModelError(f"layer {index} is never called; use --fit none")
+            except StopForward as stop:
+                if stop.value is None:
+                    raise
+                return stop.value
+            raise UnsupportedModelError(f"layer {index} is never called; use --fit none")
+
+        with self._rerouted(index, given):
+            yield run
+
+    def run_layer(self, index: int, ids: Tensor, hidden: Tensor | None) -> Tensor:
+        """Output of one layer, once; see `at_layer`."""
+        with self.at_layer(index) as run:
+            return run(ids, hidden)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input of the first layer."""
@@ -161,33 +191,35 @@ class Skeleton:
 
     def head(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Logits for the output of the last layer."""
-        with self._rerouted(None, hidden):
+        given = threading.local()
+        given.hidden = hidden
+        with self._rerouted(None, given):
             return self.model(input_ids=ids, use_cache=False).logits
 
     @contextmanager
-    def _rerouted(self, index: int | None, hidden: Tensor | None) -> Iterator[None]:
-        """Every layer passes through, but `index` runs (on `hidden`) and ends the pass; None: layer 0 gives hidden."""
+    def _rerouted(self, index: int | None, given: threading.local) -> Iterator[None]:
+        """Every layer passes through, but `index` runs (on given.hidden) and ends the pass; None: layer 0 gives it."""
         for i, layer in enumerate(self.layers):
-            layer.forward = self._forward(i, layer, index, hidden)  # type: ignore[method-assign]
+            layer.forward = self._forward(i, layer, index, given)  # type: ignore[method-assign]
         try:
             yield
         finally:
             for layer in self.layers:
                 del layer.forward
 
-    def _forward(self, i: int, layer: nn.Module, index: int | None, hidden: Tensor | None) -> Callable[..., Any]:
+    def _forward(self, i: int, layer: nn.Module, index: int | None, given: threading.local) -> Callable[..., Any]:
         real = type(layer).forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            if hidden is not None:
-                args, kwargs = _with_hidden(args, kwargs, hidden)
+            if given.hidden is not None:
+                args, kwargs = _with_hidden(args, kwargs, given.hidden)
             result = real(layer, *args, **kwargs)
             if self._returns_tuple is None:
                 self._returns_tuple = len(result) if isinstance(result, tuple) else 0
             raise StopForward(result[0] if isinstance(result, tuple) else result)
 
         def through(*args: Any, **kwargs: Any) -> Any:
-            value = hidden if index is None and i == 0 else _hidden(args, kwargs)
+            value = given.hidden if index is None and i == 0 else _hidden(args, kwargs)
             return (value, *[None] * (self._returns_tuple - 1)) if self._returns_tuple else value
 
         return run if i == index else through
