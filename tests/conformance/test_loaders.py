@@ -9,7 +9,7 @@ import pytest
 from peraxis_conformance import Adapter, Corpus, laid_out, run_cases
 from peraxis_conformance.report import badge
 
-from tests.conformance.helpers import SLOW, compiled_loader, node_loader, reference_loader
+from tests.conformance.helpers import KIT, SLOW, compiled_loader, node_loader, reference_loader
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,12 @@ def test_the_loader_in_c_passes_under_sanitizers(corpus: Corpus, tmp_path_factor
         corpus,
         (*SLOW, "cut/*", "invalid/schema-*", "invalid/name-*", "apply/sign-*", "hostile/limit-*"),
     )
+
+
+def test_the_loader_in_c_stays_short() -> None:
+    lines = (KIT / "loaders" / "c" / "pxd.c").read_text().splitlines()
+    assert len(lines) < 700
+    assert max(map(len, lines)) <= 120
 
 
 def test_the_loader_in_javascript_passes(corpus: Corpus) -> None:
