@@ -158,7 +158,7 @@ def materialise(given: Mapping[str, Any], root: Path, target: Path) -> None:
     if "truncate" in given:
         temporary.write_bytes((root / given["of"]).read_bytes()[: given["truncate"]])
     elif "make" in given:
-        from .generator.hostile import large
+        from .generator.large import large
 
         temporary.write_bytes(large(given["make"]))
     elif given["special"] == "directory":

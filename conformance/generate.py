@@ -23,7 +23,8 @@ from .generator.build import MAGIC, build, expected
 from .generator.container import container
 from .generator.encoded import encoded
 from .generator.entry import Cut, Entry, Made, Special
-from .generator.hostile import hostile, large
+from .generator.hostile import hostile
+from .generator.large import large
 from .generator.manifest import manifest
 from .generator.payload import payload
 from .generator.profile import profile

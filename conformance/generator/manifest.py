@@ -7,28 +7,35 @@ from collections.abc import Iterator
 from typing import Any
 
 from .build import build
-from .content import Asset, Content, full, sign
 from .entry import Entry, refused
 from .faults import put, removed, replaced
+from .samples import SIMPLE, TEXT, WHOLE
 from .valid import simple
 
 __all__ = ["manifest"]
 
-TEXT = "one line of text in the middle"
-SIMPLE = simple(metadata={"text": TEXT})
-WHOLE = Content(
-    modules=(sign("model.embed_tokens.weight", (7, 9), base_rows=5), full("model.norm.weight", (9,))),
-    assets=(Asset(path="config.json", data=b"{}"),),
-    metadata={"licence": "Apache-2.0"},
-    calibration={
-        "digest": "sha256:" + "ab" * 32,
-        "samples": 50,
-        "seed": 0,
-        "sequence_length": 128,
-        "source": "wikitext",
-    },
-)
-ONE = Content(modules=(full("w", (1,), dtype="U8"),))
+PATHS: dict[str, tuple[Any, ...]] = {
+    "top": (),
+    "base": ("base",),
+    "calibration": ("calibration",),
+    "fine-tuned": ("fine_tuned",),
+    "producer": ("producer",),
+    "asset": ("assets", 0),
+    "module": ("modules", 0),
+    "module-base": ("modules", 0, "base"),
+    "component": ("modules", 0, "components", 0),
+}
+KEYS = {
+    "top": "assets base calibration dropped features fine_tuned metadata modules producer tied",
+    "base": "digest id revision",
+    "calibration": "digest samples seed sequence_length source",
+    "fine-tuned": "id revision",
+    "producer": "name version",
+    "asset": "path sha256",
+    "module": "base components dtype encoding name sha256 shape",
+    "module-base": "dtype sha256 shape",
+    "component": "axis exponent",
+}
 
 
 def texts() -> Iterator[Entry]:
@@ -121,30 +128,6 @@ def features() -> Iterator[Entry]:
     yield refused("feature-number", "E205 E204", "3.4", build(SIMPLE, manifest=put("features", to=[1])))
     for slug, value in (("text", "x"), ("null", None), ("object", {})):
         yield refused(f"features-{slug}", "E205", "3.4", build(SIMPLE, manifest=put("features", to=value)))
-
-
-PATHS: dict[str, tuple[Any, ...]] = {
-    "top": (),
-    "base": ("base",),
-    "calibration": ("calibration",),
-    "fine-tuned": ("fine_tuned",),
-    "producer": ("producer",),
-    "asset": ("assets", 0),
-    "module": ("modules", 0),
-    "module-base": ("modules", 0, "base"),
-    "component": ("modules", 0, "components", 0),
-}
-KEYS = {
-    "top": "assets base calibration dropped features fine_tuned metadata modules producer tied",
-    "base": "digest id revision",
-    "calibration": "digest samples seed sequence_length source",
-    "fine-tuned": "id revision",
-    "producer": "name version",
-    "asset": "path sha256",
-    "module": "base components dtype encoding name sha256 shape",
-    "module-base": "dtype sha256 shape",
-    "component": "axis exponent",
-}
 
 
 def schema(where: str, slug: str, edit: Any) -> Entry:

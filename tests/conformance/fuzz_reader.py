@@ -65,7 +65,7 @@ def seed_files() -> list[bytes]:
 
 def large_files() -> list[bytes]:
     """The files of the corpus that the kit makes: the limits of SPEC 9, and bombs."""
-    from peraxis_conformance.generator.hostile import LARGE
+    from peraxis_conformance.generator.large import LARGE
 
     return [make() for make in LARGE.values()]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from peraxis_conformance.generator.hostile import LARGE
+from peraxis_conformance.generator.large import LARGE
 
 import peraxis_format as pxd
 from peraxis_format import strict_json
