@@ -11,7 +11,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from arithmetic import Part, decoded, encoded, rebuilt, unpacked
-from reader import SIZES, SWITCHES, Reader, Rejected, phase_of
+from common import SIZES, Rejected, phase_of
+from reader import Reader
+from switches import SWITCHES
 
 __all__ = ["main"]
 
