@@ -21,6 +21,7 @@ from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.folders import refuse_existing
 from peraxis_tools.merge.methods import Method, Mixture
 from peraxis_tools.merge.modules import MergedModule, merge_module, relative_error
+from peraxis_tools.parallel import ordered_map
 from peraxis_tools.parts import PART_KEY, is_part, join_parts, part_metadata, refuse_part, split
 from peraxis_tools.rows import base_rows
 
@@ -40,6 +41,7 @@ __all__ = [
     "split",
 ]
 
+_AHEAD_BYTES: Final = 128 << 20
 _INPUTS_KEY: Final = "peraxis.inputs"
 _MERGE_KEY: Final = "peraxis.merge"
 
@@ -231,10 +233,9 @@ def _add_all(
     checkpoint: Checkpoint | None,
     progress: Callable[[int], None],
 ) -> list[MergedModule]:
-    merged = []
-    for entry in files[0].manifest.modules:
+    def work(entry: pxd.ModuleEntry) -> tuple[pxd.ModuleDelta, MergedModule]:
         rows = base_rows(checkpoint.tensors, entry) if checkpoint is not None and entry.base is not None else None
-        module, found = merge_module(
+        return merge_module(
             [file.load(entry.name) for file in files],
             weights,
             mixture=mixture,
@@ -242,11 +243,20 @@ def _add_all(
             base=rows,
             keys=[f"{file.content_id} {entry.name}" for file in files],
         )
+
+    def size(entry: pxd.ModuleEntry) -> int:
+        return sum(end - begin for begin, end in (file.span(entry.name) for file in files))
+
+    merged = []
+    # Inputs and what becomes of them: about twice the inputs' bytes.
+    for entry, (module, found) in zip(
+        files[0].manifest.modules,
+        ordered_map(work, files[0].manifest.modules, cost=lambda entry: 2 * size(entry), budget=_AHEAD_BYTES),
+        strict=True,
+    ):
         writer.add(module)
         merged.append(found)
-        for file in files:
-            begin, end = file.span(entry.name)
-            progress(end - begin)
+        progress(size(entry))
     return merged
 
 

@@ -2,30 +2,35 @@
 
     b = sign(R)        r_i = sum_j |R_ij| c_j / sum_j c_j^2        c_j = sum_i |R_ij| r_i / sum_i r_i^2
 
-the two in turn from c = 1, so that the first rows are the means of |R|. Each half step is the least-squares solution
-for the other's values; the term b o (r c^T) is thus the rank-1 fit of |R| that the starting point leads to, and never
-worse than one scale a row. R is D minus the terms that are chosen already, as the file holds them (F16).
+first r for c = 1 (the means of |R|), then c for that r, then r for that c as the file holds it (F16). Each half step is
+the least-squares solution for the other's values; b o (r c^T) is thus a rank-1 fit of |R|, a thousandth above the best
+one, and never worse than one scale a row. R is D minus the terms that are chosen already, as the file holds them. With
+S_i = sum_j |R_ij| c_j a mask leaves
+
+    ||R - b o (r c^T)||^2 = ||R||^2 - 2 sum_i r_i S_i + sum_i r_i^2 sum_j c_j^2
+
+so that no further pass measures it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 import peraxis_format as pxd
+from peraxis_tools.merge.kernels import columns, row_sums
+from peraxis_tools.merge.terms import Terms, component_terms, joined
 from peraxis_tools.rows import row_blocks
 
 __all__ = ["Dense", "Fit", "fit_masks"]
 
-# Rows of a dense delta [..., d_out, d_in] by ranges of its first dimension; asked for several times.
+# Rows of a dense matrix [d_out, d_in], new or one's own to change; asked for several times.
 Dense: TypeAlias = Callable[[slice], NDArray[np.float32]]
-
-_ROUNDS: Final = 2  # the third changes the error by less than a thousandth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,77 +42,85 @@ class Fit:
     square_norm: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Matrix:
-    """One matrix of the batch: its dense rows, and the terms chosen so far."""
+def fit_masks(matrix: Callable[[tuple[int, ...]], Dense], covered: tuple[int, ...], bits: int) -> Fit:
+    """Fit `bits` row+col components to a delta of this covered shape, two passes over it for each mask.
 
-    dense: Callable[[slice], NDArray[np.float32]]
-    d_out: int
-    d_in: int
-
-    def residuals(self, chosen: list[pxd.Component]) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-        for rows in row_blocks((self.d_out, self.d_in)):
-            block = self.dense(rows)
-            for component in chosen:
-                block = block - _term(component, self.d_in, rows)
-            yield rows, block
-
-
-def fit_masks(dense: Dense, covered: tuple[int, ...], bits: int) -> Fit:
-    """Fit `bits` row+col components to a delta of this covered shape. Passes over it: 3 for each mask, and one more."""
-    d_out, d_in = covered[-2:]
+    matrix: the rows of the matrix at an index of the batch.
+    """
     batch = covered[:-2]
-    fitted: list[list[pxd.Component]] = []
-    error = norm = 0.0
-    for index in np.ndindex(batch):
-        matrix = _Matrix(_rows_of(dense, index), d_out, d_in)
-        chosen: list[pxd.Component] = []
-        for _ in range(bits):
-            chosen.append(_component(matrix, chosen))
-        fitted.append(chosen)
-        error += math.fsum(_square(block) for _, block in matrix.residuals(chosen))
-        norm += math.fsum(_square(block) for _, block in matrix.residuals([]))
-    components = tuple(_stack([chosen[k] for chosen in fitted], batch) for k in range(bits))
-    return Fit(components=components, square_error=error, square_norm=norm)
+    fits = [_fit_matrix(matrix(index), covered[-2:], bits) for index in np.ndindex(batch)]
+    return Fit(
+        components=tuple(_stack([fit.components[k] for fit in fits], batch) for k in range(bits)),
+        square_error=math.fsum(fit.square_error for fit in fits),
+        square_norm=math.fsum(fit.square_norm for fit in fits),
+    )
 
 
-def _square(block: NDArray[np.float32]) -> float:
-    return float(np.square(block, dtype=np.float64).sum())
+def _fit_matrix(dense: Dense, shape: tuple[int, int], bits: int) -> Fit:
+    chosen: list[Terms] = []
+    components: list[pxd.Component] = []
+    norm = left = 0.0
+    for k in range(bits):
+        residual = _Residual(dense, shape, joined(chosen) if chosen else None)
+        component, square, left = _component(residual)
+        norm = norm if k else square
+        components.append(component)
+        chosen.append(component_terms(component, shape, weight=-1.0))
+    return Fit(components=tuple(components), square_error=left, square_norm=norm)
 
 
-def _rows_of(dense: Dense, index: tuple[int, ...]) -> Callable[[slice], NDArray[np.float32]]:
-    if not index:
-        return dense
-    return lambda rows: dense(slice(index[0], index[0] + 1))[(0, *index[1:])][rows]
+@dataclass(frozen=True, slots=True)
+class _Residual:
+    """A matrix and the terms that are taken from it already."""
+
+    dense: Dense
+    shape: tuple[int, int]
+    chosen: Terms | None
+
+    def rows(self, rows: slice) -> NDArray[np.float32]:
+        block = self.dense(rows)
+        if self.chosen is not None:
+            self.chosen.add(rows, block)
+        return block
 
 
-def _component(matrix: _Matrix, chosen: list[pxd.Component]) -> pxd.Component:
-    row = np.zeros(matrix.d_out)
-    col = np.ones(matrix.d_in)
-    mask = np.zeros((matrix.d_out, pxd.mask_width(matrix.d_in)), np.uint8)
-    for last in (*[False] * _ROUNDS, True):
-        sums = np.zeros(matrix.d_in)
-        for rows, residual in matrix.residuals(chosen):
-            size = np.abs(residual)
-            row[rows] = size @ col / max(float(col @ col), np.finfo(np.float64).tiny)
-            if last:
-                mask[rows] = pxd.pack_signs(residual >= 0.0)
-            else:
-                sums += row[rows] @ size
-        square = float(row @ row)
-        if not last and square > 0.0:
-            col = sums / square
-    row16, col16, exponent = pxd.encode_scale_pair(row, col)
-    return pxd.Component(axis=pxd.Axis.ROW_COL, exponent=exponent, mask=mask, row=row16, col=col16)
+def _component(residual: _Residual) -> tuple[pxd.Component, float, float]:
+    """The component, ||R||^2, and what it leaves of it."""
+    d_out, d_in = residual.shape
+    blocks = list(row_blocks(residual.shape))
+    zeros = np.zeros((blocks[0].stop, d_in), np.float32)
+    row, sums = np.empty(d_out), np.zeros(d_in)
+    squares = []
+    for rows in blocks:
+        block = residual.rows(rows)
+        _, size, square = row_sums(block, zeros[: len(block)], None)
+        row[rows] = size / d_in
+        sums += columns(block, row[rows])
+        squares.append(square)
+    # What the file can hold of c, so that r makes up for its rounding.
+    col16, exponent = pxd.encode_scales(sums / max(float(row @ row), _TINY))
+    col = np.ldexp(col16.astype(np.float64), exponent)
+    power = float(col @ col)
+    mask = np.empty((d_out, pxd.mask_width(d_in)), np.uint8)
+    size = np.empty(d_out)
+    for rows in blocks:
+        block = residual.rows(rows)
+        mask[rows], size[rows], _ = row_sums(block, zeros[: len(block)], col)
+    row16, col16, exponent = pxd.encode_scale_pair(size / max(power, _TINY), col)
+    component = pxd.Component(axis=pxd.Axis.ROW_COL, exponent=exponent, mask=mask, row=row16, col=col16)
+    # `size` was summed for col; the stored pair is that col times a power of two, which the rows' exponent takes back.
+    stored = np.ldexp(row16.astype(np.float64), exponent) * _ratio(col16, col)
+    square = math.fsum(squares)
+    return component, square, max(0.0, square - 2.0 * float(stored @ size) + float(stored @ stored) * power)
 
 
-def _term(component: pxd.Component, d_in: int, rows: slice) -> NDArray[np.float32]:
-    signs = pxd.unpack_signs(component.mask[rows], d_in)
-    row, col = component.row, component.col
-    if row is None or col is None:
-        raise pxd.ShapeError("a fitted component has both scales")
-    scale = row[rows].astype(np.float32)[:, None] * col.astype(np.float32) * np.float32(2.0**component.exponent)
-    return np.where(signs, scale, -scale)
+_TINY = float(np.finfo(np.float64).tiny)
+
+
+def _ratio(stored: NDArray[np.float16], wanted: NDArray[np.float64]) -> float:
+    """The power of two that is between a vector and what it became in F16; 1 for zeros."""
+    largest = int(np.argmax(wanted))
+    return float(stored[largest]) / float(wanted[largest]) if wanted[largest] > 0.0 else 1.0
 
 
 def _stack(components: list[pxd.Component], batch: tuple[int, ...]) -> pxd.Component:

@@ -15,22 +15,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from peraxis_tools.merge.fit import Dense
-from peraxis_tools.rows import row_blocks
+from peraxis_tools.merge.kernels import HALF, elect, histogram, keep_some
 
-__all__ = ["Method", "Mixture", "mixed_rows"]
+__all__ = ["Magnitudes", "Method", "Mixer", "Mixture", "make_mixer", "threshold"]
 
 Method: TypeAlias = Literal["sum", "linear", "ties", "dare"]
 
 _NORMALISED: Final[dict[str, bool]] = {"sum": False, "linear": True, "ties": True, "dare": False}
-_HALF: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,87 +56,113 @@ class Mixture:
         return tuple(w / total for w in weights) if self.normalized and abs(total) > 1e-8 else tuple(weights)
 
 
-def mixed_rows(
-    deltas: Sequence[Dense],
-    weights: Sequence[float],
-    shape: tuple[int, ...],
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixer:
+    """The method's arithmetic on blocks: one of each delta, of the same rows.
+
+    weights: as they were passed. thresholds: of `ties`, below which a delta counts as 0. seeds: of `dare`, one a delta.
+    """
+
+    mixture: Mixture
+    weights: tuple[float, ...]
+    thresholds: tuple[float, ...] = ()
+    seeds: tuple[tuple[int, ...], ...] = ()
+
+    def mix(self, blocks: Sequence[NDArray[np.float32]], place: tuple[int, ...]) -> NDArray[np.float32]:
+        """place: where these rows are, for the chances of `dare`."""
+        if self.mixture.method == "ties":
+            thresholds = np.array(self.thresholds, np.float32)
+            return elect(list(blocks), np.array(self.weights), thresholds, normalized=self.mixture.normalized)
+        total = np.zeros(blocks[0].shape)
+        if self.mixture.method == "dare":
+            factors = Mixture(normalize=self.mixture.normalized).effective(self.weights)
+            for block, weight, seed in zip(blocks, factors, self.seeds, strict=True):
+                keep_some(total, block, _chances(block.shape, (*seed, *place)), weight, self.mixture.density)
+        else:
+            for block, weight in zip(blocks, self.mixture.effective(self.weights), strict=True):
+                total += weight * block.astype(np.float64)
+        return total.astype(np.float32)
+
+
+def make_mixer(
     mixture: Mixture,
+    weights: Sequence[float],
     keys: Sequence[str],
-) -> Dense:
-    """The rows of the mixed delta. shape: of each delta; keys: text that stands for each input and module."""
-    if mixture.is_sum:
-        factors = mixture.effective(weights)
-        return lambda rows: _weighted([delta(rows) for delta in deltas], factors)
-    if mixture.method == "dare":
-        chances = [_seed(mixture.seed, key) for key in keys]
-
-        def dropped(rows: slice) -> NDArray[np.float32]:
-            kept = [_drop(d(rows), mixture.density, [*s, rows.start]) for d, s in zip(deltas, chances, strict=True)]
-            return _weighted(kept, Mixture(normalize=mixture.normalized).effective(weights))
-
-        return dropped
-    thresholds = [_threshold(delta, shape, mixture.density) for delta in deltas]
-
-    def elected(rows: slice) -> NDArray[np.float32]:
-        trimmed = [_trim(delta(rows), t) for delta, t in zip(deltas, thresholds, strict=True)]
-        return _elect(trimmed, weights, normalized=mixture.normalized)
-
-    return elected
+    magnitudes: Sequence[Magnitudes],
+) -> Mixer:
+    """keys: texts that stand for each input and module. magnitudes: of each delta, looked at by `ties` alone."""
+    return Mixer(
+        mixture=mixture,
+        weights=tuple(weights),
+        thresholds=tuple(threshold(each, mixture.density) for each in magnitudes) if mixture.method == "ties" else (),
+        seeds=tuple(_seed(mixture.seed, key) for key in keys),
+    )
 
 
-def _weighted(blocks: Sequence[NDArray[np.float32]], weights: Sequence[float]) -> NDArray[np.float32]:
-    total = np.zeros(blocks[0].shape)
-    for block, weight in zip(blocks, weights, strict=True):
-        total += weight * block.astype(np.float64)
-    return total.astype(np.float32)
+def _chances(shape: tuple[int, ...], seed: tuple[int, ...]) -> NDArray[np.uint32]:
+    count = math.prod(shape)
+    raw = np.random.SFC64(np.random.SeedSequence(seed)).random_raw((count + 1) // 2)
+    return raw.astype("<u8", copy=False).view("<u4")[:count]
 
 
-def _trim(block: NDArray[np.float32], threshold: float) -> NDArray[np.float32]:
-    return np.where(np.abs(block) >= np.float32(threshold), block, np.float32(0.0))
-
-
-def _drop(block: NDArray[np.float32], density: float, seed: list[int]) -> NDArray[np.float32]:
-    kept = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed))).random(block.shape) < density
-    return np.where(kept, block / np.float32(density), np.float32(0.0))
-
-
-def _seed(seed: int, key: str) -> list[int]:
+def _seed(seed: int, key: str) -> tuple[int, ...]:
     digest = hashlib.sha256(key.encode()).digest()
-    return [seed, *np.frombuffer(digest[:16], "<u4").tolist()]
+    return (seed, *np.frombuffer(digest[:16], "<u4").tolist())
 
 
-def _elect(blocks: Sequence[NDArray[np.float32]], weights: Sequence[float], *, normalized: bool) -> NDArray[np.float32]:
-    parts = [weight * block.astype(np.float64) for block, weight in zip(blocks, weights, strict=True)]
-    positive = np.sum(parts, axis=0) >= 0.0
-    total = np.zeros(positive.shape)
-    divisor = np.zeros(positive.shape)
-    for part, weight in zip(parts, weights, strict=True):
-        agrees = (part > 0.0) == positive
-        agrees &= part != 0.0
-        total += np.where(agrees, part, 0.0)
-        divisor += np.where(agrees, weight, 0.0)
-    if normalized:
-        total /= np.where(np.abs(divisor) > 1e-8, divisor, 1.0)
-    return total.astype(np.float32)
+# --- the threshold of ties: the p n-th largest magnitude of a delta, exactly ---------------------------
 
 
-def _threshold(delta: Dense, shape: tuple[int, ...], density: float) -> float:
-    """The density * n-th largest magnitude, exactly: positive binary32 sort as their bits do, counted by halves."""
-    wanted = int(density * math.prod(shape))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Magnitudes:
+    """The magnitudes of one delta: as blocks, or as rank-1 matrices row_i * col_j where each has one term.
+
+    blocks: called once or twice. products: (binary64 row, binary64 col) of each matrix, or None.
+    """
+
+    count: int
+    blocks: Callable[[], Iterator[NDArray[np.float32]]]
+    products: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]] | None = None
+
+
+def threshold(of: Magnitudes, density: float) -> float:
+    """The magnitude that density * count of them are at least as large as; inf where that is none."""
+    wanted = int(density * of.count)
     if wanted <= 0:
         return math.inf
-    high, above = _descend(_histogram(delta, shape, None), wanted)
-    low, _ = _descend(_histogram(delta, shape, high), wanted - above)
+    if of.products is not None:
+        return _threshold_of_products(of.products, wanted)
+    # Positive binary32 sort as their bits do: counted by the upper halves of these, then by the lower ones.
+    high, above = _descend(_histogram(of, None), wanted)
+    low, _ = _descend(_histogram(of, high), wanted - above)
     return float(np.uint32(high << 16 | low).view(np.float32))
 
 
-def _histogram(delta: Dense, shape: tuple[int, ...], high: int | None) -> NDArray[np.int64]:
-    counts = np.zeros(_HALF, np.int64)
-    for rows in row_blocks(shape):
-        bits = np.abs(delta(rows)).reshape(-1).view(np.uint32)
-        halves = bits >> np.uint32(16)
-        chosen = halves if high is None else bits[halves == high] & np.uint32(_HALF - 1)
-        counts += np.bincount(chosen, minlength=_HALF)
+def _threshold_of_products(products: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]], wanted: int) -> float:
+    """Bisection over the patterns of binary32, which hold every product of two F16 and a power of two.
+
+    A quotient t / row_i is rounded to 2^-53, and col_j is either equal to it or 2^-24 away: so it is compared exactly.
+    """
+    sorted_columns = [(row[row > 0.0], np.sort(col)) for row, col in products]
+
+    def count_from(bits: int) -> int:
+        least = float(np.uint32(bits).view(np.float32))
+        return sum(
+            row.size * col.size - int(np.searchsorted(col, least / row, side="left").sum())
+            for row, col in sorted_columns
+        )
+
+    low, high = 0, 0x7F800000  # at least `wanted` are >= the pattern `low`, fewer are >= `high`
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count_from(middle) >= wanted else (low, middle)
+    return float(np.uint32(low).view(np.float32))
+
+
+def _histogram(of: Magnitudes, high: int | None) -> NDArray[np.int64]:
+    counts = np.zeros(HALF, np.int64)
+    for block in of.blocks():
+        histogram(block, high, counts)
     return counts
 
 
@@ -147,4 +171,4 @@ def _descend(counts: NDArray[np.int64], wanted: int) -> tuple[int, int]:
     from_top = np.cumsum(counts[::-1])
     position = int(np.searchsorted(from_top, wanted))
     above = int(from_top[position - 1]) if position else 0
-    return _HALF - 1 - position, above
+    return HALF - 1 - position, above

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 import peraxis_format as pxd
 from peraxis_tools.errors import ToolError
 from peraxis_tools.merge.exact import merge_exact, merge_tails
 from peraxis_tools.merge.fit import Dense, fit_masks
 from peraxis_tools.merge.fold import fold
-from peraxis_tools.merge.methods import Mixture, mixed_rows
-from peraxis_tools.rows import BaseRows, delta_rows
+from peraxis_tools.merge.methods import Magnitudes, Mixture, make_mixer
+from peraxis_tools.merge.terms import joined, module_terms
+from peraxis_tools.rows import BaseRows, delta_rows, row_blocks
 
 __all__ = ["MergedModule", "merge_module", "relative_error"]
 
@@ -44,23 +48,82 @@ def merge_module(
     first = modules[0]
     plain = mixture.is_sum
     factors = mixture.effective(weights) if plain else tuple(weights)
-
-    def mixed() -> Dense:
-        return mixed_rows([_dense(module, base) for module in modules], weights, first.covered, mixture, keys)
-
     if any(module.encoding is pxd.Encoding.FULL for module in modules):
-        merged = merge_exact(modules, factors, plain=plain, base=base, mixed=mixed)
+        merged = merge_exact(
+            modules, factors, plain=plain, base=base, mixed=lambda: _mixed(modules, weights, mixture, keys, base)
+        )
         return merged, MergedModule(name=first.name, encoding="full", components=0)
     tail = merge_tails(modules, factors)
     if not any(module.components for module in modules):
         return replace(first, tail=tail), MergedModule(name=first.name, encoding="same", components=0)
     if bits is None:
         return _kept(modules, factors, tail)
-    fitted = fit_masks(mixed(), first.covered, bits)
+    fitted = fit_masks(_matrices(modules, weights, mixture, keys), first.covered, bits)
     if fitted.square_norm == 0.0:
         return _encoded(first, (), tail)
     merged, found = _encoded(first, fitted.components, tail)
     return merged, replace(found, square_error=fitted.square_error, square_norm=fitted.square_norm)
+
+
+def _matrices(
+    modules: Sequence[pxd.ModuleDelta], weights: Sequence[float], mixture: Mixture, keys: Sequence[str]
+) -> Callable[[tuple[int, ...]], Dense]:
+    """The merged delta, matrix by matrix, of modules that are `sign` or `same`."""
+    if mixture.is_sum:
+        factors = mixture.effective(weights)
+
+        def summed(index: tuple[int, ...]) -> Dense:
+            terms = [module_terms(m, index, weight=w) for m, w in zip(modules, factors, strict=True)]
+            return joined(terms).dense
+
+        return summed
+    mixer = make_mixer(mixture, weights, keys, [_magnitudes(module) for module in modules])
+
+    def mixed(index: tuple[int, ...]) -> Dense:
+        terms = [module_terms(module, index) for module in modules]
+        return lambda rows: mixer.mix([each.dense(rows) for each in terms], (*index, rows.start))
+
+    return mixed
+
+
+def _magnitudes(module: pxd.ModuleDelta) -> Magnitudes:
+    """Of the terms of a `sign` or `same` module."""
+    matrices = list(np.ndindex(module.covered[:-2]))
+    single = len(module.components) == 1
+
+    def products(index: tuple[int, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        terms = module_terms(module, index)
+        return terms.scales[0].astype(np.float64), terms.columns[0].astype(np.float64)
+
+    def blocks() -> Iterator[NDArray[np.float32]]:
+        for index in matrices:
+            terms = module_terms(module, index)
+            for rows in row_blocks(module.covered[-2:]):
+                yield terms.dense(rows)
+
+    return Magnitudes(
+        count=math.prod(module.covered),
+        blocks=blocks,
+        products=[products(index) for index in matrices] if single else None,
+    )
+
+
+def _mixed(
+    modules: Sequence[pxd.ModuleDelta],
+    weights: Sequence[float],
+    mixture: Mixture,
+    keys: Sequence[str],
+    base: BaseRows | None,
+) -> Dense:
+    """The merged delta by ranges of its first dimension, where one input at least is stored exactly."""
+    deltas = [_dense(module, base) for module in modules]
+    covered = modules[0].covered
+
+    def magnitudes(delta: Dense) -> Magnitudes:
+        return Magnitudes(count=math.prod(covered), blocks=lambda: (delta(rows) for rows in row_blocks(covered)))
+
+    mixer = make_mixer(mixture, weights, keys, [magnitudes(delta) for delta in deltas])
+    return lambda rows: mixer.mix([delta(rows) for delta in deltas], (rows.start,))
 
 
 def _dense(module: pxd.ModuleDelta, base: BaseRows | None) -> Dense:

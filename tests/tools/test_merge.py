@@ -16,10 +16,11 @@ import peraxis_format as pxd
 from peraxis_tools.apply import apply
 from peraxis_tools.commands.merge import command
 from peraxis_tools.errors import CheckFailedError, ToolError
-from peraxis_tools.merge import Mixture, merge, merge_parts
+from peraxis_tools.merge import Mixture, kernels, merge, merge_parts
 from peraxis_tools.merge.fit import fit_masks
 from peraxis_tools.merge.fold import fold
-from peraxis_tools.merge.methods import mixed_rows
+from peraxis_tools.merge.methods import Magnitudes, make_mixer, threshold
+from peraxis_tools.merge.terms import module_terms
 from peraxis_tools.split import split
 from tests.factories import base_ref, random_storage, sign_module, write_checkpoint, write_delta
 
@@ -180,11 +181,12 @@ def test_a_missing_part_a_doubled_one_and_a_stranger_are_named(tmp_path: Path) -
 def test_the_reported_error_of_a_fit_is_its_error(seed, bits) -> None:
     rng = np.random.default_rng(seed)
     wanted = (rng.standard_normal((30, 20)) * rng.random((30, 1)) * rng.random(20)).astype(np.float32)
-    fit = fit_masks(lambda rows: wanted[rows], wanted.shape, bits)
+    fit = fit_masks(lambda index: lambda rows: wanted[rows].copy(), wanted.shape, bits)
     base = random_storage(rng, wanted.shape)
     like = sign_module(rng, "m", base)
     got = dense(replace(like, components=fit.components))
-    assert fit.square_error == pytest.approx(np.sum((wanted - got) ** 2), rel=1e-3)
+    assert fit.square_error == pytest.approx(np.sum((wanted - got) ** 2), rel=1e-4)
+    assert fit.square_norm == pytest.approx(np.sum(wanted.astype(np.float64) ** 2))
     # A mask more than halves nothing by law, but each leaves less than the mean magnitude a row would.
     rows = np.abs(wanted).mean(axis=1, keepdims=True)
     assert fit.square_error <= np.sum((wanted - np.sign(wanted) * rows) ** 2) * 1.01
@@ -229,20 +231,48 @@ def test_ties_is_ties(seed, density) -> None:
     rng = np.random.default_rng(seed)
     deltas = [rng.standard_normal((40, 30)).astype(np.float32) for _ in range(3)]
     weights = [0.5, 0.3, 0.9]
-    mixed = mixed_rows(
-        [lambda rows, d=d: d[rows] for d in deltas],
-        weights,
-        (40, 30),
-        Mixture(method="ties", density=density),
-        ["a", "b", "c"],
-    )
-    np.testing.assert_allclose(mixed(slice(0, 40)), ties(deltas, weights, density), rtol=1e-4, atol=1e-6)
+    sizes = [Magnitudes(count=d.size, blocks=lambda d=d: iter((d[:7], d[7:]))) for d in deltas]
+    mixer = make_mixer(Mixture(method="ties", density=density), weights, ["a", "b", "c"], sizes)
+    np.testing.assert_allclose(mixer.mix(deltas, (0,)), ties(deltas, weights, density), rtol=1e-4, atol=1e-6)
+
+
+@given(st.integers(0, 2**32), SHAPES, st.sampled_from(list(pxd.Axis)), st.floats(0, 1))
+@settings(max_examples=60)
+def test_a_threshold_from_scales_alone_is_that_of_the_dense_delta(seed, shape, axis, density) -> None:
+    rng = np.random.default_rng(seed)
+    module = sign_module(rng, "m", random_storage(rng, shape), axes=(axis,))
+    sizes = np.sort(np.abs(dense(module)).reshape(-1))
+    wanted = int(density * sizes.size)
+    products = []
+    for index in np.ndindex(shape[:-2]):
+        terms = module_terms(module, index)
+        products.append((terms.scales[0].astype(np.float64), terms.columns[0].astype(np.float64)))
+    block = dense(module).astype(np.float32)
+    found = {
+        threshold(Magnitudes(count=sizes.size, blocks=lambda: iter([block]), products=each), density)
+        for each in (None, products)
+    }
+    assert found == {sizes[-wanted] if wanted else np.inf}
+
+
+@pytest.mark.parametrize("shape", [(70, 40), (9, 21), (3, 5, 8)])
+@pytest.mark.parametrize("mixture", [Mixture(), *(Mixture(method=m, density=0.4) for m in ("linear", "ties", "dare"))])
+def test_a_fit_is_the_same_bytes_without_numba(tmp_path: Path, monkeypatch, mixture, shape) -> None:
+    _, a, b = pair_of_deltas(3, shape, (pxd.Axis.ROW_COL, pxd.Axis.ROW), (pxd.Axis.COL,))
+    paths = [write_delta(tmp_path / "a.pxd", [a]), write_delta(tmp_path / "b.pxd", [b])]
+    compiled = merge(paths, tmp_path / "1.pxd", weights=[0.7, -0.4], mixture=mixture, bits=2)
+    monkeypatch.setattr(kernels, "_compiled", lambda: None)
+    plain = merge(paths, tmp_path / "2.pxd", weights=[0.7, -0.4], mixture=mixture, bits=2)
+    assert compiled.content_id == plain.content_id
+    assert compiled.error == plain.error
 
 
 def test_dare_keeps_the_mean_and_drops_its_share() -> None:
     delta = np.ones((200, 500), np.float32)
     mixture = Mixture(method="dare", density=0.3, seed=1)
-    mixed = mixed_rows([lambda rows: delta[rows]], [1.0], delta.shape, mixture, ["a"])(slice(0, 200))
+    mixed = make_mixer(mixture, [1.0], ["a"], [Magnitudes(count=delta.size, blocks=lambda: iter([delta]))]).mix(
+        [delta], (0,)
+    )
     assert set(np.unique(mixed)) == {np.float32(0.0), np.float32(1.0) / np.float32(0.3)}
     assert np.mean(mixed != 0) == pytest.approx(0.3, abs=0.01)
     assert mixed.mean() == pytest.approx(1.0, abs=0.03)
