@@ -126,6 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report.show_list(corpus_of(given).select(given.case, given.skip), as_json=given.json)
         else:
             report.show(f"{Corpus().copy(given.directory)} cases in {given.directory}")
+    except BrokenPipeError:  # the reader of the report has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (AdapterError, CorpusError, OSError, ValueError) as error:
         sys.stderr.write(f"peraxis-conformance: {report.escaped(str(error))}\n")
         return USAGE

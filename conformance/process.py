@@ -26,11 +26,12 @@ class AdapterError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """What came back: an exit status and a JSON value, or a problem."""
+    """What came back: an exit status and a JSON value, or a problem. error: the last line of standard error."""
 
     exit: int = -1
     result: Any = None
     problem: str = ""
+    error: str = ""
     seconds: float = 0.0
 
 
@@ -41,9 +42,16 @@ def parse(raw: bytes) -> Any:
         return None
 
 
+def last_line(stream: Any) -> str:
+    """The last line of standard error, of those that speak of an error if there are any; it is shown, never judged."""
+    stream.seek(max(0, stream.seek(0, os.SEEK_END) - 4096))
+    lines = [line.strip() for line in stream.read().decode("utf-8", "replace").split("\n") if line.strip()]
+    return ([line for line in lines if "error" in line.lower()] or lines or [""])[-1][:200]
+
+
 def start(command: Sequence[str], **streams: Any) -> subprocess.Popen[bytes]:
     try:
-        return subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True, **streams)
+        return subprocess.Popen(command, start_new_session=True, **streams)
     except OSError as error:
         raise AdapterError(f"cannot start {command[0]!r}: {error.strerror}") from None
 
@@ -85,10 +93,9 @@ def over(mib: int, peak: int | None) -> str:
 def call(command: Sequence[str], *, seconds: float, mib: int, address_space_mib: int | None = None) -> Reply:
     """Run one command to its end, its time-out or its memory limit."""
     started = time.monotonic()
-    with tempfile.TemporaryFile() as stdout:
-        process = start(
-            command, stdin=subprocess.DEVNULL, stdout=stdout, preexec_fn=limit_address_space(address_space_mib)
-        )
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        limit = limit_address_space(address_space_mib)
+        process = start(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, preexec_fn=limit)
         pause, problem = 0.0005, ""
         while not problem:
             # Peak memory is read while the process lives; what wait4 says after it ended also counts the
@@ -112,7 +119,8 @@ def call(command: Sequence[str], *, seconds: float, mib: int, address_space_mib:
         if process.returncode < 0:
             return Reply(problem=f"ended by {signal.Signals(-process.returncode).name}", seconds=elapsed)
         stdout.seek(0)
-        return Reply(exit=process.returncode, result=parse(stdout.read(LARGEST_REPLY)), seconds=elapsed)
+        result = parse(stdout.read(LARGEST_REPLY))
+        return Reply(exit=process.returncode, result=result, seconds=elapsed, error=last_line(stderr))
 
 
 def ended_peak(maxrss: int) -> int | None:
@@ -127,7 +135,7 @@ class Server:
     """`ADAPTER serve`: one JSON line in, one out (README.md, Serving)."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        self._process = start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self._buffer = b""
         self._number = 0
 

@@ -176,6 +176,8 @@ def judge(corpus: Corpus, case: Case, reply: Reply, output: Path, dump: Path | N
         return f"exit status {reply.exit}; 0, 1 and 77 are allowed"
     said = reply.result
     if not isinstance(said, dict) or said.get("ok") is not (reply.exit == ACCEPTED):
+        if said is None:
+            return f"exit status {reply.exit} without a result" + (f"; it says {reply.error!a}" if reply.error else "")
         return f"exit status {reply.exit} and the result {json.dumps(said)[:120]} do not agree"
     if case.accepts != (reply.exit == ACCEPTED):
         return (

@@ -65,7 +65,9 @@ def test_every_stored_file_has_the_digest_that_its_case_names() -> None:
                 assert hashlib.sha256((KIT / path).read_bytes()).hexdigest() == case.sha256[role], path
 
 
-def test_the_kit_imports_the_standard_library_alone() -> None:
+def test_the_kit_imports_the_standard_library_alone(tmp_path: Path) -> None:
+    # A folder in which the kit stands under its installed name, and nothing else.
+    (tmp_path / "peraxis_conformance").symlink_to(KIT)
     program = (
         "import sys, peraxis_conformance.cli, peraxis_conformance.generate\n"
         "outside = {name.partition('.')[0] for name in sys.modules} - set(sys.stdlib_module_names)\n"
@@ -76,27 +78,19 @@ def test_the_kit_imports_the_standard_library_alone() -> None:
         capture_output=True,
         text=True,
         check=True,
-        env={"PYTHONPATH": str(linked(KIT))},
+        env={"PYTHONPATH": str(tmp_path)},
     )
     assert done.stdout.strip() == "['peraxis_conformance']"
-
-
-def linked(kit: Path) -> Path:
-    """A folder in which the kit stands under its installed name, and nothing else."""
-    import tempfile
-
-    folder = Path(tempfile.mkdtemp(prefix="kit-"))
-    (folder / "peraxis_conformance").symlink_to(kit)
-    return folder
 
 
 @pytest.mark.parametrize(
     ("body", "part"),
     [
-        ("sys.exit(0)", "do not agree"),
+        ("sys.exit(0)", "exit status 0 without a result"),
+        ("raise LookupError('here')", "exit status 1 without a result; it says 'LookupError: here'"),
         ("print('{}'); sys.exit(3)", "exit status 3"),
         ("print('{\"ok\": true}'); sys.exit(1)", "do not agree"),
-        ("print('not json'); sys.exit(1)", "do not agree"),
+        ("print('not json'); sys.exit(1)", "without a result"),
         ("sys.exit(77)", "says unsupported"),
         ("os.kill(os.getpid(), 11)", "ended by SIGSEGV"),
         ("print('{\"ok\": true}'); sys.exit(0)", "must be rejected"),
