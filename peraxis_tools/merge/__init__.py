@@ -20,7 +20,7 @@ from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.folders import refuse_existing
 from peraxis_tools.merge.methods import Method, Mixture
-from peraxis_tools.merge.modules import MergedModule, merge_module, relative_error
+from peraxis_tools.merge.modules import MergedModule, merge_module, needs_base, relative_error
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.parts import PART_KEY, is_part, join_parts, part_metadata, refuse_part, split
 from peraxis_tools.rows import base_rows
@@ -131,7 +131,9 @@ def merge(
         files = [file for file, _ in pairs]
         ordered = [float(weight) for _, weight in pairs]
         checkpoint = stack.enter_context(open_checkpoint(base)) if base is not None else None
-        if checkpoint is not None:
+        if checkpoint is None:
+            _check_no_base_needed(files, ordered, mixture)
+        else:
             pxd.check_base_names(files[0].manifest, checkpoint.tensors)
         if bits is None and not mixture.is_sum:
             bits = min(pxd.COMPONENTS_MAX, sum(_masks(file) for file in files))
@@ -191,6 +193,16 @@ def _check_compatible(files: Sequence[pxd.DeltaFile]) -> None:
                 raise ToolError(f"{pair}: {name} has another shape or dtype; only like models can be merged")
         if (file.manifest.tied, file.manifest.dropped) != (first.manifest.tied, first.manifest.dropped):
             raise ToolError(f"{pair}: tie or drop different tensors; only like models can be merged")
+
+
+def _check_no_base_needed(files: Sequence[pxd.DeltaFile], weights: Sequence[float], mixture: Mixture) -> None:
+    """By the manifests alone, so that hours of work do not end in this. Raises ToolError."""
+    for entry in files[0].manifest.modules:
+        if needs_base([file.entry(entry.name) for file in files], weights, mixture):
+            raise ToolError(
+                f"{entry.name}: is stored exactly, so that merging its delta needs the base; pass --base "
+                f"(made for {files[0].manifest.base.id!r})"
+            )
 
 
 def _writer(

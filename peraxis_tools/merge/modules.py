@@ -16,9 +16,9 @@ from peraxis_tools.merge.fit import Dense, fit_masks
 from peraxis_tools.merge.fold import fold
 from peraxis_tools.merge.methods import Magnitudes, Mixture, make_mixer
 from peraxis_tools.merge.terms import joined, module_terms
-from peraxis_tools.rows import BaseRows, delta_rows, row_blocks
+from peraxis_tools.rows import BaseRows, delta_rows, has_delta, row_blocks
 
-__all__ = ["MergedModule", "merge_module", "relative_error"]
+__all__ = ["MergedModule", "merge_module", "needs_base", "relative_error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +63,22 @@ def merge_module(
         return _encoded(first, (), tail)
     merged, found = _encoded(first, fitted.components, tail)
     return merged, replace(found, square_error=fitted.square_error, square_norm=fitted.square_norm)
+
+
+def needs_base(entries: Sequence[pxd.ModuleEntry], weights: Sequence[float], mixture: Mixture) -> bool:
+    """Whether merging the modules of these entries reads the base tensor: told by digests, without their bytes."""
+    if not any(entry.encoding is pxd.Encoding.FULL for entry in entries) or not has_delta(entries[0]):
+        return False
+    if not mixture.is_sum:
+        return len(entries) > 1 or weights[0] != 1.0
+    factors = mixture.effective(weights)
+    moving = [
+        (entry, w)
+        for entry, w in zip(entries, factors, strict=True)
+        if w != 0.0 and entry.encoding is not pxd.Encoding.SAME
+    ]
+    equal = len({entry.sha256 for entry, _ in moving}) == 1 and moving[0][0].encoding is pxd.Encoding.FULL
+    return not (equal and math.isclose(math.fsum(w for _, w in moving), 1.0))
 
 
 def _matrices(

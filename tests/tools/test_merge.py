@@ -300,6 +300,24 @@ def test_exact_tensors_merge_with_the_base_and_not_without(tmp_path: Path) -> No
         assert np.array_equal(file.load("norm.weight").full, x)
 
 
+@pytest.mark.parametrize("method", ["sum", "ties", "dare"])
+def test_a_base_that_is_needed_is_asked_for_before_any_work(tmp_path: Path, method) -> None:
+    rng = np.random.default_rng(0)
+    base, x, y = (random_storage(rng, (33,)) for _ in range(3))
+    _, a, b = pair_of_deltas(1, (16, 24), (pxd.Axis.ROW,), (pxd.Axis.COL,))
+    paths = [
+        write_delta(tmp_path / f"{i}.pxd", [m, exact("norm.weight", base, value)])
+        for i, (m, value) in enumerate(((a, x), (b, y)))
+    ]
+    with pxd.open(paths[0]) as file:
+        begin = file.header_size
+    data = bytearray(paths[0].read_bytes())
+    data[begin] ^= 1  # had the first module been read, this would have been said
+    paths[0].write_bytes(data)
+    with pytest.raises(ToolError, match=r"norm\.weight.*pass --base"):
+        merge(paths, tmp_path / "out.pxd", weights=[0.5, 0.5], mixture=Mixture(method=method))
+
+
 def test_provenance_is_in_the_manifest(tmp_path: Path) -> None:
     _, a, b = pair_of_deltas(1, (4, 8), (pxd.Axis.ROW,), (pxd.Axis.ROW,))
     paths = [write_delta(tmp_path / "a.pxd", [a]), write_delta(tmp_path / "b.pxd", [b])]
