@@ -163,3 +163,5 @@ class Gatherer:
         """(number of the batch, teacher's output, student's output); to be asked for once, at the end."""
         for i, (teacher, student) in enumerate(zip(self._teachers, self._students, strict=True)):
             yield i, teacher.finish(), student.finish()
+            teacher.close()
+            student.close()

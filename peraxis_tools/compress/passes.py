@@ -49,11 +49,11 @@ class Kept:
         """calls: all that the pass reported, in order."""
         wanted = {key for stage in stages for key in stage.leaders}
         self._inputs: dict[Key, Tensor] = {}
+        self._output: Tensor | None = output
         for call in calls:
             key = key_of(call)
             if key in wanted:
                 self._inputs.setdefault(key, call.inputs)
-        self._output = output
 
     @classmethod
     def of(cls, run: Run, stages: Collection[Stage]) -> Kept:
@@ -76,10 +76,11 @@ class Kept:
         return {key: self._inputs.pop(key) for key in stage.leaders if key in self._inputs}
 
     def finish(self) -> Tensor:
-        return self._output
+        return _reached(self._output)
 
     def close(self) -> None:
         self._inputs.clear()
+        self._output = None
 
 
 class Repeated:
@@ -129,9 +130,7 @@ class Waiting:
 
     def finish(self) -> Tensor:
         self._ask(None)
-        if self._output is None:
-            raise RuntimeError("a forward pass ended without an output")
-        return self._output
+        return _reached(self._output)
 
     def close(self) -> None:
         if self._thread is not None and self._thread.is_alive():
@@ -180,6 +179,12 @@ class Waiting:
 class _Done:
     def __init__(self, output: Tensor) -> None:
         self.output = output
+
+
+def _reached(output: Tensor | None) -> Tensor:
+    if output is None:
+        raise RuntimeError("this pass is closed")
+    return output
 
 
 def _ignore(call: Call) -> None:
