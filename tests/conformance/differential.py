@@ -54,8 +54,11 @@ def verdict(reply: Reply) -> str:
         return f"broken: {reply.problem or reply.result}"
     if reply.exit == 1:
         return f"rejected: {reply.result.get('phase')}"
-    content = ("content_id", "modules", "tied", "dropped", "assets", "metadata")
-    return f"{reply.exit}: {json.dumps([reply.result.get(key) for key in content], sort_keys=True)}"
+    content = {key: reply.result.get(key) for key in ("content_id", "tied", "dropped", "assets", "metadata")}
+    # What the protocol asks for of a module; a loader may say more.
+    keys = ("name", "dtype", "shape", "encoding", "components", "exact_sha256")
+    modules = [{key: module.get(key) for key in keys} for module in reply.result.get("modules", [])]
+    return f"{reply.exit}: {json.dumps([content, modules], sort_keys=True)}"
 
 
 def disagreements(asked: Loaders, inputs: Iterator[bytes], path: Path) -> Iterator[tuple[bytes, dict[str, str]]]:
