@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,27 +95,78 @@ def test_a_run_can_be_repeated_from_its_artifact(pair: tuple[Path, Path, Path], 
     assert (tmp_path / "one.pxd").read_bytes() == (tmp_path / "two.pxd").read_bytes()
 
 
-@pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_bytes(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    base, tuned, text = pair
-    options = {"calibration": str(text), "distill_samples": 6, "distill_epochs": 3, "generated_samples": 4, **FEW}
-    options |= {"distill_full_lr": 1e-3, "embeddings": "full"}
-    compress(base, tuned, tmp_path / "whole.pxd", **options)
-    cut = tmp_path / "cut.pxd"
-    code = f"import peraxis_tools as t; t.compress({str(base)!r}, {str(tuned)!r}, {str(cut)!r}, **{options!r})"
-    work = tmp_path / "cut.pxd.peraxis-work"
-    # Killed as soon as each of these is there; the next run finds it and goes on.
-    for part in ("generated.npy", "embedding.json", "block-00000.json", "block-00001.json", "head.json"):
-        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
-        while not (work / part).exists() and process.poll() is None:
+class Killable:
+    """A compression in a process of its own; `moment` seconds after its imports it is killed, if it still runs."""
+
+    def __init__(self, base: Path, tuned: Path, output: Path, options: dict[str, Any]) -> None:
+        self.output, self.work = output, output.with_name(output.name + ".peraxis-work")
+        self._ready = output.with_name("ready")
+        self._code = (
+            "import sys, pathlib, datasets, transformers, peraxis_tools.compress.calibrated\n"
+            "import peraxis_tools.compress.signs_numba\n"
+            f"pathlib.Path({str(self._ready)!r}).touch()\n"
+            f"peraxis_tools.compress({str(base)!r}, {str(tuned)!r}, {str(output)!r}, **{options!r})\n"
+        )
+
+    def run(self, *, moment: float = 300.0, part: str | None = None) -> float:
+        """Seconds after the imports. part: killed as soon as this is in the work folder instead."""
+        self._ready.unlink(missing_ok=True)
+        process = subprocess.Popen([sys.executable, "-c", self._code], stderr=subprocess.PIPE)
+        while not self._ready.exists() and process.poll() is None:
             time.sleep(0.002)
+        begin = time.perf_counter()
+        while process.poll() is None and time.perf_counter() - begin < moment:
+            if part is not None and (self.work / part).exists():
+                break
+            time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         _, said = process.communicate()
-        assert (work / part).exists(), said.decode()[-2000:]
-        assert not cut.exists()
-    compress(base, tuned, cut, **options)
-    assert cut.read_bytes() == (tmp_path / "whole.pxd").read_bytes()
-    assert not work.exists()
+        assert process.returncode in (0, -signal.SIGKILL), said.decode()[-2000:]
+        return time.perf_counter() - begin
+
+
+LONG = {"distill_samples": 6, "distill_epochs": 3, "generated_samples": 4, **FEW}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0])
+def test_a_run_killed_at_five_random_moments_ends_in_the_same_bytes(
+    pair: tuple[Path, Path, Path], tmp_path: Path, seed: int
+) -> None:
+    base, tuned, text = pair
+    run = Killable(base, tuned, tmp_path / "cut.pxd", {"calibration": str(text), **LONG})
+    undisturbed = run.run()
+    whole = run.output.read_bytes()
+    draw = random.Random(seed)
+    kills = 0
+    while kills < 5:
+        run.output.unlink(missing_ok=True)
+        run.run(moment=draw.uniform(0.0, undisturbed))
+        # A resumed run may be done before its moment comes: then the next one starts afresh.
+        if run.output.exists():
+            assert run.output.read_bytes() == whole
+        else:
+            kills += 1
+    run.run()
+    assert run.output.read_bytes() == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.pxd", "ready"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_after_each_of_its_parts_goes_on_to_the_same_bytes(
+    pair: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, tuned, text = pair
+    options = {"calibration": str(text), **LONG}
+    compress(base, tuned, tmp_path / "whole.pxd", **options)
+    run = Killable(base, tuned, tmp_path / "cut.pxd", options)
+    for part in ("generated.npy", "embedding.json", "block-00000.json", "block-00001.json", "head.json"):
+        run.run(part=part)
+        assert (run.work / part).exists()
+        assert not run.output.exists()
+    compress(base, tuned, run.output, **options)
+    assert run.output.read_bytes() == (tmp_path / "whole.pxd").read_bytes()
+    assert not run.work.exists()
 
 
 def test_a_work_folder_of_other_options_is_not_continued(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
