@@ -1,7 +1,7 @@
-"""Triton kernels: apply (base + masks -> weights), decode and prefill (many variants over one base).
+"""The Triton kernel of apply: base + masks -> weights. What serves many variants over one base is in serving.py.
 
-A byte of a mask holds the signs of eight columns, so tiles are [rows, groups, 8]: a thread has 16 bytes of BF16 and one
-byte of mask, and neither is loaded twice.
+A byte of a mask holds the signs of eight columns: a thread has 16 bytes of BF16 and one byte of mask, and neither is
+loaded twice. A warp reads 512 bytes side by side.
 
     sign        ((byte >> lane) & 1) ^ 1, moved to bit 31, xor into the scale
     F32 -> BF16 (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, NaN selected: integers only, since Triton's interpreter
@@ -24,9 +24,7 @@ from typing import Final
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-__all__ = [
-    "BF16", "COLUMNS", "F16", "F32", "RECORD", "ROWS", "TERM", "apply_kernel", "decode_kernel", "prefill_kernel",
-]  # fmt: skip
+__all__ = ["BF16", "COLUMNS", "F16", "F32", "RECORD", "ROWS", "TERM", "apply_kernel", "flip", "narrow", "widen"]
 
 RECORD: Final = 8
 TERM: Final = 5
@@ -42,7 +40,7 @@ _F32 = tl.constexpr(F32)
 
 
 @triton.jit
-def _widen(values, KIND: tl.constexpr):
+def widen(values, KIND: tl.constexpr):
     """Storage bits -> binary32, exactly."""
     if KIND == _BF16:
         wide = (values.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -54,7 +52,7 @@ def _widen(values, KIND: tl.constexpr):
 
 
 @triton.jit
-def _narrow(total, KIND: tl.constexpr):
+def narrow(total, KIND: tl.constexpr):
     """binary32 -> storage bits, nearest-even; NaN becomes canonical (SPEC 6.1, 6.2)."""
     bits = total.to(tl.uint32, bitcast=True)
     nan = (bits & 0x7FFFFFFF) > 0x7F800000
@@ -70,7 +68,7 @@ def _narrow(total, KIND: tl.constexpr):
 
 
 @triton.jit
-def _flip(mask):
+def flip(mask):
     """Bytes [a, b] -> [a, b, 8] uint32: the sign bit where the weight's sign is -1."""
     lane = tl.arange(0, 8)[None, None, :].to(tl.uint32)
     return (((mask[:, :, None].to(tl.uint32) >> lane) & 1) ^ 1) << 31
@@ -78,12 +76,11 @@ def _flip(mask):
 
 @triton.jit
 def _add_term(
-    total, buffer, term, rows, groups, d_out, d_in,
-    GROUPS: tl.constexpr, ROWS_: tl.constexpr, ALIGNED: tl.constexpr,
+    total, buffer, term, rows, groups, columns, d_out, d_in,
+    ROWS_: tl.constexpr, COLUMNS_: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """total [rows, groups, 8] + one component (SPEC 5.3)."""
+    """total [rows, columns] + one component (SPEC 5.3)."""
     width = (d_in + 7) // 8
-    columns = groups[:, None] * 8 + tl.arange(0, 8)[None, :]
     mask_at = buffer + tl.load(term)
     if ALIGNED:
         mask_at = tl.multiple_of(mask_at, 16)
@@ -97,12 +94,12 @@ def _add_term(
     if row_at >= 0:
         at = (buffer + row_at).to(tl.pointer_type(tl.float16))
         scale *= tl.load(at + rows * row_stride, mask=rows < d_out, other=0).to(tl.float32)
-    column = tl.full((GROUPS, 8), 1.0, tl.float32)
+    column = tl.full((COLUMNS_,), 1.0, tl.float32)
     if col_at >= 0:
         at = (buffer + col_at).to(tl.pointer_type(tl.float16))
         column = tl.load(at + columns, mask=columns < d_in, other=0).to(tl.float32)
-    size = (scale[:, None, None] * column[None, :, :]).to(tl.uint32, bitcast=True)
-    return total + (size ^ _flip(mask)).to(tl.float32, bitcast=True)
+    size = (scale[:, None] * column[None, :]).to(tl.uint32, bitcast=True)
+    return total + (size ^ tl.reshape(flip(mask), (ROWS_, COLUMNS_))).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -115,7 +112,6 @@ def apply_kernel(
     tiles: int32 [programs], the record of each program. ALIGNED: d_in of every record is a multiple of 8, and base and
     out begin at multiples of 16.
     """
-    GROUPS: tl.constexpr = COLUMNS_ // 8
     program = tl.program_id(0)
     record = records + tl.load(tiles + program).to(tl.int64) * 8
     base_at, out_at = tl.load(record), tl.load(record + 1)
@@ -130,128 +126,17 @@ def apply_kernel(
     tile = program - tl.load(record + 4).to(tl.int32)
     across = tl.cdiv(d_in, COLUMNS_)
     rows = (tile // across) * ROWS_ + tl.arange(0, ROWS_)
-    groups = (tile % across) * GROUPS + tl.arange(0, GROUPS)
-    columns = groups[:, None] * 8 + tl.arange(0, 8)[None, :]
-    if ALIGNED:
-        # The eight columns of a group are inside together: one predicate for one 16-byte access.
-        inside = (rows < d_out)[:, None, None] & (groups < d_in // 8)[None, :, None]
-        inside = tl.broadcast_to(inside, (ROWS_, GROUPS, 8))
-    else:
-        inside = (rows < d_out)[:, None, None] & (columns < d_in)[None, :, :]
-    at = (rows.to(tl.int64) * d_in)[:, None, None] + columns[None, :, :]
-    total = _widen(tl.load(base + at, mask=inside, other=0), KIND)
+    columns = (tile % across) * COLUMNS_ + tl.arange(0, COLUMNS_)
+    groups = (tile % across) * (COLUMNS_ // 8) + tl.arange(0, COLUMNS_ // 8)
+    # Eight columns of a group are inside together where d_in is a multiple of 8: one predicate for one 16-byte access.
+    inside = (rows < d_out)[:, None] & (columns < d_in)[None, :]
+    at = (rows.to(tl.int64) * d_in)[:, None] + columns[None, :]
+    total = widen(tl.load(base + at, mask=inside, other=0), KIND)
     # A `while`: the interpreter's range() does not take loaded numbers.
     term = terms + tl.load(record + 5) * 5
     left = tl.load(record + 6)
     while left > 0:
-        total = _add_term(total, buffer, term, rows, groups, d_out, d_in, GROUPS, ROWS_, ALIGNED)
+        total = _add_term(total, buffer, term, rows, groups, columns, d_out, d_in, ROWS_, COLUMNS_, ALIGNED)
         term += 5
         left -= 1
-    tl.store(out + at, _narrow(total, KIND), mask=inside)
-
-
-# --- many variants over one base -----------------------------------------------------------------------
-#
-# Rows of x are sorted by variant and cut into tiles of one variant each:
-#     order    int32 [M], row of x in sorted order          tiles   int32 [tiles, 3]: variant (-1: base), first, count
-#     heads    int32 [variants + 1]: a variant's terms are heads[v] .. heads[v + 1], at most TERMS
-#     terms    int64 [terms, 3]: addresses of mask (U8 [N, ceil(K/8)]), row (F32 [N], 2^e folded in), col (F32 [K])
-# K is a constant of the weights, so that the loop over it is a plain pipelined loop; M never is.
-
-
-@triton.jit
-def _mask_bytes(term, n, byte, active, N, K: tl.constexpr):
-    """uint8 [n, byte] of one component's mask."""
-    WIDTH: tl.constexpr = (K + 7) // 8
-    at = tl.load(term, mask=active, other=0).to(tl.pointer_type(tl.uint8))
-    inside = (n < N)[:, None] & (byte < WIDTH)[None, :] & active
-    return tl.load(at + n[:, None].to(tl.int64) * WIDTH + byte[None, :], mask=inside, other=0)
-
-
-@triton.jit
-def _vector(term, index, inside, active):
-    """A row or col vector of one component, F32; zeros where the component is not there."""
-    at = tl.load(term, mask=active, other=0).to(tl.pointer_type(tl.float32))
-    return tl.load(at + index, mask=inside & active, other=0.0)
-
-
-@triton.jit
-def decode_kernel(
-    y, stride, x, order, tiles, heads, terms, N,
-    K: tl.constexpr, TERMS: tl.constexpr, KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """y += sum over k of row_k o ((x o col_k) B_k^T) for one tile of rows and BN outputs; y: [M, N] bits, rows
-    `stride` apart; x: [M, K] bits.
-
-    The sum is binary32, rounded once onto y. With PRECISION tf32, x o col keeps 11 bits; signs are exact.
-    """
-    tile = tiles + tl.program_id(1) * 3
-    variant, first, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    member = tl.arange(0, BM)
-    row = tl.load(order + first + member, mask=member < count, other=0).to(tl.int64)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    begin, end = tl.load(heads + variant), tl.load(heads + variant + 1)
-    total = tl.zeros((BM, BN), tl.float32)
-    for t in tl.static_range(TERMS):
-        active = begin + t < end
-        term = terms + (begin + t) * 3
-        part = tl.zeros((BM, BN), tl.float32)
-        for start in range(0, K, BK):
-            k = start + tl.arange(0, BK)
-            inside = (member < count)[:, None] & (k < K)[None, :] & active
-            values = _widen(tl.load(x + row[:, None] * K + k[None, :], mask=inside, other=0), KIND)
-            weighted = values * _vector(term + 2, k, k < K, active)[None, :]
-            mask = _mask_bytes(term, n, start // 8 + tl.arange(0, BK // 8), active, N, K)
-            # 1.0 with the sign bit of the mask: columns beyond K meet a zero of x.
-            signs = (_flip(mask) | 0x3F800000).to(tl.float32, bitcast=True)
-            part = tl.dot(weighted, tl.trans(tl.reshape(signs, (BN, BK))), part, input_precision=PRECISION)
-        total += part * _vector(term + 1, n, n < N, active)[None, :]
-    at = row[:, None] * stride + n[None, :]
-    written = (member < count)[:, None] & (n < N)[None, :]
-    before = _widen(tl.load(y + at, mask=written, other=0), KIND)
-    tl.store(y + at, _narrow(before + total, KIND), mask=written)
-
-
-@triton.jit
-def prefill_kernel(
-    y, stride, x, weight, bias, order, tiles, heads, terms, N,
-    K: tl.constexpr, TERMS: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """y = x W_v^T + bias with W_v = round(W + terms) rebuilt tile by tile: the values of the merged weights.
-
-    UPCAST: multiply in binary32 (the interpreter has no BF16 product; F32 weights); products are the same.
-    """
-    tile = tiles + tl.program_id(1) * 3
-    variant, first, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    begin = tl.load(heads + variant, mask=variant >= 0, other=0)
-    end = tl.load(heads + variant + 1, mask=variant >= 0, other=0)
-    member = tl.arange(0, BM)
-    row = tl.load(order + first + member, mask=member < count, other=0).to(tl.int64)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, K, BK):
-        k = start + tl.arange(0, BK)
-        values = tl.load(x + row[:, None] * K + k[None, :], mask=(member < count)[:, None] & (k < K)[None, :], other=0)
-        at = weight + n[:, None].to(tl.int64) * K + k[None, :]
-        rebuilt = _widen(tl.load(at, mask=(n < N)[:, None] & (k < K)[None, :], other=0), KIND)
-        for t in tl.static_range(TERMS):
-            active = begin + t < end
-            term = terms + (begin + t) * 3
-            mask = _mask_bytes(term, n, start // 8 + tl.arange(0, BK // 8), active, N, K)
-            scale, column = _vector(term + 1, n, n < N, active), _vector(term + 2, k, k < K, active)
-            # A component that is not there adds a zero, which at most turns a -0 of the base into +0.
-            size = (scale[:, None] * column[None, :]).to(tl.uint32, bitcast=True)
-            rebuilt += (size ^ tl.reshape(_flip(mask), (BN, BK))).to(tl.float32, bitcast=True)
-        bits = _narrow(rebuilt, KIND)
-        if UPCAST:
-            acc = tl.dot(_widen(values, KIND), tl.trans(_widen(bits, KIND)), acc, input_precision="ieee")
-        elif KIND == _BF16:
-            acc = tl.dot(values.to(tl.bfloat16, bitcast=True), tl.trans(bits.to(tl.bfloat16, bitcast=True)), acc)
-        else:
-            acc = tl.dot(values.to(tl.float16, bitcast=True), tl.trans(bits.to(tl.float16, bitcast=True)), acc)
-    if HAS_BIAS:
-        acc += _widen(tl.load(bias + n, mask=n < N, other=0), KIND)[None, :]
-    at = row[:, None] * stride + n[None, :]
-    tl.store(y + at, _narrow(acc, KIND), mask=(member < count)[:, None] & (n < N)[None, :])
+    tl.store(out + at, narrow(total, KIND), mask=inside)

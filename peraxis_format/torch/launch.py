@@ -1,143 +1,160 @@
-"""Launches the serving kernels for one linear: decode for few rows of a variant, prefill for many.
+"""Launches the serving kernels for one linear: a single row, few rows of a variant, or many (serving.py).
 
-Nothing here depends on the length of a prompt: kernels are compiled for a weight's shape, once.
+Nothing here depends on the length of a prompt: kernels are compiled for a weight's shape, once. The tables of a linear
+are made when it is first needed, those of a batch when it is first seen (rows.py), so that the same batch can be
+captured in a CUDA graph after one run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
-from peraxis_format.torch import kernels
-from peraxis_format.torch.rows import Rows
+from peraxis_format.torch import kernels, serving
+from peraxis_format.torch.linear import MANY_ROWS
+from peraxis_format.torch.rows import Batch, Tiles
 
 if TYPE_CHECKING:
-    from peraxis_format.torch.linear import ServedLinear
     from peraxis_format.torch.served import Patch, State
 
-__all__ = ["LinearKernels"]
+__all__ = ["LinearKernels", "split_of"]
 
-_DECODE_ROWS: Final = 16  # of a tile: the least that tensor cores multiply
-_PREFILL_ROWS: Final = 64
+_DECODE_ROWS: Final = (16, 64)  # of a tile: the least that tensor cores multiply, and what serves for more
+_PREFILL_ROWS: Final = (64, 128)
+_SPLIT_COLUMNS: Final = 512  # at least, for one program
+_SPLIT_MOST: Final = 8
 _KINDS: Final = {torch.bfloat16: kernels.BF16, torch.float16: kernels.F16, torch.float32: kernels.F32}
 _BITS: Final = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float32: torch.uint32}
 
 
+def split_of(width: int, programs: int, processors: int) -> int:
+    """Into how many parts decode cuts the columns: a power of two, so that all processors have two programs to run."""
+    split = 1
+    while split < _SPLIT_MOST and programs * split < 2 * processors and width >= 2 * split * _SPLIT_COLUMNS:
+        split *= 2
+    return split
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Range:
-    """Rows [begin, end) of the weight: heads and terms of kernels.py, over all variants."""
+    """Rows [begin, end) of the weight. terms: of serving.py, over all variants, `most` each; plain: none has a col."""
 
     begin: int
     end: int
-    heads: Tensor
     terms: Tensor
     most: int
+    plain: bool
 
 
 class LinearKernels:
-    """The tables of one linear, made when first needed."""
+    """The tables of one linear, and its launches: a `Products`."""
 
     def __init__(self) -> None:
         self._ranges: list[_Range] | None = None
-        self._bias_table: Tensor | None = None
 
-    @torch.no_grad()
-    def linear(self, module: ServedLinear, state: State, x: Tensor, lead: Sequence[int], rows: Rows) -> Tensor:
-        """x: [rows, in_features]. Returns [rows, out_features]."""
-        from peraxis_format.torch.linear import MANY_ROWS
+    def many(self, module: nn.Linear) -> int:
+        return MANY_ROWS
 
-        x = x.contiguous()
-        groups = rows.groups(lead, x.device)
-        patches = state.patches.get("weight", {})
-        exact = [v for v in groups if any(patch.full is not None for patch in patches.get(v, []))]
-        many = [v for v, index in groups.items() if len(index) >= MANY_ROWS and v not in exact]
-        few = [v for v in groups if v in patches and v not in many and v not in exact]
-        biases = self._biases(module, state)
-        bias = module.bias if biases is None else None
-        if len(many) < len(groups):
-            out = functional.linear(x, module.weight, bias)
-        else:
-            out = torch.empty(len(x), module.out_features, dtype=x.dtype, device=x.device)
-        for part in self._tables(module, state):
-            if many:
-                self._prefill(part, module, bias, x, out, rows, lead, many)
-            if few:
-                self._decode(part, x, out, rows, lead, few)
-        for variant in exact:
-            index = groups[variant]
-            out[index] = functional.linear(x[index], state.parameter(module, "weight", variant), bias)
-        if biases is not None:
-            out += biases[rows.index(lead, x.device)]
+    def single(self, module: nn.Linear, state: State, x: Tensor, variant: int) -> Tensor | None:
+        """A batch of one row: base and terms in one pass. None where this does not do (parts of a fused weight)."""
+        ranges = self._tables(module, state)
+        if len(ranges) != 1 or ranges[0].end - ranges[0].begin != module.out_features:
+            return None
+        out = torch.empty(1, module.out_features, dtype=x.dtype, device=x.device)
+        own = variant in state.patches.get("bias", {})
+        bias = state.parameter(module, "bias", variant).detach() if own else module.bias
+        bits, weight = _BITS[x.dtype], module.weight.detach()
+        added = x if bias is None else bias.detach()
+        serving.single_kernel[(-(-module.out_features // 8),)](
+            out.view(bits), x.contiguous().view(bits), weight.view(bits), added.view(bits), variant, ranges[0].terms,
+            module.out_features, K=x.shape[1], TERMS=ranges[0].most, KIND=_KINDS[x.dtype], HAS_BIAS=bias is not None,
+            BN=8, BG=128, num_warps=4,
+        )  # fmt: skip
         return out
 
-    def _biases(self, module: ServedLinear, state: State) -> Tensor | None:
-        """[variants + 1, out_features], the base's last, where it answers to -1; None where all share the base's."""
-        changed = state.patches.get("bias")
-        if not changed:
-            return None
-        if self._bias_table is None:
-            count = max(max(of, default=-1) for of in state.patches.values()) + 1
-            table = [state.parameter(module, "bias", v).detach() for v in range(count)]
-            self._bias_table = torch.stack([*table, module.bias.detach()])
-        return self._bias_table
-
-    def _decode(
-        self, part: _Range, x: Tensor, out: Tensor, rows: Rows, lead: Sequence[int], variants: Sequence[int]
+    def add_terms(
+        self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
     ) -> None:
-        tiles = rows.tiles(lead, variants, _DECODE_ROWS, x.device)
-        width, height = 64, part.end - part.begin
-        bits = _BITS[x.dtype]
-        kernels.decode_kernel[(-(-height // width), len(tiles.tiles))](
-            out[:, part.begin :].view(bits), out.stride(0), x.view(bits), tiles.order, tiles.tiles, part.heads,
-            part.terms, height, K=x.shape[1], TERMS=part.most, KIND=_KINDS[x.dtype], BM=_DECODE_ROWS, BN=width, BK=64,
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
-        )  # fmt: skip
+        """Terms in binary32, rounded once onto `out`; then the biases, rounded again."""
+        x = x.contiguous()
+        mine = [v for v in variants if v in state.patches.get("weight", {})]
+        for part in self._tables(module, state) if mine else ():
+            self._decode(part, x, out, batch.tiles(mine, _DECODE_ROWS))
+        for v in variants:
+            if v in state.patches.get("bias", {}):
+                out[batch.span([v])] += state.parameter(module, "bias", v).detach()
 
-    def _prefill(
-        self, part: _Range, module: ServedLinear, bias: Tensor | None, x: Tensor, out: Tensor, rows: Rows,
-        lead: Sequence[int], variants: Sequence[int],
-    ) -> None:  # fmt: skip
-        tiles = rows.tiles(lead, variants, _PREFILL_ROWS, x.device)
-        width, height = 128, part.end - part.begin
-        bits = _BITS[x.dtype]
-        added = x if bias is None else bias[part.begin :].detach()
-        kernels.prefill_kernel[(-(-height // width), len(tiles.tiles))](
-            out[:, part.begin :].view(bits), out.stride(0), x.view(bits),
-            module.weight[part.begin :].detach().view(bits), added.view(bits), tiles.order, tiles.tiles, part.heads,
-            part.terms, height, K=x.shape[1], TERMS=part.most, KIND=_KINDS[x.dtype],
-            HAS_BIAS=bias is not None, BM=_PREFILL_ROWS, BN=width, BK=64,
-            UPCAST=x.dtype == torch.float32 or not x.is_cuda, num_warps=8, num_stages=3,
+    def _decode(self, part: _Range, x: Tensor, out: Tensor, tiles: Tiles) -> None:
+        exact = x.dtype == torch.float32
+        width, groups = (64, 8) if exact else (128, 16)
+        height, across = part.end - part.begin, -(-(part.end - part.begin) // width)
+        split = split_of(x.shape[1], across * len(tiles.tiles), _processors(x.device))
+        target, kind = out[:, part.begin :].view(_BITS[x.dtype]), _KINDS[x.dtype]
+        count = len(tiles.order)
+        partial = torch.empty(split * count * height if split > 1 else 1, dtype=torch.float32, device=x.device)
+        serving.decode_kernel[(across, len(tiles.tiles), split)](
+            target, out.stride(0), x.view(_BITS[x.dtype]), tiles.order, tiles.tiles, part.terms, partial, count,
+            height, serving.SIGNS, serving.ONES, K=x.shape[1], TERMS=part.most, KIND=kind,
+            PLAIN=part.plain and x.dtype == torch.bfloat16, BM=tiles.height, BN=width, BG=groups, SPLIT=split,
+            UPCAST=not x.is_cuda, num_warps=4, num_stages=3,
         )  # fmt: skip
+        if split > 1:
+            serving.reduce_kernel[(-(-height // 256), count)](
+                target, out.stride(0), partial, tiles.order, count, height, KIND=kind, SPLIT=split, BN=256,
+            )  # fmt: skip
 
-    def _tables(self, module: ServedLinear, state: State) -> list[_Range]:
+    def merged(
+        self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
+    ) -> None:
+        """All variants in one launch."""
+        x = x.contiguous()
+        tiles = batch.tiles(variants, _PREFILL_ROWS)
+        bits, weight = _BITS[x.dtype], module.weight.detach()
+        own = any(v in state.patches.get("bias", {}) for v in variants)
+        bias = None if own or module.bias is None else module.bias.detach()
+        for part in self._tables(module, state):
+            height = part.end - part.begin
+            serving.prefill_kernel[(-(-height // 128), len(tiles.tiles))](
+                out[:, part.begin :].view(bits), out.stride(0), x.view(bits), weight[part.begin :].view(bits),
+                (x if bias is None else bias[part.begin :]).view(bits), tiles.order, tiles.tiles, part.terms, height,
+                K=x.shape[1], TERMS=part.most, KIND=_KINDS[x.dtype], HAS_BIAS=bias is not None, BM=tiles.height, BN=128,
+                BG=8, UPCAST=x.dtype == torch.float32 or not x.is_cuda, num_warps=8, num_stages=3,
+            )  # fmt: skip
+        for v in variants if own else ():
+            out[batch.span([v])] += state.parameter(module, "bias", v).detach()
+
+    def _tables(self, module: nn.Linear, state: State) -> list[_Range]:
+        """One for each stretch of rows that some variant changes, and for those between them."""
         if self._ranges is None:
             patches = state.patches.get("weight", {})
-            bounds = sorted({(p.begin, p.end) for of in patches.values() for p in of})
+            changed = sorted({(p.begin, p.end) for of in patches.values() for p in of})
+            bounds, at = [], 0
+            for begin, end in changed:
+                bounds += [(at, begin), (begin, end)] if begin > at else [(begin, end)]
+                at = end
+            if at < module.out_features:
+                bounds.append((at, module.out_features))
             self._ranges = [_range(begin, end, patches, module.weight.device) for begin, end in bounds]
-            if not self._ranges:
-                self._ranges = [_range(0, module.out_features, {}, module.weight.device)]
         return self._ranges
 
 
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def _range(begin: int, end: int, patches: dict[int, list[Patch]], device: torch.device) -> _Range:
-    heads: list[int] = [0]
-    rows: list[list[int]] = []
-    for variant in range(max(patches, default=-1) + 1):
-        for patch in patches.get(variant, []):
-            if (patch.begin, patch.end) == (begin, end):
-                rows.extend([t.mask.data_ptr(), t.row.data_ptr(), t.col.data_ptr()] for t in patch.terms)
-        heads.append(len(rows))
-    counts = [b - a for a, b in pairwise(heads)]
-    return _Range(
-        begin,
-        end,
-        torch.tensor(heads, dtype=torch.int32, device=device),
-        torch.tensor(rows or [[0, 0, 0]], dtype=torch.int64, device=device),
-        max(counts, default=1) or 1,
-    )
+    found = {
+        variant: [t for patch in of if (patch.begin, patch.end) == (begin, end) for t in patch.terms]
+        for variant, of in patches.items()
+    }
+    most = max((len(terms) for terms in found.values()), default=0) or 1
+    table = torch.zeros(max(patches, default=0) + 1, most, 3, dtype=torch.int64)
+    for variant, terms in found.items():
+        for k, t in enumerate(terms):
+            table[variant, k] = torch.tensor([t.mask.data_ptr(), t.row.data_ptr(), 0 if t.plain else t.col.data_ptr()])
+    plain = all(t.plain for terms in found.values() for t in terms)
+    return _Range(begin, end, table.to(device), most, plain)

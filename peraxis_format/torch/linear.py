@@ -3,29 +3,48 @@
     few rows of a variant     y = x W^T + sum over k of row_k o ((x o col_k) B_k^T)      W read once for all of them
     many                      y = x W_v^T, W_v rebuilt a block at a time                 the merged weights' values
 
-On CUDA both are kernels (launch.py). Here they are plain torch, and on the CPU numba for large matrices (terms.py).
+How the two are computed is a `Products`: kernels on CUDA (launch.py); here plain torch, and on the CPU numba for large
+matrices (terms.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from peraxis_format.torch.rows import Rows
+from peraxis_format.torch.rows import Batch
 from peraxis_format.torch.served import Patch, State
 from peraxis_format.torch.terms import Scratch, add_projections, is_quick, rebuild
 
-__all__ = ["MANY_ROWS", "ServedLinear"]
+__all__ = ["MANY_ROWS", "Products", "ServedLinear", "TorchProducts"]
 
 MANY_ROWS: Final = 64  # rows of one variant from which its weights are rebuilt rather than added to
 _MANY_ROWS_QUICK: Final = 32  # with numba a product costs as much as the rebuilding from here on
-_BLOCK: Final = (
-    1 << 22
-)  # weights that are rebuilt at a time: what is rebuilt is still in the cache when it is multiplied
+_BLOCK: Final = 1 << 23  # weights that are rebuilt at a time: they are still in the cache when they are multiplied
+
+
+class Products(Protocol):
+    """The products of one linear with several variants' weights. x: [rows, in_features]; out: [rows, out_features]."""
+
+    def many(self, module: nn.Linear) -> int:
+        """Rows of a variant from which `merged` is the better way."""
+
+    def single(self, module: nn.Linear, state: State, x: Tensor, variant: int) -> Tensor | None:
+        """All of it for a batch of one row; None where there is no way of its own for that."""
+
+    def add_terms(
+        self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
+    ) -> None:
+        """Terms, and the biases that a variant changes, on top of the base's product in `out`."""
+
+    def merged(
+        self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
+    ) -> None:
+        """Products with the merged weights, biases included, into `out`."""
 
 
 class ServedLinear(nn.Linear):
@@ -40,67 +59,80 @@ class ServedLinear(nn.Linear):
             return functional.linear(input, self.weight, self.bias)
         lead = input.shape[:-1]
         x = input.reshape(-1, input.shape[-1])
-        if state.kernels is not None:
-            out: Tensor = state.kernels.linear(self, state, x, lead, rows)
-        else:
-            out = _each(self, state, x, lead, rows)
-        return out.reshape(*lead, self.out_features)
+        return self._each(state, x, rows.batch(lead, x.device)).reshape(*lead, self.out_features)
 
+    def _each(self, state: State, x: Tensor, batch: Batch) -> Tensor:
+        """Every row's product."""
+        products: Products = state.products
+        weights, biases = state.patches.get("weight", {}), state.patches.get("bias", {})
+        many = products.many(self)
+        exact = [v for v in batch.groups if any(patch.full is not None for patch in weights.get(v, ()))]
+        rebuilt = [v for v, rows in batch.groups.items() if v in weights and v not in exact and len(rows) >= many]
+        others = [v for v in batch.groups if v not in exact and v not in rebuilt]
+        few = [v for v in others if v in weights or v in biases]
+        if len(x) == 1 and few and few[0] in weights:
+            found = products.single(self, state, x, few[0])
+            if found is not None:
+                return found
+        out = x.new_empty(len(x), self.out_features)
+        # Variants with a bias of their own get it with their terms: the base's product for them is one without.
+        self._base(x, batch, [v for v in others if v not in biases], self.bias, out)
+        self._base(x, batch, [v for v in others if v in biases], None, out)
+        if few:
+            products.add_terms(self, state, x, batch, few, out)
+        if rebuilt:
+            products.merged(self, state, x, batch, rebuilt, out)
+        if exact:
+            TorchProducts().merged(self, state, x, batch, exact, out)
+        return out
 
-def _each(module: nn.Linear, state: State, x: Tensor, lead: Sequence[int], rows: Rows) -> Tensor:
-    """Every row's product. x: [rows, in_features]."""
-    weights, biases = state.patches.get("weight", {}), state.patches.get("bias", {})
-    quick = is_quick(module.weight)
-    many = _MANY_ROWS_QUICK if quick else MANY_ROWS
-    groups = rows.groups(lead, x.device)
-    rebuilt = [
-        v for v, index in groups.items()
-        if v in weights and (len(index) >= many or any(patch.full is not None for patch in weights[v]))
-    ]  # fmt: skip
-    others = [v for v in groups if v not in rebuilt]
-    # Variants with a bias of their own get it below: the base's product for them is one without.
-    split = ([v for v in others if v not in biases], module.bias), ([v for v in others if v in biases], None)
-    out = x.new_empty(len(x), module.out_features)
-    for variants, given in split:
+    def _base(self, x: Tensor, batch: Batch, variants: Sequence[int], bias: Tensor | None, out: Tensor) -> None:
         if variants:
-            span = rows.span(lead, variants, x.device)
-            out[span] = functional.linear(x[span], module.weight, given)
-    few = [v for v in others if v in weights or v in biases]
-    if few:
-        _add_terms(module, state, x, [(v, len(groups[v])) for v in few], rows.span(lead, few, x.device), out, quick)
-    for v in rebuilt:
-        span = rows.span(lead, [v], x.device)
-        bias = state.parameter(module, "bias", v) if module.bias is not None else None
-        out[span] = _merged(module.weight.detach(), weights[v], x[span], bias, state.scratch, quick=quick)
-    return out
+            span = batch.span(variants)
+            out[span] = functional.linear(x[span], self.weight, bias)
 
 
-def _add_terms(
-    module: nn.Linear, state: State, x: Tensor, counts: Sequence[tuple[int, int]], span: slice | Tensor, out: Tensor,
-    quick: bool,
-) -> None:  # fmt: skip
-    """Terms and changed biases on top of the base's product, in binary32, rounded once.
+class TorchProducts:
+    """Plain torch on any device; numba on the CPU for large matrices."""
 
-    counts: (variant, rows) of one variant after the other; span: where these rows are in x and out.
-    """
-    weights, biases = state.patches.get("weight", {}), state.patches.get("bias", {})
-    part = x[span]
-    total = torch.zeros(len(part), module.out_features, device=x.device)
-    products, first = [], 0
-    for v, count in counts:
-        mine = slice(first, first + count)
-        if v in biases:
-            total[mine] += state.parameter(module, "bias", v).detach().float()
-        products += [(part[mine], patch.terms, total[mine, patch.begin : patch.end]) for patch in weights.get(v, ())]
-        first += count
-    add_projections(products, quick=quick)
-    out[span] = total.add_(out[span]).to(out.dtype)
+    def many(self, module: nn.Linear) -> int:
+        return _MANY_ROWS_QUICK if is_quick(module.weight) else MANY_ROWS
+
+    def single(self, module: nn.Linear, state: State, x: Tensor, variant: int) -> Tensor | None:
+        return None
+
+    def add_terms(
+        self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
+    ) -> None:
+        """In binary32, rounded once."""
+        weights, biases = state.patches.get("weight", {}), state.patches.get("bias", {})
+        span = batch.span(variants)
+        part = x[span]
+        total = torch.zeros(len(part), module.out_features, device=x.device)
+        products, first = [], 0
+        for v in variants:
+            mine = slice(first, first + len(batch.groups[v]))
+            if v in biases:
+                total[mine] += state.parameter(module, "bias", v).detach().float()
+            products += [(part[mine], p.terms, total[mine, p.begin : p.end]) for p in weights.get(v, ())]
+            first = mine.stop
+        add_projections(products, quick=is_quick(module.weight))
+        out[span] = total.add_(out[span]).to(out.dtype)
+
+    def merged(
+        self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
+    ) -> None:
+        """Variant by variant."""
+        weights, weight = state.patches.get("weight", {}), module.weight.detach()
+        for v in variants:
+            span = batch.span([v])
+            bias = state.parameter(module, "bias", v) if module.bias is not None else None
+            out[span] = _merged(weight, weights[v], x[span], bias, state.scratch)
 
 
-def _merged(
-    weight: Tensor, patches: Sequence[Patch], x: Tensor, bias: Tensor | None, scratch: Scratch, *, quick: bool
-) -> Tensor:
+def _merged(weight: Tensor, patches: Sequence[Patch], x: Tensor, bias: Tensor | None, scratch: Scratch) -> Tensor:
     """x times the merged weights, which are never whole in memory."""
+    quick = is_quick(weight)
     out = x.new_empty(len(x), len(weight))
     for begin, end, patch in _segments(patches, len(weight)):
         step = max(1, _BLOCK // weight.shape[1]) if patch is not None and patch.terms else end - begin

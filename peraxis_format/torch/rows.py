@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,15 +11,60 @@ from torch import Tensor
 
 from peraxis_format.torch.errors import LiveModelError
 
-__all__ = ["Rows", "Tiles"]
+__all__ = ["Batch", "Rows", "Tiles"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tiles:
-    """Rows sorted by variant, in tiles of one variant: order int32 [rows], tiles int32 [tiles, 3] (kernels.py)."""
+    """Rows sorted by variant, in tiles of one variant each and at most `height` rows, as serving.py takes them.
+
+    order: int32 [rows]. tiles: int32 [tiles, 3].
+    """
 
     order: Tensor
     tiles: Tensor
+    height: int
+
+
+class Batch:
+    """The rows of a tensor [..., width], flattened to [rows, width], by variant. Tables are made when first needed."""
+
+    def __init__(self, ids: Tensor, device: torch.device) -> None:
+        self._device = device
+        self._host = {int(v): torch.nonzero(ids == v).flatten() for v in torch.unique(ids).tolist()}
+        self._spans: dict[tuple[int, ...], slice | Tensor] = {}
+        self._tiles: dict[tuple[tuple[int, ...], tuple[int, ...]], Tiles] = {}
+        self.groups: Mapping[int, Tensor] = {v: rows.to(device) for v, rows in self._host.items()}
+        """Variant (and -1) -> the indices of its rows, int64, ascending."""
+
+    def span(self, variants: Sequence[int]) -> slice | Tensor:
+        """The rows of some variants, one variant's after the other's: a slice where they lie side by side."""
+        key = tuple(variants)
+        if key not in self._spans:
+            rows = torch.cat([self._host[v] for v in variants])
+            first, end = int(rows[0]), int(rows[0]) + len(rows)
+            beside = torch.equal(rows, torch.arange(first, end))
+            self._spans[key] = slice(first, end) if beside else rows.to(self._device)
+        return self._spans[key]
+
+    def tiles(self, variants: Sequence[int], heights: Sequence[int]) -> Tiles:
+        """Tiles for some variants: as high as the first of `heights` that holds all rows of each, or as the last."""
+        key = tuple(variants), tuple(heights)
+        if key not in self._tiles:
+            most = max(len(self._host[v]) for v in variants)
+            height = next((h for h in heights if h >= most), heights[-1])
+            tiles, first = [], 0
+            for v in variants:
+                count = len(self._host[v])
+                tiles += [(v, first + at, min(height, count - at)) for at in range(0, count, height)]
+                first += count
+            order = torch.cat([self._host[v] for v in variants])
+            self._tiles[key] = Tiles(
+                order.to(device=self._device, dtype=torch.int32),
+                torch.tensor(tiles, dtype=torch.int32, device=self._device),
+                height,
+            )
+        return self._tiles[key]
 
 
 @dataclass(slots=True, eq=False)
@@ -26,7 +72,7 @@ class Rows:
     """The variants of one batch: an index per sequence (or per token row of a packed batch), -1 for the base."""
 
     ids: tuple[int, ...]
-    _cache: dict[object, object] = field(default_factory=dict)
+    _batches: dict[tuple[tuple[int, ...], torch.device], Batch] = field(default_factory=dict)
 
     @property
     def variants(self) -> tuple[int, ...]:
@@ -38,82 +84,25 @@ class Rows:
         """The one variant (or -1) of every row; None for a mixed batch."""
         return self.ids[0] if len(set(self.ids)) == 1 else None
 
-    def expand(self, shape: Sequence[int]) -> int:
-        """How many consecutive rows each id stands for in a tensor of rows: shape [..., width] without the width.
+    def batch(self, shape: Sequence[int], device: torch.device) -> Batch:
+        """The rows of a tensor of this shape, which is without the width.
 
         Raises LiveModelError where the rows of the batch cannot be told apart.
         """
-        count = 1
-        for d in shape:
-            count *= d
+        key = tuple(shape), device
+        if key not in self._batches:
+            self._batches[key] = Batch(self._row_ids(shape), device)
+        return self._batches[key]
+
+    def _row_ids(self, shape: Sequence[int]) -> Tensor:
+        count = math.prod(shape)
         if self.only is not None:
-            return -1  # every row, however many
+            return torch.full((count,), self.ids[0])  # every row, however many
         if len(shape) and shape[0] == len(self.ids):
-            return count // len(self.ids)
+            return torch.tensor(self.ids).repeat_interleave(count // len(self.ids))
         if count == len(self.ids):
-            return 1
+            return torch.tensor(self.ids)
         raise LiveModelError(
             f"a batch of {list(shape)} rows does not tell which of {len(self.ids)} sequences each row belongs to; "
             "give one variant a sequence (dimension 0), or one a token row of a packed batch"
         )
-
-    def groups(self, shape: Sequence[int], device: torch.device) -> dict[int, Tensor]:
-        """variant (and -1) -> the indices of its rows, int64, ascending."""
-        key = ("groups", tuple(shape), device)
-        found = self._cache.get(key)
-        if not isinstance(found, dict):
-            ids = self._row_ids(shape)
-            found = {int(v): torch.nonzero(ids == v).flatten().to(device) for v in torch.unique(ids).tolist()}
-            self._cache[key] = found
-        return found
-
-    def span(self, shape: Sequence[int], variants: Sequence[int], device: torch.device) -> slice | Tensor:
-        """The rows of some variants, one variant's after the other's: a slice where they lie side by side."""
-        key = ("span", tuple(shape), tuple(variants), device)
-        found = self._cache.get(key)
-        if not isinstance(found, slice | Tensor):
-            groups = self.groups(shape, torch.device("cpu"))
-            rows = torch.cat([groups[v] for v in variants])
-            first = int(rows[0])
-            beside = torch.equal(rows, torch.arange(first, first + len(rows)))
-            found = slice(first, first + len(rows)) if beside else rows.to(device)
-            self._cache[key] = found
-        return found
-
-    def _row_ids(self, shape: Sequence[int]) -> Tensor:
-        count = 1
-        for d in shape:
-            count *= d
-        step = self.expand(shape)
-        if step < 0:
-            return torch.full((count,), self.ids[0])
-        return torch.tensor(self.ids).repeat_interleave(step)
-
-    def index(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        """The variant of every row, int64 [rows]; -1 is the base."""
-        key = ("index", tuple(shape), device)
-        found = self._cache.get(key)
-        if not isinstance(found, Tensor):
-            found = self._row_ids(shape).to(device)
-            self._cache[key] = found
-        return found
-
-    def tiles(self, shape: Sequence[int], variants: Sequence[int], height: int, device: torch.device) -> Tiles:
-        """Tiles of at most `height` rows for some of the variants."""
-        key = ("tiles", tuple(shape), tuple(variants), height, device)
-        found = self._cache.get(key)
-        if not isinstance(found, Tiles):
-            groups = self.groups(shape, torch.device("cpu"))
-            order, tiles, first = [], [], 0
-            for v in variants:
-                rows = groups[v]
-                order.append(rows)
-                for begin in range(0, len(rows), height):
-                    tiles.append((v, first + begin, min(height, len(rows) - begin)))
-                first += len(rows)
-            found = Tiles(
-                torch.cat(order).to(device=device, dtype=torch.int32),
-                torch.tensor(tiles, dtype=torch.int32, device=device),
-            )
-            self._cache[key] = found
-        return found

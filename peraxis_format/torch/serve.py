@@ -26,7 +26,7 @@ from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.binding import check_live, is_sharded
 from peraxis_format.torch.device import device_of
 from peraxis_format.torch.errors import DeviceError, LiveModelError
-from peraxis_format.torch.linear import ServedLinear
+from peraxis_format.torch.linear import Products, ServedLinear, TorchProducts
 from peraxis_format.torch.payload import check_pads
 from peraxis_format.torch.placement import Part, Placement, place
 from peraxis_format.torch.rows import Rows
@@ -84,13 +84,13 @@ class Served:
     def state(self, module: nn.Module) -> State:
         """The state of a module, made and put in its place when first asked for."""
         if module not in self._states:
-            kernels = None
+            products: Products = TorchProducts()
             if self._backend == "triton":
                 from peraxis_format.torch.launch import LinearKernels
 
-                kernels = LinearKernels()
+                products = LinearKernels()
             tokens = getattr(self.model, "get_input_embeddings", lambda: module)()
-            self._states[module] = State(self._rows.get, kernels, self._scratch, broadcast=module is not tokens)
+            self._states[module] = State(self._rows.get, products, self._scratch, broadcast=module is not tokens)
             self._exchange(module, self._states[module])
         return self._states[module]
 

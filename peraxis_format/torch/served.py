@@ -40,11 +40,12 @@ class Patch:
 class State:
     """One module's share of a `Served`: patches by parameter name and variant, and who knows the batch's rows.
 
-    broadcast: an embedding whose input may be one sequence for all (positions, but not tokens).
+    products: linear.Products, for a linear. broadcast: an embedding whose input may be one sequence for all (positions,
+    but not tokens).
     """
 
     rows: Callable[[], Rows | None]
-    kernels: Any
+    products: Any
     scratch: Scratch
     broadcast: bool = False
     patches: dict[str, dict[int, list[Patch]]] = field(default_factory=dict)
@@ -89,7 +90,7 @@ class ServedEmbedding(nn.Embedding):
             input = input.expand(len(rows.ids), *input.shape[1:])  # positions that all sequences share
         out: Tensor | None = None
         flat = input.reshape(-1)
-        for variant, index in rows.groups(input.shape, input.device).items():
+        for variant, index in rows.batch(input.shape, input.device).groups.items():
             found = self._lookup(state, flat[index], variant, plain)
             if out is None:
                 out = found.new_empty(len(flat), found.shape[-1])
@@ -144,7 +145,7 @@ class GroupForward:
         outputs = []
         order = []
         device = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)).device
-        for variant, index in rows.groups((size,), device).items():
+        for variant, index in rows.batch((size,), device).groups.items():
             outputs.append(self._run(variant, *_taken(args, kwargs, index, size)))
             order.append(index)
         return _scattered(outputs, torch.argsort(torch.cat(order)))

@@ -29,11 +29,15 @@ _THREADED_FROM = 1 << 22
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Term:
-    """One component of a matrix. mask: uint8 [d_out, ceil(d_in/8)]. row: float32 [d_out], with 2^e. col: [d_in]."""
+    """One component of a matrix. mask: uint8 [d_out, ceil(d_in/8)]. row: float32 [d_out], with 2^e. col: [d_in].
+
+    plain: col is all ones.
+    """
 
     mask: Tensor
     row: Tensor
     col: Tensor
+    plain: bool = False
 
     def signs(self, rows: slice | Tensor) -> Tensor:
         """float32 [rows, d_in]: +1 or -1."""
@@ -47,7 +51,7 @@ class Term:
 
     def part(self, rows: slice) -> Term:
         """Some rows as a term of their own, in the same memory."""
-        return Term(self.mask[rows], self.row[rows], self.col)
+        return Term(self.mask[rows], self.row[rows], self.col, self.plain)
 
 
 class Scratch(threading.local):
@@ -83,7 +87,7 @@ def _term(component: Component, e: int, batch: int, d_out: int, d_in: int, devic
     if component.col is not None:
         col = torch.from_numpy(component.col.reshape(batch, d_in)[e].copy()).float()
     mask = torch.from_numpy(component.mask.reshape(batch, d_out, -1)[e].copy())
-    return Term(mask.to(device), row.to(device), col.to(device))
+    return Term(mask.to(device), row.to(device), col.to(device), component.col is None)
 
 
 def _blocks(d_out: int, d_in: int) -> list[slice]:

@@ -18,10 +18,11 @@ from peraxis_format.manifest import ComponentEntry, ModuleEntry
 from peraxis_format.torch import engine
 from peraxis_format.torch.image import Field, Packed
 from peraxis_format.torch.storage import TORCH_DTYPES, storage_array
-from peraxis_format.torch.terms import project, rebuild, terms_of
+from peraxis_format.torch.terms import rebuild, terms_of
 from tests.loader.test_fast import module_of, random_component, random_weights
 
 kernels = pytest.importorskip("peraxis_format.torch.kernels", reason="triton is not installed")
+
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(1, 1), (5, 7), (16, 64), (3, 1032), (17, 1033), (9, 2056), (2, 9, 24), (2, 3, 3, 13)]
@@ -103,104 +104,50 @@ def test_plain_torch_rebuilds_the_reference_bits_too(compiled: bool, monkeypatch
         assert storage_array(rebuild(weight, terms)).tobytes() == expected
 
 
-def serving_tables(variants: Sequence[Sequence[object]]) -> tuple[Tensor, Tensor, int]:
-    heads, rows = [0], []
-    for terms in variants:
-        rows += [[t.mask.data_ptr(), t.row.data_ptr(), t.col.data_ptr()] for t in terms]  # type: ignore[attr-defined]
-        heads.append(len(rows))
-    most = max(len(terms) for terms in variants)
-    return torch.tensor(heads, dtype=torch.int32).to(DEVICE), torch.tensor(rows).to(DEVICE), most
-
-
-def tiles_of(ids: Sequence[int], height: int) -> tuple[Tensor, Tensor]:
-    order = sorted(range(len(ids)), key=lambda i: (ids[i], i))
-    tiles = []
-    for variant in sorted(set(ids)):
-        members = [p for p, i in enumerate(order) if ids[i] == variant]
-        tiles += [(variant, a, min(height, members[-1] + 1 - a)) for a in range(members[0], members[-1] + 1, height)]
-    return torch.tensor(order, dtype=torch.int32).to(DEVICE), torch.tensor(tiles, dtype=torch.int32).to(DEVICE)
-
-
-@pytest.mark.parametrize("rows", [1, 5, 33, 64])
-@pytest.mark.parametrize(("d_out", "d_in"), [(8, 8), (70, 75), (65, 200)])
-def test_serving_kernels_agree_with_plain_torch(rows: int, d_out: int, d_in: int) -> None:
-    rng = np.random.default_rng(rows)
-    torch.manual_seed(rows)
-    weight = torch.randn(d_out, d_in).to(DEVICE)
-    variants = []
-    for count in (1, 3, 2):
-        components = tuple(_mild(rng, (d_out, d_in), axis) for axis in list(pf.Axis)[:count])
-        module = module_of(components, (d_out, d_in), pf.DType.F32, pf.DType.F32)
-        variants.append(terms_of(module, DEVICE)[0])
-    heads, table, most = serving_tables(variants)
-    ids = [int(v) for v in rng.integers(-1, 3, rows)]
-    x = torch.randn(rows, d_in).to(DEVICE)
-    expected = torch.empty(rows, d_out).to(DEVICE)
-    for i, v in enumerate(ids):
-        expected[i] = x[i] @ (weight if v < 0 else rebuild(weight, variants[v])).t()
-    order, tiles = tiles_of(ids, 16)
-    prefilled = torch.empty_like(expected)
-    bits = [t.view(torch.uint32) for t in (prefilled, x, weight)]
-    kernels.prefill_kernel[(-(-d_out // 32), len(tiles))](
-        bits[0], d_out, bits[1], bits[2], bits[1], order, tiles, heads, table, d_out, K=d_in, TERMS=most,
-        KIND=kernels.F32, HAS_BIAS=False, BM=16, BN=32, BK=32, UPCAST=True,
-    )  # fmt: skip
-    torch.testing.assert_close(prefilled, expected, rtol=1e-4, atol=1e-4)
-    changed = [v for v in ids if v >= 0]
-    if changed:
-        decoded = x @ weight.t()
-        keep = tiles[tiles[:, 0] >= 0].contiguous()
-        kernels.decode_kernel[(-(-d_out // 32), len(keep))](
-            decoded.view(torch.uint32), d_out, bits[1], order, keep, heads, table, d_out, K=d_in, TERMS=most,
-            KIND=kernels.F32, BM=16, BN=32, BK=64, PRECISION="ieee",
-        )  # fmt: skip
-        torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-4)
-        for i, v in enumerate(ids):
-            if v >= 0:
-                one = x[i : i + 1] @ weight.t() + project(x[i : i + 1], variants[v])
-                torch.testing.assert_close(decoded[i : i + 1], one, rtol=1e-4, atol=1e-4)
-
-
-def _mild(rng: np.random.Generator, shape: tuple[int, ...], axis: pf.Axis) -> pf.Component:
-    from tests.loader.support import random_component as sized
-
-    return sized(rng, axis, shape, 0.1)
-
-
 _COMPILE = """
 import json, re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from peraxis_format.torch import kernels as k
+from peraxis_format.torch import kernels as k, serving as s
 
 def compiled(kernel, signature, constants, **options):
     names = kernel.arg_names
+    # As a launch with torch's tensors would: addresses and widths are multiples of 16.
+    round = [i for i, n in enumerate(names) if n not in constants and (signature[n][0] == "*" or n in ("N", "stride"))]
     source = ASTSource(
         fn=kernel,
         signature={n: "constexpr" if n in constants else signature[n] for n in names},
         constexprs={(names.index(n),): v for n, v in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in round},
     )
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
-apply = dict(tiles="*i32", records="*i64", terms="*i64", buffer="*u8")
-serve = dict(stride="i32", order="*i32", tiles="*i32", heads="*i32", terms="*i64", N="i32")
+io = dict(
+    tiles="*i32", records="*i64", terms="*i64", buffer="*u8", stride="i32", order="*i32", partial="*fp32", rows="i32",
+    N="i32", signs="i32", ones="i32", variant="i32",
+)
 out = {}
 for kind, bits in ((k.BF16, "*u16"), (k.F16, "*u16"), (k.F32, "*u32")):
     for aligned in (True, False):
         out[f"apply {kind} {aligned}"] = compiled(
-            k.apply_kernel, apply, dict(KIND=kind, ALIGNED=aligned, ROWS_=k.ROWS, COLUMNS_=k.COLUMNS), num_warps=8
+            k.apply_kernel, io, dict(KIND=kind, ALIGNED=aligned, ROWS_=k.ROWS, COLUMNS_=k.COLUMNS), num_warps=8
         )
-    io = {**serve, "y": bits, "x": bits, "weight": bits, "bias": bits}
-    common = dict(K=4096, TERMS=2, KIND=kind)
-    precision = "ieee" if kind == k.F32 else "tf32"
-    out[f"decode {kind}"] = compiled(
-        k.decode_kernel, io, dict(**common, BM=16, BN=64, BK=64, PRECISION=precision), num_warps=4, num_stages=3
-    )
-    out[f"prefill {kind}"] = compiled(
-        k.prefill_kernel, io, dict(**common, HAS_BIAS=True, BM=64, BN=128, BK=64, UPCAST=kind == k.F32),
-        num_warps=8, num_stages=3,
-    )
+    signature = {**io, "y": bits, "x": bits, "weight": bits, "bias": bits}
+    common, exact = dict(K=4096, TERMS=2, KIND=kind), kind == k.F32
+    out[f"single {kind}"] = compiled(s.single_kernel, signature, dict(**common, HAS_BIAS=True, BN=8, BG=128))
+    for height, split in ((16, 1), (64, 8)):
+        tile = dict(BM=height, BN=64 if exact else 128, BG=8 if exact else 16, SPLIT=split, UPCAST=False)
+        for plain in (True, False) if kind == k.BF16 else (False,):
+            out[f"decode {kind} {height} {plain}"] = compiled(
+                s.decode_kernel, signature, dict(**common, **tile, PLAIN=plain), num_warps=4, num_stages=3
+            )
+    out[f"reduce {kind}"] = compiled(s.reduce_kernel, signature, dict(KIND=kind, SPLIT=8, BN=256))
+    for height in (64, 128):
+        out[f"prefill {kind} {height}"] = compiled(
+            s.prefill_kernel, signature, dict(**common, HAS_BIAS=True, BM=height, BN=128, BG=8, UPCAST=exact),
+            num_warps=8, num_stages=3,
+        )
 count = lambda ptx, what: len(re.findall(what, ptx))
 print(json.dumps({name: {
     "wide_loads": count(ptx, r"ld\\.global\\.v4"), "wide_stores": count(ptx, r"st\\.global\\.v4"),
@@ -219,14 +166,17 @@ def test_kernels_compile_for_sm_90_with_wide_accesses_and_plain_arithmetic() -> 
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 12
+    assert len(found) == 6 + 3 + 8 + 3 + 6
     for name, counts in found.items():
-        assert counts["local"] == 0, (name, "spills")
-        if name.startswith("apply"):
+        kernel, kind, *rest = name.split()
+        # Binary32 weights on 128 rows at a time want more registers than there are.
+        assert counts["local"] == 0 or (kernel, kind) == ("prefill", "2"), (name, "spills")
+        if kernel == "apply":
             # SPEC 6: subnormals are kept; no product is fused into a sum.
             assert counts["flush"] == counts["fused"] == 0, name
-        if name.endswith("True"):
+        if kernel == "single" or rest == ["True"]:
             assert counts["wide_loads"] >= 4, name
+        if kernel == "apply" and rest == ["True"]:
             assert counts["wide_stores"] >= 4, name
-        if name in ("decode 0", "decode 1", "prefill 0", "prefill 1"):
+        if kernel in ("decode", "prefill") and kind != "2":
             assert counts["tensor_cores"] > 0, name
