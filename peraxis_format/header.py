@@ -114,7 +114,7 @@ def _by_grammar(header: bytes) -> Header:
     if metadata is None:
         fail("E122", field="__metadata__")
     records: list[TensorRecord] = []
-    names: set[str] = set()
+    names = {"__metadata__"}
     at, end = metadata.end(), 0
     while match := _RECORD.match(header, at):
         record = _record(match, end)

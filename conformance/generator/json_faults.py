@@ -66,6 +66,7 @@ def json_faults() -> Iterator[Entry]:
     last = '"data_offsets":'
     twice = {
         "tensor": replaced('"model.norm.weight.full":', '"model.q_proj.weight.0.mask":'),
+        "metadata-as-tensor": replaced('"__pad__.1":', '"__metadata__":'),
         "metadata-object": lambda h: h[:-1] + "," + h[1 : h.index('},"model.q') + 1] + "}",
         "metadata-key": replaced('"pxd":"1.0",', '"pxd":"1.0","pxd":"1.0",'),
         "field": replaced('"dtype":"U8",', '"dtype":"U8","dtype":"U8",'),

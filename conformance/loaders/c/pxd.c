@@ -303,7 +303,8 @@ static text read_file(const char *path) { /* with zeros behind it */
 
 static record read_record(json *j, text name) { /* SPEC 2.12 to 2.15 */
     record r = {.name = name};
-    need(name.n <= 1024 && !is(name, "__metadata__"), "E118");
+    need(name.n <= 1024, "E118");
+    need(!is(name, "__metadata__"), "E115");
     scan(j, "{'dtype':%t,'shape':%l,'data_offsets':[%n,%n]}", &r.dtype, &r.shape, &r.begin, &r.end);
     need(size_of(&r.shape, r.dtype) < LIMIT, "E120");
     need(r.end >= r.begin && bytes_of(&r) == size_of(&r.shape, r.dtype), "E121");
