@@ -20,9 +20,11 @@ import numpy as np
 
 import peraxis_format as pxd
 from peraxis_tools.apply import to_torch
+from peraxis_tools.convert.lowrank import LowRank, low_rank
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import atomic_folder, refuse_existing
 from peraxis_tools.kinds import kind_of
+from peraxis_tools.merge.terms import Terms, module_terms
 from peraxis_tools.parts import refuse_part
 from peraxis_tools.rows import delta_rows, row_blocks
 
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["LeftOut", "LoraModule", "LoraResult", "to_lora"]
 
 _PREFIX = "base_model.model."
-_SEED = 0  # of the randomised decomposition: the same file gives the same adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,8 +160,7 @@ def _add(
         adapter.tensors[f"{_PREFIX}{entry.name}"] = to_torch(np.array(full), entry.dtype)
         adapter.whole.append(module)
     else:
-        dense = pxd.dense_delta(delta.load(entry.name))
-        _decompose(adapter, entry, module, dense, rank, max_error)
+        _decompose(adapter, entry, module, module_terms(delta.load(entry.name)), rank, max_error)
 
 
 def _dense_blocks(module: pxd.ModuleDelta) -> Iterator[Any]:
@@ -183,23 +183,19 @@ def _cannot(entry: pxd.ModuleEntry, kind: str, *, tied: bool) -> str | None:
 
 
 def _decompose(
-    adapter: _Adapter,
-    entry: pxd.ModuleEntry,
-    module: str,
-    dense: Any,
-    rank: int | None,
-    max_error: float | None,
+    adapter: _Adapter, entry: pxd.ModuleEntry, module: str, terms: Terms, rank: int | None, max_error: float | None
 ) -> None:
     import torch
 
-    matrix = torch.from_numpy(dense)
-    square = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
-    b, a = _truncated(matrix, rank, max_error)
-    left = float(torch.linalg.vector_norm(matrix - b @ a, dtype=torch.float64)) ** 2
-    adapter.square_error += left
-    adapter.square_norm += square
-    error = math.sqrt(left / square) if square else 0.0
-    adapter.modules.append(LoraModule(name=entry.name, rank=b.shape[1], error=error))
+    if rank is not None and rank < min(terms.shape) // 4:
+        found = low_rank(terms, rank)
+    else:
+        found = _whole_spectrum(terms, rank, max_error)
+    adapter.square_error += found.square_error
+    adapter.square_norm += found.square_norm
+    error = math.sqrt(found.square_error / found.square_norm) if found.square_norm else 0.0
+    adapter.modules.append(LoraModule(name=entry.name, rank=found.left.shape[1], error=error))
+    b, a = torch.from_numpy(found.left), torch.from_numpy(found.right)
     if kind_of(entry.name, entry.shape) == "embedding":
         # PEFT's embeddings look rows up: delta = (B A)^T with A [r, rows] and B [width, r].
         adapter.tensors[f"{_PREFIX}{module}.lora_embedding_A"] = b.t().contiguous()
@@ -209,26 +205,22 @@ def _decompose(
         adapter.tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.contiguous()
 
 
-def _truncated(matrix: Tensor, rank: int | None, max_error: float | None) -> tuple[Tensor, Tensor]:
-    """B [d_out, r] and A [r, d_in]."""
+def _whole_spectrum(terms: Terms, rank: int | None, max_error: float | None) -> LowRank:
+    """All singular values of the dense matrix: for a large share of them, or a rank that follows from the error."""
     import torch
 
-    limit = min(matrix.shape)
-    if rank is not None and rank < limit // 4:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_SEED)
-            u, s, v = torch.svd_lowrank(matrix, q=min(limit, rank + 16), niter=4)
-        vt = v.t()
-    else:
-        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    matrix = torch.from_numpy(terms.dense(slice(0, terms.shape[0]), threads=None))
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    square = s.double().square()
     if rank is None:
-        square = s.double().square()
         kept = torch.cumsum(square, 0) / square.sum().clamp_min(torch.finfo(torch.float64).tiny)
         wanted = 1.0 - (max_error or 0.0) ** 2
         rank = int(torch.searchsorted(kept, torch.tensor(wanted, dtype=torch.float64))) + 1
-    r = min(rank, limit)
+    r = min(rank, min(matrix.shape))
     root = s[:r].clamp_min(0.0).sqrt()
-    return u[:, :r] * root, root[:, None] * vt[:r]
+    left, right = u[:, :r] * root, root[:, None] * vt[:r]
+    norm, lost = (float(torch.linalg.vector_norm(m, dtype=torch.float64)) for m in (matrix, matrix - left @ right))
+    return LowRank(left=left.numpy(), right=right.numpy(), square_norm=norm**2, square_error=lost**2)
 
 
 def _config(adapter: _Adapter, manifest: pxd.Manifest) -> dict[str, Any]:

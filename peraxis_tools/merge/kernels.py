@@ -38,15 +38,18 @@ def _compiled() -> ModuleType | None:
     return import_module("peraxis_tools.merge.compiled") if sys.byteorder == "little" else None
 
 
-def add_terms(out: Block, masks: list[NDArray[np.uint8]], scales: Block, weights: Block) -> None:
+def add_terms(
+    out: Block, masks: list[NDArray[np.uint8]], scales: Block, weights: Block, *, threads: int | None = 1
+) -> None:
     """out += sum over k of sign_k * (scale_k * weight_k), each addition in binary32, k ascending.
 
     out: [rows, d_in]. masks: [rows, ceil(d_in/8)] each. scales: [k, rows]. weights: [k, d_in], of the columns.
+    threads: None for one a processor.
     """
     if _compiled() is not None:
         from peraxis_format import fast
 
-        fast.rebuild_matrix(masks, scales, weights, out, out, dtype=pxd.DType.F32, threads=1)
+        fast.rebuild_matrix(masks, scales, weights, out, out, dtype=pxd.DType.F32, threads=threads)
         return
     for mask, scale, weight in zip(masks, scales, weights, strict=True):
         size = scale[:, None] * weight

@@ -25,15 +25,21 @@ class Terms:
     scales: NDArray[np.float32]
     columns: NDArray[np.float32]
 
-    def add(self, rows: slice, out: NDArray[np.float32]) -> None:
-        """out += the terms of these rows. out: [rows, d_in]."""
-        if self.masks:
-            add_terms(out, [mask[rows] for mask in self.masks], self.scales[:, rows], self.columns)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """d_out, d_in."""
+        return self.scales.shape[1], self.columns.shape[1]
 
-    def dense(self, rows: slice) -> NDArray[np.float32]:
+    def add(self, rows: slice, out: NDArray[np.float32], *, threads: int | None = 1) -> None:
+        """out += the terms of these rows. out: [rows, d_in]. threads: None for one a processor."""
+        if self.masks:
+            masks = [mask[rows] for mask in self.masks]
+            add_terms(out, masks, self.scales[:, rows], self.columns, threads=threads)
+
+    def dense(self, rows: slice, *, threads: int | None = 1) -> NDArray[np.float32]:
         """The terms of these rows: [rows, d_in]."""
-        out = np.zeros((rows.stop - rows.start, self.columns.shape[1]), np.float32)
-        self.add(rows, out)
+        out = np.zeros((rows.stop - rows.start, self.shape[1]), np.float32)
+        self.add(rows, out, threads=threads)
         return out
 
 

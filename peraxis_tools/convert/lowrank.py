@@ -1,0 +1,74 @@
+"""The truncated singular value decomposition of a delta, from its packed form, by blocks of rows.
+
+    X <- orthonormal basis of D^T D X, four times from a random X [d_in, r + 16]       (subspace iteration)
+    D X = U S W^T          D ~ U_r S_r (X W)_r^T          ||D - that||^2 = ||D||^2 - sum over i <= r of s_i^2
+
+The last line holds since X has orthonormal columns. Where little is left it would be a difference of almost equal
+numbers, and is measured instead. A dense matrix is never in memory: five passes over blocks of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peraxis_tools.merge.terms import Terms
+from peraxis_tools.rows import row_blocks
+
+__all__ = ["LowRank", "low_rank"]
+
+_BLOCK_ELEMENTS: Final = 1 << 22  # large enough for a matrix product to be worth its threads
+_EXTRA: Final = 16
+_ITERATIONS: Final = 4
+_SEED: Final = 0  # the same delta gives the same factors
+_MEASURED_BELOW: Final = 1e-2  # of the square norm: binary32 products are good to 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRank:
+    """D ~ left @ right. left: float32 [d_out, r]. right: [r, d_in]. Squares: of ||D|| and of ||D - left @ right||."""
+
+    left: NDArray[np.float32]
+    right: NDArray[np.float32]
+    square_norm: float
+    square_error: float
+
+
+def low_rank(terms: Terms, rank: int) -> LowRank:
+    """The best factors of this rank, but for what five passes leave of it; rank + 16 at most the smaller dimension."""
+    d_out, d_in = terms.shape
+    basis = np.random.default_rng(_SEED).standard_normal((d_in, min(d_in, rank + _EXTRA)), np.float32)
+    for _ in range(_ITERATIONS):
+        turned = np.zeros(basis.shape, np.float32)
+        for _, block in _blocks(terms):
+            turned += block.T @ (block @ basis)
+        basis = np.linalg.qr(turned)[0]
+    product = np.empty((d_out, basis.shape[1]), np.float32)
+    square = 0.0
+    for rows, block in _blocks(terms):
+        product[rows] = block @ basis
+        square += _square(block)
+    u, s, wt = np.linalg.svd(product.astype(np.float64), full_matrices=False)
+    root = np.sqrt(s[:rank])
+    left = (u[:, :rank] * root).astype(np.float32)
+    right = (root[:, None] * (wt[:rank] @ basis.T)).astype(np.float32)
+    error = square - float(np.square(s[:rank]).sum())
+    if error < _MEASURED_BELOW * square:
+        error = 0.0
+        for rows, block in _blocks(terms):
+            block -= left[rows] @ right
+            error += _square(block)
+    return LowRank(left=left, right=right, square_norm=square, square_error=error)
+
+
+def _square(block: NDArray[np.float32]) -> float:
+    return float(np.square(block, dtype=np.float64).sum())
+
+
+def _blocks(terms: Terms) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    for rows in row_blocks(terms.shape, elements=_BLOCK_ELEMENTS):
+        yield rows, terms.dense(rows, threads=None)
