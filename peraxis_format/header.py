@@ -14,7 +14,7 @@ from typing import Final
 from peraxis_format.container import FILE_MAX, HEADER_BLOCK, HEADER_MAX, MAGIC, VERSION, Header, TensorRecord
 from peraxis_format.dtypes import DType
 from peraxis_format.errors import ContainerError, fail
-from peraxis_format.manifest import DIMENSIONS_MAX
+from peraxis_format.manifest import DIMENSIONS_MAX, TENSOR_MAX
 from peraxis_format.strict_json import (
     INTEGER_MAX,
     PIECE_MAX,
@@ -154,7 +154,7 @@ def _record(match: re.Match[bytes], before: int) -> TensorRecord:
 
 def _check_span(name: str, dtype: DType, shape: tuple[int, ...], begin: int, end: int) -> None:
     size = math.prod(shape) * dtype.itemsize
-    if len(shape) > DIMENSIONS_MAX or any(d < 1 for d in shape) or size >= FILE_MAX:
+    if len(shape) > DIMENSIONS_MAX or any(d < 1 for d in shape) or size >= TENSOR_MAX:
         fail("E120", str(list(shape[:9])), field=f"{name}.shape")  # SPEC 2.14
     if begin < 0 or end - begin != size:
         fail("E121", f"[{begin}, {end}] for {size} bytes", field=f"{name}.data_offsets")  # SPEC 2.15

@@ -30,6 +30,7 @@ __all__ = [
     "FEATURES",
     "METADATA_MAX",
     "MODULES_MAX",
+    "TENSOR_MAX",
     "Asset",
     "BaseIdentity",
     "Calibration",
@@ -47,6 +48,7 @@ ENTRIES_MAX: Final = 65_536  # of assets, dropped, tied and metadata too
 METADATA_MAX: Final = 2**22  # bytes of its canonical JSON
 COMPONENTS_MAX: Final = 8
 DIMENSIONS_MAX: Final = 8
+TENSOR_MAX: Final = 2**53  # bytes of a tensor, stored or of the base, are fewer
 ASSET_PATH: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,118}\.(json|txt|model|jinja|tiktoken|md)")
 
 

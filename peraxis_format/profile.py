@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-from peraxis_format.container import FILE_MAX
 from peraxis_format.delta import EXPONENT_MAX, EXPONENT_MIN, Encoding
 from peraxis_format.dtypes import DType
 from peraxis_format.errors import fail
@@ -16,6 +15,7 @@ from peraxis_format.manifest import (
     COMPONENTS_MAX,
     DIMENSIONS_MAX,
     MODULES_MAX,
+    TENSOR_MAX,
     Manifest,
     ModuleEntry,
     base_digest,
@@ -84,7 +84,7 @@ def _check_limits(manifest: Manifest) -> None:
 
 def _check_shape(shape: tuple[int, ...], dtype: DType, path: str) -> None:
     # SPEC 3.8: as of a record (2.14), since what is the base's has none.
-    if len(shape) > DIMENSIONS_MAX or 0 in shape or math.prod(shape) * dtype.itemsize >= FILE_MAX:
+    if len(shape) > DIMENSIONS_MAX or 0 in shape or math.prod(shape) * dtype.itemsize >= TENSOR_MAX:
         fail("E208", f"shape {list(shape[:9])}", field=path)
 
 
