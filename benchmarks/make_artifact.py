@@ -2,15 +2,21 @@
 
     python benchmarks/make_artifact.py big.pxd --seed 1             # Llama-3.1-8B shapes, all `sign`: 1.0 GB
     python benchmarks/make_artifact.py big2.pxd --like big.pxd --flip 0.02
+    python benchmarks/make_artifact.py folder --checkpoints         # folder/base and folder/fine-tuned: 16 GB each
+    python benchmarks/make_artifact.py diff.pt --bitdelta           # BitDelta's layout for that base: 0.9 GB
 
-Payload bytes are random, so nothing can profit from their regularity. The base does not exist: its digests are
-made from the names, equal for every file that this script writes, so that such files are of one base.
+Payload bytes are random, so nothing can profit from their regularity. The base of the first two does not exist: its
+digests are made from the names, equal for every such file, so that they are of one base. The weights of the third have
+magnitudes of 0.008 to 0.03, and the fine-tuned ones differ in the last two bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +24,11 @@ from pathlib import Path
 import numpy as np
 
 import peraxis_format as pxd
+from peraxis_tools.shards import TensorSpec, plan_shards, shard_header, write_index
 
-__all__ = ["LLAMA_8B", "Shapes", "write_artifact", "write_variation"]
+__all__ = ["LLAMA_8B", "Shapes", "write_artifact", "write_bitdelta", "write_checkpoints", "write_variation"]
+
+_PIECE = 1 << 24  # weights of a tensor at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,15 +125,80 @@ def write_variation(path: Path, like: Path, *, flip: float, seed: int = 0) -> No
         writer.finish()
 
 
+def write_checkpoints(folder: Path, *, shapes: Shapes = LLAMA_8B, seed: int = 0) -> None:
+    """A base and a fine-tuned checkpoint in BF16, in shards of 5 GB."""
+    rng = np.random.Generator(np.random.SFC64(seed))
+    specs = [TensorSpec(name, pxd.DType.BF16, shape) for name, shape in shapes.tensors()]
+    shards = plan_shards(specs, shard_bytes=5_000_000_000)
+    folders = [folder / "base", folder / "fine-tuned"]
+    for each in folders:
+        each.mkdir(parents=True)
+        (each / "config.json").write_text(json.dumps(_config(shapes), indent=1))
+        write_index(each, shards)
+    for shard in shards:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(each / shard.file_name, "wb")) for each in folders]
+            for file in files:
+                file.write(shard_header(shard.tensors))
+            for spec in shard.tensors:
+                for begin in range(0, math.prod(spec.shape), _PIECE):
+                    count = min(_PIECE, math.prod(spec.shape) - begin)
+                    # Sign, last exponent bit and mantissa are random; the exponent's other bits are those of 2^-7.
+                    base = _bits(rng, count) & np.uint16(0x80FF) | np.uint16(0x3C00)
+                    files[0].write(base.tobytes())
+                    files[1].write((base ^ (_bits(rng, count) & np.uint16(3))).tobytes())
+
+
+def _bits(rng: np.random.Generator, count: int) -> np.ndarray:
+    return rng.bit_generator.random_raw(-(-count // 4)).view(np.uint16)[:count]
+
+
+def _config(shapes: Shapes) -> dict[str, object]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shapes.width,
+        "intermediate_size": shapes.mlp,
+        "num_hidden_layers": shapes.layers,
+        "num_attention_heads": shapes.width // 128,
+        "num_key_value_heads": shapes.key_value // 128,
+        "vocab_size": shapes.vocabulary,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def write_bitdelta(path: Path, *, shapes: Shapes = LLAMA_8B, seed: int = 0) -> None:
+    """A `.pt` of BitDelta's layout: a mask and a number for each projection, norms whole."""
+    import torch
+
+    rng = np.random.Generator(np.random.SFC64(seed))
+    saved = {}
+    for name, shape in shapes.tensors():
+        module = name.removesuffix(".weight")
+        if "proj" in name:
+            words = rng.bit_generator.random_raw(math.prod(shape) // 64).view(np.int32)
+            saved[f"{module}.mask"] = torch.from_numpy(words.reshape(shape[1] // 32, shape[0]))
+            saved[f"{module}.coeff"] = torch.tensor(float(rng.uniform(5e-5, 2e-4)))
+        elif len(shape) == 1:
+            saved[name] = torch.ones(shape, dtype=torch.bfloat16)
+    torch.save(saved, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path)
     parser.add_argument("--axis", choices=[axis.value for axis in pxd.Axis], default="row+col")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--like", type=Path, help="vary this file instead of drawing a new one")
+    parser.add_argument("--checkpoints", action="store_true", help="write a pair of checkpoints under this folder")
+    parser.add_argument("--bitdelta", action="store_true", help="write a .pt in BitDelta's layout")
     parser.add_argument("--flip", type=float, default=0.02, help="share of sign bytes drawn anew, with --like")
     options = parser.parse_args()
-    if options.like is not None:
+    if options.checkpoints:
+        write_checkpoints(options.path, seed=options.seed)
+    elif options.bitdelta:
+        write_bitdelta(options.path, seed=options.seed)
+    elif options.like is not None:
         write_variation(options.path, options.like, flip=options.flip, seed=options.seed)
     else:
         write_artifact(options.path, axis=pxd.Axis(options.axis), seed=options.seed)
