@@ -21,6 +21,7 @@ __all__ = ["RemoteFile", "is_remote", "local_copy", "remote_file"]
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z][A-Za-z0-9+.-]+)*://")
 _CHUNK: Final = 1 << 22
+_START: Final = 1 << 16  # what is kept of a file's beginning, at most
 # hf://org/repo/path@revision, as people write it; the hub's own file system wants hf://org/repo@revision/path.
 _HUB: Final = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)/(?P<path>[^@]+)@(?P<revision>[^@]+)")
 
@@ -44,6 +45,7 @@ class RemoteFile:
     def __init__(self, url: str) -> None:
         self.url = url
         self.requested = 0
+        self._start = b""
         with _readable(url):
             import fsspec
 
@@ -58,6 +60,14 @@ class RemoteFile:
         end = min(offset + size, self.size)
         if end <= offset:
             return b""
+        if offset == 0 and size <= _START:
+            self._start = self._fetch(0, end)
+            return self._start
+        # The header is read from its first bytes on, which have been fetched to find its length.
+        held = self._start[offset:end]
+        return held + self._fetch(offset + len(held), end) if len(held) < end - offset else held
+
+    def _fetch(self, offset: int, end: int) -> bytes:
         with _readable(self.url):
             data: bytes = self._system.cat_file(self._path, start=offset, end=end)
         self.requested += len(data)

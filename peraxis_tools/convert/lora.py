@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,6 +110,8 @@ def to_lora(
             save_file(adapter.tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
             config = _config(adapter, delta.manifest)
             (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            # safetensors lets nobody but its writer read the file.
+            shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")
         return LoraResult(
             folder=output,
             content_id=delta.content_id,
