@@ -7,7 +7,9 @@ serve           many variants of one model, in one batch, over one base
 
 from peraxis_format.torch.apply import Applied, apply_
 from peraxis_format.torch.errors import DeviceError, LiveModelError
-from peraxis_format.torch.placement import FUSED, Part, Shard, chunk, place, whole
+from peraxis_format.torch.finder import FUSED
+from peraxis_format.torch.parts import Part, Shard, chunk, whole
+from peraxis_format.torch.placement import place
 from peraxis_format.torch.reports import Swap, SwapError, Variant
 from peraxis_format.torch.serve import Served, serve
 from peraxis_format.torch.switch import VariantSwitch

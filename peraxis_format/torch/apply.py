@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -25,8 +25,9 @@ from peraxis_format.torch.binding import agree, check_live, is_sharded, rank_and
 from peraxis_format.torch.device import device_of
 from peraxis_format.torch.engine import engine_for
 from peraxis_format.torch.image import cut_transfers
+from peraxis_format.torch.parts import Part, Placement, Shard, Target, Views, copy_aside, increment_versions
 from peraxis_format.torch.payload import Payload
-from peraxis_format.torch.placement import Part, Placement, Shard, Target, copy_aside, increment_versions, place
+from peraxis_format.torch.placement import place
 from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.stream import stream
 from peraxis_format.torch.work import Workers
@@ -53,7 +54,7 @@ def apply_(
     target: Target,
     delta: DeltaFile | str | os.PathLike[str],
     *,
-    views: Mapping[str, Tensor | Part | Sequence[Part]] | None = None,
+    views: Views | None = None,
     shards: Mapping[str, Shard] | None = None,
     group: Any = None,
     workers: int | None = None,

@@ -24,7 +24,7 @@ from peraxis_format.dtypes import raw_bytes
 from peraxis_format.errors import PxdError
 from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.torch.errors import LiveModelError
-from peraxis_format.torch.placement import Box, Part, Placement, whole
+from peraxis_format.torch.parts import Box, Part, Placement, whole
 from peraxis_format.torch.storage import as_bytes, storage_array
 
 __all__ = ["agree", "check_live", "forget", "is_sharded", "rank_and_count", "sharded_anywhere"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peraxis_format.torch.errors import DeviceError
-from peraxis_format.torch.placement import Placement
+from peraxis_format.torch.parts import Placement
 
 __all__ = ["Counters", "CudaDevice", "Device", "HostDevice", "device_of"]
 

@@ -20,7 +20,7 @@ from peraxis_format.dtypes import Array, DType
 from peraxis_format.reconstruct import have_compiled, reconstruct
 from peraxis_format.torch.device import Device
 from peraxis_format.torch.image import Packed, Transfer, piece
-from peraxis_format.torch.placement import Part
+from peraxis_format.torch.parts import Part
 from peraxis_format.torch.storage import storage_array, tensor_view
 from peraxis_format.torch.work import Workers
 

@@ -27,7 +27,7 @@ from peraxis_format.delta import BaseRef, Component, ModuleDelta
 from peraxis_format.dtypes import Array, DType
 from peraxis_format.manifest import ModuleEntry
 from peraxis_format.reader import DeltaFile
-from peraxis_format.torch.placement import Box, Part, Placement, whole
+from peraxis_format.torch.parts import Box, Part, Placement, whole
 
 __all__ = ["ALIGN", "Field", "Packed", "Run", "Transfer", "cut_transfers", "piece"]
 

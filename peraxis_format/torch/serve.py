@@ -12,11 +12,13 @@ gets is its own variant's output; how that differs from the merged model's is sa
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +29,9 @@ from peraxis_format.torch.binding import check_live, is_sharded
 from peraxis_format.torch.device import device_of
 from peraxis_format.torch.errors import DeviceError, LiveModelError
 from peraxis_format.torch.linear import Products, ServedLinear, TorchProducts
+from peraxis_format.torch.parts import Placement, Views
 from peraxis_format.torch.payload import check_pads
-from peraxis_format.torch.placement import Part, Placement, place
+from peraxis_format.torch.placement import place
 from peraxis_format.torch.rows import Rows
 from peraxis_format.torch.served import GroupForward, Patch, ServedEmbedding, State
 from peraxis_format.torch.storage import tensor_view
@@ -137,7 +140,7 @@ def serve(
     variants: Mapping[str, DeltaFile | str | os.PathLike[str]],
     *,
     backend: Backend = "auto",
-    views: Mapping[str, Tensor | Part | Sequence[Part]] | None = None,
+    views: Views | None = None,
     workers: int | None = None,
 ) -> Served:
     """Let a live model that holds the base serve variants of it, mixed in one batch.
@@ -185,44 +188,57 @@ def _register(served: Served, index: int, file: DeltaFile, placement: Placement)
         begin, end = file.span(name)
         served.stored += end - begin
         for part in placement[name]:
-            first, found = owners.of(part.view)
+            where, found = owners.of(part.view)
             if not found:
                 raise LiveModelError(f"{name}: no module owns its storage; give rows of a parameter in `views`")
-            patch = _patch(delta, part.view, first)
+            patch = _patch(delta, part.view, where)
             for module, parameter in found:
+                if patch.region is not None and isinstance(module, nn.Linear | nn.Embedding):
+                    raise LiveModelError(f"{name}: lies across rows of a {type(module).__name__}; use VariantSwitch")
                 served.state(module).patches.setdefault(parameter, {}).setdefault(index, []).append(patch)
 
 
-def _patch(delta: ModuleDelta, view: Tensor, first: int) -> Patch:
-    rows = view.shape[0] if view.ndim else 1
+_Where: TypeAlias = tuple[int, int, tuple[tuple[int, ...], tuple[int, ...], int] | None]  # Patch: begin, end, region
+
+
+def _patch(delta: ModuleDelta, view: Tensor, where: _Where) -> Patch:
+    begin, end, region = where
     if delta.full is not None:
         raw = torch.frombuffer(bytearray(delta.full.tobytes()), dtype=torch.uint8)
-        return Patch(first, first + rows, full=tensor_view(raw, 0, delta.dtype, delta.shape).to(view.device))
+        full = tensor_view(raw, 0, delta.dtype, delta.shape).to(view.device)
+        return Patch(begin, end, full=full, region=region)
     batch = tuple(tuple(terms) for terms in terms_of(delta, view.device))
     if view.ndim == 2:
-        return Patch(first, first + rows, terms=batch[0])
-    return Patch(first, first + rows, batch=batch)
+        return Patch(begin, end, terms=batch[0], region=region)
+    return Patch(begin, end, batch=batch, region=region)
 
 
 class _Owners:
-    """Which modules own a storage: all that hold the parameter (tied ones are several), and at which row it begins."""
+    """Which modules own a storage: all that hold the parameter (tied ones are several), and which stretch of it."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._held: list[tuple[int, int, int, list[tuple[nn.Module, str]]]] = []
         by_storage: dict[int, list[tuple[nn.Module, str]]] = {}
         for module in model.modules():
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is not None and tensor.numel():
                     by_storage.setdefault(tensor.data_ptr(), []).append((module, name))
-        for begin, owners in by_storage.items():
-            tensor = getattr(*owners[0])
-            size = tensor.numel() * tensor.element_size()
-            self._held.append((begin, begin + size, size // (tensor.shape[0] if tensor.ndim else 1), owners))
+        self._begins = sorted(by_storage)
+        self._owners = by_storage
 
-    def of(self, view: Tensor) -> tuple[int, list[tuple[nn.Module, str]]]:
-        """(row, owners) of a view of whole rows of a parameter; no owners where there is none."""
+    def of(self, view: Tensor) -> tuple[_Where, list[tuple[nn.Module, str]]]:
+        """(where, owners) of a view into a parameter; no owners where there is none."""
         at = view.data_ptr()
-        for begin, end, row, owners in self._held:
-            if begin <= at < end and (at - begin) % row == 0:
-                return (at - begin) // row, owners
-        return 0, []
+        place = bisect_right(self._begins, at) - 1
+        if place < 0:
+            return (0, 0, None), []
+        begin = self._begins[place]
+        owners = self._owners[begin]
+        tensor: Tensor = getattr(*owners[0])
+        offset = (at - begin) // tensor.element_size()
+        if offset >= tensor.numel():
+            return (0, 0, None), []
+        row = math.prod(tensor.shape[1:])
+        if view.shape[1:] == tensor.shape[1:] and view.is_contiguous() and tensor.is_contiguous() and offset % row == 0:
+            first = offset // row
+            return (first, first + (view.shape[0] if view.ndim else 1), None), owners
+        return (0, 0, (tuple(view.shape), view.stride(), offset)), owners

@@ -10,6 +10,7 @@ for others, its forward), and put back by `Served.close`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,13 +28,24 @@ __all__ = ["GroupForward", "Patch", "ServedEmbedding", "State"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Patch:
-    """What one variant has for rows [begin, end) of one parameter: components, or the exact tensor."""
+    """What one variant has for rows [begin, end) of one parameter: components, or the exact tensor.
+
+    region: shape, strides and offset of a stretch that is no range of whole rows (one expert's gate, say).
+    """
 
     begin: int
     end: int
     terms: tuple[Term, ...] = ()
     full: Tensor | None = None
     batch: tuple[tuple[Term, ...], ...] = ()  # components of each batch element of a parameter of 3 or more dimensions
+    region: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Its stretch of a parameter, or of a tensor in the same layout."""
+        if self.region is None:
+            return tensor[self.begin : self.end]
+        shape, strides, offset = self.region
+        return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
 
 
 @dataclass(slots=True, eq=False)
@@ -62,15 +74,15 @@ class State:
             return base
         out = base.detach().clone()
         for patch in patches:
-            part = base.detach()[patch.begin : patch.end]
+            part, target = patch.of(base.detach()), patch.of(out)
             if patch.full is not None:
-                out[patch.begin : patch.end] = patch.full
+                target.copy_(patch.full)
             elif patch.batch:
                 matrices = part.reshape(-1, *part.shape[-2:])
                 merged = [rebuild(matrix, terms) for matrix, terms in zip(matrices, patch.batch, strict=True)]
-                out[patch.begin : patch.end] = torch.stack(merged).reshape(part.shape)
+                target.copy_(torch.stack(merged).reshape(part.shape))
             else:
-                out[patch.begin : patch.end] = rebuild(part, patch.terms)
+                target.copy_(rebuild(part, patch.terms))
         return out
 
 
@@ -130,25 +142,38 @@ class GroupForward:
         self.plain: Callable[..., Any] = module.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Dimension 0 of every tensor argument that has the batch's size is the batch."""
+        """Dimension 0 of every tensor argument that has the batch's size is the batch; or else that of a matrix which
+        is a multiple of it: the batch's tokens, one sequence after the other.
+        """
         rows = self.state.rows()
         if rows is None or not any(self.state.changed(v) for v in rows.variants):
             return self.plain(*args, **kwargs)
         if rows.only is not None:
             return self._run(rows.only, args, kwargs)
-        size = len(rows.ids)
-        if not any(isinstance(a, Tensor) and a.ndim and a.shape[0] == size for a in (*args, *kwargs.values())):
-            raise LiveModelError(
-                f"{type(self.module).__name__}: no argument has the batch ({size}) as dimension 0, so its variants "
-                "cannot be told apart; serve one variant a batch"
-            )
+        shape, device = self._leading(rows, args, kwargs)
         outputs = []
         order = []
-        device = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)).device
-        for variant, index in rows.batch((size,), device).groups.items():
-            outputs.append(self._run(variant, *_taken(args, kwargs, index, size)))
+        for variant, index in rows.batch(shape, device).groups.items():
+            outputs.append(self._run(variant, *_taken(args, kwargs, index, math.prod(shape))))
             order.append(index)
         return _scattered(outputs, torch.argsort(torch.cat(order)))
+
+    def _leading(
+        self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[int, ...], torch.device]:
+        """(sequences,) or (sequences, tokens) that dimension 0 of the arguments counts, and where they are."""
+        size = len(rows.ids)
+        given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim]
+        for a in given:
+            if a.shape[0] == size:
+                return (size,), a.device
+        for a in given:
+            if a.ndim == 2 and a.shape[0] % size == 0:
+                return (size, a.shape[0] // size), a.device
+        raise LiveModelError(
+            f"{type(self.module).__name__}: no argument has the batch ({size}) as dimension 0, so its variants cannot "
+            "be told apart; serve one variant a batch"
+        )
 
     def _run(self, variant: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if variant < 0 or not self.state.changed(variant):
@@ -177,7 +202,11 @@ def _taken(
 
 def _scattered(outputs: list[Any], back: Tensor) -> Any:
     if isinstance(outputs[0], Tensor):
-        return torch.cat(outputs)[back]
+        joined = torch.cat(outputs)
+        if len(joined) % len(back):
+            raise LiveModelError(f"a module made {len(joined)} rows of {len(back)}; serve one variant a batch")
+        # Several rows for each where the module flattens tokens.
+        return joined.reshape(len(back), -1, *joined.shape[1:])[back].flatten(0, 1)
     if isinstance(outputs[0], tuple):
         return tuple(_scattered(list(column), back) for column in zip(*outputs, strict=True))
     raise LiveModelError(f"a module returned {type(outputs[0]).__name__}; serve one variant a batch")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal
@@ -33,17 +33,18 @@ from peraxis_format.torch.engine import Engine, engine_for
 from peraxis_format.torch.errors import DeviceError, LiveModelError
 from peraxis_format.torch.gate import Gate
 from peraxis_format.torch.image import cut_transfers
-from peraxis_format.torch.payload import Payload, Residency
-from peraxis_format.torch.placement import (
+from peraxis_format.torch.parts import (
     Part,
     Placement,
     Shard,
     Target,
+    Views,
     copy_aside,
     increment_versions,
-    place,
     storage_key,
 )
+from peraxis_format.torch.payload import Payload, Residency
+from peraxis_format.torch.placement import place
 from peraxis_format.torch.reports import Swap, SwapError, Variant
 from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.stream import stream
@@ -77,7 +78,7 @@ class VariantSwitch:
         *,
         base: Literal["device", "pinned"] = "device",
         guard: bool = True,
-        views: Mapping[str, Tensor | Part | Sequence[Part]] | None = None,
+        views: Views | None = None,
         shards: Mapping[str, Shard] | None = None,
         group: Any = None,
         workers: int | None = None,

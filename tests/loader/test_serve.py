@@ -273,6 +273,26 @@ def test_transformers_models_serve_mixed_batches(index: int, tmp_path: Path) -> 
         torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("index", [0, 1])
+@torch.no_grad()
+def test_fused_experts_are_served_too(index: int, tmp_path: Path) -> None:
+    """Their tokens come flattened; one variant's experts, as the checkpoint names them, are parts of one tensor."""
+    from tests.loader.test_apply import moe_pair
+
+    model, base = moe_pair(index, tmp_path / "base")
+    model.float()
+    base = {name: tensor.float() for name, tensor in base.items()}
+    paths = {str(i): write_delta(tmp_path / f"{i}.pxd", base, seed=i, components=1 + i) for i in range(2)}
+    wanted = ["0", None, "1", "0"]
+    ids = torch.randint(1, 61, (4, 5))
+    whole = [merged(model, paths[name] if name else None)(ids[i : i + 1]).logits[0] for i, name in enumerate(wanted)]
+    with serve(model, paths) as served, served.using(wanted):
+        found, one = model(ids).logits, model(ids[:, :1]).logits
+    for i, expected in enumerate(whole):
+        torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one[i], expected[:1], rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_generate_with_mixed_variants_writes_what_the_merged_models_write(shared: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
