@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from peraxis_format import Array, DType, pack_signs, to_float32
 
-__all__ = ["DeltaSums", "have_numba", "matrix_sums"]
+__all__ = ["DeltaSums", "have_numba", "have_triton", "matrix_sums"]
 
 _LANES: Final = 8
 _CHUNK: Final = 64
@@ -100,6 +100,16 @@ def have_numba() -> bool:
     except ImportError:
         return False
     return bool(numba.__version__)
+
+
+@cache
+def have_triton() -> bool:
+    """Whether Triton can be imported."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return bool(triton.__version__)
 
 
 def _compiled_sums(

@@ -14,9 +14,9 @@ sign(T) minimises J only for a diagonal H. Two passes do better at the same size
             A sign is turned exactly when that is negative, so J never grows; then g += 2 q_j H_j. Few signs are
             turned, so a sweep costs far less than a product with H.
 
-Both run over columns in blocks: steps within a block, one matrix product for all that lies outside it. On a CPU with
-numba the steps within a block are compiled (signs_numba.py); they may differ from torch's in the last bit, and so,
-rarely, in a sign.
+Both run over columns in blocks: steps within a block, one matrix product for all that lies outside it. The steps
+within a block are compiled where numba (signs_numba.py) or, on a GPU, Triton (signs_triton.py) is present; they may
+differ from torch's in the last bit, and so, rarely, in a sign.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from peraxis_tools.compress.kernels import have_numba
+from peraxis_tools.compress.kernels import have_numba, have_triton
 
 __all__ = ["Factor", "Magnitude", "descend", "feedback", "inverse_factor", "unit"]
 
 _BLOCK = 128  # columns decided before what they leave is passed on to all others
-_SWEPT = 512  # the same for descent, where a column passes on little
+_SWEPT = 512  # the same for descent on a CPU, where a column passes on little
 _ROWS = 256  # rows a thread takes at a time
 
 
@@ -83,7 +83,7 @@ def feedback(target: Tensor, magnitudes: list[Magnitude], factor: Factor) -> lis
     rows = torch.stack([magnitude.row for magnitude in magnitudes])
     cols = torch.stack([magnitude.col[factor.order] for magnitude in magnitudes])
     signs = torch.empty(len(magnitudes), *work.shape, dtype=torch.bool, device=work.device)
-    step = _compiled("feedback") if _compiles(work) else _feedback_block
+    step = _steps(work).feedback
     for part in _blocks(work.shape[1], _BLOCK):
         block = work[:, part].contiguous()
         errors = torch.empty_like(block)
@@ -129,13 +129,13 @@ def descend(
         ]
     )
     gradient = (target - values.sum(dim=0)) @ metric
-    step = _compiled("descend") if _compiles(values) else _descend_block
+    steps = _steps(values)
     for _ in range(sweeps):
         changed = False
-        for part in _blocks(gradient.shape[1], _SWEPT):
+        for part in _blocks(gradient.shape[1], steps.width):
             block, size = gradient[:, part].contiguous(), values[:, :, part].contiguous()
             change = torch.zeros_like(block)
-            step(block, metric[part, part].contiguous(), size, change)
+            steps.descend(block, metric[part, part].contiguous(), size, change)
             if change.any():
                 changed = True
                 gradient[:, part], values[:, :, part] = block, size
@@ -161,25 +161,47 @@ def _descend_block(gradient: Tensor, near: Tensor, values: Tensor, change: Tenso
     gradient.copy_(columns.t())
 
 
-def _compiles(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and have_numba()
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """How a block of columns is worked on. width: columns of a block of descent."""
+
+    feedback: Callable[..., None]
+    descend: Callable[..., None]
+    width: int
+
+
+def _steps(tensor: Tensor) -> _Steps:
+    """The fastest there is for a tensor's device: numba, Triton, or torch itself."""
+    if tensor.device.type == "cpu" and have_numba():
+        return _numba_steps()
+    if tensor.device.type == "cuda" and have_triton():
+        return _triton_steps()
+    return _Steps(_feedback_block, _descend_block, _BLOCK)
 
 
 @cache
-def _compiled(name: str) -> Callable[..., None]:
-    """The block step of this name in numba: the same formulas, rows in parallel; rows, and so threads, never meet."""
+def _triton_steps() -> _Steps:
+    from peraxis_tools.compress.signs_triton import descend_block, feedback_block
+
+    return _Steps(feedback_block, descend_block, _BLOCK)
+
+
+@cache
+def _numba_steps() -> _Steps:
+    """The same formulas compiled, rows in parallel; rows, and so threads, never meet."""
     from peraxis_tools.compress.signs_numba import DESCEND, FEEDBACK
 
-    kernel = {"feedback": FEEDBACK, "descend": DESCEND}[name]
+    def in_threads(kernel: Callable[..., None]) -> Callable[..., None]:
+        def step(*tensors: Tensor) -> None:
+            arrays = [tensor.numpy() for tensor in tensors]
+            height = arrays[0].shape[0]
+            firsts = range(0, height, _ROWS)
+            if len(firsts) <= 1 or torch.get_num_threads() == 1:
+                kernel(0, height, *arrays)
+                return
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                list(pool.map(lambda first: kernel(first, min(height, first + _ROWS), *arrays), firsts))
 
-    def step(*tensors: Tensor) -> None:
-        arrays = [tensor.numpy() for tensor in tensors]
-        height = arrays[0].shape[0]
-        firsts = range(0, height, _ROWS)
-        if len(firsts) <= 1 or torch.get_num_threads() == 1:
-            kernel(0, height, *arrays)
-            return
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(lambda first: kernel(first, min(height, first + _ROWS), *arrays), firsts))
+        return step
 
-    return step
+    return _Steps(in_threads(FEEDBACK), in_threads(DESCEND), _SWEPT)
