@@ -24,7 +24,7 @@ conformance: export ASAN_OPTIONS := exitcode=99
 conformance: export UBSAN_OPTIONS := halt_on_error=1:exitcode=99
 conformance: $(INSTALLED)
 	mkdir -p build
-	$(CC) $(SANITIZED) -fno-sanitize-recover=all -o build/pxd conformance/loaders/c/pxd.c -lm
+	$(CC) $(SANITIZED) -fno-sanitize-recover=all -o build/pxd conformance/loaders/c/pxd.c
 	$(BIN)/peraxis-conformance run --adapter "$(BIN)/python conformance/loaders/python/adapter.py" \
 	    --adapter build/pxd --adapter "node conformance/loaders/js/adapter.js"
 	$(BIN)/python -m pytest -q -s tests/conformance/test_teeth.py tests/conformance/test_clauses.py
