@@ -2,12 +2,13 @@
 
     python benchmarks/compress_speed.py BASE FINE_TUNED --calibration train.jsonl --json compress_speed.json
     python benchmarks/compress_speed.py --depths 2,4,8,16 --json depth.json           # random Llamas, no pair needed
+    python benchmarks/compress_speed.py --block llama-3.1-8b --length 512             # one block, step by step
 
 On a pair: `compress` (closed form; refined; no distillation) and the paper's procedure (benchmarks/baselines/paper.py)
 on the same 50 samples, in turns, each in a process of its own with one thread. Seconds are processor seconds of the
 work alone: models loaded and file written, imports not. The paper's forward passes run one sample at a time, as
 published; `batched` gives it the same batches of 8 as ours. By depth: random Llamas of one width. Peak memory is the
-process's; `work` is what the method added to it after the imports.
+process's; `work` is what the method added to it after the imports. One block: see compress_block.py.
 """
 
 from __future__ import annotations
@@ -160,7 +161,28 @@ def by_depth(bench: Benchmark, work: Path, depths: list[int], *, width: int, len
         first = first or result
 
 
+def block(options: argparse.Namespace) -> int:
+    """One block of the shapes asked for, on one device."""
+    import torch
+    from compress_block import SHAPES, one_block
+
+    from peraxis_tools.compress.environment import resolve_device
+
+    device = resolve_device(options.device)
+    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = usual if options.compute_dtype == "auto" else getattr(torch, options.compute_dtype)
+    shapes = SHAPES[options.block].scaled(options.scale)
+    parameters = {"block": options.block, "scale": options.scale, "samples": FIT, "length": options.length}
+    bench = Benchmark(
+        "compress_block", parameters={**parameters, "dtype": str(dtype), "threads": torch.get_num_threads()}
+    )
+    one_block(bench, shapes, samples=FIT, length=options.length, device=device, dtype=dtype, repeat=options.repeat)
+    bench.finish(options.json, options.plot)
+    return 0
+
+
 def main() -> int:
+    """Run one of the three benchmarks."""
     parser = arguments(__doc__)
     parser.set_defaults(repeat=3)
     parser.add_argument("base", type=Path, nargs="?")
@@ -170,6 +192,10 @@ def main() -> int:
     parser.add_argument("--depths", help="layers of random Llamas, comma-separated")
     parser.add_argument("--width", type=int, default=256, help="of the random Llamas")
     parser.add_argument("--length", type=int, default=256, help="tokens a sample")
+    parser.add_argument("--block", help="shapes of one block: llama-3.1-8b or llama-3.2-1b")
+    parser.add_argument("--scale", type=int, default=1, help="divide the widths of the block")
+    parser.add_argument("--device", default="auto", help="of the block")
+    parser.add_argument("--compute-dtype", default="auto", help="of the block's forward passes")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--inputs", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -179,6 +205,8 @@ def main() -> int:
         methods = {**METHODS, "paper-batched": (STEPS["paper-batched"], _batched)}
         sys.stdout.write(json.dumps(run_method(options.one, inputs, methods=methods)) + "\n")
         return 0
+    if options.block:
+        return block(options)
     bench = Benchmark("compress_speed", parameters={"fit": FIT, "length": options.length, "width": options.width})
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)

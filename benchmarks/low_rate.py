@@ -152,8 +152,8 @@ def main() -> int:
             found = _run(options.base, texts, options.calibration, rate, options.steps, Path(temporary))
             fine = fine and found["fine"] == found["modules"]
             note = (
-                f"{100 * found['zeros']:.1f}% zero; {found['fine']} of {found['modules']} fine, {found['kept']} of them the "
-                f"base; worst {found['against_same']:.2f} of same, {found['against_bitdelta']:.2f} of one scalar"
+                f"{100 * found['zeros']:.1f}% zero; {found['fine']} of {found['modules']} fine, {found['kept']} kept; "
+                f"worst {found['against_same']:.2f} of same, {found['against_bitdelta']:.2f} of one scalar"
             )
             bench.add(f"rate {rate:g}", Timing((0.0,)), note=note, **found)
     bench.finish(options.json, options.plot)
