@@ -72,10 +72,11 @@ def apply_(
         pool = stack.enter_context(Workers(workers))
         placement = place(target, file.manifest, views=views, shards=shards)
         device = device_of(placement)
-        check_live(file.manifest, placement, workers=pool.count, group=group)
-        sharded = sharded_anywhere(is_sharded(placement, file.manifest), group)
         transfers = cut_transfers(file, placement, limit=TRANSFER_LIMIT)
         ring = Ring(device)
+        ring.reserve(max((transfer.size for transfer in transfers), default=0))
+        check_live(file.manifest, placement, ring=ring, workers=pool.count, group=group)
+        sharded = sharded_anywhere(is_sharded(placement, file.manifest), group)
         with together(sharded, group):
             verified = verify_share(file, group, pool) if sharded else 0
             payload = Payload(file, transfers, residency="pinned", device=device, ring=ring, workers=pool)

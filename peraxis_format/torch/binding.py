@@ -1,8 +1,7 @@
 """Step 12 of SPEC 8 on a live model: its weights are the base that the delta was made for.
 
-Every storage is hashed once, in parallel, and remembered by its version counter for as long as torch counts no change
-of it (a write through `.data` is not counted: whoever does that has to call `forget`). Where a rank holds only a piece
-of a tensor, the pieces are sent to one rank, in turns, which hashes the whole. Nothing is written before all agree.
+Every storage is hashed once (digests.py). Where a rank holds only a piece of a tensor, the pieces are sent to one rank,
+in turns, which hashes the whole. Nothing is written before all agree.
 """
 
 from __future__ import annotations
@@ -10,26 +9,23 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from peraxis_format.binding import check_base_digest
 from peraxis_format.dtypes import raw_bytes
 from peraxis_format.errors import PxdError
 from peraxis_format.manifest import Manifest, ModuleEntry
+from peraxis_format.torch.digests import digests
 from peraxis_format.torch.errors import LiveModelError
 from peraxis_format.torch.parts import Box, Part, Placement, whole
+from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.storage import as_bytes, storage_array
 
-__all__ = ["agree", "check_live", "forget", "is_sharded", "rank_and_count", "sharded_anywhere"]
-
-_REMEMBERED: Final[Any] = WeakTensorKeyDictionary()  # live tensor -> (data_ptr, version, hex digest)
+__all__ = ["agree", "check_live", "is_sharded", "rank_and_count", "sharded_anywhere"]
 
 
 def is_sharded(placement: Placement, manifest: Manifest) -> bool:
@@ -37,17 +33,13 @@ def is_sharded(placement: Placement, manifest: Manifest) -> bool:
     return any(part.box != whole(entry.shape) for entry in manifest.modules for part in placement[entry.name])
 
 
-def forget(placement: Placement) -> None:
-    """Do not trust what is remembered of these tensors: hash them again when next asked."""
-    for parts in placement.values():
-        for part in parts:
-            _REMEMBERED.pop(part.view, None)
-
-
-def check_live(manifest: Manifest, placement: Placement, *, workers: int | None = None, group: Any = None) -> None:
+def check_live(
+    manifest: Manifest, placement: Placement, *, ring: Ring, workers: int | None = None, group: Any = None
+) -> None:
     """Every base tensor has the bytes that the manifest names (SPEC 7.3).
 
-    group: the torch.distributed group whose ranks hold the pieces of sharded tensors (default: all ranks).
+    ring: of the device that holds them, reserved already. group: the torch.distributed group whose ranks hold the
+    pieces of sharded tensors (default: all ranks).
     Raises BindingError (E404) for the first module that differs, on every rank alike.
     """
     bound = [entry for entry in manifest.modules if entry.base is not None]
@@ -55,10 +47,9 @@ def check_live(manifest: Manifest, placement: Placement, *, workers: int | None 
     pieces = [entry for entry in bound if any(part.box != whole(entry.shape) for part in placement[entry.name])]
     error: Exception | None = None
     try:
-        with ThreadPoolExecutor(workers) as pool:
-            digests = pool.map(lambda item: _digest(item[1].view), local)
-            for (entry, _), digest in zip(local, digests, strict=True):
-                check_base_digest(entry, digest)
+        found = digests([part.view for _, part in local], device=ring.device, ring=ring, workers=workers)
+        for (entry, _), digest in zip(local, found, strict=True):
+            check_base_digest(entry, digest)
     except PxdError as failure:
         error = failure
     if sharded_anywhere(bool(pieces), group):
@@ -71,18 +62,6 @@ def check_live(manifest: Manifest, placement: Placement, *, workers: int | None 
         raise error
     elif pieces:
         raise LiveModelError(f"{pieces[0].name}: only a piece of it is here; initialise torch.distributed")
-
-
-def _digest(view: Tensor) -> str:
-    """The hex digest of a tensor's bytes, from memory where nothing has changed since."""
-    known = None if view.is_inference() else _REMEMBERED.get(view)
-    if known is not None and known[:2] == (view.data_ptr(), view._version):
-        digest: str = known[2]
-        return digest
-    digest = hashlib.sha256(raw_bytes(storage_array(as_bytes(view).cpu()))).hexdigest()
-    if not view.is_inference():
-        _REMEMBERED[view] = (view.data_ptr(), view._version, digest)
-    return digest
 
 
 # --- pieces on several ranks ---------------------------------------------------------------------------

@@ -38,6 +38,8 @@ class Device(Protocol):
 
     counters: Counters
     torch_device: torch.device
+    staged: bool
+    """Whether its memory has to be copied for the host to read it."""
 
     def host_buffer(self, size: int) -> Tensor:
         """Flat uint8 host memory that begins at a multiple of 4096; page-locked where the device copies from it."""
@@ -47,6 +49,9 @@ class Device(Protocol):
 
     def upload(self, target: Tensor, source: Tensor, *, after: Any, modules: tuple[str, ...]) -> Any:
         """Copy host to device behind the event `after`; returns the event of its end. Counted, by module too."""
+
+    def download(self, target: Tensor, source: Tensor, *, after: Any) -> Any:
+        """Copy device to host behind the event `after`; returns the event of its end. From any thread."""
 
     def compute_waits(self, event: Any) -> None:
         """What is launched from now on runs behind the event."""
@@ -84,6 +89,7 @@ class HostDevice:
     def __init__(self) -> None:
         self.counters = Counters()
         self.torch_device = torch.device("cpu")
+        self.staged = False
 
     def host_buffer(self, size: int) -> Tensor:
         return _aligned(size)
@@ -94,6 +100,9 @@ class HostDevice:
     def upload(self, target: Tensor, source: Tensor, *, after: Any, modules: tuple[str, ...]) -> Any:
         target.copy_(source)
         _count(self.counters, source, modules)
+
+    def download(self, target: Tensor, source: Tensor, *, after: Any) -> Any:
+        target.copy_(source)
 
     def compute_waits(self, event: Any) -> None:
         pass
@@ -111,15 +120,28 @@ class HostDevice:
         pass
 
 
+def _copied(stream: Any, target: Tensor, source: Tensor, after: Any) -> Any:
+    """Copy on a stream, behind the event `after`; returns the event of its end."""
+    if after is not None:
+        stream.wait_event(after)
+    with torch.cuda.stream(stream):
+        target.copy_(source, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]
+        event.record(stream)
+    return event
+
+
 class CudaDevice:
-    """A CUDA device: uploads on a stream of their own, compute on the caller's current stream."""
+    """A CUDA device: uploads and downloads on streams of their own, compute on the caller's current stream."""
 
     def __init__(self, device: torch.device) -> None:
         if not torch.cuda.is_available():
             raise DeviceError(f"{device}: torch finds no CUDA device here; use a model on the CPU")
         self.counters = Counters()
         self.torch_device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self.staged = True
         self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call, unused-ignore]
+        self._downloads = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call, unused-ignore]
 
     def host_buffer(self, size: int) -> Tensor:
         return _aligned(size, pinned=True)
@@ -128,14 +150,12 @@ class CudaDevice:
         return torch.empty(size, dtype=torch.uint8, device=self.torch_device)
 
     def upload(self, target: Tensor, source: Tensor, *, after: Any, modules: tuple[str, ...]) -> Any:
-        if after is not None:
-            self._copies.wait_event(after)
-        with torch.cuda.stream(self._copies):
-            target.copy_(source, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]
-            event.record(self._copies)
+        event = _copied(self._copies, target, source, after)
         _count(self.counters, source, modules)
         return event
+
+    def download(self, target: Tensor, source: Tensor, *, after: Any) -> Any:
+        return _copied(self._downloads, target, source, after)
 
     def compute_waits(self, event: Any) -> None:
         if event is not None:

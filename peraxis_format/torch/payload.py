@@ -179,7 +179,6 @@ class Payload:
         self.size = sum(transfer.size - transfer.begin for transfer in transfers)
         self._kept: list[Tensor] = []
         self._stamp = _Stamp.of(delta)
-        ring.reserve(max((transfer.size for transfer in transfers), default=0))
         check_pads(delta)
         for transfer in transfers:
             self._keep(transfer, device, ring, workers)

@@ -30,6 +30,16 @@ class Ring:
             self.host = [self.device.host_buffer(self.slot_size) for _ in range(DEPTH)]
             self.slots = [self.device.buffer(self.slot_size) for _ in range(DEPTH)]
 
+    def staging(self, threads: int) -> list[tuple[Tensor, Tensor]]:
+        """The host slots cut into pairs of pieces, one pair for each thread (or fewer, where pieces would be small)."""
+        pairs = max(1, min(-(-threads // DEPTH), self.slot_size // (2 * ALIGN)))  # of one slot
+        piece = self.slot_size // (2 * pairs) // ALIGN * ALIGN
+        return [
+            (slot[at : at + piece], slot[at + piece : at + 2 * piece])
+            for slot in self.host
+            for at in range(0, 2 * piece * pairs, 2 * piece)
+        ][: max(threads, 1)]
+
     @property
     def size(self) -> int:
         """Bytes of page-locked host memory; the device holds as many."""

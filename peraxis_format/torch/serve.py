@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.apply import TRANSFER_LIMIT
 from peraxis_format.torch.binding import check_live, is_sharded
 from peraxis_format.torch.device import device_of
 from peraxis_format.torch.errors import DeviceError, LiveModelError
@@ -32,6 +33,7 @@ from peraxis_format.torch.linear import Products, ServedLinear, TorchProducts
 from peraxis_format.torch.parts import Placement, Views
 from peraxis_format.torch.payload import check_pads
 from peraxis_format.torch.placement import place
+from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.rows import Rows
 from peraxis_format.torch.served import GroupForward, Patch, ServedEmbedding, State
 from peraxis_format.torch.storage import tensor_view
@@ -152,6 +154,7 @@ def serve(
         raise LiveModelError("the model is served already; close that first, or give all variants at once")
     served = Served(model, list(variants), _backend(backend, model))
     try:
+        ring: Ring | None = None
         with Workers(workers) as pool:
             for index, delta in enumerate(variants.values()):
                 with contextlib.ExitStack() as stack:
@@ -159,8 +162,10 @@ def serve(
                     placement = place(model, file.manifest, views=views)
                     if is_sharded(placement, file.manifest):
                         raise LiveModelError("sharded weights cannot be served on the fly; use VariantSwitch")
-                    device_of(placement)
-                    check_live(file.manifest, placement, workers=pool.count)
+                    ring = ring or Ring(device_of(placement))
+                    if ring.device.staged:
+                        ring.reserve(TRANSFER_LIMIT)
+                    check_live(file.manifest, placement, ring=ring, workers=pool.count)
                     _register(served, index, file, placement)
     except BaseException:
         served.close()

@@ -29,6 +29,7 @@ from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.apply import TRANSFER_LIMIT, together, verify_share
 from peraxis_format.torch.binding import check_live, is_sharded, sharded_anywhere
 from peraxis_format.torch.device import Device, device_of
+from peraxis_format.torch.digests import inherit
 from peraxis_format.torch.engine import Engine, engine_for
 from peraxis_format.torch.errors import DeviceError, LiveModelError
 from peraxis_format.torch.gate import Gate
@@ -170,9 +171,10 @@ class VariantSwitch:
         device, ring = self._prepare(found)
         chosen = _residency(residency, device)
         placement = self._known(found)
-        self._check(file, placement)
-        sharded = self._is_sharded(file, placement)
         transfers = cut_transfers(file, placement, limit=TRANSFER_LIMIT)
+        ring.reserve(max((transfer.size for transfer in transfers), default=0))
+        self._check(file, placement, ring)
+        sharded = self._is_sharded(file, placement)
         with together(sharded, self._group):
             if sharded:
                 verify_share(file, self._group, self._workers)
@@ -207,20 +209,23 @@ class VariantSwitch:
             for name, parts in placement.items()
         }
 
-    def _check(self, file: DeltaFile, placement: Placement) -> None:
+    def _check(self, file: DeltaFile, placement: Placement, ring: Ring) -> None:
         """The base's bytes: of the pristine copies where there are some, since the live weights may be a variant's."""
         pristine = {
             name: tuple(Part(part.box, self._bases.get(part, part.view)) for part in parts)
             for name, parts in placement.items()
         }
-        check_live(file.manifest, pristine, workers=self._workers.count, group=self._group)
+        check_live(file.manifest, pristine, ring=ring, workers=self._workers.count, group=self._group)
 
     def _is_sharded(self, file: DeltaFile, placement: Placement) -> bool:
         return sharded_anywhere(is_sharded(placement, file.manifest), self._group)
 
     def _keep_base(self, placement: Placement) -> None:
         new = {name: tuple(p for p in parts if p not in self._bases) for name, parts in placement.items()}
-        self._bases.update(copy_aside(new, pinned=self._base_place == "pinned"))
+        copies = copy_aside(new, pinned=self._base_place == "pinned")
+        for part, base in copies.items():
+            inherit(base, part.view)
+        self._bases.update(copies)
 
     def remove(self, name: str) -> None:
         """Forget a variant. Raises LiveModelError for the one in use, and for an unknown one."""

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import peraxis_format as pf
-from peraxis_format.torch import LiveModelError, apply_, binding, engine
+from peraxis_format.torch import LiveModelError, apply_, binding, digests, engine
+from peraxis_format.torch.device import HostDevice
 from peraxis_format.torch.engine import HostEngine
+from peraxis_format.torch.ring import Ring
 from tests.loader.support import AXES, Small, bytes_of, expected_bytes, named_tensors, write_delta
 
 
@@ -138,23 +140,24 @@ def test_a_base_is_hashed_once_and_again_only_after_a_change(tmp_path: Path, mon
     model = Small()
     path = write_delta(tmp_path / "d.pxd", base_of(model))
     hashed: list[int] = []
-    plain = binding.as_bytes
+    plain = digests.as_bytes
 
     def counted(tensor: Tensor) -> Tensor:
         hashed.append(1)
         return plain(tensor)
 
-    monkeypatch.setattr(binding, "as_bytes", counted)
+    monkeypatch.setattr(digests, "as_bytes", counted)
+    ring = Ring(HostDevice())
     with pf.open(path) as delta:
         placement = pf_place(model, delta.manifest)
-        binding.check_live(delta.manifest, placement)
+        binding.check_live(delta.manifest, placement, ring=ring)
         first = len(hashed)
-        binding.check_live(delta.manifest, placement)
+        binding.check_live(delta.manifest, placement, ring=ring)
         assert len(hashed) == first == len(placement)
         with torch.no_grad():
             model.first.weight[0, 0] += 1
         with pytest.raises(pf.BindingError, match=r"E404.*first\.weight"):
-            binding.check_live(delta.manifest, placement)
+            binding.check_live(delta.manifest, placement, ring=ring)
         assert len(hashed) == first + 1
 
 
