@@ -158,6 +158,7 @@ def every_outcome(pair, tmp_path: Path) -> list[Path]:
 
 def test_sarif_holds_to_the_published_schema(every_outcome: list[Path]) -> None:
     import jsonschema
+
     schema = json.loads((SCHEMAS / "sarif-2.1.0.json").read_bytes())
     validator = jsonschema.validators.validator_for(schema)(schema)
     for files in ([every_outcome[0]], every_outcome):
@@ -175,6 +176,7 @@ def test_sarif_holds_to_the_published_schema(every_outcome: list[Path]) -> None:
 
 def test_junit_holds_to_the_schema_that_ci_reads_it_by(every_outcome: list[Path]) -> None:
     from lxml import etree
+
     schema = etree.XMLSchema(etree.parse(str(SCHEMAS / "junit.xsd")))
     for files in ([every_outcome[0]], every_outcome):
         report = etree.fromstring(run(*files, "--format", "junit")[1].encode())
