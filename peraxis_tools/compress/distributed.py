@@ -1,9 +1,11 @@
 """Several processes (torchrun, accelerate launch): each runs the blocks on its share of the samples.
 
-Forward passes are most of the work that grows with the text. Process r of n takes batches r, r + n, ...; the sums
-G, E, F and their token counts are added over all processes, so that each holds the sums of the whole text. Each
-module of a stage is then fitted by one process and sent to the others as tensors: all go on with the same student,
-and the artifact of process 0 is that of one process, up to the order of float64 additions.
+One process a device, started by torchrun or `accelerate launch`. Process r of n takes batches r, r + n, ...; the sums
+G, E, F and their token counts are added over all processes, so that each holds the sums of the whole text: exactly,
+whatever n is (statistics.py). Each module of a stage is then fitted by one process and sent to the others as tensors:
+all go on with the same student, and the artifact has the bytes of one process's, where each computes with as many
+threads. What needs the whole model at once (own text, a budget's sensitivities, distillation) process 0 does alone, on
+its device: one that is too large for it can be fitted, but not distilled.
 
 Without such an environment every function here does nothing.
 """

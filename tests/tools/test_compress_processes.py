@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,21 @@ import peraxis_format as pxd
 from tests.tools.compress_pairs import llama_config, write_pair, write_text
 from tests.tools.test_compress_architectures import FAMILIES
 
+# How users start one process a device. Without GPUs, accelerate's several "GPUs" are processes on the CPU.
+LAUNCHERS: dict[str, Callable[[int], list[str]]] = {
+    "torchrun": lambda count: ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"],
+    "accelerate": lambda count: [
+        *("-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={count}", "--num_machines=1"),
+        *("--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={_free_port()}"),
+    ],
+}
 OPTIONS = {"calibration_samples": 10, "sequence_length": 16, "batch_size": 1}
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 def script(path: Path, base: Path, tuned: Path, output: Path, **options: object) -> Path:
@@ -28,8 +44,13 @@ def script(path: Path, base: Path, tuned: Path, output: Path, **options: object)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "count"), [("llama", 2), ("llama", 3), ("granite-moe", 2)])
-def test_several_processes_give_the_artifact_of_one(family: str, count: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "count", "launcher"),
+    [("llama", 2, "torchrun"), ("llama", 3, "torchrun"), ("granite-moe", 2, "torchrun"), ("llama", 2, "accelerate")],
+)
+def test_several_processes_give_the_artifact_of_one(family: str, count: int, launcher: str, tmp_path: Path) -> None:
+    if launcher == "accelerate":
+        pytest.importorskip("accelerate")
     config = llama_config() if family == "llama" else FAMILIES[family]()
     assert isinstance(config, transformers.PretrainedConfig)
     base, tuned = write_pair(tmp_path, config, dtype=torch.float32)
@@ -38,7 +59,7 @@ def test_several_processes_give_the_artifact_of_one(family: str, count: int, tmp
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for processes in (1, count):
         output = tmp_path / f"{processes}.pxd"
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        launch = LAUNCHERS[launcher](count) if processes > 1 else []
         command = [sys.executable, *launch, str(script(tmp_path / "run.py", base, tuned, output, **options))]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
