@@ -3,8 +3,8 @@
     place -> check the base's bytes -> (sharded: ranks share out the digests) -> copy the old weights aside -> stream
 
 Every byte that is used is checked first (SPEC 8, step 9 to 12). On any error, on any rank, the old weights are put
-back. Weights that are copied aside need as much memory as the tensors that change; VariantSwitch keeps such a copy for
-good, and so can go on to other variants and back.
+back. They cannot be computed back: rounding has lost bits of them. So all of them are kept until the last is written,
+beside the model or in host memory. VariantSwitch keeps such a copy for good, and so can go on to other variants.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -58,11 +58,13 @@ def apply_(
     shards: Mapping[str, Shard] | None = None,
     group: Any = None,
     workers: int | None = None,
+    undo: Literal["device", "host"] = "device",
 ) -> Applied:
     """Turn a live model that holds the base into the fine-tune, in place, bit for bit as SPEC 6 says.
 
     target: a module, or a mapping of checkpoint names to tensors; on the CPU or on one CUDA device. views, shards: see
-    placement.place. group: the torch.distributed group that holds sharded weights together. workers: threads.
+    placement.place. group: the torch.distributed group that holds sharded weights together. workers: threads. undo:
+    where the old weights are kept until all is done.
     Raises PxdError (a damaged file, another base), LiveModelError (weights that cannot hold it); the model is then as
     it was. Existing storage is written: parameters, their pointers and whatever refers to them stay.
     """
@@ -81,7 +83,7 @@ def apply_(
             verified = verify_share(file, group, pool) if sharded else 0
             payload = Payload(file, transfers, residency="pinned", device=device, ring=ring, workers=pool)
         before = device.counters.uploads
-        with _undo(placement) as bases, together(sharded, group):
+        with _undo(placement, undo) as bases, together(sharded, group):
             engine = engine_for(transfers, bases, device=device, workers=pool)
             stream(payload, engine, device=device, ring=ring, workers=pool)
         increment_versions(placement)
@@ -110,14 +112,23 @@ def together(sharded: bool, group: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _undo(placement: Placement) -> Iterator[dict[Part, Tensor]]:
-    """The live weights, copied aside; put back where the block ends in an error."""
-    bases = copy_aside(placement)
+def _undo(placement: Placement, where: Literal["device", "host"]) -> Iterator[dict[Part, Tensor]]:
+    """The bases to rebuild from: copies of the live weights or, with copies in host memory, the weights themselves.
+
+    The copies are put back where the block ends in an error.
+    """
+    kept = copy_aside(placement, host=where == "host")
+    bases = kept
+    if where == "host":
+        # In place: each weight is read before it is written. Strided ones are rebuilt beside their storage.
+        bases = {
+            part: part.view if part.view.is_contiguous() else old.to(part.view.device) for part, old in kept.items()
+        }
     try:
         yield bases
     except BaseException:
-        for part, base in bases.items():
-            part.view.copy_(base)
+        for part, old in kept.items():
+            part.view.copy_(old)
         raise
 
 

@@ -74,15 +74,14 @@ def storage_key(view: Tensor) -> tuple[Any, ...]:
     return view.device, view.data_ptr(), tuple(view.shape), view.stride()
 
 
-def copy_aside(placement: Placement, *, pinned: bool = False) -> dict[Part, Tensor]:
-    """A contiguous copy of every live storage: beside it, or in page-locked host memory."""
+def copy_aside(placement: Placement, *, host: bool = False, pinned: bool = False) -> dict[Part, Tensor]:
+    """A contiguous copy of every live storage: beside it, or in host memory, page-locked or not."""
     copies = {}
     for parts in placement.values():
         for part in parts:
             view = part.view.detach()
-            if pinned:
-                host = torch.empty(view.shape, dtype=view.dtype, pin_memory=True)
-                copies[part] = host.copy_(view)
+            if host or pinned:
+                copies[part] = torch.empty(view.shape, dtype=view.dtype, pin_memory=pinned).copy_(view)
             else:
                 copies[part] = view.clone(memory_format=torch.contiguous_format)
     return copies

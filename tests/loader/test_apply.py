@@ -25,9 +25,9 @@ def base_of(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("compiled", "undo"), [(False, "device"), (True, "device"), (False, "host"), (True, "host")])
 def test_applied_weights_have_the_bits_of_the_reference(
-    dtype: torch.dtype, axis: pf.Axis, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, axis: pf.Axis, compiled: bool, undo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if compiled:
         pytest.importorskip("numba")
@@ -36,7 +36,7 @@ def test_applied_weights_have_the_bits_of_the_reference(
     base = base_of(model)
     path = write_delta(tmp_path / "d.pxd", base, axes=(axis, pf.Axis.ROW))
     pointers = {name: tensor.data_ptr() for name, tensor in named_tensors(model).items()}
-    applied = apply_(model, path)
+    applied = apply_(model, path, undo=undo)
     assert bytes_of(named_tensors(model)) == expected_bytes(path, base)
     assert pointers == {name: tensor.data_ptr() for name, tensor in named_tensors(model).items()}
     assert applied.modules == len(base)
@@ -63,10 +63,10 @@ def test_an_alias_with_storage_of_its_own_is_written_too(tmp_path: Path) -> None
     assert model.head.weight.data_ptr() != model.embed.weight.data_ptr()
 
 
-def refused(model: Any, path: Path, error: type[Exception], match: str) -> None:
+def refused(model: Any, path: Path, error: type[Exception], match: str, **options: Any) -> None:
     before = bytes_of(dict(model) if isinstance(model, dict) else named_tensors(model))
     with pytest.raises(error, match=match):
-        apply_(model, path)
+        apply_(model, path, **options)
     assert before == bytes_of(dict(model) if isinstance(model, dict) else named_tensors(model))
 
 
@@ -115,9 +115,10 @@ def test_a_pad_that_is_not_zero_is_refused(tmp_path: Path) -> None:
     refused(model, path, pf.PayloadError, "E304")
 
 
+@pytest.mark.parametrize("undo", ["device", "host"])
 @pytest.mark.parametrize("nth", [0, 3, 6])
 def test_an_error_while_writing_puts_the_old_weights_back(
-    nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nth: int, undo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Small()
     path = write_delta(tmp_path / "d.pxd", base_of(model))
@@ -133,7 +134,7 @@ def test_an_error_while_writing_puts_the_old_weights_back(
         return iter(())
 
     monkeypatch.setattr(HostEngine, "_part_jobs", failing)
-    refused(model, path, OSError, "no more")
+    refused(model, path, OSError, "no more", undo=undo)
 
 
 def test_a_base_is_hashed_once_and_again_only_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,9 +204,10 @@ def test_rows_of_fused_parameters_get_their_own_modules_with_their_own_axes(tmp_
 def test_a_transposed_layout_is_reached_through_a_view(tmp_path: Path) -> None:
     base = {"w": torch.randn(24, 17).bfloat16()}
     path = write_delta(tmp_path / "d.pxd", base)
-    live = base["w"].t().contiguous()
-    apply_({}, path, views={"w": live.t()})
-    assert bytes_of({"w": live.t()}) == expected_bytes(path, base)
+    for undo in ("device", "host"):
+        live = base["w"].t().contiguous()
+        apply_({}, path, views={"w": live.t()}, undo=undo)
+        assert bytes_of({"w": live.t()}) == expected_bytes(path, base)
 
 
 def test_what_cannot_hold_the_fine_tune_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peraxis_format.torch import VariantSwitch, apply_, serve, switch
+from peraxis_format.torch import VariantSwitch, apply_, registry, serve
 from peraxis_format.torch.device import CudaDevice
 from tests.loader.support import Small, bytes_of, expected_bytes, named_tensors, write_delta
 
@@ -23,12 +23,14 @@ def on_host(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("components", [1, 3])
-def test_applied_weights_have_the_bits_of_the_reference(dtype: torch.dtype, components: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("components", "undo"), [(1, "device"), (3, "host")])
+def test_applied_weights_have_the_bits_of_the_reference(
+    dtype: torch.dtype, components: int, undo: Any, tmp_path: Path
+) -> None:
     model = Small(dtype=dtype)
     base = on_host(model)
     path = write_delta(tmp_path / "d.pxd", base, components=components)
-    apply_(model.cuda(), path)
+    apply_(model.cuda(), path, undo=undo)
     assert bytes_of(on_host(model)) == expected_bytes(path, base)
 
 
@@ -45,7 +47,7 @@ def test_batches_of_matrices_and_strided_layouts_are_exact_too(tmp_path: Path) -
 def test_random_swaps_from_every_residency_end_in_the_right_bits(
     place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(switch, "TRANSFER_LIMIT", 700)
+    monkeypatch.setattr(registry, "TRANSFER_LIMIT", 700)
     model = Small()
     base = on_host(model)
     model.cuda()
@@ -63,12 +65,12 @@ def test_random_swaps_from_every_residency_end_in_the_right_bits(
 
 
 def test_a_swap_uploads_each_module_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(switch, "TRANSFER_LIMIT", 300)
+    monkeypatch.setattr(registry, "TRANSFER_LIMIT", 300)
     model = Small()
     path = write_delta(tmp_path / "d.pxd", on_host(model))
     with VariantSwitch(model.cuda()) as live:
         live.add("v", path, "file")
-        device = live._device
+        device = live._registry.device
         assert isinstance(device, CudaDevice)
         allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
         device.counters.reset()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import peraxis_format as pf
-from peraxis_format.torch import DeviceError, LiveModelError, SwapError, VariantSwitch, switch
+from peraxis_format.torch import DeviceError, LiveModelError, SwapError, VariantSwitch, registry
 from peraxis_format.torch.device import HostDevice
 from peraxis_format.torch.engine import HostEngine, TritonEngine
 from peraxis_format.torch.ring import DEPTH
@@ -38,7 +38,7 @@ def variants(folder: Path, base: dict[str, Tensor], count: int) -> dict[str | No
 def test_a_thousand_random_swaps_end_in_the_bits_of_the_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(switch, "TRANSFER_LIMIT", 700)  # several transfers, more than the ring has slots
+    monkeypatch.setattr(registry, "TRANSFER_LIMIT", 700)  # several transfers, more than the ring has slots
     model = Small()
     base = base_of(model)
     wanted = {None: bytes_of(base)}
@@ -62,13 +62,13 @@ def test_a_thousand_random_swaps_end_in_the_bits_of_the_reference(
 def test_a_swap_uploads_each_module_once_and_allocates_nothing(
     residency: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(switch, "TRANSFER_LIMIT", 300)
+    monkeypatch.setattr(registry, "TRANSFER_LIMIT", 300)
     model = Small()
     base = base_of(model)
     path = write_delta(tmp_path / "d.pxd", base, components=2)
     with VariantSwitch(model) as live:
         variant = live.add("v", path, residency)
-        device = live._device
+        device = live._registry.device
         assert isinstance(device, HostDevice)
         for method in ("buffer", "host_buffer"):
             monkeypatch.setattr(HostDevice, method, lambda *_: pytest.fail("a swap allocates"))
@@ -95,8 +95,8 @@ def test_triton_kernels_swap_to_the_same_bits_over_the_same_stream(
     def triton_engine(transfers: Any, bases: Any, **_: Any) -> Any:
         return TritonEngine(transfers, bases, device=torch.device("cpu"))
 
-    monkeypatch.setattr(switch, "engine_for", triton_engine)
-    monkeypatch.setattr(switch, "TRANSFER_LIMIT", 700)
+    monkeypatch.setattr(registry, "engine_for", triton_engine)
+    monkeypatch.setattr(registry, "TRANSFER_LIMIT", 700)
     base = {name: t.detach().clone() for name, t in named_tensors(Small()).items()}
     base["experts"] = torch.randn(3, 9, 24).bfloat16()
     live = {name: tensor.clone() for name, tensor in base.items()}
@@ -132,7 +132,7 @@ def test_residency_says_what_is_kept_where(tmp_path: Path) -> None:
 def test_a_failed_swap_goes_back_and_says_to_what(
     previous: str | None, nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(switch, "TRANSFER_LIMIT", 300)
+    monkeypatch.setattr(registry, "TRANSFER_LIMIT", 300)
     model = Small()
     base = base_of(model)
     with VariantSwitch(model) as live:
