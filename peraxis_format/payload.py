@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -14,7 +15,7 @@ from peraxis_format.dtypes import Array
 from peraxis_format.errors import fail
 from peraxis_format.manifest import ModuleEntry
 
-__all__ = ["build_module", "check_pad", "check_stored_values", "check_values"]
+__all__ = ["assemble", "build_module", "check_pad", "check_stored_values", "check_values"]
 
 # Returns bytes [begin, end) of the data.
 Reader: TypeAlias = Callable[[int, int], bytes | memoryview]
@@ -30,7 +31,12 @@ def _view(buffer: memoryview, record: TensorRecord, begin: int) -> Array:
 
 def build_module(entry: ModuleEntry, records: Iterable[TensorRecord], buffer: memoryview, begin: int) -> ModuleDelta:
     """Assemble a module from views of its range; buffer[0] is byte `begin` of the data."""
-    arrays = {record.name[len(entry.name) + 1 :]: _view(buffer, record, begin) for record in records}
+    return assemble(entry, {record.name[len(entry.name) + 1 :]: _view(buffer, record, begin) for record in records})
+
+
+def assemble(entry: ModuleEntry, arrays: Mapping[str, Array], shape: tuple[int, ...] | None = None) -> ModuleDelta:
+    """A module of its tensors, which are named by their suffixes (SPEC 4.1). shape: of a box, where it is not whole."""
+    base = entry.base
     components = tuple(
         Component(
             axis=component.axis,
@@ -44,10 +50,10 @@ def build_module(entry: ModuleEntry, records: Iterable[TensorRecord], buffer: me
     )
     return ModuleDelta(
         name=entry.name,
-        shape=entry.shape,
+        shape=entry.shape if shape is None else shape,
         dtype=entry.dtype,
         encoding=entry.encoding,
-        base=entry.base,
+        base=base if base is None or shape is None else replace(base, shape=shape),
         components=components,
         full=arrays.get("full"),
         tail=arrays.get("tail"),

@@ -47,17 +47,25 @@ class Gate:
         finally:
             self.leave()
 
-    @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """A swap. Raises LiveModelError inside a forward of the same thread, where it would wait for itself."""
+    def refuse_inside(self) -> None:
+        """Raises LiveModelError inside a forward of this thread, for what would wait for that forward's end."""
         with self._condition:
             if threading.get_ident() in self._depth:
                 raise LiveModelError("a swap inside a forward of the same thread; swap between steps")
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """A swap. Raises as refuse_inside does."""
+        self.refuse_inside()
+        with self._condition:
             self._waiting += 1
-            while self._exclusive or self._depth:
-                self._condition.wait()
-            self._waiting -= 1
-            self._exclusive = True
+            try:
+                while self._exclusive or self._depth:
+                    self._condition.wait()
+                self._exclusive = True
+            finally:
+                self._waiting -= 1
+                self._condition.notify_all()  # an interrupted swap holds nobody back
         try:
             yield
         finally:

@@ -23,9 +23,10 @@ from typing import Final
 import numpy as np
 
 from peraxis_format.bits import mask_width
-from peraxis_format.delta import BaseRef, Component, ModuleDelta
+from peraxis_format.delta import ModuleDelta
 from peraxis_format.dtypes import Array, DType
 from peraxis_format.manifest import ModuleEntry
+from peraxis_format.payload import assemble
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.parts import Box, Part, Placement, whole
 
@@ -98,27 +99,7 @@ def piece(packed: Packed, buffer: Array) -> ModuleDelta:
     arrays = {
         f.suffix: buffer[f.offset : f.offset + f.size].view(f.dtype.storage).reshape(f.shape) for f in packed.fields
     }
-    entry = packed.entry
-    base = entry.base
-    return ModuleDelta(
-        name=entry.name,
-        shape=packed.shape,
-        dtype=entry.dtype,
-        encoding=entry.encoding,
-        base=None if base is None else BaseRef(dtype=base.dtype, shape=packed.shape, sha256=base.sha256),
-        components=tuple(
-            Component(
-                axis=component.axis,
-                exponent=component.exponent,
-                mask=arrays[f"{k}.mask"],
-                row=arrays.get(f"{k}.row"),
-                col=arrays.get(f"{k}.col"),
-                scalar=arrays.get(f"{k}.scalar"),
-            )
-            for k, component in enumerate(entry.components)
-        ),
-        full=arrays.get("full"),
-    )
+    return assemble(packed.entry, arrays, packed.shape)
 
 
 def shift_masks(packed: Packed, buffer: Array) -> None:

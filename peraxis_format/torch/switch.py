@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -59,6 +60,7 @@ class VariantSwitch:
     ) -> None:
         self._registry = Registry(model, base=base, views=views, shards=shards, group=group, workers=workers)
         self._gate = Gate()
+        self._changes = threading.Lock()  # one thread at a time registers or swaps
         self._current: str | None = None
         self._dirty: frozenset[Part] = frozenset()
         self._epoch = 0
@@ -113,14 +115,17 @@ class VariantSwitch:
         """Register a variant: check its file, its base, and bring its payload to where it shall be.
 
         residency: "gpu", "pinned" or "file" (default: "gpu" on a CUDA device, else "pinned"). direct: for "file", read
-        past the page cache. The model is not changed. Raises as apply_ does; LiveModelError for a name in use.
+        past the page cache. The model is not changed, and forwards go on meanwhile. Raises as apply_ does;
+        LiveModelError for a name in use.
         """
-        with self._gate.exclusive():
+        self._gate.refuse_inside()
+        with self._changes:
             return self._registry.add(name, delta, residency, direct)
 
     def remove(self, name: str) -> None:
         """Forget a variant. Raises LiveModelError for the one in use, and for an unknown one."""
-        with self._gate.exclusive():
+        self._gate.refuse_inside()
+        with self._changes:
             if name == self._current:
                 raise LiveModelError(f"variant {name!r} is in use; use another one, or None, first")
             self._registry.remove(name)
@@ -133,7 +138,8 @@ class VariantSwitch:
 
         Raises SwapError, which says what the model is afterwards; LiveModelError for an unknown name.
         """
-        with self._gate.exclusive():
+        self._gate.refuse_inside()
+        with self._changes, self._gate.exclusive():
             target = None if name is None else self._registry.find(name)
             started = time.perf_counter()
             swap = Swap(name=name, previous=self._current, residency=None, epoch=self._epoch, seconds=0.0)

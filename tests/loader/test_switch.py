@@ -261,6 +261,27 @@ def test_a_forward_sees_one_variant_from_its_first_to_its_last_layer(tmp_path: P
         assert all(any(torch.equal(output, one) for one in outputs) for output in seen)
 
 
+def test_a_variant_is_registered_while_a_forward_runs(tmp_path: Path) -> None:
+    model = Small().eval()
+    path = write_delta(tmp_path / "d.pxd", base_of(model))
+    inside, registered = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        inside.set()
+        assert registered.wait(30)
+
+    with VariantSwitch(model) as live:
+        handle = model.norm.register_forward_hook(wait)
+        thread = threading.Thread(target=model, args=(torch.tensor([[1]]),))
+        thread.start()
+        assert inside.wait(30)
+        live.add("v", path)
+        registered.set()
+        thread.join()
+        handle.remove()
+        assert live.use("v").epoch == 1
+
+
 def test_a_swap_inside_a_forward_of_the_same_thread_is_refused(tmp_path: Path) -> None:
     model = Small()
     path = write_delta(tmp_path / "d.pxd", base_of(model))
