@@ -86,7 +86,7 @@ def apply_(
         with _undo(placement, undo) as bases, together(sharded, group):
             engine = engine_for(transfers, bases, device=device, workers=pool)
             stream(payload, engine, device=device, ring=ring, workers=pool)
-        increment_versions(placement)
+        increment_versions(part for parts in placement.values() for part in parts)
         return Applied(
             content_id=file.content_id,
             modules=len(file),

@@ -7,7 +7,9 @@ in this file and in kernels.py.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from peraxis_format.torch.errors import DeviceError
 from peraxis_format.torch.parts import Placement
 
-__all__ = ["Counters", "CudaDevice", "Device", "HostDevice", "device_of"]
+__all__ = ["Counters", "CudaDevice", "Device", "HostDevice", "device_of", "require_triton"]
 
 
 @dataclass(slots=True)
@@ -68,6 +70,9 @@ class Device(Protocol):
     def wait_all(self) -> None:
         """Block this thread until the device is idle: forwards that other threads launched included."""
 
+    def free_memory(self) -> float:
+        """Bytes that can still be allocated; infinite where its memory is the host's."""
+
 
 def _count(counters: Counters, source: Tensor, modules: tuple[str, ...]) -> None:
     counters.uploads += 1
@@ -118,6 +123,9 @@ class HostDevice:
 
     def wait_all(self) -> None:
         pass
+
+    def free_memory(self) -> float:
+        return math.inf
 
 
 def _copied(stream: Any, target: Tensor, source: Tensor, after: Any) -> Any:
@@ -176,6 +184,17 @@ class CudaDevice:
 
     def wait_all(self) -> None:
         torch.cuda.synchronize(self.torch_device)
+
+    def free_memory(self) -> float:
+        # What torch holds without using it can be had too.
+        idle = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        return torch.cuda.mem_get_info(self.torch_device)[0] + idle
+
+
+def require_triton() -> None:
+    """Raises DeviceError where Triton, which all kernels on CUDA devices are written in, is not installed."""
+    if find_spec("triton") is None:
+        raise DeviceError("weights on a CUDA device need Triton, which is not installed: pip install triton")
 
 
 def device_of(placement: Placement) -> Device:

@@ -18,7 +18,7 @@ from torch import Tensor
 from peraxis_format.delta import Axis, Encoding, ModuleDelta
 from peraxis_format.dtypes import Array, DType
 from peraxis_format.reconstruct import have_compiled, reconstruct
-from peraxis_format.torch.device import Device
+from peraxis_format.torch.device import Device, require_triton
 from peraxis_format.torch.image import Packed, Transfer, piece
 from peraxis_format.torch.parts import Part
 from peraxis_format.torch.storage import storage_array, tensor_view
@@ -81,20 +81,21 @@ class HostEngine:
 class TritonEngine:
     """CUDA storages; in Triton's interpreter CPU ones too. One launch a transfer and kind (dtype, alignment).
 
-    The tables that kernels read are made here, once; `write` only launches.
+    The tables that kernels read are made here, once; `write` only launches. A live storage with strides of its own (a
+    transposed layout) is rebuilt beside it, then copied; all of them take turns in one buffer.
     """
 
     def __init__(self, transfers: Sequence[Transfer], bases: Mapping[Part, Tensor], *, device: torch.device) -> None:
         self._device = device
         self._launches = {transfer: list(_launches(transfer, bases, device)) for transfer in transfers}
         self._copies = {transfer: list(_copies(transfer)) for transfer in transfers}
-        self._scratch = {
-            transfer: [
-                (part, bases[part], packed) for packed in transfer.modules for part in packed.views
-                if packed.entry.encoding is Encoding.SIGN and not part.view.is_contiguous()
-            ]
-            for transfer in transfers
-        }  # fmt: skip
+        strided = {transfer: list(_signs(transfer, contiguous=False)) for transfer in transfers}
+        sizes = [part.view.nbytes for items in strided.values() for _, part in items]
+        buffer = torch.empty(max(sizes, default=0), dtype=torch.uint8, device=device)
+        self._strided = {
+            transfer: [_beside(packed, bases[part], part.view, buffer) for packed, part in items]
+            for transfer, items in strided.items()
+        }
 
     def write(self, transfer: Transfer, buffer: Tensor) -> None:
         with _current(self._device):
@@ -102,12 +103,10 @@ class TritonEngine:
                 _launch(launch, buffer)
             for packed, offset, view in self._copies[transfer]:
                 view.copy_(tensor_view(buffer, offset, packed.entry.dtype, packed.shape), non_blocking=True)
-            for part, base, packed in self._scratch[transfer]:
-                # A live storage with strides of its own (a transposed layout): rebuilt beside it, then copied.
-                out = torch.empty_like(base)
-                for launch in _tables([(packed, base, out)], base.device):
+            for launches, out, view in self._strided[transfer]:
+                for launch in launches:
                     _launch(launch, buffer)
-                part.view.copy_(out)
+                view.copy_(out)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -139,6 +138,7 @@ def engine_for(
     """The engine of a device. compiled: see HostEngine."""
     if device.torch_device.type == "cpu":
         return HostEngine(transfers, bases, workers=workers, compiled=compiled)
+    require_triton()
     return TritonEngine(transfers, bases, device=device.torch_device)
 
 
@@ -152,16 +152,22 @@ def _copies(transfer: Transfer) -> Iterator[tuple[Packed, int, Tensor]]:
                 yield packed, packed.fields[0].offset, part.view
 
 
+def _signs(transfer: Transfer, *, contiguous: bool) -> Iterator[tuple[Packed, Part]]:
+    """The `sign` modules of a transfer and their storages, of one of the two kinds."""
+    for packed in transfer.modules:
+        if packed.entry.encoding is Encoding.SIGN:
+            yield from ((packed, part) for part in packed.views if part.view.is_contiguous() is contiguous)
+
+
 def _launches(transfer: Transfer, bases: Mapping[Part, Tensor], device: torch.device) -> Iterator[_Launch]:
-    yield from _tables(
-        [
-            (packed, bases[part], part.view)
-            for packed in transfer.modules
-            for part in packed.views
-            if packed.entry.encoding is Encoding.SIGN and part.view.is_contiguous()
-        ],
-        device,
-    )
+    items = _signs(transfer, contiguous=True)
+    yield from _tables([(packed, bases[part], part.view) for packed, part in items], device)
+
+
+def _beside(packed: Packed, base: Tensor, view: Tensor, buffer: Tensor) -> tuple[list[_Launch], Tensor, Tensor]:
+    """What rebuilds one module in a buffer, where in it, and the live view that it is then copied to."""
+    out = tensor_view(buffer, 0, packed.entry.dtype, packed.shape)
+    return list(_tables([(packed, base, out)], base.device)), out, view
 
 
 def _tables(items: Sequence[tuple[Packed, Tensor, Tensor]], device: torch.device) -> Iterator[_Launch]:

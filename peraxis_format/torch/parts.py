@@ -11,7 +11,7 @@ torch.chunk's: pieces of ceil(d / n), the last ones shorter or empty.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -87,10 +87,9 @@ def copy_aside(placement: Placement, *, host: bool = False, pinned: bool = False
     return copies
 
 
-def increment_versions(placement: Placement) -> None:
-    """Tell autograd and whoever remembers digests that the weights changed (they are written behind torch's back)."""
+def increment_versions(parts: Iterable[Part]) -> None:
+    """Tell autograd and whoever remembers digests that the weights change (they are written behind torch's back)."""
     with torch.no_grad():
-        for parts in placement.values():
-            for part in parts:
-                if not part.view.is_inference():
-                    torch.autograd.graph.increment_version(part.view)
+        for part in parts:
+            if not part.view.is_inference():
+                torch.autograd.graph.increment_version(part.view)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from torch import Tensor
 
@@ -26,12 +26,15 @@ from peraxis_format.torch.work import Workers
 
 __all__ = ["BasePlace", "Registered", "Registry"]
 
-BasePlace = Literal["device", "pinned"]
+BasePlace = Literal["auto", "device", "pinned"]
+_ROOM: Final = 0.9  # of the free memory that a second copy of the weights may take, with base="auto"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Registered:
-    """A variant that is ready for use. owned: the file was opened here. parts: the storages that it changes."""
+    """A variant that is ready for use. owned: the file was opened here. parts: the storages that it changes; weights:
+    their bytes.
+    """
 
     variant: Variant
     file: DeltaFile
@@ -40,6 +43,7 @@ class Registered:
     payload: Payload
     engine: Engine
     parts: frozenset[Part]
+    weights: int
 
     def close(self) -> None:
         """Let go of the payload, and of the file where it was opened here."""
@@ -68,7 +72,7 @@ class Registry:
         self.variants: dict[str, Registered] = {}
         self.bases: dict[Part, Tensor] = {}
         self._model = model
-        self._base_place = base
+        self.base_place = base
         self._views, self._shards = views, shards
         self._parts: dict[Any, Part] = {}
 
@@ -140,14 +144,18 @@ class Registry:
             device=payload.size if chosen == "gpu" else 0,
         )
         parts = frozenset(part for transfer in transfers for packed in transfer.modules for part in packed.views)
-        return Registered(variant, file, owned, placement, payload, engine, parts)
+        weights = sum(part.view.nbytes for part in parts)
+        return Registered(variant, file, owned, placement, payload, engine, parts, weights)
 
     def _prepared(self, placement: Placement) -> tuple[Device, Ring]:
         if self.device is None or self.ring is None:
             self.device = device_of(placement)
             self.ring = Ring(self.device)
-            if self._base_place == "pinned" and self.device.torch_device.type != "cuda":
+            if self.base_place == "pinned" and self.device.torch_device.type != "cuda":
                 raise DeviceError('base="pinned" needs a CUDA device; on the CPU the base is in host memory anyway')
+            if self.base_place == "auto":
+                needed = sum(part.view.nbytes for parts in placement.values() for part in parts)
+                self.base_place = "device" if needed <= _ROOM * self.device.free_memory() else "pinned"
         return self.device, self.ring
 
     def _known(self, placement: Placement) -> Placement:
@@ -170,7 +178,7 @@ class Registry:
 
     def _keep_base(self, placement: Placement) -> None:
         new = {name: tuple(p for p in parts if p not in self.bases) for name, parts in placement.items()}
-        copies = copy_aside(new, pinned=self._base_place == "pinned")
+        copies = copy_aside(new, pinned=self.base_place == "pinned")
         for part, base in copies.items():
             inherit(base, part.view)
         self.bases.update(copies)

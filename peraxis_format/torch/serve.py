@@ -27,7 +27,7 @@ from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.apply import TRANSFER_LIMIT
 from peraxis_format.torch.binding import check_live, is_sharded
-from peraxis_format.torch.device import device_of
+from peraxis_format.torch.device import device_of, require_triton
 from peraxis_format.torch.errors import DeviceError, LiveModelError
 from peraxis_format.torch.linear import Products, ServedLinear, TorchProducts
 from peraxis_format.torch.parts import Placement, Views
@@ -152,6 +152,9 @@ def serve(
     """
     if any(isinstance(module.__dict__.get("peraxis"), State) for module in model.modules()):
         raise LiveModelError("the model is served already; close that first, or give all variants at once")
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "placements"):
+            raise LiveModelError(f"{name}: sharded weights (DTensor) cannot be served on the fly; use VariantSwitch")
     served = Served(model, list(variants), _backend(backend, model))
     try:
         ring: Ring | None = None
@@ -161,7 +164,7 @@ def serve(
                     file = delta if isinstance(delta, DeltaFile) else stack.enter_context(DeltaFile(delta))
                     placement = place(model, file.manifest, views=views)
                     if is_sharded(placement, file.manifest):
-                        raise LiveModelError("sharded weights cannot be served on the fly; use VariantSwitch")
+                        raise LiveModelError("pieces of weights cannot be served on the fly; use VariantSwitch")
                     ring = ring or Ring(device_of(placement))
                     if ring.device.staged:
                         ring.reserve(TRANSFER_LIMIT)
@@ -178,7 +181,10 @@ def _backend(asked: Backend, model: nn.Module) -> Backend:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if asked == "triton" and not cuda and not interpreted:
         raise DeviceError('backend="triton" needs a model on a CUDA device; use "torch" on the CPU')
-    return asked if asked != "auto" else ("triton" if cuda else "torch")
+    chosen: Backend = asked if asked != "auto" else ("triton" if cuda else "torch")
+    if chosen == "triton":
+        require_triton()
+    return chosen
 
 
 def _register(served: Served, index: int, file: DeltaFile, placement: Placement) -> None:

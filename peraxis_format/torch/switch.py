@@ -40,7 +40,8 @@ __all__ = ["VariantSwitch"]
 
 
 class VariantSwitch:
-    """Variants of one model. base: where the pristine copy lies, "device" (beside the model) or "pinned" (host).
+    """Variants of one model. base: where the pristine copy lies, "device" (beside the model) or "pinned" (page-locked
+    host memory); "auto": on the device if there is room when the first variant is registered.
 
     guard: hold swaps off while the model's forward runs; without it (a compiled model) wrap steps in `running()`.
     views, shards, group, workers: see apply_. Methods may be called from any thread. A context manager; `close` leaves
@@ -51,7 +52,7 @@ class VariantSwitch:
         self,
         model: Target,
         *,
-        base: BasePlace = "device",
+        base: BasePlace = "auto",
         guard: bool = True,
         views: Views | None = None,
         shards: Mapping[str, Shard] | None = None,
@@ -86,6 +87,11 @@ class VariantSwitch:
     def variants(self) -> tuple[Variant, ...]:
         """The registered variants, in the order of `add`."""
         return tuple(registered.variant for registered in self._registry.variants.values())
+
+    @property
+    def base_place(self) -> BasePlace:
+        """Where the pristine copy lies; "auto" before the first variant is registered."""
+        return self._registry.base_place
 
     @property
     def base_size(self) -> int:
@@ -179,12 +185,13 @@ class VariantSwitch:
         parts = frozenset() if target is None else target.parts
         restored = self._dirty - parts
         touched = self._dirty | parts
+        registry = self._registry
         # Set before the first write: whatever happens now, these storages may not be the base's any more.
         self._dirty = touched
         self._epoch += 1
+        increment_versions(touched)
         for part in restored:
-            part.view.copy_(self._registry.bases[part], non_blocking=True)
-        registry = self._registry
+            part.view.copy_(registry.bases[part], non_blocking=True)
         device, ring = registry.device, registry.ring
         if device is not None and ring is not None:
             sharded = target is not None and registry.is_sharded(target)
@@ -193,8 +200,7 @@ class VariantSwitch:
                     stream(target.payload, target.engine, device=device, ring=ring, workers=registry.workers)
             device.synchronize()
         self._dirty = parts
-        increment_versions({"": tuple(touched)})
-        return sum(part.view.numel() * part.view.element_size() for part in restored | parts)
+        return sum(part.view.nbytes for part in restored) + (0 if target is None else target.weights)
 
     def _restore(self) -> str | None:
         """After a failed swap: the variant before, else the base. Returns what it is."""

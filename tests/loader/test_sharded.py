@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 
 import peraxis_format as pf
-from peraxis_format.torch import Shard, VariantSwitch, apply_, chunk, place
+from peraxis_format.torch import LiveModelError, Shard, VariantSwitch, apply_, chunk, place, serve
 from peraxis_format.torch.image import cut_transfers
 from tests.loader.support import bytes_of, expected_bytes, write_delta
 
@@ -144,9 +144,23 @@ def swaps(rank: int, world: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+def serving(rank: int, world: int, folder: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard as Sharded
+    from torch.distributed.tensor import distribute_tensor
+
+    path = start(rank, world, folder) / "d.pxd"
+    model = torch.nn.ModuleDict({"up": torch.nn.Linear(72, 44, bias=False).bfloat16()})
+    weight = distribute_tensor(model["up"].weight.detach(), init_device_mesh("cpu", (world,)), [Sharded(0)])
+    model["up"].weight = torch.nn.Parameter(weight)
+    with pytest.raises(LiveModelError, match=r"up\.weight: sharded weights .* use VariantSwitch"):
+        serve(model, {"d": path})
+    distributed.destroy_process_group()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("job", [plain_slices, dtensors, one_bad_rank, one_failing_rank, swaps])
+@pytest.mark.parametrize("job", [plain_slices, dtensors, one_bad_rank, one_failing_rank, swaps, serving])
 def test_ranks_become_the_fine_tune_together(world: int, job: Any, tmp_path: Path) -> None:
     base = base_tensors()
     write_delta(tmp_path / "d.pxd", base, components=2)
