@@ -20,7 +20,6 @@ from peraxis_tools.progress import ProgressOf, silent
 __all__ = ["RemoteFile", "is_remote", "local_copy", "remote_file"]
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z][A-Za-z0-9+.-]+)*://")
-_CHUNK: Final = 1 << 22
 _START: Final = 1 << 16  # what is kept of a file's beginning, at most
 # hf://org/repo/path@revision, as people write it; the hub's own file system wants hf://org/repo@revision/path.
 _HUB: Final = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)/(?P<path>[^@]+)@(?P<revision>[^@]+)")
@@ -84,12 +83,18 @@ class RemoteFile:
             raise
 
     def download(self, target: Path, *, progress: Callable[[int], None] | None = None) -> None:
-        """Write the whole file to target, piece by piece."""
-        with _readable(self.url), self._system.open(self._path, "rb") as source, open(target, "wb") as file:
-            while chunk := source.read(_CHUNK):
-                file.write(chunk)
-                if progress is not None:
-                    progress(len(chunk))
+        """Write the whole file to target, piece by piece, each byte asked for once."""
+        with _readable(self.url):
+            from fsspec.callbacks import Callback
+
+            class Steps(Callback):  # type: ignore[misc, unused-ignore]
+                """Hands numbers of bytes on."""
+
+                def relative_update(self, inc: int = 1) -> None:
+                    if progress is not None:
+                        progress(inc)
+
+            self._system.get_file(self._path, str(target), callback=Steps())
 
 
 @contextlib.contextmanager

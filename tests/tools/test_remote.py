@@ -162,10 +162,25 @@ def test_verify_fetches_and_names_the_url(server: Server, delta: Path) -> None:
     good = CliRunner().invoke(verify_command.command, [server.url, "--json"])
     assert good.exit_code == 0, good.output
     assert json.loads(good.stdout)["files"][0]["file"] == server.url
+    assert server.sent == delta.stat().st_size
     data = bytearray(delta.read_bytes())
     data[-1] ^= 1
     delta.write_bytes(data)
     assert CliRunner().invoke(verify_command.command, [server.url]).exit_code == 1
+
+
+def test_a_download_asks_for_each_byte_once_and_says_how_far_it_is(tmp_path: Path) -> None:
+    content = np.random.default_rng(0).bytes(20_000_000)
+    (tmp_path / "delta.pxd").write_bytes(content)
+    running = Server(tmp_path / "delta.pxd")
+    steps: list[int] = []
+    try:
+        RemoteFile(running.url).download(tmp_path / "copy", progress=steps.append)
+    finally:
+        running.close()
+    assert (tmp_path / "copy").read_bytes() == content
+    assert running.sent == len(content) == sum(steps)
+    assert len(steps) > 2
 
 
 def test_a_missing_file_and_a_dead_server_are_one_line_each(server: Server) -> None:
