@@ -26,7 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Benchmark", "Result", "Timing", "arguments", "machine", "timed", "timed_together"]
+__all__ = ["Benchmark", "Check", "Result", "Timing", "arguments", "machine", "timed", "timed_together"]
 
 SCHEMA = 1
 
@@ -99,6 +99,27 @@ class Result:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A figure that has a bound, inclusive. note: what it is limited by, say."""
+
+    name: str
+    value: float
+    at_least: float | None = None
+    at_most: float | None = None
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        low, high = self.at_least, self.at_most
+        return (low is None or self.value >= low) and (high is None or self.value <= high)
+
+    def __str__(self) -> str:
+        bound = f"at least {self.at_least:g}" if self.at_least is not None else f"at most {self.at_most:g}"
+        words = ("ok    " if self.ok else "missed", f"{self.name}: {self.value:.2f}, {bound}", self.note)
+        return "  ".join(word for word in words if word)
+
+
 class Benchmark:
     """Collects results; `finish` writes them. Only this class prints."""
 
@@ -106,6 +127,7 @@ class Benchmark:
         self.name = name
         self.parameters = dict(parameters or {})
         self.results: list[Result] = []
+        self.checks: list[Check] = []
 
     def add(
         self,
@@ -139,14 +161,21 @@ class Benchmark:
         self.results.append(result)
         return result
 
+    def check(
+        self, name: str, value: float, *, at_least: float | None = None, at_most: float | None = None, note: str = ""
+    ) -> None:
+        """Hold a figure to a bound. `finish` says what became of it."""
+        self.checks.append(Check(name=name, value=value, at_least=at_least, at_most=at_most, note=note))
+
     def to_json(self) -> str:
-        """The run as JSON: schema, machine, parameters, results."""
+        """The run as JSON: schema, machine, parameters, results, checks."""
         document = {
             "schema": SCHEMA,
             "benchmark": self.name,
             "machine": machine(),
             "parameters": self.parameters,
             "results": [asdict(result) for result in self.results],
+            "checks": [{**asdict(check), "ok": check.ok} for check in self.checks],
         }
         return json.dumps(document, indent=1, sort_keys=True) + "\n"
 
@@ -162,13 +191,14 @@ class Benchmark:
         ]
         return "\n".join([self.name, *(line.rstrip() for line in lines)])
 
-    def finish(self, json_path: Path | None = None, plot_path: Path | None = None) -> None:
-        """Print the table; write JSON and plot where paths are given."""
-        sys.stdout.write(self.table() + "\n")
+    def finish(self, json_path: Path | None = None, plot_path: Path | None = None) -> bool:
+        """Print table and checks; write JSON and plot where paths are given. Returns whether no check was missed."""
+        sys.stdout.write("\n".join([self.table(), *map(str, self.checks)]) + "\n")
         if json_path is not None:
             _replace(json_path, self.to_json().encode())
         if plot_path is not None and not _plot(self, plot_path):
             sys.stdout.write(f"no plot: matplotlib is not installed ({plot_path})\n")
+        return all(check.ok for check in self.checks)
 
 
 def _row(result: Result) -> tuple[str, ...]:

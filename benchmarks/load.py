@@ -1,16 +1,19 @@
 """Swapping a variant, from every tier, beside loading the full checkpoint from the same tier.
 
-    python benchmarks/load.py --preset 8b --json load.json --plot load.svg        on a GPU
-    python benchmarks/load.py --preset small                                      anywhere
+    python benchmarks/load.py --json load.json --plot load.svg --check         8B shapes on a GPU, small ones on a CPU
 
-Measured in one run: the device's copy bandwidth, the link's, then ours from device memory, pinned memory, the page
-cache and a cold file; the same file through safetensors; the full BF16 checkpoint through safetensors and, where they
-are installed, fastsafetensors and runai-model-streamer. The floor of a swap is what its bytes need:
+Measured in one run: the device's copy bandwidth, the link's, that of reading the file from the page cache, and the
+apply kernels alone; then swaps from device memory, pinned memory, the page cache and a cold file; the same file through
+safetensors; the full BF16 checkpoint through safetensors and, where they are installed, fastsafetensors and
+runai-model-streamer. What the bytes of a swap need at least:
 
     apply     2 x weights + payload at the device's copy bandwidth
-    link      payload at the link's bandwidth                       swap >= max(apply, link)
+    link      payload at the link's bandwidth
+    read      payload at the page cache's, into pinned memory
 
-Weights and masks are random: neither their values nor the fit change what a swap moves.
+The floor of a swap is apply, or the larger of apply and link; what limits it is the largest of those that its tier
+needs. With --check (which only a GPU can pass or fail) a missed bound makes the exit code 1. Weights and masks are
+random: neither their values nor the fit change what a swap moves.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +35,9 @@ from torch import Tensor
 
 import peraxis_format as pf
 from peraxis_format.torch import VariantSwitch
+from peraxis_format.torch.payload import Reads, read_transfer
+from peraxis_format.torch.ring import DEPTH
+from peraxis_format.torch.work import Workers
 
 PRESETS = {
     "8b": {"layers": 32, "hidden": 4096, "mlp": 14336, "kv": 1024, "vocab": 128256},
@@ -38,6 +45,9 @@ PRESETS = {
     "tiny": {"layers": 1, "hidden": 64, "mlp": 176, "kv": 32, "vocab": 256},
     "small": {"layers": 4, "hidden": 1024, "mlp": 2816, "kv": 256, "vocab": 8192},
 }
+# Times its floor, by tier; the apply kernels' share of the copy bandwidth; times as fast as the best full load.
+OF_FLOOR = {"gpu": 1.15, "pinned": 1.25, "page cache": 2.0}
+KERNEL_OF_COPY, OVER_FULL_LOAD = 0.9, 12.0
 
 
 def shapes(layers: int, hidden: int, mlp: int, kv: int, vocab: int) -> dict[str, tuple[int, ...]]:
@@ -68,29 +78,41 @@ def random_base(wanted: Mapping[str, tuple[int, ...]], device: torch.device) -> 
     }
 
 
-def random_module(name: str, tensor: Tensor, rng: np.random.Generator) -> pf.ModuleDelta:
+def bits_of(tensor: Tensor) -> pf.Array:
+    """The storage array of BF16 weights, on the host."""
+    return tensor.detach().cpu().view(torch.int16).numpy().view(np.uint16)
+
+
+def base_refs(base: Mapping[str, Tensor]) -> dict[str, pf.BaseRef]:
+    """What a delta says of its base, hashed on all processors."""
+
+    def ref(tensor: Tensor) -> pf.BaseRef:
+        digest = hashlib.sha256(pf.raw_bytes(bits_of(tensor))).hexdigest()
+        return pf.BaseRef(dtype=pf.DType.BF16, shape=tuple(tensor.shape), sha256=digest)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(base, pool.map(ref, base.values()), strict=True))
+
+
+def random_module(name: str, tensor: Tensor, ref: pf.BaseRef, rng: np.random.Generator) -> pf.ModuleDelta:
     """Matrices `sign` with row scales, vectors exact."""
-    array = tensor.cpu().view(torch.int16).numpy().view(np.uint16)
-    shape = tuple(tensor.shape)
-    base = pf.BaseRef(dtype=pf.DType.BF16, shape=shape, sha256=hashlib.sha256(pf.raw_bytes(array)).hexdigest())
-    common = {"name": name, "shape": shape, "dtype": pf.DType.BF16, "base": base}
-    if len(shape) == 1:
-        return pf.ModuleDelta(**common, encoding=pf.Encoding.FULL, full=array.copy())
-    mask = rng.integers(0, 256, (shape[0], pf.mask_width(shape[1])), np.uint8)
-    row, exponent = pf.encode_scales(rng.uniform(1e-4, 3e-4, shape[0]))
-    component = pf.Component(axis=pf.Axis.ROW, exponent=exponent, mask=mask, row=row)
+    common = {"name": name, "shape": ref.shape, "dtype": pf.DType.BF16, "base": ref}
+    if len(ref.shape) == 1:
+        return pf.ModuleDelta(**common, encoding=pf.Encoding.FULL, full=bits_of(tensor).copy())
+    mask = np.frombuffer(rng.bytes(ref.shape[0] * pf.mask_width(ref.shape[1])), np.uint8)
+    row, exponent = pf.encode_scales(rng.uniform(1e-4, 3e-4, ref.shape[0]))
+    component = pf.Component(axis=pf.Axis.ROW, exponent=exponent, mask=mask.reshape(ref.shape[0], -1), row=row)
     return pf.ModuleDelta(**common, encoding=pf.Encoding.SIGN, components=(component,))
 
 
-def write_delta(path: Path, base: Mapping[str, Tensor]) -> None:
-    """A delta of every tensor."""
-    rng = np.random.default_rng(0)
-    with pf.DeltaWriter(
-        path, base=pf.Identity(id="random"), fine_tuned=pf.Identity(id="random-tuned")
-    ) as writer:  # fmt: skip
+def write_delta(path: Path, base: Mapping[str, Tensor], refs: Mapping[str, pf.BaseRef], seed: int = 0) -> Path:
+    """A delta of every tensor; widths are multiples of 8."""
+    rng = np.random.default_rng(seed)
+    with pf.DeltaWriter(path, base=pf.Identity(id="random"), fine_tuned=pf.Identity(id=f"tuned-{seed}")) as writer:
         for name, tensor in base.items():
-            writer.add(random_module(name, tensor, rng))
+            writer.add(random_module(name, tensor, refs[name], rng))
         writer.finish()
+    return path
 
 
 def drop_cached(path: Path) -> None:
@@ -110,103 +132,138 @@ class Run:
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.device = torch.device(options.device)
-        self.repeat = options.repeat
+        self.cuda = self.device.type == "cuda"
+        self.repeat, self.few = options.repeat, options.loads
         self.sync = wait(self.device)
         self.folder = folder
         self.base = random_base(shapes(**PRESETS[options.preset]), self.device)
-        self.weights = sum(t.numel() * 2 for t in self.base.values())
-        self.delta = folder / "delta.pxd"
-        write_delta(self.delta, self.base)
+        self.weights = sum(t.nbytes for t in self.base.values())
+        self.delta = write_delta(folder / "delta.pxd", self.base, base_refs(self.base))
         self.payload = self.delta.stat().st_size
-        parameters = {
-            "preset": options.preset,
-            "weights": self.weights,
-            "delta": self.payload,
-            "device": str(self.device),
-        }
-        self.bench = Benchmark("load", parameters=parameters)
+        sizes = {"weights": self.weights, "delta": self.payload}
+        self.bench = Benchmark("load", parameters={"preset": options.preset, "device": str(self.device), **sizes})
+        self.floors: dict[str, float] = {}
+        self.medians: dict[str, float] = {}
 
-    def timed(self, action: Callable[[], object]) -> Timing:
+    def timed(self, action: Callable[[], object], repeat: int | None = None) -> Timing:
         """A warm action."""
-        return timed(action, repeat=self.repeat, sync=self.sync)
+        return timed(action, repeat=repeat or self.repeat, sync=self.sync)
 
     def cold(self, action: Callable[[], object], path: Path) -> Timing:
         """An action whose file is out of the page cache each time."""
         seconds: list[float] = []
-        for _ in range(max(3, self.repeat // 3)):
+        for _ in range(self.few):
             drop_cached(path)
             seconds.extend(timed(action, repeat=1, warmup=0, sync=self.sync).seconds)
         return Timing(tuple(seconds))
 
-    def copies(self) -> tuple[Result, Result]:
-        """The bandwidth of the device and that of the link."""
+    def copies(self) -> Result:
+        """The bandwidths of the device and of the link, and the floors that follow. Returns the device's."""
         size = min(self.weights, 2 << 30)
         source = torch.zeros(size, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         device = self.bench.add("device copy", self.timed(lambda: target.copy_(source)), moved=2 * size)
-        host = torch.empty(self.payload, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        host = torch.empty(self.payload, dtype=torch.uint8, pin_memory=self.cuda)
         there = torch.empty(self.payload, dtype=torch.uint8, device=self.device)
-        link = self.bench.add(
-            "link copy (pinned)", self.timed(lambda: there.copy_(host, non_blocking=True)), moved=self.payload
-        )
-        return device, link
-
-    def floors(self, device: Result, link: Result) -> tuple[float, float]:
-        """Seconds that a swap's traffic needs on the device, and on the link."""
+        action = self.timed(lambda: there.copy_(host, non_blocking=True))
+        link = self.bench.add("link copy (pinned)", action, moved=self.payload)
         assert device.rate is not None
-        assert link.rate is not None
-        return (2 * self.weights + self.payload) / device.rate, self.payload / link.rate
+        self.floors["apply"] = (2 * self.weights + self.payload) / device.rate
+        self.floors["link"] = link.median
+        return device
 
-    def swaps(self, apply_floor: float, link_floor: float) -> None:
-        """Ours, from every tier, as a fraction of the floor."""
-        tiers = ["gpu"] if self.device.type == "cuda" else []
+    def swaps(self, copy: Result) -> None:
+        """Ours, from every tier, as a fraction of the floor; the kernels alone; the reads alone."""
+        tiers = {"gpu": "gpu", "pinned": "pinned", "page cache": "file"}
+        if not self.cuda:
+            del tiers["gpu"]
         with VariantSwitch(self.base) as switch:
-            for residency in (*tiers, "pinned", "file"):
+            for residency in tiers.values():
                 # Twice: what is timed is a swap from another variant, and no return to the base.
                 for name in (residency, f"{residency} again"):
                     switch.add(name, self.delta, residency)
+            self._kernels(switch, next(iter(tiers.values())), copy)
+            self._reads(switch)
 
-            def swap(tier: str) -> Callable[[], object]:
-                return lambda: switch.use(tier if switch.current != tier else f"{tier} again")
+            def swap(residency: str) -> Callable[[], object]:
+                return lambda: switch.use(residency if switch.current != residency else f"{residency} again")
 
-            for tier in (*tiers, "pinned", "file"):
-                floor = apply_floor if tier == "gpu" else max(apply_floor, link_floor)
-                self._swap(f"swap from {'page cache' if tier == 'file' else tier}", self.timed(swap(tier)), floor)
-            self._swap("swap from a cold file", self.cold(swap("file"), self.delta), max(apply_floor, link_floor))
+            for tier, residency in tiers.items():
+                self._swap(tier, self.timed(swap(residency)))
+            self._swap("cold file", self.cold(swap("file"), self.delta))
 
-    def _swap(self, name: str, timing: Timing, floor: float) -> None:
+    def _kernels(self, switch: VariantSwitch, name: str, copy: Result) -> None:
+        registered = switch._registry.find(name)
+        payload, engine = registered.payload, registered.engine
+        get = payload.buffer if payload.residency == "gpu" else payload.host
+
+        def run() -> None:
+            for index, transfer in enumerate(payload.transfers):
+                engine.write(transfer, get(index))
+
+        moved = 2 * self.weights + self.payload
+        found = self.bench.add("apply kernels alone", self.timed(run), moved=moved, against=copy)
+        if self.cuda:
+            self.bench.check("apply kernels, of the copy bandwidth", found.ratio or 0.0, at_least=KERNEL_OF_COPY)
+
+    def _reads(self, switch: VariantSwitch) -> None:
+        ring, payload = switch._registry.ring, switch._registry.find("file").payload
+        assert ring is not None
+
+        def run() -> None:
+            for index, transfer in enumerate(payload.transfers):
+                slot = ring.host[index % DEPTH]
+                read_transfer(payload.delta, transfer, slot, workers, Reads())
+
+        with Workers() as workers:
+            timing = self.timed(run)
+        self.bench.add("read of the page cache into the ring", timing, moved=self.payload)
+        self.floors["read"] = timing.median
+
+    def _swap(self, tier: str, timing: Timing) -> None:
+        needs = {"gpu": ["apply"], "pinned": ["apply", "link"]}.get(tier, ["apply", "link", "read"])
+        limit = max(needs, key=self.floors.__getitem__)
+        floor = self.floors["apply"] if tier == "gpu" else max(self.floors["apply"], self.floors["link"])
+        self.medians[tier] = timing.median
+        note = f"{timing.median / floor:.2f} of its floor, limited by {limit}"
         self.bench.add(
-            name, timing, moved=2 * self.weights + self.payload, note=f"{timing.median / floor:.2f} of its floor",
-            floor=floor, of_floor=timing.median / floor,
+            f"swap from {tier}", timing, moved=2 * self.weights + self.payload, note=note, floor=floor, limit=limit,
+            of_floor=timing.median / floor,
         )  # fmt: skip
+        if self.cuda and tier in OF_FLOOR:
+            limits = f"limited by {limit} ({1e3 * self.floors[limit]:.1f} ms); p95 {1e3 * timing.percentile(95):.1f} ms"
+            self.bench.check(
+                f"swap from {tier}, of its floor", timing.median / floor, at_most=OF_FLOOR[tier], note=limits
+            )
 
     def _load(self, path: Path) -> None:
         """To the device; on the CPU, where safetensors only maps the file, into memory of its own."""
         loaded = load_file(path, device=str(self.device))
-        if self.device.type == "cpu":
+        if not self.cuda:
             for tensor in loaded.values():
                 tensor.clone()
 
     def loads(self) -> None:
         """What others need to load the same file, and the whole checkpoint."""
-        self.bench.add("the same file through safetensors", self.timed(lambda: self._load(self.delta)))
+        self.bench.add("the same file through safetensors", self.timed(lambda: self._load(self.delta), self.few))
         full = self.folder / "model.safetensors"
         save_file({name: tensor.cpu() for name, tensor in self.base.items()}, full)
-        best = self.bench.add(
-            "full checkpoint through safetensors, page cache",
-            self.timed(lambda: self._load(full)),
-        )
-        self.bench.add(
-            "full checkpoint through safetensors, cold",
-            self.cold(lambda: self._load(full), full),
-        )
-        for name, loader in others(full, self.device):
-            found = self.bench.add(f"full checkpoint through {name}, page cache", self.timed(loader))
-            best = min(best, found, key=lambda result: result.median)
-        ours = next(r for r in self.bench.results if r.name == "swap from page cache")
-        self.bench.add(
-            "swap from page cache, again", Timing((ours.median,)), against=best, note="speed over the best full load"
-        )
+        loaders = {"safetensors": lambda: self._load(full), **dict(others(full, self.device))}
+        for tier, measure in (
+            ("page cache", lambda load: self.timed(load, self.few)),
+            ("cold file", lambda load: self.cold(load, full)),
+        ):
+            found = [
+                self.bench.add(f"full checkpoint through {name}, {tier}", measure(load))
+                for name, load in loaders.items()
+            ]
+            best = min(found, key=lambda result: result.median)
+            if self.cuda:
+                faster = best.median / self.medians[tier]
+                self.bench.check(
+                    f"swap from {tier}, times as fast as the best full load", faster, at_least=OVER_FULL_LOAD,
+                    note=best.name,
+                )  # fmt: skip
 
 
 def others(full: Path, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -258,13 +315,15 @@ def main() -> int:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="8b" if cuda else "small")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--folder", type=Path, default=None, help="where to write the files (default: temporary)")
+    parser.add_argument("--loads", type=int, default=3, help="repetitions of full and of cold loads")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a bound is missed")
     options = parser.parse_args()
     with work_folder(options.folder) as folder, torch.no_grad():
         run = Run(options, folder)
-        run.swaps(*run.floors(*run.copies()))
+        run.swaps(run.copies())
         run.loads()
-        run.bench.finish(options.json, options.plot)
-    return 0
+        met = run.bench.finish(options.json, options.plot)
+    return 0 if met or not options.check else 1
 
 
 if __name__ == "__main__":

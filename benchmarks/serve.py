@@ -1,6 +1,6 @@
 """Decode and prefill with 1 to 32 variants in one batch, beside merged copies and beside the base alone.
 
-    python benchmarks/serve.py --json serve.json --plot serve.svg
+    python benchmarks/serve.py --json serve.json --plot serve.svg --check       8B shapes on a GPU, small ones on a CPU
 
 The model is a stack of the linears of decoder layers. For T variants, one row (decode) or `--prompt` rows (prefill)
 each:
@@ -10,7 +10,9 @@ each:
     merged          T passes, one for each merged model        2 T bytes a weight
 
 roofline: the bytes that a decode pass needs at the device's copy bandwidth of the same run, over the time it took.
-Merged passes all use one set of weights: what they read is as large as with T copies, and larger than any cache.
+On a GPU decode passes are CUDA graphs, all three kinds of them: what is compared are kernels and not Python. Merged
+passes all use one set of weights: what they read is as large as with T copies, and larger than any cache. With --check
+(which only a GPU can pass or fail) a missed bound makes the exit code 1.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from harness import Benchmark, Timing, arguments, timed, timed_together
-from load import PRESETS, random_module, wait
+from load import PRESETS, base_refs, wait, write_delta
 from torch import Tensor, nn
 
-import peraxis_format as pf
 from peraxis_format.torch import Served, serve
+
+SIXTEEN_OVER_MERGED, ONE_OF_BASE = 4.0, 1.35
 
 
 class Stack(nn.Module):
@@ -50,19 +52,22 @@ class Stack(nn.Module):
         return x
 
 
+def stack_of(sizes: dict[str, int], device: torch.device) -> Stack:
+    """Random BF16 weights, made where they stay."""
+    with torch.device("meta"):
+        model = Stack(**sizes).to(torch.bfloat16)
+    model = model.to_empty(device=device).eval()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.normal_(std=parameter.shape[1] ** -0.5)
+    return model
+
+
 def write_variants(folder: Path, model: nn.Module, count: int) -> dict[str, Path]:
     """Deltas of the same base, with masks of their own."""
-    paths = {}
-    for i in range(count):
-        paths[str(i)] = folder / f"{i}.pxd"
-        rng = np.random.default_rng(i)
-        with pf.DeltaWriter(
-            paths[str(i)], base=pf.Identity(id="random"), fine_tuned=pf.Identity(id=str(i))
-        ) as writer:  # fmt: skip
-            for name, tensor in model.named_parameters():
-                writer.add(random_module(name, tensor.detach(), rng))
-            writer.finish()
-    return paths
+    base = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    refs = base_refs(base)
+    return {str(i): write_delta(folder / f"{i}.pxd", base, refs, seed=i) for i in range(count)}
 
 
 def mixed(served: Served, model: nn.Module, x: Tensor, variants: Sequence[int]) -> Callable[[], Tensor]:
@@ -85,6 +90,30 @@ def passes(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return run
 
 
+def graphed(action: Callable[[], object]) -> Callable[[], None]:
+    """The same as a CUDA graph. What a first run makes (tables, compiled kernels) is made before it is captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            action()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        action()
+    return graph.replay
+
+
+def decoders(served: Served, model: nn.Module, x: Tensor, variants: Sequence[int]) -> list[Callable[[], object]]:
+    """Base alone, served, merged: as CUDA graphs where there is CUDA."""
+    if not x.is_cuda:
+        return [lambda: model(x), mixed(served, model, x, variants), passes(model, x)]
+    alone, merged = graphed(lambda: model(x)), graphed(passes(model, x))
+    with served.using(list(variants)):  # one batch: its tables are made once
+        ours = graphed(lambda: model(x))
+    return [alone, ours, merged]
+
+
 def copied(weights: int, device: torch.device, repeat: int) -> Timing:
     """Copies of as many BF16 weights."""
     source = torch.zeros(weights, dtype=torch.bfloat16, device=device)
@@ -92,34 +121,51 @@ def copied(weights: int, device: torch.device, repeat: int) -> Timing:
     return timed(lambda: target.copy_(source), repeat=repeat, sync=wait(device))
 
 
-def measure(options: argparse.Namespace, folder: Path) -> Benchmark:
-    """Every count of variants, decode and prefill."""
-    device = torch.device(options.device)
-    sync = wait(device)
-    sizes = {**PRESETS[options.preset], "layers": options.layers}
-    del sizes["vocab"]
-    torch.manual_seed(0)
-    model = Stack(**sizes).to(torch.bfloat16).to(device).eval()
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    parameters = {"preset": options.preset, "layers": options.layers, "weights": weights, "device": str(device)}
-    bench = Benchmark("serve", parameters={**parameters, "prompt": options.prompt})
-    copy = bench.add("device copy", copied(weights, device, options.repeat), moved=4 * weights)
-    paths = write_variants(folder, model, max(options.variants))
-    with serve(model, paths) as served:
-        for kind, length in (("decode", 1), ("prefill", options.prompt)):
-            for count in options.variants:
-                x = torch.randn(count, length, sizes["hidden"], device=device).to(torch.bfloat16)
-                actions = [lambda x=x: model(x), mixed(served, model, x, range(count)), passes(model, x)]
-                alone, ours, merged = timed_together(actions, repeat=options.repeat, sync=sync)
-                first = bench.add(f"{kind}, {count}: base alone", alone)
-                needed = weights * (2 + count / 8) / (copy.rate or 1.0)
-                note = f"{needed / ours.median:.2f} of the roofline" if length == 1 else ""
-                bench.add(f"{kind}, {count}: served", ours, against=first, note=note, roofline=needed / ours.median)
-                bench.add(
-                    f"{kind}, {count}: merged passes", merged, against=first,
-                    note=f"served is {merged.median / ours.median:.2f} times as fast",
-                )  # fmt: skip
-    return bench
+class Run:
+    """One run of the benchmark on one device."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device = torch.device(options.device)
+        self.sizes = {**PRESETS[options.preset], "layers": options.layers}
+        del self.sizes["vocab"]
+        self.model = stack_of(self.sizes, self.device)
+        self.weights = sum(parameter.numel() for parameter in self.model.parameters())
+        parameters = {"preset": options.preset, "layers": options.layers, "weights": self.weights}
+        self.bench = Benchmark(
+            "serve", parameters={**parameters, "device": str(self.device), "prompt": options.prompt}
+        )  # fmt: skip
+        copy = copied(self.weights, self.device, options.repeat)
+        self.rate = self.bench.add("device copy", copy, moved=4 * self.weights).rate or 1.0
+
+    def measure(self, served: Served, kind: str, length: int, count: int) -> None:
+        """One count of variants, decode or prefill."""
+        x = torch.randn(count, length, self.sizes["hidden"], device=self.device).to(torch.bfloat16)
+        if kind == "decode":
+            actions = decoders(served, self.model, x, range(count))
+        else:
+            actions = [lambda: self.model(x), mixed(served, self.model, x, range(count)), passes(self.model, x)]
+        alone, ours, merged = timed_together(actions, repeat=self.options.repeat, sync=wait(self.device))
+        first = self.bench.add(f"{kind}, {count}: base alone", alone)
+        share = self.weights * (2 + count / 8) / self.rate / ours.median
+        note = f"{share:.2f} of the roofline" if kind == "decode" else ""
+        self.bench.add(f"{kind}, {count}: served", ours, against=first, note=note, roofline=share)
+        faster = merged.median / ours.median
+        note = f"served is {faster:.2f} times as fast"
+        self.bench.add(f"{kind}, {count}: merged passes", merged, against=first, note=note)
+        if self.device.type == "cuda" and kind == "decode":
+            self._check(count, alone.median, ours, faster, share)
+
+    def _check(self, count: int, alone: float, ours: Timing, faster: float, share: float) -> None:
+        note = f"{share:.2f} of the roofline; p95 {1e3 * ours.percentile(95):.2f} ms"
+        if count == 16:
+            self.bench.check(
+                "decode, 16 variants, times as fast as merged passes", faster, at_least=SIXTEEN_OVER_MERGED, note=note
+            )
+        if count == 1:
+            self.bench.check(
+                "decode, 1 variant, times the base alone", ours.median / alone, at_most=ONE_OF_BASE, note=note
+            )
 
 
 def main() -> int:
@@ -130,11 +176,17 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4 if cuda else 1)
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--prompt", type=int, default=512 if cuda else 64)
-    parser.add_argument("--variants", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32] if cuda else [1, 4])
+    parser.add_argument("--variants", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32] if cuda else [1, 4, 16])
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a bound is missed")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
-        measure(options, Path(name)).finish(options.json, options.plot)
-    return 0
+        run = Run(options)
+        with serve(run.model, write_variants(Path(name), run.model, max(options.variants))) as served:
+            for kind, length in (("decode", 1), ("prefill", options.prompt)):
+                for count in options.variants:
+                    run.measure(served, kind, length, count)
+        met = run.bench.finish(options.json, options.plot)
+    return 0 if met or not options.check else 1
 
 
 if __name__ == "__main__":

@@ -37,6 +37,22 @@ def test_percentiles_are_measured_values_and_ratios_compare_rates_or_speeds(harn
     assert json.loads(bench.to_json())["results"][1]["against"] == "copy"
 
 
+def test_a_bound_is_met_or_missed_and_said(harness: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = harness.Benchmark("b")
+    bench.check("as fast", 4.0, at_least=4.0)
+    bench.check("as long", 1.0, at_most=1.35, note="limited by link")
+    assert bench.finish()
+    bench.check("too slow", 3.99, at_least=4.0)
+    assert not bench.finish()
+    assert capsys.readouterr().out.endswith("missed  too slow: 3.99, at least 4\n")
+    assert [check["ok"] for check in json.loads(bench.to_json())["checks"]] == [True, True, False]
+
+
+def test_ratios_of_turns_are_compared_turn_by_turn(harness: Any) -> None:
+    quiet, busy = harness.Timing((1.0, 4.0, 1.0)), harness.Timing((2.0, 8.0, 2.0))
+    assert quiet.speed_over(busy) == 2.0
+
+
 def test_actions_are_measured_in_turns(harness: Any) -> None:
     order: list[str] = []
     timings = harness.timed_together([lambda: order.append("a"), lambda: order.append("b")], repeat=2, warmup=1)

@@ -79,6 +79,29 @@ def test_a_swap_uploads_each_module_once(tmp_path: Path, monkeypatch: pytest.Mon
         assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocated
 
 
+@torch.no_grad()
+def test_a_decode_step_can_be_captured_in_a_graph(tmp_path: Path) -> None:
+    model = nn.Linear(1024, 512, bias=False, dtype=torch.bfloat16, device="cuda")
+    base = {"weight": model.weight.detach().cpu()}
+    paths = {str(i): write_delta(tmp_path / f"{i}.pxd", base, seed=i, components=1 + i) for i in range(3)}
+    for wanted in (["1"], ["2", None, "0", "1"]):
+        x = torch.randn(len(wanted), 1, 1024, device="cuda").bfloat16()
+        with serve(model, paths) as served, served.using(wanted):
+            expected = model(x)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                model(x)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found = model(x)
+        found.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("length", [1, 7, 70])
 @torch.no_grad()
 def test_a_mixed_batch_gives_each_sequence_its_merged_model(length: int, tmp_path: Path) -> None:
