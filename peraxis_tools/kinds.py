@@ -6,10 +6,12 @@ a table or a less local order in the file, never a wrong weight.
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["KINDS", "execution_key", "kind_of", "layer_of", "subtype_of"]
+__all__ = ["KINDS", "axes_text", "execution_key", "kind_of", "layer_of", "subtype_of"]
 
 KINDS: Final = ("embedding", "attention", "mlp", "norm", "bias", "lm_head", "other")
 
@@ -57,6 +59,12 @@ def kind_of(name: str, shape: tuple[int, ...]) -> str:
     if tokens & _ATTENTION:
         return "attention"
     return "mlp" if tokens & _MLP else "other"
+
+
+def axes_text(names: Iterable[str]) -> str:
+    """The axes of a module's components, equal neighbours counted: `2x row+col, tensor`."""
+    runs = [(name, len(list(run))) for name, run in itertools.groupby(names)]
+    return ", ".join(name if count == 1 else f"{count}x {name}" for name, count in runs)
 
 
 def execution_key(name: str) -> tuple[int, int, int, str]:

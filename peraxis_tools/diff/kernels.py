@@ -31,6 +31,7 @@ Sums: TypeAlias = NDArray[np.float64]
 
 _BYTE_COUNT: Final = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1).astype(np.uint8)
 _NUMPY_BLOCK: Final = 1 << 20
+_COMPILED_FROM: Final = 1 << 16  # bytes of a mask; below, numpy is done before numba is imported
 
 
 class Columns:
@@ -59,7 +60,7 @@ def differing(a: Mask, b: Mask, columns: Columns | None) -> tuple[Counts, Sums]:
 
     a, b: [rows, width], C-contiguous. Returns int64 [rows], binary64 [rows].
     """
-    compiled = _compiled()
+    compiled = _compiled() if a.size >= _COMPILED_FROM else None
     if compiled is None:
         return _differing_numpy(a, b, columns)
     counts, sums = np.empty(a.shape[0], np.int64), np.empty(a.shape[0])

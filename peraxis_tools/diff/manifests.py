@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 
 import peraxis_format as pxd
@@ -41,7 +42,20 @@ def _fields(manifest: pxd.Manifest) -> Iterable[tuple[str, str | None]]:
     for asset in manifest.assets:
         yield f"assets[{asset.path!r}]", asset.sha256
     for key in sorted(manifest.metadata):
-        yield f"metadata[{key!r}]", manifest.metadata[key]
+        yield from _metadata(f"metadata[{key!r}]", manifest.metadata[key])
+
+
+def _metadata(field: str, value: str) -> Iterable[tuple[str, str | None]]:
+    """A text as it is; one that is a JSON object by its keys, as our own tools write them."""
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        yield field, value
+        return
+    for key, item in found.items():
+        yield f"{field}.{key}", json.dumps(item, ensure_ascii=False)
 
 
 def _texts(prefix: str, values: Mapping[str, object]) -> Iterable[tuple[str, str | None]]:

@@ -13,7 +13,7 @@ import peraxis_format as pxd
 from peraxis_tools.diff.packed import Moments, Packed, magnitude, moments, square
 from peraxis_tools.diff.result import ModuleDiff, relative_distance
 from peraxis_tools.diff.stream import checked_blocks, packed_components
-from peraxis_tools.kinds import subtype_of
+from peraxis_tools.kinds import axes_text, subtype_of
 from peraxis_tools.rows import BaseRows, delta_rows, has_delta, row_blocks
 
 __all__ = ["compare_modules", "entry_changes"]
@@ -43,7 +43,7 @@ def entry_changes(a: pxd.ModuleEntry, b: pxd.ModuleEntry) -> tuple[str, ...]:
 
 
 def _axes(entry: pxd.ModuleEntry) -> str:
-    return " ".join(component.axis.value for component in entry.components)
+    return axes_text(component.axis.value for component in entry.components)
 
 
 def compare_modules(a: pxd.DeltaFile, b: pxd.DeltaFile, name: str, base: BaseRows | None) -> ModuleDiff:

@@ -56,7 +56,7 @@ class MergeInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeResult:
-    """What `merge` wrote. kind: parts, sum (components kept) or fit.
+    """What `merge` wrote. kind: parts, sum (components kept) or fit. method: of mergekit; None for parts.
 
     error: ||sum - fit|| / ||sum|| over what was fitted; 0 where nothing was.
     """
@@ -64,6 +64,7 @@ class MergeResult:
     path: Path
     content_id: str
     kind: str
+    method: Method | None
     inputs: tuple[MergeInput, ...]
     bytes: int
     masks_max: int
@@ -95,7 +96,7 @@ def merge_parts(
         MergedModule(name=m.name, encoding=m.encoding.value, components=len(m.components)) for m in manifest.modules
     )
     return _result(
-        output, manifest, "parts", tuple(MergeInput(content_id=content_id) for content_id in inputs), modules
+        output, manifest, "parts", None, tuple(MergeInput(content_id=content_id) for content_id in inputs), modules
     )
 
 
@@ -144,17 +145,23 @@ def merge(
     inputs = tuple(
         MergeInput(content_id=file.content_id, weight=weight) for file, weight in zip(files, ordered, strict=True)
     )
-    return _result(output, manifest, "sum" if bits is None else "fit", inputs, modules)
+    return _result(output, manifest, "sum" if bits is None else "fit", mixture.method, inputs, modules)
 
 
 def _result(
-    output: Path, manifest: pxd.Manifest, kind: str, inputs: tuple[MergeInput, ...], modules: tuple[MergedModule, ...]
+    output: Path,
+    manifest: pxd.Manifest,
+    kind: str,
+    method: Method | None,
+    inputs: tuple[MergeInput, ...],
+    modules: tuple[MergedModule, ...],
 ) -> MergeResult:
     error = math.fsum(module.square_error for module in modules)
     return MergeResult(
         path=output,
         content_id=manifest.content_id,
         kind=kind,
+        method=method,
         inputs=inputs,
         bytes=output.stat().st_size,
         masks_max=max(module.components for module in modules),

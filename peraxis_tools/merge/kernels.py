@@ -27,15 +27,21 @@ Block = NDArray[np.float32]
 Vector = NDArray[np.float64]
 
 HALF: Final = 1 << 16
+_COMPILED_FROM: Final = 1 << 16  # weights; below, numpy is done before numba is imported
 
 
 @functools.cache
-def _compiled() -> ModuleType | None:
+def _loops() -> ModuleType | None:
     try:
         import_module("numba")
     except ImportError:
         return None
     return import_module("peraxis_tools.merge.compiled") if sys.byteorder == "little" else None
+
+
+def _compiled(block: NDArray[np.generic]) -> ModuleType | None:
+    """The compiled loops, where there are some and a block of this size is worth their import."""
+    return _loops() if block.size >= _COMPILED_FROM else None
 
 
 def add_terms(
@@ -46,7 +52,7 @@ def add_terms(
     out: [rows, d_in]. masks: [rows, ceil(d_in/8)] each. scales: [k, rows]. weights: [k, d_in], of the columns.
     threads: None for one a processor.
     """
-    if _compiled() is not None:
+    if _compiled(out) is not None:
         from peraxis_format import fast
 
         fast.rebuild_matrix(masks, scales, weights, out, out, dtype=pxd.DType.F32, threads=threads)
@@ -58,7 +64,7 @@ def add_terms(
 
 def row_sums(block: Block, zeros: Block, weights: Vector | None) -> tuple[NDArray[np.uint8], Vector, float]:
     """Signs (>= 0), sum over j of |R_ij| w_j, and the sum of squares. zeros: of the block's shape."""
-    if _compiled() is None:
+    if _compiled(block) is None:
         found = matrix_sums(zeros, block, base_dtype=pxd.DType.F32, dtype=pxd.DType.F32, weights=weights, numba=False)
         return found.mask, found.row, found.square
     from peraxis_format import fast
@@ -71,7 +77,7 @@ def row_sums(block: Block, zeros: Block, weights: Vector | None) -> tuple[NDArra
 
 def columns(block: Block, rows: Vector) -> Vector:
     """sum over i of r_i |R_ij|: binary64 [d_in]."""
-    compiled = _compiled()
+    compiled = _compiled(block)
     if compiled is None:
         return np.add.reduce(rows[:, None] * np.abs(block), axis=0)
     out = np.zeros(block.shape[1])
@@ -81,7 +87,7 @@ def columns(block: Block, rows: Vector) -> Vector:
 
 def elect(blocks: list[Block], weights: Vector, thresholds: Block, *, normalized: bool) -> Block:
     """What `ties` leaves of deltas of one shape: those below their threshold are 0, and the sign of the sum decides."""
-    compiled = _compiled()
+    compiled = _compiled(blocks[0])
     if compiled is None:
         return _elect(blocks, weights, thresholds, normalized=normalized)
     out = np.empty(blocks[0].shape, np.float32)
@@ -108,7 +114,7 @@ def _elect(blocks: list[Block], weights: Vector, thresholds: Block, *, normalize
 def keep_some(total: Vector, block: Block, chances: NDArray[np.uint32], weight: float, density: float) -> None:
     """total += weight * (d / p) where its chance, of 2^32, is below p = density. total: binary64, like the block."""
     limit, scaled = np.uint64(round(density * 2**32)), np.float32(density)
-    compiled = _compiled()
+    compiled = _compiled(block)
     if compiled is not None:
         compiled.keep_some(
             total.reshape(-1), np.ascontiguousarray(block).reshape(-1), chances.reshape(-1), weight, scaled, limit
@@ -120,7 +126,7 @@ def keep_some(total: Vector, block: Block, chances: NDArray[np.uint32], weight: 
 
 def histogram(block: Block, high: int | None, counts: NDArray[np.int64]) -> None:
     """Count magnitudes by the upper half of their bits, or those of this upper half by the lower; adds to counts."""
-    compiled = _compiled()
+    compiled = _compiled(block)
     if compiled is not None:
         compiled.histogram(
             np.ascontiguousarray(block).reshape(-1).view(np.uint32), -1 if high is None else high, counts

@@ -2,7 +2,6 @@
 
 from peraxis_tools.report.console import (
     Progress,
-    axes,
     emit,
     hub_progress,
     print_error,
@@ -18,7 +17,6 @@ from peraxis_tools.report.console import (
 
 __all__ = [
     "Progress",
-    "axes",
     "emit",
     "hub_progress",
     "print_error",

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,6 @@ from peraxis_tools.progress import ProgressOf
 
 __all__ = [
     "Progress",
-    "axes",
     "emit",
     "hub_progress",
     "print_error",
@@ -69,12 +67,6 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.4g} TB"
-
-
-def axes(names: Sequence[str]) -> str:
-    """The axes of a module's components, equal neighbours counted: `2x row+col, tensor`."""
-    runs = [(name, len(list(run))) for name, run in itertools.groupby(names)]
-    return ", ".join(name if count == 1 else f"{count}x {name}" for name, count in runs)
 
 
 def to_json(value: Any) -> Any:

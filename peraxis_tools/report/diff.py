@@ -11,6 +11,8 @@ from peraxis_tools.report.console import text
 __all__ = ["render_diff"]
 
 _NAMES_SHOWN = 8
+_WIDTH = 30  # of a value
+_BEFORE = 8  # characters in front of a difference
 
 
 def render_diff(result: DiffResult, console: Console, *, top: int = 12) -> None:
@@ -28,7 +30,7 @@ def render_diff(result: DiffResult, console: Console, *, top: int = 12) -> None:
     if total.measured < total.modules:
         console.print(f"distances are over {total.measured} of {total.modules} modules: exact tensors need --base")
     for change in result.manifest:
-        console.print(f"{text(change.field)}: {_short(change.a)} -> {_short(change.b)}")
+        console.print(f"{text(change.field)}: {' -> '.join(_around_difference(change.a, change.b))}")
     for label, names in (("a", result.only_in_a), ("b", result.only_in_b)):
         if names:
             more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
@@ -79,7 +81,16 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _short(value: str | None) -> str:
+def _around_difference(a: str | None, b: str | None) -> tuple[str, str]:
+    """Both, cut to where they begin to differ."""
+    both = zip(a or "", b or "", strict=False)
+    same = next((i for i, (x, y) in enumerate(both) if x != y), min(len(a or ""), len(b or "")))
+    begin = same - _BEFORE if same > _BEFORE and max(len(a or ""), len(b or "")) > _WIDTH else 0
+    return _cut(a, begin), _cut(b, begin)
+
+
+def _cut(value: str | None, begin: int) -> str:
     if value is None:
         return "-"
-    return text(value if len(value) <= 30 else value[:29] + "…")
+    shown = ("…" if begin else "") + value[begin:]
+    return text(shown if len(shown) <= _WIDTH else shown[: _WIDTH - 1] + "…")

@@ -15,7 +15,8 @@ from typing import Final
 import peraxis_format as pxd
 from peraxis_tools.inspect import ByteShare, InspectResult, ModuleLine
 from peraxis_tools.inspect_details import Details
-from peraxis_tools.report.console import axes, size
+from peraxis_tools.kinds import axes_text
+from peraxis_tools.report.console import size
 
 __all__ = ["page", "write_page"]
 
@@ -166,7 +167,7 @@ def _row(line: ModuleLine, scales: Mapping[str, float], errors: Mapping[str, flo
         f"<td>{_text(line.name).replace('.', '.<wbr>')}</td>",  # a line may end behind a dot
         _cell(line.kind),
         _cell(line.encoding),
-        _cell(axes(line.axes) or "-"),
+        _cell(axes_text(line.axes) or "-"),
         _cell("×".join(map(str, line.shape)) or "scalar", elements),
         _cell(line.dtype),
         _cell(size(line.bytes), line.bytes),

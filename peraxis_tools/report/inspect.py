@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.tree import Tree
 
 from peraxis_tools.inspect import ByteShare, InspectResult, ModuleLine
-from peraxis_tools.report.console import axes, size, text
+from peraxis_tools.kinds import axes_text
+from peraxis_tools.report.console import size, text
 
 __all__ = ["render_inspect"]
 
@@ -110,7 +111,7 @@ def _prefixes(name: str) -> list[tuple[str, ...]]:
 
 
 def _encoding(line: ModuleLine) -> str:
-    return f"{line.encoding} {axes(line.axes)}" if line.axes else line.encoding
+    return f"{line.encoding} {axes_text(line.axes)}" if line.axes else line.encoding
 
 
 def _module_table(result: InspectResult, width: int) -> Table:

@@ -10,16 +10,14 @@ from peraxis_tools.split import SplitResult
 
 __all__ = ["render_merge", "render_split"]
 
-_KINDS = {
-    "parts": "parts joined, byte for byte",
-    "sum": "weighted sum, every mask kept",
-    "fit": "weighted sum, fitted into new masks",
-}
+_METHODS = {"sum": "weighted sum", "linear": "weighted mean"}
+_KINDS = {"parts": "parts joined, byte for byte", "sum": "every mask kept", "fit": "fitted into new masks"}
 
 
 def render_merge(result: MergeResult, console: Console) -> None:
     """Where it is, of what, and what was lost."""
-    console.print(f"[bold green]merged[/]  {text(result.path)}  {size(result.bytes)}, {_KINDS[result.kind]}")
+    how = "" if result.method is None else f"{_METHODS.get(result.method, result.method)}, "
+    console.print(f"[bold green]merged[/]  {text(result.path)}  {size(result.bytes)}, {how}{_KINDS[result.kind]}")
     console.print(f"        {text(result.content_id)}")
     for part in result.inputs:
         weight = "part" if part.weight is None else f"{part.weight:g}"

@@ -20,6 +20,7 @@ from peraxis_tools.diff import ModuleDiff, diff, diff_checkpoint, kernels, packe
 from peraxis_tools.diff.packed import moments, square
 from peraxis_tools.diff.stream import packed_module
 from peraxis_tools.errors import CheckFailedError
+from peraxis_tools.kinds import axes_text
 from peraxis_tools.rows import delta_rows, restrict, row_blocks
 from tests.factories import base_ref, random_storage, sign_module, write_checkpoint, write_delta
 
@@ -50,8 +51,7 @@ def test_packed_inner_products_are_those_of_the_dense_deltas(seed, shape, axes_a
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("width", [1, 7, 8, 24, 1040])
 def test_compiled_and_plain_kernels_agree(compiled: bool, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not compiled:
-        monkeypatch.setattr(kernels, "_compiled", lambda: None)
+    monkeypatch.setattr(kernels, "_COMPILED_FROM", 0 if compiled else 1 << 60)
     rng = np.random.default_rng(width)
     a, b = (rng.integers(0, 256, (700, width), np.uint8) for _ in range(2))
     weights = rng.random(width * 8)
@@ -88,7 +88,7 @@ def test_files_compare_as_their_modules_do(tmp_path_factory, seed, axes_a, axes_
     assert module.changes == (
         ()
         if axes_a == axes_b
-        else (f"axis {' '.join(x.value for x in axes_a)} -> {' '.join(x.value for x in axes_b)}",)
+        else (f"axis {axes_text(x.value for x in axes_a)} -> {axes_text(x.value for x in axes_b)}",)
     )
 
 
@@ -163,6 +163,28 @@ def test_new_rows_count_in_no_distance_and_no_norm_and_are_told(tmp_path: Path, 
     assert found.norm_a == pytest.approx(np.linalg.norm(dense), rel=0.1)
     (alone,) = diff(*paths).modules
     assert alone.distance == 0.0
+
+
+def test_metadata_that_is_json_differs_by_key(tmp_path: Path) -> None:
+    _, a, _ = pair(1, (4, 8), (pxd.Axis.ROW,), (pxd.Axis.ROW,))
+    paths = []
+    for name, config in (("a", {"bits": 1, "seed": 0, "plan": "x" * 90 + "a"}), ("b", {"bits": 2, "plan": "x" * 90})):
+        paths.append(tmp_path / f"{name}.pxd")
+        identity = pxd.Identity(id="m")
+        metadata = {"peraxis.config": json.dumps(config), "note": name}
+        with pxd.DeltaWriter(paths[-1], base=identity, fine_tuned=identity, metadata=metadata) as writer:
+            writer.add(a)
+            writer.finish()
+    found = diff(*paths)
+    key = "metadata['peraxis.config']"
+    assert {change.field: (change.a, change.b) for change in found.manifest} == {
+        "metadata['note']": ("a", "b"),
+        f"{key}.bits": ("1", "2"),
+        f"{key}.seed": ("0", None),
+        f"{key}.plan": ('"' + "x" * 90 + 'a"', '"' + "x" * 90 + '"'),
+    }
+    shown = CliRunner().invoke(command, list(map(str, paths))).stdout
+    assert 'plan: …xxxxxxxxa" -> …xxxxxxxx"' in shown
 
 
 def test_deltas_of_different_bases_are_refused(tmp_path: Path) -> None:
