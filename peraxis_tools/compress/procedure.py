@@ -6,8 +6,9 @@ modules, and put them into the student exactly as the file will apply them. What
 that already contain what came before. At last both blocks' outputs replace the hidden states. O(layers) work;
 memory holds one block of each model, the hidden states, and the sums of one stage.
 
-Embedding first, as its rows change what everything else sees; lm_head last, on the final hidden states. A tied
-pair is fitted as the embedding that it is, by its weights alone: what the head reads is not known yet.
+Embedding first, as its rows change what everything else sees; lm_head last, on the final hidden states. A tied pair
+is both: it is fitted first, on the final hidden states of the teacher, which one pass of the teacher alone gives; what
+the embedding hands on, its own rows, counts half as much as what the head makes of them.
 
 Experts: a token may be routed elsewhere in the student, so teacher inputs cannot be matched; there Z = 0, and the
 experts are fitted on the student's own tokens.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -39,6 +41,8 @@ from peraxis_tools.compress.weights import Weights, kept_rows
 from peraxis_tools.compress.workfolder import WorkFolder
 
 __all__ = ["Batch", "Procedure"]
+
+_READ: Final = 0.5  # of a tied table: the weight of reading a row against that of multiplying with it
 
 
 class Procedure:
@@ -164,16 +168,43 @@ class Procedure:
         ]
 
     def _fit_tables(self) -> list[FittedModule]:
-        """Embeddings, and what no parameter of the model holds: without calibration."""
+        """Embeddings, and what no parameter of the model holds: without calibration, unless tied to the head."""
         mapped = self.names.by_tensor
         outer = set(self.teacher.outer_parameters())
-        return [
-            self._plain(module, "" if module.kind in TABLES else "not a parameter of the model: mean |delta|")
-            for module in self.modules.values()
-            if module.encoding is Encoding.SIGN
-            and (module.name not in mapped or mapped[module.name].parameter in outer)
-            and module.kind != "lm_head"
-        ]
+        done: list[FittedModule] = []
+        for module in self.modules.values():
+            inside = module.name in mapped and mapped[module.name].parameter not in outer
+            if module.encoding is not Encoding.SIGN or module.kind == "lm_head" or inside:
+                continue
+            fitted = self._fit_tied(mapped[module.name].parameter) if module.name in mapped else []
+            note = "" if module.kind in TABLES else "not a parameter of the model: mean |delta|"
+            done.extend(fitted or [self._plain(module, note)])
+        return done
+
+    def _fit_tied(self, parameter: str) -> list[FittedModule]:
+        """An embedding that is the head too, on what the teacher's head reads; nothing where it is no head."""
+        self.weights.fill_outer(self.teacher, self.weights.teacher)
+        if self.options.adamw_steps or not self.teacher.is_head(parameter):
+            return []
+        hidden = self._hidden[0]
+        for i, batch in enumerate(self.text.batches):
+            hidden[i] = self.teacher.embed(batch.ids)
+        for index in range(len(self.teacher)):
+            self.weights.fill(self.teacher, self.weights.teacher, self.teacher.layer_parameters(index))
+            for i, batch in enumerate(self.text.batches):
+                hidden[i] = self.teacher.run_layer(index, batch.ids, hidden[i])
+            self.teacher.empty(index)
+        done: list[FittedModule] = []
+        # The student's head would read other states, which nobody knows yet: the teacher's stand for both.
+        side = self._side(self.teacher, hidden, self.teacher.head)
+        with self._gatherer([side, side], [parameter], outputs=False) as gatherer:
+            for stage in gatherer.stages:
+                sums = gatherer.collect(stage)
+                for statistics in sums.values():
+                    for moments in (statistics.fit, statistics.held_out):
+                        moments.widen(_READ)
+                done.extend(self._fit_stage(stage, sums))
+        return done
 
     def _plain(self, module: PlannedModule, note: str) -> FittedModule:
         rows = slice(0, kept_rows(module))

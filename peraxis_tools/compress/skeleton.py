@@ -135,6 +135,11 @@ class Skeleton:
         if tie is not None:
             tie()
 
+    def is_head(self, name: str) -> bool:
+        """Whether this parameter makes the logits (too): tied by now, where the architecture ties it."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        return head is not None and getattr(head, "weight", None) is self.get(name)
+
     def empty(self, index: int) -> None:
         """Let a layer's parameters go."""
         for module in self.layers[index].modules():

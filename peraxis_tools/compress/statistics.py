@@ -95,6 +95,11 @@ class Moments:
         far = 1.5 * 2.0**52 * self.grid
         return product.double().add_(far).sub_(far)
 
+    def widen(self, share: float) -> None:
+        """Add inputs of all directions alike: a share of the mean over G's diagonal."""
+        diagonal = torch.diagonal(self.G)
+        diagonal += share * diagonal.mean()
+
     def absorb(self, other: Moments) -> None:
         """Add sums over other tokens, in place; F only where both have it."""
         self.G += other.G

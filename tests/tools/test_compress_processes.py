@@ -51,7 +51,8 @@ def script(path: Path, base: Path, tuned: Path, output: Path, **options: object)
 def test_several_processes_give_the_artifact_of_one(family: str, count: int, launcher: str, tmp_path: Path) -> None:
     if launcher == "accelerate":
         pytest.importorskip("accelerate")
-    config = llama_config() if family == "llama" else FAMILIES[family]()
+    tied = {"tie_word_embeddings": count == 3}
+    config = llama_config(**tied) if family == "llama" else FAMILIES[family]()
     assert isinstance(config, transformers.PretrainedConfig)
     base, tuned = write_pair(tmp_path, config, dtype=torch.float32)
     options = {"calibration": str(write_text(tmp_path / "text.jsonl")), **OPTIONS}

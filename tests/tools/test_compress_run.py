@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import peraxis_format as pxd
 from peraxis_tools import apply
 from peraxis_tools.compress import CompressOptions, OptionError, compress
 from peraxis_tools.compress.calibration import load_samples, partition
+from peraxis_tools.compress.procedure import Procedure
 from peraxis_tools.errors import ToolError
 from peraxis_tools.evaluate import evaluate
 from tests.tools.compress_pairs import llama_config, write_pair, write_text
@@ -221,6 +223,26 @@ def test_tied_tensors_are_stored_once(tmp_path: Path) -> None:
         with pxd.open(tmp_path / "delta.pxd") as delta:
             assert delta.manifest.tied == tied
             assert "lm_head.weight" not in {module.name for module in delta.manifest.modules}
+
+
+def test_an_embedding_that_is_the_head_too_is_fitted_as_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = write_pair(tmp_path, llama_config(tie_word_embeddings=True), step=0.05)
+    text = write_text(tmp_path / "text.jsonl")
+    options = {"calibration": str(text), "embeddings": "sign", **FEW, "calibration_samples": 40}
+    with_head = divergence(base, tuned, tmp_path / "both", **options)
+    monkeypatch.setattr(Procedure, "_fit_tied", lambda self, parameter: [])
+    assert with_head < 0.9 * divergence(base, tuned, tmp_path / "rows", **options)
+
+
+def divergence(base: Path, tuned: Path, folder: Path, **options: Any) -> float:
+    """Mean KL(fine-tuned || applied) on random ids."""
+    compress(base, tuned, folder.with_suffix(".pxd"), **options)
+    apply(base, folder.with_suffix(".pxd"), folder)
+    ids = torch.randint(3, 30, (16, 24), generator=torch.Generator().manual_seed(5))
+    models = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (tuned, folder))
+    with torch.no_grad():
+        p, q = (torch.log_softmax(model(input_ids=ids).logits, -1) for model in models)
+    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def test_a_pair_that_is_none_is_refused_before_work_naming_what_differs(
