@@ -9,7 +9,8 @@ Rows of x are sorted by variant and cut into tiles of one variant each:
     order   int32 [M], row of x in sorted order           tiles   int32 [tiles, 3]: variant, first, count
     terms   int64 [variants, TERMS, 3]: addresses of mask (U8 [N, ceil(K/8)]; 0: no such component), row (F32 [N], 2^e
             folded in), col (F32 [K]; 0: ones)
-K is a constant of the weights, so that loops over it are plain pipelined loops; M never is one.
+K is a constant of the weights, so that loops over it are plain pipelined loops; what a batch changes never is one, so
+that nothing is compiled while it is served.
 
 Signs are the left operand of a tensor core: of a byte the eight +-1 of BF16 are made two at a time, since with the byte
 and a copy of it 15 bits further up one shift moves bits l and l + 1 to the two sign bits of a word:
@@ -131,7 +132,7 @@ def _signed_product(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def decode_kernel(
     y, stride, x, order, tiles, terms, partial, rows, N, signs, ones,
     K: tl.constexpr, TERMS: tl.constexpr, KIND: tl.constexpr, PLAIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -172,7 +173,7 @@ def decode_kernel(
         tl.store(partial + place[None, :] * N + n[:, None], total, mask=written)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def reduce_kernel(
     y, stride, partial, order, rows, N, KIND: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
@@ -186,7 +187,7 @@ def reduce_kernel(
     tl.store(at, narrow(widen(tl.load(at, mask=n < N, other=0), KIND) + total, KIND), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["variant"])
 def single_kernel(
     y, x, weight, bias, variant, terms, N,
     K: tl.constexpr, TERMS: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, BN: tl.constexpr,
