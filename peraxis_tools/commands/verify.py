@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -22,7 +22,7 @@ from peraxis_tools.verify_files import Signature, VerifyReport, Wanted, verify_f
 
 __all__ = ["command"]
 
-_FORMATS = ["text", "json", "junit", "sarif", "github"]
+_FILES = ("json", "junit", "sarif", "github")
 
 
 def _texts(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Mapping[str, str]:
@@ -30,6 +30,13 @@ def _texts(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Ma
     if not all(name and at and source for name, at, source in pairs):
         raise click.BadParameter("want DOMAIN=SOURCE, like chat=held-out.jsonl")
     return {name: source for name, _, source in pairs}
+
+
+def _reports(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Sequence[tuple[str, Path]]:
+    pairs = [value.partition("=") for value in values]
+    if not all(kind in _FILES and path for kind, _, path in pairs):
+        raise click.BadParameter(f"want FORMAT=PATH, with {', '.join(_FILES)} for FORMAT")
+    return [(kind, Path(path)) for kind, _, path in pairs]
 
 
 @click.command("verify")
@@ -49,11 +56,19 @@ def _texts(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Ma
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(["text", "json", "junit", "sarif", "github"]),
+    type=click.Choice(["text", *_FILES]),
     default="text",
     show_default=True,
 )
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the report to this file.")
+@click.option(
+    "--report",
+    "reports",
+    multiple=True,
+    callback=_reports,
+    metavar="FORMAT=PATH",
+    help="Write one more report of the same run. Repeatable.",
+)
 @workers_option
 @json_option
 @quiet_option
@@ -73,6 +88,7 @@ def command(
     certificate_chain: tuple[Path, ...],
     kind: str,
     output: Path | None,
+    reports: Sequence[tuple[str, Path]],
     workers: int | None,
     as_json: bool,
     quiet: bool,
@@ -84,8 +100,10 @@ def command(
 
     \b
     Example: peraxis-tools verify delta.pxd --base meta-llama/Llama-3.1-8B
-             peraxis-tools verify 'releases/*.pxd' --format junit -o report.xml
+             peraxis-tools verify 'releases/*.pxd' --format github --report sarif=report.sarif
     """
+    if output is not None and kind == "text" and not as_json:
+        raise ToolError("--output needs a --format other than text")
     wants_signature = signature or bundle is not None or public_key is not None or bool(certificate_chain)
     wanted = Wanted(
         base=base,
@@ -111,6 +129,8 @@ def command(
         progress=staged(quiet=quiet),
         workers=workers,
     )
+    for more, path in reports:
+        _write(report, more, path)
     _emit(report, "json" if as_json else kind, output)
     if report.status.exit_status:
         ctx.exit(report.status.exit_status)
@@ -131,18 +151,22 @@ def _expanded(patterns: tuple[str, ...]) -> list[str]:
 
 
 def _emit(report: VerifyReport, kind: str, output: Path | None) -> None:
-    if kind == "text" and output is None:
+    if kind == "text":
         show(report, render_report)
         return
-    if kind == "text":
-        raise ToolError("--output needs a --format other than text")
-    formats = {"junit": junit, "sarif": sarif, "github": github, "json": _json}
-    rendered = formats[kind](report)
     if output is None:
-        write(rendered)
+        write(_rendered(report, kind))
     else:
-        with atomic_file(output) as file:
-            file.write(rendered.encode())
+        _write(report, kind, output)
+
+
+def _write(report: VerifyReport, kind: str, path: Path) -> None:
+    with atomic_file(path) as file:
+        file.write(_rendered(report, kind).encode())
+
+
+def _rendered(report: VerifyReport, kind: str) -> str:
+    return {"junit": junit, "sarif": sarif, "github": github, "json": _json}[kind](report)
 
 
 def _json(report: VerifyReport) -> str:

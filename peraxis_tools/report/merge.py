@@ -34,6 +34,6 @@ def render_merge(result: MergeResult, console: Console) -> None:
 
 def render_split(result: SplitResult, console: Console) -> None:
     """The parts, a line each."""
-    console.print(f"[bold green]split[/]  {text(result.content_id)} into {len(result.parts)} parts")
+    console.print(f"[bold green]split[/]  into {len(result.parts)} parts\n       {text(result.content_id)}")
     for part in result.parts:
         console.print(f"{text(part.path)}  {part.modules} modules, {size(part.bytes)}")

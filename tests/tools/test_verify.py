@@ -185,6 +185,16 @@ def test_junit_holds_to_the_schema_that_ci_reads_it_by(every_outcome: list[Path]
     assert not schema.validate(report)
 
 
+def test_one_run_writes_several_reports(every_outcome: list[Path], tmp_path: Path) -> None:
+    wanted = {kind: tmp_path / f"report.{kind}" for kind in ("junit", "sarif", "json")}
+    more = [word for kind, path in wanted.items() for word in ("--report", f"{kind}={path}")]
+    code, shown = run(*every_outcome, "--format", "github", *more)
+    assert (code, shown.count("::error"), shown.count("::notice")) == (1, 2, 1)
+    for kind, path in wanted.items():
+        assert path.read_text() == run(*every_outcome, "--format", kind)[1]
+    assert run(every_outcome[0], "--report", "text=x")[0] == 2
+
+
 def test_github_annotations_cannot_be_forged_by_a_file_name(pair, tmp_path: Path) -> None:
     _, good = pair
     _, shown = run(good, tmp_path / "x\n::error::gotcha,%.pxd", "--format", "github")
