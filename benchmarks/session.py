@@ -75,7 +75,10 @@ class Session:
                 [*self.prefix, *watched], cwd=self.folder, env=environment, text=True, check=False,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )  # fmt: skip
-            seconds, cpu, kilobytes = map(float, report.read().split())
+            measured = report.read().split()
+        if not measured:
+            raise SystemExit(f"{command}: was not run\n{done.stdout}")
+        seconds, cpu, kilobytes = map(float, measured)
         output = [line.rstrip() for line in done.stdout.splitlines()]
         if lines is not None and len(output) > lines:
             output = [*output[:lines], "..."]
