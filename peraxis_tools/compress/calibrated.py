@@ -251,6 +251,7 @@ def _distilled(
             seed=options.seed,
             logits_limit=options.logits_limit,
         ),
+        work=run.work,
         progress=progress,
     )
     text = {"peraxis.distillation": f"held-out {options.distill_loss}: {result.before:.6g} -> {result.after:.6g}"}

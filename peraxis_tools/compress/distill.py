@@ -9,32 +9,39 @@ fit left it; B = sign(z), and the gradient of B passes to z (straight-through) w
 
 AdamW without decay, linear warm-up, cosine to zero. After each epoch the state, as it would be stored (F16 scales),
 is judged on held-out samples; the best is kept, the state before the first step among them: never worse there.
-Samples are of one length without padding: no token is excluded, because none has to be.
+Samples are of one length without padding: no token is excluded, because none has to be. Nothing is dropped out and
+nothing is drawn but the order of the samples, so a run that goes on after an epoch ends in the same bytes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from peraxis_format import Encoding
 from peraxis_tools.compress.modules import TORCH_DTYPES
 from peraxis_tools.compress.names import Piece
 from peraxis_tools.compress.plan import PlannedModule
 from peraxis_tools.compress.skeleton import Skeleton
+from peraxis_tools.compress.spill import SpilledTensors
 from peraxis_tools.compress.trained import Dressed, TrainedComponent, TrainedTensor
 from peraxis_tools.compress.types import FittedModule, ModuleReport
 from peraxis_tools.compress.weights import Weights, kept_rows
+from peraxis_tools.compress.workfolder import WorkFolder
 
-__all__ = ["DistillOptions", "DistillResult", "distill", "fill_whole"]
+__all__ = ["DistillOptions", "DistillResult", "checkpoint_layers", "distill", "fill_whole"]
 
 _WARM_UP = 0.05
+_ADAM = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,37 +80,58 @@ def distill(
     samples: Tensor,
     held_out: Tensor,
     options: DistillOptions,
+    work: WorkFolder,
     progress: Callable[[str, int, int], None],
 ) -> DistillResult:
-    """Train all scales of `modules` together. samples, held_out: ids [n, length]. Both models are loaded whole."""
+    """Train all scales of `modules` together, from where `work` has it. samples, held_out: ids [n, length].
+
+    Both models are loaded whole. After each epoch the state of training goes to `work`.
+    """
     fill_whole(teacher, weights, weights.teacher)
     trained = _dress(student, weights, modules, options)
-    enable = getattr(student.model, "gradient_checkpointing_enable", None)
-    if enable is not None and student.device.type != "cpu":
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if student.device.type != "cpu":
+        checkpoint_layers(student)
     judge = held_out if len(held_out) else samples
-    cache = _TeacherLogits(teacher, options.logits_limit)
-    optimizer, schedule = _optimizer(trained, options, steps=options.epochs * -(-len(samples) // options.batch_size))
-    best = before = _judge(student, trained, cache, judge, options)
-    best_state = trained.stored(modules)
+    cache = _TeacherLogits(teacher, work, options.logits_limit)
+    optimizer = _optimizer(trained, options)
+    done, best, before = _resumed(optimizer, work)
+    if done:
+        best_state = {module.name: module for module in work.load("distill-best") or ()}
+    else:
+        best = before = _judge(student, trained, cache, judge, options)
+        best_state = trained.stored(modules)
+        work.save("distill-best", list(best_state.values()))
+    batches = -(-len(samples) // options.batch_size)
     generator = torch.Generator().manual_seed(options.seed)
     for epoch in range(options.epochs):
-        progress("distill", epoch, options.epochs)
         order = torch.randperm(len(samples), generator=generator)
-        student.model.train()
-        for start in range(0, len(samples), options.batch_size):
-            rows = order[start : start + options.batch_size].to(samples.device)
-            loss = _loss(student, cache, samples[rows], ("fit", rows.tolist()), options.loss)
+        if epoch < done:
+            continue
+        for batch, rows in enumerate(order.split(options.batch_size)):
+            step = epoch * batches + batch
+            progress("distill", step, options.epochs * batches)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * _rate(step, options.epochs * batches)
+            loss = _loss(student, cache, samples, "fit", rows.tolist(), options.loss)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            schedule.step()
-        student.model.eval()
         error = _judge(student, trained, cache, judge, options)
         if error < best:
             best, best_state = error, trained.stored(modules)
-    progress("distill", options.epochs, options.epochs)
+            work.save("distill-best", list(best_state.values()))
+        _save(optimizer, work, epoch + 1, best, before)
+    progress("distill", options.epochs * batches, options.epochs * batches)
     return DistillResult(modules={**modules, **best_state}, before=before, after=best)
+
+
+def checkpoint_layers(student: Skeleton) -> None:
+    """Have each layer's activations computed again in the backward pass, in place of being kept.
+
+    Not through the model's own switch, as that wants training mode, and with it come dropout and jitter.
+    """
+    for layer in student.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def fill_whole(skeleton: Skeleton, weights: Weights, source: Callable[[str], Tensor]) -> None:
@@ -200,50 +228,85 @@ def _put_over(student: Skeleton, parameter: str, module: nn.Module) -> None:
         parametrize.register_parametrization(owner, leaf, module, unsafe=True)
 
 
-def _optimizer(
-    trained: _Trained, options: DistillOptions, *, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def _optimizer(trained: _Trained, options: DistillOptions) -> torch.optim.Optimizer:
     rates = (options.lr, options.sign_lr, options.full_lr)
-    groups = [{"params": p, "lr": lr} for p, lr in zip(trained.parameters(), rates, strict=True) if p]
+    groups = [{"params": p, "peak_lr": lr} for p, lr in zip(trained.parameters(), rates, strict=True) if p]
     for group in groups:
-        for parameter in group["params"]:
+        for parameter in group["params"]:  # type: ignore[attr-defined]
             parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the learning rate: linear warm-up, cosine to zero."""
     warm = max(1, round(_WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
-    def rate(step: int) -> float:
-        if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+def _save(optimizer: torch.optim.Optimizer, work: WorkFolder, epochs: int, best: float, before: float) -> None:
+    """Keep where training stands after whole epochs. What was best by then is kept before this."""
+    arrays = {"progress": np.array([epochs, best, before], np.float64)}
+    for i, parameter in enumerate(_parameters(optimizer)):
+        state = optimizer.state[parameter]
+        for name, value in (("value", parameter), *((name, state[name]) for name in _ADAM)):
+            arrays[f"{name}-{i}"] = value.detach().cpu().numpy()
+    work.save_arrays("distilling", arrays)
+
+
+def _resumed(optimizer: torch.optim.Optimizer, work: WorkFolder) -> tuple[int, float, float]:
+    """Put training where `_save` left it. Returns (whole epochs, best loss, loss before); zeros where it is new."""
+    arrays = work.load_arrays("distilling")
+    if arrays is None:
+        return 0, 0.0, 0.0
+    with torch.no_grad():
+        for i, parameter in enumerate(_parameters(optimizer)):
+            parameter.copy_(torch.from_numpy(arrays[f"value-{i}"]))
+            optimizer.state[parameter] = {
+                name: torch.from_numpy(arrays[f"{name}-{i}"]).to("cpu" if name == "step" else parameter.device)
+                for name in _ADAM
+            }
+    epochs, best, before = arrays["progress"].tolist()
+    return int(epochs), best, before
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 class _TeacherLogits:
-    """The teacher's logits by sample, kept up to a limit of bytes, beyond it computed again."""
+    """The teacher's logits of samples: on disk up to a limit of bytes, beyond it computed again.
 
-    def __init__(self, teacher: Skeleton, limit: int) -> None:
+    Each sample is computed alone: what it gives then depends neither on the limit nor on its batch.
+    """
+
+    def __init__(self, teacher: Skeleton, work: WorkFolder, limit: int) -> None:
         self._teacher, self._limit = teacher, limit
-        self._held: dict[tuple[str, int], Tensor] = {}
-        self._size = 0
+        self._kept = {split: SpilledTensors(work.path, f"logits-{split}", limit=0) for split in ("fit", "held-out")}
 
     @torch.no_grad()
-    def __call__(self, ids: Tensor, key: tuple[str, list[int]]) -> Tensor:
-        split, rows = key
-        if all((split, row) in self._held for row in rows):
-            return torch.stack([self._held[split, row] for row in rows])
-        logits = self._teacher.model(input_ids=ids, use_cache=False).logits
-        for row, value in zip(rows, logits, strict=True):
-            size = value.numel() * value.element_size()
-            if (split, row) not in self._held and self._size + size <= self._limit:
-                self._held[split, row] = value.clone()
-                self._size += size
+    def __call__(self, samples: Tensor, split: str, rows: Sequence[int]) -> Tensor:
+        """Logits [rows, length, vocabulary] of some samples of a split."""
+        return torch.cat([self._logits(samples[row : row + 1], self._kept[split], row) for row in rows])
+
+    def _logits(self, ids: Tensor, kept: SpilledTensors, row: int) -> Tensor:
+        if row in kept:
+            return kept[row]
+        logits: Tensor = self._teacher.model(input_ids=ids, use_cache=False).logits
+        size = logits.numel() * logits.element_size()
+        if size <= self._limit:
+            self._limit -= size
+            kept[row] = logits
         return logits
 
 
-def _loss(student: Skeleton, teacher: _TeacherLogits, ids: Tensor, key: tuple[str, list[int]], kind: str) -> Tensor:
-    target = teacher(ids, key).float()
-    logits = student.model(input_ids=ids, use_cache=False).logits.float()
+def _loss(
+    student: Skeleton, teacher: _TeacherLogits, samples: Tensor, split: str, rows: Sequence[int], kind: str
+) -> Tensor:
+    """Mean over the tokens of some samples of a split."""
+    target = teacher(samples, split, rows).float()
+    logits = student.model(input_ids=samples[list(rows)], use_cache=False).logits.float()
     if kind == "mse":
         return torch.mean((logits - target).square())
     log_p, log_q = torch.log_softmax(target, -1), torch.log_softmax(logits, -1)
@@ -255,11 +318,9 @@ def _judge(
     student: Skeleton, trained: _Trained, teacher: _TeacherLogits, held_out: Tensor, options: DistillOptions
 ) -> float:
     """Held-out loss of the state as it would be stored."""
-    total, count = 0.0, 0
+    total = 0.0
     with trained.rounded(), parametrize.cached():
         for start in range(0, len(held_out), options.batch_size):
-            ids = held_out[start : start + options.batch_size]
-            rows = list(range(start, start + len(ids)))
-            total += float(_loss(student, teacher, ids, ("held-out", rows), options.loss)) * len(ids)
-            count += len(ids)
-    return total / count
+            rows = range(start, min(start + options.batch_size, len(held_out)))
+            total += float(_loss(student, teacher, held_out, "held-out", rows, options.loss)) * len(rows)
+    return total / len(held_out)

@@ -57,7 +57,7 @@ class CompressOptions:
     distill_samples  samples of end-to-end distillation of all scales afterwards; 0: none
     distill_lr     learning rate of the scales, relative to their size; distill_sign_lr: of the signs (0: kept);
                    distill_full_lr: of tensors stored full, relative to theirs (0: kept exact)
-    hidden_limit   hidden states beyond this go to disk; logits_limit: teacher logits beyond this are recomputed
+    hidden_limit   hidden states beyond this go to disk; logits_limit: teacher logits on disk, beyond this recomputed
     resume         go on where a killed run of the same inputs and options stopped
     """
 

@@ -6,9 +6,10 @@ modules, and put them into the student exactly as the file will apply them. What
 that already contain what came before. At last both blocks' outputs replace the hidden states. O(layers) work;
 memory holds one block of each model, the hidden states, and the sums of one stage.
 
-Embedding first, as its rows change what everything else sees; lm_head last, on the final hidden states. A tied pair
-is both: it is fitted first, on the final hidden states of the teacher, which one pass of the teacher alone gives; what
-the embedding hands on, its own rows, counts half as much as what the head makes of them.
+Embedding first, as its rows change what everything else sees, fitted for the rows that the text reads (table.py);
+lm_head last, on the final hidden states. A tied pair is both: it is fitted first, on the final hidden states of the
+teacher, which one pass of the teacher alone gives; what the embedding hands on, its own rows, counts half as much as
+what the head makes of them.
 
 Experts: a token may be routed elsewhere in the student, so teacher inputs cannot be matched; there Z = 0, and the
 experts are fitted on the student's own tokens.
@@ -25,17 +26,19 @@ from torch import Tensor
 
 from peraxis_format import Encoding, Safetensors
 from peraxis_tools.compress.distributed import Processes
+from peraxis_tools.compress.environment import trim_heap
 from peraxis_tools.compress.fit import FitOptions, FittedMatrix, fit_matrices
 from peraxis_tools.compress.gather import Batch, Gatherer, Side, Text
-from peraxis_tools.compress.hidden import HiddenStates
 from peraxis_tools.compress.names import NameMap, Piece
 from peraxis_tools.compress.options import OptionError
 from peraxis_tools.compress.plan import TABLES, Plan, PlannedModule
 from peraxis_tools.compress.skeleton import Skeleton
+from peraxis_tools.compress.spill import SpilledTensors
 from peraxis_tools.compress.stages import Key, Stage
 from peraxis_tools.compress.statistics import Statistics
 from peraxis_tools.compress.stored import StoredModule
 from peraxis_tools.compress.streaming import mean_components
+from peraxis_tools.compress.table import fit_table, importance
 from peraxis_tools.compress.types import FittedModule, ModuleReport
 from peraxis_tools.compress.weights import Weights, kept_rows
 from peraxis_tools.compress.workfolder import WorkFolder
@@ -79,7 +82,7 @@ class Procedure:
             plan=plan, base=base, fine_tuned=fine_tuned, names=names, fitted=self.fitted, device=student.device
         )
         self._hidden = [
-            HiddenStates(work.path, f"{label}-{processes.rank}", limit=hidden_limit // 2)
+            SpilledTensors(work.path, f"hidden-{label}-{processes.rank}", limit=hidden_limit // 2)
             for label in ("teacher", "student")
         ]
         self._limit = hidden_limit
@@ -122,6 +125,7 @@ class Procedure:
             self._advance(index)
         for skeleton in (self.teacher, self.student):
             skeleton.empty(index)
+        trim_heap()
 
     def _part(self, part: str, fit: Callable[[], list[FittedModule]]) -> list[FittedModule]:
         """A part from the work folder, or fitted and put there."""
@@ -168,7 +172,7 @@ class Procedure:
         ]
 
     def _fit_tables(self) -> list[FittedModule]:
-        """Embeddings, and what no parameter of the model holds: without calibration, unless tied to the head."""
+        """Embeddings, on how often their rows are read, or as a head too; without text what no parameter holds."""
         mapped = self.names.by_tensor
         outer = set(self.teacher.outer_parameters())
         done: list[FittedModule] = []
@@ -176,16 +180,43 @@ class Procedure:
             inside = module.name in mapped and mapped[module.name].parameter not in outer
             if module.encoding is not Encoding.SIGN or module.kind == "lm_head" or inside:
                 continue
-            fitted = self._fit_tied(mapped[module.name].parameter) if module.name in mapped else []
+            fitted = self._fit_embedding(module, mapped[module.name]) if module.name in mapped else []
             note = "" if module.kind in TABLES else "not a parameter of the model: mean |delta|"
             done.extend(fitted or [self._plain(module, note)])
         return done
 
-    def _fit_tied(self, parameter: str) -> list[FittedModule]:
-        """An embedding that is the head too, on what the teacher's head reads; nothing where it is no head."""
+    def _fit_embedding(self, module: PlannedModule, piece: Piece) -> list[FittedModule]:
+        """The table of input embeddings; nothing where it is none, or where the paper's fit is asked for."""
         self.weights.fill_outer(self.teacher, self.weights.teacher)
-        if self.options.adamw_steps or not self.teacher.is_head(parameter):
+        if self.options.adamw_steps:
             return []
+        if self.teacher.is_head(piece.parameter):
+            return self._fit_tied(piece.parameter)
+        if not self.teacher.is_embedding(piece.parameter):
+            return []
+        rows = module.shape[0]
+        counts = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        for batch in self.text.batches:
+            counts += torch.bincount(batch.ids.flatten(), minlength=rows)[:rows]
+        self.processes.add([counts])
+        fitted = self._fit_rows(module, counts[: kept_rows(module)]) if self.processes.leader else None
+        return self.processes.exchange([fitted])
+
+    def _fit_rows(self, module: PlannedModule, counts: Tensor) -> FittedModule:
+        weights = self.weights
+
+        def delta(rows: slice) -> Tensor:
+            return (
+                weights.read(weights.fine_tuned, module.name, rows).float()
+                - weights.read(weights.base, module.name, rows).float()
+            )
+
+        start = self._plain(module, "")
+        fitted = fit_table(delta, importance(counts), start.components, signs=self.options.refine)
+        return FittedModule(name=module.name, components=fitted.components, report=fitted.report)
+
+    def _fit_tied(self, parameter: str) -> list[FittedModule]:
+        """An embedding that is the head too, on what the teacher's head reads."""
         hidden = self._hidden[0]
         for i, batch in enumerate(self.text.batches):
             hidden[i] = self.teacher.embed(batch.ids)
@@ -241,7 +272,7 @@ class Procedure:
                     hidden[i] = output
         return done
 
-    def _side(self, skeleton: Skeleton, hidden: HiddenStates, run: Callable[[Tensor, Tensor], Tensor]) -> Side:
+    def _side(self, skeleton: Skeleton, hidden: SpilledTensors, run: Callable[[Tensor, Tensor], Tensor]) -> Side:
         return Side(skeleton, lambda i: run(self.text.batches[i].ids, hidden[i]))
 
     def _gatherer(self, sides: Sequence[Side], names: Sequence[str], *, outputs: bool = True) -> Gatherer:

@@ -140,6 +140,10 @@ class Skeleton:
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         return head is not None and getattr(head, "weight", None) is self.get(name)
 
+    def is_embedding(self, name: str) -> bool:
+        """Whether rows of this parameter are what tokens become."""
+        return getattr(self.model.get_input_embeddings(), "weight", None) is self.get(name)  # type: ignore[operator]
+
     def empty(self, index: int) -> None:
         """Let a layer's parameters go."""
         for module in self.layers[index].modules():

@@ -3,6 +3,7 @@
 OUT.peraxis-work/
   inputs.json        the digest that binds the folder to checkpoints, text and options; another run starts afresh
   PART.json, PART.bin   the modules of one part (embedding, a block, the head): index and arrays
+  distilling.npz     distillation after its last whole epoch; distill-best: the best state by then
 
 A part is written under a temporary name and renamed, the json last: it is there whole or not at all. Hidden
 states are not kept: a resumed run computes them again, with the same operations and so to the same bits, which costs
@@ -68,6 +69,19 @@ class WorkFolder:
         """A stored array; None where there is none."""
         path = self.path / f"{part}.npy"
         return np.load(path, allow_pickle=False) if path.is_file() else None
+
+    def save_arrays(self, part: str, arrays: Mapping[str, Array]) -> None:
+        """Store named arrays as one, over what was stored before."""
+        with atomic_file(self.path / f"{part}.npz") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+    def load_arrays(self, part: str) -> dict[str, Array] | None:
+        """What `save_arrays` stored; None where there is none."""
+        path = self.path / f"{part}.npz"
+        if not path.is_file():
+            return None
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
 
     def save_text(self, part: str, text: Mapping[str, Any]) -> None:
         """Store JSON values under a name of their own; for a part, before the part itself is saved."""

@@ -12,6 +12,7 @@ import transformers
 
 import peraxis_format as pxd
 from peraxis_tools.compress import CompressOptions, compress
+from peraxis_tools.compress.distill import checkpoint_layers
 from peraxis_tools.compress.names import map_names
 from peraxis_tools.compress.observe import Call, Observer
 from peraxis_tools.compress.skeleton import Skeleton
@@ -121,3 +122,26 @@ def divergence(base: Path, tuned: Path, delta: Path, folder: Path) -> float:
     with torch.no_grad():
         p, q = (torch.log_softmax(model_of(path)(input_ids=ids).logits, -1) for path in (tuned, folder))
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_recomputed_activations_bring_no_dropout_and_the_same_gradients() -> None:
+    config = FAMILIES["gpt2"]()
+    assert config.resid_pdrop > 0
+    torch.manual_seed(0)
+    state = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).state_dict()
+    ids = torch.randint(0, 32, (2, 24))
+    gradients = []
+    for prepare in (lambda skeleton: None, checkpoint_layers, checkpoint_layers):
+        skeleton = Skeleton(config, dtype=torch.float32, device=torch.device("cpu"))
+        for name in [*skeleton.outer_parameters(), *(n for i in range(2) for n in skeleton.layer_parameters(i))]:
+            skeleton.set(name, state[name])
+        prepare(skeleton)
+        counted: list[int] = []
+        product = skeleton.model.transformer.h[0].mlp.c_fc
+        product.register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        product.weight.requires_grad_(True)
+        skeleton.model(input_ids=ids, use_cache=False).logits.square().mean().backward()
+        gradients.append(product.weight.grad)
+        assert len(counted) == (1 if len(gradients) == 1 else 2)
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[1], gradients[2])

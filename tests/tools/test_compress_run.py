@@ -162,7 +162,8 @@ def test_a_run_killed_after_each_of_its_parts_goes_on_to_the_same_bytes(
     options = {"calibration": str(text), **LONG}
     compress(base, tuned, tmp_path / "whole.pxd", **options)
     run = Killable(base, tuned, tmp_path / "cut.pxd", options)
-    for part in ("generated.npy", "embedding.json", "block-00000.json", "block-00001.json", "head.json"):
+    parts = ("generated.npy", "embedding.json", "block-00000.json", "block-00001.json", "head.json", "distilling.npz")
+    for part in parts:
         run.run(part=part)
         assert (run.work / part).exists()
         assert not run.output.exists()
@@ -290,6 +291,37 @@ def test_distillation_is_never_worse_on_held_out_text(pair: tuple[Path, Path, Pa
         with pxd.open(path) as delta:
             before, after = map(float, delta.manifest.metadata["peraxis.distillation"].split(": ")[1].split(" -> "))
         assert after < before if better else after == before
+
+
+def test_where_teacher_logits_are_kept_changes_no_byte(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, tuned, text = pair
+    files = [tmp_path / f"{limit}.pxd" for limit in (0, 4000, 1 << 20)]
+    for file in files:
+        compress(base, tuned, file, calibration=str(text), logits_limit=int(file.stem), **LONG)
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_distillation_goes_on_from_its_last_epoch_to_the_same_bytes(
+    pair: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    base, tuned, text = pair
+    options = {"calibration": str(text), "distill_sign_lr": 0.05, "distill_full_lr": 3e-3, **LONG}
+    compress(base, tuned, tmp_path / "whole.pxd", **options)
+    steps: list[int] = []
+
+    def interrupt(step: str, done: int, total: int) -> None:
+        if step == "distill":
+            steps.append(done)
+            if done == kept * total // 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(base, tuned, tmp_path / "cut.pxd", progress=interrupt, **options)
+    assert len(steps) > 1
+    steps.clear()
+    compress(base, tuned, tmp_path / "cut.pxd", progress=lambda step, done, _: steps.append(done), **options)
+    assert (tmp_path / "cut.pxd").read_bytes() == (tmp_path / "whole.pxd").read_bytes()
 
 
 def test_full_tensors_move_only_where_distillation_may_move_them(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
