@@ -54,7 +54,7 @@ def calibrated_fit(
     if fine_tuned.folder is None or options.calibration is None:
         raise ToolError(f"{fine_tuned.tensors.label}: a fit on text needs the checkpoint's folder, with its tokenizer")
     with quiet_transformers():
-        run = _open_run(base, fine_tuned, plan, output, options)
+        run = _open_run(base, fine_tuned, plan, output, options, progress)
         if options.has_target:
             run = _with_budget(run, options, progress)
             show_plan(run.plan)
@@ -132,7 +132,14 @@ class _Run:
         )
 
 
-def _open_run(base: Checkpoint, fine_tuned: Checkpoint, plan: Plan, output: Path, options: CompressOptions) -> _Run:
+def _open_run(
+    base: Checkpoint,
+    fine_tuned: Checkpoint,
+    plan: Plan,
+    output: Path,
+    options: CompressOptions,
+    progress: Callable[[str, int, int], None],
+) -> _Run:
     """Device, configuration, name map, samples and work folder."""
     folder = fine_tuned.folder
     if folder is None or options.calibration is None:
@@ -168,10 +175,12 @@ def _open_run(base: Checkpoint, fine_tuned: Checkpoint, plan: Plan, output: Path
         device=device,
         dtype=dtype,
     )
-    return _with_generated(run, tokenizer, options) if options.generated_samples else run
+    return _with_generated(run, tokenizer, options, progress) if options.generated_samples else run
 
 
-def _with_generated(run: _Run, tokenizer: Any, options: CompressOptions) -> _Run:
+def _with_generated(
+    run: _Run, tokenizer: Any, options: CompressOptions, progress: Callable[[str, int, int], None]
+) -> _Run:
     """The run with samples that the fine-tuned model writes; kept in the work folder."""
     length = run.samples.ids.shape[1]
     ids = run.work.load_array("generated")
@@ -185,6 +194,7 @@ def _with_generated(run: _Run, tokenizer: Any, options: CompressOptions) -> _Run
             length=length,
             seed=options.seed,
             batch_size=4 * options.batch_size,
+            progress=progress,
         )
         run.work.save_array("generated", ids)
     run.processes.barrier()

@@ -7,6 +7,7 @@ exactly what the compressed model is to match. It needs the whole fine-tuned mod
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,16 @@ __all__ = ["generate"]
 
 
 @torch.no_grad()
-def generate(teacher: Skeleton, tokenizer: Any, *, samples: int, length: int, seed: int, batch_size: int) -> Ids:
+def generate(
+    teacher: Skeleton,
+    tokenizer: Any,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    batch_size: int,
+    progress: Callable[[str, int, int], None],
+) -> Ids:
     """Ids int64 [samples, length]. teacher: filled. The same for the same seed, device and number of threads."""
     start = tokenizer.bos_token_id
     vocabulary = teacher.model.get_input_embeddings().weight.shape[0]
@@ -28,6 +38,7 @@ def generate(teacher: Skeleton, tokenizer: Any, *, samples: int, length: int, se
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for first in range(0, samples, batch_size):
+            progress("generate", first, samples)
             count = min(batch_size, samples - first)
             # Without a start token: any token, as good a start as another.
             column = np.full(count, start) if start is not None else draw.integers(0, vocabulary, count)
@@ -45,4 +56,5 @@ def generate(teacher: Skeleton, tokenizer: Any, *, samples: int, length: int, se
                 pad_token_id=0,
             )
             batches.append(ids[:, :length].cpu().numpy())
+        progress("generate", samples, samples)
     return np.concatenate(batches)

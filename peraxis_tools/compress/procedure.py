@@ -172,7 +172,7 @@ class Procedure:
         ]
 
     def _fit_tables(self) -> list[FittedModule]:
-        """Embeddings, on how often their rows are read, or as a head too; without text what no parameter holds."""
+        """Embeddings, for the rows that the text reads; and, without text, what no parameter of the model holds."""
         mapped = self.names.by_tensor
         outer = set(self.teacher.outer_parameters())
         done: list[FittedModule] = []
