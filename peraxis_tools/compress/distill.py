@@ -7,7 +7,9 @@ Scales are trained as s = s_0 (1 + theta) in float32: a step is relative, so one
 rows and columns alike. With `signs`, the signs are trained too: each weight gets a latent z, started at where the
 fit left it; B = sign(z), and the gradient of B passes to z (straight-through) while |z| is within a few scales.
 
-AdamW without decay, linear warm-up, cosine to zero. After each epoch the state, as it would be stored (F16 scales),
+AdamW without decay, linear warm-up, cosine to zero. Signs come to rest at 70% of the way: as long as they turn to and
+fro about zero, all else is fitted to one of many states, and what is left of the way it is fitted to the one that
+stays. After each epoch the state, as it would be stored (F16 scales),
 is judged on held-out samples; the best is kept, the state before the first step among them: never worse there.
 Samples are of one length without padding: no token is excluded, because none has to be. Nothing is dropped out and
 nothing is drawn but the order of the samples, so a run that goes on after an epoch ends in the same bytes.
@@ -41,6 +43,7 @@ from peraxis_tools.compress.workfolder import WorkFolder
 __all__ = ["DistillOptions", "DistillResult", "checkpoint_layers", "distill", "fill_whole"]
 
 _WARM_UP = 0.05
+_SIGNS_REST = 0.7
 _ADAM = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
 
@@ -102,6 +105,7 @@ def distill(
         best_state = trained.stored(modules)
         work.save("distill-best", list(best_state.values()))
     batches = -(-len(samples) // options.batch_size)
+    steps = options.epochs * batches
     generator = torch.Generator().manual_seed(options.seed)
     for epoch in range(options.epochs):
         order = torch.randperm(len(samples), generator=generator)
@@ -109,9 +113,9 @@ def distill(
             continue
         for batch, rows in enumerate(order.split(options.batch_size)):
             step = epoch * batches + batch
-            progress("distill", step, options.epochs * batches)
+            progress("distill", step, steps)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * _rate(step, options.epochs * batches)
+                group["lr"] = group["peak_lr"] * _rate(step, round(group["share"] * steps))
             loss = _loss(student, cache, samples, "fit", rows.tolist(), options.loss)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -121,7 +125,7 @@ def distill(
             best, best_state = error, trained.stored(modules)
             work.save("distill-best", list(best_state.values()))
         _save(optimizer, work, epoch + 1, best, before)
-    progress("distill", options.epochs * batches, options.epochs * batches)
+    progress("distill", steps, steps)
     return DistillResult(modules={**modules, **best_state}, before=before, after=best)
 
 
@@ -229,8 +233,12 @@ def _put_over(student: Skeleton, parameter: str, module: nn.Module) -> None:
 
 
 def _optimizer(trained: _Trained, options: DistillOptions) -> torch.optim.Optimizer:
-    rates = (options.lr, options.sign_lr, options.full_lr)
-    groups = [{"params": p, "peak_lr": lr} for p, lr in zip(trained.parameters(), rates, strict=True) if p]
+    rates = ((options.lr, 1.0), (options.sign_lr, _SIGNS_REST), (options.full_lr, 1.0))
+    groups = [
+        {"params": parameters, "peak_lr": lr, "share": share}
+        for parameters, (lr, share) in zip(trained.parameters(), rates, strict=True)
+        if parameters
+    ]
     for group in groups:
         for parameter in group["params"]:  # type: ignore[attr-defined]
             parameter.requires_grad_(True)
@@ -238,7 +246,9 @@ def _optimizer(trained: _Trained, options: DistillOptions) -> torch.optim.Optimi
 
 
 def _rate(step: int, steps: int) -> float:
-    """Share of the learning rate: linear warm-up, cosine to zero."""
+    """Share of the learning rate: linear warm-up, cosine to zero, and zero from there."""
+    if step >= steps:
+        return 0.0
     warm = max(1, round(_WARM_UP * steps))
     if step < warm:
         return (step + 1) / warm
