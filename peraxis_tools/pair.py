@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from peraxis_tools.quiet import quiet_transformers
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -83,9 +85,10 @@ def train_pair(
         ("fine-tuned", code[0], size.fine_tune_steps, size.fine_tune_lr),
     ):
         _train(model, _ids(tokenizer, text), size=size, steps=steps, rate=rate, seed=seed, progress=step)
-        _save(model, tokenizer, folder / name)
-        # What is fine-tuned is the base as it was stored, in BF16, as fine-tunes of published models are.
-        model = LlamaForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
+        with quiet_transformers():
+            _save(model, tokenizer, folder / name)
+            # What is fine-tuned is the base as it was stored, in BF16, as fine-tunes of published models are.
+            model = LlamaForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
     return PairFolders(
         base=folder / "base", fine_tuned=folder / "fine-tuned", calibration=calibration, held_out=held_out
     )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from peraxis_format import Axis, Calibration, Safetensors
+from peraxis_format import Axis, Calibration, Safetensors, __version__
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.adamw import ADAMW_EPOCHS
 from peraxis_tools.compress.budget import is_open, spend
@@ -21,7 +21,6 @@ from peraxis_tools.compress.distributed import Processes
 from peraxis_tools.compress.environment import (
     load_config,
     load_tokenizer,
-    quiet_transformers,
     resolve_device,
     resolve_dtype,
 )
@@ -37,6 +36,7 @@ from peraxis_tools.compress.types import FittedModule, RunFit
 from peraxis_tools.compress.weights import Weights
 from peraxis_tools.compress.workfolder import WorkFolder
 from peraxis_tools.errors import ToolError
+from peraxis_tools.quiet import quiet_transformers
 
 __all__ = ["batches_of", "calibrated_fit"]
 
@@ -299,7 +299,7 @@ def _inputs_digest(
     device: torch.device,
     dtype: torch.dtype,
 ) -> str:
-    """What a work folder is bound to: tensors (by name, shape, place, size and time of their file), text, options."""
+    """What a work folder is bound to: tensors (name, shape, place, size and time of their file), text, options, us."""
     digest = hashlib.sha256()
     for tensors in (base, fine_tuned):
         for info in tensors.infos():
@@ -307,5 +307,5 @@ def _inputs_digest(
             digest.update(
                 f"{info.name}|{info.dtype.value}|{info.shape}|{info.begin}|{status.st_size}|{status.st_mtime_ns}\n".encode()
             )
-    digest.update(f"{samples.digest}|{options.canonical_json()}|{device.type}|{dtype}".encode())
+    digest.update(f"{__version__}|{samples.digest}|{options.canonical_json()}|{device.type}|{dtype}".encode())
     return digest.hexdigest()

@@ -1,11 +1,9 @@
-"""What a run finds around it: device, dtype, tokenizer, configuration, the heap; and transformers kept quiet."""
+"""What a run finds around it: device, dtype, tokenizer, configuration, the heap."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 from peraxis_tools.compress.options import OptionError
 from peraxis_tools.errors import ToolError
 
-__all__ = ["load_config", "load_tokenizer", "quiet_transformers", "resolve_device", "resolve_dtype", "trim_heap"]
+__all__ = ["load_config", "load_tokenizer", "resolve_device", "resolve_dtype", "trim_heap"]
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -60,19 +58,6 @@ def resolve_dtype(name: str, device: torch.device, config: Any) -> torch.dtype:
         return getattr(torch, name)  # type: ignore[no-any-return]
     own = getattr(config, "dtype", None)
     return own if device.type != "cpu" and isinstance(own, torch.dtype) else torch.float32
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """transformers comments on configurations; that is not for our users."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def trim_heap() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["load_checkpoint_model", "load_merged", "load_on_the_fly", "load_tokenizer", "quiet_transformers"]
+__all__ = ["load_checkpoint_model", "load_merged", "load_on_the_fly", "load_tokenizer"]
 
 
 def _folder(source: str | Path, revision: str | None) -> Path:
@@ -93,19 +92,3 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ToolError(f"{folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """transformers draws bars and comments on configurations; that is not for our users."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

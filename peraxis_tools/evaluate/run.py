@@ -65,7 +65,8 @@ def evaluate(
     if not texts and not tasks:
         raise ToolError("nothing to evaluate on: give a text (--text domain=file) or tasks (--tasks)")
     from peraxis_tools.compress.environment import resolve_device
-    from peraxis_tools.evaluate.models import load_tokenizer, quiet_transformers
+    from peraxis_tools.evaluate.models import load_tokenizer
+    from peraxis_tools.quiet import quiet_transformers
 
     with pxd.open(delta) as file, quiet_transformers():
         models = _Models(

@@ -38,7 +38,8 @@ def render_step(step: DemoStep, console: Console) -> None:
 def render_demo(result: DemoResult, console: Console) -> None:
     """Bytes and fidelity, a line a way to stand in for the fine-tuned model."""
     domains = list(result.rows[0].fidelity)
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    # One space between columns, so that two domains fit 80 of them.
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
     table.add_column("held-out text")
     for title in ("bytes", "ratio", *(f"KL {domain}" for domain in domains), *(f"top-1 {d}" for d in domains)):
         table.add_column(title, justify="right")

@@ -1,0 +1,24 @@
+"""transformers kept quiet: bars and words of its own are not for our users."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["quiet_transformers"]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No bars, and of its words errors alone."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
