@@ -31,6 +31,7 @@ conformance: $(INSTALLED)
 
 fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.conformance.fuzz_reader --seconds 3600
+	$(BIN)/python -m tests.conformance.fuzz_reader --large --seconds 600
 	$(BIN)/python -m tests.conformance.differential --seconds 900
 
 # docs/commands.md, from the code.

@@ -8,22 +8,20 @@ rows and columns alike. With `signs`, the signs are trained too: each weight get
 fit left it; B = sign(z), and the gradient of B passes to z (straight-through) while |z| is within a few scales.
 
 AdamW without decay, linear warm-up, cosine to zero. Signs come to rest at 70% of the way: as long as they turn to and
-fro about zero, all else is fitted to one of many states, and what is left of the way it is fitted to the one that
-stays. After each epoch the state, as it would be stored (F16 scales),
-is judged on held-out samples; the best is kept, the state before the first step among them: never worse there.
-Samples are of one length without padding: no token is excluded, because none has to be. Nothing is dropped out and
-nothing is drawn but the order of the samples, so a run that goes on after an epoch ends in the same bytes.
+fro about zero (arXiv 2203.11086), all else is fitted to one of many states; on the rest of the way, to the one that
+stays. After each epoch the state, as it would be stored (F16 scales), is judged on held-out samples; the best is kept,
+the state before the first step among them: never worse there. Samples are of one length without padding: no token is
+excluded, because none has to be. Nothing is dropped out and nothing is drawn but the order of the samples, so a run
+that goes on after an epoch ends in the same bytes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -36,15 +34,15 @@ from peraxis_tools.compress.plan import PlannedModule
 from peraxis_tools.compress.skeleton import Skeleton
 from peraxis_tools.compress.spill import SpilledTensors
 from peraxis_tools.compress.trained import Dressed, TrainedComponent, TrainedTensor
+from peraxis_tools.compress.training import Group, Standing, Training
 from peraxis_tools.compress.types import FittedModule, ModuleReport
 from peraxis_tools.compress.weights import Weights, kept_rows
 from peraxis_tools.compress.workfolder import WorkFolder
 
 __all__ = ["DistillOptions", "DistillResult", "checkpoint_layers", "distill", "fill_whole"]
 
-_WARM_UP = 0.05
-_SIGNS_REST = 0.7
-_ADAM = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+_SIGNS_REST = 0.7  # of all steps
+_BEST = "distill-best"  # part of the work folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,37 +94,31 @@ def distill(
         checkpoint_layers(student)
     judge = held_out if len(held_out) else samples
     cache = _TeacherLogits(teacher, work, options.logits_limit)
-    optimizer = _optimizer(trained, options)
-    done, best, before = _resumed(optimizer, work)
-    if done:
-        best_state = {module.name: module for module in work.load("distill-best") or ()}
-    else:
-        best = before = _judge(student, trained, cache, judge, options)
-        best_state = trained.stored(modules)
-        work.save("distill-best", list(best_state.values()))
     batches = -(-len(samples) // options.batch_size)
     steps = options.epochs * batches
+    training = Training(trained.groups(options), steps=steps)
     generator = torch.Generator().manual_seed(options.seed)
+    stands = training.resume(work)
+    if stands is None:
+        loss = _judge(student, trained, cache, judge, options)
+        stands = Standing(epochs=0, best=loss, before=loss)
+        work.save(_BEST, list(trained.stored(modules).values()))
     for epoch in range(options.epochs):
         order = torch.randperm(len(samples), generator=generator)
-        if epoch < done:
+        if epoch < stands.epochs:
             continue
         for batch, rows in enumerate(order.split(options.batch_size)):
             step = epoch * batches + batch
             progress("distill", step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * _rate(step, round(group["share"] * steps))
-            loss = _loss(student, cache, samples, "fit", rows.tolist(), options.loss)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            training.step(step, _loss(student, cache, samples, "fit", rows.tolist(), options.loss))
         error = _judge(student, trained, cache, judge, options)
-        if error < best:
-            best, best_state = error, trained.stored(modules)
-            work.save("distill-best", list(best_state.values()))
-        _save(optimizer, work, epoch + 1, best, before)
+        if error < stands.best:
+            work.save(_BEST, list(trained.stored(modules).values()))
+        stands = replace(stands, epochs=epoch + 1, best=min(error, stands.best))
+        training.save(work, stands)
     progress("distill", steps, steps)
-    return DistillResult(modules={**modules, **best_state}, before=before, after=best)
+    best = {module.name: module for module in work.load(_BEST) or ()}
+    return DistillResult(modules={**modules, **best}, before=stands.before, after=stands.best)
 
 
 def checkpoint_layers(student: Skeleton) -> None:
@@ -152,12 +144,16 @@ class _Trained:
     components: Mapping[str, nn.ModuleList]
     full: Mapping[str, tuple[TrainedTensor, Tensor]]
 
-    def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-        """(scales, latents of signs, full tensors)."""
+    def groups(self, options: DistillOptions) -> list[Group]:
+        """What is trained at one rate: scales, latents of signs, full tensors."""
         named = [pair for components in self.components.values() for pair in components.named_parameters()]
         latents = [p for name, p in named if name.endswith("latent")]
         scales = [p for name, p in named if not name.endswith("latent")]
-        return scales, latents, [tensor.theta for tensor, _ in self.full.values()]
+        return [
+            Group(parameters=scales, lr=options.lr),
+            Group(parameters=latents, lr=options.sign_lr, share=_SIGNS_REST),
+            Group(parameters=[tensor.theta for tensor, _ in self.full.values()], lr=options.full_lr),
+        ]
 
     def stored(self, modules: Mapping[str, FittedModule]) -> dict[str, FittedModule]:
         """The modules as the file would hold them now."""
@@ -230,59 +226,6 @@ def _dress_full(student: Skeleton, weights: Weights) -> dict[str, tuple[TrainedT
 def _put_over(student: Skeleton, parameter: str, module: nn.Module) -> None:
     for owner, leaf in student.owners(parameter):
         parametrize.register_parametrization(owner, leaf, module, unsafe=True)
-
-
-def _optimizer(trained: _Trained, options: DistillOptions) -> torch.optim.Optimizer:
-    rates = ((options.lr, 1.0), (options.sign_lr, _SIGNS_REST), (options.full_lr, 1.0))
-    groups = [
-        {"params": parameters, "peak_lr": lr, "share": share}
-        for parameters, (lr, share) in zip(trained.parameters(), rates, strict=True)
-        if parameters
-    ]
-    for group in groups:
-        for parameter in group["params"]:  # type: ignore[attr-defined]
-            parameter.requires_grad_(True)
-    return torch.optim.AdamW(groups, weight_decay=0.0)
-
-
-def _rate(step: int, steps: int) -> float:
-    """Share of the learning rate: linear warm-up, cosine to zero, and zero from there."""
-    if step >= steps:
-        return 0.0
-    warm = max(1, round(_WARM_UP * steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def _save(optimizer: torch.optim.Optimizer, work: WorkFolder, epochs: int, best: float, before: float) -> None:
-    """Keep where training stands after whole epochs. What was best by then is kept before this."""
-    arrays = {"progress": np.array([epochs, best, before], np.float64)}
-    for i, parameter in enumerate(_parameters(optimizer)):
-        state = optimizer.state[parameter]
-        for name, value in (("value", parameter), *((name, state[name]) for name in _ADAM)):
-            arrays[f"{name}-{i}"] = value.detach().cpu().numpy()
-    work.save_arrays("distilling", arrays)
-
-
-def _resumed(optimizer: torch.optim.Optimizer, work: WorkFolder) -> tuple[int, float, float]:
-    """Put training where `_save` left it. Returns (whole epochs, best loss, loss before); zeros where it is new."""
-    arrays = work.load_arrays("distilling")
-    if arrays is None:
-        return 0, 0.0, 0.0
-    with torch.no_grad():
-        for i, parameter in enumerate(_parameters(optimizer)):
-            parameter.copy_(torch.from_numpy(arrays[f"value-{i}"]))
-            optimizer.state[parameter] = {
-                name: torch.from_numpy(arrays[f"{name}-{i}"]).to("cpu" if name == "step" else parameter.device)
-                for name in _ADAM
-            }
-    epochs, best, before = arrays["progress"].tolist()
-    return int(epochs), best, before
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 class _TeacherLogits:
