@@ -40,8 +40,8 @@ _LARGE = """## An 8B model
 
 Files of Llama-3.1-8B's shapes with random payload (`benchmarks/make_artifact.py`): two deltas of 1.0 GB, a pair of
 checkpoints of 16.1 GB each, a `.pt` in BitDelta's layout. Behind each output stand wall time, CPU time of all threads
-and peak memory, on two cores of an AMD EPYC with a disk of 0.2 to 0.5 GB/s, which is what the verbs that read or write
-checkpoints wait for.
+and peak memory. These are of two cores of an AMD EPYC that had other work to do, with a disk of 0.2 to 0.5 GB/s: CPU
+time says more than wall time, which was about twice that of the same machine left alone.
 """
 # Small, since a process counts the memory of the one that started it as its own; and behind the queue, if there is one.
 _WATCH = """
