@@ -18,6 +18,7 @@ from peraxis_tools.rows import BaseRows, delta_rows, has_delta, row_blocks
 
 __all__ = ["compare_modules", "entry_changes"]
 
+_SMALL = 1 << 20  # bytes
 _NEEDS_BASE = "stored exactly; pass --base for its delta"
 
 
@@ -108,16 +109,22 @@ def _measure(file_a: pxd.DeltaFile, file_b: pxd.DeltaFile, name: str, base: Base
         found = moments(*parts, checked_blocks(file_a, file_b, name) if streamed else None)
         return _Measure(found, _scale(*parts), math.sqrt(found.square_distance))
     if has_delta(a) and has_delta(b) and base is not None:
-        found = _dense_moments(file_a[name], file_b[name], base)
+        found = _dense_moments(_module(file_a, name), _module(file_b, name), base)
         return _Measure(found, distance=math.sqrt(found.square_distance))
     note = _NEEDS_BASE if has_delta(a) and has_delta(b) else "has no base tensor"
-    whole_a, whole_b = (file[name] for file in (file_a, file_b))
+    whole_a, whole_b = (_module(file, name) for file in (file_a, file_b))
     if whole_a.full is None or whole_b.full is None:
         return _Measure(note=note)
     # fine-tuned minus base, twice, with the same base: the base cancels out of the distance, not out of the norms.
     covered = slice(0, min(whole_a.kept, whole_b.kept))
     full_a, full_b = (x[covered] if x.shape else x for x in (whole_a.full, whole_b.full))
     return _Measure(distance=math.sqrt(_square_difference(full_a, a.dtype, full_b, b.dtype)), note=note)
+
+
+def _module(file: pxd.DeltaFile, name: str) -> pxd.ModuleDelta:
+    """A module to look at: a small one is read, as a page of the file's map may come with megabytes beside it."""
+    begin, end = file.span(name)
+    return file.load(name) if end - begin <= _SMALL else file[name]
 
 
 def _scale(a: Sequence[Packed], b: Sequence[Packed]) -> float | None:
