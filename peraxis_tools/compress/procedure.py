@@ -192,7 +192,8 @@ class Procedure:
             return []
         if self.teacher.is_head(piece.parameter):
             return self._fit_tied(piece.parameter)
-        if not self.teacher.is_embedding(piece.parameter):
+        whole = piece.index is None and piece.rows is None
+        if not (whole and self.teacher.is_embedding(piece.parameter)):
             return []
         rows = module.shape[0]
         counts = torch.zeros(rows, dtype=torch.int64, device=self.device)
