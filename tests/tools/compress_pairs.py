@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+FEW = {"calibration_samples": 8, "sequence_length": 16, "batch_size": 3}
 WORDS = "one two red blue sun moon tree stone walks sings under over the a and".split()
 # Letters, and the space as byte-level tokenizers write it: some families insist on a byte-level BPE.
 VOCABULARY = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", "Ġ", *sorted(set("".join(WORDS)))])}
@@ -71,3 +72,9 @@ def llama_config(**changes: Any) -> Any:
         "eos_token_id": 1,
     }
     return LlamaConfig(**{**values, **changes})
+
+
+def llama_pair(folder: Path) -> tuple[Path, Path, Path]:
+    """(base, fine-tuned, text): a Llama of three layers in bfloat16."""
+    base, tuned = write_pair(folder, llama_config(), dtype=torch.bfloat16)
+    return base, tuned, write_text(folder / "text.jsonl")

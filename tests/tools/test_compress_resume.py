@@ -1,0 +1,140 @@
+"""Runs of compress that are cut short, by kill -9 or an interrupt, end in the bytes of an undisturbed one."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peraxis_tools.compress import compress
+from tests.tools.compress_pairs import FEW, llama_pair
+
+LONG = {"distill_samples": 6, "distill_epochs": 3, "generated_samples": 4, **FEW}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    return llama_pair(tmp_path_factory.mktemp("pair"))
+
+
+class Killable:
+    """A compression in a process of its own; `moment` seconds after its imports it is killed, if it still runs."""
+
+    def __init__(self, base: Path, tuned: Path, output: Path, options: dict[str, Any]) -> None:
+        self.output, self.work = output, output.with_name(output.name + ".peraxis-work")
+        self._ready = output.with_name("ready")
+        self._code = (
+            "import sys, pathlib, datasets, transformers, peraxis_tools.compress.calibrated\n"
+            "import peraxis_tools.compress.signs_numba\n"
+            f"pathlib.Path({str(self._ready)!r}).touch()\n"
+            f"peraxis_tools.compress({str(base)!r}, {str(tuned)!r}, {str(output)!r}, **{options!r})\n"
+        )
+
+    def run(self, *, moment: float = 300.0, part: str | None = None) -> float:
+        """Seconds after the imports. part: killed as soon as this is in the work folder instead."""
+        self._ready.unlink(missing_ok=True)
+        process = subprocess.Popen([sys.executable, "-c", self._code], stderr=subprocess.PIPE)
+        while not self._ready.exists() and process.poll() is None:
+            time.sleep(0.002)
+        begin = time.perf_counter()
+        while process.poll() is None and time.perf_counter() - begin < moment:
+            if part is not None and (self.work / part).exists():
+                break
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        _, said = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), said.decode()[-2000:]
+        return time.perf_counter() - begin
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0])
+def test_a_run_killed_at_five_random_moments_ends_in_the_same_bytes(
+    pair: tuple[Path, Path, Path], tmp_path: Path, seed: int
+) -> None:
+    base, tuned, text = pair
+    run = Killable(base, tuned, tmp_path / "cut.pxd", {"calibration": str(text), **LONG})
+    undisturbed = run.run()
+    whole = run.output.read_bytes()
+    draw = random.Random(seed)
+    kills = 0
+    while kills < 5:
+        run.output.unlink(missing_ok=True)
+        run.run(moment=draw.uniform(0.0, undisturbed))
+        # A resumed run may be done before its moment comes: then the next one starts afresh.
+        if run.output.exists():
+            assert run.output.read_bytes() == whole
+        else:
+            kills += 1
+    run.run()
+    assert run.output.read_bytes() == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.pxd", "ready"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_after_each_of_its_parts_goes_on_to_the_same_bytes(
+    pair: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, tuned, text = pair
+    options = {"calibration": str(text), **LONG}
+    compress(base, tuned, tmp_path / "whole.pxd", **options)
+    run = Killable(base, tuned, tmp_path / "cut.pxd", options)
+    parts = ("generated.npy", "embedding.json", "block-00000.json", "block-00001.json", "head.json", "distilling.npz")
+    for part in parts:
+        run.run(part=part)
+        assert (run.work / part).exists()
+        assert not run.output.exists()
+    compress(base, tuned, run.output, **options)
+    assert run.output.read_bytes() == (tmp_path / "whole.pxd").read_bytes()
+    assert not run.work.exists()
+
+
+def test_a_work_folder_of_other_options_is_not_continued(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, tuned, text = pair
+    compress(base, tuned, tmp_path / "plain.pxd", calibration=str(text), **FEW)
+    work = tmp_path / "delta.pxd.peraxis-work"
+    work.mkdir()
+    (work / "inputs.json").write_text('{"digest": "of another run"}')
+    (work / "embedding.json").write_text("[]")
+    compress(base, tuned, tmp_path / "delta.pxd", calibration=str(text), **FEW)
+    assert (tmp_path / "delta.pxd").read_bytes() == (tmp_path / "plain.pxd").read_bytes()
+
+
+def test_where_teacher_logits_are_kept_changes_no_byte(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, tuned, text = pair
+    files = [tmp_path / f"{limit}.pxd" for limit in (0, 4000, 1 << 20)]
+    for file in files:
+        compress(base, tuned, file, calibration=str(text), logits_limit=int(file.stem), **LONG)
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_distillation_goes_on_from_its_last_epoch_to_the_same_bytes(
+    pair: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    base, tuned, text = pair
+    options = {"calibration": str(text), "distill_sign_lr": 0.05, "distill_full_lr": 3e-3, **LONG}
+    stages: dict[str, int] = {}
+    compress(base, tuned, tmp_path / "whole.pxd", progress=lambda step, done, _: stages.update({step: done}), **options)
+    assert list(stages) == ["generate", "fit", "distill", "write"]
+    assert all(stages.values())
+    steps: list[int] = []
+
+    def interrupt(step: str, done: int, total: int) -> None:
+        if step == "distill":
+            steps.append(done)
+            if done == kept * total // 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(base, tuned, tmp_path / "cut.pxd", progress=interrupt, **options)
+    assert len(steps) > 1
+    steps.clear()
+    compress(base, tuned, tmp_path / "cut.pxd", progress=lambda step, done, _: steps.append(done), **options)
+    assert (tmp_path / "cut.pxd").read_bytes() == (tmp_path / "whole.pxd").read_bytes()
