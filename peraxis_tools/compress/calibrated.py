@@ -51,8 +51,6 @@ def calibrated_fit(
     show_plan: Callable[[Plan], None],
 ) -> RunFit:
     """Fit every module of the plan on the calibration text; with a byte target, make the plan first and show it."""
-    if fine_tuned.folder is None or options.calibration is None:
-        raise ToolError(f"{fine_tuned.tensors.label}: a fit on text needs the checkpoint's folder, with its tokenizer")
     with quiet_transformers():
         run = _open_run(base, fine_tuned, plan, output, options, progress)
         if options.has_target:

@@ -85,10 +85,6 @@ def _put(model: PreTrainedModel, name: str, weight: torch.Tensor) -> None:
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
     """The tokenizer of a checkpoint. Raises ToolError where it has none."""
-    from transformers import AutoTokenizer
+    from peraxis_tools.compress import environment
 
-    folder = _folder(source, revision)
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ToolError(f"{folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
+    return environment.load_tokenizer(_folder(source, revision))
