@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from peraxis_format import ASSET_PATH, CheckpointError, Identity, Safetensors
 from peraxis_tools.errors import ToolError
+from peraxis_tools.notes import note
 
 __all__ = ["ASSET_BYTES_MAX", "Checkpoint", "is_tokenizer_asset", "open_checkpoint"]
 
@@ -99,13 +100,20 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     if path.exists():
         folder = path if path.is_dir() else path.parent
         name = path.resolve().name if path.is_dir() else path.name
-        return Checkpoint(Safetensors.open(path), Identity(id=name, revision=revision), folder)
+        return Checkpoint(_opened(path), Identity(id=name, revision=revision), folder)
     if not _HUB_ID.fullmatch(str(source)):
         raise CheckpointError(f"{source}: no such file or folder, and not a hub id (org/name or org/name@revision)")
     hub_id, _, at = str(source).partition("@")
     folder = _download(hub_id, at or revision)
     # A snapshot's folder is named by the commit that the revision stood for.
-    return Checkpoint(Safetensors.open(folder), Identity(id=hub_id, revision=folder.name), folder)
+    return Checkpoint(_opened(folder), Identity(id=hub_id, revision=folder.name), folder)
+
+
+def _opened(path: Path) -> Safetensors:
+    tensors = Safetensors.open(path)
+    for sentence in tensors.ignored:
+        note(sentence)
+    return tensors
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

@@ -15,7 +15,8 @@ import click
 
 from peraxis_format import CheckpointError, PxdError, ShapeError, __version__
 from peraxis_tools.errors import ToolError
-from peraxis_tools.report import print_error
+from peraxis_tools.notes import LOGGER
+from peraxis_tools.report import print_error, print_notes
 
 __all__ = ["cli", "main"]
 
@@ -73,6 +74,7 @@ def _one_line(error: BaseException) -> str:
 
 def main() -> None:
     """Run the command line and exit with the code of what happened."""
+    print_notes(LOGGER)
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
     except click.exceptions.Exit as done:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import sys
 import threading
 import time
@@ -31,6 +32,7 @@ __all__ = [
     "hub_progress",
     "print_error",
     "print_note",
+    "print_notes",
     "progress",
     "show",
     "size",
@@ -114,6 +116,19 @@ def print_note(message: str, *, quiet: bool = False) -> None:
     """One line on standard error that is no error."""
     if not quiet:
         Console(stderr=True, highlight=False, soft_wrap=True).print(text(message))
+
+
+class _NoteHandler(logging.Handler):
+    """Prints each record of a logger as a note."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print_note(f"note: {record.getMessage()}")
+
+
+def print_notes(logger: logging.Logger) -> None:
+    """Print what this logger is told from now on, once each, and nowhere else."""
+    logger.handlers[:] = [_NoteHandler()]
+    logger.propagate = False
 
 
 @contextlib.contextmanager
