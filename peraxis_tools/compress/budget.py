@@ -43,6 +43,7 @@ from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.options import CompressOptions, OptionError
 from peraxis_tools.compress.plan import TABLES, Plan, PlannedModule, module_bytes
 from peraxis_tools.compress.streaming import dense_component, mean_components
+from peraxis_tools.compress.unchanged import is_unchanged
 
 __all__ = ["Choice", "allocate", "choices_of", "is_open", "module_terms", "predicted_size", "spend", "weight_errors"]
 
@@ -194,6 +195,8 @@ def module_terms(
         raise ValueError(f"{module.name} has no base")
     rows = slice(0, min(module.shape[0], module.base_shape[0]))
     left, right = base.read(module.name, rows), fine_tuned.read(module.name, rows)
+    if is_unchanged(left, right, base_dtype=module.base_dtype, dtype=module.dtype):
+        return [], np.zeros(right.shape, np.float32), 1.0
     components = mean_components(
         left, right, base_dtype=module.base_dtype, dtype=module.dtype, axis=module.axis, components=MASKS_MAX
     )

@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from peraxis_format import (
     Array,
     BaseRef,
@@ -41,12 +39,12 @@ from peraxis_tools.compress.pairing import check_pair, tied_pairs
 from peraxis_tools.compress.plan import Plan, PlannedModule, plan
 from peraxis_tools.compress.streaming import mean_components
 from peraxis_tools.compress.types import FittedModule, ModuleReport, RunFit
+from peraxis_tools.compress.unchanged import first_rows, is_unchanged, shared_rows
 from peraxis_tools.errors import ToolError
 from peraxis_tools.parallel import ordered_map
 
 __all__ = ["CompressResult", "Progress", "compress"]
 
-_COMPARED = 1 << 20  # bytes of a block
 # A tensor in work holds itself, its base, and twice that in binary32 where a second mask is fitted.
 _HELD = 4
 _AHEAD_BYTES = 512 << 20
@@ -222,13 +220,18 @@ def _module_delta(
         return _full(module, None, tuned_array), None
     base_array = base.read(module.name)
     ref = base_ref(base[module.name], base_array)
-    if _same_bytes(module, base_array, tuned_array):
-        return _delta(module, Encoding.SAME, ref), None
+    kept = shared_rows(module.shape, module.base_shape)
+    tail = tuned_array[kept:] if kept is not None and module.shape and kept < module.shape[0] else None
+    if kept is not None and is_unchanged(
+        first_rows(base_array, kept),
+        first_rows(tuned_array, kept),
+        base_dtype=module.base_dtype,
+        dtype=module.dtype,
+    ):
+        return _same(module, ref, tail), None
     if module.encoding is Encoding.FULL:
         whole = tuned_array if fitted is None or fitted.full is None else fitted.full
         return _full(module, ref, whole), None if fitted is None else fitted.report
-    kept = min(module.shape[0], module.base_shape[0])
-    tail = tuned_array[kept:] if kept < module.shape[0] else None
     components: tuple[Component, ...] = ()
     report = None
     if fitted is not None:
@@ -260,24 +263,16 @@ def base_ref(info: TensorInfo, array: Array) -> BaseRef:
     return BaseRef(dtype=info.dtype, shape=info.shape, sha256=hashlib.sha256(raw_bytes(array)).hexdigest())
 
 
-def _same_bytes(module: PlannedModule, base: Array, fine_tuned: Array) -> bool:
-    """Whether nothing changed; a difference is mostly found in the first block."""
-    if module.dtype is not module.base_dtype or base.shape != fine_tuned.shape:
-        return False
-    left, right = (np.frombuffer(raw_bytes(array), np.uint8) for array in (base, fine_tuned))
-    return all(
-        np.array_equal(left[i : i + _COMPARED], right[i : i + _COMPARED]) for i in range(0, len(left), _COMPARED)
-    )
-
-
 def _full(module: PlannedModule, ref: BaseRef | None, array: Array) -> ModuleDelta:
     return ModuleDelta(
         name=module.name, shape=module.shape, dtype=module.dtype, encoding=Encoding.FULL, base=ref, full=array
     )
 
 
-def _delta(module: PlannedModule, encoding: Encoding, ref: BaseRef) -> ModuleDelta:
-    return ModuleDelta(name=module.name, shape=module.shape, dtype=module.dtype, encoding=encoding, base=ref)
+def _same(module: PlannedModule, ref: BaseRef, tail: Array | None) -> ModuleDelta:
+    return ModuleDelta(
+        name=module.name, shape=module.shape, dtype=module.dtype, encoding=Encoding.SAME, base=ref, tail=tail
+    )
 
 
 def _plan_json(planned: Plan) -> str:
