@@ -10,35 +10,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from peraxis_format import ASSET_PATH, CheckpointError, Identity, Safetensors
+from peraxis_format import CheckpointError, Identity, Safetensors
+from peraxis_tools.assets import FolderAssets, find_assets
 from peraxis_tools.errors import ToolError
 from peraxis_tools.notes import note
 
-__all__ = ["ASSET_BYTES_MAX", "Checkpoint", "is_tokenizer_asset", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint"]
 
-ASSET_BYTES_MAX: Final = 64 << 20
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-_CONFIGS: Final = frozenset({"config.json", "generation_config.json"})
-_TOKENIZER: Final = frozenset(
-    {
-        "added_tokens.json",
-        "chat_template.json",
-        "merges.txt",
-        "preprocessor_config.json",
-        "special_tokens_map.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.json",
-        "vocab.txt",
-    }
-)
-_TOKENIZER_SUFFIXES: Final = (".jinja", ".model", ".tiktoken")
 _HUB_PATTERNS: Final = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
-
-
-def is_tokenizer_asset(name: str) -> bool:
-    """Whether a file of a checkpoint's folder belongs to its tokenizer."""
-    return name in _TOKENIZER or name.endswith(_TOKENIZER_SUFFIXES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +34,14 @@ class Checkpoint:
     folder: Path | None
 
     def assets(self) -> Iterator[tuple[str, bytes]]:
-        """Configuration, tokenizer and chat template: name and bytes, in name order (SPEC 3.12)."""
-        for path in sorted(self.folder.iterdir()) if self.folder is not None else ():
-            wanted = path.name in _CONFIGS or is_tokenizer_asset(path.name)
-            if not wanted or not path.is_file() or not ASSET_PATH.fullmatch(path.name):
-                continue
-            size = path.stat().st_size
-            if size > ASSET_BYTES_MAX:
-                raise ToolError(f"{path}: {size} bytes is too much for an asset; move it out of the folder")
-            if size:
-                yield path.name, path.read_bytes()
+        """Configuration, tokenizer, processor and chat templates: path and bytes, in path order (SPEC 3.12)."""
+        found = self.folder_assets()
+        for path in found.carried:
+            yield path, found.read(path)
+
+    def folder_assets(self) -> FolderAssets:
+        """Which files of the folder a delta carries, and which it leaves behind."""
+        return FolderAssets(folder=Path()) if self.folder is None else find_assets(self.folder)
 
     def config(self) -> dict[str, Any]:
         """The parsed config.json. Raises ToolError where there is none."""

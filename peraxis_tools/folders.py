@@ -35,7 +35,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.iterdir():
+        for file in (path for path in temporary.rglob("*") if path.is_file()):
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
         old = path.with_name(f".{path.name}.{token}.old")

@@ -32,6 +32,7 @@ from peraxis_format import (
     raw_bytes,
 )
 from peraxis_format import open as open_delta
+from peraxis_tools.assets import LEFT_BEHIND, listed
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.budget import is_open, spend, weight_errors
 from peraxis_tools.compress.options import CompressOptions, OptionError
@@ -41,6 +42,7 @@ from peraxis_tools.compress.streaming import mean_components
 from peraxis_tools.compress.types import FittedModule, ModuleReport, RunFit
 from peraxis_tools.compress.unchanged import first_rows, is_unchanged, shared_rows
 from peraxis_tools.errors import ToolError
+from peraxis_tools.notes import note
 from peraxis_tools.parallel import ordered_map
 
 __all__ = ["CompressResult", "Progress", "compress"]
@@ -106,6 +108,9 @@ def compress(
         open_checkpoint(fine_tuned, revision=fine_tuned_revision) as tuned_checkpoint,
     ):
         check_pair(base_checkpoint, tuned_checkpoint)
+        left = tuned_checkpoint.folder_assets().left
+        if left:
+            note(f"{tuned_checkpoint.tensors.label}: not carried by a .pxd: {listed(left)}")
         planned = plan(
             fine_tuned={info.name: info for info in tuned_checkpoint.tensors.infos()},
             base={info.name: info for info in base_checkpoint.tensors.infos()},
@@ -178,8 +183,11 @@ def _write(
             writer.tie(name, alias)
         for name in planned.dropped:
             writer.drop(name)
-        for path, data in fine_tuned.assets():
-            writer.add_asset(path, data)
+        assets = fine_tuned.folder_assets()
+        for path in assets.carried:
+            writer.add_asset(path, assets.read(path))
+        if assets.left:
+            writer.metadata[LEFT_BEHIND] = "".join(f"{path}\n" for path in assets.left)
         writer.metadata["peraxis.config"] = options.canonical_json()
         writer.metadata["peraxis.plan"] = _plan_json(planned)
         if reports:
