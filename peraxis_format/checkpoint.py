@@ -11,8 +11,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -89,6 +90,18 @@ class Safetensors:
     def size(self) -> int:
         """Bytes of all tensors."""
         return sum(info.size for info in self._tensors.values())
+
+    def renamed(self, names: Mapping[str, str]) -> Safetensors:
+        """The same tensors, those in `names` under their new names; closed with this one.
+
+        Raises CheckpointError where two tensors would have one name.
+        """
+        other = copy(self)
+        infos = [replace(info, name=names.get(name, name)) for name, info in self._tensors.items()]
+        other._tensors = {info.name: info for info in sorted(infos, key=lambda info: info.name)}
+        if len(other._tensors) != len(self._tensors):
+            raise CheckpointError(f"{self.label}: two tensors would have one name")
+        return other
 
     def read(self, name: str, rows: slice | None = None) -> Array:
         """Read a tensor, or a range of its first dimension, into an array of its own.

@@ -27,6 +27,7 @@ from peraxis_format import (
     Encoding,
     ModuleDelta,
     Safetensors,
+    ShapeError,
     TensorInfo,
     canonical_json,
     raw_bytes,
@@ -35,8 +36,9 @@ from peraxis_format import open as open_delta
 from peraxis_tools.assets import LEFT_BEHIND, listed
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.budget import is_open, spend, weight_errors
+from peraxis_tools.compress.finite import check_finite, check_pair_finite
 from peraxis_tools.compress.options import CompressOptions, OptionError
-from peraxis_tools.compress.pairing import check_pair, tied_pairs
+from peraxis_tools.compress.pairing import check_pair, check_saving, named_as_base, tied_pairs
 from peraxis_tools.compress.plan import Plan, PlannedModule, plan
 from peraxis_tools.compress.streaming import mean_components
 from peraxis_tools.compress.types import FittedModule, ModuleReport, RunFit
@@ -84,6 +86,7 @@ def compress(
     base_revision: str | None = None,
     fine_tuned_revision: str | None = None,
     overwrite: bool = False,
+    force: bool = False,
     progress: Progress | None = None,
     show_plan: Callable[[Plan], None] | None = None,
     **choices: Any,
@@ -91,7 +94,8 @@ def compress(
     """Compress a fine-tuned checkpoint against its base into `output`.
 
     base, fine_tuned: folder, safetensors file or hub id. choices: single options by name, in place of `options`
-    (compress(..., calibration="c4", bits=2)). show_plan is called with the plan before any work.
+    (compress(..., calibration="c4", bits=2)). force: write a delta that saves little, too. show_plan is called with the
+    plan before any work.
     Raises ToolError (OptionError, CheckpointError) before work starts where the pair or the options do not fit.
     """
     if options is not None and choices:
@@ -105,8 +109,9 @@ def compress(
         raise ToolError(f"{output.parent}: no such folder; make it first")
     with (
         open_checkpoint(base, revision=base_revision) as base_checkpoint,
-        open_checkpoint(fine_tuned, revision=fine_tuned_revision) as tuned_checkpoint,
+        open_checkpoint(fine_tuned, revision=fine_tuned_revision) as opened,
     ):
+        tuned_checkpoint = named_as_base(base_checkpoint, opened)
         check_pair(base_checkpoint, tuned_checkpoint)
         left = tuned_checkpoint.folder_assets().left
         if left:
@@ -117,6 +122,10 @@ def compress(
             options=options,
             tied=tied_pairs(tuned_checkpoint.tensors),
         )
+        if not options.has_target:
+            check_saving(planned, base_checkpoint, tuned_checkpoint, force=force)
+        if options.has_target or options.resolved_fit != "none":
+            check_pair_finite(planned.modules, base_checkpoint.tensors, tuned_checkpoint.tensors, step)
         if options.has_target and options.resolved_fit == "none":
             errors = {
                 module.name: weight_errors(module, base_checkpoint.tensors, tuned_checkpoint.tensors)
@@ -245,14 +254,18 @@ def _module_delta(
     if fitted is not None:
         components, report = fitted.components, fitted.report
     elif module.encoding is Encoding.SIGN:
-        components = mean_components(
-            base_array[:kept],
-            tuned_array[:kept],
-            base_dtype=module.base_dtype,
-            dtype=module.dtype,
-            axis=module.axis,
-            components=module.components,
-        )
+        try:
+            components = mean_components(
+                base_array[:kept],
+                tuned_array[:kept],
+                base_dtype=module.base_dtype,
+                dtype=module.dtype,
+                axis=module.axis,
+                components=module.components,
+            )
+        except ShapeError:  # scales that are no numbers; the tensor and the index say more
+            check_finite(module, base_array, tuned_array, base.label, fine_tuned.label)
+            raise
     encoding = Encoding.SIGN if components else Encoding.SAME
     delta = ModuleDelta(
         name=module.name,
