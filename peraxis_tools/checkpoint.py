@@ -15,7 +15,7 @@ from peraxis_tools.assets import FolderAssets, find_assets
 from peraxis_tools.errors import ToolError
 from peraxis_tools.notes import note
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint", "parse_identity"]
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _HUB_PATTERNS: Final = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
@@ -77,14 +77,29 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     path = Path(source)
     if path.exists():
         folder = path if path.is_dir() else path.parent
-        name = path.resolve().name if path.is_dir() else path.name
-        return Checkpoint(_opened(path), Identity(id=name, revision=revision), folder)
+        return Checkpoint(_opened(path), _identity(path, folder, revision), folder)
     if not _HUB_ID.fullmatch(str(source)):
         raise CheckpointError(f"{source}: no such file or folder, and not a hub id (org/name or org/name@revision)")
     hub_id, _, at = str(source).partition("@")
     folder = _download(hub_id, at or revision)
     # A snapshot's folder is named by the commit that the revision stood for.
     return Checkpoint(_opened(folder), Identity(id=hub_id, revision=folder.name), folder)
+
+
+def parse_identity(text: str) -> Identity:
+    """`org/name` or `org/name@revision`. Raises ToolError for anything else."""
+    if not _HUB_ID.fullmatch(text):
+        raise ToolError(f"{text}: not a hub id; pass org/name or org/name@revision")
+    hub_id, _, revision = text.partition("@")
+    return Identity(id=hub_id, revision=revision or None)
+
+
+def _identity(path: Path, folder: Path, revision: str | None) -> Identity:
+    """The hub id and commit of a snapshot in the hub's cache; else the name of the folder or file."""
+    *_, repository, snapshots, commit = ("", "", "", *folder.absolute().parts)
+    if snapshots == "snapshots" and repository.startswith("models--"):
+        return Identity(id=repository.removeprefix("models--").replace("--", "/", 1), revision=commit)
+    return Identity(id=path.resolve().name if path.is_dir() else path.name, revision=revision)
 
 
 def _opened(path: Path) -> Safetensors:

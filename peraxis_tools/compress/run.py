@@ -15,7 +15,7 @@ import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from peraxis_format import (
 )
 from peraxis_format import open as open_delta
 from peraxis_tools.assets import LEFT_BEHIND, listed
-from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.checkpoint import Checkpoint, open_checkpoint, parse_identity
 from peraxis_tools.compress.budget import is_open, spend, weight_errors
 from peraxis_tools.compress.finite import check_finite, check_pair_finite
 from peraxis_tools.compress.options import CompressOptions, OptionError
@@ -85,6 +85,7 @@ def compress(
     options: CompressOptions | None = None,
     base_revision: str | None = None,
     fine_tuned_revision: str | None = None,
+    base_id: str | None = None,
     overwrite: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -93,9 +94,9 @@ def compress(
 ) -> CompressResult:
     """Compress a fine-tuned checkpoint against its base into `output`.
 
-    base, fine_tuned: folder, safetensors file or hub id. choices: single options by name, in place of `options`
-    (compress(..., calibration="c4", bits=2)). force: write a delta that saves little, too. show_plan is called with the
-    plan before any work.
+    base, fine_tuned: folder, safetensors file or hub id. base_id: the hub id of a base that is a folder. choices:
+    single options by name, in place of `options` (compress(..., calibration="c4", bits=2)). force: write a delta that
+    saves little, too. show_plan is called with the plan before any work.
     Raises ToolError (OptionError, CheckpointError) before work starts where the pair or the options do not fit.
     """
     if options is not None and choices:
@@ -108,31 +109,11 @@ def compress(
     if not output.parent.is_dir():
         raise ToolError(f"{output.parent}: no such folder; make it first")
     with (
-        open_checkpoint(base, revision=base_revision) as base_checkpoint,
+        open_checkpoint(base, revision=base_revision) as opened_base,
         open_checkpoint(fine_tuned, revision=fine_tuned_revision) as opened,
     ):
-        tuned_checkpoint = named_as_base(base_checkpoint, opened)
-        check_pair(base_checkpoint, tuned_checkpoint)
-        left = tuned_checkpoint.folder_assets().left
-        if left:
-            note(f"{tuned_checkpoint.tensors.label}: not carried by a .pxd: {listed(left)}")
-        planned = plan(
-            fine_tuned={info.name: info for info in tuned_checkpoint.tensors.infos()},
-            base={info.name: info for info in base_checkpoint.tensors.infos()},
-            options=options,
-            tied=tied_pairs(tuned_checkpoint.tensors),
-        )
-        if not options.has_target:
-            check_saving(planned, base_checkpoint, tuned_checkpoint, force=force)
-        if options.has_target or options.resolved_fit != "none":
-            check_pair_finite(planned.modules, base_checkpoint.tensors, tuned_checkpoint.tensors, step)
-        if options.has_target and options.resolved_fit == "none":
-            errors = {
-                module.name: weight_errors(module, base_checkpoint.tensors, tuned_checkpoint.tensors)
-                for module in planned.modules
-                if is_open(module, options)
-            }
-            planned = spend(planned, errors, tuned_checkpoint, options)
+        base_checkpoint, tuned_checkpoint = _matched(opened_base, opened, base_id)
+        planned = _planned(base_checkpoint, tuned_checkpoint, options, step, force=force)
         if show_plan is not None and not (options.has_target and options.resolved_fit != "none"):
             show_plan(planned)
         if options.resolved_fit == "none" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -151,6 +132,42 @@ def compress(
     if fit.work is not None and fit.leader:
         shutil.rmtree(fit.work, ignore_errors=True)
     return _result(output, fit, options)
+
+
+def _matched(base: Checkpoint, fine_tuned: Checkpoint, base_id: str | None) -> tuple[Checkpoint, Checkpoint]:
+    """The pair, held to be one: under the base's names, the base under its hub id. Says what is left behind."""
+    if base_id is not None:
+        base = replace(base, identity=parse_identity(base_id))
+    fine_tuned = named_as_base(base, fine_tuned)
+    check_pair(base, fine_tuned)
+    left = fine_tuned.folder_assets().left
+    if left:
+        note(f"{fine_tuned.tensors.label}: not carried by a .pxd: {listed(left)}")
+    return base, fine_tuned
+
+
+def _planned(
+    base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, progress: Progress, *, force: bool
+) -> Plan:
+    """The plan, with the target spent where no fit does it later. Reads the pair's weights where a fit will."""
+    planned = plan(
+        fine_tuned={info.name: info for info in fine_tuned.tensors.infos()},
+        base={info.name: info for info in base.tensors.infos()},
+        options=options,
+        tied=tied_pairs(fine_tuned.tensors),
+    )
+    if not options.has_target:
+        check_saving(planned, base, fine_tuned, force=force)
+    if options.has_target or options.resolved_fit != "none":
+        check_pair_finite(planned.modules, base.tensors, fine_tuned.tensors, progress)
+    if not options.has_target or options.resolved_fit != "none":
+        return planned
+    errors = {
+        module.name: weight_errors(module, base.tensors, fine_tuned.tensors)
+        for module in planned.modules
+        if is_open(module, options)
+    }
+    return spend(planned, errors, fine_tuned, options)
 
 
 def _no_progress(step: str, done: int, total: int) -> None:

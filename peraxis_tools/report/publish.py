@@ -16,5 +16,8 @@ def render_publish(result: PublishResult, console: Console) -> None:
         console.print(f"[bold yellow]not uploaded[/] (dry run)  {text(result.folder)}")
     else:
         console.print(f"[bold green]published[/]  {text(result.url)}")
-    console.print(f"content  {text(result.content_id)}")
+    for delta in result.deltas:
+        console.print(f"content  {text(delta.content_id)}  {text(delta.file)}")
     console.print(f"files    {text(', '.join(result.files))}")
+    if result.missing:
+        console.print(f"missing  {', '.join(result.missing)} in the card; --license and --card-from give them")
