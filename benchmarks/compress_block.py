@@ -21,8 +21,8 @@ from typing import Any, Final
 import torch
 from harness import Benchmark, Timing
 
-from peraxis_tools.compress.fit import FitOptions, Matrix, fit_matrices
-from peraxis_tools.compress.statistics import Moments, Statistics
+from peraxis_tools.compress.fit.fit import FitOptions, Matrix, fit_matrices
+from peraxis_tools.compress.fit.moments.sums import Moments, Statistics
 
 __all__ = ["SHAPES", "Block", "one_block"]
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 import peraxis_format as pf
 from peraxis_format.manifest import ComponentEntry, ModuleEntry
-from peraxis_format.torch import engine
-from peraxis_format.torch.image import Field, Packed
-from peraxis_format.torch.storage import TORCH_DTYPES, storage_array
-from peraxis_format.torch.terms import rebuild, terms_of
+from peraxis_format.ops.rebuild.torch import rebuild, terms_of
+from peraxis_format.ops.tensors import TORCH_DTYPES, storage_array
+from peraxis_format.torch.swap import engine
+from peraxis_format.torch.swap.transfer_plan import Field, Packed
 from tests.loader.test_fast import module_of, random_component, random_weights
 
-kernels = pytest.importorskip("peraxis_format.torch.kernels", reason="triton is not installed")
+kernels = pytest.importorskip("peraxis_format.ops.rebuild.triton", reason="triton is not installed")
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,10 +92,10 @@ def test_every_bf16_weight_is_rounded_as_the_reference_rounds_it() -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_plain_torch_rebuilds_the_reference_bits_too(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """terms.py is what serving kernels are held to; it is itself held to the format's reference."""
+    """rebuild/torch.py is what serving kernels are held to; it is itself held to the format's reference."""
     if compiled:
         pytest.importorskip("numba")
-        monkeypatch.setattr("peraxis_format.torch.terms._COMPILED_FROM", 0)
+        monkeypatch.setattr("peraxis_format.ops.rebuild.torch._COMPILED_FROM", 0)
     rng = np.random.default_rng(2)
     for shape in ((5, 7), (33, 130)):
         base = (rng.normal(size=shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)

@@ -12,10 +12,10 @@ import transformers
 
 import peraxis_format as pxd
 from peraxis_tools.compress import CompressOptions, compress
-from peraxis_tools.compress.distill import checkpoint_layers
-from peraxis_tools.compress.names import map_names
-from peraxis_tools.compress.observe import Call, Observer
-from peraxis_tools.compress.skeleton import Skeleton
+from peraxis_tools.compress.distill.distill import checkpoint_layers
+from peraxis_tools.compress.fit.moments.recorder import Call, Observer
+from peraxis_tools.compress.model.layerwise_model import Skeleton
+from peraxis_tools.compress.model.names import map_names
 from tests.tools.compress_pairs import VOCABULARY, write_pair, write_text
 
 COMMON = {

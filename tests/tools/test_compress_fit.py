@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import peraxis_format as pxd
 from peraxis_format import Axis
-from peraxis_tools.compress import signs as signs_module
-from peraxis_tools.compress.fit import (
+from peraxis_tools.compress.fit import signs as signs_module
+from peraxis_tools.compress.fit.fit import (
     FitOptions,
     FittedMatrix,
     Matrix,
@@ -26,12 +26,12 @@ from peraxis_tools.compress.fit import (
     metric_of,
     quadratic,
 )
-from peraxis_tools.compress.kernels import matrix_sums
-from peraxis_tools.compress.modules import apply_components, components_of
-from peraxis_tools.compress.scales import fit_scales, start_term
-from peraxis_tools.compress.signs import Magnitude, descend, feedback, inverse_factor
-from peraxis_tools.compress.statistics import Judge, Moments, Statistics, grid_of
-from peraxis_tools.compress.streaming import dense_component, mean_components
+from peraxis_tools.compress.fit.mean import dense_component, mean_components
+from peraxis_tools.compress.fit.moments.sums import Judge, Moments, Statistics, grid_of
+from peraxis_tools.compress.fit.scales import fit_scales, start_term
+from peraxis_tools.compress.fit.signs import Magnitude, descend, feedback, inverse_factor
+from peraxis_tools.compress.model.components import apply_components, components_of
+from peraxis_tools.ops.delta_sums.numpy import matrix_sums
 
 AXES = (Axis.ROW, Axis.COL, Axis.ROW_COL, Axis.TENSOR)
 

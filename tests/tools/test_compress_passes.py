@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers
 
-from peraxis_tools.compress.observe import Call, Watch, discover
-from peraxis_tools.compress.passes import Kept, Repeated, Waiting
-from peraxis_tools.compress.skeleton import Skeleton
-from peraxis_tools.compress.stages import stages_of
+from peraxis_tools.compress.fit.moments.passes import Kept, Repeated, Waiting
+from peraxis_tools.compress.fit.moments.recorder import Call, Watch, discover
+from peraxis_tools.compress.fit.moments.stages import stages_of
+from peraxis_tools.compress.model.layerwise_model import Skeleton
 from tests.tools.compress_pairs import llama_config
 
 Runs = Callable[[Callable[[Call], None]], torch.Tensor]

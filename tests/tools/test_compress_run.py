@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import peraxis_format as pxd
 from peraxis_tools import apply
 from peraxis_tools.compress import CompressOptions, OptionError, compress
-from peraxis_tools.compress.calibration import load_samples, partition
-from peraxis_tools.compress.procedure import Procedure
+from peraxis_tools.compress.calibration.text import load_samples, partition
+from peraxis_tools.compress.fit.layerwise import Procedure
 from peraxis_tools.errors import ToolError
 from peraxis_tools.evaluate import evaluate
 from tests.tools.compress_pairs import FEW, llama_config, llama_pair, write_pair, write_text

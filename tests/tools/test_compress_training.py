@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peraxis_tools.compress.training import Group, Standing, Training
-from peraxis_tools.compress.workfolder import WorkFolder
+from peraxis_tools.compress.distill.training import Group, Standing, Training
+from peraxis_tools.compress.run.work_folder import WorkFolder
 
 STEPS = 20
 

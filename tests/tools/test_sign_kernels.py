@@ -14,7 +14,7 @@ import json, re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from peraxis_tools.compress import signs_triton as s
+from peraxis_tools.ops.sign_search import triton as s
 
 def compiled(kernel, arrays, **constants):
     signature = {**arrays, "d_out": "i32", **{name: "constexpr" for name in constants}}
