@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from harness import Benchmark, arguments, timed, timed_together
 
-from peraxis_format import Array, Axis, Component, DType, fast, pack_signs
+from peraxis_format import Array, Axis, Component, DType, pack_signs
+from peraxis_format.ops.rebuild import numba as fast
 
 APPLY_OF_COPY, PAIR_OF_COPY, APPLY_OVER_PLAIN = 0.6, 0.4, 10.0
 PAIR = "signs and sums of a pair"

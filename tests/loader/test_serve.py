@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def test_merged_weights_are_multiplied_block_by_block(
     backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of a fused weight, of which one part is exact, one has terms, and one is the base's."""
-    monkeypatch.setattr("peraxis_format.torch.serve.linear._BLOCK", 100)
+    monkeypatch.setattr(importlib.import_module("peraxis_format.torch.serve.linear"), "_BLOCK", 100)
     model = One(40, 24, torch.bfloat16, bias=True)
     parts = {"a": (0, 10), "b": (10, 13), "c": (13, 24)}
     base = {name: model.linear.weight.detach()[first:last].clone() for name, (first, last) in parts.items()}
