@@ -65,7 +65,7 @@ def plain_apply(base: torch.Tensor, component: Component) -> Callable[[], torch.
 
 
 def plain_pair(base: torch.Tensor, tuned: torch.Tensor) -> Callable[[], object]:
-    """Signs packed, means along rows and columns, in torch."""
+    """Signs slice_, means along rows and columns, in torch."""
     weights = (1 << torch.arange(8)).to(torch.uint8)
 
     def run() -> object:

@@ -8,7 +8,7 @@ serve           many variants of one model, in one batch, over one base
 from peraxis_format.errors import DeviceError, LiveModelError
 from peraxis_format.torch.place.finder import FUSED
 from peraxis_format.torch.place.placement import place
-from peraxis_format.torch.place.shards import Part, Shard, chunk, whole
+from peraxis_format.torch.place.shards import Shard, ShardView, chunk, whole
 from peraxis_format.torch.serve.api import Served, serve
 from peraxis_format.torch.swap.apply import Applied, apply_
 from peraxis_format.torch.swap.reports import Swap, SwapError, Variant
@@ -19,7 +19,7 @@ __all__ = [
     "Applied",
     "DeviceError",
     "LiveModelError",
-    "Part",
+    "ShardView",
     "Served",
     "Shard",
     "Swap",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import peraxis_format as pf
-from peraxis_format.ops.rebuild.torch import Term, rebuild, terms_of
+from peraxis_format.ops.rebuild.torch import ComponentFactors, factors_of, rebuild
 from peraxis_format.ops.tensors import dtype_of
 from peraxis_format.torch.serve.rows import Rows
 from tests.loader.support import random_component
@@ -24,7 +24,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 
 
-def serving_table(variants: Sequence[Sequence[Term]]) -> tuple[Tensor, int]:
+def serving_table(variants: Sequence[Sequence[ComponentFactors]]) -> tuple[Tensor, int]:
     """terms of signed_matmul/triton.py, and TERMS."""
     most = max(len(terms) for terms in variants)
     table = torch.zeros(len(variants), most, 3, dtype=torch.int64)
@@ -45,7 +45,7 @@ class Batched:
         self.variants = []
         for axes in ((pf.Axis.ROW,), (pf.Axis.ROW, pf.Axis.COL, pf.Axis.TENSOR), (pf.Axis.ROW_COL, pf.Axis.ROW)):
             components = tuple(random_component(rng, axis, shape, 0.1) for axis in axes)
-            self.variants.append(terms_of(module_of(components, shape, kind, kind), DEVICE)[0])
+            self.variants.append(factors_of(module_of(components, shape, kind, kind), DEVICE)[0])
         self.table, self.most = serving_table(self.variants)
         self.ids = [int(v) for v in rng.integers(-1 if base else 0, 3, rows)]
         self.x = torch.randn(rows, d_in).to(dtype).to(DEVICE)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peraxis_format.torch import DeviceError, VariantSwitch, device
 from peraxis_format.torch.device import HostDevice
-from peraxis_format.torch.place.shards import Part, Placement, copy_aside
+from peraxis_format.torch.place.shards import Placement, ShardView, copy_aside
 from peraxis_format.torch.serve.api import serve
 from peraxis_format.torch.swap import registry
 from tests.loader.support import Small, named_tensors, write_delta
@@ -88,7 +88,7 @@ def test_the_base_is_kept_on_the_device_where_there_is_room(
     monkeypatch.setattr(HostDevice, "free_memory", lambda _: free)
     asked: list[bool] = []
 
-    def copied(placement: Placement, *, pinned: bool) -> dict[Part, Tensor]:
+    def copied(placement: Placement, *, pinned: bool) -> dict[ShardView, Tensor]:
         asked.append(pinned)
         return copy_aside(placement)
 

@@ -33,11 +33,11 @@ out = {}
 for masks in (1, 4):
     for width in (s.COLUMNS, 92):
         tile = dict(WIDTH=width, MASKS=masks, ROWS_=s.ROWS, COLUMNS_=s.COLUMNS)
-        out[f"feedback {masks} {width}"] = compiled(
-            s.feedback_kernel, {**floats("work", "near", "rows", "cols", "errors"), "signs": "*u8"}, **tile
+        out[f"gptq_signs {masks} {width}"] = compiled(
+            s.gptq_signs_kernel, {**floats("work", "block", "rows", "cols", "errors"), "signs": "*u8"}, **tile
         )
-        out[f"descend {masks} {width}"] = compiled(
-            s.descend_kernel, floats("gradient", "near", "values", "change"), **tile
+        out[f"coordinate_descent {masks} {width}"] = compiled(
+            s.coordinate_descent_kernel, floats("gradient", "block", "values", "change"), **tile
         )
 print(json.dumps({name: len(re.findall(r"(?:ld|st)\\.local", ptx)) for name, ptx in out.items()}))
 """

@@ -21,7 +21,16 @@ from peraxis_format.delta import Component, ModuleDelta
 from peraxis_format.ops.rebuild.numpy import have_compiled
 from peraxis_format.ops.tensors import dtype_of, storage_array
 
-__all__ = ["Scratch", "Term", "add_projections", "is_quick", "project", "rebuild", "rebuild_rows", "terms_of"]
+__all__ = [
+    "Scratch",
+    "ComponentFactors",
+    "add_projections",
+    "is_quick",
+    "project",
+    "rebuild",
+    "rebuild_rows",
+    "factors_of",
+]
 
 _BLOCK = 1 << 22  # weights that are unpacked at a time
 _COMPILED_FROM = 1 << 18
@@ -29,7 +38,7 @@ _THREADED_FROM = 1 << 22
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Term:
+class ComponentFactors:
     """One component of a matrix. mask: uint8 [d_out, ceil(d_in/8)]. row: float32 [d_out], with 2^e. col: [d_in].
 
     plain: col is all ones.
@@ -50,9 +59,9 @@ class Term:
         """The term of some rows, float32 [rows, d_in]."""
         return self.signs(rows) * (self.row[rows].unsqueeze(-1) * self.col)
 
-    def part(self, rows: slice) -> Term:
+    def part(self, rows: slice) -> ComponentFactors:
         """Some rows as a term of their own, in the same memory."""
-        return Term(self.mask[rows], self.row[rows], self.col, self.plain)
+        return ComponentFactors(self.mask[rows], self.row[rows], self.col, self.plain)
 
 
 class Scratch(threading.local):
@@ -69,7 +78,7 @@ class Scratch(threading.local):
         return self._buffer[:size].view(like.dtype).view(rows, like.shape[1])
 
 
-def terms_of(module: ModuleDelta, device: torch.device) -> list[list[Term]]:
+def factors_of(module: ModuleDelta, device: torch.device) -> list[list[ComponentFactors]]:
     """The components of a `sign` module: one list for each batch element (one, for a matrix)."""
     d_out, d_in = module.shape[-2:]
     batch = 1
@@ -78,7 +87,7 @@ def terms_of(module: ModuleDelta, device: torch.device) -> list[list[Term]]:
     return [[_term(component, e, batch, d_out, d_in, device) for component in module.components] for e in range(batch)]
 
 
-def _term(component: Component, e: int, batch: int, d_out: int, d_in: int, device: torch.device) -> Term:
+def _term(component: Component, e: int, batch: int, d_out: int, d_in: int, device: torch.device) -> ComponentFactors:
     row = torch.full((d_out,), 2.0**component.exponent)
     if component.row is not None:
         row = row * torch.from_numpy(component.row.reshape(batch, d_out)[e].copy()).float()
@@ -88,7 +97,7 @@ def _term(component: Component, e: int, batch: int, d_out: int, d_in: int, devic
     if component.col is not None:
         col = torch.from_numpy(component.col.reshape(batch, d_in)[e].copy()).float()
     mask = torch.from_numpy(component.mask.reshape(batch, d_out, -1)[e].copy())
-    return Term(mask.to(device), row.to(device), col.to(device), component.col is None)
+    return ComponentFactors(mask.to(device), row.to(device), col.to(device), component.col is None)
 
 
 def _blocks(d_out: int, d_in: int) -> list[slice]:
@@ -101,7 +110,9 @@ def is_quick(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.numel() >= _COMPILED_FROM and have_compiled()
 
 
-def rebuild(weight: Tensor, terms: Sequence[Term], *, out: Tensor | None = None, quick: bool | None = None) -> Tensor:
+def rebuild(
+    weight: Tensor, terms: Sequence[ComponentFactors], *, out: Tensor | None = None, quick: bool | None = None
+) -> Tensor:
     """The merged weight [d_out, d_in], bit for bit (SPEC 6.1). out: where to, contiguous. quick: see is_quick."""
     if out is None:
         out = torch.empty_like(weight, memory_format=torch.contiguous_format)
@@ -123,7 +134,7 @@ def rebuild(weight: Tensor, terms: Sequence[Term], *, out: Tensor | None = None,
     return out
 
 
-def rebuild_rows(weight: Tensor, terms: Sequence[Term], rows: slice | Tensor) -> Tensor:
+def rebuild_rows(weight: Tensor, terms: Sequence[ComponentFactors], rows: slice | Tensor) -> Tensor:
     """Some rows of the merged weight."""
     total = weight[rows].float()
     for term in terms:
@@ -131,7 +142,7 @@ def rebuild_rows(weight: Tensor, terms: Sequence[Term], rows: slice | Tensor) ->
     return total.to(weight.dtype)
 
 
-def project(x: Tensor, terms: Sequence[Term]) -> Tensor:
+def project(x: Tensor, terms: Sequence[ComponentFactors]) -> Tensor:
     """x: [rows, d_in]. Returns float32 [rows, d_out]."""
     wide = x.float()
     out = torch.zeros(len(x), len(terms[0].row), device=x.device)
@@ -142,7 +153,7 @@ def project(x: Tensor, terms: Sequence[Term]) -> Tensor:
     return out
 
 
-def add_projections(products: Sequence[tuple[Tensor, Sequence[Term], Tensor]], *, quick: bool) -> None:
+def add_projections(products: Sequence[tuple[Tensor, Sequence[ComponentFactors], Tensor]], *, quick: bool) -> None:
     """out += project(x, terms) for each (x, terms, out), out float32 [rows, d_out]. quick: see is_quick."""
     if not quick:
         for x, terms, out in products:

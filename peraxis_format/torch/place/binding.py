@@ -21,7 +21,7 @@ from peraxis_format.errors import LiveModelError, PxdError
 from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.ops.tensors import as_bytes, storage_array
 from peraxis_format.torch.place.digests import digests
-from peraxis_format.torch.place.shards import Box, Part, Placement, whole
+from peraxis_format.torch.place.shards import Box, Placement, ShardView, whole
 from peraxis_format.torch.ring import Ring
 
 __all__ = ["agree", "check_live", "is_sharded", "rank_and_count", "sharded_anywhere"]
@@ -144,7 +144,7 @@ def _volume(box: Box) -> int:
     return math.prod(end - begin for begin, end in box)
 
 
-def _assembled(entry: ModuleEntry, messages: Sequence[_Message], mine: Part, group: Any) -> str:
+def _assembled(entry: ModuleEntry, messages: Sequence[_Message], mine: ShardView, group: Any) -> str:
     """The hex digest of the whole tensor, from the pieces of all ranks."""
     rank = torch.distributed.get_rank(group)
     full = np.empty(entry.shape, entry.dtype.storage)

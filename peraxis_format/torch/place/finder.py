@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peraxis_format.errors import LiveModelError
 from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.torch.place.renamed import checkpoint_views
-from peraxis_format.torch.place.shards import Box, Part, Shard, Target, Views, chunk, whole
+from peraxis_format.torch.place.shards import Box, Shard, ShardView, Target, Views, chunk, whole
 
 __all__ = ["FUSED", "Finder"]
 
@@ -47,18 +47,18 @@ class Finder:
             finder.renamed.update(checkpoint_views(target))
         return finder
 
-    def find(self, name: str, entry: ModuleEntry) -> list[Part]:
+    def find(self, name: str, entry: ModuleEntry) -> list[ShardView]:
         """The parts of a checkpoint tensor; none where the model lacks it."""
         if name in self.views:
             given = self.views[name]
             if isinstance(given, Tensor):
-                return [Part(whole(entry.shape), given)]
-            return [given] if isinstance(given, Part) else list(given)
+                return [ShardView(whole(entry.shape), given)]
+            return [given] if isinstance(given, ShardView) else list(given)
         if name in self.live:
             return [_local(self.live[name], self._box(name, entry), name)]
         found = list(self._rows(name, entry))
         if not found and name in self.renamed:
-            found = [Part(whole(entry.shape), self.renamed[name])]
+            found = [ShardView(whole(entry.shape), self.renamed[name])]
         return found
 
     def _box(self, name: str, entry: ModuleEntry) -> Box:
@@ -69,7 +69,7 @@ class Finder:
         cut = chunk(box[shard.dim], shard.index, shard.count)
         return (*box[: shard.dim], cut, *box[shard.dim + 1 :])
 
-    def _rows(self, name: str, entry: ModuleEntry) -> Iterator[Part]:
+    def _rows(self, name: str, entry: ModuleEntry) -> Iterator[ShardView]:
         """Rows of a fused parameter: those of the words before this one come first, by the manifest's shapes."""
         words = name.split(".")
         for fused_word, members in self.fused.items():
@@ -89,17 +89,17 @@ class Finder:
                         "say where they lie with `views`"
                     )
                 k = members.index(word)
-                yield Part(boxes[k], tensor.detach()[begins[k] : begins[k + 1]])
+                yield ShardView(boxes[k], tensor.detach()[begins[k] : begins[k + 1]])
                 return
 
 
-def _local(tensor: Tensor, box: Box, name: str) -> Part:
+def _local(tensor: Tensor, box: Box, name: str) -> ShardView:
     """The part that a live tensor holds: itself, or a DTensor's local shard."""
     placements = getattr(tensor, "placements", None)
     if placements is None:
-        return Part(box, tensor)
+        return ShardView(box, tensor)
     sharded: Any = tensor
-    return Part(_shard_box(sharded, box, placements, name), sharded.to_local())
+    return ShardView(_shard_box(sharded, box, placements, name), sharded.to_local())
 
 
 def _shard_box(tensor: Any, box: Box, placements: Sequence[Any], name: str) -> Box:

@@ -12,7 +12,7 @@ from peraxis_format.errors import BindingError, LiveModelError
 from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.ops.tensors import dtype_of
 from peraxis_format.torch.place.finder import FUSED, Finder
-from peraxis_format.torch.place.shards import Part, Placement, Shard, Target, Views, storage_key, whole
+from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, storage_key, whole
 
 __all__ = ["place"]
 
@@ -69,7 +69,7 @@ def _refuse_quantised(target: Target) -> None:
         )
 
 
-def _check(entry: ModuleEntry, part: Part) -> None:
+def _check(entry: ModuleEntry, part: ShardView) -> None:
     """The live tensor is the base's (SPEC 7.2), and can hold the fine-tuned one in place."""
     name, view = entry.name, part.view
     if type(view) not in (Tensor, nn.Parameter, nn.Buffer):
@@ -95,7 +95,7 @@ def _check(entry: ModuleEntry, part: Part) -> None:
         )
 
 
-def _distinct(parts: Sequence[Part]) -> tuple[Part, ...]:
+def _distinct(parts: Sequence[ShardView]) -> tuple[ShardView, ...]:
     """Each storage once: tied tensors are one."""
     return tuple({(part.box, storage_key(part.view)): part for part in parts}.values())
 

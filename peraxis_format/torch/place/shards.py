@@ -1,4 +1,4 @@
-"""A checkpoint tensor is a box of indices, [0, d0) x [0, d1) x ...; a Part says which box lies in which live storage.
+"""A checkpoint tensor is a box of indices, [0, d0) x [0, d1) x ...; a ShardView says which one lies where.
 
     plain            one part, the whole box, the parameter itself
     tied             one part for each distinct storage among the module and its aliases (mostly one)
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "Box",
-    "Part",
+    "ShardView",
     "Placement",
     "Shard",
     "Target",
@@ -37,7 +37,7 @@ Target: TypeAlias = nn.Module | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class ShardView:
     """A box of a checkpoint tensor and the live storage that holds it. view: a tensor of the box's shape."""
 
     box: Box
@@ -53,8 +53,8 @@ class Shard:
     count: int
 
 
-Placement: TypeAlias = dict[str, tuple[Part, ...]]
-Views: TypeAlias = Mapping[str, Tensor | Part | Sequence[Part]]
+Placement: TypeAlias = dict[str, tuple[ShardView, ...]]
+Views: TypeAlias = Mapping[str, Tensor | ShardView | Sequence[ShardView]]
 
 
 def whole(shape: Sequence[int]) -> Box:
@@ -74,7 +74,7 @@ def storage_key(view: Tensor) -> tuple[Any, ...]:
     return view.device, view.data_ptr(), tuple(view.shape), view.stride()
 
 
-def copy_aside(placement: Placement, *, host: bool = False, pinned: bool = False) -> dict[Part, Tensor]:
+def copy_aside(placement: Placement, *, host: bool = False, pinned: bool = False) -> dict[ShardView, Tensor]:
     """A contiguous copy of every live storage: beside it, or in host memory, page-locked or not."""
     copies = {}
     for parts in placement.values():
@@ -87,7 +87,7 @@ def copy_aside(placement: Placement, *, host: bool = False, pinned: bool = False
     return copies
 
 
-def increment_versions(parts: Iterable[Part]) -> None:
+def increment_versions(parts: Iterable[ShardView]) -> None:
     """Tell autograd and whoever remembers digests that the weights change (they are written behind torch's back)."""
     with torch.no_grad():
         for part in parts:

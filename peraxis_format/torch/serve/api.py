@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.errors import DeviceError, LiveModelError
-from peraxis_format.ops.rebuild.torch import Scratch, terms_of
+from peraxis_format.ops.rebuild.torch import Scratch, factors_of
 from peraxis_format.ops.tensors import tensor_view
 from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
@@ -63,7 +63,7 @@ class Served:
     def using(self, variants: Sequence[str | int | None] | Tensor) -> Iterator[None]:
         """Within the block (and this thread or task) batches are of these variants.
 
-        variants: one a sequence (dimension 0 of the batch), or one a token row of a packed batch; a name, its index in
+        variants: one a sequence (dimension 0 of the batch), or one a token row of a slice_ batch; a name, its index in
         `names`, or None or -1 for the base. Beams and repeated sequences have to be repeated here too.
         """
         given = variants.tolist() if isinstance(variants, Tensor) else list(variants)
@@ -218,7 +218,7 @@ def _patch(delta: ModuleDelta, view: Tensor, where: _Where) -> Patch:
         raw = torch.frombuffer(bytearray(delta.full.tobytes()), dtype=torch.uint8)
         full = tensor_view(raw, 0, delta.dtype, delta.shape).to(view.device)
         return Patch(begin, end, full=full, region=region)
-    batch = tuple(tuple(terms) for terms in terms_of(delta, view.device))
+    batch = tuple(tuple(terms) for terms in factors_of(delta, view.device))
     if view.ndim == 2:
         return Patch(begin, end, terms=batch[0], region=region)
     return Patch(begin, end, batch=batch, region=region)

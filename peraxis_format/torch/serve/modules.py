@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peraxis_format.errors import LiveModelError
-from peraxis_format.ops.rebuild.torch import Scratch, Term, rebuild, rebuild_rows
+from peraxis_format.ops.rebuild.torch import ComponentFactors, Scratch, rebuild, rebuild_rows
 from peraxis_format.torch.serve.rows import Rows
 
 __all__ = ["GroupForward", "Patch", "ServedEmbedding", "State"]
@@ -35,9 +35,11 @@ class Patch:
 
     begin: int
     end: int
-    terms: tuple[Term, ...] = ()
+    terms: tuple[ComponentFactors, ...] = ()
     full: Tensor | None = None
-    batch: tuple[tuple[Term, ...], ...] = ()  # components of each batch element of a parameter of 3 or more dimensions
+    batch: tuple[
+        tuple[ComponentFactors, ...], ...
+    ] = ()  # components of each batch element of a parameter of 3 or more dimensions
     region: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
 
     def of(self, tensor: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class Batch:
 
 @dataclass(slots=True, eq=False)
 class Rows:
-    """The variants of one batch: an index per sequence (or per token row of a packed batch), -1 for the base."""
+    """The variants of one batch: an index per sequence (or per token row of a slice_ batch), -1 for the base."""
 
     ids: tuple[int, ...]
     _batches: dict[tuple[tuple[int, ...], torch.device], Batch] = field(default_factory=dict)
@@ -104,5 +104,5 @@ class Rows:
             return torch.tensor(self.ids)
         raise LiveModelError(
             f"a batch of {list(shape)} rows does not tell which of {len(self.ids)} sequences each row belongs to; "
-            "give one variant a sequence (dimension 0), or one a token row of a packed batch"
+            "give one variant a sequence (dimension 0), or one a token row of a slice_ batch"
         )

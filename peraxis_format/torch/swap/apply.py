@@ -25,7 +25,7 @@ from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import device_of
 from peraxis_format.torch.place.binding import agree, check_live, is_sharded, rank_and_count, sharded_anywhere
 from peraxis_format.torch.place.placement import place
-from peraxis_format.torch.place.shards import Part, Placement, Shard, Target, Views, copy_aside, increment_versions
+from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, copy_aside, increment_versions
 from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.swap.engine import engine_for
 from peraxis_format.torch.swap.payload import Payload
@@ -112,7 +112,7 @@ def together(sharded: bool, group: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _undo(placement: Placement, where: Literal["device", "host"]) -> Iterator[dict[Part, Tensor]]:
+def _undo(placement: Placement, where: Literal["device", "host"]) -> Iterator[dict[ShardView, Tensor]]:
     """The bases to rebuild from: copies of the live weights or, with copies in host memory, the weights themselves.
 
     The copies are put back where the block ends in an error.

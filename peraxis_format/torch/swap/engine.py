@@ -21,8 +21,8 @@ from peraxis_format.ops.rebuild.numpy import have_compiled, reconstruct
 from peraxis_format.ops.tensors import storage_array, tensor_view
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import Device, require_triton
-from peraxis_format.torch.place.shards import Part
-from peraxis_format.torch.swap.transfer_plan import Packed, Transfer, piece
+from peraxis_format.torch.place.shards import ShardView
+from peraxis_format.torch.swap.transfer_plan import ModuleSlice, Transfer, piece
 
 __all__ = ["TritonEngine", "Engine", "HostEngine", "engine_for"]
 
@@ -42,12 +42,12 @@ class HostEngine:
     def __init__(
         self,
         transfers: Sequence[Transfer],
-        bases: Mapping[Part, Tensor],
+        bases: Mapping[ShardView, Tensor],
         *,
         workers: ThreadPool,
         compiled: bool | None = None,
     ) -> None:
-        weights = sum(math.prod(packed.shape) for transfer in transfers for packed in transfer.modules)
+        weights = sum(math.prod(slice_.shape) for transfer in transfers for slice_ in transfer.modules)
         self._compiled = have_compiled() and weights >= _COMPILED_FROM if compiled is None else compiled
         self._bases = bases
         self._workers = workers
@@ -56,9 +56,9 @@ class HostEngine:
         self._workers.run(self._jobs(transfer, storage_array(buffer)))
 
     def _jobs(self, transfer: Transfer, buffer: Array) -> Iterator[Callable[[], None]]:
-        for packed in transfer.modules:
-            module = piece(packed, buffer)
-            for part in packed.views:
+        for slice_ in transfer.modules:
+            module = piece(slice_, buffer)
+            for part in slice_.views:
                 yield from self._part_jobs(module, self._bases[part], part.view)
 
     def _part_jobs(self, module: ModuleDelta, base: Tensor, live: Tensor) -> Iterator[Callable[[], None]]:
@@ -85,7 +85,9 @@ class TritonEngine:
     transposed layout) is rebuilt beside it, then copied; all of them take turns in one buffer.
     """
 
-    def __init__(self, transfers: Sequence[Transfer], bases: Mapping[Part, Tensor], *, device: torch.device) -> None:
+    def __init__(
+        self, transfers: Sequence[Transfer], bases: Mapping[ShardView, Tensor], *, device: torch.device
+    ) -> None:
         self._device = device
         self._launches = {transfer: list(_launches(transfer, bases, device)) for transfer in transfers}
         self._copies = {transfer: list(_copies(transfer)) for transfer in transfers}
@@ -93,7 +95,7 @@ class TritonEngine:
         sizes = [part.view.nbytes for items in strided.values() for _, part in items]
         buffer = torch.empty(max(sizes, default=0), dtype=torch.uint8, device=device)
         self._strided = {
-            transfer: [_beside(packed, bases[part], part.view, buffer) for packed, part in items]
+            transfer: [_beside(slice_, bases[part], part.view, buffer) for slice_, part in items]
             for transfer, items in strided.items()
         }
 
@@ -101,8 +103,8 @@ class TritonEngine:
         with _current(self._device):
             for launch in self._launches[transfer]:
                 _launch(launch, buffer)
-            for packed, offset, view in self._copies[transfer]:
-                view.copy_(tensor_view(buffer, offset, packed.entry.dtype, packed.shape), non_blocking=True)
+            for slice_, offset, view in self._copies[transfer]:
+                view.copy_(tensor_view(buffer, offset, slice_.entry.dtype, slice_.shape), non_blocking=True)
             for launches, out, view in self._strided[transfer]:
                 for launch in launches:
                     _launch(launch, buffer)
@@ -129,7 +131,7 @@ def _launch(launch: _Launch, buffer: Tensor) -> None:
 
 def engine_for(
     transfers: Sequence[Transfer],
-    bases: Mapping[Part, Tensor],
+    bases: Mapping[ShardView, Tensor],
     *,
     device: Device,
     workers: ThreadPool,
@@ -145,40 +147,40 @@ def engine_for(
 _KINDS: Final = {DType.BF16: 0, DType.F16: 1, DType.F32: 2}
 
 
-def _copies(transfer: Transfer) -> Iterator[tuple[Packed, int, Tensor]]:
-    for packed in transfer.modules:
-        if packed.entry.encoding is Encoding.FULL:
-            for part in packed.views:
-                yield packed, packed.fields[0].offset, part.view
+def _copies(transfer: Transfer) -> Iterator[tuple[ModuleSlice, int, Tensor]]:
+    for slice_ in transfer.modules:
+        if slice_.entry.encoding is Encoding.FULL:
+            for part in slice_.views:
+                yield slice_, slice_.fields[0].offset, part.view
 
 
-def _signs(transfer: Transfer, *, contiguous: bool) -> Iterator[tuple[Packed, Part]]:
+def _signs(transfer: Transfer, *, contiguous: bool) -> Iterator[tuple[ModuleSlice, ShardView]]:
     """The `sign` modules of a transfer and their storages, of one of the two kinds."""
-    for packed in transfer.modules:
-        if packed.entry.encoding is Encoding.SIGN:
-            yield from ((packed, part) for part in packed.views if part.view.is_contiguous() is contiguous)
+    for slice_ in transfer.modules:
+        if slice_.entry.encoding is Encoding.SIGN:
+            yield from ((slice_, part) for part in slice_.views if part.view.is_contiguous() is contiguous)
 
 
-def _launches(transfer: Transfer, bases: Mapping[Part, Tensor], device: torch.device) -> Iterator[_Launch]:
+def _launches(transfer: Transfer, bases: Mapping[ShardView, Tensor], device: torch.device) -> Iterator[_Launch]:
     items = _signs(transfer, contiguous=True)
-    yield from _tables([(packed, bases[part], part.view) for packed, part in items], device)
+    yield from _tables([(slice_, bases[part], part.view) for slice_, part in items], device)
 
 
-def _beside(packed: Packed, base: Tensor, view: Tensor, buffer: Tensor) -> tuple[list[_Launch], Tensor, Tensor]:
+def _beside(slice_: ModuleSlice, base: Tensor, view: Tensor, buffer: Tensor) -> tuple[list[_Launch], Tensor, Tensor]:
     """What rebuilds one module in a buffer, where in it, and the live view that it is then copied to."""
-    out = tensor_view(buffer, 0, packed.entry.dtype, packed.shape)
-    return list(_tables([(packed, base, out)], base.device)), out, view
+    out = tensor_view(buffer, 0, slice_.entry.dtype, slice_.shape)
+    return list(_tables([(slice_, base, out)], base.device)), out, view
 
 
-def _tables(items: Sequence[tuple[Packed, Tensor, Tensor]], device: torch.device) -> Iterator[_Launch]:
+def _tables(items: Sequence[tuple[ModuleSlice, Tensor, Tensor]], device: torch.device) -> Iterator[_Launch]:
     """(dtype kind, aligned, tiles, records, terms) for each kind of matrix among (module, base, out) triples."""
-    grouped: dict[tuple[int, bool], list[tuple[Packed, Tensor, Tensor]]] = {}
-    for packed, base, out in items:
-        d_out, d_in = packed.shape[-2:]
+    grouped: dict[tuple[int, bool], list[tuple[ModuleSlice, Tensor, Tensor]]] = {}
+    for slice_, base, out in items:
+        d_out, d_in = slice_.shape[-2:]
         aligned = d_in % 8 == 0 and base.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
         # A mask begins at a multiple of 64 in the buffer; that of a later batch element only where their size allows.
-        aligned = aligned and (len(packed.shape) == 2 or d_out * d_in % 128 == 0)
-        grouped.setdefault((_KINDS[packed.entry.dtype], aligned), []).append((packed, base, out))
+        aligned = aligned and (len(slice_.shape) == 2 or d_out * d_in % 128 == 0)
+        grouped.setdefault((_KINDS[slice_.entry.dtype], aligned), []).append((slice_, base, out))
     for (kind, aligned), members in grouped.items():
         records, terms, tiles = _matrix_rows(members)
         yield (
@@ -191,7 +193,7 @@ def _tables(items: Sequence[tuple[Packed, Tensor, Tensor]], device: torch.device
 
 
 def _matrix_rows(
-    members: Sequence[tuple[Packed, Tensor, Tensor]],
+    members: Sequence[tuple[ModuleSlice, Tensor, Tensor]],
 ) -> tuple[list[list[int]], list[list[int]], Any]:
     """Records, terms and tiles of rebuild/triton.py: a record for each matrix, so one for each batch element."""
     from peraxis_format.ops.rebuild import triton as kernels
@@ -199,24 +201,24 @@ def _matrix_rows(
     records: list[list[int]] = []
     terms: list[list[int]] = []
     counts: list[int] = []
-    for packed, base, out in members:
-        d_out, d_in = packed.shape[-2:]
+    for slice_, base, out in members:
+        d_out, d_in = slice_.shape[-2:]
         size = d_out * d_in * base.element_size()
-        for e in range(math.prod(packed.shape[:-2])):
+        for e in range(math.prod(slice_.shape[:-2])):
             first = sum(counts)
             records.append(
                 [base.data_ptr() + e * size, out.data_ptr() + e * size, d_out, d_in, first, len(terms),
-                 len(packed.entry.components), 0]
+                 len(slice_.entry.components), 0]
             )  # fmt: skip
-            terms.extend(_term_rows(packed, e))
+            terms.extend(_term_rows(slice_, e))
             counts.append(-(-d_out // kernels.ROWS) * -(-d_in // kernels.COLUMNS))
     return records, terms, np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
 
-def _term_rows(packed: Packed, e: int) -> Iterator[list[int]]:
-    offsets = {f.suffix: f.offset for f in packed.fields}
-    d_out, d_in = packed.shape[-2:]
-    for k, component in enumerate(packed.entry.components):
+def _term_rows(slice_: ModuleSlice, e: int) -> Iterator[list[int]]:
+    offsets = {f.suffix: f.offset for f in slice_.fields}
+    d_out, d_in = slice_.shape[-2:]
+    for k, component in enumerate(slice_.entry.components):
         row, stride, col = -1, 0, -1
         if component.axis in (Axis.ROW, Axis.ROW_COL):
             row, stride = offsets[f"{k}.row"] + 2 * e * d_out, 1

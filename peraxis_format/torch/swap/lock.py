@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 from peraxis_format.errors import LiveModelError
 
-__all__ = ["Gate"]
+__all__ = ["SwapLock"]
 
 
-class Gate:
+class SwapLock:
     """A waiting swap goes before forwards that have not begun, so that steady traffic cannot starve it."""
 
     def __init__(self) -> None:

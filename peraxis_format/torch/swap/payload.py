@@ -20,7 +20,7 @@ from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import Device
 from peraxis_format.torch.ring import Ring
-from peraxis_format.torch.swap.transfer_plan import ALIGN, Packed, Run, Transfer, piece, shift_masks
+from peraxis_format.torch.swap.transfer_plan import ALIGN, ByteRange, ModuleSlice, Transfer, piece, shift_masks
 
 __all__ = ["Payload", "Reads", "Residency", "check_pads", "check_transfer", "read_transfer"]
 
@@ -53,8 +53,8 @@ def read_transfer(
     else:
         workers.run(_read_jobs(delta, transfer.runs, raw_bytes(array)))
     reads.size += sum(run.size for run in transfer.runs)
-    for packed in transfer.modules:
-        shift_masks(packed, array)
+    for slice_ in transfer.modules:
+        shift_masks(slice_, array)
 
 
 def _direct_jobs(descriptor: int, origin: int, target: memoryview) -> Iterator[Callable[[], None]]:
@@ -72,7 +72,7 @@ def _direct_jobs(descriptor: int, origin: int, target: memoryview) -> Iterator[C
     return (partial(job, begin) for begin in range(0, len(target), _READ))
 
 
-def _read_jobs(delta: DeltaFile, runs: Sequence[Run], target: memoryview) -> Iterator[Callable[[], None]]:
+def _read_jobs(delta: DeltaFile, runs: Sequence[ByteRange], target: memoryview) -> Iterator[Callable[[], None]]:
     """Long runs in parts, short ones together: a job reads about _READ bytes."""
 
     def job(parts: list[tuple[int, int, int]]) -> Callable[[], None]:
@@ -110,18 +110,18 @@ def check_transfer(delta: DeltaFile, transfer: Transfer, buffer: Tensor, workers
     """Steps 9 to 11 of SPEC 8 on a buffer's bytes, in parallel: of whole modules digests too, of boxes the scales."""
     array = storage_array(buffer)
 
-    def check(packed: Packed) -> Callable[[], None]:
+    def check(slice_: ModuleSlice) -> Callable[[], None]:
         def run() -> None:
-            if packed.is_whole:
-                digest = hashlib.sha256(raw_bytes(array)[packed.begin : packed.end]).hexdigest()
-                if digest != packed.entry.sha256:
-                    fail("E301", field=packed.entry.name, offset=delta.span(packed.entry.name)[0])  # SPEC 4.3
-                check_values(piece(packed, array))
+            if slice_.is_whole:
+                digest = hashlib.sha256(raw_bytes(array)[slice_.begin : slice_.end]).hexdigest()
+                if digest != slice_.entry.sha256:
+                    fail("E301", field=slice_.entry.name, offset=delta.span(slice_.entry.name)[0])  # SPEC 4.3
+                check_values(piece(slice_, array))
 
         return run
 
     with located(delta):
-        workers.run(check(packed) for packed in transfer.modules)
+        workers.run(check(slice_) for slice_ in transfer.modules)
 
 
 def check_pads(delta: DeltaFile) -> None:
@@ -193,7 +193,7 @@ class Payload:
             self._kept.append(host)
         elif self.residency == "gpu":
             buffer = device.buffer(transfer.size)
-            names = tuple(packed.entry.name for packed in transfer.modules)
+            names = tuple(slice_.entry.name for slice_ in transfer.modules)
             # Behind what was launched: the allocator may hand out memory that kernels in flight still use.
             device.host_waits(device.upload(buffer, host, after=device.record(), modules=names))
             self._kept.append(buffer)

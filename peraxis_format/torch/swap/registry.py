@@ -16,7 +16,7 @@ from peraxis_format.torch.device import Device, device_of
 from peraxis_format.torch.place.binding import check_live, is_sharded, sharded_anywhere
 from peraxis_format.torch.place.digests import inherit
 from peraxis_format.torch.place.placement import place
-from peraxis_format.torch.place.shards import Part, Placement, Shard, Target, Views, copy_aside, storage_key
+from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, copy_aside, storage_key
 from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.swap.apply import TRANSFER_LIMIT, together, verify_share
 from peraxis_format.torch.swap.engine import Engine, engine_for
@@ -42,7 +42,7 @@ class Registered:
     placement: Placement
     payload: Payload
     engine: Engine
-    parts: frozenset[Part]
+    parts: frozenset[ShardView]
     weights: int
 
     def close(self) -> None:
@@ -70,11 +70,11 @@ class Registry:
         self.device: Device | None = None
         self.ring: Ring | None = None
         self.variants: dict[str, Registered] = {}
-        self.bases: dict[Part, Tensor] = {}
+        self.bases: dict[ShardView, Tensor] = {}
         self._model = model
         self.base_place = base
         self._views, self._shards = views, shards
-        self._parts: dict[Any, Part] = {}
+        self._parts: dict[Any, ShardView] = {}
 
     def add(
         self, name: str, delta: DeltaFile | str | os.PathLike[str], residency: Residency | None, direct: bool
@@ -143,7 +143,7 @@ class Registry:
             host=payload.size if chosen == "pinned" else 0,
             device=payload.size if chosen == "gpu" else 0,
         )
-        parts = frozenset(part for transfer in transfers for packed in transfer.modules for part in packed.views)
+        parts = frozenset(part for transfer in transfers for slice_ in transfer.modules for part in slice_.views)
         weights = sum(part.view.nbytes for part in parts)
         return Registered(variant, file, owned, placement, payload, engine, parts, weights)
 
@@ -168,7 +168,7 @@ class Registry:
     def _check(self, file: DeltaFile, placement: Placement, ring: Ring) -> None:
         """The base's bytes: of the pristine copies where there are some, since the live weights may be a variant's."""
         pristine = {
-            name: tuple(Part(part.box, self.bases.get(part, part.view)) for part in parts)
+            name: tuple(ShardView(part.box, self.bases.get(part, part.view)) for part in parts)
             for name, parts in placement.items()
         }
         check_live(file.manifest, pristine, ring=ring, workers=self.workers.count, group=self.group)

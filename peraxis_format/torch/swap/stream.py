@@ -73,7 +73,7 @@ def _pipeline(payload: Payload, engine: Engine, *, device: Device, ring: Ring, w
             else:
                 host = payload.host(t)
             target = ring.slots[t % DEPTH]
-            names = tuple(packed.entry.name for packed in transfer.modules)
+            names = tuple(slice_.entry.name for slice_ in transfer.modules)
             free = written[t - DEPTH] if t >= DEPTH else begun
             uploaded[t] = device.upload(
                 target[transfer.begin : transfer.size], host[transfer.begin :], after=free, modules=names

@@ -28,9 +28,9 @@ from torch import nn
 
 from peraxis_format.errors import LiveModelError
 from peraxis_format.reader import DeltaFile
-from peraxis_format.torch.place.shards import Part, Shard, Target, Views, increment_versions
+from peraxis_format.torch.place.shards import Shard, ShardView, Target, Views, increment_versions
 from peraxis_format.torch.swap.apply import together
-from peraxis_format.torch.swap.lock import Gate
+from peraxis_format.torch.swap.lock import SwapLock
 from peraxis_format.torch.swap.payload import Residency
 from peraxis_format.torch.swap.registry import BasePlace, Registered, Registry
 from peraxis_format.torch.swap.reports import Swap, SwapError, Variant
@@ -60,16 +60,16 @@ class VariantSwitch:
         workers: int | None = None,
     ) -> None:
         self._registry = Registry(model, base=base, views=views, shards=shards, group=group, workers=workers)
-        self._gate = Gate()
+        self._lock = SwapLock()
         self._changes = threading.Lock()  # one thread at a time registers or swaps
         self._current: str | None = None
-        self._dirty: frozenset[Part] = frozenset()
+        self._dirty: frozenset[ShardView] = frozenset()
         self._epoch = 0
         self._hooks: list[Any] = []
         if guard and isinstance(model, nn.Module):
             self._hooks = [
-                model.register_forward_pre_hook(lambda *_: self._gate.enter(), prepend=True),
-                model.register_forward_hook(lambda *_: self._gate.leave(), always_call=True),
+                model.register_forward_pre_hook(lambda *_: self._lock.enter(), prepend=True),
+                model.register_forward_hook(lambda *_: self._lock.leave(), always_call=True),
             ]
 
     # --- what it holds -------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ class VariantSwitch:
 
     def running(self) -> contextlib.AbstractContextManager[None]:
         """Hold swaps off: for a step that is no forward of the model itself, or several that belong together."""
-        return self._gate.shared()
+        return self._lock.shared()
 
     # --- registering ---------------------------------------------------------------------------------
 
@@ -124,13 +124,13 @@ class VariantSwitch:
         past the page cache. The model is not changed, and forwards go on meanwhile. Raises as apply_ does;
         LiveModelError for a name in use.
         """
-        self._gate.refuse_inside()
+        self._lock.refuse_inside()
         with self._changes:
             return self._registry.add(name, delta, residency, direct)
 
     def remove(self, name: str) -> None:
         """Forget a variant. Raises LiveModelError for the one in use, and for an unknown one."""
-        self._gate.refuse_inside()
+        self._lock.refuse_inside()
         with self._changes:
             if name == self._current:
                 raise LiveModelError(f"variant {name!r} is in use; use another one, or None, first")
@@ -144,8 +144,8 @@ class VariantSwitch:
 
         Raises SwapError, which says what the model is afterwards; LiveModelError for an unknown name.
         """
-        self._gate.refuse_inside()
-        with self._changes, self._gate.exclusive():
+        self._lock.refuse_inside()
+        with self._changes, self._lock.exclusive():
             target = None if name is None else self._registry.find(name)
             started = time.perf_counter()
             swap = Swap(name=name, previous=self._current, residency=None, epoch=self._epoch, seconds=0.0)

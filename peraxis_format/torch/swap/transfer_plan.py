@@ -1,7 +1,7 @@
 """What one process takes from a delta file, cut into transfers: plain data that the stream and the kernels share.
 
     Field      one stored tensor (of a module, or of its box), at an offset in a transfer's buffer
-    Packed     one module: its fields, and the live storage they go to
+    ModuleSlice     one module: its fields, and the live storage they go to
     Transfer   neighbouring modules that cross the link together: byte runs of the file -> one buffer
 
 A module whose whole box is wanted is one run of the file, its range (SPEC 4.3); modules that follow each other become
@@ -28,16 +28,16 @@ from peraxis_format.dtypes import Array, DType
 from peraxis_format.manifest import ModuleEntry
 from peraxis_format.payload import assemble
 from peraxis_format.reader import DeltaFile
-from peraxis_format.torch.place.shards import Box, Part, Placement, whole
+from peraxis_format.torch.place.shards import Box, Placement, ShardView, whole
 
-__all__ = ["ALIGN", "Field", "Packed", "Run", "Transfer", "cut_transfers", "piece"]
+__all__ = ["ALIGN", "Field", "ModuleSlice", "ByteRange", "Transfer", "cut_transfers", "piece"]
 
 ALIGN: Final = 4096
 _FIELD_ALIGN: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ByteRange:
     """`size` bytes at `source` in the file go to `target` in the buffer."""
 
     source: int
@@ -63,7 +63,7 @@ class Field:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Packed:
+class ModuleSlice:
     """One module, or one box of it. begin, end: its bytes in the buffer. views: the live storages, mostly one."""
 
     entry: ModuleEntry
@@ -71,7 +71,7 @@ class Packed:
     begin: int
     end: int
     fields: tuple[Field, ...]
-    views: tuple[Part, ...]
+    views: tuple[ShardView, ...]
 
     @property
     def is_whole(self) -> bool:
@@ -90,25 +90,25 @@ class Transfer:
 
     begin: int
     size: int
-    runs: tuple[Run, ...]
-    modules: tuple[Packed, ...]
+    runs: tuple[ByteRange, ...]
+    modules: tuple[ModuleSlice, ...]
 
 
-def piece(packed: Packed, buffer: Array) -> ModuleDelta:
+def piece(slice_: ModuleSlice, buffer: Array) -> ModuleDelta:
     """The module (or its box, as a module of its own) as views of a transfer's buffer (uint8, flat)."""
     arrays = {
-        f.suffix: buffer[f.offset : f.offset + f.size].view(f.dtype.storage).reshape(f.shape) for f in packed.fields
+        f.suffix: buffer[f.offset : f.offset + f.size].view(f.dtype.storage).reshape(f.shape) for f in slice_.fields
     }
-    return assemble(packed.entry, arrays, packed.shape)
+    return assemble(slice_.entry, arrays, slice_.shape)
 
 
-def shift_masks(packed: Packed, buffer: Array) -> None:
+def shift_masks(slice_: ModuleSlice, buffer: Array) -> None:
     """Move the bits of masks whose box begins inside a byte, in place."""
-    for f in packed.fields:
+    for f in slice_.fields:
         if f.shift:
             rows = math.prod(f.shape[:-1])
             read = buffer[f.offset : f.offset + rows * f.read_width].reshape(rows, f.read_width)
-            width = packed.shape[-1]
+            width = slice_.shape[-1]
             bits = np.unpackbits(read, axis=-1, bitorder="little")[:, f.shift : f.shift + width]
             buffer[f.offset : f.offset + f.size] = np.packbits(bits, axis=-1, bitorder="little").reshape(-1)
 
@@ -119,7 +119,7 @@ def cut_transfers(delta: DeltaFile, placement: Placement, *, limit: int) -> tupl
     Every stored module (or box) stands in exactly one transfer: it crosses the link once.
     """
     transfers: list[Transfer] = []
-    group: list[tuple[ModuleEntry, tuple[Part, ...]]] = []
+    group: list[tuple[ModuleEntry, tuple[ShardView, ...]]] = []
     size = 0
     for entry in delta.manifest.modules:
         begin, end = delta.span(entry.name)
@@ -144,7 +144,7 @@ def cut_transfers(delta: DeltaFile, placement: Placement, *, limit: int) -> tupl
     return tuple(sorted(_merged(transfers, limit), key=lambda t: t.runs[0].source))
 
 
-def _contiguous(delta: DeltaFile, group: Sequence[tuple[ModuleEntry, tuple[Part, ...]]]) -> Transfer:
+def _contiguous(delta: DeltaFile, group: Sequence[tuple[ModuleEntry, tuple[ShardView, ...]]]) -> Transfer:
     """One run from the first module's first byte to the last one's last."""
     begin, end = delta.span(group[0][0].name)[0], delta.span(group[-1][0].name)[1]
     origin = begin // ALIGN * ALIGN
@@ -155,16 +155,16 @@ def _contiguous(delta: DeltaFile, group: Sequence[tuple[ModuleEntry, tuple[Part,
             Field(r.name[len(entry.name) + 1 :], r.dtype, r.shape, delta.header_size + r.begin - origin)
             for r in delta.tensors(entry.name)
         )
-        modules.append(Packed(entry, whole(entry.shape), first - origin, last - origin, fields, parts))
-    run = Run(begin, begin - origin, end - begin)
+        modules.append(ModuleSlice(entry, whole(entry.shape), first - origin, last - origin, fields, parts))
+    run = ByteRange(begin, begin - origin, end - begin)
     return Transfer(begin - origin, end - origin, (run,), tuple(modules))
 
 
-def _boxed(delta: DeltaFile, entry: ModuleEntry, box: Box, parts: tuple[Part, ...]) -> Transfer:
-    """The bytes of one box, packed one tensor after the other."""
+def _boxed(delta: DeltaFile, entry: ModuleEntry, box: Box, parts: tuple[ShardView, ...]) -> Transfer:
+    """The bytes of one box, slice_ one tensor after the other."""
     offset = 0
     fields: list[Field] = []
-    runs: list[Run] = []
+    runs: list[ByteRange] = []
     for record in delta.tensors(entry.name):
         suffix = record.name[len(entry.name) + 1 :]
         stored = _stored_box(suffix, entry, box)
@@ -176,10 +176,10 @@ def _boxed(delta: DeltaFile, entry: ModuleEntry, box: Box, parts: tuple[Part, ..
         fields.append(Field(suffix, record.dtype, shape, offset, shift, width))
         size = record.dtype.itemsize
         for source, length in _box_runs(record.shape, stored, size):
-            runs.append(Run(delta.header_size + record.begin + source, offset, length))
+            runs.append(ByteRange(delta.header_size + record.begin + source, offset, length))
             offset += length
         offset += -offset % _FIELD_ALIGN
-    return Transfer(0, offset, tuple(runs), (Packed(entry, box, 0, offset, tuple(fields), parts),))
+    return Transfer(0, offset, tuple(runs), (ModuleSlice(entry, box, 0, offset, tuple(fields), parts),))
 
 
 def _stored_box(suffix: str, entry: ModuleEntry, box: Box) -> Box:
@@ -227,9 +227,9 @@ def _merged(transfers: Sequence[Transfer], limit: int) -> list[Transfer]:
 
 def _joined(left: Transfer, right: Transfer) -> Transfer:
     by = left.size
-    runs = tuple(Run(run.source, run.target + by, run.size) for run in right.runs)
+    runs = tuple(ByteRange(run.source, run.target + by, run.size) for run in right.runs)
     modules = tuple(
-        Packed(
+        ModuleSlice(
             p.entry, p.box, p.begin + by, p.end + by,
             tuple(Field(f.suffix, f.dtype, f.shape, f.offset + by, f.shift, f.read_width) for f in p.fields),
             p.views,

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from peraxis_tools.compress.calibration.text import Ids
-from peraxis_tools.compress.model.layerwise_model import Skeleton
+from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 
 __all__ = ["generate"]
 
 
 @torch.no_grad()
 def generate(
-    teacher: Skeleton,
+    teacher: LayerwiseModel,
     tokenizer: Any,
     *,
     samples: int,

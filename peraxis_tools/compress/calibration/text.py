@@ -51,12 +51,12 @@ class Parts:
     """What each sample is for. All int64 [n, length]. Distillation trains on all that calibrated, too."""
 
     fit: Ids
-    judge: Ids
+    validation: Ids
     distill: Ids
-    distill_judge: Ids
+    distill_validation: Ids
 
 
-def partition(sources: Sequence[Ids], *, calibration: float, held_out: float) -> Parts:
+def partition(sources: Sequence[Ids], *, calibration: float, validation: float) -> Parts:
     """Split each source into calibration (a share) and distillation, and each of these into fit and held-out.
 
     Every part thus has its share of every source. A part of one sample is not split.
@@ -65,11 +65,16 @@ def partition(sources: Sequence[Ids], *, calibration: float, held_out: float) ->
     for ids in sources:
         cut = round(calibration * len(ids))
         for i, part in enumerate((ids[:cut], ids[cut:])):
-            judged = min(max(len(part) - 1, 0), int(np.ceil(held_out * len(part))))
-            parts[2 * i].append(part[: len(part) - judged])
-            parts[2 * i + 1].append(part[len(part) - judged :])
-    fit, judge, train, train_judge = (np.concatenate(part) for part in parts)
-    return Parts(fit=fit, judge=judge, distill=np.concatenate([train, fit, judge]), distill_judge=train_judge)
+            validated = min(max(len(part) - 1, 0), int(np.ceil(validation * len(part))))
+            parts[2 * i].append(part[: len(part) - validated])
+            parts[2 * i + 1].append(part[len(part) - validated :])
+    fit, validation, train, train_validation = (np.concatenate(part) for part in parts)
+    return Parts(
+        fit=fit,
+        validation=validation,
+        distill=np.concatenate([train, fit, validation]),
+        distill_validation=train_validation,
+    )
 
 
 def read_documents(source: str, *, text_column: str | None, limit: int) -> list[str]:

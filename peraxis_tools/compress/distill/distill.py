@@ -9,7 +9,8 @@ fit left it; B = sign(z), and the gradient of B passes to z (straight-through) w
 
 AdamW without decay, linear warm-up, cosine to zero. Signs come to rest at 70% of the way: as long as they turn to and
 fro about zero (arXiv 2203.11086), all else is fitted to one of many states; on the rest of the way, to the one that
-stays. After each epoch the state, as it would be stored (F16 scales), is judged on held-out samples; the best is kept,
+stays. After each epoch the state, as it would be stored (F16 scales), is validated on held-out samples; the best one
+is kept,
 the state before the first step among them: never worse there. Samples are of one length without padding: no token is
 excluded, because none has to be. Nothing is dropped out and nothing is drawn but the order of the samples, so a run
 that goes on after an epoch ends in the same bytes.
@@ -28,12 +29,12 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from peraxis_format import Encoding
-from peraxis_tools.compress.distill.parametrization import Dressed, TrainedComponent, TrainedTensor
-from peraxis_tools.compress.distill.training import Group, Standing, Training
+from peraxis_tools.compress.distill.parametrization import DeltaParametrization, TrainedComponent, TrainedTensor
+from peraxis_tools.compress.distill.training import Group, Training, TrainingState
 from peraxis_tools.compress.fit.moments.spill import SpilledTensors
 from peraxis_tools.compress.model.components import TORCH_DTYPES
-from peraxis_tools.compress.model.layerwise_model import Skeleton
-from peraxis_tools.compress.model.names import Piece
+from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
+from peraxis_tools.compress.model.names import ParameterSlice
 from peraxis_tools.compress.model.weights import Weights, kept_rows
 from peraxis_tools.compress.plan.plan import PlannedModule
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
@@ -75,24 +76,24 @@ class DistillResult:
 def distill(
     *,
     weights: Weights,
-    teacher: Skeleton,
-    student: Skeleton,
+    teacher: LayerwiseModel,
+    student: LayerwiseModel,
     modules: Mapping[str, FittedModule],
     samples: Tensor,
-    held_out: Tensor,
+    validation: Tensor,
     options: DistillOptions,
     work: WorkFolder,
     progress: Callable[[str, int, int], None],
 ) -> DistillResult:
-    """Train all scales of `modules` together, from where `work` has it. samples, held_out: ids [n, length].
+    """Train all scales of `modules` together, from where `work` has it. samples, validation: ids [n, length].
 
     Both models are loaded whole. After each epoch the state of training goes to `work`.
     """
     fill_whole(teacher, weights, weights.teacher)
-    trained = _dress(student, weights, modules, options)
+    trained = _parametrize(student, weights, modules, options)
     if student.device.type != "cpu":
         checkpoint_layers(student)
-    judge = held_out if len(held_out) else samples
+    validation = validation if len(validation) else samples
     cache = _TeacherLogits(teacher, work, options.logits_limit)
     batches = -(-len(samples) // options.batch_size)
     steps = options.epochs * batches
@@ -100,9 +101,9 @@ def distill(
     generator = torch.Generator().manual_seed(options.seed)
     stands = training.resume(work)
     if stands is None:
-        loss = _judge(student, trained, cache, judge, options)
-        stands = Standing(epochs=0, best=loss, before=loss)
-        work.save(_BEST, list(trained.stored(modules).values()))
+        loss = _validation_loss(student, trained, cache, validation, options)
+        stands = TrainingState(epochs=0, best=loss, before=loss)
+        work.save(_BEST, list(trained.to_array(modules).values()))
     for epoch in range(options.epochs):
         order = torch.randperm(len(samples), generator=generator)
         if epoch < stands.epochs:
@@ -111,9 +112,9 @@ def distill(
             step = epoch * batches + batch
             progress("distill", step, steps)
             training.step(step, _loss(student, cache, samples, "fit", rows.tolist(), options.loss))
-        error = _judge(student, trained, cache, judge, options)
+        error = _validation_loss(student, trained, cache, validation, options)
         if error < stands.best:
-            work.save(_BEST, list(trained.stored(modules).values()))
+            work.save(_BEST, list(trained.to_array(modules).values()))
         stands = replace(stands, epochs=epoch + 1, best=min(error, stands.best))
         training.save(work, stands)
     progress("distill", steps, steps)
@@ -121,7 +122,7 @@ def distill(
     return DistillResult(modules={**modules, **best}, before=stands.before, after=stands.best)
 
 
-def checkpoint_layers(student: Skeleton) -> None:
+def checkpoint_layers(student: LayerwiseModel) -> None:
     """Have each layer's activations computed again in the backward pass, in place of being kept.
 
     Not through the model's own switch, as that wants training mode, and with it come dropout and jitter.
@@ -130,11 +131,11 @@ def checkpoint_layers(student: Skeleton) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def fill_whole(skeleton: Skeleton, weights: Weights, source: Callable[[str], Tensor]) -> None:
+def fill_whole(model: LayerwiseModel, weights: Weights, source: Callable[[str], Tensor]) -> None:
     """Fill every layer: the whole model in memory."""
-    weights.fill_outer(skeleton, source)
-    for index in range(len(skeleton)):
-        weights.fill(skeleton, source, skeleton.layer_parameters(index))
+    weights.fill_outer(model, source)
+    for index in range(len(model)):
+        weights.fill(model, source, model.layer_parameters(index))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,14 +156,14 @@ class _Trained:
             Group(parameters=[tensor.theta for tensor, _ in self.full.values()], lr=options.full_lr),
         ]
 
-    def stored(self, modules: Mapping[str, FittedModule]) -> dict[str, FittedModule]:
+    def to_array(self, modules: Mapping[str, FittedModule]) -> dict[str, FittedModule]:
         """The modules as the file would hold them now."""
         signed = {
-            name: replace(modules[name], components=tuple(c.stored() for c in components))  # type: ignore[operator]
+            name: replace(modules[name], components=tuple(c.to_component() for c in components))  # type: ignore[operator]
             for name, components in self.components.items()
         }
         whole = {
-            name: FittedModule(name=name, report=ModuleReport(), full=tensor.stored(value))
+            name: FittedModule(name=name, report=ModuleReport(), full=tensor.to_array(value))
             for name, (tensor, value) in self.full.items()
         }
         return {**signed, **whole}
@@ -181,14 +182,14 @@ class _Trained:
                     getattr(component, name).copy_(value)
 
 
-def _dress(
-    student: Skeleton, weights: Weights, modules: Mapping[str, FittedModule], options: DistillOptions
+def _parametrize(
+    student: LayerwiseModel, weights: Weights, modules: Mapping[str, FittedModule], options: DistillOptions
 ) -> _Trained:
     """Fill the student with base weights and full tensors, and put over them what is trained."""
-    fill_whole(student, weights, weights.undressed)
-    full = _dress_full(student, weights) if options.full_lr > 0 else {}
+    fill_whole(student, weights, weights.base_only)
+    full = _parametrize_full(student, weights) if options.full_lr > 0 else {}
     trained: dict[str, nn.ModuleList] = {}
-    by_parameter: dict[str, list[tuple[Piece, int, nn.ModuleList]]] = {}
+    by_parameter: dict[str, list[tuple[ParameterSlice, int, nn.ModuleList]]] = {}
     dtypes: dict[str, torch.dtype] = {}
     for name, module in modules.items():
         piece = weights.names.by_tensor.get(name)
@@ -202,11 +203,11 @@ def _dress(
         by_parameter.setdefault(piece.parameter, []).append((piece, kept_rows(planned), trained[name]))
         dtypes[piece.parameter] = TORCH_DTYPES[planned.dtype]
     for parameter, pieces in by_parameter.items():
-        _put_over(student, parameter, Dressed(pieces, dtypes[parameter]))
+        _put_over(student, parameter, DeltaParametrization(pieces, dtypes[parameter]))
     return _Trained(components=trained, full=full)
 
 
-def _dress_full(student: Skeleton, weights: Weights) -> dict[str, tuple[TrainedTensor, Tensor]]:
+def _parametrize_full(student: LayerwiseModel, weights: Weights) -> dict[str, tuple[TrainedTensor, Tensor]]:
     """Full float tensors that are a whole parameter each; not what the base has too, as that costs no byte."""
     found = {}
     for name, module in weights.modules.items():
@@ -223,7 +224,7 @@ def _dress_full(student: Skeleton, weights: Weights) -> dict[str, tuple[TrainedT
     return found
 
 
-def _put_over(student: Skeleton, parameter: str, module: nn.Module) -> None:
+def _put_over(student: LayerwiseModel, parameter: str, module: nn.Module) -> None:
     for owner, leaf in student.owners(parameter):
         parametrize.register_parametrization(owner, leaf, module, unsafe=True)
 
@@ -234,7 +235,7 @@ class _TeacherLogits:
     Each sample is computed alone: what it gives then depends neither on the limit nor on its batch.
     """
 
-    def __init__(self, teacher: Skeleton, work: WorkFolder, limit: int) -> None:
+    def __init__(self, teacher: LayerwiseModel, work: WorkFolder, limit: int) -> None:
         self._teacher, self._limit = teacher, limit
         self._kept = {split: SpilledTensors(work.path, f"logits-{split}", limit=0) for split in ("fit", "held-out")}
 
@@ -255,7 +256,7 @@ class _TeacherLogits:
 
 
 def _loss(
-    student: Skeleton, teacher: _TeacherLogits, samples: Tensor, split: str, rows: Sequence[int], kind: str
+    student: LayerwiseModel, teacher: _TeacherLogits, samples: Tensor, split: str, rows: Sequence[int], kind: str
 ) -> Tensor:
     """Mean over the tokens of some samples of a split."""
     target = teacher(samples, split, rows).float()
@@ -267,13 +268,13 @@ def _loss(
 
 
 @torch.no_grad()
-def _judge(
-    student: Skeleton, trained: _Trained, teacher: _TeacherLogits, held_out: Tensor, options: DistillOptions
+def _validation_loss(
+    student: LayerwiseModel, trained: _Trained, teacher: _TeacherLogits, validation: Tensor, options: DistillOptions
 ) -> float:
     """Held-out loss of the state as it would be stored."""
     total = 0.0
     with trained.rounded(), parametrize.cached():
-        for start in range(0, len(held_out), options.batch_size):
-            rows = range(start, min(start + options.batch_size, len(held_out)))
-            total += float(_loss(student, teacher, held_out, "held-out", rows, options.loss)) * len(rows)
-    return total / len(held_out)
+        for start in range(0, len(validation), options.batch_size):
+            rows = range(start, min(start + options.batch_size, len(validation)))
+            total += float(_loss(student, teacher, validation, "held-out", rows, options.loss)) * len(rows)
+    return total / len(validation)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from peraxis_format import Array, Axis, Component, DType, encode_scale_pair, encode_scales, pack_signs, unpack_signs
 from peraxis_tools.compress.model.components import TORCH_DTYPES, from_torch
-from peraxis_tools.compress.model.names import Piece
+from peraxis_tools.compress.model.names import ParameterSlice
 
-__all__ = ["Dressed", "TrainedComponent", "TrainedTensor"]
+__all__ = ["DeltaParametrization", "TrainedComponent", "TrainedTensor"]
 
 _CLIP = 3.0  # a latent further than this many scales from zero gets no gradient: its sign is decided
 
@@ -64,7 +64,7 @@ class TrainedComponent(nn.Module):
         soft = self.latent.clamp(-_CLIP, _CLIP)
         return (soft + (hard - soft).detach()) * size
 
-    def stored(self) -> Component:
+    def to_component(self) -> Component:
         """As the file holds it."""
         with torch.no_grad():
             mask = pack_signs(self.current_signs().cpu().numpy())
@@ -83,7 +83,7 @@ class TrainedComponent(nn.Module):
     @torch.no_grad()
     def round(self) -> None:
         """Set the relative scales so that the scales are those that the file will have."""
-        stored = self.stored()
+        stored = self.to_component()
         for name, array in stored.scales().items():
             exact = torch.from_numpy(array.astype(np.float64)).to(self.signs.device)
             if name != "col" or stored.axis is Axis.COL:
@@ -93,10 +93,10 @@ class TrainedComponent(nn.Module):
             getattr(self, name).copy_(relative.float())
 
 
-class Dressed(nn.Module):
+class DeltaParametrization(nn.Module):
     """Parametrization: base parameter -> base + components, rounded to the module's dtype (gradient passes through)."""
 
-    def __init__(self, pieces: Sequence[tuple[Piece, int, nn.ModuleList]], dtype: torch.dtype) -> None:
+    def __init__(self, pieces: Sequence[tuple[ParameterSlice, int, nn.ModuleList]], dtype: torch.dtype) -> None:
         super().__init__()
         self._pieces = [(piece, kept) for piece, kept, _ in pieces]
         self.components = nn.ModuleList(components for _, _, components in pieces)
@@ -137,6 +137,6 @@ class TrainedTensor(nn.Module):
         return (moved + (rounded - moved).detach()).to(value.dtype)
 
     @torch.no_grad()
-    def stored(self, value: Tensor) -> Array:
+    def to_array(self, value: Tensor) -> Array:
         """As the file holds it. value: the tensor that this stands over."""
         return from_torch(self(value.float()).to(TORCH_DTYPES[self._dtype]), self._dtype)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peraxis_tools.compress.run.work_folder import WorkFolder
 
-__all__ = ["Group", "Standing", "Training"]
+__all__ = ["Group", "TrainingState", "Training"]
 
 _WARM_UP = 0.05
 _PART = "distilling"  # of the work folder
@@ -33,7 +33,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class TrainingState:
     """How far it is: whole epochs, the best loss after one of them, and the loss before the first."""
 
     epochs: int
@@ -60,7 +60,7 @@ class Training:
         loss.backward()
         self._optimizer.step()
 
-    def save(self, work: WorkFolder, stands: Standing) -> None:
+    def save(self, work: WorkFolder, stands: TrainingState) -> None:
         """Keep where training stands."""
         arrays = {"standing": np.array([stands.epochs, stands.best, stands.before], np.float64)}
         for i, parameter in enumerate(self._parameters):
@@ -70,7 +70,7 @@ class Training:
         work.save_arrays(_PART, arrays)
 
     @torch.no_grad()
-    def resume(self, work: WorkFolder) -> Standing | None:
+    def resume(self, work: WorkFolder) -> TrainingState | None:
         """Put training where `save` left it; None where there is nothing to go on from."""
         arrays = work.load_arrays(_PART)
         if arrays is None:
@@ -85,7 +85,7 @@ class Training:
                 for name in _SUMS
             }
         epochs, best, before = arrays["standing"].tolist()
-        return Standing(epochs=int(epochs), best=best, before=before)
+        return TrainingState(epochs=int(epochs), best=best, before=before)
 
 
 def _rate(step: int, steps: int) -> float:

@@ -1,6 +1,6 @@
 """The modules that read one input, from its sums to their stored deltas.
 
-With a damping lambda, n tokens, and g the diagonal of G, the metric is
+With a damping lambda, n tokens, and g the diagonal of G, the hessian is
 
     H = G + lambda diag(g) + mu (d_in / n) mean(g) I
 
@@ -30,21 +30,21 @@ from torch import Tensor
 
 from peraxis_format import Axis
 from peraxis_tools.compress.fit.adamw import adamw_term
-from peraxis_tools.compress.fit.moments.sums import Judge, Moments, Statistics
-from peraxis_tools.compress.fit.scales import Term, fit_scales, mean_magnitudes, start_term, stored
-from peraxis_tools.compress.fit.signs import Factor, descend, feedback, inverse_factor
+from peraxis_tools.compress.fit.moments.sums import Moments, Statistics, Validation
+from peraxis_tools.compress.fit.scales import Term, fit_scales, mean_magnitudes, round_scales_f16, start_term
+from peraxis_tools.compress.fit.signs import Factor, coordinate_descent, gptq_signs, inverse_factor
 
 __all__ = [
     "AUTO_AXES",
     "FitOptions",
     "FittedMatrix",
     "Matrix",
-    "Metric",
+    "Hessian",
     "Quadratic",
     "dense",
     "fit_matrices",
     "fit_terms",
-    "metric_of",
+    "hessian_of",
     "quadratic",
     "residual_terms",
 ]
@@ -88,7 +88,7 @@ class Matrix:
 class FittedMatrix:
     """A fitted delta; no terms at all means that the base's own weight is best (`same`).
 
-    Errors are mean squares of the module's output over the tokens that judged: of this fit, of the same terms
+    Errors are mean squares of the module's output over the tokens that validated: of this fit, of the same terms
     without calibration (error_none), of no delta (error_same). note: why it is not the fit that was asked for.
     """
 
@@ -100,41 +100,41 @@ class FittedMatrix:
 
 
 @dataclass(frozen=True, slots=True)
-class Metric:
+class Hessian:
     """H, the factor of its inverse (where signs are chosen), and E H^-1 (where teacher inputs are known); float32."""
 
     matrix: Tensor
     factor: Factor | None
-    carried: Tensor | None
+    input_shift: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class Quadratic:
-    """J(Q) = tr((T - Q) H (T - Q)^T). target: T, float32 [d_out, d_in]; aim: T H."""
+    """J(Q) = tr((T - Q) H (T - Q)^T). target: T, float32 [d_out, d_in]; target_hessian: T H."""
 
     target: Tensor
-    aim: Tensor
-    metric: Metric
+    target_hessian: Tensor
+    hessian: Hessian
 
 
-def metric_of(moments: Moments, *, signs: bool, damping: float = _DAMPING) -> Metric | None:
-    """The metric of these sums; None where they carry no information (no tokens, or inputs all zero)."""
+def hessian_of(moments: Moments, *, signs: bool, damping: float = _DAMPING) -> Hessian | None:
+    """The hessian of these sums; None where they carry no information (no tokens, or inputs all zero)."""
     diagonal = torch.diagonal(moments.G)
     mean = float(diagonal.mean())
     if not mean > 0.0:
         return None
-    metric = moments.G.clone()
-    metric.diagonal().add_(damping * diagonal + _PSEUDO_TOKENS * len(metric) / max(moments.tokens, 1) * mean)
-    carried = None
+    hessian = moments.G.clone()
+    hessian.diagonal().add_(damping * diagonal + _PSEUDO_TOKENS * len(hessian) / max(moments.tokens, 1) * mean)
+    input_shift = None
     if moments.E is not None:
-        carried = torch.cholesky_solve(moments.E.t(), torch.linalg.cholesky(metric)).t().float()
-    return Metric(matrix=metric.float(), factor=inverse_factor(metric) if signs else None, carried=carried)
+        input_shift = torch.cholesky_solve(moments.E.t(), torch.linalg.cholesky(hessian)).t().float()
+    return Hessian(matrix=hessian.float(), factor=inverse_factor(hessian) if signs else None, input_shift=input_shift)
 
 
-def quadratic(delta: Tensor, fine_tuned: Tensor, metric: Metric) -> Quadratic:
+def quadratic(delta: Tensor, fine_tuned: Tensor, hessian: Hessian) -> Quadratic:
     """The objective of one module. delta, fine_tuned: float32 [d_out, d_in]."""
-    target = delta if metric.carried is None else delta + fine_tuned @ metric.carried
-    return Quadratic(target=target, aim=target @ metric.matrix, metric=metric)
+    target = delta if hessian.input_shift is None else delta + fine_tuned @ hessian.input_shift
+    return Quadratic(target=target, target_hessian=target @ hessian.matrix, hessian=hessian)
 
 
 def residual_terms(delta: Tensor, axes: Sequence[Axis], components: int) -> tuple[Term, ...]:
@@ -163,15 +163,15 @@ def fit_terms(
     """
     terms = list(start) if start is not None and options.refine else _greedy(problem, axis, components, options)
     if options.refine:
-        if start is None and problem.metric.factor is not None:
-            signs = feedback(problem.target, [term.magnitude for term in terms], problem.metric.factor)
+        if start is None and problem.hessian.factor is not None:
+            signs = gptq_signs(problem.target, [term.magnitude for term in terms], problem.hessian.factor)
             terms = _refit(_with_signs(terms, signs), problem)
         for _ in range(options.rounds):
-            signs = descend(
+            signs = coordinate_descent(
                 problem.target,
                 [term.magnitude for term in terms],
                 [term.signs for term in terms],
-                problem.metric.matrix,
+                problem.hessian.matrix,
                 sweeps=options.sweeps,
             )
             terms = _refit(_with_signs(terms, signs), problem)
@@ -183,14 +183,16 @@ def fit_terms(
 
 def _greedy(problem: Quadratic, axis: Axis, components: int, options: FitOptions) -> list[Term]:
     terms: list[Term] = []
-    rest, aim = problem.target, problem.aim
+    rest, target_hessian = problem.target, problem.target_hessian
     # Scales that signs will follow, and that follow the signs, need not be exact yet.
     rounds = {"rounds": 1} if options.refine else {}
     for _ in range(components):
-        terms.append(fit_scales(start_term(rest, axis), rest, problem.metric.matrix, aim=aim, **rounds))
+        terms.append(
+            fit_scales(start_term(rest, axis), rest, problem.hessian.matrix, target_hessian=target_hessian, **rounds)
+        )
         if len(terms) < components:
             rest = rest - terms[-1].dense()
-            aim = rest @ problem.metric.matrix
+            target_hessian = rest @ problem.hessian.matrix
     return terms
 
 
@@ -201,12 +203,16 @@ def _with_signs(terms: Sequence[Term], signs: Sequence[Tensor]) -> list[Term]:
 def _refit(terms: Sequence[Term], problem: Quadratic) -> list[Term]:
     """The scales of each term in turn, for what the others leave."""
     if len(terms) == 1:
-        return [fit_scales(terms[0], problem.target, problem.metric.matrix, aim=problem.aim, rounds=1)]
+        return [
+            fit_scales(
+                terms[0], problem.target, problem.hessian.matrix, target_hessian=problem.target_hessian, rounds=1
+            )
+        ]
     rest = problem.target - dense(terms, problem.target)
     refitted = []
     for term in terms:
         rest = rest + term.dense()
-        refitted.append(fit_scales(term, rest, problem.metric.matrix, rounds=1))
+        refitted.append(fit_scales(term, rest, problem.hessian.matrix, rounds=1))
         rest = rest - refitted[-1].dense()
     return refitted
 
@@ -233,45 +239,47 @@ def fit_matrices(matrices: Sequence[Matrix], *, statistics: Statistics, options:
 
     Never worse than `none` and `same` where it was judged; errors are those of the rounded weight.
     """
-    metric = None if options.adamw_steps else metric_of(statistics.fit, signs=options.refine)
-    judging = statistics.judging.single()
+    hessian = None if options.adamw_steps else hessian_of(statistics.fit, signs=options.refine)
+    validation_moments = statistics.validation_moments.float32()
     # Signs by feedback alone say whether calibration helps; the rounds then run once, on all tokens.
-    first = replace(options, rounds=0) if options.refine and statistics.held_out.tokens else options
-    trials = [_try(matrix, metric, judging, statistics.fit, first) for matrix in matrices]
-    del judging
-    if not statistics.held_out.tokens or all(trial.axis is None for trial in trials):
+    first = replace(options, rounds=0) if options.refine and statistics.validation.tokens else options
+    trials = [_try(matrix, hessian, validation_moments, statistics.fit, first) for matrix in matrices]
+    del validation_moments
+    if not statistics.validation.tokens or all(trial.axis is None for trial in trials):
         return [trial.fitted for trial in trials]
-    statistics.fit.absorb(statistics.held_out)
+    statistics.fit.merge(statistics.validation)
     # Signs go on from those of the trial: no feedback, and no factor.
-    metric = metric_of(statistics.fit, signs=False)
-    return [_finish(matrix, trial, metric, options) for matrix, trial in zip(matrices, trials, strict=True)]
+    hessian = hessian_of(statistics.fit, signs=False)
+    return [_finish(matrix, trial, hessian, options) for matrix, trial in zip(matrices, trials, strict=True)]
 
 
-def _try(matrix: Matrix, metric: Metric | None, judging: Moments, moments: Moments, options: FitOptions) -> _Trial:
+def _try(
+    matrix: Matrix, hessian: Hessian | None, validation_moments: Moments, moments: Moments, options: FitOptions
+) -> _Trial:
     delta = matrix.fine_tuned - matrix.base
-    judge = Judge(matrix.fine_tuned, judging)
+    validation = Validation(matrix.fine_tuned, validation_moments)
 
     def error(terms: Sequence[Term]) -> float:
         applied = (matrix.base + dense(terms, matrix.base)).to(matrix.dtype).float()
-        return judge.error(matrix.fine_tuned - applied)
+        return validation.error(matrix.fine_tuned - applied)
 
-    plain = tuple(map(stored, residual_terms(delta, matrix.axes, matrix.components)))
+    plain = tuple(map(round_scales_f16, residual_terms(delta, matrix.axes, matrix.components)))
     error_none, error_same = error(plain), error(())
     fitted = FittedMatrix(terms=plain, error=error_none, error_none=error_none, error_same=error_same)
     if options.adamw_steps:
         return _Trial(_fit_adamw(fitted, matrix, delta, moments, options, error))
-    margin = 1.0 - max(judge.tokens, 1) ** -0.5
-    if metric is not None:
-        problem = quadratic(delta, matrix.fine_tuned, metric)
+    margin = 1.0 - max(validation.tokens, 1) ** -0.5
+    if hessian is not None:
+        problem = quadratic(delta, matrix.fine_tuned, hessian)
         axis = _axis(matrix, problem, moments.tokens, error)
         start = fit_terms(problem, axis, options, components=matrix.components)
-        terms = tuple(map(stored, start))
+        terms = tuple(map(round_scales_f16, start))
         found = error(terms)
         if found < margin * min(error_none, error_same):
             return _Trial(replace(fitted, terms=terms, error=found), start, axis)
-    if judge.tokens and error_same <= margin * error_none:
+    if validation.tokens and error_same <= margin * error_none:
         return _Trial(replace(fitted, terms=(), error=error_same, note="no delta lowers the held-out error: base kept"))
-    why = "no calibration token reaches it" if metric is None else "calibration does not improve it"
+    why = "no calibration token reaches it" if hessian is None else "calibration does not improve it"
     return _Trial(replace(fitted, note=f"{why}: mean |delta|"))
 
 
@@ -286,17 +294,17 @@ def _axis(matrix: Matrix, problem: Quadratic, tokens: int, error: Callable[[Sequ
     quick = FitOptions(refine=False)
 
     def scales_alone(axis: Axis) -> float:
-        return error(tuple(map(stored, fit_terms(problem, axis, quick, components=matrix.components))))
+        return error(tuple(map(round_scales_f16, fit_terms(problem, axis, quick, components=matrix.components))))
 
     return min(matrix.axes, key=scales_alone)
 
 
-def _finish(matrix: Matrix, trial: _Trial, metric: Metric | None, options: FitOptions) -> FittedMatrix:
-    if trial.axis is None or metric is None:
+def _finish(matrix: Matrix, trial: _Trial, hessian: Hessian | None, options: FitOptions) -> FittedMatrix:
+    if trial.axis is None or hessian is None:
         return trial.fitted
-    problem = quadratic(matrix.fine_tuned - matrix.base, matrix.fine_tuned, metric)
+    problem = quadratic(matrix.fine_tuned - matrix.base, matrix.fine_tuned, hessian)
     terms = fit_terms(problem, trial.axis, options, components=matrix.components, start=trial.start)
-    return replace(trial.fitted, terms=tuple(map(stored, terms)))
+    return replace(trial.fitted, terms=tuple(map(round_scales_f16, terms)))
 
 
 def _fit_adamw(
@@ -310,6 +318,9 @@ def _fit_adamw(
     """The paper's fit; like the paper, without a look at whether it is better than no fit."""
     if not moments.tokens:
         return replace(plain, note="no calibration token reaches it: mean |delta|")
-    terms = [stored(adamw_term(delta, matrix.fine_tuned, moments, a, steps=options.adamw_steps)) for a in matrix.axes]
+    terms = [
+        round_scales_f16(adamw_term(delta, matrix.fine_tuned, moments, a, steps=options.adamw_steps))
+        for a in matrix.axes
+    ]
     best = min(terms, key=lambda term: error((term,)))
     return replace(plain, terms=(best,), error=error((best,)))

@@ -27,14 +27,14 @@ from torch import Tensor
 from peraxis_format import Encoding, Safetensors
 from peraxis_tools.compress.fit.fit import FitOptions, FittedMatrix, fit_matrices
 from peraxis_tools.compress.fit.mean import mean_components
-from peraxis_tools.compress.fit.moments.collector import Batch, Gatherer, Side, Text
+from peraxis_tools.compress.fit.moments.collector import Batch, MomentsCollector, Side, Text
 from peraxis_tools.compress.fit.moments.spill import SpilledTensors
 from peraxis_tools.compress.fit.moments.stages import Key, Stage
 from peraxis_tools.compress.fit.moments.sums import Statistics
 from peraxis_tools.compress.fit.table import fit_table, importance
-from peraxis_tools.compress.model.layerwise_model import Skeleton
-from peraxis_tools.compress.model.names import NameMap, Piece
-from peraxis_tools.compress.model.orientation import StoredModule
+from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
+from peraxis_tools.compress.model.names import NameMap, ParameterSlice
+from peraxis_tools.compress.model.orientation import OrientedModule
 from peraxis_tools.compress.model.weights import Weights, kept_rows
 from peraxis_tools.compress.options import OptionError
 from peraxis_tools.compress.plan.plan import TABLES, Plan, PlannedModule
@@ -43,12 +43,12 @@ from peraxis_tools.compress.run.environment import trim_heap
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 from peraxis_tools.compress.run.work_folder import WorkFolder
 
-__all__ = ["Batch", "Procedure"]
+__all__ = ["Batch", "LayerwiseCalibration"]
 
-_READ: Final = 0.5  # of a tied table: the weight of reading a row against that of multiplying with it
+TIED_INPUT_WEIGHT: Final = 0.5  # of a tied table: the weight of reading a row against that of multiplying with it
 
 
-class Procedure:
+class LayerwiseCalibration:
     """One run over all blocks. `fitted` fills as it goes; every finished part is in the work folder."""
 
     def __init__(
@@ -57,8 +57,8 @@ class Procedure:
         plan: Plan,
         base: Safetensors,
         fine_tuned: Safetensors,
-        teacher: Skeleton,
-        student: Skeleton,
+        teacher: LayerwiseModel,
+        student: LayerwiseModel,
         names: NameMap,
         batches: Sequence[Batch],
         options: FitOptions,
@@ -70,9 +70,9 @@ class Procedure:
         self.teacher, self.student = teacher, student
         self.names, self.options, self.work, self.processes = names, options, work, processes
         self.text = Text(
-            batches=[batches[i] for i in processes.share(len(batches))],
+            batches=[batches[i] for i in processes.shard_indices(len(batches))],
             total=len(batches),
-            judged=any(batch.held_out for batch in batches),
+            validated=any(batch.validation for batch in batches),
         )
         if len(batches) < processes.count:
             raise OptionError(f"{processes.count} processes for {len(batches)} batches: give fewer, or a smaller batch")
@@ -96,11 +96,11 @@ class Procedure:
         """Fit every module that the plan gives signs. Returns them by name."""
         blocks = len(self.student)
         self._take(self._part("embedding", self._fit_tables))
-        for skeleton, source in self._sources():
-            self.weights.fill_outer(skeleton, source)
+        for model, source in self._sources():
+            self.weights.fill_outer(model, source)
         for i, batch in enumerate(self.text.batches):
-            for hidden, skeleton in zip(self._hidden, (self.teacher, self.student), strict=True):
-                hidden[i] = skeleton.embed(batch.ids)
+            for hidden, model in zip(self._hidden, (self.teacher, self.student), strict=True):
+                hidden[i] = model.embed(batch.ids)
         for index in range(blocks):
             self._progress("fit", index, blocks + 1)
             self._block(index)
@@ -109,7 +109,7 @@ class Procedure:
         self._progress("fit", blocks + 1, blocks + 1)
         return self.fitted
 
-    def _sources(self) -> tuple[tuple[Skeleton, Callable[[str], Tensor]], ...]:
+    def _sources(self) -> tuple[tuple[LayerwiseModel, Callable[[str], Tensor]], ...]:
         return (self.teacher, self.weights.teacher), (self.student, self.weights.student)
 
     def _block(self, index: int) -> None:
@@ -117,14 +117,14 @@ class Procedure:
         part = f"block-{index:05d}"
         finished = self._finished(part)
         self._take(finished or [])
-        for skeleton, source in self._sources():
-            self.weights.fill(skeleton, source, skeleton.layer_parameters(index))
+        for model, source in self._sources():
+            self.weights.fill(model, source, model.layer_parameters(index))
         if finished is None:
             self._save(part, self._fit_block(index))
         else:
             self._advance(index)
-        for skeleton in (self.teacher, self.student):
-            skeleton.empty(index)
+        for model in (self.teacher, self.student):
+            model.empty(index)
         trim_heap()
 
     def _part(self, part: str, fit: Callable[[], list[FittedModule]]) -> list[FittedModule]:
@@ -136,10 +136,10 @@ class Procedure:
         return modules
 
     def _finished(self, part: str) -> list[FittedModule] | None:
-        return self.processes.spread(self.work.load(part) if self.processes.leader else None)
+        return self.processes.broadcast(self.work.load(part) if self.processes.is_main_process else None)
 
     def _save(self, part: str, modules: Sequence[FittedModule]) -> None:
-        if self.processes.leader:
+        if self.processes.is_main_process:
             self.work.save(part, modules)
 
     def _take(self, modules: Iterable[FittedModule]) -> None:
@@ -157,10 +157,10 @@ class Procedure:
 
     def _advance(self, index: int) -> None:
         for i, batch in enumerate(self.text.batches):
-            for hidden, skeleton in zip(self._hidden, (self.teacher, self.student), strict=True):
-                hidden[i] = skeleton.run_layer(index, batch.ids, hidden[i])
+            for hidden, model in zip(self._hidden, (self.teacher, self.student), strict=True):
+                hidden[i] = model.run_layer(index, batch.ids, hidden[i])
 
-    def _signed(self, parameters: Iterable[str]) -> list[tuple[PlannedModule, Piece]]:
+    def _signed(self, parameters: Iterable[str]) -> list[tuple[PlannedModule, ParameterSlice]]:
         """Modules with signs whose tensors lie in these parameters, in plan order."""
         wanted = set(parameters)
         return [
@@ -185,7 +185,7 @@ class Procedure:
             done.extend(fitted or [self._plain(module, note)])
         return done
 
-    def _fit_embedding(self, module: PlannedModule, piece: Piece) -> list[FittedModule]:
+    def _fit_embedding(self, module: PlannedModule, piece: ParameterSlice) -> list[FittedModule]:
         """The table of input embeddings; nothing where it is none, or where the paper's fit is asked for."""
         self.weights.fill_outer(self.teacher, self.weights.teacher)
         if self.options.adamw_steps:
@@ -200,8 +200,8 @@ class Procedure:
         for batch in self.text.batches:
             counts += torch.bincount(batch.ids.flatten(), minlength=rows)[:rows]
         self.processes.add([counts])
-        fitted = self._fit_rows(module, counts[: kept_rows(module)]) if self.processes.leader else None
-        return self.processes.exchange([fitted])
+        fitted = self._fit_rows(module, counts[: kept_rows(module)]) if self.processes.is_main_process else None
+        return self.processes.all_gather([fitted])
 
     def _fit_rows(self, module: PlannedModule, counts: Tensor) -> FittedModule:
         weights = self.weights
@@ -229,12 +229,12 @@ class Procedure:
         done: list[FittedModule] = []
         # The student's head would read other states, which nobody knows yet: the teacher's stand for both.
         side = self._side(self.teacher, hidden, self.teacher.head)
-        with self._gatherer([side, side], [parameter], outputs=False) as gatherer:
-            for stage in gatherer.stages:
-                sums = gatherer.collect(stage)
+        with self._collector([side, side], [parameter], outputs=False) as collector:
+            for stage in collector.stages:
+                sums = collector.collect(stage)
                 for statistics in sums.values():
-                    for moments in (statistics.fit, statistics.held_out):
-                        moments.widen(_READ)
+                    for moments in (statistics.fit, statistics.validation):
+                        moments.add_isotropic(TIED_INPUT_WEIGHT)
                 done.extend(self._fit_stage(stage, sums))
         return done
 
@@ -255,29 +255,29 @@ class Procedure:
         local = self.student.layer_parameters(index)
         with ExitStack() as stack:
             sides = [
-                self._side(skeleton, hidden, stack.enter_context(skeleton.at_layer(index)))
-                for hidden, skeleton in zip(self._hidden, (self.teacher, self.student), strict=True)
+                self._side(model, hidden, stack.enter_context(model.at_layer(index)))
+                for hidden, model in zip(self._hidden, (self.teacher, self.student), strict=True)
             ]
-            gatherer = stack.enter_context(self._gatherer(sides, local))
+            collector = stack.enter_context(self._collector(sides, local))
             done = [
                 self._plain(module, "its input was not seen: mean |delta|")
-                for module, _ in self._signed(set(local) - gatherer.seen)
+                for module, _ in self._signed(set(local) - collector.seen)
             ]
             self._install(done)
-            for stage in gatherer.stages:
-                fitted = self._fit_stage(stage, gatherer.collect(stage))
+            for stage in collector.stages:
+                fitted = self._fit_stage(stage, collector.collect(stage))
                 self._install(fitted)
                 done.extend(fitted)
-            for i, *outputs in gatherer.outputs():
+            for i, *outputs in collector.outputs():
                 for hidden, output in zip(self._hidden, outputs, strict=True):
                     hidden[i] = output
         return done
 
-    def _side(self, skeleton: Skeleton, hidden: SpilledTensors, run: Callable[[Tensor, Tensor], Tensor]) -> Side:
-        return Side(skeleton, lambda i: run(self.text.batches[i].ids, hidden[i]))
+    def _side(self, model: LayerwiseModel, hidden: SpilledTensors, run: Callable[[Tensor, Tensor], Tensor]) -> Side:
+        return Side(model, lambda i: run(self.text.batches[i].ids, hidden[i]))
 
-    def _gatherer(self, sides: Sequence[Side], names: Sequence[str], *, outputs: bool = True) -> Gatherer:
-        return Gatherer(
+    def _collector(self, sides: Sequence[Side], names: Sequence[str], *, outputs: bool = True) -> MomentsCollector:
+        return MomentsCollector(
             *sides,
             names,
             text=self.text,
@@ -294,12 +294,12 @@ class Procedure:
         if mapped:
             names = sorted({self.names.by_tensor[module.name].parameter for module in mapped})
             sides = [
-                self._side(skeleton, hidden, skeleton.head)
-                for hidden, skeleton in zip(self._hidden, (self.teacher, self.student), strict=True)
+                self._side(model, hidden, model.head)
+                for hidden, model in zip(self._hidden, (self.teacher, self.student), strict=True)
             ]
-            with self._gatherer(sides, names, outputs=False) as gatherer:
-                for stage in gatherer.stages:
-                    done.extend(self._fit_stage(stage, gatherer.collect(stage)))
+            with self._collector(sides, names, outputs=False) as collector:
+                for stage in collector.stages:
+                    done.extend(self._fit_stage(stage, collector.collect(stage)))
         return done
 
     # -- one stage -------------------------------------------------------------------------------------------
@@ -307,7 +307,9 @@ class Procedure:
     def _fit_stage(self, stage: Stage, sums: Mapping[Key, Statistics]) -> list[FittedModule]:
         """Fit a stage's modules, each in one process; those that read one input together."""
         modules = self._signed(stage.parameters)
-        mine = {i: StoredModule.of(*modules[i], self.weights, stage) for i in self.processes.share(len(modules))}
+        mine = {
+            i: OrientedModule.of(*modules[i], self.weights, stage) for i in self.processes.shard_indices(len(modules))
+        }
         readers: dict[Key, list[tuple[int, int]]] = {}  # by whose sums they use: numbers of modules and batch elements
         for i, stored in mine.items():
             for e, key in enumerate(stored.keys):
@@ -318,7 +320,7 @@ class Procedure:
             statistics = sums.get(key) or Statistics.none(matrices[0].base.shape[1], device=self.device)
             fitted = fit_matrices(matrices, statistics=statistics, options=self.options)
             found.update(zip(places, fitted, strict=True))
-        return self.processes.exchange(
+        return self.processes.all_gather(
             [
                 mine[i].module([found[i, e] for e in range(len(mine[i].keys))]) if i in mine else None
                 for i in range(len(modules))

@@ -1,6 +1,6 @@
 """Closed forms for the scales of given signs.
 
-Target T [d_out, d_in], metric H [d_in, d_in], signs B; the stored delta is Q = B o S. Minimise over S
+Target T [d_out, d_in], hessian H [d_in, d_in], signs B; the stored delta is Q = B o S. Minimise over S
 
     J = tr((T - Q) H (T - Q)^T)
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from peraxis_format import Axis, encode_scales
 from peraxis_tools.compress.fit.signs import Magnitude, unit
 
-__all__ = ["Term", "fit_scales", "mean_magnitudes", "start_term", "stored"]
+__all__ = ["Term", "fit_scales", "mean_magnitudes", "start_term", "round_scales_f16"]
 
 _RIDGE = 1e-3
 _ROUNDS = 3
@@ -53,7 +53,7 @@ class Term:
         return unit(self.signs).mul_(self.col).mul_(self.row[:, None])
 
 
-def stored(term: Term) -> Term:
+def round_scales_f16(term: Term) -> Term:
     """The term as the file holds it: scales rounded to F16 under the component's exponent (SPEC 5.5)."""
 
     def rounded(scales: Tensor) -> Tensor:
@@ -90,21 +90,23 @@ def start_term(target: Tensor, axis: Axis) -> Term:
     return Term(axis=axis, signs=target >= 0, row=start.row, col=start.col)
 
 
-def fit_scales(term: Term, target: Tensor, metric: Tensor, *, aim: Tensor | None = None, rounds: int = _ROUNDS) -> Term:
+def fit_scales(
+    term: Term, target: Tensor, hessian: Tensor, *, target_hessian: Tensor | None = None, rounds: int = _ROUNDS
+) -> Term:
     """The scales of least J for the term's signs; signs are turned only where a scale came out negative.
 
-    target: float32 [d_out, d_in]; metric: float32 [d_in, d_in]; aim: their product, where it is known; rounds:
-    alternations of row+col, of which one is enough where the scales are near their best already.
+    target: float32 [d_out, d_in]; hessian: float32 [d_in, d_in]; target_hessian: their product, where it is
+    known; rounds: alternations of row+col, of which one is enough where the scales are near their best already.
     """
-    aim = target @ metric if aim is None else aim
+    target_hessian = target @ hessian if target_hessian is None else target_hessian
     if term.axis is Axis.ROW:
-        return _fit_row(term, aim, metric)
+        return _fit_row(term, target_hessian, hessian)
     if term.axis is Axis.COL:
-        return _fit_col(term, target, aim, metric)
+        return _fit_col(term, target, target_hessian, hessian)
     if term.axis is Axis.TENSOR:
-        return _fit_scalar(term, aim, metric)
+        return _fit_scalar(term, target_hessian, hessian)
     for _ in range(rounds):
-        term = _fit_row(_fit_col(term, target, aim, metric), aim, metric)
+        term = _fit_row(_fit_col(term, target, target_hessian, hessian), target_hessian, hessian)
     # A common factor is free between the two: share it out evenly, for F16's sake.
     balance = torch.sqrt(term.col.mean() / term.row.mean())
     if not torch.isfinite(balance) or float(balance) == 0.0:
@@ -126,18 +128,18 @@ def _fold(term: Term, *, row: Tensor | None = None, col: Tensor | None = None) -
     )
 
 
-def _fit_row(term: Term, aim: Tensor, metric: Tensor) -> Term:
+def _fit_row(term: Term, target_hessian: Tensor, hessian: Tensor) -> Term:
     pattern = unit(term.signs).mul_(term.col)
-    above = torch.sum(pattern * aim, dim=1)
-    below = torch.sum((pattern @ metric) * pattern, dim=1)
+    above = torch.sum(pattern * target_hessian, dim=1)
+    below = torch.sum((pattern @ hessian) * pattern, dim=1)
     row = torch.where(below > 0, above / below, torch.zeros_like(above))
     return _fold(term, row=row)
 
 
-def _fit_col(term: Term, target: Tensor, aim: Tensor, metric: Tensor) -> Term:
+def _fit_col(term: Term, target: Tensor, target_hessian: Tensor, hessian: Tensor) -> Term:
     pattern = unit(term.signs).mul_(term.row[:, None])
-    system = (pattern.t() @ pattern).double().mul_(metric)
-    right = torch.sum(pattern * aim, dim=0, dtype=torch.float64)
+    system = (pattern.t() @ pattern).double().mul_(hessian)
+    right = torch.sum(pattern * target_hessian, dim=0, dtype=torch.float64)
     ridge = _RIDGE * torch.diagonal(system).mean()
     if float(ridge) <= 0.0:
         return term
@@ -151,9 +153,9 @@ def _fit_col(term: Term, target: Tensor, aim: Tensor, metric: Tensor) -> Term:
     return _fold(term, col=col.float())
 
 
-def _fit_scalar(term: Term, aim: Tensor, metric: Tensor) -> Term:
+def _fit_scalar(term: Term, target_hessian: Tensor, hessian: Tensor) -> Term:
     pattern = unit(term.signs)
-    below = torch.sum((pattern @ metric) * pattern, dtype=torch.float64)
-    above = torch.sum(pattern * aim, dtype=torch.float64)
+    below = torch.sum((pattern @ hessian) * pattern, dtype=torch.float64)
+    above = torch.sum(pattern * target_hessian, dtype=torch.float64)
     scalar = float(above / below) if float(below) > 0 else 0.0
     return _fold(term, row=torch.full_like(term.row, scalar))

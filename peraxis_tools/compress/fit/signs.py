@@ -1,6 +1,6 @@
 """Signs that make up for each other: error feedback and coordinate descent.
 
-With target T [d_out, d_in], metric H [d_in, d_in] (positive definite) and components Q = sum_k B_k o S_k,
+With target T [d_out, d_in], hessian H [d_in, d_in] (positive definite) and components Q = sum_k B_k o S_k,
 S_k = row_k col_k^T >= 0, the objective is
 
     J(B) = tr((T - Q) H (T - Q)^T) = sum over rows o of (T - Q)_o H (T - Q)_o^T .
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from peraxis_tools.ops.delta_sums.numpy import have_numba, have_triton
 
-__all__ = ["Factor", "Magnitude", "descend", "feedback", "inverse_factor", "unit"]
+__all__ = ["Factor", "Magnitude", "coordinate_descent", "gptq_signs", "inverse_factor", "unit"]
 
 _BLOCK = 128  # columns decided before what they leave is passed on to all others
 _SWEPT = 512  # the same for descent on a CPU, where a column passes on little
@@ -59,21 +59,21 @@ class Factor:
     upper: Tensor
 
 
-def inverse_factor(metric: Tensor) -> Factor:
+def inverse_factor(hessian: Tensor) -> Factor:
     """Columns from the largest diagonal of H down, and the factor of the inverse in this order.
 
-    metric: [d, d] float64, positive definite. With J the matrix that turns the order around and J H J = L L^T,
+    hessian: [d, d] float64, positive definite. With J the matrix that turns the order around and J H J = L L^T,
     H^-1 = (J L^-1 J)^T (J L^-1 J), and the product in brackets is upper triangular: the inverse is never formed.
     """
-    order = torch.argsort(torch.diagonal(metric), descending=True, stable=True)
+    order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
     turned = order.flip(0)
-    lower = torch.linalg.cholesky(metric[turned][:, turned])
-    unit = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+    lower = torch.linalg.cholesky(hessian[turned][:, turned])
+    unit = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     inverse = torch.linalg.solve_triangular(lower, unit, upper=False)
     return Factor(order=order, upper=inverse.flip(0, 1).float().contiguous())
 
 
-def feedback(target: Tensor, magnitudes: list[Magnitude], factor: Factor) -> list[Tensor]:
+def gptq_signs(target: Tensor, magnitudes: list[Magnitude], factor: Factor) -> list[Tensor]:
     """Signs (one bool [d_out, d_in] for each magnitude) by error feedback; components share each column's residual.
 
     target: [d_out, d_in] float32; factor: of `inverse_factor`.
@@ -83,12 +83,12 @@ def feedback(target: Tensor, magnitudes: list[Magnitude], factor: Factor) -> lis
     rows = torch.stack([magnitude.row for magnitude in magnitudes])
     cols = torch.stack([magnitude.col[factor.order] for magnitude in magnitudes])
     signs = torch.empty(len(magnitudes), *work.shape, dtype=torch.bool, device=work.device)
-    step = _steps(work).feedback
+    step = _steps(work).gptq_signs
     for part in _blocks(work.shape[1], _BLOCK):
-        block = work[:, part].contiguous()
-        errors = torch.empty_like(block)
-        chosen = torch.empty(len(magnitudes), *block.shape, dtype=torch.bool, device=work.device)
-        step(block, upper[part, part].contiguous(), rows, cols[:, part].contiguous(), chosen, errors)
+        values_block = work[:, part].contiguous()
+        errors = torch.empty_like(values_block)
+        chosen = torch.empty(len(magnitudes), *values_block.shape, dtype=torch.bool, device=work.device)
+        step(values_block, upper[part, part].contiguous(), rows, cols[:, part].contiguous(), chosen, errors)
         signs[:, :, part] = chosen
         work[:, part.stop :].addmm_(errors, upper[part, part.stop :], alpha=-1)
     inverse_order = torch.argsort(factor.order)
@@ -99,9 +99,9 @@ def _blocks(width: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, width)) for start in range(0, width, size)]
 
 
-def _feedback_block(work: Tensor, near: Tensor, rows: Tensor, cols: Tensor, signs: Tensor, errors: Tensor) -> None:
-    """work, errors: [d_out, n]; near: [n, n]; rows: [k, d_out]; cols: [k, n]; signs: bool [k, d_out, n]."""
-    diagonal = torch.diagonal(near).tolist()
+def _gptq_signs_block(work: Tensor, block: Tensor, rows: Tensor, cols: Tensor, signs: Tensor, errors: Tensor) -> None:
+    """work, errors: [d_out, n]; block: [n, n]; rows: [k, d_out]; cols: [k, n]; signs: bool [k, d_out, n]."""
+    diagonal = torch.diagonal(block).tolist()
     columns = work.t().contiguous()
     for j in range(len(columns)):
         rest = columns[j]
@@ -112,15 +112,15 @@ def _feedback_block(work: Tensor, near: Tensor, rows: Tensor, cols: Tensor, sign
             rest = rest - torch.where(positive, size, -size)
         error = rest / diagonal[j]
         errors[:, j] = error
-        columns[j + 1 :].addr_(near[j, j + 1 :], error, alpha=-1)
+        columns[j + 1 :].addr_(block[j, j + 1 :], error, alpha=-1)
 
 
-def descend(
-    target: Tensor, magnitudes: list[Magnitude], signs: list[Tensor], metric: Tensor, *, sweeps: int
+def coordinate_descent(
+    target: Tensor, magnitudes: list[Magnitude], signs: list[Tensor], hessian: Tensor, *, sweeps: int
 ) -> list[Tensor]:
     """Turn every sign that lowers J, column by column, for a number of sweeps. Returns new signs; J never grows.
 
-    target: [d_out, d_in] float32; metric: [d_in, d_in] float32; signs: bool [d_out, d_in] each.
+    target: [d_out, d_in] float32; hessian: [d_in, d_in] float32; signs: bool [d_out, d_in] each.
     """
     values = torch.stack(
         [
@@ -128,28 +128,28 @@ def descend(
             for sign, magnitude in zip(signs, magnitudes, strict=True)
         ]
     )
-    gradient = (target - values.sum(dim=0)) @ metric
+    gradient = (target - values.sum(dim=0)) @ hessian
     steps = _steps(values)
     for _ in range(sweeps):
         changed = False
         for part in _blocks(gradient.shape[1], steps.width):
-            block, size = gradient[:, part].contiguous(), values[:, :, part].contiguous()
-            change = torch.zeros_like(block)
-            steps.descend(block, metric[part, part].contiguous(), size, change)
+            values_block, size = gradient[:, part].contiguous(), values[:, :, part].contiguous()
+            change = torch.zeros_like(values_block)
+            steps.coordinate_descent(values_block, hessian[part, part].contiguous(), size, change)
             if change.any():
                 changed = True
-                gradient[:, part], values[:, :, part] = block, size
-                gradient[:, : part.start].addmm_(change, metric[part, : part.start])
-                gradient[:, part.stop :].addmm_(change, metric[part, part.stop :])
+                gradient[:, part], values[:, :, part] = values_block, size
+                gradient[:, : part.start].addmm_(change, hessian[part, : part.start])
+                gradient[:, part.stop :].addmm_(change, hessian[part, part.stop :])
         if not changed:
             break
     # A magnitude of zero has lost its sign.
     return [(value > 0) | ((value == 0) & sign) for sign, value in zip(signs, values, strict=True)]
 
 
-def _descend_block(gradient: Tensor, near: Tensor, values: Tensor, change: Tensor) -> None:
-    """gradient, change: [d_out, n]; near: [n, n]; values: [k, d_out, n], signed."""
-    diagonal = torch.diagonal(near).tolist()
+def _coordinate_descent_block(gradient: Tensor, block: Tensor, values: Tensor, change: Tensor) -> None:
+    """gradient, change: [d_out, n]; block: [n, n]; values: [k, d_out, n], signed."""
+    diagonal = torch.diagonal(block).tolist()
     columns = gradient.t().contiguous()
     for j in range(len(columns)):
         for k in range(len(values)):
@@ -157,7 +157,7 @@ def _descend_block(gradient: Tensor, near: Tensor, values: Tensor, change: Tenso
             step = torch.where(q * (columns[j] + q * diagonal[j]) < 0, q + q, 0.0)
             values[k, :, j] -= step
             change[:, j] += step
-            columns.addr_(near[j], step)
+            columns.addr_(block[j], step)
     gradient.copy_(columns.t())
 
 
@@ -165,8 +165,8 @@ def _descend_block(gradient: Tensor, near: Tensor, values: Tensor, change: Tenso
 class _Steps:
     """How a block of columns is worked on. width: columns of a block of descent."""
 
-    feedback: Callable[..., None]
-    descend: Callable[..., None]
+    gptq_signs: Callable[..., None]
+    coordinate_descent: Callable[..., None]
     width: int
 
 
@@ -176,20 +176,20 @@ def _steps(tensor: Tensor) -> _Steps:
         return _numba_steps()
     if tensor.device.type == "cuda" and have_triton():
         return _triton_steps()
-    return _Steps(_feedback_block, _descend_block, _BLOCK)
+    return _Steps(_gptq_signs_block, _coordinate_descent_block, _BLOCK)
 
 
 @cache
 def _triton_steps() -> _Steps:
-    from peraxis_tools.ops.sign_search.triton import descend_block, feedback_block
+    from peraxis_tools.ops.sign_search.triton import coordinate_descent_block, gptq_signs_block
 
-    return _Steps(feedback_block, descend_block, _BLOCK)
+    return _Steps(gptq_signs_block, coordinate_descent_block, _BLOCK)
 
 
 @cache
 def _numba_steps() -> _Steps:
     """The same formulas compiled, rows in parallel; rows, and so threads, never meet."""
-    from peraxis_tools.ops.sign_search.numba import DESCEND, FEEDBACK
+    from peraxis_tools.ops.sign_search.numba import COORDINATE_DESCENT, GPTQ_SIGNS
 
     def in_threads(kernel: Callable[..., None]) -> Callable[..., None]:
         def step(*tensors: Tensor) -> None:
@@ -204,4 +204,4 @@ def _numba_steps() -> _Steps:
 
         return step
 
-    return _Steps(in_threads(FEEDBACK), in_threads(DESCEND), _SWEPT)
+    return _Steps(in_threads(GPTQ_SIGNS), in_threads(COORDINATE_DESCENT), _SWEPT)

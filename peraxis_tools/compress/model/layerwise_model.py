@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from peraxis_tools.compress.fit.moments.recorder import StopForward
 from peraxis_tools.errors import ToolError
 
-__all__ = ["Skeleton", "UnsupportedModelError", "decoder_layers"]
+__all__ = ["LayerwiseModel", "UnsupportedModelError", "decoder_layers"]
 
 
 class UnsupportedModelError(ToolError):
@@ -63,7 +63,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(found, key=lambda item: len(item[1]))
 
 
-class Skeleton:
+class LayerwiseModel:
     """One model, run block by block. Parameters are set from a source: parameter name -> tensor."""
 
     def __init__(self, config: Any, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -94,7 +94,7 @@ class Skeleton:
         return [name for name in self.model.state_dict() if not name.startswith(self.prefix + ".")]
 
     def set(self, name: str, value: Tensor) -> None:
-        """Put a tensor in the place of a parameter or buffer, in the skeleton's dtype and device."""
+        """Put a tensor in the place of a parameter or buffer, in the model's dtype and device."""
         module, leaf = self._owner(name)
         old = getattr(module, leaf)
         dtype = self.dtype if old.is_floating_point() and value.is_floating_point() else value.dtype

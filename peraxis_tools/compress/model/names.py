@@ -17,13 +17,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NameMap", "Piece", "map_names"]
+__all__ = ["NameMap", "ParameterSlice", "map_names"]
 
 _PROBE_WIDTH: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ParameterSlice:
     """A checkpoint tensor is parameter[index] (batch element), rows [first, last) of it; None: all of it."""
 
     tensor: str
@@ -42,8 +42,8 @@ class Piece:
 class NameMap:
     """Pieces by parameter, and by tensor. unmapped: checkpoint tensors that no parameter of the model holds."""
 
-    by_parameter: Mapping[str, tuple[Piece, ...]]
-    by_tensor: Mapping[str, Piece]
+    by_parameter: Mapping[str, tuple[ParameterSlice, ...]]
+    by_tensor: Mapping[str, ParameterSlice]
     unmapped: tuple[str, ...]
 
 
@@ -52,16 +52,16 @@ def map_names(model: nn.Module, tensors: Iterable[str]) -> NameMap:
     state: dict[str, Tensor] = model.state_dict()
     prefix = getattr(model, "base_model_prefix", "") + "."
     wanted = set(tensors)
-    pieces: dict[str, Piece] = {}
+    pieces: dict[str, ParameterSlice] = {}
     for tensor in sorted(wanted):
         for parameter in (tensor, prefix + tensor, tensor.removeprefix(prefix)):
             if parameter in state:
-                pieces[tensor] = Piece(tensor, parameter)
+                pieces[tensor] = ParameterSlice(tensor, parameter)
                 break
     for tensor, piece in _converted(model, state).items():
         if tensor in wanted and tensor not in pieces:
             pieces[tensor] = piece
-    by_parameter: dict[str, list[Piece]] = {}
+    by_parameter: dict[str, list[ParameterSlice]] = {}
     for piece in pieces.values():
         by_parameter.setdefault(piece.parameter, []).append(piece)
     return NameMap(
@@ -71,7 +71,7 @@ def map_names(model: nn.Module, tensors: Iterable[str]) -> NameMap:
     )
 
 
-def _converted(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Piece]:
+def _converted(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, ParameterSlice]:
     """Pieces by checkpoint name, from transformers' own conversion; empty where it has none.
 
     The probes are narrow stand-ins of the parameters: each element holds its own position, so that what comes out says
@@ -97,7 +97,7 @@ def _converted(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Piece
     except (RuntimeError, ValueError, IndexError, KeyError):
         # A conversion that needs the true width. What it makes stays unmapped, and is named if it is needed.
         return {}
-    pieces: dict[str, Piece] = {}
+    pieces: dict[str, ParameterSlice] = {}
     for tensor, values in reverted.items():
         first = int(values.reshape(-1)[0])
         i = bisect.bisect_right(starts, first) - 1
@@ -107,17 +107,17 @@ def _converted(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Piece
     return pieces
 
 
-def _locate(tensor: str, parameter: str, probe: Tensor, values: Tensor, first: int) -> Piece | None:
+def _locate(tensor: str, parameter: str, probe: Tensor, values: Tensor, first: int) -> ParameterSlice | None:
     """Where the values lie in the probe: a batch element and a range of rows; None where they are no such range."""
     width = probe.shape[-1]
     consecutive = torch.equal(values.reshape(-1), int(values.reshape(-1)[0]) + torch.arange(values.numel()))
     if not consecutive or values.shape[-1] != width:
         return None
     if values.shape == probe.shape:
-        return Piece(tensor, parameter)
+        return ParameterSlice(tensor, parameter)
     rows = probe.shape[-2]
     index, row = divmod(first // width, rows)
     if values.dim() != 2 or row + values.shape[0] > rows:
         return None
     span = None if values.shape[0] == rows else (row, row + values.shape[0])
-    return Piece(tensor, parameter, index if probe.dim() == 3 else None, span)
+    return ParameterSlice(tensor, parameter, index if probe.dim() == 3 else None, span)

@@ -17,18 +17,18 @@ from peraxis_format import Axis, Component
 from peraxis_tools.compress.fit.fit import FittedMatrix, Matrix
 from peraxis_tools.compress.fit.moments.stages import Key, Stage
 from peraxis_tools.compress.model.components import TORCH_DTYPES, components_of
-from peraxis_tools.compress.model.names import Piece
+from peraxis_tools.compress.model.names import ParameterSlice
 from peraxis_tools.compress.model.weights import Weights
 from peraxis_tools.compress.plan.plan import PlannedModule
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 
-__all__ = ["StoredModule"]
+__all__ = ["OrientedModule"]
 
 _SWAPPED: Final = {Axis.ROW: Axis.COL, Axis.COL: Axis.ROW}
 
 
 @dataclass(frozen=True, slots=True)
-class StoredModule:
+class OrientedModule:
     """A module in its stored orientation: base and fine-tuned, float32 [..., rows, cols]; the key of each matrix.
 
     An unchanged module has no keys: there is nothing to fit.
@@ -41,7 +41,7 @@ class StoredModule:
     keys: tuple[Key, ...]
 
     @classmethod
-    def of(cls, planned: PlannedModule, piece: Piece, weights: Weights, stage: Stage) -> StoredModule:
+    def of(cls, planned: PlannedModule, piece: ParameterSlice, weights: Weights, stage: Stage) -> OrientedModule:
         base, tuned = weights.pair(planned)
         batch = base.shape[:-2].numel() if base.dim() > 2 else None
         keys: tuple[Key, ...] = ((piece.parameter, piece.index),)

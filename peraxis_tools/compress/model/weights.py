@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peraxis_format import Encoding, Safetensors
 from peraxis_tools.compress.model.components import TORCH_DTYPES, apply_components, to_torch
-from peraxis_tools.compress.model.layerwise_model import Skeleton, UnsupportedModelError
+from peraxis_tools.compress.model.layerwise_model import LayerwiseModel, UnsupportedModelError
 from peraxis_tools.compress.model.names import NameMap
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule
 from peraxis_tools.compress.run.types import FittedModule
@@ -54,7 +54,7 @@ class Weights:
         """A tensor as the file will give it: exact, or the base with what is fitted by now."""
         return self._student(name, self._fitted)
 
-    def undressed(self, name: str) -> Tensor:
+    def base_only(self, name: str) -> Tensor:
         """As `student`, with nothing fitted: the base where there will be signs, float32 and unrounded."""
         return self._student(name, {})
 
@@ -70,34 +70,34 @@ class Weights:
             return covered
         return torch.cat([covered, self.read(self.fine_tuned, module.name, slice(kept, None))])
 
-    def parameter(self, name: str, source: Source, skeleton: Skeleton) -> Tensor | None:
+    def parameter(self, name: str, source: Source, model: LayerwiseModel) -> Tensor | None:
         """A parameter's value, put together from the checkpoint's tensors; None where it has none of them."""
         pieces = self.names.by_parameter.get(name)
         if not pieces:
             return None
         if len(pieces) == 1 and pieces[0].index is None and pieces[0].rows is None:
             return source(pieces[0].tensor)
-        value = torch.empty(skeleton.get(name).shape, dtype=skeleton.dtype, device=self.device)
+        value = torch.empty(model.get(name).shape, dtype=model.dtype, device=self.device)
         for piece in pieces:
             piece.select(value).copy_(source(piece.tensor))
         return value
 
-    def fill(self, skeleton: Skeleton, source: Source, parameters: Iterable[str]) -> None:
-        """Set parameters of a skeleton. Raises UnsupportedModelError for one that has no tensor, nor a value yet."""
+    def fill(self, model: LayerwiseModel, source: Source, parameters: Iterable[str]) -> None:
+        """Set parameters of a model. Raises UnsupportedModelError for one that has no tensor, nor a value yet."""
         for name in parameters:
-            value = self.parameter(name, source, skeleton)
+            value = self.parameter(name, source, model)
             if value is not None:
-                skeleton.set(name, value)
-            elif skeleton.get(name).is_meta:
+                model.set(name, value)
+            elif model.get(name).is_meta:
                 raise UnsupportedModelError(f"{name}: the checkpoint has no tensor for it; use --fit none")
 
-    def fill_outer(self, skeleton: Skeleton, source: Source) -> None:
+    def fill_outer(self, model: LayerwiseModel, source: Source) -> None:
         """Set everything outside the layers; what the checkpoint lacks is tied to what it has."""
-        outer = skeleton.outer_parameters()
+        outer = model.outer_parameters()
         held = [name for name in outer if name in self.names.by_parameter]
-        self.fill(skeleton, source, held)
-        skeleton.retie()
-        self.fill(skeleton, source, (name for name in outer if name not in held))
+        self.fill(model, source, held)
+        model.retie()
+        self.fill(model, source, (name for name in outer if name not in held))
 
 
 def kept_rows(module: PlannedModule) -> int:

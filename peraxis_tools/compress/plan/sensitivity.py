@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from peraxis_tools.compress.model.layerwise_model import Skeleton
+from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.model.weights import Weights, kept_rows
 from peraxis_tools.compress.plan.budget import MASKS_MAX, module_terms
 from peraxis_tools.compress.plan.plan import PlannedModule
@@ -16,7 +16,7 @@ __all__ = ["fisher_errors"]
 
 
 def fisher_errors(
-    teacher: Skeleton,
+    teacher: LayerwiseModel,
     weights: Weights,
     modules: Sequence[PlannedModule],
     samples: Tensor,

@@ -18,8 +18,8 @@ from peraxis_tools.compress.calibration.text import Ids, Parts, Samples, load_sa
 from peraxis_tools.compress.distill.distill import DistillOptions, distill, fill_whole
 from peraxis_tools.compress.fit.adamw import ADAMW_EPOCHS
 from peraxis_tools.compress.fit.fit import AUTO_AXES, FitOptions
-from peraxis_tools.compress.fit.layerwise import Batch, Procedure
-from peraxis_tools.compress.model.layerwise_model import Skeleton
+from peraxis_tools.compress.fit.layerwise import Batch, LayerwiseCalibration
+from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.model.names import NameMap, map_names
 from peraxis_tools.compress.model.weights import Weights
 from peraxis_tools.compress.options import CompressOptions
@@ -56,15 +56,15 @@ def calibrated_fit(
         if options.has_target:
             run = _with_budget(run, options, progress)
             show_plan(run.plan)
-        teacher, student = run.skeletons()
-        procedure = Procedure(
+        teacher, student = run.models()
+        procedure = LayerwiseCalibration(
             plan=run.plan,
             base=base.tensors,
             fine_tuned=fine_tuned.tensors,
             teacher=teacher,
             student=student,
             names=run.names,
-            batches=batches_of(run.parts.fit, run.parts.judge, options.batch_size, run.device),
+            batches=batches_of(run.parts.fit, run.parts.validation, options.batch_size, run.device),
             options=_fit_options(options, len(run.parts.fit)),
             work=run.work,
             processes=run.processes,
@@ -75,7 +75,7 @@ def calibrated_fit(
         metadata: dict[str, str] = {}
         if options.distill_samples:
             del procedure, teacher, student
-            if run.processes.leader:
+            if run.processes.is_main_process:
                 modules, metadata = _distilled(run, modules, options, progress)
             run.processes.barrier()
     ids = run.samples.ids
@@ -92,7 +92,7 @@ def calibrated_fit(
         tokens=ids.size,
         metadata=metadata,
         work=run.work.path,
-        leader=run.processes.leader,
+        is_main_process=run.processes.is_main_process,
         close=run.processes.close,
     )
 
@@ -113,9 +113,9 @@ class _Run:
     device: torch.device
     dtype: torch.dtype
 
-    def skeletons(self) -> tuple[Skeleton, Skeleton]:
+    def models(self) -> tuple[LayerwiseModel, LayerwiseModel]:
         """A teacher and a student, both empty."""
-        one, two = (Skeleton(self.config, dtype=self.dtype, device=self.device) for _ in range(2))
+        one, two = (LayerwiseModel(self.config, dtype=self.dtype, device=self.device) for _ in range(2))
         return one, two
 
     def weights(self) -> Weights:
@@ -156,9 +156,9 @@ def _open_run(
         seed=options.seed,
         text_column=options.text_column,
     )
-    names = map_names(Skeleton(config, dtype=dtype, device=device).model, fine_tuned.tensors)
+    names = map_names(LayerwiseModel(config, dtype=dtype, device=device).model, fine_tuned.tensors)
     digest = _inputs_digest(base.tensors, fine_tuned.tensors, text, options, device, dtype)
-    work = WorkFolder(output, digest, resume=options.resume, leader=processes.leader)
+    work = WorkFolder(output, digest, resume=options.resume, is_main_process=processes.is_main_process)
     processes.barrier()
     run = _Run(
         base=base,
@@ -167,7 +167,7 @@ def _open_run(
         config=config,
         names=names,
         samples=text,
-        parts=partition([text.ids], calibration=options.calibration_samples / count, held_out=options.held_out),
+        parts=partition([text.ids], calibration=options.calibration_samples / count, validation=options.held_out),
         work=work,
         processes=processes,
         device=device,
@@ -182,8 +182,8 @@ def _with_generated(
     """The run with samples that the fine-tuned model writes; kept in the work folder."""
     length = run.samples.ids.shape[1]
     ids = run.work.load_array("generated")
-    if ids is None and run.processes.leader:
-        teacher, _ = run.skeletons()
+    if ids is None and run.processes.is_main_process:
+        teacher, _ = run.models()
         fill_whole(teacher, run.weights(), run.weights().teacher)
         ids = generate(
             teacher,
@@ -206,15 +206,15 @@ def _with_generated(
             ids=np.concatenate([run.samples.ids, ids]),
             source=f"{run.samples.source}; {len(ids)} samples of the fine-tuned model",
         ),
-        parts=partition([run.samples.ids, ids], calibration=share, held_out=options.held_out),
+        parts=partition([run.samples.ids, ids], calibration=share, validation=options.held_out),
     )
 
 
 def _with_budget(run: _Run, options: CompressOptions, progress: Callable[[str, int, int], None]) -> _Run:
     """The run with a plan that spends the byte target where it lowers KL most; kept in the work folder."""
     errors = run.work.load_text("sensitivity")
-    if errors is None and run.processes.leader:
-        teacher, _ = run.skeletons()
+    if errors is None and run.processes.is_main_process:
+        teacher, _ = run.models()
         weights = run.weights()
         fill_whole(teacher, weights, weights.teacher)
         samples = torch.from_numpy(np.ascontiguousarray(run.parts.fit)).to(run.device)
@@ -237,10 +237,10 @@ def _distilled(
     done = run.work.load("distilled")
     if done is not None:
         return {module.name: module for module in done}, run.work.load_text("distilled") or {}
-    teacher, student = run.skeletons()
-    train, judge = (
+    teacher, student = run.models()
+    train, validation = (
         torch.from_numpy(np.ascontiguousarray(ids)).to(run.device)
-        for ids in (run.parts.distill, run.parts.distill_judge)
+        for ids in (run.parts.distill, run.parts.distill_validation)
     )
     result = distill(
         weights=run.weights(),
@@ -248,7 +248,7 @@ def _distilled(
         student=student,
         modules=modules,
         samples=train,
-        held_out=judge,
+        validation=validation,
         options=DistillOptions(
             epochs=options.distill_epochs,
             lr=options.distill_lr,
@@ -279,13 +279,13 @@ def _fit_options(options: CompressOptions, fit_samples: int) -> FitOptions:
     )
 
 
-def batches_of(fit: Ids, judge: Ids, size: int, device: torch.device) -> list[Batch]:
+def batches_of(fit: Ids, validation: Ids, size: int, device: torch.device) -> list[Batch]:
     """Fit batches, then held-out ones."""
     batches = []
-    for ids, held_out in ((fit, False), (judge, True)):
+    for ids, validates in ((fit, False), (validation, True)):
         for start in range(0, len(ids), size):
             part = np.ascontiguousarray(ids[start : start + size])
-            batches.append(Batch(torch.from_numpy(part).to(device), held_out))
+            batches.append(Batch(torch.from_numpy(part).to(device), validates))
     return batches
 
 

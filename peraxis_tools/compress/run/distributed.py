@@ -41,7 +41,7 @@ class Processes:
                 "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=7)
             )
 
-    def share(self, count: int) -> list[int]:
+    def shard_indices(self, count: int) -> list[int]:
         """Which of `count` items this process works on."""
         return list(range(self.rank, count, self.count))
 
@@ -60,17 +60,17 @@ class Processes:
         return int(tensor)
 
     @property
-    def leader(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the process that keeps the work folder and writes the file."""
         return self.rank == 0
 
-    def spread(self, modules: Sequence[FittedModule] | None) -> list[FittedModule] | None:
+    def broadcast(self, modules: Sequence[FittedModule] | None) -> list[FittedModule] | None:
         """What the leader has, to all; None where the leader has None."""
         if self.count == 1:
             return None if modules is None else list(modules)
-        if not self.largest(int(self.leader and modules is not None)):
+        if not self.largest(int(self.is_main_process and modules is not None)):
             return None
-        index, data = pack_modules(modules or []) if self.leader else ([], b"")
+        index, data = pack_modules(modules or []) if self.is_main_process else ([], b"")
         index_bytes = self._send(json.dumps(index).encode(), 0)
         return unpack_modules(json.loads(index_bytes), self._send(data, 0))
 
@@ -78,7 +78,7 @@ class Processes:
         """JSON values of the leader, to all."""
         if self.count == 1:
             return values
-        return json.loads(self._send(json.dumps(values).encode() if self.leader else b"", 0))
+        return json.loads(self._send(json.dumps(values).encode() if self.is_main_process else b"", 0))
 
     def close(self) -> None:
         """Wait for all, then leave the group."""
@@ -86,7 +86,7 @@ class Processes:
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
 
-    def exchange(self, modules: Sequence[FittedModule | None]) -> list[FittedModule]:
+    def all_gather(self, modules: Sequence[FittedModule | None]) -> list[FittedModule]:
         """Every module from the process that fitted it (place i: process i mod count); None at the others' places."""
         if self.count == 1:
             return [module for module in modules if module is not None]

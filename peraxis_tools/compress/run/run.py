@@ -48,7 +48,7 @@ __all__ = ["CompressResult", "Progress", "compress"]
 
 _COMPARED = 1 << 20  # bytes of a block
 # A tensor in work holds itself, its base, and twice that in binary32 where a second mask is fitted.
-_HELD = 4
+BYTES_IN_FLIGHT_PER_TENSOR = 4
 _AHEAD_BYTES = 512 << 20
 OTHERS = "all others"
 
@@ -132,11 +132,11 @@ def compress(
             fit = calibrated_fit(
                 base_checkpoint, tuned_checkpoint, planned, output, options, step, show_plan or (lambda plan: None)
             )
-        if fit.leader:
+        if fit.is_main_process:
             _write(base_checkpoint, tuned_checkpoint, fit, output, options, step)
     if fit.close is not None:
         fit.close()
-    if fit.work is not None and fit.leader:
+    if fit.work is not None and fit.is_main_process:
         shutil.rmtree(fit.work, ignore_errors=True)
     return _result(output, fit, options)
 
@@ -167,7 +167,7 @@ def _write(
             return _module_delta(module, base.tensors, fine_tuned.tensors, fit.modules.get(module.name))
 
         def held(module: PlannedModule) -> int:
-            return _HELD * fine_tuned.tensors[module.name].size
+            return BYTES_IN_FLIGHT_PER_TENSOR * fine_tuned.tensors[module.name].size
 
         # Reading and hashing one tensor beside fitting another.
         for delta, report in ordered_map(made, planned.modules, cost=held, budget=_AHEAD_BYTES):

@@ -48,5 +48,5 @@ class RunFit:
     tokens: int = 0
     metadata: Mapping[str, str] = field(default_factory=dict)
     work: Path | None = None
-    leader: bool = True
+    is_main_process: bool = True
     close: Callable[[], None] | None = None

@@ -34,10 +34,10 @@ _TYPES = {"mask": np.uint8, "row": np.float16, "col": np.float16, "scalar": np.f
 class WorkFolder:
     """Finished parts of one run. `digest` says of which."""
 
-    def __init__(self, output: Path, digest: str, *, resume: bool, leader: bool = True) -> None:
-        """leader: whether this process makes the folder; others are to wait for it before they read."""
+    def __init__(self, output: Path, digest: str, *, resume: bool, is_main_process: bool = True) -> None:
+        """is_main_process: whether this process makes the folder; others are to wait for it before they read."""
         self.path = output.with_name(output.name + ".peraxis-work")
-        if not leader:
+        if not is_main_process:
             return
         if self.path.exists() and not (resume and self._digest() == digest):
             shutil.rmtree(self.path)

@@ -12,9 +12,9 @@ from typing import Any, Final
 import numpy as np
 from numba import njit, types
 
-__all__ = ["DESCEND", "FEEDBACK"]
+__all__ = ["COORDINATE_DESCENT", "GPTQ_SIGNS"]
 
-_TOGETHER = 8  # rows that share a pass over the factor: their errors are known before the next column needs them
+ROWS_PER_TASK = 8  # rows that share a pass over the factor: their errors are known before the next column needs them
 _MATRIX: Final = types.float32[:, ::1]
 _MATRICES: Final = types.float32[:, :, ::1]
 _MASKS: Final = types.boolean[:, :, ::1]
@@ -35,14 +35,14 @@ def _compiled(*arrays: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]
 
 
 @_compiled(_MATRIX, _MATRIX, _MATRIX, _MATRIX, _MASKS, _MATRIX)
-def FEEDBACK(  # noqa: N802
-    first: int, last: int, work: Any, near: Any, rows: Any, cols: Any, signs: Any, errors: Any
+def GPTQ_SIGNS(  # noqa: N802
+    first: int, last: int, work: Any, block: Any, rows: Any, cols: Any, signs: Any, errors: Any
 ) -> None:
-    """See signs._feedback_block."""
+    """See signs._gptq_signs_block."""
     width = work.shape[1]
-    error = np.empty(_TOGETHER, np.float32)
-    for start in range(first, last, _TOGETHER):
-        count = min(_TOGETHER, last - start)
+    error = np.empty(ROWS_PER_TASK, np.float32)
+    for start in range(first, last, ROWS_PER_TASK):
+        count = min(ROWS_PER_TASK, last - start)
         for j in range(width):
             for i in range(count):
                 r = start + i
@@ -52,10 +52,10 @@ def FEEDBACK(  # noqa: N802
                     positive = rest >= 0
                     signs[k, r, j] = positive
                     rest = rest - size if positive else rest + size
-                error[i] = rest / near[j, j]
+                error[i] = rest / block[j, j]
                 errors[r, j] = error[i]
             # Slices that start at 0: what LLVM turns into vector operations.
-            factor = near[j, j + 1 :]
+            factor = block[j, j + 1 :]
             for i in range(count):
                 passed = error[i]
                 later = work[start + i, j + 1 :]
@@ -64,19 +64,19 @@ def FEEDBACK(  # noqa: N802
 
 
 @_compiled(_MATRIX, _MATRIX, _MATRICES, _MATRIX)
-def DESCEND(first: int, last: int, gradient: Any, near: Any, values: Any, change: Any) -> None:  # noqa: N802
-    """See signs._descend_block."""
+def COORDINATE_DESCENT(first: int, last: int, gradient: Any, block: Any, values: Any, change: Any) -> None:  # noqa: N802
+    """See signs._coordinate_descent_block."""
     width = gradient.shape[1]
     for r in range(first, last):
         slope = gradient[r]
         for j in range(width):
             for k in range(values.shape[0]):
                 q = values[k, r, j]
-                if q * (slope[j] + q * near[j, j]) < 0:
+                if q * (slope[j] + q * block[j, j]) < 0:
                     values[k, r, j] = -q
                     step = q + q
                     change[r, j] += step
                     # Few signs are turned, so work is done only where one is.
-                    row = near[j]
+                    row = block[j]
                     for column in range(width):
                         slope[column] += step * row[column]

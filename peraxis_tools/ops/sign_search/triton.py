@@ -16,18 +16,25 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
-__all__ = ["COLUMNS", "ROWS", "descend_block", "descend_kernel", "feedback_block", "feedback_kernel"]
+__all__ = [
+    "COLUMNS",
+    "ROWS",
+    "coordinate_descent_block",
+    "coordinate_descent_kernel",
+    "gptq_signs_block",
+    "gptq_signs_kernel",
+]
 
 COLUMNS: Final = 128  # of a tile, and so of a block
 ROWS: Final = 16
 
 
 @triton.jit
-def feedback_kernel(
-    work, near, rows, cols, signs, errors, d_out,
+def gptq_signs_kernel(
+    work, block, rows, cols, signs, errors, d_out,
     WIDTH: tl.constexpr, MASKS: tl.constexpr, ROWS_: tl.constexpr, COLUMNS_: tl.constexpr,
 ):  # fmt: skip
-    """See signs._feedback_block."""
+    """See signs._gptq_signs_block."""
     r = tl.program_id(0) * ROWS_ + tl.arange(0, ROWS_)
     c = tl.arange(0, COLUMNS_)
     real = r < d_out
@@ -40,18 +47,18 @@ def feedback_kernel(
             positive = rest >= 0
             tl.store(signs + (k * d_out + r) * WIDTH + j, positive.to(tl.uint8), mask=real)
             rest = tl.where(positive, rest - size, rest + size)
-        error = rest / tl.load(near + j * WIDTH + j)
+        error = rest / tl.load(block + j * WIDTH + j)
         tl.store(errors + r * WIDTH + j, error, mask=real)
-        later = tl.load(near + j * WIDTH + c, mask=(c > j) & (c < WIDTH), other=0.0)
+        later = tl.load(block + j * WIDTH + c, mask=(c > j) & (c < WIDTH), other=0.0)
         tile -= error[:, None] * later[None, :]
 
 
 @triton.jit
-def descend_kernel(
-    gradient, near, values, change, d_out,
+def coordinate_descent_kernel(
+    gradient, block, values, change, d_out,
     WIDTH: tl.constexpr, MASKS: tl.constexpr, ROWS_: tl.constexpr, COLUMNS_: tl.constexpr,
 ):  # fmt: skip
-    """See signs._descend_block."""
+    """See signs._coordinate_descent_block."""
     r = tl.program_id(0) * ROWS_ + tl.arange(0, ROWS_)
     c = tl.arange(0, COLUMNS_)
     real = r < d_out
@@ -59,8 +66,8 @@ def descend_kernel(
     place = r[:, None] * WIDTH + c[None, :]
     tile = tl.load(gradient + place, mask=inside, other=0.0)
     for j in range(WIDTH):
-        row = tl.load(near + j * WIDTH + c, mask=c < WIDTH, other=0.0)
-        own = tl.load(near + j * WIDTH + j)
+        row = tl.load(block + j * WIDTH + c, mask=c < WIDTH, other=0.0)
+        own = tl.load(block + j * WIDTH + j)
         stepped = tl.zeros((ROWS_,), tl.float32)
         for k in tl.static_range(MASKS):
             value = values + (k * d_out + r) * WIDTH + j
@@ -75,18 +82,18 @@ def descend_kernel(
     tl.store(gradient + place, tile, mask=inside)
 
 
-def feedback_block(work: Tensor, near: Tensor, rows: Tensor, cols: Tensor, signs: Tensor, errors: Tensor) -> None:
-    """As signs._feedback_block, for contiguous tensors of at most COLUMNS columns."""
+def gptq_signs_block(work: Tensor, block: Tensor, rows: Tensor, cols: Tensor, signs: Tensor, errors: Tensor) -> None:
+    """As signs._gptq_signs_block, for contiguous tensors of at most COLUMNS columns."""
     d_out, width = work.shape
-    feedback_kernel[(triton.cdiv(d_out, ROWS),)](
-        work, near, rows, cols, signs.view(torch.uint8), errors, d_out,
+    gptq_signs_kernel[(triton.cdiv(d_out, ROWS),)](
+        work, block, rows, cols, signs.view(torch.uint8), errors, d_out,
         WIDTH=width, MASKS=len(rows), ROWS_=ROWS, COLUMNS_=COLUMNS,
     )  # fmt: skip
 
 
-def descend_block(gradient: Tensor, near: Tensor, values: Tensor, change: Tensor) -> None:
-    """As signs._descend_block, for contiguous tensors of at most COLUMNS columns."""
+def coordinate_descent_block(gradient: Tensor, block: Tensor, values: Tensor, change: Tensor) -> None:
+    """As signs._coordinate_descent_block, for contiguous tensors of at most COLUMNS columns."""
     d_out, width = gradient.shape
-    descend_kernel[(triton.cdiv(d_out, ROWS),)](
-        gradient, near, values, change, d_out, WIDTH=width, MASKS=len(values), ROWS_=ROWS, COLUMNS_=COLUMNS
+    coordinate_descent_kernel[(triton.cdiv(d_out, ROWS),)](
+        gradient, block, values, change, d_out, WIDTH=width, MASKS=len(values), ROWS_=ROWS, COLUMNS_=COLUMNS
     )

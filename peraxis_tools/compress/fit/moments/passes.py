@@ -1,9 +1,10 @@
 """One batch on its way through one block: what it feeds each stage, and what comes out in the end.
 
-    Kept      runs once, ahead of all fits, and keeps the inputs of every stage: the teacher, which nothing changes
-    Waiting   runs once, in a thread that stops before a stage's products until the stage is fitted, and then computes
-              them with what has been put into its parameters: the student
-    Repeated  runs anew for every stage and once more for the output: needs no memory, and follows any control flow
+    CachedPass      runs once, ahead of all fits, and keeps the inputs of every stage: the teacher does not change
+    SuspendedPass   runs once, in a thread that stops before a stage's products until the stage is fitted, and then
+                    computes them with what has been put into its parameters: the student
+    ReplayedPass    runs anew for every stage and once more for the output. It needs no memory and follows any
+                    control flow
 
 All three give the same tensors, bit for bit. Threads of waiting passes never run at the same time: a thread is here
 what keeps a half-done forward pass, with its live activations and no others.
@@ -23,7 +24,7 @@ from torch import Tensor
 from peraxis_tools.compress.fit.moments.recorder import Call, StopForward
 from peraxis_tools.compress.fit.moments.stages import Key, Stage, key_of
 
-__all__ = ["BlockPass", "Kept", "Repeated", "Run", "Waiting"]
+__all__ = ["BlockPass", "CachedPass", "ReplayedPass", "Run", "SuspendedPass"]
 
 # Runs the block on one batch and returns its output; each product on a watched parameter is reported first.
 Run = Callable[[Callable[[Call], None]], Tensor]
@@ -42,7 +43,7 @@ class BlockPass(Protocol):
         """Let go of what is held."""
 
 
-class Kept:
+class CachedPass:
     """A pass that keeps the inputs of the stages that it is told of."""
 
     def __init__(self, calls: Sequence[Call], output: Tensor, stages: Collection[Stage]) -> None:
@@ -56,7 +57,7 @@ class Kept:
                 self._inputs.setdefault(key, call.inputs)
 
     @classmethod
-    def of(cls, run: Run, stages: Collection[Stage]) -> Kept:
+    def of(cls, run: Run, stages: Collection[Stage]) -> CachedPass:
         """Run now."""
         wanted = {key for stage in stages for key in stage.leaders}
         calls: list[Call] = []
@@ -83,7 +84,7 @@ class Kept:
         self._output = None
 
 
-class Repeated:
+class ReplayedPass:
     """A pass that is run again for each question."""
 
     def __init__(self, run: Run) -> None:
@@ -113,7 +114,7 @@ class Repeated:
         pass
 
 
-class Waiting:
+class SuspendedPass:
     """A pass in a thread, which stops at each stage that it is asked for."""
 
     def __init__(self, run: Run) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Call", "Discovery", "Observer", "StopForward", "Watch", "discover"]
+__all__ = ["Call", "RecordedPass", "Observer", "StopForward", "Watch", "discover"]
 
 _aten = torch.ops.aten
 # op -> (position of the left operand, position of the right operand, is the right one [d_out, d_in] already)
@@ -118,7 +118,7 @@ def _split(name: str, parameter: Tensor, transposed: bool, left: Tensor, right: 
 
 
 @dataclass(frozen=True, slots=True)
-class Discovery:
+class RecordedPass:
     """What one pass has shown: every call in order, its output (None where it was stopped), and the parameters of
     which hooks saw every call.
     """
@@ -134,7 +134,7 @@ def discover(
     owners: Mapping[str, nn.Module],
     *,
     to_the_end: bool = True,
-) -> Discovery:
+) -> RecordedPass:
     """Run a pass under an Observer, and hooks beside it. owners: the module of each parameter.
 
     to_the_end: False stops before the product that has the last of the parameters.
@@ -161,7 +161,7 @@ def discover(
         return [call.source for call in found if call.parameter == name]
 
     same = frozenset(name for name in plain if sources(calls, name) == sources(hooked, name))
-    return Discovery(calls=calls, output=output, hooked=same)
+    return RecordedPass(calls=calls, output=output, hooked=same)
 
 
 class Watch:
@@ -170,7 +170,7 @@ class Watch:
     def __init__(
         self, parameters: Mapping[str, Tensor], owners: Mapping[str, nn.Module], *, hooked: Collection[str]
     ) -> None:
-        """hooked: of the Discovery of a model of the same architecture."""
+        """hooked: of the RecordedPass of a model of the same architecture."""
         self._parameters = dict(parameters)
         self._hooks = _Hooks(owners) if set(parameters) <= set(hooked) else None
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["Judge", "Moments", "Statistics", "grid_of"]
+__all__ = ["Validation", "Moments", "Statistics", "grid_of"]
 
 _PARTS = 4  # of a symmetric product: what lies below its diagonal blocks is not computed twice
 _MARGIN = 4  # bits: batches may be so much larger than the one that the grid was taken from
@@ -57,15 +57,15 @@ class Moments:
 
     @classmethod
     def zeros(
-        cls, width: int, *, paired: bool, judges: bool, grid: float = 0.0, device: torch.device | str = "cpu"
+        cls, width: int, *, paired: bool, validates: bool, grid: float = 0.0, device: torch.device | str = "cpu"
     ) -> Moments:
-        """Empty sums for inputs of this width; `paired` where teacher inputs will be given, `judges`: with F."""
+        """Empty sums for inputs of this width; `paired` where teacher inputs will be given, `validates`: with F."""
 
         def empty() -> Tensor:
             return torch.zeros(width, width, dtype=torch.float64, device=device)
 
         return cls(
-            G=empty(), E=empty() if paired else None, F=empty() if paired and judges else None, tokens=0, grid=grid
+            G=empty(), E=empty() if paired else None, F=empty() if paired and validates else None, tokens=0, grid=grid
         )
 
     def add(self, inputs: Tensor, teacher_inputs: Tensor | None = None) -> None:
@@ -95,12 +95,12 @@ class Moments:
         far = 1.5 * 2.0**52 * self.grid
         return product.double().add_(far).sub_(far)
 
-    def widen(self, share: float) -> None:
+    def add_isotropic(self, share: float) -> None:
         """Add inputs of all directions alike: a share of the mean over G's diagonal."""
         diagonal = torch.diagonal(self.G)
         diagonal += share * diagonal.mean()
 
-    def absorb(self, other: Moments) -> None:
+    def merge(self, other: Moments) -> None:
         """Add sums over other tokens, in place; F only where both have it."""
         self.G += other.G
         if self.E is not None and other.E is not None:
@@ -109,7 +109,7 @@ class Moments:
             self.F += other.F
         self.tokens += other.tokens
 
-    def single(self) -> Moments:
+    def float32(self) -> Moments:
         """The same in float32, to judge with."""
         return replace(
             self,
@@ -128,21 +128,21 @@ class Statistics:
     """Sums over the tokens that a fit may use, and over those that only judge it."""
 
     fit: Moments
-    held_out: Moments
+    validation: Moments
 
     @classmethod
     def none(cls, width: int, *, device: torch.device | str = "cpu") -> Statistics:
         """For an input that no token reached."""
-        fit, held_out = (Moments.zeros(width, paired=False, judges=False, device=device) for _ in range(2))
-        return cls(fit=fit, held_out=held_out)
+        fit, validation = (Moments.zeros(width, paired=False, validates=False, device=device) for _ in range(2))
+        return cls(fit=fit, validation=validation)
 
     @property
-    def judging(self) -> Moments:
+    def validation_moments(self) -> Moments:
         """The tokens that judge: held-out ones, or where there are none those of the fit."""
-        return self.held_out if self.held_out.tokens else self.fit
+        return self.validation if self.validation.tokens else self.fit
 
 
-class Judge:
+class Validation:
     """Mean squared error of one module's output over some tokens, for any stored delta."""
 
     def __init__(self, fine_tuned: Tensor, moments: Moments) -> None:
