@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 import peraxis_format as pxd
 from peraxis_tools.assets import LEFT_BEHIND, asset_group
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.folders import atomic_folder, refuse_existing
 from peraxis_tools.parallel import ordered_map
-from peraxis_tools.parts import refuse_part
 from peraxis_tools.shards import SHARD_BYTES, Shard, TensorSpec, plan_shards, shard_header, write_index, write_tensor
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from typing import Any, Final, Literal
 import peraxis_format as pxd
 from peraxis_tools.card import HUB_ID, CardDelta, card_text, missing_fields
 from peraxis_tools.checkpoint import parse_identity
+from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import atomic_folder, refuse_existing
 from peraxis_tools.inspect import inspect
-from peraxis_tools.parts import refuse_part
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.sign import signature_path
 

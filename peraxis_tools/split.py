@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import peraxis_format as pxd
+from peraxis_tools.delta_parts import refuse_part
+from peraxis_tools.delta_parts import split as write_parts
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import refuse_existing
-from peraxis_tools.parts import refuse_part
-from peraxis_tools.parts import split as write_parts
 
 __all__ = ["Part", "SplitResult", "split"]
 

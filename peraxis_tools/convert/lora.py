@@ -26,11 +26,11 @@ from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.convert.lowrank import LowRank, low_rank
 from peraxis_tools.convert.routes import Route, RouteKind, routes_of
 from peraxis_tools.convert.targets import LayerKind, Place, Targets, targets_by_model, targets_by_name
+from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import atomic_folder, refuse_existing
 from peraxis_tools.kinds import kind_of
-from peraxis_tools.merge.terms import Terms, module_terms
-from peraxis_tools.parts import refuse_part
+from peraxis_tools.merge.factors import Terms, module_terms
 from peraxis_tools.rows import delta_rows, row_blocks
 
 if TYPE_CHECKING:
