@@ -6,7 +6,7 @@
         delta.verify()
         peraxis_format.check_base(delta.manifest, base)
         for name in delta:
-            weight = peraxis_format.reconstruct(delta.load(name), base.read(name) if name in base else None)
+            weight = peraxis_format.ops.rebuild.numpy(delta.load(name), base.read(name) if name in base else None)
 
 SPEC.md is the normative description; docstrings name its clauses.
 """
@@ -58,8 +58,8 @@ from peraxis_format.manifest import (
     ModuleEntry,
     Producer,
 )
+from peraxis_format.ops.rebuild.numpy import dense_delta, reconstruct
 from peraxis_format.reader import DeltaFile, open, read_header
-from peraxis_format.reconstruct import dense_delta, reconstruct
 from peraxis_format.strict_json import parse_strict_json
 from peraxis_format.version import __version__
 from peraxis_format.writer import DeltaWriter

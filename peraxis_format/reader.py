@@ -29,7 +29,7 @@ from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.payload import build_module, check_pad, check_stored_values, check_values
 from peraxis_format.profile import check_manifest
 from peraxis_format.schema import parse_manifest
-from peraxis_format.threads import run_jobs
+from peraxis_format.thread_pool import run_jobs
 
 __all__ = ["DeltaFile", "open", "read_header"]
 

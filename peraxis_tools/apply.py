@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import Checkpoint, is_tokenizer_asset, open_checkpoint
+from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.folders import MARKER, atomic_folder
 from peraxis_tools.outputs import claim_folder
 from peraxis_tools.parallel import ordered_map
-from peraxis_tools.parts import refuse_part
 from peraxis_tools.shards import SHARD_BYTES, Shard, TensorSpec, plan_shards, shard_header, write_index, write_tensor
 
 if TYPE_CHECKING:

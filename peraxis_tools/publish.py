@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import peraxis_format as pxd
+from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import atomic_folder
 from peraxis_tools.inspect import InspectResult, inspect
 from peraxis_tools.outputs import check_folder, claim_folder
-from peraxis_tools.parts import refuse_part
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.sign import signature_path
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import peraxis_format as pxd
+from peraxis_tools.delta_parts import refuse_part
+from peraxis_tools.delta_parts import split as write_parts
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import atomic_folder
 from peraxis_tools.outputs import claim_folder
-from peraxis_tools.parts import refuse_part
-from peraxis_tools.parts import split as write_parts
 
 __all__ = ["Part", "SplitResult", "split"]
 

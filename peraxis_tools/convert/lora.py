@@ -22,12 +22,12 @@ import numpy as np
 import peraxis_format as pxd
 from peraxis_tools.apply import to_torch
 from peraxis_tools.convert.lowrank import LowRank, low_rank
+from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import atomic_folder
 from peraxis_tools.kinds import kind_of
-from peraxis_tools.merge.terms import Terms, module_terms
+from peraxis_tools.merge.factors import Terms, module_terms
 from peraxis_tools.outputs import claim_folder
-from peraxis_tools.parts import refuse_part
 from peraxis_tools.rows import delta_rows, row_blocks
 from peraxis_tools.tensor_files import save_tensors
 

@@ -17,12 +17,12 @@ from typing import Any, Final
 
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.delta_parts import PART_KEY, is_part, join_parts, part_metadata, refuse_part, split
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.merge.methods import Method, Mixture
 from peraxis_tools.merge.modules import MergedModule, merge_module, needs_base, relative_error
 from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
-from peraxis_tools.parts import PART_KEY, is_part, join_parts, part_metadata, refuse_part, split
 from peraxis_tools.rows import base_rows
 
 __all__ = [

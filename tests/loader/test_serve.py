@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import peraxis_format as pf
-from peraxis_format.torch import DeviceError, LiveModelError, apply_, serve
-from peraxis_format.torch.linear import MANY_ROWS
+from peraxis_format.torch import DeviceError, LiveModelError, apply_
+from peraxis_format.torch.serve.api import serve
+from peraxis_format.torch.serve.linear import MANY_ROWS
 from tests.loader.support import AXES, Small, bytes_of, named_tensors, write_delta
 
 ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
@@ -26,7 +28,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param != "numba":
         return str(request.param)
     pytest.importorskip("numba")
-    monkeypatch.setattr("peraxis_format.torch.terms._COMPILED_FROM", 0)
+    monkeypatch.setattr("peraxis_format.ops.rebuild.torch._COMPILED_FROM", 0)
     return "torch"
 
 
@@ -116,7 +118,7 @@ def test_merged_weights_are_multiplied_block_by_block(
     backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of a fused weight, of which one part is exact, one has terms, and one is the base's."""
-    monkeypatch.setattr("peraxis_format.torch.linear._BLOCK", 100)
+    monkeypatch.setattr(importlib.import_module("peraxis_format.torch.serve.linear"), "_BLOCK", 100)
     model = One(40, 24, torch.bfloat16, bias=True)
     parts = {"a": (0, 10), "b": (10, 13), "c": (13, 24)}
     base = {name: model.linear.weight.detach()[first:last].clone() for name, (first, last) in parts.items()}
