@@ -94,8 +94,14 @@ def _opened_stream(path: Path) -> Iterator[BinaryIO]:
         descriptor = os.dup(_STANDARD[number] if number in _STANDARD else int(number))
         if sys.stdout is not None:
             sys.stdout.flush()
-    with os.fdopen(descriptor, "wb") as file:
-        yield file
+    file = os.fdopen(descriptor, "wb")
+    try:
+        with _named_errors(path, file):
+            yield file
+            file.flush()
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 @contextlib.contextmanager
@@ -173,8 +179,9 @@ def _named_errors(path: Path, file: BinaryIO) -> Iterator[None]:
         if error.errno is None or (error.filename is not None and _PREFIX not in names and _DESCRIPTORS not in names):
             raise
         reason = os.strerror(error.errno)
-        if error.errno in _FULL:
-            reason += f" after {os.fstat(file.fileno()).st_size} bytes"
+        size = os.fstat(file.fileno()).st_size
+        if error.errno in _FULL and size:
+            reason += f" after {size} bytes"
         raise OSError(error.errno, reason, str(path)) from error
 
 

@@ -63,6 +63,8 @@ def publish(
     path = Path(path)
     if not _HUB_ID.fullmatch(repository):
         raise ToolError(f"{repository}: not a repository's name; pass org/name")
+    if not path.name.isprintable():
+        raise ToolError(f"{path}: the hub takes no such file name; rename it")
     if dry_run is not None:
         check_folder(dry_run, overwrite=overwrite, inputs=(path, signature_path(path), evaluation))
     with pxd.open(path) as delta:

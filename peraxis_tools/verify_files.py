@@ -18,7 +18,7 @@ from typing import Final, TypeAlias
 
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
-from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError
+from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError, error_line
 from peraxis_tools.progress import ProgressOf
 
 __all__ = ["Check", "FileVerdict", "Signature", "Status", "VerifyReport", "Wanted", "verify_files"]
@@ -241,4 +241,4 @@ def _failed(name: str, error: Exception) -> Check:
             offset=error.offset,
             remedy=error.remedy,
         )
-    return Check(name=name, status=status, message=" ".join(str(error).split()))
+    return Check(name=name, status=status, message=error_line(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from peraxis_tools.commands.sources import fetched
 from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs import claim_files
 from peraxis_tools.remote import is_remote
-from peraxis_tools.report import show, staged, to_json, write
+from peraxis_tools.report import json_text, show, staged, to_json, write
 from peraxis_tools.report.ci import github, junit, sarif
 from peraxis_tools.report.verify import render_report
 from peraxis_tools.verify_files import Signature, VerifyReport, Wanted, verify_files
@@ -159,7 +159,7 @@ def _show(report: VerifyReport, kind: str) -> None:
     if kind == "text":
         show(report, render_report)
     else:
-        write(_rendered(report, kind))
+        write(_rendered(report, kind, sys.stdout.encoding))
 
 
 def _write(report: VerifyReport, kind: str, path: Path, *, overwrite: bool) -> None:
@@ -167,9 +167,7 @@ def _write(report: VerifyReport, kind: str, path: Path, *, overwrite: bool) -> N
         file.write(_rendered(report, kind).encode())
 
 
-def _rendered(report: VerifyReport, kind: str) -> str:
-    return {"junit": junit, "sarif": sarif, "github": github, "json": _json}[kind](report)
-
-
-def _json(report: VerifyReport) -> str:
-    return json.dumps({"schema": "peraxis.verify/1", **to_json(report)}, ensure_ascii=False, indent=2) + "\n"
+def _rendered(report: VerifyReport, kind: str, encoding: str = "utf-8") -> str:
+    if kind == "json":
+        return json_text({"schema": "peraxis.verify/1", **to_json(report)}, encoding=encoding)
+    return {"junit": junit, "sarif": sarif, "github": github}[kind](report)
