@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from peraxis_tools.progress import ProgressOf
+from peraxis_tools.urls import without_secrets
 
 __all__ = [
     "Progress",
@@ -133,8 +134,9 @@ def _standard_output() -> Iterator[None]:
 
 
 def print_error(message: str) -> None:
-    """One line on standard error."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error[/]: {text(message)}")
+    """One line on standard error; a URL in it loses its password."""
+    shown = text(without_secrets(message))
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error[/]: {shown}")
 
 
 def print_note(message: str, *, quiet: bool = False) -> None:
