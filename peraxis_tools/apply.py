@@ -15,7 +15,8 @@ import peraxis_format as pxd
 from peraxis_tools.assets import LEFT_BEHIND, asset_group
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.delta_parts import refuse_part
-from peraxis_tools.folders import atomic_folder, refuse_existing
+from peraxis_tools.folders import MARKER, atomic_folder
+from peraxis_tools.outputs import claim_folder
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.shards import SHARD_BYTES, Shard, TensorSpec, plan_shards, shard_header, write_index, write_tensor
 
@@ -95,8 +96,11 @@ def apply(
     under `output` whole or not at all. Raises PxdError, CheckpointError, ToolError, OSError.
     """
     output = Path(output)
-    refuse_existing(output, overwrite=overwrite)
-    with pxd.open(delta) as file, open_checkpoint(base, revision=base_revision) as checkpoint:
+    with (
+        claim_folder(output, overwrite=overwrite, inputs=(base, delta)),
+        pxd.open(delta) as file,
+        open_checkpoint(base, revision=base_revision) as checkpoint,
+    ):
         refuse_part(file.manifest, delta)
         shards = plan_shards(_specs(file.manifest), shard_bytes=shard_bytes)
         with atomic_folder(output, overwrite=overwrite) as folder:
@@ -105,7 +109,8 @@ def apply(
             for name, data in _assets(file, checkpoint):
                 (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_bytes(data)
-            names = tuple(sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()))
+            paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+            names = tuple(sorted(name for name in paths if name != MARKER))
         tensors = [tensor for shard in shards for tensor in shard.tensors]
         return ApplyResult(
             folder=output,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,7 +100,9 @@ def _identity(path: Path, folder: Path, revision: str | None) -> Identity:
     *_, repository, snapshots, commit = ("", "", "", *folder.absolute().parts)
     if snapshots == "snapshots" and repository.startswith("models--"):
         return Identity(id=repository.removeprefix("models--").replace("--", "/", 1), revision=commit)
-    return Identity(id=path.resolve().name if path.is_dir() else path.name, revision=revision)
+    own = path.resolve().name if path.is_dir() else path.name
+    # A manifest is UTF-8; a name on disk may be any bytes.
+    return Identity(id=os.fsencode(own).decode("utf-8", "replace"), revision=revision)
 
 
 def _opened(path: Path) -> Safetensors:

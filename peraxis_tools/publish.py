@@ -16,8 +16,9 @@ from peraxis_tools.card import HUB_ID, CardDelta, card_text, missing_fields
 from peraxis_tools.checkpoint import parse_identity
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
-from peraxis_tools.folders import atomic_folder, refuse_existing
+from peraxis_tools.folders import atomic_folder
 from peraxis_tools.inspect import inspect
+from peraxis_tools.outputs import check_folder, claim_folder
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.sign import signature_path
 
@@ -71,15 +72,15 @@ def publish(
     """
     deltas = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     _check_names(repository, deltas)
-    reports = [read_evaluation(path) for path in _sequence(evaluation)]
+    evaluations = _sequence(evaluation)
+    bundles = [signature_path(path) for path in deltas]
+    if dry_run is not None:
+        check_folder(dry_run, overwrite=overwrite, inputs=(*deltas, *bundles, *evaluations))
+    reports = [read_evaluation(path) for path in evaluations]
     for path in deltas:
-        with pxd.open(path) as delta:
-            refuse_part(delta.manifest, path)
-            with progress("verify", delta.size - delta.header_size) as step:
-                delta.verify(progress=step)
+        _verify(path, progress)
     told = _told(deltas, reports, base_id)
-    files = {path.name: path for path in deltas}
-    files |= {bundle.name: bundle for bundle in map(signature_path, deltas) if bundle.is_file()}
+    files = {path.name: path for path in (*deltas, *(bundle for bundle in bundles if bundle.is_file()))}
     before = _in_folder(dry_run) if dry_run is not None else _on_hub(repository, revision)
     card = card_text(
         repository,
@@ -95,8 +96,9 @@ def publish(
         message = f"Add {', '.join(delta.found.content_id for delta in told)}"
         url = _upload(repository, files, card, attributes, private=private, revision=revision, message=message)
     else:
-        refuse_existing(dry_run, overwrite=overwrite)
-        with atomic_folder(dry_run, overwrite=overwrite) as folder:
+        claim = claim_folder(dry_run, overwrite=overwrite, inputs=(*files.values(), *evaluations))
+        # No list of files in it: all of it is for the hub, and its card tells whose it is.
+        with claim, atomic_folder(dry_run, overwrite=overwrite, marker=False) as folder:
             (folder / "README.md").write_text(card, "utf-8")
             (folder / ".gitattributes").write_text(attributes, "utf-8")
             with progress("copy", sum(source.stat().st_size for source in files.values())) as step:
@@ -110,6 +112,13 @@ def publish(
         folder=dry_run,
         url=url,
     )
+
+
+def _verify(path: Path, progress: ProgressOf) -> None:
+    with pxd.open(path) as delta:
+        refuse_part(delta.manifest, path)
+        with progress("verify", delta.size - delta.header_size) as step:
+            delta.verify(progress=step)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,10 +28,12 @@ from peraxis_tools.convert.routes import Route, RouteKind, routes_of
 from peraxis_tools.convert.targets import LayerKind, Place, Targets, targets_by_model, targets_by_name
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
-from peraxis_tools.folders import atomic_folder, refuse_existing
+from peraxis_tools.folders import atomic_folder
 from peraxis_tools.kinds import kind_of
 from peraxis_tools.merge.factors import Terms, module_terms
+from peraxis_tools.outputs import claim_folder
 from peraxis_tools.rows import delta_rows, row_blocks
+from peraxis_tools.tensor_files import save_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,8 +115,8 @@ def to_lora(
     if (rank is None) == (max_error is None):
         raise ToolError("pass either a rank or a largest error")
     output = Path(output)
-    refuse_existing(output, overwrite=overwrite)
     with ExitStack() as stack:
+        stack.enter_context(claim_folder(output, overwrite=overwrite, inputs=(path, base)))
         delta = stack.enter_context(pxd.open(path))
         refuse_part(delta.manifest, path)
         checkpoint = None if base is None else stack.enter_context(open_checkpoint(base))
@@ -138,7 +140,7 @@ def to_lora(
             folder=output,
             content_id=delta.content_id,
             error=math.sqrt(adapter.square_error / adapter.square_norm) if adapter.square_norm else 0.0,
-            bytes=sum(file.stat().st_size for file in output.iterdir()),
+            bytes=sum(file.stat().st_size for file in output.glob("adapter_*")),
             modules=tuple(adapter.modules),
             saved_whole=tuple(adapter.whole),
             left_out=tuple(adapter.left_out),
@@ -148,10 +150,8 @@ def to_lora(
 
 
 def _save(adapter: _Adapter, output: Path, config: Mapping[str, Any], *, overwrite: bool) -> None:
-    from safetensors.torch import save_file
-
     with atomic_folder(output, overwrite=overwrite) as folder:
-        save_file(adapter.tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_tensors(adapter.tensors, folder / "adapter_model.safetensors", output)
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         # safetensors lets nobody but its writer read the file.
         shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")
