@@ -39,6 +39,8 @@ VERBS: Final = {
     "convert": "From BitDelta's and the paper's .pt files; to LoRA or a checkpoint.",
     "eval": "How close base + .pxd comes to the fine-tune.",
     "publish": "A .pxd and its model card to the Hugging Face hub.",
+    "pull": "A .pxd from the hub or a URL, verified.",
+    "extract": "The small files of a .pxd: configuration, tokenizer.",
     "demo": "Train a small pair and show the whole way, offline.",
     "completion": "The completion script of a shell.",
 }

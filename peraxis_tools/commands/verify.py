@@ -96,7 +96,9 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Check each DELTA: structure and payload, and what the options ask for beyond. DELTA may be a glob or a URL.
+    """Check each DELTA: structure and payload, and what the options ask for beyond.
+
+    DELTA may be a glob, a URL, or a folder: then every .pxd in it.
 
     The report is written before the exit code says the gravest outcome: 0 verified, 1 failed (damaged, another base,
     beyond a bound), 2 usage, input or I/O, 3 not verifiable here (unknown version, missing base or key).
@@ -142,9 +144,12 @@ def command(
 
 
 def _expanded(patterns: tuple[str, ...]) -> list[str]:
-    """Globs become the files that they match, sorted; a name that exists is no glob."""
+    """Folders and globs become their files, sorted; a name that exists is no glob."""
     files: list[str] = []
     for pattern in patterns:
+        if not is_remote(pattern) and Path(pattern).is_dir():
+            files.extend(_of_folder(Path(pattern)))
+            continue
         if is_remote(pattern) or Path(pattern).exists() or not glob.has_magic(pattern):
             files.append(pattern)
             continue
@@ -153,6 +158,15 @@ def _expanded(patterns: tuple[str, ...]) -> list[str]:
             raise ToolError(f"{pattern}: matches no file")
         files.extend(found)
     return files
+
+
+def _of_folder(folder: Path) -> list[str]:
+    found = sorted(str(path) for path in folder.rglob("*.pxd") if path.is_file())
+    if not found:
+        raise ToolError(
+            f"{folder}: holds no .pxd; for what apply wrote, pass the delta with --base and --fine-tuned {folder}"
+        )
+    return found
 
 
 def _show(report: VerifyReport, kind: str) -> None:

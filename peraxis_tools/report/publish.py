@@ -17,7 +17,8 @@ def render_publish(result: PublishResult, console: Console) -> None:
     else:
         console.print(f"[bold green]published[/]  {text(result.url)}")
     for delta in result.deltas:
-        console.print(f"content  {text(delta.content_id)}  {text(delta.file)}")
+        console.print(f"delta    {text(delta.file)}")
+        console.print(f"content  {text(delta.content_id)}")
     console.print(f"files    {text(', '.join(result.files))}")
     if result.missing:
-        console.print(f"missing  {', '.join(result.missing)} in the card; --license and --card-from give them")
+        console.print(f"missing  {', '.join(result.missing)} (--card-from gives them)")
