@@ -84,6 +84,10 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     hub_id, _, at = str(source).partition("@")
     folder = _download(hub_id, at or revision)
     # A snapshot's folder is named by the commit that the revision stood for.
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{hub_id}: holds no safetensors checkpoint, at this revision; save its model with save_pretrained first"
+        )
     return Checkpoint(_opened(folder), Identity(id=hub_id, revision=folder.name), folder)
 
 

@@ -148,16 +148,22 @@ def print_note(message: str, *, quiet: bool = False) -> None:
 
 
 class _NoteHandler(logging.Handler):
-    """Prints each record of a logger as a note."""
+    """Prints each sentence of a logger as a note, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        print_note(f"note: {record.getMessage()}")
+        message = record.getMessage()
+        if message not in self._said:
+            self._said.add(message)
+            print_note(f"note: {message}")
 
 
 def print_notes(logger: logging.Logger) -> None:
-    """Print what this logger is told from now on, once each, and nowhere else."""
+    """Print what this logger is told from now on."""
     logger.handlers[:] = [_NoteHandler()]
-    logger.propagate = False
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import peraxis_format as pxd
+from peraxis_format import CheckpointError
 from peraxis_tools.checkpoint import open_checkpoint, parse_identity
 from peraxis_tools.compress import compress
 from peraxis_tools.errors import ToolError
@@ -60,3 +63,22 @@ def test_what_is_not_read_of_a_folder_is_said(tmp_path: Path, caplog: pytest.Log
     with caplog.at_level(logging.WARNING, "peraxis"), open_checkpoint(folder):
         pass
     assert "model.safetensors.index.json not read: model.safetensors comes first" in caplog.text
+
+
+def test_a_note_is_said_once_and_not_at_all_when_quiet(tmp_path: Path) -> None:
+    folder = write(tmp_path / "two")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    arguments = [sys.executable, "-m", "peraxis_tools", "compress", str(folder), str(folder), "--force", "--overwrite"]
+    arguments += ["-o", str(tmp_path / "d.pxd")]
+    loud, hushed = (subprocess.run([*arguments, *more], capture_output=True, text=True) for more in ([], ["--quiet"]))
+    assert (loud.returncode, hushed.returncode) == (0, 0), loud.stderr
+    assert loud.stderr.count("not read") == 1
+    assert hushed.stderr == ""
+
+
+def test_a_repository_without_safetensors_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(CheckpointError, match="org/gguf: holds no safetensors checkpoint"):
+        open_checkpoint("org/gguf")
