@@ -41,6 +41,8 @@ __all__ = [
     "split",
 ]
 
+# Beyond these, products with scales leave the range of the formats that hold them.
+_WEIGHT_MIN, _WEIGHT_MAX = 1e-6, 1e6
 _AHEAD_BYTES: Final = 128 << 20
 _INPUTS_KEY: Final = "peraxis.inputs"
 _MERGE_KEY: Final = "peraxis.merge"
@@ -175,8 +177,9 @@ def _result(
 def _check_weights(paths: Sequence[str | Path], weights: Sequence[float]) -> None:
     if len(weights) != len(paths):
         raise ToolError(f"{len(weights)} weights for {len(paths)} deltas; pass one for each")
-    if not all(math.isfinite(weight) for weight in weights):
-        raise ToolError(f"weights must be finite, not {', '.join(map(str, weights))}")
+    odd = [weight for weight in weights if not (weight == 0 or _WEIGHT_MIN <= abs(weight) <= _WEIGHT_MAX)]
+    if odd:
+        raise ToolError(f"weight {odd[0]:g}: must be 0, or {_WEIGHT_MIN:g} to {_WEIGHT_MAX:g} in magnitude")
 
 
 def _masks(file: pxd.DeltaFile) -> int:
