@@ -23,6 +23,7 @@ from peraxis_tools.merge.methods import Method, Mixture
 from peraxis_tools.merge.modules import MergedModule, merge_module, needs_base, relative_error
 from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
+from peraxis_tools.progress import Steps, watched
 from peraxis_tools.rows import base_rows
 
 __all__ = [
@@ -88,14 +89,15 @@ def merge_parts(
     output: str | Path,
     *,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Steps | bool | None = None,
 ) -> MergeResult:
     """Join parts of one delta (parts.py) into the file that they were parts of. Raises ToolError, PxdError."""
     output = Path(output)
-    with claim_file(output, overwrite=overwrite, inputs=paths):
-        manifest, inputs, size = join_parts(
-            [Path(path) for path in paths], output, overwrite=overwrite, progress=progress
-        )
+    with (
+        claim_file(output, overwrite=overwrite, inputs=paths),
+        watched(progress, "merge", merge_size(paths)) as step,
+    ):
+        manifest, inputs, size = join_parts([Path(path) for path in paths], output, overwrite=overwrite, progress=step)
     modules = tuple(
         MergedModule(name=m.name, encoding=m.encoding.value, components=len(m.components)) for m in manifest.modules
     )
@@ -113,14 +115,15 @@ def merge(
     base: str | Path | None = None,
     name: str | None = None,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Steps | bool | None = None,
 ) -> MergeResult:
     """Write the merge of deltas on one base.
 
     weights: one for each path. bits: masks a module of the result has; None keeps all components of a weighted sum,
     and means as many as the inputs have together (8 at most) for `ties` and `dare`. base: the checkpoint, needed
-    where inputs store different exact tensors. name: of the fine-tuned checkpoint that results. progress: payload
-    bytes of inputs done. Raises CheckFailedError for different bases, ToolError, PxdError, CheckpointError.
+    where inputs store different exact tensors. name: of the fine-tuned checkpoint that results. progress: called with
+    payload bytes of inputs done, or True for a bar. Raises CheckFailedError for different bases, ToolError, PxdError,
+    CheckpointError.
     """
     mixture = mixture or Mixture()
     output = Path(output)
@@ -128,6 +131,7 @@ def merge(
     with ExitStack() as stack:
         stack.enter_context(claim_file(output, overwrite=overwrite, inputs=(*paths, base)))
         opened = [stack.enter_context(pxd.open(path)) for path in paths]
+        step = stack.enter_context(watched(progress, "merge", merge_size(paths)))
         for file in opened:
             refuse_part(file.manifest, file.path)
         _check_compatible(opened)
@@ -142,7 +146,7 @@ def merge(
         if bits is None and not mixture.is_sum:
             bits = min(pxd.COMPONENTS_MAX, sum(_masks(file) for file in files))
         with _writer(output, files, ordered, mixture, bits, name, overwrite=overwrite) as writer:
-            modules = tuple(_add_all(writer, files, ordered, mixture, bits, checkpoint, progress or (lambda _: None)))
+            modules = tuple(_add_all(writer, files, ordered, mixture, bits, checkpoint, step))
             _add_rest(writer, files, ordered)
             manifest = writer.finish()
     inputs = tuple(

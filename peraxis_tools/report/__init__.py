@@ -2,6 +2,7 @@
 
 from peraxis_tools.report.console import (
     Progress,
+    Stages,
     emit,
     hub_progress,
     json_text,
@@ -18,6 +19,7 @@ from peraxis_tools.report.console import (
 
 __all__ = [
     "Progress",
+    "Stages",
     "emit",
     "hub_progress",
     "json_text",

@@ -45,6 +45,7 @@ from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport, RunFit
 from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
+from peraxis_tools.progress import Staged, watched_stages
 
 __all__ = ["CompressResult", "Progress", "compress"]
 
@@ -54,8 +55,7 @@ BYTES_IN_FLIGHT_PER_TENSOR = 4
 _AHEAD_BYTES = 512 << 20
 OTHERS = "all others"
 
-# Called as progress(step, done, total): what is being done, and how far it is.
-Progress = Callable[[str, int, int], None]
+Progress = Staged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ def compress(
     base_revision: str | None = None,
     fine_tuned_revision: str | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     show_plan: Callable[[Plan], None] | None = None,
     **choices: Any,
 ) -> CompressResult:
@@ -94,18 +94,19 @@ def compress(
 
     base, fine_tuned: folder, safetensors file or hub id. choices: single options by name, in place of `options`
     (compress(..., calibration="c4", bits=2)). show_plan is called with the plan before any work.
+    progress: called with (stage, done, total), or True for bars.
     Raises ToolError (OptionError, CheckpointError) before work starts where the pair or the options do not fit.
     """
     if options is not None and choices:
         raise OptionError(f"pass options, or {', '.join(choices)} by name, not both")
     options = options or CompressOptions.from_mapping(choices)
     output = Path(output)
-    step = progress or _no_progress
     inputs = (base, fine_tuned, options.calibration)
     # Of several processes the first one writes.
     alone = int(os.environ.get("RANK", "0")) == 0
     with (
         claim_file(output, overwrite=overwrite, inputs=inputs) if alone else contextlib.nullcontext(),
+        watched_stages(progress) as step,
         open_checkpoint(base, revision=base_revision) as base_checkpoint,
         open_checkpoint(fine_tuned, revision=fine_tuned_revision) as tuned_checkpoint,
     ):
@@ -145,10 +146,6 @@ def compress(
         with open_delta(output) as delta:
             manifest, size = delta.manifest, delta.size
     return _result(output, manifest, size, fit, options)
-
-
-def _no_progress(step: str, done: int, total: int) -> None:
-    return None
 
 
 def _write(
