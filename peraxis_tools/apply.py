@@ -18,6 +18,7 @@ from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.folders import MARKER, atomic_folder
 from peraxis_tools.outputs import claim_folder
 from peraxis_tools.parallel import ordered_map
+from peraxis_tools.progress import Steps, watched
 from peraxis_tools.shards import SHARD_BYTES, Shard, TensorSpec, plan_shards, shard_header, write_index, write_tensor
 
 if TYPE_CHECKING:
@@ -88,23 +89,24 @@ def apply(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Steps | bool | None = None,
 ) -> ApplyResult:
     """Write base + delta as a Hugging Face folder: shards, index, configuration, tokenizer.
 
-    base: folder, file or hub id. progress is called with each number of bytes written. The folder appears
-    under `output` whole or not at all. Raises PxdError, CheckpointError, ToolError, OSError.
+    base: folder, file or hub id. progress: called with each number of bytes written, or True for a bar. The folder
+    appears under `output` whole or not at all. Raises PxdError, CheckpointError, ToolError, OSError.
     """
     output = Path(output)
     with (
         claim_folder(output, overwrite=overwrite, inputs=(base, delta)),
         pxd.open(delta) as file,
         open_checkpoint(base, revision=base_revision) as checkpoint,
+        watched(progress, "apply", checkpoint_bytes(file.manifest)) as step,
     ):
         refuse_part(file.manifest, delta)
         shards = plan_shards(_specs(file.manifest), shard_bytes=shard_bytes)
         with atomic_folder(output, overwrite=overwrite) as folder:
-            _write_shards(folder, shards, file, checkpoint.tensors, workers, progress or (lambda _: None))
+            _write_shards(folder, shards, file, checkpoint.tensors, workers, step)
             write_index(folder, shards)
             for name, data in _assets(file, checkpoint):
                 (folder / name).parent.mkdir(exist_ok=True)
@@ -177,19 +179,28 @@ def _assets(delta: pxd.DeltaFile, base: Checkpoint) -> Iterator[tuple[str, bytes
 
 
 def load_model(
-    base: str | Path, delta: str | Path, *, base_revision: str | None = None, **options: Any
+    base: str | Path,
+    delta: str | Path,
+    *,
+    base_revision: str | None = None,
+    progress: Steps | bool | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """The fine-tuned model itself, without a folder in between: `load_model("org/base", "delta.pxd")`.
 
-    options go to `AutoModelForCausalLM.from_pretrained`. Memory: the model, and one tensor of the base.
-    Raises PxdError, CheckpointError, ToolError.
+    options go to `AutoModelForCausalLM.from_pretrained`. progress: as of `apply`. Memory: the model, and one tensor of
+    the base. Raises PxdError, CheckpointError, ToolError.
     """
     import json
 
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    with pxd.open(delta) as file, open_checkpoint(base, revision=base_revision) as checkpoint:
+    with (
+        pxd.open(delta) as file,
+        open_checkpoint(base, revision=base_revision) as checkpoint,
+        watched(progress, "load", checkpoint_bytes(file.manifest)) as step,
+    ):
         refuse_part(file.manifest, delta)
         config = json.loads(dict(_assets(file, checkpoint)).get("config.json") or json.dumps(checkpoint.config()))
         state = {}
@@ -198,6 +209,7 @@ def load_model(
             tensor = to_torch(array, entry.dtype)
             for name in (entry.name, *aliases.get(entry.name, ())):
                 state[name] = tensor
+                step(tensor.nbytes)
     options.setdefault("dtype", config.get("dtype", config.get("torch_dtype", torch.float32)))
     parsed = AutoConfig.for_model(**config)
     # The class itself: AutoModelForCausalLM.from_pretrained insists on a folder to look into.

@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 import logging
+import math
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from peraxis_tools.errors import ToolError
 from peraxis_tools.notes import LOGGER
 
-__all__ = ["json_option", "overwrite_option", "quiet_option", "workers_option"]
+__all__ = ["Finite", "refuse_given", "json_option", "overwrite_option", "quiet_option", "workers_option"]
+
+
+def refuse_given(*names: str, why: str) -> None:
+    """Raise ToolError for an option of the current command that was given, where it would do nothing."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in names and context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT):
+            raise ToolError(f"{parameter.opts[0]} does nothing {why}; leave it out")
+
+
+class Finite(click.FloatRange):
+    """A number within bounds that are inclusive unless said: never NaN, which compares with nothing, nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return found
 
 
 def _hushed(_: click.Context, __: click.Parameter, quiet: bool) -> bool:

@@ -11,7 +11,14 @@ from pathlib import Path
 import click
 
 from peraxis_format import atomic_file
-from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, workers_option
+from peraxis_tools.commands.options import (
+    Finite,
+    json_option,
+    overwrite_option,
+    quiet_option,
+    refuse_given,
+    workers_option,
+)
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs import claim_files
@@ -45,8 +52,8 @@ def _reports(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
 @click.option("--base", metavar="FOLDER|ID", help="Check the binding to this base too.")
 @click.option("--expect-content-id", "content_ids", multiple=True, metavar="ID", help="One of these it must be.")
 @click.option("--fine-tuned", metavar="FOLDER|ID", help="The checkpoint that base + DELTA stands for.")
-@click.option("--max-error", type=click.FloatRange(min=0), help="Bound on the relative error of the weights.")
-@click.option("--max-kl", type=click.FloatRange(min=0), help="Bound on the KL to the fine-tune, nats a token.")
+@click.option("--max-error", type=Finite(min=0), help="Bound on the relative error of the weights.")
+@click.option("--max-kl", type=Finite(min=0), help="Bound on the KL to the fine-tune, nats a token.")
 @click.option(
     "--text", "texts", multiple=True, callback=_texts, metavar="DOMAIN=SOURCE", help="For --max-kl, as in eval."
 )
@@ -109,6 +116,10 @@ def command(
     """
     if output is not None and kind == "text" and not as_json:
         raise ToolError("--output needs a --format other than text")
+    if max_kl is None:
+        refuse_given("texts", why="without --max-kl")
+    if max_kl is None and max_error is None:
+        refuse_given("fine_tuned", why="without --max-error or --max-kl")
     wants_signature = signature or bundle is not None or public_key is not None or bool(certificate_chain)
     wanted = Wanted(
         base=base,
@@ -130,7 +141,7 @@ def command(
     kind = "json" if as_json else kind
     outputs = [*reports, *([(kind, output)] if output is not None else [])]
     if overwrite and not outputs:
-        raise ToolError("--overwrite is for --output and --report; leave it out")
+        refuse_given("overwrite", why="without --output or --report")
     files = _expanded(deltas)
     inputs = (*files, base, fine_tuned, *texts.values(), bundle, public_key, *certificate_chain)
     with claim_files([path for _, path in outputs], overwrite=overwrite, inputs=inputs):

@@ -29,6 +29,7 @@ from peraxis_tools.urls import without_secrets
 
 __all__ = [
     "Progress",
+    "Stages",
     "emit",
     "hub_progress",
     "json_text",
@@ -178,11 +179,13 @@ def progress(description: str, total: int | None, *, unit: str = "bytes", quiet:
         return
     from rich import progress as bars
 
+    from peraxis_tools.report.remaining import Remaining
+
     columns: list[bars.ProgressColumn] = [bars.TextColumn("{task.description}"), bars.BarColumn()]
     if total is None:
         columns += [bars.TimeElapsedColumn()]
     else:
-        columns += [bars.DownloadColumn() if unit == "bytes" else bars.MofNCompleteColumn(), bars.TimeRemainingColumn()]
+        columns += [bars.DownloadColumn() if unit == "bytes" else bars.MofNCompleteColumn(), Remaining()]
     with bars.Progress(*columns, console=console, transient=True) as bar:
         steps = _Steps(partial(bar.advance, bar.add_task(description, total=total)))
         yield steps
@@ -210,6 +213,35 @@ class _Steps:
         with self._lock:
             waiting, self._waiting = self._waiting, 0
         self._advance(waiting)
+
+
+class Stages:
+    """One bar after the other, each opened when its stage is first heard of: progress(stage, done, total).
+
+    A context manager: the last bar goes at its end.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._stack, self._quiet = contextlib.ExitStack(), quiet
+        self._stage = ""
+        self._done = 0
+        self._advance: Progress | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self._stack.close()
+            unit = "bytes" if stage == "write" else "steps"
+            self._advance = self._stack.enter_context(progress(stage, total, unit=unit, quiet=self._quiet))
+            self._stage, self._done = stage, 0
+        if self._advance is not None:
+            self._advance(done - self._done)
+        self._done = done
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
 
 def staged(*, quiet: bool = False) -> ProgressOf:

@@ -48,6 +48,7 @@ from peraxis_tools.compress.run.types import FittedModule, ModuleReport, RunFit
 from peraxis_tools.notes import note
 from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
+from peraxis_tools.progress import Staged, watched_stages
 
 __all__ = ["CompressResult", "Progress", "compress"]
 
@@ -56,8 +57,7 @@ BYTES_IN_FLIGHT_PER_TENSOR = 4
 _AHEAD_BYTES = 512 << 20
 OTHERS = "all others"
 
-# Called as progress(step, done, total): what is being done, and how far it is.
-Progress = Callable[[str, int, int], None]
+Progress = Staged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +90,7 @@ def compress(
     base_id: str | None = None,
     overwrite: bool = False,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     show_plan: Callable[[Plan], None] | None = None,
     **choices: Any,
 ) -> CompressResult:
@@ -99,18 +99,19 @@ def compress(
     base, fine_tuned: folder, safetensors file or hub id. base_id: the hub id of a base that is a folder. choices:
     single options by name, in place of `options` (compress(..., calibration="c4", bits=2)). force: write a delta that
     saves little, too. show_plan is called with the plan before any work.
+    progress: called with (stage, done, total), or True for bars.
     Raises ToolError (OptionError, CheckpointError) before work starts where the pair or the options do not fit.
     """
     if options is not None and choices:
         raise OptionError(f"pass options, or {', '.join(choices)} by name, not both")
     options = options or CompressOptions.from_mapping(choices)
     output = Path(output)
-    step = progress or _no_progress
     inputs = (base, fine_tuned, options.calibration)
     # Of several processes the first one writes.
     alone = int(os.environ.get("RANK", "0")) == 0
     with (
         claim_file(output, overwrite=overwrite, inputs=inputs) if alone else contextlib.nullcontext(),
+        watched_stages(progress) as step,
         open_checkpoint(base, revision=base_revision) as opened_base,
         open_checkpoint(fine_tuned, revision=fine_tuned_revision) as opened,
     ):
@@ -174,10 +175,6 @@ def _planned(
         if is_open(module, options)
     }
     return spend(planned, errors, fine_tuned, options)
-
-
-def _no_progress(step: str, done: int, total: int) -> None:
-    return None
 
 
 def _write(
