@@ -15,6 +15,7 @@ import peraxis_format as pxd
 from peraxis_tools.checkpoint import Checkpoint, is_tokenizer_asset, open_checkpoint
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.folders import atomic_folder, refuse_existing
+from peraxis_tools.optional import require
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.shards import SHARD_BYTES, Shard, TensorSpec, plan_shards, shard_header, write_index, write_tensor
 
@@ -171,6 +172,7 @@ def load_model(
     options go to `AutoModelForCausalLM.from_pretrained`. Memory: the model, and one tensor of the base.
     Raises PxdError, CheckpointError, ToolError.
     """
+    require("load_model", "torch", "transformers", extra="compress")
     import json
 
     import torch

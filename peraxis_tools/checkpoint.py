@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from peraxis_format import ASSET_PATH, CheckpointError, Identity, Safetensors
 from peraxis_tools.errors import ToolError
+from peraxis_tools.optional import require
 
 __all__ = ["ASSET_BYTES_MAX", "Checkpoint", "is_tokenizer_asset", "open_checkpoint"]
 
@@ -109,6 +110,7 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
+    require(f"{hub_id} (a hub id)", "huggingface_hub")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -15,6 +15,7 @@ import click
 
 from peraxis_format import CheckpointError, PxdError, ShapeError, __version__
 from peraxis_tools.errors import ToolError
+from peraxis_tools.optional import MissingPackageError, missing
 from peraxis_tools.report import print_error
 
 __all__ = ["cli", "main"]
@@ -86,6 +87,9 @@ def main() -> None:
     except (PxdError, CheckpointError, ToolError) as error:
         print_error(_one_line(error))
         sys.exit(error.exit_status)
+    except ImportError as error:
+        print_error(str(missing("this command", error)))
+        sys.exit(MissingPackageError.exit_status)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): not an error, but nothing more can be flushed either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,6 +18,7 @@ from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import atomic_folder, refuse_existing
 from peraxis_tools.inspect import InspectResult, inspect
+from peraxis_tools.optional import require
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.sign import signature_path
 
@@ -104,6 +105,7 @@ _ATTRIBUTES: Final = "*.pxd filter=lfs diff=lfs merge=lfs -text\n"
 def _upload(
     repository: str, files: Mapping[str, Path], card: str, *, private: bool, revision: str | None, content_id: str
 ) -> str:
+    require("an upload", "huggingface_hub")
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 

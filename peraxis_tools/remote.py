@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import peraxis_format as pxd
 from peraxis_tools.errors import ToolError
+from peraxis_tools.optional import missing, require
 from peraxis_tools.progress import ProgressOf, silent
 
 __all__ = ["RemoteFile", "is_remote", "local_copy", "remote_file"]
@@ -45,6 +46,7 @@ class RemoteFile:
         self.url = url
         self.requested = 0
         self._start = b""
+        require(url, "fsspec")
         with _readable(url):
             import fsspec
 
@@ -105,7 +107,7 @@ def _readable(url: str) -> Iterator[None]:
     except (ToolError, pxd.PxdError):
         raise
     except ImportError as error:
-        raise ToolError(f"{url}: needs the package {error.name or error}; install it, or download the file") from None
+        raise missing(url, error) from None
     except ValueError as error:
         raise ToolError(f"{url}: {_line(error)}") from None
     except Exception as error:  # aiohttp, botocore, huggingface_hub: each has its own hierarchy

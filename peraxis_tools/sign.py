@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError
+from peraxis_tools.optional import require
 from peraxis_tools.progress import ProgressOf, silent
 
 __all__ = ["SignResult", "check_signature", "sign", "signature_path"]
@@ -113,10 +114,9 @@ def _need(*paths: Path) -> None:
 
 
 def _library() -> Any:
-    try:
-        import model_signing
-    except ImportError:
-        raise NotVerifiableError("signatures need the package model-signing: pip install 'peraxis[sign]'") from None
+    require("a signature", "model_signing", "OpenSSL")
+    import model_signing
+
     return model_signing
 
 

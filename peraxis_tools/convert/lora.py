@@ -27,6 +27,7 @@ from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import atomic_folder, refuse_existing
 from peraxis_tools.kinds import kind_of
 from peraxis_tools.merge.factors import Terms, module_terms
+from peraxis_tools.optional import require
 from peraxis_tools.rows import delta_rows, row_blocks
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def to_lora(
 
     Raises ToolError where nothing can be adapted, PxdError, OSError.
     """
+    require("a LoRA adapter", "torch", "safetensors", extra="compress")
     from safetensors.torch import save_file
 
     if (rank is None) == (max_error is None):

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import peraxis_format as pxd
-from peraxis_tools.errors import NotVerifiableError, ToolError
+from peraxis_tools.errors import ToolError
 from peraxis_tools.inspect import InspectResult, ModuleLine
 from peraxis_tools.inspect_details import Details
 from peraxis_tools.kinds import layer_of
+from peraxis_tools.optional import require
 from peraxis_tools.report.console import size
 
 if TYPE_CHECKING:
@@ -33,11 +34,10 @@ def plot(result: InspectResult, details: Details, path: Path) -> None:
     """Write the figure to path, in the format of its suffix. Raises ToolError for another one."""
     if path.suffix.lower() not in (".png", ".svg"):
         raise ToolError(f"{path}: a plot is a .png or an .svg")
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise NotVerifiableError("plots need the package matplotlib: pip install 'peraxis[plot]'") from None
+    require("a plot", "matplotlib")
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     panels: list[Callable[[Axes], None]] = [
         lambda axes: _axes_by_subtype(axes, result),
         lambda axes: _axes_by_depth(axes, result),

@@ -127,6 +127,11 @@ class Served:
         self._states.clear()
         self._classes.clear()
 
+    def __repr__(self) -> str:
+        modules = f"{len(self._states)} modules" if self._states else "closed"
+        names = ", ".join(map(repr, self.names)) or "none"
+        return f"<Served: {type(self.model).__name__}, {modules}, {self.stored} bytes; variants: {names}>"
+
     def __enter__(self) -> Served:
         return self
 

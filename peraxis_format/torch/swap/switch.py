@@ -72,6 +72,11 @@ class VariantSwitch:
                 model.register_forward_hook(lambda *_: self._lock.leave(), always_call=True),
             ]
 
+    def __repr__(self) -> str:
+        names = ", ".join(f"{v.name!r} ({v.residency}, {v.stored} bytes)" for v in self.variants()) or "none"
+        now = "the base" if self._current is None else repr(self._current)
+        return f"<VariantSwitch: now {now}, epoch {self._epoch}, base {self.base_place}; variants: {names}>"
+
     # --- what it holds -------------------------------------------------------------------------------
 
     @property

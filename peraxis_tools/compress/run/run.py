@@ -42,6 +42,7 @@ from peraxis_tools.compress.plan.pairing import check_pair, tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport, RunFit
 from peraxis_tools.errors import ToolError
+from peraxis_tools.optional import require
 from peraxis_tools.parallel import ordered_map
 
 __all__ = ["CompressResult", "Progress", "compress"]
@@ -80,23 +81,20 @@ def compress(
     fine_tuned: str | Path,
     output: str | Path,
     *,
-    options: CompressOptions | None = None,
+    options: CompressOptions,
     base_revision: str | None = None,
     fine_tuned_revision: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     show_plan: Callable[[Plan], None] | None = None,
-    **choices: Any,
 ) -> CompressResult:
     """Compress a fine-tuned checkpoint against its base into `output`.
 
-    base, fine_tuned: folder, safetensors file or hub id. choices: single options by name, in place of `options`
-    (compress(..., calibration="c4", bits=2)). show_plan is called with the plan before any work.
+    base, fine_tuned: folder, safetensors file or hub id. show_plan is called with the plan before any work.
     Raises ToolError (OptionError, CheckpointError) before work starts where the pair or the options do not fit.
     """
-    if options is not None and choices:
-        raise OptionError(f"pass options, or {', '.join(choices)} by name, not both")
-    options = options or CompressOptions.from_mapping(choices)
+    if options.resolved_fit != "none":
+        require(f"--fit {options.resolved_fit}", "torch", "transformers", "datasets", extra="compress")
     output = Path(output)
     step = progress or _no_progress
     if output.exists() and not overwrite:
