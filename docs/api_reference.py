@@ -133,7 +133,9 @@ def _text(signature: inspect.Signature) -> str:
 
 def _parameter(parameter: inspect.Parameter) -> str:
     star = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
-    default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+    value = parameter.default
+    shown = value.__name__ if inspect.isfunction(value) else repr(value)
+    default = "" if value is parameter.empty else f" = {shown}"
     return f"{star}{parameter.name}: {parameter.annotation}{default}"
 
 
