@@ -82,7 +82,7 @@ class DeltaFile:
             self.size = os.fstat(self._file).st_size
             with _located(self.path):
                 self._header, self.manifest = read_header(self.read, self.size)
-            self._map = mmap.mmap(self._file, self.size, access=mmap.ACCESS_READ)
+                self._map = self._mapped()
         except BaseException:
             os.close(self._file)
             raise
@@ -98,6 +98,13 @@ class DeltaFile:
             f"<DeltaFile {str(self.path)!r}: {tuned!r} on {base!r}, {len(self)} modules, {self.size} bytes, "
             f"{self.content_id[:19]}…{state}>"
         )
+
+    def _mapped(self) -> mmap.mmap:
+        try:
+            return mmap.mmap(self._file, self.size, access=mmap.ACCESS_READ)
+        except ValueError:
+            end = os.fstat(self._file).st_size
+            fail("E124", "the file has become shorter since it was opened", offset=end)
 
     # --- what it holds -------------------------------------------------------------------------------
 

@@ -58,7 +58,9 @@ def _whole(manifest: pxd.Manifest, file: object) -> list[str]:
     return names
 
 
-def _writer(output: Path, manifest: pxd.Manifest, metadata: dict[str, str]) -> pxd.DeltaWriter:
+def _writer(
+    output: Path, manifest: pxd.Manifest, metadata: dict[str, str], *, overwrite: bool = True
+) -> pxd.DeltaWriter:
     return pxd.DeltaWriter(
         output,
         base=pxd.Identity(id=manifest.base.id, revision=manifest.base.revision),
@@ -66,6 +68,7 @@ def _writer(output: Path, manifest: pxd.Manifest, metadata: dict[str, str]) -> p
         producer=manifest.producer,
         calibration=manifest.calibration,
         metadata=metadata,
+        overwrite=overwrite,
     )
 
 
@@ -102,9 +105,9 @@ def split(
 
 
 def join_parts(
-    paths: Sequence[Path], output: Path, *, progress: Callable[[int], None] | None = None
-) -> tuple[pxd.Manifest, list[str]]:
-    """Write the whole that these are the parts of. Returns its manifest and the parts' content IDs.
+    paths: Sequence[Path], output: Path, *, overwrite: bool = True, progress: Callable[[int], None] | None = None
+) -> tuple[pxd.Manifest, list[str], int]:
+    """Write the whole that these are the parts of. Returns its manifest, the parts' content IDs, and its bytes.
 
     The same bytes in whatever order the parts are given, and the same as of a whole that was never split. Raises
     ToolError where a part is missing, doubled, or of another whole.
@@ -117,7 +120,7 @@ def join_parts(
         files.sort(key=lambda file: names.index(next(iter(file))))
         first = files[0].manifest
         metadata = {key: value for key, value in first.metadata.items() if key != PART_KEY}
-        with _writer(output, first, metadata) as writer:
+        with _writer(output, first, metadata, overwrite=overwrite) as writer:
             for name in names:
                 writer.add(owners[name].load(name))
                 if progress is not None:
@@ -129,7 +132,7 @@ def join_parts(
                 writer.drop(name)
             for path, data in _assets(files).items():
                 writer.add_asset(path, data)
-            return writer.finish(), [file.content_id for file in files]
+            return writer.finish(), [file.content_id for file in files], writer.size
 
 
 def _owners(files: Sequence[pxd.DeltaFile], names: list[str]) -> dict[str, pxd.DeltaFile]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from peraxis_tools.optional import require
 from peraxis_tools.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -59,7 +58,6 @@ def train_pair(
     folder: Path, *, size: PairSize | None = None, seed: int = 0, progress: Callable[[int], None] | None = None
 ) -> PairFolders:
     """Train base and fine-tuned model into `folder`, in BF16 with tokenizer; progress counts training steps."""
-    require("the demo", "torch", "transformers", "datasets", extra="compress")
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -117,5 +117,5 @@ def test_a_switch_and_a_served_model_say_what_they_hold(tmp_path: Path) -> None:
         assert f"'legal' (pinned, {stored} bytes)" in repr(switch)
         switch.use(None)
     with peraxis.serve(model, {"legal": path}) as served:
-        assert repr(served) == f"<Served: Sequential, 1 modules, {stored} bytes; variants: 'legal'>"
+        assert repr(served) == f"<Served: 'legal', {stored:,} bytes>"
     assert "closed" in repr(served)

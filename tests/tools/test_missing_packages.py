@@ -80,7 +80,7 @@ def test_the_help_of_every_verb_needs_no_optional_package(verb: str) -> None:
         ("publish me/delta delta.pxd", "hub"),
         ("inspect delta.pxd --plot plot.png", "plot"),
         ("sign delta.pxd --key base/config.json", "sign"),
-        ("convert delta.pxd --to lora -o adapter", "compress"),
+        ("convert delta.pxd --to lora -o adapter", "torch"),
         ("convert base/config.json --base base -o out.pxd", "torch"),
         ("eval base tuned delta.pxd --text x=text.jsonl", "compress"),
         ("demo --folder demo", "compress"),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from peraxis_format.ops.rebuild.torch import Scratch, add_projections, is_quick, rebuild
-from peraxis_format.torch.serve.modules import Patch, State
+from peraxis_format.torch.serve.modules import Patch, ServedModule, State
 from peraxis_format.torch.serve.rows import Batch
 
 __all__ = ["MANY_ROWS", "Products", "ServedLinear", "TorchProducts"]
@@ -47,13 +47,15 @@ class Products(Protocol):
         """Products with the merged weights, biases included, into `out`."""
 
 
-class ServedLinear(nn.Linear):
+class ServedLinear(ServedModule, nn.Linear):
     """A linear that adds each row's own variant."""
-
-    peraxis: State
 
     def forward(self, input: Tensor) -> Tensor:
         """input: [..., in_features]. Returns [..., out_features], in the input's dtype."""
+        with self.peraxis.own():
+            return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
         state, rows = self.peraxis, self.peraxis.rows()
         if rows is None or not any(state.changed(v) for v in rows.variants):
             return functional.linear(input, self.weight, self.bias)

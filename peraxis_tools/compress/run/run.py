@@ -9,6 +9,7 @@ No torch before a fit needs it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from peraxis_format import (
     Component,
     DeltaWriter,
     Encoding,
+    Manifest,
     ModuleDelta,
     Safetensors,
     TensorInfo,
@@ -41,8 +43,8 @@ from peraxis_tools.compress.plan.budget import is_open, spend, weight_errors
 from peraxis_tools.compress.plan.pairing import check_pair, tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport, RunFit
-from peraxis_tools.errors import ToolError
 from peraxis_tools.optional import require
+from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
 
 __all__ = ["CompressResult", "Progress", "compress"]
@@ -97,11 +99,11 @@ def compress(
         require(f"--fit {options.resolved_fit}", "torch", "transformers", "datasets", extra="compress")
     output = Path(output)
     step = progress or _no_progress
-    if output.exists() and not overwrite:
-        raise ToolError(f"{output}: exists; pass --overwrite to replace it")
-    if not output.parent.is_dir():
-        raise ToolError(f"{output.parent}: no such folder; make it first")
+    inputs = (base, fine_tuned, options.calibration)
+    # Of several processes the first one writes.
+    alone = int(os.environ.get("RANK", "0")) == 0
     with (
+        claim_file(output, overwrite=overwrite, inputs=inputs) if alone else contextlib.nullcontext(),
         open_checkpoint(base, revision=base_revision) as base_checkpoint,
         open_checkpoint(fine_tuned, revision=fine_tuned_revision) as tuned_checkpoint,
     ):
@@ -130,13 +132,17 @@ def compress(
             fit = calibrated_fit(
                 base_checkpoint, tuned_checkpoint, planned, output, options, step, show_plan or (lambda plan: None)
             )
+        manifest, size = None, 0
         if fit.is_main_process:
-            _write(base_checkpoint, tuned_checkpoint, fit, output, options, step)
-    if fit.close is not None:
-        fit.close()
-    if fit.work is not None and fit.is_main_process:
-        shutil.rmtree(fit.work, ignore_errors=True)
-    return _result(output, fit, options)
+            manifest, size = _write(base_checkpoint, tuned_checkpoint, fit, output, options, step, overwrite=overwrite)
+        if fit.close is not None:
+            fit.close()
+        if fit.work is not None and fit.is_main_process:
+            shutil.rmtree(fit.work, ignore_errors=True)
+    if manifest is None:
+        with open_delta(output) as delta:
+            manifest, size = delta.manifest, delta.size
+    return _result(output, manifest, size, fit, options)
 
 
 def _no_progress(step: str, done: int, total: int) -> None:
@@ -150,7 +156,10 @@ def _write(
     output: Path,
     options: CompressOptions,
     progress: Progress,
-) -> None:
+    *,
+    overwrite: bool,
+) -> tuple[Manifest, int]:
+    """Write the file. Returns its manifest and its bytes."""
     planned = fit.plan
     reports: dict[str, ModuleReport] = {}
     with DeltaWriter(
@@ -158,6 +167,7 @@ def _write(
         base=base.identity,
         fine_tuned=fine_tuned.identity,
         calibration=fit.calibration,
+        overwrite=overwrite,
     ) as writer:
         done, total = 0, planned.full_bytes
 
@@ -185,13 +195,11 @@ def _write(
         if reports:
             writer.metadata["peraxis.report"] = _report_json(reports)
         writer.metadata.update(fit.metadata)
-        writer.finish()
+        return writer.finish(), writer.size
 
 
-def _result(output: Path, fit: RunFit, options: CompressOptions) -> CompressResult:
+def _result(output: Path, manifest: Manifest, size: int, fit: RunFit, options: CompressOptions) -> CompressResult:
     """What there is to say of a written file."""
-    with open_delta(output) as delta:
-        manifest, size = delta.manifest, delta.size
     counts = Counter(module.encoding for module in manifest.modules)
     axes = Counter(component.axis.value for module in manifest.modules for component in module.components)
     return CompressResult(
