@@ -19,9 +19,11 @@ from peraxis_tools.compress import CompressOptions, CompressResult, api
 from peraxis_tools.convert import Layout
 from peraxis_tools.diff import DiffResult
 from peraxis_tools.evaluate import EvaluateResult
+from peraxis_tools.extract import ExtractResult
 from peraxis_tools.inspect import InspectResult
 from peraxis_tools.merge import MergeResult, Method, Mixture
 from peraxis_tools.publish import PublishResult, Relation
+from peraxis_tools.pull import PullResult
 from peraxis_tools.sign import SignResult
 from peraxis_tools.split import SplitResult
 from peraxis_tools.verify import VerifyResult
@@ -32,7 +34,8 @@ _WIDTH: Final = 100
 _OBJECTS: Final[tuple[type, ...]] = (DeltaFile, peraxis.VariantSwitch, Served)
 _VALUES: Final[tuple[type, ...]] = (
     *(CompressOptions, CompressResult, InspectResult, VerifyResult, ApplyResult, Variant, Swap, DiffResult, Mixture),
-    *(MergeResult, SplitResult, EvaluateResult, SignResult, PublishResult),
+    *(MergeResult, SplitResult, EvaluateResult, SignResult, PublishResult, PullResult),
+    ExtractResult,
 )
 _CHOICES: Final[Mapping[str, Any]] = {
     **{name: getattr(api, name) for name in ("Recipe", "Fit", "AxisChoice", "Embeddings", "ComputeDType")},

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from peraxis_tools.diff import diff
     from peraxis_tools.errors import ToolError
     from peraxis_tools.evaluate import evaluate
+    from peraxis_tools.extract import extract
     from peraxis_tools.inspect import inspect
     from peraxis_tools.merge import merge, merge_parts
     from peraxis_tools.publish import publish
+    from peraxis_tools.pull import pull
     from peraxis_tools.sign import sign
     from peraxis_tools.split import split
     from peraxis_tools.verify import verify
@@ -52,6 +54,8 @@ __all__ = [
     "evaluate",
     "sign",
     "publish",
+    "pull",
+    "extract",
     "PxdError",
     "ToolError",
     "__version__",
@@ -60,7 +64,8 @@ __all__ = [
 # Name -> (module, name in that module).
 _HOMES: Final[Mapping[str, tuple[str, str]]] = {
     **{name: (f"peraxis_tools.{name}", name) for name in ("compress", "inspect", "verify", "apply", "diff", "merge")},
-    **{name: (f"peraxis_tools.{name}", name) for name in ("split", "convert", "evaluate", "sign", "publish")},
+    **{name: (f"peraxis_tools.{name}", name) for name in ("split", "convert", "evaluate", "sign")},
+    **{name: (f"peraxis_tools.{name}", name) for name in ("publish", "pull", "extract")},
     **{name: ("peraxis_format.torch", name) for name in ("apply_", "VariantSwitch", "serve")},
     **{name: ("peraxis_format", name) for name in ("open", "PxdError", "__version__")},
     "load": ("peraxis_tools.apply", "load_model"),

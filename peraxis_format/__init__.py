@@ -59,6 +59,7 @@ from peraxis_format.manifest import (
     Producer,
 )
 from peraxis_format.ops.rebuild.numpy import dense_delta, reconstruct
+from peraxis_format.profile import NAME
 from peraxis_format.reader import DeltaFile, open, read_header
 from peraxis_format.strict_json import parse_strict_json
 from peraxis_format.version import __version__
@@ -70,6 +71,7 @@ __all__ = [
     "CODES",
     "COMPONENTS_MAX",
     "INDEX_NAME",
+    "NAME",
     "SINGLE_NAME",
     "Array",
     "Asset",

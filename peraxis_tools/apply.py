@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import peraxis_format as pxd
-from peraxis_tools.checkpoint import Checkpoint, is_tokenizer_asset, open_checkpoint
+from peraxis_tools.assets import LEFT_BEHIND, asset_group
+from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.folders import MARKER, atomic_folder
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_folder
 from peraxis_tools.parallel import ordered_map
+from peraxis_tools.progress import Steps, watched
 from peraxis_tools.shards import SHARD_BYTES, Shard, TensorSpec, plan_shards, shard_header, write_index, write_tensor
 
 if TYPE_CHECKING:
@@ -31,13 +33,17 @@ _WORKERS: Final = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApplyResult:
-    """What `apply` wrote."""
+    """What `apply` wrote.
+
+    files: paths in the folder. left_behind: files of the fine-tuned folder that the delta does not carry.
+    """
 
     folder: Path
     content_id: str
     tensors: int
     bytes: int
     files: tuple[str, ...]
+    left_behind: tuple[str, ...] = ()
 
 
 def rebuild(delta: pxd.DeltaFile, base: pxd.Safetensors, name: str) -> pxd.Array:
@@ -84,27 +90,30 @@ def apply(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Steps | bool | None = None,
 ) -> ApplyResult:
     """Write base + delta as a Hugging Face folder: shards, index, configuration, tokenizer.
 
-    base: folder, file or hub id. progress is called with each number of bytes written. The folder appears
-    under `output` whole or not at all. Raises PxdError, CheckpointError, ToolError, OSError.
+    base: folder, file or hub id. progress: called with each number of bytes written, or True for a bar. The folder
+    appears under `output` whole or not at all. Raises PxdError, CheckpointError, ToolError, OSError.
     """
     output = Path(output)
     with (
         claim_folder(output, overwrite=overwrite, inputs=(base, delta)),
         pxd.open(delta) as file,
         open_checkpoint(base, revision=base_revision) as checkpoint,
+        watched(progress, "apply", checkpoint_bytes(file.manifest)) as step,
     ):
         refuse_part(file.manifest, delta)
         shards = plan_shards(_specs(file.manifest), shard_bytes=shard_bytes)
         with atomic_folder(output, overwrite=overwrite) as folder:
-            _write_shards(folder, shards, file, checkpoint.tensors, workers, progress or (lambda _: None))
+            _write_shards(folder, shards, file, checkpoint.tensors, workers, step)
             write_index(folder, shards)
             for name, data in _assets(file, checkpoint):
+                (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_bytes(data)
-            names = tuple(sorted(path.name for path in folder.iterdir() if path.name != MARKER))
+            paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+            names = tuple(sorted(name for name in paths if name != MARKER))
         tensors = [tensor for shard in shards for tensor in shard.tensors]
         return ApplyResult(
             folder=output,
@@ -112,6 +121,7 @@ def apply(
             tensors=len(tensors),
             bytes=sum(tensor.size for tensor in tensors),
             files=names,
+            left_behind=tuple(file.manifest.metadata.get(LEFT_BEHIND, "").split("\n")[:-1]),
         )
 
 
@@ -158,23 +168,29 @@ def _write_shards(
 
 
 def _assets(delta: pxd.DeltaFile, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
-    """The delta's assets; where it brings no tokenizer or no configuration at all, the base's."""
+    """The delta's assets, and of the base's the groups that the delta brings nothing of."""
     own = [asset.path for asset in delta.manifest.assets]
-    has_tokenizer = any(is_tokenizer_asset(name) for name in own)
-    for name in own:
-        yield name, delta.asset(name)
-    for name, data in base.assets():
-        if name not in own and not (is_tokenizer_asset(name) and has_tokenizer):
-            yield name, data
+    groups = {asset_group(path) for path in own}
+    for path in own:
+        yield path, delta.asset(path)
+    found = base.folder_assets()
+    for path in found.carried:
+        if path not in own and asset_group(path) not in groups:
+            yield path, found.read(path)
 
 
 def load_model(
-    base: str | Path, delta: str | Path, *, base_revision: str | None = None, **options: Any
+    base: str | Path,
+    delta: str | Path,
+    *,
+    base_revision: str | None = None,
+    progress: Steps | bool | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """The fine-tuned model itself, without a folder in between: `load_model("org/base", "delta.pxd")`.
 
-    options go to `AutoModelForCausalLM.from_pretrained`. Memory: the model, and one tensor of the base.
-    Raises PxdError, CheckpointError, ToolError.
+    options go to `AutoModelForCausalLM.from_pretrained`. progress: as of `apply`. Memory: the model, and one tensor of
+    the base. Raises PxdError, CheckpointError, ToolError.
     """
     require("load_model", "torch", "transformers", extra="compress")
     import json
@@ -182,7 +198,11 @@ def load_model(
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    with pxd.open(delta) as file, open_checkpoint(base, revision=base_revision) as checkpoint:
+    with (
+        pxd.open(delta) as file,
+        open_checkpoint(base, revision=base_revision) as checkpoint,
+        watched(progress, "load", checkpoint_bytes(file.manifest)) as step,
+    ):
         refuse_part(file.manifest, delta)
         config = json.loads(dict(_assets(file, checkpoint)).get("config.json") or json.dumps(checkpoint.config()))
         state = {}
@@ -191,6 +211,7 @@ def load_model(
             tensor = to_torch(array, entry.dtype)
             for name in (entry.name, *aliases.get(entry.name, ())):
                 state[name] = tensor
+                step(tensor.nbytes)
     options.setdefault("dtype", config.get("dtype", config.get("torch_dtype", torch.float32)))
     parsed = AutoConfig.for_model(**config)
     # The class itself: AutoModelForCausalLM.from_pretrained insists on a folder to look into.

@@ -19,8 +19,9 @@ with interrupts_end():
 
     from peraxis_format import CheckpointError, PxdError, ShapeError, __version__
     from peraxis_tools.errors import ToolError, error_line
+    from peraxis_tools.notes import LOGGER
     from peraxis_tools.optional import MissingPackageError, missing
-    from peraxis_tools.report import print_error
+    from peraxis_tools.report import print_error, print_notes
 
 __all__ = ["cli", "main"]
 
@@ -39,6 +40,8 @@ VERBS: Final = {
     "convert": "From BitDelta's and the paper's .pt files; to LoRA or a checkpoint.",
     "eval": "How close base + .pxd comes to the fine-tune.",
     "publish": "A .pxd and its model card to the Hugging Face hub.",
+    "pull": "A .pxd from the hub or a URL, verified.",
+    "extract": "The small files of a .pxd: configuration, tokenizer.",
     "demo": "Train a small pair and show the whole way, offline.",
     "completion": "The completion script of a shell.",
 }
@@ -93,6 +96,7 @@ def _run() -> None:
 
 def main() -> None:
     """Run the command line and exit with the code of what happened."""
+    print_notes(LOGGER)
     with prepared_process():
         sys.exit(_exit_code())
 

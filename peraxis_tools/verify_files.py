@@ -211,7 +211,7 @@ def _error(path: Path, wanted: Wanted, progress: ProgressOf, workers: int | None
         odd = (*found.only_in_a, *found.only_in_b)[0]
         raise CheckFailedError(f"does not hold the same tensors as {wanted.fine_tuned}, {odd} for one")
     error = found.total.relative
-    if error is None or error > wanted.max_error:
+    if error is None or not error <= wanted.max_error:
         raise CheckFailedError(f"relative error {error:.4g} is above {wanted.max_error:g}" if error else "has no delta")
     return f"relative error {error:.4g}, at most {wanted.max_error:g}"
 

@@ -32,7 +32,7 @@ ORDER = [
         "header",
         "payload",
     ),
-    *("checkpoint", "binding", "lanes", "pairs", "fast", "reconstruct", "reader", "writer"),
+    *("checkpoint_files", "checkpoint", "binding", "lanes", "pairs", "fast", "reconstruct", "reader", "writer"),
 ]
 
 

@@ -8,7 +8,7 @@ import click
 
 import peraxis_format as pxd
 from peraxis_tools.apply import apply, checkpoint_bytes
-from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, workers_option
+from peraxis_tools.commands.options import Finite, json_option, overwrite_option, quiet_option, workers_option
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.report import emit, progress
 from peraxis_tools.report.apply import render_apply
@@ -20,7 +20,7 @@ __all__ = ["command"]
 @click.argument("base", metavar="BASE")
 @click.argument("delta", metavar="DELTA")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The folder to write.")
-@click.option("--shard-size", default=5.0, show_default=True, type=click.FloatRange(min=0.001), help="GB a shard.")
+@click.option("--shard-size", default=5.0, show_default=True, type=Finite(min=0.001, max=1e6), help="GB a shard.")
 @overwrite_option
 @workers_option
 @json_option

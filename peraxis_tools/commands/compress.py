@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +10,10 @@ import click
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
 from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.options import AXES, EMBEDDINGS, FITS, RECIPES, parse_size, read_yaml
-from peraxis_tools.report import Progress, emit, progress
+from peraxis_tools.report import Stages, emit
 from peraxis_tools.report.compress import plan_lines, render_compress
 
 __all__ = ["command"]
-
-
-class _Bars:
-    """One bar after the other: a step of the run each, opened when it is first heard of."""
-
-    def __init__(self, stack: ExitStack, *, quiet: bool) -> None:
-        self._stack, self._quiet = stack, quiet
-        self._step = ""
-        self._done = 0
-        self._advance: Progress | None = None
-
-    def __call__(self, step: str, done: int, total: int) -> None:
-        if step != self._step:
-            self._stack.close()
-            unit = "bytes" if step == "write" else "steps"
-            self._advance = self._stack.enter_context(progress(step, total, unit=unit, quiet=self._quiet))
-            self._step, self._done = step, 0
-        if self._advance is not None:
-            self._advance(done - self._done)
-        self._done = done
 
 
 class _Size(click.ParamType):
@@ -85,6 +64,8 @@ _SIZE = _Size()
 @click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="YAML of these options.")
 @click.option("--base-revision", help="Of a hub id.")
 @click.option("--fine-tuned-revision", help="Of a hub id.")
+@click.option("--base-id", metavar="ORG/NAME[@REVISION]", help="The hub id of a base that is a folder.")
+@click.option("--force", is_flag=True, help="Write a delta that saves little, too.")
 @overwrite_option
 @json_option
 @quiet_option
@@ -95,6 +76,8 @@ def command(
     config: Path | None,
     base_revision: str | None,
     fine_tuned_revision: str | None,
+    base_id: str | None,
+    force: bool,
     overwrite: bool,
     as_json: bool,
     quiet: bool,
@@ -112,7 +95,7 @@ def command(
     values = read_yaml(config) if config is not None else {}
     values.update({name: value for name, value in given.items() if value is not None})
     options = CompressOptions.from_mapping(values)
-    with ExitStack() as stack:
+    with Stages(quiet=quiet) as stages:
         result = compress(
             base,
             fine_tuned,
@@ -121,7 +104,9 @@ def command(
             base_revision=base_revision,
             fine_tuned_revision=fine_tuned_revision,
             overwrite=overwrite,
-            progress=_Bars(stack, quiet=quiet),
+            force=force,
+            base_id=base_id,
+            progress=stages,
             show_plan=None if quiet else plan_lines,
         )
     emit(result, render_compress, schema="peraxis.compress/1", as_json=as_json)

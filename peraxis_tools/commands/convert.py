@@ -9,7 +9,7 @@ import click
 import peraxis_format as pxd
 from peraxis_tools.apply import apply, checkpoint_bytes
 from peraxis_tools.checkpoint import open_checkpoint
-from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
+from peraxis_tools.commands.options import Finite, json_option, overwrite_option, quiet_option, refuse_given
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.convert import LAYOUTS, Layout, to_lora, to_pxd
 from peraxis_tools.diff import diff_size
@@ -26,16 +26,14 @@ _DEFAULT_RANK = 16
 @click.command("convert")
 @click.argument("source", metavar="SOURCE")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file or folder to write.")
-@click.option("--base", metavar="FOLDER|ID", help="The base that a .pt delta is for; the base for a checkpoint.")
+@click.option("--base", metavar="FOLDER|ID", help="The base of the delta; optional for LoRA.")
 @click.option("--from", "layout", type=click.Choice(["auto", *LAYOUTS]), default="auto", show_default=True)
 @click.option(
     "--axis", type=click.Choice(["row", "col"]), help="Which to take where a .pt holds both variants of a module."
 )
 @click.option("--to", "target", type=click.Choice(["pxd", "lora", "checkpoint"]), help="Default: pxd from a .pt.")
 @click.option("--rank", type=click.IntRange(min=1), help=f"Of the LoRA adapter (default {_DEFAULT_RANK}).")
-@click.option(
-    "--max-error", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="Choose each rank by this error."
-)
+@click.option("--max-error", type=Finite(1e-6, 1, max_open=True), help="Choose each rank by this error.")
 @click.option("--name", help="What the fine-tuned checkpoint is called.")
 @overwrite_option
 @json_option
@@ -66,11 +64,19 @@ def command(
         raise ToolError(f"{source}: is a .pxd already; pass --to lora or --to checkpoint")
     if target in ("pxd", "checkpoint", None) and base is None:
         raise ToolError(f"{source}: pass --base, the checkpoint that this delta is for")
+    if target == "lora":
+        refuse_given("base", why="with --to lora")
+    else:
+        refuse_given("rank", "max_error", why="without --to lora")
+    if target in ("lora", "checkpoint"):
+        refuse_given("layout", "axis", "name", why=f"with --to {target}")
     with fetched([source], quiet=quiet) as (path,):
         if target == "lora":
             chosen = rank if rank is not None or max_error is not None else _DEFAULT_RANK
             with progress("convert", diff_size(path), quiet=quiet) as step:
-                lora = to_lora(path, output, rank=chosen, max_error=max_error, overwrite=overwrite, progress=step)
+                lora = to_lora(
+                    path, output, rank=chosen, max_error=max_error, base=base, overwrite=overwrite, progress=step
+                )
             emit(lora, render_lora, schema="peraxis.convert-lora/1", as_json=as_json)
         elif target == "checkpoint":
             with pxd.open(path) as file:

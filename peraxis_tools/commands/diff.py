@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from peraxis_tools.commands.options import json_option, quiet_option, workers_option
+from peraxis_tools.commands.options import json_option, quiet_option, refuse_given, workers_option
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.diff import diff, diff_checkpoint, diff_size
 from peraxis_tools.errors import CheckFailedError, ToolError
@@ -54,6 +54,8 @@ def command(
     Example: peraxis-tools diff v1.pxd v2.pxd
              peraxis-tools diff v1.pxd my-fine-tune --base meta-llama/Llama-3.1-8B
     """
+    if as_json:
+        refuse_given("top", why="with --json, which holds all modules")
     against_checkpoint = not _is_delta(b)
     if against_checkpoint and base is None:
         raise ToolError(f"{b}: is a checkpoint; pass --base to compare a delta with it")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
+from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, refuse_given
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.errors import ToolError
 from peraxis_tools.inspect import InspectResult, inspect, inspect_remote, select
@@ -50,7 +50,9 @@ def command(
     """
     outputs = [path for path in (figure, page) if path is not None]
     if overwrite and not outputs:
-        raise ToolError("--overwrite is for --plot and --html; leave it out")
+        refuse_given("overwrite", why="without --plot or --html")
+    if as_json:
+        refuse_given("tree", "modules", why="with --json, which holds all of it")
     with claim_files(outputs, overwrite=overwrite, inputs=(delta,)):
         result = inspect_remote(delta) if is_remote(delta) else inspect(delta)
         if outputs:

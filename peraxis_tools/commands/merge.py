@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 import peraxis_format as pxd
-from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
+from peraxis_tools.commands.options import Finite, json_option, overwrite_option, quiet_option, refuse_given
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.errors import ToolError
 from peraxis_tools.merge import MergeResult, Method, Mixture, is_part, merge, merge_parts, merge_size
@@ -32,9 +32,7 @@ def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
 @click.option("--weights", metavar="W,W,...", callback=_numbers, help="One a delta; may be negative.")
 @click.option("--bits", type=click.IntRange(1, pxd.COMPONENTS_MAX), help="Fit the sum into this many masks a module.")
 @click.option("--method", type=click.Choice(["linear", "ties", "dare"]), help="As known from mergekit.")
-@click.option(
-    "--density", default=0.5, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="ties, dare."
-)
+@click.option("--density", default=0.5, show_default=True, type=Finite(1e-6, 1), help="ties, dare.")
 @click.option("--normalize/--no-normalize", default=None, help="Divide by the weights (default: linear and ties).")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="For dare.")
 @click.option("--base", metavar="FOLDER|ID", help="The base, where inputs store different exact tensors.")
@@ -69,10 +67,14 @@ def command(
     """
     with fetched(deltas, quiet=quiet) as paths, progress("merge", merge_size(paths), quiet=quiet) as step:
         if _all_parts(paths):
-            if weights is not None or method is not None or bits is not None:
-                raise ToolError("parts of one delta are joined as they are; leave out --weights, --method and --bits")
+            others = ("weights", "method", "bits", "density", "normalize", "seed", "base", "name")
+            refuse_given(*others, why="for parts of one delta, which are joined as they are")
             result = merge_parts(paths, output, overwrite=overwrite, progress=step)
         else:
+            if method not in ("ties", "dare"):
+                refuse_given("density", why="without --method ties or dare")
+            if method != "dare":
+                refuse_given("seed", why="without --method dare")
             mixture = Mixture(method=method or "sum", density=density, normalize=normalize, seed=seed)
             result = _sum(paths, output, weights, mixture, bits, base, name, overwrite, step)
     emit(result, render_merge, schema="peraxis.merge/1", as_json=as_json)

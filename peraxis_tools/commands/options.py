@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
-import click
+import logging
+import math
+from typing import Any
 
-__all__ = ["json_option", "overwrite_option", "quiet_option", "workers_option"]
+import click
+from click.core import ParameterSource
+
+from peraxis_tools.errors import ToolError
+from peraxis_tools.notes import LOGGER
+
+__all__ = ["Finite", "refuse_given", "json_option", "overwrite_option", "quiet_option", "workers_option"]
+
+
+def refuse_given(*names: str, why: str) -> None:
+    """Raise ToolError for an option of the current command that was given, where it would do nothing."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in names and context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT):
+            raise ToolError(f"{parameter.opts[0]} does nothing {why}; leave it out")
+
+
+class Finite(click.FloatRange):
+    """A number within bounds that are inclusive unless said: never NaN, which compares with nothing, nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return found
+
+
+def _hushed(_: click.Context, __: click.Parameter, quiet: bool) -> bool:
+    LOGGER.setLevel(logging.ERROR if quiet else logging.NOTSET)
+    return quiet
+
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON with a schema version.")
-quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, no notes.")
+quiet_option = click.option("--quiet", "-q", is_flag=True, callback=_hushed, help="No progress, no notes.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what stands under the output's name.")
 workers_option = click.option(
     "--workers", type=click.IntRange(min=1), default=None, help="Threads (default: one a processor)."

@@ -11,7 +11,14 @@ from pathlib import Path
 import click
 
 from peraxis_format import atomic_file
-from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, workers_option
+from peraxis_tools.commands.options import (
+    Finite,
+    json_option,
+    overwrite_option,
+    quiet_option,
+    refuse_given,
+    workers_option,
+)
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs import claim_files
@@ -45,8 +52,8 @@ def _reports(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
 @click.option("--base", metavar="FOLDER|ID", help="Check the binding to this base too.")
 @click.option("--expect-content-id", "content_ids", multiple=True, metavar="ID", help="One of these it must be.")
 @click.option("--fine-tuned", metavar="FOLDER|ID", help="The checkpoint that base + DELTA stands for.")
-@click.option("--max-error", type=click.FloatRange(min=0), help="Bound on the relative error of the weights.")
-@click.option("--max-kl", type=click.FloatRange(min=0), help="Bound on the KL to the fine-tune, nats a token.")
+@click.option("--max-error", type=Finite(min=0), help="Bound on the relative error of the weights.")
+@click.option("--max-kl", type=Finite(min=0), help="Bound on the KL to the fine-tune, nats a token.")
 @click.option(
     "--text", "texts", multiple=True, callback=_texts, metavar="DOMAIN=SOURCE", help="For --max-kl, as in eval."
 )
@@ -96,7 +103,9 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Check each DELTA: structure and payload, and what the options ask for beyond. DELTA may be a glob or a URL.
+    """Check each DELTA: structure and payload, and what the options ask for beyond.
+
+    DELTA may be a glob, a URL, or a folder: then every .pxd in it.
 
     The report is written before the exit code says the gravest outcome: 0 verified, 1 failed (damaged, another base,
     beyond a bound), 2 usage, input or I/O, 3 not verifiable here (unknown version, missing base or key).
@@ -107,6 +116,10 @@ def command(
     """
     if output is not None and kind == "text" and not as_json:
         raise ToolError("--output needs a --format other than text")
+    if max_kl is None:
+        refuse_given("texts", why="without --max-kl")
+    if max_kl is None and max_error is None:
+        refuse_given("fine_tuned", why="without --max-error or --max-kl")
     wants_signature = signature or bundle is not None or public_key is not None or bool(certificate_chain)
     wanted = Wanted(
         base=base,
@@ -128,7 +141,7 @@ def command(
     kind = "json" if as_json else kind
     outputs = [*reports, *([(kind, output)] if output is not None else [])]
     if overwrite and not outputs:
-        raise ToolError("--overwrite is for --output and --report; leave it out")
+        refuse_given("overwrite", why="without --output or --report")
     files = _expanded(deltas)
     inputs = (*files, base, fine_tuned, *texts.values(), bundle, public_key, *certificate_chain)
     with claim_files([path for _, path in outputs], overwrite=overwrite, inputs=inputs):
@@ -142,9 +155,12 @@ def command(
 
 
 def _expanded(patterns: tuple[str, ...]) -> list[str]:
-    """Globs become the files that they match, sorted; a name that exists is no glob."""
+    """Folders and globs become their files, sorted; a name that exists is no glob."""
     files: list[str] = []
     for pattern in patterns:
+        if not is_remote(pattern) and Path(pattern).is_dir():
+            files.extend(_of_folder(Path(pattern)))
+            continue
         if is_remote(pattern) or Path(pattern).exists() or not glob.has_magic(pattern):
             files.append(pattern)
             continue
@@ -153,6 +169,15 @@ def _expanded(patterns: tuple[str, ...]) -> list[str]:
             raise ToolError(f"{pattern}: matches no file")
         files.extend(found)
     return files
+
+
+def _of_folder(folder: Path) -> list[str]:
+    found = sorted(str(path) for path in folder.rglob("*.pxd") if path.is_file())
+    if not found:
+        raise ToolError(
+            f"{folder}: holds no .pxd; for what apply wrote, pass the delta with --base and --fine-tuned {folder}"
+        )
+    return found
 
 
 def _show(report: VerifyReport, kind: str) -> None:

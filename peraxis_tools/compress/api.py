@@ -59,8 +59,10 @@ def compress(
     options: CompressOptions | None = None,
     base_revision: str | None = None,
     fine_tuned_revision: str | None = None,
+    base_id: str | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    force: bool = False,
+    progress: Progress | bool | None = None,
     show_plan: Callable[[Plan], None] | None = None,
 ) -> CompressResult:
     """Compress a fine-tuned checkpoint against its base into the file `output`.
@@ -81,7 +83,9 @@ def compress(
         options=options or CompressOptions.from_mapping(choices),
         base_revision=base_revision,
         fine_tuned_revision=fine_tuned_revision,
+        base_id=base_id,
         overwrite=overwrite,
+        force=force,
         progress=progress,
         show_plan=show_plan,
     )

@@ -35,6 +35,28 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
     },
 }
 # Where a run stands and what it runs on: no part of what the bytes follow from.
+_OF_DISTILLATION: Final = (
+    "distill_epochs",
+    "distill_batch_size",
+    "distill_lr",
+    "distill_sign_lr",
+    "distill_full_lr",
+    "distill_loss",
+)
+_OF_TEXT: Final = (
+    "calibration",
+    "text_column",
+    "calibration_samples",
+    "generated_samples",
+    "sequence_length",
+    "held_out",
+    "batch_size",
+    "seed",
+    "compute_dtype",
+    "distill_samples",
+    *_OF_DISTILLATION,
+)
+_RATE_MIN: Final = 1e-9
 _NOT_CONTENT: Final = ("device", "resume", "hidden_limit", "logits_limit")
 
 
@@ -111,9 +133,18 @@ class CompressOptions:
             ("distill_batch_size", 1, 1 << 16),
             ("distill_epochs", 1, 1 << 16),
             ("seed", 0, 1 << 32),
+            ("distill_lr", _RATE_MIN, 1e6),
+            ("distill_sign_lr", 0.0, 1e6),
+            ("distill_full_lr", 0.0, 1e6),
+            ("target_size", 1, 1 << 53),
+            ("target_ratio", 0.01, 1e6),
+            ("hidden_limit", 0, 1 << 60),
+            ("logits_limit", 0, 1 << 60),
         ):
+            if getattr(self, name) is None:
+                continue
             if not least <= getattr(self, name) <= most:
-                raise OptionError(f"{_dashed(name)} {getattr(self, name)}: must be {least} to {most}")
+                raise OptionError(f"{_dashed(name)} {getattr(self, name)}: must be {least:.16g} to {most:.16g}")
         if not 0.0 <= self.held_out < 1.0:
             raise OptionError(f"held-out {self.held_out}: a share, at least 0 and below 1")
         if self.calibration is None and (self.fit not in ("auto", "none") or self.distill_samples):
@@ -124,6 +155,24 @@ class CompressOptions:
             raise OptionError("fit adamw is the paper's: one mask a module, no target")
         if self.bits > 1 and self.has_target:
             raise OptionError("bits and a target size exclude each other: the target decides the masks of each module")
+        for name in ("distill_sign_lr", "distill_full_lr"):
+            if 0.0 < getattr(self, name) < _RATE_MIN:
+                raise OptionError(f"{_dashed(name)} {getattr(self, name)}: must be 0, or at least {_RATE_MIN:g}")
+        self._refuse_idle()
+
+    def _refuse_idle(self) -> None:
+        """Options that are not at their default, but do nothing beside the others."""
+        if self.resolved_fit == "none":
+            self._refuse(_OF_TEXT, "without a fit on text" if self.fit == "auto" else f"with fit {self.fit}")
+        if not self.distill_samples:
+            self._refuse(_OF_DISTILLATION, "without distill-samples")
+        if self.resolved_fit != "refined":
+            self._refuse(("refine_rounds",), f"with fit {self.resolved_fit}")
+
+    def _refuse(self, names: tuple[str, ...], why: str) -> None:
+        for name in names:
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise OptionError(f"{_dashed(name)} does nothing {why}; leave it out")
 
     @property
     def has_target(self) -> bool:
@@ -179,7 +228,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # a date that is none is a ValueError
         raise OptionError(f"{path}: not a YAML file: {str(error).splitlines()[0]}") from None
     if values is None:
         return {}
@@ -208,12 +257,14 @@ def _typed(name: str, value: Any) -> Any:
         return parse_size(value)
     default = CompressOptions.__dataclass_fields__[name].default
     kind: type = float if name == "target_ratio" else type(default)
-    if value is None or (default is None and name != "target_ratio"):
+    if default is None and name != "target_ratio":
+        kind = int if name == "target_size" else str
+    if value is None and default is None:
         return value
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value

@@ -5,7 +5,7 @@ Memory: two models (the fine-tuned one, and one candidate at a time) and the log
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from peraxis_tools.evaluate.types import (
     recovered_fraction,
 )
 from peraxis_tools.optional import require
+from peraxis_tools.progress import Staged, watched_stages
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "evaluate", "worst_kl"]
 
-# Called as progress(step, done, total): what is being evaluated, and how far it is.
-Progress = Callable[[str, int, int], None]
+Progress = Staged
 
 
 def evaluate(
@@ -51,14 +51,15 @@ def evaluate(
     text_column: str | None = None,
     base_revision: str | None = None,
     fine_tuned_revision: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> EvaluateResult:
     """Compare base + delta with the fine-tuned checkpoint.
 
     texts: domain -> c4, a datasets id, or a file (json, jsonl, parquet, txt, csv; also .gz), cut into up to `samples`
     windows of `sequence_length` tokens that do not overlap and hold no padding. candidates: of CANDIDATES; on-the-fly
     always computes in float32, the others in compute_dtype. tasks: names for lm-eval, with task_limit questions
-    each; task_path: a folder of further task definitions. Raises ToolError, PxdError, CheckpointError.
+    each; task_path: a folder of further task definitions. progress: called with (stage, done, total), or True for
+    bars. Raises ToolError, PxdError, CheckpointError.
     """
     unknown = sorted(set(candidates) - set(CANDIDATES))
     if unknown:
@@ -72,7 +73,7 @@ def evaluate(
     from peraxis_tools.evaluate.models import load_tokenizer
     from peraxis_tools.quiet import quiet_transformers
 
-    with pxd.open(delta) as file, quiet_transformers():
+    with pxd.open(delta) as file, quiet_transformers(), watched_stages(progress) as step:
         models = _Models(
             base=base,
             fine_tuned=fine_tuned,
@@ -87,7 +88,7 @@ def evaluate(
             domain: _samples(source, tokenizer, samples, sequence_length, seed, text_column)
             for domain, source in texts.items()
         }
-        found = _compare_all(models, sampled, candidates, batch_size, progress or _no_progress)
+        found = _compare_all(models, sampled, candidates, batch_size, step)
         calibration = file.manifest.calibration
         return EvaluateResult(
             base=str(base),
@@ -148,10 +149,6 @@ class _Models:
         if name == "merged":
             return models.load_merged(self._base, self._delta, revision=self._base_revision, **kind)
         return models.load_on_the_fly(self._base, self._delta, revision=self._base_revision, device=self.device)
-
-
-def _no_progress(step: str, done: int, total: int) -> None:
-    return None
 
 
 def _samples(

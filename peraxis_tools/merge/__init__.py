@@ -23,6 +23,7 @@ from peraxis_tools.merge.methods import Method, Mixture
 from peraxis_tools.merge.modules import MergedModule, merge_module, needs_base, relative_error
 from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
+from peraxis_tools.progress import Steps, watched
 from peraxis_tools.rows import base_rows
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "split",
 ]
 
+# Beyond these, products with scales leave the range of the formats that hold them.
+_WEIGHT_MIN, _WEIGHT_MAX = 1e-6, 1e6
 _AHEAD_BYTES: Final = 128 << 20
 _INPUTS_KEY: Final = "peraxis.inputs"
 _MERGE_KEY: Final = "peraxis.merge"
@@ -86,14 +89,15 @@ def merge_parts(
     output: str | Path,
     *,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Steps | bool | None = None,
 ) -> MergeResult:
     """Join parts of one delta (parts.py) into the file that they were parts of. Raises ToolError, PxdError."""
     output = Path(output)
-    with claim_file(output, overwrite=overwrite, inputs=paths):
-        manifest, inputs, size = join_parts(
-            [Path(path) for path in paths], output, overwrite=overwrite, progress=progress
-        )
+    with (
+        claim_file(output, overwrite=overwrite, inputs=paths),
+        watched(progress, "merge", merge_size(paths)) as step,
+    ):
+        manifest, inputs, size = join_parts([Path(path) for path in paths], output, overwrite=overwrite, progress=step)
     modules = tuple(
         MergedModule(name=m.name, encoding=m.encoding.value, components=len(m.components)) for m in manifest.modules
     )
@@ -111,14 +115,15 @@ def merge(
     base: str | Path | None = None,
     name: str | None = None,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Steps | bool | None = None,
 ) -> MergeResult:
     """Write the merge of deltas on one base.
 
     weights: one for each path. bits: masks a module of the result has; None keeps all components of a weighted sum,
     and means as many as the inputs have together (8 at most) for `ties` and `dare`. base: the checkpoint, needed
-    where inputs store different exact tensors. name: of the fine-tuned checkpoint that results. progress: payload
-    bytes of inputs done. Raises CheckFailedError for different bases, ToolError, PxdError, CheckpointError.
+    where inputs store different exact tensors. name: of the fine-tuned checkpoint that results. progress: called with
+    payload bytes of inputs done, or True for a bar. Raises CheckFailedError for different bases, ToolError, PxdError,
+    CheckpointError.
     """
     mixture = mixture or Mixture()
     output = Path(output)
@@ -126,6 +131,7 @@ def merge(
     with ExitStack() as stack:
         stack.enter_context(claim_file(output, overwrite=overwrite, inputs=(*paths, base)))
         opened = [stack.enter_context(pxd.open(path)) for path in paths]
+        step = stack.enter_context(watched(progress, "merge", merge_size(paths)))
         for file in opened:
             refuse_part(file.manifest, file.path)
         _check_compatible(opened)
@@ -140,7 +146,7 @@ def merge(
         if bits is None and not mixture.is_sum:
             bits = min(pxd.COMPONENTS_MAX, sum(_masks(file) for file in files))
         with _writer(output, files, ordered, mixture, bits, name, overwrite=overwrite) as writer:
-            modules = tuple(_add_all(writer, files, ordered, mixture, bits, checkpoint, progress or (lambda _: None)))
+            modules = tuple(_add_all(writer, files, ordered, mixture, bits, checkpoint, step))
             _add_rest(writer, files, ordered)
             manifest = writer.finish()
     inputs = tuple(
@@ -175,8 +181,9 @@ def _result(
 def _check_weights(paths: Sequence[str | Path], weights: Sequence[float]) -> None:
     if len(weights) != len(paths):
         raise ToolError(f"{len(weights)} weights for {len(paths)} deltas; pass one for each")
-    if not all(math.isfinite(weight) for weight in weights):
-        raise ToolError(f"weights must be finite, not {', '.join(map(str, weights))}")
+    odd = [weight for weight in weights if not (weight == 0 or _WEIGHT_MIN <= abs(weight) <= _WEIGHT_MAX)]
+    if odd:
+        raise ToolError(f"weight {odd[0]:g}: must be 0, or {_WEIGHT_MIN:g} to {_WEIGHT_MAX:g} in magnitude")
 
 
 def _masks(file: pxd.DeltaFile) -> int:

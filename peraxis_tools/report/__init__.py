@@ -2,11 +2,13 @@
 
 from peraxis_tools.report.console import (
     Progress,
+    Stages,
     emit,
     hub_progress,
     json_text,
     print_error,
     print_note,
+    print_notes,
     progress,
     show,
     size,
@@ -18,11 +20,13 @@ from peraxis_tools.report.console import (
 
 __all__ = [
     "Progress",
+    "Stages",
     "emit",
     "hub_progress",
     "json_text",
     "print_error",
     "print_note",
+    "print_notes",
     "progress",
     "show",
     "size",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import sys
 import threading
 import time
@@ -29,11 +30,13 @@ from peraxis_tools.urls import without_secrets
 
 __all__ = [
     "Progress",
+    "Stages",
     "emit",
     "hub_progress",
     "json_text",
     "print_error",
     "print_note",
+    "print_notes",
     "progress",
     "show",
     "size",
@@ -146,6 +149,25 @@ def print_note(message: str, *, quiet: bool = False) -> None:
         Console(stderr=True, highlight=False, soft_wrap=True).print(text(message))
 
 
+class _NoteHandler(logging.Handler):
+    """Prints each sentence of a logger as a note, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message not in self._said:
+            self._said.add(message)
+            print_note(f"note: {message}")
+
+
+def print_notes(logger: logging.Logger) -> None:
+    """Print what this logger is told from now on."""
+    logger.handlers[:] = [_NoteHandler()]
+
+
 @contextlib.contextmanager
 def progress(description: str, total: int | None, *, unit: str = "bytes", quiet: bool = False) -> Iterator[Progress]:
     """A bar on standard error, where that is a terminal; yields the function that advances it, from any thread.
@@ -158,11 +180,13 @@ def progress(description: str, total: int | None, *, unit: str = "bytes", quiet:
         return
     from rich import progress as bars
 
+    from peraxis_tools.report.remaining import Remaining
+
     columns: list[bars.ProgressColumn] = [bars.TextColumn("{task.description}"), bars.BarColumn()]
     if total is None:
         columns += [bars.TimeElapsedColumn()]
     else:
-        columns += [bars.DownloadColumn() if unit == "bytes" else bars.MofNCompleteColumn(), bars.TimeRemainingColumn()]
+        columns += [bars.DownloadColumn() if unit == "bytes" else bars.MofNCompleteColumn(), Remaining()]
     with bars.Progress(*columns, console=console, transient=True) as bar:
         steps = _Steps(partial(bar.advance, bar.add_task(description, total=total)))
         yield steps
@@ -190,6 +214,35 @@ class _Steps:
         with self._lock:
             waiting, self._waiting = self._waiting, 0
         self._advance(waiting)
+
+
+class Stages:
+    """One bar after the other, each opened when its stage is first heard of: progress(stage, done, total).
+
+    A context manager: the last bar goes at its end.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._stack, self._quiet = contextlib.ExitStack(), quiet
+        self._stage = ""
+        self._done = 0
+        self._advance: Progress | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self._stack.close()
+            unit = "bytes" if stage == "write" else "steps"
+            self._advance = self._stack.enter_context(progress(stage, total, unit=unit, quiet=self._quiet))
+            self._stage, self._done = stage, 0
+        if self._advance is not None:
+            self._advance(done - self._done)
+        self._done = done
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
 
 def staged(*, quiet: bool = False) -> ProgressOf:

@@ -44,7 +44,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("command", "code"),
     [
         ("inspect delta.pxd", 0),
-        ("inspect delta.pxd --modules --json", 0),
+        ("inspect delta.pxd --json", 0),
         ("inspect delta.pxd --html report.html", 0),
         ("verify delta.pxd --base base", 0),
         ("apply base delta.pxd -o applied", 0),
@@ -52,7 +52,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("diff delta.pxd tuned --base base", 1),
         ("split delta.pxd --parts 2 -o parts", 0),
         ("merge delta.pxd second.pxd --weights 0.5,0.5 --base base -o sum.pxd", 0),
-        ("publish me/delta delta.pxd --dry-run repository", 0),
+        ("extract delta.pxd -o files", 0),
+        ("verify .", 0),
         ("completion bash", 0),
     ],
 )
@@ -78,6 +79,9 @@ def test_the_help_of_every_verb_needs_no_optional_package(verb: str) -> None:
         ("apply org/base delta.pxd -o out", "hub"),
         ("inspect https://example.org/delta.pxd", "hub"),
         ("publish me/delta delta.pxd", "hub"),
+        ("publish me/delta delta.pxd --dry-run repository", "hub"),
+        ("pull me/delta", "hub"),
+        ("pull https://example.org/delta.pxd", "hub"),
         ("inspect delta.pxd --plot plot.png", "plot"),
         ("sign delta.pxd --key base/config.json", "sign"),
         ("convert delta.pxd --to lora -o adapter", "torch"),

@@ -25,6 +25,7 @@ from peraxis_format import (
     DType,
     Encoding,
     ModuleDelta,
+    ShapeError,
     encode_scale_pair,
     encode_scales,
     reconstruct,
@@ -50,7 +51,7 @@ def mean_components(
 ) -> tuple[Component, ...]:
     """Components of a pair of storage arrays [..., d_out, d_in]; axis None: least squared weight error.
 
-    Returns none at all where the two hold the same values.
+    Returns none at all where the two hold the same values. Raises ShapeError where a value is not finite.
     """
     shape = base.shape
     flat_tuned = fine_tuned.reshape(-1, *shape[-2:])
@@ -97,7 +98,10 @@ def _measure(base: Array, fine_tuned: Array, *, base_dtype: DType, dtype: DType)
         return matrix_sums(base, fine_tuned, base_dtype=base_dtype, dtype=dtype, weights=weights)
 
     d_out, d_in = base.shape
-    first = sums(None)
+    with np.errstate(invalid="ignore", over="ignore"):
+        first = sums(None)
+    if not np.isfinite(first.square):
+        raise ShapeError("a delta of values that are not finite has no scales")
     col = first.col / d_out
     power = float(np.cumsum(col * col)[-1])
     rank1_row = sums(col).row / power if power > 0 else np.zeros(d_out)

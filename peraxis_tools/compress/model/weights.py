@@ -42,9 +42,11 @@ class Weights:
         return to_torch(tensors.read(name, rows), tensors[name].dtype).to(self.device)
 
     def pair(self, module: PlannedModule) -> tuple[Tensor, Tensor]:
-        """(base, fine-tuned) of the rows that both have, as float32."""
+        """(base, fine-tuned) of the rows that both have, as float32; equal where one is a cast of the other."""
         rows = slice(0, kept_rows(module))
-        return self.read(self.base, module.name, rows).float(), self.read(self.fine_tuned, module.name, rows).float()
+        base, tuned = self.read(self.base, module.name, rows), self.read(self.fine_tuned, module.name, rows)
+        cast = base.dtype is not tuned.dtype and torch.equal(base.to(tuned.dtype), tuned)
+        return (tuned if cast else base).float(), tuned.float()
 
     def teacher(self, name: str) -> Tensor:
         """A tensor of the fine-tuned checkpoint."""

@@ -19,7 +19,7 @@ from peraxis_format import Axis, DType, Encoding
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.kinds import execution_key, kind_of, layer_of
 
-__all__ = ["TABLES", "Plan", "PlannedModule", "TensorLike", "module_bytes", "plan"]
+__all__ = ["TABLES", "Plan", "PlannedModule", "TensorLike", "module_bytes", "plan", "table_or_kind"]
 
 _ALIGN: Final = 64
 _AUTO_EMBEDDING_BITS: Final = 3
@@ -95,7 +95,8 @@ class Plan:
         return replace(self, modules=tuple(modules))
 
 
-def _kind(name: str, shape: tuple[int, ...]) -> str:
+def table_or_kind(name: str, shape: tuple[int, ...]) -> str:
+    """The kind of kinds.py, but for matrices outside of all layers."""
     kind = kind_of(name, shape)
     # A matrix outside of all layers is a table of some vocabulary, whatever it is called.
     return "embedding" if kind == "other" and len(shape) >= 2 and layer_of(name) is None else kind
@@ -138,7 +139,7 @@ def _plan_module(name: str, tensor: TensorLike, base: TensorLike | None, options
     shape = tuple(tensor.shape)
     module = PlannedModule(
         name=name,
-        kind=_kind(name, shape),
+        kind=table_or_kind(name, shape),
         dtype=tensor.dtype,
         shape=shape,
         base_dtype=None if base is None else base.dtype,

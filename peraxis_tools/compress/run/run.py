@@ -16,11 +16,9 @@ import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from peraxis_format import (
     Array,
@@ -31,32 +29,36 @@ from peraxis_format import (
     Manifest,
     ModuleDelta,
     Safetensors,
+    ShapeError,
     TensorInfo,
     canonical_json,
     raw_bytes,
 )
 from peraxis_format import open as open_delta
-from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.assets import LEFT_BEHIND, listed
+from peraxis_tools.checkpoint import Checkpoint, open_checkpoint, parse_identity
 from peraxis_tools.compress.fit.mean import mean_components
 from peraxis_tools.compress.options import CompressOptions, OptionError
 from peraxis_tools.compress.plan.budget import is_open, spend, weight_errors
-from peraxis_tools.compress.plan.pairing import check_pair, tied_pairs
+from peraxis_tools.compress.plan.finite import check_finite, check_pair_finite
+from peraxis_tools.compress.plan.pairing import check_pair, check_saving, named_as_base, tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
+from peraxis_tools.compress.plan.unchanged import first_rows, is_unchanged, shared_rows
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport, RunFit
+from peraxis_tools.notes import note
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
+from peraxis_tools.progress import Staged, watched_stages
 
 __all__ = ["CompressResult", "Progress", "compress"]
 
-_COMPARED = 1 << 20  # bytes of a block
 # A tensor in work holds itself, its base, and twice that in binary32 where a second mask is fitted.
 BYTES_IN_FLIGHT_PER_TENSOR = 4
 _AHEAD_BYTES = 512 << 20
 OTHERS = "all others"
 
-# Called as progress(step, done, total): what is being done, and how far it is.
-Progress = Callable[[str, int, int], None]
+Progress = Staged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,41 +88,33 @@ def compress(
     options: CompressOptions,
     base_revision: str | None = None,
     fine_tuned_revision: str | None = None,
+    base_id: str | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    force: bool = False,
+    progress: Progress | bool | None = None,
     show_plan: Callable[[Plan], None] | None = None,
 ) -> CompressResult:
     """Compress a fine-tuned checkpoint against its base into `output`.
 
-    base, fine_tuned: folder, safetensors file or hub id. show_plan is called with the plan before any work.
+    base, fine_tuned: folder, safetensors file or hub id. base_id: the hub id of a base that is a folder. force: write
+    a delta that saves little, too. show_plan is called with the plan before any work.
+    progress: called with (stage, done, total), or True for bars.
     Raises ToolError (OptionError, CheckpointError) before work starts where the pair or the options do not fit.
     """
     if options.resolved_fit != "none":
         require(f"--fit {options.resolved_fit}", "torch", "transformers", "datasets", extra="compress")
     output = Path(output)
-    step = progress or _no_progress
     inputs = (base, fine_tuned, options.calibration)
     # Of several processes the first one writes.
     alone = int(os.environ.get("RANK", "0")) == 0
     with (
         claim_file(output, overwrite=overwrite, inputs=inputs) if alone else contextlib.nullcontext(),
-        open_checkpoint(base, revision=base_revision) as base_checkpoint,
-        open_checkpoint(fine_tuned, revision=fine_tuned_revision) as tuned_checkpoint,
+        watched_stages(progress) as step,
+        open_checkpoint(base, revision=base_revision) as opened_base,
+        open_checkpoint(fine_tuned, revision=fine_tuned_revision) as opened,
     ):
-        check_pair(base_checkpoint, tuned_checkpoint)
-        planned = plan(
-            fine_tuned={info.name: info for info in tuned_checkpoint.tensors.infos()},
-            base={info.name: info for info in base_checkpoint.tensors.infos()},
-            options=options,
-            tied=tied_pairs(tuned_checkpoint.tensors),
-        )
-        if options.has_target and options.resolved_fit == "none":
-            errors = {
-                module.name: weight_errors(module, base_checkpoint.tensors, tuned_checkpoint.tensors)
-                for module in planned.modules
-                if is_open(module, options)
-            }
-            planned = spend(planned, errors, tuned_checkpoint, options)
+        base_checkpoint, tuned_checkpoint = _matched(opened_base, opened, base_id)
+        planned = _planned(base_checkpoint, tuned_checkpoint, options, step, force=force)
         if show_plan is not None and not (options.has_target and options.resolved_fit != "none"):
             show_plan(planned)
         if options.resolved_fit == "none" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -145,8 +139,40 @@ def compress(
     return _result(output, manifest, size, fit, options)
 
 
-def _no_progress(step: str, done: int, total: int) -> None:
-    return None
+def _matched(base: Checkpoint, fine_tuned: Checkpoint, base_id: str | None) -> tuple[Checkpoint, Checkpoint]:
+    """The pair, held to be one: under the base's names, the base under its hub id. Says what is left behind."""
+    if base_id is not None:
+        base = replace(base, identity=parse_identity(base_id))
+    fine_tuned = named_as_base(base, fine_tuned)
+    check_pair(base, fine_tuned)
+    left = fine_tuned.folder_assets().left
+    if left:
+        note(f"{fine_tuned.tensors.label}: not carried by a .pxd: {listed(left)}")
+    return base, fine_tuned
+
+
+def _planned(
+    base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, progress: Progress, *, force: bool
+) -> Plan:
+    """The plan, with the target spent where no fit does it later. Reads the pair's weights where a fit will."""
+    planned = plan(
+        fine_tuned={info.name: info for info in fine_tuned.tensors.infos()},
+        base={info.name: info for info in base.tensors.infos()},
+        options=options,
+        tied=tied_pairs(fine_tuned.tensors),
+    )
+    if not options.has_target:
+        check_saving(planned, base, fine_tuned, force=force)
+    if options.has_target or options.resolved_fit != "none":
+        check_pair_finite(planned.modules, base.tensors, fine_tuned.tensors, progress)
+    if not options.has_target or options.resolved_fit != "none":
+        return planned
+    errors = {
+        module.name: weight_errors(module, base.tensors, fine_tuned.tensors)
+        for module in planned.modules
+        if is_open(module, options)
+    }
+    return spend(planned, errors, fine_tuned, options)
 
 
 def _write(
@@ -188,8 +214,11 @@ def _write(
             writer.tie(name, alias)
         for name in planned.dropped:
             writer.drop(name)
-        for path, data in fine_tuned.assets():
-            writer.add_asset(path, data)
+        assets = fine_tuned.folder_assets()
+        for path in assets.carried:
+            writer.add_asset(path, assets.read(path))
+        if assets.left:
+            writer.metadata[LEFT_BEHIND] = "".join(f"{path}\n" for path in assets.left)
         writer.metadata["peraxis.config"] = options.canonical_json()
         writer.metadata["peraxis.plan"] = _plan_json(planned)
         if reports:
@@ -228,26 +257,35 @@ def _module_delta(
         return _full(module, None, tuned_array), None
     base_array = base.read(module.name)
     ref = base_ref(base[module.name], base_array)
-    if _same_bytes(module, base_array, tuned_array):
-        return _delta(module, Encoding.SAME, ref), None
+    kept = shared_rows(module.shape, module.base_shape)
+    tail = tuned_array[kept:] if kept is not None and module.shape and kept < module.shape[0] else None
+    if kept is not None and is_unchanged(
+        first_rows(base_array, kept),
+        first_rows(tuned_array, kept),
+        base_dtype=module.base_dtype,
+        dtype=module.dtype,
+    ):
+        return _same(module, ref, tail), None
     if module.encoding is Encoding.FULL:
         whole = tuned_array if fitted is None or fitted.full is None else fitted.full
         return _full(module, ref, whole), None if fitted is None else fitted.report
-    kept = min(module.shape[0], module.base_shape[0])
-    tail = tuned_array[kept:] if kept < module.shape[0] else None
     components: tuple[Component, ...] = ()
     report = None
     if fitted is not None:
         components, report = fitted.components, fitted.report
     elif module.encoding is Encoding.SIGN:
-        components = mean_components(
-            base_array[:kept],
-            tuned_array[:kept],
-            base_dtype=module.base_dtype,
-            dtype=module.dtype,
-            axis=module.axis,
-            components=module.components,
-        )
+        try:
+            components = mean_components(
+                base_array[:kept],
+                tuned_array[:kept],
+                base_dtype=module.base_dtype,
+                dtype=module.dtype,
+                axis=module.axis,
+                components=module.components,
+            )
+        except ShapeError:  # scales that are no numbers; the tensor and the index say more
+            check_finite(module, base_array, tuned_array, base.label, fine_tuned.label)
+            raise
     encoding = Encoding.SIGN if components else Encoding.SAME
     delta = ModuleDelta(
         name=module.name,
@@ -266,24 +304,16 @@ def base_ref(info: TensorInfo, array: Array) -> BaseRef:
     return BaseRef(dtype=info.dtype, shape=info.shape, sha256=hashlib.sha256(raw_bytes(array)).hexdigest())
 
 
-def _same_bytes(module: PlannedModule, base: Array, fine_tuned: Array) -> bool:
-    """Whether nothing changed; a difference is mostly found in the first block."""
-    if module.dtype is not module.base_dtype or base.shape != fine_tuned.shape:
-        return False
-    left, right = (np.frombuffer(raw_bytes(array), np.uint8) for array in (base, fine_tuned))
-    return all(
-        np.array_equal(left[i : i + _COMPARED], right[i : i + _COMPARED]) for i in range(0, len(left), _COMPARED)
-    )
-
-
 def _full(module: PlannedModule, ref: BaseRef | None, array: Array) -> ModuleDelta:
     return ModuleDelta(
         name=module.name, shape=module.shape, dtype=module.dtype, encoding=Encoding.FULL, base=ref, full=array
     )
 
 
-def _delta(module: PlannedModule, encoding: Encoding, ref: BaseRef) -> ModuleDelta:
-    return ModuleDelta(name=module.name, shape=module.shape, dtype=module.dtype, encoding=encoding, base=ref)
+def _same(module: PlannedModule, ref: BaseRef, tail: Array | None) -> ModuleDelta:
+    return ModuleDelta(
+        name=module.name, shape=module.shape, dtype=module.dtype, encoding=Encoding.SAME, base=ref, tail=tail
+    )
 
 
 def _plan_json(planned: Plan) -> str:
