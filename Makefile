@@ -34,9 +34,10 @@ fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.conformance.fuzz_reader --large --seconds 600
 	$(BIN)/python -m tests.conformance.differential --seconds 900
 
-# docs/commands.md, from the code.
+# docs/commands.md and docs/api.md, from the code.
 docs: $(INSTALLED)
 	$(BIN)/python -m peraxis_tools.reference docs/commands.md
+	$(BIN)/python docs/api_reference.py docs/api.md
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/apply_cpu.py

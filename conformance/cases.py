@@ -68,6 +68,8 @@ class Corpus:
         self.root = root
         self.scratch = scratch
         self._lock = threading.Lock()
+        if not (root / "cases.jsonl").is_file():
+            raise CorpusError(f"{root} holds no corpus; it is in the repository: pass --corpus REPOSITORY/conformance")
         with open(root / "cases.jsonl", encoding="utf-8") as lines:
             self.cases = tuple(Case.parse(line) for line in lines)
 

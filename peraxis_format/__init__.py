@@ -6,7 +6,7 @@
         delta.verify()
         peraxis_format.check_base(delta.manifest, base)
         for name in delta:
-            weight = peraxis_format.ops.rebuild.numpy(delta.load(name), base.read(name) if name in base else None)
+            weight = peraxis_format.reconstruct(delta.load(name), base.read(name) if name in base else None)
 
 SPEC.md is the normative description; docstrings name its clauses.
 """

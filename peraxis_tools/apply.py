@@ -16,6 +16,7 @@ from peraxis_tools.assets import LEFT_BEHIND, asset_group
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.folders import MARKER, atomic_folder
+from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_folder
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Steps, watched
@@ -191,6 +192,7 @@ def load_model(
     options go to `AutoModelForCausalLM.from_pretrained`. progress: as of `apply`. Memory: the model, and one tensor of
     the base. Raises PxdError, CheckpointError, ToolError.
     """
+    require("load_model", "torch", "transformers", extra="compress")
     import json
 
     import torch

@@ -18,6 +18,7 @@ from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import atomic_folder
 from peraxis_tools.inspect import inspect
+from peraxis_tools.optional import require
 from peraxis_tools.outputs import check_folder, claim_folder
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.sign import signature_path
@@ -70,6 +71,7 @@ def publish(
     evaluation: JSON of `peraxis-tools eval`, each of one of the files. base_id: the base's hub id for the card.
     card_from: folder or hub id whose README.md gives language and licence. Raises ToolError, PxdError, OSError.
     """
+    require("a model card", "huggingface_hub")
     deltas = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     _check_names(repository, deltas)
     evaluations = _sequence(evaluation)
@@ -261,6 +263,7 @@ def _upload(
     revision: str | None,
     message: str,
 ) -> str:
+    require("an upload", "huggingface_hub")
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 

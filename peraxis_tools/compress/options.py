@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from peraxis_tools.errors import ToolError
+from peraxis_tools.optional import require
 
 __all__ = ["AXES", "EMBEDDINGS", "FITS", "RECIPES", "CompressOptions", "OptionError", "parse_size"]
 
@@ -222,6 +223,7 @@ class CompressOptions:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML (or JSON) file that holds one mapping. Raises OptionError otherwise."""
+    require(f"{path} (a configuration)", "yaml")
     import yaml
 
     try:

@@ -31,6 +31,7 @@ from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import atomic_folder
 from peraxis_tools.kinds import kind_of
 from peraxis_tools.merge.factors import Terms, module_terms
+from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_folder
 from peraxis_tools.rows import delta_rows, row_blocks
 from peraxis_tools.tensor_files import save_tensors
@@ -112,6 +113,7 @@ def to_lora(
     base: folder, file or hub id. It gives what PEFT wants beside the delta (the bias of a norm that is saved whole),
     and the size of exact changes. Raises ToolError where nothing can be adapted, PxdError, CheckpointError, OSError.
     """
+    require("a LoRA adapter", "torch")
     if (rank is None) == (max_error is None):
         raise ToolError("pass either a rank or a largest error")
     output = Path(output)

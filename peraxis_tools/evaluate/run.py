@@ -19,6 +19,7 @@ from peraxis_tools.evaluate.types import (
     TaskResult,
     recovered_fraction,
 )
+from peraxis_tools.optional import require
 from peraxis_tools.progress import Staged, watched_stages
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ def evaluate(
         raise ToolError(f"candidate {unknown[0]}: choose of {', '.join(CANDIDATES)}")
     if not texts and not tasks:
         raise ToolError("nothing to evaluate on: give a text (--text domain=file) or tasks (--tasks)")
+    require("an evaluation", "torch", "transformers", "datasets", extra="compress")
+    if tasks:
+        require("--tasks", "lm_eval")
     from peraxis_tools.compress.run.environment import resolve_device
     from peraxis_tools.evaluate.models import load_tokenizer
     from peraxis_tools.quiet import quiet_transformers

@@ -24,6 +24,7 @@ from typing import Any, Final, Protocol, TypeVar
 from rich.console import Console
 from rich.markup import escape
 
+from peraxis_tools.optional import require
 from peraxis_tools.progress import ProgressOf
 from peraxis_tools.urls import without_secrets
 
@@ -252,6 +253,7 @@ def staged(*, quiet: bool = False) -> ProgressOf:
 @contextlib.contextmanager
 def hub_progress(*, quiet: bool = False) -> Iterator[None]:
     """The hub library's own bars of an upload, where ours would be shown."""
+    require("an upload", "huggingface_hub")
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled() or (Console(stderr=True).is_terminal and not quiet):

@@ -6,15 +6,16 @@ The same file gives the same bytes: no dates, no random identifiers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import peraxis_format as pxd
-from peraxis_tools.errors import NotVerifiableError, ToolError
+from peraxis_tools.errors import ToolError
 from peraxis_tools.inspect import InspectResult, ModuleLine
 from peraxis_tools.inspect_details import Details
 from peraxis_tools.kinds import layer_of
+from peraxis_tools.optional import require
 from peraxis_tools.report.console import size
 
 if TYPE_CHECKING:
@@ -33,19 +34,11 @@ def plot(result: InspectResult, details: Details, path: Path, *, overwrite: bool
     """Write the figure to path, in the format of its suffix. Raises ToolError for another one."""
     if path.suffix.lower() not in (".png", ".svg"):
         raise ToolError(f"{path}: a plot is a .png or an .svg")
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise NotVerifiableError("plots need the package matplotlib: pip install 'peraxis[plot]'") from None
-    panels: list[Callable[[Axes], None]] = [
-        lambda axes: _axes_by_subtype(axes, result),
-        lambda axes: _axes_by_depth(axes, result),
-        lambda axes: _scales(axes, details),
-        lambda axes: _bytes(axes, result),
-    ]
-    if details.errors:
-        panels.append(lambda axes: _errors(axes, details))
+    require("a plot", "matplotlib")
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    panels = _panels(result, details)
     with mpl.rc_context(_STYLE):
         rows = (len(panels) + 1) // 2
         figure = Figure(figsize=(11, 3.6 * rows), layout="constrained")
@@ -60,6 +53,22 @@ def plot(result: InspectResult, details: Details, path: Path, *, overwrite: bool
         metadata: dict[str, Any] = {"Date": None} if path.suffix.lower() == ".svg" else {"Software": None}
         with pxd.atomic_file(path, overwrite=overwrite) as file:
             figure.savefig(file, format=path.suffix.lower()[1:], dpi=150, metadata=metadata)
+
+
+def _panels(result: InspectResult, details: Details) -> list[Callable[[Axes], None]]:
+    """What there is to see: the axes only where modules differ in them, since one colour informs nobody."""
+    panels: list[Callable[[Axes], None]] = [
+        lambda axes: _scales(axes, details),
+        lambda axes: _bytes(axes, result),
+    ]
+    if details.relative:
+        panels.append(lambda axes: _relative_errors(axes, details))
+    if details.errors:
+        panels.append(lambda axes: _errors(axes, details))
+    if len({axis for line in _signed(result) for axis in line.axes}) != 1:
+        panels.append(lambda axes: _axes_by_subtype(axes, result))
+        panels.append(lambda axes: _axes_by_depth(axes, result))
+    return panels
 
 
 def _plain(value: str) -> str:
@@ -165,9 +174,22 @@ def _bytes(axes: Axes, result: InspectResult) -> None:
     axes.set_title("Bytes by kind", loc="right")
 
 
+def _relative_errors(axes: Axes, details: Details) -> None:
+    _by_module(axes, details, {name: 100 * share for name, share in details.relative.items()})
+    axes.set_ylabel("% of the base's output error that is left")
+    axes.set_title("Relative error by module", loc="right")
+
+
 def _errors(axes: Axes, details: Details) -> None:
+    _by_module(axes, details, details.errors)
+    axes.set_ylabel("mean square of the output's error")
+    axes.set_title("Error by module, as compress noted it", loc="right")
+
+
+def _by_module(axes: Axes, details: Details, values: Mapping[str, float]) -> None:
+    """A point a module: its layer and its value, a colour a sub-type."""
     subtypes = {line.name: line.subtype for line in details.scales}
-    points = [(layer_of(name), error, subtypes.get(name, "other")) for name, error in details.errors.items()]
+    points = [(layer_of(name), error, subtypes.get(name, "other")) for name, error in values.items()]
     for subtype, colour in {**_subtype_colours(details), "other": _GREY}.items():
         chosen = [(layer if layer is not None else -1, error) for layer, error, kind in points if kind == subtype]
         if chosen:
@@ -176,6 +198,4 @@ def _errors(axes: Axes, details: Details) -> None:
     if all(error > 0.0 for _, error, _ in points):
         axes.set_yscale("log")
     axes.set_xlabel("layer (-1: outside of the layers)" if any(layer is None for layer, _, _ in points) else "layer")
-    axes.set_ylabel("mean square of the output's error")
-    axes.set_title("Error by module, as compress noted it", loc="right")
     _legend_below(axes)

@@ -69,6 +69,11 @@ class VariantSwitch:
         self._guard = Guard(model, self._lock) if guard and isinstance(model, nn.Module) else None
         self._closed = False
 
+    def __repr__(self) -> str:
+        names = ", ".join(f"{v.name!r} ({v.residency}, {v.stored} bytes)" for v in self.variants()) or "none"
+        now = "the base" if self._current is None else repr(self._current)
+        return f"<VariantSwitch: now {now}, epoch {self._epoch}, base {self.base_place}; variants: {names}>"
+
     # --- what it holds -------------------------------------------------------------------------------
 
     @property
@@ -237,7 +242,3 @@ class VariantSwitch:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def __repr__(self) -> str:
-        held = ", ".join(repr(variant.name) for variant in self.variants()) or "none"
-        return f"<VariantSwitch: current {self._current!r}, variants {held}>"

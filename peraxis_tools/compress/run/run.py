@@ -46,6 +46,7 @@ from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
 from peraxis_tools.compress.plan.unchanged import first_rows, is_unchanged, shared_rows
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport, RunFit
 from peraxis_tools.notes import note
+from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Staged, watched_stages
@@ -84,7 +85,7 @@ def compress(
     fine_tuned: str | Path,
     output: str | Path,
     *,
-    options: CompressOptions | None = None,
+    options: CompressOptions,
     base_revision: str | None = None,
     fine_tuned_revision: str | None = None,
     base_id: str | None = None,
@@ -92,19 +93,16 @@ def compress(
     force: bool = False,
     progress: Progress | bool | None = None,
     show_plan: Callable[[Plan], None] | None = None,
-    **choices: Any,
 ) -> CompressResult:
     """Compress a fine-tuned checkpoint against its base into `output`.
 
-    base, fine_tuned: folder, safetensors file or hub id. base_id: the hub id of a base that is a folder. choices:
-    single options by name, in place of `options` (compress(..., calibration="c4", bits=2)). force: write a delta that
-    saves little, too. show_plan is called with the plan before any work.
+    base, fine_tuned: folder, safetensors file or hub id. base_id: the hub id of a base that is a folder. force: write
+    a delta that saves little, too. show_plan is called with the plan before any work.
     progress: called with (stage, done, total), or True for bars.
     Raises ToolError (OptionError, CheckpointError) before work starts where the pair or the options do not fit.
     """
-    if options is not None and choices:
-        raise OptionError(f"pass options, or {', '.join(choices)} by name, not both")
-    options = options or CompressOptions.from_mapping(choices)
+    if options.resolved_fit != "none":
+        require(f"--fit {options.resolved_fit}", "torch", "transformers", "datasets", extra="compress")
     output = Path(output)
     inputs = (base, fine_tuned, options.calibration)
     # Of several processes the first one writes.
