@@ -13,7 +13,7 @@ from typing import Final
 
 import click
 
-from peraxis_format import CheckpointError, PxdError, ShapeError, __version__
+from peraxis_format import BackendError, CheckpointError, PxdError, ShapeError, __version__
 from peraxis_tools.errors import ToolError
 from peraxis_tools.report import print_error
 
@@ -83,7 +83,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         print_error("interrupted; nothing was written under the final name")
         sys.exit(INTERRUPTED)
-    except (PxdError, CheckpointError, ToolError) as error:
+    except (BackendError, PxdError, CheckpointError, ToolError) as error:
         print_error(_one_line(error))
         sys.exit(error.exit_status)
     except BrokenPipeError:
