@@ -153,6 +153,8 @@ def test_signs_and_sums_of_a_delta_are_the_reference_bits(case: str, dtype: pxd.
 def test_what_a_merge_does_to_rows_is_the_reference_bits(case: str) -> None:
     pytest.importorskip("numba")
     blocks = [base_of(case, pxd.DType.F32, seed=seed).astype(np.float32) for seed in range(3)]
+    for block, value in zip(blocks, (4.0, 2.0, 0.0), strict=True):
+        block[0] = value  # whose weighted sum is zero
     rng = np.random.default_rng(4)
     chances = rng.integers(0, 1 << 32, blocks[0].size, np.uint32)
     thresholds = np.array([0.0, 0.1, 0.5], np.float32)
@@ -197,6 +199,7 @@ def signs_of_integers(backend: str, components: int) -> list[Any]:
     d_out, n = 21, 13
     upper = torch.triu(integers(n, n), 1).div(8).sign() + 2 * torch.eye(n, device=device)
     work, errors = 64 * integers(d_out, n), torch.zeros(d_out, n, device=device)
+    work[:7, 0] = 0  # a sign of its own: >= 0 is +1
     signs = torch.zeros(components, d_out, n, dtype=torch.bool, device=device)
     rows, cols = integers(components, d_out, low=1), integers(components, n, low=1)
     gptq_signs_block(work, upper, rows, cols, signs, errors, backend=backend)
