@@ -21,7 +21,7 @@ from peraxis_format.binding import (
 from peraxis_format.bits import mask_width, pack_signs, unpack_signs
 from peraxis_format.canonical import canonical_json
 from peraxis_format.checkpoint import INDEX_NAME, SINGLE_NAME, Safetensors, TensorInfo
-from peraxis_format.container import ALIGNMENT, Header, TensorRecord, header_bytes, layout
+from peraxis_format.container import ALIGNMENT, Header, TensorRecord, aligned, header_bytes, layout, payload_size
 from peraxis_format.delta import (
     Axis,
     BaseRef,
@@ -107,6 +107,7 @@ __all__ = [
     "TensorRecord",
     "UnsupportedError",
     "__version__",
+    "aligned",
     "atomic_file",
     "canonical_json",
     "check_base",
@@ -125,6 +126,7 @@ __all__ = [
     "open",
     "pack_signs",
     "parse_strict_json",
+    "payload_size",
     "raw_bytes",
     "read_header",
     "reconstruct",

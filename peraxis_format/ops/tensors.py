@@ -65,7 +65,4 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 def tensor_view(buffer: Tensor, offset: int, dtype: DType, shape: tuple[int, ...]) -> Tensor:
     """A tensor inside a flat uint8 buffer. offset: bytes, a multiple of the dtype's size."""
-    size = dtype.itemsize
-    for d in shape:
-        size *= d
-    return buffer[offset : offset + size].view(TORCH_DTYPES[dtype]).view(shape)
+    return buffer[offset : offset + dtype.size_of(shape)].view(TORCH_DTYPES[dtype]).view(shape)

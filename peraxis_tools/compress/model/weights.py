@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+import peraxis_format as pxd
 from peraxis_format import Encoding, Safetensors
 from peraxis_format.ops.tensors import TORCH_DTYPES, from_storage
 from peraxis_tools.compress.model.components import apply_components
@@ -103,4 +104,4 @@ class Weights:
 
 def kept_rows(module: PlannedModule) -> int:
     """Rows of the first dimension that the base has too (SPEC 3.10)."""
-    return min(module.shape[0], (module.base_shape or module.shape)[0])
+    return pxd.kept_rows(module.shape, module.base_shape)
