@@ -188,9 +188,9 @@ def load_model(
     options.setdefault("dtype", config.get("dtype", config.get("torch_dtype", torch.float32)))
     parsed = AutoConfig.for_model(**config)
     # The class itself: AutoModelForCausalLM.from_pretrained insists on a folder to look into.
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)]
-    model: PreTrainedModel = kind.from_pretrained(None, config=parsed, state_dict=state, **options)
-    return model.eval()
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)]
+    model: PreTrainedModel = kind.from_pretrained(None, config=parsed, state_dict=state, **options).eval()
+    return model
 
 
 def to_torch(array: pxd.Array, dtype: pxd.DType) -> Any:

@@ -37,16 +37,9 @@ class _Bars:
         self._done = done
 
 
-class _Size(click.ParamType):
-    """Bytes as 800MB, 1.2GB, 1GiB."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        return parse_size(value)
-
-
-_SIZE = _Size()
+def size(value: str) -> int:
+    """Bytes as 800MB, 1.2GB, 1GiB; click shows the type under this function's name."""
+    return parse_size(value)
 
 
 @click.command("compress")
@@ -58,7 +51,7 @@ _SIZE = _Size()
 @click.option("--fit", type=click.Choice(FITS), help="Default: refined with a calibration text, else none.")
 @click.option("--axis", type=click.Choice(AXES), help="Along what scales run; auto: the best of each module.")
 @click.option("--bits", type=int, help="Masks a module, 1 to 8.  [default: 1]")
-@click.option("--target-size", type=_SIZE, help="Size of the file, like 1.2GB: spent where it lowers the error most.")
+@click.option("--target-size", type=size, help="Size of the file, like 1.2GB: spent where it lowers the error most.")
 @click.option("--target-ratio", type=float, help="The same, as a fraction of the checkpoint: 12 is a twelfth.")
 @click.option("--embeddings", type=click.Choice(EMBEDDINGS), help="embed_tokens and lm_head.  [default: auto]")
 @click.option("--calibration-samples", type=int, help="[default: 50]")
@@ -79,8 +72,8 @@ _SIZE = _Size()
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda where there is one]")
 @click.option("--compute-dtype", type=click.Choice(("auto", "float32", "bfloat16", "float16")))
-@click.option("--hidden-limit", type=_SIZE, help="Hidden states beyond this go to disk.  [default: 4GiB]")
-@click.option("--logits-limit", type=_SIZE, help="Teacher logits on disk; beyond this, recomputed.  [default: 4GiB]")
+@click.option("--hidden-limit", type=size, help="Hidden states beyond this go to disk.  [default: 4GiB]")
+@click.option("--logits-limit", type=size, help="Teacher logits on disk; beyond this, recomputed.  [default: 4GiB]")
 @click.option("--resume/--no-resume", default=None, help="Go on where a killed run stopped.  [default: resume]")
 @click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="YAML of these options.")
 @click.option("--base-revision", help="Of a hub id.")

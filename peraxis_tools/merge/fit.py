@@ -47,8 +47,8 @@ def fit_masks(matrix: Callable[[tuple[int, ...]], Dense], covered: tuple[int, ..
 
     matrix: the rows of the matrix at an index of the batch.
     """
-    batch = covered[:-2]
-    fits = [_fit_matrix(matrix(index), covered[-2:], bits) for index in np.ndindex(batch)]
+    batch, (rows, cols) = covered[:-2], covered[-2:]
+    fits = [_fit_matrix(matrix(index), (rows, cols), bits) for index in np.ndindex(*batch)]
     return Fit(
         components=tuple(_stack([fit.components[k] for fit in fits], batch) for k in range(bits)),
         square_error=math.fsum(fit.square_error for fit in fits),

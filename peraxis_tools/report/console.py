@@ -170,7 +170,7 @@ def staged(*, quiet: bool = False) -> ProgressOf:
 @contextlib.contextmanager
 def hub_progress(*, quiet: bool = False) -> Iterator[None]:
     """The hub library's own bars of an upload, where ours would be shown."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled() or (Console(stderr=True).is_terminal and not quiet):
         yield

@@ -88,7 +88,7 @@ def _tree(result: InspectResult) -> Tree:
             totals[path] += line.bytes
             children.setdefault(path[:-1], set()).add(path)
     whole = sum(line.bytes for line in result.modules)
-    nodes = {(): Tree(f"{text(result.file)}  {size(whole)}")}
+    nodes: dict[tuple[str, ...], Tree] = {(): Tree(f"{text(result.file)}  {size(whole)}")}
     modules = {tuple(line.name.split(".")): line for line in result.modules}
     for line in result.modules:
         shown: list[str] = []

@@ -19,6 +19,7 @@ from peraxis_tools.report.console import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 __all__ = ["plot"]
 
@@ -26,7 +27,7 @@ __all__ = ["plot"]
 _COLOURS: Final = {"row": "#0072B2", "col": "#E69F00", "row+col": "#009E73", "tensor": "#CC79A7"}
 _SUBTYPES: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31", "#666666")
 _GREY: Final = "#666666"
-_STYLE: Final = {"svg.hashsalt": "peraxis", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+_STYLE: Final[Any] = {"svg.hashsalt": "peraxis", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def plot(result: InspectResult, details: Details, path: Path) -> None:
@@ -68,6 +69,15 @@ def _plain(value: str) -> str:
     return shown if len(shown) <= 60 else shown[:59] + "…"
 
 
+def _whole_numbers(axis: Axis) -> None:
+    """Ticks at whole numbers alone."""
+    from matplotlib.ticker import MaxNLocator
+
+    locator = axis.get_major_locator()
+    if isinstance(locator, MaxNLocator):
+        locator.set_params(integer=True)
+
+
 def _stacked(axes: Axes, labels: Sequence[object], counts: Sequence[Counter[str]]) -> None:
     positions = range(len(labels))
     bottom = [0] * len(labels)
@@ -77,7 +87,7 @@ def _stacked(axes: Axes, labels: Sequence[object], counts: Sequence[Counter[str]
             axes.bar(positions, heights, 0.8, bottom=bottom, label=axis, color=colour)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     axes.set_ylabel("components")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(axes.yaxis)
     if any(bottom):
         axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0)
     else:
@@ -129,7 +139,7 @@ def _scales(axes: Axes, details: Details) -> None:
     axes.set_title("Scales by depth: median, dashed 5% and 95%", loc="right")
     if by_subtype:
         axes.set_yscale("log")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _whole_numbers(axes.xaxis)
         _legend_below(axes)
 
 
@@ -171,8 +181,9 @@ def _errors(axes: Axes, details: Details) -> None:
     for subtype, colour in {**_subtype_colours(details), "other": _GREY}.items():
         chosen = [(layer if layer is not None else -1, error) for layer, error, kind in points if kind == subtype]
         if chosen:
-            axes.scatter(*zip(*chosen, strict=True), s=14, label=_plain(subtype), color=colour)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+            layers, errors = zip(*chosen, strict=True)
+            axes.scatter(layers, errors, s=14, label=_plain(subtype), color=colour)
+    _whole_numbers(axes.xaxis)
     if all(error > 0.0 for _, error, _ in points):
         axes.set_yscale("log")
     axes.set_xlabel("layer (-1: outside of the layers)" if any(layer is None for layer, _, _ in points) else "layer")

@@ -68,11 +68,11 @@ def partition(sources: Sequence[Ids], *, calibration: float, validation: float) 
             validated = min(max(len(part) - 1, 0), int(np.ceil(validation * len(part))))
             parts[2 * i].append(part[: len(part) - validated])
             parts[2 * i + 1].append(part[len(part) - validated :])
-    fit, validation, train, train_validation = (np.concatenate(part) for part in parts)
+    fit, held_out, train, train_validation = (np.concatenate(part) for part in parts)
     return Parts(
         fit=fit,
-        validation=validation,
-        distill=np.concatenate([train, fit, validation]),
+        validation=held_out,
+        distill=np.concatenate([train, fit, held_out]),
         distill_validation=train_validation,
     )
 

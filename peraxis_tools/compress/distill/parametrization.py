@@ -39,6 +39,7 @@ class TrainedComponent(nn.Module):
                 scale = scale * factor
             self.register_buffer(f"{name}_start", scale)
             self.register_parameter(name, nn.Parameter(torch.zeros_like(scale)))
+        self.signs: Tensor
         self.register_buffer("signs", unpacked)
         # Half a scale from zero: near enough that a sign can turn, far enough that noise does not turn it.
         self.latent = nn.Parameter(torch.where(unpacked, 0.5, -0.5)) if signs else None

@@ -277,8 +277,10 @@ class LayerwiseCalibration:
         return Side(model, lambda i: run(self.text.batches[i].ids, hidden[i]))
 
     def _collector(self, sides: Sequence[Side], names: Sequence[str], *, outputs: bool = True) -> MomentsCollector:
+        teacher, student = sides
         return MomentsCollector(
-            *sides,
+            teacher,
+            student,
             names,
             text=self.text,
             processes=self.processes,

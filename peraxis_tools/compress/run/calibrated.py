@@ -198,6 +198,8 @@ def _with_generated(
     run.processes.barrier()
     if ids is None:
         ids = run.work.load_array("generated")
+    if ids is None:
+        raise ToolError(f"{run.work.path}: the generated samples are not there; run again with --no-resume")
     share = options.calibration_samples / (options.calibration_samples + options.distill_samples)
     return replace(
         run,

@@ -292,7 +292,9 @@ def _plan_json(planned: Plan) -> str:
         signed = f"sign {module.components} {axis}"
         choices[signed if module.components else f"{module.encoding.value}: {module.reason}"].append(module.name)
     frequent = max(choices, key=lambda choice: len(choices[choice]), default=None)
-    lines = {choice: OTHERS if choice == frequent else " ".join(names) for choice, names in choices.items()}
+    lines: dict[str, Any] = {
+        choice: OTHERS if choice == frequent else " ".join(names) for choice, names in choices.items()
+    }
     return canonical_json({"choices": lines, "payload_bytes": planned.payload_bytes}).decode()
 
 

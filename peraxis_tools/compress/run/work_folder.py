@@ -109,7 +109,7 @@ def pack_modules(modules: Sequence[FittedModule]) -> tuple[list[dict[str, Any]],
     for module in modules:
         components = []
         for component in module.components:
-            arrays = {"mask": component.mask, **component.scales()}
+            arrays: dict[str, Array] = {"mask": component.mask, **component.scales()}
             places = {name: _append(data, array) for name, array in arrays.items()}
             components.append({"axis": component.axis.value, "exponent": component.exponent, "arrays": places})
         report = module.report

@@ -1,5 +1,8 @@
 """The loops of mask_compare/numpy.py, compiled by numba; imported where numba is installed."""
 
+# mypy: allow-untyped-decorators
+# numba has no type information.
+
 from __future__ import annotations
 
 from importlib import import_module

@@ -1,5 +1,8 @@
 """The loops of merge_rows/numpy.py, compiled by numba; imported where numba is installed. They hold no lock."""
 
+# mypy: allow-untyped-decorators
+# numba has no type information.
+
 from __future__ import annotations
 
 from importlib import import_module

@@ -79,7 +79,8 @@ def columns(block: Block, rows: Vector) -> Vector:
     """sum over i of r_i |R_ij|: binary64 [d_in]."""
     compiled = _compiled(block)
     if compiled is None:
-        return np.add.reduce(rows[:, None] * np.abs(block), axis=0)
+        sums: Vector = np.add.reduce(rows[:, None] * np.abs(block), axis=0)
+        return sums
     out = np.zeros(block.shape[1])
     compiled.columns(block, rows, out)
     return out
