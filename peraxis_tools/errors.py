@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-__all__ = ["CheckFailedError", "NotVerifiableError", "ToolError"]
+__all__ = ["CheckFailedError", "NotVerifiableError", "OptionError", "ToolError"]
 
 
 class ToolError(Exception):
@@ -23,3 +23,7 @@ class NotVerifiableError(ToolError):
     """A check that could not be made here: something it needs is missing."""
 
     exit_status = 3
+
+
+class OptionError(ToolError):
+    """An option is unknown, or its value is; the message names it and what it may be."""

@@ -17,9 +17,9 @@ import peraxis_format as pxd
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import atomic_folder, refuse_existing
-from peraxis_tools.inspect import InspectResult, inspect
+from peraxis_tools.inspection import InspectResult, summarise
 from peraxis_tools.progress import ProgressOf, silent
-from peraxis_tools.sign import signature_path
+from peraxis_tools.signatures import signature_path
 
 __all__ = ["PublishResult", "Relation", "model_card", "publish", "read_evaluation"]
 
@@ -66,7 +66,7 @@ def publish(
         refuse_part(delta.manifest, path)
         with progress("verify", delta.size - delta.header_size) as step:
             delta.verify(progress=step)
-    found = inspect(path)
+        found = summarise(str(path), delta.content_id, delta.size, delta.manifest, delta.records)
     card = model_card(repository, path.name, found, read_evaluation(evaluation), licence=licence, relation=relation)
     bundle = signature_path(path)
     files = {path.name: path, **({bundle.name: bundle} if bundle.is_file() else {})}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.delta_parts import split as write_parts
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import refuse_existing
+from peraxis_tools.progress import ProgressOf, silent
 
 __all__ = ["Part", "SplitResult", "split"]
 
@@ -38,11 +38,11 @@ def split(
     *,
     parts: int,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: ProgressOf = silent,
 ) -> SplitResult:
     """Write `parts` files of about equal size, modules in order, as `<name>-00001-of-00004.pxd` under folder.
 
-    progress: called with numbers of payload bytes. Raises ToolError, PxdError, OSError.
+    progress: payload bytes. Raises ToolError, PxdError, OSError.
     """
     folder = Path(folder)
     with pxd.open(path) as delta:
@@ -53,7 +53,8 @@ def split(
         for output in outputs:
             refuse_existing(output, overwrite=overwrite)
         folder.mkdir(parents=True, exist_ok=True)
-        write_parts(delta, groups, outputs, progress=progress)
+        with progress("split", delta.size - delta.header_size) as step:
+            write_parts(delta, groups, outputs, progress=step)
         written = zip(groups, outputs, strict=True)
         return SplitResult(
             content_id=delta.content_id,

@@ -57,7 +57,7 @@ def size(value: str) -> int:
 @click.option("--calibration-samples", type=int, help="[default: 50]")
 @click.option("--sequence-length", type=int, help="Tokens a sample.  [default: 512]")
 @click.option("--text-column", help="Column of the text.  [default: text, else all text columns]")
-@click.option("--held-out", type=float, help="Share of the samples that judges.  [default: 0.2]")
+@click.option("--held-out", type=float, help="Share of the samples for validation.  [default: 0.2]")
 @click.option("--batch-size", type=int, help="Samples in one forward pass.  [default: 8]")
 @click.option("--generated-samples", type=int, help="Samples that the fine-tuned model writes itself.  [default: 0]")
 @click.option("--distill-samples", type=int, help="Samples of end-to-end distillation; 0: none.  [default: 0]")

@@ -10,8 +10,9 @@ import peraxis_format as pxd
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.errors import ToolError
-from peraxis_tools.merge import MergeResult, Method, Mixture, is_part, merge, merge_parts, merge_size
-from peraxis_tools.report import Progress, emit, progress
+from peraxis_tools.merge import MergeResult, Method, Mixture, is_part, merge, merge_parts
+from peraxis_tools.progress import ProgressOf
+from peraxis_tools.report import emit, staged
 from peraxis_tools.report.merge import render_merge
 
 __all__ = ["command"]
@@ -67,7 +68,8 @@ def command(
              peraxis-tools merge code.pxd chat.pxd --method ties --bits 2 -o both.pxd
              peraxis-tools merge parts/*.pxd -o delta.pxd
     """
-    with fetched(deltas, quiet=quiet) as paths, progress("merge", merge_size(paths), quiet=quiet) as step:
+    step = staged(quiet=quiet)
+    with fetched(deltas, quiet=quiet) as paths:
         if _all_parts(paths):
             if weights is not None or method is not None or bits is not None:
                 raise ToolError("parts of one delta are joined as they are; leave out --weights, --method and --bits")
@@ -95,7 +97,7 @@ def _sum(
     base: str | None,
     name: str | None,
     overwrite: bool,
-    step: Progress,
+    step: ProgressOf,
 ) -> MergeResult:
     if weights is None and mixture.method == "sum":
         raise ToolError("these are whole deltas; pass --weights (one for each) or --method")

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import OptionError
 
 __all__ = ["AXES", "EMBEDDINGS", "FITS", "RECIPES", "CompressOptions", "OptionError", "parse_size"]
 
@@ -37,10 +37,6 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
 _NOT_CONTENT: Final = ("device", "resume", "hidden_limit", "logits_limit")
 
 
-class OptionError(ToolError):
-    """An option is unknown, or its value is; the message names it and what it may be."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressOptions:
     """What `compress` does. Sizes are bytes.
@@ -52,7 +48,7 @@ class CompressOptions:
     target_size    size of the file; or target_ratio, fine-tuned size / file size: masks are spent where they pay
     embeddings     embed_tokens and lm_head: sign (`bits` masks), full (exact), auto (as many masks as pay)
     calibration    c4, a `datasets` id, or a file of json, jsonl(.gz), parquet or txt
-    held_out       share of the calibration samples that judges, rather than fits
+    held_out       share of the calibration samples for validation, rather than the fit
     generated_samples  samples that the fine-tuned model writes itself, added to both texts: its own domain
     distill_samples  samples of end-to-end distillation of all scales afterwards; 0: none
     distill_lr     learning rate of the scales, relative to their size; distill_sign_lr: of the signs (0: kept);

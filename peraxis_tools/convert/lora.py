@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import peraxis_format as pxd
-from peraxis_tools.apply import to_torch
 from peraxis_tools.convert.lowrank import LowRank, low_rank
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import atomic_folder, refuse_existing
 from peraxis_tools.kinds import kind_of
+from peraxis_tools.load import to_torch
 from peraxis_tools.merge.factors import Terms, module_terms
+from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.rows import delta_rows, row_blocks
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def to_lora(
     rank: int | None = None,
     max_error: float | None = None,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: ProgressOf = silent,
 ) -> LoraResult:
     """Write a PEFT folder. Either rank (for every module), or max_error: the least rank of each that stays below it.
 
@@ -100,10 +101,11 @@ def to_lora(
     with pxd.open(path) as delta:
         refuse_part(delta.manifest, path)
         tied = _tied(delta)
-        for entry in delta.manifest.modules:
-            _add(adapter, delta, entry, rank, max_error, tied=entry.name in tied)
-            begin, end = delta.span(entry.name)
-            (progress or (lambda _: None))(end - begin)
+        with progress("convert", delta.size - delta.header_size) as step:
+            for entry in delta.manifest.modules:
+                _add(adapter, delta, entry, rank, max_error, tied=entry.name in tied)
+                begin, end = delta.span(entry.name)
+                step(end - begin)
         if not adapter.modules:
             raise ToolError(f"{path}: holds no matrix that a LoRA adapter could carry")
         with atomic_folder(output, overwrite=overwrite) as folder:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peraxis_format as pxd
-from peraxis_tools.apply import load_model
 from peraxis_tools.checkpoint import open_checkpoint
 from peraxis_tools.errors import ToolError
+from peraxis_tools.load import load_model
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +91,6 @@ def _put(model: PreTrainedModel, name: str, weight: torch.Tensor) -> None:
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
     """The tokenizer of a checkpoint. Raises ToolError where it has none."""
-    from peraxis_tools.compress.run import environment
+    from peraxis_tools import environment
 
     return environment.load_tokenizer(_folder(source, revision))

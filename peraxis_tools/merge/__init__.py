@@ -23,6 +23,7 @@ from peraxis_tools.folders import refuse_existing
 from peraxis_tools.merge.methods import Method, Mixture
 from peraxis_tools.merge.modules import MergedModule, merge_module, needs_base, relative_error
 from peraxis_tools.parallel import ordered_map
+from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.rows import base_rows
 
 __all__ = [
@@ -35,7 +36,6 @@ __all__ = [
     "is_part",
     "merge",
     "merge_parts",
-    "merge_size",
     "part_metadata",
     "refuse_part",
     "split",
@@ -72,21 +72,12 @@ class MergeResult:
     modules: tuple[MergedModule, ...]
 
 
-def merge_size(paths: Sequence[str | Path]) -> int:
-    """Units of the progress of `merge`: payload bytes of all inputs."""
-    total = 0
-    for path in paths:
-        with pxd.open(path) as file:
-            total += file.size - file.header_size
-    return total
-
-
 def merge_parts(
     paths: Sequence[str | Path],
     output: str | Path,
     *,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: ProgressOf = silent,
 ) -> MergeResult:
     """Join parts of one delta (parts.py) into the file that they were parts of. Raises ToolError, PxdError."""
     output = Path(output)
@@ -110,14 +101,14 @@ def merge(
     base: str | Path | None = None,
     name: str | None = None,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: ProgressOf = silent,
 ) -> MergeResult:
     """Write the merge of deltas on one base.
 
     weights: one for each path. bits: masks a module of the result has; None keeps all components of a weighted sum,
     and means as many as the inputs have together (8 at most) for `ties` and `dare`. base: the checkpoint, needed
     where inputs store different exact tensors. name: of the fine-tuned checkpoint that results. progress: payload
-    bytes of inputs done. Raises CheckFailedError for different bases, ToolError, PxdError, CheckpointError.
+    bytes of inputs. Raises CheckFailedError for different bases, ToolError, PxdError, CheckpointError.
     """
     mixture = mixture or Mixture()
     output = Path(output)
@@ -138,8 +129,11 @@ def merge(
             pxd.check_base_names(files[0].manifest, checkpoint.tensors)
         if bits is None and not mixture.is_sum:
             bits = min(pxd.COMPONENTS_MAX, sum(_masks(file) for file in files))
-        with _writer(output, files, ordered, mixture, bits, name) as writer:
-            modules = tuple(_add_all(writer, files, ordered, mixture, bits, checkpoint, progress or (lambda _: None)))
+        with (
+            _writer(output, files, ordered, mixture, bits, name) as writer,
+            progress("merge", sum(file.size - file.header_size for file in files)) as step,
+        ):
+            modules = tuple(_add_all(writer, files, ordered, mixture, bits, checkpoint, step))
             _add_rest(writer, files, ordered)
             manifest = writer.finish()
     inputs = tuple(

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Final
 
 import peraxis_format as pxd
-from peraxis_tools.inspect import ByteShare, InspectResult, ModuleLine
 from peraxis_tools.inspect_details import Details
+from peraxis_tools.inspection import ByteShare, InspectResult, ModuleLine
 from peraxis_tools.kinds import axes_text
 from peraxis_tools.report.console import size
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
-from peraxis_tools.inspect import ByteShare, InspectResult, ModuleLine
+from peraxis_tools.inspection import ByteShare, InspectResult, ModuleLine
 from peraxis_tools.kinds import axes_text
 from peraxis_tools.report.console import size, text
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import peraxis_format as pxd
 from peraxis_tools.errors import NotVerifiableError, ToolError
-from peraxis_tools.inspect import InspectResult, ModuleLine
 from peraxis_tools.inspect_details import Details
+from peraxis_tools.inspection import InspectResult, ModuleLine
 from peraxis_tools.kinds import layer_of
 from peraxis_tools.report.console import size
 

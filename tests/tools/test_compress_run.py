@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 import peraxis_format as pxd
 from peraxis_tools import apply
 from peraxis_tools.compress import CompressOptions, OptionError, compress
-from peraxis_tools.compress.calibration.text import load_samples, partition
+from peraxis_tools.compress.calibration.parts import partition
 from peraxis_tools.compress.fit.layerwise import LayerwiseCalibration
 from peraxis_tools.errors import ToolError
 from peraxis_tools.evaluate import evaluate
+from peraxis_tools.text import load_samples
 from tests.tools.compress_pairs import FEW, llama_config, llama_pair, write_pair, write_text
 
 

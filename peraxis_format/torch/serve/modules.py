@@ -11,9 +11,9 @@ for others, its forward), and put back by `Served.close`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,9 @@ from torch.func import functional_call
 
 from peraxis_format.errors import LiveModelError
 from peraxis_format.ops.rebuild.torch import ComponentFactors, Scratch, rebuild, rebuild_rows
-from peraxis_format.torch.serve.rows import Rows
+from peraxis_format.torch.serve.rows import Batch, Rows
 
-__all__ = ["GroupForward", "Patch", "ServedEmbedding", "State"]
+__all__ = ["GroupForward", "Patch", "Products", "ServedEmbedding", "State"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,12 +54,12 @@ class Patch:
 class State:
     """One module's share of a `Served`: patches by parameter name and variant, and who knows the batch's rows.
 
-    products: linear.Products, for a linear. broadcast: an embedding whose input may be one sequence for all (positions,
+    products: how a linear multiplies. broadcast: an embedding whose input may be one sequence for all (positions,
     but not tokens).
     """
 
     rows: Callable[[], Rows | None]
-    products: Any
+    products: Products
     scratch: Scratch
     broadcast: bool = False
     patches: dict[str, dict[int, list[Patch]]] = field(default_factory=dict)
@@ -86,6 +86,26 @@ class State:
             else:
                 target.copy_(rebuild(part, patch.terms))
         return out
+
+
+class Products(Protocol):
+    """The products of one linear with several variants' weights. x: [rows, in_features]; out: [rows, out_features]."""
+
+    def many(self, module: nn.Linear) -> int:
+        """Rows of a variant from which `merged` is the better way."""
+
+    def single(self, module: nn.Linear, state: State, x: Tensor, variant: int) -> Tensor | None:
+        """All of it for a batch of one row; None where there is no way of its own for that."""
+
+    def add_terms(
+        self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
+    ) -> None:
+        """Terms, and the biases that a variant changes, on top of the base's product in `out`."""
+
+    def merged(
+        self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
+    ) -> None:
+        """Products with the merged weights, biases included, into `out`."""
 
 
 class ServedEmbedding(nn.Embedding):

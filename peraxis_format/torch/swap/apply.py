@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,11 +30,9 @@ from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.swap.engine import engine_for
 from peraxis_format.torch.swap.payload import Payload
 from peraxis_format.torch.swap.stream import stream
-from peraxis_format.torch.swap.transfer_plan import cut_transfers
+from peraxis_format.torch.swap.transfer_plan import TRANSFER_LIMIT, cut_transfers
 
-__all__ = ["TRANSFER_LIMIT", "Applied", "apply_", "together", "verify_share"]
-
-TRANSFER_LIMIT: Final = 32 << 20  # bytes: a layer of an 8B model; four of them are the ring
+__all__ = ["Applied", "apply_", "together", "verify_share"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

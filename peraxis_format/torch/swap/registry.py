@@ -18,11 +18,11 @@ from peraxis_format.torch.place.digests import inherit
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, copy_aside, storage_key
 from peraxis_format.torch.ring import Ring
-from peraxis_format.torch.swap.apply import TRANSFER_LIMIT, together, verify_share
+from peraxis_format.torch.swap.apply import together, verify_share
 from peraxis_format.torch.swap.engine import Engine, engine_for
 from peraxis_format.torch.swap.payload import Payload, Residency
 from peraxis_format.torch.swap.reports import Variant
-from peraxis_format.torch.swap.transfer_plan import cut_transfers
+from peraxis_format.torch.swap.transfer_plan import TRANSFER_LIMIT, cut_transfers
 
 __all__ = ["BasePlace", "Registered", "Registry"]
 

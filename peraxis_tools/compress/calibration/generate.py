@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from peraxis_tools.compress.calibration.text import Ids
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
+from peraxis_tools.text import Ids
 
 __all__ = ["generate"]
 

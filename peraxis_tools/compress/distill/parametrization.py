@@ -84,11 +84,11 @@ class TrainedComponent(nn.Module):
     @torch.no_grad()
     def round(self) -> None:
         """Set the relative scales so that the scales are those that the file will have."""
-        stored = self.to_component()
-        for name, array in stored.scales().items():
+        component = self.to_component()
+        for name, array in component.scales().items():
             exact = torch.from_numpy(array.astype(np.float64)).to(self.signs.device)
-            if name != "col" or stored.axis is Axis.COL:
-                exact = exact * 2.0**stored.exponent
+            if name != "col" or component.axis is Axis.COL:
+                exact = exact * 2.0**component.exponent
             start = getattr(self, f"{name}_start").double()
             relative = torch.where(start > 0, exact / start - 1, torch.zeros_like(exact))
             getattr(self, name).copy_(relative.float())

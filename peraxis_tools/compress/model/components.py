@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from peraxis_format import Array, Axis, Component, DType, pack_signs
-from peraxis_tools.compress.fit.mean import encode_component
+from peraxis_tools.compress.fit.encode import encode_component
 from peraxis_tools.compress.fit.scales import Term
 from peraxis_tools.compress.fit.signs import unit
 

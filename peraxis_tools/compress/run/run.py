@@ -1,8 +1,8 @@
 """compress: the verb. Which steps a run takes, and how what they find becomes one file.
 
-    open the pair -> refuse what does not fit together -> plan
-    fit none:    stream every tensor pair into the file
-    otherwise:   tokens -> embedding -> block by block -> lm_head (layerwise.py, resumable) -> distillation -> the file
+    open the pair -> refuse what does not fit together -> plan -> spend the byte target, if any -> show the plan
+    fit none:    stream every tensor pair into the file (streamed.py)
+    otherwise:   tokens -> embedding -> blocks -> lm_head (resumable) -> distillation (calibrated.py) -> the file
 
 No torch before a fit needs it.
 """
@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,10 +35,11 @@ from peraxis_format import open as open_delta
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.fit.mean import mean_components
 from peraxis_tools.compress.options import CompressOptions, OptionError
-from peraxis_tools.compress.plan.budget import is_open, spend, weight_errors
+from peraxis_tools.compress.plan.budget import spend
 from peraxis_tools.compress.plan.pairing import check_pair, tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
-from peraxis_tools.compress.run.types import FittedModule, ModuleReport, RunFit
+from peraxis_tools.compress.run.streamed import StreamedFit
+from peraxis_tools.compress.run.types import FittedModule, Fitting, ModuleReport, RunFit
 from peraxis_tools.errors import ToolError
 from peraxis_tools.parallel import ordered_map
 
@@ -114,31 +113,25 @@ def compress(
             options=options,
             tied=tied_pairs(tuned_checkpoint.tensors),
         )
-        if options.has_target and options.resolved_fit == "none":
-            errors = {
-                module.name: weight_errors(module, base_checkpoint.tensors, tuned_checkpoint.tensors)
-                for module in planned.modules
-                if is_open(module, options)
-            }
-            planned = spend(planned, errors, tuned_checkpoint, options)
-        if show_plan is not None and not (options.has_target and options.resolved_fit != "none"):
-            show_plan(planned)
-        if options.resolved_fit == "none" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise OptionError("fit none reads and writes: run it in one process, without torchrun")
-        fit = RunFit(plan=planned)
-        if options.resolved_fit != "none":
-            from peraxis_tools.compress.run.calibrated import calibrated_fit
-
-            fit = calibrated_fit(
-                base_checkpoint, tuned_checkpoint, planned, output, options, step, show_plan or (lambda plan: None)
-            )
-        if fit.is_main_process:
-            _write(base_checkpoint, tuned_checkpoint, fit, output, options, step)
-    if fit.close is not None:
-        fit.close()
-    if fit.work is not None and fit.is_main_process:
-        shutil.rmtree(fit.work, ignore_errors=True)
+        with _fitting(base_checkpoint, tuned_checkpoint, output, options, step) as fitting:
+            if options.has_target:
+                planned = spend(planned, fitting.errors(planned), tuned_checkpoint, options)
+            if show_plan is not None:
+                show_plan(planned)
+            fit = fitting.fit(planned)
+            if fitting.writes:
+                _write(base_checkpoint, tuned_checkpoint, fit, output, options, step)
     return _result(output, fit, options)
+
+
+def _fitting(
+    base: Checkpoint, fine_tuned: Checkpoint, output: Path, options: CompressOptions, progress: Progress
+) -> Fitting:
+    if options.resolved_fit == "none":
+        return StreamedFit(base, fine_tuned, options)
+    from peraxis_tools.compress.run.calibrated import CalibratedFit
+
+    return CalibratedFit(base, fine_tuned, output, options, progress)
 
 
 def _no_progress(step: str, done: int, total: int) -> None:
