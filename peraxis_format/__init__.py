@@ -45,7 +45,7 @@ from peraxis_format.errors import (
     ShapeError,
     UnsupportedError,
 )
-from peraxis_format.files import atomic_file, sync_folder
+from peraxis_format.files import atomic_file, is_stream, name_lock, new_temporary, remove_leftovers, sync_folder
 from peraxis_format.manifest import (
     ASSET_PATH,
     COMPONENTS_MAX,
@@ -113,14 +113,18 @@ __all__ = [
     "encode_scales",
     "from_float32",
     "header_bytes",
+    "is_stream",
     "layout",
     "mask_width",
+    "name_lock",
+    "new_temporary",
     "open",
     "pack_signs",
     "parse_strict_json",
     "raw_bytes",
     "read_header",
     "reconstruct",
+    "remove_leftovers",
     "scale_shapes",
     "sync_folder",
     "tensor_shapes",

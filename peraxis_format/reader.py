@@ -82,7 +82,7 @@ class DeltaFile:
             self.size = os.fstat(self._file).st_size
             with _located(self.path):
                 self._header, self.manifest = read_header(self.read, self.size)
-            self._map = mmap.mmap(self._file, self.size, access=mmap.ACCESS_READ)
+                self._map = self._mapped()
         except BaseException:
             os.close(self._file)
             raise
@@ -90,6 +90,13 @@ class DeltaFile:
         self._records = _records_by_module(self._header.records, self.manifest)
         self._assets = [r for r in self._header.records if r.name.startswith("__asset__.")]
         self._closed = False
+
+    def _mapped(self) -> mmap.mmap:
+        try:
+            return mmap.mmap(self._file, self.size, access=mmap.ACCESS_READ)
+        except ValueError:
+            end = os.fstat(self._file).st_size
+            fail("E124", "the file has become shorter since it was opened", offset=end)
 
     # --- what it holds -------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import open_checkpoint
 from peraxis_tools.delta_parts import refuse_part
-from peraxis_tools.folders import atomic_folder, refuse_existing
+from peraxis_tools.folders import MARKER, atomic_folder
+from peraxis_tools.outputs import claim_folder
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.rebuild import aliases_of, assets_of, checkpoint_bytes, rebuild_all, tensor_specs
 from peraxis_tools.shards import SHARD_BYTES, Shard, plan_shards, shard_header, write_index, write_tensor
@@ -45,8 +46,11 @@ def apply(
     under `output` whole or not at all. Raises PxdError, CheckpointError, ToolError, OSError.
     """
     output = Path(output)
-    refuse_existing(output, overwrite=overwrite)
-    with pxd.open(delta) as file, open_checkpoint(base, revision=base_revision) as checkpoint:
+    with (
+        claim_folder(output, overwrite=overwrite, inputs=(base, delta)),
+        pxd.open(delta) as file,
+        open_checkpoint(base, revision=base_revision) as checkpoint,
+    ):
         refuse_part(file.manifest, delta)
         shards = plan_shards(tensor_specs(file.manifest), shard_bytes=shard_bytes)
         with atomic_folder(output, overwrite=overwrite) as folder:
@@ -55,7 +59,7 @@ def apply(
             write_index(folder, shards)
             for name, data in assets_of(file, checkpoint):
                 (folder / name).write_bytes(data)
-            names = tuple(sorted(path.name for path in folder.iterdir()))
+            names = tuple(sorted(path.name for path in folder.iterdir() if path.name != MARKER))
         tensors = [tensor for shard in shards for tensor in shard.tensors]
         return ApplyResult(
             folder=output,

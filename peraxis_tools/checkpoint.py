@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,7 +99,9 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     path = Path(source)
     if path.exists():
         folder = path if path.is_dir() else path.parent
-        name = path.resolve().name if path.is_dir() else path.name
+        own = path.resolve().name if path.is_dir() else path.name
+        # A manifest is UTF-8; a name on disk may be any bytes.
+        name = os.fsencode(own).decode("utf-8", "replace")
         return Checkpoint(Safetensors.open(path), Identity(id=name, revision=revision), folder)
     if not _HUB_ID.fullmatch(str(source)):
         raise CheckpointError(f"{source}: no such file or folder, and not a hub id (org/name or org/name@revision)")

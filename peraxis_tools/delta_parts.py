@@ -59,7 +59,9 @@ def _whole(manifest: pxd.Manifest, file: object) -> list[str]:
     return names
 
 
-def _writer(output: Path, manifest: pxd.Manifest, metadata: dict[str, str]) -> pxd.DeltaWriter:
+def _writer(
+    output: Path, manifest: pxd.Manifest, metadata: dict[str, str], *, overwrite: bool = True
+) -> pxd.DeltaWriter:
     return pxd.DeltaWriter(
         output,
         base=pxd.Identity(id=manifest.base.id, revision=manifest.base.revision),
@@ -67,6 +69,7 @@ def _writer(output: Path, manifest: pxd.Manifest, metadata: dict[str, str]) -> p
         producer=manifest.producer,
         calibration=manifest.calibration,
         metadata=metadata,
+        overwrite=overwrite,
     )
 
 
@@ -102,8 +105,10 @@ def split(
             writer.finish()
 
 
-def join_parts(paths: Sequence[Path], output: Path, *, progress: ProgressOf = silent) -> tuple[pxd.Manifest, list[str]]:
-    """Write the whole that these are the parts of. Returns its manifest and the parts' content IDs.
+def join_parts(
+    paths: Sequence[Path], output: Path, *, overwrite: bool = True, progress: ProgressOf = silent
+) -> tuple[pxd.Manifest, list[str], int]:
+    """Write the whole that these are the parts of. Returns its manifest, the parts' content IDs, and its bytes.
 
     The same bytes in whatever order the parts are given, and the same as of a whole that was never split. Raises
     ToolError where a part is missing, doubled, or of another whole.
@@ -117,7 +122,7 @@ def join_parts(paths: Sequence[Path], output: Path, *, progress: ProgressOf = si
         first = files[0].manifest
         metadata = {key: value for key, value in first.metadata.items() if key != PART_KEY}
         total = sum(file.size - file.header_size for file in files)
-        with _writer(output, first, metadata) as writer, progress("merge", total) as step:
+        with _writer(output, first, metadata, overwrite=overwrite) as writer, progress("merge", total) as step:
             for name in names:
                 writer.add(owners[name].load(name))
                 begin, end = owners[name].span(name)
@@ -128,7 +133,7 @@ def join_parts(paths: Sequence[Path], output: Path, *, progress: ProgressOf = si
                 writer.drop(name)
             for path, data in _assets(files).items():
                 writer.add_asset(path, data)
-            return writer.finish(), [file.content_id for file in files]
+            return writer.finish(), [file.content_id for file in files], writer.size
 
 
 def _owners(files: Sequence[pxd.DeltaFile], names: list[str]) -> dict[str, pxd.DeltaFile]:

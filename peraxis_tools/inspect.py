@@ -27,4 +27,4 @@ def inspect_remote(url: str) -> InspectResult:
     remote = remote_file(url)
     header, manifest = remote.header()
     content_id = "sha256:" + hashlib.sha256(header.manifest).hexdigest()
-    return summarise(url, content_id, remote.size, manifest, header.records)
+    return summarise(remote.url, content_id, remote.size, manifest, header.records)

@@ -16,8 +16,9 @@ from typing import Any, Final, Literal
 import peraxis_format as pxd
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
-from peraxis_tools.folders import atomic_folder, refuse_existing
+from peraxis_tools.folders import atomic_folder
 from peraxis_tools.inspection import InspectResult, summarise
+from peraxis_tools.outputs import check_folder, claim_folder
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.signatures import signature_path
 
@@ -62,6 +63,10 @@ def publish(
     path = Path(path)
     if not _HUB_ID.fullmatch(repository):
         raise ToolError(f"{repository}: not a repository's name; pass org/name")
+    if not path.name.isprintable():
+        raise ToolError(f"{path}: the hub takes no such file name; rename it")
+    if dry_run is not None:
+        check_folder(dry_run, overwrite=overwrite, inputs=(path, signature_path(path), evaluation))
     with pxd.open(path) as delta:
         refuse_part(delta.manifest, path)
         with progress("verify", delta.size - delta.header_size) as step:
@@ -74,8 +79,9 @@ def publish(
     if dry_run is None:
         url = _upload(repository, files, card, private=private, revision=revision, content_id=found.content_id)
     else:
-        refuse_existing(dry_run, overwrite=overwrite)
-        with atomic_folder(dry_run, overwrite=overwrite) as folder:
+        claim = claim_folder(dry_run, overwrite=overwrite, inputs=(*files.values(), evaluation))
+        # No list of files in it: all of it is for the hub, and its card tells whose it is.
+        with claim, atomic_folder(dry_run, overwrite=overwrite, marker=False) as folder:
             (folder / "README.md").write_text(card, "utf-8")
             (folder / ".gitattributes").write_text(_ATTRIBUTES)
             with progress("copy", sum(source.stat().st_size for source in files.values())) as step:

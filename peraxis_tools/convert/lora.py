@@ -23,12 +23,14 @@ import peraxis_format as pxd
 from peraxis_tools.convert.lowrank import LowRank, low_rank
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
-from peraxis_tools.folders import atomic_folder, refuse_existing
+from peraxis_tools.folders import atomic_folder
 from peraxis_tools.kinds import kind_of
 from peraxis_tools.load import to_torch
 from peraxis_tools.merge.factors import Terms, module_terms
+from peraxis_tools.outputs import claim_folder
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.rows import delta_rows, row_blocks
+from peraxis_tools.tensor_files import save_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,14 +93,11 @@ def to_lora(
 
     Raises ToolError where nothing can be adapted, PxdError, OSError.
     """
-    from safetensors.torch import save_file
-
     if (rank is None) == (max_error is None):
         raise ToolError("pass either a rank or a largest error")
     output = Path(output)
-    refuse_existing(output, overwrite=overwrite)
     adapter = _Adapter()
-    with pxd.open(path) as delta:
+    with claim_folder(output, overwrite=overwrite, inputs=(path,)), pxd.open(path) as delta:
         refuse_part(delta.manifest, path)
         tied = _tied(delta)
         with progress("convert", delta.size - delta.header_size) as step:
@@ -109,7 +108,7 @@ def to_lora(
         if not adapter.modules:
             raise ToolError(f"{path}: holds no matrix that a LoRA adapter could carry")
         with atomic_folder(output, overwrite=overwrite) as folder:
-            save_file(adapter.tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            save_tensors(adapter.tensors, folder / "adapter_model.safetensors", output)
             config = _config(adapter, delta.manifest)
             (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             # safetensors lets nobody but its writer read the file.
@@ -118,7 +117,7 @@ def to_lora(
             folder=output,
             content_id=delta.content_id,
             error=math.sqrt(adapter.square_error / adapter.square_norm) if adapter.square_norm else 0.0,
-            bytes=sum(file.stat().st_size for file in output.iterdir()),
+            bytes=sum(file.stat().st_size for file in output.glob("adapter_*")),
             modules=tuple(adapter.modules),
             saved_whole=tuple(adapter.whole),
             left_out=tuple(adapter.left_out),

@@ -175,7 +175,7 @@ def test_a_packed_batch_has_a_variant_for_each_token_row(tmp_path: Path) -> None
     with serve(model, paths) as served:
         with served.using(torch.tensor([0, 0, -1, 0, -1])):
             found = model(x)
-        with served.using([0, -1, -1]), pytest.raises(LiveModelError, match="which of 3 sequences"):
+        with served.using([0, -1, -1]), pytest.raises(LiveModelError, match="variants for 3 sequences"):
             model(x)
     whole = merged(model, paths["v"])(x)
     torch.testing.assert_close(found[0, [0, 1, 3]], whole[0, [0, 1, 3]], rtol=1e-5, atol=1e-5)

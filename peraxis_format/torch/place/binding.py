@@ -17,7 +17,7 @@ import torch
 
 from peraxis_format.binding import check_base_digest
 from peraxis_format.dtypes import raw_bytes
-from peraxis_format.errors import LiveModelError, PxdError
+from peraxis_format.errors import BindingError, LiveModelError, PxdError
 from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.ops.tensors import as_bytes, storage_array
 from peraxis_format.torch.place.digests import digests
@@ -50,17 +50,24 @@ def check_live(
         for (entry, _), digest in zip(local, found, strict=True):
             check_base_digest(entry, digest)
     except PxdError as failure:
-        error = failure
+        error = _named(failure, manifest)
     if sharded_anywhere(bool(pieces), group):
         try:
             _check_pieces(pieces, placement, group)
         except PxdError as failure:
-            error = error or failure
+            error = error or _named(failure, manifest)
         agree(error, group)
     elif error is not None:
         raise error
     elif pieces:
         raise LiveModelError(f"{pieces[0].name}: only a piece of it is here; initialise torch.distributed")
+
+
+def _named(failure: PxdError, manifest: Manifest) -> PxdError:
+    """The same error, which says what base the delta was made for."""
+    base = manifest.base
+    revision = f" at revision {base.revision}" if base.revision else ""
+    return BindingError(failure.code, f"the delta was made for {base.id}{revision}", field=failure.field)
 
 
 # --- pieces on several ranks ---------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -13,7 +14,11 @@ from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.torch.place.renamed import checkpoint_views
 from peraxis_format.torch.place.shards import Box, Shard, ShardView, Target, Views, chunk, whole
 
-__all__ = ["FUSED", "Finder"]
+__all__ = ["FUSED", "Finder", "named"]
+
+# Words that wrappers put into the names of parameters: anywhere, and at the beginning.
+_WITHIN: Final = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|base_layer)\.(?=.)")
+_LEADING: Final = re.compile(r"^(?:module\.|base_model\.model\.)+(?=.)")
 
 FUSED: Final[Mapping[str, tuple[str, ...]]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -44,7 +49,7 @@ class Finder:
         finder = cls(named(target), views or {}, shards or {}, fused, entries)
         missing = any(not finder.find(name, entry) for name, entry in entries.items())
         if missing and isinstance(target, nn.Module) and not finder.shards:
-            finder.renamed.update(checkpoint_views(target))
+            finder.renamed.update(checkpoint_views(_inner(target)))
         return finder
 
     def find(self, name: str, entry: ModuleEntry) -> list[ShardView]:
@@ -117,11 +122,30 @@ def _shard_box(tensor: Any, box: Box, placements: Sequence[Any], name: str) -> B
     return tuple(cut)
 
 
+def _inner(model: nn.Module) -> nn.Module:
+    """The transformers model inside wrappers, or the model itself."""
+    kinds = ((module, [kind.__name__ for kind in type(module).__mro__]) for module in model.modules())
+    return next((module for module, names in kinds if "PreTrainedModel" in names), model)
+
+
 def named(target: Target) -> dict[str, Tensor]:
-    """Every tensor of a model under each of its names, or the state dict itself."""
-    if not isinstance(target, nn.Module):
-        return dict(target)
-    return {
-        **dict(target.named_buffers(remove_duplicate=False)),
-        **dict(target.named_parameters(remove_duplicate=False)),
-    }
+    """Every tensor of a model under each of its names, or the state dict itself; also without what wrappers add.
+
+    torch.compile, DistributedDataParallel, activation checkpointing and PEFT put words into names. The name without
+    them is the checkpoint's.
+    """
+    if isinstance(target, nn.Module):
+        live = {
+            **dict(target.named_buffers(remove_duplicate=False)),
+            **dict(target.named_parameters(remove_duplicate=False)),
+        }
+    else:
+        live = dict(target)
+    flat = next((name for name in live if "_flat_param" in name), None)
+    if flat is not None:
+        raise LiveModelError(
+            f"{flat}: FSDP1 has flattened the weights; wrap the model with fully_shard (FSDP2) instead"
+        )
+    for name in list(live):
+        live.setdefault(_LEADING.sub("", _WITHIN.sub("", name)), live[name])
+    return live

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peraxis_format.errors import BindingError, LiveModelError
 from peraxis_format.manifest import Manifest, ModuleEntry
-from peraxis_format.ops.tensors import dtype_of
+from peraxis_format.ops.tensors import TORCH_DTYPES, dtype_of
 from peraxis_format.torch.place.finder import FUSED, Finder
 from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, storage_key, whole
 
@@ -82,7 +82,13 @@ def _check(entry: ModuleEntry, part: ShardView) -> None:
     if base is not None:
         fits = part.box == whole(entry.shape) and base.shape != entry.shape
         expected = base.shape if fits else local
-        if dtype is not base.dtype or tuple(view.shape) != expected:
+        if dtype is not base.dtype and tuple(view.shape) == expected:
+            raise BindingError(
+                "E403",
+                f"{dtype.value}, not {base.dtype.value}: load the model with dtype={TORCH_DTYPES[base.dtype]}",
+                field=name,
+            )
+        if tuple(view.shape) != expected:
             raise BindingError(
                 "E403",
                 f"{dtype.value} {list(view.shape)}, not {base.dtype.value} {list(expected)}",

@@ -12,13 +12,14 @@ gets is its own variant's output; how that differs from the merged model's is sa
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,12 @@ from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import device_of, require_triton
 from peraxis_format.torch.place.binding import check_live, is_sharded
+from peraxis_format.torch.place.claims import claim, release
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.shards import Placement, Views
 from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.serve.linear import ServedLinear, TorchProducts
-from peraxis_format.torch.serve.modules import GroupForward, Patch, Products, ServedEmbedding, State
+from peraxis_format.torch.serve.modules import GroupForward, Patch, Products, ServedEmbedding, ServedModule, State
 from peraxis_format.torch.serve.rows import Rows
 from peraxis_format.torch.swap.payload import check_pads
 from peraxis_format.torch.swap.transfer_plan import TRANSFER_LIMIT
@@ -43,6 +45,8 @@ from peraxis_format.torch.swap.transfer_plan import TRANSFER_LIMIT
 __all__ = ["Served", "serve"]
 
 Backend = Literal["auto", "torch", "triton"]
+_INDEX_DTYPES: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_CLAIMED: Final = "the model is served: its weights have to stay the base; close that `Served` first"
 
 
 class Served:
@@ -58,33 +62,77 @@ class Served:
         self._classes: dict[nn.Module, type[nn.Module]] = {}
         self._backend = backend
         self._scratch = Scratch()
+        self._closed = False
+        self._active = 0
+        self._routers = _routers(model)
+        self._hook = model.register_forward_pre_hook(self._begin, with_kwargs=True)
 
     @contextlib.contextmanager
-    def using(self, variants: Sequence[str | int | None] | Tensor) -> Iterator[None]:
+    def using(self, variants: str | int | Sequence[str | int | None] | Tensor | None) -> Iterator[None]:
         """Within the block (and this thread or task) batches are of these variants.
 
-        variants: one a sequence (dimension 0 of the batch), or one a token row of a slice_ batch; a name, its index in
-        `names`, or None or -1 for the base. Beams and repeated sequences have to be repeated here too.
+        variants: one a sequence (dimension 0 of the batch), or one a token row of a packed batch; a name, its index in
+        `names`, or None or -1 for the base. Beams and repeated sequences have to be repeated here too. One name alone,
+        outside a list, is for every row.
+        Raises LiveModelError for what is no variant, and after `close`; the forward does for a batch of another length.
         """
-        given = variants.tolist() if isinstance(variants, Tensor) else list(variants)
+        if self._closed:
+            raise LiveModelError("`serve` has been closed: the model is the base; serve it again")
+        rows = self._batch_rows(variants)
+        with self._within(rows):
+            self._active += 1
+            try:
+                yield
+            finally:
+                self._active -= 1
+
+    def _batch_rows(self, variants: str | int | Sequence[str | int | None] | Tensor | None) -> Rows:
+        if variants is None or isinstance(variants, str | int):
+            return Rows((self._id(variants),), every=True)
+        if isinstance(variants, Tensor):
+            if variants.ndim != 1 or variants.dtype not in _INDEX_DTYPES:
+                raise LiveModelError(
+                    f"variants as a tensor are integers [sequences], not {variants.dtype} {list(variants.shape)}"
+                )
+            variants = variants.tolist()
+        given = list(variants)
         if not given:
             raise LiveModelError("an empty batch has no variants; give one a sequence")
-        token = self._rows.set(Rows(tuple(self._id(v) for v in given)))
+        return Rows(tuple(self._id(v) for v in given))
+
+    @contextlib.contextmanager
+    def _within(self, rows: Rows) -> Iterator[None]:
+        token = self._rows.set(rows)
         try:
             yield
         finally:
             self._rows.reset(token)
 
-    def _id(self, variant: str | int | None) -> int:
+    def _alone(self, variant: int) -> contextlib.AbstractContextManager[None]:
+        return self._within(Rows((variant,), every=True))
+
+    def _begin(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        """Before each forward of the model: compare the batch with the variants that were given."""
+        rows = self._rows.get()
+        named = [kwargs.get(name) for name in ("input_ids", "inputs_embeds")]
+        given = next((value for value in (*args, *named) if isinstance(value, Tensor) and value.ndim >= 2), None)
+        if rows is not None and given is not None:
+            rows.begin(given.shape[:-1] if given.is_floating_point() else given.shape)
+
+    def _id(self, variant: object) -> int:
         if variant is None:
             return -1
         if isinstance(variant, str):
             if variant not in self._index:
                 raise LiveModelError(f"no variant {variant!r}; served: {', '.join(self.names)}")
             return self._index[variant]
+        if not isinstance(variant, int) or isinstance(variant, bool):
+            raise LiveModelError(
+                f"{variant!r} names no variant; give a name, its index in `names`, or None for the base"
+            )
         if not -1 <= variant < len(self.names):
             raise LiveModelError(f"no variant {variant}; served: -1 (the base) to {len(self.names) - 1}")
-        return int(variant)
+        return variant
 
     def state(self, module: nn.Module) -> State:
         """The state of a module, made and put in its place when first asked for."""
@@ -95,8 +143,12 @@ class Served:
 
                 products = LinearKernels()
             tokens = getattr(self.model, "get_input_embeddings", lambda: module)()
-            self._states[module] = State(self._rows.get, products, self._scratch, broadcast=module is not tokens)
+            self._states[module] = State(
+                self._rows.get, self._alone, products, self._scratch, broadcast=module is not tokens
+            )
             self._exchange(module, self._states[module])
+            if module in self._routers:
+                self.state(self._routers[module]).grouped = True
         return self._states[module]
 
     def _exchange(self, module: nn.Module, state: State) -> None:
@@ -105,7 +157,7 @@ class Served:
             self._classes[module] = kind
             module.__class__ = ServedLinear
             module.__dict__["peraxis"] = state
-        elif isinstance(module, nn.Embedding):
+        elif isinstance(module, nn.Embedding) and _looks_up_ids(kind):
             self._classes[module] = kind
             # A subclass keeps its own attributes and methods behind the exchanged forward.
             bases = (ServedEmbedding,) if kind is nn.Embedding else (ServedEmbedding, kind)
@@ -113,19 +165,31 @@ class Served:
             module.__dict__.update(peraxis=state, peraxis_class=kind)
         else:
             module.__dict__["forward"] = GroupForward(module, state)
+            self._classes[module] = kind
+            module.__class__ = type(f"Served{kind.__name__}", (ServedModule, kind), {})
+            module.__dict__["peraxis"] = state
 
     def close(self) -> None:
-        """Make the model an ordinary one again, with the base's weights."""
+        """Make the model an ordinary one again, with the base's weights. Raises LiveModelError inside `using`."""
+        if self._active:
+            raise LiveModelError("`close` inside `using`; leave that block first")
+        self._closed = True
+        self._hook.remove()
+        release(self)
         for module in self._states:
-            kind = self._classes.get(module)
-            if kind is None:
-                del module.__dict__["forward"]
-                continue
-            module.__class__ = kind
-            module.__dict__.pop("peraxis")
-            module.__dict__.pop("peraxis_class", None)
+            module.__class__ = self._classes[module]
+            forward = module.__dict__.get("forward")
+            replaced = forward.replaced if isinstance(forward, GroupForward) else None
+            for key in ("forward", "peraxis", "peraxis_class"):
+                module.__dict__.pop(key, None)
+            if replaced is not None:
+                module.__dict__["forward"] = replaced
         self._states.clear()
         self._classes.clear()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self.stored:,} bytes"
+        return f"<Served: {', '.join(map(repr, self.names)) or 'no variant'}, {state}>"
 
     def __enter__(self) -> Served:
         return self
@@ -152,6 +216,8 @@ def serve(
     """
     if any(isinstance(module.__dict__.get("peraxis"), State) for module in model.modules()):
         raise LiveModelError("the model is served already; close that first, or give all variants at once")
+    if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
+        raise LiveModelError("a compiled model cannot be served on the fly; pass the model that was compiled")
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "placements"):
             raise LiveModelError(f"{name}: sharded weights (DTensor) cannot be served on the fly; use VariantSwitch")
@@ -165,6 +231,7 @@ def serve(
                     placement = place(model, file.manifest, views=views)
                     if is_sharded(placement, file.manifest):
                         raise LiveModelError("pieces of weights cannot be served on the fly; use VariantSwitch")
+                    claim((part.view for parts in placement.values() for part in parts), served, _CLAIMED)
                     ring = ring or Ring(device_of(placement))
                     if ring.device.staged:
                         ring.reserve(TRANSFER_LIMIT)
@@ -174,6 +241,21 @@ def serve(
         served.close()
         raise
     return served
+
+
+def _routers(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Module inside a list of experts -> the module that holds the list, and sends each expert rows of its choice."""
+    found: dict[nn.Module, nn.Module] = {}
+    for holder in model.modules():
+        for name, child in holder.named_children():
+            if isinstance(child, nn.ModuleList) and "expert" in name:
+                found.update((module, holder) for module in child.modules())
+    return found
+
+
+def _looks_up_ids(kind: type[nn.Module]) -> bool:
+    """Whether a kind of embedding takes token ids and nothing else, so that rows of its table are all that it reads."""
+    return len(inspect.signature(kind.forward).parameters) == 2
 
 
 def _backend(asked: Backend, model: nn.Module) -> Backend:

@@ -3,8 +3,8 @@
     few rows of a variant     y = x W^T + sum over k of row_k o ((x o col_k) B_k^T)      W read once for all of them
     many                      y = x W_v^T, W_v rebuilt a block at a time                 the merged weights' values
 
-How the two are computed is a `Products` (modules.py): kernels on CUDA (launch.py); here plain torch, and on the CPU numba for large
-matrices (rebuild/torch.py).
+How the two are computed is a `Products` (modules.py): kernels on CUDA (launch.py); here plain torch, and on the CPU
+numba for large matrices (rebuild/torch.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from peraxis_format.ops.rebuild.torch import Scratch, add_projections, is_quick, rebuild
-from peraxis_format.torch.serve.modules import Patch, State
+from peraxis_format.torch.serve.modules import Patch, ServedModule, State
 from peraxis_format.torch.serve.rows import Batch
 
 __all__ = ["MANY_ROWS", "ServedLinear", "TorchProducts"]
@@ -27,13 +27,15 @@ _MANY_ROWS_QUICK: Final = 32  # with numba a product costs as much as the rebuil
 _BLOCK: Final = 1 << 23  # weights that are rebuilt at a time: they are still in the cache when they are multiplied
 
 
-class ServedLinear(nn.Linear):
+class ServedLinear(ServedModule, nn.Linear):
     """A linear that adds each row's own variant."""
-
-    peraxis: State
 
     def forward(self, input: Tensor) -> Tensor:
         """input: [..., in_features]. Returns [..., out_features], in the input's dtype."""
+        with self.peraxis.own():
+            return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
         state, rows = self.peraxis, self.peraxis.rows()
         if rows is None or not any(state.changed(v) for v in rows.variants):
             return functional.linear(input, self.weight, self.bias)

@@ -11,8 +11,10 @@ for others, its forward), and put back by `Served.close`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from threading import local
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +25,7 @@ from peraxis_format.errors import LiveModelError
 from peraxis_format.ops.rebuild.torch import ComponentFactors, Scratch, rebuild, rebuild_rows
 from peraxis_format.torch.serve.rows import Batch, Rows
 
-__all__ = ["GroupForward", "Patch", "Products", "ServedEmbedding", "State"]
+__all__ = ["GroupForward", "Patch", "Products", "ServedEmbedding", "ServedModule", "State"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,15 +56,42 @@ class Patch:
 class State:
     """One module's share of a `Served`: patches by parameter name and variant, and who knows the batch's rows.
 
+    alone: a context in which the rows are all of one variant. grouped: the module is run for each variant even if no
+    variant changes it, since it sends rows on in an order of its own (routed experts).
     products: how a linear multiplies. broadcast: an embedding whose input may be one sequence for all (positions,
     but not tokens).
     """
 
     rows: Callable[[], Rows | None]
+    alone: Callable[[int], AbstractContextManager[None]]
     products: Products
     scratch: Scratch
     broadcast: bool = False
+    grouped: bool = False
     patches: dict[str, dict[int, list[Patch]]] = field(default_factory=dict)
+    _here: local = field(default_factory=local)
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """While this thread is in the module's own forward, the module's parameters are what they are."""
+        before = getattr(self._here, "inside", False)
+        self._here.inside = True
+        try:
+            yield
+        finally:
+            self._here.inside = before
+
+    def seen(self, module: nn.Module, name: str, value: Any) -> Any:
+        """A parameter as code outside the module's forward sees it (Mamba reads its convolution's weight itself)."""
+        rows = self.rows()
+        if rows is None or getattr(self._here, "inside", False) or not isinstance(value, Tensor):
+            return value
+        patches = self.patches.get(name, {})
+        if not any(variant in patches for variant in rows.variants):
+            return value
+        if rows.only is not None:
+            return self.parameter(module, name, rows.only)
+        return value.detach().as_subclass(_MixedWeight)
 
     def changed(self, variant: int) -> bool:
         """Whether a variant differs from the base in this module."""
@@ -70,7 +99,8 @@ class State:
 
     def parameter(self, module: nn.Module, name: str, variant: int) -> Tensor:
         """A variant's merged parameter: a new tensor where it differs from the base's."""
-        base: Tensor = getattr(module, name)
+        with self.own():
+            base: Tensor = getattr(module, name)
         patches = self.patches.get(name, {}).get(variant)
         if not patches:
             return base
@@ -108,14 +138,42 @@ class Products(Protocol):
         """Products with the merged weights, biases included, into `out`."""
 
 
-class ServedEmbedding(nn.Embedding):
-    """An embedding that looks each sequence up in its own variant's table; only the rows asked for are rebuilt."""
+class _MixedWeight(Tensor):
+    """A weight that differs by row of the batch: it has a dtype, a shape and a device, and no values."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") not in ("__get__", "size", "dim", "numel", "is_floating_point"):
+            raise LiveModelError(
+                "a module computes with the weights of another module itself, which differ by row in this batch; "
+                "serve one variant a batch"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+class ServedModule(nn.Module):
+    """What every served module shares: code outside its forward does not take the base's weights for a variant's."""
 
     peraxis: State
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        state: State | None = self.__dict__.get("peraxis")
+        return value if state is None or name not in state.patches else state.seen(self, name, value)
+
+
+class ServedEmbedding(ServedModule, nn.Embedding):
+    """An embedding that looks each sequence up in its own variant's table; only the rows asked for are rebuilt."""
+
     peraxis_class: type[nn.Embedding]
 
     def forward(self, input: Tensor) -> Tensor:
         """input: token ids. What the class's own forward makes of the variant's table."""
+        with self.peraxis.own():
+            return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
         state, rows = self.peraxis, self.peraxis.rows()
         plain = self.peraxis_class.forward
         if rows is None or not any(state.changed(v) for v in rows.variants):
@@ -161,6 +219,7 @@ class GroupForward:
     def __init__(self, module: nn.Module, state: State) -> None:
         self.module = module
         self.state = state
+        self.replaced: Callable[..., Any] | None = module.__dict__.get("forward")  # another library's, on the instance
         self.plain: Callable[..., Any] = module.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -168,10 +227,11 @@ class GroupForward:
         is a multiple of it: the batch's tokens, one sequence after the other.
         """
         rows = self.state.rows()
-        if rows is None or not any(self.state.changed(v) for v in rows.variants):
+        if rows is None or not (self.state.grouped or any(self.state.changed(v) for v in rows.variants)):
             return self.plain(*args, **kwargs)
         if rows.only is not None:
             return self._run(rows.only, args, kwargs)
+        self._refuse_cache((*args, *kwargs.values()))
         shape, device = self._leading(rows, args, kwargs)
         outputs = []
         order = []
@@ -197,7 +257,19 @@ class GroupForward:
             "be told apart; serve one variant a batch"
         )
 
+    def _refuse_cache(self, values: tuple[Any, ...]) -> None:
+        """A cache holds the whole batch: a run on some of its rows would write over the others."""
+        if any("Cache" in kind.__name__ for value in values for kind in type(value).__mro__):
+            raise LiveModelError(
+                f"{type(self.module).__name__}: has weights of its own that variants change, and a cache; mixed "
+                "variants need use_cache=False there, or one variant a batch"
+            )
+
     def _run(self, variant: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self.state.alone(variant), self.state.own():
+            return self._merged_run(variant, args, kwargs)
+
+    def _merged_run(self, variant: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if variant < 0 or not self.state.changed(variant):
             return self.plain(*args, **kwargs)
         merged = {
@@ -206,6 +278,8 @@ class GroupForward:
             if variant in patches
         }
         held = self.module.__dict__.pop("forward")
+        if self.replaced is not None:
+            self.module.__dict__["forward"] = self.replaced
         try:
             return functional_call(self.module, merged, args, kwargs)
         finally:
@@ -216,6 +290,8 @@ def _taken(
     args: tuple[Any, ...], kwargs: dict[str, Any], index: Tensor, size: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     def take(value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(map(take, value))
         batched = isinstance(value, Tensor) and value.ndim and value.shape[0] == size
         return value[index] if batched else value
 

@@ -69,9 +69,15 @@ class Batch:
 
 @dataclass(slots=True, eq=False)
 class Rows:
-    """The variants of one batch: an index per sequence (or per token row of a slice_ batch), -1 for the base."""
+    """The variants of one batch: an index per sequence (or per token row of a packed batch), -1 for the base.
+
+    every: `ids` is one variant for all rows, however many there are. lead: (sequences, tokens) of the model's own
+    input, once it is known: it tells what the rows are where a module flattens them.
+    """
 
     ids: tuple[int, ...]
+    every: bool = False
+    lead: tuple[int, int] | None = None
     _batches: dict[tuple[tuple[int, ...], torch.device], Batch] = field(default_factory=dict)
 
     @property
@@ -83,6 +89,19 @@ class Rows:
     def only(self) -> int | None:
         """The one variant (or -1) of every row; None for a mixed batch."""
         return self.ids[0] if len(set(self.ids)) == 1 else None
+
+    def begin(self, shape: Sequence[int]) -> None:
+        """A forward of the model begins, on an input of this shape (without a width).
+
+        Raises LiveModelError where that is not the batch whose variants were given.
+        """
+        sequences, tokens = int(shape[0]), math.prod(shape[1:])
+        if not self.every and len(self.ids) not in (sequences, sequences * tokens):
+            raise LiveModelError(
+                f"a batch of {list(shape)} does not fit variants for {len(self.ids)} sequences; give one a sequence "
+                "(dimension 0), or one a token row of a packed batch"
+            )
+        self.lead = sequences, tokens
 
     def batch(self, shape: Sequence[int], device: torch.device) -> Batch:
         """The rows of a tensor of this shape, which is without the width.
@@ -97,12 +116,19 @@ class Rows:
     def _row_ids(self, shape: Sequence[int]) -> Tensor:
         count = math.prod(shape)
         if self.only is not None:
-            return torch.full((count,), self.ids[0])  # every row, however many
+            return torch.full((count,), self.ids[0])
         if len(shape) and shape[0] == len(self.ids):
             return torch.tensor(self.ids).repeat_interleave(count // len(self.ids))
         if count == len(self.ids):
             return torch.tensor(self.ids)
+        if (
+            len(shape) == 1
+            and self.lead is not None
+            and self.lead[0] == len(self.ids)
+            and count == math.prod(self.lead)
+        ):
+            return torch.tensor(self.ids).repeat_interleave(self.lead[1])  # the tokens of each sequence in turn
         raise LiveModelError(
             f"a batch of {list(shape)} rows does not tell which of {len(self.ids)} sequences each row belongs to; "
-            "give one variant a sequence (dimension 0), or one a token row of a slice_ batch"
+            "give one variant a sequence (dimension 0), or one a token row of a packed batch"
         )

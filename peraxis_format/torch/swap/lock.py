@@ -41,11 +41,14 @@ class SwapLock:
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
         """A forward, or several that must see the same weights."""
-        self.enter()
+        before = self._depth.get(threading.get_ident(), 0)
         try:
+            # Inside the `try`: an interrupt may come between the entry and the next line.
+            self.enter()
             yield
         finally:
-            self.leave()
+            if self._depth.get(threading.get_ident(), 0) > before:
+                self.leave()
 
     def refuse_inside(self) -> None:
         """Raises LiveModelError inside a forward of this thread, for what would wait for that forward's end."""

@@ -144,12 +144,13 @@ class _Stamp:
     device: int
     inode: int
     size: int
-    changed: int
+    modified: int
+    changed: int  # also moves where a writer sets the time of modification back
 
     @classmethod
     def of(cls, delta: DeltaFile) -> _Stamp:
         found = os.stat(delta.path)
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 class Payload:

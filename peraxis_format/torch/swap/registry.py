@@ -14,9 +14,11 @@ from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import Device, device_of
 from peraxis_format.torch.place.binding import check_live, is_sharded, sharded_anywhere
+from peraxis_format.torch.place.claims import claim, release
 from peraxis_format.torch.place.digests import inherit
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, copy_aside, storage_key
+from peraxis_format.torch.place.watch import LiveTensors
 from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.swap.apply import together, verify_share
 from peraxis_format.torch.swap.engine import Engine, engine_for
@@ -27,6 +29,7 @@ from peraxis_format.torch.swap.transfer_plan import TRANSFER_LIMIT, cut_transfer
 __all__ = ["BasePlace", "Registered", "Registry"]
 
 BasePlace = Literal["auto", "device", "pinned"]
+_CLAIMED: Final = "a VariantSwitch keeps the base of these weights; add the variant to that switch, or close it first"
 _ROOM: Final = 0.9  # of the free memory that a second copy of the weights may take, with base="auto"
 
 
@@ -75,6 +78,7 @@ class Registry:
         self.base_place = base
         self._views, self._shards = views, shards
         self._parts: dict[Any, ShardView] = {}
+        self.live = LiveTensors(model)
 
     def add(
         self, name: str, delta: DeltaFile | str | os.PathLike[str], residency: Residency | None, direct: bool
@@ -114,12 +118,15 @@ class Registry:
             registered.close()
         self.variants.clear()
         self.bases.clear()
+        release(self)
         self.workers.close()
 
     def _registered(
         self, name: str, file: DeltaFile, owned: bool, residency: Residency | None, direct: bool
     ) -> Registered:
+        self.live.check(overwrite=True)
         found = place(self._model, file.manifest, views=self._views, shards=self._shards)
+        claim((part.view for parts in found.values() for part in parts), self, _CLAIMED)
         device, ring = self._prepared(found)
         chosen = _residency(residency, device)
         placement = self._known(found)
@@ -134,6 +141,7 @@ class Registry:
                 file, transfers, residency=chosen, device=device, ring=ring, workers=self.workers, direct=direct
             )
         self._keep_base(placement)
+        self.live.add(placement)
         engine = engine_for(transfers, self.bases, device=device, workers=self.workers)
         variant = Variant(
             name=name,

@@ -30,6 +30,7 @@ from peraxis_format.errors import LiveModelError
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.shards import Shard, ShardView, Target, Views, increment_versions
 from peraxis_format.torch.swap.apply import together
+from peraxis_format.torch.swap.guard import Guard
 from peraxis_format.torch.swap.lock import SwapLock
 from peraxis_format.torch.swap.payload import Residency
 from peraxis_format.torch.swap.registry import BasePlace, Registered, Registry
@@ -65,12 +66,8 @@ class VariantSwitch:
         self._current: str | None = None
         self._dirty: frozenset[ShardView] = frozenset()
         self._epoch = 0
-        self._hooks: list[Any] = []
-        if guard and isinstance(model, nn.Module):
-            self._hooks = [
-                model.register_forward_pre_hook(lambda *_: self._lock.enter(), prepend=True),
-                model.register_forward_hook(lambda *_: self._lock.leave(), always_call=True),
-            ]
+        self._guard = Guard(model, self._lock) if guard and isinstance(model, nn.Module) else None
+        self._closed = False
 
     # --- what it holds -------------------------------------------------------------------------------
 
@@ -126,6 +123,7 @@ class VariantSwitch:
         """
         self._lock.refuse_inside()
         with self._changes:
+            self._refuse_closed()
             return self._registry.add(name, delta, residency, direct)
 
     def remove(self, name: str) -> None:
@@ -139,18 +137,23 @@ class VariantSwitch:
     # --- swapping ------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def use(self, name: str | None) -> Swap:
+    def use(self, name: str | None, *, overwrite: bool = False) -> Swap:
         """Make the model a variant, or the base. Waits for forwards that run. Using the current one does nothing.
 
-        Raises SwapError, which says what the model is afterwards; LiveModelError for an unknown name.
+        overwrite: swap although somebody else has written the weights since the last swap; that is lost.
+        Raises SwapError, which says what the model is afterwards; LiveModelError for an unknown name, and where the
+        model's tensors are no longer those of the registered variants.
         """
         self._lock.refuse_inside()
         with self._changes, self._lock.exclusive():
+            self._refuse_closed()
             target = None if name is None else self._registry.find(name)
+            self._registry.live.check(overwrite=overwrite)
             started = time.perf_counter()
             swap = Swap(name=name, previous=self._current, residency=None, epoch=self._epoch, seconds=0.0)
-            if name == self._current:
+            if name == self._current and not overwrite:
                 return replace(swap, residency=None if target is None else target.variant.residency)
+            self._dirty |= self._registry.live.written()
             if self._registry.device is not None:
                 self._registry.device.wait_all()
             uploads, uploaded = self._uploads()
@@ -200,6 +203,7 @@ class VariantSwitch:
                     stream(target.payload, target.engine, device=device, ring=ring, workers=registry.workers)
             device.synchronize()
         self._dirty = parts
+        registry.live.remember(touched)
         return sum(part.view.nbytes for part in restored) + (0 if target is None else target.weights)
 
     def _restore(self) -> str | None:
@@ -217,10 +221,14 @@ class VariantSwitch:
 
     def close(self) -> None:
         """Remove the hooks, end the threads, let go of payloads and base. The weights stay as they are."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._closed = True
+        if self._guard is not None:
+            self._guard.remove()
         self._registry.close()
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise LiveModelError("the VariantSwitch is closed; make a new one for the model")
 
     def __enter__(self) -> VariantSwitch:
         return self
@@ -229,3 +237,7 @@ class VariantSwitch:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        held = ", ".join(repr(variant.name) for variant in self.variants()) or "none"
+        return f"<VariantSwitch: current {self._current!r}, variants {held}>"

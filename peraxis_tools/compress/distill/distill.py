@@ -99,7 +99,8 @@ def distill(
     steps = options.epochs * batches
     training = Training(trained.groups(options), steps=steps)
     generator = torch.Generator().manual_seed(options.seed)
-    stands = training.resume(work)
+    # Without the best state there is nothing to go on to.
+    stands = training.resume(work) if work.load(_BEST) is not None else None
     if stands is None:
         loss = _validation_loss(student, trained, cache, validation, options)
         stands = TrainingState(epochs=0, best=loss, before=loss)

@@ -9,8 +9,10 @@ No torch before a fit needs it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from peraxis_format import (
     Component,
     DeltaWriter,
     Encoding,
+    Manifest,
     ModuleDelta,
     Safetensors,
     TensorInfo,
@@ -40,7 +43,7 @@ from peraxis_tools.compress.plan.pairing import check_pair, tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
 from peraxis_tools.compress.run.streamed import StreamedFit
 from peraxis_tools.compress.run.types import FittedModule, Fitting, ModuleReport, RunFit
-from peraxis_tools.errors import ToolError
+from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
 
 __all__ = ["CompressResult", "Progress", "compress"]
@@ -98,30 +101,47 @@ def compress(
     options = options or CompressOptions.from_mapping(choices)
     output = Path(output)
     step = progress or _no_progress
-    if output.exists() and not overwrite:
-        raise ToolError(f"{output}: exists; pass --overwrite to replace it")
-    if not output.parent.is_dir():
-        raise ToolError(f"{output.parent}: no such folder; make it first")
+    inputs = (base, fine_tuned, options.calibration)
+    # Of several processes the first one writes.
+    alone = int(os.environ.get("RANK", "0")) == 0
     with (
+        claim_file(output, overwrite=overwrite, inputs=inputs) if alone else contextlib.nullcontext(),
         open_checkpoint(base, revision=base_revision) as base_checkpoint,
         open_checkpoint(fine_tuned, revision=fine_tuned_revision) as tuned_checkpoint,
     ):
-        check_pair(base_checkpoint, tuned_checkpoint)
-        planned = plan(
-            fine_tuned={info.name: info for info in tuned_checkpoint.tensors.infos()},
-            base={info.name: info for info in base_checkpoint.tensors.infos()},
-            options=options,
-            tied=tied_pairs(tuned_checkpoint.tensors),
-        )
-        with _fitting(base_checkpoint, tuned_checkpoint, output, options, step) as fitting:
-            if options.has_target:
-                planned = spend(planned, fitting.errors(planned), tuned_checkpoint, options)
-            if show_plan is not None:
-                show_plan(planned)
-            fit = fitting.fit(planned)
-            if fitting.writes:
-                _write(base_checkpoint, tuned_checkpoint, fit, output, options, step)
-    return _result(output, fit, options)
+        return _compress_pair(base_checkpoint, tuned_checkpoint, output, options, step, show_plan, overwrite=overwrite)
+
+
+def _compress_pair(
+    base: Checkpoint,
+    fine_tuned: Checkpoint,
+    output: Path,
+    options: CompressOptions,
+    progress: Progress,
+    show_plan: Callable[[Plan], None] | None,
+    *,
+    overwrite: bool,
+) -> CompressResult:
+    check_pair(base, fine_tuned)
+    planned = plan(
+        fine_tuned={info.name: info for info in fine_tuned.tensors.infos()},
+        base={info.name: info for info in base.tensors.infos()},
+        options=options,
+        tied=tied_pairs(fine_tuned.tensors),
+    )
+    written = None
+    with _fitting(base, fine_tuned, output, options, progress) as fitting:
+        if options.has_target:
+            planned = spend(planned, fitting.errors(planned), fine_tuned, options)
+        if show_plan is not None:
+            show_plan(planned)
+        fit = fitting.fit(planned)
+        if fitting.writes:
+            written = _write(base, fine_tuned, fit, output, options, progress, overwrite=overwrite)
+    if written is None:
+        with open_delta(output) as delta:
+            written = delta.manifest, delta.size
+    return _result(output, *written, fit, options)
 
 
 def _fitting(
@@ -145,7 +165,10 @@ def _write(
     output: Path,
     options: CompressOptions,
     progress: Progress,
-) -> None:
+    *,
+    overwrite: bool,
+) -> tuple[Manifest, int]:
+    """Write the file. Returns its manifest and its bytes."""
     planned = fit.plan
     reports: dict[str, ModuleReport] = {}
     with DeltaWriter(
@@ -153,6 +176,7 @@ def _write(
         base=base.identity,
         fine_tuned=fine_tuned.identity,
         calibration=fit.calibration,
+        overwrite=overwrite,
     ) as writer:
         done, total = 0, planned.full_bytes
 
@@ -180,13 +204,11 @@ def _write(
         if reports:
             writer.metadata["peraxis.report"] = _report_json(reports)
         writer.metadata.update(fit.metadata)
-        writer.finish()
+        return writer.finish(), writer.size
 
 
-def _result(output: Path, fit: RunFit, options: CompressOptions) -> CompressResult:
+def _result(output: Path, manifest: Manifest, size: int, fit: RunFit, options: CompressOptions) -> CompressResult:
     """What there is to say of a written file."""
-    with open_delta(output) as delta:
-        manifest, size = delta.manifest, delta.size
     counts = Counter(module.encoding for module in manifest.modules)
     axes = Counter(component.axis.value for module in manifest.modules for component in module.components)
     return CompressResult(

@@ -5,20 +5,24 @@ OUT.peraxis-work/
   PART.json, PART.bin   the modules of one part (embedding, a block, the head): index and arrays
   distilling.npz     distillation after its last whole epoch; distill-best: the best state by then
 
-A part is written under a temporary name and renamed, the json last: it is there whole or not at all. Hidden
-states are not kept: a resumed run computes them again, with the same operations and so to the same bits, which costs
-two forward passes for each finished block.
+A part appears whole or not at all, the json last, and each file ends with the SHA-256 of its data: one that is damaged
+is computed again. Hidden states are not kept: a resumed run computes them again, with the same operations and so to the
+same bits, which costs two forward passes for each finished block.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import json
+import logging
 import math
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Final, cast
 
 import numpy as np
 
@@ -27,7 +31,10 @@ from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 
 __all__ = ["WorkFolder", "pack_modules", "unpack_modules"]
 
+_LOG: Final = logging.getLogger("peraxis")
 _INPUTS = "inputs.json"
+_DIGEST_BYTES: Final = 32
+_CHUNK: Final = 1 << 20
 _TYPES = {"mask": np.uint8, "row": np.float16, "col": np.float16, "scalar": np.float16}
 
 
@@ -37,6 +44,7 @@ class WorkFolder:
     def __init__(self, output: Path, digest: str, *, resume: bool, is_main_process: bool = True) -> None:
         """is_main_process: whether this process makes the folder; others are to wait for it before they read."""
         self.path = output.with_name(output.name + ".peraxis-work")
+        self._run = digest
         if not is_main_process:
             return
         if self.path.exists() and not (resume and self._digest() == digest):
@@ -53,53 +61,134 @@ class WorkFolder:
             return None
 
     def load(self, part: str) -> list[FittedModule] | None:
-        """The modules of a finished part; None where it is not finished."""
-        index = self.path / f"{part}.json"
-        if not index.is_file():
-            return None
-        data = bytearray((self.path / f"{part}.bin").read_bytes())
-        return unpack_modules(json.loads(index.read_bytes()), data)
+        """The modules of a finished part; None where it is not finished, or damaged."""
+        with self._opened(f"{part}.json") as index, self._opened(f"{part}.bin") as data:
+            if index is None or data is None:
+                return None
+            return unpack_modules(json.loads(index.read()), bytearray(data.read()))
 
     def save_array(self, part: str, array: Array) -> None:
         """Store one array under a name of its own."""
-        with atomic_file(self.path / f"{part}.npy") as file:
+        with self._written(f"{part}.npy") as file:
             np.save(file, array, allow_pickle=False)
 
     def load_array(self, part: str) -> Array | None:
-        """A stored array; None where there is none."""
-        path = self.path / f"{part}.npy"
-        return np.load(path, allow_pickle=False) if path.is_file() else None
+        """A stored array; None where there is none, or a damaged one."""
+        with self._opened(f"{part}.npy") as file:
+            return None if file is None else np.load(io.BytesIO(file.read()), allow_pickle=False)
 
     def save_arrays(self, part: str, arrays: Mapping[str, Array]) -> None:
         """Store named arrays as one, over what was stored before."""
-        with atomic_file(self.path / f"{part}.npz") as file:
+        with self._written(f"{part}.npz") as file:
             np.savez(file, allow_pickle=False, **arrays)
 
     def load_arrays(self, part: str) -> dict[str, Array] | None:
-        """What `save_arrays` stored; None where there is none."""
-        path = self.path / f"{part}.npz"
-        if not path.is_file():
-            return None
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
+        """What `save_arrays` stored; None where there is none, or a damaged one."""
+        with self._opened(f"{part}.npz") as file:
+            if file is None:
+                return None
+            with np.load(file, allow_pickle=False) as stored:
+                return {name: stored[name] for name in stored.files}
 
     def save_text(self, part: str, text: Mapping[str, Any]) -> None:
         """Store JSON values under a name of their own; for a part, before the part itself is saved."""
-        with atomic_file(self.path / f"{part}.text.json") as file:
+        with self._written(f"{part}.text.json") as file:
             file.write(json.dumps(dict(text)).encode())
 
     def load_text(self, part: str) -> dict[str, Any] | None:
-        """What `save_text` stored; None where there is none."""
-        path = self.path / f"{part}.text.json"
-        return dict(json.loads(path.read_bytes())) if path.is_file() else None
+        """What `save_text` stored; None where there is none, or a damaged one."""
+        with self._opened(f"{part}.text.json") as file:
+            return None if file is None else dict(json.loads(file.read()))
 
     def save(self, part: str, modules: Sequence[FittedModule]) -> None:
         """Store a finished part."""
         entries, data = pack_modules(modules)
-        with atomic_file(self.path / f"{part}.bin") as file:
+        with self._written(f"{part}.bin") as file:
             file.write(data)
-        with atomic_file(self.path / f"{part}.json") as file:
+        with self._written(f"{part}.json") as file:
             file.write(json.dumps(entries).encode())
+
+    def _hash(self, name: str) -> Any:
+        """The digest of a file begins with the run and the name, so that no file stands for another."""
+        return hashlib.sha256(f"{self._run} {name}\n".encode())
+
+    @contextlib.contextmanager
+    def _written(self, name: str) -> Iterator[BinaryIO]:
+        """A file whose digest follows its data."""
+        digest = self._hash(name)
+        with atomic_file(self.path / name) as file:
+            yield cast(BinaryIO, _Hashing(file, digest))
+            file.write(digest.digest())
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[BinaryIO | None]:
+        """The file at its beginning, held to its digest; None where it is not there or damaged, which is logged."""
+        path = self.path / name
+        try:
+            file = open(path, "rb")  # noqa: SIM115  closed below
+        except FileNotFoundError:
+            yield None
+            return
+        with file:
+            size = os.fstat(file.fileno()).st_size - _DIGEST_BYTES
+            if size < 0 or not self._holds(file, name, size):
+                _LOG.warning("%s: is damaged; what it held is computed again", path)
+                yield None
+                return
+            file.seek(0)
+            yield cast(BinaryIO, _Head(file, size))
+
+    def _holds(self, file: BinaryIO, name: str, size: int) -> bool:
+        digest = self._hash(name)
+        left = size
+        while left and (chunk := file.read(min(_CHUNK, left))):
+            digest.update(chunk)
+            left -= len(chunk)
+        return bool(file.read(_DIGEST_BYTES) == digest.digest())
+
+
+class _Hashing:
+    """Passes bytes on to a file and a digest. It cannot seek: zip archives are then written in one go."""
+
+    def __init__(self, file: BinaryIO, digest: Any) -> None:
+        self._file, self._digest = file, digest
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def read(self, size: int = -1) -> bytes:
+        """numpy tells files from paths by this."""
+        raise io.UnsupportedOperation("read")
+
+
+class _Head(io.RawIOBase):
+    """The first `size` bytes of an open file, as a file of their own."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size = file, size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        data = self._file.read(min(len(view), max(0, self._size - self._file.tell())))
+        view[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._file.tell(), os.SEEK_END: self._size}[whence]
+        return self._file.seek(max(0, start + offset))
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def pack_modules(modules: Sequence[FittedModule]) -> tuple[list[dict[str, Any]], bytes]:
