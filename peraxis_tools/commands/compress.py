@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
+from peraxis_tools.commands.options import json_option, masks_option, overwrite_option, quiet_option
 from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.options import AXES, EMBEDDINGS, FITS, RECIPES, parse_size, read_yaml
 from peraxis_tools.report import Progress, emit, progress
@@ -50,7 +50,7 @@ def size(value: str) -> int:
 @click.option("--recipe", type=click.Choice(tuple(RECIPES)), help="Options under one name; others given win over it.")
 @click.option("--fit", type=click.Choice(FITS), help="Default: refined with a calibration text, else none.")
 @click.option("--axis", type=click.Choice(AXES), help="Along what scales run; auto: the best of each module.")
-@click.option("--bits", type=int, help="Masks a module, 1 to 8.  [default: 1]")
+@masks_option(click.INT, help="Masks a module, 1 to 8.  [default: 1]")
 @click.option("--target-size", type=size, help="Size of the file, like 1.2GB: spent where it lowers the error most.")
 @click.option("--target-ratio", type=float, help="The same, as a fraction of the checkpoint: 12 is a twelfth.")
 @click.option("--embeddings", type=click.Choice(EMBEDDINGS), help="embed_tokens and lm_head.  [default: auto]")

@@ -35,6 +35,8 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 # Where a run stands and what it runs on: no part of what the bytes follow from.
 _NOT_CONTENT: Final = ("device", "resume", "hidden_limit", "logits_limit")
+# Names that options had before; files and their digests keep them.
+_OTHER_NAMES: Final[Mapping[str, str]] = {"bits": "masks"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +46,9 @@ class CompressOptions:
     fit            none: mean |delta|, no text; closed-form: scales from calibration; refined: signs too;
                    adamw: the paper's; auto: refined where a calibration text is given, else none
     axis           auto: the best for each module
-    bits           masks a module, 1 to 8
+    masks          sign masks (components) a module, 1 to 8; `bits` is accepted as another name
     target_size    size of the file; or target_ratio, fine-tuned size / file size: masks are spent where they pay
-    embeddings     embed_tokens and lm_head: sign (`bits` masks), full (exact), auto (as many masks as pay)
+    embeddings     embed_tokens and lm_head: sign (`masks` of them), full (exact), auto (as many masks as pay)
     calibration    c4, a `datasets` id, or a file of json, jsonl(.gz), parquet or txt
     held_out       share of the calibration samples for validation, rather than the fit
     generated_samples  samples that the fine-tuned model writes itself, added to both texts: its own domain
@@ -59,7 +61,7 @@ class CompressOptions:
 
     fit: str = "auto"
     axis: str = "auto"
-    bits: int = 1
+    masks: int = 1
     target_size: int | None = None
     target_ratio: float | None = None
     embeddings: str = "auto"
@@ -96,7 +98,7 @@ class CompressOptions:
             if getattr(self, name) not in allowed:
                 raise OptionError(f"{_dashed(name)} {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         for name, least, most in (
-            ("bits", 1, 8),
+            ("masks", 1, 8),
             ("calibration_samples", 1, 1 << 24),
             ("sequence_length", 2, 1 << 24),
             ("batch_size", 1, 1 << 16),
@@ -115,10 +117,10 @@ class CompressOptions:
             raise OptionError("this fit needs a text: give --calibration (c4, a datasets id, or a file)")
         if self.target_size is not None and self.target_ratio is not None:
             raise OptionError("target-size and target-ratio: give one of them")
-        if self.fit == "adamw" and (self.bits > 1 or self.has_target):
+        if self.fit == "adamw" and (self.masks > 1 or self.has_target):
             raise OptionError("fit adamw is the paper's: one mask a module, no target")
-        if self.bits > 1 and self.has_target:
-            raise OptionError("bits and a target size exclude each other: the target decides the masks of each module")
+        if self.masks > 1 and self.has_target:
+            raise OptionError("masks and a target size exclude each other: the target decides the masks of each module")
 
     @property
     def has_target(self) -> bool:
@@ -135,6 +137,7 @@ class CompressOptions:
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> CompressOptions:
         """Options from a mapping (YAML, JSON); `-` and `_` are the same, `recipe` stands for options of RECIPES.
+        Of two names of one option the later wins.
 
         Raises OptionError for unknown keys.
         """
@@ -147,6 +150,7 @@ class CompressOptions:
             if key == "recipe":
                 continue
             name = str(key).replace("-", "_")
+            name = _OTHER_NAMES.get(name, name)
             if name not in known:
                 raise OptionError(f"unknown option {key!r}; known are {', '.join(sorted(map(_dashed, known)))}")
             given[name] = _typed(name, value)
@@ -159,7 +163,8 @@ class CompressOptions:
 
     def content(self) -> dict[str, Any]:
         """What the bytes of the artifact follow from, for the manifest and for resuming; floats as decimal strings."""
-        values = {name: value for name, value in asdict(self).items() if name not in _NOT_CONTENT}
+        names = {new: old for old, new in _OTHER_NAMES.items()}
+        values = {names.get(name, name): value for name, value in asdict(self).items() if name not in _NOT_CONTENT}
         return {name: repr(value) if isinstance(value, float) else value for name, value in values.items()}
 
     def canonical_json(self) -> str:

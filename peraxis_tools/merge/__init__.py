@@ -98,6 +98,7 @@ def merge(
     *,
     weights: Sequence[float],
     mixture: Mixture | None = None,
+    masks: int | None = None,
     bits: int | None = None,
     base: str | Path | None = None,
     name: str | None = None,
@@ -106,12 +107,13 @@ def merge(
 ) -> MergeResult:
     """Write the merge of deltas on one base.
 
-    weights: one for each path. bits: masks a module of the result has; None keeps all components of a weighted sum,
-    and means as many as the inputs have together (8 at most) for `ties` and `dare`. base: the checkpoint, needed
-    where inputs store different exact tensors. name: of the fine-tuned checkpoint that results. progress: payload
-    bytes of inputs. Raises CheckFailedError for different bases, ToolError, PxdError, CheckpointError.
+    weights: one for each path. masks: how many a module of the result has (`bits` is another name of it); None keeps
+    all components of a weighted sum, and means as many as the inputs have together (8 at most) for `ties` and `dare`.
+    base: the checkpoint, needed where inputs store different exact tensors. name: of the fine-tuned checkpoint that
+    results. progress: payload bytes of inputs. Raises CheckFailedError for different bases, ToolError, PxdError, CheckpointError.
     """
     mixture = mixture or Mixture()
+    masks = bits if masks is None else masks
     output = Path(output)
     _check_weights(paths, weights)
     with ExitStack() as stack:
@@ -128,19 +130,19 @@ def merge(
             _check_no_base_needed(files, ordered, mixture)
         else:
             pxd.check_base_names(files[0].manifest, checkpoint.tensors)
-        if bits is None and not mixture.is_sum:
-            bits = min(pxd.COMPONENTS_MAX, sum(_masks(file) for file in files))
+        if masks is None and not mixture.is_sum:
+            masks = min(pxd.COMPONENTS_MAX, sum(_masks(file) for file in files))
         with (
-            _writer(output, files, ordered, mixture, bits, name, overwrite=overwrite) as writer,
+            _writer(output, files, ordered, mixture, masks, name, overwrite=overwrite) as writer,
             progress("merge", sum(file.size - file.header_size for file in files)) as step,
         ):
-            modules = tuple(_add_all(writer, files, ordered, mixture, bits, checkpoint, step))
+            modules = tuple(_add_all(writer, files, ordered, mixture, masks, checkpoint, step))
             _add_rest(writer, files, ordered)
             manifest = writer.finish()
     inputs = tuple(
         MergeInput(content_id=file.content_id, weight=weight) for file, weight in zip(files, ordered, strict=True)
     )
-    return _result(output, manifest, writer.size, "sum" if bits is None else "fit", mixture.method, inputs, modules)
+    return _result(output, manifest, writer.size, "sum" if masks is None else "fit", mixture.method, inputs, modules)
 
 
 def _result(
@@ -213,7 +215,7 @@ def _writer(
     files: Sequence[pxd.DeltaFile],
     weights: Sequence[float],
     mixture: Mixture,
-    bits: int | None,
+    masks: int | None,
     name: str | None,
     *,
     overwrite: bool,
@@ -228,13 +230,13 @@ def _writer(
         base=pxd.Identity(id=first.base.id, revision=first.base.revision),
         fine_tuned=pxd.Identity(id=name or terms),
         calibration=calibrations.pop() if len(calibrations) == 1 else None,
-        metadata={_INPUTS_KEY: json.dumps(inputs), _MERGE_KEY: json.dumps(_how(mixture, bits), sort_keys=True)},
+        metadata={_INPUTS_KEY: json.dumps(inputs), _MERGE_KEY: json.dumps(_how(mixture, masks), sort_keys=True)},
         overwrite=overwrite,
     )
 
 
-def _how(mixture: Mixture, bits: int | None) -> dict[str, Any]:
-    how: dict[str, Any] = {"method": mixture.method, "bits": bits, "normalize": mixture.normalized}
+def _how(mixture: Mixture, masks: int | None) -> dict[str, Any]:
+    how: dict[str, Any] = {"method": mixture.method, "bits": masks, "normalize": mixture.normalized}
     if not mixture.is_sum:
         how["density"] = repr(mixture.density)
     if mixture.method == "dare":
@@ -247,7 +249,7 @@ def _add_all(
     files: Sequence[pxd.DeltaFile],
     weights: Sequence[float],
     mixture: Mixture,
-    bits: int | None,
+    masks: int | None,
     checkpoint: Checkpoint | None,
     progress: Callable[[int], None],
 ) -> list[MergedModule]:
@@ -257,7 +259,7 @@ def _add_all(
             [file.load(entry.name) for file in files],
             weights,
             mixture=mixture,
-            bits=bits,
+            masks=masks,
             base=rows,
             keys=[f"{file.content_id} {entry.name}" for file in files],
         )

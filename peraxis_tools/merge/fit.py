@@ -42,25 +42,25 @@ class Fit:
     square_norm: float
 
 
-def fit_masks(matrix: Callable[[tuple[int, ...]], Dense], covered: tuple[int, ...], bits: int) -> Fit:
-    """Fit `bits` row+col components to a delta of this covered shape, two passes over it for each mask.
+def fit_masks(matrix: Callable[[tuple[int, ...]], Dense], covered: tuple[int, ...], masks: int) -> Fit:
+    """Fit `masks` row+col components to a delta of this covered shape, two passes over it for each mask.
 
     matrix: the rows of the matrix at an index of the batch.
     """
     batch, (rows, cols) = covered[:-2], covered[-2:]
-    fits = [_fit_matrix(matrix(index), (rows, cols), bits) for index in np.ndindex(*batch)]
+    fits = [_fit_matrix(matrix(index), (rows, cols), masks) for index in np.ndindex(*batch)]
     return Fit(
-        components=tuple(_stack([fit.components[k] for fit in fits], batch) for k in range(bits)),
+        components=tuple(_stack([fit.components[k] for fit in fits], batch) for k in range(masks)),
         square_error=math.fsum(fit.square_error for fit in fits),
         square_norm=math.fsum(fit.square_norm for fit in fits),
     )
 
 
-def _fit_matrix(dense: Dense, shape: tuple[int, int], bits: int) -> Fit:
+def _fit_matrix(dense: Dense, shape: tuple[int, int], masks: int) -> Fit:
     chosen: list[Terms] = []
     components: list[pxd.Component] = []
     norm = left = 0.0
-    for k in range(bits):
+    for k in range(masks):
         residual = _Residual(dense, shape, joined(chosen) if chosen else None)
         component, square, left = _component(residual)
         norm = norm if k else square

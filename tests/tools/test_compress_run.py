@@ -76,7 +76,7 @@ def test_the_same_inputs_give_the_same_bytes(pair: tuple[Path, Path, Path], tmp_
 
 def test_a_run_can_be_repeated_from_its_artifact(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, tuned, text = pair
-    compress(base, tuned, tmp_path / "one.pxd", calibration=str(text), bits=2, axis="col", held_out=0.3, **FEW)
+    compress(base, tuned, tmp_path / "one.pxd", calibration=str(text), masks=2, axis="col", held_out=0.3, **FEW)
     with pxd.open(tmp_path / "one.pxd") as delta:
         (tmp_path / "run.yaml").write_text(delta.manifest.metadata["peraxis.config"], "utf-8")
         choices = json.loads(delta.manifest.metadata["peraxis.plan"])["choices"]

@@ -93,7 +93,7 @@ def compress(
     """Compress a fine-tuned checkpoint against its base into `output`.
 
     base, fine_tuned: folder, safetensors file or hub id. choices: single options by name, in place of `options`
-    (compress(..., calibration="c4", bits=2)). show_plan is called with the plan before any work.
+    (compress(..., calibration="c4", masks=2)). show_plan is called with the plan before any work.
     Raises ToolError (OptionError, CheckpointError) before work starts where the pair or the options do not fit.
     """
     if options is not None and choices:
