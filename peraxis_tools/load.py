@@ -13,7 +13,7 @@ from peraxis_tools.rebuild import aliases_of, assets_of, rebuild_all
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["load_model", "to_torch"]
+__all__ = ["load_model"]
 
 
 def load_model(
@@ -29,13 +29,15 @@ def load_model(
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+    from peraxis_format.ops.tensors import from_storage
+
     with pxd.open(delta) as file, open_checkpoint(base, revision=base_revision) as checkpoint:
         refuse_part(file.manifest, delta)
         config = json.loads(dict(assets_of(file, checkpoint)).get("config.json") or json.dumps(checkpoint.config()))
         state = {}
         aliases = aliases_of(file.manifest)
         for entry, array in rebuild_all(file, checkpoint.tensors):
-            tensor = to_torch(array, entry.dtype)
+            tensor = from_storage(array, entry.dtype)
             for name in (entry.name, *aliases.get(entry.name, ())):
                 state[name] = tensor
     options.setdefault("dtype", config.get("dtype", config.get("torch_dtype", torch.float32)))
@@ -44,17 +46,3 @@ def load_model(
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)]
     model: PreTrainedModel = kind.from_pretrained(None, config=parsed, state_dict=state, **options).eval()
     return model
-
-
-def to_torch(array: pxd.Array, dtype: pxd.DType) -> Any:
-    """A storage array as a torch tensor of its dtype, sharing memory."""
-    import torch
-
-    kinds = {
-        pxd.DType.BF16: torch.bfloat16,
-        pxd.DType.BOOL: torch.bool,
-        pxd.DType.F8_E4M3: torch.float8_e4m3fn,
-        pxd.DType.F8_E5M2: torch.float8_e5m2,
-    }
-    tensor = torch.from_numpy(array)
-    return tensor.view(kinds[dtype]) if dtype in kinds else tensor

@@ -22,7 +22,7 @@ from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError
 from peraxis_tools.progress import ProgressOf
 from peraxis_tools.urls import without_secrets
 
-__all__ = ["Check", "FileVerdict", "Signature", "Status", "VerifyReport", "Wanted", "verify_files"]
+__all__ = ["Check", "FileVerdict", "Opener", "Signature", "Status", "VerifyReport", "Wanted", "verify_files"]
 
 # Opens a file by the name that the user gave it, fetching it first where it is remote.
 Opener: TypeAlias = Callable[[str], AbstractContextManager[Path]]

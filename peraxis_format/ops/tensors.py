@@ -10,7 +10,7 @@ from torch import Tensor
 from peraxis_format.dtypes import Array, DType
 from peraxis_format.errors import LiveModelError
 
-__all__ = ["TORCH_DTYPES", "as_bytes", "dtype_of", "storage_array", "tensor_view"]
+__all__ = ["TORCH_DTYPES", "as_bytes", "dtype_of", "from_storage", "storage_array", "tensor_view"]
 
 TORCH_DTYPES: Final[dict[DType, torch.dtype]] = {
     DType.BOOL: torch.bool,
@@ -51,6 +51,11 @@ def storage_array(tensor: Tensor) -> Array:
     plain = tensor.detach()
     array: Array = plain.view(_CARRIED.get(plain.dtype, plain.dtype)).numpy()
     return array
+
+
+def from_storage(array: Array, dtype: DType) -> Tensor:
+    """A storage array as a tensor of its dtype, sharing memory."""
+    return torch.from_numpy(array).view(TORCH_DTYPES[dtype])
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -23,10 +23,9 @@ import peraxis_format as pxd
 from peraxis_tools.convert.lowrank import LowRank, low_rank
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
+from peraxis_tools.factors import ComponentSum, module_sum
 from peraxis_tools.folders import atomic_folder
 from peraxis_tools.kinds import kind_of
-from peraxis_tools.load import to_torch
-from peraxis_tools.merge.factors import Terms, module_terms
 from peraxis_tools.outputs import claim_folder
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.rows import delta_rows, row_blocks
@@ -147,6 +146,8 @@ def _add(
     *,
     tied: bool,
 ) -> None:
+    from peraxis_format.ops.tensors import from_storage
+
     module, _, kind = entry.name.rpartition(".")
     if entry.encoding is pxd.Encoding.SAME and not entry.tensors():
         return
@@ -161,10 +162,10 @@ def _add(
             adapter.square_norm += lost
     elif entry.encoding is pxd.Encoding.FULL:
         full = delta.load(entry.name).full
-        adapter.tensors[f"{_PREFIX}{entry.name}"] = to_torch(np.array(full), entry.dtype)
+        adapter.tensors[f"{_PREFIX}{entry.name}"] = from_storage(np.array(full), entry.dtype)
         adapter.whole.append(module)
     else:
-        _decompose(adapter, entry, module, module_terms(delta.load(entry.name)), rank, max_error)
+        _decompose(adapter, entry, module, module_sum(delta.load(entry.name)), rank, max_error)
 
 
 def _dense_blocks(module: pxd.ModuleDelta) -> Iterator[Any]:
@@ -187,7 +188,12 @@ def _cannot(entry: pxd.ModuleEntry, kind: str, *, tied: bool) -> str | None:
 
 
 def _decompose(
-    adapter: _Adapter, entry: pxd.ModuleEntry, module: str, terms: Terms, rank: int | None, max_error: float | None
+    adapter: _Adapter,
+    entry: pxd.ModuleEntry,
+    module: str,
+    terms: ComponentSum,
+    rank: int | None,
+    max_error: float | None,
 ) -> None:
     import torch
 
@@ -209,7 +215,7 @@ def _decompose(
         adapter.tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.contiguous()
 
 
-def _whole_spectrum(terms: Terms, rank: int | None, max_error: float | None) -> LowRank:
+def _whole_spectrum(terms: ComponentSum, rank: int | None, max_error: float | None) -> LowRank:
     """All singular values of the dense matrix: for a large share of them, or a rank that follows from the error."""
     import torch
 

@@ -59,11 +59,7 @@ def evaluate(
     always computes in float32, the others in compute_dtype. tasks: names for lm-eval, with task_limit questions
     each; task_path: a folder of further task definitions. Raises ToolError, PxdError, CheckpointError.
     """
-    unknown = sorted(set(candidates) - set(CANDIDATES))
-    if unknown:
-        raise ToolError(f"candidate {unknown[0]}: choose of {', '.join(CANDIDATES)}")
-    if not texts and not tasks:
-        raise ToolError("nothing to evaluate on: give a text (--text domain=file) or tasks (--tasks)")
+    _check_asked(texts, tasks, candidates)
     from peraxis_tools.environment import resolve_device
     from peraxis_tools.evaluate.models import load_tokenizer
     from peraxis_tools.quiet import quiet_transformers
@@ -91,11 +87,17 @@ def evaluate(
             delta=str(delta),
             content_id=file.content_id,
             bytes=file.size,
-            domains=tuple(
-                _domain(name, sampled[name], found[name], seen=_seen(sampled[name], calibration)) for name in sampled
-            ),
+            domains=tuple(_domain(name, its, found[name], calibration) for name, its in sampled.items()),
             tasks=_tasks(models, tokenizer, tasks, task_limit, task_path, batch_size),
         )
+
+
+def _check_asked(texts: Mapping[str, str | Path], tasks: Sequence[str], candidates: Sequence[str]) -> None:
+    unknown = sorted(set(candidates) - set(CANDIDATES))
+    if unknown:
+        raise ToolError(f"candidate {unknown[0]}: choose of {', '.join(CANDIDATES)}")
+    if not texts and not tasks:
+        raise ToolError("nothing to evaluate on: give a text (--text domain=file) or tasks (--tasks)")
 
 
 def worst_kl(
@@ -190,7 +192,9 @@ def _seen(samples: Samples, calibration: pxd.Calibration | None) -> bool:
     return calibration.digest == samples.digest or calibration.source.split("; ")[0] == samples.source
 
 
-def _domain(name: str, samples: Samples, found: Mapping[str, Fidelity], *, seen: bool) -> DomainResult:
+def _domain(
+    name: str, samples: Samples, found: Mapping[str, Fidelity], calibration: pxd.Calibration | None
+) -> DomainResult:
     any_one = next(iter(found.values()))
     base = found.get("base")
     recovered = {
@@ -209,7 +213,7 @@ def _domain(name: str, samples: Samples, found: Mapping[str, Fidelity], *, seen:
         candidates=dict(found),
         perplexity={candidate: its.perplexity for candidate, its in found.items()},
         recovered=recovered,
-        seen=seen,
+        seen=_seen(samples, calibration),
     )
 
 

@@ -110,7 +110,8 @@ def merge(
     weights: one for each path. masks: how many a module of the result has (`bits` is another name of it); None keeps
     all components of a weighted sum, and means as many as the inputs have together (8 at most) for `ties` and `dare`.
     base: the checkpoint, needed where inputs store different exact tensors. name: of the fine-tuned checkpoint that
-    results. progress: payload bytes of inputs. Raises CheckFailedError for different bases, ToolError, PxdError, CheckpointError.
+    results. progress: payload bytes of inputs. Raises CheckFailedError for different bases, ToolError, PxdError,
+    CheckpointError.
     """
     mixture = mixture or Mixture()
     masks = bits if masks is None else masks

@@ -17,7 +17,7 @@ from peraxis_format.torch import DeviceError, LiveModelError, SwapError, Variant
 from peraxis_format.torch.device import HostDevice
 from peraxis_format.torch.ring import DEPTH
 from peraxis_format.torch.swap import registry
-from peraxis_format.torch.swap.engine import HostEngine, TritonEngine
+from peraxis_format.torch.swap.engine import HostEngine
 from tests.loader.support import Small, bytes_of, expected_bytes, named_tensors, write_delta
 
 RESIDENCIES = ("pinned", "file")
@@ -93,10 +93,7 @@ def test_triton_kernels_swap_to_the_same_bits_over_the_same_stream(
     if torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without a GPU")
 
-    def triton_engine(transfers: Any, bases: Any, **_: Any) -> Any:
-        return TritonEngine(transfers, bases, device=torch.device("cpu"))
-
-    monkeypatch.setattr(registry, "engine_for", triton_engine)
+    monkeypatch.setenv("PERAXIS_BACKEND", "triton")
     monkeypatch.setattr(registry, "TRANSFER_LIMIT", 700)
     base = {name: t.detach().clone() for name, t in named_tensors(Small()).items()}
     base["experts"] = torch.randn(3, 9, 24).bfloat16()

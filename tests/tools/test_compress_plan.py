@@ -130,7 +130,8 @@ def test_bits_is_another_name_of_masks_and_stays_the_name_in_files(tmp_path: Pat
     (tmp_path / "old.yaml").write_text("bits: 3\n")
     options = CompressOptions.from_yaml(tmp_path / "old.yaml")
     assert options == CompressOptions(masks=3)
-    assert options.content()["bits"] == 3 and "masks" not in options.content()
+    assert options.content()["bits"] == 3
+    assert "masks" not in options.content()
     assert CompressOptions.from_mapping({"bits": 3, "masks": 2}).masks == 2  # --config, and an option on top
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from peraxis_format import Encoding, Safetensors
-from peraxis_tools.compress.model.components import TORCH_DTYPES, apply_components, to_torch
+from peraxis_format.ops.tensors import TORCH_DTYPES, from_storage
+from peraxis_tools.compress.model.components import apply_components
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel, UnsupportedModelError
 from peraxis_tools.compress.model.names import NameMap
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule
@@ -39,7 +40,7 @@ class Weights:
 
     def read(self, tensors: Safetensors, name: str, rows: slice | None = None) -> Tensor:
         """A tensor of a checkpoint on the device, in its own dtype."""
-        return to_torch(tensors.read(name, rows), tensors[name].dtype).to(self.device)
+        return from_storage(tensors.read(name, rows), tensors[name].dtype).to(self.device)
 
     def pair(self, module: PlannedModule) -> tuple[Tensor, Tensor]:
         """(base, fine-tuned) of the rows that both have, as float32."""
