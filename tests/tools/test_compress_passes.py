@@ -85,7 +85,7 @@ def test_many_waiting_passes_can_be_closed_half_way_and_leave_no_thread() -> Non
         passes = [SuspendedPass(run) for _ in range(5)]
         for one in passes:
             one.inputs(first)
-        assert torch.equal(*(one.inputs(second)[next(iter(second.leaders))] for one in passes[:2]))
+        assert torch.equal(*(one.inputs(second)[next(iter(second.observed))] for one in passes[:2]))
         assert threading.active_count() == before + 5
         for one in passes:
             one.close()

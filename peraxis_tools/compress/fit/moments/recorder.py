@@ -98,11 +98,11 @@ class Observer(TorchDispatchMode):
             (True, (rows, cols), (cols, 1)),
         ):
             if tuple(right.shape[-2:]) == shape and tuple(right.stride()[-2:]) == strides:
-                yield from _split(name, parameter, transposed, left, right)
+                yield from _split(name, parameter, left, right, transposed=transposed)
                 return
 
 
-def _split(name: str, parameter: Tensor, transposed: bool, left: Tensor, right: Tensor) -> Iterable[Call]:
+def _split(name: str, parameter: Tensor, left: Tensor, right: Tensor, *, transposed: bool) -> Iterable[Call]:
     matrix = parameter.shape[-2] * parameter.shape[-1]
     first, remainder = divmod(int(right.storage_offset() - parameter.storage_offset()), matrix)
     if remainder:
