@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from peraxis_tools.sign import SignResult
+
 import peraxis
 from peraxis_format import DeltaFile
 from peraxis_format.torch import Served
@@ -24,7 +26,6 @@ from peraxis_tools.inspect import InspectResult
 from peraxis_tools.merge import MergeResult, Method, Mixture
 from peraxis_tools.publish import PublishResult, Relation
 from peraxis_tools.pull import PullResult
-from peraxis_tools.sign import SignResult
 from peraxis_tools.split import SplitResult
 from peraxis_tools.verify import VerifyResult
 

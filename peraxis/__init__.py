@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from peraxis_tools.sign import sign
+
     from peraxis_format import PxdError, __version__, open
     from peraxis_format.torch import VariantSwitch, apply_, serve
     from peraxis_tools.apply import apply
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from peraxis_tools.merge import merge, merge_parts
     from peraxis_tools.publish import publish
     from peraxis_tools.pull import pull
-    from peraxis_tools.sign import sign
     from peraxis_tools.split import split
     from peraxis_tools.verify import verify
 
