@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
+from peraxis_tools.commands.options import json_option, masks_option, overwrite_option, quiet_option
 from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.options import AXES, EMBEDDINGS, FITS, RECIPES, parse_size, read_yaml
 from peraxis_tools.report import Stages, emit
@@ -16,16 +16,9 @@ from peraxis_tools.report.compress import plan_lines, render_compress
 __all__ = ["command"]
 
 
-class _Size(click.ParamType):
-    """Bytes as 800MB, 1.2GB, 1GiB."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        return parse_size(value)
-
-
-_SIZE = _Size()
+def size(value: str) -> int:
+    """Bytes as 800MB, 1.2GB, 1GiB; click shows the type under this function's name."""
+    return parse_size(value)
 
 
 @click.command("compress")
@@ -36,14 +29,14 @@ _SIZE = _Size()
 @click.option("--recipe", type=click.Choice(tuple(RECIPES)), help="Options under one name; others given win over it.")
 @click.option("--fit", type=click.Choice(FITS), help="Default: refined with a calibration text, else none.")
 @click.option("--axis", type=click.Choice(AXES), help="Along what scales run; auto: the best of each module.")
-@click.option("--bits", type=int, help="Masks a module, 1 to 8.  [default: 1]")
-@click.option("--target-size", type=_SIZE, help="Size of the file, like 1.2GB: spent where it lowers the error most.")
+@masks_option(click.INT, help="Masks a module, 1 to 8.  [default: 1]")
+@click.option("--target-size", type=size, help="Size of the file, like 1.2GB: spent where it lowers the error most.")
 @click.option("--target-ratio", type=float, help="The same, as a fraction of the checkpoint: 12 is a twelfth.")
 @click.option("--embeddings", type=click.Choice(EMBEDDINGS), help="embed_tokens and lm_head.  [default: auto]")
 @click.option("--calibration-samples", type=int, help="[default: 50]")
 @click.option("--sequence-length", type=int, help="Tokens a sample.  [default: 512]")
 @click.option("--text-column", help="Column of the text.  [default: text, else all text columns]")
-@click.option("--held-out", type=float, help="Share of the samples that judges.  [default: 0.2]")
+@click.option("--held-out", type=float, help="Share of the samples for validation.  [default: 0.2]")
 @click.option("--batch-size", type=int, help="Samples in one forward pass.  [default: 8]")
 @click.option("--generated-samples", type=int, help="Samples that the fine-tuned model writes itself.  [default: 0]")
 @click.option("--distill-samples", type=int, help="Samples of end-to-end distillation; 0: none.  [default: 0]")
@@ -58,8 +51,8 @@ _SIZE = _Size()
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda where there is one]")
 @click.option("--compute-dtype", type=click.Choice(("auto", "float32", "bfloat16", "float16")))
-@click.option("--hidden-limit", type=_SIZE, help="Hidden states beyond this go to disk.  [default: 4GiB]")
-@click.option("--logits-limit", type=_SIZE, help="Teacher logits on disk; beyond this, recomputed.  [default: 4GiB]")
+@click.option("--hidden-limit", type=size, help="Hidden states beyond this go to disk.  [default: 4GiB]")
+@click.option("--logits-limit", type=size, help="Teacher logits on disk; beyond this, recomputed.  [default: 4GiB]")
 @click.option("--resume/--no-resume", default=None, help="Go on where a killed run stopped.  [default: resume]")
 @click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="YAML of these options.")
 @click.option("--base-revision", help="Of a hub id.")
