@@ -63,9 +63,7 @@ def command(
         raise ToolError(f"{source}: is a .pxd already; pass --to lora or --to checkpoint")
     if target in ("pxd", "checkpoint", None) and base is None:
         raise ToolError(f"{source}: pass --base, the checkpoint that this delta is for")
-    if target == "lora":
-        refuse_given("base", why="with --to lora")
-    else:
+    if target != "lora":
         refuse_given("rank", "max_error", why="without --to lora")
     if target in ("lora", "checkpoint"):
         refuse_given("layout", "axis", "name", why=f"with --to {target}")
