@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
+from peraxis_tools.bars import Stages
 from peraxis_tools.commands.options import json_option, masks_option, overwrite_option, quiet_option
 from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.options import AXES, EMBEDDINGS, FITS, RECIPES, parse_size, read_yaml
-from peraxis_tools.report import Stages, emit
+from peraxis_tools.report import emit
 from peraxis_tools.report.compress import plan_lines, render_compress
 
 __all__ = ["command"]
@@ -25,7 +26,10 @@ def size(value: str) -> int:
 @click.argument("base", metavar="BASE")
 @click.argument("fine_tuned", metavar="FINE_TUNED")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The .pxd to write.")
-@click.option("--calibration", metavar="TEXT", help="c4, a datasets id, or json, jsonl(.gz), parquet, txt.")
+@click.option(
+    "--calibration", metavar="TEXT[:WEIGHT]", multiple=True,
+    help="c4, a datasets id, or json, jsonl(.gz), parquet, txt. Repeatable.",
+)  # fmt: skip
 @click.option("--recipe", type=click.Choice(tuple(RECIPES)), help="Options under one name; others given win over it.")
 @click.option("--fit", type=click.Choice(FITS), help="Default: refined with a calibration text, else none.")
 @click.option("--axis", type=click.Choice(AXES), help="Along what scales run; auto: the best of each module.")
@@ -86,7 +90,7 @@ def command(
     Example: peraxis-tools compress meta-llama/Llama-3.1-8B my/fine-tune -o delta.pxd --calibration c4
     """
     values = read_yaml(config) if config is not None else {}
-    values.update({name: value for name, value in given.items() if value is not None})
+    values.update({name: value for name, value in given.items() if value not in (None, ())})
     options = CompressOptions.from_mapping(values)
     with Stages(quiet=quiet) as stages:
         result = compress(

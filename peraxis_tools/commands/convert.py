@@ -12,7 +12,8 @@ from peraxis_tools.commands.options import Finite, json_option, overwrite_option
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.convert import LAYOUTS, Layout, to_lora, to_pxd
 from peraxis_tools.errors import ToolError
-from peraxis_tools.report import emit, staged
+from peraxis_tools.progress import staged
+from peraxis_tools.report import emit
 from peraxis_tools.report.apply import render_apply
 from peraxis_tools.report.convert import render_lora, render_to_pxd
 

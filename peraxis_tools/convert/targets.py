@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from peraxis_tools.kinds import kind_of
 from peraxis_tools.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
     from peraxis_tools.compress.model.names import ParameterSlice
 
@@ -91,7 +92,7 @@ def targets_by_model(config: Mapping[str, Any], names: Iterable[str]) -> Targets
     if model is None:
         return None
     tied = _tied(model)
-    slices = map_names(model, names).by_tensor
+    slices = map_names(cast("PreTrainedModel", model), names).by_tensor
     fused = any(found.index is not None for found in slices.values())
     places = {}
     for name, found in slices.items():
