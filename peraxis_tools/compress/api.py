@@ -31,7 +31,7 @@ def compress(
     recipe: Recipe | None = None,
     fit: Fit | None = None,
     axis: AxisChoice | None = None,
-    bits: int | None = None,
+    masks: int | None = None,
     target_size: int | str | None = None,
     target_ratio: float | None = None,
     embeddings: Embeddings | None = None,
