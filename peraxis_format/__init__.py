@@ -21,21 +21,25 @@ from peraxis_format.binding import (
 from peraxis_format.bits import mask_width, pack_signs, unpack_signs
 from peraxis_format.canonical import canonical_json
 from peraxis_format.checkpoint import INDEX_NAME, SINGLE_NAME, Safetensors, TensorInfo
-from peraxis_format.container import ALIGNMENT, Header, TensorRecord, header_bytes, layout
+from peraxis_format.container import ALIGNMENT, Header, TensorRecord, aligned, header_bytes, layout, payload_size
 from peraxis_format.delta import (
     Axis,
     BaseRef,
     Component,
+    ComponentFactors,
     Encoding,
     ModuleDelta,
     encode_scale_pair,
     encode_scales,
+    kept_rows,
+    scale_factors,
     scale_shapes,
     tensor_shapes,
 )
 from peraxis_format.dtypes import Array, DType, from_float32, raw_bytes, to_float32
 from peraxis_format.errors import (
     CODES,
+    BackendError,
     BindingError,
     CheckpointError,
     ContainerError,
@@ -58,7 +62,7 @@ from peraxis_format.manifest import (
     ModuleEntry,
     Producer,
 )
-from peraxis_format.ops.rebuild.numpy import dense_delta, reconstruct
+from peraxis_format.ops.rebuild import dense_delta, reconstruct
 from peraxis_format.profile import NAME
 from peraxis_format.reader import DeltaFile, open, read_header
 from peraxis_format.strict_json import parse_strict_json
@@ -76,6 +80,7 @@ __all__ = [
     "Array",
     "Asset",
     "Axis",
+    "BackendError",
     "BaseIdentity",
     "BaseRef",
     "BindingError",
@@ -83,6 +88,7 @@ __all__ = [
     "CheckpointError",
     "Component",
     "ComponentEntry",
+    "ComponentFactors",
     "ContainerError",
     "DType",
     "DeltaFile",
@@ -103,6 +109,7 @@ __all__ = [
     "TensorRecord",
     "UnsupportedError",
     "__version__",
+    "aligned",
     "atomic_file",
     "canonical_json",
     "check_base",
@@ -116,6 +123,7 @@ __all__ = [
     "from_float32",
     "header_bytes",
     "is_stream",
+    "kept_rows",
     "layout",
     "mask_width",
     "name_lock",
@@ -123,10 +131,12 @@ __all__ = [
     "open",
     "pack_signs",
     "parse_strict_json",
+    "payload_size",
     "raw_bytes",
     "read_header",
     "reconstruct",
     "remove_leftovers",
+    "scale_factors",
     "scale_shapes",
     "sync_folder",
     "tensor_shapes",

@@ -9,7 +9,6 @@ The header follows from the manifest and the sizes of the assets alone: `layout`
 from __future__ import annotations
 
 import json
-import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,8 +29,10 @@ __all__ = [
     "VERSION",
     "Header",
     "TensorRecord",
+    "aligned",
     "header_bytes",
     "layout",
+    "payload_size",
     "records_of",
 ]
 
@@ -86,9 +87,19 @@ def records_of(modules: Iterable[ModuleEntry], asset_sizes: Sequence[int]) -> It
             yield TensorRecord(f"__pad__.{pads}", DType.U8, (pad,), end, end + pad)
             pads += 1
             end += pad
-        size = math.prod(shape) * dtype.itemsize
+        size = dtype.size_of(shape)
         yield TensorRecord(name, dtype, shape, end, end + size)
         end += size
+
+
+def aligned(size: int) -> int:
+    """The next multiple of 64 bytes, where the next tensor begins (SPEC 4.2)."""
+    return size + -size % ALIGNMENT
+
+
+def payload_size(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> int:
+    """Bytes that tensors (as `tensor_shapes` lists them) take in a file, pads behind them included."""
+    return sum(aligned(dtype.size_of(shape)) for _, dtype, shape in tensors)
 
 
 def _json_string(text: str) -> str:

@@ -25,7 +25,7 @@ from peraxis_tools.shards import SHARD_BYTES, Shard, TensorSpec, plan_shards, sh
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ApplyResult", "apply", "checkpoint_bytes", "load_model", "rebuild", "rebuild_all", "to_torch"]
+__all__ = ["ApplyResult", "apply", "checkpoint_bytes", "load_model", "rebuild", "rebuild_all"]
 
 _AHEAD_BYTES: Final = 384 << 20
 _WORKERS: Final = 4
@@ -198,6 +198,8 @@ def load_model(
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+    from peraxis_format.ops.tensors import from_storage
+
     with (
         pxd.open(delta) as file,
         open_checkpoint(base, revision=base_revision) as checkpoint,
@@ -208,7 +210,7 @@ def load_model(
         state = {}
         aliases = _aliases(file.manifest)
         for entry, array in rebuild_all(file, checkpoint.tensors):
-            tensor = to_torch(array, entry.dtype)
+            tensor = from_storage(array, entry.dtype)
             for name in (entry.name, *aliases.get(entry.name, ())):
                 state[name] = tensor
                 step(tensor.nbytes)
@@ -218,17 +220,3 @@ def load_model(
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)]
     model: PreTrainedModel = kind.from_pretrained(None, config=parsed, state_dict=state, **options)
     return model.eval()
-
-
-def to_torch(array: pxd.Array, dtype: pxd.DType) -> Any:
-    """A storage array as a torch tensor of its dtype, sharing memory."""
-    import torch
-
-    kinds = {
-        pxd.DType.BF16: torch.bfloat16,
-        pxd.DType.BOOL: torch.bool,
-        pxd.DType.F8_E4M3: torch.float8_e4m3fn,
-        pxd.DType.F8_E5M2: torch.float8_e5m2,
-    }
-    tensor = torch.from_numpy(array)
-    return tensor.view(kinds[dtype]) if dtype in kinds else tensor

@@ -17,7 +17,7 @@ from peraxis_tools.process import INTERRUPTED, Terminated, drop_output, interrup
 with interrupts_end():
     import click
 
-    from peraxis_format import CheckpointError, PxdError, ShapeError, __version__
+    from peraxis_format import BackendError, CheckpointError, PxdError, ShapeError, __version__
     from peraxis_tools.errors import ToolError, error_line
     from peraxis_tools.notes import LOGGER
     from peraxis_tools.optional import MissingPackageError, missing
@@ -127,7 +127,7 @@ def _exit_code() -> int:
     except Terminated as signalled:
         print_error(f"ended by {signalled.name}; nothing was written under the final name")
         return signalled.exit_status
-    except (PxdError, CheckpointError, ToolError) as error:
+    except (BackendError, PxdError, CheckpointError, ToolError) as error:
         print_error(error_line(error))
         return error.exit_status
     except ImportError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -137,7 +136,7 @@ def _line(module: pxd.ModuleEntry, sizes: dict[str, int]) -> ModuleLine:
         shape=module.shape,
         dtype=module.dtype.value,
         bytes=sum(sizes[name] for name, _, _ in module.tensors()),
-        full_bytes=math.prod(module.shape) * module.dtype.itemsize,
+        full_bytes=module.dtype.size_of(module.shape),
     )
 
 

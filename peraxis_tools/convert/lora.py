@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 import peraxis_format as pxd
-from peraxis_tools.apply import rebuild, to_torch
+from peraxis_tools.apply import rebuild
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.convert.lowrank import LowRank, low_rank
 from peraxis_tools.convert.routes import Route, RouteKind, routes_of
@@ -30,7 +30,7 @@ from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import atomic_folder
 from peraxis_tools.kinds import kind_of
-from peraxis_tools.merge.factors import Terms, module_terms
+from peraxis_tools.merge.factors import ComponentSum, module_sum
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_folder
 from peraxis_tools.rows import delta_rows, row_blocks
@@ -198,7 +198,7 @@ def _add(adapter: _Adapter, entry: pxd.ModuleEntry, rank: int | None, max_error:
         adapter.square_norm += lost or 0.0
         return
     if route.kind is RouteKind.ADAPT:
-        _decompose(adapter, entry, place, module_terms(adapter.delta.load(entry.name)), rank, max_error)
+        _decompose(adapter, entry, place, module_sum(adapter.delta.load(entry.name)), rank, max_error)
         return
     adapter.square_norm += _square(adapter, entry) or 0.0
     if route.kind is RouteKind.WHOLE:
@@ -223,12 +223,14 @@ def _routes(adapter: _Adapter) -> Collection[Route]:
 
 def _tensor(adapter: _Adapter, name: str) -> Tensor:
     """A tensor of the fine-tune that is stored full, or is the base's."""
+    from peraxis_format.ops.tensors import from_storage
+
     entry = adapter.delta.entry(name)
     if entry.encoding is pxd.Encoding.FULL:
-        return to_torch(np.array(adapter.delta.load(name).full), entry.dtype)
+        return from_storage(np.array(adapter.delta.load(name).full), entry.dtype)
     if adapter.base is None:
         raise ToolError(f"{name}: pass --base")
-    return to_torch(rebuild(adapter.delta, adapter.base.tensors, name), entry.dtype)
+    return from_storage(rebuild(adapter.delta, adapter.base.tensors, name), entry.dtype)
 
 
 def _square(adapter: _Adapter, entry: pxd.ModuleEntry) -> float | None:
@@ -248,7 +250,12 @@ def _square(adapter: _Adapter, entry: pxd.ModuleEntry) -> float | None:
 
 
 def _decompose(
-    adapter: _Adapter, entry: pxd.ModuleEntry, place: Place, terms: Terms, rank: int | None, max_error: float | None
+    adapter: _Adapter,
+    entry: pxd.ModuleEntry,
+    place: Place,
+    terms: ComponentSum,
+    rank: int | None,
+    max_error: float | None,
 ) -> None:
     import torch
 
@@ -274,7 +281,7 @@ def _decompose(
     adapter.tensors[f"{layer}.{names[1]}"] = a.t().contiguous()
 
 
-def _whole_spectrum(terms: Terms, rank: int | None, max_error: float | None) -> LowRank:
+def _whole_spectrum(terms: ComponentSum, rank: int | None, max_error: float | None) -> LowRank:
     """All singular values of the dense matrix: for a large share of them, or a rank that follows from the error."""
     import torch
 

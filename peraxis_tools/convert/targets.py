@@ -113,14 +113,7 @@ def _tied(model: nn.Module) -> set[str]:
     seen: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         seen.setdefault(id(parameter), []).append(name)
-    shared = {name for names in seen.values() if len(names) > 1 for name in names}
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        tables: Any = (getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output"))
-        tables = [table for table in tables if table is not None]
-        if len(tables) == 2:
-            shared |= {f"{path}.weight" for path, module in model.named_modules() if module in tables}
-    return shared
+    return {name for names in seen.values() if len(names) > 1 for name in names}
 
 
 _CLASSES: Final = {

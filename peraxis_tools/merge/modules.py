@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 import peraxis_format as pxd
 from peraxis_tools.errors import ToolError
 from peraxis_tools.merge.exact import merge_exact, merge_tails
-from peraxis_tools.merge.factors import joined, module_terms
+from peraxis_tools.merge.factors import joined, module_sum
 from peraxis_tools.merge.fit import Dense, fit_masks
 from peraxis_tools.merge.fold import fold
 from peraxis_tools.merge.methods import Magnitudes, Mixture, make_mixer
@@ -89,15 +89,15 @@ def _matrices(
         factors = mixture.effective(weights)
 
         def summed(index: tuple[int, ...]) -> Dense:
-            terms = [module_terms(m, index, weight=w) for m, w in zip(modules, factors, strict=True)]
-            return joined(terms).dense
+            sums = [module_sum(m, index, weight=w) for m, w in zip(modules, factors, strict=True)]
+            return joined(sums).dense
 
         return summed
     mixer = make_mixer(mixture, weights, keys, [_magnitudes(module) for module in modules])
 
     def mixed(index: tuple[int, ...]) -> Dense:
-        terms = [module_terms(module, index) for module in modules]
-        return lambda rows: mixer.mix([each.dense(rows) for each in terms], (*index, rows.start))
+        sums = [module_sum(module, index) for module in modules]
+        return lambda rows: mixer.mix([each.dense(rows) for each in sums], (*index, rows.start))
 
     return mixed
 
@@ -108,14 +108,14 @@ def _magnitudes(module: pxd.ModuleDelta) -> Magnitudes:
     single = len(module.components) == 1
 
     def products(index: tuple[int, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        terms = module_terms(module, index)
-        return terms.scales[0].astype(np.float64), terms.columns[0].astype(np.float64)
+        first = module_sum(module, index).components[0]
+        return first.row.astype(np.float64), first.col.astype(np.float64)
 
     def blocks() -> Iterator[NDArray[np.float32]]:
         for index in matrices:
-            terms = module_terms(module, index)
+            whole = module_sum(module, index)
             for rows in row_blocks(module.covered[-2:]):
-                yield terms.dense(rows)
+                yield whole.dense(rows)
 
     return Magnitudes(
         count=math.prod(module.covered),

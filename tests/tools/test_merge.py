@@ -17,11 +17,10 @@ from peraxis_tools.apply import apply
 from peraxis_tools.commands.merge import command
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.merge import Mixture, merge, merge_parts
-from peraxis_tools.merge.factors import module_terms
+from peraxis_tools.merge.factors import module_sum
 from peraxis_tools.merge.fit import fit_masks
 from peraxis_tools.merge.fold import fold
 from peraxis_tools.merge.methods import Magnitudes, make_mixer, threshold
-from peraxis_tools.ops.merge_rows import numpy as kernels
 from peraxis_tools.split import split
 from tests.factories import base_ref, random_storage, sign_module, write_checkpoint, write_delta
 
@@ -246,8 +245,8 @@ def test_a_threshold_from_scales_alone_is_that_of_the_dense_delta(seed, shape, a
     wanted = int(density * sizes.size)
     products = []
     for index in np.ndindex(shape[:-2]):
-        terms = module_terms(module, index)
-        products.append((terms.scales[0].astype(np.float64), terms.columns[0].astype(np.float64)))
+        (factors,) = module_sum(module, index).components
+        products.append((factors.row.astype(np.float64), factors.col.astype(np.float64)))
     block = dense(module).astype(np.float32)
     found = {
         threshold(Magnitudes(count=sizes.size, blocks=lambda: iter([block]), products=each), density)
@@ -261,9 +260,10 @@ def test_a_threshold_from_scales_alone_is_that_of_the_dense_delta(seed, shape, a
 def test_a_fit_is_the_same_bytes_without_numba(tmp_path: Path, monkeypatch, mixture, shape) -> None:
     _, a, b = pair_of_deltas(3, shape, (pxd.Axis.ROW_COL, pxd.Axis.ROW), (pxd.Axis.COL,))
     paths = [write_delta(tmp_path / "a.pxd", [a]), write_delta(tmp_path / "b.pxd", [b])]
-    monkeypatch.setattr(kernels, "_COMPILED_FROM", 0)
+    pytest.importorskip("numba")
+    monkeypatch.setenv("PERAXIS_BACKEND", "numba")
     compiled = merge(paths, tmp_path / "1.pxd", weights=[0.7, -0.4], mixture=mixture, bits=2)
-    monkeypatch.setattr(kernels, "_loops", lambda: None)
+    monkeypatch.setenv("PERAXIS_BACKEND", "numpy")
     plain = merge(paths, tmp_path / "2.pxd", weights=[0.7, -0.4], mixture=mixture, bits=2)
     assert compiled.content_id == plain.content_id
     assert compiled.error == plain.error

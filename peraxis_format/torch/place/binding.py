@@ -161,7 +161,7 @@ def _assembled(entry: ModuleEntry, messages: Sequence[_Message], mine: ShardView
         if message.rank == rank:
             data = as_bytes(mine.view)
         else:
-            size = math.prod(shape) * entry.dtype.itemsize
+            size = entry.dtype.size_of(shape)
             data = torch.empty(size, dtype=torch.uint8, device=mine.view.device)
             torch.distributed.recv(data, src=_global(message.rank, group), group=group)
         where = tuple(slice(begin, end) for begin, end in message.box)

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peraxis_format.errors import LiveModelError
-from peraxis_format.ops.rebuild.torch import ComponentFactors, Scratch, rebuild, rebuild_rows
+from peraxis_format.ops.rebuild import rebuild_tensor
+from peraxis_format.ops.rebuild.torch import ComponentTensors, Scratch
 from peraxis_format.torch.serve.rows import Rows
 
 __all__ = ["GroupForward", "Patch", "ServedEmbedding", "ServedModule", "State"]
@@ -37,11 +38,9 @@ class Patch:
 
     begin: int
     end: int
-    terms: tuple[ComponentFactors, ...] = ()
+    terms: tuple[ComponentTensors, ...] = ()
     full: Tensor | None = None
-    batch: tuple[
-        tuple[ComponentFactors, ...], ...
-    ] = ()  # components of each batch element of a parameter of 3 or more dimensions
+    batch: tuple[tuple[ComponentTensors, ...], ...] = ()  # of each matrix of a parameter of 3 or more dimensions
     region: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -111,10 +110,10 @@ class State:
                 target.copy_(patch.full)
             elif patch.batch:
                 matrices = part.reshape(-1, *part.shape[-2:])
-                merged = [rebuild(matrix, terms) for matrix, terms in zip(matrices, patch.batch, strict=True)]
+                merged = [rebuild_tensor(matrix, terms) for matrix, terms in zip(matrices, patch.batch, strict=True)]
                 target.copy_(torch.stack(merged).reshape(part.shape))
             else:
-                target.copy_(rebuild(part, patch.terms))
+                target.copy_(rebuild_tensor(part, patch.terms))
         return out
 
 
@@ -183,7 +182,7 @@ class ServedEmbedding(ServedModule, nn.Embedding):
             if patch.full is not None:
                 table[mine] = patch.full[local]
             else:
-                table[mine] = rebuild_rows(self.weight.detach()[patch.begin : patch.end], patch.terms, local)
+                table[mine] = rebuild_tensor(table[mine], [term.part(local) for term in patch.terms])
         # The class's own forward on a table of the rows at hand: scaling and the like stay what they are.
         shadow: Any = nn.Embedding.__new__(self.peraxis_class)
         shadow.__dict__.update(self.__dict__)

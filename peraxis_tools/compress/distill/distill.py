@@ -29,10 +29,10 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from peraxis_format import Encoding
+from peraxis_format.ops.tensors import TORCH_DTYPES
 from peraxis_tools.compress.distill.parametrization import DeltaParametrization, TrainedComponent, TrainedTensor
 from peraxis_tools.compress.distill.training import Group, Training, TrainingState
 from peraxis_tools.compress.fit.moments.spill import SpilledTensors
-from peraxis_tools.compress.model.components import TORCH_DTYPES
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.model.names import ParameterSlice
 from peraxis_tools.compress.model.weights import Weights, kept_rows

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peraxis_format import Array, Axis, Component, DType, encode_scale_pair, encode_scales, pack_signs, unpack_signs
-from peraxis_tools.compress.model.components import TORCH_DTYPES, from_torch
+from peraxis_format.ops.tensors import TORCH_DTYPES, storage_array
 from peraxis_tools.compress.model.names import ParameterSlice
 
 __all__ = ["DeltaParametrization", "TrainedComponent", "TrainedTensor"]
@@ -139,4 +139,4 @@ class TrainedTensor(nn.Module):
     @torch.no_grad()
     def to_array(self, value: Tensor) -> Array:
         """As the file holds it. value: the tensor that this stands over."""
-        return from_torch(self(value.float()).to(TORCH_DTYPES[self._dtype]), self._dtype)
+        return storage_array(self(value.float()).to(TORCH_DTYPES[self._dtype]).cpu().contiguous())

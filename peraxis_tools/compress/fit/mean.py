@@ -17,20 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from peraxis_format import (
-    Array,
-    Axis,
-    BaseRef,
-    Component,
-    DType,
-    Encoding,
-    ModuleDelta,
-    ShapeError,
-    encode_scale_pair,
-    encode_scales,
-    reconstruct,
-)
-from peraxis_tools.ops.delta_sums.numpy import DeltaSums, matrix_sums
+from peraxis_format import Array, Axis, Component, DType, ShapeError, encode_scale_pair, encode_scales
+from peraxis_format.ops.rebuild import rebuild
+from peraxis_tools.ops.delta_sums import DeltaSums, delta_sums
 
 __all__ = ["dense_component", "encode_component", "mean_components"]
 
@@ -76,15 +65,11 @@ def _with(components: Sequence[Component], base: Array, dtype: DType) -> tuple[A
     """Base plus the components so far, in binary32 (SPEC 6.1 before its last rounding), and its dtype."""
     if not components:
         return base, dtype
-    module = ModuleDelta(
-        name="sum",
-        shape=base.shape,
-        dtype=DType.F32,
-        encoding=Encoding.SIGN,
-        base=BaseRef(dtype=dtype, shape=base.shape, sha256=""),
-        components=tuple(components),
-    )
-    return reconstruct(module, base), DType.F32
+    each = [component.factors(base.shape) for component in components]
+    matrices = [list(factors) for factors in zip(*each, strict=True)]
+    out = np.empty(base.shape, np.float32)
+    rebuild(matrices, base, out, base_dtype=dtype, dtype=DType.F32)
+    return out, DType.F32
 
 
 def dense_component(component: Component, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -95,7 +80,7 @@ def dense_component(component: Component, shape: tuple[int, ...]) -> NDArray[np.
 
 def _measure(base: Array, fine_tuned: Array, *, base_dtype: DType, dtype: DType) -> _Matrix:
     def sums(weights: NDArray[np.float64] | None) -> DeltaSums:
-        return matrix_sums(base, fine_tuned, base_dtype=base_dtype, dtype=dtype, weights=weights)
+        return delta_sums(base, fine_tuned, base_dtype=base_dtype, dtype=dtype, weights=weights)
 
     d_out, d_in = base.shape
     with np.errstate(invalid="ignore", over="ignore"):

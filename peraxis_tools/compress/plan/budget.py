@@ -34,8 +34,10 @@ from peraxis_format import (
     ModuleEntry,
     Producer,
     Safetensors,
+    aligned,
     canonical_json,
     header_bytes,
+    kept_rows,
     layout,
     to_float32,
 )
@@ -95,15 +97,14 @@ def predicted_size(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions)
         assets=tuple(Asset(path=path, sha256=none) for path, _ in assets),
         metadata={"peraxis.config": options.canonical_json(), "peraxis.report": canonical_json(text).decode()},
     )
-    sizes = sum(-(-size // 64) * 64 for _, size in assets)
+    sizes = sum(aligned(size) for _, size in assets)
     header = header_bytes(manifest.to_bytes(), layout(entries, [size for _, size in assets]))
     return len(header) + plan.payload_bytes + sizes
 
 
 def choices_of(module: PlannedModule, errors: Sequence[float]) -> list[Choice]:
     """What a module can be: the base's own weight, 1 to 8 masks, exact. errors: for 0 to 8 masks."""
-    one, two = (module_bytes(module, components=k, axis=module.axis) for k in (1, 2))
-    choices = [Choice(Encoding.SAME, 0, 2 * one - two, errors[0])]  # what is left of a mask's bytes: the tail
+    choices = [Choice(Encoding.SAME, 0, module_bytes(module, components=0, axis=None, same=True), errors[0])]
     for k in range(1, min(MASKS_MAX, len(errors) - 1) + 1):
         size = module_bytes(module, components=k, axis=module.axis) + k * (_COMPONENT_LINES + 3 * len(module.name))
         choices.append(Choice(Encoding.SIGN, k, size, errors[k]))
@@ -201,7 +202,7 @@ def module_terms(
     """(Q_1..Q_8 dense, D, |W|^2) of the rows that both have."""
     if module.base_shape is None or module.base_dtype is None:
         raise ValueError(f"{module.name} has no base")
-    rows = slice(0, min(module.shape[0], module.base_shape[0]))
+    rows = slice(0, kept_rows(module.shape, module.base_shape))
     left, right = base.read(module.name, rows), fine_tuned.read(module.name, rows)
     if is_unchanged(left, right, base_dtype=module.base_dtype, dtype=module.dtype):
         return [], np.zeros(right.shape, np.float32), 1.0

@@ -10,18 +10,16 @@ it (a router's few rows, a convolution of width 4); embeddings and lm_head where
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
-from peraxis_format import Axis, DType, Encoding
+from peraxis_format import Axis, DType, Encoding, payload_size, tensor_shapes
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.kinds import execution_key, kind_of, layer_of
 
 __all__ = ["TABLES", "Plan", "PlannedModule", "TensorLike", "module_bytes", "plan", "table_or_kind"]
 
-_ALIGN: Final = 64
 _AUTO_EMBEDDING_BITS: Final = 3
 TABLES: Final = ("embedding", "lm_head")
 
@@ -54,10 +52,7 @@ class PlannedModule:
     @property
     def payload_bytes(self) -> int:
         """Predicted bytes in the file; an open axis counts as row+col, the largest."""
-        if self.encoding is Encoding.SAME:
-            kept = min(self.shape[0], (self.base_shape or self.shape)[0])
-            return _align((self.shape[0] - kept) * math.prod(self.shape[1:]) * self.dtype.itemsize)
-        return module_bytes(self, components=self.components, axis=self.axis)
+        return module_bytes(self, components=self.components, axis=self.axis, same=self.encoding is Encoding.SAME)
 
     @property
     def compressible(self) -> bool:
@@ -81,7 +76,7 @@ class Plan:
     @property
     def full_bytes(self) -> int:
         """Size of the fine-tuned checkpoint's tensors, tied ones once."""
-        return sum(math.prod(m.shape) * m.dtype.itemsize for m in self.modules)
+        return sum(m.dtype.size_of(m.shape) for m in self.modules)
 
     def with_choices(self, choices: Mapping[str, tuple[Encoding, int]]) -> Plan:
         """The same plan with other encodings and numbers of masks, by name."""
@@ -102,22 +97,17 @@ def table_or_kind(name: str, shape: tuple[int, ...]) -> str:
     return "embedding" if kind == "other" and len(shape) >= 2 and layer_of(name) is None else kind
 
 
-def module_bytes(module: PlannedModule, *, components: int, axis: Axis | None) -> int:
-    """Bytes of this module with this many components (0: full), each tensor aligned; the tail exact."""
-    if not components or module.base_shape is None:
-        return _align(math.prod(module.shape) * module.dtype.itemsize)
-    kept = min(module.shape[0], module.base_shape[0])
-    covered = (kept, *module.shape[1:])
-    batch, d_out, d_in = math.prod(covered[:-2]), covered[-2], covered[-1]
-    row, col = _align(2 * batch * d_out), _align(2 * batch * d_in)
-    scales = {Axis.ROW: row, Axis.COL: col, Axis.TENSOR: _align(2)}.get(axis or Axis.ROW_COL, row + col)
-    one = _align(batch * d_out * ((d_in + 7) // 8)) + scales
-    tail = (module.shape[0] - kept) * math.prod(module.shape[1:]) * module.dtype.itemsize
-    return components * one + _align(tail)
-
-
-def _align(size: int) -> int:
-    return -(-size // _ALIGN) * _ALIGN
+def module_bytes(module: PlannedModule, *, components: int, axis: Axis | None, same: bool = False) -> int:
+    """Bytes of this module with this many components (0: full, or the base's own rows where `same`), pads included."""
+    encoding = Encoding.SIGN if components and module.base_shape is not None else Encoding.FULL
+    shapes = tensor_shapes(
+        shape=module.shape,
+        dtype=module.dtype,
+        encoding=Encoding.SAME if same else encoding,
+        axes=(axis or Axis.ROW_COL,) * (0 if same else components),
+        base_shape=module.base_shape,
+    )
+    return payload_size(shapes)
 
 
 def _compressible(

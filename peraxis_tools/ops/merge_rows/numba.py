@@ -1,4 +1,4 @@
-"""The loops of merge_rows/numpy.py, compiled by numba; imported where numba is installed. They hold no lock."""
+"""The loops of merge_rows, compiled by numba, with the bits of numpy.py. They hold no lock."""
 
 from __future__ import annotations
 
