@@ -21,10 +21,10 @@ _INTRODUCTION: Final = """\
 
 ## Common to all
 
-Results go to standard output; errors (one line), notes and progress to standard error. Colour and progress appear on
-terminals alone; `NO_COLOR=1` turns colour off, `--quiet` turns notes and progress off. `--json` prints one JSON
-object whose `schema` names its kind and version, like `peraxis.inspect/1`; the number grows when a field changes its
-meaning or goes away. Outputs appear under their final name whole or not at all.
+Results go to standard output. Errors (one line each), notes and progress go to standard error. Colour and progress appear
+on terminals alone; `NO_COLOR=1` turns colour off, and `--quiet` turns notes and progress off. `--json` prints one JSON
+object. Its `schema` names its kind and version, like `peraxis.inspect/1`; the number grows when a field changes its
+meaning or goes away. An output appears under its final name as a whole or not at all.
 
 | exit code | meaning |
 |---|---|
