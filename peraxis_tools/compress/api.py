@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
@@ -30,9 +30,11 @@ def compress(
     output: str | Path,
     *,
     recipe: Recipe | None = None,
-    fit: Fit | None = None, axis: AxisChoice | None = None, bits: int | None = None,
+    fit: Fit | None = None, axis: AxisChoice | None = None,
+    masks: int | None = None, bits: int | None = None,
     target_size: int | str | None = None, target_ratio: float | None = None, embeddings: Embeddings | None = None,
-    calibration: str | None = None, text_column: str | None = None, calibration_samples: int | None = None,
+    calibration: str | Sequence[str] | None = None, text_column: str | None = None,
+    calibration_samples: int | None = None,
     generated_samples: int | None = None, sequence_length: int | None = None, held_out: float | None = None,
     batch_size: int | None = None, seed: int | None = None, refine_rounds: int | None = None,
     distill_samples: int | None = None, distill_epochs: int | None = None, distill_batch_size: int | None = None,
@@ -52,10 +54,12 @@ def compress(
     base, fine_tuned: a folder, a safetensors file or a hub id. The options are those of the command line and of
     CompressOptions, which explains them; None means the default, or the value of `recipe`. Pass either options by name
     or one CompressOptions as `options`. base_id: the hub id of a base that is a folder. force: write the delta even if
-    it saves little. progress is called as progress(step, done, total); True shows bars. show_plan is called once with
-    the plan before the weights are fitted. Raises ToolError before any work if the pair or the options are wrong.
+    it saves little. bits: another name of masks. progress is called as progress(step, done, total); True shows bars.
+    show_plan is called once with the plan before the weights are fitted. Raises ToolError before any work if the pair
+    or the options are wrong.
     """
     given = locals()  # the parameters and nothing else: this is the first statement
+    given["masks"] = bits if masks is None else masks
     choices = {name: given[name] for name in _CHOICES if given[name] is not None}
     if options is not None and choices:
         raise OptionError(f"options: pass a CompressOptions or {', '.join(choices)} by name, not both")

@@ -23,7 +23,7 @@ import numpy as np
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.convert.experts import ExpertFactors, fused_factors, wrapper_keys
-from peraxis_tools.convert.lowrank import LowRank, low_rank
+from peraxis_tools.convert.lowrank import low_rank, whole_spectrum
 from peraxis_tools.convert.routes import Route, RouteKind, routes_of
 from peraxis_tools.convert.targets import LayerKind, Place, Targets, targets_by_model, targets_by_name
 from peraxis_tools.delta_parts import refuse_part
@@ -268,7 +268,7 @@ def _decompose(
     if rank is not None and rank < min(terms.shape) // 4:
         found = low_rank(terms, rank)
     else:
-        found = _whole_spectrum(terms, rank, max_error)
+        found = whole_spectrum(terms, rank, max_error)
     adapter.square_error += found.square_error
     adapter.square_norm += found.square_norm
     error = math.sqrt(found.square_error / found.square_norm) if found.square_norm else 0.0
@@ -311,24 +311,6 @@ def _fuse_experts(adapter: _Adapter) -> None:
         key = f"{_PREFIX}{keys[place.layer, place.parameter]}"
         adapter.tensors[f"{key}.lora_A.weight"] = torch.from_numpy(a)
         adapter.tensors[f"{key}.lora_B.weight"] = torch.from_numpy(b)
-
-
-def _whole_spectrum(terms: ComponentSum, rank: int | None, max_error: float | None) -> LowRank:
-    """All singular values of the dense matrix: for a large share of them, or a rank that follows from the error."""
-    import torch
-
-    matrix = torch.from_numpy(terms.dense(slice(0, terms.shape[0]), threads=None))
-    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    square = s.double().square()
-    if rank is None:
-        kept = torch.cumsum(square, 0) / square.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        wanted = 1.0 - (max_error or 0.0) ** 2
-        rank = int(torch.searchsorted(kept, torch.tensor(wanted, dtype=torch.float64))) + 1
-    r = min(rank, min(matrix.shape))
-    root = s[:r].clamp_min(0.0).sqrt()
-    left, right = u[:, :r] * root, root[:, None] * vt[:r]
-    norm, lost = (float(torch.linalg.vector_norm(m, dtype=torch.float64)) for m in (matrix, matrix - left @ right))
-    return LowRank(left=left.numpy(), right=right.numpy(), square_norm=norm**2, square_error=lost**2)
 
 
 def _config(adapter: _Adapter, manifest: pxd.Manifest, task: str | None) -> dict[str, Any]:

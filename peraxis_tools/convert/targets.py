@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from peraxis_tools.compress.model.names import ParameterSlice
+    from peraxis_tools.parameter_names import ParameterSlice
 
 __all__ = ["LayerKind", "Place", "Targets", "targets_by_model", "targets_by_name"]
 
@@ -86,7 +86,7 @@ def targets_by_name(shapes: Mapping[str, tuple[int, ...]], tied: Iterable[str]) 
 
 def targets_by_model(config: Mapping[str, Any], names: Iterable[str]) -> Targets | None:
     """From the model that config.json describes; None where transformers cannot build it."""
-    from peraxis_tools.compress.model.names import map_names
+    from peraxis_tools.parameter_names import map_names
 
     model = _model(config)
     if model is None:

@@ -22,7 +22,6 @@ from peraxis_tools.compress.fit.adamw import ADAMW_EPOCHS
 from peraxis_tools.compress.fit.fit import AUTO_AXES, FitOptions
 from peraxis_tools.compress.fit.layerwise import Batch, LayerwiseCalibration
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
-from peraxis_tools.compress.model.names import NameMap, map_names
 from peraxis_tools.compress.model.weights import Weights
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import is_open
@@ -38,6 +37,7 @@ from peraxis_tools.environment import (
     resolve_dtype,
 )
 from peraxis_tools.errors import ToolError
+from peraxis_tools.parameter_names import NameMap, map_names
 from peraxis_tools.quiet import quiet_transformers
 from peraxis_tools.text import Ids, Samples, load_samples, unread_tokens
 
