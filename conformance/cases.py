@@ -95,7 +95,8 @@ class Corpus:
         for role in case.files:
             if role.startswith("source/"):
                 self.path(case, role)
-        return (self.root / case.files["source/content.json"]).parent
+        content: str = case.files["source/content.json"]
+        return (self.root / content).parent
 
     @staticmethod
     def _is_made(given: Any) -> bool:

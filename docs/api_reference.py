@@ -24,7 +24,7 @@ from peraxis_tools.inspect import InspectResult
 from peraxis_tools.merge import MergeResult, Method, Mixture
 from peraxis_tools.publish import PublishResult, Relation
 from peraxis_tools.pull import PullResult
-from peraxis_tools.sign import SignResult
+from peraxis_tools.signatures import SignResult
 from peraxis_tools.split import SplitResult
 from peraxis_tools.verify import VerifyResult
 

@@ -14,15 +14,41 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Final, TypeAlias
 
-__all__ = ["ProgressOf", "Staged", "Steps", "silent", "watched", "watched_stages"]
+__all__ = [
+    "Progress",
+    "ProgressOf",
+    "StageOpener",
+    "Staged",
+    "StagedProgress",
+    "Steps",
+    "silent",
+    "watched",
+    "watched_stages",
+]
 
 # progress(description, total) opens a stage and gives what is called with each number of units done in it; a total of
 # None is that of a stage whose end cannot be seen.
 ProgressOf: TypeAlias = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
 # progress(done): called with each number of units done, from any thread.
 Steps: TypeAlias = Callable[[int], None]
+
+
+class StageOpener:
+    """Opens the stages of work: a ProgressOf that functions of one stage can tell from a plain callable."""
+
+    def __init__(self, opened: ProgressOf) -> None:
+        self._opened = opened
+
+    def __call__(self, description: str, total: int | None) -> AbstractContextManager[Steps]:
+        return self._opened(description, total)
+
+
+# What a function of one stage takes: what is called with numbers of units done, True for a bar, or a StageOpener.
+Progress: TypeAlias = Steps | StageOpener | bool | None
 # progress(stage, done, total): what is being done, and how far it is.
 Staged: TypeAlias = Callable[[str, int, int], None]
+# What a function of several stages takes: a Staged, or True for bars.
+StagedProgress: TypeAlias = Staged | bool | None
 
 _LOG: Final = logging.getLogger("peraxis")
 LOG_SECONDS: Final = 10.0
@@ -35,7 +61,7 @@ def silent(description: str, total: int | None) -> Iterator[Callable[[int], None
 
 
 @contextlib.contextmanager
-def watched(progress: Steps | bool | None, stage: str, total: int) -> Iterator[Steps]:
+def watched(progress: Progress, stage: str, total: int) -> Iterator[Steps]:
     """What to call with numbers of bytes done in the one stage of a function; total: of them."""
     with ExitStack() as stack:
         show: Steps | None = None
@@ -43,6 +69,8 @@ def watched(progress: Steps | bool | None, stage: str, total: int) -> Iterator[S
             from peraxis_tools.report import progress as bar
 
             show = stack.enter_context(bar(stage, total))
+        elif isinstance(progress, StageOpener):
+            show = stack.enter_context(progress(stage, total))
         elif callable(progress):
             show = progress
         log = stack.enter_context(_logged(stage, total))
@@ -56,7 +84,7 @@ def watched(progress: Steps | bool | None, stage: str, total: int) -> Iterator[S
 
 
 @contextlib.contextmanager
-def watched_stages(progress: Staged | bool | None) -> Iterator[Staged]:
+def watched_stages(progress: StagedProgress) -> Iterator[Staged]:
     """What to call with (stage, done, total) in a function of several stages; its bars and log end with the block."""
     with ExitStack() as stack:
         show: Staged | None = None

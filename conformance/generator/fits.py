@@ -96,7 +96,8 @@ def encodings() -> Iterator[Entry]:
 
     def digest_as(slug: str, change: Any) -> Entry:
         def edit(manifest: dict[str, Any]) -> dict[str, Any]:
-            return put("base", "digest", to=base_digest(change(manifest["modules"])))(manifest)
+            made: dict[str, Any] = put("base", "digest", to=base_digest(change(manifest["modules"])))(manifest)
+            return made
 
         return refused(f"base-digest-{slug}", "E210", "3.11", build(unsorted, manifest=edit))
 

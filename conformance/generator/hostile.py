@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 from .build import MAGIC, base_digest, build, canonical, frame, header_json
 from .content import Asset, Content, full
@@ -79,16 +80,14 @@ def small() -> Iterator[Entry]:
             "2.3" if code == "E110" else "2.5",
             length.to_bytes(8, "little") + build(SIMPLE)[8:],
         )
-    huge = {"modules": [["w", "U8", [2**53 - 1], "0" * 64]]}
-    row = huge["modules"][0]
-    giant = {
-        "name": row[0],
-        "dtype": row[1],
-        "shape": row[2],
+    giant: dict[str, Any] = {
+        "name": "w",
+        "dtype": "U8",
+        "shape": [2**53 - 1],
         "encoding": "same",
         "components": [],
         "sha256": None,
-        "base": {"dtype": "U8", "shape": row[2], "sha256": row[3]},
+        "base": {"dtype": "U8", "shape": [2**53 - 1], "sha256": "0" * 64},
     }
     claims = build(
         Content(modules=(full("v", (1,), dtype="U8"),)),

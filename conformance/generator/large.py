@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .build import MAGIC, build, frame, header_json
@@ -113,7 +113,7 @@ def manifest_text(file: bytes) -> str:
     return str(json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])["__metadata__"]["manifest"])
 
 
-LARGE = {
+LARGE: dict[str, Callable[[], bytes]] = {
     "modules-65536": lambda: modules_file(65536),
     "modules-65537": lambda: modules_file(65537),
     "header-largest": lambda: filled(LIMIT),

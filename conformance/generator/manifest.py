@@ -179,8 +179,13 @@ def schemas() -> Iterator[Entry]:
                 or {"SIGN": "encoding", "Row": "axis", "bf16": "dtype", "col+row": "axis"}[value] in slug
             ):
                 yield schema(slug, f"word-{value or 'empty'}".lower().replace("+", "-"), put(*path, to=value))
+    yield from schema_digests()
+    yield from schema_values()
+
+
+def schema_digests() -> Iterator[Entry]:
     good = "ab" * 32
-    digests = {
+    digests: dict[str, str | None] = {
         "upper": good.upper(),
         "short": good[:-1],
         "long": good + "a",
@@ -195,16 +200,21 @@ def schemas() -> Iterator[Entry]:
         yield schema("module-base-sha256", slug, put("modules", 0, "base", "sha256", to=value))
         if value is not None:
             yield schema("module-sha256", slug, put("modules", 0, "sha256", to=value))
-    for slug, value in (
-        ("bare", good),
-        ("upper", "sha256:" + good.upper()),
-        ("other", "sha512:" + good),
-        ("case", "SHA256:" + good),
-        ("short", "sha256:" + good[1:]),
-        ("null", None),
-    ):
+    prefixed = {
+        "bare": good,
+        "upper": "sha256:" + good.upper(),
+        "other": "sha512:" + good,
+        "case": "SHA256:" + good,
+        "short": "sha256:" + good[1:],
+        "null": None,
+    }
+    for slug, value in prefixed.items():
         yield schema("calibration-digest", slug, put("calibration", "digest", to=value))
         yield schema("base-digest", slug, put("base", "digest", to=value))
+
+
+def schema_values() -> Iterator[Entry]:
+    value: Any
     for key in ("samples", "seed", "sequence_length"):
         for slug, value in (("negative", -1), ("true", True), ("text", "1"), ("null", None)):
             yield schema(f"calibration-{key.replace('_', '-')}", slug, put("calibration", key, to=value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from .build import build, frame
 from .content import Asset, Content, full, same, sign
@@ -25,7 +26,7 @@ def tensors() -> Iterator[Entry]:
         assets=(Asset(path="a.json", data=b"{}"), Asset(path="b.json", data=b"[]")),
     )
     square = Content(modules=(sign("w", (8, 8), ("row",)),))
-    wrong = {
+    wrong: dict[str, tuple[Content, dict[str, Any]]] = {
         "missing-last": (SIMPLE, {"tensors": lambda t: t[:-2], "digested": put("modules", 1, "sha256", to="ab" * 32)}),
         "extra-last": (
             SIMPLE,
@@ -91,7 +92,7 @@ def tensors() -> Iterator[Entry]:
     for slug, (content, hooks) in wrong.items():
         yield refused(f"tensors-{slug}", "E212", "4.1", build(content, **hooks))
     two_pads = Content(modules=(sign("w", (8, 8), ("row",)), full("v", (64,), dtype="U8"), full("u", (1,), dtype="U8")))
-    pads = {
+    pads: dict[str, tuple[Content, dict[str, Any]]] = {
         "missing": (SIMPLE, {"tensors": drop_tensor(1)}),
         "all-missing": (SIMPLE, {"tensors": lambda t: [x for x in t if x.owner[0] != "pad"]}),
         "name": (SIMPLE, {"tensors": retensor(1, name="__padding__.0")}),

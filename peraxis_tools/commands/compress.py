@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
+from peraxis_tools.commands.options import json_option, masks_option, overwrite_option, quiet_option
 from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.options import AXES, EMBEDDINGS, FITS, RECIPES, parse_size, read_yaml
 from peraxis_tools.report import Stages, emit
@@ -16,16 +16,9 @@ from peraxis_tools.report.compress import plan_lines, render_compress
 __all__ = ["command"]
 
 
-class _Size(click.ParamType):
-    """Bytes as 800MB, 1.2GB, 1GiB."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        return parse_size(value)
-
-
-_SIZE = _Size()
+def size(value: str) -> int:
+    """Bytes as 800MB, 1.2GB, 1GiB; click shows the type under this function's name."""
+    return parse_size(value)
 
 
 @click.command("compress")
@@ -42,8 +35,8 @@ _SIZE = _Size()
 @click.option(
     "--axis", type=click.Choice(AXES), help="The axis of the scales; auto takes the best one for each module."
 )
-@click.option("--bits", type=int, help="The number of masks for each module, 1 to 8.  [default: 1]")
-@click.option("--target-size", type=_SIZE, help="The size of the file, like 1.2GB. Masks go where they help most.")
+@masks_option(click.INT, help="The number of masks for each module, 1 to 8.  [default: 1]")
+@click.option("--target-size", type=size, help="The size of the file, like 1.2GB. Masks go where they help most.")
 @click.option("--target-ratio", type=float, help="The size as a fraction of the checkpoint: 12 means a twelfth.")
 @click.option(
     "--embeddings", type=click.Choice(EMBEDDINGS), help="How embed_tokens and lm_head are stored.  [default: auto]"
@@ -66,8 +59,8 @@ _SIZE = _Size()
 @click.option("--seed", type=int, help="The seed of all random choices.  [default: 0]")
 @click.option("--device", help="The device, like cpu, cuda or cuda:1.  [default: cuda if there is one]")
 @click.option("--compute-dtype", type=click.Choice(("auto", "float32", "bfloat16", "float16")))
-@click.option("--hidden-limit", type=_SIZE, help="Hidden states above this size go to disk.  [default: 4GiB]")
-@click.option("--logits-limit", type=_SIZE, help="Teacher logits above this size are recomputed.  [default: 4GiB]")
+@click.option("--hidden-limit", type=size, help="Hidden states above this size go to disk.  [default: 4GiB]")
+@click.option("--logits-limit", type=size, help="Teacher logits above this size are recomputed.  [default: 4GiB]")
 @click.option("--resume/--no-resume", default=None, help="Continue a run that was killed.  [default: resume]")
 @click.option(
     "--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A YAML file with these options."

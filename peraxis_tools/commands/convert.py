@@ -7,14 +7,12 @@ from pathlib import Path
 import click
 
 import peraxis_format as pxd
-from peraxis_tools.apply import apply, checkpoint_bytes
-from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.apply import apply
 from peraxis_tools.commands.options import Finite, json_option, overwrite_option, quiet_option, refuse_given
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.convert import LAYOUTS, Layout, to_lora, to_pxd
-from peraxis_tools.diff import diff_size
 from peraxis_tools.errors import ToolError
-from peraxis_tools.report import emit, progress
+from peraxis_tools.report import emit, staged
 from peraxis_tools.report.apply import render_apply
 from peraxis_tools.report.convert import render_lora, render_to_pxd
 
@@ -79,36 +77,27 @@ def command(
         refuse_given("rank", "max_error", why="without --to lora")
     if target in ("lora", "checkpoint"):
         refuse_given("layout", "axis", "name", why=f"with --to {target}")
+    step = staged(quiet=quiet)
     with fetched([source], quiet=quiet) as (path,):
         if target == "lora":
             chosen = rank if rank is not None or max_error is not None else _DEFAULT_RANK
-            with progress("convert", diff_size(path), quiet=quiet) as step:
-                lora = to_lora(
-                    path, output, rank=chosen, max_error=max_error, base=base, overwrite=overwrite, progress=step
-                )
+            lora = to_lora(
+                path, output, rank=chosen, max_error=max_error, base=base, overwrite=overwrite, progress=step
+            )
             emit(lora, render_lora, schema="peraxis.convert-lora/1", as_json=as_json)
         elif target == "checkpoint":
-            with pxd.open(path) as file:
-                total = checkpoint_bytes(file.manifest)
-            with progress("apply", total, quiet=quiet) as step:
-                applied = apply(base or "", path, output, overwrite=overwrite, progress=step)
+            applied = apply(base or "", path, output, overwrite=overwrite, progress=step)
             emit(applied, render_apply, schema="peraxis.apply/1", as_json=as_json)
         else:
             known: Layout | None = next((item for item in LAYOUTS if item == layout), None)
-            with progress("convert", _checkpoint_bytes(base or ""), quiet=quiet) as step:
-                converted = to_pxd(
-                    path,
-                    base or "",
-                    output,
-                    layout=known,
-                    axis=None if axis is None else pxd.Axis(axis),
-                    name=name,
-                    overwrite=overwrite,
-                    progress=step,
-                )
+            converted = to_pxd(
+                path,
+                base or "",
+                output,
+                layout=known,
+                axis=None if axis is None else pxd.Axis(axis),
+                name=name,
+                overwrite=overwrite,
+                progress=step,
+            )
             emit(converted, render_to_pxd, schema="peraxis.convert/1", as_json=as_json)
-
-
-def _checkpoint_bytes(base: str) -> int:
-    with open_checkpoint(base) as checkpoint:
-        return checkpoint.tensors.size

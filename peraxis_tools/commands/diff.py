@@ -9,10 +9,10 @@ import click
 
 from peraxis_tools.commands.options import json_option, quiet_option, refuse_given, workers_option
 from peraxis_tools.commands.sources import fetched
-from peraxis_tools.diff import diff, diff_checkpoint, diff_size
+from peraxis_tools.diff import diff, diff_checkpoint
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.remote import is_remote
-from peraxis_tools.report import emit, progress
+from peraxis_tools.report import emit, staged
 from peraxis_tools.report.diff import render_diff
 from peraxis_tools.urls import without_secrets
 
@@ -60,10 +60,8 @@ def command(
     against_checkpoint = not _is_delta(b)
     if against_checkpoint and base is None:
         raise ToolError(f"{b}: is a checkpoint; pass --base to compare a delta with it")
-    with (
-        fetched([a] if against_checkpoint else [a, b], quiet=quiet) as paths,
-        progress("diff", diff_size(paths[0]), quiet=quiet) as step,
-    ):
+    step = staged(quiet=quiet)
+    with fetched([a] if against_checkpoint else [a, b], quiet=quiet) as paths:
         if against_checkpoint:
             result = diff_checkpoint(paths[0], b, base=base or "", workers=workers, progress=step)
         else:

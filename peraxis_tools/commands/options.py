@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -12,7 +14,15 @@ from click.core import ParameterSource
 from peraxis_tools.errors import ToolError
 from peraxis_tools.notes import LOGGER
 
-__all__ = ["Finite", "refuse_given", "json_option", "overwrite_option", "quiet_option", "workers_option"]
+__all__ = [
+    "Finite",
+    "json_option",
+    "masks_option",
+    "overwrite_option",
+    "quiet_option",
+    "refuse_given",
+    "workers_option",
+]
 
 
 def refuse_given(*names: str, why: str) -> None:
@@ -48,3 +58,18 @@ workers_option = click.option(
     default=None,
     help="The number of threads.  [default: one for each processor]",
 )
+
+
+def masks_option(kind: click.ParamType[Any], *, help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """`--masks`, passed as `masks`; `--bits`, its name before, still works and is not shown."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(*args: Any, masks: Any = None, bits: Any = None, **given: Any) -> None:
+            if masks is not None and bits is not None:
+                raise ToolError("--bits is another name of --masks: give one of them")
+            command(*args, masks=bits if masks is None else masks, **given)
+
+        return click.option("--masks", type=kind, help=help)(click.option("--bits", type=kind, hidden=True)(run))
+
+    return decorate

@@ -10,7 +10,7 @@ import click
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, refuse_given
 from peraxis_tools.report import emit, staged
 from peraxis_tools.report.sign import render_sign
-from peraxis_tools.sign import sign
+from peraxis_tools.signatures import sign
 
 __all__ = ["command"]
 

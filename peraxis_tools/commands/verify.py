@@ -26,7 +26,7 @@ from peraxis_tools.remote import is_remote
 from peraxis_tools.report import json_text, show, staged, to_json, write
 from peraxis_tools.report.ci import github, junit, sarif
 from peraxis_tools.report.verify import render_report
-from peraxis_tools.verify_files import Signature, VerifyReport, Wanted, verify_files
+from peraxis_tools.verify_files import Opener, Signature, VerifyReport, Wanted, verify_files
 
 __all__ = ["command"]
 
@@ -129,23 +129,16 @@ def command(
         refuse_given("texts", why="without --max-kl")
     if max_kl is None and max_error is None:
         refuse_given("fine_tuned", why="without --max-error or --max-kl")
-    wants_signature = signature or bundle is not None or public_key is not None or bool(certificate_chain)
+    expected = Signature(public_key=public_key, certificate_chain=certificate_chain, bundle=bundle)
     wanted = Wanted(
         base=base,
         content_ids=content_ids,
-        signature=Signature(public_key=public_key, certificate_chain=certificate_chain, bundle=bundle)
-        if wants_signature
-        else None,
+        signature=expected if signature or expected != Signature() else None,
         fine_tuned=fine_tuned,
         max_error=max_error,
         max_kl=max_kl,
         texts=texts,
     )
-
-    @contextlib.contextmanager
-    def open_file(file: str) -> Iterator[Path]:
-        with fetched([file], quiet=quiet) as (path,):
-            yield path
 
     kind = "json" if as_json else kind
     outputs = [*reports, *([(kind, output)] if output is not None else [])]
@@ -154,13 +147,24 @@ def command(
     files = _expanded(deltas)
     inputs = (*files, base, fine_tuned, *texts.values(), bundle, public_key, *certificate_chain)
     with claim_files([path for _, path in outputs], overwrite=overwrite, inputs=inputs):
-        report = verify_files(files, wanted, open_file=open_file, progress=staged(quiet=quiet), workers=workers)
+        report = verify_files(
+            files, wanted, open_file=_opener(quiet=quiet), progress=staged(quiet=quiet), workers=workers
+        )
         for its_kind, path in outputs:
             _write(report, its_kind, path, overwrite=overwrite)
     if output is None:
         _show(report, kind)
     if report.status.exit_status:
         ctx.exit(report.status.exit_status)
+
+
+def _opener(*, quiet: bool) -> Opener:
+    @contextlib.contextmanager
+    def open_file(file: str) -> Iterator[Path]:
+        with fetched([file], quiet=quiet) as (path,):
+            yield path
+
+    return open_file
 
 
 def _expanded(patterns: tuple[str, ...]) -> list[str]:

@@ -30,7 +30,7 @@ def compress(
     output: str | Path,
     *,
     recipe: Recipe | None = None,
-    fit: Fit | None = None, axis: AxisChoice | None = None, bits: int | None = None,
+    fit: Fit | None = None, axis: AxisChoice | None = None, masks: int | None = None,
     target_size: int | str | None = None, target_ratio: float | None = None, embeddings: Embeddings | None = None,
     calibration: str | None = None, text_column: str | None = None, calibration_samples: int | None = None,
     generated_samples: int | None = None, sequence_length: int | None = None, held_out: float | None = None,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import OptionError
 from peraxis_tools.optional import require
 
 __all__ = ["AXES", "EMBEDDINGS", "FITS", "RECIPES", "CompressOptions", "OptionError", "parse_size"]
@@ -58,10 +58,8 @@ _OF_TEXT: Final = (
 )
 _RATE_MIN: Final = 1e-9
 _NOT_CONTENT: Final = ("device", "resume", "hidden_limit", "logits_limit")
-
-
-class OptionError(ToolError):
-    """An option is unknown, or its value is; the message names it and what it may be."""
+# Names that options had before; files and their digests keep them.
+_OTHER_NAMES: Final[Mapping[str, str]] = {"bits": "masks"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,11 +69,11 @@ class CompressOptions:
     fit            none: mean |delta|, no text; closed-form: scales from calibration; refined: signs too;
                    adamw: the paper's; auto: refined where a calibration text is given, else none
     axis           auto: the best for each module
-    bits           masks a module, 1 to 8
+    masks          sign masks (components) a module, 1 to 8; `bits` is accepted as another name
     target_size    size of the file; or target_ratio, fine-tuned size / file size: masks are spent where they pay
-    embeddings     embed_tokens and lm_head: sign (`bits` masks), full (exact), auto (as many masks as pay)
+    embeddings     embed_tokens and lm_head: sign (`masks` of them), full (exact), auto (as many masks as pay)
     calibration    c4, a `datasets` id, or a file of json, jsonl(.gz), parquet or txt
-    held_out       share of the calibration samples that judges, rather than fits
+    held_out       share of the calibration samples for validation, rather than the fit
     generated_samples  samples that the fine-tuned model writes itself, added to both texts: its own domain
     distill_samples  samples of end-to-end distillation of all scales afterwards; 0: none
     distill_lr     learning rate of the scales, relative to their size; distill_sign_lr: of the signs (0: kept);
@@ -86,7 +84,7 @@ class CompressOptions:
 
     fit: str = "auto"
     axis: str = "auto"
-    bits: int = 1
+    masks: int = 1
     target_size: int | None = None
     target_ratio: float | None = None
     embeddings: str = "auto"
@@ -123,7 +121,7 @@ class CompressOptions:
             if getattr(self, name) not in allowed:
                 raise OptionError(f"{_dashed(name)} {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         for name, least, most in (
-            ("bits", 1, 8),
+            ("masks", 1, 8),
             ("calibration_samples", 1, 1 << 24),
             ("sequence_length", 2, 1 << 24),
             ("batch_size", 1, 1 << 16),
@@ -151,10 +149,10 @@ class CompressOptions:
             raise OptionError("this fit needs a text: give --calibration (c4, a datasets id, or a file)")
         if self.target_size is not None and self.target_ratio is not None:
             raise OptionError("target-size and target-ratio: give one of them")
-        if self.fit == "adamw" and (self.bits > 1 or self.has_target):
+        if self.fit == "adamw" and (self.masks > 1 or self.has_target):
             raise OptionError("fit adamw is the paper's: one mask a module, no target")
-        if self.bits > 1 and self.has_target:
-            raise OptionError("bits and a target size exclude each other: the target decides the masks of each module")
+        if self.masks > 1 and self.has_target:
+            raise OptionError("masks and a target size exclude each other: the target decides the masks of each module")
         for name in ("distill_sign_lr", "distill_full_lr"):
             if 0.0 < getattr(self, name) < _RATE_MIN:
                 raise OptionError(f"{_dashed(name)} {getattr(self, name)}: must be 0, or at least {_RATE_MIN:g}")
@@ -189,6 +187,7 @@ class CompressOptions:
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> CompressOptions:
         """Options from a mapping (YAML, JSON); `-` and `_` are the same, `recipe` stands for options of RECIPES.
+        Of two names of one option the later wins.
 
         Raises OptionError for unknown keys.
         """
@@ -201,6 +200,7 @@ class CompressOptions:
             if key == "recipe":
                 continue
             name = str(key).replace("-", "_")
+            name = _OTHER_NAMES.get(name, name)
             if name not in known:
                 raise OptionError(f"unknown option {key!r}; known are {', '.join(sorted(map(_dashed, known)))}")
             given[name] = _typed(name, value)
@@ -213,7 +213,8 @@ class CompressOptions:
 
     def content(self) -> dict[str, Any]:
         """What the bytes of the artifact follow from, for the manifest and for resuming; floats as decimal strings."""
-        values = {name: value for name, value in asdict(self).items() if name not in _NOT_CONTENT}
+        names = {new: old for old, new in _OTHER_NAMES.items()}
+        values = {names.get(name, name): value for name, value in asdict(self).items() if name not in _NOT_CONTENT}
         return {name: repr(value) if isinstance(value, float) else value for name, value in values.items()}
 
     def canonical_json(self) -> str:

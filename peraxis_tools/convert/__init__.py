@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +10,7 @@ from peraxis_tools.convert.layouts import LAYOUTS, Layout
 from peraxis_tools.convert.lora import LeftOut, LoraModule, LoraResult, to_lora
 from peraxis_tools.convert.to_pxd import ToPxdResult, to_pxd
 from peraxis_tools.errors import ToolError
+from peraxis_tools.progress import Progress
 
 __all__ = ["LAYOUTS", "Layout", "LeftOut", "LoraModule", "LoraResult", "ToPxdResult", "convert", "to_lora", "to_pxd"]
 
@@ -27,7 +27,7 @@ def convert(
     rank: int | None = None,
     max_error: float | None = None,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = None,
 ) -> ToPxdResult | LoraResult:
     """Convert a .pt delta to a .pxd file, or a .pxd file to a LoRA adapter.
 
@@ -36,7 +36,9 @@ def convert(
     number of bytes done. Raises ToolError, CheckpointError, PxdError, OSError.
     """
     if to == "lora":
-        return to_lora(source, output, rank=rank, max_error=max_error, overwrite=overwrite, progress=progress)
+        return to_lora(
+            source, output, rank=rank, max_error=max_error, base=base, overwrite=overwrite, progress=progress
+        )
     if base is None:
         raise ToolError(f"{source}: pass base, the checkpoint that this delta is for")
     chosen = None if axis is None else pxd.Axis(axis)

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 import peraxis_format as pxd
 from peraxis_tools.errors import ToolError
-from peraxis_tools.merge.fold import negate_mask
+from peraxis_tools.fold import negate_mask
 from peraxis_tools.optional import require
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,18 +21,19 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 import peraxis_format as pxd
-from peraxis_tools.apply import rebuild
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.convert.lowrank import LowRank, low_rank
 from peraxis_tools.convert.routes import Route, RouteKind, routes_of
 from peraxis_tools.convert.targets import LayerKind, Place, Targets, targets_by_model, targets_by_name
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
+from peraxis_tools.factors import ComponentSum, module_sum
 from peraxis_tools.folders import atomic_folder
 from peraxis_tools.kinds import kind_of
-from peraxis_tools.merge.factors import ComponentSum, module_sum
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_folder
+from peraxis_tools.progress import Progress, watched
+from peraxis_tools.rebuild import rebuild
 from peraxis_tools.rows import delta_rows, row_blocks
 from peraxis_tools.tensor_files import save_tensors
 
@@ -106,7 +107,7 @@ def to_lora(
     max_error: float | None = None,
     base: str | Path | None = None,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = None,
 ) -> LoraResult:
     """Write a PEFT folder. Either rank (for every module), or max_error: the least rank of each that stays below it.
 
@@ -128,11 +129,12 @@ def to_lora(
         entries = {entry.name: entry for entry in delta.manifest.modules}
         held = () if checkpoint is None else checkpoint.tensors
         adapter = _Adapter(delta, checkpoint, routes_of(entries, targets, held))
+        step = stack.enter_context(watched(progress, "convert", delta.size - delta.header_size))
         for entry in delta.manifest.modules:
             if entry.name in adapter.routes:
                 _add(adapter, entry, rank, max_error)
             begin, end = delta.span(entry.name)
-            (progress or (lambda _: None))(end - begin)
+            step(end - begin)
         if not adapter.modules:
             reasons = sorted({item.reason for item in adapter.left_out})
             why = f": each {'; or '.join(reasons)}" if reasons else ""

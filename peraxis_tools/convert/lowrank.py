@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from peraxis_tools.merge.factors import ComponentSum
+from peraxis_tools.factors import ComponentSum
 from peraxis_tools.rows import row_blocks
 
 __all__ = ["LowRank", "low_rank"]

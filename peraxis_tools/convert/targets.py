@@ -101,7 +101,8 @@ def _model(config: Mapping[str, Any]) -> nn.Module | None:
             parsed = transformers.AutoConfig.for_model(**config)
             kind = getattr(transformers, str(next(iter(config.get("architectures") or []), "")), None)
             if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-                return transformers.AutoModelForCausalLM.from_config(parsed)
+                built: nn.Module = transformers.AutoModelForCausalLM.from_config(parsed)
+                return built
             model: nn.Module = kind(parsed)
             return model
     except Exception:  # a configuration from a stranger's file may fail in any way

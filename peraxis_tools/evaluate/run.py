@@ -25,7 +25,7 @@ from peraxis_tools.progress import Staged, watched_stages
 if TYPE_CHECKING:
     import torch
 
-    from peraxis_tools.compress.calibration.text import Samples
+    from peraxis_tools.text import Samples
 
 __all__ = ["Progress", "evaluate", "worst_kl"]
 
@@ -61,15 +61,11 @@ def evaluate(
     each; task_path: a folder of further task definitions. progress: called with (stage, done, total), or True for
     bars. Raises ToolError, PxdError, CheckpointError.
     """
-    unknown = sorted(set(candidates) - set(CANDIDATES))
-    if unknown:
-        raise ToolError(f"candidate {unknown[0]}: choose of {', '.join(CANDIDATES)}")
-    if not texts and not tasks:
-        raise ToolError("nothing to evaluate on: give a text (--text domain=file) or tasks (--tasks)")
+    _check_asked(texts, tasks, candidates)
     require("an evaluation", "torch", "transformers", "datasets", extra="compress")
     if tasks:
         require("--tasks", "lm_eval")
-    from peraxis_tools.compress.run.environment import resolve_device
+    from peraxis_tools.environment import resolve_device
     from peraxis_tools.evaluate.models import load_tokenizer
     from peraxis_tools.quiet import quiet_transformers
 
@@ -96,11 +92,17 @@ def evaluate(
             delta=str(delta),
             content_id=file.content_id,
             bytes=file.size,
-            domains=tuple(
-                _domain(name, sampled[name], found[name], seen=_seen(sampled[name], calibration)) for name in sampled
-            ),
+            domains=tuple(_domain(name, its, found[name], calibration) for name, its in sampled.items()),
             tasks=_tasks(models, tokenizer, tasks, task_limit, task_path, batch_size),
         )
+
+
+def _check_asked(texts: Mapping[str, str | Path], tasks: Sequence[str], candidates: Sequence[str]) -> None:
+    unknown = sorted(set(candidates) - set(CANDIDATES))
+    if unknown:
+        raise ToolError(f"candidate {unknown[0]}: choose of {', '.join(CANDIDATES)}")
+    if not texts and not tasks:
+        raise ToolError("nothing to evaluate on: give a text (--text domain=file) or tasks (--tasks)")
 
 
 def worst_kl(
@@ -154,7 +156,7 @@ class _Models:
 def _samples(
     source: str | Path, tokenizer: Any, count: int, length: int, seed: int, text_column: str | None
 ) -> Samples:
-    from peraxis_tools.compress.calibration.text import load_samples
+    from peraxis_tools.text import load_samples
 
     return load_samples(str(source), tokenizer, samples=count, length=length, seed=seed, text_column=text_column)
 
@@ -191,7 +193,9 @@ def _seen(samples: Samples, calibration: pxd.Calibration | None) -> bool:
     return calibration.digest == samples.digest or calibration.source.split("; ")[0] == samples.source
 
 
-def _domain(name: str, samples: Samples, found: Mapping[str, Fidelity], *, seen: bool) -> DomainResult:
+def _domain(
+    name: str, samples: Samples, found: Mapping[str, Fidelity], calibration: pxd.Calibration | None
+) -> DomainResult:
     any_one = next(iter(found.values()))
     base = found.get("base")
     recovered = {
@@ -210,7 +214,7 @@ def _domain(name: str, samples: Samples, found: Mapping[str, Fidelity], *, seen:
         candidates=dict(found),
         perplexity={candidate: its.perplexity for candidate, its in found.items()},
         recovered=recovered,
-        seen=seen,
+        seen=_seen(samples, calibration),
     )
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 import peraxis_format as pxd
 from peraxis_format.ops.backend import choose
-from peraxis_tools.merge.factors import ComponentSum, weighted
+from peraxis_tools.factors import ComponentSum, weighted
 from peraxis_tools.ops.delta_sums import DeltaSums, delta_sums
 from peraxis_tools.ops.merge_rows import columns
 from peraxis_tools.rows import row_blocks
@@ -44,25 +44,25 @@ class Fit:
     square_norm: float
 
 
-def fit_masks(matrix: Callable[[tuple[int, ...]], Dense], covered: tuple[int, ...], bits: int) -> Fit:
-    """Fit `bits` row+col components to a delta of this covered shape, two passes over it for each mask.
+def fit_masks(matrix: Callable[[tuple[int, ...]], Dense], covered: tuple[int, ...], masks: int) -> Fit:
+    """Fit `masks` row+col components to a delta of this covered shape, two passes over it for each mask.
 
     matrix: the rows of the matrix at an index of the batch.
     """
-    batch = covered[:-2]
-    fits = [_fit_matrix(matrix(index), covered[-2:], bits) for index in np.ndindex(batch)]
+    batch, (rows, cols) = covered[:-2], covered[-2:]
+    fits = [_fit_matrix(matrix(index), (rows, cols), masks) for index in np.ndindex(*batch)]
     return Fit(
-        components=tuple(_stack([fit.components[k] for fit in fits], batch) for k in range(bits)),
+        components=tuple(_stack([fit.components[k] for fit in fits], batch) for k in range(masks)),
         square_error=math.fsum(fit.square_error for fit in fits),
         square_norm=math.fsum(fit.square_norm for fit in fits),
     )
 
 
-def _fit_matrix(dense: Dense, shape: tuple[int, int], bits: int) -> Fit:
+def _fit_matrix(dense: Dense, shape: tuple[int, int], masks: int) -> Fit:
     chosen: tuple[pxd.ComponentFactors, ...] = ()
     components: list[pxd.Component] = []
     norm = left = 0.0
-    for k in range(bits):
+    for k in range(masks):
         residual = _Residual(dense, ComponentSum(components=chosen, shape=shape))
         component, square, left = _component(residual)
         norm = norm if k else square

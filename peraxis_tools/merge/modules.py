@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 import peraxis_format as pxd
 from peraxis_tools.errors import ToolError
+from peraxis_tools.factors import joined, module_sum
+from peraxis_tools.fold import fold
 from peraxis_tools.merge.exact import merge_exact, merge_tails
-from peraxis_tools.merge.factors import joined, module_sum
 from peraxis_tools.merge.fit import Dense, fit_masks
-from peraxis_tools.merge.fold import fold
 from peraxis_tools.merge.methods import Magnitudes, Mixture, make_mixer
 from peraxis_tools.rows import BaseRows, delta_rows, has_delta, row_blocks
 
@@ -37,11 +37,11 @@ def merge_module(
     weights: Sequence[float],
     *,
     mixture: Mixture,
-    bits: int | None,
+    masks: int | None,
     base: BaseRows | None,
     keys: Sequence[str],
 ) -> tuple[pxd.ModuleDelta, MergedModule]:
-    """Merge the modules of one name. bits: masks to fit the merged delta into; None keeps every component.
+    """Merge the modules of one name. masks: masks to fit the merged delta into; None keeps every component.
 
     base: rows of the base tensor, for what is stored exactly. keys: texts that stand for the inputs. Raises ToolError.
     """
@@ -56,9 +56,9 @@ def merge_module(
     tail = merge_tails(modules, factors)
     if not any(module.components for module in modules):
         return replace(first, tail=tail), MergedModule(name=first.name, encoding="same", components=0)
-    if bits is None:
+    if masks is None:
         return _kept(modules, factors, tail)
-    fitted = fit_masks(_matrices(modules, weights, mixture, keys), first.covered, bits)
+    fitted = fit_masks(_matrices(modules, weights, mixture, keys), first.covered, masks)
     if fitted.square_norm == 0.0:
         return _encoded(first, (), tail)
     merged, found = _encoded(first, fitted.components, tail)
@@ -160,7 +160,7 @@ def _kept(
     if len(components) > pxd.COMPONENTS_MAX:
         raise ToolError(
             f"{modules[0].name}: the sum has {len(components)} masks and a module holds {pxd.COMPONENTS_MAX}; "
-            "pass --bits to fit it into fewer"
+            "pass --masks to fit it into fewer"
         )
     return _encoded(modules[0], components, tail)
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from peraxis_tools.optional import require
-from peraxis_tools.progress import ProgressOf
+from peraxis_tools.progress import StageOpener
 from peraxis_tools.urls import without_secrets
 
 __all__ = [
@@ -245,16 +245,16 @@ class Stages:
         self._stack.close()
 
 
-def staged(*, quiet: bool = False) -> ProgressOf:
+def staged(*, quiet: bool = False) -> StageOpener:
     """What opens a bar for each stage of work that has several."""
-    return lambda description, total: progress(description, total, quiet=quiet)
+    return StageOpener(lambda description, total: progress(description, total, quiet=quiet))
 
 
 @contextlib.contextmanager
 def hub_progress(*, quiet: bool = False) -> Iterator[None]:
     """The hub library's own bars of an upload, where ours would be shown."""
     require("an upload", "huggingface_hub")
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled() or (Console(stderr=True).is_terminal and not quiet):
         yield

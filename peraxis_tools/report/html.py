@@ -16,8 +16,8 @@ from typing import Final
 from urllib.parse import quote
 
 import peraxis_format as pxd
-from peraxis_tools.inspect import ByteShare, InspectResult, ModuleLine
 from peraxis_tools.inspect_details import Details
+from peraxis_tools.inspection import ByteShare, InspectResult, ModuleLine
 from peraxis_tools.kinds import axes_text
 from peraxis_tools.report.console import size
 

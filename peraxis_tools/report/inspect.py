@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
-from peraxis_tools.inspect import InspectResult, ModuleLine
+from peraxis_tools.inspection import InspectResult, ModuleLine
 from peraxis_tools.kinds import axes_text
 from peraxis_tools.report.console import size, text
 
@@ -132,7 +132,7 @@ def _tree(result: InspectResult) -> Tree:
             totals[path] += line.bytes
             children.setdefault(path[:-1], set()).add(path)
     whole = sum(line.bytes for line in result.modules)
-    nodes = {(): Tree(f"{text(result.file)}  {size(whole)}")}
+    nodes: dict[tuple[str, ...], Tree] = {(): Tree(f"{text(result.file)}  {size(whole)}")}
     modules = {tuple(line.name.split(".")): line for line in result.modules}
     for line in result.modules:
         shown: list[str] = []

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import peraxis_format as pxd
 from peraxis_tools.errors import ToolError
-from peraxis_tools.inspect import InspectResult, ModuleLine
 from peraxis_tools.inspect_details import Details
+from peraxis_tools.inspection import InspectResult, ModuleLine
 from peraxis_tools.kinds import layer_of
 from peraxis_tools.optional import require
 from peraxis_tools.report.console import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 __all__ = ["plot"]
 
@@ -27,7 +28,7 @@ __all__ = ["plot"]
 _COLOURS: Final = {"row": "#0072B2", "col": "#E69F00", "row+col": "#009E73", "tensor": "#CC79A7"}
 _SUBTYPES: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31", "#666666")
 _GREY: Final = "#666666"
-_STYLE: Final = {"svg.hashsalt": "peraxis", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+_STYLE: Final[Any] = {"svg.hashsalt": "peraxis", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def plot(result: InspectResult, details: Details, path: Path, *, overwrite: bool = False) -> None:
@@ -77,6 +78,15 @@ def _plain(value: str) -> str:
     return shown if len(shown) <= 60 else shown[:59] + "…"
 
 
+def _whole_numbers(axis: Axis) -> None:
+    """Ticks at whole numbers alone."""
+    from matplotlib.ticker import MaxNLocator
+
+    locator = axis.get_major_locator()
+    if isinstance(locator, MaxNLocator):
+        locator.set_params(integer=True)
+
+
 def _stacked(axes: Axes, labels: Sequence[object], counts: Sequence[Counter[str]]) -> None:
     positions = range(len(labels))
     bottom = [0] * len(labels)
@@ -86,7 +96,7 @@ def _stacked(axes: Axes, labels: Sequence[object], counts: Sequence[Counter[str]
             axes.bar(positions, heights, 0.8, bottom=bottom, label=axis, color=colour)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     axes.set_ylabel("components")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(axes.yaxis)
     if any(bottom):
         axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0)
     else:
@@ -138,7 +148,7 @@ def _scales(axes: Axes, details: Details) -> None:
     axes.set_title("Scales by depth: median, dashed 5% and 95%", loc="right")
     if by_subtype:
         axes.set_yscale("log")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _whole_numbers(axes.xaxis)
         _legend_below(axes)
 
 
@@ -193,8 +203,9 @@ def _by_module(axes: Axes, details: Details, values: Mapping[str, float]) -> Non
     for subtype, colour in {**_subtype_colours(details), "other": _GREY}.items():
         chosen = [(layer if layer is not None else -1, error) for layer, error, kind in points if kind == subtype]
         if chosen:
-            axes.scatter(*zip(*chosen, strict=True), s=14, label=_plain(subtype), color=colour)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+            layers, errors = zip(*chosen, strict=True)
+            axes.scatter(layers, errors, s=14, label=_plain(subtype), color=colour)
+    _whole_numbers(axes.xaxis)
     if all(error > 0.0 for _, error, _ in points):
         axes.set_yscale("log")
     axes.set_xlabel("layer (-1: outside of the layers)" if any(layer is None for layer, _, _ in points) else "layer")

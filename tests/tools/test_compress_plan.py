@@ -90,7 +90,7 @@ def test_what_cannot_or_should_not_carry_signs_is_exact_and_says_why() -> None:
     }
     base = {name: info for name, info in tuned.items() if "new" not in name} | {"old.weight": Info(BF16, (8, 8))}
     base["model.embed_tokens.weight"] = Info(pxd.DType.F32, (90, 64))
-    result = planned(tuned, base, bits=2)
+    result = planned(tuned, base, masks=2)
     modules = {module.name: module for module in result.modules}
     assert {name for name, module in modules.items() if module.encoding is pxd.Encoding.SIGN} == {
         "model.embed_tokens.weight",
@@ -123,9 +123,18 @@ def test_options_survive_their_own_json_and_refuse_what_they_do_not_know() -> No
 
     options = CompressOptions(calibration="c4", target_ratio=12.5, held_out=0.3, distill_samples=4)
     assert CompressOptions.from_mapping(json.loads(options.canonical_json())) == options
-    for values in ({"nonsense": 1}, {"bits": 9}, {"bits": "two"}, {"axis": "diagonal"}, {"fit": "refined"}):
+    for values in ({"nonsense": 1}, {"bits": 9}, {"masks": "two"}, {"axis": "diagonal"}, {"fit": "refined"}):
         with pytest.raises(OptionError):
             CompressOptions.from_mapping(values)
+
+
+def test_bits_is_another_name_of_masks_and_stays_the_name_in_files(tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text("bits: 3\n")
+    options = CompressOptions.from_yaml(tmp_path / "old.yaml")
+    assert options == CompressOptions(masks=3)
+    assert options.content()["bits"] == 3
+    assert "masks" not in options.content()
+    assert CompressOptions.from_mapping({"bits": 3, "masks": 2}).masks == 2  # --config, and an option on top
 
 
 def test_an_option_that_is_given_wins_over_its_recipe() -> None:

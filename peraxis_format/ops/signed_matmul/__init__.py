@@ -9,7 +9,6 @@ Weights are rebuilt instead (ops/rebuild) from so many rows of x on that a produ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from peraxis_format.ops.backend import choose
@@ -21,19 +20,7 @@ if TYPE_CHECKING:
 
     Product: TypeAlias = tuple[Tensor, Sequence[ComponentTensors], Tensor]
 
-__all__ = ["Tiles", "signed_matmul"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Tiles:
-    """Rows sorted by variant, in tiles of one variant each and at most `height` rows (triton.py).
-
-    order: int32 [rows]. tiles: int32 [tiles, 3].
-    """
-
-    order: Tensor
-    tiles: Tensor
-    height: int
+__all__ = ["signed_matmul"]
 
 
 def signed_matmul(products: Sequence[Product], *, backend: str | None = None) -> None:

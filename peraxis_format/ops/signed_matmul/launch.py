@@ -14,8 +14,8 @@ from torch import Tensor
 
 from peraxis_format.ops.rebuild.torch import ComponentTensors
 from peraxis_format.ops.rebuild.triton import KINDS
-from peraxis_format.ops.signed_matmul import Tiles
 from peraxis_format.ops.signed_matmul import triton as kernels
+from peraxis_format.ops.signed_matmul.tiles import Tiles
 from peraxis_format.ops.tensors import dtype_of
 
 __all__ = [

@@ -37,11 +37,11 @@ from peraxis_format.torch.place.claims import claim, release
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.shards import Placement, Views
 from peraxis_format.torch.ring import Ring
-from peraxis_format.torch.serve.linear import Products, ServedLinear, TorchProducts
-from peraxis_format.torch.serve.modules import GroupForward, Patch, ServedEmbedding, ServedModule, State
+from peraxis_format.torch.serve.linear import ServedLinear, TorchProducts
+from peraxis_format.torch.serve.modules import GroupForward, Patch, Products, ServedEmbedding, ServedModule, State
 from peraxis_format.torch.serve.rows import Rows
-from peraxis_format.torch.swap.apply import TRANSFER_LIMIT
 from peraxis_format.torch.swap.payload import check_pads
+from peraxis_format.torch.swap.transfer_plan import TRANSFER_LIMIT
 
 __all__ = ["Served", "serve"]
 

@@ -3,14 +3,14 @@
     few rows of a variant     y = x W^T + sum over k of row_k o ((x o col_k) B_k^T)      W read once for all of them
     many                      y = x W_v^T, W_v rebuilt a block at a time                 the merged weights' values
 
-How the two are computed is a `Products`: kernels on CUDA (launch.py); here the doors of ops/signed_matmul and
-ops/rebuild, which choose torch or numba.
+How the two are computed is a `Products` (modules.py): kernels on CUDA (launch.py); here the doors of
+ops/signed_matmul and ops/rebuild, which choose torch or numba.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -23,31 +23,11 @@ from peraxis_format.ops.signed_matmul import signed_matmul
 from peraxis_format.torch.serve.modules import Patch, ServedModule, State
 from peraxis_format.torch.serve.rows import Batch
 
-__all__ = ["MANY_ROWS", "Products", "ServedLinear", "TorchProducts"]
+__all__ = ["MANY_ROWS", "ServedLinear", "TorchProducts"]
 
 MANY_ROWS: Final = 64  # rows of one variant from which its weights are rebuilt rather than added to
 _MANY_ROWS_NUMBA: Final = 32  # with numba a product costs as much as the rebuilding from here on
 _BLOCK: Final = 1 << 23  # weights that are rebuilt at a time: they are still in the cache when they are multiplied
-
-
-class Products(Protocol):
-    """The products of one linear with several variants' weights. x: [rows, in_features]; out: [rows, out_features]."""
-
-    def many(self, module: nn.Linear) -> int:
-        """Rows of a variant from which `merged` is the better way."""
-
-    def single(self, module: nn.Linear, state: State, x: Tensor, variant: int) -> Tensor | None:
-        """All of it for a batch of one row; None where there is no way of its own for that."""
-
-    def add_terms(
-        self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
-    ) -> None:
-        """Terms, and the biases that a variant changes, on top of the base's product in `out`."""
-
-    def merged(
-        self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
-    ) -> None:
-        """Products with the merged weights, biases included, into `out`."""
 
 
 class ServedLinear(ServedModule, nn.Linear):
@@ -68,7 +48,7 @@ class ServedLinear(ServedModule, nn.Linear):
 
     def _each(self, state: State, x: Tensor, batch: Batch) -> Tensor:
         """Every row's product."""
-        products: Products = state.products
+        products = state.products
         weights, biases = state.patches.get("weight", {}), state.patches.get("bias", {})
         many = products.many(self)
         exact = [v for v in batch.groups if any(patch.full is not None for patch in weights.get(v, ()))]

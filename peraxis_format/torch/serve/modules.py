@@ -11,11 +11,11 @@ for others, its forward), and put back by `Served.close`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from threading import local
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,9 @@ from torch.func import functional_call
 from peraxis_format.errors import LiveModelError
 from peraxis_format.ops.rebuild import rebuild_tensor
 from peraxis_format.ops.rebuild.torch import ComponentTensors, Scratch
-from peraxis_format.torch.serve.rows import Rows
+from peraxis_format.torch.serve.rows import Batch, Rows
 
-__all__ = ["GroupForward", "Patch", "ServedEmbedding", "ServedModule", "State"]
+__all__ = ["GroupForward", "Patch", "Products", "ServedEmbedding", "ServedModule", "State"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,13 +57,13 @@ class State:
 
     alone: a context in which the rows are all of one variant. grouped: the module is run for each variant even if no
     variant changes it, since it sends rows on in an order of its own (routed experts).
-    products: linear.Products, for a linear. broadcast: an embedding whose input may be one sequence for all (positions,
+    products: how a linear multiplies. broadcast: an embedding whose input may be one sequence for all (positions,
     but not tokens).
     """
 
     rows: Callable[[], Rows | None]
     alone: Callable[[int], AbstractContextManager[None]]
-    products: Any
+    products: Products
     scratch: Scratch
     broadcast: bool = False
     grouped: bool = False
@@ -115,6 +115,26 @@ class State:
             else:
                 target.copy_(rebuild_tensor(part, patch.terms))
         return out
+
+
+class Products(Protocol):
+    """The products of one linear with several variants' weights. x: [rows, in_features]; out: [rows, out_features]."""
+
+    def many(self, module: nn.Linear) -> int:
+        """Rows of a variant from which `merged` is the better way."""
+
+    def single(self, module: nn.Linear, state: State, x: Tensor, variant: int) -> Tensor | None:
+        """All of it for a batch of one row; None where there is no way of its own for that."""
+
+    def add_terms(
+        self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
+    ) -> None:
+        """Terms, and the biases that a variant changes, on top of the base's product in `out`."""
+
+    def merged(
+        self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
+    ) -> None:
+        """Products with the merged weights, biases included, into `out`."""
 
 
 class _MixedWeight(Tensor):

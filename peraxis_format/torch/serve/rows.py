@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peraxis_format.errors import LiveModelError
-from peraxis_format.ops.signed_matmul import Tiles
+from peraxis_format.ops.signed_matmul.tiles import Tiles
 
 __all__ = ["Batch", "Rows"]
 

@@ -129,7 +129,7 @@ class VariantSwitch:
         self._lock.refuse_inside()
         with self._changes:
             self._refuse_closed()
-            return self._registry.add(name, delta, residency, direct)
+            return self._registry.add(name, delta, residency, direct=direct)
 
     def remove(self, name: str) -> None:
         """Forget a variant. Raises LiveModelError for the one in use, and for an unknown one."""
@@ -203,7 +203,7 @@ class VariantSwitch:
         device, ring = registry.device, registry.ring
         if device is not None and ring is not None:
             sharded = target is not None and registry.is_sharded(target)
-            with together(sharded, registry.group):
+            with together(registry.group, sharded=sharded):
                 if target is not None:
                     stream(target.payload, target.engine, device=device, ring=ring, workers=registry.workers)
             device.synchronize()

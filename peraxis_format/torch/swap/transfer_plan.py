@@ -31,9 +31,10 @@ from peraxis_format.payload import assemble
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.shards import Box, Placement, ShardView, whole
 
-__all__ = ["ALIGN", "Field", "ModuleSlice", "ByteRange", "Transfer", "cut_transfers", "piece"]
+__all__ = ["ALIGN", "TRANSFER_LIMIT", "ByteRange", "Field", "ModuleSlice", "Transfer", "cut_transfers", "piece"]
 
 ALIGN: Final = 4096
+TRANSFER_LIMIT: Final = 32 << 20  # bytes: a layer of an 8B model; four of them are the ring
 
 
 @dataclass(frozen=True, slots=True)

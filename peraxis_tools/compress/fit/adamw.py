@@ -4,7 +4,7 @@
 
 AdamW (row lr 1e-4, col and scalar lr 1e-5, decay 0.01, as torch has it), 5 epochs, one step a calibration sample; the
 axis with the smaller held-out error is kept. The gradient is that of the whole calibration set, from G and C, where
-the paper's steps take one sample's: the mean of the same thing, without its noise. The paper's procedure as a whole
+the paper's steps take one sample's: the mean of the same thing, without its noise. The paper's method as a whole
 (forward passes of two whole models for every module) is a benchmark (benchmarks/fidelity.py), not an option.
 """
 

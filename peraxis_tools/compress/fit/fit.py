@@ -1,4 +1,4 @@
-"""The modules that read one input, from its sums to their stored deltas.
+"""The modules that read one input, from its sums to their fitted deltas.
 
 With a damping lambda, n tokens, and g the diagonal of G, the hessian is
 
@@ -10,13 +10,13 @@ directions alike are mixed in, half a token for each dimension. Over the target
 
     T = D + W_f E H^-1      minimises   ||R - X T^T||^2 + the damping of (D - T)        (D* of the dense fit)
 
-and, up to a constant, every stored delta Q costs  J(Q) = tr((T - Q) H (T - Q)^T). So one objective serves
+and, up to a constant, every delta Q costs  J(Q) = tr((T - Q) H (T - Q)^T). So one objective serves
 all fits: scales (scales.py) and signs (signs.py) minimise J, component after component, then jointly. H and what is
 made of it are the same for all modules that read the input.
 
 Whether calibration can be trusted at all is not known beforehand. So each module is first fitted on the fit tokens
-and judged by ||R - X Q^T||^2 on held-out tokens, beside the delta that has seen no text (`none`) and no delta at all
-(`same`). A fit must win by more than chance would let it, a share 1 / sqrt(tokens that judge) of the error. From
+and validated by ||R - X Q^T||^2 on held-out tokens, beside the delta that has seen no text (`none`) and no delta at all
+(`same`). A fit must win by more than chance would let it, a share 1 / sqrt(validation tokens) of the error. From
 there it goes on, on all tokens: what is reported is the error before that, of tokens that no fit had seen.
 """
 
@@ -250,7 +250,7 @@ class _Trial:
 def fit_matrices(matrices: Sequence[Matrix], *, statistics: Statistics, options: FitOptions) -> list[FittedMatrix]:
     """Fit the matrices that read one input. Uses the statistics up: held-out tokens end in the fit.
 
-    Never worse than `none` and `same` where it was judged; errors are those of the rounded weight.
+    Never worse than `none` and `same` where it was validated; errors are those of the rounded weight.
     """
     hessian = None if options.adamw_steps else hessian_of(statistics.fit, signs=options.refine)
     validation_moments = statistics.validation_moments.float32()

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from peraxis_format import Array, Axis, Component, DType, ShapeError, encode_scale_pair, encode_scales
+from peraxis_format import Array, Axis, Component, DType, ShapeError
 from peraxis_format.ops.rebuild import rebuild
+from peraxis_tools.compress.fit.encode import encode_component
 from peraxis_tools.ops.delta_sums import DeltaSums, delta_sums
 
-__all__ = ["dense_component", "encode_component", "mean_components"]
+__all__ = ["dense_component", "mean_components"]
 
 _AXES = (Axis.ROW, Axis.COL, Axis.ROW_COL, Axis.TENSOR)
 
@@ -119,30 +120,3 @@ def _means(
     if axis is Axis.TENSOR:
         row = row * (np.cumsum([np.cumsum(m.sums.row)[-1] for m in matrices])[-1] / (len(matrices) * d_out * d_in))
     return row, col
-
-
-def encode_component(
-    mask: NDArray[np.uint8],
-    row: NDArray[np.floating],
-    col: NDArray[np.floating],
-    *,
-    axis: Axis,
-    batch: tuple[int, ...],
-) -> Component:
-    """A stored component. mask: U8 [B, d_out, bytes]; row: [B, d_out]; col: [B, d_in]; both >= 0.
-
-    `tensor` takes its scalar from row[0, 0]; what the axis does not have is ignored.
-    """
-    shape = (*batch, *mask.shape[1:])
-    stored = np.ascontiguousarray(mask.reshape(shape))
-    if axis is Axis.TENSOR:
-        scalar, exponent = encode_scales(row.reshape(-1)[:1])
-        return Component(axis=axis, exponent=exponent, mask=stored, scalar=scalar)
-    if axis is Axis.ROW:
-        row16, exponent = encode_scales(row.reshape(*batch, -1))
-        return Component(axis=axis, exponent=exponent, mask=stored, row=row16)
-    if axis is Axis.COL:
-        col16, exponent = encode_scales(col.reshape(*batch, -1))
-        return Component(axis=axis, exponent=exponent, mask=stored, col=col16)
-    row16, col16, exponent = encode_scale_pair(row.reshape(*batch, -1), col.reshape(*batch, -1))
-    return Component(axis=axis, exponent=exponent, mask=stored, row=row16, col=col16)

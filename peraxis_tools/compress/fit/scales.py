@@ -1,6 +1,6 @@
 """Closed forms for the scales of given signs.
 
-Target T [d_out, d_in], hessian H [d_in, d_in], signs B; the stored delta is Q = B o S. Minimise over S
+Target T [d_out, d_in], hessian H [d_in, d_in], signs B; the fitted delta is Q = B o S. Minimise over S
 
     J = tr((T - Q) H (T - Q)^T)
 

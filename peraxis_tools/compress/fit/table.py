@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from peraxis_format import Axis, Component, pack_signs, unpack_signs
-from peraxis_tools.compress.fit.mean import encode_component
+from peraxis_tools.compress.fit.encode import encode_component
 from peraxis_tools.compress.fit.signs import unit
 from peraxis_tools.compress.run.types import ModuleReport
 

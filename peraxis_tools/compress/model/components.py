@@ -13,7 +13,7 @@ from torch import Tensor
 from peraxis_format import Axis, Component, pack_signs
 from peraxis_format.ops.rebuild import rebuild_tensor
 from peraxis_format.ops.rebuild.torch import ComponentTensors
-from peraxis_tools.compress.fit.mean import encode_component
+from peraxis_tools.compress.fit.encode import encode_component
 from peraxis_tools.compress.fit.scales import ComponentFit
 
 __all__ = ["apply_components", "components_of"]

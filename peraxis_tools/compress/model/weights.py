@@ -103,6 +103,12 @@ class Weights:
         model.retie()
         self.fill(model, source, (name for name in outer if name not in held))
 
+    def fill_whole(self, model: LayerwiseModel, source: Source) -> None:
+        """Fill every layer, too: the whole model in memory."""
+        self.fill_outer(model, source)
+        for index in range(len(model)):
+            self.fill(model, source, model.layer_parameters(index))
+
 
 def kept_rows(module: PlannedModule) -> int:
     """Rows of the first dimension that the base has too (SPEC 3.10)."""

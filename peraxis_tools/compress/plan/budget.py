@@ -19,6 +19,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -86,7 +87,9 @@ def predicted_size(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions)
         for module in plan.modules
     )
     assets = [(path, len(data)) for path, data in fine_tuned.assets()]
-    text = {module.name: "x" * (30 if module.encoding is Encoding.FULL else 90) for module in plan.modules}
+    text: dict[str, Any] = {
+        module.name: "x" * (30 if module.encoding is Encoding.FULL else 90) for module in plan.modules
+    }
     manifest = Manifest(
         base=BaseIdentity(digest=f"sha256:{none}", id="x" * 80),
         fine_tuned=Identity(id="x" * 80),

@@ -20,7 +20,7 @@ from peraxis_tools.kinds import execution_key, kind_of, layer_of
 
 __all__ = ["TABLES", "Plan", "PlannedModule", "TensorLike", "module_bytes", "plan", "table_or_kind"]
 
-_AUTO_EMBEDDING_BITS: Final = 3
+_AUTO_EMBEDDING_MASKS: Final = 3
 TABLES: Final = ("embedding", "lm_head")
 
 
@@ -144,17 +144,17 @@ def _plan_module(name: str, tensor: TensorLike, base: TensorLike | None, options
         return replace(module, reason="a bias" if module.kind == "bias" else "a norm")
     if not module.compressible:
         return replace(module, reason="dtype or shape allows no delta")
-    bits = options.bits
+    masks = options.masks
     if module.kind in TABLES:
         if options.embeddings == "full":
             return replace(module, reason="embeddings are stored full")
-        bits = max(bits, _AUTO_EMBEDDING_BITS) if options.embeddings == "auto" else bits
+        masks = max(masks, _AUTO_EMBEDDING_MASKS) if options.embeddings == "auto" else masks
     elif shape[-2] * 16 <= shape[-1]:
         return replace(module, reason="few rows: a router or a small head")
     axis = None if options.axis == "auto" else Axis(options.axis)
-    if 2 * module_bytes(module, components=bits, axis=axis) > bits * module.payload_bytes and shape[-1] < 32:
+    if 2 * module_bytes(module, components=masks, axis=axis) > masks * module.payload_bytes and shape[-1] < 32:
         return replace(module, reason="signs would not make it smaller")
-    return replace(module, encoding=Encoding.SIGN, components=bits, axis=axis)
+    return replace(module, encoding=Encoding.SIGN, components=masks, axis=axis)
 
 
 def plan(

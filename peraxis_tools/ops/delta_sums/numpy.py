@@ -47,8 +47,8 @@ def pair_sums(
 def _lane_sums(wide: NDArray[np.float64]) -> NDArray[np.float64]:
     """[rows, 8 n] -> [rows], in the order that the door states."""
     lanes = np.ascontiguousarray(wide.reshape(len(wide), -1, _LANES).transpose(1, 0, 2))
-    summed = np.add.reduce(lanes, axis=0)
-    total = summed[:, 0].copy()
+    summed: NDArray[np.float64] = np.add.reduce(lanes, axis=0)
+    total: NDArray[np.float64] = summed[:, 0].copy()
     for lane in range(1, _LANES):
         total += summed[:, lane]
     return total

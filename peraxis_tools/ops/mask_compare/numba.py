@@ -1,5 +1,8 @@
 """mask_compare compiled by numba; the loops hold no lock."""
 
+# mypy: allow-untyped-decorators
+# numba has no type information.
+
 from __future__ import annotations
 
 from importlib import import_module

@@ -1,5 +1,8 @@
 """The loops of merge_rows, compiled by numba, with the bits of numpy.py. They hold no lock."""
 
+# mypy: allow-untyped-decorators
+# numba has no type information.
+
 from __future__ import annotations
 
 from importlib import import_module
