@@ -9,7 +9,8 @@ import click
 from peraxis_tools.apply import apply
 from peraxis_tools.commands.options import Finite, json_option, overwrite_option, quiet_option, workers_option
 from peraxis_tools.commands.sources import fetched
-from peraxis_tools.report import emit, staged
+from peraxis_tools.progress import staged
+from peraxis_tools.report import emit
 from peraxis_tools.report.apply import render_apply
 
 __all__ = ["command"]

@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
+from peraxis_tools.bars import Stages
 from peraxis_tools.commands.options import json_option, masks_option, overwrite_option, quiet_option
 from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.options import AXES, EMBEDDINGS, FITS, RECIPES, parse_size, read_yaml
-from peraxis_tools.report import Stages, emit
+from peraxis_tools.report import emit
 from peraxis_tools.report.compress import plan_lines, render_compress
 
 __all__ = ["command"]
@@ -26,8 +27,9 @@ def size(value: str) -> int:
 @click.argument("fine_tuned", metavar="FINE_TUNED")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The .pxd to write.")
 @click.option(
-    "--calibration", metavar="TEXT", help="A text: c4, a datasets id, or a json, jsonl(.gz), parquet or txt file."
-)
+    "--calibration", metavar="TEXT[:WEIGHT]", multiple=True,
+    help="A text: c4, a datasets id, or a json, jsonl(.gz), parquet or txt file. Can be repeated.",
+)  # fmt: skip
 @click.option("--recipe", type=click.Choice(tuple(RECIPES)), help="A set of options. Single options win over it.")
 @click.option(
     "--fit", type=click.Choice(FITS), help="The method.  [default: refined with a calibration text, else none]"
@@ -35,7 +37,7 @@ def size(value: str) -> int:
 @click.option(
     "--axis", type=click.Choice(AXES), help="The axis of the scales; auto takes the best one for each module."
 )
-@masks_option(click.INT, help="The number of masks for each module, 1 to 8.  [default: 1]")
+@masks_option(click.INT, help="Masks for each module, 1 to 8.  [default: 1]")
 @click.option("--target-size", type=size, help="The size of the file, like 1.2GB. Masks go where they help most.")
 @click.option("--target-ratio", type=float, help="The size as a fraction of the checkpoint: 12 means a twelfth.")
 @click.option(
@@ -97,7 +99,7 @@ def command(
     Example: peraxis-tools compress meta-llama/Llama-3.1-8B my/fine-tune -o delta.pxd --calibration c4
     """
     values = read_yaml(config) if config is not None else {}
-    values.update({name: value for name, value in given.items() if value is not None})
+    values.update({name: value for name, value in given.items() if value not in (None, ())})
     options = CompressOptions.from_mapping(values)
     with Stages(quiet=quiet) as stages:
         result = compress(

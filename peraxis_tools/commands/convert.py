@@ -12,7 +12,8 @@ from peraxis_tools.commands.options import Finite, json_option, overwrite_option
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.convert import LAYOUTS, Layout, to_lora, to_pxd
 from peraxis_tools.errors import ToolError
-from peraxis_tools.report import emit, staged
+from peraxis_tools.progress import staged
+from peraxis_tools.report import emit
 from peraxis_tools.report.apply import render_apply
 from peraxis_tools.report.convert import render_lora, render_to_pxd
 
@@ -71,9 +72,7 @@ def command(
         raise ToolError(f"{source}: is a .pxd already; pass --to lora or --to checkpoint")
     if target in ("pxd", "checkpoint", None) and base is None:
         raise ToolError(f"{source}: pass --base, the checkpoint that this delta is for")
-    if target == "lora":
-        refuse_given("base", why="with --to lora")
-    else:
+    if target != "lora":
         refuse_given("rank", "max_error", why="without --to lora")
     if target in ("lora", "checkpoint"):
         refuse_given("layout", "axis", "name", why=f"with --to {target}")

@@ -11,8 +11,9 @@ from peraxis_tools.commands.options import json_option, quiet_option, refuse_giv
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.diff import diff, diff_checkpoint
 from peraxis_tools.errors import CheckFailedError, ToolError
+from peraxis_tools.progress import staged
 from peraxis_tools.remote import is_remote
-from peraxis_tools.report import emit, staged
+from peraxis_tools.report import emit
 from peraxis_tools.report.diff import render_diff
 from peraxis_tools.urls import without_secrets
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
+from peraxis_tools.bars import progress
 from peraxis_tools.commands.options import json_option, quiet_option, refuse_given
 from peraxis_tools.evaluate import CANDIDATES, evaluate
-from peraxis_tools.report import emit, progress
+from peraxis_tools.report import emit
 from peraxis_tools.report.evaluate import render_evaluate
 
 __all__ = ["command"]

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import click
 
+from peraxis_tools.bars import progress
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, refuse_given
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.errors import ToolError
 from peraxis_tools.inspect import inspect, inspect_remote
 from peraxis_tools.inspection import InspectResult, select
 from peraxis_tools.outputs import claim_files
+from peraxis_tools.progress import staged
 from peraxis_tools.remote import is_remote
-from peraxis_tools.report import emit, print_note, progress, staged
+from peraxis_tools.report import emit, print_note
 from peraxis_tools.report.inspect import render_inspect
 
 __all__ = ["command"]

@@ -18,8 +18,8 @@ from peraxis_tools.commands.options import (
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.errors import ToolError
 from peraxis_tools.merge import MergeResult, Method, Mixture, is_part, merge, merge_parts
-from peraxis_tools.progress import StageOpener
-from peraxis_tools.report import emit, staged
+from peraxis_tools.progress import StageOpener, staged
+from peraxis_tools.report import emit
 from peraxis_tools.report.merge import render_merge
 
 __all__ = ["command"]
@@ -71,8 +71,8 @@ def command(
 ) -> None:
     """Merge deltas on one base into one: either the parts of one delta, or a weighted sum.
 
-    Without --masks a sum keeps every mask. It is exact but for one rounding of the scales to F16. With --masks it
-    is fitted into that many masks, and the error is shown. Parts (see `split`) need neither weights nor a method.
+    Without --masks a sum keeps every mask. It is exact but for one rounding of the scales to F16. With --masks it is
+    fitted into that many masks, and the error is shown. Parts (see `split`) need neither weights nor a method.
 
     \b
     Example: peraxis-tools merge code.pxd chat.pxd --weights 0.7,0.3 -o both.pxd

@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, refuse_given
+from peraxis_tools.progress import staged
 from peraxis_tools.publish import Relation, publish
-from peraxis_tools.report import emit, hub_progress, staged
+from peraxis_tools.report import emit, hub_progress
 from peraxis_tools.report.publish import render_publish
 
 __all__ = ["command"]

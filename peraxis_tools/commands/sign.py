@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, refuse_given
-from peraxis_tools.report import emit, staged
+from peraxis_tools.progress import staged
+from peraxis_tools.report import emit
 from peraxis_tools.report.sign import render_sign
 from peraxis_tools.signatures import sign
 

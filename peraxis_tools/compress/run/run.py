@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from peraxis_format import (
     Array,
@@ -30,7 +28,6 @@ from peraxis_format import (
     Safetensors,
     ShapeError,
     TensorInfo,
-    canonical_json,
     raw_bytes,
 )
 from peraxis_format import open as open_delta
@@ -43,6 +40,7 @@ from peraxis_tools.compress.plan.finite import check_finite, check_pair_finite
 from peraxis_tools.compress.plan.pairing import check_pair, check_saving, named_as_base, tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
 from peraxis_tools.compress.plan.unchanged import first_rows, is_unchanged, shared_rows
+from peraxis_tools.compress.run.records import plan_json, report_json
 from peraxis_tools.compress.run.streamed import StreamedFit
 from peraxis_tools.compress.run.types import FittedModule, Fitting, ModuleReport, RunFit
 from peraxis_tools.notes import note
@@ -50,20 +48,21 @@ from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Staged, watched_stages
+from peraxis_tools.text import Source
 
 __all__ = ["CompressResult", "Progress", "compress"]
 
 # A tensor in work holds itself, its base, and twice that in binary32 where a second mask is fitted.
 BYTES_IN_FLIGHT_PER_TENSOR = 4
 _AHEAD_BYTES = 512 << 20
-OTHERS = "all others"
 
 Progress = Staged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressResult:
-    """What `compress` made. Sizes in bytes; notes: modules that did not get what was planned, and why."""
+    """What `compress` made. Sizes in bytes; notes: modules that did not get what was planned, and why.
+    unread_tokens: special tokens that the calibration text does not hold, so that no fit knows what they do."""
 
     path: Path
     content_id: str
@@ -78,6 +77,7 @@ class CompressResult:
     notes: Mapping[str, str]
     calibration_samples: int
     calibration_tokens: int
+    unread_tokens: tuple[str, ...]
 
 
 def compress(
@@ -104,7 +104,8 @@ def compress(
     if options.resolved_fit != "none":
         require(f"--fit {options.resolved_fit}", "torch", "transformers", "datasets", extra="compress")
     output = Path(output)
-    inputs = (base, fine_tuned, options.calibration)
+    texts = (options.calibration,) if isinstance(options.calibration, str) else options.calibration or ()
+    inputs = (base, fine_tuned, *(Source.parse(text).name for text in texts))
     # Of several processes the first one writes.
     alone = int(os.environ.get("RANK", "0")) == 0
     with (
@@ -230,9 +231,9 @@ def _write(
         if assets.left:
             writer.metadata[LEFT_BEHIND] = "".join(f"{path}\n" for path in assets.left)
         writer.metadata["peraxis.config"] = options.canonical_json()
-        writer.metadata["peraxis.plan"] = _plan_json(planned)
+        writer.metadata["peraxis.plan"] = plan_json(planned)
         if reports:
-            writer.metadata["peraxis.report"] = _report_json(reports)
+            writer.metadata["peraxis.report"] = report_json(reports)
         writer.metadata.update(fit.metadata)
         return writer.finish(), writer.size
 
@@ -255,6 +256,7 @@ def _result(output: Path, manifest: Manifest, size: int, fit: RunFit, options: C
         notes={name: module.report.note for name, module in fit.modules.items() if module.report.note},
         calibration_samples=fit.calibration.samples if fit.calibration else 0,
         calibration_tokens=fit.tokens,
+        unread_tokens=fit.unread_tokens,
     )
 
 
@@ -324,33 +326,3 @@ def _same(module: PlannedModule, ref: BaseRef, tail: Array | None) -> ModuleDelt
     return ModuleDelta(
         name=module.name, shape=module.shape, dtype=module.dtype, encoding=Encoding.SAME, base=ref, tail=tail
     )
-
-
-def _plan_json(planned: Plan) -> str:
-    """The plan for the manifest: predicted bytes, and by choice the modules that it was made for.
-
-    A choice is encoding, masks and axis, or why a module is full. Names are of one string each, and the most frequent
-    choice goes without them (OTHERS): in a header of JSON within JSON a quote is four bytes.
-    """
-    choices: dict[str, list[str]] = defaultdict(list)
-    for module in planned.modules:
-        axis = "auto" if module.axis is None else module.axis.value
-        signed = f"sign {module.components} {axis}"
-        choices[signed if module.components else f"{module.encoding.value}: {module.reason}"].append(module.name)
-    frequent = max(choices, key=lambda choice: len(choices[choice]), default=None)
-    lines: dict[str, Any] = {
-        choice: OTHERS if choice == frequent else " ".join(names) for choice, names in choices.items()
-    }
-    return canonical_json({"choices": lines, "payload_bytes": planned.payload_bytes}).decode()
-
-
-def _report_json(reports: Mapping[str, ModuleReport]) -> str:
-    """For the manifest, by module: [error, of `none`, of `same`] to three digits, and a note where there is one."""
-
-    def line(report: ModuleReport) -> list[Any]:
-        errors = (report.error, report.error_none, report.error_same)
-        known = [] if report.error is None else [value if value is None else float(f"{value:.3g}") for value in errors]
-        return [*known, *([report.note] if report.note else [])]
-
-    lines = {name: values for name, report in reports.items() if (values := line(report))}
-    return json.dumps(lines, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
