@@ -178,7 +178,7 @@ def _indexed(index: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_bytes())["weight_map"].values())
         plain = all(isinstance(name, str) and name == Path(name).name for name in names)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         plain = False
         names = set()
     if not plain or not names:

@@ -63,7 +63,7 @@ def noted_errors(manifest: pxd.Manifest) -> dict[str, float]:
     """Output errors that `compress` left in the metadata; empty where there are none, or none that can be read."""
     try:
         lines = json.loads(manifest.metadata.get(_REPORT_KEY, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         lines = None
     if not isinstance(lines, dict):
         return {}

@@ -129,7 +129,7 @@ def _tied(delta: pxd.DeltaFile) -> set[str]:
     if any(asset.path == "config.json" for asset in delta.manifest.assets) and "lm_head" not in kinds.values():
         try:
             config = json.loads(delta.asset("config.json"))
-        except ValueError:
+        except (ValueError, RecursionError):
             config = None
         if isinstance(config, dict) and config.get("tie_word_embeddings"):
             tied |= {name for name, kind in kinds.items() if kind == "embedding"}
