@@ -20,8 +20,8 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ToolError(f"{folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # tokenizers and transformers raise whatever a malformed file leads to
+        raise ToolError(f"{folder}: its tokenizer cannot be loaded: {_first_line(error)}") from None
 
 
 def load_config(folder: Path) -> Any:
@@ -30,8 +30,13 @@ def load_config(folder: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ToolError(f"{folder}: its config.json cannot be loaded: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # as above
+        raise ToolError(f"{folder}: its config.json cannot be loaded: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    line = next((line for line in str(error).splitlines() if line.strip()), "no details")
+    return line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
 
 
 def resolve_device(name: str) -> torch.device:

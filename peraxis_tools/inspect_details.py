@@ -82,7 +82,7 @@ def _noted(manifest: pxd.Manifest) -> dict[str, list[float]]:
     """[error, error of `--fit none`, error of the base's weight] by module, as far as they are finite numbers."""
     try:
         lines = json.loads(manifest.metadata.get(_REPORT_KEY, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         lines = None
     if not isinstance(lines, dict):
         return {}
