@@ -30,7 +30,7 @@ _BASE = "pass the base checkpoint that `inspect` names, in the same revision"
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """One row of SPEC 8: the clause, what its violation means, and what a person does about it."""
+    """One row of SPEC 8: its first clause, what its violation means, and what a person does about it."""
 
     clause: str
     meaning: str
@@ -91,8 +91,9 @@ CODES: Final[dict[str, Code]] = {
 class PxdError(Exception):
     """A file, or a pair of file and base, that SPEC.md refuses.
 
-    code: a key of CODES. detail: what was found. file, offset (bytes from the start of the file), field
-    (path in the header, like `modules[3].components[0].axis`): where, as far as known.
+    code: a key of CODES. detail: what was found. clause: of SPEC.md, the code's first one where none is given.
+    file, offset (bytes from the start of the file), field (path in the header, like
+    `modules[3].components[0].axis`): where, as far as known.
     """
 
     phase: ClassVar[str]
@@ -103,21 +104,18 @@ class PxdError(Exception):
         code: str,
         detail: str = "",
         *,
+        clause: str | None = None,
         file: str | None = None,
         offset: int | None = None,
         field: str | None = None,
     ) -> None:
         self.code = code
         self.detail = detail
+        self.clause = clause or CODES[code].clause
         self.file = file
         self.offset = offset
         self.field = field
         super().__init__(code, detail)
-
-    @property
-    def clause(self) -> str:
-        """The clause of SPEC.md that is violated."""
-        return CODES[self.code].clause
 
     @property
     def remedy(self) -> str:
@@ -183,7 +181,9 @@ class ShapeError(ValueError):
 _PHASES: Final = {"1": ContainerError, "2": ProfileError, "3": PayloadError, "4": BindingError}
 
 
-def fail(code: str, detail: str = "", *, offset: int | None = None, field: str | None = None) -> NoReturn:
-    """Raise the error class of the code's phase."""
+def fail(
+    code: str, detail: str = "", *, clause: str | None = None, offset: int | None = None, field: str | None = None
+) -> NoReturn:
+    """Raise the error class of the code's phase. clause: where it is not the code's first one in SPEC 8."""
     kind = UnsupportedError if code in ("E201", "E204") else _PHASES[code[1]]
-    raise kind(code, detail, offset=offset, field=field)
+    raise kind(code, detail, clause=clause, offset=offset, field=field)

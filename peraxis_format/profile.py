@@ -101,7 +101,7 @@ def _check_encoding(module: ModuleEntry, path: str) -> None:
             fail("E209", "no base", field=f"{path}.base")
         if len(base.shape) != len(module.shape) or base.shape[1:] != module.shape[1:]:
             detail = f"{list(module.shape)} on a base of {list(base.shape)}"
-            fail("E209", detail, field=f"{path}.base.shape")
+            fail("E209", detail, clause="3.10", field=f"{path}.base.shape")
         both_float = module.dtype.is_float and base.dtype.is_float
         if not (both_float or (module.encoding is Encoding.SAME and module.dtype is base.dtype)):
             fail("E209", f"{module.dtype.value} on {base.dtype.value}", field=f"{path}.dtype")

@@ -59,8 +59,9 @@ def _check_tensors(records: Sequence[TensorRecord], manifest: Manifest) -> None:
         fail("E212", f"{len(sizes)} assets in the data, {len(manifest.assets)} in the manifest", field="assets")
     for record, wanted in itertools.zip_longest(records, records_of(manifest.modules, sizes)):
         if record != wanted:
-            field = None if record is None else record.name
-            fail("E212", f"{_describe(record)} in the place of {_describe(wanted)}", field=field)
+            detail = f"{_describe(record)} in the place of {_describe(wanted)}"
+            pad = record is not None and any(r and r.name.startswith("__pad__.") for r in (record, wanted))
+            fail("E212", detail, clause="4.2" if pad else "4.1", field=record.name if record else None)
 
 
 def _describe(record: TensorRecord | None) -> str:

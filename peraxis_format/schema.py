@@ -5,9 +5,10 @@ Each function of a type takes (value, path) and fails with E205 at the path.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from json.encoder import encode_basestring
 from typing import Final, TypeVar
 
@@ -269,7 +270,7 @@ def parse_manifest(data: bytes) -> Manifest:
 
 def _parse(data: bytes) -> Manifest:
     bare = data.strip(b" \t\r\n")
-    if bare[:1] != b"{" or data.rstrip(b" ") != bare:
+    if bare[:1] != b"{" or not data.rstrip(b" ").endswith(bare):
         fail("E202", "not an object", field="manifest")  # SPEC 3.1
     if bare != data:
         fail("E203", "white space", field="manifest")  # SPEC 3.2
@@ -279,10 +280,15 @@ def _parse(data: bytes) -> Manifest:
         _check_features(_value(data, spans["features"], "features"))
     _object(dict.fromkeys(spans), "manifest", _KEYS)
     manifest = _typed(data, spans)
-    for path, names in (("tied", [alias for _, alias in manifest.tied]), ("dropped", list(manifest.dropped))):
-        if names != sorted(names):
-            fail("E205", "not sorted", field=path)  # SPEC 3.7
+    if not _sorted(alias for _, alias in manifest.tied):
+        fail("E205", "not sorted by alias", clause="3.7", field="tied")
+    if not _sorted(manifest.dropped) or len(set(manifest.dropped)) != len(manifest.dropped):
+        fail("E205", "not sorted, or a name twice", clause="3.7", field="dropped")
     return manifest
+
+
+def _sorted(names: Iterable[str]) -> bool:
+    return all(a <= b for a, b in itertools.pairwise(names))
 
 
 def _typed(data: bytes, spans: dict[str, Span]) -> Manifest:

@@ -150,8 +150,13 @@ def _no_float(text: str) -> NoReturn:
     raise StrictJsonError("E116", text[:24])
 
 
+def _no_constant(text: str) -> NoReturn:
+    # NaN and Infinity, which Python's parser takes, are no JSON (SPEC 2.8).
+    raise StrictJsonError("E114", text)
+
+
 _DECODER: Final = json.JSONDecoder(
-    object_pairs_hook=_unique, parse_int=_integer, parse_float=_no_float, parse_constant=_no_float
+    object_pairs_hook=_unique, parse_int=_integer, parse_float=_no_float, parse_constant=_no_constant
 )
 
 

@@ -45,7 +45,7 @@ def kinds() -> Iterator[Entry]:
     yield refused("json", "E109", "2.2", b'{"__metadata__":{"format":"pxd","pxd":"1.0"}}')
     yield refused("pickle-0", "E109", "2.2", b"(dp0\n.")
     yield refused("small-safetensors", "E112", "2.2", safetensors({"w": ("U8", (1,), b"\x01")}))
-    yield refused("byte-order-mark-first", "E109", "2.7", b"\xef\xbb\xbf" + good)
+    yield refused("byte-order-mark-first", "E109", "2.2", b"\xef\xbb\xbf" + good)
 
 
 def lengths() -> Iterator[Entry]:

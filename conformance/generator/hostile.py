@@ -54,17 +54,15 @@ def small() -> Iterator[Entry]:
         ("stream", "a.json:b.json"),
     ):
         yield refused(f"asset-{slug}", "E211", "3.12", build(simple(assets=(Asset(path=path, data=b"{}"),))))
-    spans = {
-        "end-2-53": [128, 2**53 - 1],
-        "begin-2-53": [2**53 - 11, 2**53 - 1],
-        "end-2-63": [128, 2**63 - 1],
-        "end-2-64": [128, 2**64 + 138],
-        "wrap-2-32": [128, 2**32 + 138],
-    }
-    for slug, held in spans.items():
-        yield refused(f"offsets-{slug}", "E121 E116 E123", "2.15", build(SIMPLE, records=record(-1, data_offsets=held)))
+    for slug, held, codes, clause in (
+        ("end-2-53", [128, 2**53 - 1], "E121 E116", "2.15"),
+        ("wrap-2-32", [128, 2**32 + 138], "E121 E116", "2.15"),
+        ("end-2-63", [128, 2**63 - 1], "E116 E121", "2.10"),
+        ("end-2-64", [128, 2**64 + 138], "E116 E121", "2.10"),
+    ):
+        yield refused(f"offsets-{slug}", codes, clause, build(SIMPLE, records=record(-1, data_offsets=held)))
+    yield refused("shape-2-32", "E121 E120", "2.15", build(SIMPLE, records=record(-1, shape=[2**32, 5])))
     for slug, shape in (
-        ("2-32", [2**32, 5]),
         ("2-31", [2**31, 2**21]),
         ("eight-large", [2**52] * 8),
         ("2-62", [2**31, 2**31, 5]),
@@ -76,7 +74,7 @@ def small() -> Iterator[Entry]:
         yield refused(
             f"length-{length:x}",
             code,
-            "2.3" if code == "E110" else "2.5",
+            "2.3" if code == "E110" else "2.2",
             length.to_bytes(8, "little") + build(SIMPLE)[8:],
         )
     huge = {"modules": [["w", "U8", [2**53 - 1], "0" * 64]]}

@@ -54,6 +54,7 @@ def texts() -> Iterator[Entry]:
         "leading-zero": replaced("[5]", "[05]"),
         "bad-escape": replaced("line of", "line \\x41"),
         "single-quotes": replaced('"text"', "'text'"),
+        "newline-last": lambda t: t + "\n",
     }
     for slug, edit in wrong.items():
         yield refused(f"manifest-{slug}", "E202", "3.1", build(SIMPLE, text=edit))
@@ -84,7 +85,6 @@ def texts() -> Iterator[Entry]:
     spelled = {
         "space-first": lambda t: " " + t,
         "space-last": lambda t: t + " ",
-        "newline": lambda t: t + "\n",
         "space-inside": replaced('"dropped":[]', '"dropped": []'),
         "key-order": lambda t: '{"tied":[],' + t[1:].replace(',"tied":[]', ""),
         "module-key-order": replaced('"dtype":"BF16","encoding":"sign"', '"encoding":"sign","dtype":"BF16"'),

@@ -28,18 +28,8 @@ def tensors() -> Iterator[Entry]:
     wrong = {
         "missing-last": (SIMPLE, {"tensors": lambda t: t[:-2], "digested": put("modules", 1, "sha256", to="ab" * 32)}),
         "extra-last": (
-            SIMPLE,
-            {
-                "tensors": lambda t: [
-                    *t,
-                    dataclasses.replace(t[3], name="__pad__.2", shape=(54,), data=bytes(54)),
-                    dataclasses.replace(t[4], name="extra", owner=("other", 0)),
-                ]
-            },
-        ),
-        "pad-last": (
-            SIMPLE,
-            {"tensors": lambda t: [*t, dataclasses.replace(t[3], name="__pad__.2", shape=(54,), data=bytes(54))]},
+            Content(modules=(full("v", (64,), dtype="U8"),)),
+            {"tensors": lambda t: [*t, dataclasses.replace(t[0], name="extra", owner=("other", 0))]},
         ),
         "mask-name": (SIMPLE, {"tensors": retensor(0, name="model.q_proj.weight.0.signs")}),
         "mask-index": (SIMPLE, {"tensors": retensor(0, name="model.q_proj.weight.1.mask")}),
@@ -54,7 +44,7 @@ def tensors() -> Iterator[Entry]:
         "full-flat": (Content(modules=(full("w", (2, 3)),)), {"tensors": retensor(0, shape=(6,))}),
         "full-dtype": (SIMPLE, {"tensors": retensor(4, dtype="F16")}),
         "full-bytes": (SIMPLE, {"tensors": retensor(4, dtype="U8", shape=(10,))}),
-        "scale-of-other-axis": (square, {"tensors": retensor(1, name="w.0.col")}),
+        "scale-of-other-axis": (square, {"tensors": retensor(2, name="w.0.col")}),
         "axis-of-other-scale": (square, {"manifest": put("modules", 0, "components", 0, "axis", to="col")}),
         "no-scale": (square, {"tensors": drop_tensor(-1)}),
         "scales-swapped": (rich, {"tensors": swapped(2, 4)}),
@@ -132,6 +122,10 @@ def tensors() -> Iterator[Entry]:
         ),
         "shape": (SIMPLE, {"tensors": retensor(1, shape=(29, 2))}),
         "dtype": (SIMPLE, {"tensors": retensor(1, dtype="I8")}),
+        "last": (
+            SIMPLE,
+            {"tensors": lambda t: [*t, dataclasses.replace(t[3], name="__pad__.2", shape=(54,), data=bytes(54))]},
+        ),
         "first": (
             SIMPLE,
             {
