@@ -21,7 +21,7 @@ from peraxis_format.binding import (
 from peraxis_format.bits import mask_width, pack_signs, unpack_signs
 from peraxis_format.canonical import canonical_json
 from peraxis_format.checkpoint import INDEX_NAME, SINGLE_NAME, Safetensors, TensorInfo
-from peraxis_format.container import ALIGNMENT, Header, TensorRecord, header_bytes, layout
+from peraxis_format.container import Header, TensorRecord, file_size, header_bytes, layout
 from peraxis_format.delta import (
     Axis,
     BaseRef,
@@ -60,6 +60,7 @@ from peraxis_format.manifest import (
 )
 from peraxis_format.reader import DeltaFile, open, read_header
 from peraxis_format.reconstruct import dense_delta, reconstruct
+from peraxis_format.sizes import ALIGNMENT, aligned, module_size
 from peraxis_format.strict_json import parse_strict_json
 from peraxis_format.version import __version__
 from peraxis_format.writer import DeltaWriter
@@ -101,6 +102,7 @@ __all__ = [
     "TensorRecord",
     "UnsupportedError",
     "__version__",
+    "aligned",
     "atomic_file",
     "canonical_json",
     "check_base",
@@ -111,10 +113,12 @@ __all__ = [
     "dense_delta",
     "encode_scale_pair",
     "encode_scales",
+    "file_size",
     "from_float32",
     "header_bytes",
     "layout",
     "mask_width",
+    "module_size",
     "open",
     "pack_signs",
     "parse_strict_json",

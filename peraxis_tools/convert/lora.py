@@ -147,7 +147,7 @@ def _add(
     tied: bool,
 ) -> None:
     module, _, kind = entry.name.rpartition(".")
-    if entry.encoding is pxd.Encoding.SAME and not entry.tensors():
+    if entry.encoding is pxd.Encoding.SAME and entry.tensor() is None:
         return
     reason = _cannot(entry, kind, tied=tied)
     if reason is not None:
@@ -180,7 +180,7 @@ def _cannot(entry: pxd.ModuleEntry, kind: str, *, tied: bool) -> str | None:
         return None if same_shape else "has another shape than in the base, or is new"
     if len(entry.shape) != 2:
         return "is a stack of matrices"
-    if entry.tensors()[-1][0].endswith(".tail"):
+    if entry.parts()[-1][0] == "tail":
         return "has more rows than in the base"
     return None
 
