@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
-from .build import MAGIC, base_digest, build, canonical, frame, header_json
+from .build import MAGIC, build, canonical, frame, header_json, manifest_text
 from .content import Asset, Content, full
 from .entry import Entry, Special, refused
-from .faults import put, record, replaced
-from .large import large_entries, manifest_text
+from .faults import added, put, record, replaced
+from .large import large_entries
 from .samples import SIMPLE, TEXT
 from .valid import simple
 
@@ -77,25 +77,8 @@ def small() -> Iterator[Entry]:
             "2.3" if code == "E110" else "2.2",
             length.to_bytes(8, "little") + build(SIMPLE)[8:],
         )
-    huge = {"modules": [["w", "U8", [2**53 - 1], "0" * 64]]}
-    row = huge["modules"][0]
-    giant = {
-        "name": row[0],
-        "dtype": row[1],
-        "shape": row[2],
-        "encoding": "same",
-        "components": [],
-        "sha256": None,
-        "base": {"dtype": "U8", "shape": row[2], "sha256": row[3]},
-    }
-    claims = build(
-        Content(modules=(full("v", (1,), dtype="U8"),)),
-        manifest=lambda m: {
-            **m,
-            "modules": [*m["modules"], giant],
-            "base": {**m["base"], "digest": base_digest([giant])},
-        },
-    )
+    largest = {"name": "w", "dtype": "U8", "shape": [2**53 - 1], "encoding": "same"}
+    claims = build(Content(modules=(full("v", (1,), dtype="U8"),)), manifest=added(largest, "0" * 64))
     text_id = "sha256:" + hashlib.sha256(manifest_text(claims).encode()).hexdigest()
     yield Entry(
         id="claims-2-53-without-data",
@@ -105,15 +88,9 @@ def small() -> Iterator[Entry]:
         note="a module that is the base's needs no bytes, however large",
         mib=128,
     )
-    wide = {**giant, "shape": [2**53 - 1] * 8, "base": {**giant["base"], "shape": [2**53 - 1] * 8}}
-    overflow = build(
-        Content(modules=(full("v", (1,), dtype="U8"),)),
-        manifest=lambda m: {
-            **m,
-            "modules": [*m["modules"], {**wide, "shape": [2**53 - 1] * 7}],
-            "base": {**m["base"], "digest": base_digest([wide])},
-        },
-    )
+    eight = [2**53 - 1] * 8
+    wide = {**largest, "shape": eight[:7], "base": {"dtype": "U8", "shape": eight}}
+    overflow = build(Content(modules=(full("v", (1,), dtype="U8"),)), manifest=added(wide, "0" * 64))
     yield refused("shapes-differ-2-53", "E208 E209", "3.8", overflow)
     text = canonical({"a": "b"})
     yield refused("manifest-of-one-key", "E205", "3.4", frame(header_json("1.0", text, []).encode(), b""))
