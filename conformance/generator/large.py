@@ -132,7 +132,7 @@ LARGE = {
     "limits-met": limits_met,
     "modules-over-limit": lambda: assembled(MANY + 1),
     "header-largest": lambda: filled(LIMIT),
-    "header-over-limit": lambda: frame(b"{" + b" " * LIMIT, b""),
+    "header-over-limit": lambda: build(simple(metadata={"": "x" * LIMIT})),
     "metadata-largest": lambda: metadata_of(METADATA),
     "metadata-over-limit": lambda: metadata_of(METADATA + 1),
     "manifest-values-largest": lambda: manifest_values(VALUES),
