@@ -1,7 +1,7 @@
 """Fuzz the reader: only PXD errors come out, memory is bounded, and what is accepted the Rust parser accepts too.
 
     python -m tests.conformance.fuzz_reader --seconds 900             random decisions, or
-    python -m tests.conformance.fuzz_reader --large --seconds 900     the same on headers of up to 16 MiB, or
+    python -m tests.conformance.fuzz_reader --large --seconds 900     the same on headers of up to 64 MiB, or
     python -m tests.conformance.fuzz_reader --engine atheris --seconds 900     guided by coverage
 
 The counts so far are printed every 100,000 inputs (--large: 100). An input that breaks a rule is written to --crashes
