@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from harness import Benchmark, arguments, timed, timed_together
 
-from peraxis_format import Array, Axis, Component, DType, fast, pack_signs
+from peraxis_format import Array, Axis, Component, DType, pack_signs
+from peraxis_format.ops.rebuild import numba as fast
 
 APPLY_OF_COPY, PAIR_OF_COPY, APPLY_OVER_PLAIN = 0.6, 0.4, 10.0
 PAIR = "signs and sums of a pair"
@@ -64,7 +65,7 @@ def plain_apply(base: torch.Tensor, component: Component) -> Callable[[], torch.
 
 
 def plain_pair(base: torch.Tensor, tuned: torch.Tensor) -> Callable[[], object]:
-    """Signs packed, means along rows and columns, in torch."""
+    """Signs slice_, means along rows and columns, in torch."""
     weights = (1 << torch.arange(8)).to(torch.uint8)
 
     def run() -> object:

@@ -6,7 +6,7 @@ the throughput of one large product of that dtype, measured first. Multiply-adds
 
     forward   2 n (weights) + 2 n length width           once for the teacher, once for the student
     sums      2 n d^2 (5/8 G + E + 5/8 F of the tokens that judge)             float32
-    metric    d^3 (1/3 + 2) and, where signs are chosen, d^3 (1/3 + 1)         float64
+    hessian    d^3 (1/3 + 2) and, where signs are chosen, d^3 (1/3 + 1)         float64
     fit       d_out d^2 (8 targets + 10 judging + 1 feedback + rounds (2 + 2 sweeps) + 4 (rounds + 2) scales)  float32
               and d^3 / 3 for each fit of column scales                        float64
 """
@@ -21,8 +21,8 @@ from typing import Any, Final
 import torch
 from harness import Benchmark, Timing
 
-from peraxis_tools.compress.fit import FitOptions, Matrix, fit_matrices
-from peraxis_tools.compress.statistics import Moments, Statistics
+from peraxis_tools.compress.fit.fit import FitOptions, Matrix, fit_matrices
+from peraxis_tools.compress.fit.moments.sums import Moments, Statistics
 
 __all__ = ["SHAPES", "Block", "one_block"]
 
@@ -182,7 +182,8 @@ def _sums(d_in: int, samples: int, length: int, device: torch.device, dtype: tor
     tokens = min(_BATCH, samples) * length
     x, teacher = _inputs(d_in, tokens, device, dtype)
     fit, held_out = (
-        Moments.zeros(d_in, paired=True, judges=judges, grid=2.0**-30, device=device) for judges in (False, True)
+        Moments.zeros(d_in, paired=True, validates=validates, grid=2.0**-30, device=device)
+        for validates in (False, True)
     )
     judging = round(_HELD_OUT * samples)
 
@@ -191,7 +192,7 @@ def _sums(d_in: int, samples: int, length: int, device: torch.device, dtype: tor
             for start in range(0, count, _BATCH):
                 rows = slice(0, min(_BATCH, count - start) * length)
                 moments.add(x[rows], teacher[rows])
-        return Statistics(fit=fit, held_out=held_out)
+        return Statistics(fit=fit, validation=held_out)
 
     return run
 
@@ -211,13 +212,13 @@ def _fits(
         tuned = base + 0.002 * torch.randn(shape, generator=g, device=device)
         matrices.append(Matrix(base=base, fine_tuned=tuned, dtype=dtype))
     # A fit uses its statistics up.
-    given = Statistics(fit=_copy(statistics.fit), held_out=statistics.held_out)
+    given = Statistics(fit=_copy(statistics.fit), validation=statistics.validation)
     return lambda: fit_matrices(matrices, statistics=given, options=options)
 
 
 def _copy(moments: Moments) -> Moments:
-    copied = Moments.zeros(len(moments.G), paired=True, judges=False, grid=moments.grid, device=moments.G.device)
-    copied.absorb(moments)
+    copied = Moments.zeros(len(moments.G), paired=True, validates=False, grid=moments.grid, device=moments.G.device)
+    copied.merge(moments)
     return copied
 
 

@@ -164,7 +164,7 @@ def run_method(method: str, inputs: Inputs, *, methods: Mapping[str, Method] = M
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import peraxis_tools.compress.signs_numba  # noqa: F401  compiled on import
+    import peraxis_tools.ops.sign_search.numba  # noqa: F401  compiled on import
 
     AutoTokenizer.from_pretrained(inputs.fine_tuned)
     AutoModelForCausalLM.from_pretrained(inputs.fine_tuned)

@@ -34,10 +34,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import peraxis_format as pf
+from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch import VariantSwitch
-from peraxis_format.torch.payload import Reads, read_transfer
 from peraxis_format.torch.ring import DEPTH
-from peraxis_format.torch.work import Workers
+from peraxis_format.torch.swap.payload import Reads, read_transfer
 
 PRESETS = {
     "8b": {"layers": 32, "hidden": 4096, "mlp": 14336, "kv": 1024, "vocab": 128256},
@@ -215,7 +215,7 @@ class Run:
                 slot = ring.host[index % DEPTH]
                 read_transfer(payload.delta, transfer, slot, workers, Reads())
 
-        with Workers() as workers:
+        with ThreadPool() as workers:
             timing = self.timed(run)
         self.bench.add("read of the page cache into the ring", timing, moved=self.payload)
         self.floors["read"] = timing.median

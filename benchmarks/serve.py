@@ -27,7 +27,8 @@ from harness import Benchmark, Timing, arguments, timed, timed_together
 from load import PRESETS, base_refs, wait, write_delta
 from torch import Tensor, nn
 
-from peraxis_format.torch import Served, serve
+from peraxis_format.torch import Served
+from peraxis_format.torch.serve.api import serve
 
 SIXTEEN_OVER_MERGED, ONE_OF_BASE = 4.0, 1.35
 

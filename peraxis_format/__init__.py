@@ -6,7 +6,7 @@
         delta.verify()
         peraxis_format.check_base(delta.manifest, base)
         for name in delta:
-            weight = peraxis_format.reconstruct(delta.load(name), base.read(name) if name in base else None)
+            weight = peraxis_format.ops.rebuild.numpy(delta.load(name), base.read(name) if name in base else None)
 
 SPEC.md is the normative description; docstrings name its clauses.
 """
@@ -45,7 +45,7 @@ from peraxis_format.errors import (
     ShapeError,
     UnsupportedError,
 )
-from peraxis_format.files import atomic_file, sync_folder
+from peraxis_format.files import atomic_file, is_stream, name_lock, new_temporary, remove_leftovers, sync_folder
 from peraxis_format.manifest import (
     ASSET_PATH,
     COMPONENTS_MAX,
@@ -58,8 +58,9 @@ from peraxis_format.manifest import (
     ModuleEntry,
     Producer,
 )
+from peraxis_format.ops.rebuild.numpy import dense_delta, reconstruct
+from peraxis_format.profile import NAME
 from peraxis_format.reader import DeltaFile, open, read_header
-from peraxis_format.reconstruct import dense_delta, reconstruct
 from peraxis_format.sizes import ALIGNMENT, aligned, module_size
 from peraxis_format.strict_json import parse_strict_json
 from peraxis_format.version import __version__
@@ -71,6 +72,7 @@ __all__ = [
     "CODES",
     "COMPONENTS_MAX",
     "INDEX_NAME",
+    "NAME",
     "SINGLE_NAME",
     "Array",
     "Asset",
@@ -116,15 +118,19 @@ __all__ = [
     "file_size",
     "from_float32",
     "header_bytes",
+    "is_stream",
     "layout",
     "mask_width",
     "module_size",
+    "name_lock",
+    "new_temporary",
     "open",
     "pack_signs",
     "parse_strict_json",
     "raw_bytes",
     "read_header",
     "reconstruct",
+    "remove_leftovers",
     "scale_shapes",
     "sync_folder",
     "tensor_shapes",

@@ -11,21 +11,21 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
 
+from peraxis_format.checkpoint_files import INDEX_NAME, SINGLE_NAME, CheckpointFiles, find_files, foreign_kind
 from peraxis_format.dtypes import Array, DType, raw_bytes
 from peraxis_format.errors import CheckpointError
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "Safetensors", "TensorInfo"]
 
-SINGLE_NAME: Final = "model.safetensors"
-INDEX_NAME: Final = "model.safetensors.index.json"
 _HEADER_MAX: Final = 100_000_000  # safetensors' own bound
 _CHUNK: Final = 1 << 20
 
@@ -53,35 +53,22 @@ class Safetensors:
     A read-only mapping of tensor names to TensorInfo, in name order. Reads may come from several threads.
     """
 
-    def __init__(self, files: list[Path], *, label: str) -> None:
+    def __init__(self, found: CheckpointFiles, *, label: str) -> None:
         self.label = label
-        self.files = files
+        self.files = found.files
+        self.ignored = found.ignored
         self._descriptors: dict[Path, int] = {}
-        tensors: dict[str, TensorInfo] = {}
-        for file in files:
-            for info in _read_infos(file):
-                if info.name in tensors:
-                    raise CheckpointError(
-                        f"{file}: tensor {info.name!r} stands in {tensors[info.name].file} too; "
-                        "pass a folder with one copy of each tensor"
-                    )
-                tensors[info.name] = info
-        self._tensors = dict(sorted(tensors.items()))
+        self._tensors = dict(sorted(_tensors_of(found, label).items()))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Safetensors:
-        """Open a folder (by its index, its model.safetensors, or all its *.safetensors), or one file.
+        """Open a folder, an index, or one file.
 
-        Raises CheckpointError where there is no checkpoint, or a malformed one.
+        A folder's files are found in transformers' order (checkpoint_files.py); `ignored` says in a sentence each
+        which of its weights are not read. Raises CheckpointError where there is no checkpoint, or a malformed one.
         """
         path = Path(path)
-        if path.is_dir():
-            return cls(_shards(path), label=str(path))
-        if path.name.endswith(".index.json"):
-            return cls(_indexed(path), label=str(path))
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such file or folder; pass a checkpoint's folder or hub id")
-        return cls([path], label=str(path))
+        return cls(find_files(path), label=str(path))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -103,6 +90,18 @@ class Safetensors:
     def size(self) -> int:
         """Bytes of all tensors."""
         return sum(info.size for info in self._tensors.values())
+
+    def renamed(self, names: Mapping[str, str]) -> Safetensors:
+        """The same tensors, those in `names` under their new names; closed with this one.
+
+        Raises CheckpointError where two tensors would have one name.
+        """
+        other = copy(self)
+        infos = [replace(info, name=names.get(name, name)) for name, info in self._tensors.items()]
+        other._tensors = {info.name: info for info in sorted(infos, key=lambda info: info.name)}
+        if len(other._tensors) != len(self._tensors):
+            raise CheckpointError(f"{self.label}: two tensors would have one name")
+        return other
 
     def read(self, name: str, rows: slice | None = None) -> Array:
         """Read a tensor, or a range of its first dimension, into an array of its own.
@@ -161,39 +160,38 @@ class Safetensors:
         self.close()
 
 
-def _shards(folder: Path) -> list[Path]:
-    if (folder / INDEX_NAME).is_file():
-        return _indexed(folder / INDEX_NAME)
-    if (folder / SINGLE_NAME).is_file():
-        return [folder / SINGLE_NAME]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        old = next(iter([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]), None)
-        hint = f"{old.name} is a pickle: save the model with save_pretrained first" if old else "pass its folder"
-        raise CheckpointError(f"{folder}: holds no safetensors checkpoint; {hint}")
-    return files
-
-
-def _indexed(index: Path) -> list[Path]:
-    try:
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
-        plain = all(isinstance(name, str) and name == Path(name).name for name in names)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        plain = False
-        names = set()
-    if not plain or not names:
-        raise CheckpointError(f"{index}: not a safetensors index (a weight_map of plain file names)")
-    files = sorted(index.parent / name for name in names)
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing, though {index.name} lists it; fetch the checkpoint again")
-    return files
+def _tensors_of(found: CheckpointFiles, label: str) -> dict[str, TensorInfo]:
+    """Every tensor, from the file that the index gives it to; without an index each stands in one file."""
+    tensors: dict[str, TensorInfo] = {}
+    for file in found.files:
+        for info in _read_infos(file):
+            before = tensors.get(info.name)
+            owner = found.owners.get(info.name)
+            if before is None or owner == file.name:
+                tensors[info.name] = info
+            elif owner != before.file.name:
+                raise CheckpointError(
+                    f"{file}: tensor {info.name!r} is in {before.file.name} too, and no index says which one counts; "
+                    "pass a folder with one copy of each tensor"
+                )
+    lost = next((name for name in found.owners if name not in tensors), None)
+    if lost is not None:
+        raise CheckpointError(
+            f"{label}: the index gives tensor {lost!r} to {found.owners[lost]}, and no file holds it; "
+            "fetch the checkpoint again"
+        )
+    return tensors
 
 
 def _read_infos(file: Path) -> Iterator[TensorInfo]:
     size = file.stat().st_size
     with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+        start = stream.read(64)
+        kind = foreign_kind(start)
+        if kind is not None:
+            raise CheckpointError(f"{file}: is {kind}")
+        length = int.from_bytes(start[:8], "little")
+        stream.seek(8)
         if size < 8 or not 2 <= length <= min(_HEADER_MAX, size - 8):
             raise CheckpointError(f"{file}: not a safetensors file, or truncated (header length); fetch it again")
         try:
@@ -206,6 +204,8 @@ def _read_infos(file: Path) -> Iterator[TensorInfo]:
 
 
 def _info(name: str, value: dict[str, Any], file: Path, data: int, size: int) -> TensorInfo:
+    if any("\ud800" <= char <= "\udfff" for char in name):
+        raise CheckpointError(f"{file}: tensor name {name!r} is no valid Unicode; save the checkpoint again")
     if value["dtype"] not in DType.__members__:
         raise CheckpointError(f"{file}: tensor {name!r} has dtype {value['dtype']!r}, which PXD does not carry")
     dtype = DType(value["dtype"])

@@ -15,6 +15,8 @@ __all__ = [
     "CheckpointError",
     "Code",
     "ContainerError",
+    "DeviceError",
+    "LiveModelError",
     "PayloadError",
     "ProfileError",
     "PxdError",
@@ -173,6 +175,16 @@ class CheckpointError(Exception):
     """A checkpoint (not a PXD file) that is missing, malformed or not fit for the task: what, where, what to do."""
 
     exit_status: ClassVar[int] = 2
+
+
+class LiveModelError(Exception):
+    """A live model (or state dict) that cannot hold a delta as it is: what, where, what to do."""
+
+    exit_status: ClassVar[int] = 2
+
+
+class DeviceError(LiveModelError):
+    """Something that needs another device than there is."""
 
 
 class ShapeError(ValueError):

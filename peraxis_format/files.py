@@ -1,15 +1,39 @@
-"""Files that appear under their final name whole or not at all."""
+"""Files that appear under their final name whole or not at all, and the names that stand there meanwhile.
+
+A new file has no name until it is complete, where the system has such files (O_TMPFILE, then link). Where it has not,
+and for folders, a temporary name is used: `.peraxis~` and eight hexadecimal digits, whatever the final name is.
+Whoever holds such a name also holds a lock on it (flock), which ends with its process: a name without a lock was left
+by a run that was killed, and the next run in that folder removes it (`remove_leftovers`).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
+import re
 import secrets
+import shutil
+import stat
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
-__all__ = ["atomic_file", "sync_folder"]
+__all__ = ["atomic_file", "is_stream", "name_lock", "new_temporary", "remove_leftovers", "sync_folder"]
+
+_PREFIX: Final = ".peraxis~"
+_TEMPORARY: Final = re.compile(re.escape(_PREFIX) + r"[0-9a-f]{8}")
+# Names of the process's own open files: what they stand for is written to, whatever it is.
+_OPEN_FILE: Final = re.compile(r"/dev/(?:fd/|std)(in|out|err|\d+)|/proc/self/fd/(\d+)")
+_PATIENCE, _PAUSE = 1.0, 0.05  # seconds
+_DESCRIPTORS: Final = "/proc/self/fd/"
+_STANDARD: Final = {"in": 0, "out": 1, "err": 2}
+_NO_UNNAMED: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT, errno.ENOSYS})
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.ENOENT, errno.EMLINK})
 
 
 def sync_folder(folder: Path) -> None:
@@ -20,24 +44,243 @@ def sync_folder(folder: Path) -> None:
         return  # not every file system lets a folder be opened; the rename itself has happened
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF):
+            raise
     finally:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`; on success flush it to disk and rename it, else remove it.
-
-    After kill -9 a file named `.<name>.<random>.tmp` may stay behind; nothing ever stands under `path` in part.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+def is_stream(path: Path) -> bool:
+    """Whether writing to `path` means to write into what is there: a device, a pipe, an open file (/dev/stdout)."""
+    if _OPEN_FILE.fullmatch(os.path.abspath(path)):
+        return True
     try:
-        with open(temporary, "xb") as file:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[BinaryIO]:
+    """Open a file that gets the name `path` on success, after its bytes are on disk; else nothing of it stays.
+
+    Devices, pipes and open files are written into. overwrite: replace what has the name (a link itself, not what it
+    points to); without it, raises FileExistsError where something has the name by then. Raises OSError that names the
+    path and, where a write failed, the bytes until then. Also removes what killed runs left in that folder.
+    """
+    path = Path(path)
+    if is_stream(path):
+        with _opened_stream(path) as file:
+            yield file
+        return
+    remove_leftovers(path.parent)
+    with _new_file(path.parent) as (file, temporary), _named_errors(path, file):
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        _give_name(file, temporary, path, overwrite=overwrite)
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _opened_stream(path: Path) -> Iterator[BinaryIO]:
+    own = _OPEN_FILE.fullmatch(os.path.abspath(path))
+    if own is None:
+        descriptor = os.open(path, os.O_WRONLY)
+    else:
+        number = own[1] or own[2]
+        descriptor = os.dup(_STANDARD[number] if number in _STANDARD else int(number))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    file = os.fdopen(descriptor, "wb")
+    try:
+        with _named_errors(path, file):
             yield file
             file.flush()
-            os.fsync(file.fileno())
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
+
+
+@contextlib.contextmanager
+def _new_file(folder: Path) -> Iterator[tuple[BinaryIO, Path | None]]:
+    """A new file and its temporary name; None where the system has files without a name."""
+    temporary = None
+    try:
+        # With links to read it from: a file without a name gets one through /proc.
+        descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666) if os.path.isdir(_DESCRIPTORS) else -1
+    except AttributeError:  # not Linux
+        descriptor = -1
+    except OSError as error:
+        if error.errno not in _NO_UNNAMED or not os.path.isdir(folder):
+            raise
+        descriptor = -1
+    if descriptor == -1:
+        temporary, descriptor = new_temporary(folder)
+    else:
+        _lock(descriptor)
+    file = os.fdopen(descriptor, "wb")
+    try:
+        yield file, temporary
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()  # flushes again what could not be written
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _give_name(file: BinaryIO, temporary: Path | None, path: Path, *, overwrite: bool) -> None:
+    if temporary is None:
+        _link_unnamed(file, path, overwrite=overwrite)
+    elif overwrite:
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    else:
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+            os.rename(temporary, path)
+
+
+def _link_unnamed(file: BinaryIO, path: Path, *, overwrite: bool) -> None:
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        source = f"{_DESCRIPTORS}{file.fileno()}"
+        try:
+            # With a folder's descriptor Python follows the link, without one it does not.
+            os.link(source, path.name, dst_dir_fd=folder, follow_symlinks=True)
+        except FileExistsError:
+            if not overwrite:
+                raise
+            # A link cannot replace a file; a rename can. The lock of the unnamed file is that of the name.
+            temporary = _temporary_name()
+            os.link(source, temporary, dst_dir_fd=folder, follow_symlinks=True)
+            try:
+                os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+            except OSError:
+                os.unlink(temporary, dir_fd=folder)
+                raise
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def _named_errors(path: Path, file: BinaryIO) -> Iterator[None]:
+    """Errors of the system that name no file, or a temporary name, are about `path`; with the bytes on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        names = f"{error.filename or ''} {error.filename2 or ''}"
+        if error.errno is None or (error.filename is not None and _PREFIX not in names and _DESCRIPTORS not in names):
+            raise
+        reason = os.strerror(error.errno)
+        size = os.fstat(file.fileno()).st_size
+        if error.errno in _FULL and size:
+            reason += f" after {size} bytes"
+        raise OSError(error.errno, reason, str(path)) from error
+
+
+# --- temporary names ---------------------------------------------------------------------------------------------
+
+
+def _temporary_name() -> str:
+    return _PREFIX + secrets.token_hex(4)
+
+
+def new_temporary(folder: Path, *, is_folder: bool = False) -> tuple[Path, int]:
+    """A new file or folder under a temporary name, and a descriptor of it that holds its lock until it is closed."""
+    while True:
+        path = folder / _temporary_name()
+        if is_folder:
+            path.mkdir()
+            descriptor = os.open(path, os.O_RDONLY)
+        else:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        _lock(descriptor)
+        if _is_named(descriptor, path):
+            return path, descriptor
+        os.close(descriptor)  # taken for a leftover before it was locked
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs left in a folder under temporary names. Names that a living run holds stay."""
+    try:
+        names = [entry.name for entry in os.scandir(folder) if _TEMPORARY.fullmatch(entry.name)]
+    except OSError:
+        return
+    for name in names:
+        path = folder / name
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            continue
+        try:
+            if _lock(descriptor, wait=False) and _is_named(descriptor, path):
+                _remove(path)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+@contextlib.contextmanager
+def name_lock(folder: Path, key: str) -> Iterator[int | None]:
+    """None while this process alone holds `key` (eight hexadecimal digits) in a folder, else the number of the other.
+
+    The number is 0 where it is not known. Where the file system has no locks everyone is alone.
+    """
+    path = folder / (_PREFIX + key)
+    waited = 0.0
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        locked = _lock(descriptor, wait=False)
+        if locked is False and waited < _PATIENCE:
+            waited += _PAUSE  # who looks for leftovers holds a name for a moment
+            os.close(descriptor)
+            time.sleep(_PAUSE)
+        elif locked is not False and not _is_named(descriptor, path):
+            os.close(descriptor)
+        else:
+            break
+    try:
+        if locked is False:
+            text = os.pread(descriptor, 32, 0)
+            yield int(text) if text.isdigit() else 0
+            return
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        try:
+            yield None
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, *, wait: bool = True) -> bool | None:
+    """Lock an open file for this process. False where another one has it, None where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _is_named(descriptor: int, path: Path) -> bool:
+    try:
+        named = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(named, os.fstat(descriptor))

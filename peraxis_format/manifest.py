@@ -54,7 +54,9 @@ METADATA_MAX: Final = 2**24  # bytes of its canonical JSON
 COMPONENTS_MAX: Final = 8
 DIMENSIONS_MAX: Final = 8
 TENSOR_MAX: Final = 2**53  # bytes of a tensor, stored or of the base, are fewer
-ASSET_PATH: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,118}\.(json|txt|model|jinja|tiktoken|md)")
+ASSET_PATH: Final = re.compile(
+    r"([A-Za-z0-9_][A-Za-z0-9_-]{0,62}/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,118}\.(json|txt|model|jinja|tiktoken|md)"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,10 +21,10 @@ from peraxis_format.manifest import (
     base_digest,
 )
 
-__all__ = ["check_manifest"]
+__all__ = ["NAME", "check_manifest"]
 
 # Printable ASCII without `/` and `\\`; tensor names that begin with `__` are reserved.
-_NAME: Final = re.compile(r"(?!__)[!-.0-\[\]-~]{1,512}")
+NAME: Final = re.compile(r"(?!__)[!-.0-\[\]-~]{1,512}")
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -50,7 +50,7 @@ def _named(manifest: Manifest) -> Iterable[tuple[str, str]]:
 
 def _check_names(manifest: Manifest) -> None:
     for name, path in _named(manifest):
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             fail("E206", repr(name[:64]), field=path)  # SPEC 3.5
     modules: set[str] = set()
     for i, module in enumerate(manifest.modules):

@@ -29,7 +29,7 @@ from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.payload import build_module, check_pad, check_stored_values, check_values
 from peraxis_format.profile import check_manifest
 from peraxis_format.schema import parse_manifest
-from peraxis_format.threads import run_jobs
+from peraxis_format.thread_pool import run_jobs
 
 __all__ = ["DeltaFile", "open", "read_header"]
 
@@ -83,7 +83,7 @@ class DeltaFile:
             self.size = os.fstat(self._file).st_size
             with _located(self.path):
                 self._header, self.manifest = read_header(self.read, self.size)
-            self._map = mmap.mmap(self._file, self.size, access=mmap.ACCESS_READ)
+                self._map = self._mapped()
         except BaseException:
             os.close(self._file)
             raise
@@ -91,6 +91,13 @@ class DeltaFile:
         self._records = _records_by_module(self._header.records, self.manifest)
         self._assets = [r for r in self._header.records if r.name.startswith("__asset__.")]
         self._closed = False
+
+    def _mapped(self) -> mmap.mmap:
+        try:
+            return mmap.mmap(self._file, self.size, access=mmap.ACCESS_READ)
+        except ValueError:
+            end = os.fstat(self._file).st_size
+            fail("E124", "the file has become shorter since it was opened", offset=end)
 
     # --- what it holds -------------------------------------------------------------------------------
 

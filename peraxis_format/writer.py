@@ -7,6 +7,7 @@ that a killed run leaves nothing behind.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -20,7 +21,7 @@ from peraxis_format.container import header_bytes, layout
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import raw_bytes
 from peraxis_format.errors import PxdError, ShapeError
-from peraxis_format.files import atomic_file
+from peraxis_format.files import atomic_file, is_stream
 from peraxis_format.manifest import (
     Asset,
     BaseIdentity,
@@ -47,7 +48,7 @@ class DeltaWriter:
     """Writes one PXD file. A context manager; without `finish` nothing appears under `path`.
 
     Modules stand in the order of `add`, which is to be the execution order (SPEC 3.7). The same calls give the
-    same bytes.
+    same bytes. size: of the file in bytes, after `finish`.
     """
 
     def __init__(
@@ -59,8 +60,12 @@ class DeltaWriter:
         producer: Producer | None = None,
         calibration: Calibration | None = None,
         metadata: Mapping[str, str] | None = None,
+        overwrite: bool = True,
     ) -> None:
+        """overwrite: whether `finish` may replace a file at `path`; a device or pipe is written into."""
         self.path = Path(path)
+        self.size = 0
+        self._overwrite = overwrite
         self._base = base
         self._fine_tuned = fine_tuned
         self._producer = producer or Producer(name="peraxis", version=__version__)
@@ -70,7 +75,9 @@ class DeltaWriter:
         self._tied: list[tuple[str, str]] = []
         self._dropped: list[str] = []
         self._assets: list[tuple[Asset, int]] = []
-        self._spool = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115  closed in __exit__
+        # Beside the file, so that there is room for both; a device's folder is no place for it.
+        spool_folder = None if is_stream(self.path) else self.path.parent
+        self._spool = tempfile.TemporaryFile(dir=spool_folder)  # noqa: SIM115  closed in __exit__
         self._end = 0
 
     def add(self, module: ModuleDelta) -> ModuleEntry:
@@ -120,18 +127,20 @@ class DeltaWriter:
     def finish(self) -> Manifest:
         """Write header and data to `path`, whole or not at all. Returns the manifest.
 
-        Raises ProfileError where the content breaks a rule of SPEC 3 (a name twice, an asset's path).
+        Raises ProfileError where the content breaks a rule of SPEC 3 (a name twice, an asset's path), OSError with the
+        path where it cannot be written, FileExistsError without overwrite where it is there by now.
         """
         manifest = self._manifest()
         text = manifest.to_bytes()
         # SPEC 11.2: held to the schema as a reader sees it; a caller's metadata may hold anything.
         check_manifest(parse_manifest(text))
         header = header_bytes(text, layout(manifest.modules, [size for _, size in self._assets]))
-        with atomic_file(self.path) as file:
+        with atomic_file(self.path, overwrite=self._overwrite) as file:
             file.write(header)
             self._spool.flush()
             self._spool.seek(0)
             shutil.copyfileobj(self._spool, file, _COPY_CHUNK)
+        self.size = len(header) + self._end
         return manifest
 
     def _manifest(self) -> Manifest:
@@ -153,7 +162,11 @@ class DeltaWriter:
         return pad
 
     def _write(self, data: bytes | memoryview) -> None:
-        self._spool.write(data)
+        try:
+            self._spool.write(data)
+        except OSError as error:
+            reason = f"{error.strerror} after {self._end} bytes"
+            raise OSError(error.errno, reason, str(self.path)) from None
         self._end += len(data)
 
     def __enter__(self) -> DeltaWriter:
@@ -162,4 +175,5 @@ class DeltaWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._spool.close()
+        with contextlib.suppress(OSError):
+            self._spool.close()  # flushes again what could not be written

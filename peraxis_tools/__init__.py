@@ -16,9 +16,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from peraxis_format import __version__
-
 if TYPE_CHECKING:
+    from peraxis_format import __version__
     from peraxis_tools.apply import apply, load_model
     from peraxis_tools.compress import compress
     from peraxis_tools.diff import diff
@@ -39,7 +38,10 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = {name: f"peraxis_tools.{name}" for name in __all__[1:]} | {"load_model": "peraxis_tools.apply"}
+_HOMES = {name: f"peraxis_tools.{name}" for name in __all__[1:]} | {
+    "load_model": "peraxis_tools.apply",
+    "__version__": "peraxis_format",
+}
 
 
 class _Package(ModuleType):

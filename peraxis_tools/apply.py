@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import peraxis_format as pxd
-from peraxis_tools.checkpoint import Checkpoint, is_tokenizer_asset, open_checkpoint
-from peraxis_tools.folders import atomic_folder, refuse_existing
+from peraxis_tools.assets import LEFT_BEHIND, asset_group
+from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.delta_parts import refuse_part
+from peraxis_tools.folders import MARKER, atomic_folder
+from peraxis_tools.outputs import claim_folder
 from peraxis_tools.parallel import ordered_map
-from peraxis_tools.parts import refuse_part
 from peraxis_tools.shards import SHARD_BYTES, Shard, TensorSpec, plan_shards, shard_header, write_index, write_tensor
 
 if TYPE_CHECKING:
@@ -29,13 +31,17 @@ _WORKERS: Final = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApplyResult:
-    """What `apply` wrote."""
+    """What `apply` wrote.
+
+    files: paths in the folder. left_behind: files of the fine-tuned folder that the delta does not carry.
+    """
 
     folder: Path
     content_id: str
     tensors: int
     bytes: int
     files: tuple[str, ...]
+    left_behind: tuple[str, ...] = ()
 
 
 def rebuild(delta: pxd.DeltaFile, base: pxd.Safetensors, name: str) -> pxd.Array:
@@ -90,16 +96,21 @@ def apply(
     under `output` whole or not at all. Raises PxdError, CheckpointError, ToolError, OSError.
     """
     output = Path(output)
-    refuse_existing(output, overwrite=overwrite)
-    with pxd.open(delta) as file, open_checkpoint(base, revision=base_revision) as checkpoint:
+    with (
+        claim_folder(output, overwrite=overwrite, inputs=(base, delta)),
+        pxd.open(delta) as file,
+        open_checkpoint(base, revision=base_revision) as checkpoint,
+    ):
         refuse_part(file.manifest, delta)
         shards = plan_shards(_specs(file.manifest), shard_bytes=shard_bytes)
         with atomic_folder(output, overwrite=overwrite) as folder:
             _write_shards(folder, shards, file, checkpoint.tensors, workers, progress or (lambda _: None))
             write_index(folder, shards)
             for name, data in _assets(file, checkpoint):
+                (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_bytes(data)
-            names = tuple(sorted(path.name for path in folder.iterdir()))
+            paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+            names = tuple(sorted(name for name in paths if name != MARKER))
         tensors = [tensor for shard in shards for tensor in shard.tensors]
         return ApplyResult(
             folder=output,
@@ -107,6 +118,7 @@ def apply(
             tensors=len(tensors),
             bytes=sum(tensor.size for tensor in tensors),
             files=names,
+            left_behind=tuple(file.manifest.metadata.get(LEFT_BEHIND, "").split("\n")[:-1]),
         )
 
 
@@ -153,14 +165,15 @@ def _write_shards(
 
 
 def _assets(delta: pxd.DeltaFile, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
-    """The delta's assets; where it brings no tokenizer or no configuration at all, the base's."""
+    """The delta's assets, and of the base's the groups that the delta brings nothing of."""
     own = [asset.path for asset in delta.manifest.assets]
-    has_tokenizer = any(is_tokenizer_asset(name) for name in own)
-    for name in own:
-        yield name, delta.asset(name)
-    for name, data in base.assets():
-        if name not in own and not (is_tokenizer_asset(name) and has_tokenizer):
-            yield name, data
+    groups = {asset_group(path) for path in own}
+    for path in own:
+        yield path, delta.asset(path)
+    found = base.folder_assets()
+    for path in found.carried:
+        if path not in own and asset_group(path) not in groups:
+            yield path, found.read(path)
 
 
 def load_model(

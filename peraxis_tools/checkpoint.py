@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,34 +11,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from peraxis_format import ASSET_PATH, CheckpointError, Identity, Safetensors
+from peraxis_format import CheckpointError, Identity, Safetensors
+from peraxis_tools.assets import FolderAssets, find_assets
 from peraxis_tools.errors import ToolError
+from peraxis_tools.notes import note
 
-__all__ = ["ASSET_BYTES_MAX", "Checkpoint", "is_tokenizer_asset", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint", "parse_identity"]
 
-ASSET_BYTES_MAX: Final = 64 << 20
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-_CONFIGS: Final = frozenset({"config.json", "generation_config.json"})
-_TOKENIZER: Final = frozenset(
-    {
-        "added_tokens.json",
-        "chat_template.json",
-        "merges.txt",
-        "preprocessor_config.json",
-        "special_tokens_map.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.json",
-        "vocab.txt",
-    }
-)
-_TOKENIZER_SUFFIXES: Final = (".jinja", ".model", ".tiktoken")
 _HUB_PATTERNS: Final = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
-
-
-def is_tokenizer_asset(name: str) -> bool:
-    """Whether a file of a checkpoint's folder belongs to its tokenizer."""
-    return name in _TOKENIZER or name.endswith(_TOKENIZER_SUFFIXES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +35,14 @@ class Checkpoint:
     folder: Path | None
 
     def assets(self) -> Iterator[tuple[str, bytes]]:
-        """Configuration, tokenizer and chat template: name and bytes, in name order (SPEC 3.12)."""
-        for path in sorted(self.folder.iterdir()) if self.folder is not None else ():
-            wanted = path.name in _CONFIGS or is_tokenizer_asset(path.name)
-            if not wanted or not path.is_file() or not ASSET_PATH.fullmatch(path.name):
-                continue
-            size = path.stat().st_size
-            if size > ASSET_BYTES_MAX:
-                raise ToolError(f"{path}: {size} bytes is too much for an asset; move it out of the folder")
-            if size:
-                yield path.name, path.read_bytes()
+        """Configuration, tokenizer, processor and chat templates: path and bytes, in path order (SPEC 3.12)."""
+        found = self.folder_assets()
+        for path in found.carried:
+            yield path, found.read(path)
+
+    def folder_assets(self) -> FolderAssets:
+        """Which files of the folder a delta carries, and which it leaves behind."""
+        return FolderAssets(folder=Path()) if self.folder is None else find_assets(self.folder)
 
     def config(self) -> dict[str, Any]:
         """The parsed config.json. Raises ToolError where there is none."""
@@ -98,14 +78,42 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     path = Path(source)
     if path.exists():
         folder = path if path.is_dir() else path.parent
-        name = path.resolve().name if path.is_dir() else path.name
-        return Checkpoint(Safetensors.open(path), Identity(id=name, revision=revision), folder)
+        return Checkpoint(_opened(path), _identity(path, folder, revision), folder)
     if not _HUB_ID.fullmatch(str(source)):
         raise CheckpointError(f"{source}: no such file or folder, and not a hub id (org/name or org/name@revision)")
     hub_id, _, at = str(source).partition("@")
     folder = _download(hub_id, at or revision)
     # A snapshot's folder is named by the commit that the revision stood for.
-    return Checkpoint(Safetensors.open(folder), Identity(id=hub_id, revision=folder.name), folder)
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{hub_id}: holds no safetensors checkpoint, at this revision; save its model with save_pretrained first"
+        )
+    return Checkpoint(_opened(folder), Identity(id=hub_id, revision=folder.name), folder)
+
+
+def parse_identity(text: str) -> Identity:
+    """`org/name` or `org/name@revision`. Raises ToolError for anything else."""
+    if not _HUB_ID.fullmatch(text):
+        raise ToolError(f"{text}: not a hub id; pass org/name or org/name@revision")
+    hub_id, _, revision = text.partition("@")
+    return Identity(id=hub_id, revision=revision or None)
+
+
+def _identity(path: Path, folder: Path, revision: str | None) -> Identity:
+    """The hub id and commit of a snapshot in the hub's cache; else the name of the folder or file."""
+    *_, repository, snapshots, commit = ("", "", "", *folder.absolute().parts)
+    if snapshots == "snapshots" and repository.startswith("models--"):
+        return Identity(id=repository.removeprefix("models--").replace("--", "/", 1), revision=commit)
+    own = path.resolve().name if path.is_dir() else path.name
+    # A manifest is UTF-8; a name on disk may be any bytes.
+    return Identity(id=os.fsencode(own).decode("utf-8", "replace"), revision=revision)
+
+
+def _opened(path: Path) -> Safetensors:
+    tensors = Safetensors.open(path)
+    for sentence in tensors.ignored:
+        note(sentence)
+    return tensors
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

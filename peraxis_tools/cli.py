@@ -9,17 +9,23 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from typing import Final
 
-import click
+from peraxis_tools.process import INTERRUPTED, Terminated, drop_output, interrupts_end, prepared_process
 
-from peraxis_format import CheckpointError, PxdError, ShapeError, __version__
-from peraxis_tools.errors import ToolError
-from peraxis_tools.report import print_error
+with interrupts_end():
+    import click
+
+    from peraxis_format import CheckpointError, PxdError, ShapeError, __version__
+    from peraxis_tools.errors import ToolError, error_line
+    from peraxis_tools.notes import LOGGER
+    from peraxis_tools.report import print_error, print_notes
 
 __all__ = ["cli", "main"]
 
-INTERRUPTED: Final = 130
+_TRACEBACK: Final = "PERAXIS_TRACEBACK"
+_COMPLETE: Final = "_PERAXIS_TOOLS_COMPLETE"
 # Verb -> module in peraxis_tools.commands, whose `command` is the click command; in the order of a person's day.
 VERBS: Final = {
     "compress": "One fine-tune and its base in, one .pxd out.",
@@ -33,6 +39,8 @@ VERBS: Final = {
     "convert": "From BitDelta's and the paper's .pt files; to LoRA or a checkpoint.",
     "eval": "How close base + .pxd comes to the fine-tune.",
     "publish": "A .pxd and its model card to the Hugging Face hub.",
+    "pull": "A .pxd from the hub or a URL, verified.",
+    "extract": "The small files of a .pxd: configuration, tokenizer.",
     "demo": "Train a small pair and show the whole way, offline.",
     "completion": "The completion script of a shell.",
 }
@@ -47,7 +55,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        module = importlib.import_module(f"peraxis_tools.commands.{cmd_name}")
+        with interrupts_end():
+            module = importlib.import_module(f"peraxis_tools.commands.{cmd_name}")
         command: click.Command = module.command
         return command
 
@@ -67,29 +76,59 @@ def cli() -> None:
     """
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def _unexpected(error: Exception) -> str:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{os.path.basename(place.filename)}:{place.lineno}"
+    return (
+        f"internal error: {type(error).__name__}: {error_line(error)} ({where}); "
+        f"please report it with what is printed when {_TRACEBACK}=1 is set"
+    )
+
+
+def _run() -> None:
+    if _COMPLETE in os.environ:
+        cli.main(prog_name="peraxis-tools")
+    with cli.make_context("peraxis-tools", sys.argv[1:]) as context:
+        cli.invoke(context)
+    sys.stdout.flush()
 
 
 def main() -> None:
     """Run the command line and exit with the code of what happened."""
+    print_notes(LOGGER)
+    with prepared_process():
+        sys.exit(_exit_code())
+
+
+def _exit_code() -> int:
     try:
-        sys.exit(cli.main(standalone_mode=False) or 0)
+        _run()
     except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
+        return done.exit_code
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         print_error("interrupted; nothing was written under the final name")
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
+    except Terminated as signalled:
+        print_error(f"ended by {signalled.name}; nothing was written under the final name")
+        return signalled.exit_status
     except (PxdError, CheckpointError, ToolError) as error:
-        print_error(_one_line(error))
-        sys.exit(error.exit_status)
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`): not an error, but nothing more can be flushed either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        print_error(error_line(error))
+        return error.exit_status
     except (OSError, ShapeError) as error:
-        print_error(_one_line(error))
-        sys.exit(ToolError.exit_status)
+        drop_output()
+        if isinstance(error, BrokenPipeError) and error.filename is None:
+            return 0  # the reader of standard output went away (`| head`), which is no error
+        print_error(error_line(error))
+        return ToolError.exit_status
+    except MemoryError:
+        print_error("out of memory; use a machine with more, or smaller batches and samples")
+        return ToolError.exit_status
+    except Exception as error:
+        if os.environ.get(_TRACEBACK):
+            raise
+        print_error(_unexpected(error))
+        return ToolError.exit_status
+    return 0

@@ -13,7 +13,9 @@ from typing import Any, Final
 from peraxis_tools.apply import apply
 from peraxis_tools.compress import compress
 from peraxis_tools.evaluate import Fidelity, evaluate
+from peraxis_tools.folders import write_marker
 from peraxis_tools.inspect import InspectResult, inspect
+from peraxis_tools.outputs import claim_folder
 from peraxis_tools.pair import PairFolders, PairSize, train_pair
 from peraxis_tools.verify import verify
 
@@ -54,7 +56,20 @@ class DemoStep:
 def demo(
     folder: Path, *, size: PairSize | None = None, seed: int = 0, progress: Callable[[int], None] | None = None
 ) -> Iterator[DemoStep]:
-    """Run the demo in `folder`; the last step's result is a DemoResult. progress counts training steps."""
+    """Run the demo in `folder`, new or of an earlier demo; the last step's result is a DemoResult.
+
+    progress counts training steps. Raises ToolError for a folder with anything else in it.
+    """
+    with claim_folder(folder, overwrite=True):
+        folder.mkdir(exist_ok=True)
+        # Not finished: what a demo leaves is there to be looked at, and to be replaced by the next one.
+        write_marker(folder, ["."], finished=False)
+        yield from _steps(folder, size=size, seed=seed, progress=progress)
+
+
+def _steps(
+    folder: Path, *, size: PairSize | None, seed: int, progress: Callable[[int], None] | None
+) -> Iterator[DemoStep]:
     pair = train_pair(folder, size=size, seed=seed, progress=progress)
     text: dict[str, Any] = {"calibration_samples": _SAMPLES, "sequence_length": _LENGTH}
     ours = compress(

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import ClassVar
 
-__all__ = ["CheckFailedError", "NotVerifiableError", "ToolError"]
+__all__ = ["CheckFailedError", "NotVerifiableError", "ToolError", "error_line"]
+
+
+def error_line(error: BaseException) -> str:
+    """What an error says, on one line; of the system's errors the path first."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        other = "" if error.filename2 is None else f" (from {os.fsdecode(error.filename2)})"
+        return f"{os.fsdecode(str(error.filename))}: {error.strerror}{other}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class ToolError(Exception):

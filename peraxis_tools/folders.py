@@ -1,52 +1,239 @@
-"""Folders that appear under their final name whole or not at all."""
+"""Folders that appear under their final name whole or not at all, and how an earlier one is known.
+
+Every folder that the tools write holds `.peraxis-output.json`, which lists the files that they wrote. A folder with
+that list is an earlier output: `overwrite` replaces the files of the list, and whatever else the folder holds stays.
+A folder without it is never replaced.
+
+The new folder is made beside the old one, with hard links to what stays, and the two change places in one step
+(renameat2). Where the folder cannot be moved (a mount point, the current folder), its files are moved into it one by
+one, between two versions of the list: the first says that it is unfinished, and such a folder counts as empty.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
+import hashlib
+import json
 import os
-import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final
 
-from peraxis_format import sync_folder
+from peraxis_format import atomic_file, new_temporary, remove_leftovers, sync_folder
 from peraxis_tools.errors import ToolError
 
-__all__ = ["atomic_folder", "refuse_existing"]
+__all__ = ["MARKER", "Earlier", "atomic_folder", "earlier_output", "refuse_folder", "write_marker"]
+
+MARKER: Final = ".peraxis-output.json"
+_SCHEMA: Final = "peraxis.output/1"
+_CARD_HEAD: Final = 1 << 16
+_EXCHANGE: Final = 2  # RENAME_EXCHANGE
+_AT_FDCWD: Final = -100
+_CANNOT_EXCHANGE: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
-def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Raise ToolError where the output stands already (an empty folder does not count), before any work."""
-    if overwrite or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Earlier:
+    """An earlier output in a folder: the names of its files, and whether the run that wrote it came to its end."""
+
+    files: frozenset[str]
+    finished: bool
+
+
+def earlier_output(folder: Path) -> Earlier | None:
+    """The list that an earlier run left in a folder; None where there is none.
+
+    A repository that `publish` wrote has no list, since all of it is uploaded: it is known by its card.
+    """
+    try:
+        found = json.loads((folder / MARKER).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return _earlier_repository(folder)
+    if not isinstance(found, dict) or found.get("schema") != _SCHEMA:
+        return None
+    files = found.get("files")
+    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
+        return None
+    return Earlier(files=frozenset(files) | {MARKER}, finished=found.get("finished") is True)
+
+
+def _earlier_repository(folder: Path) -> Earlier | None:
+    try:
+        head = (folder / "README.md").read_bytes()[:_CARD_HEAD]
+    except OSError:
+        return None
+    if not head.startswith(b"---\n") or b"\nlibrary_name: peraxis\n" not in head:
+        return None
+    return Earlier(files=frozenset({"README.md", ".gitattributes"}), finished=True)
+
+
+def write_marker(folder: Path, files: Sequence[str], *, finished: bool = True) -> None:
+    """Write the list of an output's files (paths relative to the folder)."""
+    with atomic_file(folder / MARKER) as file:
+        file.write(json.dumps({"schema": _SCHEMA, "finished": finished, "files": sorted(files)}, indent=1).encode())
+
+
+def refuse_folder(path: Path, *, overwrite: bool) -> None:
+    """Raise ToolError where a folder cannot become the output, before any work.
+
+    It can where there is nothing, or an empty or unfinished folder; with overwrite, where an earlier output is.
+    """
+    if not os.path.lexists(path):
         return
-    raise ToolError(f"{path}: exists already; choose another output or pass --overwrite")
+    if not path.is_dir():
+        raise ToolError(f"{path}: exists already and is no folder; choose another output")
+    others = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith(".peraxis~"))
+    earlier = earlier_output(path)
+    if not others or (earlier is not None and not earlier.finished):
+        return
+    if not overwrite:
+        raise ToolError(f"{path}: exists already; choose another output or pass --overwrite")
+    if earlier is None:
+        raise ToolError(
+            f"{path}: holds {others[0]} and no list of an earlier output ({MARKER}), so it is not replaced; "
+            "choose another output or remove it yourself"
+        )
+    if _is_fixed(path) and set(others) - {name.split("/")[0] for name in earlier.files}:
+        raise ToolError(f"{path}: holds other files too and cannot be moved; choose a folder within it")
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Make a temporary folder beside `path`; on success rename it, else remove it with all that is in it.
+def atomic_folder(path: Path, *, overwrite: bool = False, marker: bool = True) -> Iterator[Path]:
+    """Make a temporary folder; on success give it the name `path`, else remove it with all that is in it.
 
-    With overwrite, what stood under `path` is removed after the new folder has its name.
+    Claim the folder first (outputs.claim_folder). With overwrite, an earlier output is replaced, and what else its
+    folder holds stays. marker: whether the list of its files is written into it.
     """
-    refuse_existing(path, overwrite=overwrite)
+    path = Path(os.path.realpath(path))
+    _restore(path)
+    refuse_folder(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(4)
-    temporary = path.with_name(f".{path.name}.{token}.tmp")
-    temporary.mkdir()
+    fixed = _is_fixed(path)
+    remove_leftovers(path if fixed else path.parent)
+    temporary, descriptor = new_temporary(path if fixed else path.parent, is_folder=True)
     try:
         yield temporary
-        for file in temporary.iterdir():
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())
-        old = path.with_name(f".{path.name}.{token}.old")
-        if path.exists():
-            os.rename(path, old)
-        os.rename(temporary, path)
-    except BaseException:
+        files = [file.relative_to(temporary).as_posix() for file in temporary.rglob("*") if not file.is_dir()]
+        if marker and not fixed:
+            write_marker(temporary, files)
+        _sync(temporary)
+        # Once more: it may have been filled since.
+        refuse_folder(path, overwrite=overwrite)
+        if fixed:
+            _move_in(temporary, path, files)
+        else:
+            if path.exists():
+                _link_rest(path, temporary)
+                sync_folder(temporary)
+            _give_name(temporary, path)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        os.close(descriptor)
+
+
+def _is_fixed(path: Path) -> bool:
+    """Whether a folder has to stay what it is: a mount point, or where this process stands."""
+    if not path.is_dir():
+        return False
+    there = os.path.realpath(path)
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        here = ""  # removed
+    return os.path.ismount(there) or here == there or here.startswith(there.rstrip(os.sep) + os.sep)
+
+
+def _sync(folder: Path) -> None:
+    for each in folder.rglob("*"):
+        if each.is_dir():
+            sync_folder(each)
+        elif each.is_file() and not each.is_symlink():
+            with open(each, "rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def _link_rest(old: Path, new: Path) -> None:
+    """Hard links in `new` to what an earlier output's folder holds beyond that output."""
+    earlier = earlier_output(old)
+    replaced = earlier.files if earlier is not None else frozenset()
+    for entry in sorted(old.rglob("*")):
+        name = entry.relative_to(old)
+        target = new / name
+        if ".peraxis~" in name.as_posix() or name.as_posix() in replaced or os.path.lexists(target):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            listed = any(each.startswith(f"{name.as_posix()}/") for each in replaced)
+            if not listed:
+                target.mkdir()
+                shutil.copystat(entry, target)
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _link_or_copy(entry, target)
+    shutil.copymode(old, new)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    if source.is_symlink():
+        os.symlink(os.readlink(source), target)
+        return
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _give_name(temporary: Path, path: Path) -> None:
+    """The new folder under the final name; what had the name before is now the temporary one, to be removed."""
+    if not path.exists() or not any(path.iterdir()):
+        os.rename(temporary, path)  # an empty folder is replaced by a rename
+    elif not _exchange(temporary, path):
+        os.rename(path, _aside(path))
+        os.rename(temporary, path)
+        _restore(path)
     sync_folder(path.parent)
-    if old.is_dir() and not old.is_symlink():
-        shutil.rmtree(old)
-    elif old.exists():
-        old.unlink()
+
+
+def _aside(path: Path) -> Path:
+    """Where the old folder is between two renames, on a system that cannot exchange two names in one step."""
+    return path.with_name(f".peraxis~{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]}.old")
+
+
+def _restore(path: Path) -> None:
+    """Bring back a folder that a killed run had put aside, or remove it where the new one has its place."""
+    if os.path.lexists(path):
+        shutil.rmtree(_aside(path), ignore_errors=True)
+    elif _aside(path).is_dir():
+        os.rename(_aside(path), path)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two names change places in one step. False where the system cannot."""
+    rename: Any = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(_EXCHANGE)) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _CANNOT_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(b))
+
+
+def _move_in(temporary: Path, path: Path, files: Sequence[str]) -> None:
+    """The files of a finished folder into one that cannot be moved, and those of an earlier output out of it."""
+    earlier = earlier_output(path)
+    old = earlier.files - {MARKER} if earlier is not None else frozenset()
+    write_marker(path, [*old, *files], finished=False)
+    for name in sorted(old - set(files)):
+        with contextlib.suppress(OSError):
+            (path / name).unlink()
+    for name in files:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary / name, path / name)
+    write_marker(path, files)
+    sync_folder(path)

@@ -124,7 +124,7 @@ def inspect_remote(url: str) -> InspectResult:
     remote = remote_file(url)
     header, manifest = remote.header()
     content_id = "sha256:" + hashlib.sha256(header.manifest).hexdigest()
-    return summarise(url, content_id, remote.size, manifest, header.records)
+    return summarise(remote.url, content_id, remote.size, manifest, header.records)
 
 
 def _line(module: pxd.ModuleEntry, sizes: dict[str, int]) -> ModuleLine:

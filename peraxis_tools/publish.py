@@ -1,42 +1,50 @@
-"""A delta as a repository of the Hugging Face hub: the file, its signature where there is one, and a model card.
+"""Deltas as a repository of the Hugging Face hub: the files, their signatures where there are some, and a model card.
 
-The card follows from the manifest alone, and from an evaluation's JSON where one is passed; nothing in it is guessed.
-Texts from the manifest are quoted, so that they can bring neither YAML keys nor markup into the card.
+The card is made in card.py. What the repository holds already stays: its card and .gitattributes are extended.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import peraxis_format as pxd
+from peraxis_tools.card import HUB_ID, CardDelta, card_text, missing_fields
+from peraxis_tools.checkpoint import parse_identity
+from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
-from peraxis_tools.folders import atomic_folder, refuse_existing
-from peraxis_tools.inspect import InspectResult, inspect
-from peraxis_tools.parts import refuse_part
+from peraxis_tools.folders import atomic_folder
+from peraxis_tools.inspect import inspect
+from peraxis_tools.outputs import check_folder, claim_folder
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.sign import signature_path
 
-__all__ = ["PublishResult", "Relation", "model_card", "publish", "read_evaluation"]
+__all__ = ["PublishResult", "PublishedDelta", "Relation", "publish", "read_evaluation"]
 
 Relation = Literal["finetune", "adapter", "quantized", "merge"]
 
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CHUNK: Final = 1 << 22
 _EVALUATION: Final = "peraxis.eval/1"
-_SPECIAL: Final = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&])")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedDelta:
+    """One delta of a repository."""
+
+    file: str
+    content_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishResult:
-    """url: of the commit, None where nothing was uploaded. files: names in the repository."""
+    """url: of the commit, None where nothing was uploaded. files: names in the repository. missing: of the card."""
 
     repository: str
-    content_id: str
+    deltas: tuple[PublishedDelta, ...]
+    missing: tuple[str, ...]
     files: tuple[str, ...]
     folder: Path | None
     url: str | None
@@ -44,50 +52,192 @@ class PublishResult:
 
 def publish(
     repository: str,
-    path: str | Path,
+    paths: str | Path | Sequence[str | Path],
     *,
-    evaluation: Path | None = None,
+    evaluation: Path | Sequence[Path] | None = None,
     licence: str | None = None,
     relation: Relation = "finetune",
+    base_id: str | None = None,
+    card_from: str | Path | None = None,
     dry_run: Path | None = None,
     overwrite: bool = False,
     private: bool = False,
     revision: str | None = None,
     progress: ProgressOf = silent,
 ) -> PublishResult:
-    """Verify the file, write the card, and upload both; with dry_run, write the repository to that folder instead.
+    """Verify the files, write the card, and upload all; with dry_run, write the repository to that folder instead.
 
-    evaluation: JSON of `peraxis-tools eval`. Raises ToolError, PxdError, OSError.
+    evaluation: JSON of `peraxis-tools eval`, each of one of the files. base_id: the base's hub id for the card.
+    card_from: folder or hub id whose README.md gives language and licence. Raises ToolError, PxdError, OSError.
     """
-    path = Path(path)
-    if not _HUB_ID.fullmatch(repository):
-        raise ToolError(f"{repository}: not a repository's name; pass org/name")
-    with pxd.open(path) as delta:
-        refuse_part(delta.manifest, path)
-        with progress("verify", delta.size - delta.header_size) as step:
-            delta.verify(progress=step)
-    found = inspect(path)
-    card = model_card(repository, path.name, found, read_evaluation(evaluation), licence=licence, relation=relation)
-    bundle = signature_path(path)
-    files = {path.name: path, **({bundle.name: bundle} if bundle.is_file() else {})}
+    deltas = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    _check_names(repository, deltas)
+    evaluations = _sequence(evaluation)
+    bundles = [signature_path(path) for path in deltas]
+    if dry_run is not None:
+        check_folder(dry_run, overwrite=overwrite, inputs=(*deltas, *bundles, *evaluations))
+    reports = [read_evaluation(path) for path in evaluations]
+    for path in deltas:
+        _verify(path, progress)
+    told = _told(deltas, reports, base_id)
+    files = {path.name: path for path in (*deltas, *(bundle for bundle in bundles if bundle.is_file()))}
+    before = _in_folder(dry_run) if dry_run is not None else _on_hub(repository, revision)
+    card = card_text(
+        repository,
+        told,
+        existing=before.card,
+        fine_tuned_card=_readme(card_from),
+        licence=licence,
+        relation=relation,
+    )
+    attributes = _with_line(before.attributes, _ATTRIBUTES)
     url = None
     if dry_run is None:
-        url = _upload(repository, files, card, private=private, revision=revision, content_id=found.content_id)
+        message = f"Add {', '.join(delta.found.content_id for delta in told)}"
+        url = _upload(repository, files, card, attributes, private=private, revision=revision, message=message)
     else:
-        refuse_existing(dry_run, overwrite=overwrite)
-        with atomic_folder(dry_run, overwrite=overwrite) as folder:
+        claim = claim_folder(dry_run, overwrite=overwrite, inputs=(*files.values(), *evaluations))
+        # No list of files in it: all of it is for the hub, and its card tells whose it is.
+        with claim, atomic_folder(dry_run, overwrite=overwrite, marker=False) as folder:
             (folder / "README.md").write_text(card, "utf-8")
-            (folder / ".gitattributes").write_text(_ATTRIBUTES)
+            (folder / ".gitattributes").write_text(attributes, "utf-8")
             with progress("copy", sum(source.stat().st_size for source in files.values())) as step:
                 for name, source in files.items():
                     _copy(source, folder / name, step)
     return PublishResult(
         repository=repository,
-        content_id=found.content_id,
+        deltas=tuple(PublishedDelta(file=delta.file, content_id=delta.found.content_id) for delta in told),
+        missing=tuple(missing_fields(card)),
         files=("README.md", ".gitattributes", *files),
         folder=dry_run,
         url=url,
     )
+
+
+def _verify(path: Path, progress: ProgressOf) -> None:
+    with pxd.open(path) as delta:
+        refuse_part(delta.manifest, path)
+        with progress("verify", delta.size - delta.header_size) as step:
+            delta.verify(progress=step)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Before:
+    """What a repository holds already of the two files that are extended."""
+
+    card: str | None = None
+    attributes: str = ""
+
+
+def _check_names(repository: str, deltas: Sequence[Path]) -> None:
+    if not HUB_ID.fullmatch(repository):
+        raise ToolError(f"{repository}: not a repository's name; pass org/name")
+    for path in deltas:
+        if not path.name.isprintable() or path.name.startswith("-"):
+            raise ToolError(f"{str(path)!r}: no file name for a repository; rename the file")
+    names = [path.name for path in deltas]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None or not names:
+        raise ToolError(f"{twice}: two of the files have this name; rename one" if twice else "pass a .pxd to publish")
+
+
+def _sequence(value: Path | Sequence[Path] | None) -> Sequence[Path]:
+    return [] if value is None else [value] if isinstance(value, Path) else value
+
+
+def _told(deltas: Sequence[Path], reports: Sequence[Mapping[str, Any]], base_id: str | None) -> list[CardDelta]:
+    """What the card tells of each file. Raises ToolError for an evaluation of none of them."""
+    base = None if base_id is None else parse_identity(base_id)
+    found = [inspect(path) for path in deltas]
+    ids = {result.content_id for result in found}
+    stray = next((report for report in reports if report.get("content_id") not in ids), None)
+    if stray is not None:
+        raise ToolError(f"the evaluation is of {stray.get('content_id')}, not of this file; evaluate it again")
+    by_id = {str(report["content_id"]): report for report in reports}
+    return [
+        CardDelta(
+            file=path.name,
+            found=result,
+            base_id=None if base is None else base.id,
+            base_revision=None if base is None else base.revision,
+            evaluation=by_id.get(result.content_id),
+            architecture=_architecture(path),
+        )
+        for path, result in zip(deltas, found, strict=True)
+    ]
+
+
+def _architecture(path: Path) -> str:
+    """The model's class by the configuration that the delta carries; empty where it does not say."""
+    with pxd.open(path) as delta:
+        if not any(asset.path == "config.json" for asset in delta.manifest.assets):
+            return ""
+        try:
+            names = json.loads(delta.asset("config.json"))["architectures"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return ""
+    return str(names[0]) if isinstance(names, list) and names else ""
+
+
+def _readme(source: str | Path | None) -> str | None:
+    """The README.md of a folder or of a repository of the hub."""
+    if source is None:
+        return None
+    path = Path(source)
+    if path.exists():
+        path = path / "README.md" if path.is_dir() else path
+        if not path.is_file():
+            raise ToolError(f"{source}: has no README.md; pass the folder or hub id of a model with a card")
+        return path.read_text("utf-8", "replace")
+    found = _from_hub(str(source), "README.md", None)
+    if found is None:
+        raise ToolError(f"{source}: no folder, and no README.md on the hub that can be reached")
+    return found
+
+
+def _in_folder(folder: Path) -> _Before:
+    def text(name: str) -> str | None:
+        path = folder / name
+        return path.read_text("utf-8", "replace") if path.is_file() else None
+
+    return _Before(card=text("README.md"), attributes=text(".gitattributes") or "")
+
+
+def _on_hub(repository: str, revision: str | None) -> _Before:
+    card = _from_hub(repository, "README.md", revision)
+    return _Before(card=card, attributes=_from_hub(repository, ".gitattributes", revision) or "")
+
+
+def _from_hub(repository: str, name: str, revision: str | None) -> str | None:
+    """A text file of a repository; None where there is no such file or repository yet. Raises ToolError."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    missing = (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError)
+    try:
+        return Path(HfApi().hf_hub_download(repository, name, revision=revision)).read_text("utf-8", "replace")
+    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
+        # Without a connection nothing is known of what stands there.
+        if isinstance(error, missing) and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        raise ToolError(f"{repository}: {name} cannot be read from the hub: {_line(error)}") from None
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _with_line(text: str, line: str) -> str:
+    """The text with this line, at its end where it is not there."""
+    if line.strip() in (held.strip() for held in text.splitlines()):
+        return text
+    return text + ("\n" if text and not text.endswith("\n") else "") + line
 
 
 def _copy(source: Path, target: Path, step: Callable[[int], None]) -> None:
@@ -102,145 +252,36 @@ _ATTRIBUTES: Final = "*.pxd filter=lfs diff=lfs merge=lfs -text\n"
 
 
 def _upload(
-    repository: str, files: Mapping[str, Path], card: str, *, private: bool, revision: str | None, content_id: str
+    repository: str,
+    files: Mapping[str, Path],
+    card: str,
+    attributes: str,
+    *,
+    private: bool,
+    revision: str | None,
+    message: str,
 ) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     operations = [CommitOperationAdd(name, source) for name, source in files.items()]
     operations.append(CommitOperationAdd("README.md", card.encode()))
-    operations.append(CommitOperationAdd(".gitattributes", _ATTRIBUTES.encode()))
+    operations.append(CommitOperationAdd(".gitattributes", attributes.encode()))
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        done = api.create_commit(repository, operations, commit_message=f"Add {content_id}", revision=revision)
+        done = api.create_commit(repository, operations, commit_message=message, revision=revision)
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ToolError(f"{repository}: cannot be uploaded: {reason}; log in with `hf auth login`") from None
+        raise ToolError(f"{repository}: cannot be uploaded: {_line(error)}; log in with `hf auth login`") from None
     return str(done.commit_url)
 
 
-def read_evaluation(path: Path | None) -> Mapping[str, Any] | None:
+def read_evaluation(path: Path) -> Mapping[str, Any]:
     """An evaluation's JSON. Raises ToolError for anything else."""
-    if path is None:
-        return None
     try:
         found = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or found.get("schema") != _EVALUATION:
         raise ToolError(f"{path}: not the JSON of an evaluation ({_EVALUATION}); write it with `eval --json`")
     return found
-
-
-def model_card(
-    repository: str,
-    file: str,
-    found: InspectResult,
-    evaluation: Mapping[str, Any] | None = None,
-    *,
-    licence: str | None = None,
-    relation: Relation = "finetune",
-) -> str:
-    """The README.md of a repository: front matter for the hub, sizes, fidelity, how to load."""
-    if evaluation is not None and evaluation.get("content_id") != found.content_id:
-        raise ToolError(f"the evaluation is of {evaluation.get('content_id')}, not of this file; evaluate it again")
-    return "\n".join(
-        [
-            *_front_matter(found, licence, relation),
-            f"# {_md(found.manifest.fine_tuned.id)}",
-            "",
-            f"A full fine-tune of {_md(found.manifest.base.id)} as a 1-bit difference in the PXD format: "
-            f"{found.file_bytes:,} bytes for a checkpoint of {found.full_bytes:,}, "
-            f"**{found.ratio:.1f} times smaller**.",
-            "",
-            *_facts(found),
-            *_loading(repository, file, found),
-            *_sizes(found),
-            *(_fidelity(evaluation) if evaluation is not None else []),
-        ]
-    )
-
-
-def _yaml(value: str) -> str:
-    return json.dumps(value)  # a JSON string is a YAML one
-
-
-def _md(value: str) -> str:
-    plain = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in value)
-    return _SPECIAL.sub(r"\\\1", plain)
-
-
-def _front_matter(found: InspectResult, licence: str | None, relation: Relation) -> Iterator[str]:
-    yield "---"
-    base = found.manifest.base.id
-    if _HUB_ID.fullmatch(base):
-        yield f"base_model: {_yaml(base)}"
-        yield f"base_model_relation: {relation}"
-    if licence is not None:
-        yield f"license: {_yaml(licence)}"
-    yield "library_name: peraxis"
-    yield "tags:\n- pxd\n- delta\n- 1-bit"
-    yield "---"
-    yield ""
-
-
-def _facts(found: InspectResult) -> Iterator[str]:
-    base = found.manifest.base
-    revision = f" at `{_md(base.revision)}`" if base.revision else ""
-    yield f"- content ID `{found.content_id}`"
-    yield f"- base {_md(base.id)}{revision}, `{base.digest}`"
-    calibration = found.manifest.calibration
-    if calibration is not None:
-        yield (
-            f"- scales fitted on {_md(calibration.source)}, {calibration.samples} samples of "
-            f"{calibration.sequence_length} tokens"
-        )
-    yield f"- written by {_md(found.manifest.producer.name)} {_md(found.manifest.producer.version)}"
-    yield ""
-
-
-def _loading(repository: str, file: str, found: InspectResult) -> Iterator[str]:
-    base = found.manifest.base.id if _HUB_ID.fullmatch(found.manifest.base.id) else "BASE"
-    yield "## Load"
-    yield ""
-    yield "```sh"
-    yield "pip install 'peraxis[tools]'"
-    yield f"hf download {repository} {file} --local-dir ."
-    yield f"peraxis-tools verify {file} --base {base} --expect-content-id {found.content_id}"
-    yield f"peraxis-tools apply {base} {file} -o model"
-    yield "```"
-    yield ""
-    yield "```python"
-    yield "import peraxis_tools"
-    yield ""
-    yield f'model = peraxis_tools.load_model("{base}", "{file}")'
-    yield "```"
-    yield ""
-
-
-def _sizes(found: InspectResult) -> Iterator[str]:
-    yield "## Sizes"
-    yield ""
-    yield "| tensors | modules | stored bytes | full bytes | ratio |"
-    yield "|---|---:|---:|---:|---:|"
-    for share in found.by_kind:
-        ratio = f"{share.full_bytes / share.bytes:.1f}" if share.bytes else "-"
-        yield f"| {share.label} | {share.modules} | {share.bytes:,} | {share.full_bytes:,} | {ratio} |"
-    yield ""
-
-
-def _fidelity(evaluation: Mapping[str, Any]) -> Iterator[str]:
-    yield "## Fidelity"
-    yield ""
-    yield "Beside the fine-tuned model, per token: KL in nats, share of equal most likely tokens, perplexity."
-    yield ""
-    yield "| text | model | KL | top-1 | perplexity | fine-tuned |"
-    yield "|---|---|---:|---:|---:|---:|"
-    for domain in evaluation["domains"]:
-        for name, fidelity in domain["candidates"].items():
-            yield (
-                f"| {_md(str(domain['domain']))} | {_md(name)} | {fidelity['kl']:.4g} | {fidelity['top1']:.1%} | "
-                f"{domain['perplexity'][name]:.4g} | {domain['perplexity_fine_tuned']:.4g} |"
-            )
-    yield ""

@@ -16,9 +16,11 @@ from typing import Any, Final
 import peraxis_format as pxd
 from peraxis_tools.errors import ToolError
 from peraxis_tools.progress import ProgressOf, silent
+from peraxis_tools.urls import without_secrets
 
-__all__ = ["RemoteFile", "is_remote", "local_copy", "remote_file"]
+__all__ = ["SILENCE_SECONDS", "RemoteFile", "is_remote", "local_copy", "remote_file"]
 
+SILENCE_SECONDS: Final = 60.0
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z][A-Za-z0-9+.-]+)*://")
 _START: Final = 1 << 16  # what is kept of a file's beginning, at most
 # hf://org/repo/path@revision, as people write it; the hub's own file system wants hf://org/repo@revision/path.
@@ -42,16 +44,16 @@ class RemoteFile:
     """One remote file: its size and ranges of its bytes. requested counts the bytes that were asked for."""
 
     def __init__(self, url: str) -> None:
-        self.url = url
+        self.url = without_secrets(url)
         self.requested = 0
         self._start = b""
         with _readable(url):
             import fsspec
 
-            self._system, self._path = fsspec.core.url_to_fs(_hub_form(url))
+            self._system, self._path = fsspec.core.url_to_fs(_hub_form(url), **_patience(url))
             size = self._system.size(self._path)
         if size is None:
-            raise ToolError(f"{url}: the server does not say how large the file is; download it first")
+            raise ToolError(f"{self.url}: the server does not say how large the file is; download it first")
         self.size = int(size)
 
     def read(self, offset: int, size: int) -> bytes:
@@ -97,23 +99,50 @@ class RemoteFile:
             self._system.get_file(self._path, str(target), callback=Steps())
 
 
+def _patience(url: str) -> dict[str, Any]:
+    """Options of the file system of a URL: a server may be slow as long as something comes.
+
+    Only http is set up here: the libraries of the hub and of object stores have such limits of their own.
+    """
+    if not url.startswith(("http://", "https://")):
+        return {}
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
+    return {"client_kwargs": {"timeout": timeout}}
+
+
 @contextlib.contextmanager
 def _readable(url: str) -> Iterator[None]:
     """Everything that a file system library may raise becomes one line."""
+    shown = without_secrets(url)
     try:
         yield
     except (ToolError, pxd.PxdError):
         raise
     except ImportError as error:
-        raise ToolError(f"{url}: needs the package {error.name or error}; install it, or download the file") from None
+        raise ToolError(f"{shown}: needs the package {error.name or error}; install it, or download the file") from None
     except ValueError as error:
-        raise ToolError(f"{url}: {_line(error)}") from None
+        raise ToolError(f"{shown}: {_line(error)}") from None
     except Exception as error:  # aiohttp, botocore, huggingface_hub: each has its own hierarchy
-        raise ToolError(f"{url}: cannot be read ({type(error).__name__}: {_line(error)}); check the address") from None
+        if _is_timeout(error):
+            silence = f"the server said nothing for {SILENCE_SECONDS:g} s; try again later"
+            raise ToolError(f"{shown}: {silence}") from None
+        reason = f"{type(error).__name__}: {_line(error)}"
+        raise ToolError(f"{shown}: cannot be read ({reason}); check the address") from None
+
+
+def _is_timeout(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is that of a time that has run out."""
+    while error is not None:
+        if isinstance(error, TimeoutError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _line(error: Any) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "no details")
+    return without_secrets(next((line for line in str(error).splitlines() if line.strip()), "no details"))
 
 
 def remote_file(url: str) -> RemoteFile:

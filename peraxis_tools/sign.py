@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError
+from peraxis_tools.outputs import claim_file
 from peraxis_tools.progress import ProgressOf, silent
 
 __all__ = ["SignResult", "check_signature", "sign", "signature_path"]
@@ -55,26 +57,36 @@ def sign(
 
     file = Path(file)
     bundle = bundle or signature_path(file)
-    if bundle.exists() and not overwrite:
-        raise ToolError(f"{bundle}: exists already; pass --overwrite to sign again")
-    _need(private_key, *([certificate] if certificate is not None else []), *certificate_chain)
-    with pxd.open(file) as delta:
-        with progress("verify", delta.size - delta.header_size) as step:
-            delta.verify(progress=step)
-        content_id = delta.content_id
-    signing = _library().signing
-    with _clear(f"{file}: cannot be signed", ToolError), progress("sign", None):
-        config = signing.Config().set_hashing_config(_hashing(bundle))
-        if certificate is None:
-            config.use_elliptic_key_signer(private_key=private_key, password=password)
-        else:
-            config.use_certificate_signer(
-                private_key=private_key, signing_certificate=certificate, certificate_chain=list(certificate_chain)
-            )
-        config.sign(file, bundle)
+    inputs = (file, private_key, certificate, *certificate_chain)
+    with claim_file(bundle, overwrite=overwrite, inputs=inputs):
+        _need(private_key, *([certificate] if certificate is not None else []), *certificate_chain)
+        with pxd.open(file) as delta:
+            with progress("verify", delta.size - delta.header_size) as step:
+                delta.verify(progress=step)
+            content_id = delta.content_id
+        signing = _library().signing
+        with _clear(f"{file}: cannot be signed", ToolError), progress("sign", None):
+            config = signing.Config().set_hashing_config(_hashing(bundle))
+            if certificate is None:
+                config.use_elliptic_key_signer(private_key=private_key, password=password)
+            else:
+                config.use_certificate_signer(
+                    private_key=private_key, signing_certificate=certificate, certificate_chain=list(certificate_chain)
+                )
+            signature = _signed(config, file)
+        with pxd.atomic_file(bundle, overwrite=overwrite) as target:
+            target.write(signature)
     return SignResult(
         file=file, content_id=content_id, bundle=bundle, method="key" if certificate is None else "certificate"
     )
+
+
+def _signed(config: Any, file: Path) -> bytes:
+    """The bundle's bytes. The library writes a file, which need not be whole: it gets a folder of its own."""
+    with tempfile.TemporaryDirectory(prefix="peraxis-") as folder:
+        bundle = Path(folder) / "bundle"
+        config.sign(file, bundle)
+        return bundle.read_bytes()
 
 
 def check_signature(

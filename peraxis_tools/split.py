@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import peraxis_format as pxd
+from peraxis_tools.delta_parts import refuse_part
+from peraxis_tools.delta_parts import split as write_parts
 from peraxis_tools.errors import ToolError
-from peraxis_tools.folders import refuse_existing
-from peraxis_tools.parts import refuse_part
-from peraxis_tools.parts import split as write_parts
+from peraxis_tools.folders import atomic_folder
+from peraxis_tools.outputs import claim_folder
 
 __all__ = ["Part", "SplitResult", "split"]
 
@@ -40,21 +41,20 @@ def split(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> SplitResult:
-    """Write `parts` files of about equal size, modules in order, as `<name>-00001-of-00004.pxd` under folder.
+    """Write `parts` files of about equal size, modules in order, as `<name>-00001-of-00004.pxd` in a folder.
 
-    progress: called with numbers of payload bytes. Raises ToolError, PxdError, OSError.
+    The folder appears with all parts or not at all. progress: called with numbers of payload bytes. Raises ToolError,
+    PxdError, OSError.
     """
     folder = Path(folder)
-    with pxd.open(path) as delta:
+    with claim_folder(folder, overwrite=overwrite, inputs=(path,)), pxd.open(path) as delta:
         refuse_part(delta.manifest, path)
         groups = _groups(delta, parts)
         stem = Path(path).stem
-        outputs = [folder / f"{stem}-{i:05d}-of-{len(groups):05d}.pxd" for i in range(1, len(groups) + 1)]
-        for output in outputs:
-            refuse_existing(output, overwrite=overwrite)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_parts(delta, groups, outputs, progress=progress)
-        written = zip(groups, outputs, strict=True)
+        names = [f"{stem}-{i:05d}-of-{len(groups):05d}.pxd" for i in range(1, len(groups) + 1)]
+        with atomic_folder(folder, overwrite=overwrite) as temporary:
+            write_parts(delta, groups, [temporary / name for name in names], progress=progress)
+        written = zip(groups, (folder / name for name in names), strict=True)
         return SplitResult(
             content_id=delta.content_id,
             parts=tuple(Part(path=o, modules=len(g), bytes=o.stat().st_size) for g, o in written),

@@ -18,8 +18,9 @@ from typing import Final, TypeAlias
 
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
-from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError
+from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError, error_line
 from peraxis_tools.progress import ProgressOf
+from peraxis_tools.urls import without_secrets
 
 __all__ = ["Check", "FileVerdict", "Signature", "Status", "VerifyReport", "Wanted", "verify_files"]
 
@@ -133,7 +134,7 @@ def _verdict(file: str, wanted: Wanted, open_file: Opener, progress: ProgressOf,
     except (pxd.PxdError, pxd.CheckpointError, ToolError, OSError) as error:
         checks.append(_failed(name, error))
     return FileVerdict(
-        file=file,
+        file=without_secrets(file),
         status=_gravest(check.status for check in checks),
         content_id=content_id,
         bytes=size,
@@ -241,4 +242,4 @@ def _failed(name: str, error: Exception) -> Check:
             offset=error.offset,
             remedy=error.remedy,
         )
-    return Check(name=name, status=status, message=" ".join(str(error).split()))
+    return Check(name=name, status=status, message=error_line(error))

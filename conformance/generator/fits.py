@@ -122,7 +122,21 @@ def assets() -> Iterator[Entry]:
     """SPEC 3.12."""
     wrong = {
         "parent": "../config.json",
-        "folder": "a/config.json",
+        "folders": "a/b/config.json",
+        "folder-empty": "a//config.json",
+        "folder-dot": "./config.json",
+        "folder-with-dot": "a.b/config.json",
+        "folder-hidden": ".a/config.json",
+        "folder-dash": "-a/config.json",
+        "folder-64-characters": "a" * 64 + "/config.json",
+        "folder-accent": "caf\u00e9/config.json",
+        "folder-hidden-file": "a/.config.json",
+        "folder-only-suffix": "a/.json",
+        "folder-last": "a.json/",
+        "folder-121-characters": "a/" + "x" * 120 + ".json",
+        "folder-python": "a/modeling.py",
+        "folder-index": "a/model.index.json",
+        "folder-parent": "a/../config.json",
         "backslash": "a\\config.json",
         "absolute": "/config.json",
         "python": "modeling.py",
@@ -153,6 +167,7 @@ def assets() -> Iterator[Entry]:
     for slug, paths in (
         ("same", ("a.json", "a.json")),
         ("other-case", ("README.md", "readme.md")),
+        ("folder-other-case", ("A/config.json", "a/config.json")),
         ("three", ("a.json", "b.json", "A.json")),
     ):
         held = tuple(Asset(path=path, data=b"{}") for path in paths)

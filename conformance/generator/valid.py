@@ -217,6 +217,10 @@ def texts() -> Iterator[Case]:
                     "special_tokens-map.v2.json",
                     "a.index.txt",
                     "Xindex.json",
+                    "1_Pooling/config.json",
+                    "additional_chat_templates/tool_use.jinja",
+                    "a" * 63 + "/" + "x" * 119 + ".json",
+                    "_/_.json",
                 )
             )
         ),

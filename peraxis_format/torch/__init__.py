@@ -5,21 +5,21 @@ VariantSwitch   many variants of one model, one at a time
 serve           many variants of one model, in one batch, over one base
 """
 
-from peraxis_format.torch.apply import Applied, apply_
-from peraxis_format.torch.errors import DeviceError, LiveModelError
-from peraxis_format.torch.finder import FUSED
-from peraxis_format.torch.parts import Part, Shard, chunk, whole
-from peraxis_format.torch.placement import place
-from peraxis_format.torch.reports import Swap, SwapError, Variant
-from peraxis_format.torch.serve import Served, serve
-from peraxis_format.torch.switch import VariantSwitch
+from peraxis_format.errors import DeviceError, LiveModelError
+from peraxis_format.torch.place.finder import FUSED
+from peraxis_format.torch.place.placement import place
+from peraxis_format.torch.place.shards import Shard, ShardView, chunk, whole
+from peraxis_format.torch.serve.api import Served, serve
+from peraxis_format.torch.swap.apply import Applied, apply_
+from peraxis_format.torch.swap.reports import Swap, SwapError, Variant
+from peraxis_format.torch.swap.switch import VariantSwitch
 
 __all__ = [
     "FUSED",
     "Applied",
     "DeviceError",
     "LiveModelError",
-    "Part",
+    "ShardView",
     "Served",
     "Shard",
     "Swap",

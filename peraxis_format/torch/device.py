@@ -2,7 +2,7 @@
 
 The stream (stream.py) is written once against `Device`. On the host a "device buffer" is ordinary memory, an upload a
 copy, and events are nothing, so that order, buffers and counters are exercised by every test; what remains of CUDA is
-in this file and in kernels.py.
+in this file and in rebuild/triton.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from peraxis_format.torch.errors import DeviceError
-from peraxis_format.torch.parts import Placement
+from peraxis_format.errors import DeviceError
+from peraxis_format.torch.place.shards import Placement
 
 __all__ = ["Counters", "CudaDevice", "Device", "HostDevice", "device_of", "require_triton"]
 

@@ -7,7 +7,7 @@ from typing import Final
 from torch import Tensor
 
 from peraxis_format.torch.device import Device
-from peraxis_format.torch.image import ALIGN
+from peraxis_format.torch.swap.transfer_plan import ALIGN
 
 __all__ = ["DEPTH", "Ring"]
 

@@ -85,6 +85,8 @@ _SIZE = _Size()
 @click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="YAML of these options.")
 @click.option("--base-revision", help="Of a hub id.")
 @click.option("--fine-tuned-revision", help="Of a hub id.")
+@click.option("--base-id", metavar="ORG/NAME[@REVISION]", help="The hub id of a base that is a folder.")
+@click.option("--force", is_flag=True, help="Write a delta that saves little, too.")
 @overwrite_option
 @json_option
 @quiet_option
@@ -95,6 +97,8 @@ def command(
     config: Path | None,
     base_revision: str | None,
     fine_tuned_revision: str | None,
+    base_id: str | None,
+    force: bool,
     overwrite: bool,
     as_json: bool,
     quiet: bool,
@@ -121,6 +125,8 @@ def command(
             base_revision=base_revision,
             fine_tuned_revision=fine_tuned_revision,
             overwrite=overwrite,
+            force=force,
+            base_id=base_id,
             progress=_Bars(stack, quiet=quiet),
             show_plan=None if quiet else plan_lines,
         )

@@ -26,7 +26,7 @@ _DEFAULT_RANK = 16
 @click.command("convert")
 @click.argument("source", metavar="SOURCE")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file or folder to write.")
-@click.option("--base", metavar="FOLDER|ID", help="The base that a .pt delta is for; the base for a checkpoint.")
+@click.option("--base", metavar="FOLDER|ID", help="The base of the delta; optional for LoRA.")
 @click.option("--from", "layout", type=click.Choice(["auto", *LAYOUTS]), default="auto", show_default=True)
 @click.option(
     "--axis", type=click.Choice(["row", "col"]), help="Which to take where a .pt holds both variants of a module."
@@ -70,7 +70,9 @@ def command(
         if target == "lora":
             chosen = rank if rank is not None or max_error is not None else _DEFAULT_RANK
             with progress("convert", diff_size(path), quiet=quiet) as step:
-                lora = to_lora(path, output, rank=chosen, max_error=max_error, overwrite=overwrite, progress=step)
+                lora = to_lora(
+                    path, output, rank=chosen, max_error=max_error, base=base, overwrite=overwrite, progress=step
+                )
             emit(lora, render_lora, schema="peraxis.convert-lora/1", as_json=as_json)
         elif target == "checkpoint":
             with pxd.open(path) as file:

@@ -14,6 +14,7 @@ from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.remote import is_remote
 from peraxis_tools.report import emit, progress
 from peraxis_tools.report.diff import render_diff
+from peraxis_tools.urls import without_secrets
 
 __all__ = ["command"]
 
@@ -64,7 +65,7 @@ def command(
             result = diff_checkpoint(paths[0], b, base=base or "", workers=workers, progress=step)
         else:
             result = diff(paths[0], paths[1], base=base, workers=workers, progress=step)
-    result = dataclasses.replace(result, a=a, b=b)
+    result = dataclasses.replace(result, a=without_secrets(a), b=without_secrets(b))
     emit(
         result,
         lambda result, console: render_diff(result, console, top=top),

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
-from peraxis_tools.commands.options import json_option, quiet_option
+from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.errors import ToolError
 from peraxis_tools.inspect import InspectResult, inspect, inspect_remote, select
+from peraxis_tools.outputs import claim_files
 from peraxis_tools.remote import is_remote
 from peraxis_tools.report import emit, print_note, progress, staged
 from peraxis_tools.report.inspect import render_inspect
@@ -24,6 +25,7 @@ __all__ = ["command"]
 @click.option("--tree", is_flag=True, help="Modules as a tree, bytes summed upwards.")
 @click.option("--plot", "figure", type=click.Path(path_type=Path), help="Write figures to this .png or .svg.")
 @click.option("--html", "page", type=click.Path(path_type=Path), help="Write a report that opens in any browser.")
+@overwrite_option
 @json_option
 @quiet_option
 def command(
@@ -33,6 +35,7 @@ def command(
     tree: bool,
     figure: Path | None,
     page: Path | None,
+    overwrite: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -45,9 +48,13 @@ def command(
              peraxis-tools inspect hf://org/repo/delta.pxd --module '*.q_proj.*'
              peraxis-tools inspect delta.pxd --plot delta.png --html delta.html
     """
-    result = inspect_remote(delta) if is_remote(delta) else inspect(delta)
-    if figure is not None or page is not None:
-        _write(result, delta, figure, page, quiet=quiet)
+    outputs = [path for path in (figure, page) if path is not None]
+    if overwrite and not outputs:
+        raise ToolError("--overwrite is for --plot and --html; leave it out")
+    with claim_files(outputs, overwrite=overwrite, inputs=(delta,)):
+        result = inspect_remote(delta) if is_remote(delta) else inspect(delta)
+        if outputs:
+            _write(result, delta, figure, page, overwrite=overwrite, quiet=quiet)
     if pattern is not None:
         result = select(result, pattern)
         if not result.modules:
@@ -60,7 +67,9 @@ def command(
     )
 
 
-def _write(result: InspectResult, delta: str, figure: Path | None, page: Path | None, *, quiet: bool) -> None:
+def _write(
+    result: InspectResult, delta: str, figure: Path | None, page: Path | None, *, overwrite: bool, quiet: bool
+) -> None:
     from peraxis_tools.inspect_details import details
     from peraxis_tools.report.html import write_page
     from peraxis_tools.report.plot import plot
@@ -69,8 +78,8 @@ def _write(result: InspectResult, delta: str, figure: Path | None, page: Path | 
         found = details(path, progress=staged(quiet=quiet))
     if figure is not None:
         with progress("plot", None, quiet=quiet):
-            plot(result, found, figure)
+            plot(result, found, figure, overwrite=overwrite)
         print_note(f"wrote {figure}", quiet=quiet)
     if page is not None:
-        write_page(result, found, page)
+        write_page(result, found, page, overwrite=overwrite)
         print_note(f"wrote {page}", quiet=quiet)

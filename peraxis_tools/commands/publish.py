@@ -17,8 +17,16 @@ __all__ = ["command"]
 
 @click.command("publish")
 @click.argument("repository", metavar="REPO")
-@click.argument("delta", type=click.Path(path_type=Path))
-@click.option("--evaluation", type=click.Path(path_type=Path), help="JSON of `eval --json`, for the card's fidelity.")
+@click.argument("deltas", metavar="DELTA...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--evaluation",
+    "evaluations",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="JSON of `eval --json`, for the card's fidelity; once a delta.",
+)
+@click.option("--base-id", metavar="ORG/NAME[@REVISION]", help="The base's hub id for the card.")
+@click.option("--card-from", metavar="FOLDER|ID", help="The fine-tune, for language and licence of its card.")
 @click.option("--license", "licence", help="The licence's identifier on the hub, like apache-2.0.")
 @click.option(
     "--relation",
@@ -35,8 +43,10 @@ __all__ = ["command"]
 @quiet_option
 def command(
     repository: str,
-    delta: Path,
-    evaluation: Path | None,
+    deltas: tuple[Path, ...],
+    evaluations: tuple[Path, ...],
+    base_id: str | None,
+    card_from: str | None,
     licence: str | None,
     relation: Relation,
     private: bool,
@@ -46,7 +56,9 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Verify DELTA, write its model card from the manifest, and upload both (with DELTA.sig) to REPO on the hub.
+    """Verify each DELTA, write a model card from the manifests, and upload all (and each DELTA.sig) to REPO on the hub.
+
+    A card that REPO has already is extended.
 
     \b
     Example: peraxis-tools eval BASE FINE_TUNED delta.pxd --json > eval.json
@@ -55,8 +67,10 @@ def command(
     with hub_progress(quiet=quiet) if dry_run is None else contextlib.nullcontext():
         result = publish(
             repository,
-            delta,
-            evaluation=evaluation,
+            deltas,
+            evaluation=evaluations,
+            base_id=base_id,
+            card_from=card_from,
             licence=licence,
             relation=relation,
             dry_run=dry_run,

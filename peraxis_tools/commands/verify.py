@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
 
 from peraxis_format import atomic_file
-from peraxis_tools.commands.options import json_option, quiet_option, workers_option
+from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, workers_option
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.errors import ToolError
+from peraxis_tools.outputs import claim_files
 from peraxis_tools.remote import is_remote
-from peraxis_tools.report import show, staged, to_json, write
+from peraxis_tools.report import json_text, show, staged, to_json, write
 from peraxis_tools.report.ci import github, junit, sarif
 from peraxis_tools.report.verify import render_report
 from peraxis_tools.verify_files import Signature, VerifyReport, Wanted, verify_files
@@ -69,6 +70,7 @@ def _reports(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
     metavar="FORMAT=PATH",
     help="Write one more report of the same run. Repeatable.",
 )
+@overwrite_option
 @workers_option
 @json_option
 @quiet_option
@@ -89,11 +91,14 @@ def command(
     kind: str,
     output: Path | None,
     reports: Sequence[tuple[str, Path]],
+    overwrite: bool,
     workers: int | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Check each DELTA: structure and payload, and what the options ask for beyond. DELTA may be a glob or a URL.
+    """Check each DELTA: structure and payload, and what the options ask for beyond.
+
+    DELTA may be a glob, a URL, or a folder: then every .pxd in it.
 
     The report is written before the exit code says the gravest outcome: 0 verified, 1 failed (damaged, another base,
     beyond a bound), 2 usage, input or I/O, 3 not verifiable here (unknown version, missing base or key).
@@ -122,24 +127,29 @@ def command(
         with fetched([file], quiet=quiet) as (path,):
             yield path
 
-    report = verify_files(
-        _expanded(deltas),
-        wanted,
-        open_file=open_file,
-        progress=staged(quiet=quiet),
-        workers=workers,
-    )
-    for more, path in reports:
-        _write(report, more, path)
-    _emit(report, "json" if as_json else kind, output)
+    kind = "json" if as_json else kind
+    outputs = [*reports, *([(kind, output)] if output is not None else [])]
+    if overwrite and not outputs:
+        raise ToolError("--overwrite is for --output and --report; leave it out")
+    files = _expanded(deltas)
+    inputs = (*files, base, fine_tuned, *texts.values(), bundle, public_key, *certificate_chain)
+    with claim_files([path for _, path in outputs], overwrite=overwrite, inputs=inputs):
+        report = verify_files(files, wanted, open_file=open_file, progress=staged(quiet=quiet), workers=workers)
+        for its_kind, path in outputs:
+            _write(report, its_kind, path, overwrite=overwrite)
+    if output is None:
+        _show(report, kind)
     if report.status.exit_status:
         ctx.exit(report.status.exit_status)
 
 
 def _expanded(patterns: tuple[str, ...]) -> list[str]:
-    """Globs become the files that they match, sorted; a name that exists is no glob."""
+    """Folders and globs become their files, sorted; a name that exists is no glob."""
     files: list[str] = []
     for pattern in patterns:
+        if not is_remote(pattern) and Path(pattern).is_dir():
+            files.extend(_of_folder(Path(pattern)))
+            continue
         if is_remote(pattern) or Path(pattern).exists() or not glob.has_magic(pattern):
             files.append(pattern)
             continue
@@ -150,24 +160,28 @@ def _expanded(patterns: tuple[str, ...]) -> list[str]:
     return files
 
 
-def _emit(report: VerifyReport, kind: str, output: Path | None) -> None:
+def _of_folder(folder: Path) -> list[str]:
+    found = sorted(str(path) for path in folder.rglob("*.pxd") if path.is_file())
+    if not found:
+        raise ToolError(
+            f"{folder}: holds no .pxd; for what apply wrote, pass the delta with --base and --fine-tuned {folder}"
+        )
+    return found
+
+
+def _show(report: VerifyReport, kind: str) -> None:
     if kind == "text":
         show(report, render_report)
-        return
-    if output is None:
-        write(_rendered(report, kind))
     else:
-        _write(report, kind, output)
+        write(_rendered(report, kind, sys.stdout.encoding))
 
 
-def _write(report: VerifyReport, kind: str, path: Path) -> None:
-    with atomic_file(path) as file:
+def _write(report: VerifyReport, kind: str, path: Path, *, overwrite: bool) -> None:
+    with atomic_file(path, overwrite=overwrite) as file:
         file.write(_rendered(report, kind).encode())
 
 
-def _rendered(report: VerifyReport, kind: str) -> str:
-    return {"junit": junit, "sarif": sarif, "github": github, "json": _json}[kind](report)
-
-
-def _json(report: VerifyReport) -> str:
-    return json.dumps({"schema": "peraxis.verify/1", **to_json(report)}, ensure_ascii=False, indent=2) + "\n"
+def _rendered(report: VerifyReport, kind: str, encoding: str = "utf-8") -> str:
+    if kind == "json":
+        return json_text({"schema": "peraxis.verify/1", **to_json(report)}, encoding=encoding)
+    return {"junit": junit, "sarif": sarif, "github": github}[kind](report)

@@ -1,7 +1,7 @@
 """The compressor: a checkpoint pair in, one .pxd out. The way in is `compress`; run.py says what happens when."""
 
 from peraxis_tools.compress.options import CompressOptions, OptionError
-from peraxis_tools.compress.plan import Plan, PlannedModule, plan
-from peraxis_tools.compress.run import CompressResult, compress
+from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
+from peraxis_tools.compress.run.run import CompressResult, compress
 
 __all__ = ["CompressOptions", "CompressResult", "OptionError", "Plan", "PlannedModule", "compress", "plan"]

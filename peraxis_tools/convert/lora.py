@@ -4,7 +4,7 @@
 
 A matrix of signs has a nearly flat spectrum, so that a small rank keeps little of it: the error is reported for each
 module and is the point of this conversion's report. Exact tensors (norms, exact embeddings) go in whole, through
-`modules_to_save`. Factors are F32. Which tensors LoRA cannot carry is reported, with the reason.
+`modules_to_save`, biases through `bias`. Factors are F32. How each tensor goes in, and what cannot: routes.py.
 """
 
 from __future__ import annotations
@@ -12,29 +12,36 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 import peraxis_format as pxd
-from peraxis_tools.apply import to_torch
+from peraxis_tools.apply import rebuild, to_torch
+from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.convert.lowrank import LowRank, low_rank
+from peraxis_tools.convert.routes import Route, RouteKind, routes_of
+from peraxis_tools.convert.targets import LayerKind, Place, Targets, targets_by_model, targets_by_name
+from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
-from peraxis_tools.folders import atomic_folder, refuse_existing
+from peraxis_tools.folders import atomic_folder
 from peraxis_tools.kinds import kind_of
-from peraxis_tools.merge.terms import Terms, module_terms
-from peraxis_tools.parts import refuse_part
+from peraxis_tools.merge.factors import Terms, module_terms
+from peraxis_tools.outputs import claim_folder
 from peraxis_tools.rows import delta_rows, row_blocks
+from peraxis_tools.tensor_files import save_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["LeftOut", "LoraModule", "LoraResult", "to_lora"]
 
-_PREFIX = "base_model.model."
+_PREFIX: Final = "base_model.model."
+_LINEAR_NAMES: Final = ("lora_A.weight", "lora_B.weight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +63,10 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraResult:
-    """error: over all sign modules, by root of sums of squares; one that is left out counts as lost."""
+    """error: relative, by root of sums of squares, over all of the delta that is known; what is left out is lost.
+
+    Exact tensors are part of it where the base was given. uncounted: exact tensors left out and not in `error`.
+    """
 
     folder: Path
     content_id: str
@@ -65,14 +75,24 @@ class LoraResult:
     modules: tuple[LoraModule, ...]
     saved_whole: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
+    biases: tuple[str, ...] = ()
+    uncounted: int = 0
 
 
 @dataclass(slots=True)
 class _Adapter:
+    delta: pxd.DeltaFile
+    base: Checkpoint | None
+    routes: Mapping[str, Route]
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    kinds: set[LayerKind] = field(default_factory=set)
     modules: list[LoraModule] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
+    biases: list[str] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
+    uncounted: int = 0
     square_error: float = 0.0
     square_norm: float = 0.0
 
@@ -83,110 +103,150 @@ def to_lora(
     *,
     rank: int | None = None,
     max_error: float | None = None,
+    base: str | Path | None = None,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> LoraResult:
     """Write a PEFT folder. Either rank (for every module), or max_error: the least rank of each that stays below it.
 
-    Raises ToolError where nothing can be adapted, PxdError, OSError.
+    base: folder, file or hub id. It gives what PEFT wants beside the delta (the bias of a norm that is saved whole),
+    and the size of exact changes. Raises ToolError where nothing can be adapted, PxdError, CheckpointError, OSError.
     """
-    from safetensors.torch import save_file
-
     if (rank is None) == (max_error is None):
         raise ToolError("pass either a rank or a largest error")
     output = Path(output)
-    refuse_existing(output, overwrite=overwrite)
-    adapter = _Adapter()
-    with pxd.open(path) as delta:
+    with ExitStack() as stack:
+        stack.enter_context(claim_folder(output, overwrite=overwrite, inputs=(path, base)))
+        delta = stack.enter_context(pxd.open(path))
         refuse_part(delta.manifest, path)
-        tied = _tied(delta)
+        checkpoint = None if base is None else stack.enter_context(open_checkpoint(base))
+        if checkpoint is not None:
+            pxd.check_base_names(delta.manifest, checkpoint.tensors)
+        targets = _targets(delta, checkpoint)
+        entries = {entry.name: entry for entry in delta.manifest.modules}
+        held = () if checkpoint is None else checkpoint.tensors
+        adapter = _Adapter(delta, checkpoint, routes_of(entries, targets, held))
         for entry in delta.manifest.modules:
-            _add(adapter, delta, entry, rank, max_error, tied=entry.name in tied)
+            if entry.name in adapter.routes:
+                _add(adapter, entry, rank, max_error)
             begin, end = delta.span(entry.name)
             (progress or (lambda _: None))(end - begin)
         if not adapter.modules:
-            raise ToolError(f"{path}: holds no matrix that a LoRA adapter could carry")
-        with atomic_folder(output, overwrite=overwrite) as folder:
-            save_file(adapter.tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-            config = _config(adapter, delta.manifest)
-            (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            # safetensors lets nobody but its writer read the file.
-            shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")
+            reasons = sorted({item.reason for item in adapter.left_out})
+            why = f": each {'; or '.join(reasons)}" if reasons else ""
+            raise ToolError(f"{path}: holds no matrix that a LoRA adapter could carry{why}")
+        _save(adapter, output, _config(adapter, delta.manifest, targets.task), overwrite=overwrite)
         return LoraResult(
             folder=output,
             content_id=delta.content_id,
             error=math.sqrt(adapter.square_error / adapter.square_norm) if adapter.square_norm else 0.0,
-            bytes=sum(file.stat().st_size for file in output.iterdir()),
+            bytes=sum(file.stat().st_size for file in output.glob("adapter_*")),
             modules=tuple(adapter.modules),
             saved_whole=tuple(adapter.whole),
             left_out=tuple(adapter.left_out),
+            biases=tuple(adapter.biases),
+            uncounted=adapter.uncounted,
         )
 
 
-def _tied(delta: pxd.DeltaFile) -> set[str]:
-    """Modules that another parameter shares: by the manifest, or by the configuration where the head is not stored."""
+def _save(adapter: _Adapter, output: Path, config: Mapping[str, Any], *, overwrite: bool) -> None:
+    with atomic_folder(output, overwrite=overwrite) as folder:
+        save_tensors(adapter.tensors, folder / "adapter_model.safetensors", output)
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        # safetensors lets nobody but its writer read the file.
+        shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")
+
+
+def _targets(delta: pxd.DeltaFile, base: Checkpoint | None) -> Targets:
+    """By the model of the delta's configuration, or of the base's; else by names."""
+    names = [entry.name for entry in delta.manifest.modules]
+    config = _configuration(delta, base)
+    found = None if config is None else targets_by_model(config, names)
+    if found is not None and found.places:
+        return found
+    shapes = {entry.name: entry.shape for entry in delta.manifest.modules}
     tied = {name for name, _ in delta.manifest.tied}
-    kinds = {entry.name: kind_of(entry.name, entry.shape) for entry in delta.manifest.modules}
-    if any(asset.path == "config.json" for asset in delta.manifest.assets) and "lm_head" not in kinds.values():
+    kinds = {name: kind_of(name, shape) for name, shape in shapes.items()}
+    if config is not None and config.get("tie_word_embeddings") and "lm_head" not in kinds.values():
+        tied |= {name for name, kind in kinds.items() if kind == "embedding"}
+    return targets_by_name(shapes, tied)
+
+
+def _configuration(delta: pxd.DeltaFile, base: Checkpoint | None) -> Mapping[str, Any] | None:
+    config: Any = None
+    if any(asset.path == "config.json" for asset in delta.manifest.assets):
         try:
             config = json.loads(delta.asset("config.json"))
-        except ValueError:
+        except (ValueError, RecursionError):
             config = None
-        if isinstance(config, dict) and config.get("tie_word_embeddings"):
-            tied |= {name for name, kind in kinds.items() if kind == "embedding"}
-    return tied
+    elif base is not None and base.folder is not None and (base.folder / "config.json").is_file():
+        config = base.config()
+    return config if isinstance(config, dict) else None
 
 
-def _add(
-    adapter: _Adapter,
-    delta: pxd.DeltaFile,
-    entry: pxd.ModuleEntry,
-    rank: int | None,
-    max_error: float | None,
-    *,
-    tied: bool,
-) -> None:
-    module, _, kind = entry.name.rpartition(".")
-    if entry.encoding is pxd.Encoding.SAME and entry.tensor() is None:
+def _add(adapter: _Adapter, entry: pxd.ModuleEntry, rank: int | None, max_error: float | None) -> None:
+    """Carry one module that changed into the adapter, or count it as lost."""
+    route = adapter.routes[entry.name]
+    place = route.place
+    if route.kind is RouteKind.LEAVE or place is None:
+        adapter.left_out.append(LeftOut(name=entry.name, reason=route.reason))
+        lost = _square(adapter, entry)
+        adapter.uncounted += lost is None
+        adapter.square_error += lost or 0.0
+        adapter.square_norm += lost or 0.0
         return
-    reason = _cannot(entry, kind, tied=tied)
-    if reason is not None:
-        adapter.left_out.append(LeftOut(name=entry.name, reason=reason))
-        if entry.components:
-            lost = math.fsum(
-                float(np.square(block, dtype=np.float64).sum()) for block in _dense_blocks(delta.load(entry.name))
-            )
-            adapter.square_error += lost
-            adapter.square_norm += lost
-    elif entry.encoding is pxd.Encoding.FULL:
-        full = delta.load(entry.name).full
-        adapter.tensors[f"{_PREFIX}{entry.name}"] = to_torch(np.array(full), entry.dtype)
-        adapter.whole.append(module)
-    else:
-        _decompose(adapter, entry, module, module_terms(delta.load(entry.name)), rank, max_error)
+    if route.kind is RouteKind.ADAPT:
+        _decompose(adapter, entry, place, module_terms(adapter.delta.load(entry.name)), rank, max_error)
+        return
+    adapter.square_norm += _square(adapter, entry) or 0.0
+    if route.kind is RouteKind.WHOLE:
+        adapter.whole.append(entry.name)
+        if place.layer not in adapter.layers:
+            adapter.layers.append(place.layer)
+            for parameter, name in route.parts:
+                adapter.tensors[f"{_PREFIX}{place.layer}.{parameter}"] = _tensor(adapter, name)
+        return
+    layer = place.layer
+    if any(other.kind is RouteKind.WHOLE and other.place and other.place.layer == layer for other in _routes(adapter)):
+        adapter.whole.append(entry.name)
+        return
+    adapted = any(r.kind is RouteKind.ADAPT and r.place and r.place.layer == layer for r in _routes(adapter))
+    adapter.biases.append(entry.name)
+    adapter.tensors[f"{_PREFIX}{layer}.{'base_layer.' if adapted else ''}bias"] = _tensor(adapter, entry.name)
 
 
-def _dense_blocks(module: pxd.ModuleDelta) -> Iterator[Any]:
-    return (delta_rows(module, rows, None) for rows in row_blocks(module.covered))
+def _routes(adapter: _Adapter) -> Collection[Route]:
+    return adapter.routes.values()
 
 
-def _cannot(entry: pxd.ModuleEntry, kind: str, *, tied: bool) -> str | None:
-    if kind != "weight":
-        return "only weights can be adapted"
-    if tied:
-        return "is tied, and PEFT would adapt one of the two alone"
+def _tensor(adapter: _Adapter, name: str) -> Tensor:
+    """A tensor of the fine-tune that is stored full, or is the base's."""
+    entry = adapter.delta.entry(name)
     if entry.encoding is pxd.Encoding.FULL:
-        same_shape = entry.base is not None and entry.base.shape == entry.shape
-        return None if same_shape else "has another shape than in the base, or is new"
-    if len(entry.shape) != 2:
-        return "is a stack of matrices"
-    if entry.parts()[-1][0] == "tail":
-        return "has more rows than in the base"
-    return None
+        return to_torch(np.array(adapter.delta.load(name).full), entry.dtype)
+    if adapter.base is None:
+        raise ToolError(f"{name}: pass --base")
+    return to_torch(rebuild(adapter.delta, adapter.base.tensors, name), entry.dtype)
+
+
+def _square(adapter: _Adapter, entry: pxd.ModuleEntry) -> float | None:
+    """Square norm of a module's change; None where it takes the base to know."""
+    if entry.components:
+        module = adapter.delta.load(entry.name)
+        blocks = (delta_rows(module, rows, None) for rows in row_blocks(module.covered))
+        return math.fsum(float(np.square(block, dtype=np.float64).sum()) for block in blocks)
+    bound = entry.base is not None and entry.base.shape == entry.shape
+    if entry.encoding is not pxd.Encoding.FULL or not bound or adapter.base is None or entry.base is None:
+        return None
+    if not (entry.dtype.is_float and entry.base.dtype.is_float):
+        return None
+    full = pxd.to_float32(np.array(adapter.delta.load(entry.name).full), entry.dtype)
+    before = pxd.to_float32(adapter.base.tensors.read(entry.name), entry.base.dtype)
+    return float(np.square(full - before, dtype=np.float64).sum())
 
 
 def _decompose(
-    adapter: _Adapter, entry: pxd.ModuleEntry, module: str, terms: Terms, rank: int | None, max_error: float | None
+    adapter: _Adapter, entry: pxd.ModuleEntry, place: Place, terms: Terms, rank: int | None, max_error: float | None
 ) -> None:
     import torch
 
@@ -198,14 +258,18 @@ def _decompose(
     adapter.square_norm += found.square_norm
     error = math.sqrt(found.square_error / found.square_norm) if found.square_norm else 0.0
     adapter.modules.append(LoraModule(name=entry.name, rank=found.left.shape[1], error=error))
+    adapter.ranks[place.layer] = found.left.shape[1]
+    adapter.kinds.add(place.kind)
     b, a = torch.from_numpy(found.left), torch.from_numpy(found.right)
-    if kind_of(entry.name, entry.shape) == "embedding":
-        # PEFT's embeddings look rows up: delta = (B A)^T with A [r, rows] and B [width, r].
-        adapter.tensors[f"{_PREFIX}{module}.lora_embedding_A"] = b.t().contiguous()
-        adapter.tensors[f"{_PREFIX}{module}.lora_embedding_B"] = a.t().contiguous()
-    else:
-        adapter.tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.contiguous()
-        adapter.tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.contiguous()
+    layer = f"{_PREFIX}{place.layer}"
+    if place.kind is LayerKind.LINEAR:
+        adapter.tensors[f"{layer}.lora_A.weight"] = a.contiguous()
+        adapter.tensors[f"{layer}.lora_B.weight"] = b.contiguous()
+        return
+    # An embedding [rows, width] and a Conv1D [d_in, d_out] are the transpose of a linear layer's weight: D^T = A^T B^T.
+    names = ("lora_embedding_A", "lora_embedding_B") if place.kind is LayerKind.EMBEDDING else _LINEAR_NAMES
+    adapter.tensors[f"{layer}.{names[0]}"] = b.t().contiguous()
+    adapter.tensors[f"{layer}.{names[1]}"] = a.t().contiguous()
 
 
 def _whole_spectrum(terms: Terms, rank: int | None, max_error: float | None) -> LowRank:
@@ -226,24 +290,23 @@ def _whole_spectrum(terms: Terms, rank: int | None, max_error: float | None) -> 
     return LowRank(left=left.numpy(), right=right.numpy(), square_norm=norm**2, square_error=lost**2)
 
 
-def _config(adapter: _Adapter, manifest: pxd.Manifest) -> dict[str, Any]:
+def _config(adapter: _Adapter, manifest: pxd.Manifest, task: str | None) -> dict[str, Any]:
     """adapter_config.json: names in full, and alpha = r everywhere, so that the scaling is 1."""
-    ranks = {module.name.rpartition(".")[0]: module.rank for module in adapter.modules}
-    common = max(ranks.values())
-    pattern = {name: rank for name, rank in ranks.items() if rank != common}
+    common = max(adapter.ranks.values())
+    pattern = {name: rank for name, rank in adapter.ranks.items() if rank != common}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
         "base_model_name_or_path": manifest.base.id,
         "revision": manifest.base.revision,
         "r": common,
         "lora_alpha": common,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "target_modules": sorted(ranks),
-        "modules_to_save": adapter.whole or None,
-        "bias": "none",
-        "fan_in_fan_out": False,
+        "target_modules": sorted(adapter.ranks),
+        "modules_to_save": adapter.layers or None,
+        "bias": "all" if adapter.biases else "none",
+        "fan_in_fan_out": adapter.kinds == {LayerKind.CONV1D},
         "inference_mode": True,
         "lora_dropout": 0.0,
     }

@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from peraxis_tools.merge.terms import Terms
+from peraxis_tools.merge.factors import Terms
 from peraxis_tools.rows import row_blocks
 
 __all__ = ["LowRank", "low_rank"]

@@ -20,8 +20,8 @@ import peraxis_format as pxd
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.convert.layouts import Layout, TorchDelta, component_of, read_torch_delta, shape_of
 from peraxis_tools.errors import CheckFailedError, ToolError
-from peraxis_tools.folders import refuse_existing
 from peraxis_tools.kinds import execution_key
+from peraxis_tools.outputs import claim_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,16 +74,17 @@ def to_pxd(
     Raises ToolError, CheckpointError; CheckFailedError where the file is for another model.
     """
     source, output = Path(source), Path(output)
-    refuse_existing(output, overwrite=overwrite)
     if not source.is_file():
         raise ToolError(f"{source}: no such file")
-    found = read_torch_delta(source, layout, axis=axis)
     counts = _Counts()
-    with open_checkpoint(base) as checkpoint:
+    with claim_file(output, overwrite=overwrite, inputs=(source, base)), open_checkpoint(base) as checkpoint:
+        found = read_torch_delta(source, layout, axis=axis)
         _check_base(found, checkpoint, source)
         identity = pxd.Identity(id=name or source.stem)
         metadata = {"peraxis.converted": found.layout}
-        with pxd.DeltaWriter(output, base=checkpoint.identity, fine_tuned=identity, metadata=metadata) as writer:
+        with pxd.DeltaWriter(
+            output, base=checkpoint.identity, fine_tuned=identity, metadata=metadata, overwrite=overwrite
+        ) as writer:
             _write(writer, found, checkpoint, counts, progress or (lambda _: None))
             manifest = writer.finish()
     kinds = [module.encoding for module in manifest.modules]
@@ -91,7 +92,7 @@ def to_pxd(
         path=output,
         content_id=manifest.content_id,
         layout=found.layout,
-        bytes=output.stat().st_size,
+        bytes=writer.size,
         sign=kinds.count(pxd.Encoding.SIGN),
         full=kinds.count(pxd.Encoding.FULL),
         same=kinds.count(pxd.Encoding.SAME),

@@ -5,7 +5,7 @@ all ones (SPEC 5.3). So
 
     <A_k, B_l> = 2^(e_k + e_l)  sum_i row_k[i] row_l[i]  sum_j col_k[j] col_l[j] b_k[i,j] b_l[i,j]
 
-and the inner sum is over the xor of two masks (kernels.py), by blocks of rows. Of these come, in binary64,
+and the inner sum is over the xor of two masks (mask_compare/numpy.py), by blocks of rows. Of these come, in binary64,
 
     <A, B> = sum_k,l <A_k, B_l>        ||A||^2 = <A, A>        ||A - B||^2 = ||A||^2 + ||B||^2 - 2 <A, B>
 
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import peraxis_format as pxd
-from peraxis_tools.diff.kernels import Columns, differing
+from peraxis_tools.ops.mask_compare.numpy import Columns, differing
 
 __all__ = ["Block", "Moments", "Packed", "magnitude", "moments", "pack", "row_step", "square"]
 

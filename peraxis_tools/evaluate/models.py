@@ -85,6 +85,6 @@ def _put(model: PreTrainedModel, name: str, weight: torch.Tensor) -> None:
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
     """The tokenizer of a checkpoint. Raises ToolError where it has none."""
-    from peraxis_tools.compress import environment
+    from peraxis_tools.compress.run import environment
 
     return environment.load_tokenizer(_folder(source, revision))

@@ -23,7 +23,7 @@ from peraxis_tools.evaluate.types import (
 if TYPE_CHECKING:
     import torch
 
-    from peraxis_tools.compress.calibration import Samples
+    from peraxis_tools.compress.calibration.text import Samples
 
 __all__ = ["Progress", "evaluate", "worst_kl"]
 
@@ -64,7 +64,7 @@ def evaluate(
         raise ToolError(f"candidate {unknown[0]}: choose of {', '.join(CANDIDATES)}")
     if not texts and not tasks:
         raise ToolError("nothing to evaluate on: give a text (--text domain=file) or tasks (--tasks)")
-    from peraxis_tools.compress.environment import resolve_device
+    from peraxis_tools.compress.run.environment import resolve_device
     from peraxis_tools.evaluate.models import load_tokenizer
     from peraxis_tools.quiet import quiet_transformers
 
@@ -153,7 +153,7 @@ def _no_progress(step: str, done: int, total: int) -> None:
 def _samples(
     source: str | Path, tokenizer: Any, count: int, length: int, seed: int, text_column: str | None
 ) -> Samples:
-    from peraxis_tools.compress.calibration import load_samples
+    from peraxis_tools.compress.calibration.text import load_samples
 
     return load_samples(str(source), tokenizer, samples=count, length=length, seed=seed, text_column=text_column)
 

@@ -17,12 +17,12 @@ from typing import Any, Final
 
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.delta_parts import PART_KEY, is_part, join_parts, part_metadata, refuse_part, split
 from peraxis_tools.errors import CheckFailedError, ToolError
-from peraxis_tools.folders import refuse_existing
 from peraxis_tools.merge.methods import Method, Mixture
 from peraxis_tools.merge.modules import MergedModule, merge_module, needs_base, relative_error
+from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
-from peraxis_tools.parts import PART_KEY, is_part, join_parts, part_metadata, refuse_part, split
 from peraxis_tools.rows import base_rows
 
 __all__ = [
@@ -90,14 +90,15 @@ def merge_parts(
 ) -> MergeResult:
     """Join parts of one delta (parts.py) into the file that they were parts of. Raises ToolError, PxdError."""
     output = Path(output)
-    refuse_existing(output, overwrite=overwrite)
-    manifest, inputs = join_parts([Path(path) for path in paths], output, progress=progress)
+    with claim_file(output, overwrite=overwrite, inputs=paths):
+        manifest, inputs, size = join_parts(
+            [Path(path) for path in paths], output, overwrite=overwrite, progress=progress
+        )
     modules = tuple(
         MergedModule(name=m.name, encoding=m.encoding.value, components=len(m.components)) for m in manifest.modules
     )
-    return _result(
-        output, manifest, "parts", None, tuple(MergeInput(content_id=content_id) for content_id in inputs), modules
-    )
+    ids = tuple(MergeInput(content_id=content_id) for content_id in inputs)
+    return _result(output, manifest, size, "parts", None, ids, modules)
 
 
 def merge(
@@ -121,9 +122,9 @@ def merge(
     """
     mixture = mixture or Mixture()
     output = Path(output)
-    refuse_existing(output, overwrite=overwrite)
     _check_weights(paths, weights)
     with ExitStack() as stack:
+        stack.enter_context(claim_file(output, overwrite=overwrite, inputs=(*paths, base)))
         opened = [stack.enter_context(pxd.open(path)) for path in paths]
         for file in opened:
             refuse_part(file.manifest, file.path)
@@ -138,19 +139,20 @@ def merge(
             pxd.check_base_names(files[0].manifest, checkpoint.tensors)
         if bits is None and not mixture.is_sum:
             bits = min(pxd.COMPONENTS_MAX, sum(_masks(file) for file in files))
-        with _writer(output, files, ordered, mixture, bits, name) as writer:
+        with _writer(output, files, ordered, mixture, bits, name, overwrite=overwrite) as writer:
             modules = tuple(_add_all(writer, files, ordered, mixture, bits, checkpoint, progress or (lambda _: None)))
             _add_rest(writer, files, ordered)
             manifest = writer.finish()
     inputs = tuple(
         MergeInput(content_id=file.content_id, weight=weight) for file, weight in zip(files, ordered, strict=True)
     )
-    return _result(output, manifest, "sum" if bits is None else "fit", mixture.method, inputs, modules)
+    return _result(output, manifest, writer.size, "sum" if bits is None else "fit", mixture.method, inputs, modules)
 
 
 def _result(
     output: Path,
     manifest: pxd.Manifest,
+    size: int,
     kind: str,
     method: Method | None,
     inputs: tuple[MergeInput, ...],
@@ -163,7 +165,7 @@ def _result(
         kind=kind,
         method=method,
         inputs=inputs,
-        bytes=output.stat().st_size,
+        bytes=size,
         masks_max=max(module.components for module in modules),
         error=relative_error(error, math.fsum(module.square_norm for module in modules)),
         modules=modules,
@@ -219,6 +221,8 @@ def _writer(
     mixture: Mixture,
     bits: int | None,
     name: str | None,
+    *,
+    overwrite: bool,
 ) -> pxd.DeltaWriter:
     first = files[0].manifest
     calibrations = {file.manifest.calibration for file in files}
@@ -231,6 +235,7 @@ def _writer(
         fine_tuned=pxd.Identity(id=name or terms),
         calibration=calibrations.pop() if len(calibrations) == 1 else None,
         metadata={_INPUTS_KEY: json.dumps(inputs), _MERGE_KEY: json.dumps(_how(mixture, bits), sort_keys=True)},
+        overwrite=overwrite,
     )
 
 

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import peraxis_format as pxd
-from peraxis_tools.merge.kernels import columns, row_sums
-from peraxis_tools.merge.terms import Terms, component_terms, joined
+from peraxis_tools.merge.factors import Terms, component_terms, joined
+from peraxis_tools.ops.merge_rows.numpy import columns, row_sums
 from peraxis_tools.rows import row_blocks
 
 __all__ = ["Dense", "Fit", "fit_masks"]

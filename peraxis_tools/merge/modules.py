@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 import peraxis_format as pxd
 from peraxis_tools.errors import ToolError
 from peraxis_tools.merge.exact import merge_exact, merge_tails
+from peraxis_tools.merge.factors import joined, module_terms
 from peraxis_tools.merge.fit import Dense, fit_masks
 from peraxis_tools.merge.fold import fold
 from peraxis_tools.merge.methods import Magnitudes, Mixture, make_mixer
-from peraxis_tools.merge.terms import joined, module_terms
 from peraxis_tools.rows import BaseRows, delta_rows, has_delta, row_blocks
 
 __all__ = ["MergedModule", "merge_module", "needs_base", "relative_error"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from peraxis_tools.apply import ApplyResult
+from peraxis_tools.assets import listed
 from peraxis_tools.report.console import size, text
 
 __all__ = ["render_apply"]
@@ -15,3 +16,6 @@ def render_apply(result: ApplyResult, console: Console) -> None:
     console.print(f"[bold green]applied[/]  {text(result.folder)}  {result.tensors} tensors, {size(result.bytes)}")
     console.print(f"delta    {text(result.content_id)}")
     console.print(f"files    {text(', '.join(result.files))}")
+    if result.left_behind:
+        names = text(listed(result.left_behind))
+        console.print(f"missing  {names}: the delta does not carry it; copy it from the fine-tuned folder")

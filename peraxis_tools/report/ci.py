@@ -6,6 +6,7 @@ The same report gives the same text: no times, no hosts.
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 from collections.abc import Iterator
 from pathlib import PurePath
@@ -103,7 +104,7 @@ def _rule(check: Check) -> dict[str, Any]:
 
 
 def _uri(file: str) -> str:
-    return file if "://" in file else quote(PurePath(file).as_posix())
+    return file if "://" in file else quote(os.fsencode(PurePath(file).as_posix()))
 
 
 def sarif(report: VerifyReport) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import sys
 import threading
 import time
@@ -24,13 +25,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from peraxis_tools.progress import ProgressOf
+from peraxis_tools.urls import without_secrets
 
 __all__ = [
     "Progress",
     "emit",
     "hub_progress",
+    "json_text",
     "print_error",
     "print_note",
+    "print_notes",
     "progress",
     "show",
     "size",
@@ -84,36 +88,82 @@ def to_json(value: Any) -> Any:
     return value
 
 
+def json_text(value: Any, *, encoding: str | None = "utf-8") -> str:
+    """JSON in lines, with its characters as they are where an encoding has them all, else as escapes."""
+    plain = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+    try:
+        plain.encode(encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=2) + "\n"
+    return plain
+
+
 def emit(result: R, render: Callable[[R, Console], None], *, schema: str, as_json: bool) -> None:
     """Print a result: `render` for a person, or JSON with its schema's name and version.
 
     schema: like `peraxis.inspect/1`; the number grows when a field changes its meaning or goes away.
     """
     if as_json:
-        sys.stdout.write(json.dumps({"schema": schema, **to_json(result)}, ensure_ascii=False, indent=2) + "\n")
+        write(json_text({"schema": schema, **to_json(result)}, encoding=sys.stdout.encoding))
     else:
         show(result, render)
 
 
 def show(result: R, render: Callable[[R, Console], None]) -> None:
     """Print a result for a person."""
-    render(result, Console(highlight=False, soft_wrap=True))
+    with _standard_output():
+        render(result, Console(highlight=False, soft_wrap=True))
 
 
 def write(rendered: str) -> None:
     """Print what is formatted already."""
-    sys.stdout.write(rendered)
+    with _standard_output():
+        sys.stdout.write(rendered)
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _standard_output() -> Iterator[None]:
+    """Give errors of the stream its name; that its reader went away is told by its class."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def print_error(message: str) -> None:
-    """One line on standard error."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error[/]: {text(message)}")
+    """One line on standard error; a URL in it loses its password."""
+    shown = text(without_secrets(message))
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error[/]: {shown}")
 
 
 def print_note(message: str, *, quiet: bool = False) -> None:
     """One line on standard error that is no error."""
     if not quiet:
         Console(stderr=True, highlight=False, soft_wrap=True).print(text(message))
+
+
+class _NoteHandler(logging.Handler):
+    """Prints each sentence of a logger as a note, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message not in self._said:
+            self._said.add(message)
+            print_note(f"note: {message}")
+
+
+def print_notes(logger: logging.Logger) -> None:
+    """Print what this logger is told from now on."""
+    logger.handlers[:] = [_NoteHandler()]
 
 
 @contextlib.contextmanager

@@ -37,8 +37,12 @@ def render_lora(result: LoraResult, console: Console) -> None:
     )
     if result.saved_whole:
         console.print(f"whole      {len(result.saved_whole)} exact tensors, through modules_to_save")
+    if result.biases:
+        console.print(f"biases     {len(result.biases)}, loaded into the base's layers (bias=all)")
+    if result.uncounted:
+        console.print(f"uncounted  {result.uncounted} exact tensors are left out; --base says how much that is")
     for item in result.left_out[:_SHOWN]:
-        console.print(f"[yellow]left out[/]   {text(item.name)}: {item.reason}")
+        console.print(f"[yellow]left out[/]   {text(item.name)}: {text(item.reason)}")
     if len(result.left_out) > _SHOWN:
         console.print(f"           and {len(result.left_out) - _SHOWN} more")
     table = Table(box=None, pad_edge=False, header_style="bold")

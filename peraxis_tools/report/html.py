@@ -24,9 +24,9 @@ _ASSETS: Final = Path(__file__).with_name("assets")
 _AXES: Final = ("row", "col", "row+col", "tensor")
 
 
-def write_page(result: InspectResult, details: Details, path: Path) -> None:
+def write_page(result: InspectResult, details: Details, path: Path, *, overwrite: bool = False) -> None:
     """Write the page, whole or not at all."""
-    with pxd.atomic_file(path) as file:
+    with pxd.atomic_file(path, overwrite=overwrite) as file:
         file.write(page(result, details).encode())
 
 

@@ -29,7 +29,7 @@ _GREY: Final = "#666666"
 _STYLE: Final = {"svg.hashsalt": "peraxis", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
-def plot(result: InspectResult, details: Details, path: Path) -> None:
+def plot(result: InspectResult, details: Details, path: Path, *, overwrite: bool = False) -> None:
     """Write the figure to path, in the format of its suffix. Raises ToolError for another one."""
     if path.suffix.lower() not in (".png", ".svg"):
         raise ToolError(f"{path}: a plot is a .png or an .svg")
@@ -58,7 +58,7 @@ def plot(result: InspectResult, details: Details, path: Path) -> None:
             panel(figure.add_subplot(grid[i // 2, columns]))
         # SVG would note the date, PNG the version of the library.
         metadata: dict[str, Any] = {"Date": None} if path.suffix.lower() == ".svg" else {"Software": None}
-        with pxd.atomic_file(path) as file:
+        with pxd.atomic_file(path, overwrite=overwrite) as file:
             figure.savefig(file, format=path.suffix.lower()[1:], dpi=150, metadata=metadata)
 
 

@@ -16,5 +16,9 @@ def render_publish(result: PublishResult, console: Console) -> None:
         console.print(f"[bold yellow]not uploaded[/] (dry run)  {text(result.folder)}")
     else:
         console.print(f"[bold green]published[/]  {text(result.url)}")
-    console.print(f"content  {text(result.content_id)}")
+    for delta in result.deltas:
+        console.print(f"delta    {text(delta.file)}")
+        console.print(f"content  {text(delta.content_id)}")
     console.print(f"files    {text(', '.join(result.files))}")
+    if result.missing:
+        console.print(f"missing  {', '.join(result.missing)} (--card-from gives them)")

@@ -15,7 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from peraxis_format.torch import kernels, serving
+from peraxis_format.ops.rebuild import triton as kernels
+from peraxis_format.ops.signed_matmul import triton as serving
 
 IO = {
     "tiles": "*i32", "records": "*i64", "terms": "*i64", "buffer": "*u8", "stride": "i32", "order": "*i32",
@@ -38,7 +39,7 @@ def compiled(kernel: Any, bits: str, constants: Mapping[str, Any], **options: in
 
 
 def everything() -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every kernel, as launch.py and engine.py start it."""
+    """Every kernel, as serve/launch.py and engine.py start it."""
     for kind, bits in ((kernels.BF16, "*u16"), (kernels.F16, "*u16"), (kernels.F32, "*u32")):
         exact = kind == kernels.F32
         for aligned in (True, False):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peraxis_format as pf
 from peraxis_format.dtypes import Array
-from peraxis_format.torch.storage import dtype_of, storage_array
+from peraxis_format.ops.tensors import dtype_of, storage_array
 
 AXES = tuple(pf.Axis)
 

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import peraxis_format as pf
-from peraxis_format.torch import LiveModelError, apply_, binding, digests, engine
+from peraxis_format.torch import LiveModelError, apply_
 from peraxis_format.torch.device import HostDevice
-from peraxis_format.torch.engine import HostEngine
+from peraxis_format.torch.place import binding, digests
 from peraxis_format.torch.ring import Ring
+from peraxis_format.torch.swap import engine
+from peraxis_format.torch.swap.engine import HostEngine
 from tests.loader.support import AXES, Small, bytes_of, expected_bytes, named_tensors, write_delta
 
 

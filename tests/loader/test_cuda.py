@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peraxis_format.torch import VariantSwitch, apply_, registry, serve
+from peraxis_format.torch import VariantSwitch, apply_
 from peraxis_format.torch.device import CudaDevice
+from peraxis_format.torch.serve.api import serve
+from peraxis_format.torch.swap import registry
 from tests.loader.support import Small, bytes_of, expected_bytes, named_tensors, write_delta
 
 pytestmark = pytest.mark.cuda

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from peraxis_format.torch import digests as module
+from peraxis_format.ops.tensors import as_bytes
 from peraxis_format.torch.device import HostDevice
-from peraxis_format.torch.digests import digests, forget, inherit
+from peraxis_format.torch.place import digests as module
+from peraxis_format.torch.place.digests import digests, forget, inherit
 from peraxis_format.torch.ring import DEPTH, Ring
-from peraxis_format.torch.storage import as_bytes
 
 
 class Far(HostDevice):

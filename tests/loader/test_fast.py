@@ -13,7 +13,7 @@ from peraxis_format import Axis, Component, DType, Encoding, ModuleDelta, mask_w
 from peraxis_format.delta import BaseRef
 from peraxis_format.dtypes import Array
 
-fast = pytest.importorskip("peraxis_format.fast", reason="numba is not installed")
+fast = pytest.importorskip("peraxis_format.ops.rebuild.numba", reason="numba is not installed")
 
 FLOATS = [DType.BF16, DType.F16, DType.F32]
 # Bit patterns that rounding, signs and NaN meet: zeros, subnormals, ties, the largest finite, infinities, NaN payloads.

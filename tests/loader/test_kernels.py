@@ -15,20 +15,20 @@ from torch import Tensor
 
 import peraxis_format as pf
 from peraxis_format.manifest import ComponentEntry, ModuleEntry
-from peraxis_format.torch import engine
-from peraxis_format.torch.image import Field, Packed
-from peraxis_format.torch.storage import TORCH_DTYPES, storage_array
-from peraxis_format.torch.terms import rebuild, terms_of
+from peraxis_format.ops.rebuild.torch import factors_of, rebuild
+from peraxis_format.ops.tensors import TORCH_DTYPES, storage_array
+from peraxis_format.torch.swap import engine
+from peraxis_format.torch.swap.transfer_plan import Field, ModuleSlice
 from tests.loader.test_fast import module_of, random_component, random_weights
 
-kernels = pytest.importorskip("peraxis_format.torch.kernels", reason="triton is not installed")
+kernels = pytest.importorskip("peraxis_format.ops.rebuild.triton", reason="triton is not installed")
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(1, 1), (5, 7), (16, 64), (3, 1032), (17, 1033), (9, 2056), (2, 9, 24), (2, 3, 3, 13)]
 
 
-def packed_module(module: pf.ModuleDelta) -> tuple[Packed, Tensor]:
+def packed_module(module: pf.ModuleDelta) -> tuple[ModuleSlice, Tensor]:
     """A module in a buffer, as a transfer holds it."""
     data = bytearray(64)  # the first module of a transfer does not begin at its first byte
     fields = []
@@ -43,7 +43,9 @@ def packed_module(module: pf.ModuleDelta) -> tuple[Packed, Tensor]:
         base=module.base,
     )  # fmt: skip
     box = tuple((0, d) for d in module.shape)
-    return Packed(entry, box, 64, len(data), tuple(fields), ()), torch.frombuffer(data, dtype=torch.uint8).to(DEVICE)
+    return ModuleSlice(entry, box, 64, len(data), tuple(fields), ()), torch.frombuffer(data, dtype=torch.uint8).to(
+        DEVICE
+    )
 
 
 def as_tensor(array: pf.Array, dtype: pf.DType) -> Tensor:
@@ -55,13 +57,13 @@ def applied(modules: Sequence[pf.ModuleDelta], bases: Sequence[pf.Array], *, in_
     """Every module through the apply kernel."""
     out = []
     for module, base in zip(modules, bases, strict=True):
-        packed, buffer = packed_module(module)
+        slice_, buffer = packed_module(module)
         source = as_tensor(base, module.dtype)
         live = source if in_place else torch.empty_like(source)
         if not in_place:
             live.view(torch.uint8).fill_(0xA5)
         with np.errstate(all="ignore"):
-            for kind, aligned, tiles, records, terms in engine._tables([(packed, source, live)], DEVICE):
+            for kind, aligned, tiles, records, terms in engine._tables([(slice_, source, live)], DEVICE):
                 kernels.apply_kernel[(tiles.numel(),)](
                     tiles, records, terms, buffer, KIND=kind, ALIGNED=aligned, ROWS_=kernels.ROWS,
                     COLUMNS_=kernels.COLUMNS,
@@ -92,16 +94,16 @@ def test_every_bf16_weight_is_rounded_as_the_reference_rounds_it() -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_plain_torch_rebuilds_the_reference_bits_too(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """terms.py is what serving kernels are held to; it is itself held to the format's reference."""
+    """rebuild/torch.py is what serving kernels are held to; it is itself held to the format's reference."""
     if compiled:
         pytest.importorskip("numba")
-        monkeypatch.setattr("peraxis_format.torch.terms._COMPILED_FROM", 0)
+        monkeypatch.setattr("peraxis_format.ops.rebuild.torch._COMPILED_FROM", 0)
     rng = np.random.default_rng(2)
     for shape in ((5, 7), (33, 130)):
         base = (rng.normal(size=shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
         components = tuple(random_component(rng, axis, shape) for axis in pf.Axis)
         module = module_of(components, shape, pf.DType.BF16, pf.DType.BF16)
-        terms = terms_of(module, torch.device("cpu"))[0]
+        terms = factors_of(module, torch.device("cpu"))[0]
         weight = torch.from_numpy(base.view(np.int16).copy()).view(torch.bfloat16)
         expected = pf.reconstruct(module, base, compiled=False).tobytes()
         assert storage_array(rebuild(weight, terms)).tobytes() == expected

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peraxis_format import mask_width
 from peraxis_format.dtypes import Array
 
-products = pytest.importorskip("peraxis_format.products", reason="numba is not installed")
+products = pytest.importorskip("peraxis_format.ops.signed_matmul.numba", reason="numba is not installed")
 
 
 def random_product(rng: np.random.Generator, rows: int, width: int, inputs: int, components: int) -> products.Product:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from peraxis_format.torch import VariantSwitch, apply_, serve
+from peraxis_format.torch import VariantSwitch, apply_
+from peraxis_format.torch.serve.api import serve
 from tests.loader.support import bytes_of, expected_bytes, named_tensors, write_delta
 
 transformers = pytest.importorskip("transformers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import peraxis_format as pf
-from peraxis_format.torch import DeviceError, LiveModelError, apply_, serve
-from peraxis_format.torch.linear import MANY_ROWS
+from peraxis_format.torch import DeviceError, LiveModelError, apply_
+from peraxis_format.torch.serve.api import serve
+from peraxis_format.torch.serve.linear import MANY_ROWS
 from tests.loader.support import AXES, Small, bytes_of, named_tensors, write_delta
 
 ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
@@ -26,7 +28,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param != "numba":
         return str(request.param)
     pytest.importorskip("numba")
-    monkeypatch.setattr("peraxis_format.torch.terms._COMPILED_FROM", 0)
+    monkeypatch.setattr("peraxis_format.ops.rebuild.torch._COMPILED_FROM", 0)
     return "torch"
 
 
@@ -116,7 +118,7 @@ def test_merged_weights_are_multiplied_block_by_block(
     backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of a fused weight, of which one part is exact, one has terms, and one is the base's."""
-    monkeypatch.setattr("peraxis_format.torch.linear._BLOCK", 100)
+    monkeypatch.setattr(importlib.import_module("peraxis_format.torch.serve.linear"), "_BLOCK", 100)
     model = One(40, 24, torch.bfloat16, bias=True)
     parts = {"a": (0, 10), "b": (10, 13), "c": (13, 24)}
     base = {name: model.linear.weight.detach()[first:last].clone() for name, (first, last) in parts.items()}
@@ -173,7 +175,7 @@ def test_a_packed_batch_has_a_variant_for_each_token_row(tmp_path: Path) -> None
     with serve(model, paths) as served:
         with served.using(torch.tensor([0, 0, -1, 0, -1])):
             found = model(x)
-        with served.using([0, -1, -1]), pytest.raises(LiveModelError, match="which of 3 sequences"):
+        with served.using([0, -1, -1]), pytest.raises(LiveModelError, match="variants for 3 sequences"):
             model(x)
     whole = merged(model, paths["v"])(x)
     torch.testing.assert_close(found[0, [0, 1, 3]], whole[0, [0, 1, 3]], rtol=1e-5, atol=1e-5)

@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 import peraxis_format as pf
-from peraxis_format.torch.rows import Rows
-from peraxis_format.torch.storage import dtype_of
-from peraxis_format.torch.terms import Term, rebuild, terms_of
+from peraxis_format.ops.rebuild.torch import ComponentFactors, factors_of, rebuild
+from peraxis_format.ops.tensors import dtype_of
+from peraxis_format.torch.serve.rows import Rows
 from tests.loader.support import random_component
 from tests.loader.test_fast import module_of
 
-kernels = pytest.importorskip("peraxis_format.torch.kernels", reason="triton is not installed")
-serving = pytest.importorskip("peraxis_format.torch.serving")
-launch = pytest.importorskip("peraxis_format.torch.launch")
+kernels = pytest.importorskip("peraxis_format.ops.rebuild.triton", reason="triton is not installed")
+serving = pytest.importorskip("peraxis_format.ops.signed_matmul.triton")
+launch = pytest.importorskip("peraxis_format.torch.serve.launch")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 
 
-def serving_table(variants: Sequence[Sequence[Term]]) -> tuple[Tensor, int]:
-    """terms of serving.py, and TERMS."""
+def serving_table(variants: Sequence[Sequence[ComponentFactors]]) -> tuple[Tensor, int]:
+    """terms of signed_matmul/triton.py, and TERMS."""
     most = max(len(terms) for terms in variants)
     table = torch.zeros(len(variants), most, 3, dtype=torch.int64)
     for v, terms in enumerate(variants):
@@ -45,7 +45,7 @@ class Batched:
         self.variants = []
         for axes in ((pf.Axis.ROW,), (pf.Axis.ROW, pf.Axis.COL, pf.Axis.TENSOR), (pf.Axis.ROW_COL, pf.Axis.ROW)):
             components = tuple(random_component(rng, axis, shape, 0.1) for axis in axes)
-            self.variants.append(terms_of(module_of(components, shape, kind, kind), DEVICE)[0])
+            self.variants.append(factors_of(module_of(components, shape, kind, kind), DEVICE)[0])
         self.table, self.most = serving_table(self.variants)
         self.ids = [int(v) for v in rng.integers(-1 if base else 0, 3, rows)]
         self.x = torch.randn(rows, d_in).to(dtype).to(DEVICE)

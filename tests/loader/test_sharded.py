@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 
 import peraxis_format as pf
-from peraxis_format.torch import LiveModelError, Shard, VariantSwitch, apply_, chunk, place, serve
-from peraxis_format.torch.image import cut_transfers
+from peraxis_format.torch import LiveModelError, Shard, VariantSwitch, apply_, chunk, place
+from peraxis_format.torch.serve.api import serve
+from peraxis_format.torch.swap.transfer_plan import cut_transfers
 from tests.loader.support import bytes_of, expected_bytes, write_delta
 
 # A column-parallel, a row-parallel (whose pieces begin inside a byte), experts, and a norm that all ranks hold.
@@ -110,7 +111,7 @@ def one_bad_rank(rank: int, world: int, folder: str) -> None:
 
 
 def one_failing_rank(rank: int, world: int, folder: str) -> None:
-    from peraxis_format.torch.engine import HostEngine
+    from peraxis_format.torch.swap.engine import HostEngine
 
     path = start(rank, world, folder) / "d.pxd"
     base = base_tensors()

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 import peraxis_format as pf
-from peraxis_format.torch import DeviceError, LiveModelError, SwapError, VariantSwitch, registry
+from peraxis_format.torch import DeviceError, LiveModelError, SwapError, VariantSwitch
 from peraxis_format.torch.device import HostDevice
-from peraxis_format.torch.engine import HostEngine, TritonEngine
 from peraxis_format.torch.ring import DEPTH
+from peraxis_format.torch.swap import registry
+from peraxis_format.torch.swap.engine import HostEngine, TritonEngine
 from tests.loader.support import Small, bytes_of, expected_bytes, named_tensors, write_delta
 
 RESIDENCIES = ("pinned", "file")

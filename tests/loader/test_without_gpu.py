@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from peraxis_format.torch import DeviceError, VariantSwitch, device, registry, serve
+from peraxis_format.torch import DeviceError, VariantSwitch, device
 from peraxis_format.torch.device import HostDevice
-from peraxis_format.torch.parts import Part, Placement, copy_aside
+from peraxis_format.torch.place.shards import Placement, ShardView, copy_aside
+from peraxis_format.torch.serve.api import serve
+from peraxis_format.torch.swap import registry
 from tests.loader.support import Small, named_tensors, write_delta
 
 _ALONE = """
@@ -25,7 +27,8 @@ for module in pkgutil.iter_modules(loader.__path__):
     if module.name not in needs or "triton" not in sys.argv[2:]:
         importlib.import_module(f"{loader.__name__}.{module.name}")
 import torch
-from peraxis_format.torch import DeviceError, VariantSwitch, apply_, serve
+from peraxis_format.torch import DeviceError, VariantSwitch, apply_
+from peraxis_format.torch.serve.api import serve
 from peraxis_format.torch.device import CudaDevice
 assert not torch.cuda.is_available()
 state = torch.load(Path(sys.argv[1]) / "base.pt", weights_only=True)
@@ -85,7 +88,7 @@ def test_the_base_is_kept_on_the_device_where_there_is_room(
     monkeypatch.setattr(HostDevice, "free_memory", lambda _: free)
     asked: list[bool] = []
 
-    def copied(placement: Placement, *, pinned: bool) -> dict[Part, Tensor]:
+    def copied(placement: Placement, *, pinned: bool) -> dict[ShardView, Tensor]:
         asked.append(pinned)
         return copy_aside(placement)
 

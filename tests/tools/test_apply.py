@@ -178,12 +178,13 @@ def test_damage_in_the_payload_leaves_no_output(pair: tuple[Path, Path], tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_an_existing_folder_is_kept_unless_told_otherwise(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_folder_that_is_no_earlier_output_is_kept_whatever_is_asked(pair: tuple[Path, Path], tmp_path: Path) -> None:
     base, delta = pair
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")
     with pytest.raises(ToolError, match="--overwrite"):
         apply(base, delta, tmp_path / "out")
     assert (tmp_path / "out" / "precious").read_text() == "mine"
-    apply(base, delta, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "precious").exists()
+    with pytest.raises(ToolError, match="no list of an earlier output"):
+        apply(base, delta, tmp_path / "out", overwrite=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
+import peraxis_format as pxd
 from peraxis_tools.cli import VERBS, cli
 from tests.factories import random_storage, sign_module, write_delta
 
@@ -167,6 +168,37 @@ def test_the_github_action_annotates_reports_and_fails(delta: Path, tmp_path: Pa
     injected = run_action(tmp_path, files="$(touch pwned) ;touch pwned")
     assert injected.returncode == 2
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_a_file_name_is_never_an_option_of_the_github_action(delta: Path, tmp_path: Path) -> None:
+    with pxd.open(delta) as file:
+        own = file.content_id
+    pinned = {"expect_content_id": "sha256:" + "0" * 64}
+    assert run_action(tmp_path, files="delta.pxd", **pinned).returncode == 1
+    (tmp_path / "--quiet").write_bytes(delta.read_bytes())
+    for name in (f"--expect-content-id={own}", "--help", "--version", "--report=json=written.pxd", "-q"):
+        done = run_action(tmp_path, files=f"delta.pxd {name}", **pinned)
+        assert done.returncode in (1, 2), (name, done.stdout)
+        assert "::error" in done.stdout, (name, done.stderr)
+    assert not (tmp_path / "written.pxd").exists()
+    # A glob that finds such a name opens the file.
+    found = run_action(tmp_path, files="--q*")
+    assert (found.returncode, found.stdout.count("::notice file=--quiet")) == (0, 1), found.stderr
+
+
+def test_the_github_action_writes_its_reports_again_in_the_same_folder(delta: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        done = run_action(tmp_path, files="delta.pxd", sarif="out.sarif", junit="out.xml")
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_file_name_is_never_an_option_of_the_hook(delta: Path, tmp_path: Path) -> None:
+    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
+    assert hook["args"][-1] == "--"
+    done = run(*hook["entry"].split()[1:], *hook["args"], delta, f"--report=json={tmp_path}/x.pxd")
+    assert done.returncode == 2
+    assert not (tmp_path / "x.pxd").exists()
 
 
 def test_the_pre_commit_hook_runs_what_it_says(delta: Path) -> None:

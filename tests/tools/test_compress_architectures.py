@@ -12,10 +12,10 @@ import transformers
 
 import peraxis_format as pxd
 from peraxis_tools.compress import CompressOptions, compress
-from peraxis_tools.compress.distill import checkpoint_layers
-from peraxis_tools.compress.names import map_names
-from peraxis_tools.compress.observe import Call, Observer
-from peraxis_tools.compress.skeleton import Skeleton
+from peraxis_tools.compress.distill.distill import checkpoint_layers
+from peraxis_tools.compress.fit.moments.recorder import Call, Observer
+from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
+from peraxis_tools.compress.model.names import map_names
 from tests.tools.compress_pairs import VOCABULARY, write_pair, write_text
 
 COMMON = {
@@ -59,27 +59,27 @@ def model_of(folder: Path) -> torch.nn.Module:
 def test_a_model_run_block_by_block_gives_the_logits_of_the_whole(family: str) -> None:
     torch.manual_seed(0)
     config = FAMILIES[family]()
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    state = model.state_dict()
-    skeleton = Skeleton(config, dtype=torch.float32, device=torch.device("cpu"))
-    for name in skeleton.outer_parameters():
-        skeleton.set(name, state[name])
+    whole = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    state = whole.state_dict()
+    model = LayerwiseModel(config, dtype=torch.float32, device=torch.device("cpu"))
+    for name in model.outer_parameters():
+        model.set(name, state[name])
     ids = torch.randint(0, 32, (2, 24))
     calls: list[Call] = []
     with torch.no_grad():
-        hidden = skeleton.embed(ids)
-        for index in range(len(skeleton)):
-            names = skeleton.layer_parameters(index)
+        hidden = model.embed(ids)
+        for index in range(len(model)):
+            names = model.layer_parameters(index)
             for name in names:
-                skeleton.set(name, state[name])
-            with Observer([(name, skeleton.get(name)) for name in names], calls.append):
-                hidden = skeleton.run_layer(index, ids, hidden)
-            skeleton.empty(index)
-        logits = skeleton.head(ids, hidden)
-        expected = model(input_ids=ids, use_cache=False).logits
+                model.set(name, state[name])
+            with Observer([(name, model.get(name)) for name in names], calls.append):
+                hidden = model.run_layer(index, ids, hidden)
+            model.empty(index)
+        logits = model.head(ids, hidden)
+        expected = whole(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     seen = {call.parameter for call in calls}
-    matrices = {n for n in state if n.startswith(skeleton.prefix) and state[n].dim() > 1 and "bias" not in n}
+    matrices = {n for n in state if n.startswith(model.prefix) and state[n].dim() > 1 and "bias" not in n}
     assert seen == matrices
     assert any(call.transposed for call in calls) == (family in TRANSPOSED)
 
@@ -89,7 +89,9 @@ def test_every_saved_tensor_is_found_in_the_model(family: str, tmp_path: Path) -
     base, _ = write_pair(tmp_path, FAMILIES[family]())
     state = model_of(base).state_dict()
     with pxd.Safetensors.open(base) as tensors:
-        names = map_names(Skeleton(FAMILIES[family](), dtype=torch.float32, device=torch.device("cpu")).model, tensors)
+        names = map_names(
+            LayerwiseModel(FAMILIES[family](), dtype=torch.float32, device=torch.device("cpu")).model, tensors
+        )
         assert names.unmapped == ()
         for tensor, piece in names.by_tensor.items():
             stored = torch.from_numpy(tensors.read(tensor))
@@ -131,16 +133,16 @@ def test_recomputed_activations_bring_no_dropout_and_the_same_gradients() -> Non
     state = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).state_dict()
     ids = torch.randint(0, 32, (2, 24))
     gradients = []
-    for prepare in (lambda skeleton: None, checkpoint_layers, checkpoint_layers):
-        skeleton = Skeleton(config, dtype=torch.float32, device=torch.device("cpu"))
-        for name in [*skeleton.outer_parameters(), *(n for i in range(2) for n in skeleton.layer_parameters(i))]:
-            skeleton.set(name, state[name])
-        prepare(skeleton)
+    for prepare in (lambda model: None, checkpoint_layers, checkpoint_layers):
+        model = LayerwiseModel(config, dtype=torch.float32, device=torch.device("cpu"))
+        for name in [*model.outer_parameters(), *(n for i in range(2) for n in model.layer_parameters(i))]:
+            model.set(name, state[name])
+        prepare(model)
         counted: list[int] = []
-        product = skeleton.model.transformer.h[0].mlp.c_fc
+        product = model.model.transformer.h[0].mlp.c_fc
         product.register_forward_hook(lambda *_, counted=counted: counted.append(1))
         product.weight.requires_grad_(True)
-        skeleton.model(input_ids=ids, use_cache=False).logits.square().mean().backward()
+        model.model(input_ids=ids, use_cache=False).logits.square().mean().backward()
         gradients.append(product.weight.grad)
         assert len(counted) == (1 if len(gradients) == 1 else 2)
     assert torch.equal(gradients[0], gradients[1])

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from peraxis_tools.compress import compress
-from peraxis_tools.compress.fit import FitOptions
+from peraxis_tools.compress.fit.fit import FitOptions
 from tests.tools.compress_pairs import llama_config, write_pair, write_text
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import peraxis_format as pxd
 from peraxis_format import Axis
-from peraxis_tools.compress import signs as signs_module
-from peraxis_tools.compress.fit import (
+from peraxis_tools.compress.fit import signs as signs_module
+from peraxis_tools.compress.fit.fit import (
     FitOptions,
     FittedMatrix,
     Matrix,
@@ -23,15 +23,15 @@ from peraxis_tools.compress.fit import (
     dense,
     fit_matrices,
     fit_terms,
-    metric_of,
+    hessian_of,
     quadratic,
 )
-from peraxis_tools.compress.kernels import matrix_sums
-from peraxis_tools.compress.modules import apply_components, components_of
-from peraxis_tools.compress.scales import fit_scales, start_term
-from peraxis_tools.compress.signs import Magnitude, descend, feedback, inverse_factor
-from peraxis_tools.compress.statistics import Judge, Moments, Statistics, grid_of
-from peraxis_tools.compress.streaming import dense_component, mean_components
+from peraxis_tools.compress.fit.mean import dense_component, mean_components
+from peraxis_tools.compress.fit.moments.sums import Moments, Statistics, Validation, grid_of
+from peraxis_tools.compress.fit.scales import fit_scales, start_term
+from peraxis_tools.compress.fit.signs import Magnitude, coordinate_descent, gptq_signs, inverse_factor
+from peraxis_tools.compress.model.components import apply_components, components_of
+from peraxis_tools.ops.delta_sums.numpy import matrix_sums
 
 AXES = (Axis.ROW, Axis.COL, Axis.ROW_COL, Axis.TENSOR)
 
@@ -48,7 +48,7 @@ def problem(
 
 
 def moments_of(x: torch.Tensor, teacher: torch.Tensor | None, batches: int = 3) -> Moments:
-    moments = Moments.zeros(x.shape[1], paired=teacher is not None, judges=True)
+    moments = Moments.zeros(x.shape[1], paired=teacher is not None, validates=True)
     for rows in torch.arange(len(x)).chunk(batches):
         moments.add(x[rows], None if teacher is None else teacher[rows])
     return moments
@@ -56,13 +56,13 @@ def moments_of(x: torch.Tensor, teacher: torch.Tensor | None, batches: int = 3) 
 
 def error_of(residual: torch.Tensor, tuned: torch.Tensor, moments: Moments) -> float:
     """Sum of squares of the output's error."""
-    return Judge(tuned, moments.single()).error(residual) * moments.tokens
+    return Validation(tuned, moments.float32()).error(residual) * moments.tokens
 
 
 def problem_of(tuned: torch.Tensor, base: torch.Tensor, moments: Moments) -> Quadratic:
-    metric = metric_of(moments, signs=True)
-    assert metric is not None
-    return quadratic(tuned - base, tuned, metric)
+    hessian = hessian_of(moments, signs=True)
+    assert hessian is not None
+    return quadratic(tuned - base, tuned, hessian)
 
 
 def fit_one(
@@ -76,7 +76,7 @@ def fit_one(
 
 def statistics_of(x: torch.Tensor, teacher: torch.Tensor) -> Statistics:
     cut = len(x) * 3 // 4
-    return Statistics(fit=moments_of(x[:cut], teacher[:cut]), held_out=moments_of(x[cut:], teacher[cut:]))
+    return Statistics(fit=moments_of(x[:cut], teacher[:cut]), validation=moments_of(x[cut:], teacher[cut:]))
 
 
 def test_the_error_from_sums_is_the_error_of_the_outputs() -> None:
@@ -94,14 +94,14 @@ def test_sums_on_a_grid_do_not_depend_on_the_order_nor_on_who_adds_them(order: l
     seen = float(batches[0].square().sum(dim=0).max())
 
     def total(numbers: Sequence[int], grid: float) -> Moments:
-        moments = Moments.zeros(9, paired=True, judges=True, grid=grid)
+        moments = Moments.zeros(9, paired=True, validates=True, grid=grid)
         for i in numbers:
             moments.add(batches[i], 1.01 * batches[i])
         return moments
 
     grid = grid_of(20.0**10 * seen, len(batches))
     whole, parts = total(range(6), grid), total(order[:split], grid)
-    parts.absorb(total(order[split:], grid))
+    parts.merge(total(order[split:], grid))
     for exact, one, other in zip(total(range(6), 0.0).tensors(), whole.tensors(), parts.tensors(), strict=True):
         assert torch.equal(one, other)
         torch.testing.assert_close(one, exact, rtol=1e-7, atol=6 * grid)
@@ -112,11 +112,11 @@ def test_closed_forms_are_the_least_squares_solution(axis: Axis) -> None:
     base, tuned, x, teacher = problem()
     target = problem_of(tuned, base, moments_of(x, teacher))
     start = start_term(tuned - base, axis)
-    fitted = fit_scales(start, target.target, target.metric.matrix)
+    fitted = fit_scales(start, target.target, target.hessian.matrix)
 
     def cost(row: torch.Tensor, col: torch.Tensor) -> float:
         rest = (target.target - torch.where(fitted.signs, col, -col) * row[:, None]).double()
-        return float(torch.sum((rest @ target.metric.matrix.double()) * rest))
+        return float(torch.sum((rest @ target.hessian.matrix.double()) * rest))
 
     best = cost(fitted.row, fitted.col)
     assert best < cost(start.row, start.col)
@@ -140,8 +140,8 @@ def test_descent_never_raises_the_error_and_feedback_beats_plain_signs(seed: int
     g = torch.Generator().manual_seed(seed)
     d_out, d_in = 9, 150  # more than a block of columns
     x = torch.randn(300, d_in, generator=g) @ torch.randn(d_in, d_in, generator=g)
-    metric = (x.T @ x).double()
-    metric.diagonal().add_(0.05 * metric.diagonal().mean())
+    hessian = (x.T @ x).double()
+    hessian.diagonal().add_(0.05 * hessian.diagonal().mean())
     target = torch.randn(d_out, d_in, generator=g)
     sizes = [
         Magnitude(0.5**k * (0.5 + torch.rand(d_out, generator=g)), 0.5 + torch.rand(d_in, generator=g))
@@ -150,12 +150,12 @@ def test_descent_never_raises_the_error_and_feedback_beats_plain_signs(seed: int
 
     def cost(signs: list[torch.Tensor]) -> float:
         rest = target - sum(torch.where(s, m.col, -m.col) * m.row[:, None] for s, m in zip(signs, sizes, strict=True))
-        return float(torch.sum((rest.double() @ metric) * rest.double()))
+        return float(torch.sum((rest.double() @ hessian) * rest.double()))
 
     plain = [target >= 0] * components
-    fed = feedback(target, sizes, inverse_factor(metric))
-    one = descend(target, sizes, fed, metric.float(), sweeps=1)
-    two = descend(target, sizes, one, metric.float(), sweeps=3)
+    fed = gptq_signs(target, sizes, inverse_factor(hessian))
+    one = coordinate_descent(target, sizes, fed, hessian.float(), sweeps=1)
+    two = coordinate_descent(target, sizes, one, hessian.float(), sweeps=3)
     assert cost(fed) < cost(plain)
     assert cost(two) <= cost(one) * (1 + 1e-6)
     assert cost(one) <= cost(fed) * (1 + 1e-6)
@@ -166,7 +166,7 @@ def test_descent_never_raises_the_error_and_feedback_beats_plain_signs(seed: int
 def test_compiled_and_plain_sign_steps_agree(compiler: str, components: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(compiler)
     compiled = getattr(signs_module, f"_{compiler}_steps")()
-    plain = signs_module._Steps(signs_module._feedback_block, signs_module._descend_block, 128)
+    plain = signs_module._Steps(signs_module._gptq_signs_block, signs_module._coordinate_descent_block, 128)
     base, tuned, x, teacher = problem(d_out=18, d_in=132, tokens=400)
     found = problem_of(tuned, base, moments_of(x, teacher))
     results = []
@@ -186,7 +186,7 @@ def test_few_tokens_never_make_it_worse_than_no_text_at_all(tokens: int, refine:
     assert fitted.error <= min(fitted.error_none, fitted.error_same)
     # On two thousand tokens that no fit saw:
     unseen = moments_of(x[tokens:], teacher[tokens:])
-    nothing = Statistics(fit=moments_of(x[:0], teacher[:0]), held_out=moments_of(x[:0], teacher[:0]))
+    nothing = Statistics(fit=moments_of(x[:0], teacher[:0]), validation=moments_of(x[:0], teacher[:0]))
     plain = fit_one(base, tuned, nothing, refine=refine)
     ours = error_of(tuned - base - dense(fitted.terms, base), tuned, unseen)
     none = error_of(tuned - base - dense(plain.terms, base), tuned, unseen)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import pytest
 
 import peraxis_format as pxd
-from peraxis_tools.compress import CompressOptions, OptionError, Plan, plan
-from peraxis_tools.compress.budget import Choice, allocate
+from peraxis_tools.compress import CompressOptions, OptionError, Plan
 from peraxis_tools.compress.options import RECIPES, parse_size
+from peraxis_tools.compress.plan.budget import Choice, allocate
+from peraxis_tools.compress.plan.plan import plan
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ class Killable:
         self.output, self.work = output, output.with_name(output.name + ".peraxis-work")
         self._ready = output.with_name("ready")
         self._code = (
-            "import sys, pathlib, datasets, transformers, peraxis_tools.compress.calibrated\n"
-            "import peraxis_tools.compress.signs_numba\n"
+            "import sys, pathlib, datasets, transformers, peraxis_tools.compress.run.calibrated\n"
+            "import peraxis_tools.ops.sign_search.numba\n"
             f"pathlib.Path({str(self._ready)!r}).touch()\n"
             f"peraxis_tools.compress({str(base)!r}, {str(tuned)!r}, {str(output)!r}, **{options!r})\n"
         )

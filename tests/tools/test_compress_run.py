@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import peraxis_format as pxd
 from peraxis_tools import apply
 from peraxis_tools.compress import CompressOptions, OptionError, compress
-from peraxis_tools.compress.calibration import load_samples, partition
-from peraxis_tools.compress.procedure import Procedure
+from peraxis_tools.compress.calibration.text import load_samples, partition
+from peraxis_tools.compress.fit.layerwise import LayerwiseCalibration
 from peraxis_tools.errors import ToolError
 from peraxis_tools.evaluate import evaluate
 from tests.tools.compress_pairs import FEW, llama_config, llama_pair, write_pair, write_text
@@ -135,7 +135,7 @@ def test_an_embedding_that_is_the_head_too_is_fitted_as_both(tmp_path: Path, mon
     text = write_text(tmp_path / "text.jsonl")
     options = {"calibration": str(text), "embeddings": "sign", **FEW, "calibration_samples": 40}
     with_head = divergence(base, tuned, tmp_path / "both", **options)
-    monkeypatch.setattr(Procedure, "_fit_tied", lambda self, parameter: [])
+    monkeypatch.setattr(LayerwiseCalibration, "_fit_tied", lambda self, parameter: [])
     assert with_head < 0.9 * divergence(base, tuned, tmp_path / "rows", **options)
 
 
@@ -249,15 +249,15 @@ def test_text_is_read_alike_from_every_kind_of_file(pair: tuple[Path, Path, Path
         load_samples(str(tmp_path / "b.jsonl"), tokenizer, samples=8, length=16, seed=1, text_column="words")
 
 
-def test_what_judges_is_nowhere_fitted() -> None:
+def test_validation_samples_are_nowhere_fitted() -> None:
     sources = [np.arange(20).reshape(10, 2), np.arange(100, 112).reshape(6, 2)]
-    parts = partition(sources, calibration=0.5, held_out=0.2)
+    parts = partition(sources, calibration=0.5, validation=0.2)
     for whole in (
-        (parts.distill, parts.distill_judge),
-        (parts.fit, parts.judge, parts.distill[:6], parts.distill_judge),
+        (parts.distill, parts.distill_validation),
+        (parts.fit, parts.validation, parts.distill[:6], parts.distill_validation),
     ):
         assert sorted(np.concatenate(whole).tolist()) == sorted(np.concatenate(sources).tolist())
-    assert (len(parts.fit), len(parts.judge), len(parts.distill_judge)) == (6, 2, 2)
+    assert (len(parts.fit), len(parts.validation), len(parts.distill_validation)) == (6, 2, 2)
 
 
 @pytest.mark.realdata

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import peraxis_format as pxd
 from peraxis_tools.compress import compress
-from peraxis_tools.compress.modules import apply_components
-from peraxis_tools.compress.streaming import mean_components
-from peraxis_tools.compress.table import FittedTable, fit_table, importance
+from peraxis_tools.compress.fit.mean import mean_components
+from peraxis_tools.compress.fit.table import FittedTable, fit_table, importance
+from peraxis_tools.compress.model.components import apply_components
 from tests.tools.compress_pairs import llama_config, write_pair, write_text
 
 
@@ -92,7 +92,7 @@ def test_how_many_rows_are_looked_at_together_changes_little(monkeypatch: pytest
     torch.manual_seed(0)
     delta, counts = torch.randn(100, 16), torch.randint(0, 9, (100,))
     whole = fit(delta, counts, pxd.Axis.ROW_COL, 3)[1].report.error
-    monkeypatch.setattr(importlib.import_module("peraxis_tools.compress.table"), "_CHUNK", 7 * 16 * 3)
+    monkeypatch.setattr(importlib.import_module("peraxis_tools.compress.fit.table"), "_CHUNK", 7 * 16 * 3)
     assert fit(delta, counts, pxd.Axis.ROW_COL, 3)[1].report.error == pytest.approx(whole, rel=1e-3)
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peraxis_tools.compress.training import Group, Standing, Training
-from peraxis_tools.compress.workfolder import WorkFolder
+from peraxis_tools.compress.distill.training import Group, Training, TrainingState
+from peraxis_tools.compress.run.work_folder import WorkFolder
 
 STEPS = 20
 
@@ -40,9 +40,9 @@ def test_training_goes_on_to_the_bits_of_an_undisturbed_one(tmp_path: Path, kept
     cut = Toy()
     assert cut.training.resume(work) is None
     cut.run(0, kept)
-    cut.training.save(work, Standing(epochs=kept, best=0.1, before=1 / 3))
+    cut.training.save(work, TrainingState(epochs=kept, best=0.1, before=1 / 3))
     resumed = Toy()
-    assert resumed.training.resume(work) == Standing(epochs=kept, best=0.1, before=1 / 3)
+    assert resumed.training.resume(work) == TrainingState(epochs=kept, best=0.1, before=1 / 3)
     resumed.run(kept, STEPS)
     assert all(torch.equal(a, b) for a, b in zip(resumed.values(), whole.values(), strict=True))
 

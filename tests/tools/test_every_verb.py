@@ -29,6 +29,8 @@ ARGUMENTS = {
     "split": "a.pxd --parts 2 -o parts",
     "convert": "a.pxd --to lora --rank 4 -o adapter",
     "publish": "me/delta a.pxd --dry-run repo",
+    "pull": "file://a.pxd -o fetched",
+    "extract": "a.pxd -o small",
 }
 NEEDS = {"sign": "model_signing", "convert": "torch"}
 CASES = [
@@ -56,6 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         from tests.tools.test_sign import write_key
 
         write_key(tmp_path, "key")
+    (tmp_path / "fetched").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

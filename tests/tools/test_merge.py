@@ -16,11 +16,12 @@ import peraxis_format as pxd
 from peraxis_tools.apply import apply
 from peraxis_tools.commands.merge import command
 from peraxis_tools.errors import CheckFailedError, ToolError
-from peraxis_tools.merge import Mixture, kernels, merge, merge_parts
+from peraxis_tools.merge import Mixture, merge, merge_parts
+from peraxis_tools.merge.factors import module_terms
 from peraxis_tools.merge.fit import fit_masks
 from peraxis_tools.merge.fold import fold
 from peraxis_tools.merge.methods import Magnitudes, make_mixer, threshold
-from peraxis_tools.merge.terms import module_terms
+from peraxis_tools.ops.merge_rows import numpy as kernels
 from peraxis_tools.split import split
 from tests.factories import base_ref, random_storage, sign_module, write_checkpoint, write_delta
 

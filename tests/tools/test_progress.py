@@ -82,7 +82,7 @@ def test_each_stage_has_its_bar_on_a_terminal_and_none_with_quiet(folder: Path, 
     assert "\x1b[?25l" in shown  # a bar hides the cursor
     for stage in stages:
         assert f"{stage} \x1b" in shown or f"{stage} ━" in shown, (stage, shown)
-    again = () if arguments[0] in ("verify", "diff", "inspect") else ("--overwrite",)
+    again = () if arguments[0] in ("verify", "diff") else ("--overwrite",)
     assert on_terminal(folder, *arguments, *again, "--quiet") == ""
 
 

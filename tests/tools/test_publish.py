@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +61,17 @@ def test_a_dry_run_is_the_repository_in_a_folder(delta: Path, tmp_path: Path) ->
     assert names == [".gitattributes", "README.md", "delta.pxd", "delta.pxd.sig"]
     assert (tmp_path / "repo" / "delta.pxd").read_bytes() == delta.read_bytes()
     card = (tmp_path / "repo" / "README.md").read_text()
-    assert front_matter(card) == {
+    data = front_matter(card)
+    index = data.pop("model-index")
+    assert data == {
         "base_model": "org/base",
         "base_model_relation": "finetune",
         "license": "apache-2.0",
         "library_name": "peraxis",
         "tags": ["pxd", "delta", "1-bit"],
     }
+    assert [metric["value"] for metric in index[0]["results"][0]["metrics"]] == [0.0123, 0.95]
+    assert json.loads(done.stdout)["missing"] == ["language", "pipeline_tag"]
     assert content_id in card
     assert "| chat | merged | 0.0123 | 95.0% | 9.5 | 9.1 |" in card
     assert "[link](http" not in card
@@ -86,35 +93,160 @@ def test_a_damaged_file_is_never_published(delta: Path, tmp_path: Path) -> None:
         publish("me/delta", delta, dry_run=tmp_path / "repo")
 
 
-def test_an_upload_is_one_commit_of_everything(delta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Hub:
+    """A double of the hub: what it holds, and what was asked of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.held: dict[str, str] = {}
+        self.calls: list[tuple[str, Any]] = []
+
+    def __call__(self) -> Hub:
+        return self
+
+    def hf_hub_download(self, repository: str, name: str, **_: Any) -> str:
+        from huggingface_hub.errors import EntryNotFoundError
+
+        if name not in self.held:
+            raise EntryNotFoundError(name)
+        (self.folder / f"hub-{name}").write_text(self.held[name])
+        return str(self.folder / f"hub-{name}")
+
+    def create_repo(self, repository: str, **options: Any) -> None:
+        self.calls.append(("create", (repository, options)))
+
+    def create_commit(self, repository: str, operations: list[Any], **options: Any) -> Any:
+        files = {operation.path_in_repo: operation.path_or_fileobj for operation in operations}
+        self.held = {**self.held, **{name: data.decode() for name, data in files.items() if isinstance(data, bytes)}}
+        self.calls.append(("commit", (list(files), options)))
+        return type("Commit", (), {"commit_url": "https://hub/commit/1"})()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     import huggingface_hub
 
-    calls: list[tuple[str, Any]] = []
+    double = Hub(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "HfApi", double)
+    return double
 
-    class Hub:
-        def create_repo(self, repository: str, **options: Any) -> None:
-            calls.append(("create", (repository, options)))
 
-        def create_commit(self, repository: str, operations: list[Any], **options: Any) -> Any:
-            calls.append(("commit", ([operation.path_in_repo for operation in operations], options)))
-            return type("Commit", (), {"commit_url": "https://hub/commit/1"})()
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+def test_an_upload_is_one_commit_of_everything(delta: Path, hub: Hub) -> None:
     result = publish("me/delta", delta, private=True)
     assert result.url == "https://hub/commit/1"
-    assert calls[0] == ("create", ("me/delta", {"private": True, "exist_ok": True}))
-    assert calls[1][1][0] == ["delta.pxd", "README.md", ".gitattributes"]
+    assert hub.calls[0] == ("create", ("me/delta", {"private": True, "exist_ok": True}))
+    assert hub.calls[1][1][0] == ["delta.pxd", "README.md", ".gitattributes"]
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(delta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
+def another(folder: Path, name: str, seed: int = 1) -> Path:
+    rng = np.random.default_rng(seed)
+    tuned, config = pxd.Identity(id="org/tuned"), json.dumps({"architectures": ["LlamaForCausalLM"]}).encode()
+    with pxd.DeltaWriter(folder / name, base=pxd.Identity(id="org/other"), fine_tuned=tuned) as writer:
+        writer.add(sign_module(rng, "a.weight", random_storage(rng, (16, 24))))
+        writer.add_asset("config.json", config)
+        writer.finish()
+    return folder / name
 
-    class Hub:
-        def create_repo(self, *_: Any, **__: Any) -> None:
-            raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+def test_a_repository_that_exists_keeps_what_it_holds(delta: Path, tmp_path: Path, hub: Hub) -> None:
+    hub.held = {
+        "README.md": "---\nlicense: mit\nlanguage:\n- de\ntags:\n- mine\nown_key: 7\n---\n\n# My model\n\nMy words.\n",
+        ".gitattributes": "*.bin filter=lfs",
+    }
+    with pxd.open(delta) as file:
+        report = evaluation(tmp_path / "eval.json", file.content_id)
+    publish("me/delta", delta, evaluation=report)
+    publish("me/delta", another(tmp_path, "other.pxd"))
+    card, data = hub.held["README.md"], front_matter(hub.held["README.md"])
+    assert "# My model\n\nMy words." in card
+    assert (data["license"], data["language"], data["own_key"]) == ("mit", ["de"], 7)
+    assert data["tags"] == ["mine", "pxd", "delta", "1-bit"]
+    assert data["base_model"] == ["org/base", "org/other"]
+    assert data["pipeline_tag"] == "text-generation"
+    assert card.count("<!-- peraxis delta ") == 2
+    assert len(data["model-index"][0]["results"]) == 1
+    assert hub.held[".gitattributes"].splitlines()[0] == "*.bin filter=lfs"
+    once = hub.held
+    publish("me/delta", delta, evaluation=report)
+    assert hub.held == once
+
+
+def test_several_deltas_are_published_at_once_each_with_its_evaluation(delta: Path, tmp_path: Path, hub: Hub) -> None:
+    other = another(tmp_path, "other.pxd")
+    reports = []
+    for path in (other, delta):
+        with pxd.open(path) as file:
+            reports.append(evaluation(tmp_path / f"{path.name}.json", file.content_id))
+    result = publish("me/delta", [delta, other], evaluation=reports)
+    assert [item.file for item in result.deltas] == ["delta.pxd", "other.pxd"]
+    index = front_matter(hub.held["README.md"])["model-index"][0]["results"]
+    assert [metric["config"] for item in index for metric in item["metrics"]] == ["delta.pxd"] * 2 + ["other.pxd"] * 2
+    assert hub.calls[1][1][0] == ["delta.pxd", "other.pxd", "README.md", ".gitattributes"]
+
+
+def test_language_and_licence_come_from_the_fine_tunes_card_or_are_named_as_missing(
+    delta: Path, tmp_path: Path, hub: Hub
+) -> None:
+    assert publish("me/delta", delta).missing == ("license", "language", "pipeline_tag")
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "README.md").write_text("---\nlicense: gemma\nlanguage: fr\npipeline_tag: x\n---\ntext\n")
+    assert publish("me/other", delta, card_from=tmp_path / "tuned").missing == ()
+    data = front_matter(hub.held["README.md"])
+    assert (data["license"], data["language"]) == ("gemma", "fr")
+
+
+def test_the_bases_hub_id_can_be_given(delta: Path, hub: Hub) -> None:
+    publish("me/delta", delta, base_id="real/base@abc123")
+    card = hub.held["README.md"]
+    assert front_matter(card)["base_model"] == "real/base"
+    assert "apply real/base@abc123 delta.pxd -o model" in card
+    assert 'load_model("real/base@abc123", "delta.pxd")' in card
+
+
+@pytest.mark.parametrize(
+    "name", ["a b$(touch PWNED).pxd", "x```.pxd", 'q".pxd', "<img src=x>.pxd", "it's.pxd", "--> x.pxd"]
+)
+def test_a_file_name_stays_a_file_name_in_every_block(delta: Path, tmp_path: Path, hub: Hub, name: str) -> None:
+    odd = delta.rename(tmp_path / name)
+    if name.startswith("-"):
+        with pytest.raises(ToolError, match="rename the file"):
+            publish("me/delta", odd)
+        return
+    publish("me/delta", odd)
+    publish("me/delta", odd)
+    card = hub.held["README.md"]
+    assert card.count("<!-- peraxis delta ") == 1
+    fence, shell, python = re.search(r"(?m)^(`{3,})sh\n(.*?)\n\1\n\n\1python\n(.*?)\n\1$", card, re.DOTALL).groups()
+    assert len(fence) > 3 or "```" not in name
+    download = next(line for line in shell.splitlines() if line.startswith("hf download"))
+    assert shlex.split(download)[3] == name
+    call = ast.parse(python).body[1].value
+    assert [argument.value for argument in call.args] == ["org/base", name]
+    prose = re.sub(r"<!--.*?-->", "", card.replace(shell, "").replace(python, ""))
+    assert re.search(r"(?<!\\)<", prose.split("---\n", 2)[2]) is None
+
+
+def test_a_name_with_control_characters_is_refused(delta: Path, tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match="rename the file"):
+        publish("me/delta", delta.rename(tmp_path / "x\n```.pxd"), dry_run=tmp_path / "repo")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(delta: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(hub, "create_repo", fail)
     with pytest.raises(ToolError, match="me/delta: cannot be uploaded: no route"):
+        publish("me/delta", delta)
+    monkeypatch.setattr(hub, "hf_hub_download", fail)
+    with pytest.raises(ToolError, match=r"README\.md cannot be read from the hub: no route"):
         publish("me/delta", delta)
     with pytest.raises(ToolError, match="org/name"):
         publish("no name", delta)
+
+
+def test_a_card_that_cannot_be_read_is_not_replaced(delta: Path, hub: Hub) -> None:
+    hub.held = {"README.md": "---\n: [\n---\ntext"}
+    with pytest.raises(ToolError, match=r"README\.md: its front matter"):
+        publish("me/delta", delta)
+    assert hub.calls == []

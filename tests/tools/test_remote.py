@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import socket
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,11 +19,14 @@ import pytest
 from click.testing import CliRunner
 
 import peraxis_format as pxd
+from peraxis_tools import remote
+from peraxis_tools.cli import main
 from peraxis_tools.commands import inspect as inspect_command
 from peraxis_tools.commands import verify as verify_command
 from peraxis_tools.errors import ToolError
 from peraxis_tools.inspect import inspect, inspect_remote
 from peraxis_tools.remote import RemoteFile, _hub_form, is_remote
+from peraxis_tools.urls import without_secrets
 from tests.factories import random_storage, sign_module, write_delta
 
 pytest.importorskip("aiohttp")
@@ -214,3 +222,90 @@ def test_hub_addresses_carry_their_revision_at_either_place() -> None:
     assert is_remote("hf://org/repo/file.pxd")
     assert not is_remote("C:/x.pxd")
     assert not is_remote("org/repo")
+
+
+SECRETS = (
+    ("http://me:hunter2@127.0.0.1:9/x.pxd", "http://me:***@127.0.0.1:9/x.pxd"),
+    (
+        "https://me:hunter2%2F@h/x.pxd?X-Amz-Signature=hunter2&part=1",
+        "https://me:***@h/x.pxd?X-Amz-Signature=***&part=1",
+    ),
+    ("s3://bucket/x.pxd?versionId=7&token=hunter2", "s3://bucket/x.pxd?versionId=7&token=***"),
+    ("hf://org/repo/x.pxd@v1", "hf://org/repo/x.pxd@v1"),
+)
+
+
+@pytest.mark.parametrize(("url", "shown"), SECRETS)
+def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
+    assert without_secrets(url) == shown
+    assert without_secrets(f"{url}: Cannot connect to {url}, message") == f"{shown}: Cannot connect to {shown}, message"
+
+
+@pytest.mark.parametrize("path", ["delta.pxd", "none.pxd"])
+def test_no_verb_echoes_a_password(server: Server, tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = f"{server.url.replace('//', '//me:hunter2@').rpartition('/')[0]}/{path}"
+    base = tmp_path / "base"
+    for arguments in (
+        ["inspect", url],
+        ["inspect", url, "--json"],
+        ["inspect", url, "--html", "page.html"],
+        ["verify", url],
+        *(["verify", url, "--format", kind] for kind in ("json", "sarif", "junit", "github")),
+        ["diff", url, url],
+        ["diff", url, str(base), "--base", str(base)],
+        ["convert", url, "-o", "out"],
+        ["convert", url, "--to", "lora", "-o", "lora"],
+        ["apply", str(base), url, "-o", "applied"],
+        ["merge", url, url, "-o", "merged.pxd"],
+        ["split", url, "--parts", "2", "-o", "parts"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["peraxis-tools", *arguments])
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit):
+            main()
+        said = out.getvalue() + err.getvalue()
+        assert said, arguments
+        assert "hunter2" not in said, arguments
+    assert "hunter2" not in "".join(page.read_text() for page in tmp_path.glob("*.html"))
+
+
+def test_a_server_that_falls_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "SILENCE_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/delta.pxd"
+        with pytest.raises(ToolError, match=r"said nothing for 0.3 s"):
+            RemoteFile(url)
+
+
+def test_a_server_may_be_slow_for_as_long_as_it_says_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More time in all than the bound on silence."""
+    monkeypatch.setattr(remote, "SILENCE_SECONDS", 2.0)
+    whole = b"x" * 6
+
+    class Slow(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            return None
+
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(whole)))
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.do_HEAD()
+            for byte in whole:
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
+                time.sleep(0.5)
+
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    try:
+        found = RemoteFile(f"http://127.0.0.1:{running.server_address[1]}/delta.pxd")
+        begin = time.monotonic()
+        assert found._fetch(0, len(whole)) == whole
+        assert time.monotonic() - begin > 2.0
+    finally:
+        running.shutdown()
+        running.server_close()

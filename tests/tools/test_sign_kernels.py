@@ -14,7 +14,7 @@ import json, re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from peraxis_tools.compress import signs_triton as s
+from peraxis_tools.ops.sign_search import triton as s
 
 def compiled(kernel, arrays, **constants):
     signature = {**arrays, "d_out": "i32", **{name: "constexpr" for name in constants}}
@@ -33,11 +33,11 @@ out = {}
 for masks in (1, 4):
     for width in (s.COLUMNS, 92):
         tile = dict(WIDTH=width, MASKS=masks, ROWS_=s.ROWS, COLUMNS_=s.COLUMNS)
-        out[f"feedback {masks} {width}"] = compiled(
-            s.feedback_kernel, {**floats("work", "near", "rows", "cols", "errors"), "signs": "*u8"}, **tile
+        out[f"gptq_signs {masks} {width}"] = compiled(
+            s.gptq_signs_kernel, {**floats("work", "block", "rows", "cols", "errors"), "signs": "*u8"}, **tile
         )
-        out[f"descend {masks} {width}"] = compiled(
-            s.descend_kernel, floats("gradient", "near", "values", "change"), **tile
+        out[f"coordinate_descent {masks} {width}"] = compiled(
+            s.coordinate_descent_kernel, floats("gradient", "block", "values", "change"), **tile
         )
 print(json.dumps({name: len(re.findall(r"(?:ld|st)\\.local", ptx)) for name, ptx in out.items()}))
 """

@@ -514,16 +514,25 @@ static void check_base_digest(const pxd *f) { /* SPEC 3.11 */
     free(made);
 }
 
+/* SPEC 3.12: the bytes of the path that name a folder, its slash included; 0: none. */
+static size_t folder_of(text path) {
+    size_t n = 0;
+    while (n < path.n && n <= 63 && (isalnum(path.p[n]) || one_of(path.p[n], "_-"))) n++;
+    return n && n <= 63 && n < path.n && path.p[n] == '/' && path.p[0] != '-' ? n + 1 : 0;
+}
+
 static void check_assets(const pxd *f) { /* SPEC 3.12 */
     static const char *const suffixes[] = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md"};
     text *lowered = allocate(f->assets.count, sizeof *lowered);
     EACH(i, f->assets.count) {
         text path = f->assets.items[i].key;
+        size_t folder = folder_of(path);
         u8 *made = allocate(path.n, 1);
         size_t stem = 0;
         EACH(k, 6) if (ends(path, suffixes[k])) stem = path.n - strlen(suffixes[k]);
-        need(stem >= 1 && stem <= 119 && !one_of(path.p[0], ".-") && !ends(path, ".index.json"), "E211");
-        EACH(k, path.n) need(isalnum(path.p[k]) || one_of(path.p[k], "_.-"), "E211");
+        need(stem > folder && stem - folder <= 119 && !ends(path, ".index.json"), "E211");
+        need(!one_of(path.p[folder], ".-"), "E211");
+        EACH(k, path.n - folder) need(isalnum(path.p[folder + k]) || one_of(path.p[folder + k], "_.-"), "E211");
         EACH(k, path.n) made[k] = (u8)tolower(path.p[k]);
         lowered[i] = (text){made, path.n};
     }

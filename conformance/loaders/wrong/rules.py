@@ -13,7 +13,7 @@ from manifest import Manifest
 __all__ = ["Rules"]
 
 NAME = re.compile(r"(?!__)[!-.0-\[\]-~]{1,512}")
-ASSET = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,118}\.(json|txt|model|jinja|tiktoken|md)"
+ASSET = r"([A-Za-z0-9_][A-Za-z0-9_-]{0,62}/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,118}\.(json|txt|model|jinja|tiktoken|md)"
 
 
 class Rules(Manifest):

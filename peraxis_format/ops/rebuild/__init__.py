@@ -1,0 +1,1 @@
+"""Base + components -> weights (SPEC 6): numpy (the reference), numba, torch, triton."""

@@ -1,0 +1,142 @@
+"""The Triton kernel of apply: base + masks -> weights. signed_matmul/triton.py serves many variants over one base.
+
+A byte of a mask holds the signs of eight columns: a thread has 16 bytes of BF16 and one byte of mask, and neither is
+loaded twice. A warp reads 512 bytes side by side.
+
+    sign        ((byte >> lane) & 1) ^ 1, moved to bit 31, xor into the scale
+    F32 -> BF16 (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, NaN selected: integers only, since Triton's interpreter
+                truncates in its cast; the same code is exact on both
+
+Nothing depends on fused multiply-adds: size = row * col * 2^e is exact in binary32 (SPEC 6.1).
+
+Records are int64 rows in device memory, so that one launch covers every module of a transfer:
+    record   base address, out address, d_out, d_in, first tile, first term, terms, 0
+    term     mask offset, row offset or -1, row stride (0: a scalar), col offset or -1, bits of 2^e
+Offsets count from the transfer's buffer; addresses are those of live storage, which never moves.
+"""
+
+# Triton reads the annotations of a kernel: constants have one, the rest must have none.
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, allow-incomplete-defs
+from __future__ import annotations
+
+from typing import Final
+
+import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+__all__ = ["BF16", "COLUMNS", "F16", "F32", "RECORD", "ROWS", "TERM", "apply_kernel", "flip", "narrow", "widen"]
+
+RECORD: Final = 8
+TERM: Final = 5
+ROWS: Final = 8  # of a tile of the apply kernel
+COLUMNS: Final = 1024
+BF16: Final = 0
+F16: Final = 1
+F32: Final = 2
+
+_BF16 = tl.constexpr(BF16)
+_F16 = tl.constexpr(F16)
+_F32 = tl.constexpr(F32)
+
+
+@triton.jit
+def widen(values, KIND: tl.constexpr):
+    """Storage bits -> binary32, exactly."""
+    if KIND == _BF16:
+        wide = (values.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif KIND == _F16:
+        wide = values.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        wide = values.to(tl.float32, bitcast=True)
+    return wide
+
+
+@triton.jit
+def narrow(total, KIND: tl.constexpr):
+    """binary32 -> storage bits, nearest-even; NaN becomes canonical (SPEC 6.1, 6.2)."""
+    bits = total.to(tl.uint32, bitcast=True)
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    if KIND == _BF16:
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        stored = tl.where(nan, 0x7FC0, rounded).to(tl.uint16)
+    elif KIND == _F16:
+        half = total.to(tl.float16).to(tl.uint16, bitcast=True)
+        stored = tl.where(nan, 0x7E00, half.to(tl.uint32)).to(tl.uint16)
+    else:
+        stored = tl.where(nan, 0x7FC00000, bits).to(tl.uint32)
+    return stored
+
+
+@triton.jit
+def flip(mask):
+    """Bytes [a, b] -> [a, b, 8] uint32: the sign bit where the weight's sign is -1."""
+    lane = tl.arange(0, 8)[None, None, :].to(tl.uint32)
+    return (((mask[:, :, None].to(tl.uint32) >> lane) & 1) ^ 1) << 31
+
+
+@triton.jit
+def _add_term(
+    total, buffer, term, rows, groups, columns, d_out, d_in,
+    ROWS_: tl.constexpr, COLUMNS_: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """total [rows, columns] + one component (SPEC 5.3)."""
+    width = (d_in + 7) // 8
+    mask_at = buffer + tl.load(term)
+    if ALIGNED:
+        mask_at = tl.multiple_of(mask_at, 16)
+    mask = tl.load(
+        mask_at + rows[:, None].to(tl.int64) * width + groups[None, :],
+        mask=(rows[:, None] < d_out) & (groups[None, :] < width),
+        other=0,
+    )
+    row_at, row_stride, col_at = tl.load(term + 1), tl.load(term + 2), tl.load(term + 3)
+    scale = tl.zeros((ROWS_,), tl.float32) + tl.load(term + 4).to(tl.int32).to(tl.float32, bitcast=True)
+    if row_at >= 0:
+        at = (buffer + row_at).to(tl.pointer_type(tl.float16))
+        scale *= tl.load(at + rows * row_stride, mask=rows < d_out, other=0).to(tl.float32)
+    column = tl.full((COLUMNS_,), 1.0, tl.float32)
+    if col_at >= 0:
+        at = (buffer + col_at).to(tl.pointer_type(tl.float16))
+        column = tl.load(at + columns, mask=columns < d_in, other=0).to(tl.float32)
+    size = (scale[:, None] * column[None, :]).to(tl.uint32, bitcast=True)
+    return total + (size ^ tl.reshape(flip(mask), (ROWS_, COLUMNS_))).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def apply_kernel(
+    tiles, records, terms, buffer,
+    KIND: tl.constexpr, ALIGNED: tl.constexpr, ROWS_: tl.constexpr, COLUMNS_: tl.constexpr,
+):  # fmt: skip
+    """One tile [ROWS, COLUMNS] of one module: out = round(base + sum of terms) (SPEC 6.1).
+
+    tiles: int32 [programs], the record of each program. ALIGNED: d_in of every record is a multiple of 8, and base and
+    out begin at multiples of 16.
+    """
+    program = tl.program_id(0)
+    record = records + tl.load(tiles + program).to(tl.int64) * 8
+    base_at, out_at = tl.load(record), tl.load(record + 1)
+    d_out, d_in = tl.load(record + 2).to(tl.int32), tl.load(record + 3).to(tl.int32)
+    if KIND != _F32:
+        base, out = base_at.to(tl.pointer_type(tl.uint16)), out_at.to(tl.pointer_type(tl.uint16))
+    else:
+        base, out = base_at.to(tl.pointer_type(tl.uint32)), out_at.to(tl.pointer_type(tl.uint32))
+    if ALIGNED:
+        base, out = tl.multiple_of(base, 16), tl.multiple_of(out, 16)
+        d_in = tl.multiple_of(d_in, 8)
+    tile = program - tl.load(record + 4).to(tl.int32)
+    across = tl.cdiv(d_in, COLUMNS_)
+    rows = (tile // across) * ROWS_ + tl.arange(0, ROWS_)
+    columns = (tile % across) * COLUMNS_ + tl.arange(0, COLUMNS_)
+    groups = (tile % across) * (COLUMNS_ // 8) + tl.arange(0, COLUMNS_ // 8)
+    # Eight columns of a group are inside together where d_in is a multiple of 8: one predicate for one 16-byte access.
+    inside = (rows < d_out)[:, None] & (columns < d_in)[None, :]
+    at = (rows.to(tl.int64) * d_in)[:, None] + columns[None, :]
+    total = widen(tl.load(base + at, mask=inside, other=0), KIND)
+    # A `while`: the interpreter's range() does not take loaded numbers.
+    term = terms + tl.load(record + 5) * 5
+    left = tl.load(record + 6)
+    while left > 0:
+        total = _add_term(total, buffer, term, rows, groups, columns, d_out, d_in, ROWS_, COLUMNS_, ALIGNED)
+        term += 5
+        left -= 1
+    tl.store(out + at, narrow(total, KIND), mask=inside)

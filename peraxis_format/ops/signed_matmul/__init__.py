@@ -1,0 +1,1 @@
+"""Inputs times the sum of components, without the weights: torch, numba, triton."""

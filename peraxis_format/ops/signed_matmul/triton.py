@@ -1,0 +1,278 @@
+"""Triton kernels that serve many variants over one base.
+
+    single    one row:             y = x (W + terms)^T + bias, base and masks in one pass, bound by memory
+    decode    few rows a variant:  y += sum over k of row_k o ((x o col_k) B_k^T), on top of the base's product
+    reduce    what decode leaves where K is split over programs
+    prefill   many rows:           y = x W_v^T + bias with W_v rebuilt a tile at a time, the bits of the merged weights
+
+Rows of x are sorted by variant and cut into tiles of one variant each:
+    order   int32 [M], row of x in sorted order           tiles   int32 [tiles, 3]: variant, first, count
+    terms   int64 [variants, TERMS, 3]: addresses of mask (U8 [N, ceil(K/8)]; 0: no such component), row (F32 [N], 2^e
+            folded in), col (F32 [K]; 0: ones)
+K is a constant of the weights, so that loops over it are plain pipelined loops; what a batch changes never is one, so
+that nothing is compiled while it is served.
+
+Signs are the left operand of a tensor core: of a byte the eight +-1 of BF16 are made two at a time, since with the byte
+and a copy of it 15 bits further up one shift moves bits l and l + 1 to the two sign bits of a word:
+
+    w = byte | byte << 15;   pair(l) = ((w << (15 - l)) & 0x80008000) ^ 0xBF80BF80          l = 0, 2, 4, 6
+
+The two numbers are arguments (`signs`, `ones`), for the compiler would take two instructions for constants. In all 2.4
+instructions a weight, whatever the number of rows of a tile (seen in sm_90 code); 8 to 12 where a tensor [N, K/8, 8] of
+shifted bytes is reshaped. x is given in BF16, exactly; x o col (and F16) as two BF16, which keep 14 bits of it.
+Rejected: tables of the sums of four columns, looked up by shuffles: 2.1 instructions, but for one row alone.
+"""
+
+# Triton reads the annotations of a kernel: constants have one, the rest must have none.
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, allow-incomplete-defs
+from __future__ import annotations
+
+from typing import Final
+
+import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+from peraxis_format.ops.rebuild.triton import BF16, F32, flip, narrow, widen
+
+__all__ = ["ONES", "SIGNS", "decode_kernel", "prefill_kernel", "reduce_kernel", "single_kernel"]
+
+SIGNS: Final = 0x80008000 - (1 << 32)  # as signed 32-bit arguments
+ONES: Final = 0xBF80BF80 - (1 << 32)
+
+_BF16 = tl.constexpr(BF16)
+_F32 = tl.constexpr(F32)
+
+
+@triton.jit
+def _term(terms, variant, t: tl.constexpr, TERMS: tl.constexpr):
+    """Addresses of mask, row and col."""
+    at = terms + (variant * TERMS + t) * 3
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2)
+
+
+@triton.jit
+def _vector(address, index, inside):
+    """A row or col vector, F32."""
+    return tl.load(address.to(tl.pointer_type(tl.float32)) + index, mask=inside, other=0.0)
+
+
+@triton.jit
+def _bytes(mask_at, n, g, N, K: tl.constexpr):
+    """uint32 [n, g]: bytes of a mask, 0 outside of it."""
+    WIDTH: tl.constexpr = (K + 7) // 8
+    at = mask_at.to(tl.pointer_type(tl.uint8))
+    inside = (n < N)[:, None] & (g < WIDTH)[None, :]
+    return tl.load(at + n[:, None].to(tl.int64) * WIDTH + g[None, :], mask=inside, other=0).to(tl.uint32)
+
+
+@triton.jit
+def _pair(word, signs, ones, L: tl.constexpr):
+    """[a, b] -> [a, b, 2] bits of +-1: lanes L and L + 1."""
+    pair = ((word << (15 - L)) & signs) ^ ones
+    return tl.join((pair & 0xFFFF).to(tl.uint16), (pair >> 16).to(tl.uint16))
+
+
+@triton.jit
+def _signs(byte, signs, ones, ROWS_: tl.constexpr, COLUMNS_: tl.constexpr):
+    """uint32 bytes [a, b] -> the bits of +-1 in BF16, uint16 [a, 8 b]."""
+    word = byte | (byte << 15)
+    low = tl.join(_pair(word, signs, ones, 0), _pair(word, signs, ones, 4))  # [a, b, lane & 1, lane >> 2]
+    high = tl.join(_pair(word, signs, ones, 2), _pair(word, signs, ones, 6))
+    eight = tl.permute(tl.join(low, high), (0, 1, 3, 4, 2))  # [a, b, lane >> 2, lane >> 1 & 1, lane & 1]
+    return tl.reshape(eight, (ROWS_, COLUMNS_))
+
+
+@triton.jit
+def _eight(g, K: tl.constexpr):
+    """Columns of groups, [1, g, 8], and whether they are inside: by groups where that does, for wide accesses."""
+    k = g[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    inside = tl.broadcast_to((g < K // 8)[None, :, None], k.shape) if K % 8 == 0 else k < K
+    return k, inside
+
+
+@triton.jit
+def _inputs(x, row, k, inside, K: tl.constexpr):
+    """Bits of x^T [k, rows]."""
+    return tl.load(x + row[None, :] * K + k[:, None], mask=inside[None, :] & (k < K)[:, None], other=0)
+
+
+@triton.jit
+def _product(left, right, total, KIND: tl.constexpr, UPCAST: tl.constexpr):
+    """total + left right, both given as bits. UPCAST: in binary32, with the same products."""
+    if UPCAST:
+        out = tl.dot(widen(left, KIND), widen(right, KIND), total, input_precision="ieee")
+    elif KIND == _BF16:
+        out = tl.dot(left.to(tl.bfloat16, bitcast=True), right.to(tl.bfloat16, bitcast=True), total)
+    else:
+        out = tl.dot(left.to(tl.float16, bitcast=True), right.to(tl.float16, bitcast=True), total)
+    return out
+
+
+@triton.jit
+def _signed_product(
+    values, col_at, k, byte, signs, ones, total, K: tl.constexpr, KIND: tl.constexpr, PLAIN: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """total [n, rows] + B (x o col)^T for one block of columns; values: bits of x^T. PLAIN: BF16 without col."""
+    if PLAIN:
+        out = _product(_signs(byte, signs, ones, BN, BK), values, total, _BF16, UPCAST)
+    else:
+        weighted = widen(values, KIND)
+        if col_at != 0:
+            weighted *= _vector(col_at, k, k < K)[:, None]
+        if KIND == _F32:
+            sign = (tl.reshape(flip(byte), (BN, BK)) | 0x3F800000).to(tl.float32, bitcast=True)
+            out = tl.dot(sign, weighted, total, input_precision="ieee")
+        else:
+            bits = weighted.to(tl.uint32, bitcast=True)
+            rest = weighted - (bits & 0xFFFF0000).to(tl.float32, bitcast=True)  # exact
+            sign = _signs(byte, signs, ones, BN, BK)
+            out = _product(sign, (bits >> 16).to(tl.uint16), total, _BF16, UPCAST)
+            out = _product(sign, (rest.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16), out, _BF16, UPCAST)
+    return out
+
+
+@triton.jit(do_not_specialize=["rows"])
+def decode_kernel(
+    y, stride, x, order, tiles, terms, partial, rows, N, signs, ones,
+    K: tl.constexpr, TERMS: tl.constexpr, KIND: tl.constexpr, PLAIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BG: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows, BN outputs, and one of SPLIT parts of the columns; y: [M, N] bits, rows `stride` apart.
+
+    SPLIT 1: added to y, rounded once. More: written to partial, F32 [SPLIT, rows, N], for reduce_kernel.
+    """
+    STEP: tl.constexpr = (((K + 7) // 8 + SPLIT - 1) // SPLIT + BG - 1) // BG * BG
+    tile = tiles + tl.program_id(1) * 3
+    variant, first, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    member = tl.arange(0, BM)
+    row = tl.load(order + first + member, mask=member < count, other=0).to(tl.int64)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    signs, ones = signs.to(tl.uint32, bitcast=True), ones.to(tl.uint32, bitcast=True)
+    total = tl.zeros((BN, BM), tl.float32)
+    for t in tl.static_range(TERMS):
+        mask_at, row_at, col_at = _term(terms, variant, t, TERMS)
+        if mask_at != 0:
+            part = tl.zeros((BN, BM), tl.float32)
+            for start in range(0, STEP, BG):
+                group = tl.program_id(2) * STEP + start
+                k = group * 8 + tl.arange(0, BG * 8)
+                byte = _bytes(mask_at, n, group + tl.arange(0, BG), N, K)
+                values = _inputs(x, row, k, member < count, K)
+                part = _signed_product(
+                    values, col_at, k, byte, signs, ones, part, K, KIND, PLAIN, BN, BG * 8, UPCAST
+                )  # fmt: skip
+            total += part * _vector(row_at, n, n < N)[:, None]
+    written = (n < N)[:, None] & (member < count)[None, :]
+    if SPLIT == 1:
+        at = y + row[None, :] * stride + n[:, None]
+        before = widen(tl.load(at, mask=written, other=0), KIND)
+        tl.store(at, narrow(before + total, KIND), mask=written)
+    else:
+        place = (tl.program_id(2) * rows + first + member).to(tl.int64)
+        tl.store(partial + place[None, :] * N + n[:, None], total, mask=written)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def reduce_kernel(
+    y, stride, partial, order, rows, N, KIND: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """y += the parts of decode_kernel, in their order, rounded once: one row of `order` and BN outputs."""
+    position = tl.program_id(1)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    at = y + tl.load(order + position).to(tl.int64) * stride + n
+    total = tl.zeros((BN,), tl.float32)
+    for part in tl.static_range(SPLIT):
+        total += tl.load(partial + (part * rows + position).to(tl.int64) * N + n, mask=n < N, other=0.0)
+    tl.store(at, narrow(widen(tl.load(at, mask=n < N, other=0), KIND) + total, KIND), mask=n < N)
+
+
+@triton.jit(do_not_specialize=["variant"])
+def single_kernel(
+    y, x, weight, bias, variant, terms, N,
+    K: tl.constexpr, TERMS: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, BN: tl.constexpr,
+    BG: tl.constexpr,
+):  # fmt: skip
+    """BN outputs of one row: y [N] = x [K] (W + terms)^T + bias, rounded once.
+
+    Sums are binary32: eight columns in a thread, then over the blocks of columns, then over threads.
+    """
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    total = tl.zeros((BN, BG), tl.float32)
+    for start in range(0, (K + 7) // 8, BG):
+        k, inside = _eight(start + tl.arange(0, BG), K)
+        values = widen(tl.load(x + k, mask=inside, other=0), KIND)
+        at = weight + n[:, None, None].to(tl.int64) * K + k
+        base = widen(tl.load(at, mask=(n < N)[:, None, None] & inside, other=0), KIND)
+        total += tl.sum(base * values, axis=2)
+    out = tl.sum(total, axis=1)
+    for t in tl.static_range(TERMS):
+        mask_at, row_at, col_at = _term(terms, variant, t, TERMS)
+        if mask_at != 0:
+            part = tl.zeros((BN, BG), tl.float32)
+            for start in range(0, (K + 7) // 8, BG):
+                g = start + tl.arange(0, BG)
+                k, inside = _eight(g, K)
+                values = widen(tl.load(x + k, mask=inside, other=0), KIND)
+                if col_at != 0:
+                    values *= _vector(col_at, k, inside)
+                signed = values.to(tl.uint32, bitcast=True) ^ flip(_bytes(mask_at, n, g, N, K))
+                part += tl.sum(signed.to(tl.float32, bitcast=True), axis=2)
+            out += tl.sum(part, axis=1) * _vector(row_at, n, n < N)
+    if HAS_BIAS:
+        out += widen(tl.load(bias + n, mask=n < N, other=0), KIND)
+    tl.store(y + n, narrow(out, KIND), mask=n < N)
+
+
+@triton.jit
+def _rebuilt(
+    weight, terms, variant, n, first, N, K: tl.constexpr, TERMS: tl.constexpr, KIND: tl.constexpr, BN: tl.constexpr,
+    BG: tl.constexpr,
+):  # fmt: skip
+    """The merged weights before they are rounded: W + terms (SPEC 6.1), F32 [BN, 8 BG], from group `first` on."""
+    k = first * 8 + tl.arange(0, BG * 8)
+    inside = (n < N)[:, None] & (k < K)[None, :]
+    total = widen(tl.load(weight + n[:, None].to(tl.int64) * K + k[None, :], mask=inside, other=0), KIND)
+    for t in tl.static_range(TERMS):
+        mask_at, row_at, col_at = _term(terms, variant, t, TERMS)
+        # No branches between the loads and the product, or these are not pipelined: a component that is not there adds
+        # a zero, which at most turns a -0 of the base into +0.
+        row, col = row_at.to(tl.pointer_type(tl.float32)), col_at.to(tl.pointer_type(tl.float32))
+        scale = tl.load(row + n, mask=(n < N) & (mask_at != 0), other=0.0)
+        column = tl.load(col + k, mask=(k < K) & (col_at != 0), other=1.0)
+        byte = _bytes(mask_at, n, first + tl.arange(0, BG), tl.where(mask_at != 0, N, 0), K)
+        size = (scale[:, None] * column[None, :]).to(tl.uint32, bitcast=True)
+        total += (size ^ tl.reshape(flip(byte), (BN, BG * 8))).to(tl.float32, bitcast=True)
+    return total
+
+
+@triton.jit
+def prefill_kernel(
+    y, stride, x, weight, bias, order, tiles, terms, N,
+    K: tl.constexpr, TERMS: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BG: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """y = x W_v^T + bias for one tile of rows and BN outputs.
+
+    UPCAST: multiply in binary32 (the interpreter has no BF16 product; F32 weights); products are the same.
+    """
+    tile = tiles + tl.program_id(1) * 3
+    variant, first, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    member = tl.arange(0, BM)
+    row = tl.load(order + first + member, mask=member < count, other=0).to(tl.int64)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    acc = tl.zeros((BN, BM), tl.float32)
+    for start in range(0, (K + 7) // 8, BG):
+        values = _inputs(x, row, start * 8 + tl.arange(0, BG * 8), member < count, K)
+        total = _rebuilt(weight, terms, variant, n, start, N, K, TERMS, KIND, BN, BG)
+        if UPCAST:
+            bits = narrow(total, KIND)
+        elif KIND == _BF16:
+            bits = total.to(tl.bfloat16).to(tl.uint16, bitcast=True)  # as narrow, but for the payload of a NaN
+        else:
+            bits = total.to(tl.float16).to(tl.uint16, bitcast=True)
+        acc = _product(bits, values, acc, KIND, UPCAST)
+    if HAS_BIAS:
+        acc += widen(tl.load(bias + n, mask=n < N, other=0), KIND)[:, None]
+    at = y + row[None, :] * stride + n[:, None]
+    tl.store(at, narrow(acc, KIND), mask=(n < N)[:, None] & (member < count)[None, :])

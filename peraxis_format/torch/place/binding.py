@@ -1,0 +1,172 @@
+"""Step 12 of SPEC 8 on a live model: its weights are the base that the delta was made for.
+
+Every storage is hashed once (digests.py). Where a rank holds only a piece of a tensor, the pieces are sent to one rank,
+in turns, which hashes the whole. Nothing is written before all agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from peraxis_format.binding import check_base_digest
+from peraxis_format.dtypes import raw_bytes
+from peraxis_format.errors import BindingError, LiveModelError, PxdError
+from peraxis_format.manifest import Manifest, ModuleEntry
+from peraxis_format.ops.tensors import as_bytes, storage_array
+from peraxis_format.torch.place.digests import digests
+from peraxis_format.torch.place.shards import Box, Placement, ShardView, whole
+from peraxis_format.torch.ring import Ring
+
+__all__ = ["agree", "check_live", "is_sharded", "rank_and_count", "sharded_anywhere"]
+
+
+def is_sharded(placement: Placement, manifest: Manifest) -> bool:
+    """Whether some module is here in part only."""
+    return any(part.box != whole(entry.shape) for entry in manifest.modules for part in placement[entry.name])
+
+
+def check_live(
+    manifest: Manifest, placement: Placement, *, ring: Ring, workers: int | None = None, group: Any = None
+) -> None:
+    """Every base tensor has the bytes that the manifest names (SPEC 7.3).
+
+    ring: of the device that holds them, reserved already. group: the torch.distributed group whose ranks hold the
+    pieces of sharded tensors (default: all ranks).
+    Raises BindingError (E404) for the first module that differs, on every rank alike.
+    """
+    bound = [entry for entry in manifest.modules if entry.base is not None]
+    local = [(entry, part) for entry in bound for part in placement[entry.name] if part.box == whole(entry.shape)]
+    pieces = [entry for entry in bound if any(part.box != whole(entry.shape) for part in placement[entry.name])]
+    error: Exception | None = None
+    try:
+        found = digests([part.view for _, part in local], device=ring.device, ring=ring, workers=workers)
+        for (entry, _), digest in zip(local, found, strict=True):
+            check_base_digest(entry, digest)
+    except PxdError as failure:
+        error = _named(failure, manifest)
+    if sharded_anywhere(bool(pieces), group):
+        try:
+            _check_pieces(pieces, placement, group)
+        except PxdError as failure:
+            error = error or _named(failure, manifest)
+        agree(error, group)
+    elif error is not None:
+        raise error
+    elif pieces:
+        raise LiveModelError(f"{pieces[0].name}: only a piece of it is here; initialise torch.distributed")
+
+
+def _named(failure: PxdError, manifest: Manifest) -> PxdError:
+    """The same error, which says what base the delta was made for."""
+    base = manifest.base
+    revision = f" at revision {base.revision}" if base.revision else ""
+    return BindingError(failure.code, f"the delta was made for {base.id}{revision}", field=failure.field)
+
+
+# --- pieces on several ranks ---------------------------------------------------------------------------
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def sharded_anywhere(here: bool, group: Any = None) -> bool:
+    """Whether any rank holds a module in part only: all of them then have to act together."""
+    if not _distributed():
+        return False
+    return any(_gathered(here, group))
+
+
+def _gathered(value: Any, group: Any) -> list[Any]:
+    out: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(out, value, group=group)
+    return out
+
+
+def rank_and_count(group: Any = None) -> tuple[int, int]:
+    """This process's rank and the number of ranks; (0, 1) without torch.distributed."""
+    if not _distributed():
+        return 0, 1
+    return torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+
+
+def agree(error: BaseException | None, group: Any = None) -> None:
+    """Raise on every rank where one rank has an error: its own where it has one, else that of the first other rank."""
+    if not _distributed():
+        if error is not None:
+            raise error
+        return
+    failures = [(rank, failure) for rank, failure in enumerate(_gathered(error, group)) if failure is not None]
+    if error is not None:
+        raise error
+    if failures:
+        raise failures[0][1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """A piece of a tensor that one rank has to give: which, and who it is."""
+
+    rank: int
+    box: Box
+
+
+def _check_pieces(pieces: Sequence[ModuleEntry], placement: Placement, group: Any) -> None:
+    """Each module is put together on one rank and hashed there; ranks take turns."""
+    rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    boxes = _gathered({entry.name: placement[entry.name][0].box for entry in pieces}, group)
+    failure: PxdError | None = None
+    for turn, entry in enumerate(pieces):
+        owner = turn % world
+        # Replicated pieces are sent once.
+        senders = {b[entry.name]: r for r, b in reversed(list(enumerate(boxes))) if entry.name in b}
+        messages = [_Message(r, box) for box, r in sorted(senders.items()) if _volume(box)]
+        part = placement[entry.name][0]
+        if rank == owner:
+            digest = _assembled(entry, messages, part, group)
+            try:
+                check_base_digest(entry, digest)
+            except PxdError as error:
+                failure = failure or error
+        else:
+            for message in messages:
+                if message.rank == rank:
+                    torch.distributed.send(as_bytes(part.view), dst=_global(owner, group), group=group)
+    if failure is not None:
+        raise failure
+
+
+def _global(rank: int, group: Any) -> int:
+    return rank if group is None else torch.distributed.get_global_rank(group, rank)
+
+
+def _volume(box: Box) -> int:
+    return math.prod(end - begin for begin, end in box)
+
+
+def _assembled(entry: ModuleEntry, messages: Sequence[_Message], mine: ShardView, group: Any) -> str:
+    """The hex digest of the whole tensor, from the pieces of all ranks."""
+    rank = torch.distributed.get_rank(group)
+    full = np.empty(entry.shape, entry.dtype.storage)
+    covered = 0
+    for message in messages:
+        shape = tuple(end - begin for begin, end in message.box)
+        if message.rank == rank:
+            data = as_bytes(mine.view)
+        else:
+            size = math.prod(shape) * entry.dtype.itemsize
+            data = torch.empty(size, dtype=torch.uint8, device=mine.view.device)
+            torch.distributed.recv(data, src=_global(message.rank, group), group=group)
+        where = tuple(slice(begin, end) for begin, end in message.box)
+        full[where] = storage_array(data.cpu()).view(entry.dtype.storage).reshape(shape)
+        covered += _volume(message.box)
+    if covered != full.size:
+        raise LiveModelError(f"{entry.name}: the ranks hold {covered} of its {full.size} weights; check `shards`")
+    return hashlib.sha256(raw_bytes(full)).hexdigest()

@@ -1,0 +1,61 @@
+"""Who changes the weights of a live model: one owner at a time, known by their storages.
+
+A VariantSwitch keeps a pristine copy of the weights that it changes, and `serve` reads the live ones as the base. Both
+are wrong without any sign of it once somebody else writes. So each claims the storages that it relies on, and whoever
+wants to write asks first. A claim ends with its owner, or with the storage.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import Tensor
+
+from peraxis_format.errors import LiveModelError
+
+__all__ = ["claim", "refuse_claimed", "release"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    owner: weakref.ref[Any]
+    storage: weakref.ref[Any]
+    remedy: str
+
+
+_CLAIMS: Final[dict[int, _Claim]] = {}  # data_ptr of a storage -> who relies on it
+_LOCK: Final = threading.Lock()
+
+
+def refuse_claimed(views: Iterable[Tensor], owner: Any = None) -> None:
+    """Raises LiveModelError where somebody other than `owner` relies on one of these storages."""
+    with _LOCK:
+        for view in views:
+            found = _CLAIMS.get(view.untyped_storage().data_ptr())
+            if found is None or found.storage() is None:
+                continue
+            other = found.owner()
+            if other is not None and other is not owner:
+                raise LiveModelError(found.remedy)
+
+
+def claim(views: Iterable[Tensor], owner: Any, remedy: str) -> None:
+    """Claim storages for an owner. remedy: the whole error for others. Raises as refuse_claimed does."""
+    views = list(views)
+    refuse_claimed(views, owner)
+    with _LOCK:
+        for view in views:
+            storage = view.untyped_storage()
+            _CLAIMS[storage.data_ptr()] = _Claim(weakref.ref(owner), weakref.ref(storage), remedy)
+
+
+def release(owner: Any) -> None:
+    """End all claims of an owner, and those that have ended by themselves."""
+    with _LOCK:
+        for key, found in list(_CLAIMS.items()):
+            if found.owner() in (None, owner) or found.storage() is None:
+                del _CLAIMS[key]

@@ -1,0 +1,103 @@
+"""SHA-256 of live tensors, in parallel, each of them once.
+
+Host memory is hashed where it lies. Device memory goes through the ring's page-locked buffers, two pieces for each
+thread: one is hashed while the next is on its way.
+
+A digest is remembered by the tensor's version counter for as long as torch counts no change of it (a write through
+`.data` is not counted: whoever does that has to call `forget`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any, Final
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from peraxis_format.dtypes import raw_bytes
+from peraxis_format.ops.tensors import as_bytes, storage_array
+from peraxis_format.thread_pool import thread_count
+from peraxis_format.torch.device import Device
+from peraxis_format.torch.ring import Ring
+
+__all__ = ["digests", "forget", "inherit"]
+
+_REMEMBERED: Final[Any] = WeakTensorKeyDictionary()  # live tensor -> (data_ptr, version, hex digest)
+
+
+def digests(views: Sequence[Tensor], *, device: Device, ring: Ring, workers: int | None = None) -> Iterator[str]:
+    """Hex digests of the tensors' bytes in row-major order, in turn."""
+    count = workers or thread_count()
+    staging: SimpleQueue[tuple[Tensor, Tensor]] = SimpleQueue()
+    if device.staged:
+        for pair in ring.staging(count):
+            staging.put(pair)
+    begun = device.record()
+
+    def one(view: Tensor) -> str:
+        known = _known(view)
+        if known is not None:
+            return known
+        if not device.staged or view.device != device.torch_device:
+            digest = hashlib.sha256(raw_bytes(storage_array(as_bytes(view)))).hexdigest()
+        else:
+            pair = staging.get()
+            try:
+                digest = _staged(as_bytes(view), device, pair, begun)
+            finally:
+                staging.put(pair)
+        _remember(view, digest)
+        return digest
+
+    with ThreadPoolExecutor(count) as pool:
+        yield from pool.map(one, views)
+
+
+def _staged(data: Tensor, device: Device, pair: tuple[Tensor, Tensor], begun: Any) -> str:
+    """data: flat uint8 on the device."""
+    step = pair[0].numel()
+    hasher = hashlib.sha256()
+
+    def start(begin: int) -> Any:
+        piece = data[begin : begin + step]
+        return device.download(pair[begin // step % 2][: len(piece)], piece, after=begun)
+
+    arriving = start(0)
+    for begin in range(0, len(data), step):
+        arrived = arriving
+        if begin + step < len(data):
+            arriving = start(begin + step)
+        device.host_waits(arrived)
+        piece = pair[begin // step % 2][: min(step, len(data) - begin)]
+        hasher.update(raw_bytes(storage_array(piece)))
+    return hasher.hexdigest()
+
+
+def _known(view: Tensor) -> str | None:
+    found = None if view.is_inference() else _REMEMBERED.get(view)
+    if found is None or found[:2] != (view.data_ptr(), view._version):
+        return None
+    digest: str = found[2]
+    return digest
+
+
+def _remember(view: Tensor, digest: str) -> None:
+    if not view.is_inference():
+        _REMEMBERED[view] = (view.data_ptr(), view._version, digest)
+
+
+def inherit(copy: Tensor, original: Tensor) -> None:
+    """A copy that was just made has the digest of its original, if that is known."""
+    digest = _known(original)
+    if digest is not None:
+        _remember(copy, digest)
+
+
+def forget(views: Sequence[Tensor]) -> None:
+    """Do not trust what is remembered of these tensors: hash them again when next asked."""
+    for view in views:
+        _REMEMBERED.pop(view, None)

@@ -1,0 +1,151 @@
+"""Looks a checkpoint's tensors up in a model: under their own names, in fused rows, in shards, under other names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from peraxis_format.errors import LiveModelError
+from peraxis_format.manifest import Manifest, ModuleEntry
+from peraxis_format.torch.place.renamed import checkpoint_views
+from peraxis_format.torch.place.shards import Box, Shard, ShardView, Target, Views, chunk, whole
+
+__all__ = ["FUSED", "Finder", "named"]
+
+# Words that wrappers put into the names of parameters: anywhere, and at the beginning.
+_WITHIN: Final = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|base_layer)\.(?=.)")
+_LEADING: Final = re.compile(r"^(?:module\.|base_model\.model\.)+(?=.)")
+
+FUSED: Final[Mapping[str, tuple[str, ...]]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "query_key_value": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""The last word of a fused parameter's owner -> the words in a checkpoint whose rows it holds, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finder:
+    """Looks names up: explicit views, the model's own names, rows of fused parameters, what transformers renames."""
+
+    live: dict[str, Tensor]
+    views: Views
+    shards: Mapping[str, Shard]
+    fused: Mapping[str, tuple[str, ...]]
+    entries: dict[str, ModuleEntry]
+    renamed: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, target: Target, manifest: Manifest, *, views: Views | None, shards: Mapping[str, Shard] | None,
+        fused: Mapping[str, tuple[str, ...]],
+    ) -> Finder:  # fmt: skip
+        """views, shards, fused: see placement.place. Transformers is asked only where the names do not do."""
+        entries = {entry.name: entry for entry in manifest.modules}
+        finder = cls(named(target), views or {}, shards or {}, fused, entries)
+        missing = any(not finder.find(name, entry) for name, entry in entries.items())
+        if missing and isinstance(target, nn.Module) and not finder.shards:
+            finder.renamed.update(checkpoint_views(_inner(target)))
+        return finder
+
+    def find(self, name: str, entry: ModuleEntry) -> list[ShardView]:
+        """The parts of a checkpoint tensor; none where the model lacks it."""
+        if name in self.views:
+            given = self.views[name]
+            if isinstance(given, Tensor):
+                return [ShardView(whole(entry.shape), given)]
+            return [given] if isinstance(given, ShardView) else list(given)
+        if name in self.live:
+            return [_local(self.live[name], self._box(name, entry), name)]
+        found = list(self._rows(name, entry))
+        if not found and name in self.renamed:
+            found = [ShardView(whole(entry.shape), self.renamed[name])]
+        return found
+
+    def _box(self, name: str, entry: ModuleEntry) -> Box:
+        box = whole(entry.shape)
+        shard = self.shards.get(name)
+        if shard is None:
+            return box
+        cut = chunk(box[shard.dim], shard.index, shard.count)
+        return (*box[: shard.dim], cut, *box[shard.dim + 1 :])
+
+    def _rows(self, name: str, entry: ModuleEntry) -> Iterator[ShardView]:
+        """Rows of a fused parameter: those of the words before this one come first, by the manifest's shapes."""
+        words = name.split(".")
+        for fused_word, members in self.fused.items():
+            for i, word in enumerate(words):
+                owner = ".".join([*words[:i], fused_word, *words[i + 1 :]])
+                if word not in members or owner not in self.live:
+                    continue
+                names = [".".join([*words[:i], member, *words[i + 1 :]]) for member in members]
+                if any(n not in self.entries for n in names):
+                    continue
+                boxes = [self._box(n, self.entries[n]) for n in names]
+                begins = [sum(b[0][1] - b[0][0] for b in boxes[:k]) for k in range(len(boxes) + 1)]
+                tensor = self.live[owner]
+                if tensor.shape[0] != begins[-1]:
+                    raise LiveModelError(
+                        f"{owner}: {tensor.shape[0]} rows, but {', '.join(members)} have {begins[-1]} together; "
+                        "say where they lie with `views`"
+                    )
+                k = members.index(word)
+                yield ShardView(boxes[k], tensor.detach()[begins[k] : begins[k + 1]])
+                return
+
+
+def _local(tensor: Tensor, box: Box, name: str) -> ShardView:
+    """The part that a live tensor holds: itself, or a DTensor's local shard."""
+    placements = getattr(tensor, "placements", None)
+    if placements is None:
+        return ShardView(box, tensor)
+    sharded: Any = tensor
+    return ShardView(_shard_box(sharded, box, placements, name), sharded.to_local())
+
+
+def _shard_box(tensor: Any, box: Box, placements: Sequence[Any], name: str) -> Box:
+    """This rank's box of a DTensor: mesh dimensions cut one after the other."""
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        raise LiveModelError(f"{name}: this rank is not in the tensor's device mesh")
+    cut = list(box)
+    for dim, placed in enumerate(placements):
+        if placed.is_replicate():
+            continue
+        if type(placed).__name__ != "Shard":
+            raise LiveModelError(f"{name}: placement {placed} cannot be written to; use Shard and Replicate")
+        cut[placed.dim] = chunk(cut[placed.dim], coordinate[dim], tensor.device_mesh.size(dim))
+    return tuple(cut)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The transformers model inside wrappers, or the model itself."""
+    kinds = ((module, [kind.__name__ for kind in type(module).__mro__]) for module in model.modules())
+    return next((module for module, names in kinds if "PreTrainedModel" in names), model)
+
+
+def named(target: Target) -> dict[str, Tensor]:
+    """Every tensor of a model under each of its names, or the state dict itself; also without what wrappers add.
+
+    torch.compile, DistributedDataParallel, activation checkpointing and PEFT put words into names. The name without
+    them is the checkpoint's.
+    """
+    if isinstance(target, nn.Module):
+        live = {
+            **dict(target.named_buffers(remove_duplicate=False)),
+            **dict(target.named_parameters(remove_duplicate=False)),
+        }
+    else:
+        live = dict(target)
+    flat = next((name for name in live if "_flat_param" in name), None)
+    if flat is not None:
+        raise LiveModelError(
+            f"{flat}: FSDP1 has flattened the weights; wrap the model with fully_shard (FSDP2) instead"
+        )
+    for name in list(live):
+        live.setdefault(_LEADING.sub("", _WITHIN.sub("", name)), live[name])
+    return live

@@ -1,0 +1,147 @@
+"""Where the tensors of a checkpoint live in a model, and whether they can hold the fine-tune (see shards.py)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from peraxis_format.errors import BindingError, LiveModelError
+from peraxis_format.manifest import Manifest, ModuleEntry
+from peraxis_format.ops.tensors import TORCH_DTYPES, dtype_of
+from peraxis_format.torch.place.finder import FUSED, Finder
+from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, storage_key, whole
+
+__all__ = ["place"]
+
+
+def place(
+    target: Target,
+    manifest: Manifest,
+    *,
+    views: Views | None = None,
+    shards: Mapping[str, Shard] | None = None,
+    fused: Mapping[str, tuple[str, ...]] = FUSED,
+) -> Placement:
+    """Find the live storage of every module of a manifest.
+
+    views: explicit answers for names that the model does not have under this name (a tensor: the whole box). shards:
+    names whose live tensor is a piece. fused: see FUSED. What transformers itself renames is found without them.
+    Raises BindingError (E401, E402, E403) where the model is not the base, LiveModelError where it cannot hold the
+    fine-tune: transformed weights, a shape or dtype that changes, a tensor that would have to go away.
+    """
+    _refuse_quantised(target)
+    _refuse_part(manifest)
+    finder = Finder.of(target, manifest, views=views, shards=shards, fused=fused)
+    aliases: dict[str, list[str]] = {}
+    for name, alias in manifest.tied:
+        aliases.setdefault(name, []).append(alias)
+    placement: Placement = {}
+    missing: list[str] = []
+    for entry in manifest.modules:
+        parts = [part for name in (entry.name, *aliases.get(entry.name, [])) for part in finder.find(name, entry)]
+        if not parts:
+            missing.append(entry.name)
+            continue
+        for part in parts:
+            _check(entry, part)
+        placement[entry.name] = _distinct(parts)
+    _refuse_missing(manifest, missing)
+    _refuse_dropped(manifest, finder)
+    _refuse_shared(manifest, placement)
+    return placement
+
+
+def _refuse_part(manifest: Manifest) -> None:
+    # SPEC 14: a part would leave the live model a mixture of base and fine-tune.
+    if "peraxis.part" in manifest.metadata:
+        raise LiveModelError("the file is a part of a delta; put the parts together with `peraxis-tools merge` first")
+
+
+def _refuse_quantised(target: Target) -> None:
+    quantised = getattr(target, "hf_quantizer", None) is not None or getattr(target, "is_quantized", False)
+    if quantised:
+        raise LiveModelError(
+            "the model is quantised: its weights are not the base's any more; load it without quantization_config, "
+            "apply, then quantise"
+        )
+
+
+def _check(entry: ModuleEntry, part: ShardView) -> None:
+    """The live tensor is the base's (SPEC 7.2), and can hold the fine-tuned one in place."""
+    name, view = entry.name, part.view
+    if type(view) not in (Tensor, nn.Parameter, nn.Buffer):
+        raise LiveModelError(f"{name}: {type(view).__name__} is no plain tensor; apply before quantising or wrapping")
+    if view.device.type == "meta":
+        raise LiveModelError(f"{name}: on the meta device, without storage; load the weights first")
+    dtype = dtype_of(view, name)
+    local = tuple(end - begin for begin, end in part.box)
+    base = entry.base
+    if base is not None:
+        fits = part.box == whole(entry.shape) and base.shape != entry.shape
+        expected = base.shape if fits else local
+        if dtype is not base.dtype and tuple(view.shape) == expected:
+            raise BindingError(
+                "E403",
+                f"{dtype.value}, not {base.dtype.value}: load the model with dtype={TORCH_DTYPES[base.dtype]}",
+                field=name,
+            )
+        if tuple(view.shape) != expected:
+            raise BindingError(
+                "E403",
+                f"{dtype.value} {list(view.shape)}, not {base.dtype.value} {list(expected)}",
+                field=name,
+            )
+    if dtype is not entry.dtype or tuple(view.shape) != local or (base is not None and base.shape != entry.shape):
+        raise LiveModelError(
+            f"{name}: the fine-tune has {entry.dtype.value} {list(entry.shape)}, the live model {dtype.value} "
+            f"{list(view.shape)}; storage cannot change in place: write the checkpoint with `peraxis-tools apply`"
+        )
+
+
+def _distinct(parts: Sequence[ShardView]) -> tuple[ShardView, ...]:
+    """Each storage once: tied tensors are one."""
+    return tuple({(part.box, storage_key(part.view)): part for part in parts}.values())
+
+
+def _refuse_missing(manifest: Manifest, missing: list[str]) -> None:
+    entries = {module.name: module for module in manifest.modules}
+    bound = [module for module in manifest.modules if module.base is not None]
+    lacking = [name for name in missing if entries[name].base is not None]
+    if lacking and len(lacking) == len(bound):
+        raise BindingError("E401", f"the live model has no {lacking[0]!r}, nor any other of {len(lacking)}")
+    if lacking:
+        detail = f"the live model has no {lacking[0]!r} ({len(lacking)} of {len(bound)} missing)"
+        raise BindingError("E402", detail)
+    if missing:
+        raise LiveModelError(
+            f"the live model has no {missing[0]!r}, which the fine-tune adds; write the checkpoint with "
+            "`peraxis-tools apply`, or give the tensor a place with `views`"
+        )
+
+
+def _refuse_dropped(manifest: Manifest, finder: Finder) -> None:
+    left = [name for name in manifest.dropped if name in finder.live]
+    if left:
+        raise LiveModelError(
+            f"the fine-tune has no {left[0]!r} any more, but the live model uses it; write the checkpoint with "
+            "`peraxis-tools apply`"
+        )
+
+
+def _refuse_shared(manifest: Manifest, placement: Placement) -> None:
+    """Two modules in one storage can only be one module under two names."""
+    held: dict[tuple[Any, ...], ModuleEntry] = {}
+    for entry in manifest.modules:
+        for part in placement[entry.name]:
+            if math.prod(part.view.shape) == 0:
+                continue
+            other = held.setdefault(storage_key(part.view), entry)
+            same = (other.sha256, other.base, other.components) == (entry.sha256, entry.base, entry.components)
+            if other is not entry and not same:
+                raise LiveModelError(
+                    f"{entry.name} and {other.name} share storage in the live model but differ in the fine-tune; "
+                    "untie them first (tie_word_embeddings=False)"
+                )

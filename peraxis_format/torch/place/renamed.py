@@ -1,0 +1,60 @@
+"""Where the checkpoint's tensors lie in a transformers model that names and shapes its own differently.
+
+Since version 5 such models are loaded through a mapping (experts `...experts.3.w1.weight` become rows of one tensor
+`...experts.gate_up_proj`; prefixes change), and saved through its reverse. Run on the live tensors with copies held
+back, the reverse gives for each name in the checkpoint a view into live storage. Nothing here knows any model; that a
+view is the right one is shown by the base's digest, which is checked before anything is written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peraxis_format.errors import LiveModelError
+
+__all__ = ["checkpoint_views"]
+
+
+class _NoCopies(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
+    """A copy into another layout (`contiguous`) is a view of what it would copy. What needs one raises."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.clone.default:
+            return torch.ops.aten.alias.default(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def checkpoint_views(model: nn.Module) -> dict[str, Tensor]:
+    """Name in the checkpoint -> view into live storage; nothing for a model that transformers does not rename.
+
+    Tensors that the mapping puts together from several live ones, or permutes inside, are not among them.
+    Raises LiveModelError where the mapping cannot be reversed.
+    """
+    state = model.state_dict()
+    plain = all(type(tensor) is Tensor for tensor in state.values())
+    if not plain or not any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__):
+        return {}
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before version 5 models had the checkpoint's names
+        return {}
+    try:
+        converted: Any = model
+        without_copies: Any = _NoCopies
+        with torch.no_grad(), without_copies():
+            found: dict[str, Any] = revert_weight_conversion(converted, dict(state))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise LiveModelError(
+            f"{type(model).__name__}: the names of its checkpoint cannot be found out ({error}); say with `views` "
+            "where its tensors lie"
+        ) from error
+    live = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
+    return {
+        name: tensor
+        for name, tensor in found.items()
+        if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() in live
+    }

@@ -1,0 +1,95 @@
+"""A checkpoint tensor is a box of indices, [0, d0) x [0, d1) x ...; a ShardView says which one lies where.
+
+    plain            one part, the whole box, the parameter itself
+    tied             one part for each distinct storage among the module and its aliases (mostly one)
+    fused            one part, the whole box, a stretch of the fused parameter (qkv_proj, gate_up_proj, experts)
+    sharded          one part, this rank's box, the local tensor (DTensor, or `shards` for plain local tensors)
+
+That is all that the rest of the loader knows of a model; placement.py finds it out. Sharding along a dimension is
+torch.chunk's: pieces of ceil(d / n), the last ones shorter or empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "Box",
+    "ShardView",
+    "Placement",
+    "Shard",
+    "Target",
+    "Views",
+    "chunk",
+    "copy_aside",
+    "increment_versions",
+    "storage_key",
+    "whole",
+]
+
+Box: TypeAlias = tuple[tuple[int, int], ...]
+Target: TypeAlias = nn.Module | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShardView:
+    """A box of a checkpoint tensor and the live storage that holds it. view: a tensor of the box's shape."""
+
+    box: Box
+    view: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """This rank's piece of a tensor that is split along one dimension. 0 <= index < count."""
+
+    dim: int
+    index: int
+    count: int
+
+
+Placement: TypeAlias = dict[str, tuple[ShardView, ...]]
+Views: TypeAlias = Mapping[str, Tensor | ShardView | Sequence[ShardView]]
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """The box that is all of a tensor."""
+    return tuple((0, d) for d in shape)
+
+
+def chunk(extent: tuple[int, int], index: int, count: int) -> tuple[int, int]:
+    """Piece `index` of `count` of [begin, end), as torch.chunk cuts."""
+    begin, end = extent
+    step = -(-(end - begin) // count)
+    return min(begin + index * step, end), min(begin + (index + 1) * step, end)
+
+
+def storage_key(view: Tensor) -> tuple[Any, ...]:
+    """Equal for views of the same storage in the same layout."""
+    return view.device, view.data_ptr(), tuple(view.shape), view.stride()
+
+
+def copy_aside(placement: Placement, *, host: bool = False, pinned: bool = False) -> dict[ShardView, Tensor]:
+    """A contiguous copy of every live storage: beside it, or in host memory, page-locked or not."""
+    copies = {}
+    for parts in placement.values():
+        for part in parts:
+            view = part.view.detach()
+            if host or pinned:
+                copies[part] = torch.empty(view.shape, dtype=view.dtype, pin_memory=pinned).copy_(view)
+            else:
+                copies[part] = view.clone(memory_format=torch.contiguous_format)
+    return copies
+
+
+def increment_versions(parts: Iterable[ShardView]) -> None:
+    """Tell autograd and whoever remembers digests that the weights change (they are written behind torch's back)."""
+    with torch.no_grad():
+        for part in parts:
+            if not part.view.is_inference():
+                torch.autograd.graph.increment_version(part.view)

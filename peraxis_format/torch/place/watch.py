@@ -1,0 +1,106 @@
+"""Notices when the tensors of a live model are no longer those that were placed.
+
+`load_state_dict(assign=True)`, a new Parameter and `.to(dtype)` give a model other storages. What holds views of the
+old ones would then write into memory that no forward reads. A look at each tensor costs less than a microsecond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peraxis_format.errors import LiveModelError
+from peraxis_format.torch.place.shards import Placement, ShardView, Target
+
+__all__ = ["LiveTensors"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """One name of a tensor: the mapping that the model looks it up in, and the tensor that was there."""
+
+    name: str
+    holder: Mapping[str, Any]
+    key: str
+    tensor: Tensor
+    address: int
+    dtype: torch.dtype
+
+    @property
+    def is_same(self) -> bool:
+        return (
+            self.holder.get(self.key) is self.tensor
+            and _local(self.tensor).data_ptr() == self.address
+            and self.tensor.dtype is self.dtype
+        )
+
+
+class LiveTensors:
+    """The tensors of a model that lie in the storages of placements, and how often each was written."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._slots: dict[str, _Slot] = {}
+        self._versions: dict[ShardView, int] = {}
+
+    def add(self, placement: Placement) -> None:
+        """Watch the tensors behind a placement, from their state of now on."""
+        wanted = {part.view.untyped_storage().data_ptr() for parts in placement.values() for part in parts}
+        for name, holder, key in _names(self._target):
+            tensor = holder[key]
+            if tensor is None or name in self._slots:
+                continue
+            local = _local(tensor)
+            if local.device.type != "meta" and local.untyped_storage().data_ptr() in wanted:
+                self._slots[name] = _Slot(name, holder, key, tensor, local.data_ptr(), tensor.dtype)
+        self.remember(part for parts in placement.values() for part in parts if part not in self._versions)
+
+    def remember(self, parts: Iterable[ShardView]) -> None:
+        """What these storages hold now was written by their owner."""
+        for part in parts:
+            if not part.view.is_inference():
+                self._versions[part] = part.view._version
+
+    def written(self) -> frozenset[ShardView]:
+        """Storages that somebody other than their owner has written."""
+        return frozenset(part for part, version in self._versions.items() if part.view._version != version)
+
+    def check(self, *, overwrite: bool = False) -> None:
+        """Raises LiveModelError where a tensor was replaced, or, unless `overwrite`, written by somebody else."""
+        for slot in self._slots.values():
+            if not slot.is_same:
+                raise LiveModelError(
+                    f"{slot.name}: the model has another tensor there since the variants were added (a new Parameter, "
+                    "load_state_dict with assign=True, or a change of dtype or device); make a new VariantSwitch"
+                )
+        for part in () if overwrite else self.written():
+            raise LiveModelError(
+                f"{self._name_of(part)}: was written since the last swap, which a swap would undo; "
+                "pass overwrite=True to lose what was written, or make a new VariantSwitch to keep it"
+            )
+
+    def _name_of(self, part: ShardView) -> str:
+        at = part.view.untyped_storage().data_ptr()
+        named = (slot.name for slot in self._slots.values() if _local(slot.tensor).untyped_storage().data_ptr() == at)
+        return next(named, "a weight")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """A DTensor's own piece, whose storage is the one that is written."""
+    local: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local
+
+
+def _names(target: Target) -> Iterator[tuple[str, Mapping[str, Any], str]]:
+    """(name, the mapping that holds it, its key there) of every tensor."""
+    if not isinstance(target, nn.Module):
+        yield from ((name, target, name) for name in target)
+        return
+    for prefix, module in target.named_modules():
+        for holder in (module._parameters, module._buffers):
+            for key in holder:
+                yield f"{prefix}.{key}" if prefix else key, holder, key

@@ -1,0 +1,337 @@
+"""serve: many variants of one model in one batch, over one copy of the base.
+
+    served = serve(model, {"legal": "legal.pxd", "medical": "medical.pxd"})
+    with served.using(["legal", None, "medical"]):              # one a sequence; None: the base
+        model.generate(**batch)
+    served.close()                                              # the model is an ordinary one again
+
+The base's weights are never written. A variant costs its masks (a sixteenth of BF16) and its exact tensors. What a row
+gets is its own variant's output; how that differs from the merged model's is said in docs/loading.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Final, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from peraxis_format.delta import Encoding, ModuleDelta
+from peraxis_format.errors import DeviceError, LiveModelError
+from peraxis_format.ops.rebuild.torch import Scratch, factors_of
+from peraxis_format.ops.tensors import tensor_view
+from peraxis_format.reader import DeltaFile
+from peraxis_format.thread_pool import ThreadPool
+from peraxis_format.torch.device import device_of, require_triton
+from peraxis_format.torch.place.binding import check_live, is_sharded
+from peraxis_format.torch.place.claims import claim, release
+from peraxis_format.torch.place.placement import place
+from peraxis_format.torch.place.shards import Placement, Views
+from peraxis_format.torch.ring import Ring
+from peraxis_format.torch.serve.linear import Products, ServedLinear, TorchProducts
+from peraxis_format.torch.serve.modules import GroupForward, Patch, ServedEmbedding, ServedModule, State
+from peraxis_format.torch.serve.rows import Rows
+from peraxis_format.torch.swap.apply import TRANSFER_LIMIT
+from peraxis_format.torch.swap.payload import check_pads
+
+__all__ = ["Served", "serve"]
+
+Backend = Literal["auto", "torch", "triton"]
+_INDEX_DTYPES: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_CLAIMED: Final = "the model is served: its weights have to stay the base; close that `Served` first"
+
+
+class Served:
+    """A model that serves several variants at once. A context manager; `close` puts the model back."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str], backend: Backend) -> None:
+        self.model = model
+        self.names = tuple(names)
+        self.stored = 0
+        self._index = {name: i for i, name in enumerate(names)}
+        self._rows: ContextVar[Rows | None] = ContextVar("peraxis_rows", default=None)
+        self._states: dict[nn.Module, State] = {}
+        self._classes: dict[nn.Module, type[nn.Module]] = {}
+        self._backend = backend
+        self._scratch = Scratch()
+        self._closed = False
+        self._active = 0
+        self._routers = _routers(model)
+        self._hook = model.register_forward_pre_hook(self._begin, with_kwargs=True)
+
+    @contextlib.contextmanager
+    def using(self, variants: str | int | Sequence[str | int | None] | Tensor | None) -> Iterator[None]:
+        """Within the block (and this thread or task) batches are of these variants.
+
+        variants: one a sequence (dimension 0 of the batch), or one a token row of a packed batch; a name, its index in
+        `names`, or None or -1 for the base. Beams and repeated sequences have to be repeated here too. One name alone,
+        outside a list, is for every row.
+        Raises LiveModelError for what is no variant, and after `close`; the forward does for a batch of another length.
+        """
+        if self._closed:
+            raise LiveModelError("`serve` has been closed: the model is the base; serve it again")
+        rows = self._batch_rows(variants)
+        with self._within(rows):
+            self._active += 1
+            try:
+                yield
+            finally:
+                self._active -= 1
+
+    def _batch_rows(self, variants: str | int | Sequence[str | int | None] | Tensor | None) -> Rows:
+        if variants is None or isinstance(variants, str | int):
+            return Rows((self._id(variants),), every=True)
+        if isinstance(variants, Tensor):
+            if variants.ndim != 1 or variants.dtype not in _INDEX_DTYPES:
+                raise LiveModelError(
+                    f"variants as a tensor are integers [sequences], not {variants.dtype} {list(variants.shape)}"
+                )
+            variants = variants.tolist()
+        given = list(variants)
+        if not given:
+            raise LiveModelError("an empty batch has no variants; give one a sequence")
+        return Rows(tuple(self._id(v) for v in given))
+
+    @contextlib.contextmanager
+    def _within(self, rows: Rows) -> Iterator[None]:
+        token = self._rows.set(rows)
+        try:
+            yield
+        finally:
+            self._rows.reset(token)
+
+    def _alone(self, variant: int) -> contextlib.AbstractContextManager[None]:
+        return self._within(Rows((variant,), every=True))
+
+    def _begin(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        """Before each forward of the model: compare the batch with the variants that were given."""
+        rows = self._rows.get()
+        named = [kwargs.get(name) for name in ("input_ids", "inputs_embeds")]
+        given = next((value for value in (*args, *named) if isinstance(value, Tensor) and value.ndim >= 2), None)
+        if rows is not None and given is not None:
+            rows.begin(given.shape[:-1] if given.is_floating_point() else given.shape)
+
+    def _id(self, variant: object) -> int:
+        if variant is None:
+            return -1
+        if isinstance(variant, str):
+            if variant not in self._index:
+                raise LiveModelError(f"no variant {variant!r}; served: {', '.join(self.names)}")
+            return self._index[variant]
+        if not isinstance(variant, int) or isinstance(variant, bool):
+            raise LiveModelError(
+                f"{variant!r} names no variant; give a name, its index in `names`, or None for the base"
+            )
+        if not -1 <= variant < len(self.names):
+            raise LiveModelError(f"no variant {variant}; served: -1 (the base) to {len(self.names) - 1}")
+        return variant
+
+    def state(self, module: nn.Module) -> State:
+        """The state of a module, made and put in its place when first asked for."""
+        if module not in self._states:
+            products: Products = TorchProducts()
+            if self._backend == "triton":
+                from peraxis_format.torch.serve.launch import LinearKernels
+
+                products = LinearKernels()
+            tokens = getattr(self.model, "get_input_embeddings", lambda: module)()
+            self._states[module] = State(
+                self._rows.get, self._alone, products, self._scratch, broadcast=module is not tokens
+            )
+            self._exchange(module, self._states[module])
+            if module in self._routers:
+                self.state(self._routers[module]).grouped = True
+        return self._states[module]
+
+    def _exchange(self, module: nn.Module, state: State) -> None:
+        kind = type(module)
+        if kind is nn.Linear:
+            self._classes[module] = kind
+            module.__class__ = ServedLinear
+            module.__dict__["peraxis"] = state
+        elif isinstance(module, nn.Embedding) and _looks_up_ids(kind):
+            self._classes[module] = kind
+            # A subclass keeps its own attributes and methods behind the exchanged forward.
+            bases = (ServedEmbedding,) if kind is nn.Embedding else (ServedEmbedding, kind)
+            module.__class__ = type("ServedEmbedding", bases, {})
+            module.__dict__.update(peraxis=state, peraxis_class=kind)
+        else:
+            module.__dict__["forward"] = GroupForward(module, state)
+            self._classes[module] = kind
+            module.__class__ = type(f"Served{kind.__name__}", (ServedModule, kind), {})
+            module.__dict__["peraxis"] = state
+
+    def close(self) -> None:
+        """Make the model an ordinary one again, with the base's weights. Raises LiveModelError inside `using`."""
+        if self._active:
+            raise LiveModelError("`close` inside `using`; leave that block first")
+        self._closed = True
+        self._hook.remove()
+        release(self)
+        for module in self._states:
+            module.__class__ = self._classes[module]
+            forward = module.__dict__.get("forward")
+            replaced = forward.replaced if isinstance(forward, GroupForward) else None
+            for key in ("forward", "peraxis", "peraxis_class"):
+                module.__dict__.pop(key, None)
+            if replaced is not None:
+                module.__dict__["forward"] = replaced
+        self._states.clear()
+        self._classes.clear()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self.stored:,} bytes"
+        return f"<Served: {', '.join(map(repr, self.names)) or 'no variant'}, {state}>"
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@torch.no_grad()
+def serve(
+    model: nn.Module,
+    variants: Mapping[str, DeltaFile | str | os.PathLike[str]],
+    *,
+    backend: Backend = "auto",
+    views: Views | None = None,
+    workers: int | None = None,
+) -> Served:
+    """Let a live model that holds the base serve variants of it, mixed in one batch.
+
+    backend: "triton" (CUDA), "torch" (anywhere), "auto". views: see placement.place. Every delta is checked in full,
+    and the base's bytes once. Raises as apply_ does; the model is then as it was.
+    """
+    if any(isinstance(module.__dict__.get("peraxis"), State) for module in model.modules()):
+        raise LiveModelError("the model is served already; close that first, or give all variants at once")
+    if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
+        raise LiveModelError("a compiled model cannot be served on the fly; pass the model that was compiled")
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "placements"):
+            raise LiveModelError(f"{name}: sharded weights (DTensor) cannot be served on the fly; use VariantSwitch")
+    served = Served(model, list(variants), _backend(backend, model))
+    try:
+        ring: Ring | None = None
+        with ThreadPool(workers) as pool:
+            for index, delta in enumerate(variants.values()):
+                with contextlib.ExitStack() as stack:
+                    file = delta if isinstance(delta, DeltaFile) else stack.enter_context(DeltaFile(delta))
+                    placement = place(model, file.manifest, views=views)
+                    if is_sharded(placement, file.manifest):
+                        raise LiveModelError("pieces of weights cannot be served on the fly; use VariantSwitch")
+                    claim((part.view for parts in placement.values() for part in parts), served, _CLAIMED)
+                    ring = ring or Ring(device_of(placement))
+                    if ring.device.staged:
+                        ring.reserve(TRANSFER_LIMIT)
+                    check_live(file.manifest, placement, ring=ring, workers=pool.count)
+                    _register(served, index, file, placement)
+    except BaseException:
+        served.close()
+        raise
+    return served
+
+
+def _routers(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Module inside a list of experts -> the module that holds the list, and sends each expert rows of its choice."""
+    found: dict[nn.Module, nn.Module] = {}
+    for holder in model.modules():
+        for name, child in holder.named_children():
+            if isinstance(child, nn.ModuleList) and "expert" in name:
+                found.update((module, holder) for module in child.modules())
+    return found
+
+
+def _looks_up_ids(kind: type[nn.Module]) -> bool:
+    """Whether a kind of embedding takes token ids and nothing else, so that rows of its table are all that it reads."""
+    return len(inspect.signature(kind.forward).parameters) == 2
+
+
+def _backend(asked: Backend, model: nn.Module) -> Backend:
+    cuda = any(parameter.is_cuda for parameter in model.parameters())
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if asked == "triton" and not cuda and not interpreted:
+        raise DeviceError('backend="triton" needs a model on a CUDA device; use "torch" on the CPU')
+    chosen: Backend = asked if asked != "auto" else ("triton" if cuda else "torch")
+    if chosen == "triton":
+        require_triton()
+    return chosen
+
+
+def _register(served: Served, index: int, file: DeltaFile, placement: Placement) -> None:
+    """Bring one variant's patches to the modules that own the parameters."""
+    owners = _Owners(served.model)
+    check_pads(file)
+    for name in file:
+        entry = file.entry(name)
+        if entry.encoding is Encoding.SAME:
+            continue
+        delta = file.load(name)
+        begin, end = file.span(name)
+        served.stored += end - begin
+        for part in placement[name]:
+            where, found = owners.of(part.view)
+            if not found:
+                raise LiveModelError(f"{name}: no module owns its storage; give rows of a parameter in `views`")
+            patch = _patch(delta, part.view, where)
+            for module, parameter in found:
+                if patch.region is not None and isinstance(module, nn.Linear | nn.Embedding):
+                    raise LiveModelError(f"{name}: lies across rows of a {type(module).__name__}; use VariantSwitch")
+                served.state(module).patches.setdefault(parameter, {}).setdefault(index, []).append(patch)
+
+
+_Where: TypeAlias = tuple[int, int, tuple[tuple[int, ...], tuple[int, ...], int] | None]  # Patch: begin, end, region
+
+
+def _patch(delta: ModuleDelta, view: Tensor, where: _Where) -> Patch:
+    begin, end, region = where
+    if delta.full is not None:
+        raw = torch.frombuffer(bytearray(delta.full.tobytes()), dtype=torch.uint8)
+        full = tensor_view(raw, 0, delta.dtype, delta.shape).to(view.device)
+        return Patch(begin, end, full=full, region=region)
+    batch = tuple(tuple(terms) for terms in factors_of(delta, view.device))
+    if view.ndim == 2:
+        return Patch(begin, end, terms=batch[0], region=region)
+    return Patch(begin, end, batch=batch, region=region)
+
+
+class _Owners:
+    """Which modules own a storage: all that hold the parameter (tied ones are several), and which stretch of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        by_storage: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in model.modules():
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None and tensor.numel():
+                    by_storage.setdefault(tensor.data_ptr(), []).append((module, name))
+        self._begins = sorted(by_storage)
+        self._owners = by_storage
+
+    def of(self, view: Tensor) -> tuple[_Where, list[tuple[nn.Module, str]]]:
+        """(where, owners) of a view into a parameter; no owners where there is none."""
+        at = view.data_ptr()
+        place = bisect_right(self._begins, at) - 1
+        if place < 0:
+            return (0, 0, None), []
+        begin = self._begins[place]
+        owners = self._owners[begin]
+        tensor: Tensor = getattr(*owners[0])
+        offset = (at - begin) // tensor.element_size()
+        if offset >= tensor.numel():
+            return (0, 0, None), []
+        row = math.prod(tensor.shape[1:])
+        if view.shape[1:] == tensor.shape[1:] and view.is_contiguous() and tensor.is_contiguous() and offset % row == 0:
+            first = offset // row
+            return (first, first + (view.shape[0] if view.ndim else 1), None), owners
+        return (0, 0, (tuple(view.shape), view.stride(), offset)), owners

@@ -1,0 +1,163 @@
+"""A linear that gives each row of a batch its own variant.
+
+    few rows of a variant     y = x W^T + sum over k of row_k o ((x o col_k) B_k^T)      W read once for all of them
+    many                      y = x W_v^T, W_v rebuilt a block at a time                 the merged weights' values
+
+How the two are computed is a `Products`: kernels on CUDA (launch.py); here plain torch, and on the CPU numba for large
+matrices (rebuild/torch.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from peraxis_format.ops.rebuild.torch import Scratch, add_projections, is_quick, rebuild
+from peraxis_format.torch.serve.modules import Patch, ServedModule, State
+from peraxis_format.torch.serve.rows import Batch
+
+__all__ = ["MANY_ROWS", "Products", "ServedLinear", "TorchProducts"]
+
+MANY_ROWS: Final = 64  # rows of one variant from which its weights are rebuilt rather than added to
+_MANY_ROWS_QUICK: Final = 32  # with numba a product costs as much as the rebuilding from here on
+_BLOCK: Final = 1 << 23  # weights that are rebuilt at a time: they are still in the cache when they are multiplied
+
+
+class Products(Protocol):
+    """The products of one linear with several variants' weights. x: [rows, in_features]; out: [rows, out_features]."""
+
+    def many(self, module: nn.Linear) -> int:
+        """Rows of a variant from which `merged` is the better way."""
+
+    def single(self, module: nn.Linear, state: State, x: Tensor, variant: int) -> Tensor | None:
+        """All of it for a batch of one row; None where there is no way of its own for that."""
+
+    def add_terms(
+        self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
+    ) -> None:
+        """Terms, and the biases that a variant changes, on top of the base's product in `out`."""
+
+    def merged(
+        self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
+    ) -> None:
+        """Products with the merged weights, biases included, into `out`."""
+
+
+class ServedLinear(ServedModule, nn.Linear):
+    """A linear that adds each row's own variant."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: [..., in_features]. Returns [..., out_features], in the input's dtype."""
+        with self.peraxis.own():
+            return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
+        state, rows = self.peraxis, self.peraxis.rows()
+        if rows is None or not any(state.changed(v) for v in rows.variants):
+            return functional.linear(input, self.weight, self.bias)
+        lead = input.shape[:-1]
+        x = input.reshape(-1, input.shape[-1])
+        return self._each(state, x, rows.batch(lead, x.device)).reshape(*lead, self.out_features)
+
+    def _each(self, state: State, x: Tensor, batch: Batch) -> Tensor:
+        """Every row's product."""
+        products: Products = state.products
+        weights, biases = state.patches.get("weight", {}), state.patches.get("bias", {})
+        many = products.many(self)
+        exact = [v for v in batch.groups if any(patch.full is not None for patch in weights.get(v, ()))]
+        rebuilt = [v for v, rows in batch.groups.items() if v in weights and v not in exact and len(rows) >= many]
+        others = [v for v in batch.groups if v not in exact and v not in rebuilt]
+        few = [v for v in others if v in weights or v in biases]
+        if len(x) == 1 and few and few[0] in weights:
+            found = products.single(self, state, x, few[0])
+            if found is not None:
+                return found
+        out = x.new_empty(len(x), self.out_features)
+        # Variants with a bias of their own get it with their terms: the base's product for them is one without.
+        self._base(x, batch, [v for v in others if v not in biases], self.bias, out)
+        self._base(x, batch, [v for v in others if v in biases], None, out)
+        if few:
+            products.add_terms(self, state, x, batch, few, out)
+        if rebuilt:
+            products.merged(self, state, x, batch, rebuilt, out)
+        if exact:
+            TorchProducts().merged(self, state, x, batch, exact, out)
+        return out
+
+    def _base(self, x: Tensor, batch: Batch, variants: Sequence[int], bias: Tensor | None, out: Tensor) -> None:
+        if variants:
+            span = batch.span(variants)
+            out[span] = functional.linear(x[span], self.weight, bias)
+
+
+class TorchProducts:
+    """Plain torch on any device; numba on the CPU for large matrices."""
+
+    def many(self, module: nn.Linear) -> int:
+        return _MANY_ROWS_QUICK if is_quick(module.weight) else MANY_ROWS
+
+    def single(self, module: nn.Linear, state: State, x: Tensor, variant: int) -> Tensor | None:
+        return None
+
+    def add_terms(
+        self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
+    ) -> None:
+        """In binary32, rounded once."""
+        weights, biases = state.patches.get("weight", {}), state.patches.get("bias", {})
+        span = batch.span(variants)
+        part = x[span]
+        total = torch.zeros(len(part), module.out_features, device=x.device)
+        products, first = [], 0
+        for v in variants:
+            mine = slice(first, first + len(batch.groups[v]))
+            if v in biases:
+                total[mine] += state.parameter(module, "bias", v).detach().float()
+            products += [(part[mine], p.terms, total[mine, p.begin : p.end]) for p in weights.get(v, ())]
+            first = mine.stop
+        add_projections(products, quick=is_quick(module.weight))
+        out[span] = total.add_(out[span]).to(out.dtype)
+
+    def merged(
+        self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
+    ) -> None:
+        """Variant by variant."""
+        weights, weight = state.patches.get("weight", {}), module.weight.detach()
+        for v in variants:
+            span = batch.span([v])
+            bias = state.parameter(module, "bias", v) if module.bias is not None else None
+            out[span] = _merged(weight, weights[v], x[span], bias, state.scratch)
+
+
+def _merged(weight: Tensor, patches: Sequence[Patch], x: Tensor, bias: Tensor | None, scratch: Scratch) -> Tensor:
+    """x times the merged weights, which are never whole in memory."""
+    quick = is_quick(weight)
+    out = x.new_empty(len(x), len(weight))
+    for begin, end, patch in _segments(patches, len(weight)):
+        step = max(1, _BLOCK // weight.shape[1]) if patch is not None and patch.terms else end - begin
+        for first in range(begin, end, step):
+            rows = slice(first, min(first + step, end))
+            part = weight[rows]
+            if patch is not None and patch.full is not None:
+                part = patch.full
+            elif patch is not None:
+                inner = slice(first - patch.begin, rows.stop - patch.begin)
+                where = scratch.rows(len(part), part) if quick else None
+                part = rebuild(part, [term.part(inner) for term in patch.terms], out=where, quick=quick)
+            out[:, rows] = functional.linear(x, part, None if bias is None else bias[rows])
+    return out
+
+
+def _segments(patches: Sequence[Patch], rows: int) -> Iterator[tuple[int, int, Patch | None]]:
+    """All rows of a weight in order: those of each patch, and what lies between them."""
+    at = 0
+    for patch in sorted(patches, key=lambda patch: patch.begin):
+        if patch.begin > at:
+            yield at, patch.begin, None
+        yield patch.begin, patch.end, patch
+        at = patch.end
+    if at < rows:
+        yield at, rows, None

@@ -1,0 +1,290 @@
+"""Modules that serve several variants at once: a linear, an embedding, and anything else that works row by row.
+
+    linear      see linear.py
+    embedding   rows of W_v for the tokens at hand: the merged bits
+    other       the module itself, run on each variant's rows with its own parameters: the merged bits
+
+A module keeps its class's place in the model, its parameters and its name: its class is exchanged for one of these (or,
+for others, its forward), and put back by `Served.close`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from threading import local
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from peraxis_format.errors import LiveModelError
+from peraxis_format.ops.rebuild.torch import ComponentFactors, Scratch, rebuild, rebuild_rows
+from peraxis_format.torch.serve.rows import Rows
+
+__all__ = ["GroupForward", "Patch", "ServedEmbedding", "ServedModule", "State"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Patch:
+    """What one variant has for rows [begin, end) of one parameter: components, or the exact tensor.
+
+    region: shape, strides and offset of a stretch that is no range of whole rows (one expert's gate, say).
+    """
+
+    begin: int
+    end: int
+    terms: tuple[ComponentFactors, ...] = ()
+    full: Tensor | None = None
+    batch: tuple[
+        tuple[ComponentFactors, ...], ...
+    ] = ()  # components of each batch element of a parameter of 3 or more dimensions
+    region: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Its stretch of a parameter, or of a tensor in the same layout."""
+        if self.region is None:
+            return tensor[self.begin : self.end]
+        shape, strides, offset = self.region
+        return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
+
+
+@dataclass(slots=True, eq=False)
+class State:
+    """One module's share of a `Served`: patches by parameter name and variant, and who knows the batch's rows.
+
+    alone: a context in which the rows are all of one variant. grouped: the module is run for each variant even if no
+    variant changes it, since it sends rows on in an order of its own (routed experts).
+    products: linear.Products, for a linear. broadcast: an embedding whose input may be one sequence for all (positions,
+    but not tokens).
+    """
+
+    rows: Callable[[], Rows | None]
+    alone: Callable[[int], AbstractContextManager[None]]
+    products: Any
+    scratch: Scratch
+    broadcast: bool = False
+    grouped: bool = False
+    patches: dict[str, dict[int, list[Patch]]] = field(default_factory=dict)
+    _here: local = field(default_factory=local)
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """While this thread is in the module's own forward, the module's parameters are what they are."""
+        before = getattr(self._here, "inside", False)
+        self._here.inside = True
+        try:
+            yield
+        finally:
+            self._here.inside = before
+
+    def seen(self, module: nn.Module, name: str, value: Any) -> Any:
+        """A parameter as code outside the module's forward sees it (Mamba reads its convolution's weight itself)."""
+        rows = self.rows()
+        if rows is None or getattr(self._here, "inside", False) or not isinstance(value, Tensor):
+            return value
+        patches = self.patches.get(name, {})
+        if not any(variant in patches for variant in rows.variants):
+            return value
+        if rows.only is not None:
+            return self.parameter(module, name, rows.only)
+        return value.detach().as_subclass(_MixedWeight)
+
+    def changed(self, variant: int) -> bool:
+        """Whether a variant differs from the base in this module."""
+        return any(variant in patches for patches in self.patches.values())
+
+    def parameter(self, module: nn.Module, name: str, variant: int) -> Tensor:
+        """A variant's merged parameter: a new tensor where it differs from the base's."""
+        with self.own():
+            base: Tensor = getattr(module, name)
+        patches = self.patches.get(name, {}).get(variant)
+        if not patches:
+            return base
+        out = base.detach().clone()
+        for patch in patches:
+            part, target = patch.of(base.detach()), patch.of(out)
+            if patch.full is not None:
+                target.copy_(patch.full)
+            elif patch.batch:
+                matrices = part.reshape(-1, *part.shape[-2:])
+                merged = [rebuild(matrix, terms) for matrix, terms in zip(matrices, patch.batch, strict=True)]
+                target.copy_(torch.stack(merged).reshape(part.shape))
+            else:
+                target.copy_(rebuild(part, patch.terms))
+        return out
+
+
+class _MixedWeight(Tensor):
+    """A weight that differs by row of the batch: it has a dtype, a shape and a device, and no values."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") not in ("__get__", "size", "dim", "numel", "is_floating_point"):
+            raise LiveModelError(
+                "a module computes with the weights of another module itself, which differ by row in this batch; "
+                "serve one variant a batch"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+class ServedModule(nn.Module):
+    """What every served module shares: code outside its forward does not take the base's weights for a variant's."""
+
+    peraxis: State
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        state: State | None = self.__dict__.get("peraxis")
+        return value if state is None or name not in state.patches else state.seen(self, name, value)
+
+
+class ServedEmbedding(ServedModule, nn.Embedding):
+    """An embedding that looks each sequence up in its own variant's table; only the rows asked for are rebuilt."""
+
+    peraxis_class: type[nn.Embedding]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: token ids. What the class's own forward makes of the variant's table."""
+        with self.peraxis.own():
+            return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
+        state, rows = self.peraxis, self.peraxis.rows()
+        plain = self.peraxis_class.forward
+        if rows is None or not any(state.changed(v) for v in rows.variants):
+            return plain(self, input)
+        if state.broadcast and input.ndim > 1 and len(input) == 1 and rows.only is None:
+            input = input.expand(len(rows.ids), *input.shape[1:])  # positions that all sequences share
+        out: Tensor | None = None
+        flat = input.reshape(-1)
+        for variant, index in rows.batch(input.shape, input.device).groups.items():
+            found = self._lookup(state, flat[index], variant, plain)
+            if out is None:
+                out = found.new_empty(len(flat), found.shape[-1])
+            out[index] = found
+        if out is None:
+            return plain(self, input)
+        return out.reshape(*input.shape, -1)
+
+    def _lookup(self, state: State, ids: Tensor, variant: int, plain: Callable[..., Tensor]) -> Tensor:
+        patches = state.patches["weight"].get(variant) if variant >= 0 else None
+        if not patches:
+            return plain(self, ids)
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        table = self.weight.detach()[unique]
+        for patch in patches:
+            mine = (unique >= patch.begin) & (unique < patch.end)
+            local = unique[mine] - patch.begin
+            if patch.full is not None:
+                table[mine] = patch.full[local]
+            else:
+                table[mine] = rebuild_rows(self.weight.detach()[patch.begin : patch.end], patch.terms, local)
+        # The class's own forward on a table of the rows at hand: scaling and the like stay what they are.
+        shadow: Any = nn.Embedding.__new__(self.peraxis_class)
+        shadow.__dict__.update(self.__dict__)
+        shadow.__dict__["_parameters"] = {**self._parameters, "weight": nn.Parameter(table, requires_grad=False)}
+        shadow.padding_idx = None
+        found: Tensor = plain(shadow, inverse)
+        return found
+
+
+class GroupForward:
+    """Stands in for the forward of any other module: one run for each variant in the batch, on that variant's rows."""
+
+    def __init__(self, module: nn.Module, state: State) -> None:
+        self.module = module
+        self.state = state
+        self.replaced: Callable[..., Any] | None = module.__dict__.get("forward")  # another library's, on the instance
+        self.plain: Callable[..., Any] = module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Dimension 0 of every tensor argument that has the batch's size is the batch; or else that of a matrix which
+        is a multiple of it: the batch's tokens, one sequence after the other.
+        """
+        rows = self.state.rows()
+        if rows is None or not (self.state.grouped or any(self.state.changed(v) for v in rows.variants)):
+            return self.plain(*args, **kwargs)
+        if rows.only is not None:
+            return self._run(rows.only, args, kwargs)
+        self._refuse_cache((*args, *kwargs.values()))
+        shape, device = self._leading(rows, args, kwargs)
+        outputs = []
+        order = []
+        for variant, index in rows.batch(shape, device).groups.items():
+            outputs.append(self._run(variant, *_taken(args, kwargs, index, math.prod(shape))))
+            order.append(index)
+        return _scattered(outputs, torch.argsort(torch.cat(order)))
+
+    def _leading(
+        self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[int, ...], torch.device]:
+        """(sequences,) or (sequences, tokens) that dimension 0 of the arguments counts, and where they are."""
+        size = len(rows.ids)
+        given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim]
+        for a in given:
+            if a.shape[0] == size:
+                return (size,), a.device
+        for a in given:
+            if a.ndim == 2 and a.shape[0] % size == 0:
+                return (size, a.shape[0] // size), a.device
+        raise LiveModelError(
+            f"{type(self.module).__name__}: no argument has the batch ({size}) as dimension 0, so its variants cannot "
+            "be told apart; serve one variant a batch"
+        )
+
+    def _refuse_cache(self, values: tuple[Any, ...]) -> None:
+        """A cache holds the whole batch: a run on some of its rows would write over the others."""
+        if any("Cache" in kind.__name__ for value in values for kind in type(value).__mro__):
+            raise LiveModelError(
+                f"{type(self.module).__name__}: has weights of its own that variants change, and a cache; mixed "
+                "variants need use_cache=False there, or one variant a batch"
+            )
+
+    def _run(self, variant: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self.state.alone(variant), self.state.own():
+            return self._merged_run(variant, args, kwargs)
+
+    def _merged_run(self, variant: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if variant < 0 or not self.state.changed(variant):
+            return self.plain(*args, **kwargs)
+        merged = {
+            name: self.state.parameter(self.module, name, variant)
+            for name, patches in self.state.patches.items()
+            if variant in patches
+        }
+        held = self.module.__dict__.pop("forward")
+        if self.replaced is not None:
+            self.module.__dict__["forward"] = self.replaced
+        try:
+            return functional_call(self.module, merged, args, kwargs)
+        finally:
+            self.module.__dict__["forward"] = held
+
+
+def _taken(
+    args: tuple[Any, ...], kwargs: dict[str, Any], index: Tensor, size: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def take(value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(map(take, value))
+        batched = isinstance(value, Tensor) and value.ndim and value.shape[0] == size
+        return value[index] if batched else value
+
+    return tuple(map(take, args)), {key: take(value) for key, value in kwargs.items()}
+
+
+def _scattered(outputs: list[Any], back: Tensor) -> Any:
+    if isinstance(outputs[0], Tensor):
+        joined = torch.cat(outputs)
+        if len(joined) % len(back):
+            raise LiveModelError(f"a module made {len(joined)} rows of {len(back)}; serve one variant a batch")
+        # Several rows for each where the module flattens tokens.
+        return joined.reshape(len(back), -1, *joined.shape[1:])[back].flatten(0, 1)
+    if isinstance(outputs[0], tuple):
+        return tuple(_scattered(list(column), back) for column in zip(*outputs, strict=True))
+    raise LiveModelError(f"a module returned {type(outputs[0]).__name__}; serve one variant a batch")

@@ -1,0 +1,236 @@
+"""What one variant stores for one model: read, checked, and kept where its residency says."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, Literal
+
+from torch import Tensor
+
+from peraxis_format.dtypes import raw_bytes
+from peraxis_format.errors import DeviceError, LiveModelError, PxdError, fail
+from peraxis_format.ops.tensors import storage_array
+from peraxis_format.payload import check_pad, check_values
+from peraxis_format.reader import DeltaFile
+from peraxis_format.thread_pool import ThreadPool
+from peraxis_format.torch.device import Device
+from peraxis_format.torch.ring import Ring
+from peraxis_format.torch.swap.transfer_plan import ALIGN, ByteRange, ModuleSlice, Transfer, piece, shift_masks
+
+__all__ = ["Payload", "Reads", "Residency", "check_pads", "check_transfer", "read_transfer"]
+
+Residency = Literal["gpu", "pinned", "file"]
+_READ: Final = 4 << 20  # bytes that one thread reads at a time
+
+
+@dataclass(slots=True)
+class Reads:
+    """Bytes that were asked of a file."""
+
+    size: int = 0
+
+
+# --- reading and checking ------------------------------------------------------------------------------
+
+
+def read_transfer(
+    delta: DeltaFile, transfer: Transfer, target: Tensor, workers: ThreadPool, reads: Reads, direct: int | None = None
+) -> None:
+    """Fill a host buffer with a transfer's bytes, several threads at a time.
+
+    direct: a descriptor opened with O_DIRECT. Buffers begin where the file's page begins, so that a transfer of one run
+    can be read past the page cache in whole pages; boxes, which are many short runs, always come through it.
+    """
+    array = storage_array(target)
+    if direct is not None and len(transfer.runs) == 1:
+        run = transfer.runs[0]
+        workers.run(_direct_jobs(direct, run.source - run.target, raw_bytes(array)))
+    else:
+        workers.run(_read_jobs(delta, transfer.runs, raw_bytes(array)))
+    reads.size += sum(run.size for run in transfer.runs)
+    for slice_ in transfer.modules:
+        shift_masks(slice_, array)
+
+
+def _direct_jobs(descriptor: int, origin: int, target: memoryview) -> Iterator[Callable[[], None]]:
+    """target: page-aligned, a whole number of pages. origin: its offset in the file, a multiple of the page."""
+
+    def job(begin: int) -> None:
+        part = target[begin : begin + _READ]
+        done = 0
+        while done < len(part):
+            count = os.preadv(descriptor, [part[done:]], origin + begin + done)
+            done += count
+            if count == 0 or count % ALIGN:
+                return  # the end of the file lies in this page; a shorter file does not have the digests
+
+    return (partial(job, begin) for begin in range(0, len(target), _READ))
+
+
+def _read_jobs(delta: DeltaFile, runs: Sequence[ByteRange], target: memoryview) -> Iterator[Callable[[], None]]:
+    """Long runs in parts, short ones together: a job reads about _READ bytes."""
+
+    def job(parts: list[tuple[int, int, int]]) -> Callable[[], None]:
+        def read() -> None:
+            for source, at, size in parts:
+                delta.read_into(target[at : at + size], source)
+
+        return read
+
+    parts: list[tuple[int, int, int]] = []
+    size = 0
+    for run in runs:
+        for begin in range(0, run.size, _READ):
+            length = min(_READ, run.size - begin)
+            parts.append((run.source + begin, run.target + begin, length))
+            size += length
+            if size >= _READ:
+                yield job(parts)
+                parts, size = [], 0
+    if parts:
+        yield job(parts)
+
+
+@contextlib.contextmanager
+def located(delta: DeltaFile) -> Iterator[None]:
+    """Give an error that passes through the name of the file."""
+    try:
+        yield
+    except PxdError as error:
+        error.file = error.file or str(delta.path)
+        raise
+
+
+def check_transfer(delta: DeltaFile, transfer: Transfer, buffer: Tensor, workers: ThreadPool) -> None:
+    """Steps 9 to 11 of SPEC 8 on a buffer's bytes, in parallel: of whole modules digests too, of boxes the scales."""
+    array = storage_array(buffer)
+
+    def check(slice_: ModuleSlice) -> Callable[[], None]:
+        def run() -> None:
+            if slice_.is_whole:
+                digest = hashlib.sha256(raw_bytes(array)[slice_.begin : slice_.end]).hexdigest()
+                if digest != slice_.entry.sha256:
+                    fail("E301", field=slice_.entry.name, offset=delta.span(slice_.entry.name)[0])  # SPEC 4.3
+                check_values(piece(slice_, array))
+
+        return run
+
+    with located(delta):
+        workers.run(check(slice_) for slice_ in transfer.modules)
+
+
+def check_pads(delta: DeltaFile) -> None:
+    """SPEC 4.5, for the whole file: pads and gaps are few and small."""
+    for name, begin, end in delta.gaps():
+        data = bytearray(end - begin)
+        delta.read_into(memoryview(data), begin)
+        with located(delta):
+            check_pad(bytes(data), name, begin)
+
+
+# --- one variant's payload -----------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Stamp:
+    """What tells that a file is still the one that was checked."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int  # also moves where a writer sets the time of modification back
+
+    @classmethod
+    def of(cls, delta: DeltaFile) -> _Stamp:
+        found = os.stat(delta.path)
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+class Payload:
+    """What one variant stores for one placement, under one residency. Checked when made, on the bytes that are kept.
+
+    For `file` nothing is kept: the file is checked once, and each use makes sure that it is still the same file.
+    direct: read past the page cache, for files that are read once and would push others out of it.
+    """
+
+    def __init__(
+        self,
+        delta: DeltaFile,
+        transfers: tuple[Transfer, ...],
+        *,
+        residency: Residency,
+        device: Device,
+        ring: Ring,
+        workers: ThreadPool,
+        direct: bool = False,
+    ) -> None:
+        self.delta = delta
+        self.direct = _open_direct(delta) if direct else None
+        self.transfers = transfers
+        self.residency = residency
+        self.reads = Reads()
+        self.size = sum(transfer.size - transfer.begin for transfer in transfers)
+        self._kept: list[Tensor] = []
+        self._stamp = _Stamp.of(delta)
+        check_pads(delta)
+        for transfer in transfers:
+            self._keep(transfer, device, ring, workers)
+        device.synchronize()
+
+    def _keep(self, transfer: Transfer, device: Device, ring: Ring, workers: ThreadPool) -> None:
+        pages = -(-transfer.size // ALIGN) * ALIGN
+        whole = device.host_buffer(pages) if self.residency == "pinned" else ring.host[0][:pages]
+        read_transfer(self.delta, transfer, whole, workers, self.reads, self.direct)
+        host = whole[: transfer.size]
+        check_transfer(self.delta, transfer, host, workers)
+        if self.residency == "pinned":
+            self._kept.append(host)
+        elif self.residency == "gpu":
+            buffer = device.buffer(transfer.size)
+            names = tuple(slice_.entry.name for slice_ in transfer.modules)
+            # Behind what was launched: the allocator may hand out memory that kernels in flight still use.
+            device.host_waits(device.upload(buffer, host, after=device.record(), modules=names))
+            self._kept.append(buffer)
+
+    def host(self, index: int) -> Tensor:
+        """The bytes of transfer `index` in host memory (`pinned`)."""
+        return self._kept[index]
+
+    def buffer(self, index: int) -> Tensor:
+        """The bytes of transfer `index` in device memory (`gpu`)."""
+        return self._kept[index]
+
+    def close(self) -> None:
+        """Close what was opened for direct reads, and let go of the bytes."""
+        self._kept.clear()
+        if self.direct is not None:
+            os.close(self.direct)
+            self.direct = None
+
+    def check_same_file(self) -> None:
+        """Raises LiveModelError where the file is not the one that was checked any more."""
+        try:
+            same = _Stamp.of(self.delta) == self._stamp
+        except OSError:
+            same = False
+        if not same:
+            raise LiveModelError(
+                f"{self.delta.path}: changed or gone since it was registered; remove the variant and add it again"
+            )
+
+
+def _open_direct(delta: DeltaFile) -> int:
+    if not hasattr(os, "O_DIRECT"):
+        raise DeviceError("this system has no O_DIRECT; register the variant without `direct`")
+    try:
+        return os.open(delta.path, os.O_RDONLY | os.O_DIRECT)
+    except OSError as error:
+        raise DeviceError(
+            f"{delta.path}: its file system refuses O_DIRECT ({error.strerror}); register it without `direct`"
+        ) from None

@@ -1,0 +1,199 @@
+"""The variants of one live model: their payloads, engines, and the pristine base that they are rebuilt from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from torch import Tensor
+
+from peraxis_format.errors import DeviceError, LiveModelError
+from peraxis_format.reader import DeltaFile
+from peraxis_format.thread_pool import ThreadPool
+from peraxis_format.torch.device import Device, device_of
+from peraxis_format.torch.place.binding import check_live, is_sharded, sharded_anywhere
+from peraxis_format.torch.place.claims import claim, release
+from peraxis_format.torch.place.digests import inherit
+from peraxis_format.torch.place.placement import place
+from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, copy_aside, storage_key
+from peraxis_format.torch.place.watch import LiveTensors
+from peraxis_format.torch.ring import Ring
+from peraxis_format.torch.swap.apply import TRANSFER_LIMIT, together, verify_share
+from peraxis_format.torch.swap.engine import Engine, engine_for
+from peraxis_format.torch.swap.payload import Payload, Residency
+from peraxis_format.torch.swap.reports import Variant
+from peraxis_format.torch.swap.transfer_plan import cut_transfers
+
+__all__ = ["BasePlace", "Registered", "Registry"]
+
+BasePlace = Literal["auto", "device", "pinned"]
+_CLAIMED: Final = "a VariantSwitch keeps the base of these weights; add the variant to that switch, or close it first"
+_ROOM: Final = 0.9  # of the free memory that a second copy of the weights may take, with base="auto"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Registered:
+    """A variant that is ready for use. owned: the file was opened here. parts: the storages that it changes; weights:
+    their bytes.
+    """
+
+    variant: Variant
+    file: DeltaFile
+    owned: bool
+    placement: Placement
+    payload: Payload
+    engine: Engine
+    parts: frozenset[ShardView]
+    weights: int
+
+    def close(self) -> None:
+        """Let go of the payload, and of the file where it was opened here."""
+        self.payload.close()
+        if self.owned:
+            self.file.close()
+
+
+class Registry:
+    """Arguments: see VariantSwitch. Not thread-safe by itself: the switch sees to it."""
+
+    def __init__(
+        self,
+        model: Target,
+        *,
+        base: BasePlace,
+        views: Views | None,
+        shards: Mapping[str, Shard] | None,
+        group: Any,
+        workers: int | None,
+    ) -> None:
+        self.workers = ThreadPool(workers)
+        self.group = group
+        self.device: Device | None = None
+        self.ring: Ring | None = None
+        self.variants: dict[str, Registered] = {}
+        self.bases: dict[ShardView, Tensor] = {}
+        self._model = model
+        self.base_place = base
+        self._views, self._shards = views, shards
+        self._parts: dict[Any, ShardView] = {}
+        self.live = LiveTensors(model)
+
+    def add(
+        self, name: str, delta: DeltaFile | str | os.PathLike[str], residency: Residency | None, direct: bool
+    ) -> Variant:
+        """Check a variant's file and base, and bring its payload to where it shall be. The model is not changed."""
+        if name in self.variants:
+            raise LiveModelError(f"variant {name!r} is registered already; remove it first")
+        owned = not isinstance(delta, DeltaFile)
+        file = delta if isinstance(delta, DeltaFile) else DeltaFile(delta)
+        try:
+            self.variants[name] = self._registered(name, file, owned, residency, direct)
+        except BaseException:
+            if owned:
+                file.close()
+            raise
+        return self.variants[name].variant
+
+    def find(self, name: str) -> Registered:
+        """Raises LiveModelError for an unknown name."""
+        if name not in self.variants:
+            known = ", ".join(sorted(self.variants)) or "none"
+            raise LiveModelError(f"no variant {name!r}; registered: {known}")
+        return self.variants[name]
+
+    def remove(self, name: str) -> None:
+        """Forget a variant. Raises LiveModelError for an unknown one."""
+        self.find(name).close()
+        del self.variants[name]
+
+    def is_sharded(self, registered: Registered) -> bool:
+        """Whether ranks have to write it together."""
+        return self._anywhere_sharded(registered.file, registered.placement)
+
+    def close(self) -> None:
+        """Let go of everything, and end the threads."""
+        for registered in self.variants.values():
+            registered.close()
+        self.variants.clear()
+        self.bases.clear()
+        release(self)
+        self.workers.close()
+
+    def _registered(
+        self, name: str, file: DeltaFile, owned: bool, residency: Residency | None, direct: bool
+    ) -> Registered:
+        self.live.check(overwrite=True)
+        found = place(self._model, file.manifest, views=self._views, shards=self._shards)
+        claim((part.view for parts in found.values() for part in parts), self, _CLAIMED)
+        device, ring = self._prepared(found)
+        chosen = _residency(residency, device)
+        placement = self._known(found)
+        transfers = cut_transfers(file, placement, limit=TRANSFER_LIMIT)
+        ring.reserve(max((transfer.size for transfer in transfers), default=0))
+        self._check(file, placement, ring)
+        sharded = self._anywhere_sharded(file, placement)
+        with together(sharded, self.group):
+            if sharded:
+                verify_share(file, self.group, self.workers)
+            payload = Payload(
+                file, transfers, residency=chosen, device=device, ring=ring, workers=self.workers, direct=direct
+            )
+        self._keep_base(placement)
+        self.live.add(placement)
+        engine = engine_for(transfers, self.bases, device=device, workers=self.workers)
+        variant = Variant(
+            name=name,
+            content_id=file.content_id,
+            residency=chosen,
+            stored=payload.size,
+            host=payload.size if chosen == "pinned" else 0,
+            device=payload.size if chosen == "gpu" else 0,
+        )
+        parts = frozenset(part for transfer in transfers for slice_ in transfer.modules for part in slice_.views)
+        weights = sum(part.view.nbytes for part in parts)
+        return Registered(variant, file, owned, placement, payload, engine, parts, weights)
+
+    def _prepared(self, placement: Placement) -> tuple[Device, Ring]:
+        if self.device is None or self.ring is None:
+            self.device = device_of(placement)
+            self.ring = Ring(self.device)
+            if self.base_place == "pinned" and self.device.torch_device.type != "cuda":
+                raise DeviceError('base="pinned" needs a CUDA device; on the CPU the base is in host memory anyway')
+            if self.base_place == "auto":
+                needed = sum(part.view.nbytes for parts in placement.values() for part in parts)
+                self.base_place = "device" if needed <= _ROOM * self.device.free_memory() else "pinned"
+        return self.device, self.ring
+
+    def _known(self, placement: Placement) -> Placement:
+        """The same storages are the same parts for all variants."""
+        return {
+            name: tuple(self._parts.setdefault((part.box, storage_key(part.view)), part) for part in parts)
+            for name, parts in placement.items()
+        }
+
+    def _check(self, file: DeltaFile, placement: Placement, ring: Ring) -> None:
+        """The base's bytes: of the pristine copies where there are some, since the live weights may be a variant's."""
+        pristine = {
+            name: tuple(ShardView(part.box, self.bases.get(part, part.view)) for part in parts)
+            for name, parts in placement.items()
+        }
+        check_live(file.manifest, pristine, ring=ring, workers=self.workers.count, group=self.group)
+
+    def _anywhere_sharded(self, file: DeltaFile, placement: Placement) -> bool:
+        return sharded_anywhere(is_sharded(placement, file.manifest), self.group)
+
+    def _keep_base(self, placement: Placement) -> None:
+        new = {name: tuple(p for p in parts if p not in self.bases) for name, parts in placement.items()}
+        copies = copy_aside(new, pinned=self.base_place == "pinned")
+        for part, base in copies.items():
+            inherit(base, part.view)
+        self.bases.update(copies)
+
+
+def _residency(asked: Residency | None, device: Device) -> Residency:
+    cuda = device.torch_device.type == "cuda"
+    if asked == "gpu" and not cuda:
+        raise DeviceError('residency="gpu" needs a model on a CUDA device; on the CPU use "pinned" or "file"')
+    return asked or ("gpu" if cuda else "pinned")

@@ -1,0 +1,86 @@
+"""File -> ring of host buffers -> one upload a transfer -> engine, with reads, copies and kernels side by side.
+
+    residency   payload lies in              a swap does
+    gpu         device memory                kernels
+    pinned      page-locked host memory      uploads | kernels
+    file        the page cache or the disk   reads by several threads | uploads | kernels
+
+The ring has DEPTH slots; slot i of the host and slot i of the device belong together. Transfer t uses slot t mod DEPTH:
+
+    read t     when upload t - DEPTH has ended          (host slot free)
+    upload t   when kernels of t - DEPTH have ended     (device slot free)
+    kernels t  when upload t has ended
+
+All buffers are made once and shared by all variants. A module lies in one transfer, so that it is uploaded once.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+from peraxis_format.thread_pool import ThreadPool
+from peraxis_format.torch.device import Device
+from peraxis_format.torch.ring import DEPTH, Ring
+from peraxis_format.torch.swap.engine import Engine
+from peraxis_format.torch.swap.payload import Payload, read_transfer
+from peraxis_format.torch.swap.transfer_plan import ALIGN
+
+__all__ = ["stream"]
+
+
+def stream(payload: Payload, engine: Engine, *, device: Device, ring: Ring, workers: ThreadPool) -> None:
+    """Bring every transfer of a payload to the device and write it. Returns when the weights are written."""
+    if payload.residency == "gpu":
+        for index, transfer in enumerate(payload.transfers):
+            engine.write(transfer, payload.buffer(index))
+        device.synchronize()
+        return
+    if payload.residency == "file":
+        payload.check_same_file()
+    try:
+        _pipeline(payload, engine, device=device, ring=ring, workers=workers)
+    finally:
+        device.synchronize()
+    if payload.residency == "file":
+        payload.check_same_file()
+
+
+def _pipeline(payload: Payload, engine: Engine, *, device: Device, ring: Ring, workers: ThreadPool) -> None:
+    transfers = payload.transfers
+    uploaded: list[Any] = [None] * len(transfers)
+    written: list[Any] = [None] * len(transfers)
+    reading: dict[int, Future[None]] = {}
+    begun = device.record()
+    reader = ThreadPool(1) if payload.residency == "file" else None
+
+    def read(index: int) -> None:
+        slot = ring.host[index % DEPTH][: -(-transfers[index].size // ALIGN) * ALIGN]
+        read_transfer(payload.delta, transfers[index], slot, workers, payload.reads, payload.direct)
+
+    try:
+        for t, transfer in enumerate(transfers):
+            # Half the ring is being read ahead, half is being uploaded.
+            for ahead in range(t, min(t + DEPTH // 2, len(transfers))):
+                if reader is not None and ahead not in reading:
+                    if ahead >= DEPTH:
+                        device.host_waits(uploaded[ahead - DEPTH])
+                    reading[ahead] = reader.submit(partial(read, ahead))
+            if reader is not None:
+                reading[t].result()
+                host = ring.host[t % DEPTH][: transfer.size]
+            else:
+                host = payload.host(t)
+            target = ring.slots[t % DEPTH]
+            names = tuple(slice_.entry.name for slice_ in transfer.modules)
+            free = written[t - DEPTH] if t >= DEPTH else begun
+            uploaded[t] = device.upload(
+                target[transfer.begin : transfer.size], host[transfer.begin :], after=free, modules=names
+            )
+            device.compute_waits(uploaded[t])
+            engine.write(transfer, target[: transfer.size])
+            written[t] = device.record()
+    finally:
+        if reader is not None:
+            reader.close()

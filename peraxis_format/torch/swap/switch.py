@@ -1,0 +1,243 @@
+"""VariantSwitch: many variants of one live model, one of them at a time, changed in the time that the bytes need.
+
+    switch = VariantSwitch(model)
+    switch.add("legal", "legal.pxd", residency="pinned")
+    switch.use("legal");  switch.use(None)          # None is the base, bit for bit
+
+Weights are rebuilt out of place: pristine base copy + payload -> live storage, in one pass. Adding a delta and
+subtracting it again is not exact in BF16 (up to a seventh of the weights end up wrong), so the base is kept: beside the
+model, or with base="pinned" in page-locked host memory, which kernels read over the link.
+
+A swap is all or nothing: on an error the model goes back to the variant before, or else to the base, and the error says
+which. A forward never sees half a swap: the model's own hooks hold swaps off while it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from peraxis_format.errors import LiveModelError
+from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.place.shards import Shard, ShardView, Target, Views, increment_versions
+from peraxis_format.torch.swap.apply import together
+from peraxis_format.torch.swap.guard import Guard
+from peraxis_format.torch.swap.lock import SwapLock
+from peraxis_format.torch.swap.payload import Residency
+from peraxis_format.torch.swap.registry import BasePlace, Registered, Registry
+from peraxis_format.torch.swap.reports import Swap, SwapError, Variant
+from peraxis_format.torch.swap.stream import stream
+
+__all__ = ["VariantSwitch"]
+
+
+class VariantSwitch:
+    """Variants of one model. base: where the pristine copy lies, "device" (beside the model) or "pinned" (page-locked
+    host memory); "auto": on the device if there is room when the first variant is registered.
+
+    guard: hold swaps off while the model's forward runs; without it (a compiled model) wrap steps in `running()`.
+    views, shards, group, workers: see apply_. Methods may be called from any thread. A context manager; `close` leaves
+    the weights as they are.
+    """
+
+    def __init__(
+        self,
+        model: Target,
+        *,
+        base: BasePlace = "auto",
+        guard: bool = True,
+        views: Views | None = None,
+        shards: Mapping[str, Shard] | None = None,
+        group: Any = None,
+        workers: int | None = None,
+    ) -> None:
+        self._registry = Registry(model, base=base, views=views, shards=shards, group=group, workers=workers)
+        self._lock = SwapLock()
+        self._changes = threading.Lock()  # one thread at a time registers or swaps
+        self._current: str | None = None
+        self._dirty: frozenset[ShardView] = frozenset()
+        self._epoch = 0
+        self._guard = Guard(model, self._lock) if guard and isinstance(model, nn.Module) else None
+        self._closed = False
+
+    # --- what it holds -------------------------------------------------------------------------------
+
+    @property
+    def current(self) -> str | None:
+        """The variant that the model is now; None: the base."""
+        return self._current
+
+    @property
+    def epoch(self) -> int:
+        """Goes up with every change of the weights, failed swaps that touched them included."""
+        return self._epoch
+
+    def variants(self) -> tuple[Variant, ...]:
+        """The registered variants, in the order of `add`."""
+        return tuple(registered.variant for registered in self._registry.variants.values())
+
+    @property
+    def base_place(self) -> BasePlace:
+        """Where the pristine copy lies; "auto" before the first variant is registered."""
+        return self._registry.base_place
+
+    @property
+    def base_size(self) -> int:
+        """Bytes of the pristine copy."""
+        return sum(base.numel() * base.element_size() for base in self._registry.bases.values())
+
+    @property
+    def ring_size(self) -> int:
+        """Bytes of the ring, on the host and again on the device."""
+        return 0 if self._registry.ring is None else self._registry.ring.size
+
+    def running(self) -> contextlib.AbstractContextManager[None]:
+        """Hold swaps off: for a step that is no forward of the model itself, or several that belong together."""
+        return self._lock.shared()
+
+    # --- registering ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def add(
+        self,
+        name: str,
+        delta: DeltaFile | str | os.PathLike[str],
+        residency: Residency | None = None,
+        *,
+        direct: bool = False,
+    ) -> Variant:
+        """Register a variant: check its file, its base, and bring its payload to where it shall be.
+
+        residency: "gpu", "pinned" or "file" (default: "gpu" on a CUDA device, else "pinned"). direct: for "file", read
+        past the page cache. The model is not changed, and forwards go on meanwhile. Raises as apply_ does;
+        LiveModelError for a name in use.
+        """
+        self._lock.refuse_inside()
+        with self._changes:
+            self._refuse_closed()
+            return self._registry.add(name, delta, residency, direct)
+
+    def remove(self, name: str) -> None:
+        """Forget a variant. Raises LiveModelError for the one in use, and for an unknown one."""
+        self._lock.refuse_inside()
+        with self._changes:
+            if name == self._current:
+                raise LiveModelError(f"variant {name!r} is in use; use another one, or None, first")
+            self._registry.remove(name)
+
+    # --- swapping ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def use(self, name: str | None, *, overwrite: bool = False) -> Swap:
+        """Make the model a variant, or the base. Waits for forwards that run. Using the current one does nothing.
+
+        overwrite: swap although somebody else has written the weights since the last swap; that is lost.
+        Raises SwapError, which says what the model is afterwards; LiveModelError for an unknown name, and where the
+        model's tensors are no longer those of the registered variants.
+        """
+        self._lock.refuse_inside()
+        with self._changes, self._lock.exclusive():
+            self._refuse_closed()
+            target = None if name is None else self._registry.find(name)
+            self._registry.live.check(overwrite=overwrite)
+            started = time.perf_counter()
+            swap = Swap(name=name, previous=self._current, residency=None, epoch=self._epoch, seconds=0.0)
+            if name == self._current and not overwrite:
+                return replace(swap, residency=None if target is None else target.variant.residency)
+            self._dirty |= self._registry.live.written()
+            if self._registry.device is not None:
+                self._registry.device.wait_all()
+            uploads, uploaded = self._uploads()
+            read = 0 if target is None else target.payload.reads.size
+            try:
+                written = self._write(target)
+            except BaseException as error:
+                now = self._restore()
+                if not isinstance(error, Exception):
+                    raise  # an interrupt stays one
+                what = "the base" if now is None else f"variant {now!r}"
+                raise SwapError(f"swap to {name!r} failed ({error}); the model is {what}", now=now) from error
+            self._current = name
+            after = self._uploads()
+            return replace(
+                swap,
+                residency=None if target is None else target.variant.residency,
+                epoch=self._epoch,
+                seconds=time.perf_counter() - started,
+                read=0 if target is None else target.payload.reads.size - read,
+                uploads=after[0] - uploads,
+                uploaded=after[1] - uploaded,
+                written=written,
+            )
+
+    def _uploads(self) -> tuple[int, int]:
+        counters = None if self._registry.device is None else self._registry.device.counters
+        return (0, 0) if counters is None else (counters.uploads, counters.uploaded_bytes)
+
+    def _write(self, target: Registered | None) -> int:
+        """Live storages become the target's, from the pristine base; returns the bytes written."""
+        parts = frozenset() if target is None else target.parts
+        restored = self._dirty - parts
+        touched = self._dirty | parts
+        registry = self._registry
+        # Set before the first write: whatever happens now, these storages may not be the base's any more.
+        self._dirty = touched
+        self._epoch += 1
+        increment_versions(touched)
+        for part in restored:
+            part.view.copy_(registry.bases[part], non_blocking=True)
+        device, ring = registry.device, registry.ring
+        if device is not None and ring is not None:
+            sharded = target is not None and registry.is_sharded(target)
+            with together(sharded, registry.group):
+                if target is not None:
+                    stream(target.payload, target.engine, device=device, ring=ring, workers=registry.workers)
+            device.synchronize()
+        self._dirty = parts
+        registry.live.remember(touched)
+        return sum(part.view.nbytes for part in restored) + (0 if target is None else target.weights)
+
+    def _restore(self) -> str | None:
+        """After a failed swap: the variant before, else the base. Returns what it is."""
+        previous = None if self._current is None else self._registry.find(self._current)
+        if previous is not None:
+            with contextlib.suppress(Exception):
+                self._write(previous)
+                return self._current
+        self._current = None
+        self._write(None)
+        return None
+
+    # --- the end -------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Remove the hooks, end the threads, let go of payloads and base. The weights stay as they are."""
+        self._closed = True
+        if self._guard is not None:
+            self._guard.remove()
+        self._registry.close()
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise LiveModelError("the VariantSwitch is closed; make a new one for the model")
+
+    def __enter__(self) -> VariantSwitch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        held = ", ".join(repr(variant.name) for variant in self.variants()) or "none"
+        return f"<VariantSwitch: current {self._current!r}, variants {held}>"

@@ -1,0 +1,267 @@
+"""A repository's model card: front matter for the hub, and one section a delta that later runs find and replace.
+
+The sections follow from the manifest alone, and from an evaluation's JSON where one is passed; nothing in them is
+guessed. Texts from the manifest are quoted, so that they can bring neither YAML keys nor markup into the card. What a
+card holds beside our sections stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import peraxis_format as pxd
+from peraxis_tools.errors import ToolError
+from peraxis_tools.inspect import InspectResult
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+__all__ = ["HUB_ID", "CardDelta", "card_text", "inherited", "missing_fields", "parse_card"]
+
+HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SPECIAL: Final = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&])")
+_TAGS: Final = ("pxd", "delta", "1-bit")
+_INHERITED: Final = ("language", "license", "license_name", "license_link", "pipeline_tag", "datasets")
+_PIPELINES: Final = (
+    ("ForCausalLM", "text-generation"),
+    ("LMHeadModel", "text-generation"),
+    ("ForSeq2SeqLM", "text2text-generation"),
+    ("ForConditionalGeneration", "image-text-to-text"),
+    ("ForSequenceClassification", "text-classification"),
+    ("ForMaskedLM", "fill-mask"),
+)
+_METRICS: Final = (
+    ("kl", "kl_divergence", "KL(fine-tuned || this), nats a token"),
+    ("top1", "accuracy", "share of equal most likely tokens"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardDelta:
+    """One delta as the card tells of it. base_id: instead of the manifest's; pipeline: from the configuration."""
+
+    file: str
+    found: InspectResult
+    base_id: str | None = None
+    base_revision: str | None = None
+    evaluation: Mapping[str, Any] | None = None
+    architecture: str = ""
+
+    @property
+    def base(self) -> pxd.Identity:
+        """The base's id and revision, as the card gives them."""
+        manifest = self.found.manifest.base
+        if self.base_id is None:
+            return pxd.Identity(id=manifest.id, revision=manifest.revision)
+        return pxd.Identity(id=self.base_id, revision=self.base_revision)
+
+
+def card_text(
+    repository: str,
+    deltas: Sequence[CardDelta],
+    *,
+    existing: str | None = None,
+    fine_tuned_card: str | None = None,
+    licence: str | None = None,
+    relation: str = "finetune",
+) -> str:
+    """The README.md. existing: the repository's card, whose text and metadata are kept and extended.
+
+    fine_tuned_card: the fine-tune's own card, for language, licence, pipeline and data sets. Raises ToolError.
+    """
+    card = parse_card(existing)
+    data = card.data if card is not None else None
+    text = card.text.strip("\n") if card is not None else f"# {_md(deltas[0].found.manifest.fine_tuned.id)}"
+    for delta in deltas:
+        text = _with_section(text, delta.file, "\n".join(_section(repository, delta)))
+    merged = _data(repository, deltas, data, inherited(fine_tuned_card), licence, relation)
+    return f"---\n{merged.to_yaml()}\n---\n\n{text}\n"
+
+
+def parse_card(content: str | None) -> ModelCard | None:
+    """A card; None without one. Raises ToolError where its front matter is not YAML."""
+    from huggingface_hub import ModelCard
+
+    if content is None:
+        return None
+    try:
+        return ModelCard(content, ignore_metadata_errors=True)
+    except Exception as error:  # yaml has its own hierarchy, and the card is a stranger's
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ToolError(f"README.md: its front matter cannot be read ({reason}); mend it first") from None
+
+
+def inherited(content: str | None) -> dict[str, Any]:
+    """What the fine-tune's card says of language, licence, pipeline and data sets."""
+    card = parse_card(content)
+    values = {} if card is None else {key: getattr(card.data, key, None) for key in _INHERITED}
+    return {key: value for key, value in values.items() if value}
+
+
+def missing_fields(content: str) -> list[str]:
+    """What people look for in a card and this one lacks."""
+    card = parse_card(content)
+    return [key for key in ("license", "language", "pipeline_tag") if card is None or not getattr(card.data, key, None)]
+
+
+def _data(
+    repository: str,
+    deltas: Sequence[CardDelta],
+    before: ModelCardData | None,
+    theirs: Mapping[str, Any],
+    licence: str | None,
+    relation: str,
+) -> ModelCardData:
+    from huggingface_hub import ModelCardData
+
+    values: dict[str, Any] = {} if before is None else dict(before.to_dict())
+    values.pop("model-index", None)
+    bases = [delta.base.id for delta in deltas if HUB_ID.fullmatch(delta.base.id)]
+    bases = _union(values.get("base_model"), bases)
+    if bases:
+        values["base_model"] = bases[0] if len(bases) == 1 else bases
+        values.setdefault("base_model_relation", relation)
+    if licence is not None:
+        values["license"] = licence
+    pipeline = next((tag for end, tag in _PIPELINES if deltas[0].architecture.endswith(end)), None)
+    for key, value in {**({"pipeline_tag": pipeline} if pipeline else {}), **theirs}.items():
+        values.setdefault(key, value)
+    values.setdefault("library_name", "peraxis")
+    values["tags"] = _union(values.get("tags"), _TAGS)
+    results = _results(deltas, [] if before is None else list(before.eval_results or []))
+    if results:
+        values["model_name"] = (before.model_name if before is not None else None) or repository.rpartition("/")[2]
+        values["eval_results"] = results
+    return ModelCardData(**values)
+
+
+def _union(before: Any, more: Iterable[str]) -> list[str]:
+    held = [before] if isinstance(before, str) else list(before or [])
+    return [*held, *(item for item in dict.fromkeys(more) if item not in held)]
+
+
+def _results(deltas: Sequence[CardDelta], before: list[EvalResult]) -> list[EvalResult]:
+    """Every figure of the evaluations; those of a file that is published again are replaced."""
+    from huggingface_hub import EvalResult
+
+    names = {delta.file for delta in deltas}
+    # The hub's metadata has no field for one file of several; the configuration of a metric is nearest.
+    kept = [result for result in before if result.metric_config not in names]
+    for delta in deltas:
+        for domain in (delta.evaluation or {}).get("domains", ()):
+            fidelity = domain["candidates"].get("merged") or next(iter(domain["candidates"].values()), {})
+            kept += [
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type=re.sub(r"[^\w.-]+", "-", str(domain["domain"])),
+                    dataset_name=str(domain["domain"]),
+                    metric_type=metric,
+                    metric_name=name,
+                    metric_value=fidelity[key],
+                    metric_config=delta.file,
+                )
+                for key, metric, name in _METRICS
+                if key in fidelity
+            ]
+    return kept
+
+
+def _with_section(text: str, file: str, section: str) -> str:
+    """The text with this file's section replaced, or put at its end."""
+    key = json.dumps(file).replace("--", "-\\u002d").replace(">", "\\u003e")
+    begin, end = f"<!-- peraxis delta {key} -->", f"<!-- peraxis end {key} -->"
+    block = f"{begin}\n{section}\n{end}"
+    start, stop = text.find(begin), text.find(end)
+    if 0 <= start < stop:
+        return text[:start] + block + text[stop + len(end) :]
+    return f"{text}\n\n{block}"
+
+
+def _section(repository: str, delta: CardDelta) -> Iterator[str]:
+    found = delta.found
+    yield f"## {_md(delta.file)}"
+    yield ""
+    yield (
+        f"A full fine-tune of {_md(delta.base.id)} as a 1-bit difference in the PXD format: {found.file_bytes:,} bytes "
+        f"for a checkpoint of {found.full_bytes:,}, **{found.ratio:.1f} times smaller**."
+    )
+    yield ""
+    yield from _facts(delta)
+    yield from _loading(repository, delta)
+    yield from _sizes(found)
+    if delta.evaluation is not None:
+        yield from _fidelity(delta.evaluation)
+
+
+def _md(value: str) -> str:
+    plain = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in value)
+    return _SPECIAL.sub(r"\\\1", plain)
+
+
+def _facts(delta: CardDelta) -> Iterator[str]:
+    base, found = delta.base, delta.found
+    revision = f" at `{_md(base.revision)}`" if base.revision else ""
+    yield f"- content ID `{found.content_id}`"
+    yield f"- base {_md(base.id)}{revision}, `{found.manifest.base.digest}`"
+    calibration = found.manifest.calibration
+    if calibration is not None:
+        yield (
+            f"- scales fitted on {_md(calibration.source)}, {calibration.samples} samples of "
+            f"{calibration.sequence_length} tokens"
+        )
+    yield f"- written by {_md(found.manifest.producer.name)} {_md(found.manifest.producer.version)}"
+    yield ""
+
+
+def _loading(repository: str, delta: CardDelta) -> Iterator[str]:
+    hub = delta.base.id if HUB_ID.fullmatch(delta.base.id) else "BASE"
+    base = f"{hub}@{delta.base.revision}" if hub != "BASE" and delta.base.revision else hub
+    file = shlex.quote(delta.file)
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", delta.file)), default=0))
+    yield f"### Load {_md(delta.file)}"
+    yield ""
+    yield f"{fence}sh"
+    yield "pip install 'peraxis[tools]'"
+    yield f"hf download {repository} {file} --local-dir ."
+    yield f"peraxis-tools verify {file} --base {shlex.quote(base)} --expect-content-id {delta.found.content_id}"
+    yield f"peraxis-tools apply {shlex.quote(base)} {file} -o model"
+    yield fence
+    yield ""
+    yield f"{fence}python"
+    yield "import peraxis_tools"
+    yield ""
+    yield f"model = peraxis_tools.load_model({json.dumps(base)}, {json.dumps(delta.file)})"
+    yield fence
+    yield ""
+
+
+def _sizes(found: InspectResult) -> Iterator[str]:
+    yield "### Sizes"
+    yield ""
+    yield "| tensors | modules | stored bytes | full bytes | ratio |"
+    yield "|---|---:|---:|---:|---:|"
+    for share in found.by_kind:
+        ratio = f"{share.full_bytes / share.bytes:.1f}" if share.bytes else "-"
+        yield f"| {share.label} | {share.modules} | {share.bytes:,} | {share.full_bytes:,} | {ratio} |"
+    yield ""
+
+
+def _fidelity(evaluation: Mapping[str, Any]) -> Iterator[str]:
+    yield "### Fidelity"
+    yield ""
+    yield "Beside the fine-tuned model, per token: KL in nats, share of equal most likely tokens, perplexity."
+    yield ""
+    yield "| text | model | KL | top-1 | perplexity | fine-tuned |"
+    yield "|---|---|---:|---:|---:|---:|"
+    for domain in evaluation["domains"]:
+        for name, fidelity in domain["candidates"].items():
+            yield (
+                f"| {_md(str(domain['domain']))} | {_md(name)} | {fidelity['kl']:.4g} | {fidelity['top1']:.1%} | "
+                f"{domain['perplexity'][name]:.4g} | {domain['perplexity_fine_tuned']:.4g} |"
+            )
+    yield ""

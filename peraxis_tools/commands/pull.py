@@ -1,0 +1,50 @@
+"""`peraxis-tools pull`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
+from peraxis_tools.pull import pull
+from peraxis_tools.report import emit, hub_progress, staged
+from peraxis_tools.report.pull import render_pull
+
+__all__ = ["command"]
+
+
+@click.command("pull")
+@click.argument("source", metavar="REPO|URL")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="The folder for the files.  [default: the current one]",
+)
+@click.option("--file", "files", multiple=True, metavar="NAME", help="A single delta of REPO. Repeatable.")
+@click.option("--expect-content-id", "content_ids", multiple=True, metavar="ID", help="One of these each must be.")
+@overwrite_option
+@json_option
+@quiet_option
+def command(
+    source: str,
+    output: Path,
+    files: tuple[str, ...],
+    content_ids: tuple[str, ...],
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Fetch the deltas of REPO (org/name or org/name@revision) or of a URL, and verify them before they are written.
+
+    \b
+    Example: peraxis-tools pull me/my-delta --expect-content-id sha256:...
+             peraxis-tools apply BASE my-delta.pxd -o model
+    """
+    with hub_progress(quiet=quiet):
+        result = pull(
+            source, output, files=files, content_ids=content_ids, overwrite=overwrite, progress=staged(quiet=quiet)
+        )
+    emit(result, render_pull, schema="peraxis.pull/1", as_json=as_json)

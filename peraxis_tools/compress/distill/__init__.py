@@ -1,0 +1,1 @@
+"""End-to-end distillation of scales, signs and full tensors."""

@@ -1,0 +1,281 @@
+"""End-to-end distillation: all scales together, against the teacher's logits.
+
+    W_m = base_m + sum_k B_k o (row_k col_k^T)       rounded to the module's dtype as apply does (gradient passes)
+    loss = mean over tokens of KL(teacher || student), or of the squared difference of the logits (the paper's)
+
+Scales are trained as s = s_0 (1 + theta) in float32: a step is relative, so one learning rate suits deltas of any size,
+rows and columns alike. With `signs`, the signs are trained too: each weight gets a latent z, started at where the
+fit left it; B = sign(z), and the gradient of B passes to z (straight-through) while |z| is within a few scales.
+
+AdamW without decay, linear warm-up, cosine to zero. Signs come to rest at 70% of the way: as long as they turn to and
+fro about zero (arXiv 2203.11086), all else is fitted to one of many states; on the rest of the way, to the one that
+stays. After each epoch the state, as it would be stored (F16 scales), is validated on held-out samples; the best one
+is kept,
+the state before the first step among them: never worse there. Samples are of one length without padding: no token is
+excluded, because none has to be. Nothing is dropped out and nothing is drawn but the order of the samples, so a run
+that goes on after an epoch ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+from peraxis_format import Encoding
+from peraxis_tools.compress.distill.parametrization import DeltaParametrization, TrainedComponent, TrainedTensor
+from peraxis_tools.compress.distill.training import Group, Training, TrainingState
+from peraxis_tools.compress.fit.moments.spill import SpilledTensors
+from peraxis_tools.compress.model.components import TORCH_DTYPES
+from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
+from peraxis_tools.compress.model.names import ParameterSlice
+from peraxis_tools.compress.model.weights import Weights, kept_rows
+from peraxis_tools.compress.plan.plan import PlannedModule
+from peraxis_tools.compress.run.types import FittedModule, ModuleReport
+from peraxis_tools.compress.run.work_folder import WorkFolder
+
+__all__ = ["DistillOptions", "DistillResult", "checkpoint_layers", "distill", "fill_whole"]
+
+_SIGNS_REST = 0.7  # of all steps
+_BEST = "distill-best"  # part of the work folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillOptions:
+    """epochs over the samples; loss kl or mse.
+
+    lr: of relative scales; sign_lr: of latents in units of the scale; full_lr: of full tensors in units of their
+    root mean square. At 0 the signs, the full tensors, stay as they are.
+    """
+
+    epochs: int = 5
+    lr: float = 1e-2
+    sign_lr: float = 0.0
+    full_lr: float = 0.0
+    loss: str = "kl"
+    batch_size: int = 2
+    seed: int = 0
+    logits_limit: int = 4 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillResult:
+    """The modules as distilled, and the held-out loss before and after."""
+
+    modules: Mapping[str, FittedModule]
+    before: float
+    after: float
+
+
+def distill(
+    *,
+    weights: Weights,
+    teacher: LayerwiseModel,
+    student: LayerwiseModel,
+    modules: Mapping[str, FittedModule],
+    samples: Tensor,
+    validation: Tensor,
+    options: DistillOptions,
+    work: WorkFolder,
+    progress: Callable[[str, int, int], None],
+) -> DistillResult:
+    """Train all scales of `modules` together, from where `work` has it. samples, validation: ids [n, length].
+
+    Both models are loaded whole. After each epoch the state of training goes to `work`.
+    """
+    fill_whole(teacher, weights, weights.teacher)
+    trained = _parametrize(student, weights, modules, options)
+    if student.device.type != "cpu":
+        checkpoint_layers(student)
+    validation = validation if len(validation) else samples
+    cache = _TeacherLogits(teacher, work, options.logits_limit)
+    batches = -(-len(samples) // options.batch_size)
+    steps = options.epochs * batches
+    training = Training(trained.groups(options), steps=steps)
+    generator = torch.Generator().manual_seed(options.seed)
+    # Without the best state there is nothing to go on to.
+    stands = training.resume(work) if work.load(_BEST) is not None else None
+    if stands is None:
+        loss = _validation_loss(student, trained, cache, validation, options)
+        stands = TrainingState(epochs=0, best=loss, before=loss)
+        work.save(_BEST, list(trained.to_array(modules).values()))
+    for epoch in range(options.epochs):
+        order = torch.randperm(len(samples), generator=generator)
+        if epoch < stands.epochs:
+            continue
+        for batch, rows in enumerate(order.split(options.batch_size)):
+            step = epoch * batches + batch
+            progress("distill", step, steps)
+            training.step(step, _loss(student, cache, samples, "fit", rows.tolist(), options.loss))
+        error = _validation_loss(student, trained, cache, validation, options)
+        if error < stands.best:
+            work.save(_BEST, list(trained.to_array(modules).values()))
+        stands = replace(stands, epochs=epoch + 1, best=min(error, stands.best))
+        training.save(work, stands)
+    progress("distill", steps, steps)
+    best = {module.name: module for module in work.load(_BEST) or ()}
+    return DistillResult(modules={**modules, **best}, before=stands.before, after=stands.best)
+
+
+def checkpoint_layers(student: LayerwiseModel) -> None:
+    """Have each layer's activations computed again in the backward pass, in place of being kept.
+
+    Not through the model's own switch, as that wants training mode, and with it come dropout and jitter.
+    """
+    for layer in student.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def fill_whole(model: LayerwiseModel, weights: Weights, source: Callable[[str], Tensor]) -> None:
+    """Fill every layer: the whole model in memory."""
+    weights.fill_outer(model, source)
+    for index in range(len(model)):
+        weights.fill(model, source, model.layer_parameters(index))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trained:
+    """What is trained, by module: components, and full tensors with the value that they stand over."""
+
+    components: Mapping[str, nn.ModuleList]
+    full: Mapping[str, tuple[TrainedTensor, Tensor]]
+
+    def groups(self, options: DistillOptions) -> list[Group]:
+        """What is trained at one rate: scales, latents of signs, full tensors."""
+        named = [pair for components in self.components.values() for pair in components.named_parameters()]
+        latents = [p for name, p in named if name.endswith("latent")]
+        scales = [p for name, p in named if not name.endswith("latent")]
+        return [
+            Group(parameters=scales, lr=options.lr),
+            Group(parameters=latents, lr=options.sign_lr, share=_SIGNS_REST),
+            Group(parameters=[tensor.theta for tensor, _ in self.full.values()], lr=options.full_lr),
+        ]
+
+    def to_array(self, modules: Mapping[str, FittedModule]) -> dict[str, FittedModule]:
+        """The modules as the file would hold them now."""
+        signed = {
+            name: replace(modules[name], components=tuple(c.to_component() for c in components))  # type: ignore[operator]
+            for name, components in self.components.items()
+        }
+        whole = {
+            name: FittedModule(name=name, report=ModuleReport(), full=tensor.to_array(value))
+            for name, (tensor, value) in self.full.items()
+        }
+        return {**signed, **whole}
+
+    @contextmanager
+    def rounded(self) -> Iterator[None]:
+        """Inside, scales are what F16 leaves of them."""
+        kept = []
+        for component in (c for components in self.components.values() for c in components):
+            kept.append((component, {name: p.detach().clone() for name, p in component.named_parameters()}))
+            component.round()  # type: ignore[operator]
+        yield
+        with torch.no_grad():
+            for component, values in kept:
+                for name, value in values.items():
+                    getattr(component, name).copy_(value)
+
+
+def _parametrize(
+    student: LayerwiseModel, weights: Weights, modules: Mapping[str, FittedModule], options: DistillOptions
+) -> _Trained:
+    """Fill the student with base weights and full tensors, and put over them what is trained."""
+    fill_whole(student, weights, weights.base_only)
+    full = _parametrize_full(student, weights) if options.full_lr > 0 else {}
+    trained: dict[str, nn.ModuleList] = {}
+    by_parameter: dict[str, list[tuple[ParameterSlice, int, nn.ModuleList]]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for name, module in modules.items():
+        piece = weights.names.by_tensor.get(name)
+        if piece is None or not module.components:
+            continue
+        planned: PlannedModule = weights.modules[name]
+        trained[name] = nn.ModuleList(
+            TrainedComponent(c, planned.shape[-1], signs=options.sign_lr > 0, device=student.device)
+            for c in module.components
+        )
+        by_parameter.setdefault(piece.parameter, []).append((piece, kept_rows(planned), trained[name]))
+        dtypes[piece.parameter] = TORCH_DTYPES[planned.dtype]
+    for parameter, pieces in by_parameter.items():
+        _put_over(student, parameter, DeltaParametrization(pieces, dtypes[parameter]))
+    return _Trained(components=trained, full=full)
+
+
+def _parametrize_full(student: LayerwiseModel, weights: Weights) -> dict[str, tuple[TrainedTensor, Tensor]]:
+    """Full float tensors that are a whole parameter each; not what the base has too, as that costs no byte."""
+    found = {}
+    for name, module in weights.modules.items():
+        piece = weights.names.by_tensor.get(name)
+        whole = piece is not None and piece.index is None and piece.rows is None
+        if module.encoding is not Encoding.FULL or not module.dtype.is_float or piece is None or not whole:
+            continue
+        value = student.get(piece.parameter)
+        if module.base_shape == module.shape and torch.equal(weights.read(weights.base, name).to(value), value):
+            continue
+        tensor = TrainedTensor(value, module.dtype)
+        _put_over(student, piece.parameter, tensor)
+        found[name] = (tensor, value)
+    return found
+
+
+def _put_over(student: LayerwiseModel, parameter: str, module: nn.Module) -> None:
+    for owner, leaf in student.owners(parameter):
+        parametrize.register_parametrization(owner, leaf, module, unsafe=True)
+
+
+class _TeacherLogits:
+    """The teacher's logits of samples: on disk up to a limit of bytes, beyond it computed again.
+
+    Each sample is computed alone: what it gives then depends neither on the limit nor on its batch.
+    """
+
+    def __init__(self, teacher: LayerwiseModel, work: WorkFolder, limit: int) -> None:
+        self._teacher, self._limit = teacher, limit
+        self._kept = {split: SpilledTensors(work.path, f"logits-{split}", limit=0) for split in ("fit", "held-out")}
+
+    @torch.no_grad()
+    def __call__(self, samples: Tensor, split: str, rows: Sequence[int]) -> Tensor:
+        """Logits [rows, length, vocabulary] of some samples of a split."""
+        return torch.cat([self._logits(samples[row : row + 1], self._kept[split], row) for row in rows])
+
+    def _logits(self, ids: Tensor, kept: SpilledTensors, row: int) -> Tensor:
+        if row in kept:
+            return kept[row]
+        logits: Tensor = self._teacher.model(input_ids=ids, use_cache=False).logits
+        size = logits.numel() * logits.element_size()
+        if size <= self._limit:
+            self._limit -= size
+            kept[row] = logits
+        return logits
+
+
+def _loss(
+    student: LayerwiseModel, teacher: _TeacherLogits, samples: Tensor, split: str, rows: Sequence[int], kind: str
+) -> Tensor:
+    """Mean over the tokens of some samples of a split."""
+    target = teacher(samples, split, rows).float()
+    logits = student.model(input_ids=samples[list(rows)], use_cache=False).logits.float()
+    if kind == "mse":
+        return torch.mean((logits - target).square())
+    log_p, log_q = torch.log_softmax(target, -1), torch.log_softmax(logits, -1)
+    return torch.sum(log_p.exp() * (log_p - log_q), dim=-1).mean()
+
+
+@torch.no_grad()
+def _validation_loss(
+    student: LayerwiseModel, trained: _Trained, teacher: _TeacherLogits, validation: Tensor, options: DistillOptions
+) -> float:
+    """Held-out loss of the state as it would be stored."""
+    total = 0.0
+    with trained.rounded(), parametrize.cached():
+        for start in range(0, len(validation), options.batch_size):
+            rows = range(start, min(start + options.batch_size, len(validation)))
+            total += float(_loss(student, teacher, validation, "held-out", rows, options.loss)) * len(rows)
+    return total / len(validation)

@@ -1,0 +1,98 @@
+"""AdamW with a schedule for each group of parameters, and how it goes on after it was killed.
+
+Rates: linear warm-up, cosine to zero, zero from there; no weight decay. Between epochs everything that the next step
+follows from is kept in the work folder: parameters, AdamW's sums, and how far it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peraxis_tools.compress.run.work_folder import WorkFolder
+
+__all__ = ["Group", "TrainingState", "Training"]
+
+_WARM_UP = 0.05
+_PART = "distilling"  # of the work folder
+_SUMS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Parameters with one rate. lr: at its peak; share: of all steps, after which they stay what they are."""
+
+    parameters: Sequence[nn.Parameter]
+    lr: float
+    share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingState:
+    """How far it is: whole epochs, the best loss after one of them, and the loss before the first."""
+
+    epochs: int
+    best: float
+    before: float
+
+
+class Training:
+    """The optimizer of some groups over a number of steps."""
+
+    def __init__(self, groups: Sequence[Group], *, steps: int) -> None:
+        self._groups = [group for group in groups if group.parameters]
+        self._steps = steps
+        self._parameters = [parameter for group in self._groups for parameter in group.parameters]
+        for parameter in self._parameters:
+            parameter.requires_grad_(True)
+        self._optimizer = torch.optim.AdamW([{"params": group.parameters} for group in self._groups], weight_decay=0.0)
+
+    def step(self, number: int, loss: Tensor) -> None:
+        """Take one step down this loss."""
+        for group, its in zip(self._groups, self._optimizer.param_groups, strict=True):
+            its["lr"] = group.lr * _rate(number, round(group.share * self._steps))
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimizer.step()
+
+    def save(self, work: WorkFolder, stands: TrainingState) -> None:
+        """Keep where training stands."""
+        arrays = {"standing": np.array([stands.epochs, stands.best, stands.before], np.float64)}
+        for i, parameter in enumerate(self._parameters):
+            sums = self._optimizer.state[parameter]  # empty where no loss has reached it: an expert without tokens
+            for name, value in {"value": parameter, **sums}.items():
+                arrays[f"{name}-{i}"] = value.detach().cpu().numpy()
+        work.save_arrays(_PART, arrays)
+
+    @torch.no_grad()
+    def resume(self, work: WorkFolder) -> TrainingState | None:
+        """Put training where `save` left it; None where there is nothing to go on from."""
+        arrays = work.load_arrays(_PART)
+        if arrays is None:
+            return None
+        for i, parameter in enumerate(self._parameters):
+            parameter.copy_(torch.from_numpy(arrays[f"value-{i}"]))
+            if f"step-{i}" not in arrays:
+                continue
+            # AdamW keeps its count of steps on the CPU, wherever the parameter is.
+            self._optimizer.state[parameter] = {
+                name: torch.from_numpy(arrays[f"{name}-{i}"]).to("cpu" if name == "step" else parameter.device)
+                for name in _SUMS
+            }
+        epochs, best, before = arrays["standing"].tolist()
+        return TrainingState(epochs=int(epochs), best=best, before=before)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the peak rate."""
+    if step >= steps:
+        return 0.0
+    warm = max(1, round(_WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))

@@ -1,0 +1,1 @@
+"""From sums over calibration tokens to scales and signs, module by module."""

@@ -1,0 +1,54 @@
+"""`--fit adamw`: the paper's fit of one module, on sums instead of cached activations.
+
+    loss(s) = ||R - X Q(s)^T||^2 / (n d_out),  Q = sign(D) o s,  s = row or col vector, started at mean |D|
+
+AdamW (row lr 1e-4, col and scalar lr 1e-5, decay 0.01, as torch has it), 5 epochs, one step a calibration sample; the
+axis with the smaller held-out error is kept. The gradient is that of the whole calibration set, from G and C, where
+the paper's steps take one sample's: the mean of the same thing, without its noise. The paper's procedure as a whole
+(forward passes of two whole models for every module) is a benchmark (benchmarks/fidelity.py), not an option.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from peraxis_format import Axis
+from peraxis_tools.compress.fit.moments.sums import Moments
+from peraxis_tools.compress.fit.scales import Term, start_term
+
+__all__ = ["ADAMW_EPOCHS", "adamw_term"]
+
+ADAMW_EPOCHS: Final = 5
+_RATES: Final = {Axis.ROW: 1e-4, Axis.COL: 1e-5, Axis.TENSOR: 1e-5, Axis.ROW_COL: 1e-4}
+
+
+def adamw_term(delta: Tensor, fine_tuned: Tensor, moments: Moments, axis: Axis, *, steps: int) -> Term:
+    """One component: signs of the delta, scales after `steps` steps. delta, fine_tuned: float32 [d_out, d_in]."""
+    term = start_term(delta, axis)
+    row, col = term.row.clone().requires_grad_(axis is not Axis.COL), term.col.clone()
+    col.requires_grad_(axis in (Axis.COL, Axis.ROW_COL))
+    signs = torch.where(term.signs, 1.0, -1.0)
+    gram = moments.G.float()
+    cross = delta @ gram
+    if moments.E is not None:
+        cross = cross + fine_tuned @ moments.E.float()
+    count = max(moments.tokens, 1) * delta.shape[0]
+    optimizer = torch.optim.AdamW([p for p in (row, col) if p.requires_grad], lr=_RATES[axis])
+    with torch.enable_grad():
+        for _ in range(steps):
+            # A scalar stands in row as one value: its gradient is shared by taking the mean back.
+            size = row.mean().expand_as(row) if axis is Axis.TENSOR else row
+            dense = signs * size[:, None] * col
+            # ||R - X Q^T||^2 = tr(Q G Q^T) - 2 tr(C Q^T) + constant
+            loss = (torch.sum((dense @ gram) * dense) - 2 * torch.sum(cross * dense)) / count
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        final = row.mean().expand_as(row) if axis is Axis.TENSOR else row
+        # A scale that training made negative turns its signs; the file stores magnitudes.
+        turned = (final < 0)[:, None] ^ (col < 0)
+        return Term(axis=axis, signs=term.signs ^ turned, row=final.abs().contiguous(), col=col.abs())

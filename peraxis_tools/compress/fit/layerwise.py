@@ -1,0 +1,328 @@
+"""The whole model, one decoder block at a time: teacher (fine-tuned) and student (base + deltas) side by side.
+
+For each block: load it twice; see once which product reads which input (discovery); then, stage by stage in the order
+of the data (q/k/v; o; gate/up; down), take both up to the stage's input, sum G, E, F (collector.py), fit the stage's
+modules, and put them into the student exactly as the file will apply them. What comes later is then fitted on inputs
+that already contain what came before. At last both blocks' outputs replace the hidden states. O(layers) work;
+memory holds one block of each model, the hidden states, and the sums of one stage.
+
+Embedding first, as its rows change what everything else sees, fitted for the rows that the text reads (table.py);
+lm_head last, on the final hidden states. A tied pair is both: it is fitted first, on the final hidden states of the
+teacher, which one pass of the teacher alone gives; what the embedding hands on, its own rows, counts half as much as
+what the head makes of them.
+
+Experts: a token may be routed elsewhere in the student, so teacher inputs cannot be matched; there Z = 0, and the
+experts are fitted on the student's own tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from peraxis_format import Encoding, Safetensors
+from peraxis_tools.compress.fit.fit import FitOptions, FittedMatrix, fit_matrices
+from peraxis_tools.compress.fit.mean import mean_components
+from peraxis_tools.compress.fit.moments.collector import Batch, MomentsCollector, Side, Text
+from peraxis_tools.compress.fit.moments.spill import SpilledTensors
+from peraxis_tools.compress.fit.moments.stages import Key, Stage
+from peraxis_tools.compress.fit.moments.sums import Statistics
+from peraxis_tools.compress.fit.table import fit_table, importance
+from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
+from peraxis_tools.compress.model.names import NameMap, ParameterSlice
+from peraxis_tools.compress.model.orientation import OrientedModule
+from peraxis_tools.compress.model.weights import Weights, kept_rows
+from peraxis_tools.compress.options import OptionError
+from peraxis_tools.compress.plan.plan import TABLES, Plan, PlannedModule
+from peraxis_tools.compress.run.distributed import Processes
+from peraxis_tools.compress.run.environment import trim_heap
+from peraxis_tools.compress.run.types import FittedModule, ModuleReport
+from peraxis_tools.compress.run.work_folder import WorkFolder
+
+__all__ = ["Batch", "LayerwiseCalibration"]
+
+TIED_INPUT_WEIGHT: Final = 0.5  # of a tied table: the weight of reading a row against that of multiplying with it
+
+
+class LayerwiseCalibration:
+    """One run over all blocks. `fitted` fills as it goes; every finished part is in the work folder."""
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        base: Safetensors,
+        fine_tuned: Safetensors,
+        teacher: LayerwiseModel,
+        student: LayerwiseModel,
+        names: NameMap,
+        batches: Sequence[Batch],
+        options: FitOptions,
+        work: WorkFolder,
+        processes: Processes,
+        hidden_limit: int,
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        self.teacher, self.student = teacher, student
+        self.names, self.options, self.work, self.processes = names, options, work, processes
+        self.text = Text(
+            batches=[batches[i] for i in processes.shard_indices(len(batches))],
+            total=len(batches),
+            validated=any(batch.validation for batch in batches),
+        )
+        if len(batches) < processes.count:
+            raise OptionError(f"{processes.count} processes for {len(batches)} batches: give fewer, or a smaller batch")
+        self.modules = {module.name: module for module in plan.modules}
+        self.fitted: dict[str, FittedModule] = {}
+        self.weights = Weights(
+            plan=plan, base=base, fine_tuned=fine_tuned, names=names, fitted=self.fitted, device=student.device
+        )
+        self._hidden = [
+            SpilledTensors(work.path, f"hidden-{label}-{processes.rank}", limit=hidden_limit // 2)
+            for label in ("teacher", "student")
+        ]
+        self._limit = hidden_limit
+        self._progress = progress
+        self.device = student.device
+
+    # -- the run ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def run(self) -> dict[str, FittedModule]:
+        """Fit every module that the plan gives signs. Returns them by name."""
+        blocks = len(self.student)
+        self._take(self._part("embedding", self._fit_tables))
+        for model, source in self._sources():
+            self.weights.fill_outer(model, source)
+        for i, batch in enumerate(self.text.batches):
+            for hidden, model in zip(self._hidden, (self.teacher, self.student), strict=True):
+                hidden[i] = model.embed(batch.ids)
+        for index in range(blocks):
+            self._progress("fit", index, blocks + 1)
+            self._block(index)
+        self._progress("fit", blocks, blocks + 1)
+        self._take(self._part("head", self._fit_head))
+        self._progress("fit", blocks + 1, blocks + 1)
+        return self.fitted
+
+    def _sources(self) -> tuple[tuple[LayerwiseModel, Callable[[str], Tensor]], ...]:
+        return (self.teacher, self.weights.teacher), (self.student, self.weights.student)
+
+    def _block(self, index: int) -> None:
+        """Fill a block of both sides, fit it or take it from the work folder, and take the hidden states through it."""
+        part = f"block-{index:05d}"
+        finished = self._finished(part)
+        self._take(finished or [])
+        for model, source in self._sources():
+            self.weights.fill(model, source, model.layer_parameters(index))
+        if finished is None:
+            self._save(part, self._fit_block(index))
+        else:
+            self._advance(index)
+        for model in (self.teacher, self.student):
+            model.empty(index)
+        trim_heap()
+
+    def _part(self, part: str, fit: Callable[[], list[FittedModule]]) -> list[FittedModule]:
+        """A part from the work folder, or fitted and put there."""
+        modules = self._finished(part)
+        if modules is None:
+            modules = fit()
+            self._save(part, modules)
+        return modules
+
+    def _finished(self, part: str) -> list[FittedModule] | None:
+        return self.processes.broadcast(self.work.load(part) if self.processes.is_main_process else None)
+
+    def _save(self, part: str, modules: Sequence[FittedModule]) -> None:
+        if self.processes.is_main_process:
+            self.work.save(part, modules)
+
+    def _take(self, modules: Iterable[FittedModule]) -> None:
+        """From now on the student's weights are made with these."""
+        self.fitted.update((module.name, module) for module in modules)
+
+    def _install(self, modules: Iterable[FittedModule]) -> None:
+        """Take modules, and put them into the student's block as it runs."""
+        modules = list(modules)
+        self._take(modules)
+        for name in sorted({self.names.by_tensor[module.name].parameter for module in modules}):
+            value = self.weights.parameter(name, self.weights.student, self.student)
+            if value is not None:
+                self.student.write(name, value)
+
+    def _advance(self, index: int) -> None:
+        for i, batch in enumerate(self.text.batches):
+            for hidden, model in zip(self._hidden, (self.teacher, self.student), strict=True):
+                hidden[i] = model.run_layer(index, batch.ids, hidden[i])
+
+    def _signed(self, parameters: Iterable[str]) -> list[tuple[PlannedModule, ParameterSlice]]:
+        """Modules with signs whose tensors lie in these parameters, in plan order."""
+        wanted = set(parameters)
+        return [
+            (module, piece)
+            for module in self.modules.values()
+            if module.encoding is Encoding.SIGN
+            and (piece := self.names.by_tensor.get(module.name)) is not None
+            and piece.parameter in wanted
+        ]
+
+    def _fit_tables(self) -> list[FittedModule]:
+        """Embeddings, for the rows that the text reads; and, without text, what no parameter of the model holds."""
+        mapped = self.names.by_tensor
+        outer = set(self.teacher.outer_parameters())
+        done: list[FittedModule] = []
+        for module in self.modules.values():
+            inside = module.name in mapped and mapped[module.name].parameter not in outer
+            if module.encoding is not Encoding.SIGN or module.kind == "lm_head" or inside:
+                continue
+            fitted = self._fit_embedding(module, mapped[module.name]) if module.name in mapped else []
+            note = "" if module.kind in TABLES else "not a parameter of the model: mean |delta|"
+            done.extend(fitted or [self._plain(module, note)])
+        return done
+
+    def _fit_embedding(self, module: PlannedModule, piece: ParameterSlice) -> list[FittedModule]:
+        """The table of input embeddings; nothing where it is none, or where the paper's fit is asked for."""
+        self.weights.fill_outer(self.teacher, self.weights.teacher)
+        if self.options.adamw_steps:
+            return []
+        if self.teacher.is_head(piece.parameter):
+            return self._fit_tied(piece.parameter)
+        whole = piece.index is None and piece.rows is None
+        if not (whole and self.teacher.is_embedding(piece.parameter)):
+            return []
+        rows = module.shape[0]
+        counts = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        for batch in self.text.batches:
+            counts += torch.bincount(batch.ids.flatten(), minlength=rows)[:rows]
+        self.processes.add([counts])
+        fitted = self._fit_rows(module, counts[: kept_rows(module)]) if self.processes.is_main_process else None
+        return self.processes.all_gather([fitted])
+
+    def _fit_rows(self, module: PlannedModule, counts: Tensor) -> FittedModule:
+        weights = self.weights
+
+        def delta(rows: slice) -> Tensor:
+            return (
+                weights.read(weights.fine_tuned, module.name, rows).float()
+                - weights.read(weights.base, module.name, rows).float()
+            )
+
+        start = self._plain(module, "")
+        fitted = fit_table(delta, importance(counts), start.components, signs=self.options.refine)
+        return FittedModule(name=module.name, components=fitted.components, report=fitted.report)
+
+    def _fit_tied(self, parameter: str) -> list[FittedModule]:
+        """An embedding that is the head too, on what the teacher's head reads."""
+        hidden = self._hidden[0]
+        for i, batch in enumerate(self.text.batches):
+            hidden[i] = self.teacher.embed(batch.ids)
+        for index in range(len(self.teacher)):
+            self.weights.fill(self.teacher, self.weights.teacher, self.teacher.layer_parameters(index))
+            for i, batch in enumerate(self.text.batches):
+                hidden[i] = self.teacher.run_layer(index, batch.ids, hidden[i])
+            self.teacher.empty(index)
+        done: list[FittedModule] = []
+        # The student's head would read other states, which nobody knows yet: the teacher's stand for both.
+        side = self._side(self.teacher, hidden, self.teacher.head)
+        with self._collector([side, side], [parameter], outputs=False) as collector:
+            for stage in collector.stages:
+                sums = collector.collect(stage)
+                for statistics in sums.values():
+                    for moments in (statistics.fit, statistics.validation):
+                        moments.add_isotropic(TIED_INPUT_WEIGHT)
+                done.extend(self._fit_stage(stage, sums))
+        return done
+
+    def _plain(self, module: PlannedModule, note: str) -> FittedModule:
+        rows = slice(0, kept_rows(module))
+        components = mean_components(
+            self.weights.base.read(module.name, rows),
+            self.weights.fine_tuned.read(module.name, rows),
+            base_dtype=self.weights.base[module.name].dtype,
+            dtype=module.dtype,
+            axis=module.axis,
+            components=module.components,
+        )
+        return FittedModule(name=module.name, components=components, report=ModuleReport(note=note))
+
+    def _fit_block(self, index: int) -> list[FittedModule]:
+        """Fit a block's modules, and take the hidden states of both sides through it."""
+        local = self.student.layer_parameters(index)
+        with ExitStack() as stack:
+            sides = [
+                self._side(model, hidden, stack.enter_context(model.at_layer(index)))
+                for hidden, model in zip(self._hidden, (self.teacher, self.student), strict=True)
+            ]
+            collector = stack.enter_context(self._collector(sides, local))
+            done = [
+                self._plain(module, "its input was not seen: mean |delta|")
+                for module, _ in self._signed(set(local) - collector.seen)
+            ]
+            self._install(done)
+            for stage in collector.stages:
+                fitted = self._fit_stage(stage, collector.collect(stage))
+                self._install(fitted)
+                done.extend(fitted)
+            for i, *outputs in collector.outputs():
+                for hidden, output in zip(self._hidden, outputs, strict=True):
+                    hidden[i] = output
+        return done
+
+    def _side(self, model: LayerwiseModel, hidden: SpilledTensors, run: Callable[[Tensor, Tensor], Tensor]) -> Side:
+        return Side(model, lambda i: run(self.text.batches[i].ids, hidden[i]))
+
+    def _collector(self, sides: Sequence[Side], names: Sequence[str], *, outputs: bool = True) -> MomentsCollector:
+        return MomentsCollector(
+            *sides,
+            names,
+            text=self.text,
+            processes=self.processes,
+            is_fitted=lambda stage: bool(self._signed(stage.parameters)),
+            room=max(0, self._limit - sum(hidden.in_memory for hidden in self._hidden)),
+            outputs=outputs,
+        )
+
+    def _fit_head(self) -> list[FittedModule]:
+        heads = [m for m in self.modules.values() if m.encoding is Encoding.SIGN and m.kind == "lm_head"]
+        mapped = [m for m in heads if m.name in self.names.by_tensor]
+        done = [self._plain(m, "not a parameter of the model: mean |delta|") for m in heads if m not in mapped]
+        if mapped:
+            names = sorted({self.names.by_tensor[module.name].parameter for module in mapped})
+            sides = [
+                self._side(model, hidden, model.head)
+                for hidden, model in zip(self._hidden, (self.teacher, self.student), strict=True)
+            ]
+            with self._collector(sides, names, outputs=False) as collector:
+                for stage in collector.stages:
+                    done.extend(self._fit_stage(stage, collector.collect(stage)))
+        return done
+
+    # -- one stage -------------------------------------------------------------------------------------------
+
+    def _fit_stage(self, stage: Stage, sums: Mapping[Key, Statistics]) -> list[FittedModule]:
+        """Fit a stage's modules, each in one process; those that read one input together."""
+        modules = self._signed(stage.parameters)
+        mine = {
+            i: OrientedModule.of(*modules[i], self.weights, stage) for i in self.processes.shard_indices(len(modules))
+        }
+        readers: dict[Key, list[tuple[int, int]]] = {}  # by whose sums they use: numbers of modules and batch elements
+        for i, stored in mine.items():
+            for e, key in enumerate(stored.keys):
+                readers.setdefault(stage.leader.get(key, key), []).append((i, e))
+        found: dict[tuple[int, int], FittedMatrix] = {}
+        for key, places in readers.items():
+            matrices = [mine[i].matrix(e, self.options.axes) for i, e in places]
+            statistics = sums.get(key) or Statistics.none(matrices[0].base.shape[1], device=self.device)
+            fitted = fit_matrices(matrices, statistics=statistics, options=self.options)
+            found.update(zip(places, fitted, strict=True))
+        return self.processes.all_gather(
+            [
+                mine[i].module([found[i, e] for e in range(len(mine[i].keys))]) if i in mine else None
+                for i in range(len(modules))
+            ]
+        )

@@ -1,0 +1,163 @@
+"""`--fit none`: signs of the delta and mean magnitudes, one tensor pair in memory at a time, no model, no torch.
+
+Least squared weight error for B = sign(D):  row r_i = mean_j |D_ij|,  col c_j = mean_i |D_ij|,  tensor s = mean |D|,
+row+col: c from the columns' means, then r_i = sum_j |D_ij| c_j / sum_j c_j^2. What each leaves is known from sums:
+
+    row      ||D||^2 - d_in sum r_i^2          col    ||D||^2 - d_out sum c_j^2
+    tensor   ||D||^2 - d_out d_in s^2          row+col    ||D||^2 - sum(r_i^2) sum(c_j^2)
+
+A further component is the same for what the ones before it leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peraxis_format import (
+    Array,
+    Axis,
+    BaseRef,
+    Component,
+    DType,
+    Encoding,
+    ModuleDelta,
+    ShapeError,
+    encode_scale_pair,
+    encode_scales,
+    reconstruct,
+)
+from peraxis_tools.ops.delta_sums.numpy import DeltaSums, matrix_sums
+
+__all__ = ["dense_component", "encode_component", "mean_components"]
+
+_AXES = (Axis.ROW, Axis.COL, Axis.ROW_COL, Axis.TENSOR)
+
+
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    """One batch element: its sums, its rank-1 rows, and the squared error of each axis."""
+
+    sums: DeltaSums
+    rank1_row: NDArray[np.float64]
+    error: dict[Axis, float]
+
+
+def mean_components(
+    base: Array, fine_tuned: Array, *, base_dtype: DType, dtype: DType, axis: Axis | None, components: int
+) -> tuple[Component, ...]:
+    """Components of a pair of storage arrays [..., d_out, d_in]; axis None: least squared weight error.
+
+    Returns none at all where the two hold the same values. Raises ShapeError where a value is not finite.
+    """
+    shape = base.shape
+    flat_tuned = fine_tuned.reshape(-1, *shape[-2:])
+    chosen: list[Component] = []
+    for _ in range(components):
+        held, held_dtype = _with(chosen, base, base_dtype)
+        matrices = [
+            _measure(b, f, base_dtype=held_dtype, dtype=dtype)
+            for b, f in zip(held.reshape(-1, *shape[-2:]), flat_tuned, strict=True)
+        ]
+        del held  # twice the tensor's size: gone before the next one is made
+        if all(matrix.sums.square == 0.0 for matrix in matrices):
+            break
+        best = axis or min(_AXES, key=lambda a: sum(matrix.error[a] for matrix in matrices))
+        mask = np.stack([matrix.sums.mask for matrix in matrices])
+        row, col = _means(matrices, best, shape[-2:])
+        chosen.append(encode_component(mask, row, col, axis=best, batch=shape[:-2]))
+    return tuple(chosen)
+
+
+def _with(components: Sequence[Component], base: Array, dtype: DType) -> tuple[Array, DType]:
+    """Base plus the components so far, in binary32 (SPEC 6.1 before its last rounding), and its dtype."""
+    if not components:
+        return base, dtype
+    module = ModuleDelta(
+        name="sum",
+        shape=base.shape,
+        dtype=DType.F32,
+        encoding=Encoding.SIGN,
+        base=BaseRef(dtype=dtype, shape=base.shape, sha256=""),
+        components=tuple(components),
+    )
+    return reconstruct(module, base), DType.F32
+
+
+def dense_component(component: Component, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """What a component adds, as float32 [..., d_out, d_in]."""
+    dense: NDArray[np.float32] = _with([component], np.zeros(shape, np.float32), DType.F32)[0]
+    return dense
+
+
+def _measure(base: Array, fine_tuned: Array, *, base_dtype: DType, dtype: DType) -> _Matrix:
+    def sums(weights: NDArray[np.float64] | None) -> DeltaSums:
+        return matrix_sums(base, fine_tuned, base_dtype=base_dtype, dtype=dtype, weights=weights)
+
+    d_out, d_in = base.shape
+    with np.errstate(invalid="ignore", over="ignore"):
+        first = sums(None)
+    if not np.isfinite(first.square):
+        raise ShapeError("a delta of values that are not finite has no scales")
+    col = first.col / d_out
+    power = float(np.cumsum(col * col)[-1])
+    rank1_row = sums(col).row / power if power > 0 else np.zeros(d_out)
+    mean_row = first.row / d_in
+    error = {
+        Axis.ROW: first.square - d_in * _square(mean_row),
+        Axis.COL: first.square - d_out * power,
+        Axis.ROW_COL: first.square - _square(rank1_row) * power,
+        Axis.TENSOR: first.square - d_out * d_in * (float(np.cumsum(mean_row)[-1]) / d_out) ** 2,
+    }
+    return _Matrix(sums=first, rank1_row=rank1_row, error=error)
+
+
+def _square(values: NDArray[np.float64]) -> float:
+    return float(np.cumsum(values * values)[-1])
+
+
+def _means(
+    matrices: Sequence[_Matrix], axis: Axis, shape: tuple[int, ...]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(row [batch, d_out], col [batch, d_in]) of mean magnitudes; what the axis does not have is ones."""
+    d_out, d_in = shape
+    row, col = np.ones((len(matrices), d_out)), np.ones((len(matrices), d_in))
+    if axis is Axis.ROW:
+        row = np.stack([matrix.sums.row for matrix in matrices]) / d_in
+    if axis in (Axis.COL, Axis.ROW_COL):
+        col = np.stack([matrix.sums.col for matrix in matrices]) / d_out
+    if axis is Axis.ROW_COL:
+        row = np.stack([matrix.rank1_row for matrix in matrices])
+    if axis is Axis.TENSOR:
+        row = row * (np.cumsum([np.cumsum(m.sums.row)[-1] for m in matrices])[-1] / (len(matrices) * d_out * d_in))
+    return row, col
+
+
+def encode_component(
+    mask: NDArray[np.uint8],
+    row: NDArray[np.floating],
+    col: NDArray[np.floating],
+    *,
+    axis: Axis,
+    batch: tuple[int, ...],
+) -> Component:
+    """A stored component. mask: U8 [B, d_out, bytes]; row: [B, d_out]; col: [B, d_in]; both >= 0.
+
+    `tensor` takes its scalar from row[0, 0]; what the axis does not have is ignored.
+    """
+    shape = (*batch, *mask.shape[1:])
+    stored = np.ascontiguousarray(mask.reshape(shape))
+    if axis is Axis.TENSOR:
+        scalar, exponent = encode_scales(row.reshape(-1)[:1])
+        return Component(axis=axis, exponent=exponent, mask=stored, scalar=scalar)
+    if axis is Axis.ROW:
+        row16, exponent = encode_scales(row.reshape(*batch, -1))
+        return Component(axis=axis, exponent=exponent, mask=stored, row=row16)
+    if axis is Axis.COL:
+        col16, exponent = encode_scales(col.reshape(*batch, -1))
+        return Component(axis=axis, exponent=exponent, mask=stored, col=col16)
+    row16, col16, exponent = encode_scale_pair(row.reshape(*batch, -1), col.reshape(*batch, -1))
+    return Component(axis=axis, exponent=exponent, mask=stored, row=row16, col=col16)

@@ -1,0 +1,1 @@
+"""The sums (moments) of the inputs of each module, collected in as few forward passes as possible."""

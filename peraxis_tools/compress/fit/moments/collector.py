@@ -1,0 +1,169 @@
+"""The sums of one block: its stages, and for each stage G, E, F over all batches, teacher and student side by side.
+
+What passes keep (passes.py) has to fit into what the hidden states leave of their limit; batches beyond it are run
+again for each stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from peraxis_tools.compress.fit.moments.passes import BlockPass, CachedPass, ReplayedPass, Run, SuspendedPass
+from peraxis_tools.compress.fit.moments.recorder import Call, RecordedPass, Watch, discover
+from peraxis_tools.compress.fit.moments.stages import Key, Stage, stages_of
+from peraxis_tools.compress.fit.moments.sums import Moments, Statistics, grid_of
+from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
+from peraxis_tools.compress.run.distributed import Processes
+
+__all__ = ["Batch", "MomentsCollector", "Side", "Text"]
+
+_THREADS: Final = 64  # waiting passes at most
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Token ids [samples, length]; whether they judge (held-out) or fit."""
+
+    ids: Tensor
+    validation: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Batches of this process; how many all processes have, and whether any of those judges."""
+
+    batches: Sequence[Batch]
+    total: int
+    validated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Teacher or student. forward: runs the block on the batch of this number, from its hidden states."""
+
+    model: LayerwiseModel
+    forward: Callable[[int], Tensor]
+
+
+class MomentsCollector:
+    """Both sides of one block. Stages are to be collected in order, each fitted before the next; then come outputs."""
+
+    def __init__(
+        self,
+        teacher: Side,
+        student: Side,
+        names: Sequence[str],
+        *,
+        text: Text,
+        processes: Processes,
+        is_fitted: Callable[[Stage], bool],
+        room: int,
+        outputs: bool = True,
+    ) -> None:
+        """names: parameters of the block. is_fitted: whether a stage has modules. room: bytes that passes may keep.
+
+        outputs: False where they are not wanted; then no pass goes beyond the last stage.
+        """
+        self._student, self._text, self._processes = student, text, processes
+        parameters = {name: value for name in names if (value := teacher.model.get(name)).dim() in (2, 3)}
+        owners = {name: teacher.model.owner(name) for name in parameters}
+        found = discover(lambda: teacher.forward(0), parameters, owners, to_the_end=outputs)
+        told = processes.tell(
+            [stage.to_json() for stage in stages_of(found.calls)] if processes.is_main_process else None
+        )
+        every = [Stage.from_json(values) for values in told]
+        self.seen = {name for stage in every for name in stage.parameters}
+        self.stages = [stage for stage in every if is_fitted(stage)]
+        self._open = ExitStack()
+        self._teachers: list[BlockPass] = []
+        self._students: list[BlockPass] = []
+        self._make_passes(teacher, found, room)
+
+    def __enter__(self) -> MomentsCollector:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def _make_passes(self, teacher: Side, found: RecordedPass, room: int) -> None:
+        paired = [stage for stage in self.stages if not stage.experts]
+        first = None if found.output is None else CachedPass(found.calls, found.output, paired)
+        # As much again for what a waiting pass holds: an input, and the states that go around the layers.
+        within = 0 if first is None else min(_THREADS, room // max(1, 2 * first.nbytes))
+        names = sorted({name for stage in self.stages for name in stage.parameters})
+        teachers, students = (self._runs(side, names, found.hooked) for side in (teacher, self._student))
+        can_wait = all(stage.waits for stage in self.stages)
+        for i, (run_teacher, run_student) in enumerate(zip(teachers, students, strict=True)):
+            if i >= within or first is None:
+                self._teachers.append(ReplayedPass(run_teacher))
+            else:
+                self._teachers.append(CachedPass.of(run_teacher, paired) if i else first)
+            self._students.append(SuspendedPass(run_student) if i < within and can_wait else ReplayedPass(run_student))
+        for one in (*self._teachers, *self._students):
+            self._open.callback(one.close)
+
+    def _runs(self, side: Side, names: Sequence[str], hooked: frozenset[str]) -> list[Run]:
+        owners = {name: side.model.owner(name) for name in names}
+        watch = Watch({name: side.model.get(name) for name in names}, owners, hooked=hooked)
+        self._open.enter_context(watch)
+
+        def run_of(i: int) -> Run:
+            def run(see: Callable[[Call], None]) -> Tensor:
+                with watch.reporting(see):
+                    return side.forward(i)
+
+            return run
+
+        return [run_of(i) for i in range(len(self._text.batches))]
+
+    def collect(self, stage: Stage) -> dict[Key, Statistics]:
+        """The sums of a stage, over the batches of all processes."""
+        sums: dict[Key, Statistics] = {}
+        for batch, teacher, student in zip(self._text.batches, self._teachers, self._students, strict=True):
+            ours = student.inputs(stage)
+            theirs = {} if stage.experts else teacher.inputs(stage)
+            for key, inputs in ours.items():
+                if key not in sums:
+                    sums[key] = self._empty(stage, inputs.shape[-1])
+                moments = sums[key].validation if batch.validation else sums[key].fit
+                moments.add(inputs, theirs.get(key))
+        self._add_up(stage, sums)
+        return sums
+
+    def _empty(self, stage: Stage, width: int) -> Statistics:
+        grid = grid_of(stage.energy, self._text.total)
+        device = self._student.model.device
+        fit, validation = (
+            Moments.zeros(width, paired=not stage.experts, validates=validates, grid=grid, device=device)
+            for validates in (not self._text.validated, True)
+        )
+        return Statistics(fit=fit, validation=validation)
+
+    def _add_up(self, stage: Stage, sums: dict[Key, Statistics]) -> None:
+        """Make the sums those of all processes. An expert may have had tokens in some of them only."""
+        if self._processes.count == 1:
+            return
+        keys = {stage.leader.get(key, key) for key in stage.leader if key[1] is None}
+        for name in stage.parameters if stage.experts else ():
+            shape = self._student.model.get(name).shape
+            for e in range(shape[0]) if len(shape) == 3 else ():
+                keys.add((name, e))
+                sums.setdefault((name, e), self._empty(stage, shape[-2 if stage.transposed[name] else -1]))
+        for key in sorted(keys, key=str):
+            for moments in (sums[key].fit, sums[key].validation):
+                tokens = torch.tensor([moments.tokens], device=moments.G.device)
+                self._processes.add([*moments.tensors(), tokens])
+                moments.tokens = int(tokens)
+
+    def outputs(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(number of the batch, teacher's output, student's output); to be asked for once, at the end."""
+        for i, (teacher, student) in enumerate(zip(self._teachers, self._students, strict=True)):
+            yield i, teacher.finish(), student.finish()
+            teacher.close()
+            student.close()

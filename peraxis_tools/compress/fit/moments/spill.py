@@ -1,0 +1,50 @@
+"""Tensors by number (hidden states of a batch, logits of a sample): in memory up to a limit, beyond it in files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peraxis_format import DType
+from peraxis_tools.compress.model.components import from_torch, to_torch
+
+__all__ = ["SpilledTensors"]
+
+_DTYPES = {torch.float32: DType.F32, torch.bfloat16: DType.BF16, torch.float16: DType.F16}
+
+
+class SpilledTensors:
+    """A list of tensors. Those in memory stay where they are (CPU or device); the others are read to their device."""
+
+    def __init__(self, folder: Path, label: str, *, limit: int) -> None:
+        self._folder, self._label, self._limit = folder, label, limit
+        self._held: dict[int, Tensor] = {}
+        self._files: dict[int, tuple[Path, DType, torch.device]] = {}
+
+    @property
+    def in_memory(self) -> int:
+        """Bytes that are held in memory."""
+        return sum(value.numel() * value.element_size() for value in self._held.values())
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._held or number in self._files
+
+    def __setitem__(self, number: int, value: Tensor) -> None:
+        self._held.pop(number, None)
+        size = value.numel() * value.element_size()
+        if size + self.in_memory <= self._limit:
+            self._held[number] = value
+            return
+        path = self._folder / f"{self._label}-{number}.npy"
+        dtype = _DTYPES[value.dtype]
+        np.save(path, from_torch(value, dtype))
+        self._files[number] = path, dtype, value.device
+
+    def __getitem__(self, number: int) -> Tensor:
+        if number in self._held:
+            return self._held[number]
+        path, dtype, device = self._files[number]
+        return to_torch(np.load(path), dtype).to(device)

@@ -1,0 +1,164 @@
+"""What calibration leaves behind of a module's inputs: d_in x d_in sums.
+
+X   [n, d_in]  the inputs that the student (the compressed stack) feeds the module
+X_t [n, d_in]  the inputs that the teacher (the fine-tuned model) feeds it on the same tokens;  Z = X_t - X
+W_f, D         fine-tuned weight and delta [d_out, d_in]; biases are exact on both sides and cancel
+
+The student's module must add to its base output the residual  R = X_t W_f^T - X W_b^T = X D^T + Z W_f^T .  With
+
+    G = X^T X     E = Z^T X     F = Z^T Z
+
+all that a fit needs follows, for every module that reads this input, and no output is ever computed:
+
+    C = R^T X = D G + W_f E
+    ||R - X Q^T||^2 = tr(A G A^T) + 2 tr(W_f E A^T) + tr(W_f F W_f^T)      A = D - Q,  Q the stored delta
+
+Nothing large is subtracted from anything large, so the error of a good fit is exact to the last digits. F is in no fit,
+only in errors: it is summed where tokens judge.
+
+Products of a batch are float32 (TF32 is refused), sums over batches float64. What a batch adds is first rounded to
+a grid so coarse that float64 holds every sum of its multiples exactly, and so fine (2^-53 of the largest sum, times
+the number of batches and a margin) that float32 would not tell: then the order of the batches does not matter, nor how
+many processes share them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+__all__ = ["Validation", "Moments", "Statistics", "grid_of"]
+
+_PARTS = 4  # of a symmetric product: what lies below its diagonal blocks is not computed twice
+_MARGIN = 4  # bits: batches may be so much larger than the one that the grid was taken from
+
+
+def grid_of(energy: float, batches: int) -> float:
+    """The grid for sums over a number of batches like one whose largest column has this sum of squares; 0: none."""
+    if not 0.0 < energy < math.inf:
+        return 0.0
+    return 2.0 ** (math.frexp(energy)[1] + math.ceil(math.log2(max(batches, 1))) + _MARGIN - 53)
+
+
+@dataclass(slots=True)
+class Moments:
+    """G, E, F (float64 [d_in, d_in]) over `tokens` tokens. E is None where X_t was taken to equal X, F where no error
+    is asked for. grid: of the sums, 0 for none.
+    """
+
+    G: Tensor
+    E: Tensor | None
+    F: Tensor | None
+    tokens: int = 0
+    grid: float = 0.0
+
+    @classmethod
+    def zeros(
+        cls, width: int, *, paired: bool, validates: bool, grid: float = 0.0, device: torch.device | str = "cpu"
+    ) -> Moments:
+        """Empty sums for inputs of this width; `paired` where teacher inputs will be given, `validates`: with F."""
+
+        def empty() -> Tensor:
+            return torch.zeros(width, width, dtype=torch.float64, device=device)
+
+        return cls(
+            G=empty(), E=empty() if paired else None, F=empty() if paired and validates else None, tokens=0, grid=grid
+        )
+
+    def add(self, inputs: Tensor, teacher_inputs: Tensor | None = None) -> None:
+        """Add tokens. inputs, teacher_inputs: [n, d_in], row for row the same tokens."""
+        x = inputs.float()
+        self._add_square(self.G, x)
+        if self.E is not None and teacher_inputs is not None:
+            z = teacher_inputs.float() - x
+            self.E += self._on_grid(z.t() @ x)
+            if self.F is not None:
+                self._add_square(self.F, z)
+        self.tokens += x.shape[0]
+
+    def _add_square(self, total: Tensor, x: Tensor) -> None:
+        """total += X^T X, of which only the blocks on and right of the diagonal are computed."""
+        width = len(total)
+        step = -(-width // _PARTS)
+        for start in range(0, width, step):
+            stop = min(start + step, width)
+            total[start:stop, start:] += self._on_grid(x[:, start:stop].t() @ x[:, start:])
+            total[stop:, start:stop] = total[start:stop, stop:].t()
+
+    def _on_grid(self, product: Tensor) -> Tensor:
+        if not self.grid:
+            return product
+        # Near 1.5 * 2^52 grids, one grid is the distance of two float64 numbers: adding and subtracting rounds.
+        far = 1.5 * 2.0**52 * self.grid
+        return product.double().add_(far).sub_(far)
+
+    def add_isotropic(self, share: float) -> None:
+        """Add inputs of all directions alike: a share of the mean over G's diagonal."""
+        diagonal = torch.diagonal(self.G)
+        diagonal += share * diagonal.mean()
+
+    def merge(self, other: Moments) -> None:
+        """Add sums over other tokens, in place; F only where both have it."""
+        self.G += other.G
+        if self.E is not None and other.E is not None:
+            self.E += other.E
+        if self.F is not None and other.F is not None:
+            self.F += other.F
+        self.tokens += other.tokens
+
+    def float32(self) -> Moments:
+        """The same in float32, to judge with."""
+        return replace(
+            self,
+            G=self.G.float(),
+            E=None if self.E is None else self.E.float(),
+            F=None if self.F is None else self.F.float(),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """The sums, to be reduced over processes in place."""
+        return [tensor for tensor in (self.G, self.E, self.F) if tensor is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Sums over the tokens that a fit may use, and over those that only judge it."""
+
+    fit: Moments
+    validation: Moments
+
+    @classmethod
+    def none(cls, width: int, *, device: torch.device | str = "cpu") -> Statistics:
+        """For an input that no token reached."""
+        fit, validation = (Moments.zeros(width, paired=False, validates=False, device=device) for _ in range(2))
+        return cls(fit=fit, validation=validation)
+
+    @property
+    def validation_moments(self) -> Moments:
+        """The tokens that judge: held-out ones, or where there are none those of the fit."""
+        return self.validation if self.validation.tokens else self.fit
+
+
+class Validation:
+    """Mean squared error of one module's output over some tokens, for any stored delta."""
+
+    def __init__(self, fine_tuned: Tensor, moments: Moments) -> None:
+        """fine_tuned: float32 [d_out, d_in]; moments: in float32 (`Moments.single`)."""
+        self.tokens = moments.tokens
+        self._gram = moments.G
+        self._cross = None if moments.E is None else fine_tuned @ moments.E
+        self._rest = 0.0 if moments.F is None else _dot(fine_tuned @ moments.F, fine_tuned)
+
+    def error(self, residual: Tensor) -> float:
+        """||R - X Q^T||^2 / n for A = D - Q. residual: A, float32 [d_out, d_in]."""
+        error = _dot(residual @ self._gram, residual) + self._rest
+        if self._cross is not None:
+            error += 2 * _dot(self._cross, residual)
+        return max(error, 0.0) / max(self.tokens, 1)
+
+
+def _dot(left: Tensor, right: Tensor) -> float:
+    return float(torch.sum(left * right, dtype=torch.float64))

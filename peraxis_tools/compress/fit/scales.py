@@ -1,0 +1,161 @@
+"""Closed forms for the scales of given signs.
+
+Target T [d_out, d_in], hessian H [d_in, d_in], signs B; the stored delta is Q = B o S. Minimise over S
+
+    J = tr((T - Q) H (T - Q)^T)
+
+    row      S_ij = r_i       r_i = (P_i . (T H)_i) / (P_i H P_i^T)                    P = B o col
+    col      S_ij = c_j       (H o (P^T P)) c = diag(P^T T H)                          P = row o B
+    row+col  S_ij = r_i c_j   the two in turn, each with the other inside P
+    tensor   S_ij = s         s = sum(B o (T H)) / sum(B o (B H))
+
+(o: elementwise.) The solve for col is regularised towards mean |T| per column by a thousandth of the mean
+diagonal: with few tokens H o (P^T P) is nearly singular, and any c between the two is as good.
+A negative fit means that turning the row's or the column's signs is better: it is folded into B.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peraxis_format import Axis, encode_scales
+from peraxis_tools.compress.fit.signs import Magnitude, unit
+
+__all__ = ["Term", "fit_scales", "mean_magnitudes", "start_term", "round_scales_f16"]
+
+_RIDGE = 1e-3
+_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Term:
+    """One component in the making: signs bool [d_out, d_in], row [d_out] and col [d_in] float32, both >= 0.
+
+    The axis says which of the two is free; the other is all ones (both for `tensor`, whose scale stands in row).
+    """
+
+    axis: Axis
+    signs: Tensor
+    row: Tensor
+    col: Tensor
+
+    @property
+    def magnitude(self) -> Magnitude:
+        """The absolute values, rank 1."""
+        return Magnitude(row=self.row, col=self.col)
+
+    def dense(self) -> Tensor:
+        """B o S, float32 [d_out, d_in]."""
+        return unit(self.signs).mul_(self.col).mul_(self.row[:, None])
+
+
+def round_scales_f16(term: Term) -> Term:
+    """The term as the file holds it: scales rounded to F16 under the component's exponent (SPEC 5.5)."""
+
+    def rounded(scales: Tensor) -> Tensor:
+        half, exponent = encode_scales(scales.double().cpu().numpy())
+        values = np.ldexp(half.astype(np.float64), exponent)
+        return torch.from_numpy(values).to(dtype=scales.dtype, device=scales.device)
+
+    has_row = term.axis is not Axis.COL
+    has_col = term.axis in (Axis.COL, Axis.ROW_COL)
+    return replace(term, row=rounded(term.row) if has_row else term.row, col=rounded(term.col) if has_col else term.col)
+
+
+def mean_magnitudes(target: Tensor, axis: Axis) -> Magnitude:
+    """The scales of least squared weight error for B = sign(T): means of |T| along the axis.
+
+    row+col: one alternation from the columns' means, r_i = sum_j |T_ij| c_j / sum_j c_j^2.
+    """
+    size = target.abs()
+    row, col = torch.ones_like(size[:, 0]), torch.ones_like(size[0])
+    if axis is Axis.ROW:
+        row = size.mean(dim=1)
+    elif axis is Axis.TENSOR:
+        row = row * size.mean()
+    else:
+        col = size.mean(dim=0)
+    if axis is Axis.ROW_COL:
+        row = (size @ col) / col.square().sum().clamp_min(torch.finfo(col.dtype).tiny)
+    return Magnitude(row=row, col=col)
+
+
+def start_term(target: Tensor, axis: Axis) -> Term:
+    """sign(T) with mean magnitudes: a component that has seen no calibration text."""
+    start = mean_magnitudes(target, axis)
+    return Term(axis=axis, signs=target >= 0, row=start.row, col=start.col)
+
+
+def fit_scales(
+    term: Term, target: Tensor, hessian: Tensor, *, target_hessian: Tensor | None = None, rounds: int = _ROUNDS
+) -> Term:
+    """The scales of least J for the term's signs; signs are turned only where a scale came out negative.
+
+    target: float32 [d_out, d_in]; hessian: float32 [d_in, d_in]; target_hessian: their product, where it is
+    known; rounds: alternations of row+col, of which one is enough where the scales are near their best already.
+    """
+    target_hessian = target @ hessian if target_hessian is None else target_hessian
+    if term.axis is Axis.ROW:
+        return _fit_row(term, target_hessian, hessian)
+    if term.axis is Axis.COL:
+        return _fit_col(term, target, target_hessian, hessian)
+    if term.axis is Axis.TENSOR:
+        return _fit_scalar(term, target_hessian, hessian)
+    for _ in range(rounds):
+        term = _fit_row(_fit_col(term, target, target_hessian, hessian), target_hessian, hessian)
+    # A common factor is free between the two: share it out evenly, for F16's sake.
+    balance = torch.sqrt(term.col.mean() / term.row.mean())
+    if not torch.isfinite(balance) or float(balance) == 0.0:
+        return term
+    return replace(term, row=term.row * balance, col=term.col / balance)
+
+
+def _fold(term: Term, *, row: Tensor | None = None, col: Tensor | None = None) -> Term:
+    signs = term.signs
+    if row is not None:
+        signs = signs ^ (row < 0)[:, None]
+    if col is not None:
+        signs = signs ^ (col < 0)
+    return replace(
+        term,
+        signs=signs,
+        row=term.row if row is None else row.abs(),
+        col=term.col if col is None else col.abs(),
+    )
+
+
+def _fit_row(term: Term, target_hessian: Tensor, hessian: Tensor) -> Term:
+    pattern = unit(term.signs).mul_(term.col)
+    above = torch.sum(pattern * target_hessian, dim=1)
+    below = torch.sum((pattern @ hessian) * pattern, dim=1)
+    row = torch.where(below > 0, above / below, torch.zeros_like(above))
+    return _fold(term, row=row)
+
+
+def _fit_col(term: Term, target: Tensor, target_hessian: Tensor, hessian: Tensor) -> Term:
+    pattern = unit(term.signs).mul_(term.row[:, None])
+    system = (pattern.t() @ pattern).double().mul_(hessian)
+    right = torch.sum(pattern * target_hessian, dim=0, dtype=torch.float64)
+    ridge = _RIDGE * torch.diagonal(system).mean()
+    if float(ridge) <= 0.0:
+        return term
+    weight = term.row.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    prior = (torch.sum(pattern * target, dim=0) / weight).double()
+    system.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if int(failed) != 0:
+        return term
+    col = torch.cholesky_solve((right + ridge * prior)[:, None], factor)[:, 0]
+    return _fold(term, col=col.float())
+
+
+def _fit_scalar(term: Term, target_hessian: Tensor, hessian: Tensor) -> Term:
+    pattern = unit(term.signs)
+    below = torch.sum((pattern @ hessian) * pattern, dtype=torch.float64)
+    above = torch.sum(pattern * target_hessian, dtype=torch.float64)
+    scalar = float(above / below) if float(below) > 0 else 0.0
+    return _fold(term, row=torch.full_like(term.row, scalar))

@@ -1,0 +1,164 @@
+"""A table that is read by rows: the embedding, where it is not the head too.
+
+A token's row is all that the table gives for it, so rows do not mix, and how often a row is read is all that
+calibration knows of it:
+
+    J = sum_i n_i || D_i - sum_k B_ki o (row_ki col_k) ||^2       n_i = sqrt(times that the text reads row i + 0.1)
+
+(o: elementwise; the root, and the tenth of a time, because other text reads other rows.) From mean |D|
+(mean.py), round by round, each component k in turn, with R what the others leave:
+
+    B_k = sign(R)       row_ki = <B_ki o R_i, col_k> / ||col_k||^2       then all col together, by least squares
+
+A row's scales are its own business, whatever its n_i; col is shared, and goes where the frequent rows need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peraxis_format import Axis, Component, pack_signs, unpack_signs
+from peraxis_tools.compress.fit.mean import encode_component
+from peraxis_tools.compress.fit.signs import unit
+from peraxis_tools.compress.run.types import ModuleReport
+
+__all__ = ["FittedTable", "fit_table", "importance"]
+
+_UNSEEN = 0.1
+_CHUNK = 1 << 22  # values of all components that are looked at together
+_RIDGE = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittedTable:
+    """Components of a table, and J / sum(n): theirs, that of the start, and of no delta."""
+
+    components: tuple[Component, ...]
+    report: ModuleReport
+
+
+def importance(counts: Tensor) -> Tensor:
+    """n, float32 [rows], from how often the text reads each row."""
+    return torch.sqrt(counts.float() + _UNSEEN)
+
+
+def fit_table(
+    delta: Callable[[slice], Tensor], importance: Tensor, start: Sequence[Component], *, signs: bool, rounds: int = 3
+) -> FittedTable:
+    """Fit a table from `start`. delta: rows of D, float32 [n, d], on the device of importance [rows].
+
+    signs: whether signs may change, too. Where J does not fall, after rounding to F16, the start is returned.
+    """
+    table = _Table(delta, importance, start)
+    error_none, error_same = table.errors()
+    if not error_same > 0.0 or any(component.axis is Axis.TENSOR for component in start):
+        return FittedTable(components=tuple(start), report=ModuleReport())
+    for _ in range(rounds):
+        table.improve(signs=signs)
+    fitted = table.components()
+    error, _ = _Table(delta, importance, fitted).errors()
+    if error >= error_none:
+        fitted, error = tuple(start), error_none
+    return FittedTable(
+        components=fitted, report=ModuleReport(error=error, error_none=error_none, error_same=error_same)
+    )
+
+
+class _Table:
+    """Components in the making. Signs stay packed; row and col are float32, ones where the axis has none."""
+
+    def __init__(self, delta: Callable[[slice], Tensor], importance: Tensor, start: Sequence[Component]) -> None:
+        self._delta, self._importance = delta, importance
+        self._axes = [component.axis for component in start]
+        self._masks = [np.array(component.mask) for component in start]
+        rows, width = len(importance), delta(slice(0, 1)).shape[1]
+        self._row, self._col = importance.new_ones(len(start), rows), importance.new_ones(len(start), width)
+        for k, component in enumerate(start):
+            factor = 2.0**component.exponent
+            for name, scale in component.scales().items():
+                value = torch.from_numpy(scale.astype(np.float32)) * factor
+                (self._col if name == "col" else self._row)[k] = value.to(importance.device)
+                factor = 1.0  # row and col share one exponent
+        step = max(1, _CHUNK // (max(1, len(start)) * width))
+        self._chunks = [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+    def errors(self) -> tuple[float, float]:
+        """(J, J of no delta), over sum(n)."""
+        total = np.zeros(2)
+        for rows in self._chunks:
+            delta = self._delta(rows)
+            rest = delta - sum(self._terms(self._signs(rows), rows))
+            weight = self._importance[rows].double()
+            total += [float(weight @ value.double().square().sum(1)) for value in (rest, delta)]
+        error, same = total / float(self._importance.double().sum())
+        return float(error), float(same)
+
+    def improve(self, *, signs: bool) -> None:
+        """One round: signs and rows chunk by chunk, then all columns."""
+        count, width = self._col.shape
+        normal = self._col.new_zeros(width, count, count, dtype=torch.float64)
+        right = self._col.new_zeros(width, count, dtype=torch.float64)
+        for rows in self._chunks:
+            delta, patterns = self._delta(rows), self._signs(rows)
+            terms = self._terms(patterns, rows)
+            rest = delta - sum(terms)
+            for k in range(count):
+                rest += terms[k]
+                if signs:
+                    patterns[k] = unit(rest >= 0)
+                if self._axes[k] is not Axis.COL:
+                    self._row[k, rows] = self._best_row(patterns[k] * rest, k)
+                rest -= patterns[k] * self._row[k, rows, None] * self._col[k]
+                self._masks[k][rows] = pack_signs((patterns[k] > 0).cpu().numpy())
+            for k in range(count):
+                weighted = patterns[k] * (self._row[k, rows] * self._importance[rows])[:, None]
+                right[:, k] += (weighted * delta).sum(0)
+                for m in range(k + 1):
+                    normal[:, k, m] += (weighted * patterns[m]).t() @ self._row[m, rows]
+        self._solve_columns(normal + normal.tril(-1).mT, right)
+
+    def components(self) -> tuple[Component, ...]:
+        """As the file holds them."""
+        return tuple(
+            encode_component(
+                self._masks[k][None],
+                self._row[k : k + 1].double().cpu().numpy(),
+                self._col[k : k + 1].double().cpu().numpy(),
+                axis=axis,
+                batch=(),
+            )
+            for k, axis in enumerate(self._axes)
+        )
+
+    def _best_row(self, projected: Tensor, k: int) -> Tensor:
+        """Scales of rows; never negative, as then the row is better without this component."""
+        power = self._col[k].square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+        return ((projected @ self._col[k]) / power).clamp_min(0.0)
+
+    def _solve_columns(self, normal: Tensor, right: Tensor) -> None:
+        """Least squares for the columns of all components that have them; the others' stay what they are."""
+        free = [k for k, axis in enumerate(self._axes) if axis is not Axis.ROW]
+        fixed = [k for k, axis in enumerate(self._axes) if axis is Axis.ROW]
+        if not free:
+            return
+        old = self._col.double().t()
+        right = right[:, free] - (normal[:, free][:, :, fixed] @ old[:, fixed, None])[..., 0]
+        system = normal[:, free][:, :, free]
+        ridge = _RIDGE * torch.diagonal(system, dim1=1, dim2=2).mean(-1) + torch.finfo(torch.float32).tiny
+        system = system + torch.diag_embed(ridge[:, None].expand(-1, len(free)))
+        found = torch.linalg.solve(system, right + ridge[:, None] * old[:, free])
+        for place, k in enumerate(free):
+            self._col[k] = torch.where(found[:, place] > 0, found[:, place], old[:, k]).float()
+
+    def _signs(self, rows: slice) -> list[Tensor]:
+        """Signs of some rows as +1 and -1, float32 [n, d] a component."""
+        unpacked = (unpack_signs(mask[rows], self._col.shape[1]) for mask in self._masks)
+        return [unit(torch.from_numpy(signs).to(self._col.device)) for signs in unpacked]
+
+    def _terms(self, patterns: Sequence[Tensor], rows: slice) -> list[Tensor]:
+        return [pattern * self._row[k, rows, None] * self._col[k] for k, pattern in enumerate(patterns)]

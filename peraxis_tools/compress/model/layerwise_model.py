@@ -1,0 +1,244 @@
+"""A decoder of any architecture with one block in memory.
+
+The model is built from its configuration with every parameter on the meta device (buffers such as rotary
+frequencies are real). What is not in a decoder layer (embeddings, final norm, lm_head) is filled once; layers
+are filled and emptied one at a time. The decoder layers are the longest nn.ModuleList that is in no other.
+
+To run one layer, the model itself is run, with every other layer passing its input through: masks (sliding or
+full), rotary embeddings and position ids come from the model's own code, for this layer, and nothing is rebuilt here.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peraxis_tools.compress.fit.moments.recorder import StopForward
+from peraxis_tools.errors import ToolError
+
+__all__ = ["LayerwiseModel", "UnsupportedModelError", "decoder_layers"]
+
+
+class UnsupportedModelError(ToolError):
+    """The model has no chain of decoder layers that can be run one after the other."""
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules built inside get their parameters on the meta device, and no values; buffers stay real."""
+    from transformers import PreTrainedModel
+
+    register = nn.Module.register_parameter
+    initialize = PreTrainedModel.initialize_weights
+
+    def register_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=False)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_meta  # type: ignore[method-assign]
+    # On meta tensors it changes nothing, and takes its time.
+    PreTrainedModel.initialize_weights = lambda self: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        PreTrainedModel.initialize_weights = initialize  # type: ignore[method-assign]
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder layers: the longest nn.ModuleList that does not lie in another one."""
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        nested = any(name.startswith(outer + ".") for outer, _ in found)
+        if isinstance(module, nn.ModuleList) and len(module) and not nested:
+            found.append((name, module))
+    if not found:
+        raise UnsupportedModelError("no list of decoder layers in this model; use --fit none")
+    return max(found, key=lambda item: len(item[1]))
+
+
+class LayerwiseModel:
+    """One model, run block by block. Parameters are set from a source: parameter name -> tensor."""
+
+    def __init__(self, config: Any, *, dtype: torch.dtype, device: torch.device) -> None:
+        from transformers import AutoModelForCausalLM
+
+        with _parameters_on_meta(), torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self.model: nn.Module = model.eval().requires_grad_(False)
+        setter = getattr(model, "set_experts_implementation", None)
+        if setter is not None:
+            setter("eager")  # one product an expert, each with its own tokens
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+        self.dtype, self.device = dtype, device
+        self.prefix, self.layers = decoder_layers(model)
+        self._returns_tuple: int | None = None  # length of the tuple that a layer returns; 0: a tensor
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def layer_parameters(self, index: int) -> list[str]:
+        """Names of the parameters and persistent buffers of a layer."""
+        return [f"{self.prefix}.{index}.{name}" for name in self.layers[index].state_dict()]
+
+    def outer_parameters(self) -> list[str]:
+        """Names of those outside the layers; a tied parameter appears under each of its names."""
+        return [name for name in self.model.state_dict() if not name.startswith(self.prefix + ".")]
+
+    def set(self, name: str, value: Tensor) -> None:
+        """Put a tensor in the place of a parameter or buffer, in the model's dtype and device."""
+        module, leaf = self._owner(name)
+        old = getattr(module, leaf)
+        dtype = self.dtype if old.is_floating_point() and value.is_floating_point() else value.dtype
+        if tuple(old.shape) != tuple(value.shape):
+            raise UnsupportedModelError(f"{name}: {list(value.shape)}, but the configuration says {list(old.shape)}")
+        new = value.to(device=self.device, dtype=dtype).contiguous()
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(new, requires_grad=False)
+        else:
+            setattr(module, leaf, new)
+
+    def get(self, name: str) -> Tensor:
+        """The tensor of this name."""
+        module, leaf = self._owner(name)
+        return getattr(module, leaf)
+
+    def owner(self, name: str) -> nn.Module:
+        """The module that has this parameter."""
+        return self._owner(name)[0]
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        path, _, leaf = name.rpartition(".")
+        return self.model.get_submodule(path), leaf
+
+    def owners(self, name: str) -> list[tuple[nn.Module, str]]:
+        """Every (module, attribute) that holds this parameter: several where it is tied."""
+        value = self.get(name)
+        return [
+            (module, leaf)
+            for module in self.model.modules()
+            for leaf, parameter in module._parameters.items()
+            if parameter is value
+        ]
+
+    def retie(self) -> None:
+        """Tie what the architecture ties (lm_head to the embedding), where one of the two is filled."""
+        tie = getattr(self.model, "tie_weights", None)
+        if tie is not None:
+            tie()
+
+    def is_head(self, name: str) -> bool:
+        """Whether this parameter makes the logits (too): tied by now, where the architecture ties it."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        return head is not None and getattr(head, "weight", None) is self.get(name)
+
+    def is_embedding(self, name: str) -> bool:
+        """Whether rows of this parameter are what tokens become."""
+        return getattr(self.model.get_input_embeddings(), "weight", None) is self.get(name)  # type: ignore[operator]
+
+    def empty(self, index: int) -> None:
+        """Let a layer's parameters go."""
+        for module in self.layers[index].modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    def write(self, name: str, value: Tensor) -> None:
+        """Put values into a parameter's own memory: passes that hold the parameter see them too."""
+        self.get(name).copy_(value)
+
+    @contextmanager
+    def at_layer(self, index: int) -> Iterator[Callable[[Tensor, Tensor | None], Tensor]]:
+        """While active, a function: (ids, input hidden states) -> one layer's output [batch, length, width].
+
+        Threads may call it side by side. Hidden states None: what the embedding gives. Layer 0 must be run before any
+        other one: it shows what a layer returns.
+        """
+        given = threading.local()
+
+        def run(ids: Tensor, hidden: Tensor | None) -> Tensor:
+            given.hidden = hidden
+            try:
+                self.model(input_ids=ids, use_cache=False)
+            except StopForward as stop:
+                if stop.value is None:
+                    raise
+                return stop.value
+            raise UnsupportedModelError(f"layer {index} is never called; use --fit none")
+
+        with self._rerouted(index, given):
+            yield run
+
+    def run_layer(self, index: int, ids: Tensor, hidden: Tensor | None) -> Tensor:
+        """Output of one layer, once; see `at_layer`."""
+        with self.at_layer(index) as run:
+            return run(ids, hidden)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input of the first layer."""
+
+        def stop(*args: Any, **kwargs: Any) -> Any:
+            raise StopForward(_hidden(args, kwargs))
+
+        first = self.layers[0]
+        first.forward = stop  # type: ignore[method-assign]
+        try:
+            self.model(input_ids=ids, use_cache=False)
+        except StopForward as reached:
+            return reached.value
+        finally:
+            del first.forward
+        raise UnsupportedModelError("the first decoder layer is never called; use --fit none")
+
+    def head(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Logits for the output of the last layer."""
+        given = threading.local()
+        given.hidden = hidden
+        with self._rerouted(None, given):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    @contextmanager
+    def _rerouted(self, index: int | None, given: threading.local) -> Iterator[None]:
+        """Every layer passes through, but `index` runs (on given.hidden) and ends the pass; None: layer 0 gives it."""
+        for i, layer in enumerate(self.layers):
+            layer.forward = self._forward(i, layer, index, given)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+    def _forward(self, i: int, layer: nn.Module, index: int | None, given: threading.local) -> Callable[..., Any]:
+        real = type(layer).forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if given.hidden is not None:
+                args, kwargs = _with_hidden(args, kwargs, given.hidden)
+            result = real(layer, *args, **kwargs)
+            if self._returns_tuple is None:
+                self._returns_tuple = len(result) if isinstance(result, tuple) else 0
+            raise StopForward(result[0] if isinstance(result, tuple) else result)
+
+        def through(*args: Any, **kwargs: Any) -> Any:
+            value = given.hidden if index is None and i == 0 else _hidden(args, kwargs)
+            return (value, *[None] * (self._returns_tuple - 1)) if self._returns_tuple else value
+
+        return run if i == index else through
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _with_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})

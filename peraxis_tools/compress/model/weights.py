@@ -1,0 +1,107 @@
+"""Where a running model's weights come from: teacher, student and base, put together from the two checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from peraxis_format import Encoding, Safetensors
+from peraxis_tools.compress.model.components import TORCH_DTYPES, apply_components, to_torch
+from peraxis_tools.compress.model.layerwise_model import LayerwiseModel, UnsupportedModelError
+from peraxis_tools.compress.model.names import NameMap
+from peraxis_tools.compress.plan.plan import Plan, PlannedModule
+from peraxis_tools.compress.run.types import FittedModule
+
+__all__ = ["Weights"]
+
+Source = Callable[[str], Tensor]
+
+
+class Weights:
+    """The pair's tensors by checkpoint name, and parameters by model name. `fitted` may grow while this is in use."""
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        base: Safetensors,
+        fine_tuned: Safetensors,
+        names: NameMap,
+        fitted: Mapping[str, FittedModule],
+        device: torch.device,
+    ) -> None:
+        self.base, self.fine_tuned, self.names, self.device = base, fine_tuned, names, device
+        self.modules = {module.name: module for module in plan.modules}
+        self._aliases = {alias: name for name, alias in plan.tied}
+        self._fitted = fitted
+
+    def read(self, tensors: Safetensors, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor of a checkpoint on the device, in its own dtype."""
+        return to_torch(tensors.read(name, rows), tensors[name].dtype).to(self.device)
+
+    def pair(self, module: PlannedModule) -> tuple[Tensor, Tensor]:
+        """(base, fine-tuned) of the rows that both have, as float32; equal where one is a cast of the other."""
+        rows = slice(0, kept_rows(module))
+        base, tuned = self.read(self.base, module.name, rows), self.read(self.fine_tuned, module.name, rows)
+        cast = base.dtype is not tuned.dtype and torch.equal(base.to(tuned.dtype), tuned)
+        return (tuned if cast else base).float(), tuned.float()
+
+    def teacher(self, name: str) -> Tensor:
+        """A tensor of the fine-tuned checkpoint."""
+        return self.read(self.fine_tuned, name)
+
+    def student(self, name: str) -> Tensor:
+        """A tensor as the file will give it: exact, or the base with what is fitted by now."""
+        return self._student(name, self._fitted)
+
+    def base_only(self, name: str) -> Tensor:
+        """As `student`, with nothing fitted: the base where there will be signs, float32 and unrounded."""
+        return self._student(name, {})
+
+    def _student(self, name: str, fitted: Mapping[str, FittedModule]) -> Tensor:
+        module = self.modules[self._aliases.get(name, name)]
+        if module.encoding is Encoding.FULL or module.base_shape is None:
+            return self.read(self.fine_tuned, module.name)
+        kept = kept_rows(module)
+        base = self.read(self.base, module.name, slice(0, kept))
+        found = fitted.get(module.name)
+        covered = apply_components(base, found.components if found else (), TORCH_DTYPES[module.dtype])
+        if kept == module.shape[0]:
+            return covered
+        return torch.cat([covered, self.read(self.fine_tuned, module.name, slice(kept, None))])
+
+    def parameter(self, name: str, source: Source, model: LayerwiseModel) -> Tensor | None:
+        """A parameter's value, put together from the checkpoint's tensors; None where it has none of them."""
+        pieces = self.names.by_parameter.get(name)
+        if not pieces:
+            return None
+        if len(pieces) == 1 and pieces[0].index is None and pieces[0].rows is None:
+            return source(pieces[0].tensor)
+        value = torch.empty(model.get(name).shape, dtype=model.dtype, device=self.device)
+        for piece in pieces:
+            piece.select(value).copy_(source(piece.tensor))
+        return value
+
+    def fill(self, model: LayerwiseModel, source: Source, parameters: Iterable[str]) -> None:
+        """Set parameters of a model. Raises UnsupportedModelError for one that has no tensor, nor a value yet."""
+        for name in parameters:
+            value = self.parameter(name, source, model)
+            if value is not None:
+                model.set(name, value)
+            elif model.get(name).is_meta:
+                raise UnsupportedModelError(f"{name}: the checkpoint has no tensor for it; use --fit none")
+
+    def fill_outer(self, model: LayerwiseModel, source: Source) -> None:
+        """Set everything outside the layers; what the checkpoint lacks is tied to what it has."""
+        outer = model.outer_parameters()
+        held = [name for name in outer if name in self.names.by_parameter]
+        self.fill(model, source, held)
+        model.retie()
+        self.fill(model, source, (name for name in outer if name not in held))
+
+
+def kept_rows(module: PlannedModule) -> int:
+    """Rows of the first dimension that the base has too (SPEC 3.10)."""
+    return min(module.shape[0], (module.base_shape or module.shape)[0])

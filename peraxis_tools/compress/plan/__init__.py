@@ -1,0 +1,1 @@
+"""Which encoding for which tensor, and how many bytes it may take."""

@@ -1,0 +1,215 @@
+"""One byte budget over all modules: each byte goes where it saves the most error.
+
+For module m and k masks (0: the base kept; 1 to 8; exact) let Delta_mk be what is missing of its delta. To second
+order, with labels y drawn from the fine-tuned model itself, it costs in KL(fine-tuned || compressed), in nats:
+
+    KL_mk = 1/2 E[ <dW, Delta_mk>^2 ]      dW = gradient of log p(y | x) of a sample in the weight        (Fisher)
+
+One backward pass a sample through the fine-tuned model gives this for all modules, embeddings and lm_head too, of any
+architecture. Delta_mk = D - sum_{j<=k} Q_j with the terms of `--fit none`, so that the inner products with D
+and each Q_j are all that is kept. Fits lower the error of every module by similar factors, so the order stays.
+Without a text the error is |Delta_mk|^2 / |W_m|^2, weighted by the size of W_m: a guess.
+
+Allocation: for each module only the points on the lower convex hull of (bytes, error) can be best for any price of
+a byte; steps along the hulls are taken from the steepest on while they fit. Optimal up to the last step.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from peraxis_format import (
+    Asset,
+    Axis,
+    BaseIdentity,
+    BaseRef,
+    ComponentEntry,
+    Encoding,
+    Identity,
+    Manifest,
+    ModuleEntry,
+    Producer,
+    Safetensors,
+    canonical_json,
+    header_bytes,
+    layout,
+    to_float32,
+)
+from peraxis_tools.checkpoint import Checkpoint
+from peraxis_tools.compress.fit.mean import dense_component, mean_components
+from peraxis_tools.compress.options import CompressOptions, OptionError
+from peraxis_tools.compress.plan.plan import TABLES, Plan, PlannedModule, module_bytes
+from peraxis_tools.compress.plan.unchanged import is_unchanged
+
+__all__ = ["Choice", "allocate", "choices_of", "is_open", "module_terms", "predicted_size", "spend", "weight_errors"]
+
+MASKS_MAX = 8
+# Header bytes of one component beside its names: its entry in the manifest, and three records with their pads'.
+_COMPONENT_LINES = 400
+_CORRECTIONS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One way to store a module. components: masks; 0 with encoding same or full."""
+
+    encoding: Encoding
+    components: int
+    size: int
+    error: float
+
+
+def predicted_size(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions) -> int:
+    """Size of the file that this plan gives: header and manifest written out with digests of zeros.
+
+    What is not known yet (errors in the report, notes, axes) is taken at its usual length, rather long than short.
+    """
+    none = "0" * 64
+    entries = tuple(
+        ModuleEntry(
+            name=module.name,
+            shape=module.shape,
+            dtype=module.dtype,
+            encoding=module.encoding,
+            components=(ComponentEntry(axis=module.axis or Axis.ROW_COL, exponent=-20),) * module.components,
+            sha256=none,
+            base=None
+            if module.base_shape is None or module.base_dtype is None
+            else BaseRef(dtype=module.base_dtype, shape=module.base_shape, sha256=none),
+        )
+        for module in plan.modules
+    )
+    assets = [(path, len(data)) for path, data in fine_tuned.assets()]
+    text = {module.name: "x" * (30 if module.encoding is Encoding.FULL else 90) for module in plan.modules}
+    manifest = Manifest(
+        base=BaseIdentity(digest=f"sha256:{none}", id="x" * 80),
+        fine_tuned=Identity(id="x" * 80),
+        producer=Producer(name="peraxis", version="0.0.0"),
+        modules=entries,
+        tied=plan.tied,
+        dropped=plan.dropped,
+        assets=tuple(Asset(path=path, sha256=none) for path, _ in assets),
+        metadata={"peraxis.config": options.canonical_json(), "peraxis.report": canonical_json(text).decode()},
+    )
+    sizes = sum(-(-size // 64) * 64 for _, size in assets)
+    header = header_bytes(manifest.to_bytes(), layout(entries, [size for _, size in assets]))
+    return len(header) + plan.payload_bytes + sizes
+
+
+def choices_of(module: PlannedModule, errors: Sequence[float]) -> list[Choice]:
+    """What a module can be: the base's own weight, 1 to 8 masks, exact. errors: for 0 to 8 masks."""
+    one, two = (module_bytes(module, components=k, axis=module.axis) for k in (1, 2))
+    choices = [Choice(Encoding.SAME, 0, 2 * one - two, errors[0])]  # what is left of a mask's bytes: the tail
+    for k in range(1, min(MASKS_MAX, len(errors) - 1) + 1):
+        size = module_bytes(module, components=k, axis=module.axis) + k * (_COMPONENT_LINES + 3 * len(module.name))
+        choices.append(Choice(Encoding.SIGN, k, size, errors[k]))
+    return [*choices, Choice(Encoding.FULL, 0, module_bytes(module, components=0, axis=None), 0.0)]
+
+
+def _hull(choices: Sequence[Choice]) -> list[Choice]:
+    """The lower convex hull of (size, error), from the smallest on."""
+    hull: list[Choice] = []
+    for choice in sorted(choices, key=lambda c: (c.size, c.error)):
+        if hull and choice.error >= hull[-1].error:
+            continue
+        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], choice):
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def _gain(left: Choice, right: Choice) -> float:
+    return (left.error - right.error) / max(right.size - left.size, 1)
+
+
+def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
+    """A choice for each module within the budget. Raises OptionError where not even the smallest ones fit."""
+    hulls = {name: _hull(options) for name, options in choices.items()}
+    chosen = dict.fromkeys(hulls, 0)
+    spent = sum(hull[0].size for hull in hulls.values())
+    if spent > budget:
+        raise OptionError(f"target too small: what cannot be compressed alone takes {spent} of {budget} bytes")
+    heap = [(-_gain(hull[0], hull[1]), name) for name, hull in hulls.items() if len(hull) > 1]
+    heapq.heapify(heap)
+    while heap:
+        _, name = heapq.heappop(heap)
+        hull, at = hulls[name], chosen[name]
+        step = hull[at + 1].size - hull[at].size
+        if spent + step > budget:
+            continue  # a later, smaller step of another module may still fit
+        spent += step
+        chosen[name] = at + 1
+        if at + 2 < len(hull):
+            heapq.heappush(heap, (-_gain(hull[at + 1], hull[at + 2]), name))
+    return {name: hulls[name][at] for name, at in chosen.items()}
+
+
+def weight_errors(module: PlannedModule, base: Safetensors, fine_tuned: Safetensors) -> list[float]:
+    """Squared weight errors for 0 to 8 masks, relative to the weight and in proportion to its size."""
+    terms, delta, norm = module_terms(module, base, fine_tuned)
+    errors = [float(np.square(delta, dtype=np.float64).sum())]
+    for term in terms:
+        delta = delta - term
+        errors.append(float(np.square(delta, dtype=np.float64).sum()))
+    errors += [errors[-1]] * (MASKS_MAX + 1 - len(errors))
+    return [error / norm * delta.size for error in errors]
+
+
+def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpoint, options: CompressOptions) -> Plan:
+    """The plan of least error for the target of the options. errors: for 0 to 8 masks, of the open modules.
+
+    Raises OptionError for a target that is too small.
+    """
+    target = options.target_size
+    if target is None:
+        target = int(plan.full_bytes / (options.target_ratio or 1.0))
+    choices = {
+        module.name: choices_of(module, errors[module.name])
+        if module.name in errors
+        else [Choice(module.encoding, module.components, module.payload_bytes, 0.0)]
+        for module in plan.modules
+    }
+    best: Plan | None = None
+    budget = target - (predicted_size(plan, fine_tuned, options) - plan.payload_bytes)
+    # The header grows with the masks: spend, see what the file would be, and correct.
+    for _ in range(_CORRECTIONS):
+        spent = plan.with_choices({n: (c.encoding, c.components) for n, c in allocate(choices, budget).items()})
+        left = target - predicted_size(spent, fine_tuned, options)
+        if left >= 0 and (best is None or spent.payload_bytes > best.payload_bytes):
+            best = spent
+        budget += left
+    if best is None:
+        raise OptionError(f"target too small: {target} bytes do not hold header, small files and exact tensors")
+    return best
+
+
+def module_terms(
+    module: PlannedModule, base: Safetensors, fine_tuned: Safetensors
+) -> tuple[list[np.ndarray], np.ndarray, float]:
+    """(Q_1..Q_8 dense, D, |W|^2) of the rows that both have."""
+    if module.base_shape is None or module.base_dtype is None:
+        raise ValueError(f"{module.name} has no base")
+    rows = slice(0, min(module.shape[0], module.base_shape[0]))
+    left, right = base.read(module.name, rows), fine_tuned.read(module.name, rows)
+    if is_unchanged(left, right, base_dtype=module.base_dtype, dtype=module.dtype):
+        return [], np.zeros(right.shape, np.float32), 1.0
+    components = mean_components(
+        left, right, base_dtype=module.base_dtype, dtype=module.dtype, axis=module.axis, components=MASKS_MAX
+    )
+    tuned = to_float32(right, module.dtype)
+    delta = tuned - to_float32(left, module.base_dtype)
+    norm = float(np.square(tuned, dtype=np.float64).sum()) or 1.0
+    return [dense_component(component, delta.shape) for component in components], delta, norm
+
+
+def is_open(module: PlannedModule, options: CompressOptions) -> bool:
+    """Whether the budget may choose how this module is stored: compressible, and not asked to be exact."""
+    return (
+        module.compressible
+        and not (module.kind in TABLES and options.embeddings == "full")
+        and (module.encoding is Encoding.SIGN)
+    )

@@ -1,0 +1,178 @@
+"""Do two checkpoints belong together? Asked before any work, answered by naming what differs."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from peraxis_format import NAME, Safetensors, TensorInfo
+from peraxis_tools.assets import listed
+from peraxis_tools.checkpoint import Checkpoint
+from peraxis_tools.compress.plan.plan import TABLES, Plan, table_or_kind
+from peraxis_tools.compress.plan.quantised import quantisation_of, unmerged_adapter
+from peraxis_tools.compress.plan.renaming import base_names, renaming_text
+from peraxis_tools.errors import ToolError
+from peraxis_tools.kinds import kind_of
+from peraxis_tools.notes import note
+
+__all__ = ["check_pair", "check_saving", "named_as_base", "tied_pairs"]
+
+_SHOWN: Final = 3
+SAVING_MIN: Final = 1.25  # a smaller ratio of the plan asks for --force
+_DIMENSIONS_MAX: Final = 8
+
+
+def _infos(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    return {info.name: info for info in checkpoint.tensors.infos()}
+
+
+def named_as_base(base: Checkpoint, fine_tuned: Checkpoint) -> Checkpoint:
+    """The fine-tuned checkpoint with the base's names where theirs differ by a prefix; says what was renamed."""
+    names = base_names(_infos(fine_tuned), _infos(base))
+    if not names:
+        return fine_tuned
+    note(f"{fine_tuned.tensors.label}: {renaming_text(names)}; the applied checkpoint has them so")
+    return replace(fine_tuned, tensors=fine_tuned.tensors.renamed(names))
+
+
+def check_pair(base: Checkpoint, fine_tuned: Checkpoint) -> None:
+    """Raise ToolError unless the fine-tuned checkpoint can be a fine-tune of the base.
+
+    It must share tensors with the base, and shared tensors must have equal shapes, but for the rows of a vocabulary.
+    Added and dropped tensors are fine: they are stored, and named in the manifest.
+    """
+    base_infos, tuned_infos = _infos(base), _infos(fine_tuned)
+    _check_tensors(fine_tuned, base_infos)
+    pair = f"{base.tensors.label} and {fine_tuned.tensors.label}"
+    shared = [name for name in tuned_infos if name in base_infos]
+    reason = _quantised(base, fine_tuned)
+    if not shared:
+        theirs, ours = listed(sorted(base_infos), _SHOWN), listed(sorted(tuned_infos), _SHOWN)
+        why = reason or f"no tensor has the same name (base has {theirs}; fine-tuned {ours})"
+        raise ToolError(f"{pair} are no pair: {why}")
+    resized = _vocabularies(base, fine_tuned)
+    differing = []
+    for name in shared:
+        ours_shape, base_shape = tuned_infos[name].shape, base_infos[name].shape
+        if ours_shape != base_shape and not _is_resized(name, ours_shape, base_shape, resized):
+            differing.append(f"{name} is {list(base_shape)} in the base and {list(ours_shape)} in the fine-tuned")
+    if differing:
+        remedy = reason or "pass the fine-tune's own base"
+        raise ToolError(f"{pair} are no pair: {listed(differing, _SHOWN)}; {remedy}")
+    if reason is not None:
+        note(reason)
+    dropped = sorted(name for name in base_infos if name not in tuned_infos)
+    if dropped:
+        note(f"{fine_tuned.tensors.label}: lacks {len(dropped)} of the base's tensors: {listed(dropped, _SHOWN)}")
+
+
+def check_saving(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, *, force: bool) -> None:
+    """Raise ToolError where the plan saves little, saying why; with force that is only said."""
+    if plan.full_bytes >= SAVING_MIN * plan.payload_bytes:
+        return
+    lost: dict[str, int] = defaultdict(int)
+    for module in plan.modules:
+        if not module.components:
+            lost[module.reason] += module.payload_bytes
+    reason = max(lost, key=lambda key: lost[key], default="")
+    count = sum(module.reason == reason for module in plan.modules)
+    why = _quantised(base, fine_tuned) or f"{count} tensors are stored whole ({reason}); check that this is the base"
+    message = (
+        f"{fine_tuned.tensors.label}: a delta would take {plan.payload_bytes} of {plan.full_bytes} bytes: {why}, or "
+        "pass --force"
+    )
+    if not force:
+        raise ToolError(message)
+    note(message.removesuffix(", or pass --force"))
+
+
+def _quantised(base: Checkpoint, fine_tuned: Checkpoint) -> str | None:
+    """Which of the two is quantised, and what to pass instead."""
+    for side, checkpoint in (("base", base), ("fine-tune", fine_tuned)):
+        found = quantisation_of(checkpoint.tensors.infos(), _config(checkpoint))
+        if found is not None:
+            return (
+                f"the {side} is quantised ({found.method}: {found.example}); "
+                f"pass the unquantised {'base' if side == 'base' else 'fine-tune'}"
+            )
+    return None
+
+
+def _check_tensors(fine_tuned: Checkpoint, base: Mapping[str, TensorInfo]) -> None:
+    """What no delta can hold, named with its tensor (SPEC 2.14, 3.5)."""
+    label, infos = fine_tuned.tensors.label, fine_tuned.tensors.infos()
+    if not infos:
+        raise ToolError(f"{label}: holds no tensors")
+    lora = unmerged_adapter(info.name for info in infos)
+    if lora is not None:
+        raise ToolError(f"{label}: {lora} is of an adapter that is not merged; call merge_and_unload and save it again")
+    for info in infos:
+        where = f"{label}: tensor {info.name!r}"
+        if not NAME.fullmatch(info.name):
+            raise ToolError(f"{where} has a name that PXD does not carry (SPEC 3.5); save it under another name")
+        for shape in (info.shape, base[info.name].shape if info.name in base else ()):
+            if 0 in shape:
+                raise ToolError(f"{where} has no elements (shape {list(shape)}); save the checkpoint without it")
+            if len(shape) > _DIMENSIONS_MAX:
+                raise ToolError(f"{where} has {len(shape)} dimensions; PXD carries {_DIMENSIONS_MAX} (SPEC 2.14)")
+
+
+def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """config.json, where it can be read."""
+    try:
+        found = json.loads((checkpoint.folder / "config.json").read_bytes()) if checkpoint.folder is not None else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _vocabularies(base: Checkpoint, fine_tuned: Checkpoint) -> set[tuple[int, int]]:
+    """(rows of the base, of the fine-tune) of vocabularies that were resized: by the tables, and by config.json."""
+    base_infos = _infos(base)
+    found = {
+        (base_infos[info.name].shape[0], info.shape[0])
+        for info in fine_tuned.tensors.infos()
+        if info.name in base_infos and _is_table(info.name, info.shape, base_infos[info.name].shape)
+    }
+    sizes = [_config(side).get("vocab_size") for side in (base, fine_tuned)]
+    if all(isinstance(size, int) for size in sizes):
+        found.add((sizes[0], sizes[1]))
+    return found
+
+
+def _is_table(name: str, shape: tuple[int, ...], base_shape: tuple[int, ...]) -> bool:
+    """Whether only the rows of a vocabulary's table differ."""
+    return table_or_kind(name, shape) in TABLES and len(shape) == len(base_shape) and shape[1:] == base_shape[1:]
+
+
+def _is_resized(
+    name: str, shape: tuple[int, ...], base_shape: tuple[int, ...], vocabularies: set[tuple[int, int]]
+) -> bool:
+    if _is_table(name, shape, base_shape):
+        return True
+    same_rest = bool(shape) and len(shape) == len(base_shape) and shape[1:] == base_shape[1:]
+    return same_rest and (base_shape[0], shape[0]) in vocabularies
+
+
+def tied_pairs(tensors: Safetensors) -> list[tuple[str, str]]:
+    """(module, alias) for matrices of a vocabulary that hold the same bytes under two names, or share them."""
+    by_shape = defaultdict(list)
+    for info in tensors.infos():
+        if kind_of(info.name, info.shape) in TABLES:
+            by_shape[info.dtype, info.shape].append(info)
+    pairs = []
+    for infos in by_shape.values():
+        if len(infos) < 2:
+            continue
+        first: dict[str, str] = {}
+        # The embedding stands first, the head is its alias.
+        for info in sorted(infos, key=lambda info: (kind_of(info.name, info.shape), info.name)):
+            digest = tensors.sha256(info.name)
+            if digest in first:
+                pairs.append((first[digest], info.name))
+            else:
+                first[digest] = info.name
+    return pairs

@@ -1,0 +1,190 @@
+"""Which encoding for which tensor, and what it costs: a pure function of names, dtypes, shapes and options.
+
+    mask    d_out * ceil(d_in / 8) bytes       row, col, row+col, tensor: 2 * (d_out | d_in | d_out + d_in | 1)
+    sign    the sum over components, each tensor aligned to 64        full    elements * itemsize
+
+A tensor gets signs where both checkpoints have it as a float matrix (SPEC 3.9) that signs make smaller. What is
+full: norms, biases and other vectors; new tensors; matrices that are none of a layer's weights but a fraction of
+it (a router's few rows, a convolution of width 4); embeddings and lm_head where asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Final, Protocol
+
+from peraxis_format import Axis, DType, Encoding
+from peraxis_tools.compress.options import CompressOptions
+from peraxis_tools.kinds import execution_key, kind_of, layer_of
+
+__all__ = ["TABLES", "Plan", "PlannedModule", "TensorLike", "module_bytes", "plan", "table_or_kind"]
+
+_ALIGN: Final = 64
+_AUTO_EMBEDDING_BITS: Final = 3
+TABLES: Final = ("embedding", "lm_head")
+
+
+class TensorLike(Protocol):
+    """What a plan needs to know of a tensor."""
+
+    @property
+    def dtype(self) -> DType: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedModule:
+    """One tensor of the fine-tuned checkpoint. axis None: chosen when the data is seen."""
+
+    name: str
+    kind: str
+    dtype: DType
+    shape: tuple[int, ...]
+    base_dtype: DType | None
+    base_shape: tuple[int, ...] | None
+    encoding: Encoding
+    components: int = 0
+    axis: Axis | None = None
+    reason: str = ""
+
+    @property
+    def payload_bytes(self) -> int:
+        """Predicted bytes in the file; an open axis counts as row+col, the largest."""
+        if self.encoding is Encoding.SAME:
+            kept = min(self.shape[0], (self.base_shape or self.shape)[0])
+            return _align((self.shape[0] - kept) * math.prod(self.shape[1:]) * self.dtype.itemsize)
+        return module_bytes(self, components=self.components, axis=self.axis)
+
+    @property
+    def compressible(self) -> bool:
+        """Whether signs are possible at all (SPEC 3.9, 3.10)."""
+        return _compressible(self.dtype, self.shape, self.base_dtype, self.base_shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All modules in execution order, aliases, and what the fine-tuned checkpoint no longer has."""
+
+    modules: tuple[PlannedModule, ...]
+    tied: tuple[tuple[str, str], ...]
+    dropped: tuple[str, ...]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Predicted size of all payloads, without header and assets."""
+        return sum(module.payload_bytes for module in self.modules)
+
+    @property
+    def full_bytes(self) -> int:
+        """Size of the fine-tuned checkpoint's tensors, tied ones once."""
+        return sum(math.prod(m.shape) * m.dtype.itemsize for m in self.modules)
+
+    def with_choices(self, choices: Mapping[str, tuple[Encoding, int]]) -> Plan:
+        """The same plan with other encodings and numbers of masks, by name."""
+        modules = []
+        for module in self.modules:
+            encoding, components = choices.get(module.name, (module.encoding, module.components))
+            changed = (encoding, components) != (module.encoding, module.components)
+            reason = "the budget buys more elsewhere" if encoding is Encoding.SAME else "within the budget"
+            reason = "" if encoding is Encoding.SIGN else reason if changed else module.reason
+            modules.append(replace(module, components=components, encoding=encoding, reason=reason))
+        return replace(self, modules=tuple(modules))
+
+
+def table_or_kind(name: str, shape: tuple[int, ...]) -> str:
+    """The kind of kinds.py, but for matrices outside of all layers."""
+    kind = kind_of(name, shape)
+    # A matrix outside of all layers is a table of some vocabulary, whatever it is called.
+    return "embedding" if kind == "other" and len(shape) >= 2 and layer_of(name) is None else kind
+
+
+def module_bytes(module: PlannedModule, *, components: int, axis: Axis | None) -> int:
+    """Bytes of this module with this many components (0: full), each tensor aligned; the tail exact."""
+    if not components or module.base_shape is None:
+        return _align(math.prod(module.shape) * module.dtype.itemsize)
+    kept = min(module.shape[0], module.base_shape[0])
+    covered = (kept, *module.shape[1:])
+    batch, d_out, d_in = math.prod(covered[:-2]), covered[-2], covered[-1]
+    row, col = _align(2 * batch * d_out), _align(2 * batch * d_in)
+    scales = {Axis.ROW: row, Axis.COL: col, Axis.TENSOR: _align(2)}.get(axis or Axis.ROW_COL, row + col)
+    one = _align(batch * d_out * ((d_in + 7) // 8)) + scales
+    tail = (module.shape[0] - kept) * math.prod(module.shape[1:]) * module.dtype.itemsize
+    return components * one + _align(tail)
+
+
+def _align(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _compressible(
+    dtype: DType, shape: tuple[int, ...], base_dtype: DType | None, base_shape: tuple[int, ...] | None
+) -> bool:
+    # SPEC 3.9, 3.10
+    return (
+        base_shape is not None
+        and base_dtype is not None
+        and dtype.is_float
+        and base_dtype.is_float
+        and len(shape) >= 2
+        and len(base_shape) == len(shape)
+        and base_shape[1:] == shape[1:]
+    )
+
+
+def _plan_module(name: str, tensor: TensorLike, base: TensorLike | None, options: CompressOptions) -> PlannedModule:
+    shape = tuple(tensor.shape)
+    module = PlannedModule(
+        name=name,
+        kind=table_or_kind(name, shape),
+        dtype=tensor.dtype,
+        shape=shape,
+        base_dtype=None if base is None else base.dtype,
+        base_shape=None if base is None else tuple(base.shape),
+        encoding=Encoding.FULL,
+    )
+    if base is None:
+        return replace(module, reason="not in the base")
+    if len(shape) < 2:
+        return replace(module, reason="a vector")
+    if module.kind in ("bias", "norm"):
+        return replace(module, reason="a bias" if module.kind == "bias" else "a norm")
+    if not module.compressible:
+        return replace(module, reason="dtype or shape allows no delta")
+    bits = options.bits
+    if module.kind in TABLES:
+        if options.embeddings == "full":
+            return replace(module, reason="embeddings are stored full")
+        bits = max(bits, _AUTO_EMBEDDING_BITS) if options.embeddings == "auto" else bits
+    elif shape[-2] * 16 <= shape[-1]:
+        return replace(module, reason="few rows: a router or a small head")
+    axis = None if options.axis == "auto" else Axis(options.axis)
+    if 2 * module_bytes(module, components=bits, axis=axis) > bits * module.payload_bytes and shape[-1] < 32:
+        return replace(module, reason="signs would not make it smaller")
+    return replace(module, encoding=Encoding.SIGN, components=bits, axis=axis)
+
+
+def plan(
+    *,
+    fine_tuned: Mapping[str, TensorLike],
+    base: Mapping[str, TensorLike],
+    options: CompressOptions,
+    tied: Iterable[tuple[str, str]] = (),
+) -> Plan:
+    """Plan every tensor of the fine-tuned checkpoint.
+
+    tied: (module, alias) pairs among its names; aliases are not planned. Unchanged tensors are only known once the
+    data is read: they become `same` then, whatever the plan says.
+    """
+    pairs = tuple(sorted(tied, key=lambda pair: pair[1]))
+    aliases = {alias for _, alias in pairs}
+    modules = [
+        _plan_module(name, fine_tuned[name], base.get(name), options)
+        for name in sorted(fine_tuned, key=execution_key)
+        if name not in aliases
+    ]
+    dropped = tuple(sorted(name for name in base if name not in fine_tuned))
+    return Plan(modules=tuple(modules), tied=pairs, dropped=dropped)

@@ -1,0 +1,64 @@
+"""Is a checkpoint quantised? Told by the names, dtypes and configuration that each method leaves.
+
+A delta is defined on float weights (SPEC 3.9): what a quantised checkpoint keeps of a matrix is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from peraxis_format import DType, TensorInfo
+
+__all__ = ["Quantisation", "quantisation_of", "unmerged_adapter"]
+
+# A suffix that only the method writes, and the method's name.
+_SUFFIXES: Final = (
+    (".absmax", "bitsandbytes"),
+    (".quant_map", "bitsandbytes"),
+    (".SCB", "bitsandbytes"),
+    (".qweight", "GPTQ or AWQ"),
+    (".qzeros", "GPTQ or AWQ"),
+    (".weight_packed", "compressed-tensors"),
+    (".weight_scale", "FP8"),
+    ("_scale_inv", "FP8"),
+    (".input_scale", "FP8"),
+    ("_blocks", "MXFP4"),
+)
+_FLOAT8: Final = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantisation:
+    """method: as people call it. example: a tensor that shows it."""
+
+    method: str
+    example: str
+
+
+def quantisation_of(infos: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> Quantisation | None:
+    """How the checkpoint is quantised; None where it is not."""
+    infos = list(infos)
+    names = {info.name for info in infos}
+    for info in infos:
+        if info.dtype.value in _FLOAT8 and len(info.shape) >= 2:
+            return Quantisation(method="FP8", example=info.name)
+        for suffix, method in _SUFFIXES:
+            if info.name.endswith(suffix) and (method != "MXFP4" or _is_mxfp4(info, names)):
+                return Quantisation(method=method, example=info.name)
+    stated = (config or {}).get("quantization_config")
+    method = stated.get("quant_method") if isinstance(stated, dict) else None
+    packed = next((i for i in infos if i.dtype in (DType.U8, DType.I8, DType.I32) and i.name.endswith(".weight")), None)
+    if isinstance(method, str) and packed is not None:
+        return Quantisation(method=method, example=packed.name)
+    return None
+
+
+def _is_mxfp4(info: TensorInfo, names: set[str]) -> bool:
+    return info.dtype is DType.U8 and info.name.removesuffix("_blocks") + "_scales" in names
+
+
+def unmerged_adapter(names: Iterable[str]) -> str | None:
+    """A tensor of a LoRA adapter that was saved with its base and not merged into it."""
+    return next((name for name in names if ".lora_A." in name or ".base_layer." in name), None)

@@ -1,0 +1,85 @@
+"""Names that differ by a prefix alone: which base tensor a fine-tuned one is.
+
+Wrappers (torch.compile, DDP, PEFT) put a prefix before every name; vision-language models keep their text model under
+another path. A delta finds base tensors by their exact names (SPEC 7.1), so that the fine-tune takes the base's names.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+from peraxis_format import TensorInfo
+
+__all__ = ["base_names", "renaming_text", "unwrapped"]
+
+WRAPPERS: Final = ("_orig_mod.", "module.", "base_model.model.")
+# Paths that mean the same place in checkpoints of one model, each tried both ways.
+_PATHS: Final = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.", ""),
+    ("transformer.", ""),
+)
+
+
+def unwrapped(name: str) -> str:
+    """The name without what wrappers put before it, or into it (`_orig_mod.`)."""
+    name = name.replace("_orig_mod.", "")
+    while wrapper := next((prefix for prefix in WRAPPERS if name.startswith(prefix)), None):
+        name = name.removeprefix(wrapper)
+    return name
+
+
+def base_names(fine_tuned: Mapping[str, TensorInfo], base: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """New names by old ones, for fine-tuned tensors that the base has under another name.
+
+    The shapes agree but for the first dimension, and no two tensors get one name.
+    """
+    by_plain = {unwrapped(name): name for name in base}
+    base_is_wrapped = any(plain != name for plain, name in by_plain.items())
+    found: dict[str, str] = {}
+    taken = set(fine_tuned)
+    for name, info in fine_tuned.items():
+        if name in base:
+            continue
+        matches = (by_plain[plain] for plain in _candidates(name) if plain in by_plain)
+        new = next((match for match in matches if base[match].shape[1:] == info.shape[1:]), None)
+        if new is None and not base_is_wrapped and unwrapped(name) != name:
+            new = unwrapped(name)  # not in the base, but named as the rest of it
+        if new is not None and new not in taken:
+            found[name] = new
+            taken.add(new)
+    return found
+
+
+def _candidates(name: str) -> Iterator[str]:
+    """Unwrapped names that this tensor may have in the base."""
+    plain = unwrapped(name)
+    yield plain
+    for left, right in _PATHS:
+        for old, new in ((left, right), (right, left)):
+            if plain.startswith(old):
+                yield new + plain.removeprefix(old)
+
+
+def renaming_text(names: Mapping[str, str]) -> str:
+    """What was renamed, for a person: the most frequent prefix and one example."""
+    if not names:
+        return ""
+    pairs = Counter(_prefixes(old, new) for old, new in names.items())
+    (old, new), _ = pairs.most_common(1)[0]
+    example = next(iter(names))
+    return f"{len(names)} tensors take the base's names: {old or '(none)'} -> {new or '(none)'}, like {names[example]}"
+
+
+def _prefixes(old: str, new: str) -> tuple[str, str]:
+    """What stands before the common ending of both, by whole words."""
+    a, b = old.split("."), new.split(".")
+    while a and b and a[-1] == b[-1]:
+        a.pop()
+        b.pop()
+    return ".".join(a), ".".join(b)

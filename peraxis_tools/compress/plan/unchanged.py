@@ -1,0 +1,53 @@
+"""Is a fine-tuned tensor the base's own, or only the base in another dtype? Then `same` (SPEC 6.3) gives it exactly.
+
+A difference is mostly found in the first block, so that asking costs little where the answer is no.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from peraxis_format import Array, DType, from_float32, raw_bytes, to_float32
+
+__all__ = ["first_rows", "is_unchanged", "shared_rows"]
+
+_BLOCK: Final = 1 << 18  # elements
+
+
+def shared_rows(shape: tuple[int, ...], base_shape: tuple[int, ...]) -> int | None:
+    """Rows of the first dimension that both have (1 for no dimensions); None where other dimensions differ (SPEC 3.10).
+
+    Law: shared_rows(s, s) covers all of s.
+    """
+    if len(shape) != len(base_shape) or shape[1:] != base_shape[1:]:
+        return None
+    return min(shape[0], base_shape[0]) if shape else 1
+
+
+def first_rows(array: Array, rows: int) -> Array:
+    """The first rows; an array of no dimensions is one row."""
+    return np.atleast_1d(array)[:rows]
+
+
+def is_unchanged(base: Array, fine_tuned: Array, *, base_dtype: DType, dtype: DType) -> bool:
+    """Whether `same` rebuilds these rows to the bit: equal bytes, or the base rounded once to the dtype (SPEC 6.3).
+
+    base, fine_tuned: storage arrays of the rows that both have, of one shape.
+    """
+    if base.shape != fine_tuned.shape:
+        return False
+    if dtype is base_dtype:
+        return _equal_bytes(base, fine_tuned)
+    if not (dtype.is_float and base_dtype.is_float):
+        return False
+    left, right = base.reshape(-1), fine_tuned.reshape(-1)
+    blocks = (slice(begin, begin + _BLOCK) for begin in range(0, left.size, _BLOCK))
+    return all(_equal_bytes(from_float32(to_float32(left[b], base_dtype), dtype), right[b]) for b in blocks)
+
+
+def _equal_bytes(left: Array, right: Array) -> bool:
+    a, b = (np.frombuffer(raw_bytes(array), np.uint8) for array in (left, right))
+    step = 4 * _BLOCK
+    return all(np.array_equal(a[i : i + step], b[i : i + step]) for i in range(0, len(a), step))

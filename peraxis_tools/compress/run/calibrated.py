@@ -1,0 +1,309 @@
+"""Everything that a fit on text needs before and around the procedure: device, models, tokens, work folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from peraxis_format import Axis, Calibration, Safetensors, __version__
+from peraxis_tools.checkpoint import Checkpoint
+from peraxis_tools.compress.calibration.generate import generate
+from peraxis_tools.compress.calibration.text import Ids, Parts, Samples, load_samples, partition
+from peraxis_tools.compress.distill.distill import DistillOptions, distill, fill_whole
+from peraxis_tools.compress.fit.adamw import ADAMW_EPOCHS
+from peraxis_tools.compress.fit.fit import AUTO_AXES, FitOptions
+from peraxis_tools.compress.fit.layerwise import Batch, LayerwiseCalibration
+from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
+from peraxis_tools.compress.model.names import NameMap, map_names
+from peraxis_tools.compress.model.weights import Weights
+from peraxis_tools.compress.options import CompressOptions
+from peraxis_tools.compress.plan.budget import is_open, spend
+from peraxis_tools.compress.plan.plan import Plan
+from peraxis_tools.compress.plan.sensitivity import fisher_errors
+from peraxis_tools.compress.run.distributed import Processes
+from peraxis_tools.compress.run.environment import (
+    load_config,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
+from peraxis_tools.compress.run.types import FittedModule, RunFit
+from peraxis_tools.compress.run.work_folder import WorkFolder
+from peraxis_tools.errors import ToolError
+from peraxis_tools.quiet import quiet_transformers
+
+__all__ = ["batches_of", "calibrated_fit"]
+
+
+def calibrated_fit(
+    base: Checkpoint,
+    fine_tuned: Checkpoint,
+    plan: Plan,
+    output: Path,
+    options: CompressOptions,
+    progress: Callable[[str, int, int], None],
+    show_plan: Callable[[Plan], None],
+) -> RunFit:
+    """Fit every module of the plan on the calibration text; with a byte target, make the plan first and show it."""
+    with quiet_transformers():
+        run = _open_run(base, fine_tuned, plan, output, options, progress)
+        if options.has_target:
+            run = _with_budget(run, options, progress)
+            show_plan(run.plan)
+        teacher, student = run.models()
+        procedure = LayerwiseCalibration(
+            plan=run.plan,
+            base=base.tensors,
+            fine_tuned=fine_tuned.tensors,
+            teacher=teacher,
+            student=student,
+            names=run.names,
+            batches=batches_of(run.parts.fit, run.parts.validation, options.batch_size, run.device),
+            options=_fit_options(options, len(run.parts.fit)),
+            work=run.work,
+            processes=run.processes,
+            hidden_limit=options.hidden_limit,
+            progress=progress,
+        )
+        modules: Mapping[str, FittedModule] = procedure.run()
+        metadata: dict[str, str] = {}
+        if options.distill_samples:
+            del procedure, teacher, student
+            if run.processes.is_main_process:
+                modules, metadata = _distilled(run, modules, options, progress)
+            run.processes.barrier()
+    ids = run.samples.ids
+    return RunFit(
+        plan=run.plan,
+        modules=modules,
+        calibration=Calibration(
+            digest=run.samples.digest,
+            samples=len(ids),
+            seed=options.seed,
+            sequence_length=ids.shape[1],
+            source=run.samples.source,
+        ),
+        tokens=ids.size,
+        metadata=metadata,
+        work=run.work.path,
+        is_main_process=run.processes.is_main_process,
+        close=run.processes.close,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What is the same for every step of one run."""
+
+    base: Checkpoint
+    fine_tuned: Checkpoint
+    plan: Plan
+    config: Any
+    names: NameMap
+    samples: Samples
+    parts: Parts
+    work: WorkFolder
+    processes: Processes
+    device: torch.device
+    dtype: torch.dtype
+
+    def models(self) -> tuple[LayerwiseModel, LayerwiseModel]:
+        """A teacher and a student, both empty."""
+        one, two = (LayerwiseModel(self.config, dtype=self.dtype, device=self.device) for _ in range(2))
+        return one, two
+
+    def weights(self) -> Weights:
+        """The pair's tensors, with nothing fitted."""
+        return Weights(
+            plan=self.plan,
+            base=self.base.tensors,
+            fine_tuned=self.fine_tuned.tensors,
+            names=self.names,
+            fitted={},
+            device=self.device,
+        )
+
+
+def _open_run(
+    base: Checkpoint,
+    fine_tuned: Checkpoint,
+    plan: Plan,
+    output: Path,
+    options: CompressOptions,
+    progress: Callable[[str, int, int], None],
+) -> _Run:
+    """Device, configuration, name map, samples and work folder."""
+    folder = fine_tuned.folder
+    if folder is None or options.calibration is None:
+        raise ToolError(f"{fine_tuned.tensors.label}: a fit on text needs the checkpoint's folder, with its tokenizer")
+    device = resolve_device(options.device)
+    processes = Processes(device)
+    config = load_config(folder)
+    dtype = resolve_dtype(options.compute_dtype, device, config)
+    tokenizer = load_tokenizer(folder)
+    count = options.calibration_samples + options.distill_samples
+    text = load_samples(
+        options.calibration,
+        tokenizer,
+        samples=count,
+        length=options.sequence_length,
+        seed=options.seed,
+        text_column=options.text_column,
+    )
+    names = map_names(LayerwiseModel(config, dtype=dtype, device=device).model, fine_tuned.tensors)
+    digest = _inputs_digest(base.tensors, fine_tuned.tensors, text, options, device, dtype)
+    work = WorkFolder(output, digest, resume=options.resume, is_main_process=processes.is_main_process)
+    processes.barrier()
+    run = _Run(
+        base=base,
+        fine_tuned=fine_tuned,
+        plan=plan,
+        config=config,
+        names=names,
+        samples=text,
+        parts=partition([text.ids], calibration=options.calibration_samples / count, validation=options.held_out),
+        work=work,
+        processes=processes,
+        device=device,
+        dtype=dtype,
+    )
+    return _with_generated(run, tokenizer, options, progress) if options.generated_samples else run
+
+
+def _with_generated(
+    run: _Run, tokenizer: Any, options: CompressOptions, progress: Callable[[str, int, int], None]
+) -> _Run:
+    """The run with samples that the fine-tuned model writes; kept in the work folder."""
+    length = run.samples.ids.shape[1]
+    ids = run.work.load_array("generated")
+    if ids is None and run.processes.is_main_process:
+        teacher, _ = run.models()
+        fill_whole(teacher, run.weights(), run.weights().teacher)
+        ids = generate(
+            teacher,
+            tokenizer,
+            samples=options.generated_samples,
+            length=length,
+            seed=options.seed,
+            batch_size=4 * options.batch_size,
+            progress=progress,
+        )
+        run.work.save_array("generated", ids)
+    run.processes.barrier()
+    if ids is None:
+        ids = run.work.load_array("generated")
+    share = options.calibration_samples / (options.calibration_samples + options.distill_samples)
+    return replace(
+        run,
+        samples=replace(
+            run.samples,
+            ids=np.concatenate([run.samples.ids, ids]),
+            source=f"{run.samples.source}; {len(ids)} samples of the fine-tuned model",
+        ),
+        parts=partition([run.samples.ids, ids], calibration=share, validation=options.held_out),
+    )
+
+
+def _with_budget(run: _Run, options: CompressOptions, progress: Callable[[str, int, int], None]) -> _Run:
+    """The run with a plan that spends the byte target where it lowers KL most; kept in the work folder."""
+    errors = run.work.load_text("sensitivity")
+    if errors is None and run.processes.is_main_process:
+        teacher, _ = run.models()
+        weights = run.weights()
+        fill_whole(teacher, weights, weights.teacher)
+        samples = torch.from_numpy(np.ascontiguousarray(run.parts.fit)).to(run.device)
+        open_modules = [module for module in run.plan.modules if is_open(module, options)]
+        errors = fisher_errors(teacher, weights, open_modules, samples, seed=options.seed, progress=progress)
+        run.work.save_text("sensitivity", errors)
+    run.processes.barrier()
+    if errors is None:
+        errors = run.work.load_text("sensitivity") or {}
+    return replace(run, plan=spend(run.plan, errors, run.fine_tuned, options))
+
+
+def _distilled(
+    run: _Run,
+    modules: Mapping[str, FittedModule],
+    options: CompressOptions,
+    progress: Callable[[str, int, int], None],
+) -> tuple[Mapping[str, FittedModule], dict[str, str]]:
+    """The modules after end-to-end distillation, and its losses."""
+    done = run.work.load("distilled")
+    if done is not None:
+        return {module.name: module for module in done}, run.work.load_text("distilled") or {}
+    teacher, student = run.models()
+    train, validation = (
+        torch.from_numpy(np.ascontiguousarray(ids)).to(run.device)
+        for ids in (run.parts.distill, run.parts.distill_validation)
+    )
+    result = distill(
+        weights=run.weights(),
+        teacher=teacher,
+        student=student,
+        modules=modules,
+        samples=train,
+        validation=validation,
+        options=DistillOptions(
+            epochs=options.distill_epochs,
+            lr=options.distill_lr,
+            sign_lr=options.distill_sign_lr,
+            full_lr=options.distill_full_lr,
+            loss=options.distill_loss,
+            batch_size=options.distill_batch_size,
+            seed=options.seed,
+            logits_limit=options.logits_limit,
+        ),
+        work=run.work,
+        progress=progress,
+    )
+    text = {"peraxis.distillation": f"held-out {options.distill_loss}: {result.before:.6g} -> {result.after:.6g}"}
+    run.work.save_text("distilled", text)
+    run.work.save("distilled", list(result.modules.values()))
+    return result.modules, text
+
+
+def _fit_options(options: CompressOptions, fit_samples: int) -> FitOptions:
+    adamw = options.resolved_fit == "adamw"
+    auto = (Axis.ROW, Axis.COL) if adamw else AUTO_AXES
+    return FitOptions(
+        axes=auto if options.axis == "auto" else (Axis(options.axis),),
+        refine=options.resolved_fit == "refined",
+        adamw_steps=ADAMW_EPOCHS * fit_samples if adamw else 0,
+        rounds=options.refine_rounds,
+    )
+
+
+def batches_of(fit: Ids, validation: Ids, size: int, device: torch.device) -> list[Batch]:
+    """Fit batches, then held-out ones."""
+    batches = []
+    for ids, validates in ((fit, False), (validation, True)):
+        for start in range(0, len(ids), size):
+            part = np.ascontiguousarray(ids[start : start + size])
+            batches.append(Batch(torch.from_numpy(part).to(device), validates))
+    return batches
+
+
+def _inputs_digest(
+    base: Safetensors,
+    fine_tuned: Safetensors,
+    samples: Samples,
+    options: CompressOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str:
+    """What a work folder is bound to: tensors (name, shape, place, size and time of their file), text, options, us."""
+    digest = hashlib.sha256()
+    for tensors in (base, fine_tuned):
+        for info in tensors.infos():
+            status = info.file.stat()
+            digest.update(
+                f"{info.name}|{info.dtype.value}|{info.shape}|{info.begin}|{status.st_size}|{status.st_mtime_ns}\n".encode()
+            )
+    digest.update(f"{__version__}|{samples.digest}|{options.canonical_json()}|{device.type}|{dtype}".encode())
+    return digest.hexdigest()

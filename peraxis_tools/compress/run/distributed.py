@@ -1,0 +1,114 @@
+"""Several processes (torchrun, accelerate launch): each runs the blocks on its share of the samples.
+
+One process a device, started by torchrun or `accelerate launch`. Process r of n takes batches r, r + n, ...; the sums
+G, E, F and their token counts are added over all processes, so that each holds the sums of the whole text: exactly,
+whatever n is (sums.py). Each module of a stage is then fitted by one process and sent to the others as tensors:
+all go on with the same student, and the artifact has the bytes of one process's, where each computes with as many
+threads. What needs the whole model at once (own text, a budget's sensitivities, distillation) process 0 does alone, on
+its device: one that is too large for it can be fitted, but not distilled.
+
+Without such an environment every function here does nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peraxis_tools.compress.run.types import FittedModule
+from peraxis_tools.compress.run.work_folder import pack_modules, unpack_modules
+
+__all__ = ["Processes"]
+
+
+class Processes:
+    """The group of processes of this run; one alone where none was started."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.device = device
+        if self.count > 1 and not torch.distributed.is_initialized():
+            # What one process does alone while the others wait (distillation) may take hours.
+            torch.distributed.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=7)
+            )
+
+    def shard_indices(self, count: int) -> list[int]:
+        """Which of `count` items this process works on."""
+        return list(range(self.rank, count, self.count))
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Add tensors over all processes, in place."""
+        if self.count > 1:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+
+    def largest(self, value: int) -> int:
+        """The largest of a number over all processes."""
+        if self.count == 1:
+            return value
+        tensor = torch.tensor([value], device=self.device)
+        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+        return int(tensor)
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is the process that keeps the work folder and writes the file."""
+        return self.rank == 0
+
+    def broadcast(self, modules: Sequence[FittedModule] | None) -> list[FittedModule] | None:
+        """What the leader has, to all; None where the leader has None."""
+        if self.count == 1:
+            return None if modules is None else list(modules)
+        if not self.largest(int(self.is_main_process and modules is not None)):
+            return None
+        index, data = pack_modules(modules or []) if self.is_main_process else ([], b"")
+        index_bytes = self._send(json.dumps(index).encode(), 0)
+        return unpack_modules(json.loads(index_bytes), self._send(data, 0))
+
+    def tell(self, values: Any) -> Any:
+        """JSON values of the leader, to all."""
+        if self.count == 1:
+            return values
+        return json.loads(self._send(json.dumps(values).encode() if self.is_main_process else b"", 0))
+
+    def close(self) -> None:
+        """Wait for all, then leave the group."""
+        if self.count > 1:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+
+    def all_gather(self, modules: Sequence[FittedModule | None]) -> list[FittedModule]:
+        """Every module from the process that fitted it (place i: process i mod count); None at the others' places."""
+        if self.count == 1:
+            return [module for module in modules if module is not None]
+        result = []
+        for i, module in enumerate(modules):
+            index, data = pack_modules([module]) if module is not None else ([], b"")
+            index_bytes = self._send(json.dumps(index).encode(), i % self.count)
+            result.extend(unpack_modules(json.loads(index_bytes), self._send(data, i % self.count)))
+        return result
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def _send(self, data: bytes | bytearray, source: int) -> bytearray:
+        size = torch.tensor([len(data)], device=self.device)
+        torch.distributed.broadcast(size, source)
+        mine = self.rank == source
+        array = np.frombuffer(bytes(data), np.uint8).copy() if mine else np.empty(int(size), np.uint8)
+        if not len(array):
+            return bytearray()
+        tensor = torch.from_numpy(array).to(self.device)
+        torch.distributed.broadcast(tensor, source)
+        return bytearray(tensor.cpu().numpy().tobytes())

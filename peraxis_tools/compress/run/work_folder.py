@@ -1,0 +1,252 @@
+"""The work folder: what a run has fitted so far, on disk, so that a killed run goes on and ends in the same bytes.
+
+OUT.peraxis-work/
+  inputs.json        the digest that binds the folder to checkpoints, text and options; another run starts afresh
+  PART.json, PART.bin   the modules of one part (embedding, a block, the head): index and arrays
+  distilling.npz     distillation after its last whole epoch; distill-best: the best state by then
+
+A part appears whole or not at all, the json last, and each file ends with the SHA-256 of its data: one that is damaged
+is computed again. Hidden states are not kept: a resumed run computes them again, with the same operations and so to the
+same bits, which costs two forward passes for each finished block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Final, cast
+
+import numpy as np
+
+from peraxis_format import Array, Axis, Component, atomic_file, raw_bytes
+from peraxis_tools.compress.run.types import FittedModule, ModuleReport
+
+__all__ = ["WorkFolder", "pack_modules", "unpack_modules"]
+
+_LOG: Final = logging.getLogger("peraxis")
+_INPUTS = "inputs.json"
+_DIGEST_BYTES: Final = 32
+_CHUNK: Final = 1 << 20
+_TYPES = {"mask": np.uint8, "row": np.float16, "col": np.float16, "scalar": np.float16}
+
+
+class WorkFolder:
+    """Finished parts of one run. `digest` says of which."""
+
+    def __init__(self, output: Path, digest: str, *, resume: bool, is_main_process: bool = True) -> None:
+        """is_main_process: whether this process makes the folder; others are to wait for it before they read."""
+        self.path = output.with_name(output.name + ".peraxis-work")
+        self._run = digest
+        if not is_main_process:
+            return
+        if self.path.exists() and not (resume and self._digest() == digest):
+            shutil.rmtree(self.path)
+        self.path.mkdir(exist_ok=True)
+        if self._digest() is None:
+            with atomic_file(self.path / _INPUTS) as file:
+                file.write(json.dumps({"digest": digest}).encode())
+
+    def _digest(self) -> str | None:
+        try:
+            return str(json.loads((self.path / _INPUTS).read_bytes())["digest"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def load(self, part: str) -> list[FittedModule] | None:
+        """The modules of a finished part; None where it is not finished, or damaged."""
+        with self._opened(f"{part}.json") as index, self._opened(f"{part}.bin") as data:
+            if index is None or data is None:
+                return None
+            return unpack_modules(json.loads(index.read()), bytearray(data.read()))
+
+    def save_array(self, part: str, array: Array) -> None:
+        """Store one array under a name of its own."""
+        with self._written(f"{part}.npy") as file:
+            np.save(file, array, allow_pickle=False)
+
+    def load_array(self, part: str) -> Array | None:
+        """A stored array; None where there is none, or a damaged one."""
+        with self._opened(f"{part}.npy") as file:
+            return None if file is None else np.load(io.BytesIO(file.read()), allow_pickle=False)
+
+    def save_arrays(self, part: str, arrays: Mapping[str, Array]) -> None:
+        """Store named arrays as one, over what was stored before."""
+        with self._written(f"{part}.npz") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+    def load_arrays(self, part: str) -> dict[str, Array] | None:
+        """What `save_arrays` stored; None where there is none, or a damaged one."""
+        with self._opened(f"{part}.npz") as file:
+            if file is None:
+                return None
+            with np.load(file, allow_pickle=False) as stored:
+                return {name: stored[name] for name in stored.files}
+
+    def save_text(self, part: str, text: Mapping[str, Any]) -> None:
+        """Store JSON values under a name of their own; for a part, before the part itself is saved."""
+        with self._written(f"{part}.text.json") as file:
+            file.write(json.dumps(dict(text)).encode())
+
+    def load_text(self, part: str) -> dict[str, Any] | None:
+        """What `save_text` stored; None where there is none, or a damaged one."""
+        with self._opened(f"{part}.text.json") as file:
+            return None if file is None else dict(json.loads(file.read()))
+
+    def save(self, part: str, modules: Sequence[FittedModule]) -> None:
+        """Store a finished part."""
+        entries, data = pack_modules(modules)
+        with self._written(f"{part}.bin") as file:
+            file.write(data)
+        with self._written(f"{part}.json") as file:
+            file.write(json.dumps(entries).encode())
+
+    def _hash(self, name: str) -> Any:
+        """The digest of a file begins with the run and the name, so that no file stands for another."""
+        return hashlib.sha256(f"{self._run} {name}\n".encode())
+
+    @contextlib.contextmanager
+    def _written(self, name: str) -> Iterator[BinaryIO]:
+        """A file whose digest follows its data."""
+        digest = self._hash(name)
+        with atomic_file(self.path / name) as file:
+            yield cast(BinaryIO, _Hashing(file, digest))
+            file.write(digest.digest())
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[BinaryIO | None]:
+        """The file at its beginning, held to its digest; None where it is not there or damaged, which is logged."""
+        path = self.path / name
+        try:
+            file = open(path, "rb")  # noqa: SIM115  closed below
+        except FileNotFoundError:
+            yield None
+            return
+        with file:
+            size = os.fstat(file.fileno()).st_size - _DIGEST_BYTES
+            if size < 0 or not self._holds(file, name, size):
+                _LOG.warning("%s: is damaged; what it held is computed again", path)
+                yield None
+                return
+            file.seek(0)
+            yield cast(BinaryIO, _Head(file, size))
+
+    def _holds(self, file: BinaryIO, name: str, size: int) -> bool:
+        digest = self._hash(name)
+        left = size
+        while left and (chunk := file.read(min(_CHUNK, left))):
+            digest.update(chunk)
+            left -= len(chunk)
+        return bool(file.read(_DIGEST_BYTES) == digest.digest())
+
+
+class _Hashing:
+    """Passes bytes on to a file and a digest. It cannot seek: zip archives are then written in one go."""
+
+    def __init__(self, file: BinaryIO, digest: Any) -> None:
+        self._file, self._digest = file, digest
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def read(self, size: int = -1) -> bytes:
+        """numpy tells files from paths by this."""
+        raise io.UnsupportedOperation("read")
+
+
+class _Head(io.RawIOBase):
+    """The first `size` bytes of an open file, as a file of their own."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size = file, size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        data = self._file.read(min(len(view), max(0, self._size - self._file.tell())))
+        view[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._file.tell(), os.SEEK_END: self._size}[whence]
+        return self._file.seek(max(0, start + offset))
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def pack_modules(modules: Sequence[FittedModule]) -> tuple[list[dict[str, Any]], bytes]:
+    """(index as JSON values, arrays one after the other). Law: unpack_modules(*pack_modules(m)) == m."""
+    entries: list[dict[str, Any]] = []
+    data = io.BytesIO()
+    for module in modules:
+        components = []
+        for component in module.components:
+            arrays: dict[str, Array] = {"mask": component.mask, **component.scales()}
+            places = {name: _append(data, array) for name, array in arrays.items()}
+            components.append({"axis": component.axis.value, "exponent": component.exponent, "arrays": places})
+        report = module.report
+        fields = [report.error, report.error_none, report.error_same, report.note]
+        full = None if module.full is None else [module.full.dtype.str, *_append(data, module.full)]
+        entries.append({"name": module.name, "components": components, "report": fields, "full": full})
+    return entries, data.getvalue()
+
+
+def _append(data: io.BytesIO, array: Array) -> tuple[int, list[int]]:
+    offset = data.tell()
+    data.write(raw_bytes(np.ascontiguousarray(array)))
+    return offset, list(array.shape)
+
+
+def _view(data: bytearray, dtype: Any, offset: int, shape: Sequence[int]) -> Array:
+    return np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape)
+
+
+def unpack_modules(entries: Sequence[dict[str, Any]], data: bytearray) -> list[FittedModule]:
+    """The inverse of pack_modules; arrays are views of data, and writable."""
+    return [_module(entry, data) for entry in entries]
+
+
+def _module(entry: dict[str, Any], data: bytearray) -> FittedModule:
+    error, error_none, error_same, note = entry["report"]
+    return FittedModule(
+        name=entry["name"],
+        components=tuple(_component(component, data) for component in entry["components"]),
+        report=ModuleReport(error=error, error_none=error_none, error_same=error_same, note=note),
+        full=None if entry["full"] is None else _view(data, *entry["full"]),
+    )
+
+
+def _component(entry: dict[str, Any], data: bytearray) -> Component:
+    def array(name: str) -> Array | None:
+        if name not in entry["arrays"]:
+            return None
+        return _view(data, _TYPES[name], *entry["arrays"][name])
+
+    mask = array("mask")
+    if mask is None:
+        raise ValueError("a stored component has no mask")
+    return Component(
+        axis=Axis(entry["axis"]),
+        exponent=entry["exponent"],
+        mask=mask,
+        row=array("row"),
+        col=array("col"),
+        scalar=array("scalar"),
+    )

@@ -1,0 +1,123 @@
+"""How each tensor of a delta gets into a PEFT adapter, or why it cannot.
+
+ADAPT   low-rank factors of a linear, Conv1D or embedding layer's weight
+WHOLE   the layer's own tensors through modules_to_save: all of them, since PEFT loads such a layer whole
+BIAS    a bias alone, under bias="all"
+LEAVE   nothing of it; the reason is told
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+import peraxis_format as pxd
+from peraxis_tools.convert.targets import LayerKind, Place, Targets
+
+__all__ = ["Route", "RouteKind", "routes_of", "unchanged"]
+
+
+class RouteKind(Enum):
+    """The four ways of the table above."""
+
+    ADAPT = "adapt"
+    WHOLE = "whole"
+    BIAS = "bias"
+    LEAVE = "leave"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """place: None where the tensor has none. reason: why it is left. parts: of a whole layer, (parameter, name)."""
+
+    kind: RouteKind
+    place: Place | None = None
+    reason: str = ""
+    parts: tuple[tuple[str, str], ...] = ()
+
+
+_TIED: Final = "is tied, and PEFT would adapt one of the two alone"
+_FUSED: Final = "is no parameter of its own in transformers' model (fused experts), which an adapter does not reach"
+
+
+def unchanged(entry: pxd.ModuleEntry) -> bool:
+    """Whether the module is the base's own."""
+    return entry.encoding is pxd.Encoding.SAME and entry.tensor() is None
+
+
+def routes_of(entries: Mapping[str, pxd.ModuleEntry], targets: Targets, base: Collection[str]) -> dict[str, Route]:
+    """The route of every module that changed. base: names of the base's tensors that can be read; none without it."""
+    routes = {name: _alone(entry, targets.places.get(name)) for name, entry in entries.items() if not unchanged(entry)}
+    names = {(place.layer, place.parameter): name for name, place in targets.places.items()}
+    for name, route in list(routes.items()):
+        if route.kind is RouteKind.WHOLE and route.place is not None:
+            routes[name] = _whole(route.place, routes, entries, names, base)
+    layers = {place.layer for place in targets.places.values()}
+    return {name: _unambiguous(route, layers) for name, route in routes.items()}
+
+
+def _alone(entry: pxd.ModuleEntry, place: Place | None) -> Route:
+    """The route of a module, seen alone."""
+
+    def leave(reason: str) -> Route:
+        return Route(kind=RouteKind.LEAVE, place=place, reason=reason)
+
+    if place is None:
+        return leave(_FUSED)
+    if place.tied:
+        return leave(_TIED)
+    if entry.encoding is pxd.Encoding.FULL:
+        if entry.base is None or entry.base.shape != entry.shape:
+            return leave("has another shape than in the base, or is new")
+        if place.parameter == "bias":
+            return Route(kind=RouteKind.BIAS, place=place)
+        return Route(kind=RouteKind.WHOLE, place=place)
+    if entry.parts()[-1][0] == "tail":
+        return leave("has more rows than in the base")
+    if len(entry.shape) != 2:
+        return leave("is a stack of matrices")
+    if place.kind is LayerKind.OTHER or place.parameter != "weight":
+        return leave(f"is in a {place.class_name}, which LoRA cannot adapt")
+    return Route(kind=RouteKind.ADAPT, place=place)
+
+
+def _whole(
+    place: Place,
+    routes: Mapping[str, Route],
+    entries: Mapping[str, pxd.ModuleEntry],
+    names: Mapping[tuple[str, str], str],
+    base: Collection[str],
+) -> Route:
+    """A layer saved whole: where each of its tensors comes from, or what is missing."""
+
+    def leave(reason: str) -> Route:
+        return Route(kind=RouteKind.LEAVE, place=place, reason=reason)
+
+    if not place.leaf:
+        return leave(f"is a parameter of a {place.class_name} beside other layers, which PEFT cannot save alone")
+    parts = []
+    for parameter in place.siblings:
+        name = names.get((place.layer, parameter))
+        entry = None if name is None else entries[name]
+        if name is None or entry is None:
+            return leave(f"belongs to a layer whose {parameter} is not in the checkpoint")
+        if entry.encoding is pxd.Encoding.SAME and name not in base:
+            return leave(f"belongs to a layer that PEFT saves whole, and its {parameter} is the base's: pass --base")
+        if entry.encoding is not pxd.Encoding.SAME and routes[name].kind not in (RouteKind.WHOLE, RouteKind.BIAS):
+            return leave(f"belongs to a layer whose {parameter} {routes[name].reason or 'is low-rank'}")
+        parts.append((parameter, name))
+    return Route(kind=RouteKind.WHOLE, place=place, parts=tuple(parts))
+
+
+def _unambiguous(route: Route, layers: Collection[str]) -> Route:
+    """PEFT finds layers by the ends of their names: one whose name ends another's cannot be meant alone."""
+    if route.kind not in (RouteKind.WHOLE, RouteKind.ADAPT) or route.place is None:
+        return route
+    layer = route.place.layer
+    ends = layer if route.kind is RouteKind.WHOLE else f".{layer}"
+    other = next((name for name in layers if name != layer and name.endswith(ends)), None)
+    if other is None:
+        return route
+    return Route(kind=RouteKind.LEAVE, place=route.place, reason=f"cannot be told from {other} by PEFT")

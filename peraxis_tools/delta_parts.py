@@ -1,0 +1,166 @@
+"""Parts of one delta: files with some of its modules each, split and joined without changing a byte.
+
+A part is a PXD file of its own whose metadata key `peraxis.part` holds the names of all modules of the whole, in
+order, as canonical JSON. Everything that speaks of the whole (identities, calibration, producer, dropped tensors,
+other metadata) stands in every part; an alias stands with its module, an asset in one part at least. So the whole
+follows from its parts in any order, and one that is missing is known by name.
+
+SPEC 3.7 wants a file to be complete, and by itself a part is not: `apply` and what loads a model refuse it
+(`refuse_part`), while `inspect`, `verify` and `diff` work on it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import peraxis_format as pxd
+from peraxis_tools.errors import ToolError
+
+__all__ = ["PART_KEY", "is_part", "join_parts", "part_metadata", "refuse_part", "split"]
+
+PART_KEY: Final = "peraxis.part"
+
+
+def is_part(manifest: pxd.Manifest) -> bool:
+    """Whether a file says that it is a part."""
+    return PART_KEY in manifest.metadata
+
+
+def refuse_part(manifest: pxd.Manifest, file: object) -> None:
+    """Raise ToolError for a part, before anything takes it for a whole checkpoint."""
+    if is_part(manifest):
+        total = len(_whole(manifest, file))
+        raise ToolError(
+            f"{file}: is a part with {len(manifest.modules)} of {total} modules; put the parts together with "
+            "`peraxis-tools merge` first"
+        )
+
+
+def part_metadata(names: Sequence[str]) -> dict[str, str]:
+    """The metadata that marks a part of a whole with these modules, in order."""
+    return {PART_KEY: pxd.canonical_json(list(names)).decode()}
+
+
+def _whole(manifest: pxd.Manifest, file: object) -> list[str]:
+    try:
+        names = json.loads(manifest.metadata[PART_KEY])
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ToolError(f"{file}: its metadata key {PART_KEY} is no array of names; it cannot be joined")
+    if not {module.name for module in manifest.modules} <= set(names):
+        raise ToolError(f"{file}: holds modules that its metadata key {PART_KEY} does not name; it cannot be joined")
+    return names
+
+
+def _writer(
+    output: Path, manifest: pxd.Manifest, metadata: dict[str, str], *, overwrite: bool = True
+) -> pxd.DeltaWriter:
+    return pxd.DeltaWriter(
+        output,
+        base=pxd.Identity(id=manifest.base.id, revision=manifest.base.revision),
+        fine_tuned=manifest.fine_tuned,
+        producer=manifest.producer,
+        calibration=manifest.calibration,
+        metadata=metadata,
+        overwrite=overwrite,
+    )
+
+
+def split(
+    delta: pxd.DeltaFile,
+    groups: Sequence[Sequence[str]],
+    outputs: Sequence[Path],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write one part for each group of module names. Assets go into the first part.
+
+    Law: joining them gives the file again, byte for byte. Raises ToolError unless the groups hold each module once.
+    """
+    names = list(delta)
+    if sorted(name for group in groups for name in group) != sorted(names):
+        raise ToolError("the parts must hold each module once")
+    for number, (group, output) in enumerate(zip(groups, outputs, strict=True)):
+        chosen = set(group)
+        with _writer(output, delta.manifest, {**delta.manifest.metadata, **part_metadata(names)}) as writer:
+            for name in names:
+                if name in chosen:
+                    writer.add(delta.load(name))
+                    begin, end = delta.span(name)
+                    (progress or (lambda _: None))(end - begin)
+            for name, alias in delta.manifest.tied:
+                if name in chosen:
+                    writer.tie(name, alias)
+            for name in delta.manifest.dropped:
+                writer.drop(name)
+            for asset in delta.manifest.assets if number == 0 else ():
+                writer.add_asset(asset.path, delta.asset(asset.path))
+            writer.finish()
+
+
+def join_parts(
+    paths: Sequence[Path], output: Path, *, overwrite: bool = True, progress: Callable[[int], None] | None = None
+) -> tuple[pxd.Manifest, list[str], int]:
+    """Write the whole that these are the parts of. Returns its manifest, the parts' content IDs, and its bytes.
+
+    The same bytes in whatever order the parts are given, and the same as of a whole that was never split. Raises
+    ToolError where a part is missing, doubled, or of another whole.
+    """
+    with ExitStack() as stack:
+        files = [stack.enter_context(pxd.open(path)) for path in paths]
+        names = _whole(files[0].manifest, files[0].path)
+        owners = _owners(files, names)
+        # In the order of their first modules, whatever the order of the arguments.
+        files.sort(key=lambda file: names.index(next(iter(file))))
+        first = files[0].manifest
+        metadata = {key: value for key, value in first.metadata.items() if key != PART_KEY}
+        with _writer(output, first, metadata, overwrite=overwrite) as writer:
+            for name in names:
+                writer.add(owners[name].load(name))
+                if progress is not None:
+                    begin, end = owners[name].span(name)
+                    progress(end - begin)
+            for pair in {pair for file in files for pair in file.manifest.tied}:
+                writer.tie(*pair)
+            for name in first.dropped:
+                writer.drop(name)
+            for path, data in _assets(files).items():
+                writer.add_asset(path, data)
+            return writer.finish(), [file.content_id for file in files], writer.size
+
+
+def _owners(files: Sequence[pxd.DeltaFile], names: list[str]) -> dict[str, pxd.DeltaFile]:
+    first = files[0]
+    owners: dict[str, pxd.DeltaFile] = {}
+    for file in files:
+        if _of_whole(file.manifest) != _of_whole(first.manifest) or _whole(file.manifest, file.path) != names:
+            raise ToolError(f"{file.path}: is not a part of the same delta as {first.path}; pass parts of one delta")
+        for name in file:
+            if name in owners:
+                raise ToolError(f"{name}: stands in {owners[name].path} and in {file.path}; pass each part once")
+            owners[name] = file
+    missing = [name for name in names if name not in owners]
+    if missing:
+        raise ToolError(f"{len(missing)} of {len(names)} modules are in none of the parts, {missing[0]} for one")
+    return owners
+
+
+def _of_whole(manifest: pxd.Manifest) -> pxd.Manifest:
+    """What all parts of a whole have in common."""
+    return replace(manifest, base=replace(manifest.base, digest=""), modules=(), tied=(), assets=())
+
+
+def _assets(files: Sequence[pxd.DeltaFile]) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    for file in files:
+        for asset in file.manifest.assets:
+            data = file.asset(asset.path)
+            if found.setdefault(asset.path, data) != data:
+                raise ToolError(f"{file.path}: brings another {asset.path} than the other parts; write the parts again")
+    return found

@@ -1,0 +1,73 @@
+"""The small files that a delta carries, written out without a base: configuration, tokenizer, chat templates."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import peraxis_format as pxd
+from peraxis_tools.errors import CheckFailedError, ToolError
+from peraxis_tools.folders import atomic_folder
+from peraxis_tools.outputs import claim_folder
+from peraxis_tools.remote import is_remote, remote_file
+
+__all__ = ["ExtractResult", "extract"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractResult:
+    """files: paths in the folder. bytes: of all of them."""
+
+    folder: Path
+    content_id: str
+    files: tuple[str, ...]
+    bytes: int
+
+
+def extract(delta: str | Path, output: str | Path, *, overwrite: bool = False) -> ExtractResult:
+    """Write the assets of a delta (SPEC 3.12) to a folder, each held to its digest.
+
+    delta: file or URL; of a URL, header and assets alone are fetched. Raises PxdError, ToolError, OSError.
+    """
+    output = Path(output)
+    with claim_folder(output, overwrite=overwrite, inputs=(delta,)), _opened(delta) as (content_id, paths, read):
+        if not paths:
+            raise ToolError(f"{delta}: carries no files")
+        with atomic_folder(output, overwrite=overwrite) as folder:
+            size = 0
+            for path in paths:
+                data = read(path)
+                size += len(data)
+                (folder / path).parent.mkdir(exist_ok=True)
+                (folder / path).write_bytes(data)
+    return ExtractResult(folder=output, content_id=content_id, files=tuple(sorted(paths)), bytes=size)
+
+
+@contextlib.contextmanager
+def _opened(source: str | Path) -> Iterator[tuple[str, list[str], Callable[[str], bytes]]]:
+    """Content ID, asset paths, and what reads one of them."""
+    if is_remote(source):
+        yield _remote(str(source))
+        return
+    with pxd.open(source) as file:
+        yield file.content_id, [asset.path for asset in file.manifest.assets], file.asset
+
+
+def _remote(url: str) -> tuple[str, list[str], Callable[[str], bytes]]:
+    remote = remote_file(url)
+    header, manifest = remote.header()
+    spans = {record.name: (record.begin, record.end) for record in header.records}
+    places = {asset.path: (i, asset.sha256) for i, asset in enumerate(manifest.assets)}
+
+    def read(path: str) -> bytes:
+        i, digest = places[path]
+        begin, end = spans[f"__asset__.{i}"]
+        data = remote.read(header.size + begin, end - begin)
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise CheckFailedError(f"{url}: {path} does not match its digest (SPEC 4.4); fetch it again")
+        return data
+
+    return manifest.content_id, list(places), read

@@ -1,0 +1,1 @@
+"""How much two sign masks differ, weighted by columns: numpy (the reference), numba."""

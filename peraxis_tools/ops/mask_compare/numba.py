@@ -1,0 +1,87 @@
+"""The loops of mask_compare/numpy.py, compiled by numba; imported where numba is installed."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Final
+
+import numpy as np
+
+numba: Any = import_module("numba")
+types: Any = numba.types
+intrinsic: Any = import_module("numba.extending").intrinsic
+cgutils: Any = import_module("numba.core.cgutils")
+ir: Any = import_module("llvmlite.ir")
+
+__all__ = ["add_loop", "count_loop"]
+
+_LANES: Final = 16
+_WORDS: Final = 64  # of 64 columns, between two sums in binary64
+
+_F32, _F64, _I1, _I16, _I32, _I64 = ir.FloatType(), ir.DoubleType(), *map(ir.IntType, (1, 16, 32, 64))
+_SINGLE, _DOUBLE = ir.VectorType(_F32, _LANES), ir.VectorType(_F64, _LANES)
+
+
+@intrinsic
+def _bits(context: Any, word: Any) -> Any:
+    """How many bits of a 64-bit word are 1."""
+    return types.uint64(types.uint64), lambda context, builder, _, arguments: builder.ctpop(arguments[0])
+
+
+@intrinsic
+def _weigh(context: Any, a: Any, b: Any, weights: Any, words: Any) -> Any:
+    """What the weights add up to where words at the addresses a and b differ; binary32 in 64 lanes, then binary64."""
+
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        a, b, weights, words = arguments
+        zero = ir.Constant(_SINGLE, [ir.Constant(_F32, 0.0)] * _LANES)
+        left, right = (builder.inttoptr(address, _I64.as_pointer()) for address in (a, b))
+        column = builder.inttoptr(weights, _SINGLE.as_pointer())
+        # One sum for each quarter of a word: four chains of additions that do not wait for each other.
+        sums = [cgutils.alloca_once(builder, _SINGLE) for _ in range(4)]
+        for place in sums:
+            builder.store(zero, place)
+        with cgutils.for_range(builder, words) as word:
+            i = word.index
+            loaded = [builder.load(builder.gep(pointer, [i]), align=8) for pointer in (left, right)]
+            quarters = builder.bitcast(builder.xor(*loaded), ir.VectorType(_I16, 4))
+            for k, place in enumerate(sums):
+                # A bitcast: bit j of the quarter is lane j.
+                differs = builder.bitcast(
+                    builder.extract_element(quarters, ir.Constant(_I32, k)), ir.VectorType(_I1, _LANES)
+                )
+                j = builder.add(builder.mul(i, ir.Constant(i.type, 4)), ir.Constant(i.type, k))
+                chosen = builder.select(differs, builder.load(builder.gep(column, [j]), align=4), zero)
+                builder.store(builder.fadd(builder.load(place), chosen), place)
+        total = builder.fpext(builder.load(sums[0]), _DOUBLE)
+        for place in sums[1:]:
+            total = builder.fadd(total, builder.fpext(builder.load(place), _DOUBLE))
+        kind = ir.FunctionType(_F64, [_F64, _DOUBLE])
+        reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{_LANES}f64")
+        return builder.call(reduce, [ir.Constant(_F64, 0.0), total])
+
+    return types.float64(*[types.intp] * 4), generate
+
+
+@numba.njit(nogil=True, cache=True)
+def count_loop(a: Any, b: Any, counts: Any) -> None:
+    """counts[i]: bits that differ in row i. a, b: uint64 [rows, words]. counts: int64 [rows], written."""
+    for i in range(a.shape[0]):
+        total = np.uint64(0)
+        for c in range(a.shape[1]):
+            total += _bits(a[i, c] ^ b[i, c])
+        counts[i] = total
+
+
+@numba.njit(nogil=True, cache=True)
+def add_loop(a: Any, b: Any, weights: Any, counts: Any, sums: Any) -> None:
+    """The same, and sums[i]: the weights where they differ. weights: binary32 [64 words]. sums: binary64 [rows]."""
+    rows, words = a.shape
+    count_loop(a, b, counts)
+    for i in range(rows):
+        total = 0.0
+        for begin in range(0, words, _WORDS):
+            count = min(_WORDS, words - begin)
+            first = 8 * (i * words + begin)
+            total += _weigh(a.ctypes.data + first, b.ctypes.data + first, weights.ctypes.data + 256 * begin, count)
+        sums[i] = total

@@ -1,0 +1,1 @@
+"""What a merge does to blocks of rows: numpy (the reference), numba."""

@@ -1,0 +1,1 @@
+"""The steps of the sign search within one block of columns: torch (the reference), numba, triton."""

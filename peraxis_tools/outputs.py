@@ -1,0 +1,177 @@
+"""The rules for outputs, the same for every verb, held before any work begins.
+
+- An output never replaces an input, nor another output of the same run.
+- What exists is replaced with `overwrite` alone. Devices, pipes and open files are written into.
+- A folder is replaced only if it is an earlier output (folders.py says how that is known).
+- One run at a time writes an output: a lock beside it holds for the whole run, work folder included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from peraxis_format import is_stream, name_lock, remove_leftovers
+from peraxis_tools.errors import ToolError
+from peraxis_tools.folders import refuse_folder
+
+__all__ = ["Inputs", "check_files", "check_folder", "claim_file", "claim_files", "claim_folder"]
+
+# Paths, hub ids, URLs: whatever names an input. What is no path that exists cannot be replaced.
+Inputs: TypeAlias = Iterable[str | Path | None]
+
+# What the tools write beside a checkpoint's own files: no reader of a checkpoint opens it.
+_NEVER_READ = (".pxd", ".sig")
+
+
+@contextlib.contextmanager
+def claim_file(path: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> Iterator[None]:
+    """Hold the rules for one output file, and its lock until the end. Raises ToolError, OSError."""
+    with claim_files([path], overwrite=overwrite, inputs=inputs):
+        yield
+
+
+@contextlib.contextmanager
+def claim_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs = ()) -> Iterator[None]:
+    """The same for several output files of one run, in folders that exist."""
+    check_files(paths, overwrite=overwrite, inputs=inputs)
+    with contextlib.ExitStack() as stack:
+        for file in map(_plain, paths):
+            if not is_stream(file):
+                stack.enter_context(_only_run(file))
+        yield
+
+
+def check_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs = ()) -> None:
+    """The rules for output files without the lock: for what comes before the run, like a download."""
+    known = _existing(inputs)
+    files = [_plain(path) for path in paths]
+    for place, file in enumerate(files):
+        if is_stream(file):
+            continue
+        if any(_same(file, other) for other in files[:place]):
+            raise ToolError(f"{file}: is named for two outputs; name another file for one of them")
+        if not file.parent.is_dir():
+            raise ToolError(f"{file.parent}: no such folder; make it first")
+        if file.is_dir():
+            raise ToolError(f"{file}: is a folder; name a file")
+        _refuse_replaced_input(file, known)
+        if os.path.lexists(file) and not overwrite:
+            raise ToolError(f"{file}: exists already; choose another output or pass --overwrite")
+
+
+@contextlib.contextmanager
+def claim_folder(path: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> Iterator[None]:
+    """Hold the rules for an output folder, and its lock until the end. Makes the folders above it.
+
+    Raises ToolError, OSError.
+    """
+    folder = check_folder(path, overwrite=overwrite, inputs=inputs)
+    with _made(folder.parent), _only_run(folder):
+        # Once more: another run may have finished while this one waited for the lock.
+        refuse_folder(folder, overwrite=overwrite)
+        yield
+
+
+def check_folder(path: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> Path:
+    """The rules for an output folder without the lock. Returns it as a path that has a name."""
+    folder = _plain(path)
+    for source in _existing(inputs):
+        if _within(source, folder):
+            raise ToolError(f"{folder}: holds the input {source}; choose another output")
+    refuse_folder(folder, overwrite=overwrite)
+    return folder
+
+
+def _plain(path: str | Path) -> Path:
+    if not str(path) or "\0" in str(path):
+        raise ToolError("the output's name is empty; name a file or folder")
+    path = Path(path)
+    if not path.name or path.name == "..":
+        return Path(os.path.abspath(path))
+    if len(os.fsencode(path.name)) > 255:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path))
+    return path
+
+
+def _existing(inputs: Inputs) -> list[Path]:
+    """Those inputs that are paths on this machine; of an index the folder, since its shards are inputs too."""
+    found = []
+    for source in inputs:
+        if source is None or not str(source) or not os.path.exists(source):
+            continue
+        path = Path(source)
+        found.append(path.parent if path.name.endswith(".index.json") else path)
+    return found
+
+
+def _same(a: Path, b: Path) -> bool:
+    if os.path.abspath(a) == os.path.abspath(b):
+        return True
+    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
+
+
+def _within(path: Path, folder: Path) -> bool:
+    """Whether a path is this folder or lies in it, by its name or by what it leads to."""
+    return any(
+        inner == outer or inner.startswith(outer.rstrip(os.sep) + os.sep)
+        for inner, outer in (
+            (os.path.realpath(path), os.path.realpath(folder)),
+            (os.path.abspath(path), os.path.abspath(folder)),
+        )
+    )
+
+
+def _refuse_replaced_input(file: Path, inputs: Sequence[Path]) -> None:
+    for source in inputs:
+        if source.is_dir():
+            if os.path.lexists(file) and _holds(source, file):
+                raise ToolError(f"{file}: is a file of the input {source}; choose another output")
+        elif _same(file, source):
+            raise ToolError(f"{file}: is an input of this run; choose another output")
+
+
+def _holds(folder: Path, file: Path) -> bool:
+    """Whether a file is one that readers of a folder open, by its place or through links (a hub cache is all links)."""
+    if _within(file.parent, folder) and file.suffix not in _NEVER_READ:
+        return True
+    entries = (entry for entry in folder.iterdir() if entry.suffix not in _NEVER_READ)
+    return file.exists() and any(entry.is_file() and entry.samefile(file) for entry in entries)
+
+
+@contextlib.contextmanager
+def _only_run(path: Path) -> Iterator[None]:
+    remove_leftovers(path.parent)
+    key = hashlib.sha256(os.fsencode(os.path.join(os.path.realpath(path.parent), path.name))).hexdigest()[:8]
+    with contextlib.ExitStack() as stack:
+        try:
+            other = stack.enter_context(name_lock(path.parent, key))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        if other is not None:
+            who = f"another run (process {other})" if other else "another run"
+            raise ToolError(f"{path}: {who} is writing it; wait for its end or choose another output")
+        yield
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it; on failure remove the ones that were made here."""
+    made = []
+    while not os.path.lexists(folder):
+        made.append(folder)
+        folder = folder.parent
+    try:
+        for each in reversed(made):
+            each.mkdir(exist_ok=True)
+        yield
+    except BaseException:
+        for each in made:
+            with contextlib.suppress(OSError):
+                each.rmdir()
+        raise

@@ -1,0 +1,111 @@
+"""What a command line does with its process: standard streams that are closed or not UTF-8, and signals.
+
+Imports the standard library alone, so that it stands before everything that takes time to import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Final
+
+__all__ = ["INTERRUPTED", "Terminated", "drop_output", "interrupts_end", "prepared_process"]
+
+INTERRUPTED: Final = 130
+# What asks a process to end. Each is raised as Terminated, so that whatever stands open cleans up.
+_ENDING: Final = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class Terminated(BaseException):
+    """A signal asked this process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.name = signal.Signals(number).name
+        self.exit_status = 128 + number
+
+
+class _ClosedStream(io.TextIOBase):
+    """Stands for standard output where the caller closed it: the first write is an error, not a crash."""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return "utf-8"
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EBADF, "is closed; nothing can be shown", "standard output")
+
+
+@contextlib.contextmanager
+def interrupts_end() -> Iterator[None]:
+    """Let Ctrl-C end the process at once: for imports, which nothing is lost by and which cannot be unwound cleanly."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, b"error: interrupted\n")
+    os._exit(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def prepared_process() -> Iterator[None]:
+    """Streams that take any text, and signals to end as exceptions, until the end of the block."""
+    # A file that is opened must not get the number of a closed stream, where libraries write to.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(descriptor)
+    if sys.stdout is None:
+        sys.stdout = _ClosedStream()
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  as long as the process
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        # One that is ignored (nohup) stays so.
+        before = {number: signal.getsignal(number) for number in _ENDING if signal.getsignal(number) == signal.SIG_DFL}
+    for number in before:
+        signal.signal(number, _terminate)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    for each in _ENDING:
+        signal.signal(each, signal.SIG_IGN)  # cleaning up is not to be cut short
+    raise Terminated(number)
+
+
+def drop_output() -> None:
+    """Where standard output has failed: what is buffered for it goes nowhere, also at the end of the process."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

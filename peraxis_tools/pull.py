@@ -1,0 +1,115 @@
+"""Deltas from the hub or a URL to this machine, verified before they get their names. The way back of `publish`."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+import peraxis_format as pxd
+from peraxis_tools.errors import CheckFailedError, ToolError, error_line
+from peraxis_tools.outputs import claim_files
+from peraxis_tools.progress import ProgressOf, silent
+from peraxis_tools.remote import is_remote, local_copy
+from peraxis_tools.urls import without_secrets
+
+__all__ = ["PullResult", "Pulled", "pull"]
+
+_REPOSITORY: Final = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pulled:
+    """One file as it was written. content_id: None for a signature."""
+
+    path: Path
+    bytes: int
+    content_id: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullResult:
+    """source: as given, without passwords. files: what was written."""
+
+    source: str
+    files: tuple[Pulled, ...]
+
+
+def pull(
+    source: str,
+    folder: str | Path = ".",
+    *,
+    files: Sequence[str] = (),
+    content_ids: Sequence[str] = (),
+    overwrite: bool = False,
+    progress: ProgressOf = silent,
+) -> PullResult:
+    """Fetch the deltas of a repository (`org/name[@revision]`), with their signatures, or the one of a URL.
+
+    files: names of single deltas in a repository. content_ids: one of these each delta must have. Each delta is
+    verified as a whole (steps 1 to 11 of SPEC 8) before any is written. Raises CheckFailedError for another content ID,
+    PxdError, ToolError, OSError.
+    """
+    folder = Path(folder)
+    with _fetched(source, files, progress) as fetched:
+        targets = [folder / path.name for path in fetched]
+        with claim_files(targets, overwrite=overwrite):
+            ids = [_verified(path, content_ids, progress) for path in fetched]
+            for path, target in zip(fetched, targets, strict=True):
+                with pxd.atomic_file(target, overwrite=overwrite) as writer, open(path, "rb") as reader:
+                    shutil.copyfileobj(reader, writer, 1 << 22)
+    pulled = zip(targets, ids, strict=True)
+    return PullResult(
+        source=without_secrets(source),
+        files=tuple(Pulled(path=path, bytes=path.stat().st_size, content_id=its_id) for path, its_id in pulled),
+    )
+
+
+def _verified(path: Path, content_ids: Sequence[str], progress: ProgressOf) -> str | None:
+    if path.suffix == ".sig":
+        return None
+    with pxd.open(path) as delta:
+        if content_ids and delta.content_id not in content_ids:
+            raise CheckFailedError(f"{path.name}: is {delta.content_id}, which is none of those expected")
+        with progress("verify", delta.size - delta.header_size) as step:
+            delta.verify(progress=step)
+        return delta.content_id
+
+
+@contextlib.contextmanager
+def _fetched(source: str, files: Sequence[str], progress: ProgressOf) -> Iterator[list[Path]]:
+    """The deltas in a place of their own: temporary for a URL, the hub's cache for a repository."""
+    if is_remote(source):
+        if files:
+            raise ToolError(f"{without_secrets(source)}: names one file already; leave out --file")
+        with local_copy(source, progress=progress) as path:
+            yield [path]
+        return
+    match = _REPOSITORY.fullmatch(source)
+    if match is None:
+        raise ToolError(f"{source}: neither a repository (org/name or org/name@revision) nor a URL")
+    yield _from_hub(match["id"], match["revision"], files)
+
+
+def _from_hub(repository: str, revision: str | None, files: Sequence[str]) -> list[Path]:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    api = HfApi()
+    try:
+        there = api.list_repo_files(repository, revision=revision)
+        wanted = list(files) or sorted(name for name in there if name.endswith(".pxd"))
+        missing = next((name for name in wanted if name not in there), None)
+        if missing is not None or not wanted:
+            raise ToolError(f"{repository}: holds no {missing or '.pxd'}")
+        twice = len({PurePosixPath(name).name for name in wanted}) < len(wanted)
+        if twice:
+            raise ToolError(f"{repository}: two of its deltas have one name; pull each with --file")
+        signatures = [f"{name}.sig" for name in wanted if f"{name}.sig" in there]
+        return [Path(api.hf_hub_download(repository, name, revision=revision)) for name in (*wanted, *signatures)]
+    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
+        raise ToolError(f"{repository}: cannot be fetched from the hub: {error_line(error)}") from None

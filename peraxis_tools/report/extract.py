@@ -1,0 +1,17 @@
+"""How `extract` looks to a person."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from peraxis_tools.extract import ExtractResult
+from peraxis_tools.report.console import size, text
+
+__all__ = ["render_extract"]
+
+
+def render_extract(result: ExtractResult, console: Console) -> None:
+    """Where the files are, and which."""
+    console.print(f"[bold green]extracted[/]  {text(result.folder)}  {len(result.files)} files, {size(result.bytes)}")
+    console.print(f"content  {text(result.content_id)}")
+    console.print(f"files    {text(', '.join(result.files))}")

@@ -1,0 +1,22 @@
+"""URLs as they may be shown: no password, no key or signature in the query."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+__all__ = ["without_secrets"]
+
+_PASSWORD: Final = re.compile(r"(?P<before>[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#:@]*):[^\s/?#]*@")
+_SECRET: Final = re.compile(
+    r"(?P<before>[?&][^\s?&=#]*(?:sig|token|key|secret|password|passwd|credential|auth)[^\s?&=#]*=)"
+    r"[^\s&#'\"]*[^\s&#'\",:;.)]",
+    re.IGNORECASE,
+)
+
+
+def without_secrets(text: str) -> str:
+    """A text with the passwords, keys and signatures of URLs in it replaced by `***`."""
+    if "://" not in text:
+        return text
+    return _SECRET.sub(r"\g<before>***", _PASSWORD.sub(r"\g<before>:***@", text))

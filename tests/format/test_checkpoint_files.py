@@ -1,0 +1,142 @@
+"""Which files of a folder are the checkpoint: transformers' order, and what is said of the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import peraxis_format as pxd
+from peraxis_format.errors import CheckpointError
+
+
+def shard(path: Path, **values: float) -> Path:
+    """A safetensors file of tensors of one value each."""
+    path.parent.mkdir(exist_ok=True)
+    save_file({name: np.full((2, 3), value, np.float32) for name, value in values.items()}, path)
+    return path
+
+
+def index(folder: Path, owners: dict[str, str]) -> Path:
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {}, "weight_map": owners}))
+    return path
+
+
+def value_of(tensors: pxd.Safetensors, name: str) -> float:
+    return float(tensors.read(name)[0, 0])
+
+
+def test_the_single_file_comes_before_an_index_whose_shards_are_there(tmp_path: Path) -> None:
+    shard(tmp_path / "model-1.safetensors", a=1.0)
+    index(tmp_path, {"a": "model-1.safetensors"})
+    shard(tmp_path / "model.safetensors", a=2.0)
+    with pxd.Safetensors.open(tmp_path) as tensors:
+        assert value_of(tensors, "a") == 2.0
+        (sentence,) = tensors.ignored
+    assert "model-1.safetensors" in sentence
+    assert "model.safetensors.index.json" in sentence
+
+
+def test_a_stale_index_whose_shards_are_gone_is_no_obstacle(tmp_path: Path) -> None:
+    index(tmp_path, {"a": "model-1.safetensors"})
+    shard(tmp_path / "model.safetensors", a=2.0)
+    with pxd.Safetensors.open(tmp_path) as tensors:
+        assert list(tensors) == ["a"]
+
+
+def test_a_tensor_in_two_shards_belongs_to_the_one_that_the_index_names(tmp_path: Path) -> None:
+    for owner, value in (("model-1.safetensors", 1.0), ("model-2.safetensors", 2.0)):
+        shard(tmp_path / "model-1.safetensors", a=1.0, b=1.0)
+        shard(tmp_path / "model-2.safetensors", a=2.0, c=2.0)
+        index(tmp_path, {"a": owner, "b": "model-1.safetensors", "c": "model-2.safetensors"})
+        with pxd.Safetensors.open(tmp_path) as tensors:
+            assert value_of(tensors, "a") == value
+            assert list(tensors) == ["a", "b", "c"]
+
+
+def test_the_file_that_the_configuration_names_comes_first(tmp_path: Path) -> None:
+    shard(tmp_path / "model.safetensors", a=1.0)
+    shard(tmp_path / "other.safetensors", a=2.0)
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": "other.safetensors"}))
+    with pxd.Safetensors.open(tmp_path) as tensors:
+        assert value_of(tensors, "a") == 2.0
+
+
+def test_transformers_reads_the_same_file(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, pad_token_id=None
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path, max_shard_size="1KB")
+    model.lm_head.weight.data += 1.0
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pxd.Safetensors.open(tmp_path) as tensors:
+        ours = tensors.read("lm_head.weight")
+    assert np.array_equal(ours, loaded.lm_head.weight.detach().numpy())
+
+
+def test_one_tensor_in_two_files_without_an_index_is_refused(tmp_path: Path) -> None:
+    shard(tmp_path / "one.safetensors", a=1.0)
+    shard(tmp_path / "two.safetensors", a=2.0)
+    with pytest.raises(CheckpointError, match=r"'a' is in one\.safetensors too"):
+        pxd.Safetensors.open(tmp_path)
+
+
+def test_an_index_that_names_a_tensor_no_file_holds_is_refused(tmp_path: Path) -> None:
+    shard(tmp_path / "model-1.safetensors", a=1.0)
+    index(tmp_path, {"a": "model-1.safetensors", "b": "model-1.safetensors"})
+    with pytest.raises(CheckpointError, match="'b' to model-1"):
+        pxd.Safetensors.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "LFS pointer"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(64), "GGUF"),
+        (b"PK\x03\x04" + bytes(64), "pickle"),
+        (b"\x80\x02}q\x00(X\x05\x00\x00\x00", "pickle"),
+        (b"\n<!DOCTYPE html><html>", "HTML"),
+        (bytes(4096), "zeros"),
+    ],
+)
+def test_what_is_no_safetensors_file_is_named_with_what_to_do(tmp_path: Path, start: bytes, said: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(start)
+    with pytest.raises(CheckpointError, match=said):
+        pxd.Safetensors.open(tmp_path)
+
+
+def test_a_header_of_640_bytes_is_no_pickle(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).ljust(0x280).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\x07")
+    assert (tmp_path / "model.safetensors").read_bytes()[:2] == b"\x80\x02"
+    with pxd.Safetensors.open(tmp_path) as tensors:
+        assert tensors.read("a").tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("pytorch_model.bin", "pickle"),
+        ("model-q4.gguf", "GGUF"),
+        ("adapter_model.safetensors", "merge it into its base first"),
+    ],
+)
+def test_a_folder_of_another_kind_says_what_to_do(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=said):
+        pxd.Safetensors.open(tmp_path)
+
+
+def test_a_name_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
+    header = b'{"a\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\x07")
+    with pytest.raises(CheckpointError, match="no valid Unicode"):
+        pxd.Safetensors.open(tmp_path)
