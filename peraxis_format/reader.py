@@ -205,10 +205,8 @@ class DeltaFile:
         with _located(self.path):
             for asset in self.manifest.assets:
                 step(len(self.asset(asset.path)))
-            for record in self._header.records:
-                if record.name.startswith("__pad__."):
-                    begin = self._header.size + record.begin
-                    check_pad(self.read(begin, record.end - record.begin), record.name, begin)
+            for name, begin, end in self.pads():
+                check_pad(self.read(begin, end - begin), name, begin)
 
     def check(self, name: str, *, progress: Callable[[int], None] | None = None) -> None:
         """Steps 9 to 11 for one module, chunk by chunk: what `load` checks, with nothing held.
@@ -253,16 +251,14 @@ class DeltaFile:
                     fail("E124", "the file has become shorter since it was opened", offset=offset + done)
             done += count
 
-    def gaps(self) -> Iterator[tuple[str, int, int]]:
-        """Tensor and file offsets [begin, end) of all that is to be zero: pads, and gaps in modules (SPEC 4.5)."""
+    def pads(self) -> Iterator[tuple[str, int, int]]:
+        """Name and file offsets [begin, end) of each pad (SPEC 4.2)."""
         for record in self._header.records:
             if record.name.startswith("__pad__."):
                 yield record.name, self._header.size + record.begin, self._header.size + record.end
-        for name in self._entries:
-            yield from ((name, begin, end) for begin, end in self._gaps(name))
 
     def _gaps(self, name: str) -> Iterator[tuple[int, int]]:
-        """Of one module: between its parts and behind the last one."""
+        """File offsets of the bytes between a module's parts and behind the last one (SPEC 4.2)."""
         parts = self.tensors(name)
         ends = [self._header.size + part.end for part in parts]
         begins = [*(self._header.size + part.begin for part in parts[1:]), self.span(name)[1]]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from peraxis_tools.progress import ProgressOf, silent
 
 __all__ = ["Details", "ScaleLine", "details", "noted_errors"]
 
-_REPORT_KEY: Final = "peraxis.report"
+_REPORT_KEY: Final = "peraxis.report"  # what compress/plan/record.py writes
 _QUANTILES: Final = (0.05, 0.5, 0.95)
 
 
@@ -60,14 +60,16 @@ def _span(delta: pxd.DeltaFile, name: str) -> int:
 
 
 def noted_errors(manifest: pxd.Manifest) -> dict[str, float]:
-    """Output errors that `compress` left in the metadata; empty where there are none, or none that can be read."""
+    """Output errors by module; empty where there are none, or none that can be read (of a part, for one)."""
     try:
-        lines = json.loads(manifest.metadata.get(_REPORT_KEY, "{}"))
-    except ValueError:
-        lines = None
-    if not isinstance(lines, dict):
+        said: Any = json.loads(manifest.metadata.get(_REPORT_KEY, "{}"))
+    except (ValueError, RecursionError):
+        said = None
+    lines = said.get("errors") if isinstance(said, dict) else None
+    if not isinstance(lines, list) or len(lines) != len(manifest.modules):
         return {}
-    values = {name: line[0] for name, line in lines.items() if isinstance(line, list) and line}
+    pairs = zip(manifest.modules, lines, strict=True)
+    values = {module.name: line[0] for module, line in pairs if isinstance(line, list) and line}
     return {name: value for name, value in values.items() if isinstance(value, float) and math.isfinite(value)}
 
 

@@ -1,7 +1,7 @@
 """Which encoding for which tensor, and what it costs: a pure function of names, dtypes, shapes and options.
 
     mask    d_out * ceil(d_in / 8) bytes       row, col, row+col, tensor: 2 * (d_out | d_in | d_out + d_in | 1)
-    sign    the sum over components, each tensor aligned to 64        full    elements * itemsize
+    sign    the sum over components, each part aligned to 64          full    elements * itemsize
 
 A tensor gets signs where both checkpoints have it as a float matrix (SPEC 3.9) that signs make smaller. What is
 full: norms, biases and other vectors; new tensors; matrices that are none of a layer's weights but a fraction of
@@ -15,13 +15,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
-from peraxis_format import Axis, DType, Encoding
+from peraxis_format import Axis, DType, Encoding, module_size
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.kinds import execution_key, kind_of, layer_of
 
 __all__ = ["TABLES", "Plan", "PlannedModule", "TensorLike", "module_bytes", "plan", "table_or_kind"]
 
-_ALIGN: Final = 64
 _AUTO_EMBEDDING_BITS: Final = 3
 TABLES: Final = ("embedding", "lm_head")
 
@@ -55,8 +54,9 @@ class PlannedModule:
     def payload_bytes(self) -> int:
         """Predicted bytes in the file; an open axis counts as row+col, the largest."""
         if self.encoding is Encoding.SAME:
-            kept = min(self.shape[0], (self.base_shape or self.shape)[0])
-            return _align((self.shape[0] - kept) * math.prod(self.shape[1:]) * self.dtype.itemsize)
+            return module_size(
+                shape=self.shape, dtype=self.dtype, encoding=self.encoding, base_shape=self.base_shape or self.shape
+            )
         return module_bytes(self, components=self.components, axis=self.axis)
 
     @property
@@ -67,11 +67,15 @@ class PlannedModule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """All modules in execution order, aliases, and what the fine-tuned checkpoint no longer has."""
+    """All modules in execution order, aliases, and what the fine-tuned checkpoint no longer has.
+
+    file_bytes: predicted size of the file, header and assets included; None: not foretold yet (size.py).
+    """
 
     modules: tuple[PlannedModule, ...]
     tied: tuple[tuple[str, str], ...]
     dropped: tuple[str, ...]
+    file_bytes: int | None = None
 
     @property
     def payload_bytes(self) -> int:
@@ -104,20 +108,14 @@ def table_or_kind(name: str, shape: tuple[int, ...]) -> str:
 
 def module_bytes(module: PlannedModule, *, components: int, axis: Axis | None) -> int:
     """Bytes of this module with this many components (0: full), each tensor aligned; the tail exact."""
-    if not components or module.base_shape is None:
-        return _align(math.prod(module.shape) * module.dtype.itemsize)
-    kept = min(module.shape[0], module.base_shape[0])
-    covered = (kept, *module.shape[1:])
-    batch, d_out, d_in = math.prod(covered[:-2]), covered[-2], covered[-1]
-    row, col = _align(2 * batch * d_out), _align(2 * batch * d_in)
-    scales = {Axis.ROW: row, Axis.COL: col, Axis.TENSOR: _align(2)}.get(axis or Axis.ROW_COL, row + col)
-    one = _align(batch * d_out * ((d_in + 7) // 8)) + scales
-    tail = (module.shape[0] - kept) * math.prod(module.shape[1:]) * module.dtype.itemsize
-    return components * one + _align(tail)
-
-
-def _align(size: int) -> int:
-    return -(-size // _ALIGN) * _ALIGN
+    signed = components > 0 and module.base_shape is not None
+    return module_size(
+        shape=module.shape,
+        dtype=module.dtype,
+        encoding=Encoding.SIGN if signed else Encoding.FULL,
+        axes=(axis or Axis.ROW_COL,) * components if signed else (),
+        base_shape=module.base_shape,
+    )
 
 
 def _compressible(

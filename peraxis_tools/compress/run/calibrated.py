@@ -26,6 +26,7 @@ from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import is_open, spend
 from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.plan.sensitivity import fisher_errors
+from peraxis_tools.compress.plan.size import foretold
 from peraxis_tools.compress.run.distributed import Processes
 from peraxis_tools.compress.run.environment import (
     load_config,
@@ -55,7 +56,7 @@ def calibrated_fit(
         run = _open_run(base, fine_tuned, plan, output, options, progress)
         if options.has_target:
             run = _with_budget(run, options, progress)
-            show_plan(run.plan)
+            show_plan(foretold(run.plan, base, fine_tuned, options))
         teacher, student = run.models()
         procedure = LayerwiseCalibration(
             plan=run.plan,

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +30,6 @@ from peraxis_format import (
     Safetensors,
     ShapeError,
     TensorInfo,
-    canonical_json,
     raw_bytes,
 )
 from peraxis_format import open as open_delta
@@ -43,6 +41,8 @@ from peraxis_tools.compress.plan.budget import is_open, spend, weight_errors
 from peraxis_tools.compress.plan.finite import check_finite, check_pair_finite
 from peraxis_tools.compress.plan.pairing import check_pair, check_saving, named_as_base, tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
+from peraxis_tools.compress.plan.record import PLAN_KEY, REPORT_KEY, plan_text, report_text
+from peraxis_tools.compress.plan.size import foretold
 from peraxis_tools.compress.plan.unchanged import first_rows, is_unchanged, shared_rows
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport, RunFit
 from peraxis_tools.notes import note
@@ -54,7 +54,6 @@ __all__ = ["CompressResult", "Progress", "compress"]
 # A tensor in work holds itself, its base, and twice that in binary32 where a second mask is fitted.
 BYTES_IN_FLIGHT_PER_TENSOR = 4
 _AHEAD_BYTES = 512 << 20
-OTHERS = "all others"
 
 # Called as progress(step, done, total): what is being done, and how far it is.
 Progress = Callable[[str, int, int], None]
@@ -116,6 +115,7 @@ def compress(
     ):
         base_checkpoint, tuned_checkpoint = _matched(opened_base, opened, base_id)
         planned = _planned(base_checkpoint, tuned_checkpoint, options, step, force=force)
+        planned = foretold(planned, base_checkpoint, tuned_checkpoint, options)
         if show_plan is not None and not (options.has_target and options.resolved_fit != "none"):
             show_plan(planned)
         if options.resolved_fit == "none" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -225,9 +225,11 @@ def _write(
         if assets.left:
             writer.metadata[LEFT_BEHIND] = "".join(f"{path}\n" for path in assets.left)
         writer.metadata["peraxis.config"] = options.canonical_json()
-        writer.metadata["peraxis.plan"] = _plan_json(planned)
-        if reports:
-            writer.metadata["peraxis.report"] = _report_json(reports)
+        writer.metadata[PLAN_KEY] = plan_text(planned)
+        names = [module.name for module in planned.modules]
+        lines = {n: (r.error, r.error_none, r.error_same, r.note) for n, r in reports.items()}
+        if said := report_text(names, lines):
+            writer.metadata[REPORT_KEY] = said
         writer.metadata.update(fit.metadata)
         return writer.finish(), writer.size
 
@@ -319,31 +321,3 @@ def _same(module: PlannedModule, ref: BaseRef, tail: Array | None) -> ModuleDelt
     return ModuleDelta(
         name=module.name, shape=module.shape, dtype=module.dtype, encoding=Encoding.SAME, base=ref, tail=tail
     )
-
-
-def _plan_json(planned: Plan) -> str:
-    """The plan for the manifest: predicted bytes, and by choice the modules that it was made for.
-
-    A choice is encoding, masks and axis, or why a module is full. Names are of one string each, and the most frequent
-    choice goes without them (OTHERS): in a header of JSON within JSON a quote is four bytes.
-    """
-    choices: dict[str, list[str]] = defaultdict(list)
-    for module in planned.modules:
-        axis = "auto" if module.axis is None else module.axis.value
-        signed = f"sign {module.components} {axis}"
-        choices[signed if module.components else f"{module.encoding.value}: {module.reason}"].append(module.name)
-    frequent = max(choices, key=lambda choice: len(choices[choice]), default=None)
-    lines = {choice: OTHERS if choice == frequent else " ".join(names) for choice, names in choices.items()}
-    return canonical_json({"choices": lines, "payload_bytes": planned.payload_bytes}).decode()
-
-
-def _report_json(reports: Mapping[str, ModuleReport]) -> str:
-    """For the manifest, by module: [error, of `none`, of `same`] to three digits, and a note where there is one."""
-
-    def line(report: ModuleReport) -> list[Any]:
-        errors = (report.error, report.error_none, report.error_same)
-        known = [] if report.error is None else [value if value is None else float(f"{value:.3g}") for value in errors]
-        return [*known, *([report.note] if report.note else [])]
-
-    lines = {name: values for name, report in reports.items() if (values := line(report))}
-    return json.dumps(lines, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
