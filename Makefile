@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint conformance fuzz docs bench clean
+.PHONY: demo test quick lint type format conformance fuzz docs bench clean
 
 # The main job: train a small real pair, compress, inspect, verify, apply, measure. Offline.
 demo: $(INSTALLED)
@@ -13,10 +13,25 @@ demo: $(INSTALLED)
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest
 
-lint: $(INSTALLED)
+# Under a minute on two cores: no training, no real data, no kernels to compile.
+QUICK := tests/format tests/test_architecture.py tests/test_packaging.py \
+    $(addprefix tests/tools/test_,apply.py compress_plan.py diff.py inspect_reports.py merge.py verify.py)
+quick: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m "not slow and not realdata and not cuda" $(QUICK)
+
+lint: $(INSTALLED) type
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The deliberately wrong loaders are scripts that import each other by bare names: a run of their own.
+type: $(INSTALLED)
+	mkdir -p build/types && ln -sfn ../../conformance build/types/peraxis_conformance
 	$(BIN)/mypy
+	MYPYPATH=conformance/loaders/wrong $(BIN)/mypy --explicit-package-bases conformance/loaders/wrong/*.py
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 # Our reader, the C and the JavaScript loader pass every case; every deliberately wrong loader fails.
 SANITIZED := -std=c11 -g -O1 -Wall -Wextra -Wpedantic -Wshadow -Werror -fsanitize=address,undefined
@@ -34,9 +49,10 @@ fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.conformance.fuzz_reader --large --seconds 600
 	$(BIN)/python -m tests.conformance.differential --seconds 900
 
-# docs/commands.md, from the code.
+# docs/commands.md and docs/api.md, from the code.
 docs: $(INSTALLED)
 	$(BIN)/python -m peraxis_tools.reference docs/commands.md
+	$(BIN)/python docs/api_reference.py docs/api.md
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/apply_cpu.py

@@ -21,7 +21,8 @@ import torch
 from harness import Benchmark, arguments, timed, timed_together
 
 from peraxis_format import Array, Axis, Component, DType, pack_signs
-from peraxis_format.ops.rebuild import numba as fast
+from peraxis_format.ops.rebuild import rebuild
+from peraxis_tools.ops.delta_sums import delta_sums
 
 APPLY_OF_COPY, PAIR_OF_COPY, APPLY_OVER_PLAIN = 0.6, 0.4, 10.0
 PAIR = "signs and sums of a pair"
@@ -87,16 +88,16 @@ def measure(options: argparse.Namespace) -> Benchmark:
     out = np.zeros_like(base)
     components = {axis.value: random_component(rng, axis, rows, columns) for axis in Axis}
     base_torch, tuned_torch = (torch.from_numpy(a.view(np.int16)).view(torch.bfloat16) for a in (base, tuned))
-    bf16 = {"base_dtype": DType.BF16, "dtype": DType.BF16, "threads": threads}
+    bf16 = {"base_dtype": DType.BF16, "dtype": DType.BF16, "threads": threads, "backend": "numba"}
     mask_size = rows * -(-columns // 8)
     moved = 2 * base.nbytes + mask_size
     lines: dict[str, tuple[int, Callable[[], object]]] = {
-        f"apply {axis}": (moved, lambda c=component: fast.rebuild([c], base, out, **bf16))
+        f"apply {axis}": (moved, lambda c=component: rebuild([c.factors(base.shape)], base, out, **bf16))
         for axis, component in components.items()
     }
-    two = [components["row"], components["col"]]
-    lines["apply row, col (two components)"] = (moved + mask_size, lambda: fast.rebuild(two, base, out, **bf16))
-    lines[PAIR] = (moved, lambda: fast.pair_sums(base, tuned, **bf16))
+    two = [factors for name in ("row", "col") for factors in components[name].factors(base.shape)]
+    lines["apply row, col (two components)"] = (moved + mask_size, lambda: rebuild([two], base, out, **bf16))
+    lines[PAIR] = (moved, lambda: delta_sums(base, tuned, **bf16))
     bench = Benchmark("apply_cpu", parameters={"rows": rows, "columns": columns, "threads": threads, "dtype": "BF16"})
     with ThreadPoolExecutor(threads) as pool:
         copy = copier(base, out, pool, threads)

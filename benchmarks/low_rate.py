@@ -70,7 +70,7 @@ def module_errors(base: Path, tuned: Path, delta: Path, ids: Any) -> Iterator[Mo
     from baselines.pair import SignedLinear, load_pair
 
     import peraxis_format as pxd
-    from peraxis_tools.apply import load_model
+    from peraxis_tools.load import load_model
 
     pair = load_pair(base, tuned)
     ours = load_model(base, delta, dtype=torch.float32)

@@ -110,7 +110,7 @@ def small_pair(session: Session) -> None:
     run("peraxis-tools apply base one.pxd -o out")
     run("peraxis-tools eval base tuned one.pxd --text plays=plays.txt --sequence-length 128 --samples 16")
     say("## Compare\n\nTwo deltas on one base; then a delta with the checkpoint that it stands for.")
-    run("peraxis-tools compress base tuned --bits 2 -o two.pxd --quiet", lines=1)
+    run("peraxis-tools compress base tuned --masks 2 -o two.pxd --quiet", lines=1)
     run("peraxis-tools diff one.pxd two.pxd --top 3")
     run("peraxis-tools diff one.pxd tuned --base base --top 3")
     run("peraxis-tools diff one.pxd out --base base", lines=1)
@@ -123,7 +123,7 @@ def small_pair(session: Session) -> None:
     run("peraxis-tools verify damaged.pxd --format sarif -o report.sarif; head -5 report.sarif", lines=5)
     say("## Merge and split")
     run("peraxis-tools merge one.pxd two.pxd --weights 0.7,0.3 -o sum.pxd")
-    run("peraxis-tools merge one.pxd two.pxd --method ties --density 0.6 --bits 2 --base base -o ties.pxd")
+    run("peraxis-tools merge one.pxd two.pxd --method ties --density 0.6 --masks 2 --base base -o ties.pxd")
     run("peraxis-tools split two.pxd --parts 3 -o parts")
     run("peraxis-tools merge parts/*.pxd -o joined.pxd && cmp joined.pxd two.pxd && echo the same bytes")
     run("peraxis-tools apply base parts/two-00001-of-00003.pxd -o x")
@@ -161,9 +161,9 @@ def gigabyte(session: Session) -> None:
     cost("peraxis-tools split big.pxd --parts 4 -o parts --overwrite")
     cost("peraxis-tools merge " + " ".join(f"parts/big-0000{i}-of-00004.pxd" for i in range(1, 5)) + " -o joined.pxd")
     run("cmp joined.pxd big.pxd && echo the same bytes; rm -r parts joined.pxd")
-    for options in ("", " --bits 1", " --bits 2"):
+    for options in ("", " --masks 1", " --masks 2"):
         cost(f"peraxis-tools merge big.pxd near.pxd --weights 0.7,0.3{options} -o sum.pxd --overwrite")
-    cost("peraxis-tools merge big.pxd near.pxd --method ties --bits 1 -o sum.pxd --overwrite")
+    cost("peraxis-tools merge big.pxd near.pxd --method ties --masks 1 -o sum.pxd --overwrite")
     run("rm sum.pxd; openssl ecparam -name prime256v1 -genkey -noout -out key.pem")
     run("openssl ec -in key.pem -pubout -out key.pub 2> /dev/null")
     cost("peraxis-tools sign big.pxd --key key.pem --overwrite")
@@ -177,7 +177,9 @@ def gigabyte(session: Session) -> None:
     cost("peraxis-tools diff real.pxd fine-tuned --base base --top 2")
     cost("peraxis-tools convert diff.pt --base base -o bitdelta.pxd --overwrite")
     for method in ("linear", "ties", "dare"):
-        cost(f"peraxis-tools merge real.pxd bitdelta.pxd --method {method} --bits 1 --base base -o sum.pxd --overwrite")
+        cost(
+            f"peraxis-tools merge real.pxd bitdelta.pxd --method {method} --masks 1 --base base -o sum.pxd --overwrite"
+        )
     run("rm -r sum.pxd bitdelta.pxd adapter")
     cost("peraxis-tools apply base real.pxd -o applied --overwrite")
     run("rm -r applied real.pxd")

@@ -68,6 +68,8 @@ class Corpus:
         self.root = root
         self.scratch = scratch
         self._lock = threading.Lock()
+        if not (root / "cases.jsonl").is_file():
+            raise CorpusError(f"{root} holds no corpus; it is in the repository: pass --corpus REPOSITORY/conformance")
         with open(root / "cases.jsonl", encoding="utf-8") as lines:
             self.cases = tuple(Case.parse(line) for line in lines)
 
@@ -93,7 +95,8 @@ class Corpus:
         for role in case.files:
             if role.startswith("source/"):
                 self.path(case, role)
-        return (self.root / case.files["source/content.json"]).parent
+        content: str = case.files["source/content.json"]
+        return (self.root / content).parent
 
     @staticmethod
     def _is_made(given: Any) -> bool:

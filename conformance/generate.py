@@ -91,10 +91,10 @@ def derived(value: Cut | Made | Special) -> dict[str, Any]:
         return {"truncate": value.length, "of": f"{value.source}.pxd"}
     if isinstance(value, Made):
         return {"make": value.name}
-    given = {"special": value.kind}
+    given: dict[str, Any] = {"special": value.kind}
     if value.source:
         given["of"] = f"{value.source}.pxd"
-    return given | ({"size": value.size} if value.size else {})  # type: ignore[operator]
+    return given | ({"size": value.size} if value.size else {})
 
 
 def line(folder: str, entry: Entry) -> tuple[dict[str, Any], dict[str, bytes]]:

@@ -46,7 +46,8 @@ def last_line(stream: Any) -> str:
     """The last line of standard error, of those that speak of an error if there are any; it is shown, never judged."""
     stream.seek(max(0, stream.seek(0, os.SEEK_END) - 4096))
     lines = [line.strip() for line in stream.read().decode("utf-8", "replace").split("\n") if line.strip()]
-    return ([line for line in lines if "error" in line.lower()] or lines or [""])[-1][:200]
+    last: str = ([line for line in lines if "error" in line.lower()] or lines or [""])[-1]
+    return last[:200]
 
 
 def start(command: Sequence[str], **streams: Any) -> subprocess.Popen[bytes]:
@@ -159,10 +160,9 @@ class Server:
             answer = b""
         elapsed = time.monotonic() - started
         problem = over(mib, resident_peak(self._process.pid)) if isinstance(answer, bytes) else answer
-        said = parse(answer) if isinstance(answer, bytes) else None
-        if not problem and (
-            not isinstance(said, dict) or said.get("id") != self._number or not isinstance(said.get("exit"), int)
-        ):
+        parsed = parse(answer) if isinstance(answer, bytes) else None
+        said: dict[str, Any] = parsed if isinstance(parsed, dict) else {}
+        if not problem and (said.get("id") != self._number or not isinstance(said.get("exit"), int)):
             problem = "the served process ended" if not answer else "the served process did not answer in the protocol"
         if problem:
             kill(self._process)

@@ -6,7 +6,7 @@
         delta.verify()
         peraxis_format.check_base(delta.manifest, base)
         for name in delta:
-            weight = peraxis_format.ops.rebuild.numpy(delta.load(name), base.read(name) if name in base else None)
+            weight = peraxis_format.reconstruct(delta.load(name), base.read(name) if name in base else None)
 
 SPEC.md is the normative description; docstrings name its clauses.
 """
@@ -26,16 +26,20 @@ from peraxis_format.delta import (
     Axis,
     BaseRef,
     Component,
+    ComponentFactors,
     Encoding,
     ModuleDelta,
     encode_scale_pair,
     encode_scales,
+    kept_rows,
+    scale_factors,
     scale_shapes,
     tensor_shapes,
 )
 from peraxis_format.dtypes import Array, DType, from_float32, raw_bytes, to_float32
 from peraxis_format.errors import (
     CODES,
+    BackendError,
     BindingError,
     CheckpointError,
     ContainerError,
@@ -58,10 +62,10 @@ from peraxis_format.manifest import (
     ModuleEntry,
     Producer,
 )
-from peraxis_format.ops.rebuild.numpy import dense_delta, reconstruct
+from peraxis_format.ops.rebuild import dense_delta, reconstruct
 from peraxis_format.profile import NAME
 from peraxis_format.reader import DeltaFile, open, read_header
-from peraxis_format.sizes import ALIGNMENT, aligned, module_size
+from peraxis_format.sizes import ALIGNMENT, aligned, payload_size
 from peraxis_format.strict_json import parse_strict_json
 from peraxis_format.version import __version__
 from peraxis_format.writer import DeltaWriter
@@ -77,6 +81,7 @@ __all__ = [
     "Array",
     "Asset",
     "Axis",
+    "BackendError",
     "BaseIdentity",
     "BaseRef",
     "BindingError",
@@ -84,6 +89,7 @@ __all__ = [
     "CheckpointError",
     "Component",
     "ComponentEntry",
+    "ComponentFactors",
     "ContainerError",
     "DType",
     "DeltaFile",
@@ -119,18 +125,20 @@ __all__ = [
     "from_float32",
     "header_bytes",
     "is_stream",
+    "kept_rows",
     "layout",
     "mask_width",
-    "module_size",
     "name_lock",
     "new_temporary",
     "open",
     "pack_signs",
     "parse_strict_json",
+    "payload_size",
     "raw_bytes",
     "read_header",
     "reconstruct",
     "remove_leftovers",
+    "scale_factors",
     "scale_shapes",
     "sync_folder",
     "tensor_shapes",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
@@ -211,7 +210,7 @@ def _info(name: str, value: dict[str, Any], file: Path, data: int, size: int) ->
     dtype = DType(value["dtype"])
     shape = tuple(int(d) for d in value["shape"])
     begin, end = (data + int(offset) for offset in value["data_offsets"])
-    if any(d < 0 for d in shape) or end - begin != math.prod(shape) * dtype.itemsize or begin < data:
+    if any(d < 0 for d in shape) or end - begin != dtype.size_of(shape) or begin < data:
         raise ValueError(f"tensor {name!r}: offsets do not fit its shape")
     if end > size:
         raise CheckpointError(f"{file}: ends within tensor {name!r} ({size} of {end} bytes); fetch it again")

@@ -19,7 +19,7 @@ from typing import Final
 from peraxis_format.dtypes import DType
 from peraxis_format.errors import fail
 from peraxis_format.manifest import Manifest, ModuleEntry
-from peraxis_format.sizes import aligned, tensor_bytes
+from peraxis_format.sizes import aligned
 from peraxis_format.strict_json import StrictJsonError, check_text
 
 __all__ = [
@@ -88,7 +88,7 @@ def records_of(modules: Iterable[ModuleEntry], asset_sizes: Sequence[int]) -> It
             yield TensorRecord(f"__pad__.{pads}", DType.U8, (pad,), end, end + pad)
             pads += 1
             end += pad
-        size = tensor_bytes(shape, dtype)
+        size = dtype.size_of(shape)
         yield TensorRecord(name, dtype, shape, end, end + size)
         end += size
 
@@ -96,7 +96,7 @@ def records_of(modules: Iterable[ModuleEntry], asset_sizes: Sequence[int]) -> It
 def parts_of(entry: ModuleEntry, begin: int) -> Iterator[TensorRecord]:
     """Where the parts of a module stand, named `<name>.<suffix>`; begin: of its tensor in the data (SPEC 4.2)."""
     for suffix, dtype, shape in entry.parts():
-        size = tensor_bytes(shape, dtype)
+        size = dtype.size_of(shape)
         yield TensorRecord(f"{entry.name}.{suffix}", dtype, shape, begin, begin + size)
         begin += aligned(size)
 

@@ -9,7 +9,7 @@ are its tail, stored exactly (SPEC 3.10). Below, `covered` is [kept, ...] = [...
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -27,10 +27,13 @@ __all__ = [
     "Axis",
     "BaseRef",
     "Component",
+    "ComponentFactors",
     "Encoding",
     "ModuleDelta",
     "encode_scale_pair",
     "encode_scales",
+    "kept_rows",
+    "scale_factors",
     "scale_shapes",
     "tensor_shapes",
 ]
@@ -79,6 +82,40 @@ def scale_shapes(axis: Axis, covered: tuple[int, ...]) -> dict[str, tuple[int, .
     return shapes[axis]
 
 
+def scale_factors(
+    exponent: int, scales: Mapping[str, NDArray[np.float16]], covered: tuple[int, ...]
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    """Scales in binary32, so that |term| = row_i * col_j for every axis; all exact (SPEC 5.3, 6.1).
+
+    scales: `row`, `col`, `scalar`, as the component's axis has them. Returns row [batch, d_out] with 2^e and the scalar
+    folded in, and col [batch, d_in], None where it is all ones.
+    """
+    batch, d_out, d_in = math.prod(covered[:-2]), *covered[-2:]
+    row = np.full((batch, d_out), 2.0**exponent, np.float32)
+    if "row" in scales:
+        row *= scales["row"].reshape(batch, d_out).astype(np.float32)
+    if "scalar" in scales:
+        row *= scales["scalar"].astype(np.float32)
+    return row, scales["col"].reshape(batch, d_in).astype(np.float32) if "col" in scales else None
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class ComponentFactors:
+    """One component of one matrix in binary32: term_ij = sign_ij * (row_i * col_j), exact (SPEC 5.3, 6.1).
+
+    mask: U8 [d_out, ceil(d_in/8)]. row: F32 [d_out] with 2^e folded in. col: F32 [d_in]. plain: col is all ones.
+    """
+
+    mask: NDArray[np.uint8]
+    row: NDArray[np.float32]
+    col: NDArray[np.float32]
+    plain: bool = False
+
+    def part(self, rows: slice) -> ComponentFactors:
+        """Some rows as a component of their own, in the same memory."""
+        return ComponentFactors(mask=self.mask[rows], row=self.row[rows], col=self.col, plain=self.plain)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Component:
     """One sign mask with its scales.
@@ -98,6 +135,16 @@ class Component:
         """The scale arrays that are set, by name, in file order."""
         named = {"row": self.row, "col": self.col, "scalar": self.scalar}
         return {name: array for name, array in named.items() if array is not None}
+
+    def factors(self, covered: tuple[int, ...]) -> tuple[ComponentFactors, ...]:
+        """The component of each matrix of covered [..., d_out, d_in], in row-major order of the batch (SPEC 5.3)."""
+        row, col = scale_factors(self.exponent, self.scales(), covered)
+        mask = self.mask.reshape(len(row), *self.mask.shape[-2:])
+        ones = np.ones(covered[-1], np.float32)
+        return tuple(
+            ComponentFactors(mask=mask[e], row=row[e], col=ones if col is None else col[e], plain=col is None)
+            for e in range(len(row))
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,14 +191,17 @@ class ModuleDelta:
     @property
     def kept(self) -> int:
         """Rows of the first dimension that the base covers."""
-        if self.base is None or not self.shape:
-            return self.shape[0] if self.shape else 1
-        return min(self.shape[0], self.base.shape[0])
+        return kept_rows(self.shape, None if self.base is None else self.base.shape)
 
     @property
     def covered(self) -> tuple[int, ...]:
         """The shape that the components cover: [kept, *shape[1:]]."""
         return (self.kept, *self.shape[1:]) if self.shape else ()
+
+    def factors(self) -> list[list[ComponentFactors]]:
+        """The components in order for each matrix of the batch; a `same` module has none."""
+        each = [component.factors(self.covered) for component in self.components]
+        return [[factors[e] for factors in each] for e in range(math.prod(self.covered[:-2]))]
 
     def tensors(self) -> Iterator[tuple[str, Array]]:
         """The stored parts in file order, each with its suffix (SPEC 4.1)."""
@@ -163,6 +213,13 @@ class ModuleDelta:
             yield "full", self.full
         if self.tail is not None:
             yield "tail", self.tail
+
+
+def kept_rows(shape: tuple[int, ...], base_shape: tuple[int, ...] | None) -> int:
+    """Rows of the first dimension that the base covers too (SPEC 3.10); 1 for a scalar."""
+    if not shape:
+        return 1
+    return min(shape[0], base_shape[0]) if base_shape else shape[0]
 
 
 def tensor_shapes(
@@ -179,13 +236,13 @@ def tensor_shapes(
     """
     if encoding is Encoding.FULL:
         return [("full", dtype, shape)]
-    kept = min(shape[0], base_shape[0]) if shape and base_shape else None
-    covered = (kept, *shape[1:]) if kept is not None else shape
+    kept = kept_rows(shape, base_shape)
+    covered = (kept, *shape[1:]) if shape else shape
     tensors: list[tuple[str, DType, tuple[int, ...]]] = []
     for k, axis in enumerate(axes):
         tensors.append((f"{k}.mask", DType.U8, (*covered[:-1], mask_width(covered[-1]))))
         tensors.extend((f"{k}.{name}", DType.F16, dims) for name, dims in scale_shapes(axis, covered).items())
-    if kept is not None and kept < shape[0]:
+    if shape and kept < shape[0]:
         tensors.append(("tail", dtype, (shape[0] - kept, *shape[1:])))
     return tensors
 

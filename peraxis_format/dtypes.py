@@ -10,6 +10,7 @@ tensor's bytes, whatever the dtype, is called its storage array. F8 tensors are 
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from typing import Any, Final, TypeAlias
 
@@ -71,6 +72,10 @@ class DType(Enum):
     def itemsize(self) -> int:
         """Bytes of one element."""
         return self.storage.itemsize
+
+    def size_of(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a tensor of this shape."""
+        return math.prod(shape) * self.itemsize
 
     @property
     def is_float(self) -> bool:

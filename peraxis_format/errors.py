@@ -11,6 +11,7 @@ from typing import ClassVar, Final, NoReturn
 
 __all__ = [
     "CODES",
+    "BackendError",
     "BindingError",
     "CheckpointError",
     "Code",
@@ -185,6 +186,10 @@ class LiveModelError(Exception):
 
 class DeviceError(LiveModelError):
     """Something that needs another device than there is."""
+
+
+class BackendError(DeviceError):
+    """A backend that is unknown, not installed, or not one of the operation; see ops/backend.py."""
 
 
 class ShapeError(ValueError):

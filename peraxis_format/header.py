@@ -7,7 +7,6 @@ parser of JSON. Only a header that it does not take is taken apart as JSON, to s
 from __future__ import annotations
 
 import functools
-import math
 import re
 from typing import Final
 
@@ -155,7 +154,7 @@ def _record(match: re.Match[bytes], before: int) -> TensorRecord:
 
 
 def _check_span(name: str, dtype: DType, shape: tuple[int, ...], begin: int, end: int) -> None:
-    size = math.prod(shape) * dtype.itemsize
+    size = dtype.size_of(shape)
     if len(shape) > DIMENSIONS_MAX or any(d < 1 for d in shape) or size >= TENSOR_MAX:
         fail("E120", str(list(shape[:9])), field=f"{name}.shape")  # SPEC 2.14
     if begin < 0 or end - begin != size:

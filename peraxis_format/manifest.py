@@ -24,7 +24,7 @@ from peraxis_format.delta import (
 )
 from peraxis_format.digest_table import written
 from peraxis_format.dtypes import DType
-from peraxis_format.sizes import parts_size
+from peraxis_format.sizes import payload_size
 from peraxis_format.strict_json import Json
 
 __all__ = [
@@ -140,7 +140,7 @@ class ModuleEntry:
         """Name, dtype and shape of the tensor that holds the module in the file; None where it has none (SPEC 4.1)."""
         if self.encoding is Encoding.FULL:
             return f"{self.name}.full", self.dtype, self.shape
-        size = parts_size(self.parts())
+        size = payload_size(self.parts())
         return (f"{self.name}.delta", DType.U8, (size,)) if size else None
 
 

@@ -92,6 +92,14 @@ class DeltaFile:
         self._assets = [r for r in self._header.records if r.name.startswith("__asset__.")]
         self._closed = False
 
+    def __repr__(self) -> str:
+        tuned, base = self.manifest.fine_tuned.id, self.manifest.base.id
+        state = ", closed" if self._closed else ""
+        return (
+            f"<DeltaFile {str(self.path)!r}: {tuned!r} on {base!r}, {len(self)} modules, {self.size} bytes, "
+            f"{self.content_id[:19]}…{state}>"
+        )
+
     def _mapped(self) -> mmap.mmap:
         try:
             return mmap.mmap(self._file, self.size, access=mmap.ACCESS_READ)

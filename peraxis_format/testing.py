@@ -14,7 +14,6 @@ resized first dimensions) are drawn often.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from dataclasses import dataclass, field
 
@@ -32,6 +31,7 @@ from peraxis_format.delta import (
     Component,
     Encoding,
     ModuleDelta,
+    kept_rows,
     scale_shapes,
 )
 from peraxis_format.dtypes import Array, DType
@@ -128,7 +128,7 @@ def shapes(*, min_dims: int = 2, max_dims: int = 4) -> st.SearchStrategy[tuple[i
 
 def storage_arrays(dtype: DType, shape: tuple[int, ...]) -> st.SearchStrategy[Array]:
     """Any bit patterns of a dtype as a storage array; infinities, NaN and signed zeros among the floats."""
-    size = math.prod(shape) * dtype.itemsize
+    size = dtype.size_of(shape)
 
     def build(data: bytes) -> Array:
         raw = bytes(byte & 1 for byte in data) if dtype is DType.BOOL else data
@@ -177,7 +177,7 @@ def modules(
     shape = draw(shapes(min_dims=2 if encoding is Encoding.SIGN else 1))
     base_shape = (draw(st.integers(1, shape[0] + 2)), *shape[1:]) if draw(st.booleans()) else shape
     base = draw(storage_arrays(base_dtype, base_shape))
-    kept = min(shape[0], base_shape[0])
+    kept = kept_rows(shape, base_shape)
     tail = draw(storage_arrays(dtype, (shape[0] - kept, *shape[1:]))) if kept < shape[0] else None
     count = draw(st.integers(1, 3)) if encoding is Encoding.SIGN else 0
     parts = tuple(draw(components((kept, *shape[1:]))) for _ in range(count))

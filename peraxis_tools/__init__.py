@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peraxis_format import __version__
-    from peraxis_tools.apply import apply, load_model
+    from peraxis_tools.apply import apply
     from peraxis_tools.compress import compress
     from peraxis_tools.diff import diff
     from peraxis_tools.evaluate import evaluate
     from peraxis_tools.inspect import inspect
+    from peraxis_tools.load import load_model
     from peraxis_tools.merge import merge
     from peraxis_tools.verify import verify
 
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 _HOMES = {name: f"peraxis_tools.{name}" for name in __all__[1:]} | {
-    "load_model": "peraxis_tools.apply",
+    "load_model": "peraxis_tools.load",
     "__version__": "peraxis_format",
 }
 

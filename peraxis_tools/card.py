@@ -12,11 +12,11 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import peraxis_format as pxd
 from peraxis_tools.errors import ToolError
-from peraxis_tools.inspect import InspectResult
+from peraxis_tools.inspection import InspectResult
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -75,7 +75,8 @@ def card_text(
     fine_tuned_card: the fine-tune's own card, for language, licence, pipeline and data sets. Raises ToolError.
     """
     card = parse_card(existing)
-    data = card.data if card is not None else None
+    # A ModelCard's data are ModelCardData; the library types them as their base class.
+    data = cast("ModelCardData", card.data) if card is not None else None
     text = card.text.strip("\n") if card is not None else f"# {_md(deltas[0].found.manifest.fine_tuned.id)}"
     for delta in deltas:
         text = _with_section(text, delta.file, "\n".join(_section(repository, delta)))
@@ -119,7 +120,7 @@ def _data(
 ) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
-    values: dict[str, Any] = {} if before is None else dict(before.to_dict())
+    values: dict[str, Any] = {} if before is None else dict(before.to_dict())  # type: ignore[no-untyped-call]
     values.pop("model-index", None)
     bases = [delta.base.id for delta in deltas if HUB_ID.fullmatch(delta.base.id)]
     bases = _union(values.get("base_model"), bases)
@@ -154,7 +155,9 @@ def _results(deltas: Sequence[CardDelta], before: list[EvalResult]) -> list[Eval
     kept = [result for result in before if result.metric_config not in names]
     for delta in deltas:
         for domain in (delta.evaluation or {}).get("domains", ()):
-            fidelity = domain["candidates"].get("merged") or next(iter(domain["candidates"].values()), {})
+            fidelity: Mapping[str, Any] = domain["candidates"].get("merged") or next(
+                iter(domain["candidates"].values()), {}
+            )
             kept += [
                 EvalResult(
                     task_type="text-generation",

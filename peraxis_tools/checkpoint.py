@@ -15,6 +15,7 @@ from peraxis_format import CheckpointError, Identity, Safetensors
 from peraxis_tools.assets import FolderAssets, find_assets
 from peraxis_tools.errors import ToolError
 from peraxis_tools.notes import note
+from peraxis_tools.optional import require
 
 __all__ = ["Checkpoint", "open_checkpoint", "parse_identity"]
 
@@ -117,6 +118,7 @@ def _opened(path: Path) -> Safetensors:
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
+    require(f"{hub_id} (a hub id)", "huggingface_hub")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -17,9 +17,10 @@ from peraxis_tools.process import INTERRUPTED, Terminated, drop_output, interrup
 with interrupts_end():
     import click
 
-    from peraxis_format import CheckpointError, PxdError, ShapeError, __version__
+    from peraxis_format import BackendError, CheckpointError, PxdError, ShapeError, __version__
     from peraxis_tools.errors import ToolError, error_line
     from peraxis_tools.notes import LOGGER
+    from peraxis_tools.optional import MissingPackageError, missing
     from peraxis_tools.report import print_error, print_notes
 
 __all__ = ["cli", "main"]
@@ -100,6 +101,18 @@ def main() -> None:
         sys.exit(_exit_code())
 
 
+def _import_failed(error: ImportError) -> int:
+    """One line for a package that is missing; an import of our own that fails is a bug like any other."""
+    try:
+        print_error(str(missing("this command", error)))
+    except ImportError:
+        if os.environ.get(_TRACEBACK):
+            raise
+        print_error(_unexpected(error))
+        return ToolError.exit_status
+    return MissingPackageError.exit_status
+
+
 def _exit_code() -> int:
     try:
         _run()
@@ -114,9 +127,11 @@ def _exit_code() -> int:
     except Terminated as signalled:
         print_error(f"ended by {signalled.name}; nothing was written under the final name")
         return signalled.exit_status
-    except (PxdError, CheckpointError, ToolError) as error:
+    except (BackendError, PxdError, CheckpointError, ToolError) as error:
         print_error(error_line(error))
         return error.exit_status
+    except ImportError as error:
+        return _import_failed(error)
     except (OSError, ShapeError) as error:
         drop_output()
         if isinstance(error, BrokenPipeError) and error.filename is None:

@@ -20,6 +20,7 @@ from typing import Final
 
 import peraxis_format as pxd
 from peraxis_tools.errors import ToolError
+from peraxis_tools.progress import Progress, watched
 
 __all__ = ["PART_KEY", "is_part", "join_parts", "part_metadata", "refuse_part", "split"]
 
@@ -105,7 +106,7 @@ def split(
 
 
 def join_parts(
-    paths: Sequence[Path], output: Path, *, overwrite: bool = True, progress: Callable[[int], None] | None = None
+    paths: Sequence[Path], output: Path, *, overwrite: bool = True, progress: Progress = None
 ) -> tuple[pxd.Manifest, list[str], int]:
     """Write the whole that these are the parts of. Returns its manifest, the parts' content IDs, and its bytes.
 
@@ -120,12 +121,12 @@ def join_parts(
         files.sort(key=lambda file: names.index(next(iter(file))))
         first = files[0].manifest
         metadata = {key: value for key, value in first.metadata.items() if key != PART_KEY}
-        with _writer(output, first, metadata, overwrite=overwrite) as writer:
+        total = sum(file.size - file.header_size for file in files)
+        with _writer(output, first, metadata, overwrite=overwrite) as writer, watched(progress, "merge", total) as step:
             for name in names:
                 writer.add(owners[name].load(name))
-                if progress is not None:
-                    begin, end = owners[name].span(name)
-                    progress(end - begin)
+                begin, end = owners[name].span(name)
+                step(end - begin)
             for pair in {pair for file in files for pair in file.manifest.tied}:
                 writer.tie(*pair)
             for name in first.dropped:

@@ -15,6 +15,7 @@ from peraxis_tools.compress import compress
 from peraxis_tools.evaluate import Fidelity, evaluate
 from peraxis_tools.folders import write_marker
 from peraxis_tools.inspect import InspectResult, inspect
+from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_folder
 from peraxis_tools.pair import PairFolders, PairSize, train_pair
 from peraxis_tools.verify import verify
@@ -60,6 +61,7 @@ def demo(
 
     progress counts training steps. Raises ToolError for a folder with anything else in it.
     """
+    require("the demo", "torch", "transformers", "datasets", extra="compress")
     with claim_folder(folder, overwrite=True):
         folder.mkdir(exist_ok=True)
         # Not finished: what a demo leaves is there to be looked at, and to be replaced by the next one.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import ClassVar
 
-__all__ = ["CheckFailedError", "NotVerifiableError", "ToolError", "error_line"]
+__all__ = ["CheckFailedError", "NotVerifiableError", "OptionError", "ToolError", "error_line"]
 
 
 def error_line(error: BaseException) -> str:
@@ -32,3 +32,7 @@ class NotVerifiableError(ToolError):
     """A check that could not be made here: something it needs is missing."""
 
     exit_status = 3
+
+
+class OptionError(ToolError):
+    """An option is unknown, or its value is; the message names it and what it may be."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import peraxis_format as pxd
 from peraxis_tools.kinds import layer_of, subtype_of
 from peraxis_tools.progress import ProgressOf, silent
 
-__all__ = ["Details", "ScaleLine", "details", "noted_errors"]
+__all__ = ["Details", "ScaleLine", "details", "noted_errors", "relative_errors"]
 
 _REPORT_KEY: Final = "peraxis.report"  # what compress/plan/record.py writes
 _QUANTILES: Final = (0.05, 0.5, 0.95)
@@ -35,10 +36,15 @@ class ScaleLine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Details:
-    """Scales of every `sign` module, and errors by module name where the writer noted them."""
+    """Scales of every `sign` module, and errors by module name where the writer noted them.
+
+    errors: mean squares of the error of a module's output. relative: the same as a share of the error that the base's
+    own weight makes, so that 0 is the fine-tune and 1 is the base.
+    """
 
     scales: tuple[ScaleLine, ...]
     errors: Mapping[str, float]
+    relative: Mapping[str, float]
 
 
 def details(path: str | Path, *, progress: ProgressOf = silent) -> Details:
@@ -51,7 +57,9 @@ def details(path: str | Path, *, progress: ProgressOf = silent) -> Details:
             for name in signed:
                 scales.append(_scale_line(delta[name]))
                 step(sizes[name])
-        return Details(scales=tuple(scales), errors=noted_errors(delta.manifest))
+        return Details(
+            scales=tuple(scales), errors=noted_errors(delta.manifest), relative=relative_errors(delta.manifest)
+        )
 
 
 def _span(delta: pxd.DeltaFile, name: str) -> int:
@@ -60,17 +68,35 @@ def _span(delta: pxd.DeltaFile, name: str) -> int:
 
 
 def noted_errors(manifest: pxd.Manifest) -> dict[str, float]:
-    """Output errors by module; empty where there are none, or none that can be read (of a part, for one)."""
+    """Output errors that `compress` left in the metadata; empty where there are none, or none that can be read."""
+    return {name: values[0] for name, values in _noted(manifest).items()}
+
+
+def relative_errors(manifest: pxd.Manifest) -> dict[str, float]:
+    """Output errors as shares of what the base's own weight leaves; only modules whose base error was noted."""
+    lines = _noted(manifest).items()
+    return {name: values[0] / values[2] for name, values in lines if len(values) > 2 and values[2] > 0.0}
+
+
+def _noted(manifest: pxd.Manifest) -> dict[str, list[float]]:
+    """[error, error of `--fit none`, error of the base's weight] by module, as far as they are finite numbers."""
     try:
         said: Any = json.loads(manifest.metadata.get(_REPORT_KEY, "{}"))
     except (ValueError, RecursionError):
         said = None
     lines = said.get("errors") if isinstance(said, dict) else None
     if not isinstance(lines, list) or len(lines) != len(manifest.modules):
-        return {}
-    pairs = zip(manifest.modules, lines, strict=True)
-    values = {module.name: line[0] for module, line in pairs if isinstance(line, list) and line}
-    return {name: value for name, value in values.items() if isinstance(value, float) and math.isfinite(value)}
+        return {}  # of a part, for one
+    found: dict[str, list[float]] = {}
+    for name, line in zip((module.name for module in manifest.modules), lines, strict=True):
+        values = list(itertools.takewhile(_is_number, line)) if isinstance(line, list) else []
+        if values:
+            found[name] = values
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _scale_line(module: pxd.ModuleDelta) -> ScaleLine:

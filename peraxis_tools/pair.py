@@ -189,6 +189,7 @@ def _save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
 
     import torch
 
-    stored = copy.deepcopy(model).to(torch.bfloat16)
+    stored: Any = copy.deepcopy(model)
+    stored.to(torch.bfloat16)
     stored.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

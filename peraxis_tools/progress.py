@@ -1,20 +1,148 @@
-"""How work of several stages says how far it is, without knowing who listens."""
+"""How work of several stages says how far it is, without knowing who listens.
+
+Functions that take `progress` take a callable, True for bars on standard error where that is a terminal, or None. Each
+stage is also told to the logger `peraxis`, at level INFO: its beginning, its end, and every ten seconds how far it is.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import TypeAlias
+from contextlib import AbstractContextManager, ExitStack
+from typing import Final, TypeAlias
 
-__all__ = ["ProgressOf", "silent"]
+__all__ = [
+    "Progress",
+    "ProgressOf",
+    "StageOpener",
+    "Staged",
+    "StagedProgress",
+    "Steps",
+    "silent",
+    "watched",
+    "watched_stages",
+]
 
 # progress(description, total) opens a stage and gives what is called with each number of units done in it; a total of
 # None is that of a stage whose end cannot be seen.
 ProgressOf: TypeAlias = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
+# progress(done): called with each number of units done, from any thread.
+Steps: TypeAlias = Callable[[int], None]
+
+
+class StageOpener:
+    """Opens the stages of work: a ProgressOf that functions of one stage can tell from a plain callable."""
+
+    def __init__(self, opened: ProgressOf) -> None:
+        self._opened = opened
+
+    def __call__(self, description: str, total: int | None) -> AbstractContextManager[Steps]:
+        return self._opened(description, total)
+
+
+# What a function of one stage takes: what is called with numbers of units done, True for a bar, or a StageOpener.
+Progress: TypeAlias = Steps | StageOpener | bool | None
+# progress(stage, done, total): what is being done, and how far it is.
+Staged: TypeAlias = Callable[[str, int, int], None]
+# What a function of several stages takes: a Staged, or True for bars.
+StagedProgress: TypeAlias = Staged | bool | None
+
+_LOG: Final = logging.getLogger("peraxis")
+LOG_SECONDS: Final = 10.0
 
 
 @contextlib.contextmanager
 def silent(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A stage that nobody watches."""
     yield lambda _: None
+
+
+@contextlib.contextmanager
+def watched(progress: Progress, stage: str, total: int) -> Iterator[Steps]:
+    """What to call with numbers of bytes done in the one stage of a function; total: of them."""
+    with ExitStack() as stack:
+        show: Steps | None = None
+        if progress is True:
+            from peraxis_tools.report import progress as bar
+
+            show = stack.enter_context(bar(stage, total))
+        elif isinstance(progress, StageOpener):
+            show = stack.enter_context(progress(stage, total))
+        elif callable(progress):
+            show = progress
+        log = stack.enter_context(_logged(stage, total))
+
+        def step(done: int) -> None:
+            log.add(done)
+            if show is not None:
+                show(done)
+
+        yield step
+
+
+@contextlib.contextmanager
+def watched_stages(progress: StagedProgress) -> Iterator[Staged]:
+    """What to call with (stage, done, total) in a function of several stages; its bars and log end with the block."""
+    with ExitStack() as stack:
+        show: Staged | None = None
+        if progress is True:
+            from peraxis_tools.report import Stages
+
+            show = stack.enter_context(Stages())
+        elif callable(progress):
+            show = progress
+        logs = stack.enter_context(ExitStack())
+        current: list[_StageLog] = []
+
+        def step(stage: str, done: int, total: int) -> None:
+            if not current or current[0].stage != stage:
+                logs.close()
+                current[:] = [logs.enter_context(_logged(stage, total))]
+            current[0].reach(done)
+            if show is not None:
+                show(stage, done, total)
+
+        yield step
+
+
+@contextlib.contextmanager
+def _logged(stage: str, total: int) -> Iterator[_StageLog]:
+    log = _StageLog(stage, total)
+    yield log
+    _LOG.info("%s: done in %.1f s", stage, time.monotonic() - log.begin)
+
+
+class _StageLog:
+    """Tells the logger of one stage, from any thread."""
+
+    def __init__(self, stage: str, total: int) -> None:
+        self.stage = stage
+        self.begin = time.monotonic()
+        self._total, self._done = total, 0
+        self._due = self.begin + LOG_SECONDS
+        self._lock = threading.Lock()
+        _LOG.info("%s: begins", stage)
+
+    def add(self, count: int) -> None:
+        """Count units."""
+        with self._lock:
+            self._done += count
+            self._tell()
+
+    def reach(self, done: int) -> None:
+        """Count up to this many units."""
+        with self._lock:
+            self._done = done
+            self._tell()
+
+    def _tell(self) -> None:
+        now = time.monotonic()
+        if now < self._due or not self._total:
+            return
+        self._due = now + LOG_SECONDS
+        share = min(1.0, self._done / self._total)
+        left = (now - self.begin) * (1 - share) / share if share else float("nan")
+        _LOG.info("%s: %.0f%%, about %.0f s left", self.stage, 100 * share, left)

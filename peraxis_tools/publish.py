@@ -17,10 +17,11 @@ from peraxis_tools.checkpoint import parse_identity
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import atomic_folder
-from peraxis_tools.inspect import inspect
+from peraxis_tools.inspection import InspectResult, summarise
+from peraxis_tools.optional import require
 from peraxis_tools.outputs import check_folder, claim_folder
 from peraxis_tools.progress import ProgressOf, silent
-from peraxis_tools.sign import signature_path
+from peraxis_tools.signatures import signature_path
 
 __all__ = ["PublishResult", "PublishedDelta", "Relation", "publish", "read_evaluation"]
 
@@ -70,6 +71,7 @@ def publish(
     evaluation: JSON of `peraxis-tools eval`, each of one of the files. base_id: the base's hub id for the card.
     card_from: folder or hub id whose README.md gives language and licence. Raises ToolError, PxdError, OSError.
     """
+    require("a model card", "huggingface_hub")
     deltas = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     _check_names(repository, deltas)
     evaluations = _sequence(evaluation)
@@ -145,10 +147,15 @@ def _sequence(value: Path | Sequence[Path] | None) -> Sequence[Path]:
     return [] if value is None else [value] if isinstance(value, Path) else value
 
 
+def _inspected(path: Path) -> InspectResult:
+    with pxd.open(path) as delta:
+        return summarise(str(path), delta.content_id, delta.size, delta.manifest, delta.records)
+
+
 def _told(deltas: Sequence[Path], reports: Sequence[Mapping[str, Any]], base_id: str | None) -> list[CardDelta]:
     """What the card tells of each file. Raises ToolError for an evaluation of none of them."""
     base = None if base_id is None else parse_identity(base_id)
-    found = [inspect(path) for path in deltas]
+    found = [_inspected(path) for path in deltas]
     ids = {result.content_id for result in found}
     stray = next((report for report in reports if report.get("content_id") not in ids), None)
     if stray is not None:
@@ -261,6 +268,7 @@ def _upload(
     revision: str | None,
     message: str,
 ) -> str:
+    require("an upload", "huggingface_hub")
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 

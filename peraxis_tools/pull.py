@@ -12,6 +12,7 @@ from typing import Final
 
 import peraxis_format as pxd
 from peraxis_tools.errors import CheckFailedError, ToolError, error_line
+from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_files
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.remote import is_remote, local_copy
@@ -54,6 +55,8 @@ def pull(
     verified as a whole (steps 1 to 11 of SPEC 8) before any is written. Raises CheckFailedError for another content ID,
     PxdError, ToolError, OSError.
     """
+    if not is_remote(source):
+        require(f"{source} (a repository)", "huggingface_hub")
     folder = Path(folder)
     with _fetched(source, files, progress) as fetched:
         targets = [folder / path.name for path in fetched]

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import peraxis_format as pxd
 from peraxis_tools.errors import ToolError
+from peraxis_tools.optional import missing, require
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.urls import without_secrets
 
@@ -47,6 +48,7 @@ class RemoteFile:
         self.url = without_secrets(url)
         self.requested = 0
         self._start = b""
+        require(self.url, "fsspec")
         with _readable(url):
             import fsspec
 
@@ -121,7 +123,7 @@ def _readable(url: str) -> Iterator[None]:
     except (ToolError, pxd.PxdError):
         raise
     except ImportError as error:
-        raise ToolError(f"{shown}: needs the package {error.name or error}; install it, or download the file") from None
+        raise missing(shown, error) from None
     except ValueError as error:
         raise ToolError(f"{shown}: {_line(error)}") from None
     except Exception as error:  # aiohttp, botocore, huggingface_hub: each has its own hierarchy

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ class TensorSpec:
     @property
     def size(self) -> int:
         """Bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.dtype.size_of(self.shape)
 
 
 @dataclass(frozen=True, slots=True)

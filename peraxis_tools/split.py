@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from peraxis_tools.delta_parts import split as write_parts
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import atomic_folder
 from peraxis_tools.outputs import claim_folder
+from peraxis_tools.progress import ProgressOf, silent
 
 __all__ = ["Part", "SplitResult", "split"]
 
@@ -39,12 +39,11 @@ def split(
     *,
     parts: int,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: ProgressOf = silent,
 ) -> SplitResult:
     """Write `parts` files of about equal size, modules in order, as `<name>-00001-of-00004.pxd` in a folder.
 
-    The folder appears with all parts or not at all. progress: called with numbers of payload bytes. Raises ToolError,
-    PxdError, OSError.
+    The folder appears with all parts or not at all. progress: payload bytes. Raises ToolError, PxdError, OSError.
     """
     folder = Path(folder)
     with claim_folder(folder, overwrite=overwrite, inputs=(path,)), pxd.open(path) as delta:
@@ -52,8 +51,11 @@ def split(
         groups = _groups(delta, parts)
         stem = Path(path).stem
         names = [f"{stem}-{i:05d}-of-{len(groups):05d}.pxd" for i in range(1, len(groups) + 1)]
-        with atomic_folder(folder, overwrite=overwrite) as temporary:
-            write_parts(delta, groups, [temporary / name for name in names], progress=progress)
+        with (
+            atomic_folder(folder, overwrite=overwrite) as temporary,
+            progress("split", delta.size - delta.header_size) as step,
+        ):
+            write_parts(delta, groups, [temporary / name for name in names], progress=step)
         written = zip(groups, (folder / name for name in names), strict=True)
         return SplitResult(
             content_id=delta.content_id,

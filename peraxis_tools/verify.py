@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.progress import Steps, watched
 
 __all__ = ["VerifyResult", "verify", "verify_size"]
 
@@ -39,14 +39,17 @@ def verify(
     base: str | Path | None = None,
     base_revision: str | None = None,
     workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Steps | bool | None = None,
 ) -> VerifyResult:
-    """Steps 1 to 11, and 12 with a base. Returns what was proven; raises PxdError at the first failure."""
-    with pxd.open(path) as delta:
-        delta.verify(workers=workers, progress=progress)
+    """Steps 1 to 11, and 12 with a base. Returns what was proven; raises PxdError at the first failure.
+
+    progress: called with numbers of bytes read, or True for a bar.
+    """
+    with pxd.open(path) as delta, watched(progress, "verify", verify_size(path, base)) as step:
+        delta.verify(workers=workers, progress=step)
         if base is not None:
             with open_checkpoint(base, revision=base_revision) as checkpoint:
-                pxd.check_base(delta.manifest, checkpoint.tensors, workers=workers, progress=progress)
+                pxd.check_base(delta.manifest, checkpoint.tensors, workers=workers, progress=step)
         return VerifyResult(
             file=str(path),
             content_id=delta.content_id,

@@ -22,7 +22,7 @@ from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError
 from peraxis_tools.progress import ProgressOf
 from peraxis_tools.urls import without_secrets
 
-__all__ = ["Check", "FileVerdict", "Signature", "Status", "VerifyReport", "Wanted", "verify_files"]
+__all__ = ["Check", "FileVerdict", "Opener", "Signature", "Status", "VerifyReport", "Wanted", "verify_files"]
 
 # Opens a file by the name that the user gave it, fetching it first where it is remote.
 Opener: TypeAlias = Callable[[str], AbstractContextManager[Path]]
@@ -172,18 +172,6 @@ def _content_id(delta: pxd.DeltaFile, expected: Sequence[str]) -> str:
     return delta.content_id
 
 
-def _signature(path: Path, wanted: Signature | None, progress: ProgressOf) -> str | None:
-    from peraxis_tools.sign import check_signature
-
-    if wanted is None:
-        return None
-    with progress("signature", None):
-        check_signature(
-            path, public_key=wanted.public_key, certificate_chain=wanted.certificate_chain, bundle=wanted.bundle
-        )
-    return "signed with this key" if wanted.public_key else "signed under this certificate"
-
-
 def _base(delta: pxd.DeltaFile, base: str | Path | None, progress: ProgressOf, workers: int | None) -> str | None:
     if base is None:
         return None
@@ -200,32 +188,32 @@ def _open_base(source: str | Path) -> Checkpoint:
         raise NotVerifiableError(str(error)) from None
 
 
+def _signature(path: Path, wanted: Signature | None, progress: ProgressOf) -> str | None:
+    from peraxis_tools.signatures import check_signature
+
+    if wanted is None:
+        return None
+    with progress("signature", None):
+        check_signature(
+            path, public_key=wanted.public_key, certificate_chain=wanted.certificate_chain, bundle=wanted.bundle
+        )
+    return "signed with this key" if wanted.public_key else "signed under this certificate"
+
+
 def _error(path: Path, wanted: Wanted, progress: ProgressOf, workers: int | None) -> str:
-    from peraxis_tools.diff import diff_checkpoint, diff_size
+    from peraxis_tools.bounds import error_within
 
     if wanted.base is None or wanted.fine_tuned is None or wanted.max_error is None:
         raise NotVerifiableError("--max-error needs --base, which the error is relative to")
-    with progress("error", diff_size(path)) as step:
-        found = diff_checkpoint(path, wanted.fine_tuned, base=wanted.base, workers=workers, progress=step)
-    if found.only_in_a or found.only_in_b:
-        odd = (*found.only_in_a, *found.only_in_b)[0]
-        raise CheckFailedError(f"does not hold the same tensors as {wanted.fine_tuned}, {odd} for one")
-    error = found.total.relative
-    if error is None or error > wanted.max_error:
-        raise CheckFailedError(f"relative error {error:.4g} is above {wanted.max_error:g}" if error else "has no delta")
-    return f"relative error {error:.4g}, at most {wanted.max_error:g}"
+    return error_within(wanted.max_error, path, wanted.fine_tuned, base=wanted.base, progress=progress, workers=workers)
 
 
 def _kl(path: Path, wanted: Wanted, progress: ProgressOf) -> str:
-    from peraxis_tools.evaluate import worst_kl
+    from peraxis_tools.bounds import kl_within
 
     if wanted.base is None or wanted.fine_tuned is None or wanted.max_kl is None:
         raise NotVerifiableError("--max-kl needs --base, which the delta is applied to")
-    with progress("kl", None):
-        found = worst_kl(wanted.base, wanted.fine_tuned, path, wanted.texts)
-    if not found <= wanted.max_kl:
-        raise CheckFailedError(f"KL {found:.4g} nats a token is above {wanted.max_kl:g}")
-    return f"KL {found:.4g} nats a token, at most {wanted.max_kl:g}"
+    return kl_within(wanted.max_kl, path, wanted.fine_tuned, base=wanted.base, texts=wanted.texts, progress=progress)
 
 
 def _failed(name: str, error: Exception) -> Check:

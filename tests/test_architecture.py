@@ -1,11 +1,14 @@
-"""The layout is the one that the README draws: imports point one way, and light verbs stay light."""
+"""The layout is the one that the README draws: imports point one way, light verbs stay light, nothing grows long."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,31 +16,45 @@ import pytest
 import peraxis_format
 
 ROOT = Path(__file__).parents[1]
-# Within the format library each module imports only what stands before it.
-ORDER = [
-    *(
-        "version",
-        "threads",
-        "errors",
-        "dtypes",
-        "bits",
-        "strict_json",
-        "canonical",
-        "files",
-        "delta",
-        "manifest",
-        "schema",
-        "profile",
-        "container",
-        "header",
-        "payload",
-    ),
-    *("checkpoint_files", "checkpoint", "binding", "lanes", "pairs", "fast", "reconstruct", "reader", "writer"),
-]
+
+# Within each package a module imports only what stands before it (or beside it, within one entry). A folder stands for
+# all its modules but those that have an entry of their own.
+FORMAT = (
+    *("version", "thread_pool", "errors", "dtypes", "bits", "strict_json", "canonical", "files", "delta", "manifest"),
+    *("schema", "profile", "container", "header", "payload", "checkpoint", "binding", "ops.backend", "ops.simd"),
+    *("ops.tensors", "ops.rebuild", "reader", "writer", "testing", "ops"),
+    *("torch.place.renamed", "torch.place.shards", "torch.place.finder", "torch.place.placement", "torch.device"),
+    *("torch.swap.transfer_plan", "torch.ring", "torch.swap.lock", "torch.swap.guard", "torch.place"),
+    *("torch.serve.rows", "torch.serve.modules", "torch.serve.linear", "torch.serve.launch", "torch.swap.payload"),
+    *("torch.serve", "torch.swap.engine", "torch.swap.stream", "torch.swap.apply", "torch.swap.reports"),
+    *("torch.swap.registry", "torch.swap", "torch"),
+)
+COMPRESS = (
+    *("options", "fit.encode", "fit.mean", "plan.plan", "plan.budget", "plan.pairing", "run.types", "run.work_folder"),
+    *("run.distributed", "fit.moments.recorder", "fit.signs", "fit.scales", "model", "plan", "calibration"),
+    *("fit.moments", "fit.adamw", "fit.fit", "fit.table", "model.orientation", "fit", "distill", "run.streamed"),
+    *("run.calibrated", "run"),
+)
+VERBS = "inspect verify apply diff merge split convert evaluate publish compress".split()
+# What a verb consists of beside the module or folder of its name.
+VERB_FILES = {"verify_files": "verify", "inspect_details": "inspect"}
+# These run verbs and are none: the demo, the bounds of `verify`, the shell around them all.
+COMPOSED = {"demo", "bounds", "commands", "report", "cli", "__main__", "reference", "process"}
+LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 350, 60
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Every module that a file imports, at any depth, type checking aside."""
+def module_of(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def sources(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@cache
+def imported(path: Path) -> frozenset[str]:
+    """Every module that a file imports, at any depth and by any means, type checking aside."""
     tree = ast.parse(path.read_text("utf-8"))
     skipped = {
         id(child)
@@ -45,46 +62,128 @@ def imported(path: Path) -> Iterator[str]:
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
         for child in ast.walk(node)
     }
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module == "peraxis_format":
-            yield from (f"peraxis_format.{alias.name}" if alias.name.islower() else node.module for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module
+    return frozenset(name for node in ast.walk(tree) if id(node) not in skipped for name in names_of(node))
 
 
-def sources(*folders: str) -> list[Path]:
-    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+def names_of(node: ast.AST) -> Iterator[str]:
+    """Modules that one statement imports, or one call of import_module."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+        inner = [f"{node.module}.{alias.name}" for alias in node.names]
+        yield from (name if is_module(name) else node.module for name in inner)
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+        function = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+        if function in ("import_module", "__import__") and node.args and isinstance(node.args[0], ast.Constant):
+            yield str(node.args[0].value)
+
+
+def is_module(name: str) -> bool:
+    place = ROOT / name.replace(".", "/")
+    return place.with_suffix(".py").exists() or (place / "__init__.py").exists()
+
+
+def place_in(order: Sequence[str], name: str) -> int:
+    """Where the longest entry that the name is, or lies in, stands; the package itself comes last."""
+    fitting = [entry for entry in order if name == entry or name.startswith(entry + ".")]
+    return order.index(max(fitting, key=len)) if fitting else len(order)
+
+
+def out_of_order(package: str, order: Sequence[str]) -> list[str]:
+    wrong = []
+    for path in sources(package.replace(".", "/")):
+        name = module_of(path).removeprefix(package).removeprefix(".")
+        for other in imported(path):
+            inner = other.removeprefix(package + ".")
+            if inner != other and place_in(order, inner) > place_in(order, name):
+                wrong.append(f"{name} imports {inner}, which comes after it")
+    return wrong
+
+
+# --- which way imports point ---------------------------------------------------------------------------------
 
 
 def test_the_format_library_imports_neither_torch_nor_the_tools() -> None:
     for path in sources("peraxis_format"):
         names = {name.split(".")[0] for name in imported(path)}
         assert "peraxis_tools" not in names, path
-        if "torch" not in path.relative_to(ROOT / "peraxis_format").parts:
-            allowed = {"numpy", "numba", "peraxis_format", *sys.stdlib_module_names}
+        inside = path.relative_to(ROOT / "peraxis_format")
+        if not {"torch", "engines"} & set(inside.parts) and inside.stem not in ("torch", "triton", "tensors", "launch"):
+            allowed = {"numpy", "numba", "llvmlite", "peraxis_format", *sys.stdlib_module_names}
             if path.name == "testing.py":
                 allowed |= {"hypothesis"}
-            assert names <= allowed, path
+            assert names <= allowed, (path, names - allowed)
+
+
+def test_no_import_is_hidden_in_a_string_that_is_put_together() -> None:
+    for path in sources("peraxis_format", "peraxis_tools"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not (isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__"))):
+                continue
+            # A package's own table of lazy names is one, and so is the list of commands; all else is written out.
+            allowed = path.name in ("__init__.py", "cli.py")
+            assert isinstance(node.args[0], ast.Constant) or allowed, f"{path}:{node.lineno}"
 
 
 def test_imports_within_the_format_library_point_one_way() -> None:
-    for path in (ROOT / "peraxis_format").glob("*.py"):
-        if path.stem in ORDER:
-            before = {f"peraxis_format.{name}" for name in ORDER[: ORDER.index(path.stem)]}
-            inner = {name for name in imported(path) if name.startswith("peraxis_format")}
-            assert inner <= before, (path.name, inner - before)
+    assert out_of_order("peraxis_format", FORMAT) == []
+
+
+def test_imports_within_compress_point_one_way() -> None:
+    assert out_of_order("peraxis_tools.compress", COMPRESS) == []
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    graph = {
+        module_of(path): {name for name in imported(path) if name != module_of(path)}
+        for path in sources("peraxis_format", "peraxis_tools")
+    }
+    assert circle_in(graph) == []
+
+
+def circle_in(graph: Mapping[str, set[str]]) -> list[str]:
+    """The modules that are left when whatever imports none of the others is taken away, again and again."""
+    left = {name: others & graph.keys() for name, others in graph.items()}
+    while free := [name for name, others in left.items() if not others & left.keys()]:
+        for name in free:
+            del left[name]
+    return sorted(left)
+
+
+def test_no_verb_imports_a_verb() -> None:
+    def verb_of(name: str) -> str | None:
+        room = name.split(".")[1] if name.startswith("peraxis_tools.") else ""
+        room = VERB_FILES.get(room, room)
+        return room if room in VERBS else None
+
+    wrong = []
+    for path in sources("peraxis_tools"):
+        mine = module_of(path)
+        room = mine.split(".")[1] if "." in mine else "cli"
+        if room in COMPOSED:
+            continue
+        wrong += [f"{mine} imports {name}" for name in imported(path) if verb_of(name) not in (None, verb_of(mine))]
+    assert wrong == []
+
+
+def test_neither_verbs_nor_what_they_share_know_the_command_line() -> None:
+    shells = {"commands", "report", "cli"}
+    for path in sources("peraxis_tools"):
+        mine = module_of(path)
+        if "." in mine and mine.split(".")[1] not in COMPOSED:
+            found = {name for name in imported(path) if name.split(".")[1:2] and name.split(".")[1] in shells}
+            assert not {name for name in found if name.startswith("peraxis_tools.")}, (path, found)
 
 
 def test_the_tools_import_public_names_of_the_format_alone() -> None:
     for path in sources("peraxis_tools"):
         deep = {name for name in imported(path) if name.startswith("peraxis_format.")}
         public = {f"peraxis_format.{name}" for name in peraxis_format.__all__}
-        modules = {name for name in deep - public if (ROOT / (name.replace(".", "/") + ".py")).exists()}
-        assert modules <= {"peraxis_format.ops.rebuild.numba", "peraxis_format.torch"}, (path, modules)
+        modules = {name for name in deep - public if is_module(name)}
+        modules = {name for name in modules if not name.startswith("peraxis_format.ops")}
+        # What the tools compute themselves is built like the operations of the format, from the same parts.
+        inner = {"peraxis_format.dtypes", "peraxis_format.thread_pool"} if "ops" in path.parts else set()
+        assert modules <= {"peraxis_format.torch", *inner}, (path, modules)
 
 
 def test_the_conformance_kit_stands_on_the_standard_library() -> None:
@@ -100,6 +199,63 @@ def test_only_the_report_layer_prints() -> None:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
             assert not called, f"{path}:{getattr(node, 'lineno', 0)}"
+
+
+# --- size, and the map ---------------------------------------------------------------------------------------
+
+
+def test_no_file_and_no_function_is_too_long() -> None:
+    wrong = []
+    for path in sources("peraxis_format", "peraxis_tools", "peraxis"):
+        text = path.read_text("utf-8")
+        name = path.relative_to(ROOT)
+        if (lines := len(text.splitlines())) > LINES_OF_A_FILE:
+            wrong.append(f"{name}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno:
+                length = node.end_lineno - node.lineno + 1
+                if length > LINES_OF_A_FUNCTION:
+                    wrong.append(f"{name}:{node.lineno}: {node.name} has {length} lines")
+    assert wrong == []
+
+
+def test_files_of_the_kit_are_not_too_long() -> None:
+    for path in sources("conformance"):
+        assert len(path.read_text("utf-8").splitlines()) <= LINES_OF_A_FILE, path
+
+
+def map_of_the_code() -> str:
+    """The first code block under the README's heading."""
+    _, _, rest = (ROOT / "README.md").read_text("utf-8").partition("## The map of the code")
+    assert rest, "README.md has no section 'The map of the code'"
+    return rest.split("```")[1]
+
+
+def test_every_file_on_the_map_exists() -> None:
+    tracked = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if ".venv" not in path.parts}
+    named = re.findall(r"[\w.*-]+(?:/[\w.*-]+)*/?", map_of_the_code())
+    for name in named:
+        if name.endswith("/") or re.search(r"\.(py|md|toml|cff|txt|c|js)$", name):
+            pattern = re.compile(r"(^|.*/)" + re.escape(name.rstrip("/")).replace(r"\*", "[^/]*") + "$")
+            assert any(pattern.match(path) for path in tracked), f"{name} is on the map and nowhere else"
+
+
+def test_every_package_is_on_the_map() -> None:
+    words = set(re.findall(r"[\w-]+", map_of_the_code()))
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        packages = tomllib.load(file)["tool"]["setuptools"]["packages"]
+    names = {name.split(".")[-1].replace("peraxis_conformance", "conformance") for name in packages}
+    assert names <= words, f"not on the map: {sorted(names - words)}"
+
+
+def test_every_package_folder_is_installed() -> None:
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        packages = set(tomllib.load(file)["tool"]["setuptools"]["packages"])
+    found = {module_of(path) for path in sources("peraxis_format", "peraxis_tools") if path.name == "__init__.py"}
+    assert found == {name for name in packages if name.split(".")[0] in ("peraxis_format", "peraxis_tools")}
+
+
+# --- what imports cost ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("verb", ["inspect", "verify", "apply"])

@@ -5,12 +5,15 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
 
 def test_every_package_folder_is_installed() -> None:
     folders = {
+        "peraxis": "peraxis",
         "peraxis_format": "peraxis_format",
         "peraxis_tools": "peraxis_tools",
         "conformance": "peraxis_conformance",
@@ -24,17 +27,23 @@ def test_every_package_folder_is_installed() -> None:
     assert found == set(PROJECT["tool"]["setuptools"]["packages"])
 
 
-def test_the_whole_corpus_is_installed() -> None:
-    patterns = PROJECT["tool"]["setuptools"]["package-data"]["peraxis_conformance"]
-    covered = {path for pattern in patterns for path in (ROOT / "conformance").glob(pattern)}
-    files = [
-        path
-        for path in (ROOT / "conformance").rglob("*")
-        if path.is_file() and path.suffix not in (".py", ".pyc") and "__pycache__" not in path.parts
-    ]
-    missing = [path for path in files if path not in covered and not any(parent in covered for parent in path.parents)]
-    assert len(files) > 300
-    assert missing == []
+def test_the_wheel_holds_code_and_no_corpus() -> None:
+    """The 12 MB of cases stay in the repository."""
+    data = PROJECT["tool"]["setuptools"]["package-data"]
+    assert "peraxis_conformance" not in data
+    assert not (ROOT / "MANIFEST.in").exists()
+    for package, patterns in data.items():
+        folder = ROOT / package.replace(".", "/")
+        files = [path for pattern in patterns for path in folder.glob(pattern)]
+        assert files, f"{package}: {patterns} match nothing"
+        assert sum(path.stat().st_size for path in files) < 100_000
+
+
+def test_the_kit_without_its_corpus_names_the_option_that_finds_it() -> None:
+    from peraxis_conformance.cases import Corpus, CorpusError
+
+    with pytest.raises(CorpusError, match="pass --corpus REPOSITORY/conformance"):
+        Corpus(ROOT / "docs")
 
 
 def test_the_versions_agree() -> None:

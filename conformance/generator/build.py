@@ -250,7 +250,8 @@ def build(
     made = digested(made)
     written = header(header_json(version, text(canonical(made)), records(offsets(placed))))
     encoded = written if isinstance(written, bytes) else written.encode()
-    return file(frame(encoded, data(b"".join(tensor.data for tensor in placed))))
+    made_file: bytes = file(frame(encoded, data(b"".join(tensor.data for tensor in placed))))
+    return made_file
 
 
 def safetensors(tensors: dict[str, tuple[str, tuple[int, ...], bytes]], *, metadata: str = "") -> bytes:

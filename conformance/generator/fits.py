@@ -28,7 +28,9 @@ def encodings() -> Iterator[Entry]:
 
     digest = "ab" * 32
     whole = sign("w", (3, 9))
-    bare = {"tensors": lambda t: [dataclasses.replace(FULL, name="w.delta", shape=(64,), data=bytes(64))]}
+    bare: dict[str, Any] = {
+        "tensors": lambda t: [dataclasses.replace(FULL, name="w.delta", shape=(64,), data=bytes(64))]
+    }
     yield fits("sign-no-components", (sign("w", (3, 9), components=()),), **bare)
     for dtype in ("I8", "F64", "F8_E4M3", "BOOL"):
         yield fits(f"sign-of-{dtype.lower().replace('_', '-')}", (sign("w", (3, 9), dtype=dtype, base_dtype="BF16"),))
@@ -85,7 +87,8 @@ def encodings() -> Iterator[Entry]:
 
     def digest_as(slug: str, change: Any) -> Entry:
         def edit(manifest: dict[str, Any]) -> dict[str, Any]:
-            return put("base", "digest", to=base_digest(change(list(bases(manifest)))))(manifest)
+            made: dict[str, Any] = put("base", "digest", to=base_digest(change(list(bases(manifest)))))(manifest)
+            return made
 
         return refused(f"base-digest-{slug}", "E210", "3.11", build(unsorted, manifest=edit))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .build import MAGIC, build, canonical, frame, header_json, manifest_text, table
@@ -128,7 +128,7 @@ def limits_met() -> bytes:
     )
 
 
-LARGE = {
+LARGE: dict[str, Callable[[], bytes]] = {
     "limits-met": limits_met,
     "modules-over-limit": lambda: assembled(MANY + 1),
     "header-largest": lambda: filled(LIMIT),

@@ -228,7 +228,14 @@ def schemas() -> Iterator[Entry]:
     for key in ("assets", "dropped", "metadata", "modules", "tied"):
         yield schema("top", f"{key}-null", put(key, to=None))
         yield schema("top", f"{key}-text", put(key, to="x"))
-    texts = {
+    yield from schema_texts()
+    yield from schema_digests()
+    yield from schema_values()
+
+
+def schema_texts() -> Iterator[Entry]:
+    """SPEC 3.4: texts, and words of a list."""
+    texts: dict[str, tuple[Any, ...]] = {
         "base-id": ("base", "id"),
         "fine-tuned-id": ("fine_tuned", "id"),
         "producer-name": ("producer", "name"),
@@ -260,6 +267,11 @@ def schemas() -> Iterator[Entry]:
                 or {"SIGN": "encoding", "Row": "axis", "bf16": "dtype", "col+row": "axis"}[value] in slug
             ):
                 yield schema(slug, f"word-{value or 'empty'}".lower().replace("+", "-"), put(*path, to=value))
+
+
+def schema_digests() -> Iterator[Entry]:
+    """SPEC 3.4: hex digests, with and without their algorithm."""
+    value: Any
     good = "ab" * 32
     digests = {
         "upper": good.upper(),
@@ -283,6 +295,11 @@ def schemas() -> Iterator[Entry]:
     ):
         yield schema("calibration-digest", slug, put("calibration", "digest", to=value))
         yield schema("base-digest", slug, put("base", "digest", to=value))
+
+
+def schema_values() -> Iterator[Entry]:
+    """SPEC 3.4: integers, shapes, lists of names."""
+    value: Any
     for key in ("samples", "seed", "sequence_length"):
         for slug, value in (("negative", -1), ("true", True), ("text", "1"), ("null", None)):
             yield schema(f"calibration-{key.replace('_', '-')}", slug, put("calibration", key, to=value))

@@ -34,6 +34,8 @@ def rebuilt(module: Module) -> bytes:
     if module.encoding == "full":
         return module.exact
     base, shape = module.base, module.covered
+    if base is None:
+        raise ValueError(f"{module.name}: {module.encoding} needs a base")
     size = {"F16": 2, "BF16": 2, "F32": 4}
     count = math.prod(shape)
     if module.encoding == "same" and base.dtype == module.dtype:

@@ -148,7 +148,7 @@ def extents() -> Iterator[Entry]:
     yield refused("records-not-in-order", "E123", "2.17", build(two, records=swapped(0, 1)))
     yield refused("hole-swapped", "E123", "2.17", build(PADDED, records=lambda r: [r[0], r[2], r[1], *r[3:]]))
     for slug, extra in (("zero", b"\0"), ("newline", b"\n"), ("page", bytes(4096)), ("pad", bytes(54))):
-        yield refused(f"after-data-{slug}", "E125", "2.18", build(SIMPLE, file=lambda f, extra=extra: f + extra))
+        yield refused(f"after-data-{slug}", "E125", "2.18", build(SIMPLE) + extra)
     bare = Content(modules=(same("w", (3, 4)),))
     yield refused("after-header", "E125", "2.18", build(bare, file=lambda f: f + b"\0"))
     yield refused("data-short-by-half", "E124", "2.18", build(SIMPLE, file=lambda f: f[:-5]))

@@ -23,7 +23,7 @@ def tensors() -> Iterator[Entry]:
     )
     plain = Content(modules=(full("v", (64,), dtype="U8"),))
     tail = Content(modules=(same("w", (3,), base_rows=2), full("v", (1,))))
-    wrong = {
+    wrong: dict[str, tuple[Content, dict[str, Any]]] = {
         "missing-last": (SIMPLE, {"records": lambda r: r[:-1], "data": lambda d: d[:128]}),
         "extra-last": (plain, {"tensors": lambda t: [*t, dataclasses.replace(t[0], name="extra", owner=("other", 0))]}),
         "delta-name": (SIMPLE, {"tensors": retensor(0, name="model.q_proj.weight.mask")}),
@@ -122,7 +122,7 @@ def pads() -> Iterator[Entry]:
     def last(tensors: list[Tensor]) -> list[Tensor]:
         return [*tensors, dataclasses.replace(tensors[1], name="__pad__.2")]
 
-    wrong = {
+    wrong: dict[str, tuple[Content, dict[str, Any]]] = {
         "missing": (PADDED, {"tensors": drop_tensor(1)}),
         "all-missing": (PADDED, {"tensors": lambda t: [x for x in t if x.owner[0] != "pad"]}),
         "name": (PADDED, {"tensors": retensor(1, name="__padding__.0")}),

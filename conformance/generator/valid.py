@@ -84,7 +84,7 @@ def numbers() -> Iterator[Case]:
         yield f"exponent-{exponent}", "3.9", Content(modules=(sign("w", (2, 9), ("row",), exponent=exponent),))
     for slug, bits in (("zero", 0), ("smallest", 1), ("subnormal", 0x3FF), ("normal", 0x400), ("largest", 0x7BFF)):
         parts = tuple(
-            component(f"w{k}", (2, 9), axis, **{word: (bits,) * n})
+            component(f"w{k}", (2, 9), axis, 0, **{word: (bits,) * n})
             for k, (axis, word, n) in enumerate((("row", "row", 2), ("col", "col", 9), ("tensor", "scalar", 1)))
         )
         yield f"scale-{slug}", "5.4", Content(modules=(sign("w", (2, 9), components=parts),))

@@ -10,7 +10,7 @@ from torch import Tensor
 from peraxis_format.dtypes import Array, DType
 from peraxis_format.errors import LiveModelError
 
-__all__ = ["TORCH_DTYPES", "as_bytes", "dtype_of", "storage_array", "tensor_view"]
+__all__ = ["TORCH_DTYPES", "as_bytes", "dtype_of", "from_storage", "storage_array", "tensor_view"]
 
 TORCH_DTYPES: Final[dict[DType, torch.dtype]] = {
     DType.BOOL: torch.bool,
@@ -53,6 +53,11 @@ def storage_array(tensor: Tensor) -> Array:
     return array
 
 
+def from_storage(array: Array, dtype: DType) -> Tensor:
+    """A storage array as a tensor of its dtype, sharing memory."""
+    return torch.from_numpy(array).view(TORCH_DTYPES[dtype])
+
+
 def as_bytes(tensor: Tensor) -> Tensor:
     """A tensor's bytes in row-major order as a flat uint8 tensor on its device; a copy only where it is strided."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
@@ -60,7 +65,4 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 def tensor_view(buffer: Tensor, offset: int, dtype: DType, shape: tuple[int, ...]) -> Tensor:
     """A tensor inside a flat uint8 buffer. offset: bytes, a multiple of the dtype's size."""
-    size = dtype.itemsize
-    for d in shape:
-        size *= d
-    return buffer[offset : offset + size].view(TORCH_DTYPES[dtype]).view(shape)
+    return buffer[offset : offset + dtype.size_of(shape)].view(TORCH_DTYPES[dtype]).view(shape)

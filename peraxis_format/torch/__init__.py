@@ -5,6 +5,12 @@ VariantSwitch   many variants of one model, one at a time
 serve           many variants of one model, in one batch, over one base
 """
 
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError:
+    message = "peraxis_format.torch needs the package torch, which is not installed: pip install 'peraxis[torch]'"
+    raise ModuleNotFoundError(message, name="torch") from None
+
 from peraxis_format.errors import DeviceError, LiveModelError
 from peraxis_format.torch.place.finder import FUSED
 from peraxis_format.torch.place.placement import place

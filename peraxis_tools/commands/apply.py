@@ -6,11 +6,10 @@ from pathlib import Path
 
 import click
 
-import peraxis_format as pxd
-from peraxis_tools.apply import apply, checkpoint_bytes
-from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, workers_option
+from peraxis_tools.apply import apply
+from peraxis_tools.commands.options import Finite, json_option, overwrite_option, quiet_option, workers_option
 from peraxis_tools.commands.sources import fetched
-from peraxis_tools.report import emit, progress
+from peraxis_tools.report import emit, staged
 from peraxis_tools.report.apply import render_apply
 
 __all__ = ["command"]
@@ -20,7 +19,7 @@ __all__ = ["command"]
 @click.argument("base", metavar="BASE")
 @click.argument("delta", metavar="DELTA")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The folder to write.")
-@click.option("--shard-size", default=5.0, show_default=True, type=click.FloatRange(min=0.001), help="GB a shard.")
+@click.option("--shard-size", default=5.0, show_default=True, type=Finite(min=0.001, max=1e6), help="GB a shard.")
 @overwrite_option
 @workers_option
 @json_option
@@ -40,16 +39,13 @@ def command(
     Example: peraxis-tools apply meta-llama/Llama-3.1-8B delta.pxd -o my-model
     """
     with fetched([delta], quiet=quiet) as (path,):
-        with pxd.open(path) as file:
-            total = checkpoint_bytes(file.manifest)
-        with progress("apply", total, quiet=quiet) as step:
-            result = apply(
-                base,
-                path,
-                output,
-                overwrite=overwrite,
-                shard_bytes=int(shard_size * 1e9),
-                workers=workers,
-                progress=step,
-            )
+        result = apply(
+            base,
+            path,
+            output,
+            overwrite=overwrite,
+            shard_bytes=int(shard_size * 1e9),
+            workers=workers,
+            progress=staged(quiet=quiet),
+        )
     emit(result, render_apply, schema="peraxis.apply/1", as_json=as_json)

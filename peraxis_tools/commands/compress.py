@@ -2,51 +2,23 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 
-from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
+from peraxis_tools.commands.options import json_option, masks_option, overwrite_option, quiet_option
 from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.options import AXES, EMBEDDINGS, FITS, RECIPES, parse_size, read_yaml
-from peraxis_tools.report import Progress, emit, progress
+from peraxis_tools.report import Stages, emit
 from peraxis_tools.report.compress import plan_lines, render_compress
 
 __all__ = ["command"]
 
 
-class _Bars:
-    """One bar after the other: a step of the run each, opened when it is first heard of."""
-
-    def __init__(self, stack: ExitStack, *, quiet: bool) -> None:
-        self._stack, self._quiet = stack, quiet
-        self._step = ""
-        self._done = 0
-        self._advance: Progress | None = None
-
-    def __call__(self, step: str, done: int, total: int) -> None:
-        if step != self._step:
-            self._stack.close()
-            unit = "bytes" if step == "write" else "steps"
-            self._advance = self._stack.enter_context(progress(step, total, unit=unit, quiet=self._quiet))
-            self._step, self._done = step, 0
-        if self._advance is not None:
-            self._advance(done - self._done)
-        self._done = done
-
-
-class _Size(click.ParamType):
-    """Bytes as 800MB, 1.2GB, 1GiB."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        return parse_size(value)
-
-
-_SIZE = _Size()
+def size(value: str) -> int:
+    """Bytes as 800MB, 1.2GB, 1GiB; click shows the type under this function's name."""
+    return parse_size(value)
 
 
 @click.command("compress")
@@ -57,14 +29,14 @@ _SIZE = _Size()
 @click.option("--recipe", type=click.Choice(tuple(RECIPES)), help="Options under one name; others given win over it.")
 @click.option("--fit", type=click.Choice(FITS), help="Default: refined with a calibration text, else none.")
 @click.option("--axis", type=click.Choice(AXES), help="Along what scales run; auto: the best of each module.")
-@click.option("--bits", type=int, help="Masks a module, 1 to 8.  [default: 1]")
-@click.option("--target-size", type=_SIZE, help="Size of the file, like 1.2GB: spent where it lowers the error most.")
+@masks_option(click.INT, help="Masks a module, 1 to 8.  [default: 1]")
+@click.option("--target-size", type=size, help="Size of the file, like 1.2GB: spent where it lowers the error most.")
 @click.option("--target-ratio", type=float, help="The same, as a fraction of the checkpoint: 12 is a twelfth.")
 @click.option("--embeddings", type=click.Choice(EMBEDDINGS), help="embed_tokens and lm_head.  [default: auto]")
 @click.option("--calibration-samples", type=int, help="[default: 50]")
 @click.option("--sequence-length", type=int, help="Tokens a sample.  [default: 512]")
 @click.option("--text-column", help="Column of the text.  [default: text, else all text columns]")
-@click.option("--held-out", type=float, help="Share of the samples that judges.  [default: 0.2]")
+@click.option("--held-out", type=float, help="Share of the samples for validation.  [default: 0.2]")
 @click.option("--batch-size", type=int, help="Samples in one forward pass.  [default: 8]")
 @click.option("--generated-samples", type=int, help="Samples that the fine-tuned model writes itself.  [default: 0]")
 @click.option("--distill-samples", type=int, help="Samples of end-to-end distillation; 0: none.  [default: 0]")
@@ -79,8 +51,8 @@ _SIZE = _Size()
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda where there is one]")
 @click.option("--compute-dtype", type=click.Choice(("auto", "float32", "bfloat16", "float16")))
-@click.option("--hidden-limit", type=_SIZE, help="Hidden states beyond this go to disk.  [default: 4GiB]")
-@click.option("--logits-limit", type=_SIZE, help="Teacher logits on disk; beyond this, recomputed.  [default: 4GiB]")
+@click.option("--hidden-limit", type=size, help="Hidden states beyond this go to disk.  [default: 4GiB]")
+@click.option("--logits-limit", type=size, help="Teacher logits on disk; beyond this, recomputed.  [default: 4GiB]")
 @click.option("--resume/--no-resume", default=None, help="Go on where a killed run stopped.  [default: resume]")
 @click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="YAML of these options.")
 @click.option("--base-revision", help="Of a hub id.")
@@ -116,7 +88,7 @@ def command(
     values = read_yaml(config) if config is not None else {}
     values.update({name: value for name, value in given.items() if value is not None})
     options = CompressOptions.from_mapping(values)
-    with ExitStack() as stack:
+    with Stages(quiet=quiet) as stages:
         result = compress(
             base,
             fine_tuned,
@@ -127,7 +99,7 @@ def command(
             overwrite=overwrite,
             force=force,
             base_id=base_id,
-            progress=_Bars(stack, quiet=quiet),
+            progress=stages,
             show_plan=None if quiet else plan_lines,
         )
     emit(result, render_compress, schema="peraxis.compress/1", as_json=as_json)

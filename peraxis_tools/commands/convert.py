@@ -7,14 +7,12 @@ from pathlib import Path
 import click
 
 import peraxis_format as pxd
-from peraxis_tools.apply import apply, checkpoint_bytes
-from peraxis_tools.checkpoint import open_checkpoint
-from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
+from peraxis_tools.apply import apply
+from peraxis_tools.commands.options import Finite, json_option, overwrite_option, quiet_option, refuse_given
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.convert import LAYOUTS, Layout, to_lora, to_pxd
-from peraxis_tools.diff import diff_size
 from peraxis_tools.errors import ToolError
-from peraxis_tools.report import emit, progress
+from peraxis_tools.report import emit, staged
 from peraxis_tools.report.apply import render_apply
 from peraxis_tools.report.convert import render_lora, render_to_pxd
 
@@ -33,9 +31,7 @@ _DEFAULT_RANK = 16
 )
 @click.option("--to", "target", type=click.Choice(["pxd", "lora", "checkpoint"]), help="Default: pxd from a .pt.")
 @click.option("--rank", type=click.IntRange(min=1), help=f"Of the LoRA adapter (default {_DEFAULT_RANK}).")
-@click.option(
-    "--max-error", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="Choose each rank by this error."
-)
+@click.option("--max-error", type=Finite(1e-6, 1, max_open=True), help="Choose each rank by this error.")
 @click.option("--name", help="What the fine-tuned checkpoint is called.")
 @overwrite_option
 @json_option
@@ -66,36 +62,33 @@ def command(
         raise ToolError(f"{source}: is a .pxd already; pass --to lora or --to checkpoint")
     if target in ("pxd", "checkpoint", None) and base is None:
         raise ToolError(f"{source}: pass --base, the checkpoint that this delta is for")
+    if target == "lora":
+        refuse_given("base", why="with --to lora")
+    else:
+        refuse_given("rank", "max_error", why="without --to lora")
+    if target in ("lora", "checkpoint"):
+        refuse_given("layout", "axis", "name", why=f"with --to {target}")
+    step = staged(quiet=quiet)
     with fetched([source], quiet=quiet) as (path,):
         if target == "lora":
             chosen = rank if rank is not None or max_error is not None else _DEFAULT_RANK
-            with progress("convert", diff_size(path), quiet=quiet) as step:
-                lora = to_lora(
-                    path, output, rank=chosen, max_error=max_error, base=base, overwrite=overwrite, progress=step
-                )
+            lora = to_lora(
+                path, output, rank=chosen, max_error=max_error, base=base, overwrite=overwrite, progress=step
+            )
             emit(lora, render_lora, schema="peraxis.convert-lora/1", as_json=as_json)
         elif target == "checkpoint":
-            with pxd.open(path) as file:
-                total = checkpoint_bytes(file.manifest)
-            with progress("apply", total, quiet=quiet) as step:
-                applied = apply(base or "", path, output, overwrite=overwrite, progress=step)
+            applied = apply(base or "", path, output, overwrite=overwrite, progress=step)
             emit(applied, render_apply, schema="peraxis.apply/1", as_json=as_json)
         else:
             known: Layout | None = next((item for item in LAYOUTS if item == layout), None)
-            with progress("convert", _checkpoint_bytes(base or ""), quiet=quiet) as step:
-                converted = to_pxd(
-                    path,
-                    base or "",
-                    output,
-                    layout=known,
-                    axis=None if axis is None else pxd.Axis(axis),
-                    name=name,
-                    overwrite=overwrite,
-                    progress=step,
-                )
+            converted = to_pxd(
+                path,
+                base or "",
+                output,
+                layout=known,
+                axis=None if axis is None else pxd.Axis(axis),
+                name=name,
+                overwrite=overwrite,
+                progress=step,
+            )
             emit(converted, render_to_pxd, schema="peraxis.convert/1", as_json=as_json)
-
-
-def _checkpoint_bytes(base: str) -> int:
-    with open_checkpoint(base) as checkpoint:
-        return checkpoint.tensors.size

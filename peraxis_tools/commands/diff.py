@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from peraxis_tools.commands.options import json_option, quiet_option, workers_option
+from peraxis_tools.commands.options import json_option, quiet_option, refuse_given, workers_option
 from peraxis_tools.commands.sources import fetched
-from peraxis_tools.diff import diff, diff_checkpoint, diff_size
+from peraxis_tools.diff import diff, diff_checkpoint
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.remote import is_remote
-from peraxis_tools.report import emit, progress
+from peraxis_tools.report import emit, staged
 from peraxis_tools.report.diff import render_diff
 from peraxis_tools.urls import without_secrets
 
@@ -54,13 +54,13 @@ def command(
     Example: peraxis-tools diff v1.pxd v2.pxd
              peraxis-tools diff v1.pxd my-fine-tune --base meta-llama/Llama-3.1-8B
     """
+    if as_json:
+        refuse_given("top", why="with --json, which holds all modules")
     against_checkpoint = not _is_delta(b)
     if against_checkpoint and base is None:
         raise ToolError(f"{b}: is a checkpoint; pass --base to compare a delta with it")
-    with (
-        fetched([a] if against_checkpoint else [a, b], quiet=quiet) as paths,
-        progress("diff", diff_size(paths[0]), quiet=quiet) as step,
-    ):
+    step = staged(quiet=quiet)
+    with fetched([a] if against_checkpoint else [a, b], quiet=quiet) as paths:
         if against_checkpoint:
             result = diff_checkpoint(paths[0], b, base=base or "", workers=workers, progress=step)
         else:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from peraxis_tools.commands.options import json_option, quiet_option
+from peraxis_tools.commands.options import json_option, quiet_option, refuse_given
 from peraxis_tools.evaluate import CANDIDATES, evaluate
 from peraxis_tools.report import emit, progress
 from peraxis_tools.report.evaluate import render_evaluate
@@ -87,6 +87,10 @@ def command(
 
     Example: peraxis-tools eval org/base my/fine-tune delta.pxd --text code=held-out.jsonl --text c4=other.jsonl
     """
+    if not tasks:
+        refuse_given("task_limit", "task_path", why="without --tasks")
+    if not texts:
+        refuse_given("samples", "sequence_length", "text_column", "seed", "on_the_fly", why="without --text")
     candidates = tuple(name for name in CANDIDATES if on_the_fly or name != "on-the-fly")
     with progress("evaluate", max(1, len(candidates) * len(texts)), unit="steps", quiet=quiet) as step:
         result = evaluate(

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
-from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
+from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, refuse_given
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.errors import ToolError
-from peraxis_tools.inspect import InspectResult, inspect, inspect_remote, select
+from peraxis_tools.inspect import inspect, inspect_remote
+from peraxis_tools.inspection import InspectResult, select
 from peraxis_tools.outputs import claim_files
 from peraxis_tools.remote import is_remote
 from peraxis_tools.report import emit, print_note, progress, staged
@@ -20,7 +21,7 @@ __all__ = ["command"]
 
 @click.command("inspect")
 @click.argument("delta", metavar="DELTA")
-@click.option("--modules/--no-modules", default=True, help="A line a module.")
+@click.option("--modules/--no-modules", default=False, help="Print a line for each module too.")
 @click.option("--module", "pattern", metavar="GLOB", help="Only modules whose names match.")
 @click.option("--tree", is_flag=True, help="Modules as a tree, bytes summed upwards.")
 @click.option("--plot", "figure", type=click.Path(path_type=Path), help="Write figures to this .png or .svg.")
@@ -44,13 +45,15 @@ def command(
     Only the header is read, of a URL too; --plot and --html also read the scales (and fetch a remote file).
 
     \b
-    Example: peraxis-tools inspect delta.pxd --no-modules
+    Example: peraxis-tools inspect delta.pxd --modules
              peraxis-tools inspect hf://org/repo/delta.pxd --module '*.q_proj.*'
              peraxis-tools inspect delta.pxd --plot delta.png --html delta.html
     """
     outputs = [path for path in (figure, page) if path is not None]
     if overwrite and not outputs:
-        raise ToolError("--overwrite is for --plot and --html; leave it out")
+        refuse_given("overwrite", why="without --plot or --html")
+    if as_json:
+        refuse_given("tree", "modules", why="with --json, which holds all of it")
     with claim_files(outputs, overwrite=overwrite, inputs=(delta,)):
         result = inspect_remote(delta) if is_remote(delta) else inspect(delta)
         if outputs:
@@ -61,7 +64,7 @@ def command(
             raise ToolError(f"{delta}: has no module that matches {pattern!r}")
     emit(
         result,
-        lambda result, console: render_inspect(result, console, modules=modules, tree=tree),
+        lambda result, console: render_inspect(result, console, modules=modules or pattern is not None, tree=tree),
         schema="peraxis.inspect/1",
         as_json=as_json,
     )

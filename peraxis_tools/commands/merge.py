@@ -7,11 +7,19 @@ from pathlib import Path
 import click
 
 import peraxis_format as pxd
-from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
+from peraxis_tools.commands.options import (
+    Finite,
+    json_option,
+    masks_option,
+    overwrite_option,
+    quiet_option,
+    refuse_given,
+)
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.errors import ToolError
-from peraxis_tools.merge import MergeResult, Method, Mixture, is_part, merge, merge_parts, merge_size
-from peraxis_tools.report import Progress, emit, progress
+from peraxis_tools.merge import MergeResult, Method, Mixture, is_part, merge, merge_parts
+from peraxis_tools.progress import StageOpener
+from peraxis_tools.report import emit, staged
 from peraxis_tools.report.merge import render_merge
 
 __all__ = ["command"]
@@ -30,11 +38,9 @@ def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
 @click.argument("deltas", metavar="A B ...", nargs=-1, required=True)
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The .pxd to write.")
 @click.option("--weights", metavar="W,W,...", callback=_numbers, help="One a delta; may be negative.")
-@click.option("--bits", type=click.IntRange(1, pxd.COMPONENTS_MAX), help="Fit the sum into this many masks a module.")
+@masks_option(click.IntRange(1, pxd.COMPONENTS_MAX), help="Fit the sum into this many masks a module.")
 @click.option("--method", type=click.Choice(["linear", "ties", "dare"]), help="As known from mergekit.")
-@click.option(
-    "--density", default=0.5, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="ties, dare."
-)
+@click.option("--density", default=0.5, show_default=True, type=Finite(1e-6, 1), help="ties, dare.")
 @click.option("--normalize/--no-normalize", default=None, help="Divide by the weights (default: linear and ties).")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="For dare.")
 @click.option("--base", metavar="FOLDER|ID", help="The base, where inputs store different exact tensors.")
@@ -46,7 +52,7 @@ def command(
     deltas: tuple[str, ...],
     output: Path,
     weights: tuple[float, ...] | None,
-    bits: int | None,
+    masks: int | None,
     method: Method | None,
     density: float,
     normalize: bool | None,
@@ -59,22 +65,27 @@ def command(
 ) -> None:
     """Merge deltas on one base into one: parts of one delta, or a weighted sum.
 
-    Without --bits a sum keeps every mask, and is exact but for one rounding of scales to F16. With --bits it is
+    Without --masks a sum keeps every mask, and is exact but for one rounding of scales to F16. With --masks it is
     fitted into that many masks and the error is shown. Parts (see `split`) need neither weights nor method.
 
     \b
     Example: peraxis-tools merge code.pxd chat.pxd --weights 0.7,0.3 -o both.pxd
-             peraxis-tools merge code.pxd chat.pxd --method ties --bits 2 -o both.pxd
+             peraxis-tools merge code.pxd chat.pxd --method ties --masks 2 -o both.pxd
              peraxis-tools merge parts/*.pxd -o delta.pxd
     """
-    with fetched(deltas, quiet=quiet) as paths, progress("merge", merge_size(paths), quiet=quiet) as step:
+    step = staged(quiet=quiet)
+    with fetched(deltas, quiet=quiet) as paths:
         if _all_parts(paths):
-            if weights is not None or method is not None or bits is not None:
-                raise ToolError("parts of one delta are joined as they are; leave out --weights, --method and --bits")
+            others = ("weights", "method", "masks", "density", "normalize", "seed", "base", "name")
+            refuse_given(*others, why="for parts of one delta, which are joined as they are")
             result = merge_parts(paths, output, overwrite=overwrite, progress=step)
         else:
+            if method not in ("ties", "dare"):
+                refuse_given("density", why="without --method ties or dare")
+            if method != "dare":
+                refuse_given("seed", why="without --method dare")
             mixture = Mixture(method=method or "sum", density=density, normalize=normalize, seed=seed)
-            result = _sum(paths, output, weights, mixture, bits, base, name, overwrite, step)
+            result = _sum(paths, output, weights, mixture, masks, base, name, overwrite, step)
     emit(result, render_merge, schema="peraxis.merge/1", as_json=as_json)
 
 
@@ -91,11 +102,11 @@ def _sum(
     output: Path,
     weights: tuple[float, ...] | None,
     mixture: Mixture,
-    bits: int | None,
+    masks: int | None,
     base: str | None,
     name: str | None,
     overwrite: bool,
-    step: Progress,
+    step: StageOpener,
 ) -> MergeResult:
     if weights is None and mixture.method == "sum":
         raise ToolError("these are whole deltas; pass --weights (one for each) or --method")
@@ -104,7 +115,7 @@ def _sum(
         output,
         weights=weights if weights is not None else (1.0,) * len(paths),
         mixture=mixture,
-        bits=bits,
+        masks=masks,
         base=base,
         name=name,
         overwrite=overwrite,

@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
+from collections.abc import Callable
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from peraxis_tools.errors import ToolError
 from peraxis_tools.notes import LOGGER
 
-__all__ = ["json_option", "overwrite_option", "quiet_option", "workers_option"]
+__all__ = [
+    "Finite",
+    "json_option",
+    "masks_option",
+    "overwrite_option",
+    "quiet_option",
+    "refuse_given",
+    "workers_option",
+]
+
+
+def refuse_given(*names: str, why: str) -> None:
+    """Raise ToolError for an option of the current command that was given, where it would do nothing."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in names and context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT):
+            raise ToolError(f"{parameter.opts[0]} does nothing {why}; leave it out")
+
+
+class Finite(click.FloatRange):
+    """A number within bounds that are inclusive unless said: never NaN, which compares with nothing, nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return found
 
 
 def _hushed(_: click.Context, __: click.Parameter, quiet: bool) -> bool:
@@ -22,3 +55,18 @@ overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what 
 workers_option = click.option(
     "--workers", type=click.IntRange(min=1), default=None, help="Threads (default: one a processor)."
 )
+
+
+def masks_option(kind: click.ParamType[Any], *, help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """`--masks`, passed as `masks`; `--bits`, its name before, still works and is not shown."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(*args: Any, masks: Any = None, bits: Any = None, **given: Any) -> None:
+            if masks is not None and bits is not None:
+                raise ToolError("--bits is another name of --masks: give one of them")
+            command(*args, masks=bits if masks is None else masks, **given)
+
+        return click.option("--masks", type=kind, help=help)(click.option("--bits", type=kind, hidden=True)(run))
+
+    return decorate

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
+from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, refuse_given
 from peraxis_tools.publish import Relation, publish
 from peraxis_tools.report import emit, hub_progress, staged
 from peraxis_tools.report.publish import render_publish
@@ -64,6 +64,10 @@ def command(
     Example: peraxis-tools eval BASE FINE_TUNED delta.pxd --json > eval.json
              peraxis-tools publish me/my-delta delta.pxd --evaluation eval.json --dry-run repo
     """
+    if dry_run is not None:
+        refuse_given("private", "revision", why="with --dry-run")
+    else:
+        refuse_given("overwrite", why="without --dry-run")
     with hub_progress(quiet=quiet) if dry_run is None else contextlib.nullcontext():
         result = publish(
             repository,

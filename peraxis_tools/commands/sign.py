@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
+from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, refuse_given
 from peraxis_tools.report import emit, staged
 from peraxis_tools.report.sign import render_sign
-from peraxis_tools.sign import sign
+from peraxis_tools.signatures import sign
 
 __all__ = ["command"]
 
@@ -46,6 +46,8 @@ def command(
              peraxis-tools sign delta.pxd --key key.pem
              peraxis-tools verify delta.pxd --signature --public-key key.pub
     """
+    if certificate is None:
+        refuse_given("certificate_chain", why="without --certificate")
     result = sign(
         delta,
         private_key=key,

@@ -8,8 +8,7 @@ import click
 
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
 from peraxis_tools.commands.sources import fetched
-from peraxis_tools.merge import merge_size
-from peraxis_tools.report import emit, progress
+from peraxis_tools.report import emit, staged
 from peraxis_tools.report.merge import render_split
 from peraxis_tools.split import split
 
@@ -28,6 +27,6 @@ def command(delta: str, output: Path, parts: int, overwrite: bool, as_json: bool
 
     Example: peraxis-tools split delta.pxd --parts 4 -o parts
     """
-    with fetched([delta], quiet=quiet) as paths, progress("split", merge_size(paths), quiet=quiet) as step:
-        result = split(paths[0], output, parts=parts, overwrite=overwrite, progress=step)
+    with fetched([delta], quiet=quiet) as paths:
+        result = split(paths[0], output, parts=parts, overwrite=overwrite, progress=staged(quiet=quiet))
     emit(result, render_split, schema="peraxis.split/1", as_json=as_json)

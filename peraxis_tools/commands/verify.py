@@ -11,7 +11,14 @@ from pathlib import Path
 import click
 
 from peraxis_format import atomic_file
-from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, workers_option
+from peraxis_tools.commands.options import (
+    Finite,
+    json_option,
+    overwrite_option,
+    quiet_option,
+    refuse_given,
+    workers_option,
+)
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs import claim_files
@@ -19,7 +26,7 @@ from peraxis_tools.remote import is_remote
 from peraxis_tools.report import json_text, show, staged, to_json, write
 from peraxis_tools.report.ci import github, junit, sarif
 from peraxis_tools.report.verify import render_report
-from peraxis_tools.verify_files import Signature, VerifyReport, Wanted, verify_files
+from peraxis_tools.verify_files import Opener, Signature, VerifyReport, Wanted, verify_files
 
 __all__ = ["command"]
 
@@ -45,8 +52,8 @@ def _reports(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
 @click.option("--base", metavar="FOLDER|ID", help="Check the binding to this base too.")
 @click.option("--expect-content-id", "content_ids", multiple=True, metavar="ID", help="One of these it must be.")
 @click.option("--fine-tuned", metavar="FOLDER|ID", help="The checkpoint that base + DELTA stands for.")
-@click.option("--max-error", type=click.FloatRange(min=0), help="Bound on the relative error of the weights.")
-@click.option("--max-kl", type=click.FloatRange(min=0), help="Bound on the KL to the fine-tune, nats a token.")
+@click.option("--max-error", type=Finite(min=0), help="Bound on the relative error of the weights.")
+@click.option("--max-kl", type=Finite(min=0), help="Bound on the KL to the fine-tune, nats a token.")
 @click.option(
     "--text", "texts", multiple=True, callback=_texts, metavar="DOMAIN=SOURCE", help="For --max-kl, as in eval."
 )
@@ -109,38 +116,46 @@ def command(
     """
     if output is not None and kind == "text" and not as_json:
         raise ToolError("--output needs a --format other than text")
-    wants_signature = signature or bundle is not None or public_key is not None or bool(certificate_chain)
+    if max_kl is None:
+        refuse_given("texts", why="without --max-kl")
+    if max_kl is None and max_error is None:
+        refuse_given("fine_tuned", why="without --max-error or --max-kl")
+    expected = Signature(public_key=public_key, certificate_chain=certificate_chain, bundle=bundle)
     wanted = Wanted(
         base=base,
         content_ids=content_ids,
-        signature=Signature(public_key=public_key, certificate_chain=certificate_chain, bundle=bundle)
-        if wants_signature
-        else None,
+        signature=expected if signature or expected != Signature() else None,
         fine_tuned=fine_tuned,
         max_error=max_error,
         max_kl=max_kl,
         texts=texts,
     )
 
-    @contextlib.contextmanager
-    def open_file(file: str) -> Iterator[Path]:
-        with fetched([file], quiet=quiet) as (path,):
-            yield path
-
     kind = "json" if as_json else kind
     outputs = [*reports, *([(kind, output)] if output is not None else [])]
     if overwrite and not outputs:
-        raise ToolError("--overwrite is for --output and --report; leave it out")
+        refuse_given("overwrite", why="without --output or --report")
     files = _expanded(deltas)
     inputs = (*files, base, fine_tuned, *texts.values(), bundle, public_key, *certificate_chain)
     with claim_files([path for _, path in outputs], overwrite=overwrite, inputs=inputs):
-        report = verify_files(files, wanted, open_file=open_file, progress=staged(quiet=quiet), workers=workers)
+        report = verify_files(
+            files, wanted, open_file=_opener(quiet=quiet), progress=staged(quiet=quiet), workers=workers
+        )
         for its_kind, path in outputs:
             _write(report, its_kind, path, overwrite=overwrite)
     if output is None:
         _show(report, kind)
     if report.status.exit_status:
         ctx.exit(report.status.exit_status)
+
+
+def _opener(*, quiet: bool) -> Opener:
+    @contextlib.contextmanager
+    def open_file(file: str) -> Iterator[Path]:
+        with fetched([file], quiet=quiet) as (path,):
+            yield path
+
+    return open_file
 
 
 def _expanded(patterns: tuple[str, ...]) -> list[str]:

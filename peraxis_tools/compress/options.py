@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import OptionError
+from peraxis_tools.optional import require
 
 __all__ = ["AXES", "EMBEDDINGS", "FITS", "RECIPES", "CompressOptions", "OptionError", "parse_size"]
 
@@ -34,11 +35,31 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
     },
 }
 # Where a run stands and what it runs on: no part of what the bytes follow from.
+_OF_DISTILLATION: Final = (
+    "distill_epochs",
+    "distill_batch_size",
+    "distill_lr",
+    "distill_sign_lr",
+    "distill_full_lr",
+    "distill_loss",
+)
+_OF_TEXT: Final = (
+    "calibration",
+    "text_column",
+    "calibration_samples",
+    "generated_samples",
+    "sequence_length",
+    "held_out",
+    "batch_size",
+    "seed",
+    "compute_dtype",
+    "distill_samples",
+    *_OF_DISTILLATION,
+)
+_RATE_MIN: Final = 1e-9
 _NOT_CONTENT: Final = ("device", "resume", "hidden_limit", "logits_limit")
-
-
-class OptionError(ToolError):
-    """An option is unknown, or its value is; the message names it and what it may be."""
+# Names that options had before; files and their digests keep them.
+_OTHER_NAMES: Final[Mapping[str, str]] = {"bits": "masks"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +69,11 @@ class CompressOptions:
     fit            none: mean |delta|, no text; closed-form: scales from calibration; refined: signs too;
                    adamw: the paper's; auto: refined where a calibration text is given, else none
     axis           auto: the best for each module
-    bits           masks a module, 1 to 8
+    masks          sign masks (components) a module, 1 to 8; `bits` is accepted as another name
     target_size    size of the file; or target_ratio, fine-tuned size / file size: masks are spent where they pay
-    embeddings     embed_tokens and lm_head: sign (`bits` masks), full (exact), auto (as many masks as pay)
+    embeddings     embed_tokens and lm_head: sign (`masks` of them), full (exact), auto (as many masks as pay)
     calibration    c4, a `datasets` id, or a file of json, jsonl(.gz), parquet or txt
-    held_out       share of the calibration samples that judges, rather than fits
+    held_out       share of the calibration samples for validation, rather than the fit
     generated_samples  samples that the fine-tuned model writes itself, added to both texts: its own domain
     distill_samples  samples of end-to-end distillation of all scales afterwards; 0: none
     distill_lr     learning rate of the scales, relative to their size; distill_sign_lr: of the signs (0: kept);
@@ -63,7 +84,7 @@ class CompressOptions:
 
     fit: str = "auto"
     axis: str = "auto"
-    bits: int = 1
+    masks: int = 1
     target_size: int | None = None
     target_ratio: float | None = None
     embeddings: str = "auto"
@@ -100,7 +121,7 @@ class CompressOptions:
             if getattr(self, name) not in allowed:
                 raise OptionError(f"{_dashed(name)} {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         for name, least, most in (
-            ("bits", 1, 8),
+            ("masks", 1, 8),
             ("calibration_samples", 1, 1 << 24),
             ("sequence_length", 2, 1 << 24),
             ("batch_size", 1, 1 << 16),
@@ -110,19 +131,46 @@ class CompressOptions:
             ("distill_batch_size", 1, 1 << 16),
             ("distill_epochs", 1, 1 << 16),
             ("seed", 0, 1 << 32),
+            ("distill_lr", _RATE_MIN, 1e6),
+            ("distill_sign_lr", 0.0, 1e6),
+            ("distill_full_lr", 0.0, 1e6),
+            ("target_size", 1, 1 << 53),
+            ("target_ratio", 0.01, 1e6),
+            ("hidden_limit", 0, 1 << 60),
+            ("logits_limit", 0, 1 << 60),
         ):
+            if getattr(self, name) is None:
+                continue
             if not least <= getattr(self, name) <= most:
-                raise OptionError(f"{_dashed(name)} {getattr(self, name)}: must be {least} to {most}")
+                raise OptionError(f"{_dashed(name)} {getattr(self, name)}: must be {least:.16g} to {most:.16g}")
         if not 0.0 <= self.held_out < 1.0:
             raise OptionError(f"held-out {self.held_out}: a share, at least 0 and below 1")
         if self.calibration is None and (self.fit not in ("auto", "none") or self.distill_samples):
             raise OptionError("this fit needs a text: give --calibration (c4, a datasets id, or a file)")
         if self.target_size is not None and self.target_ratio is not None:
             raise OptionError("target-size and target-ratio: give one of them")
-        if self.fit == "adamw" and (self.bits > 1 or self.has_target):
+        if self.fit == "adamw" and (self.masks > 1 or self.has_target):
             raise OptionError("fit adamw is the paper's: one mask a module, no target")
-        if self.bits > 1 and self.has_target:
-            raise OptionError("bits and a target size exclude each other: the target decides the masks of each module")
+        if self.masks > 1 and self.has_target:
+            raise OptionError("masks and a target size exclude each other: the target decides the masks of each module")
+        for name in ("distill_sign_lr", "distill_full_lr"):
+            if 0.0 < getattr(self, name) < _RATE_MIN:
+                raise OptionError(f"{_dashed(name)} {getattr(self, name)}: must be 0, or at least {_RATE_MIN:g}")
+        self._refuse_idle()
+
+    def _refuse_idle(self) -> None:
+        """Options that are not at their default, but do nothing beside the others."""
+        if self.resolved_fit == "none":
+            self._refuse(_OF_TEXT, "without a fit on text" if self.fit == "auto" else f"with fit {self.fit}")
+        if not self.distill_samples:
+            self._refuse(_OF_DISTILLATION, "without distill-samples")
+        if self.resolved_fit != "refined":
+            self._refuse(("refine_rounds",), f"with fit {self.resolved_fit}")
+
+    def _refuse(self, names: tuple[str, ...], why: str) -> None:
+        for name in names:
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise OptionError(f"{_dashed(name)} does nothing {why}; leave it out")
 
     @property
     def has_target(self) -> bool:
@@ -139,6 +187,7 @@ class CompressOptions:
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> CompressOptions:
         """Options from a mapping (YAML, JSON); `-` and `_` are the same, `recipe` stands for options of RECIPES.
+        Of two names of one option the later wins.
 
         Raises OptionError for unknown keys.
         """
@@ -151,6 +200,7 @@ class CompressOptions:
             if key == "recipe":
                 continue
             name = str(key).replace("-", "_")
+            name = _OTHER_NAMES.get(name, name)
             if name not in known:
                 raise OptionError(f"unknown option {key!r}; known are {', '.join(sorted(map(_dashed, known)))}")
             given[name] = _typed(name, value)
@@ -163,7 +213,8 @@ class CompressOptions:
 
     def content(self) -> dict[str, Any]:
         """What the bytes of the artifact follow from, for the manifest and for resuming; floats as decimal strings."""
-        values = {name: value for name, value in asdict(self).items() if name not in _NOT_CONTENT}
+        names = {new: old for old, new in _OTHER_NAMES.items()}
+        values = {names.get(name, name): value for name, value in asdict(self).items() if name not in _NOT_CONTENT}
         return {name: repr(value) if isinstance(value, float) else value for name, value in values.items()}
 
     def canonical_json(self) -> str:
@@ -173,11 +224,12 @@ class CompressOptions:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML (or JSON) file that holds one mapping. Raises OptionError otherwise."""
+    require(f"{path} (a configuration)", "yaml")
     import yaml
 
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # a date that is none is a ValueError
         raise OptionError(f"{path}: not a YAML file: {str(error).splitlines()[0]}") from None
     if values is None:
         return {}
@@ -206,12 +258,14 @@ def _typed(name: str, value: Any) -> Any:
         return parse_size(value)
     default = CompressOptions.__dataclass_fields__[name].default
     kind: type = float if name == "target_ratio" else type(default)
-    if value is None or (default is None and name != "target_ratio"):
+    if default is None and name != "target_ratio":
+        kind = int if name == "target_size" else str
+    if value is None and default is None:
         return value
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value

@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 
 import peraxis_format as pxd
 from peraxis_tools.errors import ToolError
-from peraxis_tools.merge.fold import negate_mask
+from peraxis_tools.fold import negate_mask
+from peraxis_tools.optional import require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +70,7 @@ def read_torch_delta(path: Path, layout: Layout | None = None, *, axis: pxd.Axis
 
     axis: row or col, as SPEC.md names them: which to take of a module whose variants are both there.
     """
+    require("a .pt file", "torch")
     tensors = _load(path)
     masks = {key for key in tensors if key.rpartition(".")[2] in ("mask", "mask_row", "mask_col")}
     if layout is None:

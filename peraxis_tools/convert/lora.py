@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,17 +21,19 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 import peraxis_format as pxd
-from peraxis_tools.apply import rebuild, to_torch
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.convert.lowrank import LowRank, low_rank
 from peraxis_tools.convert.routes import Route, RouteKind, routes_of
 from peraxis_tools.convert.targets import LayerKind, Place, Targets, targets_by_model, targets_by_name
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
+from peraxis_tools.factors import ComponentSum, module_sum
 from peraxis_tools.folders import atomic_folder
 from peraxis_tools.kinds import kind_of
-from peraxis_tools.merge.factors import Terms, module_terms
+from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_folder
+from peraxis_tools.progress import Progress, watched
+from peraxis_tools.rebuild import rebuild
 from peraxis_tools.rows import delta_rows, row_blocks
 from peraxis_tools.tensor_files import save_tensors
 
@@ -105,13 +107,14 @@ def to_lora(
     max_error: float | None = None,
     base: str | Path | None = None,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = None,
 ) -> LoraResult:
     """Write a PEFT folder. Either rank (for every module), or max_error: the least rank of each that stays below it.
 
     base: folder, file or hub id. It gives what PEFT wants beside the delta (the bias of a norm that is saved whole),
     and the size of exact changes. Raises ToolError where nothing can be adapted, PxdError, CheckpointError, OSError.
     """
+    require("a LoRA adapter", "torch")
     if (rank is None) == (max_error is None):
         raise ToolError("pass either a rank or a largest error")
     output = Path(output)
@@ -126,11 +129,12 @@ def to_lora(
         entries = {entry.name: entry for entry in delta.manifest.modules}
         held = () if checkpoint is None else checkpoint.tensors
         adapter = _Adapter(delta, checkpoint, routes_of(entries, targets, held))
+        step = stack.enter_context(watched(progress, "convert", delta.size - delta.header_size))
         for entry in delta.manifest.modules:
             if entry.name in adapter.routes:
                 _add(adapter, entry, rank, max_error)
             begin, end = delta.span(entry.name)
-            (progress or (lambda _: None))(end - begin)
+            step(end - begin)
         if not adapter.modules:
             reasons = sorted({item.reason for item in adapter.left_out})
             why = f": each {'; or '.join(reasons)}" if reasons else ""
@@ -196,7 +200,7 @@ def _add(adapter: _Adapter, entry: pxd.ModuleEntry, rank: int | None, max_error:
         adapter.square_norm += lost or 0.0
         return
     if route.kind is RouteKind.ADAPT:
-        _decompose(adapter, entry, place, module_terms(adapter.delta.load(entry.name)), rank, max_error)
+        _decompose(adapter, entry, place, module_sum(adapter.delta.load(entry.name)), rank, max_error)
         return
     adapter.square_norm += _square(adapter, entry) or 0.0
     if route.kind is RouteKind.WHOLE:
@@ -221,12 +225,14 @@ def _routes(adapter: _Adapter) -> Collection[Route]:
 
 def _tensor(adapter: _Adapter, name: str) -> Tensor:
     """A tensor of the fine-tune that is stored full, or is the base's."""
+    from peraxis_format.ops.tensors import from_storage
+
     entry = adapter.delta.entry(name)
     if entry.encoding is pxd.Encoding.FULL:
-        return to_torch(np.array(adapter.delta.load(name).full), entry.dtype)
+        return from_storage(np.array(adapter.delta.load(name).full), entry.dtype)
     if adapter.base is None:
         raise ToolError(f"{name}: pass --base")
-    return to_torch(rebuild(adapter.delta, adapter.base.tensors, name), entry.dtype)
+    return from_storage(rebuild(adapter.delta, adapter.base.tensors, name), entry.dtype)
 
 
 def _square(adapter: _Adapter, entry: pxd.ModuleEntry) -> float | None:
@@ -246,7 +252,12 @@ def _square(adapter: _Adapter, entry: pxd.ModuleEntry) -> float | None:
 
 
 def _decompose(
-    adapter: _Adapter, entry: pxd.ModuleEntry, place: Place, terms: Terms, rank: int | None, max_error: float | None
+    adapter: _Adapter,
+    entry: pxd.ModuleEntry,
+    place: Place,
+    terms: ComponentSum,
+    rank: int | None,
+    max_error: float | None,
 ) -> None:
     import torch
 
@@ -272,7 +283,7 @@ def _decompose(
     adapter.tensors[f"{layer}.{names[1]}"] = a.t().contiguous()
 
 
-def _whole_spectrum(terms: Terms, rank: int | None, max_error: float | None) -> LowRank:
+def _whole_spectrum(terms: ComponentSum, rank: int | None, max_error: float | None) -> LowRank:
     """All singular values of the dense matrix: for a large share of them, or a rank that follows from the error."""
     import torch
 

@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from peraxis_tools.merge.factors import Terms
+from peraxis_tools.factors import ComponentSum
 from peraxis_tools.rows import row_blocks
 
 __all__ = ["LowRank", "low_rank"]
@@ -38,7 +38,7 @@ class LowRank:
     square_error: float
 
 
-def low_rank(terms: Terms, rank: int) -> LowRank:
+def low_rank(terms: ComponentSum, rank: int) -> LowRank:
     """The best factors of this rank, but for what five passes leave of it; rank + 16 at most the smaller dimension."""
     d_out, d_in = terms.shape
     basis = np.random.default_rng(_SEED).standard_normal((d_in, min(d_in, rank + _EXTRA)), np.float32)
@@ -69,6 +69,6 @@ def _square(block: NDArray[np.float32]) -> float:
     return float(np.square(block, dtype=np.float64).sum())
 
 
-def _blocks(terms: Terms) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+def _blocks(terms: ComponentSum) -> Iterator[tuple[slice, NDArray[np.float32]]]:
     for rows in row_blocks(terms.shape, elements=_BLOCK_ELEMENTS):
         yield rows, terms.dense(rows, threads=None)

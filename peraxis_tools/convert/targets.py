@@ -101,7 +101,8 @@ def _model(config: Mapping[str, Any]) -> nn.Module | None:
             parsed = transformers.AutoConfig.for_model(**config)
             kind = getattr(transformers, str(next(iter(config.get("architectures") or []), "")), None)
             if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-                return transformers.AutoModelForCausalLM.from_config(parsed)
+                built: nn.Module = transformers.AutoModelForCausalLM.from_config(parsed)
+                return built
             model: nn.Module = kind(parsed)
             return model
     except Exception:  # a configuration from a stranger's file may fail in any way
@@ -113,14 +114,7 @@ def _tied(model: nn.Module) -> set[str]:
     seen: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         seen.setdefault(id(parameter), []).append(name)
-    shared = {name for names in seen.values() if len(names) > 1 for name in names}
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        tables: Any = (getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output"))
-        tables = [table for table in tables if table is not None]
-        if len(tables) == 2:
-            shared |= {f"{path}.weight" for path, module in model.named_modules() if module in tables}
-    return shared
+    return {name for names in seen.values() if len(names) > 1 for name in names}
 
 
 _CLASSES: Final = {

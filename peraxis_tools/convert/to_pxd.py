@@ -22,6 +22,7 @@ from peraxis_tools.convert.layouts import Layout, TorchDelta, component_of, read
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.kinds import execution_key
 from peraxis_tools.outputs import claim_file
+from peraxis_tools.progress import Progress, watched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +66,7 @@ def to_pxd(
     axis: pxd.Axis | None = None,
     name: str | None = None,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = None,
 ) -> ToPxdResult:
     """Convert; layout None recognises it. name: of the fine-tuned checkpoint (default: the file's name).
 
@@ -82,10 +83,13 @@ def to_pxd(
         _check_base(found, checkpoint, source)
         identity = pxd.Identity(id=name or source.stem)
         metadata = {"peraxis.converted": found.layout}
-        with pxd.DeltaWriter(
-            output, base=checkpoint.identity, fine_tuned=identity, metadata=metadata, overwrite=overwrite
-        ) as writer:
-            _write(writer, found, checkpoint, counts, progress or (lambda _: None))
+        with (
+            pxd.DeltaWriter(
+                output, base=checkpoint.identity, fine_tuned=identity, metadata=metadata, overwrite=overwrite
+            ) as writer,
+            watched(progress, "convert", checkpoint.tensors.size) as step,
+        ):
+            _write(writer, found, checkpoint, counts, step)
             manifest = writer.finish()
     kinds = [module.encoding for module in manifest.modules]
     return ToPxdResult(

@@ -19,9 +19,10 @@ from peraxis_tools.diff.modules import compare_modules
 from peraxis_tools.diff.result import DiffResult, GroupDiff, ManifestChange, ModuleDiff, group
 from peraxis_tools.errors import CheckFailedError
 from peraxis_tools.parallel import balanced_map
+from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rows import BaseRows, base_rows
 
-__all__ = ["DiffResult", "GroupDiff", "ManifestChange", "ModuleDiff", "diff", "diff_checkpoint", "diff_size"]
+__all__ = ["DiffResult", "GroupDiff", "ManifestChange", "ModuleDiff", "diff", "diff_checkpoint"]
 
 _DENSE_WORKERS: Final = 2  # blocks of rows are some tens of MiB a worker
 
@@ -32,16 +33,16 @@ def diff(
     *,
     base: str | Path | None = None,
     workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = None,
 ) -> DiffResult:
     """Compare two deltas made for one base.
 
     base: the checkpoint itself, needed only for the norms of tensors that are stored exactly; its dtypes and shapes
-    are checked, its bytes are not (`verify --base` does that). progress: called with numbers of payload bytes of A.
+    are checked, its bytes are not (`verify --base` does that). progress: called with numbers of payload bytes of A,
+    or True for a bar.
     Raises CheckFailedError where the bases differ, PxdError, CheckpointError, OSError.
     """
-    step = progress or (lambda _: None)
-    with pxd.open(a) as file_a, pxd.open(b) as file_b:
+    with pxd.open(a) as file_a, pxd.open(b) as file_b, watched(progress, "diff", _payload_bytes(file_a)) as step:
         common = [name for name in file_a if name in file_b]
         _check_one_base(file_a, file_b, common)
         if base is None:
@@ -68,14 +69,18 @@ def diff_checkpoint(
     *,
     base: str | Path,
     workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = None,
 ) -> DiffResult:
     """Compare base + delta with a fine-tuned checkpoint; relative distances are to the checkpoint's own delta.
 
     Raises CheckFailedError, PxdError, CheckpointError, OSError.
     """
-    step = progress or (lambda _: None)
-    with pxd.open(a) as file, open_checkpoint(base) as before, open_checkpoint(fine_tuned) as after:
+    with (
+        pxd.open(a) as file,
+        open_checkpoint(base) as before,
+        open_checkpoint(fine_tuned) as after,
+        watched(progress, "diff", _payload_bytes(file)) as step,
+    ):
         pxd.check_base_names(file.manifest, before.tensors)
         aliases = {alias for _, alias in file.manifest.tied}
         common = [name for name in file if name in after.tensors]
@@ -106,10 +111,8 @@ def diff_checkpoint(
         )
 
 
-def diff_size(a: str | Path) -> int:
-    """Units of the progress of `diff`: payload bytes of A."""
-    with pxd.open(a) as file:
-        return sum(_size(file, name) for name in file)
+def _payload_bytes(file: pxd.DeltaFile) -> int:
+    return sum(_size(file, name) for name in file)
 
 
 def _size(file: pxd.DeltaFile, name: str) -> int:

@@ -5,7 +5,7 @@ all ones (SPEC 5.3). So
 
     <A_k, B_l> = 2^(e_k + e_l)  sum_i row_k[i] row_l[i]  sum_j col_k[j] col_l[j] b_k[i,j] b_l[i,j]
 
-and the inner sum is over the xor of two masks (mask_compare/numpy.py), by blocks of rows. Of these come, in binary64,
+and the inner sum is over the xor of two masks (ops/mask_compare), by blocks of rows. Of these come, in binary64,
 
     <A, B> = sum_k,l <A_k, B_l>        ||A||^2 = <A, A>        ||A - B||^2 = ||A||^2 + ||B||^2 - 2 <A, B>
 
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import peraxis_format as pxd
-from peraxis_tools.ops.mask_compare.numpy import Columns, differing
+from peraxis_tools.ops.mask_compare import Columns, differing
 
 __all__ = ["Block", "Moments", "Packed", "magnitude", "moments", "pack", "row_step", "square"]
 
@@ -73,15 +73,9 @@ def pack(
     mask: Callable[[int, int], NDArray[np.uint8]],
 ) -> Packed:
     """A component [..., d_out, d_in] for the sums below. scales: `row`, `col`, `scalar`, as its axis has them."""
-    d_out, d_in = covered[-2:]
-    batch = math.prod(covered[:-2])
-    rows = np.full((batch, d_out), 2.0**exponent)
-    if "row" in scales:
-        rows *= scales["row"].reshape(batch, d_out).astype(np.float64)
-    if "scalar" in scales:
-        rows *= float(scales["scalar"][0])
-    cols = scales["col"].reshape(batch, d_in).astype(np.float64) if "col" in scales else None
-    return Packed(d_in=d_in, row=rows, col=cols, mask=mask)
+    row, col = pxd.scale_factors(exponent, scales, covered)
+    wide = None if col is None else col.astype(np.float64)
+    return Packed(d_in=covered[-1], row=row.astype(np.float64), col=wide, mask=mask)
 
 
 def row_step(d_in: int) -> int:

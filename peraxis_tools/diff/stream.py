@@ -31,7 +31,7 @@ def packed_components(file: pxd.DeltaFile, name: str) -> list[Packed]:
             for part in ("row", "col", "scalar")
             if f"{name}.{k}.{part}" in records
         }
-        covered = (min(entry.shape[0], entry.base.shape[0]), *entry.shape[1:]) if entry.base else entry.shape
+        covered = (pxd.kept_rows(entry.shape, entry.base.shape), *entry.shape[1:]) if entry.base else entry.shape
         found.append(pack(component.exponent, scales, covered, _mask_rows(file, mask)))
     return found
 

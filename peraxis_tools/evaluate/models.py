@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peraxis_format as pxd
-from peraxis_tools.apply import load_model
 from peraxis_tools.checkpoint import open_checkpoint
 from peraxis_tools.errors import ToolError
+from peraxis_tools.load import load_model
 
 if TYPE_CHECKING:
     import torch
@@ -32,15 +32,21 @@ def load_checkpoint_model(
     """A checkpoint as it is, computing in `dtype`."""
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(_folder(source, revision), dtype=dtype)
-    return model.eval().to(device)
+    model = AutoModelForCausalLM.from_pretrained(_folder(source, revision), dtype=dtype)
+    return _on(model.eval(), device)
+
+
+def _on(model: Any, device: torch.device) -> PreTrainedModel:
+    """The model on a device. transformers gives `to` a type that hides what it takes."""
+    moved: PreTrainedModel = model.to(device)
+    return moved
 
 
 def load_merged(
     base: str | Path, delta: str | Path, *, dtype: torch.dtype, device: torch.device, revision: str | None = None
 ) -> PreTrainedModel:
     """Base + delta, weights rounded to their own dtype (SPEC 6.1) and then computing in `dtype`."""
-    return load_model(base, delta, base_revision=revision, dtype=dtype).to(device)
+    return _on(load_model(base, delta, base_revision=revision, dtype=dtype), device)
 
 
 def load_on_the_fly(
@@ -56,7 +62,7 @@ def load_on_the_fly(
     with pxd.open(delta) as file, open_checkpoint(base, revision=revision) as checkpoint:
         for name, weight in _unrounded(file, checkpoint.tensors):
             _put(model, name, weight)
-    return model.to(device)
+    return _on(model, device)
 
 
 def _unrounded(delta: pxd.DeltaFile, base: pxd.Safetensors) -> Iterator[tuple[str, torch.Tensor]]:
@@ -85,6 +91,6 @@ def _put(model: PreTrainedModel, name: str, weight: torch.Tensor) -> None:
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
     """The tokenizer of a checkpoint. Raises ToolError where it has none."""
-    from peraxis_tools.compress.run import environment
+    from peraxis_tools import environment
 
     return environment.load_tokenizer(_folder(source, revision))

@@ -5,7 +5,7 @@ Memory: two models (the fine-tuned one, and one candidate at a time) and the log
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +19,17 @@ from peraxis_tools.evaluate.types import (
     TaskResult,
     recovered_fraction,
 )
+from peraxis_tools.optional import require
+from peraxis_tools.progress import Staged, watched_stages
 
 if TYPE_CHECKING:
     import torch
 
-    from peraxis_tools.compress.calibration.text import Samples
+    from peraxis_tools.text import Samples
 
 __all__ = ["Progress", "evaluate", "worst_kl"]
 
-# Called as progress(step, done, total): what is being evaluated, and how far it is.
-Progress = Callable[[str, int, int], None]
+Progress = Staged
 
 
 def evaluate(
@@ -50,25 +51,25 @@ def evaluate(
     text_column: str | None = None,
     base_revision: str | None = None,
     fine_tuned_revision: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> EvaluateResult:
     """Compare base + delta with the fine-tuned checkpoint.
 
     texts: domain -> c4, a datasets id, or a file (json, jsonl, parquet, txt, csv; also .gz), cut into up to `samples`
     windows of `sequence_length` tokens that do not overlap and hold no padding. candidates: of CANDIDATES; on-the-fly
     always computes in float32, the others in compute_dtype. tasks: names for lm-eval, with task_limit questions
-    each; task_path: a folder of further task definitions. Raises ToolError, PxdError, CheckpointError.
+    each; task_path: a folder of further task definitions. progress: called with (stage, done, total), or True for
+    bars. Raises ToolError, PxdError, CheckpointError.
     """
-    unknown = sorted(set(candidates) - set(CANDIDATES))
-    if unknown:
-        raise ToolError(f"candidate {unknown[0]}: choose of {', '.join(CANDIDATES)}")
-    if not texts and not tasks:
-        raise ToolError("nothing to evaluate on: give a text (--text domain=file) or tasks (--tasks)")
-    from peraxis_tools.compress.run.environment import resolve_device
+    _check_asked(texts, tasks, candidates)
+    require("an evaluation", "torch", "transformers", "datasets", extra="compress")
+    if tasks:
+        require("--tasks", "lm_eval")
+    from peraxis_tools.environment import resolve_device
     from peraxis_tools.evaluate.models import load_tokenizer
     from peraxis_tools.quiet import quiet_transformers
 
-    with pxd.open(delta) as file, quiet_transformers():
+    with pxd.open(delta) as file, quiet_transformers(), watched_stages(progress) as step:
         models = _Models(
             base=base,
             fine_tuned=fine_tuned,
@@ -83,7 +84,7 @@ def evaluate(
             domain: _samples(source, tokenizer, samples, sequence_length, seed, text_column)
             for domain, source in texts.items()
         }
-        found = _compare_all(models, sampled, candidates, batch_size, progress or _no_progress)
+        found = _compare_all(models, sampled, candidates, batch_size, step)
         calibration = file.manifest.calibration
         return EvaluateResult(
             base=str(base),
@@ -91,11 +92,17 @@ def evaluate(
             delta=str(delta),
             content_id=file.content_id,
             bytes=file.size,
-            domains=tuple(
-                _domain(name, sampled[name], found[name], seen=_seen(sampled[name], calibration)) for name in sampled
-            ),
+            domains=tuple(_domain(name, its, found[name], calibration) for name, its in sampled.items()),
             tasks=_tasks(models, tokenizer, tasks, task_limit, task_path, batch_size),
         )
+
+
+def _check_asked(texts: Mapping[str, str | Path], tasks: Sequence[str], candidates: Sequence[str]) -> None:
+    unknown = sorted(set(candidates) - set(CANDIDATES))
+    if unknown:
+        raise ToolError(f"candidate {unknown[0]}: choose of {', '.join(CANDIDATES)}")
+    if not texts and not tasks:
+        raise ToolError("nothing to evaluate on: give a text (--text domain=file) or tasks (--tasks)")
 
 
 def worst_kl(
@@ -146,14 +153,10 @@ class _Models:
         return models.load_on_the_fly(self._base, self._delta, revision=self._base_revision, device=self.device)
 
 
-def _no_progress(step: str, done: int, total: int) -> None:
-    return None
-
-
 def _samples(
     source: str | Path, tokenizer: Any, count: int, length: int, seed: int, text_column: str | None
 ) -> Samples:
-    from peraxis_tools.compress.calibration.text import load_samples
+    from peraxis_tools.text import load_samples
 
     return load_samples(str(source), tokenizer, samples=count, length=length, seed=seed, text_column=text_column)
 
@@ -190,7 +193,9 @@ def _seen(samples: Samples, calibration: pxd.Calibration | None) -> bool:
     return calibration.digest == samples.digest or calibration.source.split("; ")[0] == samples.source
 
 
-def _domain(name: str, samples: Samples, found: Mapping[str, Fidelity], *, seen: bool) -> DomainResult:
+def _domain(
+    name: str, samples: Samples, found: Mapping[str, Fidelity], calibration: pxd.Calibration | None
+) -> DomainResult:
     any_one = next(iter(found.values()))
     base = found.get("base")
     recovered = {
@@ -209,7 +214,7 @@ def _domain(name: str, samples: Samples, found: Mapping[str, Fidelity], *, seen:
         candidates=dict(found),
         perplexity={candidate: its.perplexity for candidate, its in found.items()},
         recovered=recovered,
-        seen=seen,
+        seen=_seen(samples, calibration),
     )
 
 

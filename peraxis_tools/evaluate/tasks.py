@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from peraxis_tools.errors import ToolError
 from peraxis_tools.evaluate.types import TaskResult
+from peraxis_tools.optional import require
 
 __all__ = ["run_tasks"]
 
@@ -45,10 +46,9 @@ def run_tasks(
 
 
 def _manager(tasks: Sequence[str], path: Path | None) -> Any:
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise ToolError("tasks need lm-eval, which is not installed: pip install 'peraxis[tasks]'") from None
+    require("--tasks", "lm_eval")
+    from lm_eval.tasks import TaskManager
+
     manager = TaskManager(include_path=None if path is None else str(path))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:

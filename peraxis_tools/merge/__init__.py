@@ -23,6 +23,7 @@ from peraxis_tools.merge.methods import Method, Mixture
 from peraxis_tools.merge.modules import MergedModule, merge_module, needs_base, relative_error
 from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
+from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rows import base_rows
 
 __all__ = [
@@ -35,12 +36,13 @@ __all__ = [
     "is_part",
     "merge",
     "merge_parts",
-    "merge_size",
     "part_metadata",
     "refuse_part",
     "split",
 ]
 
+# Beyond these, products with scales leave the range of the formats that hold them.
+_WEIGHT_MIN, _WEIGHT_MAX = 1e-6, 1e6
 _AHEAD_BYTES: Final = 128 << 20
 _INPUTS_KEY: Final = "peraxis.inputs"
 _MERGE_KEY: Final = "peraxis.merge"
@@ -72,21 +74,12 @@ class MergeResult:
     modules: tuple[MergedModule, ...]
 
 
-def merge_size(paths: Sequence[str | Path]) -> int:
-    """Units of the progress of `merge`: payload bytes of all inputs."""
-    total = 0
-    for path in paths:
-        with pxd.open(path) as file:
-            total += file.size - file.header_size
-    return total
-
-
 def merge_parts(
     paths: Sequence[str | Path],
     output: str | Path,
     *,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = None,
 ) -> MergeResult:
     """Join parts of one delta (parts.py) into the file that they were parts of. Raises ToolError, PxdError."""
     output = Path(output)
@@ -107,25 +100,31 @@ def merge(
     *,
     weights: Sequence[float],
     mixture: Mixture | None = None,
+    masks: int | None = None,
     bits: int | None = None,
     base: str | Path | None = None,
     name: str | None = None,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = None,
 ) -> MergeResult:
     """Write the merge of deltas on one base.
 
-    weights: one for each path. bits: masks a module of the result has; None keeps all components of a weighted sum,
-    and means as many as the inputs have together (8 at most) for `ties` and `dare`. base: the checkpoint, needed
-    where inputs store different exact tensors. name: of the fine-tuned checkpoint that results. progress: payload
-    bytes of inputs done. Raises CheckFailedError for different bases, ToolError, PxdError, CheckpointError.
+    weights: one for each path. masks: how many a module of the result has (`bits` is another name of it); None keeps
+    all components of a weighted sum, and means as many as the inputs have together (8 at most) for `ties` and `dare`.
+    base: the checkpoint, needed where inputs store different exact tensors. name: of the fine-tuned checkpoint that
+    results. progress: called with payload bytes of inputs
+    done, or True for a bar. Raises CheckFailedError for different bases, ToolError, PxdError,
+    CheckpointError.
     """
     mixture = mixture or Mixture()
+    masks = bits if masks is None else masks
     output = Path(output)
     _check_weights(paths, weights)
     with ExitStack() as stack:
         stack.enter_context(claim_file(output, overwrite=overwrite, inputs=(*paths, base)))
         opened = [stack.enter_context(pxd.open(path)) for path in paths]
+        total = sum(file.size - file.header_size for file in opened)
+        step = stack.enter_context(watched(progress, "merge", total))
         for file in opened:
             refuse_part(file.manifest, file.path)
         _check_compatible(opened)
@@ -137,16 +136,16 @@ def merge(
             _check_no_base_needed(files, ordered, mixture)
         else:
             pxd.check_base_names(files[0].manifest, checkpoint.tensors)
-        if bits is None and not mixture.is_sum:
-            bits = min(pxd.COMPONENTS_MAX, sum(_masks(file) for file in files))
-        with _writer(output, files, ordered, mixture, bits, name, overwrite=overwrite) as writer:
-            modules = tuple(_add_all(writer, files, ordered, mixture, bits, checkpoint, progress or (lambda _: None)))
+        if masks is None and not mixture.is_sum:
+            masks = min(pxd.COMPONENTS_MAX, sum(_masks(file) for file in files))
+        with _writer(output, files, ordered, mixture, masks, name, overwrite=overwrite) as writer:
+            modules = tuple(_add_all(writer, files, ordered, mixture, masks, checkpoint, step))
             _add_rest(writer, files, ordered)
             manifest = writer.finish()
     inputs = tuple(
         MergeInput(content_id=file.content_id, weight=weight) for file, weight in zip(files, ordered, strict=True)
     )
-    return _result(output, manifest, writer.size, "sum" if bits is None else "fit", mixture.method, inputs, modules)
+    return _result(output, manifest, writer.size, "sum" if masks is None else "fit", mixture.method, inputs, modules)
 
 
 def _result(
@@ -175,8 +174,9 @@ def _result(
 def _check_weights(paths: Sequence[str | Path], weights: Sequence[float]) -> None:
     if len(weights) != len(paths):
         raise ToolError(f"{len(weights)} weights for {len(paths)} deltas; pass one for each")
-    if not all(math.isfinite(weight) for weight in weights):
-        raise ToolError(f"weights must be finite, not {', '.join(map(str, weights))}")
+    odd = [weight for weight in weights if not (weight == 0 or _WEIGHT_MIN <= abs(weight) <= _WEIGHT_MAX)]
+    if odd:
+        raise ToolError(f"weight {odd[0]:g}: must be 0, or {_WEIGHT_MIN:g} to {_WEIGHT_MAX:g} in magnitude")
 
 
 def _masks(file: pxd.DeltaFile) -> int:
@@ -219,7 +219,7 @@ def _writer(
     files: Sequence[pxd.DeltaFile],
     weights: Sequence[float],
     mixture: Mixture,
-    bits: int | None,
+    masks: int | None,
     name: str | None,
     *,
     overwrite: bool,
@@ -234,13 +234,13 @@ def _writer(
         base=pxd.Identity(id=first.base.id, revision=first.base.revision),
         fine_tuned=pxd.Identity(id=name or terms),
         calibration=calibrations.pop() if len(calibrations) == 1 else None,
-        metadata={_INPUTS_KEY: json.dumps(inputs), _MERGE_KEY: json.dumps(_how(mixture, bits), sort_keys=True)},
+        metadata={_INPUTS_KEY: json.dumps(inputs), _MERGE_KEY: json.dumps(_how(mixture, masks), sort_keys=True)},
         overwrite=overwrite,
     )
 
 
-def _how(mixture: Mixture, bits: int | None) -> dict[str, Any]:
-    how: dict[str, Any] = {"method": mixture.method, "bits": bits, "normalize": mixture.normalized}
+def _how(mixture: Mixture, masks: int | None) -> dict[str, Any]:
+    how: dict[str, Any] = {"method": mixture.method, "bits": masks, "normalize": mixture.normalized}
     if not mixture.is_sum:
         how["density"] = repr(mixture.density)
     if mixture.method == "dare":
@@ -253,7 +253,7 @@ def _add_all(
     files: Sequence[pxd.DeltaFile],
     weights: Sequence[float],
     mixture: Mixture,
-    bits: int | None,
+    masks: int | None,
     checkpoint: Checkpoint | None,
     progress: Callable[[int], None],
 ) -> list[MergedModule]:
@@ -263,7 +263,7 @@ def _add_all(
             [file.load(entry.name) for file in files],
             weights,
             mixture=mixture,
-            bits=bits,
+            masks=masks,
             base=rows,
             keys=[f"{file.content_id} {entry.name}" for file in files],
         )

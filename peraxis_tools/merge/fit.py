@@ -23,8 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import peraxis_format as pxd
-from peraxis_tools.merge.factors import Terms, component_terms, joined
-from peraxis_tools.ops.merge_rows.numpy import columns, row_sums
+from peraxis_format.ops.backend import choose
+from peraxis_tools.factors import ComponentSum, weighted
+from peraxis_tools.ops.delta_sums import DeltaSums, delta_sums
+from peraxis_tools.ops.merge_rows import columns
 from peraxis_tools.rows import row_blocks
 
 __all__ = ["Dense", "Fit", "fit_masks"]
@@ -42,30 +44,30 @@ class Fit:
     square_norm: float
 
 
-def fit_masks(matrix: Callable[[tuple[int, ...]], Dense], covered: tuple[int, ...], bits: int) -> Fit:
-    """Fit `bits` row+col components to a delta of this covered shape, two passes over it for each mask.
+def fit_masks(matrix: Callable[[tuple[int, ...]], Dense], covered: tuple[int, ...], masks: int) -> Fit:
+    """Fit `masks` row+col components to a delta of this covered shape, two passes over it for each mask.
 
     matrix: the rows of the matrix at an index of the batch.
     """
-    batch = covered[:-2]
-    fits = [_fit_matrix(matrix(index), covered[-2:], bits) for index in np.ndindex(batch)]
+    batch, (rows, cols) = covered[:-2], covered[-2:]
+    fits = [_fit_matrix(matrix(index), (rows, cols), masks) for index in np.ndindex(*batch)]
     return Fit(
-        components=tuple(_stack([fit.components[k] for fit in fits], batch) for k in range(bits)),
+        components=tuple(_stack([fit.components[k] for fit in fits], batch) for k in range(masks)),
         square_error=math.fsum(fit.square_error for fit in fits),
         square_norm=math.fsum(fit.square_norm for fit in fits),
     )
 
 
-def _fit_matrix(dense: Dense, shape: tuple[int, int], bits: int) -> Fit:
-    chosen: list[Terms] = []
+def _fit_matrix(dense: Dense, shape: tuple[int, int], masks: int) -> Fit:
+    chosen: tuple[pxd.ComponentFactors, ...] = ()
     components: list[pxd.Component] = []
     norm = left = 0.0
-    for k in range(bits):
-        residual = _Residual(dense, shape, joined(chosen) if chosen else None)
+    for k in range(masks):
+        residual = _Residual(dense, ComponentSum(components=chosen, shape=shape))
         component, square, left = _component(residual)
         norm = norm if k else square
         components.append(component)
-        chosen.append(component_terms(component, shape, weight=-1.0))
+        chosen += tuple(weighted(factors, -1.0) for factors in component.factors(shape))
     return Fit(components=tuple(components), square_error=left, square_norm=norm)
 
 
@@ -74,29 +76,27 @@ class _Residual:
     """A matrix and the terms that are taken from it already."""
 
     dense: Dense
-    shape: tuple[int, int]
-    chosen: Terms | None
+    chosen: ComponentSum
 
     def rows(self, rows: slice) -> NDArray[np.float32]:
         block = self.dense(rows)
-        if self.chosen is not None:
-            self.chosen.add(rows, block)
+        self.chosen.add(rows, block)
         return block
 
 
 def _component(residual: _Residual) -> tuple[pxd.Component, float, float]:
     """The component, ||R||^2, and what it leaves of it."""
-    d_out, d_in = residual.shape
-    blocks = list(row_blocks(residual.shape))
+    d_out, d_in = shape = residual.chosen.shape
+    blocks = list(row_blocks(shape))
     zeros = np.zeros((blocks[0].stop, d_in), np.float32)
     row, sums = np.empty(d_out), np.zeros(d_in)
     squares = []
     for rows in blocks:
         block = residual.rows(rows)
-        _, size, square = row_sums(block, zeros[: len(block)], None)
-        row[rows] = size / d_in
+        found = _sums(block, zeros, None)
+        row[rows] = found.row / d_in
         sums += columns(block, row[rows])
-        squares.append(square)
+        squares.append(found.square)
     # What the file can hold of c, so that r makes up for its rounding.
     col16, exponent = pxd.encode_scales(sums / max(float(row @ row), _TINY))
     col = np.ldexp(col16.astype(np.float64), exponent)
@@ -105,13 +105,22 @@ def _component(residual: _Residual) -> tuple[pxd.Component, float, float]:
     size = np.empty(d_out)
     for rows in blocks:
         block = residual.rows(rows)
-        mask[rows], size[rows], _ = row_sums(block, zeros[: len(block)], col)
+        found = _sums(block, zeros, col)
+        mask[rows], size[rows] = found.mask, found.row
     row16, col16, exponent = pxd.encode_scale_pair(size / max(power, _TINY), col)
     component = pxd.Component(axis=pxd.Axis.ROW_COL, exponent=exponent, mask=mask, row=row16, col=col16)
     # `size` was summed for col; the stored pair is that col times a power of two, which the rows' exponent takes back.
     stored = np.ldexp(row16.astype(np.float64), exponent) * _ratio(col16, col)
     square = math.fsum(squares)
     return component, square, max(0.0, square - 2.0 * float(stored @ size) + float(stored @ stored) * power)
+
+
+def _sums(block: NDArray[np.float32], zeros: NDArray[np.float32], weights: NDArray[np.float64] | None) -> DeltaSums:
+    """Signs, weighted sums of rows and the sum of squares of R, on this thread. zeros: as many rows at least."""
+    kind, backend = pxd.DType.F32, choose("merge_rows", block.size)
+    return delta_sums(
+        zeros[: len(block)], block, base_dtype=kind, dtype=kind, weights=weights, threads=1, backend=backend
+    )
 
 
 _TINY = float(np.finfo(np.float64).tiny)

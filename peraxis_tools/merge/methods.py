@@ -22,7 +22,7 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from peraxis_tools.ops.merge_rows.numpy import HALF, elect, histogram, keep_some
+from peraxis_tools.ops.merge_rows import HALF, elect, histogram, keep_some
 
 __all__ = ["Magnitudes", "Method", "Mixer", "Mixture", "make_mixer", "threshold"]
 

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 import peraxis_format as pxd
 from peraxis_tools.errors import ToolError
+from peraxis_tools.factors import joined, module_sum
+from peraxis_tools.fold import fold
 from peraxis_tools.merge.exact import merge_exact, merge_tails
-from peraxis_tools.merge.factors import joined, module_terms
 from peraxis_tools.merge.fit import Dense, fit_masks
-from peraxis_tools.merge.fold import fold
 from peraxis_tools.merge.methods import Magnitudes, Mixture, make_mixer
 from peraxis_tools.rows import BaseRows, delta_rows, has_delta, row_blocks
 
@@ -37,11 +37,11 @@ def merge_module(
     weights: Sequence[float],
     *,
     mixture: Mixture,
-    bits: int | None,
+    masks: int | None,
     base: BaseRows | None,
     keys: Sequence[str],
 ) -> tuple[pxd.ModuleDelta, MergedModule]:
-    """Merge the modules of one name. bits: masks to fit the merged delta into; None keeps every component.
+    """Merge the modules of one name. masks: masks to fit the merged delta into; None keeps every component.
 
     base: rows of the base tensor, for what is stored exactly. keys: texts that stand for the inputs. Raises ToolError.
     """
@@ -56,9 +56,9 @@ def merge_module(
     tail = merge_tails(modules, factors)
     if not any(module.components for module in modules):
         return replace(first, tail=tail), MergedModule(name=first.name, encoding="same", components=0)
-    if bits is None:
+    if masks is None:
         return _kept(modules, factors, tail)
-    fitted = fit_masks(_matrices(modules, weights, mixture, keys), first.covered, bits)
+    fitted = fit_masks(_matrices(modules, weights, mixture, keys), first.covered, masks)
     if fitted.square_norm == 0.0:
         return _encoded(first, (), tail)
     merged, found = _encoded(first, fitted.components, tail)
@@ -89,15 +89,15 @@ def _matrices(
         factors = mixture.effective(weights)
 
         def summed(index: tuple[int, ...]) -> Dense:
-            terms = [module_terms(m, index, weight=w) for m, w in zip(modules, factors, strict=True)]
-            return joined(terms).dense
+            sums = [module_sum(m, index, weight=w) for m, w in zip(modules, factors, strict=True)]
+            return joined(sums).dense
 
         return summed
     mixer = make_mixer(mixture, weights, keys, [_magnitudes(module) for module in modules])
 
     def mixed(index: tuple[int, ...]) -> Dense:
-        terms = [module_terms(module, index) for module in modules]
-        return lambda rows: mixer.mix([each.dense(rows) for each in terms], (*index, rows.start))
+        sums = [module_sum(module, index) for module in modules]
+        return lambda rows: mixer.mix([each.dense(rows) for each in sums], (*index, rows.start))
 
     return mixed
 
@@ -108,14 +108,14 @@ def _magnitudes(module: pxd.ModuleDelta) -> Magnitudes:
     single = len(module.components) == 1
 
     def products(index: tuple[int, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        terms = module_terms(module, index)
-        return terms.scales[0].astype(np.float64), terms.columns[0].astype(np.float64)
+        first = module_sum(module, index).components[0]
+        return first.row.astype(np.float64), first.col.astype(np.float64)
 
     def blocks() -> Iterator[NDArray[np.float32]]:
         for index in matrices:
-            terms = module_terms(module, index)
+            whole = module_sum(module, index)
             for rows in row_blocks(module.covered[-2:]):
-                yield terms.dense(rows)
+                yield whole.dense(rows)
 
     return Magnitudes(
         count=math.prod(module.covered),
@@ -160,7 +160,7 @@ def _kept(
     if len(components) > pxd.COMPONENTS_MAX:
         raise ToolError(
             f"{modules[0].name}: the sum has {len(components)} masks and a module holds {pxd.COMPONENTS_MAX}; "
-            "pass --bits to fit it into fewer"
+            "pass --masks to fit it into fewer"
         )
     return _encoded(modules[0], components, tail)
 

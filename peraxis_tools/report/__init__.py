@@ -2,6 +2,7 @@
 
 from peraxis_tools.report.console import (
     Progress,
+    Stages,
     emit,
     hub_progress,
     json_text,
@@ -19,6 +20,7 @@ from peraxis_tools.report.console import (
 
 __all__ = [
     "Progress",
+    "Stages",
     "emit",
     "hub_progress",
     "json_text",

@@ -24,11 +24,13 @@ from typing import Any, Final, Protocol, TypeVar
 from rich.console import Console
 from rich.markup import escape
 
-from peraxis_tools.progress import ProgressOf
+from peraxis_tools.optional import require
+from peraxis_tools.progress import StageOpener
 from peraxis_tools.urls import without_secrets
 
 __all__ = [
     "Progress",
+    "Stages",
     "emit",
     "hub_progress",
     "json_text",
@@ -178,11 +180,13 @@ def progress(description: str, total: int | None, *, unit: str = "bytes", quiet:
         return
     from rich import progress as bars
 
+    from peraxis_tools.report.remaining import Remaining
+
     columns: list[bars.ProgressColumn] = [bars.TextColumn("{task.description}"), bars.BarColumn()]
     if total is None:
         columns += [bars.TimeElapsedColumn()]
     else:
-        columns += [bars.DownloadColumn() if unit == "bytes" else bars.MofNCompleteColumn(), bars.TimeRemainingColumn()]
+        columns += [bars.DownloadColumn() if unit == "bytes" else bars.MofNCompleteColumn(), Remaining()]
     with bars.Progress(*columns, console=console, transient=True) as bar:
         steps = _Steps(partial(bar.advance, bar.add_task(description, total=total)))
         yield steps
@@ -212,15 +216,45 @@ class _Steps:
         self._advance(waiting)
 
 
-def staged(*, quiet: bool = False) -> ProgressOf:
+class Stages:
+    """One bar after the other, each opened when its stage is first heard of: progress(stage, done, total).
+
+    A context manager: the last bar goes at its end.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._stack, self._quiet = contextlib.ExitStack(), quiet
+        self._stage = ""
+        self._done = 0
+        self._advance: Progress | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self._stack.close()
+            unit = "bytes" if stage == "write" else "steps"
+            self._advance = self._stack.enter_context(progress(stage, total, unit=unit, quiet=self._quiet))
+            self._stage, self._done = stage, 0
+        if self._advance is not None:
+            self._advance(done - self._done)
+        self._done = done
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def staged(*, quiet: bool = False) -> StageOpener:
     """What opens a bar for each stage of work that has several."""
-    return lambda description, total: progress(description, total, quiet=quiet)
+    return StageOpener(lambda description, total: progress(description, total, quiet=quiet))
 
 
 @contextlib.contextmanager
 def hub_progress(*, quiet: bool = False) -> Iterator[None]:
     """The hub library's own bars of an upload, where ours would be shown."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    require("an upload", "huggingface_hub")
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled() or (Console(stderr=True).is_terminal and not quiet):
         yield

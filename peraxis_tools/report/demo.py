@@ -8,7 +8,7 @@ from rich.table import Table
 from peraxis_tools.apply import ApplyResult
 from peraxis_tools.compress import CompressResult
 from peraxis_tools.demo import DemoResult, DemoStep
-from peraxis_tools.inspect import InspectResult
+from peraxis_tools.inspection import InspectResult
 from peraxis_tools.report.apply import render_apply
 from peraxis_tools.report.compress import render_compress
 from peraxis_tools.report.console import size

@@ -7,20 +7,24 @@ a content security policy forbids everything but the page's own style and script
 from __future__ import annotations
 
 import html
+import re
+import statistics
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
+from urllib.parse import quote
 
 import peraxis_format as pxd
-from peraxis_tools.inspect import ByteShare, InspectResult, ModuleLine
 from peraxis_tools.inspect_details import Details
+from peraxis_tools.inspection import ByteShare, InspectResult, ModuleLine
 from peraxis_tools.kinds import axes_text
 from peraxis_tools.report.console import size
 
 __all__ = ["page", "write_page"]
 
 _ASSETS: Final = Path(__file__).with_name("assets")
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _AXES: Final = ("row", "col", "row+col", "tensor")
 
 
@@ -42,7 +46,7 @@ def page(result: InspectResult, details: Details) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{title}: PXD report</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-        f"{_heading(result)}{_cards(result)}"
+        f"{_heading(result)}{_cards(result, details)}"
         f'<div class="columns">{_bytes("Bytes by kind", result)}{_axes(result)}</div>\n'
         f"{_manifest(result)}{_table(result, details)}"
         f"</main>\n<script>\n{script}</script>\n</body>\n</html>\n"
@@ -59,16 +63,41 @@ def _text(value: object) -> str:
 
 def _heading(result: InspectResult) -> str:
     base = result.manifest.base
-    revision = f" @ {_text(base.revision)}" if base.revision else ""
+    revision = f" at revision {_text(base.revision)}" if base.revision else ""
     return (
         f"<header><p class=kicker>PXD {_text(result.version)} delta</p><h1>{_text(result.manifest.fine_tuned.id)}</h1>"
-        f"<p>on <b>{_text(base.id)}</b>{revision}</p><p class=digest>{_text(result.content_id)}</p></header>\n"
+        f"<p>a fine-tune of {_base_link(base)}{revision}</p>"
+        f"<p class=digest>base {_text(base.digest)}</p><p class=digest>file {_text(result.content_id)}</p></header>\n"
     )
 
 
-def _cards(result: InspectResult) -> str:
+def _base_link(base: pxd.BaseIdentity) -> str:
+    """The base's page on the hub where its id has the form of one; a link is followed only when it is clicked."""
+    name = f"<b>{_text(base.id)}</b>"
+    if _HUB_ID.fullmatch(base.id) is None:
+        return name
+    at = f"/tree/{quote(base.revision, safe='')}" if base.revision else ""
+    return f'<a href="https://huggingface.co/{quote(base.id)}{at}" rel="noreferrer">{name}</a>'
+
+
+def _fidelity(details: Details) -> tuple[tuple[str, str], ...]:
+    """How near the outputs of its modules are to the fine-tune's, as the compressor measured it; nothing if it did not.
+
+    The share of the base's output error that is left: 0% is the fine-tune, 100% the base.
+    """
+    if not details.relative:
+        return ()
+    shares = sorted(details.relative.values())
+    return (
+        ("output error left, median", f"{statistics.median(shares):.2%}"),
+        ("output error left, worst module", f"{shares[-1]:.2%}"),
+    )
+
+
+def _cards(result: InspectResult, details: Details) -> str:
     signed = sum(share.modules for share in result.by_encoding if share.label == "sign")
     cards = (
+        *_fidelity(details),
         ("file", size(result.file_bytes)),
         ("checkpoint", size(result.full_bytes)),
         ("smaller", f"{result.ratio:.1f} ×"),
@@ -143,15 +172,17 @@ def _shortened(value: str) -> str:
 
 def _table(result: InspectResult, details: Details) -> str:
     scales = {line.name: line.median for line in details.scales}
-    columns = ["module", "kind", "encoding", "axes", "shape", "dtype", "stored", "ratio", "median scale"]
+    columns = ["module", "kind", "encoding", "axes", "shape", "dtype", "stored", "ratio, ×", "median scale"]
+    if details.relative:
+        columns.append("error left, %")
     if details.errors:
-        columns.append("error")
-    numeric = {"shape", "stored", "ratio", "median scale", "error"}
+        columns.append("error, mean square")
+    numeric = {"shape", "stored", "ratio, ×", "median scale", "error left, %", "error, mean square"}
     head = "".join(
         f"<th scope=col aria-sort=none{' class=n' if name in numeric else ''}><button type=button>{name}</button></th>"
         for name in columns
     )
-    rows = "".join(_row(line, scales, details.errors) for line in result.modules)
+    rows = "".join(_row(line, scales, details) for line in result.modules)
     return (
         "<section><h2>Modules</h2><label class=filter>Filter <input type=search placeholder=layers.0></label>"
         f"<div class=scroll><table id=modules><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
@@ -159,7 +190,7 @@ def _table(result: InspectResult, details: Details) -> str:
     )
 
 
-def _row(line: ModuleLine, scales: Mapping[str, float], errors: Mapping[str, float]) -> str:
+def _row(line: ModuleLine, scales: Mapping[str, float], details: Details) -> str:
     elements = 1
     for dimension in line.shape:
         elements *= dimension
@@ -174,8 +205,11 @@ def _row(line: ModuleLine, scales: Mapping[str, float], errors: Mapping[str, flo
         _cell(f"{line.full_bytes / line.bytes:.1f}" if line.bytes else "-", line.full_bytes / max(line.bytes, 1)),
         _number(scales.get(line.name)),
     ]
-    if errors:
-        cells.append(_number(errors.get(line.name)))
+    if details.relative:
+        share = details.relative.get(line.name)
+        cells.append(_number(None if share is None else 100 * share))
+    if details.errors:
+        cells.append(_number(details.errors.get(line.name)))
     return f"<tr>{''.join(cells)}</tr>"
 
 

@@ -9,38 +9,43 @@ from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
-from peraxis_tools.inspect import ByteShare, InspectResult, ModuleLine
+from peraxis_tools.inspection import InspectResult, ModuleLine
 from peraxis_tools.kinds import axes_text
 from peraxis_tools.report.console import size, text
 
-__all__ = ["render_inspect"]
+__all__ = ["render_inspect", "wrapped"]
 
 _WIDEST: Final = 120
+_PIPED: Final = 80  # columns where the output is no terminal
+_GROUP_WIDTH: Final = 24
+_KINDS_SHOWN: Final = 3
+_STYLES: Final = {"sign": "green", "full": "yellow", "same": "dim"}
 
 
-def render_inspect(result: InspectResult, console: Console, *, modules: bool = True, tree: bool = False) -> None:
-    """Summary first, then bytes, axes, and a line a module or a tree of them."""
+def render_inspect(result: InspectResult, console: Console, *, modules: bool = False, tree: bool = False) -> None:
+    """Summary first, then bytes by encoding and by group of tensors; on request a line a module, or a tree of them."""
+    width = min(console.width, _WIDEST) if console.is_terminal else _PIPED
     _summary(result, console)
-    console.print(_bytes_table("encoding", result.by_encoding))
-    console.print(_bytes_table("kind", result.by_kind))
-    if result.axes:
-        console.print(_axes_table(result))
+    tables: list[Table | Tree] = [_bytes_table(result), _group_table(result, width)]
     if tree:
-        console.print(_tree(result))
+        tables.append(_tree(result))
     elif modules:
-        console.print(_module_table(result, min(console.width, _WIDEST) if console.is_terminal else 80))
+        tables.append(_module_table(result, width))
+    for table in tables:
+        console.print()
+        console.print(table)
 
 
 def _summary(result: InspectResult, console: Console) -> None:
     manifest = result.manifest
     revision = f" @ {text(manifest.base.revision)}" if manifest.base.revision else ""
     console.print(f"[bold]{text(result.file)}[/]  PXD {result.version}")
-    console.print(text(result.content_id))
+    console.print(f"[dim]{text(result.content_id)}[/]")
     console.print(f"fine-tuned   {text(manifest.fine_tuned.id)}")
     console.print(f"base         {text(manifest.base.id)}{revision}  {text(manifest.base.digest[:23])}…")
     console.print(
         f"size         {size(result.file_bytes)} for a checkpoint of {size(result.full_bytes)}: "
-        f"[bold]{result.ratio:.1f} times smaller[/]"
+        f"[bold green]{result.ratio:.1f} times smaller[/]"
     )
     console.print(f"             assets {size(result.asset_bytes)}, header and alignment {size(result.overhead_bytes)}")
     calibration = manifest.calibration
@@ -57,26 +62,65 @@ def _summary(result: InspectResult, console: Console) -> None:
             console.print(f"{label:<12} {text(', '.join(names[:4]))}{' …' if len(names) > 4 else ''}")
 
 
-def _bytes_table(label: str, shares: tuple[ByteShare, ...]) -> Table:
+def _bytes_table(result: InspectResult) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(label, min_width=12)
+    table.add_column("encoding", min_width=18)
     for title in ("modules", "stored", "full", "ratio"):
         table.add_column(title, justify="right", min_width=8)
-    for share in shares:
-        ratio = f"{share.full_bytes / share.bytes:.1f}" if share.bytes else "-"
-        table.add_row(share.label, str(share.modules), size(share.bytes), size(share.full_bytes), ratio)
+    for share in result.by_encoding:
+        table.add_row(
+            f"[{_STYLES[share.label]}]{share.label}[/]",
+            str(share.modules),
+            size(share.bytes),
+            size(share.full_bytes),
+            _ratio(share.full_bytes, share.bytes),
+        )
     return table
 
 
-def _axes_table(result: InspectResult) -> Table:
-    columns = [axis for axis in ("row", "col", "row+col", "tensor") if any(axis in a.counts for a in result.axes)]
+def _ratio(full: int, stored: int) -> str:
+    return f"{full / stored:.1f}" if stored else "-"
+
+
+def _group_table(result: InspectResult, width: int) -> Table:
+    """A line a sub-type, in the order of the file: what is stored for it, and along which axes."""
+    groups: dict[str, list[ModuleLine]] = {}
+    for line in result.modules:
+        groups.setdefault(line.subtype, []).append(line)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("axis by sub-type", min_width=16)
-    for axis in columns:
-        table.add_column(axis, justify="right", min_width=8)
-    for row in result.axes:
-        table.add_row(text(row.subtype), *(str(row.counts.get(axis, 0)) for axis in columns))
+    names = [wrapped(text(name), _GROUP_WIDTH) for name in groups]
+    table.add_column("group", min_width=18, no_wrap=True)
+    table.add_column("stored as", max_width=max(16, width - 62))
+    for title in ("modules", "stored", "full", "ratio"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, lines in zip(names, groups.values(), strict=True):
+        stored, full = sum(line.bytes for line in lines), sum(line.full_bytes for line in lines)
+        table.add_row(name, _stored_as(lines), str(len(lines)), size(stored), size(full), _ratio(full, stored))
     return table
+
+
+def _stored_as(lines: list[ModuleLine]) -> str:
+    """`sign row+col`, `sign 3x row+col`, or with several kinds of modules their numbers: `sign row 40; full 2`."""
+    kinds = Counter((line.encoding, axes_text(line.axes)) for line in lines).most_common()
+    shown = []
+    for (encoding, axes), count in kinds:
+        detail = f" {axes}" if axes else ""
+        number = f" {count}" if len(kinds) > 1 else ""
+        shown.append(f"[{_STYLES[encoding]}]{encoding}[/]{detail}{number}")
+    more = f"; {len(shown) - _KINDS_SHOWN} more" if len(shown) > _KINDS_SHOWN else ""
+    return "; ".join(shown[:_KINDS_SHOWN]) + more
+
+
+def wrapped(name: str, width: int) -> str:
+    """A dotted name on lines of at most width characters, broken behind dots alone; a longer part keeps its line."""
+    lines = [""]
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        piece = part if i == len(parts) - 1 else f"{part}."
+        if lines[-1] and len(lines[-1]) + len(piece) > width:
+            lines.append("  ")
+        lines[-1] += piece
+    return "\n".join(lines)
 
 
 def _tree(result: InspectResult) -> Tree:
@@ -88,7 +132,7 @@ def _tree(result: InspectResult) -> Tree:
             totals[path] += line.bytes
             children.setdefault(path[:-1], set()).add(path)
     whole = sum(line.bytes for line in result.modules)
-    nodes = {(): Tree(f"{text(result.file)}  {size(whole)}")}
+    nodes: dict[tuple[str, ...], Tree] = {(): Tree(f"{text(result.file)}  {size(whole)}")}
     modules = {tuple(line.name.split(".")): line for line in result.modules}
     for line in result.modules:
         shown: list[str] = []
@@ -115,13 +159,18 @@ def _encoding(line: ModuleLine) -> str:
 
 
 def _module_table(result: InspectResult, width: int) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", width=width)
-    table.add_column("module", overflow="fold", ratio=1)
+    rows = [
+        (_encoding(line), f"{'x'.join(map(str, line.shape)) or 'scalar'} {line.dtype}", size(line.bytes))
+        for line in result.modules
+    ]
+    titles = ("encoding", "shape", "stored")
+    taken = sum(max(len(title), *(len(row[i]) for row in rows)) + 2 for i, title in enumerate(titles)) if rows else 0
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("module", no_wrap=True)
     table.add_column("encoding", no_wrap=True)
     table.add_column("shape", justify="right", no_wrap=True)
     table.add_column("stored", justify="right", no_wrap=True)
-    for line in result.modules:
-        encoding = _encoding(line)
-        shape = "x".join(map(str, line.shape)) or "scalar"
-        table.add_row(text(line.name), encoding, f"{shape} {line.dtype}", size(line.bytes))
+    for line, (encoding, shape, stored) in zip(result.modules, rows, strict=True):
+        name = wrapped(text(line.name), max(20, width - taken))
+        table.add_row(name, f"[{_STYLES[line.encoding]}]{encoding}[/]", shape, stored)
     return table

@@ -6,19 +6,21 @@ The same file gives the same bytes: no dates, no random identifiers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import peraxis_format as pxd
-from peraxis_tools.errors import NotVerifiableError, ToolError
-from peraxis_tools.inspect import InspectResult, ModuleLine
+from peraxis_tools.errors import ToolError
 from peraxis_tools.inspect_details import Details
+from peraxis_tools.inspection import InspectResult, ModuleLine
 from peraxis_tools.kinds import layer_of
+from peraxis_tools.optional import require
 from peraxis_tools.report.console import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 __all__ = ["plot"]
 
@@ -26,26 +28,18 @@ __all__ = ["plot"]
 _COLOURS: Final = {"row": "#0072B2", "col": "#E69F00", "row+col": "#009E73", "tensor": "#CC79A7"}
 _SUBTYPES: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31", "#666666")
 _GREY: Final = "#666666"
-_STYLE: Final = {"svg.hashsalt": "peraxis", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+_STYLE: Final[Any] = {"svg.hashsalt": "peraxis", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def plot(result: InspectResult, details: Details, path: Path, *, overwrite: bool = False) -> None:
     """Write the figure to path, in the format of its suffix. Raises ToolError for another one."""
     if path.suffix.lower() not in (".png", ".svg"):
         raise ToolError(f"{path}: a plot is a .png or an .svg")
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise NotVerifiableError("plots need the package matplotlib: pip install 'peraxis[plot]'") from None
-    panels: list[Callable[[Axes], None]] = [
-        lambda axes: _axes_by_subtype(axes, result),
-        lambda axes: _axes_by_depth(axes, result),
-        lambda axes: _scales(axes, details),
-        lambda axes: _bytes(axes, result),
-    ]
-    if details.errors:
-        panels.append(lambda axes: _errors(axes, details))
+    require("a plot", "matplotlib")
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    panels = _panels(result, details)
     with mpl.rc_context(_STYLE):
         rows = (len(panels) + 1) // 2
         figure = Figure(figsize=(11, 3.6 * rows), layout="constrained")
@@ -62,10 +56,35 @@ def plot(result: InspectResult, details: Details, path: Path, *, overwrite: bool
             figure.savefig(file, format=path.suffix.lower()[1:], dpi=150, metadata=metadata)
 
 
+def _panels(result: InspectResult, details: Details) -> list[Callable[[Axes], None]]:
+    """What there is to see: the axes only where modules differ in them, since one colour informs nobody."""
+    panels: list[Callable[[Axes], None]] = [
+        lambda axes: _scales(axes, details),
+        lambda axes: _bytes(axes, result),
+    ]
+    if details.relative:
+        panels.append(lambda axes: _relative_errors(axes, details))
+    if details.errors:
+        panels.append(lambda axes: _errors(axes, details))
+    if len({axis for line in _signed(result) for axis in line.axes}) != 1:
+        panels.append(lambda axes: _axes_by_subtype(axes, result))
+        panels.append(lambda axes: _axes_by_depth(axes, result))
+    return panels
+
+
 def _plain(value: str) -> str:
     """Text from a file, fit for a label: printable, and no mathematics between dollar signs."""
     shown = "".join(c if c.isprintable() else "?" for c in value).replace("$", r"\$")
     return shown if len(shown) <= 60 else shown[:59] + "…"
+
+
+def _whole_numbers(axis: Axis) -> None:
+    """Ticks at whole numbers alone."""
+    from matplotlib.ticker import MaxNLocator
+
+    locator = axis.get_major_locator()
+    if isinstance(locator, MaxNLocator):
+        locator.set_params(integer=True)
 
 
 def _stacked(axes: Axes, labels: Sequence[object], counts: Sequence[Counter[str]]) -> None:
@@ -77,7 +96,7 @@ def _stacked(axes: Axes, labels: Sequence[object], counts: Sequence[Counter[str]
             axes.bar(positions, heights, 0.8, bottom=bottom, label=axis, color=colour)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     axes.set_ylabel("components")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(axes.yaxis)
     if any(bottom):
         axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0)
     else:
@@ -129,7 +148,7 @@ def _scales(axes: Axes, details: Details) -> None:
     axes.set_title("Scales by depth: median, dashed 5% and 95%", loc="right")
     if by_subtype:
         axes.set_yscale("log")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _whole_numbers(axes.xaxis)
         _legend_below(axes)
 
 
@@ -165,17 +184,29 @@ def _bytes(axes: Axes, result: InspectResult) -> None:
     axes.set_title("Bytes by kind", loc="right")
 
 
+def _relative_errors(axes: Axes, details: Details) -> None:
+    _by_module(axes, details, {name: 100 * share for name, share in details.relative.items()})
+    axes.set_ylabel("% of the base's output error that is left")
+    axes.set_title("Relative error by module", loc="right")
+
+
 def _errors(axes: Axes, details: Details) -> None:
+    _by_module(axes, details, details.errors)
+    axes.set_ylabel("mean square of the output's error")
+    axes.set_title("Error by module, as compress noted it", loc="right")
+
+
+def _by_module(axes: Axes, details: Details, values: Mapping[str, float]) -> None:
+    """A point a module: its layer and its value, a colour a sub-type."""
     subtypes = {line.name: line.subtype for line in details.scales}
-    points = [(layer_of(name), error, subtypes.get(name, "other")) for name, error in details.errors.items()]
+    points = [(layer_of(name), error, subtypes.get(name, "other")) for name, error in values.items()]
     for subtype, colour in {**_subtype_colours(details), "other": _GREY}.items():
         chosen = [(layer if layer is not None else -1, error) for layer, error, kind in points if kind == subtype]
         if chosen:
-            axes.scatter(*zip(*chosen, strict=True), s=14, label=_plain(subtype), color=colour)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+            layers, errors = zip(*chosen, strict=True)
+            axes.scatter(layers, errors, s=14, label=_plain(subtype), color=colour)
+    _whole_numbers(axes.xaxis)
     if all(error > 0.0 for _, error, _ in points):
         axes.set_yscale("log")
     axes.set_xlabel("layer (-1: outside of the layers)" if any(layer is None for layer, _, _ in points) else "layer")
-    axes.set_ylabel("mean square of the output's error")
-    axes.set_title("Error by module, as compress noted it", loc="right")
     _legend_below(axes)

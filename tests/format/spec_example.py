@@ -75,7 +75,8 @@ def render() -> str:
 One `sign` module of shape [2, 10] with `row` scales, and one exact vector. The base tensor `proj.weight` holds 1.0
 (0x3F80) everywhere; SHA-256 of its 40 bytes is `{hashlib.sha256(base.tobytes()).hexdigest()}`.
 `digests` holds that, then those of the two tensors of this file. The signs of row 0 are `+-++---++-`, of row 1
-`-+--+++--+`; the scales 0.25 and 0.5 with exponent -2 stand for 0.0625 and 0.125. The file has {len(data)} bytes; N is {size - 8} (0x{size - 8:x}). The JSON of the header, all of it:
+`-+--+++--+`; the scales 0.25 and 0.5 with exponent -2 stand for 0.0625 and 0.125.
+The file has {len(data)} bytes; N is {size - 8} (0x{size - 8:x}). The JSON of the header, all of it:
 
 ```
 {text}

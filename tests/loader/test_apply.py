@@ -16,7 +16,6 @@ from peraxis_format.torch import LiveModelError, apply_
 from peraxis_format.torch.device import HostDevice
 from peraxis_format.torch.place import binding, digests
 from peraxis_format.torch.ring import Ring
-from peraxis_format.torch.swap import engine
 from peraxis_format.torch.swap.engine import HostEngine
 from tests.loader.support import AXES, Small, bytes_of, expected_bytes, named_tensors, write_delta
 
@@ -27,13 +26,13 @@ def base_of(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize(("compiled", "undo"), [(False, "device"), (True, "device"), (False, "host"), (True, "host")])
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("undo", ["device", "host"])
 def test_applied_weights_have_the_bits_of_the_reference(
-    dtype: torch.dtype, axis: pf.Axis, compiled: bool, undo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, axis: pf.Axis, backend: str, undo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if compiled:
-        pytest.importorskip("numba")
-        monkeypatch.setattr(engine, "_COMPILED_FROM", 0)
+    pytest.importorskip(backend)
+    monkeypatch.setenv("PERAXIS_BACKEND", backend)
     model = Small(dtype=dtype)
     base = base_of(model)
     path = write_delta(tmp_path / "d.pxd", base, axes=(axis, pf.Axis.ROW))

@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 
 import peraxis_format as pf
-from peraxis_format.manifest import ComponentEntry, ModuleEntry
-from peraxis_format.ops.rebuild.torch import factors_of, rebuild
+from peraxis_format.manifest import ComponentEntry
 from peraxis_format.ops.tensors import TORCH_DTYPES, storage_array
-from peraxis_format.torch.swap import engine
-from peraxis_format.torch.swap.transfer_plan import Field, ModuleSlice
 from tests.loader.test_fast import module_of, random_component, random_weights
 
 kernels = pytest.importorskip("peraxis_format.ops.rebuild.triton", reason="triton is not installed")
@@ -28,24 +25,15 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(1, 1), (5, 7), (16, 64), (3, 1032), (17, 1033), (9, 2056), (2, 9, 24), (2, 3, 3, 13)]
 
 
-def packed_module(module: pf.ModuleDelta) -> tuple[ModuleSlice, Tensor]:
-    """A module in a buffer, as a transfer holds it."""
-    data = bytearray(64)  # the first module of a transfer does not begin at its first byte
-    fields = []
+def packed_module(module: pf.ModuleDelta) -> tuple[dict[str, int], Tensor]:
+    """A module in a buffer, as a transfer holds it: where its tensors begin, and the buffer."""
+    data = bytearray(pf.ALIGNMENT)  # the first module of a transfer does not begin at its first byte
+    offsets = {}
     for suffix, array in module.tensors():
-        data += bytes(-len(data) % 64)
-        kind = pf.DType.U8 if array.dtype == np.uint8 else pf.DType.F16
-        fields.append(Field(suffix, kind, array.shape, len(data)))
+        data += bytes(-len(data) % pf.ALIGNMENT)
+        offsets[suffix] = len(data)
         data += array.tobytes()
-    entry = ModuleEntry(
-        name=module.name, shape=module.shape, dtype=module.dtype, encoding=module.encoding, sha256=None,
-        components=tuple(ComponentEntry(axis=c.axis, exponent=c.exponent) for c in module.components),
-        base=module.base,
-    )  # fmt: skip
-    box = tuple((0, d) for d in module.shape)
-    return ModuleSlice(entry, box, 64, len(data), tuple(fields), ()), torch.frombuffer(data, dtype=torch.uint8).to(
-        DEVICE
-    )
+    return offsets, torch.frombuffer(data, dtype=torch.uint8).to(DEVICE)
 
 
 def as_tensor(array: pf.Array, dtype: pf.DType) -> Tensor:
@@ -57,17 +45,16 @@ def applied(modules: Sequence[pf.ModuleDelta], bases: Sequence[pf.Array], *, in_
     """Every module through the apply kernel."""
     out = []
     for module, base in zip(modules, bases, strict=True):
-        slice_, buffer = packed_module(module)
+        offsets, buffer = packed_module(module)
         source = as_tensor(base, module.dtype)
         live = source if in_place else torch.empty_like(source)
         if not in_place:
             live.view(torch.uint8).fill_(0xA5)
+        entries = tuple(ComponentEntry(axis=c.axis, exponent=c.exponent) for c in module.components)
+        stored = kernels.StoredModule(components=entries, offsets=offsets, base=source, out=live, dtype=module.dtype)
         with np.errstate(all="ignore"):
-            for kind, aligned, tiles, records, terms in engine._tables([(slice_, source, live)], DEVICE):
-                kernels.apply_kernel[(tiles.numel(),)](
-                    tiles, records, terms, buffer, KIND=kind, ALIGNED=aligned, ROWS_=kernels.ROWS,
-                    COLUMNS_=kernels.COLUMNS,
-                )  # fmt: skip
+            for launch in kernels.launches([stored], DEVICE):
+                launch.run(buffer)
         out.append(storage_array(live.cpu()).tobytes())
     return out
 
@@ -79,7 +66,7 @@ def test_the_apply_kernel_has_the_bits_of_the_reference(dtype: pf.DType, shape: 
     for axes in ([pf.Axis.ROW], [pf.Axis.COL], [pf.Axis.TENSOR], [pf.Axis.ROW_COL, pf.Axis.COL, pf.Axis.ROW]):
         base = random_weights(rng, dtype, shape)
         module = module_of(tuple(random_component(rng, axis, shape) for axis in axes), shape, dtype, dtype)
-        expected = [pf.reconstruct(module, base, compiled=False).tobytes()]
+        expected = [pf.reconstruct(module, base, backend="numpy").tobytes()]
         assert applied([module], [base]) == applied([module], [base], in_place=True) == expected
 
 
@@ -89,24 +76,7 @@ def test_every_bf16_weight_is_rounded_as_the_reference_rounds_it() -> None:
     rng = np.random.default_rng(0)
     for _ in range(3):
         module = module_of((random_component(rng, pf.Axis.ROW_COL, shape),), shape, pf.DType.BF16, pf.DType.BF16)
-        assert applied([module], [base]) == [pf.reconstruct(module, base, compiled=False).tobytes()]
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_plain_torch_rebuilds_the_reference_bits_too(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """rebuild/torch.py is what serving kernels are held to; it is itself held to the format's reference."""
-    if compiled:
-        pytest.importorskip("numba")
-        monkeypatch.setattr("peraxis_format.ops.rebuild.torch._COMPILED_FROM", 0)
-    rng = np.random.default_rng(2)
-    for shape in ((5, 7), (33, 130)):
-        base = (rng.normal(size=shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-        components = tuple(random_component(rng, axis, shape) for axis in pf.Axis)
-        module = module_of(components, shape, pf.DType.BF16, pf.DType.BF16)
-        terms = factors_of(module, torch.device("cpu"))[0]
-        weight = torch.from_numpy(base.view(np.int16).copy()).view(torch.bfloat16)
-        expected = pf.reconstruct(module, base, compiled=False).tobytes()
-        assert storage_array(rebuild(weight, terms)).tobytes() == expected
+        assert applied([module], [base]) == [pf.reconstruct(module, base, backend="numpy").tobytes()]
 
 
 @pytest.mark.slow

@@ -23,13 +23,10 @@ INTERPRETED = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 
 
 @pytest.fixture(params=["torch", "numba", pytest.param("triton", marks=INTERPRETED)])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Plain torch, the same with numba for all matrices, however small, and the kernels."""
-    if request.param != "numba":
-        return str(request.param)
-    pytest.importorskip("numba")
-    monkeypatch.setattr("peraxis_format.ops.rebuild.torch._COMPILED_FROM", 0)
-    return "torch"
+def backend(request: pytest.FixtureRequest) -> str:
+    """Plain torch, numba for all matrices, however small, and the kernels."""
+    pytest.importorskip(request.param)
+    return str(request.param)
 
 
 def base_of(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import peraxis_format as pf
-from peraxis_format.ops.rebuild.torch import ComponentFactors, factors_of, rebuild
+from peraxis_format.ops.rebuild import rebuild_tensor
+from peraxis_format.ops.rebuild.torch import ComponentTensors, component_tensors
 from peraxis_format.ops.tensors import dtype_of
 from peraxis_format.torch.serve.rows import Rows
 from tests.loader.support import random_component
@@ -18,20 +19,16 @@ from tests.loader.test_fast import module_of
 
 kernels = pytest.importorskip("peraxis_format.ops.rebuild.triton", reason="triton is not installed")
 serving = pytest.importorskip("peraxis_format.ops.signed_matmul.triton")
-launch = pytest.importorskip("peraxis_format.torch.serve.launch")
+launch = pytest.importorskip("peraxis_format.ops.signed_matmul.launch")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 
 
-def serving_table(variants: Sequence[Sequence[ComponentFactors]]) -> tuple[Tensor, int]:
+def serving_table(variants: Sequence[Sequence[ComponentTensors]]) -> tuple[Tensor, int]:
     """terms of signed_matmul/triton.py, and TERMS."""
-    most = max(len(terms) for terms in variants)
-    table = torch.zeros(len(variants), most, 3, dtype=torch.int64)
-    for v, terms in enumerate(variants):
-        for k, t in enumerate(terms):
-            table[v, k] = torch.tensor([t.mask.data_ptr(), t.row.data_ptr(), 0 if t.plain else t.col.data_ptr()])
-    return table.to(DEVICE), most
+    table = launch.FactorTable.of(0, 0, dict(enumerate(variants)), DEVICE)
+    return table.terms, table.most
 
 
 class Batched:
@@ -45,7 +42,7 @@ class Batched:
         self.variants = []
         for axes in ((pf.Axis.ROW,), (pf.Axis.ROW, pf.Axis.COL, pf.Axis.TENSOR), (pf.Axis.ROW_COL, pf.Axis.ROW)):
             components = tuple(random_component(rng, axis, shape, 0.1) for axis in axes)
-            self.variants.append(factors_of(module_of(components, shape, kind, kind), DEVICE)[0])
+            self.variants.append(component_tensors(module_of(components, shape, kind, kind), DEVICE)[0])
         self.table, self.most = serving_table(self.variants)
         self.ids = [int(v) for v in rng.integers(-1 if base else 0, 3, rows)]
         self.x = torch.randn(rows, d_in).to(dtype).to(DEVICE)
@@ -151,7 +148,7 @@ def test_prefill_multiplies_with_the_merged_weights(dtype: torch.dtype, rows: in
         UPCAST=dtype == torch.float32 or not out.is_cuda,
     )  # fmt: skip
     for i, v in enumerate(one.ids):
-        merged = rebuild(one.weight, one.variants[v]).double()
+        merged = rebuild_tensor(one.weight, one.variants[v]).double()
         exact, size = merged @ one.x[i].double(), merged.abs() @ one.x[i].double().abs()
         assert torch.all(
             (out[i].double() - exact).abs() <= 1.01 * ROUNDOFF[dtype] * exact.abs() + d_in * 2.0**-24 * size

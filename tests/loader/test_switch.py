@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 import peraxis_format as pf
+from peraxis_format.ops.tensors import storage_array
 from peraxis_format.torch import DeviceError, LiveModelError, SwapError, VariantSwitch
 from peraxis_format.torch.device import HostDevice
 from peraxis_format.torch.ring import DEPTH
 from peraxis_format.torch.swap import registry
-from peraxis_format.torch.swap.engine import HostEngine, TritonEngine
+from peraxis_format.torch.swap.engine import HostEngine
 from tests.loader.support import Small, bytes_of, expected_bytes, named_tensors, write_delta
 
 RESIDENCIES = ("pinned", "file")
@@ -93,10 +95,7 @@ def test_triton_kernels_swap_to_the_same_bits_over_the_same_stream(
     if torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without a GPU")
 
-    def triton_engine(transfers: Any, bases: Any, **_: Any) -> Any:
-        return TritonEngine(transfers, bases, device=torch.device("cpu"))
-
-    monkeypatch.setattr(registry, "engine_for", triton_engine)
+    monkeypatch.setenv("PERAXIS_BACKEND", "triton")
     monkeypatch.setattr(registry, "TRANSFER_LIMIT", 700)
     base = {name: t.detach().clone() for name, t in named_tensors(Small()).items()}
     base["experts"] = torch.randn(3, 9, 24).bfloat16()
@@ -241,25 +240,61 @@ def test_a_forward_sees_one_variant_from_its_first_to_its_last_layer(tmp_path: P
         for name in (None, "0", "1", "2"):
             live.use(name)
             outputs.append(model(ids))
-        seen: list[Tensor] = []
+        assert len({storage_array(output).tobytes() for output in outputs}) == 4
+        seen: set[bytes] = set()
         stop = threading.Event()
 
         def forwards() -> None:
             with torch.no_grad():
                 while not stop.is_set():
-                    seen.append(model(ids))
+                    seen.add(storage_array(model(ids)).tobytes())
 
         threads = [threading.Thread(target=forwards) for _ in range(2)]
         for thread in threads:
             thread.start()
         chooser = random.Random(1)
-        for _ in range(60):
+        swaps, deadline = 0, time.monotonic() + 60
+        while swaps < 60 or (len(seen) < 3 and time.monotonic() < deadline):
             live.use(chooser.choice([None, "0", "1", "2"]))
+            swaps += 1
         stop.set()
         for thread in threads:
             thread.join()
-        assert seen
-        assert all(any(torch.equal(output, one) for one in outputs) for output in seen)
+        assert len(seen) > 1, "no swap fell between two forwards"
+        assert seen <= {storage_array(output).tobytes() for output in outputs}
+
+
+def test_a_swap_that_is_asked_for_inside_a_forward_waits_for_its_end(tmp_path: Path) -> None:
+    model = Small().eval()
+    ids = torch.randint(0, 37, (2, 5))
+    with VariantSwitch(model) as live, torch.no_grad():
+        for name, path in variants(tmp_path, base_of(model), 2).items():
+            live.add(name, path)
+        live.use("1")
+        after = model(ids)
+        live.use("0")
+        before = model(ids)
+        swapped = threading.Event()
+
+        def swap() -> None:
+            live.use("1")
+            swapped.set()
+
+        thread = threading.Thread(target=swap)
+        early = []
+
+        def between(*_: Any) -> None:
+            thread.start()
+            early.append(swapped.wait(0.2))  # ample for a swap that does not wait
+
+        hook = model.norm.register_forward_hook(between)
+        inside = model(ids)
+        hook.remove()
+        thread.join()
+        assert early == [False]
+        assert torch.equal(inside, before)
+        assert torch.equal(model(ids), after)
+        assert not torch.equal(before, after)
 
 
 def test_a_variant_is_registered_while_a_forward_runs(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from torch.nn.functional import linear, mse_loss
 
 import peraxis_format as pxd
 from peraxis_format import Axis
-from peraxis_tools.apply import load_model
 from peraxis_tools.evaluate.fidelity import compare
+from peraxis_tools.load import load_model
 from tests.tools.compress_pairs import llama_config, write_pair, write_text
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import peraxis_format as pxd
 from peraxis_format import Axis
-from peraxis_tools.compress.fit import signs as signs_module
 from peraxis_tools.compress.fit.fit import (
     FitOptions,
     FittedMatrix,
@@ -28,10 +27,10 @@ from peraxis_tools.compress.fit.fit import (
 )
 from peraxis_tools.compress.fit.mean import dense_component, mean_components
 from peraxis_tools.compress.fit.moments.sums import Moments, Statistics, Validation, grid_of
-from peraxis_tools.compress.fit.scales import fit_scales, start_term
+from peraxis_tools.compress.fit.scales import fit_scales, start_component
 from peraxis_tools.compress.fit.signs import Magnitude, coordinate_descent, gptq_signs, inverse_factor
 from peraxis_tools.compress.model.components import apply_components, components_of
-from peraxis_tools.ops.delta_sums.numpy import matrix_sums
+from peraxis_tools.ops.delta_sums import delta_sums
 
 AXES = (Axis.ROW, Axis.COL, Axis.ROW_COL, Axis.TENSOR)
 
@@ -111,7 +110,7 @@ def test_sums_on_a_grid_do_not_depend_on_the_order_nor_on_who_adds_them(order: l
 def test_closed_forms_are_the_least_squares_solution(axis: Axis) -> None:
     base, tuned, x, teacher = problem()
     target = problem_of(tuned, base, moments_of(x, teacher))
-    start = start_term(tuned - base, axis)
+    start = start_component(tuned - base, axis)
     fitted = fit_scales(start, target.target, target.hessian.matrix)
 
     def cost(row: torch.Tensor, col: torch.Tensor) -> float:
@@ -165,13 +164,11 @@ def test_descent_never_raises_the_error_and_feedback_beats_plain_signs(seed: int
 @pytest.mark.parametrize("components", [1, 2])
 def test_compiled_and_plain_sign_steps_agree(compiler: str, components: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(compiler)
-    compiled = getattr(signs_module, f"_{compiler}_steps")()
-    plain = signs_module._Steps(signs_module._gptq_signs_block, signs_module._coordinate_descent_block, 128)
     base, tuned, x, teacher = problem(d_out=18, d_in=132, tokens=400)
     found = problem_of(tuned, base, moments_of(x, teacher))
     results = []
-    for steps in (compiled, plain):
-        monkeypatch.setattr(signs_module, "_steps", lambda tensor, steps=steps: steps)
+    for backend in (compiler, "torch"):
+        monkeypatch.setenv("PERAXIS_BACKEND", backend)
         terms = fit_terms(found, Axis.ROW_COL, FitOptions(rounds=1, sweeps=2), components=components)
         results.append(dense(terms, base))
     assert (torch.sign(results[0]) != torch.sign(results[1])).float().mean() < 1e-3
@@ -251,7 +248,8 @@ def test_sums_are_the_same_bits_with_and_without_numba(dtype: pxd.DType, shape: 
     tuned = pxd.from_float32(pxd.to_float32(base, dtype) + rng.standard_normal(shape, np.float32) / 50, dtype)
     weights = rng.random(shape[1])
     one, two = (
-        matrix_sums(base, tuned, base_dtype=dtype, dtype=dtype, weights=weights, numba=numba) for numba in (True, False)
+        delta_sums(base, tuned, base_dtype=dtype, dtype=dtype, weights=weights, backend=backend)
+        for backend in ("numba", "numpy")
     )
     assert np.array_equal(one.mask, two.mask)
     assert one.row.tobytes() == two.row.tobytes()

@@ -60,13 +60,13 @@ def test_all_passes_give_the_same_tensors_while_weights_change(config: Callable[
         assert bool(hooked) == (config is llama_config)
         stages = stages_of(found.calls)
         assert len(stages) == 4
-        assert all(stage.waits for stage in stages)
+        assert all(stage.can_suspend for stage in stages)
         kept, waiting, repeated = CachedPass.of(run, stages), SuspendedPass(run), ReplayedPass(run)
         same_start = True
         for stage in stages:
             seen = [one.inputs(stage) for one in (kept, waiting, repeated)]
-            assert seen[0].keys() == seen[1].keys() == seen[2].keys() == stage.leaders
-            for key in stage.leaders:
+            assert seen[0].keys() == seen[1].keys() == seen[2].keys() == stage.observed
+            for key in stage.observed:
                 assert torch.equal(seen[1][key], seen[2][key])
                 # The kept pass ran before any weight changed.
                 assert torch.equal(seen[0][key], seen[1][key]) == same_start
@@ -85,7 +85,7 @@ def test_many_waiting_passes_can_be_closed_half_way_and_leave_no_thread() -> Non
         passes = [SuspendedPass(run) for _ in range(5)]
         for one in passes:
             one.inputs(first)
-        assert torch.equal(*(one.inputs(second)[next(iter(second.leaders))] for one in passes[:2]))
+        assert torch.equal(*(one.inputs(second)[next(iter(second.observed))] for one in passes[:2]))
         assert threading.active_count() == before + 5
         for one in passes:
             one.close()

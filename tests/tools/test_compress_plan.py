@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,7 +90,7 @@ def test_what_cannot_or_should_not_carry_signs_is_exact_and_says_why() -> None:
     }
     base = {name: info for name, info in tuned.items() if "new" not in name} | {"old.weight": Info(BF16, (8, 8))}
     base["model.embed_tokens.weight"] = Info(pxd.DType.F32, (90, 64))
-    result = planned(tuned, base, bits=2)
+    result = planned(tuned, base, masks=2)
     modules = {module.name: module for module in result.modules}
     assert {name for name, module in modules.items() if module.encoding is pxd.Encoding.SIGN} == {
         "model.embed_tokens.weight",
@@ -120,18 +123,82 @@ def test_options_survive_their_own_json_and_refuse_what_they_do_not_know() -> No
 
     options = CompressOptions(calibration="c4", target_ratio=12.5, held_out=0.3, distill_samples=4)
     assert CompressOptions.from_mapping(json.loads(options.canonical_json())) == options
-    for values in ({"nonsense": 1}, {"bits": 9}, {"bits": "two"}, {"axis": "diagonal"}, {"fit": "refined"}):
+    for values in ({"nonsense": 1}, {"bits": 9}, {"masks": "two"}, {"axis": "diagonal"}, {"fit": "refined"}):
         with pytest.raises(OptionError):
             CompressOptions.from_mapping(values)
 
 
+def test_bits_is_another_name_of_masks_and_stays_the_name_in_files(tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text("bits: 3\n")
+    options = CompressOptions.from_yaml(tmp_path / "old.yaml")
+    assert options == CompressOptions(masks=3)
+    assert options.content()["bits"] == 3
+    assert "masks" not in options.content()
+    assert CompressOptions.from_mapping({"bits": 3, "masks": 2}).masks == 2  # --config, and an option on top
+
+
 def test_an_option_that_is_given_wins_over_its_recipe() -> None:
     for recipe, values in RECIPES.items():
-        text = {"calibration": "text.jsonl"}
-        made = CompressOptions.from_mapping({"distill-epochs": 7, **text, "recipe": recipe})
-        assert made == CompressOptions.from_mapping({**values, **text, "distill_epochs": 7})
+        text = {} if recipe == "quick" else {"calibration": "text.jsonl"}
+        made = CompressOptions.from_mapping({"embeddings": "full", **text, "recipe": recipe})
+        assert made == CompressOptions.from_mapping({**values, **text, "embeddings": "full"})
+    changed = CompressOptions.from_mapping({"recipe": "best", "calibration": "text.jsonl", "distill-epochs": 3})
+    assert changed.distill_epochs == 3
     with pytest.raises(OptionError, match="recipe 'better': choose one of"):
         CompressOptions.from_mapping({"recipe": "better"})
+
+
+TEXT = {"calibration": "text.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("values", "option"),
+    [
+        ({"fit": "none", "distill_samples": 4, **TEXT}, "calibration"),
+        ({"recipe": "quick", **TEXT}, "calibration"),
+        ({"recipe": "best", "fit": "none"}, "distill"),
+        ({"calibration_samples": 7}, "calibration-samples"),
+        ({"seed": 1}, "seed"),
+        ({"distill_epochs": 3, **TEXT}, "distill-epochs"),
+        ({"distill_sign_lr": 0.1, **TEXT}, "distill-sign-lr"),
+        ({"distill_loss": "mse", **TEXT}, "distill-loss"),
+        ({"refine_rounds": 5, "fit": "closed-form", **TEXT}, "refine-rounds"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused_by_name(values: dict[str, Any], option: str) -> None:
+    with pytest.raises(OptionError, match=f"{option}.*does nothing|needs a text") as caught:
+        CompressOptions.from_mapping(values)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_file_says_of_its_options_can_be_passed_back() -> None:
+    import json
+
+    for values in ({"fit": "none"}, {"fit": "closed-form", **TEXT}, {"recipe": "best", **TEXT}, {"target_ratio": 8.0}):
+        made = CompressOptions.from_mapping(values)
+        assert CompressOptions.from_mapping(json.loads(made.canonical_json())) == made
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e-320, -1.0, 1e308])
+@pytest.mark.parametrize("name", ["target_ratio", "held_out", "distill_lr", "distill_sign_lr", "distill_full_lr"])
+def test_numbers_that_are_none_or_absurd_are_refused_by_name(name: str, value: float) -> None:
+    given = {**TEXT, "distill_samples": 4, name: value}
+    if name == "held_out" and value == 1e-320:
+        assert CompressOptions.from_mapping(given).held_out == value  # a share of no sample
+        return
+    with pytest.raises(OptionError, match=name.replace("_", "-")):
+        CompressOptions.from_mapping(given)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "2020-99-99", "- a", "a: &a [*a]\n? {b: 1}\n: c", "\x00", "[" * 5000, "calibration: 3", "fit: {}"]
+)
+def test_a_configuration_that_is_none_is_one_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_text(text)
+    with pytest.raises(OptionError) as caught:
+        CompressOptions.from_yaml(path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

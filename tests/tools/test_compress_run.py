@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 import peraxis_format as pxd
 from peraxis_tools import apply
 from peraxis_tools.compress import CompressOptions, OptionError, compress
-from peraxis_tools.compress.calibration.text import load_samples, partition
+from peraxis_tools.compress.calibration.parts import partition
 from peraxis_tools.compress.fit.layerwise import LayerwiseCalibration
 from peraxis_tools.errors import ToolError
 from peraxis_tools.evaluate import evaluate
+from peraxis_tools.text import load_samples
 from tests.tools.compress_pairs import FEW, llama_config, llama_pair, write_pair, write_text
 
 
@@ -75,7 +76,7 @@ def test_the_same_inputs_give_the_same_bytes(pair: tuple[Path, Path, Path], tmp_
 
 def test_a_run_can_be_repeated_from_its_artifact(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, tuned, text = pair
-    compress(base, tuned, tmp_path / "one.pxd", calibration=str(text), bits=2, axis="col", held_out=0.3, **FEW)
+    compress(base, tuned, tmp_path / "one.pxd", calibration=str(text), masks=2, axis="col", held_out=0.3, **FEW)
     with pxd.open(tmp_path / "one.pxd") as delta:
         (tmp_path / "run.yaml").write_text(delta.manifest.metadata["peraxis.config"], "utf-8")
         choices = json.loads(delta.manifest.metadata["peraxis.plan"])["choices"]

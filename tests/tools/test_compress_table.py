@@ -100,7 +100,7 @@ def test_an_untied_embedding_is_fitted_and_reports_it(tmp_path: Path) -> None:
     base, tuned = write_pair(tmp_path, llama_config(tie_word_embeddings=False))
     options = {"calibration": str(write_text(tmp_path / "text.jsonl")), "calibration_samples": 8, "sequence_length": 16}
     for fitted in ("refined", "closed-form"):
-        compress(base, tuned, tmp_path / "delta.pxd", fit=fitted, bits=3, overwrite=True, **options)
+        compress(base, tuned, tmp_path / "delta.pxd", fit=fitted, masks=3, overwrite=True, **options)
         with pxd.open(tmp_path / "delta.pxd") as delta:
             report = json.loads(delta.manifest.metadata["peraxis.report"])["errors"]
             place = list(delta).index("model.embed_tokens.weight")

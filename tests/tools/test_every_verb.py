@@ -25,7 +25,7 @@ ARGUMENTS = {
     "sign": "a.pxd --key key.pem",
     "apply": "base a.pxd -o out",
     "diff": "a.pxd b.pxd",
-    "merge": "a.pxd b.pxd --weights 0.7,0.3 --bits 1 -o new.pxd",
+    "merge": "a.pxd b.pxd --weights 0.7,0.3 --masks 1 -o new.pxd",
     "split": "a.pxd --parts 2 -o parts",
     "convert": "a.pxd --to lora --rank 4 -o adapter",
     "publish": "me/delta a.pxd --dry-run repo",

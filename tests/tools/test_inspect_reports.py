@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -18,6 +19,8 @@ from peraxis_tools.inspect import inspect
 from peraxis_tools.inspect_details import details
 from peraxis_tools.report.console import size
 from peraxis_tools.report.html import page
+from peraxis_tools.report.inspect import wrapped
+from peraxis_tools.report.plot import _panels
 from tests.factories import random_storage, sign_module
 
 NASTY = "<script>alert(1)</script>\x1b[31m\u202e"
@@ -119,7 +122,8 @@ def test_the_tree_sums_bytes_upwards(delta: Path) -> None:
     # A part with one child has no line of its own, and every module has one.
     assert shown.count("self_attn.q_proj.weight  ") == 3
     assert "sign col, tensor" in shown
-    assert not any(line.endswith(" ") for line in shown.splitlines())
+    tree = shown[shown.index("delta.pxd  ", shown.index("group")) :]
+    assert not any(line.endswith(" ") for line in tree.splitlines())
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -158,3 +162,81 @@ def test_a_real_browser_runs_the_page_in_light_and_dark_narrow_and_wide(delta: P
                 assert len(colours) > 50  # bars and text, not an empty page
     assert all(value > 240 for (dark, _), value in corners.items() if not dark)
     assert all(value < 40 for (dark, _), value in corners.items() if dark)
+
+
+@pytest.fixture
+def fitted(tmp_path: Path) -> Path:
+    """One axis in all modules, a base of the hub, long names, and errors as a calibrated fit notes them."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "fitted.pxd"
+    names = [f"model.language_model.layers.{i}.block_sparse_moe.experts.11.gate_up_projection.weight" for i in range(3)]
+    errors = {name: [0.1 * (i + 1), 2.0, 10.0] for i, name in enumerate(names)}
+    base = pxd.Identity(id="org/base", revision="refs/pr/1")
+    metadata = {"peraxis.report": json.dumps(errors)}
+    with pxd.DeltaWriter(path, base=base, fine_tuned=pxd.Identity(id="tuned"), metadata=metadata) as writer:
+        for name in names:
+            writer.add(sign_module(rng, name, random_storage(rng, (32, 16)), axes=(pxd.Axis.ROW_COL,)))
+        writer.finish()
+    return path
+
+
+def test_plain_inspect_prints_a_line_a_group_and_leaves_a_line_between_tables(delta: Path) -> None:
+    shown = CliRunner().invoke(command, [str(delta)]).stdout
+    blocks = [block.splitlines() for block in shown.split("\n\n")]
+    assert [block[0].split()[0] for block in blocks[1:]] == ["encoding", "group"]
+    numbers = {line.split()[0]: re.findall(r"(\d+)  +\d+ B", line) for line in blocks[2][1:]}
+    assert numbers["q_proj"][0] == numbers["up_proj"][0] == "3"
+    assert "layers.0" not in shown
+    assert "layers.0" in CliRunner().invoke(command, [str(delta), "--modules"]).stdout
+
+
+def test_each_line_has_at_most_80_columns_and_names_break_behind_dots(fitted: Path) -> None:
+    shown = CliRunner().invoke(command, [str(fitted), "--modules"]).stdout
+    tables = shown.split("\n\n", 1)[1]
+    assert max(len(line.rstrip()) for line in tables.splitlines()) <= 80
+    rows = tables.split("module ")[-1].splitlines()[1:]
+    first = [line[:40].split()[0] for line in rows]
+    assert "".join(first).startswith(
+        "model.language_model.layers.0.block_sparse_moe.experts.11.gate_up_projection.weight"
+    )
+    assert all(part.endswith((".", "weight")) for part in first)
+
+
+def test_a_wrapped_name_is_the_name() -> None:
+    name = "model.layers.0.a_part_that_is_longer_than_the_column.weight"
+    for width in (5, 20, 80):
+        lines = wrapped(name, width).split("\n")
+        assert "".join(line.strip() for line in lines) == name
+        assert all(len(line) <= max(width, 42) for line in lines)
+
+
+def test_relative_errors_are_shares_of_the_error_of_the_base(fitted: Path, delta: Path) -> None:
+    assert sorted(details(fitted).relative.values()) == pytest.approx([0.01, 0.02, 0.03])
+    assert details(delta).relative == {}
+
+
+def test_the_page_says_first_how_near_it_is_and_links_to_the_base(fitted: Path) -> None:
+    text = page(inspect(fitted), details(fitted))
+    parsed = Page(text)
+    assert parsed.links == ["https://huggingface.co/org/base/tree/refs%2Fpr%2F1"]
+    assert "<dt>output error left, median</dt><dd>2.00%</dd>" in text
+    assert text.index("output error left, worst module") < text.index("<dt>file</dt>") < text.index("<h2>")
+    assert inspect(fitted).manifest.base.digest in text[: text.index("</header>")]
+    for title in ("ratio, ×", "error left, %", "error, mean square"):
+        assert f"<button type=button>{title}</button>" in text
+
+
+def test_panels_of_one_colour_give_way_to_ones_that_inform(fitted: Path, delta: Path) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure
+
+    def titles(path: Path) -> list[str]:
+        found = []
+        for panel in _panels(inspect(path), details(path)):
+            axes = figure().add_subplot()
+            panel(axes)
+            found.append(axes.get_title(loc="right"))
+        return found
+
+    assert not any(title.startswith("Axis") for title in titles(fitted))
+    assert "Relative error by module" in titles(fitted)
+    assert [title for title in titles(delta) if title.startswith("Axis")] == ["Axis by sub-type", "Axis by depth"]

@@ -16,12 +16,11 @@ import peraxis_format as pxd
 from peraxis_tools.apply import apply
 from peraxis_tools.commands.merge import command
 from peraxis_tools.errors import CheckFailedError, ToolError
+from peraxis_tools.factors import module_sum
+from peraxis_tools.fold import fold
 from peraxis_tools.merge import Mixture, merge, merge_parts
-from peraxis_tools.merge.factors import module_terms
 from peraxis_tools.merge.fit import fit_masks
-from peraxis_tools.merge.fold import fold
 from peraxis_tools.merge.methods import Magnitudes, make_mixer, threshold
-from peraxis_tools.ops.merge_rows import numpy as kernels
 from peraxis_tools.split import split
 from tests.factories import base_ref, random_storage, sign_module, write_checkpoint, write_delta
 
@@ -196,7 +195,7 @@ def test_the_reported_error_of_a_fit_is_its_error(seed, bits) -> None:
 def test_more_masks_leave_less(tmp_path: Path) -> None:
     _, a, b = pair_of_deltas(5, (64, 48), (pxd.Axis.ROW,), (pxd.Axis.COL,))
     paths = [write_delta(tmp_path / "a.pxd", [a]), write_delta(tmp_path / "b.pxd", [b])]
-    errors = [merge(paths, tmp_path / f"{k}.pxd", weights=[0.7, 0.3], bits=k).error for k in (1, 2, 3, 4)]
+    errors = [merge(paths, tmp_path / f"{k}.pxd", weights=[0.7, 0.3], masks=k).error for k in (1, 2, 3, 4)]
     assert errors == sorted(errors, reverse=True)
     with pxd.open(tmp_path / "2.pxd") as file:
         assert len(file.entry("m.weight").components) == 2
@@ -207,7 +206,7 @@ def test_more_masks_leave_less(tmp_path: Path) -> None:
 def test_experts_are_fitted_each_on_its_own(tmp_path: Path) -> None:
     _, a, b = pair_of_deltas(5, (3, 10, 12), (pxd.Axis.ROW,), (pxd.Axis.COL,))
     paths = [write_delta(tmp_path / "a.pxd", [a]), write_delta(tmp_path / "b.pxd", [b])]
-    result = merge(paths, tmp_path / "out.pxd", weights=[1, 1], bits=2)
+    result = merge(paths, tmp_path / "out.pxd", weights=[1, 1], masks=2)
     with pxd.open(result.path) as file:
         got, wanted = dense(file.load("m.weight")), dense(a) + dense(b)
     assert result.error == pytest.approx(np.linalg.norm(got - wanted) / np.linalg.norm(wanted), rel=2e-3)
@@ -246,8 +245,8 @@ def test_a_threshold_from_scales_alone_is_that_of_the_dense_delta(seed, shape, a
     wanted = int(density * sizes.size)
     products = []
     for index in np.ndindex(shape[:-2]):
-        terms = module_terms(module, index)
-        products.append((terms.scales[0].astype(np.float64), terms.columns[0].astype(np.float64)))
+        (factors,) = module_sum(module, index).components
+        products.append((factors.row.astype(np.float64), factors.col.astype(np.float64)))
     block = dense(module).astype(np.float32)
     found = {
         threshold(Magnitudes(count=sizes.size, blocks=lambda: iter([block]), products=each), density)
@@ -261,10 +260,11 @@ def test_a_threshold_from_scales_alone_is_that_of_the_dense_delta(seed, shape, a
 def test_a_fit_is_the_same_bytes_without_numba(tmp_path: Path, monkeypatch, mixture, shape) -> None:
     _, a, b = pair_of_deltas(3, shape, (pxd.Axis.ROW_COL, pxd.Axis.ROW), (pxd.Axis.COL,))
     paths = [write_delta(tmp_path / "a.pxd", [a]), write_delta(tmp_path / "b.pxd", [b])]
-    monkeypatch.setattr(kernels, "_COMPILED_FROM", 0)
-    compiled = merge(paths, tmp_path / "1.pxd", weights=[0.7, -0.4], mixture=mixture, bits=2)
-    monkeypatch.setattr(kernels, "_loops", lambda: None)
-    plain = merge(paths, tmp_path / "2.pxd", weights=[0.7, -0.4], mixture=mixture, bits=2)
+    pytest.importorskip("numba")
+    monkeypatch.setenv("PERAXIS_BACKEND", "numba")
+    compiled = merge(paths, tmp_path / "1.pxd", weights=[0.7, -0.4], mixture=mixture, masks=2)
+    monkeypatch.setenv("PERAXIS_BACKEND", "numpy")
+    plain = merge(paths, tmp_path / "2.pxd", weights=[0.7, -0.4], mixture=mixture, masks=2)
     assert compiled.content_id == plain.content_id
     assert compiled.error == plain.error
 
@@ -344,7 +344,7 @@ def test_different_bases_too_many_masks_and_odd_weights_are_refused(tmp_path: Pa
         merge(paths[:2], tmp_path / "x.pxd", weights=[1, 1])
     with pytest.raises(ToolError, match="one for each"):
         merge(paths[:2], tmp_path / "x.pxd", weights=[1])
-    with pytest.raises(ToolError, match="finite"):
+    with pytest.raises(ToolError, match="must be 0, or"):
         merge(paths[:2], tmp_path / "x.pxd", weights=[1, float("nan")])
     assert not (tmp_path / "x.pxd").exists()
 
@@ -356,5 +356,20 @@ def test_the_command_merges_and_says_so(tmp_path: Path) -> None:
     shown = CliRunner().invoke(command, [*paths, "--weights", "0.7,0.3", "-o", out, "--json"])
     assert shown.exit_code == 0, shown.output
     assert json.loads(shown.stdout)["kind"] == "sum"
-    fitted = CliRunner().invoke(command, [*paths, "--method", "ties", "--bits", "2", "-o", out, "--overwrite"])
+    fitted = CliRunner().invoke(command, [*paths, "--method", "ties", "--masks", "2", "-o", out, "--overwrite"])
     assert "relative error of the fit" in fitted.stdout
+
+
+def test_bits_is_an_old_name_of_masks_that_no_help_shows(tmp_path: Path) -> None:
+    _, a, b = pair_of_deltas(1, (16, 24), (pxd.Axis.ROW,), (pxd.Axis.COL,))
+    paths = [str(write_delta(tmp_path / name, [m])) for name, m in (("a.pxd", a), ("b.pxd", b))]
+    made = {}
+    for option in ("--masks", "--bits"):
+        out = tmp_path / f"{option}.pxd"
+        done = CliRunner().invoke(command, [*paths, "--method", "ties", option, "2", "-o", str(out)])
+        assert done.exit_code == 0, done.output
+        made[option] = out.read_bytes()
+    assert made["--masks"] == made["--bits"]
+    assert "--bits" not in CliRunner().invoke(command, ["--help"]).output
+    both = CliRunner().invoke(command, [*paths, "--method", "ties", "--masks", "2", "--bits", "1", "-o", "x.pxd"])
+    assert "--bits is another name of --masks" in str(both.exception)

@@ -74,7 +74,7 @@ def test_no_input_is_replaced_by_an_output_file(
     assert snapshot(folder) == before
 
 
-@pytest.mark.parametrize("verb", [verb for verb in FILE_VERBS if verb not in ("plot",)])
+@pytest.mark.parametrize("verb", [verb for verb in FILE_VERBS if verb != "plot"])
 def test_a_device_is_written_into(verb: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = os.stat("/dev/null")
     assert run(monkeypatch, FILE_VERBS[verb][0], out="/dev/null") == 0

@@ -44,7 +44,8 @@ def test_one_size_serves_module_record_and_plan(encoding: pxd.Encoding, shape: t
         sha256="0" * 64,
         base=base,
     )
-    wanted = pxd.module_size(shape=shape, dtype=pxd.DType.BF16, encoding=encoding, axes=axes, base_shape=base.shape)
+    parts = pxd.tensor_shapes(shape=shape, dtype=entry.dtype, encoding=encoding, axes=axes, base_shape=base.shape)
+    wanted = pxd.payload_size(parts)
     records = pxd.layout([entry], [])
     assert pxd.aligned(records[-1].end if records else 0) == wanted
 

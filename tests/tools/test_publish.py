@@ -155,11 +155,13 @@ def test_a_repository_that_exists_keeps_what_it_holds(delta: Path, tmp_path: Pat
     }
     with pxd.open(delta) as file:
         report = evaluation(tmp_path / "eval.json", file.content_id)
-    publish("me/delta", delta, evaluation=report)
+    (tmp_path / "README.md").write_text("---\nlicense: gemma\nlanguage: fr\ndatasets: some/text\n---\ntext\n")
+    publish("me/delta", delta, evaluation=report, card_from=tmp_path)
     publish("me/delta", another(tmp_path, "other.pxd"))
     card, data = hub.held["README.md"], front_matter(hub.held["README.md"])
     assert "# My model\n\nMy words." in card
     assert (data["license"], data["language"], data["own_key"]) == ("mit", ["de"], 7)
+    assert data["datasets"] == "some/text"
     assert data["tags"] == ["mine", "pxd", "delta", "1-bit"]
     assert data["base_model"] == ["org/base", "org/other"]
     assert data["pipeline_tag"] == "text-generation"

@@ -65,14 +65,14 @@ def decode(path: str, dump: str | None) -> dict[str, Any]:
             modules.append(described(entry, content))
             for word, data in content.items() if dump else ():
                 Path(str(dump), f"{i}.{word}").write_bytes(data)
-        data = {asset.path: delta.asset(asset.path) for asset in delta.manifest.assets}
+        assets = {asset.path: delta.asset(asset.path) for asset in delta.manifest.assets}
         return {
             "ok": True,
             "content_id": delta.content_id,
             "modules": modules,
             "tied": [list(pair) for pair in delta.manifest.tied],
             "dropped": list(delta.manifest.dropped),
-            "assets": [{"path": path, "size": len(held), "sha256": sha256(held)} for path, held in data.items()],
+            "assets": [{"path": path, "size": len(held), "sha256": sha256(held)} for path, held in assets.items()],
             "metadata": dict(delta.manifest.metadata),
         }
 

@@ -92,8 +92,9 @@ class Container(Strict):
         need(version == b"1.0", "E201")
 
     def header_records(self, header: dict[str, Any]) -> list[dict[str, Any]]:
-        metadata = header.get("__metadata__")
-        need(isinstance(metadata, dict), "E118")
+        given = header.get("__metadata__")
+        need(isinstance(given, dict), "E118")
+        metadata: dict[str, Any] = given or {}
         keys = {"format", "pxd", "manifest"}
         need(set(metadata) == keys or (self.wrong("metadata-keys-ignored") and keys <= set(metadata)), "E118")
         need(all(isinstance(value, str) for value in metadata.values()), "E118")

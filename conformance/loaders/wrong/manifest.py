@@ -25,7 +25,7 @@ class Manifest(Container):
             raise Rejected("E202") from None
         self.raw_manifest = raw
         text = self.text.strip(" ") if self.wrong("manifest-trailing-space") else self.text
-        manifest = self.json(text, raw, manifest=True)
+        manifest: dict[str, Any] = self.json(text, raw, manifest=True)
         if not (
             self.wrong("manifest-not-canonical")
             or self.wrong("manifest-duplicate-keys")

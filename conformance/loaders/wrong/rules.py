@@ -174,7 +174,7 @@ class Rules(Manifest):
             need((record["dtype"], record["shape"]) == (dtype, shape), "E212")
         if not (self.wrong("pads-optional") or self.wrong("alignment-ignored")):
             self.pads_fit(plain)
-        return {name: tuple(record["data_offsets"]) for record, (name, _, _) in zip(plain, wanted, strict=True)}  # type: ignore[misc]
+        return {name: tuple(record["data_offsets"]) for record, (name, _, _) in zip(plain, wanted, strict=True)}
 
     def pads_fit(self, plain: list[dict[str, Any]]) -> None:
         made: list[tuple[str, list[int]]] = []

@@ -1,4 +1,4 @@
-"""Rebuild weights on the CPU, compiled with numba (SPEC 6); `pair_sums` of delta_sums/numba.py is offered here too.
+"""Rebuild weights on the CPU, compiled with numba (SPEC 6).
 
 There is no fast-math flag, so nothing is reordered or fused: the bits are those of rebuild/numpy.py, which stays the
 reference. Threads share out blocks of rows (the kernels release the GIL); no result depends on their number.
@@ -13,9 +13,8 @@ from importlib import import_module
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from peraxis_format.delta import Component
+from peraxis_format.delta import ComponentFactors
 from peraxis_format.dtypes import Array, DType
 from peraxis_format.ops.simd import (
     F32,
@@ -34,14 +33,13 @@ from peraxis_format.ops.simd import (
     widen,
 )
 from peraxis_format.thread_pool import run_jobs
-from peraxis_tools.ops.delta_sums.numba import pair_sums
 
 numba: Any = import_module("numba")
 types: Any = numba.types
 intrinsic: Any = import_module("numba.extending").intrinsic
 ir: Any = import_module("llvmlite.ir")
 
-__all__ = ["pair_sums", "rebuild", "rebuild_jobs", "rebuild_matrix", "run_jobs"]
+__all__ = ["rebuild", "rebuild_jobs"]
 
 _BLOCK_BYTES: Final = 1 << 21  # a job: large against the cost of handing it to a thread, small against a matrix
 
@@ -122,73 +120,28 @@ def _rebuild_rows(base: Any, out: Any, masks: Any, mask_step: Any, scales: Any, 
                 out[i, 8 * groups + j] = target[j]
 
 
-def _scale_matrix(component: Component, shape: tuple[int, int, int]) -> NDArray[np.float32]:
-    """row_i * 2^e (SPEC 5.3), or the scalar, or 2^e alone: float32 [batch, d_out]."""
-    factor = np.float32(2.0**component.exponent)
-    scales = np.full(shape[:2], factor, np.float32)
-    if component.row is not None:
-        scales *= component.row.reshape(shape[:2]).astype(np.float32)
-    if component.scalar is not None:
-        scales *= component.scalar.astype(np.float32)
-    return scales
-
-
-def _column_matrix(component: Component, shape: tuple[int, int, int]) -> NDArray[np.float32]:
-    """col_j, or ones: float32 [batch, d_in up to a multiple of 8]."""
-    batch, _, width = shape
-    columns = np.ones((batch, -(-width // LANES) * LANES), np.float32)
-    if component.col is not None:
-        columns[:, :width] = component.col.reshape(batch, width)
-    return columns
-
-
 def rebuild_jobs(
-    components: Sequence[Component], base: Array, out: Array, *, base_dtype: DType, dtype: DType
+    matrices: Sequence[Sequence[ComponentFactors]], base: Array, out: Array, *, base_dtype: DType, dtype: DType
 ) -> Iterator[Callable[[], None]]:
     """The work of `rebuild` as calls that may run in any order on any threads, each for a block of rows.
 
-    components: 1 to 8, covering [..., d_out, d_in]. base, out: C-contiguous storage arrays of that shape; they may be
-    the same array, and otherwise must not overlap. Nothing is written before a call runs.
+    Arguments as of the door; out is C-contiguous. Nothing is written before a call runs.
     """
-    d_out, d_in = base.shape[-2:]
-    shape = (base.size // (d_out * d_in), d_out, d_in)
-    flat_base = base.reshape(shape).view(VIEWS[base_dtype])
-    flat_out = out.reshape(shape).view(VIEWS[dtype])
-    masks = [np.ascontiguousarray(component.mask).reshape(shape[0], d_out, -1) for component in components]
-    scales = np.stack([_scale_matrix(component, shape) for component in components])
-    columns = np.stack([_column_matrix(component, shape) for component in components])
-    for e in range(shape[0]):
-        part = [mask[e] for mask in masks]
-        yield from _jobs(flat_base[e], flat_out[e], part, scales[:, e], columns[:, e])
+    flat = (len(matrices), *base.shape[-2:])
+    flat_base = np.ascontiguousarray(base).reshape(flat).view(VIEWS[base_dtype])
+    flat_out = out.reshape(flat).view(VIEWS[dtype])
+    for e, components in enumerate(matrices):
+        yield from _jobs(flat_base[e], flat_out[e], components)
 
 
-def rebuild_matrix(
-    masks: Sequence[NDArray[np.uint8]],
-    scales: NDArray[np.float32],
-    columns: NDArray[np.float32],
-    base: Array,
-    out: Array,
-    *,
-    dtype: DType,
-    threads: int | None = None,
-) -> None:
-    """`rebuild` of one matrix from components that are in binary32 already: the term is sign * (scales * columns).
-
-    masks: [d_out, ceil(d_in/8)] each. scales: [k, d_out], 2^e folded in. columns: [k, d_in]. base, out: [d_out, d_in],
-    C-contiguous.
-    """
-    padded = np.ones((len(columns), -(-base.shape[1] // LANES) * LANES), np.float32)
-    padded[:, : base.shape[1]] = columns
-    views = base.view(VIEWS[dtype]), out.view(VIEWS[dtype])
-    run_jobs(_jobs(*views, [np.ascontiguousarray(mask) for mask in masks], scales, padded), threads=threads)
-
-
-def _jobs(
-    base: Array, out: Array, masks: Sequence[Array], scales: Array, columns: Array
-) -> Iterator[Callable[[], None]]:
+def _jobs(base: Array, out: Array, components: Sequence[ComponentFactors]) -> Iterator[Callable[[], None]]:
     """Blocks of rows of one matrix."""
     rows, width = base.shape
-    columns = np.ascontiguousarray(columns)
+    masks = [np.ascontiguousarray(component.mask) for component in components]
+    scales = np.stack([component.row for component in components])
+    columns = np.ones((len(components), -(-width // LANES) * LANES), np.float32)
+    for k, component in enumerate(components):
+        columns[k, :width] = component.col
     step = max(1, _BLOCK_BYTES // (width * base.itemsize))
     for begin in range(0, rows, step):
         part = slice(begin, min(begin + step, rows))
@@ -207,7 +160,7 @@ def _job(base: Array, out: Array, masks: Sequence[Array], scales: Array, columns
 
 
 def rebuild(
-    components: Sequence[Component],
+    matrices: Sequence[Sequence[ComponentFactors]],
     base: Array,
     out: Array,
     *,
@@ -215,5 +168,5 @@ def rebuild(
     dtype: DType,
     threads: int | None = None,
 ) -> None:
-    """out = base + components, bit for bit as `reconstruct` computes it. Arguments: see rebuild_jobs."""
-    run_jobs(rebuild_jobs(components, base, out, base_dtype=base_dtype, dtype=dtype), threads=threads)
+    """out = base + components, bit for bit as the reference computes it. Arguments: see rebuild_jobs."""
+    run_jobs(rebuild_jobs(matrices, base, out, base_dtype=base_dtype, dtype=dtype), threads=threads)

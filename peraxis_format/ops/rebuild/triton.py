@@ -19,20 +19,34 @@ Offsets count from the transfer's buffer; addresses are those of live storage, w
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
 
-from typing import Final
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
+import numpy as np
+import torch
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
+from torch import Tensor
 
-__all__ = ["BF16", "COLUMNS", "F16", "F32", "RECORD", "ROWS", "TERM", "apply_kernel", "flip", "narrow", "widen"]
+from peraxis_format.bits import mask_width
+from peraxis_format.delta import Axis
+from peraxis_format.dtypes import DType
+from peraxis_format.manifest import ComponentEntry
 
-RECORD: Final = 8
-TERM: Final = 5
+__all__ = [
+    "BF16", "COLUMNS", "F16", "F32", "KINDS", "ROWS", "Launch", "StoredModule", "apply_kernel", "flip", "launches",
+    "narrow", "widen",
+]  # fmt: skip
+
 ROWS: Final = 8  # of a tile of the apply kernel
 COLUMNS: Final = 1024
 BF16: Final = 0
 F16: Final = 1
 F32: Final = 2
+KINDS: Final = {DType.BF16: BF16, DType.F16: F16, DType.F32: F32}
 
 _BF16 = tl.constexpr(BF16)
 _F16 = tl.constexpr(F16)
@@ -140,3 +154,82 @@ def apply_kernel(
         term += 5
         left -= 1
     tl.store(out + at, narrow(total, KIND), mask=inside)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class StoredModule:
+    """A `sign` module in a transfer's buffer, its pristine base, and the storage that it is rebuilt into.
+
+    offsets: of its tensors in the buffer, by suffix, each a multiple of 64. base, out: [..., d_out, d_in], contiguous.
+    """
+
+    components: tuple[ComponentEntry, ...]
+    offsets: Mapping[str, int]
+    base: Tensor
+    out: Tensor
+    dtype: DType
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Launch:
+    """The tables of one launch, for all modules of a dtype and an alignment; on the device."""
+
+    kind: int
+    aligned: bool
+    tiles: Tensor
+    records: Tensor
+    terms: Tensor
+
+    def run(self, buffer: Tensor) -> None:
+        """Rebuild the modules from a buffer with a transfer's bytes. On return the kernel is launched."""
+        # Kernels are launched on the current device: make it this one.
+        current: Any = torch.cuda.device(buffer.device) if buffer.is_cuda else contextlib.nullcontext()
+        with current:
+            apply_kernel[(self.tiles.numel(),)](
+                self.tiles, self.records, self.terms, buffer, KIND=self.kind, ALIGNED=self.aligned, ROWS_=ROWS,
+                COLUMNS_=COLUMNS, num_warps=8,
+            )  # fmt: skip
+
+
+def launches(modules: Sequence[StoredModule], device: torch.device) -> Iterator[Launch]:
+    """What rebuilds these modules: one launch for each kind among them."""
+    grouped: dict[tuple[int, bool], list[StoredModule]] = {}
+    for module in modules:
+        d_out, d_in = module.out.shape[-2:]
+        aligned = d_in % 8 == 0 and module.base.data_ptr() % 16 == 0 and module.out.data_ptr() % 16 == 0
+        # A mask begins at a multiple of 64 in the buffer; that of a later batch element only where their size allows.
+        aligned = aligned and (module.out.ndim == 2 or d_out * d_in % 128 == 0)
+        grouped.setdefault((KINDS[module.dtype], aligned), []).append(module)
+    for (kind, aligned), members in grouped.items():
+        tables = zip(_matrix_rows(members), (torch.int32, torch.int64, torch.int64), strict=True)
+        yield Launch(kind, aligned, *(torch.tensor(rows, dtype=dtype, device=device) for rows, dtype in tables))
+
+
+def _matrix_rows(modules: Sequence[StoredModule]) -> tuple[Any, list[list[int]], list[list[int]]]:
+    """Tiles, records and terms: a record for each matrix, so one for each batch element."""
+    records: list[list[int]] = []
+    terms: list[list[int]] = []
+    counts: list[int] = []
+    for module in modules:
+        d_out, d_in = module.out.shape[-2:]
+        size = d_out * d_in * module.base.element_size()
+        for e in range(math.prod(module.out.shape[:-2])):
+            base, out = module.base.data_ptr() + e * size, module.out.data_ptr() + e * size
+            records.append([base, out, d_out, d_in, sum(counts), len(terms), len(module.components), 0])
+            terms.extend(_term_rows(module, e))
+            counts.append(-(-d_out // ROWS) * -(-d_in // COLUMNS))
+    return np.repeat(np.arange(len(counts), dtype=np.int32), counts), records, terms
+
+
+def _term_rows(module: StoredModule, e: int) -> Iterator[list[int]]:
+    d_out, d_in = module.out.shape[-2:]
+    for k, component in enumerate(module.components):
+        row, stride, col = -1, 0, -1
+        if component.axis in (Axis.ROW, Axis.ROW_COL):
+            row, stride = module.offsets[f"{k}.row"] + 2 * e * d_out, 1
+        elif component.axis is Axis.TENSOR:
+            row = module.offsets[f"{k}.scalar"]
+        if component.axis in (Axis.COL, Axis.ROW_COL):
+            col = module.offsets[f"{k}.col"] + 2 * e * d_in
+        factor = int(np.float32(2.0**component.exponent).view(np.uint32))
+        yield [module.offsets[f"{k}.mask"] + e * d_out * mask_width(d_in), row, stride, col, factor]

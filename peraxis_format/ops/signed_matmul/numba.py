@@ -16,13 +16,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from peraxis_format.ops.simd import F32, I1, LANES, WIDE, eighths, load, over_groups, same, store, vector
 from peraxis_format.thread_pool import run_jobs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peraxis_format.ops.rebuild.torch import ComponentTensors
 
 numba: Any = import_module("numba")
 types: Any = numba.types
@@ -134,20 +139,34 @@ class Product:
     inputs: NDArray[np.float32]
     out: NDArray[np.float32]
 
+    @classmethod
+    def of(cls, x: Tensor, components: Sequence[ComponentTensors], out: Tensor) -> Product:
+        """The same of tensors on the CPU: their memory, but for an x that is not float32."""
+        return cls(
+            masks=[component.mask.numpy() for component in components],
+            rows=[component.row.numpy() for component in components],
+            columns=[component.col.numpy() for component in components],
+            inputs=x.detach().float().numpy(),
+            out=out.numpy(),
+        )
+
     @property
     def work(self) -> int:
         """Weights times inputs."""
         return sum(mask.size for mask in self.masks) * LANES * len(self.inputs)
 
 
-def add_products(products: Sequence[Product], *, threads: int | None = None) -> None:
-    """Work all products off, on several threads where there is enough to do. Their outputs must not overlap."""
-    if sum(product.work for product in products) < 2 * _JOB:
+def add_products(products: Sequence[Product], *, threads: int | None = None, job: int = _JOB) -> None:
+    """Work all products off, on several threads where there is enough to do. Their outputs must not overlap.
+
+    job: weights times inputs of one job.
+    """
+    if sum(product.work for product in products) < 2 * job:
         threads = 1
-    run_jobs((job for product in products for job in _jobs(product)), threads=threads)
+    run_jobs((part for product in products for part in _jobs(product, job)), threads=threads)
 
 
-def _jobs(product: Product) -> Iterator[Callable[[], None]]:
+def _jobs(product: Product, size: int) -> Iterator[Callable[[], None]]:
     """Blocks of outputs of one product, each with all components in their order."""
     d_out, groups = product.masks[0].shape
     width = product.inputs.shape[1]
@@ -156,7 +175,7 @@ def _jobs(product: Product) -> Iterator[Callable[[], None]]:
         scaled = np.zeros((len(product.inputs), groups * LANES), np.float32)
         np.multiply(product.inputs, column, out=scaled[:, :width])
         weighted.append((scaled, scaled.sum(1)))
-    step = max(1, d_out * _JOB // product.work)
+    step = max(1, d_out * size // max(1, product.work))
 
     def job(part: slice) -> None:
         for mask, row, (scaled, totals) in zip(product.masks, product.rows, weighted, strict=True):

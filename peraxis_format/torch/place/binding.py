@@ -51,7 +51,7 @@ def check_live(
             check_base_digest(entry, digest)
     except PxdError as failure:
         error = _named(failure, manifest)
-    if sharded_anywhere(bool(pieces), group):
+    if sharded_anywhere(here=bool(pieces), group=group):
         try:
             _check_pieces(pieces, placement, group)
         except PxdError as failure:
@@ -77,7 +77,7 @@ def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def sharded_anywhere(here: bool, group: Any = None) -> bool:
+def sharded_anywhere(*, here: bool, group: Any = None) -> bool:
     """Whether any rank holds a module in part only: all of them then have to act together."""
     if not _distributed():
         return False
@@ -161,7 +161,7 @@ def _assembled(entry: ModuleEntry, messages: Sequence[_Message], mine: ShardView
         if message.rank == rank:
             data = as_bytes(mine.view)
         else:
-            size = math.prod(shape) * entry.dtype.itemsize
+            size = entry.dtype.size_of(shape)
             data = torch.empty(size, dtype=torch.uint8, device=mine.view.device)
             torch.distributed.recv(data, src=_global(message.rank, group), group=group)
         where = tuple(slice(begin, end) for begin, end in message.box)

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from peraxis_format.delta import Encoding, ModuleDelta
-from peraxis_format.errors import DeviceError, LiveModelError
-from peraxis_format.ops.rebuild.torch import Scratch, factors_of
+from peraxis_format.errors import LiveModelError
+from peraxis_format.ops.backend import choose
+from peraxis_format.ops.rebuild.torch import Scratch, component_tensors
 from peraxis_format.ops.tensors import tensor_view
 from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
@@ -36,15 +37,15 @@ from peraxis_format.torch.place.claims import claim, release
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.shards import Placement, Views
 from peraxis_format.torch.ring import Ring
-from peraxis_format.torch.serve.linear import Products, ServedLinear, TorchProducts
-from peraxis_format.torch.serve.modules import GroupForward, Patch, ServedEmbedding, ServedModule, State
+from peraxis_format.torch.serve.linear import ServedLinear, TorchProducts
+from peraxis_format.torch.serve.modules import GroupForward, Patch, Products, ServedEmbedding, ServedModule, State
 from peraxis_format.torch.serve.rows import Rows
-from peraxis_format.torch.swap.apply import TRANSFER_LIMIT
 from peraxis_format.torch.swap.payload import check_pads
+from peraxis_format.torch.swap.transfer_plan import TRANSFER_LIMIT
 
 __all__ = ["Served", "serve"]
 
-Backend = Literal["auto", "torch", "triton"]
+Backend = Literal["auto", "torch", "numba", "triton"]
 _INDEX_DTYPES: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _CLAIMED: Final = "the model is served: its weights have to stay the base; close that `Served` first"
 
@@ -137,7 +138,7 @@ class Served:
     def state(self, module: nn.Module) -> State:
         """The state of a module, made and put in its place when first asked for."""
         if module not in self._states:
-            products: Products = TorchProducts()
+            products: Products = TorchProducts(None if self._backend == "auto" else self._backend)
             if self._backend == "triton":
                 from peraxis_format.torch.serve.launch import LinearKernels
 
@@ -211,8 +212,9 @@ def serve(
 ) -> Served:
     """Let a live model that holds the base serve variants of it, mixed in one batch.
 
-    backend: "triton" (CUDA), "torch" (anywhere), "auto". views: see placement.place. Every delta is checked in full,
-    and the base's bytes once. Raises as apply_ does; the model is then as it was.
+    backend: "triton" (CUDA), "torch" (anywhere), "numba" (CPU), or "auto" (ops/backend.py). views: see placement.place.
+    Every delta is checked in full, and the base's bytes once. Raises as apply_ does, and BackendError; the model is
+    then as it was.
     """
     if any(isinstance(module.__dict__.get("peraxis"), State) for module in model.modules()):
         raise LiveModelError("the model is served already; close that first, or give all variants at once")
@@ -259,14 +261,12 @@ def _looks_up_ids(kind: type[nn.Module]) -> bool:
 
 
 def _backend(asked: Backend, model: nn.Module) -> Backend:
-    cuda = any(parameter.is_cuda for parameter in model.parameters())
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if asked == "triton" and not cuda and not interpreted:
-        raise DeviceError('backend="triton" needs a model on a CUDA device; use "torch" on the CPU')
-    chosen: Backend = asked if asked != "auto" else ("triton" if cuda else "torch")
-    if chosen == "triton":
+    """Kernels for the whole model, or "auto" where each weight chooses for itself. Raises BackendError."""
+    device = "cuda" if any(parameter.is_cuda for parameter in model.parameters()) else "cpu"
+    if device == "cuda" and asked in ("auto", "triton"):
         require_triton()
-    return chosen
+    chosen = choose("signed_matmul", 0, device, None if asked == "auto" else asked)
+    return "triton" if chosen == "triton" else asked
 
 
 def _register(served: Served, index: int, file: DeltaFile, placement: Placement) -> None:
@@ -300,7 +300,7 @@ def _patch(delta: ModuleDelta, view: Tensor, where: _Where) -> Patch:
         raw = torch.frombuffer(bytearray(delta.full.tobytes()), dtype=torch.uint8)
         full = tensor_view(raw, 0, delta.dtype, delta.shape).to(view.device)
         return Patch(begin, end, full=full, region=region)
-    batch = tuple(tuple(terms) for terms in factors_of(delta, view.device))
+    batch = tuple(tuple(terms) for terms in component_tensors(delta, view.device))
     if view.ndim == 2:
         return Patch(begin, end, terms=batch[0], region=region)
     return Patch(begin, end, batch=batch, region=region)

@@ -3,48 +3,31 @@
     few rows of a variant     y = x W^T + sum over k of row_k o ((x o col_k) B_k^T)      W read once for all of them
     many                      y = x W_v^T, W_v rebuilt a block at a time                 the merged weights' values
 
-How the two are computed is a `Products`: kernels on CUDA (launch.py); here plain torch, and on the CPU numba for large
-matrices (rebuild/torch.py).
+How the two are computed is a `Products` (modules.py): kernels on CUDA (launch.py); here the doors of
+ops/signed_matmul and ops/rebuild, which choose torch or numba.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from peraxis_format.ops.rebuild.torch import Scratch, add_projections, is_quick, rebuild
+from peraxis_format.ops.backend import choose
+from peraxis_format.ops.rebuild import rebuild_tensor
+from peraxis_format.ops.rebuild.torch import Scratch
+from peraxis_format.ops.signed_matmul import signed_matmul
 from peraxis_format.torch.serve.modules import Patch, ServedModule, State
 from peraxis_format.torch.serve.rows import Batch
 
-__all__ = ["MANY_ROWS", "Products", "ServedLinear", "TorchProducts"]
+__all__ = ["MANY_ROWS", "ServedLinear", "TorchProducts"]
 
 MANY_ROWS: Final = 64  # rows of one variant from which its weights are rebuilt rather than added to
-_MANY_ROWS_QUICK: Final = 32  # with numba a product costs as much as the rebuilding from here on
+_MANY_ROWS_NUMBA: Final = 32  # with numba a product costs as much as the rebuilding from here on
 _BLOCK: Final = 1 << 23  # weights that are rebuilt at a time: they are still in the cache when they are multiplied
-
-
-class Products(Protocol):
-    """The products of one linear with several variants' weights. x: [rows, in_features]; out: [rows, out_features]."""
-
-    def many(self, module: nn.Linear) -> int:
-        """Rows of a variant from which `merged` is the better way."""
-
-    def single(self, module: nn.Linear, state: State, x: Tensor, variant: int) -> Tensor | None:
-        """All of it for a batch of one row; None where there is no way of its own for that."""
-
-    def add_terms(
-        self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
-    ) -> None:
-        """Terms, and the biases that a variant changes, on top of the base's product in `out`."""
-
-    def merged(
-        self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
-    ) -> None:
-        """Products with the merged weights, biases included, into `out`."""
 
 
 class ServedLinear(ServedModule, nn.Linear):
@@ -65,7 +48,7 @@ class ServedLinear(ServedModule, nn.Linear):
 
     def _each(self, state: State, x: Tensor, batch: Batch) -> Tensor:
         """Every row's product."""
-        products: Products = state.products
+        products = state.products
         weights, biases = state.patches.get("weight", {}), state.patches.get("bias", {})
         many = products.many(self)
         exact = [v for v in batch.groups if any(patch.full is not None for patch in weights.get(v, ()))]
@@ -95,10 +78,17 @@ class ServedLinear(ServedModule, nn.Linear):
 
 
 class TorchProducts:
-    """Plain torch on any device; numba on the CPU for large matrices."""
+    """Operations on tensors, on any device. backend: torch or numba; chosen for each weight where None."""
+
+    def __init__(self, backend: str | None = None) -> None:
+        self._backend = backend
+
+    def chosen(self, weight: Tensor) -> str:
+        """The backend for a weight."""
+        return choose("rebuild_tensor", weight.numel(), weight.device.type, self._backend)
 
     def many(self, module: nn.Linear) -> int:
-        return _MANY_ROWS_QUICK if is_quick(module.weight) else MANY_ROWS
+        return _MANY_ROWS_NUMBA if self.chosen(module.weight) == "numba" else MANY_ROWS
 
     def single(self, module: nn.Linear, state: State, x: Tensor, variant: int) -> Tensor | None:
         return None
@@ -118,7 +108,7 @@ class TorchProducts:
                 total[mine] += state.parameter(module, "bias", v).detach().float()
             products += [(part[mine], p.terms, total[mine, p.begin : p.end]) for p in weights.get(v, ())]
             first = mine.stop
-        add_projections(products, quick=is_quick(module.weight))
+        signed_matmul(products, backend=self.chosen(module.weight))
         out[span] = total.add_(out[span]).to(out.dtype)
 
     def merged(
@@ -129,12 +119,13 @@ class TorchProducts:
         for v in variants:
             span = batch.span([v])
             bias = state.parameter(module, "bias", v) if module.bias is not None else None
-            out[span] = _merged(weight, weights[v], x[span], bias, state.scratch)
+            out[span] = _merged(weight, weights[v], x[span], bias, state.scratch, self.chosen(weight))
 
 
-def _merged(weight: Tensor, patches: Sequence[Patch], x: Tensor, bias: Tensor | None, scratch: Scratch) -> Tensor:
+def _merged(
+    weight: Tensor, patches: Sequence[Patch], x: Tensor, bias: Tensor | None, scratch: Scratch, backend: str
+) -> Tensor:
     """x times the merged weights, which are never whole in memory."""
-    quick = is_quick(weight)
     out = x.new_empty(len(x), len(weight))
     for begin, end, patch in _segments(patches, len(weight)):
         step = max(1, _BLOCK // weight.shape[1]) if patch is not None and patch.terms else end - begin
@@ -145,8 +136,8 @@ def _merged(weight: Tensor, patches: Sequence[Patch], x: Tensor, bias: Tensor | 
                 part = patch.full
             elif patch is not None:
                 inner = slice(first - patch.begin, rows.stop - patch.begin)
-                where = scratch.rows(len(part), part) if quick else None
-                part = rebuild(part, [term.part(inner) for term in patch.terms], out=where, quick=quick)
+                where = scratch.rows(len(part), part) if backend == "numba" else None
+                part = rebuild_tensor(part, [term.part(inner) for term in patch.terms], out=where, backend=backend)
             out[:, rows] = functional.linear(x, part, None if bias is None else bias[rows])
     return out
 

@@ -11,21 +11,22 @@ for others, its forward), and put back by `Served.close`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from threading import local
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from peraxis_format.errors import LiveModelError
-from peraxis_format.ops.rebuild.torch import ComponentFactors, Scratch, rebuild, rebuild_rows
-from peraxis_format.torch.serve.rows import Rows
+from peraxis_format.ops.rebuild import rebuild_tensor
+from peraxis_format.ops.rebuild.torch import ComponentTensors, Scratch
+from peraxis_format.torch.serve.rows import Batch, Rows
 
-__all__ = ["GroupForward", "Patch", "ServedEmbedding", "ServedModule", "State"]
+__all__ = ["GroupForward", "Patch", "Products", "ServedEmbedding", "ServedModule", "State"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,11 +38,9 @@ class Patch:
 
     begin: int
     end: int
-    terms: tuple[ComponentFactors, ...] = ()
+    terms: tuple[ComponentTensors, ...] = ()
     full: Tensor | None = None
-    batch: tuple[
-        tuple[ComponentFactors, ...], ...
-    ] = ()  # components of each batch element of a parameter of 3 or more dimensions
+    batch: tuple[tuple[ComponentTensors, ...], ...] = ()  # of each matrix of a parameter of 3 or more dimensions
     region: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -58,13 +57,13 @@ class State:
 
     alone: a context in which the rows are all of one variant. grouped: the module is run for each variant even if no
     variant changes it, since it sends rows on in an order of its own (routed experts).
-    products: linear.Products, for a linear. broadcast: an embedding whose input may be one sequence for all (positions,
+    products: how a linear multiplies. broadcast: an embedding whose input may be one sequence for all (positions,
     but not tokens).
     """
 
     rows: Callable[[], Rows | None]
     alone: Callable[[int], AbstractContextManager[None]]
-    products: Any
+    products: Products
     scratch: Scratch
     broadcast: bool = False
     grouped: bool = False
@@ -111,11 +110,31 @@ class State:
                 target.copy_(patch.full)
             elif patch.batch:
                 matrices = part.reshape(-1, *part.shape[-2:])
-                merged = [rebuild(matrix, terms) for matrix, terms in zip(matrices, patch.batch, strict=True)]
+                merged = [rebuild_tensor(matrix, terms) for matrix, terms in zip(matrices, patch.batch, strict=True)]
                 target.copy_(torch.stack(merged).reshape(part.shape))
             else:
-                target.copy_(rebuild(part, patch.terms))
+                target.copy_(rebuild_tensor(part, patch.terms))
         return out
+
+
+class Products(Protocol):
+    """The products of one linear with several variants' weights. x: [rows, in_features]; out: [rows, out_features]."""
+
+    def many(self, module: nn.Linear) -> int:
+        """Rows of a variant from which `merged` is the better way."""
+
+    def single(self, module: nn.Linear, state: State, x: Tensor, variant: int) -> Tensor | None:
+        """All of it for a batch of one row; None where there is no way of its own for that."""
+
+    def add_terms(
+        self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
+    ) -> None:
+        """Terms, and the biases that a variant changes, on top of the base's product in `out`."""
+
+    def merged(
+        self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
+    ) -> None:
+        """Products with the merged weights, biases included, into `out`."""
 
 
 class _MixedWeight(Tensor):
@@ -183,7 +202,7 @@ class ServedEmbedding(ServedModule, nn.Embedding):
             if patch.full is not None:
                 table[mine] = patch.full[local]
             else:
-                table[mine] = rebuild_rows(self.weight.detach()[patch.begin : patch.end], patch.terms, local)
+                table[mine] = rebuild_tensor(table[mine], [term.part(local) for term in patch.terms])
         # The class's own forward on a table of the rows at hand: scaling and the like stay what they are.
         shadow: Any = nn.Embedding.__new__(self.peraxis_class)
         shadow.__dict__.update(self.__dict__)

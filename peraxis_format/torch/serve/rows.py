@@ -10,20 +10,9 @@ import torch
 from torch import Tensor
 
 from peraxis_format.errors import LiveModelError
+from peraxis_format.ops.signed_matmul.tiles import Tiles
 
-__all__ = ["Batch", "Rows", "Tiles"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Tiles:
-    """Rows sorted by variant, in tiles of one variant each and at most `height` rows (signed_matmul/triton.py).
-
-    order: int32 [rows]. tiles: int32 [tiles, 3].
-    """
-
-    order: Tensor
-    tiles: Tensor
-    height: int
+__all__ = ["Batch", "Rows"]
 
 
 class Batch:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,11 +31,9 @@ from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.swap.engine import engine_for
 from peraxis_format.torch.swap.payload import Payload
 from peraxis_format.torch.swap.stream import stream
-from peraxis_format.torch.swap.transfer_plan import cut_transfers
+from peraxis_format.torch.swap.transfer_plan import TRANSFER_LIMIT, cut_transfers
 
-__all__ = ["TRANSFER_LIMIT", "Applied", "apply_", "together", "verify_share"]
-
-TRANSFER_LIMIT: Final = 32 << 20  # bytes: a layer of an 8B model; four of them are the ring
+__all__ = ["Applied", "apply_", "together", "verify_share"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,12 +78,12 @@ def apply_(
         ring = Ring(device)
         ring.reserve(max((transfer.size for transfer in transfers), default=0))
         check_live(file.manifest, placement, ring=ring, workers=pool.count, group=group)
-        sharded = sharded_anywhere(is_sharded(placement, file.manifest), group)
-        with together(sharded, group):
+        sharded = sharded_anywhere(here=is_sharded(placement, file.manifest), group=group)
+        with together(group, sharded=sharded):
             verified = verify_share(file, group, pool) if sharded else 0
             payload = Payload(file, transfers, residency="pinned", device=device, ring=ring, workers=pool)
         before = device.counters.uploads
-        with _undo(placement, undo) as bases, together(sharded, group):
+        with _undo(placement, undo) as bases, together(group, sharded=sharded):
             engine = engine_for(transfers, bases, device=device, workers=pool)
             stream(payload, engine, device=device, ring=ring, workers=pool)
         increment_versions(part for parts in placement.values() for part in parts)
@@ -100,7 +98,7 @@ def apply_(
 
 
 @contextlib.contextmanager
-def together(sharded: bool, group: Any) -> Iterator[None]:
+def together(group: Any, *, sharded: bool) -> Iterator[None]:
     """Where ranks share a model: the block ends well on all of them, or with an error on all of them."""
     failure: BaseException | None = None
     try:

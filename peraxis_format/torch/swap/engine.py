@@ -6,18 +6,18 @@ number of times, with any buffer of the right content. Bases and live storages m
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from peraxis_format.delta import Axis, Encoding, ModuleDelta
-from peraxis_format.dtypes import Array, DType
-from peraxis_format.ops.rebuild.numpy import have_compiled, reconstruct
+from peraxis_format.delta import Encoding, ModuleDelta
+from peraxis_format.dtypes import Array
+from peraxis_format.ops.backend import choose
+from peraxis_format.ops.rebuild import reconstruct
 from peraxis_format.ops.tensors import storage_array, tensor_view
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import Device, require_triton
@@ -26,7 +26,8 @@ from peraxis_format.torch.swap.transfer_plan import ModuleSlice, Transfer, piece
 
 __all__ = ["TritonEngine", "Engine", "HostEngine", "engine_for"]
 
-_COMPILED_FROM: Final = 1 << 20  # weights in all; below, numpy is done before numba is imported
+if TYPE_CHECKING:
+    from peraxis_format.ops.rebuild.triton import Launch, StoredModule
 
 
 class Engine(Protocol):
@@ -37,18 +38,10 @@ class Engine(Protocol):
 
 
 class HostEngine:
-    """CPU storages. compiled: use numba (default: where it is installed and there is enough to do)."""
+    """CPU storages. backend: numpy or numba."""
 
-    def __init__(
-        self,
-        transfers: Sequence[Transfer],
-        bases: Mapping[ShardView, Tensor],
-        *,
-        workers: ThreadPool,
-        compiled: bool | None = None,
-    ) -> None:
-        weights = sum(math.prod(slice_.shape) for transfer in transfers for slice_ in transfer.modules)
-        self._compiled = have_compiled() and weights >= _COMPILED_FROM if compiled is None else compiled
+    def __init__(self, bases: Mapping[ShardView, Tensor], *, workers: ThreadPool, backend: str) -> None:
+        self._backend = backend
         self._bases = bases
         self._workers = workers
 
@@ -66,16 +59,14 @@ class HostEngine:
         if module.full is not None:
             full = module.full
             yield lambda: np.copyto(out, full)  # SPEC 6.4
-        elif self._compiled and live.is_contiguous():
-            from peraxis_format.ops.rebuild import numba as fast
+        elif self._backend == "numba" and live.is_contiguous():
+            from peraxis_format.ops.rebuild.numba import rebuild_jobs
 
             kind = module.dtype
-            yield from fast.rebuild_jobs(
-                module.components, storage_array(base), out, base_dtype=kind, dtype=kind
-            )  # fmt: skip
+            yield from rebuild_jobs(module.factors(), storage_array(base), out, base_dtype=kind, dtype=kind)
         else:
             source = storage_array(base)
-            yield lambda: np.copyto(out, reconstruct(module, source, compiled=self._compiled))
+            yield lambda: np.copyto(out, reconstruct(module, source, backend=self._backend))
 
 
 class TritonEngine:
@@ -88,8 +79,7 @@ class TritonEngine:
     def __init__(
         self, transfers: Sequence[Transfer], bases: Mapping[ShardView, Tensor], *, device: torch.device
     ) -> None:
-        self._device = device
-        self._launches = {transfer: list(_launches(transfer, bases, device)) for transfer in transfers}
+        self._launches = {transfer: _launches(transfer, bases, device) for transfer in transfers}
         self._copies = {transfer: list(_copies(transfer)) for transfer in transfers}
         strided = {transfer: list(_signs(transfer, contiguous=False)) for transfer in transfers}
         sizes = [part.view.nbytes for items in strided.values() for _, part in items]
@@ -100,33 +90,14 @@ class TritonEngine:
         }
 
     def write(self, transfer: Transfer, buffer: Tensor) -> None:
-        with _current(self._device):
-            for launch in self._launches[transfer]:
-                _launch(launch, buffer)
-            for slice_, offset, view in self._copies[transfer]:
-                view.copy_(tensor_view(buffer, offset, slice_.entry.dtype, slice_.shape), non_blocking=True)
-            for launches, out, view in self._strided[transfer]:
-                for launch in launches:
-                    _launch(launch, buffer)
-                view.copy_(out)
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Kernels are launched on the current device: make it this one."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-_Launch: TypeAlias = tuple[int, bool, Tensor, Tensor, Tensor]  # dtype kind, aligned, tiles, records, terms
-
-
-def _launch(launch: _Launch, buffer: Tensor) -> None:
-    from peraxis_format.ops.rebuild import triton as kernels
-
-    kind, aligned, tiles, records, terms = launch
-    kernels.apply_kernel[(tiles.numel(),)](
-        tiles, records, terms, buffer, KIND=kind, ALIGNED=aligned, ROWS_=kernels.ROWS, COLUMNS_=kernels.COLUMNS,
-        num_warps=8,
-    )  # fmt: skip
+        for launch in self._launches[transfer]:
+            launch.run(buffer)
+        for slice_, offset, view in self._copies[transfer]:
+            view.copy_(tensor_view(buffer, offset, slice_.entry.dtype, slice_.shape), non_blocking=True)
+        for beside, out, view in self._strided[transfer]:
+            for launch in beside:
+                launch.run(buffer)
+            view.copy_(out)
 
 
 def engine_for(
@@ -135,16 +106,17 @@ def engine_for(
     *,
     device: Device,
     workers: ThreadPool,
-    compiled: bool | None = None,
+    backend: str | None = None,
 ) -> Engine:
-    """The engine of a device. compiled: see HostEngine."""
-    if device.torch_device.type == "cpu":
-        return HostEngine(transfers, bases, workers=workers, compiled=compiled)
-    require_triton()
-    return TritonEngine(transfers, bases, device=device.torch_device)
-
-
-_KINDS: Final = {DType.BF16: 0, DType.F16: 1, DType.F32: 2}
+    """The engine of a device. backend: numpy or numba on the CPU, triton; chosen where None. Raises BackendError."""
+    kind = device.torch_device.type
+    if kind != "cpu":
+        require_triton()
+    weights = sum(math.prod(slice_.shape) for transfer in transfers for slice_ in transfer.modules)
+    chosen = choose("rebuild_transfer", weights, kind, backend)
+    if chosen == "triton":
+        return TritonEngine(transfers, bases, device=device.torch_device)
+    return HostEngine(bases, workers=workers, backend=chosen)
 
 
 def _copies(transfer: Transfer) -> Iterator[tuple[ModuleSlice, int, Tensor]]:
@@ -161,70 +133,25 @@ def _signs(transfer: Transfer, *, contiguous: bool) -> Iterator[tuple[ModuleSlic
             yield from ((slice_, part) for part in slice_.views if part.view.is_contiguous() is contiguous)
 
 
-def _launches(transfer: Transfer, bases: Mapping[ShardView, Tensor], device: torch.device) -> Iterator[_Launch]:
+def _stored(slice_: ModuleSlice, base: Tensor, out: Tensor) -> StoredModule:
+    from peraxis_format.ops.rebuild.triton import StoredModule
+
+    offsets = {field.suffix: field.offset for field in slice_.fields}
+    return StoredModule(
+        components=slice_.entry.components, offsets=offsets, base=base, out=out, dtype=slice_.entry.dtype
+    )
+
+
+def _launches(transfer: Transfer, bases: Mapping[ShardView, Tensor], device: torch.device) -> list[Launch]:
+    from peraxis_format.ops.rebuild.triton import launches
+
     items = _signs(transfer, contiguous=True)
-    yield from _tables([(slice_, bases[part], part.view) for slice_, part in items], device)
+    return list(launches([_stored(slice_, bases[part], part.view) for slice_, part in items], device))
 
 
-def _beside(slice_: ModuleSlice, base: Tensor, view: Tensor, buffer: Tensor) -> tuple[list[_Launch], Tensor, Tensor]:
+def _beside(slice_: ModuleSlice, base: Tensor, view: Tensor, buffer: Tensor) -> tuple[list[Launch], Tensor, Tensor]:
     """What rebuilds one module in a buffer, where in it, and the live view that it is then copied to."""
+    from peraxis_format.ops.rebuild.triton import launches
+
     out = tensor_view(buffer, 0, slice_.entry.dtype, slice_.shape)
-    return list(_tables([(slice_, base, out)], base.device)), out, view
-
-
-def _tables(items: Sequence[tuple[ModuleSlice, Tensor, Tensor]], device: torch.device) -> Iterator[_Launch]:
-    """(dtype kind, aligned, tiles, records, terms) for each kind of matrix among (module, base, out) triples."""
-    grouped: dict[tuple[int, bool], list[tuple[ModuleSlice, Tensor, Tensor]]] = {}
-    for slice_, base, out in items:
-        d_out, d_in = slice_.shape[-2:]
-        aligned = d_in % 8 == 0 and base.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
-        # A mask begins at a multiple of 64 in the buffer; that of a later batch element only where their size allows.
-        aligned = aligned and (len(slice_.shape) == 2 or d_out * d_in % 128 == 0)
-        grouped.setdefault((_KINDS[slice_.entry.dtype], aligned), []).append((slice_, base, out))
-    for (kind, aligned), members in grouped.items():
-        records, terms, tiles = _matrix_rows(members)
-        yield (
-            kind,
-            aligned,
-            torch.tensor(tiles, dtype=torch.int32, device=device),
-            torch.tensor(records, dtype=torch.int64, device=device),
-            torch.tensor(terms, dtype=torch.int64, device=device),
-        )
-
-
-def _matrix_rows(
-    members: Sequence[tuple[ModuleSlice, Tensor, Tensor]],
-) -> tuple[list[list[int]], list[list[int]], Any]:
-    """Records, terms and tiles of rebuild/triton.py: a record for each matrix, so one for each batch element."""
-    from peraxis_format.ops.rebuild import triton as kernels
-
-    records: list[list[int]] = []
-    terms: list[list[int]] = []
-    counts: list[int] = []
-    for slice_, base, out in members:
-        d_out, d_in = slice_.shape[-2:]
-        size = d_out * d_in * base.element_size()
-        for e in range(math.prod(slice_.shape[:-2])):
-            first = sum(counts)
-            records.append(
-                [base.data_ptr() + e * size, out.data_ptr() + e * size, d_out, d_in, first, len(terms),
-                 len(slice_.entry.components), 0]
-            )  # fmt: skip
-            terms.extend(_term_rows(slice_, e))
-            counts.append(-(-d_out // kernels.ROWS) * -(-d_in // kernels.COLUMNS))
-    return records, terms, np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-
-
-def _term_rows(slice_: ModuleSlice, e: int) -> Iterator[list[int]]:
-    offsets = {f.suffix: f.offset for f in slice_.fields}
-    d_out, d_in = slice_.shape[-2:]
-    for k, component in enumerate(slice_.entry.components):
-        row, stride, col = -1, 0, -1
-        if component.axis in (Axis.ROW, Axis.ROW_COL):
-            row, stride = offsets[f"{k}.row"] + 2 * e * d_out, 1
-        elif component.axis is Axis.TENSOR:
-            row = offsets[f"{k}.scalar"]
-        if component.axis in (Axis.COL, Axis.ROW_COL):
-            col = offsets[f"{k}.col"] + 2 * e * d_in
-        factor = int(np.float32(2.0**component.exponent).view(np.uint32))
-        yield [offsets[f"{k}.mask"] + e * d_out * -(-d_in // 8), row, stride, col, factor]
+    return list(launches([_stored(slice_, base, out)], base.device)), out, view

@@ -20,11 +20,11 @@ from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, copy_aside, storage_key
 from peraxis_format.torch.place.watch import LiveTensors
 from peraxis_format.torch.ring import Ring
-from peraxis_format.torch.swap.apply import TRANSFER_LIMIT, together, verify_share
+from peraxis_format.torch.swap.apply import together, verify_share
 from peraxis_format.torch.swap.engine import Engine, engine_for
 from peraxis_format.torch.swap.payload import Payload, Residency
 from peraxis_format.torch.swap.reports import Variant
-from peraxis_format.torch.swap.transfer_plan import cut_transfers
+from peraxis_format.torch.swap.transfer_plan import TRANSFER_LIMIT, cut_transfers
 
 __all__ = ["BasePlace", "Registered", "Registry"]
 
@@ -81,7 +81,7 @@ class Registry:
         self.live = LiveTensors(model)
 
     def add(
-        self, name: str, delta: DeltaFile | str | os.PathLike[str], residency: Residency | None, direct: bool
+        self, name: str, delta: DeltaFile | str | os.PathLike[str], residency: Residency | None, *, direct: bool
     ) -> Variant:
         """Check a variant's file and base, and bring its payload to where it shall be. The model is not changed."""
         if name in self.variants:
@@ -89,7 +89,7 @@ class Registry:
         owned = not isinstance(delta, DeltaFile)
         file = delta if isinstance(delta, DeltaFile) else DeltaFile(delta)
         try:
-            self.variants[name] = self._registered(name, file, owned, residency, direct)
+            self.variants[name] = self._registered(name, file, residency, owned=owned, direct=direct)
         except BaseException:
             if owned:
                 file.close()
@@ -122,7 +122,7 @@ class Registry:
         self.workers.close()
 
     def _registered(
-        self, name: str, file: DeltaFile, owned: bool, residency: Residency | None, direct: bool
+        self, name: str, file: DeltaFile, residency: Residency | None, *, owned: bool, direct: bool
     ) -> Registered:
         self.live.check(overwrite=True)
         found = place(self._model, file.manifest, views=self._views, shards=self._shards)
@@ -134,7 +134,7 @@ class Registry:
         ring.reserve(max((transfer.size for transfer in transfers), default=0))
         self._check(file, placement, ring)
         sharded = self._anywhere_sharded(file, placement)
-        with together(sharded, self.group):
+        with together(self.group, sharded=sharded):
             if sharded:
                 verify_share(file, self.group, self.workers)
             payload = Payload(
@@ -182,7 +182,7 @@ class Registry:
         check_live(file.manifest, pristine, ring=ring, workers=self.workers.count, group=self.group)
 
     def _anywhere_sharded(self, file: DeltaFile, placement: Placement) -> bool:
-        return sharded_anywhere(is_sharded(placement, file.manifest), self.group)
+        return sharded_anywhere(here=is_sharded(placement, file.manifest), group=self.group)
 
     def _keep_base(self, placement: Placement) -> None:
         new = {name: tuple(p for p in parts if p not in self.bases) for name, parts in placement.items()}

@@ -29,6 +29,10 @@ class Variant:
     host: int
     device: int
 
+    def __repr__(self) -> str:
+        held = f"{self.stored} bytes stored, {self.host} on the host, {self.device} on the device"
+        return f"<Variant {self.name!r}: {self.residency}, {held}, {self.content_id[:19]}…>"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Swap:

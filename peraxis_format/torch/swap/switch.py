@@ -69,6 +69,11 @@ class VariantSwitch:
         self._guard = Guard(model, self._lock) if guard and isinstance(model, nn.Module) else None
         self._closed = False
 
+    def __repr__(self) -> str:
+        names = ", ".join(f"{v.name!r} ({v.residency}, {v.stored} bytes)" for v in self.variants()) or "none"
+        now = "the base" if self._current is None else repr(self._current)
+        return f"<VariantSwitch: now {now}, epoch {self._epoch}, base {self.base_place}; variants: {names}>"
+
     # --- what it holds -------------------------------------------------------------------------------
 
     @property
@@ -124,7 +129,7 @@ class VariantSwitch:
         self._lock.refuse_inside()
         with self._changes:
             self._refuse_closed()
-            return self._registry.add(name, delta, residency, direct)
+            return self._registry.add(name, delta, residency, direct=direct)
 
     def remove(self, name: str) -> None:
         """Forget a variant. Raises LiveModelError for the one in use, and for an unknown one."""
@@ -198,7 +203,7 @@ class VariantSwitch:
         device, ring = registry.device, registry.ring
         if device is not None and ring is not None:
             sharded = target is not None and registry.is_sharded(target)
-            with together(sharded, registry.group):
+            with together(registry.group, sharded=sharded):
                 if target is not None:
                     stream(target.payload, target.engine, device=device, ring=ring, workers=registry.workers)
             device.synchronize()
@@ -237,7 +242,3 @@ class VariantSwitch:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def __repr__(self) -> str:
-        held = ", ".join(repr(variant.name) for variant in self.variants()) or "none"
-        return f"<VariantSwitch: current {self._current!r}, variants {held}>"

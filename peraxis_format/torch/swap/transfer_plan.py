@@ -28,12 +28,13 @@ from peraxis_format.dtypes import Array, DType
 from peraxis_format.manifest import ModuleEntry
 from peraxis_format.payload import assemble
 from peraxis_format.reader import DeltaFile
+from peraxis_format.sizes import ALIGNMENT, aligned
 from peraxis_format.torch.place.shards import Box, Placement, ShardView, whole
 
-__all__ = ["ALIGN", "Field", "ModuleSlice", "ByteRange", "Transfer", "cut_transfers", "piece"]
+__all__ = ["ALIGN", "TRANSFER_LIMIT", "ByteRange", "Field", "ModuleSlice", "Transfer", "cut_transfers", "piece"]
 
 ALIGN: Final = 4096
-_FIELD_ALIGN: Final = 64
+TRANSFER_LIMIT: Final = 32 << 20  # bytes: a layer of an 8B model; four of them are the ring
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Field:
     @property
     def size(self) -> int:
         """Bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.dtype.size_of(self.shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,7 +135,7 @@ def cut_transfers(delta: DeltaFile, placement: Placement, *, limit: int) -> tupl
             if group and size + end - begin > limit:
                 transfers.append(_contiguous(delta, group))
                 group, size = [], 0
-            if group and begin - delta.span(group[-1][0].name)[1] >= _FIELD_ALIGN:
+            if group and begin - delta.span(group[-1][0].name)[1] >= ALIGNMENT:
                 transfers.append(_contiguous(delta, group))
                 group, size = [], 0
             group.append((entry, parts))
@@ -178,7 +179,7 @@ def _boxed(delta: DeltaFile, entry: ModuleEntry, box: Box, parts: tuple[ShardVie
         for source, length in _box_runs(record.shape, stored, size):
             runs.append(ByteRange(delta.header_size + record.begin + source, offset, length))
             offset += length
-        offset += -offset % _FIELD_ALIGN
+        offset = aligned(offset)
     return Transfer(0, offset, tuple(runs), (ModuleSlice(entry, box, 0, offset, tuple(fields), parts),))
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from peraxis_tools.compress.calibration.text import Ids
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
+from peraxis_tools.text import Ids
 
 __all__ = ["generate"]
 
@@ -32,7 +32,7 @@ def generate(
 ) -> Ids:
     """Ids int64 [samples, length]. teacher: filled. The same for the same seed, device and number of threads."""
     start = tokenizer.bos_token_id
-    vocabulary = teacher.model.get_input_embeddings().weight.shape[0]
+    vocabulary = teacher.model.get_input_embeddings().get_parameter("weight").shape[0]
     draw = np.random.Generator(np.random.PCG64(seed))
     batches = []
     with torch.random.fork_rng():

@@ -29,10 +29,10 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from peraxis_format import Encoding
+from peraxis_format.ops.tensors import TORCH_DTYPES
 from peraxis_tools.compress.distill.parametrization import DeltaParametrization, TrainedComponent, TrainedTensor
 from peraxis_tools.compress.distill.training import Group, Training, TrainingState
 from peraxis_tools.compress.fit.moments.spill import SpilledTensors
-from peraxis_tools.compress.model.components import TORCH_DTYPES
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.model.names import ParameterSlice
 from peraxis_tools.compress.model.weights import Weights, kept_rows
@@ -40,7 +40,7 @@ from peraxis_tools.compress.plan.plan import PlannedModule
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 from peraxis_tools.compress.run.work_folder import WorkFolder
 
-__all__ = ["DistillOptions", "DistillResult", "checkpoint_layers", "distill", "fill_whole"]
+__all__ = ["DistillOptions", "DistillResult", "checkpoint_layers", "distill"]
 
 _SIGNS_REST = 0.7  # of all steps
 _BEST = "distill-best"  # part of the work folder
@@ -89,7 +89,7 @@ def distill(
 
     Both models are loaded whole. After each epoch the state of training goes to `work`.
     """
-    fill_whole(teacher, weights, weights.teacher)
+    weights.fill_whole(teacher, weights.teacher)
     trained = _parametrize(student, weights, modules, options)
     if student.device.type != "cpu":
         checkpoint_layers(student)
@@ -130,13 +130,6 @@ def checkpoint_layers(student: LayerwiseModel) -> None:
     """
     for layer in student.layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-
-
-def fill_whole(model: LayerwiseModel, weights: Weights, source: Callable[[str], Tensor]) -> None:
-    """Fill every layer: the whole model in memory."""
-    weights.fill_outer(model, source)
-    for index in range(len(model)):
-        weights.fill(model, source, model.layer_parameters(index))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +180,7 @@ def _parametrize(
     student: LayerwiseModel, weights: Weights, modules: Mapping[str, FittedModule], options: DistillOptions
 ) -> _Trained:
     """Fill the student with base weights and full tensors, and put over them what is trained."""
-    fill_whole(student, weights, weights.base_only)
+    weights.fill_whole(student, weights.base_only)
     full = _parametrize_full(student, weights) if options.full_lr > 0 else {}
     trained: dict[str, nn.ModuleList] = {}
     by_parameter: dict[str, list[tuple[ParameterSlice, int, nn.ModuleList]]] = {}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peraxis_format import Array, Axis, Component, DType, encode_scale_pair, encode_scales, pack_signs, unpack_signs
-from peraxis_tools.compress.model.components import TORCH_DTYPES, from_torch
+from peraxis_format.ops.tensors import TORCH_DTYPES, storage_array
 from peraxis_tools.compress.model.names import ParameterSlice
 
 __all__ = ["DeltaParametrization", "TrainedComponent", "TrainedTensor"]
@@ -39,6 +39,7 @@ class TrainedComponent(nn.Module):
                 scale = scale * factor
             self.register_buffer(f"{name}_start", scale)
             self.register_parameter(name, nn.Parameter(torch.zeros_like(scale)))
+        self.signs: Tensor
         self.register_buffer("signs", unpacked)
         # Half a scale from zero: near enough that a sign can turn, far enough that noise does not turn it.
         self.latent = nn.Parameter(torch.where(unpacked, 0.5, -0.5)) if signs else None
@@ -83,11 +84,11 @@ class TrainedComponent(nn.Module):
     @torch.no_grad()
     def round(self) -> None:
         """Set the relative scales so that the scales are those that the file will have."""
-        stored = self.to_component()
-        for name, array in stored.scales().items():
+        component = self.to_component()
+        for name, array in component.scales().items():
             exact = torch.from_numpy(array.astype(np.float64)).to(self.signs.device)
-            if name != "col" or stored.axis is Axis.COL:
-                exact = exact * 2.0**stored.exponent
+            if name != "col" or component.axis is Axis.COL:
+                exact = exact * 2.0**component.exponent
             start = getattr(self, f"{name}_start").double()
             relative = torch.where(start > 0, exact / start - 1, torch.zeros_like(exact))
             getattr(self, name).copy_(relative.float())
@@ -139,4 +140,4 @@ class TrainedTensor(nn.Module):
     @torch.no_grad()
     def to_array(self, value: Tensor) -> Array:
         """As the file holds it. value: the tensor that this stands over."""
-        return from_torch(self(value.float()).to(TORCH_DTYPES[self._dtype]), self._dtype)
+        return storage_array(self(value.float()).to(TORCH_DTYPES[self._dtype]).cpu().contiguous())

@@ -4,7 +4,7 @@
 
 AdamW (row lr 1e-4, col and scalar lr 1e-5, decay 0.01, as torch has it), 5 epochs, one step a calibration sample; the
 axis with the smaller held-out error is kept. The gradient is that of the whole calibration set, from G and C, where
-the paper's steps take one sample's: the mean of the same thing, without its noise. The paper's procedure as a whole
+the paper's steps take one sample's: the mean of the same thing, without its noise. The paper's method as a whole
 (forward passes of two whole models for every module) is a benchmark (benchmarks/fidelity.py), not an option.
 """
 
@@ -17,17 +17,17 @@ from torch import Tensor
 
 from peraxis_format import Axis
 from peraxis_tools.compress.fit.moments.sums import Moments
-from peraxis_tools.compress.fit.scales import Term, start_term
+from peraxis_tools.compress.fit.scales import ComponentFit, start_component
 
-__all__ = ["ADAMW_EPOCHS", "adamw_term"]
+__all__ = ["ADAMW_EPOCHS", "adamw_component"]
 
 ADAMW_EPOCHS: Final = 5
 _RATES: Final = {Axis.ROW: 1e-4, Axis.COL: 1e-5, Axis.TENSOR: 1e-5, Axis.ROW_COL: 1e-4}
 
 
-def adamw_term(delta: Tensor, fine_tuned: Tensor, moments: Moments, axis: Axis, *, steps: int) -> Term:
+def adamw_component(delta: Tensor, fine_tuned: Tensor, moments: Moments, axis: Axis, *, steps: int) -> ComponentFit:
     """One component: signs of the delta, scales after `steps` steps. delta, fine_tuned: float32 [d_out, d_in]."""
-    term = start_term(delta, axis)
+    term = start_component(delta, axis)
     row, col = term.row.clone().requires_grad_(axis is not Axis.COL), term.col.clone()
     col.requires_grad_(axis in (Axis.COL, Axis.ROW_COL))
     signs = torch.where(term.signs, 1.0, -1.0)
@@ -51,4 +51,4 @@ def adamw_term(delta: Tensor, fine_tuned: Tensor, moments: Moments, axis: Axis, 
         final = row.mean().expand_as(row) if axis is Axis.TENSOR else row
         # A scale that training made negative turns its signs; the file stores magnitudes.
         turned = (final < 0)[:, None] ^ (col < 0)
-        return Term(axis=axis, signs=term.signs ^ turned, row=final.abs().contiguous(), col=col.abs())
+        return ComponentFit(axis=axis, signs=term.signs ^ turned, row=final.abs().contiguous(), col=col.abs())

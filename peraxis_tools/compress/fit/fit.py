@@ -1,4 +1,4 @@
-"""The modules that read one input, from its sums to their stored deltas.
+"""The modules that read one input, from its sums to their fitted deltas.
 
 With a damping lambda, n tokens, and g the diagonal of G, the hessian is
 
@@ -10,13 +10,13 @@ directions alike are mixed in, half a token for each dimension. Over the target
 
     T = D + W_f E H^-1      minimises   ||R - X T^T||^2 + the damping of (D - T)        (D* of the dense fit)
 
-and, up to a constant, every stored delta Q costs  J(Q) = tr((T - Q) H (T - Q)^T). So one objective serves
+and, up to a constant, every delta Q costs  J(Q) = tr((T - Q) H (T - Q)^T). So one objective serves
 all fits: scales (scales.py) and signs (signs.py) minimise J, component after component, then jointly. H and what is
 made of it are the same for all modules that read the input.
 
 Whether calibration can be trusted at all is not known beforehand. So each module is first fitted on the fit tokens
-and judged by ||R - X Q^T||^2 on held-out tokens, beside the delta that has seen no text (`none`) and no delta at all
-(`same`). A fit must win by more than chance would let it, a share 1 / sqrt(tokens that judge) of the error. From
+and validated by ||R - X Q^T||^2 on held-out tokens, beside the delta that has seen no text (`none`) and no delta at all
+(`same`). A fit must win by more than chance would let it, a share 1 / sqrt(validation tokens) of the error. From
 there it goes on, on all tokens: what is reported is the error before that, of tokens that no fit had seen.
 """
 
@@ -29,9 +29,15 @@ import torch
 from torch import Tensor
 
 from peraxis_format import Axis
-from peraxis_tools.compress.fit.adamw import adamw_term
+from peraxis_tools.compress.fit.adamw import adamw_component
 from peraxis_tools.compress.fit.moments.sums import Moments, Statistics, Validation
-from peraxis_tools.compress.fit.scales import Term, fit_scales, mean_magnitudes, round_scales_f16, start_term
+from peraxis_tools.compress.fit.scales import (
+    ComponentFit,
+    fit_scales,
+    mean_magnitudes,
+    round_scales_f16,
+    start_component,
+)
 from peraxis_tools.compress.fit.signs import Factor, coordinate_descent, gptq_signs, inverse_factor
 
 __all__ = [
@@ -92,7 +98,7 @@ class FittedMatrix:
     without calibration (error_none), of no delta (error_same). note: why it is not the fit that was asked for.
     """
 
-    terms: tuple[Term, ...]
+    terms: tuple[ComponentFit, ...]
     error: float
     error_none: float
     error_same: float
@@ -137,7 +143,7 @@ def quadratic(delta: Tensor, fine_tuned: Tensor, hessian: Hessian) -> Quadratic:
     return Quadratic(target=target, target_hessian=target @ hessian.matrix, hessian=hessian)
 
 
-def residual_terms(delta: Tensor, axes: Sequence[Axis], components: int) -> tuple[Term, ...]:
+def residual_terms(delta: Tensor, axes: Sequence[Axis], components: int) -> tuple[ComponentFit, ...]:
     """`none`: sign and mean magnitude of the delta, then of what that leaves, and so on; least weight error."""
 
     def captured(axis: Axis) -> float:
@@ -145,18 +151,23 @@ def residual_terms(delta: Tensor, axes: Sequence[Axis], components: int) -> tupl
         found = mean_magnitudes(rest, axis)
         return float(found.row.square().sum() * found.col.square().sum())
 
-    terms: list[Term] = []
+    terms: list[ComponentFit] = []
     rest = delta
     for k in range(components):
-        terms.append(start_term(rest, axes[0] if len(axes) == 1 else max(axes, key=captured)))
+        terms.append(start_component(rest, axes[0] if len(axes) == 1 else max(axes, key=captured)))
         if k + 1 < components:
             rest = rest - terms[-1].dense()
     return tuple(terms)
 
 
 def fit_terms(
-    problem: Quadratic, axis: Axis, options: FitOptions, *, components: int = 1, start: Sequence[Term] | None = None
-) -> tuple[Term, ...]:
+    problem: Quadratic,
+    axis: Axis,
+    options: FitOptions,
+    *,
+    components: int = 1,
+    start: Sequence[ComponentFit] | None = None,
+) -> tuple[ComponentFit, ...]:
     """Terms of least J: greedily one after the other, then signs and scales in turn, all together.
 
     start: terms of a problem much like this one, to go on from.
@@ -181,14 +192,16 @@ def fit_terms(
     return tuple(sorted(terms, key=lambda term: -float(term.row.mean() * term.col.mean())))
 
 
-def _greedy(problem: Quadratic, axis: Axis, components: int, options: FitOptions) -> list[Term]:
-    terms: list[Term] = []
+def _greedy(problem: Quadratic, axis: Axis, components: int, options: FitOptions) -> list[ComponentFit]:
+    terms: list[ComponentFit] = []
     rest, target_hessian = problem.target, problem.target_hessian
     # Scales that signs will follow, and that follow the signs, need not be exact yet.
     rounds = {"rounds": 1} if options.refine else {}
     for _ in range(components):
         terms.append(
-            fit_scales(start_term(rest, axis), rest, problem.hessian.matrix, target_hessian=target_hessian, **rounds)
+            fit_scales(
+                start_component(rest, axis), rest, problem.hessian.matrix, target_hessian=target_hessian, **rounds
+            )
         )
         if len(terms) < components:
             rest = rest - terms[-1].dense()
@@ -196,11 +209,11 @@ def _greedy(problem: Quadratic, axis: Axis, components: int, options: FitOptions
     return terms
 
 
-def _with_signs(terms: Sequence[Term], signs: Sequence[Tensor]) -> list[Term]:
+def _with_signs(terms: Sequence[ComponentFit], signs: Sequence[Tensor]) -> list[ComponentFit]:
     return [replace(term, signs=sign) for term, sign in zip(terms, signs, strict=True)]
 
 
-def _refit(terms: Sequence[Term], problem: Quadratic) -> list[Term]:
+def _refit(terms: Sequence[ComponentFit], problem: Quadratic) -> list[ComponentFit]:
     """The scales of each term in turn, for what the others leave."""
     if len(terms) == 1:
         return [
@@ -217,7 +230,7 @@ def _refit(terms: Sequence[Term], problem: Quadratic) -> list[Term]:
     return refitted
 
 
-def dense(terms: Sequence[Term], like: Tensor) -> Tensor:
+def dense(terms: Sequence[ComponentFit], like: Tensor) -> Tensor:
     """The sum of the terms, one rounding a term as SPEC 6.1 adds them; zeros like `like` where there are none."""
     total = torch.zeros_like(like)
     for term in terms:
@@ -230,14 +243,14 @@ class _Trial:
     """A matrix fitted on the fit tokens. fitted: what it would be without more; start: terms to go on from."""
 
     fitted: FittedMatrix
-    start: tuple[Term, ...] = ()
+    start: tuple[ComponentFit, ...] = ()
     axis: Axis | None = None
 
 
 def fit_matrices(matrices: Sequence[Matrix], *, statistics: Statistics, options: FitOptions) -> list[FittedMatrix]:
     """Fit the matrices that read one input. Uses the statistics up: held-out tokens end in the fit.
 
-    Never worse than `none` and `same` where it was judged; errors are those of the rounded weight.
+    Never worse than `none` and `same` where it was validated; errors are those of the rounded weight.
     """
     hessian = None if options.adamw_steps else hessian_of(statistics.fit, signs=options.refine)
     validation_moments = statistics.validation_moments.float32()
@@ -259,7 +272,7 @@ def _try(
     delta = matrix.fine_tuned - matrix.base
     validation = Validation(matrix.fine_tuned, validation_moments)
 
-    def error(terms: Sequence[Term]) -> float:
+    def error(terms: Sequence[ComponentFit]) -> float:
         applied = (matrix.base + dense(terms, matrix.base)).to(matrix.dtype).float()
         return validation.error(matrix.fine_tuned - applied)
 
@@ -283,7 +296,7 @@ def _try(
     return _Trial(replace(fitted, note=f"{why}: mean |delta|"))
 
 
-def _axis(matrix: Matrix, problem: Quadratic, tokens: int, error: Callable[[Sequence[Term]], float]) -> Axis:
+def _axis(matrix: Matrix, problem: Quadratic, tokens: int, error: Callable[[Sequence[ComponentFit]], float]) -> Axis:
     """row+col holds the others as special cases; where tokens are so few that it might fit noise, the best by scales
     alone on held-out tokens.
     """
@@ -313,13 +326,13 @@ def _fit_adamw(
     delta: Tensor,
     moments: Moments,
     options: FitOptions,
-    error: Callable[[Sequence[Term]], float],
+    error: Callable[[Sequence[ComponentFit]], float],
 ) -> FittedMatrix:
     """The paper's fit; like the paper, without a look at whether it is better than no fit."""
     if not moments.tokens:
         return replace(plain, note="no calibration token reaches it: mean |delta|")
     terms = [
-        round_scales_f16(adamw_term(delta, matrix.fine_tuned, moments, a, steps=options.adamw_steps))
+        round_scales_f16(adamw_component(delta, matrix.fine_tuned, moments, a, steps=options.adamw_steps))
         for a in matrix.axes
     ]
     best = min(terms, key=lambda term: error((term,)))

@@ -39,9 +39,9 @@ from peraxis_tools.compress.model.weights import Weights, kept_rows
 from peraxis_tools.compress.options import OptionError
 from peraxis_tools.compress.plan.plan import TABLES, Plan, PlannedModule
 from peraxis_tools.compress.run.distributed import Processes
-from peraxis_tools.compress.run.environment import trim_heap
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 from peraxis_tools.compress.run.work_folder import WorkFolder
+from peraxis_tools.environment import trim_heap
 
 __all__ = ["Batch", "LayerwiseCalibration"]
 
@@ -277,8 +277,10 @@ class LayerwiseCalibration:
         return Side(model, lambda i: run(self.text.batches[i].ids, hidden[i]))
 
     def _collector(self, sides: Sequence[Side], names: Sequence[str], *, outputs: bool = True) -> MomentsCollector:
+        teacher, student = sides
         return MomentsCollector(
-            *sides,
+            teacher,
+            student,
             names,
             text=self.text,
             processes=self.processes,
@@ -311,9 +313,9 @@ class LayerwiseCalibration:
             i: OrientedModule.of(*modules[i], self.weights, stage) for i in self.processes.shard_indices(len(modules))
         }
         readers: dict[Key, list[tuple[int, int]]] = {}  # by whose sums they use: numbers of modules and batch elements
-        for i, stored in mine.items():
-            for e, key in enumerate(stored.keys):
-                readers.setdefault(stage.leader.get(key, key), []).append((i, e))
+        for i, oriented in mine.items():
+            for e, key in enumerate(oriented.keys):
+                readers.setdefault(stage.input_of.get(key, key), []).append((i, e))
         found: dict[tuple[int, int], FittedMatrix] = {}
         for key, places in readers.items():
             matrices = [mine[i].matrix(e, self.options.axes) for i, e in places]

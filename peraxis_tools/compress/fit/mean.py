@@ -17,22 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from peraxis_format import (
-    Array,
-    Axis,
-    BaseRef,
-    Component,
-    DType,
-    Encoding,
-    ModuleDelta,
-    ShapeError,
-    encode_scale_pair,
-    encode_scales,
-    reconstruct,
-)
-from peraxis_tools.ops.delta_sums.numpy import DeltaSums, matrix_sums
+from peraxis_format import Array, Axis, Component, DType, ShapeError
+from peraxis_format.ops.rebuild import rebuild
+from peraxis_tools.compress.fit.encode import encode_component
+from peraxis_tools.ops.delta_sums import DeltaSums, delta_sums
 
-__all__ = ["dense_component", "encode_component", "mean_components"]
+__all__ = ["dense_component", "mean_components"]
 
 _AXES = (Axis.ROW, Axis.COL, Axis.ROW_COL, Axis.TENSOR)
 
@@ -76,15 +66,11 @@ def _with(components: Sequence[Component], base: Array, dtype: DType) -> tuple[A
     """Base plus the components so far, in binary32 (SPEC 6.1 before its last rounding), and its dtype."""
     if not components:
         return base, dtype
-    module = ModuleDelta(
-        name="sum",
-        shape=base.shape,
-        dtype=DType.F32,
-        encoding=Encoding.SIGN,
-        base=BaseRef(dtype=dtype, shape=base.shape, sha256=""),
-        components=tuple(components),
-    )
-    return reconstruct(module, base), DType.F32
+    each = [component.factors(base.shape) for component in components]
+    matrices = [list(factors) for factors in zip(*each, strict=True)]
+    out = np.empty(base.shape, np.float32)
+    rebuild(matrices, base, out, base_dtype=dtype, dtype=DType.F32)
+    return out, DType.F32
 
 
 def dense_component(component: Component, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -95,7 +81,7 @@ def dense_component(component: Component, shape: tuple[int, ...]) -> NDArray[np.
 
 def _measure(base: Array, fine_tuned: Array, *, base_dtype: DType, dtype: DType) -> _Matrix:
     def sums(weights: NDArray[np.float64] | None) -> DeltaSums:
-        return matrix_sums(base, fine_tuned, base_dtype=base_dtype, dtype=dtype, weights=weights)
+        return delta_sums(base, fine_tuned, base_dtype=base_dtype, dtype=dtype, weights=weights)
 
     d_out, d_in = base.shape
     with np.errstate(invalid="ignore", over="ignore"):
@@ -134,30 +120,3 @@ def _means(
     if axis is Axis.TENSOR:
         row = row * (np.cumsum([np.cumsum(m.sums.row)[-1] for m in matrices])[-1] / (len(matrices) * d_out * d_in))
     return row, col
-
-
-def encode_component(
-    mask: NDArray[np.uint8],
-    row: NDArray[np.floating],
-    col: NDArray[np.floating],
-    *,
-    axis: Axis,
-    batch: tuple[int, ...],
-) -> Component:
-    """A stored component. mask: U8 [B, d_out, bytes]; row: [B, d_out]; col: [B, d_in]; both >= 0.
-
-    `tensor` takes its scalar from row[0, 0]; what the axis does not have is ignored.
-    """
-    shape = (*batch, *mask.shape[1:])
-    stored = np.ascontiguousarray(mask.reshape(shape))
-    if axis is Axis.TENSOR:
-        scalar, exponent = encode_scales(row.reshape(-1)[:1])
-        return Component(axis=axis, exponent=exponent, mask=stored, scalar=scalar)
-    if axis is Axis.ROW:
-        row16, exponent = encode_scales(row.reshape(*batch, -1))
-        return Component(axis=axis, exponent=exponent, mask=stored, row=row16)
-    if axis is Axis.COL:
-        col16, exponent = encode_scales(col.reshape(*batch, -1))
-        return Component(axis=axis, exponent=exponent, mask=stored, col=col16)
-    row16, col16, exponent = encode_scale_pair(row.reshape(*batch, -1), col.reshape(*batch, -1))
-    return Component(axis=axis, exponent=exponent, mask=stored, row=row16, col=col16)

@@ -1,6 +1,6 @@
 """Closed forms for the scales of given signs.
 
-Target T [d_out, d_in], hessian H [d_in, d_in], signs B; the stored delta is Q = B o S. Minimise over S
+Target T [d_out, d_in], hessian H [d_in, d_in], signs B; the fitted delta is Q = B o S. Minimise over S
 
     J = tr((T - Q) H (T - Q)^T)
 
@@ -25,14 +25,14 @@ from torch import Tensor
 from peraxis_format import Axis, encode_scales
 from peraxis_tools.compress.fit.signs import Magnitude, unit
 
-__all__ = ["Term", "fit_scales", "mean_magnitudes", "start_term", "round_scales_f16"]
+__all__ = ["ComponentFit", "fit_scales", "mean_magnitudes", "start_component", "round_scales_f16"]
 
 _RIDGE = 1e-3
 _ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Term:
+class ComponentFit:
     """One component in the making: signs bool [d_out, d_in], row [d_out] and col [d_in] float32, both >= 0.
 
     The axis says which of the two is free; the other is all ones (both for `tensor`, whose scale stands in row).
@@ -53,7 +53,7 @@ class Term:
         return unit(self.signs).mul_(self.col).mul_(self.row[:, None])
 
 
-def round_scales_f16(term: Term) -> Term:
+def round_scales_f16(term: ComponentFit) -> ComponentFit:
     """The term as the file holds it: scales rounded to F16 under the component's exponent (SPEC 5.5)."""
 
     def rounded(scales: Tensor) -> Tensor:
@@ -84,15 +84,15 @@ def mean_magnitudes(target: Tensor, axis: Axis) -> Magnitude:
     return Magnitude(row=row, col=col)
 
 
-def start_term(target: Tensor, axis: Axis) -> Term:
+def start_component(target: Tensor, axis: Axis) -> ComponentFit:
     """sign(T) with mean magnitudes: a component that has seen no calibration text."""
     start = mean_magnitudes(target, axis)
-    return Term(axis=axis, signs=target >= 0, row=start.row, col=start.col)
+    return ComponentFit(axis=axis, signs=target >= 0, row=start.row, col=start.col)
 
 
 def fit_scales(
-    term: Term, target: Tensor, hessian: Tensor, *, target_hessian: Tensor | None = None, rounds: int = _ROUNDS
-) -> Term:
+    term: ComponentFit, target: Tensor, hessian: Tensor, *, target_hessian: Tensor | None = None, rounds: int = _ROUNDS
+) -> ComponentFit:
     """The scales of least J for the term's signs; signs are turned only where a scale came out negative.
 
     target: float32 [d_out, d_in]; hessian: float32 [d_in, d_in]; target_hessian: their product, where it is
@@ -114,7 +114,7 @@ def fit_scales(
     return replace(term, row=term.row * balance, col=term.col / balance)
 
 
-def _fold(term: Term, *, row: Tensor | None = None, col: Tensor | None = None) -> Term:
+def _fold(term: ComponentFit, *, row: Tensor | None = None, col: Tensor | None = None) -> ComponentFit:
     signs = term.signs
     if row is not None:
         signs = signs ^ (row < 0)[:, None]
@@ -128,7 +128,7 @@ def _fold(term: Term, *, row: Tensor | None = None, col: Tensor | None = None) -
     )
 
 
-def _fit_row(term: Term, target_hessian: Tensor, hessian: Tensor) -> Term:
+def _fit_row(term: ComponentFit, target_hessian: Tensor, hessian: Tensor) -> ComponentFit:
     pattern = unit(term.signs).mul_(term.col)
     above = torch.sum(pattern * target_hessian, dim=1)
     below = torch.sum((pattern @ hessian) * pattern, dim=1)
@@ -136,7 +136,7 @@ def _fit_row(term: Term, target_hessian: Tensor, hessian: Tensor) -> Term:
     return _fold(term, row=row)
 
 
-def _fit_col(term: Term, target: Tensor, target_hessian: Tensor, hessian: Tensor) -> Term:
+def _fit_col(term: ComponentFit, target: Tensor, target_hessian: Tensor, hessian: Tensor) -> ComponentFit:
     pattern = unit(term.signs).mul_(term.row[:, None])
     system = (pattern.t() @ pattern).double().mul_(hessian)
     right = torch.sum(pattern * target_hessian, dim=0, dtype=torch.float64)
@@ -153,7 +153,7 @@ def _fit_col(term: Term, target: Tensor, target_hessian: Tensor, hessian: Tensor
     return _fold(term, col=col.float())
 
 
-def _fit_scalar(term: Term, target_hessian: Tensor, hessian: Tensor) -> Term:
+def _fit_scalar(term: ComponentFit, target_hessian: Tensor, hessian: Tensor) -> ComponentFit:
     pattern = unit(term.signs)
     below = torch.sum((pattern @ hessian) * pattern, dtype=torch.float64)
     above = torch.sum(pattern * target_hessian, dtype=torch.float64)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from peraxis_format import Axis, Component, pack_signs, unpack_signs
-from peraxis_tools.compress.fit.mean import encode_component
+from peraxis_tools.compress.fit.encode import encode_component
 from peraxis_tools.compress.fit.signs import unit
 from peraxis_tools.compress.run.types import ModuleReport
 
@@ -79,11 +79,11 @@ class _Table:
         rows, width = len(importance), delta(slice(0, 1)).shape[1]
         self._row, self._col = importance.new_ones(len(start), rows), importance.new_ones(len(start), width)
         for k, component in enumerate(start):
-            factor = 2.0**component.exponent
-            for name, scale in component.scales().items():
-                value = torch.from_numpy(scale.astype(np.float32)) * factor
-                (self._col if name == "col" else self._row)[k] = value.to(importance.device)
-                factor = 1.0  # row and col share one exponent
+            (factors,) = component.factors((rows, width))
+            row, col = torch.from_numpy(factors.row), torch.from_numpy(factors.col)
+            if component.axis is Axis.COL:
+                row, col = torch.ones_like(row), row[0] * col  # 2^e goes where the scales are that may change
+            self._row[k], self._col[k] = row, col
         step = max(1, _CHUNK // (max(1, len(start)) * width))
         self._chunks = [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 

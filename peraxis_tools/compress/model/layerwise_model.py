@@ -13,13 +13,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from peraxis_tools.compress.fit.moments.recorder import StopForward
 from peraxis_tools.errors import ToolError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["LayerwiseModel", "UnsupportedModelError", "decoder_layers"]
 
@@ -41,7 +44,7 @@ def _parameters_on_meta() -> Iterator[None]:
             param = nn.Parameter(param.detach().to("meta"), requires_grad=False)
         register(module, name, param)
 
-    nn.Module.register_parameter = register_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_meta  # type: ignore[method-assign, assignment]
     # On meta tensors it changes nothing, and takes its time.
     PreTrainedModel.initialize_weights = lambda self: None  # type: ignore[method-assign]
     try:
@@ -71,7 +74,7 @@ class LayerwiseModel:
 
         with _parameters_on_meta(), torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        self.model: nn.Module = model.eval().requires_grad_(False)
+        self.model: PreTrainedModel = model.eval().requires_grad_(False)
         setter = getattr(model, "set_experts_implementation", None)
         if setter is not None:
             setter("eager")  # one product an expert, each with its own tokens
@@ -109,7 +112,8 @@ class LayerwiseModel:
     def get(self, name: str) -> Tensor:
         """The tensor of this name."""
         module, leaf = self._owner(name)
-        return getattr(module, leaf)
+        found: Tensor = getattr(module, leaf)
+        return found
 
     def owner(self, name: str) -> nn.Module:
         """The module that has this parameter."""
@@ -137,12 +141,12 @@ class LayerwiseModel:
 
     def is_head(self, name: str) -> bool:
         """Whether this parameter makes the logits (too): tied by now, where the architecture ties it."""
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        head = self.model.get_output_embeddings()
         return head is not None and getattr(head, "weight", None) is self.get(name)
 
     def is_embedding(self, name: str) -> bool:
         """Whether rows of this parameter are what tokens become."""
-        return getattr(self.model.get_input_embeddings(), "weight", None) is self.get(name)  # type: ignore[operator]
+        return getattr(self.model.get_input_embeddings(), "weight", None) is self.get(name)
 
     def empty(self, index: int) -> None:
         """Let a layer's parameters go."""
@@ -171,7 +175,8 @@ class LayerwiseModel:
             except StopForward as stop:
                 if stop.value is None:
                     raise
-                return stop.value
+                output: Tensor = stop.value
+                return output
             raise UnsupportedModelError(f"layer {index} is never called; use --fit none")
 
         with self._rerouted(index, given):
@@ -189,11 +194,12 @@ class LayerwiseModel:
             raise StopForward(_hidden(args, kwargs))
 
         first = self.layers[0]
-        first.forward = stop  # type: ignore[method-assign]
+        first.forward = stop
         try:
             self.model(input_ids=ids, use_cache=False)
         except StopForward as reached:
-            return reached.value
+            states: Tensor = reached.value
+            return states
         finally:
             del first.forward
         raise UnsupportedModelError("the first decoder layer is never called; use --fit none")
@@ -203,13 +209,14 @@ class LayerwiseModel:
         given = threading.local()
         given.hidden = hidden
         with self._rerouted(None, given):
-            return self.model(input_ids=ids, use_cache=False).logits
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+            return logits
 
     @contextmanager
     def _rerouted(self, index: int | None, given: threading.local) -> Iterator[None]:
         """Every layer passes through, but `index` runs (on given.hidden) and ends the pass; None: layer 0 gives it."""
         for i, layer in enumerate(self.layers):
-            layer.forward = self._forward(i, layer, index, given)  # type: ignore[method-assign]
+            layer.forward = self._forward(i, layer, index, given)
         try:
             yield
         finally:
@@ -235,7 +242,8 @@ class LayerwiseModel:
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
 
 
 def _with_hidden(

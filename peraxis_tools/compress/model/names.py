@@ -12,10 +12,13 @@ import bisect
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["NameMap", "ParameterSlice", "map_names"]
 
@@ -47,7 +50,7 @@ class NameMap:
     unmapped: tuple[str, ...]
 
 
-def map_names(model: nn.Module, tensors: Iterable[str]) -> NameMap:
+def map_names(model: PreTrainedModel, tensors: Iterable[str]) -> NameMap:
     """Map every tensor of a checkpoint to the parameters (or persistent buffers) of a model, which may be on meta."""
     state: dict[str, Tensor] = model.state_dict()
     prefix = getattr(model, "base_model_prefix", "") + "."
@@ -71,7 +74,7 @@ def map_names(model: nn.Module, tensors: Iterable[str]) -> NameMap:
     )
 
 
-def _converted(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, ParameterSlice]:
+def _converted(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, ParameterSlice]:
     """Pieces by checkpoint name, from transformers' own conversion; empty where it has none.
 
     The probes are narrow stand-ins of the parameters: each element holds its own position, so that what comes out says

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from peraxis_format import Axis, Component
+from peraxis_format.ops.tensors import TORCH_DTYPES
 from peraxis_tools.compress.fit.fit import FittedMatrix, Matrix
 from peraxis_tools.compress.fit.moments.stages import Key, Stage
-from peraxis_tools.compress.model.components import TORCH_DTYPES, components_of
+from peraxis_tools.compress.model.components import components_of
 from peraxis_tools.compress.model.names import ParameterSlice
 from peraxis_tools.compress.model.weights import Weights
 from peraxis_tools.compress.plan.plan import PlannedModule

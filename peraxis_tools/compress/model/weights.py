@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+import peraxis_format as pxd
 from peraxis_format import Encoding, Safetensors
-from peraxis_tools.compress.model.components import TORCH_DTYPES, apply_components, to_torch
+from peraxis_format.ops.tensors import TORCH_DTYPES, from_storage
+from peraxis_tools.compress.model.components import apply_components
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel, UnsupportedModelError
 from peraxis_tools.compress.model.names import NameMap
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule
@@ -39,7 +41,7 @@ class Weights:
 
     def read(self, tensors: Safetensors, name: str, rows: slice | None = None) -> Tensor:
         """A tensor of a checkpoint on the device, in its own dtype."""
-        return to_torch(tensors.read(name, rows), tensors[name].dtype).to(self.device)
+        return from_storage(tensors.read(name, rows), tensors[name].dtype).to(self.device)
 
     def pair(self, module: PlannedModule) -> tuple[Tensor, Tensor]:
         """(base, fine-tuned) of the rows that both have, as float32; equal where one is a cast of the other."""
@@ -101,7 +103,13 @@ class Weights:
         model.retie()
         self.fill(model, source, (name for name in outer if name not in held))
 
+    def fill_whole(self, model: LayerwiseModel, source: Source) -> None:
+        """Fill every layer, too: the whole model in memory."""
+        self.fill_outer(model, source)
+        for index in range(len(model)):
+            self.fill(model, source, model.layer_parameters(index))
+
 
 def kept_rows(module: PlannedModule) -> int:
     """Rows of the first dimension that the base has too (SPEC 3.10)."""
-    return min(module.shape[0], (module.base_shape or module.shape)[0])
+    return pxd.kept_rows(module.shape, module.base_shape)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peraxis_format import Encoding, Safetensors, to_float32
+from peraxis_format import Encoding, Safetensors, kept_rows, to_float32
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.fit.mean import dense_component, mean_components
 from peraxis_tools.compress.options import CompressOptions, OptionError
@@ -50,8 +50,7 @@ class Choice:
 
 def choices_of(module: PlannedModule, errors: Sequence[float]) -> list[Choice]:
     """What a module can be: the base's own weight, 1 to 8 masks, exact. errors: for 0 to 8 masks."""
-    one, two = (module_bytes(module, components=k, axis=module.axis) for k in (1, 2))
-    choices = [Choice(Encoding.SAME, 0, 2 * one - two, errors[0])]  # what is left of a mask's bytes: the tail
+    choices = [Choice(Encoding.SAME, 0, module_bytes(module, components=0, axis=None, same=True), errors[0])]
     for k in range(1, min(MASKS_MAX, len(errors) - 1) + 1):
         size = module_bytes(module, components=k, axis=module.axis) + k * _COMPONENT_TEXT
         choices.append(Choice(Encoding.SIGN, k, size, errors[k]))
@@ -80,7 +79,7 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, 
     chosen = dict.fromkeys(hulls, 0)
     spent = sum(hull[0].size for hull in hulls.values())
     if spent > budget:
-        raise OptionError(f"target too small: what cannot be compressed alone takes {spent} of {budget} bytes")
+        raise OptionError(f"target too small: the least that tensors take is {spent} bytes, not {budget}")
     heap = [(-_gain(hull[0], hull[1]), name) for name, hull in hulls.items() if len(hull) > 1]
     heapq.heapify(heap)
     while heap:
@@ -121,17 +120,25 @@ def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpo
         else [Choice(module.encoding, module.components, module.payload_bytes, 0.0)]
         for module in plan.modules
     }
-    best: Plan | None = None
+    least = {name: _hull(its)[0] for name, its in choices.items()}
+    best = plan.with_choices({name: (choice.encoding, choice.components) for name, choice in least.items()})
+    smallest = predicted_size(best, fine_tuned, options)
+    if target < smallest:
+        raise OptionError(
+            f"target too small: {target} bytes; the smallest possible is {smallest}, with everything that can be as in "
+            "the base"
+        )
+    floor = sum(choice.size for choice in least.values())
     budget = target - (predicted_size(plan, fine_tuned, options) - plan.payload_bytes)
     # The header grows with the masks: spend, see what the file would be, and correct.
     for _ in range(_CORRECTIONS):
-        spent = plan.with_choices({n: (c.encoding, c.components) for n, c in allocate(choices, budget).items()})
+        spent = plan.with_choices(
+            {n: (c.encoding, c.components) for n, c in allocate(choices, max(budget, floor)).items()}
+        )
         left = target - predicted_size(spent, fine_tuned, options)
-        if left >= 0 and (best is None or spent.payload_bytes > best.payload_bytes):
+        if left >= 0 and spent.payload_bytes > best.payload_bytes:
             best = spent
         budget += left
-    if best is None:
-        raise OptionError(f"target too small: {target} bytes do not hold header, small files and exact tensors")
     return best
 
 
@@ -141,7 +148,7 @@ def module_terms(
     """(Q_1..Q_8 dense, D, |W|^2) of the rows that both have."""
     if module.base_shape is None or module.base_dtype is None:
         raise ValueError(f"{module.name} has no base")
-    rows = slice(0, min(module.shape[0], module.base_shape[0]))
+    rows = slice(0, kept_rows(module.shape, module.base_shape))
     left, right = base.read(module.name, rows), fine_tuned.read(module.name, rows)
     if is_unchanged(left, right, base_dtype=module.base_dtype, dtype=module.dtype):
         return [], np.zeros(right.shape, np.float32), 1.0

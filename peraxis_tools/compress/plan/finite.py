@@ -43,8 +43,10 @@ def check_finite(module: PlannedModule, base: Array, fine_tuned: Array, base_lab
     """Raise ToolError where a delta of these two would not be of numbers. Equal tensors need none."""
     sides = ((base, module.base_dtype, base_label), (fine_tuned, module.dtype, label))
     found = [(array, dtype, name) for array, dtype, name in sides if dtype is not None and _any(array, dtype)]
-    same = base.shape == fine_tuned.shape and module.base_dtype is not None
-    if not found or (same and is_unchanged(base, fine_tuned, base_dtype=module.base_dtype, dtype=module.dtype)):
+    if not found:
+        return
+    known = module.base_dtype if base.shape == fine_tuned.shape else None
+    if known is not None and is_unchanged(base, fine_tuned, base_dtype=known, dtype=module.dtype):
         return
     array, dtype, name = found[0]
     bad = np.concatenate([_bad(block, dtype) for block in _blocks(array)])
@@ -63,7 +65,8 @@ def _blocks(array: Array) -> Iterable[Array]:
 
 def _bad(block: Array, dtype: DType) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
     kind, exponent = _EXPONENTS[dtype]
-    return (block.view(kind) & kind(exponent)) == kind(exponent)
+    bad: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] = (block.view(kind) & kind(exponent)) == kind(exponent)
+    return bad
 
 
 def _any(array: Array, dtype: DType) -> bool:

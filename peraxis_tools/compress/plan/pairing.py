@@ -137,9 +137,9 @@ def _vocabularies(base: Checkpoint, fine_tuned: Checkpoint) -> set[tuple[int, in
         for info in fine_tuned.tensors.infos()
         if info.name in base_infos and _is_table(info.name, info.shape, base_infos[info.name].shape)
     }
-    sizes = [_config(side).get("vocab_size") for side in (base, fine_tuned)]
-    if all(isinstance(size, int) for size in sizes):
-        found.add((sizes[0], sizes[1]))
+    before, after = (_config(side).get("vocab_size") for side in (base, fine_tuned))
+    if isinstance(before, int) and isinstance(after, int):
+        found.add((before, after))
     return found
 
 

@@ -1,7 +1,7 @@
 """Which encoding for which tensor, and what it costs: a pure function of names, dtypes, shapes and options.
 
     mask    d_out * ceil(d_in / 8) bytes       row, col, row+col, tensor: 2 * (d_out | d_in | d_out + d_in | 1)
-    sign    the sum over components, each part aligned to 64          full    elements * itemsize
+    sign    the sum over components, each tensor aligned to 64        full    elements * itemsize
 
 A tensor gets signs where both checkpoints have it as a float matrix (SPEC 3.9) that signs make smaller. What is
 full: norms, biases and other vectors; new tensors; matrices that are none of a layer's weights but a fraction of
@@ -10,18 +10,17 @@ it (a router's few rows, a convolution of width 4); embeddings and lm_head where
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
-from peraxis_format import Axis, DType, Encoding, module_size
+from peraxis_format import Axis, DType, Encoding, payload_size, tensor_shapes
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.kinds import execution_key, kind_of, layer_of
 
 __all__ = ["TABLES", "Plan", "PlannedModule", "TensorLike", "module_bytes", "plan", "table_or_kind"]
 
-_AUTO_EMBEDDING_BITS: Final = 3
+_AUTO_EMBEDDING_MASKS: Final = 3
 TABLES: Final = ("embedding", "lm_head")
 
 
@@ -53,11 +52,7 @@ class PlannedModule:
     @property
     def payload_bytes(self) -> int:
         """Predicted bytes in the file; an open axis counts as row+col, the largest."""
-        if self.encoding is Encoding.SAME:
-            return module_size(
-                shape=self.shape, dtype=self.dtype, encoding=self.encoding, base_shape=self.base_shape or self.shape
-            )
-        return module_bytes(self, components=self.components, axis=self.axis)
+        return module_bytes(self, components=self.components, axis=self.axis, same=self.encoding is Encoding.SAME)
 
     @property
     def compressible(self) -> bool:
@@ -85,7 +80,7 @@ class Plan:
     @property
     def full_bytes(self) -> int:
         """Size of the fine-tuned checkpoint's tensors, tied ones once."""
-        return sum(math.prod(m.shape) * m.dtype.itemsize for m in self.modules)
+        return sum(m.dtype.size_of(m.shape) for m in self.modules)
 
     def with_choices(self, choices: Mapping[str, tuple[Encoding, int]]) -> Plan:
         """The same plan with other encodings and numbers of masks, by name."""
@@ -106,16 +101,17 @@ def table_or_kind(name: str, shape: tuple[int, ...]) -> str:
     return "embedding" if kind == "other" and len(shape) >= 2 and layer_of(name) is None else kind
 
 
-def module_bytes(module: PlannedModule, *, components: int, axis: Axis | None) -> int:
-    """Bytes of this module with this many components (0: full), each tensor aligned; the tail exact."""
-    signed = components > 0 and module.base_shape is not None
-    return module_size(
+def module_bytes(module: PlannedModule, *, components: int, axis: Axis | None, same: bool = False) -> int:
+    """Bytes of this module with this many components (0: full, or the base's own rows where `same`), pads included."""
+    encoding = Encoding.SIGN if components and module.base_shape is not None else Encoding.FULL
+    shapes = tensor_shapes(
         shape=module.shape,
         dtype=module.dtype,
-        encoding=Encoding.SIGN if signed else Encoding.FULL,
-        axes=(axis or Axis.ROW_COL,) * components if signed else (),
+        encoding=Encoding.SAME if same else encoding,
+        axes=(axis or Axis.ROW_COL,) * (0 if same else components),
         base_shape=module.base_shape,
     )
+    return payload_size(shapes)
 
 
 def _compressible(
@@ -152,17 +148,17 @@ def _plan_module(name: str, tensor: TensorLike, base: TensorLike | None, options
         return replace(module, reason="a bias" if module.kind == "bias" else "a norm")
     if not module.compressible:
         return replace(module, reason="dtype or shape allows no delta")
-    bits = options.bits
+    masks = options.masks
     if module.kind in TABLES:
         if options.embeddings == "full":
             return replace(module, reason="embeddings are stored full")
-        bits = max(bits, _AUTO_EMBEDDING_BITS) if options.embeddings == "auto" else bits
+        masks = max(masks, _AUTO_EMBEDDING_MASKS) if options.embeddings == "auto" else masks
     elif shape[-2] * 16 <= shape[-1]:
         return replace(module, reason="few rows: a router or a small head")
     axis = None if options.axis == "auto" else Axis(options.axis)
-    if 2 * module_bytes(module, components=bits, axis=axis) > bits * module.payload_bytes and shape[-1] < 32:
+    if 2 * module_bytes(module, components=masks, axis=axis) > masks * module.payload_bytes and shape[-1] < 32:
         return replace(module, reason="signs would not make it smaller")
-    return replace(module, encoding=Encoding.SIGN, components=bits, axis=axis)
+    return replace(module, encoding=Encoding.SIGN, components=masks, axis=axis)
 
 
 def plan(

@@ -48,10 +48,10 @@ def quantisation_of(infos: Iterable[TensorInfo], config: Mapping[str, Any] | Non
             if info.name.endswith(suffix) and (method != "MXFP4" or _is_mxfp4(info, names)):
                 return Quantisation(method=method, example=info.name)
     stated = (config or {}).get("quantization_config")
-    method = stated.get("quant_method") if isinstance(stated, dict) else None
+    named = stated.get("quant_method") if isinstance(stated, dict) else None
     packed = next((i for i in infos if i.dtype in (DType.U8, DType.I8, DType.I32) and i.name.endswith(".weight")), None)
-    if isinstance(method, str) and packed is not None:
-        return Quantisation(method=method, example=packed.name)
+    if isinstance(named, str) and packed is not None:
+        return Quantisation(method=named, example=packed.name)
     return None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 from peraxis_format import canonical_json
 from peraxis_tools.compress.plan.plan import Plan
@@ -35,7 +35,9 @@ def plan_text(planned: Plan) -> str:
         signed = f"sign {module.components} {axis}"
         choices[signed if module.components else f"{module.encoding.value}: {module.reason}"].append(module.name)
     frequent = max(choices, key=lambda choice: len(choices[choice]), default=None)
-    lines = {choice: OTHERS if choice == frequent else " ".join(names) for choice, names in choices.items()}
+    lines: dict[str, Any] = {
+        choice: OTHERS if choice == frequent else " ".join(names) for choice, names in choices.items()
+    }
     return canonical_json({"choices": lines, "payload_bytes": planned.payload_bytes}).decode()
 
 

@@ -1,12 +1,14 @@
-"""Everything that a fit on text needs before and around the procedure: device, models, tokens, work folder."""
+"""A fit on text: device, models, tokens and work folder; then layer by layer (fit/), then end to end (distill/)."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,8 +16,8 @@ import torch
 from peraxis_format import Axis, Calibration, Safetensors, __version__
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.calibration.generate import generate
-from peraxis_tools.compress.calibration.text import Ids, Parts, Samples, load_samples, partition
-from peraxis_tools.compress.distill.distill import DistillOptions, distill, fill_whole
+from peraxis_tools.compress.calibration.parts import Parts, partition
+from peraxis_tools.compress.distill.distill import DistillOptions, distill
 from peraxis_tools.compress.fit.adamw import ADAMW_EPOCHS
 from peraxis_tools.compress.fit.fit import AUTO_AXES, FitOptions
 from peraxis_tools.compress.fit.layerwise import Batch, LayerwiseCalibration
@@ -23,79 +25,82 @@ from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.model.names import NameMap, map_names
 from peraxis_tools.compress.model.weights import Weights
 from peraxis_tools.compress.options import CompressOptions
-from peraxis_tools.compress.plan.budget import is_open, spend
+from peraxis_tools.compress.plan.budget import is_open
 from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.plan.sensitivity import fisher_errors
-from peraxis_tools.compress.plan.size import foretold
 from peraxis_tools.compress.run.distributed import Processes
-from peraxis_tools.compress.run.environment import (
+from peraxis_tools.compress.run.types import FittedModule, RunFit
+from peraxis_tools.compress.run.work_folder import WorkFolder
+from peraxis_tools.environment import (
     load_config,
     load_tokenizer,
     resolve_device,
     resolve_dtype,
 )
-from peraxis_tools.compress.run.types import FittedModule, RunFit
-from peraxis_tools.compress.run.work_folder import WorkFolder
 from peraxis_tools.errors import ToolError
 from peraxis_tools.quiet import quiet_transformers
+from peraxis_tools.text import Ids, Samples, load_samples
 
-__all__ = ["batches_of", "calibrated_fit"]
+__all__ = ["CalibratedFit", "batches_of"]
+
+Progress: TypeAlias = Callable[[str, int, int], None]  # (step, done, total)
 
 
-def calibrated_fit(
-    base: Checkpoint,
-    fine_tuned: Checkpoint,
-    plan: Plan,
-    output: Path,
-    options: CompressOptions,
-    progress: Callable[[str, int, int], None],
-    show_plan: Callable[[Plan], None],
-) -> RunFit:
-    """Fit every module of the plan on the calibration text; with a byte target, make the plan first and show it."""
-    with quiet_transformers():
-        run = _open_run(base, fine_tuned, plan, output, options, progress)
-        if options.has_target:
-            run = _with_budget(run, options, progress)
-            show_plan(foretold(run.plan, base, fine_tuned, options))
-        teacher, student = run.models()
-        procedure = LayerwiseCalibration(
-            plan=run.plan,
-            base=base.tensors,
-            fine_tuned=fine_tuned.tensors,
-            teacher=teacher,
-            student=student,
-            names=run.names,
-            batches=batches_of(run.parts.fit, run.parts.validation, options.batch_size, run.device),
-            options=_fit_options(options, len(run.parts.fit)),
-            work=run.work,
-            processes=run.processes,
-            hidden_limit=options.hidden_limit,
-            progress=progress,
-        )
-        modules: Mapping[str, FittedModule] = procedure.run()
+class CalibratedFit:
+    """A Fitting (types.py) on the calibration text. Text and models are opened when they are first needed."""
+
+    def __init__(
+        self, base: Checkpoint, fine_tuned: Checkpoint, output: Path, options: CompressOptions, progress: Progress
+    ) -> None:
+        self._base, self._fine_tuned, self._output = base, fine_tuned, output
+        self._options, self._progress = options, progress
+        self._quiet = ExitStack()
+        self._opened: _Run | None = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the file."""
+        return self._opened is None or self._opened.processes.is_main_process
+
+    def errors(self, plan: Plan) -> Mapping[str, Sequence[float]]:
+        """What each component of a module leaves of the KL (sensitivity.py); kept in the work folder."""
+        return _sensitivities(self._run(plan), self._options, self._progress)
+
+    def fit(self, plan: Plan) -> RunFit:
+        """Layer by layer, then end to end where that is asked for."""
+        options = self._options
+        run = replace(self._run(plan), plan=plan)
+        modules: Mapping[str, FittedModule] = _layerwise(run, options, self._progress)
         metadata: dict[str, str] = {}
         if options.distill_samples:
-            del procedure, teacher, student
             if run.processes.is_main_process:
-                modules, metadata = _distilled(run, modules, options, progress)
+                modules, metadata = _distilled(run, modules, options, self._progress)
             run.processes.barrier()
-    ids = run.samples.ids
-    return RunFit(
-        plan=run.plan,
-        modules=modules,
-        calibration=Calibration(
+        ids = run.samples.ids
+        calibration = Calibration(
             digest=run.samples.digest,
             samples=len(ids),
             seed=options.seed,
             sequence_length=ids.shape[1],
             source=run.samples.source,
-        ),
-        tokens=ids.size,
-        metadata=metadata,
-        work=run.work.path,
-        is_main_process=run.processes.is_main_process,
-        close=run.processes.close,
-    )
+        )
+        return RunFit(plan=plan, modules=modules, calibration=calibration, tokens=ids.size, metadata=metadata)
+
+    def _run(self, plan: Plan) -> _Run:
+        if self._opened is None:
+            self._opened = _open_run(self._base, self._fine_tuned, plan, self._output, self._options, self._progress)
+        return self._opened
+
+    def __enter__(self) -> CalibratedFit:
+        self._quiet.enter_context(quiet_transformers())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._quiet.close()
+        if self._opened is not None and error is None:
+            self._opened.processes.close()
+            if self._opened.processes.is_main_process:
+                shutil.rmtree(self._opened.work.path, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +142,7 @@ def _open_run(
     plan: Plan,
     output: Path,
     options: CompressOptions,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> _Run:
     """Device, configuration, name map, samples and work folder."""
     folder = fine_tuned.folder
@@ -177,15 +182,14 @@ def _open_run(
     return _with_generated(run, tokenizer, options, progress) if options.generated_samples else run
 
 
-def _with_generated(
-    run: _Run, tokenizer: Any, options: CompressOptions, progress: Callable[[str, int, int], None]
-) -> _Run:
+def _with_generated(run: _Run, tokenizer: Any, options: CompressOptions, progress: Progress) -> _Run:
     """The run with samples that the fine-tuned model writes; kept in the work folder."""
     length = run.samples.ids.shape[1]
     ids = run.work.load_array("generated")
     if ids is None and run.processes.is_main_process:
         teacher, _ = run.models()
-        fill_whole(teacher, run.weights(), run.weights().teacher)
+        weights = run.weights()
+        weights.fill_whole(teacher, weights.teacher)
         ids = generate(
             teacher,
             tokenizer,
@@ -199,6 +203,8 @@ def _with_generated(
     run.processes.barrier()
     if ids is None:
         ids = run.work.load_array("generated")
+    if ids is None:
+        raise ToolError(f"{run.work.path}: the generated samples are not there; run again with --no-resume")
     share = options.calibration_samples / (options.calibration_samples + options.distill_samples)
     return replace(
         run,
@@ -211,28 +217,43 @@ def _with_generated(
     )
 
 
-def _with_budget(run: _Run, options: CompressOptions, progress: Callable[[str, int, int], None]) -> _Run:
-    """The run with a plan that spends the byte target where it lowers KL most; kept in the work folder."""
+def _sensitivities(run: _Run, options: CompressOptions, progress: Progress) -> Mapping[str, Sequence[float]]:
     errors = run.work.load_text("sensitivity")
     if errors is None and run.processes.is_main_process:
         teacher, _ = run.models()
         weights = run.weights()
-        fill_whole(teacher, weights, weights.teacher)
+        weights.fill_whole(teacher, weights.teacher)
         samples = torch.from_numpy(np.ascontiguousarray(run.parts.fit)).to(run.device)
         open_modules = [module for module in run.plan.modules if is_open(module, options)]
         errors = fisher_errors(teacher, weights, open_modules, samples, seed=options.seed, progress=progress)
         run.work.save_text("sensitivity", errors)
     run.processes.barrier()
-    if errors is None:
-        errors = run.work.load_text("sensitivity") or {}
-    return replace(run, plan=spend(run.plan, errors, run.fine_tuned, options))
+    return errors if errors is not None else run.work.load_text("sensitivity") or {}
+
+
+def _layerwise(run: _Run, options: CompressOptions, progress: Progress) -> Mapping[str, FittedModule]:
+    teacher, student = run.models()
+    return LayerwiseCalibration(
+        plan=run.plan,
+        base=run.base.tensors,
+        fine_tuned=run.fine_tuned.tensors,
+        teacher=teacher,
+        student=student,
+        names=run.names,
+        batches=batches_of(run.parts.fit, run.parts.validation, options.batch_size, run.device),
+        options=_fit_options(options, len(run.parts.fit)),
+        work=run.work,
+        processes=run.processes,
+        hidden_limit=options.hidden_limit,
+        progress=progress,
+    ).run()
 
 
 def _distilled(
     run: _Run,
     modules: Mapping[str, FittedModule],
     options: CompressOptions,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> tuple[Mapping[str, FittedModule], dict[str, str]]:
     """The modules after end-to-end distillation, and its losses."""
     done = run.work.load("distilled")

@@ -65,7 +65,7 @@ class Processes:
         return self.rank == 0
 
     def broadcast(self, modules: Sequence[FittedModule] | None) -> list[FittedModule] | None:
-        """What the leader has, to all; None where the leader has None."""
+        """The main process's modules, to all processes; None where it passes None."""
         if self.count == 1:
             return None if modules is None else list(modules)
         if not self.largest(int(self.is_main_process and modules is not None)):
@@ -74,8 +74,8 @@ class Processes:
         index_bytes = self._send(json.dumps(index).encode(), 0)
         return unpack_modules(json.loads(index_bytes), self._send(data, 0))
 
-    def tell(self, values: Any) -> Any:
-        """JSON values of the leader, to all."""
+    def broadcast_json(self, values: Any) -> Any:
+        """The main process's JSON values, to all processes."""
         if self.count == 1:
             return values
         return json.loads(self._send(json.dumps(values).encode() if self.is_main_process else b"", 0))

@@ -1,8 +1,8 @@
 """compress: the verb. Which steps a run takes, and how what they find becomes one file.
 
-    open the pair -> refuse what does not fit together -> plan
-    fit none:    stream every tensor pair into the file
-    otherwise:   tokens -> embedding -> block by block -> lm_head (layerwise.py, resumable) -> distillation -> the file
+    open the pair -> refuse what does not fit together -> plan -> spend the byte target, if any -> show the plan
+    fit none:    stream every tensor pair into the file (streamed.py)
+    otherwise:   tokens -> embedding -> blocks -> lm_head (resumable) -> distillation (calibrated.py) -> the file
 
 No torch before a fit needs it.
 """
@@ -12,12 +12,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from peraxis_format import (
     Array,
@@ -36,18 +34,21 @@ from peraxis_format import open as open_delta
 from peraxis_tools.assets import LEFT_BEHIND, listed
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint, parse_identity
 from peraxis_tools.compress.fit.mean import mean_components
-from peraxis_tools.compress.options import CompressOptions, OptionError
-from peraxis_tools.compress.plan.budget import is_open, spend, weight_errors
+from peraxis_tools.compress.options import CompressOptions
+from peraxis_tools.compress.plan.budget import spend
 from peraxis_tools.compress.plan.finite import check_finite, check_pair_finite
 from peraxis_tools.compress.plan.pairing import check_pair, check_saving, named_as_base, tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
 from peraxis_tools.compress.plan.record import PLAN_KEY, REPORT_KEY, plan_text, report_text
 from peraxis_tools.compress.plan.size import foretold
 from peraxis_tools.compress.plan.unchanged import first_rows, is_unchanged, shared_rows
-from peraxis_tools.compress.run.types import FittedModule, ModuleReport, RunFit
+from peraxis_tools.compress.run.streamed import StreamedFit
+from peraxis_tools.compress.run.types import FittedModule, Fitting, ModuleReport, RunFit
 from peraxis_tools.notes import note
+from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
+from peraxis_tools.progress import Staged, watched_stages
 
 __all__ = ["CompressResult", "Progress", "compress"]
 
@@ -55,8 +56,7 @@ __all__ = ["CompressResult", "Progress", "compress"]
 BYTES_IN_FLIGHT_PER_TENSOR = 4
 _AHEAD_BYTES = 512 << 20
 
-# Called as progress(step, done, total): what is being done, and how far it is.
-Progress = Callable[[str, int, int], None]
+Progress = Staged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,61 +83,76 @@ def compress(
     fine_tuned: str | Path,
     output: str | Path,
     *,
-    options: CompressOptions | None = None,
+    options: CompressOptions,
     base_revision: str | None = None,
     fine_tuned_revision: str | None = None,
     base_id: str | None = None,
     overwrite: bool = False,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     show_plan: Callable[[Plan], None] | None = None,
-    **choices: Any,
 ) -> CompressResult:
     """Compress a fine-tuned checkpoint against its base into `output`.
 
-    base, fine_tuned: folder, safetensors file or hub id. base_id: the hub id of a base that is a folder. choices:
-    single options by name, in place of `options` (compress(..., calibration="c4", bits=2)). force: write a delta that
-    saves little, too. show_plan is called with the plan before any work.
+    base, fine_tuned: folder, safetensors file or hub id. base_id: the hub id of a base that is a folder. force: write
+    a delta that saves little, too. show_plan is called with the plan before any work.
+    progress: called with (stage, done, total), or True for bars.
     Raises ToolError (OptionError, CheckpointError) before work starts where the pair or the options do not fit.
     """
-    if options is not None and choices:
-        raise OptionError(f"pass options, or {', '.join(choices)} by name, not both")
-    options = options or CompressOptions.from_mapping(choices)
+    if options.resolved_fit != "none":
+        require(f"--fit {options.resolved_fit}", "torch", "transformers", "datasets", extra="compress")
     output = Path(output)
-    step = progress or _no_progress
     inputs = (base, fine_tuned, options.calibration)
     # Of several processes the first one writes.
     alone = int(os.environ.get("RANK", "0")) == 0
     with (
         claim_file(output, overwrite=overwrite, inputs=inputs) if alone else contextlib.nullcontext(),
+        watched_stages(progress) as step,
         open_checkpoint(base, revision=base_revision) as opened_base,
         open_checkpoint(fine_tuned, revision=fine_tuned_revision) as opened,
     ):
         base_checkpoint, tuned_checkpoint = _matched(opened_base, opened, base_id)
-        planned = _planned(base_checkpoint, tuned_checkpoint, options, step, force=force)
-        planned = foretold(planned, base_checkpoint, tuned_checkpoint, options)
-        if show_plan is not None and not (options.has_target and options.resolved_fit != "none"):
-            show_plan(planned)
-        if options.resolved_fit == "none" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise OptionError("fit none reads and writes: run it in one process, without torchrun")
-        fit = RunFit(plan=planned)
-        if options.resolved_fit != "none":
-            from peraxis_tools.compress.run.calibrated import calibrated_fit
+        return _compress_pair(
+            base_checkpoint, tuned_checkpoint, output, options, step, show_plan, overwrite=overwrite, force=force
+        )
 
-            fit = calibrated_fit(
-                base_checkpoint, tuned_checkpoint, planned, output, options, step, show_plan or (lambda plan: None)
-            )
-        manifest, size = None, 0
-        if fit.is_main_process:
-            manifest, size = _write(base_checkpoint, tuned_checkpoint, fit, output, options, step, overwrite=overwrite)
-        if fit.close is not None:
-            fit.close()
-        if fit.work is not None and fit.is_main_process:
-            shutil.rmtree(fit.work, ignore_errors=True)
-    if manifest is None:
+
+def _compress_pair(
+    base: Checkpoint,
+    fine_tuned: Checkpoint,
+    output: Path,
+    options: CompressOptions,
+    progress: Progress,
+    show_plan: Callable[[Plan], None] | None,
+    *,
+    overwrite: bool,
+    force: bool,
+) -> CompressResult:
+    planned = _planned(base, fine_tuned, options, progress, force=force)
+    written = None
+    with _fitting(base, fine_tuned, output, options, progress) as fitting:
+        if options.has_target:
+            planned = spend(planned, fitting.errors(planned), fine_tuned, options)
+        planned = foretold(planned, base, fine_tuned, options)
+        if show_plan is not None:
+            show_plan(planned)
+        fit = fitting.fit(planned)
+        if fitting.writes:
+            written = _write(base, fine_tuned, fit, output, options, progress, overwrite=overwrite)
+    if written is None:
         with open_delta(output) as delta:
-            manifest, size = delta.manifest, delta.size
-    return _result(output, manifest, size, fit, options)
+            written = delta.manifest, delta.size
+    return _result(output, *written, fit, options)
+
+
+def _fitting(
+    base: Checkpoint, fine_tuned: Checkpoint, output: Path, options: CompressOptions, progress: Progress
+) -> Fitting:
+    if options.resolved_fit == "none":
+        return StreamedFit(base, fine_tuned, options)
+    from peraxis_tools.compress.run.calibrated import CalibratedFit
+
+    return CalibratedFit(base, fine_tuned, output, options, progress)
 
 
 def _matched(base: Checkpoint, fine_tuned: Checkpoint, base_id: str | None) -> tuple[Checkpoint, Checkpoint]:
@@ -155,7 +170,7 @@ def _matched(base: Checkpoint, fine_tuned: Checkpoint, base_id: str | None) -> t
 def _planned(
     base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, progress: Progress, *, force: bool
 ) -> Plan:
-    """The plan, with the target spent where no fit does it later. Reads the pair's weights where a fit will."""
+    """The plan before a target is spent. Reads the pair's weights where a fit will."""
     planned = plan(
         fine_tuned={info.name: info for info in fine_tuned.tensors.infos()},
         base={info.name: info for info in base.tensors.infos()},
@@ -166,18 +181,7 @@ def _planned(
         check_saving(planned, base, fine_tuned, force=force)
     if options.has_target or options.resolved_fit != "none":
         check_pair_finite(planned.modules, base.tensors, fine_tuned.tensors, progress)
-    if not options.has_target or options.resolved_fit != "none":
-        return planned
-    errors = {
-        module.name: weight_errors(module, base.tensors, fine_tuned.tensors)
-        for module in planned.modules
-        if is_open(module, options)
-    }
-    return spend(planned, errors, fine_tuned, options)
-
-
-def _no_progress(step: str, done: int, total: int) -> None:
-    return None
+    return planned
 
 
 def _write(

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Protocol
 
 from peraxis_format import Array, Calibration, Component
 from peraxis_tools.compress.plan.plan import Plan
 
-__all__ = ["FittedModule", "ModuleReport", "RunFit"]
+__all__ = ["FittedModule", "Fitting", "ModuleReport", "RunFit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleReport:
-    """What the fit saw. Errors are mean squares of the module's output over the tokens that judged; None: unknown."""
+    """What the fit saw. Errors are mean squares of the module's output over the validation tokens; None: unknown."""
 
     error: float | None = None
     error_none: float | None = None
@@ -37,16 +37,32 @@ class FittedModule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFit:
-    """All fitted modules, the plan that they follow, and what the manifest says about the text.
-
-    leader: whether this process writes the file (others wait in `close` until it is there).
-    """
+    """All fitted modules, the plan that they follow, and what the manifest says about the text."""
 
     plan: Plan
     modules: Mapping[str, FittedModule] = field(default_factory=dict)
     calibration: Calibration | None = None
     tokens: int = 0
     metadata: Mapping[str, str] = field(default_factory=dict)
-    work: Path | None = None
-    is_main_process: bool = True
-    close: Callable[[], None] | None = None
+
+
+class Fitting(Protocol):
+    """How a run finds its components: without text (streamed.py) or on one (calibrated.py).
+
+    Life cycle: entered; `errors` where a byte target is to be spent; `fit` once, with the plan as it is then; the file
+    is written by the process that `writes`; left. Only a run that ends well gives up what it has kept for resuming.
+    """
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the file; the others wait on leaving until it is there."""
+
+    def errors(self, plan: Plan) -> Mapping[str, Sequence[float]]:
+        """By module that the byte target may change: the error with 0, 1, 2, ... components."""
+
+    def fit(self, plan: Plan) -> RunFit:
+        """Fit every module of the plan."""
+
+    def __enter__(self) -> Fitting: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None: ...

@@ -190,15 +190,7 @@ def pair_sums(
     weights: NDArray[np.float64] | None = None,
     threads: int | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64], float]:
-    """Signs of a delta and its absolute sums, in one pass over a pair of matrices.
-
-        d = f32(fine_tuned) - f32(base);  mask: d >= 0;  row_i = sum over j of |d_ij| w_j;  col_j = sum over i of |d_ij|
-
-    base, fine_tuned: storage arrays [d_out, d_in] of float types. weights: w [d_in], ones where None.
-    Returns (mask U8 [d_out, ceil(d_in/8)], row float64 [d_out], col float64 [d_in], sum of d^2). The order of every
-    sum is fixed: along a row in 8 lanes (column j in lane j mod 8), lanes then added from 0 to 7; along columns in
-    chunks of 64 rows, chunks then added from 0; squares by rows, then rows from 0. Threads change no bit.
-    """
+    """(mask, row, col, sum of d^2), in the order that the door states; threads change no bit."""
     rows, width = base.shape
     packed = -(-width // LANES)
     mask = np.empty((rows, packed), np.uint8)

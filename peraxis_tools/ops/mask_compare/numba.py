@@ -1,4 +1,7 @@
-"""The loops of mask_compare/numpy.py, compiled by numba; imported where numba is installed."""
+"""mask_compare compiled by numba; the loops hold no lock."""
+
+# mypy: allow-untyped-decorators
+# numba has no type information.
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ from importlib import import_module
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
+
+from peraxis_tools.ops.mask_compare import Columns, Counts, Mask, Sums
 
 numba: Any = import_module("numba")
 types: Any = numba.types
@@ -13,7 +19,7 @@ intrinsic: Any = import_module("numba.extending").intrinsic
 cgutils: Any = import_module("numba.core.cgutils")
 ir: Any = import_module("llvmlite.ir")
 
-__all__ = ["add_loop", "count_loop"]
+__all__ = ["differing"]
 
 _LANES: Final = 16
 _WORDS: Final = 64  # of 64 columns, between two sums in binary64
@@ -64,7 +70,7 @@ def _weigh(context: Any, a: Any, b: Any, weights: Any, words: Any) -> Any:
 
 
 @numba.njit(nogil=True, cache=True)
-def count_loop(a: Any, b: Any, counts: Any) -> None:
+def _count_loop(a: Any, b: Any, counts: Any) -> None:
     """counts[i]: bits that differ in row i. a, b: uint64 [rows, words]. counts: int64 [rows], written."""
     for i in range(a.shape[0]):
         total = np.uint64(0)
@@ -74,10 +80,10 @@ def count_loop(a: Any, b: Any, counts: Any) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def add_loop(a: Any, b: Any, weights: Any, counts: Any, sums: Any) -> None:
+def _add_loop(a: Any, b: Any, weights: Any, counts: Any, sums: Any) -> None:
     """The same, and sums[i]: the weights where they differ. weights: binary32 [64 words]. sums: binary64 [rows]."""
     rows, words = a.shape
-    count_loop(a, b, counts)
+    _count_loop(a, b, counts)
     for i in range(rows):
         total = 0.0
         for begin in range(0, words, _WORDS):
@@ -85,3 +91,24 @@ def add_loop(a: Any, b: Any, weights: Any, counts: Any, sums: Any) -> None:
             first = 8 * (i * words + begin)
             total += _weigh(a.ctypes.data + first, b.ctypes.data + first, weights.ctypes.data + 256 * begin, count)
         sums[i] = total
+
+
+def differing(a: Mask, b: Mask, columns: Columns | None) -> tuple[Counts, Sums]:
+    """As the door's."""
+    counts, sums = np.empty(a.shape[0], np.int64), np.empty(a.shape[0])
+    left, right = _words(a), _words(b)
+    if columns is None:
+        _count_loop(left, right, counts)
+        return counts, counts.astype(np.float64)
+    _add_loop(left, right, columns.padded, counts, sums)
+    return counts, sums
+
+
+def _words(mask: Mask) -> NDArray[np.uint64]:
+    """A mask as 64-bit words, each row filled up with zeros; a view where that is possible."""
+    rows, width = mask.shape
+    if width % 8 or mask.ctypes.data % 8:
+        padded = np.zeros((rows, width + -width % 8), np.uint8)
+        padded[:, :width] = mask
+        mask = padded
+    return np.ascontiguousarray(mask).view(np.uint64)

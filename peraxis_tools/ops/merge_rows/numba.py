@@ -1,4 +1,7 @@
-"""The loops of merge_rows/numpy.py, compiled by numba; imported where numba is installed. They hold no lock."""
+"""The loops of merge_rows, compiled by numba, with the bits of numpy.py. They hold no lock."""
+
+# mypy: allow-untyped-decorators
+# numba has no type information.
 
 from __future__ import annotations
 

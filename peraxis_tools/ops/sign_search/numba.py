@@ -1,18 +1,23 @@
-"""The block steps of signs.py, compiled: rows [first, last) of W, one after the other. Imported lazily.
+"""The block steps of the sign search, compiled: rows [first, last) of W, one after the other. Imported lazily.
 
-Arrays as in signs.py: [d_out, n] for a block of n columns. What happens to one row does not depend on another, so rows
+Arrays as of the doors: [d_out, n] for a block of n columns. What happens to one row does not depend on another, so rows
 can be spread over threads (the kernels release the GIL) in any way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import numpy as np
+import torch
 from numba import njit, types
+from torch import Tensor
 
-__all__ = ["COORDINATE_DESCENT", "GPTQ_SIGNS"]
+__all__ = ["coordinate_descent_block", "gptq_signs_block"]
+
+_ROWS: Final = 256  # rows a thread takes at a time
 
 ROWS_PER_TASK = 8  # rows that share a pass over the factor: their errors are known before the next column needs them
 _MATRIX: Final = types.float32[:, ::1]
@@ -35,10 +40,8 @@ def _compiled(*arrays: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]
 
 
 @_compiled(_MATRIX, _MATRIX, _MATRIX, _MATRIX, _MASKS, _MATRIX)
-def GPTQ_SIGNS(  # noqa: N802
-    first: int, last: int, work: Any, block: Any, rows: Any, cols: Any, signs: Any, errors: Any
-) -> None:
-    """See signs._gptq_signs_block."""
+def _gptq_signs(first: int, last: int, work: Any, block: Any, rows: Any, cols: Any, signs: Any, errors: Any) -> None:
+    """See gptq_signs_block."""
     width = work.shape[1]
     error = np.empty(ROWS_PER_TASK, np.float32)
     for start in range(first, last, ROWS_PER_TASK):
@@ -64,8 +67,8 @@ def GPTQ_SIGNS(  # noqa: N802
 
 
 @_compiled(_MATRIX, _MATRIX, _MATRICES, _MATRIX)
-def COORDINATE_DESCENT(first: int, last: int, gradient: Any, block: Any, values: Any, change: Any) -> None:  # noqa: N802
-    """See signs._coordinate_descent_block."""
+def _coordinate_descent(first: int, last: int, gradient: Any, block: Any, values: Any, change: Any) -> None:
+    """See coordinate_descent_block."""
     width = gradient.shape[1]
     for r in range(first, last):
         slope = gradient[r]
@@ -80,3 +83,25 @@ def COORDINATE_DESCENT(first: int, last: int, gradient: Any, block: Any, values:
                     row = block[j]
                     for column in range(width):
                         slope[column] += step * row[column]
+
+
+def gptq_signs_block(*tensors: Tensor) -> None:
+    """As the door's."""
+    _in_threads(_gptq_signs, tensors)
+
+
+def coordinate_descent_block(*tensors: Tensor) -> None:
+    """As the door's."""
+    _in_threads(_coordinate_descent, tensors)
+
+
+def _in_threads(kernel: Callable[..., None], tensors: tuple[Tensor, ...]) -> None:
+    """Rows in parallel; rows, and so threads, never meet."""
+    arrays = [tensor.numpy() for tensor in tensors]
+    height = arrays[0].shape[0]
+    firsts = range(0, height, _ROWS)
+    if len(firsts) <= 1 or torch.get_num_threads() == 1:
+        kernel(0, height, *arrays)
+        return
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(lambda first: kernel(first, min(height, first + _ROWS), *arrays), firsts))

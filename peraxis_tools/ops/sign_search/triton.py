@@ -1,6 +1,6 @@
-"""The block steps of signs.py on a GPU: one program takes a few rows of W through all columns of a block.
+"""The block steps of the sign search on a GPU: one program takes a few rows of W through all columns of a block.
 
-Arrays as in signs.py. Column by column a GPU would start a handful of kernels for each, and wait for all of them; here
+Arrays as of the doors. Column by column a GPU would start a handful of kernels for each, and wait for all of them; here
 the rows of a program stay in registers. Column j of a tile is read with a mask over all of its columns: a wasteful
 sum, and yet a hundredth of the time. Imported lazily.
 """
@@ -34,7 +34,7 @@ def gptq_signs_kernel(
     work, block, rows, cols, signs, errors, d_out,
     WIDTH: tl.constexpr, MASKS: tl.constexpr, ROWS_: tl.constexpr, COLUMNS_: tl.constexpr,
 ):  # fmt: skip
-    """See signs._gptq_signs_block."""
+    """See gptq_signs_block."""
     r = tl.program_id(0) * ROWS_ + tl.arange(0, ROWS_)
     c = tl.arange(0, COLUMNS_)
     real = r < d_out
@@ -58,7 +58,7 @@ def coordinate_descent_kernel(
     gradient, block, values, change, d_out,
     WIDTH: tl.constexpr, MASKS: tl.constexpr, ROWS_: tl.constexpr, COLUMNS_: tl.constexpr,
 ):  # fmt: skip
-    """See signs._coordinate_descent_block."""
+    """See coordinate_descent_block."""
     r = tl.program_id(0) * ROWS_ + tl.arange(0, ROWS_)
     c = tl.arange(0, COLUMNS_)
     real = r < d_out
@@ -83,7 +83,7 @@ def coordinate_descent_kernel(
 
 
 def gptq_signs_block(work: Tensor, block: Tensor, rows: Tensor, cols: Tensor, signs: Tensor, errors: Tensor) -> None:
-    """As signs._gptq_signs_block, for contiguous tensors of at most COLUMNS columns."""
+    """As the door's, for contiguous tensors of at most COLUMNS columns."""
     d_out, width = work.shape
     gptq_signs_kernel[(triton.cdiv(d_out, ROWS),)](
         work, block, rows, cols, signs.view(torch.uint8), errors, d_out,
@@ -92,7 +92,7 @@ def gptq_signs_block(work: Tensor, block: Tensor, rows: Tensor, cols: Tensor, si
 
 
 def coordinate_descent_block(gradient: Tensor, block: Tensor, values: Tensor, change: Tensor) -> None:
-    """As signs._coordinate_descent_block, for contiguous tensors of at most COLUMNS columns."""
+    """As the door's, for contiguous tensors of at most COLUMNS columns."""
     d_out, width = gradient.shape
     coordinate_descent_kernel[(triton.cdiv(d_out, ROWS),)](
         gradient, block, values, change, d_out, WIDTH=width, MASKS=len(values), ROWS_=ROWS, COLUMNS_=COLUMNS

@@ -1,6 +1,6 @@
 """The sums of one block: its stages, and for each stage G, E, F over all batches, teacher and student side by side.
 
-What passes keep (passes.py) has to fit into what the hidden states leave of their limit; batches beyond it are run
+What passes cache (passes.py) has to fit into what the hidden states leave of their limit; batches beyond it are run
 again for each stage.
 """
 
@@ -23,12 +23,12 @@ from peraxis_tools.compress.run.distributed import Processes
 
 __all__ = ["Batch", "MomentsCollector", "Side", "Text"]
 
-_THREADS: Final = 64  # waiting passes at most
+_THREADS: Final = 64  # suspended passes at most
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Token ids [samples, length]; whether they judge (held-out) or fit."""
+    """Token ids [samples, length]; whether they are for validation (held out) or for the fit."""
 
     ids: Tensor
     validation: bool
@@ -36,7 +36,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Batches of this process; how many all processes have, and whether any of those judges."""
+    """Batches of this process; how many all processes have, and whether any of those is for validation."""
 
     batches: Sequence[Batch]
     total: int
@@ -74,10 +74,10 @@ class MomentsCollector:
         parameters = {name: value for name in names if (value := teacher.model.get(name)).dim() in (2, 3)}
         owners = {name: teacher.model.owner(name) for name in parameters}
         found = discover(lambda: teacher.forward(0), parameters, owners, to_the_end=outputs)
-        told = processes.tell(
+        shared = processes.broadcast_json(
             [stage.to_json() for stage in stages_of(found.calls)] if processes.is_main_process else None
         )
-        every = [Stage.from_json(values) for values in told]
+        every = [Stage.from_json(values) for values in shared]
         self.seen = {name for stage in every for name in stage.parameters}
         self.stages = [stage for stage in every if is_fitted(stage)]
         self._open = ExitStack()
@@ -94,17 +94,19 @@ class MomentsCollector:
     def _make_passes(self, teacher: Side, found: RecordedPass, room: int) -> None:
         paired = [stage for stage in self.stages if not stage.experts]
         first = None if found.output is None else CachedPass(found.calls, found.output, paired)
-        # As much again for what a waiting pass holds: an input, and the states that go around the layers.
+        # As much again for what a suspended pass holds: an input, and the states that go around the layers.
         within = 0 if first is None else min(_THREADS, room // max(1, 2 * first.nbytes))
         names = sorted({name for stage in self.stages for name in stage.parameters})
         teachers, students = (self._runs(side, names, found.hooked) for side in (teacher, self._student))
-        can_wait = all(stage.waits for stage in self.stages)
+        can_suspend = all(stage.can_suspend for stage in self.stages)
         for i, (run_teacher, run_student) in enumerate(zip(teachers, students, strict=True)):
             if i >= within or first is None:
                 self._teachers.append(ReplayedPass(run_teacher))
             else:
                 self._teachers.append(CachedPass.of(run_teacher, paired) if i else first)
-            self._students.append(SuspendedPass(run_student) if i < within and can_wait else ReplayedPass(run_student))
+            self._students.append(
+                SuspendedPass(run_student) if i < within and can_suspend else ReplayedPass(run_student)
+            )
         for one in (*self._teachers, *self._students):
             self._open.callback(one.close)
 
@@ -149,7 +151,7 @@ class MomentsCollector:
         """Make the sums those of all processes. An expert may have had tokens in some of them only."""
         if self._processes.count == 1:
             return
-        keys = {stage.leader.get(key, key) for key in stage.leader if key[1] is None}
+        keys = {stage.input_of.get(key, key) for key in stage.input_of if key[1] is None}
         for name in stage.parameters if stage.experts else ():
             shape = self._student.model.get(name).shape
             for e in range(shape[0]) if len(shape) == 3 else ():

@@ -1,12 +1,12 @@
 """One batch on its way through one block: what it feeds each stage, and what comes out in the end.
 
-    CachedPass      runs once, ahead of all fits, and keeps the inputs of every stage: the teacher does not change
+    CachedPass      runs once, ahead of all fits, and caches the inputs of every stage: the teacher does not change
     SuspendedPass   runs once, in a thread that stops before a stage's products until the stage is fitted, and then
                     computes them with what has been put into its parameters: the student
     ReplayedPass    runs anew for every stage and once more for the output. It needs no memory and follows any
                     control flow
 
-All three give the same tensors, bit for bit. Threads of waiting passes never run at the same time: a thread is here
+All three give the same tensors, bit for bit. Threads of suspended passes never run at the same time: a thread is here
 what keeps a half-done forward pass, with its live activations and no others.
 """
 
@@ -34,7 +34,7 @@ class BlockPass(Protocol):
     """A batch in a block. Stages are asked for in order; each may be asked for once."""
 
     def inputs(self, stage: Stage) -> dict[Key, Tensor]:
-        """What the batch feeds the leaders of the stage, [n, d_in] each; all experts where it has experts."""
+        """The inputs of the stage's observed keys, [n, d_in] each; of all experts where it has experts."""
 
     def finish(self) -> Tensor:
         """The block's output."""
@@ -44,11 +44,11 @@ class BlockPass(Protocol):
 
 
 class CachedPass:
-    """A pass that keeps the inputs of the stages that it is told of."""
+    """A pass whose inputs of the given stages are cached."""
 
     def __init__(self, calls: Sequence[Call], output: Tensor, stages: Collection[Stage]) -> None:
         """calls: all that the pass reported, in order."""
-        wanted = {key for stage in stages for key in stage.leaders}
+        wanted = {key for stage in stages for key in stage.observed}
         self._inputs: dict[Key, Tensor] = {}
         self._output: Tensor | None = output
         for call in calls:
@@ -59,7 +59,7 @@ class CachedPass:
     @classmethod
     def of(cls, run: Run, stages: Collection[Stage]) -> CachedPass:
         """Run now."""
-        wanted = {key for stage in stages for key in stage.leaders}
+        wanted = {key for stage in stages for key in stage.observed}
         calls: list[Call] = []
 
         def see(call: Call) -> None:
@@ -70,11 +70,11 @@ class CachedPass:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the inputs that are kept."""
+        """Bytes of the cached inputs."""
         return sum(value.numel() * value.element_size() for value in self._inputs.values())
 
     def inputs(self, stage: Stage) -> dict[Key, Tensor]:
-        return {key: self._inputs.pop(key) for key in stage.leaders if key in self._inputs}
+        return {key: self._inputs.pop(key) for key in stage.observed if key in self._inputs}
 
     def finish(self) -> Tensor:
         return _reached(self._output)
@@ -96,11 +96,11 @@ class ReplayedPass:
         def see(call: Call) -> None:
             key = key_of(call)
             if stage.experts:
-                if call.parameter in stage.parameters and stage.leader.get(key, key) == key:
+                if call.parameter in stage.parameters and stage.input_of.get(key, key) == key:
                     found.setdefault(key, []).append(call.inputs.clone())
-            elif key in stage.leaders and key not in found:
+            elif key in stage.observed and key not in found:
                 found[key] = [call.inputs.clone()]
-                if len(found) == len(stage.leaders):
+                if len(found) == len(stage.observed):
                     raise StopForward
 
         with suppress(StopForward):
@@ -125,7 +125,7 @@ class SuspendedPass:
         self._output: Tensor | None = None
 
     def inputs(self, stage: Stage) -> dict[Key, Tensor]:
-        (key,) = stage.leaders
+        (key,) = stage.observed
         answer = self._ask(key)
         return {} if answer is None else {key: answer}
 

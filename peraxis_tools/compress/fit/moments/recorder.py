@@ -63,14 +63,14 @@ class Call:
     def source(self) -> tuple[int, int, int]:
         """Identity of the input's memory: calls that share it share their statistics. Valid while it is held."""
         inputs = self.inputs
-        return inputs.untyped_storage().data_ptr(), inputs.storage_offset(), inputs.numel()
+        return inputs.untyped_storage().data_ptr(), int(inputs.storage_offset()), inputs.numel()
 
 
 class Observer(TorchDispatchMode):
     """While active, reports each Call on one of `parameters` (2-D or 3-D, contiguous) before it is computed."""
 
     def __init__(self, parameters: Iterable[tuple[str, Tensor]], callback: Callable[[Call], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own mode has no annotations
         self._known = {p.untyped_storage().data_ptr(): (name, p) for name, p in parameters if p.dim() in (2, 3)}
         self._callback = callback
 
@@ -98,13 +98,13 @@ class Observer(TorchDispatchMode):
             (True, (rows, cols), (cols, 1)),
         ):
             if tuple(right.shape[-2:]) == shape and tuple(right.stride()[-2:]) == strides:
-                yield from _split(name, parameter, transposed, left, right)
+                yield from _split(name, parameter, left, right, transposed=transposed)
                 return
 
 
-def _split(name: str, parameter: Tensor, transposed: bool, left: Tensor, right: Tensor) -> Iterable[Call]:
+def _split(name: str, parameter: Tensor, left: Tensor, right: Tensor, *, transposed: bool) -> Iterable[Call]:
     matrix = parameter.shape[-2] * parameter.shape[-1]
-    first, remainder = divmod(right.storage_offset() - parameter.storage_offset(), matrix)
+    first, remainder = divmod(int(right.storage_offset() - parameter.storage_offset()), matrix)
     if remainder:
         return
     if parameter.dim() == 2:

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from peraxis_format import DType
-from peraxis_tools.compress.model.components import from_torch, to_torch
+from peraxis_format.ops.tensors import dtype_of, from_storage, storage_array
 
 __all__ = ["SpilledTensors"]
-
-_DTYPES = {torch.float32: DType.F32, torch.bfloat16: DType.BF16, torch.float16: DType.F16}
 
 
 class SpilledTensors:
@@ -39,12 +37,12 @@ class SpilledTensors:
             self._held[number] = value
             return
         path = self._folder / f"{self._label}-{number}.npy"
-        dtype = _DTYPES[value.dtype]
-        np.save(path, from_torch(value, dtype))
+        dtype = dtype_of(value, path.name)
+        np.save(path, storage_array(value.detach().cpu().contiguous()))
         self._files[number] = path, dtype, value.device
 
     def __getitem__(self, number: int) -> Tensor:
         if number in self._held:
             return self._held[number]
         path, dtype, device = self._files[number]
-        return to_torch(np.load(path), dtype).to(device)
+        return from_storage(np.load(path), dtype).to(device)

@@ -17,30 +17,31 @@ Key = tuple[str, int | None]  # parameter, batch element
 class Stage:
     """Parameters whose inputs are ready at the same moment.
 
-    leader: whose input's sums a key shares. energy: the largest sum of squares of an input's column in that pass.
+    input_of: the key whose input a key shares, its own where it was the first. energy: the largest sum of squares of
+    an input's column in that pass.
     """
 
     parameters: list[str] = field(default_factory=list)
-    leader: dict[Key, Key] = field(default_factory=dict)
+    input_of: dict[Key, Key] = field(default_factory=dict)
     transposed: dict[str, bool] = field(default_factory=dict)
     experts: bool = False
     energy: float = 0.0
 
     @property
-    def leaders(self) -> set[Key]:
-        """The keys whose inputs have to be seen."""
-        return set(self.leader.values())
+    def observed(self) -> set[Key]:
+        """The keys whose inputs have to be seen: one for each input."""
+        return set(self.input_of.values())
 
     @property
-    def waits(self) -> bool:
+    def can_suspend(self) -> bool:
         """Whether a pass that has come to the stage's one input has computed none of its products yet."""
-        return not self.experts and len(self.leaders) == 1
+        return not self.experts and len(self.observed) == 1
 
     def to_json(self) -> dict[str, Any]:
         """For another process; `from_json` gives it back."""
         return {
             "parameters": self.parameters,
-            "leader": [[*key, *leading] for key, leading in self.leader.items()],
+            "input_of": [[*key, *shared] for key, shared in self.input_of.items()],
             "transposed": self.transposed,
             "experts": self.experts,
             "energy": self.energy,
@@ -48,8 +49,8 @@ class Stage:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Stage:
-        leader = {(a, b): (c, d) for a, b, c, d in values["leader"]}
-        return cls(values["parameters"], leader, values["transposed"], values["experts"], values["energy"])
+        input_of = {(a, b): (c, d) for a, b, c, d in values["input_of"]}
+        return cls(values["parameters"], input_of, values["transposed"], values["experts"], values["energy"])
 
 
 def key_of(call: Call) -> Key:
@@ -71,10 +72,10 @@ def stages_of(calls: Sequence[Call]) -> list[Stage]:
                 stages.append(stage)
             of_parameter[call.parameter] = stage
             stage.parameters.append(call.parameter)
-        leading = of_source.setdefault(call.source, (stage, key))
-        stage.leader.setdefault(key, leading[1] if leading[0] is stage else key)
+        first_stage, first = of_source.setdefault(call.source, (stage, key))
+        stage.input_of.setdefault(key, first if first_stage is stage else key)
         stage.transposed[call.parameter] = call.transposed
         stage.experts = stage.experts or bool(call.index)
-        if leading[1] == key and call.inputs.numel():
+        if first == key and call.inputs.numel():
             stage.energy = max(stage.energy, float(call.inputs.float().square().sum(dim=0).max()))
     return stages

@@ -1,4 +1,4 @@
-"""What calibration leaves behind of a module's inputs: d_in x d_in sums.
+"""Moments: the d_in x d_in sums that calibration takes of a module's inputs.
 
 X   [n, d_in]  the inputs that the student (the compressed stack) feeds the module
 X_t [n, d_in]  the inputs that the teacher (the fine-tuned model) feeds it on the same tokens;  Z = X_t - X
@@ -11,15 +11,15 @@ The student's module must add to its base output the residual  R = X_t W_f^T - X
 all that a fit needs follows, for every module that reads this input, and no output is ever computed:
 
     C = R^T X = D G + W_f E
-    ||R - X Q^T||^2 = tr(A G A^T) + 2 tr(W_f E A^T) + tr(W_f F W_f^T)      A = D - Q,  Q the stored delta
+    ||R - X Q^T||^2 = tr(A G A^T) + 2 tr(W_f E A^T) + tr(W_f F W_f^T)      A = D - Q,  Q the fitted delta
 
 Nothing large is subtracted from anything large, so the error of a good fit is exact to the last digits. F is in no fit,
-only in errors: it is summed where tokens judge.
+only in errors: it is summed over the validation tokens.
 
 Products of a batch are float32 (TF32 is refused), sums over batches float64. What a batch adds is first rounded to
 a grid so coarse that float64 holds every sum of its multiples exactly, and so fine (2^-53 of the largest sum, times
-the number of batches and a margin) that float32 would not tell: then the order of the batches does not matter, nor how
-many processes share them.
+the number of batches and a margin) that float32 could not show it: then neither the order of the batches matters
+nor how many processes share them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["Validation", "Moments", "Statistics", "grid_of"]
+__all__ = ["Moments", "Statistics", "Validation", "grid_of"]
 
 _PARTS = 4  # of a symmetric product: what lies below its diagonal blocks is not computed twice
 _MARGIN = 4  # bits: batches may be so much larger than the one that the grid was taken from
@@ -110,7 +110,7 @@ class Moments:
         self.tokens += other.tokens
 
     def float32(self) -> Moments:
-        """The same in float32, to judge with."""
+        """The same in float32, for validation."""
         return replace(
             self,
             G=self.G.float(),
@@ -125,7 +125,7 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Sums over the tokens that a fit may use, and over those that only judge it."""
+    """Sums over the tokens that a fit may use, and over those that only validate it."""
 
     fit: Moments
     validation: Moments
@@ -138,15 +138,15 @@ class Statistics:
 
     @property
     def validation_moments(self) -> Moments:
-        """The tokens that judge: held-out ones, or where there are none those of the fit."""
+        """The validation tokens: held-out ones, or where there are none those of the fit."""
         return self.validation if self.validation.tokens else self.fit
 
 
 class Validation:
-    """Mean squared error of one module's output over some tokens, for any stored delta."""
+    """Mean squared error of one module's output over some tokens, for any fitted delta."""
 
     def __init__(self, fine_tuned: Tensor, moments: Moments) -> None:
-        """fine_tuned: float32 [d_out, d_in]; moments: in float32 (`Moments.single`)."""
+        """fine_tuned: float32 [d_out, d_in]; moments: in float32 (`Moments.float32`)."""
         self.tokens = moments.tokens
         self._gram = moments.G
         self._cross = None if moments.E is None else fine_tuned @ moments.E

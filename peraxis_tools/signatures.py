@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError
+from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_file
 from peraxis_tools.progress import ProgressOf, silent
 
@@ -125,10 +126,9 @@ def _need(*paths: Path) -> None:
 
 
 def _library() -> Any:
-    try:
-        import model_signing
-    except ImportError:
-        raise NotVerifiableError("signatures need the package model-signing: pip install 'peraxis[sign]'") from None
+    require("a signature", "model_signing", "OpenSSL")
+    import model_signing
+
     return model_signing
 
 

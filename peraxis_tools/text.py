@@ -7,7 +7,7 @@ a document), concatenated, and cut into samples of `sequence_length`. No sample 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,9 +15,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from peraxis_tools.compress.options import OptionError
+from peraxis_tools.errors import OptionError
 
-__all__ = ["Ids", "Parts", "Samples", "load_samples", "partition", "read_documents"]
+__all__ = ["Ids", "Samples", "load_samples", "read_documents"]
 
 _POOL: Final = 20  # documents read for each sample wanted, at least 1000: what the seed draws from
 _LOADERS: Final = {
@@ -44,37 +44,6 @@ class Samples:
     def digest(self) -> str:
         """Over the ids as 32-bit little-endian integers, sample after sample."""
         return "sha256:" + hashlib.sha256(self.ids.astype("<u4").tobytes()).hexdigest()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """What each sample is for. All int64 [n, length]. Distillation trains on all that calibrated, too."""
-
-    fit: Ids
-    validation: Ids
-    distill: Ids
-    distill_validation: Ids
-
-
-def partition(sources: Sequence[Ids], *, calibration: float, validation: float) -> Parts:
-    """Split each source into calibration (a share) and distillation, and each of these into fit and held-out.
-
-    Every part thus has its share of every source. A part of one sample is not split.
-    """
-    parts: list[list[Ids]] = [[], [], [], []]
-    for ids in sources:
-        cut = round(calibration * len(ids))
-        for i, part in enumerate((ids[:cut], ids[cut:])):
-            validated = min(max(len(part) - 1, 0), int(np.ceil(validation * len(part))))
-            parts[2 * i].append(part[: len(part) - validated])
-            parts[2 * i + 1].append(part[len(part) - validated :])
-    fit, validation, train, train_validation = (np.concatenate(part) for part in parts)
-    return Parts(
-        fit=fit,
-        validation=validation,
-        distill=np.concatenate([train, fit, validation]),
-        distill_validation=train_validation,
-    )
 
 
 def read_documents(source: str, *, text_column: str | None, limit: int) -> list[str]:

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from peraxis_tools.compress.options import OptionError
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import OptionError, ToolError
 
 __all__ = ["load_config", "load_tokenizer", "resolve_device", "resolve_dtype", "trim_heap"]
 

@@ -1,0 +1,126 @@
+"""Which backend runs an operation: one table, one environment variable, one line in the log.
+
+An operation has a reference (the last backend that its row names) and others, which give the same bits where SPEC
+says so and stay within a stated bound elsewhere. A row lists backends, best first, each with the size from which it
+is chosen: below it the reference is done before a compiler is imported.
+
+    PERAXIS_BACKEND=numpy|numba|torch|triton    every operation that has this backend uses it, the rest their reference
+    PERAXIS_LOG=debug                           one line on stderr for each choice (logger "peraxis")
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
+from typing import Final, Literal, TypeAlias
+
+from peraxis_format.errors import BackendError
+
+__all__ = ["BACKENDS", "Operation", "available", "choose", "log"]
+
+BACKENDS: Final = ("numpy", "numba", "torch", "triton")
+# fmt: off
+Operation: TypeAlias = Literal[
+    "rebuild",
+    "rebuild_tensor",
+    "rebuild_transfer",
+    "signed_matmul",
+    "delta_sums",
+    "sign_search",
+    "mask_compare",
+    "merge_rows",
+]
+log: Final = logging.getLogger("peraxis")
+
+_NEVER: Final = sys.maxsize  # only where it is asked for: Triton's interpreter on the CPU
+_Row: TypeAlias = tuple[tuple[str, int], ...]
+# Sizes are weights of the operands; of mask_compare bytes of a mask.
+_TABLE: Final[Mapping[Operation, Mapping[str, _Row]]] = {
+    "rebuild": {"cpu": (("numba", 1 << 20), ("numpy", 0))},
+    "rebuild_tensor": {"cpu": (("numba", 1 << 18), ("torch", 0)), "cuda": (("torch", 0),)},
+    "rebuild_transfer": {
+        "cpu": (("numba", 1 << 20), ("triton", _NEVER), ("numpy", 0)),
+        "cuda": (("triton", 0),),
+    },
+    "signed_matmul": {
+        "cpu": (("numba", 1 << 18), ("triton", _NEVER), ("torch", 0)),
+        "cuda": (("triton", 0), ("torch", 0)),
+    },
+    "delta_sums": {"cpu": (("numba", 0), ("numpy", 0))},
+    "sign_search": {
+        "cpu": (("numba", 0), ("triton", _NEVER), ("torch", 0)),
+        "cuda": (("triton", 0), ("torch", 0)),
+    },
+    "mask_compare": {"cpu": (("numba", 1 << 16), ("numpy", 0))},
+    "merge_rows": {"cpu": (("numba", 1 << 16), ("numpy", 0))},
+}
+
+
+def available(backend: str, device: str = "cpu") -> bool:
+    """Whether a backend can run on a device ("cpu" or "cuda") of this machine.
+
+    Triton runs on the CPU in its interpreter alone (TRITON_INTERPRET=1). Raises BackendError for an unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise BackendError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+    if backend in ("numpy", "numba"):
+        return device == "cpu" and (backend == "numpy" or (sys.byteorder == "little" and _installed("numba")))
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return _installed(backend) and (backend == "torch" or device == "cuda" or interpreted)
+
+
+def choose(operation: Operation, size: int, device: str = "cpu", backend: str | None = None) -> str:
+    """The backend for an operation on `size` weights.
+
+    device: "cpu" or "cuda", a torch device's type. backend: the one to use. Raises BackendError for one that is
+    unknown, that the operation does not have, or that cannot run here.
+    """
+    _configure()
+    row = _TABLE[operation].get(device, (("torch", 0),))
+    names = [name for name, _ in row]
+    forced = os.environ.get("PERAXIS_BACKEND") or None
+    if backend is not None:
+        chosen = _checked(operation, backend, device, names, "backend")
+    elif forced is not None:
+        everywhere = {name for each in _TABLE[operation].values() for name, _ in each}
+        known = forced in everywhere or forced not in BACKENDS
+        chosen = _checked(operation, forced, device, names, "PERAXIS_BACKEND") if known else names[-1]
+    else:
+        chosen = next((name for name, least in row if size >= least and available(name, device)), names[-1])
+    log.debug("%s: %s (size %d, device %s)", operation, chosen, size, device)
+    return chosen
+
+
+def _checked(operation: Operation, backend: str, device: str, names: list[str], option: str) -> str:
+    if backend in BACKENDS and not _installed(backend):
+        raise BackendError(f'{option}="{backend}" needs {backend}, which is not installed: pip install {backend}')
+    if backend not in names:
+        available(backend, device)  # raises for an unknown one
+        raise BackendError(f'{option}="{backend}": {operation} on device {device} has {", ".join(names)}')
+    if not available(backend, device):
+        needed = "weights on a CUDA device" if backend == "triton" else "a little-endian machine"
+        raise BackendError(f'{option}="{backend}" needs {needed}; use "{names[-1]}"')
+    return backend
+
+
+@cache
+def _installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+@cache
+def _configure() -> None:
+    """PERAXIS_LOG: the level of the logger, whose lines then go to stderr. Raises BackendError for an unknown level."""
+    level = os.environ.get("PERAXIS_LOG", "").upper()
+    if not level:
+        return
+    if level not in logging.getLevelNamesMapping():
+        raise BackendError(f"PERAXIS_LOG={level.lower()} is no level; use debug, info, warning or error")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(level)

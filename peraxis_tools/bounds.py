@@ -1,0 +1,59 @@
+"""Bounds that `verify` holds a delta to, measured by `diff` and by `evaluate`. This module runs verbs and is none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from peraxis_tools.diff import diff_checkpoint
+from peraxis_tools.errors import CheckFailedError
+from peraxis_tools.progress import ProgressOf, StageOpener
+
+__all__ = ["error_within", "kl_within"]
+
+
+def error_within(
+    bound: float,
+    delta: Path,
+    fine_tuned: str | Path,
+    *,
+    base: str | Path,
+    progress: ProgressOf,
+    workers: int | None = None,
+) -> str:
+    """Check that ||delta - (fine_tuned - base)|| / ||fine_tuned - base|| <= bound, and say what it is.
+
+    Raises CheckFailedError where it is larger or the tensors differ in name, PxdError, CheckpointError.
+    """
+    found = diff_checkpoint(
+        delta, fine_tuned, base=base, workers=workers, progress=StageOpener(lambda _, total: progress("error", total))
+    )
+    if found.only_in_a or found.only_in_b:
+        odd = (*found.only_in_a, *found.only_in_b)[0]
+        raise CheckFailedError(f"does not hold the same tensors as {fine_tuned}, {odd} for one")
+    error = found.total.relative
+    if error is None or not error <= bound:
+        raise CheckFailedError(f"relative error {error:.4g} is above {bound:g}" if error else "has no delta")
+    return f"relative error {error:.4g}, at most {bound:g}"
+
+
+def kl_within(
+    bound: float,
+    delta: Path,
+    fine_tuned: str | Path,
+    *,
+    base: str | Path,
+    texts: Mapping[str, str | Path],
+    progress: ProgressOf,
+) -> str:
+    """Check that KL(fine-tuned || merged) is at most `bound` nats a token on every text, and say the largest.
+
+    Raises CheckFailedError where one is larger, ToolError, PxdError, CheckpointError.
+    """
+    from peraxis_tools.evaluate import worst_kl
+
+    with progress("kl", None):
+        found = worst_kl(base, fine_tuned, delta, texts)
+    if not found <= bound:
+        raise CheckFailedError(f"KL {found:.4g} nats a token is above {bound:g}")
+    return f"KL {found:.4g} nats a token, at most {bound:g}"

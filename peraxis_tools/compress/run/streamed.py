@@ -1,0 +1,43 @@
+"""A fit without text: components follow from each tensor pair alone, when it is written. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+from peraxis_tools.checkpoint import Checkpoint
+from peraxis_tools.compress.options import CompressOptions
+from peraxis_tools.compress.plan.budget import is_open, weight_errors
+from peraxis_tools.compress.plan.plan import Plan
+from peraxis_tools.compress.run.types import RunFit
+from peraxis_tools.errors import OptionError
+
+__all__ = ["StreamedFit"]
+
+
+class StreamedFit:
+    """`--fit none`, as a Fitting (types.py). It keeps nothing: run.py fits each module as it writes it."""
+
+    writes = True
+
+    def __init__(self, base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise OptionError("fit none reads and writes: run it in one process, without torchrun")
+        self._base, self._fine_tuned, self._options = base, fine_tuned, options
+
+    def errors(self, plan: Plan) -> Mapping[str, Sequence[float]]:
+        """Squared weight errors."""
+        return {
+            module.name: weight_errors(module, self._base.tensors, self._fine_tuned.tensors)
+            for module in plan.modules
+            if is_open(module, self._options)
+        }
+
+    def fit(self, plan: Plan) -> RunFit:
+        return RunFit(plan=plan)
+
+    def __enter__(self) -> StreamedFit:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        return None

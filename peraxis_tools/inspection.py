@@ -1,0 +1,148 @@
+"""The account of a PXD file: what it holds and where its bytes go, from the header alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import peraxis_format as pxd
+from peraxis_tools.kinds import KINDS, kind_of, subtype_of
+
+__all__ = [
+    "ByteShare",
+    "InspectResult",
+    "ModuleLine",
+    "SubtypeAxes",
+    "select",
+    "summarise",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleLine:
+    """One module: stored bytes, and bytes in the full checkpoint."""
+
+    name: str
+    kind: str
+    subtype: str
+    encoding: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    full_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByteShare:
+    """Bytes of one encoding or kind of tensor, in the file and in the full checkpoint."""
+
+    label: str
+    modules: int
+    bytes: int
+    full_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubtypeAxes:
+    """How many modules of a sub-type chose which axis (Figure 2 of the paper). Components count one each."""
+
+    subtype: str
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectResult:
+    """Everything that `inspect` shows. overhead_bytes: header and pads; ratio: full_bytes / file_bytes."""
+
+    file: str
+    version: str
+    content_id: str
+    manifest: pxd.Manifest
+    file_bytes: int
+    full_bytes: int
+    asset_bytes: int
+    overhead_bytes: int
+    ratio: float
+    by_encoding: tuple[ByteShare, ...]
+    by_kind: tuple[ByteShare, ...]
+    axes: tuple[SubtypeAxes, ...]
+    modules: tuple[ModuleLine, ...]
+
+
+def summarise(
+    label: str, content_id: str, file_bytes: int, manifest: pxd.Manifest, records: Iterable[pxd.TensorRecord]
+) -> InspectResult:
+    """The account of a file whose header has been read and checked, wherever it is kept."""
+    sizes = {record.name: record.end - record.begin for record in records}
+    lines = tuple(_line(module, sizes) for module in manifest.modules)
+    assets = sum(count for name, count in sizes.items() if name.startswith("__asset__."))
+    stored = sum(line.bytes for line in lines)
+    full = sum(line.full_bytes for line in lines)
+    return InspectResult(
+        file=label,
+        version="1.0",
+        content_id=content_id,
+        manifest=manifest,
+        file_bytes=file_bytes,
+        full_bytes=full,
+        asset_bytes=assets,
+        overhead_bytes=file_bytes - stored - assets,
+        ratio=full / file_bytes,
+        by_encoding=_shares(lines, [e.value for e in pxd.Encoding], lambda line: line.encoding),
+        by_kind=_shares(lines, list(KINDS), lambda line: line.kind),
+        axes=_axes(lines),
+        modules=lines,
+    )
+
+
+def select(result: InspectResult, pattern: str) -> InspectResult:
+    """The same result with those modules alone whose names match a glob; sums stay those of the whole file."""
+    return replace(result, modules=tuple(line for line in result.modules if fnmatchcase(line.name, pattern)))
+
+
+def _line(module: pxd.ModuleEntry, sizes: dict[str, int]) -> ModuleLine:
+    tensor = module.tensor()
+    return ModuleLine(
+        name=module.name,
+        kind=kind_of(module.name, module.shape),
+        subtype=subtype_of(module.name),
+        encoding=module.encoding.value,
+        axes=tuple(component.axis.value for component in module.components),
+        shape=module.shape,
+        dtype=module.dtype.value,
+        bytes=0 if tensor is None else sizes[tensor[0]],
+        full_bytes=math.prod(module.shape) * module.dtype.itemsize,
+    )
+
+
+def _shares(lines: Iterable[ModuleLine], labels: list[str], key: Callable[[ModuleLine], str]) -> tuple[ByteShare, ...]:
+    lines = list(lines)
+    shares = []
+    for label in labels:
+        chosen = [line for line in lines if key(line) == label]
+        if chosen:
+            shares.append(
+                ByteShare(
+                    label=label,
+                    modules=len(chosen),
+                    bytes=sum(line.bytes for line in chosen),
+                    full_bytes=sum(line.full_bytes for line in chosen),
+                )
+            )
+    return tuple(shares)
+
+
+def _axes(lines: Iterable[ModuleLine]) -> tuple[SubtypeAxes, ...]:
+    counts: dict[str, Counter[str]] = {}
+    for line in lines:
+        if line.axes:
+            counts.setdefault(line.subtype, Counter()).update(line.axes)
+    order = [axis.value for axis in pxd.Axis]
+    return tuple(
+        SubtypeAxes(subtype=subtype, counts={axis: found[axis] for axis in order if found[axis]})
+        for subtype, found in counts.items()
+    )

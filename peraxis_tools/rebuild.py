@@ -1,0 +1,88 @@
+"""Base + delta -> fine-tuned tensors and assets, one after the other (steps 9 to 12 of SPEC 8).
+
+Every tensor of the base is read once: the bytes that are hashed are the bytes that are used. Reading, hashing and
+rebuilding run on a few threads, a bounded number of bytes ahead of whoever takes the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import peraxis_format as pxd
+from peraxis_tools.assets import asset_group
+from peraxis_tools.checkpoint import Checkpoint
+from peraxis_tools.parallel import ordered_map
+from peraxis_tools.shards import TensorSpec
+
+__all__ = ["aliases_of", "assets_of", "checkpoint_bytes", "rebuild", "rebuild_all", "tensor_specs"]
+
+_AHEAD_BYTES: Final = 384 << 20
+_WORKERS: Final = 4
+
+
+def rebuild(delta: pxd.DeltaFile, base: pxd.Safetensors, name: str) -> pxd.Array:
+    """One module's fine-tuned tensor: base bytes read once and held to their digest, payload likewise.
+
+    Returns a storage array. Raises PayloadError, BindingError (E404). Names, dtypes and shapes of the base
+    must have been checked (`check_base_names`).
+    """
+    entry = delta.entry(name)
+    tensor = None
+    if entry.base is not None and entry.encoding is pxd.Encoding.FULL:
+        pxd.check_base_digest(entry, base.sha256(name))  # bound, but not needed for the result
+    elif entry.base is not None:
+        tensor = base.read(name)
+        pxd.check_base_bytes(entry, tensor)
+    return pxd.reconstruct(delta.load(name), tensor)
+
+
+def rebuild_all(
+    delta: pxd.DeltaFile, base: pxd.Safetensors, *, workers: int | None = None
+) -> Iterator[tuple[pxd.ModuleEntry, pxd.Array]]:
+    """Every module in file order with its fine-tuned tensor, a few of them in flight at a time.
+
+    Memory: about twice the bytes in flight, which are at most _AHEAD_BYTES or one tensor.
+    Raises BindingError before the first tensor where names, dtypes or shapes do not match.
+    """
+    pxd.check_base_names(delta.manifest, base)
+
+    def work(entry: pxd.ModuleEntry) -> tuple[pxd.ModuleEntry, pxd.Array]:
+        return entry, rebuild(delta, base, entry.name)
+
+    def size(entry: pxd.ModuleEntry) -> int:
+        return TensorSpec(entry.name, entry.dtype, entry.shape).size
+
+    return ordered_map(work, delta.manifest.modules, cost=size, budget=_AHEAD_BYTES, workers=workers or _WORKERS)
+
+
+def aliases_of(manifest: pxd.Manifest) -> dict[str, list[str]]:
+    aliases: dict[str, list[str]] = {}
+    for name, alias in manifest.tied:
+        aliases.setdefault(name, []).append(alias)
+    return aliases
+
+
+def tensor_specs(manifest: pxd.Manifest) -> Iterator[TensorSpec]:
+    """What the fine-tuned checkpoint holds, aliases right behind their modules (SPEC 6.5)."""
+    aliases = aliases_of(manifest)
+    for module in manifest.modules:
+        for name in (module.name, *aliases.get(module.name, ())):
+            yield TensorSpec(name, module.dtype, module.shape)
+
+
+def checkpoint_bytes(manifest: pxd.Manifest) -> int:
+    """Bytes of the whole fine-tuned checkpoint."""
+    return sum(spec.size for spec in tensor_specs(manifest))
+
+
+def assets_of(delta: pxd.DeltaFile, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
+    """The delta's assets, and of the base's the groups that the delta brings nothing of."""
+    own = [asset.path for asset in delta.manifest.assets]
+    groups = {asset_group(path) for path in own}
+    for path in own:
+        yield path, delta.asset(path)
+    found = base.folder_assets()
+    for path in found.carried:
+        if path not in own and asset_group(path) not in groups:
+            yield path, found.read(path)

@@ -1,0 +1,36 @@
+"""Commands and Python code run as where only numpy, click and rich are installed: other imports are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+__all__ = ["run_bare"]
+
+ROOT = Path(__file__).parents[1]
+_PREAMBLE = """
+import sys
+ALLOWED = {"numpy", "click", "rich", "pygments", "markdown_it", "mdurl", "peraxis", "peraxis_format", "peraxis_tools"}
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top not in ALLOWED | set(EXTRA) | set(sys.stdlib_module_names):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def run_bare(
+    *arguments: object, code: str | None = None, extra: tuple[str, ...] = (), cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `peraxis-tools` with these arguments, or `code`. extra: further packages that may be imported."""
+    argv = json.dumps(["peraxis-tools", *map(str, arguments)])
+    main = f"sys.argv = {argv}\nfrom peraxis_tools.cli import main\nmain()"
+    script = f"EXTRA = {extra!r}\n{_PREAMBLE}\n{code if code is not None else main}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=cwd or ROOT, env=environment
+    )
