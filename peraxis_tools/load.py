@@ -27,9 +27,10 @@ def load_model(
     import json
 
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from peraxis_format.ops.tensors import from_storage
+    from peraxis_tools.environment import check_causal, parse_config
 
     with pxd.open(delta) as file, open_checkpoint(base, revision=base_revision) as checkpoint:
         refuse_part(file.manifest, delta)
@@ -41,7 +42,8 @@ def load_model(
             for name in (entry.name, *aliases.get(entry.name, ())):
                 state[name] = tensor
     options.setdefault("dtype", config.get("dtype", config.get("torch_dtype", torch.float32)))
-    parsed = AutoConfig.for_model(**config)
+    parsed = parse_config(config, label=str(delta))
+    check_causal(parsed, str(delta), remedy="write the checkpoint with apply and load it with its own class")
     # The class itself: AutoModelForCausalLM.from_pretrained insists on a folder to look into.
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)]
     model: PreTrainedModel = kind.from_pretrained(None, config=parsed, state_dict=state, **options).eval()

@@ -61,7 +61,7 @@ def evaluate(
     """
     _check_asked(texts, tasks, candidates)
     from peraxis_tools.environment import resolve_device
-    from peraxis_tools.evaluate.models import load_tokenizer
+    from peraxis_tools.evaluate.models import check_model, load_tokenizer
     from peraxis_tools.quiet import quiet_transformers
 
     with pxd.open(delta) as file, quiet_transformers():
@@ -74,6 +74,7 @@ def evaluate(
             base_revision=base_revision,
             fine_tuned_revision=fine_tuned_revision,
         )
+        check_model(fine_tuned, revision=fine_tuned_revision)
         tokenizer = load_tokenizer(fine_tuned, revision=fine_tuned_revision)
         sampled = {
             domain: _samples(source, tokenizer, samples, sequence_length, seed, text_column)
