@@ -21,7 +21,7 @@ from peraxis_format.binding import (
 from peraxis_format.bits import mask_width, pack_signs, unpack_signs
 from peraxis_format.canonical import canonical_json
 from peraxis_format.checkpoint import INDEX_NAME, SINGLE_NAME, Safetensors, TensorInfo
-from peraxis_format.container import ALIGNMENT, Header, TensorRecord, aligned, header_bytes, layout, payload_size
+from peraxis_format.container import Header, TensorRecord, file_size, header_bytes, layout
 from peraxis_format.delta import (
     Axis,
     BaseRef,
@@ -65,6 +65,7 @@ from peraxis_format.manifest import (
 from peraxis_format.ops.rebuild import dense_delta, reconstruct
 from peraxis_format.profile import NAME
 from peraxis_format.reader import DeltaFile, open, read_header
+from peraxis_format.sizes import ALIGNMENT, aligned, payload_size
 from peraxis_format.strict_json import parse_strict_json
 from peraxis_format.version import __version__
 from peraxis_format.writer import DeltaWriter
@@ -120,6 +121,7 @@ __all__ = [
     "dense_delta",
     "encode_scale_pair",
     "encode_scales",
+    "file_size",
     "from_float32",
     "header_bytes",
     "is_stream",

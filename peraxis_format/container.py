@@ -3,7 +3,8 @@
     file = N (8 bytes, little-endian) | header (N bytes: JSON, then spaces) | data
 
 The header follows from the manifest and the sizes of the assets alone: `layout` computes the records,
-`header_bytes` writes them, header.py reads them, and the reader compares.
+`header_bytes` writes them, header.py reads them, and the reader compares. `file_size` foretells a file by the same
+functions. A module is one tensor; `parts_of` says where in it its masks, scales and tail stand.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from typing import Final
 
 from peraxis_format.dtypes import DType
 from peraxis_format.errors import fail
-from peraxis_format.manifest import ModuleEntry
+from peraxis_format.manifest import Manifest, ModuleEntry
+from peraxis_format.sizes import aligned
 from peraxis_format.strict_json import StrictJsonError, check_text
 
 __all__ = [
-    "ALIGNMENT",
     "FILE_MAX",
     "HEADER_BLOCK",
     "HEADER_MAX",
@@ -29,18 +30,17 @@ __all__ = [
     "VERSION",
     "Header",
     "TensorRecord",
-    "aligned",
+    "file_size",
     "header_bytes",
     "layout",
-    "payload_size",
+    "parts_of",
     "records_of",
 ]
 
 VERSION: Final = "1.0"
 MAGIC: Final = b'{"__metadata__":{"format":"pxd","pxd":"'
-ALIGNMENT: Final = 64
 HEADER_BLOCK: Final = 4096
-HEADER_MAX: Final = 2**24
+HEADER_MAX: Final = 2**26
 FILE_MAX: Final = 2**53
 
 
@@ -80,9 +80,10 @@ def layout(modules: Iterable[ModuleEntry], asset_sizes: Sequence[int]) -> tuple[
 def records_of(modules: Iterable[ModuleEntry], asset_sizes: Sequence[int]) -> Iterator[TensorRecord]:
     """The records of `layout` one by one."""
     end = pads = 0
+    stored = (tensor for module in modules if (tensor := module.tensor()) is not None)
     assets = ((f"__asset__.{i}", DType.U8, (size,)) for i, size in enumerate(asset_sizes))
-    for name, dtype, shape in chain((tensor for module in modules for tensor in module.tensors()), assets):
-        pad = -end % ALIGNMENT
+    for name, dtype, shape in chain(stored, assets):
+        pad = aligned(end) - end
         if pad:
             yield TensorRecord(f"__pad__.{pads}", DType.U8, (pad,), end, end + pad)
             pads += 1
@@ -92,14 +93,12 @@ def records_of(modules: Iterable[ModuleEntry], asset_sizes: Sequence[int]) -> It
         end += size
 
 
-def aligned(size: int) -> int:
-    """The next multiple of 64 bytes, where the next tensor begins (SPEC 4.2)."""
-    return size + -size % ALIGNMENT
-
-
-def payload_size(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> int:
-    """Bytes that tensors (as `tensor_shapes` lists them) take in a file, pads behind them included."""
-    return sum(aligned(dtype.size_of(shape)) for _, dtype, shape in tensors)
+def parts_of(entry: ModuleEntry, begin: int) -> Iterator[TensorRecord]:
+    """Where the parts of a module stand, named `<name>.<suffix>`; begin: of its tensor in the data (SPEC 4.2)."""
+    for suffix, dtype, shape in entry.parts():
+        size = dtype.size_of(shape)
+        yield TensorRecord(f"{entry.name}.{suffix}", dtype, shape, begin, begin + size)
+        begin += aligned(size)
 
 
 def _json_string(text: str) -> str:
@@ -123,14 +122,25 @@ def _header_json(version: str, manifest: bytes, records: Iterable[TensorRecord])
 def header_bytes(manifest: bytes, records: Iterable[TensorRecord]) -> bytes:
     """N and the header, padded with the fewest spaces to a multiple of 4096 (SPEC 2.3, 2.16).
 
-    Raises ContainerError if the header would exceed 2^24 bytes (E110) or 2^20 values (E117).
+    Raises ContainerError if the header would exceed 2^26 bytes (E110) or 2^22 values (E117).
     """
     text = _header_json(VERSION, manifest, records)
     try:
         check_text(text)
     except StrictJsonError as error:
         fail(error.code, error.detail)
-    length = len(text) + (-(8 + len(text)) % HEADER_BLOCK)
+    length = _header_length(len(text))
     if length > HEADER_MAX:
         fail("E110", f"{length} bytes for this many modules")
     return struct.pack("<Q", length) + text.ljust(length, b" ")
+
+
+def _header_length(text: int) -> int:
+    return text + (-(8 + text) % HEADER_BLOCK)
+
+
+def file_size(manifest: Manifest, asset_sizes: Sequence[int]) -> int:
+    """Bytes of the file of a manifest, whatever its digests are, and whether or not its header is within the limits."""
+    records = layout(manifest.modules, asset_sizes)
+    text = _header_json(VERSION, manifest.to_bytes(), records)
+    return 8 + _header_length(len(text)) + (records[-1].end if records else 0)

@@ -71,7 +71,7 @@ class BaseRef:
 
 
 def scale_shapes(axis: Axis, covered: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the scale tensors of one component, in file order (SPEC 5.3)."""
+    """Names and shapes of the scales of one component, in file order (SPEC 5.3)."""
     row, col = covered[:-1], (*covered[:-2], covered[-1])
     shapes: dict[Axis, dict[str, tuple[int, ...]]] = {
         Axis.ROW: {"row": row},
@@ -204,7 +204,7 @@ class ModuleDelta:
         return [[factors[e] for factors in each] for e in range(math.prod(self.covered[:-2]))]
 
     def tensors(self) -> Iterator[tuple[str, Array]]:
-        """The stored tensors in file order, each with the suffix of its name (SPEC 4.1)."""
+        """The stored parts in file order, each with its suffix (SPEC 4.1)."""
         for k, component in enumerate(self.components):
             yield f"{k}.mask", component.mask
             for name, array in component.scales().items():
@@ -230,7 +230,7 @@ def tensor_shapes(
     axes: tuple[Axis, ...],
     base_shape: tuple[int, ...] | None,
 ) -> list[tuple[str, DType, tuple[int, ...]]]:
-    """Suffix, dtype and shape of each tensor that a module stores, in file order (SPEC 4.1).
+    """Suffix, dtype and shape of each part that a module stores, in file order (SPEC 4.1).
 
     A function of the manifest entry alone: reader, writer and size estimates share it.
     """

@@ -33,7 +33,7 @@ _BASE = "pass the base checkpoint that `inspect` names, in the same revision"
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """One row of SPEC 8: the clause, what its violation means, and what a person does about it."""
+    """One row of SPEC 8: its first clause, what its violation means, and what a person does about it."""
 
     clause: str
     meaning: str
@@ -57,7 +57,7 @@ CODES: Final[dict[str, Code]] = {
     "E114": Code("2.8", "not a JSON object, or something after it", _FETCH),
     "E115": Code("2.9", "duplicate key", _REWRITE),
     "E116": Code("2.10", "a number that is no integer of magnitude below 2^53", _REWRITE),
-    "E117": Code("2.11", "nested more than 8 deep, or more than 2^20 values", _REWRITE),
+    "E117": Code("2.11", "nested more than 8 deep, or more than 2^22 values", _REWRITE),
     "E118": Code("2.12", "malformed record or metadata", _REWRITE),
     "E119": Code("2.13", "unknown dtype", _REWRITE),
     "E120": Code("2.14", "impossible shape", _REWRITE),
@@ -78,10 +78,11 @@ CODES: Final[dict[str, Code]] = {
     "E210": Code("3.11", "base digest does not follow from the modules", _REWRITE),
     "E211": Code("3.12", "asset path not allowed", _REWRITE),
     "E212": Code("4.1", "tensors are not those that the manifest asks for", _REWRITE),
+    "E213": Code("3.13", "digests are not those of the modules", _REWRITE),
     "E301": Code("4.3", "module damaged: its bytes do not match their digest", _FETCH),
     "E302": Code("4.4", "asset damaged: its bytes do not match their digest", _FETCH),
     "E303": Code("5.2", "unused mask bits are set", _REWRITE),
-    "E304": Code("4.5", "pad is not zero", _REWRITE),
+    "E304": Code("4.5", "pad or gap is not zero", _REWRITE),
     "E305": Code("5.4", "scale is not finite", _REWRITE),
     "E306": Code("5.4", "scale has its sign bit set", _REWRITE),
     "E401": Code("7.1", "this is another model: none of the base tensors is there", _BASE),
@@ -94,8 +95,9 @@ CODES: Final[dict[str, Code]] = {
 class PxdError(Exception):
     """A file, or a pair of file and base, that SPEC.md refuses.
 
-    code: a key of CODES. detail: what was found. file, offset (bytes from the start of the file), field
-    (path in the header, like `modules[3].components[0].axis`): where, as far as known.
+    code: a key of CODES. detail: what was found. clause: of SPEC.md, the code's first one where none is given.
+    file, offset (bytes from the start of the file), field (path in the header, like
+    `modules[3].components[0].axis`): where, as far as known.
     """
 
     phase: ClassVar[str]
@@ -106,21 +108,18 @@ class PxdError(Exception):
         code: str,
         detail: str = "",
         *,
+        clause: str | None = None,
         file: str | None = None,
         offset: int | None = None,
         field: str | None = None,
     ) -> None:
         self.code = code
         self.detail = detail
+        self.clause = clause or CODES[code].clause
         self.file = file
         self.offset = offset
         self.field = field
         super().__init__(code, detail)
-
-    @property
-    def clause(self) -> str:
-        """The clause of SPEC.md that is violated."""
-        return CODES[self.code].clause
 
     @property
     def remedy(self) -> str:
@@ -200,7 +199,9 @@ class ShapeError(ValueError):
 _PHASES: Final = {"1": ContainerError, "2": ProfileError, "3": PayloadError, "4": BindingError}
 
 
-def fail(code: str, detail: str = "", *, offset: int | None = None, field: str | None = None) -> NoReturn:
-    """Raise the error class of the code's phase."""
+def fail(
+    code: str, detail: str = "", *, clause: str | None = None, offset: int | None = None, field: str | None = None
+) -> NoReturn:
+    """Raise the error class of the code's phase. clause: where it is not the code's first one in SPEC 8."""
     kind = UnsupportedError if code in ("E201", "E204") else _PHASES[code[1]]
-    raise kind(code, detail, offset=offset, field=field)
+    raise kind(code, detail, clause=clause, offset=offset, field=field)

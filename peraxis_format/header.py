@@ -46,6 +46,8 @@ _LONG: Final = re.compile(
     rb'"(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+"[ \t\r\n]*+',
     re.DOTALL,
 )
+# An integer beyond 2^53 by its length alone, outside of any name.
+_LONG_NUMBER: Final = re.compile(rb"[\[,:]-?[0-9]{17}")
 
 
 def check_start(start: bytes, file_size: int) -> None:
@@ -67,7 +69,7 @@ def check_start(start: bytes, file_size: int) -> None:
         fail("E108")
     if start[0] != 0xF8:
         # An ordinary safetensors file, the likeliest mistake, has its header's brace there.
-        fail("E112" if start[8:9] == b"{" else "E109", offset=0)
+        fail("E112" if start[8:9] == b"{" else "E109", clause="2.2", offset=0)
     if file_size < HEADER_BLOCK:
         fail("E103", f"{file_size} bytes")
 
@@ -208,7 +210,8 @@ def _member(text: bytes, begin: int, end: int) -> tuple[str, Json]:
     if len(piece) > PIECE_MAX:
         long = _LONG.fullmatch(piece)
         if long is None or len(long[1]) > PIECE_MAX:
-            fail("E118", f"{len(piece)} bytes", offset=8 + begin)
+            code = "E116" if _LONG_NUMBER.search(piece) else "E118"  # SPEC 2.10, 2.12
+            fail(code, f"{len(piece)} bytes", offset=8 + begin)
         piece = long[1] + b':""'
     members = parse_piece(b"{" + piece + b"}", begin - 1)
     if not isinstance(members, dict) or len(members) != 1:

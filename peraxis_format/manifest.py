@@ -1,5 +1,8 @@
 """The manifest: frozen dataclasses <-> canonical JSON (SPEC 3).
 
+In the text a module leaves out what is usual, and all digests stand in one field (`digests`); here each module has
+every field.
+
 Reading is two steps: schema.py turns bytes into these types (SPEC 3.1 to 3.4), profile.py holds them to what
 clauses 3.5 to 3.12 say about their content. After that the types are trusted.
 """
@@ -19,7 +22,9 @@ from peraxis_format.delta import (
     Encoding,
     tensor_shapes,
 )
+from peraxis_format.digest_table import written
 from peraxis_format.dtypes import DType
+from peraxis_format.sizes import payload_size
 from peraxis_format.strict_json import Json
 
 __all__ = [
@@ -43,9 +48,9 @@ __all__ = [
 ]
 
 FEATURES: Final[frozenset[str]] = frozenset()  # SPEC 3.3: none are defined in 1.0
-MODULES_MAX: Final = 65_536
-ENTRIES_MAX: Final = 65_536  # of assets, dropped, tied and metadata too
-METADATA_MAX: Final = 2**22  # bytes of its canonical JSON
+MODULES_MAX: Final = 2**18
+ENTRIES_MAX: Final = 2**18  # of assets, dropped, tied and metadata too
+METADATA_MAX: Final = 2**24  # bytes of its canonical JSON
 COMPONENTS_MAX: Final = 8
 DIMENSIONS_MAX: Final = 8
 TENSOR_MAX: Final = 2**53  # bytes of a tensor, stored or of the base, are fewer
@@ -110,7 +115,7 @@ class ComponentEntry:
 class ModuleEntry:
     """One tensor of the fine-tuned checkpoint as the manifest describes it.
 
-    sha256: hex digest of the module's range, None where it stores nothing.
+    sha256: hex digest of the module's tensor in the file, None where it has none.
     """
 
     name: str
@@ -121,16 +126,22 @@ class ModuleEntry:
     sha256: str | None
     base: BaseRef | None
 
-    def tensors(self) -> list[tuple[str, DType, tuple[int, ...]]]:
-        """Name, dtype and shape of each stored tensor, in file order (SPEC 4.1)."""
-        suffixes = tensor_shapes(
+    def parts(self) -> list[tuple[str, DType, tuple[int, ...]]]:
+        """Suffix, dtype and shape of each stored part, in file order (SPEC 4.1)."""
+        return tensor_shapes(
             shape=self.shape,
             dtype=self.dtype,
             encoding=self.encoding,
             axes=tuple(component.axis for component in self.components),
             base_shape=None if self.base is None else self.base.shape,
         )
-        return [(f"{self.name}.{suffix}", dtype, shape) for suffix, dtype, shape in suffixes]
+
+    def tensor(self) -> tuple[str, DType, tuple[int, ...]] | None:
+        """Name, dtype and shape of the tensor that holds the module in the file; None where it has none (SPEC 4.1)."""
+        if self.encoding is Encoding.FULL:
+            return f"{self.name}.full", self.dtype, self.shape
+        size = payload_size(self.parts())
+        return (f"{self.name}.delta", DType.U8, (size,)) if size else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,20 +181,26 @@ def base_digest(modules: Iterable[ModuleEntry]) -> str:
     return "sha256:" + digest.hexdigest()
 
 
-def _base_json(base: BaseRef | None) -> Json:
-    return None if base is None else {"dtype": base.dtype.value, "sha256": base.sha256, "shape": list(base.shape)}
-
-
 def _module_json(module: ModuleEntry) -> Json:
-    return {
-        "base": _base_json(module.base),
-        "components": [{"axis": c.axis.value, "exponent": c.exponent} for c in module.components],
-        "dtype": module.dtype.value,
-        "encoding": module.encoding.value,
-        "name": module.name,
-        "sha256": module.sha256,
-        "shape": list(module.shape),
-    }
+    # SPEC 3.4: what is usual is left out.
+    base, made = module.base, dict[str, Json](name=module.name, shape=list(module.shape))
+    if base is None:
+        made["base"] = None
+    elif (base.dtype, base.shape) != (module.dtype, module.shape):
+        made["base"] = {"dtype": base.dtype.value, "shape": list(base.shape)}
+    if module.dtype is not DType.BF16:
+        made["dtype"] = module.dtype.value
+    if module.encoding is Encoding.SIGN:
+        made["components"] = [[c.axis.value, c.exponent] for c in module.components]
+    else:
+        made["encoding"] = module.encoding.value
+    return made
+
+
+def _digests(modules: Iterable[ModuleEntry]) -> str:
+    # SPEC 3.13
+    both = ((module.base.sha256 if module.base else None, module.sha256) for module in modules)
+    return written(digest for pair in both for digest in pair)
 
 
 def _calibration_json(calibration: Calibration | None) -> Json:
@@ -203,6 +220,7 @@ def _manifest_json(manifest: Manifest) -> Json:
         "assets": [{"path": asset.path, "sha256": asset.sha256} for asset in manifest.assets],
         "base": {"digest": manifest.base.digest, "id": manifest.base.id, "revision": manifest.base.revision},
         "calibration": _calibration_json(manifest.calibration),
+        "digests": _digests(manifest.modules),
         "dropped": list(manifest.dropped),
         "features": list(manifest.features),
         "fine_tuned": {"id": manifest.fine_tuned.id, "revision": manifest.fine_tuned.revision},

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from peraxis_format.container import HEADER_BLOCK, Header, TensorRecord, records_of
+from peraxis_format.container import HEADER_BLOCK, Header, TensorRecord, parts_of, records_of
 from peraxis_format.delta import ModuleDelta
 from peraxis_format.errors import PxdError, fail
 from peraxis_format.header import check_start, header_length, parse_header
@@ -59,8 +59,9 @@ def _check_tensors(records: Sequence[TensorRecord], manifest: Manifest) -> None:
         fail("E212", f"{len(sizes)} assets in the data, {len(manifest.assets)} in the manifest", field="assets")
     for record, wanted in itertools.zip_longest(records, records_of(manifest.modules, sizes)):
         if record != wanted:
-            field = None if record is None else record.name
-            fail("E212", f"{_describe(record)} in the place of {_describe(wanted)}", field=field)
+            detail = f"{_describe(record)} in the place of {_describe(wanted)}"
+            pad = record is not None and any(r and r.name.startswith("__pad__.") for r in (record, wanted))
+            fail("E212", detail, clause="4.2" if pad else "4.1", field=record.name if record else None)
 
 
 def _describe(record: TensorRecord | None) -> str:
@@ -137,38 +138,37 @@ class DeltaFile:
         return self._entries[name]
 
     def tensors(self, name: str) -> tuple[TensorRecord, ...]:
-        """The records of a module's tensors, pads left out, in file order."""
-        return self._records[name]
+        """Where the parts of a module stand: masks, scales, tail or the exact tensor, in file order (SPEC 4.1)."""
+        record = self._records[name]
+        return () if record is None else tuple(parts_of(self._entries[name], record.begin))
 
     def span(self, name: str) -> tuple[int, int]:
-        """File offsets [begin, end) of a module's range (SPEC 4.3); (0, 0) where it stores nothing."""
-        records = self._records[name]
-        if not records:
+        """File offsets [begin, end) of a module's tensor; (0, 0) where it stores nothing."""
+        record = self._records[name]
+        if record is None:
             return 0, 0
-        return self._header.size + records[0].begin, self._header.size + records[-1].end
+        return self._header.size + record.begin, self._header.size + record.end
 
     def __getitem__(self, name: str) -> ModuleDelta:
         """A module as zero-copy views of the mapped file; its payload is not checked. Raises KeyError."""
         begin, end = self.span(name)
-        records = self._records[name]
         data = memoryview(self._map)[begin:end]
-        return build_module(self._entries[name], records, data, records[0].begin if records else 0)
+        return build_module(self._entries[name], self.tensors(name), data, begin - self._header.size)
 
     def load(self, name: str) -> ModuleDelta:
         """Read a module once, hold these bytes to steps 9 to 11, and return it as their owner.
 
         Raises PayloadError; KeyError for a name that is no module.
         """
-        entry, records = self._entries[name], self._records[name]
+        entry, parts = self._entries[name], self.tensors(name)
         begin, end = self.span(name)
         data = memoryview(self.read(begin, end - begin))
         with _located(self.path):
             if entry.sha256 is not None and hashlib.sha256(data).hexdigest() != entry.sha256:
                 fail("E301", field=name, offset=begin)  # SPEC 4.3
-            for before, after in itertools.pairwise(records):
-                gap = self._header.size + before.end
-                check_pad(bytes(data[gap - begin : self._header.size + after.begin - begin]), name, gap)
-            module = build_module(entry, records, data, records[0].begin if records else 0)
+            for gap, until in self._gaps(name):
+                check_pad(bytes(data[gap - begin : until - begin]), name, gap)  # SPEC 4.5
+            module = build_module(entry, parts, data, begin - self._header.size)
             check_values(module)
         return module
 
@@ -192,7 +192,7 @@ class DeltaFile:
         done, from any thread. Raises the PayloadError that stands first in the file, whatever the threads.
         """
         step = progress or (lambda _: None)
-        modules = [name for name in self if self._records[name]]
+        modules = [name for name in self if self._records[name] is not None]
         failed: dict[int, PxdError] = {}
 
         def job(place: int) -> None:
@@ -213,10 +213,8 @@ class DeltaFile:
         with _located(self.path):
             for asset in self.manifest.assets:
                 step(len(self.asset(asset.path)))
-            for record in self._header.records:
-                if record.name.startswith("__pad__."):
-                    begin = self._header.size + record.begin
-                    check_pad(self.read(begin, record.end - record.begin), record.name, begin)
+            for name, begin, end in self.pads():
+                check_pad(self.read(begin, end - begin), name, begin)
 
     def check(self, name: str, *, progress: Callable[[int], None] | None = None) -> None:
         """Steps 9 to 11 for one module, chunk by chunk: what `load` checks, with nothing held.
@@ -244,7 +242,9 @@ class DeltaFile:
         with _located(self.path):
             if end > begin and digest.hexdigest() != self._entries[name].sha256:
                 fail("E301", field=name, offset=begin)  # SPEC 4.3
-            check_stored_values(self._entries[name], self._records[name], self._read_data)
+            for gap, until in self._gaps(name):
+                check_pad(self.read(gap, until - gap), name, gap)  # SPEC 4.5
+            check_stored_values(self._entries[name], self.tensors(name), self._read_data)
 
     def read_into(self, target: memoryview, offset: int) -> None:
         """Read bytes of the file, from `offset` on, into all of a writable buffer; their content is not checked.
@@ -258,6 +258,19 @@ class DeltaFile:
                 with _located(self.path):
                     fail("E124", "the file has become shorter since it was opened", offset=offset + done)
             done += count
+
+    def pads(self) -> Iterator[tuple[str, int, int]]:
+        """Name and file offsets [begin, end) of each pad (SPEC 4.2)."""
+        for record in self._header.records:
+            if record.name.startswith("__pad__."):
+                yield record.name, self._header.size + record.begin, self._header.size + record.end
+
+    def _gaps(self, name: str) -> Iterator[tuple[int, int]]:
+        """File offsets of the bytes between a module's parts and behind the last one (SPEC 4.2)."""
+        parts = self.tensors(name)
+        ends = [self._header.size + part.end for part in parts]
+        begins = [*(self._header.size + part.begin for part in parts[1:]), self.span(name)[1]]
+        yield from ((end, begin) for end, begin in zip(ends, begins, strict=bool(parts)) if begin > end)
 
     # --- plumbing ------------------------------------------------------------------------------------
 
@@ -314,9 +327,9 @@ def _open_regular(path: Path) -> int:
     return os.open(path, os.O_RDONLY)
 
 
-def _records_by_module(records: Sequence[TensorRecord], manifest: Manifest) -> dict[str, tuple[TensorRecord, ...]]:
-    stored = iter([record for record in records if not record.name.startswith(("__pad__.", "__asset__."))])
-    return {m.name: tuple(next(stored) for _ in m.tensors()) for m in manifest.modules}
+def _records_by_module(records: Sequence[TensorRecord], manifest: Manifest) -> dict[str, TensorRecord | None]:
+    stored = (record for record in records if not record.name.startswith(("__pad__.", "__asset__.")))
+    return {m.name: None if m.sha256 is None else next(stored) for m in manifest.modules}
 
 
 def open(path: str | os.PathLike[str]) -> DeltaFile:

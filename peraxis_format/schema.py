@@ -5,13 +5,15 @@ Each function of a type takes (value, path) and fails with E205 at the path.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from json.encoder import encode_basestring
 from typing import Final, TypeVar
 
 from peraxis_format.delta import Axis, BaseRef, Encoding
+from peraxis_format.digest_table import DigestReader
 from peraxis_format.dtypes import DType
 from peraxis_format.errors import fail
 from peraxis_format.manifest import (
@@ -41,11 +43,11 @@ T = TypeVar("T")
 E = TypeVar("E", Axis, DType, Encoding)
 
 
-def _object(value: Json, path: str, keys: str) -> dict[str, Json]:
+def _object(value: Json, path: str, keys: str, optional: str = "") -> dict[str, Json]:
     if not isinstance(value, dict):
         fail("E205", "not an object", field=path)
     wanted = set(keys.split())
-    for key in sorted(value.keys() - wanted):
+    for key in sorted(value.keys() - wanted - set(optional.split())):
         fail("E205", f"unknown key {key!r}", field=path)
     for key in sorted(wanted - value.keys()):
         fail("E205", f"missing key {key!r}", field=path)
@@ -107,34 +109,68 @@ def _dtype(value: Json, path: str) -> DType:
     return _one_of(DType, value, path)
 
 
-def _base_ref(value: Json, path: str) -> BaseRef:
-    fields = _object(value, path, "dtype sha256 shape")
-    return BaseRef(
-        dtype=_dtype(fields["dtype"], f"{path}.dtype"),
-        shape=_array(fields["shape"], f"{path}.shape", _natural),
-        sha256=_hex(fields["sha256"], f"{path}.sha256"),
-    )
-
-
 def _component(value: Json, path: str) -> ComponentEntry:
-    fields = _object(value, path, "axis exponent")
-    return ComponentEntry(
-        axis=_one_of(Axis, fields["axis"], f"{path}.axis"),
-        exponent=_integer(fields["exponent"], f"{path}.exponent"),
-    )
+    if not isinstance(value, list) or len(value) != 2:
+        fail("E205", "not a pair of axis and exponent", field=path)
+    return ComponentEntry(axis=_one_of(Axis, value[0], f"{path}[0]"), exponent=_integer(value[1], f"{path}[1]"))
 
 
-def _module(value: Json, path: str) -> ModuleEntry:
-    fields = _object(value, path, "base components dtype encoding name sha256 shape")
-    return ModuleEntry(
-        name=_text(fields["name"], f"{path}.name"),
-        shape=_array(fields["shape"], f"{path}.shape", _natural),
-        dtype=_dtype(fields["dtype"], f"{path}.dtype"),
-        encoding=_one_of(Encoding, fields["encoding"], f"{path}.encoding"),
-        components=_array(fields["components"], f"{path}.components", _component),
-        sha256=_optional(fields["sha256"], f"{path}.sha256", _hex),
-        base=_optional(fields["base"], f"{path}.base", _base_ref),
+def _encoding(fields: dict[str, Json], path: str) -> Encoding:
+    # SPEC 3.4: `components` say that it is `sign`.
+    if ("components" in fields) == ("encoding" in fields):
+        fail("E205", "has to have one of components and encoding", field=path)
+    if "components" in fields:
+        return Encoding.SIGN
+    encoding = _one_of(Encoding, fields["encoding"], f"{path}.encoding")
+    if encoding is Encoding.SIGN:
+        fail("E205", "sign is not written out", field=f"{path}.encoding")
+    return encoding
+
+
+def _module(digests: DigestReader) -> Callable[[Json, str], ModuleEntry]:
+    """A module's entry, its digests taken in order."""
+
+    def item(value: Json, path: str) -> ModuleEntry:
+        fields = _object(value, path, "name shape", optional="base components dtype encoding")
+        shape = _array(fields["shape"], f"{path}.shape", _natural)
+        dtype = DType.BF16
+        if "dtype" in fields:
+            dtype = _dtype(fields["dtype"], f"{path}.dtype")
+            if dtype is DType.BF16:
+                fail("E205", "BF16 is not written out", field=f"{path}.dtype")  # SPEC 3.4
+        encoding = _encoding(fields, path)
+        base = _base_ref(fields, path, dtype, shape, digests)
+        tail = base is not None and len(shape) > 0 and len(base.shape) > 0 and shape[0] > base.shape[0]
+        return ModuleEntry(
+            name=_text(fields["name"], f"{path}.name"),
+            shape=shape,
+            dtype=dtype,
+            encoding=encoding,
+            components=_array(fields.get("components", []), f"{path}.components", _component),
+            sha256=digests.take() if tail or encoding is not Encoding.SAME else None,
+            base=base,
+        )
+
+    return item
+
+
+def _base_ref(
+    fields: dict[str, Json], path: str, dtype: DType, shape: tuple[int, ...], digests: DigestReader
+) -> BaseRef | None:
+    if "base" not in fields:
+        return BaseRef(dtype=dtype, shape=shape, sha256=digests.take())
+    if fields["base"] is None:
+        return None
+    path = f"{path}.base"
+    said = _object(fields["base"], path, "dtype shape")
+    base = BaseRef(
+        dtype=_dtype(said["dtype"], f"{path}.dtype"),
+        shape=_array(said["shape"], f"{path}.shape", _natural),
+        sha256=digests.take(),
     )
+    if (base.dtype, base.shape) == (dtype, shape):
+        fail("E205", "a base like the module is not written out", field=path)  # SPEC 3.4
+    return base
 
 
 def _asset(value: Json, path: str) -> Asset:
@@ -252,7 +288,15 @@ def _metadata(data: bytes, span: Span) -> dict[str, str]:
     return texts
 
 
-_KEYS: Final = "assets base calibration dropped features fine_tuned metadata modules producer tied"
+def _digests(data: bytes, span: Span) -> DigestReader:
+    begin, end = span
+    if data[begin] != 0x22:
+        _text(_value(data, span, "digests"), "digests")
+    # Any string that is not canonical is no base64 either.
+    return DigestReader(data[begin + 1 : end - 1])
+
+
+_KEYS: Final = "assets base calibration digests dropped features fine_tuned metadata modules producer tied"
 
 
 def parse_manifest(data: bytes) -> Manifest:
@@ -269,7 +313,7 @@ def parse_manifest(data: bytes) -> Manifest:
 
 def _parse(data: bytes) -> Manifest:
     bare = data.strip(b" \t\r\n")
-    if bare[:1] != b"{" or data.rstrip(b" ") != bare:
+    if bare[:1] != b"{" or not data.rstrip(b" ").endswith(bare):
         fail("E202", "not an object", field="manifest")  # SPEC 3.1
     if bare != data:
         fail("E203", "white space", field="manifest")  # SPEC 3.2
@@ -279,16 +323,24 @@ def _parse(data: bytes) -> Manifest:
         _check_features(_value(data, spans["features"], "features"))
     _object(dict.fromkeys(spans), "manifest", _KEYS)
     manifest = _typed(data, spans)
-    for path, names in (("tied", [alias for _, alias in manifest.tied]), ("dropped", list(manifest.dropped))):
-        if names != sorted(names):
-            fail("E205", "not sorted", field=path)  # SPEC 3.7
+    if not _sorted(alias for _, alias in manifest.tied):
+        fail("E205", "not sorted by alias", clause="3.7", field="tied")
+    if not _sorted(manifest.dropped) or len(set(manifest.dropped)) != len(manifest.dropped):
+        fail("E205", "not sorted, or a name twice", clause="3.7", field="dropped")
     return manifest
+
+
+def _sorted(names: Iterable[str]) -> bool:
+    return all(a <= b for a, b in itertools.pairwise(names))
 
 
 def _typed(data: bytes, spans: dict[str, Span]) -> Manifest:
     def value(key: str) -> Json:
         return _value(data, spans[key], key)
 
+    digests = _digests(data, spans["digests"])
+    modules = _entries(data, spans["modules"], "modules", _module(digests))
+    digests.finish()
     return Manifest(
         assets=_entries(data, spans["assets"], "assets", _asset),
         base=_base_identity(value("base"), "base"),
@@ -297,7 +349,7 @@ def _typed(data: bytes, spans: dict[str, Span]) -> Manifest:
         features=_array(value("features"), "features", _text),
         fine_tuned=_identity(value("fine_tuned"), "fine_tuned"),
         metadata=_metadata(data, spans["metadata"]),
-        modules=_entries(data, spans["modules"], "modules", _module),
+        modules=modules,
         producer=_producer(value("producer"), "producer"),
         tied=_entries(data, spans["tied"], "tied", _pair),
     )

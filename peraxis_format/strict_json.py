@@ -1,6 +1,6 @@
 """Strict JSON in: UTF-8, unique keys, integers alone, bounded depth and number of values (SPEC 2.7 to 2.11).
 
-A header may have 16 MiB, and as a tree of Python objects ten to thirty times as much. So it never becomes one tree:
+A header may have 64 MiB, and as a tree of Python objects ten to thirty times as much. So it never becomes one tree:
 
 check_text   holds a text as a whole to what bounds its parser, at the speed of a few scans in C
 pieces       takes an array or object apart: the spans between its commas
@@ -34,7 +34,7 @@ Json: TypeAlias = "bool | int | str | list[Json] | dict[str, Json] | None"
 
 INTEGER_MAX: Final = 2**53 - 1
 DEPTH_MAX: Final = 8
-VALUES_MAX: Final = 2**20
+VALUES_MAX: Final = 2**22
 # The longest piece that is made a tree: forty times as much as a record or a manifest's entry can take.
 PIECE_MAX: Final = 2**16
 _BLOCK: Final = 2**16
@@ -150,8 +150,13 @@ def _no_float(text: str) -> NoReturn:
     raise StrictJsonError("E116", text[:24])
 
 
+def _no_constant(text: str) -> NoReturn:
+    # NaN and Infinity, which Python's parser takes, are no JSON (SPEC 2.8).
+    raise StrictJsonError("E114", text)
+
+
 _DECODER: Final = json.JSONDecoder(
-    object_pairs_hook=_unique, parse_int=_integer, parse_float=_no_float, parse_constant=_no_float
+    object_pairs_hook=_unique, parse_int=_integer, parse_float=_no_float, parse_constant=_no_constant
 )
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from peraxis_format.container import ALIGNMENT, header_bytes, layout
-from peraxis_format.delta import ModuleDelta
+from peraxis_format.container import header_bytes, layout
+from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import raw_bytes
 from peraxis_format.errors import PxdError, ShapeError
 from peraxis_format.files import atomic_file, is_stream
@@ -36,6 +36,7 @@ from peraxis_format.manifest import (
 from peraxis_format.payload import check_values
 from peraxis_format.profile import check_manifest
 from peraxis_format.schema import parse_manifest
+from peraxis_format.sizes import aligned
 from peraxis_format.version import __version__
 
 __all__ = ["DeltaWriter"]
@@ -86,22 +87,22 @@ class DeltaWriter:
         except PxdError as error:
             raise ShapeError(str(error)) from None
         digest = hashlib.sha256()
-        empty = True
-        for _, array in module.tensors():
-            pad = self._align()
-            if not empty:
-                digest.update(pad)  # SPEC 4.3: pads between the tensors of a module are of its range
-            empty = False
+        parts = [array for _, array in module.tensors()]
+        if parts:
+            self._align()
+        for array in parts:
             data = raw_bytes(array)
             digest.update(data)
             self._write(data)
+            if module.encoding is not Encoding.FULL:
+                digest.update(self._align())  # SPEC 4.2: the parts of a `.delta` tensor are aligned, and so is its end
         entry = ModuleEntry(
             name=module.name,
             shape=module.shape,
             dtype=module.dtype,
             encoding=module.encoding,
             components=tuple(ComponentEntry(axis=c.axis, exponent=c.exponent) for c in module.components),
-            sha256=None if empty else digest.hexdigest(),
+            sha256=digest.hexdigest() if parts else None,
             base=module.base,
         )
         self._modules.append(entry)
@@ -156,7 +157,7 @@ class DeltaWriter:
         )
 
     def _align(self) -> bytes:
-        pad = bytes(-self._end % ALIGNMENT)
+        pad = bytes(aligned(self._end) - self._end)
         self._write(pad)
         return pad
 

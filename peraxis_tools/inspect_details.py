@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from peraxis_tools.progress import ProgressOf, silent
 
 __all__ = ["Details", "ScaleLine", "details", "noted_errors", "relative_errors"]
 
-_REPORT_KEY: Final = "peraxis.report"
+_REPORT_KEY: Final = "peraxis.report"  # what compress/plan/record.py writes
 _QUANTILES: Final = (0.05, 0.5, 0.95)
 
 
@@ -81,13 +81,14 @@ def relative_errors(manifest: pxd.Manifest) -> dict[str, float]:
 def _noted(manifest: pxd.Manifest) -> dict[str, list[float]]:
     """[error, error of `--fit none`, error of the base's weight] by module, as far as they are finite numbers."""
     try:
-        lines = json.loads(manifest.metadata.get(_REPORT_KEY, "{}"))
-    except ValueError:
-        lines = None
-    if not isinstance(lines, dict):
-        return {}
+        said: Any = json.loads(manifest.metadata.get(_REPORT_KEY, "{}"))
+    except (ValueError, RecursionError):
+        said = None
+    lines = said.get("errors") if isinstance(said, dict) else None
+    if not isinstance(lines, list) or len(lines) != len(manifest.modules):
+        return {}  # of a part, for one
     found: dict[str, list[float]] = {}
-    for name, line in lines.items():
+    for name, line in zip((module.name for module in manifest.modules), lines, strict=True):
         values = list(itertools.takewhile(_is_number, line)) if isinstance(line, list) else []
         if values:
             found[name] = values

@@ -105,6 +105,7 @@ def select(result: InspectResult, pattern: str) -> InspectResult:
 
 
 def _line(module: pxd.ModuleEntry, sizes: dict[str, int]) -> ModuleLine:
+    tensor = module.tensor()
     return ModuleLine(
         name=module.name,
         kind=kind_of(module.name, module.shape),
@@ -113,7 +114,7 @@ def _line(module: pxd.ModuleEntry, sizes: dict[str, int]) -> ModuleLine:
         axes=tuple(component.axis.value for component in module.components),
         shape=module.shape,
         dtype=module.dtype.value,
-        bytes=sum(sizes[name] for name, _, _ in module.tensors()),
+        bytes=0 if tensor is None else sizes[tensor[0]],
         full_bytes=math.prod(module.shape) * module.dtype.itemsize,
     )
 

@@ -54,7 +54,6 @@ COMPRESS = (
         "plan.budget",
         "plan.pairing",
         "run.types",
-        "run.records",
         "run.work_folder",
     ),
     *("run.distributed", "fit.moments.recorder", "fit.signs", "fit.scales", "model", "plan", "calibration"),

@@ -100,14 +100,14 @@ def bindings() -> Iterator[Entry]:
     yield rejected("apply-damaged", "E301", "4.3", content, good, data=bytes_at(0, b"\xff"))
     yield rejected("apply-damaged-full", "E301", "4.3", content, good, data=bytes_at(128, b"\x55\x55"))
     yield rejected("apply-unused-bit", "E303", "5.2", content, good, tensors=patched(0, 1, b"\x80"))
-    yield rejected("apply-pad", "E304", "4.5", content, good, tensors=patched(1, 0, b"\x01"))
-    yield rejected("apply-scale-nan", "E305", "5.4", content, good, tensors=patched(2, 0, b"\x00\x7e"))
-    yield rejected("apply-scale-minus", "E306", "5.4", content, good, tensors=patched(2, 0, b"\x00\xbc"))
+    yield rejected("apply-pad", "E304", "4.5", content, good, tensors=patched(0, 6, b"\x01"))
+    yield rejected("apply-scale-nan", "E305", "5.4", content, good, tensors=patched(0, 64, b"\x00\x7e"))
+    yield rejected("apply-scale-minus", "E306", "5.4", content, good, tensors=patched(0, 64, b"\x00\xbc"))
     yield rejected(
         "order-payload-before-binding", "E301", "4.3", content, {"other": good["q"]}, data=bytes_at(0, b"\xff")
     )
     yield rejected(
-        "order-scale-before-binding", "E306", "5.4", content, {"other": good["q"]}, tensors=patched(2, 0, b"\x00\xbc")
+        "order-scale-before-binding", "E306", "5.4", content, {"other": good["q"]}, tensors=patched(0, 64, b"\x00\xbc")
     )
     claimed: Module = dataclasses.replace(same("w", (2,)), base=Base(dtype="BF16", shape=(2,), data=b"0000"))
     yield rejected("base-same-other-bytes", "E404", "7.3", Content(modules=(claimed,)), {"w": ("BF16", (2,), b"0001")})

@@ -8,22 +8,36 @@ payload in `tensors` gets digests that match it, whoever changes the manifest in
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .content import Content, Module, words
+from .content import Base, Content, Module, words
 
-__all__ = ["MAGIC", "Tensor", "build", "canonical", "expected", "frame", "header_json", "safetensors"]
+__all__ = [
+    "MAGIC",
+    "Tensor",
+    "base_digest",
+    "bases",
+    "build",
+    "canonical",
+    "expected",
+    "frame",
+    "header_json",
+    "manifest_text",
+    "safetensors",
+    "table",
+    "untabled",
+]
 
 MAGIC = '{"__metadata__":{"format":"pxd","pxd":"'
 ALIGNMENT = 64
 PAGE = 4096
-SPECIAL = re.compile(r'[\x00-\x1f"\\]')
-SHORT = {"\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r", '"': '\\"', "\\": "\\\\"}
+# Among ASCII texts the order of code points is that of UTF-16.
+ASCII_ORDER = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +56,8 @@ Record = dict[str, Any]
 
 def canonical(value: Any) -> str:
     """RFC 8785 over null, booleans, integers, strings, arrays and objects (SPEC 3.2)."""
+    if (text := ASCII_ORDER.encode(value)).isascii():
+        return text
     if isinstance(value, dict):
         keys = sorted(value, key=lambda key: key.encode("utf-16-be", "surrogatepass"))
         return "{" + ",".join(f"{quoted(key)}:{canonical(value[key])}" for key in keys) + "}"
@@ -51,8 +67,8 @@ def canonical(value: Any) -> str:
 
 
 def quoted(text: str) -> str:
-    """A JSON string as RFC 8785, section 3.2.2.2, writes it."""
-    return '"' + SPECIAL.sub(lambda found: SHORT.get(found[0]) or f"\\u{ord(found[0]):04x}", text) + '"'
+    """A JSON string as RFC 8785, section 3.2.2.2, writes it: as Python does, beyond ASCII too."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def sha256(data: bytes) -> str:
@@ -65,30 +81,29 @@ def mask(signs: bytes, width: int) -> bytes:
     return b"".join(sum(bit << j for j, bit in enumerate(row)).to_bytes(-(-width // 8), "little") for row in rows)
 
 
-def module_tensors(index: int, module: Module) -> list[Tensor]:
-    """SPEC 4.1: the tensors of one module, in order."""
-    owner, covered, made = ("module", index), module.covered, []
+def filled(parts: Sequence[bytes]) -> bytes:
+    """SPEC 4.2: parts behind one another, each brought to a multiple of 64 by zeros."""
+    return b"".join(part + bytes(-len(part) % ALIGNMENT) for part in parts)
 
-    def put(word: str, dtype: str, shape: tuple[int, ...], data: bytes) -> None:
-        name = f"{module.name}.{word}"
-        made.append(Tensor(name=name, dtype=dtype, shape=shape, data=data, owner=owner))
 
-    for k, part in enumerate(module.components):
-        width = covered[-1] if covered else 1
-        put(f"{k}.mask", "U8", (*covered[:-1], -(-width // 8)), mask(part.signs, width))
-        shapes = {"row": covered[:-1], "col": (*covered[:-2], width), "scalar": (1,)}
-        for word, values in part.scales:
-            put(f"{k}.{word}", "F16", shapes[word], words(values))
+def module_tensor(index: int, module: Module) -> list[Tensor]:
+    """SPEC 4.1: the tensor of one module, or none."""
+    owner, covered, parts = ("module", index), module.covered, []
     if module.encoding == "full":
-        put("full", module.dtype, module.shape, module.exact)
-    elif module.tail:
-        put("tail", module.dtype, module.tail, module.exact)
-    return made
+        name = f"{module.name}.full"
+        return [Tensor(name=name, dtype=module.dtype, shape=module.shape, data=module.exact, owner=owner)]
+    for part in module.components:
+        parts.append(mask(part.signs, covered[-1] if covered else 1))
+        parts.extend(words(values) for _, values in part.scales)
+    if module.tail:
+        parts.append(module.exact)
+    data = filled(parts)
+    return [Tensor(name=f"{module.name}.delta", dtype="U8", shape=(len(data),), data=data, owner=owner)] if data else []
 
 
 def laid_out(content: Content) -> list[Tensor]:
     """SPEC 4.2: every tensor of the file, pads included."""
-    plain = [tensor for i, module in enumerate(content.modules) for tensor in module_tensors(i, module)]
+    plain = [tensor for i, module in enumerate(content.modules) for tensor in module_tensor(i, module)]
     for i, asset in enumerate(content.assets):
         shape = (len(asset.data),)
         plain.append(Tensor(name=f"__asset__.{i}", dtype="U8", shape=shape, data=asset.data, owner=("asset", i)))
@@ -124,42 +139,69 @@ def ranges(tensors: Sequence[Tensor], kind: str) -> dict[int, tuple[int, int]]:
     return found
 
 
-def base_digest(modules: list[dict[str, Any]]) -> str:
-    """SPEC 3.11."""
-    rows = [
-        [m["name"], m["base"]["dtype"], m["base"]["shape"], m["base"]["sha256"]]
-        for m in sorted(modules, key=lambda m: m["name"].encode("utf-8", "surrogatepass"))
-        if m["base"] is not None
-    ]
-    return "sha256:" + sha256(canonical(rows).encode())
+def table(digests: Sequence[str]) -> str:
+    """SPEC 3.13: hex digests as base64 without padding."""
+    return base64.b64encode(bytes.fromhex("".join(digests))).decode().rstrip("=")
+
+
+def untabled(text: str) -> list[str]:
+    """The hex digests of a table."""
+    raw = base64.b64decode(text + "=" * (-len(text) % 4))
+    return [raw[i : i + 32].hex() for i in range(0, len(raw), 32)]
+
+
+def bases(manifest: dict[str, Any]) -> Iterator[list[Any]]:
+    """[name, dtype, shape, hex digest] of the base tensor of each module that has one."""
+    digests = iter(untabled(manifest["digests"]))
+    for m in manifest["modules"]:
+        base = m.get("base", {"dtype": m.get("dtype", "BF16"), "shape": m["shape"]})
+        if base is not None:
+            yield [m["name"], base["dtype"], base["shape"], next(digests, "")]
+        grown = bool(base and m["shape"] and base["shape"] and m["shape"][0] > base["shape"][0])
+        if m.get("encoding") != "same" or grown:
+            next(digests, "")
+
+
+def base_digest(rows: Iterable[list[Any]]) -> str:
+    """SPEC 3.11, of the rows of `bases`."""
+    ordered = sorted(rows, key=lambda row: row[0].encode("utf-8", "surrogatepass"))
+    return "sha256:" + sha256(canonical(ordered).encode())
+
+
+def module_json(module: Module) -> dict[str, Any]:
+    """SPEC 3.4: a module without what is usual."""
+    made: dict[str, Any] = {"name": module.name, "shape": list(module.shape)}
+    usual = module.base == Base(dtype=module.dtype, shape=module.shape, data=module.base.data) if module.base else False
+    if not usual:
+        made["base"] = module.base and {"dtype": module.base.dtype, "shape": list(module.base.shape)}
+    if module.dtype != "BF16":
+        made["dtype"] = module.dtype
+    if module.encoding == "sign":
+        made["components"] = [[c.axis, c.exponent] for c in module.components]
+    else:
+        made["encoding"] = module.encoding
+    return made
 
 
 def manifest_of(content: Content, tensors: Sequence[Tensor]) -> dict[str, Any]:
     """SPEC 3.4, but for the base digest."""
     data = b"".join(tensor.data for tensor in tensors)
     held = ranges(tensors, "module")
-    modules = [
-        {
-            "name": m.name,
-            "dtype": m.dtype,
-            "shape": list(m.shape),
-            "encoding": m.encoding,
-            "components": [{"axis": c.axis, "exponent": c.exponent} for c in m.components],
-            "base": m.base and {"dtype": m.base.dtype, "shape": list(m.base.shape), "sha256": sha256(m.base.data)},
-            "sha256": sha256(data[slice(*held[i])]) if i in held else None,
-        }
-        for i, m in enumerate(content.modules)
-    ]
+    digests = []
+    for i, module in enumerate(content.modules):
+        digests += [sha256(module.base.data)] if module.base else []
+        digests += [sha256(data[slice(*held[i])])] if i in held else []
     assets = ranges(tensors, "asset")
     return {
         "assets": [{"path": a.path, "sha256": sha256(data[slice(*assets[i])])} for i, a in enumerate(content.assets)],
         "base": {"id": content.base[0], "revision": content.base[1], "digest": ""},
         "calibration": content.calibration,
+        "digests": table(digests),
         "dropped": list(content.dropped),
         "features": [],
         "fine_tuned": {"id": content.fine_tuned[0], "revision": content.fine_tuned[1]},
         "metadata": dict(content.metadata),
-        "modules": modules,
+        "modules": [module_json(module) for module in content.modules],
         "producer": {"name": content.producer[0], "version": content.producer[1]},
         "tied": [list(pair) for pair in content.tied],
     }
@@ -204,7 +246,7 @@ def build(
     placed = tensors(laid_out(content))
     made = manifest(manifest_of(content, placed))
     if isinstance(made.get("base"), dict) and made["base"].get("digest") == "":
-        made["base"]["digest"] = base_digest(made["modules"])
+        made["base"]["digest"] = base_digest(bases(made))
     made = digested(made)
     written = header(header_json(version, text(canonical(made)), records(offsets(placed))))
     encoded = written if isinstance(written, bytes) else written.encode()
@@ -224,10 +266,14 @@ def safetensors(tensors: dict[str, tuple[str, tuple[int, ...], bytes]], *, metad
     return len(header).to_bytes(8, "little") + header + b"".join(raw for _, _, raw in tensors.values())
 
 
+def manifest_text(file: bytes) -> str:
+    """The manifest of a file as it is written."""
+    return str(json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])["__metadata__"]["manifest"])
+
+
 def expected(content: Content, file: bytes) -> dict[str, Any]:
     """What an adapter's `decode` must say of the file of `content`."""
-    length = int.from_bytes(file[:8], "little")
-    text = json.loads(file[8 : 8 + length])["__metadata__"]["manifest"]
+    text = manifest_text(file)
     modules = [
         {
             "name": m.name,

@@ -45,7 +45,7 @@ def kinds() -> Iterator[Entry]:
     yield refused("json", "E109", "2.2", b'{"__metadata__":{"format":"pxd","pxd":"1.0"}}')
     yield refused("pickle-0", "E109", "2.2", b"(dp0\n.")
     yield refused("small-safetensors", "E112", "2.2", safetensors({"w": ("U8", (1,), b"\x01")}))
-    yield refused("byte-order-mark-first", "E109", "2.7", b"\xef\xbb\xbf" + good)
+    yield refused("byte-order-mark-first", "E109", "2.2", b"\xef\xbb\xbf" + good)
 
 
 def lengths() -> Iterator[Entry]:
@@ -54,7 +54,7 @@ def lengths() -> Iterator[Entry]:
     wrong = {
         "not-a-page": 0x10F8,
         "248": 0xF8,
-        "over-limit": 2**24 + 4088,
+        "over-limit": 2**26 + 4088,
         "2-32-and-4088": 2**32 + 4088,
         "2-63-less-8": 2**63 - 8,
         "2-64-less-8": 2**64 - 8,
@@ -63,7 +63,7 @@ def lengths() -> Iterator[Entry]:
     for slug, length in wrong.items():
         yield refused(f"length-{slug}", "E110", "2.3", length.to_bytes(8, "little") + good[8:])
     yield refused("length-past-end", "E111", "2.4", (8184).to_bytes(8, "little") + good[8:4096])
-    yield refused("length-largest-past-end", "E111", "2.4", (2**24 - 8).to_bytes(8, "little") + good[8:])
+    yield refused("length-largest-past-end", "E111", "2.4", (2**26 - 8).to_bytes(8, "little") + good[8:])
 
 
 def magics() -> Iterator[Entry]:

@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from .build import Record, Tensor
+from .build import Record, Tensor, table, untabled
 
-__all__ = ["bytes_at", "drop_tensor", "patched", "put", "record", "removed", "replaced", "retensor", "swapped"]
+__all__ = ["added", "bytes_at", "drop_tensor", "patched", "put", "record", "removed", "replaced", "retensor", "swapped"]
 
 Edit = Callable[[Any], Any]
 
@@ -27,6 +27,16 @@ def put(*path: Any, to: Any) -> Edit:
         made = copy.deepcopy(manifest)
         at(path, made)[path[-1]] = to
         return made
+
+    return edit
+
+
+def added(module: dict[str, Any], *digests: str, replace: bool = False) -> Edit:
+    """Put a module with its digests behind the others, or in the place of them all."""
+
+    def edit(manifest: dict[str, Any]) -> dict[str, Any]:
+        modules, held = ([], []) if replace else (manifest["modules"], untabled(manifest["digests"]))
+        return {**manifest, "modules": [*modules, module], "digests": table([*held, *digests])}
 
     return edit
 

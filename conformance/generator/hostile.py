@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
 
-from .build import MAGIC, base_digest, build, canonical, frame, header_json
+from .build import MAGIC, build, canonical, frame, header_json, manifest_text
 from .content import Asset, Content, full
 from .entry import Entry, Special, refused
-from .faults import put, record, replaced
-from .large import large_entries, manifest_text
+from .faults import added, put, record, replaced
+from .large import large_entries
 from .samples import SIMPLE, TEXT
 from .valid import simple
 
@@ -55,17 +54,15 @@ def small() -> Iterator[Entry]:
         ("stream", "a.json:b.json"),
     ):
         yield refused(f"asset-{slug}", "E211", "3.12", build(simple(assets=(Asset(path=path, data=b"{}"),))))
-    spans = {
-        "end-2-53": [128, 2**53 - 1],
-        "begin-2-53": [2**53 - 11, 2**53 - 1],
-        "end-2-63": [128, 2**63 - 1],
-        "end-2-64": [128, 2**64 + 138],
-        "wrap-2-32": [128, 2**32 + 138],
-    }
-    for slug, held in spans.items():
-        yield refused(f"offsets-{slug}", "E121 E116 E123", "2.15", build(SIMPLE, records=record(-1, data_offsets=held)))
+    for slug, held, codes, clause in (
+        ("end-2-53", [128, 2**53 - 1], "E121 E116", "2.15"),
+        ("wrap-2-32", [128, 2**32 + 138], "E121 E116", "2.15"),
+        ("end-2-63", [128, 2**63 - 1], "E116 E121", "2.10"),
+        ("end-2-64", [128, 2**64 + 138], "E116 E121", "2.10"),
+    ):
+        yield refused(f"offsets-{slug}", codes, clause, build(SIMPLE, records=record(-1, data_offsets=held)))
+    yield refused("shape-2-32", "E121 E120", "2.15", build(SIMPLE, records=record(-1, shape=[2**32, 5])))
     for slug, shape in (
-        ("2-32", [2**32, 5]),
         ("2-31", [2**31, 2**21]),
         ("eight-large", [2**52] * 8),
         ("2-62", [2**31, 2**31, 5]),
@@ -77,26 +74,11 @@ def small() -> Iterator[Entry]:
         yield refused(
             f"length-{length:x}",
             code,
-            "2.3" if code == "E110" else "2.5",
+            "2.3" if code == "E110" else "2.2",
             length.to_bytes(8, "little") + build(SIMPLE)[8:],
         )
-    giant: dict[str, Any] = {
-        "name": "w",
-        "dtype": "U8",
-        "shape": [2**53 - 1],
-        "encoding": "same",
-        "components": [],
-        "sha256": None,
-        "base": {"dtype": "U8", "shape": [2**53 - 1], "sha256": "0" * 64},
-    }
-    claims = build(
-        Content(modules=(full("v", (1,), dtype="U8"),)),
-        manifest=lambda m: {
-            **m,
-            "modules": [*m["modules"], giant],
-            "base": {**m["base"], "digest": base_digest([giant])},
-        },
-    )
+    largest = {"name": "w", "dtype": "U8", "shape": [2**53 - 1], "encoding": "same"}
+    claims = build(Content(modules=(full("v", (1,), dtype="U8"),)), manifest=added(largest, "0" * 64))
     text_id = "sha256:" + hashlib.sha256(manifest_text(claims).encode()).hexdigest()
     yield Entry(
         id="claims-2-53-without-data",
@@ -106,15 +88,9 @@ def small() -> Iterator[Entry]:
         note="a module that is the base's needs no bytes, however large",
         mib=128,
     )
-    wide = {**giant, "shape": [2**53 - 1] * 8, "base": {**giant["base"], "shape": [2**53 - 1] * 8}}
-    overflow = build(
-        Content(modules=(full("v", (1,), dtype="U8"),)),
-        manifest=lambda m: {
-            **m,
-            "modules": [*m["modules"], {**wide, "shape": [2**53 - 1] * 7}],
-            "base": {**m["base"], "digest": base_digest([wide])},
-        },
-    )
+    eight = [2**53 - 1] * 8
+    wide = {**largest, "shape": eight[:7], "base": {"dtype": "U8", "shape": eight}}
+    overflow = build(Content(modules=(full("v", (1,), dtype="U8"),)), manifest=added(wide, "0" * 64))
     yield refused("shapes-differ-2-53", "E208 E209", "3.8", overflow)
     text = canonical({"a": "b"})
     yield refused("manifest-of-one-key", "E205", "3.4", frame(header_json("1.0", text, []).encode(), b""))

@@ -65,8 +65,8 @@ def json_faults() -> Iterator[Entry]:
     yield refused("json-nothing-after-version", "E114", "2.8", frame((MAGIC + '1.0"').encode(), b""))
     last = '"data_offsets":'
     twice = {
-        "tensor": replaced('"model.norm.weight.full":', '"model.q_proj.weight.0.mask":'),
-        "metadata-as-tensor": replaced('"__pad__.1":', '"__metadata__":'),
+        "tensor": replaced('"model.norm.weight.full":', '"model.q_proj.weight.delta":'),
+        "metadata-as-tensor": replaced('"model.norm.weight.full":', '"__metadata__":'),
         "metadata-object": lambda h: h[:-1] + "," + h[1 : h.index('},"model.q') + 1] + "}",
         "metadata-key": replaced('"pxd":"1.0",', '"pxd":"1.0","pxd":"1.0",'),
         "field": replaced('"dtype":"U8",', '"dtype":"U8","dtype":"U8",'),
@@ -89,12 +89,12 @@ def json_faults() -> Iterator[Entry]:
         yield refused(
             f"number-{slug}", "E116 E120", "2.10", build(SIMPLE, header=replaced('"shape":[5]', f'"shape":[{number}]'))
         )
-    for slug, number in (("point", "64.0"), ("2-64-and-64", "18446744073709551680")):
+    for slug, number in (("point", "128.0"), ("2-64-and-128", "18446744073709551744")):
         yield refused(
             f"number-offset-{slug}",
             "E116",
             "2.10",
-            build(SIMPLE, header=replaced('"data_offsets":[64,', f'"data_offsets":[{number},')),
+            build(SIMPLE, header=replaced('"data_offsets":[128,', f'"data_offsets":[{number},')),
         )
     for slug, value in (
         ("9", "[" * 7 + "]" * 7),
@@ -110,14 +110,14 @@ def canonical_form() -> Iterator[Entry]:
     """SPEC 2.16."""
     spelled = {
         "space": replaced('"shape":', '"shape": '),
-        "space-in-array": replaced("[3,2]", "[3, 2]"),
+        "space-in-array": replaced("[0,128]", "[0, 128]"),
         "newline": replaced('},"model', '},\n"model'),
         "escaped-name": replaced('"model.norm.weight.full"', '"model.norm.weigh\\u0074.full"'),
         "escaped-slash": replaced("line of", "line\\/of"),
         "escaped-field": replaced('"dtype"', '"dt\\u0079pe"'),
-        "field-order": replaced('"dtype":"U8","shape":[3,2]', '"shape":[3,2],"dtype":"U8"'),
+        "field-order": replaced('"dtype":"U8","shape":[128]', '"shape":[128],"dtype":"U8"'),
         "escaped-text": replaced("line of", "\\u006cine of"),
-        "minus-zero": replaced('"data_offsets":[0,6]', '"data_offsets":[-0,6]'),
+        "minus-zero": replaced('"data_offsets":[0,128]', '"data_offsets":[-0,128]'),
         "offsets-first": replaced(
             '"dtype":"BF16","shape":[5],"data_offsets":[128,138]', '"data_offsets":[128,138],"dtype":"BF16","shape":[5]'
         ),

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from .build import build
+from .build import build, manifest_text, table, untabled
+from .content import Content, full, same
 from .entry import Entry, refused
 from .faults import put, removed, replaced
 from .samples import SIMPLE, TEXT, WHOLE
@@ -23,18 +24,16 @@ PATHS: dict[str, tuple[Any, ...]] = {
     "asset": ("assets", 0),
     "module": ("modules", 0),
     "module-base": ("modules", 0, "base"),
-    "component": ("modules", 0, "components", 0),
 }
 KEYS = {
-    "top": "assets base calibration dropped features fine_tuned metadata modules producer tied",
+    "top": "assets base calibration digests dropped features fine_tuned metadata modules producer tied",
     "base": "digest id revision",
     "calibration": "digest samples seed sequence_length source",
     "fine-tuned": "id revision",
     "producer": "name version",
     "asset": "path sha256",
-    "module": "base components dtype encoding name sha256 shape",
-    "module-base": "dtype sha256 shape",
-    "component": "axis exponent",
+    "module": "components name shape",
+    "module-base": "dtype shape",
 }
 
 
@@ -54,14 +53,14 @@ def texts() -> Iterator[Entry]:
         "leading-zero": replaced("[5]", "[05]"),
         "bad-escape": replaced("line of", "line \\x41"),
         "single-quotes": replaced('"text"', "'text'"),
+        "newline-last": lambda t: t + "\n",
     }
     for slug, edit in wrong.items():
         yield refused(f"manifest-{slug}", "E202", "3.1", build(SIMPLE, text=edit))
     twice = {
         "top": replaced('"dropped":[]', '"dropped":[],"dropped":[]'),
-        "module": replaced('"encoding":"sign"', '"encoding":"sign","encoding":"sign"'),
-        "component": replaced('"axis":"row"', '"axis":"row","axis":"row"'),
-        "module-base": replaced('"base":{"dtype":"BF16"', '"base":{"dtype":"BF16","dtype":"BF16"'),
+        "module": replaced('"encoding":"full"', '"encoding":"full","encoding":"full"'),
+        "module-base": replaced('"base":null', '"base":null,"base":null'),
         "base": replaced('"revision":"0123abcd"', '"revision":"0123abcd","revision":"0123abcd"'),
         "metadata": replaced('"text":', '"text":"","text":'),
         "producer": replaced('"version":"1"', '"version":"1","version":"1"'),
@@ -84,13 +83,14 @@ def texts() -> Iterator[Entry]:
     spelled = {
         "space-first": lambda t: " " + t,
         "space-last": lambda t: t + " ",
-        "newline": lambda t: t + "\n",
         "space-inside": replaced('"dropped":[]', '"dropped": []'),
         "key-order": lambda t: '{"tied":[],' + t[1:].replace(',"tied":[]', ""),
-        "module-key-order": replaced('"dtype":"BF16","encoding":"sign"', '"encoding":"sign","dtype":"BF16"'),
+        "module-key-order": replaced(
+            '"name":"model.norm.weight","shape":[5]', '"shape":[5],"name":"model.norm.weight"'
+        ),
         "escape": replaced("line of", "\\u006cine of"),
         "slash": replaced("line of", "line\\/of"),
-        "minus-zero": replaced('"exponent":-3', '"exponent":-0'),
+        "minus-zero": replaced('["row",-3]', '["row",-0]'),
         "escape-case": lambda t: t.replace(TEXT, "\\u001F"),
         "long-escape": replaced(TEXT, "\\u000a"),
         "escape-delete": replaced(TEXT, "\\u007f"),
@@ -134,6 +134,86 @@ def schema(where: str, slug: str, edit: Any) -> Entry:
     return refused(f"schema-{where}-{slug}", "E205", "3.4", build(WHOLE, digested=edit))
 
 
+def schema_of(content: Content, slug: str, edit: Any) -> Entry:
+    return refused(f"schema-{slug}", "E205", "3.4", build(content, digested=edit))
+
+
+def compact() -> Iterator[Entry]:
+    """SPEC 3.4: what a module leaves out, pairs of axis and exponent, and the table of digests."""
+    norm, matrix = ("modules", 1), ("modules", 0)
+    plain = simple()
+    written: dict[str, Any] = {
+        "dtype-bf16": put(*norm, "dtype", to="BF16"),
+        "encoding-sign": put(*norm, "encoding", to="sign"),
+        "encoding-sign-and-components": put(*matrix, "encoding", to="sign"),
+        "components-and-encoding": put(*norm, "components", to=[["row", 0]]),
+        "components-none-and-encoding": put(*norm, "components", to=[]),
+        "components-null": put(*matrix, "components", to=None),
+        "encoding-null": put(*matrix, "encoding", to=None),
+        "no-encoding": removed(*norm, "encoding"),
+        "base-as-usual": put(*matrix, "base", to={"dtype": "BF16", "shape": [3, 11]}),
+        "base-with-sha256": put(*matrix, "base", to={"dtype": "BF16", "sha256": "ab" * 32, "shape": [2, 11]}),
+        "sha256": put(*norm, "sha256", to="ab" * 32),
+    }
+    for slug, edit in written.items():
+        yield schema_of(plain, f"module-{slug}", edit)
+    parts = {
+        "object": {"axis": "row", "exponent": -3},
+        "one": ["row"],
+        "three": ["row", -3, 0],
+        "reversed": [-3, "row"],
+        "text": "row",
+        "flat": "row,-3",
+        "empty": [],
+        "null": None,
+    }
+    for slug, part in parts.items():
+        yield schema_of(plain, f"component-{slug}", put(*matrix, "components", 0, to=part))
+    yield schema_of(plain, "components-flat", put(*matrix, "components", to=["row", -3]))
+    # 64 bytes: the last of 86 characters holds two bits, and four that are 0.
+    two = Content(modules=(full("a", (1,)), full("b", (1,))))
+    good = manifest_table(two)
+    tables = {
+        "padded": good + "=",
+        "spaces": good[:40] + " " + good[40:],
+        "newline": good + "\n",
+        "url-alphabet": good[:-1] + "-",
+        "unused-bits": good[:-1] + chr(ord(good[-1]) + 1),
+        "one-more-character": good + "A",
+        "a-byte-short": good[:-2],
+        "31-bytes": "A" * 42,
+        "33-bytes": "A" * 44,
+        "hex": "ab" * 96,
+        "accent": good[:-1] + "\u00e9",
+        "array": [good],
+        "object": {"0": good},
+    }
+    for slug, text in tables.items():
+        yield schema_of(two, f"digests-{slug}", put("digests", to=text))
+
+
+def manifest_table(content: Content) -> str:
+    """The table of digests of a file."""
+    return str(json.loads(manifest_text(build(content)))["digests"])
+
+
+def counts() -> Iterator[Entry]:
+    """SPEC 3.13: as many digests as modules and bases ask for."""
+    kept = Content(modules=(same("w", (3, 4)), full("v", (2,)), same("t", (5, 2), base_rows=4)))
+    for name, content in (("simple", simple()), ("kept", kept)):
+        digests = untabled(manifest_table(content))
+        for slug, held in (
+            ("none", []),
+            ("one", digests[:1]),
+            ("one-less", digests[:-1]),
+            ("one-more", [*digests, "ab" * 32]),
+            ("twice", digests * 2),
+            ("first-twice", [digests[0], *digests]),
+        ):
+            file = build(content, manifest=put("digests", to=table(held)))
+            yield refused(f"digests-{name}-{slug}", "E213 E210", "3.13", file)
+
+
 def schemas() -> Iterator[Entry]:
     """SPEC 3.4 and 3.7."""
     for where, path in PATHS.items():
@@ -143,12 +223,19 @@ def schemas() -> Iterator[Entry]:
         if path:
             yield schema(where, "is-text", put(*path, to="x"))
             yield schema(where, "is-array", put(*path, to=[]))
-    for where in ("base", "fine-tuned", "producer", "asset", "module", "component"):
+    for where in ("base", "fine-tuned", "producer", "asset", "module"):
         yield schema(where, "is-null", put(*PATHS[where], to=None))
     for key in ("assets", "dropped", "metadata", "modules", "tied"):
         yield schema("top", f"{key}-null", put(key, to=None))
         yield schema("top", f"{key}-text", put(key, to="x"))
-    texts = {
+    yield from schema_texts()
+    yield from schema_digests()
+    yield from schema_values()
+
+
+def schema_texts() -> Iterator[Entry]:
+    """SPEC 3.4: texts, and words of a list."""
+    texts: dict[str, tuple[Any, ...]] = {
         "base-id": ("base", "id"),
         "fine-tuned-id": ("fine_tuned", "id"),
         "producer-name": ("producer", "name"),
@@ -157,8 +244,9 @@ def schemas() -> Iterator[Entry]:
         "module-name": ("modules", 1, "name"),
         "encoding": ("modules", 1, "encoding"),
         "dtype": ("modules", 1, "dtype"),
-        "axis": ("modules", 0, "components", 0, "axis"),
+        "axis": ("modules", 0, "components", 0, 0),
         "base-dtype": ("modules", 0, "base", "dtype"),
+        "digests": ("digests",),
     }
     for slug, path in texts.items():
         yield schema(slug, "null", put(*path, to=None))
@@ -169,7 +257,7 @@ def schemas() -> Iterator[Entry]:
     words = {
         "encoding-upper": ("modules", 1, "encoding"),
         "dtype": ("modules", 1, "dtype"),
-        "axis": ("modules", 0, "components", 0, "axis"),
+        "axis": ("modules", 0, "components", 0, 0),
         "module-base-dtype": ("modules", 0, "base", "dtype"),
     }
     for slug, path in words.items():
@@ -179,13 +267,13 @@ def schemas() -> Iterator[Entry]:
                 or {"SIGN": "encoding", "Row": "axis", "bf16": "dtype", "col+row": "axis"}[value] in slug
             ):
                 yield schema(slug, f"word-{value or 'empty'}".lower().replace("+", "-"), put(*path, to=value))
-    yield from schema_digests()
-    yield from schema_values()
 
 
 def schema_digests() -> Iterator[Entry]:
+    """SPEC 3.4: hex digests, with and without their algorithm."""
+    value: Any
     good = "ab" * 32
-    digests: dict[str, str | None] = {
+    digests = {
         "upper": good.upper(),
         "short": good[:-1],
         "long": good + "a",
@@ -197,29 +285,27 @@ def schema_digests() -> Iterator[Entry]:
     }
     for slug, value in digests.items():
         yield schema("asset-sha256", slug, put("assets", 0, "sha256", to=value))
-        yield schema("module-base-sha256", slug, put("modules", 0, "base", "sha256", to=value))
-        if value is not None:
-            yield schema("module-sha256", slug, put("modules", 0, "sha256", to=value))
-    prefixed = {
-        "bare": good,
-        "upper": "sha256:" + good.upper(),
-        "other": "sha512:" + good,
-        "case": "SHA256:" + good,
-        "short": "sha256:" + good[1:],
-        "null": None,
-    }
-    for slug, value in prefixed.items():
+    for slug, value in (
+        ("bare", good),
+        ("upper", "sha256:" + good.upper()),
+        ("other", "sha512:" + good),
+        ("case", "SHA256:" + good),
+        ("short", "sha256:" + good[1:]),
+        ("null", None),
+    ):
         yield schema("calibration-digest", slug, put("calibration", "digest", to=value))
         yield schema("base-digest", slug, put("base", "digest", to=value))
 
 
 def schema_values() -> Iterator[Entry]:
+    """SPEC 3.4: integers, shapes, lists of names."""
     value: Any
     for key in ("samples", "seed", "sequence_length"):
         for slug, value in (("negative", -1), ("true", True), ("text", "1"), ("null", None)):
             yield schema(f"calibration-{key.replace('_', '-')}", slug, put("calibration", key, to=value))
     for slug, value in (("text", "0"), ("null", None), ("true", True), ("array", [0])):
-        yield schema("exponent", slug, put("modules", 0, "components", 0, "exponent", to=value))
+        yield schema("exponent", slug, put("modules", 0, "components", 0, 1, to=value))
+    yield from compact()
     for slug, value in (
         ("text", "[7,9]"),
         ("null", None),
@@ -256,5 +342,5 @@ def schema_values() -> Iterator[Entry]:
 
 def manifest() -> Iterator[Entry]:
     """Every case of this module."""
-    for group in (texts, features, schemas):
+    for group in (texts, features, schemas, counts):
         yield from group()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
 
 from .build import build
 from .content import Base, Content, component, full, same, sign
 from .entry import Entry, refused
-from .faults import put, record
+from .faults import added, put, record
 from .samples import ONE, WHOLE
 from .valid import simple
 
@@ -77,16 +76,18 @@ def limits() -> Iterator[Entry]:
     yield refused("base-dimension-zero", "E208 E209", "3.8", build(Content(modules=(full("w", (2,), base=none),))))
     for slug, dtype, shape in (
         ("2-53", "U8", [2**26, 2**27]),
-        ("2-53-bytes", "BF16", [2**52]),
+        ("2-53-bytes", "I16", [2**52]),
         ("wraps-to-0", "U8", [2**32, 2**32]),
         ("wraps-to-4", "U8", [2**33 + 2, 2**33 + 2]),
         ("eight-largest", "U8", [2**53 - 1] * 8),
     ):
-        same_size = claiming({"encoding": "same", "dtype": dtype, "shape": shape, "sha256": None}, dtype, shape)
-        yield refused(f"size-{slug}", "E208", "3.8", build(ONE, manifest=same_size), "of a module that is the base's")
-    kept = {"encoding": "full", "dtype": "U8", "shape": [1], "sha256": hashlib.sha256(b"v").hexdigest()}
-    held = Content(modules=(full("w", (1,), dtype="U8", exact=b"v"),))
-    yield refused("size-of-base", "E208", "3.8", build(held, manifest=claiming(kept, "BF16", [2**52], replace=True)))
+        claimed = {"name": "v", "encoding": "same", "dtype": dtype, "shape": shape}
+        file = build(ONE, manifest=added(claimed, "0" * 64))
+        yield refused(f"size-{slug}", "E208", "3.8", file, "of a module that is the base's")
+    held = {"name": "w", "encoding": "full", "dtype": "U8", "shape": [1], "base": {"dtype": "BF16", "shape": [2**52]}}
+    digests = ("0" * 64, hashlib.sha256(b"v").hexdigest())
+    one = Content(modules=(full("w", (1,), dtype="U8", exact=b"v"),))
+    yield refused("size-of-base", "E208", "3.8", build(one, manifest=added(held, *digests, replace=True)))
     long = "a text of " + "x" * 2**16
     for slug, path in (
         ("base-id", ("base", "id")),
@@ -102,15 +103,3 @@ def limits() -> Iterator[Entry]:
         build(ONE, records=record(0, name="n" * 1024)),
         "the longest name that the container takes (2.12)",
     )
-
-
-def claiming(module: dict[str, Any], dtype: str, shape: list[int], *, replace: bool = False) -> Any:
-    """Put a module `v` on a base tensor of this size beside the others, or in their place; the digest follows."""
-
-    def edit(manifest: dict[str, Any]) -> dict[str, Any]:
-        base = {"dtype": dtype, "shape": shape, "sha256": "0" * 64}
-        name = manifest["modules"][0]["name"] if replace else "v"
-        made = {"name": name, "components": [], "base": base, **module}
-        return {**manifest, "modules": [made] if replace else [*manifest["modules"], made]}
-
-    return edit

@@ -9,7 +9,7 @@ from .build import MAGIC, build
 from .content import Content, full, same
 from .entry import Entry, refused
 from .faults import bytes_at, record, replaced, swapped
-from .samples import SIMPLE
+from .samples import PADDED, SIMPLE
 
 __all__ = ["extents", "records"]
 
@@ -34,7 +34,7 @@ def records() -> Iterator[Entry]:
         "three-offsets": record(-1, data_offsets=[128, 138, 138]),
         "offsets-object": record(-1, data_offsets={"begin": 128, "end": 138}),
         "offsets-text": record(-1, data_offsets=["128", "138"]),
-        "offset-true": record(0, data_offsets=[False, 6]),
+        "offset-true": record(0, data_offsets=[False, 128]),
     }
     for slug, edit in wrong.items():
         yield refused(f"record-{slug}", "E118", "2.12", build(SIMPLE, records=edit))
@@ -99,12 +99,13 @@ def records() -> Iterator[Entry]:
         "element-count": [128, 133],
         "empty": [138, 138],
         "negative": [-10, 0],
-        "2-53": [2**53 - 11, 2**53 - 1],
     }
     for slug, held in spans.items():
         yield refused(
             f"offsets-{slug}", "E121 E123 E124 E118", "2.15", build(SIMPLE, records=record(-1, data_offsets=held))
         )
+    far = record(-1, data_offsets=[2**53 - 11, 2**53 - 1])
+    yield refused("offsets-2-53", "E123 E121", "2.17", build(SIMPLE, records=far))
     yield refused(
         "full-of-no-bytes", "E120", "2.14", build(Content(modules=(full("w", (3,)), full("e", (0,), exact=b""))))
     )
@@ -145,7 +146,7 @@ def extents() -> Iterator[Entry]:
         "same-bytes-twice", "E123", "2.17", build(two, records=record(1, data_offsets=[0, 64]), data=lambda d: d[:64])
     )
     yield refused("records-not-in-order", "E123", "2.17", build(two, records=swapped(0, 1)))
-    yield refused("hole-swapped", "E123", "2.17", build(SIMPLE, records=lambda r: [r[0], r[2], r[1], *r[3:]]))
+    yield refused("hole-swapped", "E123", "2.17", build(PADDED, records=lambda r: [r[0], r[2], r[1], *r[3:]]))
     for slug, extra in (("zero", b"\0"), ("newline", b"\n"), ("page", bytes(4096)), ("pad", bytes(54))):
         yield refused(f"after-data-{slug}", "E125", "2.18", build(SIMPLE) + extra)
     bare = Content(modules=(same("w", (3, 4)),))

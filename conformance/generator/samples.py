@@ -5,7 +5,7 @@ from __future__ import annotations
 from .content import Asset, Content, full, sign
 from .valid import simple
 
-__all__ = ["ONE", "SIMPLE", "TEXT", "WHOLE"]
+__all__ = ["ONE", "PADDED", "SIMPLE", "TEXT", "WHOLE"]
 
 TEXT = "one line of text in the middle"
 SIMPLE = simple(metadata={"text": TEXT})
@@ -21,4 +21,6 @@ WHOLE = Content(
         "source": "wikitext",
     },
 )
+# Tensors: a.full, a pad of 61 bytes, b.full, a pad of 54, c.delta (a mask of 6 bytes at 0, rows at 64).
+PADDED = Content(modules=(full("a", (3,), dtype="U8"), full("b", (5,)), sign("c", (3, 11))))
 ONE = Content(modules=(full("w", (1,), dtype="U8"),))

@@ -6,73 +6,43 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from .build import build, frame
-from .content import Asset, Content, full, same, sign
+from .build import Record, Tensor, build, frame
+from .content import Asset, Content, Module, full, same, sign
 from .entry import Entry, refused
 from .faults import drop_tensor, put, record, replaced, retensor, swapped
-from .samples import ONE, SIMPLE
+from .samples import ONE, PADDED, SIMPLE
 
 __all__ = ["orders", "tensors"]
 
 
 def tensors() -> Iterator[Entry]:
-    """SPEC 4.1 and 4.2. The tensors of SIMPLE: mask, pad, row, pad, full."""
+    """SPEC 4.1 and 4.2. The tensors of SIMPLE: a delta of 128 bytes, and the norm."""
     rich = Content(
-        modules=(
-            sign("w", (3, 3), ("row+col",), base_rows=2),
-            full("v", (2,), dtype="U8"),
-            sign("s", (8, 8), ("row",)),
-        ),
+        modules=(sign("w", (3, 3), ("row+col",), base_rows=2), full("v", (2,), dtype="U8"), sign("s", (8, 8))),
         assets=(Asset(path="a.json", data=b"{}"), Asset(path="b.json", data=b"[]")),
     )
-    square = Content(modules=(sign("w", (8, 8), ("row",)),))
+    plain = Content(modules=(full("v", (64,), dtype="U8"),))
+    tail = Content(modules=(same("w", (3,), base_rows=2), full("v", (1,))))
     wrong: dict[str, tuple[Content, dict[str, Any]]] = {
-        "missing-last": (SIMPLE, {"tensors": lambda t: t[:-2], "digested": put("modules", 1, "sha256", to="ab" * 32)}),
-        "extra-last": (
-            SIMPLE,
-            {
-                "tensors": lambda t: [
-                    *t,
-                    dataclasses.replace(t[3], name="__pad__.2", shape=(54,), data=bytes(54)),
-                    dataclasses.replace(t[4], name="extra", owner=("other", 0)),
-                ]
-            },
-        ),
-        "pad-last": (
-            SIMPLE,
-            {"tensors": lambda t: [*t, dataclasses.replace(t[3], name="__pad__.2", shape=(54,), data=bytes(54))]},
-        ),
-        "mask-name": (SIMPLE, {"tensors": retensor(0, name="model.q_proj.weight.0.signs")}),
-        "mask-index": (SIMPLE, {"tensors": retensor(0, name="model.q_proj.weight.1.mask")}),
-        "module-name": (SIMPLE, {"tensors": retensor(4, name="model.norm.weigh.full")}),
-        "name-case": (SIMPLE, {"tensors": retensor(4, name="model.norm.weight.FULL")}),
-        "mask-signed": (SIMPLE, {"tensors": retensor(0, dtype="I8")}),
-        "scale-bf16": (SIMPLE, {"tensors": retensor(2, dtype="BF16")}),
-        "scale-u16": (SIMPLE, {"tensors": retensor(2, dtype="U16")}),
-        "mask-flat": (SIMPLE, {"tensors": retensor(0, shape=(6,))}),
-        "mask-transposed": (SIMPLE, {"tensors": retensor(0, shape=(2, 3))}),
-        "scale-two-dimensions": (SIMPLE, {"tensors": retensor(2, shape=(3, 1))}),
+        "missing-last": (SIMPLE, {"records": lambda r: r[:-1], "data": lambda d: d[:128]}),
+        "extra-last": (plain, {"tensors": lambda t: [*t, dataclasses.replace(t[0], name="extra", owner=("other", 0))]}),
+        "delta-name": (SIMPLE, {"tensors": retensor(0, name="model.q_proj.weight.mask")}),
+        "delta-as-full": (SIMPLE, {"tensors": retensor(0, name="model.q_proj.weight.full")}),
+        "delta-bare": (SIMPLE, {"tensors": retensor(0, name="model.q_proj.weight")}),
+        "module-name": (SIMPLE, {"tensors": retensor(1, name="model.norm.weigh.full")}),
+        "name-case": (SIMPLE, {"tensors": retensor(1, name="model.norm.weight.FULL")}),
+        "delta-signed": (SIMPLE, {"tensors": retensor(0, dtype="I8")}),
+        "delta-wider": (SIMPLE, {"tensors": retensor(0, dtype="F16", shape=(64,))}),
+        "delta-two-dimensions": (SIMPLE, {"tensors": retensor(0, shape=(2, 64))}),
         "full-flat": (Content(modules=(full("w", (2, 3)),)), {"tensors": retensor(0, shape=(6,))}),
-        "full-dtype": (SIMPLE, {"tensors": retensor(4, dtype="F16")}),
-        "full-bytes": (SIMPLE, {"tensors": retensor(4, dtype="U8", shape=(10,))}),
-        "scale-of-other-axis": (square, {"tensors": retensor(1, name="w.0.col")}),
-        "axis-of-other-scale": (square, {"manifest": put("modules", 0, "components", 0, "axis", to="col")}),
-        "no-scale": (square, {"tensors": drop_tensor(-1)}),
-        "scales-swapped": (rich, {"tensors": swapped(2, 4)}),
-        "no-tail": (
-            Content(modules=(same("w", (3,), base_rows=2), full("v", (1,)))),
-            {"tensors": lambda t: [dataclasses.replace(t[0], name="w.full"), *t[1:]]},
-        ),
-        "row-col-without-col": (Content(modules=(sign("w", (8, 8), ("row+col",)),)), {"tensors": lambda t: t[:2]}),
-        "module-order": (SIMPLE, {"manifest": lambda m: {**m, "modules": m["modules"][::-1]}}),
-        "component-order": (
-            Content(modules=(sign("w", (8, 8), ("row", "col")),)),
-            {
-                "manifest": put(
-                    "modules", 0, "components", to=[{"axis": "col", "exponent": 0}, {"axis": "row", "exponent": 0}]
-                )
-            },
-        ),
+        "full-transposed": (Content(modules=(full("w", (2, 3)),)), {"tensors": retensor(0, shape=(3, 2))}),
+        "full-dtype": (SIMPLE, {"tensors": retensor(1, dtype="F16")}),
+        "full-bytes": (SIMPLE, {"tensors": retensor(1, dtype="U8", shape=(10,))}),
+        "full-as-delta": (SIMPLE, {"tensors": retensor(1, name="model.norm.weight.delta")}),
+        "tail-as-full": (tail, {"tensors": retensor(0, name="w.full", dtype="BF16", shape=(1,), data=b"xx")}),
+        "tail-typed": (tail, {"tensors": retensor(0, dtype="BF16", shape=(32,))}),
+        "no-tail": (tail, {"records": lambda r: offsets_of(r[1:]), "data": lambda d: d[64:]}),
+        "module-order": (SIMPLE, {"records": exchanged}),
         "asset-missing": (
             rich,
             {"manifest": lambda m: {**m, "assets": [*m["assets"], {"path": "c.json", "sha256": "ab" * 32}]}},
@@ -91,30 +61,83 @@ def tensors() -> Iterator[Entry]:
     }
     for slug, (content, hooks) in wrong.items():
         yield refused(f"tensors-{slug}", "E212", "4.1", build(content, **hooks))
-    two_pads = Content(modules=(sign("w", (8, 8), ("row",)), full("v", (64,), dtype="U8"), full("u", (1,), dtype="U8")))
-    pads: dict[str, tuple[Content, dict[str, Any]]] = {
-        "missing": (SIMPLE, {"tensors": drop_tensor(1)}),
-        "all-missing": (SIMPLE, {"tensors": lambda t: [x for x in t if x.owner[0] != "pad"]}),
-        "name": (SIMPLE, {"tensors": retensor(1, name="__padding__.0")}),
-        "index": (SIMPLE, {"tensors": retensor(1, name="__pad__.7")}),
-        "index-restarts": (
-            SIMPLE,
-            {
-                "tensors": lambda t: [
-                    x if x.name != "__pad__.1" else dataclasses.replace(x, name="__pad__.00") for x in t
-                ]
-            },
-        ),
-        "zero-filled-index": (SIMPLE, {"tensors": retensor(1, name="__pad__.00")}),
-        "longer": (SIMPLE, {"tensors": retensor(1, shape=(122,), data=bytes(122))}),
-        "of-16": (SIMPLE, {"tensors": retensor(1, shape=(10,), data=bytes(10))}),
+    yield from delta_sizes()
+    yield from pads()
+    yield refused(
+        "only-metadata",
+        "E212",
+        "4.1",
+        build(ONE, records=lambda r: [], data=lambda d: b""),
+    )
+
+
+def offsets_of(records: list[Record]) -> list[Record]:
+    """The same records, the first one at 0."""
+    start = records[0]["data_offsets"][0]
+    return [{**r, "data_offsets": [x - start for x in r["data_offsets"]]} for r in records]
+
+
+def exchanged(records: list[Record]) -> list[Record]:
+    """The two records in the other order, each as large as it is."""
+    (a, b), end = records, records[1]["data_offsets"][1]
+    middle = end - a["data_offsets"][1]
+    return [{**b, "data_offsets": [0, middle]}, {**a, "data_offsets": [middle, end]}]
+
+
+def delta_sizes() -> Iterator[Entry]:
+    """SPEC 4.2: parts stand at multiples of 64, and so does the end."""
+    two = sign("w", (3, 11), ("row+col",))
+
+    def edited(slug: str, module: Module, edit: Any) -> Entry:
+        def resized(tensors: list[Tensor]) -> list[Tensor]:
+            data = edit(tensors[0].data)
+            return [dataclasses.replace(tensors[0], data=data, shape=(len(data),)), *tensors[1:]]
+
+        return refused(f"delta-{slug}", "E212", "4.1", build(Content(modules=(module,)), tensors=resized))
+
+    # mask of 6 bytes at 0, rows of 6 at 64, columns of 22 at 128; 192 in all
+    yield edited("not-filled", two, lambda d: d[:150])
+    yield edited("packed", two, lambda d: d[:6] + d[64:70] + d[128:150])
+    yield edited("of-16", two, lambda d: d[:16] + d[64:80] + d[128:160])
+    yield edited("one-part-less", two, lambda d: d[:128])
+    yield edited("one-part-more", two, lambda d: d + bytes(64))
+    yield edited("one-byte-more", two, lambda d: d + bytes(1))
+    yield edited("of-one-axis", sign("w", (3, 11), ("row",)), lambda d: d + d[64:])
+    yield edited("without-tail", sign("w", (3, 11), base_rows=2), lambda d: d[:128])
+    yield edited("tail-not-filled", same("w", (3,), base_rows=2), lambda d: d[:2])
+    yield edited("of-no-base-rows", same("w", (60, 1), base_rows=3), lambda d: d + bytes(64))
+
+
+def pads() -> Iterator[Entry]:
+    """SPEC 4.2. The tensors of PADDED: full, pad, full, pad, delta."""
+    two_pads = Content(
+        modules=(
+            full("a", (3,), dtype="U8"),
+            full("b", (3,), dtype="U8"),
+            full("v", (64,), dtype="U8"),
+            full("u", (1,)),
+        )
+    )
+
+    def last(tensors: list[Tensor]) -> list[Tensor]:
+        return [*tensors, dataclasses.replace(tensors[1], name="__pad__.2")]
+
+    wrong: dict[str, tuple[Content, dict[str, Any]]] = {
+        "missing": (PADDED, {"tensors": drop_tensor(1)}),
+        "all-missing": (PADDED, {"tensors": lambda t: [x for x in t if x.owner[0] != "pad"]}),
+        "name": (PADDED, {"tensors": retensor(1, name="__padding__.0")}),
+        "index": (PADDED, {"tensors": retensor(1, name="__pad__.7")}),
+        "index-restarts": (PADDED, {"tensors": retensor(3, name="__pad__.00")}),
+        "zero-filled-index": (PADDED, {"tensors": retensor(1, name="__pad__.00")}),
+        "longer": (PADDED, {"tensors": retensor(1, shape=(125,), data=bytes(125))}),
+        "of-16": (PADDED, {"tensors": retensor(1, shape=(13,), data=bytes(13))}),
         "two-for-one": (
-            SIMPLE,
+            PADDED,
             {
                 "tensors": lambda t: [
                     t[0],
                     dataclasses.replace(t[1], shape=(8,), data=bytes(8)),
-                    dataclasses.replace(t[1], name="__pad__.1", shape=(50,), data=bytes(50)),
+                    dataclasses.replace(t[1], name="__pad__.1", shape=(53,), data=bytes(53)),
                     t[2],
                     dataclasses.replace(t[3], name="__pad__.2"),
                     t[4],
@@ -131,10 +154,21 @@ def tensors() -> Iterator[Entry]:
                 ]
             },
         ),
-        "shape": (SIMPLE, {"tensors": retensor(1, shape=(29, 2))}),
-        "dtype": (SIMPLE, {"tensors": retensor(1, dtype="I8")}),
+        "behind-a-delta": (
+            Content(modules=(sign("w", (3, 11)), full("u", (1,)))),
+            {
+                "tensors": lambda t: [
+                    dataclasses.replace(t[0], data=t[0].data[:70], shape=(70,)),
+                    Tensor(name="__pad__.0", dtype="U8", shape=(58,), data=bytes(58), owner=("pad", 0)),
+                    t[1],
+                ]
+            },
+        ),
+        "shape": (PADDED, {"tensors": retensor(3, shape=(27, 2))}),
+        "dtype": (PADDED, {"tensors": retensor(1, dtype="I8")}),
+        "last": (Content(modules=(full("a", (3,), dtype="U8"), full("b", (3,)))), {"tensors": last}),
         "first": (
-            SIMPLE,
+            PADDED,
             {
                 "tensors": lambda t: [
                     dataclasses.replace(t[1], shape=(64,), data=bytes(64)),
@@ -147,14 +181,9 @@ def tensors() -> Iterator[Entry]:
             },
         ),
     }
-    for slug, (content, hooks) in pads.items():
-        yield refused(f"pad-{slug}", "E212", "4.2", build(content, **hooks))
-    yield refused(
-        "only-metadata",
-        "E212",
-        "4.1",
-        build(ONE, tensors=lambda t: [], manifest=put("modules", 0, "sha256", to="ab" * 32)),
-    )
+    for slug, (content, hooks) in wrong.items():
+        clause = "4.1" if slug == "behind-a-delta" else "4.2"
+        yield refused(f"pad-{slug}", "E212", clause, build(content, **hooks))
 
 
 def orders() -> Iterator[Entry]:

@@ -24,8 +24,14 @@ __all__ = ["command"]
     default=Path(),
     help="The folder for the files.  [default: the current one]",
 )
-@click.option("--file", "files", multiple=True, metavar="NAME", help="A single delta of REPO. Repeatable.")
-@click.option("--expect-content-id", "content_ids", multiple=True, metavar="ID", help="One of these each must be.")
+@click.option("--file", "files", multiple=True, metavar="NAME", help="Fetch only this delta of REPO. Repeatable.")
+@click.option(
+    "--expect-content-id",
+    "content_ids",
+    multiple=True,
+    metavar="ID",
+    help="A content ID that a delta may have. Repeatable.",
+)
 @overwrite_option
 @json_option
 @quiet_option

@@ -19,7 +19,7 @@ __all__ = ["command"]
 @click.command("split")
 @click.argument("delta", metavar="DELTA")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The folder for the parts.")
-@click.option("--parts", required=True, type=click.IntRange(min=2), help="How many.")
+@click.option("--parts", required=True, type=click.IntRange(min=2), help="The number of parts.")
 @overwrite_option
 @json_option
 @quiet_option

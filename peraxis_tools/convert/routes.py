@@ -44,7 +44,7 @@ _FUSED: Final = "is no parameter of its own in transformers' model and in no ord
 
 def unchanged(entry: pxd.ModuleEntry) -> bool:
     """Whether the module is the base's own."""
-    return entry.encoding is pxd.Encoding.SAME and not entry.tensors()
+    return entry.encoding is pxd.Encoding.SAME and entry.tensor() is None
 
 
 def routes_of(entries: Mapping[str, pxd.ModuleEntry], targets: Targets, base: Collection[str]) -> dict[str, Route]:
@@ -76,7 +76,7 @@ def _alone(entry: pxd.ModuleEntry, place: Place | None) -> Route:
         if place.parameter == "bias":
             return Route(kind=RouteKind.BIAS, place=place)
         return Route(kind=RouteKind.WHOLE, place=place)
-    if entry.tensors()[-1][0].endswith(".tail"):
+    if entry.parts()[-1][0] == "tail":
         return leave("has more rows than in the base")
     if len(entry.shape) != 2:
         return leave("is a stack of matrices")

@@ -66,7 +66,7 @@ def evaluate(
     if tasks:
         require("--tasks", "lm_eval")
     from peraxis_tools.environment import resolve_device
-    from peraxis_tools.evaluate.models import load_tokenizer
+    from peraxis_tools.evaluate.models import check_model, load_tokenizer
     from peraxis_tools.quiet import quiet_transformers
 
     with pxd.open(delta) as file, quiet_transformers(), watched_stages(progress) as step:
@@ -79,6 +79,7 @@ def evaluate(
             base_revision=base_revision,
             fine_tuned_revision=fine_tuned_revision,
         )
+        check_model(fine_tuned, revision=fine_tuned_revision)
         tokenizer = load_tokenizer(fine_tuned, revision=fine_tuned_revision)
         sampled = {
             domain: _samples(source, tokenizer, samples, sequence_length, seed, text_column)

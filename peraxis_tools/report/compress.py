@@ -23,9 +23,10 @@ def plan_lines(plan: Plan) -> None:
     exact = Counter(module.reason for module in plan.modules if not module.components)
     parts = [f"{count} modules with {k} mask{'s' * (k > 1)}" for k, count in sorted(masks.items())]
     parts += [f"{count} exact ({reason})" for reason, count in sorted(exact.items())]
-    ratio = plan.full_bytes / max(plan.payload_bytes, 1)
+    whole = plan.payload_bytes if plan.file_bytes is None else plan.file_bytes
+    ratio = plan.full_bytes / max(whole, 1)
     print_note(f"plan: {', '.join(parts)}")
-    print_note(f"plan: {size(plan.payload_bytes)} of {size(plan.full_bytes)}, {ratio:.1f} times smaller")
+    print_note(f"plan: {size(whole)} of {size(plan.full_bytes)}, {ratio:.1f} times smaller")
 
 
 def render_compress(result: CompressResult, console: Console) -> None:

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from peraxis_conformance.generator.build import MAGIC, base_digest, canonical, frame, quoted
+from peraxis_conformance.generator.build import MAGIC, base_digest, bases, canonical, frame, quoted, table, untabled
 
 __all__ = ["Pick", "mutate", "mutate_text"]
 
@@ -217,7 +217,7 @@ def manifest(pick: Pick, data: bytes) -> bytes:
     held, records, payload = parts
     held = changed(pick, held)
     with contextlib.suppress(*BROKEN):  # the change may have broken what the digest covers
-        held["base"]["digest"] = base_digest(held["modules"]) if pick(4) else held["base"]["digest"]
+        held["base"]["digest"] = base_digest(bases(held)) if pick(4) else held["base"]["digest"]
     return joined(held, records, payload)
 
 
@@ -249,10 +249,15 @@ def payload(pick: Pick, data: bytes) -> bytes:
 
 def repair(held: dict[str, Any], listed: list[dict[str, Any]], body: bytes) -> None:
     """The digests of modules and assets after a change of the data."""
+    spans = {r["name"]: r["data_offsets"] for r in listed}
+    digests, at = untabled(held["digests"]), 0
     for module in held["modules"]:
-        own = [r["data_offsets"] for r in listed if r["name"].startswith(module["name"] + ".")]
-        if own and module["sha256"] is not None:
-            module["sha256"] = hashlib.sha256(body[own[0][0] : own[-1][1]]).hexdigest()
+        at += module.get("base", "like it") is not None
+        own = spans.get(f"{module['name']}.full") or spans.get(f"{module['name']}.delta")
+        if own:
+            digests[at] = hashlib.sha256(body[own[0] : own[1]]).hexdigest()
+            at += 1
+    held["digests"] = table(digests)
     for i, asset in enumerate(held["assets"]):
         begin, end = next(r["data_offsets"] for r in listed if r["name"] == f"__asset__.{i}")
         asset["sha256"] = hashlib.sha256(body[begin:end]).hexdigest()

@@ -74,8 +74,9 @@ def render() -> str:
     return f"""
 One `sign` module of shape [2, 10] with `row` scales, and one exact vector. The base tensor `proj.weight` holds 1.0
 (0x3F80) everywhere; SHA-256 of its 40 bytes is `{hashlib.sha256(base.tobytes()).hexdigest()}`.
-The signs of row 0 are `+-++---++-`, of row 1 `-+--+++--+`; the scales 0.25 and 0.5 with exponent -2 stand for
-0.0625 and 0.125. The file has {len(data)} bytes; N is {size - 8} (0x{size - 8:x}). The JSON of the header, all of it:
+`digests` holds that, then those of the two tensors of this file. The signs of row 0 are `+-++---++-`, of row 1
+`-+--+++--+`; the scales 0.25 and 0.5 with exponent -2 stand for 0.0625 and 0.125.
+The file has {len(data)} bytes; N is {size - 8} (0x{size - 8:x}). The JSON of the header, all of it:
 
 ```
 {text}
@@ -88,8 +89,8 @@ The content ID is `sha256:{digest}`. The whole file:
 ```
 
 At 0x1000 stands the mask: `8d 01` is row 0 (bits 1,0,1,1,0,0,0,1 from the least significant, then 1,0), `72 02`
-row 1. A pad follows, since 4 is no multiple of 64; then the two scales (0x3400, 0x3800), another pad, and the
-three F32. Applied, `proj.weight` holds, in hexadecimal BF16:
+row 1. Zeros follow up to the next multiple of 64; there stand the two scales (0x3400, 0x3800) and zeros to the end of
+the tensor; then the three F32. Applied, `proj.weight` holds, in hexadecimal BF16:
 
 ```
 {bits[0]}

@@ -7,6 +7,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import peraxis_format as pxd
 from tests.factories import random_storage, sign_module, write_checkpoint, write_delta
 
-NAMES = [f"{letter}.weight" for letter in "abcdefghij"]
+NAMES = [f"{letter}.weight" for letter in "abcdefghijklmnopqrstuvw"]
 
 
 @pytest.fixture
@@ -110,10 +111,11 @@ def test_a_pad_within_a_module_is_checked_by_load_too(delta: Path) -> None:
         begin, end = file.span("a.weight")
         mask = file.tensors("a.weight")[0]
         data[file.header_size + mask.end] = 1
-        before = file.entry("a.weight").sha256
-    assert before is not None
-    after = hashlib.sha256(data[begin:end]).hexdigest()
-    delta.write_bytes(bytes(data).replace(before.encode(), after.encode()))
+        sha256 = hashlib.sha256(data[begin:end]).hexdigest()
+        first, *rest = file.manifest.modules
+        manifest = replace(file.manifest, modules=(replace(first, sha256=sha256), *rest))
+        header = pxd.header_bytes(manifest.to_bytes(), file.records)
+    delta.write_bytes(header + data[len(header) :])
     with pxd.open(delta) as file, pytest.raises(pxd.PayloadError) as caught:
         file.load("a.weight")
     assert caught.value.code == "E304"

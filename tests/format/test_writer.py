@@ -44,11 +44,14 @@ def test_safetensors_reads_the_same_tensors(tmp_path: Path, framework: str) -> N
     path = write_delta(tmp_path / "a.pxd", modules(), assets={"config.json": b"{}"})
     with pxd.open(path) as delta, safe_open(path, framework) as file:
         assert set(file.keys()) == {record.name for record in delta.records}
+        assert {entry.tensor() for entry in delta.manifest.modules} <= {
+            (record.name, record.dtype, record.shape) for record in delta.records
+        }
         for name in delta:
-            for suffix, array in delta[name].tensors():
-                found = np.asarray(file.get_tensor(f"{name}.{suffix}"))
-                assert found.dtype == array.dtype
-                assert np.array_equal(found, array)
+            found = np.asarray(file.get_tensor(f"{name}.delta")).tobytes()
+            for part, (_, array) in zip(delta.tensors(name), delta[name].tensors(), strict=True):
+                begin = part.begin - delta.tensors(name)[0].begin
+                assert found[begin : begin + array.nbytes] == array.tobytes()
 
 
 def test_what_was_written_is_read_back(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -24,25 +25,41 @@ def oracle(delta: Path, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
         manifest = json.loads(numbers.metadata()["manifest"])
         for module in manifest["modules"]:
             name, shape = module["name"], module["shape"]
-            if module["encoding"] == "full":
+            if module.get("encoding") == "full":
                 result[name] = tensors.get_tensor(f"{name}.full")
                 continue
-            kept = min(shape[0], module["base"]["shape"][0])
+            base_shape = module.get("base", {}).get("shape", shape)
+            kept = min(shape[0], base_shape[0])
+            covered = [kept, *shape[1:]]
             total = base[name][:kept].to(torch.float32).numpy()
-            for k, component in enumerate(module["components"]):
-                mask = numbers.get_tensor(f"{name}.{k}.mask")
+            stored = f"{name}.delta"
+            data = numbers.get_tensor(stored).tobytes() if stored in numbers.keys() else b""  # noqa: SIM118
+            at = 0
+
+            def part(kind: str, dims: list[int]) -> np.ndarray:
+                nonlocal at
+                count = math.prod(dims)
+                array = np.frombuffer(data, kind, count, at).reshape(dims)  # noqa: B023
+                at = -(-(at + array.nbytes) // 64) * 64
+                return array
+
+            for axis, exponent in module.get("components", []):
+                mask = part("u1", [*covered[:-1], -(-shape[-1] // 8)])
                 bits = np.unpackbits(mask, axis=-1, bitorder="little")[..., : shape[-1]]
-                scale = np.float32(2.0 ** component["exponent"])
-                if component["axis"] == "tensor":
-                    scale = scale * numbers.get_tensor(f"{name}.{k}.scalar").astype(np.float32)
-                if "row" in component["axis"]:
-                    scale = scale * numbers.get_tensor(f"{name}.{k}.row").astype(np.float32)[..., :, None]
-                if "col" in component["axis"]:
-                    scale = scale * numbers.get_tensor(f"{name}.{k}.col").astype(np.float32)[..., None, :]
+                scale = np.float32(2.0**exponent)
+                if axis == "tensor":
+                    scale = scale * part("<f2", [1]).astype(np.float32)
+                if "row" in axis:
+                    scale = scale * part("<f2", covered[:-1]).astype(np.float32)[..., :, None]
+                if "col" in axis:
+                    scale = scale * part("<f2", [*covered[:-2], shape[-1]]).astype(np.float32)[..., None, :]
                 total = total + np.where(bits == 1, scale, -scale)
-            rebuilt = torch.from_numpy(total).to(kinds[module["dtype"]])
+            dtype = kinds[module.get("dtype", "BF16")]
+            rebuilt = torch.from_numpy(total).to(dtype)
             if kept < shape[0]:
-                rebuilt = torch.cat([rebuilt, tensors.get_tensor(f"{name}.tail")])
+                rest = [shape[0] - kept, *shape[1:]]
+                tail = torch.frombuffer(bytearray(data[at:]), dtype=dtype, count=math.prod(rest))
+                rebuilt = torch.cat([rebuilt, tail.reshape(rest)])
             result[name] = rebuilt
         for name, alias in manifest["tied"]:
             result[alias] = result[name]

@@ -17,6 +17,7 @@ import peraxis_format as pxd
 from peraxis_tools.commands.inspect import command
 from peraxis_tools.inspect import inspect
 from peraxis_tools.inspect_details import details
+from peraxis_tools.report.console import size
 from peraxis_tools.report.html import page
 from peraxis_tools.report.inspect import wrapped
 from peraxis_tools.report.plot import _panels
@@ -31,8 +32,9 @@ def delta(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     path = tmp_path / "delta.pxd"
     tuned = pxd.Identity(id=NASTY)
-    errors = {f"model.layers.{i}.mlp.up_proj.weight": [(i + 1.5) / 1000, 9.0] for i in range(3)}
-    metadata = {"note": NASTY, "peraxis.report": json.dumps(errors)}
+    # In the order of the modules: q_proj and up_proj of three layers, and one more.
+    errors = [line for i in range(3) for line in ([], [(i + 1.5) / 1000, 9.0])]
+    metadata = {"note": NASTY, "peraxis.report": json.dumps({"errors": [*errors, None], "notes": {}})}
     with pxd.DeltaWriter(path, base=pxd.Identity(id="base"), fine_tuned=tuned, metadata=metadata) as writer:
         for i in range(3):
             axes = (pxd.Axis.ROW,) if i % 2 else (pxd.Axis.COL, pxd.Axis.TENSOR)
@@ -114,9 +116,9 @@ def test_module_globs_choose_lines_and_keep_the_sums(delta: Path) -> None:
 def test_the_tree_sums_bytes_upwards(delta: Path) -> None:
     shown = CliRunner().invoke(command, [str(delta), "--tree"]).stdout
     total = sum(line.bytes for line in inspect(delta).modules)
-    assert f"delta.pxd  {total} B" in shown
+    assert f" model  {size(total)}" in shown
     layers = sum(line.bytes for line in inspect(delta).modules if ".layers." in line.name)
-    assert re.search(rf"layers  {layers} B", shown)
+    assert f"layers  {size(layers)}" in shown
     # A part with one child has no line of its own, and every module has one.
     assert shown.count("self_attn.q_proj.weight  ") == 3
     assert "sign col, tensor" in shown

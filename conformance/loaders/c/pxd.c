@@ -23,7 +23,7 @@ _Static_assert(FLT_EVAL_METHOD == 0 && FLT_MANT_DIG == 24, "SPEC 6 asks for bina
 #define MAGIC "{\"__metadata__\":{\"format\":\"pxd\",\"pxd\":\""
 #define LIMIT ((u64)1 << 53)
 #define EACH(i, count) for (u32 i = 0; i < (count); i++)
-enum { VALUES_MAX = 1 << 20, RECORDS_MAX = VALUES_MAX / 6, ENTRIES_MAX = 1 << 16 }; /* six values a record, or more */
+enum { VALUES_MAX = 1 << 22, ENTRIES_MAX = 1 << 18 };
 typedef uint8_t u8; typedef uint32_t u32; typedef uint64_t u64;
 typedef struct { const u8 *p; size_t n; } text; /* bytes, those of a string among them */
 
@@ -46,6 +46,14 @@ static void *allocate(size_t count, size_t size) { /* zeroed; a list keeps every
     *made = all;
     all = made;
     return made + 1;
+}
+
+/* Room for one more item behind `count`, and for zeros behind that. */
+static void *grown(void *items, u32 count, size_t size) {
+    if (count & (count - 1)) return items; /* it doubles at powers of two */
+    void *made = allocate(2 * (size_t)count + 2, size);
+    if (count) memcpy(made, items, count * size);
+    return made;
 }
 
 /* ---- Text ---- */
@@ -129,28 +137,28 @@ static const char *sha_of(const u8 *p, size_t n) { /* hexadecimal, of the last c
 static const char *const DTYPES[] = {"BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "U16", "I16", "F16", "BF16", "U32",
                                      "I32", "F32", "U64", "I64", "F64", NULL};
 static const u8 SIZES[] = {1, 1, 1, 1, 1, 2, 2, 2, 2, 4, 4, 4, 8, 8, 8};
-static const char *const ENCODINGS[] = {"sign", "full", "same", NULL};
+static const char *const ENCODINGS[] = {"full", "same", NULL}; /* `sign` is never written */
 static const char *const AXES[] = {"row", "col", "row+col", "tensor", NULL};
-static const char *const SCALES[] = {".%" PRIu32 ".row", ".%" PRIu32 ".col", ".%" PRIu32 ".scalar"};
-static const u8 AXIS_SCALES[] = {1, 2, 3, 4}; /* bit i: SCALES[i] */
-enum { U8_ = 1, F16 = 7, BF16 = 8, F32 = 11, SIGN = 0, FULL, SAME };
+static const u8 AXIS_SCALES[] = {1, 2, 3, 4}; /* bit 0: row, 1: col, 2: scalar */
+enum { U8_ = 1, F16 = 7, BF16 = 8, F32 = 11, FULL = 0, SAME, SIGN };
 
 typedef struct { u32 count; u64 size[8]; } shape;
 typedef struct { text name; int dtype; shape shape; u64 begin, end; const u8 *data; } record;
-typedef struct { int axis; int64_t exponent; const record *mask, *scale[3]; } component;
+typedef struct { int axis; int64_t exponent; text mask, scale[3]; } component;
 typedef struct {
-    text name, sha256, base_sha256, json; /* a digest that is null has no bytes; json: from `dtype` to the end */
+    text name, sha256, base_sha256, json; /* digests as hex; json: from `name` to the end */
     int dtype, base_dtype, encoding;
-    bool has_base;
+    bool has_base, has_tail;
     shape shape, base_shape, covered, tail;
     u32 component_count;
     component components[8];
-    const record *first, *end, *exact, *base; /* tensors from first to end; base: the tensor of the base */
+    text exact;
+    const record *tensor, *base; /* in this file, and in the base */
 } module;
 typedef struct { text key, value; const record *data; } entry; /* path, digest; name; key, text; module, alias */
 typedef struct { text json; entry *items; u32 count; } list;   /* json: as the manifest has it */
 typedef struct {
-    text file, manifest, base_digest;
+    text file, manifest, base_digest, digests; /* digests: hex */
     record *records;
     module *modules;
     list assets, dropped, metadata, tied;
@@ -160,7 +168,7 @@ static bool is_float(int dtype) { return dtype == F16 || dtype == BF16 || dtype 
 static u64 bytes_of(const record *r) { return r->end - r->begin; }
 static u64 width_of(const module *m) { return m->covered.count ? m->covered.size[m->covered.count - 1] : 1; }
 static u8 sign_at(const module *m, const component *c, u64 row, u64 j) {
-    return c->mask->data[row * ((width_of(m) + 7) / 8) + j / 8] >> j % 8 & 1;
+    return c->mask.p[row * ((width_of(m) + 7) / 8) + j / 8] >> j % 8 & 1;
 }
 static u64 size_of(const shape *s, int dtype) { /* at most LIMIT */
     u64 size = SIZES[dtype];
@@ -277,10 +285,11 @@ static void scan(json *j, const char *pattern, ...) {
 
 static list read_list(json *j, const char *key, u8 open, const char *pattern) {
     scan(j, key);
-    list made = {.json = {j->p + j->i, 0}, .items = allocate(ENTRIES_MAX, sizeof *made.items)};
+    list made = {.json = {j->p + j->i, 0}};
     mark(j, open);
     for (u8 close = open + 2; more(j, close, made.count); made.count++) { /* ] follows [ and } follows { by two */
         need(made.count < ENTRIES_MAX, "E208");                           /* SPEC 3.8 */
+        made.items = grown(made.items, made.count, sizeof *made.items);
         scan(j, pattern, &made.items[made.count].key, &made.items[made.count].value);
     }
     made.json.n = (size_t)(j->p + j->i - made.json.p);
@@ -314,22 +323,26 @@ static record read_record(json *j, text name) { /* SPEC 2.12 to 2.15 */
 static void read_header(pxd *f) {
     const u8 *file = f->file.p;
     u64 length = little(file, 8), end = 0, held = f->file.n - 8 - length;
-    text header = {file + 8, (size_t)length}, *names = allocate(RECORDS_MAX + 1, sizeof *names);
+    text header = {file + 8, (size_t)length}, *names = NULL;
     need(*file == 0xF8, !f->file.n ? "E103" : file[8] == '{' ? "E112" : "E109");   /* SPEC 2.2; other kinds are E109 */
     need(f->file.n >= 4096, "E103");
-    need(length >= 4088 && length <= 1 << 24 && (8 + length) % 4096 == 0, "E110"); /* SPEC 2.3 */
+    need(length >= 4088 && length <= 1 << 26 && (8 + length) % 4096 == 0, "E110"); /* SPEC 2.3 */
     need(8 + length <= f->file.n, "E111");                                        /* SPEC 2.4 */
     need(starts(header, MAGIC), "E112");                                          /* SPEC 2.5 */
     need(starts(header, MAGIC "1.0\""), "E201");                                  /* SPEC 2.6 */
     for (size_t i = 0, part; i < header.n; i += part) need((part = utf8_length(header.p + i, header.n - i)), "E113");
     json taken = open_json(header, "E122"), *j = &taken;
-    record *r = f->records = allocate(RECORDS_MAX + 1, sizeof *f->records);
     scan(j, "{'__metadata__':{'format':'pxd','pxd':'1.0','manifest':%s}", &f->manifest);
-    for (; more(j, '}', 1); end = r++->end) {
-        scan(j, "%s:", &names[f->record_count++]);
-        *r = read_record(j, names[f->record_count - 1]);
+    f->records = grown(NULL, 0, sizeof *f->records);
+    for (u32 i = 0; more(j, '}', 1); f->record_count = ++i) {
+        names = grown(names, i, sizeof *names);
+        f->records = grown(f->records, i, sizeof *f->records);
+        scan(j, "%s:", &names[i]);
+        record *r = &f->records[i];
+        *r = read_record(j, names[i]);
         need(r->begin == end, "E123"); /* SPEC 2.17 */
         r->data = header.p + header.n + (r->end <= held ? r->begin : 0);
+        end = r->end;
     }
     check_distinct(names, f->record_count, "E115"); /* SPEC 2.9 */
     for (size_t i = j->i; i < j->n; i++) need(header.p[i] == ' ', "E114");
@@ -338,23 +351,68 @@ static void read_header(pxd *f) {
 }
 
 /* ---- Steps 7 and 8: profile ---- */
-static module read_module(json *j) {
-    module m = {0};
-    scan(j, "{'base':");
-    m.has_base = peek(j) != 'n';
-    scan(j, m.has_base ? "{'dtype':%t,'sha256':%h,'shape':%l}" : "null", &m.base_dtype, &m.base_sha256, &m.base_shape);
-    scan(j, ",'components':[");
-    for (; more(j, ']', m.component_count); m.component_count++) {
-        need(m.component_count < 8, "E208"); /* SPEC 3.8 */
-        component *c = &m.components[m.component_count];
-        scan(j, "{'axis':%a,'exponent':%i}", &c->axis, &c->exponent);
+static text base64(text s, const char *code) { /* as hex: RFC 4648, section 4, without padding, unused bits 0 */
+    static const char set[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    u8 *hex = allocate(s.n * 3 / 2 + 1, 1), *p = hex;
+    u32 bits = 0, held = 0;
+    for (size_t i = 0; i < s.n; i++) {
+        need(one_of(s.p[i], set), code);
+        bits = bits << 6 | (u32)(strchr(set, s.p[i]) - set);
+        for (held += 6; held >= 4; *p++ = (u8)"0123456789abcdef"[bits >> held & 15]) held -= 4;
     }
+    text made = {hex, s.n * 6 / 8 * 2};
+    need(made.n % 64 == 0 && s.n % 4 != 1 && !(bits & ((1u << s.n * 6 % 8) - 1)), code);
+    return made;
+}
+
+static bool key(json *j, const char *name) { /* whether the next member has this key, in quotation marks; takes it */
+    bool there = starts((text){j->p + j->i, j->n - j->i}, name);
+    if (there) j->i += strlen(name);
+    return there;
+}
+
+static module read_module(json *j) { /* SPEC 3.4: what is usual is left out */
+    module m = {.dtype = BF16, .encoding = SIGN, .has_base = true};
+    bool like = true, parts;
+    scan(j, "{");
+    if (key(j, "\"base\":")) {
+        like = false, m.has_base = peek(j) != 'n';
+        scan(j, m.has_base ? "{'dtype':%t,'shape':%l}," : "null,", &m.base_dtype, &m.base_shape);
+    }
+    if ((parts = key(j, "\"components\":"))) {
+        scan(j, "[");
+        for (; more(j, ']', m.component_count); m.component_count++) {
+            need(m.component_count < 8, "E208"); /* SPEC 3.8 */
+            scan(j, "[%a,%i]", &m.components[m.component_count].axis, &m.components[m.component_count].exponent);
+        }
+        scan(j, ",");
+    }
+    if (key(j, "\"dtype\":")) {
+        scan(j, "%t,", &m.dtype);
+        need(m.dtype != BF16, j->code);
+    }
+    if (!parts) scan(j, "'encoding':%e,", &m.encoding);
     m.json.p = j->p + j->i;
-    scan(j, ",'dtype':%t,'encoding':%e,'name':%s,'sha256':%?h,'shape':%l}",
-         &m.dtype, &m.encoding, &m.name, &m.sha256, &m.shape);
+    scan(j, "'name':%s,'shape':%l}", &m.name, &m.shape);
     m.json.n = (size_t)(j->p + j->i - m.json.p);
+    if (like) m.base_dtype = m.dtype, m.base_shape = m.shape;
+    else need(!m.has_base || m.base_dtype != m.dtype || !same_shape(&m.base_shape, &m.shape, 0), j->code);
     need(size_of(&m.shape, m.dtype) < LIMIT && size_of(&m.base_shape, m.base_dtype) < LIMIT, "E208");
     return m;
+}
+
+static void read_digests(pxd *f) { /* SPEC 3.13 */
+    size_t next = 0;
+    for (module *m = f->modules; m < f->modules + f->module_count; m++) {
+        m->has_tail = m->has_base && m->shape.count && m->base_shape.count && m->shape.size[0] > m->base_shape.size[0];
+        text *wanted[] = {m->has_base ? &m->base_sha256 : NULL, m->encoding != SAME || m->has_tail ? &m->sha256 : NULL};
+        EACH(i, 2) if (wanted[i]) {
+            need(next < f->digests.n, "E213");
+            *wanted[i] = (text){f->digests.p + next, 64};
+            next += 64;
+        }
+    }
+    need(next == f->digests.n, "E213");
 }
 
 static void read_manifest(pxd *f) { /* SPEC 3.4 */
@@ -365,18 +423,20 @@ static void read_manifest(pxd *f) { /* SPEC 3.4 */
     scan(j, ",'base':<{'digest':%d,'id':%s,'revision':%?s}>,'calibration':", &f->base_digest, &other, &other);
     scan(j, peek(j) == 'n' ? "null" : "<{'digest':%d,'samples':%n,'seed':%n,'sequence_length':%n,'source':%s}>",
          &other, &number, &number, &number, &other);
+    scan(j, ",'digests':%s", &f->digests);
+    f->digests = base64(f->digests, j->code);
     f->dropped = read_list(j, ",'dropped':", '[', "%s");
     scan(j, ",'features':[");
     need(peek(j) != '"', "E204"); /* SPEC 3.3 */
     scan(j, "],'fine_tuned':<{'id':%s,'revision':%?s}>", &other, &other);
     f->metadata = read_list(j, ",'metadata':", '{', "%s:%s");
-    need(f->metadata.json.n <= 1 << 22, "E208"); /* SPEC 3.8 */
+    need(f->metadata.json.n <= 1 << 24, "E208"); /* SPEC 3.8 */
     for (const entry *it = f->metadata.items; it + 1 < f->metadata.items + f->metadata.count; it++)
         need(utf16_less(it[0].key, it[1].key), compare(it[0].key, it[1].key) ? "E203" : "E202"); /* SPEC 2.9, 3.2 */
     scan(j, ",'modules':[");
-    f->modules = allocate(2 * ENTRIES_MAX, sizeof *f->modules); /* with room for aliases */
     for (; more(j, ']', f->module_count); f->module_count++) {
         need(f->module_count < ENTRIES_MAX, "E208"); /* SPEC 3.8 */
+        f->modules = grown(f->modules, f->module_count, sizeof *f->modules);
         f->modules[f->module_count] = read_module(j);
     }
     scan(j, ",'producer':<{'name':%s,'version':%s}>", &other, &other);
@@ -384,6 +444,7 @@ static void read_manifest(pxd *f) { /* SPEC 3.4 */
     scan(j, "}");
     need(j->i == j->n, peek(j) == ' ' ? "E203" : "E202");
     need(f->module_count, "E208");
+    read_digests(f);
 }
 
 static text check_name(text s) { /* SPEC 3.5 */
@@ -412,18 +473,18 @@ static void check_names(const pxd *f) { /* SPEC 3.5 to 3.7 */
 }
 
 static void check_fit(module *m) { /* SPEC 3.9, 3.10 */
-    bool floats = is_float(m->dtype) && is_float(m->base_dtype), has_digest = m->sha256.p;
+    bool floats = is_float(m->dtype) && is_float(m->base_dtype);
     EACH(k, m->component_count) need(m->components[k].exponent >= -64 && m->components[k].exponent <= 63, "E209");
-    need((m->encoding == SIGN) == (m->component_count > 0) && (m->encoding == SAME || has_digest), "E209");
+    need(m->encoding != SIGN || m->component_count, "E209");
     m->covered = m->shape;
     if (m->encoding == FULL) return;
     need(m->has_base && same_shape(&m->shape, &m->base_shape, 1), "E209");
-    if (m->shape.count && m->shape.size[0] > m->base_shape.size[0]) {
+    if (m->has_tail) {
         m->tail = m->shape;
         m->tail.size[0] -= m->covered.size[0] = m->base_shape.size[0];
     }
     if (m->encoding == SIGN) need(floats && m->shape.count >= 2, "E209");
-    else need((floats || m->dtype == m->base_dtype) && has_digest == (m->tail.count > 0), "E209");
+    else need(floats || m->dtype == m->base_dtype, "E209");
 }
 
 static void print_as_is(const char *before, text s) { printf("%s%.*s", before, (int)s.n, (const char *)s.p); }
@@ -492,43 +553,66 @@ static const record *take(pxd *f, text name, const char *suffix, u32 number, int
     return r;
 }
 
-static void take_component(pxd *f, module *m, u32 k) {
-    component *c = &m->components[k];
+static text part(const module *m, u64 *at, int dtype, const shape *s) { /* SPEC 4.2; data NULL: count alone */
+    text made = {m->tensor ? m->tensor->data + *at : NULL, size_of(s, dtype)};
+    *at += (made.n + 63) / 64 * 64;
+    return made;
+}
+
+static u64 split_delta(module *m) { /* the parts of a delta; returns its size */
     u32 last = m->covered.count - 1;
-    shape mask = m->covered, row = mask, col = mask, one = {1, {1}};
-    const shape *shapes[] = {&row, &col, &one};
-    mask.size[last] = (mask.size[last] + 7) / 8;
-    row.count = col.count = last;
-    col.size[last - 1] = m->covered.size[last];
-    c->mask = take(f, m->name, ".%" PRIu32 ".mask", k, U8_, &mask);
-    EACH(s, 3) if (AXIS_SCALES[c->axis] >> s & 1) c->scale[s] = take(f, m->name, SCALES[s], k, F16, shapes[s]);
+    u64 at = 0;
+    EACH(k, m->component_count) {
+        component *c = &m->components[k];
+        shape mask = m->covered, row = mask, col = mask, one = {1, {1}};
+        const shape *shapes[] = {&row, &col, &one};
+        mask.size[last] = (mask.size[last] + 7) / 8;
+        row.count = col.count = last;
+        col.size[last - 1] = m->covered.size[last];
+        c->mask = part(m, &at, U8_, &mask);
+        EACH(s, 3) if (AXIS_SCALES[c->axis] >> s & 1) c->scale[s] = part(m, &at, F16, shapes[s]);
+    }
+    if (m->tail.count) m->exact = part(m, &at, m->dtype, &m->tail);
+    return at;
 }
 
 static void check_tensors(pxd *f) {
     EACH(i, f->module_count) {
         module *m = &f->modules[i];
-        m->first = &f->records[f->next];
-        EACH(k, m->component_count) take_component(f, m, k);
-        if (m->encoding == FULL) m->exact = take(f, m->name, ".full", 0, m->dtype, &m->shape);
-        else if (m->tail.count) m->exact = take(f, m->name, ".tail", 0, m->dtype, &m->tail);
-        m->end = &f->records[f->next];
-        if (m->first < m->end && starts(m->first->name, "__pad__.")) m->first++;
+        u64 size = m->encoding == FULL ? 0 : split_delta(m);
+        if (size) m->tensor = take(f, m->name, ".delta", 0, U8_, &(shape){1, {size}});
+        if (size) split_delta(m);
+        if (m->encoding != FULL) continue;
+        m->tensor = take(f, m->name, ".full", 0, m->dtype, &m->shape);
+        m->exact = (text){m->tensor->data, bytes_of(m->tensor)};
     }
     EACH(i, f->assets.count) f->assets.items[i].data = take(f, word(""), "__asset__.%" PRIu32, i, U8_, NULL);
     need(f->next == f->record_count, "E212");
 }
 
 /* ---- Steps 9 to 11: payload ---- */
-static void check_digest(const record *first, const record *end, text sha256, const char *code) {
-    if (first < end) need(is(sha256, sha_of(first->data, end[-1].end - first->begin)), code);
+static void check_digest(const record *r, text sha256, const char *code) {
+    need(is(sha256, sha_of(r->data, bytes_of(r))), code);
 }
 
-static void check_component(const module *m, const component *c) {
+static void check_zero(const u8 *from, const u8 *to) { /* SPEC 4.5 */
+    while (from < to) need(!*from++, "E304");
+}
+
+static void check_module(const module *m) { /* SPEC 4.5, 5.2, 5.4 */
     u64 width = width_of(m), stride = (width + 7) / 8;
-    for (u64 i = stride - 1; width % 8 && i < bytes_of(c->mask); i += stride)
-        need(!(c->mask->data[i] >> width % 8), "E303"); /* SPEC 5.2 */
-    EACH(s, 3) for (u64 i = 1; c->scale[s] && i < bytes_of(c->scale[s]); i += 2) /* SPEC 5.4 */
-        need(c->scale[s]->data[i] < 0x7C, (c->scale[s]->data[i] & 0x7C) == 0x7C ? "E305" : "E306");
+    const u8 *end = m->tensor->data;
+    for (const component *c = m->components; c < m->components + m->component_count; c++) {
+        EACH(s, 4) {
+            text t = s ? c->scale[s - 1] : c->mask;
+            if (t.p) check_zero(end, t.p), end = t.p + t.n;
+        }
+        for (u64 i = stride - 1; width % 8 && i < c->mask.n; i += stride) need(!(c->mask.p[i] >> width % 8), "E303");
+        EACH(s, 3) for (u64 i = 1; i < c->scale[s].n; i += 2)
+            need(c->scale[s].p[i] < 0x7C, (c->scale[s].p[i] & 0x7C) == 0x7C ? "E305" : "E306");
+    }
+    if (m->exact.p) check_zero(end, m->exact.p), end = m->exact.p + m->exact.n;
+    check_zero(end, m->tensor->data + bytes_of(m->tensor));
 }
 
 static pxd load(const char *path) { /* steps 1 to 11 */
@@ -540,13 +624,13 @@ static pxd load(const char *path) { /* steps 1 to 11 */
     check_base_digest(&f);
     check_assets(&f);
     check_tensors(&f);
-    EACH(i, f.module_count) check_digest(f.modules[i].first, f.modules[i].end, f.modules[i].sha256, "E301");
+    const module *m = f.modules, *end = m + f.module_count;
     const entry *a = f.assets.items;
-    EACH(i, f.assets.count) check_digest(a[i].data, a[i].data + 1, a[i].value, "E302");
-    for (const record *r = f.records; r < f.records + f.record_count; r++) /* SPEC 4.5 */
-        for (u64 k = 0; starts(r->name, "__pad__.") && k < bytes_of(r); k++) need(!r->data[k], "E304");
-    for (const module *m = f.modules; m < f.modules + f.module_count; m++)
-        EACH(k, m->component_count) check_component(m, &m->components[k]);
+    for (; m < end; m++) if (m->tensor) check_digest(m->tensor, m->sha256, "E301");
+    EACH(i, f.assets.count) check_digest(a[i].data, a[i].value, "E302");
+    for (const record *r = f.records; r < f.records + f.record_count; r++)
+        if (starts(r->name, "__pad__.")) check_zero(r->data, r->data + bytes_of(r));
+    for (m = f.modules; m < end; m++) if (m->tensor) check_module(m);
     return f;
 }
 
@@ -555,7 +639,7 @@ static void print_component(const module *m, const component *c) {
     u64 width = width_of(m), count = size_of(&m->covered, U8_), n = 0;
     u8 *signs = allocate(count, 1), *scales = allocate(count, 4); /* at most two F16 a weight */
     for (u64 i = 0; i < count; i++) signs[i] = sign_at(m, c, i / width, i % width);
-    EACH(s, 3) for (u64 i = 0; c->scale[s] && i < bytes_of(c->scale[s]); i++) scales[n++] = c->scale[s]->data[i];
+    EACH(s, 3) for (u64 i = 0; i < c->scale[s].n; i++) scales[n++] = c->scale[s].p[i];
     printf("{\"axis\":\"%s\",\"exponent\":%" PRId64, AXES[c->axis], c->exponent);
     printf(",\"signs_sha256\":\"%s\"", sha_of(signs, count));
     printf(",\"scales_sha256\":\"%s\"}", sha_of(scales, n));
@@ -566,10 +650,11 @@ static void decode(const char *path) { /* what the manifest says is printed as i
     printf("{\"ok\":true,\"content_id\":\"sha256:%s\",\"modules\":[", sha_of(f.manifest.p, f.manifest.n));
     EACH(i, f.module_count) {
         const module *m = &f.modules[i];
-        printf(i ? ",{\"components\":[" : "{\"components\":[");
+        printf("%s{\"encoding\":\"%s\",", i ? "," : "", m->encoding == SIGN ? "sign" : ENCODINGS[m->encoding]);
+        printf("\"dtype\":\"%s\",\"components\":[", DTYPES[m->dtype]);
         EACH(k, m->component_count) fputs(k ? "," : "", stdout), print_component(m, &m->components[k]);
-        if (m->exact) printf("],\"exact_sha256\":\"%s\"", sha_of(m->exact->data, bytes_of(m->exact)));
-        print_as_is(m->exact ? "" : "],\"exact_sha256\":null", m->json);
+        if (m->exact.p) printf("],\"exact_sha256\":\"%s\",", sha_of(m->exact.p, m->exact.n));
+        print_as_is(m->exact.p ? "" : "],\"exact_sha256\":null,", m->json);
     }
     printf("],\"assets\":[");
     EACH(i, f.assets.count) {
@@ -613,7 +698,7 @@ static u32 narrow(float value, int dtype) { /* SPEC 6.1, 6.2 */
 static float term(const module *m, const component *c, u64 row, u64 j) { /* SPEC 5.3 */
     u64 width = width_of(m), index[] = {row, row / m->covered.size[m->covered.count - 2] * width + j, 0};
     double value = 1; /* products of two F16 and powers of two are exact in binary32, and so here */
-    EACH(s, 3) if (c->scale[s]) value *= (double)widen(c->scale[s]->data + 2 * index[s], F16);
+    EACH(s, 3) if (c->scale[s].p) value *= (double)widen(c->scale[s].p + 2 * index[s], F16);
     value *= (double)from_bits((u64)(127 + c->exponent) << 23);
     return (float)(sign_at(m, c, row, j) ? value : -value);
 }
@@ -626,7 +711,7 @@ static void write_module(FILE *to, const module *m) {
         EACH(k, m->component_count) a += term(m, &m->components[k], i / width, i % width);
         put_little(to, narrow(a, m->dtype), (u32)size);
     }
-    if (m->exact) fwrite(m->exact->data, 1, bytes_of(m->exact), to); /* SPEC 6.4 */
+    if (m->exact.p) fwrite(m->exact.p, 1, m->exact.n, to); /* SPEC 6.4 */
 }
 
 static record *read_base(const char *path, u32 *count) { /* sorted */
@@ -662,33 +747,35 @@ static void bind(pxd *f, const char *path) { /* SPEC 7 */
     EACH(i, f->module_count) if (f->modules[i].base) {
         const module *m = &f->modules[i];
         need(m->base->dtype == m->base_dtype && same_shape(&m->base->shape, &m->base_shape, 0), "E403");
-        check_digest(m->base, m->base + 1, m->base_sha256, "E404");
+        check_digest(m->base, m->base_sha256, "E404");
     }
 }
 
 static void apply(const char *path, const char *base_path, const char *out) {
     pxd f = load(path);
     bind(&f, base_path);
+    module *all = allocate(f.module_count + f.tied.count, sizeof *all); /* with aliases */
+    memcpy(all, f.modules, f.module_count * sizeof *all);
     EACH(i, f.tied.count) { /* SPEC 6.5 */
         module *m = f.modules;
         while (compare(m->name, f.tied.items[i].key)) m++;
-        f.modules[f.module_count + i] = *m;
-        f.modules[f.module_count + i].name = f.tied.items[i].value;
+        all[f.module_count + i] = *m;
+        all[f.module_count + i].name = f.tied.items[i].value;
     }
     FILE *to = fopen(out, "wb");
     io(to, "write", out);
     put_little(to, 0, 8);
-    const module *last = f.modules + f.module_count + f.tied.count;
+    const module *last = all + f.module_count + f.tied.count;
     u64 end = 0;
-    for (const module *m = f.modules; m < last; m++) {
-        fputs(m > f.modules ? ",\"" : "{\"", to);
+    for (const module *m = all; m < last; m++) {
+        fputs(m > all ? ",\"" : "{\"", to);
         print_tensor(to, m->name, "\":{\"dtype\":\"%s\",\"shape\":[", m->dtype, &m->shape);
         fprintf(to, "],\"data_offsets\":[%" PRIu64 ",%" PRIu64 "]}", end, end + size_of(&m->shape, m->dtype));
         end += size_of(&m->shape, m->dtype);
     }
     fputc('}', to);
     u64 length = (u64)ftell(to) - 8;
-    for (const module *m = f.modules; m < last; m++) write_module(to, m);
+    for (const module *m = all; m < last; m++) write_module(to, m);
     rewind(to);
     put_little(to, length, 8);
     io(!ferror(to) && !fclose(to), "write", out);

@@ -12,7 +12,7 @@ const SIZES = new Map(Object.entries({
 }));
 const FLOATS = new Set(["BF16", "F16", "F32"]);
 const AXES = new Map(Object.entries({ row: ["row"], col: ["col"], "row+col": ["row", "col"], tensor: ["scalar"] }));
-const VALUES = 2 ** 20;
+const VALUES = 2 ** 22;
 const MAGIC = '{"__metadata__":{"format":"pxd","pxd":"';
 const NAME = /^(?!__)[!-.0-[\]-~]{1,512}$/;
 const ASSET = /^([A-Za-z0-9_][A-Za-z0-9_-]{0,62}\/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,118}\.(json|txt|model|jinja|tiktoken|md)$/;
@@ -196,7 +196,7 @@ function checkKind(bytes) {
 function headerLength(bytes) {
   checkKind(bytes);
   const length = new DataView(bytes.buffer, bytes.byteOffset, 8).getBigUint64(0, true);
-  need(length >= 4088n && length <= 1n << 24n && (length + 8n) % 4096n === 0n, "E110"); // SPEC 2.3
+  need(length >= 4088n && length <= 1n << 26n && (length + 8n) % 4096n === 0n, "E110"); // SPEC 2.3
   need(length + 8n <= bytes.length, "E111"); // SPEC 2.4
   const magic = utf8.encode(MAGIC);
   need(magic.every((byte, i) => bytes[8 + i] === byte), "E112"); // SPEC 2.5
@@ -269,17 +269,52 @@ const keyed = (schema) => (value) => {
 const pair = (value) => (need(array(value) && value.length === 2, "E205"), value.map(word));
 const texts = (value) => (need(value instanceof Map, "E205"), new Map([...value].map(([key, held]) => [key, word(held)])));
 
-const MODULE = keyed({
-  base: orNull(keyed({ dtype: oneOf(SIZES), sha256: hex, shape: list(count) })),
-  components: list(keyed({ axis: oneOf(AXES), exponent: whole })),
-  dtype: oneOf(SIZES), encoding: oneOf(new Set(["sign", "full", "same"])), name: word, sha256: orNull(hex), shape: list(count),
-});
+const PART = (value) => (need(array(value) && value.length === 2, "E205"), { axis: oneOf(AXES)(value[0]), exponent: whole(value[1]) });
+const BASE = orNull(keyed({ dtype: oneOf(SIZES), shape: list(count) }));
+
+/** A module's entry with what it leaves out: base, dtype and encoding (SPEC 3.4). */
+function MODULE(value) {
+  need(value instanceof Map && value.has("components") !== value.has("encoding"), "E205");
+  const given = new Map(Object.entries({ base: BASE, components: list(PART), dtype: oneOf(SIZES), encoding: oneOf(new Set(["full", "same"])), name: word, shape: list(count) }));
+  need([...value.keys()].every((key) => given.has(key)) && value.has("name") && value.has("shape"), "E205");
+  const said = Object.fromEntries([...value].map(([key, part]) => [key, given.get(key)(part)]));
+  need(said.dtype !== "BF16", "E205");
+  const { name, shape, dtype = "BF16", encoding = "sign", components = [] } = said;
+  const like = { dtype, shape };
+  if (said.base) need(said.base.dtype !== dtype || !sameShape(said.base.shape, shape), "E205");
+  return { name, shape, dtype, encoding, components, base: said.base === undefined ? like : said.base };
+}
+
+/** SPEC 3.13: the digest of each base tensor and of each tensor of the file, in order. */
+function giveDigests(modules, table) {
+  let next = 0;
+  const take = () => (need(next < table.length, "E213"), table[next++]);
+  for (const module of modules) {
+    const { base, shape, encoding } = module;
+    module.grown = Boolean(base) && shape.length > 0 && base.shape.length > 0 && shape[0] > base.shape[0];
+    if (base) module.base = { ...base, sha256: take() };
+    module.sha256 = encoding !== "same" || module.grown ? take() : null;
+  }
+  need(next === table.length, "E213");
+}
+
+/** Hex digests from base64 without padding, whose unused bits are 0. */
+function digestsOf(written) {
+  need(string(written) && /^[A-Za-z0-9+/]*$/.test(written) && written.length % 4 !== 1, "E205");
+  const raw = atob(written);
+  need(raw.length % 32 === 0 && btoa(raw).replace(/=*$/, "") === written, "E205");
+  return Array.from({ length: raw.length / 32 }, (_, i) => {
+    const bytes = Array.from(raw.slice(32 * i, 32 * i + 32), (c) => c.charCodeAt(0).toString(16).padStart(2, "0"));
+    return bytes.join("");
+  });
+}
+
 const LISTS = new Set(["assets", "dropped", "metadata", "modules", "tied"]);
 const MANIFEST = keyed({
   assets: list(keyed({ path: word, sha256: hex })),
   base: keyed({ digest, id: word, revision: orNull(word) }),
   calibration: orNull(keyed({ digest, samples: count, seed: count, sequence_length: count, source: word })),
-  dropped: list(word), features: list(word), fine_tuned: keyed({ id: word, revision: orNull(word) }), metadata: texts,
+  digests: digestsOf, dropped: list(word), features: list(word), fine_tuned: keyed({ id: word, revision: orNull(word) }), metadata: texts,
   modules: list(MODULE), producer: keyed({ name: word, version: word }), tied: list(pair),
 });
 
@@ -289,10 +324,12 @@ function readManifest(source) {
   const features = list(word)(json.value.get("features"));
   need(features.length === 0, "E204"); // SPEC 3.3
   const manifest = MANIFEST(json.value);
+  giveDigests(manifest.modules, manifest.digests);
   for (const [key, written] of json.members) { // SPEC 3.8
     const value = json.value.get(key);
-    if (LISTS.has(key)) need((value.length ?? value.size) <= 65536, "E208");
-    if (!LISTS.has(key) || key === "metadata") need(utf8.encode(written).length <= 2 ** (key === "metadata" ? 22 : 16), "E208");
+    if (LISTS.has(key)) need((value.length ?? value.size) <= 2 ** 18, "E208");
+    else if (key !== "digests") need(utf8.encode(written).length <= 2 ** 16, "E208");
+    if (key === "metadata") need(utf8.encode(written).length <= 2 ** 24, "E208");
   }
   return manifest;
 }
@@ -317,7 +354,7 @@ function checkNames({ modules, tied, dropped }) {
 const sameShape = (a, b) => a.length === b.length && a.every((size, i) => size === b[i]);
 
 function checkModule(module) {
-  const { base, components, dtype, encoding, shape, sha256: sum } = module;
+  const { base, components, dtype, encoding, shape } = module;
   for (const { dtype: kind, shape: sizes } of base ? [module, base] : [module]) { // SPEC 3.8
     need(sizes.length <= 8 && sizes.every((size) => size >= 1) && bytesOf(kind, sizes) < 1n << 53n, "E208");
   }
@@ -325,15 +362,15 @@ function checkModule(module) {
   need(components.every(({ exponent }) => exponent >= -64 && exponent <= 63), "E209"); // SPEC 3.9
   module.covered = shape;
   module.tail = null;
-  if (encoding === "full") return need(components.length === 0 && sum !== null, "E209");
+  if (encoding === "full") return undefined;
   need(base && base.shape.length === shape.length && sameShape(base.shape.slice(1), shape.slice(1)), "E209"); // SPEC 3.10
-  if (shape.length && shape[0] > base.shape[0]) {
+  if (module.grown) {
     module.covered = [base.shape[0], ...shape.slice(1)];
     module.tail = [shape[0] - base.shape[0], ...shape.slice(1)];
   }
   const floats = FLOATS.has(dtype) && FLOATS.has(base.dtype);
-  if (encoding === "sign") return need(floats && components.length && sum !== null && shape.length >= 2, "E209");
-  return need(components.length === 0 && (floats || dtype === base.dtype) && (sum !== null) === (module.tail !== null), "E209");
+  if (encoding === "sign") return need(floats && components.length && shape.length >= 2, "E209");
+  return need(floats || dtype === base.dtype, "E209");
 }
 
 async function checkBaseDigest({ modules, base }) {
@@ -349,16 +386,32 @@ function checkAssets({ assets }) {
 
 // ---- Step 8, the tensors: the whole header follows from the manifest and the sizes of the assets ----
 
-function tensorsOf({ name, components, covered, dtype, encoding, shape, tail }) {
-  const made = components.flatMap(({ axis }, k) => {
+/** The parts of a module's delta: component, begin and end in bytes (SPEC 4.2); and the size of it. */
+function partsOf({ components, covered, dtype, tail }) {
+  const parts = [];
+  let size = 0;
+  const put = (component, kind, shape) => {
+    const end = size + Number(bytesOf(kind, shape));
+    parts.push({ component, begin: size, end });
+    size = Math.ceil(end / 64) * 64;
+  };
+  components.forEach(({ axis }, k) => {
     const width = covered.at(-1);
     const shapes = { row: covered.slice(0, -1), col: [...covered.slice(0, -2), width], scalar: [1] };
-    const mask = { name: `${name}.${k}.mask`, dtype: "U8", shape: [...covered.slice(0, -1), Math.ceil(width / 8)] };
-    return [mask, ...AXES.get(axis).map((part) => ({ name: `${name}.${k}.${part}`, dtype: "F16", shape: shapes[part] }))];
+    put(k, "U8", [...covered.slice(0, -1), Math.ceil(width / 8)]);
+    for (const part of AXES.get(axis)) put(k, "F16", shapes[part]);
   });
-  if (encoding === "full") made.push({ name: `${name}.full`, dtype, shape });
-  if (tail) made.push({ name: `${name}.tail`, dtype, shape: tail });
-  return made;
+  if (tail) put(null, dtype, tail);
+  return { parts, size };
+}
+
+/** The module's tensor; its parts are kept for later. */
+function tensorsOf(module) {
+  const { name, dtype, encoding, shape } = module;
+  if (encoding === "full") return [{ name: `${name}.full`, dtype, shape }];
+  const { parts, size } = partsOf(module);
+  module.parts = parts;
+  return size ? [{ name: `${name}.delta`, dtype: "U8", shape: [size] }] : [];
 }
 
 /** Hold the records to SPEC 4.1 and 4.2; every module and asset gets its `records`. */
@@ -393,7 +446,20 @@ async function checkPayload(delta) {
   for (const record of delta.records) {
     if (record.name.startsWith("__pad__.")) need(delta.bytes(record).every((byte) => byte === 0), "E304"); // SPEC 4.5
   }
-  for (const module of delta.manifest.modules) module.components.forEach((_, k) => checkComponent(delta, module, k));
+  for (const module of delta.manifest.modules) {
+    checkGaps(delta, module);
+    module.components.forEach((_, k) => checkComponent(delta, module, k));
+  }
+}
+
+function checkGaps(delta, module) {
+  if (module.encoding === "full" || !module.records.length) return;
+  const bytes = delta.bytes(module.records[0]);
+  let end = 0;
+  for (const part of [...module.parts, { begin: bytes.length }]) {
+    need(bytes.subarray(end, part.begin).every((byte) => byte === 0), "E304"); // SPEC 4.5
+    end = part.end;
+  }
 }
 
 function checkComponent(delta, module, k) {
@@ -427,18 +493,19 @@ class Delta {
     return this.data.subarray(record.begin, record.end);
   }
 
-  /** The records of component k: its mask, then its scales. */
+  /** The bytes of component k: its mask, then its scales; null: the tail. */
   component(module, k) {
-    return module.records.filter(({ name }) => name.startsWith(`${module.name}.${k}.`));
+    const bytes = this.bytes(module.records[0]);
+    return module.parts.filter(({ component }) => component === k).map(({ begin, end }) => bytes.subarray(begin, end));
   }
 
   mask(module, k) {
-    return this.bytes(this.component(module, k)[0]);
+    return this.component(module, k)[0];
   }
 
-  /** F16 bit patterns, one Uint16Array a scale tensor. */
+  /** F16 bit patterns, one Uint16Array for each of the scales. */
   scales(module, k) {
-    return this.component(module, k).slice(1).map((record) => words(this.bytes(record), 2));
+    return this.component(module, k).slice(1).map((bytes) => words(bytes, 2));
   }
 
   /** One byte, 0 or 1, for each weight, row-major (SPEC 5.1). */
@@ -456,7 +523,8 @@ class Delta {
 
   /** The bytes of `full` or of the tail, or null. */
   exact(module) {
-    return module.encoding === "full" || module.tail ? this.bytes(module.records.at(-1)) : null;
+    if (module.encoding === "full") return this.bytes(module.records[0]);
+    return module.tail ? this.component(module, null)[0] : null;
   }
 }
 
@@ -464,7 +532,7 @@ class Delta {
 export async function parse(bytes) {
   const delta = new Delta(readHeader(bytes));
   const manifest = (delta.manifest = readManifest(delta.manifestText));
-  need(manifest.modules.length >= 1 && manifest.modules.length <= 65536, "E208"); // SPEC 3.8
+  need(manifest.modules.length >= 1, "E208"); // SPEC 3.8
   checkNames(manifest);
   manifest.modules.forEach(checkModule);
   await checkBaseDigest(manifest);

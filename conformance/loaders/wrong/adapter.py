@@ -33,20 +33,17 @@ def parts_of(reader: Reader, module: dict[str, Any]) -> list[Part]:
         rows *= size
     made = []
     for k, part in enumerate(module["components"]):
-        name, axis = f"{module['name']}.{k}", part["axis"]
+        axis = part["axis"]
         words = {"row+col": ("row", "col"), "tensor": ("scalar",)}.get(axis, (axis,))
-        signs = unpacked(reader.bytes_of(f"{name}.mask"), rows, width, reader.wrong)
-        made.append(
-            Part(
-                axis, part["exponent"], signs, {word: reader.bytes_of(f"{name}.{word}") for word in words}, reader.wrong
-            )
-        )
+        signs = unpacked(reader.part_of(module, f"{k}.mask"), rows, width, reader.wrong)
+        scales = {word: reader.part_of(module, f"{k}.{word}") for word in words}
+        made.append(Part(axis, part["exponent"], signs, scales, reader.wrong))
     return made
 
 
 def exact(reader: Reader, module: dict[str, Any]) -> bytes:
     word = "full" if module["encoding"] == "full" else "tail" if reader.tail(module) else ""
-    return reader.bytes_of(f"{module['name']}.{word}") if word else b""
+    return reader.part_of(module, word) if word else b""
 
 
 def decode(reader: Reader) -> dict[str, Any]:
@@ -54,7 +51,7 @@ def decode(reader: Reader) -> dict[str, Any]:
     for module in manifest["modules"]:
         components = []
         for k, (part, said) in enumerate(zip(parts_of(reader, module), module["components"], strict=True)):
-            scales = b"".join(reader.bytes_of(f"{module['name']}.{k}.{word}") for word in part.values)
+            scales = b"".join(reader.part_of(module, f"{k}.{word}") for word in part.values)
             components.append({**said, "signs_sha256": sha256(part.signs), "scales_sha256": sha256(scales)})
         held = exact(reader, module)
         modules.append(
@@ -199,7 +196,7 @@ def write(path: str, tensors: Tensors) -> None:
 def dump(reader: Reader, folder: str) -> None:
     for i, module in enumerate(reader.manifest["modules"]):
         for k, part in enumerate(parts_of(reader, module)):
-            scales = b"".join(reader.bytes_of(f"{module['name']}.{k}.{word}") for word in part.values)
+            scales = b"".join(reader.part_of(module, f"{k}.{word}") for word in part.values)
             Path(folder, f"{i}.{k}.signs").write_bytes(part.signs)
             Path(folder, f"{i}.{k}.scales").write_bytes(scales)
         if held := exact(reader, module):
@@ -254,7 +251,7 @@ def answer(switch: str, arguments: list[str]) -> tuple[int, dict[str, Any]]:
 def bases(path: str) -> list[str]:
     data = Path(path).read_bytes()
     manifest = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["manifest"])
-    return [module["name"] for module in manifest["modules"] if module["base"]]
+    return [module["name"] for module in manifest["modules"] if module.get("base", "like it")]
 
 
 def serve(switch: str) -> int:

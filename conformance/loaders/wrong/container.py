@@ -51,7 +51,7 @@ class Container(Strict):
             length %= 2**32
         need((8 + length) % 4096 == 0 or self.wrong("page-size-ignored"), "E110")
         need(
-            4088 <= length <= 2**24
+            4088 <= length <= 2**26
             or self.wrong("length-limit-ignored")
             or (self.wrong("page-size-ignored") and length < 4088),
             "E110",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from typing import Any
@@ -38,6 +39,8 @@ class Manifest(Container):
         need(isinstance(features, list) and all(isinstance(name, str) for name in features), "E205")
         need(not features or self.wrong("feature-ignored"), "E204")
         self.schema(manifest)
+        manifest["modules"] = [self.spelled_out(module) for module in manifest["modules"]]
+        self.give_digests(manifest["modules"], self.table(manifest["digests"]))
         self.rules(manifest)
         return manifest
 
@@ -105,22 +108,33 @@ class Manifest(Container):
         def texts(value: Any) -> bool:
             return isinstance(value, dict) and (all(map(text, value.values())) or self.wrong("metadata-of-anything"))
 
-        dtype = SIZES.__contains__
-        base = keyed(dtype=lambda v: text(v) and dtype(v), sha256=hexes, shape=many(count))
-        part = keyed(axis=lambda v: v in ("row", "col", "row+col", "tensor"), exponent=integer)
-        module = keyed(
-            base=maybe(base),
-            components=many(part),
-            dtype=lambda v: text(v) and dtype(v),
-            encoding=lambda v: v in ("sign", "full", "same"),
-            name=text,
-            sha256=maybe(hexes),
-            shape=many(count),
-        )
+        def dtype(value: Any) -> bool:
+            return text(value) and value in SIZES
+
+        def part(value: Any) -> bool:
+            axes = ("row", "col", "row+col", "tensor")
+            return isinstance(value, list) and len(value) == 2 and value[0] in axes and integer(value[1])
+
+        optional = {
+            "base": maybe(keyed(dtype=dtype, shape=many(count))),
+            "components": many(part),
+            "dtype": dtype,
+            "encoding": lambda v: v in ("full", "same") or (v == "sign" and self.wrong("defaults-written-out")),
+        }
+
+        def module(value: Any) -> bool:
+            if not isinstance(value, dict):
+                return False
+            # The tests of what is left out need not run.
+            held = {key: test for key, test in optional.items() if key in value}
+            one = ("components" in value) != ("encoding" in value) or self.wrong("defaults-written-out")
+            return one and keyed(**held, name=text, shape=many(count))(value)
+
         whole = keyed(
             assets=many(keyed(path=text, sha256=hexes)),
             base=keyed(digest=digest, id=text, revision=maybe(text)),
             calibration=maybe(keyed(digest=digest, samples=count, seed=count, sequence_length=count, source=text)),
+            digests=text,
             dropped=many(text),
             features=many(text),
             fine_tuned=keyed(id=text, revision=maybe(text)),
@@ -134,6 +148,53 @@ class Manifest(Container):
             aliases = [alias for _, alias in manifest["tied"]]
             need(aliases == sorted(aliases), "E205")
             need(manifest["dropped"] == sorted(set(manifest["dropped"])), "E205")
+
+    def spelled_out(self, module: dict[str, Any]) -> dict[str, Any]:
+        """SPEC 3.4: a module with what it leaves out."""
+        lenient = self.wrong("defaults-written-out")
+        need(module.get("dtype") != "BF16" or lenient, "E205")
+        dtype, shape = module.get("dtype", "BF16"), module.get("shape")
+        like = {"dtype": dtype, "shape": shape}
+        need(module.get("base") != like or lenient, "E205")
+        base = module.get("base", like)
+        return {
+            "name": module.get("name"),
+            "dtype": dtype,
+            "shape": shape,
+            "encoding": module.get("encoding", "sign"),
+            "components": [{"axis": axis, "exponent": exponent} for axis, exponent in module.get("components", [])],
+            "base": dict(base) if base else None,
+        }
+
+    def table(self, written: str) -> list[str]:
+        """SPEC 3.4: the hex digests of the table."""
+        if self.wrong("digests-any-base64"):
+            written = re.sub(r"[^A-Za-z0-9+/]", "", written)
+        need(re.fullmatch(r"[A-Za-z0-9+/]*", written) and len(written) % 4 != 1, "E205")
+        raw = base64.b64decode(written + "=" * (-len(written) % 4))
+        need(len(raw) % 32 == 0 or self.wrong("digests-any-base64"), "E205")
+        exact = base64.b64encode(raw).decode().rstrip("=") == written
+        need(exact or self.wrong("digests-any-base64") or self.wrong("digests-unused-bits"), "E205")
+        return [raw[i : i + 32].hex() for i in range(0, len(raw) - 31, 32)]
+
+    def give_digests(self, modules: list[dict[str, Any]], digests: list[str]) -> None:
+        """SPEC 3.13: of each base tensor, then of each tensor of the file."""
+        held = iter(digests)
+
+        def take() -> str:
+            found = next(held, None)
+            need(found is not None or self.wrong("digests-not-counted"), "E213")
+            return found or "0" * 64
+
+        for module in modules:
+            base, shape = module["base"], module["shape"]
+            grown = bool(base and shape and base["shape"] and shape[0] > base["shape"][0])
+            stored = module["encoding"] != "same" or grown
+            own = take() if stored and self.wrong("digests-own-first") else None
+            if base:
+                base["sha256"] = take()
+            module["sha256"] = own or (take() if stored else None)
+        need(next(held, None) is None or self.wrong("digests-not-counted"), "E213")
 
     def rules(self, manifest: dict[str, Any]) -> None:
         """Step 8, in rules.py."""

@@ -38,42 +38,60 @@ class Reader(Rules):
         for i, asset in enumerate(self.manifest["assets"]):
             right = hashlib.sha256(self.bytes_of(f"__asset__.{i}")).hexdigest() == asset["sha256"].lower()
             need(right or self.wrong("asset-digest-ignored"), "E302")
+        for module in self.manifest["modules"]:
+            self.gaps(module)
         for pad in self.pads:
             begin, end = pad["data_offsets"]
             need(not any(self.file[self.start + begin : self.start + end]) or self.wrong("pads-not-zero"), "E304")
         for module in self.manifest["modules"]:
             for k, part in enumerate(module["components"]):
                 self.unused_bits(module, k)
-                self.finite_scales(module["name"], k, part["axis"])
+                self.finite_scales(module, k, part["axis"])
 
     def module_digest(self, module: dict[str, Any]) -> None:
-        names = [name for name, _, _ in self.module_tensors(module)]
+        tensor = self.module_tensor(module)
         if (
-            not names
+            not tensor
             or self.wrong("module-digest-ignored")
             or (self.wrong("digest-of-full-only") and module["encoding"] != "full")
         ):
             return
-        data = self.file[self.start + self.tensors[names[0]][0] : self.start + self.tensors[names[-1]][1]]
-        if self.wrong("digest-without-pads"):
-            data = b"".join(map(self.bytes_of, names))
+        data = self.bytes_of(tensor[0][0])
+        if self.wrong("digest-without-gaps") and module["encoding"] != "full":
+            data = b"".join(data[begin:end] for _, begin, end in self.parts(module))
         need(hashlib.sha256(data).hexdigest() == (module["sha256"] or "").lower(), "E301")
+
+    def part_of(self, module: dict[str, Any], suffix: str) -> bytes:
+        """The bytes of one part of a module."""
+        if suffix == "full":
+            return self.bytes_of(f"{module['name']}.full")
+        begin, end = {word: (begin, end) for word, begin, end in self.parts(module)}[suffix]
+        return self.bytes_of(f"{module['name']}.delta")[begin:end]
+
+    def gaps(self, module: dict[str, Any]) -> None:
+        """SPEC 4.5 between the parts of a module."""
+        if module["encoding"] == "full" or not self.module_tensor(module) or self.wrong("gaps-not-zero"):
+            return
+        data, at = self.bytes_of(f"{module['name']}.delta"), 0
+        for _, begin, end in [*self.parts(module), ("", len(data), 0)]:
+            need(not any(data[at:begin]), "E304")
+            at = end
 
     def unused_bits(self, module: dict[str, Any], k: int) -> None:
         width = self.covered(module)[-1]
-        mask, stride = self.bytes_of(f"{module['name']}.{k}.mask"), -(-width // 8)
+        mask, stride = self.part_of(module, f"{k}.mask"), -(-width // 8)
         if width % 8 and not self.wrong("unused-bits-ignored"):
             last = mask[-1:] if self.wrong("unused-bits-of-last-row-only") else mask[stride - 1 :: stride]
             need(all(byte >> width % 8 == 0 for byte in last), "E303")
 
-    def finite_scales(self, name: str, k: int, axis: str) -> None:
+    def finite_scales(self, module: dict[str, Any], k: int, axis: str) -> None:
         if k and self.wrong("scales-of-first-component-only"):
             return
         words = {"row+col": ["row", "col"], "tensor": ["scalar"]}.get(axis, [axis])
         for word in words:
             if word == "col" and self.wrong("columns-not-checked"):
                 continue
-            raw = self.bytes_of(f"{name}.{k}.{word}")
+            raw = self.part_of(module, f"{k}.{word}")
             for i in range(0, len(raw), 2):
                 bits = raw[i] | raw[i + 1] << 8
                 magnitude = bits & 0x7FFF

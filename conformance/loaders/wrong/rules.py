@@ -40,12 +40,12 @@ class Rules(Manifest):
             need(len(set(aliases)) == len(aliases) and not known & set(aliases), "E207")
             need(all(first in known for first, _ in manifest["tied"]), "E207")
         need(not set(manifest["dropped"]) & (known | set(aliases)) or self.wrong("dropped-not-checked"), "E207")
-        need(1 <= len(modules) <= 65536 or self.wrong("limits-ignored"), "E208")
+        need(1 <= len(modules) <= 2**18 or self.wrong("limits-ignored"), "E208")
         for key in ("assets", "dropped", "metadata", "tied"):
-            need(len(manifest[key]) <= 65536 or self.wrong("entries-unlimited"), "E208")
+            need(len(manifest[key]) <= 2**18 or self.wrong("entries-unlimited"), "E208")
         for key in ("base", "calibration", "features", "fine_tuned", "metadata", "producer"):
             size = len(self.canonical(manifest[key]).encode("utf-8", "replace"))
-            need(size <= 2 ** (22 if key == "metadata" else 16) or self.wrong("texts-unlimited"), "E208")
+            need(size <= 2 ** (24 if key == "metadata" else 16) or self.wrong("texts-unlimited"), "E208")
         for module in modules:
             self.module_rules(module)
         bound = [[m["name"], m["base"]["dtype"], m["base"]["shape"], m["base"]["sha256"]] for m in modules if m["base"]]
@@ -72,19 +72,17 @@ class Rules(Manifest):
         if self.wrong("fit-ignored") and (encoding == "full" or base):
             return
         if encoding == "full":
-            need(not parts and module["sha256"], "E209")
             return
         need(base, "E209")
         base_floats = base["dtype"] in FLOATS
         need(self.rows_fit(shape, base["shape"]), "E209")
         if encoding == "sign":
-            need(parts and module["sha256"] and floats and base_floats and len(shape) >= 2, "E209")
+            need(parts and floats and base_floats and len(shape) >= 2, "E209")
         else:
             converts = (floats and base_floats) or (
                 self.wrong("integers-convert") and SIZES[module["dtype"]] == SIZES[base["dtype"]]
             )
-            need(not parts and (module["dtype"] == base["dtype"] or converts), "E209")
-            need((module["sha256"] is not None) == bool(self.tail(module)), "E209")
+            need(module["dtype"] == base["dtype"] or converts, "E209")
 
     def rows_fit(self, shape: list[int], base: list[int]) -> bool:
         if self.wrong("no-tails"):
@@ -123,26 +121,40 @@ class Rules(Manifest):
         rest = shape[0] - self.covered(module)[0] if shape else 0
         return [rest, *shape[1:]] if rest else []
 
-    def module_tensors(self, module: dict[str, Any]) -> list[tuple[str, str, list[int]]]:
-        name, covered, made = module["name"], self.covered(module), []
+    def parts(self, module: dict[str, Any]) -> list[tuple[str, int, int]]:
+        """Suffix, begin and end of each part of a module's delta (SPEC 4.2)."""
+        covered, sizes = self.covered(module), []
         for k, part in enumerate(module["components"]):
             *batch, out, width = covered
-            made.append((f"{name}.{k}.mask", "U8", [*batch, out, -(-width // 8)]))
+            rows = math.prod([*batch, out])
+            sizes.append((f"{k}.mask", rows * -(-width // 8)))
             if part["axis"] in ("row", "row+col"):
-                made.append((f"{name}.{k}.row", "F16", [*batch, out]))
+                sizes.append((f"{k}.row", 2 * rows))
             if part["axis"] in ("col", "row+col"):
-                made.append((f"{name}.{k}.col", "F16", [*batch, width]))
+                sizes.append((f"{k}.col", 2 * math.prod([*batch, width])))
             if part["axis"] == "tensor":
-                made.append((f"{name}.{k}.scalar", "F16", [1]))
-        if module["encoding"] == "full":
-            made.append((f"{name}.full", module["dtype"], module["shape"]))
-        elif self.tail(module):
-            made.append((f"{name}.tail", module["dtype"], self.tail(module)))
+                sizes.append((f"{k}.scalar", 2))
+        if module["encoding"] != "full" and self.tail(module):
+            sizes.append(("tail", math.prod(self.tail(module)) * SIZES[module["dtype"]]))
+        made, end = [], 0
+        step = 16 if self.wrong("parts-at-16") else 64
+        for suffix, size in sizes:
+            begin = -(-end // step) * step
+            end = begin + size
+            made.append((suffix, begin, end))
         return made
+
+    def module_tensor(self, module: dict[str, Any]) -> list[tuple[str, str, list[int]]]:
+        """SPEC 4.1: name, dtype and shape of the module's tensor, or nothing."""
+        name = module["name"]
+        if module["encoding"] == "full":
+            return [(f"{name}.full", module["dtype"], module["shape"])]
+        parts = self.parts(module)
+        return [(f"{name}.delta", "U8", [-(-parts[-1][2] // 64) * 64])] if parts else []
 
     def expected_tensors(self) -> dict[str, tuple[int, int]]:
         """name -> [begin, end) in the data, for every tensor but pads."""
-        wanted = [entry for module in self.manifest["modules"] for entry in self.module_tensors(module)]
+        wanted = [entry for module in self.manifest["modules"] for entry in self.module_tensor(module)]
         plain = [record for record in self.records if not record["name"].startswith("__pad__.")]
         sizes = [record["shape"] for record in plain if record["name"].startswith("__asset__.")]
         self.pads = [record for record in self.records if record["name"].startswith("__pad__.")]

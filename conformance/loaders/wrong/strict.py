@@ -25,7 +25,7 @@ class Strict(Switched):
     def json(self, text: str, raw: bytes, *, manifest: bool) -> Any:
         codes = ("E202",) * 4 if manifest else ("E114", "E115", "E116", "E117")
         self.depth(raw, codes[3])
-        need(values(raw) <= 2**20 or self.wrong("values-unlimited"), codes[3])
+        need(values(raw) <= 2**22 or self.wrong("values-unlimited"), codes[3])
 
         def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
             made = dict(items)

@@ -116,22 +116,30 @@ def check_transfer(delta: DeltaFile, transfer: Transfer, buffer: Tensor, workers
                 digest = hashlib.sha256(raw_bytes(array)[slice_.begin : slice_.end]).hexdigest()
                 if digest != slice_.entry.sha256:
                     fail("E301", field=slice_.entry.name, offset=delta.span(slice_.entry.name)[0])  # SPEC 4.3
+                check_gaps(slice_)
                 check_values(piece(slice_, array))
 
         return run
+
+    def check_gaps(slice_: ModuleSlice) -> None:
+        # SPEC 4.5: between the parts of a module, and behind the last one
+        begins = [*(field.offset for field in slice_.fields[1:]), slice_.end]
+        for field, begin in zip(slice_.fields, begins, strict=True):
+            end = field.offset + field.size
+            place = delta.span(slice_.entry.name)[0] + end - slice_.begin
+            check_pad(array[end:begin].tobytes(), slice_.entry.name, place)
 
     with located(delta):
         workers.run(check(slice_) for slice_ in transfer.modules)
 
 
 def check_pads(delta: DeltaFile) -> None:
-    """SPEC 4.5, for the whole file: pads are few and small."""
-    for record in delta.records:
-        if record.name.startswith("__pad__."):
-            data = bytearray(record.end - record.begin)
-            delta.read_into(memoryview(data), delta.header_size + record.begin)
-            with located(delta):
-                check_pad(bytes(data), record.name, delta.header_size + record.begin)
+    """SPEC 4.5, for the pads between tensors: they are few and small."""
+    for name, begin, end in delta.pads():
+        data = bytearray(end - begin)
+        delta.read_into(memoryview(data), begin)
+        with located(delta):
+            check_pad(bytes(data), name, begin)
 
 
 # --- one variant's payload -----------------------------------------------------------------------------

@@ -23,12 +23,12 @@ from typing import Final
 import numpy as np
 
 from peraxis_format.bits import mask_width
-from peraxis_format.container import ALIGNMENT, aligned
 from peraxis_format.delta import ModuleDelta
 from peraxis_format.dtypes import Array, DType
 from peraxis_format.manifest import ModuleEntry
 from peraxis_format.payload import assemble
 from peraxis_format.reader import DeltaFile
+from peraxis_format.sizes import ALIGNMENT, aligned
 from peraxis_format.torch.place.shards import Box, Placement, ShardView, whole
 
 __all__ = ["ALIGN", "TRANSFER_LIMIT", "ByteRange", "Field", "ModuleSlice", "Transfer", "cut_transfers", "piece"]

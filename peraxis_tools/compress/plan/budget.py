@@ -19,40 +19,22 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from peraxis_format import (
-    Asset,
-    Axis,
-    BaseIdentity,
-    BaseRef,
-    ComponentEntry,
-    Encoding,
-    Identity,
-    Manifest,
-    ModuleEntry,
-    Producer,
-    Safetensors,
-    aligned,
-    canonical_json,
-    header_bytes,
-    kept_rows,
-    layout,
-    to_float32,
-)
+from peraxis_format import Encoding, Safetensors, kept_rows, to_float32
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.fit.mean import dense_component, mean_components
 from peraxis_tools.compress.options import CompressOptions, OptionError
 from peraxis_tools.compress.plan.plan import TABLES, Plan, PlannedModule, module_bytes
+from peraxis_tools.compress.plan.size import predicted_size
 from peraxis_tools.compress.plan.unchanged import is_unchanged
 
-__all__ = ["Choice", "allocate", "choices_of", "is_open", "module_terms", "predicted_size", "spend", "weight_errors"]
+__all__ = ["Choice", "allocate", "choices_of", "is_open", "module_terms", "spend", "weight_errors"]
 
 MASKS_MAX = 8
-# Header bytes of one component beside its names: its entry in the manifest, and three records with their pads'.
-_COMPONENT_LINES = 400
+# Header bytes of one component: its pair in the manifest.
+_COMPONENT_TEXT = 20
 _CORRECTIONS = 8
 
 
@@ -66,50 +48,11 @@ class Choice:
     error: float
 
 
-def predicted_size(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions) -> int:
-    """Size of the file that this plan gives: header and manifest written out with digests of zeros.
-
-    What is not known yet (errors in the report, notes, axes) is taken at its usual length, rather long than short.
-    """
-    none = "0" * 64
-    entries = tuple(
-        ModuleEntry(
-            name=module.name,
-            shape=module.shape,
-            dtype=module.dtype,
-            encoding=module.encoding,
-            components=(ComponentEntry(axis=module.axis or Axis.ROW_COL, exponent=-20),) * module.components,
-            sha256=none,
-            base=None
-            if module.base_shape is None or module.base_dtype is None
-            else BaseRef(dtype=module.base_dtype, shape=module.base_shape, sha256=none),
-        )
-        for module in plan.modules
-    )
-    assets = [(path, len(data)) for path, data in fine_tuned.assets()]
-    text: dict[str, Any] = {
-        module.name: "x" * (30 if module.encoding is Encoding.FULL else 90) for module in plan.modules
-    }
-    manifest = Manifest(
-        base=BaseIdentity(digest=f"sha256:{none}", id="x" * 80),
-        fine_tuned=Identity(id="x" * 80),
-        producer=Producer(name="peraxis", version="0.0.0"),
-        modules=entries,
-        tied=plan.tied,
-        dropped=plan.dropped,
-        assets=tuple(Asset(path=path, sha256=none) for path, _ in assets),
-        metadata={"peraxis.config": options.canonical_json(), "peraxis.report": canonical_json(text).decode()},
-    )
-    sizes = sum(aligned(size) for _, size in assets)
-    header = header_bytes(manifest.to_bytes(), layout(entries, [size for _, size in assets]))
-    return len(header) + plan.payload_bytes + sizes
-
-
 def choices_of(module: PlannedModule, errors: Sequence[float]) -> list[Choice]:
     """What a module can be: the base's own weight, 1 to 8 masks, exact. errors: for 0 to 8 masks."""
     choices = [Choice(Encoding.SAME, 0, module_bytes(module, components=0, axis=None, same=True), errors[0])]
     for k in range(1, min(MASKS_MAX, len(errors) - 1) + 1):
-        size = module_bytes(module, components=k, axis=module.axis) + k * (_COMPONENT_LINES + 3 * len(module.name))
+        size = module_bytes(module, components=k, axis=module.axis) + k * _COMPONENT_TEXT
         choices.append(Choice(Encoding.SIGN, k, size, errors[k]))
     return [*choices, Choice(Encoding.FULL, 0, module_bytes(module, components=0, axis=None), 0.0)]
 

@@ -62,11 +62,15 @@ class PlannedModule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """All modules in execution order, aliases, and what the fine-tuned checkpoint no longer has."""
+    """All modules in execution order, aliases, and what the fine-tuned checkpoint no longer has.
+
+    file_bytes: predicted size of the file, header and assets included; None: not foretold yet (size.py).
+    """
 
     modules: tuple[PlannedModule, ...]
     tied: tuple[tuple[str, str], ...]
     dropped: tuple[str, ...]
+    file_bytes: int | None = None
 
     @property
     def payload_bytes(self) -> int:

@@ -40,8 +40,9 @@ from peraxis_tools.compress.plan.casts import with_casts
 from peraxis_tools.compress.plan.finite import check_finite, check_pair_finite
 from peraxis_tools.compress.plan.pairing import check_pair, check_saving, named_as_base, tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
+from peraxis_tools.compress.plan.record import PLAN_KEY, REPORT_KEY, plan_text, report_text
+from peraxis_tools.compress.plan.size import foretold
 from peraxis_tools.compress.plan.unchanged import first_rows, is_unchanged, shared_rows
-from peraxis_tools.compress.run.records import plan_json, report_json
 from peraxis_tools.compress.run.streamed import StreamedFit
 from peraxis_tools.compress.run.types import FittedModule, Fitting, ModuleReport, RunFit
 from peraxis_tools.notes import note
@@ -137,6 +138,7 @@ def _compress_pair(
     with _fitting(base, fine_tuned, output, options, progress) as fitting:
         if options.has_target:
             planned = spend(planned, fitting.errors(planned), fine_tuned, options)
+        planned = foretold(planned, base, fine_tuned, options)
         if show_plan is not None:
             show_plan(planned)
         fit = fitting.fit(planned)
@@ -233,9 +235,11 @@ def _write(
         if assets.left:
             writer.metadata[LEFT_BEHIND] = "".join(f"{path}\n" for path in assets.left)
         writer.metadata["peraxis.config"] = options.canonical_json()
-        writer.metadata["peraxis.plan"] = plan_json(planned)
-        if reports:
-            writer.metadata["peraxis.report"] = report_json(reports)
+        writer.metadata[PLAN_KEY] = plan_text(planned)
+        names = [module.name for module in planned.modules]
+        lines = {n: (r.error, r.error_none, r.error_same, r.note) for n, r in reports.items()}
+        if said := report_text(names, lines):
+            writer.metadata[REPORT_KEY] = said
         writer.metadata.update(fit.metadata)
         return writer.finish(), writer.size
 

@@ -1,0 +1,91 @@
+"""The file that a plan gives, before any work: header, assets and data, by the functions that write them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from peraxis_format import (
+    Asset,
+    Axis,
+    BaseIdentity,
+    BaseRef,
+    ComponentEntry,
+    Encoding,
+    Identity,
+    Manifest,
+    ModuleEntry,
+    Producer,
+    PxdError,
+    file_size,
+    header_bytes,
+    layout,
+)
+from peraxis_tools.checkpoint import Checkpoint
+from peraxis_tools.compress.options import CompressOptions
+from peraxis_tools.compress.plan.plan import Plan, PlannedModule
+from peraxis_tools.compress.plan.record import PLAN_KEY, REPORT_KEY, Line, plan_text, report_text
+from peraxis_tools.errors import ToolError
+
+__all__ = ["foretold", "predicted_size"]
+
+_NONE: Final = "0" * 64
+_EXPONENT: Final = -20  # as most deltas have it: two digits and a sign
+_LINE: Final[Line] = (1.23e-05, 1.23e-05, 0.00123, "")
+
+
+def predicted_size(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions) -> int:
+    """Bytes of the file that this plan gives. Axes that are chosen later count as row+col, exponents two digits."""
+    return file_size(_manifest(plan, fine_tuned, options), [len(data) for _, data in fine_tuned.assets()])
+
+
+def foretold(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions) -> Plan:
+    """The plan with the size of its file. Raises ToolError where its header would be larger than a reader takes."""
+    manifest = replace(
+        _manifest(plan, fine_tuned, options),
+        base=BaseIdentity(digest=f"sha256:{_NONE}", id=base.identity.id, revision=base.identity.revision),
+        fine_tuned=fine_tuned.identity,
+    )
+    sizes = [len(data) for _, data in fine_tuned.assets()]
+    try:
+        header_bytes(manifest.to_bytes(), layout(manifest.modules, sizes))
+    except PxdError as error:
+        raise ToolError(
+            f"{fine_tuned.tensors.label}: {len(plan.modules)} tensors do not fit into one header ({error.detail}); "
+            "use fewer masks (--bits)"
+        ) from None
+    return replace(plan, file_bytes=file_size(manifest, sizes))
+
+
+def _manifest(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions) -> Manifest:
+    names = [module.name for module in plan.modules]
+    fitted = {module.name: _LINE for module in plan.modules if module.components}
+    metadata = {"peraxis.config": options.canonical_json(), PLAN_KEY: plan_text(plan)}
+    if options.resolved_fit != "none":
+        metadata[REPORT_KEY] = report_text(names, fitted)
+    return Manifest(
+        base=BaseIdentity(digest=f"sha256:{_NONE}", id="x" * 80),
+        fine_tuned=Identity(id="x" * 80),
+        producer=Producer(name="peraxis", version="0.0.0"),
+        modules=tuple(_entry(module) for module in plan.modules),
+        tied=plan.tied,
+        dropped=plan.dropped,
+        assets=tuple(Asset(path=path, sha256=_NONE) for path, _ in fine_tuned.assets()),
+        metadata=metadata,
+    )
+
+
+def _entry(module: PlannedModule) -> ModuleEntry:
+    base = None
+    if module.base_shape is not None and module.base_dtype is not None:
+        base = BaseRef(dtype=module.base_dtype, shape=module.base_shape, sha256=_NONE)
+    grown = bool(base and module.shape and base.shape and module.shape[0] > base.shape[0])
+    return ModuleEntry(
+        name=module.name,
+        shape=module.shape,
+        dtype=module.dtype,
+        encoding=module.encoding,
+        components=(ComponentEntry(axis=module.axis or Axis.ROW_COL, exponent=_EXPONENT),) * module.components,
+        sha256=None if module.encoding is Encoding.SAME and not grown else _NONE,
+        base=base,
+    )

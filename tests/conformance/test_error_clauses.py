@@ -1,0 +1,37 @@
+"""Errors of the reference reader name the clause that a file violates, over the whole corpus."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from peraxis_conformance import Case, Corpus
+
+import peraxis_format as pxd
+
+
+def check(corpus: Corpus, case: Case) -> None:
+    """All that the case's operation holds its file to."""
+    with pxd.open(corpus.path(case, "file")) as delta:
+        delta.verify(workers=1)
+        if case.operation == "apply":
+            with pxd.Safetensors.open(corpus.path(case, "base")) as base:
+                pxd.check_base(delta.manifest, base, workers=1)
+
+
+def test_every_refusal_prints_code_and_clause_of_its_case(tmp_path: Path) -> None:
+    corpus = Corpus(scratch=tmp_path)
+    refused = [case for case in corpus.cases if not case.accepts and case.operation != "encode"]
+    # Files of up to 64 MiB take long, and one of 2^53 bytes needs a special file system.
+    large = {"make", "size"}
+    small = [c for c in refused if not any(large & set(f) for f in c.files.values() if isinstance(f, dict))]
+    differ = []
+    for case in small:
+        with pytest.raises(pxd.PxdError) as caught:
+            check(corpus, case)
+        error = caught.value
+        assert f"SPEC {error.clause})" in str(error)
+        if (error.code, error.clause) != (case.codes[0], case.clause):
+            differ.append(f"{case.id}: {error.code} of {error.clause}, must be {case.codes[0]} of {case.clause}")
+    assert differ == []
+    assert len(small) > 1400
