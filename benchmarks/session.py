@@ -30,7 +30,7 @@ __all__ = ["Session", "gigabyte", "small_pair"]
 _TOOL = "from peraxis_tools.cli import main; main()"
 _INTRODUCTION = """# A session
 
-<!-- Written by benchmarks/session.py. -->
+<!-- Written by benchmarks/session.py; not run by the tests: it needs a trained pair and 36 GB of files. -->
 
 What the tools print, run one after the other on a real pair (a 260 K-parameter Llama trained on TinyStories, and its
 full fine-tune on Shakespeare: `base` and `tuned`), then on files of an 8B model's shapes. Long outputs are cut at

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from peraxis_tools.sign import SignResult
-
 import peraxis
 from peraxis_format import DeltaFile
 from peraxis_format.torch import Served
@@ -26,6 +24,7 @@ from peraxis_tools.inspect import InspectResult
 from peraxis_tools.merge import MergeResult, Method, Mixture
 from peraxis_tools.publish import PublishResult, Relation
 from peraxis_tools.pull import PullResult
+from peraxis_tools.signatures import SignResult
 from peraxis_tools.split import SplitResult
 from peraxis_tools.verify import VerifyResult
 

@@ -17,12 +17,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from peraxis_tools.sign import sign
-
     from peraxis_format import PxdError, __version__, open
     from peraxis_format.torch import VariantSwitch, apply_, serve
     from peraxis_tools.apply import apply
-    from peraxis_tools.apply import load_model as load
     from peraxis_tools.compress import compress
     from peraxis_tools.convert import convert
     from peraxis_tools.diff import diff
@@ -30,9 +27,11 @@ if TYPE_CHECKING:
     from peraxis_tools.evaluate import evaluate
     from peraxis_tools.extract import extract
     from peraxis_tools.inspect import inspect
+    from peraxis_tools.load import load_model as load
     from peraxis_tools.merge import merge, merge_parts
     from peraxis_tools.publish import publish
     from peraxis_tools.pull import pull
+    from peraxis_tools.signatures import sign
     from peraxis_tools.split import split
     from peraxis_tools.verify import verify
 
@@ -65,11 +64,12 @@ __all__ = [
 # Name -> (module, name in that module).
 _HOMES: Final[Mapping[str, tuple[str, str]]] = {
     **{name: (f"peraxis_tools.{name}", name) for name in ("compress", "inspect", "verify", "apply", "diff", "merge")},
-    **{name: (f"peraxis_tools.{name}", name) for name in ("split", "convert", "evaluate", "sign")},
+    **{name: (f"peraxis_tools.{name}", name) for name in ("split", "convert", "evaluate")},
+    "sign": ("peraxis_tools.signatures", "sign"),
     **{name: (f"peraxis_tools.{name}", name) for name in ("publish", "pull", "extract")},
     **{name: ("peraxis_format.torch", name) for name in ("apply_", "VariantSwitch", "serve")},
     **{name: ("peraxis_format", name) for name in ("open", "PxdError", "__version__")},
-    "load": ("peraxis_tools.apply", "load_model"),
+    "load": ("peraxis_tools.load", "load_model"),
     "merge_parts": ("peraxis_tools.merge", "merge_parts"),
     "ToolError": ("peraxis_tools.errors", "ToolError"),
 }

@@ -29,21 +29,21 @@ _TRACEBACK: Final = "PERAXIS_TRACEBACK"
 _COMPLETE: Final = "_PERAXIS_TOOLS_COMPLETE"
 # Verb -> module in peraxis_tools.commands, whose `command` is the click command; in the order of a person's day.
 VERBS: Final = {
-    "compress": "One fine-tune and its base in, one .pxd out.",
-    "inspect": "What a .pxd is, for which base, and where its bytes go.",
-    "verify": "Prove that a .pxd is whole, and made for this base.",
-    "sign": "Sign a .pxd with a key or certificate, offline.",
-    "apply": "Base + .pxd -> a complete Hugging Face folder.",
-    "diff": "What two deltas, or a delta and a fine-tune, do differently.",
-    "merge": "Several deltas on one base into one, or parts into a whole.",
-    "split": "One delta into parts.",
-    "convert": "From BitDelta's and the paper's .pt files; to LoRA or a checkpoint.",
-    "eval": "How close base + .pxd comes to the fine-tune.",
-    "publish": "A .pxd and its model card to the Hugging Face hub.",
-    "pull": "A .pxd from the hub or a URL, verified.",
-    "extract": "The small files of a .pxd: configuration, tokenizer.",
-    "demo": "Train a small pair and show the whole way, offline.",
-    "completion": "The completion script of a shell.",
+    "compress": "Write a fine-tune as a difference to its base.",
+    "inspect": "Show what a .pxd holds and where its bytes go.",
+    "verify": "Prove that a .pxd is whole and made for this base.",
+    "sign": "Sign a .pxd with a key or a certificate, offline.",
+    "apply": "Write base + .pxd as a complete Hugging Face folder.",
+    "diff": "Compare two deltas, or a delta and a fine-tune.",
+    "merge": "Add up deltas on one base, or join the parts of one.",
+    "split": "Split a delta into parts.",
+    "convert": "Convert from a .pt delta, or to LoRA or a checkpoint.",
+    "eval": "Measure how close base + .pxd is to the fine-tune.",
+    "publish": "Upload a .pxd with a model card to the Hugging Face hub.",
+    "pull": "Fetch a .pxd from the hub or a URL and verify it.",
+    "extract": "Write the configuration and tokenizer that a .pxd carries.",
+    "demo": "Train a small pair and show all steps, offline.",
+    "completion": "Print the completion script of a shell.",
 }
 
 
@@ -70,7 +70,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="peraxis-tools")
 def cli() -> None:
-    """Full fine-tunes as 1-bit differences to a shared base.
+    """Full fine-tunes as lossy 1-bit differences to a shared base.
 
     Exit codes: 0 done, 1 a check failed (damaged, invalid, wrong base, different), 2 usage, input or I/O,
     3 not verifiable here, 130 interrupted.

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any, Final
 from peraxis_format import atomic_file, new_temporary, remove_leftovers, sync_folder
 from peraxis_tools.errors import ToolError
 
-__all__ = ["MARKER", "Earlier", "atomic_folder", "earlier_output", "refuse_folder", "write_marker"]
+__all__ = ["MARKER", "Earlier", "atomic_folder", "earlier_output", "refuse_folder", "scratch_folder", "write_marker"]
 
 MARKER: Final = ".peraxis-output.json"
 _SCHEMA: Final = "peraxis.output/1"
@@ -132,6 +133,20 @@ def atomic_folder(path: Path, *, overwrite: bool = False, marker: bool = True) -
             _give_name(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder in the system's place for temporary files, gone at the end; what killed runs left there goes too."""
+    place = Path(tempfile.gettempdir())
+    remove_leftovers(place)
+    folder, descriptor = new_temporary(place, is_folder=True)
+    try:
+        folder.chmod(0o700)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)
 
 

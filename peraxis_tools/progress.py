@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Final, TypeAlias
 
+from peraxis_tools import bars
+
 __all__ = [
     "Progress",
     "ProgressOf",
@@ -60,15 +62,18 @@ def silent(description: str, total: int | None) -> Iterator[Callable[[int], None
     yield lambda _: None
 
 
+def staged(*, quiet: bool = False) -> StageOpener:
+    """What opens a bar for each stage of work that has several."""
+    return StageOpener(lambda description, total: bars.progress(description, total, quiet=quiet))
+
+
 @contextlib.contextmanager
 def watched(progress: Progress, stage: str, total: int) -> Iterator[Steps]:
     """What to call with numbers of bytes done in the one stage of a function; total: of them."""
     with ExitStack() as stack:
         show: Steps | None = None
         if progress is True:
-            from peraxis_tools.report import progress as bar
-
-            show = stack.enter_context(bar(stage, total))
+            show = stack.enter_context(bars.progress(stage, total))
         elif isinstance(progress, StageOpener):
             show = stack.enter_context(progress(stage, total))
         elif callable(progress):
@@ -89,9 +94,7 @@ def watched_stages(progress: StagedProgress) -> Iterator[Staged]:
     with ExitStack() as stack:
         show: Staged | None = None
         if progress is True:
-            from peraxis_tools.report import Stages
-
-            show = stack.enter_context(Stages())
+            show = stack.enter_context(bars.Stages())
         elif callable(progress):
             show = progress
         logs = stack.enter_context(ExitStack())

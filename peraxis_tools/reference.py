@@ -21,10 +21,10 @@ _INTRODUCTION: Final = """\
 
 ## Common to all
 
-Results go to standard output; errors (one line), notes and progress to standard error. Colour and progress appear on
-terminals alone; `NO_COLOR=1` turns colour off, `--quiet` turns notes and progress off. `--json` prints one JSON
-object whose `schema` names its kind and version, like `peraxis.inspect/1`; the number grows when a field changes its
-meaning or goes away. Outputs appear under their final name whole or not at all.
+Results go to standard output. Errors (one line each), notes and progress go to standard error. Colour and progress
+appear on terminals alone; `NO_COLOR=1` turns colour off, and `--quiet` turns notes and progress off. `--json` prints
+one JSON object. Its `schema` names its kind and version, like `peraxis.inspect/1`; the number grows when a field
+changes its meaning or goes away. An output appears under its final name as a whole or not at all.
 
 | exit code | meaning |
 |---|---|
@@ -34,8 +34,9 @@ meaning or goes away. Outputs appear under their final name whole or not at all.
 | 3 | not verifiable here: unknown version or feature, missing base, key or optional package |
 | 130 | interrupted |
 
-A .pxd may be a path or a URL: any that fsspec reads (`https://`, `s3://`, ...), or `hf://org/repo/file.pxd@revision`
-for the Hugging Face hub. `inspect` reads a URL's header alone; the other verbs fetch the file into a temporary folder.
+A .pxd may be a path or a URL. URLs are those that fsspec reads (`https://`, `s3://`, ...), and
+`hf://org/repo/file.pxd@revision` for the Hugging Face hub. `inspect` reads only the header of a URL; other verbs fetch
+the file into a temporary folder. URLs and hub ids need `peraxis[hub]`.
 
 A checkpoint is a folder, a safetensors file or index, or a hub id (`org/name` or `org/name@revision`).
 """

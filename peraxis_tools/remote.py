@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import peraxis_format as pxd
 from peraxis_tools.errors import ToolError
+from peraxis_tools.folders import scratch_folder
 from peraxis_tools.optional import missing, require
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.urls import without_secrets
@@ -164,8 +164,8 @@ def local_copy(source: str | Path, *, progress: ProgressOf = silent) -> Iterator
     url = str(source)
     remote = remote_file(url)
     name = PurePosixPath(_hub_form(url).partition("?")[0]).name or "delta.pxd"
-    with tempfile.TemporaryDirectory(prefix="peraxis-") as folder:
-        target = Path(folder) / name
+    with scratch_folder() as folder:
+        target = folder / name
         with progress(f"fetch {name}", remote.size) as step:
             remote.download(target, progress=step)
         yield target

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError
+from peraxis_tools.folders import scratch_folder
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_file
 from peraxis_tools.progress import ProgressOf, silent
@@ -84,8 +84,8 @@ def sign(
 
 def _signed(config: Any, file: Path) -> bytes:
     """The bundle's bytes. The library writes a file, which need not be whole: it gets a folder of its own."""
-    with tempfile.TemporaryDirectory(prefix="peraxis-") as folder:
-        bundle = Path(folder) / "bundle"
+    with scratch_folder() as folder:
+        bundle = folder / "bundle"
         config.sign(file, bundle)
         return bundle.read_bytes()
 

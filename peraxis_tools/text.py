@@ -1,13 +1,18 @@
 """Text to tokens: fixed-length samples without padding, the same for the same text, tokenizer and seed.
 
-Documents are put into an order drawn from the seed, tokenised (with the special tokens that the tokenizer adds to
-a document), concatenated, and cut into samples of `sequence_length`. No sample holds padding, so no sum does.
+Documents (documents.py) are put into an order drawn from the seed, tokenised, ended as the model's training ends them
+(with its end-of-text token), concatenated, and cut into samples of `sequence_length`. A conversation is written with
+the tokenizer's chat template, so that its roles and markers are read. No sample holds padding, so no sum does.
+
+A fit knows nothing of tokens that it has never read: signs are free where no input goes, and the end of a document or
+a role's marker may then cost more than all other tokens together. `unread_tokens` names them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,97 +20,146 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from peraxis_tools.documents import Conversation, Document, read_documents
 from peraxis_tools.errors import OptionError
 
-__all__ = ["Ids", "Samples", "load_samples", "read_documents"]
+__all__ = ["Ids", "Samples", "Source", "load_samples", "unread_tokens"]
 
 _POOL: Final = 20  # documents read for each sample wanted, at least 1000: what the seed draws from
-_LOADERS: Final = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".csv": "csv",
-}
-
+_ENDS_WITHIN: Final = 3  # tokens at the end of a document, of which one ends it: templates put a line break behind
 
 Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One text, and its share of the samples relative to the other texts'."""
+
+    name: str
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> Source:
+        """`NAME` or `NAME:WEIGHT`, as `c4:0.5`. Raises OptionError for a weight that is not above 0."""
+        match = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", text)
+        if match is None or Path(text).exists():
+            return cls(name=text)
+        weight = float(match[2])
+        if weight <= 0.0:
+            raise OptionError(f"calibration {text}: a weight must be above 0")
+        return cls(name=match[1], weight=weight)
+
+    @property
+    def label(self) -> str:
+        """The name without the folders of this machine."""
+        return Path(self.name).name if Path(self.name).exists() else self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """Token ids int64 [samples, length], where they come from, and their digest as SPEC 3.4 defines it."""
+    """Token ids int64 [samples, length], where they come from, and their digest as SPEC 3.4 defines it.
+
+    counts: how many samples are of each source, in order.
+    """
 
     ids: Ids
     source: str
     seed: int
+    counts: tuple[int, ...]
 
     @property
     def digest(self) -> str:
         """Over the ids as 32-bit little-endian integers, sample after sample."""
         return "sha256:" + hashlib.sha256(self.ids.astype("<u4").tobytes()).hexdigest()
 
-
-def read_documents(source: str, *, text_column: str | None, limit: int) -> list[str]:
-    """The first `limit` documents of `c4`, a file (json, jsonl, parquet, txt, csv; also .gz), or a datasets id."""
-    from datasets import load_dataset
-
-    path = Path(source)
-    try:
-        if source == "c4":
-            rows = load_dataset("allenai/c4", "en", split="train", streaming=True)
-        elif path.exists():
-            suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
-            if suffix not in _LOADERS:
-                raise OptionError(f"calibration {source}: not one of {', '.join(_LOADERS)} (or .gz of them)")
-            kind = _LOADERS[suffix]
-            extra = {"sample_by": "paragraph"} if kind == "text" else {}
-            rows = load_dataset(kind, data_files=str(path.resolve()), split="train", streaming=True, **extra)
-        else:
-            name, _, config = source.partition(":")
-            rows = load_dataset(name, config or None, split="train", streaming=True)
-        return list(_texts(rows, text_column=text_column, limit=limit, source=source))
-    except OptionError:
-        raise
-    except Exception as error:
-        # `datasets` raises dozens of types, from its own to those of every file system; all mean the same here.
-        detail = (str(error).splitlines() or [""])[0]
-        raise OptionError(f"calibration {source}: cannot be read: {type(error).__name__}: {detail}") from error
-
-
-def _texts(rows: Iterable[dict[str, Any]], *, text_column: str | None, limit: int, source: str) -> Iterator[str]:
-    count = 0
-    for row in rows:
-        if text_column is not None:
-            if text_column not in row:
-                raise OptionError(f"calibration {source}: no column {text_column!r}; it has {', '.join(row)}")
-            text = row[text_column]
-        elif isinstance(row.get("text"), str):
-            text = row["text"]
-        else:
-            # A table of prompts and responses: all its text, in the order of the columns.
-            text = "\n".join(value for value in row.values() if isinstance(value, str))
-        if isinstance(text, str) and text.strip():
-            yield text
-            count += 1
-            if count == limit:
-                return
+    @property
+    def by_source(self) -> list[Ids]:
+        """The ids of each source: [its samples, length]."""
+        return np.split(self.ids, np.cumsum(self.counts)[:-1].tolist())
 
 
 def load_samples(
-    source: str, tokenizer: Any, *, samples: int, length: int, seed: int, text_column: str | None = None
+    sources: str | Sequence[str],
+    tokenizer: Any,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    text_column: str | None = None,
 ) -> Samples:
-    """Up to `samples` samples of `length` tokens. Fewer where the text ends; raises OptionError where it has none."""
-    documents = read_documents(source, text_column=text_column, limit=max(1000, _POOL * samples))
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(documents))
-    ids: list[int] = []
-    for i in order:
-        ids.extend(tokenizer(documents[i], verbose=False)["input_ids"])
-        if len(ids) >= samples * length:
-            break
-    if len(ids) < 2:
-        raise OptionError(f"calibration {source}: holds no text")
-    length = min(length, len(ids))
-    count = min(samples, len(ids) // length)
-    array = np.array(ids[: count * length], dtype=np.int64).reshape(count, length)
-    return Samples(ids=array, source=source if not Path(source).exists() else Path(source).name, seed=seed)
+    """Up to `samples` samples of `length` tokens, shared out over the sources by weight.
+
+    Fewer where a text ends; raises OptionError where one holds none.
+    """
+    parsed = [Source.parse(name) for name in ([sources] if isinstance(sources, str) else sources)]
+    found = []
+    for source, count in zip(parsed, _shares([source.weight for source in parsed], samples), strict=True):
+        documents = read_documents(source.name, text_column=text_column, limit=max(1000, _POOL * count))
+        order = np.random.Generator(np.random.PCG64(seed)).permutation(len(documents))
+        ids: list[int] = []
+        for document in (documents[i] for i in order):
+            ids.extend(_tokens(document, tokenizer))
+            if len(ids) >= count * length:
+                break
+        if len(ids) < 2:
+            raise OptionError(f"calibration {source.name}: holds no text")
+        found.append(ids[: count * length])
+    length = min(length, *map(len, found))
+    arrays = [np.array(ids[: len(ids) // length * length], dtype=np.int64).reshape(-1, length) for ids in found]
+    return Samples(
+        ids=np.concatenate(arrays),
+        source="; ".join(source.label for source in parsed),
+        seed=seed,
+        counts=tuple(map(len, arrays)),
+    )
+
+
+def _shares(weights: Sequence[float], count: int) -> list[int]:
+    """Whole numbers in proportion to the weights, at least 1 each, the largest remainders rounded up."""
+    exact = [weight / sum(weights) * count for weight in weights]
+    shares = [max(1, int(share)) for share in exact]
+    for i in sorted(range(len(exact)), key=lambda i: int(exact[i]) - exact[i])[: max(0, count - sum(shares))]:
+        shares[i] += 1
+    return shares
+
+
+def _tokens(document: Document, tokenizer: Any) -> Iterator[int]:
+    """A document's tokens, with the end-of-text token where the tokenizer has one and the text does not end with it."""
+    if isinstance(document, Conversation) and (written := _templated(document, tokenizer)) is not None:
+        ids = tokenizer(written, verbose=False, add_special_tokens=False)["input_ids"]
+    else:
+        text = document.text if isinstance(document, Conversation) else document
+        ids = tokenizer(text, verbose=False)["input_ids"]
+    yield from ids
+    end = getattr(tokenizer, "eos_token_id", None)
+    if end is not None and end not in ids[-_ENDS_WITHIN:]:
+        yield end
+
+
+def _templated(conversation: Conversation, tokenizer: Any) -> str | None:
+    """The conversation as the chat template writes it; None without a template, or with one that refuses its roles."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    turns = [{"role": role, "content": text} for role, text in conversation.turns]
+    try:
+        written: str = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:
+        # Templates are programs of their authors: some raise for a system turn, others for two of one role.
+        return None
+    return written
+
+
+def unread_tokens(tokenizer: Any, ids: Ids) -> list[str]:
+    """Special tokens that the model may be fed and that no sample holds: those that every text meets first.
+
+    These are the tokenizer's own special tokens and those that its chat template writes; padding is never fed.
+    """
+    special = {int(number) for number in getattr(tokenizer, "all_special_ids", ())}
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    written = {int(number) for number, token in added.items() if str(token) and str(token) in template}
+    met = written | {number for number in (tokenizer.bos_token_id, tokenizer.eos_token_id) if number is not None}
+    never_fed = {tokenizer.pad_token_id, tokenizer.unk_token_id} - met
+    unread = ((special - never_fed) | met) - set(np.unique(ids).tolist())
+    ordered = sorted(unread, key=lambda number: (number not in met, number))
+    return [str(tokenizer.convert_ids_to_tokens(number)) for number in ordered]

@@ -20,8 +20,20 @@ ROOT = Path(__file__).parents[1]
 # Within each package a module imports only what stands before it (or beside it, within one entry). A folder stands for
 # all its modules but those that have an entry of their own.
 FORMAT = (
-    *("version", "thread_pool", "errors", "dtypes", "bits", "strict_json", "canonical", "files", "delta", "manifest"),
-    *("schema", "profile", "container", "header", "payload", "checkpoint", "binding", "ops.backend", "ops.simd"),
+    *("version", "thread_pool", "errors", "dtypes", "sizes", "digest_table", "bits", "strict_json", "canonical"),
+    *("files", "delta", "manifest", "schema_types"),
+    *(
+        "schema",
+        "profile",
+        "container",
+        "header",
+        "payload",
+        "checkpoint_files",
+        "checkpoint",
+        "binding",
+        "ops.backend",
+        "ops.simd",
+    ),
     *("ops.tensors", "ops.rebuild", "reader", "writer", "testing", "ops"),
     *("torch.place.renamed", "torch.place.shards", "torch.place.finder", "torch.place.placement", "torch.device"),
     *("torch.swap.transfer_plan", "torch.ring", "torch.swap.lock", "torch.swap.guard", "torch.place"),
@@ -30,7 +42,22 @@ FORMAT = (
     *("torch.swap.registry", "torch.swap", "torch"),
 )
 COMPRESS = (
-    *("options", "fit.encode", "fit.mean", "plan.plan", "plan.budget", "plan.pairing", "run.types", "run.work_folder"),
+    *(
+        "options",
+        "fit.encode",
+        "fit.mean",
+        "plan.plan",
+        "plan.unchanged",
+        "plan.quantised",
+        "plan.renaming",
+        "plan.finite",
+        "plan.record",
+        "plan.size",
+        "plan.budget",
+        "plan.pairing",
+        "run.types",
+        "run.work_folder",
+    ),
     *("run.distributed", "fit.moments.recorder", "fit.signs", "fit.scales", "model", "plan", "calibration"),
     *("fit.moments", "fit.adamw", "fit.fit", "fit.table", "model.orientation", "fit", "distill", "run.streamed"),
     *("run.calibrated", "run"),
@@ -213,7 +240,9 @@ def test_no_file_and_no_function_is_too_long() -> None:
             wrong.append(f"{name}: {lines} lines")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef) and node.end_lineno:
-                length = node.end_lineno - node.lineno + 1
+                # Its statements: a command has a line for each option before them, and its help.
+                first = node.body[1] if len(node.body) > 1 and ast.get_docstring(node) else node.body[0]
+                length = node.end_lineno - first.lineno + 1
                 if length > LINES_OF_A_FUNCTION:
                     wrong.append(f"{name}:{node.lineno}: {node.name} has {length} lines")
     assert wrong == []

@@ -9,7 +9,8 @@ import click
 from peraxis_tools.apply import apply
 from peraxis_tools.commands.options import Finite, json_option, overwrite_option, quiet_option, workers_option
 from peraxis_tools.commands.sources import fetched
-from peraxis_tools.report import emit, staged
+from peraxis_tools.progress import staged
+from peraxis_tools.report import emit
 from peraxis_tools.report.apply import render_apply
 
 __all__ = ["command"]
@@ -19,7 +20,9 @@ __all__ = ["command"]
 @click.argument("base", metavar="BASE")
 @click.argument("delta", metavar="DELTA")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The folder to write.")
-@click.option("--shard-size", default=5.0, show_default=True, type=Finite(min=0.001, max=1e6), help="GB a shard.")
+@click.option(
+    "--shard-size", default=5.0, show_default=True, type=Finite(min=0.001, max=1e6), help="The size of a shard in GB."
+)
 @overwrite_option
 @workers_option
 @json_option
@@ -34,7 +37,7 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write BASE + DELTA as a complete Hugging Face folder. BASE is a folder or a hub id, DELTA a path or a URL.
+    """Write BASE + DELTA as a complete Hugging Face folder. BASE is a folder or a hub id; DELTA is a path or a URL.
 
     Example: peraxis-tools apply meta-llama/Llama-3.1-8B delta.pxd -o my-model
     """

@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
+from peraxis_tools.bars import Stages
 from peraxis_tools.commands.options import json_option, masks_option, overwrite_option, quiet_option
 from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.options import AXES, EMBEDDINGS, FITS, RECIPES, parse_size, read_yaml
-from peraxis_tools.report import Stages, emit
+from peraxis_tools.report import emit
 from peraxis_tools.report.compress import plan_lines, render_compress
 
 __all__ = ["command"]
@@ -25,40 +26,51 @@ def size(value: str) -> int:
 @click.argument("base", metavar="BASE")
 @click.argument("fine_tuned", metavar="FINE_TUNED")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The .pxd to write.")
-@click.option("--calibration", metavar="TEXT", help="c4, a datasets id, or json, jsonl(.gz), parquet, txt.")
-@click.option("--recipe", type=click.Choice(tuple(RECIPES)), help="Options under one name; others given win over it.")
-@click.option("--fit", type=click.Choice(FITS), help="Default: refined with a calibration text, else none.")
-@click.option("--axis", type=click.Choice(AXES), help="Along what scales run; auto: the best of each module.")
-@masks_option(click.INT, help="Masks a module, 1 to 8.  [default: 1]")
-@click.option("--target-size", type=size, help="Size of the file, like 1.2GB: spent where it lowers the error most.")
-@click.option("--target-ratio", type=float, help="The same, as a fraction of the checkpoint: 12 is a twelfth.")
-@click.option("--embeddings", type=click.Choice(EMBEDDINGS), help="embed_tokens and lm_head.  [default: auto]")
-@click.option("--calibration-samples", type=int, help="[default: 50]")
-@click.option("--sequence-length", type=int, help="Tokens a sample.  [default: 512]")
-@click.option("--text-column", help="Column of the text.  [default: text, else all text columns]")
-@click.option("--held-out", type=float, help="Share of the samples for validation.  [default: 0.2]")
-@click.option("--batch-size", type=int, help="Samples in one forward pass.  [default: 8]")
-@click.option("--generated-samples", type=int, help="Samples that the fine-tuned model writes itself.  [default: 0]")
-@click.option("--distill-samples", type=int, help="Samples of end-to-end distillation; 0: none.  [default: 0]")
-@click.option("--distill-epochs", type=int, help="[default: 5]")
-@click.option("--distill-batch-size", type=int, help="[default: 2]")
-@click.option("--distill-lr", type=float, help="Of scales, relative to their size.  [default: 0.01]")
-@click.option("--distill-sign-lr", type=float, help="Of signs; needs 12 bytes a weight.  [default: 0, signs stay]")
 @click.option(
-    "--distill-full-lr", type=float, help="Of tensors stored full, relative to their size.  [default: 0, exact]"
+    "--calibration", metavar="TEXT[:WEIGHT]", multiple=True,
+    help="A text: c4, a datasets id, or a json, jsonl(.gz), parquet or txt file. Can be repeated.",
+)  # fmt: skip
+@click.option("--recipe", type=click.Choice(tuple(RECIPES)), help="A set of options. Single options win over it.")
+@click.option(
+    "--fit", type=click.Choice(FITS), help="The method.  [default: refined with a calibration text, else none]"
 )
-@click.option("--distill-loss", type=click.Choice(("kl", "mse")), help="On the logits.  [default: kl]")
-@click.option("--seed", type=int, help="[default: 0]")
-@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda where there is one]")
+@click.option(
+    "--axis", type=click.Choice(AXES), help="The axis of the scales; auto takes the best one for each module."
+)
+@masks_option(click.INT, help="Masks for each module, 1 to 8.  [default: 1]")
+@click.option("--target-size", type=size, help="The size of the file, like 1.2GB. Masks go where they help most.")
+@click.option("--target-ratio", type=float, help="The size as a fraction of the checkpoint: 12 means a twelfth.")
+@click.option(
+    "--embeddings", type=click.Choice(EMBEDDINGS), help="How embed_tokens and lm_head are stored.  [default: auto]"
+)
+@click.option("--calibration-samples", type=int, help="The number of samples of the text.  [default: 50]")
+@click.option("--sequence-length", type=int, help="The number of tokens in a sample.  [default: 512]")
+@click.option("--text-column", help="The column of the text.  [default: text, else all text columns]")
+@click.option("--held-out", type=float, help="The share of the samples that is kept for validation.  [default: 0.2]")
+@click.option("--batch-size", type=int, help="The number of samples in one forward pass.  [default: 8]")
+@click.option("--generated-samples", type=int, help="Samples that the fine-tuned model generates.  [default: 0]")
+@click.option("--distill-samples", type=int, help="Samples for end-to-end distillation.  [default: 0, none]")
+@click.option("--distill-epochs", type=int, help="Epochs of the distillation.  [default: 5]")
+@click.option("--distill-batch-size", type=int, help="Samples in one step of it.  [default: 2]")
+@click.option("--distill-lr", type=float, help="The learning rate of scales, relative to their size.  [default: 0.01]")
+@click.option("--distill-sign-lr", type=float, help="That of signs; takes 12 bytes a weight.  [default: 0, signs stay]")
+@click.option(
+    "--distill-full-lr", type=float, help="That of tensors stored full, relative to them.  [default: 0, exact]"
+)
+@click.option("--distill-loss", type=click.Choice(("kl", "mse")), help="The loss on the logits.  [default: kl]")
+@click.option("--seed", type=int, help="The seed of all random choices.  [default: 0]")
+@click.option("--device", help="The device, like cpu, cuda or cuda:1.  [default: cuda if there is one]")
 @click.option("--compute-dtype", type=click.Choice(("auto", "float32", "bfloat16", "float16")))
-@click.option("--hidden-limit", type=size, help="Hidden states beyond this go to disk.  [default: 4GiB]")
-@click.option("--logits-limit", type=size, help="Teacher logits on disk; beyond this, recomputed.  [default: 4GiB]")
-@click.option("--resume/--no-resume", default=None, help="Go on where a killed run stopped.  [default: resume]")
-@click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="YAML of these options.")
-@click.option("--base-revision", help="Of a hub id.")
-@click.option("--fine-tuned-revision", help="Of a hub id.")
-@click.option("--base-id", metavar="ORG/NAME[@REVISION]", help="The hub id of a base that is a folder.")
-@click.option("--force", is_flag=True, help="Write a delta that saves little, too.")
+@click.option("--hidden-limit", type=size, help="Hidden states above this size go to disk.  [default: 4GiB]")
+@click.option("--logits-limit", type=size, help="Teacher logits above this size are recomputed.  [default: 4GiB]")
+@click.option("--resume/--no-resume", default=None, help="Continue a run that was killed.  [default: resume]")
+@click.option(
+    "--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A YAML file with these options."
+)
+@click.option("--base-revision", help="The revision of a base on the hub.")
+@click.option("--fine-tuned-revision", help="The revision of a fine-tune on the hub.")
+@click.option("--base-id", metavar="ORG/NAME[@REVISION]", help="The hub id of a base that is given as a folder.")
+@click.option("--force", is_flag=True, help="Write the delta even if it saves little.")
 @overwrite_option
 @json_option
 @quiet_option
@@ -78,15 +90,16 @@ def command(
 ) -> None:
     """Write FINE_TUNED as a difference to BASE. Both are folders or hub ids (org/name, org/name@revision).
 
-    Options on the command line win over those of --config, these over those of --recipe: quick (mean |delta|, no text),
-    fit (signs and scales from the text), distilled (scales end to end, too; the whole model in memory), best (signs and
-    full tensors end to end; 12 bytes a weight). What a run used is stored in the file
-    (inspect --json, metadata peraxis.config) and can be passed back through --config.
+    The recipes are: quick (signs of the delta and mean magnitudes, no text), fit (signs and scales fitted on the text),
+    distilled (then all scales end to end, with the whole model in memory), best (also signs and full tensors end to
+    end, with 12 bytes a weight). Options on the command line win over --config, and --config wins over --recipe. The
+    options of a run are stored in the file (inspect --json, metadata peraxis.config); pass them to --config to
+    repeat it.
 
     Example: peraxis-tools compress meta-llama/Llama-3.1-8B my/fine-tune -o delta.pxd --calibration c4
     """
     values = read_yaml(config) if config is not None else {}
-    values.update({name: value for name, value in given.items() if value is not None})
+    values.update({name: value for name, value in given.items() if value not in (None, ())})
     options = CompressOptions.from_mapping(values)
     with Stages(quiet=quiet) as stages:
         result = compress(

@@ -12,7 +12,8 @@ from peraxis_tools.commands.options import Finite, json_option, overwrite_option
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.convert import LAYOUTS, Layout, to_lora, to_pxd
 from peraxis_tools.errors import ToolError
-from peraxis_tools.report import emit, staged
+from peraxis_tools.progress import staged
+from peraxis_tools.report import emit
 from peraxis_tools.report.apply import render_apply
 from peraxis_tools.report.convert import render_lora, render_to_pxd
 
@@ -24,15 +25,24 @@ _DEFAULT_RANK = 16
 @click.command("convert")
 @click.argument("source", metavar="SOURCE")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file or folder to write.")
-@click.option("--base", metavar="FOLDER|ID", help="The base of the delta; optional for LoRA.")
+@click.option("--base", metavar="FOLDER|ID", help="The base of the delta. Optional for LoRA.")
 @click.option("--from", "layout", type=click.Choice(["auto", *LAYOUTS]), default="auto", show_default=True)
 @click.option(
-    "--axis", type=click.Choice(["row", "col"]), help="Which to take where a .pt holds both variants of a module."
+    "--axis", type=click.Choice(["row", "col"]), help="Which variant to take if a .pt file holds both for a module."
 )
-@click.option("--to", "target", type=click.Choice(["pxd", "lora", "checkpoint"]), help="Default: pxd from a .pt.")
-@click.option("--rank", type=click.IntRange(min=1), help=f"Of the LoRA adapter (default {_DEFAULT_RANK}).")
-@click.option("--max-error", type=Finite(1e-6, 1, max_open=True), help="Choose each rank by this error.")
-@click.option("--name", help="What the fine-tuned checkpoint is called.")
+@click.option(
+    "--to",
+    "target",
+    type=click.Choice(["pxd", "lora", "checkpoint"]),
+    help="What to write.  [default: pxd from a .pt file]",
+)
+@click.option("--rank", type=click.IntRange(min=1), help=f"The rank of the LoRA adapter.  [default: {_DEFAULT_RANK}]")
+@click.option(
+    "--max-error",
+    type=Finite(1e-6, 1, max_open=True),
+    help="Choose each rank so that the relative error stays below this.",
+)
+@click.option("--name", help="The name of the fine-tuned checkpoint.")
 @overwrite_option
 @json_option
 @quiet_option
@@ -50,9 +60,9 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Convert a .pt delta (BitDelta's, or of the paper's code) to .pxd; or a .pxd to a LoRA adapter or a checkpoint.
+    """Convert a .pt delta (of BitDelta or of the paper's code) to a .pxd, or a .pxd to a LoRA adapter or a checkpoint.
 
-    A .pt file is read as tensors alone; nothing in it is run. A LoRA adapter is an approximation: its error is shown.
+    Only tensors are read from a .pt file; nothing in it is run. A LoRA adapter is an approximation; its error is shown.
 
     \b
     Example: peraxis-tools convert diff.pt --base meta-llama/Llama-2-7b-hf -o delta.pxd
@@ -62,9 +72,7 @@ def command(
         raise ToolError(f"{source}: is a .pxd already; pass --to lora or --to checkpoint")
     if target in ("pxd", "checkpoint", None) and base is None:
         raise ToolError(f"{source}: pass --base, the checkpoint that this delta is for")
-    if target == "lora":
-        refuse_given("base", why="with --to lora")
-    else:
+    if target != "lora":
         refuse_given("rank", "max_error", why="without --to lora")
     if target in ("lora", "checkpoint"):
         refuse_given("layout", "axis", "name", why=f"with --to {target}")

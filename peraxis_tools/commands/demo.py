@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
+from peraxis_tools.bars import progress
 from peraxis_tools.commands.options import json_option, quiet_option
 from peraxis_tools.demo import demo
 from peraxis_tools.pair import PairSize
-from peraxis_tools.report import emit, progress, show
+from peraxis_tools.report import emit, show
 from peraxis_tools.report.demo import render_demo, render_step
 
 __all__ = ["command"]
@@ -17,13 +18,19 @@ __all__ = ["command"]
 
 @click.command("demo")
 @click.option(
-    "--folder", type=click.Path(path_type=Path), default=Path(".demo"), show_default=True, help="Where files go."
+    "--folder",
+    type=click.Path(path_type=Path),
+    default=Path(".demo"),
+    show_default=True,
+    help="The folder for all files.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @json_option
 @quiet_option
 def command(folder: Path, seed: int, as_json: bool, quiet: bool) -> None:
-    """Train a small pair, compress, inspect, verify, apply and measure it. Offline; minutes on two cores.
+    """Train a small pair of models, then compress, inspect, verify, apply and measure it.
+
+    It works offline and takes some minutes on two cores.
 
     Example: peraxis-tools demo --folder /tmp/demo
     """

@@ -11,8 +11,9 @@ from peraxis_tools.commands.options import json_option, quiet_option, refuse_giv
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.diff import diff, diff_checkpoint
 from peraxis_tools.errors import CheckFailedError, ToolError
+from peraxis_tools.progress import staged
 from peraxis_tools.remote import is_remote
-from peraxis_tools.report import emit, staged
+from peraxis_tools.report import emit
 from peraxis_tools.report.diff import render_diff
 from peraxis_tools.urls import without_secrets
 
@@ -30,8 +31,8 @@ def _is_delta(source: str) -> bool:
 @click.command("diff")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@click.option("--base", metavar="FOLDER|ID", help="The base: for tensors stored exactly, and where B is a checkpoint.")
-@click.option("--top", default=12, show_default=True, type=click.IntRange(min=0), help="Modules to list.")
+@click.option("--base", metavar="FOLDER|ID", help="The base. Needed for exact tensors and if B is a checkpoint.")
+@click.option("--top", default=12, show_default=True, type=click.IntRange(min=0), help="The number of modules to list.")
 @workers_option
 @json_option
 @quiet_option
@@ -48,7 +49,8 @@ def command(
 ) -> None:
     """Compare two deltas on one base, or a delta with a fine-tuned checkpoint.
 
-    A is a .pxd, B a .pxd or a checkpoint (folder or hub id; needs --base). Exit code 0: equal, 1: different.
+    A is a .pxd. B is a .pxd or a checkpoint (a folder or a hub id), which needs --base. The exit code is 0 if they are
+    equal and 1 if they differ.
 
     \b
     Example: peraxis-tools diff v1.pxd v2.pxd

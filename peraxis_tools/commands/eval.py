@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
+from peraxis_tools.bars import progress
 from peraxis_tools.commands.options import json_option, quiet_option, refuse_given
 from peraxis_tools.evaluate import CANDIDATES, evaluate
-from peraxis_tools.report import emit, progress
+from peraxis_tools.report import emit
 from peraxis_tools.report.evaluate import render_evaluate
 
 __all__ = ["command"]
@@ -36,28 +37,48 @@ def _names(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[
 @click.argument("delta", type=click.Path(path_type=Path))
 @click.option(
     "--text", "texts", metavar="[DOMAIN=]TEXT", multiple=True, callback=_texts,
-    help="Held-out text: c4, a datasets id, or json, jsonl(.gz), parquet, txt. Repeatable.",
+    help="A held-out text: c4, a datasets id, or a json, jsonl(.gz), parquet or txt file. Repeatable.",
 )  # fmt: skip
-@click.option("--samples", default=50, show_default=True, type=click.IntRange(min=1), help="Windows of each text.")
-@click.option("--sequence-length", default=512, show_default=True, type=click.IntRange(min=2), help="Tokens a window.")
-@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Windows at a time.")
-@click.option("--text-column", help="Column of the text.  [default: text, else all text columns]")
-@click.option("--on-the-fly/--no-on-the-fly", default=True, help="Also base + terms unrounded, as a server computes.")
+@click.option(
+    "--samples", default=50, show_default=True, type=click.IntRange(min=1), help="The number of windows of each text."
+)
+@click.option(
+    "--sequence-length",
+    default=512,
+    show_default=True,
+    type=click.IntRange(min=2),
+    help="The number of tokens in a window.",
+)
+@click.option(
+    "--batch-size",
+    default=8,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="The number of windows in one forward pass.",
+)
+@click.option("--text-column", help="The column of the text.  [default: text, else all text columns]")
+@click.option(
+    "--on-the-fly/--no-on-the-fly", default=True, help="Also measure unrounded weights, as serving computes them."
+)
 @click.option(
     "--tasks", default="", callback=_names, metavar="NAMES",
-    help="Tasks of lm-eval, comma-separated: arc_challenge,arc_easy,hellaswag,piqa,winogrande.",
+    help="Tasks of lm-eval, separated by commas, like arc_easy,hellaswag,piqa.",
 )  # fmt: skip
-@click.option("--task-limit", type=click.IntRange(min=1), help="Questions of each task.  [default: all]")
+@click.option("--task-limit", type=click.IntRange(min=1), help="The number of questions of each task.  [default: all]")
 @click.option(
-    "--task-path", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Folder of more lm-eval tasks."
+    "--task-path",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A folder with further tasks for lm-eval.",
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Draws the order of documents.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="The seed of the order of documents."
+)
+@click.option("--device", default="auto", show_default=True, help="The device, like cpu, cuda or cuda:1.")
 @click.option(
     "--compute-dtype", default="float32", show_default=True, type=click.Choice(("float32", "bfloat16", "float16"))
 )
-@click.option("--base-revision", help="Of a hub id.")
-@click.option("--fine-tuned-revision", help="Of a hub id.")
+@click.option("--base-revision", help="The revision of a base on the hub.")
+@click.option("--fine-tuned-revision", help="The revision of a fine-tune on the hub.")
 @json_option
 @quiet_option
 def command(
@@ -83,7 +104,7 @@ def command(
 ) -> None:
     """Measure how close BASE + DELTA comes to FINE_TUNED: KL, top-1 agreement, perplexity, tasks.
 
-    Use text that calibration has not seen, in the fine-tune's own domain and outside of it.
+    Use text that the calibration has not seen, from the fine-tune's own domain and from others.
 
     Example: peraxis-tools eval org/base my/fine-tune delta.pxd --text code=held-out.jsonl --text c4=other.jsonl
     """

@@ -21,9 +21,9 @@ __all__ = ["command"]
 @json_option
 @quiet_option
 def command(delta: str, output: Path, overwrite: bool, as_json: bool, quiet: bool) -> None:
-    """Write the small files of DELTA (configuration, tokenizer, chat templates) to a folder; no base, no weights.
+    """Write the small files of DELTA (configuration, tokenizer, chat templates) to a folder. No base is needed.
 
-    DELTA may be a URL: its header and these files alone are fetched.
+    DELTA may be a URL. Then only its header and these files are fetched.
 
     Example: peraxis-tools extract delta.pxd -o tokenizer
     """

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import click
 
+from peraxis_tools.bars import progress
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, refuse_given
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.errors import ToolError
 from peraxis_tools.inspect import inspect, inspect_remote
 from peraxis_tools.inspection import InspectResult, select
 from peraxis_tools.outputs import claim_files
+from peraxis_tools.progress import staged
 from peraxis_tools.remote import is_remote
-from peraxis_tools.report import emit, print_note, progress, staged
+from peraxis_tools.report import emit, print_note
 from peraxis_tools.report.inspect import render_inspect
 
 __all__ = ["command"]
@@ -21,11 +23,11 @@ __all__ = ["command"]
 
 @click.command("inspect")
 @click.argument("delta", metavar="DELTA")
-@click.option("--modules/--no-modules", default=False, help="Print a line for each module too.")
-@click.option("--module", "pattern", metavar="GLOB", help="Only modules whose names match.")
-@click.option("--tree", is_flag=True, help="Modules as a tree, bytes summed upwards.")
-@click.option("--plot", "figure", type=click.Path(path_type=Path), help="Write figures to this .png or .svg.")
-@click.option("--html", "page", type=click.Path(path_type=Path), help="Write a report that opens in any browser.")
+@click.option("--modules/--no-modules", default=False, help="Also print a line for each module.")
+@click.option("--module", "pattern", metavar="GLOB", help="Print a line for each module whose name matches.")
+@click.option("--tree", is_flag=True, help="Print the modules as a tree with sums of bytes.")
+@click.option("--plot", "figure", type=click.Path(path_type=Path), help="Write plots to this .png or .svg file.")
+@click.option("--html", "page", type=click.Path(path_type=Path), help="Write a report for a browser to this file.")
 @overwrite_option
 @json_option
 @quiet_option
@@ -40,9 +42,9 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Show what DELTA is, for which base, and where its bytes go. DELTA is a path or a URL.
+    """Show which fine-tune and base DELTA is for, and where its bytes go. DELTA is a path or a URL.
 
-    Only the header is read, of a URL too; --plot and --html also read the scales (and fetch a remote file).
+    Only the header is read, also from a URL. --plot and --html read the scales too, and fetch a remote file for that.
 
     \b
     Example: peraxis-tools inspect delta.pxd --modules

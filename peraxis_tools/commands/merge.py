@@ -18,8 +18,8 @@ from peraxis_tools.commands.options import (
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.errors import ToolError
 from peraxis_tools.merge import MergeResult, Method, Mixture, is_part, merge, merge_parts
-from peraxis_tools.progress import StageOpener
-from peraxis_tools.report import emit, staged
+from peraxis_tools.progress import StageOpener, staged
+from peraxis_tools.report import emit
 from peraxis_tools.report.merge import render_merge
 
 __all__ = ["command"]
@@ -37,14 +37,20 @@ def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
 @click.command("merge")
 @click.argument("deltas", metavar="A B ...", nargs=-1, required=True)
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The .pxd to write.")
-@click.option("--weights", metavar="W,W,...", callback=_numbers, help="One a delta; may be negative.")
-@masks_option(click.IntRange(1, pxd.COMPONENTS_MAX), help="Fit the sum into this many masks a module.")
-@click.option("--method", type=click.Choice(["linear", "ties", "dare"]), help="As known from mergekit.")
-@click.option("--density", default=0.5, show_default=True, type=Finite(1e-6, 1), help="ties, dare.")
-@click.option("--normalize/--no-normalize", default=None, help="Divide by the weights (default: linear and ties).")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="For dare.")
-@click.option("--base", metavar="FOLDER|ID", help="The base, where inputs store different exact tensors.")
-@click.option("--name", help="What the merged checkpoint is called.")
+@click.option(
+    "--weights", metavar="W,W,...", callback=_numbers, help="One weight for each delta. A weight may be negative."
+)
+@masks_option(click.IntRange(1, pxd.COMPONENTS_MAX), help="Fit the sum into this many masks for each module.")
+@click.option(
+    "--method", type=click.Choice(["linear", "ties", "dare"]), help="The method, with the names that mergekit uses."
+)
+@click.option("--density", default=0.5, show_default=True, type=Finite(1e-6, 1), help="The density of ties and dare.")
+@click.option(
+    "--normalize/--no-normalize", default=None, help="Divide by the sum of the weights.  [default: for linear and ties]"
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="The seed of dare.")
+@click.option("--base", metavar="FOLDER|ID", help="The base. Needed if inputs store different exact tensors.")
+@click.option("--name", help="The name of the merged checkpoint.")
 @overwrite_option
 @json_option
 @quiet_option
@@ -63,10 +69,10 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Merge deltas on one base into one: parts of one delta, or a weighted sum.
+    """Merge deltas on one base into one: either the parts of one delta, or a weighted sum.
 
-    Without --masks a sum keeps every mask, and is exact but for one rounding of scales to F16. With --masks it is
-    fitted into that many masks and the error is shown. Parts (see `split`) need neither weights nor method.
+    Without --masks a sum keeps every mask. It is exact but for one rounding of the scales to F16. With --masks it is
+    fitted into that many masks, and the error is shown. Parts (see `split`) need neither weights nor a method.
 
     \b
     Example: peraxis-tools merge code.pxd chat.pxd --weights 0.7,0.3 -o both.pxd

@@ -49,11 +49,14 @@ def _hushed(_: click.Context, __: click.Parameter, quiet: bool) -> bool:
     return quiet
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON with a schema version.")
-quiet_option = click.option("--quiet", "-q", is_flag=True, callback=_hushed, help="No progress, no notes.")
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what stands under the output's name.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON with the version of its schema.")
+quiet_option = click.option("--quiet", "-q", is_flag=True, callback=_hushed, help="Print no progress and no notes.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 workers_option = click.option(
-    "--workers", type=click.IntRange(min=1), default=None, help="Threads (default: one a processor)."
+    "--workers",
+    type=click.IntRange(min=1),
+    default=None,
+    help="The number of threads.  [default: one for each processor]",
 )
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, refuse_given
+from peraxis_tools.progress import staged
 from peraxis_tools.publish import Relation, publish
-from peraxis_tools.report import emit, hub_progress, staged
+from peraxis_tools.report import emit, hub_progress
 from peraxis_tools.report.publish import render_publish
 
 __all__ = ["command"]
@@ -23,21 +24,23 @@ __all__ = ["command"]
     "evaluations",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="JSON of `eval --json`, for the card's fidelity; once a delta.",
+    help="The JSON of `eval --json` for the card, one for each delta. Repeatable.",
 )
-@click.option("--base-id", metavar="ORG/NAME[@REVISION]", help="The base's hub id for the card.")
-@click.option("--card-from", metavar="FOLDER|ID", help="The fine-tune, for language and licence of its card.")
-@click.option("--license", "licence", help="The licence's identifier on the hub, like apache-2.0.")
+@click.option("--base-id", metavar="ORG/NAME[@REVISION]", help="The hub id of the base, for the card.")
+@click.option("--card-from", metavar="FOLDER|ID", help="The fine-tune: its card gives the language and the licence.")
+@click.option("--license", "licence", help="The identifier of the licence on the hub, like apache-2.0.")
 @click.option(
     "--relation",
     type=click.Choice(["finetune", "adapter", "quantized", "merge"]),
     default="finetune",
     show_default=True,
-    help="What the hub calls it to its base.",
+    help="How the hub calls the relation to the base.",
 )
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option("--revision", help="The branch to commit to.")
-@click.option("--dry-run", type=click.Path(path_type=Path), help="Write the repository to this folder, upload nothing.")
+@click.option(
+    "--dry-run", type=click.Path(path_type=Path), help="Write the repository to this folder and upload nothing."
+)
 @overwrite_option
 @json_option
 @quiet_option
@@ -58,7 +61,7 @@ def command(
 ) -> None:
     """Verify each DELTA, write a model card from the manifests, and upload all (and each DELTA.sig) to REPO on the hub.
 
-    A card that REPO has already is extended.
+    If REPO has a card already, the card is extended.
 
     \b
     Example: peraxis-tools eval BASE FINE_TUNED delta.pxd --json > eval.json

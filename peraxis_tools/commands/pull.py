@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
+from peraxis_tools.progress import staged
 from peraxis_tools.pull import pull
-from peraxis_tools.report import emit, hub_progress, staged
+from peraxis_tools.report import emit, hub_progress
 from peraxis_tools.report.pull import render_pull
 
 __all__ = ["command"]
@@ -23,8 +24,14 @@ __all__ = ["command"]
     default=Path(),
     help="The folder for the files.  [default: the current one]",
 )
-@click.option("--file", "files", multiple=True, metavar="NAME", help="A single delta of REPO. Repeatable.")
-@click.option("--expect-content-id", "content_ids", multiple=True, metavar="ID", help="One of these each must be.")
+@click.option("--file", "files", multiple=True, metavar="NAME", help="Fetch only this delta of REPO. Repeatable.")
+@click.option(
+    "--expect-content-id",
+    "content_ids",
+    multiple=True,
+    metavar="ID",
+    help="A content ID that a delta may have. Repeatable.",
+)
 @overwrite_option
 @json_option
 @quiet_option

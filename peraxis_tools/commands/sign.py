@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, refuse_given
-from peraxis_tools.report import emit, staged
+from peraxis_tools.progress import staged
+from peraxis_tools.report import emit
 from peraxis_tools.report.sign import render_sign
 from peraxis_tools.signatures import sign
 
@@ -19,10 +20,17 @@ _PASSWORD = "PERAXIS_KEY_PASSWORD"
 
 @click.command("sign")
 @click.argument("delta", type=click.Path(path_type=Path))
-@click.option("--key", required=True, type=click.Path(path_type=Path), help="The private key, PEM, elliptic curve.")
-@click.option("--certificate", type=click.Path(path_type=Path), help="Sign with this key's certificate.")
-@click.option("--certificate-chain", multiple=True, type=click.Path(path_type=Path), help="Certificates above it.")
-@click.option("--bundle", type=click.Path(path_type=Path), help="Where to write it.  [default: DELTA.sig]")
+@click.option(
+    "--key",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The private key: a PEM file with an elliptic-curve key.",
+)
+@click.option("--certificate", type=click.Path(path_type=Path), help="Sign with this certificate of the key.")
+@click.option(
+    "--certificate-chain", multiple=True, type=click.Path(path_type=Path), help="A certificate above it. Repeatable."
+)
+@click.option("--bundle", type=click.Path(path_type=Path), help="The file for the signature.  [default: DELTA.sig]")
 @overwrite_option
 @json_option
 @quiet_option
@@ -36,9 +44,9 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Sign DELTA with a key or certificate, offline; the bundle goes beside it. Needs peraxis[sign].
+    """Sign DELTA with a key or a certificate, offline. The signature is written beside it. This needs peraxis[sign].
 
-    A key's password is read from the environment variable PERAXIS_KEY_PASSWORD.
+    The password of a key is read from the environment variable PERAXIS_KEY_PASSWORD.
 
     \b
     Example: openssl ecparam -name prime256v1 -genkey -noout -out key.pem

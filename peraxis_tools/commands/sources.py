@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from peraxis_tools.progress import staged
 from peraxis_tools.remote import local_copy
-from peraxis_tools.report import staged
 
 __all__ = ["fetched"]
 

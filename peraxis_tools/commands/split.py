@@ -8,7 +8,8 @@ import click
 
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
 from peraxis_tools.commands.sources import fetched
-from peraxis_tools.report import emit, staged
+from peraxis_tools.progress import staged
+from peraxis_tools.report import emit
 from peraxis_tools.report.merge import render_split
 from peraxis_tools.split import split
 
@@ -18,7 +19,7 @@ __all__ = ["command"]
 @click.command("split")
 @click.argument("delta", metavar="DELTA")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The folder for the parts.")
-@click.option("--parts", required=True, type=click.IntRange(min=2), help="How many.")
+@click.option("--parts", required=True, type=click.IntRange(min=2), help="The number of parts.")
 @overwrite_option
 @json_option
 @quiet_option

@@ -22,8 +22,9 @@ from peraxis_tools.commands.options import (
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs import claim_files
+from peraxis_tools.progress import staged
 from peraxis_tools.remote import is_remote
-from peraxis_tools.report import json_text, show, staged, to_json, write
+from peraxis_tools.report import json_text, show, to_json, write
 from peraxis_tools.report.ci import github, junit, sarif
 from peraxis_tools.report.verify import render_report
 from peraxis_tools.verify_files import Opener, Signature, VerifyReport, Wanted, verify_files
@@ -49,18 +50,26 @@ def _reports(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
 
 @click.command("verify")
 @click.argument("deltas", metavar="DELTA...", nargs=-1, required=True)
-@click.option("--base", metavar="FOLDER|ID", help="Check the binding to this base too.")
-@click.option("--expect-content-id", "content_ids", multiple=True, metavar="ID", help="One of these it must be.")
-@click.option("--fine-tuned", metavar="FOLDER|ID", help="The checkpoint that base + DELTA stands for.")
-@click.option("--max-error", type=Finite(min=0), help="Bound on the relative error of the weights.")
-@click.option("--max-kl", type=Finite(min=0), help="Bound on the KL to the fine-tune, nats a token.")
+@click.option("--base", metavar="FOLDER|ID", help="Also check that DELTA was made for this base.")
 @click.option(
-    "--text", "texts", multiple=True, callback=_texts, metavar="DOMAIN=SOURCE", help="For --max-kl, as in eval."
+    "--expect-content-id",
+    "content_ids",
+    multiple=True,
+    metavar="ID",
+    help="A content ID that DELTA may have. Repeatable.",
 )
-@click.option("--signature", is_flag=True, help="Check the signature beside it, DELTA.sig.")
-@click.option("--bundle", type=click.Path(path_type=Path), help="Another place of the signature.")
-@click.option("--public-key", type=click.Path(path_type=Path), help="The key that must have signed.")
-@click.option("--certificate-chain", multiple=True, type=click.Path(path_type=Path), help="Certificates to trust.")
+@click.option("--fine-tuned", metavar="FOLDER|ID", help="The checkpoint that base + DELTA approximates.")
+@click.option("--max-error", type=Finite(min=0), help="The largest relative error of the weights.")
+@click.option("--max-kl", type=Finite(min=0), help="The largest KL to the fine-tune, in nats per token.")
+@click.option(
+    "--text", "texts", multiple=True, callback=_texts, metavar="DOMAIN=SOURCE", help="A text for --max-kl, as in eval."
+)
+@click.option("--signature", is_flag=True, help="Check the signature in DELTA.sig.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Read the signature from this file.")
+@click.option("--public-key", type=click.Path(path_type=Path), help="The public key of the signer.")
+@click.option(
+    "--certificate-chain", multiple=True, type=click.Path(path_type=Path), help="A certificate to trust. Repeatable."
+)
 @click.option(
     "--format",
     "kind",
@@ -75,7 +84,7 @@ def _reports(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
     multiple=True,
     callback=_reports,
     metavar="FORMAT=PATH",
-    help="Write one more report of the same run. Repeatable.",
+    help="Write a further report of the same run. Repeatable.",
 )
 @overwrite_option
 @workers_option
@@ -103,12 +112,13 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Check each DELTA: structure and payload, and what the options ask for beyond.
+    """Check the structure and the payload of each DELTA, and whatever else the options ask for.
 
-    DELTA may be a glob, a URL, or a folder: then every .pxd in it.
+    DELTA may be a glob, a URL, or a folder, which stands for every .pxd in it.
 
-    The report is written before the exit code says the gravest outcome: 0 verified, 1 failed (damaged, another base,
-    beyond a bound), 2 usage, input or I/O, 3 not verifiable here (unknown version, missing base or key).
+    All files are checked and the report is written before the command ends. The exit code is the gravest outcome: 0
+    verified, 1 failed (damaged, another base, above a bound), 2 usage, input or I/O, 3 not verifiable here (unknown
+    version, missing base, key or package).
 
     \b
     Example: peraxis-tools verify delta.pxd --base meta-llama/Llama-3.1-8B

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
@@ -23,56 +23,43 @@ ComputeDType: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 _CHOICES: Final = ("recipe", *(field.name for field in fields(CompressOptions)))
 
 
+# fmt: off
 def compress(
     base: str | Path,
     fine_tuned: str | Path,
     output: str | Path,
     *,
     recipe: Recipe | None = None,
-    fit: Fit | None = None,
-    axis: AxisChoice | None = None,
-    bits: int | None = None,
-    target_size: int | str | None = None,
-    target_ratio: float | None = None,
-    embeddings: Embeddings | None = None,
-    calibration: str | None = None,
-    text_column: str | None = None,
+    fit: Fit | None = None, axis: AxisChoice | None = None,
+    masks: int | None = None, bits: int | None = None,
+    target_size: int | str | None = None, target_ratio: float | None = None, embeddings: Embeddings | None = None,
+    calibration: str | Sequence[str] | None = None, text_column: str | None = None,
     calibration_samples: int | None = None,
-    generated_samples: int | None = None,
-    sequence_length: int | None = None,
-    held_out: float | None = None,
-    batch_size: int | None = None,
-    seed: int | None = None,
-    refine_rounds: int | None = None,
-    distill_samples: int | None = None,
-    distill_epochs: int | None = None,
-    distill_batch_size: int | None = None,
-    distill_lr: float | None = None,
-    distill_sign_lr: float | None = None,
-    distill_full_lr: float | None = None,
+    generated_samples: int | None = None, sequence_length: int | None = None, held_out: float | None = None,
+    batch_size: int | None = None, seed: int | None = None, refine_rounds: int | None = None,
+    distill_samples: int | None = None, distill_epochs: int | None = None, distill_batch_size: int | None = None,
+    distill_lr: float | None = None, distill_sign_lr: float | None = None, distill_full_lr: float | None = None,
     distill_loss: Literal["kl", "mse"] | None = None,
-    device: str | None = None,
-    compute_dtype: ComputeDType | None = None,
-    hidden_limit: int | None = None,
-    logits_limit: int | None = None,
-    resume: bool | None = None,
+    device: str | None = None, compute_dtype: ComputeDType | None = None,
+    hidden_limit: int | None = None, logits_limit: int | None = None, resume: bool | None = None,
     options: CompressOptions | None = None,
-    base_revision: str | None = None,
-    fine_tuned_revision: str | None = None,
-    base_id: str | None = None,
-    overwrite: bool = False,
-    force: bool = False,
+    base_revision: str | None = None, fine_tuned_revision: str | None = None, base_id: str | None = None,
+    overwrite: bool = False, force: bool = False,
     progress: Progress | bool | None = None,
     show_plan: Callable[[Plan], None] | None = None,
 ) -> CompressResult:
+    # fmt: on
     """Compress a fine-tuned checkpoint against its base into the file `output`.
 
     base, fine_tuned: a folder, a safetensors file or a hub id. The options are those of the command line and of
     CompressOptions, which explains them; None means the default, or the value of `recipe`. Pass either options by name
-    or one CompressOptions as `options`. progress is called as progress(step, done, total). show_plan is called once
-    with the plan before the weights are fitted. Raises ToolError before any work if the pair or the options are wrong.
+    or one CompressOptions as `options`. base_id: the hub id of a base that is a folder. force: write the delta even if
+    it saves little. bits: another name of masks. progress is called as progress(step, done, total); True shows bars.
+    show_plan is called once with the plan before the weights are fitted. Raises ToolError before any work if the pair
+    or the options are wrong.
     """
     given = locals()  # the parameters and nothing else: this is the first statement
+    given["masks"] = bits if masks is None else masks
     choices = {name: given[name] for name in _CHOICES if given[name] is not None}
     if options is not None and choices:
         raise OptionError(f"options: pass a CompressOptions or {', '.join(choices)} by name, not both")

@@ -72,7 +72,8 @@ class CompressOptions:
     masks          sign masks (components) a module, 1 to 8; `bits` is accepted as another name
     target_size    size of the file; or target_ratio, fine-tuned size / file size: masks are spent where they pay
     embeddings     embed_tokens and lm_head: sign (`masks` of them), full (exact), auto (as many masks as pay)
-    calibration    c4, a `datasets` id, or a file of json, jsonl(.gz), parquet or txt
+    calibration    c4, a `datasets` id, or a file of json, jsonl(.gz), parquet or txt; or several of them, each
+                   with a weight if one is wanted: ("c4:0.5", "chat.jsonl:0.5")
     held_out       share of the calibration samples for validation, rather than the fit
     generated_samples  samples that the fine-tuned model writes itself, added to both texts: its own domain
     distill_samples  samples of end-to-end distillation of all scales afterwards; 0: none
@@ -88,7 +89,7 @@ class CompressOptions:
     target_size: int | None = None
     target_ratio: float | None = None
     embeddings: str = "auto"
-    calibration: str | None = None
+    calibration: str | tuple[str, ...] | None = None
     text_column: str | None = None
     calibration_samples: int = 50
     generated_samples: int = 0
@@ -203,7 +204,7 @@ class CompressOptions:
             name = _OTHER_NAMES.get(name, name)
             if name not in known:
                 raise OptionError(f"unknown option {key!r}; known are {', '.join(sorted(map(_dashed, known)))}")
-            given[name] = _typed(name, value)
+            given[name] = _texts(value) if name == "calibration" else _typed(name, value)
         return cls(**given)
 
     @classmethod
@@ -251,6 +252,15 @@ def parse_size(text: str | int) -> int:
 
 def _dashed(name: str) -> str:
     return name.replace("_", "-")
+
+
+def _texts(value: Any) -> str | tuple[str, ...] | None:
+    """One text stays a string, whatever way it came: files name it as they always have."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
+        return None if not value else value[0] if len(value) == 1 else tuple(value)
+    raise OptionError(f"calibration {value!r}: must be a text, or a list of them")
 
 
 def _typed(name: str, value: Any) -> Any:

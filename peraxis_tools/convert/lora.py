@@ -14,7 +14,7 @@ import math
 import shutil
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,7 +22,8 @@ import numpy as np
 
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
-from peraxis_tools.convert.lowrank import LowRank, low_rank
+from peraxis_tools.convert.experts import ExpertFactors, fused_factors, wrapper_keys
+from peraxis_tools.convert.lowrank import low_rank, whole_spectrum
 from peraxis_tools.convert.routes import Route, RouteKind, routes_of
 from peraxis_tools.convert.targets import LayerKind, Place, Targets, targets_by_model, targets_by_name
 from peraxis_tools.delta_parts import refuse_part
@@ -88,6 +89,8 @@ class _Adapter:
     routes: Mapping[str, Route]
     tensors: dict[str, Tensor] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    experts: dict[Place, list[ExpertFactors]] = field(default_factory=dict)
     kinds: set[LayerKind] = field(default_factory=set)
     modules: list[LoraModule] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
@@ -139,6 +142,7 @@ def to_lora(
             reasons = sorted({item.reason for item in adapter.left_out})
             why = f": each {'; or '.join(reasons)}" if reasons else ""
             raise ToolError(f"{path}: holds no matrix that a LoRA adapter could carry{why}")
+        _fuse_experts(adapter)
         _save(adapter, output, _config(adapter, delta.manifest, targets.task), overwrite=overwrite)
         return LoraResult(
             folder=output,
@@ -264,16 +268,24 @@ def _decompose(
     if rank is not None and rank < min(terms.shape) // 4:
         found = low_rank(terms, rank)
     else:
-        found = _whole_spectrum(terms, rank, max_error)
+        found = whole_spectrum(terms, rank, max_error)
     adapter.square_error += found.square_error
     adapter.square_norm += found.square_norm
     error = math.sqrt(found.square_error / found.square_norm) if found.square_norm else 0.0
     adapter.modules.append(LoraModule(name=entry.name, rank=found.left.shape[1], error=error))
-    adapter.ranks[place.layer] = found.left.shape[1]
+    if place.kind is LayerKind.EXPERTS:
+        whole = replace(place, index=0, first=0)
+        part = ExpertFactors(index=place.index, first=place.first, left=found.left, right=found.right)
+        adapter.experts.setdefault(whole, []).append(part)
+        return
+    if place.kind is LayerKind.PARAMETER:
+        adapter.parameters[f"{place.layer}.weight"] = found.left.shape[1]
+    else:
+        adapter.ranks[place.layer] = found.left.shape[1]
     adapter.kinds.add(place.kind)
     b, a = torch.from_numpy(found.left), torch.from_numpy(found.right)
     layer = f"{_PREFIX}{place.layer}"
-    if place.kind is LayerKind.LINEAR:
+    if place.kind in (LayerKind.LINEAR, LayerKind.PARAMETER):
         adapter.tensors[f"{layer}.lora_A.weight"] = a.contiguous()
         adapter.tensors[f"{layer}.lora_B.weight"] = b.contiguous()
         return
@@ -283,28 +295,29 @@ def _decompose(
     adapter.tensors[f"{layer}.{names[1]}"] = a.t().contiguous()
 
 
-def _whole_spectrum(terms: ComponentSum, rank: int | None, max_error: float | None) -> LowRank:
-    """All singular values of the dense matrix: for a large share of them, or a rank that follows from the error."""
+def _fuse_experts(adapter: _Adapter) -> None:
+    """The factors of fused experts, put together parameter by parameter."""
     import torch
 
-    matrix = torch.from_numpy(terms.dense(slice(0, terms.shape[0]), threads=None))
-    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    square = s.double().square()
-    if rank is None:
-        kept = torch.cumsum(square, 0) / square.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        wanted = 1.0 - (max_error or 0.0) ** 2
-        rank = int(torch.searchsorted(kept, torch.tensor(wanted, dtype=torch.float64))) + 1
-    r = min(rank, min(matrix.shape))
-    root = s[:r].clamp_min(0.0).sqrt()
-    left, right = u[:, :r] * root, root[:, None] * vt[:r]
-    norm, lost = (float(torch.linalg.vector_norm(m, dtype=torch.float64)) for m in (matrix, matrix - left @ right))
-    return LowRank(left=left.numpy(), right=right.numpy(), square_norm=norm**2, square_error=lost**2)
+    layers: dict[str, list[str]] = {}
+    for place in adapter.experts:
+        layers.setdefault(place.layer, []).append(place.parameter)
+    order = {place.layer: place.siblings for place in adapter.experts}
+    keys = wrapper_keys({layer: sorted(names, key=order[layer].index) for layer, names in layers.items()})
+    for place, parts in adapter.experts.items():
+        experts, d_out, d_in = place.stack
+        a, b, rank = fused_factors(parts, (experts, d_out, d_in))
+        adapter.parameters[f"{place.layer}.{place.parameter}"] = rank
+        key = f"{_PREFIX}{keys[place.layer, place.parameter]}"
+        adapter.tensors[f"{key}.lora_A.weight"] = torch.from_numpy(a)
+        adapter.tensors[f"{key}.lora_B.weight"] = torch.from_numpy(b)
 
 
 def _config(adapter: _Adapter, manifest: pxd.Manifest, task: str | None) -> dict[str, Any]:
     """adapter_config.json: names in full, and alpha = r everywhere, so that the scaling is 1."""
-    common = max(adapter.ranks.values())
-    pattern = {name: rank for name, rank in adapter.ranks.items() if rank != common}
+    ranks = adapter.ranks | adapter.parameters
+    common = max(ranks.values())
+    pattern = {name: rank for name, rank in ranks.items() if rank != common}
     return {
         "peft_type": "LORA",
         "task_type": task,
@@ -315,6 +328,7 @@ def _config(adapter: _Adapter, manifest: pxd.Manifest, task: str | None) -> dict
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
         "target_modules": sorted(adapter.ranks),
+        **({"target_parameters": sorted(adapter.parameters)} if adapter.parameters else {}),
         "modules_to_save": adapter.layers or None,
         "bias": "all" if adapter.biases else "none",
         "fan_in_fan_out": adapter.kinds == {LayerKind.CONV1D},

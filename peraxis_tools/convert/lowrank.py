@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from peraxis_tools.factors import ComponentSum
 from peraxis_tools.rows import row_blocks
 
-__all__ = ["LowRank", "low_rank"]
+__all__ = ["LowRank", "low_rank", "whole_spectrum"]
 
 _BLOCK_ELEMENTS: Final = 1 << 22  # large enough for a matrix product to be worth its threads
 _EXTRA: Final = 16
@@ -63,6 +63,24 @@ def low_rank(terms: ComponentSum, rank: int) -> LowRank:
             block -= left[rows] @ right
             error += _square(block)
     return LowRank(left=left, right=right, square_norm=square, square_error=error)
+
+
+def whole_spectrum(terms: ComponentSum, rank: int | None, max_error: float | None) -> LowRank:
+    """All singular values of the dense matrix: for a large share of them, or a rank that follows from the error."""
+    import torch
+
+    matrix = torch.from_numpy(terms.dense(slice(0, terms.shape[0]), threads=None))
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    square = s.double().square()
+    if rank is None:
+        kept = torch.cumsum(square, 0) / square.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        wanted = 1.0 - (max_error or 0.0) ** 2
+        rank = int(torch.searchsorted(kept, torch.tensor(wanted, dtype=torch.float64))) + 1
+    r = min(rank, min(matrix.shape))
+    root = s[:r].clamp_min(0.0).sqrt()
+    left, right = u[:, :r] * root, root[:, None] * vt[:r]
+    norm, lost = (float(torch.linalg.vector_norm(m, dtype=torch.float64)) for m in (matrix, matrix - left @ right))
+    return LowRank(left=left.numpy(), right=right.numpy(), square_norm=norm**2, square_error=lost**2)
 
 
 def _square(block: NDArray[np.float32]) -> float:

@@ -39,7 +39,7 @@ class Route:
 
 
 _TIED: Final = "is tied, and PEFT would adapt one of the two alone"
-_FUSED: Final = "is no parameter of its own in transformers' model (fused experts), which an adapter does not reach"
+_FUSED: Final = "is no parameter of its own in transformers' model and in no order that PEFT adapts (fused experts)"
 
 
 def unchanged(entry: pxd.ModuleEntry) -> bool:
@@ -68,6 +68,8 @@ def _alone(entry: pxd.ModuleEntry, place: Place | None) -> Route:
         return leave(_FUSED)
     if place.tied:
         return leave(_TIED)
+    if entry.encoding is pxd.Encoding.FULL and place.kind is LayerKind.EXPERTS:
+        return leave("is an exact part of fused experts, which have low-rank factors alone")
     if entry.encoding is pxd.Encoding.FULL:
         if entry.base is None or entry.base.shape != entry.shape:
             return leave("has another shape than in the base, or is new")
@@ -78,6 +80,8 @@ def _alone(entry: pxd.ModuleEntry, place: Place | None) -> Route:
         return leave("has more rows than in the base")
     if len(entry.shape) != 2:
         return leave("is a stack of matrices")
+    if place.kind is LayerKind.EXPERTS:
+        return Route(kind=RouteKind.ADAPT, place=place)
     if place.kind is LayerKind.OTHER or place.parameter != "weight":
         return leave(f"is in a {place.class_name}, which LoRA cannot adapt")
     return Route(kind=RouteKind.ADAPT, place=place)
@@ -114,6 +118,8 @@ def _whole(
 def _unambiguous(route: Route, layers: Collection[str]) -> Route:
     """PEFT finds layers by the ends of their names: one whose name ends another's cannot be meant alone."""
     if route.kind not in (RouteKind.WHOLE, RouteKind.ADAPT) or route.place is None:
+        return route
+    if route.place.kind is LayerKind.EXPERTS:
         return route
     layer = route.place.layer
     ends = layer if route.kind is RouteKind.WHOLE else f".{layer}"

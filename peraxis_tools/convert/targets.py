@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from peraxis_tools.kinds import kind_of
 from peraxis_tools.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
+
+    from peraxis_tools.parameter_names import ParameterSlice
 
 __all__ = ["LayerKind", "Place", "Targets", "targets_by_model", "targets_by_name"]
 
@@ -27,12 +30,17 @@ class LayerKind(Enum):
     LINEAR = "adapted"
     CONV1D = "adapted, its weight is [d_in, d_out]"
     EMBEDDING = "adapted by rows"
+    EXPERTS = "rows of one expert in a fused parameter, adapted through target_parameters"
+    PARAMETER = "a router, or what PEFT would take for experts, adapted through target_parameters"
     OTHER = "saved whole or not at all"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """A parameter in a model: layer.parameter. siblings: all that the layer's state holds; empty: unknown."""
+    """A parameter in a model: layer.parameter. siblings: all that the layer's state holds; empty: unknown.
+
+    index, first, stack: of fused experts, which expert, its first row, and the parameter's shape [E, O, I].
+    """
 
     layer: str
     parameter: str
@@ -41,6 +49,9 @@ class Place:
     tied: bool = False
     leaf: bool = True
     siblings: tuple[str, ...] = ()
+    index: int = 0
+    first: int = 0
+    stack: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +78,7 @@ def targets_by_name(shapes: Mapping[str, tuple[int, ...]], tied: Iterable[str]) 
             kind=LayerKind.EMBEDDING if embedding else LayerKind.LINEAR if len(shape) == 2 else LayerKind.OTHER,
             class_name="layer",
             tied=name in set(tied),
+            leaf=not any(other.startswith(f"{layer}.") for other in siblings),
             siblings=tuple(siblings[layer]),
         )
     return Targets(places=places, task="CAUSAL_LM")
@@ -74,19 +86,35 @@ def targets_by_name(shapes: Mapping[str, tuple[int, ...]], tied: Iterable[str]) 
 
 def targets_by_model(config: Mapping[str, Any], names: Iterable[str]) -> Targets | None:
     """From the model that config.json describes; None where transformers cannot build it."""
+    from peraxis_tools.parameter_names import map_names
+
     model = _model(config)
     if model is None:
         return None
-    state = model.state_dict()
-    prefix = str(getattr(model, "base_model_prefix", "")) + "."
     tied = _tied(model)
+    slices = map_names(cast("PreTrainedModel", model), names).by_tensor
+    fused = any(found.index is not None for found in slices.values())
     places = {}
-    for name in names:
-        candidates = (name, prefix + name, name.removeprefix(prefix))
-        found = next((candidate for candidate in candidates if candidate in state), None)
-        if found is not None:
-            places[name] = _place(model, found, tied=found in tied)
+    for name, found in slices.items():
+        place = _place(model, found.parameter, tied=found.parameter in tied)
+        if found.index is not None:
+            experts = _expert_place(model, place, found)
+            if experts is not None:
+                places[name] = experts
+        elif found.rows is None:
+            taken = fused and place.kind is LayerKind.LINEAR and place.layer.endswith(_TAKEN_FOR_EXPERTS)
+            places[name] = replace(place, kind=LayerKind.PARAMETER) if taken else place
     return Targets(places=places, task=_task(type(model).__name__))
+
+
+def _expert_place(model: nn.Module, place: Place, found: ParameterSlice) -> Place | None:
+    """The place of one expert's rows; None where PEFT orders the parameter otherwise ([E, I, O])."""
+    module = model.get_submodule(place.layer)
+    stack = tuple(model.get_parameter(found.parameter).shape)
+    if len(stack) != 3 or getattr(module, "is_transposed", False):
+        return None
+    first = 0 if found.rows is None else found.rows[0]
+    return replace(place, kind=LayerKind.EXPERTS, index=found.index or 0, first=first, stack=stack)
 
 
 def _model(config: Mapping[str, Any]) -> nn.Module | None:
@@ -98,7 +126,7 @@ def _model(config: Mapping[str, Any]) -> nn.Module | None:
     try:
         with quiet_transformers(), warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
-            parsed = transformers.AutoConfig.for_model(**config)
+            parsed = transformers.AutoConfig.for_model(**_plain(config))
             kind = getattr(transformers, str(next(iter(config.get("architectures") or []), "")), None)
             if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
                 built: nn.Module = transformers.AutoModelForCausalLM.from_config(parsed)
@@ -107,6 +135,15 @@ def _model(config: Mapping[str, Any]) -> nn.Module | None:
             return model
     except Exception:  # a configuration from a stranger's file may fail in any way
         return None
+
+
+def _plain(value: Any) -> Any:
+    """transformers writes a float that JSON lacks as {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def _tied(model: nn.Module) -> set[str]:
@@ -122,20 +159,25 @@ _CLASSES: Final = {
     "Conv1D": LayerKind.CONV1D,
     "Embedding": LayerKind.EMBEDDING,
 }
+# PEFT takes these names of mixture-of-experts checkpoints for the experts that transformers fuses.
+_TAKEN_FOR_EXPERTS: Final = (".gate", ".gate_proj", ".up_proj", ".down_proj", ".w1", ".w2", ".w3")
 # PEFT refuses these layers of state space models, whose kernels read the weights themselves.
 _STATE_SPACE: Final = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 _READ_BY_KERNELS: Final = frozenset({"conv1d", "out_proj"})
 
 
 def _kind(model: nn.Module, path: str, module: nn.Module) -> LayerKind:
-    """PEFT replaces the forward of what it adapts: a subclass that has one of its own (positions, scales) is left."""
+    """PEFT replaces the forward of an embedding: a subclass that has one of its own (positions, scales) is left."""
     model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
     if model_type in _STATE_SPACE and path.rpartition(".")[2] in _READ_BY_KERNELS:
         return LayerKind.OTHER
-    for parent in type(module).__mro__:
-        if "forward" in vars(parent):
-            return _CLASSES.get(parent.__name__, LayerKind.OTHER)
-    return LayerKind.OTHER
+    names = [parent.__name__ for parent in type(module).__mro__]
+    if names[0].endswith("Router"):
+        return LayerKind.PARAMETER  # a layer that uses its own weight
+    if "Linear" in names:
+        return LayerKind.LINEAR  # whatever its forward adds, the factors are added to its output
+    own = next((parent.__name__ for parent in type(module).__mro__ if "forward" in vars(parent)), "")
+    return _CLASSES.get(own, LayerKind.OTHER)
 
 
 def _place(model: nn.Module, name: str, *, tied: bool) -> Place:

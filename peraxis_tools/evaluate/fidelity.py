@@ -8,13 +8,13 @@ some 130 MB a copy.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
-from peraxis_tools.evaluate.types import Fidelity
+from peraxis_tools.evaluate.types import Fidelity, SpecialToken, Tail, WorstToken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,27 +22,41 @@ if TYPE_CHECKING:
 __all__ = ["compare"]
 
 _POSITIONS: Final = 256
+_WORST: Final = 10  # tokens that are shown
+_CONTEXT: Final = 12  # tokens before and including one of them
+_QUANTILE_MOST: Final = 1 << 24  # values that torch.quantile takes
 
 
 @torch.no_grad()
 def compare(
-    reference_model: PreTrainedModel | Any, candidate_model: PreTrainedModel | Any, token_batches: Iterable[Tensor]
+    reference_model: PreTrainedModel | Any,
+    candidate_model: PreTrainedModel | Any,
+    token_batches: Iterable[Tensor],
+    *,
+    special: Collection[int] = (),
 ) -> Fidelity:
     """The candidate's fidelity to the reference (the fine-tuned model).
 
     token_batches: int64 [samples, length], length >= 2, no padding; each sample is one context. The last token of
     a sample is predicted and predicts nothing: samples * (length - 1) tokens count. Batches are moved to each model's
-    device. Raises ValueError where there is no token to predict, or the vocabularies differ.
+    device. special: ids of the tokenizer's special tokens. Raises ValueError where there is no token to predict, or
+    the vocabularies differ.
     """
     sums: list[Tensor] = []  # one row [4] a sample: KL, agreements, candidate's loss, reference's loss
+    each: list[Tensor] = []  # KL at each position, float32 [length - 1] a sample
+    read: list[Tensor] = []
     tokens = 0
     for ids in token_batches:
+        read.extend(ids)
         ours = _logits(candidate_model, ids)
         theirs = _logits(reference_model, ids).to(ours.device)
         if ours.shape != theirs.shape:
             raise ValueError(f"vocabularies of {theirs.shape[-1]} and {ours.shape[-1]} tokens cannot be compared")
         tokens += ours.shape[0] * ours.shape[1]
-        sums.extend(_sample(p, q, t) for p, q, t in zip(theirs, ours, ids[:, 1:].to(ours.device), strict=True))
+        for p, q, t in zip(theirs, ours, ids[:, 1:].to(ours.device), strict=True):
+            total, positions = _sample(p, q, t)
+            sums.append(total)
+            each.append(positions)
     if tokens == 0:
         raise ValueError("no token to predict: samples need at least two tokens")
     table = torch.stack(sums)  # [samples, 4] float64
@@ -54,6 +68,33 @@ def compare(
         top1=mean[1],
         loss=mean[2],
         loss_fine_tuned=mean[3],
+        tail=_tail(read, each, special),
+    )
+
+
+def _tail(read: Sequence[Tensor], each: Sequence[Tensor], special: Collection[int]) -> Tail:
+    """read: ids of each sample; each: the KL of what follows each of its tokens but the last."""
+    ids = torch.cat([sample[:-1] for sample in read])
+    kl = torch.cat(list(each)).double()
+    order = torch.argsort(kl, descending=True, stable=True)
+    places = [(sample, position) for sample, found in enumerate(each) for position in range(len(found))]
+    worst = []
+    for index in order[:_WORST].tolist():
+        sample, position = places[index]
+        context = read[sample][max(0, position + 1 - _CONTEXT) : position + 1].tolist()
+        worst.append(WorstToken(kl=float(kl[index]), sample=sample, position=position, context=tuple(context)))
+    after = {}
+    for token in sorted(set(special)):
+        chosen = kl[ids == token]
+        if len(chosen):
+            after[token] = SpecialToken(token=token, count=len(chosen), kl=float(chosen.mean()))
+    hundredth = max(1, len(kl) // 100)
+    return Tail(
+        median=float(kl.median()),
+        percentile_99=float(torch.quantile(kl, 0.99)) if len(kl) <= _QUANTILE_MOST else float(kl[order[hundredth - 1]]),
+        share_of_worst_1=float(kl[order[:hundredth]].sum() / kl.sum()) if float(kl.sum()) > 0 else 0.0,
+        worst=tuple(worst),
+        special=tuple(after.values()),
     )
 
 
@@ -63,8 +104,12 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return logits
 
 
-def _sample(theirs: Tensor, ours: Tensor, targets: Tensor) -> Tensor:
-    """Sums over one sample. theirs, ours: [n, vocabulary]; targets: [n]. Returns float64 [4]."""
+def _sample(theirs: Tensor, ours: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over one sample, and the KL at each position.
+
+    theirs, ours: [n, vocabulary]; targets: [n]. Returns float64 [4] and float32 [n].
+    """
+    each = []
     total = torch.zeros(4, dtype=torch.float64, device=ours.device)
     for p, q, t in zip(theirs.split(_POSITIONS), ours.split(_POSITIONS), targets.split(_POSITIONS), strict=True):
         log_p, log_q = (torch.log_softmax(x.float(), dim=-1) for x in (p, q))
@@ -72,8 +117,10 @@ def _sample(theirs: Tensor, ours: Tensor, targets: Tensor) -> Tensor:
         total[2] -= torch.sum(log_q.gather(1, t[:, None]), dtype=torch.float64)
         total[3] -= torch.sum(log_p.gather(1, t[:, None]), dtype=torch.float64)
         probability = log_p.exp()
-        total[0] += torch.sum(probability * log_p.sub_(log_q), dtype=torch.float64)
-    return total.cpu()
+        terms = probability * log_p.sub_(log_q)
+        total[0] += torch.sum(terms, dtype=torch.float64)
+        each.append(terms.sum(dim=-1))
+    return total.cpu(), torch.cat(each).cpu()
 
 
 def _standard_error(sums: Tensor, tokens: int) -> float | None:

@@ -84,7 +84,7 @@ def evaluate(
             domain: _samples(source, tokenizer, samples, sequence_length, seed, text_column)
             for domain, source in texts.items()
         }
-        found = _compare_all(models, sampled, candidates, batch_size, step)
+        found = _compare_all(models, tokenizer, sampled, candidates, batch_size, step)
         calibration = file.manifest.calibration
         return EvaluateResult(
             base=str(base),
@@ -162,12 +162,18 @@ def _samples(
 
 
 def _compare_all(
-    models: _Models, sampled: Mapping[str, Samples], candidates: Sequence[str], batch_size: int, progress: Progress
+    models: _Models,
+    tokenizer: Any,
+    sampled: Mapping[str, Samples],
+    candidates: Sequence[str],
+    batch_size: int,
+    progress: Progress,
 ) -> dict[str, dict[str, Fidelity]]:
     """domain -> candidate -> Fidelity."""
     import torch
 
     from peraxis_tools.evaluate.fidelity import compare
+    from peraxis_tools.evaluate.readable import readable, special_ids
 
     found: dict[str, dict[str, Fidelity]] = {domain: {} for domain in sampled}
     if not sampled:
@@ -179,7 +185,9 @@ def _compare_all(
         for domain, its in sampled.items():
             # A base whose vocabulary was resized by the fine-tune has other logits: nothing to compare.
             if model.config.get_text_config().vocab_size == reference.config.get_text_config().vocab_size:
-                found[domain][candidate] = compare(reference, model, torch.from_numpy(its.ids).split(batch_size))
+                batches = torch.from_numpy(its.ids).split(batch_size)
+                fidelity = compare(reference, model, batches, special=special_ids(tokenizer))
+                found[domain][candidate] = readable(fidelity, tokenizer)
             done += 1
             progress("evaluate", done, total)
         del model
@@ -190,7 +198,7 @@ def _seen(samples: Samples, calibration: pxd.Calibration | None) -> bool:
     """Whether the fit's text was these tokens, or one of this name (`; ` and what was added may follow it)."""
     if calibration is None:
         return False
-    return calibration.digest == samples.digest or calibration.source.split("; ")[0] == samples.source
+    return calibration.digest == samples.digest or samples.source in calibration.source.split("; ")
 
 
 def _domain(

@@ -15,11 +15,56 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["CANDIDATES", "DomainResult", "EvaluateResult", "Fidelity", "TaskResult", "recovered_fraction"]
+__all__ = [
+    "CANDIDATES",
+    "DomainResult",
+    "EvaluateResult",
+    "Fidelity",
+    "SpecialToken",
+    "Tail",
+    "TaskResult",
+    "WorstToken",
+    "recovered_fraction",
+]
 
 # base: the delta left out. merged: weights rounded to their dtype, as `apply` writes them. on-the-fly: base plus
 # terms in binary32, unrounded, as a server of many variants computes them.
 CANDIDATES: Final = ("base", "merged", "on-the-fly")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorstToken:
+    """A position with a large KL. context: the last token ids up to it; text: the same for a person to read."""
+
+    kl: float
+    sample: int
+    position: int
+    context: tuple[int, ...]
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpecialToken:
+    """Mean KL of what follows a special token, over its occurrences in the text."""
+
+    token: int
+    count: int
+    kl: float
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tail:
+    """KL by position, in nats: where a mean looks good and a user still meets another model.
+
+    share_of_worst_1: which part of all KL the worst 1% of the positions carry.
+    """
+
+    median: float
+    percentile_99: float
+    share_of_worst_1: float
+    worst: tuple[WorstToken, ...]
+    special: tuple[SpecialToken, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +80,7 @@ class Fidelity:
     top1: float
     loss: float
     loss_fine_tuned: float
+    tail: Tail
 
     @property
     def perplexity(self) -> float:

@@ -47,6 +47,12 @@ def render_compress(result: CompressResult, console: Console) -> None:
         )
     else:
         console.print(f"fit      {result.fit}")
+    if result.unread_tokens:
+        named = ", ".join(map(text, result.unread_tokens[:_NOTES_SHOWN]))
+        more = (
+            f" and {len(result.unread_tokens) - _NOTES_SHOWN} more" if len(result.unread_tokens) > _NOTES_SHOWN else ""
+        )
+        console.print(f"unread   {named}{more}: special tokens that the calibration text does not hold")
     for i, (name, note) in enumerate(result.notes.items()):
         if i == _NOTES_SHOWN:
             console.print(f"note     and {len(result.notes) - i} more (inspect --json, metadata peraxis.report)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.console import Console
 from rich.table import Table
 
@@ -9,6 +11,9 @@ from peraxis_tools.evaluate.types import DomainResult, EvaluateResult, TaskResul
 from peraxis_tools.report.console import size, text
 
 __all__ = ["render_evaluate"]
+
+_SPECIAL_SHOWN = 4
+_WORST_SHOWN = 3
 
 _LABELS = {"base": "base, no delta", "merged": "merged", "on-the-fly": "on the fly"}
 
@@ -20,6 +25,8 @@ def render_evaluate(result: EvaluateResult, console: Console) -> None:
     for domain in result.domains:
         console.print(_domain_title(domain))
         console.print(_domain_table(domain))
+        for line in _tail_lines(domain):
+            console.print(line)
     if result.tasks:
         console.print(_task_table(result.tasks))
 
@@ -38,19 +45,31 @@ def _table(*titles: str) -> Table:
 
 
 def _domain_table(domain: DomainResult) -> Table:
-    table = _table("", "KL", "±", "top-1", "perplexity", "recovered")
+    table = _table("", "KL", "±", "99%", "top-1", "perplexity", "recovered")
     for name, its in domain.candidates.items():
         recovered = domain.recovered.get(name)
         table.add_row(
             _LABELS[name],
             f"{its.kl:.3g}",
             "" if its.kl_error is None else f"{its.kl_error:.1g}",
+            f"{its.tail.percentile_99:.3g}",
             f"{100 * its.top1:.1f}%",
             f"{its.perplexity:.4g}",
             "" if recovered is None else f"{100 * recovered:.1f}%",
         )
-    table.add_row("fine-tuned", "", "", "", f"{domain.perplexity_fine_tuned:.4g}", "")
+    table.add_row("fine-tuned", "", "", "", "", f"{domain.perplexity_fine_tuned:.4g}", "")
     return table
+
+
+def _tail_lines(domain: DomainResult) -> Iterator[str]:
+    """Where the merged model differs most: special tokens, and the worst places with what stands before them."""
+    merged = domain.candidates.get("merged")
+    if merged is None:
+        return
+    for token in sorted(merged.tail.special, key=lambda token: -token.kl)[:_SPECIAL_SHOWN]:
+        yield f"after {text(repr(token.text))}  KL {token.kl:.3g}, {token.count} times"
+    for worst in merged.tail.worst[:_WORST_SHOWN]:
+        yield f"worst  KL {worst.kl:.3g} after {text(repr(worst.text[-60:]))}"
 
 
 def _task_table(tasks: tuple[TaskResult, ...]) -> Table:

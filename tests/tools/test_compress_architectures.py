@@ -15,7 +15,7 @@ from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.distill.distill import checkpoint_layers
 from peraxis_tools.compress.fit.moments.recorder import Call, Observer
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
-from peraxis_tools.compress.model.names import map_names
+from peraxis_tools.parameter_names import map_names
 from tests.tools.compress_pairs import VOCABULARY, write_pair, write_text
 
 COMMON = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from peraxis_tools import apply
+from peraxis_tools.commands.convert import command
 from peraxis_tools.compress import compress
 from peraxis_tools.convert import LoraResult, to_lora
 from peraxis_tools.errors import ToolError
@@ -32,6 +35,23 @@ SMALL = {
 GROUPED = {**SMALL, "num_key_value_heads": 2}
 EXPERTS = {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
+STATE_SPACE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+WHOLE = ("llama", "qwen2", "mixtral", "qwen3-moe", "qwen2-moe", "olmoe", "deepseek", "gpt2-untied", "phi")
+
 
 def configurations() -> dict[str, Any]:
     gpt2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "eos_token_id": 1}
@@ -46,7 +66,15 @@ def configurations() -> dict[str, Any]:
         "phi": hf.PhiConfig(**GROUPED),
         "mixtral": hf.MixtralConfig(**GROUPED, num_local_experts=4),
         "qwen3-moe": hf.Qwen3MoeConfig(**EXPERTS, head_dim=8),
-        "mamba": hf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8),
+        "qwen3-moe-with-a-dense-layer": hf.Qwen3MoeConfig(**EXPERTS, head_dim=8, mlp_only_layers=[0]),
+        "qwen2-moe": hf.Qwen2MoeConfig(**EXPERTS, shared_expert_intermediate_size=24),
+        "olmoe": hf.OlmoeConfig(**GROUPED, num_experts=4, num_experts_per_tok=2),
+        "gpt-oss": hf.GptOssConfig(**GROUPED, num_local_experts=4, head_dim=8),
+        "deepseek": hf.DeepseekV3Config(**SMALL, **DEEPSEEK),
+        "falcon": hf.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+        "gemma2": hf.Gemma2Config(**{**GROUPED, "pad_token_id": 0}, head_dim=8),
+        "mamba": hf.MambaConfig(**STATE_SPACE),
+        "mamba2": hf.Mamba2Config(**STATE_SPACE, num_heads=8, head_dim=8, n_groups=1),
     }
 
 
@@ -99,20 +127,24 @@ def test_peft_gives_the_logits_of_what_the_adapter_carries(tmp_path: Path, name:
     scale = float((theirs - before).abs().max())
     assert float((ours - theirs).abs().max()) < 2e-3 * scale
     moved = {*result.saved_whole, *result.biases, *(module.name for module in result.modules)}
-    names = set(load_file(tuned / "model.safetensors"))
+    original, changed = (load_file(folder / "model.safetensors") for folder in (base, tuned))
+    names = {tensor for tensor in changed if not torch.equal(original[tensor], changed[tensor])}
     assert moved | {item.name for item in result.left_out} == names
+    if name in WHOLE:
+        assert result.left_out == ()
+        assert result.error < 1e-4
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 def test_what_is_kept_counts_every_tensor_where_the_base_is_given(tmp_path: Path) -> None:
-    base, tuned = pair(tmp_path, configurations()["mixtral"])
+    base, tuned = pair(tmp_path, configurations()["gpt2"])
     compress(base, tuned, tmp_path / "d.pxd")
     result = to_lora(tmp_path / "d.pxd", tmp_path / "adapter", rank=64, base=base)
     apply(base, tmp_path / "d.pxd", tmp_path / "applied")
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "applied"))
     change = {name: float((after[name] - before[name]).double().square().sum()) for name in after}
     lost = sum(change[item.name] for item in result.left_out)
-    assert any("experts" in item.name for item in result.left_out)
+    assert {"transformer.wte.weight"} == {item.name for item in result.left_out}
     assert result.error == pytest.approx((lost / sum(change.values())) ** 0.5, rel=1e-3)
     assert result.uncounted == 0
 
@@ -140,3 +172,24 @@ def test_a_delta_with_nothing_to_adapt_says_why(tmp_path: Path) -> None:
     compress(base, tuned, tmp_path / "d.pxd")
     with pytest.raises(ToolError, match="holds no matrix"):
         to_lora(tmp_path / "d.pxd", tmp_path / "adapter", rank=4)
+
+
+def test_the_command_takes_the_base_and_says_what_is_left_out(tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path, configurations()["gpt2"])
+    compress(base, tuned, tmp_path / "d.pxd")
+    arguments = [
+        str(tmp_path / "d.pxd"),
+        "--to",
+        "lora",
+        "--rank",
+        "64",
+        "-o",
+        str(tmp_path / "a"),
+        "--base",
+        str(base),
+    ]
+    done = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "left out" in done.stdout
+    assert "transformer.wte.weight: is tied" in done.stdout
+    assert re.search(r"\(\d+\.\d% of the square norm kept\)", done.stdout)

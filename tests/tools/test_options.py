@@ -91,7 +91,6 @@ def test_a_bound_that_is_none_is_not_met(inputs: Path, monkeypatch: pytest.Monke
         ("verify a.pxd --text chat=t.txt", "--text"),
         ("verify a.pxd --fine-tuned tuned", "--fine-tuned"),
         ("diff a.pxd b.pxd --json --top 3", "--top"),
-        ("convert a.pxd --to lora --base base -o new", "--base"),
         ("convert a.pxd --to lora --name x -o new", "--name"),
         ("convert a.pxd --to checkpoint --base base --rank 3 -o new", "--rank"),
         ("convert a.pxd --to checkpoint --base base --axis row -o new", "--axis"),

@@ -15,8 +15,8 @@ from rich.progress import Progress
 import peraxis_tools
 from peraxis_tools import progress as progress_module
 from peraxis_tools.merge import merge_parts
+from peraxis_tools.remaining import Remaining, remaining_seconds
 from peraxis_tools.report import console
-from peraxis_tools.report.remaining import Remaining, remaining_seconds
 from tests.tools.output_cases import make_inputs
 
 

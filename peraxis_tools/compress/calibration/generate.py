@@ -1,14 +1,17 @@
 """Text from the fine-tuned model itself: calibration in its own domain, where its data is not at hand.
 
-A fine-tune is made for a domain that a general text such as C4 hardly touches. What it writes when asked for nothing in
-particular (ancestral sampling at temperature 1 from the start token) is of that domain, and its own distribution is
-exactly what the compressed model is to match. It needs the whole fine-tuned model in memory.
+A fine-tune is made for a domain that a general text such as C4 hardly touches. What it writes (ancestral sampling at
+temperature 1: its own distribution, which the compressed model is to match) is of that domain. It depends on the start,
+so there are several (`starts_of`): the beginning of a text, the end of another one, each role of the chat template, and
+a few prompts. A sample goes on past end-of-text tokens, as training packs documents, so that these are read, too.
+
+It needs the whole fine-tuned model in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -16,7 +19,51 @@ import torch
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.text import Ids
 
-__all__ = ["generate"]
+__all__ = ["generate", "starts_of"]
+
+_PROMPTS: Final = ("The ", "How do I ", "What is ", "Write a short ", "Explain ", "def ", "Q: ")
+_MARK: Final = "\u241fpart\u241f"  # stands for the text of a turn; no template writes it
+
+
+def starts_of(tokenizer: Any) -> list[list[int]]:
+    """Token ids that samples start with, most important first; none where the tokenizer names no start."""
+    begin = getattr(tokenizer, "bos_token_id", None)
+    end = getattr(tokenizer, "eos_token_id", None)
+    starts = [[token] for token in dict.fromkeys((begin, end)) if token is not None]
+    if not starts:
+        return []
+
+    def ids_of(text: str) -> list[int]:
+        return list(tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"])
+
+    starts += [ids_of(text) for text in _template_starts(tokenizer)]
+    starts += [[*starts[0], *ids_of(prompt)] for prompt in _PROMPTS]
+    found: list[list[int]] = []
+    for start in starts:
+        if start and start not in found:
+            found.append(start)
+    return found
+
+
+def _template_starts(tokenizer: Any) -> list[str]:
+    """What the chat template writes up to where a system turn's, the user's and the model's text begins."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    begun = []
+    for roles in (("user",), ("user", "assistant"), ("system", "user")):
+        turns = [{"role": role, "content": f"{_MARK}{i}"} for i, role in enumerate(roles)]
+        try:
+            written = tokenizer.apply_chat_template(turns, tokenize=False)
+        except Exception:
+            # Templates are programs of their authors; some take no system turn.
+            continue
+        if roles == ("user", "assistant"):
+            for prompt in _PROMPTS[1:4]:
+                head, _, _ = written.partition(f"{_MARK}1")
+                begun.append(head.replace(f"{_MARK}0", f"{prompt.strip()} this?"))
+        else:
+            begun.append(written.partition(f"{_MARK}0")[0])
+    return begun
 
 
 @torch.no_grad()
@@ -31,30 +78,47 @@ def generate(
     progress: Callable[[str, int, int], None],
 ) -> Ids:
     """Ids int64 [samples, length]. teacher: filled. The same for the same seed, device and number of threads."""
-    start = tokenizer.bos_token_id
-    vocabulary = teacher.model.get_input_embeddings().get_parameter("weight").shape[0]
     draw = np.random.Generator(np.random.PCG64(seed))
-    batches = []
+    vocabulary = teacher.model.get_input_embeddings().get_parameter("weight").shape[0]
+    starts = [start[: length - 1] for start in starts_of(tokenizer)]
+    # Without a named start: any token, as good a start as another.
+    starts = starts or [[int(token)] for token in draw.integers(0, vocabulary, min(samples, 8))]
+    counts = [len(range(i, samples, len(starts))) for i in range(len(starts))]
+    batches, done = [], 0
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for first in range(0, samples, batch_size):
-            progress("generate", first, samples)
-            count = min(batch_size, samples - first)
-            # Without a start token: any token, as good a start as another.
-            column = np.full(count, start) if start is not None else draw.integers(0, vocabulary, count)
-            prompt = torch.from_numpy(column.astype(np.int64)[:, None]).to(teacher.device)
-            ids = teacher.model.generate(  # type: ignore[operator]
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=length - 1,
-                min_new_tokens=length - 1,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                use_cache=True,
-                pad_token_id=0,
-            )
-            batches.append(ids[:, :length].cpu().numpy())
+        for start, count in zip(starts, counts, strict=True):
+            for first in range(0, count, batch_size):
+                progress("generate", done, samples)
+                rows = min(batch_size, count - first)
+                batches.append(_continued(teacher, start, rows=rows, length=length))
+                done += rows
         progress("generate", samples, samples)
-    return np.concatenate(batches)
+    return np.concatenate(batches)[draw.permutation(samples)]
+
+
+def _continued(teacher: LayerwiseModel, start: Sequence[int], *, rows: int, length: int) -> Ids:
+    """Samples int64 [rows, length] of one start, with the model's own cache of keys and values."""
+    from transformers import GenerationConfig
+
+    prompt = torch.tensor([list(start)] * rows, dtype=torch.int64, device=teacher.device)
+    # The model's own configuration would end samples at an end-of-text token, and restrict what is drawn.
+    own = teacher.model.generation_config
+    plain = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        use_cache=True,
+        max_new_tokens=length - len(start),
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    teacher.model.generation_config = plain
+    try:
+        model: Any = teacher.model
+        ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=plain)
+    finally:
+        teacher.model.generation_config = own
+    found: Ids = ids[:, :length].cpu().numpy()
+    return found

@@ -34,11 +34,11 @@ from peraxis_tools.compress.distill.parametrization import DeltaParametrization,
 from peraxis_tools.compress.distill.training import Group, Training, TrainingState
 from peraxis_tools.compress.fit.moments.spill import SpilledTensors
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
-from peraxis_tools.compress.model.names import ParameterSlice
 from peraxis_tools.compress.model.weights import Weights, kept_rows
 from peraxis_tools.compress.plan.plan import PlannedModule
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 from peraxis_tools.compress.run.work_folder import WorkFolder
+from peraxis_tools.parameter_names import ParameterSlice
 
 __all__ = ["DistillOptions", "DistillResult", "checkpoint_layers", "distill"]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peraxis_format import Array, Axis, Component, DType, encode_scale_pair, encode_scales, pack_signs, unpack_signs
 from peraxis_format.ops.tensors import TORCH_DTYPES, storage_array
-from peraxis_tools.compress.model.names import ParameterSlice
+from peraxis_tools.parameter_names import ParameterSlice
 
 __all__ = ["DeltaParametrization", "TrainedComponent", "TrainedTensor"]
 

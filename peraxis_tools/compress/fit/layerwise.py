@@ -33,7 +33,6 @@ from peraxis_tools.compress.fit.moments.stages import Key, Stage
 from peraxis_tools.compress.fit.moments.sums import Statistics
 from peraxis_tools.compress.fit.table import fit_table, importance
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
-from peraxis_tools.compress.model.names import NameMap, ParameterSlice
 from peraxis_tools.compress.model.orientation import OrientedModule
 from peraxis_tools.compress.model.weights import Weights, kept_rows
 from peraxis_tools.compress.options import OptionError
@@ -42,6 +41,7 @@ from peraxis_tools.compress.run.distributed import Processes
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 from peraxis_tools.compress.run.work_folder import WorkFolder
 from peraxis_tools.environment import trim_heap
+from peraxis_tools.parameter_names import NameMap, ParameterSlice
 
 __all__ = ["Batch", "LayerwiseCalibration"]
 

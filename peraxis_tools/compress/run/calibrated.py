@@ -22,7 +22,6 @@ from peraxis_tools.compress.fit.adamw import ADAMW_EPOCHS
 from peraxis_tools.compress.fit.fit import AUTO_AXES, FitOptions
 from peraxis_tools.compress.fit.layerwise import Batch, LayerwiseCalibration
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
-from peraxis_tools.compress.model.names import NameMap, map_names
 from peraxis_tools.compress.model.weights import Weights
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import is_open
@@ -38,8 +37,9 @@ from peraxis_tools.environment import (
     resolve_dtype,
 )
 from peraxis_tools.errors import ToolError
+from peraxis_tools.parameter_names import NameMap, map_names
 from peraxis_tools.quiet import quiet_transformers
-from peraxis_tools.text import Ids, Samples, load_samples
+from peraxis_tools.text import Ids, Samples, load_samples, unread_tokens
 
 __all__ = ["CalibratedFit", "batches_of"]
 
@@ -84,7 +84,14 @@ class CalibratedFit:
             sequence_length=ids.shape[1],
             source=run.samples.source,
         )
-        return RunFit(plan=plan, modules=modules, calibration=calibration, tokens=ids.size, metadata=metadata)
+        return RunFit(
+            plan=plan,
+            modules=modules,
+            calibration=calibration,
+            tokens=ids.size,
+            unread_tokens=tuple(unread_tokens(run.tokenizer, ids)),
+            metadata=metadata,
+        )
 
     def _run(self, plan: Plan) -> _Run:
         if self._opened is None:
@@ -111,6 +118,7 @@ class _Run:
     fine_tuned: Checkpoint
     plan: Plan
     config: Any
+    tokenizer: Any
     names: NameMap
     samples: Samples
     parts: Parts
@@ -171,9 +179,10 @@ def _open_run(
         fine_tuned=fine_tuned,
         plan=plan,
         config=config,
+        tokenizer=tokenizer,
         names=names,
         samples=text,
-        parts=partition([text.ids], calibration=options.calibration_samples / count, validation=options.held_out),
+        parts=partition(text.by_source, calibration=options.calibration_samples / count, validation=options.held_out),
         work=work,
         processes=processes,
         device=device,
@@ -212,8 +221,9 @@ def _with_generated(run: _Run, tokenizer: Any, options: CompressOptions, progres
             run.samples,
             ids=np.concatenate([run.samples.ids, ids]),
             source=f"{run.samples.source}; {len(ids)} samples of the fine-tuned model",
+            counts=(*run.samples.counts, len(ids)),
         ),
-        parts=partition([run.samples.ids, ids], calibration=share, validation=options.held_out),
+        parts=partition([*run.samples.by_source, ids], calibration=share, validation=options.held_out),
     )
 
 

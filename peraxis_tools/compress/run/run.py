@@ -49,6 +49,7 @@ from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Staged, watched_stages
+from peraxis_tools.text import Source
 
 __all__ = ["CompressResult", "Progress", "compress"]
 
@@ -61,7 +62,8 @@ Progress = Staged
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressResult:
-    """What `compress` made. Sizes in bytes; notes: modules that did not get what was planned, and why."""
+    """What `compress` made. Sizes in bytes; notes: modules that did not get what was planned, and why.
+    unread_tokens: special tokens that the calibration text does not hold, so that no fit knows what they do."""
 
     path: Path
     content_id: str
@@ -76,6 +78,7 @@ class CompressResult:
     notes: Mapping[str, str]
     calibration_samples: int
     calibration_tokens: int
+    unread_tokens: tuple[str, ...]
 
 
 def compress(
@@ -102,7 +105,8 @@ def compress(
     if options.resolved_fit != "none":
         require(f"--fit {options.resolved_fit}", "torch", "transformers", "datasets", extra="compress")
     output = Path(output)
-    inputs = (base, fine_tuned, options.calibration)
+    texts = (options.calibration,) if isinstance(options.calibration, str) else options.calibration or ()
+    inputs = (base, fine_tuned, *(Source.parse(text).name for text in texts))
     # Of several processes the first one writes.
     alone = int(os.environ.get("RANK", "0")) == 0
     with (
@@ -256,6 +260,7 @@ def _result(output: Path, manifest: Manifest, size: int, fit: RunFit, options: C
         notes={name: module.report.note for name, module in fit.modules.items() if module.report.note},
         calibration_samples=fit.calibration.samples if fit.calibration else 0,
         calibration_tokens=fit.tokens,
+        unread_tokens=fit.unread_tokens,
     )
 
 

@@ -43,6 +43,7 @@ class RunFit:
     modules: Mapping[str, FittedModule] = field(default_factory=dict)
     calibration: Calibration | None = None
     tokens: int = 0
+    unread_tokens: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 

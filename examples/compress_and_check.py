@@ -1,0 +1,24 @@
+"""Compress a fine-tune, look at the file, and prove that it rebuilds on its base.
+
+    python examples/compress_and_check.py BASE FINE_TUNED DELTA [CALIBRATION]
+
+Without a calibration text the scales are mean magnitudes (`fit none`), which needs neither torch nor a model.
+"""
+
+import sys
+
+import peraxis
+
+
+def main(base: str, fine_tuned: str, delta: str, calibration: str | None = None) -> None:
+    """Compress, inspect, verify."""
+    made = peraxis.compress(base, fine_tuned, delta, calibration=calibration, overwrite=True)
+    print(f"{made.size:,} bytes, {made.ratio:.1f} times smaller, {made.content_id}")
+    for share in peraxis.inspect(delta).by_encoding:
+        print(f"{share.label:<5} {share.modules:>5} modules {share.bytes:>12,} bytes")
+    proven = peraxis.verify(delta, base=base)
+    print(f"verified {proven.modules} modules against {proven.base}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

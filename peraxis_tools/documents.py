@@ -1,0 +1,170 @@
+"""Rows of a text source become documents: plain text, or a conversation whose turns have roles.
+
+Which column of a row is read, in this order:
+
+    the one that the user names
+    `text`, where it is a string
+    a list of turns, whatever its name (messages, conversations, ...): {role, content} or {from, value}
+    a prompt and its answer (prompt, response; instruction, input, output; question, answer): a conversation, too
+    every column of strings, in order, but those that only label a row (id, source, ...)
+
+A row that holds none of these is skipped; a source without a single document is refused, with what its columns hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from peraxis_tools.errors import OptionError
+
+__all__ = ["Conversation", "Document", "read_documents"]
+
+_LOADERS: Final = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".csv": "csv",
+}
+_ROLES: Final = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+_ASKED: Final = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
+_LABELS: Final = frozenset(
+    "id uuid index idx source url timestamp date category split lang language dataset model task name title".split()
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """Turns in order: (role, text), roles as chat templates name them (system, user, assistant, ...)."""
+
+    turns: tuple[tuple[str, str], ...]
+
+    @property
+    def text(self) -> str:
+        """The turns without their roles, a line each: for a tokenizer that has no chat template."""
+        return "\n".join(text for _, text in self.turns)
+
+
+Document: TypeAlias = str | Conversation
+
+
+def read_documents(source: str, *, text_column: str | None, limit: int) -> list[Document]:
+    """The first `limit` documents of `c4`, a file (json, jsonl, parquet, txt, csv; also .gz), or a datasets id.
+
+    Raises OptionError where the source cannot be read, or holds no document.
+    """
+    try:
+        rows = _rows(source)
+        found, columns = [], {}
+        for row in rows:
+            columns.update({name: _kind(value) for name, value in row.items() if value is not None})
+            if (document := _document(row, text_column=text_column, source=source)) is not None:
+                found.append(document)
+                if len(found) == limit:
+                    break
+    except OptionError:
+        raise
+    except Exception as error:
+        # `datasets` raises dozens of types, from its own to those of every file system; all mean the same here.
+        detail = (str(error).splitlines() or [""])[0]
+        raise OptionError(f"calibration {source}: cannot be read: {type(error).__name__}: {detail}") from error
+    if not found:
+        held = ", ".join(f"{name} ({kind})" for name, kind in columns.items()) or "no rows"
+        raise OptionError(f"calibration {source}: holds no text; its columns: {held}; name one with --text-column")
+    return found
+
+
+def _rows(source: str) -> Iterable[dict[str, Any]]:
+    from datasets import load_dataset
+
+    path = Path(source)
+    if source == "c4":
+        rows = load_dataset("allenai/c4", "en", split="train", streaming=True)
+    elif path.exists():
+        suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+        if suffix not in _LOADERS:
+            raise OptionError(f"calibration {source}: not one of {', '.join(_LOADERS)} (or .gz of them)")
+        kind = _LOADERS[suffix]
+        extra = {"sample_by": "paragraph"} if kind == "text" else {}
+        rows = load_dataset(kind, data_files=str(path.resolve()), split="train", streaming=True, **extra)
+    else:
+        name, _, config = source.partition(":")
+        rows = load_dataset(name, config or None, split="train", streaming=True)
+    found: Iterable[dict[str, Any]] = rows
+    return found
+
+
+def _document(row: Mapping[str, Any], *, text_column: str | None, source: str) -> Document | None:
+    if text_column is not None:
+        if text_column not in row:
+            raise OptionError(f"calibration {source}: no column {text_column!r}; it has {', '.join(row)}")
+        value = row[text_column]
+        if not (value is None or isinstance(value, str) or _turns(value)):
+            raise OptionError(f"calibration {source}: column {text_column!r} holds a {_kind(value)}, not text or turns")
+        return _one(value)
+    if isinstance(row.get("text"), str):
+        return _one(row["text"])
+    for value in row.values():
+        if (turns := _turns(value)) is not None:
+            return Conversation(turns=turns)
+    return _asked(row) or _one("\n".join(_strings(row)))
+
+
+def _one(value: Any) -> Document | None:
+    if isinstance(value, str):
+        return value if value.strip() else None
+    turns = _turns(value)
+    return None if turns is None else Conversation(turns=turns)
+
+
+def _strings(row: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in row.items():
+        if isinstance(value, str) and name.lower() not in _LABELS:
+            yield value
+
+
+def _asked(row: Mapping[str, Any]) -> Conversation | None:
+    """A prompt and its answer. An `input` beside an instruction belongs to what is asked."""
+    for prompt, answer in _ASKED:
+        question, said = row.get(prompt), row.get(answer)
+        if isinstance(question, str) and isinstance(said, str) and (question + said).strip():
+            more = row.get("input") if prompt == "instruction" else None
+            asked = f"{question}\n{more}" if isinstance(more, str) and more.strip() else question
+            return Conversation(turns=(("user", asked), ("assistant", said)))
+    return None
+
+
+def _turns(value: Any) -> tuple[tuple[str, str], ...] | None:
+    """Turns of a list of {role, content} or {from, value}; None for what is no such list, or an empty one."""
+    if not isinstance(value, list):
+        return None
+    turns = []
+    for turn in value:
+        if not isinstance(turn, Mapping):
+            return None
+        role = turn.get("role", turn.get("from"))
+        text = _text(turn.get("content", turn.get("value")))
+        if not isinstance(role, str) or text is None:
+            return None
+        turns.append((_ROLES.get(role, role), text))
+    return tuple(turns) if any(text.strip() for _, text in turns) else None
+
+
+def _text(content: Any) -> str | None:
+    """A turn's content: a string, or parts of which those of text are read."""
+    if isinstance(content, list):
+        return "".join(
+            part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+        )
+    return "" if content is None else content if isinstance(content, str) else None
+
+
+def _kind(value: Any) -> str:
+    if _turns(value) is not None:
+        return "list of turns"
+    return {str: "text", list: "list", dict: "mapping", int: "number", float: "number"}.get(
+        type(value), type(value).__name__
+    )

@@ -1,0 +1,32 @@
+"""A folder with all that the documents speak of: a small random pair, its texts, and deltas of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base, fine-tuned, calibration.jsonl, held-out texts, and deltas legal.pxd, medical.pxd, local.pxd, delta.pxd."""
+    import torch
+
+    import peraxis
+    from tests.tools.compress_pairs import llama_config, write_pair, write_text
+
+    folder = tmp_path_factory.mktemp("workspace")
+    config = llama_config(num_hidden_layers=4, hidden_size=64, intermediate_size=96)
+    base, tuned = write_pair(folder, config, dtype=torch.bfloat16)
+    tuned.rename(folder / "fine-tuned")
+    write_text(folder / "calibration.jsonl", documents=160)
+    for i, name in enumerate(("python", "english")):
+        text = write_text(folder / "words.jsonl", documents=40, seed=i + 1).read_text("utf-8")
+        (folder / f"held-out-{name}.txt").write_text(text.replace("\n", "\n\n"), "utf-8")
+    peraxis.compress(base, folder / "fine-tuned", folder / "delta.pxd", fit="none")
+    for name in ("legal", "medical"):
+        shutil.copy(folder / "delta.pxd", folder / f"{name}.pxd")
+    return folder

@@ -1,0 +1,33 @@
+"""The scripts of examples/ run as they are written."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = {
+    "compress_and_check": (["base", "fine-tuned", "made.pxd"], "times smaller"),
+    "read_a_file": (["delta.pxd", "base"], "weights differ from the base"),
+    "swap_variants": (["base", "legal.pxd", "medical.pxd"], "medical: next token"),
+    "serve_a_batch": (["base", "legal.pxd", "medical.pxd"], "second: ["),
+    "merge_two": (["legal.pxd", "medical.pxd", "merged.pxd", "base"], "masks a module"),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_example_runs(
+    name: str, workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, said = SCRIPTS[name]
+    monkeypatch.chdir(workspace)
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"))["main"](*arguments)
+    assert said in capsys.readouterr().out
+
+
+def test_every_example_is_tested_and_short() -> None:
+    found = {path.stem: path for path in (ROOT / "examples").glob("*.py")}
+    assert set(found) == set(SCRIPTS)
+    assert all(len(path.read_text("utf-8").splitlines()) <= 45 for path in found.values())
