@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 # Within each package a module imports only what stands before it (or beside it, within one entry). A folder stands for
 # all its modules but those that have an entry of their own.
 FORMAT = (
-    *("version", "thread_pool", "errors", "dtypes", "bits", "strict_json", "canonical", "files", "delta", "manifest"),
+    *("version", "thread_pool", "errors", "dtypes", "sizes", "digest_table", "bits", "strict_json", "canonical"),
+    *("files", "delta", "manifest", "schema_types"),
     *(
         "schema",
         "profile",
@@ -51,6 +52,8 @@ COMPRESS = (
         "plan.quantised",
         "plan.renaming",
         "plan.finite",
+        "plan.record",
+        "plan.size",
         "plan.budget",
         "plan.pairing",
         "run.types",
