@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
@@ -32,7 +32,8 @@ def compress(
     recipe: Recipe | None = None,
     fit: Fit | None = None, axis: AxisChoice | None = None, masks: int | None = None,
     target_size: int | str | None = None, target_ratio: float | None = None, embeddings: Embeddings | None = None,
-    calibration: str | None = None, text_column: str | None = None, calibration_samples: int | None = None,
+    calibration: str | Sequence[str] | None = None, text_column: str | None = None,
+    calibration_samples: int | None = None,
     generated_samples: int | None = None, sequence_length: int | None = None, held_out: float | None = None,
     batch_size: int | None = None, seed: int | None = None, refine_rounds: int | None = None,
     distill_samples: int | None = None, distill_epochs: int | None = None, distill_batch_size: int | None = None,
