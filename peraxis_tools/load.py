@@ -26,10 +26,11 @@ def load_model(
     progress: Progress = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """The fine-tuned model itself, without a folder in between: `load_model("org/base", "delta.pxd")`.
+    """Load the fine-tuned model from base + delta, without a folder in between.
 
-    options go to `AutoModelForCausalLM.from_pretrained`. progress: bytes of tensors. Memory: the model, and one tensor
-    of the base. Raises PxdError, CheckpointError, ToolError.
+    base: a folder, a file or a hub id. options are passed to `from_pretrained` of the model's class. progress: called
+    with numbers of bytes of tensors. It takes memory for the model and for one tensor of the base. Raises PxdError,
+    CheckpointError, ToolError.
     """
     require("load_model", "torch", "transformers", extra="compress")
     import json

@@ -63,7 +63,7 @@ Progress = Staged
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressResult:
-    """What `compress` made. Sizes in bytes; notes: modules that did not get what was planned, and why.
+    """The result of `compress`. Sizes are bytes. notes: modules that did not get what was planned, and the reason.
     unread_tokens: special tokens that the calibration text does not hold, so that no fit knows what they do."""
 
     path: Path
