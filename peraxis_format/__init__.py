@@ -45,6 +45,7 @@ from peraxis_format.errors import (
     ShapeError,
     UnsupportedError,
 )
+from peraxis_format.exact import lossless_module
 from peraxis_format.files import atomic_file, is_stream, name_lock, new_temporary, remove_leftovers, sync_folder
 from peraxis_format.manifest import (
     ASSET_PATH,
@@ -115,6 +116,7 @@ __all__ = [
     "header_bytes",
     "is_stream",
     "layout",
+    "lossless_module",
     "mask_width",
     "name_lock",
     "new_temporary",

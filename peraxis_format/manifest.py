@@ -27,6 +27,7 @@ __all__ = [
     "COMPONENTS_MAX",
     "DIMENSIONS_MAX",
     "ENTRIES_MAX",
+    "EXACT_FEATURE",
     "FEATURES",
     "METADATA_MAX",
     "MODULES_MAX",
@@ -40,9 +41,11 @@ __all__ = [
     "ModuleEntry",
     "Producer",
     "base_digest",
+    "result_digest",
 ]
 
-FEATURES: Final[frozenset[str]] = frozenset()  # SPEC 3.3: none are defined in 1.0
+EXACT_FEATURE: Final = "exact"  # SPEC 3.14: exact modules, and the fields of a chain
+FEATURES: Final[frozenset[str]] = frozenset([EXACT_FEATURE])  # SPEC 3.3
 MODULES_MAX: Final = 65_536
 ENTRIES_MAX: Final = 65_536  # of assets, dropped, tied and metadata too
 METADATA_MAX: Final = 2**22  # bytes of its canonical JSON
@@ -108,7 +111,8 @@ class ComponentEntry:
 class ModuleEntry:
     """One tensor of the fine-tuned checkpoint as the manifest describes it.
 
-    sha256: hex digest of the module's range, None where it stores nothing.
+    sha256: hex digest of the module's range, None where it stores nothing. Of an `exact` module, size: bytes of its
+    data; result: hex digest of the new tensor.
     """
 
     name: str
@@ -118,6 +122,8 @@ class ModuleEntry:
     components: tuple[ComponentEntry, ...]
     sha256: str | None
     base: BaseRef | None
+    size: int | None = None
+    result: str | None = None
 
     def tensors(self) -> list[tuple[str, DType, tuple[int, ...]]]:
         """Name, dtype and shape of each stored tensor, in file order (SPEC 4.1)."""
@@ -127,13 +133,17 @@ class ModuleEntry:
             encoding=self.encoding,
             axes=tuple(component.axis for component in self.components),
             base_shape=None if self.base is None else self.base.shape,
+            size=self.size,
         )
         return [(f"{self.name}.{suffix}", dtype, shape) for suffix, dtype, shape in suffixes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a PXD file says of itself (SPEC 3.4). `modules` stands in execution order."""
+    """What a PXD file says of itself (SPEC 3.4). `modules` stands in execution order.
+
+    previous: content ID of the update before this one; result: the digest over all new tensors (SPEC 3.14).
+    """
 
     base: BaseIdentity
     fine_tuned: Identity
@@ -145,6 +155,8 @@ class Manifest:
     assets: tuple[Asset, ...] = ()
     features: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    previous: str | None = None
+    result: str | None = None
 
     def to_bytes(self) -> bytes:
         """The canonical JSON (SPEC 3.2)."""
@@ -168,12 +180,38 @@ def base_digest(modules: Iterable[ModuleEntry]) -> str:
     return "sha256:" + digest.hexdigest()
 
 
+def result_digest(modules: Iterable[ModuleEntry]) -> str | None:
+    """The digest over every new tensor, as `base_digest` over the base's; None where one is not known (SPEC 3.14)."""
+    rows: list[Json] = []
+    for m in sorted(modules, key=lambda m: m.name):
+        known = _known_result(m)
+        if known is None:
+            return None
+        rows.append([m.name, m.dtype.value, list(m.shape), known])
+    return "sha256:" + hashlib.sha256(canonical_json(rows)).hexdigest()
+
+
+def _known_result(module: ModuleEntry) -> str | None:
+    """The hex digest of a new tensor as far as the manifest says it."""
+    if module.encoding is Encoding.EXACT:
+        return module.result
+    if module.encoding is Encoding.FULL:
+        return module.sha256
+    base = module.base
+    unchanged = base is not None and (base.dtype, base.shape) == (module.dtype, module.shape)
+    return base.sha256 if base is not None and unchanged and module.encoding is Encoding.SAME else None
+
+
 def _base_json(base: BaseRef | None) -> Json:
     return None if base is None else {"dtype": base.dtype.value, "sha256": base.sha256, "shape": list(base.shape)}
 
 
 def _module_json(module: ModuleEntry) -> Json:
+    exact: dict[str, Json] = {}
+    if module.encoding is Encoding.EXACT:
+        exact = {"result": module.result, "size": module.size}
     return {
+        **exact,
         "base": _base_json(module.base),
         "components": [{"axis": c.axis.value, "exponent": c.exponent} for c in module.components],
         "dtype": module.dtype.value,
@@ -197,7 +235,11 @@ def _calibration_json(calibration: Calibration | None) -> Json:
 
 
 def _manifest_json(manifest: Manifest) -> Json:
+    chain: dict[str, Json] = {}
+    if EXACT_FEATURE in manifest.features:
+        chain = {"previous": manifest.previous, "result": manifest.result}
     return {
+        **chain,
         "assets": [{"path": asset.path, "sha256": asset.sha256} for asset in manifest.assets],
         "base": {"digest": manifest.base.digest, "id": manifest.base.id, "revision": manifest.base.revision},
         "calibration": _calibration_json(manifest.calibration),

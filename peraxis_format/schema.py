@@ -16,6 +16,7 @@ from peraxis_format.dtypes import DType
 from peraxis_format.errors import fail
 from peraxis_format.manifest import (
     ENTRIES_MAX,
+    EXACT_FEATURE,
     FEATURES,
     METADATA_MAX,
     Asset,
@@ -125,7 +126,8 @@ def _component(value: Json, path: str) -> ComponentEntry:
 
 
 def _module(value: Json, path: str) -> ModuleEntry:
-    fields = _object(value, path, "base components dtype encoding name sha256 shape")
+    exact = isinstance(value, dict) and value.get("encoding") == Encoding.EXACT.value
+    fields = _object(value, path, "base components dtype encoding name sha256 shape" + " result size" * exact)
     return ModuleEntry(
         name=_text(fields["name"], f"{path}.name"),
         shape=_array(fields["shape"], f"{path}.shape", _natural),
@@ -134,6 +136,8 @@ def _module(value: Json, path: str) -> ModuleEntry:
         components=_array(fields["components"], f"{path}.components", _component),
         sha256=_optional(fields["sha256"], f"{path}.sha256", _hex),
         base=_optional(fields["base"], f"{path}.base", _base_ref),
+        size=_natural(fields["size"], f"{path}.size") if exact else None,
+        result=_hex(fields["result"], f"{path}.result") if exact else None,
     )
 
 
@@ -253,6 +257,7 @@ def _metadata(data: bytes, span: Span) -> dict[str, str]:
 
 
 _KEYS: Final = "assets base calibration dropped features fine_tuned metadata modules producer tied"
+_CHAIN_KEYS: Final = " previous result"
 
 
 def parse_manifest(data: bytes) -> Manifest:
@@ -277,15 +282,19 @@ def _parse(data: bytes) -> Manifest:
     if "features" in spans:
         # SPEC 3.3: before the schema, since a feature may bring keys that this reader does not know.
         _check_features(_value(data, spans["features"], "features"))
-    _object(dict.fromkeys(spans), "manifest", _KEYS)
-    manifest = _typed(data, spans)
+    # SPEC 3.14: the fields of a chain stand with the feature, and without it nowhere.
+    chained = "features" in spans and _value(data, spans["features"], "features") == [EXACT_FEATURE]
+    _object(dict.fromkeys(spans), "manifest", _KEYS + _CHAIN_KEYS * chained)
+    manifest = _typed(data, spans, chained)
     for path, names in (("tied", [alias for _, alias in manifest.tied]), ("dropped", list(manifest.dropped))):
         if names != sorted(names):
             fail("E205", "not sorted", field=path)  # SPEC 3.7
+    if list(manifest.features) != sorted(set(manifest.features)):
+        fail("E205", "not sorted, or one twice", field="features")  # SPEC 3.3
     return manifest
 
 
-def _typed(data: bytes, spans: dict[str, Span]) -> Manifest:
+def _typed(data: bytes, spans: dict[str, Span], chained: bool) -> Manifest:
     def value(key: str) -> Json:
         return _value(data, spans[key], key)
 
@@ -300,6 +309,8 @@ def _typed(data: bytes, spans: dict[str, Span]) -> Manifest:
         modules=_entries(data, spans["modules"], "modules", _module),
         producer=_producer(value("producer"), "producer"),
         tied=_entries(data, spans["tied"], "tied", _pair),
+        previous=_optional(value("previous"), "previous", _digest) if chained else None,
+        result=_optional(value("result"), "result", _digest) if chained else None,
     )
 
 

@@ -12,6 +12,7 @@ twenty times sooner and is imported only then.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -23,8 +24,10 @@ from numpy.typing import NDArray
 
 from peraxis_format.bits import unpack_signs
 from peraxis_format.delta import Axis, Component, Encoding, ModuleDelta
-from peraxis_format.dtypes import Array, DType, from_float32, to_float32
-from peraxis_format.errors import ShapeError
+from peraxis_format.dtypes import Array, DType, from_float32, raw_bytes, to_float32
+from peraxis_format.errors import ShapeError, fail
+from peraxis_format.ops.exact import Backend
+from peraxis_format.ops.exact import apply as apply_exact
 
 __all__ = ["dense_delta", "have_compiled", "reconstruct", "term"]
 
@@ -86,7 +89,8 @@ def reconstruct(module: ModuleDelta, base: Array | None = None, *, compiled: boo
     base: storage array of the base tensor, in the dtype and shape of `module.base`; not read for `full`.
     compiled: use rebuild/numba.py (True) or numpy (False); by default the first, where it can be had and the tensor is
     large.
-    Returns a new storage array in the module's dtype and shape. Raises ShapeError if base does not fit.
+    Returns a new storage array in the module's dtype and shape. Raises ShapeError if base does not fit,
+    BindingError (E405) where an exact module does not give its result.
     """
     if module.encoding is Encoding.FULL:
         return np.array(module.full)  # SPEC 6.4
@@ -99,6 +103,9 @@ def reconstruct(module: ModuleDelta, base: Array | None = None, *, compiled: boo
     if module.encoding is Encoding.SAME:
         # SPEC 6.3
         covered[...] = kept if ref.dtype is module.dtype else from_float32(to_float32(kept, ref.dtype), module.dtype)
+    elif module.index is not None and module.data is not None:
+        covered[...] = kept
+        apply_exact(covered, module.index, module.data, module.dtype, backend=_backend(compiled))
     elif compiled or (compiled is None and covered.size >= _COMPILED_FROM and have_compiled()):
         from peraxis_format.ops.rebuild import numba as fast
 
@@ -107,7 +114,13 @@ def reconstruct(module: ModuleDelta, base: Array | None = None, *, compiled: boo
         _add_terms(module, kept, covered, ref.dtype)
     if module.tail is not None:
         out[module.kept :] = module.tail  # SPEC 6.4
+    if module.result is not None and hashlib.sha256(raw_bytes(out)).hexdigest() != module.result:
+        fail("E405", field=module.name)  # SPEC 7.4
     return out
+
+
+def _backend(compiled: bool | None) -> Backend | None:
+    return None if compiled is None else "numba" if compiled else "numpy"
 
 
 def _add_terms(module: ModuleDelta, base: Array, out: Array, base_dtype: DType) -> None:
