@@ -204,7 +204,7 @@ def test_the_feature_is_what_allows_exact_modules_and_the_fields_of_a_chain(tmp_
     good = written(tmp_path / "good.pxd", module, previous="sha256:" + "0" * 64)
     for old, new, code in [
         (b'\\"features\\":[\\"exact\\"]', b'\\"features\\":[\\"exakt\\"]', "E204"),
-        (b'\\"features\\":[\\"exact\\"]', b'\\"features\\":[       ]', "E203"),
+        (b'\\"features\\":[\\"exact\\"]', b'\\"features\\":[         ]', "E203"),
         (b'\\"previous\\":', b'\\"previouz\\":', "E205"),
         (b'\\"encoding\\":\\"exact\\"', b'\\"encoding\\":\\"exxct\\"', "E205"),
     ]:
