@@ -59,6 +59,7 @@ from peraxis_format.manifest import (
     ModuleEntry,
     Producer,
 )
+from peraxis_format.ops.exact import Prefer
 from peraxis_format.ops.rebuild.numpy import dense_delta, reconstruct
 from peraxis_format.reader import DeltaFile, open, read_header
 from peraxis_format.strict_json import parse_strict_json
@@ -94,6 +95,7 @@ __all__ = [
     "ModuleEntry",
     "PayloadError",
     "Producer",
+    "Prefer",
     "ProfileError",
     "PxdError",
     "Safetensors",

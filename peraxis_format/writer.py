@@ -136,6 +136,16 @@ class DeltaWriter:
         self._write(data)
         self._assets.append((Asset(path=path, sha256=hashlib.sha256(data).hexdigest()), len(data)))
 
+    @property
+    def base_digest(self) -> str:
+        """The digest over all base tensors so far (SPEC 3.11)."""
+        return base_digest(self._modules)
+
+    @property
+    def result(self) -> str | None:
+        """The digest over all new tensors so far (SPEC 3.14); None where one of them is not known."""
+        return result_digest(self._modules)
+
     def finish(self) -> Manifest:
         """Write header and data to `path`, whole or not at all. Returns the manifest.
 

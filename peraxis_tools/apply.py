@@ -6,7 +6,8 @@ hashing and rebuilding run on a few threads, a bounded number of bytes ahead of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -76,7 +77,7 @@ def rebuild_all(
 
 def apply(
     base: str | Path,
-    delta: str | Path,
+    delta: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     base_revision: str | None = None,
@@ -87,16 +88,18 @@ def apply(
 ) -> ApplyResult:
     """Write base + delta as a Hugging Face folder: shards, index, configuration, tokenizer.
 
-    base: folder, file or hub id. progress is called with each number of bytes written. The folder appears
+    base: folder, file or hub id. delta: one, or the updates of a chain in any order.
+    progress is called with each number of bytes written. The folder appears
     under `output` whole or not at all. Raises PxdError, CheckpointError, ToolError, OSError.
     """
     output = Path(output)
+    deltas = [delta] if isinstance(delta, str | Path) else list(delta)
     with (
-        claim_folder(output, overwrite=overwrite, inputs=(base, delta)),
-        pxd.open(delta) as file,
-        open_checkpoint(base, revision=base_revision) as checkpoint,
+        claim_folder(output, overwrite=overwrite, inputs=(base, *deltas)),
+        open_checkpoint(base, revision=base_revision) as opened,
+        _opened(deltas, opened) as (file, checkpoint),
     ):
-        refuse_part(file.manifest, delta)
+        refuse_part(file.manifest, file.path)
         shards = plan_shards(_specs(file.manifest), shard_bytes=shard_bytes)
         with atomic_folder(output, overwrite=overwrite) as folder:
             _write_shards(folder, shards, file, checkpoint.tensors, workers, progress or (lambda _: None))
@@ -112,6 +115,20 @@ def apply(
             bytes=sum(tensor.size for tensor in tensors),
             files=names,
         )
+
+
+@contextlib.contextmanager
+def _opened(deltas: Sequence[str | Path], base: Checkpoint) -> Iterator[tuple[pxd.DeltaFile, Checkpoint]]:
+    """The delta to apply and what it applies to: of a chain the last update, and the state before it."""
+    if len(deltas) == 1:
+        with pxd.open(deltas[0]) as file:
+            yield file, base
+        return
+    from peraxis_tools.chain import ChainState, chain_order, link_of
+
+    with contextlib.ExitStack() as stack:
+        *earlier, last = [stack.enter_context(pxd.open(link.path)) for link in chain_order(map(link_of, deltas))]
+        yield last, Checkpoint(ChainState(base.tensors, earlier), base.identity, base.folder)
 
 
 def _aliases(manifest: pxd.Manifest) -> dict[str, list[str]]:

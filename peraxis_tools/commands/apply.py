@@ -18,7 +18,7 @@ __all__ = ["command"]
 
 @click.command("apply")
 @click.argument("base", metavar="BASE")
-@click.argument("delta", metavar="DELTA")
+@click.argument("deltas", metavar="DELTA...", nargs=-1, required=True)
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--shard-size", default=5.0, show_default=True, type=click.FloatRange(min=0.001), help="GB a shard.")
 @overwrite_option
@@ -27,7 +27,7 @@ __all__ = ["command"]
 @quiet_option
 def command(
     base: str,
-    delta: str,
+    deltas: tuple[str, ...],
     output: Path,
     shard_size: float,
     overwrite: bool,
@@ -37,15 +37,19 @@ def command(
 ) -> None:
     """Write BASE + DELTA as a complete Hugging Face folder. BASE is a folder or a hub id, DELTA a path or a URL.
 
+    Several are the updates of a chain; their order comes from the files.
+
+    \b
     Example: peraxis-tools apply meta-llama/Llama-3.1-8B delta.pxd -o my-model
+             peraxis-tools apply base updates/step-*.pxd -o step-124
     """
-    with fetched([delta], quiet=quiet) as (path,):
-        with pxd.open(path) as file:
+    with fetched(deltas, quiet=quiet) as paths:
+        with pxd.open(paths[-1]) as file:
             total = checkpoint_bytes(file.manifest)
         with progress("apply", total, quiet=quiet) as step:
             result = apply(
                 base,
-                path,
+                paths,
                 output,
                 overwrite=overwrite,
                 shard_bytes=int(shard_size * 1e9),

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import peraxis_format as pxd
+from peraxis_tools.chain import update
 from peraxis_tools.cli import VERBS
 from tests.factories import random_storage, sign_module, write_checkpoint, write_delta
 
@@ -29,6 +30,9 @@ ARGUMENTS = {
     "split": "a.pxd --parts 2 -o parts",
     "convert": "a.pxd --to lora --rank 4 -o adapter",
     "publish": "me/delta a.pxd --dry-run repo",
+    "update": "base tuned -o new.pxd",
+    "compact": "chain/1.pxd chain/2.pxd --base base -o new.pxd",
+    "log": "chain",
 }
 NEEDS = {"sign": "model_signing", "convert": "torch"}
 CASES = [
@@ -52,6 +56,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for which in ("a", "b"):
         modules = [sign_module(rng, name, base[name], axes=(pxd.Axis.ROW_COL,) * 3) for name in NAMES]
         write_delta(tmp_path / f"{which}.pxd", modules, assets={"config.json": b'{"model_type": "llama"}'})
+    (tmp_path / "chain").mkdir()
+    update(tmp_path / "base", tmp_path / "tuned", tmp_path / "chain" / "1.pxd")
+    update(tmp_path / "base", tmp_path / "base", tmp_path / "chain" / "2.pxd", after=[tmp_path / "chain" / "1.pxd"])
     if importlib.util.find_spec("cryptography"):
         from tests.tools.test_sign import write_key
 
