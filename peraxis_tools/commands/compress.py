@@ -10,7 +10,7 @@ import click
 
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
 from peraxis_tools.compress import CompressOptions, compress
-from peraxis_tools.compress.options import AXES, EMBEDDINGS, FITS, RECIPES, parse_size, read_yaml
+from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, RECIPES, parse_size, read_yaml
 from peraxis_tools.report import Progress, emit, progress
 from peraxis_tools.report.compress import plan_lines, render_compress
 
@@ -60,6 +60,13 @@ _SIZE = _Size()
 @click.option("--bits", type=int, help="Masks a module, 1 to 8.  [default: 1]")
 @click.option("--target-size", type=_SIZE, help="Size of the file, like 1.2GB: spent where it lowers the error most.")
 @click.option("--target-ratio", type=float, help="The same, as a fraction of the checkpoint: 12 is a twelfth.")
+@click.option(
+    "--exact",
+    is_flag=False,
+    flag_value=EVERYTHING,
+    metavar="[REGEX|auto]",
+    help="Tensors to store bit for bit, by name; all without a value; auto: those that are smaller so than as signs.",
+)
 @click.option("--embeddings", type=click.Choice(EMBEDDINGS), help="embed_tokens and lm_head.  [default: auto]")
 @click.option("--calibration-samples", type=int, help="[default: 50]")
 @click.option("--sequence-length", type=int, help="Tokens a sample.  [default: 512]")

@@ -11,11 +11,23 @@ from typing import Any, Final
 
 from peraxis_tools.errors import ToolError
 
-__all__ = ["AXES", "EMBEDDINGS", "FITS", "RECIPES", "CompressOptions", "OptionError", "parse_size"]
+__all__ = [
+    "AUTO",
+    "AXES",
+    "EMBEDDINGS",
+    "EVERYTHING",
+    "FITS",
+    "RECIPES",
+    "CompressOptions",
+    "OptionError",
+    "parse_size",
+]
 
 FITS: Final = ("auto", "none", "closed-form", "refined", "adamw")
 AXES: Final = ("auto", "row", "col", "row+col", "tensor")
 EMBEDDINGS: Final = ("auto", "sign", "full")
+AUTO: Final = "auto"
+EVERYTHING: Final = ".*"  # of exact
 _COMPUTE: Final = ("auto", "float32", "bfloat16", "float16")
 _LOSSES: Final = ("kl", "mse")
 # Sets of options under a name; what is given beside one wins over it.
@@ -50,6 +62,8 @@ class CompressOptions:
     axis           auto: the best for each module
     bits           masks a module, 1 to 8
     target_size    size of the file; or target_ratio, fine-tuned size / file size: masks are spent where they pay
+    exact          None; a regular expression: what it finds is stored losslessly, as `same`, exact update or `full`,
+                   whichever is smallest (.* all: a lossless file); auto: what is smaller so than as signs
     embeddings     embed_tokens and lm_head: sign (`bits` masks), full (exact), auto (as many masks as pay)
     calibration    c4, a `datasets` id, or a file of json, jsonl(.gz), parquet or txt
     held_out       share of the calibration samples that judges, rather than fits
@@ -66,6 +80,7 @@ class CompressOptions:
     bits: int = 1
     target_size: int | None = None
     target_ratio: float | None = None
+    exact: str | None = None
     embeddings: str = "auto"
     calibration: str | None = None
     text_column: str | None = None
@@ -119,10 +134,27 @@ class CompressOptions:
             raise OptionError("this fit needs a text: give --calibration (c4, a datasets id, or a file)")
         if self.target_size is not None and self.target_ratio is not None:
             raise OptionError("target-size and target-ratio: give one of them")
+        self._check_exact()
         if self.fit == "adamw" and (self.bits > 1 or self.has_target):
             raise OptionError("fit adamw is the paper's: one mask a module, no target")
         if self.bits > 1 and self.has_target:
             raise OptionError("bits and a target size exclude each other: the target decides the masks of each module")
+
+    def _check_exact(self) -> None:
+        if self.exact is None:
+            return
+        try:
+            re.compile(self.exact)
+        except re.error as error:
+            raise OptionError(f"exact {self.exact!r}: no regular expression: {error}") from None
+        if self.has_target:
+            raise OptionError("exact and a target size exclude each other: what is lossless takes what it takes")
+        if self.exact == EVERYTHING and self.resolved_fit != "none":
+            raise OptionError("a lossless file needs no text: leave out --calibration, or say what --exact is for")
+
+    def is_exact(self, name: str) -> bool:
+        """Whether a tensor was asked for losslessly; `auto` decides where its data is seen."""
+        return self.exact not in (None, AUTO) and re.search(str(self.exact), name) is not None
 
     @property
     def has_target(self) -> bool:

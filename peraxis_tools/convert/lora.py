@@ -174,6 +174,8 @@ def _cannot(entry: pxd.ModuleEntry, kind: str, *, tied: bool) -> str | None:
         return "only weights can be adapted"
     if tied:
         return "is tied, and PEFT would adapt one of the two alone"
+    if entry.encoding is pxd.Encoding.EXACT:
+        return "is an exact update, whose delta depends on the base"
     if entry.encoding is pxd.Encoding.FULL:
         same_shape = entry.base is not None and entry.base.shape == entry.shape
         return None if same_shape else "has another shape than in the base, or is new"

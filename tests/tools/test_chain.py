@@ -35,15 +35,15 @@ def start(seed: int = 0) -> Tensors:
     }
 
 
-def stepped(tensors: Tensors, seed: int) -> Tensors:
-    """A step of training: some weights move by one, a few become anything, one tensor stays."""
+def stepped(tensors: Tensors, seed: int, *, wild: int = 2) -> Tensors:
+    """A step of training: some weights move by one, `wild` of a tensor become anything, one tensor stays."""
     random = np.random.default_rng(seed)
     after = {}
     for name, (array, dtype) in tensors.items():
         words = array.copy().reshape(-1).view(f"u{dtype.itemsize}")
         if dtype.is_float and name != "model.norm.weight":
             words[random.random(words.size) < 0.05] += 1
-            words[random.integers(0, words.size, 2)] = random.integers(0, 1 << 16, 2).astype(words.dtype)
+            words[random.integers(0, words.size, wild)] = random.integers(0, 1 << 16, wild).astype(words.dtype)
         after[name] = words.view(array.dtype).reshape(array.shape), dtype
     return after
 
