@@ -104,6 +104,6 @@ def test_no_color_turns_colour_off_on_a_terminal(verb: str, folder: Path) -> Non
     terminal = {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "80"}
     plain = run(verb, "--quiet", **terminal, NO_COLOR="1")
     assert not colour.search(plain.stdout)
-    again = [] if verb in ("inspect", "verify", "diff") else ["--overwrite"]
+    again = [] if verb in ("inspect", "verify", "diff", "log") else ["--overwrite"]
     bright = run(verb, "--quiet", *again, **terminal)
     assert "\x1b[" in bright.stdout
