@@ -11,12 +11,13 @@ from typing import Final, TypeVar
 
 from peraxis_format.digest_table import DigestReader
 from peraxis_format.errors import fail
-from peraxis_format.manifest import ENTRIES_MAX, FEATURES, METADATA_MAX, Manifest
+from peraxis_format.manifest import ENTRIES_MAX, EXACT_FEATURE, FEATURES, METADATA_MAX, Manifest
 from peraxis_format.schema_types import (
     array,
     asset,
     base_identity,
     calibration,
+    digest,
     identity,
     module,
     object_of,
@@ -115,6 +116,7 @@ def _digests(data: bytes, span: Span) -> DigestReader:
 
 
 _KEYS: Final = "assets base calibration digests dropped features fine_tuned metadata modules producer tied"
+_CHAIN_KEYS: Final = " previous result"
 
 
 def parse_manifest(data: bytes) -> Manifest:
@@ -139,8 +141,12 @@ def _parse(data: bytes) -> Manifest:
     if "features" in spans:
         # SPEC 3.3: before the schema, since a feature may bring keys that this reader does not know.
         _check_features(_value(data, spans["features"], "features"))
-    object_of(dict.fromkeys(spans), "manifest", _KEYS)
-    manifest = _typed(data, spans)
+    # SPEC 3.14: the fields of a chain stand with the feature, and without it nowhere.
+    chained = "features" in spans and _value(data, spans["features"], "features") == [EXACT_FEATURE]
+    object_of(dict.fromkeys(spans), "manifest", _KEYS + _CHAIN_KEYS * chained)
+    manifest = _typed(data, spans, chained=chained)
+    if list(manifest.features) != sorted(set(manifest.features)):
+        fail("E205", "not sorted, or one twice", clause="3.3", field="features")
     if not _sorted(alias for _, alias in manifest.tied):
         fail("E205", "not sorted by alias", clause="3.7", field="tied")
     if not _sorted(manifest.dropped) or len(set(manifest.dropped)) != len(manifest.dropped):
@@ -152,7 +158,7 @@ def _sorted(names: Iterable[str]) -> bool:
     return all(a <= b for a, b in itertools.pairwise(names))
 
 
-def _typed(data: bytes, spans: dict[str, Span]) -> Manifest:
+def _typed(data: bytes, spans: dict[str, Span], *, chained: bool) -> Manifest:
     def value(key: str) -> Json:
         return _value(data, spans[key], key)
 
@@ -170,6 +176,8 @@ def _typed(data: bytes, spans: dict[str, Span]) -> Manifest:
         modules=modules,
         producer=producer(value("producer"), "producer"),
         tied=_entries(data, spans["tied"], "tied", pair),
+        previous=optional(value("previous"), "previous", digest) if chained else None,
+        result=optional(value("result"), "result", digest) if chained else None,
     )
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "asset",
     "base_identity",
     "calibration",
+    "digest",
     "identity",
     "module",
     "object_of",
@@ -96,7 +97,7 @@ def _matching(pattern: re.Pattern[str], what: str) -> Callable[[Json, str], str]
 
 
 _hex = _matching(_HEX, "64 lower-case hex digits")
-_digest = _matching(_DIGEST, "sha256: and 64 lower-case hex digits")
+digest = _matching(_DIGEST, "sha256: and 64 lower-case hex digits")
 
 
 def _one_of(kind: type[E], value: Json, path: str) -> E:
@@ -129,11 +130,18 @@ def _encoding(fields: dict[str, Json], path: str) -> Encoding:
     return encoding
 
 
+def _size(fields: dict[str, Json], path: str, encoding: Encoding) -> int | None:
+    # SPEC 3.4: of an `exact` module, and of no other.
+    if ("size" in fields) != (encoding is Encoding.EXACT):
+        fail("E205", "size stands beside exact alone", field=path)
+    return natural(fields["size"], f"{path}.size") if "size" in fields else None
+
+
 def module(digests: DigestReader) -> Callable[[Json, str], ModuleEntry]:
     """A module's entry, its digests taken in order."""
 
     def item(value: Json, path: str) -> ModuleEntry:
-        fields = object_of(value, path, "name shape", optional="base components dtype encoding")
+        fields = object_of(value, path, "name shape", optional="base components dtype encoding size")
         shape = array(fields["shape"], f"{path}.shape", natural)
         dtype = DType.BF16
         if "dtype" in fields:
@@ -141,6 +149,7 @@ def module(digests: DigestReader) -> Callable[[Json, str], ModuleEntry]:
             if dtype is DType.BF16:
                 fail("E205", "BF16 is not written out", field=f"{path}.dtype")  # SPEC 3.4
         encoding = _encoding(fields, path)
+        size = _size(fields, path, encoding)
         base = _base_ref(fields, path, dtype, shape, digests)
         tail = base is not None and len(shape) > 0 and len(base.shape) > 0 and shape[0] > base.shape[0]
         return ModuleEntry(
@@ -151,6 +160,8 @@ def module(digests: DigestReader) -> Callable[[Json, str], ModuleEntry]:
             components=array(fields.get("components", []), f"{path}.components", _component),
             sha256=digests.take() if tail or encoding is not Encoding.SAME else None,
             base=base,
+            size=size,
+            result=digests.take() if encoding is Encoding.EXACT else None,
         )
 
     return item
@@ -190,7 +201,7 @@ def pair(value: Json, path: str) -> tuple[str, str]:
 def calibration(value: Json, path: str) -> Calibration:
     fields = object_of(value, path, "digest samples seed sequence_length source")
     return Calibration(
-        digest=_digest(fields["digest"], f"{path}.digest"),
+        digest=digest(fields["digest"], f"{path}.digest"),
         samples=natural(fields["samples"], f"{path}.samples"),
         seed=natural(fields["seed"], f"{path}.seed"),
         sequence_length=natural(fields["sequence_length"], f"{path}.sequence_length"),
@@ -208,7 +219,7 @@ def identity(value: Json, path: str) -> Identity:
 def base_identity(value: Json, path: str) -> BaseIdentity:
     fields = object_of(value, path, "digest id revision")
     return BaseIdentity(
-        digest=_digest(fields["digest"], f"{path}.digest"),
+        digest=digest(fields["digest"], f"{path}.digest"),
         id=text(fields["id"], f"{path}.id"),
         revision=optional(fields["revision"], f"{path}.revision", text),
     )

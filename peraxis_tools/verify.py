@@ -8,6 +8,7 @@ from pathlib import Path
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import open_checkpoint
 from peraxis_tools.progress import Steps, watched
+from peraxis_tools.unpacked import check_results
 
 __all__ = ["VerifyResult", "verify", "verify_size"]
 
@@ -51,6 +52,7 @@ def verify(
         if base is not None:
             with open_checkpoint(base, revision=base_revision) as checkpoint:
                 pxd.check_base(delta.manifest, checkpoint.tensors, workers=workers, progress=step)
+                check_results(delta, checkpoint.tensors)
         return VerifyResult(
             file=str(path),
             content_id=delta.content_id,

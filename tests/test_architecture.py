@@ -20,8 +20,20 @@ ROOT = Path(__file__).parents[1]
 # Within each package a module imports only what stands before it (or beside it, within one entry). A folder stands for
 # all its modules but those that have an entry of their own.
 FORMAT = (
-    *("version", "thread_pool", "errors", "dtypes", "sizes", "digest_table", "bits", "strict_json", "canonical"),
-    *("files", "delta", "manifest", "schema_types"),
+    *(
+        "version",
+        "thread_pool",
+        "errors",
+        "dtypes",
+        "sizes",
+        "digest_table",
+        "ops.exact.kinds",
+        "ops.exact",
+        "bits",
+        "strict_json",
+        "canonical",
+    ),
+    *("files", "delta", "exact", "manifest", "schema_types"),
     *(
         "schema",
         "profile",

@@ -12,11 +12,23 @@ from typing import Any, Final
 from peraxis_tools.errors import OptionError
 from peraxis_tools.optional import require
 
-__all__ = ["AXES", "EMBEDDINGS", "FITS", "RECIPES", "CompressOptions", "OptionError", "parse_size"]
+__all__ = [
+    "AUTO",
+    "AXES",
+    "EMBEDDINGS",
+    "EVERYTHING",
+    "FITS",
+    "RECIPES",
+    "CompressOptions",
+    "OptionError",
+    "parse_size",
+]
 
 FITS: Final = ("auto", "none", "closed-form", "refined", "adamw")
 AXES: Final = ("auto", "row", "col", "row+col", "tensor")
 EMBEDDINGS: Final = ("auto", "sign", "full")
+AUTO: Final = "auto"
+EVERYTHING: Final = ".*"  # of exact
 _COMPUTE: Final = ("auto", "float32", "bfloat16", "float16")
 _LOSSES: Final = ("kl", "mse")
 # Sets of options under a name; what is given beside one wins over it.
@@ -71,6 +83,9 @@ class CompressOptions:
     axis           the axis of the scales; auto takes the best one for each module
     masks          the number of sign masks (components) of a module, 1 to 8; `bits` is another name
     target_size    the size of the file; or target_ratio, the fine-tuned size over it. Masks go where they help most
+    exact          None; a regular expression: the tensors that it finds are stored losslessly, as `same`, an exact
+                   update or `full`, whichever is smallest (.* means all: a lossless file); auto: the tensors that
+                   are smaller losslessly than as signs
     embeddings     how embed_tokens and lm_head are stored: sign (with `masks`), full (exact), auto (with more masks)
     calibration    c4, a `datasets` id, or a file of json, jsonl(.gz), parquet or txt; or several of them, each
                    with a weight if one is wanted: ("c4:0.5", "chat.jsonl:0.5")
@@ -88,6 +103,7 @@ class CompressOptions:
     masks: int = 1
     target_size: int | None = None
     target_ratio: float | None = None
+    exact: str | None = None
     embeddings: str = "auto"
     calibration: str | tuple[str, ...] | None = None
     text_column: str | None = None
@@ -150,6 +166,7 @@ class CompressOptions:
             raise OptionError("this fit needs a text: give --calibration (c4, a datasets id, or a file)")
         if self.target_size is not None and self.target_ratio is not None:
             raise OptionError("target-size and target-ratio: give one of them")
+        self._check_exact()
         if self.fit == "adamw" and (self.masks > 1 or self.has_target):
             raise OptionError("fit adamw is the paper's: one mask a module, no target")
         if self.masks > 1 and self.has_target:
@@ -172,6 +189,22 @@ class CompressOptions:
         for name in names:
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise OptionError(f"{_dashed(name)} does nothing {why}; leave it out")
+
+    def _check_exact(self) -> None:
+        if self.exact is None:
+            return
+        try:
+            re.compile(self.exact)
+        except re.error as error:
+            raise OptionError(f"exact {self.exact!r}: no regular expression: {error}") from None
+        if self.has_target:
+            raise OptionError("exact and a target size exclude each other: what is lossless takes what it takes")
+        if self.exact == EVERYTHING and self.resolved_fit != "none":
+            raise OptionError("a lossless file needs no text: leave out --calibration, or say what --exact is for")
+
+    def is_exact(self, name: str) -> bool:
+        """Whether a tensor was asked for losslessly; `auto` decides where its data is seen."""
+        return self.exact not in (None, AUTO) and re.search(str(self.exact), name) is not None
 
     @property
     def has_target(self) -> bool:

@@ -25,6 +25,7 @@ from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rows import base_rows
+from peraxis_tools.unpacked import UnpackedFile, unpacked
 
 __all__ = [
     "PART_KEY",
@@ -131,6 +132,7 @@ def merge(
         files = [file for file, _ in pairs]
         ordered = [float(weight) for _, weight in pairs]
         checkpoint = stack.enter_context(open_checkpoint(base)) if base is not None else None
+        files = [unpacked(file, None if checkpoint is None else checkpoint.tensors) for file in files]
         if checkpoint is None:
             _check_no_base_needed(files, ordered, mixture)
         else:
@@ -205,8 +207,9 @@ def _check_compatible(files: Sequence[pxd.DeltaFile]) -> None:
 
 def _check_no_base_needed(files: Sequence[pxd.DeltaFile], weights: Sequence[float], mixture: Mixture) -> None:
     """By the manifests alone, so that hours of work do not end in this. Raises ToolError."""
+    unpacking = any(isinstance(file, UnpackedFile) for file in files)
     for entry in files[0].manifest.modules:
-        if needs_base([file.entry(entry.name) for file in files], weights, mixture):
+        if unpacking or needs_base([file.entry(entry.name) for file in files], weights, mixture):
             raise ToolError(
                 f"{entry.name}: is stored exactly, so that merging its delta needs the base; pass --base "
                 f"(made for {files[0].manifest.base.id!r})"

@@ -28,13 +28,14 @@ from peraxis_format import (
     Safetensors,
     ShapeError,
     TensorInfo,
+    lossless_module,
     raw_bytes,
 )
 from peraxis_format import open as open_delta
 from peraxis_tools.assets import LEFT_BEHIND, listed
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint, parse_identity
 from peraxis_tools.compress.fit.mean import mean_components
-from peraxis_tools.compress.options import CompressOptions
+from peraxis_tools.compress.options import AUTO, CompressOptions
 from peraxis_tools.compress.plan.budget import spend
 from peraxis_tools.compress.plan.casts import with_casts
 from peraxis_tools.compress.plan.finite import check_finite, check_pair_finite
@@ -75,6 +76,7 @@ class CompressResult:
     modules: int
     signed: int
     unchanged: int
+    exact: int
     axes: Mapping[str, int]
     notes: Mapping[str, str]
     calibration_samples: int
@@ -213,7 +215,7 @@ def _write(
         done, total = 0, planned.full_bytes
 
         def made(module: PlannedModule) -> tuple[ModuleDelta, ModuleReport | None]:
-            return _module_delta(module, base.tensors, fine_tuned.tensors, fit.modules.get(module.name))
+            return _module_delta(module, base.tensors, fine_tuned.tensors, fit.modules.get(module.name), options)
 
         def held(module: PlannedModule) -> int:
             return BYTES_IN_FLIGHT_PER_TENSOR * fine_tuned.tensors[module.name].size
@@ -258,6 +260,7 @@ def _result(output: Path, manifest: Manifest, size: int, fit: RunFit, options: C
         modules=len(manifest.modules),
         signed=counts[Encoding.SIGN],
         unchanged=counts[Encoding.SAME],
+        exact=counts[Encoding.EXACT],
         axes=dict(sorted(axes.items())),
         notes={name: module.report.note for name, module in fit.modules.items() if module.report.note},
         calibration_samples=fit.calibration.samples if fit.calibration else 0,
@@ -267,7 +270,11 @@ def _result(output: Path, manifest: Manifest, size: int, fit: RunFit, options: C
 
 
 def _module_delta(
-    module: PlannedModule, base: Safetensors, fine_tuned: Safetensors, fitted: FittedModule | None
+    module: PlannedModule,
+    base: Safetensors,
+    fine_tuned: Safetensors,
+    fitted: FittedModule | None,
+    options: CompressOptions,
 ) -> tuple[ModuleDelta, ModuleReport | None]:
     """The module as it is stored, and what there is to report of it. Reads one tensor pair."""
     tuned_array = fine_tuned.read(module.name)
@@ -285,6 +292,8 @@ def _module_delta(
     ):
         return _same(module, ref, tail), None
     if module.encoding is Encoding.FULL:
+        if options.is_exact(module.name) or (options.exact == AUTO and (fitted is None or fitted.full is None)):
+            return lossless_module(module.name, tuned_array, module.dtype, old=base_array, base=ref, threads=1), None
         whole = tuned_array if fitted is None or fitted.full is None else fitted.full
         return _full(module, ref, whole), None if fitted is None else fitted.report
     components: tuple[Component, ...] = ()
@@ -314,7 +323,15 @@ def _module_delta(
         components=components,
         tail=tail,
     )
+    if options.exact == AUTO:
+        lossless = lossless_module(module.name, tuned_array, module.dtype, old=base_array, base=ref, threads=1)
+        if _stored_bytes(lossless) < _stored_bytes(delta):
+            return lossless, None
     return delta, report
+
+
+def _stored_bytes(module: ModuleDelta) -> int:
+    return sum(array.nbytes for _, array in module.tensors())
 
 
 def base_ref(info: TensorInfo, array: Array) -> BaseRef:
