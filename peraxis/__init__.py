@@ -65,11 +65,11 @@ __all__ = [
 _HOMES: Final[Mapping[str, tuple[str, str]]] = {
     **{name: (f"peraxis_tools.{name}", name) for name in ("compress", "inspect", "verify", "apply", "diff", "merge")},
     **{name: (f"peraxis_tools.{name}", name) for name in ("split", "convert", "evaluate")},
-    "sign": ("peraxis_tools.signatures", "sign"),
     **{name: (f"peraxis_tools.{name}", name) for name in ("publish", "pull", "extract")},
     **{name: ("peraxis_format.torch", name) for name in ("apply_", "VariantSwitch", "serve")},
     **{name: ("peraxis_format", name) for name in ("open", "PxdError", "__version__")},
     "load": ("peraxis_tools.load", "load_model"),
+    "sign": ("peraxis_tools.signatures", "sign"),
     "merge_parts": ("peraxis_tools.merge", "merge_parts"),
     "ToolError": ("peraxis_tools.errors", "ToolError"),
 }

@@ -258,8 +258,8 @@ def name_lock(folder: Path, key: str) -> Iterator[int | None]:
             text = os.pread(descriptor, 32, 0)
             yield int(text) if text.isdigit() else 0
             return
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         try:
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
             yield None
         finally:
             path.unlink(missing_ok=True)

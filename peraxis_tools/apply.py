@@ -21,7 +21,7 @@ __all__ = ["ApplyResult", "apply"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApplyResult:
-    """What `apply` wrote.
+    """The result of `apply`.
 
     files: paths in the folder. left_behind: files of the fine-tuned folder that the delta does not carry.
     """
@@ -47,8 +47,8 @@ def apply(
 ) -> ApplyResult:
     """Write base + delta as a Hugging Face folder: shards, index, configuration, tokenizer.
 
-    base: folder, file or hub id. progress: called with each number of bytes written, or True for a bar. The folder
-    appears under `output` whole or not at all. Raises PxdError, CheckpointError, ToolError, OSError.
+    base: a folder, a file or a hub id. progress: called with each number of bytes written, or True for a bar. The
+    folder appears under `output` as a whole or not at all. Raises PxdError, CheckpointError, ToolError, OSError.
     """
     output = Path(output)
     with (

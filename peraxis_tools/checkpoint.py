@@ -52,7 +52,7 @@ class Checkpoint:
             raise ToolError(f"{self.tensors.label}: has no config.json beside it; pass the checkpoint's folder")
         try:
             config = json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ToolError(f"{path}: not JSON ({error})") from None
         if not isinstance(config, dict):
             raise ToolError(f"{path}: not a JSON object")

@@ -73,7 +73,7 @@ def cli() -> None:
     """Full fine-tunes as lossy 1-bit differences to a shared base.
 
     Exit codes: 0 done, 1 a check failed (damaged, invalid, wrong base, different), 2 usage, input or I/O,
-    3 not verifiable here, 130 interrupted.
+    3 not verifiable here, 130 interrupted (143 and 129: SIGTERM and SIGHUP).
     """
 
 

@@ -50,7 +50,7 @@ def part_metadata(names: Sequence[str]) -> dict[str, str]:
 def _whole(manifest: pxd.Manifest, file: object) -> list[str]:
     try:
         names = json.loads(manifest.metadata[PART_KEY])
-    except ValueError:
+    except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ToolError(f"{file}: its metadata key {PART_KEY} is no array of names; it cannot be joined")

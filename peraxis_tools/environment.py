@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,15 @@ import torch
 
 from peraxis_tools.errors import OptionError, ToolError
 
-__all__ = ["load_config", "load_tokenizer", "resolve_device", "resolve_dtype", "trim_heap"]
+__all__ = [
+    "check_causal",
+    "load_config",
+    "load_tokenizer",
+    "parse_config",
+    "resolve_device",
+    "resolve_dtype",
+    "trim_heap",
+]
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -20,8 +31,8 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ToolError(f"{folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # tokenizers and transformers raise whatever a malformed file leads to
+        raise ToolError(f"{folder}: its tokenizer cannot be loaded: {_first_line(error)}") from None
 
 
 def load_config(folder: Path) -> Any:
@@ -30,8 +41,35 @@ def load_config(folder: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ToolError(f"{folder}: its config.json cannot be loaded: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # as above
+        raise ToolError(f"{folder}: its config.json cannot be loaded: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    line = next((line for line in str(error).splitlines() if line.strip()), "no details")
+    return line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
+
+
+def parse_config(values: Mapping[str, Any], *, label: str) -> Any:
+    """The configuration that a config.json of these values is, read as transformers reads a file.
+
+    Only so it knows the forms that JSON lacks: {"__float__": "Infinity"} is infinity. Raises ToolError.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(values), "utf-8")
+        try:
+            return load_config(Path(folder))
+        except ToolError as error:
+            raise ToolError(str(error).replace(folder, label)) from None
+
+
+def check_causal(config: Any, label: str, *, remedy: str) -> None:
+    """Raise ToolError unless transformers has a causal language model for this configuration."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = getattr(config, "model_type", type(config).__name__)
+        raise ToolError(f"{label}: model type {kind} is no causal language model of transformers; {remedy}")
 
 
 def resolve_device(name: str) -> torch.device:

@@ -31,6 +31,7 @@ __all__ = ["MARKER", "Earlier", "atomic_folder", "earlier_output", "refuse_folde
 
 MARKER: Final = ".peraxis-output.json"
 _SCHEMA: Final = "peraxis.output/1"
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _CARD_HEAD: Final = 1 << 16
 _EXCHANGE: Final = 2  # RENAME_EXCHANGE
 _AT_FDCWD: Final = -100
@@ -117,7 +118,8 @@ def atomic_folder(path: Path, *, overwrite: bool = False, marker: bool = True) -
     remove_leftovers(path if fixed else path.parent)
     temporary, descriptor = new_temporary(path if fixed else path.parent, is_folder=True)
     try:
-        yield temporary
+        with _errors_about(path, temporary):
+            yield temporary
         files = [file.relative_to(temporary).as_posix() for file in temporary.rglob("*") if not file.is_dir()]
         if marker and not fixed:
             write_marker(temporary, files)
@@ -134,6 +136,24 @@ def atomic_folder(path: Path, *, overwrite: bool = False, marker: bool = True) -
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _errors_about(path: Path, temporary: Path) -> Iterator[None]:
+    """Give errors of the system the name of the output, and those of a full disk the bytes until then."""
+    try:
+        yield
+    except OSError as error:
+        inside = os.fspath(temporary) + os.sep
+        name = "" if error.filename is None else os.fsdecode(str(error.filename))
+        if error.errno is None or (name and not name.startswith(inside)):
+            raise
+        reason = error.strerror or os.strerror(error.errno)
+        if error.errno in _FULL and "bytes" not in reason:
+            size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
+            reason += f" after {size} bytes"
+        shown = path / name.removeprefix(inside) if name else path
+        raise OSError(error.errno, reason, str(shown)) from error
 
 
 @contextlib.contextmanager

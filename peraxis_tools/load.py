@@ -26,18 +26,20 @@ def load_model(
     progress: Progress = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """The fine-tuned model itself, without a folder in between: `load_model("org/base", "delta.pxd")`.
+    """Load the fine-tuned model from base + delta, without a folder in between.
 
-    options go to `AutoModelForCausalLM.from_pretrained`. progress: bytes of tensors. Memory: the model, and one tensor
-    of the base. Raises PxdError, CheckpointError, ToolError.
+    base: a folder, a file or a hub id. options are passed to `from_pretrained` of the model's class. progress: called
+    with numbers of bytes of tensors. It takes memory for the model and for one tensor of the base. Raises PxdError,
+    CheckpointError, ToolError.
     """
     require("load_model", "torch", "transformers", extra="compress")
     import json
 
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from peraxis_format.ops.tensors import from_storage
+    from peraxis_tools.environment import check_causal, parse_config
 
     with (
         pxd.open(delta) as file,
@@ -54,7 +56,8 @@ def load_model(
                 state[name] = tensor
                 step(tensor.nbytes)
     options.setdefault("dtype", config.get("dtype", config.get("torch_dtype", torch.float32)))
-    parsed = AutoConfig.for_model(**config)
+    parsed = parse_config(config, label=str(delta))
+    check_causal(parsed, str(delta), remedy="write the checkpoint with apply and load it with its own class")
     # The class itself: AutoModelForCausalLM.from_pretrained insists on a folder to look into.
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)]
     model: PreTrainedModel = kind.from_pretrained(None, config=parsed, state_dict=state, **options).eval()

@@ -24,7 +24,19 @@ _INTRODUCTION: Final = """\
 Results go to standard output. Errors (one line each), notes and progress go to standard error. Colour and progress
 appear on terminals alone; `NO_COLOR=1` turns colour off, and `--quiet` turns notes and progress off. `--json` prints
 one JSON object. Its `schema` names its kind and version, like `peraxis.inspect/1`; the number grows when a field
-changes its meaning or goes away. An output appears under its final name as a whole or not at all.
+changes its meaning or goes away. An
+option that would do nothing is refused.
+
+Outputs appear under their final name whole or not at all, and the rules for them are the same for every verb; they are
+held before any work begins:
+
+- An output never replaces an input. A file that exists is replaced with `--overwrite` alone.
+- A folder is replaced with `--overwrite` if it is an earlier output, which its list of files (`.peraxis-output.json`)
+  says; for `publish --dry-run`, its card. The files of the list are replaced, and whatever else the folder holds stays.
+  Any other folder that is not empty is left alone.
+- Devices, pipes and open files (`/dev/stdout`) are written into.
+- Of two runs to one output one wins; the other ends with exit code 2 and names the first one's process. What a killed
+  run has left, in names that begin with `.peraxis~`, the next run in that folder removes.
 
 | exit code | meaning |
 |---|---|
@@ -32,7 +44,9 @@ changes its meaning or goes away. An output appears under its final name as a wh
 | 1 | a check failed: damaged, invalid, another base, beyond a bound; `diff`: different |
 | 2 | usage, input or I/O |
 | 3 | not verifiable here: unknown version or feature, missing base, key or optional package |
-| 130 | interrupted |
+| 130, 143, 129 | interrupted; ended by SIGTERM, SIGHUP: temporary files are removed first |
+
+What nothing foresaw is one line too, with exit code 2; `PERAXIS_TRACEBACK=1` shows where it happened.
 
 A .pxd may be a path or a URL. URLs are those that fsspec reads (`https://`, `s3://`, ...), and
 `hf://org/repo/file.pxd@revision` for the Hugging Face hub. `inspect` reads only the header of a URL; other verbs fetch

@@ -14,7 +14,7 @@ __all__ = ["VerifyResult", "verify", "verify_size"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyResult:
-    """What was proven. base: the checkpoint that the binding was checked against, None where none was given."""
+    """The result of a verification. base: the checkpoint that the binding was checked against, or None."""
 
     file: str
     content_id: str
@@ -41,9 +41,10 @@ def verify(
     workers: int | None = None,
     progress: Steps | bool | None = None,
 ) -> VerifyResult:
-    """Steps 1 to 11, and 12 with a base. Returns what was proven; raises PxdError at the first failure.
+    """Check a PXD file: steps 1 to 11 of SPEC 8, and step 12 if a base is given.
 
-    progress: called with numbers of bytes read, or True for a bar.
+    base: a folder, a file or a hub id. progress: called with numbers of bytes read, or True for a bar. Raises PxdError
+    at the first failure, CheckpointError, OSError.
     """
     with pxd.open(path) as delta, watched(progress, "verify", verify_size(path, base)) as step:
         delta.verify(workers=workers, progress=step)

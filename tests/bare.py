@@ -1,4 +1,4 @@
-"""Commands and Python code run as where only numpy, click and rich are installed: other imports are refused."""
+"""Commands and Python code run as where only numpy, click and rich are installed: other packages are not found."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ ROOT = Path(__file__).parents[1]
 _PREAMBLE = """
 import sys
 ALLOWED = {"numpy", "click", "rich", "pygments", "markdown_it", "mdurl", "peraxis", "peraxis_format", "peraxis_tools"}
-class Refuse:
+class Bare:
+    # `import` fails and `find_spec` is None for all other packages, as where they are missing.
+    def __init__(self, inner):
+        self.inner = inner
     def find_spec(self, name, path=None, target=None):
-        top = name.partition(".")[0]
-        if top not in ALLOWED | set(EXTRA) | set(sys.stdlib_module_names):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Refuse())
+        known = name.partition(".")[0] in ALLOWED | set(EXTRA) | set(sys.stdlib_module_names)
+        return self.inner.find_spec(name, path, target) if known else None
+sys.meta_path[:] = [Bare(finder) for finder in sys.meta_path]
 """
 
 

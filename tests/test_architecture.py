@@ -48,6 +48,7 @@ COMPRESS = (
         "fit.mean",
         "plan.plan",
         "plan.unchanged",
+        "plan.casts",
         "plan.quantised",
         "plan.renaming",
         "plan.finite",

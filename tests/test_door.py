@@ -83,8 +83,8 @@ def test_compress_takes_each_option_by_its_name() -> None:
 
 
 def test_compress_refuses_options_given_twice(tmp_path: Path) -> None:
-    with pytest.raises(peraxis.ToolError, match="pass a CompressOptions or bits by name"):
-        peraxis.compress("base", "tuned", tmp_path / "d.pxd", bits=2, options=CompressOptions())
+    with pytest.raises(peraxis.ToolError, match="pass a CompressOptions or masks by name"):
+        peraxis.compress("base", "tuned", tmp_path / "d.pxd", masks=2, options=CompressOptions())
 
 
 def test_an_open_file_says_what_it_holds(tmp_path: Path) -> None:

@@ -64,23 +64,23 @@ _OTHER_NAMES: Final[Mapping[str, str]] = {"bits": "masks"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressOptions:
-    """What `compress` does. Sizes are bytes.
+    """The options of `compress`. Sizes are bytes.
 
-    fit            none: mean |delta|, no text; closed-form: scales from calibration; refined: signs too;
-                   adamw: the paper's; auto: refined where a calibration text is given, else none
-    axis           auto: the best for each module
-    masks          sign masks (components) a module, 1 to 8; `bits` is accepted as another name
-    target_size    size of the file; or target_ratio, fine-tuned size / file size: masks are spent where they pay
-    embeddings     embed_tokens and lm_head: sign (`masks` of them), full (exact), auto (as many masks as pay)
+    fit            none: mean |delta|, without text; closed-form: scales from the calibration text; refined: signs
+                   too; adamw: the paper's method; auto: refined if a calibration text is given, else none
+    axis           the axis of the scales; auto takes the best one for each module
+    masks          the number of sign masks (components) of a module, 1 to 8; `bits` is another name
+    target_size    the size of the file; or target_ratio, the fine-tuned size over it. Masks go where they help most
+    embeddings     how embed_tokens and lm_head are stored: sign (with `masks`), full (exact), auto (with more masks)
     calibration    c4, a `datasets` id, or a file of json, jsonl(.gz), parquet or txt; or several of them, each
                    with a weight if one is wanted: ("c4:0.5", "chat.jsonl:0.5")
-    held_out       share of the calibration samples for validation, rather than the fit
-    generated_samples  samples that the fine-tuned model writes itself, added to both texts: its own domain
-    distill_samples  samples of end-to-end distillation of all scales afterwards; 0: none
-    distill_lr     learning rate of the scales, relative to their size; distill_sign_lr: of the signs (0: kept);
-                   distill_full_lr: of tensors stored full, relative to theirs (0: kept exact)
-    hidden_limit   hidden states beyond this go to disk; logits_limit: teacher logits on disk, beyond this recomputed
-    resume         go on where a killed run of the same inputs and options stopped
+    held_out       the share of the calibration samples that is kept for validation
+    generated_samples  samples that the fine-tuned model generates; they are added to the text, as its own domain
+    distill_samples  samples for the end-to-end distillation of all scales afterwards; 0 means none
+    distill_lr     the learning rate of the scales, relative to their size; distill_sign_lr: that of the signs (0 keeps
+                   them); distill_full_lr: that of tensors stored full, relative to their size (0 keeps them exact)
+    hidden_limit   hidden states above this size go to disk; logits_limit: teacher logits above this are recomputed
+    resume         continue a killed run of the same inputs and options
     """
 
     fit: str = "auto"

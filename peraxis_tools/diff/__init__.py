@@ -37,10 +37,9 @@ def diff(
 ) -> DiffResult:
     """Compare two deltas made for one base.
 
-    base: the checkpoint itself, needed only for the norms of tensors that are stored exactly; its dtypes and shapes
-    are checked, its bytes are not (`verify --base` does that). progress: called with numbers of payload bytes of A,
-    or True for a bar.
-    Raises CheckFailedError where the bases differ, PxdError, CheckpointError, OSError.
+    base: the checkpoint of the base. It is needed only for tensors that are stored exactly. Its dtypes and shapes are
+    checked; its bytes are not (`verify --base` checks them). progress: called with numbers of payload bytes of A, or
+    True for a bar. Raises CheckFailedError if the bases differ, PxdError, CheckpointError, OSError.
     """
     with pxd.open(a) as file_a, pxd.open(b) as file_b, watched(progress, "diff", _payload_bytes(file_a)) as step:
         common = [name for name in file_a if name in file_b]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peraxis_format as pxd
+from peraxis_tools import environment
 from peraxis_tools.checkpoint import open_checkpoint
 from peraxis_tools.errors import ToolError
 from peraxis_tools.load import load_model
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["load_checkpoint_model", "load_merged", "load_on_the_fly", "load_tokenizer"]
+__all__ = ["check_model", "load_checkpoint_model", "load_merged", "load_on_the_fly", "load_tokenizer"]
 
 
 def _folder(source: str | Path, revision: str | None) -> Path:
@@ -89,8 +90,12 @@ def _put(model: PreTrainedModel, name: str, weight: torch.Tensor) -> None:
         parameter[: weight.shape[0]].copy_(weight)
 
 
+def check_model(source: str | Path, *, revision: str | None = None) -> None:
+    """Raise ToolError for a checkpoint whose next-token distribution nobody can ask for."""
+    config = environment.load_config(_folder(source, revision))
+    environment.check_causal(config, str(source), remedy="eval compares next-token distributions; use diff or verify")
+
+
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
     """The tokenizer of a checkpoint. Raises ToolError where it has none."""
-    from peraxis_tools import environment
-
     return environment.load_tokenizer(_folder(source, revision))

@@ -58,9 +58,9 @@ class MergeInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeResult:
-    """What `merge` wrote. kind: parts, sum (components kept) or fit. method: of mergekit; None for parts.
+    """The result of `merge`. kind: parts, sum (all components kept) or fit. method: mergekit's name; None for parts.
 
-    error: ||sum - fit|| / ||sum|| over what was fitted; 0 where nothing was.
+    error: ||sum - fit|| / ||sum|| over the fitted modules; 0 if nothing was fitted.
     """
 
     path: Path
@@ -81,7 +81,7 @@ def merge_parts(
     overwrite: bool = False,
     progress: Progress = None,
 ) -> MergeResult:
-    """Join parts of one delta (parts.py) into the file that they were parts of. Raises ToolError, PxdError."""
+    """Join the parts of one delta into the file that was split. Raises ToolError, PxdError."""
     output = Path(output)
     with claim_file(output, overwrite=overwrite, inputs=paths):
         manifest, inputs, size = join_parts(
@@ -109,12 +109,11 @@ def merge(
 ) -> MergeResult:
     """Write the merge of deltas on one base.
 
-    weights: one for each path. masks: how many a module of the result has (`bits` is another name of it); None keeps
-    all components of a weighted sum, and means as many as the inputs have together (8 at most) for `ties` and `dare`.
-    base: the checkpoint, needed where inputs store different exact tensors. name: of the fine-tuned checkpoint that
-    results. progress: called with payload bytes of inputs
-    done, or True for a bar. Raises CheckFailedError for different bases, ToolError, PxdError,
-    CheckpointError.
+    weights: one for each path. masks: the number of masks of a module in the result (`bits` is another name). None
+    keeps all components of a weighted sum; for `ties` and `dare` it means as many as the inputs have together, at most
+    8. base: the checkpoint of the base, needed if inputs store different exact tensors. name: the name of the merged
+    checkpoint. progress: called with numbers of payload bytes of the inputs, or True for a bar. Raises CheckFailedError
+    for different bases, ToolError, PxdError, CheckpointError.
     """
     mixture = mixture or Mixture()
     masks = bits if masks is None else masks

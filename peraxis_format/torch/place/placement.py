@@ -27,10 +27,10 @@ def place(
 ) -> Placement:
     """Find the live storage of every module of a manifest.
 
-    views: explicit answers for names that the model does not have under this name (a tensor: the whole box). shards:
-    names whose live tensor is a piece. fused: see FUSED. What transformers itself renames is found without them.
-    Raises BindingError (E401, E402, E403) where the model is not the base, LiveModelError where it cannot hold the
-    fine-tune: transformed weights, a shape or dtype that changes, a tensor that would have to go away.
+    views: the live tensor for a name that the model does not have. shards: names whose live tensor is a shard. fused:
+    see FUSED. Tensors that transformers renames are found without these. Raises BindingError (E401, E402, E403) if the
+    model is not the base. Raises LiveModelError if the model cannot hold the fine-tune: transformed weights, another
+    shape or dtype, or a tensor that the fine-tune does not have.
     """
     _refuse_quantised(target)
     _refuse_part(manifest)

@@ -72,8 +72,15 @@ class LayerwiseModel:
     def __init__(self, config: Any, *, dtype: torch.dtype, device: torch.device) -> None:
         from transformers import AutoModelForCausalLM
 
-        with _parameters_on_meta(), torch.random.fork_rng(devices=[]):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        try:
+            with _parameters_on_meta(), torch.random.fork_rng(devices=[]):
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except Exception as error:  # a malformed configuration leads to any of them
+            line = next(iter(str(error).splitlines()), "")
+            raise UnsupportedModelError(
+                f"config.json: transformers builds no causal language model from it ({type(error).__name__}: {line}); "
+                "mend it, or use --fit none"
+            ) from None
         self.model: PreTrainedModel = model.eval().requires_grad_(False)
         setter = getattr(model, "set_experts_implementation", None)
         if setter is not None:

@@ -31,6 +31,7 @@ from peraxis_tools.compress.run.distributed import Processes
 from peraxis_tools.compress.run.types import FittedModule, RunFit
 from peraxis_tools.compress.run.work_folder import WorkFolder
 from peraxis_tools.environment import (
+    check_causal,
     load_config,
     load_tokenizer,
     resolve_device,
@@ -159,6 +160,7 @@ def _open_run(
     device = resolve_device(options.device)
     processes = Processes(device)
     config = load_config(folder)
+    check_causal(config, fine_tuned.tensors.label, remedy="compress it without text: --fit none")
     dtype = resolve_dtype(options.compute_dtype, device, config)
     tokenizer = load_tokenizer(folder)
     count = options.calibration_samples + options.distill_samples

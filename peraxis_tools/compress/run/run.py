@@ -36,6 +36,7 @@ from peraxis_tools.checkpoint import Checkpoint, open_checkpoint, parse_identity
 from peraxis_tools.compress.fit.mean import mean_components
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import spend
+from peraxis_tools.compress.plan.casts import with_casts
 from peraxis_tools.compress.plan.finite import check_finite, check_pair_finite
 from peraxis_tools.compress.plan.pairing import check_pair, check_saving, named_as_base, tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
@@ -62,7 +63,7 @@ Progress = Staged
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressResult:
-    """What `compress` made. Sizes in bytes; notes: modules that did not get what was planned, and why.
+    """The result of `compress`. Sizes are bytes. notes: modules that did not get what was planned, and the reason.
     unread_tokens: special tokens that the calibration text does not hold, so that no fit knows what they do."""
 
     path: Path
@@ -181,6 +182,7 @@ def _planned(
         options=options,
         tied=tied_pairs(fine_tuned.tensors),
     )
+    planned = with_casts(planned, base.tensors, fine_tuned.tensors)
     if not options.has_target:
         check_saving(planned, base, fine_tuned, force=force)
     if options.has_target or options.resolved_fit != "none":

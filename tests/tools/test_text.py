@@ -1,0 +1,117 @@
+"""Which text a fit reads: columns, conversations, the end of a document, several sources, and what stays unread."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from peraxis_tools.compress.calibration.generate import starts_of
+from peraxis_tools.documents import Conversation, read_documents
+from peraxis_tools.errors import OptionError
+from peraxis_tools.text import Source, load_samples, unread_tokens
+from tests.tools.compress_pairs import write_text, write_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<r>' + m['role'] + ' ' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<r>assistant {% endif %}"
+)
+TURNS = [{"role": "user", "content": "sun moon"}, {"role": "assistant", "content": "red blue"}]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    write_tokenizer(tmp_path / "tokenizer")
+    return AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+
+
+def rows_file(path: Path, *rows: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "read"),
+    [
+        ({"text": "sun", "other": "moon"}, "sun"),
+        ({"id": "row-1", "messages": TURNS}, Conversation(turns=(("user", "sun moon"), ("assistant", "red blue")))),
+        (
+            {"source": "x", "conversations": [{"from": "human", "value": "sun"}, {"from": "gpt", "value": "red"}]},
+            Conversation(turns=(("user", "sun"), ("assistant", "red"))),
+        ),
+        ({"prompt": "sun", "response": "red"}, Conversation(turns=(("user", "sun"), ("assistant", "red")))),
+        (
+            {"instruction": "sun", "input": "moon", "output": "red"},
+            Conversation(turns=(("user", "sun\nmoon"), ("assistant", "red"))),
+        ),
+        ({"id": "row-1", "first": "sun", "second": "moon"}, "sun\nmoon"),
+    ],
+)
+def test_a_row_is_read_where_its_text_is(tmp_path: Path, row: dict[str, Any], read: object) -> None:
+    assert read_documents(rows_file(tmp_path / "rows.jsonl", row), text_column=None, limit=9) == [read]
+
+
+def test_rows_without_text_are_refused_with_what_they_hold(tmp_path: Path) -> None:
+    source = rows_file(tmp_path / "rows.jsonl", {"id": "a", "score": 3, "messages": []})
+    with pytest.raises(OptionError, match=r"holds no text; its columns: id \(text\), score \(number\)"):
+        read_documents(source, text_column=None, limit=9)
+    with pytest.raises(OptionError, match="column 'score' holds a number, not text or turns"):
+        read_documents(source, text_column="score", limit=9)
+
+
+def test_each_document_ends_with_one_end_of_text_token(tmp_path: Path, tokenizer: Any) -> None:
+    source = str(write_text(tmp_path / "text.jsonl", documents=12, words=5))
+    ids = load_samples(source, tokenizer, samples=64, length=8, seed=0).ids.flatten().tolist()
+    end = tokenizer.eos_token_id
+    assert ids.count(end) in (11, 12)  # the last one may lie beyond the last sample
+    assert not any(a == b == end for a, b in itertools.pairwise(ids))
+
+
+def test_a_conversation_is_written_with_the_chat_template(tmp_path: Path, tokenizer: Any) -> None:
+    source = rows_file(tmp_path / "chat.jsonl", *[{"messages": TURNS}] * 4)
+    plain = load_samples(source, tokenizer, samples=4, length=8, seed=0).ids
+    tokenizer.chat_template = TEMPLATE
+    ids = load_samples(source, tokenizer, samples=64, length=8, seed=0).ids.flatten().tolist()
+    wanted = tokenizer("<r>user sun moon</s><r>assistant red blue</s>", add_special_tokens=False)["input_ids"]
+    assert ids[: len(wanted)] == wanted  # no second end of text behind the template's own
+    assert ids[len(wanted)] == wanted[0]
+    assert plain.flatten().tolist()[:8] != wanted[:8]
+
+
+def test_several_texts_share_the_samples_by_weight(tmp_path: Path, tokenizer: Any) -> None:
+    paths = [write_text(tmp_path / f"{name}.jsonl", seed=i) for i, name in enumerate("ab")]
+    mixed = load_samples([f"{paths[0]}:3", f"{paths[1]}:1"], tokenizer, samples=12, length=8, seed=0)
+    assert mixed.counts == (9, 3)
+    assert mixed.source == "a.jsonl; b.jsonl"
+    alone = load_samples(str(paths[1]), tokenizer, samples=3, length=8, seed=0)
+    np.testing.assert_array_equal(mixed.by_source[1], alone.ids)
+    assert Source.parse("org/data:config") == Source(name="org/data:config")
+    assert Source.parse("c4:0.5") == Source(name="c4", weight=0.5)
+    with pytest.raises(OptionError, match="above 0"):
+        Source.parse("c4:0")
+
+
+def test_special_tokens_that_no_sample_holds_are_named(tokenizer: Any) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<r>", "<other>"]})
+    tokenizer.chat_template = TEMPLATE
+    ids = np.array([[5, 6, tokenizer.eos_token_id]])
+    assert unread_tokens(tokenizer, ids) == ["<s>", "<r>", "<other>"]
+    role = tokenizer.convert_tokens_to_ids("<r>")
+    assert unread_tokens(tokenizer, np.array([[0, 1, role]])) == ["<other>"]
+
+
+def test_generated_samples_start_where_a_user_does(tokenizer: Any) -> None:
+    tokenizer.chat_template = TEMPLATE
+    starts = starts_of(tokenizer)
+    assert starts[:2] == [[tokenizer.bos_token_id], [tokenizer.eos_token_id]]
+    parts = ("<r>user ", "</s><r>assistant ")
+    user, assistant = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in parts)
+    assert user in starts
+    assert any(start[-len(assistant) :] == assistant and len(start) > len(assistant) for start in starts)
+    assert len({tuple(start) for start in starts}) == len(starts)
