@@ -22,6 +22,9 @@ from .valid import simple
 __all__ = ["applied_kinds", "golden_kinds", "refused_kinds"]
 
 TEXT_LIMIT = 2**16
+# Where the length of a character changes, in UTF-8 or in UTF-16, and beside what is no character.
+EDGES = (0x20, 0x7E, 0x7F, 0x80, 0xBF, 0xC0, 0x7BF, 0x7C0, 0x7FF, 0x800, 0xFFF, 0x1000, 0xCFFF, 0xD000, 0xD7FF, 0xE000,
+         0xEFFF, 0xF000, 0xFFFD, 0xFFFF, 0x10000, 0x3FFFF, 0x40000, 0xFFFFF, 0x100000, 0x10FFFF)  # fmt: skip
 
 
 def sizes() -> Iterator[tuple[str, Content]]:
@@ -49,6 +52,8 @@ def decoded_kinds() -> Iterator[tuple[str, str, Content]]:
     whole = full("w", (600_001,), dtype="U8", exact=noise("chunks", 600_001))
     yield "size-more-than-512-kib", "4.3", Content(modules=(whole,))
     yield "names-by-bytes", "3.11", named()
+    yield "utf8-edges", "2.7", simple(metadata={"".join(map(chr, EDGES)): "".join(map(chr, reversed(EDGES)))})
+    yield "utf16-edges", "3.2", simple(metadata=dict.fromkeys(map(chr, EDGES), ""))
     yield "texts-of-65536-bytes", "3.8", texts_at_limit()
     yield "dtypes-written-out", "3.4", dtypes()
     yield "zeros-beside-numbers", "2.10", Content(modules=WHOLE.modules, calibration={**calibration(), "seed": 0})
