@@ -28,7 +28,7 @@ __all__ = ["Adapter", "Caps", "Outcome", "Summary", "laid_out", "run_case", "run
 
 ACCEPTED, REJECTED, UNSUPPORTED = 0, 1, 77
 ROOMY_MIB = 256
-SCRATCH_MIB = 512
+SCRATCH_MIB = 1536
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
