@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test quick lint type format conformance fuzz docs bench clean
+.PHONY: demo test quick lint type format conformance mutants fuzz docs bench clean
 
 # The main job: train a small real pair, compress, inspect, verify, apply, measure. Offline.
 demo: $(INSTALLED)
@@ -43,6 +43,11 @@ conformance: $(INSTALLED)
 	$(BIN)/peraxis-conformance run --adapter "$(BIN)/python conformance/loaders/python/adapter.py" \
 	    --adapter build/pxd --adapter "node conformance/loaders/js/adapter.js"
 	$(BIN)/python -m pytest -q -s tests/conformance/test_teeth.py tests/conformance/test_clauses.py
+
+# Each comparison, bound and constant of two loaders changed, one at a time: the kit fails each. About an hour.
+mutants: $(INSTALLED)
+	$(BIN)/python -m tests.conformance.mutants
+	$(BIN)/python -m tests.conformance.mutants --loader c
 
 fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.conformance.fuzz_reader --seconds 3600
