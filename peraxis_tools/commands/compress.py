@@ -62,7 +62,11 @@ def size(value: str) -> int:
 @click.option("--text-column", help="Column of the text.  [default: text, else all text columns]")
 @click.option("--held-out", type=float, help="Share of the samples for validation.  [default: 0.2]")
 @click.option("--batch-size", type=int, help="Samples in one forward pass.  [default: 8]")
-@click.option("--generated-samples", type=int, help="Samples that the fine-tuned model writes itself.  [default: 0]")
+@click.option(
+    "--generated-samples",
+    type=int,
+    help="Samples that the fine-tuned model writes itself.  [default: 16 where it fits into memory]",
+)
 @click.option("--distill-samples", type=int, help="Samples of end-to-end distillation; 0: none.  [default: 0]")
 @click.option("--distill-epochs", type=int, help="[default: 5]")
 @click.option("--distill-batch-size", type=int, help="[default: 2]")

@@ -35,6 +35,8 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 # Where a run stands and what it runs on: no part of what the bytes follow from.
 _NOT_CONTENT: Final = ("device", "resume", "hidden_limit", "logits_limit")
+# Of options whose default is None.
+_KINDS_OF_NONE: Final[Mapping[str, type]] = {"target_ratio": float, "generated_samples": int}
 # Names that options had before; files and their digests keep them.
 _OTHER_NAMES: Final[Mapping[str, str]] = {"bits": "masks"}
 
@@ -52,7 +54,8 @@ class CompressOptions:
     calibration    c4, a `datasets` id, or a file of json, jsonl(.gz), parquet or txt; or several of them, each
                    with a weight if one is wanted: ("c4:0.5", "chat.jsonl:0.5")
     held_out       share of the calibration samples for validation, rather than the fit
-    generated_samples  samples that the fine-tuned model writes itself, added to both texts: its own domain
+    generated_samples  samples that the fine-tuned model writes itself, added to both texts: its own domain; None: 16
+                   where the whole model fits into `hidden_limit`, and else (and for the paper's fit) none
     distill_samples  samples of end-to-end distillation of all scales afterwards; 0: none
     distill_lr     learning rate of the scales, relative to their size; distill_sign_lr: of the signs (0: kept);
                    distill_full_lr: of tensors stored full, relative to theirs (0: kept exact)
@@ -69,7 +72,7 @@ class CompressOptions:
     calibration: str | tuple[str, ...] | None = None
     text_column: str | None = None
     calibration_samples: int = 50
-    generated_samples: int = 0
+    generated_samples: int | None = None
     sequence_length: int = 512
     held_out: float = 0.2
     batch_size: int = 8
@@ -110,7 +113,7 @@ class CompressOptions:
             ("distill_epochs", 1, 1 << 16),
             ("seed", 0, 1 << 32),
         ):
-            if not least <= getattr(self, name) <= most:
+            if getattr(self, name) is not None and not least <= getattr(self, name) <= most:
                 raise OptionError(f"{_dashed(name)} {getattr(self, name)}: must be {least} to {most}")
         if not 0.0 <= self.held_out < 1.0:
             raise OptionError(f"held-out {self.held_out}: a share, at least 0 and below 1")
@@ -216,8 +219,8 @@ def _typed(name: str, value: Any) -> Any:
     if name == "target_size" and isinstance(value, str):
         return parse_size(value)
     default = CompressOptions.__dataclass_fields__[name].default
-    kind: type = float if name == "target_ratio" else type(default)
-    if value is None or (default is None and name != "target_ratio"):
+    kind: type = _KINDS_OF_NONE.get(name, type(default))
+    if value is None or kind is type(None):
         return value
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
