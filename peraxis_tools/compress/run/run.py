@@ -40,7 +40,7 @@ from peraxis_tools.compress.fit.mean import mean_components
 from peraxis_tools.compress.options import CompressOptions, OptionError
 from peraxis_tools.compress.plan.budget import spend
 from peraxis_tools.compress.plan.pairing import check_pair, tied_pairs
-from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
+from peraxis_tools.compress.plan.plan import TABLES, Plan, PlannedModule, plan
 from peraxis_tools.compress.run.streamed import StreamedFit
 from peraxis_tools.compress.run.types import FittedModule, Fitting, ModuleReport, RunFit
 from peraxis_tools.outputs import claim_file
@@ -261,6 +261,7 @@ def _module_delta(
             dtype=module.dtype,
             axis=module.axis,
             components=module.components,
+            for_outputs=module.kind not in TABLES,
         )
     encoding = Encoding.SIGN if components else Encoding.SAME
     delta = ModuleDelta(
