@@ -57,6 +57,7 @@ COMPRESS = (
     *(
         "options",
         "fit.encode",
+        "fit.directions",
         "fit.mean",
         "plan.plan",
         "plan.unchanged",

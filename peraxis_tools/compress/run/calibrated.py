@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
@@ -43,6 +44,8 @@ from peraxis_tools.quiet import quiet_transformers
 from peraxis_tools.text import Ids, Samples, load_samples, unread_tokens
 
 __all__ = ["CalibratedFit", "batches_of"]
+
+_GENERATED: Final = 16
 
 Progress: TypeAlias = Callable[[str, int, int], None]  # (step, done, total)
 
@@ -190,10 +193,20 @@ def _open_run(
         device=device,
         dtype=dtype,
     )
-    return _with_generated(run, tokenizer, options, progress) if options.generated_samples else run
+    count = _generated_count(run, options)
+    return _with_generated(run, count, options, progress) if count else run
 
 
-def _with_generated(run: _Run, tokenizer: Any, options: CompressOptions, progress: Progress) -> _Run:
+def _generated_count(run: _Run, options: CompressOptions) -> int:
+    """Samples that the model writes: as many as asked for, or some where it fits into memory as hidden states would."""
+    if options.generated_samples is not None:
+        return options.generated_samples
+    weights = sum(math.prod(module.shape) for module in run.plan.modules)
+    fits = weights * run.dtype.itemsize <= options.hidden_limit
+    return _GENERATED if fits and options.resolved_fit != "adamw" else 0
+
+
+def _with_generated(run: _Run, count: int, options: CompressOptions, progress: Progress) -> _Run:
     """The run with samples that the fine-tuned model writes; kept in the work folder."""
     length = run.samples.ids.shape[1]
     ids = run.work.load_array("generated")
@@ -203,8 +216,8 @@ def _with_generated(run: _Run, tokenizer: Any, options: CompressOptions, progres
         weights.fill_whole(teacher, weights.teacher)
         ids = generate(
             teacher,
-            tokenizer,
-            samples=options.generated_samples,
+            run.tokenizer,
+            samples=count,
             length=length,
             seed=options.seed,
             batch_size=4 * options.batch_size,

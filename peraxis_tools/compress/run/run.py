@@ -40,7 +40,7 @@ from peraxis_tools.compress.plan.budget import spend
 from peraxis_tools.compress.plan.casts import with_casts
 from peraxis_tools.compress.plan.finite import check_finite, check_pair_finite
 from peraxis_tools.compress.plan.pairing import check_pair, check_saving, named_as_base, tied_pairs
-from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
+from peraxis_tools.compress.plan.plan import TABLES, Plan, PlannedModule, plan
 from peraxis_tools.compress.plan.record import PLAN_KEY, REPORT_KEY, plan_text, report_text
 from peraxis_tools.compress.plan.size import foretold
 from peraxis_tools.compress.plan.unchanged import first_rows, is_unchanged, shared_rows
@@ -309,6 +309,7 @@ def _module_delta(
                 dtype=module.dtype,
                 axis=module.axis,
                 components=module.components,
+                for_outputs=module.kind not in TABLES,
             )
         except ShapeError:  # scales that are no numbers; the tensor and the index say more
             check_finite(module, base_array, tuned_array, base.label, fine_tuned.label)
