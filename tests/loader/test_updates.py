@@ -304,3 +304,34 @@ def test_a_mapping_of_tensors_is_followed_too(tmp_path: Path) -> None:
     follower.poll()
     assert torch.equal(live["w"], (state["w"] - 1e-4).half()) or follower.step == 2
     assert follower.step == 2
+
+
+def test_a_state_that_comes_back_is_passed_through_once(tmp_path: Path) -> None:
+    state = {"w": torch.linspace(-1, 1, 500)}
+    live = {"w": torch.zeros(500, dtype=torch.bfloat16)}
+    writer = UpdateWriter(state, tmp_path)
+    before = state["w"].clone()
+    writer.step()
+    for values in (before * 1.01, before, before * 1.02):
+        state["w"].copy_(values)
+        writer.step()
+    found = follow(live, tmp_path).poll()
+    assert [path.name[:5] for path in found.applied] == ["ancho", "step-", "step-", "step-"]
+    assert torch.equal(live["w"], state["w"].bfloat16())
+    assert UpdateWriter(state, tmp_path).step_number == 3
+
+
+def test_a_live_tensor_that_differs_in_one_bit_is_noticed_before_anything_is_written(tmp_path: Path) -> None:
+    state = {"a": torch.linspace(-1, 1, 500), "b": torch.linspace(-1, 1, 500)}
+    writer = UpdateWriter(state, tmp_path)
+    writer.step()
+    for tensor in state.values():
+        tensor.mul_(1.01)
+    update = writer.step().path
+    live = {name: torch.linspace(-1, 1, 500).bfloat16() for name in state}
+    live["b"].view(torch.int16)[499] ^= 1
+    before = {name: tensor.clone() for name, tensor in live.items()}
+    with pytest.raises(PxdError, match="E405"):
+        apply_update(live, update)
+    for name, tensor in live.items():
+        assert torch.equal(tensor.view(torch.int16), before[name].view(torch.int16))
