@@ -335,3 +335,27 @@ def test_a_live_tensor_that_differs_in_one_bit_is_noticed_before_anything_is_wri
         apply_update(live, update)
     for name, tensor in live.items():
         assert torch.equal(tensor.view(torch.int16), before[name].view(torch.int16))
+
+
+def test_the_tools_read_what_a_trainer_published(tmp_path: Path) -> None:
+    from peraxis_tools.apply import apply
+    from peraxis_tools.chain import log
+    from peraxis_tools.checkpoint import open_checkpoint
+    from tests.factories import write_checkpoint
+
+    model = trainer()
+    writer = UpdateWriter(model, tmp_path / "chain", anchor_every=2)
+    for step in range(5):
+        writer.step()
+        train(model, step)
+    writer.step()
+    found = log(tmp_path / "chain")
+    assert [entry.file for entry in found.updates] == ["anchor-00000000.pxd"] + [
+        f"step-{step:08d}.pxd" for step in range(1, 6)
+    ]
+    assert [entry.file for entry in found.folded] == ["anchor-00000002.pxd", "anchor-00000004.pxd"]
+    write_checkpoint(tmp_path / "base", {"unrelated": (np.zeros(3, np.float32), pxd.DType.F32)})
+    files = [tmp_path / "chain" / entry.file for entry in found.updates]
+    apply(tmp_path / "base", files, tmp_path / "out")
+    with open_checkpoint(tmp_path / "out") as out:
+        assert {name: bytes(out.tensors.read(name).tobytes()) for name in out.tensors} == published(model)
