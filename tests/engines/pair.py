@@ -62,9 +62,7 @@ def _save_tokenizer(folder: Path, size: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_delta(
-    path: Path, base: Path, *, seed: int, same: Sequence[str] = (), assets: Sequence[Path] = ()
-) -> Path:
+def make_delta(path: Path, base: Path, *, seed: int, same: Sequence[str] = (), assets: Sequence[Path] = ()) -> Path:
     """A delta with signs in every matrix (each axis in turn, some with two components) and exact norms and biases."""
     tensors = load_file(base / "model.safetensors")
     rng = np.random.default_rng(seed)
