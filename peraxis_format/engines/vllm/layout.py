@@ -42,6 +42,7 @@ __all__ = [
     "placed_tensors",
     "plain_tensors",
     "register_engine",
+    "refuse_uncovered",
     "register_loader",
     "repack",
     "tensor_group",
@@ -218,6 +219,21 @@ def placed_tensors(model: nn.Module, manifest: Manifest) -> dict[str, tuple[Plac
     names = [*(entry.name for entry in manifest.modules), *(alias for _, alias in manifest.tied)]
     found = {name: live.get(rename(name) or "") for name in names}
     return {name: tuple(pieces) for name, pieces in found.items() if pieces}
+
+
+def refuse_uncovered(model: nn.Module, manifest: Manifest) -> None:
+    """Raises LiveModelError where a linear, an embedding or lm_head holds a tensor that the fine-tune does not have.
+
+    SPEC 3.7: a manifest names every tensor, so the layer would go on with the base's weights.
+    """
+    pieces = [piece for found in placed_tensors(model, manifest).values() for piece in found]
+    covered = {getattr(piece.module, piece.parameter).data_ptr() for piece in pieces}
+    for owner, module in model.named_modules():
+        if not isinstance(module, LinearBase | VocabParallelEmbedding):
+            continue
+        for parameter, tensor in module._parameters.items():
+            if tensor is not None and tensor.numel() and tensor.data_ptr() not in covered:
+                raise LiveModelError(f"the fine-tune has nothing for {owner}.{parameter}, which the model uses")
 
 
 def _pieces(owner: str, module: nn.Module, packed: Any) -> Iterator[tuple[str, Placed]]:

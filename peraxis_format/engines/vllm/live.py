@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from peraxis_format.engines.vllm.layout import plain_tensors, repack, tensor_group, views
+from peraxis_format.engines.vllm.layout import plain_tensors, refuse_uncovered, repack, tensor_group, views
 from peraxis_format.engines.vllm.loader import check_assets
 from peraxis_format.engines.vllm.source import open_delta
 from peraxis_format.errors import LiveModelError
@@ -45,6 +45,7 @@ class LiveModel:
         with open_delta(source, group=self._group) as file:
             if self._checks_assets:
                 check_assets(file, self._model_config)
+            refuse_uncovered(self._model, file.manifest)
             switch = self._switch_for(file.manifest)
             return switch.add(name, file)
 

@@ -26,6 +26,7 @@ from peraxis_format.engines.vllm.layout import (
     VocabParallelEmbedding,
     placed_tensors,
     plain_tensors,
+    refuse_uncovered,
     tensor_group,
     views,
 )
@@ -81,6 +82,7 @@ class VariantStore:
         try:
             if self.checks_assets:
                 check_assets(file, self.model_config)
+            refuse_uncovered(self.model, file.manifest)
             placement = place(plain_tensors(self.model), file.manifest, views=views(self.model, file.manifest))
             claim((part.view for parts in placement.values() for part in parts), self, _CLAIMED)
             check_base(file, placement, group=group if count > 1 else None)
