@@ -88,12 +88,13 @@ def _only_delta(name: HubName) -> str:
 
 def _listed(name: HubName) -> list[str]:
     """The files of a repository; those in the cache where the hub cannot be reached."""
-    import httpx
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return HfApi().list_repo_files(name.repository, revision=name.revision)
-    except (OfflineModeIsEnabled, ConnectionError, httpx.TransportError):
+    except HfHubHTTPError:
+        raise  # the hub has answered
+    except Exception:  # offline, or no connection: the HTTP library's own errors
         folder = Path(snapshot_download(name.repository, revision=name.revision, local_files_only=True))
         return [path.relative_to(folder).as_posix() for path in folder.rglob("*.pxd")]

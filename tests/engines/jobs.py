@@ -119,7 +119,12 @@ def job_swaps(*, model: str, sequence: Sequence[str | None], bad: Sequence[str] 
 
 
 def job_variants(
-    *, model: str, paths: dict[str, str], batches: Sequence[Sequence[str | None]], bad: Sequence[str] = (), **options: Any
+    *,
+    model: str,
+    paths: dict[str, str],
+    batches: Sequence[Sequence[str | None]],
+    bad: Sequence[str] = (),
+    **options: Any,
 ) -> Any:
     """An engine that serves variants: what each batch gives, its counters, and the errors of adapters that are none."""
     from vllm.lora.request import LoRARequest
@@ -134,7 +139,12 @@ def job_variants(
         except Exception as error:
             errors.append(str(error))
     (store,) = llm.collective_rpc(_store)
-    return {"batches": found, "errors": errors, "store": store, "after": generate(llm, variants=batches[0], paths=paths)}
+    return {
+        "batches": found,
+        "errors": errors,
+        "store": store,
+        "after": generate(llm, variants=batches[0], paths=paths),
+    }
 
 
 def _store(worker: Any) -> dict[str, Any]:

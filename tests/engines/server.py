@@ -73,10 +73,8 @@ def _parsed(data: bytes) -> Any:
 
 
 @contextmanager
-def serve(
-    model: str, *arguments: str, log: Path, environment: Mapping[str, str] | None = None
-) -> Iterator[Server]:
-    """A server of a base, named `base`; ended with the block. Raises AssertionError with its log if it does not come up."""
+def serve(model: str, *arguments: str, log: Path, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """A server of a base, named `base`; ended with the block. Raises AssertionError with its log where it ends."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

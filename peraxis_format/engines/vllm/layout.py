@@ -34,6 +34,7 @@ __all__ = [
     "WeightTransferEngine",
     "WeightTransferInitInfo",
     "WeightTransferUpdateInfo",
+    "adapter_not_found",
     "all_reduce",
     "init_request",
     "is_cpu",
@@ -111,6 +112,12 @@ def init_request(info: dict[str, Any]) -> Any:
 def update_request(info: dict[str, Any]) -> Any:
     """The argument of AsyncLLM.update_weights."""
     return _name(_TRANSFER, "WeightTransferUpdateRequest")(update_info=info)
+
+
+def adapter_not_found(name: str, path: str) -> Exception:
+    """The error that vLLM's server answers with 404."""
+    error: Exception = _name("exceptions", "LoRAAdapterNotFoundError")(name, path)
+    return error
 
 
 def worker_class() -> Any:

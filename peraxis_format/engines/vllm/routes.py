@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, Request  # type: ignore[import-not-found, unused-ignore]
+from fastapi.responses import JSONResponse  # type: ignore[import-not-found, unused-ignore]
 
 from peraxis_format.engines.vllm.offline import BASE_VERSION
 from peraxis_format.engines.vllm.source import open_delta
@@ -31,6 +33,7 @@ __all__ = ["PeraxisEndpoints"]
 
 _PREFIX: Final = "/v1/peraxis"
 _WAIT_SECONDS: Final = 600.0
+_WRAPPED: Final = re.compile(r"Worker failed with error '(?P<cause>.*)', please check the stack trace")
 
 
 class _RequestError(Exception):
@@ -132,7 +135,7 @@ class _Swaps:
 
 
 @contextlib.contextmanager
-def _engine_errors() -> Any:
+def _engine_errors() -> Iterator[None]:
     """An error in a worker comes as text, with vLLM's words around it; a dead engine is not a bad request."""
     try:
         yield
@@ -143,7 +146,9 @@ def _engine_errors() -> Any:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    wrapped = _WRAPPED.search(text)
+    return text if wrapped is None else wrapped["cause"]
 
 
 def _text(body: dict[str, Any], key: str) -> str:
@@ -172,7 +177,7 @@ async def _body(request: Request) -> dict[str, Any]:
     return found
 
 
-async def _answer(request: Request, action: Any) -> JSONResponse:
+async def _answer(request: Request, action: Callable[[_Swaps], Awaitable[dict[str, Any]]]) -> JSONResponse:
     swaps: _Swaps = request.app.state.peraxis_swaps
     try:
         return JSONResponse(await action(swaps))

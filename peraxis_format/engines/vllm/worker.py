@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from peraxis_format.engines.vllm.batch import StepRows
 from peraxis_format.engines.vllm.layers import LayerState, Variant, wrap_layers
-from peraxis_format.engines.vllm.layout import is_eager, worker_class
+from peraxis_format.engines.vllm.layout import adapter_not_found, is_eager, worker_class
 from peraxis_format.engines.vllm.loader import assets_checked
 from peraxis_format.engines.vllm.variants import VariantStore
 from peraxis_format.errors import LiveModelError
@@ -76,9 +76,12 @@ class VariantManager:
 
     def add_adapter(self, request: Any) -> bool:
         """Load a variant. Raises as VariantStore.add does."""
-        return self.store.add(
-            request.lora_int_id, request.lora_name, request.lora_path, replace=bool(request.load_inplace)
-        )
+        try:
+            return self.store.add(
+                request.lora_int_id, request.lora_name, request.lora_path, replace=bool(request.load_inplace)
+            )
+        except FileNotFoundError:
+            raise adapter_not_found(request.lora_name, request.lora_path) from None
 
     def remove_adapter(self, number: int) -> bool:
         """Forget a variant."""
