@@ -40,6 +40,8 @@ def hub_name(source: str | os.PathLike[str]) -> HubName | None:
     Raises CheckpointError for a malformed hf:// name.
     """
     text = str(source) if isinstance(source, str) else os.fspath(source)
+    if text.startswith(("hf://datasets/", "hf://spaces/")):
+        return None  # left to fsspec, as any other URL
     if text.startswith("hf://"):
         found = _URL.fullmatch(text)
         if found is None or (found["before"] and found["after"]):

@@ -13,18 +13,30 @@ from typing import TYPE_CHECKING, Any, Final
 
 import peraxis_format as pxd
 from peraxis_tools.assets import LEFT_BEHIND, asset_group
-from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.checkpoint import Checkpoint, open_checkpoint, parse_identity
 from peraxis_tools.delta_parts import refuse_part
+from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import MARKER, atomic_folder
 from peraxis_tools.outputs import claim_folder
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Steps, watched
+from peraxis_tools.remote import local_copy
 from peraxis_tools.shards import SHARD_BYTES, Shard, TensorSpec, plan_shards, shard_header, write_index, write_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ApplyResult", "apply", "checkpoint_bytes", "load_model", "rebuild", "rebuild_all", "to_torch"]
+__all__ = [
+    "ApplyResult",
+    "applied_assets",
+    "apply",
+    "base_of",
+    "checkpoint_bytes",
+    "load_model",
+    "rebuild",
+    "rebuild_all",
+    "to_torch",
+]
 
 _AHEAD_BYTES: Final = 384 << 20
 _WORKERS: Final = 4
@@ -108,7 +120,7 @@ def apply(
         with atomic_folder(output, overwrite=overwrite) as folder:
             _write_shards(folder, shards, file, checkpoint.tensors, workers, step)
             write_index(folder, shards)
-            for name, data in _assets(file, checkpoint):
+            for name, data in applied_assets(file, checkpoint):
                 (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_bytes(data)
             paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -166,7 +178,7 @@ def _write_shards(
                 progress(spec.size)
 
 
-def _assets(delta: pxd.DeltaFile, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
+def applied_assets(delta: pxd.DeltaFile, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
     """The delta's assets, and of the base's the groups that the delta brings nothing of."""
     own = [asset.path for asset in delta.manifest.assets]
     groups = {asset_group(path) for path in own}
@@ -178,9 +190,20 @@ def _assets(delta: pxd.DeltaFile, base: Checkpoint) -> Iterator[tuple[str, bytes
             yield path, found.read(path)
 
 
+def base_of(manifest: pxd.Manifest, delta: object) -> str:
+    """The base that a manifest names, as `org/name[@revision]`. Raises ToolError where that is no hub id."""
+    base = manifest.base
+    named = f"{base.id}@{base.revision}" if base.revision else base.id
+    try:
+        parse_identity(named)  # a manifest must not lead to folders of this machine
+    except ToolError:
+        raise ToolError(f"{delta}: names its base {named!r}, which is no hub id; say where the base is") from None
+    return named
+
+
 def load_model(
     base: str | Path,
-    delta: str | Path,
+    delta: str | Path | None = None,
     *,
     base_revision: str | None = None,
     progress: Steps | bool | None = None,
@@ -188,21 +211,26 @@ def load_model(
 ) -> PreTrainedModel:
     """The fine-tuned model itself, without a folder in between: `load_model("org/base", "delta.pxd")`.
 
-    options go to `AutoModelForCausalLM.from_pretrained`. progress: as of `apply`. Memory: the model, and one tensor of
-    the base. Raises PxdError, CheckpointError, ToolError.
+    With one argument, `load_model("me/delta")`, that is the delta, and its manifest names the base. A delta is a path,
+    a URL, or a repository on the hub. The model has the fine-tune's generation configuration; `load` gives its
+    tokenizer too. options go to `AutoModelForCausalLM.from_pretrained`. progress: as of `apply`. Memory: the model, and
+    one tensor of the base. Raises PxdError, CheckpointError, ToolError.
     """
     import json
 
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
+    named = base if delta is None else delta
     with (
-        pxd.open(delta) as file,
-        open_checkpoint(base, revision=base_revision) as checkpoint,
+        local_copy(named) as path,
+        pxd.open(path) as file,
+        open_checkpoint(base_of(file.manifest, named) if delta is None else base, revision=base_revision) as checkpoint,
         watched(progress, "load", checkpoint_bytes(file.manifest)) as step,
     ):
-        refuse_part(file.manifest, delta)
-        config = json.loads(dict(_assets(file, checkpoint)).get("config.json") or json.dumps(checkpoint.config()))
+        refuse_part(file.manifest, named)
+        assets = dict(applied_assets(file, checkpoint))
+        config = json.loads(assets.get("config.json") or json.dumps(checkpoint.config()))
         state = {}
         aliases = _aliases(file.manifest)
         for entry, array in rebuild_all(file, checkpoint.tensors):
@@ -215,6 +243,8 @@ def load_model(
     # The class itself: AutoModelForCausalLM.from_pretrained insists on a folder to look into.
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)]
     model: PreTrainedModel = kind.from_pretrained(None, config=parsed, state_dict=state, **options)
+    if "generation_config.json" in assets:
+        model.generation_config = GenerationConfig.from_dict(json.loads(assets["generation_config.json"]))
     return model.eval()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import peraxis_format as pxd
+from peraxis_format.hub import hub_file, hub_name
 from peraxis_tools.errors import ToolError
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.urls import without_secrets
@@ -154,8 +155,13 @@ def remote_file(url: str) -> RemoteFile:
 def local_copy(source: str | Path, *, progress: ProgressOf = silent) -> Iterator[Path]:
     """A path to work on: the source itself where it is local, else a temporary copy under its own name.
 
-    Raises ToolError.
+    hf:// names and repositories (`org/name[@revision]`) come through the hub's cache. Raises ToolError and
+    CheckpointError.
     """
+    name = hub_name(source)
+    if name is not None:
+        yield hub_file(name)  # in the hub's cache, where it stays
+        return
     if not is_remote(source):
         yield Path(source)
         return

@@ -62,12 +62,20 @@ def _save_tokenizer(folder: Path, size: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_delta(path: Path, base: Path, *, seed: int, same: Sequence[str] = (), assets: Sequence[Path] = ()) -> Path:
+def make_delta(
+    path: Path,
+    base: Path,
+    *,
+    seed: int,
+    same: Sequence[str] = (),
+    assets: Sequence[Path] = (),
+    base_id: str = "base",
+) -> Path:
     """A delta with signs in every matrix (each axis in turn, some with two components) and exact norms and biases."""
     tensors = load_file(base / "model.safetensors")
     rng = np.random.default_rng(seed)
     axes = tuple(pf.Axis)
-    with pf.DeltaWriter(path, base=pf.Identity(id="base"), fine_tuned=pf.Identity(id=f"variant-{seed}")) as writer:
+    with pf.DeltaWriter(path, base=pf.Identity(id=base_id), fine_tuned=pf.Identity(id=f"variant-{seed}")) as writer:
         for i, (name, tensor) in enumerate(sorted(tensors.items())):
             encoding = pf.Encoding.SIGN if tensor.ndim == 2 else pf.Encoding.FULL
             if name in same:

@@ -1,4 +1,4 @@
-"""Laws of the plug-in over HTTP: swaps under running requests, variants by the `model` field. References: test_vllm.py."""
+"""Laws of the plug-in over HTTP: swaps under running requests, variants by the `model` field."""
 
 from __future__ import annotations
 
