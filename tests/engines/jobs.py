@@ -11,6 +11,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,12 @@ def _store(worker: Any) -> dict[str, Any]:
     return {"reads": store.counters.reads, "evictions": store.counters.evictions, "bytes": sizes, "weights": weights}
 
 
+def _function(name: str) -> Any:
+    """A job of this file by its name, or of another module as `module:function`."""
+    module, _, function = name.partition(":")
+    return getattr(import_module(module), function) if function else globals()[f"job_{name}"]
+
+
 def main(path: str) -> int:
     """Run each job in a fork. Returns the exit status."""
     import vllm
@@ -165,7 +172,7 @@ def main(path: str) -> int:
             status = 1
             try:
                 name, result = job.pop("job"), job.pop("result")
-                found = globals()[f"job_{name}"](**job)
+                found = _function(name)(**job)
                 Path(result).write_text(json.dumps(found))
                 status = 0
             except BaseException:

@@ -19,20 +19,18 @@ __all__ = ["make_base", "make_delta", "make_pair"]
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 
-def make_base(folder: Path, *, tied: bool, seed: int = 0) -> Path:
-    """A Llama of two layers with biases, random weights, and a tokenizer of words w0, w1, ..."""
+def make_base(folder: Path, *, tied: bool, seed: int = 0, **sizes: int) -> Path:
+    """A Llama of two layers with biases, random weights, and a tokenizer of words w0, w1, ...
+
+    sizes: of LlamaConfig, in the place of the small ones here.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
+    small = {"vocab_size": 500, "hidden_size": 256, "intermediate_size": 344, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512}
     config = LlamaConfig(
-        vocab_size=500,
-        hidden_size=256,
-        intermediate_size=344,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=512,
+        **{**small, **heads, **sizes},
         attention_bias=True,
         tie_word_embeddings=tied,
         bos_token_id=1,
