@@ -58,24 +58,20 @@ def job_batch_times(*, model: str, deltas: list[str]) -> list[dict[str, Any]]:
     counts = [count for count in (0, 1, 4, 16) if count <= len(deltas)]
     llm = make_engine(model, worker_cls=WORKER, enable_lora=True, max_loras=len(deltas), max_cpu_loras=len(deltas))
     found = []
+    first = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    many = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    prompts = [TokensPrompt(prompt_token_ids=[1, *range(10 + i, 40 + i)]) for i in range(REQUESTS)]
     for count in counts:
-        chosen = [
-            LoRARequest(f"v{i % count}", 1 + i % count, deltas[i % count]) if count else None for i in range(REQUESTS)
-        ]
-        options = {"lora_request": chosen} if count else {}
-        prompts = [TokensPrompt(prompt_token_ids=[1, *range(10 + i, 40 + i)]) for i in range(REQUESTS)]
-        first = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+        variants = [LoRARequest(f"v{i}", 1 + i, deltas[i]) for i in range(count)]
+        options = {"lora_request": [variants[i % count] for i in range(REQUESTS)]} if count else {}
         llm.generate(prompts, first, use_tqdm=False, **options)  # loads the variants, compiles
-        llm.reset_prefix_cache()
-        began = time.perf_counter()
-        llm.generate(prompts, first, use_tqdm=False, **options)
-        prefill = time.perf_counter() - began
-        llm.reset_prefix_cache()
-        began = time.perf_counter()
-        llm.generate(
-            prompts, SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True), use_tqdm=False, **options
-        )
-        found.append({"variants": count, "first_tokens": prefill, "all_tokens": time.perf_counter() - began})
+        seconds = []
+        for parameters in (first, many):
+            llm.reset_prefix_cache()
+            began = time.perf_counter()
+            llm.generate(prompts, parameters, use_tqdm=False, **options)
+            seconds.append(time.perf_counter() - began)
+        found.append({"variants": count, "first_tokens": seconds[0], "all_tokens": seconds[1]})
     (sizes,) = llm.collective_rpc(_sizes)
     return [{**each, **sizes} for each in found]
 
@@ -88,19 +84,16 @@ def _sizes(worker: Any) -> dict[str, int]:
 
 
 def _report(swap: dict[str, float], batches: list[dict[str, Any]]) -> None:
-    print(
-        f"swap {swap['swap']:.3f} s, to the base {swap['to base']:.3f} s, reload_weights {swap['reload_weights']:.3f} s"
-    )
-    print(f"start of an engine {swap['start']:.1f} s, without imports")
+    print(f"swap {swap['swap']:.3f} s, to the base {swap['to base']:.3f} s")
+    print(f"reload_weights {swap['reload_weights']:.3f} s, start of an engine without imports {swap['start']:.1f} s")
     ratio = swap["reload_weights"] / swap["swap"]
     print(f"a swap is {ratio:.1f} times faster than reload_weights, {swap['start'] / swap['swap']:.0f} than a start")
     for each in batches:
         rate = REQUESTS * TOKENS / each["all_tokens"]
         print(f"{each['variants']:3} variants: {rate:7.1f} tokens/s, first tokens {each['first_tokens']:.2f} s")
     one, weights = batches[0]["variant_bytes"], batches[0]["weight_bytes"]
-    print(
-        f"weights {weights / 1e6:.1f} MB; a variant {one / 1e6:.1f} MB; with {VARIANTS} {1 + VARIANTS * one / weights:.2f} times"
-    )
+    print(f"weights {weights / 1e6:.1f} MB, a variant {one / 1e6:.1f} MB")
+    print(f"base and {VARIANTS} variants: {1 + VARIANTS * one / weights:.2f} times the base")
 
 
 def main() -> int:

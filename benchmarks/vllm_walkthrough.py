@@ -1,7 +1,7 @@
 """A session with the real vLLM over HTTP: cold start, live swap, many fine-tunes in one batch. `make vllm` runs it.
 
-On a small random pair (heads of 64). Every answer is compared with that of a fresh stock vLLM of the applied folder; the
-exit code is 1 where a token differs.
+On a small random pair (heads of 64). Every answer is compared with that of a fresh stock vLLM of the applied folder.
+The exit code is 1 where a token differs.
 """
 
 from __future__ import annotations

@@ -139,7 +139,9 @@ def job_variants(
             errors.append(None)
         except Exception as error:
             errors.append(str(error))
-    (store,) = llm.collective_rpc(_store)
+    store = None
+    if options.get("tensor_parallel_size", 1) == 1:
+        (store,) = llm.collective_rpc(_store)
     return {
         "batches": found,
         "errors": errors,

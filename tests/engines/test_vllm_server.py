@@ -168,7 +168,7 @@ def test_variants_are_loaded_and_unloaded_while_the_server_runs(mixing: Server, 
     assert mixing.post("/v1/completions", {"model": "v3", "prompt": "w1"})[0] == 404
     missing = mixing.post("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "/no/such.pxd"})
     assert missing[0] == 404
-    assert "/no/such.pxd" in str(missing[1])
+    assert "No adapter found" in str(missing[1])
 
 
 def test_chat_and_streaming_work_as_with_any_model(mixing: Server) -> None:
