@@ -13,6 +13,7 @@ import urllib.request
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 from peraxis_format.engines.vllm.bridge import agree
@@ -82,5 +83,7 @@ def _download(url: str) -> Path:
         with urllib.request.urlopen(url, timeout=_SILENCE_SECONDS) as reader, open(target, "wb") as writer:
             shutil.copyfileobj(reader, writer, 1 << 20)
     except OSError as error:
+        if isinstance(error, HTTPError):
+            error.close()
         raise CheckpointError(f"{shown}: cannot be fetched ({error}); check the address") from None
     return target
