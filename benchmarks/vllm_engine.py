@@ -118,7 +118,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base = make_base(folder / "base", tied=False, **sizes)
-        deltas = [str(make_delta(folder / f"v{i}.pxd", base, seed=i)) for i in range(VARIANTS)]
+        deltas = [str(make_delta(folder / f"v{i}.pxd", base, seed=i, masks=1)) for i in range(VARIANTS)]
         peraxis_tools.apply(base, deltas[0], folder / "v0")
         swap, batches = run_jobs(
             [

@@ -68,6 +68,7 @@ def make_delta(
     same: Sequence[str] = (),
     assets: Sequence[Path] = (),
     base_id: str = "base",
+    masks: int | None = None,
 ) -> Path:
     """A delta with signs in every matrix (each axis in turn, some with two components) and exact norms and biases."""
     tensors = load_file(base / "model.safetensors")
@@ -78,7 +79,7 @@ def make_delta(
             encoding = pf.Encoding.SIGN if tensor.ndim == 2 else pf.Encoding.FULL
             if name in same:
                 encoding = pf.Encoding.SAME
-            chosen = [axes[(i + seed + k) % len(axes)] for k in range(1 + i % 2)]
+            chosen = [axes[(i + seed + k) % len(axes)] for k in range(masks or 1 + i % 2)]
             writer.add(random_module(name, tensor, rng, chosen, encoding))
         for asset in assets:
             writer.add_asset(asset.name, asset.read_bytes())

@@ -101,6 +101,38 @@ def test_requests_that_run_end_with_the_old_weights_and_queued_ones_get_the_new(
     assert swapping.complete("base", PROMPTS[0])[0] == tokens(references, "v1", 0)
 
 
+def test_a_swap_that_would_wait_too_long_is_given_up_and_nothing_changes(
+    swapping: Server, references: dict[str, Any]
+) -> None:
+    assert swapping.post("/v1/peraxis/use", {"variant": "v1"})[0] == 200
+    alone = swapping.complete("base", PROMPTS[0], tokens=200)[0]
+
+    def swap() -> Any:
+        time.sleep(0.1)
+        return swapping.post("/v1/peraxis/use", {"variant": "v2", "timeout": 0.01})
+
+    running, (status, answer) = together([lambda: swapping.complete("base", PROMPTS[0], tokens=200)[0], swap])
+    assert status == 503, answer
+    assert "abort" in answer["error"]
+    assert running == alone
+    assert swapping.get("/v1/peraxis")[1]["variant"] == "v1"
+    assert swapping.complete("base", PROMPTS[0])[0] == tokens(references, "v1", 0)
+
+
+def test_abort_ends_what_runs_at_once_and_swaps(swapping: Server, references: dict[str, Any]) -> None:
+    assert swapping.post("/v1/peraxis/use", {"variant": None})[0] == 200
+    body = {"model": "base", "prompt": PROMPTS[0], "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+
+    def swap() -> Any:
+        time.sleep(0.2)
+        return swapping.post("/v1/peraxis/use", {"variant": "v2", "requests": "abort"})
+
+    (status, ended), swapped = together([lambda: swapping.post("/v1/completions", body), swap])
+    assert (status, swapped[0]) == (200, 200)
+    assert ended["choices"][0]["finish_reason"] == "abort"
+    assert swapping.complete("base", PROMPTS[0])[0] == tokens(references, "v2", 0)
+
+
 def test_a_stream_of_requests_under_swaps_never_mixes_two_variants(
     swapping: Server, references: dict[str, Any]
 ) -> None:
