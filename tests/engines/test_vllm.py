@@ -51,6 +51,12 @@ def found(untied: dict[str, str], tied: dict[str, str], tmp_path_factory: pytest
             "load_format": "peraxis",
             "model_loader_extra_config": {"delta": one},
         },
+        "cold packed": {
+            "job": "plain",
+            "model": untied["base"],
+            "load_format": "peraxis",
+            "model_loader_extra_config": {"delta": one, "packed": True},
+        },
         "swaps": {
             "job": "swaps",
             "model": untied["base"],
@@ -107,7 +113,7 @@ def test_the_variants_differ_so_that_a_mistake_would_show(found: Found) -> None:
 
 
 def test_a_cold_start_is_the_applied_folder_to_the_bit(found: Found) -> None:
-    assert found["cold"] == found["v1"]
+    assert found["cold"] == found["cold packed"] == found["v1"]
 
 
 def test_a_swap_is_the_applied_folder_to_the_bit_and_the_base_comes_back(found: Found) -> None:
