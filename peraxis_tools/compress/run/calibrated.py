@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import torch
 
-from peraxis_format import Axis, Calibration, Safetensors, __version__
+from peraxis_format import Axis, Calibration
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.calibration.generate import generate
 from peraxis_tools.compress.calibration.parts import Parts, partition
@@ -30,7 +29,7 @@ from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.plan.sensitivity import fisher_errors
 from peraxis_tools.compress.run.distributed import Processes
 from peraxis_tools.compress.run.types import FittedModule, RunFit
-from peraxis_tools.compress.run.work_folder import WorkFolder
+from peraxis_tools.compress.run.work_folder import WorkFolder, inputs_digest
 from peraxis_tools.environment import (
     check_causal,
     load_config,
@@ -176,7 +175,14 @@ def _open_run(
         text_column=options.text_column,
     )
     names = map_names(LayerwiseModel(config, dtype=dtype, device=device).model, fine_tuned.tensors)
-    digest = _inputs_digest(base.tensors, fine_tuned.tensors, text, options, device, dtype)
+    digest = inputs_digest(
+        base.tensors,
+        fine_tuned.tensors,
+        text=text.digest,
+        options=options.canonical_json(),
+        device=device.type,
+        dtype=str(dtype),
+    )
     work = WorkFolder(output, digest, resume=options.resume, is_main_process=processes.is_main_process)
     processes.barrier()
     run = _Run(
@@ -334,23 +340,3 @@ def batches_of(fit: Ids, validation: Ids, size: int, device: torch.device) -> li
             part = np.ascontiguousarray(ids[start : start + size])
             batches.append(Batch(torch.from_numpy(part).to(device), validates))
     return batches
-
-
-def _inputs_digest(
-    base: Safetensors,
-    fine_tuned: Safetensors,
-    samples: Samples,
-    options: CompressOptions,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> str:
-    """What a work folder is bound to: tensors (name, shape, place, size and time of their file), text, options, us."""
-    digest = hashlib.sha256()
-    for tensors in (base, fine_tuned):
-        for info in tensors.infos():
-            status = info.file.stat()
-            digest.update(
-                f"{info.name}|{info.dtype.value}|{info.shape}|{info.begin}|{status.st_size}|{status.st_mtime_ns}\n".encode()
-            )
-    digest.update(f"{__version__}|{samples.digest}|{options.canonical_json()}|{device.type}|{dtype}".encode())
-    return digest.hexdigest()
