@@ -34,6 +34,7 @@ class Patch:
     """What one variant has for rows [begin, end) of one parameter: components, or the exact tensor.
 
     region: shape, strides and offset of a stretch that is no range of whole rows (one expert's gate, say).
+    dtype: that the components are added in; the parameter's, or narrower (place/widened.py). None for an exact tensor.
     """
 
     begin: int
@@ -42,6 +43,7 @@ class Patch:
     full: Tensor | None = None
     batch: tuple[tuple[ComponentTensors, ...], ...] = ()  # of each matrix of a parameter of 3 or more dimensions
     region: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
+    dtype: torch.dtype | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
         """Its stretch of a parameter, or of a tensor in the same layout."""
@@ -108,7 +110,9 @@ class State:
             part, target = patch.of(base.detach()), patch.of(out)
             if patch.full is not None:
                 target.copy_(patch.full)
-            elif patch.batch:
+                continue
+            part = part.to(patch.dtype)
+            if patch.batch:
                 matrices = part.reshape(-1, *part.shape[-2:])
                 merged = [rebuild_tensor(matrix, terms) for matrix, terms in zip(matrices, patch.batch, strict=True)]
                 target.copy_(torch.stack(merged).reshape(part.shape))
