@@ -37,8 +37,9 @@ from peraxis_format.torch.place.claims import claim, release
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.shards import Placement, ShardView, Views
 from peraxis_format.torch.ring import Ring
+from peraxis_format.torch.serve.grouped import GroupForward
 from peraxis_format.torch.serve.linear import ServedLinear, TorchProducts
-from peraxis_format.torch.serve.modules import GroupForward, Patch, Products, ServedEmbedding, ServedModule, State
+from peraxis_format.torch.serve.modules import Patch, Products, ServedEmbedding, ServedModule, State
 from peraxis_format.torch.serve.rows import Rows
 from peraxis_format.torch.swap.payload import check_pads
 from peraxis_format.torch.swap.transfer_plan import TRANSFER_LIMIT
@@ -249,11 +250,12 @@ def serve(
 
 
 def _routers(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Module inside a list of experts -> the module that holds the list, and sends each expert rows of its choice."""
+    """Module inside a list of experts -> the module that holds it, and sends each expert rows of its choice."""
     found: dict[nn.Module, nn.Module] = {}
     for holder in model.modules():
         for name, child in holder.named_children():
-            if isinstance(child, nn.ModuleList) and "expert" in name:
+            sorts = type(child).__name__.endswith("ParallelExperts")  # its rows come in the order of the experts
+            if sorts or (isinstance(child, nn.ModuleList) and "expert" in name):
                 found.update((module, holder) for module in child.modules())
     return found
 
