@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from tiny_models import build, inputs, logits, model_class
+from tiny_models import build, inputs, logits
 from torch import Tensor, nn
 
 import peraxis
@@ -34,7 +34,7 @@ _STEP: Final = 0.05
 class Pair:
     """A base, its fine-tune, and the delta between them. applied: the folder that `apply` writes."""
 
-    family: str
+    kind: Any
     dtype: torch.dtype
     base: Path
     tuned: Path
@@ -43,7 +43,7 @@ class Pair:
 
     def model(self, folder: Path) -> Any:
         """The model of a folder, as a user of transformers loads it."""
-        return model_class(self.family).from_pretrained(folder, dtype=self.dtype).eval()
+        return self.kind.from_pretrained(folder, dtype=self.dtype).eval()
 
 
 class WrongError(Exception):
@@ -58,12 +58,9 @@ def check_family(family: str, folder: Path) -> dict[str, str]:
         place = folder / str(dtype).removeprefix("torch.")
         place.mkdir(parents=True)
         try:
-            base, tuned = write_pair(family, place, dtype)
+            pairs[dtype] = write_pair(family, place, dtype)
         except Exception as error:  # what transformers cannot build is no failure of peraxis
             return {"build": f"{type(error).__name__}: {error_line(error)}"}
-        pairs[dtype] = Pair(
-            family=family, dtype=dtype, base=base, tuned=tuned, delta=place / "d.pxd", applied=place / "applied"
-        )
     found["build"] = RIGHT
     for name, (check, dtypes) in CHECKS.items():
         failed = any(found.get(earlier, RIGHT) != RIGHT for earlier in ("compress", "apply"))
@@ -71,25 +68,48 @@ def check_family(family: str, folder: Path) -> dict[str, str]:
     return found
 
 
-def write_pair(family: str, folder: Path, dtype: torch.dtype) -> tuple[Path, Path]:
-    """A random model and the same with every floating tensor moved, saved by transformers; (base, fine-tuned).
+def write_pair(family: str, folder: Path, dtype: torch.dtype) -> Pair:
+    """A random model and the same with every floating tensor moved, saved by transformers.
 
     The fine-tune is run once: a model that cannot run has no results to compare.
     """
     with quiet():
         model: Any = build(family, dtype)
-        base, tuned = folder / "base", folder / "tuned"
-        model.save_pretrained(base)
+        pair = Pair(
+            kind=type(model),
+            dtype=dtype,
+            base=folder / "base",
+            tuned=folder / "tuned",
+            delta=folder / "d.pxd",
+            applied=folder / "applied",
+        )
+        model.save_pretrained(pair.base)
         torch.manual_seed(1)
         with torch.no_grad():
             for tensor in {id(value): value for value in model.state_dict().values()}.values():
                 if tensor.is_floating_point():
                     tensor += (_STEP * torch.randn(tensor.shape)).to(tensor.dtype)
-        model.save_pretrained(tuned)
-        again = model_class(family).from_pretrained(tuned, dtype=dtype).eval()
+        model.save_pretrained(pair.tuned)
+        again = pair.model(pair.tuned)
+        if keep_what_loading_sets(model, again):
+            model.save_pretrained(pair.tuned)
         if not bool(logits(again, inputs(again, 1)).isfinite().all()):
             raise ValueError("its logits are not finite")
-    return base, tuned
+    return pair
+
+
+@torch.no_grad()
+def keep_what_loading_sets(model: nn.Module, loaded: nn.Module) -> bool:
+    """Take over the values that transformers sets anew when it loads; returns whether there are some."""
+    values = loaded.state_dict()
+    changed = [
+        (tensor, values[name])
+        for name, tensor in model.state_dict().items()
+        if name in values and not torch.equal(tensor, values[name].to(tensor.dtype))
+    ]
+    for tensor, value in changed:
+        tensor.copy_(value)
+    return bool(changed)
 
 
 def outcome(check: Callable[[Pair], None], pairs: Sequence[Pair]) -> str:

@@ -181,25 +181,27 @@ def _shrink_tokens(small: dict[str, Any]) -> None:
             left -= 1
 
 
-def model_class(family: str) -> Any:
-    """The class of transformers that makes a family's models."""
+def make(family: str, config: Any, **options: Any) -> Any:
+    """A random model of a configuration, by the class that transformers has for it."""
     import transformers
 
-    return getattr(transformers, FURTHER[family]) if family in FURTHER else transformers.AutoModelForCausalLM
+    if family in FURTHER:
+        return getattr(transformers, FURTHER[family])._from_config(config, **options)
+    if hasattr(config, "text_config"):  # the decoder of a larger model
+        return transformers.AutoModelForCausalLM.from_config(config, **options)
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config, **options)
 
 
 @torch.no_grad()
 def build(family: str, dtype: torch.dtype) -> nn.Module:
     """A random model of a family, every tensor of it finite. Raises ValueError where it would not be small."""
     config = tiny(family)
-    kind = model_class(family)
-    make = kind._from_config if family in FURTHER else kind.from_config
     with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in make(config).parameters())
+        count = sum(parameter.numel() for parameter in make(family, config).parameters())
     if count > MOST_PARAMETERS:
         raise ValueError(f"{count:,} parameters at the smallest")
     torch.manual_seed(0)
-    model: nn.Module = make(config, dtype=dtype).eval()
+    model: nn.Module = make(family, config, dtype=dtype).eval()
     for tensor in model.state_dict().values():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             tensor.copy_(0.02 * torch.randn(tensor.shape))

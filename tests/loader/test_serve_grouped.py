@@ -48,9 +48,10 @@ class Positions(nn.Embedding):
 
 
 class Positioned(nn.Module):
-    def __init__(self, form: str) -> None:
+    def __init__(self, form: str, ids_given: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
+        self.ids_given = ids_given
         self.tokens = nn.Embedding(16, WIDTH)
         self.positions = Positions(form)
 
@@ -58,7 +59,7 @@ class Positioned(nn.Module):
         return self.tokens
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.tokens(ids) + self.positions(ids.shape, ids if self.positions.form == "one" else None)
+        return self.tokens(ids) + self.positions(ids.shape, ids if self.ids_given else None)
 
 
 @torch.no_grad()
@@ -99,11 +100,16 @@ def test_a_result_that_has_no_rows_is_refused(tmp_path: Path, returned: Any) -> 
         mixed_and_wanted(Scaled(returned), torch.randn(ROWS, TOKENS, WIDTH), tmp_path)
 
 
-@pytest.mark.parametrize("form", ["matrix", "one"])
-def test_a_table_of_positions_becomes_one_a_sequence(tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize("ids_given", [False, True])
+def test_a_table_of_positions_becomes_one_a_sequence(tmp_path: Path, ids_given: bool) -> None:
     ids = torch.randint(0, 16, (ROWS, TOKENS))
-    mixed, base, tuned = mixed_and_wanted(Positioned(form), ids, tmp_path)
+    mixed, base, tuned = mixed_and_wanted(Positioned("one", ids_given), ids, tmp_path)
     assert torch.equal(mixed, chosen(base, tuned))
+
+
+def test_a_table_of_positions_without_a_dimension_for_sequences_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LiveModelError, match=r"^Positions: returned 12 rows for a batch of 4"):
+        mixed_and_wanted(Positioned("matrix", True), torch.randint(0, 16, (ROWS, TOKENS)), tmp_path)
 
 
 def test_rows_in_an_order_of_experts_are_refused(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.serve.grouped import GroupForward
 from peraxis_format.torch.serve.linear import ServedLinear, TorchProducts
 from peraxis_format.torch.serve.modules import Patch, Products, ServedEmbedding, ServedModule, State
+from peraxis_format.torch.serve.routed import routers
 from peraxis_format.torch.serve.rows import Rows
 from peraxis_format.torch.swap.payload import check_pads
 from peraxis_format.torch.swap.transfer_plan import TRANSFER_LIMIT
@@ -66,7 +67,7 @@ class Served:
         self._scratch = Scratch()
         self._closed = False
         self._active = 0
-        self._routers = _routers(model)
+        self._routers = routers(model)
         self._hook = model.register_forward_pre_hook(self._begin, with_kwargs=True)
 
     @contextlib.contextmanager
@@ -247,17 +248,6 @@ def serve(
         served.close()
         raise
     return served
-
-
-def _routers(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Module inside a list of experts -> the module that holds it, and sends each expert rows of its choice."""
-    found: dict[nn.Module, nn.Module] = {}
-    for holder in model.modules():
-        for name, child in holder.named_children():
-            sorts = type(child).__name__.endswith("ParallelExperts")  # its rows come in the order of the experts
-            if sorts or (isinstance(child, nn.ModuleList) and "expert" in name):
-                found.update((module, holder) for module in child.modules())
-    return found
 
 
 def _looks_up_ids(kind: type[nn.Module]) -> bool:

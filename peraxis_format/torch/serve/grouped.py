@@ -125,12 +125,12 @@ def _heights(values: Sequence[Any], size: int) -> tuple[int, ...]:
 
 
 def _one_a_sequence(output: Any, count: int) -> Any:
-    """An embedding's rows [count, tokens, width], where it returned [tokens, width] or [1, tokens, width] for all."""
-    if not isinstance(output, Tensor):
-        return output
-    if output.ndim == 2:
-        output = output[None]
-    return output.expand(count, *output.shape[1:]) if output.ndim == 3 and len(output) == 1 else output
+    """An embedding's rows [count, tokens, width], where it returned [1, tokens, width] for all sequences.
+
+    [tokens, width] stays, and is refused: who uses it may put dimensions in front of it.
+    """
+    shared = isinstance(output, Tensor) and output.ndim == 3 and len(output) == 1
+    return output.expand(count, *output.shape[1:]) if shared else output
 
 
 class _Joined:
