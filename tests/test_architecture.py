@@ -33,7 +33,7 @@ COMPRESS = (
     *("options", "fit.encode", "fit.directions", "fit.mean", "plan.plan", "plan.budget", "plan.pairing", "run.types"),
     *("run.work_folder", "run.distributed", "fit.moments.recorder", "fit.signs", "fit.scales", "model", "plan"),
     *("calibration", "fit.moments", "fit.adamw", "fit.fit", "fit.table", "model.orientation", "fit", "distill"),
-    *("run.streamed", "run.calibrated", "run"),
+    *("run.inputs", "run.streamed", "run.calibrated", "run"),
 )
 VERBS = "inspect verify apply diff merge split convert evaluate publish compress".split()
 # What a verb consists of beside the module or folder of its name.
