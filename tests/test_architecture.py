@@ -74,7 +74,17 @@ COMPRESS = (
         "run.module_delta",
     ),
     *("run.distributed", "fit.moments.recorder", "fit.signs", "fit.scales", "model", "plan", "calibration"),
-    *("fit.moments", "fit.adamw", "fit.fit", "fit.table", "model.orientation", "fit", "distill", "run.streamed"),
+    *(
+        "fit.moments",
+        "fit.adamw",
+        "fit.fit",
+        "fit.table",
+        "model.orientation",
+        "fit",
+        "distill",
+        "run.inputs",
+        "run.streamed",
+    ),
     *("run.calibrated", "run"),
 )
 VERBS = "inspect verify apply diff merge split convert evaluate publish compress".split()

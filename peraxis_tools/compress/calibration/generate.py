@@ -27,12 +27,12 @@ _MARK: Final = "\u241fpart\u241f"  # stands for the text of a turn; no template 
 
 def starts_of(tokenizer: Any) -> list[list[int]]:
     """Token ids that samples start with, most important first; none where the tokenizer names no start."""
-    begin: int | None = getattr(tokenizer, "bos_token_id", None)
-    end: int | None = getattr(tokenizer, "eos_token_id", None)
+    begin: Any = getattr(tokenizer, "bos_token_id", None)
+    end: Any = getattr(tokenizer, "eos_token_id", None)
     # Documents that follow each other are read as the tokenizer writes them: with a start token each, or without.
     led = begin is not None and begin in tokenizer("a", verbose=False)["input_ids"][:1]
     after_end = [end, begin] if led and end != begin else [end]
-    starts = [[token for token in start if token is not None] for start in ([begin], after_end) if None not in start]
+    starts: list[list[int]] = [start for start in ([begin], after_end) if None not in start]
     if not starts:
         return []
 

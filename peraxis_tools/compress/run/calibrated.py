@@ -20,7 +20,7 @@ from peraxis_tools.compress.calibration.parts import Parts, partition
 from peraxis_tools.compress.distill.distill import DistillOptions, distill
 from peraxis_tools.compress.fit.adamw import ADAMW_EPOCHS
 from peraxis_tools.compress.fit.fit import AUTO_AXES, FitOptions
-from peraxis_tools.compress.fit.layerwise import Batch, LayerwiseCalibration
+from peraxis_tools.compress.fit.layerwise import LayerwiseCalibration
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.model.weights import Weights
 from peraxis_tools.compress.options import CompressOptions
@@ -28,8 +28,9 @@ from peraxis_tools.compress.plan.budget import is_open
 from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.plan.sensitivity import fisher_errors
 from peraxis_tools.compress.run.distributed import Processes
+from peraxis_tools.compress.run.inputs import batches_of, inputs_digest
 from peraxis_tools.compress.run.types import FittedModule, RunFit
-from peraxis_tools.compress.run.work_folder import WorkFolder, inputs_digest
+from peraxis_tools.compress.run.work_folder import WorkFolder
 from peraxis_tools.environment import (
     check_causal,
     load_config,
@@ -40,9 +41,9 @@ from peraxis_tools.environment import (
 from peraxis_tools.errors import ToolError
 from peraxis_tools.parameter_names import NameMap, map_names
 from peraxis_tools.quiet import quiet_transformers
-from peraxis_tools.text import Ids, Samples, load_samples, unread_tokens
+from peraxis_tools.text import Samples, load_samples, unread_tokens
 
-__all__ = ["CalibratedFit", "batches_of"]
+__all__ = ["CalibratedFit"]
 
 _GENERATED: Final = 16
 
@@ -175,14 +176,7 @@ def _open_run(
         text_column=options.text_column,
     )
     names = map_names(LayerwiseModel(config, dtype=dtype, device=device).model, fine_tuned.tensors)
-    digest = inputs_digest(
-        base.tensors,
-        fine_tuned.tensors,
-        text=text.digest,
-        options=options.canonical_json(),
-        device=device.type,
-        dtype=str(dtype),
-    )
+    digest = inputs_digest(base.tensors, fine_tuned.tensors, text, options, device, dtype)
     work = WorkFolder(output, digest, resume=options.resume, is_main_process=processes.is_main_process)
     processes.barrier()
     run = _Run(
@@ -330,13 +324,3 @@ def _fit_options(options: CompressOptions, fit_samples: int) -> FitOptions:
         adamw_steps=ADAMW_EPOCHS * fit_samples if adamw else 0,
         rounds=options.refine_rounds,
     )
-
-
-def batches_of(fit: Ids, validation: Ids, size: int, device: torch.device) -> list[Batch]:
-    """Fit batches, then held-out ones."""
-    batches = []
-    for ids, validates in ((fit, False), (validation, True)):
-        for start in range(0, len(ids), size):
-            part = np.ascontiguousarray(ids[start : start + size])
-            batches.append(Batch(torch.from_numpy(part).to(device), validates))
-    return batches

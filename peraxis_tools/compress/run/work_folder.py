@@ -26,10 +26,10 @@ from typing import Any, BinaryIO, Final, cast
 
 import numpy as np
 
-from peraxis_format import Array, Axis, Component, Safetensors, __version__, atomic_file, raw_bytes
+from peraxis_format import Array, Axis, Component, atomic_file, raw_bytes
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 
-__all__ = ["WorkFolder", "inputs_digest", "pack_modules", "unpack_modules"]
+__all__ = ["WorkFolder", "pack_modules", "unpack_modules"]
 
 _LOG: Final = logging.getLogger("peraxis")
 _INPUTS = "inputs.json"
@@ -250,26 +250,3 @@ def _component(entry: dict[str, Any], data: bytearray) -> Component:
         col=array("col"),
         scalar=array("scalar"),
     )
-
-
-def inputs_digest(
-    base: Safetensors,
-    fine_tuned: Safetensors,
-    *,
-    text: str,
-    options: str,
-    device: str,
-    dtype: str,
-) -> str:
-    """What a work folder is bound to: tensors (name, shape, place, size and time of their file), the digest of the
-    text, the options as JSON, device, dtype, and our version.
-    """
-    digest = hashlib.sha256()
-    for tensors in (base, fine_tuned):
-        for info in tensors.infos():
-            status = info.file.stat()
-            digest.update(
-                f"{info.name}|{info.dtype.value}|{info.shape}|{info.begin}|{status.st_size}|{status.st_mtime_ns}\n".encode()
-            )
-    digest.update(f"{__version__}|{text}|{options}|{device}|{dtype}".encode())
-    return digest.hexdigest()
