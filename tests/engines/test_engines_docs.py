@@ -56,7 +56,7 @@ def test_the_worker_class_that_is_named_exists() -> None:
 @pytest.mark.vllm
 def test_vllm_takes_every_option_that_is_named() -> None:
     assert find_spec("vllm") is not None
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = make_arg_parser(FlexibleArgumentParser())
