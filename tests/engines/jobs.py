@@ -83,6 +83,15 @@ def generate(llm: Any, *, variants: Sequence[str | None] = (), paths: dict[str, 
     return [_output(output) for output in outputs]
 
 
+def _from_cache(llm: Any) -> list[int]:
+    """Tokens after the long prompt. Without prompt log-probabilities vLLM looks its blocks up in the prefix cache."""
+    from vllm import SamplingParams, TokensPrompt
+
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    (output,) = llm.generate(TokensPrompt(prompt_token_ids=_LONG), params, use_tqdm=False)
+    return list(output.outputs[0].token_ids)
+
+
 def _output(output: Any) -> Any:
     best = output.outputs[0]
     own = [step[token].logprob for step, token in zip(best.logprobs, best.token_ids, strict=True)]
@@ -108,7 +117,8 @@ def job_swaps(*, model: str, sequence: Sequence[str | None], bad: Sequence[str] 
     found = []
     for delta in sequence:
         version = use(llm, delta)
-        found.append([version, llm.get_weight_version(), generate(llm)])
+        cached = _from_cache(llm)  # before anything else could fill the cache with this variant's blocks
+        found.append([version, llm.get_weight_version(), generate(llm), cached])
     errors = []
     for delta in bad:
         try:

@@ -117,12 +117,17 @@ def test_a_cold_start_is_the_applied_folder_to_the_bit(found: Found) -> None:
 
 
 def test_a_swap_is_the_applied_folder_to_the_bit_and_the_base_comes_back(found: Found) -> None:
-    outputs = [output for _, _, output in found["swaps"]["swaps"]]
+    outputs = [output for _, _, output, _ in found["swaps"]["swaps"]]
     assert outputs == [found["v1"], found["base"], found["v2"], found["v1"]]
 
 
+def test_after_a_swap_no_keys_and_values_of_the_variant_before_are_used(found: Found) -> None:
+    cached = [tokens for _, _, _, tokens in found["swaps"]["swaps"]]
+    assert cached == [found[name][2][0] for name in ("v1", "base", "v2", "v1")]
+
+
 def test_a_swap_of_a_tied_model_reaches_its_lm_head(found: Found) -> None:
-    outputs = [output for _, _, output in found["tied swaps"]["swaps"]]
+    outputs = [output for _, _, output, _ in found["tied swaps"]["swaps"]]
     assert outputs == [found["tied v1"], found["tied base"]]
 
 
@@ -131,8 +136,8 @@ def test_the_engine_reports_the_content_id_as_its_weight_version(found: Found, u
 
     with pf.open(untied["v1.pxd"]) as one, pf.open(untied["v2.pxd"]) as two:
         expected = [one.content_id, "base", two.content_id, one.content_id]
-    assert [reported for _, reported, _ in found["swaps"]["swaps"]] == expected
-    assert [returned for returned, _, _ in found["swaps"]["swaps"]] == expected
+    assert [reported for _, reported, _, _ in found["swaps"]["swaps"]] == expected
+    assert [returned for returned, _, _, _ in found["swaps"]["swaps"]] == expected
 
 
 @pytest.mark.parametrize("way", ["swaps", "variants"])
