@@ -109,24 +109,37 @@ def job_plain(*, model: str, **options: Any) -> Any:
     return generate(make_engine(model, **options))
 
 
-def job_swaps(*, model: str, sequence: Sequence[str | None], bad: Sequence[str] = (), **options: Any) -> Any:
-    """An engine of the base; after each swap what it generates, and the weight version; then errors."""
+def job_swaps(
+    *,
+    model: str,
+    sequence: Sequence[str | None],
+    bad: Sequence[str] = (),
+    bad_first: Sequence[str] = (),
+    **options: Any,
+) -> Any:
+    """An engine of the base; after each swap what it generates, and the weight version; errors before and after."""
     from peraxis_format.engines.vllm import use
 
     llm = make_engine(model, load_format="peraxis", weight_transfer_config={"backend": "peraxis"}, **options)
+    first = [_refusal(llm, delta) for delta in bad_first]
     found = []
     for delta in sequence:
         version = use(llm, delta)
         cached = _from_cache(llm)  # before anything else could fill the cache with this variant's blocks
         found.append([version, llm.get_weight_version(), generate(llm), cached])
-    errors = []
-    for delta in bad:
-        try:
-            use(llm, delta)
-            errors.append(None)
-        except Exception as error:
-            errors.append(str(error))
-    return {"swaps": found, "errors": errors, "after": generate(llm)}
+    errors = [_refusal(llm, delta) for delta in bad]
+    return {"swaps": found, "first": first, "errors": errors, "after": generate(llm)}
+
+
+def _refusal(llm: Any, delta: str) -> str | None:
+    """The error of a swap; None where there was none."""
+    from peraxis_format.engines.vllm import use
+
+    try:
+        use(llm, delta)
+    except Exception as error:
+        return str(error)
+    return None
 
 
 def job_variants(
