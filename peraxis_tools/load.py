@@ -28,17 +28,17 @@ def load_model(
 ) -> PreTrainedModel:
     """The fine-tuned model itself, without a folder in between: `load_model("org/base", "delta.pxd")`.
 
-    options go to `AutoModelForCausalLM.from_pretrained`. progress: bytes of tensors. Memory: the model, and one tensor
+    Its class is the one that the configuration names (`architectures`), else transformers' causal language model.
+    options go to `from_pretrained` of that class. progress: bytes of tensors. Memory: the model, and one tensor
     of the base. Raises PxdError, CheckpointError, ToolError.
     """
     require("load_model", "torch", "transformers", extra="compress")
     import json
 
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from peraxis_format.ops.tensors import from_storage
-    from peraxis_tools.environment import check_causal, parse_config
+    from peraxis_tools.environment import parse_config
 
     with (
         pxd.open(delta) as file,
@@ -56,8 +56,21 @@ def load_model(
                 step(tensor.nbytes)
     options.setdefault("dtype", config.get("dtype", config.get("torch_dtype", torch.float32)))
     parsed = parse_config(config, label=str(delta))
-    check_causal(parsed, str(delta), remedy="write the checkpoint with apply and load it with its own class")
     # The class itself: AutoModelForCausalLM.from_pretrained insists on a folder to look into.
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)]
+    kind = _model_class(parsed, str(delta))
     model: PreTrainedModel = kind.from_pretrained(None, config=parsed, state_dict=state, **options).eval()
     return model
+
+
+def _model_class(config: Any, label: str) -> Any:
+    """The class of transformers for a configuration. Raises ToolError where there is none."""
+    import transformers
+
+    from peraxis_tools.environment import check_causal
+
+    for name in config.architectures or ():
+        kind = getattr(transformers, str(name), None)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            return kind
+    check_causal(config, label, remedy="write the checkpoint with apply and load it with its own class")
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
