@@ -24,6 +24,7 @@ from .generator.container import container
 from .generator.encoded import encoded
 from .generator.entry import Cut, Entry, Made, Special
 from .generator.hostile import hostile
+from .generator.kinds import applied_kinds, golden_kinds, refused_kinds
 from .generator.large import large
 from .generator.manifest import manifest
 from .generator.payload import payload
@@ -70,10 +71,12 @@ def golden() -> Iterator[tuple[str, Entry]]:
 def corpus() -> Iterator[tuple[str, Entry]]:
     """(folder, entry) of every case, in the order of cases.jsonl."""
     yield from golden()
-    for group in (container, manifest, profile, payload):
+    yield from (("valid", entry) for entry in golden_kinds())
+    for group in (container, manifest, profile, payload, refused_kinds):
         yield from (("invalid", entry) for entry in group())
     yield from (("hostile", entry) for entry in hostile())
-    yield from (("apply", entry) for entry in applied())
+    for group in (applied, applied_kinds):
+        yield from (("apply", entry) for entry in group())
     yield from (("encode", entry) for entry in encoded())
 
 

@@ -26,13 +26,17 @@ class AdapterError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """What came back: an exit status and a JSON value, or a problem. error: the last line of standard error."""
+    """What came back: an exit status and a JSON value, or a problem. error: the last line of standard error.
+
+    mib: the peak of resident memory, where the system tells.
+    """
 
     exit: int = -1
     result: Any = None
     problem: str = ""
     error: str = ""
     seconds: float = 0.0
+    mib: int | None = None
 
 
 def parse(raw: bytes) -> Any:
@@ -98,14 +102,18 @@ def call(command: Sequence[str], *, seconds: float, mib: int, address_space_mib:
         limit = limit_address_space(address_space_mib)
         process = start(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, preexec_fn=limit)
         pause, problem = 0.0005, ""
+        peaks = [0]
         while not problem:
             # Peak memory is read while the process lives; what wait4 says after it ended also counts the
             # memory of the process that started it.
             peak = resident_peak(process.pid)
+            peaks.append(peak or 0)
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:
                 process.returncode = os.waitstatus_to_exitcode(status)
-                problem = over(mib, ended_peak(usage.ru_maxrss)) or over(mib, peak)
+                ended = ended_peak(usage.ru_maxrss)
+                peaks.append(ended or 0)
+                problem = over(mib, ended) or over(mib, peak)
                 break
             problem = over(mib, peak)
             if time.monotonic() - started > seconds:
@@ -121,7 +129,8 @@ def call(command: Sequence[str], *, seconds: float, mib: int, address_space_mib:
             return Reply(problem=f"ended by {signal.Signals(-process.returncode).name}", seconds=elapsed)
         stdout.seek(0)
         result = parse(stdout.read(LARGEST_REPLY))
-        return Reply(exit=process.returncode, result=result, seconds=elapsed, error=last_line(stderr))
+        said = last_line(stderr)
+        return Reply(exit=process.returncode, result=result, seconds=elapsed, error=said, mib=max(peaks) or None)
 
 
 def ended_peak(maxrss: int) -> int | None:
@@ -159,7 +168,8 @@ class Server:
         except BrokenPipeError:
             answer = b""
         elapsed = time.monotonic() - started
-        problem = over(mib, resident_peak(self._process.pid)) if isinstance(answer, bytes) else answer
+        peak = resident_peak(self._process.pid)
+        problem = over(mib, peak) if isinstance(answer, bytes) else answer
         parsed = parse(answer) if isinstance(answer, bytes) else None
         said: dict[str, Any] = parsed if isinstance(parsed, dict) else {}
         if not problem and (said.get("id") != self._number or not isinstance(said.get("exit"), int)):
@@ -167,7 +177,7 @@ class Server:
         if problem:
             kill(self._process)
             return Reply(problem=str(problem), seconds=elapsed)
-        return Reply(exit=said["exit"], result=said.get("result"), seconds=elapsed)
+        return Reply(exit=said["exit"], result=said.get("result"), seconds=elapsed, mib=peak)
 
     def _line(self, deadline: float, mib: int) -> bytes | str:
         """The next line; text where there is none to come."""

@@ -109,6 +109,7 @@ def adapter_dict(summary: Summary) -> dict[str, Any]:
                 "code": o.code,
                 "code_matches": o.code_matches,
                 "seconds": round(o.seconds, 4),
+                "peak_mib": o.mib,
             }
             for o in summary.outcomes
         ],

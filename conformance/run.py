@@ -28,7 +28,7 @@ __all__ = ["Adapter", "Caps", "Outcome", "Summary", "laid_out", "run_case", "run
 
 ACCEPTED, REJECTED, UNSUPPORTED = 0, 1, 77
 ROOMY_MIB = 256
-SCRATCH_MIB = 512
+SCRATCH_MIB = 1536
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +51,7 @@ class Outcome:
     detail: str = ""
     code: str | None = None
     seconds: float = 0.0
+    mib: int | None = None
 
     @property
     def code_matches(self) -> bool:
@@ -142,13 +143,14 @@ def run_case(adapter: Adapter, corpus: Corpus, case: Case) -> Outcome:
     try:
         arguments, output, dump = prepare(adapter, corpus, case, folder)
         reply = adapter.ask(case, arguments)
-        detail = judge(corpus, case, reply, output, dump)
+        detail = judge(corpus, case, reply, output, dump) or left_behind(folder, output, dump)
     except OSError as error:
         return Outcome(case=case, status="skipped", detail=f"cannot be laid out here: {error.strerror}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     code = reply.result.get("code") if isinstance(reply.result, dict) else None
-    return Outcome(case=case, status="failed" if detail else "passed", detail=detail, code=code, seconds=reply.seconds)
+    status = "failed" if detail else "passed"
+    return Outcome(case=case, status=status, detail=detail, code=code, seconds=reply.seconds, mib=reply.mib)
 
 
 def prepare(adapter: Adapter, corpus: Corpus, case: Case, folder: Path) -> tuple[list[str], Path, Path | None]:
@@ -200,6 +202,12 @@ def judge(corpus: Corpus, case: Case, reply: Reply, output: Path, dump: Path | N
     if case.operation == "apply":
         return compare_tensors(expected, output.read_bytes())
     return first_difference(expected, output.read_bytes())
+
+
+def left_behind(folder: Path, output: Path, dump: Path | None) -> str:
+    """What stands beside the output and is none of it."""
+    others = sorted(path.name for path in folder.iterdir() if path not in (output, dump))
+    return f"left {', '.join(others)} beside the output" if others else ""
 
 
 def first_difference(expected: bytes, made: bytes) -> str:

@@ -49,6 +49,7 @@ from peraxis_format.errors import (
     ShapeError,
     UnsupportedError,
 )
+from peraxis_format.exact import lossless_module
 from peraxis_format.files import atomic_file, is_stream, name_lock, new_temporary, remove_leftovers, sync_folder
 from peraxis_format.manifest import (
     ASSET_PATH,
@@ -62,6 +63,7 @@ from peraxis_format.manifest import (
     ModuleEntry,
     Producer,
 )
+from peraxis_format.ops.exact import Prefer
 from peraxis_format.ops.rebuild import dense_delta, reconstruct
 from peraxis_format.profile import NAME
 from peraxis_format.reader import DeltaFile, open, read_header
@@ -102,6 +104,7 @@ __all__ = [
     "ModuleEntry",
     "PayloadError",
     "Producer",
+    "Prefer",
     "ProfileError",
     "PxdError",
     "Safetensors",
@@ -127,6 +130,7 @@ __all__ = [
     "is_stream",
     "kept_rows",
     "layout",
+    "lossless_module",
     "mask_width",
     "name_lock",
     "new_temporary",

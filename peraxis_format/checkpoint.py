@@ -206,7 +206,10 @@ def _info(name: str, value: dict[str, Any], file: Path, data: int, size: int) ->
     if any("\ud800" <= char <= "\udfff" for char in name):
         raise CheckpointError(f"{file}: tensor name {name!r} is no valid Unicode; save the checkpoint again")
     if value["dtype"] not in DType.__members__:
-        raise CheckpointError(f"{file}: tensor {name!r} has dtype {value['dtype']!r}, which PXD does not carry")
+        raise CheckpointError(
+            f"{file}: tensor {name!r} has dtype {value['dtype']!r}, which PXD does not carry (SPEC 1); "
+            "save the checkpoint without it or in another dtype"
+        )
     dtype = DType(value["dtype"])
     shape = tuple(int(d) for d in value["shape"])
     begin, end = (data + int(offset) for offset in value["data_offsets"])

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from peraxis_format.bits import mask_width
 from peraxis_format.dtypes import Array, DType
 from peraxis_format.errors import ShapeError
+from peraxis_format.ops.exact.kinds import blocks_of
 
 __all__ = [
     "EXPONENT_MAX",
@@ -59,6 +60,7 @@ class Encoding(Enum):
     SIGN = "sign"
     FULL = "full"
     SAME = "same"
+    EXACT = "exact"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,8 +154,9 @@ class ModuleDelta:
     """One named tensor of the fine-tuned checkpoint, as it is stored.
 
     shape, dtype: the fine-tuned tensor's. base: the base's tensor of the same name, None where it has none.
-    components: of a `sign` module, 1 to 8. full: storage array of shape `shape`. tail: storage array
-    [shape[0] - kept, ...] of a `sign` or `same` module with more rows than its base.
+    components: of a `sign` module, 1 to 8. full: storage array of shape `shape`. index: U32 [blocks], data: U8, and
+    result: hex digest of the whole new tensor, of an `exact` module (SPEC 5.6). tail: storage array
+    [shape[0] - kept, ...] of a `sign`, `same` or `exact` module with more rows than its base.
     Raises ShapeError where the arrays are not those that SPEC 3.9 to 5.3 ask for.
     """
 
@@ -164,6 +167,9 @@ class ModuleDelta:
     base: BaseRef | None = None
     components: tuple[Component, ...] = ()
     full: Array | None = None
+    index: NDArray[np.uint32] | None = None
+    data: NDArray[np.uint8] | None = None
+    result: str | None = None
     tail: Array | None = None
 
     def __post_init__(self) -> None:
@@ -173,7 +179,10 @@ class ModuleDelta:
             encoding=self.encoding,
             axes=tuple(component.axis for component in self.components),
             base_shape=None if self.base is None else self.base.shape,
+            size=None if self.data is None else self.data.size,
         )
+        if (self.encoding is Encoding.EXACT) != (self.result is not None):
+            raise ShapeError(f"{self.name}: an exact module, and no other, has the digest of its result")
         held = dict(self.tensors())
         if list(held) != [suffix for suffix, _, _ in expected]:
             wanted = [suffix for suffix, _, _ in expected]
@@ -211,6 +220,10 @@ class ModuleDelta:
                 yield f"{k}.{name}", array
         if self.full is not None:
             yield "full", self.full
+        if self.index is not None:
+            yield "index", self.index
+        if self.data is not None:
+            yield "data", self.data
         if self.tail is not None:
             yield "tail", self.tail
 
@@ -229,10 +242,11 @@ def tensor_shapes(
     encoding: Encoding,
     axes: tuple[Axis, ...],
     base_shape: tuple[int, ...] | None,
+    size: int | None = None,
 ) -> list[tuple[str, DType, tuple[int, ...]]]:
     """Suffix, dtype and shape of each part that a module stores, in file order (SPEC 4.1).
 
-    A function of the manifest entry alone: reader, writer and size estimates share it.
+    A function of the manifest entry alone: reader, writer and size estimates share it. size: bytes of `exact` data.
     """
     if encoding is Encoding.FULL:
         return [("full", dtype, shape)]
@@ -242,6 +256,9 @@ def tensor_shapes(
     for k, axis in enumerate(axes):
         tensors.append((f"{k}.mask", DType.U8, (*covered[:-1], mask_width(covered[-1]))))
         tensors.extend((f"{k}.{name}", DType.F16, dims) for name, dims in scale_shapes(axis, covered).items())
+    if encoding is Encoding.EXACT:
+        tensors.append(("index", DType.U32, (blocks_of(math.prod(covered)),)))
+        tensors.append(("data", DType.U8, (size or 0,)))
     if shape and kept < shape[0]:
         tensors.append(("tail", dtype, (shape[0] - kept, *shape[1:])))
     return tensors

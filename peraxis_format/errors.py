@@ -79,16 +79,19 @@ CODES: Final[dict[str, Code]] = {
     "E211": Code("3.12", "asset path not allowed", _REWRITE),
     "E212": Code("4.1", "tensors are not those that the manifest asks for", _REWRITE),
     "E213": Code("3.13", "digests are not those of the modules", _REWRITE),
+    "E214": Code("3.14", "`result` does not follow from the modules", _REWRITE),
     "E301": Code("4.3", "module damaged: its bytes do not match their digest", _FETCH),
     "E302": Code("4.4", "asset damaged: its bytes do not match their digest", _FETCH),
     "E303": Code("5.2", "unused mask bits are set", _REWRITE),
     "E304": Code("4.5", "pad or gap is not zero", _REWRITE),
     "E305": Code("5.4", "scale is not finite", _REWRITE),
     "E306": Code("5.4", "scale has its sign bit set", _REWRITE),
+    "E307": Code("5.7", "exact blocks are malformed", _REWRITE),
     "E401": Code("7.1", "this is another model: none of the base tensors is there", _BASE),
     "E402": Code("7.1", "base tensor missing", _BASE),
     "E403": Code("7.2", "base tensor of another dtype or shape", _BASE),
     "E404": Code("7.3", "base tensor with other bytes", _BASE),
+    "E405": Code("7.4", "the result is not the tensor that the file names", _BASE),
 }
 
 

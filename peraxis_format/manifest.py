@@ -32,6 +32,7 @@ __all__ = [
     "COMPONENTS_MAX",
     "DIMENSIONS_MAX",
     "ENTRIES_MAX",
+    "EXACT_FEATURE",
     "FEATURES",
     "METADATA_MAX",
     "MODULES_MAX",
@@ -45,9 +46,11 @@ __all__ = [
     "ModuleEntry",
     "Producer",
     "base_digest",
+    "result_digest",
 ]
 
-FEATURES: Final[frozenset[str]] = frozenset()  # SPEC 3.3: none are defined in 1.0
+EXACT_FEATURE: Final = "exact"  # SPEC 3.14: exact modules, and the fields of a chain
+FEATURES: Final[frozenset[str]] = frozenset([EXACT_FEATURE])  # SPEC 3.3
 MODULES_MAX: Final = 2**18
 ENTRIES_MAX: Final = 2**18  # of assets, dropped, tied and metadata too
 METADATA_MAX: Final = 2**24  # bytes of its canonical JSON
@@ -115,7 +118,8 @@ class ComponentEntry:
 class ModuleEntry:
     """One tensor of the fine-tuned checkpoint as the manifest describes it.
 
-    sha256: hex digest of the module's tensor in the file, None where it has none.
+    sha256: hex digest of the module's tensor in the file, None where it has none. Of an `exact` module, size: bytes of
+    its data; result: hex digest of the new tensor.
     """
 
     name: str
@@ -125,6 +129,8 @@ class ModuleEntry:
     components: tuple[ComponentEntry, ...]
     sha256: str | None
     base: BaseRef | None
+    size: int | None = None
+    result: str | None = None
 
     def parts(self) -> list[tuple[str, DType, tuple[int, ...]]]:
         """Suffix, dtype and shape of each stored part, in file order (SPEC 4.1)."""
@@ -134,6 +140,7 @@ class ModuleEntry:
             encoding=self.encoding,
             axes=tuple(component.axis for component in self.components),
             base_shape=None if self.base is None else self.base.shape,
+            size=self.size,
         )
 
     def tensor(self) -> tuple[str, DType, tuple[int, ...]] | None:
@@ -146,7 +153,10 @@ class ModuleEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a PXD file says of itself (SPEC 3.4). `modules` stands in execution order."""
+    """What a PXD file says of itself (SPEC 3.4). `modules` stands in execution order.
+
+    previous: content ID of the update before this one; result: the digest over all new tensors (SPEC 3.14).
+    """
 
     base: BaseIdentity
     fine_tuned: Identity
@@ -158,6 +168,8 @@ class Manifest:
     assets: tuple[Asset, ...] = ()
     features: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    previous: str | None = None
+    result: str | None = None
 
     def to_bytes(self) -> bytes:
         """The canonical JSON (SPEC 3.2)."""
@@ -181,6 +193,28 @@ def base_digest(modules: Iterable[ModuleEntry]) -> str:
     return "sha256:" + digest.hexdigest()
 
 
+def result_digest(modules: Iterable[ModuleEntry]) -> str | None:
+    """The digest over every new tensor, as `base_digest` over the base's; None where one is not known (SPEC 3.14)."""
+    rows: list[Json] = []
+    for m in sorted(modules, key=lambda m: m.name):
+        known = _known_result(m)
+        if known is None:
+            return None
+        rows.append([m.name, m.dtype.value, list(m.shape), known])
+    return "sha256:" + hashlib.sha256(canonical_json(rows)).hexdigest()
+
+
+def _known_result(module: ModuleEntry) -> str | None:
+    """The hex digest of a new tensor as far as the manifest says it."""
+    if module.encoding is Encoding.EXACT:
+        return module.result
+    if module.encoding is Encoding.FULL:
+        return module.sha256
+    base = module.base
+    unchanged = base is not None and (base.dtype, base.shape) == (module.dtype, module.shape)
+    return base.sha256 if base is not None and unchanged and module.encoding is Encoding.SAME else None
+
+
 def _module_json(module: ModuleEntry) -> Json:
     # SPEC 3.4: what is usual is left out.
     base, made = module.base, dict[str, Json](name=module.name, shape=list(module.shape))
@@ -194,13 +228,15 @@ def _module_json(module: ModuleEntry) -> Json:
         made["components"] = [[c.axis.value, c.exponent] for c in module.components]
     else:
         made["encoding"] = module.encoding.value
+    if module.encoding is Encoding.EXACT:
+        made["size"] = module.size
     return made
 
 
 def _digests(modules: Iterable[ModuleEntry]) -> str:
     # SPEC 3.13
-    both = ((module.base.sha256 if module.base else None, module.sha256) for module in modules)
-    return written(digest for pair in both for digest in pair)
+    all_of = ((module.base.sha256 if module.base else None, module.sha256, module.result) for module in modules)
+    return written(digest for digests in all_of for digest in digests)
 
 
 def _calibration_json(calibration: Calibration | None) -> Json:
@@ -216,7 +252,11 @@ def _calibration_json(calibration: Calibration | None) -> Json:
 
 
 def _manifest_json(manifest: Manifest) -> Json:
+    chain: dict[str, Json] = {}
+    if EXACT_FEATURE in manifest.features:
+        chain = {"previous": manifest.previous, "result": manifest.result}
     return {
+        **chain,
         "assets": [{"path": asset.path, "sha256": asset.sha256} for asset in manifest.assets],
         "base": {"digest": manifest.base.digest, "id": manifest.base.id, "revision": manifest.base.revision},
         "calibration": _calibration_json(manifest.calibration),

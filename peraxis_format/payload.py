@@ -1,7 +1,8 @@
-"""From bytes of a file to a module, and steps 10 and 11 of SPEC 8 on it: unused bits, pads, scales."""
+"""From bytes of a file to a module, and steps 10 and 11 of SPEC 8 on it: unused bits, pads, scales, exact blocks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, TypeAlias
@@ -14,6 +15,7 @@ from peraxis_format.delta import Component, Encoding, ModuleDelta
 from peraxis_format.dtypes import Array
 from peraxis_format.errors import fail
 from peraxis_format.manifest import ModuleEntry
+from peraxis_format.ops.exact import check as check_exact
 
 __all__ = ["assemble", "build_module", "check_pad", "check_stored_values", "check_values"]
 
@@ -56,6 +58,9 @@ def assemble(entry: ModuleEntry, arrays: Mapping[str, Array], shape: tuple[int, 
         base=base if base is None or shape is None else replace(base, shape=shape),
         components=components,
         full=arrays.get("full"),
+        index=arrays.get("index"),
+        data=arrays.get("data"),
+        result=entry.result,
         tail=arrays.get("tail"),
     )
 
@@ -67,7 +72,9 @@ def check_pad(data: bytes, name: str, offset: int) -> None:
 
 
 def check_values(module: ModuleDelta) -> None:
-    """Unused mask bits are zero (SPEC 5.2); scales are finite and have no sign bit (SPEC 5.4)."""
+    """Unused mask bits are zero (SPEC 5.2); scales finite, without a sign bit (5.4); exact blocks sound (5.7)."""
+    if module.index is not None and module.data is not None:
+        check_exact(module.index, module.data, math.prod(module.covered), module.dtype, field=module.name)
     if module.encoding is not Encoding.SIGN:
         return
     for k, component in enumerate(module.components):
@@ -82,6 +89,10 @@ def check_stored_values(entry: ModuleEntry, records: Sequence[TensorRecord], rea
 
     read(begin, end) returns those bytes of the data.
     """
+    if entry.encoding is Encoding.EXACT:
+        index, blocks = (np.frombuffer(read(r.begin, r.end), r.dtype.storage) for r in records[:2])
+        weights = math.prod(entry.shape) - sum(math.prod(tail.shape) for tail in records[2:])
+        check_exact(index, blocks, weights, entry.dtype, field=entry.name)
     if entry.encoding is not Encoding.SIGN:
         return
     for record in records if entry.shape[-1] % 8 else ():

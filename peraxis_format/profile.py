@@ -13,11 +13,13 @@ from peraxis_format.manifest import (
     ASSET_PATH,
     COMPONENTS_MAX,
     DIMENSIONS_MAX,
+    EXACT_FEATURE,
     MODULES_MAX,
     TENSOR_MAX,
     Manifest,
     ModuleEntry,
     base_digest,
+    result_digest,
 )
 
 __all__ = ["NAME", "check_manifest"]
@@ -35,6 +37,7 @@ def check_manifest(manifest: Manifest) -> None:
     if manifest.base.digest != base_digest(manifest.modules):
         fail("E210", field="base.digest")  # SPEC 3.11
     _check_assets(manifest)
+    _check_chain(manifest)
 
 
 def _named(manifest: Manifest) -> Iterable[tuple[str, str]]:
@@ -102,10 +105,23 @@ def _check_encoding(module: ModuleEntry, path: str) -> None:
             detail = f"{list(module.shape)} on a base of {list(base.shape)}"
             fail("E209", detail, clause="3.10", field=f"{path}.base.shape")
         both_float = module.dtype.is_float and base.dtype.is_float
+        if module.encoding is Encoding.EXACT and (module.dtype is not base.dtype or not module.size):
+            detail = f"exact {module.dtype.value} on {base.dtype.value}, {module.size} bytes"
+            fail("E209", detail, field=f"{path}.encoding")
         if not (both_float or (module.encoding is Encoding.SAME and module.dtype is base.dtype)):
             fail("E209", f"{module.dtype.value} on {base.dtype.value}", field=f"{path}.dtype")
         if module.encoding is Encoding.SIGN and len(module.shape) < 2:
             fail("E209", f"sign of shape {list(module.shape)}", field=f"{path}.shape")
+
+
+def _check_chain(manifest: Manifest) -> None:
+    # SPEC 3.14
+    if EXACT_FEATURE not in manifest.features:
+        for i, module in enumerate(manifest.modules):
+            if module.encoding is Encoding.EXACT:
+                fail("E209", "exact without its feature", field=f"modules[{i}].encoding")
+    elif manifest.result != result_digest(manifest.modules):
+        fail("E214", field="result")
 
 
 def _check_assets(manifest: Manifest) -> None:

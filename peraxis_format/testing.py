@@ -14,6 +14,7 @@ resized first dimensions) are drawn often.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -36,6 +37,7 @@ from peraxis_format.delta import (
 )
 from peraxis_format.dtypes import Array, DType
 from peraxis_format.manifest import Calibration, Identity, Manifest, Producer
+from peraxis_format.ops.exact import encode
 from peraxis_format.writer import DeltaWriter
 
 __all__ = [
@@ -43,10 +45,12 @@ __all__ = [
     "assets",
     "components",
     "deltas",
+    "exact_modules",
     "exponents",
     "float_dtypes",
     "modules",
     "names",
+    "pairs",
     "scales",
     "shapes",
     "signs",
@@ -165,7 +169,9 @@ def modules(
     draw: st.DrawFn, *, name: str = "weight", encoding: Encoding | None = None
 ) -> tuple[ModuleDelta, Array | None]:
     """A module, and its base tensor where it has one."""
-    encoding = encoding or draw(st.sampled_from(Encoding))
+    encoding = encoding or draw(st.sampled_from((Encoding.SIGN, Encoding.FULL, Encoding.SAME)))
+    if encoding is Encoding.EXACT:
+        return draw(exact_modules(name=name))
     if encoding is Encoding.FULL:
         dtype = draw(st.sampled_from(DType))
         shape = draw(shapes(min_dims=1))
@@ -189,6 +195,48 @@ def modules(
         base=_reference(base, base_dtype),
         components=parts,
         tail=tail,
+    )
+    return made, base
+
+
+@st.composite
+def pairs(draw: st.DrawFn, dtype: DType, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Two tensors of any bit patterns, in which few to all elements differ, by a step or by anything."""
+    size = math.prod(shape)
+    old = draw(storage_arrays(dtype, shape))
+    new = old.copy().reshape(-1).view(f"u{dtype.itemsize}")
+    seed = draw(st.integers(0, 2**32 - 1))
+    random = np.random.default_rng(seed)
+    reach = 1 << draw(st.integers(0, 8 * dtype.itemsize - 1))
+    chosen = random.random(size) < draw(st.sampled_from((0.002, 0.02, 0.3, 1.0)))
+    new[chosen] += random.integers(-reach, reach + 1, size)[chosen].astype(new.dtype)
+    return old, new.view(dtype.storage).reshape(shape)
+
+
+@st.composite
+def exact_modules(draw: st.DrawFn, *, name: str = "weight") -> tuple[ModuleDelta, Array]:
+    """An `exact` module, and its base tensor."""
+    dtype = draw(float_dtypes())
+    shape = draw(shapes(min_dims=1))
+    base_shape = (draw(st.integers(1, shape[0] + 2)), *shape[1:]) if draw(st.booleans()) else shape
+    kept = min(shape[0], base_shape[0])
+    base = draw(storage_arrays(dtype, base_shape)).copy()
+    new = draw(storage_arrays(dtype, shape)).copy()
+    old, new[:kept] = draw(pairs(dtype, (kept, *shape[1:])))
+    base[:kept] = old
+    if old.tobytes() == new[:kept].tobytes():
+        new.reshape(-1).view(np.uint8)[0] ^= 1
+    index, data = encode(old, new[:kept], dtype, prefer=draw(st.sampled_from(("size", "speed"))))
+    made = ModuleDelta(
+        name=name,
+        shape=shape,
+        dtype=dtype,
+        encoding=Encoding.EXACT,
+        base=_reference(base, dtype),
+        index=index,
+        data=data,
+        result=hashlib.sha256(new.tobytes()).hexdigest(),
+        tail=new[kept:] if kept < shape[0] else None,
     )
     return made, base
 

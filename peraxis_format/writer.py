@@ -23,6 +23,7 @@ from peraxis_format.dtypes import raw_bytes
 from peraxis_format.errors import PxdError, ShapeError
 from peraxis_format.files import atomic_file, is_stream
 from peraxis_format.manifest import (
+    EXACT_FEATURE,
     Asset,
     BaseIdentity,
     Calibration,
@@ -32,6 +33,7 @@ from peraxis_format.manifest import (
     ModuleEntry,
     Producer,
     base_digest,
+    result_digest,
 )
 from peraxis_format.payload import check_values
 from peraxis_format.profile import check_manifest
@@ -60,9 +62,15 @@ class DeltaWriter:
         producer: Producer | None = None,
         calibration: Calibration | None = None,
         metadata: Mapping[str, str] | None = None,
+        previous: str | None = None,
+        chained: bool = False,
         overwrite: bool = True,
     ) -> None:
-        """overwrite: whether `finish` may replace a file at `path`; a device or pipe is written into."""
+        """chained: whether the file says what it results in (SPEC 3.14); with an exact module it does in any case.
+
+        previous: content ID of the update before it. overwrite: whether `finish` may replace a file at `path`; a
+        device or pipe is written into.
+        """
         self.path = Path(path)
         self.size = 0
         self._overwrite = overwrite
@@ -70,6 +78,8 @@ class DeltaWriter:
         self._fine_tuned = fine_tuned
         self._producer = producer or Producer(name="peraxis", version=__version__)
         self._calibration = calibration
+        self._previous = previous
+        self._chained = chained or previous is not None
         self.metadata: dict[str, str] = dict(metadata or {})
         self._modules: list[ModuleEntry] = []
         self._tied: list[tuple[str, str]] = []
@@ -104,7 +114,10 @@ class DeltaWriter:
             components=tuple(ComponentEntry(axis=c.axis, exponent=c.exponent) for c in module.components),
             sha256=digest.hexdigest() if parts else None,
             base=module.base,
+            size=None if module.data is None else module.data.size,
+            result=module.result,
         )
+        self._chained = self._chained or module.data is not None
         self._modules.append(entry)
         return entry
 
@@ -123,6 +136,16 @@ class DeltaWriter:
         self._align()
         self._write(data)
         self._assets.append((Asset(path=path, sha256=hashlib.sha256(data).hexdigest()), len(data)))
+
+    @property
+    def base_digest(self) -> str:
+        """The digest over all base tensors so far (SPEC 3.11)."""
+        return base_digest(self._modules)
+
+    @property
+    def result(self) -> str | None:
+        """The digest over all new tensors so far (SPEC 3.14); None where one of them is not known."""
+        return result_digest(self._modules)
 
     def finish(self) -> Manifest:
         """Write header and data to `path`, whole or not at all. Returns the manifest.
@@ -154,6 +177,9 @@ class DeltaWriter:
             dropped=tuple(sorted(self._dropped)),
             assets=tuple(asset for asset, _ in self._assets),
             metadata=self.metadata,
+            features=(EXACT_FEATURE,) if self._chained else (),
+            previous=self._previous,
+            result=result_digest(self._modules) if self._chained else None,
         )
 
     def _align(self) -> bytes:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import peraxis_format as pxd
 from peraxis_tools.assets import LEFT_BEHIND
-from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.folders import MARKER, atomic_folder
 from peraxis_tools.outputs import claim_folder
@@ -21,7 +22,7 @@ __all__ = ["ApplyResult", "apply"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApplyResult:
-    """What `apply` wrote.
+    """The result of `apply`.
 
     files: paths in the folder. left_behind: files of the fine-tuned folder that the delta does not carry.
     """
@@ -36,7 +37,7 @@ class ApplyResult:
 
 def apply(
     base: str | Path,
-    delta: str | Path,
+    delta: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     base_revision: str | None = None,
@@ -47,17 +48,19 @@ def apply(
 ) -> ApplyResult:
     """Write base + delta as a Hugging Face folder: shards, index, configuration, tokenizer.
 
-    base: folder, file or hub id. progress: called with each number of bytes written, or True for a bar. The folder
-    appears under `output` whole or not at all. Raises PxdError, CheckpointError, ToolError, OSError.
+    base: a folder, a file or a hub id. delta: one, or the updates of a chain in any order. progress: called with each
+    number of bytes written, or True for a bar. The folder appears under `output` as a whole or not at all. Raises
+    PxdError, CheckpointError, ToolError, OSError.
     """
     output = Path(output)
+    deltas = [delta] if isinstance(delta, str | Path) else list(delta)
     with (
-        claim_folder(output, overwrite=overwrite, inputs=(base, delta)),
-        pxd.open(delta) as file,
-        open_checkpoint(base, revision=base_revision) as checkpoint,
+        claim_folder(output, overwrite=overwrite, inputs=(base, *deltas)),
+        open_checkpoint(base, revision=base_revision) as opened,
+        _opened(deltas, opened) as (file, checkpoint),
         watched(progress, "apply", checkpoint_bytes(file.manifest)) as step,
     ):
-        refuse_part(file.manifest, delta)
+        refuse_part(file.manifest, file.path)
         shards = plan_shards(tensor_specs(file.manifest), shard_bytes=shard_bytes)
         with atomic_folder(output, overwrite=overwrite) as folder:
             _write_shards(folder, shards, file, checkpoint.tensors, workers, step)
@@ -76,6 +79,20 @@ def apply(
             files=names,
             left_behind=tuple(file.manifest.metadata.get(LEFT_BEHIND, "").split("\n")[:-1]),
         )
+
+
+@contextlib.contextmanager
+def _opened(deltas: Sequence[str | Path], base: Checkpoint) -> Iterator[tuple[pxd.DeltaFile, Checkpoint]]:
+    """The delta to apply and what it applies to: of a chain the last update, and the state before it."""
+    if len(deltas) == 1:
+        with pxd.open(deltas[0]) as file:
+            yield file, base
+        return
+    from peraxis_tools.chain import ChainState, chain_order, link_of
+
+    with contextlib.ExitStack() as stack:
+        *earlier, last = [stack.enter_context(pxd.open(link.path)) for link in chain_order(map(link_of, deltas))]
+        yield last, Checkpoint(ChainState(base.tensors, earlier), base.identity, base.folder)
 
 
 def _write_shards(

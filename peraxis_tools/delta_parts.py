@@ -69,6 +69,8 @@ def _writer(
         producer=manifest.producer,
         calibration=manifest.calibration,
         metadata=metadata,
+        previous=manifest.previous,
+        chained=bool(manifest.features),
         overwrite=overwrite,
     )
 
@@ -154,7 +156,7 @@ def _owners(files: Sequence[pxd.DeltaFile], names: list[str]) -> dict[str, pxd.D
 
 def _of_whole(manifest: pxd.Manifest) -> pxd.Manifest:
     """What all parts of a whole have in common."""
-    return replace(manifest, base=replace(manifest.base, digest=""), modules=(), tied=(), assets=())
+    return replace(manifest, base=replace(manifest.base, digest=""), modules=(), tied=(), assets=(), result=None)
 
 
 def _assets(files: Sequence[pxd.DeltaFile]) -> dict[str, bytes]:

@@ -19,7 +19,7 @@ __all__ = ["ExtractResult", "extract"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractResult:
-    """files: paths in the folder. bytes: of all of them."""
+    """The result of `extract`. files: paths in the folder. bytes: their total size."""
 
     folder: Path
     content_id: str
@@ -28,9 +28,9 @@ class ExtractResult:
 
 
 def extract(delta: str | Path, output: str | Path, *, overwrite: bool = False) -> ExtractResult:
-    """Write the assets of a delta (SPEC 3.12) to a folder, each held to its digest.
+    """Write the assets of a delta (SPEC 3.12) to a folder and check the digest of each.
 
-    delta: file or URL; of a URL, header and assets alone are fetched. Raises PxdError, ToolError, OSError.
+    delta: a file or a URL. From a URL only the header and the assets are fetched. Raises PxdError, ToolError, OSError.
     """
     output = Path(output)
     with claim_folder(output, overwrite=overwrite, inputs=(delta,)), _opened(delta) as (content_id, paths, read):

@@ -56,7 +56,7 @@ class SubtypeAxes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InspectResult:
-    """Everything that `inspect` shows. overhead_bytes: header and pads; ratio: full_bytes / file_bytes."""
+    """The result of `inspect`. overhead_bytes: those of header and pads. ratio: full_bytes / file_bytes."""
 
     file: str
     version: str

@@ -41,7 +41,11 @@ class PublishedDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishResult:
-    """url: of the commit, None where nothing was uploaded. files: names in the repository. missing: of the card."""
+    """The result of `publish`.
+
+    url: that of the commit, None if nothing was uploaded. files: names in the repository. missing: fields that the card
+    lacks.
+    """
 
     repository: str
     deltas: tuple[PublishedDelta, ...]
@@ -66,10 +70,11 @@ def publish(
     revision: str | None = None,
     progress: ProgressOf = silent,
 ) -> PublishResult:
-    """Verify the files, write the card, and upload all; with dry_run, write the repository to that folder instead.
+    """Verify the files, write a model card, and upload all of it to a repository of the hub.
 
-    evaluation: JSON of `peraxis-tools eval`, each of one of the files. base_id: the base's hub id for the card.
-    card_from: folder or hub id whose README.md gives language and licence. Raises ToolError, PxdError, OSError.
+    evaluation: files with the JSON of `peraxis-tools eval`, one for each delta. base_id: the hub id of the base for the
+    card. card_from: a folder or a hub id whose README.md gives the language and the licence. dry_run: write the
+    repository to this folder and upload nothing. Raises ToolError, PxdError, OSError.
     """
     require("a model card", "huggingface_hub")
     deltas = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]

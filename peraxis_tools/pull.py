@@ -34,7 +34,7 @@ class Pulled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PullResult:
-    """source: as given, without passwords. files: what was written."""
+    """The result of `pull`. source: as it was given, without passwords. files: the files that were written."""
 
     source: str
     files: tuple[Pulled, ...]
@@ -51,8 +51,8 @@ def pull(
 ) -> PullResult:
     """Fetch the deltas of a repository (`org/name[@revision]`), with their signatures, or the one of a URL.
 
-    files: names of single deltas in a repository. content_ids: one of these each delta must have. Each delta is
-    verified as a whole (steps 1 to 11 of SPEC 8) before any is written. Raises CheckFailedError for another content ID,
+    files: names of single deltas in a repository. content_ids: the content IDs that a delta may have. All deltas are
+    verified as wholes (steps 1 to 11 of SPEC 8) before one is written. Raises CheckFailedError for another content ID,
     PxdError, ToolError, OSError.
     """
     if not is_remote(source):

@@ -25,7 +25,7 @@ __all__ = ["SignResult", "check_signature", "sign", "signature_path"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignResult:
-    """What was signed, and where the bundle is."""
+    """The result of `sign`: the signed file and its signature."""
 
     file: Path
     content_id: str
@@ -50,9 +50,10 @@ def sign(
     overwrite: bool = False,
     progress: ProgressOf = silent,
 ) -> SignResult:
-    """Sign a whole, valid file (its payload is verified first). Elliptic-curve keys in PEM.
+    """Verify a file and sign it with an elliptic-curve key in PEM.
 
-    certificate: sign with the certificate of this key, in place of the key alone. Raises ToolError, PxdError.
+    password: that of the key. certificate: sign with this certificate of the key. bundle: where the signature is
+    written, by default `<file>.sig`. Raises ToolError, PxdError.
     """
     import peraxis_format as pxd
 

@@ -27,7 +27,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitResult:
-    """content_id: of the whole."""
+    """The result of `split`. content_id: that of the whole delta."""
 
     content_id: str
     parts: tuple[Part, ...]
@@ -41,9 +41,10 @@ def split(
     overwrite: bool = False,
     progress: ProgressOf = silent,
 ) -> SplitResult:
-    """Write `parts` files of about equal size, modules in order, as `<name>-00001-of-00004.pxd` in a folder.
+    """Write a delta as `parts` files of about equal size, like `<name>-00001-of-00004.pxd`, into a folder.
 
-    The folder appears with all parts or not at all. progress: payload bytes. Raises ToolError, PxdError, OSError.
+    The modules stay in order. The folder appears with all parts or not at all. progress: called with numbers of payload
+    bytes. Raises ToolError, PxdError, OSError.
     """
     folder = Path(folder)
     with claim_folder(folder, overwrite=overwrite, inputs=(path,)), pxd.open(path) as delta:

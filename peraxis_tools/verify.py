@@ -8,13 +8,14 @@ from pathlib import Path
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import open_checkpoint
 from peraxis_tools.progress import Steps, watched
+from peraxis_tools.unpacked import check_results
 
 __all__ = ["VerifyResult", "verify", "verify_size"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyResult:
-    """What was proven. base: the checkpoint that the binding was checked against, None where none was given."""
+    """The result of a verification. base: the checkpoint that the binding was checked against, or None."""
 
     file: str
     content_id: str
@@ -41,15 +42,17 @@ def verify(
     workers: int | None = None,
     progress: Steps | bool | None = None,
 ) -> VerifyResult:
-    """Steps 1 to 11, and 12 with a base. Returns what was proven; raises PxdError at the first failure.
+    """Check a PXD file: steps 1 to 11 of SPEC 8, and step 12 if a base is given.
 
-    progress: called with numbers of bytes read, or True for a bar.
+    base: a folder, a file or a hub id. progress: called with numbers of bytes read, or True for a bar. Raises PxdError
+    at the first failure, CheckpointError, OSError.
     """
     with pxd.open(path) as delta, watched(progress, "verify", verify_size(path, base)) as step:
         delta.verify(workers=workers, progress=step)
         if base is not None:
             with open_checkpoint(base, revision=base_revision) as checkpoint:
                 pxd.check_base(delta.manifest, checkpoint.tensors, workers=workers, progress=step)
+                check_results(delta, checkpoint.tensors)
         return VerifyResult(
             file=str(path),
             content_id=delta.content_id,

@@ -20,6 +20,7 @@ import peraxis_format as pxd
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError, error_line
 from peraxis_tools.progress import ProgressOf
+from peraxis_tools.unpacked import check_results
 from peraxis_tools.urls import without_secrets
 
 __all__ = ["Check", "FileVerdict", "Opener", "Signature", "Status", "VerifyReport", "Wanted", "verify_files"]
@@ -177,7 +178,9 @@ def _base(delta: pxd.DeltaFile, base: str | Path | None, progress: ProgressOf, w
         return None
     with _open_base(base) as checkpoint, progress("base", checkpoint.tensors.size) as step:
         pxd.check_base(delta.manifest, checkpoint.tensors, workers=workers, progress=step)
-    return f"{base} is the one that this delta was made for"
+        exact = check_results(delta, checkpoint.tensors)
+    found = f"{base} is the one that this delta was made for"
+    return f"{found}; {exact} exact updates give their results" if exact else found
 
 
 def _open_base(source: str | Path) -> Checkpoint:

@@ -254,16 +254,23 @@ def build(
     return made_file
 
 
-def safetensors(tensors: dict[str, tuple[str, tuple[int, ...], bytes]], *, metadata: str = "") -> bytes:
-    """A plain safetensors file: name -> (dtype, shape, bytes)."""
-    entries, end = ([f'"__metadata__":{{"format":{quoted(metadata)}}}'] if metadata else []), 0
+def safetensors(
+    tensors: dict[str, tuple[str, tuple[int, ...], bytes]],
+    *,
+    metadata: str = "",
+    align: int = 8,
+    order: Sequence[str] = (),
+) -> bytes:
+    """A plain safetensors file: name -> (dtype, shape, bytes). order: of the data, where it is not the header's."""
+    entries, begins, end = ([f'"__metadata__":{{"format":{quoted(metadata)}}}'] if metadata else []), {}, 0
+    for name in order or tensors:
+        begins[name], end = end, end + len(tensors[name][2])
     for name, (dtype, shape, raw) in tensors.items():
-        fields = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + len(raw)]}
+        fields = {"dtype": dtype, "shape": list(shape), "data_offsets": [begins[name], begins[name] + len(raw)]}
         entries.append(f"{quoted(name)}:{json.dumps(fields, separators=(',', ':'))}")
-        end += len(raw)
     header = ("{" + ",".join(entries) + "}").encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + b"".join(raw for _, _, raw in tensors.values())
+    header += b" " * (-len(header) % align)
+    return len(header).to_bytes(8, "little") + header + b"".join(tensors[name][2] for name in order or tensors)
 
 
 def manifest_text(file: bytes) -> str:

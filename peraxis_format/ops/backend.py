@@ -33,6 +33,7 @@ Operation: TypeAlias = Literal[
     "sign_search",
     "mask_compare",
     "merge_rows",
+    "exact",
 ]
 log: Final = logging.getLogger("peraxis")
 
@@ -57,6 +58,7 @@ _TABLE: Final[Mapping[Operation, Mapping[str, _Row]]] = {
     },
     "mask_compare": {"cpu": (("numba", 1 << 16), ("numpy", 0))},
     "merge_rows": {"cpu": (("numba", 1 << 16), ("numpy", 0))},
+    "exact": {"cpu": (("numba", 1 << 14), ("numpy", 0))},
 }
 
 

@@ -1,8 +1,10 @@
-"""The loader: deltas into live torch models. Needs torch; numba makes the CPU fast, Triton the GPU.
+"""The loader puts deltas into live torch models. It needs torch; numba makes it fast on the CPU, Triton on the GPU.
 
-apply_          a delta into a model, in place, once
-VariantSwitch   many variants of one model, one at a time
-serve           many variants of one model, in one batch, over one base
+This module's interface is stable.
+
+apply_          turns a model into the fine-tune, in place, for good
+VariantSwitch   holds many variants of one model and changes between them, one at a time
+serve           runs many variants of one model in one batch, over one base
 """
 
 try:

@@ -24,7 +24,7 @@ class Ring:
         self.slots: list[Tensor] = []
 
     def reserve(self, size: int) -> None:
-        """Make sure that slots hold `size` bytes. Called when a variant is registered, never during a swap."""
+        """Enlarge the slots to at least `size` bytes. Called when a variant is registered, never during a swap."""
         if size > self.slot_size:
             self.slot_size = -(-size // ALIGN) * ALIGN
             self.host = [self.device.host_buffer(self.slot_size) for _ in range(DEPTH)]
@@ -42,5 +42,5 @@ class Ring:
 
     @property
     def size(self) -> int:
-        """Bytes of page-locked host memory; the device holds as many."""
+        """The size in bytes of the page-locked host memory; the device buffers have the same size."""
         return DEPTH * self.slot_size

@@ -18,7 +18,7 @@ __all__ = ["command"]
 
 @click.command("apply")
 @click.argument("base", metavar="BASE")
-@click.argument("delta", metavar="DELTA")
+@click.argument("deltas", metavar="DELTA...", nargs=-1, required=True)
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option(
     "--shard-size", default=5.0, show_default=True, type=Finite(min=0.001, max=1e6), help="The size of a shard in GB."
@@ -29,7 +29,7 @@ __all__ = ["command"]
 @quiet_option
 def command(
     base: str,
-    delta: str,
+    deltas: tuple[str, ...],
     output: Path,
     shard_size: float,
     overwrite: bool,
@@ -39,12 +39,16 @@ def command(
 ) -> None:
     """Write BASE + DELTA as a complete Hugging Face folder. BASE is a folder or a hub id; DELTA is a path or a URL.
 
+    Several are the updates of a chain; their order comes from the files.
+
+    \b
     Example: peraxis-tools apply meta-llama/Llama-3.1-8B delta.pxd -o my-model
+             peraxis-tools apply base updates/step-*.pxd -o step-124
     """
-    with fetched([delta], quiet=quiet) as (path,):
+    with fetched(deltas, quiet=quiet) as paths:
         result = apply(
             base,
-            path,
+            paths,
             output,
             overwrite=overwrite,
             shard_bytes=int(shard_size * 1e9),

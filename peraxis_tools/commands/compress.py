@@ -10,7 +10,7 @@ import click
 from peraxis_tools.bars import Stages
 from peraxis_tools.commands.options import json_option, masks_option, overwrite_option, quiet_option
 from peraxis_tools.compress import CompressOptions, compress
-from peraxis_tools.compress.options import AXES, EMBEDDINGS, FITS, RECIPES, parse_size, read_yaml
+from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, RECIPES, parse_size, read_yaml
 from peraxis_tools.report import emit
 from peraxis_tools.report.compress import plan_lines, render_compress
 
@@ -26,6 +26,13 @@ def size(value: str) -> int:
 @click.argument("base", metavar="BASE")
 @click.argument("fine_tuned", metavar="FINE_TUNED")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The .pxd to write.")
+@click.option(
+    "--exact",
+    is_flag=False,
+    flag_value=EVERYTHING,
+    metavar="[REGEX|auto]",
+    help="The tensors to store bit for bit, by name. Without a value: all. auto: those that are smaller than as signs.",
+)
 @click.option(
     "--calibration", metavar="TEXT[:WEIGHT]", multiple=True,
     help="A text: c4, a datasets id, or a json, jsonl(.gz), parquet or txt file. Can be repeated.",
@@ -48,7 +55,9 @@ def size(value: str) -> int:
 @click.option("--text-column", help="The column of the text.  [default: text, else all text columns]")
 @click.option("--held-out", type=float, help="The share of the samples that is kept for validation.  [default: 0.2]")
 @click.option("--batch-size", type=int, help="The number of samples in one forward pass.  [default: 8]")
-@click.option("--generated-samples", type=int, help="Samples that the fine-tuned model generates.  [default: 0]")
+@click.option(
+    "--generated-samples", type=int, help="Samples that the fine-tuned model generates.  [default: 16 if memory allows]"
+)
 @click.option("--distill-samples", type=int, help="Samples for end-to-end distillation.  [default: 0, none]")
 @click.option("--distill-epochs", type=int, help="Epochs of the distillation.  [default: 5]")
 @click.option("--distill-batch-size", type=int, help="Samples in one step of it.  [default: 2]")

@@ -19,6 +19,7 @@ __all__ = [
     "json_option",
     "masks_option",
     "overwrite_option",
+    "prefer_option",
     "quiet_option",
     "refuse_given",
     "workers_option",
@@ -52,6 +53,13 @@ def _hushed(_: click.Context, __: click.Parameter, quiet: bool) -> bool:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON with the version of its schema.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, callback=_hushed, help="Print no progress and no notes.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+prefer_option = click.option(
+    "--prefer",
+    type=click.Choice(["size", "speed"]),
+    default="size",
+    show_default=True,
+    help="What exact tensors are written for: the fewest bytes, or the fastest application.",
+)
 workers_option = click.option(
     "--workers",
     type=click.IntRange(min=1),

@@ -12,11 +12,23 @@ from typing import Any, Final
 from peraxis_tools.errors import OptionError
 from peraxis_tools.optional import require
 
-__all__ = ["AXES", "EMBEDDINGS", "FITS", "RECIPES", "CompressOptions", "OptionError", "parse_size"]
+__all__ = [
+    "AUTO",
+    "AXES",
+    "EMBEDDINGS",
+    "EVERYTHING",
+    "FITS",
+    "RECIPES",
+    "CompressOptions",
+    "OptionError",
+    "parse_size",
+]
 
 FITS: Final = ("auto", "none", "closed-form", "refined", "adamw")
 AXES: Final = ("auto", "row", "col", "row+col", "tensor")
 EMBEDDINGS: Final = ("auto", "sign", "full")
+AUTO: Final = "auto"
+EVERYTHING: Final = ".*"  # of exact
 _COMPUTE: Final = ("auto", "float32", "bfloat16", "float16")
 _LOSSES: Final = ("kl", "mse")
 # Sets of options under a name; what is given beside one wins over it.
@@ -58,29 +70,41 @@ _OF_TEXT: Final = (
 )
 _RATE_MIN: Final = 1e-9
 _NOT_CONTENT: Final = ("device", "resume", "hidden_limit", "logits_limit")
+# Of options whose default is None.
+_KINDS_OF_NONE: Final[Mapping[str, type]] = {
+    "target_ratio": float,
+    "target_size": int,
+    "generated_samples": int,
+    "exact": str,
+    "text_column": str,
+}
 # Names that options had before; files and their digests keep them.
 _OTHER_NAMES: Final[Mapping[str, str]] = {"bits": "masks"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressOptions:
-    """What `compress` does. Sizes are bytes.
+    """The options of `compress`. Sizes are bytes.
 
-    fit            none: mean |delta|, no text; closed-form: scales from calibration; refined: signs too;
-                   adamw: the paper's; auto: refined where a calibration text is given, else none
-    axis           auto: the best for each module
-    masks          sign masks (components) a module, 1 to 8; `bits` is accepted as another name
-    target_size    size of the file; or target_ratio, fine-tuned size / file size: masks are spent where they pay
-    embeddings     embed_tokens and lm_head: sign (`masks` of them), full (exact), auto (as many masks as pay)
+    fit            none: mean |delta|, without text; closed-form: scales from the calibration text; refined: signs
+                   too; adamw: the paper's method; auto: refined if a calibration text is given, else none
+    axis           the axis of the scales; auto takes the best one for each module
+    masks          the number of sign masks (components) of a module, 1 to 8; `bits` is another name
+    target_size    the size of the file; or target_ratio, the fine-tuned size over it. Masks go where they help most
+    exact          None; a regular expression: the tensors that it finds are stored losslessly, as `same`, an exact
+                   update or `full`, whichever is smallest (.* means all: a lossless file); auto: the tensors that
+                   are smaller losslessly than as signs
+    embeddings     how embed_tokens and lm_head are stored: sign (with `masks`), full (exact), auto (with more masks)
     calibration    c4, a `datasets` id, or a file of json, jsonl(.gz), parquet or txt; or several of them, each
                    with a weight if one is wanted: ("c4:0.5", "chat.jsonl:0.5")
-    held_out       share of the calibration samples for validation, rather than the fit
-    generated_samples  samples that the fine-tuned model writes itself, added to both texts: its own domain
-    distill_samples  samples of end-to-end distillation of all scales afterwards; 0: none
-    distill_lr     learning rate of the scales, relative to their size; distill_sign_lr: of the signs (0: kept);
-                   distill_full_lr: of tensors stored full, relative to theirs (0: kept exact)
-    hidden_limit   hidden states beyond this go to disk; logits_limit: teacher logits on disk, beyond this recomputed
-    resume         go on where a killed run of the same inputs and options stopped
+    held_out       the share of the calibration samples that is kept for validation
+    generated_samples  samples that the fine-tuned model generates; they are added to the text, as its own domain. None
+                   means 16 if the whole model fits into `hidden_limit`, and none otherwise or for the paper's fit
+    distill_samples  samples for the end-to-end distillation of all scales afterwards; 0 means none
+    distill_lr     the learning rate of the scales, relative to their size; distill_sign_lr: that of the signs (0 keeps
+                   them); distill_full_lr: that of tensors stored full, relative to their size (0 keeps them exact)
+    hidden_limit   hidden states above this size go to disk; logits_limit: teacher logits above this are recomputed
+    resume         continue a killed run of the same inputs and options
     """
 
     fit: str = "auto"
@@ -88,11 +112,12 @@ class CompressOptions:
     masks: int = 1
     target_size: int | None = None
     target_ratio: float | None = None
+    exact: str | None = None
     embeddings: str = "auto"
     calibration: str | tuple[str, ...] | None = None
     text_column: str | None = None
     calibration_samples: int = 50
-    generated_samples: int = 0
+    generated_samples: int | None = None
     sequence_length: int = 512
     held_out: float = 0.2
     batch_size: int = 8
@@ -150,6 +175,7 @@ class CompressOptions:
             raise OptionError("this fit needs a text: give --calibration (c4, a datasets id, or a file)")
         if self.target_size is not None and self.target_ratio is not None:
             raise OptionError("target-size and target-ratio: give one of them")
+        self._check_exact()
         if self.fit == "adamw" and (self.masks > 1 or self.has_target):
             raise OptionError("fit adamw is the paper's: one mask a module, no target")
         if self.masks > 1 and self.has_target:
@@ -172,6 +198,22 @@ class CompressOptions:
         for name in names:
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise OptionError(f"{_dashed(name)} does nothing {why}; leave it out")
+
+    def _check_exact(self) -> None:
+        if self.exact is None:
+            return
+        try:
+            re.compile(self.exact)
+        except re.error as error:
+            raise OptionError(f"exact {self.exact!r}: no regular expression: {error}") from None
+        if self.has_target:
+            raise OptionError("exact and a target size exclude each other: what is lossless takes what it takes")
+        if self.exact == EVERYTHING and self.resolved_fit != "none":
+            raise OptionError("a lossless file needs no text: leave out --calibration, or say what --exact is for")
+
+    def is_exact(self, name: str) -> bool:
+        """Whether a tensor was asked for losslessly; `auto` decides where its data is seen."""
+        return self.exact not in (None, AUTO) and re.search(str(self.exact), name) is not None
 
     @property
     def has_target(self) -> bool:
@@ -267,10 +309,8 @@ def _typed(name: str, value: Any) -> Any:
     if name == "target_size" and isinstance(value, str):
         return parse_size(value)
     default = CompressOptions.__dataclass_fields__[name].default
-    kind: type = float if name == "target_ratio" else type(default)
-    if default is None and name != "target_ratio":
-        kind = int if name == "target_size" else str
-    if value is None and default is None:
+    kind: type = _KINDS_OF_NONE.get(name, type(default))
+    if value is None or kind is type(None):
         return value
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:

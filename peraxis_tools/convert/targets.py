@@ -11,7 +11,7 @@ import functools
 import inspect
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -224,7 +224,7 @@ def _is_read_by_its_owner(model: nn.Module, path: str) -> bool:
     """
     above, _, name = path.rpartition(".")
     use = rf"(?<!isinstance\()\bself\.{re.escape(name)}\.weight\b(?!\.(dtype|device|shape|size|ndim)\b)"
-    return re.search(use, _source(type(model.get_submodule(above)))) is not None
+    return re.search(use, _source(cast("Hashable", type(model.get_submodule(above))))) is not None
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, Literal
 
@@ -21,6 +22,7 @@ from peraxis_tools.errors import CheckFailedError
 from peraxis_tools.parallel import balanced_map
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rows import BaseRows, base_rows
+from peraxis_tools.unpacked import unpacked
 
 __all__ = ["DiffResult", "GroupDiff", "ManifestChange", "ModuleDiff", "diff", "diff_checkpoint"]
 
@@ -37,20 +39,19 @@ def diff(
 ) -> DiffResult:
     """Compare two deltas made for one base.
 
-    base: the checkpoint itself, needed only for the norms of tensors that are stored exactly; its dtypes and shapes
-    are checked, its bytes are not (`verify --base` does that). progress: called with numbers of payload bytes of A,
-    or True for a bar.
-    Raises CheckFailedError where the bases differ, PxdError, CheckpointError, OSError.
+    base: the checkpoint of the base. It is needed only for tensors that are stored exactly. Its dtypes and shapes are
+    checked; its bytes are not (`verify --base` checks them). progress: called with numbers of payload bytes of A, or
+    True for a bar. Raises CheckFailedError if the bases differ, PxdError, CheckpointError, OSError.
     """
-    with pxd.open(a) as file_a, pxd.open(b) as file_b, watched(progress, "diff", _payload_bytes(file_a)) as step:
+    with ExitStack() as stack:
+        tensors = None if base is None else stack.enter_context(open_checkpoint(base)).tensors
+        file_a, file_b = (unpacked(stack.enter_context(pxd.open(path)), tensors) for path in (a, b))
+        step = stack.enter_context(watched(progress, "diff", _payload_bytes(file_a)))
         common = [name for name in file_a if name in file_b]
         _check_one_base(file_a, file_b, common)
-        if base is None:
-            modules = _compare(file_a, file_b, common, None, workers, step)
-        else:
-            with open_checkpoint(base) as checkpoint:
-                pxd.check_base_names(file_a.manifest, checkpoint.tensors)
-                modules = _compare(file_a, file_b, common, checkpoint.tensors, workers, step)
+        if tensors is not None:
+            pxd.check_base_names(file_a.manifest, tensors)
+        modules = _compare(file_a, file_b, common, tensors, workers, step)
         return _result(
             file_a,
             modules,
@@ -76,11 +77,12 @@ def diff_checkpoint(
     Raises CheckFailedError, PxdError, CheckpointError, OSError.
     """
     with (
-        pxd.open(a) as file,
+        pxd.open(a) as opened,
         open_checkpoint(base) as before,
         open_checkpoint(fine_tuned) as after,
-        watched(progress, "diff", _payload_bytes(file)) as step,
+        watched(progress, "diff", _payload_bytes(opened)) as step,
     ):
+        file = unpacked(opened, before.tensors)
         pxd.check_base_names(file.manifest, before.tensors)
         aliases = {alias for _, alias in file.manifest.tied}
         common = [name for name in file if name in after.tensors]

@@ -57,9 +57,10 @@ class GroupDiff:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiffResult:
-    """Two deltas, or a delta and a fine-tuned checkpoint. content_id_b is None for a checkpoint.
+    """The result of `diff`: of two deltas, or of a delta and a fine-tuned checkpoint.
 
-    equal: the same content (against a checkpoint: the same tensors, bit for bit).
+    content_id_b: None for a checkpoint. equal: whether both have the same content; with a checkpoint, whether all
+    tensors are equal bit for bit.
     """
 
     a: str

@@ -55,11 +55,11 @@ def evaluate(
 ) -> EvaluateResult:
     """Compare base + delta with the fine-tuned checkpoint.
 
-    texts: domain -> c4, a datasets id, or a file (json, jsonl, parquet, txt, csv; also .gz), cut into up to `samples`
-    windows of `sequence_length` tokens that do not overlap and hold no padding. candidates: of CANDIDATES; on-the-fly
-    always computes in float32, the others in compute_dtype. tasks: names for lm-eval, with task_limit questions
-    each; task_path: a folder of further task definitions. progress: called with (stage, done, total), or True for
-    bars. Raises ToolError, PxdError, CheckpointError.
+    texts: from the name of a domain to c4, a datasets id, or a file (json, jsonl, parquet, txt, csv; also .gz). A text
+    is cut into at most `samples` windows of `sequence_length` tokens, without overlap and padding. candidates: some of
+    CANDIDATES; on-the-fly always computes in float32, the others in compute_dtype. tasks: names of lm-eval, with
+    task_limit questions each. task_path: a folder with further task definitions. progress: called with (stage, done,
+    total), or True for bars. Raises ToolError, PxdError, CheckpointError.
     """
     _check_asked(texts, tasks, candidates)
     require("an evaluation", "torch", "transformers", "datasets", extra="compress")

@@ -134,7 +134,7 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateResult:
-    """All that `eval` reports."""
+    """The result of `evaluate`: fidelity by domain, and tasks."""
 
     base: str
     fine_tuned: str

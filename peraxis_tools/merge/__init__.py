@@ -25,6 +25,7 @@ from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rows import base_rows
+from peraxis_tools.unpacked import UnpackedFile, unpacked
 
 __all__ = [
     "PART_KEY",
@@ -58,9 +59,9 @@ class MergeInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeResult:
-    """What `merge` wrote. kind: parts, sum (components kept) or fit. method: of mergekit; None for parts.
+    """The result of `merge`. kind: parts, sum (all components kept) or fit. method: mergekit's name; None for parts.
 
-    error: ||sum - fit|| / ||sum|| over what was fitted; 0 where nothing was.
+    error: ||sum - fit|| / ||sum|| over the fitted modules; 0 if nothing was fitted.
     """
 
     path: Path
@@ -81,7 +82,7 @@ def merge_parts(
     overwrite: bool = False,
     progress: Progress = None,
 ) -> MergeResult:
-    """Join parts of one delta (parts.py) into the file that they were parts of. Raises ToolError, PxdError."""
+    """Join the parts of one delta into the file that was split. Raises ToolError, PxdError."""
     output = Path(output)
     with claim_file(output, overwrite=overwrite, inputs=paths):
         manifest, inputs, size = join_parts(
@@ -109,12 +110,11 @@ def merge(
 ) -> MergeResult:
     """Write the merge of deltas on one base.
 
-    weights: one for each path. masks: how many a module of the result has (`bits` is another name of it); None keeps
-    all components of a weighted sum, and means as many as the inputs have together (8 at most) for `ties` and `dare`.
-    base: the checkpoint, needed where inputs store different exact tensors. name: of the fine-tuned checkpoint that
-    results. progress: called with payload bytes of inputs
-    done, or True for a bar. Raises CheckFailedError for different bases, ToolError, PxdError,
-    CheckpointError.
+    weights: one for each path. masks: the number of masks of a module in the result (`bits` is another name). None
+    keeps all components of a weighted sum; for `ties` and `dare` it means as many as the inputs have together, at most
+    8. base: the checkpoint of the base, needed if inputs store different exact tensors. name: the name of the merged
+    checkpoint. progress: called with numbers of payload bytes of the inputs, or True for a bar. Raises CheckFailedError
+    for different bases, ToolError, PxdError, CheckpointError.
     """
     mixture = mixture or Mixture()
     masks = bits if masks is None else masks
@@ -132,6 +132,7 @@ def merge(
         files = [file for file, _ in pairs]
         ordered = [float(weight) for _, weight in pairs]
         checkpoint = stack.enter_context(open_checkpoint(base)) if base is not None else None
+        files = [unpacked(file, None if checkpoint is None else checkpoint.tensors) for file in files]
         if checkpoint is None:
             _check_no_base_needed(files, ordered, mixture)
         else:
@@ -206,8 +207,9 @@ def _check_compatible(files: Sequence[pxd.DeltaFile]) -> None:
 
 def _check_no_base_needed(files: Sequence[pxd.DeltaFile], weights: Sequence[float], mixture: Mixture) -> None:
     """By the manifests alone, so that hours of work do not end in this. Raises ToolError."""
+    unpacking = any(isinstance(file, UnpackedFile) for file in files)
     for entry in files[0].manifest.modules:
-        if needs_base([file.entry(entry.name) for file in files], weights, mixture):
+        if unpacking or needs_base([file.entry(entry.name) for file in files], weights, mixture):
             raise ToolError(
                 f"{entry.name}: is stored exactly, so that merging its delta needs the base; pass --base "
                 f"(made for {files[0].manifest.base.id!r})"

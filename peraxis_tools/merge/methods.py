@@ -33,7 +33,7 @@ _NORMALISED: Final[dict[str, bool]] = {"sum": False, "linear": True, "ties": Tru
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """What is done with the deltas. normalize None: the method's default. `sum` is the plain weighted sum."""
+    """How deltas are merged. `sum` is the plain weighted sum. normalize: None takes the default of the method."""
 
     method: Method = "sum"
     density: float = 0.5

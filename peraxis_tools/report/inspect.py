@@ -43,6 +43,9 @@ def _summary(result: InspectResult, console: Console) -> None:
     console.print(f"[dim]{text(result.content_id)}[/]")
     console.print(f"fine-tuned   {text(manifest.fine_tuned.id)}")
     console.print(f"base         {text(manifest.base.id)}{revision}  {text(manifest.base.digest[:23])}…")
+    if manifest.features:
+        console.print(f"result       {text(manifest.result or 'not known without the base')}")
+        console.print(f"previous     {text(manifest.previous or 'none')}")
     console.print(
         f"size         {size(result.file_bytes)} for a checkpoint of {size(result.full_bytes)}: "
         f"[bold green]{result.ratio:.1f} times smaller[/]"

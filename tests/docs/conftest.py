@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -22,10 +23,15 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = llama_config(num_hidden_layers=4, hidden_size=64, intermediate_size=96)
     base, tuned = write_pair(folder, config, dtype=torch.bfloat16)
     tuned.rename(folder / "fine-tuned")
+    for path in (base, folder / "fine-tuned"):
+        # As the demo's tokenizer: the one special token ends each document.
+        settings = json.loads((path / "tokenizer_config.json").read_text("utf-8"))
+        (path / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "</s>"}))
     write_text(folder / "calibration.jsonl", documents=160)
     for i, name in enumerate(("python", "english")):
-        text = write_text(folder / "words.jsonl", documents=40, seed=i + 1).read_text("utf-8")
-        (folder / f"held-out-{name}.txt").write_text(text.replace("\n", "\n\n"), "utf-8")
+        lines = write_text(folder / "words.jsonl", documents=40, seed=i + 1).read_text("utf-8").splitlines()
+        documents = [json.loads(line)["text"] for line in lines]
+        (folder / f"held-out-{name}.txt").write_text("\n\n".join(documents), "utf-8")
     peraxis.compress(base, folder / "fine-tuned", folder / "delta.pxd", fit="none")
     for name in ("legal", "medical"):
         shutil.copy(folder / "delta.pxd", folder / f"{name}.pxd")

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import peraxis_format as pxd
+from peraxis_tools.chain import update
 from peraxis_tools.cli import VERBS
 from tests.factories import random_storage, sign_module, write_checkpoint, write_delta
 
@@ -31,6 +32,9 @@ ARGUMENTS = {
     "publish": "me/delta a.pxd --dry-run repo",
     "pull": "file://a.pxd -o fetched",
     "extract": "a.pxd -o small",
+    "update": "base tuned -o new.pxd",
+    "compact": "chain/1.pxd chain/2.pxd --base base -o new.pxd",
+    "log": "chain",
 }
 NEEDS = {"sign": "model_signing", "convert": "torch"}
 CASES = [
@@ -54,6 +58,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for which in ("a", "b"):
         modules = [sign_module(rng, name, base[name], axes=(pxd.Axis.ROW_COL,) * 3) for name in NAMES]
         write_delta(tmp_path / f"{which}.pxd", modules, assets={"config.json": b'{"model_type": "llama"}'})
+    (tmp_path / "chain").mkdir()
+    update(tmp_path / "base", tmp_path / "tuned", tmp_path / "chain" / "1.pxd")
+    update(tmp_path / "base", tmp_path / "base", tmp_path / "chain" / "2.pxd", after=[tmp_path / "chain" / "1.pxd"])
     if importlib.util.find_spec("cryptography"):
         from tests.tools.test_sign import write_key
 
@@ -100,6 +107,6 @@ def test_no_color_turns_colour_off_on_a_terminal(verb: str, folder: Path) -> Non
     terminal = {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "80"}
     plain = run(verb, "--quiet", **terminal, NO_COLOR="1")
     assert not colour.search(plain.stdout)
-    again = [] if verb in ("inspect", "verify", "diff") else ["--overwrite"]
+    again = [] if verb in ("inspect", "verify", "diff", "log") else ["--overwrite"]
     bright = run(verb, "--quiet", *again, **terminal)
     assert "\x1b[" in bright.stdout

@@ -14,7 +14,7 @@ import pytest
 from tests.tools.kill_driver import chosen_steps
 from tests.tools.output_cases import FILE_VERBS, FOLDER_VERBS
 
-KILLS = 4  # of each verb and state of its output: every step of all was tried by hand
+KILLS = 4  # of each verb and state of its output
 VERBS = [*FILE_VERBS, *FOLDER_VERBS]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")]
 

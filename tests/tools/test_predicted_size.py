@@ -22,7 +22,7 @@ def test_the_plan_foretells_the_file_within_one_block(tmp_path: Path, bits: int,
     base, tuned = write_pair(tmp_path, llama_config())
     plans: list[Plan] = []
     result = compress(
-        base, tuned, tmp_path / "d.pxd", fit="none", bits=bits, axis=axis, show_plan=plans.append, force=True
+        base, tuned, tmp_path / "d.pxd", fit="none", masks=bits, axis=axis, show_plan=plans.append, force=True
     )
     assert plans[0].file_bytes is not None
     # Exponents have one digit more or less, and the header is a multiple of 4096.

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import peraxis_format as pxd
-from peraxis_tools.report.console import _Steps
+from peraxis_tools.bars import _Steps
 from peraxis_tools.verify_files import Wanted, verify_files
 from tests.factories import random_storage, sign_module, write_checkpoint, write_delta
 

@@ -13,6 +13,7 @@ No backend reorders or fuses, so all of them give the same bits, whatever the nu
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peraxis_format.delta import ComponentFactors, Encoding, ModuleDelta
-from peraxis_format.dtypes import Array, DType, from_float32, to_float32
-from peraxis_format.errors import ShapeError
+from peraxis_format.dtypes import Array, DType, from_float32, raw_bytes, to_float32
+from peraxis_format.errors import ShapeError, fail
 from peraxis_format.ops.backend import choose
+from peraxis_format.ops.exact import apply as apply_exact
 from peraxis_format.ops.rebuild import numpy as reference
 
 if TYPE_CHECKING:
@@ -39,7 +41,8 @@ def reconstruct(module: ModuleDelta, base: Array | None = None, *, backend: str 
 
     base: storage array of the base tensor, in the dtype and shape of `module.base`; not read for `full`.
     backend: numpy or numba; chosen by size where None. Returns a new storage array in the module's dtype and shape.
-    Raises ShapeError if base does not fit, BackendError.
+    Raises ShapeError if base does not fit, BackendError, BindingError (E405) where an exact module does not give its
+    result.
     """
     if module.encoding is Encoding.FULL:
         return np.array(module.full)  # SPEC 6.4
@@ -52,10 +55,15 @@ def reconstruct(module: ModuleDelta, base: Array | None = None, *, backend: str 
     if module.encoding is Encoding.SAME:
         # SPEC 6.3
         covered[...] = kept if ref.dtype is module.dtype else from_float32(to_float32(kept, ref.dtype), module.dtype)
+    elif module.index is not None and module.data is not None:
+        covered[...] = kept
+        apply_exact(covered, module.index, module.data, module.dtype, backend=backend)
     else:
         rebuild(module.factors(), kept, covered, base_dtype=ref.dtype, dtype=module.dtype, backend=backend)
     if module.tail is not None:
         out[module.kept :] = module.tail  # SPEC 6.4
+    if module.result is not None and hashlib.sha256(raw_bytes(out)).hexdigest() != module.result:
+        fail("E405", field=module.name)  # SPEC 7.4
     return out
 
 

@@ -91,13 +91,13 @@ def _remember(view: Tensor, digest: str) -> None:
 
 
 def inherit(copy: Tensor, original: Tensor) -> None:
-    """A copy that was just made has the digest of its original, if that is known."""
+    """Give a copy that was just made the digest of its original, if that is known."""
     digest = _known(original)
     if digest is not None:
         _remember(copy, digest)
 
 
 def forget(views: Sequence[Tensor]) -> None:
-    """Do not trust what is remembered of these tensors: hash them again when next asked."""
+    """Drop the remembered digests of these tensors, so that they are hashed again when needed."""
     for view in views:
         _REMEMBERED.pop(view, None)

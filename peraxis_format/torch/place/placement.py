@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peraxis_format.delta import Encoding
 from peraxis_format.errors import BindingError, LiveModelError
 from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.ops.tensors import TORCH_DTYPES, dtype_of
@@ -25,16 +26,20 @@ def place(
     views: Views | None = None,
     shards: Mapping[str, Shard] | None = None,
     fused: Mapping[str, tuple[str, ...]] = FUSED,
+    exact: bool = False,
 ) -> Placement:
     """Find the live storage of every module of a manifest.
 
-    views: explicit answers for names that the model does not have under this name (a tensor: the whole box). shards:
-    names whose live tensor is a piece. fused: see FUSED. What transformers itself renames is found without them.
-    Raises BindingError (E401, E402, E403) where the model is not the base, LiveModelError where it cannot hold the
-    fine-tune: transformed weights, a shape or dtype that changes, a tensor that would have to go away.
+    views: the live tensor for a name that the model does not have. shards: names whose live tensor is a shard. fused:
+    see FUSED. Tensors that transformers renames are found without these. exact: whether the caller applies exact
+    modules. Raises BindingError (E401, E402, E403) if the
+    model is not the base. Raises LiveModelError if the model cannot hold the fine-tune: transformed weights, another
+    shape or dtype, or a tensor that the fine-tune does not have.
     """
     _refuse_quantised(target)
     _refuse_part(manifest)
+    if not exact:
+        _refuse_exact(manifest)
     finder = Finder.of(target, manifest, views=views, shards=shards, fused=fused)
     aliases: dict[str, list[str]] = {}
     for name, alias in manifest.tied:
@@ -62,6 +67,14 @@ def _refuse_part(manifest: Manifest) -> None:
     # SPEC 14: a part would leave the live model a mixture of base and fine-tune.
     if "peraxis.part" in manifest.metadata:
         raise LiveModelError("the file is a part of a delta; put the parts together with `peraxis-tools merge` first")
+
+
+def _refuse_exact(manifest: Manifest) -> None:
+    for module in manifest.modules:
+        if module.encoding is Encoding.EXACT:
+            raise LiveModelError(
+                f"{module.name}: an exact update; peraxis_format.torch.updates.apply_update applies it to a live model"
+            )
 
 
 def _refuse_quantised(target: Target) -> None:

@@ -53,7 +53,7 @@ _CLAIMED: Final = "the model is served: its weights have to stay the base; close
 
 
 class Served:
-    """A model that serves several variants at once. A context manager; `close` puts the model back."""
+    """A model that serves several variants at once. A context manager; `close` makes it an ordinary model again."""
 
     def __init__(self, model: nn.Module, names: Sequence[str], backend: Backend) -> None:
         self.model = model
@@ -72,12 +72,12 @@ class Served:
 
     @contextlib.contextmanager
     def using(self, variants: str | int | Sequence[str | int | None] | Tensor | None) -> Iterator[None]:
-        """Within the block (and this thread or task) batches are of these variants.
+        """Run batches with these variants inside the block, in this thread or task.
 
-        variants: one a sequence (dimension 0 of the batch), or one a token row of a packed batch; a name, its index in
-        `names`, or None or -1 for the base. Beams and repeated sequences have to be repeated here too. One name alone,
-        outside a list, is for every row.
-        Raises LiveModelError for what is no variant, and after `close`; the forward does for a batch of another length.
+        variants: one for each sequence (dimension 0 of the batch), or one for each token of a packed batch. A variant
+        is a name, its index in `names`, or None or -1 for the base. Repeat it for beams and repeated sequences. A
+        single name outside a list stands for every row. Raises LiveModelError for an unknown variant and after `close`;
+        the forward raises it for a batch of another length.
         """
         if self._closed:
             raise LiveModelError("`serve` has been closed: the model is the base; serve it again")
@@ -215,7 +215,7 @@ def serve(
     views: Views | None = None,
     workers: int | None = None,
 ) -> Served:
-    """Let a live model that holds the base serve variants of it, mixed in one batch.
+    """Make a live model that holds the base serve several variants of it in one batch.
 
     backend: "triton" (CUDA), "torch" (anywhere), "numba" (CPU), or "auto" (ops/backend.py). views: see placement.place.
     Every delta is checked in full, and the base's bytes once. Raises as apply_ does, and BackendError; the model is

@@ -1,4 +1,4 @@
-"""apply_: a delta into a live model, in place, all of it or nothing.
+"""apply_: turn a live model into the fine-tune, in place, as a whole or not at all.
 
     place -> check the base's bytes -> (sharded: ranks share out the digests) -> copy the old weights aside -> stream
 
@@ -38,7 +38,7 @@ __all__ = ["Applied", "apply_", "together", "verify_share"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Applied:
-    """What apply_ did. read_bytes: of the delta file, for use; uploads: copies from host to device."""
+    """The result of apply_. read_bytes: bytes of the file that were used; uploads: copies from host to device."""
 
     content_id: str
     modules: int
@@ -62,10 +62,10 @@ def apply_(
     """Turn a live model that holds the base into the fine-tune, in place, bit for bit as SPEC 6 says.
 
     target: a module, or a mapping of checkpoint names to tensors; on the CPU or on one CUDA device. views, shards: see
-    placement.place. group: the torch.distributed group that holds sharded weights together. workers: threads. undo:
-    where the old weights are kept until all is done.
-    Raises PxdError (a damaged file, another base), LiveModelError (weights that cannot hold it); the model is then as
-    it was. Existing storage is written: parameters, their pointers and whatever refers to them stay.
+    placement.place. group: the torch.distributed group whose ranks hold the shards. workers: the number of threads.
+    undo: where the old weights are kept until all weights are written.
+    Raises PxdError (a damaged file, another base) and LiveModelError (weights that cannot hold the fine-tune); the
+    model is then as it was. Existing storage is written, so that parameters and pointers stay valid.
     """
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
@@ -99,7 +99,7 @@ def apply_(
 
 @contextlib.contextmanager
 def together(group: Any, *, sharded: bool) -> Iterator[None]:
-    """Where ranks share a model: the block ends well on all of them, or with an error on all of them."""
+    """If ranks share a model, end the block with success on all of them or with an error on all of them."""
     failure: BaseException | None = None
     try:
         yield

@@ -30,7 +30,7 @@ class SwapLock:
             self._depth[me] = self._depth.get(me, 0) + 1
 
     def leave(self) -> None:
-        """End a forward that this thread began; one that it did not begin is ignored."""
+        """End a forward of this thread. A call without a forward is ignored."""
         me = threading.get_ident()
         with self._condition:
             depth = self._depth.pop(me, 0) - 1
@@ -40,7 +40,7 @@ class SwapLock:
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
-        """A forward, or several that must see the same weights."""
+        """Hold the shared side: for a forward, or several that must see the same weights."""
         before = self._depth.get(threading.get_ident(), 0)
         try:
             # Inside the `try`: an interrupt may come between the entry and the next line.
@@ -51,14 +51,14 @@ class SwapLock:
                 self.leave()
 
     def refuse_inside(self) -> None:
-        """Raises LiveModelError inside a forward of this thread, for what would wait for that forward's end."""
+        """Raise LiveModelError inside a forward of this thread: waiting for its end would never return."""
         with self._condition:
             if threading.get_ident() in self._depth:
                 raise LiveModelError("a swap inside a forward of the same thread; swap between steps")
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """A swap. Raises as refuse_inside does."""
+        """Hold the exclusive side: for a swap. Raises as refuse_inside does."""
         self.refuse_inside()
         with self._condition:
             self._waiting += 1

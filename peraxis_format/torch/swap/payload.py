@@ -1,4 +1,4 @@
-"""What one variant stores for one model: read, checked, and kept where its residency says."""
+"""The payload of one variant for one model: it is read, checked, and kept at the place of its residency."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _READ: Final = 4 << 20  # bytes that one thread reads at a time
 
 @dataclass(slots=True)
 class Reads:
-    """Bytes that were asked of a file."""
+    """Counts the bytes that were read from a file."""
 
     size: int = 0
 
@@ -98,7 +98,7 @@ def _read_jobs(delta: DeltaFile, runs: Sequence[ByteRange], target: memoryview) 
 
 @contextlib.contextmanager
 def located(delta: DeltaFile) -> Iterator[None]:
-    """Give an error that passes through the name of the file."""
+    """Add the name of the file to an error that passes through."""
     try:
         yield
     except PxdError as error:
@@ -147,7 +147,7 @@ def check_pads(delta: DeltaFile) -> None:
 
 @dataclass(slots=True)
 class _Stamp:
-    """What tells that a file is still the one that was checked."""
+    """The attributes by which a file is recognised as the one that was checked."""
 
     device: int
     inode: int
@@ -216,14 +216,14 @@ class Payload:
         return self._kept[index]
 
     def close(self) -> None:
-        """Close what was opened for direct reads, and let go of the bytes."""
+        """Close the descriptor of direct reads, and free the bytes."""
         self._kept.clear()
         if self.direct is not None:
             os.close(self.direct)
             self.direct = None
 
     def check_same_file(self) -> None:
-        """Raises LiveModelError where the file is not the one that was checked any more."""
+        """Raise LiveModelError if the file is no longer the one that was checked."""
         try:
             same = _Stamp.of(self.delta) == self._stamp
         except OSError:

@@ -49,14 +49,14 @@ class Registered:
     weights: int
 
     def close(self) -> None:
-        """Let go of the payload, and of the file where it was opened here."""
+        """Free the payload, and close the file if it was opened here."""
         self.payload.close()
         if self.owned:
             self.file.close()
 
 
 class Registry:
-    """Arguments: see VariantSwitch. Not thread-safe by itself: the switch sees to it."""
+    """The variants of one switch, whose arguments these are. Not thread-safe by itself; the switch locks it."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Registry:
     def add(
         self, name: str, delta: DeltaFile | str | os.PathLike[str], residency: Residency | None, *, direct: bool
     ) -> Variant:
-        """Check a variant's file and base, and bring its payload to where it shall be. The model is not changed."""
+        """Check a variant's file and base, and load its payload. The model is not changed."""
         if name in self.variants:
             raise LiveModelError(f"variant {name!r} is registered already; remove it first")
         owned = not isinstance(delta, DeltaFile)
@@ -97,14 +97,14 @@ class Registry:
         return self.variants[name].variant
 
     def find(self, name: str) -> Registered:
-        """Raises LiveModelError for an unknown name."""
+        """The registered variant of this name. Raises LiveModelError if there is none."""
         if name not in self.variants:
             known = ", ".join(sorted(self.variants)) or "none"
             raise LiveModelError(f"no variant {name!r}; registered: {known}")
         return self.variants[name]
 
     def remove(self, name: str) -> None:
-        """Forget a variant. Raises LiveModelError for an unknown one."""
+        """Remove a variant. Raises LiveModelError if it is unknown."""
         self.find(name).close()
         del self.variants[name]
 
@@ -113,7 +113,7 @@ class Registry:
         return self._anywhere_sharded(registered.file, registered.placement)
 
     def close(self) -> None:
-        """Let go of everything, and end the threads."""
+        """Free all variants and the base, and end the threads."""
         for registered in self.variants.values():
             registered.close()
         self.variants.clear()

@@ -1,4 +1,4 @@
-"""What a VariantSwitch says: its variants, what a swap did, and why one failed."""
+"""Reports of a VariantSwitch: its variants, the result of a swap, and the error of one that failed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Swap", "SwapError", "Variant"]
 
 
 class SwapError(LiveModelError):
-    """A swap failed; `now` says what the model is after it (None: the base)."""
+    """A swap failed. `now` is the name of the variant that the model is afterwards; None stands for the base."""
 
     def __init__(self, message: str, *, now: str | None) -> None:
         super().__init__(message)
@@ -20,7 +20,7 @@ class SwapError(LiveModelError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """A registered variant. stored: bytes of its payload; host, device: what its residency keeps of them there."""
+    """A registered variant. stored: the bytes of its payload; host, device: the bytes that are kept there."""
 
     name: str
     content_id: str
@@ -36,8 +36,10 @@ class Variant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Swap:
-    """What a swap did. read: bytes of the file; uploads, uploaded: copies to the device and their bytes; written: bytes
-    of weights. epoch: counts changes of the weights, for whoever caches something that depends on them.
+    """The result of a swap.
+
+    read: bytes read from the file. uploads, uploaded: the number of copies to the device, and their bytes. written:
+    bytes of weights. epoch: the counter of changes; a cache that depends on the weights is valid for one epoch.
     """
 
     name: str | None

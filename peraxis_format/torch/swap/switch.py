@@ -1,4 +1,4 @@
-"""VariantSwitch: many variants of one live model, one of them at a time, changed in the time that the bytes need.
+"""VariantSwitch: many variants of one live model, one of them at a time.
 
     switch = VariantSwitch(model)
     switch.add("legal", "legal.pxd", residency="pinned")
@@ -9,7 +9,7 @@ subtracting it again is not exact in BF16 (up to a seventh of the weights end up
 model, or with base="pinned" in page-locked host memory, which kernels read over the link.
 
 A swap is all or nothing: on an error the model goes back to the variant before, or else to the base, and the error says
-which. A forward never sees half a swap: the model's own hooks hold swaps off while it runs.
+which. A forward never sees half a swap: a guard around the model's forward holds swaps off while it runs.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ __all__ = ["VariantSwitch"]
 
 
 class VariantSwitch:
-    """Variants of one model. base: where the pristine copy lies, "device" (beside the model) or "pinned" (page-locked
-    host memory); "auto": on the device if there is room when the first variant is registered.
+    """Many variants of one model, one of them at a time.
 
-    guard: hold swaps off while the model's forward runs; without it (a compiled model) wrap steps in `running()`.
-    views, shards, group, workers: see apply_. Methods may be called from any thread. A context manager; `close` leaves
-    the weights as they are.
+    base: where the pristine copy of the base lies: "device" (beside the model), "pinned" (page-locked host memory), or
+    "auto", which takes the device if it has room when the first variant is registered. guard: hold swaps off while the
+    model's forward runs; without a guard (a compiled model) put the steps that belong together into `running()`. views,
+    shards, group, workers: as in apply_. Methods may be called from any thread. The class is a context manager; `close`
+    leaves the weights as they are.
     """
 
     def __init__(
@@ -78,35 +79,35 @@ class VariantSwitch:
 
     @property
     def current(self) -> str | None:
-        """The variant that the model is now; None: the base."""
+        """The name of the variant that the model is now; None stands for the base."""
         return self._current
 
     @property
     def epoch(self) -> int:
-        """Goes up with every change of the weights, failed swaps that touched them included."""
+        """A counter of changes of the weights. A failed swap that wrote weights counts too."""
         return self._epoch
 
     def variants(self) -> tuple[Variant, ...]:
-        """The registered variants, in the order of `add`."""
+        """The registered variants, in the order in which they were added."""
         return tuple(registered.variant for registered in self._registry.variants.values())
 
     @property
     def base_place(self) -> BasePlace:
-        """Where the pristine copy lies; "auto" before the first variant is registered."""
+        """Where the pristine copy lies: "device" or "pinned"; "auto" before the first variant is registered."""
         return self._registry.base_place
 
     @property
     def base_size(self) -> int:
-        """Bytes of the pristine copy."""
+        """The size of the pristine copy in bytes."""
         return sum(base.numel() * base.element_size() for base in self._registry.bases.values())
 
     @property
     def ring_size(self) -> int:
-        """Bytes of the ring, on the host and again on the device."""
+        """The size of the ring in bytes on the host; it has the same size on the device."""
         return 0 if self._registry.ring is None else self._registry.ring.size
 
     def running(self) -> contextlib.AbstractContextManager[None]:
-        """Hold swaps off: for a step that is no forward of the model itself, or several that belong together."""
+        """Hold swaps off during a step that is no forward of the model, or during several that belong together."""
         return self._lock.shared()
 
     # --- registering ---------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ class VariantSwitch:
         *,
         direct: bool = False,
     ) -> Variant:
-        """Register a variant: check its file, its base, and bring its payload to where it shall be.
+        """Register a variant: check its file and its base, and load its payload to the place of its residency.
 
         residency: "gpu", "pinned" or "file" (default: "gpu" on a CUDA device, else "pinned"). direct: for "file", read
         past the page cache. The model is not changed, and forwards go on meanwhile. Raises as apply_ does;
@@ -132,7 +133,7 @@ class VariantSwitch:
             return self._registry.add(name, delta, residency, direct=direct)
 
     def remove(self, name: str) -> None:
-        """Forget a variant. Raises LiveModelError for the one in use, and for an unknown one."""
+        """Remove a variant. Raises LiveModelError if it is in use or unknown."""
         self._lock.refuse_inside()
         with self._changes:
             if name == self._current:
@@ -143,11 +144,11 @@ class VariantSwitch:
 
     @torch.no_grad()
     def use(self, name: str | None, *, overwrite: bool = False) -> Swap:
-        """Make the model a variant, or the base. Waits for forwards that run. Using the current one does nothing.
+        """Turn the model into a variant, or into the base (None). The current one costs nothing.
 
-        overwrite: swap although somebody else has written the weights since the last swap; that is lost.
-        Raises SwapError, which says what the model is afterwards; LiveModelError for an unknown name, and where the
-        model's tensors are no longer those of the registered variants.
+        It waits for forwards that run. overwrite: swap even if somebody else has written the weights since the last
+        swap; what they wrote is lost. Raises SwapError, which says what the model is afterwards. Raises LiveModelError
+        for an unknown name, or if the model's tensors are no longer those of the registered variants.
         """
         self._lock.refuse_inside()
         with self._changes, self._lock.exclusive():
@@ -189,7 +190,7 @@ class VariantSwitch:
         return (0, 0) if counters is None else (counters.uploads, counters.uploaded_bytes)
 
     def _write(self, target: Registered | None) -> int:
-        """Live storages become the target's, from the pristine base; returns the bytes written."""
+        """Rebuild the target's weights from the pristine base into live storage. Returns the bytes written."""
         parts = frozenset() if target is None else target.parts
         restored = self._dirty - parts
         touched = self._dirty | parts
@@ -213,7 +214,7 @@ class VariantSwitch:
         return sum(part.view.nbytes for part in restored) + (0 if target is None else target.weights)
 
     def _restore(self) -> str | None:
-        """After a failed swap: the variant before, else the base. Returns what it is."""
+        """Put back the previous variant, or else the base. Returns the name of what the model is now."""
         previous = None if self._current is None else self._registry.find(self._current)
         if previous is not None:
             with contextlib.suppress(Exception):
@@ -226,7 +227,7 @@ class VariantSwitch:
     # --- the end -------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Remove the hooks, end the threads, let go of payloads and base. The weights stay as they are."""
+        """Remove the guard, end the threads, and free the payloads and the base. The weights stay as they are."""
         self._closed = True
         if self._guard is not None:
             self._guard.remove()

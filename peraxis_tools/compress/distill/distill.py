@@ -35,7 +35,7 @@ from peraxis_tools.compress.distill.training import Group, Training, TrainingSta
 from peraxis_tools.compress.fit.moments.spill import SpilledTensors
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.model.weights import Weights, kept_rows
-from peraxis_tools.compress.plan.plan import PlannedModule
+from peraxis_tools.compress.plan.plan import EXACT, PlannedModule
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 from peraxis_tools.compress.run.work_folder import WorkFolder
 from peraxis_tools.parameter_names import ParameterSlice
@@ -207,7 +207,8 @@ def _parametrize_full(student: LayerwiseModel, weights: Weights) -> dict[str, tu
     for name, module in weights.modules.items():
         piece = weights.names.by_tensor.get(name)
         whole = piece is not None and piece.index is None and piece.rows is None
-        if module.encoding is not Encoding.FULL or not module.dtype.is_float or piece is None or not whole:
+        trained = module.encoding is Encoding.FULL and module.dtype.is_float and module.reason != EXACT
+        if not trained or piece is None or not whole:
             continue
         value = student.get(piece.parameter)
         if module.base_shape == module.shape and torch.equal(weights.read(weights.base, name).to(value), value):

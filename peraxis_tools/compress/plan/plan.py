@@ -18,9 +18,10 @@ from peraxis_format import Axis, DType, Encoding, payload_size, tensor_shapes
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.kinds import execution_key, kind_of, layer_of
 
-__all__ = ["TABLES", "Plan", "PlannedModule", "TensorLike", "module_bytes", "plan", "table_or_kind"]
+__all__ = ["EXACT", "TABLES", "Plan", "PlannedModule", "TensorLike", "module_bytes", "plan", "table_or_kind"]
 
 _AUTO_EMBEDDING_MASKS: Final = 3
+EXACT: Final = "exact"  # the reason of what was asked for losslessly
 TABLES: Final = ("embedding", "lm_head")
 
 
@@ -142,6 +143,8 @@ def _plan_module(name: str, tensor: TensorLike, base: TensorLike | None, options
     )
     if base is None:
         return replace(module, reason="not in the base")
+    if options.is_exact(name):
+        return replace(module, reason=EXACT)
     if len(shape) < 2:
         return replace(module, reason="a vector")
     if module.kind in ("bias", "norm"):

@@ -10,7 +10,6 @@ No torch before a fit needs it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,32 +17,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peraxis_format import (
-    Array,
-    BaseRef,
-    Component,
     DeltaWriter,
     Encoding,
     Manifest,
     ModuleDelta,
-    Safetensors,
-    ShapeError,
-    TensorInfo,
-    raw_bytes,
 )
 from peraxis_format import open as open_delta
 from peraxis_tools.assets import LEFT_BEHIND, listed
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint, parse_identity
-from peraxis_tools.compress.fit.mean import mean_components
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import spend
-from peraxis_tools.compress.plan.finite import check_finite, check_pair_finite
+from peraxis_tools.compress.plan.casts import with_casts
+from peraxis_tools.compress.plan.finite import check_pair_finite
 from peraxis_tools.compress.plan.pairing import check_pair, check_saving, named_as_base, tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
 from peraxis_tools.compress.plan.record import PLAN_KEY, REPORT_KEY, plan_text, report_text
 from peraxis_tools.compress.plan.size import foretold
-from peraxis_tools.compress.plan.unchanged import first_rows, is_unchanged, shared_rows
+from peraxis_tools.compress.run.module_delta import module_delta
 from peraxis_tools.compress.run.streamed import StreamedFit
-from peraxis_tools.compress.run.types import FittedModule, Fitting, ModuleReport, RunFit
+from peraxis_tools.compress.run.types import Fitting, ModuleReport, RunFit
 from peraxis_tools.notes import note
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_file
@@ -62,7 +54,7 @@ Progress = Staged
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressResult:
-    """What `compress` made. Sizes in bytes; notes: modules that did not get what was planned, and why.
+    """The result of `compress`. Sizes are bytes. notes: modules that did not get what was planned, and the reason.
     unread_tokens: special tokens that the calibration text does not hold, so that no fit knows what they do."""
 
     path: Path
@@ -74,6 +66,7 @@ class CompressResult:
     modules: int
     signed: int
     unchanged: int
+    exact: int
     axes: Mapping[str, int]
     notes: Mapping[str, str]
     calibration_samples: int
@@ -181,6 +174,7 @@ def _planned(
         options=options,
         tied=tied_pairs(fine_tuned.tensors),
     )
+    planned = with_casts(planned, base.tensors, fine_tuned.tensors)
     if not options.has_target:
         check_saving(planned, base, fine_tuned, force=force)
     if options.has_target or options.resolved_fit != "none":
@@ -211,7 +205,7 @@ def _write(
         done, total = 0, planned.full_bytes
 
         def made(module: PlannedModule) -> tuple[ModuleDelta, ModuleReport | None]:
-            return _module_delta(module, base.tensors, fine_tuned.tensors, fit.modules.get(module.name))
+            return module_delta(module, base.tensors, fine_tuned.tensors, fit.modules.get(module.name), options)
 
         def held(module: PlannedModule) -> int:
             return BYTES_IN_FLIGHT_PER_TENSOR * fine_tuned.tensors[module.name].size
@@ -256,77 +250,10 @@ def _result(output: Path, manifest: Manifest, size: int, fit: RunFit, options: C
         modules=len(manifest.modules),
         signed=counts[Encoding.SIGN],
         unchanged=counts[Encoding.SAME],
+        exact=counts[Encoding.EXACT],
         axes=dict(sorted(axes.items())),
         notes={name: module.report.note for name, module in fit.modules.items() if module.report.note},
         calibration_samples=fit.calibration.samples if fit.calibration else 0,
         calibration_tokens=fit.tokens,
         unread_tokens=fit.unread_tokens,
-    )
-
-
-def _module_delta(
-    module: PlannedModule, base: Safetensors, fine_tuned: Safetensors, fitted: FittedModule | None
-) -> tuple[ModuleDelta, ModuleReport | None]:
-    """The module as it is stored, and what there is to report of it. Reads one tensor pair."""
-    tuned_array = fine_tuned.read(module.name)
-    if module.base_shape is None or module.base_dtype is None:
-        return _full(module, None, tuned_array), None
-    base_array = base.read(module.name)
-    ref = base_ref(base[module.name], base_array)
-    kept = shared_rows(module.shape, module.base_shape)
-    tail = tuned_array[kept:] if kept is not None and module.shape and kept < module.shape[0] else None
-    if kept is not None and is_unchanged(
-        first_rows(base_array, kept),
-        first_rows(tuned_array, kept),
-        base_dtype=module.base_dtype,
-        dtype=module.dtype,
-    ):
-        return _same(module, ref, tail), None
-    if module.encoding is Encoding.FULL:
-        whole = tuned_array if fitted is None or fitted.full is None else fitted.full
-        return _full(module, ref, whole), None if fitted is None else fitted.report
-    components: tuple[Component, ...] = ()
-    report = None
-    if fitted is not None:
-        components, report = fitted.components, fitted.report
-    elif module.encoding is Encoding.SIGN:
-        try:
-            components = mean_components(
-                base_array[:kept],
-                tuned_array[:kept],
-                base_dtype=module.base_dtype,
-                dtype=module.dtype,
-                axis=module.axis,
-                components=module.components,
-            )
-        except ShapeError:  # scales that are no numbers; the tensor and the index say more
-            check_finite(module, base_array, tuned_array, base.label, fine_tuned.label)
-            raise
-    encoding = Encoding.SIGN if components else Encoding.SAME
-    delta = ModuleDelta(
-        name=module.name,
-        shape=module.shape,
-        dtype=module.dtype,
-        encoding=encoding,
-        base=ref,
-        components=components,
-        tail=tail,
-    )
-    return delta, report
-
-
-def base_ref(info: TensorInfo, array: Array) -> BaseRef:
-    """The reference to a base tensor, from its bytes in memory."""
-    return BaseRef(dtype=info.dtype, shape=info.shape, sha256=hashlib.sha256(raw_bytes(array)).hexdigest())
-
-
-def _full(module: PlannedModule, ref: BaseRef | None, array: Array) -> ModuleDelta:
-    return ModuleDelta(
-        name=module.name, shape=module.shape, dtype=module.dtype, encoding=Encoding.FULL, base=ref, full=array
-    )
-
-
-def _same(module: PlannedModule, ref: BaseRef, tail: Array | None) -> ModuleDelta:
-    return ModuleDelta(
-        name=module.name, shape=module.shape, dtype=module.dtype, encoding=Encoding.SAME, base=ref, tail=tail
     )

@@ -1,0 +1,54 @@
+"""Tensors of a lossless delta: each as in the base, as an exact update, or whole, whichever takes the fewest bytes."""
+
+from __future__ import annotations
+
+import hashlib
+
+from peraxis_format.delta import BaseRef, Encoding, ModuleDelta
+from peraxis_format.dtypes import Array, DType, raw_bytes
+from peraxis_format.ops.exact import Prefer, encode
+
+__all__ = ["lossless_module"]
+
+
+def lossless_module(
+    name: str,
+    new: Array,
+    dtype: DType,
+    *,
+    old: Array | None = None,
+    base: BaseRef | None = None,
+    prefer: Prefer = "size",
+    threads: int | None = None,
+) -> ModuleDelta:
+    """The module that gives `new` back bit for bit.
+
+    new: storage array. old: the base's storage array and base its reference, or neither. prefer: as of
+    ops.exact.encode. A base of another dtype or shape gives `full`, but for one with another first dimension.
+    """
+    full = ModuleDelta(name=name, shape=new.shape, dtype=dtype, encoding=Encoding.FULL, base=base, full=new)
+    if old is None or base is None or base.dtype is not dtype or len(new.shape) != len(old.shape):
+        return full
+    if new.shape[1:] != old.shape[1:]:
+        return full
+    kept = min(new.shape[0], old.shape[0]) if new.shape else 1
+    covered, before = (new[:kept], old[:kept]) if new.shape else (new, old)
+    tail = new[kept:] if new.shape and kept < new.shape[0] else None
+    if raw_bytes(covered) == raw_bytes(before):
+        return ModuleDelta(name=name, shape=new.shape, dtype=dtype, encoding=Encoding.SAME, base=base, tail=tail)
+    if not dtype.is_float:
+        return full
+    index, data = encode(before, covered, dtype, prefer=prefer, threads=threads)
+    if index.nbytes + data.nbytes >= covered.nbytes:
+        return full
+    return ModuleDelta(
+        name=name,
+        shape=new.shape,
+        dtype=dtype,
+        encoding=Encoding.EXACT,
+        base=base,
+        index=index,
+        data=data,
+        result=hashlib.sha256(raw_bytes(new)).hexdigest(),
+        tail=tail,
+    )

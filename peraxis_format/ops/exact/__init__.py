@@ -1,0 +1,143 @@
+"""Exact updates (SPEC 5.6 to 5.9): the step from one tensor to another, bit for bit, in blocks of 65,536 weights.
+
+    index, data = encode(old, new, DType.BF16)
+    apply(weights, index, data, DType.BF16)         # weights held old; they hold new
+
+Backends: numpy (the reference), numba (blocks in parallel; the default where it is installed and the tensor is not
+small), triton (torch.py; a block a program).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peraxis_format.dtypes import Array, DType
+from peraxis_format.errors import ShapeError, fail
+from peraxis_format.ops.backend import choose
+from peraxis_format.ops.exact import numpy as reference
+from peraxis_format.ops.exact.kinds import BLOCK, RAW, FloatKind, block_bytes, blocks_of, kind_of
+
+__all__ = ["BLOCK", "Prefer", "apply", "blocks_of", "check", "encode", "results"]
+
+Prefer = Literal["size", "speed"]
+
+_CHUNK: Final = 16  # blocks that `results` holds at a time
+
+
+def _compiled(backend: str | None, weights: int) -> bool:
+    return choose("exact", weights, backend=backend) == "numba"
+
+
+def _words(array: Array, kind: FloatKind) -> Array:
+    """A storage array as unsigned words, 1-D, the same memory."""
+    if not array.flags.c_contiguous:
+        raise ShapeError("exact updates need C-contiguous arrays")
+    return array.reshape(-1).view(f"u{kind.width // 8}")
+
+
+def encode(
+    old: Array, new: Array, dtype: DType, *, prefer: Prefer = "size", backend: str | None = None,
+    threads: int | None = None,
+) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:  # fmt: skip
+    """The step from old to new: (index [blocks], data). data is empty where nothing changed.
+
+    old, new: storage arrays of one shape and dtype (BF16, F16, F32). prefer: the fewest bytes, or blocks that are
+    decoded soonest. The bytes depend on neither backend nor threads. Raises ShapeError.
+    """
+    kind = kind_of(dtype)
+    if old.shape != new.shape or old.dtype != dtype.storage or new.dtype != dtype.storage:
+        raise ShapeError(
+            f"{old.dtype} {list(old.shape)} and {new.dtype} {list(new.shape)} are not two {dtype.value} tensors"
+        )
+    before, after = _words(np.ascontiguousarray(old), kind), _words(np.ascontiguousarray(new), kind)
+    if _compiled(backend, before.size):
+        from peraxis_format.ops.exact import numba
+
+        return numba.encode(before, after, kind, keyed=prefer == "size", threads=threads)
+    index, parts = np.zeros(blocks_of(before.size), np.uint32), []
+    for b in range(index.size):
+        block = slice(b * BLOCK, (b + 1) * BLOCK)
+        pair = before[block].astype(np.int64), after[block].astype(np.int64)
+        mode, part = reference.encode_block(*pair, kind, keyed=prefer == "size")
+        index[b] = len(part) << 8 | mode
+        parts.append(part)
+    return index, np.frombuffer(b"".join(parts), np.uint8)
+
+
+def apply(
+    weights: Array, index: NDArray[np.uint32], data: NDArray[np.uint8], dtype: DType, *,
+    backend: str | None = None, threads: int | None = None,
+) -> None:  # fmt: skip
+    """Move weights in place, from old to new patterns.
+
+    weights: a C-contiguous storage array, writable, any shape. index, data: held to `check` by the caller. Raises
+    BindingError (E405) where the bits do not fit these weights, which then hold neither state.
+    """
+    kind = kind_of(dtype)
+    words = _words(weights, kind)
+    if index.size != blocks_of(words.size) or int((index >> np.uint32(8)).sum(dtype=np.int64)) != data.size:
+        raise ShapeError(f"an index of {index.size} blocks and {data.size} bytes do not fit {words.size} weights")
+    if _compiled(backend, words.size):
+        from peraxis_format.ops.exact import numba
+
+        block = numba.apply(words, index, data, kind, threads=threads)
+    else:
+        block = _apply(words, index, data, kind)
+    if block is not None:
+        fail("E405", f"block {block} does not decode on these weights")  # SPEC 7.4
+
+
+def _apply(words: Array, index: NDArray[np.uint32], data: NDArray[np.uint8], kind: FloatKind) -> int | None:
+    begin = 0
+    for b, entry in enumerate(index.tolist()):
+        block = slice(b * BLOCK, (b + 1) * BLOCK)
+        part = data[begin : begin + (entry >> 8)]
+        begin += entry >> 8
+        try:
+            words[block] = reference.decode_block(words[block].astype(np.int64), entry & 255, part, kind)
+        except ValueError:
+            return b
+    return None
+
+
+def results(
+    weights: Array, index: NDArray[np.uint32], data: NDArray[np.uint8], dtype: DType, *, backend: str | None = None
+) -> Iterator[tuple[slice, Array]]:
+    """The new patterns chunk by chunk, without touching the weights: (where in the flat tensor, storage array).
+
+    Arguments and errors as of `apply`. Each chunk is new memory of at most 2 MiB of BF16.
+    """
+    flat = weights.reshape(-1)
+    ends = np.cumsum(index >> np.uint32(8), dtype=np.int64)
+    for first in range(0, index.size, _CHUNK):
+        last = min(first + _CHUNK, index.size)
+        where = slice(first * BLOCK, min(last * BLOCK, flat.size))
+        chunk = flat[where].copy()
+        begin = int(ends[first - 1]) if first else 0
+        apply(chunk, index[first:last], data[begin : int(ends[last - 1])], dtype, backend=backend, threads=1)
+        yield where, chunk
+
+
+def check(index: NDArray[np.uint32], data: NDArray[np.uint8], weights: int, dtype: DType, *, field: str) -> None:
+    """What can be told without the base (SPEC 5.7 to 5.9). Raises PayloadError (E307). field: of the error."""
+    kind = kind_of(dtype)
+    if int((index >> np.uint32(8)).sum(dtype=np.int64)) != data.size:
+        fail("E307", f"the index counts other than {data.size} bytes", field=field)  # SPEC 5.7
+    modes, lengths = index & np.uint32(255), (index >> np.uint32(8)).astype(np.int64)
+    raw = np.full(index.size, block_bytes(BLOCK, 0, kind), np.int64)
+    raw[-1] = block_bytes(weights, index.size - 1, kind)
+    wrong = np.where(modes == RAW, lengths != raw, (lengths >= raw) | ((modes > 0) & (lengths == 0)))
+    if wrong.any():
+        b = int(np.flatnonzero(wrong)[0])
+        fail("E307", f"block {b}: mode {modes[b]} with {lengths[b]} bytes", field=field)  # SPEC 5.7
+    ends = np.cumsum(lengths)
+    for b in np.flatnonzero((modes != RAW) & (lengths > 0)).tolist():
+        rule = reference.check_keyed if modes[b] else reference.check_gaps
+        try:
+            rule(data[ends[b] - lengths[b] : ends[b]], int(raw[b]) * 8 // kind.width, kind)
+        except ValueError:
+            fail("E307", f"block {b}: its exceptions or gaps are malformed", field=field)  # SPEC 5.8, 5.9

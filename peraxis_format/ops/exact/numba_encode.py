@@ -1,0 +1,323 @@
+"""Encoding exact updates, compiled (SPEC 6.6). numpy.py is the reference; the words here are its words."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from peraxis_format.ops.exact.words import classes64, count, equal64, nonzero64, trailing
+
+# Any: numba's own annotations do not go through mypy --strict.
+numba: Any = import_module("numba")
+
+__all__ = ["encode_blocks"]
+
+_jit = numba.njit(nogil=True, cache=True)
+
+
+@_jit  # type: ignore[untyped-decorator, unused-ignore]
+def _steps(old: Any, new: Any, steps: Any, width: Any) -> Any:
+    """The zigzag step from each old pattern to the new one. Returns whether there is any but 0."""
+    kind = old.dtype.type
+    top, one = kind(1 << (width - 1)), kind(1)
+    full = kind(top + (top - one))
+    any_ = kind(0)
+    for i in range(old.size):
+        a, b = old[i], new[i]
+        d = kind(kind(b ^ (full if b >= top else top)) - kind(a ^ (full if a >= top else top)))
+        z = kind(kind(d << one) ^ (full if d >= top else kind(0)))
+        steps[i] = z
+        any_ |= z
+    return any_ != 0
+
+
+@_jit  # type: ignore[untyped-decorator, unused-ignore]
+def bit_length(z: Any) -> Any:
+    """Bits of a number below 2^32, 0 for 0."""
+    return np.int64(np.float64(z).view(np.int64) >> 52) - 1022 if z else 0
+
+
+@_jit  # type: ignore[untyped-decorator, unused-ignore]
+def _survey(old: Any, steps: Any, kind: Any, tables: Any) -> Any:
+    """By exponent: weights, steps of one, longer steps, and for each k the unary ones of class 0 (SPEC 11.3).
+
+    Returns the steps of one and the longer ones in all.
+    """
+    n, (shift, mask, width) = old.size, kind
+    members, ones, big, dense = tables
+    ones[:] = 0
+    big[:] = 0
+    four, lengths = np.zeros((4, 256), np.int64), np.zeros((256, 33), np.int64)
+    for i in range(0, n - 3, 4):
+        for lane in range(4):
+            four[lane, (old[i + lane] >> shift) & mask] += 1
+    for i in range(n & -4, n):
+        four[0, (old[i] >> shift) & mask] += 1
+    for g in range((n + 63) >> 6):
+        moved = nonzero64(steps, steps.ctypes.data + g * 64 * steps.itemsize)
+        while moved:
+            i = (g << 6) + trailing(moved)
+            moved &= moved - np.uint64(1)
+            z, e = np.int64(steps[i]), (old[i] >> shift) & mask
+            ones[e] += z <= 2
+            big[e] += z > 2
+            lengths[e, bit_length(z)] += 1
+    moves, exceptions = np.int64(0), np.int64(0)
+    for e in range(256):
+        members[e] = four[0, e] + four[1, e] + four[2, e] + four[3, e]
+        moves += ones[e]
+        exceptions += big[e]
+        dense[e] = 0
+        for length in range(1, 33 if ones[e] + big[e] else 0):
+            for k in range(dense.shape[1]):
+                unary = (np.int64(3) << length >> 2) >> k
+                dense[e, k] += lengths[e, length] * (unary if unary < 8 else 8 + width - k)
+    return moves, exceptions
+
+
+@_jit  # type: ignore[untyped-decorator, unused-ignore]
+def _choose(tables: Any, width: Any) -> Any:
+    """The A from 1 to 254 of least cost, the highest of equals (SPEC 11.3)."""
+    members, ones, big, dense = tables
+    lowest, highest = 255, 0
+    for e in range(256):
+        if members[e]:
+            lowest, highest = min(lowest, e), max(highest, e)
+    best, choice = np.int64(1) << 62, 1
+    for A in range(max(lowest - 15, 1), min(highest + dense.shape[1], 254) + 1):
+        cost, mass = np.int64(0), np.int64(0)
+        for e in range(lowest, highest + 1):
+            if e >= A:
+                c = min(e - A + 1, 15)
+                cost += ones[e] * (c + 2) + big[e] * (17 + width)
+                mass += (members[e] - ones[e]) << (15 - c)
+            else:
+                k = min(A - 1 - e, dense.shape[1] - 1)
+                cost += members[e] * (k + 1) + dense[e, k]
+        cost += mass >> 15
+        if cost <= best:
+            best, choice = cost, A
+    return choice
+
+
+@_jit  # type: ignore[untyped-decorator, unused-ignore]
+def _keyed(old: Any, new: Any, steps: Any, A: Any, kind: Any, parts: Any) -> Any:
+    """The unary numbers, and the fields with their widths, of a keyed block. Returns how many there are of each."""
+    (shift, mask, width), (cls, q, fields, widths, _, _) = kind, parts
+    n, least = old.size, np.int64(A - 1)
+    groups, classes = (n + 63) >> 6, cls.ctypes.data
+    for g in range(n >> 6):
+        classes64(old, old.ctypes.data + g * 64 * old.itemsize, classes + (g << 6), least, shift, mask)
+    for i in range(n >> 6 << 6, n):
+        cls[i] = min(max(np.int64((old[i] >> shift) & mask) - least, 0), 15)
+    cls[n : groups << 6] = 255
+    most = np.int64(shift) + 1
+    qs, fs, exceptions = 1, 0, 0
+    for g in range(groups):
+        moved = nonzero64(steps, steps.ctypes.data + g * 64 * steps.itemsize)
+        while moved:
+            i = (g << 6) + trailing(moved)
+            moved &= moved - np.uint64(1)
+            if (old[i] >> shift) & mask > least and steps[i] > 2:
+                exceptions += 1
+                fields[fs], widths[fs], fields[fs + 1], widths[fs + 1] = i, 16, new[i], width
+                fs += 2
+                steps[i] = 0
+    q[0] = exceptions
+    for g in range(groups):
+        here = equal64(classes + (g << 6), 0)
+        while here:
+            i = (g << 6) + trailing(here)
+            here &= here - np.uint64(1)
+            z, k = np.int64(steps[i]), min(least - np.int64((old[i] >> shift) & mask), most)
+            q[qs] = min(z >> k, 8)
+            qs += 1
+            if z >> k >= 8:
+                fields[fs], widths[fs] = new[i], width
+            else:
+                fields[fs], widths[fs] = z & ((np.int64(1) << k) - 1), k
+            fs += 1
+    run: Any = np.int64(0)
+    for c in range(1, 16):
+        s = 15 - c
+        for g in range(groups):
+            here = equal64(classes + (g << 6), c)
+            moved = here & nonzero64(steps, steps.ctypes.data + g * 64 * steps.itemsize)
+            while moved:
+                place = np.uint64(trailing(moved))
+                moved &= moved - np.uint64(1)
+                run += count(here & ((np.uint64(1) << place) - np.uint64(1))) << s
+                here &= ~np.uint64(0) << place & ~(np.uint64(1) << place)
+                q[qs] = run >> 15
+                fields[fs], widths[fs] = (
+                    ((run & 32767) >> s) << 1 | (np.int64(steps[(g << 6) + np.int64(place)]) & 1),
+                    c + 1,
+                )
+                qs += 1
+                fs += 1
+                run = np.int64(0)
+            run += count(here) << s
+    q[qs] = (run + 32767) >> 15
+    return qs + 1, fs
+
+
+@_jit  # type: ignore[untyped-decorator, unused-ignore]
+def _pack(parts: Any, qs: Any, fs: Any, out: Any, limit: Any) -> Any:
+    """Unary numbers from the block's lowest bit up, fields from its highest down. Returns its bytes, or limit."""
+    _, q, fields, widths, up, down = parts
+    room = np.int64(0)
+    for j in range(fs):
+        room += widths[j]
+    bits = room
+    for j in range(qs):
+        bits += q[j] + 1
+    length = (bits + 7) >> 3
+    if length >= limit:
+        return limit
+    acc, held, at = np.uint64(0), np.int64(0), 0
+    for j in range(qs):
+        ones = q[j]
+        while ones > 30:
+            acc |= np.uint64(0x7FFFFFFF) << np.uint64(held)
+            held += 31
+            ones -= 31
+            if held >= 32:
+                up[at] = np.uint32(acc)
+                acc >>= np.uint64(32)
+                held -= 32
+                at += 1
+        acc |= ((np.uint64(1) << np.uint64(ones)) - np.uint64(1)) << np.uint64(held)
+        held += ones + 1
+        if held >= 32:
+            up[at] = np.uint32(acc)
+            acc >>= np.uint64(32)
+            held -= 32
+            at += 1
+    up[at] = np.uint32(acc)
+    acc, held, last = np.uint64(0), np.int64(0), down.size
+    for j in range(fs):
+        acc = acc << np.uint64(widths[j]) | np.uint64(fields[j])
+        held += widths[j]
+        if held >= 32:
+            held -= 32
+            last -= 1
+            down[last] = np.uint32(acc >> np.uint64(held))
+    down[last - 1] = np.uint32(acc << np.uint64(32 - held))
+    low, high = up.view(np.uint8), down.view(np.uint8)
+    unary = (bits - room + 7) >> 3
+    out[:unary] = low[:unary]
+    out[unary:length] = 0
+    first = length - ((room + 7) >> 3)
+    shift = high.size - length
+    for i in range(first, length):
+        # Both meet in one byte at most: where the first field byte lies within the unary ones.
+        out[i] = high[i + shift] | (out[i] if i < unary else np.uint8(0))
+    return length
+
+
+@_jit  # type: ignore[untyped-decorator, unused-ignore]
+def _gaps(new: Any, steps: Any, width: Any, out: Any, limit: Any) -> Any:
+    """A block of gaps. Returns its length, or limit where it would be longer."""
+    n = new.size
+    moves, exceptions, long = 0, 0, np.int64(0)
+    before = -1
+    for g in range((n + 63) >> 6):
+        moved = nonzero64(steps, steps.ctypes.data + g * 64 * steps.itemsize)
+        while moved:
+            i = (g << 6) + trailing(moved)
+            moved &= moved - np.uint64(1)
+            if steps[i] > 2:
+                exceptions += 1
+            else:
+                moves += 1
+                long += (i - before - 1) // 255
+                before = i
+    values = 4 + 2 * exceptions
+    signs = values + exceptions * width // 8
+    at = signs + ((moves + 7) >> 3)
+    wide = moves * 384 < n
+    length = at + (2 * moves if wide else moves + long)
+    if length >= limit or moves > 65535 or exceptions > 65535:
+        return limit
+    out[:length] = 0
+    out[0], out[1], out[2], out[3] = moves & 255, moves >> 8, exceptions & 255, exceptions >> 8
+    listed, before, j = 4, -1, 0
+    for g in range((n + 63) >> 6):
+        moved = nonzero64(steps, steps.ctypes.data + g * 64 * steps.itemsize)
+        while moved:
+            i = (g << 6) + trailing(moved)
+            moved &= moved - np.uint64(1)
+            if steps[i] > 2:
+                out[listed], out[listed + 1] = i & 255, i >> 8
+                listed += 2
+                for byte in range(width // 8):
+                    out[values] = (np.int64(new[i]) >> (8 * byte)) & 255
+                    values += 1
+                continue
+            gap = i - before - 1
+            if wide:
+                out[at], out[at + 1] = gap & 255, gap >> 8
+                at += 1
+                gap = 0
+            while gap >= 255:
+                out[at] = 255
+                at += 1
+                gap -= 255
+            if not wide:
+                out[at] = gap
+            at += 1
+            out[signs + (j >> 3)] |= (np.int64(steps[i]) & 1) << (j & 7)
+            j += 1
+            before = i
+    return length
+
+
+@_jit  # type: ignore[untyped-decorator, unused-ignore]
+def encode_blocks(old: Any, new: Any, shift: Any, mask: Any, size: Any, keyed: Any, out: Any, index: Any) -> Any:
+    """Encode the step from old to new. keyed: whether blocks may be keyed. Returns the bytes written.
+
+    old, new: uint16 or uint32 [n], C-contiguous. out: uint8, at least n * itemsize. index: uint32 [ceil(n / size)],
+    written.
+    """
+    width = old.itemsize * 8
+    steps, cls = np.zeros(size + 64, old.dtype), np.empty(size + 512, np.uint8)
+    q, fields, widths = np.empty(size + 2, np.int64), np.empty(2 * size + 2, np.int64), np.empty(2 * size + 2, np.int64)
+    up, down = np.empty(size * width // 32 + 4, np.uint32), np.empty(size * width // 32 + 4, np.uint32)
+    members, ones, big = np.empty(256, np.int64), np.empty(256, np.int64), np.empty(256, np.int64)
+    dense = np.empty((256, shift + 2), np.int64)
+    trial = np.empty(size * old.itemsize, np.uint8)
+    kind, tables, parts = (shift, mask, width), (members, ones, big, dense), (cls, q, fields, widths, up, down)
+    total = np.int64(0)
+    for b in range(index.size):
+        a, c = old[b * size : min((b + 1) * size, old.size)], new[b * size : min((b + 1) * size, old.size)]
+        index[b] = 0
+        if not _steps(a, c, steps, width):
+            continue
+        steps[a.size : (a.size + 63) & -64] = 0
+        limit = a.size * old.itemsize
+        A, length = 255, limit
+        if not keyed:
+            length = _gaps(c, steps, width, out[total:], limit * 3 // 4 + 1)
+            A = 0 if length <= limit * 3 // 4 else 255
+        else:
+            moves, exceptions = _survey(a, steps, kind, tables)
+            chosen = _choose(tables, width)
+            qs, fs = _keyed(a, c, steps, chosen, kind, parts)
+            length = _pack(parts, qs, fs, out[total:], limit)
+            if length < limit:
+                A = chosen
+            # Keyed wins ties. What a block of gaps takes at least is known before it is written.
+            if 4 + moves + (moves + 7) // 8 + exceptions * (2 + old.itemsize) < length:
+                _steps(a, c, steps, width)
+                other = _gaps(c, steps, width, trial, length)
+                if other < length:
+                    A, length = 0, other
+                    out[total : total + length] = trial[:length]
+        if A == 255:
+            length = limit
+            out[total : total + limit] = c.view(np.uint8)
+        index[b] = length << 8 | A
+        total += length
+    return total

@@ -1,0 +1,21 @@
+"""Exact updates of live models: a trainer publishes a chain into a folder, servers follow it.
+
+updates = UpdateWriter(model, "chain")        follower = follow(model, "chain")
+updates.step()                                follower.poll()
+"""
+
+from peraxis_format.torch.updates.follow import Follower, Poll, UpdateError, apply_update, follow
+from peraxis_format.torch.updates.publish import Published, UpdateWriter
+from peraxis_format.torch.updates.source import UpdateFile, list_updates
+
+__all__ = [
+    "Follower",
+    "Poll",
+    "Published",
+    "UpdateError",
+    "UpdateFile",
+    "UpdateWriter",
+    "apply_update",
+    "follow",
+    "list_updates",
+]

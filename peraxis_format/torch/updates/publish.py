@@ -1,0 +1,286 @@
+"""UpdateWriter: the trainer's side of a chain.
+
+    folder/anchor-00000000.pxd      the state that the chain begins with, whole
+    folder/step-00000001.pxd        what changed since, bit for bit; `previous` is the file before it
+
+Law: the files in the folder lead to what was published, whenever the process is killed. An update appears by a rename;
+only then the snapshot of what was published moves on, and a new process rebuilds its snapshot from the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peraxis_format.delta import BaseRef, Encoding, ModuleDelta
+from peraxis_format.dtypes import Array, DType, raw_bytes
+from peraxis_format.errors import LiveModelError
+from peraxis_format.exact import lossless_module
+from peraxis_format.manifest import Identity, Manifest
+from peraxis_format.ops.exact import Prefer, apply
+from peraxis_format.ops.rebuild import reconstruct
+from peraxis_format.ops.tensors import dtype_of, storage_array
+from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.updates.source import UpdateFile, anchor_name, list_updates, step_name
+from peraxis_format.writer import DeltaWriter
+
+__all__ = ["Published", "UpdateWriter"]
+
+_CHANGED: Final = "peraxis.changed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """One file that was published. changed: weights that differ from the step before. bytes: of the file."""
+
+    path: Path
+    step: int
+    content_id: str
+    result: str
+    changed: int
+    weights: int
+    bytes: int
+
+
+class UpdateWriter:
+    """Publishes the states of live parameters into a folder, as a chain of exact updates.
+
+    model: a module, or a mapping of names to tensors, which is read at each step. dtype: what float32 tensors are
+    published in; None publishes them as they are. anchor_every: a whole state is written beside every so
+    many steps, so that a server can begin there and older files can go (`prune`). A folder that holds a chain is gone
+    on with. step_number: of the last state that was published.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        folder: str | Path,
+        *,
+        name: str = "model",
+        dtype: torch.dtype | None = torch.bfloat16,
+        prefer: Prefer = "size",
+        anchor_every: int | None = None,
+    ) -> None:
+        """Raises LiveModelError where the folder's chain is of other tensors, PxdError where it is damaged."""
+        if anchor_every is not None and anchor_every < 1:
+            raise ValueError(f"anchor_every is {anchor_every}; it must be 1 or more, or None")
+        self.folder = Path(folder)
+        self.step_number = 0
+        self._model = model
+        self._name = name
+        self._dtype = dtype
+        self._prefer: Prefer = prefer
+        self._anchor_every = anchor_every
+        self._snapshot: dict[str, tuple[DType, Array]] = {}
+        self._digests: dict[str, str] = {}
+        self._head: UpdateFile | None = None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._restore()
+
+    @property
+    def result(self) -> str | None:
+        """The digest over the published state; None before the first step."""
+        return None if self._head is None else self._head.result
+
+    @torch.no_grad()
+    def step(self) -> Published:
+        """Publish the parameters as they are now. The first call of a folder writes an anchor, later ones updates.
+
+        Raises FileExistsError where another process publishes into the folder, OSError; nothing is published then.
+        """
+        live, tied = self._live()
+        if self._head is None:
+            return self._first(live, tied)
+        self._check_names(live)
+        number = self.step_number + 1
+        path = self.folder / step_name(number)
+        moved: list[ModuleDelta] = []
+        changed = 0
+        with self._writer(path, previous=self._head.content_id) as writer:
+            for name, tensor in live.items():
+                dtype, before = self._snapshot[name]
+                after = self._published(tensor)
+                ref = BaseRef(dtype=dtype, shape=before.shape, sha256=self._digests[name])
+                module = lossless_module(name, after, dtype, old=before, base=ref, prefer=self._prefer)
+                writer.add(module)
+                if module.encoding is not Encoding.SAME:
+                    moved.append(module)
+                    changed += _count_changed(before, after)
+            for name, alias in tied:
+                writer.tie(name, alias)
+            writer.metadata[_CHANGED] = str(changed)
+            manifest = writer.finish()
+        # Published: what follows only brings this process up to the folder.
+        for module in moved:
+            self._promote(module)
+        return self._done(path, number, manifest, changed, writer.size, tied)
+
+    def prune(self, *, anchors: int = 2) -> list[Path]:
+        """Delete what stands before the oldest of the newest `anchors` anchors. Returns the files, oldest first.
+
+        Files go oldest first, so that what is left is a chain at any time. Raises ValueError for fewer than one.
+        """
+        if anchors < 1:
+            raise ValueError(f"anchors is {anchors}; one must stay, or nobody could begin")
+        files, _ = list_updates(self.folder)
+        kept = [file.step for file in files if file.is_anchor][-anchors:]
+        old = [file.path for file in files if kept and (file.step < kept[0] or _is_before(file, kept[0]))]
+        for path in old:
+            path.unlink()
+        return old
+
+    # --- what is live ---------------------------------------------------------------------------------
+
+    def _live(self) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
+        """The tensors by name, each storage once, and (module, alias) for the others."""
+        named = self._model.state_dict(keep_vars=True) if isinstance(self._model, nn.Module) else self._model
+        first: dict[tuple[object, ...], str] = {}
+        live: dict[str, Tensor] = {}
+        tied: list[tuple[str, str]] = []
+        for name, tensor in named.items():
+            if not isinstance(tensor, Tensor):
+                continue
+            key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+            if tensor.numel() and key in first:
+                tied.append((first[key], name))
+                continue
+            first[key] = name
+            live[name] = tensor
+        return live, tied
+
+    def _published(self, tensor: Tensor) -> Array:
+        plain = tensor.detach()
+        if self._dtype is not None and plain.dtype is torch.float32:
+            plain = plain.to(self._dtype)
+        # A copy: a storage array of live CPU memory would move with the parameters.
+        return np.array(storage_array(plain.cpu().contiguous()))
+
+    def _check_names(self, live: Mapping[str, Tensor]) -> None:
+        odd = sorted(live.keys() ^ self._snapshot.keys())
+        if odd:
+            raise LiveModelError(f"{odd[0]}: came or went since {self.folder} was begun; publish into a new folder")
+        for name, tensor in live.items():
+            dtype, array = self._snapshot[name]
+            if tuple(tensor.shape) != array.shape or self._dtype_of(name, tensor) is not dtype:
+                raise LiveModelError(f"{name}: has another shape or dtype than in {self.folder}; use a new folder")
+
+    def _dtype_of(self, name: str, tensor: Tensor) -> DType:
+        if self._dtype is not None and tensor.dtype is torch.float32:
+            return dtype_of(torch.empty(0, dtype=self._dtype), name)
+        return dtype_of(tensor, name)
+
+    # --- what is published ----------------------------------------------------------------------------
+
+    def _writer(self, path: Path, *, previous: str | None) -> DeltaWriter:
+        identity = Identity(id=self._name)
+        return DeltaWriter(path, base=identity, fine_tuned=identity, previous=previous, chained=True, overwrite=False)
+
+    def _first(self, live: Mapping[str, Tensor], tied: list[tuple[str, str]]) -> Published:
+        self._snapshot = {name: (self._dtype_of(name, t), self._published(t)) for name, t in live.items()}
+        self._digests = {name: _digest(array) for name, (_, array) in self._snapshot.items()}
+        path = self.folder / anchor_name(0)
+        manifest, size = self._anchor(path, tied)
+        weights = sum(array.size for _, array in self._snapshot.values())
+        return self._done(path, 0, manifest, weights, size, tied)
+
+    def _anchor(self, path: Path, tied: list[tuple[str, str]]) -> tuple[Manifest, int]:
+        """Write the published state, whole."""
+        with self._writer(path, previous=None) as writer:
+            for name, (dtype, array) in self._snapshot.items():
+                writer.add(ModuleDelta(name=name, shape=array.shape, dtype=dtype, encoding=Encoding.FULL, full=array))
+            for name, alias in tied:
+                writer.tie(name, alias)
+            return writer.finish(), writer.size
+
+    def _promote(self, module: ModuleDelta) -> None:
+        dtype, array = self._snapshot[module.name]
+        if module.index is not None and module.data is not None and module.result is not None:
+            apply(array, module.index, module.data, dtype)
+            self._digests[module.name] = module.result
+        elif module.full is not None:
+            array[...] = module.full
+            self._digests[module.name] = _digest(array)
+
+    def _done(
+        self, path: Path, number: int, manifest: Manifest, changed: int, size: int, tied: list[tuple[str, str]]
+    ) -> Published:
+        self.step_number = number
+        self._head = UpdateFile(
+            path=path,
+            step=number,
+            is_anchor=number == 0,
+            content_id=manifest.content_id,
+            previous=manifest.previous,
+            base=manifest.base.digest,
+            result=manifest.result or "",
+        )
+        beside = self.folder / anchor_name(number)
+        if self._anchor_every is not None and number and number % self._anchor_every == 0 and not beside.exists():
+            self._anchor(beside, tied)
+        return Published(
+            path=path,
+            step=number,
+            content_id=manifest.content_id,
+            result=self._head.result,
+            changed=changed,
+            weights=sum(array.size for _, array in self._snapshot.values()),
+            bytes=size,
+        )
+
+    def _restore(self) -> None:
+        """Bring the snapshot to the last state that the folder leads to."""
+        files, problems = list_updates(self.folder)
+        if problems:
+            raise LiveModelError(f"{next(iter(problems.values()))}; move it away before publishing goes on")
+        anchors = [file for file in files if file.is_anchor]
+        if not files:
+            return
+        if not anchors:
+            raise LiveModelError(f"{self.folder}: holds updates but no anchor to begin with; use a new folder")
+        self._load_anchor(anchors[-1])
+        steps = {file.step: file for file in files if not file.is_anchor}
+        head = steps.get(anchors[-1].step, anchors[-1])
+        while (after := steps.get(head.step + 1)) is not None and after.base == head.result:
+            self._promote_file(after)
+            head = after
+        left = [file for file in files if file.step > head.step]
+        if left:
+            raise LiveModelError(f"{left[0].path}: a gap; no file leads to the state that it was made on")
+        self._head = head
+        self.step_number = head.step
+
+    def _load_anchor(self, anchor: UpdateFile) -> None:
+        with DeltaFile(anchor.path) as delta:
+            for entry in delta.manifest.modules:
+                array = np.array(reconstruct(delta.load(entry.name)))
+                self._snapshot[entry.name] = entry.dtype, array
+                self._digests[entry.name] = _digest(array)
+
+    def _promote_file(self, update: UpdateFile) -> None:
+        with DeltaFile(update.path) as delta:
+            for entry in delta.manifest.modules:
+                if entry.encoding is not Encoding.SAME:
+                    dtype, array = self._snapshot[entry.name]
+                    self._snapshot[entry.name] = dtype, reconstruct(delta.load(entry.name), array)
+                    self._digests[entry.name] = _digest(self._snapshot[entry.name][1])
+
+
+def _digest(array: Array) -> str:
+    return hashlib.sha256(raw_bytes(array)).hexdigest()
+
+
+def _count_changed(old: Array, new: Array) -> int:
+    width = f"u{old.dtype.itemsize}"
+    return int(np.count_nonzero(old.reshape(-1).view(width) != new.reshape(-1).view(width)))
+
+
+def _is_before(file: UpdateFile, anchor: int) -> bool:
+    """Whether an update leads to the anchor of its own number, which stands for it."""
+    return file.step == anchor and not file.is_anchor

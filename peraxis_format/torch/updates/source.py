@@ -1,0 +1,76 @@
+"""The updates of a folder by their headers: step-<n>.pxd, and anchors, which hold a whole state (anchor-<n>.pxd)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from peraxis_format.errors import PxdError
+from peraxis_format.reader import DeltaFile
+
+__all__ = ["UpdateFile", "anchor_name", "list_updates", "step_name"]
+
+_NAME: Final = re.compile(r"(step|anchor)-(\d+)\.pxd")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateFile:
+    """One file of a chain. base, result: digests over all tensors before and after (SPEC 3.11, 3.14).
+
+    An anchor needs no state before it.
+    """
+
+    path: Path
+    step: int
+    is_anchor: bool
+    content_id: str
+    previous: str | None
+    base: str
+    result: str
+
+
+def step_name(step: int) -> str:
+    """The file name of an update; names sort as their steps do."""
+    return f"step-{step:08d}.pxd"
+
+
+def anchor_name(step: int) -> str:
+    """The file name of an anchor."""
+    return f"anchor-{step:08d}.pxd"
+
+
+def list_updates(folder: Path, known: dict[Path, UpdateFile] | None = None) -> tuple[list[UpdateFile], dict[Path, str]]:
+    """Updates and anchors of a folder in the order of their steps, and what is wrong with files that cannot be read.
+
+    known: what was read before, and is kept up to date: a file is opened once.
+    """
+    known = {} if known is None else known
+    problems: dict[Path, str] = {}
+    present = {path for path in folder.glob("*.pxd") if _NAME.fullmatch(path.name)}
+    for gone in known.keys() - present:
+        del known[gone]
+    for path in sorted(present - known.keys()):
+        try:
+            known[path] = _read(path)
+        except (PxdError, OSError) as error:
+            problems[path] = str(error)
+    return sorted(known.values(), key=lambda file: (file.step, file.is_anchor)), problems
+
+
+def _read(path: Path) -> UpdateFile:
+    match = _NAME.fullmatch(path.name)
+    with DeltaFile(path) as delta:
+        manifest = delta.manifest
+        if match is None or manifest.result is None:
+            raise OSError(f"{path}: does not say what it results in, so it is no update")
+        return UpdateFile(
+            path=path,
+            step=int(match[2]),
+            is_anchor=match[1] == "anchor",
+            content_id=delta.content_id,
+            previous=manifest.previous,
+            base=manifest.base.digest,
+            result=manifest.result,
+        )

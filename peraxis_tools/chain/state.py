@@ -1,0 +1,90 @@
+"""A checkpoint that is a base and the updates on it: read tensor by tensor, each proven on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import peraxis_format as pxd
+
+__all__ = ["ChainState"]
+
+
+class ChainState(pxd.Safetensors):
+    """The state after some updates, as if it were a checkpoint. The base and the updates belong to the caller.
+
+    Reading a tensor reads it from the base once, holds it to its digest, and takes it through every update;
+    E404 or E405 where a state is not the one that an update was made on.
+    """
+
+    def __init__(self, base: pxd.Safetensors, updates: Sequence[pxd.DeltaFile]) -> None:
+        self._base = base
+        self._updates = tuple(updates)
+        self.label = base.label if not updates else f"{base.label} + {len(self._updates)} updates"
+        self.files = base.files
+        self._known = {info.name: info for info in base.infos()}
+        for update in self._updates:
+            self._take_over(update)
+
+    def _take_over(self, update: pxd.DeltaFile) -> None:
+        pxd.check_base_names(update.manifest, self)
+        aliases = {alias: module for module, alias in update.manifest.tied}
+        known = {entry.name: _info(entry.name, entry, update.path) for entry in update.manifest.modules}
+        known.update({alias: _info(alias, update.entry(module), update.path) for alias, module in aliases.items()})
+        self._known = dict(sorted(known.items()))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
+
+    def __getitem__(self, name: str) -> pxd.TensorInfo:
+        return self._known[name]
+
+    def infos(self) -> list[pxd.TensorInfo]:
+        """Every tensor, in name order."""
+        return list(self._known.values())
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.size for info in self._known.values())
+
+    def read(self, name: str, rows: slice | None = None) -> pxd.Array:
+        """A tensor, or rows of it, in the state after all updates. Raises KeyError, PxdError."""
+        self._known[name]
+        array = self._after(len(self._updates), name)
+        return array if rows is None else array[rows]
+
+    def _after(self, count: int, name: str) -> pxd.Array:
+        if count == 0:
+            return self._base.read(name)
+        update = self._updates[count - 1]
+        name = {alias: module for module, alias in update.manifest.tied}.get(name, name)
+        entry = update.entry(name)
+        if entry.base is None:
+            return pxd.reconstruct(update.load(name))
+        before = self._after(count - 1, name)
+        pxd.check_base_bytes(entry, before)
+        return pxd.reconstruct(update.load(name), before)
+
+    def sha256(self, name: str, *, progress: Callable[[int], None] | None = None) -> str:
+        """The hex digest of a tensor in this state."""
+        array = self.read(name)
+        if progress is not None:
+            progress(array.nbytes)
+        return hashlib.sha256(pxd.raw_bytes(array)).hexdigest()
+
+    def close(self) -> None:
+        """Nothing: base and updates belong to the caller."""
+
+
+def _info(name: str, entry: pxd.ModuleEntry, path: Path) -> pxd.TensorInfo:
+    size = math.prod(entry.shape) * entry.dtype.itemsize
+    return pxd.TensorInfo(name=name, dtype=entry.dtype, shape=entry.shape, file=path, begin=0, end=size)

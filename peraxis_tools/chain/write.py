@@ -1,0 +1,227 @@
+"""update and compact: one state and another as a lossless .pxd, which says what it results in."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+import peraxis_format as pxd
+from peraxis_tools.chain.log import CHANGED
+from peraxis_tools.chain.order import Link, chain_order, link_of
+from peraxis_tools.chain.state import ChainState
+from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.compress.plan.pairing import check_pair, tied_pairs
+from peraxis_tools.errors import CheckFailedError
+from peraxis_tools.kinds import execution_key
+from peraxis_tools.outputs import claim_file
+from peraxis_tools.parallel import ordered_map
+from peraxis_tools.progress import Progress, Steps, watched
+
+__all__ = ["UpdateResult", "compact", "count_changed", "open_chain", "update"]
+
+_AHEAD_BYTES: Final = 512 << 20
+_HELD: Final = 3  # of a tensor's bytes: itself, what it was, and what is written
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateResult:
+    """What was written. Sizes in bytes; changed: weights that differ, of `weights`; encodings: modules by encoding."""
+
+    path: Path
+    content_id: str
+    previous: str | None
+    base: str
+    result: str
+    size: int
+    full_size: int
+    weights: int
+    changed: int
+    encodings: dict[str, int]
+
+
+@contextlib.contextmanager
+def open_chain(base: Checkpoint, updates: Sequence[str | Path]) -> Iterator[tuple[ChainState, list[Link]]]:
+    """The state after these updates, put into order. Raises PxdError, CheckFailedError."""
+    ordered = chain_order(map(link_of, updates)) if updates else []
+    with contextlib.ExitStack() as stack:
+        yield ChainState(base.tensors, [stack.enter_context(pxd.open(link.path)) for link in ordered]), ordered
+
+
+def update(
+    old: str | Path,
+    new: str | Path,
+    output: str | Path,
+    *,
+    after: Sequence[str | Path] = (),
+    prefer: pxd.Prefer = "size",
+    overwrite: bool = False,
+    progress: Progress = None,
+) -> UpdateResult:
+    """Write what changed from `old` to `new`, bit for bit.
+
+    old, new: folder, safetensors file or hub id; of `old` the state is the one after the updates `after`. progress is
+    called with bytes of `new`. Raises ToolError, CheckpointError, PxdError.
+    """
+    with (
+        claim_file(output, overwrite=overwrite, inputs=(old, new, *after)),
+        open_checkpoint(old) as before,
+        open_checkpoint(new) as fine_tuned,
+        open_chain(before, after) as (state, links),
+    ):
+        check_pair(Checkpoint(state, before.identity, before.folder), fine_tuned)
+        known = dict(before.assets())
+        assets = {path: data for path, data in fine_tuned.assets() if known.get(path) != data}
+        job = _Job(
+            output=Path(output),
+            old=state,
+            new=fine_tuned.tensors,
+            ids=(before.identity, fine_tuned.identity),
+            previous=links[-1].content_id if links else None,
+            assets=assets,
+            prefer=prefer,
+            overwrite=overwrite,
+            base=links[-1].result if links else None,
+        )
+        with watched(progress, "update", job.new.size) as step:
+            return _written(job, step)
+
+
+def compact(
+    base: str | Path,
+    updates: Sequence[str | Path],
+    output: str | Path,
+    *,
+    prefer: pxd.Prefer = "size",
+    overwrite: bool = False,
+    progress: Progress = None,
+) -> UpdateResult:
+    """Fold a chain into one update with the same result, which is proven before it is written.
+
+    base: the checkpoint that the first of them was made on: what changed is coded given its weights.
+    Raises CheckFailedError where the results differ, ToolError, CheckpointError, PxdError.
+    """
+    with (
+        claim_file(output, overwrite=overwrite, inputs=(base, *updates)),
+        open_checkpoint(base) as checkpoint,
+        open_chain(checkpoint, updates) as (state, links),
+    ):
+        assets: dict[str, bytes] = {}
+        for link in links:
+            with pxd.open(link.path) as file:
+                assets.update({asset.path: file.asset(asset.path) for asset in file.manifest.assets})
+                fine_tuned = file.manifest.fine_tuned
+        job = _Job(
+            output=Path(output),
+            old=ChainState(checkpoint.tensors, ()),
+            new=state,
+            ids=(checkpoint.identity, fine_tuned),
+            previous=links[0].previous,
+            assets=assets,
+            prefer=prefer,
+            overwrite=overwrite,
+            base=links[0].base,
+            result=links[-1].result,
+        )
+        with watched(progress, "compact", job.new.size) as step:
+            return _written(job, step)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """A file from one state to another. base, result: the digests that it must have, where they are known before."""
+
+    output: Path
+    old: pxd.Safetensors
+    new: pxd.Safetensors
+    ids: tuple[pxd.Identity, pxd.Identity]
+    previous: str | None
+    assets: dict[str, bytes]
+    prefer: pxd.Prefer
+    overwrite: bool
+    base: str | None = None
+    result: str | None = None
+
+
+def _module(job: _Job, name: str) -> tuple[pxd.ModuleDelta, int]:
+    """A tensor as it is stored, and how many of its elements differ."""
+    array, dtype = job.new.read(name), job.new[name].dtype
+    if name not in job.old:
+        return pxd.lossless_module(name, array, dtype), array.size
+    before, info = job.old.read(name), job.old[name]
+    digest = hashlib.sha256(pxd.raw_bytes(before)).hexdigest()
+    ref = pxd.BaseRef(dtype=info.dtype, shape=info.shape, sha256=digest)
+    module = pxd.lossless_module(name, array, dtype, old=before, base=ref, prefer=job.prefer, threads=1)
+    return module, count_changed(before, array)
+
+
+def _written(job: _Job, step: Steps) -> UpdateResult:
+    tied = tied_pairs(job.new)
+    aliases = {alias for _, alias in tied}
+    names = sorted((name for name in job.new if name not in aliases), key=execution_key)
+    changed = 0
+    with pxd.DeltaWriter(
+        job.output,
+        base=job.ids[0],
+        fine_tuned=job.ids[1],
+        previous=job.previous,
+        chained=True,
+        overwrite=job.overwrite,
+    ) as writer:
+        made = ordered_map(
+            lambda name: _module(job, name),
+            names,
+            cost=lambda name: _HELD * job.new[name].size,
+            budget=_AHEAD_BYTES,
+        )
+        for module, moved in made:
+            writer.add(module)
+            changed += moved
+            step(job.new[module.name].size)
+        for name, alias in tied:
+            writer.tie(name, alias)
+        for name in job.old:
+            if name not in job.new:
+                writer.drop(name)
+        for path, data in job.assets.items():
+            writer.add_asset(path, data)
+        writer.metadata[CHANGED] = str(changed)
+        _prove(job, writer)
+        manifest = writer.finish()
+    return UpdateResult(
+        path=job.output,
+        content_id=manifest.content_id,
+        previous=job.previous,
+        base=manifest.base.digest,
+        result=manifest.result or "",
+        size=writer.size,
+        full_size=sum(job.new[name].size for name in names),
+        weights=sum(math.prod(module.shape) for module in manifest.modules),
+        changed=changed,
+        encodings=dict(sorted(Counter(module.encoding.value for module in manifest.modules).items())),
+    )
+
+
+def _prove(job: _Job, writer: pxd.DeltaWriter) -> None:
+    """The file fits into its chain. Raises CheckFailedError before it is written."""
+    if job.base is not None and writer.base_digest != job.base:
+        raise CheckFailedError(
+            f"{job.output}: tensors came or went since the update before, so it cannot follow it; start a new chain"
+        )
+    if job.result is not None and writer.result != job.result:
+        raise CheckFailedError(f"{job.output}: would result in {writer.result}, not in {job.result}")
+
+
+def count_changed(old: pxd.Array, new: pxd.Array) -> int:
+    """Elements whose bytes differ; all of them where the shapes or dtypes do."""
+    if old.shape != new.shape or old.dtype != new.dtype:
+        return int(new.size)
+    width = f"u{old.dtype.itemsize}"
+    return int(np.count_nonzero(old.reshape(-1).view(width) != new.reshape(-1).view(width)))

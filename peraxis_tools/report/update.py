@@ -1,0 +1,55 @@
+"""How update, compact and log look to a person."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from peraxis_tools.chain.log import ChainLog, LogEntry
+from peraxis_tools.chain.write import UpdateResult
+from peraxis_tools.report.console import size, text
+
+__all__ = ["render_compact", "render_log", "render_update"]
+
+_SHOWN = 12  # hex digits of a digest in a table
+
+
+def render_update(result: UpdateResult, console: Console) -> None:
+    """What was written and how much changed."""
+    _render("updated", result, console)
+
+
+def render_compact(result: UpdateResult, console: Console) -> None:
+    """The same of a folded update."""
+    _render("folded", result, console)
+
+
+def _render(word: str, result: UpdateResult, console: Console) -> None:
+    console.print(f"[bold green]{word}[/]  {text(result.path)}  {size(result.size)} of {size(result.full_size)}")
+    console.print(f"content  {text(result.content_id)}")
+    share = f"{result.changed / result.weights:.2%}" if result.weights else "none"
+    modules = ", ".join(f"{count} {encoding}" for encoding, count in result.encodings.items())
+    console.print(f"changed  {result.changed} of {result.weights} weights, {share}; modules: {modules}")
+    console.print(f"result   {text(result.result)}")
+
+
+def render_log(chain: ChainLog, console: Console) -> None:
+    """The chain as a table, oldest first."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("update", "changed", "bytes", "result"):
+        table.add_column(name, justify="right" if name in ("changed", "bytes") else "left", overflow="fold")
+    for entry in (*chain.updates, *chain.folded):
+        table.add_row(text(entry.file), _changed(entry), size(entry.bytes), text(_short(entry.result)))
+    console.print(table)
+    console.print(f"made on  {text(chain.updates[0].base)}")
+    if chain.folded:
+        names = ", ".join(entry.file for entry in chain.folded)
+        console.print(f"folded   {text(names)}: each takes the way of several of the others")
+
+
+def _changed(entry: LogEntry) -> str:
+    return "-" if entry.changed is None else f"{entry.changed / max(entry.weights, 1):.2%}"
+
+
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:_SHOWN]

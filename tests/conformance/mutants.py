@@ -1,0 +1,302 @@
+"""Mutants of two loaders: each comparison, bound, constant and connective is changed, one at a time.
+
+The kit should fail each of them. Those that pass the quick cases are held to the limits of SPEC 9 too.
+
+    python -m tests.conformance.mutants                    the small Python reader, in this process
+    python -m tests.conformance.mutants --loader c         the loader in C; takes a compiler and about half an hour
+    python -m tests.conformance.mutants --every 10         each tenth mutant
+
+Prints the mutants that no case fails, and ends with status 1 where there are any beside those that change nothing
+(EQUIVALENT, each with its reason).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import importlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from peraxis_conformance import Adapter, Case, Corpus, laid_out, run_cases
+from peraxis_conformance.process import Reply
+from peraxis_conformance.run import Caps
+
+from tests.conformance.helpers import KIT, SLOW
+
+__all__ = ["Mutant", "c_mutants", "main", "python_mutants"]
+
+SMALL = KIT / "loaders" / "wrong"
+MODULES = ("common", "switches", "strict", "container", "manifest", "rules", "reader", "arithmetic", "adapter")
+MUTATED = ("strict", "container", "manifest", "rules", "reader", "arithmetic", "adapter")
+SECONDS = 240
+COMPARED: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
+    ast.Lt: (ast.LtE,),
+    ast.LtE: (ast.Lt,),
+    ast.Gt: (ast.GtE,),
+    ast.GtE: (ast.Gt,),
+    ast.Eq: (ast.NotEq,),
+    ast.NotEq: (ast.Eq,),
+    ast.In: (ast.NotIn,),
+    ast.NotIn: (ast.In,),
+    ast.Is: (ast.IsNot,),
+    ast.IsNot: (ast.Is,),
+}
+C_TOKEN = re.compile(r"<=|>=|==|!=|&&|\|\||(?<![-<>])[<>](?![<>=])|(?<![\w.])(?:0x[0-9A-Fa-f]+|\d+)(?![\w.])")
+C_SWAPS = {"<=": "<", ">=": ">", "==": "!=", "!=": "==", "&&": "||", "||": "&&", "<": "<=", ">": ">="}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Mutant:
+    """One change. name: file, line and what was changed; source: the whole mutated file."""
+
+    name: str
+    file: str
+    source: str
+
+
+# Changes after which every verdict is the same, by a part of the name, with the reason.
+EQUIVALENT: dict[str, str] = {
+    'codes = ("E202",) * 4': "which code of the right phase is said",
+    "codes[": "which code of the right phase is said",
+    "'E112' if": "which code of the right phase is said",
+    "len(digits) <= 17": "longer numbers are beyond the range anyway",
+    "deep = 0": "no file that the schema takes nests deeper than 5",
+    "need(deep <= 8": "no file that the schema takes nests deeper than 5",
+    "byte != 34": "a quotation mark is no bracket either",
+    "total < 2 ** 53": "offsets end at 2^53 - 1, so that such a tensor does not fit them",
+    "data[1:2] in": "another kind of file, of the same phase",
+    "data[:8].strip": "another kind of file, of the same phase",
+    "data[8:9]": "which code of the right phase is said",
+    "exit(2)": "what is no checkpoint has no status of the protocol",
+}
+
+
+# --- the small reader in Python ------------------------------------------------------------------------
+
+
+class _Counter(ast.NodeTransformer):
+    """Changes the place with number `target`, and says what it was; None: counts them."""
+
+    def __init__(self, target: int | None) -> None:
+        self.target, self.count, self.said = target, 0, ""
+
+    def _here(self, node: ast.AST, what: str) -> bool:
+        self.count += 1
+        if self.count - 1 != self.target:
+            return False
+        self.said = f"{getattr(node, 'lineno', 0)}: {what}"
+        return True
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        for i, operator in enumerate(node.ops):
+            for other in COMPARED.get(type(operator), ()):
+                if self._here(node, f"{type(operator).__name__} -> {other.__name__}"):
+                    node.ops[i] = other()
+        return self.generic_visit(node)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
+        if self._here(node, "and <-> or"):
+            node.op = ast.Or() if isinstance(node.op, ast.And) else ast.And()
+        return self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        if type(node.value) is int:
+            for step in (1, -1):
+                if self._here(node, f"{node.value} -> {node.value + step}"):
+                    return ast.copy_location(ast.Constant(node.value + step), node)
+        return node
+
+
+class _Right(ast.NodeTransformer):
+    """The reader without its mistakes: each `wrong("...")` is False, and what follows from that is folded."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        return ast.copy_location(ast.Constant(False), node) if name == "wrong" else node
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
+        self.generic_visit(node)
+        false = [value for value in node.values if _is_false(value)]
+        rest = [value for value in node.values if not _is_false(value)]
+        if isinstance(node.op, ast.And) and false:
+            return ast.copy_location(ast.Constant(False), node)
+        node.values = rest or false[:1]
+        return node.values[0] if len(node.values) == 1 else node
+
+    def visit_If(self, node: ast.If) -> Any:
+        self.generic_visit(node)
+        return (node.orelse or ast.copy_location(ast.Pass(), node)) if _is_false(node.test) else node
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        self.generic_visit(node)
+        return node.orelse if _is_false(node.test) else node
+
+
+def _is_false(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and node.value is False
+
+
+def python_mutants() -> Iterator[Mutant]:
+    """Every mutant of the small reader."""
+    for module in MUTATED:
+        tree = _Right().visit(ast.parse((SMALL / f"{module}.py").read_text()))
+        source = ast.unparse(ast.fix_missing_locations(tree))
+        lines = source.splitlines()
+        counter = _Counter(None)
+        counter.visit(ast.parse(source))
+        for place in range(counter.count):
+            changer = _Counter(place)
+            changed = ast.unparse(ast.fix_missing_locations(changer.visit(ast.parse(source))))
+            number, _, what = changer.said.partition(": ")
+            line = lines[int(number) - 1].strip()[:90]
+            yield Mutant(name=f"{module}.py: {what} in {line}", file=module, source=changed)
+
+
+def loaded(mutant: Mutant) -> types.ModuleType:
+    """The adapter of the small reader with one module replaced."""
+    for name in MODULES:
+        sys.modules.pop(name, None)
+    for name in MODULES:
+        if name == mutant.file:
+            module = types.ModuleType(name)
+            module.__file__ = str(SMALL / f"{name}.py")
+            sys.modules[name] = module
+            exec(compile(mutant.source, module.__file__, "exec"), module.__dict__)
+        else:
+            importlib.import_module(name)
+    return sys.modules["adapter"]
+
+
+class InProcess(Adapter):
+    """The small reader without a process."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        said = module.caps("")
+        operations = frozenset(said["operations"])
+        self.caps = Caps(
+            implementation="mutant", version="1", spec=("1.0",), features=frozenset(), operations=operations
+        )
+
+    def ask(self, case: Case, arguments: Sequence[str]) -> Reply:
+        try:
+            status, result = self.module.answer("", list(arguments))
+        except Exception as error:
+            return Reply(problem=f"crashed: {error!r}")
+        return Reply(exit=status, result=result)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class Late(BaseException):
+    """A mutant that does not end."""
+
+
+def survives_python(mutant: Mutant, corpus: Corpus, cases: Sequence[Case]) -> bool:
+    """Whether every case passes."""
+
+    def late(*_: object) -> None:
+        raise Late
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    try:
+        return run_cases(InProcess(loaded(mutant)), corpus, cases, stop_at_first=True).passed
+    except (Late, Exception):
+        return False
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# --- the loader in C -----------------------------------------------------------------------------------
+
+
+def c_mutants() -> Iterator[Mutant]:
+    """Every mutant of the loader in C: outside of comments, texts, tables of SHA-256 and directives."""
+    lines = (KIT / "loaders" / "c" / "pxd.c").read_text().splitlines(keepends=True)
+    table = False
+    for number, line in enumerate(lines):
+        table = (table or "SHA_K[]" in line) and "};" not in lines[number - 1]
+        if table or line.startswith(("#", " *", "/*", "_Static")):
+            continue
+        code = re.sub(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'|/\*.*', lambda m: " " * len(m[0]), line)
+        for token in C_TOKEN.finditer(code):
+            old = token[0]
+            news = (C_SWAPS[old],) if old in C_SWAPS else tuple(str(int(old, 0) + step) for step in (1, -1))
+            for new in news:
+                changed = line[: token.start()] + new + line[token.end() :]
+                source = "".join([*lines[:number], changed, *lines[number + 1 :]])
+                yield Mutant(name=f"pxd.c:{number + 1}: {old} -> {new} in {line.strip()[:70]}", file="c", source=source)
+
+
+def survives_c(mutant: Mutant, corpus: Corpus, cases: Sequence[Case], folder: Path) -> bool:
+    """Whether it compiles and every case passes."""
+    source, built = folder / "pxd.c", folder / "pxd"
+    source.write_text(mutant.source)
+    command = [shutil.which("cc") or "cc", "-std=c11", "-O1", "-w", "-o", str(built), str(source)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        return False
+    try:
+        return run_cases(Adapter([str(built)]), corpus, cases, jobs=2, stop_at_first=True).passed
+    except Exception:
+        return False
+
+
+# --- both ----------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--loader", choices=("python", "c"), default="python")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="each Nth mutant alone")
+    parser.add_argument("--from", type=int, default=0, dest="first", metavar="N", help="the first of them")
+    given = parser.parse_args(arguments)
+    started, tried, alive = time.monotonic(), 0, []
+    sys.path.insert(0, str(SMALL))
+    with laid_out() as corpus, tempfile.TemporaryDirectory() as scratch:
+        operations = ("decode", "apply")
+        cases = [
+            dataclasses.replace(case, seconds=3, mib=512)
+            for case in corpus.select(skip=SLOW)
+            if case.operation in operations and not case.id.startswith("hostile/limit")
+        ]
+        cases.sort(key=lambda case: (not case.id.startswith("valid/"), case.id.startswith("cut/")))
+        mutants = list(python_mutants() if given.loader == "python" else c_mutants())[given.first :: given.every]
+        limits = [dataclasses.replace(case, mib=8192) for case in corpus.select(["hostile/limit-*"])]
+
+        def lives_through(mutant: Mutant, cases: Sequence[Case]) -> bool:
+            if given.loader == "python":
+                return survives_python(mutant, corpus, cases)
+            return survives_c(mutant, corpus, cases, Path(scratch))
+
+        for mutant in mutants:
+            tried += 1
+            lives = lives_through(mutant, cases) and lives_through(mutant, limits)
+            if lives and not any(part in mutant.name for part in EQUIVALENT):
+                alive.append(mutant.name)
+                sys.stdout.write(f"survives: {mutant.name}\n")
+                sys.stdout.flush()
+    took = time.monotonic() - started
+    sys.stdout.write(f"{tried} mutants, {len(alive)} survive, in {took:.0f} s\n")
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())

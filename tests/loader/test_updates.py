@@ -1,0 +1,361 @@
+"""Trainer and server: what is published is what the server holds, bit for bit, whoever is killed when."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peraxis_format as pxd
+from peraxis_format.errors import LiveModelError, PxdError
+from peraxis_format.torch.updates import UpdateError, UpdateWriter, apply_update, follow, list_updates
+
+
+class Small(nn.Module):
+    """A tied pair, a vector, a buffer of integers, and a matrix of more than one stretch's blocks' edge."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 16, dtype=dtype)
+        self.up = nn.Linear(16, 1025, dtype=dtype)
+        self.head = nn.Linear(16, 40, bias=False, dtype=dtype)
+        self.head.weight = self.embed.weight
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+
+def trainer(seed: int = 0) -> Small:
+    torch.manual_seed(seed)
+    return Small(torch.float32)
+
+
+def server(seed: int = 1) -> Small:
+    torch.manual_seed(seed)
+    return Small(torch.bfloat16)
+
+
+@torch.no_grad()
+def train(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.add_(3e-5 * torch.randn(parameter.shape, generator=generator))
+    model.get_buffer("seen").add_(1)
+
+
+def published(model: nn.Module) -> dict[str, bytes]:
+    return {
+        name: (tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor)
+        .contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        for name, tensor in model.state_dict().items()
+    }  # fmt: skip
+
+
+def test_a_server_that_polls_holds_what_the_trainer_published(tmp_path: Path) -> None:
+    model, live = trainer(), server()
+    writer, follower = UpdateWriter(model, tmp_path), follow(live, tmp_path)
+    pointers = {name: tensor.data_ptr() for name, tensor in live.named_parameters()}
+    for step in range(4):
+        done = writer.step()
+        assert (done.step, done.path.name) == (step, f"step-{step:08d}.pxd" if step else "anchor-00000000.pxd")
+        found = follower.poll()
+        assert (found.step, found.applied, found.lag, dict(found.waiting)) == (step, (done.path,), 0, {})
+        assert published(live) == published(model)
+        train(model, step)
+    assert {name: tensor.data_ptr() for name, tensor in live.named_parameters()} == pointers
+    assert follower.poll().applied == ()
+
+
+def test_an_update_is_small_and_says_what_changed(tmp_path: Path) -> None:
+    model = trainer()
+    writer = UpdateWriter(model, tmp_path)
+    first = writer.step()
+    train(model, 0)
+    done = writer.step()
+    assert 0 < done.changed < done.weights
+    assert done.bytes < first.bytes
+    with pxd.open(done.path) as delta:
+        assert delta.manifest.previous == first.content_id
+        assert delta.manifest.tied == (("embed.weight", "head.weight"),)
+    assert writer.result == done.result
+
+
+def test_a_late_server_catches_up_and_one_in_the_middle_goes_on_from_its_state(tmp_path: Path) -> None:
+    model, live = trainer(), server()
+    writer = UpdateWriter(model, tmp_path)
+    for step in range(6):
+        writer.step()
+        if step == 2:
+            follow(live, tmp_path).poll()
+        train(model, step)
+    found = follow(live, tmp_path).poll()
+    assert [path.name for path in found.applied] == [f"step-{step:08d}.pxd" for step in (3, 4, 5)]
+    late = server(5)
+    assert len(follow(late, tmp_path).poll().applied) == 6
+    assert published(late) == published(live)
+
+
+def test_a_missing_link_is_reported_and_skipped_at_the_next_anchor(tmp_path: Path) -> None:
+    model, live = trainer(), server()
+    writer, follower = UpdateWriter(model, tmp_path, anchor_every=4), follow(live, tmp_path)
+    for step in range(4):
+        writer.step()
+        train(model, step)
+    follower.poll()
+    assert follower.step == 3
+    writer.step()
+    (tmp_path / "step-00000004.pxd").rename(tmp_path / "lost")
+    (tmp_path / "anchor-00000004.pxd").rename(tmp_path / "later")
+    train(model, 4)
+    writer.step()
+    found = follower.poll()
+    assert (found.step, found.applied, found.lag) == (3, (), 1)
+    assert "step-00000005.pxd: does not continue" in next(iter(found.waiting.values()))
+    (tmp_path / "later").rename(tmp_path / "anchor-00000004.pxd")
+    assert [path.name for path in follower.poll().applied] == ["anchor-00000004.pxd", "step-00000005.pxd"]
+    assert published(live) == published(model)
+
+
+def test_repeated_old_and_foreign_updates_are_refused_by_name_and_change_nothing(tmp_path: Path) -> None:
+    model, live = trainer(), server()
+    writer, follower = UpdateWriter(model, tmp_path / "a"), follow(live, tmp_path / "a")
+    for step in range(3):
+        writer.step()
+        train(model, step)
+    follower.poll()
+    before = published(live)
+    other = UpdateWriter(trainer(9), tmp_path / "b")
+    foreign = [other.step(), other.step()][1].path
+    with pytest.raises(UpdateError, match=r"step-00000002.pxd: is applied already"):
+        follower.apply(tmp_path / "a" / "step-00000002.pxd")
+    with pytest.raises(UpdateError, match=r"step-00000001.pxd: is no update of"):
+        follower.apply(foreign)
+    for path in (tmp_path / "a" / "step-00000002.pxd", foreign):
+        with pytest.raises(PxdError, match=r"E40[45]"):
+            apply_update(live, path)
+    assert published(live) == before
+
+
+def test_a_damaged_update_leaves_the_model_as_it_was_and_is_tried_again(tmp_path: Path) -> None:
+    model, live = trainer(), server()
+    writer, follower = UpdateWriter(model, tmp_path), follow(live, tmp_path)
+    writer.step()
+    follower.poll()
+    before = published(live)
+    train(model, 0)
+    path = writer.step().path
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    found = follower.poll()
+    assert "E30" in found.waiting[path]
+    assert published(live) == before
+    path.write_bytes(whole[:-5])
+    assert path in follow(live, tmp_path).poll().waiting
+    path.write_bytes(whole)
+    assert follower.poll().applied == (path,)
+    assert published(live) == published(model)
+
+
+def test_weights_are_written_under_the_lock_alone(tmp_path: Path) -> None:
+    model, live = trainer(), server()
+    writer = UpdateWriter(model, tmp_path)
+    writer.step()
+    lock = threading.Lock()
+    follower = follow(live, tmp_path, lock=lock)
+    before = published(live)
+    with lock:
+        thread = threading.Thread(target=follower.poll)
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        assert published(live) == before
+    thread.join()
+    assert published(live) == published(model)
+
+
+def test_a_thread_follows(tmp_path: Path) -> None:
+    model, live = trainer(), server()
+    writer = UpdateWriter(model, tmp_path)
+    seen: list[int | None] = []
+    with follow(live, tmp_path, on_update=lambda poll: seen.append(poll.step)).start(every=0.01) as follower:
+        for step in range(3):
+            writer.step()
+            train(model, step)
+        assert follower.wait(2, seconds=30)
+    assert seen[-1] == 2
+
+
+def test_old_files_go_and_what_is_left_is_a_chain(tmp_path: Path) -> None:
+    model = trainer()
+    writer = UpdateWriter(model, tmp_path, anchor_every=2)
+    for step in range(8):
+        writer.step()
+        train(model, step)
+    gone = writer.prune(anchors=2)
+    assert [path.name for path in gone][:2] == ["anchor-00000000.pxd", "step-00000001.pxd"]
+    files, _ = list_updates(tmp_path)
+    assert [(file.step, file.is_anchor) for file in files] == [(4, True), (5, False), (6, False), (6, True), (7, False)]
+    live = server()
+    assert follow(live, tmp_path).poll().step == 7
+    again = UpdateWriter(model, tmp_path)
+    assert again.step_number == 7
+    assert again.step().step == 8
+    assert follow(live, tmp_path).poll().step == 8
+    assert published(live) == published(model)
+
+
+def test_a_folder_of_other_tensors_or_with_a_gap_is_refused_by_name(tmp_path: Path) -> None:
+    model = trainer()
+    writer = UpdateWriter(model, tmp_path)
+    for step in range(4):
+        writer.step()
+        train(model, step)
+    with pytest.raises(LiveModelError, match="other"):
+        UpdateWriter({"other": torch.zeros(3)}, tmp_path).step()
+    (tmp_path / "step-00000002.pxd").unlink()
+    with pytest.raises(LiveModelError, match=r"step-00000003.pxd: a gap"):
+        UpdateWriter(model, tmp_path)
+
+
+def test_a_second_trainer_does_not_overwrite_what_is_published(tmp_path: Path) -> None:
+    model = trainer()
+    first, _ = UpdateWriter(model, tmp_path), None
+    first.step()
+    second = UpdateWriter(model, tmp_path)
+    first.step()
+    with pytest.raises(FileExistsError):
+        second.step()
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing of the library catches it and goes on."""
+
+
+class KillAfter:
+    """Raises Killed in the library once this many Python functions were called or left. count: how many there were."""
+
+    def __init__(self, events: int) -> None:
+        self.events = events
+        self.count = 0
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        self.count += 1
+        if self.count > self.events and "peraxis_format" in frame.f_code.co_filename:
+            sys.setprofile(None)
+            raise Killed
+
+    def __enter__(self) -> KillAfter:
+        sys.setprofile(self)
+        return self
+
+    def __exit__(self, *error: object) -> bool:
+        sys.setprofile(None)
+        return isinstance(error[1], Killed)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize("seed", range(2))
+def test_kills_of_trainer_and_server_at_random_moments_lose_nothing(tmp_path: Path, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    model, live = trainer(seed), server(seed + 10)
+    states: list[dict[str, bytes]] = []
+    writer, follower = UpdateWriter(model, tmp_path, anchor_every=5), follow(live, tmp_path)
+    length, kills = 0, 0  # events of a whole step, once one was seen
+    for attempt in range(16):
+        want = published(model)
+        with KillAfter(int(random.integers(1, length)) if attempt > 2 else sys.maxsize) as killer:
+            writer.step()
+        length = int(1.5 * killer.count) if attempt == 2 else length  # the first ones import and compile
+        kills += killer.count > killer.events
+        # What counts is what stands in the folder: the process that published is gone.
+        writer = UpdateWriter(model, tmp_path, anchor_every=5)
+        if writer.result is not None and writer.step_number == len(states):
+            states.append(want)
+            train(model, attempt)
+        assert writer.step_number == len(states) - 1
+        fate = random.integers(0, 4)
+        if fate == 0:
+            with KillAfter(int(random.integers(1, length))):
+                follower.poll()
+            # Either the same model, interrupted anywhere, or a new one.
+            live = live if random.random() < 0.5 else server(attempt)
+            follower = follow(live, tmp_path)
+        if fate <= 1:
+            assert follower.poll().step == len(states) - 1
+            assert published(live) == states[-1]
+    assert follower.poll().lag == 0
+    assert published(live) == states[-1]
+    assert 3 < kills < 14
+
+
+def test_a_mapping_of_tensors_is_followed_too(tmp_path: Path) -> None:
+    state: dict[str, Tensor] = {"w": torch.randn(300, 70), "b": torch.randn(5)}
+    live = {name: torch.zeros_like(tensor, dtype=torch.float16) for name, tensor in state.items()}
+    writer = UpdateWriter(state, tmp_path, dtype=torch.float16, prefer="speed")
+    follower = follow(live, tmp_path)
+    for _ in range(3):
+        writer.step()
+        state["w"] += 1e-4
+    follower.poll()
+    assert torch.equal(live["w"], (state["w"] - 1e-4).half()) or follower.step == 2
+    assert follower.step == 2
+
+
+def test_a_state_that_comes_back_is_passed_through_once(tmp_path: Path) -> None:
+    state = {"w": torch.linspace(-1, 1, 500)}
+    live = {"w": torch.zeros(500, dtype=torch.bfloat16)}
+    writer = UpdateWriter(state, tmp_path)
+    before = state["w"].clone()
+    writer.step()
+    for values in (before * 1.01, before, before * 1.02):
+        state["w"].copy_(values)
+        writer.step()
+    found = follow(live, tmp_path).poll()
+    assert [path.name[:5] for path in found.applied] == ["ancho", "step-", "step-", "step-"]
+    assert torch.equal(live["w"], state["w"].bfloat16())
+    assert UpdateWriter(state, tmp_path).step_number == 3
+
+
+def test_a_live_tensor_that_differs_in_one_bit_is_noticed_before_anything_is_written(tmp_path: Path) -> None:
+    state = {"a": torch.linspace(-1, 1, 500), "b": torch.linspace(-1, 1, 500)}
+    writer = UpdateWriter(state, tmp_path)
+    writer.step()
+    for tensor in state.values():
+        tensor.mul_(1.01)
+    update = writer.step().path
+    live = {name: torch.linspace(-1, 1, 500).bfloat16() for name in state}
+    live["b"].view(torch.int16)[499] ^= 1
+    before = {name: tensor.clone() for name, tensor in live.items()}
+    with pytest.raises(PxdError, match="E405"):
+        apply_update(live, update)
+    for name, tensor in live.items():
+        assert torch.equal(tensor.view(torch.int16), before[name].view(torch.int16))
+
+
+def test_the_tools_read_what_a_trainer_published(tmp_path: Path) -> None:
+    from peraxis_tools.apply import apply
+    from peraxis_tools.chain import log
+    from peraxis_tools.checkpoint import open_checkpoint
+    from tests.factories import write_checkpoint
+
+    model = trainer()
+    writer = UpdateWriter(model, tmp_path / "chain", anchor_every=2)
+    for step in range(5):
+        writer.step()
+        train(model, step)
+    writer.step()
+    found = log(tmp_path / "chain")
+    assert [entry.file for entry in found.updates] == ["anchor-00000000.pxd"] + [
+        f"step-{step:08d}.pxd" for step in range(1, 6)
+    ]
+    assert [entry.file for entry in found.folded] == ["anchor-00000002.pxd", "anchor-00000004.pxd"]
+    write_checkpoint(tmp_path / "base", {"unrelated": (np.zeros(3, np.float32), pxd.DType.F32)})
+    files = [tmp_path / "chain" / entry.file for entry in found.updates]
+    apply(tmp_path / "base", files, tmp_path / "out")
+    with open_checkpoint(tmp_path / "out") as out:
+        assert {name: bytes(out.tensors.read(name).tobytes()) for name in out.tensors} == published(model)
