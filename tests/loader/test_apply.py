@@ -338,7 +338,9 @@ def test_experts_with_other_names_in_the_checkpoint_become_what_it_would_load(in
     assert bytes_of(load_file(tmp_path / "tuned" / "model.safetensors")) == expected_bytes(path, base)
 
 
-def test_a_mapping_that_permutes_inside_tensors_is_told_from_a_missing_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mapping_that_permutes_inside_tensors_is_told_from_a_missing_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("transformers", minversion="5.0")
     from transformers import core_model_loading
 
