@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -34,7 +35,7 @@ __all__ = ["main", "run", "table"]
 
 SECONDS: Final = 180.0
 MEMORY: Final = 6 << 30  # bytes of data of one process
-COLUMNS: Final = ("build", *CHECKS)
+_FOLDER: Final = re.compile(r"\S*/architecture-\w+/(?:bfloat16|float32)/")  # of one run
 
 
 def run(names: Sequence[str], work: Path, *, seconds: float = SECONDS) -> dict[str, dict[str, str]]:
@@ -179,12 +180,12 @@ def _cell(text: str, notes: dict[str, int]) -> str:
         return text
     if text.startswith(WRONG):
         return f"**{_escaped(text)}**"
-    return f"[{notes.setdefault(text, len(notes) + 1)}](#refusals)"
+    return f"[{notes.setdefault(_FOLDER.sub('', text), len(notes) + 1)}](#refusals)"
 
 
 def _escaped(text: str) -> str:
     """One line of a table, without the folders of this run."""
-    line = " ".join(text.split()).replace("|", "\\|").replace(f"{tempfile.gettempdir()}/", "")
+    line = _FOLDER.sub("", " ".join(text.split())).replace("|", "\\|")
     return line if len(line) <= 240 else f"{line[:237]}..."
 
 
