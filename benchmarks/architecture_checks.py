@@ -165,7 +165,7 @@ def loaded_again(pair: Pair) -> nn.Module:
 
 def load(pair: Pair) -> None:
     """`load_model` gives the model of the applied folder."""
-    same_weights(peraxis.load(pair.base, pair.delta, dtype=pair.dtype), pair.model(pair.applied))
+    same_weights(peraxis.load_model(pair.base, pair.delta, dtype=pair.dtype), pair.model(pair.applied))
 
 
 def apply_live(pair: Pair) -> None:
