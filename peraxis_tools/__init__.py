@@ -4,6 +4,7 @@
 
     peraxis_tools.compress("base", "fine-tuned", "delta.pxd", calibration="c4")
     model = peraxis_tools.load_model("base", "delta.pxd")
+    model, tokenizer = peraxis_tools.load("me/delta")
 
 Verbs share their names with the modules that hold them, and are imported when they are first used: importing this
 package costs nothing, and `peraxis_tools.inspect` is always the function.
@@ -23,17 +24,19 @@ if TYPE_CHECKING:
     from peraxis_tools.diff import diff
     from peraxis_tools.evaluate import evaluate
     from peraxis_tools.inspect import inspect
-    from peraxis_tools.load import load_model
+    from peraxis_tools.load import PxdForCausalLM, load, load_model
     from peraxis_tools.merge import merge
     from peraxis_tools.verify import verify
 
 __all__ = [
     "__version__",
+    "PxdForCausalLM",
     "apply",
     "compress",
     "diff",
     "evaluate",
     "inspect",
+    "load",
     "load_model",
     "merge",
     "verify",
@@ -41,6 +44,7 @@ __all__ = [
 
 _HOMES = {name: f"peraxis_tools.{name}" for name in __all__[1:]} | {
     "load_model": "peraxis_tools.load",
+    "PxdForCausalLM": "peraxis_tools.load",
     "__version__": "peraxis_format",
 }
 

@@ -1,53 +1,83 @@
-"""Base + delta -> a transformers model in memory, without a checkpoint on disk."""
+"""A fine-tune ready for use, from its delta alone: the model, its tokenizer, its generation configuration.
+
+    model, tokenizer = load("me/delta")                              the base from the manifest
+    model, tokenizer = load("delta.pxd", base="folder")
+    model = PxdForCausalLM.from_pretrained("me/delta")               in the manner of transformers' own classes
+
+A delta is a path, a URL, `hf://org/repo/file.pxd`, or a repository that holds one .pxd, with `@revision` or without.
+"""
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import peraxis_format as pxd
-from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.checkpoint import open_checkpoint, parse_identity
 from peraxis_tools.delta_parts import refuse_part
+from peraxis_tools.errors import ToolError
 from peraxis_tools.optional import require
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rebuild import aliases_of, assets_of, checkpoint_bytes, rebuild_all
+from peraxis_tools.remote import local_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["load_model"]
+__all__ = ["Loaded", "PxdForCausalLM", "load", "load_model", "load_tokenizer_of"]
+
+
+class Loaded(NamedTuple):
+    """A model and its tokenizer; None where neither fine-tune nor base brings one."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+
+
+def base_of(manifest: pxd.Manifest, delta: object) -> str:
+    """The base that a manifest names, as `org/name[@revision]`. Raises ToolError if that is no hub id."""
+    base = manifest.base
+    named = f"{base.id}@{base.revision}" if base.revision else base.id
+    try:
+        parse_identity(named)  # a manifest must not lead to folders of this machine
+    except ToolError:
+        raise ToolError(f"{delta}: names its base {named!r}, which is no hub id; say where the base is") from None
+    return named
 
 
 def load_model(
     base: str | Path,
-    delta: str | Path,
+    delta: str | Path | None = None,
     *,
     base_revision: str | None = None,
     progress: Progress = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """Load the fine-tuned model from base + delta, without a folder in between.
+    """The fine-tuned model itself, without a folder in between: `load_model("org/base", "delta.pxd")`.
 
-    base: a folder, a file or a hub id. options are passed to `from_pretrained` of the model's class. progress: called
-    with numbers of bytes of tensors. It takes memory for the model and for one tensor of the base. Raises PxdError,
-    CheckpointError, ToolError.
+    With one argument, `load_model("me/delta")`, that is the delta, and its manifest names the base. A delta is a path,
+    a URL, or a repository on the hub. The model has the fine-tune's generation configuration; `load` gives its
+    tokenizer too. options go to `AutoModelForCausalLM.from_pretrained`. progress: bytes of tensors. Memory: the model,
+    and one tensor of the base. Raises PxdError, CheckpointError, ToolError.
     """
     require("load_model", "torch", "transformers", extra="compress")
-    import json
-
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
     from peraxis_format.ops.tensors import from_storage
-    from peraxis_tools.environment import check_causal, parse_config
 
+    named = base if delta is None else delta
     with (
-        pxd.open(delta) as file,
-        open_checkpoint(base, revision=base_revision) as checkpoint,
+        local_copy(named) as path,
+        pxd.open(path) as file,
+        open_checkpoint(base_of(file.manifest, named) if delta is None else base, revision=base_revision) as checkpoint,
         watched(progress, "load", checkpoint_bytes(file.manifest)) as step,
     ):
-        refuse_part(file.manifest, delta)
-        config = json.loads(dict(assets_of(file, checkpoint)).get("config.json") or json.dumps(checkpoint.config()))
+        refuse_part(file.manifest, named)
+        assets = dict(assets_of(file, checkpoint))
+        config = json.loads(assets.get("config.json") or json.dumps(checkpoint.config()))
         state = {}
         aliases = aliases_of(file.manifest)
         for entry, array in rebuild_all(file, checkpoint.tensors):
@@ -56,9 +86,67 @@ def load_model(
                 state[name] = tensor
                 step(tensor.nbytes)
     options.setdefault("dtype", config.get("dtype", config.get("torch_dtype", torch.float32)))
-    parsed = parse_config(config, label=str(delta))
-    check_causal(parsed, str(delta), remedy="write the checkpoint with apply and load it with its own class")
+    parsed = AutoConfig.for_model(**config)
     # The class itself: AutoModelForCausalLM.from_pretrained insists on a folder to look into.
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)]
     model: PreTrainedModel = kind.from_pretrained(None, config=parsed, state_dict=state, **options).eval()
+    if "generation_config.json" in assets:
+        model.generation_config = GenerationConfig.from_dict(json.loads(assets["generation_config.json"]))
     return model
+
+
+def load(delta: str | Path, *, base: str | Path | None = None, progress: Progress = None, **options: Any) -> Loaded:
+    """The fine-tune of a delta. base: a folder or hub id, by default the one that the manifest names.
+
+    options go to `AutoModelForCausalLM.from_pretrained`. Raises PxdError, CheckpointError, ToolError.
+    """
+    with local_copy(delta) as path:
+        with pxd.open(path) as file:
+            where = base_of(file.manifest, delta) if base is None else base
+        model = load_model(where, path, progress=progress, **options)
+        return Loaded(model, load_tokenizer_of(path, where))
+
+
+def load_tokenizer_of(delta: Path, base: str | Path) -> Any:
+    """The tokenizer that `apply` would write, chat template included; None where there is none."""
+    from transformers import AutoTokenizer
+
+    with pxd.open(delta) as file, open_checkpoint(base) as checkpoint, tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for path, data in assets_of(file, checkpoint):
+            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).write_bytes(data)
+        if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+            return None
+        try:
+            return AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ToolError(f"{delta.name}: its tokenizer cannot be loaded: {line}") from None
+
+
+class PxdForCausalLM:
+    """`PxdForCausalLM.from_pretrained("me/delta")`: a transformers model, as AutoPeftModelForCausalLM gives one."""
+
+    def __init__(self) -> NoReturn:
+        raise TypeError("PxdForCausalLM is not made by itself; use PxdForCausalLM.from_pretrained(DELTA)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        base: str | Path | None = None,
+        revision: str | None = None,
+        **options: Any,
+    ) -> PreTrainedModel:
+        """The fine-tuned model. revision: of the delta's repository. options: as of transformers' from_pretrained.
+
+        Raises PxdError, CheckpointError, ToolError.
+        """
+        source = pretrained_model_name_or_path
+        if revision is not None:
+            if Path(source).exists() or "@" in str(source):
+                raise ToolError(f"{source}: revision={revision!r} is for a repository that names none itself")
+            source = f"{source}@{revision}"
+        return load_model(source, **options) if base is None else load_model(base, source, **options)

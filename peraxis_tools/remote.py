@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import peraxis_format as pxd
+from peraxis_format.hub import hub_file, hub_name
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import scratch_folder
 from peraxis_tools.optional import missing, require
@@ -156,16 +157,21 @@ def remote_file(url: str) -> RemoteFile:
 def local_copy(source: str | Path, *, progress: ProgressOf = silent) -> Iterator[Path]:
     """A path to work on: the source itself where it is local, else a temporary copy under its own name.
 
-    Raises ToolError.
+    hf:// names and repositories (`org/name[@revision]`) come through the hub's cache. Raises ToolError and
+    CheckpointError.
     """
+    name = hub_name(source)
+    if name is not None:
+        yield hub_file(name)  # in the hub's cache, where it stays
+        return
     if not is_remote(source):
         yield Path(source)
         return
     url = str(source)
     remote = remote_file(url)
-    name = PurePosixPath(_hub_form(url).partition("?")[0]).name or "delta.pxd"
+    file_name = PurePosixPath(_hub_form(url).partition("?")[0]).name or "delta.pxd"
     with scratch_folder() as folder:
-        target = folder / name
-        with progress(f"fetch {name}", remote.size) as step:
+        target = folder / file_name
+        with progress(f"fetch {file_name}", remote.size) as step:
             remote.download(target, progress=step)
         yield target

@@ -54,12 +54,23 @@ def log(folder: str | Path) -> ChainLog:
 
 def is_fold(link: Link, links: Sequence[Link]) -> bool:
     """Whether two or more of the others lead from its base to its result."""
-    ways = {other.base: other for other in links if other is not link}
-    state, steps, seen = link.base, 0, set[str]()
-    while state != link.result and state in ways and state not in seen:
+    ways: dict[str, list[Link]] = {}
+    for other in links:
+        if other is not link:
+            ways.setdefault(other.base, []).append(other)
+    # States that one of the others leads to, then what lies beyond these.
+    ahead = [other.result for other in ways.get(link.base, ())]
+    seen: set[str] = set()
+    while ahead:
+        state = ahead.pop()
+        if state in seen:
+            continue
         seen.add(state)
-        state, steps = ways[state].result, steps + 1
-    return state == link.result and steps > 1
+        further = [other.result for other in ways.get(state, ())]
+        if link.result in further:
+            return True
+        ahead += further
+    return False
 
 
 def _entry(link: Link) -> LogEntry:

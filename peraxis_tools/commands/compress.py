@@ -55,7 +55,9 @@ def size(value: str) -> int:
 @click.option("--text-column", help="The column of the text.  [default: text, else all text columns]")
 @click.option("--held-out", type=float, help="The share of the samples that is kept for validation.  [default: 0.2]")
 @click.option("--batch-size", type=int, help="The number of samples in one forward pass.  [default: 8]")
-@click.option("--generated-samples", type=int, help="Samples that the fine-tuned model generates.  [default: 0]")
+@click.option(
+    "--generated-samples", type=int, help="Samples that the fine-tuned model generates.  [default: 16 if memory allows]"
+)
 @click.option("--distill-samples", type=int, help="Samples for end-to-end distillation.  [default: 0, none]")
 @click.option("--distill-epochs", type=int, help="Epochs of the distillation.  [default: 5]")
 @click.option("--distill-batch-size", type=int, help="Samples in one step of it.  [default: 2]")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from peraxis_format.hub import hub_path
 from peraxis_tools.bars import progress
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, refuse_given
 from peraxis_tools.commands.sources import fetched
@@ -57,7 +58,7 @@ def command(
     if as_json:
         refuse_given("tree", "modules", why="with --json, which holds all of it")
     with claim_files(outputs, overwrite=overwrite, inputs=(delta,)):
-        result = inspect_remote(delta) if is_remote(delta) else inspect(delta)
+        result = inspect_remote(delta) if is_remote(delta) else inspect(hub_path(delta))
         if outputs:
             _write(result, delta, figure, page, overwrite=overwrite, quiet=quiet)
     if pattern is not None:

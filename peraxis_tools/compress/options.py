@@ -70,6 +70,14 @@ _OF_TEXT: Final = (
 )
 _RATE_MIN: Final = 1e-9
 _NOT_CONTENT: Final = ("device", "resume", "hidden_limit", "logits_limit")
+# Of options whose default is None.
+_KINDS_OF_NONE: Final[Mapping[str, type]] = {
+    "target_ratio": float,
+    "target_size": int,
+    "generated_samples": int,
+    "exact": str,
+    "text_column": str,
+}
 # Names that options had before; files and their digests keep them.
 _OTHER_NAMES: Final[Mapping[str, str]] = {"bits": "masks"}
 
@@ -90,7 +98,8 @@ class CompressOptions:
     calibration    c4, a `datasets` id, or a file of json, jsonl(.gz), parquet or txt; or several of them, each
                    with a weight if one is wanted: ("c4:0.5", "chat.jsonl:0.5")
     held_out       the share of the calibration samples that is kept for validation
-    generated_samples  samples that the fine-tuned model generates; they are added to the text, as its own domain
+    generated_samples  samples that the fine-tuned model generates; they are added to the text, as its own domain. None
+                   means 16 if the whole model fits into `hidden_limit`, and none otherwise or for the paper's fit
     distill_samples  samples for the end-to-end distillation of all scales afterwards; 0 means none
     distill_lr     the learning rate of the scales, relative to their size; distill_sign_lr: that of the signs (0 keeps
                    them); distill_full_lr: that of tensors stored full, relative to their size (0 keeps them exact)
@@ -108,7 +117,7 @@ class CompressOptions:
     calibration: str | tuple[str, ...] | None = None
     text_column: str | None = None
     calibration_samples: int = 50
-    generated_samples: int = 0
+    generated_samples: int | None = None
     sequence_length: int = 512
     held_out: float = 0.2
     batch_size: int = 8
@@ -300,10 +309,8 @@ def _typed(name: str, value: Any) -> Any:
     if name == "target_size" and isinstance(value, str):
         return parse_size(value)
     default = CompressOptions.__dataclass_fields__[name].default
-    kind: type = float if name == "target_ratio" else type(default)
-    if default is None and name != "target_ratio":
-        kind = int if name == "target_size" else str
-    if value is None and default is None:
+    kind: type = _KINDS_OF_NONE.get(name, type(default))
+    if value is None or kind is type(None):
         return value
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:

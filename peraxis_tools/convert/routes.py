@@ -54,7 +54,11 @@ def routes_of(entries: Mapping[str, pxd.ModuleEntry], targets: Targets, base: Co
     for name, route in list(routes.items()):
         if route.kind is RouteKind.WHOLE and route.place is not None:
             routes[name] = _whole(route.place, routes, entries, names, base)
-    layers = {place.layer for place in targets.places.values()}
+    layers = {place.layer for place in targets.places.values()} | targets.modules
+    inside = {
+        place.layer for place in targets.places.values() if place.kind in (LayerKind.PARAMETER, LayerKind.EXPERTS)
+    }
+    routes = {name: _outside(route, inside) for name, route in routes.items()}
     return {name: _unambiguous(route, layers) for name, route in routes.items()}
 
 
@@ -84,6 +88,8 @@ def _alone(entry: pxd.ModuleEntry, place: Place | None) -> Route:
         return Route(kind=RouteKind.ADAPT, place=place)
     if place.kind is LayerKind.OTHER or place.parameter != "weight":
         return leave(f"is in a {place.class_name}, which LoRA cannot adapt")
+    if place.lost:
+        return leave(f"would be looked for as {place.lost} by PEFT, a name that transformers makes of it")
     return Route(kind=RouteKind.ADAPT, place=place)
 
 
@@ -113,6 +119,15 @@ def _whole(
             return leave(f"belongs to a layer whose {parameter} {routes[name].reason or 'is low-rank'}")
         parts.append((parameter, name))
     return Route(kind=RouteKind.WHOLE, place=place, parts=tuple(parts))
+
+
+def _outside(route: Route, wrapped: Collection[str]) -> Route:
+    """PEFT puts what it adapts through target_parameters one level deeper: a layer inside has another name then."""
+    layer = "" if route.place is None else route.place.layer
+    around = next((name for name in wrapped if layer.startswith(f"{name}.")), None)
+    if around is None or route.kind is RouteKind.LEAVE:
+        return route
+    return Route(kind=RouteKind.LEAVE, place=route.place, reason=f"lies inside {around}, which PEFT wraps")
 
 
 def _unambiguous(route: Route, layers: Collection[str]) -> Route:

@@ -6,8 +6,12 @@ what is called weight is a linear layer, or an embedding by kind_of.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
+import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -39,6 +43,7 @@ class LayerKind(Enum):
 class Place:
     """A parameter in a model: layer.parameter. siblings: all that the layer's state holds; empty: unknown.
 
+    lost: the name that transformers would give the layer while PEFT loads it, where the model has none such.
     index, first, stack: of fused experts, which expert, its first row, and the parameter's shape [E, O, I].
     """
 
@@ -49,6 +54,7 @@ class Place:
     tied: bool = False
     leaf: bool = True
     siblings: tuple[str, ...] = ()
+    lost: str = ""
     index: int = 0
     first: int = 0
     stack: tuple[int, ...] = ()
@@ -56,10 +62,14 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """places: by checkpoint name; a name that is not there has no parameter of its own in the model."""
+    """places: by checkpoint name; a name that is not there has no parameter of its own in the model.
+
+    modules: the names of all of the model's modules, where they are known.
+    """
 
     places: Mapping[str, Place]
     task: str | None
+    modules: frozenset[str] = frozenset()
 
 
 def targets_by_name(shapes: Mapping[str, tuple[int, ...]], tied: Iterable[str]) -> Targets:
@@ -104,7 +114,32 @@ def targets_by_model(config: Mapping[str, Any], names: Iterable[str]) -> Targets
         elif found.rows is None:
             taken = fused and place.kind is LayerKind.LINEAR and place.layer.endswith(_TAKEN_FOR_EXPERTS)
             places[name] = replace(place, kind=LayerKind.PARAMETER) if taken else place
-    return Targets(places=places, task=_task(type(model).__name__))
+    modules = frozenset(name for name, _ in model.named_modules() if name)
+    renamings = _renamings(model)
+    for name, place in places.items():
+        loaded = _loaded_name(place.layer, renamings)
+        if place.kind in (LayerKind.LINEAR, LayerKind.PARAMETER) and loaded not in modules:
+            places[name] = replace(place, lost=loaded)
+    return Targets(places=places, task=_task(type(model).__name__), modules=modules)
+
+
+def _renamings(model: nn.Module) -> list[Any]:
+    """What transformers renames of a checkpoint; PEFT puts the names of an adapter's factors through it as well."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # before version 5 models had the checkpoint's names
+        return []
+    mapping: list[Any] = get_model_conversion_mapping(cast("PreTrainedModel", model)) or []
+    return [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+
+
+def _loaded_name(layer: str, renamings: Iterable[Any]) -> str:
+    """The layer that PEFT would look for."""
+    key = f"{layer}.lora_A.weight"
+    for renaming in renamings:
+        key = str(renaming.rename_source_key(key)[0])
+    return key.removesuffix(".lora_A.weight")
 
 
 def _expert_place(model: nn.Module, place: Place, found: ParameterSlice) -> Place | None:
@@ -171,13 +206,44 @@ def _kind(model: nn.Module, path: str, module: nn.Module) -> LayerKind:
     model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
     if model_type in _STATE_SPACE and path.rpartition(".")[2] in _READ_BY_KERNELS:
         return LayerKind.OTHER
+    if _is_read_by_its_owner(model, path):
+        return LayerKind.OTHER
     names = [parent.__name__ for parent in type(module).__mro__]
     if names[0].endswith("Router"):
         return LayerKind.PARAMETER  # a layer that uses its own weight
-    if "Linear" in names:
+    if "Linear" in names and "Grouped" not in names[0]:
         return LayerKind.LINEAR  # whatever its forward adds, the factors are added to its output
     own = next((parent.__name__ for parent in type(module).__mro__ if "forward" in vars(parent)), "")
     return _CLASSES.get(own, LayerKind.OTHER)
+
+
+def _is_read_by_its_owner(model: nn.Module, path: str) -> bool:
+    """Whether the code of the module above computes with the layer's weight itself, without calling the layer.
+
+    PEFT shows such code the base's weight. Only methods other than those that build and initialise are looked at.
+    """
+    above, _, name = path.rpartition(".")
+    use = rf"(?<!isinstance\()\bself\.{re.escape(name)}\.weight\b(?!\.(dtype|device|shape|size|ndim)\b)"
+    return re.search(use, _source(cast("Hashable", type(model.get_submodule(above))))) is not None
+
+
+@functools.cache
+def _source(kind: type) -> str:
+    """The source of a class's methods, without those that initialise."""
+    methods = (value for name, value in vars(kind).items() if callable(value) and "init" not in name)
+    found = []
+    for method in methods:
+        with contextlib.suppress(OSError, TypeError):  # no source, or no function
+            found.append(inspect.getsource(method))
+    return "\n".join(found)
+
+
+def _class_name(model: nn.Module, layer: str, module: nn.Module) -> str:
+    """What a layer is, for a reader."""
+    above = layer.rpartition(".")[0]
+    if _is_read_by_its_owner(model, layer):
+        return f"{type(module).__name__} whose weight a {type(model.get_submodule(above)).__name__} reads itself"
+    return type(module).__name__
 
 
 def _place(model: nn.Module, name: str, *, tied: bool) -> Place:
@@ -187,7 +253,7 @@ def _place(model: nn.Module, name: str, *, tied: bool) -> Place:
         layer=layer,
         parameter=parameter,
         kind=_kind(model, layer, module),
-        class_name=type(module).__name__,
+        class_name=_class_name(model, layer, module),
         tied=tied,
         leaf=next(module.children(), None) is None,
         siblings=tuple(module.state_dict()),

@@ -29,8 +29,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (path / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "</s>"}))
     write_text(folder / "calibration.jsonl", documents=160)
     for i, name in enumerate(("python", "english")):
-        text = write_text(folder / "words.jsonl", documents=40, seed=i + 1).read_text("utf-8")
-        (folder / f"held-out-{name}.txt").write_text(text.replace("\n", "\n\n"), "utf-8")
+        lines = write_text(folder / "words.jsonl", documents=40, seed=i + 1).read_text("utf-8").splitlines()
+        documents = [json.loads(line)["text"] for line in lines]
+        (folder / f"held-out-{name}.txt").write_text("\n\n".join(documents), "utf-8")
     peraxis.compress(base, folder / "fine-tuned", folder / "delta.pxd", fit="none")
     for name in ("legal", "medical"):
         shutil.copy(folder / "delta.pxd", folder / f"{name}.pxd")

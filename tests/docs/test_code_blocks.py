@@ -108,6 +108,7 @@ def words(lines: list[str]) -> list[str]:
     found = []
     for line in lines:
         line = re.sub(r"sha256:[0-9a-f]+…?", "<digest>", line)
+        line = re.sub(r"after ('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")", "after <text>", line)
         line = re.sub(r"[-+]?\d[\d.,]*(e[-+]?\d+)?", "#", line)
         line = re.sub(r"#( [kMG]?B\b|%)?", "#", line)
         found.append(" ".join(line.replace(" #", " ").split()))

@@ -284,3 +284,27 @@ def test_a_lossless_module_is_the_smallest_of_same_exact_and_full() -> None:
     assert pxd.lossless_module("w", noise, DType.BF16, old=old, base=ref).encoding is Encoding.FULL
     assert pxd.lossless_module("w", old, DType.BF16).encoding is Encoding.FULL
     assert pxd.lossless_module("w", old.view(np.float16), DType.F16, old=old, base=ref).encoding is Encoding.FULL
+
+
+@pytest.mark.parametrize(("last_run", "sound"), [(4, True), (3, False), (5, False)])
+def test_the_last_run_reaches_behind_the_last_weight_and_no_further_than_it_need(last_run: int, sound: bool) -> None:
+    old = np.full(8, 0x3F80, np.uint16)  # exponent 127: class 1 of mode 127, so 8 weights take 8 * 2^14 = 4 * 2^15
+    bits = "0" + "1" * last_run + "0"  # no exceptions, then the run; no fields
+    data = np.packbits([int(bit) for bit in bits.ljust(8, "0")], bitorder="little")
+    index = np.array([data.size << 8 | 127], np.uint32)
+    check(index, data, old.size, DType.BF16, field="w")
+    found = {outcome(backend, old, index, data, DType.BF16) for backend in BACKENDS}
+    assert found == {old.tobytes() if sound else None}
+
+
+def test_a_last_run_that_is_saved_by_the_bits_behind_it_is_refused() -> None:
+    # Mode 120: two weights of class 0 with k = 0, one of class 3, which a run of 0 does not reach by itself.
+    old = np.array([119 << 7, 119 << 7, 122 << 7], np.uint16)
+    for bits, sound in (("00111100", False), ("001111010", True)):
+        data = np.packbits([int(bit) for bit in bits], bitorder="little")
+        index = np.array([data.size << 8 | 120], np.uint32)
+        check(index, data, old.size, DType.BF16, field="w")
+        new = np.array([old[0], old[1] + 2, old[2]], np.uint16)
+        assert {outcome(backend, old, index, data, DType.BF16) for backend in BACKENDS} == {
+            new.tobytes() if sound else None
+        }

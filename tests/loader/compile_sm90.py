@@ -15,11 +15,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from peraxis_format.ops.exact.kinds import BLOCK, KINDS
+from peraxis_format.ops.exact.triton import TILE, exact_kernel
 from peraxis_format.ops.rebuild import triton as kernels
 from peraxis_format.ops.signed_matmul import triton as serving
 
 IO = {
     "tiles": "*i32", "records": "*i64", "terms": "*i64", "buffer": "*u8", "stride": "i32", "order": "*i32",
+    "old": "*i16", "new": "*i16", "index": "*i64", "ends": "*i64", "data": "*u8", "sound": "*i32", "weights": "i64",
     "partial": "*fp32", "rows": "i32", "N": "i32", "signs": "i32", "ones": "i32", "variant": "i32",
 }  # fmt: skip
 
@@ -27,6 +30,8 @@ IO = {
 def compiled(kernel: Any, bits: str, constants: Mapping[str, Any], **options: int) -> Mapping[str, Any]:
     """PTX and machine code, as a launch with torch's tensors would get it: addresses and widths are multiples of 16."""
     signature = {**IO, **dict.fromkeys(("y", "x", "weight", "bias"), bits)}
+    if bits == "*i32":
+        signature |= {"old": bits, "new": bits}
     names = kernel.arg_names
     round_ones = (i for i, n in enumerate(names) if n in signature and (signature[n][0] == "*" or n in ("N", "stride")))
     source = ASTSource(
@@ -62,6 +67,13 @@ def everything() -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield f"prefill {kind} {height}", compiled(serving.prefill_kernel, bits, tile, num_warps=8, num_stages=3)
 
 
+def exact_updates() -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The decoder of exact updates, as ops/exact/torch.py starts it."""
+    for dtype, kind in KINDS.items():
+        constants = {"MANTISSA": kind.mantissa, "MASK": kind.mask, "WIDTH": kind.width, "SIZE": BLOCK, "N": TILE}
+        yield f"exact {dtype.value}", compiled(exact_kernel, f"*i{kind.width}", constants, num_warps=4)
+
+
 def longest_loop(cubin: bytes) -> int:
     """Machine instructions of the longest loop."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
@@ -86,4 +98,4 @@ def described(asm: Mapping[str, Any]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps({name: described(asm) for name, asm in everything()}) + "\n")
+    sys.stdout.write(json.dumps({name: described(asm) for name, asm in (*everything(), *exact_updates())}) + "\n")

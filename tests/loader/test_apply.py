@@ -82,7 +82,7 @@ def test_another_base_is_refused_before_the_first_write(tmp_path: Path) -> None:
     refused(one_bit, path, pf.BindingError, r"E404.*second\.weight")
     refused({k: v for k, v in base.items() if k != "norm.bias"}, path, pf.BindingError, r"E402.*norm\.bias")
     refused({f"x.{k}": v for k, v in base.items()}, path, pf.BindingError, "E401")
-    refused({**base, "norm.bias": base["norm.bias"].float()}, path, pf.BindingError, r"E403.*norm\.bias")
+    refused({**base, "norm.bias": base["norm.bias"].half()}, path, pf.BindingError, r"E403.*norm\.bias")
 
 
 def test_a_second_apply_meets_the_fine_tune_and_not_the_base(tmp_path: Path) -> None:

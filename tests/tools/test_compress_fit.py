@@ -299,3 +299,42 @@ def test_mostly_unchanged_weights_are_never_worse_than_the_base_or_one_scalar(sh
     assert ours <= 1.02 * error(torch.zeros_like(base))
     assert ours <= error(scalar)
     assert not fitted.terms or ours < 0.9 * error(torch.zeros_like(base))
+
+
+def low_rank_delta(rng: np.random.Generator, shape: tuple[int, ...], directions: int) -> np.ndarray:
+    """A delta of a few directions under noise, as a fine-tune in BF16 leaves it."""
+    left = rng.standard_normal((*shape[:-1], directions))
+    right = rng.standard_normal((*shape[:-2], directions, shape[-1]))
+    return (left @ right + 1.5 * rng.standard_normal(shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("shape", [(96, 64), (2, 96, 64)])
+def test_scales_for_outputs_lower_the_error_along_the_directions_of_the_delta(
+    shape: tuple[int, ...], axis: Axis
+) -> None:
+    rng = np.random.default_rng(0)
+    delta = low_rank_delta(rng, shape, 2)
+    base = np.zeros(shape, np.float32)
+    dtypes = {"base_dtype": pxd.DType.F32, "dtype": pxd.DType.F32}
+
+    def error(*, for_outputs: bool) -> float:
+        (component,) = mean_components(base, delta, axis=axis, components=1, for_outputs=for_outputs, **dtypes)
+        rest = delta - dense_component(component, shape)
+        return float(np.square(rest @ np.swapaxes(delta, -1, -2)).sum())
+
+    assert error(for_outputs=True) < 0.8 * error(for_outputs=False)
+
+
+def test_scales_for_outputs_of_noise_stay_mean_magnitudes() -> None:
+    rng = np.random.default_rng(0)
+    delta = rng.standard_normal((64, 4096)).astype(np.float32)
+    base = np.zeros_like(delta)
+    plain, scaled = (
+        mean_components(
+            base, delta, base_dtype=pxd.DType.F32, dtype=pxd.DType.F32, axis=Axis.ROW, components=1, for_outputs=given
+        )[0]
+        for given in (False, True)
+    )
+    ratio = np.ldexp(scaled.row.astype(float), scaled.exponent) / np.ldexp(plain.row.astype(float), plain.exponent)
+    assert 0.9 < ratio.min() < ratio.max() < 1.8

@@ -15,7 +15,7 @@ import pytest
 from peraxis_tools.compress import compress
 from tests.tools.compress_pairs import FEW, llama_pair
 
-LONG = {"distill_samples": 6, "distill_epochs": 3, "generated_samples": 4, **FEW}
+LONG = {"distill_samples": 6, "distill_epochs": 3, **FEW, "generated_samples": 4}
 
 
 @pytest.fixture(scope="module")

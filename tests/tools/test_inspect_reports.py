@@ -170,9 +170,9 @@ def fitted(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     path = tmp_path / "fitted.pxd"
     names = [f"model.language_model.layers.{i}.block_sparse_moe.experts.11.gate_up_projection.weight" for i in range(3)]
-    errors = {name: [0.1 * (i + 1), 2.0, 10.0] for i, name in enumerate(names)}
+    errors = [[0.1 * (i + 1), 2.0, 10.0] for i in range(len(names))]
     base = pxd.Identity(id="org/base", revision="refs/pr/1")
-    metadata = {"peraxis.report": json.dumps(errors)}
+    metadata = {"peraxis.report": json.dumps({"errors": errors, "notes": {}})}
     with pxd.DeltaWriter(path, base=base, fine_tuned=pxd.Identity(id="tuned"), metadata=metadata) as writer:
         for name in names:
             writer.add(sign_module(rng, name, random_storage(rng, (32, 16)), axes=(pxd.Axis.ROW_COL,)))

@@ -4,7 +4,7 @@
     apply(weights, index, data, DType.BF16)         # weights held old; they hold new
 
 Backends: numpy (the reference), numba (blocks in parallel; the default where it is installed and the tensor is not
-small). torch/updates/ decodes on a GPU.
+small), triton (torch.py; a block a program).
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.ops.tensors import TORCH_DTYPES, dtype_of
 from peraxis_format.torch.place.finder import FUSED, Finder
 from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, storage_key, whole
+from peraxis_format.torch.place.widened import holds_the_dtype, is_widened, narrowed
 
 __all__ = ["place"]
 
@@ -50,9 +51,11 @@ def place(
         if not parts:
             missing.append(entry.name)
             continue
-        for part in parts:
-            _check(entry, part)
-        placement[entry.name] = _distinct(parts)
+        placement[entry.name] = tuple(parts)
+    mixed = holds_the_dtype(placement, manifest.modules)
+    for entry in manifest.modules:
+        if entry.name in placement:
+            placement[entry.name] = _distinct([_checked(entry, part, mixed=mixed) for part in placement[entry.name]])
     _refuse_missing(manifest, missing)
     _refuse_dropped(manifest, finder)
     _refuse_shared(manifest, placement)
@@ -82,13 +85,22 @@ def _refuse_quantised(target: Target) -> None:
         )
 
 
-def _check(entry: ModuleEntry, part: ShardView) -> None:
-    """The live tensor is the base's (SPEC 7.2), and can hold the fine-tuned one in place."""
+def _checked(entry: ModuleEntry, part: ShardView, *, mixed: bool) -> ShardView:
+    """The part, in the base's dtype where the live model keeps it wider."""
     name, view = entry.name, part.view
     if type(view) not in (Tensor, nn.Parameter, nn.Buffer):
         raise LiveModelError(f"{name}: {type(view).__name__} is no plain tensor; apply before quantising or wrapping")
     if view.device.type == "meta":
         raise LiveModelError(f"{name}: on the meta device, without storage; load the weights first")
+    if mixed and is_widened(entry, view):
+        part = narrowed(entry, part)
+    _check(entry, part)
+    return part
+
+
+def _check(entry: ModuleEntry, part: ShardView) -> None:
+    """The live tensor is the base's (SPEC 7.2), and can hold the fine-tuned one in place."""
+    name, view = entry.name, part.view
     dtype = dtype_of(view, name)
     local = tuple(end - begin for begin, end in part.box)
     base = entry.base
@@ -116,7 +128,7 @@ def _check(entry: ModuleEntry, part: ShardView) -> None:
 
 def _distinct(parts: Sequence[ShardView]) -> tuple[ShardView, ...]:
     """Each storage once: tied tensors are one."""
-    return tuple({(part.box, storage_key(part.view)): part for part in parts}.values())
+    return tuple({(part.box, storage_key(part.live)): part for part in parts}.values())
 
 
 def _refuse_missing(manifest: Manifest, missing: list[str]) -> None:
@@ -151,7 +163,7 @@ def _refuse_shared(manifest: Manifest, placement: Placement) -> None:
         for part in placement[entry.name]:
             if math.prod(part.view.shape) == 0:
                 continue
-            other = held.setdefault(storage_key(part.view), entry)
+            other = held.setdefault(storage_key(part.live), entry)
             same = (other.sha256, other.base, other.components) == (entry.sha256, entry.base, entry.components)
             if other is not entry and not same:
                 raise LiveModelError(

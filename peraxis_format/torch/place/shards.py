@@ -38,10 +38,25 @@ Target: TypeAlias = nn.Module | Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShardView:
-    """A box of a checkpoint tensor and the live storage that holds it. view: a tensor of the box's shape."""
+    """A box of a checkpoint tensor and the live storage that holds it. view: a tensor of the box's shape.
+
+    wide: the live tensor in F32 where the view is only a copy of it in the checkpoint's dtype (widened.py); `publish`
+    then brings what was written into the view to the model.
+    """
 
     box: Box
     view: Tensor
+    wide: Tensor | None = None
+
+    @property
+    def live(self) -> Tensor:
+        """The tensor in the model's own storage."""
+        return self.view if self.wide is None else self.wide
+
+    def publish(self) -> None:
+        """What is in the view is in the model from here on."""
+        if self.wide is not None:
+            self.wide.copy_(self.view)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,5 +106,5 @@ def increment_versions(parts: Iterable[ShardView]) -> None:
     """Tell autograd and whoever remembers digests that the weights change (they are written behind torch's back)."""
     with torch.no_grad():
         for part in parts:
-            if not part.view.is_inference():
-                torch.autograd.graph.increment_version(part.view)
+            if not part.live.is_inference():
+                torch.autograd.graph.increment_version(part.live)

@@ -49,7 +49,7 @@ class LiveTensors:
 
     def add(self, placement: Placement) -> None:
         """Watch the tensors behind a placement, from their state of now on."""
-        wanted = {part.view.untyped_storage().data_ptr() for parts in placement.values() for part in parts}
+        wanted = {part.live.untyped_storage().data_ptr() for parts in placement.values() for part in parts}
         for name, holder, key in _names(self._target):
             tensor = holder[key]
             if tensor is None or name in self._slots:
@@ -62,12 +62,12 @@ class LiveTensors:
     def remember(self, parts: Iterable[ShardView]) -> None:
         """What these storages hold now was written by their owner."""
         for part in parts:
-            if not part.view.is_inference():
-                self._versions[part] = part.view._version
+            if not part.live.is_inference():
+                self._versions[part] = part.live._version
 
     def written(self) -> frozenset[ShardView]:
         """Storages that somebody other than their owner has written."""
-        return frozenset(part for part, version in self._versions.items() if part.view._version != version)
+        return frozenset(part for part, version in self._versions.items() if part.live._version != version)
 
     def check(self, *, overwrite: bool = False) -> None:
         """Raises LiveModelError where a tensor was replaced, or, unless `overwrite`, written by somebody else."""
@@ -84,7 +84,7 @@ class LiveTensors:
             )
 
     def _name_of(self, part: ShardView) -> str:
-        at = part.view.untyped_storage().data_ptr()
+        at = part.live.untyped_storage().data_ptr()
         named = (slot.name for slot in self._slots.values() if _local(slot.tensor).untyped_storage().data_ptr() == at)
         return next(named, "a weight")
 

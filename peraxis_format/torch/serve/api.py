@@ -35,10 +35,12 @@ from peraxis_format.torch.device import device_of, require_triton
 from peraxis_format.torch.place.binding import check_live, is_sharded
 from peraxis_format.torch.place.claims import claim, release
 from peraxis_format.torch.place.placement import place
-from peraxis_format.torch.place.shards import Placement, Views
+from peraxis_format.torch.place.shards import Placement, ShardView, Views
 from peraxis_format.torch.ring import Ring
+from peraxis_format.torch.serve.grouped import GroupForward
 from peraxis_format.torch.serve.linear import ServedLinear, TorchProducts
-from peraxis_format.torch.serve.modules import GroupForward, Patch, Products, ServedEmbedding, ServedModule, State
+from peraxis_format.torch.serve.modules import Patch, Products, ServedEmbedding, ServedModule, State
+from peraxis_format.torch.serve.routed import routers
 from peraxis_format.torch.serve.rows import Rows
 from peraxis_format.torch.swap.payload import check_pads
 from peraxis_format.torch.swap.transfer_plan import TRANSFER_LIMIT
@@ -65,7 +67,7 @@ class Served:
         self._scratch = Scratch()
         self._closed = False
         self._active = 0
-        self._routers = _routers(model)
+        self._routers = routers(model)
         self._hook = model.register_forward_pre_hook(self._begin, with_kwargs=True)
 
     @contextlib.contextmanager
@@ -135,8 +137,11 @@ class Served:
             raise LiveModelError(f"no variant {variant}; served: -1 (the base) to {len(self.names) - 1}")
         return variant
 
-    def state(self, module: nn.Module) -> State:
-        """The state of a module, made and put in its place when first asked for."""
+    def state(self, module: nn.Module, *, widened: bool = False) -> State:
+        """The state of a module, made and put in its place when first asked for.
+
+        widened: the module keeps a tensor in F32 that the base has in BF16 or F16: it runs once for each variant.
+        """
         if module not in self._states:
             products: Products = TorchProducts(None if self._backend == "auto" else self._backend)
             if self._backend == "triton":
@@ -147,18 +152,18 @@ class Served:
             self._states[module] = State(
                 self._rows.get, self._alone, products, self._scratch, broadcast=module is not tokens
             )
-            self._exchange(module, self._states[module])
+            self._exchange(module, self._states[module], widened=widened)
             if module in self._routers:
                 self.state(self._routers[module]).grouped = True
         return self._states[module]
 
-    def _exchange(self, module: nn.Module, state: State) -> None:
+    def _exchange(self, module: nn.Module, state: State, *, widened: bool) -> None:
         kind = type(module)
-        if kind is nn.Linear:
+        if kind is nn.Linear and not widened:
             self._classes[module] = kind
             module.__class__ = ServedLinear
             module.__dict__["peraxis"] = state
-        elif isinstance(module, nn.Embedding) and _looks_up_ids(kind):
+        elif isinstance(module, nn.Embedding) and not widened and _looks_up_ids(kind):
             self._classes[module] = kind
             # A subclass keeps its own attributes and methods behind the exchanged forward.
             bases = (ServedEmbedding,) if kind is nn.Embedding else (ServedEmbedding, kind)
@@ -233,7 +238,7 @@ def serve(
                     placement = place(model, file.manifest, views=views)
                     if is_sharded(placement, file.manifest):
                         raise LiveModelError("pieces of weights cannot be served on the fly; use VariantSwitch")
-                    claim((part.view for parts in placement.values() for part in parts), served, _CLAIMED)
+                    claim((part.live for parts in placement.values() for part in parts), served, _CLAIMED)
                     ring = ring or Ring(device_of(placement))
                     if ring.device.staged:
                         ring.reserve(TRANSFER_LIMIT)
@@ -243,16 +248,6 @@ def serve(
         served.close()
         raise
     return served
-
-
-def _routers(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Module inside a list of experts -> the module that holds the list, and sends each expert rows of its choice."""
-    found: dict[nn.Module, nn.Module] = {}
-    for holder in model.modules():
-        for name, child in holder.named_children():
-            if isinstance(child, nn.ModuleList) and "expert" in name:
-                found.update((module, holder) for module in child.modules())
-    return found
 
 
 def _looks_up_ids(kind: type[nn.Module]) -> bool:
@@ -273,6 +268,9 @@ def _register(served: Served, index: int, file: DeltaFile, placement: Placement)
     """Bring one variant's patches to the modules that own the parameters."""
     owners = _Owners(served.model)
     check_pads(file)
+    for part in (part for parts in placement.values() for part in parts if part.wide is not None):
+        for module, _ in owners.of(part.live)[1]:
+            served.state(module, widened=True)
     for name in file:
         entry = file.entry(name)
         if entry.encoding is Encoding.SAME:
@@ -281,10 +279,10 @@ def _register(served: Served, index: int, file: DeltaFile, placement: Placement)
         begin, end = file.span(name)
         served.stored += end - begin
         for part in placement[name]:
-            where, found = owners.of(part.view)
+            where, found = owners.of(part.live)
             if not found:
                 raise LiveModelError(f"{name}: no module owns its storage; give rows of a parameter in `views`")
-            patch = _patch(delta, part.view, where)
+            patch = _patch(delta, part, where)
             for module, parameter in found:
                 if patch.region is not None and isinstance(module, nn.Linear | nn.Embedding):
                     raise LiveModelError(f"{name}: lies across rows of a {type(module).__name__}; use VariantSwitch")
@@ -294,16 +292,17 @@ def _register(served: Served, index: int, file: DeltaFile, placement: Placement)
 _Where: TypeAlias = tuple[int, int, tuple[tuple[int, ...], tuple[int, ...], int] | None]  # Patch: begin, end, region
 
 
-def _patch(delta: ModuleDelta, view: Tensor, where: _Where) -> Patch:
+def _patch(delta: ModuleDelta, part: ShardView, where: _Where) -> Patch:
     begin, end, region = where
+    view = part.view
     if delta.full is not None:
         raw = torch.frombuffer(bytearray(delta.full.tobytes()), dtype=torch.uint8)
         full = tensor_view(raw, 0, delta.dtype, delta.shape).to(view.device)
         return Patch(begin, end, full=full, region=region)
     batch = tuple(tuple(terms) for terms in component_tensors(delta, view.device))
     if view.ndim == 2:
-        return Patch(begin, end, terms=batch[0], region=region)
-    return Patch(begin, end, batch=batch, region=region)
+        return Patch(begin, end, terms=batch[0], region=region, dtype=view.dtype)
+    return Patch(begin, end, batch=batch, region=region, dtype=view.dtype)
 
 
 class _Owners:

@@ -1,8 +1,8 @@
-"""Modules that serve several variants at once: a linear, an embedding, and anything else that works row by row.
+"""Modules that serve several variants at once: what they share, and an embedding.
 
     linear      see linear.py
     embedding   rows of W_v for the tokens at hand: the merged bits
-    other       the module itself, run on each variant's rows with its own parameters: the merged bits
+    other       see grouped.py
 
 A module keeps its class's place in the model, its parameters and its name: its class is exchanged for one of these (or,
 for others, its forward), and put back by `Served.close`.
@@ -10,7 +10,6 @@ for others, its forward), and put back by `Served.close`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -19,14 +18,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from peraxis_format.errors import LiveModelError
 from peraxis_format.ops.rebuild import rebuild_tensor
 from peraxis_format.ops.rebuild.torch import ComponentTensors, Scratch
 from peraxis_format.torch.serve.rows import Batch, Rows
 
-__all__ = ["GroupForward", "Patch", "Products", "ServedEmbedding", "ServedModule", "State"]
+__all__ = ["Patch", "Products", "ServedEmbedding", "ServedModule", "State"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +32,7 @@ class Patch:
     """What one variant has for rows [begin, end) of one parameter: components, or the exact tensor.
 
     region: shape, strides and offset of a stretch that is no range of whole rows (one expert's gate, say).
+    dtype: that the components are added in; the parameter's, or narrower (place/widened.py). None for an exact tensor.
     """
 
     begin: int
@@ -42,11 +41,12 @@ class Patch:
     full: Tensor | None = None
     batch: tuple[tuple[ComponentTensors, ...], ...] = ()  # of each matrix of a parameter of 3 or more dimensions
     region: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
+    dtype: torch.dtype | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
         """Its stretch of a parameter, or of a tensor in the same layout."""
         if self.region is None:
-            return tensor[self.begin : self.end]
+            return tensor[self.begin : self.end] if tensor.ndim else tensor
         shape, strides, offset = self.region
         return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
 
@@ -108,7 +108,9 @@ class State:
             part, target = patch.of(base.detach()), patch.of(out)
             if patch.full is not None:
                 target.copy_(patch.full)
-            elif patch.batch:
+                continue
+            part = part.to(patch.dtype)
+            if patch.batch:
                 matrices = part.reshape(-1, *part.shape[-2:])
                 merged = [rebuild_tensor(matrix, terms) for matrix, terms in zip(matrices, patch.batch, strict=True)]
                 target.copy_(torch.stack(merged).reshape(part.shape))
@@ -210,100 +212,3 @@ class ServedEmbedding(ServedModule, nn.Embedding):
         shadow.padding_idx = None
         found: Tensor = plain(shadow, inverse)
         return found
-
-
-class GroupForward:
-    """Stands in for the forward of any other module: one run for each variant in the batch, on that variant's rows."""
-
-    def __init__(self, module: nn.Module, state: State) -> None:
-        self.module = module
-        self.state = state
-        self.replaced: Callable[..., Any] | None = module.__dict__.get("forward")  # another library's, on the instance
-        self.plain: Callable[..., Any] = module.forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Dimension 0 of every tensor argument that has the batch's size is the batch; or else that of a matrix which
-        is a multiple of it: the batch's tokens, one sequence after the other.
-        """
-        rows = self.state.rows()
-        if rows is None or not (self.state.grouped or any(self.state.changed(v) for v in rows.variants)):
-            return self.plain(*args, **kwargs)
-        if rows.only is not None:
-            return self._run(rows.only, args, kwargs)
-        self._refuse_cache((*args, *kwargs.values()))
-        shape, device = self._leading(rows, args, kwargs)
-        outputs = []
-        order = []
-        for variant, index in rows.batch(shape, device).groups.items():
-            outputs.append(self._run(variant, *_taken(args, kwargs, index, math.prod(shape))))
-            order.append(index)
-        return _scattered(outputs, torch.argsort(torch.cat(order)))
-
-    def _leading(
-        self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[int, ...], torch.device]:
-        """(sequences,) or (sequences, tokens) that dimension 0 of the arguments counts, and where they are."""
-        size = len(rows.ids)
-        given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim]
-        for a in given:
-            if a.shape[0] == size:
-                return (size,), a.device
-        for a in given:
-            if a.ndim == 2 and a.shape[0] % size == 0:
-                return (size, a.shape[0] // size), a.device
-        raise LiveModelError(
-            f"{type(self.module).__name__}: no argument has the batch ({size}) as dimension 0, so its variants cannot "
-            "be told apart; serve one variant a batch"
-        )
-
-    def _refuse_cache(self, values: tuple[Any, ...]) -> None:
-        """A cache holds the whole batch: a run on some of its rows would write over the others."""
-        if any("Cache" in kind.__name__ for value in values for kind in type(value).__mro__):
-            raise LiveModelError(
-                f"{type(self.module).__name__}: has weights of its own that variants change, and a cache; mixed "
-                "variants need use_cache=False there, or one variant a batch"
-            )
-
-    def _run(self, variant: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self.state.alone(variant), self.state.own():
-            return self._merged_run(variant, args, kwargs)
-
-    def _merged_run(self, variant: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if variant < 0 or not self.state.changed(variant):
-            return self.plain(*args, **kwargs)
-        merged = {
-            name: self.state.parameter(self.module, name, variant)
-            for name, patches in self.state.patches.items()
-            if variant in patches
-        }
-        held = self.module.__dict__.pop("forward")
-        if self.replaced is not None:
-            self.module.__dict__["forward"] = self.replaced
-        try:
-            return functional_call(self.module, merged, args, kwargs)
-        finally:
-            self.module.__dict__["forward"] = held
-
-
-def _taken(
-    args: tuple[Any, ...], kwargs: dict[str, Any], index: Tensor, size: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def take(value: Any) -> Any:
-        if isinstance(value, tuple | list):
-            return type(value)(map(take, value))
-        batched = isinstance(value, Tensor) and value.ndim and value.shape[0] == size
-        return value[index] if batched else value
-
-    return tuple(map(take, args)), {key: take(value) for key, value in kwargs.items()}
-
-
-def _scattered(outputs: list[Any], back: Tensor) -> Any:
-    if isinstance(outputs[0], Tensor):
-        joined = torch.cat(outputs)
-        if len(joined) % len(back):
-            raise LiveModelError(f"a module made {len(joined)} rows of {len(back)}; serve one variant a batch")
-        # Several rows for each where the module flattens tokens.
-        return joined.reshape(len(back), -1, *joined.shape[1:])[back].flatten(0, 1)
-    if isinstance(outputs[0], tuple):
-        return tuple(_scattered(list(column), back) for column in zip(*outputs, strict=True))
-    raise LiveModelError(f"a module returned {type(outputs[0]).__name__}; serve one variant a batch")

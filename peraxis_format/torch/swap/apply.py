@@ -72,7 +72,7 @@ def apply_(
         file = delta if isinstance(delta, DeltaFile) else stack.enter_context(DeltaFile(delta))
         pool = stack.enter_context(ThreadPool(workers))
         placement = place(target, file.manifest, views=views, shards=shards)
-        refuse_claimed(part.view for parts in placement.values() for part in parts)
+        refuse_claimed(part.live for parts in placement.values() for part in parts)
         device = device_of(placement)
         transfers = cut_transfers(file, placement, limit=TRANSFER_LIMIT)
         ring = Ring(device)
@@ -129,6 +129,7 @@ def _undo(placement: Placement, where: Literal["device", "host"]) -> Iterator[di
     except BaseException:
         for part, old in kept.items():
             part.view.copy_(old)
+            part.publish()
         raise
 
 

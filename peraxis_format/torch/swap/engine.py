@@ -47,6 +47,7 @@ class HostEngine:
 
     def write(self, transfer: Transfer, buffer: Tensor) -> None:
         self._workers.run(self._jobs(transfer, storage_array(buffer)))
+        _publish(transfer)
 
     def _jobs(self, transfer: Transfer, buffer: Array) -> Iterator[Callable[[], None]]:
         for slice_ in transfer.modules:
@@ -98,6 +99,7 @@ class TritonEngine:
             for launch in beside:
                 launch.run(buffer)
             view.copy_(out)
+        _publish(transfer)
 
 
 def engine_for(
@@ -117,6 +119,12 @@ def engine_for(
     if chosen == "triton":
         return TritonEngine(transfers, bases, device=device.torch_device)
     return HostEngine(bases, workers=workers, backend=chosen)
+
+
+def _publish(transfer: Transfer) -> None:
+    for slice_ in transfer.modules:
+        for part in slice_.views:
+            part.publish()
 
 
 def _copies(transfer: Transfer) -> Iterator[tuple[ModuleSlice, int, Tensor]]:

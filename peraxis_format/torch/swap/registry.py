@@ -126,7 +126,7 @@ class Registry:
     ) -> Registered:
         self.live.check(overwrite=True)
         found = place(self._model, file.manifest, views=self._views, shards=self._shards)
-        claim((part.view for parts in found.values() for part in parts), self, _CLAIMED)
+        claim((part.live for parts in found.values() for part in parts), self, _CLAIMED)
         device, ring = self._prepared(found)
         chosen = _residency(residency, device)
         placement = self._known(found)
@@ -169,7 +169,7 @@ class Registry:
     def _known(self, placement: Placement) -> Placement:
         """The same storages are the same parts for all variants."""
         return {
-            name: tuple(self._parts.setdefault((part.box, storage_key(part.view)), part) for part in parts)
+            name: tuple(self._parts.setdefault((part.box, storage_key(part.live)), part) for part in parts)
             for name, parts in placement.items()
         }
 

@@ -201,6 +201,7 @@ class VariantSwitch:
         increment_versions(touched)
         for part in restored:
             part.view.copy_(registry.bases[part], non_blocking=True)
+            part.publish()
         device, ring = registry.device, registry.ring
         if device is not None and ring is not None:
             sharded = target is not None and registry.is_sharded(target)

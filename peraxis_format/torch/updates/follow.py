@@ -25,7 +25,8 @@ from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import Array, raw_bytes
 from peraxis_format.errors import LiveModelError, PxdError, fail
 from peraxis_format.manifest import ModuleEntry
-from peraxis_format.ops.exact import BLOCK, apply
+from peraxis_format.ops.exact import BLOCK
+from peraxis_format.ops.exact.torch import moved
 from peraxis_format.ops.tensors import storage_array
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.placement import place
@@ -91,7 +92,7 @@ def _proven(file: DeltaFile, placement: Placement) -> Iterator[ModuleDelta]:
             if entry.encoding is Encoding.EXACT:
                 digest = hashlib.sha256()
                 for _, stretch in _stretches(part.view, module):
-                    digest.update(raw_bytes(stretch))
+                    digest.update(raw_bytes(storage_array(stretch.cpu())))
                 if digest.hexdigest() != entry.result:
                     fail("E405", field=entry.name)  # SPEC 7.4
             elif entry.base is not None:
@@ -108,8 +109,8 @@ def _check_digest(entry: ModuleEntry, view: Tensor) -> None:
         fail("E404", field=entry.name)  # SPEC 7.3
 
 
-def _stretches(view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Array]]:
-    """The new patterns a stretch at a time, each with the live weights that it is for."""
+def _stretches(view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Tensor]]:
+    """The new weights a stretch at a time, each with the live ones that it is for."""
     index, data = module.index, module.data
     if index is None or data is None:
         return
@@ -119,10 +120,8 @@ def _stretches(view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Arra
         part = index[first : first + _STRETCH]
         live = flat[first * BLOCK : (first + part.size) * BLOCK]
         size = int((part >> 8).sum(dtype="int64"))
-        stretch = storage_array(live.cpu() if live.device.type != "cpu" else live).copy()
-        apply(stretch, part, data[begin : begin + size], module.dtype, threads=1)
+        yield live, moved(live, part, data[begin : begin + size], module.dtype)
         begin += size
-        yield live, stretch
 
 
 def _write(modules: list[ModuleDelta], placement: Placement) -> None:
@@ -131,7 +130,7 @@ def _write(modules: list[ModuleDelta], placement: Placement) -> None:
             if module.full is not None:
                 part.view.copy_(_tensor(module.full.copy(), part.view))
             for live, stretch in _stretches(part.view, module):
-                live.copy_(_tensor(stretch, live))
+                live.copy_(stretch)
 
 
 def _tensor(array: Array, like: Tensor) -> Tensor:

@@ -27,9 +27,12 @@ _MARK: Final = "\u241fpart\u241f"  # stands for the text of a turn; no template 
 
 def starts_of(tokenizer: Any) -> list[list[int]]:
     """Token ids that samples start with, most important first; none where the tokenizer names no start."""
-    begin = getattr(tokenizer, "bos_token_id", None)
-    end = getattr(tokenizer, "eos_token_id", None)
-    starts = [[token] for token in dict.fromkeys((begin, end)) if token is not None]
+    begin: Any = getattr(tokenizer, "bos_token_id", None)
+    end: Any = getattr(tokenizer, "eos_token_id", None)
+    # Documents that follow each other are read as the tokenizer writes them: with a start token each, or without.
+    led = begin is not None and begin in tokenizer("a", verbose=False)["input_ids"][:1]
+    after_end = [end, begin] if led and end != begin else [end]
+    starts: list[list[int]] = [start for start in ([begin], after_end) if None not in start]
     if not starts:
         return []
 
@@ -83,25 +86,28 @@ def generate(
     starts = [start[: length - 1] for start in starts_of(tokenizer)]
     # Without a named start: any token, as good a start as another.
     starts = starts or [[int(token)] for token in draw.integers(0, vocabulary, min(samples, 8))]
-    counts = [len(range(i, samples, len(starts))) for i in range(len(starts))]
-    batches, done = [], 0
+    batches = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for start, count in zip(starts, counts, strict=True):
-            for first in range(0, count, batch_size):
-                progress("generate", done, samples)
-                rows = min(batch_size, count - first)
-                batches.append(_continued(teacher, start, rows=rows, length=length))
-                done += rows
+        for first in range(0, samples, batch_size):
+            progress("generate", first, samples)
+            rows = [starts[i % len(starts)] for i in range(first, min(first + batch_size, samples))]
+            batches.append(_continued(teacher, rows, length=length))
         progress("generate", samples, samples)
     return np.concatenate(batches)[draw.permutation(samples)]
 
 
-def _continued(teacher: LayerwiseModel, start: Sequence[int], *, rows: int, length: int) -> Ids:
-    """Samples int64 [rows, length] of one start, with the model's own cache of keys and values."""
+def _continued(teacher: LayerwiseModel, starts: Sequence[Sequence[int]], *, length: int) -> Ids:
+    """Samples int64 [starts, length], all in one batch with the model's own cache of keys and values.
+
+    Shorter starts are padded on the left and masked, so that every row goes on at the same step.
+    """
     from transformers import GenerationConfig
 
-    prompt = torch.tensor([list(start)] * rows, dtype=torch.int64, device=teacher.device)
+    longest = max(map(len, starts))
+    pads = [longest - len(start) for start in starts]
+    prompt = torch.tensor([[0] * pad + list(start) for pad, start in zip(pads, starts, strict=True)])
+    mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
     # The model's own configuration would end samples at an end-of-text token, and restrict what is drawn.
     own = teacher.model.generation_config
     plain = GenerationConfig(
@@ -110,15 +116,16 @@ def _continued(teacher: LayerwiseModel, start: Sequence[int], *, rows: int, leng
         top_k=0,
         top_p=1.0,
         use_cache=True,
-        max_new_tokens=length - len(start),
+        max_new_tokens=length - longest + max(pads),
         eos_token_id=None,
         pad_token_id=0,
     )
     teacher.model.generation_config = plain
     try:
         model: Any = teacher.model
-        ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=plain)
+        ids = model.generate(prompt.to(teacher.device), attention_mask=mask.to(teacher.device), generation_config=plain)
     finally:
         teacher.model.generation_config = own
-    found: Ids = ids[:, :length].cpu().numpy()
+    rows = [row[pad : pad + length] for row, pad in zip(ids.cpu().numpy(), pads, strict=True)]
+    found: Ids = np.stack(rows)
     return found

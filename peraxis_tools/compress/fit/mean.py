@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from peraxis_format import Array, Axis, Component, DType, ShapeError
+from peraxis_format import Array, Axis, Component, DType, ShapeError, to_float32
 from peraxis_format.ops.rebuild import rebuild
+from peraxis_tools.compress.fit.directions import output_factors
 from peraxis_tools.compress.fit.encode import encode_component
 from peraxis_tools.ops.delta_sums import DeltaSums, delta_sums
 
@@ -37,11 +38,20 @@ class _Matrix:
 
 
 def mean_components(
-    base: Array, fine_tuned: Array, *, base_dtype: DType, dtype: DType, axis: Axis | None, components: int
+    base: Array,
+    fine_tuned: Array,
+    *,
+    base_dtype: DType,
+    dtype: DType,
+    axis: Axis | None,
+    components: int,
+    for_outputs: bool = False,
 ) -> tuple[Component, ...]:
     """Components of a pair of storage arrays [..., d_out, d_in]; axis None: least squared weight error.
 
-    Returns none at all where the two hold the same values. Raises ShapeError where a value is not finite.
+    for_outputs: of a matrix that multiplies inputs, each component's scales times what lowers the error of its outputs
+    most (directions.py). Returns none at all where the two hold the same values. Raises
+    ShapeError where a value is not finite.
     """
     shape = base.shape
     flat_tuned = fine_tuned.reshape(-1, *shape[-2:])
@@ -58,8 +68,29 @@ def mean_components(
         best = axis or min(_AXES, key=lambda a: sum(matrix.error[a] for matrix in matrices))
         mask = np.stack([matrix.sums.mask for matrix in matrices])
         row, col = _means(matrices, best, shape[-2:])
+        if for_outputs:
+            rest = to_float32(fine_tuned, dtype) - to_float32(*_with(chosen, base, base_dtype))
+            row, col = _for_outputs(rest.reshape(-1, *shape[-2:]), mask, row, col, axis=best)
         chosen.append(encode_component(mask, row, col, axis=best, batch=shape[:-2]))
     return tuple(chosen)
+
+
+def _for_outputs(
+    deltas: NDArray[np.float32],
+    mask: NDArray[np.uint8],
+    row: NDArray[np.float64],
+    col: NDArray[np.float64],
+    *,
+    axis: Axis,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The scales times what directions.py finds, in the vector that the axis has; `tensor` has one for the batch."""
+    by_row = axis in (Axis.ROW, Axis.ROW_COL)
+    factors = np.stack(
+        [output_factors(d, m, r, c, by_row=by_row) for d, m, r, c in zip(deltas, mask, row, col, strict=True)]
+    )
+    if axis is Axis.COL:
+        return row, col * factors[:, :1]
+    return row * (factors if by_row else factors.mean()), col
 
 
 def _with(components: Sequence[Component], base: Array, dtype: DType) -> tuple[Array, DType]:

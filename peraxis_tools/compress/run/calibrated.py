@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
 
-from peraxis_format import Axis, Calibration, Safetensors, __version__
+from peraxis_format import Axis, Calibration
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.calibration.generate import generate
 from peraxis_tools.compress.calibration.parts import Parts, partition
 from peraxis_tools.compress.distill.distill import DistillOptions, distill
 from peraxis_tools.compress.fit.adamw import ADAMW_EPOCHS
 from peraxis_tools.compress.fit.fit import AUTO_AXES, FitOptions
-from peraxis_tools.compress.fit.layerwise import Batch, LayerwiseCalibration
+from peraxis_tools.compress.fit.layerwise import LayerwiseCalibration
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.model.weights import Weights
 from peraxis_tools.compress.options import CompressOptions
@@ -28,6 +28,7 @@ from peraxis_tools.compress.plan.budget import is_open
 from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.plan.sensitivity import fisher_errors
 from peraxis_tools.compress.run.distributed import Processes
+from peraxis_tools.compress.run.inputs import batches_of, inputs_digest
 from peraxis_tools.compress.run.types import FittedModule, RunFit
 from peraxis_tools.compress.run.work_folder import WorkFolder
 from peraxis_tools.environment import (
@@ -40,9 +41,11 @@ from peraxis_tools.environment import (
 from peraxis_tools.errors import ToolError
 from peraxis_tools.parameter_names import NameMap, map_names
 from peraxis_tools.quiet import quiet_transformers
-from peraxis_tools.text import Ids, Samples, load_samples, unread_tokens
+from peraxis_tools.text import Samples, load_samples, unread_tokens
 
-__all__ = ["CalibratedFit", "batches_of"]
+__all__ = ["CalibratedFit"]
+
+_GENERATED: Final = 16
 
 Progress: TypeAlias = Callable[[str, int, int], None]  # (step, done, total)
 
@@ -173,7 +176,7 @@ def _open_run(
         text_column=options.text_column,
     )
     names = map_names(LayerwiseModel(config, dtype=dtype, device=device).model, fine_tuned.tensors)
-    digest = _inputs_digest(base.tensors, fine_tuned.tensors, text, options, device, dtype)
+    digest = inputs_digest(base.tensors, fine_tuned.tensors, text, options, device, dtype)
     work = WorkFolder(output, digest, resume=options.resume, is_main_process=processes.is_main_process)
     processes.barrier()
     run = _Run(
@@ -190,10 +193,20 @@ def _open_run(
         device=device,
         dtype=dtype,
     )
-    return _with_generated(run, tokenizer, options, progress) if options.generated_samples else run
+    count = _generated_count(run, options)
+    return _with_generated(run, count, options, progress) if count else run
 
 
-def _with_generated(run: _Run, tokenizer: Any, options: CompressOptions, progress: Progress) -> _Run:
+def _generated_count(run: _Run, options: CompressOptions) -> int:
+    """Samples that the model writes: as many as asked for, or some where it fits into memory as hidden states would."""
+    if options.generated_samples is not None:
+        return options.generated_samples
+    weights = sum(math.prod(module.shape) for module in run.plan.modules)
+    fits = weights * run.dtype.itemsize <= options.hidden_limit
+    return _GENERATED if fits and options.resolved_fit != "adamw" else 0
+
+
+def _with_generated(run: _Run, count: int, options: CompressOptions, progress: Progress) -> _Run:
     """The run with samples that the fine-tuned model writes; kept in the work folder."""
     length = run.samples.ids.shape[1]
     ids = run.work.load_array("generated")
@@ -203,8 +216,8 @@ def _with_generated(run: _Run, tokenizer: Any, options: CompressOptions, progres
         weights.fill_whole(teacher, weights.teacher)
         ids = generate(
             teacher,
-            tokenizer,
-            samples=options.generated_samples,
+            run.tokenizer,
+            samples=count,
             length=length,
             seed=options.seed,
             batch_size=4 * options.batch_size,
@@ -311,33 +324,3 @@ def _fit_options(options: CompressOptions, fit_samples: int) -> FitOptions:
         adamw_steps=ADAMW_EPOCHS * fit_samples if adamw else 0,
         rounds=options.refine_rounds,
     )
-
-
-def batches_of(fit: Ids, validation: Ids, size: int, device: torch.device) -> list[Batch]:
-    """Fit batches, then held-out ones."""
-    batches = []
-    for ids, validates in ((fit, False), (validation, True)):
-        for start in range(0, len(ids), size):
-            part = np.ascontiguousarray(ids[start : start + size])
-            batches.append(Batch(torch.from_numpy(part).to(device), validates))
-    return batches
-
-
-def _inputs_digest(
-    base: Safetensors,
-    fine_tuned: Safetensors,
-    samples: Samples,
-    options: CompressOptions,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> str:
-    """What a work folder is bound to: tensors (name, shape, place, size and time of their file), text, options, us."""
-    digest = hashlib.sha256()
-    for tensors in (base, fine_tuned):
-        for info in tensors.infos():
-            status = info.file.stat()
-            digest.update(
-                f"{info.name}|{info.dtype.value}|{info.shape}|{info.begin}|{status.st_size}|{status.st_mtime_ns}\n".encode()
-            )
-    digest.update(f"{__version__}|{samples.digest}|{options.canonical_json()}|{device.type}|{dtype}".encode())
-    return digest.hexdigest()

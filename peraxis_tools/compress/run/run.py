@@ -10,7 +10,6 @@ No torch before a fit needs it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,34 +17,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peraxis_format import (
-    Array,
-    BaseRef,
-    Component,
     DeltaWriter,
     Encoding,
     Manifest,
     ModuleDelta,
-    Safetensors,
-    ShapeError,
-    TensorInfo,
-    lossless_module,
-    raw_bytes,
 )
 from peraxis_format import open as open_delta
 from peraxis_tools.assets import LEFT_BEHIND, listed
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint, parse_identity
-from peraxis_tools.compress.fit.mean import mean_components
-from peraxis_tools.compress.options import AUTO, CompressOptions
+from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import spend
 from peraxis_tools.compress.plan.casts import with_casts
-from peraxis_tools.compress.plan.finite import check_finite, check_pair_finite
+from peraxis_tools.compress.plan.finite import check_pair_finite
 from peraxis_tools.compress.plan.pairing import check_pair, check_saving, named_as_base, tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
 from peraxis_tools.compress.plan.record import PLAN_KEY, REPORT_KEY, plan_text, report_text
 from peraxis_tools.compress.plan.size import foretold
-from peraxis_tools.compress.plan.unchanged import first_rows, is_unchanged, shared_rows
+from peraxis_tools.compress.run.module_delta import module_delta
 from peraxis_tools.compress.run.streamed import StreamedFit
-from peraxis_tools.compress.run.types import FittedModule, Fitting, ModuleReport, RunFit
+from peraxis_tools.compress.run.types import Fitting, ModuleReport, RunFit
 from peraxis_tools.notes import note
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_file
@@ -215,7 +205,7 @@ def _write(
         done, total = 0, planned.full_bytes
 
         def made(module: PlannedModule) -> tuple[ModuleDelta, ModuleReport | None]:
-            return _module_delta(module, base.tensors, fine_tuned.tensors, fit.modules.get(module.name), options)
+            return module_delta(module, base.tensors, fine_tuned.tensors, fit.modules.get(module.name), options)
 
         def held(module: PlannedModule) -> int:
             return BYTES_IN_FLIGHT_PER_TENSOR * fine_tuned.tensors[module.name].size
@@ -266,86 +256,4 @@ def _result(output: Path, manifest: Manifest, size: int, fit: RunFit, options: C
         calibration_samples=fit.calibration.samples if fit.calibration else 0,
         calibration_tokens=fit.tokens,
         unread_tokens=fit.unread_tokens,
-    )
-
-
-def _module_delta(
-    module: PlannedModule,
-    base: Safetensors,
-    fine_tuned: Safetensors,
-    fitted: FittedModule | None,
-    options: CompressOptions,
-) -> tuple[ModuleDelta, ModuleReport | None]:
-    """The module as it is stored, and what there is to report of it. Reads one tensor pair."""
-    tuned_array = fine_tuned.read(module.name)
-    if module.base_shape is None or module.base_dtype is None:
-        return _full(module, None, tuned_array), None
-    base_array = base.read(module.name)
-    ref = base_ref(base[module.name], base_array)
-    kept = shared_rows(module.shape, module.base_shape)
-    tail = tuned_array[kept:] if kept is not None and module.shape and kept < module.shape[0] else None
-    if kept is not None and is_unchanged(
-        first_rows(base_array, kept),
-        first_rows(tuned_array, kept),
-        base_dtype=module.base_dtype,
-        dtype=module.dtype,
-    ):
-        return _same(module, ref, tail), None
-    if module.encoding is Encoding.FULL:
-        if options.is_exact(module.name) or (options.exact == AUTO and (fitted is None or fitted.full is None)):
-            return lossless_module(module.name, tuned_array, module.dtype, old=base_array, base=ref, threads=1), None
-        whole = tuned_array if fitted is None or fitted.full is None else fitted.full
-        return _full(module, ref, whole), None if fitted is None else fitted.report
-    components: tuple[Component, ...] = ()
-    report = None
-    if fitted is not None:
-        components, report = fitted.components, fitted.report
-    elif module.encoding is Encoding.SIGN:
-        try:
-            components = mean_components(
-                base_array[:kept],
-                tuned_array[:kept],
-                base_dtype=module.base_dtype,
-                dtype=module.dtype,
-                axis=module.axis,
-                components=module.components,
-            )
-        except ShapeError:  # scales that are no numbers; the tensor and the index say more
-            check_finite(module, base_array, tuned_array, base.label, fine_tuned.label)
-            raise
-    encoding = Encoding.SIGN if components else Encoding.SAME
-    delta = ModuleDelta(
-        name=module.name,
-        shape=module.shape,
-        dtype=module.dtype,
-        encoding=encoding,
-        base=ref,
-        components=components,
-        tail=tail,
-    )
-    if options.exact == AUTO:
-        lossless = lossless_module(module.name, tuned_array, module.dtype, old=base_array, base=ref, threads=1)
-        if _stored_bytes(lossless) < _stored_bytes(delta):
-            return lossless, None
-    return delta, report
-
-
-def _stored_bytes(module: ModuleDelta) -> int:
-    return sum(array.nbytes for _, array in module.tensors())
-
-
-def base_ref(info: TensorInfo, array: Array) -> BaseRef:
-    """The reference to a base tensor, from its bytes in memory."""
-    return BaseRef(dtype=info.dtype, shape=info.shape, sha256=hashlib.sha256(raw_bytes(array)).hexdigest())
-
-
-def _full(module: PlannedModule, ref: BaseRef | None, array: Array) -> ModuleDelta:
-    return ModuleDelta(
-        name=module.name, shape=module.shape, dtype=module.dtype, encoding=Encoding.FULL, base=ref, full=array
-    )
-
-
-def _same(module: PlannedModule, ref: BaseRef, tail: Array | None) -> ModuleDelta:
-    return ModuleDelta(
-        name=module.name, shape=module.shape, dtype=module.dtype, encoding=Encoding.SAME, base=ref, tail=tail
     )

@@ -1,0 +1,54 @@
+"""peraxis in vLLM: start from base + delta, swap the whole model, serve many fine-tunes in one batch.
+
+    cold start      vllm serve BASE --load-format peraxis --model-loader-extra-config '{"delta": "legal.pxd"}'
+    live swap       VLLM_PLUGINS=peraxis vllm serve BASE --load-format peraxis \\
+                        --weight-transfer-config '{"backend": "peraxis"}'
+    one batch       vllm serve BASE --worker-cls peraxis_format.engines.vllm.worker.PeraxisWorker --enforce-eager \\
+                        --enable-lora --lora-modules legal=legal.pxd medical=medical.pxd
+
+vLLM finds the plug-in by its entry points, in every process. docs/engines.md says which way to take when. From Python:
+
+    from peraxis_format.engines.vllm import use
+
+    llm = LLM("BASE", load_format="peraxis", weight_transfer_config={"backend": "peraxis"})
+    use(llm, "legal.pxd");  use(llm, None)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["endpoints", "register", "remove", "use"]
+
+
+def register() -> None:
+    """The entry point `vllm.general_plugins`. May be called several times in one process."""
+    from peraxis_format.engines.vllm.layout import register_engine, register_loader
+    from peraxis_format.engines.vllm.loader import PeraxisModelLoader
+
+    register_loader("peraxis", PeraxisModelLoader)
+    register_engine("peraxis", "peraxis_format.engines.vllm.transfer", "PeraxisWeightTransferEngine")
+
+
+def endpoints() -> Any:
+    """The entry point `vllm.endpoint_plugins`: routes under /v1/peraxis, added where VLLM_PLUGINS names peraxis."""
+    from peraxis_format.engines.vllm.routes import PeraxisEndpoints
+
+    return PeraxisEndpoints()
+
+
+def use(llm: Any, delta: str | None) -> str:
+    """Make the whole model of an `LLM` a fine-tune, or the base again with None. Returns the weight version.
+
+    The first use of a delta stages it. Raises what the engine raises, which quotes the cause; the model is as before.
+    """
+    from peraxis_format.engines.vllm.offline import use as used
+
+    return used(llm, delta)
+
+
+def remove(llm: Any, delta: str) -> None:
+    """Let go of a delta that `use` staged, and that is not in use."""
+    from peraxis_format.engines.vllm.offline import remove as removed
+
+    removed(llm, delta)

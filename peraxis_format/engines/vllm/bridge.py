@@ -1,0 +1,107 @@
+"""What the plug-in needs of the loader beyond its public names; no other file here imports those."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peraxis_format.binding import check_base_bytes
+from peraxis_format.delta import Encoding, ModuleDelta
+from peraxis_format.errors import BindingError
+from peraxis_format.ops.backend import choose
+from peraxis_format.ops.rebuild import rebuild_tensor, reconstruct
+from peraxis_format.ops.rebuild.torch import ComponentTensors, Scratch, component_tensors
+from peraxis_format.ops.signed_matmul import signed_matmul
+from peraxis_format.ops.tensors import TORCH_DTYPES, storage_array
+from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.device import device_of
+from peraxis_format.torch.place.binding import agree, check_live
+from peraxis_format.torch.place.claims import claim, release
+from peraxis_format.torch.place.placement import place
+from peraxis_format.torch.place.shards import Placement
+from peraxis_format.torch.ring import Ring
+from peraxis_format.torch.swap.payload import check_pads
+
+__all__ = [
+    "ComponentTensors",
+    "Placement",
+    "Scratch",
+    "agree",
+    "check_base",
+    "check_pads",
+    "claim",
+    "component_tensors",
+    "fine_tuned",
+    "full_tensor",
+    "place",
+    "rebuild_backend",
+    "rebuild_tensor",
+    "release",
+    "signed_matmul",
+]
+
+_CHECK_BYTES: Final = 32 << 20  # of a ring buffer through which weights on a CUDA device are read to be hashed
+
+
+def rebuild_backend(weight: Tensor) -> str:
+    """Which backend rebuilds a weight: with numba that pays from fewer rows on."""
+    return choose("rebuild_tensor", weight.numel(), weight.device.type)
+
+
+def fine_tuned(base: Iterable[tuple[str, Tensor]], delta: DeltaFile) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the fine-tune, from the base checkpoint's stream and a delta: the bits of SPEC 6.
+
+    One tensor is in memory at a time. Base bytes and payload are held to their digests before they are used.
+    Raises BindingError for a base that lacks a tensor or has other bytes; PayloadError.
+    """
+    aliases: dict[str, list[str]] = {}
+    for name, alias in delta.manifest.tied:
+        aliases.setdefault(name, []).append(alias)
+    seen = set()
+    for name, tensor in base:
+        if name not in delta:
+            continue  # SPEC 3.7: the manifest names every tensor of the fine-tune
+        seen.add(name)
+        yield from _named(_rebuilt(delta, name, tensor), name, aliases)
+    for name in delta:
+        if name in seen:
+            continue
+        if delta.entry(name).base is not None:
+            raise BindingError("E402", "the base checkpoint has no such tensor", field=name)
+        yield from _named(_rebuilt(delta, name, None), name, aliases)
+
+
+def _named(tensor: Tensor, name: str, aliases: dict[str, list[str]]) -> Iterator[tuple[str, Tensor]]:
+    for each in (name, *aliases.get(name, ())):
+        yield each, tensor
+
+
+def _rebuilt(delta: DeltaFile, name: str, base: Tensor | None) -> Tensor:
+    entry = delta.entry(name)
+    array = None if base is None else storage_array(base.contiguous())
+    if array is not None and entry.base is not None:
+        check_base_bytes(entry, array)
+    module = delta.load(name)
+    return _as_tensor(reconstruct(module, None if entry.encoding is Encoding.FULL else array), module)
+
+
+def full_tensor(module: ModuleDelta) -> Tensor:
+    """The exact tensor of a `full` module, in memory of its own."""
+    return _as_tensor(np.array(module.full), module)
+
+
+def _as_tensor(array: Any, module: ModuleDelta) -> Tensor:
+    flat = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return flat.view(TORCH_DTYPES[module.dtype]).view(module.shape)
+
+
+def check_base(delta: DeltaFile, placement: Placement, *, group: Any) -> None:
+    """The live weights have the bytes of the delta's base, on every rank. Raises BindingError (E404) on all of them."""
+    ring = Ring(device_of(placement))
+    if ring.device.staged:
+        ring.reserve(_CHECK_BYTES)
+    check_live(delta.manifest, placement, ring=ring, group=group)

@@ -1,0 +1,307 @@
+"""Everything that knows vLLM's names: its classes, and where the tensors of a checkpoint lie in its layers.
+
+    vLLM layer                    checkpoint tensor                          piece of rank r of n
+    QKVParallelLinear             q_proj, k_proj, v_proj, or one fused       heads; k and v heads may be repeated
+    MergedColumnParallelLinear    gate_proj, up_proj, or one fused           rows [r, r + 1) / n of each
+    ColumnParallelLinear          itself                                     rows [r, r + 1) / n
+    RowParallelLinear             itself                                     columns [r, r + 1) / n; the bias whole
+    VocabParallelEmbedding        itself, without the padding rows           rows of the vocabulary
+    any other layer               itself                                     whole
+
+Names are looked up when this module is imported. One that is missing is a LiveModelError which says so in one sentence.
+Checked against vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Final, TypeAlias
+
+from torch import Tensor, nn
+
+from peraxis_format.errors import LiveModelError
+from peraxis_format.manifest import Manifest
+from peraxis_format.torch import FUSED, ShardView
+
+__all__ = [
+    "DefaultModelLoader",
+    "LinearBase",
+    "ParallelLMHead",
+    "Placed",
+    "VocabParallelEmbedding",
+    "WeightTransferEngine",
+    "WeightTransferInitInfo",
+    "WeightTransferUpdateInfo",
+    "adapter_not_found",
+    "all_reduce",
+    "init_request",
+    "is_cpu",
+    "is_eager",
+    "keep_unpacked",
+    "placed_tensors",
+    "plain_tensors",
+    "register_engine",
+    "refuse_uncovered",
+    "register_loader",
+    "repack",
+    "tensor_group",
+    "update_request",
+    "views",
+    "worker_class",
+]
+
+_TESTED: Final = "0.32"
+_UNPACKED_FLAG: Final = "_cpu_skip_gemm_dispatch"
+
+
+def _name(module: str, name: str) -> Any:
+    """`vllm.<module>.<name>`. Raises LiveModelError where this vLLM has none."""
+    try:
+        return getattr(import_module(f"vllm.{module}"), name)
+    except (ImportError, AttributeError):
+        version = getattr(import_module("vllm"), "__version__", "of an unknown version")
+        raise LiveModelError(
+            f"vLLM {version} has no vllm.{module}.{name}, which peraxis needs; use vLLM {_TESTED}"
+        ) from None
+
+
+_LINEAR: Final = "model_executor.layers.linear"
+_VOCAB: Final = "model_executor.layers.vocab_parallel_embedding"
+_TRANSFER: Final = "distributed.weight_transfer.base"
+
+DefaultModelLoader: Any = _name("model_executor.model_loader.default_loader", "DefaultModelLoader")
+LinearBase: Any = _name(_LINEAR, "LinearBase")
+VocabParallelEmbedding: Any = _name(_VOCAB, "VocabParallelEmbedding")
+ParallelLMHead: Any = _name(_VOCAB, "ParallelLMHead")
+WeightTransferEngine: Any = _name(_TRANSFER, "WeightTransferEngine")
+WeightTransferInitInfo: Any = _name(_TRANSFER, "WeightTransferInitInfo")
+WeightTransferUpdateInfo: Any = _name(_TRANSFER, "WeightTransferUpdateInfo")
+_Column: Any = _name(_LINEAR, "ColumnParallelLinear")
+_Merged: Any = _name(_LINEAR, "MergedColumnParallelLinear")
+_QKV: Any = _name(_LINEAR, "QKVParallelLinear")
+_Row: Any = _name(_LINEAR, "RowParallelLinear")
+_platform: Any = _name("platforms", "current_platform")
+_tensor_group: Any = _name("distributed.parallel_state", "get_tp_group")
+_all_reduce: Any = _name("distributed", "tensor_model_parallel_all_reduce")
+
+
+# --- the engine's own hooks ------------------------------------------------------------------------------
+
+
+def register_loader(load_format: str, loader: Any) -> None:
+    """Make `--load-format <load_format>` use a loader. Doing it again changes nothing."""
+    known = _name("model_executor.model_loader", "_LOAD_FORMAT_TO_MODEL_LOADER")
+    if load_format not in known:
+        _name("model_executor.model_loader", "register_model_loader")(load_format)(loader)
+
+
+def register_engine(backend: str, module: str, name: str) -> None:
+    """Make `--weight-transfer-config '{"backend": ...}'` use an engine. Doing it again changes nothing."""
+    factory = _name("distributed.weight_transfer.factory", "WeightTransferEngineFactory")
+    if backend not in factory._registry:
+        factory.register_engine(backend, module, name)
+
+
+def init_request(info: dict[str, Any]) -> Any:
+    """The argument of AsyncLLM.init_weight_transfer_engine."""
+    return _name(_TRANSFER, "WeightTransferInitRequest")(init_info=info)
+
+
+def update_request(info: dict[str, Any]) -> Any:
+    """The argument of AsyncLLM.update_weights."""
+    return _name(_TRANSFER, "WeightTransferUpdateRequest")(update_info=info)
+
+
+def adapter_not_found(name: str, path: str) -> Exception:
+    """The error that vLLM's server answers with 404."""
+    error: Exception = _name("exceptions", "LoRAAdapterNotFoundError")(name, path)
+    return error
+
+
+def worker_class() -> Any:
+    """The worker of this platform: CPU or CUDA."""
+    return _name("v1.worker.cpu_worker", "CPUWorker") if is_cpu() else _name("v1.worker.gpu_worker", "Worker")
+
+
+def is_cpu() -> bool:
+    """Whether this vLLM runs on the CPU."""
+    return bool(_platform.is_cpu())
+
+
+def is_eager(config: Any) -> bool:
+    """Whether a VllmConfig runs the model's Python code at each step, without compiling or capturing it."""
+    return bool(config.model_config.enforce_eager)
+
+
+def tensor_group() -> tuple[Any, int]:
+    """The torch.distributed group of the tensor-parallel ranks, and their number."""
+    group = _tensor_group()
+    return group.device_group, group.world_size
+
+
+def all_reduce(value: Tensor) -> Tensor:
+    """The sum over the tensor-parallel ranks."""
+    reduced: Tensor = _all_reduce(value)
+    return reduced
+
+
+# --- the CPU's packed weights ----------------------------------------------------------------------------
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Before loading: linears on the CPU keep `weight` and multiply with it.
+
+    By default vLLM packs it for oneDNN, multiplies with the packed copy and empties `weight`. An embedding keeps its
+    weight anyway. Multiplying is slower this way: 1.2 times at 64 rows, 1.9 to 2.5 times at one.
+    """
+    if not is_cpu():
+        return
+    method = _name(_LINEAR, "UnquantizedLinearMethod").process_weights_after_loading
+    if _UNPACKED_FLAG not in method.__code__.co_consts:
+        raise LiveModelError(f"this vLLM packs linear weights on the CPU whatever is asked for; use vLLM {_TESTED}")
+    for module in model.modules():
+        if isinstance(module, LinearBase):
+            setattr(module, _UNPACKED_FLAG, True)
+
+
+def repack(model: nn.Module) -> None:
+    """After weights were written: make the packed copies that lm_head on the CPU multiplies with again."""
+    if is_cpu():
+        for module in model.modules():
+            if isinstance(module, VocabParallelEmbedding):
+                module.quant_method.process_weights_after_loading(module)
+
+
+# --- where checkpoint tensors lie ------------------------------------------------------------------------
+
+_Box: TypeAlias = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placed:
+    """A piece of a checkpoint tensor in a layer of this rank.
+
+    box: of the checkpoint tensor. rows: [begin, end) of the layer's parameter that hold it.
+    """
+
+    module: nn.Module
+    parameter: str
+    rows: tuple[int, int]
+    box: _Box
+
+    @property
+    def view(self) -> Tensor:
+        """The live storage, as a plain tensor of the box's shape."""
+        tensor = plain(getattr(self.module, self.parameter))
+        return tensor[self.rows[0] : self.rows[1]] if tensor.ndim else tensor
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same storage without vLLM's parameter class."""
+    return tensor.detach().as_subclass(Tensor)
+
+
+def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter under each of its names, as plain tensors."""
+    return {name: plain(tensor) for name, tensor in model.named_parameters(remove_duplicate=False)}
+
+
+def views(model: nn.Module, manifest: Manifest) -> dict[str, tuple[ShardView, ...]]:
+    """For each name in a manifest the live storages of this rank; names that the model lacks are left out."""
+    found = placed_tensors(model, manifest)
+    return {name: tuple(ShardView(p.box, p.view) for p in places) for name, places in found.items()}
+
+
+def placed_tensors(model: nn.Module, manifest: Manifest) -> dict[str, tuple[Placed, ...]]:
+    """For each name in a manifest its pieces in the layers of this rank; names that the model lacks are left out."""
+    live: dict[str, list[Placed]] = {}
+    packed = getattr(model, "packed_modules_mapping", None) or FUSED
+    for owner, module in model.named_modules():
+        for name, piece in _pieces(owner, module, packed):
+            live.setdefault(name, []).append(piece)
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    rename = (lambda name: name) if mapper is None else mapper.get_rename_mapper().map_name
+    names = [*(entry.name for entry in manifest.modules), *(alias for _, alias in manifest.tied)]
+    found = {name: live.get(rename(name) or "") for name in names}
+    return {name: tuple(pieces) for name, pieces in found.items() if pieces}
+
+
+def refuse_uncovered(model: nn.Module, manifest: Manifest) -> None:
+    """Raises LiveModelError where a linear, an embedding or lm_head holds a tensor that the fine-tune does not have.
+
+    SPEC 3.7: a manifest names every tensor, so the layer would go on with the base's weights.
+    """
+    pieces = [piece for found in placed_tensors(model, manifest).values() for piece in found]
+    covered = {getattr(piece.module, piece.parameter).data_ptr() for piece in pieces}
+    for owner, module in model.named_modules():
+        if not isinstance(module, LinearBase | VocabParallelEmbedding):
+            continue
+        for parameter, tensor in module._parameters.items():
+            if tensor is not None and tensor.numel() and tensor.data_ptr() not in covered:
+                raise LiveModelError(f"the fine-tune has nothing for {owner}.{parameter}, which the model uses")
+
+
+def _pieces(owner: str, module: nn.Module, packed: Any) -> Iterator[tuple[str, Placed]]:
+    """(name, piece) for each checkpoint tensor that lies in a layer's own parameters."""
+    for parameter, tensor in module._parameters.items():
+        if tensor is None or not tensor.numel():
+            continue
+        prefix, _, word = owner.rpartition(".")
+        members = list(packed.get(word, ())) if isinstance(module, _QKV | _Merged) else []
+        segments = _segments(module, tensor)
+        if len(members) != len(segments):
+            name, at = f"{owner}.{parameter}" if owner else parameter, 0
+            for full, begin, rows in segments:
+                yield name, Placed(module, parameter, rows, _box(module, parameter, tensor, at + begin, rows))
+                at += full
+            continue
+        for member, (_, begin, rows) in zip(members, segments, strict=True):
+            name = f"{prefix}.{member}.{parameter}" if prefix else f"{member}.{parameter}"
+            yield name, Placed(module, parameter, rows, _box(module, parameter, tensor, begin, rows))
+
+
+_Segment: TypeAlias = tuple[int, int, tuple[int, int]]  # rows in the checkpoint, first row here, rows of the parameter
+
+
+def _segments(module: Any, tensor: Tensor) -> list[_Segment]:
+    """The stretches of rows of a layer's parameter, in order."""
+    rank = int(getattr(module, "tp_rank", 0))
+    count = tensor.shape[0] if tensor.ndim else 1
+    if isinstance(module, VocabParallelEmbedding):
+        indices = module.shard_indices
+        begin, end = int(indices.org_vocab_start_index), int(indices.org_vocab_end_index)
+        return [(end, begin, (0, end - begin))]
+    if isinstance(module, _QKV):
+        key_rank = rank // module.num_kv_head_replicas
+        sizes = [
+            (module.total_num_heads, module.num_heads, module.head_size, rank),
+            (module.total_num_kv_heads, module.num_kv_heads, module.head_size, key_rank),
+            (module.total_num_kv_heads, module.num_kv_heads, module.v_head_size, key_rank),
+        ]
+        return _stacked([(total * size, own * size, at) for total, own, size, at in sizes])
+    if isinstance(module, _Merged):
+        return _stacked([(size, size // module.tp_size, rank) for size in module.output_sizes])
+    if isinstance(module, _Column):
+        return [(module.output_size, rank * count, (0, count))]
+    return [(count, 0, (0, count))]
+
+
+def _stacked(sizes: Sequence[tuple[int, int, int]]) -> list[_Segment]:
+    """Segments one below the other, from (rows in the checkpoint, rows here, which piece)."""
+    found, at = [], 0
+    for full, own, piece in sizes:
+        found.append((full, piece * own, (at, at + own)))
+        at += own
+    return found
+
+
+def _box(module: Any, parameter: str, tensor: Tensor, begin: int, rows: tuple[int, int]) -> _Box:
+    if not tensor.ndim:
+        return ()
+    rest = [(0, size) for size in tensor.shape[1:]]
+    if isinstance(module, _Row) and parameter == "weight":
+        width = tensor.shape[1]
+        rest[0] = (module.tp_rank * width, (module.tp_rank + 1) * width)
+    return ((begin, begin + rows[1] - rows[0]), *rest)

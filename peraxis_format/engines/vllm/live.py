@@ -1,0 +1,88 @@
+"""The variants of a live vLLM model on one rank: stage, swap, forget. All ranks do the same, or all fail.
+
+A swap rebuilds weights into the storage that the layers hold, from a pristine copy of the base, and then lets vLLM pack
+again what it multiplies with. The scheduler has to be paused and the prefix cache reset: transfer.py, routes.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from peraxis_format.engines.vllm.layout import plain_tensors, refuse_uncovered, repack, tensor_group, views
+from peraxis_format.engines.vllm.loader import check_assets
+from peraxis_format.engines.vllm.source import open_delta
+from peraxis_format.errors import LiveModelError
+from peraxis_format.manifest import Manifest
+from peraxis_format.torch import Swap, Variant, VariantSwitch
+
+__all__ = ["LiveModel"]
+
+
+class LiveModel:
+    """The variants of one rank's model. checks_assets: refuse a fine-tune with another tokenizer or configuration."""
+
+    def __init__(self, model: nn.Module, model_config: Any, *, checks_assets: bool = True) -> None:
+        self._model = model
+        self._model_config = model_config
+        self._checks_assets = checks_assets
+        group, count = tensor_group()
+        self._group = group if count > 1 else None
+        self._switch: VariantSwitch | None = None
+        self._names: tuple[str, ...] = ()
+
+    @property
+    def current(self) -> str | None:
+        """The variant that the model is now; None: the base."""
+        return None if self._switch is None else self._switch.current
+
+    def add(self, name: str, source: str) -> Variant:
+        """Check a delta and its base, and stage it. The model is not changed.
+
+        The first one makes a copy of the weights that variants change. Raises LiveModelError, PxdError, OSError.
+        """
+        with open_delta(source, group=self._group) as file:
+            if self._checks_assets:
+                check_assets(file, self._model_config)
+            refuse_uncovered(self._model, file.manifest)
+            switch = self._switch_for(file.manifest)
+            return switch.add(name, file)
+
+    def use(self, name: str | None) -> Swap | None:
+        """Make the model a variant, or the base. None where there was nothing to do: no variant was ever staged.
+
+        Raises SwapError: the model is then what it was. LiveModelError for an unknown name.
+        """
+        if self._switch is None:
+            if name is not None:
+                raise LiveModelError(f"no variant {name!r} is staged; add it first")
+            return None
+        try:
+            return self._switch.use(name)
+        finally:
+            repack(self._model)
+
+    def remove(self, name: str) -> None:
+        """Forget a variant. Raises LiveModelError for the one in use, and for an unknown one."""
+        if self._switch is None:
+            raise LiveModelError(f"no variant {name!r} is staged")
+        self._switch.remove(name)
+
+    def close(self) -> None:
+        """Let go of everything; the weights stay as they are."""
+        if self._switch is not None:
+            self._switch.close()
+            self._switch = None
+
+    def _switch_for(self, manifest: Manifest) -> VariantSwitch:
+        names = tuple(entry.name for entry in manifest.modules)
+        if self._switch is None:
+            self._switch = VariantSwitch(
+                plain_tensors(self._model), guard=False, views=views(self._model, manifest), group=self._group
+            )
+            self._names = names
+        elif not set(names) <= set(self._names):
+            extra = next(name for name in names if name not in self._names)
+            raise LiveModelError(f"{extra}: the variants that are staged have no such tensor; restart the server")
+        return self._switch

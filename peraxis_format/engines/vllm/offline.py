@@ -1,0 +1,40 @@
+"""Swaps of an offline `LLM`, each in one call."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+from peraxis_format.engines.vllm.source import open_delta
+from peraxis_format.errors import LiveModelError
+
+__all__ = ["BASE_VERSION", "remove", "use"]
+
+BASE_VERSION: Final = "base"
+_STAGED: Final[WeakKeyDictionary[Any, dict[str, str]]] = WeakKeyDictionary()  # LLM -> delta -> content ID
+
+
+def use(llm: Any, delta: str | None) -> str:
+    """See peraxis_format.engines.vllm.use."""
+    staged = _STAGED.setdefault(llm, {})
+    if delta is not None and delta not in staged:
+        with open_delta(delta) as file:
+            content_id = file.content_id
+        llm.init_weight_transfer_engine({"init_info": {"add": {delta: delta}}})
+        staged[delta] = content_id
+    version = BASE_VERSION if delta is None else staged[delta]
+    llm.start_weight_update()
+    llm.update_weights({"update_info": {"variant": delta}})
+    llm.finish_weight_update(weight_version=version)
+    if not llm.reset_prefix_cache():
+        raise LiveModelError("the prefix cache is held by running requests; finish them before the next `generate`")
+    return version
+
+
+def remove(llm: Any, delta: str) -> None:
+    """See peraxis_format.engines.vllm.remove."""
+    staged = _STAGED.get(llm, {})
+    if delta not in staged:
+        raise LiveModelError(f"{delta}: not staged; `use` stages it")
+    llm.init_weight_transfer_engine({"init_info": {"remove": [delta]}})
+    del staged[delta]

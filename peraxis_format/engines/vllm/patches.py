@@ -1,0 +1,140 @@
+"""What one variant changes in one layer, and the arithmetic of the rows that want it.
+
+    few rows      y = y_base + sum over k of row_k o ((x o col_k) B_k^T)       binary32, rounded once onto y_base
+    many, exact   y = x W_v^T, W_v rebuilt a block at a time: the merged weights' values
+
+The base product y_base is computed once for all rows of a batch, by the layer's own method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from peraxis_format.bits import pack_signs, unpack_signs
+from peraxis_format.delta import ModuleDelta
+from peraxis_format.engines.vllm.bridge import (
+    ComponentTensors,
+    Scratch,
+    component_tensors,
+    full_tensor,
+    rebuild_tensor,
+    signed_matmul,
+)
+
+__all__ = ["LayerPatch", "Patch", "add_terms", "embedded", "merged_linear", "merged_parameter", "patch_of"]
+
+_BLOCK_WEIGHTS: Final = 1 << 23  # that are rebuilt at a time
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Patch:
+    """Rows [begin, end) of a parameter on this rank: components, or the exact tensor."""
+
+    begin: int
+    end: int
+    factors: tuple[ComponentTensors, ...] = ()
+    full: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        tensors = [t for f in self.factors for t in (f.mask, f.row, f.col)]
+        return sum(t.nbytes for t in tensors) + (0 if self.full is None else self.full.nbytes)
+
+    def to(self, device: torch.device) -> Patch:
+        """The same in another memory; itself where it is there already."""
+        factors = tuple(
+            ComponentTensors(f.mask.to(device), f.row.to(device), f.col.to(device), f.plain) for f in self.factors
+        )
+        return Patch(self.begin, self.end, factors, None if self.full is None else self.full.to(device))
+
+
+LayerPatch = Mapping[str, Sequence[Patch]]
+"""Parameter -> the patches of one variant, in the order of their rows."""
+
+
+def patch_of(module: ModuleDelta, box: Sequence[tuple[int, int]], rows: tuple[int, int]) -> Patch:
+    """The patch for a box of a module (this rank's piece), in memory of its own. rows: of the live parameter."""
+    index = tuple(slice(begin, end) for begin, end in box)
+    if module.full is not None:
+        return Patch(*rows, full=full_tensor(module)[index].clone())
+    (factors,) = component_tensors(module, torch.device("cpu"))
+    return Patch(*rows, factors=tuple(_sliced(f, index[0], box[1]) for f in factors))
+
+
+def _sliced(factors: ComponentTensors, rows: slice, columns: tuple[int, int]) -> ComponentTensors:
+    begin, end = columns
+    mask = factors.mask[rows]
+    if (begin, end) != (0, len(factors.col)):
+        signs = unpack_signs(mask.numpy(), len(factors.col))
+        mask = torch.from_numpy(pack_signs(np.ascontiguousarray(signs[:, begin:end])))
+    return ComponentTensors(mask.clone(), factors.row[rows].clone(), factors.col[begin:end].clone(), factors.plain)
+
+
+def add_terms(y: Tensor, x: Tensor, groups: Sequence[tuple[Tensor | slice, Sequence[Patch]]]) -> None:
+    """y[rows] += x[rows] times the components of each group. x: [rows, d_in]; y: [rows, d_out], rounded once."""
+    totals, products = [], []
+    for rows, patches in groups:
+        part = x[rows]
+        total = torch.zeros(len(part), y.shape[1], device=y.device)
+        totals.append((rows, total))
+        products += [(part, p.factors, total[:, p.begin : p.end]) for p in patches if p.factors]
+    signed_matmul(products)
+    for rows, total in totals:
+        y[rows] = total.add_(y[rows]).to(y.dtype)
+
+
+def merged_linear(x: Tensor, weight: Tensor, patches: Sequence[Patch], bias: Tensor | None, scratch: Scratch) -> Tensor:
+    """x times the merged weights. x: [rows, d_in]. Returns [rows, weight's rows], in x's dtype."""
+    merged = merged_rows(weight, patches, scratch)
+    return functional.linear(x, merged, bias)
+
+
+def merged_rows(weight: Tensor, patches: Sequence[Patch], scratch: Scratch) -> Tensor:
+    """The merged weight [d_out, d_in]; on the CPU in a buffer that the next call overwrites."""
+    whole = len(patches) == 1 and patches[0].full is not None and len(patches[0].full) == len(weight)
+    if whole and patches[0].full is not None:
+        return patches[0].full
+    out = scratch.rows(len(weight), weight) if weight.device.type == "cpu" else torch.empty_like(weight)
+    if sum(patch.end - patch.begin for patch in patches) < len(weight):
+        out.copy_(weight)
+    for patch in patches:
+        rows = slice(patch.begin, patch.end)
+        if patch.full is not None:
+            out[rows] = patch.full
+        else:
+            rebuild_tensor(weight[rows], patch.factors, out=out[rows])
+    return out
+
+
+def merged_parameter(tensor: Tensor, patches: Sequence[Patch]) -> Tensor:
+    """A small parameter (a norm's weight, a bias) with its patches, as a new tensor."""
+    out = tensor.detach().clone()
+    for patch in patches:
+        if patch.full is not None:
+            out[patch.begin : patch.end] = patch.full
+        else:
+            out[patch.begin : patch.end] = rebuild_tensor(out[patch.begin : patch.end].clone(), patch.factors)
+    return out
+
+
+def embedded(ids: Tensor, weight: Tensor, patches: Sequence[Patch]) -> Tensor:
+    """Rows of the merged table. ids: int64 [rows], of this rank's rows. Returns [rows, width]."""
+    unique, inverse = torch.unique(ids, return_inverse=True)
+    table = weight[unique]
+    for patch in patches:
+        mine = (unique >= patch.begin) & (unique < patch.end)
+        local = unique[mine] - patch.begin
+        if patch.full is not None:
+            table[mine] = patch.full[local]
+        else:
+            components = [component.part(local) for component in patch.factors]
+            table[mine] = rebuild_tensor(weight[patch.begin : patch.end][local], components)
+    return table[inverse]

@@ -1,0 +1,213 @@
+"""Variants of one rank, by vLLM's adapter ids: loaded once, kept by use, read again from their files when evicted.
+
+    resident    in the memory of the model's device      at most `resident`, those of the step among them
+    host        in host memory                            at most `host`
+    file        open, so that it can be read again whatever happens to its name
+
+On the CPU resident and host are the same memory, and only `host` counts. An evicted variant is read from its file with
+all its digests checked. Names stay until they are removed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from peraxis_format.delta import Encoding
+from peraxis_format.engines.vllm.bridge import Placement, check_base, check_pads, claim, place, release
+from peraxis_format.engines.vllm.layers import Variant
+from peraxis_format.engines.vllm.layout import (
+    LinearBase,
+    VocabParallelEmbedding,
+    placed_tensors,
+    plain_tensors,
+    refuse_uncovered,
+    tensor_group,
+    views,
+)
+from peraxis_format.engines.vllm.loader import check_assets
+from peraxis_format.engines.vllm.patches import LayerPatch, Patch, patch_of
+from peraxis_format.engines.vllm.source import open_delta
+from peraxis_format.errors import LiveModelError
+from peraxis_format.reader import DeltaFile
+
+__all__ = ["Counters", "VariantStore"]
+
+_CLAIMED: Final = "variants are served over these weights; swap the model in a server of its own"
+
+
+@dataclass(slots=True)
+class Counters:
+    """How often variants were read from their files, and moved out of memory."""
+
+    reads: int = 0
+    evictions: int = 0
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class VariantStore:
+    """Variants by adapter id. resident, host: how many may be in device and in host memory."""
+
+    model: nn.Module
+    model_config: Any
+    device: torch.device
+    resident: int
+    host: int
+    checks_assets: bool = True
+    counters: Counters = field(default_factory=Counters)
+    _files: dict[int, tuple[str, DeltaFile]] = field(default_factory=dict)
+    _host: OrderedDict[int, Variant] = field(default_factory=OrderedDict)
+    _resident: OrderedDict[int, Variant] = field(default_factory=OrderedDict)
+    _pinned: set[int] = field(default_factory=set)
+
+    def ids(self) -> set[int]:
+        """The adapter ids that are known."""
+        return set(self._files)
+
+    def add(self, number: int, name: str, source: str, *, replace: bool = False) -> bool:
+        """Check a delta and its base, and load it. Returns whether it was new.
+
+        Raises LiveModelError, PxdError, CheckpointError, OSError, on every rank alike; what was there is then kept.
+        """
+        if number in self._files and not replace:
+            self.get(number)
+            return False
+        group, count = tensor_group()
+        file = open_delta(source, group=group if count > 1 else None)
+        try:
+            if self.checks_assets:
+                check_assets(file, self.model_config)
+            refuse_uncovered(self.model, file.manifest)
+            placement = place(plain_tensors(self.model), file.manifest, views=views(self.model, file.manifest))
+            claim((part.view for parts in placement.values() for part in parts), self, _CLAIMED)
+            check_base(file, placement, group=group if count > 1 else None)
+            variant = self._read(name, file, placement)
+        except BaseException:
+            file.close()
+            raise
+        self.remove(number)
+        self._files[number] = name, file
+        self._keep(number, variant)
+        return True
+
+    def get(self, number: int) -> Variant:
+        """A variant in device memory, now the most recently used."""
+        if number in self._resident:
+            self._resident.move_to_end(number)
+            self._host.move_to_end(number)
+            return self._resident[number]
+        variant = self._host.get(number)
+        if variant is None:
+            name, file = self._files[number]
+            variant = self._read(name, file, None)
+        self._keep(number, variant)
+        return self._resident[number]
+
+    def step(self, numbers: Iterable[int]) -> dict[int, Variant]:
+        """The variants of a step, all of them resident. Raises LiveModelError for more than there is room for."""
+        wanted = sorted(set(numbers))
+        if len(wanted) > max(self.resident, 1):
+            raise LiveModelError(f"{len(wanted)} variants in one step, but --max-loras is {self.resident}")
+        # The known ones are touched first, so that reading others again does not evict them.
+        for number in wanted:
+            if number in self._resident:
+                self.get(number)
+        return {number: self.get(number) for number in wanted}
+
+    def pin(self, number: int) -> bool:
+        """Never evict a variant. Returns whether it is known."""
+        if number in self._files:
+            self._pinned.add(number)
+        return number in self._files
+
+    def remove(self, number: int) -> bool:
+        """Forget a variant. Returns whether it was known."""
+        for kept in (self._host, self._resident):
+            kept.pop(number, None)
+        self._pinned.discard(number)
+        known = self._files.pop(number, None)
+        if known is not None:
+            known[1].close()
+        return known is not None
+
+    def close(self) -> None:
+        """Forget all of them."""
+        for number in list(self._files):
+            self.remove(number)
+        release(self)
+
+    def _keep(self, number: int, variant: Variant) -> None:
+        self._host[number] = variant
+        self._host.move_to_end(number)
+        self._resident[number] = variant if self.device.type == "cpu" else _moved(variant, self.device)
+        self._resident.move_to_end(number)
+        on_cpu = self.device.type == "cpu"
+        self._evict(self._resident, max(self.host if on_cpu else self.resident, 1), number)
+        self._evict(self._host, max(self.host, 1), number)
+        if on_cpu:
+            for each in list(self._resident):
+                if each not in self._host:
+                    del self._resident[each]
+
+    def _evict(self, kept: OrderedDict[int, Variant], most: int, newest: int) -> None:
+        for number in list(kept):
+            if len(kept) <= most:
+                return
+            if number not in self._pinned and number != newest:
+                del kept[number]
+                self.counters.evictions += 1
+
+    def _read(self, name: str, file: DeltaFile, placement: Placement | None) -> Variant:
+        """Bring a file's payload to the layers, all digests checked. placement: None where it was checked before."""
+        self.counters.reads += 1
+        if placement is not None:
+            check_pads(file)
+        owners = _owners(self.model)
+        layers: dict[nn.Module, dict[str, list[Patch]]] = {}
+        for entry, pieces in placed_tensors(self.model, file.manifest).items():
+            if entry not in file or file.entry(entry).encoding is Encoding.SAME:
+                continue
+            module = file.load(entry)
+            for piece in pieces:
+                patch = patch_of(module, piece.box, piece.rows)
+                tensor = getattr(piece.module, piece.parameter)
+                for layer, parameter in owners[tensor.data_ptr()]:
+                    _refuse_layer(layer, parameter, entry, tensor.ndim)
+                    layers.setdefault(layer, {}).setdefault(parameter, []).append(patch)
+        return Variant(name, file.content_id, layers)
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Storage -> the layers that hold it; tied layers are several."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None and tensor.numel():
+                found.setdefault(tensor.data_ptr(), []).append((module, name))
+    return found
+
+
+def _refuse_layer(layer: Any, parameter: str, name: str, dimensions: int) -> None:
+    kind = type(layer).__name__
+    if isinstance(layer, LinearBase | VocabParallelEmbedding):
+        if parameter == "bias" and getattr(layer, "skip_bias_add", False):
+            raise LiveModelError(f"{name}: {kind} hands its bias on unadded; serve this fine-tune with a live swap")
+        if parameter not in ("weight", "bias"):
+            raise LiveModelError(f"{name}: {kind} keeps it as {parameter}, which variants cannot change")
+    elif dimensions > 1:
+        raise LiveModelError(f"{name}: {kind} cannot be mixed in one batch; serve this fine-tune with a live swap")
+
+
+def _moved(variant: Variant, device: torch.device) -> Variant:
+    moved: dict[int, Patch] = {}
+    layers: dict[nn.Module, LayerPatch] = {}
+    for layer, parameters in variant.layers.items():
+        layers[layer] = {
+            name: [moved.setdefault(id(p), p.to(device)) for p in patches] for name, patches in parameters.items()
+        }
+    return Variant(variant.name, variant.content_id, layers)

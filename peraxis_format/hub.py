@@ -1,0 +1,102 @@
+"""Deltas by name: a path, `hf://org/repo[/file.pxd][@revision]`, or a repository, `org/repo[@revision]`.
+
+A repository without a file name stands for the one .pxd in it. Files come through huggingface_hub and its cache: a file
+that was fetched once is there without a network (HF_HUB_OFFLINE=1). Nothing here trusts its bytes: the checks of SPEC 8
+follow as for any file. Needs huggingface_hub, which is imported when a name has to be looked up.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from peraxis_format.errors import CheckpointError
+
+__all__ = ["HubName", "hub_file", "hub_name", "hub_path"]
+
+_WORD: Final = r"[A-Za-z0-9][\w.-]*"
+_ID: Final = re.compile(rf"(?P<repository>{_WORD}/{_WORD})(@(?P<revision>[\w./-]+))?")
+_URL: Final = re.compile(
+    rf"hf://(?P<repository>{_WORD}/{_WORD})(@(?P<before>[^/@]+))?(/(?P<file>[^@]+))?(@(?P<after>[^@]+))?"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubName:
+    """One delta on the hub. file: a path in the repository; None: its one .pxd. revision: branch, tag or commit."""
+
+    repository: str
+    file: str | None = None
+    revision: str | None = None
+
+
+def hub_name(source: str | os.PathLike[str]) -> HubName | None:
+    """What a name says about the hub; None for a path and for any other URL.
+
+    What exists on disk is never looked up on the hub, and a name that ends in .pxd is a path.
+    Raises CheckpointError for a malformed hf:// name.
+    """
+    text = str(source) if isinstance(source, str) else os.fspath(source)
+    if text.startswith(("hf://datasets/", "hf://spaces/")):
+        return None  # left to fsspec, as any other URL
+    if text.startswith("hf://"):
+        found = _URL.fullmatch(text)
+        if found is None or (found["before"] and found["after"]):
+            raise CheckpointError(f"{text}: malformed; write hf://org/repo/file.pxd or hf://org/repo@revision/file.pxd")
+        revision = (found["before"] or found["after"] or "").replace("%2F", "/") or None
+        return HubName(repository=found["repository"], file=found["file"], revision=revision)
+    found = _ID.fullmatch(text)
+    if found is None or text.endswith(".pxd") or os.path.exists(text):
+        return None
+    return HubName(repository=found["repository"], revision=found["revision"])
+
+
+def hub_path(source: str | os.PathLike[str]) -> Path:
+    """The local path of a delta: itself, or its place in the hub's cache. Raises CheckpointError."""
+    name = hub_name(source)
+    return Path(source) if name is None else hub_file(name)
+
+
+def hub_file(name: HubName) -> Path:
+    """The place of a delta in the hub's cache, fetched where it is not there yet.
+
+    Raises CheckpointError: no such repository, several files, no network and nothing in the cache.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError:
+        raise CheckpointError(f"{name.repository}: needs huggingface_hub; install it, or pass a path") from None
+    try:
+        file = name.file or _only_delta(name)
+        return Path(hf_hub_download(name.repository, file, revision=name.revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(f"{name.repository}: cannot be fetched from the hub: {reason}") from None
+
+
+def _only_delta(name: HubName) -> str:
+    found = sorted(file for file in _listed(name) if file.endswith(".pxd"))
+    if len(found) != 1:
+        shown = ", ".join(found[:5]) or "none"
+        raise CheckpointError(
+            f"{name.repository}: holds {len(found)} .pxd files ({shown}); name one as hf://{name.repository}/FILE"
+        )
+    return found[0]
+
+
+def _listed(name: HubName) -> list[str]:
+    """The files of a repository; those in the cache where the hub cannot be reached."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return HfApi().list_repo_files(name.repository, revision=name.revision)
+    except HfHubHTTPError:
+        raise  # the hub has answered
+    except Exception:  # offline, or no connection: the HTTP library's own errors
+        folder = Path(snapshot_download(name.repository, revision=name.revision, local_files_only=True))
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*.pxd")]

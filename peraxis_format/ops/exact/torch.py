@@ -1,0 +1,61 @@
+"""Exact updates of torch tensors: on the CPU through numba or numpy, on a CUDA device through triton.py."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from peraxis_format.dtypes import DType
+from peraxis_format.errors import fail
+from peraxis_format.ops.exact import apply
+from peraxis_format.ops.exact.kinds import BLOCK, kind_of
+from peraxis_format.ops.tensors import storage_array
+
+__all__ = ["moved"]
+
+_SLACK = 16  # bytes on both sides of the data, which the kernel may read
+
+
+def moved(
+    weights: Tensor,
+    index: NDArray[np.uint32],
+    data: NDArray[np.uint8],
+    dtype: DType,
+    *,
+    backend: Literal["cpu", "triton"] | None = None,
+) -> Tensor:
+    """What an update makes of a contiguous tensor, as a new one of its shape on its device.
+
+    index, data: held to ops.exact.check. backend: by default triton on a CUDA device. Raises BindingError (E405)
+    where the bits do not fit these weights.
+    """
+    if backend == "triton" or (backend is None and weights.is_cuda):
+        return _on_device(weights, index, data, dtype)
+    new = weights.detach().cpu().clone()
+    apply(storage_array(new), index, data, dtype, threads=1)
+    return new.to(weights.device)
+
+
+def _on_device(weights: Tensor, index: NDArray[np.uint32], data: NDArray[np.uint8], dtype: DType) -> Tensor:
+    from peraxis_format.ops.exact.triton import TILE, exact_kernel
+
+    kind, device = kind_of(dtype), weights.device
+    words = torch.int16 if kind.width == 16 else torch.int32
+    old = weights.detach().reshape(-1).view(words)
+    new = old.clone()
+    padded = np.zeros(data.size + 2 * _SLACK, np.uint8)
+    padded[_SLACK : _SLACK + data.size] = data
+    entries = torch.from_numpy(index.astype(np.int64)).to(device)
+    sound = torch.zeros(index.size, dtype=torch.int32, device=device)
+    exact_kernel[(index.size,)](
+        old, new, entries, (entries >> 8).cumsum(0), torch.from_numpy(padded).to(device), sound, old.numel(),
+        MANTISSA=kind.mantissa, MASK=kind.mask, WIDTH=kind.width, SIZE=BLOCK, N=TILE, num_warps=4,
+    )  # fmt: skip
+    unsound = (sound == 0).nonzero()
+    if unsound.numel():
+        fail("E405", f"block {int(unsound[0])} does not decode on these weights")  # SPEC 7.4
+    return new.view(weights.dtype).reshape(weights.shape)

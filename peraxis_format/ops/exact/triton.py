@@ -1,0 +1,209 @@
+"""Exact updates on a GPU: one program decodes one block (SPEC 5.8, 5.9). The bits are those of numpy.py.
+
+A block is a serial stream, so a program reads it number by number; what is parallel is the search for the weights that
+the numbers speak of, a tile of weights at a time, and the blocks. The weights are read from `old` and written to `new`,
+which holds a copy at the start: an exponent is that of the old weight, whatever was written before.
+
+Addresses are in bytes of `data`, which has 16 bytes more on both sides. `sound` gets 1 for a block that is.
+"""
+
+# Triton reads the annotations of a kernel: constants have one, the rest must have none.
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, allow-incomplete-defs
+from __future__ import annotations
+
+from typing import Final
+
+import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+__all__ = ["TILE", "exact_kernel"]
+
+TILE: Final = 1024
+
+
+@triton.jit
+def _load(data, bits):
+    """The 32 bits from a bit address up, as an int64."""
+    at = data + (bits >> 3)
+    lanes = tl.arange(0, 8)
+    value = tl.sum(tl.where(lanes < 5, tl.load(at + lanes).to(tl.int64) << (8 * lanes), 0))
+    return (value >> (bits & 7)) & 0xFFFFFFFF
+
+
+@triton.jit
+def _field(data, bits, k):
+    """k bits from a bit address up, at most 32."""
+    one = tl.full((), 1, tl.int64)
+    return _load(data, bits) & ((one << k) - 1)
+
+
+@triton.jit
+def _unary(data, low, high):
+    """Ones up to a zero, and the address behind it; above high where there is none."""
+    start = low
+    while (low < high) & (_field(data, low, 1) == 1):
+        low += 1
+    return low - start, tl.where(low < high, low + 1, high + 1)
+
+
+@triton.jit
+def _moved(u, d, WIDTH: tl.constexpr):
+    """Patterns (int64) moved by d in the order of all patterns."""
+    top = tl.full((), 1, tl.int64) << (WIDTH - 1)
+    o = (u ^ tl.where(u >= top, 2 * top - 1, top)) + d
+    o = o & (2 * top - 1)
+    return o ^ tl.where(o >= top, top, 2 * top - 1)
+
+
+@triton.jit
+def _exponents(
+    old, begin, count, tile, MANTISSA: tl.constexpr, MASK: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr
+):
+    """Places within the block, and exponents (-1 beyond it) of a tile of weights."""
+    lanes = tile * N + tl.arange(0, N)
+    inside = lanes < count
+    u = tl.load(old + begin + lanes, mask=inside, other=0).to(tl.int64) & ((1 << WIDTH) - 1)
+    return lanes, u, tl.where(inside, (u >> MANTISSA) & MASK, -1)
+
+
+@triton.jit
+def _gaps(old, new, data, begin, count, at, end, WIDTH: tl.constexpr):
+    """A block of gaps. Returns whether it is sound."""
+    moves, exceptions = _field(data, at * 8, 16), _field(data, at * 8 + 16, 16)
+    values = at + 4 + 2 * exceptions
+    signs = values + exceptions * (WIDTH // 8)
+    here = signs + (moves + 7) // 8
+    ok = (here <= end).to(tl.int32)
+    j = tl.full((), 0, tl.int64)
+    while j < tl.where(ok == 1, exceptions, 0):
+        place = _field(data, (at + 4 + 2 * j) * 8, 16)
+        if place < count:
+            tl.store(new + begin + place, _field(data, (values + j * (WIDTH // 8)) * 8, WIDTH))
+        else:
+            ok = 0
+        j += 1
+    place = tl.full((), -1, tl.int64)
+    wide = moves * 384 < count
+    j = tl.full((), 0, tl.int64)
+    while j < tl.where(ok == 1, moves, 0):
+        gap = tl.full((), 0, tl.int64)
+        if wide:
+            gap = _field(data, here * 8, 16)
+            here += 2
+        else:
+            byte = _field(data, here * 8, 8)
+            here += 1
+            while (byte == 255) & (here < end):
+                gap += 255
+                byte = _field(data, here * 8, 8)
+                here += 1
+            gap += byte
+        place += gap + 1
+        if (place < count) & (here <= end):
+            u = tl.load(old + begin + place).to(tl.int64) & ((1 << WIDTH) - 1)
+            tl.store(new + begin + place, _moved(u, 1 - 2 * _field(data, signs * 8 + j, 1), WIDTH))
+        else:
+            ok = 0
+        j += 1
+    return ok & (here == end).to(tl.int32)
+
+
+@triton.jit
+def _keyed(
+    old, new, data, begin, count, mode, at, end,
+    MANTISSA: tl.constexpr, MASK: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A keyed block. Returns whether it is sound."""
+    high = end * 8
+    exceptions, low = _unary(data, at * 8, high)
+    listed = high
+    high = high - exceptions * (16 + WIDTH)
+    ok = (low <= high).to(tl.int32)
+    tiles = (count + N - 1) // N
+    # Class 0: every weight has a number.
+    tile = tl.full((), 0, tl.int64)
+    while tile < tl.where(ok == 1, tiles, 0):
+        lanes, us, es = _exponents(old, begin, count, tile, MANTISSA, MASK, WIDTH, N)
+        left = (es >= 0) & (es < mode)
+        while (ok == 1) & (tl.sum(left.to(tl.int32)) > 0):
+            place = tl.min(tl.where(left, lanes, 1 << 30))
+            here = lanes == place
+            u, e = tl.sum(tl.where(here, us, 0)), tl.sum(tl.where(here, es, 0))
+            left = left & (lanes != place)
+            q, low = _unary(data, low, high)
+            k = tl.minimum(mode - 1 - e, MANTISSA + 1)
+            high = high - tl.where(q == 8, WIDTH, k)
+            ok = ((q <= 8) & (low <= high)).to(tl.int32)
+            if ok == 1:
+                z = (q << k) | _field(data, high, k)
+                moved = _moved(u, (z >> 1) ^ -(z & 1), WIDTH)
+                tl.store(new + begin + place, tl.where(q == 8, _field(data, high, WIDTH), moved))
+        tile += 1
+    # The others: runs of weights that stay.
+    q, low = _unary(data, low, high)
+    ok = ok & (low <= high).to(tl.int32)
+    v = (q << 15) | _field(data, high - 15, 15)
+    for c in range(1, 16):
+        tile = tl.full((), 0, tl.int64)
+        while tile < tl.where(ok == 1, tiles, 0):
+            lanes, us, es = _exponents(old, begin, count, tile, MANTISSA, MASK, WIDTH, N)
+            own = (es >= 0) & (tl.minimum(es - mode + 1, 15) == c)
+            members, taken = tl.sum(own.to(tl.int64)), tl.full((), 0, tl.int64)
+            rank = tl.cumsum(own.to(tl.int32)) - 1
+            while (ok == 1) & ((v >> (15 - c)) < members - taken):
+                taken += (v >> (15 - c)) + 1
+                here = own & (rank == taken - 1)
+                place, u = tl.sum(tl.where(here, lanes, 0)), tl.sum(tl.where(here, us, 0))
+                high = high - (c + 1)
+                q, low = _unary(data, low, high)
+                ok = (low <= high).to(tl.int32)
+                if ok == 1:
+                    tl.store(new + begin + place, _moved(u, 1 - 2 * _field(data, high, 1), WIDTH))
+                v = (q << 15) | _field(data, high - 15, 15)
+            v = v - ((members - taken) << (15 - c))
+            tile += 1
+    rest = v - _field(data, high - 15, 15)
+    ok = ok & ((rest >= 0) & (rest < 32768) & (high - low < 8) & (high >= low)).to(tl.int32)
+    if ok == 1:
+        ok = (_field(data, low, high - low) == 0).to(tl.int32)
+    j = tl.full((), 0, tl.int64)
+    while j < tl.where(ok == 1, exceptions, 0):
+        listed = listed - (16 + WIDTH)
+        place = _field(data, listed + WIDTH, 16)
+        if place < count:
+            tl.store(new + begin + place, _field(data, listed, WIDTH))
+        else:
+            ok = 0
+        j += 1
+    return ok
+
+
+@triton.jit
+def exact_kernel(
+    old, new, index, ends, data, sound, weights,
+    MANTISSA: tl.constexpr, MASK: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """One block a program. old, new: int16 or int32 [weights]. index: int64 [blocks], ends: of their bytes in data."""
+    block = tl.program_id(0).to(tl.int64)
+    entry = tl.load(index + block)
+    mode, length = entry & 255, entry >> 8
+    end = tl.load(ends + block) + 16
+    begin = block * SIZE
+    count = tl.minimum(weights - begin, SIZE)
+    ok = tl.full((), 1, tl.int32)
+    if mode == 255:
+        tile = tl.full((), 0, tl.int64)
+        while tile < (count + N - 1) // N:
+            lanes = tile * N + tl.arange(0, N)
+            inside = lanes < count
+            value = tl.full((N,), 0, tl.int64)
+            for byte in range(WIDTH // 8):
+                at = data + (end - length) + lanes * (WIDTH // 8) + byte
+                value = value | (tl.load(at, mask=inside, other=0).to(tl.int64) << (8 * byte))
+            tl.store(new + begin + lanes, value, mask=inside)
+            tile += 1
+    elif mode > 0:
+        ok = _keyed(old, new, data, begin, count, mode, end - length, end, MANTISSA, MASK, WIDTH, N)
+    elif length > 0:
+        ok = _gaps(old, new, data, begin, count, end - length, end, WIDTH)
+    tl.store(sound + block, ok)

@@ -1,0 +1,53 @@
+"""Tensors that the live model keeps in F32 while the base has them in BF16 or F16.
+
+transformers loads some modules so (`_keep_in_fp32_modules`: routers, state-space parameters), and training tools cast
+norms. Every BF16 and F16 value is an F32 value, so that such a tensor holds the base as long as nobody computed on it.
+It is checked, rebuilt and swapped in the base's dtype, in a copy, and the copy is cast into the live storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from peraxis_format.dtypes import DType
+from peraxis_format.errors import BindingError
+from peraxis_format.manifest import ModuleEntry
+from peraxis_format.ops.tensors import TORCH_DTYPES
+from peraxis_format.torch.place.shards import ShardView
+
+__all__ = ["holds_the_dtype", "is_widened", "narrowed"]
+
+_NARROW: Final = (DType.BF16, DType.F16)
+
+
+def is_widened(entry: ModuleEntry, view: Tensor) -> bool:
+    """Whether a live tensor is F32 where base and fine-tune are both BF16, or both F16."""
+    base = entry.base
+    return base is not None and base.dtype in _NARROW and entry.dtype is base.dtype and view.dtype is torch.float32
+
+
+def holds_the_dtype(found: Mapping[str, Iterable[ShardView]], entries: Iterable[ModuleEntry]) -> bool:
+    """Whether some live tensor has the BF16 or F16 of its base: else the whole model was loaded in another dtype."""
+    return any(
+        part.view.dtype is TORCH_DTYPES[entry.base.dtype]
+        for entry in entries
+        if entry.base is not None and entry.base.dtype in _NARROW
+        for part in found.get(entry.name, ())
+    )
+
+
+@torch.no_grad()
+def narrowed(entry: ModuleEntry, part: ShardView) -> ShardView:
+    """The part with a copy in the base's dtype as its view, and the live tensor as `wide`.
+
+    Raises BindingError (E404) where the live values are not exactly values of that dtype.
+    """
+    wide = part.view.detach()
+    view = wide.to(TORCH_DTYPES[entry.dtype], memory_format=torch.contiguous_format)
+    if not torch.equal(view.float().view(torch.int32), wide.contiguous().view(torch.int32)):
+        raise BindingError("E404", f"F32, with values that {entry.dtype.value} does not have", field=entry.name)
+    return ShardView(part.box, view, wide)

@@ -1,0 +1,169 @@
+"""Any other module under a mixed batch: itself, run on each variant's rows with its own parameters: the merged bits.
+
+What it returns is put together again by rows. A module may return one row a sequence, or one a token where it flattens
+them; an embedding of positions may return one table for all sequences. Anything else is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from peraxis_format.errors import LiveModelError
+from peraxis_format.torch.serve.modules import State
+from peraxis_format.torch.serve.rows import Rows
+
+__all__ = ["GroupForward"]
+
+
+class GroupForward:
+    """Stands in for a module's forward: one run for each variant in the batch, on that variant's rows."""
+
+    def __init__(self, module: nn.Module, state: State) -> None:
+        self.module = module
+        self.state = state
+        self.replaced: Callable[..., Any] | None = module.__dict__.get("forward")  # another library's, on the instance
+        self.plain: Callable[..., Any] = module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Dimension 0 of every tensor argument that has the batch's size is the batch; or else that of a matrix which
+        is a multiple of it: the batch's tokens, one sequence after the other.
+        """
+        rows = self.state.rows()
+        if rows is None or not (self.state.grouped or any(self.state.changed(v) for v in rows.variants)):
+            return self.plain(*args, **kwargs)
+        if rows.only is not None:
+            return self._run(rows.only, args, kwargs)
+        self._refuse_cache((*args, *kwargs.values()))
+        shape, device = self._leading(rows, args, kwargs)
+        groups = rows.batch(shape, device).groups
+        outputs = [
+            self._run(variant, *_taken(args, kwargs, index, math.prod(shape))) for variant, index in groups.items()
+        ]
+        counts = [len(index) for index in groups.values()]
+        if isinstance(self.module, nn.Embedding):
+            outputs = [_one_a_sequence(output, count) for output, count in zip(outputs, counts, strict=True)]
+        back = torch.argsort(torch.cat(list(groups.values())))
+        heights = _heights((*args, *kwargs.values()), math.prod(shape))
+        return _Joined(_plain_name(self.module), counts, back, heights).of(outputs)
+
+    def _leading(
+        self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[int, ...], torch.device]:
+        """(sequences,) or (sequences, tokens) that dimension 0 of the arguments counts, and where they are."""
+        size = len(rows.ids)
+        given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim]
+        for a in given:
+            if a.shape[0] == size:
+                return (size,), a.device
+        for a in given:
+            whole = rows.lead is None or rows.lead[0] != size or a.shape[0] == math.prod(rows.lead)
+            if a.ndim == 2 and a.shape[0] % size == 0 and whole:
+                return (size, a.shape[0] // size), a.device
+        if isinstance(self.module, nn.Embedding):  # of positions, from a shape or a range of its own
+            return (size,), self.module.weight.device
+        raise LiveModelError(
+            f"{_plain_name(self.module)}: no argument has the batch ({size}) as dimension 0, so its variants cannot "
+            "be told apart; serve one variant a batch"
+        )
+
+    def _refuse_cache(self, values: tuple[Any, ...]) -> None:
+        """A cache holds the whole batch: a run on some of its rows would write over the others."""
+        if any("Cache" in kind.__name__ for value in values for kind in type(value).__mro__):
+            raise LiveModelError(
+                f"{_plain_name(self.module)}: has weights of its own that variants change, and a cache; mixed "
+                "variants need use_cache=False there, or one variant a batch"
+            )
+
+    def _run(self, variant: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self.state.alone(variant), self.state.own():
+            return self._merged_run(variant, args, kwargs)
+
+    def _merged_run(self, variant: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if variant < 0 or not self.state.changed(variant):
+            return self.plain(*args, **kwargs)
+        merged = {
+            name: self.state.parameter(self.module, name, variant)
+            for name, patches in self.state.patches.items()
+            if variant in patches
+        }
+        held = self.module.__dict__.pop("forward")
+        if self.replaced is not None:
+            self.module.__dict__["forward"] = self.replaced
+        try:
+            return functional_call(self.module, merged, args, kwargs)
+        finally:
+            self.module.__dict__["forward"] = held
+
+
+def _plain_name(module: nn.Module) -> str:
+    """The name of the module's own class, not of the one that serving puts in its place."""
+    return type(module).__name__.removeprefix("Served")
+
+
+def _taken(
+    args: tuple[Any, ...], kwargs: dict[str, Any], index: Tensor, size: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def take(value: Any) -> Any:
+        if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
+            return type(value)(map(take, value))
+        batched = isinstance(value, Tensor) and value.ndim and value.shape[0] == size
+        return value[index] if batched else value
+
+    return tuple(map(take, args)), {key: take(value) for key, value in kwargs.items()}
+
+
+def _heights(values: Sequence[Any], size: int) -> tuple[int, ...]:
+    """Rows that a module may return for each of its own: 1, or the tokens of a sequence that it flattens."""
+    given = (value for value in values if isinstance(value, Tensor) and value.ndim > 2 and len(value) == size)
+    return 1, *(value.shape[1] for value in given)
+
+
+def _one_a_sequence(output: Any, count: int) -> Any:
+    """An embedding's rows [count, tokens, width], where it returned [1, tokens, width] for all sequences.
+
+    [tokens, width] stays, and is refused: who uses it may put dimensions in front of it.
+    """
+    shared = isinstance(output, Tensor) and output.ndim == 3 and len(output) == 1
+    return output.expand(count, *output.shape[1:]) if shared else output
+
+
+class _Joined:
+    """What the runs of a module returned, as one run on the whole batch would have.
+
+    counts: rows of each run. back: the order that puts the rows of all runs where they belong. heights: see _heights.
+    """
+
+    def __init__(self, name: str, counts: Sequence[int], back: Tensor, heights: Sequence[int]) -> None:
+        self._name, self._counts, self._back, self._heights = name, counts, back, heights
+
+    def of(self, outputs: Sequence[Any]) -> Any:
+        """One value of the runs' values. Raises LiveModelError for what has no rows."""
+        first = outputs[0]
+        if isinstance(first, Tensor):
+            return self._tensor(outputs)
+        if first is None and all(value is None for value in outputs):
+            return None
+        if isinstance(first, tuple | list):
+            joined = [self.of(list(column)) for column in zip(*outputs, strict=True)]
+            return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
+        if isinstance(first, dict):  # transformers' ModelOutput is one
+            return type(first)(**{key: self.of([value[key] for value in outputs]) for key in first})
+        raise LiveModelError(f"{self._name}: returned {type(first).__name__}; serve one variant a batch")
+
+    def _tensor(self, outputs: Sequence[Tensor]) -> Tensor:
+        rows = [len(value) if value.ndim else 0 for value in outputs]
+        for height in self._heights:
+            # Several rows for each where the module flattens tokens.
+            flattened = height == 1 or outputs[0].ndim > 1
+            if flattened and rows == [height * count for count in self._counts]:
+                joined = torch.cat(list(outputs))
+                return joined.reshape(len(self._back), height, *joined.shape[1:])[self._back].flatten(0, 1)
+        raise LiveModelError(
+            f"{self._name}: returned {sum(rows)} rows for a batch of {len(self._back)}; serve one variant a batch"
+        )

@@ -1,0 +1,54 @@
+"""A callback of transformers' Trainer, and TRL's, that publishes the model as it learns. Imports transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from peraxis_format.torch.updates.publish import UpdateWriter
+
+__all__ = ["PublishUpdates"]
+
+
+class PublishUpdates(TrainerCallback):
+    """Publish every `publish_every` optimizer steps, at the beginning and at the end. Process 0 publishes.
+
+        Trainer(model=model, ..., callbacks=[PublishUpdates("chain", publish_every=10)])
+
+    options: of UpdateWriter.
+    """
+
+    def __init__(self, folder: str | Path, *, publish_every: int = 1, **options: Any) -> None:
+        if publish_every < 1:
+            raise ValueError(f"publish_every is {publish_every}; it must be 1 or more")
+        self.writer: UpdateWriter | None = None
+        self._folder = folder
+        self._every = publish_every
+        self._options = options
+        self._last = -1
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the folder and publish the state that training begins with."""
+        if state.is_world_process_zero:
+            self.writer = UpdateWriter(kwargs["model"], self._folder, **self._options)
+            self._publish(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Publish where it is time to."""
+        if state.global_step % self._every == 0:
+            self._publish(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Publish what was learnt since."""
+        self._publish(state)
+
+    def _publish(self, state: TrainerState) -> None:
+        if self.writer is not None and self._last != state.global_step:
+            self.writer.step()
+            self._last = state.global_step

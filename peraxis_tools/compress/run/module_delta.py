@@ -1,0 +1,109 @@
+"""A planned module and what was fitted for it -> the module as the file holds it. Reads one tensor pair."""
+
+from __future__ import annotations
+
+import hashlib
+
+from peraxis_format import (
+    Array,
+    BaseRef,
+    Component,
+    Encoding,
+    ModuleDelta,
+    Safetensors,
+    ShapeError,
+    TensorInfo,
+    lossless_module,
+    raw_bytes,
+)
+from peraxis_tools.compress.fit.mean import mean_components
+from peraxis_tools.compress.options import AUTO, CompressOptions
+from peraxis_tools.compress.plan.finite import check_finite
+from peraxis_tools.compress.plan.plan import TABLES, PlannedModule
+from peraxis_tools.compress.plan.unchanged import first_rows, is_unchanged, shared_rows
+from peraxis_tools.compress.run.types import FittedModule, ModuleReport
+
+__all__ = ["base_ref", "module_delta"]
+
+
+def module_delta(
+    module: PlannedModule,
+    base: Safetensors,
+    fine_tuned: Safetensors,
+    fitted: FittedModule | None,
+    options: CompressOptions,
+) -> tuple[ModuleDelta, ModuleReport | None]:
+    """The module as it is stored, and what there is to report of it. Reads one tensor pair."""
+    tuned_array = fine_tuned.read(module.name)
+    if module.base_shape is None or module.base_dtype is None:
+        return _full(module, None, tuned_array), None
+    base_array = base.read(module.name)
+    ref = base_ref(base[module.name], base_array)
+    kept = shared_rows(module.shape, module.base_shape)
+    tail = tuned_array[kept:] if kept is not None and module.shape and kept < module.shape[0] else None
+    if kept is not None and is_unchanged(
+        first_rows(base_array, kept),
+        first_rows(tuned_array, kept),
+        base_dtype=module.base_dtype,
+        dtype=module.dtype,
+    ):
+        return _same(module, ref, tail), None
+    if module.encoding is Encoding.FULL:
+        if options.is_exact(module.name) or (options.exact == AUTO and (fitted is None or fitted.full is None)):
+            return lossless_module(module.name, tuned_array, module.dtype, old=base_array, base=ref, threads=1), None
+        whole = tuned_array if fitted is None or fitted.full is None else fitted.full
+        return _full(module, ref, whole), None if fitted is None else fitted.report
+    components: tuple[Component, ...] = ()
+    report = None
+    if fitted is not None:
+        components, report = fitted.components, fitted.report
+    elif module.encoding is Encoding.SIGN:
+        try:
+            components = mean_components(
+                base_array[:kept],
+                tuned_array[:kept],
+                base_dtype=module.base_dtype,
+                dtype=module.dtype,
+                axis=module.axis,
+                components=module.components,
+                for_outputs=module.kind not in TABLES,
+            )
+        except ShapeError:  # scales that are no numbers; the tensor and the index say more
+            check_finite(module, base_array, tuned_array, base.label, fine_tuned.label)
+            raise
+    encoding = Encoding.SIGN if components else Encoding.SAME
+    delta = ModuleDelta(
+        name=module.name,
+        shape=module.shape,
+        dtype=module.dtype,
+        encoding=encoding,
+        base=ref,
+        components=components,
+        tail=tail,
+    )
+    if options.exact == AUTO:
+        lossless = lossless_module(module.name, tuned_array, module.dtype, old=base_array, base=ref, threads=1)
+        if _stored_bytes(lossless) < _stored_bytes(delta):
+            return lossless, None
+    return delta, report
+
+
+def _stored_bytes(module: ModuleDelta) -> int:
+    return sum(array.nbytes for _, array in module.tensors())
+
+
+def base_ref(info: TensorInfo, array: Array) -> BaseRef:
+    """The reference to a base tensor, from its bytes in memory."""
+    return BaseRef(dtype=info.dtype, shape=info.shape, sha256=hashlib.sha256(raw_bytes(array)).hexdigest())
+
+
+def _full(module: PlannedModule, ref: BaseRef | None, array: Array) -> ModuleDelta:
+    return ModuleDelta(
+        name=module.name, shape=module.shape, dtype=module.dtype, encoding=Encoding.FULL, base=ref, full=array
+    )
+
+
+def _same(module: PlannedModule, ref: BaseRef, tail: Array | None) -> ModuleDelta:
+    return ModuleDelta(
+        name=module.name, shape=module.shape, dtype=module.dtype, encoding=Encoding.SAME, base=ref, tail=tail
+    )

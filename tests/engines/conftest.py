@@ -1,0 +1,30 @@
+"""Tests marked `vllm` run the real engine, and skip, visibly, where it is not installed: see `make test-vllm`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+
+from tests.engines.pair import make_pair
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip where vLLM is absent."""
+    if find_spec("vllm") is not None:
+        return
+    for item in items:
+        if item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.skip(reason="vLLM is not installed; run `make test-vllm`"))
+
+
+@pytest.fixture(scope="session")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A base with biases and an lm_head of its own, and three variants."""
+    return make_pair(tmp_path_factory.mktemp("untied"), tied=False, seeds=(1, 2, 3))
+
+
+@pytest.fixture(scope="session")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A base whose lm_head is its embedding, and two variants."""
+    return make_pair(tmp_path_factory.mktemp("tied"), tied=True, seeds=(1, 2))

@@ -1,0 +1,193 @@
+"""Jobs against the real vLLM. One process imports it; each job runs in a fork of its own, since an engine needs one.
+
+python -m tests.engines.jobs JOBS.json      [{"job": name, "result": path, ...}, ...]; results are written as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+__all__ = ["PROMPTS", "run_jobs"]
+
+# Several lengths; two of them share a prefix that is longer than a block of the cache.
+_LONG = [(7 * i) % 400 + 20 for i in range(150)]
+PROMPTS: list[list[int]] = [[1, 40, 50, 60, 70], [1, 300], _LONG, [*_LONG, 33, 34], [1, *range(100, 160)]]
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+ENGINE: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_seqs": 32,
+    "kv_cache_memory_bytes": 64 << 20,
+    "disable_log_stats": True,
+    "seed": 0,
+}
+
+WORKER = "peraxis_format.engines.vllm.worker.PeraxisWorker"
+
+
+def run_jobs(jobs: Sequence[dict[str, Any]], folder: Path) -> list[Any]:
+    """Run jobs in order, in another process. Raises AssertionError with its output where one fails."""
+    for i, job in enumerate(jobs):
+        job["result"] = str(folder / f"result-{i}.json")
+    (folder / "jobs.json").write_text(json.dumps(list(jobs)))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engines.jobs", str(folder / "jobs.json")],
+        env={**os.environ, **ENVIRONMENT},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return [json.loads(Path(job["result"]).read_text()) for job in jobs]
+
+
+def make_engine(model: str, **options: Any) -> Any:
+    from vllm import LLM
+
+    return LLM(model, **{**ENGINE, **options})
+
+
+def generate(llm: Any, *, variants: Sequence[str | None] = (), paths: dict[str, str] | None = None) -> Any:
+    """For each prompt [tokens, log-probabilities, of the prompt too]; variants: one a prompt, in one batch."""
+    from vllm import SamplingParams, TokensPrompt
+    from vllm.lora.request import LoRARequest
+
+    names = sorted(paths or {})
+    chosen = list(variants) or [None] * len(PROMPTS)
+    requests = [
+        None if name is None else LoRARequest(name, names.index(name) + 1, (paths or {})[name]) for name in chosen
+    ]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=1, prompt_logprobs=1)
+    prompts = [TokensPrompt(prompt_token_ids=tokens) for tokens in PROMPTS]
+    outputs = llm.generate(prompts, params, use_tqdm=False, **({"lora_request": requests} if any(requests) else {}))
+    return [_output(output) for output in outputs]
+
+
+def _output(output: Any) -> Any:
+    best = output.outputs[0]
+    own = [step[token].logprob for step, token in zip(best.logprobs, best.token_ids, strict=True)]
+    prompt = [
+        step[token].logprob for step, token in zip(output.prompt_logprobs, output.prompt_token_ids, strict=True) if step
+    ]
+    return [list(best.token_ids), own, prompt]
+
+
+# --- jobs ------------------------------------------------------------------------------------------------
+
+
+def job_plain(*, model: str, **options: Any) -> Any:
+    """A stock engine of a folder."""
+    return generate(make_engine(model, **options))
+
+
+def job_swaps(*, model: str, sequence: Sequence[str | None], bad: Sequence[str] = (), **options: Any) -> Any:
+    """An engine of the base; after each swap what it generates, and the weight version; then errors."""
+    from peraxis_format.engines.vllm import use
+
+    llm = make_engine(model, load_format="peraxis", weight_transfer_config={"backend": "peraxis"}, **options)
+    found = []
+    for delta in sequence:
+        version = use(llm, delta)
+        found.append([version, llm.get_weight_version(), generate(llm)])
+    errors = []
+    for delta in bad:
+        try:
+            use(llm, delta)
+            errors.append(None)
+        except Exception as error:
+            errors.append(str(error))
+    return {"swaps": found, "errors": errors, "after": generate(llm)}
+
+
+def job_variants(
+    *,
+    model: str,
+    paths: dict[str, str],
+    batches: Sequence[Sequence[str | None]],
+    bad: Sequence[str] = (),
+    **options: Any,
+) -> Any:
+    """An engine that serves variants: what each batch gives, its counters, and the errors of adapters that are none."""
+    from vllm.lora.request import LoRARequest
+
+    llm = make_engine(model, worker_cls=WORKER, enable_lora=True, **{"max_loras": 4, "max_cpu_loras": 4, **options})
+    found = [generate(llm, variants=names, paths=paths) for names in batches]
+    errors = []
+    for i, path in enumerate(bad):
+        try:
+            llm.llm_engine.add_lora(LoRARequest(f"bad{i}", 100 + i, path))
+            errors.append(None)
+        except Exception as error:
+            errors.append(str(error))
+    store = None
+    if options.get("tensor_parallel_size", 1) == 1:
+        (store,) = llm.collective_rpc(_store)
+    return {
+        "batches": found,
+        "errors": errors,
+        "store": store,
+        "after": generate(llm, variants=batches[0], paths=paths),
+    }
+
+
+def _store(worker: Any) -> dict[str, Any]:
+    store = worker.model_runner.lora_manager.store
+    sizes = {variant.name: variant.nbytes for variant in store._host.values()}
+    weights = sum({p.data_ptr(): p.nbytes for p in store.model.parameters()}.values())
+    return {"reads": store.counters.reads, "evictions": store.counters.evictions, "bytes": sizes, "weights": weights}
+
+
+def _function(name: str) -> Any:
+    """A job of this file by its name, or of another module as `module:function`."""
+    module, _, function = name.partition(":")
+    return getattr(import_module(module), function) if function else globals()[f"job_{name}"]
+
+
+def main(path: str) -> int:
+    """Run each job in a fork. Returns the exit status."""
+    import vllm
+
+    del vllm
+    for job in json.loads(Path(path).read_text()):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                name, result = job.pop("job"), job.pop("result")
+                found = _function(name)(**job)
+                Path(result).write_text(json.dumps(found))
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        _, code = os.waitpid(child, 0)
+        if code:
+            print(f"job failed: {job}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

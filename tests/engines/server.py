@@ -1,0 +1,113 @@
+"""A vLLM server of its own process, and requests to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.engines.jobs import ENVIRONMENT
+
+__all__ = ["Server", "serve"]
+
+_START_SECONDS = 300
+
+
+class Server:
+    """Requests to one server. Each answers (status, parsed body)."""
+
+    def __init__(self, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.process = process
+        self.log = log
+
+    def request(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        asked = urllib.request.Request(
+            self.url + path, data=data, method=method, headers={"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(asked, timeout=300) as answer:
+                return answer.status, _parsed(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, _parsed(error.read())
+
+    def get(self, path: str) -> tuple[int, Any]:
+        return self.request("GET", path)
+
+    def post(self, path: str, body: Any) -> tuple[int, Any]:
+        return self.request("POST", path, body)
+
+    def complete(self, model: str, prompt: Sequence[int], *, tokens: int = 12) -> Any:
+        """[tokens, log-probabilities] of a greedy completion."""
+        body = {
+            "model": model,
+            "prompt": list(prompt),
+            "max_tokens": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "logprobs": 1,
+            "return_token_ids": True,
+        }
+        status, answer = self.post("/v1/completions", body)
+        assert status == 200, (status, answer)
+        choice = answer["choices"][0]
+        return [choice["token_ids"], choice["logprobs"]["token_logprobs"]]
+
+
+def _parsed(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
+        return data.decode(errors="replace")
+
+
+@contextmanager
+def serve(model: str, *arguments: str, log: Path, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """A server of a base, named `base`; ended with the block. Raises AssertionError with its log where it ends."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "base"),
+        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--enforce-eager", "--seed", "0"),
+        *("--max-model-len", "256", "--max-num-seqs", "32", "--kv-cache-memory-bytes", str(64 << 20)),
+        *arguments,
+    ]
+    settings = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(environment or {})}
+    with open(log, "wb") as output:
+        process = subprocess.Popen(command, env=settings, stdout=output, stderr=output, start_new_session=True)
+    server = Server(port, process, log)
+    try:
+        _wait(server)
+        yield server
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _wait(server: Server) -> None:
+    end = time.monotonic() + _START_SECONDS
+    while time.monotonic() < end:
+        if server.process.poll() is not None:
+            break
+        try:
+            if server.get("/health")[0] == 200:
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError("the server did not start:\n" + server.log.read_text(errors="replace")[-5000:])

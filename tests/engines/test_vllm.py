@@ -1,0 +1,183 @@
+"""Laws of the plug-in, on the real vLLM: the reference is always a stock engine of the applied folder.
+
+`make test-vllm` makes the environment. All engines run in forks of one process (jobs.py), all at once, so that each is
+started once for all the tests that look at it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engines.jobs import PROMPTS, run_jobs
+from tests.engines.pair import make_delta
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+MIXED = ["v1", None, "v2", "v1", "v3"]
+EXACT = {"peraxis": {"exact": True}}
+Found = dict[str, Any]
+
+
+def damaged(path: Path, source: str) -> str:
+    """A copy of a delta with one byte of its payload changed."""
+    data = bytearray(Path(source).read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def found(untied: dict[str, str], tied: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What every engine gave, by name."""
+    folder = tmp_path_factory.mktemp("engines")
+    broken = damaged(folder / "damaged.pxd", untied["v2.pxd"])
+    alien = str(make_delta(folder / "alien.pxd", Path(tied["v1"]), seed=9))
+    other_template = folder / "chat_template.jinja"
+    other_template.write_text("another template")
+    dressed = str(make_delta(folder / "dressed.pxd", Path(untied["base"]), seed=4, assets=[other_template]))
+    deltas = {name: untied[f"{name}.pxd"] for name in ("v1", "v2", "v3")}
+    one, two = untied["v1.pxd"], untied["v2.pxd"]
+    jobs: dict[str, dict[str, Any]] = {
+        "base": {"job": "plain", "model": untied["base"]},
+        **{name: {"job": "plain", "model": untied[name]} for name in deltas},
+        "tied base": {"job": "plain", "model": tied["base"]},
+        "tied v1": {"job": "plain", "model": tied["v1"]},
+        "cold": {
+            "job": "plain",
+            "model": untied["base"],
+            "load_format": "peraxis",
+            "model_loader_extra_config": {"delta": one},
+        },
+        "cold packed": {
+            "job": "plain",
+            "model": untied["base"],
+            "load_format": "peraxis",
+            "model_loader_extra_config": {"delta": one, "packed": True},
+        },
+        "swaps": {
+            "job": "swaps",
+            "model": untied["base"],
+            "sequence": [one, None, two, one],
+            "bad": ["/no/such.pxd", broken, alien, dressed],
+        },
+        "tied swaps": {"job": "swaps", "model": tied["base"], "sequence": [tied["v1.pxd"], None]},
+        "variants": {
+            "job": "variants",
+            "model": untied["base"],
+            "paths": deltas,
+            "batches": [MIXED, ["v2"] * 5, [None] * 5],
+            "bad": ["/no/such.pxd", broken, alien, dressed],
+        },
+        "exact": {
+            "job": "variants",
+            "model": untied["base"],
+            "paths": deltas,
+            "batches": [MIXED, ["v1", "v1", "v2", "v2", None], ["v3"] * 5],
+            "additional_config": EXACT,
+            "max_loras": 3,
+            "max_cpu_loras": 3,
+        },
+        "evicting": {
+            "job": "variants",
+            "model": untied["base"],
+            "paths": deltas,
+            "batches": [["v1"] * 5, ["v2"] * 5, ["v1"] * 5],
+            "additional_config": EXACT,
+            "max_loras": 1,
+            "max_cpu_loras": 1,
+        },
+        "tied exact": {
+            "job": "variants",
+            "model": tied["base"],
+            "paths": {"v1": tied["v1.pxd"]},
+            "batches": [["v1", None, "v1", None, "v1"]],
+            "additional_config": EXACT,
+        },
+    }
+    results = run_jobs(list(jobs.values()), folder)
+    return dict(zip(jobs, results, strict=True))
+
+
+def mixed(found: Found, names: list[str | None], prefix: str = "") -> list[Any]:
+    """What a batch of these variants should give: each prompt's output of its own stock engine."""
+    return [found[prefix + (name or "base")][i] for i, name in enumerate(names)]
+
+
+def test_the_variants_differ_so_that_a_mistake_would_show(found: Found) -> None:
+    outputs = [found[name] for name in ("base", "v1", "v2", "v3")]
+    for i in range(len(PROMPTS)):
+        assert len({tuple(output[i][0]) for output in outputs}) == 4
+
+
+def test_a_cold_start_is_the_applied_folder_to_the_bit(found: Found) -> None:
+    assert found["cold"] == found["cold packed"] == found["v1"]
+
+
+def test_a_swap_is_the_applied_folder_to_the_bit_and_the_base_comes_back(found: Found) -> None:
+    outputs = [output for _, _, output in found["swaps"]["swaps"]]
+    assert outputs == [found["v1"], found["base"], found["v2"], found["v1"]]
+
+
+def test_a_swap_of_a_tied_model_reaches_its_lm_head(found: Found) -> None:
+    outputs = [output for _, _, output in found["tied swaps"]["swaps"]]
+    assert outputs == [found["tied v1"], found["tied base"]]
+
+
+def test_the_engine_reports_the_content_id_as_its_weight_version(found: Found, untied: dict[str, str]) -> None:
+    import peraxis_format as pf
+
+    with pf.open(untied["v1.pxd"]) as one, pf.open(untied["v2.pxd"]) as two:
+        expected = [one.content_id, "base", two.content_id, one.content_id]
+    assert [reported for _, reported, _ in found["swaps"]["swaps"]] == expected
+    assert [returned for returned, _, _ in found["swaps"]["swaps"]] == expected
+
+
+@pytest.mark.parametrize("way", ["swaps", "variants"])
+def test_a_bad_delta_is_refused_and_nothing_else_changes(found: Found, way: str) -> None:
+    missing, broken, alien, dressed = found[way]["errors"]
+    assert "/no/such.pxd" in missing
+    assert "E301" in broken
+    assert "lm_head.weight" in alien or "E40" in alien
+    assert "chat_template.jinja" in dressed
+    assert "extract" in dressed
+    before = found[way]["swaps"][-1][2] if way == "swaps" else found[way]["batches"][0]
+    assert found[way]["after"] == before
+
+
+def test_a_mixed_batch_in_exact_mode_is_each_variants_own_model_to_the_bit(found: Found) -> None:
+    batches = found["exact"]["batches"]
+    assert batches[0] == mixed(found, MIXED)
+    assert batches[1] == mixed(found, ["v1", "v1", "v2", "v2", None])
+    assert batches[2] == found["v3"]
+
+
+def test_a_tied_lm_head_is_the_variants_own_in_a_mixed_batch(found: Found) -> None:
+    (batch,) = found["tied exact"]["batches"]
+    assert batch == mixed(found, ["v1", None, "v1", None, "v1"], "tied ")
+
+
+def test_a_mixed_batch_by_signs_stays_near_each_variants_own_model(found: Found) -> None:
+    batches = found["variants"]["batches"]
+    assert batches[2] == found["base"]
+    for batch, expected in ((batches[0], mixed(found, MIXED)), (batches[1], found["v2"])):
+        for (_, _, own), (_, _, reference) in zip(batch, expected, strict=True):
+            # Prompt log-probabilities: the same text, so that rounding is all that can differ (BF16, two layers).
+            assert max(abs(a - b) for a, b in zip(own, reference, strict=True)) < 0.25
+
+
+def test_a_variant_in_memory_is_an_eighth_of_the_weights(found: Found) -> None:
+    # One or two masks of a sixteenth each, scales, exact norms and biases.
+    store = found["exact"]["store"]
+    assert set(store["bytes"]) == {"v1", "v2", "v3"}
+    assert all(size < store["weights"] / 8 for size in store["bytes"].values())
+
+
+def test_an_evicted_variant_is_read_again_and_serves_the_same(found: Found) -> None:
+    batches, store = found["evicting"]["batches"], found["evicting"]["store"]
+    assert batches == [found["v1"], found["v2"], found["v1"]]
+    assert store["evictions"] >= 2
+    assert store["reads"] >= 3
+    assert len(store["bytes"]) == 1

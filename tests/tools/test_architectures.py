@@ -1,0 +1,71 @@
+"""The table of docs/architectures.md for a few families, each of a kind of its own; the benchmark makes all of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("peft")
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+# Each has what others lack: modules kept in F32; scalars; experts that get sorted rows; a table of positions; weights
+# that the module above reads itself; a router with a module inside; names that transformers changes on loading.
+FAMILIES = ("deepseek_v3", "apertus", "llama4_text", "bart", "falcon_mamba", "ernie4_5_moe", "laguna")
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """benchmarks/ is run as scripts, so its modules are found as scripts find them."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_way_of_using_a_delta_is_right(family: str, tmp_path: Path) -> None:
+    from architecture_checks import CHECKS, RIGHT, check_family
+
+    found = check_family(family, tmp_path)
+    assert found == dict.fromkeys(("build", *CHECKS), RIGHT)
+
+
+def test_a_wrong_result_is_told_from_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import architecture_checks as checks
+
+    from peraxis_tools.errors import ToolError
+
+    def wrong(_: Any) -> None:
+        raise checks.WrongError("logits differ")
+
+    def refused(_: Any) -> None:
+        raise ToolError("is\nrefused")
+
+    def broken(_: Any) -> None:
+        raise KeyError("name")
+
+    assert checks.outcome(wrong, [None]) == "WRONG: logits differ"
+    assert checks.outcome(refused, [None]) == "is refused"
+    assert checks.outcome(broken, [None]).startswith("WRONG: KeyError")
+    assert checks.outcome(lambda _: None, [None]) == "right"
+
+
+def test_the_page_numbers_refusals_and_marks_what_is_wrong() -> None:
+    from architecture_checks import CHECKS, RIGHT
+    from architectures import table
+
+    right = dict.fromkeys(("build", *CHECKS), RIGHT)
+    page = table(
+        {
+            "fine": right,
+            "refusing": {**right, "serve BF16": "one variant a batch", "serve F32": "one variant a batch"},
+            "bad": {**right, "LoRA": "WRONG: differs | here"},
+            "unbuilt": {"build": "ImportError: timm"},
+        }
+    )
+    assert "| fine | right |" in page
+    assert page.count("[1](#refusals)") == 2
+    assert "1. one variant a batch" in page
+    assert "**WRONG: differs \\| here**" in page
+    assert "| unbuilt | ImportError: timm |" in page
+    assert "3 of 3" in page

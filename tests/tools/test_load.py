@@ -1,0 +1,150 @@
+"""Deltas by hub name, offline from the cache; a model, its tokenizer and generation configuration in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import peraxis_format as pxd
+import peraxis_tools
+from peraxis_format.hub import HubName, hub_name, hub_path
+from peraxis_tools.commands import inspect as inspect_command
+from peraxis_tools.errors import ToolError
+from tests.engines.pair import make_base, make_delta
+
+
+def put_in_cache(cache: Path, repository: str, files: list[Path]) -> None:
+    """Lay files out as huggingface_hub does."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    snapshot = folder / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("a" * 40)
+    for file in files:
+        shutil.copy(file, snapshot / file.name)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base, a delta with a generation configuration and chat template of its own, and a hub cache with both."""
+    folder = tmp_path_factory.mktemp("pair")
+    base = make_base(folder / "base", tied=False)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], "max_length": 33}))
+    (folder / "chat_template.jinja").write_text("OWN {{ messages[0]['content'] }}")
+    tokenizer = [base / "tokenizer.json", base / "tokenizer_config.json", base / "config.json"]
+    own = [folder / "generation_config.json", folder / "chat_template.jinja"]
+    assets = sorted([*own, *tokenizer], key=lambda path: path.name)
+    delta = make_delta(folder / "delta.pxd", base, seed=1, assets=assets, base_id="org/base")
+    other = make_delta(folder / "other.pxd", base, seed=2)
+    put_in_cache(folder / "cache", "org/base", sorted(base.iterdir()))
+    put_in_cache(folder / "cache", "me/delta", [delta])
+    put_in_cache(folder / "cache", "me/several", [delta, other])
+    return {"base": base, "delta": delta, "other": other, "cache": folder / "cache"}
+
+
+@pytest.fixture
+def cached(pair: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """The hub cannot be reached; its cache is the pair's."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(pair["cache"]))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return pair
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("me/delta", HubName(repository="me/delta")),
+        ("me/delta@v1", HubName(repository="me/delta", revision="v1")),
+        ("hf://me/delta", HubName(repository="me/delta")),
+        ("hf://me/delta@v1", HubName(repository="me/delta", revision="v1")),
+        ("hf://me/delta/a/b.pxd", HubName(repository="me/delta", file="a/b.pxd")),
+        ("hf://me/delta/b.pxd@v1", HubName(repository="me/delta", file="b.pxd", revision="v1")),
+        ("hf://me/delta@v1/b.pxd", HubName(repository="me/delta", file="b.pxd", revision="v1")),
+        ("delta.pxd", None),
+        ("me/delta.pxd", None),
+        ("/me/delta", None),
+        ("a/b/c", None),
+        ("https://host/me/delta.pxd", None),
+        ("hf://datasets/me/data/b.pxd", None),
+    ],
+)
+def test_a_name_says_what_it_is(name: str, expected: HubName | None) -> None:
+    assert hub_name(name) == expected
+
+
+def test_what_exists_on_disk_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("me").mkdir()
+    Path("me/delta").write_bytes(b"")
+    assert hub_name("me/delta") is None
+
+
+@pytest.mark.parametrize("name", ["hf://me", "hf://me/delta@a/b.pxd@c", "hf://"])
+def test_a_malformed_hub_name_is_refused(name: str) -> None:
+    with pytest.raises(pxd.CheckpointError, match="hf://org/repo"):
+        hub_name(name)
+
+
+def test_a_repository_is_its_one_delta_offline_too(cached: dict[str, Path]) -> None:
+    assert hub_path("me/delta").read_bytes() == cached["delta"].read_bytes()
+    assert hub_path("hf://me/several/other.pxd").read_bytes() == cached["other"].read_bytes()
+
+
+def test_a_repository_with_several_deltas_asks_for_a_name(cached: dict[str, Path]) -> None:
+    with pytest.raises(pxd.CheckpointError, match=r"2 \.pxd files \(delta\.pxd, other\.pxd\).*hf://me/several/FILE"):
+        hub_path("me/several")
+
+
+def test_a_repository_that_is_not_cached_is_one_line_offline(cached: dict[str, Path]) -> None:
+    with pytest.raises(pxd.CheckpointError, match="me/nothing") as caught:
+        hub_path("me/nothing")
+    assert "\n" not in str(caught.value)
+
+
+def test_load_takes_the_base_from_the_manifest_and_brings_all_that_apply_writes(
+    cached: dict[str, Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    peraxis_tools.apply(cached["base"], cached["delta"], tmp_path / "applied")
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "applied")
+    model, tokenizer = peraxis_tools.load("me/delta")
+    ids = torch.tensor([[1, 5, 9, 200]])
+    assert torch.equal(model(ids).logits, reference(ids).logits)
+    assert model.generation_config.eos_token_id == [2, 7]
+    assert model.generation_config.max_length == reference.generation_config.max_length == 33
+    words = [{"role": "user", "content": "w5"}]
+    expected = AutoTokenizer.from_pretrained(tmp_path / "applied").apply_chat_template(words, tokenize=False)
+    assert tokenizer.apply_chat_template(words, tokenize=False) == expected == "OWN w5"
+
+
+def test_load_model_with_one_argument_and_the_auto_class_give_the_same_model(cached: dict[str, Path]) -> None:
+    ids = torch.tensor([[1, 5, 9, 200]])
+    expected = peraxis_tools.load_model(cached["base"], cached["delta"])(ids).logits
+    assert torch.equal(peraxis_tools.load_model("me/delta")(ids).logits, expected)
+    assert torch.equal(peraxis_tools.PxdForCausalLM.from_pretrained("me/delta")(ids).logits, expected)
+    assert torch.equal(peraxis_tools.PxdForCausalLM.from_pretrained("me/delta", revision="main")(ids).logits, expected)
+
+
+def test_a_base_that_is_no_hub_id_has_to_be_named(cached: dict[str, Path]) -> None:
+    with pytest.raises(ToolError, match="names its base 'base'"):
+        peraxis_tools.load(cached["other"])
+    assert peraxis_tools.load(cached["other"], base=cached["base"]).tokenizer is not None
+
+
+def test_a_manifest_cannot_lead_to_a_folder_of_this_machine(cached: dict[str, Path], tmp_path: Path) -> None:
+    delta = make_delta(tmp_path / "d.pxd", cached["base"], seed=3, base_id=str(cached["base"]))
+    with pytest.raises(ToolError, match="no hub id"):
+        peraxis_tools.load(delta)
+
+
+def test_the_command_line_takes_a_repository_in_the_place_of_a_path(cached: dict[str, Path]) -> None:
+    done = CliRunner().invoke(inspect_command.command, ["me/delta", "--json"])
+    assert done.exit_code == 0, done.output
+    with pxd.open(cached["delta"]) as delta:
+        assert delta.content_id in done.output
