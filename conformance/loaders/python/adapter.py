@@ -60,9 +60,10 @@ def update(module: pxd.ModuleDelta) -> dict[str, Any]:
     """What is said of an `exact` module and of no other."""
     if module.index is None or module.data is None:
         return {}
-    parts = {"index_sha256": module.index, "data_sha256": module.data}
-    return {word: sha256(bytes(pxd.raw_bytes(array))) for word, array in parts.items()} | {
-        "result_sha256": module.result
+    return {
+        "index_sha256": sha256(bytes(pxd.raw_bytes(module.index))),
+        "data_sha256": sha256(bytes(pxd.raw_bytes(module.data))),
+        "result_sha256": module.result,
     }
 
 
