@@ -188,7 +188,11 @@ class InProcess(Adapter):
         said = module.caps("")
         operations = frozenset(said["operations"])
         self.caps = Caps(
-            implementation="mutant", version="1", spec=("1.0",), features=frozenset(), operations=operations
+            implementation="mutant",
+            version="1",
+            spec=("1.0",),
+            features=frozenset(said["features"]),
+            operations=operations,
         )
 
     def ask(self, case: Case, arguments: Sequence[str]) -> Reply:
