@@ -14,7 +14,7 @@ from .content import Asset, Base, Content, Module, full, noise, same, sign, weig
 from .entry import Entry
 from .roundings import accepted
 
-__all__ = ["EXAMPLE", "applied_updates", "changed", "golden_updates", "update", "updates"]
+__all__ = ["EXAMPLE", "applied_updates", "changed", "golden_updates", "moved", "one", "spread", "update", "updates"]
 
 Case = tuple[str, str, Content]
 Coder = Callable[[Sequence[int], Sequence[int], Form], Block]
