@@ -33,7 +33,8 @@ def test_every_refusal_prints_code_and_clause_of_its_case(tmp_path: Path) -> Non
             check(corpus, case)
         error = caught.value
         assert f"SPEC {error.clause})" in str(error)
-        if (error.code, error.clause) != (case.codes[0], case.clause):
+        # Some damage breaks two rules, and a case then names both codes; its clause is that of the first.
+        if error.code not in case.codes or (error.code == case.codes[0] and error.clause != case.clause):
             differ.append(f"{case.id}: {error.code} of {error.clause}, must be {case.codes[0]} of {case.clause}")
     assert differ == []
     assert len(small) > 1400
