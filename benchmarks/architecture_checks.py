@@ -164,8 +164,8 @@ def loaded_again(pair: Pair) -> nn.Module:
 
 
 def load(pair: Pair) -> None:
-    """`peraxis.load` gives the model of the applied folder."""
-    same_weights(peraxis.load(pair.delta, base=pair.base, dtype=pair.dtype).model, pair.model(pair.applied))
+    """`load_model` gives the model of the applied folder."""
+    same_weights(peraxis.load_model(pair.base, pair.delta, dtype=pair.dtype), pair.model(pair.applied))
 
 
 def apply_live(pair: Pair) -> None:

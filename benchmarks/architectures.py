@@ -164,7 +164,7 @@ built with transformers {transformers}, torch {torch} and Python {python}.
 |---|---|
 | `compress` | `compress --fit none --force`, then `verify --base` |
 | `apply` | the bytes of the reference arithmetic; transformers loads the folder |
-| `load` | `peraxis.load` gives the model of that folder, bit for bit |
+| `load` | `peraxis.load_model` gives the model of that folder, bit for bit |
 | `apply_` | the live base becomes that model, bit for bit |
 | `switch` | `VariantSwitch`: there, back to the base, and there again, bit for bit |
 | serve BF16, F32 | a batch of two variants: each row as its own model gives it; BF16 within what routing leaves open |

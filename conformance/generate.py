@@ -29,6 +29,9 @@ from .generator.large import large
 from .generator.manifest import manifest
 from .generator.payload import payload
 from .generator.profile import profile
+from .generator.update_faults import refused_bindings, refused_updates
+from .generator.update_writers import encoded_updates
+from .generator.updates import applied_updates, golden_updates
 from .generator.valid import contents
 
 __all__ = ["boundaries", "corpus", "main"]
@@ -71,13 +74,15 @@ def golden() -> Iterator[tuple[str, Entry]]:
 def corpus() -> Iterator[tuple[str, Entry]]:
     """(folder, entry) of every case, in the order of cases.jsonl."""
     yield from golden()
-    yield from (("valid", entry) for entry in golden_kinds())
-    for group in (container, manifest, profile, payload, refused_kinds):
+    for group in (golden_kinds, golden_updates):
+        yield from (("valid", entry) for entry in group())
+    for group in (container, manifest, profile, payload, refused_kinds, refused_updates):
         yield from (("invalid", entry) for entry in group())
     yield from (("hostile", entry) for entry in hostile())
-    for group in (applied, applied_kinds):
+    for group in (applied, applied_kinds, applied_updates, refused_bindings):
         yield from (("apply", entry) for entry in group())
-    yield from (("encode", entry) for entry in encoded())
+    for group in (encoded, encoded_updates):
+        yield from (("encode", entry) for entry in group())
 
 
 def stored(folder: str, entry: Entry, role: str) -> str:
@@ -121,7 +126,7 @@ def line(folder: str, entry: Entry) -> tuple[dict[str, Any], dict[str, bytes]]:
         "expectation": "reject" if entry.phase else "accept",
         "phase": None if entry.phase == "any" else entry.phase,
         "codes": list(entry.codes),
-        "features": [],
+        "features": list(entry.features),
         "budget": {"seconds": entry.seconds, "mib": entry.mib},
         "files": paths,
         "sha256": sums,

@@ -137,8 +137,11 @@ class Adapter:
 
 def run_case(adapter: Adapter, corpus: Corpus, case: Case) -> Outcome:
     """One case, from its files to the verdict."""
-    if case.operation not in adapter.caps.operations or not set(case.features) <= adapter.caps.features:
+    if case.operation not in adapter.caps.operations:
         return Outcome(case=case, status="unsupported", detail=f"the adapter does not offer {case.operation}")
+    if lacking := sorted(set(case.features) - adapter.caps.features):
+        detail = f"the adapter does not offer the feature {', '.join(lacking)}"
+        return Outcome(case=case, status="unsupported", detail=detail)
     folder = Path(tempfile.mkdtemp(prefix="case-", dir=corpus.scratch))
     try:
         arguments, output, dump = prepare(adapter, corpus, case, folder)

@@ -28,6 +28,7 @@ __all__ = [
     "frame",
     "header_json",
     "manifest_text",
+    "result_digest",
     "safetensors",
     "table",
     "untabled",
@@ -95,6 +96,8 @@ def module_tensor(index: int, module: Module) -> list[Tensor]:
     for part in module.components:
         parts.append(mask(part.signs, covered[-1] if covered else 1))
         parts.extend(words(values) for _, values in part.scales)
+    if module.encoding == "exact":
+        parts += [words(module.index, 4), module.data]
     if module.tail:
         parts.append(module.exact)
     data = filled(parts)
@@ -150,21 +153,35 @@ def untabled(text: str) -> list[str]:
     return [raw[i : i + 32].hex() for i in range(0, len(raw), 32)]
 
 
-def bases(manifest: dict[str, Any]) -> Iterator[list[Any]]:
-    """[name, dtype, shape, hex digest] of the base tensor of each module that has one."""
+def rows(manifest: dict[str, Any]) -> Iterator[tuple[list[Any] | None, list[Any]]]:
+    """[name, dtype, shape, hex digest] of each module's base tensor, or None, and of its new tensor ("": unknown)."""
     digests = iter(untabled(manifest["digests"]))
     for m in manifest["modules"]:
-        base = m.get("base", {"dtype": m.get("dtype", "BF16"), "shape": m["shape"]})
-        if base is not None:
-            yield [m["name"], base["dtype"], base["shape"], next(digests, "")]
-        grown = bool(base and m["shape"] and base["shape"] and m["shape"][0] > base["shape"][0])
-        if m.get("encoding") != "same" or grown:
-            next(digests, "")
+        dtype, shape, encoding = m.get("dtype", "BF16"), m["shape"], m.get("encoding")
+        base = m.get("base", {"dtype": dtype, "shape": shape})
+        old = [m["name"], base["dtype"], base["shape"], next(digests, "")] if base else None
+        grown = bool(base and shape and base["shape"] and shape[0] > base["shape"][0])
+        own = next(digests, "") if encoding != "same" or grown else ""
+        made = {"full": own, "exact": next(digests, "") if encoding == "exact" else ""}.get(encoding, "")
+        if encoding == "same" and old and old[1:3] == [dtype, shape]:
+            made = old[3]
+        yield old, [m["name"], dtype, shape, made]
 
 
-def base_digest(rows: Iterable[list[Any]]) -> str:
-    """SPEC 3.11, of the rows of `bases`."""
-    ordered = sorted(rows, key=lambda row: row[0].encode("utf-8", "surrogatepass"))
+def bases(manifest: dict[str, Any]) -> Iterator[list[Any]]:
+    """[name, dtype, shape, hex digest] of the base tensor of each module that has one."""
+    return (old for old, _ in rows(manifest) if old)
+
+
+def result_digest(manifest: dict[str, Any]) -> str | None:
+    """SPEC 3.14."""
+    made = [new for _, new in rows(manifest)]
+    return base_digest(made) if all(new[3] for new in made) else None
+
+
+def base_digest(listed: Iterable[list[Any]]) -> str:
+    """SPEC 3.11, of [name, dtype, shape, hex digest] each."""
+    ordered = sorted(listed, key=lambda row: row[0].encode("utf-8", "surrogatepass"))
     return "sha256:" + sha256(canonical(ordered).encode())
 
 
@@ -180,17 +197,20 @@ def module_json(module: Module) -> dict[str, Any]:
         made["components"] = [[c.axis, c.exponent] for c in module.components]
     else:
         made["encoding"] = module.encoding
+    if module.encoding == "exact":
+        made["size"] = len(module.data)
     return made
 
 
 def manifest_of(content: Content, tensors: Sequence[Tensor]) -> dict[str, Any]:
-    """SPEC 3.4, but for the base digest."""
+    """SPEC 3.4, but for the base digest and the result."""
     data = b"".join(tensor.data for tensor in tensors)
     held = ranges(tensors, "module")
     digests = []
     for i, module in enumerate(content.modules):
         digests += [sha256(module.base.data)] if module.base else []
         digests += [sha256(data[slice(*held[i])])] if i in held else []
+        digests += [sha256(module.new + module.exact)] if module.encoding == "exact" else []
     assets = ranges(tensors, "asset")
     return {
         "assets": [{"path": a.path, "sha256": sha256(data[slice(*assets[i])])} for i, a in enumerate(content.assets)],
@@ -198,12 +218,13 @@ def manifest_of(content: Content, tensors: Sequence[Tensor]) -> dict[str, Any]:
         "calibration": content.calibration,
         "digests": table(digests),
         "dropped": list(content.dropped),
-        "features": [],
+        "features": content.features,
         "fine_tuned": {"id": content.fine_tuned[0], "revision": content.fine_tuned[1]},
         "metadata": dict(content.metadata),
         "modules": [module_json(module) for module in content.modules],
         "producer": {"name": content.producer[0], "version": content.producer[1]},
         "tied": [list(pair) for pair in content.tied],
+        **({"previous": content.previous, "result": ""} if content.features else {}),
     }
 
 
@@ -242,11 +263,13 @@ def build(
     data: Hook = unchanged,
     file: Hook = unchanged,
 ) -> bytes:
-    """The file of `content`; each hook takes and returns what its step made (digested: after the base digest)."""
+    """The file of `content`; each hook takes and returns what its step made (digested: after the digests)."""
     placed = tensors(laid_out(content))
     made = manifest(manifest_of(content, placed))
     if isinstance(made.get("base"), dict) and made["base"].get("digest") == "":
         made["base"]["digest"] = base_digest(bases(made))
+    if made.get("result") == "":
+        made["result"] = result_digest(made)
     made = digested(made)
     written = header(header_json(version, text(canonical(made)), records(offsets(placed))))
     encoded = written if isinstance(written, bytes) else written.encode()
@@ -298,6 +321,7 @@ def expected(content: Content, file: bytes) -> dict[str, Any]:
             ],
             "exact_sha256": sha256(m.exact) if m.exact else None,
         }
+        | update_of(m)
         for m in content.modules
     ]
     return {
@@ -307,4 +331,16 @@ def expected(content: Content, file: bytes) -> dict[str, Any]:
         "dropped": list(content.dropped),
         "assets": [{"path": a.path, "size": len(a.data), "sha256": sha256(a.data)} for a in content.assets],
         "metadata": content.metadata,
+    } | {key: value for key, value in json.loads(text).items() if key in ("previous", "result")}
+
+
+def update_of(module: Module) -> dict[str, Any]:
+    """What `decode` says of an `exact` module and of no other."""
+    if module.encoding != "exact":
+        return {}
+    parts = {
+        "index_sha256": words(module.index, 4),
+        "data_sha256": module.data,
+        "result_sha256": module.new + module.exact,
     }
+    return {word: sha256(data) for word, data in parts.items()}

@@ -65,7 +65,10 @@ class Component:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Module:
-    """One named tensor of the fine-tuned checkpoint. exact: the bytes of `full` or of the tail."""
+    """One named tensor of the fine-tuned checkpoint. exact: the bytes of `full` or of the tail.
+
+    new, index, data: of an `exact` module, the covered weights that come out and the parts of SPEC 4.1.
+    """
 
     name: str
     dtype: str
@@ -74,6 +77,9 @@ class Module:
     base: Base | None = None
     components: tuple[Component, ...] = ()
     exact: bytes = b""
+    new: bytes = b""
+    index: tuple[int, ...] = ()
+    data: bytes = b""
 
     @property
     def covered(self) -> tuple[int, ...]:
@@ -97,7 +103,7 @@ class Asset:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Content:
-    """A whole file."""
+    """A whole file. chained: whether it says what it results in, though no module asks for it."""
 
     modules: tuple[Module, ...]
     tied: tuple[tuple[str, str], ...] = ()
@@ -108,6 +114,14 @@ class Content:
     fine_tuned: tuple[str, str | None] = ("example/fine-tuned", None)
     producer: tuple[str, str] = ("conformance", "1")
     calibration: dict[str, Any] | None = None
+    chained: bool = False
+    previous: str | None = None
+
+    @property
+    def features(self) -> list[str]:
+        """The features that the content needs (SPEC 3.3)."""
+        exact = self.chained or self.previous or any(module.encoding == "exact" for module in self.modules)
+        return ["exact"] if exact else []
 
 
 def noise(seed: str, count: int) -> bytes:

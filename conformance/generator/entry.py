@@ -49,6 +49,7 @@ class Entry:
     seconds: int = 10
     mib: int = 256
     note: str = ""
+    features: tuple[str, ...] = ()
 
 
 def refused(id: str, codes: str, clause: str, file: Any, note: str = "", **more: Any) -> Entry:

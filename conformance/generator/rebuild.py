@@ -33,6 +33,8 @@ def rebuilt(module: Module) -> bytes:
     """SPEC 6: the fine-tuned tensor."""
     if module.encoding == "full":
         return module.exact
+    if module.encoding == "exact":
+        return module.new + module.exact
     base, shape = module.base, module.covered
     if base is None:
         raise ValueError(f"{module.name}: {module.encoding} needs a base")

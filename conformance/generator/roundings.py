@@ -24,6 +24,7 @@ def accepted(slug: str, clause: str, content: Content, **hooks: Any) -> Entry:
         clause=clause,
         operation="apply",
         files={"file": build(content, **hooks), "base": base, "output": output},
+        features=tuple(content.features),
     )
 
 

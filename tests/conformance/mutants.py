@@ -38,8 +38,19 @@ from tests.conformance.helpers import KIT, SLOW
 __all__ = ["Mutant", "c_mutants", "main", "python_mutants"]
 
 SMALL = KIT / "loaders" / "wrong"
-MODULES = ("common", "switches", "strict", "container", "manifest", "rules", "reader", "arithmetic", "adapter")
-MUTATED = ("strict", "container", "manifest", "rules", "reader", "arithmetic", "adapter")
+MODULES = (
+    "common",
+    "switches",
+    "strict",
+    "container",
+    "manifest",
+    "updates",
+    "rules",
+    "reader",
+    "arithmetic",
+    "adapter",
+)
+MUTATED = ("strict", "container", "manifest", "updates", "rules", "reader", "arithmetic", "adapter")
 SECONDS = 240
 COMPARED: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
     ast.Lt: (ast.LtE,),
@@ -188,7 +199,11 @@ class InProcess(Adapter):
         said = module.caps("")
         operations = frozenset(said["operations"])
         self.caps = Caps(
-            implementation="mutant", version="1", spec=("1.0",), features=frozenset(), operations=operations
+            implementation="mutant",
+            version="1",
+            spec=("1.0",),
+            features=frozenset(said["features"]),
+            operations=operations,
         )
 
     def ask(self, case: Case, arguments: Sequence[str]) -> Reply:

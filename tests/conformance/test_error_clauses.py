@@ -17,6 +17,8 @@ def check(corpus: Corpus, case: Case) -> None:
         if case.operation == "apply":
             with pxd.Safetensors.open(corpus.path(case, "base")) as base:
                 pxd.check_base(delta.manifest, base, workers=1)
+                for name in delta:
+                    pxd.reconstruct(delta.load(name), base.read(name) if name in base else None)
 
 
 def test_every_refusal_prints_code_and_clause_of_its_case(tmp_path: Path) -> None:

@@ -33,7 +33,13 @@ class InProcess(Adapter):
         self.switch = switch
         said: dict[str, Any] = small.caps(switch)
         operations = frozenset(said["operations"])
-        self.caps = Caps(implementation=switch, version="1", spec=("1.0",), features=frozenset(), operations=operations)
+        self.caps = Caps(
+            implementation=switch,
+            version="1",
+            spec=("1.0",),
+            features=frozenset(said["features"]),
+            operations=operations,
+        )
 
     def ask(self, case: Case, arguments: Sequence[str]) -> Reply:
         try:

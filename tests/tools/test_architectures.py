@@ -91,4 +91,4 @@ def test_a_model_that_is_no_decoder_is_loaded_as_its_configuration_says(family: 
 
     pair = write_pair(family, tmp_path, torch.bfloat16)
     assert [outcome(check, [pair]) for check in (compress, apply, load)] == ["right"] * 3
-    assert type(peraxis.load(pair.delta, base=pair.base).model) is pair.kind
+    assert type(peraxis.load_model(pair.base, pair.delta)) is pair.kind

@@ -137,28 +137,31 @@ static const char *sha_of(const u8 *p, size_t n) { /* hexadecimal, of the last c
 static const char *const DTYPES[] = {"BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "U16", "I16", "F16", "BF16", "U32",
                                      "I32", "F32", "U64", "I64", "F64", NULL};
 static const u8 SIZES[] = {1, 1, 1, 1, 1, 2, 2, 2, 2, 4, 4, 4, 8, 8, 8};
-static const char *const ENCODINGS[] = {"full", "same", NULL}; /* `sign` is never written */
+static const char *const ENCODINGS[] = {"full", "same", "exact", NULL}; /* `sign` is never written */
 static const char *const AXES[] = {"row", "col", "row+col", "tensor", NULL};
 static const u8 AXIS_SCALES[] = {1, 2, 3, 4}; /* bit 0: row, 1: col, 2: scalar */
-enum { U8_ = 1, F16 = 7, BF16 = 8, F32 = 11, FULL = 0, SAME, SIGN };
+enum { U8_ = 1, F16 = 7, BF16 = 8, U32_ = 9, F32 = 11, FULL = 0, SAME, EXACT, SIGN, BLOCK = 65536 };
 
 typedef struct { u32 count; u64 size[8]; } shape;
 typedef struct { text name; int dtype; shape shape; u64 begin, end; const u8 *data; } record;
 typedef struct { int axis; int64_t exponent; text mask, scale[3]; } component;
 typedef struct {
-    text name, sha256, base_sha256, json; /* digests as hex; json: from `name` to the end */
+    text name, sha256, base_sha256, result, json; /* digests as hex; json: from `name` to the end */
     int dtype, base_dtype, encoding;
     bool has_base, has_tail;
     shape shape, base_shape, covered, tail;
     u32 component_count;
     component components[8];
-    text exact;
+    text exact, index, data; /* index, data: of an `exact` module, and so is what follows */
+    u64 size;
+    u8 *made;                    /* the new tensor */
     const record *tensor, *base; /* in this file, and in the base */
 } module;
 typedef struct { text key, value; const record *data; } entry; /* path, digest; name; key, text; module, alias */
 typedef struct { text json; entry *items; u32 count; } list;   /* json: as the manifest has it */
 typedef struct {
-    text file, manifest, base_digest, digests; /* digests: hex */
+    text file, manifest, base_digest, digests, previous, result; /* digests: hex */
+    bool chained;                                               /* SPEC 3.3: the feature `exact` */
     record *records;
     module *modules;
     list assets, dropped, metadata, tied;
@@ -249,7 +252,7 @@ static shape dimensions(json *j) {
     mark(j, '[');
     for (; more(j, ']', made.count); made.count++) {
         u64 size = (u64)integer(j, 0);
-        bool fits = size && made.count < 8, foreign = j->code[1] == '4'; /* a base may hold anything beside its tensors */
+        bool fits = size && made.count < 8, foreign = j->code[1] == '4'; /* a base may hold others beside its own */
         need(fits || foreign, j->code[1] == '1' ? "E120" : "E208");      /* SPEC 2.14, 3.8 */
         if (made.count < 8) made.size[made.count] = size;
         if (!fits) made.count = 8; /* nine in the end, which is no module's */
@@ -258,7 +261,7 @@ static shape dimensions(json *j) {
 }
 
 /* Take what the pattern says, where ' stands for a quotation mark, and after %: s string, h hex digest, d digest,
- * n natural number, i integer, t dtype, e encoding, a axis, l shape; ? before s or h: or null. What stands between
+ * n natural number, i integer, t dtype, e encoding, a axis, l shape; ? before s, h or d: or null. What stands between
  * < and > takes at most 2^16 bytes (SPEC 3.8). */
 static void scan(json *j, const char *pattern, ...) {
     size_t start = 0;
@@ -275,7 +278,7 @@ static void scan(json *j, const char *pattern, ...) {
         switch (*p) {
         case 's': *va_arg(to, text *) = absent ? (text){0} : string(j); break;
         case 'h': *va_arg(to, text *) = absent ? (text){0} : digest(j, ""); break;
-        case 'd': *va_arg(to, text *) = digest(j, "sha256:"); break;
+        case 'd': *va_arg(to, text *) = absent ? (text){0} : digest(j, "sha256:"); break;
         case 'n': *va_arg(to, u64 *) = (u64)integer(j, 0); break;
         case 'i': *va_arg(to, int64_t *) = integer(j, -(int64_t)LIMIT); break;
         case 'l': *va_arg(to, shape *) = dimensions(j); break;
@@ -396,7 +399,9 @@ static module read_module(json *j) { /* SPEC 3.4: what is usual is left out */
     }
     if (!parts) scan(j, "'encoding':%e,", &m.encoding);
     m.json.p = j->p + j->i;
-    scan(j, "'name':%s,'shape':%l}", &m.name, &m.shape);
+    scan(j, "'name':%s,'shape':%l", &m.name, &m.shape);
+    if (m.encoding == EXACT) scan(j, ",'size':%n", &m.size);
+    scan(j, "}");
     m.json.n = (size_t)(j->p + j->i - m.json.p);
     if (like) m.base_dtype = m.dtype, m.base_shape = m.shape;
     else need(!m.has_base || m.base_dtype != m.dtype || !same_shape(&m.base_shape, &m.shape, 0), j->code);
@@ -408,8 +413,10 @@ static void read_digests(pxd *f) { /* SPEC 3.13 */
     size_t next = 0;
     for (module *m = f->modules; m < f->modules + f->module_count; m++) {
         m->has_tail = m->has_base && m->shape.count && m->base_shape.count && m->shape.size[0] > m->base_shape.size[0];
-        text *wanted[] = {m->has_base ? &m->base_sha256 : NULL, m->encoding != SAME || m->has_tail ? &m->sha256 : NULL};
-        EACH(i, 2) if (wanted[i]) {
+        bool own = m->encoding != SAME || m->has_tail;
+        text *wanted[] = {m->has_base ? &m->base_sha256 : NULL, own ? &m->sha256 : NULL,
+                          m->encoding == EXACT ? &m->result : NULL};
+        EACH(i, 3) if (wanted[i]) {
             need(next < f->digests.n, "E213");
             *wanted[i] = (text){f->digests.p + next, 64};
             next += 64;
@@ -430,7 +437,8 @@ static void read_manifest(pxd *f) { /* SPEC 3.4 */
     f->digests = base64(f->digests, j->code);
     f->dropped = read_list(j, ",'dropped':", '[', "%s");
     scan(j, ",'features':[");
-    need(peek(j) != '"', "E204"); /* SPEC 3.3 */
+    f->chained = key(j, "\"exact\"");
+    need(peek(j) != '"' && (!f->chained || peek(j) == ']'), "E204"); /* SPEC 3.3 */
     scan(j, "],'fine_tuned':<{'id':%s,'revision':%?s}>", &other, &other);
     f->metadata = read_list(j, ",'metadata':", '{', "%s:%s");
     need(f->metadata.json.n <= 1 << 24, "E208"); /* SPEC 3.8 */
@@ -442,7 +450,9 @@ static void read_manifest(pxd *f) { /* SPEC 3.4 */
         f->modules = grown(f->modules, f->module_count, sizeof *f->modules);
         f->modules[f->module_count] = read_module(j);
     }
+    if (f->chained) scan(j, ",'previous':%?d", &f->previous);
     scan(j, ",'producer':<{'name':%s,'version':%s}>", &other, &other);
+    if (f->chained) scan(j, ",'result':%?d", &f->result);
     f->tied = read_list(j, ",'tied':", '[', "[%s,%s]");
     scan(j, "}");
     need(j->i == j->n, peek(j) == ' ' ? "E203" : "E202");
@@ -475,7 +485,7 @@ static void check_names(const pxd *f) { /* SPEC 3.5 to 3.7 */
     check_distinct(names, count, "E207");
 }
 
-static void check_fit(module *m) { /* SPEC 3.9, 3.10 */
+static void check_fit(module *m, bool chained) { /* SPEC 3.9, 3.10 */
     bool floats = is_float(m->dtype) && is_float(m->base_dtype);
     EACH(k, m->component_count) need(m->components[k].exponent >= -64 && m->components[k].exponent <= 63, "E209");
     need(m->encoding != SIGN || m->component_count, "E209");
@@ -488,6 +498,7 @@ static void check_fit(module *m) { /* SPEC 3.9, 3.10 */
     }
     if (m->encoding == SIGN) need(floats && m->shape.count >= 2, "E209");
     else need(floats || m->dtype == m->base_dtype, "E209");
+    if (m->encoding == EXACT) need(chained && floats && m->dtype == m->base_dtype && m->size, "E209");
 }
 
 static void print_as_is(const char *before, text s) { printf("%s%.*s", before, (int)s.n, (const char *)s.p); }
@@ -497,24 +508,40 @@ static void print_tensor(FILE *to, text name, const char *format, int dtype, con
     EACH(d, s->count) fprintf(to, d ? ",%" PRIu64 : "%" PRIu64, s->size[d]);
 }
 
-static void check_base_digest(const pxd *f) { /* SPEC 3.11 */
+static text result_of(const module *m) { /* SPEC 3.14: where it is known */
+    bool like = m->has_base && m->dtype == m->base_dtype && same_shape(&m->shape, &m->base_shape, 0);
+    return m->encoding == FULL ? m->sha256 : m->encoding == SAME && like ? m->base_sha256 : m->result;
+}
+
+static const char *digest_of(const pxd *f, bool results) { /* SPEC 3.11, 3.14; NULL: one is not known */
     module *sorted = allocate(f->module_count, sizeof *sorted);
     char *made = NULL;
     size_t n = 0;
+    bool known = true;
     FILE *to = open_memstream(&made, &n);
     io(to, "allocate", "memory");
     memcpy(sorted, f->modules, f->module_count * sizeof *sorted);
     qsort(sorted, f->module_count, sizeof *sorted, by_text); /* a module begins with its name */
     for (const module *m = sorted; m < sorted + f->module_count; m++) {
-        if (!m->has_base) continue;
+        text sum = results ? result_of(m) : m->base_sha256;
+        known = known && (sum.p || !results);
+        if (!sum.p) continue;
         fputs(ftell(to) ? ",[\"" : "[[\"", to);
-        print_tensor(to, m->name, "\",\"%s\",[", m->base_dtype, &m->base_shape);
-        fprintf(to, "],\"%.64s\"]", (const char *)m->base_sha256.p);
+        const shape *sizes = results ? &m->shape : &m->base_shape;
+        print_tensor(to, m->name, "\",\"%s\",[", results ? m->dtype : m->base_dtype, sizes);
+        fprintf(to, "],\"%.64s\"]", (const char *)sum.p);
     }
     fputs(ftell(to) ? "]" : "[]", to);
     fclose(to);
-    need(ends(f->base_digest, sha_of((const u8 *)made, n)), "E210");
+    const char *digest = sha_of((const u8 *)made, n);
     free(made);
+    return known ? digest : NULL;
+}
+
+static void check_digests(const pxd *f) {
+    need(ends(f->base_digest, digest_of(f, false)), "E210");
+    const char *result = f->chained ? digest_of(f, true) : NULL;
+    need(result ? f->result.p && ends(f->result, result) : !f->result.p, "E214");
 }
 
 /* SPEC 3.12: the bytes of the path that name a folder, its slash included; 0: none. */
@@ -575,6 +602,10 @@ static u64 split_delta(module *m) { /* the parts of a delta; returns its size */
         c->mask = part(m, &at, U8_, &mask);
         EACH(s, 3) if (AXIS_SCALES[c->axis] >> s & 1) c->scale[s] = part(m, &at, F16, shapes[s]);
     }
+    if (m->encoding == EXACT) {
+        m->index = part(m, &at, U32_, &(shape){1, {(size_of(&m->covered, U8_) + BLOCK - 1) / BLOCK}});
+        m->data = part(m, &at, U8_, &(shape){1, {m->size}});
+    }
     if (m->tail.count) m->exact = part(m, &at, m->dtype, &m->tail);
     return at;
 }
@@ -602,7 +633,118 @@ static void check_zero(const u8 *from, const u8 *to) { /* SPEC 4.5 */
     while (from < to) need(!*from++, "E304");
 }
 
-static void check_module(const module *m) { /* SPEC 4.5, 5.2, 5.4 */
+/* ---- Exact updates: SPEC 5.6 to 5.9. Blocks are checked where `weights` is NULL and applied where it is not. ---- */
+typedef struct { const u8 *p; u64 low, high; const char *code; } stream; /* unary numbers from low, fields from high */
+typedef struct { u8 *weights; const u8 *p; u64 length, count; u32 size, mantissa, key; } block;
+
+static u64 bit(const stream *b, u64 i) { return b->p[i / 8] >> i % 8 & 1; }
+static u64 unary(stream *b) {
+    for (u64 n = 0;; n++) {
+        need(b->low < b->high, b->code);
+        if (!bit(b, b->low++)) return n;
+    }
+}
+static u64 field(stream *b, u64 count) {
+    u64 value = 0;
+    for (need(b->high - b->low >= count, b->code); count--;) value = value << 1 | bit(b, --b->high);
+    return value;
+}
+static int64_t ahead(const stream *b) {
+    int64_t value = 0;
+    EACH(i, 15) value = value << 1 | (int64_t)(b->high > i ? bit(b, b->high - 1 - i) : 0);
+    return value;
+}
+static int64_t run_of(stream *b) { return (int64_t)(unary(b) << 15) + ahead(b); }
+static void put(const block *b, u64 place, u64 value) {
+    EACH(i, b->size) b->weights[place * b->size + i] = (u8)(value >> 8 * i);
+}
+static void step(const block *b, u64 place, int64_t by) {
+    u64 top = (u64)1 << (8 * b->size - 1), all = 2 * top - 1, at = little(b->weights + place * b->size, (int)b->size);
+    at = ((at ^ (at & top ? all : top)) + (u64)by) & all;
+    put(b, place, at ^ (at & top ? top : all));
+}
+
+static void read_gaps(const block *b) { /* SPEC 5.8 */
+    u64 moves = little(b->p, 2), listed = little(b->p + 2, 2), patterns = 4 + 2 * listed, place = 0;
+    u64 signs = patterns + b->size * listed, rest = signs + (moves + 7) / 8, gap;
+    bool wide = moves * 384 < b->count;
+    need(rest <= b->length && (!(moves % 8) || !(b->p[rest - 1] >> moves % 8)), "E307");
+    for (u64 i = 0; i < moves; i++, place++) {
+        bool more = true;
+        for (gap = 0; more; rest++) {
+            need(rest + wide < b->length, "E307");
+            gap += little(b->p + rest, 1 + wide);
+            more = !wide && b->p[rest] == 255;
+            rest += wide;
+        }
+        need((place += gap) < b->count, "E307");
+        if (b->weights) step(b, place, b->p[signs + i / 8] >> i % 8 & 1 ? -1 : 1);
+    }
+    need(rest == b->length, "E307");
+    for (u64 i = 0, last = 0; i < listed; i++, last = place + 1) {
+        place = little(b->p + 4 + 2 * i, 2);
+        need(place >= last && place < b->count, "E307");
+        if (b->weights) put(b, place, little(b->p + patterns + b->size * i, (int)b->size));
+    }
+}
+static void read_exceptions(const block *b, stream *from, bool store) {
+    u64 place, pattern, last = 0;
+    for (u64 left = unary(from); left--; last = place + 1) {
+        place = field(from, 16);
+        pattern = field(from, 8 * b->size);
+        need(place >= last && place < b->count, "E307");
+        if (store) put(b, place, pattern);
+    }
+}
+static void read_dense(const block *b, stream *from, u64 place, u64 k) { /* class 0 */
+    u64 q = unary(from), most = b->mantissa + 1;
+    need(q <= 8, "E405");
+    if (q == 8) { put(b, place, field(from, 8 * b->size)); return; }
+    k = k < most ? k : most;
+    int64_t z = (int64_t)(q << k | field(from, k));
+    step(b, place, z & 1 ? -(z + 1) / 2 : z / 2);
+}
+
+static void read_keyed(const block *b) { /* SPEC 5.9 */
+    static u8 classes[BLOCK]; /* by the base's weights, which the block changes */
+    stream from = {b->p, 0, 8 * b->length, b->weights ? "E405" : "E307"}, again = from;
+    read_exceptions(b, &from, false);
+    if (!b->weights) return;
+    for (u64 i = 0; i < b->count; i++) {
+        u64 e = (little(b->weights + i * b->size, (int)b->size) & (((u64)1 << (8 * b->size - 1)) - 1)) >> b->mantissa;
+        classes[i] = (u8)(e < b->key ? 0 : e - b->key + 1 < 15 ? e - b->key + 1 : 15);
+        if (!classes[i]) read_dense(b, &from, i, b->key - 1 - e);
+    }
+    int64_t run = run_of(&from);
+    EACH(c, 16) for (u64 i = 0; c && i < b->count; i++) {
+        if (classes[i] != c) continue;
+        if ((run -= (int64_t)1 << (15 - c)) >= 0) continue;
+        step(b, i, field(&from, c + 1) & 1 ? -1 : 1);
+        run = run_of(&from);
+    }
+    run -= ahead(&from);
+    need(run >= 0 && run < 1 << 15 && from.high - from.low < 8, "E405");
+    while (from.low < from.high) need(!bit(&from, from.low++), "E405");
+    read_exceptions(b, &again, true);
+}
+
+static void read_blocks(const module *m, u8 *weights) { /* SPEC 5.6, 5.7 */
+    u64 size = SIZES[m->dtype], left = size_of(&m->covered, U8_), at = 0;
+    for (u64 i = 0; i < m->index.n / 4; i++, left -= BLOCK) {
+        u32 said = (u32)little(m->index.p + 4 * i, 4), mantissa = m->dtype == F32 ? 23 : m->dtype == F16 ? 10 : 7;
+        block b = {weights ? weights + i * BLOCK * size : NULL, m->data.p + at, said >> 8, left < BLOCK ? left : BLOCK,
+                   (u32)size, mantissa, said & 255};
+        bool raw = b.key == 255, fits = b.length < b.count * size && (b.key ? b.length : !b.length || b.length >= 4);
+        need(b.length <= m->data.n - at && (raw ? b.length == b.count * size : fits), "E307");
+        at += b.length;
+        if (raw && weights) memcpy(b.weights, b.p, b.length);
+        else if (b.key && !raw) read_keyed(&b);
+        else if (b.length && !raw) read_gaps(&b);
+    }
+    need(at == m->data.n, "E307");
+}
+
+static void check_module(const module *m) { /* SPEC 4.5, 5.2, 5.4, 5.7, 5.8 */
     u64 width = width_of(m), stride = (width + 7) / 8;
     const u8 *end = m->tensor->data;
     for (const component *c = m->components; c < m->components + m->component_count; c++) {
@@ -614,8 +756,10 @@ static void check_module(const module *m) { /* SPEC 4.5, 5.2, 5.4 */
         EACH(s, 3) for (u64 i = 1; i < c->scale[s].n; i += 2)
             need(c->scale[s].p[i] < 0x7C, (c->scale[s].p[i] & 0x7C) == 0x7C ? "E305" : "E306");
     }
-    if (m->exact.p) check_zero(end, m->exact.p), end = m->exact.p + m->exact.n;
+    const text rest[] = {m->index, m->data, m->exact};
+    EACH(i, 3) if (rest[i].p) check_zero(end, rest[i].p), end = rest[i].p + rest[i].n;
     check_zero(end, m->tensor->data + bytes_of(m->tensor));
+    if (m->encoding == EXACT) read_blocks(m, NULL);
 }
 
 static pxd load(const char *path) { /* steps 1 to 11 */
@@ -623,8 +767,8 @@ static pxd load(const char *path) { /* steps 1 to 11 */
     read_header(&f);
     read_manifest(&f);
     check_names(&f);
-    EACH(i, f.module_count) check_fit(&f.modules[i]);
-    check_base_digest(&f);
+    EACH(i, f.module_count) check_fit(&f.modules[i], f.chained);
+    check_digests(&f);
     check_assets(&f);
     check_tensors(&f);
     const module *m = f.modules, *end = m + f.module_count;
@@ -656,8 +800,12 @@ static void decode(const char *path) { /* what the manifest says is printed as i
         printf("%s{\"encoding\":\"%s\",", i ? "," : "", m->encoding == SIGN ? "sign" : ENCODINGS[m->encoding]);
         printf("\"dtype\":\"%s\",\"components\":[", DTYPES[m->dtype]);
         EACH(k, m->component_count) fputs(k ? "," : "", stdout), print_component(m, &m->components[k]);
-        if (m->exact.p) printf("],\"exact_sha256\":\"%s\",", sha_of(m->exact.p, m->exact.n));
-        print_as_is(m->exact.p ? "" : "],\"exact_sha256\":null,", m->json);
+        fputs("],", stdout);
+        if (m->index.p) printf("\"index_sha256\":\"%s\",", sha_of(m->index.p, m->index.n));
+        if (m->index.p) printf("\"data_sha256\":\"%s\",", sha_of(m->data.p, m->data.n));
+        if (m->index.p) printf("\"result_sha256\":\"%.64s\",", (const char *)m->result.p);
+        if (m->exact.p) printf("\"exact_sha256\":\"%s\",", sha_of(m->exact.p, m->exact.n));
+        print_as_is(m->exact.p ? "" : "\"exact_sha256\":null,", m->json);
     }
     printf("],\"assets\":[");
     EACH(i, f.assets.count) {
@@ -668,7 +816,9 @@ static void decode(const char *path) { /* what the manifest says is printed as i
     print_as_is("],\"dropped\":", f.dropped.json);
     print_as_is(",\"metadata\":", f.metadata.json);
     print_as_is(",\"tied\":", f.tied.json);
-    printf("}\n");
+    if (f.previous.p) printf(",\"previous\":\"%.71s\"", (const char *)f.previous.p);
+    if (f.result.p) printf(",\"result\":\"%.71s\"", (const char *)f.result.p);
+    printf("%s%s}\n", f.previous.p ? "" : ",\"previous\":null", f.result.p ? "" : ",\"result\":null");
 }
 
 /* ---- apply: SPEC 6 and 7 ---- */
@@ -707,6 +857,7 @@ static float term(const module *m, const component *c, u64 row, u64 j) { /* SPEC
 }
 
 static void write_module(FILE *to, const module *m) {
+    if (m->made) { fwrite(m->made, 1, size_of(&m->shape, m->dtype), to); return; }
     u64 size = SIZES[m->dtype], covered = m->encoding == FULL ? 0 : size_of(&m->covered, m->dtype), width = width_of(m);
     if (m->encoding == SAME && m->dtype == m->base_dtype) fwrite(m->base->data, 1, covered, to); /* SPEC 6.3 */
     else for (u64 i = 0; i < covered / size; i++) {
@@ -738,6 +889,15 @@ static record *read_base(const char *path, u32 *count) { /* sorted */
     return made;
 }
 
+static void make_exact(module *m) { /* SPEC 6.6, 7.4 */
+    u64 covered = size_of(&m->covered, m->dtype), whole = size_of(&m->shape, m->dtype);
+    m->made = allocate(whole, 1);
+    memcpy(m->made, m->base->data, covered);
+    read_blocks(m, m->made);
+    if (m->exact.p) memcpy(m->made + covered, m->exact.p, m->exact.n);
+    need(is(m->result, sha_of(m->made, whole)), "E405");
+}
+
 static void bind(pxd *f, const char *path) { /* SPEC 7 */
     u32 count = 0, wanted = 0, have = 0;
     record *base = read_base(path, &count);
@@ -752,6 +912,7 @@ static void bind(pxd *f, const char *path) { /* SPEC 7 */
         need(m->base->dtype == m->base_dtype && same_shape(&m->base->shape, &m->base_shape, 0), "E403");
         check_digest(m->base, m->base_sha256, "E404");
     }
+    EACH(i, f->module_count) if (f->modules[i].encoding == EXACT) make_exact(&f->modules[i]);
 }
 
 static void apply(const char *path, const char *base_path, const char *out) {
@@ -787,7 +948,7 @@ static void apply(const char *path, const char *base_path, const char *out) {
 
 int main(int argc, char **argv) {
     static const char caps[] = "{\"protocol\":1,\"implementation\":\"pxd.c\",\"version\":\"1.0\",\"spec\":[\"1.0\"],"
-                               "\"features\":[],\"operations\":[\"decode\",\"apply\"]}";
+                               "\"features\":[\"exact\"],\"operations\":[\"decode\",\"apply\"]}";
     text operation = word(argc > 1 ? argv[1] : "");
     if (argc == 2 && is(operation, "caps")) puts(caps);
     else if (argc == 3 && is(operation, "decode")) decode(argv[2]);

@@ -9,7 +9,7 @@ import { Rejection, apply, parse, readSafetensors, writeSafetensors } from "./px
 globalThis.crypto ??= webcrypto;
 
 const CAPS = {
-  protocol: 1, implementation: "pxd.js", version: "1.0", spec: ["1.0"], features: [], operations: ["decode", "apply", "dump", "serve"],
+  protocol: 1, implementation: "pxd.js", version: "1.0", spec: ["1.0"], features: ["exact"], operations: ["decode", "apply", "dump", "serve"],
 };
 const sha256 = (bytes) => createHash("sha256").update(bytes).digest("hex");
 const joined = (arrays) => Buffer.concat(arrays.map((held) => Buffer.from(held.buffer, held.byteOffset, held.byteLength)));
@@ -31,16 +31,19 @@ function describe(delta, module, index, folder) {
   }));
   const exact = delta.exact(module);
   const { name, dtype, shape, encoding } = module;
-  return { name, dtype, shape, encoding, components, exact_sha256: exact && save("exact", exact) };
+  const said = { name, dtype, shape, encoding, components, exact_sha256: exact && save("exact", exact) };
+  if (encoding !== "exact") return said;
+  const [blocks, data] = delta.update(module);
+  return { ...said, index_sha256: sha256(blocks), data_sha256: sha256(data), result_sha256: module.result };
 }
 
 async function decode(path, folder) {
   const delta = await load(path);
-  const { modules, tied, dropped, assets, metadata } = delta.manifest;
+  const { modules, tied, dropped, assets, metadata, previous, result } = delta.manifest;
   return {
     ok: true, content_id: delta.contentId, modules: modules.map((module, i) => describe(delta, module, i, folder)), tied, dropped,
     assets: assets.map(({ path: name, sha256: sum, records: [record] }) => ({ path: name, size: record.end - record.begin, sha256: sum })),
-    metadata: Object.fromEntries(metadata),
+    metadata: Object.fromEntries(metadata), previous, result,
   };
 }
 

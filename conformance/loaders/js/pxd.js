@@ -7,6 +7,8 @@
 // Arithmetic is binary32 by Math.fround: the exact sum of two binary32 numbers rounded to binary64 and then to
 // binary32 is the sum rounded once, because 53 >= 2 * 24 + 2; every term is exact in binary32.
 
+import { applyBlocks, sound } from "./exact.js";
+
 const SIZES = new Map(Object.entries({
   BOOL: 1, U8: 1, I8: 1, F8_E4M3: 1, F8_E5M2: 1, U16: 2, I16: 2, F16: 2, BF16: 2, U32: 4, I32: 4, F32: 4, U64: 8, I64: 8, F64: 8,
 }));
@@ -275,14 +277,14 @@ const BASE = orNull(keyed({ dtype: oneOf(SIZES), shape: list(count) }));
 /** A module's entry with what it leaves out: base, dtype and encoding (SPEC 3.4). */
 function MODULE(value) {
   need(value instanceof Map && value.has("components") !== value.has("encoding"), "E205");
-  const given = new Map(Object.entries({ base: BASE, components: list(PART), dtype: oneOf(SIZES), encoding: oneOf(new Set(["full", "same"])), name: word, shape: list(count) }));
+  const given = new Map(Object.entries({ base: BASE, components: list(PART), dtype: oneOf(SIZES), encoding: oneOf(new Set(["full", "same", "exact"])), name: word, shape: list(count), size: count }));
   need([...value.keys()].every((key) => given.has(key)) && value.has("name") && value.has("shape"), "E205");
   const said = Object.fromEntries([...value].map(([key, part]) => [key, given.get(key)(part)]));
-  need(said.dtype !== "BF16", "E205");
-  const { name, shape, dtype = "BF16", encoding = "sign", components = [] } = said;
+  need(said.dtype !== "BF16" && (said.size !== undefined) === (said.encoding === "exact"), "E205");
+  const { name, shape, dtype = "BF16", encoding = "sign", components = [], size = 0 } = said;
   const like = { dtype, shape };
   if (said.base) need(said.base.dtype !== dtype || !sameShape(said.base.shape, shape), "E205");
-  return { name, shape, dtype, encoding, components, base: said.base === undefined ? like : said.base };
+  return { name, shape, dtype, encoding, components, size, base: said.base === undefined ? like : said.base };
 }
 
 /** SPEC 3.13: the digest of each base tensor and of each tensor of the file, in order. */
@@ -294,6 +296,7 @@ function giveDigests(modules, table) {
     module.grown = Boolean(base) && shape.length > 0 && base.shape.length > 0 && shape[0] > base.shape[0];
     if (base) module.base = { ...base, sha256: take() };
     module.sha256 = encoding !== "same" || module.grown ? take() : null;
+    module.result = encoding === "exact" ? take() : null;
   }
   need(next === table.length, "E213");
 }
@@ -310,25 +313,27 @@ function digestsOf(written) {
 }
 
 const LISTS = new Set(["assets", "dropped", "metadata", "modules", "tied"]);
-const MANIFEST = keyed({
+const SCHEMA = {
   assets: list(keyed({ path: word, sha256: hex })),
   base: keyed({ digest, id: word, revision: orNull(word) }),
   calibration: orNull(keyed({ digest, samples: count, seed: count, sequence_length: count, source: word })),
   digests: digestsOf, dropped: list(word), features: list(word), fine_tuned: keyed({ id: word, revision: orNull(word) }), metadata: texts,
   modules: list(MODULE), producer: keyed({ name: word, version: word }), tied: list(pair),
-});
+};
+const MANIFEST = keyed(SCHEMA);
+const CHAINED = keyed({ ...SCHEMA, previous: orNull(digest), result: orNull(digest) }); // with the feature `exact`
 
 function readManifest(source) {
   const json = new Json(source, ["E202", "E202", "E202", "E202"]);
   need(json.canonical && json.sorted && json.end === source.length, "E203"); // SPEC 3.2
   const features = list(word)(json.value.get("features"));
-  need(features.length === 0, "E204"); // SPEC 3.3
-  const manifest = MANIFEST(json.value);
+  need(features.length === 0 || sameShape(features, ["exact"]), "E204"); // SPEC 3.3
+  const manifest = (features.length ? CHAINED : MANIFEST)(json.value);
   giveDigests(manifest.modules, manifest.digests);
   for (const [key, written] of json.members) { // SPEC 3.8
     const value = json.value.get(key);
     if (LISTS.has(key)) need((value.length ?? value.size) <= 2 ** 18, "E208");
-    else if (key !== "digests") need(utf8.encode(written).length <= 2 ** 16, "E208");
+    else if (!["digests", "previous", "result"].includes(key)) need(utf8.encode(written).length <= 2 ** 16, "E208");
     if (key === "metadata") need(utf8.encode(written).length <= 2 ** 24, "E208");
   }
   return manifest;
@@ -353,7 +358,7 @@ function checkNames({ modules, tied, dropped }) {
 
 const sameShape = (a, b) => a.length === b.length && a.every((size, i) => size === b[i]);
 
-function checkModule(module) {
+function checkModule(module, chained) {
   const { base, components, dtype, encoding, shape } = module;
   for (const { dtype: kind, shape: sizes } of base ? [module, base] : [module]) { // SPEC 3.8
     need(sizes.length <= 8 && sizes.every((size) => size >= 1) && bytesOf(kind, sizes) < 1n << 53n, "E208");
@@ -370,13 +375,31 @@ function checkModule(module) {
   }
   const floats = FLOATS.has(dtype) && FLOATS.has(base.dtype);
   if (encoding === "sign") return need(floats && components.length && shape.length >= 2, "E209");
+  if (encoding === "exact") return need(chained && floats && dtype === base.dtype && module.size >= 1, "E209");
   return need(floats || dtype === base.dtype, "E209");
 }
 
+async function digestOfRows(rows) {
+  const ordered = rows.sort((a, b) => (a[0] < b[0] ? -1 : 1));
+  return `sha256:${await sha256(utf8.encode(JSON.stringify(ordered)))}`;
+}
+
 async function checkBaseDigest({ modules, base }) {
-  const bound = modules.filter((module) => module.base).sort((a, b) => (a.name < b.name ? -1 : 1));
+  const bound = modules.filter((module) => module.base);
   const rows = bound.map(({ name, base: held }) => [name, held.dtype, held.shape, held.sha256]);
-  need(base.digest === `sha256:${await sha256(utf8.encode(JSON.stringify(rows)))}`, "E210"); // SPEC 3.11
+  need(base.digest === (await digestOfRows(rows)), "E210"); // SPEC 3.11
+}
+
+/** The digest of a module's new tensor where it is known, or null (SPEC 3.14). */
+function knownResult({ base, dtype, encoding, result, sha256: own, shape }) {
+  if (encoding !== "same") return { full: own, exact: result }[encoding] ?? null;
+  return base.dtype === dtype && sameShape(base.shape, shape) ? base.sha256 : null;
+}
+
+async function checkResult({ features, modules, result }) {
+  if (!features.length) return;
+  const rows = modules.map((module) => [module.name, module.dtype, module.shape, knownResult(module)]);
+  need(result === (rows.every((row) => row[3]) ? await digestOfRows(rows) : null), "E214");
 }
 
 function checkAssets({ assets }) {
@@ -387,7 +410,7 @@ function checkAssets({ assets }) {
 // ---- Step 8, the tensors: the whole header follows from the manifest and the sizes of the assets ----
 
 /** The parts of a module's delta: component, begin and end in bytes (SPEC 4.2); and the size of it. */
-function partsOf({ components, covered, dtype, tail }) {
+function partsOf({ components, covered, dtype, encoding, size: bytes, tail }) {
   const parts = [];
   let size = 0;
   const put = (component, kind, shape) => {
@@ -401,6 +424,10 @@ function partsOf({ components, covered, dtype, tail }) {
     put(k, "U8", [...covered.slice(0, -1), Math.ceil(width / 8)]);
     for (const part of AXES.get(axis)) put(k, "F16", shapes[part]);
   });
+  if (encoding === "exact") {
+    put("index", "U32", [Math.ceil(covered.reduce((product, dimension) => product * dimension, 1) / 65536)]);
+    put("data", "U8", [bytes]);
+  }
   if (tail) put(null, dtype, tail);
   return { parts, size };
 }
@@ -449,6 +476,9 @@ async function checkPayload(delta) {
   for (const module of delta.manifest.modules) {
     checkGaps(delta, module);
     module.components.forEach((_, k) => checkComponent(delta, module, k));
+    if (module.encoding !== "exact") continue;
+    const [index, data] = delta.update(module);
+    need(sound(index, data, module.covered.reduce((product, dimension) => product * dimension, 1), module.dtype), "E307"); // SPEC 5.7, 5.8
   }
 }
 
@@ -499,6 +529,11 @@ class Delta {
     return module.parts.filter(({ component }) => component === k).map(({ begin, end }) => bytes.subarray(begin, end));
   }
 
+  /** The index and the data of an `exact` module, as bytes. */
+  update(module) {
+    return [this.component(module, "index")[0], this.component(module, "data")[0]];
+  }
+
   mask(module, k) {
     return this.component(module, k)[0];
   }
@@ -534,8 +569,9 @@ export async function parse(bytes) {
   const manifest = (delta.manifest = readManifest(delta.manifestText));
   need(manifest.modules.length >= 1, "E208"); // SPEC 3.8
   checkNames(manifest);
-  manifest.modules.forEach(checkModule);
+  manifest.modules.forEach((module) => checkModule(module, manifest.features.length > 0));
   await checkBaseDigest(manifest);
+  await checkResult(manifest);
   checkAssets(manifest);
   checkTensors(delta.records, manifest);
   await checkPayload(delta);
@@ -607,6 +643,11 @@ function rebuild(delta, module, base) {
   const size = SIZES.get(dtype);
   const total = covered.reduce((product, dimension) => product * dimension, 1);
   if (module.encoding === "same" && dtype === module.base.dtype) return base.subarray(0, total * size); // SPEC 6.3
+  if (module.encoding === "exact") {
+    const weights = base.slice(0, total * size);
+    need(applyBlocks(weights, ...delta.update(module), dtype), "E405"); // SPEC 6.6
+    return weights;
+  }
   const held = words(base.subarray(0, total * SIZES.get(module.base.dtype)), SIZES.get(module.base.dtype));
   const terms = module.components.map((_, k) => termsOf(delta, module, k));
   const made = new DataView(new ArrayBuffer(total * size));
@@ -643,6 +684,7 @@ export async function apply(delta, base) {
     const data = new Uint8Array(covered.length + exact.length);
     data.set(covered);
     data.set(exact, covered.length);
+    if (module.encoding === "exact") need((await sha256(data)) === module.result, "E405"); // SPEC 7.4
     made.set(module.name, { dtype: module.dtype, shape: module.shape, data });
   }
   for (const [name, alias] of tied) made.set(alias, made.get(name)); // SPEC 6.5

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import peraxis_format as pxd
+from peraxis_format.ops import exact as ops
 
 __all__ = ["answer", "main"]
 
@@ -55,14 +56,26 @@ def described(entry: pxd.ModuleEntry, content: dict[str, bytes]) -> dict[str, An
     }
 
 
+def update(module: pxd.ModuleDelta) -> dict[str, Any]:
+    """What is said of an `exact` module and of no other."""
+    if module.index is None or module.data is None:
+        return {}
+    return {
+        "index_sha256": sha256(bytes(pxd.raw_bytes(module.index))),
+        "data_sha256": sha256(bytes(pxd.raw_bytes(module.data))),
+        "result_sha256": module.result,
+    }
+
+
 def decode(path: str, dump: str | None) -> dict[str, Any]:
     """Steps 1 to 11, and the file's content."""
     with pxd.open(path) as delta:
         delta.verify(workers=1)
         modules = []
         for i, entry in enumerate(delta.manifest.modules):
-            content = dict(logical(delta[entry.name]))
-            modules.append(described(entry, content))
+            module = delta[entry.name]
+            content = dict(logical(module))
+            modules.append(described(entry, content) | update(module))
             for word, data in content.items() if dump else ():
                 Path(str(dump), f"{i}.{word}").write_bytes(data)
         assets = {asset.path: delta.asset(asset.path) for asset in delta.manifest.assets}
@@ -74,6 +87,8 @@ def decode(path: str, dump: str | None) -> dict[str, Any]:
             "dropped": list(delta.manifest.dropped),
             "assets": [{"path": path, "size": len(held), "sha256": sha256(held)} for path, held in assets.items()],
             "metadata": dict(delta.manifest.metadata),
+            "previous": delta.manifest.previous,
+            "result": delta.manifest.result,
         }
 
 
@@ -118,7 +133,7 @@ def component(folder: Path, said: dict[str, Any], covered: tuple[int, ...]) -> p
     return pxd.Component(axis=axis, exponent=said["exponent"], mask=pxd.pack_signs(signs.astype(bool)), **scales)
 
 
-def module(folder: Path, said: dict[str, Any]) -> pxd.ModuleDelta:
+def module(folder: Path, said: dict[str, Any], prefer: Any) -> pxd.ModuleDelta:
     """One entry of content.json as the library holds it."""
     shape, dtype, encoding = tuple(said["shape"]), pxd.DType(said["dtype"]), pxd.Encoding(said["encoding"])
     base, held = None, said["base"]
@@ -126,6 +141,9 @@ def module(folder: Path, said: dict[str, Any]) -> pxd.ModuleDelta:
         base = pxd.BaseRef(dtype=pxd.DType(held["dtype"]), shape=tuple(held["shape"]), sha256=held["sha256"])
     kept = min(shape[0], base.shape[0]) if base and shape else 0
     covered = (kept, *shape[1:])
+    if "new" in said and base is not None:
+        old, new = array(folder, said["old"], dtype, base.shape), array(folder, said["new"], dtype, shape)
+        return exact_module(said["name"], dtype, base, old, new, prefer)
     exact = {}
     if "exact" in said:
         stored = shape if encoding is pxd.Encoding.FULL else (shape[0] - kept, *shape[1:])
@@ -134,6 +152,18 @@ def module(folder: Path, said: dict[str, Any]) -> pxd.ModuleDelta:
     return pxd.ModuleDelta(
         name=said["name"], shape=shape, dtype=dtype, encoding=encoding, base=base, components=parts, **exact
     )
+
+
+def exact_module(name: str, dtype: pxd.DType, base: pxd.BaseRef, old: Any, new: Any, prefer: Any) -> pxd.ModuleDelta:
+    """The step from old to new, `same` where there is none (SPEC 11.3)."""
+    kept = min(len(old), len(new))
+    index, data = ops.encode(old[:kept], new[:kept], dtype, prefer=prefer)
+    tail = {"tail": new[kept:]} if kept < len(new) else {}
+    shared = {"name": name, "shape": new.shape, "dtype": dtype, "base": base, **tail}
+    if not data.size:
+        return pxd.ModuleDelta(encoding=pxd.Encoding.SAME, **shared)
+    result = sha256(bytes(pxd.raw_bytes(new)))
+    return pxd.ModuleDelta(encoding=pxd.Encoding.EXACT, index=index, data=data, result=result, **shared)
 
 
 def encode(source: str, out: str) -> dict[str, Any]:
@@ -148,9 +178,11 @@ def encode(source: str, out: str) -> dict[str, Any]:
         producer=pxd.Producer(**said["producer"]),
         calibration=calibration,
         metadata=said["metadata"],
+        previous=said.get("previous"),
+        chained=said.get("chained", False),
     ) as writer:
         for entry in said["modules"]:
-            writer.add(module(folder, entry))
+            writer.add(module(folder, entry, said.get("prefer", "size")))
         for name, alias in said["tied"]:
             writer.tie(name, alias)
         for name in said["dropped"]:
@@ -167,7 +199,7 @@ def caps() -> dict[str, Any]:
         "implementation": "peraxis_format",
         "version": pxd.__version__,
         "spec": ["1.0"],
-        "features": [],
+        "features": ["exact"],
         "operations": ["decode", "apply", "encode", "dump", "serve"],
     }
 

@@ -11,7 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from arithmetic import Part, decoded, encoded, rebuilt, unpacked
-from common import SIZES, Rejected, phase_of
+from common import SIZES, Rejected, need, phase_of
 from reader import Reader
 from switches import SWITCHES
 
@@ -46,6 +46,14 @@ def exact(reader: Reader, module: dict[str, Any]) -> bytes:
     return reader.part_of(module, word) if word else b""
 
 
+def update(reader: Reader, module: dict[str, Any]) -> dict[str, Any]:
+    """What is said of an `exact` module and of no other."""
+    if module["encoding"] != "exact":
+        return {}
+    parts = {f"{word}_sha256": sha256(reader.part_of(module, word)) for word in ("index", "data")}
+    return {**parts, "result_sha256": module["result"]}
+
+
 def decode(reader: Reader) -> dict[str, Any]:
     manifest, modules = reader.manifest, []
     for module in manifest["modules"]:
@@ -63,6 +71,7 @@ def decode(reader: Reader) -> dict[str, Any]:
                 "components": components,
                 "exact_sha256": sha256(held) if held else None,
             }
+            | update(reader, module)
         )
     whole = reader.file[8 : reader.start] if reader.wrong("content-id-of-header") else reader.raw_manifest
     assets = []
@@ -77,6 +86,8 @@ def decode(reader: Reader) -> dict[str, Any]:
         "dropped": manifest["dropped"],
         "assets": assets,
         "metadata": manifest["metadata"],
+        "previous": manifest.get("previous"),
+        "result": manifest.get("result"),
     }
 
 
@@ -142,6 +153,9 @@ def apply(reader: Reader, base: Tensors) -> Tensors:
             data = covered_bytes(reader, module, found[name])
             tail = found[name][2][: len(held)] if reader.wrong("tail-from-base") else held
             data = tail + data if reader.wrong("tail-first") else data + tail
+            if module["encoding"] == "exact" and not reader.wrong("result-not-checked"):
+                checked = data[: len(data) - len(tail)] if reader.wrong("result-of-covered") else data
+                need(sha256(checked) == module["result"], "E405")
         made[name] = (dtype, shape, data)
     if not reader.wrong("aliases-left-out"):
         made |= {alias: made[name] for name, alias in reader.manifest["tied"] if name in made}
@@ -157,6 +171,8 @@ def covered_bytes(reader: Reader, module: dict[str, Any], held: tuple[str, list[
         count *= size
     said = module["base"]["dtype"]
     raw = held[2][: count * SIZES[said]]
+    if module["encoding"] == "exact":
+        return reader.updates(module).applied(raw)
     same = module["encoding"] == "same"
     if same and (dtype == said or wrong("same-reinterprets")) and not wrong("same-canonical-nan"):
         return raw if dtype == said else raw.ljust(count * SIZES[dtype], b"\0")[: count * SIZES[dtype]]
@@ -209,7 +225,7 @@ def caps(switch: str) -> dict[str, Any]:
         "implementation": f"small reader ({switch or 'right'})",
         "version": "1",
         "spec": ["1.0"],
-        "features": [],
+        "features": ["exact"],
         "operations": ["decode", "apply", "dump", "serve"],
     }
 

@@ -37,7 +37,8 @@ class Manifest(Container):
                 raise Rejected("E203") from None
         features = manifest.get("features")
         need(isinstance(features, list) and all(isinstance(name, str) for name in features), "E205")
-        need(not features or self.wrong("feature-ignored"), "E204")
+        need(features in ([], ["exact"]) or self.wrong("feature-ignored"), "E204")
+        self.chained = features == ["exact"]
         self.schema(manifest)
         manifest["modules"] = [self.spelled_out(module) for module in manifest["modules"]]
         self.give_digests(manifest["modules"], self.table(manifest["digests"]))
@@ -119,7 +120,10 @@ class Manifest(Container):
             "base": maybe(keyed(dtype=dtype, shape=many(count))),
             "components": many(part),
             "dtype": dtype,
-            "encoding": lambda v: v in ("full", "same") or (v == "sign" and self.wrong("defaults-written-out")),
+            "encoding": lambda v: (
+                v in ("full", "same", "exact") or (v == "sign" and self.wrong("defaults-written-out"))
+            ),
+            "size": count,
         }
 
         def module(value: Any) -> bool:
@@ -128,9 +132,12 @@ class Manifest(Container):
             # The tests of what is left out need not run.
             held = {key: test for key, test in optional.items() if key in value}
             one = ("components" in value) != ("encoding" in value) or self.wrong("defaults-written-out")
-            return one and keyed(**held, name=text, shape=many(count))(value)
+            sized = ("size" in value) == (value.get("encoding") == "exact") or self.wrong("size-beside-anything")
+            return one and sized and keyed(**held, name=text, shape=many(count))(value)
 
+        chain = {"previous": maybe(digest), "result": maybe(digest)} if self.chained else {}
         whole = keyed(
+            **chain,
             assets=many(keyed(path=text, sha256=hexes)),
             base=keyed(digest=digest, id=text, revision=maybe(text)),
             calibration=maybe(keyed(digest=digest, samples=count, seed=count, sequence_length=count, source=text)),
@@ -162,6 +169,7 @@ class Manifest(Container):
             "dtype": dtype,
             "shape": shape,
             "encoding": module.get("encoding", "sign"),
+            "size": module.get("size", 0),
             "components": [{"axis": axis, "exponent": exponent} for axis, exponent in module.get("components", [])],
             "base": dict(base) if base else None,
         }
@@ -194,6 +202,7 @@ class Manifest(Container):
             if base:
                 base["sha256"] = take()
             module["sha256"] = own or (take() if stored else None)
+            module["result"] = take() if module["encoding"] == "exact" else None
         need(next(held, None) is None or self.wrong("digests-not-counted"), "E213")
 
     def rules(self, manifest: dict[str, Any]) -> None:

@@ -9,10 +9,12 @@ the reference library, with the generator or with the other loaders. The steps o
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 from common import need
 from rules import Rules
+from updates import Updates
 
 __all__ = ["Reader"]
 
@@ -47,6 +49,13 @@ class Reader(Rules):
             for k, part in enumerate(module["components"]):
                 self.unused_bits(module, k)
                 self.finite_scales(module, k, part["axis"])
+            if module["encoding"] == "exact" and not self.wrong("blocks-not-checked"):
+                self.updates(module).check()
+
+    def updates(self, module: dict[str, Any]) -> Updates:
+        """The blocks of an `exact` module."""
+        index, data = self.part_of(module, "index"), self.part_of(module, "data")
+        return Updates(index, data, math.prod(self.covered(module)), module["dtype"], self.wrong)
 
     def module_digest(self, module: dict[str, Any]) -> None:
         tensor = self.module_tensor(module)

@@ -58,7 +58,24 @@ class Rules(Manifest):
             or self.wrong("digest-without-algorithm"),
             "E210",
         )
+        if self.chained and not self.wrong("result-ignored"):
+            need(manifest["result"] == self.result(modules), "E214")
         self.asset_rules([asset["path"] for asset in manifest["assets"]])
+
+    def result(self, modules: list[dict[str, Any]]) -> str | None:
+        """SPEC 3.14."""
+        made = []
+        for m in modules:
+            base, known = m["base"], {"full": m["sha256"], "exact": m["result"]}.get(m["encoding"])
+            like = base and (base["dtype"], base["shape"]) == (m["dtype"], m["shape"])
+            if m["encoding"] == "same" and (like or self.wrong("result-of-any-same")):
+                known = base["sha256"]
+            if known is None:
+                return None
+            made.append([m["name"], m["dtype"], m["shape"], known])
+        if not self.wrong("result-not-sorted"):
+            made.sort(key=lambda row: row[0])
+        return "sha256:" + hashlib.sha256(self.canonical(made).encode("utf-8", "replace")).hexdigest()
 
     def module_rules(self, module: dict[str, Any]) -> None:
         shape, base, parts = module["shape"], module["base"], module["components"]
@@ -78,6 +95,11 @@ class Rules(Manifest):
         need(self.rows_fit(shape, base["shape"]), "E209")
         if encoding == "sign":
             need(parts and floats and base_floats and len(shape) >= 2, "E209")
+        elif encoding == "exact":
+            typed = module["dtype"] == base["dtype"] or self.wrong("exact-on-any-float")
+            need(floats and base_floats and typed, "E209")
+            need(self.chained or self.wrong("exact-without-feature"), "E209")
+            need(module["size"] >= 1 or self.wrong("exact-of-nothing"), "E209")
         else:
             converts = (floats and base_floats) or (
                 self.wrong("integers-convert") and SIZES[module["dtype"]] == SIZES[base["dtype"]]
@@ -134,6 +156,8 @@ class Rules(Manifest):
                 sizes.append((f"{k}.col", 2 * math.prod([*batch, width])))
             if part["axis"] == "tensor":
                 sizes.append((f"{k}.scalar", 2))
+        if module["encoding"] == "exact":
+            sizes += [("index", 4 * -(-math.prod(covered) // 65_536)), ("data", module["size"])]
         if module["encoding"] != "full" and self.tail(module):
             sizes.append(("tail", math.prod(self.tail(module)) * SIZES[module["dtype"]]))
         made, end = [], 0
