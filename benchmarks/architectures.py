@@ -94,6 +94,7 @@ def isolated(name: str, result: Path, seconds: float) -> dict[str, str]:
 
 
 def _child(name: str, result: Path) -> None:
+    torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     folder = Path(tempfile.mkdtemp(prefix="architecture-"))
     try:
@@ -126,8 +127,8 @@ def table(found: Mapping[str, Mapping[str, str]]) -> str:
     right = Counter(check for outcome in built.values() for check in CHECKS if outcome.get(check) == RIGHT)
     totals = " | ".join(f"{right[check]} of {len(built)}" for check in CHECKS)
     said = [f"{number}. {_escaped(text)}" for text, number in notes.items()]
-    known = versions()
-    return INTRODUCTION.format(count=len(found), built=len(built), **known) + "\n".join(
+    bad = sum(text.startswith(WRONG) for outcome in found.values() for text in outcome.values())
+    return INTRODUCTION.format(count=len(found), built=len(built), bad=bad or "none", **versions()) + "\n".join(
         [
             f"| architecture | {' | '.join(f'`{c}`' if c.islower() or c == 'apply_' else c for c in CHECKS)} |",
             f"|{'---|' * (len(CHECKS) + 1)}",
@@ -161,7 +162,7 @@ built with transformers {transformers}, torch {torch} and Python {python}.
 
 | check | what is right |
 |---|---|
-| `compress` | `compress --fit none`, then `verify --base` |
+| `compress` | `compress --fit none --force`, then `verify --base` |
 | `apply` | the bytes of the reference arithmetic; transformers loads the folder |
 | `load` | `peraxis.load_model` gives the model of that folder, bit for bit |
 | `apply_` | the live base becomes that model, bit for bit |
@@ -170,7 +171,7 @@ built with transformers {transformers}, torch {torch} and Python {python}.
 | LoRA | `convert --to lora` at full rank, loaded by PEFT: the logits of what it says that it carries |
 
 All but the last two checks are made in BF16, as most checkpoints are; `compress` and `apply` in F32 too. A number is a
-refusal, in one line below. A result that differs would be marked as {wrong}; there is none.
+refusal, in one line below. A result that differs is marked as {wrong}: {bad} here.
 
 """.replace("{wrong}", WRONG)
 
