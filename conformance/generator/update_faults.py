@@ -10,7 +10,7 @@ from .blocks import BLOCK, FORMS, Block, keyed, numbers, packed
 from .build import build, result_digest, table, untabled
 from .content import Base, Content, Module, full, same, sign, words
 from .encoded import digest
-from .entry import Entry, refused
+from .entry import PHASES, Entry, refused
 from .faults import bytes_at, put, removed, retensor
 from .rebuild import apply
 from .updates import changed, one, spread, update
@@ -224,6 +224,15 @@ def lengths() -> Iterator[Entry]:
     )
     keyed_last = (60, packed([1, 0], [(300, 16), (0x3C00, 16)]))
     yield bad("keyed-place-beyond-last", "E307", "5.7", build(of_blocks(nothing, keyed_last, count=two)))
+    for slug, places in (("first", (0, 9)), ("last", (2, 4)), ("only", (4,))):
+        both = spaced(3, places, bytes((0, 1, 1)))  # moves at 0, 2 and 4
+        yield bad(f"move-is-exception-{slug}", "E307", "5.7", build(of_blocks((0, both))))
+    for slug, data in (
+        ("ones", b"\xff" * 40),
+        ("too-many", packed([40], [(1, 16), (0x3C00, 16)])),
+        ("one-too-many", packed([3, 0], [(1, 16), (0x3C00, 16), (2, 16), (0x3C00, 16)], between=0)),
+    ):
+        yield bad(f"keyed-exceptions-{slug}", "E307", "5.7", build(of_blocks((60, data))))
     yield bad("moves-beyond", "E307", "5.7", build(of_blocks((0, spaced(2, (), bytes((255, 255, 89, 0)))))))
     yield bad("move-beyond", "E307", "5.7", build(of_blocks((0, spaced(1, (), words([600]))), count=600)))
     yield bad("moves-far-beyond", "E307", "5.7", build(of_blocks((0, spaced(1, (), words([65_535]))), count=600)))
@@ -274,9 +283,7 @@ def rejected(slug: str, codes: str, clause: str, content: Content, base: bytes |
     """An apply case; base: in the place of the content's own."""
     files = {"file": build(content, **hooks), "base": base or apply(content)[0]}
     codes_ = tuple(codes.split())
-    phase = (
-        {"2": "profile", "3": "payload", "4": "binding"}[codes_[0][1]] if len({c[1] for c in codes_}) == 1 else "any"
-    )
+    phase = PHASES[codes_[0][1]]
     return Entry(
         id=f"exact-{slug}", clause=clause, operation="apply", phase=phase, codes=codes_, files=files, features=EXACT
     )
@@ -320,9 +327,6 @@ def refused_bindings() -> Iterator[Entry]:
     for slug, data in wrong.items():
         module = update("w", OLD, NEW, shape=(20, 30), blocks=[(121, data)])
         yield rejected(f"bits-{slug}", "E405", "7.4", one(module))
-    for slug, data in (("ones", b"\xff" * 40), ("exceptions-too-many", packed([40], [(1, 16), (0x3C00, 16)]))):
-        module = update("w", OLD, OLD, blocks=[(121, data)])
-        yield rejected(f"bits-{slug}", "E405 E307", "7.4", one(module))
     for key in (120, 122, 1):
         yield rejected(f"bits-of-key-{key}", "E405", "7.4", one(update("w", OLD, NEW, blocks=[(key, GOOD.data)])))
     third = changed("third", "BF16", NEW, 5)

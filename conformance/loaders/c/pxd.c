@@ -655,7 +655,7 @@ static int64_t ahead(const stream *b) {
     return value;
 }
 static int64_t run_of(stream *b) { return (int64_t)(unary(b) << 15) + ahead(b); }
-static void put(const block *b, u64 place, u64 value) {
+static void put(const block *b, u64 place, u64 value) { /* a pattern */
     EACH(i, b->size) b->weights[place * b->size + i] = (u8)(value >> 8 * i);
 }
 static void step(const block *b, u64 place, int64_t by) {
@@ -665,7 +665,7 @@ static void step(const block *b, u64 place, int64_t by) {
 }
 
 static void read_gaps(const block *b) { /* SPEC 5.8 */
-    u64 moves = little(b->p, 2), listed = little(b->p + 2, 2), patterns = 4 + 2 * listed, place = 0;
+    u64 moves = little(b->p, 2), listed = little(b->p + 2, 2), patterns = 4 + 2 * listed, place = 0, other = 0;
     u64 signs = patterns + b->size * listed, rest = signs + (moves + 7) / 8, gap;
     bool wide = moves * 384 < b->count;
     need(rest <= b->length && (!(moves % 8) || !(b->p[rest - 1] >> moves % 8)), "E307");
@@ -678,6 +678,8 @@ static void read_gaps(const block *b) { /* SPEC 5.8 */
             rest += wide;
         }
         need((place += gap) < b->count, "E307");
+        while (other < listed && little(b->p + 4 + 2 * other, 2) < place) other++; /* they ascend: below */
+        need(other == listed || little(b->p + 4 + 2 * other, 2) != place, "E307");
         if (b->weights) step(b, place, b->p[signs + i / 8] >> i % 8 & 1 ? -1 : 1);
     }
     need(rest == b->length, "E307");
@@ -700,8 +702,7 @@ static void read_dense(const block *b, stream *from, u64 place, u64 k) { /* clas
     u64 q = unary(from), most = b->mantissa + 1;
     need(q <= 8, "E405");
     if (q == 8) { put(b, place, field(from, 8 * b->size)); return; }
-    k = k < most ? k : most;
-    int64_t z = (int64_t)(q << k | field(from, k));
+    int64_t z = (int64_t)(k < most ? q << k | field(from, k) : q << most | field(from, most));
     step(b, place, z & 1 ? -(z + 1) / 2 : z / 2);
 }
 
@@ -722,8 +723,7 @@ static void read_keyed(const block *b) { /* SPEC 5.9 */
         step(b, i, field(&from, c + 1) & 1 ? -1 : 1);
         run = run_of(&from);
     }
-    run -= ahead(&from);
-    need(run >= 0 && run < 1 << 15 && from.high - from.low < 8, "E405");
+    need((run -= ahead(&from)) >= 0 && run < 1 << 15 && from.high - from.low < 8, "E405");
     while (from.low < from.high) need(!bit(&from, from.low++), "E405");
     read_exceptions(b, &again, true);
 }

@@ -123,7 +123,8 @@ function gaps({ bytes, count }, size) {
     need(place < count);
     moved.push(place);
   }
-  need(at === bytes.length);
+  const taken = new Set(moved);
+  need(at === bytes.length && !places.some((place) => taken.has(place)));
   return { moved, down: (i) => (bytes[signs + (i >> 3)] >> (i & 7)) & 1, places, patterns: made };
 }
 

@@ -149,6 +149,7 @@ SWITCHES = {
     "lengths-not-summed": "5.7",
     "lengths-of-blocks-ignored": "5.7",
     "places-not-checked": "5.7",
+    "moves-as-exceptions": "5.7",
     "blocks-of-65535": "5.6",
     "gaps-always-bytes": "5.8",
     "long-gaps-end-at-255": "5.8",

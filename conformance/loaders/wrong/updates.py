@@ -91,6 +91,7 @@ class Updates:
             moved.append(at)
         self.ascend(places, n)
         self.ascend(moved, n)
+        need(not set(moved) & set(places) or self.wrong("moves-as-exceptions"), "E307")
         steps = [-1 if down >> i & 1 and not self.wrong("moves-have-no-sign") else 1 for i in range(moves)]
         return list(zip(moved, steps, strict=True)), list(zip(places, new, strict=True))
 
@@ -180,6 +181,7 @@ class Updates:
 
     def dense(self, bits: Bits, word: int, k: int) -> int:
         q = bits.unary("E405")
+        need(q <= 8 or self.wrong("quotients-without-end"), "E405")
         if q == 8 and not self.wrong("quotients-without-end"):
             return bits.field(self.width, "E405")
         if not self.wrong("fields-of-any-width"):
