@@ -115,8 +115,9 @@ def check(index: NDArray[np.uint32], data: NDArray[np.uint8], weights: int, dtyp
         fail("E307", f"block {b}: mode {modes[b]} with {lengths[b]} bytes", field=field)  # SPEC 5.7
     ends = np.cumsum(lengths)
     for b in np.flatnonzero((modes != RAW) & (lengths > 0)).tolist():
-        rule, clause = (reference.check_keyed, "5.7") if modes[b] else (reference.check_gaps, "5.8")
+        rule = reference.check_keyed if modes[b] else reference.check_gaps
         try:
             rule(data[ends[b] - lengths[b] : ends[b]], int(raw[b]) * 8 // kind.width, kind)
-        except ValueError:
+        except ValueError as error:
+            clause = "5.8" if isinstance(error, reference.LayoutError) else "5.7"
             fail("E307", f"block {b}: its exceptions or gaps are malformed", clause=clause, field=field)
