@@ -30,11 +30,11 @@ __all__ = ["Session", "gigabyte", "small_pair"]
 _TOOL = "from peraxis_tools.cli import main; main()"
 _INTRODUCTION = """# A session
 
-<!-- Written by benchmarks/session.py; not run by the tests: it needs a trained pair and 36 GB of files. -->
+<!-- Written by benchmarks/session.py; not run by the tests: it needs a trained pair. -->
 
 What the tools print, run one after the other on a real pair (a 260 K-parameter Llama trained on TinyStories, and its
-full fine-tune on Shakespeare: `base` and `tuned`), then on files of an 8B model's shapes. Long outputs are cut at
-`...`. Every command has `--help` with an example; docs/commands.md has them all.
+full fine-tune on Shakespeare: `base` and `tuned`). Long outputs are cut at `...`. Every command has `--help` with an
+example; docs/commands.md has them all.
 """
 _LARGE = """## An 8B model
 
@@ -103,8 +103,8 @@ def small_pair(session: Session) -> None:
     say("## Compress, look, verify, apply")
     run("peraxis-tools compress base tuned -o one.pxd --quiet")
     run("peraxis-tools inspect one.pxd --module '*.0.self_attn.*'")
-    run("peraxis-tools inspect one.pxd --no-modules --tree --quiet | grep -A 14 'one.pxd  [0-9]'", lines=15)
-    run("peraxis-tools inspect one.pxd --no-modules --plot one.png --html one.html", lines=2)
+    run("peraxis-tools inspect one.pxd --tree --quiet | grep -A 14 'one.pxd  [0-9]'", lines=15)
+    run("peraxis-tools inspect one.pxd --plot one.png --html one.html", lines=2)
     run("peraxis-tools verify one.pxd --base base")
     run("peraxis-tools verify one.pxd --base tuned")
     run("peraxis-tools apply base one.pxd -o out")
@@ -128,6 +128,14 @@ def small_pair(session: Session) -> None:
     run("peraxis-tools merge parts/*.pxd -o joined.pxd && cmp joined.pxd two.pxd && echo the same bytes")
     run("peraxis-tools apply base parts/two-00001-of-00003.pxd -o x")
     run("peraxis-tools merge one.pxd two.pxd -o x.pxd")
+    say("## Exact updates\n\nWhat changed, bit for bit; updates form a chain, here of two links.")
+    run("mkdir chain; peraxis-tools update base tuned -o chain/step-000001.pxd --quiet")
+    run("peraxis-tools update base out --after chain -o chain/step-000002.pxd --quiet")
+    run("peraxis-tools log chain")
+    run("peraxis-tools verify chain/step-000001.pxd --base base")
+    run("peraxis-tools apply base chain/*.pxd -o state", lines=1)
+    run("cmp state/model.safetensors out/model.safetensors && echo the same bytes")
+    run("peraxis-tools compact chain/*.pxd --base base -o compacted.pxd")
     say("## Convert\n\n`diff.pt` is a file in BitDelta's layout.")
     run("peraxis-tools convert diff.pt --base base -o bitdelta.pxd")
     run("peraxis-tools convert two.pxd --to lora --rank 16 -o adapter", lines=8)
@@ -150,10 +158,10 @@ def gigabyte(session: Session) -> None:
     def cost(command: str, *, lines: int | None = None) -> None:
         run(command, lines=lines, cost=True)
 
-    cost("peraxis-tools inspect big.pxd --no-modules", lines=6)
-    cost("peraxis-tools inspect big.pxd --no-modules --plot big.png --html big.html", lines=2)
+    cost("peraxis-tools inspect big.pxd", lines=6)
+    cost("peraxis-tools inspect big.pxd --plot big.png --html big.html", lines=2)
     with _server(folder) as url:
-        cost(f"peraxis-tools inspect {url}/big.pxd --no-modules", lines=2)
+        cost(f"peraxis-tools inspect {url}/big.pxd", lines=2)
         cost(f"peraxis-tools verify {url}/big.pxd")
     cost("peraxis-tools verify big.pxd")
     cost("peraxis-tools verify big.pxd near.pxd --format github")

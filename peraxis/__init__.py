@@ -1,4 +1,4 @@
-"""peraxis: lossy 1-bit differences of full fine-tunes to a shared base. This module's interface is stable.
+"""peraxis: small differences of full fine-tunes to a shared base. This module's interface is stable.
 
     import peraxis
 
