@@ -48,7 +48,7 @@ def plain(manifest: dict[str, Any]) -> dict[str, Any]:
 def profile() -> Iterator[Entry]:
     """SPEC 3.3, 3.4, 3.9, 3.10, 4.1."""
     simple = one(full("v", (3,)), sign("s", (3, 9)))
-    yield bad("feature-twice", "E204 E205", "3.3", build(CHAIN, manifest=put("features", to=["exact", "exact"])), ())
+    yield bad("feature-twice", "E205 E204", "3.4", build(CHAIN, manifest=put("features", to=["exact", "exact"])), ())
     yield bad("feature-among-unknown", "E204", "3.3", build(CHAIN, manifest=put("features", to=["exact", "x-a"])), ())
     yield bad("feature-upper-case", "E204", "3.3", build(CHAIN, manifest=put("features", to=["Exact"])), ())
     yield bad("feature-not-named", "E209 E205", "3.9", build(CHAIN, manifest=plain), ())
@@ -207,7 +207,7 @@ def lengths() -> Iterator[Entry]:
     yield counted("patterns-none", (255, 0), (0, 4), data=bytes(4), count=two)
     yield counted("patterns-of-last-as-full", (0, 4), (255, 2 * BLOCK), data=bytes(2 * BLOCK + 4), count=two)
     for length in (1, 2, 3):
-        yield counted(f"gaps-of-{length}", (0, length), data=bytes(length))
+        yield dataclasses.replace(counted(f"gaps-of-{length}", (0, length), data=bytes(length)), clause="5.8")
     yield counted("keyed-of-0", (120, 0), (0, 4), data=bytes(4), count=two)
     yield counted("keyed-as-long-as-patterns", (120, 1200), data=bytes(1200))
     yield counted("keyed-longer-than-patterns", (120, 1201), data=bytes(1201))
@@ -233,6 +233,7 @@ def lengths() -> Iterator[Entry]:
         ("one-too-many", packed([3, 0], [(1, 16), (0x3C00, 16), (2, 16), (0x3C00, 16)], between=0)),
     ):
         yield bad(f"keyed-exceptions-{slug}", "E307", "5.7", build(of_blocks((60, data))))
+    yield bad("moves-more-than-weights", "E307", "5.7", build(of_blocks((0, spaced(601, (), bytes(601))))))
     yield bad("moves-beyond", "E307", "5.7", build(of_blocks((0, spaced(2, (), bytes((255, 255, 89, 0)))))))
     yield bad("move-beyond", "E307", "5.7", build(of_blocks((0, spaced(1, (), words([600]))), count=600)))
     yield bad("moves-far-beyond", "E307", "5.7", build(of_blocks((0, spaced(1, (), words([65_535]))), count=600)))
@@ -260,7 +261,6 @@ def gap_blocks() -> Iterator[Entry]:
         ("unused-sign-second-byte", spaced(9, (), bytes(9), signs=b"\x01\x02")),
         ("signs-missing", spaced(3, (), b"", signs=b"")),
         ("moves-more-than-there", spaced(600, (), bytes(60))),
-        ("moves-more-than-weights", spaced(601, (), bytes(601))),
         ("exceptions-more-than-there", spaced(0, (1, 2), b"", listed=3)),
         ("exceptions-fewer-than-there", spaced(0, (1, 2), b"", listed=1)),
         ("exceptions-65535", spaced(0, (), bytes(8), listed=65_535)),

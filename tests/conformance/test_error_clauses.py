@@ -17,6 +17,9 @@ def check(corpus: Corpus, case: Case) -> None:
         if case.operation == "apply":
             with pxd.Safetensors.open(corpus.path(case, "base")) as base:
                 pxd.check_base(delta.manifest, base, workers=1)
+                for entry in delta.manifest.modules:
+                    if entry.encoding is pxd.Encoding.EXACT:  # SPEC 7.4
+                        pxd.reconstruct(delta.load(entry.name), base.read(entry.name))
 
 
 def test_every_refusal_prints_code_and_clause_of_its_case(tmp_path: Path) -> None:

@@ -139,5 +139,6 @@ def check(index: NDArray[np.uint32], data: NDArray[np.uint8], weights: int, dtyp
         rule = reference.check_keyed if modes[b] else reference.check_gaps
         try:
             rule(data[ends[b] - lengths[b] : ends[b]], int(raw[b]) * 8 // kind.width, kind)
-        except ValueError:
-            fail("E307", f"block {b}: its exceptions or gaps are malformed", field=field)  # SPEC 5.8, 5.9
+        except ValueError as error:
+            clause = "5.7" if modes[b] or isinstance(error, reference.PlaceError) else "5.8"
+            fail("E307", f"block {b}: its exceptions or gaps are malformed", clause=clause, field=field)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from peraxis_format.ops.exact.kinds import RAW, FloatKind
 
-__all__ = ["check_gaps", "check_keyed", "choose", "decode_block", "encode_block", "steps"]
+__all__ = ["PlaceError", "check_gaps", "check_keyed", "choose", "decode_block", "encode_block", "steps"]
 
 _ESCAPE: Final = 8  # ones of a unary number of class 0 whose field is a whole pattern
 _CLASSES: Final = 15
@@ -115,9 +115,13 @@ def _exceptions(bits: _Bits, size: int, kind: FloatKind) -> tuple[Words, Words]:
     return fields[::2], fields[1::2]
 
 
+class PlaceError(ValueError):
+    """Places that SPEC 5.7 refuses: beyond the block, not ascending, or of a move and an exception."""
+
+
 def _check_places(places: Words, size: int) -> None:
     if places.size and (np.any(np.diff(places) <= 0) or int(places[-1]) >= size):
-        raise ValueError
+        raise PlaceError
 
 
 def _keyed(old: Words, mode: int, bits: _Bits, kind: FloatKind) -> Words:
@@ -175,7 +179,7 @@ def _gap_parts(data: NDArray[np.uint8], size: int, kind: FloatKind) -> tuple[Wor
     _check_places(places, size)
     _check_places(moved, size)
     if np.intersect1d(moved, places).size:
-        raise ValueError
+        raise PlaceError
     patterns = np.asarray(data[listed:signs].view(f"<u{kind.width // 8}"), np.int64)
     return moved, down[:moves].astype(np.int64), places, patterns
 
