@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -34,7 +35,7 @@ __all__ = ["main", "run", "table"]
 
 SECONDS: Final = 180.0
 MEMORY: Final = 6 << 30  # bytes of data of one process
-COLUMNS: Final = ("build", *CHECKS)
+_FOLDER: Final = re.compile(r"\S*/architecture-\w+/(?:bfloat16|float32)/")  # of one run
 
 
 def run(names: Sequence[str], work: Path, *, seconds: float = SECONDS) -> dict[str, dict[str, str]]:
@@ -93,6 +94,7 @@ def isolated(name: str, result: Path, seconds: float) -> dict[str, str]:
 
 
 def _child(name: str, result: Path) -> None:
+    torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     folder = Path(tempfile.mkdtemp(prefix="architecture-"))
     try:
@@ -125,8 +127,8 @@ def table(found: Mapping[str, Mapping[str, str]]) -> str:
     right = Counter(check for outcome in built.values() for check in CHECKS if outcome.get(check) == RIGHT)
     totals = " | ".join(f"{right[check]} of {len(built)}" for check in CHECKS)
     said = [f"{number}. {_escaped(text)}" for text, number in notes.items()]
-    known = versions()
-    return INTRODUCTION.format(count=len(found), built=len(built), **known) + "\n".join(
+    bad = sum(text.startswith(WRONG) for outcome in found.values() for text in outcome.values())
+    return INTRODUCTION.format(count=len(found), built=len(built), bad=bad or "none", **versions()) + "\n".join(
         [
             f"| architecture | {' | '.join(f'`{c}`' if c.islower() or c == 'apply_' else c for c in CHECKS)} |",
             f"|{'---|' * (len(CHECKS) + 1)}",
@@ -160,16 +162,16 @@ built with transformers {transformers}, torch {torch} and Python {python}.
 
 | check | what is right |
 |---|---|
-| `compress` | `compress --fit none`, then `verify --base` |
+| `compress` | `compress --fit none --force`, then `verify --base` |
 | `apply` | the bytes of the reference arithmetic; transformers loads the folder |
-| `load` | `peraxis.load` gives the model of that folder, bit for bit |
+| `load` | `peraxis.load_model` gives the model of that folder, bit for bit |
 | `apply_` | the live base becomes that model, bit for bit |
 | `switch` | `VariantSwitch`: there, back to the base, and there again, bit for bit |
 | serve BF16, F32 | a batch of two variants: each row as its own model gives it; BF16 within what routing leaves open |
 | LoRA | `convert --to lora` at full rank, loaded by PEFT: the logits of what it says that it carries |
 
 All but the last two checks are made in BF16, as most checkpoints are; `compress` and `apply` in F32 too. A number is a
-refusal, in one line below. A result that differs would be marked as {wrong}; there is none.
+refusal, in one line below. A result that differs is marked as {wrong}: {bad} here.
 
 """.replace("{wrong}", WRONG)
 
@@ -179,12 +181,12 @@ def _cell(text: str, notes: dict[str, int]) -> str:
         return text
     if text.startswith(WRONG):
         return f"**{_escaped(text)}**"
-    return f"[{notes.setdefault(text, len(notes) + 1)}](#refusals)"
+    return f"[{notes.setdefault(_FOLDER.sub('', text), len(notes) + 1)}](#refusals)"
 
 
 def _escaped(text: str) -> str:
     """One line of a table, without the folders of this run."""
-    line = " ".join(text.split()).replace("|", "\\|").replace(f"{tempfile.gettempdir()}/", "")
+    line = _FOLDER.sub("", " ".join(text.split())).replace("|", "\\|")
     return line if len(line) <= 240 else f"{line[:237]}..."
 
 

@@ -78,7 +78,7 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
         "num_hidden_layers": 4,
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
     },
-    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "mamba_headdim": 8},
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "mamba_headdim": 8, "hybrid_layer_ids": [1]},
     "xmod": {"default_language": "en_XX"},
 }
 

@@ -31,7 +31,7 @@ from peraxis_tools.verify import VerifyResult
 __all__ = ["reference"]
 
 _WIDTH: Final = 100
-_OBJECTS: Final[tuple[type, ...]] = (DeltaFile, peraxis.VariantSwitch, Served)
+_OBJECTS: Final[tuple[type, ...]] = (DeltaFile, peraxis.VariantSwitch, Served, peraxis.PxdForCausalLM)
 _VALUES: Final[tuple[type, ...]] = (
     *(CompressOptions, CompressResult, InspectResult, VerifyResult, ApplyResult, Variant, Swap, DiffResult, Mixture),
     *(MergeResult, SplitResult, EvaluateResult, SignResult, PublishResult, PullResult),

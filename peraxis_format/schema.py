@@ -145,8 +145,6 @@ def _parse(data: bytes) -> Manifest:
     chained = "features" in spans and _value(data, spans["features"], "features") == [EXACT_FEATURE]
     object_of(dict.fromkeys(spans), "manifest", _KEYS + _CHAIN_KEYS * chained)
     manifest = _typed(data, spans, chained=chained)
-    if list(manifest.features) != sorted(set(manifest.features)):
-        fail("E205", "not sorted, or one twice", clause="3.3", field="features")
     if not _sorted(alias for _, alias in manifest.tied):
         fail("E205", "not sorted by alias", clause="3.7", field="tied")
     if not _sorted(manifest.dropped) or len(set(manifest.dropped)) != len(manifest.dropped):
@@ -187,3 +185,5 @@ def _check_features(value: Json) -> None:
     for feature in value:
         if feature not in FEATURES:
             fail("E204", repr(feature), field="features")
+    if value != sorted(set(map(str, value))):
+        fail("E205", "not sorted, or one twice", clause="3.3", field="features")

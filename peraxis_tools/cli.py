@@ -14,6 +14,10 @@ from typing import Final
 
 from peraxis_tools.process import INTERRUPTED, Terminated, drop_output, interrupts_end, prepared_process
 
+# numpy's own threads only wait for each other here: the tools share out tensors over threads themselves. (Before numpy
+# is imported, which reads it once.)
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 with interrupts_end():
     import click
 

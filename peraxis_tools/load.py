@@ -59,14 +59,16 @@ def load_model(
 
     With one argument, `load_model("me/delta")`, that is the delta, and its manifest names the base. A delta is a path,
     a URL, or a repository on the hub. The model has the fine-tune's generation configuration; `load` gives its
-    tokenizer too. options go to `AutoModelForCausalLM.from_pretrained`. progress: bytes of tensors. Memory: the model,
+    tokenizer too. Its class is the one that the configuration names (`architectures`), else transformers' causal
+    language model; options go to its `from_pretrained`. progress: bytes of tensors. Memory: the model,
     and one tensor of the base. Raises PxdError, CheckpointError, ToolError.
     """
     require("load_model", "torch", "transformers", extra="compress")
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     from peraxis_format.ops.tensors import from_storage
+    from peraxis_tools.environment import parse_config
 
     named = base if delta is None else delta
     with (
@@ -86,13 +88,27 @@ def load_model(
                 state[name] = tensor
                 step(tensor.nbytes)
     options.setdefault("dtype", config.get("dtype", config.get("torch_dtype", torch.float32)))
-    parsed = AutoConfig.for_model(**config)
+    parsed = parse_config(config, label=str(named))
     # The class itself: AutoModelForCausalLM.from_pretrained insists on a folder to look into.
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)]
+    kind = _model_class(parsed, str(named))
     model: PreTrainedModel = kind.from_pretrained(None, config=parsed, state_dict=state, **options).eval()
     if "generation_config.json" in assets:
         model.generation_config = GenerationConfig.from_dict(json.loads(assets["generation_config.json"]))
     return model
+
+
+def _model_class(config: Any, label: str) -> Any:
+    """The class of transformers for a configuration. Raises ToolError where there is none."""
+    import transformers
+
+    from peraxis_tools.environment import check_causal
+
+    for name in config.architectures or ():
+        kind = getattr(transformers, str(name), None)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            return kind
+    check_causal(config, label, remedy="write the checkpoint with apply and load it with its own class")
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def load(delta: str | Path, *, base: str | Path | None = None, progress: Progress = None, **options: Any) -> Loaded:

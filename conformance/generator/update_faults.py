@@ -48,7 +48,7 @@ def plain(manifest: dict[str, Any]) -> dict[str, Any]:
 def profile() -> Iterator[Entry]:
     """SPEC 3.3, 3.4, 3.9, 3.10, 4.1."""
     simple = one(full("v", (3,)), sign("s", (3, 9)))
-    yield bad("feature-twice", "E205 E204", "3.4", build(CHAIN, manifest=put("features", to=["exact", "exact"])), ())
+    yield bad("feature-twice", "E205 E204", "3.3", build(CHAIN, manifest=put("features", to=["exact", "exact"])), ())
     yield bad("feature-among-unknown", "E204", "3.3", build(CHAIN, manifest=put("features", to=["exact", "x-a"])), ())
     yield bad("feature-upper-case", "E204", "3.3", build(CHAIN, manifest=put("features", to=["Exact"])), ())
     yield bad("feature-not-named", "E209 E205", "3.9", build(CHAIN, manifest=plain), ())
@@ -207,7 +207,7 @@ def lengths() -> Iterator[Entry]:
     yield counted("patterns-none", (255, 0), (0, 4), data=bytes(4), count=two)
     yield counted("patterns-of-last-as-full", (0, 4), (255, 2 * BLOCK), data=bytes(2 * BLOCK + 4), count=two)
     for length in (1, 2, 3):
-        yield dataclasses.replace(counted(f"gaps-of-{length}", (0, length), data=bytes(length)), clause="5.8")
+        yield counted(f"gaps-of-{length}", (0, length), data=bytes(length))
     yield counted("keyed-of-0", (120, 0), (0, 4), data=bytes(4), count=two)
     yield counted("keyed-as-long-as-patterns", (120, 1200), data=bytes(1200))
     yield counted("keyed-longer-than-patterns", (120, 1201), data=bytes(1201))

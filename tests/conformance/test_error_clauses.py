@@ -17,9 +17,8 @@ def check(corpus: Corpus, case: Case) -> None:
         if case.operation == "apply":
             with pxd.Safetensors.open(corpus.path(case, "base")) as base:
                 pxd.check_base(delta.manifest, base, workers=1)
-                for entry in delta.manifest.modules:
-                    if entry.encoding is pxd.Encoding.EXACT:  # SPEC 7.4
-                        pxd.reconstruct(delta.load(entry.name), base.read(entry.name))
+                for name in delta:
+                    pxd.reconstruct(delta.load(name), base.read(name) if name in base else None)
 
 
 def test_every_refusal_prints_code_and_clause_of_its_case(tmp_path: Path) -> None:
@@ -34,7 +33,8 @@ def test_every_refusal_prints_code_and_clause_of_its_case(tmp_path: Path) -> Non
             check(corpus, case)
         error = caught.value
         assert f"SPEC {error.clause})" in str(error)
-        if (error.code, error.clause) != (case.codes[0], case.clause):
+        # Some damage breaks two rules, and a case then names both codes; its clause is that of the first.
+        if error.code not in case.codes or (error.code == case.codes[0] and error.clause != case.clause):
             differ.append(f"{case.id}: {error.code} of {error.clause}, must be {case.codes[0]} of {case.clause}")
     assert differ == []
     assert len(small) > 1400

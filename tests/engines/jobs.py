@@ -83,6 +83,15 @@ def generate(llm: Any, *, variants: Sequence[str | None] = (), paths: dict[str, 
     return [_output(output) for output in outputs]
 
 
+def _from_cache(llm: Any) -> list[int]:
+    """Tokens after the long prompt. Without prompt log-probabilities vLLM looks its blocks up in the prefix cache."""
+    from vllm import SamplingParams, TokensPrompt
+
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    (output,) = llm.generate(TokensPrompt(prompt_token_ids=_LONG), params, use_tqdm=False)
+    return list(output.outputs[0].token_ids)
+
+
 def _output(output: Any) -> Any:
     best = output.outputs[0]
     own = [step[token].logprob for step, token in zip(best.logprobs, best.token_ids, strict=True)]
@@ -100,23 +109,37 @@ def job_plain(*, model: str, **options: Any) -> Any:
     return generate(make_engine(model, **options))
 
 
-def job_swaps(*, model: str, sequence: Sequence[str | None], bad: Sequence[str] = (), **options: Any) -> Any:
-    """An engine of the base; after each swap what it generates, and the weight version; then errors."""
+def job_swaps(
+    *,
+    model: str,
+    sequence: Sequence[str | None],
+    bad: Sequence[str] = (),
+    bad_first: Sequence[str] = (),
+    **options: Any,
+) -> Any:
+    """An engine of the base; after each swap what it generates, and the weight version; errors before and after."""
     from peraxis_format.engines.vllm import use
 
     llm = make_engine(model, load_format="peraxis", weight_transfer_config={"backend": "peraxis"}, **options)
+    first = [_refusal(llm, delta) for delta in bad_first]
     found = []
     for delta in sequence:
         version = use(llm, delta)
-        found.append([version, llm.get_weight_version(), generate(llm)])
-    errors = []
-    for delta in bad:
-        try:
-            use(llm, delta)
-            errors.append(None)
-        except Exception as error:
-            errors.append(str(error))
-    return {"swaps": found, "errors": errors, "after": generate(llm)}
+        cached = _from_cache(llm)  # before anything else could fill the cache with this variant's blocks
+        found.append([version, llm.get_weight_version(), generate(llm), cached])
+    errors = [_refusal(llm, delta) for delta in bad]
+    return {"swaps": found, "first": first, "errors": errors, "after": generate(llm)}
+
+
+def _refusal(llm: Any, delta: str) -> str | None:
+    """The error of a swap; None where there was none."""
+    from peraxis_format.engines.vllm import use
+
+    try:
+        use(llm, delta)
+    except Exception as error:
+        return str(error)
+    return None
 
 
 def job_variants(

@@ -35,6 +35,7 @@ def found(untied: dict[str, str], tied: dict[str, str], tmp_path_factory: pytest
     folder = tmp_path_factory.mktemp("engines")
     broken = damaged(folder / "damaged.pxd", untied["v2.pxd"])
     alien = str(make_delta(folder / "alien.pxd", Path(tied["v1"]), seed=9))
+    other_base = str(make_delta(folder / "other-base.pxd", Path(tied["v2"]), seed=8))
     other_template = folder / "chat_template.jinja"
     other_template.write_text("another template")
     dressed = str(make_delta(folder / "dressed.pxd", Path(untied["base"]), seed=4, assets=[other_template]))
@@ -63,7 +64,12 @@ def found(untied: dict[str, str], tied: dict[str, str], tmp_path_factory: pytest
             "sequence": [one, None, two, one],
             "bad": ["/no/such.pxd", broken, alien, dressed],
         },
-        "tied swaps": {"job": "swaps", "model": tied["base"], "sequence": [tied["v1.pxd"], None]},
+        "tied swaps": {
+            "job": "swaps",
+            "model": tied["base"],
+            "sequence": [tied["v1.pxd"], None],
+            "bad_first": [other_base],
+        },
         "variants": {
             "job": "variants",
             "model": untied["base"],
@@ -117,13 +123,24 @@ def test_a_cold_start_is_the_applied_folder_to_the_bit(found: Found) -> None:
 
 
 def test_a_swap_is_the_applied_folder_to_the_bit_and_the_base_comes_back(found: Found) -> None:
-    outputs = [output for _, _, output in found["swaps"]["swaps"]]
+    outputs = [output for _, _, output, _ in found["swaps"]["swaps"]]
     assert outputs == [found["v1"], found["base"], found["v2"], found["v1"]]
 
 
+def test_after_a_swap_no_keys_and_values_of_the_variant_before_are_used(found: Found) -> None:
+    cached = [tokens for _, _, _, tokens in found["swaps"]["swaps"]]
+    assert cached == [found[name][2][0] for name in ("v1", "base", "v2", "v1")]
+
+
 def test_a_swap_of_a_tied_model_reaches_its_lm_head(found: Found) -> None:
-    outputs = [output for _, _, output in found["tied swaps"]["swaps"]]
+    outputs = [output for _, _, output, _ in found["tied swaps"]["swaps"]]
     assert outputs == [found["tied v1"], found["tied base"]]
+
+
+def test_a_delta_of_another_base_is_refused_first_of_all_and_later_ones_are_not(found: Found) -> None:
+    (refused,) = found["tied swaps"]["first"]
+    assert "E404" in refused
+    assert len(found["tied swaps"]["swaps"]) == 2
 
 
 def test_the_engine_reports_the_content_id_as_its_weight_version(found: Found, untied: dict[str, str]) -> None:
@@ -131,8 +148,8 @@ def test_the_engine_reports_the_content_id_as_its_weight_version(found: Found, u
 
     with pf.open(untied["v1.pxd"]) as one, pf.open(untied["v2.pxd"]) as two:
         expected = [one.content_id, "base", two.content_id, one.content_id]
-    assert [reported for _, reported, _ in found["swaps"]["swaps"]] == expected
-    assert [returned for returned, _, _ in found["swaps"]["swaps"]] == expected
+    assert [reported for _, reported, _, _ in found["swaps"]["swaps"]] == expected
+    assert [returned for returned, _, _, _ in found["swaps"]["swaps"]] == expected
 
 
 @pytest.mark.parametrize("way", ["swaps", "variants"])

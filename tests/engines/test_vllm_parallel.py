@@ -42,7 +42,7 @@ def test_a_cold_start_is_the_applied_folder_to_the_bit(found: dict[str, Any]) ->
 
 
 def test_a_swap_is_the_applied_folder_to_the_bit_and_errors_leave_every_rank_as_it_was(found: dict[str, Any]) -> None:
-    outputs = [output for _, _, output in found["swaps"]["swaps"]]
+    outputs = [output for _, _, output, _ in found["swaps"]["swaps"]]
     assert outputs == [found["v1"], found["base"]]
     assert "/no/such.pxd" in found["swaps"]["errors"][0]
     assert found["swaps"]["after"] == found["base"]

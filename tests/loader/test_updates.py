@@ -359,3 +359,17 @@ def test_the_tools_read_what_a_trainer_published(tmp_path: Path) -> None:
     apply(tmp_path / "base", files, tmp_path / "out")
     with open_checkpoint(tmp_path / "out") as out:
         assert {name: bytes(out.tensors.read(name).tobytes()) for name in out.tensors} == published(model)
+
+
+def test_a_server_may_keep_some_tensors_in_f32(tmp_path: Path) -> None:
+    model, live = trainer(), server()
+    live.up.float()
+    pointer = live.up.weight.data_ptr()
+    writer, follower = UpdateWriter(model, tmp_path), follow(live, tmp_path)
+    for step in range(3):  # an anchor, then updates
+        writer.step()
+        assert dict(follower.poll().waiting) == {}
+        assert published(live) == published(model)
+        assert (live.up.weight.dtype, live.up.weight.data_ptr()) == (torch.float32, pointer)
+        assert torch.equal(live.up.weight, live.up.weight.bfloat16().float())
+        train(model, step)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+import peraxis
+
 pytest.importorskip("peft")
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -69,3 +71,24 @@ def test_the_page_numbers_refusals_and_marks_what_is_wrong() -> None:
     assert "**WRONG: differs \\| here**" in page
     assert "| unbuilt | ImportError: timm |" in page
     assert "3 of 3" in page
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tensor_that_transformers_reorders_has_no_place_in_the_live_model(tmp_path: Path) -> None:
+    import torch
+    from architecture_checks import apply_live, compress, outcome, write_pair
+
+    pair = write_pair("inkling2_text", tmp_path, torch.bfloat16)
+    assert outcome(compress, [pair]) == "right"
+    assert "keeps it in several tensors, or in another order" in outcome(apply_live, [pair])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["t5", "bert (masked)"])
+def test_a_model_that_is_no_decoder_is_loaded_as_its_configuration_says(family: str, tmp_path: Path) -> None:
+    import torch
+    from architecture_checks import apply, compress, load, outcome, write_pair
+
+    pair = write_pair(family, tmp_path, torch.bfloat16)
+    assert [outcome(check, [pair]) for check in (compress, apply, load)] == ["right"] * 3
+    assert type(peraxis.load_model(pair.base, pair.delta)) is pair.kind

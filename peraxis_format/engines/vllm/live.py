@@ -47,7 +47,12 @@ class LiveModel:
                 check_assets(file, self._model_config)
             refuse_uncovered(self._model, file.manifest)
             switch = self._switch_for(file.manifest)
-            return switch.add(name, file)
+            try:
+                return switch.add(name, file)
+            except BaseException:
+                if not switch.variants():
+                    self.close()  # nothing of a file that was refused decides what later ones may hold
+                raise
 
     def use(self, name: str | None) -> Swap | None:
         """Make the model a variant, or the base. None where there was nothing to do: no variant was ever staged.

@@ -9,8 +9,7 @@ small), triton (torch.py; a block a program).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +20,9 @@ from peraxis_format.ops.backend import choose
 from peraxis_format.ops.exact import numpy as reference
 from peraxis_format.ops.exact.kinds import BLOCK, RAW, FloatKind, block_bytes, blocks_of, kind_of
 
-__all__ = ["BLOCK", "Prefer", "apply", "blocks_of", "check", "encode", "results"]
+__all__ = ["BLOCK", "Prefer", "apply", "blocks_of", "check", "encode"]
 
 Prefer = Literal["size", "speed"]
-
-_CHUNK: Final = 16  # blocks that `results` holds at a time
 
 
 def _compiled(backend: str | None, weights: int) -> bool:
@@ -104,24 +101,6 @@ def _apply(words: Array, index: NDArray[np.uint32], data: NDArray[np.uint8], kin
     return None
 
 
-def results(
-    weights: Array, index: NDArray[np.uint32], data: NDArray[np.uint8], dtype: DType, *, backend: str | None = None
-) -> Iterator[tuple[slice, Array]]:
-    """The new patterns chunk by chunk, without touching the weights: (where in the flat tensor, storage array).
-
-    Arguments and errors as of `apply`. Each chunk is new memory of at most 2 MiB of BF16.
-    """
-    flat = weights.reshape(-1)
-    ends = np.cumsum(index >> np.uint32(8), dtype=np.int64)
-    for first in range(0, index.size, _CHUNK):
-        last = min(first + _CHUNK, index.size)
-        where = slice(first * BLOCK, min(last * BLOCK, flat.size))
-        chunk = flat[where].copy()
-        begin = int(ends[first - 1]) if first else 0
-        apply(chunk, index[first:last], data[begin : int(ends[last - 1])], dtype, backend=backend, threads=1)
-        yield where, chunk
-
-
 def check(index: NDArray[np.uint32], data: NDArray[np.uint8], weights: int, dtype: DType, *, field: str) -> None:
     """What can be told without the base (SPEC 5.7 to 5.9). Raises PayloadError (E307). field: of the error."""
     kind = kind_of(dtype)
@@ -140,5 +119,5 @@ def check(index: NDArray[np.uint32], data: NDArray[np.uint8], weights: int, dtyp
         try:
             rule(data[ends[b] - lengths[b] : ends[b]], int(raw[b]) * 8 // kind.width, kind)
         except ValueError as error:
-            clause = "5.7" if modes[b] or isinstance(error, reference.PlaceError) else "5.8"
+            clause = "5.8" if isinstance(error, reference.LayoutError) else "5.7"
             fail("E307", f"block {b}: its exceptions or gaps are malformed", clause=clause, field=field)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from peraxis_format.ops.exact.kinds import RAW, FloatKind
 
-__all__ = ["PlaceError", "check_gaps", "check_keyed", "choose", "decode_block", "encode_block", "steps"]
+__all__ = ["LayoutError", "check_gaps", "check_keyed", "choose", "decode_block", "encode_block", "steps"]
 
 _ESCAPE: Final = 8  # ones of a unary number of class 0 whose field is a whole pattern
 _CLASSES: Final = 15
@@ -23,6 +23,10 @@ _MASS: Final = 15  # bits of the field in front of the next moving weight
 _WIDE: Final = 384  # one move in more weights than this: gaps of two bytes
 
 Words = NDArray[np.int64]
+
+
+class LayoutError(ValueError):
+    """The parts of a block of gaps have other lengths than its counts say (SPEC 5.8)."""
 
 
 def _ordinal(patterns: Words, kind: FloatKind) -> Words:
@@ -115,13 +119,9 @@ def _exceptions(bits: _Bits, size: int, kind: FloatKind) -> tuple[Words, Words]:
     return fields[::2], fields[1::2]
 
 
-class PlaceError(ValueError):
-    """Places that SPEC 5.7 refuses: beyond the block, not ascending, or of a move and an exception."""
-
-
 def _check_places(places: Words, size: int) -> None:
     if places.size and (np.any(np.diff(places) <= 0) or int(places[-1]) >= size):
-        raise PlaceError
+        raise ValueError
 
 
 def _keyed(old: Words, mode: int, bits: _Bits, kind: FloatKind) -> Words:
@@ -154,32 +154,34 @@ def _keyed(old: Words, mode: int, bits: _Bits, kind: FloatKind) -> Words:
 
 
 def _gap_parts(data: NDArray[np.uint8], size: int, kind: FloatKind) -> tuple[Words, Words, Words, Words]:
-    """Places of moves, whether each goes down, places and patterns of exceptions. Raises ValueError."""
+    """Places of moves, whether each goes down, places and patterns of exceptions. Raises ValueError, LayoutError."""
     if data.size < 4:
         raise ValueError
     moves, exceptions = (int(part) for part in data[:4].view("<u2"))
+    if moves > size:
+        raise ValueError
     listed = 4 + 2 * exceptions
     signs = listed + exceptions * kind.width // 8
     gaps = signs + (moves + 7) // 8
     down = np.unpackbits(data[signs:gaps], bitorder="little")
     if gaps > data.size or down[moves:].any():
-        raise ValueError
+        raise LayoutError
     rest = data[gaps:]
     if moves * _WIDE < size:
         if rest.size != 2 * moves:
-            raise ValueError
+            raise LayoutError
         steps_ = np.asarray(rest.view("<u2"), np.int64)
     else:
         ends = np.flatnonzero(rest != 255)
         if ends.size != moves or (int(ends[-1]) + 1 if moves else 0) != rest.size:
-            raise ValueError
+            raise LayoutError
         steps_ = np.diff(np.concatenate(([0], np.cumsum(rest, dtype=np.int64)[ends])))
     moved = np.cumsum(steps_ + 1) - 1
     places = np.asarray(data[4:listed].view("<u2"), np.int64)
     _check_places(places, size)
     _check_places(moved, size)
     if np.intersect1d(moved, places).size:
-        raise PlaceError
+        raise ValueError
     patterns = np.asarray(data[listed:signs].view(f"<u{kind.width // 8}"), np.int64)
     return moved, down[:moves].astype(np.int64), places, patterns
 
@@ -193,7 +195,7 @@ def _gaps(old: Words, data: NDArray[np.uint8], kind: FloatKind) -> Words:
 
 
 def check_gaps(data: NDArray[np.uint8], size: int, kind: FloatKind) -> None:
-    """What can be told of a block of gaps without the base. Raises ValueError."""
+    """What can be told of a block of gaps without the base. Raises ValueError; LayoutError where SPEC 5.8 is broken."""
     _gap_parts(data, size, kind)
 
 

@@ -30,7 +30,10 @@ FUSED: Final[Mapping[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Finder:
-    """Looks names up: explicit views, the model's own names, rows of fused parameters, what transformers renames."""
+    """Looks names up: explicit views, the model's own names, rows of fused parameters, what transformers renames.
+
+    composed: names that transformers makes of several live tensors, or of one in another order.
+    """
 
     live: dict[str, Tensor]
     views: Views
@@ -38,6 +41,7 @@ class Finder:
     fused: Mapping[str, tuple[str, ...]]
     entries: dict[str, ModuleEntry]
     renamed: dict[str, Tensor] = field(default_factory=dict)
+    composed: set[str] = field(default_factory=set)
 
     @classmethod
     def of(
@@ -49,7 +53,9 @@ class Finder:
         finder = cls(named(target), views or {}, shards or {}, fused, entries)
         missing = any(not finder.find(name, entry) for name, entry in entries.items())
         if missing and isinstance(target, nn.Module) and not finder.shards:
-            finder.renamed.update(checkpoint_views(_inner(target)))
+            found = checkpoint_views(_inner(target))
+            finder.renamed.update(found.views)
+            finder.composed.update(found.composed)
         return finder
 
     def find(self, name: str, entry: ModuleEntry) -> list[ShardView]:

@@ -56,6 +56,7 @@ def place(
     for entry in manifest.modules:
         if entry.name in placement:
             placement[entry.name] = _distinct([_checked(entry, part, mixed=mixed) for part in placement[entry.name]])
+    _refuse_composed(missing, finder)
     _refuse_missing(manifest, missing)
     _refuse_dropped(manifest, finder)
     _refuse_shared(manifest, placement)
@@ -129,6 +130,15 @@ def _check(entry: ModuleEntry, part: ShardView) -> None:
 def _distinct(parts: Sequence[ShardView]) -> tuple[ShardView, ...]:
     """Each storage once: tied tensors are one."""
     return tuple({(part.box, storage_key(part.live)): part for part in parts}.values())
+
+
+def _refuse_composed(missing: list[str], finder: Finder) -> None:
+    composed = next((name for name in missing if name in finder.composed), None)
+    if composed is not None:
+        raise LiveModelError(
+            f"{composed}: transformers keeps it in several tensors, or in another order, so that it has no place "
+            "of its own in the live model; write the checkpoint with `peraxis-tools apply`, or use peraxis.load"
+        )
 
 
 def _refuse_missing(manifest: Manifest, missing: list[str]) -> None:

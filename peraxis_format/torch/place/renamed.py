@@ -8,6 +8,7 @@ view is the right one is shown by the base's digest, which is checked before any
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,32 +17,44 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peraxis_format.errors import LiveModelError
 
-__all__ = ["checkpoint_views"]
+__all__ = ["CheckpointViews", "checkpoint_views"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointViews:
+    """views: name in the checkpoint -> view into live storage. composed: names of tensors that are none: the mapping
+    puts them together from several live ones, or reorders their elements.
+    """
+
+    views: dict[str, Tensor]
+    composed: frozenset[str]
 
 
 class _NoCopies(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
-    """A copy into another layout (`contiguous`) is a view of what it would copy. What needs one raises."""
+    """A copy into another layout (`contiguous`) is a view of what it would copy. What needs a copy becomes one."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.clone.default:
             return torch.ops.aten.alias.default(args[0])
+        if func in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            return torch.ops.aten.reshape.default(*args)
         return func(*args, **(kwargs or {}))
 
 
-def checkpoint_views(model: nn.Module) -> dict[str, Tensor]:
-    """Name in the checkpoint -> view into live storage; nothing for a model that transformers does not rename.
+def checkpoint_views(model: nn.Module) -> CheckpointViews:
+    """Where the checkpoint's tensors lie; nothing for a model that transformers does not rename.
 
-    Tensors that the mapping puts together from several live ones, or permutes inside, are not among them.
     Raises LiveModelError where the mapping cannot be reversed.
     """
     state = model.state_dict()
     plain = all(type(tensor) is Tensor for tensor in state.values())
+    nothing = CheckpointViews(views={}, composed=frozenset())
     if not plain or not any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__):
-        return {}
+        return nothing
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # before version 5 models had the checkpoint's names
-        return {}
+        return nothing
     try:
         converted: Any = model
         without_copies: Any = _NoCopies
@@ -53,8 +66,9 @@ def checkpoint_views(model: nn.Module) -> dict[str, Tensor]:
             "where its tensors lie"
         ) from error
     live = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
-    return {
+    views = {
         name: tensor
         for name, tensor in found.items()
         if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() in live
     }
+    return CheckpointViews(views=views, composed=frozenset(found.keys() - views.keys()))

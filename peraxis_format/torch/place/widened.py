@@ -25,17 +25,17 @@ _NARROW: Final = (DType.BF16, DType.F16)
 
 
 def is_widened(entry: ModuleEntry, view: Tensor) -> bool:
-    """Whether a live tensor is F32 where base and fine-tune are both BF16, or both F16."""
-    base = entry.base
-    return base is not None and base.dtype in _NARROW and entry.dtype is base.dtype and view.dtype is torch.float32
+    """Whether a live tensor is F32 where base and fine-tune are both BF16, or both F16; or the fine-tune alone."""
+    base = entry.dtype if entry.base is None else entry.base.dtype
+    return base in _NARROW and entry.dtype is base and view.dtype is torch.float32
 
 
 def holds_the_dtype(found: Mapping[str, Iterable[ShardView]], entries: Iterable[ModuleEntry]) -> bool:
-    """Whether some live tensor has the BF16 or F16 of its base: else the whole model was loaded in another dtype."""
+    """Whether some live tensor has the BF16 or F16 of the file: else the whole model was loaded in another dtype."""
     return any(
-        part.view.dtype is TORCH_DTYPES[entry.base.dtype]
+        part.view.dtype is TORCH_DTYPES[entry.dtype]
         for entry in entries
-        if entry.base is not None and entry.base.dtype in _NARROW
+        if entry.dtype in _NARROW
         for part in found.get(entry.name, ())
     )
 
@@ -44,10 +44,10 @@ def holds_the_dtype(found: Mapping[str, Iterable[ShardView]], entries: Iterable[
 def narrowed(entry: ModuleEntry, part: ShardView) -> ShardView:
     """The part with a copy in the base's dtype as its view, and the live tensor as `wide`.
 
-    Raises BindingError (E404) where the live values are not exactly values of that dtype.
+    Raises BindingError (E404) where there is a base and the live values are not exactly values of that dtype.
     """
     wide = part.view.detach()
     view = wide.to(TORCH_DTYPES[entry.dtype], memory_format=torch.contiguous_format)
-    if not torch.equal(view.float().view(torch.int32), wide.contiguous().view(torch.int32)):
+    if entry.base is not None and not torch.equal(view.float().view(torch.int32), wide.contiguous().view(torch.int32)):
         raise BindingError("E404", f"F32, with values that {entry.dtype.value} does not have", field=entry.name)
     return ShardView(part.box, view, wide)

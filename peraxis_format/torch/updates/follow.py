@@ -131,6 +131,7 @@ def _write(modules: list[ModuleDelta], placement: Placement) -> None:
                 part.view.copy_(_tensor(module.full.copy(), part.view))
             for live, stretch in _stretches(part.view, module):
                 live.copy_(stretch)
+            part.publish()
 
 
 def _tensor(array: Array, like: Tensor) -> Tensor:
