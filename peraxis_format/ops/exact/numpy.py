@@ -159,7 +159,7 @@ def _gap_parts(data: NDArray[np.uint8], size: int, kind: FloatKind) -> tuple[Wor
         raise ValueError
     moves, exceptions = (int(part) for part in data[:4].view("<u2"))
     if moves > size:
-        raise ValueError
+        raise LayoutError
     listed = 4 + 2 * exceptions
     signs = listed + exceptions * kind.width // 8
     gaps = signs + (moves + 7) // 8
