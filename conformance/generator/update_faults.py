@@ -13,7 +13,7 @@ from .encoded import digest
 from .entry import PHASES, Entry, refused
 from .faults import bytes_at, put, removed, retensor
 from .rebuild import apply
-from .updates import changed, one, spread, update
+from .updates import changed, moved, one, spread, update
 
 __all__ = ["NEW", "OLD", "held", "refused_bindings", "refused_updates"]
 
@@ -224,7 +224,7 @@ def lengths() -> Iterator[Entry]:
     )
     keyed_last = (60, packed([1, 0], [(300, 16), (0x3C00, 16)]))
     yield bad("keyed-place-beyond-last", "E307", "5.7", build(of_blocks(nothing, keyed_last, count=two)))
-    for slug, places in (("first", (0, 9)), ("last", (2, 4)), ("only", (4,))):
+    for slug, places in (("first", (0, 9)), ("last", (2, 4)), ("middle", (1, 2))):
         both = spaced(3, places, bytes((0, 1, 1)))  # moves at 0, 2 and 4
         yield bad(f"move-is-exception-{slug}", "E307", "5.7", build(of_blocks((0, both))))
     for slug, data in (
@@ -233,7 +233,9 @@ def lengths() -> Iterator[Entry]:
         ("one-too-many", packed([3, 0], [(1, 16), (0x3C00, 16), (2, 16), (0x3C00, 16)], between=0)),
     ):
         yield bad(f"keyed-exceptions-{slug}", "E307", "5.7", build(of_blocks((60, data))))
-    yield bad("moves-more-than-weights", "E307", "5.7", build(of_blocks((0, spaced(601, (), bytes(601))))))
+    for key in (1, 254):
+        block = packed([2, 0], [(5, 16), (0x3C00, 16), (4, 16), (0x3C00, 16)])
+        yield bad(f"keyed-{key}-places-descend", "E307", "5.7", build(of_blocks((key, block))))
     yield bad("moves-beyond", "E307", "5.7", build(of_blocks((0, spaced(2, (), bytes((255, 255, 89, 0)))))))
     yield bad("move-beyond", "E307", "5.7", build(of_blocks((0, spaced(1, (), words([600]))), count=600)))
     yield bad("moves-far-beyond", "E307", "5.7", build(of_blocks((0, spaced(1, (), words([65_535]))), count=600)))
@@ -253,6 +255,7 @@ def gap_blocks() -> Iterator[Entry]:
         ("rest-long", spaced(3, (), bytes(4))),
         ("rest-without-moves", spaced(0, (), bytes(1))),
         ("rest-open", spaced(2, (), bytes((3, 255)))),
+        ("rest-open-behind", spaced(2, (), bytes((3, 4, 255)))),
         ("words-as-bytes", spaced(2, (), words([3, 4]))),
         ("bytes-as-words", spaced(1, (), bytes((3,)))),
         ("words-long", spaced(1, (), words([3, 4]))),
@@ -261,6 +264,7 @@ def gap_blocks() -> Iterator[Entry]:
         ("unused-sign-second-byte", spaced(9, (), bytes(9), signs=b"\x01\x02")),
         ("signs-missing", spaced(3, (), b"", signs=b"")),
         ("moves-more-than-there", spaced(600, (), bytes(60))),
+        ("moves-more-than-weights", spaced(601, (), bytes(601))),
         ("exceptions-more-than-there", spaced(0, (1, 2), b"", listed=3)),
         ("exceptions-fewer-than-there", spaced(0, (1, 2), b"", listed=1)),
         ("exceptions-65535", spaced(0, (), bytes(8), listed=65_535)),
@@ -327,6 +331,12 @@ def refused_bindings() -> Iterator[Entry]:
     for slug, data in wrong.items():
         module = update("w", OLD, NEW, shape=(20, 30), blocks=[(121, data)])
         yield rejected(f"bits-{slug}", "E405", "7.4", one(module))
+    ended = list(NEW)  # the last weight of the last class moves
+    last_place = max(i for i, word in enumerate(OLD) if FORM.exponent(word) == 125)
+    ended[last_place] = moved(OLD[last_place], 1, FORM)
+    unary, fields = numbers(OLD, ended, FORM, 121)
+    longer = update("w", OLD, ended, shape=(20, 30), blocks=[(121, packed([*unary[:-1], unary[-1] + 1], fields))])
+    yield rejected("bits-last-run-of-1-for-0", "E405", "7.4", one(longer))
     for key in (120, 122, 1):
         yield rejected(f"bits-of-key-{key}", "E405", "7.4", one(update("w", OLD, NEW, blocks=[(key, GOOD.data)])))
     third = changed("third", "BF16", NEW, 5)
