@@ -122,8 +122,7 @@ def digests() -> Iterator[Entry]:
     yield bad("damaged-data", "E301", "4.3", build(CHAIN, data=bytes_at(64, b"\xaa\x55")))
     for slug, offset in (("behind-index", 4), ("before-data", 63)):
         yield bad(f"gap-{slug}", "E304", "4.5", build(CHAIN, tensors=patch(offset, b"\x01")))
-    if len(GOOD.data) % 64:
-        yield bad("gap-behind-data", "E304", "4.5", build(CHAIN, tensors=patch(64 + len(GOOD.data), b"\x01")))
+    yield bad("gap-behind-data", "E304", "4.5", build(CHAIN, tensors=patch(64 + len(GOOD.data), b"\x01")))
 
     def claims(slug: str, content: Content, value: Any) -> Entry:
         def edit(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -287,9 +286,14 @@ def rejected(slug: str, codes: str, clause: str, content: Content, base: bytes |
     """An apply case; base: in the place of the content's own."""
     files = {"file": build(content, **hooks), "base": base or apply(content)[0]}
     codes_ = tuple(codes.split())
-    phase = PHASES[codes_[0][1]]
     return Entry(
-        id=f"exact-{slug}", clause=clause, operation="apply", phase=phase, codes=codes_, files=files, features=EXACT
+        id=f"exact-{slug}",
+        clause=clause,
+        operation="apply",
+        phase=PHASES[codes[1]],
+        codes=codes_,
+        files=files,
+        features=EXACT,
     )
 
 
@@ -337,6 +341,11 @@ def refused_bindings() -> Iterator[Entry]:
     unary, fields = numbers(OLD, ended, FORM, 121)
     longer = update("w", OLD, ended, shape=(20, 30), blocks=[(121, packed([*unary[:-1], unary[-1] + 1], fields))])
     yield rejected("bits-last-run-of-1-for-0", "E405", "7.4", one(longer))
+    nine = [0x3F80] + [0x4600] * 20
+    lax = update("w", nine, [moved(0x3F80, -5, FORM), *nine[1:]], blocks=[(128, packed([0, 9, 1], []))])
+    yield rejected("bits-quotient-9-as-number", "E405", "7.4", one(lax))
+    eight = update("w", nine, [0x3F82, *nine[1:]], blocks=[(128, packed([0, 4, 1], [], between=8))])
+    yield rejected("bits-zeros-8", "E405", "7.4", one(eight))
     for key in (120, 122, 1):
         yield rejected(f"bits-of-key-{key}", "E405", "7.4", one(update("w", OLD, NEW, blocks=[(key, GOOD.data)])))
     third = changed("third", "BF16", NEW, 5)
