@@ -11,7 +11,7 @@ from .build import build, result_digest, table, untabled
 from .content import Base, Content, Module, full, same, sign, words
 from .encoded import digest
 from .entry import PHASES, Entry, refused
-from .faults import bytes_at, put, removed, retensor
+from .faults import bytes_at, patched, put, removed, retensor
 from .rebuild import apply
 from .updates import changed, moved, one, spread, update
 
@@ -121,8 +121,8 @@ def digests() -> Iterator[Entry]:
     yield bad("damaged-index", "E301", "4.3", build(CHAIN, data=bytes_at(0, b"\x01")))
     yield bad("damaged-data", "E301", "4.3", build(CHAIN, data=bytes_at(64, b"\xaa\x55")))
     for slug, offset in (("behind-index", 4), ("before-data", 63)):
-        yield bad(f"gap-{slug}", "E304", "4.5", build(CHAIN, tensors=patch(offset, b"\x01")))
-    yield bad("gap-behind-data", "E304", "4.5", build(CHAIN, tensors=patch(64 + len(GOOD.data), b"\x01")))
+        yield bad(f"gap-{slug}", "E304", "4.5", build(CHAIN, tensors=patched(0, offset, b"\x01")))
+    yield bad("gap-behind-data", "E304", "4.5", build(CHAIN, tensors=patched(0, 64 + len(GOOD.data), b"\x01")))
 
     def claims(slug: str, content: Content, value: Any) -> Entry:
         def edit(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -162,14 +162,6 @@ def swapped_result(text: str, index: int = 0) -> str:
     """The table of CHAIN with another of its digests in the place of w's result."""
     listed = untabled(text)
     return table([*listed[:2], listed[index], *listed[3:]])
-
-
-def patch(offset: int, value: bytes) -> Any:
-    def edit(made: list[Any]) -> list[Any]:
-        data = made[0].data[:offset] + value + made[0].data[offset + len(value) :]
-        return [dataclasses.replace(made[0], data=data), *made[1:]]
-
-    return edit
 
 
 def of_blocks(*blocks: Block, count: int = 600, dtype: str = "BF16") -> Content:
@@ -272,7 +264,7 @@ def gap_blocks() -> Iterator[Entry]:
     wide = words([0, 1, 3]) + words([0x3C00])
     yield bad("gaps-pattern-short-f32", "E307", "5.8", build(of_blocks((0, wide), dtype="F32")))
     good = of_blocks((60, packed([0, 0], [])))
-    damaged = build(good, tensors=patch(6, b"\x01"))
+    damaged = build(good, tensors=patched(0, 6, b"\x01"))
     yield bad("order-gap-before-block", "E304", "4.5", damaged)
 
 
