@@ -11,9 +11,9 @@ from .build import build, result_digest, table, untabled
 from .content import Base, Content, Module, full, same, sign, words
 from .encoded import digest
 from .entry import PHASES, Entry, refused
-from .faults import bytes_at, put, removed, retensor
+from .faults import bytes_at, patched, put, removed, retensor
 from .rebuild import apply
-from .updates import changed, one, spread, update
+from .updates import changed, moved, one, spread, update
 
 __all__ = ["NEW", "OLD", "held", "refused_bindings", "refused_updates"]
 
@@ -48,7 +48,7 @@ def plain(manifest: dict[str, Any]) -> dict[str, Any]:
 def profile() -> Iterator[Entry]:
     """SPEC 3.3, 3.4, 3.9, 3.10, 4.1."""
     simple = one(full("v", (3,)), sign("s", (3, 9)))
-    yield bad("feature-twice", "E204 E205", "3.3", build(CHAIN, manifest=put("features", to=["exact", "exact"])), ())
+    yield bad("feature-twice", "E205 E204", "3.3", build(CHAIN, manifest=put("features", to=["exact", "exact"])), ())
     yield bad("feature-among-unknown", "E204", "3.3", build(CHAIN, manifest=put("features", to=["exact", "x-a"])), ())
     yield bad("feature-upper-case", "E204", "3.3", build(CHAIN, manifest=put("features", to=["Exact"])), ())
     yield bad("feature-not-named", "E209 E205", "3.9", build(CHAIN, manifest=plain), ())
@@ -121,9 +121,8 @@ def digests() -> Iterator[Entry]:
     yield bad("damaged-index", "E301", "4.3", build(CHAIN, data=bytes_at(0, b"\x01")))
     yield bad("damaged-data", "E301", "4.3", build(CHAIN, data=bytes_at(64, b"\xaa\x55")))
     for slug, offset in (("behind-index", 4), ("before-data", 63)):
-        yield bad(f"gap-{slug}", "E304", "4.5", build(CHAIN, tensors=patch(offset, b"\x01")))
-    if len(GOOD.data) % 64:
-        yield bad("gap-behind-data", "E304", "4.5", build(CHAIN, tensors=patch(64 + len(GOOD.data), b"\x01")))
+        yield bad(f"gap-{slug}", "E304", "4.5", build(CHAIN, tensors=patched(0, offset, b"\x01")))
+    yield bad("gap-behind-data", "E304", "4.5", build(CHAIN, tensors=patched(0, 64 + len(GOOD.data), b"\x01")))
 
     def claims(slug: str, content: Content, value: Any) -> Entry:
         def edit(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -163,14 +162,6 @@ def swapped_result(text: str, index: int = 0) -> str:
     """The table of CHAIN with another of its digests in the place of w's result."""
     listed = untabled(text)
     return table([*listed[:2], listed[index], *listed[3:]])
-
-
-def patch(offset: int, value: bytes) -> Any:
-    def edit(made: list[Any]) -> list[Any]:
-        data = made[0].data[:offset] + value + made[0].data[offset + len(value) :]
-        return [dataclasses.replace(made[0], data=data), *made[1:]]
-
-    return edit
 
 
 def of_blocks(*blocks: Block, count: int = 600, dtype: str = "BF16") -> Content:
@@ -224,7 +215,7 @@ def lengths() -> Iterator[Entry]:
     )
     keyed_last = (60, packed([1, 0], [(300, 16), (0x3C00, 16)]))
     yield bad("keyed-place-beyond-last", "E307", "5.7", build(of_blocks(nothing, keyed_last, count=two)))
-    for slug, places in (("first", (0, 9)), ("last", (2, 4)), ("only", (4,))):
+    for slug, places in (("first", (0, 9)), ("last", (2, 4)), ("middle", (1, 2))):
         both = spaced(3, places, bytes((0, 1, 1)))  # moves at 0, 2 and 4
         yield bad(f"move-is-exception-{slug}", "E307", "5.7", build(of_blocks((0, both))))
     for slug, data in (
@@ -233,6 +224,9 @@ def lengths() -> Iterator[Entry]:
         ("one-too-many", packed([3, 0], [(1, 16), (0x3C00, 16), (2, 16), (0x3C00, 16)], between=0)),
     ):
         yield bad(f"keyed-exceptions-{slug}", "E307", "5.7", build(of_blocks((60, data))))
+    for key in (1, 254):
+        block = packed([2, 0], [(5, 16), (0x3C00, 16), (4, 16), (0x3C00, 16)])
+        yield bad(f"keyed-{key}-places-descend", "E307", "5.7", build(of_blocks((key, block))))
     yield bad("moves-beyond", "E307", "5.7", build(of_blocks((0, spaced(2, (), bytes((255, 255, 89, 0)))))))
     yield bad("move-beyond", "E307", "5.7", build(of_blocks((0, spaced(1, (), words([600]))), count=600)))
     yield bad("moves-far-beyond", "E307", "5.7", build(of_blocks((0, spaced(1, (), words([65_535]))), count=600)))
@@ -252,6 +246,7 @@ def gap_blocks() -> Iterator[Entry]:
         ("rest-long", spaced(3, (), bytes(4))),
         ("rest-without-moves", spaced(0, (), bytes(1))),
         ("rest-open", spaced(2, (), bytes((3, 255)))),
+        ("rest-open-behind", spaced(2, (), bytes((3, 4, 255)))),
         ("words-as-bytes", spaced(2, (), words([3, 4]))),
         ("bytes-as-words", spaced(1, (), bytes((3,)))),
         ("words-long", spaced(1, (), words([3, 4]))),
@@ -269,7 +264,7 @@ def gap_blocks() -> Iterator[Entry]:
     wide = words([0, 1, 3]) + words([0x3C00])
     yield bad("gaps-pattern-short-f32", "E307", "5.8", build(of_blocks((0, wide), dtype="F32")))
     good = of_blocks((60, packed([0, 0], [])))
-    damaged = build(good, tensors=patch(6, b"\x01"))
+    damaged = build(good, tensors=patched(0, 6, b"\x01"))
     yield bad("order-gap-before-block", "E304", "4.5", damaged)
 
 
@@ -283,9 +278,14 @@ def rejected(slug: str, codes: str, clause: str, content: Content, base: bytes |
     """An apply case; base: in the place of the content's own."""
     files = {"file": build(content, **hooks), "base": base or apply(content)[0]}
     codes_ = tuple(codes.split())
-    phase = PHASES[codes_[0][1]]
     return Entry(
-        id=f"exact-{slug}", clause=clause, operation="apply", phase=phase, codes=codes_, files=files, features=EXACT
+        id=f"exact-{slug}",
+        clause=clause,
+        operation="apply",
+        phase=PHASES[codes[1]],
+        codes=codes_,
+        files=files,
+        features=EXACT,
     )
 
 
@@ -327,6 +327,17 @@ def refused_bindings() -> Iterator[Entry]:
     for slug, data in wrong.items():
         module = update("w", OLD, NEW, shape=(20, 30), blocks=[(121, data)])
         yield rejected(f"bits-{slug}", "E405", "7.4", one(module))
+    ended = list(NEW)  # the last weight of the last class moves
+    last_place = max(i for i, word in enumerate(OLD) if FORM.exponent(word) == 125)
+    ended[last_place] = moved(OLD[last_place], 1, FORM)
+    unary, fields = numbers(OLD, ended, FORM, 121)
+    longer = update("w", OLD, ended, shape=(20, 30), blocks=[(121, packed([*unary[:-1], unary[-1] + 1], fields))])
+    yield rejected("bits-last-run-of-1-for-0", "E405", "7.4", one(longer))
+    nine = [0x3F80] + [0x4600] * 20
+    lax = update("w", nine, [moved(0x3F80, -5, FORM), *nine[1:]], blocks=[(128, packed([0, 9, 1], []))])
+    yield rejected("bits-quotient-9-as-number", "E405", "7.4", one(lax))
+    eight = update("w", nine, [0x3F82, *nine[1:]], blocks=[(128, packed([0, 4, 1], [], between=8))])
+    yield rejected("bits-zeros-8", "E405", "7.4", one(eight))
     for key in (120, 122, 1):
         yield rejected(f"bits-of-key-{key}", "E405", "7.4", one(update("w", OLD, NEW, blocks=[(key, GOOD.data)])))
     third = changed("third", "BF16", NEW, 5)

@@ -163,6 +163,8 @@ def spacings() -> Iterator[Case]:
         ("words-beyond-border", 769, (0, 768)),
         ("byte-254", 700, (254, 300)),
         ("byte-255", 700, (255, 300)),
+        ("last-byte-254", 700, (10, 265)),
+        ("last-byte-0", 700, (10, 266)),
         ("byte-510", 700, (510, 690)),
         ("byte-511", 700, (511, 690)),
         ("bytes-next-to-each-other", 100, tuple(range(90))),
@@ -224,6 +226,9 @@ def shapes() -> Iterator[Case]:
     yield "batch", "3.9", one(update("w", old, new, shape=(2, 3, 20)))
     yield "one-dimension", "3.9", one(update("w", old, new))
     yield "no-dimensions", "3.10", one(update("w", [0x3F80], [0x3F81], shape=()))
+    pair = [0x3F80, 0x3F80, 0x3F80]
+    yield "one-byte-up", "5.9", one(update("w", pair, [0x3F80, 0x3F81, 0x3F80], coder=by_key(127)))
+    yield "one-byte-down", "5.9", one(update("w", pair, [0x3F80, 0x3F7F, 0x3F80], coder=by_key(127)))
     yield "one-weight-keyed", "5.6", one(update("w", [0x3F80], [0x3F81], coder=by_key(128)))
     yield (
         "size-63",

@@ -26,6 +26,9 @@ from tests.conformance.mutations import mutate
 __all__ = ["disagreements", "loaders", "main"]
 
 Loaders = Mapping[str, Any]
+# What is said of files with the feature `exact`, and of its modules.
+CHAIN = ("previous", "result")
+UPDATE = ("index_sha256", "data_sha256", "result_sha256")
 
 
 @contextlib.contextmanager
@@ -54,9 +57,9 @@ def verdict(reply: Reply) -> str:
         return f"broken: {reply.problem or reply.result}"
     if reply.exit == 1:
         return f"rejected: {reply.result.get('phase')}"
-    content = {key: reply.result.get(key) for key in ("content_id", "tied", "dropped", "assets", "metadata")}
+    content = {key: reply.result.get(key) for key in ("content_id", "tied", "dropped", "assets", "metadata", *CHAIN)}
     # What the protocol asks for of a module; a loader may say more.
-    keys = ("name", "dtype", "shape", "encoding", "components", "exact_sha256")
+    keys = ("name", "dtype", "shape", "encoding", "components", "exact_sha256", *UPDATE)
     modules = [{key: module.get(key) for key in keys} for module in reply.result.get("modules", [])]
     return f"{reply.exit}: {json.dumps([content, modules], sort_keys=True)}"
 
