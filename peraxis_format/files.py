@@ -198,7 +198,10 @@ def new_temporary(folder: Path, *, is_folder: bool = False) -> tuple[Path, int]:
         path = folder / _temporary_name()
         if is_folder:
             path.mkdir()
-            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:  # taken for a leftover before it was opened
+                continue
         else:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         _lock(descriptor)

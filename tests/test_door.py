@@ -63,8 +63,8 @@ def test_every_public_parameter_has_a_type_and_none_is_hidden_in_keywords() -> N
         assert signature.return_annotation is not inspect.Signature.empty, name
         for parameter in signature.parameters.values():
             assert parameter.annotation is not inspect.Parameter.empty, (name, parameter)
-            # load hands what it does not know to transformers.
-            assert parameter.kind is not inspect.Parameter.VAR_KEYWORD or name == "load", (name, parameter)
+            # Both hand what they do not know to transformers.
+            assert parameter.kind is not inspect.Parameter.VAR_KEYWORD or name in ("load", "load_model"), (name, parameter)
         assert value.__doc__, name
 
 

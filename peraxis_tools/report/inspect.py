@@ -19,7 +19,7 @@ _WIDEST: Final = 120
 _PIPED: Final = 80  # columns where the output is no terminal
 _GROUP_WIDTH: Final = 24
 _KINDS_SHOWN: Final = 3
-_STYLES: Final = {"sign": "green", "full": "yellow", "same": "dim"}
+_STYLES: Final = {"sign": "green", "exact": "cyan", "full": "yellow", "same": "dim"}
 
 
 def render_inspect(result: InspectResult, console: Console, *, modules: bool = False, tree: bool = False) -> None:

@@ -124,15 +124,17 @@ def kills(folder: Path, line: str, output: Path, prepare: Callable[[], object], 
     status, total = run(command)
     wanted = look(output)
     wrong = [] if status == 0 else [f"the undisturbed run ends with {status}"]
-    steps = chosen_steps(total, number)
-    for step in steps:
+    killed = 0
+    for step in chosen_steps(total, number):
         shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
         prepare()
         status, _ = run(command, kill_at=step)
         found = after_kill(folder, line, output, [before, wanted], wanted, inputs)
-        if status != -signal.SIGKILL or found:
+        killed += status == -signal.SIGKILL
+        # A run may have one step less than the first: what it reads ahead is a matter of threads.
+        if found or status not in (-signal.SIGKILL, 0):
             wrong.append(f"step {step} of {total}: ended with {status}; {found}")
-    return {"kills": len(steps), "steps": total, "wrong": wrong}
+    return {"kills": killed, "steps": total, "wrong": wrong}
 
 
 def report(folder: Path, verb: str, number: int) -> dict[str, dict[str, Any]]:

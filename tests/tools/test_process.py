@@ -193,7 +193,7 @@ def test_names_that_are_not_utf8_go_through_every_verb_or_are_refused_in_one_lin
         assert run(*arguments) == 0, (arguments, capsys.readouterr().err)
         assert "error" not in capsys.readouterr().err
     assert run("publish", "me/x", delta, "--dry-run", f"{out}repo") == 2
-    assert "rename it" in capsys.readouterr().err
+    assert "rename the file" in capsys.readouterr().err
     with pxd.open(f"{out}.pxd") as written:
         assert written.manifest.fine_tuned.id == "\ufffdtuned"
 

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 import peraxis_tools
+from peraxis_tools import bars
 from peraxis_tools import progress as progress_module
 from peraxis_tools.merge import merge_parts
 from peraxis_tools.remaining import Remaining, remaining_seconds
-from peraxis_tools.report import console
 from tests.tools.output_cases import make_inputs
 
 
@@ -57,7 +57,7 @@ def test_true_shows_a_bar_on_a_terminal_and_nothing_elsewhere(
 
     shown = io.StringIO()
     terminal = lambda **_: Console(file=shown, force_terminal=True, width=80)  # noqa: E731
-    monkeypatch.setattr(console, "Console", terminal)
+    monkeypatch.setattr(bars, "Console", terminal)
     CALLS[name](inputs, tmp_path, True)
     stage = {"join": "merge", "compress": "write"}.get(name, name)
     assert stage in shown.getvalue()

@@ -11,7 +11,7 @@ from typing import Any, Final
 from peraxis_format import NAME, Safetensors, TensorInfo
 from peraxis_tools.assets import listed
 from peraxis_tools.checkpoint import Checkpoint
-from peraxis_tools.compress.plan.plan import TABLES, Plan, table_or_kind
+from peraxis_tools.compress.plan.plan import EXACT, TABLES, Plan, table_or_kind
 from peraxis_tools.compress.plan.quantised import quantisation_of, unmerged_adapter
 from peraxis_tools.compress.plan.renaming import base_names, renaming_text
 from peraxis_tools.errors import ToolError
@@ -78,6 +78,8 @@ def check_saving(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, *, force:
         if not module.components:
             lost[module.reason] += module.payload_bytes
     reason = max(lost, key=lambda key: lost[key], default="")
+    if reason == EXACT:  # asked for; its size is that of its changes, which the plan cannot know
+        return
     count = sum(module.reason == reason for module in plan.modules)
     why = _quantised(base, fine_tuned) or f"{count} tensors are stored whole ({reason}); check that this is the base"
     message = (
