@@ -170,8 +170,9 @@ def test_parts_of_a_lossless_file_are_joined_byte_for_byte(pair: tuple[Path, Pat
 def test_inspect_shows_result_and_predecessor(pair: tuple[Path, Path, Tensors], tmp_path: Path) -> None:
     base, tuned, _ = pair
     path = compress(base, tuned, tmp_path / "a.pxd", exact=EVERYTHING).path
+    for view in ([], ["--modules"], ["--tree"], ["--html", str(tmp_path / "a.html")]):
+        assert CliRunner().invoke(cli, ["inspect", str(path), *view]).exit_code == 0, view
     done = CliRunner().invoke(cli, ["inspect", str(path)])
-    assert done.exit_code == 0
     with pxd.open(path) as delta:
         assert f"result       {delta.manifest.result}" in done.output.replace("\n", "") or delta.manifest.result is None
     found = json.loads(CliRunner().invoke(cli, ["inspect", str(path), "--json"]).stdout)
