@@ -48,6 +48,16 @@ class Server:
     def post(self, path: str, body: Any) -> tuple[int, Any]:
         return self.request("POST", path, body)
 
+    def stream(self, path: str, body: Any) -> Iterator[Any]:
+        """The events of a streamed answer, as they come."""
+        data = json.dumps(body | {"stream": True}).encode()
+        asked = urllib.request.Request(self.url + path, data=data, headers={"Content-Type": "application/json"})
+        with urllib.request.urlopen(asked, timeout=300) as answer:
+            for line in answer:
+                data = line.decode().removeprefix("data:").strip()
+                if data and data != "[DONE]":
+                    yield json.loads(data)
+
     def complete(self, model: str, prompt: Sequence[int], *, tokens: int = 12) -> Any:
         """[tokens, log-probabilities] of a greedy completion."""
         body = {

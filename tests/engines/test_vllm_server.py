@@ -121,15 +121,12 @@ def test_a_swap_that_would_wait_too_long_is_given_up_and_nothing_changes(
 
 def test_abort_ends_what_runs_at_once_and_swaps(swapping: Server, references: dict[str, Any]) -> None:
     assert swapping.post("/v1/peraxis/use", {"variant": None})[0] == 200
-    body = {"model": "base", "prompt": PROMPTS[0], "max_tokens": 200, "temperature": 0, "ignore_eos": True}
-
-    def swap() -> Any:
-        time.sleep(0.2)
-        return swapping.post("/v1/peraxis/use", {"variant": "v2", "requests": "abort"})
-
-    (status, ended), swapped = together([lambda: swapping.post("/v1/completions", body), swap])
-    assert (status, swapped[0]) == (200, 200)
-    assert ended["choices"][0]["finish_reason"] == "abort"
+    body = {"model": "base", "prompt": PROMPTS[0], "max_tokens": 240, "temperature": 0, "ignore_eos": True}
+    events = swapping.stream("/v1/completions", body)
+    next(events)  # it runs
+    assert swapping.post("/v1/peraxis/use", {"variant": "v2", "requests": "abort"})[0] == 200
+    *_, last = events
+    assert last["choices"][0]["finish_reason"] == "abort"
     assert swapping.complete("base", PROMPTS[0])[0] == tokens(references, "v2", 0)
 
 
