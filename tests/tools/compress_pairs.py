@@ -56,6 +56,20 @@ def write_pair(
     return base, tuned
 
 
+# A configuration that most decoders take.
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+
+
 def llama_config(**changes: Any) -> Any:
     """A Llama of three layers, width 24, MLP width 44 (neither of them a power of two)."""
     from transformers import LlamaConfig

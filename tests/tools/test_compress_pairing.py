@@ -16,20 +16,9 @@ import peraxis_format as pxd
 from peraxis_tools import apply
 from peraxis_tools.compress import compress
 from peraxis_tools.errors import ToolError
-from tests.tools.compress_pairs import FEW, llama_config, write_pair, write_text
+from tests.tools.compress_pairs import FEW, SMALL, llama_config, write_pair, write_text
 
 Q = "model.layers.0.self_attn.q_proj.weight"
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 44,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-}
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:

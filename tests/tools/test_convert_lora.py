@@ -18,20 +18,10 @@ from peraxis_tools.commands.convert import command
 from peraxis_tools.compress import compress
 from peraxis_tools.convert import LoraResult, to_lora
 from peraxis_tools.errors import ToolError
+from tests.tools.compress_pairs import SMALL
 
 peft = pytest.importorskip("peft")
 
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 44,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-}
 GROUPED = {**SMALL, "num_key_value_heads": 2}
 EXPERTS = {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
