@@ -12,6 +12,7 @@ from peraxis_tools.assets import LEFT_BEHIND
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.folders import MARKER, atomic_folder
+from peraxis_tools.notes import note
 from peraxis_tools.outputs import claim_folder
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rebuild import aliases_of, assets_of, checkpoint_bytes, rebuild_all, tensor_specs
@@ -85,14 +86,27 @@ def apply(
 def _opened(deltas: Sequence[str | Path], base: Checkpoint) -> Iterator[tuple[pxd.DeltaFile, Checkpoint]]:
     """The delta to apply and what it applies to: of a chain the last update, and the state before it."""
     if len(deltas) == 1:
-        with pxd.open(deltas[0]) as file:
+        with pxd.open(deltas[0]) as file, _predecessor_named(file):
             yield file, base
         return
     from peraxis_tools.chain import ChainState, chain_order, link_of
 
     with contextlib.ExitStack() as stack:
-        *earlier, last = [stack.enter_context(pxd.open(link.path)) for link in chain_order(map(link_of, deltas))]
-        yield last, Checkpoint(ChainState(base.tensors, earlier), base.identity, base.folder)
+        files = [stack.enter_context(pxd.open(link.path)) for link in chain_order(map(link_of, deltas))]
+        stack.enter_context(_predecessor_named(files[0]))
+        yield files[-1], Checkpoint(ChainState(base.tensors, files[:-1]), base.identity, base.folder)
+
+
+@contextlib.contextmanager
+def _predecessor_named(first: pxd.DeltaFile) -> Iterator[None]:
+    """Where the base is another one, say which update the first one follows: it may be all that is missing."""
+    try:
+        yield
+    except pxd.BindingError:
+        before = first.manifest.previous
+        if before is not None:
+            note(f"{first.path}: follows update {before}; pass that one too, or its result as BASE")
+        raise
 
 
 def _write_shards(
