@@ -25,7 +25,7 @@ from typing import Any
 from fidelity import FIT, METHODS, VALIDATE, Inputs, run_method, tokens
 from harness import Benchmark, Result, Timing, arguments
 
-__all__ = ["main", "write_deep_pair"]
+__all__ = ["main", "write_deep_pair", "write_text"]
 
 _WORDS = "the model reads one line after the other and says what comes next in it"
 
@@ -73,7 +73,7 @@ def _byte_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
-def _write_text(path: Path) -> Path:
+def write_text(path: Path) -> Path:
     """Documents of shuffled words: timing needs tokens, not sense."""
     import random
 
@@ -145,7 +145,7 @@ def on_a_pair(bench: Benchmark, inputs: Inputs, steps: list[str], *, repeat: int
 
 def by_depth(bench: Benchmark, work: Path, depths: list[int], *, width: int, length: int, repeat: int) -> None:
     """Ours, refined, on random Llamas of these depths. ratio: against the shallowest."""
-    text = _write_text(work / "text.jsonl")
+    text = write_text(work / "text.jsonl")
     inputs = {}
     for layers in depths:
         base, tuned = write_deep_pair(work, layers, width=width)

@@ -26,7 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Benchmark", "Check", "Result", "Timing", "arguments", "machine", "timed", "timed_together"]
+__all__ = ["Benchmark", "Check", "Result", "Timing", "arguments", "machine", "replace", "timed", "timed_together"]
 
 SCHEMA = 1
 
@@ -195,7 +195,7 @@ class Benchmark:
         """Print table and checks; write JSON and plot where paths are given. Returns whether no check was missed."""
         sys.stdout.write("\n".join([self.table(), *map(str, self.checks)]) + "\n")
         if json_path is not None:
-            _replace(json_path, self.to_json().encode())
+            replace(json_path, self.to_json().encode())
         if plot_path is not None and not _plot(self, plot_path):
             sys.stdout.write(f"no plot: matplotlib is not installed ({plot_path})\n")
         return all(check.ok for check in self.checks)
@@ -221,7 +221,8 @@ def _seconds(value: float) -> str:
     return f"{value * 1e9:.3g} ns"
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)

@@ -15,6 +15,7 @@ from peraxis_format.ops.exact.torch import moved
 from peraxis_format.ops.tensors import TORCH_DTYPES, storage_array
 
 pytest.importorskip("triton")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS: tuple[Literal["cpu", "triton"], ...] = ("cpu", "triton")
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 
@@ -31,7 +32,7 @@ def pair(dtype: DType, seed: int, size: int = 150) -> tuple[Array, Array]:
 
 
 def tensor(array: Array, dtype: DType) -> torch.Tensor:
-    return torch.from_numpy(array.copy().view(np.uint8)).view(TORCH_DTYPES[dtype])
+    return torch.from_numpy(array.copy().view(np.uint8)).view(TORCH_DTYPES[dtype]).to(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [DType.BF16, DType.F16, DType.F32])
@@ -42,8 +43,8 @@ def test_the_kernel_gives_the_bits_of_the_reference(dtype: DType, prefer: Prefer
     assert (int(index[0]) & 255 > 0) == (prefer == "size")
     live = tensor(old, dtype)
     found = moved(live, index, data, dtype, backend="triton")
-    assert storage_array(found).tobytes() == new.tobytes()
-    assert storage_array(live).tobytes() == old.tobytes()
+    assert storage_array(found.cpu()).tobytes() == new.tobytes()
+    assert storage_array(live.cpu()).tobytes() == old.tobytes()
 
 
 def test_blocks_that_stay_and_blocks_of_new_patterns_stand_beside_others() -> None:
@@ -53,7 +54,7 @@ def test_blocks_that_stay_and_blocks_of_new_patterns_stand_beside_others() -> No
     index, data = encode(old, new, DType.BF16)
     assert (index[:2] & 255).tolist() == [0, 255]
     found = moved(tensor(old, DType.BF16), index, data, DType.BF16, backend="triton")
-    assert storage_array(found).tobytes() == new.tobytes()
+    assert storage_array(found.cpu()).tobytes() == new.tobytes()
 
 
 @pytest.mark.parametrize("prefer", ["size", "speed"])
@@ -68,4 +69,4 @@ def test_a_block_on_other_weights_or_with_other_bits_is_refused_or_gives_other_w
                 found = moved(tensor(old, DType.BF16), index, wrong, DType.BF16, backend=backend)
             except BindingError:
                 continue
-            assert storage_array(found).tobytes() != new.tobytes()
+            assert storage_array(found.cpu()).tobytes() != new.tobytes()
