@@ -97,7 +97,7 @@ def test_auto_takes_exact_where_it_is_smaller_than_signs(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"exact": "("}, "no regular expression"),
+        ({"exact": "("}, "not a regular expression"),
         ({"exact": "norm", "target_ratio": 12.0}, "exclude each other"),
         ({"exact": EVERYTHING, "calibration": "c4"}, "needs no text"),
     ],
