@@ -9,7 +9,7 @@ __all__ = ["CheckFailedError", "NotVerifiableError", "OptionError", "ToolError",
 
 
 def error_line(error: BaseException) -> str:
-    """What an error says, on one line; of the system's errors the path first."""
+    """The message of an error on one line; errors of the system begin with the path."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         other = "" if error.filename2 is None else f" (from {os.fsdecode(error.filename2)})"
         return f"{os.fsdecode(str(error.filename))}: {error.strerror}{other}"
@@ -17,22 +17,22 @@ def error_line(error: BaseException) -> str:
 
 
 class ToolError(Exception):
-    """Usage, input or I/O: what is wrong, where, and what to do, in one line."""
+    """An error of usage, input or I/O; the message says in one line what is wrong, where, and what to do."""
 
     exit_status: ClassVar[int] = 2
 
 
 class CheckFailedError(ToolError):
-    """A check that the user asked for did not hold."""
+    """A check that the user requested failed."""
 
     exit_status = 1
 
 
 class NotVerifiableError(ToolError):
-    """A check that could not be made here: something it needs is missing."""
+    """A check could not be made here, because something that it needs is missing."""
 
     exit_status = 3
 
 
 class OptionError(ToolError):
-    """An option is unknown, or its value is; the message names it and what it may be."""
+    """An option or its value is unknown; the message names it and the allowed values."""

@@ -1,4 +1,4 @@
-"""log: the updates of a folder as a chain, and what folds several of them into one."""
+"""The verb log: the updates of a folder as a chain, and the files that fold several of them into one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHANGED = "peraxis.changed"  # metadata: weights that an update changes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogEntry:
-    """One update. changed: weights that it changes, None where its writer did not say. bytes: of the file."""
+    """One update. changed: the number of weights that it changes, None if unknown. bytes: the size of the file."""
 
     file: str
     content_id: str
@@ -32,7 +32,7 @@ class LogEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChainLog:
-    """The updates in order, and those that take the way of several of them at once (anchors, folded updates)."""
+    """The updates in order, and those that replace several of them (anchors, folded updates)."""
 
     folder: str
     updates: tuple[LogEntry, ...]
@@ -43,7 +43,7 @@ def log(folder: str | Path) -> ChainLog:
     """Read the headers of every .pxd of a folder. Raises ToolError, PxdError, CheckFailedError for a broken chain."""
     paths = sorted(Path(folder).glob("*.pxd"))
     if not paths:
-        raise ToolError(f"{folder}: holds no .pxd files")
+        raise ToolError(f"{folder}: has no .pxd files")
     links = [link_of(path) for path in paths]
     folds = [link for link in links if is_fold(link, links)]
     ordered = chain_order([link for link in links if link not in folds])
@@ -53,12 +53,12 @@ def log(folder: str | Path) -> ChainLog:
 
 
 def is_fold(link: Link, links: Sequence[Link]) -> bool:
-    """Whether two or more of the others lead from its base to its result."""
+    """Whether a chain of two or more of the others leads from its base to its result."""
     ways: dict[str, list[Link]] = {}
     for other in links:
         if other is not link:
             ways.setdefault(other.base, []).append(other)
-    # States that one of the others leads to, then what lies beyond these.
+    # The states after one of the others, then the states after those.
     ahead = [other.result for other in ways.get(link.base, ())]
     seen: set[str] = set()
     while ahead:

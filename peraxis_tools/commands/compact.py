@@ -19,7 +19,7 @@ __all__ = ["command"]
 
 @click.command("compact")
 @click.argument("updates", metavar="UPDATE...", nargs=-1, required=True)
-@click.option("--base", required=True, metavar="FOLDER|ID", help="What the first of them was made on.")
+@click.option("--base", required=True, metavar="FOLDER|ID", help="The checkpoint that the first update was made on.")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The .pxd to write.")
 @prefer_option
 @overwrite_option
@@ -34,9 +34,9 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Fold a chain of updates into one with the same result, which is proven first.
+    """Fold a chain of updates into one with the same result, which is checked before it is written.
 
-    The base is needed since changes are coded given its weights.
+    The base is needed because changes are coded relative to its weights.
 
     Example: peraxis-tools compact step-0001*.pxd --base step-99 -o 100-to-124.pxd
     """

@@ -62,14 +62,15 @@ def command(
 ) -> None:
     """Convert a .pt delta (of BitDelta or of the paper's code) to a .pxd, or a .pxd to a LoRA adapter or a checkpoint.
 
-    Only tensors are read from a .pt file; nothing in it is run. A LoRA adapter is an approximation; its error is shown.
+    Only tensors are read from a .pt file; code in it is not run. A LoRA adapter is an approximation; its error is
+    shown.
 
     \b
     Example: peraxis-tools convert diff.pt --base meta-llama/Llama-2-7b-hf -o delta.pxd
              peraxis-tools convert delta.pxd --to lora --rank 64 -o adapter
     """
     if target is None and source.partition("?")[0].endswith(".pxd"):
-        raise ToolError(f"{source}: is a .pxd already; pass --to lora or --to checkpoint")
+        raise ToolError(f"{source}: is already a .pxd; pass --to lora or --to checkpoint")
     if target in ("pxd", "checkpoint", None) and base is None:
         raise ToolError(f"{source}: pass --base, the checkpoint that this delta is for")
     if target != "lora":

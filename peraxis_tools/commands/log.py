@@ -19,7 +19,7 @@ __all__ = ["command"]
 @json_option
 @quiet_option
 def command(folder: Path, as_json: bool, quiet: bool) -> None:
-    """List the updates of FOLDER in the order of their chain: what each changes, its bytes and its result.
+    """List the updates of FOLDER in the order of their chain, with the number of changes, the bytes and the result.
 
     Example: peraxis-tools log updates
     """

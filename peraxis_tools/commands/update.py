@@ -25,7 +25,7 @@ __all__ = ["command"]
     multiple=True,
     type=click.Path(path_type=Path, exists=True),
     metavar="PXD|FOLDER",
-    help="Updates on OLD that are there already; the new one follows them. Repeatable.",
+    help="Existing updates on OLD; the new one follows them. Repeatable.",
 )
 @prefer_option
 @overwrite_option
@@ -41,9 +41,9 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write what changed from OLD to NEW, bit for bit. Both are folders, safetensors files or hub ids.
+    """Write the changes from OLD to NEW, bit for bit. Both are folders, safetensors files or hub ids.
 
-    The file names the state that it was made on and the one that it results in, so that updates form a chain.
+    The file records the states before and after it, so that updates form a chain.
 
     \b
     Example: peraxis-tools update step-123 step-124 -o step-000124.pxd

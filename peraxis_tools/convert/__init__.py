@@ -1,4 +1,4 @@
-"""From other projects' delta files to .pxd, and from .pxd to a LoRA adapter. Imports torch when called."""
+"""Convert other projects' delta files to .pxd, and .pxd to a LoRA adapter. torch is imported when needed."""
 
 from __future__ import annotations
 

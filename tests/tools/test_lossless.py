@@ -113,7 +113,7 @@ def test_verify_holds_results_to_their_digests(pair: tuple[Path, Path, Tensors],
     verify(path, base=base)
     done = CliRunner().invoke(cli, ["verify", str(path), "--base", str(base), "--quiet"])
     assert done.exit_code == 0
-    assert "3 exact updates give their results" in done.output
+    assert "3 exact updates have the right results" in done.output
     bad = tmp_path / "bad.pxd"
     name = "model.layers.0.self_attn.q_proj.weight"
     # A writer that lies about its result: the file is whole, and only the base can tell.
