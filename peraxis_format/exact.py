@@ -1,4 +1,4 @@
-"""Tensors of a lossless delta: each as in the base, as an exact update, or whole, whichever takes the fewest bytes."""
+"""Tensors of a lossless delta: `same`, `exact` or `full`, the encoding with the fewest bytes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def lossless_module(
     prefer: Prefer = "size",
     threads: int | None = None,
 ) -> ModuleDelta:
-    """The module that gives `new` back bit for bit.
+    """The module that rebuilds `new` bit for bit.
 
-    new: storage array. old: the base's storage array and base its reference, or neither. prefer: as of
-    ops.exact.encode. A base of another dtype or shape gives `full`, but for one with another first dimension.
+    new: storage array. old: the base's storage array, with base its reference, or neither. prefer: see
+    ops.exact.encode. A base of another dtype or shape gives `full`, except one that differs only in the first
+    dimension.
     """
     full = ModuleDelta(name=name, shape=new.shape, dtype=dtype, encoding=Encoding.FULL, base=base, full=new)
     if old is None or base is None or base.dtype is not dtype or len(new.shape) != len(old.shape):

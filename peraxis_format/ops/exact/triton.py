@@ -1,13 +1,13 @@
 """Exact updates on a GPU: one program decodes one block (SPEC 5.8, 5.9). The bits are those of numpy.py.
 
-A block is a serial stream, so a program reads it number by number; what is parallel is the search for the weights that
-the numbers speak of, a tile of weights at a time, and the blocks. The weights are read from `old` and written to `new`,
-which holds a copy at the start: an exponent is that of the old weight, whatever was written before.
+A block is a serial stream, so a program reads it number by number. Parallel are the blocks, and within a block the
+search for the weights of the numbers, a tile of weights at a time. Weights are read from `old` and written to `new`, a
+copy of it, because exponents must be those of the old weights.
 
-Addresses are in bytes of `data`, which has 16 bytes more on both sides. `sound` gets 1 for a block that is.
+Addresses are in bytes of `data`, which has 16 more bytes on both sides. `sound` is set to 1 for a well-formed block.
 """
 
-# Triton reads the annotations of a kernel: constants have one, the rest must have none.
+# Triton reads the annotations of a kernel: constants have one, other arguments must have none.
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _field(data, bits, k):
 
 @triton.jit
 def _unary(data, low, high):
-    """Ones up to a zero, and the address behind it; above high where there is none."""
+    """The number of ones up to a zero, and the address after it; above high if there is none."""
     start = low
     while (low < high) & (_field(data, low, 1) == 1):
         low += 1
@@ -68,7 +68,7 @@ def _exponents(
 
 @triton.jit
 def _gaps(old, new, data, begin, count, at, end, WIDTH: tl.constexpr):
-    """A block of gaps. Returns whether it is sound."""
+    """Apply a block of gaps. Returns whether it is well-formed."""
     moves, exceptions = _field(data, at * 8, 16), _field(data, at * 8 + 16, 16)
     values = at + 4 + 2 * exceptions
     signs = values + exceptions * (WIDTH // 8)
@@ -113,7 +113,7 @@ def _keyed(
     old, new, data, begin, count, mode, at, end,
     MANTISSA: tl.constexpr, MASK: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """A keyed block. Returns whether it is sound."""
+    """Apply a keyed block. Returns whether it is well-formed."""
     high = end * 8
     exceptions, low = _unary(data, at * 8, high)
     listed = high
@@ -139,7 +139,7 @@ def _keyed(
                 moved = _moved(u, (z >> 1) ^ -(z & 1), WIDTH)
                 tl.store(new + begin + place, tl.where(q == 8, _field(data, high, WIDTH), moved))
         tile += 1
-    # The others: runs of weights that stay.
+    # The other classes: runs of unchanged weights.
     q, low = _unary(data, low, high)
     ok = ok & (low <= high).to(tl.int32)
     v = (q << 15) | _field(data, high - 15, 15)
@@ -183,7 +183,7 @@ def exact_kernel(
     old, new, index, ends, data, sound, weights,
     MANTISSA: tl.constexpr, MASK: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """One block a program. old, new: int16 or int32 [weights]. index: int64 [blocks], ends: of their bytes in data."""
+    """Decode one block. old, new: int16 or int32 [weights]. index: int64 [blocks], ends: of their bytes in data."""
     block = tl.program_id(0).to(tl.int64)
     entry = tl.load(index + block)
     mode, length = entry & 255, entry >> 8

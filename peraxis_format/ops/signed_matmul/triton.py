@@ -9,21 +9,21 @@ Rows of x are sorted by variant and cut into tiles of one variant each:
     order   int32 [M], row of x in sorted order           tiles   int32 [tiles, 3]: variant, first, count
     terms   int64 [variants, TERMS, 3]: addresses of mask (U8 [N, ceil(K/8)]; 0: no such component), row (F32 [N], 2^e
             folded in), col (F32 [K]; 0: ones)
-K is a constant of the weights, so that loops over it are plain pipelined loops; what a batch changes never is one, so
-that nothing is compiled while it is served.
+K is a constant of the weights, so loops over it are plain pipelined loops. Values that change with a batch are not
+constants, so nothing is compiled while serving.
 
-Signs are the left operand of a tensor core: of a byte the eight +-1 of BF16 are made two at a time, since with the byte
-and a copy of it 15 bits further up one shift moves bits l and l + 1 to the two sign bits of a word:
+Signs are the left operand of a tensor core. The eight +-1 of BF16 are made from a byte two at a time: with the byte and
+a copy of it 15 bits higher, one shift moves bits l and l + 1 to the two sign bits of a word:
 
     w = byte | byte << 15;   pair(l) = ((w << (15 - l)) & 0x80008000) ^ 0xBF80BF80          l = 0, 2, 4, 6
 
-The two numbers are arguments (`signs`, `ones`), for the compiler would take two instructions for constants. In all 2.4
-instructions a weight, whatever the number of rows of a tile (seen in sm_90 code); 8 to 12 where a tensor [N, K/8, 8] of
-shifted bytes is reshaped. x is given in BF16, exactly; x o col (and F16) as two BF16, which keep 14 bits of it.
-Rejected: tables of the sums of four columns, looked up by shuffles: 2.1 instructions, but for one row alone.
+The two numbers are arguments (`signs`, `ones`), because the compiler would use two instructions for constants. The
+total is 2.4 instructions per weight for any number of rows of a tile (seen in sm_90 code); reshaping a tensor [N, K/8,
+8] of shifted bytes takes 8 to 12. x in BF16 is exact; x o col (and F16) is two BF16, which have 14 bits of it.
+Rejected: tables of the sums of four columns, looked up by shuffles: 2.1 instructions, but only for one row.
 """
 
-# Triton reads the annotations of a kernel: constants have one, the rest must have none.
+# Triton reads the annotations of a kernel: constants have one, other arguments must have none.
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _signs(byte, signs, ones, ROWS_: tl.constexpr, COLUMNS_: tl.constexpr):
 
 @triton.jit
 def _eight(g, K: tl.constexpr):
-    """Columns of groups, [1, g, 8], and whether they are inside: by groups where that does, for wide accesses."""
+    """The columns of groups, [1, g, 8], and whether they are inside; by whole groups if possible, for wide accesses."""
     k = g[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     inside = tl.broadcast_to((g < K // 8)[None, :, None], k.shape) if K % 8 == 0 else k < K
     return k, inside
@@ -235,8 +235,8 @@ def _rebuilt(
     total = widen(tl.load(weight + n[:, None].to(tl.int64) * K + k[None, :], mask=inside, other=0), KIND)
     for t in tl.static_range(TERMS):
         mask_at, row_at, col_at = _term(terms, variant, t, TERMS)
-        # No branches between the loads and the product, or these are not pipelined: a component that is not there adds
-        # a zero, which at most turns a -0 of the base into +0.
+        # A branch between the loads and the product would prevent pipelining, so a missing component adds a zero, which
+        # at most turns a -0 of the base into +0.
         row, col = row_at.to(tl.pointer_type(tl.float32)), col_at.to(tl.pointer_type(tl.float32))
         scale = tl.load(row + n, mask=(n < N) & (mask_at != 0), other=0.0)
         column = tl.load(col + k, mask=(k < K) & (col_at != 0), other=1.0)
