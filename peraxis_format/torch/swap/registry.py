@@ -30,13 +30,13 @@ __all__ = ["BasePlace", "Registered", "Registry"]
 
 BasePlace = Literal["auto", "device", "pinned"]
 _CLAIMED: Final = "a VariantSwitch keeps the base of these weights; add the variant to that switch, or close it first"
-_ROOM: Final = 0.9  # of the free memory that a second copy of the weights may take, with base="auto"
+_ROOM: Final = 0.9  # share of the free memory that a second copy of the weights may take, with base="auto"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Registered:
     """A variant that is ready for use. owned: the file was opened here. parts: the storages that it changes; weights:
-    their bytes.
+    their size in bytes.
     """
 
     variant: Variant
@@ -56,7 +56,7 @@ class Registered:
 
 
 class Registry:
-    """The variants of one switch, whose arguments these are. Not thread-safe by itself; the switch locks it."""
+    """The variants of one switch, with the switch's arguments. It is not thread-safe; the switch locks it."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class Registry:
         del self.variants[name]
 
     def is_sharded(self, registered: Registered) -> bool:
-        """Whether ranks have to write it together."""
+        """Whether several ranks have to write it together."""
         return self._anywhere_sharded(registered.file, registered.placement)
 
     def close(self) -> None:
@@ -167,14 +167,14 @@ class Registry:
         return self.device, self.ring
 
     def _known(self, placement: Placement) -> Placement:
-        """The same storages are the same parts for all variants."""
+        """The placement with one ShardView per storage for all variants."""
         return {
             name: tuple(self._parts.setdefault((part.box, storage_key(part.live)), part) for part in parts)
             for name, parts in placement.items()
         }
 
     def _check(self, file: DeltaFile, placement: Placement, ring: Ring) -> None:
-        """The base's bytes: of the pristine copies where there are some, since the live weights may be a variant's."""
+        """Check the base's bytes, on the pristine copies if they exist, because the live weights may be a variant's."""
         pristine = {
             name: tuple(ShardView(part.box, self.bases.get(part, part.view)) for part in parts)
             for name, parts in placement.items()

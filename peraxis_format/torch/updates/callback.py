@@ -1,4 +1,4 @@
-"""A callback of transformers' Trainer, and TRL's, that publishes the model as it learns. Imports transformers."""
+"""A callback for the Trainer of transformers and of TRL that publishes the model during training."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["PublishUpdates"]
 
 
 class PublishUpdates(TrainerCallback):
-    """Publish every `publish_every` optimizer steps, at the beginning and at the end. Process 0 publishes.
+    """Publishes every `publish_every` optimizer steps, at the beginning and at the end. Process 0 publishes.
 
         Trainer(model=model, ..., callbacks=[PublishUpdates("chain", publish_every=10)])
 
-    options: of UpdateWriter.
+    options: those of UpdateWriter.
     """
 
     def __init__(self, folder: str | Path, *, publish_every: int = 1, **options: Any) -> None:
@@ -32,20 +32,20 @@ class PublishUpdates(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the folder and publish the state that training begins with."""
+        """Open the folder and publish the initial state."""
         if state.is_world_process_zero:
             self.writer = UpdateWriter(kwargs["model"], self._folder, **self._options)
             self._publish(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Publish where it is time to."""
+        """Publish if the step is a multiple of `publish_every`."""
         if state.global_step % self._every == 0:
             self._publish(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Publish what was learnt since."""
+        """Publish the final state."""
         self._publish(state)
 
     def _publish(self, state: TrainerState) -> None:

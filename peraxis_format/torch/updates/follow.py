@@ -1,9 +1,9 @@
 """Follower: the server's side of a chain.
 
-An update is proven before a weight is written: payload digests, decoding, and the digest of what each tensor becomes,
-which also says that it is in the state that the update was made on. Then it is written, under the caller's lock. So an
-update is applied whole or not at all, never twice and never out of order. What is staged is the update's own bytes and
-a stretch of 1,048,576 weights, not a tensor; of an anchor all of it.
+An update is checked before a weight is written: payload digests, decoding, and the digest of each new tensor, which
+also proves that the old tensor was the right one. Then it is written under the caller's lock. So an update is applied
+atomically, never twice and never out of order. Memory holds the update's bytes and a block of 1,048,576 weights, not a
+tensor; an anchor is held whole.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from peraxis_format.torch.updates.source import UpdateFile, list_updates
 
 __all__ = ["Follower", "Poll", "UpdateError", "apply_update", "follow"]
 
-_STRETCH: Final = 16  # blocks
+_STRETCH: Final = 16  # blocks to decode at a time
 
 
 class UpdateError(LiveModelError):
-    """An update that does not continue the state that the model is in: which one, and why."""
+    """An update does not continue the model's state; the message names it and the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Poll:
-    """What one look at the folder did. step: that the model is at now, None where it is at none of the chain.
+    """The result of one poll of the folder. step: the model's step now, None if its state is not in the chain.
 
-    applied: files, in order. lag: updates in the folder that lie ahead. waiting: why the model is behind, by file.
+    applied: files, in order. lag: the number of newer updates in the folder. waiting: the reason of a delay, by file.
     """
 
     step: int | None
@@ -58,11 +58,11 @@ class Poll:
 def apply_update(
     target: Target, update: DeltaFile | str | Path, *, lock: AbstractContextManager[Any] | None = None
 ) -> None:
-    """Apply one exact update, or an anchor, to a live model in place: whole or not at all.
+    """Apply one exact update, or an anchor, to a live model in place and atomically.
 
     target: a module, or a mapping of names to tensors, on any device. lock: held while weights are written.
-    Raises PxdError where the file is damaged or the model is in another state (E404, E405), LiveModelError where it
-    cannot hold the update. The model is then as it was.
+    Raises PxdError if the file is damaged or the model is in another state (E404, E405), LiveModelError if the model
+    cannot take the update. The model is then unchanged.
     """
     with contextlib.ExitStack() as stack:
         file = update if isinstance(update, DeltaFile) else stack.enter_context(DeltaFile(update))
@@ -75,17 +75,17 @@ def apply_update(
 
 
 def _refuse_others(file: DeltaFile, placement: Placement) -> None:
-    """What is no exact update of whole, contiguous tensors is not applied here."""
+    """Raise UpdateError unless this is an exact update of whole, contiguous tensors."""
     for entry in file.manifest.modules:
         if entry.encoding is Encoding.SIGN or (entry.base is not None and entry.base.dtype is not entry.dtype):
-            raise UpdateError(f"{file.path}: {entry.name} is no exact update; use apply_ or VariantSwitch")
+            raise UpdateError(f"{file.path}: {entry.name} is not an exact update; use apply_ or VariantSwitch")
         for part in placement[entry.name]:
             if part.box != whole(entry.shape) or not part.view.is_contiguous():
-                raise UpdateError(f"{entry.name}: is sharded or strided, which exact updates do not reach yet")
+                raise UpdateError(f"{entry.name}: is sharded or strided, which exact updates do not support yet")
 
 
 def _proven(file: DeltaFile, placement: Placement) -> Iterator[ModuleDelta]:
-    """The modules to write, read once: each tensor is the one that the update was made on, and becomes what it says."""
+    """Yield the modules to write, read once, after the digests of their old and new tensors are checked."""
     for entry in file.manifest.modules:
         module = file.load(entry.name)
         for part in placement[entry.name]:
@@ -110,7 +110,7 @@ def _check_digest(entry: ModuleEntry, view: Tensor) -> None:
 
 
 def _stretches(view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Tensor]]:
-    """The new weights a stretch at a time, each with the live ones that it is for."""
+    """Yield blocks of new weights, each with the live ones to overwrite."""
     index, data = module.index, module.data
     if index is None or data is None:
         return
@@ -145,17 +145,17 @@ def follow(
     lock: AbstractContextManager[Any] | None = None,
     on_update: Callable[[Poll], None] | None = None,
 ) -> Follower:
-    """Follow the chain in a folder: `poll()` once in a while, or `start()` a thread that does.
+    """Follow the chain in a folder: call `poll()` repeatedly, or `start()` a thread that does.
 
-    target: a module or a mapping of names to tensors, at any state of the chain; at none of them it begins with the
+    target: a module or a mapping of names to tensors, in any state of the chain; in another state it begins with the
     newest anchor. lock: held while weights are written, so that no forward pass sees half an update. on_update: called
-    after each poll that applied something.
+    after each poll that applied an update.
     """
     return Follower(target, Path(source), lock=lock, on_update=on_update)
 
 
 class Follower:
-    """A live model that follows a chain. step: of the state that it is at, None where it is at none that is known."""
+    """A live model that follows a chain. step: the step of its state, None if it is unknown."""
 
     def __init__(
         self,
@@ -176,10 +176,10 @@ class Follower:
         self._thread: threading.Thread | None = None
 
     def poll(self) -> Poll:
-        """Apply what the folder holds beyond the model's state, an update at a time.
+        """Apply the folder's updates after the model's state, one at a time.
 
-        What cannot be applied is reported in `waiting`, and tried again at the next poll: a file may still be on its
-        way. Where the link to the next state is missing, the newest anchor ahead is taken.
+        Files that cannot be applied are reported in `waiting` and tried again at the next poll, because a file may be
+        incomplete. If the update to the next state is missing, the newest anchor ahead is taken.
         """
         files, problems = list_updates(self.folder, self._files)
         waiting: dict[Path, str] = dict(problems)
@@ -193,14 +193,14 @@ class Follower:
                 waiting[chosen.path] = str(error)
                 continue
             except BaseException:
-                # Interrupted, maybe between two weights: the next poll looks what the model holds.
+                # Interrupted, maybe between two weights: the next poll determines the model's state.
                 self._state = self.step = None
                 raise
             self._state, self.step = chosen.result, chosen.step
             applied.append(chosen.path)
         ahead = [file for file in files if not file.is_anchor and file.step > (-1 if self.step is None else self.step)]
         for file in ahead:
-            waiting.setdefault(file.path, f"{file.path}: does not continue the state that the model is in")
+            waiting.setdefault(file.path, f"{file.path}: does not continue the model's state")
         poll = Poll(step=self.step, applied=tuple(applied), lag=len(ahead), waiting=waiting)
         if applied and self._on_update is not None:
             self._on_update(poll)
@@ -211,22 +211,22 @@ class Follower:
         files, problems = list_updates(self.folder, self._files)
         found = next((file for file in files if file.path == Path(path)), None)
         if found is None:
-            raise UpdateError(problems.get(Path(path), f"{path}: is no update of {self.folder}"))
+            raise UpdateError(problems.get(Path(path), f"{path}: is not an update of {self.folder}"))
         if self._state is None:
             self._find_state(files)
         if not found.is_anchor and found.base != self._state:
             known = {file.result: file for file in files}
             if self.step is not None and found.step <= self.step:
-                raise UpdateError(f"{path}: is applied already, or of another chain; the model is at step {self.step}")
+                raise UpdateError(f"{path}: is already applied, or of another chain; the model is at step {self.step}")
             reason = f"made on {known[found.base].path}" if found.base in known else "a gap in front of it"
             raise UpdateError(f"{path}: {reason}, but the model is at step {self.step}")
         apply_update(self._target, found.path, lock=self._lock)
         self._state, self.step = found.result, found.step
 
     def start(self, *, every: float = 1.0) -> Follower:
-        """Poll every so many seconds on a thread of its own, until `close`."""
+        """Poll every `every` seconds on a thread, until `close`."""
         if self._thread is not None:
-            raise LiveModelError("this follower runs already")
+            raise LiveModelError("this follower is already running")
 
         def run() -> None:
             while not self._stop.wait(every):
@@ -244,7 +244,7 @@ class Follower:
         return self.step is not None and self.step >= step
 
     def close(self) -> None:
-        """End the thread, after the update that it is at."""
+        """End the thread after its current update."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -266,7 +266,7 @@ class Follower:
         return anchors[-1] if anchors else None
 
     def _find_state(self, files: list[UpdateFile]) -> None:
-        """Which state of the chain the model is at, the newest first; by the digests of its tensors."""
+        """Find the model's state in the chain by the digests of its tensors, the newest state first."""
         digests: dict[str, str] = {}
         for file in reversed(files):
             with DeltaFile(file.path) as delta:
@@ -280,7 +280,7 @@ class Follower:
                     self._state, self.step = first.base, first.step - 1
 
     def _is_at(self, delta: DeltaFile, digests: dict[str, str], *, before: bool = False) -> bool:
-        """Whether every tensor of the model is what a file results in, or was made on."""
+        """Whether every tensor of the model equals the result (or, with `before`, the base) of a file."""
         try:
             placement = place(self._target, delta.manifest, exact=True)
         except (PxdError, LiveModelError):

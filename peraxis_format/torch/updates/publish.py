@@ -1,10 +1,11 @@
 """UpdateWriter: the trainer's side of a chain.
 
-    folder/anchor-00000000.pxd      the state that the chain begins with, whole
-    folder/step-00000001.pxd        what changed since, bit for bit; `previous` is the file before it
+    folder/anchor-00000000.pxd      the whole first state of the chain
+    folder/step-00000001.pxd        the changes since, bit for bit; `previous` is the file before it
 
-Law: the files in the folder lead to what was published, whenever the process is killed. An update appears by a rename;
-only then the snapshot of what was published moves on, and a new process rebuilds its snapshot from the folder.
+Law: the files in the folder always lead to the published state, even if the process is killed. An update appears by a
+rename; only then the snapshot of the published state is updated, and a new process rebuilds its snapshot from the
+folder.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _CHANGED: Final = "peraxis.changed"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """One file that was published. changed: weights that differ from the step before. bytes: of the file."""
+    """One published file. changed: weights that differ from the previous step. bytes: the size of the file."""
 
     path: Path
     step: int
@@ -52,10 +53,10 @@ class Published:
 class UpdateWriter:
     """Publishes the states of live parameters into a folder, as a chain of exact updates.
 
-    model: a module, or a mapping of names to tensors, which is read at each step. dtype: what float32 tensors are
-    published in; None publishes them as they are. anchor_every: a whole state is written beside every so
-    many steps, so that a server can begin there and older files can go (`prune`). A folder that holds a chain is gone
-    on with. step_number: of the last state that was published.
+    model: a module, or a mapping of names to tensors, which is read at each step. dtype: the dtype that float32 tensors
+    are published in; None publishes them unchanged. anchor_every: the number of steps between whole states, from which
+    a server can begin, so that older files can be deleted (`prune`). An existing chain in the folder is continued.
+    step_number: the number of the last published state.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class UpdateWriter:
         prefer: Prefer = "size",
         anchor_every: int | None = None,
     ) -> None:
-        """Raises LiveModelError where the folder's chain is of other tensors, PxdError where it is damaged."""
+        """Raises LiveModelError if the folder's chain has other tensors, PxdError if it is damaged."""
         if anchor_every is not None and anchor_every < 1:
             raise ValueError(f"anchor_every is {anchor_every}; it must be 1 or more, or None")
         self.folder = Path(folder)
@@ -91,9 +92,9 @@ class UpdateWriter:
 
     @torch.no_grad()
     def step(self) -> Published:
-        """Publish the parameters as they are now. The first call of a folder writes an anchor, later ones updates.
+        """Publish the present parameters. The first call in a folder writes an anchor, later ones write updates.
 
-        Raises FileExistsError where another process publishes into the folder, OSError; nothing is published then.
+        Raises FileExistsError if another process publishes into the folder, OSError; nothing is published then.
         """
         live, tied = self._live()
         if self._head is None:
@@ -117,18 +118,18 @@ class UpdateWriter:
                 writer.tie(name, alias)
             writer.metadata[_CHANGED] = str(changed)
             manifest = writer.finish()
-        # Published: what follows only brings this process up to the folder.
+        # The update is published; the rest only updates this process's snapshot.
         for module in moved:
             self._promote(module)
         return self._done(path, number, manifest, changed, writer.size, tied)
 
     def prune(self, *, anchors: int = 2) -> list[Path]:
-        """Delete what stands before the oldest of the newest `anchors` anchors. Returns the files, oldest first.
+        """Delete the files before the oldest of the newest `anchors` anchors. Returns them, oldest first.
 
-        Files go oldest first, so that what is left is a chain at any time. Raises ValueError for fewer than one.
+        Files are deleted oldest first, so that the rest is always a chain. Raises ValueError for fewer than one.
         """
         if anchors < 1:
-            raise ValueError(f"anchors is {anchors}; one must stay, or nobody could begin")
+            raise ValueError(f"anchors is {anchors}; at least one must stay as the beginning of the chain")
         files, _ = list_updates(self.folder)
         kept = [file.step for file in files if file.is_anchor][-anchors:]
         old = [file.path for file in files if kept and (file.step < kept[0] or _is_before(file, kept[0]))]
@@ -136,10 +137,10 @@ class UpdateWriter:
             path.unlink()
         return old
 
-    # --- what is live ---------------------------------------------------------------------------------
+    # --- the live state -------------------------------------------------------------------------------
 
     def _live(self) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
-        """The tensors by name, each storage once, and (module, alias) for the others."""
+        """The tensors by name, each storage once, and (module, alias) for further names."""
         named = self._model.state_dict(keep_vars=True) if isinstance(self._model, nn.Module) else self._model
         first: dict[tuple[object, ...], str] = {}
         live: dict[str, Tensor] = {}
@@ -159,13 +160,13 @@ class UpdateWriter:
         plain = tensor.detach()
         if self._dtype is not None and plain.dtype is torch.float32:
             plain = plain.to(self._dtype)
-        # A copy: a storage array of live CPU memory would move with the parameters.
+        # A copy, because a storage array of live CPU memory would change with the parameters.
         return np.array(storage_array(plain.cpu().contiguous()))
 
     def _check_names(self, live: Mapping[str, Tensor]) -> None:
         odd = sorted(live.keys() ^ self._snapshot.keys())
         if odd:
-            raise LiveModelError(f"{odd[0]}: came or went since {self.folder} was begun; publish into a new folder")
+            raise LiveModelError(f"{odd[0]}: was added or removed since {self.folder} was begun; use a new folder")
         for name, tensor in live.items():
             dtype, array = self._snapshot[name]
             if tuple(tensor.shape) != array.shape or self._dtype_of(name, tensor) is not dtype:
@@ -176,7 +177,7 @@ class UpdateWriter:
             return dtype_of(torch.empty(0, dtype=self._dtype), name)
         return dtype_of(tensor, name)
 
-    # --- what is published ----------------------------------------------------------------------------
+    # --- the published state --------------------------------------------------------------------------
 
     def _writer(self, path: Path, *, previous: str | None) -> DeltaWriter:
         identity = Identity(id=self._name)
@@ -191,7 +192,7 @@ class UpdateWriter:
         return self._done(path, 0, manifest, weights, size, tied)
 
     def _anchor(self, path: Path, tied: list[tuple[str, str]]) -> tuple[Manifest, int]:
-        """Write the published state, whole."""
+        """Write the whole published state."""
         with self._writer(path, previous=None) as writer:
             for name, (dtype, array) in self._snapshot.items():
                 writer.add(ModuleDelta(name=name, shape=array.shape, dtype=dtype, encoding=Encoding.FULL, full=array))
@@ -235,15 +236,15 @@ class UpdateWriter:
         )
 
     def _restore(self) -> None:
-        """Bring the snapshot to the last state that the folder leads to."""
+        """Update the snapshot to the last state of the folder."""
         files, problems = list_updates(self.folder)
         if problems:
-            raise LiveModelError(f"{next(iter(problems.values()))}; move it away before publishing goes on")
+            raise LiveModelError(f"{next(iter(problems.values()))}; move it away and publish again")
         anchors = [file for file in files if file.is_anchor]
         if not files:
             return
         if not anchors:
-            raise LiveModelError(f"{self.folder}: holds updates but no anchor to begin with; use a new folder")
+            raise LiveModelError(f"{self.folder}: has updates but no anchor to begin with; use a new folder")
         self._load_anchor(anchors[-1])
         steps = {file.step: file for file in files if not file.is_anchor}
         head = steps.get(anchors[-1].step, anchors[-1])
@@ -252,7 +253,7 @@ class UpdateWriter:
             head = after
         left = [file for file in files if file.step > head.step]
         if left:
-            raise LiveModelError(f"{left[0].path}: a gap; no file leads to the state that it was made on")
+            raise LiveModelError(f"{left[0].path}: a gap; no file leads to its base state")
         self._head = head
         self.step_number = head.step
 
@@ -282,5 +283,5 @@ def _count_changed(old: Array, new: Array) -> int:
 
 
 def _is_before(file: UpdateFile, anchor: int) -> bool:
-    """Whether an update leads to the anchor of its own number, which stands for it."""
+    """Whether an update leads to the anchor of its own number, which replaces it."""
     return file.step == anchor and not file.is_anchor
