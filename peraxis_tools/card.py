@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import peraxis_format as pxd
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.inspection import InspectResult
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def parse_card(content: str | None) -> ModelCard | None:
     try:
         return ModelCard(content, ignore_metadata_errors=True)
     except Exception as error:  # yaml has its own hierarchy, and the card is untrusted
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise ToolError(f"README.md: its front matter cannot be read ({reason}); correct it first") from None
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from peraxis_format import CheckpointError, Identity, Safetensors
 from peraxis_tools.assets import FolderAssets, find_assets
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.notes import note
 from peraxis_tools.optional import require
 
@@ -125,5 +125,4 @@ def _download(hub_id: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_PATTERNS))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{hub_id}: cannot be fetched from the hub: {reason}") from None
+        raise CheckpointError(f"{hub_id}: cannot be fetched from the hub: {first_line(error)}") from None

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from peraxis_tools.errors import OptionError
+from peraxis_tools.errors import OptionError, first_line
 
 __all__ = ["Conversation", "Document", "read_documents"]
 
@@ -69,8 +69,8 @@ def read_documents(source: str, *, text_column: str | None, limit: int) -> list[
         raise
     except Exception as error:
         # `datasets` raises many types, its own and those of file systems; all mean that the source cannot be read.
-        detail = (str(error).splitlines() or [""])[0]
-        raise OptionError(f"calibration {source}: cannot be read: {type(error).__name__}: {detail}") from error
+        detail = f"{type(error).__name__}: {first_line(error)}"
+        raise OptionError(f"calibration {source}: cannot be read: {detail}") from error
     if not found:
         held = ", ".join(f"{name} ({kind})" for name, kind in columns.items()) or "no rows"
         raise OptionError(f"calibration {source}: holds no text; its columns: {held}; name one with --text-column")

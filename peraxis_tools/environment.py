@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from peraxis_tools.errors import OptionError, ToolError
+from peraxis_tools.errors import OptionError, ToolError, first_line
 
 __all__ = [
     "check_causal",
@@ -32,7 +32,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers and transformers raise many types for a malformed file
-        raise ToolError(f"{folder}: its tokenizer cannot be loaded: {_first_line(error)}") from None
+        raise ToolError(f"{folder}: its tokenizer cannot be loaded: {_reason(error)}") from None
 
 
 def load_config(folder: Path) -> Any:
@@ -42,11 +42,11 @@ def load_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # as above
-        raise ToolError(f"{folder}: its config.json cannot be loaded: {_first_line(error)}") from None
+        raise ToolError(f"{folder}: its config.json cannot be loaded: {_reason(error)}") from None
 
 
-def _first_line(error: Exception) -> str:
-    line = next((line for line in str(error).splitlines() if line.strip()), "no details")
+def _reason(error: Exception) -> str:
+    line = first_line(error)
     return line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
 
 
@@ -82,7 +82,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise OptionError(f"device {name}: {str(error).splitlines()[0]}") from None
+        raise OptionError(f"device {name}: {first_line(error)}") from None
     return device
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import open_checkpoint, parse_identity
 from peraxis_tools.delta_parts import refuse_part
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.optional import require
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rebuild import aliases_of, assets_of, checkpoint_bytes, rebuild_all
@@ -137,8 +137,7 @@ def load_tokenizer_of(delta: Path, base: str | Path) -> Any:
         try:
             return AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
-            line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise ToolError(f"{delta.name}: its tokenizer cannot be loaded: {line}") from None
+            raise ToolError(f"{delta.name}: its tokenizer cannot be loaded: {first_line(error)}") from None
 
 
 class PxdForCausalLM:

@@ -15,7 +15,7 @@ import peraxis_format as pxd
 from peraxis_tools.card import HUB_ID, CardDelta, card_text, missing_fields
 from peraxis_tools.checkpoint import parse_identity
 from peraxis_tools.delta_parts import refuse_part
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.folders import atomic_folder
 from peraxis_tools.inspection import InspectResult, summarise
 from peraxis_tools.optional import require
@@ -238,11 +238,7 @@ def _from_hub(repository: str, name: str, revision: str | None) -> str | None:
         # Without a connection the present content is unknown.
         if isinstance(error, missing) and not isinstance(error, LocalEntryNotFoundError):
             return None
-        raise ToolError(f"{repository}: {name} cannot be read from the hub: {_line(error)}") from None
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ToolError(f"{repository}: {name} cannot be read from the hub: {first_line(error)}") from None
 
 
 def _with_line(text: str, line: str) -> str:
@@ -285,7 +281,7 @@ def _upload(
         api.create_repo(repository, private=private, exist_ok=True)
         done = api.create_commit(repository, operations, commit_message=message, revision=revision)
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ToolError(f"{repository}: cannot be uploaded: {_line(error)}; log in with `hf auth login`") from None
+        raise ToolError(f"{repository}: cannot be uploaded: {first_line(error)}; log in with `hf auth login`") from None
     return str(done.commit_url)
 
 

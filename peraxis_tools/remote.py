@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import peraxis_format as pxd
 from peraxis_format.hub import hub_file, hub_name
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.folders import scratch_folder
 from peraxis_tools.optional import missing, require
 from peraxis_tools.progress import ProgressOf, silent
@@ -126,12 +126,12 @@ def _readable(url: str) -> Iterator[None]:
     except ImportError as error:
         raise missing(shown, error) from None
     except ValueError as error:
-        raise ToolError(f"{shown}: {_line(error)}") from None
+        raise ToolError(f"{shown}: {without_secrets(first_line(error))}") from None
     except Exception as error:  # aiohttp, botocore, huggingface_hub: each has its own hierarchy
         if _is_timeout(error):
             silence = f"the server sent nothing for {SILENCE_SECONDS:g} s; try again later"
             raise ToolError(f"{shown}: {silence}") from None
-        reason = f"{type(error).__name__}: {_line(error)}"
+        reason = f"{type(error).__name__}: {without_secrets(first_line(error))}"
         raise ToolError(f"{shown}: cannot be read ({reason}); check the address") from None
 
 
@@ -142,10 +142,6 @@ def _is_timeout(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _line(error: Any) -> str:
-    return without_secrets(next((line for line in str(error).splitlines() if line.strip()), "no details"))
 
 
 def remote_file(url: str) -> RemoteFile:

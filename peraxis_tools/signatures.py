@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError
+from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError, first_line
 from peraxis_tools.folders import scratch_folder
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_file
@@ -147,7 +147,6 @@ def _clear(what: str, kind: type[ToolError]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # cryptography, OpenSSL, protobuf and the library itself: each has its own classes
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise kind(f"{what} ({lines[0]})") from None
+        raise kind(f"{what} ({first_line(error)})") from None
     finally:
         logging.disable(previous)

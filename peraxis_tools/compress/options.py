@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from peraxis_tools.errors import OptionError
+from peraxis_tools.errors import OptionError, first_line
 from peraxis_tools.optional import require
 
 __all__ = [
@@ -273,7 +273,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # an invalid date is a ValueError
-        raise OptionError(f"{path}: not a YAML file: {str(error).splitlines()[0]}") from None
+        raise OptionError(f"{path}: not a YAML file: {first_line(error)}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

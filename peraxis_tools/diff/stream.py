@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import peraxis_format as pxd
 from peraxis_tools.diff.packed import Block, Packed, pack, row_step
 
-__all__ = ["checked_blocks", "packed_components", "packed_module"]
+__all__ = ["checked_blocks", "packed_components"]
 
 
 def packed_components(file: pxd.DeltaFile, name: str) -> list[Packed]:
@@ -51,16 +51,6 @@ def checked_blocks(a: pxd.DeltaFile, b: pxd.DeltaFile, name: str) -> Iterator[Bl
         if count:
             masks = [np.frombuffer(chunk, np.uint8, count).reshape(-1, width) for chunk in pair]
             yield masks[0], masks[1]
-
-
-def packed_module(module: pxd.ModuleDelta) -> list[Packed]:
-    """`packed_components` for a module in memory."""
-
-    def rows(mask: NDArray[np.uint8]) -> Callable[[int, int], NDArray[np.uint8]]:
-        flat = mask.reshape(-1, mask.shape[-1])
-        return lambda begin, end: flat[begin:end]
-
-    return [pack(c.exponent, c.scales(), module.covered, rows(c.mask)) for c in module.components]
 
 
 def _read(file: pxd.DeltaFile, record: pxd.TensorRecord) -> NDArray[Any]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.evaluate.types import TaskResult
 from peraxis_tools.optional import require
 
@@ -69,8 +69,7 @@ def _evaluate(
             wrapped, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=100
         )
     except (OSError, ValueError, RuntimeError) as error:
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ToolError(f"tasks {','.join(tasks)}: lm-eval cannot run them: {detail}") from error
+        raise ToolError(f"tasks {','.join(tasks)}: lm-eval cannot run them: {first_line(error)}") from error
     if found is None:
         raise ToolError(f"tasks {','.join(tasks)}: lm-eval gave no result in this process")
     return found

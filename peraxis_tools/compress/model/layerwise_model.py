@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from peraxis_tools.compress.fit.moments.recorder import StopForward
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import ToolError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,9 +76,9 @@ class LayerwiseModel:
             with _parameters_on_meta(), torch.random.fork_rng(devices=[]):
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         except Exception as error:  # a malformed configuration can raise any exception
-            line = next(iter(str(error).splitlines()), "")
+            reason = f"{type(error).__name__}: {first_line(error)}"
             raise UnsupportedModelError(
-                f"config.json: transformers cannot build a causal language model ({type(error).__name__}: {line}); "
+                f"config.json: transformers cannot build a causal language model ({reason}); "
                 "correct it, or use --fit none"
             ) from None
         self.model: PreTrainedModel = model.eval().requires_grad_(False)
