@@ -11,7 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from peraxis_format.errors import CheckpointError
 
@@ -93,10 +93,12 @@ def _listed(name: HubName) -> list[str]:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
+    # Its bases are OSError (offline mode) and the error of the HTTP library, whose package differs between versions.
+    unreachable = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
     try:
         return HfApi().list_repo_files(name.repository, revision=name.revision)
     except HfHubHTTPError:
         raise  # the hub answered
-    except Exception:  # offline, or no connection: the HTTP library's own errors
+    except unreachable:
         folder = Path(snapshot_download(name.repository, revision=name.revision, local_files_only=True))
         return [path.relative_to(folder).as_posix() for path in folder.rglob("*.pxd")]
