@@ -36,6 +36,7 @@ from peraxis_format.torch.updates.source import UpdateFile, list_updates
 __all__ = ["Follower", "Poll", "UpdateError", "apply_update", "follow"]
 
 _STRETCH: Final = 16  # blocks
+_ON_DEVICE: Final = 16  # times as long on a device, which decodes all blocks of a stretch at once
 
 
 class UpdateError(LiveModelError):
@@ -116,8 +117,9 @@ def _stretches(view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Tens
         return
     flat = view.detach().reshape(-1)
     begin = 0
-    for first in range(0, index.size, _STRETCH):
-        part = index[first : first + _STRETCH]
+    length = _STRETCH * (_ON_DEVICE if view.is_cuda else 1)
+    for first in range(0, index.size, length):
+        part = index[first : first + length]
         live = flat[first * BLOCK : (first + part.size) * BLOCK]
         size = int((part >> 8).sum(dtype="int64"))
         yield live, moved(live, part, data[begin : begin + size], module.dtype)
