@@ -16,14 +16,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from peraxis_format.ops.exact.kinds import BLOCK, KINDS
-from peraxis_format.ops.exact.triton import TILE, exact_kernel
+from peraxis_format.ops.exact.triton import TILE, count_kernel, exact_kernel
 from peraxis_format.ops.rebuild import triton as kernels
 from peraxis_format.ops.signed_matmul import triton as serving
 
 IO = {
     "tiles": "*i32", "records": "*i64", "terms": "*i64", "buffer": "*u8", "stride": "i32", "order": "*i32",
     "old": "*i16", "new": "*i16", "index": "*i64", "ends": "*i64", "data": "*i32", "sound": "*i32", "weights": "i64",
-    "partial": "*fp32", "rows": "i32", "N": "i32", "signs": "i32", "ones": "i32", "variant": "i32", "count": "i32",
+    "counts": "*i32", "partial": "*fp32", "rows": "i32", "N": "i32", "signs": "i32", "ones": "i32", "variant": "i32", "count": "i32",
 }  # fmt: skip
 
 
@@ -75,6 +75,7 @@ def exact_updates() -> Iterator[tuple[str, Mapping[str, Any]]]:
     for dtype, kind in KINDS.items():
         constants = {"MANTISSA": kind.mantissa, "MASK": kind.mask, "WIDTH": kind.width, "SIZE": BLOCK, "N": TILE}
         yield f"exact {dtype.value}", compiled(exact_kernel, f"*i{kind.width}", constants, num_warps=1)
+        yield f"count {dtype.value}", compiled(count_kernel, f"*i{kind.width}", constants, num_warps=4)
 
 
 def longest_loop(cubin: bytes) -> int:
