@@ -23,7 +23,8 @@ from peraxis_format.ops.signed_matmul import triton as serving
 IO = {
     "tiles": "*i32", "records": "*i64", "terms": "*i64", "buffer": "*u8", "stride": "i32", "order": "*i32",
     "old": "*i16", "new": "*i16", "index": "*i64", "ends": "*i64", "data": "*i32", "sound": "*i32", "weights": "i64",
-    "counts": "*i32", "partial": "*fp32", "rows": "i32", "N": "i32", "signs": "i32", "ones": "i32", "variant": "i32", "count": "i32",
+    "counts": "*i32", "partial": "*fp32", "rows": "i32", "N": "i32", "signs": "i32", "ones": "i32", "variant": "i32",
+    "count": "i32",
 }  # fmt: skip
 
 
