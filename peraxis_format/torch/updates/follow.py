@@ -3,7 +3,7 @@
 An update is proven before a weight is written: payload digests, decoding, and the digest of what each tensor becomes,
 which also says that it is in the state that the update was made on. Then it is written, under the caller's lock. So an
 update is applied whole or not at all, never twice and never out of order. What is staged is the update's own bytes and
-a stretch of 1,048,576 weights, not a tensor; of an anchor all of it.
+a stretch of 2^20 weights (on a GPU 2^24), not a tensor; of an anchor all of it.
 """
 
 from __future__ import annotations
