@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -58,9 +57,13 @@ class ChainState(pxd.Safetensors):
 
     def read(self, name: str, rows: slice | None = None) -> pxd.Array:
         """A tensor, or rows of it, in the state after all updates. Raises KeyError, PxdError."""
-        self._known[name]
+        info = self._known[name]
         array = self._after(len(self._updates), name)
-        return array if rows is None else array[rows]
+        if rows is None:
+            return array
+        start, stop, _ = rows.indices(info.shape[0])
+        first = info.dtype.first_rows(array, info.shape, max(start, stop))
+        return info.dtype.rows_from(first, info.shape, start)
 
     def _after(self, count: int, name: str) -> pxd.Array:
         if count == 0:
@@ -86,5 +89,5 @@ class ChainState(pxd.Safetensors):
 
 
 def _info(name: str, entry: pxd.ModuleEntry, path: Path) -> pxd.TensorInfo:
-    size = math.prod(entry.shape) * entry.dtype.itemsize
+    size = entry.dtype.size_of(entry.shape)
     return pxd.TensorInfo(name=name, dtype=entry.dtype, shape=entry.shape, file=path, begin=0, end=size)
