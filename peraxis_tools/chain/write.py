@@ -15,6 +15,7 @@ import numpy as np
 
 import peraxis_format as pxd
 from peraxis_tools.chain.log import CHANGED
+from peraxis_tools.chain.opened import opened_all
 from peraxis_tools.chain.order import Link, chain_order, link_of
 from peraxis_tools.chain.state import ChainState
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
@@ -52,8 +53,8 @@ class UpdateResult:
 def open_chain(base: Checkpoint, updates: Sequence[str | Path]) -> Iterator[tuple[ChainState, list[Link]]]:
     """The state after these updates, put into order. Raises PxdError, CheckFailedError."""
     ordered = chain_order(map(link_of, updates)) if updates else []
-    with contextlib.ExitStack() as stack:
-        yield ChainState(base.tensors, [stack.enter_context(pxd.open(link.path)) for link in ordered]), ordered
+    with opened_all([link.path for link in ordered]) as files:
+        yield ChainState(base.tensors, files), ordered
 
 
 def update(
