@@ -65,7 +65,7 @@ def packed_module(module: pxd.ModuleDelta) -> list[Packed]:
 
 def _read(file: pxd.DeltaFile, record: pxd.TensorRecord) -> NDArray[Any]:
     data = file.read(file.header_size + record.begin, record.end - record.begin)
-    return np.frombuffer(data, record.dtype.storage).reshape(record.shape)
+    return np.frombuffer(data, record.dtype.storage).reshape(record.dtype.storage_shape(record.shape))
 
 
 def _mask_rows(file: pxd.DeltaFile, record: pxd.TensorRecord) -> Callable[[int, int], NDArray[np.uint8]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,7 @@ from peraxis_format.torch.updates.source import UpdateFile, list_updates
 
 __all__ = ["Follower", "Poll", "UpdateError", "apply_update", "follow"]
 
+_LOGGER: Final = logging.getLogger("peraxis")
 _STRETCH: Final = 16  # blocks
 _ON_DEVICE: Final = 16  # times as long on a device, which decodes all blocks of a stretch at once
 
@@ -190,7 +192,7 @@ class Follower:
             self._find_state(files)
         while (chosen := self._next(files, waiting)) is not None:
             try:
-                apply_update(self._target, chosen.path, lock=self._lock)
+                self._apply(chosen)
             except (PxdError, LiveModelError, OSError) as error:
                 waiting[chosen.path] = str(error)
                 continue
@@ -222,17 +224,29 @@ class Follower:
                 raise UpdateError(f"{path}: is applied already, or of another chain; the model is at step {self.step}")
             reason = f"made on {known[found.base].path}" if found.base in known else "a gap in front of it"
             raise UpdateError(f"{path}: {reason}, but the model is at step {self.step}")
-        apply_update(self._target, found.path, lock=self._lock)
+        self._apply(found)
         self._state, self.step = found.result, found.step
 
+    def _apply(self, file: UpdateFile) -> None:
+        """Apply a file, which must be the one that was listed. Raises UpdateError, PxdError."""
+        with DeltaFile(file.path) as delta:
+            if delta.content_id != file.content_id:
+                raise UpdateError(f"{file.path}: another file took its place; it is looked at again")
+            apply_update(self._target, delta, lock=self._lock)
+
     def start(self, *, every: float = 1.0) -> Follower:
-        """Poll every so many seconds on a thread of its own, until `close`."""
+        """Poll every so many seconds on a thread of its own, until `close`. What fails is logged and tried again."""
         if self._thread is not None:
             raise LiveModelError("this follower runs already")
 
         def run() -> None:
             while not self._stop.wait(every):
-                self.poll()
+                try:
+                    self.poll()
+                except Exception as error:  # one look that failed is not the last one
+                    _LOGGER.error(
+                        "%s: cannot be followed: %s; trying again", self.folder, error or type(error).__name__
+                    )
 
         self._thread = threading.Thread(target=run, daemon=True, name="peraxis-follow")
         self._thread.start()
@@ -271,13 +285,13 @@ class Follower:
         """Which state of the chain the model is at, the newest first; by the digests of its tensors."""
         digests: dict[str, str] = {}
         for file in reversed(files):
-            with DeltaFile(file.path) as delta:
+            with contextlib.suppress(PxdError, OSError), DeltaFile(file.path) as delta:
                 if self._is_at(delta, digests):
                     self._state, self.step = file.result, file.step
                     return
         first = next((file for file in files if not file.is_anchor), None)
         if first is not None:
-            with DeltaFile(first.path) as delta:
+            with contextlib.suppress(PxdError, OSError), DeltaFile(first.path) as delta:
                 if self._is_at(delta, digests, before=True):
                     self._state, self.step = first.base, first.step - 1
 
