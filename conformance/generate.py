@@ -27,6 +27,7 @@ from .generator.hostile import hostile
 from .generator.kinds import applied_kinds, golden_kinds, refused_kinds
 from .generator.large import large
 from .generator.manifest import manifest
+from .generator.packed import applied_packed, encoded_packed, golden_packed, refused_packed
 from .generator.payload import payload
 from .generator.profile import profile
 from .generator.update_faults import refused_bindings, refused_updates
@@ -74,14 +75,14 @@ def golden() -> Iterator[tuple[str, Entry]]:
 def corpus() -> Iterator[tuple[str, Entry]]:
     """(folder, entry) of every case, in the order of cases.jsonl."""
     yield from golden()
-    for group in (golden_kinds, golden_updates):
+    for group in (golden_kinds, golden_packed, golden_updates):
         yield from (("valid", entry) for entry in group())
-    for group in (container, manifest, profile, payload, refused_kinds, refused_updates):
+    for group in (container, manifest, profile, payload, refused_kinds, refused_packed, refused_updates):
         yield from (("invalid", entry) for entry in group())
     yield from (("hostile", entry) for entry in hostile())
-    for group in (applied, applied_kinds, applied_updates, refused_bindings):
+    for group in (applied, applied_kinds, applied_packed, applied_updates, refused_bindings):
         yield from (("apply", entry) for entry in group())
-    for group in (encoded, encoded_updates):
+    for group in (encoded, encoded_packed, encoded_updates):
         yield from (("encode", entry) for entry in group())
 
 

@@ -105,7 +105,8 @@ class Safetensors:
     def read(self, name: str, rows: slice | None = None) -> Array:
         """Read a tensor, or a range of its first dimension, into a new array.
 
-        Returns a storage array. Raises KeyError, CheckpointError for a file that ends too early.
+        Returns a storage array. Of a packed type (F4, F6) the rows must begin and end at whole bytes. Raises KeyError,
+        CheckpointError for a file that ends too early.
         """
         info = self._tensors[name]
         shape, begin = info.shape, info.begin
@@ -113,10 +114,9 @@ class Safetensors:
             start, stop, step = rows.indices(shape[0])
             if step != 1:
                 raise ValueError("rows must be contiguous")
-            row = info.size // shape[0]
             shape = (max(0, stop - start), *shape[1:])
-            begin += start * row
-        out: Array = np.empty(shape, info.dtype.storage)
+            begin += info.dtype.size_of((start, *shape[1:]))
+        out: Array = np.empty(info.dtype.storage_shape(shape), info.dtype.storage)
         self._read_into(info, raw_bytes(out), begin)
         return out
 
@@ -195,11 +195,20 @@ def _read_infos(file: Path) -> Iterator[TensorInfo]:
             raise CheckpointError(f"{file}: not a safetensors file, or truncated (header length); fetch it again")
         try:
             header = json.loads(stream.read(length))
+            if not isinstance(header, dict):
+                raise ValueError("it is no object")
             header.pop("__metadata__", None)
             for name, value in header.items():
                 yield _info(name, value, file, 8 + length, size)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{file}: malformed safetensors header ({error}); fetch it again") from None
+
+
+def _whole(value: object) -> int:
+    """A number of a header: an integer, and no float or text that could be made one."""
+    if type(value) is not int:
+        raise ValueError(f"{str(value)[:32]!r} is no integer")
+    return value
 
 
 def _info(name: str, value: dict[str, Any], file: Path, data: int, size: int) -> TensorInfo:
@@ -211,9 +220,9 @@ def _info(name: str, value: dict[str, Any], file: Path, data: int, size: int) ->
             "save the checkpoint without it or in another dtype"
         )
     dtype = DType(value["dtype"])
-    shape = tuple(int(d) for d in value["shape"])
-    begin, end = (data + int(offset) for offset in value["data_offsets"])
-    if any(d < 0 for d in shape) or end - begin != dtype.size_of(shape) or begin < data:
+    shape = tuple(map(_whole, value["shape"]))
+    begin, end = (data + _whole(offset) for offset in value["data_offsets"])
+    if any(d < 0 for d in shape) or not dtype.fits(shape) or end - begin != dtype.size_of(shape) or begin < data:
         raise ValueError(f"tensor {name!r}: offsets do not fit its shape")
     if end > size:
         raise CheckpointError(f"{file}: ends within tensor {name!r} ({size} of {end} bytes); fetch it again")

@@ -189,7 +189,7 @@ class ModuleDelta:
             raise ShapeError(f"{self.name}: has {sorted(held)}, but its encoding needs {sorted(wanted)}")
         for suffix, dtype, shape in expected:
             array = held[suffix]
-            if array.shape != shape or array.dtype != dtype.storage:
+            if array.shape != dtype.storage_shape(shape) or array.dtype != dtype.storage or not dtype.fits(shape):
                 raise ShapeError(
                     f"{self.name}.{suffix}: {array.dtype} {list(array.shape)} is not {dtype.value} {list(shape)}"
                 )

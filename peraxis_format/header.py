@@ -155,7 +155,7 @@ def _record(match: re.Match[bytes], before: int) -> TensorRecord:
 
 def _check_span(name: str, dtype: DType, shape: tuple[int, ...], begin: int, end: int) -> None:
     size = dtype.size_of(shape)
-    if len(shape) > DIMENSIONS_MAX or any(d < 1 for d in shape) or size >= TENSOR_MAX:
+    if len(shape) > DIMENSIONS_MAX or any(d < 1 for d in shape) or size >= TENSOR_MAX or not dtype.fits(shape):
         fail("E120", str(list(shape[:9])), field=f"{name}.shape")  # SPEC 2.14
     if begin < 0 or end - begin != size:
         fail("E121", f"[{begin}, {end}] for {size} bytes", field=f"{name}.data_offsets")  # SPEC 2.15

@@ -28,7 +28,7 @@ _BLOCK: Final = 1 << 19
 def _view(buffer: memoryview, record: TensorRecord, begin: int) -> Array:
     """A zero-copy storage array of one tensor; buffer[0] is byte `begin` of the data."""
     flat = np.frombuffer(buffer[record.begin - begin : record.end - begin], record.dtype.storage)
-    return flat.reshape(record.shape)
+    return flat.reshape(record.dtype.storage_shape(record.shape))
 
 
 def build_module(entry: ModuleEntry, records: Iterable[TensorRecord], buffer: memoryview, begin: int) -> ModuleDelta:

@@ -136,7 +136,7 @@ def storage_arrays(dtype: DType, shape: tuple[int, ...]) -> st.SearchStrategy[Ar
 
     def build(data: bytes) -> Array:
         raw = bytes(byte & 1 for byte in data) if dtype is DType.BOOL else data
-        return np.frombuffer(raw, dtype=dtype.storage).reshape(shape)
+        return np.frombuffer(raw, dtype=dtype.storage).reshape(dtype.storage_shape(shape))
 
     return st.binary(min_size=size, max_size=size).map(build)
 
@@ -160,8 +160,13 @@ def components(draw: st.DrawFn, covered: tuple[int, ...], axis: Axis | None = No
     return Component(axis=axis, exponent=draw(exponents()), mask=pack_signs(draw(signs(covered))), **held)
 
 
-def _reference(array: Array, dtype: DType) -> BaseRef:
-    return BaseRef(dtype=dtype, shape=array.shape, sha256=hashlib.sha256(array.tobytes()).hexdigest())
+def _reference(array: Array, dtype: DType, shape: tuple[int, ...]) -> BaseRef:
+    return BaseRef(dtype=dtype, shape=shape, sha256=hashlib.sha256(array.tobytes()).hexdigest())
+
+
+def _whole(dtype: DType, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape of whole bytes in every row."""
+    return shape if dtype.fits(shape[-1:]) else (*shape[:-1], 4 * shape[-1])
 
 
 @st.composite
@@ -174,13 +179,13 @@ def modules(
         return draw(exact_modules(name=name))
     if encoding is Encoding.FULL:
         dtype = draw(st.sampled_from(DType))
-        shape = draw(shapes(min_dims=1))
+        shape = _whole(dtype, draw(shapes(min_dims=1)))
         full = draw(storage_arrays(dtype, shape))
         return ModuleDelta(name=name, shape=shape, dtype=dtype, encoding=encoding, full=full), None
     dtype, base_dtype = draw(float_dtypes()), draw(float_dtypes())
     if encoding is Encoding.SAME and draw(st.booleans()):
         dtype = base_dtype = draw(st.sampled_from(DType))
-    shape = draw(shapes(min_dims=2 if encoding is Encoding.SIGN else 1))
+    shape = _whole(dtype, draw(shapes(min_dims=2 if encoding is Encoding.SIGN or dtype.is_packed else 1)))
     base_shape = (draw(st.integers(1, shape[0] + 2)), *shape[1:]) if draw(st.booleans()) else shape
     base = draw(storage_arrays(base_dtype, base_shape))
     kept = kept_rows(shape, base_shape)
@@ -192,7 +197,7 @@ def modules(
         shape=shape,
         dtype=dtype,
         encoding=encoding,
-        base=_reference(base, base_dtype),
+        base=_reference(base, base_dtype, base_shape),
         components=parts,
         tail=tail,
     )
@@ -232,7 +237,7 @@ def exact_modules(draw: st.DrawFn, *, name: str = "weight") -> tuple[ModuleDelta
         shape=shape,
         dtype=dtype,
         encoding=Encoding.EXACT,
-        base=_reference(base, dtype),
+        base=_reference(base, dtype, base_shape),
         index=index,
         data=data,
         result=hashlib.sha256(new.tobytes()).hexdigest(),

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from peraxis_format.container import header_bytes, layout
+from peraxis_format.container import file_size, header_bytes, layout
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import raw_bytes
 from peraxis_format.errors import PxdError, ShapeError
@@ -145,6 +145,10 @@ class DeltaWriter:
     def result(self) -> str | None:
         """The digest over all new tensors so far (SPEC 3.14); None if one of them is unknown."""
         return result_digest(self._modules)
+
+    def file_size(self) -> int:
+        """Bytes that the file would have if it were finished now."""
+        return file_size(self._manifest(), [size for _, size in self._assets])
 
     def finish(self) -> Manifest:
         """Write header and data to `path` atomically. Returns the manifest.

@@ -89,11 +89,9 @@ def _opened(deltas: Sequence[str | Path], base: Checkpoint) -> Iterator[tuple[px
         with pxd.open(deltas[0]) as file, _predecessor_named(file):
             yield file, base
         return
-    from peraxis_tools.chain import ChainState, chain_order, link_of
+    from peraxis_tools.chain import ChainState, chain_order, link_of, opened_all
 
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(pxd.open(link.path)) for link in chain_order(map(link_of, deltas))]
-        stack.enter_context(_predecessor_named(files[0]))
+    with opened_all([link.path for link in chain_order(map(link_of, deltas))]) as files, _predecessor_named(files[0]):
         yield files[-1], Checkpoint(ChainState(base.tensors, files[:-1]), base.identity, base.folder)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -115,7 +114,7 @@ def _line(module: pxd.ModuleEntry, sizes: dict[str, int]) -> ModuleLine:
         shape=module.shape,
         dtype=module.dtype.value,
         bytes=0 if tensor is None else sizes[tensor[0]],
-        full_bytes=math.prod(module.shape) * module.dtype.itemsize,
+        full_bytes=module.dtype.size_of(module.shape),
     )
 
 

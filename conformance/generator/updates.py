@@ -253,6 +253,19 @@ def shapes() -> Iterator[Case]:
             yield "blocks-keyed", "5.6", one(update("w", ramp, edited, blocks=mixed))
         else:
             yield slug, "5.6", one(update("w", ramp, edited))
+    yield wide_block()
+
+
+def wide_block() -> Case:
+    """A whole block of 32-bit weights is 256 KiB, and a place in its second half needs all 16 bits."""
+    old = [0x3F000000 + i * 0x155 & 0xFFFFFFFF | (i & 1) << 31 for i in range(BLOCK + 5)]
+    new = list(old)
+    for place in (0, 1, 32_767, 32_768, 40_000, BLOCK - 2, BLOCK - 1, BLOCK, BLOCK + 4):
+        new[place] = moved(old[place], 1 if place % 2 else -1, FORMS["F32"])
+    new[50_000] = old[50_000] ^ 0x80000000
+    first = by_key(126)(old[:BLOCK], new[:BLOCK], FORMS["F32"])
+    rest = by_patterns(old[BLOCK:], new[BLOCK:], FORMS["F32"])
+    return "block-of-256-kib", "5.6", one(update("w", old, new, dtype="F32", blocks=[first, rest]))
 
 
 def update_of_f32() -> Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,44 +46,58 @@ def log(folder: str | Path) -> ChainLog:
     if not paths:
         raise ToolError(f"{folder}: has no .pxd files")
     links = [link_of(path) for path in paths]
-    folds = [link for link in links if is_fold(link, links)]
-    ordered = chain_order([link for link in links if link not in folds])
+    folded = folds(links)
+    left_out = {link.path for link in folded}
+    ordered = chain_order([link for link in links if link.path not in left_out])
     return ChainLog(
-        folder=str(folder), updates=tuple(map(_entry, ordered)), folded=tuple(_entry(link) for link in folds)
+        folder=str(folder), updates=tuple(map(_entry, ordered)), folded=tuple(_entry(link) for link in folded)
     )
 
 
-def is_fold(link: Link, links: Sequence[Link]) -> bool:
-    """Whether a chain of two or more of the others leads from its base to its result."""
-    ways: dict[str, list[Link]] = {}
-    for other in links:
-        if other is not link:
-            ways.setdefault(other.base, []).append(other)
-    # The states after one of the others, then the states after those.
-    ahead = [other.result for other in ways.get(link.base, ())]
-    seen: set[str] = set()
-    while ahead:
-        state = ahead.pop()
-        if state in seen:
-            continue
-        seen.add(state)
-        further = [other.result for other in ways.get(state, ())]
-        if link.result in further:
-            return True
-        ahead += further
-    return False
+def folds(links: Sequence[Link]) -> list[Link]:
+    """Those that two or more of the others stand for: these begin where it does, and lead to its result."""
+    known = {link.content_id for link in links}
+    after: dict[str, list[Link]] = {}
+    starts: dict[tuple[str, str | None], list[Link]] = {}
+    for link in links:
+        # What an update follows that names no other one here is told by the state that it was made on.
+        named = link.previous is not None and link.previous in known
+        after.setdefault(link.previous if named and link.previous else link.base, []).append(link)
+        starts.setdefault((link.base, link.previous), []).append(link)
+
+    def is_fold(link: Link) -> bool:
+        ahead = [other for other in starts[link.base, link.previous] if other is not link]
+        seen = {link.content_id, *(other.content_id for other in ahead)}
+        while ahead:
+            at = ahead.pop()
+            further = (*after.get(at.content_id, ()), *after.get(at.result, ()))
+            reached = [other for other in further if other.base == at.result and other.content_id not in seen]
+            if any(other.result == link.result for other in reached):
+                return True
+            seen.update(other.content_id for other in reached)
+            ahead += reached
+        return False
+
+    return [link for link in links if is_fold(link)]
 
 
 def _entry(link: Link) -> LogEntry:
     with pxd.open(link.path) as delta:
-        changed = delta.manifest.metadata.get(CHANGED)
+        weights = sum(math.prod(module.shape) for module in delta.manifest.modules)
         return LogEntry(
             file=link.path.name,
             content_id=link.content_id,
             previous=link.previous,
             base=link.base,
             result=link.result,
-            changed=int(changed) if changed is not None and changed.isdecimal() else None,
-            weights=sum(math.prod(module.shape) for module in delta.manifest.modules),
+            changed=_changed(delta.manifest.metadata.get(CHANGED, ""), weights),
+            weights=weights,
             bytes=delta.size,
         )
+
+
+def _changed(text: str, weights: int) -> int | None:
+    """The number of changed weights that a writer noted, where it is one: anybody can write anything there."""
+    if not re.fullmatch(r"[0-9]{1,16}", text) or int(text) > weights:
+        return None
+    return int(text)

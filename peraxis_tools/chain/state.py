@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -25,6 +24,8 @@ class ChainState(pxd.Safetensors):
         self.label = base.label if not updates else f"{base.label} + {len(self._updates)} updates"
         self.files = base.files
         self._known = {info.name: info for info in base.infos()}
+        # By update: the module that holds each alias.
+        self._modules = {id(update): {alias: name for name, alias in update.manifest.tied} for update in self._updates}
         for update in self._updates:
             self._take_over(update)
 
@@ -58,21 +59,31 @@ class ChainState(pxd.Safetensors):
 
     def read(self, name: str, rows: slice | None = None) -> pxd.Array:
         """A tensor, or rows of it, in the state after all updates. Raises KeyError, PxdError."""
-        self._known[name]
-        array = self._after(len(self._updates), name)
-        return array if rows is None else array[rows]
+        info = self._known[name]
+        array = self._after_all(name)
+        if rows is None:
+            return array
+        start, stop, _ = rows.indices(info.shape[0])
+        first = info.dtype.first_rows(array, info.shape, max(start, stop))
+        return info.dtype.rows_from(first, info.shape, start)
 
-    def _after(self, count: int, name: str) -> pxd.Array:
-        if count == 0:
-            return self._base.read(name)
-        update = self._updates[count - 1]
-        name = {alias: module for module, alias in update.manifest.tied}.get(name, name)
-        entry = update.entry(name)
-        if entry.base is None:
-            return pxd.reconstruct(update.load(name))
-        before = self._after(count - 1, name)
-        pxd.check_base_bytes(entry, before)
-        return pxd.reconstruct(update.load(name), before)
+    def _after_all(self, name: str) -> pxd.Array:
+        """A tensor after all updates, from the newest one that has no base for it, or from the base."""
+        steps: list[tuple[pxd.DeltaFile, pxd.ModuleEntry]] = []
+        for update in reversed(self._updates):
+            name = self._modules[id(update)].get(name, name)
+            entry = update.entry(name)
+            steps.append((update, entry))
+            if entry.base is None:
+                break
+        array = None if steps and steps[-1][1].base is None else self._base.read(name)
+        for update, entry in reversed(steps):
+            if array is not None:
+                pxd.check_base_bytes(entry, array)
+            array = pxd.reconstruct(update.load(entry.name), array)
+        if array is None:
+            raise KeyError(name)
+        return array
 
     def sha256(self, name: str, *, progress: Callable[[int], None] | None = None) -> str:
         """The hex digest of a tensor in this state."""
@@ -86,5 +97,5 @@ class ChainState(pxd.Safetensors):
 
 
 def _info(name: str, entry: pxd.ModuleEntry, path: Path) -> pxd.TensorInfo:
-    size = math.prod(entry.shape) * entry.dtype.itemsize
+    size = entry.dtype.size_of(entry.shape)
     return pxd.TensorInfo(name=name, dtype=entry.dtype, shape=entry.shape, file=path, begin=0, end=size)

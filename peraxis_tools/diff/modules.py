@@ -133,19 +133,24 @@ def _scale(a: Sequence[Packed], b: Sequence[Packed]) -> float | None:
 
 
 def _new_rows(file_a: pxd.DeltaFile, file_b: pxd.DeltaFile, name: str) -> tuple[str, ...]:
-    """A note if rows beyond the base differ. They have no delta, so no distance or norm includes them."""
-    tails = [_tail(file[name]) for file in (file_a, file_b)]
+    """Rows beyond the base have no delta, so they count in no distance and no norm; where they differ, it is told."""
+    tails = [_tail_rows(file[name]) for file in (file_a, file_b)]
     if tails[0] is None or tails[1] is None or tails[0].shape != tails[1].shape or tails[0].dtype != tails[1].dtype:
         return ()
-    rows = [tail.reshape(len(tail), -1) for tail in tails if tail is not None]
-    different = int(np.any(rows[0] != rows[1], axis=1).sum())
-    return (f"{different} of {len(rows[0])} new rows differ",) if different else ()
+    different = int(np.any(tails[0] != tails[1], axis=1).sum())
+    return (f"{different} of {len(tails[0])} new rows differ",) if different else ()
 
 
-def _tail(module: pxd.ModuleDelta) -> pxd.Array | None:
-    if module.full is not None:
-        return module.full[module.kept :] if module.shape and module.kept < module.shape[0] else None
-    return module.tail
+def _tail_rows(module: pxd.ModuleDelta) -> pxd.Array | None:
+    """The rows beyond the base, [rows, -1]; of a packed type as bits; None where there are none."""
+    count = module.shape[0] - module.kept if module.shape else 0
+    held = module.tail if module.full is None else module.full
+    if count == 0 or held is None:
+        return None
+    if module.dtype.is_packed:
+        bits = np.unpackbits(held, bitorder="little")
+        return bits[-count * module.dtype.bits * math.prod(module.shape[1:]) :].reshape(count, -1)
+    return held[-count:].reshape(count, -1)
 
 
 def _square_difference(a: pxd.Array, dtype_a: pxd.DType, b: pxd.Array, dtype_b: pxd.DType) -> float:

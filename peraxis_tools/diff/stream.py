@@ -55,7 +55,7 @@ def checked_blocks(a: pxd.DeltaFile, b: pxd.DeltaFile, name: str) -> Iterator[Bl
 
 def _read(file: pxd.DeltaFile, record: pxd.TensorRecord) -> NDArray[Any]:
     data = file.read(file.header_size + record.begin, record.end - record.begin)
-    return np.frombuffer(data, record.dtype.storage).reshape(record.shape)
+    return np.frombuffer(data, record.dtype.storage).reshape(record.dtype.storage_shape(record.shape))
 
 
 def _mask_rows(file: pxd.DeltaFile, record: pxd.TensorRecord) -> Callable[[int, int], NDArray[np.uint8]]:

@@ -121,7 +121,7 @@ def apply(path: str, base_path: str, out: str) -> dict[str, Any]:
 
 
 def array(folder: Path, name: str, dtype: pxd.DType, shape: tuple[int, ...]) -> Any:
-    return np.frombuffer((folder / name).read_bytes(), dtype=dtype.storage).reshape(shape)
+    return np.frombuffer((folder / name).read_bytes(), dtype=dtype.storage).reshape(dtype.storage_shape(shape))
 
 
 def component(folder: Path, said: dict[str, Any], covered: tuple[int, ...]) -> pxd.Component:

@@ -7,7 +7,7 @@ import json
 import re
 from typing import Any
 
-from common import SIZES, Rejected, need, quoted
+from common import BITS, Rejected, need, quoted
 from container import Container
 
 __all__ = ["Manifest"]
@@ -110,7 +110,7 @@ class Manifest(Container):
             return isinstance(value, dict) and (all(map(text, value.values())) or self.wrong("metadata-of-anything"))
 
         def dtype(value: Any) -> bool:
-            return text(value) and value in SIZES
+            return text(value) and value in BITS
 
         def part(value: Any) -> bool:
             axes = ("row", "col", "row+col", "tensor")

@@ -16,7 +16,7 @@ from peraxis_format.ops.backend import choose
 from peraxis_format.ops.rebuild import rebuild_tensor, reconstruct
 from peraxis_format.ops.rebuild.torch import ComponentTensors, Scratch, component_tensors
 from peraxis_format.ops.signed_matmul import signed_matmul
-from peraxis_format.ops.tensors import TORCH_DTYPES, storage_array
+from peraxis_format.ops.tensors import storage_array, torch_dtype
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.device import device_of
 from peraxis_format.torch.place.binding import agree, check_live
@@ -96,7 +96,7 @@ def full_tensor(module: ModuleDelta) -> Tensor:
 
 def _as_tensor(array: Any, module: ModuleDelta) -> Tensor:
     flat = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    return flat.view(TORCH_DTYPES[module.dtype]).view(module.shape)
+    return flat.view(torch_dtype(module.dtype)).view(module.shape)
 
 
 def check_base(delta: DeltaFile, placement: Placement, *, group: Any) -> None:

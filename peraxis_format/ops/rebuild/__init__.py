@@ -46,11 +46,13 @@ def reconstruct(module: ModuleDelta, base: Array | None = None, *, backend: str 
     if module.encoding is Encoding.FULL:
         return np.array(module.full)  # SPEC 6.4
     ref = module.base
-    if ref is None or base is None or base.shape != ref.shape or base.dtype != ref.dtype.storage:
+    if ref is None or base is None or base.shape != ref.dtype.storage_shape(ref.shape):
         raise ShapeError(f"{module.name}: needs its base tensor, {ref}")
-    out: NDArray[Any] = np.empty(module.shape, module.dtype.storage)
-    kept = base[: module.kept] if module.shape else base
-    covered = out[: module.kept] if module.shape else out
+    if base.dtype != ref.dtype.storage:
+        raise ShapeError(f"{module.name}: needs its base tensor, {ref}")
+    out: NDArray[Any] = np.empty(module.dtype.storage_shape(module.shape), module.dtype.storage)
+    kept = ref.dtype.first_rows(base, ref.shape, module.kept)
+    covered = module.dtype.first_rows(out, module.shape, module.kept)
     if module.encoding is Encoding.SAME:
         # SPEC 6.3
         covered[...] = kept if ref.dtype is module.dtype else from_float32(to_float32(kept, ref.dtype), module.dtype)
@@ -60,7 +62,7 @@ def reconstruct(module: ModuleDelta, base: Array | None = None, *, backend: str 
     else:
         rebuild(module.factors(), kept, covered, base_dtype=ref.dtype, dtype=module.dtype, backend=backend)
     if module.tail is not None:
-        out[module.kept :] = module.tail  # SPEC 6.4
+        module.dtype.rows_from(out, module.shape, module.kept)[...] = module.tail  # SPEC 6.4
     if module.result is not None and hashlib.sha256(raw_bytes(out)).hexdigest() != module.result:
         fail("E405", field=module.name)  # SPEC 7.4
     return out

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peraxis_format.delta import Encoding
 from peraxis_format.errors import BindingError, LiveModelError
 from peraxis_format.manifest import Manifest, ModuleEntry
-from peraxis_format.ops.tensors import TORCH_DTYPES, dtype_of
+from peraxis_format.ops.tensors import dtype_of, torch_dtype
 from peraxis_format.torch.place.finder import FUSED, Finder
 from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, storage_key, whole
 from peraxis_format.torch.place.widened import holds_the_dtype, is_widened, narrowed
@@ -112,7 +112,7 @@ def _check(entry: ModuleEntry, part: ShardView) -> None:
         if dtype is not base.dtype and tuple(view.shape) == expected:
             raise BindingError(
                 "E403",
-                f"{dtype.value}, not {base.dtype.value}: load the model with dtype={TORCH_DTYPES[base.dtype]}",
+                f"{dtype.value}, not {base.dtype.value}: load the model with dtype={torch_dtype(base.dtype)}",
                 field=name,
             )
         if tuple(view.shape) != expected:

@@ -90,8 +90,8 @@ def apply_(
         return Applied(
             content_id=file.content_id,
             modules=len(file),
-            read_bytes=payload.reads.size,
-            verified_bytes=verified or payload.reads.size,
+            read_bytes=payload.bytes_read,
+            verified_bytes=verified or payload.bytes_read,
             uploads=device.counters.uploads - before,
             seconds=time.perf_counter() - started,
         )

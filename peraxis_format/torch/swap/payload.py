@@ -22,26 +22,18 @@ from peraxis_format.torch.device import Device
 from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.swap.transfer_plan import ALIGN, ByteRange, ModuleSlice, Transfer, piece, shift_masks
 
-__all__ = ["Payload", "Reads", "Residency", "check_pads", "check_transfer", "read_transfer"]
+__all__ = ["Payload", "Residency", "check_pads", "check_transfer", "read_transfer"]
 
 Residency = Literal["gpu", "pinned", "file"]
 _READ: Final = 4 << 20  # bytes that one thread reads at a time
-
-
-@dataclass(slots=True)
-class Reads:
-    """Counts the bytes that were read from a file."""
-
-    size: int = 0
-
 
 # --- reading and checking ------------------------------------------------------------------------------
 
 
 def read_transfer(
-    delta: DeltaFile, transfer: Transfer, target: Tensor, workers: ThreadPool, reads: Reads, direct: int | None = None
-) -> None:
-    """Fill a host buffer with a transfer's bytes, several threads at a time.
+    delta: DeltaFile, transfer: Transfer, target: Tensor, workers: ThreadPool, direct: int | None = None
+) -> int:
+    """Fill a host buffer with a transfer's bytes, several threads at a time. Returns their number.
 
     direct: a descriptor opened with O_DIRECT. Buffers begin at a page of the file, so a transfer of one range can be
     read in whole pages without the page cache; boxes, which are many short ranges, always use the page cache.
@@ -52,9 +44,9 @@ def read_transfer(
         workers.run(_direct_jobs(direct, run.source - run.target, raw_bytes(array)))
     else:
         workers.run(_read_jobs(delta, transfer.runs, raw_bytes(array)))
-    reads.size += sum(run.size for run in transfer.runs)
     for slice_ in transfer.modules:
         shift_masks(slice_, array)
+    return sum(run.size for run in transfer.runs)
 
 
 def _direct_jobs(descriptor: int, origin: int, target: memoryview) -> Iterator[Callable[[], None]]:
@@ -183,7 +175,7 @@ class Payload:
         self.direct = _open_direct(delta) if direct else None
         self.transfers = transfers
         self.residency = residency
-        self.reads = Reads()
+        self.bytes_read = 0
         self.size = sum(transfer.size - transfer.begin for transfer in transfers)
         self._kept: list[Tensor] = []
         self._stamp = _Stamp.of(delta)
@@ -195,7 +187,7 @@ class Payload:
     def _keep(self, transfer: Transfer, device: Device, ring: Ring, workers: ThreadPool) -> None:
         pages = -(-transfer.size // ALIGN) * ALIGN
         whole = device.host_buffer(pages) if self.residency == "pinned" else ring.host[0][:pages]
-        read_transfer(self.delta, transfer, whole, workers, self.reads, self.direct)
+        self.bytes_read += read_transfer(self.delta, transfer, whole, workers, self.direct)
         host = whole[: transfer.size]
         check_transfer(self.delta, transfer, host, workers)
         if self.residency == "pinned":

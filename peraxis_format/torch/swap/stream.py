@@ -51,13 +51,14 @@ def _pipeline(payload: Payload, engine: Engine, *, device: Device, ring: Ring, w
     transfers = payload.transfers
     uploaded: list[Any] = [None] * len(transfers)
     written: list[Any] = [None] * len(transfers)
-    reading: dict[int, Future[None]] = {}
+    reading: dict[int, Future[int]] = {}
     begun = device.record()
-    reader = ThreadPool(1) if payload.residency == "file" else None
+    # Two, so that the workers have the next transfer to read while the last parts of one are still under way.
+    reader = ThreadPool(DEPTH // 2) if payload.residency == "file" else None
 
-    def read(index: int) -> None:
+    def read(index: int) -> int:
         slot = ring.host[index % DEPTH][: -(-transfers[index].size // ALIGN) * ALIGN]
-        read_transfer(payload.delta, transfers[index], slot, workers, payload.reads, payload.direct)
+        return read_transfer(payload.delta, transfers[index], slot, workers, payload.direct)
 
     try:
         for t, transfer in enumerate(transfers):
@@ -68,7 +69,7 @@ def _pipeline(payload: Payload, engine: Engine, *, device: Device, ring: Ring, w
                         device.host_waits(uploaded[ahead - DEPTH])
                     reading[ahead] = reader.submit(partial(read, ahead))
             if reader is not None:
-                reading[t].result()
+                payload.bytes_read += reading[t].result()
                 host = ring.host[t % DEPTH][: transfer.size]
             else:
                 host = payload.host(t)

@@ -163,7 +163,7 @@ class VariantSwitch:
             if self._registry.device is not None:
                 self._registry.device.wait_all()
             uploads, uploaded = self._uploads()
-            read = 0 if target is None else target.payload.reads.size
+            read = 0 if target is None else target.payload.bytes_read
             try:
                 written = self._write(target)
             except BaseException as error:
@@ -179,7 +179,7 @@ class VariantSwitch:
                 residency=None if target is None else target.variant.residency,
                 epoch=self._epoch,
                 seconds=time.perf_counter() - started,
-                read=0 if target is None else target.payload.reads.size - read,
+                read=0 if target is None else target.payload.bytes_read - read,
                 uploads=after[0] - uploads,
                 uploaded=after[1] - uploaded,
                 written=written,

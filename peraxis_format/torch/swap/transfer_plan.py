@@ -34,7 +34,7 @@ from peraxis_format.torch.place.shards import Box, Placement, ShardView, whole
 __all__ = ["ALIGN", "TRANSFER_LIMIT", "ByteRange", "Field", "ModuleSlice", "Transfer", "cut_transfers", "piece"]
 
 ALIGN: Final = 4096
-TRANSFER_LIMIT: Final = 32 << 20  # bytes: a layer of an 8B model; four of them are the ring
+TRANSFER_LIMIT: Final = 64 << 20  # bytes: two layers of an 8B model; four of them are the ring
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,16 @@
 """Follower: the server's side of a chain.
 
-An update is checked before a weight is written: payload digests, decoding, and the digest of each new tensor, which
-also proves that the old tensor was the right one. Then it is written under the caller's lock. So an update is applied
-atomically, never twice and never out of order. Memory holds the update's bytes and a block of 1,048,576 weights, not a
-tensor; an anchor is held whole.
+An update is proven before a weight is written: payload digests, decoding, and the digest of what each tensor becomes,
+which also says that it is in the state that the update was made on. Then it is written, under the caller's lock. So an
+update is applied whole or not at all, never twice and never out of order. What is staged is the update's own bytes and
+a stretch of 2^20 weights (on a GPU 2^24), not a tensor; of an anchor all of it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +36,9 @@ from peraxis_format.torch.updates.source import UpdateFile, list_updates
 
 __all__ = ["Follower", "Poll", "UpdateError", "apply_update", "follow"]
 
-_STRETCH: Final = 16  # blocks to decode at a time
+_LOGGER: Final = logging.getLogger("peraxis")
+_STRETCH: Final = 16  # blocks
+_ON_DEVICE: Final = 16  # times as long on a device, which decodes all blocks of a stretch at once
 
 
 class UpdateError(LiveModelError):
@@ -116,8 +119,9 @@ def _stretches(view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Tens
         return
     flat = view.detach().reshape(-1)
     begin = 0
-    for first in range(0, index.size, _STRETCH):
-        part = index[first : first + _STRETCH]
+    length = _STRETCH * (_ON_DEVICE if view.is_cuda else 1)
+    for first in range(0, index.size, length):
+        part = index[first : first + length]
         live = flat[first * BLOCK : (first + part.size) * BLOCK]
         size = int((part >> 8).sum(dtype="int64"))
         yield live, moved(live, part, data[begin : begin + size], module.dtype)
@@ -188,7 +192,7 @@ class Follower:
             self._find_state(files)
         while (chosen := self._next(files, waiting)) is not None:
             try:
-                apply_update(self._target, chosen.path, lock=self._lock)
+                self._apply(chosen)
             except (PxdError, LiveModelError, OSError) as error:
                 waiting[chosen.path] = str(error)
                 continue
@@ -220,17 +224,29 @@ class Follower:
                 raise UpdateError(f"{path}: is already applied, or of another chain; the model is at step {self.step}")
             reason = f"made on {known[found.base].path}" if found.base in known else "a gap in front of it"
             raise UpdateError(f"{path}: {reason}, but the model is at step {self.step}")
-        apply_update(self._target, found.path, lock=self._lock)
+        self._apply(found)
         self._state, self.step = found.result, found.step
 
+    def _apply(self, file: UpdateFile) -> None:
+        """Apply a file, which must be the one that was listed. Raises UpdateError, PxdError."""
+        with DeltaFile(file.path) as delta:
+            if delta.content_id != file.content_id:
+                raise UpdateError(f"{file.path}: another file took its place; it is looked at again")
+            apply_update(self._target, delta, lock=self._lock)
+
     def start(self, *, every: float = 1.0) -> Follower:
-        """Poll every `every` seconds on a thread, until `close`."""
+        """Poll every so many seconds on a thread of its own, until `close`. What fails is logged and tried again."""
         if self._thread is not None:
             raise LiveModelError("this follower is already running")
 
         def run() -> None:
             while not self._stop.wait(every):
-                self.poll()
+                try:
+                    self.poll()
+                except Exception as error:  # one look that failed is not the last one
+                    _LOGGER.error(
+                        "%s: cannot be followed: %s; trying again", self.folder, error or type(error).__name__
+                    )
 
         self._thread = threading.Thread(target=run, daemon=True, name="peraxis-follow")
         self._thread.start()
@@ -269,13 +285,13 @@ class Follower:
         """Find the model's state in the chain by the digests of its tensors, the newest state first."""
         digests: dict[str, str] = {}
         for file in reversed(files):
-            with DeltaFile(file.path) as delta:
+            with contextlib.suppress(PxdError, OSError), DeltaFile(file.path) as delta:
                 if self._is_at(delta, digests):
                     self._state, self.step = file.result, file.step
                     return
         first = next((file for file in files if not file.is_anchor), None)
         if first is not None:
-            with DeltaFile(first.path) as delta:
+            with contextlib.suppress(PxdError, OSError), DeltaFile(first.path) as delta:
                 if self._is_at(delta, digests, before=True):
                     self._state, self.step = first.base, first.step - 1
 

@@ -19,7 +19,7 @@ _NAME: Final = re.compile(r"(step|anchor)-(\d+)\.pxd")
 class UpdateFile:
     """One file of a chain. base, result: digests over all tensors before and after (SPEC 3.11, 3.14).
 
-    An anchor needs no state before it.
+    An anchor needs no state before it. stamp: inode, bytes and time of change of the file that was read.
     """
 
     path: Path
@@ -29,6 +29,7 @@ class UpdateFile:
     previous: str | None
     base: str
     result: str
+    stamp: tuple[int, int, int] = (0, 0, 0)
 
 
 def step_name(step: int) -> str:
@@ -44,22 +45,26 @@ def anchor_name(step: int) -> str:
 def list_updates(folder: Path, known: dict[Path, UpdateFile] | None = None) -> tuple[list[UpdateFile], dict[Path, str]]:
     """The updates and anchors of a folder in the order of their steps, and the faults of files that cannot be read.
 
-    known: a cache of the files that were read; it is updated, so that a file is opened once.
+    known: what was read before, and is kept up to date: a file is opened once, and again where another took its place.
     """
     known = {} if known is None else known
     problems: dict[Path, str] = {}
     present = {path for path in folder.glob("*.pxd") if _NAME.fullmatch(path.name)}
     for gone in known.keys() - present:
         del known[gone]
-    for path in sorted(present - known.keys()):
+    for path in sorted(present):
         try:
-            known[path] = _read(path)
+            about = path.stat()
+            stamp = (about.st_ino, about.st_size, about.st_mtime_ns)
+            if path not in known or known[path].stamp != stamp:
+                known[path] = _read(path, stamp)
         except (PxdError, OSError) as error:
+            known.pop(path, None)
             problems[path] = str(error)
     return sorted(known.values(), key=lambda file: (file.step, file.is_anchor)), problems
 
 
-def _read(path: Path) -> UpdateFile:
+def _read(path: Path, stamp: tuple[int, int, int]) -> UpdateFile:
     match = _NAME.fullmatch(path.name)
     with DeltaFile(path) as delta:
         manifest = delta.manifest
@@ -73,4 +78,5 @@ def _read(path: Path) -> UpdateFile:
             previous=manifest.previous,
             base=manifest.base.digest,
             result=manifest.result,
+            stamp=stamp,
         )

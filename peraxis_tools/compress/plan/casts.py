@@ -26,6 +26,8 @@ def with_casts(plan: Plan, base: Safetensors, fine_tuned: Safetensors) -> Plan:
 def _with_cast(module: PlannedModule, base: Safetensors, fine_tuned: Safetensors) -> PlannedModule:
     if module.base_dtype in (None, module.dtype) or module.base_shape is None or not module.shape:
         return module
+    if not (module.dtype.is_float and module.base_dtype is not None and module.base_dtype.is_float):
+        return module
     rows = shared_rows(module.shape, module.base_shape)
     if rows is None or not all(_is_cast(module, base, fine_tuned, n) for n in (min(rows, _PROBED_ROWS), rows)):
         return module

@@ -11,17 +11,16 @@ from typing import Any, Final
 from peraxis_format import NAME, Safetensors, TensorInfo
 from peraxis_tools.assets import listed
 from peraxis_tools.checkpoint import Checkpoint
-from peraxis_tools.compress.plan.plan import EXACT, TABLES, Plan, table_or_kind
+from peraxis_tools.compress.plan.plan import TABLES, table_or_kind
 from peraxis_tools.compress.plan.quantised import quantisation_of, unmerged_adapter
 from peraxis_tools.compress.plan.renaming import base_names, renaming_text
 from peraxis_tools.errors import ToolError
 from peraxis_tools.kinds import kind_of
 from peraxis_tools.notes import note
 
-__all__ = ["check_pair", "check_saving", "named_as_base", "tied_pairs"]
+__all__ = ["check_pair", "named_as_base", "quantised_side", "tied_pairs"]
 
 _SHOWN: Final = 3
-SAVING_MIN: Final = 1.25  # a plan with a smaller ratio needs --force
 _DIMENSIONS_MAX: Final = 8
 
 
@@ -48,7 +47,7 @@ def check_pair(base: Checkpoint, fine_tuned: Checkpoint) -> None:
     _check_tensors(fine_tuned, base_infos)
     pair = f"{base.tensors.label} and {fine_tuned.tensors.label}"
     shared = [name for name in tuned_infos if name in base_infos]
-    reason = _quantised(base, fine_tuned)
+    reason = quantised_side(base, fine_tuned)
     if not shared:
         theirs, ours = listed(sorted(base_infos), _SHOWN), listed(sorted(tuned_infos), _SHOWN)
         why = reason or f"no tensor has the same name (base has {theirs}; fine-tuned {ours})"
@@ -69,30 +68,8 @@ def check_pair(base: Checkpoint, fine_tuned: Checkpoint) -> None:
         note(f"{fine_tuned.tensors.label}: lacks {len(dropped)} of the base's tensors: {listed(dropped, _SHOWN)}")
 
 
-def check_saving(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, *, force: bool) -> None:
-    """Raise ToolError if the plan saves little, with the reason; with force this is only a note."""
-    if plan.full_bytes >= SAVING_MIN * plan.payload_bytes:
-        return
-    lost: dict[str, int] = defaultdict(int)
-    for module in plan.modules:
-        if not module.components:
-            lost[module.reason] += module.payload_bytes
-    reason = max(lost, key=lambda key: lost[key], default="")
-    if reason == EXACT:  # requested; its size depends on the number of changes, which the plan does not know
-        return
-    count = sum(module.reason == reason for module in plan.modules)
-    why = _quantised(base, fine_tuned) or f"{count} tensors are stored whole ({reason}); check that this is the base"
-    message = (
-        f"{fine_tuned.tensors.label}: a delta would take {plan.payload_bytes} of {plan.full_bytes} bytes: {why}, or "
-        "pass --force"
-    )
-    if not force:
-        raise ToolError(message)
-    note(message.removesuffix(", or pass --force"))
-
-
-def _quantised(base: Checkpoint, fine_tuned: Checkpoint) -> str | None:
-    """Text that names the quantised checkpoint and its remedy; None if neither is quantised."""
+def quantised_side(base: Checkpoint, fine_tuned: Checkpoint) -> str | None:
+    """Which of the two is quantised, and what to pass instead; None where neither is."""
     for side, checkpoint in (("base", base), ("fine-tune", fine_tuned)):
         found = quantisation_of(checkpoint.tensors.infos(), _config(checkpoint))
         if found is not None:

@@ -18,10 +18,21 @@ from peraxis_format import Axis, DType, Encoding, payload_size, tensor_shapes
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.kinds import execution_key, kind_of, layer_of
 
-__all__ = ["EXACT", "TABLES", "Plan", "PlannedModule", "TensorLike", "module_bytes", "plan", "table_or_kind"]
+__all__ = [
+    "EXACT",
+    "TABLES",
+    "WITHIN_BUDGET",
+    "Plan",
+    "PlannedModule",
+    "TensorLike",
+    "module_bytes",
+    "plan",
+    "table_or_kind",
+]
 
 _AUTO_EMBEDDING_MASKS: Final = 3
-EXACT: Final = "exact"  # the reason of tensors that were requested losslessly
+EXACT: Final = "exact"  # the reason of what was asked for losslessly
+WITHIN_BUDGET: Final = "within the budget"
 TABLES: Final = ("embedding", "lm_head")
 
 
@@ -89,7 +100,7 @@ class Plan:
         for module in self.modules:
             encoding, components = choices.get(module.name, (module.encoding, module.components))
             changed = (encoding, components) != (module.encoding, module.components)
-            reason = "the budget buys more elsewhere" if encoding is Encoding.SAME else "within the budget"
+            reason = "the budget buys more elsewhere" if encoding is Encoding.SAME else WITHIN_BUDGET
             reason = "" if encoding is Encoding.SIGN else reason if changed else module.reason
             modules.append(replace(module, components=components, encoding=encoding, reason=reason))
         return replace(self, modules=tuple(modules))

@@ -26,7 +26,8 @@ _SUFFIXES: Final = (
     (".input_scale", "FP8"),
     ("_blocks", "MXFP4"),
 )
-_FLOAT8: Final = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
+# Types that only quantised matrices have, by the bits of an element.
+_SMALL_FLOATS: Final = {4: "FP4", 6: "FP6", 8: "FP8"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +43,8 @@ def quantisation_of(infos: Iterable[TensorInfo], config: Mapping[str, Any] | Non
     infos = list(infos)
     names = {info.name for info in infos}
     for info in infos:
-        if info.dtype.value in _FLOAT8 and len(info.shape) >= 2:
-            return Quantisation(method="FP8", example=info.name)
+        if info.dtype.value.startswith(("F4", "F6", "F8")) and len(info.shape) >= 2:
+            return Quantisation(method=_SMALL_FLOATS[info.dtype.bits], example=info.name)
         for suffix, method in _SUFFIXES:
             if info.name.endswith(suffix) and (method != "MXFP4" or _is_mxfp4(info, names)):
                 return Quantisation(method=method, example=info.name)

@@ -11,7 +11,7 @@ import numpy as np
 
 from peraxis_format import Array, DType, from_float32, raw_bytes, to_float32
 
-__all__ = ["first_rows", "is_unchanged", "shared_rows"]
+__all__ = ["is_unchanged", "shared_rows"]
 
 _BLOCK: Final = 1 << 18  # elements of one block
 
@@ -24,11 +24,6 @@ def shared_rows(shape: tuple[int, ...], base_shape: tuple[int, ...]) -> int | No
     if len(shape) != len(base_shape) or shape[1:] != base_shape[1:]:
         return None
     return min(shape[0], base_shape[0]) if shape else 1
-
-
-def first_rows(array: Array, rows: int) -> Array:
-    """The first rows; an array without dimensions is one row."""
-    return np.atleast_1d(array)[:rows]
 
 
 def is_unchanged(base: Array, fine_tuned: Array, *, base_dtype: DType, dtype: DType) -> bool:

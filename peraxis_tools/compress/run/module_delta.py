@@ -20,7 +20,7 @@ from peraxis_tools.compress.fit.mean import mean_components
 from peraxis_tools.compress.options import AUTO, CompressOptions
 from peraxis_tools.compress.plan.finite import check_finite
 from peraxis_tools.compress.plan.plan import TABLES, PlannedModule
-from peraxis_tools.compress.plan.unchanged import first_rows, is_unchanged, shared_rows
+from peraxis_tools.compress.plan.unchanged import is_unchanged, shared_rows
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 
 __all__ = ["base_ref", "module_delta"]
@@ -40,17 +40,18 @@ def module_delta(
     base_array = base.read(module.name)
     ref = base_ref(base[module.name], base_array)
     kept = shared_rows(module.shape, module.base_shape)
-    tail = tuned_array[kept:] if kept is not None and module.shape and kept < module.shape[0] else None
+    grown = kept is not None and module.shape and kept < module.shape[0]
+    tail = module.dtype.rows_from(tuned_array, module.shape, kept) if kept is not None and grown else None
     if kept is not None and is_unchanged(
-        first_rows(base_array, kept),
-        first_rows(tuned_array, kept),
+        module.base_dtype.first_rows(base_array, module.base_shape, kept),
+        module.dtype.first_rows(tuned_array, module.shape, kept),
         base_dtype=module.base_dtype,
         dtype=module.dtype,
     ):
         return _same(module, ref, tail), None
     if module.encoding is Encoding.FULL:
         if options.is_exact(module.name) or (options.exact == AUTO and (fitted is None or fitted.full is None)):
-            return lossless_module(module.name, tuned_array, module.dtype, old=base_array, base=ref, threads=1), None
+            return _lossless(module, ref, base_array, tuned_array), None
         whole = tuned_array if fitted is None or fitted.full is None else fitted.full
         return _full(module, ref, whole), None if fitted is None else fitted.report
     components: tuple[Component, ...] = ()
@@ -82,10 +83,14 @@ def module_delta(
         tail=tail,
     )
     if options.exact == AUTO:
-        lossless = lossless_module(module.name, tuned_array, module.dtype, old=base_array, base=ref, threads=1)
+        lossless = _lossless(module, ref, base_array, tuned_array)
         if _stored_bytes(lossless) < _stored_bytes(delta):
             return lossless, None
     return delta, report
+
+
+def _lossless(module: PlannedModule, ref: BaseRef, base: Array, fine_tuned: Array) -> ModuleDelta:
+    return lossless_module(module.name, fine_tuned, module.dtype, shape=module.shape, old=base, base=ref, threads=1)
 
 
 def _stored_bytes(module: ModuleDelta) -> int:

@@ -29,9 +29,10 @@ from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import spend
 from peraxis_tools.compress.plan.casts import with_casts
 from peraxis_tools.compress.plan.finite import check_pair_finite
-from peraxis_tools.compress.plan.pairing import check_pair, check_saving, named_as_base, tied_pairs
+from peraxis_tools.compress.plan.pairing import check_pair, named_as_base, tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
 from peraxis_tools.compress.plan.record import PLAN_KEY, REPORT_KEY, plan_text, report_text
+from peraxis_tools.compress.plan.saving import check_saving, saves
 from peraxis_tools.compress.plan.size import foretold
 from peraxis_tools.compress.run.module_delta import module_delta
 from peraxis_tools.compress.run.streamed import StreamedFit
@@ -130,12 +131,12 @@ def _compress_pair(
     with _fitting(base, fine_tuned, output, options, progress) as fitting:
         if options.has_target:
             planned = spend(planned, fitting.errors(planned), fine_tuned, options)
-        planned = foretold(planned, base, fine_tuned, options)
+            planned = _foretold(planned, base, fine_tuned, options, force=force)
         if show_plan is not None:
             show_plan(planned)
         fit = fitting.fit(planned)
         if fitting.writes:
-            written = _write(base, fine_tuned, fit, output, options, progress, overwrite=overwrite)
+            written = _write(base, fine_tuned, fit, output, options, progress, overwrite=overwrite, force=force)
     if written is None:
         with open_delta(output) as delta:
             written = delta.manifest, delta.size
@@ -167,7 +168,7 @@ def _matched(base: Checkpoint, fine_tuned: Checkpoint, base_id: str | None) -> t
 def _planned(
     base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, progress: Progress, *, force: bool
 ) -> Plan:
-    """The plan before a target is spent. Reads the pair's weights if a fit will use them."""
+    """The plan, held to what it saves unless a target is to be spent. Reads the pair's weights where a fit will."""
     planned = plan(
         fine_tuned={info.name: info for info in fine_tuned.tensors.infos()},
         base={info.name: info for info in base.tensors.infos()},
@@ -176,9 +177,18 @@ def _planned(
     )
     planned = with_casts(planned, base.tensors, fine_tuned.tensors)
     if not options.has_target:
-        check_saving(planned, base, fine_tuned, force=force)
+        planned = _foretold(planned, base, fine_tuned, options, force=force)
     if options.has_target or options.resolved_fit != "none":
         check_pair_finite(planned.modules, base.tensors, fine_tuned.tensors, progress)
+    return planned
+
+
+def _foretold(
+    planned: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, *, force: bool
+) -> Plan:
+    """The plan with the size of its file, which must save enough."""
+    planned = foretold(planned, base, fine_tuned, options)
+    check_saving(planned, base, fine_tuned, size=planned.file_bytes or 0, force=force)
     return planned
 
 
@@ -191,8 +201,9 @@ def _write(
     progress: Progress,
     *,
     overwrite: bool,
+    force: bool,
 ) -> tuple[Manifest, int]:
-    """Write the file. Returns its manifest and its size in bytes."""
+    """Write the file, unless it saves too little. Returns its manifest and its bytes."""
     planned = fit.plan
     reports: dict[str, ModuleReport] = {}
     with DeltaWriter(
@@ -233,6 +244,8 @@ def _write(
         if said := report_text(names, lines):
             writer.metadata[REPORT_KEY] = said
         writer.metadata.update(fit.metadata)
+        if saves(planned, planned.file_bytes or 0):  # else it has been said, and forced
+            check_saving(planned, base, fine_tuned, size=writer.file_size(), force=force)
         return writer.finish(), writer.size
 
 
