@@ -4,8 +4,8 @@
     F32 -> BF16   (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16        nearest, ties to even; integers only
     F16 <-> F32   IEEE conversions of numpy (nearest-even, subnormals kept)
 
-numpy has no bfloat16: a BF16 tensor is carried as its bit patterns in uint16. The array that holds a
-tensor's bytes, whatever the dtype, is called its storage array. F8 tensors are carried as uint8. F4 and F6 tensors
+numpy has no bfloat16, so a BF16 tensor is represented by its bit patterns in uint16. The array with a tensor's bytes is
+called its storage array for every dtype. F8 tensors are represented as uint8. F4 and F6 tensors
 pack their elements, which have no place of their own: their storage array is flat, uint8 [bytes].
 """
 

@@ -85,7 +85,7 @@ def _check_limits(manifest: Manifest) -> None:
 
 
 def _check_shape(shape: tuple[int, ...], dtype: DType, path: str) -> None:
-    # SPEC 3.8: as of a record (2.14), since what is the base's has none.
+    # SPEC 3.8: the limits of a record (2.14), because a base tensor has no record.
     if len(shape) > DIMENSIONS_MAX or 0 in shape or dtype.size_of(shape) >= TENSOR_MAX or not dtype.fits(shape):
         fail("E208", f"shape {list(shape[:9])}", field=path)
 

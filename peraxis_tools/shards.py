@@ -73,9 +73,9 @@ def shard_header(tensors: Iterable[TensorSpec]) -> bytes:
 
 
 def write_tensor(file: BinaryIO, spec: TensorSpec, array: Array) -> None:
-    """Write one tensor's bytes. Raises ValueError where the array is not the tensor that the header announced."""
+    """Write one tensor's bytes. Raises ValueError if the array does not have the dtype and shape of the header."""
     if array.shape != spec.dtype.storage_shape(spec.shape) or array.dtype != spec.dtype.storage:
-        raise ValueError(f"{spec.name}: {array.dtype} {array.shape} in the place of {spec}")
+        raise ValueError(f"{spec.name}: {array.dtype} {array.shape} instead of {spec}")
     file.write(raw_bytes(array))
 
 

@@ -30,7 +30,7 @@ __all__ = ["UpdateResult", "compact", "count_changed", "open_chain", "update"]
 
 _AHEAD_BYTES: Final = 512 << 20
 _PACKED_BLOCK: Final = 3 << 18  # bytes; every 3 hold whole elements of 4 or 6 bits
-_HELD: Final = 3  # of a tensor's bytes: itself, what it was, and what is written
+_HELD: Final = 3  # times a tensor's bytes: the new one, the old one, and the written one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +153,7 @@ class _Job:
 
 
 def _module(job: _Job, name: str) -> tuple[pxd.ModuleDelta, int]:
-    """A tensor as it is stored, and how many of its elements differ."""
+    """A tensor for the writer, and the number of its elements that differ."""
     array, (dtype, shape) = job.new.read(name), (job.new[name].dtype, job.new[name].shape)
     if name not in job.old:
         return pxd.lossless_module(name, array, dtype, shape=shape), math.prod(shape)

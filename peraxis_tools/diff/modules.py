@@ -133,7 +133,7 @@ def _scale(a: Sequence[Packed], b: Sequence[Packed]) -> float | None:
 
 
 def _new_rows(file_a: pxd.DeltaFile, file_b: pxd.DeltaFile, name: str) -> tuple[str, ...]:
-    """Rows beyond the base have no delta, so they count in no distance and no norm; where they differ, it is told."""
+    """A note if rows beyond the base differ. They have no delta, so no distance or norm includes them."""
     tails = [_tail_rows(file[name]) for file in (file_a, file_b)]
     if tails[0] is None or tails[1] is None or tails[0].shape != tails[1].shape or tails[0].dtype != tails[1].dtype:
         return ()

@@ -156,7 +156,7 @@ def apply_kernel(
     term = terms + tl.load(record + 5) * 5
     first = _term(buffer, term, rows, groups, columns, d_out, d_in, ROWS_, COLUMNS_, ALIGNED)
     total = widen(bits, KIND) + first
-    # A `while`: the interpreter's range() does not take loaded numbers.
+    # A `while` loop, because the interpreter's range() does not accept loaded numbers.
     left = tl.load(record + 6) - 1
     while left > 0:
         term += 5

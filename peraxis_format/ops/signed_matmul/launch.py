@@ -33,7 +33,7 @@ _SPLIT_MOST: Final = 8
 class FactorTable:
     """The addresses of the components of rows [begin, end) of a weight. terms: see triton.py; `most` for each variant.
 
-    plain: none has a col. aligned: all masks begin at multiples of 16.
+    plain: no component has a col. aligned: all masks begin at multiples of 16.
     """
 
     begin: int

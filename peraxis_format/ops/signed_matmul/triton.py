@@ -10,8 +10,8 @@ Rows of x are sorted by variant and cut into tiles of one variant each:
     order   int32 [M], row of x in sorted order           tiles   int32 [tiles, 3]: variant, first, count
     terms   int64 [variants, TERMS, 3]: addresses of mask (U8 [N, ceil(K/8)]; 0: no such component), row (F32 [N], 2^e
             folded in), col (F32 [K]; 0: ones)
-K is a constant of the weights, so that loops over it are plain pipelined loops; what a batch changes never is one, so
-that nothing is compiled while it is served. ALIGNED: masks begin at multiples of 16.
+K is a constant of the weights, so loops over it are plain pipelined loops. Values that change with a batch are not
+constants, so nothing is compiled while serving. ALIGNED: masks begin at multiples of 16.
 
 Signs are the left operand of a tensor core: of a word of a mask the 32 +-1 of BF16 are made two at a time, since one
 shift moves bits t and t + 16 to the two sign bits of a register:

@@ -37,7 +37,7 @@ from peraxis_format.torch.updates.source import UpdateFile, list_updates
 __all__ = ["Follower", "Poll", "UpdateError", "apply_update", "follow"]
 
 _LOGGER: Final = logging.getLogger("peraxis")
-_STRETCH: Final = 16  # blocks
+_STRETCH: Final = 16  # blocks to decode at a time
 _ON_DEVICE: Final = 16  # times as long on a device, which decodes all blocks of a stretch at once
 
 

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _AUTO_EMBEDDING_MASKS: Final = 3
-EXACT: Final = "exact"  # the reason of what was asked for losslessly
+EXACT: Final = "exact"  # the reason of tensors that were requested losslessly
 WITHIN_BUDGET: Final = "within the budget"
 TABLES: Final = ("embedding", "lm_head")
 
