@@ -147,7 +147,7 @@ class DeltaWriter:
         return result_digest(self._modules)
 
     def file_size(self) -> int:
-        """Bytes that the file would have if it were finished now."""
+        """The bytes of the file if it were finished now."""
         return file_size(self._manifest(), [size for _, size in self._assets])
 
     def finish(self) -> Manifest:

@@ -55,12 +55,12 @@ def log(folder: str | Path) -> ChainLog:
 
 
 def folds(links: Sequence[Link]) -> list[Link]:
-    """Those that two or more of the others stand for: these begin where it does, and lead to its result."""
+    """The updates that a chain of two or more others replaces: one with the same base and the same result."""
     known = {link.content_id for link in links}
     after: dict[str, list[Link]] = {}
     starts: dict[tuple[str, str | None], list[Link]] = {}
     for link in links:
-        # What an update follows that names no other one here is told by the state that it was made on.
+        # The predecessor of an update that names none here follows from its base state.
         named = link.previous is not None and link.previous in known
         after.setdefault(link.previous if named and link.previous else link.base, []).append(link)
         starts.setdefault((link.base, link.previous), []).append(link)
@@ -97,7 +97,7 @@ def _entry(link: Link) -> LogEntry:
 
 
 def _changed(text: str, weights: int) -> int | None:
-    """The number of changed weights that a writer noted, where it is one: anybody can write anything there."""
+    """The number of changed weights that a writer noted; None if it is not a valid number."""
     if not re.fullmatch(r"[0-9]{1,16}", text) or int(text) > weights:
         return None
     return int(text)

@@ -29,7 +29,7 @@ from peraxis_tools.progress import Progress, Steps, watched
 __all__ = ["UpdateResult", "compact", "count_changed", "open_chain", "update"]
 
 _AHEAD_BYTES: Final = 512 << 20
-_PACKED_BLOCK: Final = 3 << 18  # bytes; every 3 hold whole elements of 4 or 6 bits
+_PACKED_BLOCK: Final = 3 << 18  # bytes; each 3 bytes are whole elements of 4 or 6 bits
 _HELD: Final = 3  # times a tensor's bytes: the new one, the old one, and the written one
 
 
@@ -163,7 +163,7 @@ def _module(job: _Job, name: str) -> tuple[pxd.ModuleDelta, int]:
     module = pxd.lossless_module(name, array, dtype, shape=shape, old=before, base=ref, prefer=job.prefer, threads=1)
     resized = (info.dtype, info.shape) != (dtype, shape)
     if resized and module.encoding is pxd.Encoding.SAME:
-        # SPEC 3.14: the result of `same` is known where the shape is the base's, and an update must say it.
+        # SPEC 3.14: the result of `same` is known if the shape is the base's, and an update must have it.
         module = pxd.ModuleDelta(name=name, shape=shape, dtype=dtype, encoding=pxd.Encoding.FULL, base=ref, full=array)
     if dtype.is_packed:
         return module, math.prod(shape) if resized else _count_changed_packed(before, array, dtype)
@@ -236,7 +236,7 @@ def count_changed(old: pxd.Array, new: pxd.Array) -> int:
 
 
 def _count_changed_packed(old: pxd.Array, new: pxd.Array, dtype: pxd.DType) -> int:
-    """Elements of a packed type whose bits differ, counted from the least significant bit. old, new: uint8 [bytes]."""
+    """The number of elements of a packed type whose bits differ. old, new: uint8 [bytes]."""
     count = 0
     for begin in range(0, old.size, _PACKED_BLOCK):
         differing: pxd.Array = old[begin : begin + _PACKED_BLOCK] ^ new[begin : begin + _PACKED_BLOCK]

@@ -57,7 +57,7 @@ class LiveModel:
     def use(self, name: str | None) -> Swap | None:
         """Swap the model to a variant, or to the base. Returns None if no variant was ever staged.
 
-        Raises SwapError: the model is then what it was. LiveModelError for an unknown name.
+        Raises SwapError, the model is then unchanged; LiveModelError for an unknown name.
         """
         if self._switch is None:
             if name is not None:
@@ -69,7 +69,7 @@ class LiveModel:
             repack(self._model)
 
     def remove(self, name: str) -> None:
-        """Forget a variant. Raises LiveModelError for the one in use, and for an unknown one."""
+        """Remove a variant. Raises LiveModelError for the one in use, and for an unknown one."""
         if self._switch is None:
             raise LiveModelError(f"no variant {name!r} is staged")
         self._switch.remove(name)
@@ -89,5 +89,5 @@ class LiveModel:
             self._names = names
         elif not set(names) <= set(self._names):
             extra = next(name for name in names if name not in self._names)
-            raise LiveModelError(f"{extra}: the variants that are staged have no such tensor; restart the server")
+            raise LiveModelError(f"{extra}: the staged variants do not have this tensor; restart the server")
         return self._switch

@@ -3,7 +3,7 @@
 An update is proven before a weight is written: payload digests, decoding, and the digest of what each tensor becomes,
 which also says that it is in the state that the update was made on. Then it is written, under the caller's lock. So an
 update is applied whole or not at all, never twice and never out of order. What is staged is the update's own bytes and
-a stretch of 2^20 weights (on a GPU 2^24), not a tensor; of an anchor all of it.
+a block of 2^20 weights (on a GPU 2^24), not a tensor; an anchor is held whole.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["Follower", "Poll", "UpdateError", "apply_update", "follow"]
 
 _LOGGER: Final = logging.getLogger("peraxis")
 _STRETCH: Final = 16  # blocks to decode at a time
-_ON_DEVICE: Final = 16  # times as long on a device, which decodes all blocks of a stretch at once
+_ON_DEVICE: Final = 16  # times as many on a device, which decodes all these blocks at once
 
 
 class UpdateError(LiveModelError):
@@ -231,11 +231,11 @@ class Follower:
         """Apply a file, which must be the one that was listed. Raises UpdateError, PxdError."""
         with DeltaFile(file.path) as delta:
             if delta.content_id != file.content_id:
-                raise UpdateError(f"{file.path}: another file took its place; it is looked at again")
+                raise UpdateError(f"{file.path}: was replaced by another file; it is tried again")
             apply_update(self._target, delta, lock=self._lock)
 
     def start(self, *, every: float = 1.0) -> Follower:
-        """Poll every so many seconds on a thread of its own, until `close`. What fails is logged and tried again."""
+        """Poll every `every` seconds on a thread, until `close`. A failure is logged and tried again."""
         if self._thread is not None:
             raise LiveModelError("this follower is already running")
 
@@ -243,7 +243,7 @@ class Follower:
             while not self._stop.wait(every):
                 try:
                     self.poll()
-                except Exception as error:  # one look that failed is not the last one
+                except Exception as error:  # a failed poll must not end the thread
                     _LOGGER.error(
                         "%s: cannot be followed: %s; trying again", self.folder, error or type(error).__name__
                     )

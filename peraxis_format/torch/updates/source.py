@@ -19,7 +19,7 @@ _NAME: Final = re.compile(r"(step|anchor)-(\d+)\.pxd")
 class UpdateFile:
     """One file of a chain. base, result: digests over all tensors before and after (SPEC 3.11, 3.14).
 
-    An anchor needs no state before it. stamp: inode, bytes and time of change of the file that was read.
+    An anchor needs no state before it. stamp: inode, size and time of change of the file that was read.
     """
 
     path: Path
@@ -45,7 +45,8 @@ def anchor_name(step: int) -> str:
 def list_updates(folder: Path, known: dict[Path, UpdateFile] | None = None) -> tuple[list[UpdateFile], dict[Path, str]]:
     """The updates and anchors of a folder in the order of their steps, and the faults of files that cannot be read.
 
-    known: what was read before, and is kept up to date: a file is opened once, and again where another took its place.
+    known: a cache of the files that were read; it is updated, so that a file is opened once, and again if it was
+    replaced.
     """
     known = {} if known is None else known
     problems: dict[Path, str] = {}

@@ -168,7 +168,7 @@ def _matched(base: Checkpoint, fine_tuned: Checkpoint, base_id: str | None) -> t
 def _planned(
     base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, progress: Progress, *, force: bool
 ) -> Plan:
-    """The plan, held to what it saves unless a target is to be spent. Reads the pair's weights where a fit will."""
+    """The plan; without a target its saving is checked. Reads the pair's weights if a fit will use them."""
     planned = plan(
         fine_tuned={info.name: info for info in fine_tuned.tensors.infos()},
         base={info.name: info for info in base.tensors.infos()},
@@ -186,7 +186,7 @@ def _planned(
 def _foretold(
     planned: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, *, force: bool
 ) -> Plan:
-    """The plan with the size of its file, which must save enough."""
+    """The plan with the size of its file, whose saving is checked."""
     planned = foretold(planned, base, fine_tuned, options)
     check_saving(planned, base, fine_tuned, size=planned.file_bytes or 0, force=force)
     return planned
@@ -203,7 +203,7 @@ def _write(
     overwrite: bool,
     force: bool,
 ) -> tuple[Manifest, int]:
-    """Write the file, unless it saves too little. Returns its manifest and its bytes."""
+    """Write the file, unless it saves too little. Returns its manifest and its size in bytes."""
     planned = fit.plan
     reports: dict[str, ModuleReport] = {}
     with DeltaWriter(
@@ -244,7 +244,7 @@ def _write(
         if said := report_text(names, lines):
             writer.metadata[REPORT_KEY] = said
         writer.metadata.update(fit.metadata)
-        if saves(planned, planned.file_bytes or 0):  # else it has been said, and forced
+        if saves(planned, planned.file_bytes or 0):  # otherwise the note was made, and it is forced
             check_saving(planned, base, fine_tuned, size=writer.file_size(), force=force)
         return writer.finish(), writer.size
 
