@@ -1,4 +1,4 @@
-"""`merge`: sums are what dense arithmetic gives, within the bounds that are stated; what is needed is asked for first."""
+"""`merge`: sums are what dense arithmetic gives, within the stated bounds; a base is asked for before any work."""
 
 from __future__ import annotations
 
