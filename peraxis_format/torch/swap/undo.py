@@ -28,7 +28,7 @@ from torch import Tensor
 from peraxis_format.delta import ComponentFactors
 from peraxis_format.dtypes import Array, DType
 from peraxis_format.errors import LiveModelError, PxdError
-from peraxis_format.ops.exact import BLOCK, encode
+from peraxis_format.ops.exact import BLOCK, apply, encode
 from peraxis_format.ops.exact.torch import moved
 from peraxis_format.ops.rebuild import rebuild_tensor
 from peraxis_format.ops.rebuild.torch import ComponentTensors
@@ -228,7 +228,12 @@ def _logged(stretch: _Stretch, base: Tensor, new: Tensor) -> _Entry:
 def _taken_back(stretch: _Stretch, entry: _Entry, new: Tensor) -> Tensor:
     if entry.index is None:
         return from_storage(entry.data.copy(), stretch.dtype).to(new.device)
-    return moved(stretch.back(new), entry.index, entry.data, stretch.dtype)
+    near = stretch.back(new)
+    if near.is_cuda:
+        return moved(near, entry.index, entry.data, stretch.dtype)
+    base = near.clone() if near is new else near
+    apply(storage_array(base), entry.index, entry.data, stretch.dtype, threads=1)
+    return base
 
 
 def _foreign(stretch: _Stretch) -> LiveModelError:
