@@ -25,7 +25,7 @@ from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Progress, Steps, watched
 
-__all__ = ["UpdateResult", "compact", "count_changed", "open_chain", "update"]
+__all__ = ["UpdateJob", "UpdateResult", "compact", "count_changed", "open_chain", "update", "write_update"]
 
 _AHEAD_BYTES: Final = 512 << 20
 _HELD: Final = 3  # of a tensor's bytes: itself, what it was, and what is written
@@ -79,7 +79,7 @@ def update(
         check_pair(Checkpoint(state, before.identity, before.folder), fine_tuned)
         known = dict(before.assets())
         assets = {path: data for path, data in fine_tuned.assets() if known.get(path) != data}
-        job = _Job(
+        job = UpdateJob(
             output=Path(output),
             old=state,
             new=fine_tuned.tensors,
@@ -91,7 +91,7 @@ def update(
             base=links[-1].result if links else None,
         )
         with watched(progress, "update", job.new.size) as step:
-            return _written(job, step)
+            return write_update(job, step)
 
 
 def compact(
@@ -118,7 +118,7 @@ def compact(
             with pxd.open(link.path) as file:
                 assets.update({asset.path: file.asset(asset.path) for asset in file.manifest.assets})
                 fine_tuned = file.manifest.fine_tuned
-        job = _Job(
+        job = UpdateJob(
             output=Path(output),
             old=ChainState(checkpoint.tensors, ()),
             new=state,
@@ -131,11 +131,11 @@ def compact(
             result=links[-1].result,
         )
         with watched(progress, "compact", job.new.size) as step:
-            return _written(job, step)
+            return write_update(job, step)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
+class UpdateJob:
     """A file from one state to another. base, result: the digests that it must have, where they are known before."""
 
     output: Path
@@ -150,7 +150,7 @@ class _Job:
     result: str | None = None
 
 
-def _module(job: _Job, name: str) -> tuple[pxd.ModuleDelta, int]:
+def _module(job: UpdateJob, name: str) -> tuple[pxd.ModuleDelta, int]:
     """A tensor as it is stored, and how many of its elements differ."""
     array, dtype = job.new.read(name), job.new[name].dtype
     if name not in job.old:
@@ -162,7 +162,8 @@ def _module(job: _Job, name: str) -> tuple[pxd.ModuleDelta, int]:
     return module, count_changed(before, array)
 
 
-def _written(job: _Job, step: Steps) -> UpdateResult:
+def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
+    """Write the file. step: is called with bytes of the new state. Raises CheckFailedError, PxdError, OSError."""
     tied = tied_pairs(job.new)
     aliases = {alias for _, alias in tied}
     names = sorted((name for name in job.new if name not in aliases), key=execution_key)
@@ -209,7 +210,7 @@ def _written(job: _Job, step: Steps) -> UpdateResult:
     )
 
 
-def _prove(job: _Job, writer: pxd.DeltaWriter) -> None:
+def _prove(job: UpdateJob, writer: pxd.DeltaWriter) -> None:
     """The file fits into its chain. Raises CheckFailedError before it is written."""
     if job.base is not None and writer.base_digest != job.base:
         raise CheckFailedError(
