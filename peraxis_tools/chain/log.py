@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import peraxis_format as pxd
-from peraxis_tools.chain.order import Link, chain_order, link_of
-from peraxis_tools.errors import ToolError
+from peraxis_format.hub import hub_name
+from peraxis_tools.chain.order import Link, chain_order, is_fold, link_from
+from peraxis_tools.remote import is_remote, listed, local_copy, remote_file
+from peraxis_tools.urls import without_secrets
 
 __all__ = ["CHANGED", "ChainLog", "LogEntry", "log"]
 
@@ -39,50 +40,44 @@ class ChainLog:
     folded: tuple[LogEntry, ...]
 
 
-def log(folder: str | Path) -> ChainLog:
-    """Read the headers of every .pxd of a folder. Raises ToolError, PxdError, CheckFailedError for a broken chain."""
-    paths = sorted(Path(folder).glob("*.pxd"))
-    if not paths:
-        raise ToolError(f"{folder}: holds no .pxd files")
-    links = [link_of(path) for path in paths]
+def log(source: str | Path) -> ChainLog:
+    """Read the headers of every .pxd of a folder, which may be a URL or a repository on the hub.
+
+    Of a URL headers alone are fetched. Raises ToolError, PxdError, CheckFailedError for a broken chain.
+    """
+    read = [_read(file) for file in listed(source)]
+    entries = {link.content_id: entry for link, entry in read}
+    links = [link for link, _ in read]
     folds = [link for link in links if is_fold(link, links)]
     ordered = chain_order([link for link in links if link not in folds])
     return ChainLog(
-        folder=str(folder), updates=tuple(map(_entry, ordered)), folded=tuple(_entry(link) for link in folds)
+        folder=without_secrets(str(source)),
+        updates=tuple(entries[link.content_id] for link in ordered),
+        folded=tuple(entries[link.content_id] for link in folds),
     )
 
 
-def is_fold(link: Link, links: Sequence[Link]) -> bool:
-    """Whether two or more of the others lead from its base to its result."""
-    ways: dict[str, list[Link]] = {}
-    for other in links:
-        if other is not link:
-            ways.setdefault(other.base, []).append(other)
-    # States that one of the others leads to, then what lies beyond these.
-    ahead = [other.result for other in ways.get(link.base, ())]
-    seen: set[str] = set()
-    while ahead:
-        state = ahead.pop()
-        if state in seen:
-            continue
-        seen.add(state)
-        further = [other.result for other in ways.get(state, ())]
-        if link.result in further:
-            return True
-        ahead += further
-    return False
+def _read(file: str | Path) -> tuple[Link, LogEntry]:
+    if is_remote(file) and hub_name(file) is None:
+        remote = remote_file(str(file))
+        _, manifest = remote.header()
+        # The name alone: a URL is no path, and all of them lie in one folder.
+        link = link_from(PurePosixPath(remote.url).name, manifest)
+        return link, _entry(link, manifest, remote.size)
+    with local_copy(file) as path, pxd.open(path) as delta:
+        link = link_from(path, delta.manifest)
+        return link, _entry(link, delta.manifest, delta.size)
 
 
-def _entry(link: Link) -> LogEntry:
-    with pxd.open(link.path) as delta:
-        changed = delta.manifest.metadata.get(CHANGED)
-        return LogEntry(
-            file=link.path.name,
-            content_id=link.content_id,
-            previous=link.previous,
-            base=link.base,
-            result=link.result,
-            changed=int(changed) if changed is not None and changed.isdecimal() else None,
-            weights=sum(math.prod(module.shape) for module in delta.manifest.modules),
-            bytes=delta.size,
-        )
+def _entry(link: Link, manifest: pxd.Manifest, size: int) -> LogEntry:
+    changed = manifest.metadata.get(CHANGED)
+    return LogEntry(
+        file=link.path.name,
+        content_id=link.content_id,
+        previous=link.previous,
+        base=link.base,
+        result=link.result,
+        changed=int(changed) if changed is not None and changed.isdecimal() else None,
+        weights=sum(math.prod(module.shape) for module in manifest.modules),
+        bytes=size,
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 import peraxis_format as pxd
 from peraxis_tools.errors import CheckFailedError, ToolError
 
-__all__ = ["Link", "chain_order", "link_of"]
+__all__ = ["Link", "chain_order", "is_fold", "link_from", "link_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,16 +29,20 @@ class Link:
 def link_of(path: str | Path) -> Link:
     """Read the header of an update. Raises PxdError, and ToolError for a delta that does not say its result."""
     with pxd.open(path) as delta:
-        manifest = delta.manifest
-        if manifest.result is None:
-            raise ToolError(f"{path}: does not say what it results in, so it is no update; write it with `update`")
-        return Link(
-            path=Path(path),
-            content_id=delta.content_id,
-            previous=manifest.previous,
-            base=manifest.base.digest,
-            result=manifest.result,
-        )
+        return link_from(path, delta.manifest)
+
+
+def link_from(path: str | Path, manifest: pxd.Manifest) -> Link:
+    """The same from a manifest that was read. Raises ToolError."""
+    if manifest.result is None:
+        raise ToolError(f"{path}: does not say what it results in, so it is no update; write it with `update`")
+    return Link(
+        path=Path(path),
+        content_id=manifest.content_id,
+        previous=manifest.previous,
+        base=manifest.base.digest,
+        result=manifest.result,
+    )
 
 
 def chain_order(links: Iterable[Link]) -> list[Link]:
@@ -76,6 +80,27 @@ def chain_order(links: Iterable[Link]) -> list[Link]:
         left = next(link for link in given if link not in ordered)
         raise CheckFailedError(f"{left.path}: a ring; following its predecessors leads back to it")
     return ordered
+
+
+def is_fold(link: Link, links: Sequence[Link]) -> bool:
+    """Whether two or more of the others lead from its base to its result."""
+    ways: dict[str, list[Link]] = {}
+    for other in links:
+        if other is not link:
+            ways.setdefault(other.base, []).append(other)
+    # States that one of the others leads to, then what lies beyond these.
+    ahead = [other.result for other in ways.get(link.base, ())]
+    seen: set[str] = set()
+    while ahead:
+        state = ahead.pop()
+        if state in seen:
+            continue
+        seen.add(state)
+        further = [other.result for other in ways.get(state, ())]
+        if link.result in further:
+            return True
+        ahead += further
+    return False
 
 
 def _before(link: Link, by_id: Mapping[str, Link], given: Sequence[Link]) -> Link | None:

@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -21,9 +21,10 @@ from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.plan.pairing import check_pair, tied_pairs
 from peraxis_tools.errors import CheckFailedError
 from peraxis_tools.kinds import execution_key
-from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Progress, Steps, watched
+from peraxis_tools.remote import is_remote, output_file
+from peraxis_tools.urls import without_secrets
 
 __all__ = ["UpdateJob", "UpdateResult", "compact", "count_changed", "open_chain", "update", "write_update"]
 
@@ -33,9 +34,12 @@ _HELD: Final = 3  # of a tensor's bytes: itself, what it was, and what is writte
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateResult:
-    """What was written. Sizes in bytes; changed: weights that differ, of `weights`; encodings: modules by encoding."""
+    """What was written. Sizes in bytes; changed: weights that differ, of `weights`; encodings: modules by encoding.
 
-    path: Path
+    path: or the URL that it was sent to.
+    """
+
+    path: Path | str
     content_id: str
     previous: str | None
     base: str
@@ -67,11 +71,11 @@ def update(
 ) -> UpdateResult:
     """Write what changed from `old` to `new`, bit for bit.
 
-    old, new: folder, safetensors file or hub id; of `old` the state is the one after the updates `after`. progress is
-    called with bytes of `new`. Raises ToolError, CheckpointError, PxdError.
+    old, new: folder, safetensors file or hub id; of `old` the state is the one after the updates `after`. output: a
+    path or a URL. progress is called with bytes of `new`. Raises ToolError, CheckpointError, PxdError.
     """
     with (
-        claim_file(output, overwrite=overwrite, inputs=(old, new, *after)),
+        output_file(output, overwrite=overwrite, inputs=(old, new, *after)) as target,
         open_checkpoint(old) as before,
         open_checkpoint(new) as fine_tuned,
         open_chain(before, after) as (state, links),
@@ -80,7 +84,7 @@ def update(
         known = dict(before.assets())
         assets = {path: data for path, data in fine_tuned.assets() if known.get(path) != data}
         job = UpdateJob(
-            output=Path(output),
+            output=target,
             old=state,
             new=fine_tuned.tensors,
             ids=(before.identity, fine_tuned.identity),
@@ -91,7 +95,7 @@ def update(
             base=links[-1].result if links else None,
         )
         with watched(progress, "update", job.new.size) as step:
-            return write_update(job, step)
+            return _named(write_update(job, step), output)
 
 
 def compact(
@@ -109,7 +113,7 @@ def compact(
     Raises CheckFailedError where the results differ, ToolError, CheckpointError, PxdError.
     """
     with (
-        claim_file(output, overwrite=overwrite, inputs=(base, *updates)),
+        output_file(output, overwrite=overwrite, inputs=(base, *updates)) as target,
         open_checkpoint(base) as checkpoint,
         open_chain(checkpoint, updates) as (state, links),
     ):
@@ -119,7 +123,7 @@ def compact(
                 assets.update({asset.path: file.asset(asset.path) for asset in file.manifest.assets})
                 fine_tuned = file.manifest.fine_tuned
         job = UpdateJob(
-            output=Path(output),
+            output=target,
             old=ChainState(checkpoint.tensors, ()),
             new=state,
             ids=(checkpoint.identity, fine_tuned),
@@ -131,7 +135,12 @@ def compact(
             result=links[-1].result,
         )
         with watched(progress, "compact", job.new.size) as step:
-            return write_update(job, step)
+            return _named(write_update(job, step), output)
+
+
+def _named(result: UpdateResult, output: str | Path) -> UpdateResult:
+    """The result by the name that the output was given."""
+    return replace(result, path=without_secrets(str(output)) if is_remote(output) else Path(output))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
