@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 
 import peraxis_format as pxd
+from peraxis_tools.blocks import count_blocks
 from peraxis_tools.chain.log import CHANGED
 from peraxis_tools.chain.order import Link, chain_order, link_of
 from peraxis_tools.chain.state import ChainState
@@ -36,7 +37,7 @@ _HELD: Final = 3  # of a tensor's bytes: itself, what it was, and what is writte
 class UpdateResult:
     """What was written. Sizes in bytes; changed: weights that differ, of `weights`; encodings: modules by encoding.
 
-    path: or the URL that it was sent to.
+    blocks: of exact modules by how they are stored (SPEC 5.6), chosen for `prefer`. path: or the URL it was sent to.
     """
 
     path: Path | str
@@ -49,6 +50,8 @@ class UpdateResult:
     weights: int
     changed: int
     encodings: dict[str, int]
+    blocks: dict[str, int]
+    prefer: str
 
 
 @contextlib.contextmanager
@@ -176,7 +179,7 @@ def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
     tied = tied_pairs(job.new)
     aliases = {alias for _, alias in tied}
     names = sorted((name for name in job.new if name not in aliases), key=execution_key)
-    changed = 0
+    changed, blocks = 0, Counter[str]()
     with pxd.DeltaWriter(
         job.output,
         base=job.ids[0],
@@ -193,6 +196,7 @@ def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
         )
         for module, moved in made:
             writer.add(module)
+            blocks += count_blocks(module)
             changed += moved
             step(job.new[module.name].size)
         for name, alias in tied:
@@ -216,6 +220,8 @@ def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
         weights=sum(math.prod(module.shape) for module in manifest.modules),
         changed=changed,
         encodings=dict(sorted(Counter(module.encoding.value for module in manifest.modules).items())),
+        blocks=dict(blocks),
+        prefer=job.prefer,
     )
 
 

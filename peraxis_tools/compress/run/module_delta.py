@@ -50,7 +50,7 @@ def module_delta(
         return _same(module, ref, tail), None
     if module.encoding is Encoding.FULL:
         if options.is_exact(module.name) or (options.exact == AUTO and (fitted is None or fitted.full is None)):
-            return lossless_module(module.name, tuned_array, module.dtype, old=base_array, base=ref, threads=1), None
+            return _lossless(module, base_array, ref, tuned_array, options), None
         whole = tuned_array if fitted is None or fitted.full is None else fitted.full
         return _full(module, ref, whole), None if fitted is None else fitted.report
     components: tuple[Component, ...] = ()
@@ -82,10 +82,16 @@ def module_delta(
         tail=tail,
     )
     if options.exact == AUTO:
-        lossless = lossless_module(module.name, tuned_array, module.dtype, old=base_array, base=ref, threads=1)
+        lossless = _lossless(module, base_array, ref, tuned_array, options)
         if _stored_bytes(lossless) < _stored_bytes(delta):
             return lossless, None
     return delta, report
+
+
+def _lossless(module: PlannedModule, base: Array, ref: BaseRef, tuned: Array, options: CompressOptions) -> ModuleDelta:
+    return lossless_module(
+        module.name, tuned, module.dtype, old=base, base=ref, prefer=options.prefer, threads=1
+    )  # fmt: skip
 
 
 def _stored_bytes(module: ModuleDelta) -> int:
