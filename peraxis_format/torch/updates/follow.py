@@ -29,8 +29,12 @@ from peraxis_format.ops.exact import BLOCK
 from peraxis_format.ops.exact.torch import moved
 from peraxis_format.ops.tensors import storage_array
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.place.binding import agree
+from peraxis_format.torch.place.finder import named
 from peraxis_format.torch.place.placement import place
-from peraxis_format.torch.place.shards import Placement, Target, increment_versions, whole
+from peraxis_format.torch.place.shards import Placement, Shard, Target, increment_versions, whole
+from peraxis_format.torch.updates.apply_sharded import apply_sharded, sharded_digest
+from peraxis_format.torch.updates.pieces import Ranks, is_dtensor
 from peraxis_format.torch.updates.source import UpdateFile, list_updates
 
 __all__ = ["Follower", "Poll", "UpdateError", "apply_update", "follow"]
@@ -55,33 +59,58 @@ class Poll:
     waiting: Mapping[Path, str] = field(default_factory=dict)
 
 
+@torch.no_grad()
 def apply_update(
-    target: Target, update: DeltaFile | str | Path, *, lock: AbstractContextManager[Any] | None = None
+    target: Target,
+    update: DeltaFile | str | Path,
+    *,
+    lock: AbstractContextManager[Any] | None = None,
+    shards: Mapping[str, Shard] | None = None,
+    group: Any = None,
 ) -> None:
     """Apply one exact update, or an anchor, to a live model in place: whole or not at all.
 
-    target: a module, or a mapping of names to tensors, on any device. lock: held while weights are written.
+    target: a module, or a mapping of names to tensors, on any device. lock: held while weights are written. A model of
+    DTensors, or with `shards` (names whose tensors are a plain local shard), is in pieces: every rank of the group
+    calls this, and all of them hold the new state afterwards, or none.
     Raises PxdError where the file is damaged or the model is in another state (E404, E405), LiveModelError where it
     cannot hold the update. The model is then as it was.
     """
+    pieces = in_pieces(target, shards)
     with contextlib.ExitStack() as stack:
-        file = update if isinstance(update, DeltaFile) else stack.enter_context(DeltaFile(update))
-        placement = place(target, file.manifest, exact=True)
-        _refuse_others(file, placement)
+        failure: Exception | None = None
+        try:
+            file = update if isinstance(update, DeltaFile) else stack.enter_context(DeltaFile(update))
+            placement = place(target, file.manifest, shards=shards, exact=True)
+            _refuse_others(file, placement, pieces=pieces)
+        except (PxdError, LiveModelError, OSError) as error:
+            if not pieces:
+                raise
+            failure = error
+        if pieces:
+            agree(failure, group)
+            apply_sharded(file, placement, lock=lock, group=group)
+            increment_versions(part for parts in placement.values() for part in parts)
+            return
         modules = list(_proven(file, placement))
         with lock or contextlib.nullcontext(), torch.no_grad():
             _write(modules, placement)
         increment_versions(part for parts in placement.values() for part in parts)
 
 
-def _refuse_others(file: DeltaFile, placement: Placement) -> None:
-    """What is no exact update of whole, contiguous tensors is not applied here."""
+def in_pieces(target: Target, shards: Mapping[str, Shard] | None) -> bool:
+    """Whether ranks hold the model together."""
+    return bool(shards) or any(map(is_dtensor, named(target).values()))
+
+
+def _refuse_others(file: DeltaFile, placement: Placement, *, pieces: bool) -> None:
+    """What is no exact update of contiguous tensors is not applied here."""
     for entry in file.manifest.modules:
         if entry.encoding is Encoding.SIGN or (entry.base is not None and entry.base.dtype is not entry.dtype):
             raise UpdateError(f"{file.path}: {entry.name} is no exact update; use apply_ or VariantSwitch")
-        for part in placement[entry.name]:
+        for part in () if pieces else placement[entry.name]:
             if part.box != whole(entry.shape) or not part.view.is_contiguous():
-                raise UpdateError(f"{entry.name}: is sharded or strided, which exact updates do not reach yet")
+                raise UpdateError(f"{entry.name}: is strided, which exact updates do not reach")
 
 
 def _proven(file: DeltaFile, placement: Placement) -> Iterator[ModuleDelta]:
@@ -144,14 +173,17 @@ def follow(
     *,
     lock: AbstractContextManager[Any] | None = None,
     on_update: Callable[[Poll], None] | None = None,
+    shards: Mapping[str, Shard] | None = None,
+    group: Any = None,
 ) -> Follower:
     """Follow the chain in a folder: `poll()` once in a while, or `start()` a thread that does.
 
     target: a module or a mapping of names to tensors, at any state of the chain; at none of them it begins with the
     newest anchor. lock: held while weights are written, so that no forward pass sees half an update. on_update: called
-    after each poll that applied something.
+    after each poll that applied something. shards: see apply_update. group: of a model in pieces, whose ranks see one
+    folder and poll together, as often as each other; with `start`, one that nothing else uses.
     """
-    return Follower(target, Path(source), lock=lock, on_update=on_update)
+    return Follower(target, Path(source), lock=lock, on_update=on_update, shards=shards, group=group)
 
 
 class Follower:
@@ -164,11 +196,14 @@ class Follower:
         *,
         lock: AbstractContextManager[Any] | None = None,
         on_update: Callable[[Poll], None] | None = None,
+        shards: Mapping[str, Shard] | None = None,
+        group: Any = None,
     ) -> None:
         self.folder = folder
         self.step: int | None = None
         self._target = target
         self._lock = lock
+        self._shards, self._group = shards, group
         self._on_update = on_update
         self._state: str | None = None
         self._files: dict[Path, UpdateFile] = {}
@@ -181,14 +216,14 @@ class Follower:
         What cannot be applied is reported in `waiting`, and tried again at the next poll: a file may still be on its
         way. Where the link to the next state is missing, the newest anchor ahead is taken.
         """
-        files, problems = list_updates(self.folder, self._files)
+        files, problems = self._listed()
         waiting: dict[Path, str] = dict(problems)
         applied: list[Path] = []
         if self._state is None and files:
             self._find_state(files)
         while (chosen := self._next(files, waiting)) is not None:
             try:
-                apply_update(self._target, chosen.path, lock=self._lock)
+                self._apply(chosen)
             except (PxdError, LiveModelError, OSError) as error:
                 waiting[chosen.path] = str(error)
                 continue
@@ -208,7 +243,7 @@ class Follower:
 
     def apply(self, path: str | Path) -> None:
         """Apply one file, which must continue the model's state. Raises UpdateError with its name, PxdError."""
-        files, problems = list_updates(self.folder, self._files)
+        files, problems = self._listed()
         found = next((file for file in files if file.path == Path(path)), None)
         if found is None:
             raise UpdateError(problems.get(Path(path), f"{path}: is no update of {self.folder}"))
@@ -220,7 +255,7 @@ class Follower:
                 raise UpdateError(f"{path}: is applied already, or of another chain; the model is at step {self.step}")
             reason = f"made on {known[found.base].path}" if found.base in known else "a gap in front of it"
             raise UpdateError(f"{path}: {reason}, but the model is at step {self.step}")
-        apply_update(self._target, found.path, lock=self._lock)
+        self._apply(found)
         self._state, self.step = found.result, found.step
 
     def start(self, *, every: float = 1.0) -> Follower:
@@ -255,6 +290,17 @@ class Follower:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _listed(self) -> tuple[list[UpdateFile], dict[Path, str]]:
+        """What the folder holds; of a model in pieces what its first rank sees."""
+        found = list_updates(self.folder, self._files)
+        if not in_pieces(self._target, self._shards):
+            return found
+        agreed: tuple[list[UpdateFile], dict[Path, str]] = Ranks(self._group).said_by(found, rank=0)
+        return agreed
+
+    def _apply(self, update: UpdateFile) -> None:
+        apply_update(self._target, update.path, lock=self._lock, shards=self._shards, group=self._group)
+
     def _next(self, files: list[UpdateFile], failed: Mapping[Path, str]) -> UpdateFile | None:
         """The update that continues the state; else the newest anchor ahead of it."""
         usable = [file for file in files if file.path not in failed]
@@ -281,14 +327,20 @@ class Follower:
 
     def _is_at(self, delta: DeltaFile, digests: dict[str, str], *, before: bool = False) -> bool:
         """Whether every tensor of the model is what a file results in, or was made on."""
-        try:
-            placement = place(self._target, delta.manifest, exact=True)
-        except (PxdError, LiveModelError):
+        pieces = in_pieces(self._target, self._shards)
+        placement: Placement | None = None
+        with contextlib.suppress(PxdError, LiveModelError):
+            placement = place(self._target, delta.manifest, shards=self._shards, exact=True)
+        if pieces and not all(Ranks(self._group).gathered(placement is not None)):
             return False
-        for entry in delta.manifest.modules:
+        if placement is None:
+            return False
+        for turn, entry in enumerate(delta.manifest.modules):
             base = None if entry.base is None else entry.base.sha256
             wanted = base if before or entry.encoding is Encoding.SAME else entry.result or entry.sha256
-            if entry.name not in digests:
+            if entry.name not in digests and pieces:
+                digests[entry.name] = sharded_digest(entry, placement[entry.name][0], turn, self._group)
+            elif entry.name not in digests:
                 view = placement[entry.name][0].view.detach().cpu().contiguous()
                 digests[entry.name] = hashlib.sha256(raw_bytes(storage_array(view))).hexdigest()
             if digests[entry.name] != wanted:
