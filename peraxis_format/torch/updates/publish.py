@@ -28,8 +28,9 @@ from peraxis_format.ops.exact import Prefer, apply
 from peraxis_format.ops.rebuild import reconstruct
 from peraxis_format.ops.tensors import dtype_of, storage_array
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.pieces import is_dtensor
-from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, list_updates, step_name
+from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, step_name, step_of
 from peraxis_format.writer import DeltaWriter
 
 __all__ = ["CHANGED", "Published", "UpdateWriter", "digest_of"]
@@ -39,9 +40,12 @@ CHANGED: Final = "peraxis.changed"  # metadata: weights that an update changes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """One file that was published. changed: weights that differ from the step before. bytes: of the file."""
+    """One file that was published. changed: weights that differ from the step before. bytes: of the file.
 
-    path: Path
+    path: its URL where it was sent to one.
+    """
+
+    path: Path | str
     step: int
     content_id: str
     result: str
@@ -51,7 +55,7 @@ class Published:
 
 
 class UpdateWriter:
-    """Publishes the states of live parameters into a folder, as a chain of exact updates.
+    """Publishes the states of live parameters as a chain of exact updates: into a folder, or to a URL (mirror.py).
 
     model: a module, or a mapping of names to tensors, which is read at each step. dtype: what float32 tensors are
     published in; None publishes them as they are. anchor_every: a whole state is written beside every so
@@ -74,7 +78,8 @@ class UpdateWriter:
         """Raises LiveModelError where the folder's chain is of other tensors, PxdError where it is damaged."""
         if anchor_every is not None and anchor_every < 1:
             raise ValueError(f"anchor_every is {anchor_every}; it must be 1 or more, or None")
-        self.folder = Path(folder)
+        self._mirror = Mirror(str(folder)) if is_url(folder) else None
+        self.folder = Path(folder) if self._mirror is None else self._mirror.folder
         self.step_number = 0
         self._model = model
         self._name = name
@@ -120,6 +125,7 @@ class UpdateWriter:
                 writer.tie(name, alias)
             writer.metadata[CHANGED] = str(changed)
             manifest = writer.finish()
+        self._send(path)
         # Published: what follows only brings this process up to the folder.
         for module in moved:
             self._promote(module)
@@ -132,12 +138,22 @@ class UpdateWriter:
         """
         if anchors < 1:
             raise ValueError(f"anchors is {anchors}; one must stay, or nobody could begin")
-        files, _ = list_updates(self.folder)
-        kept = [file.step for file in files if file.is_anchor][-anchors:]
-        old = [file.path for file in files if kept and (file.step < kept[0] or _is_before(file, kept[0]))]
-        for path in old:
-            path.unlink()
-        return old
+        names = [path.name for path in self.folder.iterdir()] if self._mirror is None else self._mirror.names()
+        # An update leads to the anchor of its own number, which stands for it.
+        places = sorted((place, name) for name in names if (place := step_of(name)) is not None)
+        kept = [step for (step, is_anchor), _ in places if is_anchor][-anchors:]
+        old = [name for place, name in places if kept and place < (kept[0], True)]
+        for name in old:
+            if self._mirror is None:
+                (self.folder / name).unlink()
+            else:
+                self._mirror.remove(name)
+        return [self.folder / name for name in old]
+
+    def close(self) -> None:
+        """Remove what a chain at a URL needed on this machine."""
+        if self._mirror is not None:
+            self._mirror.close()
 
     # --- what is live ---------------------------------------------------------------------------------
 
@@ -189,6 +205,17 @@ class UpdateWriter:
         identity = Identity(id=self._name)
         return DeltaWriter(path, base=identity, fine_tuned=identity, previous=previous, chained=True, overwrite=False)
 
+    def _send(self, path: Path) -> None:
+        """Bring a file that was written to its URL. Raises FileExistsError, OSError; nothing is there then."""
+        if self._mirror is not None:
+            try:
+                self._mirror.send(path)
+            finally:
+                path.unlink(missing_ok=True)
+
+    def _is_there(self, path: Path) -> bool:
+        return path.exists() if self._mirror is None else self._mirror.exists(path.name)
+
     def _first(self, live: Mapping[str, Tensor], tied: list[tuple[str, str]]) -> Published:
         self._snapshot = {name: (self._dtype_of(name, t), self._published(t)) for name, t in live.items()}
         self._digests = {name: digest_of(array) for name, (_, array) in self._snapshot.items()}
@@ -204,7 +231,9 @@ class UpdateWriter:
                 writer.add(ModuleDelta(name=name, shape=array.shape, dtype=dtype, encoding=Encoding.FULL, full=array))
             for name, alias in tied:
                 writer.tie(name, alias)
-            return writer.finish(), writer.size
+            manifest = writer.finish()
+        self._send(path)
+        return manifest, writer.size
 
     def _promote(self, module: ModuleDelta) -> None:
         dtype, array = self._snapshot[module.name]
@@ -220,10 +249,15 @@ class UpdateWriter:
     ) -> Published:
         self._reached(path, number, manifest)
         beside = self.folder / anchor_name(number)
-        if self._anchor_every is not None and number and number % self._anchor_every == 0 and not beside.exists():
+        if (
+            self._anchor_every is not None
+            and number
+            and number % self._anchor_every == 0
+            and not self._is_there(beside)
+        ):
             self._anchor(beside, tied)
         return Published(
-            path=path,
+            path=path if self._mirror is None else f"{self._mirror.url}/{path.name}",
             step=number,
             content_id=manifest.content_id,
             result=manifest.result or "",
@@ -247,6 +281,8 @@ class UpdateWriter:
 
     def _restore(self) -> None:
         """Bring the snapshot to the last state that the folder leads to."""
+        if self._mirror is not None:
+            self._mirror.sync(after=None)
         way = chain_of(self.folder)
         if way is None:
             return
@@ -280,8 +316,3 @@ def digest_of(array: Array) -> str:
 def _count_changed(old: Array, new: Array) -> int:
     width = f"u{old.dtype.itemsize}"
     return int(np.count_nonzero(old.reshape(-1).view(width) != new.reshape(-1).view(width)))
-
-
-def _is_before(file: UpdateFile, anchor: int) -> bool:
-    """Whether an update leads to the anchor of its own number, which stands for it."""
-    return file.step == anchor and not file.is_anchor

@@ -27,6 +27,7 @@ from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.binding import agree
 from peraxis_format.torch.place.finder import local_part
 from peraxis_format.torch.place.shards import Box, whole
+from peraxis_format.torch.updates.mirror import is_url
 from peraxis_format.torch.updates.pieces import Layout, Ranks, exchanged, flat_indices, slices
 from peraxis_format.torch.updates.publish import CHANGED, Published, UpdateWriter, digest_of
 from peraxis_format.torch.updates.source import UpdateFile, Way, anchor_name, chain_of, step_name
@@ -55,6 +56,8 @@ class ShardedUpdateWriter(UpdateWriter):
         group: Any = None,
     ) -> None:
         """Raises as UpdateWriter does. Collective, as all methods but `prune` are."""
+        if is_url(folder):
+            raise ValueError(f"{folder}: models in pieces publish into a folder that all ranks see, not to a URL")
         self._ranks = Ranks(group)
         self._dtypes: dict[str, DType] = {}
         self._layouts: dict[str, Layout] = {}

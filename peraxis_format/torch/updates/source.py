@@ -10,7 +10,7 @@ from typing import Final
 from peraxis_format.errors import LiveModelError, PxdError
 from peraxis_format.reader import DeltaFile
 
-__all__ = ["UpdateFile", "Way", "anchor_name", "chain_of", "list_updates", "step_name"]
+__all__ = ["UpdateFile", "Way", "anchor_name", "chain_of", "list_updates", "step_name", "step_of"]
 
 _NAME: Final = re.compile(r"(step|anchor)-(\d+)\.pxd")
 
@@ -39,6 +39,12 @@ def step_name(step: int) -> str:
 def anchor_name(step: int) -> str:
     """The file name of an anchor."""
     return f"anchor-{step:08d}.pxd"
+
+
+def step_of(name: str) -> tuple[int, bool] | None:
+    """The step of a file name, and whether it is an anchor's; None for any other file."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else (int(match[2]), match[1] == "anchor")
 
 
 def list_updates(folder: Path, known: dict[Path, UpdateFile] | None = None) -> tuple[list[UpdateFile], dict[Path, str]]:
