@@ -1,7 +1,8 @@
 """Artifacts by URL: any that fsspec reads (https, s3, gs, file, ...) and hf://org/repo/file.pxd, with @revision.
 
 A header is read through ranges and costs what it weighs; what needs the payload fetches the file once, into a
-temporary folder. Nothing here trusts what it fetched: the same checks follow as for a local file.
+temporary folder. Nothing here trusts what it fetched: the same checks follow as for a local file. An output is written
+here first, then sent, and has its name when all of it is there.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import peraxis_format as pxd
-from peraxis_format.hub import hub_file, hub_name
+from peraxis_format.hub import hub_file, hub_files, hub_name
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import scratch_folder
 from peraxis_tools.optional import missing, require
+from peraxis_tools.outputs import Inputs, claim_file
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.urls import without_secrets
 
-__all__ = ["SILENCE_SECONDS", "RemoteFile", "is_remote", "local_copy", "remote_file"]
+__all__ = ["SILENCE_SECONDS", "RemoteFile", "is_remote", "listed", "local_copy", "output_file", "remote_file"]
 
 SILENCE_SECONDS: Final = 60.0
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z][A-Za-z0-9+.-]+)*://")
@@ -116,8 +118,8 @@ def _patience(url: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _readable(url: str) -> Iterator[None]:
-    """Everything that a file system library may raise becomes one line."""
+def _readable(url: str, *, done: str = "read") -> Iterator[None]:
+    """Everything that a file system library may raise becomes one line. done: what cannot be."""
     shown = without_secrets(url)
     try:
         yield
@@ -132,7 +134,7 @@ def _readable(url: str) -> Iterator[None]:
             silence = f"the server said nothing for {SILENCE_SECONDS:g} s; try again later"
             raise ToolError(f"{shown}: {silence}") from None
         reason = f"{type(error).__name__}: {_line(error)}"
-        raise ToolError(f"{shown}: cannot be read ({reason}); check the address") from None
+        raise ToolError(f"{shown}: cannot be {done} ({reason}); check the address") from None
 
 
 def _is_timeout(error: BaseException | None) -> bool:
@@ -175,3 +177,77 @@ def local_copy(source: str | Path, *, progress: ProgressOf = silent) -> Iterator
         with progress(f"fetch {file_name}", remote.size) as step:
             remote.download(target, progress=step)
         yield target
+
+
+def listed(source: str | Path) -> list[str | Path]:
+    """The deltas that a source names: itself where it is a file, else every .pxd of the folder, by name.
+
+    A folder is a path, a URL of one or with `*` in it (any file system but http), or a repository on the hub. Raises
+    ToolError, CheckpointError.
+    """
+    hub = hub_name(source)
+    if hub is not None:
+        return [source] if (hub.file or "").endswith(".pxd") else list(hub_files(hub))
+    if not is_remote(source):
+        path = Path(source)
+        return _some(source, sorted(path.glob("*.pxd"))) if path.is_dir() else [source]
+    url = str(source)
+    if url.startswith(("http://", "https://")):
+        return [source]
+    require(without_secrets(url), "fsspec")
+    with _readable(url):
+        import fsspec
+
+        system, path_there = fsspec.core.url_to_fs(url)
+        wanted = path_there if "*" in path_there else f"{path_there.rstrip('/')}/*.pxd"
+        if wanted != path_there and not system.isdir(path_there):
+            return [source]
+        return _some(without_secrets(url), [system.unstrip_protocol(name) for name in sorted(system.glob(wanted))])
+
+
+def _some(source: str | Path, found: list[Any]) -> list[Any]:
+    if not found:
+        raise ToolError(f"{source}: holds no .pxd files")
+    return found
+
+
+@contextlib.contextmanager
+def output_file(output: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> Iterator[Path]:
+    """Where to write an output file: the path itself, or a temporary one that is sent to a URL at the end.
+
+    The rules for outputs hold (outputs.py). At a URL the file appears when all of it is there. Raises ToolError,
+    OSError.
+    """
+    if not is_remote(output):
+        with claim_file(output, overwrite=overwrite, inputs=inputs):
+            yield Path(output)
+        return
+    url = str(output)
+    shown = without_secrets(url)
+    require(shown, "fsspec")
+    with _readable(url, done="written"):
+        import fsspec
+
+        system, path = fsspec.core.url_to_fs(_hub_form(url), **_patience(url))
+        if system.exists(path) and not overwrite:
+            raise ToolError(f"{shown}: exists already; choose another output or pass --overwrite")
+    folder_there, _, name = path.rpartition("/")
+    if not name:
+        raise ToolError(f"{shown}: names no file")
+    with scratch_folder() as folder:
+        yield folder / name
+        with _readable(url, done="written"):
+            system.makedirs(folder_there, exist_ok=True)
+            if url.startswith("hf://"):  # one commit
+                system.put_file(str(folder / name), path)
+                return
+            part = f"{folder_there}/.{name}.part"
+            try:
+                system.put_file(str(folder / name), part)
+                if overwrite and system.exists(path):
+                    system.rm_file(path)
+                system.mv(part, path)
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    system.rm_file(part)
+                raise

@@ -12,7 +12,7 @@ from pathlib import Path
 import peraxis_format as pxd
 from peraxis_tools.errors import CheckFailedError, ToolError
 
-__all__ = ["Link", "chain_order", "link_of"]
+__all__ = ["Link", "chain_order", "folds", "link_from", "link_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,16 +29,20 @@ class Link:
 def link_of(path: str | Path) -> Link:
     """Read the header of an update. Raises PxdError, and ToolError for a delta that does not say its result."""
     with pxd.open(path) as delta:
-        manifest = delta.manifest
-        if manifest.result is None:
-            raise ToolError(f"{path}: does not say what it results in, so it is no update; write it with `update`")
-        return Link(
-            path=Path(path),
-            content_id=delta.content_id,
-            previous=manifest.previous,
-            base=manifest.base.digest,
-            result=manifest.result,
-        )
+        return link_from(path, delta.manifest)
+
+
+def link_from(path: str | Path, manifest: pxd.Manifest) -> Link:
+    """The same from a manifest that was read. Raises ToolError."""
+    if manifest.result is None:
+        raise ToolError(f"{path}: does not say what it results in, so it is no update; write it with `update`")
+    return Link(
+        path=Path(path),
+        content_id=manifest.content_id,
+        previous=manifest.previous,
+        base=manifest.base.digest,
+        result=manifest.result,
+    )
 
 
 def chain_order(links: Iterable[Link]) -> list[Link]:
@@ -76,6 +80,33 @@ def chain_order(links: Iterable[Link]) -> list[Link]:
         left = next(link for link in given if link not in ordered)
         raise CheckFailedError(f"{left.path}: a ring; following its predecessors leads back to it")
     return ordered
+
+
+def folds(links: Sequence[Link]) -> list[Link]:
+    """Those that two or more of the others stand for: these begin where it does, and lead to its result."""
+    known = {link.content_id for link in links}
+    after: dict[str, list[Link]] = {}
+    starts: dict[tuple[str, str | None], list[Link]] = {}
+    for link in links:
+        # What an update follows that names no other one here is told by the state that it was made on.
+        named = link.previous is not None and link.previous in known
+        after.setdefault(link.previous if named and link.previous else link.base, []).append(link)
+        starts.setdefault((link.base, link.previous), []).append(link)
+
+    def is_fold(link: Link) -> bool:
+        ahead = [other for other in starts[link.base, link.previous] if other is not link]
+        seen = {link.content_id, *(other.content_id for other in ahead)}
+        while ahead:
+            at = ahead.pop()
+            further = (*after.get(at.content_id, ()), *after.get(at.result, ()))
+            reached = [other for other in further if other.base == at.result and other.content_id not in seen]
+            if any(other.result == link.result for other in reached):
+                return True
+            seen.update(other.content_id for other in reached)
+            ahead += reached
+        return False
+
+    return [link for link in links if is_fold(link)]
 
 
 def _before(link: Link, by_id: Mapping[str, Link], given: Sequence[Link]) -> Link | None:

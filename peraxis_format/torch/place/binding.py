@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,15 +33,29 @@ def is_sharded(placement: Placement, manifest: Manifest) -> bool:
 
 
 def check_live(
-    manifest: Manifest, placement: Placement, *, ring: Ring, workers: int | None = None, group: Any = None
+    manifest: Manifest,
+    placement: Placement,
+    *,
+    ring: Ring,
+    workers: int | None = None,
+    group: Any = None,
+    known: Mapping[str, str] | None = None,
 ) -> None:
     """Every base tensor has the bytes that the manifest names (SPEC 7.3).
 
     ring: of the device that holds them, reserved already. group: the torch.distributed group whose ranks hold the
-    pieces of sharded tensors (default: all ranks).
+    pieces of sharded tensors (default: all ranks). known: hex digests of base tensors that were checked before; their
+    weights are not read.
     Raises BindingError (E404) for the first module that differs, on every rank alike.
     """
-    bound = [entry for entry in manifest.modules if entry.base is not None]
+    known = known or {}
+    for entry in manifest.modules:
+        if entry.base is not None and entry.name in known:
+            try:
+                check_base_digest(entry, known[entry.name])
+            except PxdError as failure:
+                raise _named(failure, manifest) from None
+    bound = [entry for entry in manifest.modules if entry.base is not None and entry.name not in known]
     local = [(entry, part) for entry in bound for part in placement[entry.name] if part.box == whole(entry.shape)]
     pieces = [entry for entry in bound if any(part.box != whole(entry.shape) for part in placement[entry.name])]
     error: Exception | None = None

@@ -7,13 +7,16 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peraxis_format.torch.updates.pieces import is_dtensor
 from peraxis_format.torch.updates.publish import UpdateWriter
+from peraxis_format.torch.updates.publish_sharded import ShardedUpdateWriter
 
 __all__ = ["PublishUpdates"]
 
 
 class PublishUpdates(TrainerCallback):
-    """Publish every `publish_every` optimizer steps, at the beginning and at the end. Process 0 publishes.
+    """Publish every `publish_every` optimizer steps, at the beginning and at the end. Process 0 publishes, or all of
+    them where the model is in pieces (DTensors of fully_shard).
 
         Trainer(model=model, ..., callbacks=[PublishUpdates("chain", publish_every=10)])
 
@@ -33,9 +36,12 @@ class PublishUpdates(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the folder and publish the state that training begins with."""
-        if state.is_world_process_zero:
-            self.writer = UpdateWriter(kwargs["model"], self._folder, **self._options)
-            self._publish(state)
+        model = kwargs["model"]
+        if any(map(is_dtensor, model.parameters())):
+            self.writer = ShardedUpdateWriter(model, self._folder, **self._options)
+        elif state.is_world_process_zero:
+            self.writer = UpdateWriter(model, self._folder, **self._options)
+        self._publish(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Publish where it is time to."""

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 import torch
@@ -28,19 +28,24 @@ from peraxis_format.ops.exact import Prefer, apply
 from peraxis_format.ops.rebuild import reconstruct
 from peraxis_format.ops.tensors import dtype_of, storage_array
 from peraxis_format.reader import DeltaFile
-from peraxis_format.torch.updates.source import UpdateFile, anchor_name, list_updates, step_name
+from peraxis_format.torch.updates.mirror import Mirror, is_url
+from peraxis_format.torch.updates.pieces import is_dtensor
+from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, step_name, step_of
 from peraxis_format.writer import DeltaWriter
 
-__all__ = ["Published", "UpdateWriter"]
+__all__ = ["CHANGED", "Published", "UpdateWriter", "digest_of"]
 
-_CHANGED: Final = "peraxis.changed"
+CHANGED: Final = "peraxis.changed"  # metadata: weights that an update changes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """One file that was published. changed: weights that differ from the step before. bytes: of the file."""
+    """One file that was published. changed: weights that differ from the step before. bytes: of the file.
 
-    path: Path
+    path: its URL where it was sent to one.
+    """
+
+    path: Path | str
     step: int
     content_id: str
     result: str
@@ -50,13 +55,15 @@ class Published:
 
 
 class UpdateWriter:
-    """Publishes the states of live parameters into a folder, as a chain of exact updates.
+    """Publishes the states of live parameters as a chain of exact updates: into a folder, or to a URL (mirror.py).
 
     model: a module, or a mapping of names to tensors, which is read at each step. dtype: what float32 tensors are
     published in; None publishes them as they are. anchor_every: a whole state is written beside every so
     many steps, so that a server can begin there and older files can go (`prune`). A folder that holds a chain is gone
-    on with. step_number: of the last state that was published.
+    on with. step_number: of the last state that was published. For DTensors there is ShardedUpdateWriter.
     """
+
+    _in_pieces: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -71,7 +78,8 @@ class UpdateWriter:
         """Raises LiveModelError where the folder's chain is of other tensors, PxdError where it is damaged."""
         if anchor_every is not None and anchor_every < 1:
             raise ValueError(f"anchor_every is {anchor_every}; it must be 1 or more, or None")
-        self.folder = Path(folder)
+        self._mirror = Mirror(str(folder)) if is_url(folder) else None
+        self.folder = Path(folder) if self._mirror is None else self._mirror.folder
         self.step_number = 0
         self._model = model
         self._name = name
@@ -115,8 +123,9 @@ class UpdateWriter:
                     changed += _count_changed(before, after)
             for name, alias in tied:
                 writer.tie(name, alias)
-            writer.metadata[_CHANGED] = str(changed)
+            writer.metadata[CHANGED] = str(changed)
             manifest = writer.finish()
+        self._send(path)
         # Published: what follows only brings this process up to the folder.
         for module in moved:
             self._promote(module)
@@ -129,12 +138,22 @@ class UpdateWriter:
         """
         if anchors < 1:
             raise ValueError(f"anchors is {anchors}; one must stay, or nobody could begin")
-        files, _ = list_updates(self.folder)
-        kept = [file.step for file in files if file.is_anchor][-anchors:]
-        old = [file.path for file in files if kept and (file.step < kept[0] or _is_before(file, kept[0]))]
-        for path in old:
-            path.unlink()
-        return old
+        names = [path.name for path in self.folder.iterdir()] if self._mirror is None else self._mirror.names()
+        # An update leads to the anchor of its own number, which stands for it.
+        places = sorted((place, name) for name in names if (place := step_of(name)) is not None)
+        kept = [step for (step, is_anchor), _ in places if is_anchor][-anchors:]
+        old = [name for place, name in places if kept and place < (kept[0], True)]
+        for name in old:
+            if self._mirror is None:
+                (self.folder / name).unlink()
+            else:
+                self._mirror.remove(name)
+        return [self.folder / name for name in old]
+
+    def close(self) -> None:
+        """Remove what a chain at a URL needed on this machine."""
+        if self._mirror is not None:
+            self._mirror.close()
 
     # --- what is live ---------------------------------------------------------------------------------
 
@@ -147,7 +166,11 @@ class UpdateWriter:
         for name, tensor in named.items():
             if not isinstance(tensor, Tensor):
                 continue
-            key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+            if is_dtensor(tensor) and not self._in_pieces:
+                raise LiveModelError(f"{name}: is sharded; use ShardedUpdateWriter, on every rank")
+            key: tuple[object, ...] = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+            if is_dtensor(tensor):
+                key = (id(tensor),)  # its own address says nothing
             if tensor.numel() and key in first:
                 tied.append((first[key], name))
                 continue
@@ -182,9 +205,20 @@ class UpdateWriter:
         identity = Identity(id=self._name)
         return DeltaWriter(path, base=identity, fine_tuned=identity, previous=previous, chained=True, overwrite=False)
 
+    def _send(self, path: Path) -> None:
+        """Bring a file that was written to its URL. Raises FileExistsError, OSError; nothing is there then."""
+        if self._mirror is not None:
+            try:
+                self._mirror.send(path)
+            finally:
+                path.unlink(missing_ok=True)
+
+    def _is_there(self, path: Path) -> bool:
+        return path.exists() if self._mirror is None else self._mirror.exists(path.name)
+
     def _first(self, live: Mapping[str, Tensor], tied: list[tuple[str, str]]) -> Published:
         self._snapshot = {name: (self._dtype_of(name, t), self._published(t)) for name, t in live.items()}
-        self._digests = {name: _digest(array) for name, (_, array) in self._snapshot.items()}
+        self._digests = {name: digest_of(array) for name, (_, array) in self._snapshot.items()}
         path = self.folder / anchor_name(0)
         manifest, size = self._anchor(path, tied)
         weights = sum(array.size for _, array in self._snapshot.values())
@@ -197,7 +231,9 @@ class UpdateWriter:
                 writer.add(ModuleDelta(name=name, shape=array.shape, dtype=dtype, encoding=Encoding.FULL, full=array))
             for name, alias in tied:
                 writer.tie(name, alias)
-            return writer.finish(), writer.size
+            manifest = writer.finish()
+        self._send(path)
+        return manifest, writer.size
 
     def _promote(self, module: ModuleDelta) -> None:
         dtype, array = self._snapshot[module.name]
@@ -206,11 +242,32 @@ class UpdateWriter:
             self._digests[module.name] = module.result
         elif module.full is not None:
             array[...] = module.full
-            self._digests[module.name] = _digest(array)
+            self._digests[module.name] = digest_of(array)
 
     def _done(
         self, path: Path, number: int, manifest: Manifest, changed: int, size: int, tied: list[tuple[str, str]]
     ) -> Published:
+        self._reached(path, number, manifest)
+        beside = self.folder / anchor_name(number)
+        if (
+            self._anchor_every is not None
+            and number
+            and number % self._anchor_every == 0
+            and not self._is_there(beside)
+        ):
+            self._anchor(beside, tied)
+        return Published(
+            path=path if self._mirror is None else f"{self._mirror.url}/{path.name}",
+            step=number,
+            content_id=manifest.content_id,
+            result=manifest.result or "",
+            changed=changed,
+            weights=sum(array.size for _, array in self._snapshot.values()),
+            bytes=size,
+        )
+
+    def _reached(self, path: Path, number: int, manifest: Manifest) -> None:
+        """The state of this file is the one that was published last."""
         self.step_number = number
         self._head = UpdateFile(
             path=path,
@@ -221,47 +278,26 @@ class UpdateWriter:
             base=manifest.base.digest,
             result=manifest.result or "",
         )
-        beside = self.folder / anchor_name(number)
-        if self._anchor_every is not None and number and number % self._anchor_every == 0 and not beside.exists():
-            self._anchor(beside, tied)
-        return Published(
-            path=path,
-            step=number,
-            content_id=manifest.content_id,
-            result=self._head.result,
-            changed=changed,
-            weights=sum(array.size for _, array in self._snapshot.values()),
-            bytes=size,
-        )
 
     def _restore(self) -> None:
         """Bring the snapshot to the last state that the folder leads to."""
-        files, problems = list_updates(self.folder)
-        if problems:
-            raise LiveModelError(f"{next(iter(problems.values()))}; move it away before publishing goes on")
-        anchors = [file for file in files if file.is_anchor]
-        if not files:
+        if self._mirror is not None:
+            self._mirror.sync(after=None)
+        way = chain_of(self.folder)
+        if way is None:
             return
-        if not anchors:
-            raise LiveModelError(f"{self.folder}: holds updates but no anchor to begin with; use a new folder")
-        self._load_anchor(anchors[-1])
-        steps = {file.step: file for file in files if not file.is_anchor}
-        head = steps.get(anchors[-1].step, anchors[-1])
-        while (after := steps.get(head.step + 1)) is not None and after.base == head.result:
-            self._promote_file(after)
-            head = after
-        left = [file for file in files if file.step > head.step]
-        if left:
-            raise LiveModelError(f"{left[0].path}: a gap; no file leads to the state that it was made on")
-        self._head = head
-        self.step_number = head.step
+        self._load_anchor(way.anchor)
+        for update in way.updates:
+            self._promote_file(update)
+        self._head = way.head
+        self.step_number = way.head.step
 
     def _load_anchor(self, anchor: UpdateFile) -> None:
         with DeltaFile(anchor.path) as delta:
             for entry in delta.manifest.modules:
                 array = np.array(reconstruct(delta.load(entry.name)))
                 self._snapshot[entry.name] = entry.dtype, array
-                self._digests[entry.name] = _digest(array)
+                self._digests[entry.name] = digest_of(array)
 
     def _promote_file(self, update: UpdateFile) -> None:
         with DeltaFile(update.path) as delta:
@@ -269,18 +305,14 @@ class UpdateWriter:
                 if entry.encoding is not Encoding.SAME:
                     dtype, array = self._snapshot[entry.name]
                     self._snapshot[entry.name] = dtype, reconstruct(delta.load(entry.name), array)
-                    self._digests[entry.name] = _digest(self._snapshot[entry.name][1])
+                    self._digests[entry.name] = digest_of(self._snapshot[entry.name][1])
 
 
-def _digest(array: Array) -> str:
+def digest_of(array: Array) -> str:
+    """The hex digest of a storage array's bytes."""
     return hashlib.sha256(raw_bytes(array)).hexdigest()
 
 
 def _count_changed(old: Array, new: Array) -> int:
     width = f"u{old.dtype.itemsize}"
     return int(np.count_nonzero(old.reshape(-1).view(width) != new.reshape(-1).view(width)))
-
-
-def _is_before(file: UpdateFile, anchor: int) -> bool:
-    """Whether an update leads to the anchor of its own number, which stands for it."""
-    return file.step == anchor and not file.is_anchor
