@@ -1,10 +1,10 @@
 """Write the corpus: valid/ invalid/ hostile/ apply/ encode/ and cases.jsonl.
 
     python -m peraxis_conformance.generate [DIR]       write
-    python -m peraxis_conformance.generate --check     compare with what stands in the package
+    python -m peraxis_conformance.generate --check     compare with the corpus in the package
 
-Standard library and integers only; the reference writer has no part in it. The same version of this program
-writes the same bytes everywhere. A released corpus is immutable: later versions add cases.
+It uses the standard library and integers only, and not the reference writer. The same version of this program writes
+the same bytes everywhere. A released corpus is immutable; later versions add cases.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SUFFIX = {"file": ".pxd", "base": ".base.safetensors", "output": ".out.safetenso
 
 
 def boundaries(file: bytes) -> list[int]:
-    """Where the structure of a file has a seam: N, magic, JSON, header, the end of each tensor, the last byte."""
+    """The offsets where a part of a file ends: N, magic, JSON, header, each tensor, the last byte."""
     start = 8 + int.from_bytes(file[:8], "little")
     header = file[8:start]
     ends = {start + record["data_offsets"][1] for name, record in json.loads(header).items() if name != "__metadata__"}
@@ -95,7 +95,7 @@ def stored(folder: str, entry: Entry, role: str) -> str:
 
 
 def derived(value: Cut | Made | Special) -> dict[str, Any]:
-    """How the runner makes a file that is not stored."""
+    """The description of a file that the runner makes."""
     if isinstance(value, Cut):
         return {"truncate": value.length, "of": f"{value.source}.pxd"}
     if isinstance(value, Made):
@@ -153,7 +153,7 @@ def everything() -> dict[str, bytes]:
 
 
 def differences(root: Path, files: dict[str, bytes]) -> list[str]:
-    """Paths that are missing, differ, or should not be there, sorted."""
+    """The sorted paths that are missing, differ, or should not exist."""
     wrong = [path for path, data in files.items() if not (root / path).is_file() or (root / path).read_bytes() != data]
     there = (path for folder in FOLDERS for path in (root / folder).rglob("*") if path.is_file())
     extra = (path.relative_to(root).as_posix() for path in there)

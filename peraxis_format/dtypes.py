@@ -4,8 +4,8 @@
     F32 -> BF16   (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16        nearest, ties to even; integers only
     F16 <-> F32   IEEE conversions of numpy (nearest-even, subnormals kept)
 
-numpy has no bfloat16: a BF16 tensor is carried as its bit patterns in uint16. The array that holds a
-tensor's bytes, whatever the dtype, is called its storage array. F8 tensors are carried as uint8. F4 and F6 tensors
+numpy has no bfloat16, so a BF16 tensor is represented by its bit patterns in uint16. The array with a tensor's bytes is
+called its storage array for every dtype. F8 tensors are represented as uint8. F4 and F6 tensors
 pack their elements, which have no place of their own: their storage array is flat, uint8 [bytes].
 """
 
@@ -132,7 +132,7 @@ class DType(Enum):
 
 
 def raw_bytes(array: Array) -> memoryview:
-    """The bytes of a storage array in row-major order, without a copy where it is contiguous already."""
+    """The bytes of a storage array in row-major order, without a copy if it is contiguous."""
     flat: Any = np.ascontiguousarray(array).reshape(-1)
     return memoryview(flat.view(np.uint8))
 
@@ -140,7 +140,7 @@ def raw_bytes(array: Array) -> memoryview:
 def to_float32(array: Array, dtype: DType) -> NDArray[np.float32]:
     """Convert a storage array of a float type to binary32, exactly.
 
-    Returns a new array, except for F32, which is returned as it is. Raises ShapeError for another dtype.
+    Returns a new array, but for F32 the same array. Raises ShapeError for another dtype.
     """
     if dtype is DType.F32:
         return array.astype(np.float32, copy=False)
@@ -178,6 +178,6 @@ def from_float32(array: NDArray[np.float32], dtype: DType) -> Array:
     else:
         raise ShapeError(f"{dtype.value} is not one of BF16, F16, F32")
     if nan.any():
-        # SPEC 6.2: 0x7FC0, 0x7E00, 0x7FC00000, whatever the payload was.
+        # SPEC 6.2: 0x7FC0, 0x7E00, 0x7FC00000, for every payload.
         rounded[nan] = quiet
     return rounded

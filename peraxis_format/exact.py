@@ -1,4 +1,4 @@
-"""Tensors of a lossless delta: each as in the base, as an exact update, or whole, whichever takes the fewest bytes."""
+"""Tensors of a lossless delta: `same`, `exact` or `full`, the encoding with the fewest bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def lossless_module(
     prefer: Prefer = "size",
     threads: int | None = None,
 ) -> ModuleDelta:
-    """The module that gives `new` back bit for bit.
+    """The module that rebuilds `new` bit for bit.
 
     new: storage array. shape: the tensor's, where its storage array has another (F4, F6). old: the base's storage
     array and base its reference, or neither. prefer: as of ops.exact.encode. A base of another dtype or shape gives

@@ -1,4 +1,4 @@
-"""Encode cases: content as plain files, and the one file that a writer must make of it (SPEC 11)."""
+"""Encode cases: content as plain files, and the one file that a writer must write for it (SPEC 11)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files with a malformed record, or with records and data that do not fit (SPEC 2.12 to 2.15, 2.17, 2.18)."""
+"""Files with a malformed record, or with records that do not match the data (SPEC 2.12 to 2.15, 2.17, 2.18)."""
 
 from __future__ import annotations
 

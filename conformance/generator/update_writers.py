@@ -1,4 +1,4 @@
-"""Encode cases of exact updates: which block a writer must choose (SPEC 11.3)."""
+"""Encode cases of exact updates: the block that a writer must choose (SPEC 11.3)."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def refused_sources() -> Iterator[Entry]:
 
 
 def written(slug: str, content: Content, new: dict[str, bytes], prefer: str) -> Entry:
-    """The source names `exact` and holds old and new weights; how they are stored is the writer's to say."""
+    """The source names `exact` and has old and new weights; the writer chooses their encoding."""
     files = source(content)
     said = json.loads(files["content.json"])
     for i, (entry, module) in enumerate(zip(said["modules"], content.modules, strict=True)):

@@ -14,7 +14,7 @@ Case = tuple[str, str, Content]
 
 
 def simple(**changes: Any) -> Content:
-    """One sign module of three rows and eleven columns, and a norm: what most faults are planted in."""
+    """One sign module of three rows and eleven columns, and a norm; most faults are planted in it."""
     fields: dict[str, Any] = {"modules": (sign("model.q_proj.weight", (3, 11)), full("model.norm.weight", (5,)))}
     return Content(**{**fields, **changes})
 

@@ -36,7 +36,7 @@ TORCH_DTYPES: Final[dict[DType, torch.dtype]] = {
     DType.C64: torch.complex64,
 }
 _DTYPES: Final = {value: key for key, value in TORCH_DTYPES.items()}
-# numpy has none of these: carried as unsigned integers, as in a storage array.
+# numpy has none of these, so they are unsigned integers, as in a storage array.
 _CARRIED: Final = {
     torch.bool: torch.uint8,
     torch.bfloat16: torch.uint16,
@@ -62,14 +62,14 @@ def torch_dtype(dtype: DType) -> torch.dtype:
 
 
 def dtype_of(tensor: Tensor, name: str) -> DType:
-    """The dtype of SPEC 1. Raises LiveModelError for one that PXD does not carry (a quantised tensor, for one)."""
+    """The dtype of SPEC 1. Raises LiveModelError for one that PXD does not have (for example a quantised tensor)."""
     if tensor.dtype not in _DTYPES:
         raise LiveModelError(f"{name}: dtype {tensor.dtype} is not one of a checkpoint; load the model unquantised")
     return _DTYPES[tensor.dtype]
 
 
 def storage_array(tensor: Tensor) -> Array:
-    """The storage array of a CPU tensor: the same memory, strides kept."""
+    """The storage array of a CPU tensor, sharing memory, with its strides."""
     plain = tensor.detach()
     array: Array = plain.view(_CARRIED.get(plain.dtype, plain.dtype)).numpy()
     return array
@@ -81,7 +81,7 @@ def from_storage(array: Array, dtype: DType) -> Tensor:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """A tensor's bytes in row-major order as a flat uint8 tensor on its device; a copy only where it is strided."""
+    """A tensor's bytes in row-major order as a flat uint8 tensor on its device; a copy only if it is strided."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 

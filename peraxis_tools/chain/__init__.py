@@ -1,4 +1,4 @@
-"""Chains of updates: their order, the state that they lead to, and the verbs update, compact and log."""
+"""Chains of updates: their order, the state after them, and the verbs update, compact and log."""
 
 from peraxis_tools.chain.log import ChainLog, LogEntry, log
 from peraxis_tools.chain.opened import opened_all

@@ -1,4 +1,4 @@
-"""A checkpoint that is a base and the updates on it: read tensor by tensor, each proven on the way."""
+"""A checkpoint that consists of a base and updates on it; it is read and checked tensor by tensor."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["ChainState"]
 
 
 class ChainState(pxd.Safetensors):
-    """The state after some updates, as if it were a checkpoint. The base and the updates belong to the caller.
+    """The state after some updates, as a checkpoint. The caller closes the base and the updates.
 
-    Reading a tensor reads it from the base once, holds it to its digest, and takes it through every update;
-    E404 or E405 where a state is not the one that an update was made on.
+    Reading a tensor reads it from the base once, checks its digest, and applies every update. Raises E404 or E405 if a
+    state is not the one that an update was made on.
     """
 
     def __init__(self, base: pxd.Safetensors, updates: Sequence[pxd.DeltaFile]) -> None:
@@ -54,7 +54,7 @@ class ChainState(pxd.Safetensors):
 
     @property
     def size(self) -> int:
-        """Bytes of all tensors."""
+        """The bytes of all tensors."""
         return sum(info.size for info in self._known.values())
 
     def read(self, name: str, rows: slice | None = None) -> pxd.Array:
@@ -93,7 +93,7 @@ class ChainState(pxd.Safetensors):
         return hashlib.sha256(pxd.raw_bytes(array)).hexdigest()
 
     def close(self) -> None:
-        """Nothing: base and updates belong to the caller."""
+        """Do nothing, because the caller closes base and updates."""
 
 
 def _info(name: str, entry: pxd.ModuleEntry, path: Path) -> pxd.TensorInfo:

@@ -1,4 +1,4 @@
-"""Artifacts named on the command line: paths, or URLs that are fetched first, with progress."""
+"""The files on the command line: paths, or URLs that are fetched first, with progress."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["fetched", "updates_of"]
 
 @contextlib.contextmanager
 def fetched(sources: Sequence[str], *, quiet: bool) -> Iterator[list[Path]]:
-    """Local paths for these sources, in order; copies of remote ones are removed at the end."""
+    """Yield local paths of these sources, in order; copies of remote files are removed at the end."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(local_copy(source, progress=staged(quiet=quiet))) for source in sources]
 

@@ -240,7 +240,7 @@ def test_what_cannot_be_served_is_refused_and_the_model_stays_ordinary(tmp_path:
             pass
         with pytest.raises(LiveModelError, match="empty batch"), served.using([]):
             pass
-        with pytest.raises(LiveModelError, match="served already"):
+        with pytest.raises(LiveModelError, match="already served"):
             serve(model, {"v": path})
 
 

@@ -131,9 +131,9 @@ def test_repeated_old_and_foreign_updates_are_refused_by_name_and_change_nothing
     before = published(live)
     other = UpdateWriter(trainer(9), tmp_path / "b")
     foreign = [other.step(), other.step()][1].path
-    with pytest.raises(UpdateError, match=r"step-00000002.pxd: is applied already"):
+    with pytest.raises(UpdateError, match=r"step-00000002.pxd: is already applied"):
         follower.apply(tmp_path / "a" / "step-00000002.pxd")
-    with pytest.raises(UpdateError, match=r"step-00000001.pxd: is no update of"):
+    with pytest.raises(UpdateError, match=r"step-00000001.pxd: is not an update of"):
         follower.apply(foreign)
     for path in (tmp_path / "a" / "step-00000002.pxd", foreign):
         with pytest.raises(PxdError, match=r"E40[45]"):

@@ -83,7 +83,7 @@ def test_a_tensor_that_transformers_reorders_has_no_place_in_the_live_model(tmp_
         pytest.skip("this transformers does not have inkling2_text")
     pair = write_pair("inkling2_text", tmp_path, torch.bfloat16)
     assert outcome(compress, [pair]) == "right"
-    assert "keeps it in several tensors, or in another order" in outcome(apply_live, [pair])
+    assert "stores it in several tensors, or in another order" in outcome(apply_live, [pair])
 
 
 @pytest.mark.filterwarnings("ignore")

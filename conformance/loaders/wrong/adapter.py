@@ -47,7 +47,7 @@ def exact(reader: Reader, module: dict[str, Any]) -> bytes:
 
 
 def update(reader: Reader, module: dict[str, Any]) -> dict[str, Any]:
-    """What is said of an `exact` module and of no other."""
+    """The keys that only an `exact` module has."""
     if module["encoding"] != "exact":
         return {}
     parts = {f"{word}_sha256": sha256(reader.part_of(module, word)) for word in ("index", "data")}
@@ -190,7 +190,7 @@ def covered_bytes(reader: Reader, module: dict[str, Any], held: tuple[str, list[
 
 
 def keep_nan(data: bytes, raw: bytes, said: str, dtype: str, *, sign_only: bool = False) -> bytes:
-    """The result with the NaNs of the base in the place of canonical ones, as a plain cast leaves them."""
+    """The result with the base's NaNs instead of canonical ones, as after a plain cast."""
     a, b = BITS[said] // 8, BITS[dtype] // 8
     made = bytearray(data)
     for i, value in enumerate(decoded(raw, said)):

@@ -1,4 +1,4 @@
-"""What every step of the small reader shares."""
+"""Code that all steps of the small reader share."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def quoted(text: str) -> str:
 
 
 class Switched:
-    """What can make one mistake; `switch` names it, or is empty."""
+    """A base class that can make one mistake; `switch` names it, or is empty."""
 
     switch: str
 

@@ -19,7 +19,7 @@ def wrapped(value: int) -> int:
 
 
 class Container(Strict):
-    """file, start, text (of the manifest): what the steps leave."""
+    """The results of the steps: file, start, text (of the manifest)."""
 
     file: bytes
 

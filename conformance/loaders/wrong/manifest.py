@@ -157,7 +157,7 @@ class Manifest(Container):
             need(manifest["dropped"] == sorted(set(manifest["dropped"])), "E205")
 
     def spelled_out(self, module: dict[str, Any]) -> dict[str, Any]:
-        """SPEC 3.4: a module with what it leaves out."""
+        """SPEC 3.4: a module with its usual values."""
         lenient = self.wrong("defaults-written-out")
         need(module.get("dtype") != "BF16" or lenient, "E205")
         dtype, shape = module.get("dtype", "BF16"), module.get("shape")

@@ -17,7 +17,7 @@ ASSET = r"([A-Za-z0-9_][A-Za-z0-9_-]{0,62}/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,118}\.
 
 
 class Rules(Manifest):
-    """Holds the manifest to SPEC 3.5 to 4.2."""
+    """Checks the manifest by SPEC 3.5 to 4.2."""
 
     manifest: dict[str, Any]
     records: list[dict[str, Any]]
@@ -140,7 +140,7 @@ class Rules(Manifest):
         return [min(shape[0], module["base"]["shape"][0]), *shape[1:]]
 
     def tail(self, module: dict[str, Any]) -> list[int]:
-        """The tail's shape; empty where there is none."""
+        """The tail's shape; empty if there is none."""
         shape = module["shape"]
         rest = shape[0] - self.covered(module)[0] if shape else 0
         return [rest, *shape[1:]] if rest else []

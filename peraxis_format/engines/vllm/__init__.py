@@ -6,7 +6,7 @@
     one batch       vllm serve BASE --worker-cls peraxis_format.engines.vllm.worker.PeraxisWorker --enforce-eager \\
                         --enable-lora --lora-modules legal=legal.pxd medical=medical.pxd
 
-vLLM finds the plug-in by its entry points, in every process. docs/engines.md says which way to take when. From Python:
+vLLM finds the plug-in by its entry points, in every process. docs/engines.md compares the three ways. From Python:
 
     from peraxis_format.engines.vllm import use
 
@@ -22,7 +22,7 @@ __all__ = ["endpoints", "register", "remove", "use"]
 
 
 def register() -> None:
-    """The entry point `vllm.general_plugins`. May be called several times in one process."""
+    """The entry point `vllm.general_plugins`. vLLM may call it several times in one process."""
     from peraxis_format.engines.vllm.layout import register_engine, register_loader
     from peraxis_format.engines.vllm.loader import PeraxisModelLoader
 
@@ -31,16 +31,16 @@ def register() -> None:
 
 
 def endpoints() -> Any:
-    """The entry point `vllm.endpoint_plugins`: routes under /v1/peraxis, added where VLLM_PLUGINS names peraxis."""
+    """The entry point `vllm.endpoint_plugins`: routes under /v1/peraxis, added if VLLM_PLUGINS names peraxis."""
     from peraxis_format.engines.vllm.routes import PeraxisEndpoints
 
     return PeraxisEndpoints()
 
 
 def use(llm: Any, delta: str | None) -> str:
-    """Make the whole model of an `LLM` a fine-tune, or the base again with None. Returns the weight version.
+    """Swap the whole model of an `LLM` to a fine-tune, or back to the base with None. Returns the weight version.
 
-    The first use of a delta stages it. Raises what the engine raises, which quotes the cause; the model is as before.
+    The first use of a delta stages it. Raises the engine's error, which quotes the cause; the model is then unchanged.
     """
     from peraxis_format.engines.vllm.offline import use as used
 
@@ -48,7 +48,7 @@ def use(llm: Any, delta: str | None) -> str:
 
 
 def remove(llm: Any, delta: str) -> None:
-    """Let go of a delta that `use` staged, and that is not in use."""
+    """Free a delta that `use` staged and that is not in use."""
     from peraxis_format.engines.vllm.offline import remove as removed
 
     removed(llm, delta)

@@ -1,4 +1,4 @@
-"""What the plug-in needs of the loader beyond its public names; no other file here imports those."""
+"""The loader's internal names that the plug-in needs; no other file here imports them."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ __all__ = [
     "signed_matmul",
 ]
 
-_CHECK_BYTES: Final = 32 << 20  # of a ring buffer through which weights on a CUDA device are read to be hashed
+_CHECK_BYTES: Final = 32 << 20  # bytes of the ring buffer that reads weights from a CUDA device for hashing
 
 
 def rebuild_backend(weight: Tensor) -> str:
-    """Which backend rebuilds a weight: with numba that pays from fewer rows on."""
+    """The backend that rebuilds a weight; with numba this is faster from fewer rows on."""
     return choose("rebuild_tensor", weight.numel(), weight.device.type)
 
 
 def fine_tuned(base: Iterable[tuple[str, Tensor]], delta: DeltaFile) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the fine-tune, from the base checkpoint's stream and a delta: the bits of SPEC 6.
+    """Yield (name, tensor) of the fine-tune from the base checkpoint's stream and a delta, with the bits of SPEC 6.
 
-    One tensor is in memory at a time. Base bytes and payload are held to their digests before they are used.
-    Raises BindingError for a base that lacks a tensor or has other bytes; PayloadError.
+    One tensor is in memory at a time. The digests of base bytes and payload are checked before use.
+    Raises BindingError if the base lacks a tensor or has other bytes; PayloadError.
     """
     aliases: dict[str, list[str]] = {}
     for name, alias in delta.manifest.tied:
@@ -90,7 +90,7 @@ def _rebuilt(delta: DeltaFile, name: str, base: Tensor | None) -> Tensor:
 
 
 def full_tensor(module: ModuleDelta) -> Tensor:
-    """The exact tensor of a `full` module, in memory of its own."""
+    """A copy of the exact tensor of a `full` module."""
     return _as_tensor(np.array(module.full), module)
 
 
@@ -100,7 +100,7 @@ def _as_tensor(array: Any, module: ModuleDelta) -> Tensor:
 
 
 def check_base(delta: DeltaFile, placement: Placement, *, group: Any) -> None:
-    """The live weights have the bytes of the delta's base, on every rank. Raises BindingError (E404) on all of them."""
+    """Check that the live weights are the delta's base, on every rank. Raises BindingError (E404) on all of them."""
     ring = Ring(device_of(placement))
     if ring.device.staged:
         ring.reserve(_CHECK_BYTES)

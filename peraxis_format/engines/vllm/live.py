@@ -1,7 +1,7 @@
-"""The variants of a live vLLM model on one rank: stage, swap, forget. All ranks do the same, or all fail.
+"""The variants of a live vLLM model on one rank: stage, swap, remove. An error on one rank is an error on all.
 
-A swap rebuilds weights into the storage that the layers hold, from a pristine copy of the base, and then lets vLLM pack
-again what it multiplies with. The scheduler has to be paused and the prefix cache reset: transfer.py, routes.py.
+A swap rebuilds weights into the layers' storage, from a pristine copy of the base, and then makes vLLM's packed copies
+again. The caller must pause the scheduler and reset the prefix cache (transfer.py, routes.py).
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class LiveModel:
 
     @property
     def current(self) -> str | None:
-        """The variant that the model is now; None: the base."""
+        """The name of the current variant; None: the base."""
         return None if self._switch is None else self._switch.current
 
     def add(self, name: str, source: str) -> Variant:
         """Check a delta and its base, and stage it. The model is not changed.
 
-        The first one makes a copy of the weights that variants change. Raises LiveModelError, PxdError, OSError.
+        The first call copies the weights that variants change. Raises LiveModelError, PxdError, OSError.
         """
         with open_delta(source, group=self._group) as file:
             if self._checks_assets:
@@ -51,11 +51,11 @@ class LiveModel:
                 return switch.add(name, file)
             except BaseException:
                 if not switch.variants():
-                    self.close()  # nothing of a file that was refused decides what later ones may hold
+                    self.close()  # a refused file must not constrain later ones
                 raise
 
     def use(self, name: str | None) -> Swap | None:
-        """Make the model a variant, or the base. None where there was nothing to do: no variant was ever staged.
+        """Swap the model to a variant, or to the base. Returns None if no variant was ever staged.
 
         Raises SwapError: the model is then what it was. LiveModelError for an unknown name.
         """
@@ -75,7 +75,7 @@ class LiveModel:
         self._switch.remove(name)
 
     def close(self) -> None:
-        """Let go of everything; the weights stay as they are."""
+        """Free all variants; the weights are unchanged."""
         if self._switch is not None:
             self._switch.close()
             self._switch = None

@@ -1,4 +1,4 @@
-"""Swaps of an offline `LLM`, each in one call."""
+"""Swaps of an offline `LLM` in one call each."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def use(llm: Any, delta: str | None) -> str:
     llm.update_weights({"update_info": {"variant": delta}})
     llm.finish_weight_update(weight_version=version)
     if not llm.reset_prefix_cache():
-        raise LiveModelError("the prefix cache is held by running requests; finish them before the next `generate`")
+        raise LiveModelError("running requests use the prefix cache; finish them before the next `generate`")
     return version
 
 

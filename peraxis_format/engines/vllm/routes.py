@@ -1,16 +1,16 @@
-"""HTTP routes for live swaps, without vLLM's development mode: an endpoint plug-in, asked for by VLLM_PLUGINS=peraxis.
+"""HTTP routes for live swaps without vLLM's development mode; an endpoint plug-in that VLLM_PLUGINS=peraxis enables.
 
     GET  /v1/peraxis                                                 weight version, staged variants, the one in use
     POST /v1/peraxis/variants    {"name": "legal", "delta": "legal.pxd"}             check and stage; the model stays
     POST /v1/peraxis/use         {"variant": "legal" or null, "requests": "wait" or "abort", "timeout": 60}
     DELETE /v1/peraxis/variants/legal
 
-`use` is one call: pause the scheduler, swap, pack again, reset the prefix cache, resume. requests says what happens to
-those that run: "wait" lets them end with the old weights while new ones queue; "abort" ends them at once. Either way no
-output mixes two variants. The routes lie under /v1, so that vLLM's --api-key guards them.
+`use` is one call: pause the scheduler, swap, pack again, reset the prefix cache, resume. requests: "wait" lets running
+requests finish with the old weights while new ones queue; "abort" ends them at once. In both cases no output mixes two
+variants. The routes are under /v1, so that vLLM's --api-key protects them.
 
 Errors are {"error": one line}: 400 for a bad request, file or base, 404 for an unknown variant, 409 for a name in use,
-503 where requests did not end in time. The variant before is then still served.
+503 if requests did not end in time. The previous variant is then still served.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _RequestError(Exception):
 
 @dataclass(slots=True)
 class _Swaps:
-    """What one API server knows. staged: name -> content ID. One swap or staging at a time."""
+    """The state of one API server. staged: name -> content ID. One swap or staging runs at a time."""
 
     client: Any
     staged: dict[str, str] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class _Swaps:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def status(self) -> dict[str, Any]:
-        """What GET answers."""
+        """The answer of GET."""
         version = await self.client.get_weight_version()
         variants = [{"name": name, "content_id": content_id} for name, content_id in self.staged.items()]
         return {"weight_version": version, "variant": self.current, "variants": variants}
@@ -69,7 +69,7 @@ class _Swaps:
         return {"name": name, "content_id": content_id}
 
     async def remove(self, name: str) -> dict[str, Any]:
-        """Forget a variant on every rank."""
+        """Remove a variant on every rank."""
         async with self.lock:
             if name not in self.staged:
                 raise _RequestError(404, f"no variant {name!r}; staged: {', '.join(self.staged) or 'none'}")
@@ -87,7 +87,7 @@ class _Swaps:
         if requests not in ("wait", "abort"):
             raise _RequestError(400, f'requests is {requests!r}; it can be "wait" or "abort"')
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
-            raise _RequestError(400, f"timeout is {timeout!r}; it is a number of seconds")
+            raise _RequestError(400, f"timeout is {timeout!r}; it must be a number of seconds")
         async with self.lock:
             if variant is not None and variant not in self.staged:
                 raise _RequestError(404, f"no variant {variant!r}; staged: {', '.join(self.staged) or 'none'}")
@@ -136,7 +136,7 @@ class _Swaps:
 
 @contextlib.contextmanager
 def _engine_errors() -> Iterator[None]:
-    """An error in a worker comes as text, with vLLM's words around it; a dead engine is not a bad request."""
+    """Turn a worker's error, which is text within vLLM's message, into a bad request; a dead engine is not one."""
     try:
         yield
     except Exception as error:
@@ -154,12 +154,12 @@ def _line(error: BaseException) -> str:
 def _text(body: dict[str, Any], key: str) -> str:
     value = body.get(key)
     if not isinstance(value, str) or not value:
-        raise _RequestError(400, f"{key} is {value!r}; it is a text that is not empty")
+        raise _RequestError(400, f"{key} is {value!r}; it must be a text that is not empty")
     return value
 
 
 def _content_id(delta: str) -> str:
-    """Of a delta, from its header. Raises _RequestError."""
+    """The content ID of a delta, from its header. Raises _RequestError."""
     try:
         with open_delta(delta) as file:
             return file.content_id
@@ -227,7 +227,7 @@ class PeraxisEndpoints:
         app.add_api_route(f"{_PREFIX}/use", post_use, methods=["POST"])
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Keep the engine's client; a server that started from a delta reports its content ID."""
+        """Store the engine's client; a server that started from a delta reports its content ID."""
         state.peraxis_swaps = _Swaps(engine_client)
         config = engine_client.vllm_config.load_config
         delta = (config.model_loader_extra_config or {}).get("delta") if config.load_format == "peraxis" else None

@@ -1,12 +1,12 @@
 """`--weight-transfer-config '{"backend": "peraxis"}'`: live swaps through vLLM's own weight-transfer calls.
 
-    init_weight_transfer_engine   {"add": {"legal": "legal.pxd"}, "remove": ["old"]}      stage and forget variants
+    init_weight_transfer_engine   {"add": {"legal": "legal.pxd"}, "remove": ["old"]}      stage and remove variants
     start_weight_update
     update_weights                {"variant": "legal"}, or {"variant": null} for the base
     finish_weight_update
 
-The caller pauses the scheduler before, and resets the prefix cache and resumes behind: routes.py and offline.py do. An
-error of one rank is an error on all of them, and every rank keeps, or goes back to, the variant before.
+The caller pauses the scheduler before, and resets the prefix cache and resumes afterwards, as routes.py and offline.py
+do. An error on one rank is an error on all of them, and every rank keeps, or returns to, the previous variant.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["PeraxisInitInfo", "PeraxisUpdateInfo", "PeraxisWeightTransferEngine"
 
 @dataclass
 class PeraxisInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
-    """add: name -> delta, to be staged. remove: names to be forgotten, first."""
+    """add: name -> delta to stage. remove: names to remove first."""
 
     add: dict[str, str] = field(default_factory=dict)
     remove: list[str] = field(default_factory=list)
@@ -53,22 +53,22 @@ class PeraxisWeightTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         self._live = LiveModel(model, vllm_config.model_config, checks_assets=assets_checked(extra))
 
     def init_transfer_engine(self, init_info: PeraxisInitInfo) -> None:
-        """Forget, then stage. Raises LiveModelError, PxdError, CheckpointError, OSError; the model is not changed."""
+        """Remove, then stage. Raises LiveModelError, PxdError, CheckpointError, OSError; the model is not changed."""
         for name in init_info.remove:
             self._live.remove(name)
         for name, source in init_info.add.items():
             self._live.add(name, source)
 
     def start_weight_update(self) -> None:
-        """Nothing to prepare: variants are staged before."""
+        """Do nothing, because variants are staged before."""
 
     def receive_weights(self, update_info: PeraxisUpdateInfo) -> None:
-        """Swap. Raises SwapError; the model is then what it was."""
+        """Swap. Raises SwapError; the model is then unchanged."""
         self._live.use(update_info.variant)
 
     def finish_weight_update(self) -> None:
-        """Nothing is left to do: a swap is complete when it returns."""
+        """Do nothing, because a swap is complete when it returns."""
 
     def shutdown(self) -> None:
-        """Let go of the variants and the base copy."""
+        """Free the variants and the base copy."""
         self._live.close()

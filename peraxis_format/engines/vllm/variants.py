@@ -1,11 +1,11 @@
-"""Variants of one rank, by vLLM's adapter ids: loaded once, kept by use, read again from their files when evicted.
+"""The variants of one rank, by vLLM's adapter ids. The least recently used are evicted and read again from their files.
 
-    resident    in the memory of the model's device      at most `resident`, those of the step among them
+    resident    in the memory of the model's device      at most `resident`, including those of the step
     host        in host memory                            at most `host`
-    file        open, so that it can be read again whatever happens to its name
+    file        open, so that it can be read again even if it is renamed or removed
 
-On the CPU resident and host are the same memory, and only `host` counts. An evicted variant is read from its file with
-all its digests checked. Names stay until they are removed.
+On the CPU resident and host are the same memory, and only `host` counts. An evicted variant is read from its file and
+all digests are checked. Names stay until they are removed.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from peraxis_format.reader import DeltaFile
 
 __all__ = ["Counters", "VariantStore"]
 
-_CLAIMED: Final = "variants are served over these weights; swap the model in a server of its own"
+_CLAIMED: Final = "variants are served over these weights; swap the model in another server"
 
 
 @dataclass(slots=True)
 class Counters:
-    """How often variants were read from their files, and moved out of memory."""
+    """The number of reads of variants from their files, and of evictions."""
 
     reads: int = 0
     evictions: int = 0
@@ -51,7 +51,7 @@ class Counters:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class VariantStore:
-    """Variants by adapter id. resident, host: how many may be in device and in host memory."""
+    """Variants by adapter id. resident, host: the largest numbers in device and in host memory."""
 
     model: nn.Module
     model_config: Any
@@ -66,13 +66,13 @@ class VariantStore:
     _pinned: set[int] = field(default_factory=set)
 
     def ids(self) -> set[int]:
-        """The adapter ids that are known."""
+        """The known adapter ids."""
         return set(self._files)
 
     def add(self, number: int, name: str, source: str, *, replace: bool = False) -> bool:
         """Check a delta and its base, and load it. Returns whether it was new.
 
-        Raises LiveModelError, PxdError, CheckpointError, OSError, on every rank alike; what was there is then kept.
+        Raises LiveModelError, PxdError, CheckpointError, OSError, on all ranks; an earlier variant is then kept.
         """
         if number in self._files and not replace:
             self.get(number)
@@ -109,11 +109,11 @@ class VariantStore:
         return self._resident[number]
 
     def step(self, numbers: Iterable[int]) -> dict[int, Variant]:
-        """The variants of a step, all of them resident. Raises LiveModelError for more than there is room for."""
+        """The variants of a step, all resident. Raises LiveModelError if they are too many."""
         wanted = sorted(set(numbers))
         if len(wanted) > max(self.resident, 1):
             raise LiveModelError(f"{len(wanted)} variants in one step, but --max-loras is {self.resident}")
-        # The known ones are touched first, so that reading others again does not evict them.
+        # Mark those in memory as used first, so that reading the others does not evict them.
         for number in wanted:
             if number in self._resident:
                 self.get(number)
@@ -126,7 +126,7 @@ class VariantStore:
         return number in self._files
 
     def remove(self, number: int) -> bool:
-        """Forget a variant. Returns whether it was known."""
+        """Remove a variant. Returns whether it was known."""
         for kept in (self._host, self._resident):
             kept.pop(number, None)
         self._pinned.discard(number)
@@ -136,7 +136,7 @@ class VariantStore:
         return known is not None
 
     def close(self) -> None:
-        """Forget all of them."""
+        """Remove all variants."""
         for number in list(self._files):
             self.remove(number)
         release(self)
@@ -163,7 +163,7 @@ class VariantStore:
                 self.counters.evictions += 1
 
     def _read(self, name: str, file: DeltaFile, placement: Placement | None) -> Variant:
-        """Bring a file's payload to the layers, all digests checked. placement: None where it was checked before."""
+        """Read a file's payload for the layers, and check all digests. placement: None if the base was checked."""
         self.counters.reads += 1
         if placement is not None:
             check_pads(file)
@@ -183,7 +183,7 @@ class VariantStore:
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Storage -> the layers that hold it; tied layers are several."""
+    """Storage -> the layers that have it; tied layers share one."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, tensor in module._parameters.items():
@@ -196,9 +196,9 @@ def _refuse_layer(layer: Any, parameter: str, name: str, dimensions: int) -> Non
     kind = type(layer).__name__
     if isinstance(layer, LinearBase | VocabParallelEmbedding):
         if parameter == "bias" and getattr(layer, "skip_bias_add", False):
-            raise LiveModelError(f"{name}: {kind} hands its bias on unadded; serve this fine-tune with a live swap")
+            raise LiveModelError(f"{name}: {kind} does not add its bias itself; serve this fine-tune with a live swap")
         if parameter not in ("weight", "bias"):
-            raise LiveModelError(f"{name}: {kind} keeps it as {parameter}, which variants cannot change")
+            raise LiveModelError(f"{name}: {kind} stores it as {parameter}, which variants cannot change")
     elif dimensions > 1:
         raise LiveModelError(f"{name}: {kind} cannot be mixed in one batch; serve this fine-tune with a live swap")
 

@@ -2,9 +2,9 @@
 
     --enable-lora --enforce-eager --max-loras 8 --max-cpu-loras 32 --lora-modules legal=legal.pxd medical=medical.pxd
 
-vLLM takes a .pxd for a LoRA adapter: its requests, scheduler, prefix cache and OpenAI `model` field do the rest. Of its
-LoRA layers nothing is used. --additional-config '{"peraxis": {"exact": true}}' multiplies with rebuilt weights, however
-few rows a variant has: the merged model's outputs, slower.
+vLLM treats a .pxd as a LoRA adapter, so its requests, scheduler, prefix cache and OpenAI `model` field work unchanged.
+Its LoRA layers are not used. --additional-config '{"peraxis": {"exact": true}}' always multiplies with rebuilt weights:
+the outputs are those of the merged model, but slower.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WORKER: Final[Any] = worker_class()
 
 
 class VariantManager:
-    """What vLLM's model runner and worker ask of a LoRA manager, over a VariantStore."""
+    """The interface of a LoRA manager for vLLM's model runner and worker, on a VariantStore."""
 
     def __init__(self, model: nn.Module, vllm_config: Any, device: torch.device) -> None:
         if not is_eager(vllm_config):
@@ -55,17 +55,17 @@ class VariantManager:
 
     @contextmanager
     def logits_of(self, hidden: Tensor) -> Iterator[None]:
-        """Within the block lm_head is given stretches of these hidden states, one row a token of the step."""
+        """Within the block lm_head's input is a slice of these hidden states, one row for each token of the step."""
         self._rows.hidden = hidden
         try:
             yield
         finally:
             self._rows.hidden = None
 
-    # --- what vLLM calls -----------------------------------------------------------------------------
+    # --- called by vLLM ------------------------------------------------------------------------------
 
     def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
-        """The next step has these requests' adapters; mapping: which row wants which."""
+        """Set the adapters of the next step; mapping: the adapter of each row."""
         for request in requests:
             if request.lora_int_id not in self._dummies | self.store.ids():
                 self.store.add(request.lora_int_id, request.lora_name, request.lora_path)
@@ -75,7 +75,7 @@ class VariantManager:
             self._rows.begin(tuple(map(int, mapping.index_mapping)), tuple(map(int, mapping.prompt_mapping)), variants)
 
     def add_adapter(self, request: Any) -> bool:
-        """Load a variant. Raises as VariantStore.add does."""
+        """Load a variant. Raises the errors of VariantStore.add."""
         try:
             return self.store.add(
                 request.lora_int_id, request.lora_name, request.lora_path, replace=bool(request.load_inplace)
@@ -84,16 +84,16 @@ class VariantManager:
             raise adapter_not_found(request.lora_name, request.lora_path) from None
 
     def remove_adapter(self, number: int) -> bool:
-        """Forget a variant."""
+        """Remove a variant."""
         return self.store.remove(number)
 
     def remove_all_adapters(self) -> None:
-        """Forget the adapters of warm-up runs, and all variants."""
+        """Remove the adapters of warm-up runs, and all variants."""
         self._dummies.clear()
         self.store.close()
 
     def list_adapters(self) -> set[int]:
-        """The ids of the variants that are known."""
+        """The ids of the known variants."""
         return self.store.ids()
 
     def pin_adapter(self, number: int) -> bool:
@@ -102,15 +102,15 @@ class VariantManager:
 
     @contextmanager
     def dummy_lora_cache(self) -> Iterator[None]:
-        """Warm-up runs need nothing here: their adapters are the base."""
+        """Do nothing, because the adapters of warm-up runs are the base."""
         yield
 
     def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
-        """The rank of a warm-up adapter, which has none."""
+        """A rank for warm-up adapters, which have none."""
         return default_rank
 
     def add_dummy_lora(self, request: Any, rank: int) -> bool:
-        """An adapter of a warm-up run: the base."""
+        """Add an adapter of a warm-up run, which is the base."""
         self._dummies.add(request.lora_int_id)
         return True
 
@@ -120,10 +120,10 @@ class VariantManager:
 
 
 class PeraxisWorker(_WORKER):  # type: ignore[misc]
-    """vLLM's worker, whose LoRA adapters are .pxd files."""
+    """vLLM's worker with .pxd files as LoRA adapters."""
 
     def init_device(self) -> None:
-        """Prepare the device; the base is loaded so that its weights can be read."""
+        """Prepare the device, and keep the base's weights readable."""
         super().init_device()
         load = self.vllm_config.load_config
         if load.load_format == "auto":
@@ -142,7 +142,7 @@ def _load_variants(runner: Any, model: nn.Module, vllm_config: Any, device: torc
 
 
 class _PromptLogprobs:
-    """Stands in for the model runner's method, so that lm_head knows whose hidden states it is given."""
+    """Replaces the model runner's method, so that lm_head can identify the rows of its input."""
 
     def __init__(self, runner: Any, plain: Callable[..., Any]) -> None:
         self._runner = runner

@@ -28,10 +28,10 @@ def moved(
     *,
     backend: Literal["cpu", "triton"] | None = None,
 ) -> Tensor:
-    """What an update makes of a contiguous tensor, as a new one of its shape on its device.
+    """Apply an update to a contiguous tensor. Returns a new tensor of its shape on its device.
 
-    index, data: held to ops.exact.check. backend: by default triton on a CUDA device. Raises BindingError (E405)
-    where the bits do not fit these weights.
+    index, data: the caller has called ops.exact.check on them. backend: by default triton on a CUDA device. Raises
+    BindingError (E405) if the bits do not decode on these weights.
     """
     if backend == "triton" or (backend is None and weights.is_cuda):
         return _on_device(weights, index, data, dtype)

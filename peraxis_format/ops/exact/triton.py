@@ -11,7 +11,7 @@ written before.
 `sound` gets 1 for a block that is.
 """
 
-# Triton reads the annotations of a kernel: constants have one, the rest must have none.
+# Triton reads the annotations of a kernel: constants have one, other arguments must have none.
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _field(data, bits, k):
 
 @triton.jit
 def _unary(data, low, high):
-    """Ones up to a zero, and the address behind it; above high where there is none."""
+    """The number of ones up to a zero, and the address after it; above high if there is none."""
     start = low
     ones = tl.full((), 32, tl.int64)
     while (ones == 32) & (low < high):
@@ -77,7 +77,7 @@ def _exponents(
 
 @triton.jit
 def _gaps(old, new, data, begin, count, at, end, WIDTH: tl.constexpr):
-    """A block of gaps. Returns whether it is sound."""
+    """Apply a block of gaps. Returns whether it is well-formed."""
     moves, exceptions = _field(data, at * 8, 16), _field(data, at * 8 + 16, 16)
     values = at + 4 + 2 * exceptions
     signs = values + exceptions * (WIDTH // 8)
@@ -217,7 +217,7 @@ def _keyed(
     old, new, data, counts, begin, count, mode, at, end,
     MANTISSA: tl.constexpr, MASK: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """A keyed block. Returns whether it is sound."""
+    """Apply a keyed block. Returns whether it is well-formed."""
     high = end * 8
     exceptions, low = _unary(data, at * 8, high)
     listed = high

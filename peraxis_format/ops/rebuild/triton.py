@@ -1,13 +1,13 @@
-"""The Triton kernel of apply: base + masks -> weights. signed_matmul/triton.py serves many variants over one base.
+"""rebuild in Triton: base + masks -> weights. signed_matmul/triton.py serves many variants over one base.
 
-A byte of a mask holds the signs of eight columns: a thread has 16 bytes of BF16 and one byte of mask, and neither is
-loaded twice. A warp reads 512 bytes side by side.
+A byte of a mask has the signs of eight columns: a thread has 16 bytes of BF16 and one byte of mask, and loads each
+once. A warp reads 512 adjacent bytes.
 
     sign        ((byte >> lane) & 1) ^ 1, moved to bit 31, xor into the scale
     F32 -> BF16 (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, NaN selected: integers only, since Triton's interpreter
                 truncates in its cast; the same code is exact on both
 
-Nothing depends on fused multiply-adds: size = row * col * 2^e is exact in binary32 (SPEC 6.1).
+Fused multiply-adds change nothing, because size = row * col * 2^e is exact in binary32 (SPEC 6.1).
 
 Records are int64 rows in device memory, so that one launch covers every module of a transfer:
     record   base address, out address, d_out, d_in, first tile, first term, terms, 0
@@ -15,7 +15,7 @@ Records are int64 rows in device memory, so that one launch covers every module 
 Offsets count from the transfer's buffer; addresses are those of live storage, which never moves.
 """
 
-# Triton reads the annotations of a kernel: constants have one, the rest must have none.
+# Triton reads the annotations of a kernel: constants have one, other arguments must have none.
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def narrow(total, KIND: tl.constexpr):
 
 @triton.jit
 def flip(mask):
-    """Bytes [a, b] -> [a, b, 8] uint32: the sign bit where the weight's sign is -1."""
+    """Bytes [a, b] -> [a, b, 8] uint32: the sign bit if the weight's sign is -1."""
     lane = tl.arange(0, 8)[None, None, :].to(tl.uint32)
     return (((mask[:, :, None].to(tl.uint32) >> lane) & 1) ^ 1) << 31
 
@@ -148,7 +148,7 @@ def apply_kernel(
     rows = (tile // across) * ROWS_ + tl.arange(0, ROWS_)
     columns = (tile % across) * COLUMNS_ + tl.arange(0, COLUMNS_)
     groups = (tile % across) * (COLUMNS_ // 8) + tl.arange(0, COLUMNS_ // 8)
-    # Eight columns of a group are inside together where d_in is a multiple of 8: one predicate for one 16-byte access.
+    # If d_in is a multiple of 8, one predicate serves the eight columns of a group, so one 16-byte access suffices.
     inside = (rows < d_out)[:, None] & (columns < d_in)[None, :]
     at = (rows.to(tl.int64) * d_in)[:, None] + columns[None, :]
     bits = tl.load(base + at, mask=inside, other=0)
@@ -156,7 +156,7 @@ def apply_kernel(
     term = terms + tl.load(record + 5) * 5
     first = _term(buffer, term, rows, groups, columns, d_out, d_in, ROWS_, COLUMNS_, ALIGNED)
     total = widen(bits, KIND) + first
-    # A `while`: the interpreter's range() does not take loaded numbers.
+    # A `while` loop, because the interpreter's range() does not accept loaded numbers.
     left = tl.load(record + 6) - 1
     while left > 0:
         term += 5
@@ -169,7 +169,7 @@ def apply_kernel(
 class StoredModule:
     """A `sign` module in a transfer's buffer, its pristine base, and the storage that it is rebuilt into.
 
-    offsets: of its tensors in the buffer, by suffix, each a multiple of 64. base, out: [..., d_out, d_in], contiguous.
+    offsets: those of its parts in the buffer, by suffix, multiples of 64. base, out: [..., d_out, d_in], contiguous.
     """
 
     components: tuple[ComponentEntry, ...]
@@ -190,8 +190,8 @@ class Launch:
     terms: Tensor
 
     def run(self, buffer: Tensor) -> None:
-        """Rebuild the modules from a buffer with a transfer's bytes. On return the kernel is launched."""
-        # Kernels are launched on the current device: make it this one.
+        """Launch the kernel that rebuilds the modules from a buffer with a transfer's bytes."""
+        # Kernels are launched on the current device, so set it.
         current: Any = torch.cuda.device(buffer.device) if buffer.is_cuda else contextlib.nullcontext()
         with current:
             apply_kernel[(self.programs,)](
@@ -201,12 +201,13 @@ class Launch:
 
 
 def launches(modules: Sequence[StoredModule], device: torch.device) -> Iterator[Launch]:
-    """What rebuilds these modules: one launch for each kind among them."""
+    """The launches that rebuild these modules, one for each kind of module."""
     grouped: dict[tuple[int, bool], list[StoredModule]] = {}
     for module in modules:
         d_out, d_in = module.out.shape[-2:]
         aligned = d_in % 8 == 0 and module.base.data_ptr() % 16 == 0 and module.out.data_ptr() % 16 == 0
-        # A mask begins at a multiple of 64 in the buffer; that of a later batch element only where their size allows.
+        # A mask begins at a multiple of 64 in the buffer; masks of later batch elements only if their size is a
+        # multiple.
         aligned = aligned and (module.out.ndim == 2 or d_out * d_in % 128 == 0)
         grouped.setdefault((KINDS[module.dtype], aligned), []).append(module)
     for (kind, aligned), members in grouped.items():

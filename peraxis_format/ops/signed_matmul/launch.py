@@ -1,6 +1,6 @@
-"""Launches the kernels of triton.py: one row, few rows of a variant, or many, for rows [begin, end) of a weight.
+"""Launch the kernels of triton.py for one row, few or many rows of a variant, on rows [begin, end) of a weight.
 
-Nothing here depends on the length of a prompt: kernels are compiled for a weight's shape, once.
+Kernels are compiled once for a weight's shape; they do not depend on the length of a prompt.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _SPLIT_MOST: Final = 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FactorTable:
-    """Where the components of rows [begin, end) of a weight lie. terms: of triton.py, over all variants, `most` each.
+    """The addresses of the components of rows [begin, end) of a weight. terms: see triton.py; `most` for each variant.
 
-    plain: none has a col. aligned: all masks begin at multiples of 16.
+    plain: no component has a col. aligned: all masks begin at multiples of 16.
     """
 
     begin: int
@@ -93,7 +93,7 @@ def single(x: Tensor, weight: Tensor, bias: Tensor | None, table: FactorTable, v
 def decode(x: Tensor, table: FactorTable, tiles: Tiles, out: Tensor) -> None:
     """out += x (sum of components)^T for the rows of the tiles, in binary32, rounded once.
 
-    x: contiguous [rows, d_in]. out: [rows, columns], of which those of the table are added to; in x's dtype.
+    x: contiguous [rows, d_in]. out: [rows, columns], in x's dtype; the table's columns are added to.
     """
     exact = x.dtype == torch.float32
     words = not exact and table.aligned and x.shape[1] % 128 == 0
@@ -156,7 +156,7 @@ def _kind(tensor: Tensor) -> int:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The same memory as unsigned integers, which is what kernels read and write."""
+    """The tensor as unsigned integers, sharing memory, for the kernels."""
     return tensor.view(torch.uint16 if tensor.element_size() == 2 else torch.uint32)
 
 

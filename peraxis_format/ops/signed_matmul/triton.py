@@ -10,8 +10,8 @@ Rows of x are sorted by variant and cut into tiles of one variant each:
     order   int32 [M], row of x in sorted order           tiles   int32 [tiles, 3]: variant, first, count
     terms   int64 [variants, TERMS, 3]: addresses of mask (U8 [N, ceil(K/8)]; 0: no such component), row (F32 [N], 2^e
             folded in), col (F32 [K]; 0: ones)
-K is a constant of the weights, so that loops over it are plain pipelined loops; what a batch changes never is one, so
-that nothing is compiled while it is served. ALIGNED: masks begin at multiples of 16.
+K is a constant of the weights, so loops over it are plain pipelined loops. Values that change with a batch are not
+constants, so nothing is compiled while serving. ALIGNED: masks begin at multiples of 16.
 
 Signs are the left operand of a tensor core: of a word of a mask the 32 +-1 of BF16 are made two at a time, since one
 shift moves bits t and t + 16 to the two sign bits of a register:
@@ -31,7 +31,7 @@ Rejected: a tensor [N, K/8, 8] of shifted bytes, reshaped: 8 to 12 instructions.
 looked up by shuffles: 2.1, for one row alone; of eight columns: 5.3.
 """
 
-# Triton reads the annotations of a kernel: constants have one, the rest must have none.
+# Triton reads the annotations of a kernel: constants have one, other arguments must have none.
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _unpaired(place):
 
 @triton.jit
 def _eight(g, K: tl.constexpr):
-    """Columns of groups, [1, g, 8], and whether they are inside: by groups where that does, for wide accesses."""
+    """The columns of groups, [1, g, 8], and whether they are inside; by whole groups if possible, for wide accesses."""
     k = g[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     inside = tl.broadcast_to((g < K // 8)[None, :, None], k.shape) if K % 8 == 0 else k < K
     return k, inside
@@ -279,8 +279,8 @@ def _rebuilt(
     total = widen(tl.load(weight + n[:, None].to(tl.int64) * K + k[None, :], mask=inside, other=0), KIND)
     for t in tl.static_range(TERMS):
         mask_at, row_at, col_at = _term(terms, variant, t, TERMS)
-        # No branches between the loads and the product, or these are not pipelined: a component that is not there adds
-        # a zero, which at most turns a -0 of the base into +0.
+        # A branch between the loads and the product would prevent pipelining, so a missing component adds a zero, which
+        # at most turns a -0 of the base into +0.
         row, col = row_at.to(tl.pointer_type(tl.float32)), col_at.to(tl.pointer_type(tl.float32))
         scale = tl.load(row + n, mask=(n < N) & (mask_at != 0), other=0.0)
         column = tl.load(col + k, mask=(k < K) & (col_at != 0), other=1.0)

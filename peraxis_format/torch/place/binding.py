@@ -1,7 +1,7 @@
-"""Step 12 of SPEC 8 on a live model: its weights are the base that the delta was made for.
+"""Step 12 of SPEC 8 on a live model: check that its weights are the base of the delta.
 
-Every storage is hashed once (digests.py). Where a rank holds only a piece of a tensor, the pieces are sent to one rank,
-in turns, which hashes the whole. Nothing is written before all agree.
+Every storage is hashed once (digests.py). If ranks have only pieces of a tensor, the pieces are sent to one rank, in
+turns, which hashes the whole. Nothing is written before all ranks agree.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["agree", "check_live", "is_sharded", "rank_and_count", "sharded_anywh
 
 
 def is_sharded(placement: Placement, manifest: Manifest) -> bool:
-    """Whether some module is here in part only."""
+    """Whether some module is only partly on this rank."""
     return any(part.box != whole(entry.shape) for entry in manifest.modules for part in placement[entry.name])
 
 
@@ -41,7 +41,7 @@ def check_live(
     group: Any = None,
     known: Mapping[str, str] | None = None,
 ) -> None:
-    """Every base tensor has the bytes that the manifest names (SPEC 7.3).
+    """Check the bytes of every base tensor (SPEC 7.3).
 
     ring: of the device that holds them, reserved already. group: the torch.distributed group whose ranks hold the
     pieces of sharded tensors (default: all ranks). known: hex digests of base tensors that were checked before; their
@@ -74,11 +74,11 @@ def check_live(
     elif error is not None:
         raise error
     elif pieces:
-        raise LiveModelError(f"{pieces[0].name}: only a piece of it is here; initialise torch.distributed")
+        raise LiveModelError(f"{pieces[0].name}: only a piece of it is on this rank; initialise torch.distributed")
 
 
 def _named(failure: PxdError, manifest: Manifest) -> PxdError:
-    """The same error, which says what base the delta was made for."""
+    """The error with the name of the delta's base."""
     base = manifest.base
     revision = f" at revision {base.revision}" if base.revision else ""
     return BindingError(failure.code, f"the delta was made for {base.id}{revision}", field=failure.field)
@@ -92,7 +92,7 @@ def _distributed() -> bool:
 
 
 def sharded_anywhere(*, here: bool, group: Any = None) -> bool:
-    """Whether any rank holds a module in part only: all of them then have to act together."""
+    """Whether any rank has only a part of a module, so that all ranks have to act together."""
     if not _distributed():
         return False
     return any(_gathered(here, group))
@@ -112,7 +112,7 @@ def rank_and_count(group: Any = None) -> tuple[int, int]:
 
 
 def agree(error: BaseException | None, group: Any = None) -> None:
-    """Raise on every rank where one rank has an error: its own where it has one, else that of the first other rank."""
+    """Raise on every rank if one rank has an error: the rank's own error, else that of the first other rank."""
     if not _distributed():
         if error is not None:
             raise error
@@ -126,14 +126,14 @@ def agree(error: BaseException | None, group: Any = None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """A piece of a tensor that one rank has to give: which, and who it is."""
+    """A piece of a tensor that one rank sends: its box and the rank."""
 
     rank: int
     box: Box
 
 
 def _check_pieces(pieces: Sequence[ModuleEntry], placement: Placement, group: Any) -> None:
-    """Each module is put together on one rank and hashed there; ranks take turns."""
+    """Assemble each module on one rank and hash it there; ranks take turns."""
     rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     boxes = _gathered({entry.name: placement[entry.name][0].box for entry in pieces}, group)
     failure: PxdError | None = None
@@ -182,5 +182,5 @@ def _assembled(entry: ModuleEntry, messages: Sequence[_Message], mine: ShardView
         full[where] = storage_array(data.cpu()).view(entry.dtype.storage).reshape(shape)
         covered += _volume(message.box)
     if covered != full.size:
-        raise LiveModelError(f"{entry.name}: the ranks hold {covered} of its {full.size} weights; check `shards`")
+        raise LiveModelError(f"{entry.name}: the ranks have {covered} of its {full.size} weights; check `shards`")
     return hashlib.sha256(raw_bytes(full)).hexdigest()

@@ -1,7 +1,7 @@
 """The kernels' `Products` of one linear: a single row, few rows of a variant, or many (ops/signed_matmul/launch.py).
 
-The tables of a linear are made when it is first needed, those of a batch when it is first seen (rows.py), so that the
-same batch can be captured in a CUDA graph after one run.
+The tables of a linear are made on its first use, those of a batch on its first run (rows.py), so the same batch can be
+captured in a CUDA graph after one run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LinearKernels:
         return MANY_ROWS
 
     def single(self, module: nn.Linear, state: State, x: Tensor, variant: int) -> Tensor | None:
-        """A batch of one row: base and terms in one pass. None where this does not do (parts of a fused weight)."""
+        """A batch of one row: base and components in one pass. None for parts of a fused weight."""
         ranges = self._tables(module, state)
         if len(ranges) != 1 or ranges[0].end - ranges[0].begin != module.out_features:
             return None
@@ -46,7 +46,7 @@ class LinearKernels:
     def add_terms(
         self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
     ) -> None:
-        """Terms in binary32, rounded once onto `out`; then the biases, rounded again."""
+        """Add components in binary32, rounded once onto `out`; then the biases, rounded again."""
         x = x.contiguous()
         mine = [v for v in variants if v in state.patches.get("weight", {})]
         for table in self._tables(module, state) if mine else ():
@@ -74,7 +74,7 @@ class LinearKernels:
             out[batch.span([v])] += state.parameter(module, "bias", v).detach()
 
     def _tables(self, module: nn.Linear, state: State) -> list[FactorTable]:
-        """One for each stretch of rows that some variant changes, and for those between them."""
+        """One table for each range of rows that some variant changes, and for the ranges between them."""
         if self._ranges is None:
             patches = state.patches.get("weight", {})
             changed = sorted({(p.begin, p.end) for of in patches.values() for p in of})

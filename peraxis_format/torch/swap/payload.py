@@ -1,4 +1,4 @@
-"""The payload of one variant for one model: it is read, checked, and kept at the place of its residency."""
+"""The payload of one variant for one model: read, checked, and kept at the place of its residency."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def read_transfer(
 ) -> int:
     """Fill a host buffer with a transfer's bytes, several threads at a time. Returns their number.
 
-    direct: a descriptor opened with O_DIRECT. Buffers begin where the file's page begins, so that a transfer of one run
-    can be read past the page cache in whole pages; boxes, which are many short runs, always come through it.
+    direct: a descriptor opened with O_DIRECT. Buffers begin at a page of the file, so a transfer of one range can be
+    read in whole pages without the page cache; boxes, which are many short ranges, always use the page cache.
     """
     array = storage_array(target)
     if direct is not None and len(transfer.runs) == 1:
@@ -59,13 +59,13 @@ def _direct_jobs(descriptor: int, origin: int, target: memoryview) -> Iterator[C
             count = os.preadv(descriptor, [part[done:]], origin + begin + done)
             done += count
             if count == 0 or count % ALIGN:
-                return  # the end of the file lies in this page; a shorter file does not have the digests
+                return  # the end of the file is in this page; a shorter file fails its digests
 
     return (partial(job, begin) for begin in range(0, len(target), _READ))
 
 
 def _read_jobs(delta: DeltaFile, runs: Sequence[ByteRange], target: memoryview) -> Iterator[Callable[[], None]]:
-    """Long runs in parts, short ones together: a job reads about _READ bytes."""
+    """Split long ranges and join short ones, so that a job reads about _READ bytes."""
 
     def job(parts: list[tuple[int, int, int]]) -> Callable[[], None]:
         def read() -> None:
@@ -99,7 +99,7 @@ def located(delta: DeltaFile) -> Iterator[None]:
 
 
 def check_transfer(delta: DeltaFile, transfer: Transfer, buffer: Tensor, workers: ThreadPool) -> None:
-    """Steps 9 to 11 of SPEC 8 on a buffer's bytes, in parallel: of whole modules digests too, of boxes the scales."""
+    """Steps 9 to 11 of SPEC 8 on a buffer's bytes, in parallel: for whole modules all, for boxes only the scales."""
     array = storage_array(buffer)
 
     def check(slice_: ModuleSlice) -> Callable[[], None]:
@@ -114,7 +114,7 @@ def check_transfer(delta: DeltaFile, transfer: Transfer, buffer: Tensor, workers
         return run
 
     def check_gaps(slice_: ModuleSlice) -> None:
-        # SPEC 4.5: between the parts of a module, and behind the last one
+        # SPEC 4.5: between the parts of a module, and after the last one
         begins = [*(field.offset for field in slice_.fields[1:]), slice_.end]
         for field, begin in zip(slice_.fields, begins, strict=True):
             end = field.offset + field.size
@@ -126,7 +126,7 @@ def check_transfer(delta: DeltaFile, transfer: Transfer, buffer: Tensor, workers
 
 
 def check_pads(delta: DeltaFile) -> None:
-    """SPEC 4.5, for the pads between tensors: they are few and small."""
+    """Check SPEC 4.5 for the pads between tensors, which are few and small."""
     for name, begin, end in delta.pads():
         data = bytearray(end - begin)
         delta.read_into(memoryview(data), begin)
@@ -139,13 +139,13 @@ def check_pads(delta: DeltaFile) -> None:
 
 @dataclass(slots=True)
 class _Stamp:
-    """The attributes by which a file is recognised as the one that was checked."""
+    """The attributes that identify the checked file."""
 
     device: int
     inode: int
     size: int
     modified: int
-    changed: int  # also moves where a writer sets the time of modification back
+    changed: int  # changes even if a writer resets the time of modification
 
     @classmethod
     def of(cls, delta: DeltaFile) -> _Stamp:
@@ -154,10 +154,10 @@ class _Stamp:
 
 
 class Payload:
-    """What one variant stores for one placement, under one residency. Checked when made, on the bytes that are kept.
+    """One variant's bytes for one placement, under one residency. The bytes that are kept are checked here.
 
-    For `file` nothing is kept: the file is checked once, and each use makes sure that it is still the same file.
-    direct: read past the page cache, for files that are read once and would push others out of it.
+    For `file` nothing is kept: the file is checked once, and each use checks that it is still the same file.
+    direct: read without the page cache, for files that are read once and would evict others from it.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class Payload:
         elif self.residency == "gpu":
             buffer = device.buffer(transfer.size)
             names = tuple(slice_.entry.name for slice_ in transfer.modules)
-            # Behind what was launched: the allocator may hand out memory that kernels in flight still use.
+            # After all launches, because the allocator may return memory that running kernels still use.
             device.host_waits(device.upload(buffer, host, after=device.record(), modules=names))
             self._kept.append(buffer)
 
@@ -222,7 +222,7 @@ class Payload:
             same = False
         if not same:
             raise LiveModelError(
-                f"{self.delta.path}: changed or gone since it was registered; remove the variant and add it again"
+                f"{self.delta.path}: changed or removed since it was registered; remove the variant and add it again"
             )
 
 

@@ -40,7 +40,7 @@ _ON_DEVICE: Final = 16  # times as long on a device, which decodes all blocks of
 
 
 class UpdateError(LiveModelError):
-    """An update that does not continue the state that the model is in: which one, and why."""
+    """An update does not continue the model's state; the message names it and the reason."""
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def apply_update(
     shards: Mapping[str, Shard] | None = None,
     group: Any = None,
 ) -> None:
-    """Apply one exact update, or an anchor, to a live model in place: whole or not at all.
+    """Apply one exact update, or an anchor, to a live model in place and atomically.
 
     target: a module, or a mapping of names to tensors, on any device. lock: held while weights are written. A model of
     DTensors, or with `shards` (names whose tensors are a plain local shard), is in pieces: every rank of the group
@@ -98,7 +98,7 @@ def _refuse_others(file: DeltaFile, placement: Placement, *, pieces: bool) -> No
 
 
 def _proven(file: DeltaFile, placement: Placement) -> Iterator[ModuleDelta]:
-    """The modules to write, read once: each tensor is the one that the update was made on, and becomes what it says."""
+    """Yield the modules to write, read once, after the digests of their old and new tensors are checked."""
     for entry in file.manifest.modules:
         module = file.load(entry.name)
         for part in placement[entry.name]:
@@ -123,7 +123,7 @@ def _check_digest(entry: ModuleEntry, view: Tensor) -> None:
 
 
 def _stretches(view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Tensor]]:
-    """The new weights a stretch at a time, each with the live ones that it is for."""
+    """Yield blocks of new weights, each with the live ones to overwrite."""
     index, data = module.index, module.data
     if index is None or data is None:
         return

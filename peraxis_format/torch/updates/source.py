@@ -1,4 +1,4 @@
-"""The updates of a folder by their headers: step-<n>.pxd, and anchors, which hold a whole state (anchor-<n>.pxd)."""
+"""The updates of a folder by their headers: step-<n>.pxd, and anchors, which are whole states (anchor-<n>.pxd)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class UpdateFile:
 
 
 def step_name(step: int) -> str:
-    """The file name of an update; names sort as their steps do."""
+    """The file name of an update; names sort by their steps."""
     return f"step-{step:08d}.pxd"
 
 
@@ -49,7 +49,7 @@ def step_of(name: str) -> tuple[int, bool] | None:
 
 
 def list_updates(folder: Path, known: dict[Path, UpdateFile] | None = None) -> tuple[list[UpdateFile], dict[Path, str]]:
-    """Updates and anchors of a folder in the order of their steps, and what is wrong with files that cannot be read.
+    """The updates and anchors of a folder in the order of their steps, and the faults of files that cannot be read.
 
     known: what was read before, and is kept up to date: a file is opened once, and again where another took its place.
     """
@@ -109,7 +109,7 @@ def _read(path: Path, stamp: tuple[int, int, int]) -> UpdateFile:
     with DeltaFile(path) as delta:
         manifest = delta.manifest
         if match is None or manifest.result is None:
-            raise OSError(f"{path}: does not say what it results in, so it is no update")
+            raise OSError(f"{path}: has no result, so it is not an update")
         return UpdateFile(
             path=path,
             step=int(match[2]),

@@ -1,4 +1,4 @@
-"""What each sample of the text is for: the fit, its validation, distillation, or the validation of that."""
+"""The use of each sample: the fit, validation of the fit, distillation, or validation of the distillation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Parts", "partition"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What each sample is for. All int64 [n, length]. Distillation trains on all that calibrated, too."""
+    """The samples by use, each int64 [n, length]. Distillation also trains on all calibration samples."""
 
     fit: Ids
     validation: Ids
@@ -23,9 +23,9 @@ class Parts:
 
 
 def partition(sources: Sequence[Ids], *, calibration: float, validation: float) -> Parts:
-    """Split each source into calibration (a share) and distillation, and each of these into fit and held-out.
+    """Split each source into calibration (a share) and distillation, and each of these into training and validation.
 
-    Every part thus has its share of every source. A part of one sample is not split.
+    So every part has its share of every source. A part of one sample is not split.
     """
     parts: list[list[Ids]] = [[], [], [], []]
     for ids in sources:

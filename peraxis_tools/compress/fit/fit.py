@@ -1,23 +1,23 @@
-"""The modules that read one input, from its sums to their fitted deltas.
+"""Fit the modules that share one input, from the moments of this input.
 
-With a damping lambda, n tokens, and g the diagonal of G, the hessian is
+With a damping lambda, n tokens, and g the diagonal of G, the Hessian is
 
     H = G + lambda diag(g) + mu (d_in / n) mean(g) I
 
-lambda keeps signs from relying on correlations that other text does not have, and is relative to each input for itself,
-as a few inputs of a language model are far larger than the rest; mu: few tokens know little of G, so inputs of all
-directions alike are mixed in, half a token for each dimension. Over the target
+lambda keeps signs from relying on correlations that other text does not have. It is relative to each input, because a
+few inputs of a language model are far larger than the others. mu adds an isotropic term, half a token for each
+dimension, because few tokens give a poor estimate of G. The target
 
     T = D + W_f E H^-1      minimises   ||R - X T^T||^2 + the damping of (D - T)        (D* of the dense fit)
 
-and, up to a constant, every delta Q costs  J(Q) = tr((T - Q) H (T - Q)^T). So one objective serves
-all fits: scales (scales.py) and signs (signs.py) minimise J, component after component, then jointly. H and what is
-made of it are the same for all modules that read the input.
+and, up to a constant, a delta Q costs  J(Q) = tr((T - Q) H (T - Q)^T). So one objective serves all fits: scales
+(scales.py) and signs (signs.py) minimise J, component by component, then jointly. H and its factor are shared by all
+modules that read this input.
 
-Whether calibration can be trusted at all is not known beforehand. So each module is first fitted on the fit tokens
-and validated by ||R - X Q^T||^2 on held-out tokens, beside the delta that has seen no text (`none`) and no delta at all
-(`same`). A fit must win by more than chance would let it, a share 1 / sqrt(validation tokens) of the error. From
-there it goes on, on all tokens: what is reported is the error before that, of tokens that no fit had seen.
+It is not known in advance whether calibration helps. So each module is first fitted on the fit tokens. The error
+||R - X Q^T||^2 on held-out tokens is then compared with that of the delta without text (`none`) and that of no delta
+(`same`). A fit must be better by more than chance, a share 1 / sqrt(validation tokens) of the error. Then the fit is
+repeated on all tokens. The reported error is that of the first fit, on tokens that it had not seen.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ _PSEUDO_TOKENS = 0.5  # mu
 class FitOptions:
     """How a matrix is fitted.
 
-    axes: candidates where none is asked for. refine: choose signs, not only scales. adamw_steps: above 0, the paper's
-    fit with so many steps in place of all else. rounds: alternations of signs and scales. sweeps: of coordinate
-    descent in each.
+    axes: the candidates if the plan leaves the axis open. refine: choose signs, not only scales. adamw_steps: if above
+    0, the paper's fit with this many steps replaces all others. rounds: alternations of signs and scales. sweeps:
+    sweeps of coordinate descent in each round.
     """
 
     axes: tuple[Axis, ...] = AUTO_AXES
@@ -78,9 +78,9 @@ class FitOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
-    """What is to be fitted. base, fine_tuned: float32 [d_out, d_in].
+    """One matrix to fit. base, fine_tuned: float32 [d_out, d_in].
 
-    dtype: what base + delta is rounded to when applied. axes: candidates. components: masks, 1 to 8.
+    dtype: the dtype that base + delta is rounded to. axes: the candidates. components: the number of masks, 1 to 8.
     """
 
     base: Tensor
@@ -92,10 +92,10 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FittedMatrix:
-    """A fitted delta; no terms at all means that the base's own weight is best (`same`).
+    """A fitted delta; without components the base's own weight is best (`same`).
 
-    Errors are mean squares of the module's output over the tokens that validated: of this fit, of the same terms
-    without calibration (error_none), of no delta (error_same). note: why it is not the fit that was asked for.
+    Errors are mean squares of the module's output over the validation tokens: of this fit, of the same number of
+    components without calibration (error_none), of no delta (error_same). note: why it is not the requested fit.
     """
 
     terms: tuple[ComponentFit, ...]
@@ -107,7 +107,7 @@ class FittedMatrix:
 
 @dataclass(frozen=True, slots=True)
 class Hessian:
-    """H, the factor of its inverse (where signs are chosen), and E H^-1 (where teacher inputs are known); float32."""
+    """H, the factor of its inverse (if signs are chosen), and E H^-1 (if teacher inputs are known); float32."""
 
     matrix: Tensor
     factor: Factor | None
@@ -124,7 +124,7 @@ class Quadratic:
 
 
 def hessian_of(moments: Moments, *, signs: bool, damping: float = _DAMPING) -> Hessian | None:
-    """The hessian of these sums; None where they carry no information (no tokens, or inputs all zero)."""
+    """The Hessian of these moments; None if they carry no information (no tokens, or all inputs are zero)."""
     diagonal = torch.diagonal(moments.G)
     mean = float(diagonal.mean())
     if not mean > 0.0:
@@ -144,10 +144,10 @@ def quadratic(delta: Tensor, fine_tuned: Tensor, hessian: Hessian) -> Quadratic:
 
 
 def residual_terms(delta: Tensor, axes: Sequence[Axis], components: int) -> tuple[ComponentFit, ...]:
-    """`none`: sign and mean magnitude of the delta, then of what that leaves, and so on; least weight error."""
+    """`none`: sign and mean magnitude of the delta, then of the residual, and so on; least weight error."""
 
     def captured(axis: Axis) -> float:
-        # Each is a least squares fit, row or col being ones: it takes sum(row^2) sum(col^2) from the sum of squares.
+        # A least squares fit lowers the sum of squares by sum(row^2) sum(col^2); row or col may be ones.
         found = mean_magnitudes(rest, axis)
         return float(found.row.square().sum() * found.col.square().sum())
 
@@ -168,9 +168,9 @@ def fit_terms(
     components: int = 1,
     start: Sequence[ComponentFit] | None = None,
 ) -> tuple[ComponentFit, ...]:
-    """Terms of least J: greedily one after the other, then signs and scales in turn, all together.
+    """Components of least J: first greedily one after the other, then signs and scales alternate for all of them.
 
-    start: terms of a problem much like this one, to go on from.
+    start: the components of a similar problem, as a starting point.
     """
     terms = list(start) if start is not None and options.refine else _greedy(problem, axis, components, options)
     if options.refine:
@@ -195,7 +195,7 @@ def fit_terms(
 def _greedy(problem: Quadratic, axis: Axis, components: int, options: FitOptions) -> list[ComponentFit]:
     terms: list[ComponentFit] = []
     rest, target_hessian = problem.target, problem.target_hessian
-    # Scales that signs will follow, and that follow the signs, need not be exact yet.
+    # These scales are solved again after the signs, so they need not be exact yet.
     rounds = {"rounds": 1} if options.refine else {}
     for _ in range(components):
         terms.append(
@@ -214,7 +214,7 @@ def _with_signs(terms: Sequence[ComponentFit], signs: Sequence[Tensor]) -> list[
 
 
 def _refit(terms: Sequence[ComponentFit], problem: Quadratic) -> list[ComponentFit]:
-    """The scales of each term in turn, for what the others leave."""
+    """Solve the scales of each component in turn, for the residual of the others."""
     if len(terms) == 1:
         return [
             fit_scales(
@@ -231,7 +231,7 @@ def _refit(terms: Sequence[ComponentFit], problem: Quadratic) -> list[ComponentF
 
 
 def dense(terms: Sequence[ComponentFit], like: Tensor) -> Tensor:
-    """The sum of the terms, one rounding a term as SPEC 6.1 adds them; zeros like `like` where there are none."""
+    """The sum of the components, with one rounding for each as in SPEC 6.1; zeros like `like` if there are none."""
     total = torch.zeros_like(like)
     for term in terms:
         total = total + term.dense()
@@ -240,7 +240,7 @@ def dense(terms: Sequence[ComponentFit], like: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """A matrix fitted on the fit tokens. fitted: what it would be without more; start: terms to go on from."""
+    """A matrix fitted on the fit tokens. fitted: its result; start: the components that the final fit starts from."""
 
     fitted: FittedMatrix
     start: tuple[ComponentFit, ...] = ()
@@ -248,20 +248,20 @@ class _Trial:
 
 
 def fit_matrices(matrices: Sequence[Matrix], *, statistics: Statistics, options: FitOptions) -> list[FittedMatrix]:
-    """Fit the matrices that read one input. Uses the statistics up: held-out tokens end in the fit.
+    """Fit the matrices that read one input. This consumes `statistics`: held-out tokens are merged into the fit's.
 
-    Never worse than `none` and `same` where it was validated; errors are those of the rounded weight.
+    On the validation tokens the result is never worse than `none` and `same`; errors are those of the rounded weight.
     """
     hessian = None if options.adamw_steps else hessian_of(statistics.fit, signs=options.refine)
     validation_moments = statistics.validation_moments.float32()
-    # Signs by feedback alone say whether calibration helps; the rounds then run once, on all tokens.
+    # gptq_signs alone shows whether calibration helps; the rounds then run once, on all tokens.
     first = replace(options, rounds=0) if options.refine and statistics.validation.tokens else options
     trials = [_try(matrix, hessian, validation_moments, statistics.fit, first) for matrix in matrices]
     del validation_moments
     if not statistics.validation.tokens or all(trial.axis is None for trial in trials):
         return [trial.fitted for trial in trials]
     statistics.fit.merge(statistics.validation)
-    # Signs go on from those of the trial: no feedback, and no factor.
+    # The final fit starts from the signs of the trial, so it needs no gptq_signs and no factor.
     hessian = hessian_of(statistics.fit, signs=False)
     return [_finish(matrix, trial, hessian, options) for matrix, trial in zip(matrices, trials, strict=True)]
 
@@ -291,14 +291,14 @@ def _try(
         if found < margin * min(error_none, error_same):
             return _Trial(replace(fitted, terms=terms, error=found), start, axis)
     if validation.tokens and error_same <= margin * error_none:
-        return _Trial(replace(fitted, terms=(), error=error_same, note="no delta lowers the held-out error: base kept"))
+        return _Trial(replace(fitted, terms=(), error=error_same, note="no delta lowers the held-out error; base used"))
     why = "no calibration token reaches it" if hessian is None else "calibration does not improve it"
     return _Trial(replace(fitted, note=f"{why}: mean |delta|"))
 
 
 def _axis(matrix: Matrix, problem: Quadratic, tokens: int, error: Callable[[Sequence[ComponentFit]], float]) -> Axis:
-    """row+col holds the others as special cases; where tokens are so few that it might fit noise, the best by scales
-    alone on held-out tokens.
+    """Choose the axis: row+col, which contains the others, or with few tokens (where it might fit noise) the axis that
+    is best on held-out tokens by scales alone.
     """
     if len(matrix.axes) == 1:
         return matrix.axes[0]
@@ -328,7 +328,7 @@ def _fit_adamw(
     options: FitOptions,
     error: Callable[[Sequence[ComponentFit]], float],
 ) -> FittedMatrix:
-    """The paper's fit; like the paper, without a look at whether it is better than no fit."""
+    """The paper's fit. Like the paper, it does not check that the fit is better than none."""
     if not moments.tokens:
         return replace(plain, note="no calibration token reaches it: mean |delta|")
     terms = [

@@ -1,4 +1,4 @@
-"""Do two checkpoints belong together? Asked before any work, answered by naming what differs."""
+"""Check before any work that two checkpoints are a pair; errors name the difference."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def _infos(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
 
 
 def named_as_base(base: Checkpoint, fine_tuned: Checkpoint) -> Checkpoint:
-    """The fine-tuned checkpoint with the base's names where theirs differ by a prefix; says what was renamed."""
+    """The fine-tuned checkpoint with the base's names if they differ by a prefix; a note says what was renamed."""
     names = base_names(_infos(fine_tuned), _infos(base))
     if not names:
         return fine_tuned
-    note(f"{fine_tuned.tensors.label}: {renaming_text(names)}; the applied checkpoint has them so")
+    note(f"{fine_tuned.tensors.label}: {renaming_text(names)}; the applied checkpoint has these names")
     return replace(fine_tuned, tensors=fine_tuned.tensors.renamed(names))
 
 
 def check_pair(base: Checkpoint, fine_tuned: Checkpoint) -> None:
     """Raise ToolError unless the fine-tuned checkpoint can be a fine-tune of the base.
 
-    It must share tensors with the base, and shared tensors must have equal shapes, but for the rows of a vocabulary.
-    Added and dropped tensors are fine: they are stored, and named in the manifest.
+    It must share tensors with the base, and shared tensors must have equal shapes, except for the rows of a vocabulary.
+    Tensors may be added and dropped: the former are stored, the latter are listed in the manifest.
     """
     base_infos, tuned_infos = _infos(base), _infos(fine_tuned)
     _check_tensors(fine_tuned, base_infos)
@@ -81,7 +81,7 @@ def quantised_side(base: Checkpoint, fine_tuned: Checkpoint) -> str | None:
 
 
 def _check_tensors(fine_tuned: Checkpoint, base: Mapping[str, TensorInfo]) -> None:
-    """What no delta can hold, named with its tensor (SPEC 2.14, 3.5)."""
+    """Raise ToolError for a tensor that a .pxd cannot store (SPEC 2.14, 3.5)."""
     label, infos = fine_tuned.tensors.label, fine_tuned.tensors.infos()
     if not infos:
         raise ToolError(f"{label}: holds no tensors")
@@ -91,16 +91,16 @@ def _check_tensors(fine_tuned: Checkpoint, base: Mapping[str, TensorInfo]) -> No
     for info in infos:
         where = f"{label}: tensor {info.name!r}"
         if not NAME.fullmatch(info.name):
-            raise ToolError(f"{where} has a name that PXD does not carry (SPEC 3.5); save it under another name")
+            raise ToolError(f"{where} has a name that PXD does not allow (SPEC 3.5); save it under another name")
         for shape in (info.shape, base[info.name].shape if info.name in base else ()):
             if 0 in shape:
                 raise ToolError(f"{where} has no elements (shape {list(shape)}); save the checkpoint without it")
             if len(shape) > _DIMENSIONS_MAX:
-                raise ToolError(f"{where} has {len(shape)} dimensions; PXD carries {_DIMENSIONS_MAX} (SPEC 2.14)")
+                raise ToolError(f"{where} has {len(shape)} dimensions; PXD allows {_DIMENSIONS_MAX} (SPEC 2.14)")
 
 
 def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """config.json, where it can be read."""
+    """The content of config.json; {} if it cannot be read."""
     try:
         found = json.loads((checkpoint.folder / "config.json").read_bytes()) if checkpoint.folder is not None else {}
     except (OSError, ValueError, RecursionError):
@@ -109,7 +109,7 @@ def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def _vocabularies(base: Checkpoint, fine_tuned: Checkpoint) -> set[tuple[int, int]]:
-    """(rows of the base, of the fine-tune) of vocabularies that were resized: by the tables, and by config.json."""
+    """(rows of the base, of the fine-tune) of resized vocabularies, from the tables and from config.json."""
     base_infos = _infos(base)
     found = {
         (base_infos[info.name].shape[0], info.shape[0])
@@ -123,7 +123,7 @@ def _vocabularies(base: Checkpoint, fine_tuned: Checkpoint) -> set[tuple[int, in
 
 
 def _is_table(name: str, shape: tuple[int, ...], base_shape: tuple[int, ...]) -> bool:
-    """Whether only the rows of a vocabulary's table differ."""
+    """Whether this is a vocabulary's table of which only the number of rows differs."""
     return table_or_kind(name, shape) in TABLES and len(shape) == len(base_shape) and shape[1:] == base_shape[1:]
 
 
@@ -137,7 +137,7 @@ def _is_resized(
 
 
 def tied_pairs(tensors: Safetensors) -> list[tuple[str, str]]:
-    """(module, alias) for matrices of a vocabulary that hold the same bytes under two names, or share them."""
+    """(module, alias) for matrices of a vocabulary that have the same bytes under two names, or share them."""
     by_shape = defaultdict(list)
     for info in tensors.infos():
         if kind_of(info.name, info.shape) in TABLES:
@@ -147,7 +147,7 @@ def tied_pairs(tensors: Safetensors) -> list[tuple[str, str]]:
         if len(infos) < 2:
             continue
         first: dict[str, str] = {}
-        # The embedding stands first, the head is its alias.
+        # The embedding is first; the head is its alias.
         for info in sorted(infos, key=lambda info: (kind_of(info.name, info.shape), info.name)):
             digest = tensors.sha256(info.name)
             if digest in first:

@@ -1,4 +1,4 @@
-"""The Fisher errors of budget.py: what each number of masks of each module costs in KL, by backward passes."""
+"""The Fisher errors of budget.py: the cost in KL of each number of masks of each module, from backward passes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def fisher_errors(
     seed: int,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, list[float]]:
-    """KL_mk in nats a token, for 0 to 8 masks, by module. teacher: filled whole; samples: ids [n, length].
+    """KL_mk in nats per token, for 0 to 8 masks, by module. teacher: a filled model; samples: ids [n, length].
 
-    Needs the weights' gradients of one sample at a time, and all terms of a module densely while it is measured.
-    A module that no parameter of the model holds is left out.
+    This needs memory for the gradients of all weights for one sample, and for all dense components of one module. A
+    module that is in no parameter of the model is left out.
     """
     found = [(m, weights.names.by_tensor[m.name]) for m in modules if m.name in weights.names.by_tensor]
     parameters = {piece.parameter: teacher.get(piece.parameter) for _, piece in found}

@@ -1,4 +1,4 @@
-"""A planned module and what was fitted for it -> the module as the file holds it. Reads one tensor pair."""
+"""Turn a planned module and its fit into the module that the file stores. Reads one tensor pair."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def module_delta(
     fitted: FittedModule | None,
     options: CompressOptions,
 ) -> tuple[ModuleDelta, ModuleReport | None]:
-    """The module as it is stored, and what there is to report of it. Reads one tensor pair."""
+    """The module for the writer, and its report. Reads one tensor pair."""
     tuned_array = fine_tuned.read(module.name)
     if module.base_shape is None or module.base_dtype is None:
         return _full(module, None, tuned_array), None
@@ -69,7 +69,7 @@ def module_delta(
                 components=module.components,
                 for_outputs=module.kind not in TABLES,
             )
-        except ShapeError:  # scales that are no numbers; the tensor and the index say more
+        except ShapeError:  # scales that are NaN or infinite; check_finite names the tensor and the index
             check_finite(module, base_array, tuned_array, base.label, fine_tuned.label)
             raise
     encoding = Encoding.SIGN if components else Encoding.SAME

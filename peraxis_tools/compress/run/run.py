@@ -1,10 +1,10 @@
-"""compress: the verb. Which steps a run takes, and how what they find becomes one file.
+"""The verb compress: the steps of a run, in order, and the file that they write.
 
-    open the pair -> refuse what does not fit together -> plan -> spend the byte target, if any -> show the plan
+    open the pair -> check that it is a pair -> plan -> spend the byte target, if any -> show the plan
     fit none:    stream every tensor pair into the file (streamed.py)
     otherwise:   tokens -> embedding -> blocks -> lm_head (resumable) -> distillation (calibrated.py) -> the file
 
-No torch before a fit needs it.
+torch is imported only when a fit needs it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from peraxis_tools.text import Source
 
 __all__ = ["CompressResult", "Progress", "compress"]
 
-# A tensor in work holds itself, its base, and twice that in binary32 where a second mask is fitted.
+# A tensor in work takes its own bytes, its base's, and twice that in binary32 if a second mask is fitted.
 BYTES_IN_FLIGHT_PER_TENSOR = 4
 _AHEAD_BYTES = 512 << 20
 
@@ -95,17 +95,17 @@ def compress(
 ) -> CompressResult:
     """Compress a fine-tuned checkpoint against its base into `output`.
 
-    base, fine_tuned: folder, safetensors file or hub id. base_id: the hub id of a base that is a folder. force: write
-    a delta that saves little, too. show_plan is called with the plan before any work.
+    base, fine_tuned: a folder, a safetensors file or a hub id. base_id: the hub id of a base that is a folder. force:
+    write the delta even if it saves little. show_plan is called with the plan before any work.
     progress: called with (stage, done, total), or True for bars.
-    Raises ToolError (OptionError, CheckpointError) before work starts where the pair or the options do not fit.
+    Raises ToolError (OptionError, CheckpointError) before work starts if the pair or the options are wrong.
     """
     if options.resolved_fit != "none":
         require(f"--fit {options.resolved_fit}", "torch", "transformers", "datasets", extra="compress")
     output = Path(output)
     texts = (options.calibration,) if isinstance(options.calibration, str) else options.calibration or ()
     inputs = (base, fine_tuned, *(Source.parse(text).name for text in texts))
-    # Of several processes the first one writes.
+    # With several processes, the first one writes.
     alone = int(os.environ.get("RANK", "0")) == 0
     with (
         claim_file(output, overwrite=overwrite, inputs=inputs) if alone else contextlib.nullcontext(),
@@ -160,14 +160,14 @@ def _fitting(
 
 
 def _matched(base: Checkpoint, fine_tuned: Checkpoint, base_id: str | None) -> tuple[Checkpoint, Checkpoint]:
-    """The pair, held to be one: under the base's names, the base under its hub id. Says what is left behind."""
+    """Check the pair. Returns it with the base's names and the base's hub id; a note lists files that are left out."""
     if base_id is not None:
         base = replace(base, identity=parse_identity(base_id))
     fine_tuned = named_as_base(base, fine_tuned)
     check_pair(base, fine_tuned)
     left = fine_tuned.folder_assets().left
     if left:
-        note(f"{fine_tuned.tensors.label}: not carried by a .pxd: {listed(left)}")
+        note(f"{fine_tuned.tensors.label}: not stored in the .pxd: {listed(left)}")
     return base, fine_tuned
 
 
@@ -231,7 +231,7 @@ def _write(
         def held(module: PlannedModule) -> int:
             return BYTES_IN_FLIGHT_PER_TENSOR * fine_tuned.tensors[module.name].size
 
-        # Reading and hashing one tensor beside fitting another.
+        # One tensor is read and hashed while another is fitted.
         for delta, report in ordered_map(made, planned.modules, cost=held, budget=_AHEAD_BYTES):
             writer.add(delta)
             blocks += count_blocks(delta)
