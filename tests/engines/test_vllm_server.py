@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.engines.jobs import PROMPTS, WORKER, run_jobs
-from tests.engines.server import Server, serve
+from tests.engines.server import Server, serve, together
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -50,21 +50,6 @@ def mixing(untied: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
         environment={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
     ) as server:
         yield server
-
-
-def together(calls: list[Callable[[], Any]]) -> list[Any]:
-    """The results of calls that run at the same time."""
-    found: list[Any] = [None] * len(calls)
-
-    def run(i: int) -> None:
-        found[i] = calls[i]()
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
 
 
 def tokens(references: dict[str, Any], name: str, prompt: int) -> list[int]:

@@ -26,10 +26,16 @@ from peraxis_format.manifest import Manifest
 from peraxis_format.torch import FUSED, ShardView
 
 __all__ = [
+    "AsyncModelRunnerOutput",
+    "AsyncScheduler",
     "DefaultModelLoader",
+    "EngineCoreOutput",
+    "EngineCoreOutputs",
     "LinearBase",
     "ParallelLMHead",
     "Placed",
+    "RequestStatus",
+    "Scheduler",
     "VocabParallelEmbedding",
     "WeightTransferEngine",
     "WeightTransferInitInfo",
@@ -78,6 +84,12 @@ ParallelLMHead: Any = _name(_VOCAB, "ParallelLMHead")
 WeightTransferEngine: Any = _name(_TRANSFER, "WeightTransferEngine")
 WeightTransferInitInfo: Any = _name(_TRANSFER, "WeightTransferInitInfo")
 WeightTransferUpdateInfo: Any = _name(_TRANSFER, "WeightTransferUpdateInfo")
+AsyncModelRunnerOutput: Any = _name("v1.outputs", "AsyncModelRunnerOutput")
+EngineCoreOutput: Any = _name("v1.engine", "EngineCoreOutput")
+EngineCoreOutputs: Any = _name("v1.engine", "EngineCoreOutputs")
+RequestStatus: Any = _name("v1.request", "RequestStatus")
+Scheduler: Any = _name("v1.core.sched.scheduler", "Scheduler")
+AsyncScheduler: Any = _name("v1.core.sched.async_scheduler", "AsyncScheduler")
 _Column: Any = _name(_LINEAR, "ColumnParallelLinear")
 _Merged: Any = _name(_LINEAR, "MergedColumnParallelLinear")
 _QKV: Any = _name(_LINEAR, "QKVParallelLinear")

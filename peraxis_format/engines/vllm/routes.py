@@ -10,7 +10,8 @@ those that run: "wait" lets them end with the old weights while new ones queue; 
 output mixes two variants. The routes lie under /v1, so that vLLM's --api-key guards them.
 
 Errors are {"error": one line}: 400 for a bad request, file or base, 404 for an unknown variant, 409 for a name in use,
-503 where requests did not end in time. The variant before is then still served.
+503 where requests did not end in time; the variant before is then still served. 503 too where a process of the engine
+has ended, which no request survives.
 """
 
 from __future__ import annotations
@@ -140,9 +141,13 @@ def _engine_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if "dead" in type(error).__name__.lower():
+        if _is_dead(error):
             raise
         raise _RequestError(400, _line(error)) from None
+
+
+def _is_dead(error: BaseException) -> bool:
+    return "dead" in type(error).__name__.lower()
 
 
 def _line(error: BaseException) -> str:
@@ -183,6 +188,10 @@ async def _answer(request: Request, action: Callable[[_Swaps], Awaitable[dict[st
         return JSONResponse(await action(swaps))
     except _RequestError as error:
         return JSONResponse({"error": str(error)}, status_code=error.status)
+    except Exception as error:
+        if not _is_dead(error):
+            raise
+        return JSONResponse({"error": "a process of the engine has ended; start the server again"}, status_code=503)
 
 
 async def get_status(request: Request) -> JSONResponse:

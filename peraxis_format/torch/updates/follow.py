@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,18 +24,14 @@ from torch import Tensor
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import Array, raw_bytes
 from peraxis_format.errors import LiveModelError, PxdError, fail
-from peraxis_format.manifest import ModuleEntry
-from peraxis_format.ops.exact import BLOCK
-from peraxis_format.ops.exact.torch import moved
 from peraxis_format.ops.tensors import storage_array
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.shards import Placement, Target, increment_versions, whole
-from peraxis_format.torch.updates.source import UpdateFile, list_updates
+from peraxis_format.torch.updates.proof import check_digest, stretches
+from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update
 
 __all__ = ["Follower", "Poll", "UpdateError", "apply_update", "follow"]
-
-_STRETCH: Final = 16  # blocks
 
 
 class UpdateError(LiveModelError):
@@ -91,37 +87,14 @@ def _proven(file: DeltaFile, placement: Placement) -> Iterator[ModuleDelta]:
         for part in placement[entry.name]:
             if entry.encoding is Encoding.EXACT:
                 digest = hashlib.sha256()
-                for _, stretch in _stretches(part.view, module):
+                for _, stretch in stretches(part.view, module):
                     digest.update(raw_bytes(storage_array(stretch.cpu())))
                 if digest.hexdigest() != entry.result:
                     fail("E405", field=entry.name)  # SPEC 7.4
             elif entry.base is not None:
-                _check_digest(entry, part.view)
+                check_digest(entry, part.view)
         if entry.encoding is not Encoding.SAME:
             yield module
-
-
-def _check_digest(entry: ModuleEntry, view: Tensor) -> None:
-    digest = hashlib.sha256()
-    for begin in range(0, max(view.numel(), 1), _STRETCH * BLOCK):
-        digest.update(raw_bytes(storage_array(view.detach().reshape(-1)[begin : begin + _STRETCH * BLOCK].cpu())))
-    if entry.base is not None and digest.hexdigest() != entry.base.sha256:
-        fail("E404", field=entry.name)  # SPEC 7.3
-
-
-def _stretches(view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Tensor]]:
-    """The new weights a stretch at a time, each with the live ones that it is for."""
-    index, data = module.index, module.data
-    if index is None or data is None:
-        return
-    flat = view.detach().reshape(-1)
-    begin = 0
-    for first in range(0, index.size, _STRETCH):
-        part = index[first : first + _STRETCH]
-        live = flat[first * BLOCK : (first + part.size) * BLOCK]
-        size = int((part >> 8).sum(dtype="int64"))
-        yield live, moved(live, part, data[begin : begin + size], module.dtype)
-        begin += size
 
 
 def _write(modules: list[ModuleDelta], placement: Placement) -> None:
@@ -129,7 +102,7 @@ def _write(modules: list[ModuleDelta], placement: Placement) -> None:
         for part in placement[module.name]:
             if module.full is not None:
                 part.view.copy_(_tensor(module.full.copy(), part.view))
-            for live, stretch in _stretches(part.view, module):
+            for live, stretch in stretches(part.view, module):
                 live.copy_(stretch)
             part.publish()
 
@@ -186,7 +159,7 @@ class Follower:
         applied: list[Path] = []
         if self._state is None and files:
             self._find_state(files)
-        while (chosen := self._next(files, waiting)) is not None:
+        while (chosen := next_update(files, self._state, self.step, skip=waiting)) is not None:
             try:
                 apply_update(self._target, chosen.path, lock=self._lock)
             except (PxdError, LiveModelError, OSError) as error:
@@ -254,16 +227,6 @@ class Follower:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _next(self, files: list[UpdateFile], failed: Mapping[Path, str]) -> UpdateFile | None:
-        """The update that continues the state; else the newest anchor ahead of it."""
-        usable = [file for file in files if file.path not in failed]
-        at = -1 if self.step is None else self.step
-        for file in usable:
-            if not file.is_anchor and self._state is not None and file.base == self._state and file.step > at:
-                return file
-        anchors = [file for file in usable if file.is_anchor and file.step > at and file.result != self._state]
-        return anchors[-1] if anchors else None
 
     def _find_state(self, files: list[UpdateFile]) -> None:
         """Which state of the chain the model is at, the newest first; by the digests of its tensors."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -10,7 +11,7 @@ from typing import Final
 from peraxis_format.errors import PxdError
 from peraxis_format.reader import DeltaFile
 
-__all__ = ["UpdateFile", "anchor_name", "list_updates", "step_name"]
+__all__ = ["UpdateFile", "anchor_name", "list_updates", "next_update", "step_name"]
 
 _NAME: Final = re.compile(r"(step|anchor)-(\d+)\.pxd")
 
@@ -57,6 +58,22 @@ def list_updates(folder: Path, known: dict[Path, UpdateFile] | None = None) -> t
         except (PxdError, OSError) as error:
             problems[path] = str(error)
     return sorted(known.values(), key=lambda file: (file.step, file.is_anchor)), problems
+
+
+def next_update(
+    files: Sequence[UpdateFile], state: str | None, step: int | None, *, skip: Container[Path] = ()
+) -> UpdateFile | None:
+    """The update that continues a state; else the newest anchor ahead of it. skip: files that cannot be used.
+
+    state: the digest over all tensors, None where it is not known. step: of the state, None where it is of no chain.
+    """
+    usable = [file for file in files if file.path not in skip]
+    at = -1 if step is None else step
+    for file in usable:
+        if not file.is_anchor and state is not None and file.base == state and file.step > at:
+            return file
+    anchors = [file for file in usable if file.is_anchor and file.step > at and file.result != state]
+    return anchors[-1] if anchors else None
 
 
 def _read(path: Path) -> UpdateFile:
