@@ -38,7 +38,7 @@ class Server:
             self.url + path, data=data, method=method, headers={"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(asked, timeout=300) as answer:
+            with urllib.request.urlopen(asked, timeout=90) as answer:
                 return answer.status, _parsed(answer.read())
         except urllib.error.HTTPError as error:
             return error.code, _parsed(error.read())
@@ -53,7 +53,7 @@ class Server:
         """The events of a streamed answer, as they come."""
         data = json.dumps(body | {"stream": True}).encode()
         asked = urllib.request.Request(self.url + path, data=data, headers={"Content-Type": "application/json"})
-        with urllib.request.urlopen(asked, timeout=300) as answer:
+        with urllib.request.urlopen(asked, timeout=90) as answer:
             for line in answer:
                 data = line.decode().removeprefix("data:").strip()
                 if data and data != "[DONE]":

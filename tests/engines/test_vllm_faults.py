@@ -30,13 +30,13 @@ def references(untied: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def deltas(untied: dict[str, str], tied: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def deltas(untied: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """v1 and v2, which tests may overwrite; one with a byte changed; one of another base."""
     folder = tmp_path_factory.mktemp("deltas")
     paths = {name: Path(shutil.copy(untied[f"{name}.pxd"], folder / f"{name}.pxd")) for name in ("v1", "v2")}
     paths["damaged"] = folder / "damaged.pxd"
     paths["damaged"].write_bytes(flipped(paths["v2"].read_bytes()))
-    paths["alien"] = make_delta(folder / "alien.pxd", Path(tied["v1"]), seed=9)
+    paths["alien"] = make_delta(folder / "alien.pxd", Path(untied["v1"]), seed=9)
     return paths
 
 
@@ -116,7 +116,7 @@ def test_a_stream_of_a_variant_that_cannot_be_read_ends_with_an_error_event(
     deltas["v1"].write_bytes(good)
 
 
-@pytest.mark.parametrize(("name", "word"), [("damaged", "E301"), ("alien", "E40")])
+@pytest.mark.parametrize(("name", "word"), [("damaged", "E301"), ("alien", "E404")])
 def test_a_bad_adapter_is_refused_with_its_reason_and_the_others_are_served(
     crowded: Server, deltas: dict[str, Path], references: dict[str, list[int]], name: str, word: str
 ) -> None:
@@ -137,7 +137,7 @@ def test_a_rank_that_is_killed_ends_requests_with_an_error_and_the_server_with_a
         log=tmp_path / "log",
         environment={"VLLM_PLUGINS": "peraxis"},
     ) as server:
-        for name, word in (("damaged", "E301"), ("alien", "E40")):
+        for name, word in (("damaged", "E301"), ("alien", "E404")):
             status, answer = server.post("/v1/peraxis/variants", {"name": name, "delta": str(deltas[name])})
             assert (status, word in answer["error"]) == (400, True), answer
         assert server.post("/v1/peraxis/variants", {"name": "v1", "delta": str(deltas["v1"])})[0] == 200

@@ -14,7 +14,7 @@ Checked against vLLM 0.32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final, TypeAlias
@@ -27,7 +27,6 @@ from peraxis_format.torch import FUSED, ShardView
 
 __all__ = [
     "AsyncModelRunnerOutput",
-    "AsyncScheduler",
     "DefaultModelLoader",
     "EngineCoreOutput",
     "EngineCoreOutputs",
@@ -48,9 +47,11 @@ __all__ = [
     "keep_unpacked",
     "placed_tensors",
     "plain_tensors",
+    "planned_scheduler",
     "register_engine",
     "refuse_uncovered",
     "register_loader",
+    "replace_scheduler",
     "repack",
     "tensor_group",
     "update_request",
@@ -60,6 +61,7 @@ __all__ = [
 
 _TESTED: Final = "0.32"
 _UNPACKED_FLAG: Final = "_cpu_skip_gemm_dispatch"
+_PLANNED: Final = "peraxis_planned"
 
 
 def _name(module: str, name: str) -> Any:
@@ -89,12 +91,12 @@ EngineCoreOutput: Any = _name("v1.engine", "EngineCoreOutput")
 EngineCoreOutputs: Any = _name("v1.engine", "EngineCoreOutputs")
 RequestStatus: Any = _name("v1.request", "RequestStatus")
 Scheduler: Any = _name("v1.core.sched.scheduler", "Scheduler")
-AsyncScheduler: Any = _name("v1.core.sched.async_scheduler", "AsyncScheduler")
 _Column: Any = _name(_LINEAR, "ColumnParallelLinear")
 _Merged: Any = _name(_LINEAR, "MergedColumnParallelLinear")
 _QKV: Any = _name(_LINEAR, "QKVParallelLinear")
 _Row: Any = _name(_LINEAR, "RowParallelLinear")
 _platform: Any = _name("platforms", "current_platform")
+_SchedulerConfig: Any = _name("config.scheduler", "SchedulerConfig")
 _tensor_group: Any = _name("distributed.parallel_state", "get_tp_group")
 _all_reduce: Any = _name("distributed", "tensor_model_parallel_all_reduce")
 
@@ -114,6 +116,25 @@ def register_engine(backend: str, module: str, name: str) -> None:
     factory = _name("distributed.weight_transfer.factory", "WeightTransferEngineFactory")
     if backend not in factory._registry:
         factory.register_engine(backend, module, name)
+
+
+def replace_scheduler(maker: Callable[[Any], Callable[..., Any]]) -> None:
+    """Let engines call `maker(planned)` where they would call the scheduler class that is planned. Once a process."""
+    planned = _SchedulerConfig.get_scheduler_cls
+    if hasattr(planned, _PLANNED):
+        return
+
+    def get_scheduler_cls(self: Any) -> Any:
+        return maker(planned(self))
+
+    setattr(get_scheduler_cls, _PLANNED, planned)
+    _SchedulerConfig.get_scheduler_cls = get_scheduler_cls
+
+
+def planned_scheduler(config: Any) -> Any:
+    """The scheduler class that a SchedulerConfig plans; None where `replace_scheduler` was not called."""
+    planned = getattr(_SchedulerConfig.get_scheduler_cls, _PLANNED, None)
+    return None if planned is None else planned(config)
 
 
 def init_request(info: dict[str, Any]) -> Any:

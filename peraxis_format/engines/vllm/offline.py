@@ -1,4 +1,4 @@
-"""Swaps of an offline `LLM`, each in one call."""
+"""Swaps and exact updates of an offline `LLM`, each in one call."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from weakref import WeakKeyDictionary
 from peraxis_format.engines.vllm.source import open_delta
 from peraxis_format.errors import LiveModelError
 
-__all__ = ["BASE_VERSION", "remove", "use"]
+__all__ = ["BASE_VERSION", "remove", "update", "use"]
 
 BASE_VERSION: Final = "base"
 _STAGED: Final[WeakKeyDictionary[Any, dict[str, str]]] = WeakKeyDictionary()  # LLM -> delta -> content ID
+_BASE: Final[WeakKeyDictionary[Any, str]] = WeakKeyDictionary()  # LLM -> the version of its weights without a variant
 
 
 def use(llm: Any, delta: str | None) -> str:
@@ -22,13 +23,27 @@ def use(llm: Any, delta: str | None) -> str:
             content_id = file.content_id
         llm.init_weight_transfer_engine({"init_info": {"add": {delta: delta}}})
         staged[delta] = content_id
-    version = BASE_VERSION if delta is None else staged[delta]
+    version = _BASE.get(llm, BASE_VERSION) if delta is None else staged[delta]
+    _write(llm, {"variant": delta}, version)
+    return version
+
+
+def update(llm: Any, path: str) -> str:
+    """See peraxis_format.engines.vllm.update."""
+    with open_delta(path) as file:
+        version = file.content_id
+    llm.init_weight_transfer_engine({"init_info": {"update": path}})
+    _write(llm, {"update": version}, version)
+    _BASE[llm] = version
+    return version
+
+
+def _write(llm: Any, info: dict[str, Any], version: str) -> None:
     llm.start_weight_update()
-    llm.update_weights({"update_info": {"variant": delta}})
+    llm.update_weights({"update_info": info})
     llm.finish_weight_update(weight_version=version)
     if not llm.reset_prefix_cache():
         raise LiveModelError("the prefix cache is held by running requests; finish them before the next `generate`")
-    return version
 
 
 def remove(llm: Any, delta: str) -> None:

@@ -5,46 +5,48 @@ place, or its disk fails), the worker runs the step without it, gives no token t
 step's output. Here they end with the finish reason `error`, and their blocks leave the prefix cache, since they hold
 keys and values of the base. All others go on.
 
-With one rank the worker asks for this scheduler itself. With several it runs in another process than they do:
-`--scheduler-cls peraxis_format.engines.vllm.scheduler.scheduler`. Without it such a failure ends the engine.
+The plug-in puts it in the place of the scheduler that vLLM would take, whichever that is, where the worker is
+PeraxisWorker; all other engines have their own. Where it cannot (VLLM_PLUGINS leaves peraxis out), such a failure ends
+the engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Final
 
 from peraxis_format.engines.vllm.layout import (
     AsyncModelRunnerOutput,
-    AsyncScheduler,
     EngineCoreOutput,
     EngineCoreOutputs,
     RequestStatus,
     Scheduler,
+    planned_scheduler,
 )
 
-__all__ = ["SCHEDULER", "is_used", "marked", "scheduler", "use_scheduler"]
+__all__ = ["ends_failed", "marked", "maker"]
 
-SCHEDULER: Final = "peraxis_format.engines.vllm.scheduler.scheduler"
 _FAILED: Final = -1  # in num_nans_in_logits, the one field that an output has for each request: no number of NaNs
+_WORKER: Final = "peraxis_format.engines.vllm.worker.PeraxisWorker"
 
 
-def scheduler(**options: Any) -> Any:
-    """The value of `--scheduler-cls`: called as vLLM calls a scheduler's class."""
-    asynchronous = options["vllm_config"].scheduler_config.async_scheduling
-    return (PeraxisAsyncScheduler if asynchronous else PeraxisScheduler)(**options)
+def maker(planned: Any) -> Callable[..., Any]:
+    """What is called in the place of the scheduler class that vLLM planned."""
+    return partial(_made, planned)
 
 
-def is_used(vllm_config: Any) -> bool:
-    """Whether the engine of this configuration has this scheduler."""
-    chosen = vllm_config.scheduler_config.scheduler_cls
-    return chosen is scheduler or chosen == SCHEDULER
+def _made(planned: Any, **options: Any) -> Any:
+    if not ends_failed(options["vllm_config"]):
+        return planned(**options)
+    return type(f"Peraxis{planned.__name__}", (_EndsFailed, planned), {})(**options)
 
 
-def use_scheduler(vllm_config: Any) -> None:
-    """Ask for this scheduler, unless another one was asked for. It takes effect where the engine shares the process."""
-    if vllm_config.scheduler_config.scheduler_cls is None and vllm_config.parallel_config.world_size == 1:
-        vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+def ends_failed(vllm_config: Any) -> bool:
+    """Whether the engine of this configuration ends failed requests by themselves."""
+    planned = planned_scheduler(vllm_config.scheduler_config)
+    known = isinstance(planned, type) and issubclass(planned, Scheduler)
+    return known and vllm_config.parallel_config.worker_cls == _WORKER
 
 
 # --- the worker's side -----------------------------------------------------------------------------------
@@ -83,7 +85,7 @@ class _Marked(AsyncModelRunnerOutput):  # type: ignore[misc]
 
 
 class _EndsFailed:
-    """Goes before a scheduler's class."""
+    """Goes before a class derived from vLLM's Scheduler."""
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Take in a step's output. Returns client -> its outputs, those of failed requests among them."""
@@ -108,11 +110,3 @@ class _EndsFailed:
                 trace_headers=request.trace_headers,
             )
             found.setdefault(request.client_index, EngineCoreOutputs(outputs=[])).outputs.append(output)
-
-
-class PeraxisScheduler(_EndsFailed, Scheduler):  # type: ignore[misc]
-    """Scheduler, which ends failed requests."""
-
-
-class PeraxisAsyncScheduler(_EndsFailed, AsyncScheduler):  # type: ignore[misc]
-    """AsyncScheduler, which ends failed requests."""

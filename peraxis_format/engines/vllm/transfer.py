@@ -1,12 +1,14 @@
-"""`--weight-transfer-config '{"backend": "peraxis"}'`: live swaps through vLLM's own weight-transfer calls.
+"""`--weight-transfer-config '{"backend": "peraxis"}'`: swaps and exact updates, by vLLM's weight-transfer calls.
 
     init_weight_transfer_engine   {"add": {"legal": "legal.pxd"}, "remove": ["old"]}      stage and forget variants
+                                  {"update": "step-00000007.pxd"}                         prove an update, keep it
     start_weight_update
     update_weights                {"variant": "legal"}, or {"variant": null} for the base
+                                  {"update": "sha256:..."}, its content ID
     finish_weight_update
 
-The caller pauses the scheduler before, and resets the prefix cache and resumes behind: routes.py and offline.py do. An
-error of one rank is an error on all of them, and every rank keeps, or goes back to, the variant before.
+The caller pauses the scheduler before, and resets the prefix cache and resumes behind: control.py and offline.py do. An
+error of one rank is an error on all of them, and every rank keeps, or goes back to, the weights before.
 """
 
 from __future__ import annotations
@@ -27,17 +29,19 @@ __all__ = ["PeraxisInitInfo", "PeraxisUpdateInfo", "PeraxisWeightTransferEngine"
 
 @dataclass
 class PeraxisInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
-    """add: name -> delta, to be staged. remove: names to be forgotten, first."""
+    """add: name -> delta, to be staged. remove: names to be forgotten, first. update: a file to be proven, last."""
 
     add: dict[str, str] = field(default_factory=dict)
     remove: list[str] = field(default_factory=list)
+    update: str | None = None
 
 
 @dataclass
 class PeraxisUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """variant: the name of a staged variant; None: the base."""
+    """variant: the name of a staged variant; None: the base. update: the content ID of a proven update, instead."""
 
     variant: str | None = None
+    update: str | None = None
 
 
 class PeraxisWeightTransferEngine(WeightTransferEngine):  # type: ignore[misc]
@@ -53,21 +57,26 @@ class PeraxisWeightTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         self._live = LiveModel(model, vllm_config.model_config, checks_assets=assets_checked(extra))
 
     def init_transfer_engine(self, init_info: PeraxisInitInfo) -> None:
-        """Forget, then stage. Raises LiveModelError, PxdError, CheckpointError, OSError; the model is not changed."""
+        """Forget, stage, prove. Raises LiveModelError, PxdError, CheckpointError, OSError; the model is not changed."""
         for name in init_info.remove:
             self._live.remove(name)
         for name, source in init_info.add.items():
             self._live.add(name, source)
+        if init_info.update is not None:
+            self._live.stage_update(init_info.update)
 
     def start_weight_update(self) -> None:
-        """Nothing to prepare: variants are staged before."""
+        """Nothing to prepare: variants and updates are staged before."""
 
     def receive_weights(self, update_info: PeraxisUpdateInfo) -> None:
-        """Swap. Raises SwapError; the model is then what it was."""
-        self._live.use(update_info.variant)
+        """Swap, or write the update. Raises SwapError, LiveModelError; the model is then what it was."""
+        if update_info.update is not None:
+            self._live.write_update(update_info.update)
+        else:
+            self._live.use(update_info.variant)
 
     def finish_weight_update(self) -> None:
-        """Nothing is left to do: a swap is complete when it returns."""
+        """Nothing is left to do: weights are complete when `receive_weights` returns."""
 
     def shutdown(self) -> None:
         """Let go of the variants and the base copy."""

@@ -24,7 +24,7 @@ from peraxis_format.engines.vllm.batch import StepRows
 from peraxis_format.engines.vllm.layers import LayerState, Variant, wrap_layers
 from peraxis_format.engines.vllm.layout import adapter_not_found, is_eager, worker_class
 from peraxis_format.engines.vllm.loader import assets_checked
-from peraxis_format.engines.vllm.scheduler import is_used, marked, use_scheduler
+from peraxis_format.engines.vllm.scheduler import ends_failed, marked
 from peraxis_format.engines.vllm.variants import VariantStore
 from peraxis_format.errors import CheckpointError, LiveModelError, PxdError
 
@@ -65,7 +65,7 @@ class VariantManager:
             checks_assets=checks,
         )
         self.failed: frozenset[str] = frozenset()
-        self._requests_of = requests_of if is_used(vllm_config) else None
+        self._requests_of = requests_of if ends_failed(vllm_config) else None
         self._dummies: set[int] = set()
         wrap_layers(model, LayerState(self._rows, exact=exact))
 
@@ -162,7 +162,6 @@ class PeraxisWorker(_WORKER):  # type: ignore[misc]
 
     def init_device(self) -> None:
         """Prepare the device; the base is loaded so that its weights can be read."""
-        use_scheduler(self.vllm_config)
         super().init_device()
         load = self.vllm_config.load_config
         if load.load_format == "auto":
