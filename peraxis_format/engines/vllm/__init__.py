@@ -23,13 +23,20 @@ __all__ = ["endpoints", "register", "remove", "update", "use"]
 
 def register() -> None:
     """The entry point `vllm.general_plugins`. May be called several times in one process."""
-    from peraxis_format.engines.vllm.layout import register_engine, register_loader, replace_scheduler
+    from peraxis_format.engines.vllm.layout import (
+        add_worker_method,
+        register_engine,
+        register_loader,
+        replace_scheduler,
+    )
     from peraxis_format.engines.vllm.loader import PeraxisModelLoader
     from peraxis_format.engines.vllm.scheduler import maker
+    from peraxis_format.engines.vllm.transfer import CALL_WORKER, call_worker
 
     register_loader("peraxis", PeraxisModelLoader)
     register_engine("peraxis", "peraxis_format.engines.vllm.transfer", "PeraxisWeightTransferEngine")
     replace_scheduler(maker)
+    add_worker_method(CALL_WORKER, call_worker)
 
 
 def endpoints() -> Any:

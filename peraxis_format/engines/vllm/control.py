@@ -7,9 +7,7 @@ the prefix cache, resume. One change or staging at a time.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -17,13 +15,13 @@ from typing import Any, Final
 from peraxis_format.engines.vllm.following import Following
 from peraxis_format.engines.vllm.offline import BASE_VERSION
 from peraxis_format.engines.vllm.source import open_delta
+from peraxis_format.engines.vllm.transfer import CALL_WORKER, Calls, changing, staging
 from peraxis_format.errors import CheckpointError, LiveModelError, PxdError
 
 __all__ = ["Control", "RequestError", "content_id_of", "is_dead"]
 
 _WAIT_SECONDS: Final = 600.0
 _FOLLOW_SECONDS: Final = 1.0
-_WRAPPED: Final = re.compile(r"Worker failed with error '(?P<cause>.*)', please check the stack trace")
 
 
 class RequestError(Exception):
@@ -156,20 +154,19 @@ class Control:
             ) from None
 
     async def _write(self, info: dict[str, Any], version: str) -> None:
-        from peraxis_format.engines.vllm.layout import update_request
-
-        with _engine_errors():
-            await self.client.start_weight_update()
-            await self.client.update_weights(update_request(info))
-            await self.client.finish_weight_update(weight_version=version)
-            if not await self.client.reset_prefix_cache():
-                raise LiveModelError("the prefix cache could not be reset; use the variant again")
+        await self._call(changing(info))
+        await self.client.update_weight_version(version)
+        if not await self.client.reset_prefix_cache():
+            raise RequestError(503, "the prefix cache could not be reset; use the variant again")
 
     async def _initialise(self, info: dict[str, Any]) -> None:
-        from peraxis_format.engines.vllm.layout import init_request
+        await self._call(staging(info))
 
-        with _engine_errors():
-            await self.client.init_weight_transfer_engine(init_request(info))
+    async def _call(self, calls: Calls) -> None:
+        """Make calls on every rank. Raises RequestError with the first error."""
+        errors = [error for error in await self.client.collective_rpc(CALL_WORKER, args=(calls,)) if error is not None]
+        if errors:
+            raise RequestError(400, errors[0])
 
     def _check_known(self, name: str) -> None:
         if name not in self.staged:
@@ -209,26 +206,9 @@ def _text(body: Mapping[str, Any], key: str) -> str:
     return value
 
 
-@contextlib.contextmanager
-def _engine_errors() -> Iterator[None]:
-    """An error in a worker comes as text, with vLLM's words around it; a dead engine is not a bad request."""
-    try:
-        yield
-    except Exception as error:
-        if is_dead(error):
-            raise
-        raise RequestError(400, _line(error)) from None
-
-
 def is_dead(error: BaseException) -> bool:
     """Whether an error says that a process of the engine has ended."""
     return "dead" in type(error).__name__.lower()
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    wrapped = _WRAPPED.search(text)
-    return text if wrapped is None else wrapped["cause"]
 
 
 def content_id_of(delta: str) -> str:
@@ -237,4 +217,4 @@ def content_id_of(delta: str) -> str:
         with open_delta(delta) as file:
             return file.content_id
     except (PxdError, CheckpointError, LiveModelError, OSError) as error:
-        raise RequestError(400, _line(error)) from None
+        raise RequestError(400, " ".join(str(error).split())) from None

@@ -40,8 +40,8 @@ __all__ = [
     "WeightTransferInitInfo",
     "WeightTransferUpdateInfo",
     "adapter_not_found",
+    "add_worker_method",
     "all_reduce",
-    "init_request",
     "is_cpu",
     "is_eager",
     "keep_unpacked",
@@ -54,7 +54,6 @@ __all__ = [
     "replace_scheduler",
     "repack",
     "tensor_group",
-    "update_request",
     "views",
     "worker_class",
 ]
@@ -137,14 +136,9 @@ def planned_scheduler(config: Any) -> Any:
     return None if planned is None else planned(config)
 
 
-def init_request(info: dict[str, Any]) -> Any:
-    """The argument of AsyncLLM.init_weight_transfer_engine."""
-    return _name(_TRANSFER, "WeightTransferInitRequest")(init_info=info)
-
-
-def update_request(info: dict[str, Any]) -> Any:
-    """The argument of AsyncLLM.update_weights."""
-    return _name(_TRANSFER, "WeightTransferUpdateRequest")(update_info=info)
+def add_worker_method(name: str, method: Callable[..., Any]) -> None:
+    """Let `collective_rpc(name, ...)` call a function of a worker."""
+    setattr(_name("v1.worker.worker_base", "WorkerBase"), name, method)
 
 
 def adapter_not_found(name: str, path: str) -> Exception:

@@ -7,6 +7,10 @@
                                   {"update": "sha256:..."}, its content ID
     finish_weight_update
 
+`call_worker` makes these calls on every rank and returns the first error as text. vLLM 0.32 reads the replies of ranks
+in order and raises at the first error: with several ranks the replies behind it would be taken for those of the next
+call. So no worker may raise, and control.py and offline.py make their calls this way.
+
 The caller pauses the scheduler before, and resets the prefix cache and resumes behind: control.py and offline.py do. An
 error of one rank is an error on all of them, and every rank keeps, or goes back to, the weights before.
 """
@@ -14,7 +18,7 @@ error of one rank is an error on all of them, and every rank keeps, or goes back
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from peraxis_format.engines.vllm.layout import (
     WeightTransferEngine,
@@ -24,7 +28,40 @@ from peraxis_format.engines.vllm.layout import (
 from peraxis_format.engines.vllm.live import LiveModel
 from peraxis_format.engines.vllm.loader import assets_checked
 
-__all__ = ["PeraxisInitInfo", "PeraxisUpdateInfo", "PeraxisWeightTransferEngine"]
+__all__ = [
+    "CALL_WORKER",
+    "PeraxisInitInfo",
+    "PeraxisUpdateInfo",
+    "PeraxisWeightTransferEngine",
+    "call_worker",
+    "changing",
+    "staging",
+]
+
+CALL_WORKER: Final = "peraxis_call_worker"  # the name of call_worker among the methods of vLLM's workers
+
+Calls = list[tuple[str, dict[str, Any]]]
+"""Methods of a worker and their arguments, in order."""
+
+
+def staging(info: dict[str, Any]) -> Calls:
+    """Stage what a PeraxisInitInfo says."""
+    return [("init_weight_transfer_engine", {"init_info": info})]
+
+
+def changing(info: dict[str, Any]) -> Calls:
+    """Change the weights as a PeraxisUpdateInfo says. The scheduler has to be paused."""
+    return [("start_weight_update", {}), ("update_weights", {"update_info": info}), ("finish_weight_update", {})]
+
+
+def call_worker(worker: Any, calls: Calls) -> str | None:
+    """Make calls of a worker, until one fails. Returns its error in one line, None where all succeeded."""
+    for method, arguments in calls:
+        try:
+            getattr(worker, method)(**arguments)
+        except Exception as error:
+            return " ".join(str(error).split()) or type(error).__name__
+    return None
 
 
 @dataclass

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from peraxis_format.engines.vllm.batch import StepRows
+from peraxis_format.engines.vllm.bridge import agree
 from peraxis_format.engines.vllm.layers import LayerState, Variant, wrap_layers
-from peraxis_format.engines.vllm.layout import adapter_not_found, is_eager, worker_class
+from peraxis_format.engines.vllm.layout import adapter_not_found, is_eager, tensor_group, worker_class
 from peraxis_format.engines.vllm.loader import assets_checked
 from peraxis_format.engines.vllm.scheduler import ends_failed, marked
 from peraxis_format.engines.vllm.variants import VariantStore
@@ -173,6 +174,21 @@ class PeraxisWorker(_WORKER):  # type: ignore[misc]
         runner.load_lora_model = MethodType(_load_variants, runner)
         runner._get_prompt_logprobs_dict = _PromptLogprobs(runner, runner._get_prompt_logprobs_dict)
 
+    def add_lora(self, lora_request: Any) -> bool:
+        """Load a variant on all ranks or on none. Where that fails the last rank alone raises: vLLM 0.32 reads replies
+        in order up to the first error, and would take those behind it for the next call's.
+        """
+        failure: Exception | None = None
+        added = False
+        try:
+            added = bool(super().add_lora(lora_request))
+        except Exception as error:
+            failure = error
+        failure = _shared(failure)
+        if failure is not None and self.rank == self.parallel_config.world_size - 1:
+            raise failure
+        return added and failure is None
+
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         """Run a step; the requests that failed in it are named in the output."""
         manager = getattr(self.model_runner, "lora_manager", None)
@@ -187,6 +203,17 @@ class PeraxisWorker(_WORKER):  # type: ignore[misc]
     def _marked(self, output: Any) -> Any:
         manager = getattr(self.model_runner, "lora_manager", None)
         return output if manager is None else marked(output, manager.failed)
+
+
+def _shared(failure: Exception | None) -> Exception | None:
+    """A failure of this rank, or else of another one."""
+    group, count = tensor_group()
+    if count > 1:
+        try:
+            agree(None if failure is None else LiveModelError(str(failure)), group)
+        except LiveModelError as error:
+            return failure or error
+    return failure
 
 
 def _load_variants(runner: Any, model: nn.Module, vllm_config: Any, device: torch.device) -> nn.Module:
