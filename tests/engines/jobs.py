@@ -128,7 +128,8 @@ def job_swaps(
         cached = _from_cache(llm)  # before anything else could fill the cache with this variant's blocks
         found.append([version, llm.get_weight_version(), generate(llm), cached])
     errors = [_refusal(llm, delta) for delta in bad]
-    return {"swaps": found, "first": first, "errors": errors, "after": generate(llm)}
+    again = use(llm, sequence[-1])  # the reply to this call, not to one that failed
+    return {"swaps": found, "first": first, "errors": errors, "again": again, "after": generate(llm)}
 
 
 def job_updates(*, model: str, updates: Sequence[str], bad: Sequence[str], delta: str, **options: Any) -> Any:
@@ -181,12 +182,15 @@ def job_variants(
             errors.append(None)
         except Exception as error:
             errors.append(str(error))
+    again = llm.llm_engine.add_lora(LoRARequest("again", 99, next(iter(paths.values()))))
+    llm.llm_engine.remove_lora(99)
     store = None
     if options.get("tensor_parallel_size", 1) == 1:
         (store,) = llm.collective_rpc(_store)
     return {
         "batches": found,
         "errors": errors,
+        "again": again,
         "store": store,
         "after": generate(llm, variants=batches[0], paths=paths),
     }

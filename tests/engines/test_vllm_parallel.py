@@ -53,6 +53,7 @@ def test_a_swap_is_the_applied_folder_to_the_bit_and_errors_leave_every_rank_as_
     outputs = [output for _, _, output, _ in found["swaps"]["swaps"]]
     assert outputs == [found["v1"], found["base"]]
     assert "/no/such.pxd" in found["swaps"]["errors"][0]
+    assert found["swaps"]["again"] == "base"
     assert found["swaps"]["after"] == found["base"]
 
 
@@ -61,6 +62,7 @@ def test_a_mixed_batch_is_each_variants_own_model(found: dict[str, Any]) -> None
     expected = [found[name][i] for i, name in enumerate(["v1", "base", "v1", "base", "v1"])]
     assert [tokens for tokens, _, _ in batch] == [tokens for tokens, _, _ in expected]
     assert "/no/such.pxd" in found["variants"]["errors"][0]
+    assert found["variants"]["again"]
 
 
 def test_exact_updates_reach_every_rank_or_none(found: dict[str, Any]) -> None:

@@ -12,24 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from peraxis_format.engines.vllm.following import Following
+from peraxis_format.engines.vllm.following import Following, RequestError
 from peraxis_format.engines.vllm.offline import BASE_VERSION
 from peraxis_format.engines.vllm.source import open_delta
 from peraxis_format.engines.vllm.transfer import CALL_WORKER, Calls, changing, staging
 from peraxis_format.errors import CheckpointError, LiveModelError, PxdError
 
-__all__ = ["Control", "RequestError", "content_id_of", "is_dead"]
+__all__ = ["Control", "content_id_of", "is_dead"]
 
 _WAIT_SECONDS: Final = 600.0
 _FOLLOW_SECONDS: Final = 1.0
-
-
-class RequestError(Exception):
-    """An error of a request. status: of its HTTP answer."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(slots=True)
@@ -105,7 +97,7 @@ class Control:
         async def apply(path: Path) -> None:
             await self._updated(str(path), pause)
 
-        self.following = Following(folder, every, apply, RequestError)
+        self.following = Following(folder, every, apply)
         await self.following.poll()
         self.following.start()
         return self.following.report()

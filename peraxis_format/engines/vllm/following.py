@@ -17,21 +17,28 @@ from typing import Any
 from peraxis_format.torch.updates import UpdateFile, list_updates
 from peraxis_format.torch.updates.source import next_update
 
-__all__ = ["Following"]
+__all__ = ["Following", "RequestError"]
+
+
+class RequestError(Exception):
+    """An error of a request. status: of its HTTP answer; 400 where the request or its file is at fault."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(slots=True)
 class Following:
     """What is known of the chain. step: of the state that the model is at; None before the first file.
 
-    apply: brings one file to the engine. refused: the errors of `apply` that concern its file alone; it is tried again
-    when it or the state has changed. waiting: why files ahead were not applied, by name.
+    apply: brings one file to the engine, or raises RequestError. A file that is at fault is tried again when it or the
+    state has changed. waiting: why files ahead were not applied, by name.
     """
 
     folder: Path
     every: float
     apply: Callable[[Path], Awaitable[Any]]
-    refused: type[Exception]
     step: int | None = None
     lag: int = 0
     waiting: dict[str, str] = field(default_factory=dict)
@@ -56,8 +63,10 @@ class Following:
                 continue
             try:
                 await self.apply(chosen.path)
-            except self.refused as error:
+            except RequestError as error:
                 waiting[chosen.path] = str(error)
+                if error.status != 400:
+                    break  # its time has not come
                 self._tried[chosen.path] = self._circumstances(chosen.path), str(error)
                 continue
             self._state, self.step = chosen.result, chosen.step

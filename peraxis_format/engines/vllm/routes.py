@@ -27,7 +27,8 @@ from typing import Any, Final
 from fastapi import FastAPI, Request  # type: ignore[import-not-found, unused-ignore]
 from fastapi.responses import JSONResponse  # type: ignore[import-not-found, unused-ignore]
 
-from peraxis_format.engines.vllm.control import Control, RequestError, content_id_of, is_dead
+from peraxis_format.engines.vllm.control import Control, content_id_of, is_dead
+from peraxis_format.engines.vllm.following import RequestError
 
 __all__ = ["PeraxisEndpoints"]
 
