@@ -1,4 +1,4 @@
-"""Files by URL: any URL of fsspec (https, s3, gs, file, ...) and hf://org/repo/file.pxd, with @revision.
+"""Artifacts by URL: any that fsspec reads (https, s3, gs, file, ...) and hf://org/repo/file.pxd, with @revision.
 
 A header is read through ranges and costs what it weighs; what needs the payload fetches the file once, into a
 temporary folder. Nothing here trusts what it fetched: the same checks follow as for a local file. An output is written
@@ -26,13 +26,13 @@ __all__ = ["SILENCE_SECONDS", "RemoteFile", "is_remote", "listed", "local_copy",
 
 SILENCE_SECONDS: Final = 60.0
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z][A-Za-z0-9+.-]+)*://")
-_START: Final = 1 << 16  # cached bytes of a file's beginning, at most
-# Users write hf://org/repo/path@revision; the hub's file system needs hf://org/repo@revision/path.
+_START: Final = 1 << 16  # what is kept of a file's beginning, at most
+# hf://org/repo/path@revision, as people write it; the hub's own file system wants hf://org/repo@revision/path.
 _HUB: Final = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)/(?P<path>[^@]+)@(?P<revision>[^@]+)")
 
 
 def is_remote(source: str | Path) -> bool:
-    """Whether this is a URL, not a path."""
+    """Whether this is a URL and not a path."""
     return isinstance(source, str) and _URL.match(source) is not None
 
 
@@ -45,7 +45,7 @@ def _hub_form(url: str) -> str:
 
 
 class RemoteFile:
-    """One remote file: its size and ranges of its bytes. requested counts the requested bytes."""
+    """One remote file: its size and ranges of its bytes. requested counts the bytes that were asked for."""
 
     def __init__(self, url: str) -> None:
         self.url = without_secrets(url)
@@ -62,14 +62,14 @@ class RemoteFile:
         self.size = int(size)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Read bytes from offset, fewer at the end of the file. Raises ToolError if the server sends another number."""
+        """Bytes from offset, fewer at the end of the file. Raises ToolError where the server sends other ones."""
         end = min(offset + size, self.size)
         if end <= offset:
             return b""
         if offset == 0 and size <= _START:
             self._start = self._fetch(0, end)
             return self._start
-        # The first bytes of the header have been fetched to find its length.
+        # The header is read from its first bytes on, which have been fetched to find its length.
         held = self._start[offset:end]
         return held + self._fetch(offset + len(held), end) if len(held) < end - offset else held
 
@@ -82,7 +82,7 @@ class RemoteFile:
         return data
 
     def header(self) -> tuple[pxd.Header, pxd.Manifest]:
-        """Read and check the header alone (steps 1 to 8 of SPEC 8). Raises ContainerError, ProfileError."""
+        """Steps 1 to 8 of SPEC 8 on the header alone. Raises ContainerError, ProfileError."""
         try:
             return pxd.read_header(self.read, self.size)
         except pxd.PxdError as error:
@@ -90,12 +90,12 @@ class RemoteFile:
             raise
 
     def download(self, target: Path, *, progress: Callable[[int], None] | None = None) -> None:
-        """Write the whole file to target in blocks; each byte is requested once."""
+        """Write the whole file to target, piece by piece, each byte asked for once."""
         with _readable(self.url):
             from fsspec.callbacks import Callback
 
             class Steps(Callback):  # type: ignore[misc, unused-ignore]
-                """Passes numbers of bytes to `progress`."""
+                """Hands numbers of bytes on."""
 
                 def relative_update(self, inc: int = 1) -> None:
                     if progress is not None:
@@ -105,9 +105,9 @@ class RemoteFile:
 
 
 def _patience(url: str) -> dict[str, Any]:
-    """Options of a URL's file system: a slow server is allowed as long as it sends data.
+    """Options of the file system of a URL: a server may be slow as long as something comes.
 
-    Only http is configured; the libraries of the hub and of object stores have such limits themselves.
+    Only http is set up here: the libraries of the hub and of object stores have such limits of their own.
     """
     if not url.startswith(("http://", "https://")):
         return {}
@@ -128,22 +128,26 @@ def _readable(url: str, *, done: str = "read") -> Iterator[None]:
     except ImportError as error:
         raise missing(shown, error) from None
     except ValueError as error:
-        raise ToolError(f"{shown}: {without_secrets(first_line(error))}") from None
+        raise ToolError(f"{shown}: {_line(error)}") from None
     except Exception as error:  # aiohttp, botocore, huggingface_hub: each has its own hierarchy
         if _is_timeout(error):
-            silence = f"the server sent nothing for {SILENCE_SECONDS:g} s; try again later"
+            silence = f"the server said nothing for {SILENCE_SECONDS:g} s; try again later"
             raise ToolError(f"{shown}: {silence}") from None
         reason = f"{type(error).__name__}: {_line(error)}"
         raise ToolError(f"{shown}: cannot be {done} ({reason}); check the address") from None
 
 
 def _is_timeout(error: BaseException | None) -> bool:
-    """Whether an error or one of its causes is a timeout."""
+    """Whether an error, or what caused it, is that of a time that has run out."""
     while error is not None:
         if isinstance(error, TimeoutError):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _line(error: Any) -> str:
+    return without_secrets(next((line for line in str(error).splitlines() if line.strip()), "no details"))
 
 
 def remote_file(url: str) -> RemoteFile:
@@ -153,13 +157,14 @@ def remote_file(url: str) -> RemoteFile:
 
 @contextlib.contextmanager
 def local_copy(source: str | Path, *, progress: ProgressOf = silent) -> Iterator[Path]:
-    """Yield a local path: the source itself if it is local, else a temporary copy under its own name.
+    """A path to work on: the source itself where it is local, else a temporary copy under its own name.
 
-    hf:// names and repositories (`org/name[@revision]`) use the hub's cache. Raises ToolError, CheckpointError.
+    hf:// names and repositories (`org/name[@revision]`) come through the hub's cache. Raises ToolError and
+    CheckpointError.
     """
     name = hub_name(source)
     if name is not None:
-        yield hub_file(name)  # it remains in the hub's cache
+        yield hub_file(name)  # in the hub's cache, where it stays
         return
     if not is_remote(source):
         yield Path(source)

@@ -1,4 +1,4 @@
-"""The verb log: the updates of a folder as a chain, and the files that fold several of them into one."""
+"""log: the updates of a folder as a chain, and what folds several of them into one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHANGED = "peraxis.changed"  # metadata: weights that an update changes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogEntry:
-    """One update. changed: the number of weights that it changes, None if unknown. bytes: the size of the file."""
+    """One update. changed: weights that it changes, None where its writer did not say. bytes: of the file."""
 
     file: str
     content_id: str
@@ -34,7 +34,7 @@ class LogEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChainLog:
-    """The updates in order, and those that replace several of them (anchors, folded updates)."""
+    """The updates in order, and those that take the way of several of them at once (anchors, folded updates)."""
 
     folder: str
     updates: tuple[LogEntry, ...]

@@ -1,4 +1,4 @@
-"""The verbs update and compact: the lossless difference of two states as a .pxd that names its result."""
+"""update and compact: one state and another as a lossless .pxd, which says what it results in."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["UpdateJob", "UpdateResult", "compact", "count_changed", "open_chain"
 
 _AHEAD_BYTES: Final = 512 << 20
 _PACKED_BLOCK: Final = 3 << 18  # bytes; every 3 hold whole elements of 4 or 6 bits
-_HELD: Final = 3  # times a tensor's bytes: the new one, the old one, and the written one
+_HELD: Final = 3  # of a tensor's bytes: itself, what it was, and what is written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class UpdateResult:
 
 @contextlib.contextmanager
 def open_chain(base: Checkpoint, updates: Sequence[str | Path]) -> Iterator[tuple[ChainState, list[Link]]]:
-    """The state after these updates, in any order. Raises PxdError, CheckFailedError."""
+    """The state after these updates, put into order. Raises PxdError, CheckFailedError."""
     ordered = chain_order(map(link_of, updates)) if updates else []
     with opened_all([link.path for link in ordered]) as files:
         yield ChainState(base.tensors, files), ordered
@@ -74,7 +74,7 @@ def update(
     overwrite: bool = False,
     progress: Progress = None,
 ) -> UpdateResult:
-    """Write the changes from `old` to `new`, bit for bit.
+    """Write what changed from `old` to `new`, bit for bit.
 
     old, new: folder, safetensors file or hub id; of `old` the state is the one after the updates `after`. output: a
     path or a URL. progress is called with bytes of `new`. Raises ToolError, CheckpointError, PxdError.
@@ -112,10 +112,10 @@ def compact(
     overwrite: bool = False,
     progress: Progress = None,
 ) -> UpdateResult:
-    """Fold a chain into one update with the same result, which is checked before the file is written.
+    """Fold a chain into one update with the same result, which is proven before it is written.
 
-    base: the checkpoint that the first of them was made on; changes are coded relative to its weights. Raises
-    CheckFailedError if the results differ, ToolError, CheckpointError, PxdError.
+    base: the checkpoint that the first of them was made on: what changed is coded given its weights.
+    Raises CheckFailedError where the results differ, ToolError, CheckpointError, PxdError.
     """
     with (
         output_file(output, overwrite=overwrite, inputs=(base, *updates)) as target,
@@ -237,14 +237,14 @@ def _prove(job: UpdateJob, writer: pxd.DeltaWriter) -> None:
     """The file fits into its chain. Raises CheckFailedError before it is written."""
     if job.base is not None and writer.base_digest != job.base:
         raise CheckFailedError(
-            f"{job.output}: tensors were added or removed since the last update, so it cannot follow; start a new chain"
+            f"{job.output}: tensors came or went since the update before, so it cannot follow it; start a new chain"
         )
     if job.result is not None and writer.result != job.result:
         raise CheckFailedError(f"{job.output}: would result in {writer.result}, not in {job.result}")
 
 
 def count_changed(old: pxd.Array, new: pxd.Array) -> int:
-    """The number of elements whose bytes differ; all of them if the shapes or dtypes differ."""
+    """Elements whose bytes differ; all of them where the shapes or dtypes do."""
     if old.shape != new.shape or old.dtype != new.dtype:
         return int(new.size)
     width = f"u{old.dtype.itemsize}"

@@ -1,4 +1,4 @@
-"""A callback for the Trainer of transformers and of TRL that publishes the model during training."""
+"""A callback of transformers' Trainer, and TRL's, that publishes the model as it learns. Imports transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PublishUpdates(TrainerCallback):
 
         Trainer(model=model, ..., callbacks=[PublishUpdates("chain", publish_every=10)])
 
-    options: those of UpdateWriter.
+    options: of UpdateWriter.
     """
 
     def __init__(self, folder: str | Path, *, publish_every: int = 1, **options: Any) -> None:
@@ -44,14 +44,14 @@ class PublishUpdates(TrainerCallback):
         self._publish(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Publish if the step is a multiple of `publish_every`."""
+        """Publish where it is time to."""
         if state.global_step % self._every == 0:
             self._publish(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Publish the final state."""
+        """Publish what was learnt since."""
         self._publish(state)
 
     def _publish(self, state: TrainerState) -> None:

@@ -24,7 +24,7 @@ from peraxis_format.torch.updates.apply_sharded import sharded_digest
 from peraxis_format.torch.updates.follow import UpdateError, apply_update, in_pieces
 from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.pieces import Ranks
-from peraxis_format.torch.updates.source import UpdateFile, list_updates
+from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update
 
 __all__ = ["Follower", "Poll", "follow"]
 
@@ -101,7 +101,7 @@ class Follower:
         applied: list[Path] = []
         if self._state is None and files:
             self._find_state(files)
-        while (chosen := self._next(files, waiting)) is not None:
+        while (chosen := next_update(files, self._state, self.step, skip=waiting)) is not None:
             try:
                 self._apply(chosen)
             except (PxdError, LiveModelError, OSError) as error:
@@ -199,16 +199,6 @@ class Follower:
             if delta.content_id != update.content_id and not in_pieces(self._target, self._shards):
                 raise UpdateError(f"{update.path}: another file took its place; it is looked at again")
             apply_update(self._target, delta, lock=self._lock, shards=self._shards, group=self._group)
-
-    def _next(self, files: list[UpdateFile], failed: Mapping[Path, str]) -> UpdateFile | None:
-        """The update that continues the state; else the newest anchor ahead of it."""
-        usable = [file for file in files if file.path not in failed]
-        at = -1 if self.step is None else self.step
-        for file in usable:
-            if not file.is_anchor and self._state is not None and file.base == self._state and file.step > at:
-                return file
-        anchors = [file for file in usable if file.is_anchor and file.step > at and file.result != self._state]
-        return anchors[-1] if anchors else None
 
     def _find_state(self, files: list[UpdateFile]) -> None:
         """Which state of the chain the model is at, the newest first; by the digests of its tensors."""

@@ -1,11 +1,10 @@
 """UpdateWriter: the trainer's side of a chain.
 
-    folder/anchor-00000000.pxd      the whole first state of the chain
-    folder/step-00000001.pxd        the changes since, bit for bit; `previous` is the file before it
+    folder/anchor-00000000.pxd      the state that the chain begins with, whole
+    folder/step-00000001.pxd        what changed since, bit for bit; `previous` is the file before it
 
-Law: the files in the folder always lead to the published state, even if the process is killed. An update appears by a
-rename; only then the snapshot of the published state is updated, and a new process rebuilds its snapshot from the
-folder.
+Law: the files in the folder lead to what was published, whenever the process is killed. An update appears by a rename;
+only then the snapshot of what was published moves on, and a new process rebuilds its snapshot from the folder.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ class UpdateWriter:
         prefer: Prefer = "size",
         anchor_every: int | None = None,
     ) -> None:
-        """Raises LiveModelError if the folder's chain has other tensors, PxdError if it is damaged."""
+        """Raises LiveModelError where the folder's chain is of other tensors, PxdError where it is damaged."""
         if anchor_every is not None and anchor_every < 1:
             raise ValueError(f"anchor_every is {anchor_every}; it must be 1 or more, or None")
         self._mirror = Mirror(str(folder)) if is_url(folder) else None
@@ -100,9 +99,9 @@ class UpdateWriter:
 
     @torch.no_grad()
     def step(self) -> Published:
-        """Publish the present parameters. The first call in a folder writes an anchor, later ones write updates.
+        """Publish the parameters as they are now. The first call of a folder writes an anchor, later ones updates.
 
-        Raises FileExistsError if another process publishes into the folder, OSError; nothing is published then.
+        Raises FileExistsError where another process publishes into the folder, OSError; nothing is published then.
         """
         live, tied = self._live()
         if self._head is None:
@@ -133,9 +132,9 @@ class UpdateWriter:
         return self._done(path, number, manifest, changed, writer.size, tied)
 
     def prune(self, *, anchors: int = 2) -> list[Path]:
-        """Delete the files before the oldest of the newest `anchors` anchors. Returns them, oldest first.
+        """Delete what stands before the oldest of the newest `anchors` anchors. Returns the files, oldest first.
 
-        Files are deleted oldest first, so that the rest is always a chain. Raises ValueError for fewer than one.
+        Files go oldest first, so that what is left is a chain at any time. Raises ValueError for fewer than one.
         """
         if anchors < 1:
             raise ValueError(f"anchors is {anchors}; one must stay, or nobody could begin")
@@ -156,10 +155,10 @@ class UpdateWriter:
         if self._mirror is not None:
             self._mirror.close()
 
-    # --- the live state -------------------------------------------------------------------------------
+    # --- what is live ---------------------------------------------------------------------------------
 
     def _live(self) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
-        """The tensors by name, each storage once, and (module, alias) for further names."""
+        """The tensors by name, each storage once, and (module, alias) for the others."""
         named = self._model.state_dict(keep_vars=True) if isinstance(self._model, nn.Module) else self._model
         first: dict[tuple[object, ...], str] = {}
         live: dict[str, Tensor] = {}
@@ -183,13 +182,13 @@ class UpdateWriter:
         plain = tensor.detach()
         if self._dtype is not None and plain.dtype is torch.float32:
             plain = plain.to(self._dtype)
-        # A copy, because a storage array of live CPU memory would change with the parameters.
+        # A copy: a storage array of live CPU memory would move with the parameters.
         return np.array(storage_array(plain.cpu().contiguous()))
 
     def _check_names(self, live: Mapping[str, Tensor]) -> None:
         odd = sorted(live.keys() ^ self._snapshot.keys())
         if odd:
-            raise LiveModelError(f"{odd[0]}: was added or removed since {self.folder} was begun; use a new folder")
+            raise LiveModelError(f"{odd[0]}: came or went since {self.folder} was begun; publish into a new folder")
         for name, tensor in live.items():
             dtype, array = self._snapshot[name]
             if tuple(tensor.shape) != array.shape or self._dtype_of(name, tensor) is not dtype:
@@ -200,7 +199,7 @@ class UpdateWriter:
             return dtype_of(torch.empty(0, dtype=self._dtype), name)
         return dtype_of(tensor, name)
 
-    # --- the published state --------------------------------------------------------------------------
+    # --- what is published ----------------------------------------------------------------------------
 
     def _writer(self, path: Path, *, previous: str | None) -> DeltaWriter:
         identity = Identity(id=self._name)
@@ -226,7 +225,7 @@ class UpdateWriter:
         return self._done(path, 0, manifest, weights, size, tied)
 
     def _anchor(self, path: Path, tied: list[tuple[str, str]]) -> tuple[Manifest, int]:
-        """Write the whole published state."""
+        """Write the published state, whole."""
         with self._writer(path, previous=None) as writer:
             for name, (dtype, array) in self._snapshot.items():
                 writer.add(ModuleDelta(name=name, shape=array.shape, dtype=dtype, encoding=Encoding.FULL, full=array))

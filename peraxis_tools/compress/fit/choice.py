@@ -18,6 +18,7 @@ tokens; the errors that are reported are those of before, on tokens that no fit 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
@@ -150,7 +151,7 @@ class _Trial:
 
     @property
     def _margin(self) -> float:
-        return 1.0 - sum(self._tokens) ** -0.5
+        return 1.0 - 1.0 / math.sqrt(sum(self._tokens))
 
     def finished(self, kind: str, hessian: Hessian | None) -> FittedMatrix:
         """The candidate on all tokens."""
