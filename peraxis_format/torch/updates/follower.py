@@ -132,7 +132,7 @@ class Follower:
         if not found.is_anchor and found.base != self._state:
             known = {file.result: file for file in files}
             if self.step is not None and found.step <= self.step:
-                raise UpdateError(f"{path}: is applied already, or of another chain; the model is at step {self.step}")
+                raise UpdateError(f"{path}: is already applied, or of another chain; the model is at step {self.step}")
             reason = f"made on {known[found.base].path}" if found.base in known else "a gap in front of it"
             raise UpdateError(f"{path}: {reason}, but the model is at step {self.step}")
         self._apply(found)
