@@ -15,7 +15,7 @@ from typing import Final, cast
 
 from peraxis_format.errors import CheckpointError
 
-__all__ = ["HubName", "hub_file", "hub_name", "hub_path"]
+__all__ = ["HubName", "hub_file", "hub_files", "hub_name", "hub_path"]
 
 _WORD: Final = r"[A-Za-z0-9][\w.-]*"
 _ID: Final = re.compile(rf"(?P<repository>{_WORD}/{_WORD})(@(?P<revision>[\w./-]+))?")
@@ -76,6 +76,31 @@ def hub_file(name: HubName) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(f"{name.repository}: cannot be fetched from the hub: {reason}") from None
+
+
+def hub_files(name: HubName) -> list[str]:
+    """The deltas of a repository, or of the folder `name.file` in it, as hf:// names in order.
+
+    Raises CheckpointError: no such repository, no deltas, no network and nothing in the cache.
+    """
+    try:
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError:
+        raise CheckpointError(f"{name.repository}: needs huggingface_hub; install it, or pass a path") from None
+    try:
+        there = _listed(name)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(f"{name.repository}: cannot be fetched from the hub: {reason}") from None
+    folder = f"{name.file.rstrip('/')}/" if name.file else ""
+    found = sorted(
+        file for file in there
+        if file.startswith(folder) and file.endswith(".pxd") and "/" not in file[len(folder) :]
+    )  # fmt: skip
+    if not found:
+        raise CheckpointError(f"{name.repository}/{folder}: holds no .pxd files")
+    at = f"@{name.revision.replace('/', '%2F')}" if name.revision else ""
+    return [f"hf://{name.repository}{at}/{file}" for file in found]
 
 
 def _only_delta(name: HubName) -> str:

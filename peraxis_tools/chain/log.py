@@ -1,16 +1,17 @@
-"""The verb log: the updates of a folder as a chain, and the files that fold several of them into one."""
+"""log: the updates of a folder as a chain, and what folds several of them into one."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import peraxis_format as pxd
-from peraxis_tools.chain.order import Link, chain_order, link_of
-from peraxis_tools.errors import ToolError
+from peraxis_format.hub import hub_name
+from peraxis_tools.chain.order import Link, chain_order, folds, link_from
+from peraxis_tools.remote import is_remote, listed, local_copy, remote_file
+from peraxis_tools.urls import without_secrets
 
 __all__ = ["CHANGED", "ChainLog", "LogEntry", "log"]
 
@@ -19,7 +20,7 @@ CHANGED = "peraxis.changed"  # metadata: weights that an update changes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogEntry:
-    """One update. changed: the number of weights that it changes, None if unknown. bytes: the size of the file."""
+    """One update. changed: weights that it changes, None where its writer did not say. bytes: of the file."""
 
     file: str
     content_id: str
@@ -33,67 +34,55 @@ class LogEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChainLog:
-    """The updates in order, and those that replace several of them (anchors, folded updates)."""
+    """The updates in order, and those that take the way of several of them at once (anchors, folded updates)."""
 
     folder: str
     updates: tuple[LogEntry, ...]
     folded: tuple[LogEntry, ...]
 
 
-def log(folder: str | Path) -> ChainLog:
-    """Read the headers of every .pxd of a folder. Raises ToolError, PxdError, CheckFailedError for a broken chain."""
-    paths = sorted(Path(folder).glob("*.pxd"))
-    if not paths:
-        raise ToolError(f"{folder}: has no .pxd files")
-    links = [link_of(path) for path in paths]
+def log(source: str | Path) -> ChainLog:
+    """Read the headers of every .pxd of a folder, which may be a URL or a repository on the hub.
+
+    Of a URL headers alone are fetched. Raises ToolError, PxdError, CheckFailedError for a broken chain.
+    """
+    read = [_read(file) for file in listed(source)]
+    entries = {link.content_id: entry for link, entry in read}
+    links = [link for link, _ in read]
     folded = folds(links)
-    left_out = {link.path for link in folded}
-    ordered = chain_order([link for link in links if link.path not in left_out])
+    left_out = {link.content_id for link in folded}
+    ordered = chain_order([link for link in links if link.content_id not in left_out])
     return ChainLog(
-        folder=str(folder), updates=tuple(map(_entry, ordered)), folded=tuple(_entry(link) for link in folded)
+        folder=without_secrets(str(source)),
+        updates=tuple(entries[link.content_id] for link in ordered),
+        folded=tuple(entries[link.content_id] for link in folded),
     )
 
 
-def folds(links: Sequence[Link]) -> list[Link]:
-    """The updates that a chain of two or more others replaces: one with the same base and the same result."""
-    known = {link.content_id for link in links}
-    after: dict[str, list[Link]] = {}
-    starts: dict[tuple[str, str | None], list[Link]] = {}
-    for link in links:
-        # The predecessor of an update that names none here follows from its base state.
-        named = link.previous is not None and link.previous in known
-        after.setdefault(link.previous if named and link.previous else link.base, []).append(link)
-        starts.setdefault((link.base, link.previous), []).append(link)
-
-    def is_fold(link: Link) -> bool:
-        ahead = [other for other in starts[link.base, link.previous] if other is not link]
-        seen = {link.content_id, *(other.content_id for other in ahead)}
-        while ahead:
-            at = ahead.pop()
-            further = (*after.get(at.content_id, ()), *after.get(at.result, ()))
-            reached = [other for other in further if other.base == at.result and other.content_id not in seen]
-            if any(other.result == link.result for other in reached):
-                return True
-            seen.update(other.content_id for other in reached)
-            ahead += reached
-        return False
-
-    return [link for link in links if is_fold(link)]
+def _read(file: str | Path) -> tuple[Link, LogEntry]:
+    if is_remote(file) and hub_name(file) is None:
+        remote = remote_file(str(file))
+        _, manifest = remote.header()
+        # The name alone: a URL is no path, and all of them lie in one folder.
+        link = link_from(PurePosixPath(remote.url).name, manifest)
+        return link, _entry(link, manifest, remote.size)
+    with local_copy(file) as path, pxd.open(path) as delta:
+        link = link_from(path, delta.manifest)
+        return link, _entry(link, delta.manifest, delta.size)
 
 
-def _entry(link: Link) -> LogEntry:
-    with pxd.open(link.path) as delta:
-        weights = sum(math.prod(module.shape) for module in delta.manifest.modules)
-        return LogEntry(
-            file=link.path.name,
-            content_id=link.content_id,
-            previous=link.previous,
-            base=link.base,
-            result=link.result,
-            changed=_changed(delta.manifest.metadata.get(CHANGED, ""), weights),
-            weights=weights,
-            bytes=delta.size,
-        )
+def _entry(link: Link, manifest: pxd.Manifest, size: int) -> LogEntry:
+    weights = sum(math.prod(module.shape) for module in manifest.modules)
+    return LogEntry(
+        file=link.path.name,
+        content_id=link.content_id,
+        previous=link.previous,
+        base=link.base,
+        result=link.result,
+        changed=_changed(manifest.metadata.get(CHANGED, ""), weights),
+        weights=weights,
+        bytes=size,
+    )
 
 
 def _changed(text: str, weights: int) -> int | None:

@@ -1,4 +1,4 @@
-"""The verbs update and compact: the lossless difference of two states as a .pxd that names its result."""
+"""update and compact: one state and another as a lossless .pxd, which says what it results in."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 import peraxis_format as pxd
+from peraxis_tools.blocks import count_blocks
 from peraxis_tools.chain.log import CHANGED
 from peraxis_tools.chain.opened import opened_all
 from peraxis_tools.chain.order import Link, chain_order, link_of
@@ -22,22 +23,26 @@ from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.plan.pairing import check_pair, tied_pairs
 from peraxis_tools.errors import CheckFailedError
 from peraxis_tools.kinds import execution_key
-from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Progress, Steps, watched
+from peraxis_tools.remote import is_remote, output_file
+from peraxis_tools.urls import without_secrets
 
-__all__ = ["UpdateResult", "compact", "count_changed", "open_chain", "update"]
+__all__ = ["UpdateJob", "UpdateResult", "compact", "count_changed", "open_chain", "update", "write_update"]
 
 _AHEAD_BYTES: Final = 512 << 20
-_PACKED_BLOCK: Final = 3 << 18  # bytes; each 3 bytes are whole elements of 4 or 6 bits
-_HELD: Final = 3  # times a tensor's bytes: the new one, the old one, and the written one
+_PACKED_BLOCK: Final = 3 << 18  # bytes; every 3 hold whole elements of 4 or 6 bits
+_HELD: Final = 3  # of a tensor's bytes: itself, what it was, and what is written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateResult:
-    """The written file. Sizes in bytes; changed: weights that differ, of `weights`; encodings: modules by encoding."""
+    """What was written. Sizes in bytes; changed: weights that differ, of `weights`; encodings: modules by encoding.
 
-    path: Path
+    blocks: of exact modules by how they are stored (SPEC 5.6), chosen for `prefer`. path: or the URL it was sent to.
+    """
+
+    path: Path | str
     content_id: str
     previous: str | None
     base: str
@@ -47,11 +52,13 @@ class UpdateResult:
     weights: int
     changed: int
     encodings: dict[str, int]
+    blocks: dict[str, int]
+    prefer: str
 
 
 @contextlib.contextmanager
 def open_chain(base: Checkpoint, updates: Sequence[str | Path]) -> Iterator[tuple[ChainState, list[Link]]]:
-    """The state after these updates, in any order. Raises PxdError, CheckFailedError."""
+    """The state after these updates, put into order. Raises PxdError, CheckFailedError."""
     ordered = chain_order(map(link_of, updates)) if updates else []
     with opened_all([link.path for link in ordered]) as files:
         yield ChainState(base.tensors, files), ordered
@@ -67,13 +74,13 @@ def update(
     overwrite: bool = False,
     progress: Progress = None,
 ) -> UpdateResult:
-    """Write the changes from `old` to `new`, bit for bit.
+    """Write what changed from `old` to `new`, bit for bit.
 
-    old, new: a folder, a safetensors file or a hub id; the old state is `old` after the updates `after`. progress is
-    called with bytes of `new`. Raises ToolError, CheckpointError, PxdError.
+    old, new: folder, safetensors file or hub id; of `old` the state is the one after the updates `after`. output: a
+    path or a URL. progress is called with bytes of `new`. Raises ToolError, CheckpointError, PxdError.
     """
     with (
-        claim_file(output, overwrite=overwrite, inputs=(old, new, *after)),
+        output_file(output, overwrite=overwrite, inputs=(old, new, *after)) as target,
         open_checkpoint(old) as before,
         open_checkpoint(new) as fine_tuned,
         open_chain(before, after) as (state, links),
@@ -81,8 +88,8 @@ def update(
         check_pair(Checkpoint(state, before.identity, before.folder), fine_tuned)
         known = dict(before.assets())
         assets = {path: data for path, data in fine_tuned.assets() if known.get(path) != data}
-        job = _Job(
-            output=Path(output),
+        job = UpdateJob(
+            output=target,
             old=state,
             new=fine_tuned.tensors,
             ids=(before.identity, fine_tuned.identity),
@@ -93,7 +100,7 @@ def update(
             base=links[-1].result if links else None,
         )
         with watched(progress, "update", job.new.size) as step:
-            return _written(job, step)
+            return _named(write_update(job, step), output)
 
 
 def compact(
@@ -105,13 +112,13 @@ def compact(
     overwrite: bool = False,
     progress: Progress = None,
 ) -> UpdateResult:
-    """Fold a chain into one update with the same result, which is checked before the file is written.
+    """Fold a chain into one update with the same result, which is proven before it is written.
 
-    base: the checkpoint that the first of them was made on; changes are coded relative to its weights. Raises
-    CheckFailedError if the results differ, ToolError, CheckpointError, PxdError.
+    base: the checkpoint that the first of them was made on: what changed is coded given its weights.
+    Raises CheckFailedError where the results differ, ToolError, CheckpointError, PxdError.
     """
     with (
-        claim_file(output, overwrite=overwrite, inputs=(base, *updates)),
+        output_file(output, overwrite=overwrite, inputs=(base, *updates)) as target,
         open_checkpoint(base) as checkpoint,
         open_chain(checkpoint, updates) as (state, links),
     ):
@@ -120,8 +127,8 @@ def compact(
             with pxd.open(link.path) as file:
                 assets.update({asset.path: file.asset(asset.path) for asset in file.manifest.assets})
                 fine_tuned = file.manifest.fine_tuned
-        job = _Job(
-            output=Path(output),
+        job = UpdateJob(
+            output=target,
             old=ChainState(checkpoint.tensors, ()),
             new=state,
             ids=(checkpoint.identity, fine_tuned),
@@ -133,12 +140,17 @@ def compact(
             result=links[-1].result,
         )
         with watched(progress, "compact", job.new.size) as step:
-            return _written(job, step)
+            return _named(write_update(job, step), output)
+
+
+def _named(result: UpdateResult, output: str | Path) -> UpdateResult:
+    """The result by the name that the output was given."""
+    return replace(result, path=without_secrets(str(output)) if is_remote(output) else Path(output))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
-    """The file from one state to another. base, result: the digests that it must have, if they are known."""
+class UpdateJob:
+    """A file from one state to another. base, result: the digests that it must have, where they are known before."""
 
     output: Path
     old: pxd.Safetensors
@@ -152,8 +164,8 @@ class _Job:
     result: str | None = None
 
 
-def _module(job: _Job, name: str) -> tuple[pxd.ModuleDelta, int]:
-    """A tensor for the writer, and the number of its elements that differ."""
+def _module(job: UpdateJob, name: str) -> tuple[pxd.ModuleDelta, int]:
+    """A tensor as it is stored, and how many of its elements differ."""
     array, (dtype, shape) = job.new.read(name), (job.new[name].dtype, job.new[name].shape)
     if name not in job.old:
         return pxd.lossless_module(name, array, dtype, shape=shape), math.prod(shape)
@@ -170,11 +182,12 @@ def _module(job: _Job, name: str) -> tuple[pxd.ModuleDelta, int]:
     return module, count_changed(before, array)
 
 
-def _written(job: _Job, step: Steps) -> UpdateResult:
+def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
+    """Write the file. step: is called with bytes of the new state. Raises CheckFailedError, PxdError, OSError."""
     tied = tied_pairs(job.new)
     aliases = {alias for _, alias in tied}
     names = sorted((name for name in job.new if name not in aliases), key=execution_key)
-    changed = 0
+    changed, blocks = 0, Counter[str]()
     with pxd.DeltaWriter(
         job.output,
         base=job.ids[0],
@@ -191,6 +204,7 @@ def _written(job: _Job, step: Steps) -> UpdateResult:
         )
         for module, moved in made:
             writer.add(module)
+            blocks += count_blocks(module)
             changed += moved
             step(job.new[module.name].size)
         for name, alias in tied:
@@ -214,11 +228,13 @@ def _written(job: _Job, step: Steps) -> UpdateResult:
         weights=sum(math.prod(module.shape) for module in manifest.modules),
         changed=changed,
         encodings=dict(sorted(Counter(module.encoding.value for module in manifest.modules).items())),
+        blocks=dict(blocks),
+        prefer=job.prefer,
     )
 
 
-def _prove(job: _Job, writer: pxd.DeltaWriter) -> None:
-    """Check that the file fits into its chain. Raises CheckFailedError before it is written."""
+def _prove(job: UpdateJob, writer: pxd.DeltaWriter) -> None:
+    """The file fits into its chain. Raises CheckFailedError before it is written."""
     if job.base is not None and writer.base_digest != job.base:
         raise CheckFailedError(
             f"{job.output}: tensors were added or removed since the last update, so it cannot follow; start a new chain"
@@ -228,7 +244,7 @@ def _prove(job: _Job, writer: pxd.DeltaWriter) -> None:
 
 
 def count_changed(old: pxd.Array, new: pxd.Array) -> int:
-    """The number of elements whose bytes differ; all of them if the shapes or dtypes differ."""
+    """Elements whose bytes differ; all of them where the shapes or dtypes do."""
     if old.shape != new.shape or old.dtype != new.dtype:
         return int(new.size)
     width = f"u{old.dtype.itemsize}"

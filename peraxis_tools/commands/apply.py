@@ -8,7 +8,7 @@ import click
 
 from peraxis_tools.apply import apply
 from peraxis_tools.commands.options import Finite, json_option, overwrite_option, quiet_option, workers_option
-from peraxis_tools.commands.sources import fetched
+from peraxis_tools.commands.sources import updates_of
 from peraxis_tools.progress import staged
 from peraxis_tools.report import emit
 from peraxis_tools.report.apply import render_apply
@@ -39,13 +39,15 @@ def command(
 ) -> None:
     """Write BASE + DELTA as a complete Hugging Face folder. BASE is a folder or a hub id; DELTA is a path or a URL.
 
-    Several are the updates of a chain; their order comes from the files.
+    Several are the updates of a chain; their order comes from the files. DELTA may also be a folder of updates: a path,
+    a URL or a repository on the hub.
 
     \b
     Example: peraxis-tools apply meta-llama/Llama-3.1-8B delta.pxd -o my-model
              peraxis-tools apply base updates/step-*.pxd -o step-124
+             peraxis-tools apply base s3://bucket/run -o step-124
     """
-    with fetched(deltas, quiet=quiet) as paths:
+    with updates_of(deltas, quiet=quiet) as paths:
         result = apply(
             base,
             paths,

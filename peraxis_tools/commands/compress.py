@@ -10,7 +10,7 @@ import click
 from peraxis_tools.bars import Stages
 from peraxis_tools.commands.options import json_option, masks_option, overwrite_option, quiet_option
 from peraxis_tools.compress import CompressOptions, compress
-from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, RECIPES, parse_size, read_yaml
+from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, PREFER, RECIPES, parse_size, read_yaml
 from peraxis_tools.report import emit
 from peraxis_tools.report.compress import plan_lines, render_compress
 
@@ -32,6 +32,11 @@ def size(value: str) -> int:
     flag_value=EVERYTHING,
     metavar="[REGEX|auto]",
     help="The tensors to store bit for bit, by name. Without a value: all. auto: those that are smaller that way.",
+)
+@click.option(
+    "--prefer",
+    type=click.Choice(PREFER),
+    help="What exact tensors are written for: the fewest bytes, or the fastest application.  [default: size]",
 )
 @click.option(
     "--calibration", metavar="TEXT[:WEIGHT]", multiple=True,

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 import peraxis_format as pxd
 from peraxis_tools.apply import apply
-from peraxis_tools.commands.options import Finite, json_option, overwrite_option, quiet_option, refuse_given
-from peraxis_tools.commands.sources import fetched
-from peraxis_tools.convert import LAYOUTS, Layout, to_lora, to_pxd
+from peraxis_tools.commands.options import (
+    Finite,
+    json_option,
+    overwrite_option,
+    prefer_option,
+    quiet_option,
+    refuse_given,
+)
+from peraxis_tools.commands.sources import fetched, updates_of
+from peraxis_tools.convert import (
+    LAYOUTS,
+    WIRES,
+    Layout,
+    WireName,
+    from_wire,
+    recognised,
+    to_lora,
+    to_pxd,
+    to_wire,
+)
 from peraxis_tools.errors import ToolError
 from peraxis_tools.progress import staged
 from peraxis_tools.report import emit
 from peraxis_tools.report.apply import render_apply
-from peraxis_tools.report.convert import render_lora, render_to_pxd
+from peraxis_tools.report.convert import render_lora, render_to_pxd, render_to_wire
+from peraxis_tools.report.update import render_update
 
 __all__ = ["command"]
 
@@ -26,15 +45,15 @@ _DEFAULT_RANK = 16
 @click.argument("source", metavar="SOURCE")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file or folder to write.")
 @click.option("--base", metavar="FOLDER|ID", help="The base of the delta. Optional for LoRA.")
-@click.option("--from", "layout", type=click.Choice(["auto", *LAYOUTS]), default="auto", show_default=True)
+@click.option("--from", "layout", type=click.Choice(["auto", *LAYOUTS, *WIRES]), default="auto", show_default=True)
 @click.option(
     "--axis", type=click.Choice(["row", "col"]), help="Which variant to take if a .pt file holds both for a module."
 )
 @click.option(
     "--to",
     "target",
-    type=click.Choice(["pxd", "lora", "checkpoint"]),
-    help="What to write.  [default: pxd from a .pt file]",
+    type=click.Choice(["pxd", "lora", "checkpoint", *WIRES]),
+    help="What to write.  [default: pxd, from anything else]",
 )
 @click.option("--rank", type=click.IntRange(min=1), help=f"The rank of the LoRA adapter.  [default: {_DEFAULT_RANK}]")
 @click.option(
@@ -43,6 +62,13 @@ _DEFAULT_RANK = 16
     help="Choose each rank so that the relative error stays below this.",
 )
 @click.option("--name", help="The name of the fine-tuned checkpoint.")
+@click.option(
+    "--after",
+    multiple=True,
+    metavar="PXD|FOLDER|URL",
+    help="Updates on the base, after which the step of a wire was made. Repeatable.",
+)
+@prefer_option
 @overwrite_option
 @json_option
 @quiet_option
@@ -56,6 +82,8 @@ def command(
     rank: int | None,
     max_error: float | None,
     name: str | None,
+    after: tuple[str, ...],
+    prefer: pxd.Prefer,
     overwrite: bool,
     as_json: bool,
     quiet: bool,
@@ -65,20 +93,40 @@ def command(
     Only tensors are read from a .pt file; code in it is not run. A LoRA adapter is an approximation; its error is
     shown.
 
+    One step of training is converted bit for bit between an exact update and the wires of other systems: index-value
+    (vLLM, verl, prime-rl), nemo-rl, and xor (slime, SkyRL). --base is the state before the step.
+
     \b
     Example: peraxis-tools convert diff.pt --base meta-llama/Llama-2-7b-hf -o delta.pxd
              peraxis-tools convert delta.pxd --to lora --rank 64 -o adapter
+             peraxis-tools convert weight_v000124 --base step-123 -o step-000124.pxd
+             peraxis-tools convert step-000124.pxd --to index-value --base step-123 -o step-124.safetensors
     """
     if target is None and source.partition("?")[0].endswith(".pxd"):
         raise ToolError(f"{source}: is already a .pxd; pass --to lora or --to checkpoint")
     if target in ("pxd", "checkpoint", None) and base is None:
         raise ToolError(f"{source}: pass --base, the checkpoint that this delta is for")
+    if target in WIRES and base is None:
+        raise ToolError(f"{source}: pass --base, the state that this update was made on")
     if target != "lora":
         refuse_given("rank", "max_error", why="without --to lora")
-    if target in ("lora", "checkpoint"):
-        refuse_given("layout", "axis", "name", why=f"with --to {target}")
+    if target not in ("pxd", None):
+        refuse_given("layout", "axis", "name", "prefer", why=f"with --to {target}")
     step = staged(quiet=quiet)
-    with fetched([source], quiet=quiet) as (path,):
+    with fetched([source], quiet=quiet) as (path,), updates_of(after, quiet=quiet) as before:
+        wire = _wire(path, layout) if target in ("pxd", None) else None
+        to = next((item for item in WIRES if item == target), None)
+        if wire is not None:
+            refuse_given("axis", why=f"with the wire {wire}")
+            options: dict[str, Any] = {"wire": wire, "after": before, "name": name, "prefer": prefer}
+            updated = from_wire(path, base or "", output, **options, overwrite=overwrite, progress=step)
+            emit(updated, render_update, schema="peraxis.update/1", as_json=as_json)
+            return
+        if to is not None:
+            sent = to_wire(path, base or "", output, wire=to, after=before, overwrite=overwrite, progress=step)
+            emit(sent, render_to_wire, schema="peraxis.convert-wire/1", as_json=as_json)
+            return
+        refuse_given("after", "prefer", why="without a wire")
         if target == "lora":
             chosen = rank if rank is not None or max_error is not None else _DEFAULT_RANK
             lora = to_lora(
@@ -101,3 +149,10 @@ def command(
                 progress=step,
             )
             emit(converted, render_to_pxd, schema="peraxis.convert/1", as_json=as_json)
+
+
+def _wire(path: Path, layout: str) -> WireName | None:
+    """The wire that is asked for, or that the source is where nothing is asked for."""
+    if layout == "auto":
+        return recognised(path)
+    return next((item for item in WIRES if item == layout), None)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from peraxis_tools.chain.log import log
@@ -15,12 +13,16 @@ __all__ = ["command"]
 
 
 @click.command("log")
-@click.argument("folder", metavar="FOLDER", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("source", metavar="FOLDER|URL|ID")
 @json_option
 @quiet_option
-def command(folder: Path, as_json: bool, quiet: bool) -> None:
-    """List the updates of FOLDER in the order of their chain, with the number of changes, the bytes and the result.
+def command(source: str, as_json: bool, quiet: bool) -> None:
+    """List the updates of a folder in the order of their chain: what each changes, its bytes and its result.
 
+    Of a URL headers alone are fetched.
+
+    \b
     Example: peraxis-tools log updates
+             peraxis-tools log s3://bucket/run
     """
-    emit(log(folder), render_log, schema="peraxis.log/1", as_json=as_json)
+    emit(log(source), render_log, schema="peraxis.log/1", as_json=as_json)

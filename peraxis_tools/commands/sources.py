@@ -6,10 +6,13 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from peraxis_tools.chain.order import Link, folds, link_of
+from peraxis_tools.errors import ToolError
 from peraxis_tools.progress import staged
-from peraxis_tools.remote import local_copy
+from peraxis_tools.remote import listed, local_copy
+from peraxis_tools.urls import without_secrets
 
-__all__ = ["fetched"]
+__all__ = ["fetched", "updates_of"]
 
 
 @contextlib.contextmanager
@@ -17,3 +20,33 @@ def fetched(sources: Sequence[str], *, quiet: bool) -> Iterator[list[Path]]:
     """Yield local paths of these sources, in order; copies of remote files are removed at the end."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(local_copy(source, progress=staged(quiet=quiet))) for source in sources]
+
+
+@contextlib.contextmanager
+def updates_of(sources: Sequence[str], *, quiet: bool) -> Iterator[list[Path]]:
+    """Local paths of updates: files, and of a folder (a path, a URL, a repository) every .pxd in it.
+
+    Of a folder those are left out that take the way of several others at once: anchors and folded updates.
+    """
+    with contextlib.ExitStack() as stack:
+        found: list[Path] = []
+        for source in sources:
+            names = listed(source)
+            copies = [stack.enter_context(local_copy(name, progress=staged(quiet=quiet))) for name in names]
+            if len(copies) == 1:
+                found += copies
+                continue
+            links = [_link(path, source, len(copies)) for path in copies]
+            left_out = {link.path for link in folds(links)}
+            found += [link.path for link in links if link.path not in left_out]
+        yield found
+
+
+def _link(path: Path, source: str, count: int) -> Link:
+    try:
+        return link_of(path)
+    except ToolError:
+        raise ToolError(
+            f"{without_secrets(source)}: holds {count} .pxd files, and {path.name} is no update of a chain; "
+            "name one file"
+        ) from None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 import peraxis_format as pxd
 from peraxis_tools.chain import update
 from peraxis_tools.commands.options import json_option, overwrite_option, prefer_option, quiet_option
+from peraxis_tools.commands.sources import updates_of
 from peraxis_tools.progress import staged
 from peraxis_tools.report import emit
 from peraxis_tools.report.update import render_update
@@ -19,13 +18,12 @@ __all__ = ["command"]
 @click.command("update")
 @click.argument("old", metavar="OLD")
 @click.argument("new", metavar="NEW")
-@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The .pxd to write.")
+@click.option("--output", "-o", required=True, metavar="PXD|URL", help="The .pxd to write.")
 @click.option(
     "--after",
     multiple=True,
-    type=click.Path(path_type=Path, exists=True),
-    metavar="PXD|FOLDER",
-    help="Existing updates on OLD; the new one follows them. Repeatable.",
+    metavar="PXD|FOLDER|URL|ID",
+    help="Updates on OLD that are there already; the new one follows them. Repeatable.",
 )
 @prefer_option
 @overwrite_option
@@ -34,8 +32,8 @@ __all__ = ["command"]
 def command(
     old: str,
     new: str,
-    output: Path,
-    after: tuple[Path, ...],
+    output: str,
+    after: tuple[str, ...],
     prefer: pxd.Prefer,
     overwrite: bool,
     as_json: bool,
@@ -48,7 +46,9 @@ def command(
     \b
     Example: peraxis-tools update step-123 step-124 -o step-000124.pxd
              peraxis-tools update base step-124 --after updates -o updates/step-000124.pxd
+             peraxis-tools update base step-124 --after s3://bucket/run -o s3://bucket/run/step-000124.pxd
     """
-    files = [file for path in after for file in (sorted(path.glob("*.pxd")) if path.is_dir() else [path])]
-    result = update(old, new, output, after=files, prefer=prefer, overwrite=overwrite, progress=staged(quiet=quiet))
+    step = staged(quiet=quiet)
+    with updates_of(after, quiet=quiet) as files:
+        result = update(old, new, output, after=files, prefer=prefer, overwrite=overwrite, progress=step)
     emit(result, render_update, schema="peraxis.update/1", as_json=as_json)

@@ -33,7 +33,7 @@ def compress(
     fit: Fit | None = None, axis: AxisChoice | None = None,
     masks: int | None = None, bits: int | None = None,
     target_size: int | str | None = None, target_ratio: float | None = None, embeddings: Embeddings | None = None,
-    exact: str | None = None,
+    exact: str | None = None, prefer: Literal["size", "speed"] | None = None,
     calibration: str | Sequence[str] | None = None, text_column: str | None = None,
     calibration_samples: int | None = None,
     generated_samples: int | None = None, sequence_length: int | None = None, held_out: float | None = None,

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from peraxis_tools.errors import OptionError, first_line
 from peraxis_tools.optional import require
@@ -18,6 +18,7 @@ __all__ = [
     "EMBEDDINGS",
     "EVERYTHING",
     "FITS",
+    "PREFER",
     "RECIPES",
     "CompressOptions",
     "OptionError",
@@ -27,6 +28,7 @@ __all__ = [
 FITS: Final = ("auto", "none", "closed-form", "refined", "adamw")
 AXES: Final = ("auto", "row", "col", "row+col", "tensor")
 EMBEDDINGS: Final = ("auto", "sign", "full")
+PREFER: Final = ("size", "speed")
 AUTO: Final = "auto"
 EVERYTHING: Final = ".*"  # a value of `exact`
 _COMPUTE: Final = ("auto", "float32", "bfloat16", "float16")
@@ -94,6 +96,7 @@ class CompressOptions:
     exact          None; a regular expression: the tensors that it finds are stored losslessly, as `same`, an exact
                    update or `full`, the smallest of them (.* means all: a lossless file); auto: the tensors that
                    are smaller losslessly than as signs
+    prefer         what exact updates are written for: size, the fewest bytes; speed, the fastest application
     embeddings     how embed_tokens and lm_head are stored: sign (with `masks`), full (exact), auto (with more masks)
     calibration    c4, a `datasets` id, or a file of json, jsonl(.gz), parquet or txt; or several of them, each
                    optionally with a weight: ("c4:0.5", "chat.jsonl:0.5")
@@ -113,6 +116,7 @@ class CompressOptions:
     target_size: int | None = None
     target_ratio: float | None = None
     exact: str | None = None
+    prefer: Literal["size", "speed"] = "size"
     embeddings: str = "auto"
     calibration: str | tuple[str, ...] | None = None
     text_column: str | None = None
@@ -141,6 +145,7 @@ class CompressOptions:
             ("fit", FITS),
             ("axis", AXES),
             ("embeddings", EMBEDDINGS),
+            ("prefer", PREFER),
             ("compute_dtype", _COMPUTE),
             ("distill_loss", _LOSSES),
         ):
@@ -201,6 +206,7 @@ class CompressOptions:
 
     def _check_exact(self) -> None:
         if self.exact is None:
+            self._refuse(("prefer",), "without exact")
             return
         try:
             re.compile(self.exact)
@@ -258,6 +264,8 @@ class CompressOptions:
         """The options that determine the bytes of the file, for the manifest and for resuming; floats as strings."""
         names = {new: old for old, new in _OTHER_NAMES.items()}
         values = {names.get(name, name): value for name, value in asdict(self).items() if name not in _NOT_CONTENT}
+        if self.prefer == "size":
+            del values["prefer"]  # files that were written before there was a choice say nothing of it
         return {name: repr(value) if isinstance(value, float) else value for name, value in values.items()}
 
     def canonical_json(self) -> str:

@@ -1,39 +1,61 @@
-"""Convert other projects' delta files to .pxd, and .pxd to a LoRA adapter. torch is imported when needed."""
+"""From other projects' delta files and wires to .pxd, and from .pxd to these and to LoRA. Imports torch when called."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import peraxis_format as pxd
+from peraxis_tools.chain.write import UpdateResult
 from peraxis_tools.convert.layouts import LAYOUTS, Layout
 from peraxis_tools.convert.lora import LeftOut, LoraModule, LoraResult, to_lora
 from peraxis_tools.convert.to_pxd import ToPxdResult, to_pxd
+from peraxis_tools.convert.wires import WIRES, ToWireResult, WireName, from_wire, recognised, to_wire
 from peraxis_tools.errors import ToolError
 from peraxis_tools.progress import Progress
 
-__all__ = ["LAYOUTS", "Layout", "LeftOut", "LoraModule", "LoraResult", "ToPxdResult", "convert", "to_lora", "to_pxd"]
+__all__ = [
+    "LAYOUTS",
+    "WIRES",
+    "Layout",
+    "LeftOut",
+    "LoraModule",
+    "LoraResult",
+    "ToPxdResult",
+    "ToWireResult",
+    "WireName",
+    "convert",
+    "from_wire",
+    "recognised",
+    "to_lora",
+    "to_pxd",
+    "to_wire",
+]
 
 
 def convert(
     source: str | Path,
     output: str | Path,
     *,
-    to: Literal["pxd", "lora"],
+    to: Literal["pxd", "lora"] | WireName,
     base: str | Path | None = None,
-    layout: Layout | None = None,
+    layout: Layout | WireName | None = None,
     axis: Literal["row", "col"] | None = None,
     name: str | None = None,
     rank: int | None = None,
     max_error: float | None = None,
+    after: Sequence[str | Path] = (),
+    prefer: pxd.Prefer = "size",
     overwrite: bool = False,
     progress: Progress = None,
-) -> ToPxdResult | LoraResult:
-    """Convert a .pt delta to a .pxd file, or a .pxd file to a LoRA adapter.
+) -> ToPxdResult | LoraResult | UpdateResult | ToWireResult:
+    """Convert a .pt delta or a wire to a .pxd file, or a .pxd file to a wire or a LoRA adapter.
 
-    to: "pxd" needs `base` and takes `layout` (None: recognise it), `axis` and `name`, as `to_pxd` does. "lora" takes
-    either `rank` or `max_error`, as `to_lora` does. For a whole checkpoint call `apply`. progress is called with each
-    number of bytes done. Raises ToolError, CheckpointError, PxdError, OSError.
+    to: "pxd" needs `base` and takes `layout` (None: recognise it), `axis` and `name`, as `to_pxd` does, and for a wire
+    `after` and `prefer`, as `from_wire` does. "lora" takes either `rank` or `max_error`, as `to_lora` does. A wire's
+    name needs `base` and takes `after`, as `to_wire` does. For a whole checkpoint call `apply`. progress is called with
+    each number of bytes done. Raises ToolError, CheckpointError, PxdError, OSError.
     """
     if to == "lora":
         return to_lora(
@@ -41,5 +63,21 @@ def convert(
         )
     if base is None:
         raise ToolError(f"{source}: pass base, the checkpoint that this delta is for")
+    if to != "pxd":
+        return to_wire(source, base, output, wire=to, after=after, overwrite=overwrite, progress=progress)
+    wire = recognised(Path(source)) if layout is None else next((item for item in WIRES if item == layout), None)
+    if wire is not None:
+        return from_wire(
+            source,
+            base,
+            output,
+            wire=wire,
+            after=after,
+            name=name,
+            prefer=prefer,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    known = next((item for item in LAYOUTS if item == layout), None)
     chosen = None if axis is None else pxd.Axis(axis)
-    return to_pxd(source, base, output, layout=layout, axis=chosen, name=name, overwrite=overwrite, progress=progress)
+    return to_pxd(source, base, output, layout=known, axis=chosen, name=name, overwrite=overwrite, progress=progress)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from peraxis_tools.blocks import blocks_text
 from peraxis_tools.report.console import print_note, size, text
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def render_compress(result: CompressResult, console: Console) -> None:
         f"{result.modules - result.signed - result.unchanged} exact"
         f"{f', {result.exact} of them as updates' if result.exact else ''}; axes: {axes}"
     )
+    if result.exact_blocks:
+        console.print(f"blocks   {blocks_text(result.exact_blocks, result.prefer)}")
     if result.calibration_samples:
         console.print(
             f"fit      {result.fit}, on {result.calibration_samples} samples, {result.calibration_tokens} tokens"

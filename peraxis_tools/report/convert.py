@@ -5,10 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from peraxis_tools.convert import LoraResult, ToPxdResult
+from peraxis_tools.convert import LoraResult, ToPxdResult, ToWireResult
 from peraxis_tools.report.console import size, text
 
-__all__ = ["render_lora", "render_to_pxd"]
+__all__ = ["render_lora", "render_to_pxd", "render_to_wire"]
 
 _SHOWN = 8
 
@@ -24,6 +24,14 @@ def render_to_pxd(result: ToPxdResult, console: Console) -> None:
         console.print(f"weights    bit for bit those of {result.layout}'s own merge")
     if result.cast:
         console.print(f"cast       {len(result.cast)} parameters to the base's dtype, {text(result.cast[0])} for one")
+
+
+def render_to_wire(result: ToWireResult, console: Console) -> None:
+    """Where it is, and how much changed."""
+    console.print(f"[bold green]converted[/]  {text(result.path)}  {size(result.bytes)}, to {result.wire}")
+    console.print(f"from       {text(result.content_id)}")
+    share = f"{result.changed / result.weights:.2%}" if result.weights else "none"
+    console.print(f"changed    {result.changed} of {result.weights} weights, {share}, in {result.tensors} tensors")
 
 
 def render_lora(result: LoraResult, console: Console) -> None:

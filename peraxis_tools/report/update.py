@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from peraxis_tools.blocks import blocks_text
 from peraxis_tools.chain.log import ChainLog, LogEntry
 from peraxis_tools.chain.write import UpdateResult
 from peraxis_tools.report.console import size, text
@@ -30,6 +31,8 @@ def _render(word: str, result: UpdateResult, console: Console) -> None:
     share = f"{result.changed / result.weights:.2%}" if result.weights else "none"
     modules = ", ".join(f"{count} {encoding}" for encoding, count in result.encodings.items())
     console.print(f"changed  {result.changed} of {result.weights} weights, {share}; modules: {modules}")
+    if result.blocks:
+        console.print(f"blocks   {blocks_text(result.blocks, result.prefer)}")
     console.print(f"result   {text(result.result)}")
 
 

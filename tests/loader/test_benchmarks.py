@@ -66,6 +66,7 @@ def test_actions_are_measured_in_turns(harness: Any) -> None:
     [
         ("apply_cpu.py", ["--rows", "128", "--columns", "256"]),
         ("load.py", ["--preset", "tiny"]),
+        ("undo.py", ["--preset", "tiny"]),
         ("serve.py", ["--preset", "tiny", "--variants", "1", "2", "--prompt", "8"]),
     ],
 )

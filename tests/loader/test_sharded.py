@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 
 import peraxis_format as pf
-from peraxis_format.torch import LiveModelError, Shard, VariantSwitch, apply_, chunk, place
+from peraxis_format.torch import LiveModelError, Shard, SwapError, VariantSwitch, apply_, chunk, place
 from peraxis_format.torch.serve.api import serve
 from peraxis_format.torch.swap.transfer_plan import cut_transfers
 from tests.loader.support import bytes_of, expected_bytes, write_delta
@@ -145,6 +145,38 @@ def swaps(rank: int, world: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+def undone_swaps(rank: int, world: int, folder: str) -> None:
+    """base="undo": each rank takes its slices back; an error on one of them takes all of them back."""
+    from peraxis_format.torch.swap.undo import InPlace
+
+    path = start(rank, world, folder)
+    base = base_tensors()
+    live = {name: cut(tensor, name, rank, world) for name, tensor in base.items()}
+    pristine = bytes_of(live)
+    shards = {name: Shard(dim, rank, world) for name, dim in DIMS.items()}
+    with VariantSwitch(live, shards=shards, workers=1, base="undo") as switch:
+        switch.add("d", path / "d.pxd")
+        switch.use("d")
+        switch.add("e", path / "e.pxd")
+        for name in ("e", None, "d"):
+            switch.use(name)
+            file = None if name is None else path / f"{name}.pxd"
+            assert bytes_of(live) == (pristine if file is None else wanted_slices(file, base, rank, world))
+        plain, put = [True], InPlace._put
+
+        def failing(self: InPlace, *args: Any, **options: Any) -> None:
+            if rank == world - 1 and plain and plain.pop():
+                raise OSError("this rank only")
+            put(self, *args, **options)
+
+        InPlace._put = failing  # type: ignore[method-assign]
+        with pytest.raises(SwapError, match="this rank only"):
+            switch.use("e")
+        assert switch.current == "d"
+        assert bytes_of(live) == wanted_slices(path / "d.pxd", base, rank, world)
+    distributed.destroy_process_group()
+
+
 def serving(rank: int, world: int, folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard as Sharded
@@ -161,7 +193,7 @@ def serving(rank: int, world: int, folder: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("job", [plain_slices, dtensors, one_bad_rank, one_failing_rank, swaps, serving])
+@pytest.mark.parametrize("job", [plain_slices, dtensors, one_bad_rank, one_failing_rank, swaps, undone_swaps, serving])
 def test_ranks_become_the_fine_tune_together(world: int, job: Any, tmp_path: Path) -> None:
     base = base_tensors()
     write_delta(tmp_path / "d.pxd", base, components=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,7 @@ def test_a_gap_is_refused_by_name(
 def test_updates_without_those_before_them_name_the_one_that_they_follow(
     chain: tuple[list[Path], list[Tensors]], tmp_path: Path, count: int, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.DEBUG, logger="peraxis")  # --quiet of a test before may have changed it
     late = chain[0][1 : 1 + count]
     with pytest.raises(pxd.PxdError, match="E404"):
         apply(tmp_path / "state-0", late, tmp_path / "out")

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 import peraxis_format as pxd
 from peraxis_format import Axis
+from peraxis_tools.compress.fit.choice import fit_matrices
 from peraxis_tools.compress.fit.fit import (
     FitOptions,
     FittedMatrix,
     Matrix,
     Quadratic,
     dense,
-    fit_matrices,
     fit_terms,
     hessian_of,
     quadratic,

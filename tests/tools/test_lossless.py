@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -188,3 +190,44 @@ def test_a_live_model_refuses_an_exact_update_by_name(pair: tuple[Path, Path, Te
     target = {name: torch.zeros(array.shape) for name, (array, _) in tensors.items()}
     with pytest.raises(LiveModelError, match=r"embed_tokens.weight: an exact update"):
         apply_(target, path)
+
+
+def test_the_writer_is_told_what_to_prefer_and_says_how_the_blocks_are_stored(
+    pair: tuple[Path, Path, Tensors], tmp_path: Path
+) -> None:
+    base, tuned, tensors = pair
+    small = compress(base, tuned, tmp_path / "small.pxd", exact=EVERYTHING)
+    fast = compress(base, tuned, tmp_path / "fast.pxd", exact=EVERYTHING, prefer="speed")
+    assert (small.prefer, fast.prefer) == ("size", "speed")
+    assert small.exact_blocks["keyed"] == 3
+    assert "keyed" not in fast.exact_blocks
+    assert sum(small.exact_blocks.values()) == sum(fast.exact_blocks.values()) == 3
+    assert small.size < fast.size
+    for result in (small, fast):
+        found: Counter[str] = Counter()
+        with pxd.open(result.path) as delta:
+            for name in delta:
+                index = delta.load(name).index
+                for entry in [] if index is None else index.tolist():
+                    mode, length = entry & 255, entry >> 8
+                    found["raw" if mode == 255 else "keyed" if mode else "gaps" if length else "unchanged"] += 1
+        assert found == result.exact_blocks
+        apply(base, result.path, tmp_path / "out", overwrite=True)
+        assert_holds(tmp_path / "out", tensors)
+    config = {"exact": EVERYTHING, "prefer": "speed"}
+    with pxd.open(fast.path) as delta:
+        stored = json.loads(delta.manifest.metadata["peraxis.config"])
+    assert CompressOptions.from_mapping(stored) == CompressOptions.from_mapping(config)
+    with pytest.raises(OptionError, match="prefer does nothing without exact"):
+        CompressOptions(prefer="speed")
+    with pytest.raises(OptionError, match="choose one of size, speed"):
+        CompressOptions(exact=EVERYTHING, prefer="fast")  # type: ignore[arg-type]
+
+
+def test_the_command_says_what_was_chosen(pair: tuple[Path, Path, Tensors], tmp_path: Path) -> None:
+    base, tuned, _ = pair
+    arguments = [str(base), str(tuned), "-q", "--prefer", "speed", "-o"]
+    for verb in (["compress", "--exact=.*"], ["update"]):
+        done = CliRunner().invoke(cli, [*verb, *arguments, str(tmp_path / f"{verb[0]}.pxd")])
+        assert done.exit_code == 0, (done.output, done.exception)
+        assert re.search(r"blocks +\d gaps.*; written for speed", done.output)

@@ -131,8 +131,19 @@ def test_the_extra_of_all_tools_holds_every_extra_that_a_verb_may_ask_for() -> N
 
 
 def test_every_third_party_import_of_the_tools_has_an_extra() -> None:
-    # Triton comes with torch, tokenizers with transformers, llvmlite with numba.
-    known = {*EXTRAS, "triton", "tokenizers", "llvmlite", "numpy", "click", "rich", "peraxis_format", "peraxis_tools"}
+    # Triton comes with torch, tokenizers with transformers, llvmlite with numba, pyarrow with datasets.
+    known = {
+        *EXTRAS,
+        "triton",
+        "tokenizers",
+        "llvmlite",
+        "pyarrow",
+        "numpy",
+        "click",
+        "rich",
+        "peraxis_format",
+        "peraxis_tools",
+    }
     for path in sources("peraxis_tools"):
         strange = {name.partition(".")[0] for name in imported(path)} - known - set(sys.stdlib_module_names)
         assert not strange, (path, strange)

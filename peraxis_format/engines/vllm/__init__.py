@@ -18,16 +18,25 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["endpoints", "register", "remove", "use"]
+__all__ = ["endpoints", "register", "remove", "update", "use"]
 
 
 def register() -> None:
-    """The entry point `vllm.general_plugins`. vLLM may call it several times in one process."""
-    from peraxis_format.engines.vllm.layout import register_engine, register_loader
+    """The entry point `vllm.general_plugins`. May be called several times in one process."""
+    from peraxis_format.engines.vllm.layout import (
+        add_worker_method,
+        register_engine,
+        register_loader,
+        replace_scheduler,
+    )
     from peraxis_format.engines.vllm.loader import PeraxisModelLoader
+    from peraxis_format.engines.vllm.scheduler import maker
+    from peraxis_format.engines.vllm.transfer import CALL_WORKER, call_worker
 
     register_loader("peraxis", PeraxisModelLoader)
     register_engine("peraxis", "peraxis_format.engines.vllm.transfer", "PeraxisWeightTransferEngine")
+    replace_scheduler(maker)
+    add_worker_method(CALL_WORKER, call_worker)
 
 
 def endpoints() -> Any:
@@ -45,6 +54,17 @@ def use(llm: Any, delta: str | None) -> str:
     from peraxis_format.engines.vllm.offline import use as used
 
     return used(llm, delta)
+
+
+def update(llm: Any, path: str) -> str:
+    """Bring the whole model of an `LLM` one exact update further, or to an anchor, for good. Returns the version.
+
+    Staged deltas have to be removed before. Raises what the engine raises, which quotes the cause; the model is as
+    before.
+    """
+    from peraxis_format.engines.vllm.offline import update as updated
+
+    return updated(llm, path)
 
 
 def remove(llm: Any, delta: str) -> None:

@@ -25,11 +25,13 @@ from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.shards import Placement
 from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.swap.payload import check_pads
+from peraxis_format.torch.updates.staged import StagedUpdate, stage
 
 __all__ = [
     "ComponentTensors",
     "Placement",
     "Scratch",
+    "StagedUpdate",
     "agree",
     "check_base",
     "check_pads",
@@ -42,6 +44,7 @@ __all__ = [
     "rebuild_tensor",
     "release",
     "signed_matmul",
+    "stage",
 ]
 
 _CHECK_BYTES: Final = 32 << 20  # bytes of the ring buffer that reads weights from a CUDA device for hashing

@@ -13,7 +13,7 @@ Names are looked up when this module is imported; a missing one is a LiveModelEr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final, TypeAlias
@@ -25,34 +25,41 @@ from peraxis_format.manifest import Manifest
 from peraxis_format.torch import FUSED, ShardView
 
 __all__ = [
+    "AsyncModelRunnerOutput",
     "DefaultModelLoader",
+    "EngineCoreOutput",
+    "EngineCoreOutputs",
     "LinearBase",
     "ParallelLMHead",
     "Placed",
+    "RequestStatus",
+    "Scheduler",
     "VocabParallelEmbedding",
     "WeightTransferEngine",
     "WeightTransferInitInfo",
     "WeightTransferUpdateInfo",
     "adapter_not_found",
+    "add_worker_method",
     "all_reduce",
-    "init_request",
     "is_cpu",
     "is_eager",
     "keep_unpacked",
     "placed_tensors",
     "plain_tensors",
+    "planned_scheduler",
     "register_engine",
     "refuse_uncovered",
     "register_loader",
+    "replace_scheduler",
     "repack",
     "tensor_group",
-    "update_request",
     "views",
     "worker_class",
 ]
 
 _TESTED: Final = "0.32"
 _UNPACKED_FLAG: Final = "_cpu_skip_gemm_dispatch"
+_PLANNED: Final = "peraxis_planned"
 
 
 def _name(module: str, name: str) -> Any:
@@ -77,11 +84,17 @@ ParallelLMHead: Any = _name(_VOCAB, "ParallelLMHead")
 WeightTransferEngine: Any = _name(_TRANSFER, "WeightTransferEngine")
 WeightTransferInitInfo: Any = _name(_TRANSFER, "WeightTransferInitInfo")
 WeightTransferUpdateInfo: Any = _name(_TRANSFER, "WeightTransferUpdateInfo")
+AsyncModelRunnerOutput: Any = _name("v1.outputs", "AsyncModelRunnerOutput")
+EngineCoreOutput: Any = _name("v1.engine", "EngineCoreOutput")
+EngineCoreOutputs: Any = _name("v1.engine", "EngineCoreOutputs")
+RequestStatus: Any = _name("v1.request", "RequestStatus")
+Scheduler: Any = _name("v1.core.sched.scheduler", "Scheduler")
 _Column: Any = _name(_LINEAR, "ColumnParallelLinear")
 _Merged: Any = _name(_LINEAR, "MergedColumnParallelLinear")
 _QKV: Any = _name(_LINEAR, "QKVParallelLinear")
 _Row: Any = _name(_LINEAR, "RowParallelLinear")
 _platform: Any = _name("platforms", "current_platform")
+_SchedulerConfig: Any = _name("config.scheduler", "SchedulerConfig")
 _tensor_group: Any = _name("distributed.parallel_state", "get_tp_group")
 _all_reduce: Any = _name("distributed", "tensor_model_parallel_all_reduce")
 
@@ -103,14 +116,28 @@ def register_engine(backend: str, module: str, name: str) -> None:
         factory.register_engine(backend, module, name)
 
 
-def init_request(info: dict[str, Any]) -> Any:
-    """The argument of AsyncLLM.init_weight_transfer_engine."""
-    return _name(_TRANSFER, "WeightTransferInitRequest")(init_info=info)
+def replace_scheduler(maker: Callable[[Any], Callable[..., Any]]) -> None:
+    """Let engines call `maker(planned)` where they would call the scheduler class that is planned. Once a process."""
+    planned = _SchedulerConfig.get_scheduler_cls
+    if hasattr(planned, _PLANNED):
+        return
+
+    def get_scheduler_cls(self: Any) -> Any:
+        return maker(planned(self))
+
+    setattr(get_scheduler_cls, _PLANNED, planned)
+    _SchedulerConfig.get_scheduler_cls = get_scheduler_cls
 
 
-def update_request(info: dict[str, Any]) -> Any:
-    """The argument of AsyncLLM.update_weights."""
-    return _name(_TRANSFER, "WeightTransferUpdateRequest")(update_info=info)
+def planned_scheduler(config: Any) -> Any:
+    """The scheduler class that a SchedulerConfig plans; None where `replace_scheduler` was not called."""
+    planned = getattr(_SchedulerConfig.get_scheduler_cls, _PLANNED, None)
+    return None if planned is None else planned(config)
+
+
+def add_worker_method(name: str, method: Callable[..., Any]) -> None:
+    """Let `collective_rpc(name, ...)` call a function of a worker."""
+    setattr(_name("v1.worker.worker_base", "WorkerBase"), name, method)
 
 
 def adapter_not_found(name: str, path: str) -> Exception:

@@ -7,6 +7,7 @@ process; the hub's cache is used for the hub (peraxis_format.hub).
 from __future__ import annotations
 
 import atexit
+import errno
 import shutil
 import tempfile
 import urllib.request
@@ -83,7 +84,9 @@ def _download(url: str) -> Path:
         with urllib.request.urlopen(url, timeout=_SILENCE_SECONDS) as reader, open(target, "wb") as writer:
             shutil.copyfileobj(reader, writer, 1 << 20)
     except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, HTTPError):
             error.close()
-        raise CheckpointError(f"{shown}: cannot be fetched ({error}); check the address") from None
+        advice = f"make room in {folder.parent}" if error.errno == errno.ENOSPC else "check the address"
+        raise CheckpointError(f"{shown}: cannot be fetched ({error}); {advice}") from None
     return target

@@ -4,8 +4,9 @@
     host        in host memory                            at most `host`
     file        open, so that it can be read again even if it is renamed or removed
 
-On the CPU resident and host are the same memory, and only `host` counts. An evicted variant is read from its file and
-all digests are checked. Names stay until they are removed.
+On the CPU resident and host are the same memory, and only `host` counts. An evicted variant is read from its file with
+all its digests checked; where that fails on one rank it fails on all of them, and is tried again when it is next asked
+for. Names stay until they are removed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from peraxis_format.delta import Encoding
-from peraxis_format.engines.vllm.bridge import Placement, check_base, check_pads, claim, place, release
+from peraxis_format.engines.vllm.bridge import Placement, agree, check_base, check_pads, claim, place, release
 from peraxis_format.engines.vllm.layers import Variant
 from peraxis_format.engines.vllm.layout import (
     LinearBase,
@@ -33,7 +34,7 @@ from peraxis_format.engines.vllm.layout import (
 from peraxis_format.engines.vllm.loader import check_assets
 from peraxis_format.engines.vllm.patches import LayerPatch, Patch, patch_of
 from peraxis_format.engines.vllm.source import open_delta
-from peraxis_format.errors import LiveModelError
+from peraxis_format.errors import LiveModelError, PxdError
 from peraxis_format.reader import DeltaFile
 
 __all__ = ["Counters", "VariantStore"]
@@ -86,7 +87,7 @@ class VariantStore:
             placement = place(plain_tensors(self.model), file.manifest, views=views(self.model, file.manifest))
             claim((part.view for parts in placement.values() for part in parts), self, _CLAIMED)
             check_base(file, placement, group=group if count > 1 else None)
-            variant = self._read(name, file, placement)
+            variant = self._agreed(name, file, placement)
         except BaseException:
             file.close()
             raise
@@ -96,7 +97,9 @@ class VariantStore:
         return True
 
     def get(self, number: int) -> Variant:
-        """A variant in device memory, now the most recently used."""
+        """A variant in device memory, now the most recently used. Raises PxdError, OSError, on every rank alike, where
+        it was evicted and cannot be read again.
+        """
         if number in self._resident:
             self._resident.move_to_end(number)
             self._host.move_to_end(number)
@@ -104,12 +107,15 @@ class VariantStore:
         variant = self._host.get(number)
         if variant is None:
             name, file = self._files[number]
-            variant = self._read(name, file, None)
+            variant = self._agreed(name, file, None)
         self._keep(number, variant)
         return self._resident[number]
 
-    def step(self, numbers: Iterable[int]) -> dict[int, Variant]:
-        """The variants of a step, all resident. Raises LiveModelError if they are too many."""
+    def step(self, numbers: Iterable[int]) -> tuple[dict[int, Variant], dict[int, Exception]]:
+        """The variants of a step, all of them resident; and why others could not be read again.
+
+        Raises LiveModelError for more than there is room for.
+        """
         wanted = sorted(set(numbers))
         if len(wanted) > max(self.resident, 1):
             raise LiveModelError(f"{len(wanted)} variants in one step, but --max-loras is {self.resident}")
@@ -117,7 +123,14 @@ class VariantStore:
         for number in wanted:
             if number in self._resident:
                 self.get(number)
-        return {number: self.get(number) for number in wanted}
+        found: dict[int, Variant] = {}
+        failed: dict[int, Exception] = {}
+        for number in wanted:
+            try:
+                found[number] = self.get(number)
+            except (PxdError, OSError) as error:
+                failed[number] = error
+        return found, failed
 
     def pin(self, number: int) -> bool:
         """Never evict a variant. Returns whether it is known."""
@@ -161,6 +174,21 @@ class VariantStore:
             if number not in self._pinned and number != newest:
                 del kept[number]
                 self.counters.evictions += 1
+
+    def _agreed(self, name: str, file: DeltaFile, placement: Placement | None) -> Variant:
+        """As _read, on all ranks or on none."""
+        group, count = tensor_group()
+        variant: Variant | None = None
+        failure: BaseException | None = None
+        try:
+            variant = self._read(name, file, placement)
+        except Exception as error:
+            failure = error
+        if count > 1:
+            agree(failure, group)
+        if failure is not None or variant is None:
+            raise failure or AssertionError
+        return variant
 
     def _read(self, name: str, file: DeltaFile, placement: Placement | None) -> Variant:
         """Read a file's payload for the layers, and check all digests. placement: None if the base was checked."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from peraxis_format.binding import check_base_digest
-from peraxis_format.dtypes import raw_bytes
+from peraxis_format.dtypes import Array, raw_bytes
 from peraxis_format.errors import BindingError, LiveModelError, PxdError
 from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.ops.tensors import as_bytes, storage_array
@@ -24,7 +24,7 @@ from peraxis_format.torch.place.digests import digests
 from peraxis_format.torch.place.shards import Box, Placement, ShardView, whole
 from peraxis_format.torch.ring import Ring
 
-__all__ = ["agree", "check_live", "is_sharded", "rank_and_count", "sharded_anywhere"]
+__all__ = ["agree", "check_live", "in_turns", "is_sharded", "rank_and_count", "sharded_anywhere"]
 
 
 def is_sharded(placement: Placement, manifest: Manifest) -> bool:
@@ -33,14 +33,29 @@ def is_sharded(placement: Placement, manifest: Manifest) -> bool:
 
 
 def check_live(
-    manifest: Manifest, placement: Placement, *, ring: Ring, workers: int | None = None, group: Any = None
+    manifest: Manifest,
+    placement: Placement,
+    *,
+    ring: Ring,
+    workers: int | None = None,
+    group: Any = None,
+    known: Mapping[str, str] | None = None,
 ) -> None:
     """Check the bytes of every base tensor (SPEC 7.3).
 
-    ring: the reserved ring of their device. group: the torch.distributed group whose ranks have the pieces of sharded
-    tensors (default: all ranks). Raises BindingError (E404) for the first module that differs, on all ranks.
+    ring: of the device that holds them, reserved already. group: the torch.distributed group whose ranks hold the
+    pieces of sharded tensors (default: all ranks). known: hex digests of base tensors that were checked before; their
+    weights are not read.
+    Raises BindingError (E404) for the first module that differs, on every rank alike.
     """
-    bound = [entry for entry in manifest.modules if entry.base is not None]
+    known = known or {}
+    for entry in manifest.modules:
+        if entry.base is not None and entry.name in known:
+            try:
+                check_base_digest(entry, known[entry.name])
+            except PxdError as failure:
+                raise _named(failure, manifest) from None
+    bound = [entry for entry in manifest.modules if entry.base is not None and entry.name not in known]
     local = [(entry, part) for entry in bound for part in placement[entry.name] if part.box == whole(entry.shape)]
     pieces = [entry for entry in bound if any(part.box != whole(entry.shape) for part in placement[entry.name])]
     error: Exception | None = None
@@ -118,28 +133,46 @@ class _Message:
 
 
 def _check_pieces(pieces: Sequence[ModuleEntry], placement: Placement, group: Any) -> None:
-    """Assemble each module on one rank and hash it there; ranks take turns."""
+    """Each module is put together on one rank and hashed there."""
+    failure: PxdError | None = None
+    for entry, _, full in in_turns(pieces, placement, group):
+        if full is not None:
+            try:
+                check_base_digest(entry, hashlib.sha256(raw_bytes(full)).hexdigest())
+            except PxdError as error:
+                failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+def in_turns(
+    pieces: Sequence[ModuleEntry], placement: Placement, group: Any
+) -> Iterator[tuple[ModuleEntry, int, Array | None]]:
+    """(module, rank, tensor): each sharded module put together on one rank, which is another one each time.
+
+    tensor: the whole storage array, None on the other ranks. Every rank of the group has to go through all of them.
+    Raises LiveModelError where the ranks do not hold all of a tensor.
+    """
     rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     boxes = _gathered({entry.name: placement[entry.name][0].box for entry in pieces}, group)
-    failure: PxdError | None = None
     for turn, entry in enumerate(pieces):
         owner = turn % world
         # Replicated pieces are sent once.
         senders = {b[entry.name]: r for r, b in reversed(list(enumerate(boxes))) if entry.name in b}
         messages = [_Message(r, box) for box, r in sorted(senders.items()) if _volume(box)]
+        covered = sum(_volume(message.box) for message in messages)
+        if covered != math.prod(entry.shape):  # on all ranks alike
+            raise LiveModelError(
+                f"{entry.name}: the ranks hold {covered} of its {math.prod(entry.shape)} weights; check `shards`"
+            )
         part = placement[entry.name][0]
         if rank == owner:
-            digest = _assembled(entry, messages, part, group)
-            try:
-                check_base_digest(entry, digest)
-            except PxdError as error:
-                failure = failure or error
-        else:
-            for message in messages:
-                if message.rank == rank:
-                    torch.distributed.send(as_bytes(part.view), dst=_global(owner, group), group=group)
-    if failure is not None:
-        raise failure
+            yield entry, owner, _assembled(entry, messages, part, group)
+            continue
+        for message in messages:
+            if message.rank == rank:
+                torch.distributed.send(as_bytes(part.view), dst=_global(owner, group), group=group)
+        yield entry, owner, None
 
 
 def _global(rank: int, group: Any) -> int:
@@ -150,11 +183,10 @@ def _volume(box: Box) -> int:
     return math.prod(end - begin for begin, end in box)
 
 
-def _assembled(entry: ModuleEntry, messages: Sequence[_Message], mine: ShardView, group: Any) -> str:
-    """The hex digest of the whole tensor, from the pieces of all ranks."""
+def _assembled(entry: ModuleEntry, messages: Sequence[_Message], mine: ShardView, group: Any) -> Array:
+    """The whole tensor, from the pieces of all ranks."""
     rank = torch.distributed.get_rank(group)
     full = np.empty(entry.shape, entry.dtype.storage)
-    covered = 0
     for message in messages:
         shape = tuple(end - begin for begin, end in message.box)
         if message.rank == rank:
@@ -165,7 +197,4 @@ def _assembled(entry: ModuleEntry, messages: Sequence[_Message], mine: ShardView
             torch.distributed.recv(data, src=_global(message.rank, group), group=group)
         where = tuple(slice(begin, end) for begin, end in message.box)
         full[where] = storage_array(data.cpu()).view(entry.dtype.storage).reshape(shape)
-        covered += _volume(message.box)
-    if covered != full.size:
-        raise LiveModelError(f"{entry.name}: the ranks have {covered} of its {full.size} weights; check `shards`")
-    return hashlib.sha256(raw_bytes(full)).hexdigest()
+    return full

@@ -14,7 +14,7 @@ from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.torch.place.renamed import checkpoint_views
 from peraxis_format.torch.place.shards import Box, Shard, ShardView, Target, Views, chunk, whole
 
-__all__ = ["FUSED", "Finder", "named"]
+__all__ = ["FUSED", "Finder", "local_part", "named"]
 
 # Words that wrappers add to the names of parameters: anywhere, and at the beginning.
 _WITHIN: Final = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|base_layer)\.(?=.)")
@@ -66,7 +66,7 @@ class Finder:
                 return [ShardView(whole(entry.shape), given)]
             return [given] if isinstance(given, ShardView) else list(given)
         if name in self.live:
-            return [_local(self.live[name], self._box(name, entry), name)]
+            return [local_part(self.live[name], self._box(name, entry), name)]
         found = list(self._rows(name, entry))
         if not found and name in self.renamed:
             found = [ShardView(whole(entry.shape), self.renamed[name])]
@@ -104,8 +104,8 @@ class Finder:
                 return
 
 
-def _local(tensor: Tensor, box: Box, name: str) -> ShardView:
-    """The part in a live tensor: the tensor itself, or a DTensor's local shard."""
+def local_part(tensor: Tensor, box: Box, name: str) -> ShardView:
+    """The part that a live tensor holds: itself, or a DTensor's local shard. box: of all ranks together."""
     placements = getattr(tensor, "placements", None)
     if placements is None:
         return ShardView(box, tensor)

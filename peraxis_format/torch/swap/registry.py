@@ -25,10 +25,11 @@ from peraxis_format.torch.swap.engine import Engine, engine_for
 from peraxis_format.torch.swap.payload import Payload, Residency
 from peraxis_format.torch.swap.reports import Variant
 from peraxis_format.torch.swap.transfer_plan import TRANSFER_LIMIT, cut_transfers
+from peraxis_format.torch.swap.undo import UndoLog
 
 __all__ = ["BasePlace", "Registered", "Registry"]
 
-BasePlace = Literal["auto", "device", "pinned"]
+BasePlace = Literal["auto", "device", "pinned", "undo"]
 _CLAIMED: Final = "a VariantSwitch keeps the base of these weights; add the variant to that switch, or close it first"
 _ROOM: Final = 0.9  # share of the free memory that a second copy of the weights may take, with base="auto"
 
@@ -36,7 +37,7 @@ _ROOM: Final = 0.9  # share of the free memory that a second copy of the weights
 @dataclass(frozen=True, slots=True, eq=False)
 class Registered:
     """A variant that is ready for use. owned: the file was opened here. parts: the storages that it changes; weights:
-    their size in bytes.
+    their bytes. engine: what rebuilds it from the base; with base="undo" there is none, but a log.
     """
 
     variant: Variant
@@ -44,7 +45,8 @@ class Registered:
     owned: bool
     placement: Placement
     payload: Payload
-    engine: Engine
+    engine: Engine | None
+    log: UndoLog | None
     parts: frozenset[ShardView]
     weights: int
 
@@ -78,6 +80,7 @@ class Registry:
         self.base_place = base
         self._views, self._shards = views, shards
         self._parts: dict[Any, ShardView] = {}
+        self._checked: dict[str, str] = {}  # with base="undo": hex digests of the base's tensors, by name
         self.live = LiveTensors(model)
 
     def add(
@@ -108,6 +111,16 @@ class Registry:
         self.find(name).close()
         del self.variants[name]
 
+    def check_tensors(self, *, overwrite: bool) -> None:
+        """Raises LiveModelError where a tensor was replaced, or written by somebody else and that is not allowed."""
+        undo = self.base_place == "undo"
+        self.live.check(overwrite=overwrite or undo)
+        for part in self.live.written() if undo else ():
+            raise LiveModelError(
+                f'{self.live.name_of(part)}: was written since the last swap, and base="undo" keeps no base to go back '
+                "to; load the base again and make a new VariantSwitch"
+            )
+
     def is_sharded(self, registered: Registered) -> bool:
         """Whether several ranks have to write it together."""
         return self._anywhere_sharded(registered.file, registered.placement)
@@ -124,11 +137,11 @@ class Registry:
     def _registered(
         self, name: str, file: DeltaFile, residency: Residency | None, *, owned: bool, direct: bool
     ) -> Registered:
-        self.live.check(overwrite=True)
+        self.check_tensors(overwrite=True)
         found = place(self._model, file.manifest, views=self._views, shards=self._shards)
         claim((part.live for parts in found.values() for part in parts), self, _CLAIMED)
         device, ring = self._prepared(found)
-        chosen = _residency(residency, device)
+        chosen = _residency(residency, device, undo=self.base_place == "undo")
         placement = self._known(found)
         transfers = cut_transfers(file, placement, limit=TRANSFER_LIMIT)
         ring.reserve(max((transfer.size for transfer in transfers), default=0))
@@ -140,9 +153,11 @@ class Registry:
             payload = Payload(
                 file, transfers, residency=chosen, device=device, ring=ring, workers=self.workers, direct=direct
             )
-        self._keep_base(placement)
+        undo = self.base_place == "undo"
+        if not undo:
+            self._keep_base(placement)
         self.live.add(placement)
-        engine = engine_for(transfers, self.bases, device=device, workers=self.workers)
+        engine = None if undo else engine_for(transfers, self.bases, device=device, workers=self.workers)
         variant = Variant(
             name=name,
             content_id=file.content_id,
@@ -153,7 +168,8 @@ class Registry:
         )
         parts = frozenset(part for transfer in transfers for slice_ in transfer.modules for part in slice_.views)
         weights = sum(part.view.nbytes for part in parts)
-        return Registered(variant, file, owned, placement, payload, engine, parts, weights)
+        log = UndoLog(payload) if undo else None
+        return Registered(variant, file, owned, placement, payload, engine, log, parts, weights)
 
     def _prepared(self, placement: Placement) -> tuple[Device, Ring]:
         if self.device is None or self.ring is None:
@@ -174,12 +190,22 @@ class Registry:
         }
 
     def _check(self, file: DeltaFile, placement: Placement, ring: Ring) -> None:
-        """Check the base's bytes, on the pristine copies if they exist, because the live weights may be a variant's."""
+        """The base's bytes: of the pristine copies where there are some, since the live weights may be a variant's.
+
+        With base="undo" there are no copies, but digests of what was checked before the first swap.
+        """
         pristine = {
             name: tuple(ShardView(part.box, self.bases.get(part, part.view)) for part in parts)
             for name, parts in placement.items()
         }
-        check_live(file.manifest, pristine, ring=ring, workers=self.workers.count, group=self.group)
+        check_live(
+            file.manifest, pristine, ring=ring, workers=self.workers.count, group=self.group, known=self._checked
+        )
+        if self.base_place == "undo":
+            bound = {entry.name: entry.base for entry in file.manifest.modules}
+            self._checked |= {name: base.sha256 for name, base in bound.items() if base is not None}
+            tied = file.manifest.tied
+            self._checked |= {alias: self._checked[name] for name, alias in tied if name in self._checked}
 
     def _anywhere_sharded(self, file: DeltaFile, placement: Placement) -> bool:
         return sharded_anywhere(here=is_sharded(placement, file.manifest), group=self.group)
@@ -192,8 +218,13 @@ class Registry:
         self.bases.update(copies)
 
 
-def _residency(asked: Residency | None, device: Device) -> Residency:
+def _residency(asked: Residency | None, device: Device, *, undo: bool) -> Residency:
     cuda = device.torch_device.type == "cuda"
+    if undo and asked not in (None, "pinned"):
+        raise DeviceError(
+            f'base="undo" takes a variant back with its own payload, which must stay in host memory: '
+            f'use residency="pinned", not {asked!r}'
+        )
     if asked == "gpu" and not cuda:
         raise DeviceError('residency="gpu" needs a model on a CUDA device; on the CPU use "pinned" or "file"')
-    return asked or ("gpu" if cuda else "pinned")
+    return asked or ("gpu" if cuda and not undo else "pinned")

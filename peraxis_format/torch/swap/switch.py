@@ -5,8 +5,9 @@
     switch.use("legal");  switch.use(None)          # None is the base, bit for bit
 
 Weights are rebuilt out of place: pristine base copy + payload -> live storage, in one pass. Adding a delta and
-subtracting it again is not exact in BF16 (up to a seventh of the weights become wrong), so a copy of the base is kept:
-on the model's device, or with base="pinned" in page-locked host memory, which kernels read over the link.
+subtracting it again is not exact in BF16 (up to a seventh of the weights end up wrong), so the base is kept: beside the
+model, or with base="pinned" in page-locked host memory, which kernels read over the link. With base="undo" the weights
+that end up wrong are kept instead (undo.py).
 
 A swap is atomic: on an error the model returns to the previous variant, or else to the base, and the error names it. A
 forward never sees half a swap: a guard around the model's forward blocks swaps while it runs.
@@ -35,6 +36,7 @@ from peraxis_format.torch.swap.payload import Residency
 from peraxis_format.torch.swap.registry import BasePlace, Registered, Registry
 from peraxis_format.torch.swap.reports import Swap, SwapError, Variant
 from peraxis_format.torch.swap.stream import stream
+from peraxis_format.torch.swap.undo import InPlace
 
 __all__ = ["VariantSwitch"]
 
@@ -42,11 +44,12 @@ __all__ = ["VariantSwitch"]
 class VariantSwitch:
     """Many variants of one model, one of them at a time.
 
-    base: the place of the pristine copy: "device" (the model's), "pinned" (page-locked host memory), or "auto", which
-    takes the device if it has room when the first variant is registered. guard: block swaps while the model's forward
-    runs; without a guard (a compiled model) put steps that belong together into `running()`. views, shards, group,
-    workers: as in apply_. Methods may be called from any thread. The class is a context manager; `close` does not
-    change the weights.
+    base: where the pristine copy of the base lies: "device" (beside the model), "pinned" (page-locked host memory), or
+    "auto", which takes the device if it has room when the first variant is registered. "undo" keeps no copy: variants
+    are written in place and taken back by arithmetic and the exceptions to it; their payloads stay in host memory.
+    guard: hold swaps off while the model's forward runs; without a guard (a compiled model) put the steps that belong
+    together into `running()`. views, shards, group, workers: as in apply_. Methods may be called from any thread. The
+    class is a context manager; `close` leaves the weights as they are.
     """
 
     def __init__(
@@ -61,6 +64,8 @@ class VariantSwitch:
         workers: int | None = None,
     ) -> None:
         self._registry = Registry(model, base=base, views=views, shards=shards, group=group, workers=workers)
+        self._in_place = InPlace(self._registry.workers) if base == "undo" else None
+        self._lost = False  # with base="undo": an error that could not be taken back
         self._lock = SwapLock()
         self._changes = threading.Lock()  # one thread at a time registers or swaps
         self._current: str | None = None
@@ -92,13 +97,19 @@ class VariantSwitch:
 
     @property
     def base_place(self) -> BasePlace:
-        """The place of the pristine copy: "device" or "pinned"; "auto" before the first variant is registered."""
+        """Where the pristine copy lies: "device", "pinned" or "undo" (nowhere); "auto" before the first variant."""
         return self._registry.base_place
 
     @property
     def base_size(self) -> int:
         """The size of the pristine copy in bytes."""
         return sum(base.numel() * base.element_size() for base in self._registry.bases.values())
+
+    @property
+    def undo_size(self) -> int:
+        """With base="undo": the bytes in host memory that take used variants back."""
+        logs = (registered.log for registered in self._registry.variants.values())
+        return sum(log.size for log in logs if log is not None)
 
     @property
     def ring_size(self) -> int:
@@ -153,7 +164,7 @@ class VariantSwitch:
         with self._changes, self._lock.exclusive():
             self._refuse_closed()
             target = None if name is None else self._registry.find(name)
-            self._registry.live.check(overwrite=overwrite)
+            self._registry.check_tensors(overwrite=overwrite)
             started = time.perf_counter()
             swap = Swap(name=name, previous=self._current, residency=None, epoch=self._epoch, seconds=0.0)
             if name == self._current and not overwrite:
@@ -166,7 +177,7 @@ class VariantSwitch:
             try:
                 written = self._write(target)
             except BaseException as error:
-                now = self._restore()
+                now = self._restored(error)
                 if not isinstance(error, Exception):
                     raise  # an interrupt is not wrapped
                 what = "the base" if now is None else f"variant {now!r}"
@@ -189,7 +200,9 @@ class VariantSwitch:
         return (0, 0) if counters is None else (counters.uploads, counters.uploaded_bytes)
 
     def _write(self, target: Registered | None) -> int:
-        """Rebuild the target's weights from the pristine base into live storage. Returns the bytes written."""
+        """Rebuild the target's weights from the base into live storage. Returns the bytes written."""
+        if self._in_place is not None:
+            return self._write_in_place(target, self._in_place)
         parts = frozenset() if target is None else target.parts
         restored = self._dirty - parts
         touched = self._dirty | parts
@@ -205,12 +218,40 @@ class VariantSwitch:
         if device is not None and ring is not None:
             sharded = target is not None and registry.is_sharded(target)
             with together(registry.group, sharded=sharded):
-                if target is not None:
+                if target is not None and target.engine is not None:
                     stream(target.payload, target.engine, device=device, ring=ring, workers=registry.workers)
             device.synchronize()
         self._dirty = parts
         registry.live.remember(touched)
         return sum(part.view.nbytes for part in restored) + (0 if target is None else target.weights)
+
+    def _write_in_place(self, target: Registered | None, weights: InPlace) -> int:
+        registry = self._registry
+        before = None if self._current is None else registry.find(self._current)
+        touched = weights.parts() | (frozenset() if target is None else target.parts)
+        sharded = any(registry.is_sharded(one) for one in (before, target) if one is not None)
+        self._epoch += 1
+        increment_versions(touched)
+        try:
+            with together(registry.group, sharded=sharded):
+                return weights.write(None if target is None else target.log)
+        finally:
+            if registry.device is not None:
+                registry.device.wait_all()
+            registry.live.remember(touched)
+
+    def _restored(self, error: BaseException) -> str | None:
+        """Take an error back. Raises LiveModelError where that fails too, which only base="undo" can."""
+        try:
+            return self._restore()
+        except Exception as failure:
+            if self._in_place is None:
+                raise
+            self._lost = True
+            raise LiveModelError(
+                f"a swap failed ({error}) and could not be taken back ({failure}); the weights are neither the base's "
+                "nor a variant's: load the base again and make a new VariantSwitch"
+            ) from error
 
     def _restore(self) -> str | None:
         """Restore the previous variant, or else the base. Returns the name of the current variant."""
@@ -230,11 +271,14 @@ class VariantSwitch:
         self._closed = True
         if self._guard is not None:
             self._guard.remove()
+        self._in_place = None
         self._registry.close()
 
     def _refuse_closed(self) -> None:
         if self._closed:
             raise LiveModelError("the VariantSwitch is closed; make a new one for the model")
+        if self._lost:
+            raise LiveModelError("a swap could not be taken back; load the base again and make a new VariantSwitch")
 
     def __enter__(self) -> VariantSwitch:
         return self

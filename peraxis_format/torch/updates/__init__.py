@@ -1,21 +1,25 @@
-"""Exact updates of live models: a trainer publishes a chain into a folder, and servers follow it.
+"""Exact updates of live models: a trainer publishes a chain into a folder, servers follow it.
 
 updates = UpdateWriter(model, "chain")        follower = follow(model, "chain")
 updates.step()                                follower.poll()
 """
 
-from peraxis_format.torch.updates.follow import Follower, Poll, UpdateError, apply_update, follow
+from peraxis_format.torch.updates.follow import UpdateError, apply_update
+from peraxis_format.torch.updates.follower import Follower, Poll, follow
 from peraxis_format.torch.updates.publish import Published, UpdateWriter
-from peraxis_format.torch.updates.source import UpdateFile, list_updates
+from peraxis_format.torch.updates.publish_sharded import ShardedUpdateWriter
+from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update
 
 __all__ = [
     "Follower",
     "Poll",
     "Published",
+    "ShardedUpdateWriter",
     "UpdateError",
     "UpdateFile",
     "UpdateWriter",
     "apply_update",
     "follow",
     "list_updates",
+    "next_update",
 ]

@@ -1,4 +1,4 @@
-"""A callback for the Trainer of transformers and of TRL that publishes the model during training."""
+"""A callback of transformers' Trainer, and TRL's, that publishes the model as it learns. Imports transformers."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peraxis_format.torch.updates.pieces import is_dtensor
 from peraxis_format.torch.updates.publish import UpdateWriter
+from peraxis_format.torch.updates.publish_sharded import ShardedUpdateWriter
 
 __all__ = ["PublishUpdates"]
 
 
 class PublishUpdates(TrainerCallback):
-    """Publishes every `publish_every` optimizer steps, at the beginning and at the end. Process 0 publishes.
+    """Publish every `publish_every` optimizer steps, at the beginning and at the end. Process 0 publishes, or all of
+    them where the model is in pieces (DTensors of fully_shard).
 
         Trainer(model=model, ..., callbacks=[PublishUpdates("chain", publish_every=10)])
 
-    options: those of UpdateWriter.
+    options: of UpdateWriter.
     """
 
     def __init__(self, folder: str | Path, *, publish_every: int = 1, **options: Any) -> None:
@@ -32,20 +35,23 @@ class PublishUpdates(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the folder and publish the initial state."""
-        if state.is_world_process_zero:
-            self.writer = UpdateWriter(kwargs["model"], self._folder, **self._options)
-            self._publish(state)
+        """Open the folder and publish the state that training begins with."""
+        model = kwargs["model"]
+        if any(map(is_dtensor, model.parameters())):
+            self.writer = ShardedUpdateWriter(model, self._folder, **self._options)
+        elif state.is_world_process_zero:
+            self.writer = UpdateWriter(model, self._folder, **self._options)
+        self._publish(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Publish if the step is a multiple of `publish_every`."""
+        """Publish where it is time to."""
         if state.global_step % self._every == 0:
             self._publish(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Publish the final state."""
+        """Publish what was learnt since."""
         self._publish(state)
 
     def _publish(self, state: TrainerState) -> None:

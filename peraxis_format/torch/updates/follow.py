@@ -1,4 +1,4 @@
-"""Follower: the server's side of a chain.
+"""apply_update: one exact update onto a live model, whole or not at all.
 
 An update is proven before a weight is written: payload digests, decoding, and the digest of what each tensor becomes,
 which also says that it is in the state that the update was made on. Then it is written, under the caller's lock. So an
@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,107 +21,92 @@ from torch import Tensor
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import Array, raw_bytes
 from peraxis_format.errors import LiveModelError, PxdError, fail
-from peraxis_format.manifest import ModuleEntry
-from peraxis_format.ops.exact import BLOCK
-from peraxis_format.ops.exact.torch import moved
 from peraxis_format.ops.tensors import storage_array
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.place.binding import agree
+from peraxis_format.torch.place.finder import named
 from peraxis_format.torch.place.placement import place
-from peraxis_format.torch.place.shards import Placement, Target, increment_versions, whole
-from peraxis_format.torch.updates.source import UpdateFile, list_updates
+from peraxis_format.torch.place.shards import Placement, Shard, Target, increment_versions, whole
+from peraxis_format.torch.updates.apply_sharded import apply_sharded
+from peraxis_format.torch.updates.pieces import is_dtensor
+from peraxis_format.torch.updates.proof import check_digest, stretches
 
-__all__ = ["Follower", "Poll", "UpdateError", "apply_update", "follow"]
-
-_LOGGER: Final = logging.getLogger("peraxis")
-_STRETCH: Final = 16  # blocks to decode at a time
-_ON_DEVICE: Final = 16  # times as many on a device, which decodes all these blocks at once
+__all__ = ["UpdateError", "apply_update", "in_pieces"]
 
 
 class UpdateError(LiveModelError):
-    """An update does not continue the model's state; the message names it and the reason."""
+    """An update that does not continue the state that the model is in: which one, and why."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Poll:
-    """The result of one poll of the folder. step: the model's step now, None if its state is not in the chain.
-
-    applied: files, in order. lag: the number of newer updates in the folder. waiting: the reason of a delay, by file.
-    """
-
-    step: int | None
-    applied: tuple[Path, ...]
-    lag: int
-    waiting: Mapping[Path, str] = field(default_factory=dict)
-
-
+@torch.no_grad()
 def apply_update(
-    target: Target, update: DeltaFile | str | Path, *, lock: AbstractContextManager[Any] | None = None
+    target: Target,
+    update: DeltaFile | str | Path,
+    *,
+    lock: AbstractContextManager[Any] | None = None,
+    shards: Mapping[str, Shard] | None = None,
+    group: Any = None,
 ) -> None:
-    """Apply one exact update, or an anchor, to a live model in place and atomically.
+    """Apply one exact update, or an anchor, to a live model in place: whole or not at all.
 
-    target: a module, or a mapping of names to tensors, on any device. lock: held while weights are written.
-    Raises PxdError if the file is damaged or the model is in another state (E404, E405), LiveModelError if the model
-    cannot take the update. The model is then unchanged.
+    target: a module, or a mapping of names to tensors, on any device. lock: held while weights are written. A model of
+    DTensors, or with `shards` (names whose tensors are a plain local shard), is in pieces: every rank of the group
+    calls this, and all of them hold the new state afterwards, or none.
+    Raises PxdError where the file is damaged or the model is in another state (E404, E405), LiveModelError where it
+    cannot hold the update. The model is then as it was.
     """
+    pieces = in_pieces(target, shards)
     with contextlib.ExitStack() as stack:
-        file = update if isinstance(update, DeltaFile) else stack.enter_context(DeltaFile(update))
-        placement = place(target, file.manifest, exact=True)
-        _refuse_others(file, placement)
+        failure: Exception | None = None
+        try:
+            file = update if isinstance(update, DeltaFile) else stack.enter_context(DeltaFile(update))
+            placement = place(target, file.manifest, shards=shards, exact=True)
+            _refuse_others(file, placement, pieces=pieces)
+        except (PxdError, LiveModelError, OSError) as error:
+            if not pieces:
+                raise
+            failure = error
+        if pieces:
+            agree(failure, group)
+            apply_sharded(file, placement, lock=lock, group=group)
+            increment_versions(part for parts in placement.values() for part in parts)
+            return
         modules = list(_proven(file, placement))
         with lock or contextlib.nullcontext(), torch.no_grad():
             _write(modules, placement)
         increment_versions(part for parts in placement.values() for part in parts)
 
 
-def _refuse_others(file: DeltaFile, placement: Placement) -> None:
-    """Raise UpdateError unless this is an exact update of whole, contiguous tensors."""
+def in_pieces(target: Target, shards: Mapping[str, Shard] | None) -> bool:
+    """Whether ranks hold the model together."""
+    return bool(shards) or any(map(is_dtensor, named(target).values()))
+
+
+def _refuse_others(file: DeltaFile, placement: Placement, *, pieces: bool) -> None:
+    """What is no exact update of contiguous tensors is not applied here."""
     for entry in file.manifest.modules:
         if entry.encoding is Encoding.SIGN or (entry.base is not None and entry.base.dtype is not entry.dtype):
             raise UpdateError(f"{file.path}: {entry.name} is not an exact update; use apply_ or VariantSwitch")
-        for part in placement[entry.name]:
+        for part in () if pieces else placement[entry.name]:
             if part.box != whole(entry.shape) or not part.view.is_contiguous():
-                raise UpdateError(f"{entry.name}: is sharded or strided, which exact updates do not support yet")
+                raise UpdateError(f"{entry.name}: is strided, which exact updates do not support")
 
 
 def _proven(file: DeltaFile, placement: Placement) -> Iterator[ModuleDelta]:
-    """Yield the modules to write, read once, after the digests of their old and new tensors are checked."""
+    """The modules to write, read once: each tensor is the one that the update was made on, and becomes what it says."""
     for entry in file.manifest.modules:
         module = file.load(entry.name)
         for part in placement[entry.name]:
             if entry.encoding is Encoding.EXACT:
                 digest = hashlib.sha256()
-                for _, stretch in _stretches(part.view, module):
+                for _, stretch in stretches(part.view, module):
                     digest.update(raw_bytes(storage_array(stretch.cpu())))
                 if digest.hexdigest() != entry.result:
                     fail("E405", field=entry.name)  # SPEC 7.4
             elif entry.base is not None:
-                _check_digest(entry, part.view)
+                check_digest(entry, part.view)
         if entry.encoding is not Encoding.SAME:
             yield module
-
-
-def _check_digest(entry: ModuleEntry, view: Tensor) -> None:
-    digest = hashlib.sha256()
-    for begin in range(0, max(view.numel(), 1), _STRETCH * BLOCK):
-        digest.update(raw_bytes(storage_array(view.detach().reshape(-1)[begin : begin + _STRETCH * BLOCK].cpu())))
-    if entry.base is not None and digest.hexdigest() != entry.base.sha256:
-        fail("E404", field=entry.name)  # SPEC 7.3
-
-
-def _stretches(view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield blocks of new weights, each with the live ones to overwrite."""
-    index, data = module.index, module.data
-    if index is None or data is None:
-        return
-    flat = view.detach().reshape(-1)
-    begin = 0
-    length = _STRETCH * (_ON_DEVICE if view.is_cuda else 1)
-    for first in range(0, index.size, length):
-        part = index[first : first + length]
-        live = flat[first * BLOCK : (first + part.size) * BLOCK]
-        size = int((part >> 8).sum(dtype="int64"))
-        yield live, moved(live, part, data[begin : begin + size], module.dtype)
-        begin += size
 
 
 def _write(modules: list[ModuleDelta], placement: Placement) -> None:
@@ -133,180 +114,10 @@ def _write(modules: list[ModuleDelta], placement: Placement) -> None:
         for part in placement[module.name]:
             if module.full is not None:
                 part.view.copy_(_tensor(module.full.copy(), part.view))
-            for live, stretch in _stretches(part.view, module):
+            for live, stretch in stretches(part.view, module):
                 live.copy_(stretch)
             part.publish()
 
 
 def _tensor(array: Array, like: Tensor) -> Tensor:
     return torch.from_numpy(array.reshape(-1).view("u1")).view(like.dtype).reshape(like.shape)
-
-
-def follow(
-    target: Target,
-    source: str | Path,
-    *,
-    lock: AbstractContextManager[Any] | None = None,
-    on_update: Callable[[Poll], None] | None = None,
-) -> Follower:
-    """Follow the chain in a folder: call `poll()` repeatedly, or `start()` a thread that does.
-
-    target: a module or a mapping of names to tensors, in any state of the chain; in another state it begins with the
-    newest anchor. lock: held while weights are written, so that no forward pass sees half an update. on_update: called
-    after each poll that applied an update.
-    """
-    return Follower(target, Path(source), lock=lock, on_update=on_update)
-
-
-class Follower:
-    """A live model that follows a chain. step: the step of its state, None if it is unknown."""
-
-    def __init__(
-        self,
-        target: Target,
-        folder: Path,
-        *,
-        lock: AbstractContextManager[Any] | None = None,
-        on_update: Callable[[Poll], None] | None = None,
-    ) -> None:
-        self.folder = folder
-        self.step: int | None = None
-        self._target = target
-        self._lock = lock
-        self._on_update = on_update
-        self._state: str | None = None
-        self._files: dict[Path, UpdateFile] = {}
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def poll(self) -> Poll:
-        """Apply the folder's updates after the model's state, one at a time.
-
-        Files that cannot be applied are reported in `waiting` and tried again at the next poll, because a file may be
-        incomplete. If the update to the next state is missing, the newest anchor ahead is taken.
-        """
-        files, problems = list_updates(self.folder, self._files)
-        waiting: dict[Path, str] = dict(problems)
-        applied: list[Path] = []
-        if self._state is None and files:
-            self._find_state(files)
-        while (chosen := self._next(files, waiting)) is not None:
-            try:
-                self._apply(chosen)
-            except (PxdError, LiveModelError, OSError) as error:
-                waiting[chosen.path] = str(error)
-                continue
-            except BaseException:
-                # Interrupted, maybe between two weights: the next poll determines the model's state.
-                self._state = self.step = None
-                raise
-            self._state, self.step = chosen.result, chosen.step
-            applied.append(chosen.path)
-        ahead = [file for file in files if not file.is_anchor and file.step > (-1 if self.step is None else self.step)]
-        for file in ahead:
-            waiting.setdefault(file.path, f"{file.path}: does not continue the model's state")
-        poll = Poll(step=self.step, applied=tuple(applied), lag=len(ahead), waiting=waiting)
-        if applied and self._on_update is not None:
-            self._on_update(poll)
-        return poll
-
-    def apply(self, path: str | Path) -> None:
-        """Apply one file, which must continue the model's state. Raises UpdateError with its name, PxdError."""
-        files, problems = list_updates(self.folder, self._files)
-        found = next((file for file in files if file.path == Path(path)), None)
-        if found is None:
-            raise UpdateError(problems.get(Path(path), f"{path}: is not an update of {self.folder}"))
-        if self._state is None:
-            self._find_state(files)
-        if not found.is_anchor and found.base != self._state:
-            known = {file.result: file for file in files}
-            if self.step is not None and found.step <= self.step:
-                raise UpdateError(f"{path}: is already applied, or of another chain; the model is at step {self.step}")
-            reason = f"made on {known[found.base].path}" if found.base in known else "a gap in front of it"
-            raise UpdateError(f"{path}: {reason}, but the model is at step {self.step}")
-        self._apply(found)
-        self._state, self.step = found.result, found.step
-
-    def _apply(self, file: UpdateFile) -> None:
-        """Apply a file, which must be the one that was listed. Raises UpdateError, PxdError."""
-        with DeltaFile(file.path) as delta:
-            if delta.content_id != file.content_id:
-                raise UpdateError(f"{file.path}: was replaced by another file; it is tried again")
-            apply_update(self._target, delta, lock=self._lock)
-
-    def start(self, *, every: float = 1.0) -> Follower:
-        """Poll every `every` seconds on a thread, until `close`. A failure is logged and tried again."""
-        if self._thread is not None:
-            raise LiveModelError("this follower is already running")
-
-        def run() -> None:
-            while not self._stop.wait(every):
-                try:
-                    self.poll()
-                except Exception as error:  # a failed poll must not end the thread
-                    _LOGGER.error(
-                        "%s: cannot be followed: %s; trying again", self.folder, error or type(error).__name__
-                    )
-
-        self._thread = threading.Thread(target=run, daemon=True, name="peraxis-follow")
-        self._thread.start()
-        return self
-
-    def wait(self, step: int, *, seconds: float = 60.0) -> bool:
-        """Wait until the model is at this step or beyond. Returns whether it is."""
-        end = time.monotonic() + seconds
-        while (self.step is None or self.step < step) and time.monotonic() < end:
-            time.sleep(0.01)
-        return self.step is not None and self.step >= step
-
-    def close(self) -> None:
-        """End the thread after its current update."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def __enter__(self) -> Follower:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def _next(self, files: list[UpdateFile], failed: Mapping[Path, str]) -> UpdateFile | None:
-        """The update that continues the state; else the newest anchor ahead of it."""
-        usable = [file for file in files if file.path not in failed]
-        at = -1 if self.step is None else self.step
-        for file in usable:
-            if not file.is_anchor and self._state is not None and file.base == self._state and file.step > at:
-                return file
-        anchors = [file for file in usable if file.is_anchor and file.step > at and file.result != self._state]
-        return anchors[-1] if anchors else None
-
-    def _find_state(self, files: list[UpdateFile]) -> None:
-        """Find the model's state in the chain by the digests of its tensors, the newest state first."""
-        digests: dict[str, str] = {}
-        for file in reversed(files):
-            with contextlib.suppress(PxdError, OSError), DeltaFile(file.path) as delta:
-                if self._is_at(delta, digests):
-                    self._state, self.step = file.result, file.step
-                    return
-        first = next((file for file in files if not file.is_anchor), None)
-        if first is not None:
-            with contextlib.suppress(PxdError, OSError), DeltaFile(first.path) as delta:
-                if self._is_at(delta, digests, before=True):
-                    self._state, self.step = first.base, first.step - 1
-
-    def _is_at(self, delta: DeltaFile, digests: dict[str, str], *, before: bool = False) -> bool:
-        """Whether every tensor of the model equals the result (or, with `before`, the base) of a file."""
-        try:
-            placement = place(self._target, delta.manifest, exact=True)
-        except (PxdError, LiveModelError):
-            return False
-        for entry in delta.manifest.modules:
-            base = None if entry.base is None else entry.base.sha256
-            wanted = base if before or entry.encoding is Encoding.SAME else entry.result or entry.sha256
-            if entry.name not in digests:
-                view = placement[entry.name][0].view.detach().cpu().contiguous()
-                digests[entry.name] = hashlib.sha256(raw_bytes(storage_array(view))).hexdigest()
-            if digests[entry.name] != wanted:
-                return False
-        return True

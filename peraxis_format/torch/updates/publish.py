@@ -1,11 +1,10 @@
 """UpdateWriter: the trainer's side of a chain.
 
-    folder/anchor-00000000.pxd      the whole first state of the chain
-    folder/step-00000001.pxd        the changes since, bit for bit; `previous` is the file before it
+    folder/anchor-00000000.pxd      the state that the chain begins with, whole
+    folder/step-00000001.pxd        what changed since, bit for bit; `previous` is the file before it
 
-Law: the files in the folder always lead to the published state, even if the process is killed. An update appears by a
-rename; only then the snapshot of the published state is updated, and a new process rebuilds its snapshot from the
-folder.
+Law: the files in the folder lead to what was published, whenever the process is killed. An update appears by a rename;
+only then the snapshot of what was published moves on, and a new process rebuilds its snapshot from the folder.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 import torch
@@ -29,19 +28,24 @@ from peraxis_format.ops.exact import Prefer, apply
 from peraxis_format.ops.rebuild import reconstruct
 from peraxis_format.ops.tensors import dtype_of, storage_array
 from peraxis_format.reader import DeltaFile
-from peraxis_format.torch.updates.source import UpdateFile, anchor_name, list_updates, step_name
+from peraxis_format.torch.updates.mirror import Mirror, is_url
+from peraxis_format.torch.updates.pieces import is_dtensor
+from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, step_name, step_of
 from peraxis_format.writer import DeltaWriter
 
-__all__ = ["Published", "UpdateWriter"]
+__all__ = ["CHANGED", "Published", "UpdateWriter", "digest_of"]
 
-_CHANGED: Final = "peraxis.changed"
+CHANGED: Final = "peraxis.changed"  # metadata: weights that an update changes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """One published file. changed: weights that differ from the previous step. bytes: the size of the file."""
+    """One file that was published. changed: weights that differ from the step before. bytes: of the file.
 
-    path: Path
+    path: its URL where it was sent to one.
+    """
+
+    path: Path | str
     step: int
     content_id: str
     result: str
@@ -51,13 +55,15 @@ class Published:
 
 
 class UpdateWriter:
-    """Publishes the states of live parameters into a folder, as a chain of exact updates.
+    """Publishes the states of live parameters as a chain of exact updates: into a folder, or to a URL (mirror.py).
 
-    model: a module, or a mapping of names to tensors, which is read at each step. dtype: the dtype that float32 tensors
-    are published in; None publishes them unchanged. anchor_every: the number of steps between whole states, from which
-    a server can begin, so that older files can be deleted (`prune`). An existing chain in the folder is continued.
-    step_number: the number of the last published state.
+    model: a module, or a mapping of names to tensors, which is read at each step. dtype: what float32 tensors are
+    published in; None publishes them as they are. anchor_every: a whole state is written beside every so
+    many steps, so that a server can begin there and older files can go (`prune`). A folder that holds a chain is gone
+    on with. step_number: of the last state that was published. For DTensors there is ShardedUpdateWriter.
     """
+
+    _in_pieces: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -69,10 +75,11 @@ class UpdateWriter:
         prefer: Prefer = "size",
         anchor_every: int | None = None,
     ) -> None:
-        """Raises LiveModelError if the folder's chain has other tensors, PxdError if it is damaged."""
+        """Raises LiveModelError where the folder's chain is of other tensors, PxdError where it is damaged."""
         if anchor_every is not None and anchor_every < 1:
             raise ValueError(f"anchor_every is {anchor_every}; it must be 1 or more, or None")
-        self.folder = Path(folder)
+        self._mirror = Mirror(str(folder)) if is_url(folder) else None
+        self.folder = Path(folder) if self._mirror is None else self._mirror.folder
         self.step_number = 0
         self._model = model
         self._name = name
@@ -92,9 +99,9 @@ class UpdateWriter:
 
     @torch.no_grad()
     def step(self) -> Published:
-        """Publish the present parameters. The first call in a folder writes an anchor, later ones write updates.
+        """Publish the parameters as they are now. The first call of a folder writes an anchor, later ones updates.
 
-        Raises FileExistsError if another process publishes into the folder, OSError; nothing is published then.
+        Raises FileExistsError where another process publishes into the folder, OSError; nothing is published then.
         """
         live, tied = self._live()
         if self._head is None:
@@ -116,31 +123,42 @@ class UpdateWriter:
                     changed += _count_changed(before, after)
             for name, alias in tied:
                 writer.tie(name, alias)
-            writer.metadata[_CHANGED] = str(changed)
+            writer.metadata[CHANGED] = str(changed)
             manifest = writer.finish()
-        # The update is published; the rest only updates this process's snapshot.
+        self._send(path)
+        # Published: what follows only brings this process up to the folder.
         for module in moved:
             self._promote(module)
         return self._done(path, number, manifest, changed, writer.size, tied)
 
     def prune(self, *, anchors: int = 2) -> list[Path]:
-        """Delete the files before the oldest of the newest `anchors` anchors. Returns them, oldest first.
+        """Delete what stands before the oldest of the newest `anchors` anchors. Returns the files, oldest first.
 
-        Files are deleted oldest first, so that the rest is always a chain. Raises ValueError for fewer than one.
+        Files go oldest first, so that what is left is a chain at any time. Raises ValueError for fewer than one.
         """
         if anchors < 1:
-            raise ValueError(f"anchors is {anchors}; at least one must stay as the beginning of the chain")
-        files, _ = list_updates(self.folder)
-        kept = [file.step for file in files if file.is_anchor][-anchors:]
-        old = [file.path for file in files if kept and (file.step < kept[0] or _is_before(file, kept[0]))]
-        for path in old:
-            path.unlink()
-        return old
+            raise ValueError(f"anchors is {anchors}; one must stay, or nobody could begin")
+        names = [path.name for path in self.folder.iterdir()] if self._mirror is None else self._mirror.names()
+        # An update leads to the anchor of its own number, which stands for it.
+        places = sorted((place, name) for name in names if (place := step_of(name)) is not None)
+        kept = [step for (step, is_anchor), _ in places if is_anchor][-anchors:]
+        old = [name for place, name in places if kept and place < (kept[0], True)]
+        for name in old:
+            if self._mirror is None:
+                (self.folder / name).unlink()
+            else:
+                self._mirror.remove(name)
+        return [self.folder / name for name in old]
 
-    # --- the live state -------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Remove what a chain at a URL needed on this machine."""
+        if self._mirror is not None:
+            self._mirror.close()
+
+    # --- what is live ---------------------------------------------------------------------------------
 
     def _live(self) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
-        """The tensors by name, each storage once, and (module, alias) for further names."""
+        """The tensors by name, each storage once, and (module, alias) for the others."""
         named = self._model.state_dict(keep_vars=True) if isinstance(self._model, nn.Module) else self._model
         first: dict[tuple[object, ...], str] = {}
         live: dict[str, Tensor] = {}
@@ -148,7 +166,11 @@ class UpdateWriter:
         for name, tensor in named.items():
             if not isinstance(tensor, Tensor):
                 continue
-            key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+            if is_dtensor(tensor) and not self._in_pieces:
+                raise LiveModelError(f"{name}: is sharded; use ShardedUpdateWriter, on every rank")
+            key: tuple[object, ...] = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+            if is_dtensor(tensor):
+                key = (id(tensor),)  # its own address says nothing
             if tensor.numel() and key in first:
                 tied.append((first[key], name))
                 continue
@@ -160,13 +182,13 @@ class UpdateWriter:
         plain = tensor.detach()
         if self._dtype is not None and plain.dtype is torch.float32:
             plain = plain.to(self._dtype)
-        # A copy, because a storage array of live CPU memory would change with the parameters.
+        # A copy: a storage array of live CPU memory would move with the parameters.
         return np.array(storage_array(plain.cpu().contiguous()))
 
     def _check_names(self, live: Mapping[str, Tensor]) -> None:
         odd = sorted(live.keys() ^ self._snapshot.keys())
         if odd:
-            raise LiveModelError(f"{odd[0]}: was added or removed since {self.folder} was begun; use a new folder")
+            raise LiveModelError(f"{odd[0]}: came or went since {self.folder} was begun; publish into a new folder")
         for name, tensor in live.items():
             dtype, array = self._snapshot[name]
             if tuple(tensor.shape) != array.shape or self._dtype_of(name, tensor) is not dtype:
@@ -177,28 +199,41 @@ class UpdateWriter:
             return dtype_of(torch.empty(0, dtype=self._dtype), name)
         return dtype_of(tensor, name)
 
-    # --- the published state --------------------------------------------------------------------------
+    # --- what is published ----------------------------------------------------------------------------
 
     def _writer(self, path: Path, *, previous: str | None) -> DeltaWriter:
         identity = Identity(id=self._name)
         return DeltaWriter(path, base=identity, fine_tuned=identity, previous=previous, chained=True, overwrite=False)
 
+    def _send(self, path: Path) -> None:
+        """Bring a file that was written to its URL. Raises FileExistsError, OSError; nothing is there then."""
+        if self._mirror is not None:
+            try:
+                self._mirror.send(path)
+            finally:
+                path.unlink(missing_ok=True)
+
+    def _is_there(self, path: Path) -> bool:
+        return path.exists() if self._mirror is None else self._mirror.exists(path.name)
+
     def _first(self, live: Mapping[str, Tensor], tied: list[tuple[str, str]]) -> Published:
         self._snapshot = {name: (self._dtype_of(name, t), self._published(t)) for name, t in live.items()}
-        self._digests = {name: _digest(array) for name, (_, array) in self._snapshot.items()}
+        self._digests = {name: digest_of(array) for name, (_, array) in self._snapshot.items()}
         path = self.folder / anchor_name(0)
         manifest, size = self._anchor(path, tied)
         weights = sum(array.size for _, array in self._snapshot.values())
         return self._done(path, 0, manifest, weights, size, tied)
 
     def _anchor(self, path: Path, tied: list[tuple[str, str]]) -> tuple[Manifest, int]:
-        """Write the whole published state."""
+        """Write the published state, whole."""
         with self._writer(path, previous=None) as writer:
             for name, (dtype, array) in self._snapshot.items():
                 writer.add(ModuleDelta(name=name, shape=array.shape, dtype=dtype, encoding=Encoding.FULL, full=array))
             for name, alias in tied:
                 writer.tie(name, alias)
-            return writer.finish(), writer.size
+            manifest = writer.finish()
+        self._send(path)
+        return manifest, writer.size
 
     def _promote(self, module: ModuleDelta) -> None:
         dtype, array = self._snapshot[module.name]
@@ -207,11 +242,32 @@ class UpdateWriter:
             self._digests[module.name] = module.result
         elif module.full is not None:
             array[...] = module.full
-            self._digests[module.name] = _digest(array)
+            self._digests[module.name] = digest_of(array)
 
     def _done(
         self, path: Path, number: int, manifest: Manifest, changed: int, size: int, tied: list[tuple[str, str]]
     ) -> Published:
+        self._reached(path, number, manifest)
+        beside = self.folder / anchor_name(number)
+        if (
+            self._anchor_every is not None
+            and number
+            and number % self._anchor_every == 0
+            and not self._is_there(beside)
+        ):
+            self._anchor(beside, tied)
+        return Published(
+            path=path if self._mirror is None else f"{self._mirror.url}/{path.name}",
+            step=number,
+            content_id=manifest.content_id,
+            result=manifest.result or "",
+            changed=changed,
+            weights=sum(array.size for _, array in self._snapshot.values()),
+            bytes=size,
+        )
+
+    def _reached(self, path: Path, number: int, manifest: Manifest) -> None:
+        """The state of this file is the one that was published last."""
         self.step_number = number
         self._head = UpdateFile(
             path=path,
@@ -222,47 +278,26 @@ class UpdateWriter:
             base=manifest.base.digest,
             result=manifest.result or "",
         )
-        beside = self.folder / anchor_name(number)
-        if self._anchor_every is not None and number and number % self._anchor_every == 0 and not beside.exists():
-            self._anchor(beside, tied)
-        return Published(
-            path=path,
-            step=number,
-            content_id=manifest.content_id,
-            result=self._head.result,
-            changed=changed,
-            weights=sum(array.size for _, array in self._snapshot.values()),
-            bytes=size,
-        )
 
     def _restore(self) -> None:
-        """Update the snapshot to the last state of the folder."""
-        files, problems = list_updates(self.folder)
-        if problems:
-            raise LiveModelError(f"{next(iter(problems.values()))}; move it away and publish again")
-        anchors = [file for file in files if file.is_anchor]
-        if not files:
+        """Bring the snapshot to the last state that the folder leads to."""
+        if self._mirror is not None:
+            self._mirror.sync(after=None)
+        way = chain_of(self.folder)
+        if way is None:
             return
-        if not anchors:
-            raise LiveModelError(f"{self.folder}: has updates but no anchor to begin with; use a new folder")
-        self._load_anchor(anchors[-1])
-        steps = {file.step: file for file in files if not file.is_anchor}
-        head = steps.get(anchors[-1].step, anchors[-1])
-        while (after := steps.get(head.step + 1)) is not None and after.base == head.result:
-            self._promote_file(after)
-            head = after
-        left = [file for file in files if file.step > head.step]
-        if left:
-            raise LiveModelError(f"{left[0].path}: a gap; no file leads to its base state")
-        self._head = head
-        self.step_number = head.step
+        self._load_anchor(way.anchor)
+        for update in way.updates:
+            self._promote_file(update)
+        self._head = way.head
+        self.step_number = way.head.step
 
     def _load_anchor(self, anchor: UpdateFile) -> None:
         with DeltaFile(anchor.path) as delta:
             for entry in delta.manifest.modules:
                 array = np.array(reconstruct(delta.load(entry.name)))
                 self._snapshot[entry.name] = entry.dtype, array
-                self._digests[entry.name] = _digest(array)
+                self._digests[entry.name] = digest_of(array)
 
     def _promote_file(self, update: UpdateFile) -> None:
         with DeltaFile(update.path) as delta:
@@ -270,18 +305,14 @@ class UpdateWriter:
                 if entry.encoding is not Encoding.SAME:
                     dtype, array = self._snapshot[entry.name]
                     self._snapshot[entry.name] = dtype, reconstruct(delta.load(entry.name), array)
-                    self._digests[entry.name] = _digest(self._snapshot[entry.name][1])
+                    self._digests[entry.name] = digest_of(self._snapshot[entry.name][1])
 
 
-def _digest(array: Array) -> str:
+def digest_of(array: Array) -> str:
+    """The hex digest of a storage array's bytes."""
     return hashlib.sha256(raw_bytes(array)).hexdigest()
 
 
 def _count_changed(old: Array, new: Array) -> int:
     width = f"u{old.dtype.itemsize}"
     return int(np.count_nonzero(old.reshape(-1).view(width) != new.reshape(-1).view(width)))
-
-
-def _is_before(file: UpdateFile, anchor: int) -> bool:
-    """Whether an update leads to the anchor of its own number, which replaces it."""
-    return file.step == anchor and not file.is_anchor

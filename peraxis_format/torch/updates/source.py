@@ -1,16 +1,17 @@
-"""The updates of a folder by their headers: step-<n>.pxd, and anchors, which are whole states (anchor-<n>.pxd)."""
+"""The updates of a folder by their headers: step-<n>.pxd, and anchors, which hold a whole state (anchor-<n>.pxd)."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from peraxis_format.errors import PxdError
+from peraxis_format.errors import LiveModelError, PxdError
 from peraxis_format.reader import DeltaFile
 
-__all__ = ["UpdateFile", "anchor_name", "list_updates", "step_name"]
+__all__ = ["UpdateFile", "Way", "anchor_name", "chain_of", "list_updates", "next_update", "step_name", "step_of"]
 
 _NAME: Final = re.compile(r"(step|anchor)-(\d+)\.pxd")
 
@@ -33,7 +34,7 @@ class UpdateFile:
 
 
 def step_name(step: int) -> str:
-    """The file name of an update; names sort by their steps."""
+    """The file name of an update; names sort as their steps do."""
     return f"step-{step:08d}.pxd"
 
 
@@ -42,8 +43,14 @@ def anchor_name(step: int) -> str:
     return f"anchor-{step:08d}.pxd"
 
 
+def step_of(name: str) -> tuple[int, bool] | None:
+    """The step of a file name, and whether it is an anchor's; None for any other file."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else (int(match[2]), match[1] == "anchor")
+
+
 def list_updates(folder: Path, known: dict[Path, UpdateFile] | None = None) -> tuple[list[UpdateFile], dict[Path, str]]:
-    """The updates and anchors of a folder in the order of their steps, and the faults of files that cannot be read.
+    """Updates and anchors of a folder in the order of their steps, and what is wrong with files that cannot be read.
 
     known: a cache of the files that were read; it is updated, so that a file is opened once, and again if it was
     replaced.
@@ -65,12 +72,62 @@ def list_updates(folder: Path, known: dict[Path, UpdateFile] | None = None) -> t
     return sorted(known.values(), key=lambda file: (file.step, file.is_anchor)), problems
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """From the newest anchor of a folder to its last state. head: the file whose content ID the next update names."""
+
+    anchor: UpdateFile
+    updates: tuple[UpdateFile, ...]
+    head: UpdateFile
+
+
+def chain_of(folder: Path) -> Way | None:
+    """The way to the last state of a folder that a trainer goes on with; None where it holds nothing.
+
+    Raises LiveModelError for a file that cannot be read, a gap, and updates without an anchor.
+    """
+    files, problems = list_updates(folder)
+    if problems:
+        raise LiveModelError(f"{next(iter(problems.values()))}; move it away before publishing goes on")
+    anchors = [file for file in files if file.is_anchor]
+    if not files:
+        return None
+    if not anchors:
+        raise LiveModelError(f"{folder}: holds updates but no anchor to begin with; use a new folder")
+    steps = {file.step: file for file in files if not file.is_anchor}
+    head = steps.get(anchors[-1].step, anchors[-1])
+    updates: list[UpdateFile] = []
+    while (after := steps.get(head.step + 1)) is not None and after.base == head.result:
+        updates.append(after)
+        head = after
+    left = [file for file in files if file.step > head.step]
+    if left:
+        raise LiveModelError(f"{left[0].path}: a gap; no file leads to the state that it was made on")
+    return Way(anchor=anchors[-1], updates=tuple(updates), head=head)
+
+
+def next_update(
+    files: Sequence[UpdateFile], state: str | None, step: int | None, *, skip: Container[Path] = ()
+) -> UpdateFile | None:
+    """The update that continues a state; else the newest anchor ahead of it. skip: files that cannot be used.
+
+    state: the digest over all tensors, None where it is not known. step: of the state, None where it is of no chain.
+    """
+    usable = [file for file in files if file.path not in skip]
+    at = -1 if step is None else step
+    for file in usable:
+        if not file.is_anchor and state is not None and file.base == state and file.step > at:
+            return file
+    anchors = [file for file in usable if file.is_anchor and file.step > at and file.result != state]
+    return anchors[-1] if anchors else None
+
+
 def _read(path: Path, stamp: tuple[int, int, int]) -> UpdateFile:
     match = _NAME.fullmatch(path.name)
     with DeltaFile(path) as delta:
         manifest = delta.manifest
         if match is None or manifest.result is None:
-            raise OSError(f"{path}: has no result, so it is not an update")
+            raise OSError(f"{path}: does not say what it results in, so it is no update")
         return UpdateFile(
             path=path,
             step=int(match[2]),

@@ -14,28 +14,23 @@ and, up to a constant, a delta Q costs  J(Q) = tr((T - Q) H (T - Q)^T). So one o
 (scales.py) and signs (signs.py) minimise J, component by component, then jointly. H and its factor are shared by all
 modules that read this input.
 
-It is not known in advance whether calibration helps. So each module is first fitted on the fit tokens. The error
-||R - X Q^T||^2 on held-out tokens is then compared with that of the delta without text (`none`) and that of no delta
-(`same`). A fit must be better by more than chance, a share 1 / sqrt(validation tokens) of the error. Then the fit is
-repeated on all tokens. The reported error is that of the first fit, on tokens that it had not seen.
+Whether calibration can be trusted at all is not known beforehand: choice.py fits on one text and validates on another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from peraxis_format import Axis
-from peraxis_tools.compress.fit.adamw import adamw_component
-from peraxis_tools.compress.fit.moments.sums import Moments, Statistics, Validation
+from peraxis_tools.compress.fit.moments.sums import Moments
 from peraxis_tools.compress.fit.scales import (
     ComponentFit,
     fit_scales,
     mean_magnitudes,
-    round_scales_f16,
     start_component,
 )
 from peraxis_tools.compress.fit.signs import Factor, coordinate_descent, gptq_signs, inverse_factor
@@ -48,7 +43,6 @@ __all__ = [
     "Hessian",
     "Quadratic",
     "dense",
-    "fit_matrices",
     "fit_terms",
     "hessian_of",
     "quadratic",
@@ -107,11 +101,22 @@ class FittedMatrix:
 
 @dataclass(frozen=True, slots=True)
 class Hessian:
-    """H, the factor of its inverse (if signs are chosen), and E H^-1 (if teacher inputs are known); float32."""
+    """H in float32, the factor of its inverse (where signs are chosen); where teacher inputs are known, E and L with
+    H = L L^T, float64.
+    """
 
     matrix: Tensor
     factor: Factor | None
-    input_shift: Tensor | None
+    cross: Tensor | None
+    lower: Tensor | None
+
+    def shift(self, fine_tuned: Tensor) -> Tensor:
+        """W_f E H^-1, float32 [d_out, d_in]: solved for W_f's rows or for E's, whichever are fewer."""
+        if self.cross is None or self.lower is None:
+            return torch.zeros_like(fine_tuned)
+        if len(fine_tuned) < len(self.cross):
+            return torch.cholesky_solve((fine_tuned.double() @ self.cross).t(), self.lower).t().float()
+        return fine_tuned @ torch.cholesky_solve(self.cross.t(), self.lower).t().float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +136,17 @@ def hessian_of(moments: Moments, *, signs: bool, damping: float = _DAMPING) -> H
         return None
     hessian = moments.G.clone()
     hessian.diagonal().add_(damping * diagonal + _PSEUDO_TOKENS * len(hessian) / max(moments.tokens, 1) * mean)
-    input_shift = None
-    if moments.E is not None:
-        input_shift = torch.cholesky_solve(moments.E.t(), torch.linalg.cholesky(hessian)).t().float()
-    return Hessian(matrix=hessian.float(), factor=inverse_factor(hessian) if signs else None, input_shift=input_shift)
+    return Hessian(
+        matrix=hessian.float(),
+        factor=inverse_factor(hessian) if signs else None,
+        cross=moments.E,
+        lower=None if moments.E is None else torch.linalg.cholesky(hessian),
+    )
 
 
 def quadratic(delta: Tensor, fine_tuned: Tensor, hessian: Hessian) -> Quadratic:
     """The objective of one module. delta, fine_tuned: float32 [d_out, d_in]."""
-    target = delta if hessian.input_shift is None else delta + fine_tuned @ hessian.input_shift
+    target = delta + hessian.shift(fine_tuned)
     return Quadratic(target=target, target_hessian=target @ hessian.matrix, hessian=hessian)
 
 
@@ -236,104 +243,3 @@ def dense(terms: Sequence[ComponentFit], like: Tensor) -> Tensor:
     for term in terms:
         total = total + term.dense()
     return total
-
-
-@dataclass(frozen=True, slots=True)
-class _Trial:
-    """A matrix fitted on the fit tokens. fitted: its result; start: the components that the final fit starts from."""
-
-    fitted: FittedMatrix
-    start: tuple[ComponentFit, ...] = ()
-    axis: Axis | None = None
-
-
-def fit_matrices(matrices: Sequence[Matrix], *, statistics: Statistics, options: FitOptions) -> list[FittedMatrix]:
-    """Fit the matrices that read one input. This consumes `statistics`: held-out tokens are merged into the fit's.
-
-    On the validation tokens the result is never worse than `none` and `same`; errors are those of the rounded weight.
-    """
-    hessian = None if options.adamw_steps else hessian_of(statistics.fit, signs=options.refine)
-    validation_moments = statistics.validation_moments.float32()
-    # gptq_signs alone shows whether calibration helps; the rounds then run once, on all tokens.
-    first = replace(options, rounds=0) if options.refine and statistics.validation.tokens else options
-    trials = [_try(matrix, hessian, validation_moments, statistics.fit, first) for matrix in matrices]
-    del validation_moments
-    if not statistics.validation.tokens or all(trial.axis is None for trial in trials):
-        return [trial.fitted for trial in trials]
-    statistics.fit.merge(statistics.validation)
-    # The final fit starts from the signs of the trial, so it needs no gptq_signs and no factor.
-    hessian = hessian_of(statistics.fit, signs=False)
-    return [_finish(matrix, trial, hessian, options) for matrix, trial in zip(matrices, trials, strict=True)]
-
-
-def _try(
-    matrix: Matrix, hessian: Hessian | None, validation_moments: Moments, moments: Moments, options: FitOptions
-) -> _Trial:
-    delta = matrix.fine_tuned - matrix.base
-    validation = Validation(matrix.fine_tuned, validation_moments)
-
-    def error(terms: Sequence[ComponentFit]) -> float:
-        applied = (matrix.base + dense(terms, matrix.base)).to(matrix.dtype).float()
-        return validation.error(matrix.fine_tuned - applied)
-
-    plain = tuple(map(round_scales_f16, residual_terms(delta, matrix.axes, matrix.components)))
-    error_none, error_same = error(plain), error(())
-    fitted = FittedMatrix(terms=plain, error=error_none, error_none=error_none, error_same=error_same)
-    if options.adamw_steps:
-        return _Trial(_fit_adamw(fitted, matrix, delta, moments, options, error))
-    margin = 1.0 - max(validation.tokens, 1) ** -0.5
-    if hessian is not None:
-        problem = quadratic(delta, matrix.fine_tuned, hessian)
-        axis = _axis(matrix, problem, moments.tokens, error)
-        start = fit_terms(problem, axis, options, components=matrix.components)
-        terms = tuple(map(round_scales_f16, start))
-        found = error(terms)
-        if found < margin * min(error_none, error_same):
-            return _Trial(replace(fitted, terms=terms, error=found), start, axis)
-    if validation.tokens and error_same <= margin * error_none:
-        return _Trial(replace(fitted, terms=(), error=error_same, note="no delta lowers the held-out error; base used"))
-    why = "no calibration token reaches it" if hessian is None else "calibration does not improve it"
-    return _Trial(replace(fitted, note=f"{why}: mean |delta|"))
-
-
-def _axis(matrix: Matrix, problem: Quadratic, tokens: int, error: Callable[[Sequence[ComponentFit]], float]) -> Axis:
-    """Choose the axis: row+col, which contains the others, or with few tokens (where it might fit noise) the axis that
-    is best on held-out tokens by scales alone.
-    """
-    if len(matrix.axes) == 1:
-        return matrix.axes[0]
-    if Axis.ROW_COL in matrix.axes and tokens >= matrix.base.shape[1]:
-        return Axis.ROW_COL
-    quick = FitOptions(refine=False)
-
-    def scales_alone(axis: Axis) -> float:
-        return error(tuple(map(round_scales_f16, fit_terms(problem, axis, quick, components=matrix.components))))
-
-    return min(matrix.axes, key=scales_alone)
-
-
-def _finish(matrix: Matrix, trial: _Trial, hessian: Hessian | None, options: FitOptions) -> FittedMatrix:
-    if trial.axis is None or hessian is None:
-        return trial.fitted
-    problem = quadratic(matrix.fine_tuned - matrix.base, matrix.fine_tuned, hessian)
-    terms = fit_terms(problem, trial.axis, options, components=matrix.components, start=trial.start)
-    return replace(trial.fitted, terms=tuple(map(round_scales_f16, terms)))
-
-
-def _fit_adamw(
-    plain: FittedMatrix,
-    matrix: Matrix,
-    delta: Tensor,
-    moments: Moments,
-    options: FitOptions,
-    error: Callable[[Sequence[ComponentFit]], float],
-) -> FittedMatrix:
-    """The paper's fit. Like the paper, it does not check that the fit is better than none."""
-    if not moments.tokens:
-        return replace(plain, note="no calibration token reaches it: mean |delta|")
-    terms = [
-        round_scales_f16(adamw_component(delta, matrix.fine_tuned, moments, a, steps=options.adamw_steps))
-        for a in matrix.axes
-    ]
-    best = min(terms, key=lambda term: error((term,)))
-    return replace(plain, terms=(best,), error=error((best,)))

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from peraxis_format import Encoding, Safetensors
-from peraxis_tools.compress.fit.fit import FitOptions, FittedMatrix, fit_matrices
+from peraxis_tools.compress.fit.choice import fit_matrices
+from peraxis_tools.compress.fit.fit import FitOptions, FittedMatrix
 from peraxis_tools.compress.fit.mean import mean_components
 from peraxis_tools.compress.fit.moments.collector import Batch, MomentsCollector, Side, Text
 from peraxis_tools.compress.fit.moments.spill import SpilledTensors
@@ -61,6 +62,7 @@ class LayerwiseCalibration:
         student: LayerwiseModel,
         names: NameMap,
         batches: Sequence[Batch],
+        crossed: bool,
         options: FitOptions,
         work: WorkFolder,
         processes: Processes,
@@ -73,6 +75,7 @@ class LayerwiseCalibration:
             batches=[batches[i] for i in processes.shard_indices(len(batches))],
             total=len(batches),
             validated=any(batch.validation for batch in batches),
+            crossed=crossed,
         )
         if len(batches) < processes.count:
             raise OptionError(f"{processes.count} processes for {len(batches)} batches: give fewer, or a smaller batch")

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peraxis_format import Encoding, Safetensors, kept_rows, to_float32
+from peraxis_format import Component, Encoding, Safetensors, kept_rows, to_float32
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.fit.mean import dense_component, mean_components
 from peraxis_tools.compress.options import CompressOptions, OptionError
@@ -101,7 +101,7 @@ def weight_errors(module: PlannedModule, base: Safetensors, fine_tuned: Safetens
     terms, delta, norm = module_terms(module, base, fine_tuned)
     errors = [float(np.square(delta, dtype=np.float64).sum())]
     for term in terms:
-        delta = delta - term
+        delta -= dense_component(term, delta.shape)
         errors.append(float(np.square(delta, dtype=np.float64).sum()))
     errors += [errors[-1]] * (MASKS_MAX + 1 - len(errors))
     return [error / norm * delta.size for error in errors]
@@ -145,21 +145,20 @@ def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpo
 
 def module_terms(
     module: PlannedModule, base: Safetensors, fine_tuned: Safetensors
-) -> tuple[list[np.ndarray], np.ndarray, float]:
-    """(Q_1..Q_8 dense, D, |W|^2) of the rows that both have."""
+) -> tuple[tuple[Component, ...], np.ndarray, float]:
+    """(Q_1..Q_8 as the file holds them, D, |W|^2) of the rows that both have."""
     if module.base_shape is None or module.base_dtype is None:
         raise ValueError(f"{module.name} has no base")
     rows = slice(0, kept_rows(module.shape, module.base_shape))
     left, right = base.read(module.name, rows), fine_tuned.read(module.name, rows)
     if is_unchanged(left, right, base_dtype=module.base_dtype, dtype=module.dtype):
-        return [], np.zeros(right.shape, np.float32), 1.0
+        return (), np.zeros(right.shape, np.float32), 1.0
     components = mean_components(
         left, right, base_dtype=module.base_dtype, dtype=module.dtype, axis=module.axis, components=MASKS_MAX
     )
     tuned = to_float32(right, module.dtype)
-    delta = tuned - to_float32(left, module.base_dtype)
     norm = float(np.square(tuned, dtype=np.float64).sum()) or 1.0
-    return [dense_component(component, delta.shape) for component in components], delta, norm
+    return components, tuned - to_float32(left, module.base_dtype), norm
 
 
 def is_open(module: PlannedModule, options: CompressOptions) -> bool:

@@ -16,7 +16,7 @@ import torch
 from peraxis_format import Axis, Calibration
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.calibration.generate import generate
-from peraxis_tools.compress.calibration.parts import Parts, partition
+from peraxis_tools.compress.calibration.parts import Parts, halves, partition
 from peraxis_tools.compress.distill.distill import DistillOptions, distill
 from peraxis_tools.compress.fit.adamw import ADAMW_EPOCHS
 from peraxis_tools.compress.fit.fit import AUTO_AXES, FitOptions
@@ -258,6 +258,7 @@ def _sensitivities(run: _Run, options: CompressOptions, progress: Progress) -> M
 
 def _layerwise(run: _Run, options: CompressOptions, progress: Progress) -> Mapping[str, FittedModule]:
     teacher, student = run.models()
+    text = halves(run.parts, crossed=options.resolved_fit != "adamw")
     return LayerwiseCalibration(
         plan=run.plan,
         base=run.base.tensors,
@@ -265,7 +266,8 @@ def _layerwise(run: _Run, options: CompressOptions, progress: Progress) -> Mappi
         teacher=teacher,
         student=student,
         names=run.names,
-        batches=batches_of(run.parts.fit, run.parts.validation, options.batch_size, run.device),
+        batches=batches_of(text.fit, text.validation, options.batch_size, run.device),
+        crossed=text.crossed,
         options=_fit_options(options, len(run.parts.fit)),
         work=run.work,
         processes=run.processes,

@@ -51,7 +51,7 @@ def module_delta(
         return _same(module, ref, tail), None
     if module.encoding is Encoding.FULL:
         if options.is_exact(module.name) or (options.exact == AUTO and (fitted is None or fitted.full is None)):
-            return _lossless(module, ref, base_array, tuned_array), None
+            return _lossless(module, base_array, ref, tuned_array, options), None
         whole = tuned_array if fitted is None or fitted.full is None else fitted.full
         return _full(module, ref, whole), None if fitted is None else fitted.report
     components: tuple[Component, ...] = ()
@@ -83,14 +83,16 @@ def module_delta(
         tail=tail,
     )
     if options.exact == AUTO:
-        lossless = _lossless(module, ref, base_array, tuned_array)
+        lossless = _lossless(module, base_array, ref, tuned_array, options)
         if _stored_bytes(lossless) < _stored_bytes(delta):
             return lossless, None
     return delta, report
 
 
-def _lossless(module: PlannedModule, ref: BaseRef, base: Array, fine_tuned: Array) -> ModuleDelta:
-    return lossless_module(module.name, fine_tuned, module.dtype, shape=module.shape, old=base, base=ref, threads=1)
+def _lossless(module: PlannedModule, base: Array, ref: BaseRef, tuned: Array, options: CompressOptions) -> ModuleDelta:
+    return lossless_module(
+        module.name, tuned, module.dtype, shape=module.shape, old=base, base=ref, prefer=options.prefer, threads=1
+    )
 
 
 def _stored_bytes(module: ModuleDelta) -> int:

@@ -24,6 +24,7 @@ from peraxis_format import (
 )
 from peraxis_format import open as open_delta
 from peraxis_tools.assets import LEFT_BEHIND, listed
+from peraxis_tools.blocks import count_blocks
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint, parse_identity
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import spend
@@ -55,8 +56,9 @@ Progress = Staged
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressResult:
-    """The result of `compress`. Sizes are bytes. notes: modules that differ from the plan, and the reason.
-    unread_tokens: special tokens that are not in the calibration text, so that no fit covers them."""
+    """The result of `compress`. Sizes are bytes. notes: modules that did not get what was planned, and the reason.
+    exact_blocks: blocks of exact modules by how they are stored (SPEC 5.6), chosen for `prefer`.
+    unread_tokens: special tokens that the calibration text does not hold, so that no fit knows what they do."""
 
     path: Path
     content_id: str
@@ -68,6 +70,8 @@ class CompressResult:
     signed: int
     unchanged: int
     exact: int
+    exact_blocks: Mapping[str, int]
+    prefer: str
     axes: Mapping[str, int]
     notes: Mapping[str, str]
     calibration_samples: int
@@ -127,7 +131,7 @@ def _compress_pair(
     force: bool,
 ) -> CompressResult:
     planned = _planned(base, fine_tuned, options, progress, force=force)
-    written = None
+    written: tuple[Manifest, int, Mapping[str, int]] | None = None
     with _fitting(base, fine_tuned, output, options, progress) as fitting:
         if options.has_target:
             planned = spend(planned, fitting.errors(planned), fine_tuned, options)
@@ -139,7 +143,9 @@ def _compress_pair(
             written = _write(base, fine_tuned, fit, output, options, progress, overwrite=overwrite, force=force)
     if written is None:
         with open_delta(output) as delta:
-            written = delta.manifest, delta.size
+            exact = [entry.name for entry in delta.manifest.modules if entry.encoding is Encoding.EXACT]
+            blocks = sum((count_blocks(delta.load(name)) for name in exact), Counter[str]())
+            written = delta.manifest, delta.size, blocks
     return _result(output, *written, fit, options)
 
 
@@ -202,10 +208,14 @@ def _write(
     *,
     overwrite: bool,
     force: bool,
-) -> tuple[Manifest, int]:
-    """Write the file, unless it saves too little. Returns its manifest and its size in bytes."""
+) -> tuple[Manifest, int, Mapping[str, int]]:
+    """Write the file, unless it saves too little.
+
+    Returns its manifest, its bytes, and how the blocks of its exact modules are stored.
+    """
     planned = fit.plan
     reports: dict[str, ModuleReport] = {}
+    blocks: Counter[str] = Counter()
     with DeltaWriter(
         output,
         base=base.identity,
@@ -224,6 +234,7 @@ def _write(
         # One tensor is read and hashed while another is fitted.
         for delta, report in ordered_map(made, planned.modules, cost=held, budget=_AHEAD_BYTES):
             writer.add(delta)
+            blocks += count_blocks(delta)
             if report is not None:
                 reports[delta.name] = report
             done += fine_tuned.tensors[delta.name].size
@@ -246,11 +257,13 @@ def _write(
         writer.metadata.update(fit.metadata)
         if saves(planned, planned.file_bytes or 0):  # otherwise the note was made, and it is forced
             check_saving(planned, base, fine_tuned, size=writer.file_size(), force=force)
-        return writer.finish(), writer.size
+        return writer.finish(), writer.size, blocks
 
 
-def _result(output: Path, manifest: Manifest, size: int, fit: RunFit, options: CompressOptions) -> CompressResult:
-    """The result for a written file."""
+def _result(
+    output: Path, manifest: Manifest, size: int, blocks: Mapping[str, int], fit: RunFit, options: CompressOptions
+) -> CompressResult:
+    """What there is to say of a written file."""
     counts = Counter(module.encoding for module in manifest.modules)
     axes = Counter(component.axis.value for module in manifest.modules for component in module.components)
     return CompressResult(
@@ -264,6 +277,8 @@ def _result(output: Path, manifest: Manifest, size: int, fit: RunFit, options: C
         signed=counts[Encoding.SIGN],
         unchanged=counts[Encoding.SAME],
         exact=counts[Encoding.EXACT],
+        exact_blocks=dict(blocks),
+        prefer=options.prefer,
         axes=dict(sorted(axes.items())),
         notes={name: module.report.note for name, module in fit.modules.items() if module.report.note},
         calibration_samples=fit.calibration.samples if fit.calibration else 0,

@@ -36,11 +36,15 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """The batches of this process, the number of batches of all processes, and whether any is for validation."""
+    """Batches of this process; how many all processes have, and whether any of those is for validation.
+
+    crossed: those for validation are another text, and the others validate it, too (sums.py).
+    """
 
     batches: Sequence[Batch]
     total: int
     validated: bool
+    crossed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +147,9 @@ class MomentsCollector:
         device = self._student.model.device
         fit, validation = (
             Moments.zeros(width, paired=not stage.experts, validates=validates, grid=grid, device=device)
-            for validates in (not self._text.validated, True)
+            for validates in (self._text.crossed or not self._text.validated, True)
         )
-        return Statistics(fit=fit, validation=validation)
+        return Statistics(fit=fit, validation=validation, crossed=self._text.crossed)
 
     def _add_up(self, stage: Stage, sums: dict[Key, Statistics]) -> None:
         """Add the moments over all processes. An expert may have tokens in only some of them."""

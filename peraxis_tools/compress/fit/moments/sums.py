@@ -125,10 +125,14 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Moments of the tokens that a fit may use, and of those that only validate it."""
+    """Sums over the tokens that a fit may use, and over those that validate it.
+
+    crossed: the two are of different texts, and each validates what is fitted on the other.
+    """
 
     fit: Moments
     validation: Moments
+    crossed: bool = False
 
     @classmethod
     def none(cls, width: int, *, device: torch.device | str = "cpu") -> Statistics:
@@ -137,9 +141,30 @@ class Statistics:
         return cls(fit=fit, validation=validation)
 
     @property
-    def validation_moments(self) -> Moments:
-        """The moments of the held-out tokens, or, if there are none, of the fit's tokens."""
-        return self.validation if self.validation.tokens else self.fit
+    def tokens(self) -> int:
+        """Of both."""
+        return self.fit.tokens + self.validation.tokens
+
+    def directions(self) -> list[tuple[Moments, Moments]]:
+        """What is fitted, and what validates it: held-out tokens, or where there are none those of the fit.
+
+        Crossed, both ways; but only the one with more tokens where the other fit has fewer than inputs.
+        """
+        if not self.validation.tokens:
+            return [(self.fit, self.fit)]
+        if not self.fit.tokens:
+            return [(self.validation, self.validation)] if self.crossed else [(self.fit, self.validation)]
+        ways = [(self.fit, self.validation)]
+        if self.crossed:
+            ways.append((self.validation, self.fit))
+            ways.sort(key=lambda way: -way[0].tokens)
+            ways = [way for i, way in enumerate(ways) if i == 0 or way[0].tokens >= len(way[0].G)]
+        return ways
+
+    def merged(self) -> Moments:
+        """The sums over all tokens. Uses those of the fit up."""
+        self.fit.merge(self.validation)
+        return self.fit
 
 
 class Validation:

@@ -1,0 +1,270 @@
+"""VariantSwitch(base="undo"): variants in place, with no second copy of the base.
+
+    forward     W  ->  W' = round(W + components)
+    back        W' ->  round(W' - components)  ->  W        the last arrow is the log: an exact update (SPEC 5.6)
+
+Subtracting what was added gives most weights back; rounding has lost bits of the others. The log of a variant holds
+these exceptions in the encoding `exact`, in host memory. It is written when the variant is first used, and then kept:
+it depends on base and variant alone.
+
+Weights are moved a stretch of rows at a time. The stretches that are a variant's are counted, and the old bits of a
+stretch that is being written are held until it is, so that a swap that fails anywhere can be taken back from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from peraxis_format.delta import ComponentFactors
+from peraxis_format.dtypes import Array, DType
+from peraxis_format.errors import LiveModelError, PxdError
+from peraxis_format.ops.exact import BLOCK, apply, encode
+from peraxis_format.ops.exact.torch import moved
+from peraxis_format.ops.rebuild import rebuild_tensor
+from peraxis_format.ops.rebuild.torch import ComponentTensors
+from peraxis_format.ops.tensors import as_bytes, from_storage, storage_array
+from peraxis_format.thread_pool import ThreadPool
+from peraxis_format.torch.place.shards import ShardView
+from peraxis_format.torch.swap.payload import Payload
+from peraxis_format.torch.swap.transfer_plan import ModuleSlice, piece
+
+__all__ = ["InPlace", "UndoLog"]
+
+_STRETCH: Final = 16 * BLOCK  # weights: what is staged, for each thread
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class _Stretch:
+    """Rows of one module in one live storage. Either components, or the new weights themselves, `full`."""
+
+    name: str
+    part: ShardView
+    at: tuple[int | slice, ...]
+    dtype: DType
+    components: tuple[ComponentFactors, ...] = ()
+    full: Array | None = None
+
+    @property
+    def live(self) -> Tensor:
+        """The weights in the model."""
+        return self.part.view.detach()[self.at]
+
+    def forward(self, base: Tensor) -> Tensor:
+        """The variant's weights (SPEC 6)."""
+        if self.full is not None:
+            return from_storage(self.full.copy(), self.dtype).to(base.device)
+        return self._added(base, sign=1)
+
+    def back(self, new: Tensor) -> Tensor:
+        """What subtracting gives: the base but for exceptions. The same bits each time."""
+        return new if self.full is not None else self._added(new, sign=-1)
+
+    def _added(self, weights: Tensor, *, sign: int) -> Tensor:
+        parts = [ComponentTensors.of(component, weights.device) for component in self.components]
+        signed = [ComponentTensors(part.mask, part.row * sign, part.col, part.plain) for part in parts]
+        return rebuild_tensor(weights, signed)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class _Entry:
+    """The log of one stretch. index, data: an exact update; without an index data are the base's weights themselves.
+
+    checksum: of the base's weights.
+    """
+
+    index: NDArray[np.uint32] | None
+    data: Array
+    checksum: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.data.nbytes + (0 if self.index is None else self.index.nbytes)
+
+
+class UndoLog:
+    """What takes one variant back to the base: its stretches and, once it was used, their exceptions."""
+
+    def __init__(self, payload: Payload) -> None:
+        """payload: "pinned"; its bytes are referred to, not copied."""
+        self.stretches = tuple(_stretches(payload))
+        self.entries: dict[int, _Entry] = {}
+
+    @property
+    def size(self) -> int:
+        """The bytes of the exceptions."""
+        return sum(entry.size for entry in self.entries.values())
+
+
+class InPlace:
+    """The live weights of one switch: of the base, or of the variant whose log is held; after an error between both."""
+
+    def __init__(self, workers: ThreadPool) -> None:
+        self._workers = workers
+        self._log: UndoLog | None = None
+        self._applied: set[int] = set()  # the stretches that are the variant's
+        self._open: dict[int, tuple[Tensor, bool]] = {}  # being written: the old weights, and whether applied then
+
+    def write(self, target: UndoLog | None) -> int:
+        """Turn the weights into a variant, or into the base (None), from wherever they are. Returns the bytes written.
+
+        Raises LiveModelError where weights are not those that were left here. It may then be called again, for the
+        variant before or for the base.
+        """
+        written = self._settle()
+        try:
+            if self._log is not target:
+                written += self._each(self._back, sorted(self._applied))
+                self._log = target
+            if target is not None:
+                written += self._each(
+                    self._forward, [i for i in range(len(target.stretches)) if i not in self._applied]
+                )
+        finally:
+            self._publish()
+        return written
+
+    def parts(self) -> frozenset[ShardView]:
+        """The storages that the variant changes."""
+        return frozenset(stretch.part for stretch in self._stretches())
+
+    def _stretches(self) -> tuple[_Stretch, ...]:
+        return () if self._log is None else self._log.stretches
+
+    def _each(self, job: Callable[[UndoLog, int], None], numbers: Iterable[int]) -> int:
+        log, chosen = self._log, list(numbers)
+        if log is None:
+            return 0
+        self._workers.run(partial(_on_device, log.stretches[i].part, partial(job, log, i)) for i in chosen)
+        for part in {log.stretches[i].part for i in chosen}:
+            part.publish()
+        return sum(log.stretches[i].live.nbytes for i in chosen)
+
+    def _forward(self, log: UndoLog, i: int) -> None:
+        stretch, entry = log.stretches[i], log.entries.get(i)
+        base = _copy(stretch.live)
+        if entry is not None and _checksum(base) != entry.checksum:
+            raise _foreign(stretch)
+        new = stretch.forward(base)
+        if entry is None:
+            log.entries[i] = _logged(stretch, base, new)
+        self._put(stretch, i, old=base, new=new, applied=True)
+
+    def _back(self, log: UndoLog, i: int) -> None:
+        stretch, entry = log.stretches[i], log.entries[i]
+        new = _copy(stretch.live)
+        try:
+            base = _taken_back(stretch, entry, new)
+        except PxdError:
+            raise _foreign(stretch) from None
+        if _checksum(base) != entry.checksum:
+            raise _foreign(stretch)
+        self._put(stretch, i, old=new, new=base, applied=False)
+
+    def _put(self, stretch: _Stretch, i: int, *, old: Tensor, new: Tensor, applied: bool) -> None:
+        self._open[i] = old, not applied
+        stretch.live.copy_(new)
+        self._count(i, applied=applied)
+        del self._open[i]
+
+    def _count(self, i: int, *, applied: bool) -> None:
+        if applied:
+            self._applied.add(i)
+        else:
+            self._applied.discard(i)
+
+    def _settle(self) -> int:
+        """Put back what an error has left half written."""
+        written = 0
+        stretches = self._stretches()
+        for i, (old, applied) in list(self._open.items()):
+            stretches[i].live.copy_(old)
+            self._count(i, applied=applied)
+            del self._open[i]
+            written += old.nbytes
+        return written
+
+    def _publish(self) -> None:
+        for part in self.parts():
+            part.publish()
+
+
+def _on_device(part: ShardView, job: Callable[[], None]) -> None:
+    """Jobs run on threads of their own, whose current device is another one."""
+    device = part.view.device
+    with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        job()
+
+
+def _copy(weights: Tensor) -> Tensor:
+    return weights.clone(memory_format=torch.contiguous_format)
+
+
+def _checksum(weights: Tensor) -> int:
+    """A sum over all bytes: it tells weights that somebody else has written, at the speed of memory."""
+    data = as_bytes(weights)
+    whole = data.numel() // 8 * 8
+    return int(data[:whole].view(torch.int64).sum()) ^ int(data[whole:].sum()) << 64
+
+
+def _logged(stretch: _Stretch, base: Tensor, new: Tensor) -> _Entry:
+    wanted = storage_array(base.cpu())
+    if not stretch.dtype.is_float:
+        return _Entry(index=None, data=wanted.copy(), checksum=_checksum(base))
+    index, data = encode(storage_array(stretch.back(new).cpu()), wanted, stretch.dtype, prefer="speed", threads=1)
+    return _Entry(index=index, data=data, checksum=_checksum(base))
+
+
+def _taken_back(stretch: _Stretch, entry: _Entry, new: Tensor) -> Tensor:
+    if entry.index is None:
+        return from_storage(entry.data.copy(), stretch.dtype).to(new.device)
+    near = stretch.back(new)
+    if near.is_cuda:
+        return moved(near, entry.index, entry.data, stretch.dtype)
+    base = near.clone() if near is new else near
+    apply(storage_array(base), entry.index, entry.data, stretch.dtype, threads=1)
+    return base
+
+
+def _foreign(stretch: _Stretch) -> LiveModelError:
+    return LiveModelError(
+        f"{stretch.name}: was written by somebody else since the last swap, so it cannot be undone; "
+        "load the base again and make a new VariantSwitch"
+    )
+
+
+def _stretches(payload: Payload) -> Iterator[_Stretch]:
+    for index, transfer in enumerate(payload.transfers):
+        buffer = storage_array(payload.host(index))
+        for slice_ in transfer.modules:
+            for part in slice_.views:
+                yield from _of_module(slice_, buffer, part)
+
+
+def _of_module(slice_: ModuleSlice, buffer: Array, part: ShardView) -> Iterator[_Stretch]:
+    module, shape, name = piece(slice_, buffer), slice_.shape, slice_.entry.name
+    if module.full is not None:
+        if not shape:
+            yield _Stretch(name=name, part=part, at=(), dtype=module.dtype, full=module.full)
+        for rows in _row_ranges(shape) if shape else ():
+            yield _Stretch(name=name, part=part, at=(rows,), dtype=module.dtype, full=module.full[rows])
+        return
+    for batch, components in zip(np.ndindex(shape[:-2]), module.factors(), strict=True):
+        for rows in _row_ranges(shape[-2:]):
+            cut = tuple(component.part(rows) for component in components)
+            yield _Stretch(name=name, part=part, at=(*batch, rows), dtype=module.dtype, components=cut)
+
+
+def _row_ranges(shape: tuple[int, ...]) -> Iterator[slice]:
+    step = max(1, _STRETCH // max(1, math.prod(shape[1:])))
+    return (slice(begin, min(begin + step, shape[0])) for begin in range(0, shape[0], step))

@@ -1,0 +1,237 @@
+"""Follower: the server's side of a chain. It looks what a folder or a URL holds, and applies what leads on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from peraxis_format.delta import Encoding
+from peraxis_format.dtypes import raw_bytes
+from peraxis_format.errors import LiveModelError, PxdError
+from peraxis_format.ops.tensors import storage_array
+from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.place.placement import place
+from peraxis_format.torch.place.shards import Placement, Shard, Target
+from peraxis_format.torch.updates.apply_sharded import sharded_digest
+from peraxis_format.torch.updates.follow import UpdateError, apply_update, in_pieces
+from peraxis_format.torch.updates.mirror import Mirror, is_url
+from peraxis_format.torch.updates.pieces import Ranks
+from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update
+
+__all__ = ["Follower", "Poll", "follow"]
+
+_LOGGER: Final = logging.getLogger("peraxis")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Poll:
+    """What one look at the folder did. step: that the model is at now, None where it is at none of the chain.
+
+    applied: files, in order. lag: updates in the folder that lie ahead. waiting: why the model is behind, by file.
+    """
+
+    step: int | None
+    applied: tuple[Path, ...]
+    lag: int
+    waiting: Mapping[Path, str] = field(default_factory=dict)
+
+
+def follow(
+    target: Target,
+    source: str | Path,
+    *,
+    lock: AbstractContextManager[Any] | None = None,
+    on_update: Callable[[Poll], None] | None = None,
+    shards: Mapping[str, Shard] | None = None,
+    group: Any = None,
+) -> Follower:
+    """Follow the chain in a folder or at a URL: `poll()` once in a while, or `start()` a thread that does.
+
+    target: a module or a mapping of names to tensors, at any state of the chain; at none of them it begins with the
+    newest anchor. lock: held while weights are written, so that no forward pass sees half an update. on_update: called
+    after each poll that applied something. shards: see apply_update. group: of a model in pieces, whose ranks see one
+    folder and poll together, as often as each other; with `start`, one that nothing else uses.
+    """
+    return Follower(target, source, lock=lock, on_update=on_update, shards=shards, group=group)
+
+
+class Follower:
+    """A live model that follows a chain. step: of the state that it is at, None where it is at none that is known."""
+
+    def __init__(
+        self,
+        target: Target,
+        folder: str | Path,
+        *,
+        lock: AbstractContextManager[Any] | None = None,
+        on_update: Callable[[Poll], None] | None = None,
+        shards: Mapping[str, Shard] | None = None,
+        group: Any = None,
+    ) -> None:
+        if is_url(folder) and in_pieces(target, shards):
+            raise LiveModelError(f"{folder}: models in pieces follow a folder that all ranks see, not a URL")
+        self._mirror = Mirror(str(folder)) if is_url(folder) else None
+        self.folder = Path(folder) if self._mirror is None else self._mirror.folder
+        self.step: int | None = None
+        self._target = target
+        self._lock = lock
+        self._shards, self._group = shards, group
+        self._on_update = on_update
+        self._state: str | None = None
+        self._files: dict[Path, UpdateFile] = {}
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def poll(self) -> Poll:
+        """Apply what the folder holds beyond the model's state, an update at a time.
+
+        What cannot be applied is reported in `waiting`, and tried again at the next poll: a file may still be on its
+        way. Where the link to the next state is missing, the newest anchor ahead is taken.
+        """
+        files, problems = self._listed()
+        waiting: dict[Path, str] = dict(problems)
+        applied: list[Path] = []
+        if self._state is None and files:
+            self._find_state(files)
+        while (chosen := next_update(files, self._state, self.step, skip=waiting)) is not None:
+            try:
+                self._apply(chosen)
+            except (PxdError, LiveModelError, OSError) as error:
+                waiting[chosen.path] = str(error)
+                continue
+            except BaseException:
+                # Interrupted, maybe between two weights: the next poll looks what the model holds.
+                self._state = self.step = None
+                raise
+            self._state, self.step = chosen.result, chosen.step
+            applied.append(chosen.path)
+        ahead = [file for file in files if not file.is_anchor and file.step > (-1 if self.step is None else self.step)]
+        for file in ahead:
+            waiting.setdefault(file.path, f"{file.path}: does not continue the state that the model is in")
+        poll = Poll(step=self.step, applied=tuple(applied), lag=len(ahead), waiting=waiting)
+        if applied and self._on_update is not None:
+            self._on_update(poll)
+        return poll
+
+    def apply(self, path: str | Path) -> None:
+        """Apply one file, which must continue the model's state. Raises UpdateError with its name, PxdError."""
+        files, problems = self._listed()
+        found = next((file for file in files if file.path == Path(path)), None)
+        if found is None:
+            raise UpdateError(problems.get(Path(path), f"{path}: is not an update of {self.folder}"))
+        if self._state is None:
+            self._find_state(files)
+        if not found.is_anchor and found.base != self._state:
+            known = {file.result: file for file in files}
+            if self.step is not None and found.step <= self.step:
+                raise UpdateError(f"{path}: is already applied, or of another chain; the model is at step {self.step}")
+            reason = f"made on {known[found.base].path}" if found.base in known else "a gap in front of it"
+            raise UpdateError(f"{path}: {reason}, but the model is at step {self.step}")
+        self._apply(found)
+        self._state, self.step = found.result, found.step
+
+    def start(self, *, every: float = 1.0) -> Follower:
+        """Poll every so many seconds on a thread of its own, until `close`. What fails is logged and tried again."""
+        if self._thread is not None:
+            raise LiveModelError("this follower runs already")
+
+        def run() -> None:
+            while not self._stop.wait(every):
+                try:
+                    self.poll()
+                except Exception as error:  # one look that failed is not the last one
+                    _LOGGER.error(
+                        "%s: cannot be followed: %s; trying again", self.folder, error or type(error).__name__
+                    )
+
+        self._thread = threading.Thread(target=run, daemon=True, name="peraxis-follow")
+        self._thread.start()
+        return self
+
+    def wait(self, step: int, *, seconds: float = 60.0) -> bool:
+        """Wait until the model is at this step or beyond. Returns whether it is."""
+        end = time.monotonic() + seconds
+        while (self.step is None or self.step < step) and time.monotonic() < end:
+            time.sleep(0.01)
+        return self.step is not None and self.step >= step
+
+    def close(self) -> None:
+        """End the thread, after the update that it is at."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._mirror is not None:
+            self._mirror.close()
+
+    def __enter__(self) -> Follower:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _listed(self) -> tuple[list[UpdateFile], dict[Path, str]]:
+        """What the folder holds, of a URL what it still needs; of a model in pieces what its first rank sees."""
+        unreachable: dict[Path, str] = {}
+        if self._mirror is not None:
+            try:
+                self._mirror.sync(after=self.step)
+            except OSError as error:
+                unreachable[Path(self._mirror.url)] = str(error)
+        files, problems = list_updates(self.folder, self._files)
+        found = files, problems | unreachable
+        if not in_pieces(self._target, self._shards):
+            return found
+        agreed: tuple[list[UpdateFile], dict[Path, str]] = Ranks(self._group).said_by(found, rank=0)
+        return agreed
+
+    def _apply(self, update: UpdateFile) -> None:
+        """Apply a file, which must be the one that was listed. Raises UpdateError, PxdError."""
+        with DeltaFile(update.path) as delta:
+            # Of a model in pieces all ranks have to agree, which apply_update sees to.
+            if delta.content_id != update.content_id and not in_pieces(self._target, self._shards):
+                raise UpdateError(f"{update.path}: was replaced by another file; it is tried again")
+            apply_update(self._target, delta, lock=self._lock, shards=self._shards, group=self._group)
+
+    def _find_state(self, files: list[UpdateFile]) -> None:
+        """Which state of the chain the model is at, the newest first; by the digests of its tensors."""
+        digests: dict[str, str] = {}
+        for file in reversed(files):
+            with contextlib.suppress(PxdError, OSError), DeltaFile(file.path) as delta:
+                if self._is_at(delta, digests):
+                    self._state, self.step = file.result, file.step
+                    return
+        first = next((file for file in files if not file.is_anchor), None)
+        if first is not None:
+            with contextlib.suppress(PxdError, OSError), DeltaFile(first.path) as delta:
+                if self._is_at(delta, digests, before=True):
+                    self._state, self.step = first.base, first.step - 1
+
+    def _is_at(self, delta: DeltaFile, digests: dict[str, str], *, before: bool = False) -> bool:
+        """Whether every tensor of the model is what a file results in, or was made on."""
+        pieces = in_pieces(self._target, self._shards)
+        placement: Placement | None = None
+        with contextlib.suppress(PxdError, LiveModelError):
+            placement = place(self._target, delta.manifest, shards=self._shards, exact=True)
+        if pieces and not all(Ranks(self._group).gathered(placement is not None)):
+            return False
+        if placement is None:
+            return False
+        for turn, entry in enumerate(delta.manifest.modules):
+            base = None if entry.base is None else entry.base.sha256
+            wanted = base if before or entry.encoding is Encoding.SAME else entry.result or entry.sha256
+            if entry.name not in digests and pieces:
+                digests[entry.name] = sharded_digest(entry, placement[entry.name][0], turn, self._group)
+            elif entry.name not in digests:
+                view = placement[entry.name][0].view.detach().cpu().contiguous()
+                digests[entry.name] = hashlib.sha256(raw_bytes(storage_array(view))).hexdigest()
+            if digests[entry.name] != wanted:
+                return False
+        return True

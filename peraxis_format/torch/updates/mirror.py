@@ -1,0 +1,134 @@
+"""A chain at a URL (any that fsspec reads and writes: s3, gs, hf, memory, ...), and the folder that stands for it here.
+
+Files come one by one, each under its name when all of it is here, and only those that a follower or a trainer still
+needs: the newest anchor where it has to begin with one, and the updates behind its state. They go the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+from peraxis_format.errors import LiveModelError
+from peraxis_format.torch.updates.source import step_of
+
+__all__ = ["Mirror", "is_url"]
+
+_PART: Final = ".part"
+
+
+def is_url(source: str | Path) -> bool:
+    """Whether a source is a URL and not a folder."""
+    return isinstance(source, str) and "://" in source
+
+
+class Mirror:
+    """The chain of a URL in a temporary folder, which goes away with `close()`, or else with this object.
+
+    Methods raise OSError, whatever the file system's own errors are, and leave nothing half written.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Raises LiveModelError where fsspec, or the package of this kind of URL, is not installed."""
+        self.url = url.rstrip("/")
+        try:
+            import fsspec
+
+            self._system, self._path = fsspec.core.url_to_fs(self.url)
+        except ImportError as error:
+            raise LiveModelError(f"{self.url}: needs a package that is not installed ({error})") from None
+        except ValueError as error:
+            raise LiveModelError(f"{self.url}: {error}") from None
+        self.folder = Path(tempfile.mkdtemp(prefix="peraxis-chain-"))
+        self.close = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+    def names(self) -> list[str]:
+        """The updates and anchors that are there, as file names."""
+        with self._errors():
+            self._system.invalidate_cache()
+            if not self._system.isdir(self._path):
+                return []
+            found: list[str] = [path.rpartition("/")[2] for path in self._system.ls(self._path, detail=False)]
+        return sorted(name for name in found if step_of(name) is not None)
+
+    def sync(self, *, after: int | None) -> None:
+        """Fetch what leads on from step `after`; None: from any state, so that the newest anchor is where to begin."""
+        found = {name: step_of(name) for name in self.names()}
+        anchors = {step: name for name, (step, anchor) in _known(found) if anchor}
+        steps = {step: name for name, (step, anchor) in _known(found) if not anchor}
+        newest = max(anchors, default=None)
+        begin = after
+        wanted: list[str] = []
+        if newest is not None and (after is None or (newest > after and not _leads(steps, after))):
+            wanted.append(anchors[newest])
+            begin = newest if after is None else after
+            if newest in steps:
+                wanted.append(steps[newest])  # the next update names it
+        wanted += [name for step, name in sorted(steps.items()) if begin is None or step > begin]
+        self._keep(wanted)
+        for name in wanted:
+            if not (self.folder / name).exists():
+                self._fetch(name)
+
+    def send(self, path: Path) -> None:
+        """Publish a local file under its name. Raises FileExistsError where there is one."""
+        if self.exists(path.name):
+            raise FileExistsError(f"{self.url}/{path.name}: exists already; another process publishes there")
+        target = f"{self._path}/{path.name}"
+        with self._errors():
+            self._system.makedirs(self._path, exist_ok=True)
+            if self.url.startswith("hf://"):  # one commit
+                self._system.put_file(str(path), target)
+                return
+            part = f"{self._path}/.{path.name}{_PART}"
+            self._system.put_file(str(path), part)
+            self._system.mv(part, target)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        with self._errors():
+            self._system.invalidate_cache()
+            return bool(self._system.exists(f"{self._path}/{name}"))
+
+    def remove(self, name: str) -> None:
+        """Delete a file."""
+        with self._errors():
+            self._system.rm_file(f"{self._path}/{name}")
+
+    def _fetch(self, name: str) -> None:
+        part = self.folder / f".{name}{_PART}"
+        with self._errors():
+            self._system.get_file(f"{self._path}/{name}", str(part))
+            part.rename(self.folder / name)
+
+    def _keep(self, names: Iterable[str]) -> None:
+        kept = set(names)
+        for path in self.folder.iterdir():
+            if path.name not in kept:
+                path.unlink()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Any:
+        """Each kind of file system has errors of its own."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            line = next((line for line in str(error).splitlines() if line.strip()), "no details")
+            raise OSError(f"{self.url}: {type(error).__name__}: {line}") from None
+
+
+def _known(found: dict[str, tuple[int, bool] | None]) -> list[tuple[str, tuple[int, bool]]]:
+    return [(name, place) for name, place in found.items() if place is not None]
+
+
+def _leads(steps: dict[int, str], after: int) -> bool:
+    """Whether the updates from `after` on have no gap."""
+    ahead = sorted(step for step in steps if step > after)
+    return bool(ahead) and ahead == list(range(after + 1, after + 1 + len(ahead)))

@@ -1,0 +1,304 @@
+"""ShardedUpdateWriter: UpdateWriter for a model in pieces, without putting it together anywhere.
+
+Each tensor has one rank that encodes it, its owner. It keeps the tensor as it was published; every rank also keeps its
+own pieces so. At a step each rank compares its pieces and sends what changed, indices and values, to the owners; they
+encode and hash, and rank 0 writes the file. So a rank holds twice its share of the model in host memory, and what
+travels is O(changes). Only the first state travels whole, once, tensor by tensor; anchors do so too, to rank 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peraxis_format.delta import BaseRef, Encoding, ModuleDelta
+from peraxis_format.dtypes import Array, DType
+from peraxis_format.errors import LiveModelError
+from peraxis_format.exact import lossless_module
+from peraxis_format.manifest import Manifest
+from peraxis_format.ops.rebuild import reconstruct
+from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.place.binding import agree
+from peraxis_format.torch.place.finder import local_part
+from peraxis_format.torch.place.shards import Box, whole
+from peraxis_format.torch.updates.mirror import is_url
+from peraxis_format.torch.updates.pieces import Layout, Ranks, exchanged, flat_indices, slices
+from peraxis_format.torch.updates.publish import CHANGED, Published, UpdateWriter, digest_of
+from peraxis_format.torch.updates.source import UpdateFile, Way, anchor_name, chain_of, step_name
+
+__all__ = ["ShardedUpdateWriter"]
+
+
+class ShardedUpdateWriter(UpdateWriter):
+    """Publishes the states of a model of DTensors (fully_shard, tensor parallel): see UpdateWriter.
+
+    Every rank of the group makes one and calls `step`; tensors that are no DTensors are the same on all of them. The
+    folder is one that all ranks see. group: default all ranks. What `step` returns, and raises, it does on every rank.
+    """
+
+    _in_pieces: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        folder: str | Path,
+        *,
+        name: str = "model",
+        dtype: torch.dtype | None = torch.bfloat16,
+        prefer: Literal["size", "speed"] = "size",
+        anchor_every: int | None = None,
+        group: Any = None,
+    ) -> None:
+        """Raises as UpdateWriter does. Collective, as all methods but `prune` are."""
+        if is_url(folder):
+            raise ValueError(f"{folder}: models in pieces publish into a folder that all ranks see, not to a URL")
+        self._ranks = Ranks(group)
+        self._dtypes: dict[str, DType] = {}
+        self._layouts: dict[str, Layout] = {}
+        self._boxes: dict[str, Box] = {}
+        self._pieces: dict[str, Array] = {}  # as published, of boxes that this rank speaks for
+        super().__init__(model, folder, name=name, dtype=dtype, prefer=prefer, anchor_every=anchor_every)
+
+    @torch.no_grad()
+    def step(self) -> Published:
+        """Publish the parameters as they are now: see UpdateWriter."""
+        live, tied = self._live()
+        parts = self._parts(live)
+        if self._head is None:
+            return self._publish_first(parts, tied)
+        number = self.step_number + 1
+        changes, outgoing = self._compared(parts)
+        incoming = exchanged(self._ranks, outgoing)
+        made = self._encoded(incoming)
+        collected = self._ranks.collected({name: (module, count) for name, (module, count, _) in made.items()}, on=0)
+        modules = {name: found for each in collected for name, found in each.items()}
+        path = self.folder / step_name(number)
+        written = self._on_first(lambda: self._write_step(path, self._head, modules, tied))
+        for name, (module, _, new) in made.items():
+            if module.encoding is not Encoding.SAME:
+                self._snapshot[name] = self._dtypes[name], new
+                self._digests[name] = module.result or digest_of(new)
+        for name, (index, values) in changes.items():
+            self._pieces[name].reshape(-1)[index] = values
+        return self._finished(path, number, written, tied)
+
+    # --- the parts of a step --------------------------------------------------------------------------
+
+    @property
+    def _owners(self) -> dict[str, int]:
+        return {name: turn % self._ranks.count for turn, name in enumerate(self._dtypes)}
+
+    def _parts(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's pieces. Learns where all of them lie, once."""
+        failure: Exception | None = None
+        parts: dict[str, Tensor] = {}
+        try:
+            found = {name: local_part(tensor, whole(tensor.shape), name) for name, tensor in live.items()}
+            parts = {name: part.view for name, part in found.items()}
+            boxes = {name: part.box for name, part in found.items()}
+            dtypes = {name: self._dtype_of(name, tensor) for name, tensor in live.items()}
+            self._check_same(live, boxes, dtypes)
+        except LiveModelError as error:
+            failure = error
+        agree(failure, self._ranks.group)
+        if not self._layouts:
+            known = self._ranks.gathered(boxes)
+            self._layouts = {n: Layout.of(t.shape, [each[n] for each in known]) for n, t in live.items()}
+            self._boxes, self._dtypes = boxes, dtypes
+        return parts
+
+    def _check_same(self, live: Mapping[str, Tensor], boxes: Mapping[str, Box], dtypes: Mapping[str, DType]) -> None:
+        if not self._dtypes:
+            return
+        odd = sorted(live.keys() ^ self._dtypes.keys())
+        if odd:
+            raise LiveModelError(f"{odd[0]}: came or went since {self.folder} was begun; publish into a new folder")
+        for name, tensor in live.items():
+            layout = self._layouts.get(name)
+            moved = layout is not None and (layout.shape != tuple(tensor.shape) or self._boxes[name] != boxes[name])
+            if moved or dtypes[name] is not self._dtypes[name]:
+                raise LiveModelError(f"{name}: has another shape, dtype or placement than before; use a new folder")
+
+    def _speaks_for(self, name: str) -> bool:
+        return self._layouts[name].senders.get(self._boxes[name]) == self._ranks.rank
+
+    def _compared(self, parts: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """What changed in this rank's pieces, by name; and the same for each owner, with indices within the tensor."""
+        changes: dict[str, Any] = {}
+        outgoing: list[dict[str, Any]] = [{} for _ in range(self._ranks.count)]
+        owners = self._owners
+        for name, part in parts.items():
+            if not self._speaks_for(name):
+                continue
+            now, before = self._published(part).reshape(-1), self._pieces[name].reshape(-1)
+            words = f"<u{now.dtype.itemsize}"
+            index = np.flatnonzero(now.view(words) != before.view(words)).astype(np.int64)
+            if index.size:
+                changes[name] = index, now[index]
+                flat = flat_indices(index, self._boxes[name], self._layouts[name].shape)
+                outgoing[owners[name]][name] = flat, now[index]
+        return changes, outgoing
+
+    def _encoded(self, incoming: list[dict[str, Any]]) -> dict[str, tuple[ModuleDelta, int, Array]]:
+        """The modules of this rank's tensors, how many weights of each changed, and the tensors afterwards."""
+        made = {}
+        for name, (dtype, before) in self._snapshot.items():
+            new, count = before, 0
+            for each in incoming:
+                if name in each:
+                    new = before.copy() if new is before else new
+                    index, values = each[name]
+                    new.reshape(-1)[index] = values
+                    count += index.size
+            ref = BaseRef(dtype=dtype, shape=before.shape, sha256=self._digests[name])
+            made[name] = lossless_module(name, new, dtype, old=before, base=ref, prefer=self._prefer), count, new
+        return made
+
+    def _on_first(self, job: Any) -> Any:
+        """Run a job on rank 0. Its result, or its error, is every rank's."""
+        failure, result = None, None
+        if self._ranks.rank == 0:
+            try:
+                result = job()
+            except Exception as error:
+                failure = error
+        agree(failure, self._ranks.group)
+        return self._ranks.said_by(result, rank=0)
+
+    def _write_step(
+        self,
+        path: Path,
+        head: UpdateFile | None,
+        modules: Mapping[str, tuple[ModuleDelta, int]],
+        tied: list[tuple[str, str]],
+    ) -> tuple[Manifest, int, int]:
+        changed = sum(count for _, count in modules.values())
+        with self._writer(path, previous=None if head is None else head.content_id) as writer:
+            for name in self._dtypes:
+                writer.add(modules[name][0])
+            for name, alias in tied:
+                writer.tie(name, alias)
+            writer.metadata[CHANGED] = str(changed)
+            return writer.finish(), writer.size, changed
+
+    # --- whole states ---------------------------------------------------------------------------------
+
+    def _publish_first(self, parts: Mapping[str, Tensor], tied: list[tuple[str, str]]) -> Published:
+        owners = self._owners
+        for name, part in parts.items():
+            piece = self._published(part) if self._speaks_for(name) else None
+            if piece is not None:
+                self._pieces[name] = piece
+            found = self._ranks.collected(None if piece is None else (self._boxes[name], piece), on=owners[name])
+            if self._ranks.rank == owners[name]:
+                self._snapshot[name] = self._dtypes[name], self._joined(name, found)
+                self._digests[name] = digest_of(self._snapshot[name][1])
+        path = self.folder / anchor_name(0)
+        manifest, size = self._publish_anchor(path, tied)
+        return self._finished(path, 0, (manifest, size, self._weights()), tied)
+
+    def _joined(self, name: str, pieces: list[tuple[Box, Array] | None]) -> Array:
+        full: Array = np.empty(self._layouts[name].shape, self._dtypes[name].storage)
+        for piece in pieces:
+            if piece is not None:
+                full[slices(piece[0])] = piece[1]
+        return full
+
+    def _publish_anchor(self, path: Path, tied: list[tuple[str, str]]) -> tuple[Manifest, int]:
+        """Rank 0 writes the published state, a tensor at a time from its owner."""
+        owners = self._owners
+        failure: Exception | None = None
+        result = None
+        writer = self._writer(path, previous=None) if self._ranks.rank == 0 else None
+        try:
+            for name, dtype in self._dtypes.items():
+                mine = self._snapshot[name][1] if owners[name] == self._ranks.rank else None
+                found = [array for array in self._ranks.collected(mine, on=0) if array is not None]
+                if writer is None or failure is not None:
+                    continue
+                try:
+                    shape = self._layouts[name].shape
+                    full = found[0].reshape(shape)
+                    writer.add(
+                        ModuleDelta(name=name, shape=shape, dtype=dtype, encoding=Encoding.FULL, full=full)
+                    )  # fmt: skip
+                except Exception as error:
+                    failure = error
+            if writer is not None and failure is None:
+                for name, alias in tied:
+                    writer.tie(name, alias)
+                try:
+                    result = writer.finish(), writer.size
+                except Exception as error:
+                    failure = error
+        finally:
+            if writer is not None:
+                writer.__exit__(None, None, None)
+        agree(failure, self._ranks.group)
+        said: tuple[Manifest, int] = self._ranks.said_by(result, rank=0)
+        return said
+
+    def _weights(self) -> int:
+        return sum(math.prod(layout.shape) for layout in self._layouts.values())
+
+    def _finished(
+        self, path: Path, number: int, written: tuple[Manifest, int, int], tied: list[tuple[str, str]]
+    ) -> Published:
+        manifest, size, changed = written
+        self._reached(path, number, manifest)
+        beside = self.folder / anchor_name(number)
+        due = self._anchor_every is not None and number > 0 and number % self._anchor_every == 0
+        if due and not self._ranks.said_by(beside.exists(), rank=0):
+            self._publish_anchor(beside, tied)
+        return Published(
+            path=path,
+            step=number,
+            content_id=manifest.content_id,
+            result=manifest.result or "",
+            changed=changed,
+            weights=self._weights(),
+            bytes=size,
+        )
+
+    def _restore(self) -> None:
+        """Bring tensors and pieces to the last state of the folder, a tensor at a time."""
+        way: Way | None = self._on_first(lambda: chain_of(self.folder))
+        if way is None:
+            return
+        live, _ = self._live()
+        with DeltaFile(way.anchor.path) as anchor:
+            known = {entry.name: (entry.shape, entry.dtype) for entry in anchor.manifest.modules}
+        self._dtypes = {name: dtype for name, (_, dtype) in known.items()}
+        other = next((n for n, (shape, _) in known.items() if n in live and tuple(live[n].shape) != shape), None)
+        if other is not None:
+            raise LiveModelError(f"{other}: has another shape or dtype than in {self.folder}; use a new folder")
+        parts = self._parts(live)
+        files = [DeltaFile(file.path) for file in (way.anchor, *way.updates)]
+        try:
+            for name in parts:
+                self._restore_tensor(name, files)
+        finally:
+            for file in files:
+                file.close()
+        self._head = way.head
+        self.step_number = way.head.step
+
+    def _restore_tensor(self, name: str, files: list[DeltaFile]) -> None:
+        owner = self._owners[name] == self._ranks.rank
+        if not owner and not self._speaks_for(name):
+            return
+        array = np.array(reconstruct(files[0].load(name)))
+        for file in files[1:]:
+            if file.entry(name).encoding is not Encoding.SAME:
+                array = reconstruct(file.load(name), array)
+        if self._speaks_for(name):
+            self._pieces[name] = np.array(array[slices(self._boxes[name])])
+        if owner:
+            self._snapshot[name] = self._dtypes[name], array
+            self._digests[name] = digest_of(array)

@@ -1,0 +1,35 @@
+"""How the blocks of exact tensors are stored (SPEC 5.6): what the writer chose, counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+
+import peraxis_format as pxd
+
+__all__ = ["MODES", "blocks_text", "count_blocks"]
+
+MODES: Final = ("keyed", "gaps", "raw", "unchanged")
+_RAW: Final = 255
+
+
+def count_blocks(module: pxd.ModuleDelta) -> Counter[str]:
+    """The number of blocks of an exact module in each mode; of any other module none."""
+    found: Counter[str] = Counter()
+    if module.index is None:
+        return found
+    modes, lengths = module.index & np.uint32(255), module.index >> np.uint32(8)
+    found["raw"] = int(np.count_nonzero(modes == _RAW))
+    found["unchanged"] = int(np.count_nonzero(lengths == 0))
+    found["keyed"] = int(np.count_nonzero((modes > 0) & (modes != _RAW)))
+    found["gaps"] = module.index.size - found["raw"] - found["unchanged"] - found["keyed"]
+    return found
+
+
+def blocks_text(blocks: Mapping[str, int], prefer: str) -> str:
+    """The counts in words, and what they were chosen for."""
+    counted = ", ".join(f"{blocks[mode]} {mode}" for mode in MODES if blocks.get(mode))
+    return f"{counted or 'none'}; written for {prefer}"

@@ -1,0 +1,112 @@
+"""index-value: flat indices and new values, for each tensor that changed (vLLM's sparse weight patches, verl, prime-rl;
+as files, the sparse safetensors patches of TRL and PULSE).
+
+    <name>.indices   I32 or I64 [k]           positions in row-major order
+    <name>.values    the tensor's dtype [k]   what stands there afterwards
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+import peraxis_format as pxd
+from peraxis_tools.convert.wires.patch import Patch, changed_words, checked_index, words_of
+from peraxis_tools.errors import CheckFailedError, ToolError
+from peraxis_tools.shards import TensorSpec, shard_header, write_tensor
+
+__all__ = ["IndexValueFile", "Packed", "is_index_value", "pack", "write"]
+
+_INDICES, _VALUES = ".indices", ".values"
+_INT32: Final = 2**31
+
+
+def is_index_value(tensors: pxd.Safetensors) -> bool:
+    """Whether the names are those of this wire."""
+    return len(tensors) > 0 and all(name.endswith((_INDICES, _VALUES)) for name in tensors)
+
+
+class IndexValueFile:
+    """One such file, read tensor by tensor."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError, ToolError."""
+        self._path = path
+        self._tensors = pxd.Safetensors.open(path)
+        names = {name.removesuffix(_INDICES).removesuffix(_VALUES) for name in self._tensors}
+        for name in sorted(names):
+            for suffix in (_INDICES, _VALUES):
+                if name + suffix not in self._tensors:
+                    raise ToolError(f"{path}: {name} has no tensor {name + suffix}; not a whole index-value wire")
+        self._names = tuple(sorted(names))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors that it changes."""
+        return self._names
+
+    def patch(self, name: str, info: pxd.TensorInfo) -> Patch:
+        """See WireFile."""
+        indices, values = self._tensors[name + _INDICES], self._tensors[name + _VALUES]
+        where = f"{self._path}: {name}"
+        if indices.dtype not in (pxd.DType.I32, pxd.DType.I64) or indices.shape != (info_size(values),):
+            raise ToolError(
+                f"{where}: its indices are {indices.dtype.value} {list(indices.shape)} for {info_size(values)} values; "
+                "they must be I32 or I64, one a value"
+            )
+        if values.dtype is not info.dtype:
+            raise CheckFailedError(f"{where}: its values are {values.dtype.value}, the base's {info.dtype.value}")
+        index = self._tensors.read(name + _INDICES).astype(np.int64)
+        words = words_of(self._tensors.read(name + _VALUES))
+        order = checked_index(where, index, info_size(info))
+        if order is not None:
+            index, words = index[order], words[order]
+        return Patch(index=index, words=words, is_xor=False)
+
+    def check(self, name: str, new: pxd.Array) -> None:
+        """Nothing: the wire has no checksums."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self._tensors.close()
+
+
+def info_size(info: pxd.TensorInfo) -> int:
+    """The number of elements of a tensor."""
+    return info.size // info.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """One tensor's part of a wire. values: a storage array of its dtype."""
+
+    name: str
+    dtype: pxd.DType
+    indices: pxd.Array
+    values: pxd.Array
+
+
+def pack(name: str, dtype: pxd.DType, old: pxd.Array, new: pxd.Array) -> Packed:
+    """What is sent of one tensor that changed. Raises ToolError for one that int32 cannot index."""
+    if new.size > _INT32:
+        raise ToolError(f"{name}: has {new.size} weights, more than an int32 index reaches; use another wire")
+    index, _ = changed_words(old, new)
+    values = new.reshape(-1)[index]
+    return Packed(name=name, dtype=dtype, indices=index.astype(pxd.DType.I32.storage), values=values)
+
+
+def write(path: Path, packed: Sequence[Packed], *, overwrite: bool) -> None:
+    """Write the file."""
+    specs = []
+    for item in packed:
+        specs.append((TensorSpec(item.name + _INDICES, pxd.DType.I32, item.indices.shape), item.indices))
+        specs.append((TensorSpec(item.name + _VALUES, item.dtype, item.values.shape), item.values))
+    specs.sort(key=lambda pair: -pair[0].dtype.itemsize)  # so that each tensor is aligned, as safetensors does it
+    with pxd.atomic_file(path, overwrite=overwrite) as file:
+        file.write(shard_header(spec for spec, _ in specs))
+        for spec, array in specs:
+            write_tensor(file, spec, array)

@@ -1,0 +1,216 @@
+"""nemo-rl: the payload of NeMo-RL's sparse refit, torch.save of (locations, value groups, metadata) under zstd.
+
+locations      uint8: for each tensor the gaps between changed weights (the number of weights between two), as
+               uint16, uint32 or uint64, whichever is the first to hold all of the tensor's
+value groups   a tuple of tensors, one a dtype: values of all tensors of that dtype one after another, as integers
+metadata       a list of dictionaries: name, shape, dtype, operation ("xor" or "overwrite"), value_group,
+               value_start, value_end, index_encoding ("deltas" with index_start and index_end in bytes of the
+               locations, or "range" with range_start)
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+import peraxis_format as pxd
+from peraxis_tools.convert.wires import zstd
+from peraxis_tools.convert.wires.patch import Patch, changed_words, checked_index
+from peraxis_tools.errors import CheckFailedError, ToolError
+from peraxis_tools.optional import require
+
+__all__ = ["NemoFile", "Packed", "pack", "write"]
+
+_LIMIT: Final = 1 << 36  # bytes that a payload may unpack to: theirs are cut at half a gigabyte
+_DTYPES: Final = {pxd.DType.BF16: "bfloat16", pxd.DType.F16: "float16", pxd.DType.F32: "float32"}
+_INTS: Final = {2: np.int16, 4: np.int32}  # torch has them all, unlike uint16
+_WIDTHS: Final = (2, 4, 8)
+_OFFSETS: Final = ("value_group", "value_start", "value_end")
+
+
+class NemoFile:
+    """One payload, read whole: a torch file, under zstd or not."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ToolError, MissingPackageError."""
+        self._path = path
+        locations, groups, items = _loaded(path)
+        self._locations = locations
+        self._groups = groups
+        self._items: dict[str, Mapping[str, Any]] = {}
+        for number, item in enumerate(items):
+            name = item.get("name") if isinstance(item, dict) else None
+            if not isinstance(name, str):
+                raise ToolError(f"{path}: entry {number} of its metadata has no name; not a payload of nemo-rl")
+            if name in self._items:
+                raise ToolError(f"{path}: {name}: stands twice in its metadata, at {number} for the second time")
+            self._items[name] = item
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors that it changes."""
+        return tuple(self._items)
+
+    def patch(self, name: str, info: pxd.TensorInfo) -> Patch:
+        """See WireFile."""
+        item, where = self._items[name], f"{self._path}: {name}"
+        shape, dtype = item.get("shape"), item.get("dtype")
+        if list(shape or ()) != list(info.shape) or dtype != _DTYPES.get(info.dtype):
+            raise CheckFailedError(
+                f"{where}: is {dtype} {list(shape or ())}, the base's tensor is {info.dtype.value} {list(info.shape)}"
+            )
+        if item.get("operation") not in ("xor", "overwrite"):
+            raise ToolError(f"{where}: its operation is {item.get('operation')!r}, neither 'xor' nor 'overwrite'")
+        words = self._values(item, info.dtype, where)
+        index = self._index(item, words.size, where)
+        order = checked_index(where, index, math.prod(info.shape))
+        if order is not None:  # gaps that overflow
+            raise ToolError(f"{where}: its locations do not ascend; write the wire again")
+        return Patch(index=index, words=words, is_xor=item["operation"] == "xor")
+
+    def _values(self, item: Mapping[str, Any], dtype: pxd.DType, where: str) -> pxd.Array:
+        group, begin, end = (_number(item, key, where) for key in _OFFSETS)
+        if group >= len(self._groups):
+            raise ToolError(f"{where}: value_group is {group}; the payload has {len(self._groups)}")
+        values = self._groups[group]
+        if values.dtype.itemsize != dtype.itemsize:
+            raise ToolError(f"{where}: its values are {values.dtype.itemsize} bytes wide, its dtype {dtype.itemsize}")
+        if not begin < end <= values.size:
+            raise ToolError(
+                f"{where}: values {begin} to {end} are not within group {group}, which ends at {values.size}"
+            )
+        return values.view(f"<u{dtype.itemsize}")[begin:end]
+
+    def _index(self, item: Mapping[str, Any], count: int, where: str) -> NDArray[np.int64]:
+        encoding = item.get("index_encoding")
+        if encoding == "range":
+            return np.arange(count, dtype=np.int64) + _number(item, "range_start", where)
+        if encoding != "deltas":
+            raise ToolError(f"{where}: its index_encoding is {encoding!r}, neither 'range' nor 'deltas'")
+        begin, end = (_number(item, key, where) for key in ("index_start", "index_end"))
+        width = (end - begin) // count
+        if not begin <= end <= self._locations.size or (end - begin) != width * count or width not in _WIDTHS:
+            raise ToolError(
+                f"{where}: locations {begin} to {end} are no gaps of {count} values (of {self._locations.size} bytes)"
+            )
+        gaps = np.frombuffer(self._locations[begin:end].tobytes(), f"<u{width}")
+        if width == 8 and gaps.size and int(gaps.max()) >= 1 << 48:
+            raise ToolError(f"{where}: the gap at {int(gaps.argmax())} is {int(gaps.max())}; write the wire again")
+        return np.cumsum(gaps.astype(np.int64) + 1) - 1
+
+    def check(self, name: str, new: pxd.Array) -> None:
+        """Nothing: the payload has no checksums of what tensors become."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _number(item: Mapping[str, Any], key: str, where: str) -> int:
+    value = item.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 48:
+        raise ToolError(f"{where}: its {key} is {value!r}, not a number from 0 up")
+    return value
+
+
+def _loaded(path: Path) -> tuple[NDArray[np.uint8], list[pxd.Array], list[Any]]:
+    require("a payload of nemo-rl", "torch")
+    import torch
+
+    data = path.read_bytes()
+    if data.startswith(zstd.MAGIC):
+        data = zstd.decompress(data, limit=_LIMIT, where=str(path))
+    try:
+        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ToolError(
+            f"{path}: holds Python objects, not tensors alone; it is not opened, since that could run code"
+        ) from None
+    except Exception as error:  # torch has many for a damaged file
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ToolError(f"{path}: not a payload of nemo-rl, or damaged ({line[:120]})") from None
+    if not isinstance(found, tuple) or len(found) != 3 or not isinstance(found[2], list):
+        raise ToolError(f"{path}: is no tuple of locations, value groups and metadata; not a payload of nemo-rl")
+    locations, groups, items = found
+    if not isinstance(locations, torch.Tensor) or locations.dtype is not torch.uint8 or locations.ndim != 1:
+        raise ToolError(f"{path}: its locations are no flat uint8 tensor; not a payload of nemo-rl")
+    if not isinstance(groups, tuple | list) or not all(isinstance(group, torch.Tensor) for group in groups):
+        raise ToolError(f"{path}: its value groups are no tensors; not a payload of nemo-rl")
+    flat = [group.contiguous().reshape(-1).view(torch.uint8).numpy() for group in groups]
+    arrays = [a.view(f"<u{group.element_size()}") for a, group in zip(flat, groups, strict=True)]
+    return locations.contiguous().numpy(), arrays, items
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """One tensor's part of a payload."""
+
+    name: str
+    dtype: pxd.DType
+    shape: tuple[int, ...]
+    index: NDArray[np.int64]
+    words: pxd.Array
+
+
+def pack(name: str, dtype: pxd.DType, old: pxd.Array, new: pxd.Array) -> Packed:
+    """What is sent of one tensor that changed. Raises ToolError for one that is not BF16, F16 or F32."""
+    if dtype not in _DTYPES:
+        raise ToolError(f"{name}: is {dtype.value}, which nemo-rl does not send; use the wire xor")
+    index, words = changed_words(old, new)
+    return Packed(name=name, dtype=dtype, shape=new.shape, index=index, words=words)
+
+
+def write(path: Path, packed: Sequence[Packed], *, overwrite: bool) -> None:
+    """Write the payload. Raises MissingPackageError."""
+    require("a payload of nemo-rl", "torch")
+    import torch
+
+    widths = sorted({item.dtype.itemsize for item in packed})
+    starts = dict.fromkeys(widths, 0)
+    locations: list[bytes] = []
+    at, metadata = 0, []
+    for item in packed:
+        entry, gaps = _entry(item, at)
+        group = item.dtype.itemsize
+        begin, end = starts[group], starts[group] + item.words.size
+        starts[group] = end
+        metadata.append({**entry, "value_group": widths.index(group), "value_start": begin, "value_end": end})
+        locations.append(gaps)
+        at += len(gaps)
+    groups = tuple(
+        torch.from_numpy(
+            np.concatenate([item.words for item in packed if item.dtype.itemsize == width]).view(_INTS[width])
+        )
+        for width in widths
+    )
+    joined = torch.from_numpy(np.array(bytearray(b"".join(locations)), np.uint8))
+    buffer = io.BytesIO()
+    torch.save((joined, groups, metadata), buffer)
+    data = zstd.compress(buffer.getvalue())
+    with pxd.atomic_file(path, overwrite=overwrite) as file:
+        file.write(data)
+
+
+def _entry(item: Packed, at: int) -> tuple[dict[str, Any], bytes]:
+    """A tensor's metadata but for its values, and its gaps. at: bytes of locations before."""
+    entry: dict[str, Any] = {
+        "name": item.name,
+        "shape": item.shape,
+        "dtype": _DTYPES[item.dtype],
+        "operation": "xor",
+    }
+    if int(item.index[-1] - item.index[0]) + 1 == item.index.size:
+        entry |= {"index_start": at, "index_end": at, "index_encoding": "range", "range_start": int(item.index[0])}
+        return entry, b""
+    gaps = np.diff(item.index, prepend=-1) - 1
+    width = next(width for width in _WIDTHS if int(gaps.max()) < 1 << (8 * width))
+    data = gaps.astype(f"<u{width}").tobytes()
+    entry |= {"index_start": at, "index_end": at + len(data), "index_encoding": "deltas"}
+    return entry, data

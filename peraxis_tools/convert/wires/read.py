@@ -1,0 +1,141 @@
+"""From a wire to an exact update: the state before, and the wire's changes of it, as one more state."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final, Literal, TypeAlias
+
+import peraxis_format as pxd
+from peraxis_tools.chain.write import UpdateJob, UpdateResult, open_chain, write_update
+from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.convert.wires import zstd
+from peraxis_tools.convert.wires.index_value import IndexValueFile, is_index_value
+from peraxis_tools.convert.wires.nemo import NemoFile
+from peraxis_tools.convert.wires.patch import WireFile, patched
+from peraxis_tools.convert.wires.xor import XorFolder, index_metadata
+from peraxis_tools.errors import CheckFailedError, ToolError
+from peraxis_tools.outputs import claim_file
+from peraxis_tools.progress import Progress, watched
+
+__all__ = ["WIRES", "Wire", "WireName", "from_wire", "recognised"]
+
+WireName: TypeAlias = Literal["index-value", "nemo-rl", "xor"]
+WIRES: Final[tuple[WireName, ...]] = ("index-value", "nemo-rl", "xor")
+Wire: TypeAlias = Callable[[Path], WireFile]
+_OPEN: Final[Mapping[WireName, Wire]] = {"index-value": IndexValueFile, "nemo-rl": NemoFile, "xor": XorFolder}
+
+
+def recognised(source: Path) -> WireName | None:
+    """Which wire a file or folder is, by what it begins with; None where it is none of them."""
+    if source.is_dir():
+        return "xor" if index_metadata(source) is not None else None
+    with contextlib.suppress(OSError), open(source, "rb") as file:
+        if file.read(len(zstd.MAGIC)) == zstd.MAGIC:
+            return "nemo-rl"
+    if source.suffix == ".safetensors":
+        with pxd.Safetensors.open(source) as tensors:
+            return "index-value" if is_index_value(tensors) else None
+    return None
+
+
+def from_wire(
+    source: str | Path,
+    base: str | Path,
+    output: str | Path,
+    *,
+    wire: WireName | None = None,
+    after: Sequence[str | Path] = (),
+    name: str | None = None,
+    prefer: pxd.Prefer = "size",
+    overwrite: bool = False,
+    progress: Progress = None,
+) -> UpdateResult:
+    """Write one step as an exact update.
+
+    source: the wire; `wire` None recognises it. base, after: the state that the step was made on, a checkpoint and the
+    updates on it. name: of the state after the step. Raises ToolError, CheckpointError, PxdError; CheckFailedError
+    where the wire is for another model or state.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise ToolError(f"{source}: no such file or folder")
+    chosen = wire or recognised(source)
+    if chosen is None:
+        raise ToolError(f"{source}: is none of the wires {', '.join(WIRES)}; pass --from")
+    if source.is_dir() != (chosen == "xor"):
+        raise ToolError(f"{source}: is {'a folder' if source.is_dir() else 'a file'}, which {chosen} is not")
+    with (
+        claim_file(output, overwrite=overwrite, inputs=(source, base, *after)),
+        open_checkpoint(base) as before,
+        open_chain(before, after) as (state, links),
+        contextlib.closing(_OPEN[chosen](source)) as opened,
+    ):
+        missing = next((item for item in opened.names if item not in state), None)
+        if missing is not None:
+            raise CheckFailedError(f"{source}: changes {missing}, which {state.label} lacks; another base")
+        job = UpdateJob(
+            output=Path(output),
+            old=state,
+            new=_Changed(state, opened, source),
+            ids=(before.identity, pxd.Identity(id=name or source.stem)),
+            previous=links[-1].content_id if links else None,
+            assets={},
+            prefer=prefer,
+            overwrite=overwrite,
+            base=links[-1].result if links else None,
+        )
+        with watched(progress, "convert", job.new.size) as step:
+            return write_update(job, step)
+
+
+class _Changed(pxd.Safetensors):
+    """The state after a wire, as if it were a checkpoint: each tensor is read from the state before and changed."""
+
+    def __init__(self, before: pxd.Safetensors, wire: WireFile, source: Path) -> None:
+        self._before = before
+        self._wire = wire
+        self._names = frozenset(wire.names)
+        self.label = f"{before.label} + {source}"
+        self.files = before.files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._before)
+
+    def __len__(self) -> int:
+        return len(self._before)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._before
+
+    def __getitem__(self, name: str) -> pxd.TensorInfo:
+        return self._before[name]
+
+    def infos(self) -> list[pxd.TensorInfo]:
+        """Every tensor, in name order."""
+        return self._before.infos()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return self._before.size
+
+    def read(self, name: str, rows: slice | None = None) -> pxd.Array:
+        """A tensor, or rows of it, after the wire. Raises KeyError, ToolError, PxdError."""
+        array = self._before.read(name)
+        if name in self._names:
+            array = patched(array, self._wire.patch(name, self._before[name]))
+            self._wire.check(name, array)
+        return array if rows is None else array[rows]
+
+    def sha256(self, name: str, *, progress: Callable[[int], None] | None = None) -> str:
+        """The hex digest of a tensor in this state."""
+        array = self.read(name)
+        if progress is not None:
+            progress(array.nbytes)
+        return hashlib.sha256(pxd.raw_bytes(array)).hexdigest()
+
+    def close(self) -> None:
+        """Nothing: state and wire belong to the caller."""

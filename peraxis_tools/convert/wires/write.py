@@ -1,0 +1,106 @@
+"""From an exact update to a wire."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import peraxis_format as pxd
+from peraxis_tools.chain.write import count_changed, open_chain
+from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.convert.wires import index_value, nemo, xor
+from peraxis_tools.convert.wires.read import WireName
+from peraxis_tools.errors import ToolError
+from peraxis_tools.outputs import claim_file, claim_folder
+from peraxis_tools.progress import Progress, watched
+from peraxis_tools.rebuild import aliases_of
+
+__all__ = ["ToWireResult", "to_wire"]
+
+_WRITE: Final[dict[WireName, ModuleType]] = {"index-value": index_value, "nemo-rl": nemo, "xor": xor}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToWireResult:
+    """What was written. changed: weights, of `weights`; tensors: those that changed; bytes: of the files."""
+
+    path: Path
+    wire: str
+    content_id: str
+    tensors: int
+    changed: int
+    weights: int
+    bytes: int
+
+
+def to_wire(
+    delta: str | Path,
+    base: str | Path,
+    output: str | Path,
+    *,
+    wire: WireName,
+    after: Sequence[str | Path] = (),
+    overwrite: bool = False,
+    progress: Progress = None,
+) -> ToWireResult:
+    """Write an exact update as a wire.
+
+    base, after: the state that the update was made on, a checkpoint and the updates on it. Raises PxdError where it is
+    another one (E404, E405), ToolError for a delta that a wire cannot say: tensors that came, went, or changed shape or
+    dtype.
+    """
+    output = Path(output)
+    claim = claim_folder if wire == "xor" else claim_file
+    with (
+        claim(output, overwrite=overwrite, inputs=(delta, base, *after)),
+        open_checkpoint(base) as before,
+        open_chain(before, after) as (state, _),
+        pxd.open(delta) as file,
+    ):
+        _refuse_others(file)
+        pxd.check_base_names(file.manifest, state)
+        packed, changed, aliases = [], 0, aliases_of(file.manifest)
+        with watched(progress, "convert", state.size) as step:
+            for entry in file.manifest.modules:
+                old = state.read(entry.name)
+                pxd.check_base_bytes(entry, old)
+                step(old.nbytes)
+                if entry.encoding is pxd.Encoding.SAME:
+                    continue
+                new = pxd.reconstruct(file.load(entry.name), old)
+                if (moved := count_changed(old, new)) == 0:
+                    continue
+                for name in (entry.name, *(alias for alias in aliases.get(entry.name, ()) if alias in state)):
+                    packed.append(_WRITE[wire].pack(name, entry.dtype, old, new))
+                    changed += moved
+        options: dict[str, Any] = {}
+        if wire == "xor":
+            manifest = file.manifest
+            options = {"version": manifest.result or file.content_id, "base_version": manifest.base.digest}
+        _WRITE[wire].write(output, packed, overwrite=overwrite, **options)
+        files = [path for path in output.iterdir() if path.is_file()] if output.is_dir() else [output]
+        return ToWireResult(
+            path=output,
+            wire=wire,
+            content_id=file.content_id,
+            tensors=len(packed),
+            changed=changed,
+            weights=sum(info.size // info.dtype.itemsize for info in state.infos()),
+            bytes=sum(path.stat().st_size for path in files),
+        )
+
+
+def _refuse_others(file: pxd.DeltaFile) -> None:
+    """Raises ToolError for what is no step of the same tensors."""
+    for entry in file.manifest.modules:
+        ref = entry.base
+        if ref is None or ref.shape != entry.shape or ref.dtype is not entry.dtype:
+            raise ToolError(f"{file.path}: {entry.name}: came, or changed shape or dtype, which no wire can say")
+        if entry.encoding is pxd.Encoding.SIGN:
+            raise ToolError(f"{file.path}: {entry.name}: is stored as signs; write the update with `update`")
+    dropped = file.manifest.dropped
+    if dropped:
+        raise ToolError(f"{file.path}: {dropped[0]}: is not in the result, which no wire can say")

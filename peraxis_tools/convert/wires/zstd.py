@@ -1,0 +1,46 @@
+"""zstd, through pyarrow, which `peraxis[compress]` brings with datasets."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Final
+
+from peraxis_tools.errors import ToolError
+from peraxis_tools.optional import require
+
+__all__ = ["MAGIC", "compress", "decompress"]
+
+MAGIC: Final = b"\x28\xb5\x2f\xfd"
+_LEVEL: Final = 1  # what the wires use
+_PIECE: Final = 1 << 24  # bytes that are unpacked at a time
+
+
+def _arrow() -> Any:
+    require("a wire under zstd", "pyarrow", extra="compress")
+    return import_module("pyarrow")
+
+
+def compress(data: bytes | memoryview) -> bytes:
+    """One frame. Raises MissingPackageError."""
+    return bytes(_arrow().Codec("zstd", compression_level=_LEVEL).compress(data, asbytes=True))
+
+
+def decompress(data: bytes | memoryview, *, limit: int, where: str) -> bytes:
+    """The content of a frame, which may have at most `limit` bytes. where: names it in errors.
+
+    Raises ToolError for data that is no such frame or has more, MissingPackageError.
+    """
+    arrow = _arrow()
+    stream = arrow.input_stream(arrow.BufferReader(bytes(data)), compression="zstd")
+    parts: list[bytes] = []
+    left = limit + 1
+    try:
+        while left > 0 and (part := stream.read(min(left, _PIECE))):
+            parts.append(part)
+            left -= len(part)
+    except OSError as error:
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ToolError(f"{where}: not zstd data, or damaged ({line}); fetch it again") from None
+    if left <= 0:
+        raise ToolError(f"{where}: unpacks to more than the {limit} bytes that the base has; another base, or damaged")
+    return b"".join(parts)

@@ -1,0 +1,163 @@
+"""Chains at a URL: a trainer publishes there, a server follows from there, and each fetches only what it needs."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peraxis_format.errors import LiveModelError
+from peraxis_format.torch.updates import ShardedUpdateWriter, UpdateWriter, follow
+from peraxis_format.torch.updates.mirror import Mirror
+from tests.loader.support import bytes_of
+
+fsspec = pytest.importorskip("fsspec")
+
+
+def state(step: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    found = {"a": 0.02 * torch.randn((70, 90), generator=generator), "b": torch.ones(9)}
+    for seed in range(1, step + 1):
+        generator.manual_seed(seed)
+        found["a"] += 1e-4 * torch.randn((70, 90), generator=generator)
+    return {name: tensor.bfloat16() for name, tensor in found.items()}
+
+
+def empty() -> dict[str, Tensor]:
+    return {name: torch.zeros_like(tensor) for name, tensor in state(0).items()}
+
+
+@pytest.fixture
+def url() -> str:
+    return f"memory://{uuid.uuid4().hex}/run"
+
+
+def there(url: str) -> list[str]:
+    system = fsspec.filesystem("memory")
+    return sorted(path.rpartition("/")[2] for path in system.find(url.removeprefix("memory:/")))
+
+
+def publish(writer: UpdateWriter, live: dict[str, Tensor], steps: range) -> None:
+    for step in steps:
+        live.update(state(step))
+        done = writer.step()
+        assert done.step == step
+
+
+def test_what_is_published_at_a_url_is_what_a_server_follows_from_it(url: str) -> None:
+    live = state(0)
+    writer = UpdateWriter(live, url)
+    publish(writer, live, range(1))
+    server = empty()
+    with follow(server, url) as follower:
+        assert follower.poll().step == 0
+        for step in range(1, 4):
+            publish(writer, live, range(step, step + 1))
+            found = follower.poll()
+            assert (found.step, found.lag, dict(found.waiting)) == (step, 0, {})
+            assert bytes_of(server) == bytes_of(state(step))
+            # An update that is behind the model is not kept here.
+            assert [path.name for path in follower.folder.iterdir()] == [f"step-{step:08d}.pxd"]
+        kept = follower.folder
+    assert not kept.exists()
+    assert there(url) == ["anchor-00000000.pxd", *(f"step-{step:08d}.pxd" for step in (1, 2, 3))]
+    assert list(writer.folder.iterdir()) == []
+    assert str(writer.step().path) == f"{url}/step-00000004.pxd"
+
+
+def test_a_trainer_goes_on_from_the_url_and_a_late_server_begins_at_the_newest_anchor(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = state(0)
+    publish(UpdateWriter(live, url, anchor_every=2), live, range(6))
+    fetched: list[str] = []
+    plain = Mirror._fetch
+
+    def counted(self: Mirror, name: str) -> None:
+        fetched.append(name)
+        plain(self, name)
+
+    monkeypatch.setattr(Mirror, "_fetch", counted)
+    again = UpdateWriter(live, url, anchor_every=2)
+    assert again.step_number == 5
+    needed = ["anchor-00000004.pxd", "step-00000004.pxd", "step-00000005.pxd"]
+    assert fetched == needed
+    publish(again, live, range(6, 8))
+    fetched.clear()
+    server = empty()
+    with follow(server, url) as follower:
+        assert follower.poll().step == 7
+        assert bytes_of(server) == bytes_of(state(7))
+    assert fetched == ["anchor-00000006.pxd", "step-00000006.pxd", "step-00000007.pxd"]
+    gone = again.prune(anchors=1)
+    assert [path.name for path in gone][:2] == ["anchor-00000000.pxd", "step-00000001.pxd"]
+    assert there(url) == ["anchor-00000006.pxd", "step-00000007.pxd"]
+
+
+def test_a_missing_link_is_skipped_at_the_next_anchor(url: str) -> None:
+    live = state(0)
+    writer = UpdateWriter(live, url, anchor_every=3)
+    publish(writer, live, range(2))
+    server = empty()
+    with follow(server, url) as follower:
+        assert follower.poll().step == 1
+        publish(writer, live, range(2, 3))
+        fsspec.filesystem("memory").rm(f"{url.removeprefix('memory:/')}/step-00000002.pxd")
+        assert follower.poll().step == 1
+        publish(writer, live, range(3, 5))
+        found = follower.poll()
+        assert [path.name for path in found.applied] == ["anchor-00000003.pxd", "step-00000004.pxd"]
+        assert bytes_of(server) == bytes_of(state(4))
+
+
+def test_a_link_that_is_down_changes_nothing_and_is_tried_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    system = fsspec.filesystem("memory")
+    live, server = state(0), empty()
+    writer, follower = UpdateWriter(live, url), follow(server, url)
+    publish(writer, live, range(1))
+    follower.poll()
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the link is down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(system), "mv", broken)
+        live.update(state(1))
+        with pytest.raises(OSError, match="the link is down"):
+            writer.step()
+    assert writer.step_number == 0
+    assert writer.step().step == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(type(system), "ls", broken)
+        found = follower.poll()
+        assert found.step == 0
+        assert "the link is down" in found.waiting[Path(url)]
+    assert follower.poll().step == 1
+    assert bytes_of(server) == bytes_of(state(1))
+
+
+def test_two_trainers_at_one_url_are_noticed(url: str) -> None:
+    live, other = state(0), state(0)
+    first = UpdateWriter(live, url)
+    publish(first, live, range(1))
+    second = UpdateWriter(other, url)
+    publish(first, live, range(1, 2))
+    other.update(state(7))
+    with pytest.raises(FileExistsError, match="another process publishes there"):
+        second.step()
+    assert second.step_number == 0
+
+
+def test_models_in_pieces_and_unknown_kinds_of_url_are_refused(url: str) -> None:
+    from peraxis_format.torch import Shard
+
+    with pytest.raises(LiveModelError, match="folder that all ranks see"):
+        follow(state(0), url, shards={"a": Shard(0, 0, 2)})
+    with pytest.raises(ValueError, match="folder that all ranks see"):
+        ShardedUpdateWriter(state(0), url)
+    with pytest.raises(LiveModelError, match="nonsense://x"):
+        follow(state(0), "nonsense://x")
