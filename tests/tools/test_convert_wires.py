@@ -251,7 +251,7 @@ VALUES = torch.zeros(3, dtype=torch.bfloat16)
     [
         ({"indices": torch.tensor([0, 6144, 2], dtype=torch.int32), "values": VALUES}, r"index 6144 at 1 is outside"),
         ({"indices": torch.tensor([0, 1, -2], dtype=torch.int32), "values": VALUES}, r"index -2 at 2 is outside"),
-        ({"indices": torch.tensor([5, 1, 5], dtype=torch.int32), "values": VALUES}, r"index 5 at 2 is named twice"),
+        ({"indices": torch.tensor([5, 1, 5], dtype=torch.int32), "values": VALUES}, r"index 5 at 2 occurs twice"),
         ({"indices": torch.tensor([5, 1], dtype=torch.int32), "values": VALUES}, r"I32 \[2\] for 3 values"),
         ({"indices": torch.tensor([5.0, 1.0, 2.0]), "values": VALUES}, r"F32 \[3\] for 3 values"),
         ({"indices": torch.tensor([5, 1, 2], dtype=torch.int32), "values": VALUES.float()}, r"values are F32, .* BF16"),
@@ -296,7 +296,7 @@ def edited_payload(path: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
         ({"value_group": 7}, "value_group is 7"),
         ({"value_end": 1 << 40}, "are not within group 0"),
         ({"value_start": -1}, "value_start is -1"),
-        ({"index_end": 1 << 30}, r"locations \d+ to 1073741824 are no gaps"),
+        ({"index_end": 1 << 30}, r"locations \d+ to 1073741824 are not gaps"),
         ({"index_encoding": "varint"}, "index_encoding is 'varint'"),
         ({"operation": "add"}, "operation is 'add'"),
         ({"dtype": "float16"}, "is float16"),

@@ -56,9 +56,9 @@ Progress = Staged
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressResult:
-    """The result of `compress`. Sizes are bytes. notes: modules that did not get what was planned, and the reason.
-    exact_blocks: blocks of exact modules by how they are stored (SPEC 5.6), chosen for `prefer`.
-    unread_tokens: special tokens that the calibration text does not hold, so that no fit knows what they do."""
+    """The result of `compress`. Sizes are bytes. notes: modules that differ from the plan, and the reason.
+    exact_blocks: blocks of exact modules by mode (SPEC 5.6), chosen for `prefer`.
+    unread_tokens: special tokens that are not in the calibration text, so that no fit covers them."""
 
     path: Path
     content_id: str
@@ -211,7 +211,7 @@ def _write(
 ) -> tuple[Manifest, int, Mapping[str, int]]:
     """Write the file, unless it saves too little.
 
-    Returns its manifest, its bytes, and how the blocks of its exact modules are stored.
+    Returns its manifest, its size in bytes, and the modes of the blocks of its exact modules.
     """
     planned = fit.plan
     reports: dict[str, ModuleReport] = {}
@@ -263,7 +263,7 @@ def _write(
 def _result(
     output: Path, manifest: Manifest, size: int, blocks: Mapping[str, int], fit: RunFit, options: CompressOptions
 ) -> CompressResult:
-    """What there is to say of a written file."""
+    """The result for a written file."""
     counts = Counter(module.encoding for module in manifest.modules)
     axes = Counter(component.axis.value for module in manifest.modules for component in module.components)
     return CompressResult(
