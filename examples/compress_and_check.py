@@ -1,4 +1,4 @@
-"""Compress a fine-tune, look at the file, and prove that it rebuilds on its base.
+"""Compress a fine-tune, inspect the file, and verify it with its base.
 
     python examples/compress_and_check.py BASE FINE_TUNED DELTA [CALIBRATION]
 

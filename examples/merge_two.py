@@ -2,8 +2,8 @@
 
     python examples/merge_two.py DELTA DELTA MERGED [BASE]
 
-The sum keeps every mask, so that it is exact but for one rounding of the scales to F16. BASE is needed where the two
-store different exact tensors, as norms are.
+The sum keeps every mask, so it is exact except for one rounding of the scales to F16. BASE is needed if the two have
+different exact tensors, such as norms.
 """
 
 import sys
@@ -12,7 +12,7 @@ import peraxis
 
 
 def main(first: str, second: str, merged: str, base: str | None = None) -> None:
-    """Merge with equal weights, and say how far the result is from the first one."""
+    """Merge with equal weights, and print the distance of the result to the first one."""
     made = peraxis.merge([first, second], merged, weights=[0.5, 0.5], base=base, overwrite=True)
     print(f"{made.bytes:,} bytes, at most {made.masks_max} masks a module, {made.content_id}")
     found = peraxis.diff(first, merged, base=base)

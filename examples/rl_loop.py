@@ -4,10 +4,10 @@
     python examples/rl_loop.py server chain --until 200       # in another
     python examples/rl_loop.py both chain --steps 60          # or both at once
 
-The policy is a small recurrent network in binary32; the server runs it in BF16. It writes numbers, and is paid for each
-one that is the one before it plus one. The trainer publishes an exact update after every step; the server proves and
-applies each, and prints what its own samples earn. Kill either and start it again: the trainer goes on from its last
-checkpoint and the chain from its last update, and the server catches up.
+The policy is a small recurrent network in binary32; the server runs it in BF16. It samples numbers, and the reward counts
+those that are one more than the number before. The trainer publishes an exact update after every step; the server checks
+and applies each, and prints the reward of its own samples. If either is killed and started again, the trainer continues
+from its last checkpoint, the chain from its last update, and the server catches up.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Policy(nn.Module):
         self.head = nn.Linear(128, VOCABULARY, dtype=dtype)
 
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Sequences [count, LENGTH] and the log-probabilities of their numbers but the first."""
+        """Sequences [count, LENGTH] and the log-probabilities of their numbers except the first."""
         number = torch.randint(VOCABULARY, (count,), generator=generator)
         hidden = self.head.weight.new_zeros(count, 128)
         numbers, logs = [number], []
@@ -51,12 +51,12 @@ class Policy(nn.Module):
 
 
 def reward(numbers: Tensor) -> Tensor:
-    """1 for each number that is the one before it plus one: [count, LENGTH - 1]."""
+    """1 for each number that is one more than the number before: [count, LENGTH - 1]."""
     return (numbers[:, 1:] == (numbers[:, :-1] + 1) % VOCABULARY).float()
 
 
 def train(folder: Path, steps: int, rate: float) -> None:
-    """Learn, publish, save; a killed trainer goes on from its last checkpoint."""
+    """Learn, publish, save; a killed trainer continues from its last checkpoint."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     policy = Policy()
@@ -108,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A trainer and a server, joined by a folder of exact updates.")
     parser.add_argument("role", choices=("trainer", "server", "both"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=200, help="What the trainer learns for.")
+    parser.add_argument("--steps", type=int, default=200, help="The number of training steps.")
     parser.add_argument("--until", type=int, help="The published step that ends the server.")
     parser.add_argument("--rate", type=float, default=3e-3)
     given = parser.parse_args()
