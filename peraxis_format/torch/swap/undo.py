@@ -9,6 +9,9 @@ it depends on base and variant alone.
 
 Weights are moved a stretch of rows at a time. The stretches that are a variant's are counted, and the old bits of a
 stretch that is being written are held until it is, so that a swap that fails anywhere can be taken back from there.
+
+Rejected: the exact difference of variant and base as the log. For one mask with scales of 1% of the weights' spread it
+has 28% of the weights' bytes (written for size); the exceptions to subtraction have 0.8% (written for speed 1.3%).
 """
 
 from __future__ import annotations
