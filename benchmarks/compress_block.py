@@ -21,7 +21,8 @@ from typing import Any, Final
 import torch
 from harness import Benchmark, Timing
 
-from peraxis_tools.compress.fit.fit import FitOptions, Matrix, fit_matrices
+from peraxis_tools.compress.fit.choice import fit_matrices
+from peraxis_tools.compress.fit.fit import FitOptions, Matrix
 from peraxis_tools.compress.fit.moments.sums import Moments, Statistics
 
 __all__ = ["SHAPES", "Block", "one_block"]
@@ -224,7 +225,10 @@ def _copy(moments: Moments) -> Moments:
 
 def _fit_work(d_in: int, outs: Sequence[int], options: FitOptions) -> tuple[float, float]:
     """(float32, float64) operations of the fits of a stage."""
-    scales = options.rounds + 2
-    single = 8 + 10 + 1 + options.rounds * (2 + 2 * options.sweeps) + 4 * scales
-    metrics = (1 / 3 + 2) * 2 + (1 / 3 + 1)
-    return float(single) * sum(outs) * d_in**2, float(d_in) ** 3 * (metrics + len(outs) * scales / 3)
+    rounds, sweeps = options.rounds, options.sweeps
+    whole = 13 + rounds * (2 + 2 * sweeps + 4)  # a product with each row: 2 d_in^2
+    trial = 34  # of the candidates, on some rows
+    some = [len(range(0, d_out, max(1, d_out // 256))) for d_out in outs]
+    solved = 2 * sum(min(d_out, d_in) for d_out in (*outs, *some))
+    cubes = 2 + len(outs) * (rounds + 4) / 3
+    return (whole * sum(outs) + trial * sum(some)) * float(d_in) ** 2, float(d_in) ** 2 * (cubes * d_in + solved)

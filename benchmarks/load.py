@@ -37,7 +37,7 @@ import peraxis_format as pf
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch import VariantSwitch
 from peraxis_format.torch.ring import DEPTH
-from peraxis_format.torch.swap.payload import Reads, read_transfer
+from peraxis_format.torch.swap.payload import read_transfer
 
 PRESETS = {
     "8b": {"layers": 32, "hidden": 4096, "mlp": 14336, "kv": 1024, "vocab": 128256},
@@ -215,7 +215,7 @@ class Run:
         def run() -> None:
             for index, transfer in enumerate(payload.transfers):
                 slot = ring.host[index % DEPTH]
-                read_transfer(payload.delta, transfer, slot, workers, Reads())
+                read_transfer(payload.delta, transfer, slot, workers)
 
         with ThreadPool() as workers:
             timing = self.timed(run)

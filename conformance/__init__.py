@@ -1,4 +1,4 @@
-"""The conformance kit of the PXD format: a corpus, and a runner that holds any loader to it.
+"""The conformance kit of the PXD format: a corpus, and a runner that tests any loader with it.
 
 Standard library only; it shares no code with the reference library.
 """

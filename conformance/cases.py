@@ -62,14 +62,14 @@ class Case:
 
 
 class Corpus:
-    """A folder of cases. `path(case, role)` gives a file's path, made in `scratch` where it is not stored."""
+    """A folder of cases. `path(case, role)` gives a file's path; a file that is not stored is made in `scratch`."""
 
     def __init__(self, root: Path = ROOT, *, scratch: Path | None = None) -> None:
         self.root = root
         self.scratch = scratch
         self._lock = threading.Lock()
         if not (root / "cases.jsonl").is_file():
-            raise CorpusError(f"{root} holds no corpus; it is in the repository: pass --corpus REPOSITORY/conformance")
+            raise CorpusError(f"{root} has no corpus; it is in the repository: pass --corpus REPOSITORY/conformance")
         with open(root / "cases.jsonl", encoding="utf-8") as lines:
             self.cases = tuple(Case.parse(line) for line in lines)
 
@@ -84,7 +84,7 @@ class Corpus:
         if isinstance(given, str):
             path = self.root / given
         else:
-            with self._lock:  # Two threads may want the same made file.
+            with self._lock:  # Two threads may need the same file.
                 path = self._derived(case, role, given)
         if role in case.sha256 and not self._is_made(given):
             self._check(path, case.sha256[role])
@@ -156,7 +156,7 @@ def rewrite(path: Path, files: Mapping[str, Any]) -> None:
 
 
 def materialise(given: Mapping[str, Any], root: Path, target: Path) -> None:
-    """Make what a case describes instead of storing it: a cut, a large file, or no regular file at all."""
+    """Make a file that a case describes instead of storing it: a cut, a large file, or a file that is not regular."""
     temporary = target.with_name(f"{target.name}.part")
     if "truncate" in given:
         temporary.write_bytes((root / given["of"]).read_bytes()[: given["truncate"]])
@@ -178,7 +178,7 @@ def materialise(given: Mapping[str, Any], root: Path, target: Path) -> None:
 
 
 def sparse(source: Path, target: Path, size: int) -> None:
-    """A file with a hole at its end; few file systems take one of 2^53 bytes."""
+    """A file with a hole at its end; few file systems support one of 2^53 bytes."""
     try:
         shutil.copyfile(source, target)
         os.truncate(target, size)

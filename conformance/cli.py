@@ -23,7 +23,7 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
-        prog="peraxis-conformance", description="Hold a loader or writer of PXD files to SPEC.md."
+        prog="peraxis-conformance", description="Test a loader or writer of PXD files against SPEC.md."
     )
     verbs = made.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser(
@@ -35,15 +35,15 @@ def parser() -> argparse.ArgumentParser:
         "--adapter", required=True, action="append", help='the command, for example "node adapter.js"; may be repeated'
     )
     run.add_argument(
-        "--jobs", "-j", type=positive, default=os.cpu_count() or 1, help="processes at a time (default: one a core)"
+        "--jobs", "-j", type=positive, default=os.cpu_count() or 1, help="processes at a time (default: one per core)"
     )
-    run.add_argument("--no-serve", action="store_true", help="one process a case even where the adapter offers serve")
+    run.add_argument("--no-serve", action="store_true", help="one process per case even if the adapter offers serve")
     run.add_argument("--stop", action="store_true", help="stop at the first failure")
     run.add_argument(
         "--address-space",
         type=positive,
         metavar="MIB",
-        help="RLIMIT_AS of each process; not for run-times that reserve much",
+        help="RLIMIT_AS of each process; not for run-times that reserve much address space",
     )
     run.add_argument("--json", type=Path, metavar="FILE", help="write a JSON report")
     run.add_argument("--junit", type=Path, metavar="FILE", help="write a JUnit XML report")
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         "--verbose-codes", action="store_true", help="name rejections with another code than the recommended one"
     )
     show = verbs.add_parser("list", help="name the cases")
-    show.add_argument("--json", action="store_true", help="one JSON object a line")
+    show.add_argument("--json", action="store_true", help="one JSON object per line")
     for verb in (run, show):
         verb.add_argument(
             "--case", action="append", default=[], metavar="GLOB", help="only cases whose id matches; may be repeated"
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report.show_list(corpus_of(given).select(given.case, given.skip), as_json=given.json)
         else:
             report.show(f"{Corpus().copy(given.directory)} cases in {given.directory}")
-    except BrokenPipeError:  # the reader of the report has left, as `head` does
+    except BrokenPipeError:  # the reader of the report closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (AdapterError, CorpusError, OSError, ValueError) as error:

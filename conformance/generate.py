@@ -1,10 +1,10 @@
 """Write the corpus: valid/ invalid/ hostile/ apply/ encode/ and cases.jsonl.
 
     python -m peraxis_conformance.generate [DIR]       write
-    python -m peraxis_conformance.generate --check     compare with what stands in the package
+    python -m peraxis_conformance.generate --check     compare with the corpus in the package
 
-Standard library and integers only; the reference writer has no part in it. The same version of this program
-writes the same bytes everywhere. A released corpus is immutable: later versions add cases.
+It uses the standard library and integers only, and not the reference writer. The same version of this program writes
+the same bytes everywhere. A released corpus is immutable; later versions add cases.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .generator.hostile import hostile
 from .generator.kinds import applied_kinds, golden_kinds, refused_kinds
 from .generator.large import large
 from .generator.manifest import manifest
+from .generator.packed import applied_packed, encoded_packed, golden_packed, refused_packed
 from .generator.payload import payload
 from .generator.profile import profile
 from .generator.update_faults import refused_bindings, refused_updates
@@ -41,7 +42,7 @@ SUFFIX = {"file": ".pxd", "base": ".base.safetensors", "output": ".out.safetenso
 
 
 def boundaries(file: bytes) -> list[int]:
-    """Where the structure of a file has a seam: N, magic, JSON, header, the end of each tensor, the last byte."""
+    """The offsets where a part of a file ends: N, magic, JSON, header, each tensor, the last byte."""
     start = 8 + int.from_bytes(file[:8], "little")
     header = file[8:start]
     ends = {start + record["data_offsets"][1] for name, record in json.loads(header).items() if name != "__metadata__"}
@@ -74,14 +75,14 @@ def golden() -> Iterator[tuple[str, Entry]]:
 def corpus() -> Iterator[tuple[str, Entry]]:
     """(folder, entry) of every case, in the order of cases.jsonl."""
     yield from golden()
-    for group in (golden_kinds, golden_updates):
+    for group in (golden_kinds, golden_packed, golden_updates):
         yield from (("valid", entry) for entry in group())
-    for group in (container, manifest, profile, payload, refused_kinds, refused_updates):
+    for group in (container, manifest, profile, payload, refused_kinds, refused_packed, refused_updates):
         yield from (("invalid", entry) for entry in group())
     yield from (("hostile", entry) for entry in hostile())
-    for group in (applied, applied_kinds, applied_updates, refused_bindings):
+    for group in (applied, applied_kinds, applied_packed, applied_updates, refused_bindings):
         yield from (("apply", entry) for entry in group())
-    for group in (encoded, encoded_updates):
+    for group in (encoded, encoded_packed, encoded_updates):
         yield from (("encode", entry) for entry in group())
 
 
@@ -94,7 +95,7 @@ def stored(folder: str, entry: Entry, role: str) -> str:
 
 
 def derived(value: Cut | Made | Special) -> dict[str, Any]:
-    """How the runner makes a file that is not stored."""
+    """The description of a file that the runner makes."""
     if isinstance(value, Cut):
         return {"truncate": value.length, "of": f"{value.source}.pxd"}
     if isinstance(value, Made):
@@ -152,7 +153,7 @@ def everything() -> dict[str, bytes]:
 
 
 def differences(root: Path, files: dict[str, bytes]) -> list[str]:
-    """Paths that are missing, differ, or should not be there, sorted."""
+    """The sorted paths that are missing, differ, or should not exist."""
     wrong = [path for path, data in files.items() if not (root / path).is_file() or (root / path).read_bytes() != data]
     there = (path for folder in FOLDERS for path in (root / folder).rglob("*") if path.is_file())
     extra = (path.relative_to(root).as_posix() for path in there)

@@ -1,4 +1,4 @@
-"""Compare what an adapter made with what it must make; each function returns what differs, or nothing."""
+"""Compare an adapter's result with the expected one; each function returns the difference, or an empty text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["compare_decoded", "compare_dump", "compare_tensors"]
 
 
 def compare_decoded(expected: Mapping[str, Any], said: Mapping[str, Any]) -> str:
-    """Every key that the case names must have its value; an adapter may say more."""
+    """Every key of the case must have its value; an adapter may add keys."""
     return difference(expected, said, "")
 
 
@@ -54,7 +54,7 @@ def hashed(path: Path, sha256: str) -> str:
 
 
 def tensors(file: bytes) -> dict[str, tuple[str, list[int], bytes]]:
-    """name -> (dtype, shape, bytes) of a safetensors file. Raises ValueError or KeyError if it is none."""
+    """name -> (dtype, shape, bytes) of a safetensors file. Raises ValueError or KeyError for another file."""
     length = int.from_bytes(file[:8], "little")
     header, data = json.loads(file[8 : 8 + length]), file[8 + length :]
     made = {}

@@ -1,4 +1,4 @@
-"""A pytest plugin: one test a case.
+"""A pytest plugin: one test for each case.
 
     pytest -p peraxis_conformance.plugin --pxd-adapter "node adapter.js" --pyargs peraxis_conformance.suite
 
@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every test that asks for `pxd_case` runs once for each case."""
+    """Every test with the argument `pxd_case` runs once for each case."""
     if "pxd_case" in metafunc.fixturenames:
         chosen = Corpus().select(metafunc.config.getoption("pxd_case"), metafunc.config.getoption("pxd_skip"))
         metafunc.parametrize("pxd_case", chosen, ids=lambda case: case.id)

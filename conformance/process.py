@@ -1,4 +1,4 @@
-"""One process of an adapter: started, watched for time and memory, ended."""
+"""Run one process of an adapter with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LARGEST_REPLY = 64 << 20
 
 
 class AdapterError(Exception):
-    """The adapter cannot be run at all."""
+    """The adapter cannot be run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """What came back: an exit status and a JSON value, or a problem. error: the last line of standard error.
+    """The reply: an exit status and a JSON value, or a problem. error: the last line of standard error.
 
-    mib: the peak of resident memory, where the system tells.
+    mib: the peak of resident memory, if the system gives it.
     """
 
     exit: int = -1
@@ -47,7 +47,7 @@ def parse(raw: bytes) -> Any:
 
 
 def last_line(stream: Any) -> str:
-    """The last line of standard error, of those that speak of an error if there are any; it is shown, never judged."""
+    """The last line of standard error, preferably one about an error; it is shown but not judged."""
     stream.seek(max(0, stream.seek(0, os.SEEK_END) - 4096))
     lines = [line.strip() for line in stream.read().decode("utf-8", "replace").split("\n") if line.strip()]
     last: str = ([line for line in lines if "error" in line.lower()] or lines or [""])[-1]
@@ -62,7 +62,7 @@ def start(command: Sequence[str], **streams: Any) -> subprocess.Popen[bytes]:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """End the process and what it started: it leads a session of its own."""
+    """End the process and its children, which are in its own session."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
@@ -71,7 +71,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def resident_peak(pid: int) -> int | None:
-    """The peak of resident memory in MiB, where the system tells (Linux)."""
+    """The peak of resident memory in MiB, if the system gives it (Linux)."""
     try:
         text = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -96,7 +96,7 @@ def over(mib: int, peak: int | None) -> str:
 
 
 def call(command: Sequence[str], *, seconds: float, mib: int, address_space_mib: int | None = None) -> Reply:
-    """Run one command to its end, its time-out or its memory limit."""
+    """Run one command until it ends or reaches its time or memory limit."""
     started = time.monotonic()
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         limit = limit_address_space(address_space_mib)
@@ -104,8 +104,8 @@ def call(command: Sequence[str], *, seconds: float, mib: int, address_space_mib:
         pause, problem = 0.0005, ""
         peaks = [0]
         while not problem:
-            # Peak memory is read while the process lives; what wait4 says after it ended also counts the
-            # memory of the process that started it.
+            # Peak memory is read while the process lives, because wait4's value also counts the memory of the
+            # process that started it.
             peak = resident_peak(process.pid)
             peaks.append(peak or 0)
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
@@ -134,7 +134,7 @@ def call(command: Sequence[str], *, seconds: float, mib: int, address_space_mib:
 
 
 def ended_peak(maxrss: int) -> int | None:
-    """ru_maxrss in MiB, unless it may be what this process itself used when it started the other."""
+    """ru_maxrss in MiB, unless it may be the memory of this process when it started the other."""
     import resource
 
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -154,7 +154,7 @@ class Server:
         return self._process.poll() is None
 
     def ask(self, arguments: Sequence[str], *, seconds: float, mib: int) -> Reply:
-        """One request. The process is ended where it is late, dead or over its memory."""
+        """Send one request. The process is ended if it is late, dead or over its memory limit."""
         started = time.monotonic()
         self._number += 1
         self._reset_peak()
@@ -180,7 +180,7 @@ class Server:
         return Reply(exit=said["exit"], result=said.get("result"), seconds=elapsed, mib=peak)
 
     def _line(self, deadline: float, mib: int) -> bytes | str:
-        """The next line; text where there is none to come."""
+        """The next line as bytes; a text with the problem if there is none."""
         stream = self._process.stdout
         descriptor = stream.fileno() if stream else -1
         while b"\n" not in self._buffer:
@@ -201,14 +201,14 @@ class Server:
         return line
 
     def _reset_peak(self) -> None:
-        """Let the peak of memory begin anew with this request (Linux)."""
+        """Reset the peak of memory for this request (Linux)."""
         try:
             Path(f"/proc/{self._process.pid}/clear_refs").write_text("5")
         except OSError:
             return
 
     def close(self) -> None:
-        """End of input, then a moment to leave, then a signal."""
+        """Close its input, wait a moment, then send a signal."""
         for stream in (self._process.stdin, self._process.stdout):
             if stream:
                 stream.close()

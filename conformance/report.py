@@ -1,4 +1,4 @@
-"""A summary as text, JSON or JUnit XML; the only place of the kit that writes to the terminal."""
+"""A summary as text, JSON or JUnit XML; only this module of the kit writes to the terminal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def show(text: str) -> None:
 
 
 def show_case(outcome: Outcome, *, verbose: bool) -> None:
-    """A case as it ends: failures always, the others if asked for."""
+    """Show a finished case: always if it failed, otherwise on request."""
     if outcome.status == "failed":
         note = f" ({outcome.case.note})" if outcome.case.note else ""
         show(f"FAIL {outcome.case.id}  SPEC {outcome.case.clause}: {escaped(outcome.detail)}{note}")
@@ -42,7 +42,7 @@ def show_case(outcome: Outcome, *, verbose: bool) -> None:
 
 
 def show_summary(summary: Summary) -> None:
-    """Totals, what was not run and why, and the badge line."""
+    """Show totals, the cases that were not run with the reason, and the badge line."""
     named = f"{escaped(summary.caps.implementation)} {escaped(summary.caps.version)}"
     parts = [f"{summary.count(status)} {status}" for status in ("passed", "failed", "unsupported", "skipped")]
     show(f"{named}: {', '.join(parts)} in {summary.seconds:.1f} s")
@@ -117,7 +117,7 @@ def adapter_dict(summary: Summary) -> dict[str, Any]:
 
 
 def as_junit(summaries: Iterable[Summary]) -> str:
-    """JUnit XML: one suite an adapter, one test case a case."""
+    """JUnit XML: one suite for each adapter, one test case for each case."""
     suites = [line for summary in summaries for line in junit_suite(summary)]
     return "\n".join(['<?xml version="1.0" encoding="UTF-8"?>', "<testsuites>", *suites, "</testsuites>", ""])
 

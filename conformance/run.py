@@ -1,9 +1,9 @@
-"""Run an adapter over cases and judge what it says.
+"""Run an adapter over cases and judge its replies.
 
     case -> arguments -> process or served line -> Reply -> judge -> Outcome
 
-An adapter is any command (README.md, protocol v1). Its stderr is never judged. It runs in a process of its own
-that is watched for time and memory.
+An adapter is any command (README.md, protocol v1). Its stderr is not judged. It runs in a separate process with limits
+on time and memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SCRATCH_MIB = 1536
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caps:
-    """What an adapter says of itself."""
+    """An adapter's capabilities, by its own report."""
 
     implementation: str
     version: str
@@ -44,7 +44,7 @@ class Caps:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """How one case went. status: passed, failed, unsupported (the adapter does not offer it), or skipped."""
+    """The outcome of one case. status: passed, failed, unsupported (the adapter does not offer it), or skipped."""
 
     case: Case
     status: str
@@ -82,7 +82,7 @@ class Summary:
 
 
 class Adapter:
-    """A command with its capabilities; `serve` is used where offered."""
+    """A command with its capabilities; `serve` is used if it is offered."""
 
     def __init__(self, command: Sequence[str], *, serve: bool = True, address_space_mib: int | None = None) -> None:
         self.command = list(command)
@@ -112,9 +112,9 @@ class Adapter:
             raise AdapterError(f"`caps` lacks {error}") from None
 
     def ask(self, case: Case, arguments: Sequence[str]) -> Reply:
-        """One operation. The first case of each kind runs as a command even where the adapter serves."""
+        """Run one operation. The first case of each kind runs as a command even if the adapter serves."""
         kind = (case.operation, case.accepts)
-        # What a large case leaves in a served process would count against the next one.
+        # The memory of a large case in a served process would count for the next one.
         if not self._serves or kind not in self._proven or case.mib > ROOMY_MIB:
             self._proven.add(kind)
             return call(
@@ -172,7 +172,7 @@ def prepare(adapter: Adapter, corpus: Corpus, case: Case, folder: Path) -> tuple
 
 
 def judge(corpus: Corpus, case: Case, reply: Reply, output: Path, dump: Path | None) -> str:
-    """What is wrong with a reply, or nothing."""
+    """The fault of a reply, or an empty text."""
     if reply.problem:
         return reply.problem
     if reply.exit == UNSUPPORTED:
@@ -208,7 +208,7 @@ def judge(corpus: Corpus, case: Case, reply: Reply, output: Path, dump: Path | N
 
 
 def left_behind(folder: Path, output: Path, dump: Path | None) -> str:
-    """What stands beside the output and is none of it."""
+    """The names of other files beside the output, as a problem."""
     others = sorted(path.name for path in folder.iterdir() if path not in (output, dump))
     return f"left {', '.join(others)} beside the output" if others else ""
 
@@ -223,7 +223,7 @@ def first_difference(expected: bytes, made: bytes) -> str:
 
 
 def scratch_folder() -> str | None:
-    """Memory where the system offers enough: there alone does a file of 2^53 bytes fit, and it is fast."""
+    """A folder in memory if there is one: only there a file of 2^53 bytes is possible, and it is fast."""
     memory = "/dev/shm"
     roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > SCRATCH_MIB << 20
     return memory if roomy else None
@@ -231,7 +231,7 @@ def scratch_folder() -> str | None:
 
 @contextlib.contextmanager
 def laid_out(root: Path | None = None) -> Iterator[Corpus]:
-    """The corpus with a scratch folder for what it does not store."""
+    """The corpus with a scratch folder for files that it does not store."""
     with tempfile.TemporaryDirectory(prefix="pxd-conformance-", dir=scratch_folder()) as scratch:
         yield Corpus(root, scratch=Path(scratch)) if root else Corpus(scratch=Path(scratch))
 
@@ -245,7 +245,7 @@ def run_cases(
     stop_at_first: bool = False,
     progress: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Summary:
-    """Run the cases; the outcomes stand in their order. Ends the adapter. Raises CorpusError if a file is damaged."""
+    """Run the cases; outcomes are in their order. Ends the adapter. Raises CorpusError if a file is damaged."""
     started = time.monotonic()
     stop = threading.Event()
 

@@ -10,5 +10,5 @@ __all__ = ["test_adapter_conforms"]
 
 
 def test_adapter_conforms(pxd_case: Case, pxd_run: Callable[[Case], None]) -> None:
-    """The adapter does with this case what SPEC.md asks for."""
+    """The adapter handles this case as SPEC.md requires."""
     pxd_run(pxd_case)

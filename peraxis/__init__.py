@@ -7,7 +7,7 @@
         print(delta)
     model, tokenizer = peraxis.load("me/delta")                   # a transformers model; its manifest names the base
 
-Every name is imported when it is first used: importing this package loads numpy at most. docs/api.md lists signatures.
+A name is imported at its first use, so importing this package loads at most numpy. docs/api.md lists signatures.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from peraxis_tools.split import split
     from peraxis_tools.verify import verify
 
-# Sorted as a person meets them: make and read a file, get weights from it, work with several, send it on.
+# In the usual order of use: make and read a file, get weights from it, work with several, publish it.
 __all__ = [
     "compress",
     "open",

@@ -16,14 +16,14 @@ __all__ = ["check_base", "check_base_bytes", "check_base_digest", "check_base_na
 
 
 def check_base_names(manifest: Manifest, base: Safetensors) -> None:
-    """Every base tensor is there, by name, dtype and shape. Reads headers only.
+    """Check that the base has every tensor, by name, dtype and shape. Reads headers only.
 
     Raises BindingError: E401, E402 (SPEC 7.1), E403 (SPEC 7.2).
     """
     bound = [module for module in manifest.modules if module.base is not None]
     missing = [module.name for module in bound if module.name not in base]
     if bound and len(missing) == len(bound):
-        fail("E401", f"{base.label} has no {missing[0]!r}, nor any other of {len(missing)}")
+        fail("E401", f"{base.label} has none of {len(missing)} base tensors, for example {missing[0]!r}")
     if missing:
         fail("E402", f"{base.label} has no {missing[0]!r} ({len(missing)} of {len(bound)} missing)")
     for module in bound:
@@ -31,7 +31,7 @@ def check_base_names(manifest: Manifest, base: Safetensors) -> None:
 
 
 def check_base_tensor(module: ModuleEntry, found: TensorInfo) -> None:
-    """One base tensor has the dtype and shape that its module names (SPEC 7.2)."""
+    """Check the dtype and shape of one base tensor (SPEC 7.2)."""
     wanted = module.base
     if wanted is not None and (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
         fail(
@@ -42,13 +42,13 @@ def check_base_tensor(module: ModuleEntry, found: TensorInfo) -> None:
 
 
 def check_base_digest(module: ModuleEntry, sha256: str) -> None:
-    """One base tensor has the bytes that its module names (SPEC 7.3). sha256: hex digest of its raw bytes."""
+    """Check the bytes of one base tensor (SPEC 7.3). sha256: hex digest of its raw bytes."""
     if module.base is not None and sha256 != module.base.sha256:
         fail("E404", field=module.name)
 
 
 def check_base_bytes(module: ModuleEntry, tensor: Array) -> None:
-    """`check_base_digest` on a contiguous storage array: the very bytes that are about to be used."""
+    """`check_base_digest` on a contiguous storage array, so that the checked bytes are those that are used."""
     check_base_digest(module, hashlib.sha256(raw_bytes(tensor)).hexdigest())
 
 
@@ -61,7 +61,7 @@ def check_base(
 ) -> None:
     """Step 12 for the whole file: names, dtypes, shapes, then digests on several threads.
 
-    Raises the BindingError that stands first in the file.
+    Raises the BindingError of the first failing module in file order.
     """
     check_base_names(manifest, base)
     bound = [module for module in manifest.modules if module.base is not None]

@@ -33,7 +33,7 @@ def unpack_signs(mask: NDArray[np.uint8], d_in: int) -> NDArray[np.bool_]:
     Raises ShapeError if the width of the mask is not that of d_in.
     """
     if mask.shape[-1] != mask_width(d_in):
-        raise ShapeError(f"a mask of {mask.shape[-1]} bytes a row is not one of {d_in} weights")
+        raise ShapeError(f"a mask of {mask.shape[-1]} bytes per row does not match {d_in} weights")
     return np.unpackbits(mask, axis=-1, count=d_in, bitorder="little").view(np.bool_)
 
 

@@ -1,4 +1,4 @@
-"""Canonical JSON out: the subset of RFC 8785 without floats (SPEC 3.2). strict_json.py reads it."""
+"""Write canonical JSON: the subset of RFC 8785 without floats (SPEC 3.2). strict_json.py reads it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _write(value: Json, out: Callable[[str], object]) -> None:
 def canonical_json(value: Json) -> bytes:
     """Write canonical JSON: RFC 8785 over null, booleans, integers, strings, arrays and objects.
 
-    Raises TypeError for anything else (floats among it), ValueError for integers beyond 2^53 - 1 and
+    Raises TypeError for other types (also floats), ValueError for integers beyond 2^53 - 1 and
     UnicodeEncodeError (a ValueError) for unpaired surrogates.
     """
     parts: list[str] = []

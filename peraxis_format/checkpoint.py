@@ -1,8 +1,8 @@
-"""Plain safetensors checkpoints, read: names, dtypes, shapes, and rows of tensors, straight from the shards.
+"""Read plain safetensors checkpoints: names, dtypes, shapes, and rows of tensors, from the shards.
 
-Reads go into buffers of their own, never through a map of the whole file: what a streaming program holds in
-memory is then what it asked for. A checkpoint is a foreign file, so its parser is as lenient as safetensors'
-own where that is harmless, and refuses what could read outside the file.
+Reads go into new buffers, not through a map of the whole file, so a streaming program uses only the memory that it asks
+for. A checkpoint is not a PXD file, so its parser is as lenient as safetensors' own, but it refuses headers that lead
+outside the file.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class TensorInfo:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size in bytes."""
         return self.end - self.begin
 
 
@@ -63,8 +63,8 @@ class Safetensors:
     def open(cls, path: str | os.PathLike[str]) -> Safetensors:
         """Open a folder, an index, or one file.
 
-        A folder's files are found in transformers' order (checkpoint_files.py); `ignored` says in a sentence each
-        which of its weights are not read. Raises CheckpointError where there is no checkpoint, or a malformed one.
+        A folder's files are found in transformers' order (checkpoint_files.py); `ignored` has a sentence for each
+        weight file that is not read. Raises CheckpointError if there is no checkpoint, or a malformed one.
         """
         path = Path(path)
         return cls(find_files(path), label=str(path))
@@ -87,13 +87,13 @@ class Safetensors:
 
     @property
     def size(self) -> int:
-        """Bytes of all tensors."""
+        """The bytes of all tensors."""
         return sum(info.size for info in self._tensors.values())
 
     def renamed(self, names: Mapping[str, str]) -> Safetensors:
-        """The same tensors, those in `names` under their new names; closed with this one.
+        """The same tensors with the new names of `names`; it is closed with this object.
 
-        Raises CheckpointError where two tensors would have one name.
+        Raises CheckpointError if two tensors would have one name.
         """
         other = copy(self)
         infos = [replace(info, name=names.get(name, name)) for name, info in self._tensors.items()]
@@ -103,9 +103,10 @@ class Safetensors:
         return other
 
     def read(self, name: str, rows: slice | None = None) -> Array:
-        """Read a tensor, or a range of its first dimension, into an array of its own.
+        """Read a tensor, or a range of its first dimension, into a new array.
 
-        Returns a storage array. Raises KeyError, CheckpointError for a file that ends too early.
+        Returns a storage array. Of a packed type (F4, F6) the rows must begin and end at whole bytes. Raises KeyError,
+        CheckpointError for a file that ends too early.
         """
         info = self._tensors[name]
         shape, begin = info.shape, info.begin
@@ -113,10 +114,9 @@ class Safetensors:
             start, stop, step = rows.indices(shape[0])
             if step != 1:
                 raise ValueError("rows must be contiguous")
-            row = info.size // shape[0]
             shape = (max(0, stop - start), *shape[1:])
-            begin += start * row
-        out: Array = np.empty(shape, info.dtype.storage)
+            begin += info.dtype.size_of((start, *shape[1:]))
+        out: Array = np.empty(info.dtype.storage_shape(shape), info.dtype.storage)
         self._read_into(info, raw_bytes(out), begin)
         return out
 
@@ -160,7 +160,7 @@ class Safetensors:
 
 
 def _tensors_of(found: CheckpointFiles, label: str) -> dict[str, TensorInfo]:
-    """Every tensor, from the file that the index gives it to; without an index each stands in one file."""
+    """Every tensor, from the file that the index names; without an index each tensor must be in one file."""
     tensors: dict[str, TensorInfo] = {}
     for file in found.files:
         for info in _read_infos(file):
@@ -170,13 +170,13 @@ def _tensors_of(found: CheckpointFiles, label: str) -> dict[str, TensorInfo]:
                 tensors[info.name] = info
             elif owner != before.file.name:
                 raise CheckpointError(
-                    f"{file}: tensor {info.name!r} is in {before.file.name} too, and no index says which one counts; "
+                    f"{file}: tensor {info.name!r} is in {before.file.name} too, and there is no index; "
                     "pass a folder with one copy of each tensor"
                 )
     lost = next((name for name in found.owners if name not in tensors), None)
     if lost is not None:
         raise CheckpointError(
-            f"{label}: the index gives tensor {lost!r} to {found.owners[lost]}, and no file holds it; "
+            f"{label}: the index places tensor {lost!r} in {found.owners[lost]}, which does not have it; "
             "fetch the checkpoint again"
         )
     return tensors
@@ -195,6 +195,8 @@ def _read_infos(file: Path) -> Iterator[TensorInfo]:
             raise CheckpointError(f"{file}: not a safetensors file, or truncated (header length); fetch it again")
         try:
             header = json.loads(stream.read(length))
+            if not isinstance(header, dict):
+                raise ValueError("it is no object")
             header.pop("__metadata__", None)
             for name, value in header.items():
                 yield _info(name, value, file, 8 + length, size)
@@ -202,18 +204,25 @@ def _read_infos(file: Path) -> Iterator[TensorInfo]:
             raise CheckpointError(f"{file}: malformed safetensors header ({error}); fetch it again") from None
 
 
+def _whole(value: object) -> int:
+    """A number of a header: an integer, and no float or text that could be made one."""
+    if type(value) is not int:
+        raise ValueError(f"{str(value)[:32]!r} is no integer")
+    return value
+
+
 def _info(name: str, value: dict[str, Any], file: Path, data: int, size: int) -> TensorInfo:
     if any("\ud800" <= char <= "\udfff" for char in name):
-        raise CheckpointError(f"{file}: tensor name {name!r} is no valid Unicode; save the checkpoint again")
+        raise CheckpointError(f"{file}: tensor name {name!r} is not valid Unicode; save the checkpoint again")
     if value["dtype"] not in DType.__members__:
         raise CheckpointError(
-            f"{file}: tensor {name!r} has dtype {value['dtype']!r}, which PXD does not carry (SPEC 1); "
+            f"{file}: tensor {name!r} has dtype {value['dtype']!r}, which PXD does not allow (SPEC 1); "
             "save the checkpoint without it or in another dtype"
         )
     dtype = DType(value["dtype"])
-    shape = tuple(int(d) for d in value["shape"])
-    begin, end = (data + int(offset) for offset in value["data_offsets"])
-    if any(d < 0 for d in shape) or end - begin != dtype.size_of(shape) or begin < data:
+    shape = tuple(map(_whole, value["shape"]))
+    begin, end = (data + _whole(offset) for offset in value["data_offsets"])
+    if any(d < 0 for d in shape) or not dtype.fits(shape) or end - begin != dtype.size_of(shape) or begin < data:
         raise ValueError(f"tensor {name!r}: offsets do not fit its shape")
     if end > size:
         raise CheckpointError(f"{file}: ends within tensor {name!r} ({size} of {end} bytes); fetch it again")

@@ -1,10 +1,9 @@
-"""Which files of a folder are the checkpoint: the order in which transformers looks for them.
+"""Find the files of a checkpoint in a folder, in the order of transformers.
 
     transformers_weights of config.json  >  model.safetensors  >  model.safetensors.index.json  >  all *.safetensors
 
-The first that is there is the checkpoint; what it leaves aside is named in `ignored`. Within an index a tensor belongs
-to the file that the index names, wherever else it is stored. Files that hold no safetensors are told apart by their
-first bytes.
+The first that exists is the checkpoint; `ignored` lists the other files. With an index a tensor is read from the file
+that the index names, even if other files have it too. Files of other formats are recognised by their first bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ INDEX_NAME: Final = "model.safetensors.index.json"
 ADAPTER_NAME: Final = "adapter_model.safetensors"
 _INDEX_SUFFIX: Final = ".safetensors.index.json"
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# First bytes of what is taken for a checkpoint, what it is, and what to do.
+# First bytes of files that are not safetensors, the kind of file, and the remedy.
 _FOREIGN: Final = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"),
     (b"GGUF", "a GGUF file; pass the safetensors checkpoint that it was made from"),
@@ -41,8 +40,8 @@ _FOREIGN: Final = (
 class CheckpointFiles:
     """The files of one checkpoint.
 
-    owners: by tensor the name of the file that an index gives it to; empty without an index. ignored: what stands in
-    the folder and is not read, and why, a sentence each.
+    owners: by tensor, the name of the file that an index names; empty without an index. ignored: a sentence for the
+    files of the folder that are not read, with the reason.
     """
 
     files: tuple[Path, ...]
@@ -51,7 +50,7 @@ class CheckpointFiles:
 
 
 def find_files(path: Path) -> CheckpointFiles:
-    """The checkpoint of a folder, of an index, or the one file. Raises CheckpointError where there is none."""
+    """The checkpoint of a folder or an index, or a single file. Raises CheckpointError if there is none."""
     if path.is_dir():
         return _of_folder(path)
     if path.name.endswith(".index.json") and path.is_file():
@@ -62,7 +61,7 @@ def find_files(path: Path) -> CheckpointFiles:
 
 
 def foreign_kind(start: bytes) -> str | None:
-    """What a file is that begins with these bytes, and what to do; None where it may be safetensors."""
+    """The kind of a file with these first bytes, and the remedy; None if it may be safetensors."""
     if start[8:9] == b"{":
         return None
     lowered = start.lstrip()[:32].lower()
@@ -83,7 +82,7 @@ def _of_folder(folder: Path) -> CheckpointFiles:
         return _with_ignored(folder, _indexed(folder / INDEX_NAME), f"{INDEX_NAME} does not list it")
     files = sorted(path for path in folder.glob("*.safetensors") if path.name != ADAPTER_NAME)
     if not files:
-        raise CheckpointError(f"{folder}: holds no safetensors checkpoint; {_hint(folder)}")
+        raise CheckpointError(f"{folder}: has no safetensors checkpoint; {_hint(folder)}")
     return _with_ignored(folder, CheckpointFiles(files=tuple(files)), "it is a LoRA adapter")
 
 
@@ -99,9 +98,9 @@ def _explicit(folder: Path) -> str | None:
 
 def _named(folder: Path, name: str) -> CheckpointFiles:
     if name != Path(name).name:
-        raise CheckpointError(f"{folder}/config.json: transformers_weights names {name!r}, which is no plain file name")
+        raise CheckpointError(f"{folder}/config.json: transformers_weights names {name!r}, not a plain file name")
     if not (folder / name).is_file():
-        raise CheckpointError(f"{folder}/{name}: missing, though config.json names it; fetch the checkpoint again")
+        raise CheckpointError(f"{folder}/{name}: missing, although config.json names it; fetch the checkpoint again")
     return find_files(folder / name)
 
 
@@ -116,12 +115,12 @@ def _indexed(index: Path) -> CheckpointFiles:
     files = tuple(sorted(index.parent / name for name in set(owners.values())))
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"{file}: missing, though {index.name} lists it; fetch the checkpoint again")
+            raise CheckpointError(f"{file}: missing, although {index.name} lists it; fetch the checkpoint again")
     return CheckpointFiles(files=files, owners=owners)
 
 
 def _with_ignored(folder: Path, found: CheckpointFiles, reason: str) -> CheckpointFiles:
-    """The same, naming the other weights and indexes of the folder."""
+    """`found` with a note on the other weights and indexes of the folder."""
     read = {path.name for path in found.files} | {INDEX_NAME for _ in found.owners}
     others = sorted(
         path.name

@@ -2,9 +2,9 @@
 
     file = N (8 bytes, little-endian) | header (N bytes: JSON, then spaces) | data
 
-The header follows from the manifest and the sizes of the assets alone: `layout` computes the records,
-`header_bytes` writes them, header.py reads them, and the reader compares. `file_size` foretells a file by the same
-functions. A module is one tensor; `parts_of` says where in it its masks, scales and tail stand.
+The header depends only on the manifest and the sizes of the assets: `layout` computes the records, `header_bytes`
+writes them, header.py reads them, and the reader compares. `file_size` predicts the size of a file with the same
+functions. A module is one tensor; `parts_of` gives the places of its masks, scales and tail.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Header:
 
     @property
     def data_size(self) -> int:
-        """Bytes of data that the records ask for."""
+        """The bytes of data of the records."""
         return self.records[-1].end if self.records else 0
 
 
@@ -73,7 +73,7 @@ class Header:
 
 
 def layout(modules: Iterable[ModuleEntry], asset_sizes: Sequence[int]) -> tuple[TensorRecord, ...]:
-    """All records of a file in order, pads included (SPEC 4.1, 4.2). Takes nothing but manifest and sizes."""
+    """All records of a file in order, with pads (SPEC 4.1, 4.2), from the modules and the sizes of assets alone."""
     return tuple(records_of(modules, asset_sizes))
 
 
@@ -94,7 +94,7 @@ def records_of(modules: Iterable[ModuleEntry], asset_sizes: Sequence[int]) -> It
 
 
 def parts_of(entry: ModuleEntry, begin: int) -> Iterator[TensorRecord]:
-    """Where the parts of a module stand, named `<name>.<suffix>`; begin: of its tensor in the data (SPEC 4.2)."""
+    """The places of a module's parts, named `<name>.<suffix>`. begin: the offset of its tensor (SPEC 4.2)."""
     for suffix, dtype, shape in entry.parts():
         size = dtype.size_of(shape)
         yield TensorRecord(f"{entry.name}.{suffix}", dtype, shape, begin, begin + size)
@@ -140,7 +140,7 @@ def _header_length(text: int) -> int:
 
 
 def file_size(manifest: Manifest, asset_sizes: Sequence[int]) -> int:
-    """Bytes of the file of a manifest, whatever its digests are, and whether or not its header is within the limits."""
+    """The bytes of the file of a manifest; neither its digests nor the limits of a header matter."""
     records = layout(manifest.modules, asset_sizes)
     text = _header_json(VERSION, manifest.to_bytes(), records)
     return 8 + _header_length(len(text)) + (records[-1].end if records else 0)

@@ -46,7 +46,7 @@ _TOP: Final = 15
 
 
 class Axis(Enum):
-    """Along what the scales of a component run (SPEC 5.3)."""
+    """The axis of a component's scales (SPEC 5.3)."""
 
     ROW = "row"
     COL = "col"
@@ -55,7 +55,7 @@ class Axis(Enum):
 
 
 class Encoding(Enum):
-    """How a module is stored (SPEC 3.9)."""
+    """The encoding of a module (SPEC 3.9)."""
 
     SIGN = "sign"
     FULL = "full"
@@ -89,8 +89,8 @@ def scale_factors(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
     """Scales in binary32, so that |term| = row_i * col_j for every axis; all exact (SPEC 5.3, 6.1).
 
-    scales: `row`, `col`, `scalar`, as the component's axis has them. Returns row [batch, d_out] with 2^e and the scalar
-    folded in, and col [batch, d_in], None where it is all ones.
+    scales: those of `row`, `col`, `scalar` that the component's axis has. Returns row [batch, d_out] with 2^e and the
+    scalar folded in, and col [batch, d_in], None if it is all ones.
     """
     batch, d_out, d_in = math.prod(covered[:-2]), *covered[-2:]
     row = np.full((batch, d_out), 2.0**exponent, np.float32)
@@ -114,7 +114,7 @@ class ComponentFactors:
     plain: bool = False
 
     def part(self, rows: slice) -> ComponentFactors:
-        """Some rows as a component of their own, in the same memory."""
+        """Some rows as a component, sharing memory."""
         return ComponentFactors(mask=self.mask[rows], row=self.row[rows], col=self.col, plain=self.plain)
 
 
@@ -151,13 +151,13 @@ class Component:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleDelta:
-    """One named tensor of the fine-tuned checkpoint, as it is stored.
+    """One named tensor of the fine-tuned checkpoint in its encoding.
 
-    shape, dtype: the fine-tuned tensor's. base: the base's tensor of the same name, None where it has none.
+    shape, dtype: the fine-tuned tensor's. base: the base's tensor of the same name, None if it has none.
     components: of a `sign` module, 1 to 8. full: storage array of shape `shape`. index: U32 [blocks], data: U8, and
     result: hex digest of the whole new tensor, of an `exact` module (SPEC 5.6). tail: storage array
     [shape[0] - kept, ...] of a `sign`, `same` or `exact` module with more rows than its base.
-    Raises ShapeError where the arrays are not those that SPEC 3.9 to 5.3 ask for.
+    Raises ShapeError if the arrays do not follow SPEC 3.9 to 5.3.
     """
 
     name: str
@@ -182,14 +182,14 @@ class ModuleDelta:
             size=None if self.data is None else self.data.size,
         )
         if (self.encoding is Encoding.EXACT) != (self.result is not None):
-            raise ShapeError(f"{self.name}: an exact module, and no other, has the digest of its result")
+            raise ShapeError(f"{self.name}: an exact module, and no other, must have a result digest")
         held = dict(self.tensors())
         if list(held) != [suffix for suffix, _, _ in expected]:
             wanted = [suffix for suffix, _, _ in expected]
-            raise ShapeError(f"{self.name}: holds {sorted(held)}, but its encoding asks for {sorted(wanted)}")
+            raise ShapeError(f"{self.name}: has {sorted(held)}, but its encoding needs {sorted(wanted)}")
         for suffix, dtype, shape in expected:
             array = held[suffix]
-            if array.shape != shape or array.dtype != dtype.storage:
+            if array.shape != dtype.storage_shape(shape) or array.dtype != dtype.storage or not dtype.fits(shape):
                 raise ShapeError(
                     f"{self.name}.{suffix}: {array.dtype} {list(array.shape)} is not {dtype.value} {list(shape)}"
                 )
@@ -199,7 +199,7 @@ class ModuleDelta:
 
     @property
     def kept(self) -> int:
-        """Rows of the first dimension that the base covers."""
+        """The number of rows of the first dimension that the base covers."""
         return kept_rows(self.shape, None if self.base is None else self.base.shape)
 
     @property
@@ -213,7 +213,7 @@ class ModuleDelta:
         return [[factors[e] for factors in each] for e in range(math.prod(self.covered[:-2]))]
 
     def tensors(self) -> Iterator[tuple[str, Array]]:
-        """The stored parts in file order, each with its suffix (SPEC 4.1)."""
+        """The parts in file order, each with its suffix (SPEC 4.1)."""
         for k, component in enumerate(self.components):
             yield f"{k}.mask", component.mask
             for name, array in component.scales().items():
@@ -229,7 +229,7 @@ class ModuleDelta:
 
 
 def kept_rows(shape: tuple[int, ...], base_shape: tuple[int, ...] | None) -> int:
-    """Rows of the first dimension that the base covers too (SPEC 3.10); 1 for a scalar."""
+    """The number of rows of the first dimension that the base covers (SPEC 3.10); 1 for a scalar."""
     if not shape:
         return 1
     return min(shape[0], base_shape[0]) if base_shape else shape[0]
@@ -244,9 +244,9 @@ def tensor_shapes(
     base_shape: tuple[int, ...] | None,
     size: int | None = None,
 ) -> list[tuple[str, DType, tuple[int, ...]]]:
-    """Suffix, dtype and shape of each part that a module stores, in file order (SPEC 4.1).
+    """Suffix, dtype and shape of each part of a module, in file order (SPEC 4.1).
 
-    A function of the manifest entry alone: reader, writer and size estimates share it. size: bytes of `exact` data.
+    Reader, writer and size estimates share this function of the manifest entry. size: bytes of `exact` data.
     """
     if encoding is Encoding.FULL:
         return [("full", dtype, shape)]
@@ -288,7 +288,7 @@ def encode_scale_pair(
 ) -> tuple[NDArray[np.float16], NDArray[np.float16], int]:
     """Round the two scale vectors of a row+col component under one exponent.
 
-    Each vector is moved into F16's range by a power of two of its own; the component's exponent is their sum.
+    Each vector is scaled into F16's range by its own power of two; the component's exponent is their sum.
     Returns (row, col, e) with row_i * col_j ~ row16_i * col16_j * 2^e. Raises ShapeError as encode_scales does.
     """
     row16, row_exponent = encode_scales(row)
@@ -296,6 +296,6 @@ def encode_scale_pair(
     exponent = row_exponent + col_exponent
     clamped = min(max(exponent, EXPONENT_MIN), EXPONENT_MAX)
     if clamped != exponent:
-        # Out of the exponent's range: what is left over goes back into the rows.
+        # If the sum is out of the exponent's range, the excess goes back into the rows.
         row16 = np.ldexp(row16.astype(np.float64), exponent - clamped).astype(np.float16)
     return row16, col16, clamped

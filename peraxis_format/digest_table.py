@@ -16,13 +16,13 @@ _BASE64: Final = re.compile(rb"[A-Za-z0-9+/]*+")
 
 
 def written(digests: Iterable[str | None]) -> str:
-    """The text of the field: hex digests, None where there is none, to base64 without padding."""
+    """The text of the field: hex digests (None: no digest) to base64 without padding."""
     raw = bytes.fromhex("".join(digest for digest in digests if digest is not None))
     return base64.b64encode(raw).decode().rstrip("=")
 
 
 class DigestReader:
-    """Hands out the digests in order. text: of the field, without quotation marks. Raises ProfileError (E205)."""
+    """Returns the digests in order. text: that of the field, without quotation marks. Raises ProfileError (E205)."""
 
     def __init__(self, text: bytes) -> None:
         self._at = 0
@@ -31,13 +31,13 @@ class DigestReader:
             fail("E205", "not base64 of whole SHA-256 values", field="digests")  # SPEC 3.4
 
     def take(self) -> str:
-        """The next one, as 64 hex digits."""
+        """The next digest, as 64 hex digits."""
         digest = self._raw[self._at : self._at + _SIZE]
         self._at += _SIZE
         return digest.hex()
 
     def finish(self) -> None:
-        """Hold the number of digests to the number that was taken. Raises ProfileError (E213)."""
+        """Check that all digests were taken. Raises ProfileError (E213)."""
         if self._at != len(self._raw):
             detail = f"{len(self._raw) // _SIZE} digests, {self._at // _SIZE} asked for"
             fail("E213", detail, field="digests")  # SPEC 3.13

@@ -4,8 +4,9 @@
     F32 -> BF16   (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16        nearest, ties to even; integers only
     F16 <-> F32   IEEE conversions of numpy (nearest-even, subnormals kept)
 
-numpy has no bfloat16: a BF16 tensor is carried as its bit patterns in uint16. The array that holds a
-tensor's bytes, whatever the dtype, is called its storage array. F8 tensors are carried as uint8.
+numpy has no bfloat16, so a BF16 tensor is represented by its bit patterns in uint16. The array with a tensor's bytes is
+called its storage array for every dtype. F8 tensors are represented as uint8. F4 and F6 tensors
+pack their elements, which have no place of their own: their storage array is flat, uint8 [bytes].
 """
 
 from __future__ import annotations
@@ -24,11 +25,17 @@ __all__ = ["Array", "DType", "from_float32", "raw_bytes", "to_float32"]
 Array: TypeAlias = NDArray[Any]
 
 _STORAGE: Final[dict[str, type[np.generic]]] = {
+    "F4": np.uint8,
+    "F6_E2M3": np.uint8,
+    "F6_E3M2": np.uint8,
     "BOOL": np.uint8,
     "U8": np.uint8,
     "I8": np.int8,
     "F8_E4M3": np.uint8,
+    "F8_E4M3FNUZ": np.uint8,
     "F8_E5M2": np.uint8,
+    "F8_E5M2FNUZ": np.uint8,
+    "F8_E8M0": np.uint8,
     "U16": np.uint16,
     "I16": np.int16,
     "F16": np.float16,
@@ -39,7 +46,10 @@ _STORAGE: Final[dict[str, type[np.generic]]] = {
     "U64": np.uint64,
     "I64": np.int64,
     "F64": np.float64,
+    "C64": np.complex64,
 }
+# The types whose elements take less than a byte.
+_BITS: Final = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 _LITTLE: Final[dict[str, np.dtype[Any]]] = {name: np.dtype(kind).newbyteorder("<") for name, kind in _STORAGE.items()}
 
@@ -47,11 +57,17 @@ _LITTLE: Final[dict[str, np.dtype[Any]]] = {name: np.dtype(kind).newbyteorder("<
 class DType(Enum):
     """The dtypes of SPEC 1, by their safetensors names."""
 
+    F4 = "F4"
+    F6_E2M3 = "F6_E2M3"
+    F6_E3M2 = "F6_E3M2"
     BOOL = "BOOL"
     U8 = "U8"
     I8 = "I8"
     F8_E4M3 = "F8_E4M3"
+    F8_E4M3FNUZ = "F8_E4M3FNUZ"
     F8_E5M2 = "F8_E5M2"
+    F8_E5M2FNUZ = "F8_E5M2FNUZ"
+    F8_E8M0 = "F8_E8M0"
     U16 = "U16"
     I16 = "I16"
     F16 = "F16"
@@ -62,6 +78,7 @@ class DType(Enum):
     U64 = "U64"
     I64 = "I64"
     F64 = "F64"
+    C64 = "C64"
 
     @property
     def storage(self) -> np.dtype[Any]:
@@ -70,12 +87,43 @@ class DType(Enum):
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element."""
+        """Bytes of one element of the storage array; what an element takes is said by `bits`."""
         return self.storage.itemsize
 
+    @property
+    def bits(self) -> int:
+        """Bits of one element: 4, 6, or those of the storage type."""
+        return _BITS.get(self.value, 8 * self.itemsize)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether elements take less than a byte, so that a tensor has no array of its own shape."""
+        return self.value in _BITS
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape has a whole number of bytes (SPEC 2.14)."""
+        return not self.is_packed or math.prod(shape) * self.bits % 8 == 0
+
     def size_of(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a tensor of this shape."""
-        return math.prod(shape) * self.itemsize
+        """Bytes of a tensor of this shape; of a shape that does not fit, those that its elements begin."""
+        return -(-math.prod(shape) * self.bits // 8)
+
+    def storage_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the storage array of a tensor of this shape: the same, and [bytes] of a packed type."""
+        return (self.size_of(shape),) if self.is_packed else shape
+
+    def first_rows(self, array: Array, shape: tuple[int, ...], rows: int) -> Array:
+        """The first rows of a tensor of this shape, a view of its storage array; all of one without dimensions.
+
+        Of a packed type they must be whole bytes, as rows that a base of the same type has too are (SPEC 3.10).
+        """
+        if not shape:
+            return array
+        return array[: self.size_of((rows, *shape[1:]))] if self.is_packed else array[:rows]
+
+    def rows_from(self, array: Array, shape: tuple[int, ...], rows: int) -> Array:
+        """What stands behind the first rows, as a view likewise."""
+        return array[self.size_of((rows, *shape[1:])) :] if self.is_packed else array[rows:]
 
     @property
     def is_float(self) -> bool:
@@ -84,7 +132,7 @@ class DType(Enum):
 
 
 def raw_bytes(array: Array) -> memoryview:
-    """The bytes of a storage array in row-major order, without a copy where it is contiguous already."""
+    """The bytes of a storage array in row-major order, without a copy if it is contiguous."""
     flat: Any = np.ascontiguousarray(array).reshape(-1)
     return memoryview(flat.view(np.uint8))
 
@@ -92,7 +140,7 @@ def raw_bytes(array: Array) -> memoryview:
 def to_float32(array: Array, dtype: DType) -> NDArray[np.float32]:
     """Convert a storage array of a float type to binary32, exactly.
 
-    Returns a new array, except for F32, which is returned as it is. Raises ShapeError for another dtype.
+    Returns a new array, but for F32 the same array. Raises ShapeError for another dtype.
     """
     if dtype is DType.F32:
         return array.astype(np.float32, copy=False)
@@ -130,6 +178,6 @@ def from_float32(array: NDArray[np.float32], dtype: DType) -> Array:
     else:
         raise ShapeError(f"{dtype.value} is not one of BF16, F16, F32")
     if nan.any():
-        # SPEC 6.2: 0x7FC0, 0x7E00, 0x7FC00000, whatever the payload was.
+        # SPEC 6.2: 0x7FC0, 0x7E00, 0x7FC00000, for every payload.
         rounded[nan] = quiet
     return rounded

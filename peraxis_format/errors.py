@@ -1,4 +1,4 @@
-"""Errors of the PXD format: one class a phase, one stable code a violated clause (SPEC 8).
+"""Errors of the PXD format: one class for each phase, one stable code for each violated clause (SPEC 8).
 
 A reader stops at the first failure. Each error says what is wrong and where (file, byte offset, field
 path), which clause of SPEC.md it violates, and what to do about it.
@@ -33,7 +33,7 @@ _BASE = "pass the base checkpoint that `inspect` names, in the same revision"
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """One row of SPEC 8: its first clause, what its violation means, and what a person does about it."""
+    """One row of SPEC 8: its first clause, the meaning of its violation, and the remedy."""
 
     clause: str
     meaning: str
@@ -96,11 +96,11 @@ CODES: Final[dict[str, Code]] = {
 
 
 class PxdError(Exception):
-    """A file, or a pair of file and base, that SPEC.md refuses.
+    """A file, or a pair of file and base, violates SPEC.md.
 
-    code: a key of CODES. detail: what was found. clause: of SPEC.md, the code's first one where none is given.
-    file, offset (bytes from the start of the file), field (path in the header, like
-    `modules[3].components[0].axis`): where, as far as known.
+    code: a key of CODES. detail: what was found. clause: of SPEC.md, by default the code's first one. file, offset
+    (bytes from the start of the file), field (path in the header, like `modules[3].components[0].axis`): the place, if
+    known.
     """
 
     phase: ClassVar[str]
@@ -126,7 +126,7 @@ class PxdError(Exception):
 
     @property
     def remedy(self) -> str:
-        """What to do about it, as an imperative phrase."""
+        """The remedy, as an imperative phrase."""
         return CODES[self.code].remedy
 
     def __str__(self) -> str:
@@ -158,13 +158,13 @@ class ProfileError(PxdError):
 
 
 class UnsupportedError(ProfileError):
-    """E201, E204: made for a newer reader. Not verifiable here, which is not the same as damaged."""
+    """E201, E204: made for a newer reader. The file cannot be verified here, but it may be intact."""
 
     exit_status = 3
 
 
 class PayloadError(PxdError):
-    """E3xx: the data are not what the manifest promises."""
+    """E3xx: the data do not match the manifest."""
 
     phase = "payload"
 
@@ -176,27 +176,27 @@ class BindingError(PxdError):
 
 
 class CheckpointError(Exception):
-    """A checkpoint (not a PXD file) that is missing, malformed or not fit for the task: what, where, what to do."""
+    """A checkpoint (not a PXD file) is missing, malformed or not suitable; the message says where and what to do."""
 
     exit_status: ClassVar[int] = 2
 
 
 class LiveModelError(Exception):
-    """A live model (or state dict) that cannot hold a delta as it is: what, where, what to do."""
+    """A live model (or state dict) cannot take a delta; the message says where and what to do."""
 
     exit_status: ClassVar[int] = 2
 
 
 class DeviceError(LiveModelError):
-    """Something that needs another device than there is."""
+    """An operation needs a device that is not available."""
 
 
 class BackendError(DeviceError):
-    """A backend that is unknown, not installed, or not one of the operation; see ops/backend.py."""
+    """A backend is unknown, not installed, or not available for the operation; see ops/backend.py."""
 
 
 class ShapeError(ValueError):
-    """Arrays handed to this library whose shape or dtype does not fit; a mistake of the caller, not of a file."""
+    """Arrays of the caller have a wrong shape or dtype; this is a mistake in code, not in a file."""
 
 
 _PHASES: Final = {"1": ContainerError, "2": ProfileError, "3": PayloadError, "4": BindingError}
@@ -205,6 +205,6 @@ _PHASES: Final = {"1": ContainerError, "2": ProfileError, "3": PayloadError, "4"
 def fail(
     code: str, detail: str = "", *, clause: str | None = None, offset: int | None = None, field: str | None = None
 ) -> NoReturn:
-    """Raise the error class of the code's phase. clause: where it is not the code's first one in SPEC 8."""
+    """Raise the error class of the code's phase. clause: given if it is not the code's first one in SPEC 8."""
     kind = UnsupportedError if code in ("E201", "E204") else _PHASES[code[1]]
     raise kind(code, detail, clause=clause, offset=offset, field=field)

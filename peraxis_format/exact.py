@@ -1,4 +1,4 @@
-"""Tensors of a lossless delta: each as in the base, as an exact update, or whole, whichever takes the fewest bytes."""
+"""Tensors of a lossless delta: `same`, `exact` or `full`, the encoding with the fewest bytes."""
 
 from __future__ import annotations
 
@@ -16,26 +16,29 @@ def lossless_module(
     new: Array,
     dtype: DType,
     *,
+    shape: tuple[int, ...] | None = None,
     old: Array | None = None,
     base: BaseRef | None = None,
     prefer: Prefer = "size",
     threads: int | None = None,
 ) -> ModuleDelta:
-    """The module that gives `new` back bit for bit.
+    """The module that rebuilds `new` bit for bit.
 
-    new: storage array. old: the base's storage array and base its reference, or neither. prefer: as of
-    ops.exact.encode. A base of another dtype or shape gives `full`, but for one with another first dimension.
+    new: storage array. shape: the tensor's, where its storage array has another (F4, F6). old: the base's storage
+    array and base its reference, or neither. prefer: as of ops.exact.encode. A base of another dtype or shape gives
+    `full`, but for one with another first dimension.
     """
-    full = ModuleDelta(name=name, shape=new.shape, dtype=dtype, encoding=Encoding.FULL, base=base, full=new)
-    if old is None or base is None or base.dtype is not dtype or len(new.shape) != len(old.shape):
+    shape = new.shape if shape is None else shape
+    full = ModuleDelta(name=name, shape=shape, dtype=dtype, encoding=Encoding.FULL, base=base, full=new)
+    if old is None or base is None or base.dtype is not dtype or len(shape) != len(base.shape):
         return full
-    if new.shape[1:] != old.shape[1:]:
+    if shape[1:] != base.shape[1:]:
         return full
-    kept = min(new.shape[0], old.shape[0]) if new.shape else 1
-    covered, before = (new[:kept], old[:kept]) if new.shape else (new, old)
-    tail = new[kept:] if new.shape and kept < new.shape[0] else None
+    kept = min(shape[0], base.shape[0]) if shape else 1
+    covered, before = dtype.first_rows(new, shape, kept), dtype.first_rows(old, base.shape, kept)
+    tail = dtype.rows_from(new, shape, kept) if shape and kept < shape[0] else None
     if raw_bytes(covered) == raw_bytes(before):
-        return ModuleDelta(name=name, shape=new.shape, dtype=dtype, encoding=Encoding.SAME, base=base, tail=tail)
+        return ModuleDelta(name=name, shape=shape, dtype=dtype, encoding=Encoding.SAME, base=base, tail=tail)
     if not dtype.is_float:
         return full
     index, data = encode(before, covered, dtype, prefer=prefer, threads=threads)
@@ -43,7 +46,7 @@ def lossless_module(
         return full
     return ModuleDelta(
         name=name,
-        shape=new.shape,
+        shape=shape,
         dtype=dtype,
         encoding=Encoding.EXACT,
         base=base,

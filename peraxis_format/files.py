@@ -1,9 +1,9 @@
-"""Files that appear under their final name whole or not at all, and the names that stand there meanwhile.
+"""Write files atomically, and manage temporary names.
 
-A new file has no name until it is complete, where the system has such files (O_TMPFILE, then link). Where it has not,
-and for folders, a temporary name is used: `.peraxis~` and eight hexadecimal digits, whatever the final name is.
-Whoever holds such a name also holds a lock on it (flock), which ends with its process: a name without a lock was left
-by a run that was killed, and the next run in that folder removes it (`remove_leftovers`).
+A new file has no name until it is complete, if the system supports that (O_TMPFILE, then link). Otherwise, and for
+folders, it has a temporary name: `.peraxis~` and eight hexadecimal digits. The process that uses such a name holds a
+lock on it (flock), which ends with the process. So a name without a lock was left by a killed run, and the next run in
+that folder removes it (`remove_leftovers`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["atomic_file", "is_stream", "name_lock", "new_temporary", "remove_lef
 
 _PREFIX: Final = ".peraxis~"
 _TEMPORARY: Final = re.compile(re.escape(_PREFIX) + r"[0-9a-f]{8}")
-# Names of the process's own open files: what they stand for is written to, whatever it is.
+# Names of the process's open files; they are written into.
 _OPEN_FILE: Final = re.compile(r"/dev/(?:fd/|std)(in|out|err|\d+)|/proc/self/fd/(\d+)")
 _PATIENCE, _PAUSE = 1.0, 0.05  # seconds
 _DESCRIPTORS: Final = "/proc/self/fd/"
@@ -37,11 +37,11 @@ _NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, where the system can open folders."""
+    """Flush a folder's entries to disk, if the system can open folders."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
-        return  # not every file system lets a folder be opened; the rename itself has happened
+        return  # some file systems cannot open a folder; the rename has happened already
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -52,7 +52,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether writing to `path` means to write into what is there: a device, a pipe, an open file (/dev/stdout)."""
+    """Whether `path` is written into, not replaced: a device, a pipe, an open file (/dev/stdout)."""
     if _OPEN_FILE.fullmatch(os.path.abspath(path)):
         return True
     try:
@@ -64,11 +64,11 @@ def is_stream(path: Path) -> bool:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[BinaryIO]:
-    """Open a file that gets the name `path` on success, after its bytes are on disk; else nothing of it stays.
+    """Open a file that gets the name `path` on success, after its bytes are on disk; on failure it is removed.
 
-    Devices, pipes and open files are written into. overwrite: replace what has the name (a link itself, not what it
-    points to); without it, raises FileExistsError where something has the name by then. Raises OSError that names the
-    path and, where a write failed, the bytes until then. Also removes what killed runs left in that folder.
+    Devices, pipes and open files are written into. overwrite: replace an existing file (a link itself, not its target);
+    without it, raises FileExistsError if the name exists by then. Raises OSError with the path and, if a write failed,
+    the number of written bytes. Also removes leftovers of killed runs in that folder.
     """
     path = Path(path)
     if is_stream(path):
@@ -106,10 +106,10 @@ def _opened_stream(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def _new_file(folder: Path) -> Iterator[tuple[BinaryIO, Path | None]]:
-    """A new file and its temporary name; None where the system has files without a name."""
+    """A new file and its temporary name; the name is None if the system supports files without a name."""
     temporary = None
     try:
-        # With links to read it from: a file without a name gets one through /proc.
+        # A file without a name gets one by a link through /proc.
         descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666) if os.path.isdir(_DESCRIPTORS) else -1
     except AttributeError:  # not Linux
         descriptor = -1
@@ -126,7 +126,7 @@ def _new_file(folder: Path) -> Iterator[tuple[BinaryIO, Path | None]]:
         yield file, temporary
     finally:
         with contextlib.suppress(OSError):
-            file.close()  # flushes again what could not be written
+            file.close()  # flushes the failed bytes again
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
@@ -152,12 +152,12 @@ def _link_unnamed(file: BinaryIO, path: Path, *, overwrite: bool) -> None:
     try:
         source = f"{_DESCRIPTORS}{file.fileno()}"
         try:
-            # With a folder's descriptor Python follows the link, without one it does not.
+            # Python follows the link only with a folder's descriptor.
             os.link(source, path.name, dst_dir_fd=folder, follow_symlinks=True)
         except FileExistsError:
             if not overwrite:
                 raise
-            # A link cannot replace a file; a rename can. The lock of the unnamed file is that of the name.
+            # A link cannot replace a file, but a rename can. The unnamed file's lock holds for the name too.
             temporary = _temporary_name()
             os.link(source, temporary, dst_dir_fd=folder, follow_symlinks=True)
             try:
@@ -171,7 +171,7 @@ def _link_unnamed(file: BinaryIO, path: Path, *, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _named_errors(path: Path, file: BinaryIO) -> Iterator[None]:
-    """Errors of the system that name no file, or a temporary name, are about `path`; with the bytes on a full disk."""
+    """Set `path` in errors of the system with no name or a temporary one; a full disk adds the written bytes."""
     try:
         yield
     except OSError as error:
@@ -193,25 +193,25 @@ def _temporary_name() -> str:
 
 
 def new_temporary(folder: Path, *, is_folder: bool = False) -> tuple[Path, int]:
-    """A new file or folder under a temporary name, and a descriptor of it that holds its lock until it is closed."""
+    """A new file or folder under a temporary name, and a descriptor that holds its lock until it is closed."""
     while True:
         path = folder / _temporary_name()
         if is_folder:
             path.mkdir()
             try:
                 descriptor = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:  # taken for a leftover before it was opened
+            except FileNotFoundError:  # another process removed it as a leftover before it was opened
                 continue
         else:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         _lock(descriptor)
         if _is_named(descriptor, path):
             return path, descriptor
-        os.close(descriptor)  # taken for a leftover before it was locked
+        os.close(descriptor)  # another process removed it as a leftover before it was locked
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed runs left in a folder under temporary names. Names that a living run holds stay."""
+    """Remove the temporary names of killed runs in a folder. Names of live processes stay."""
     try:
         names = [entry.name for entry in os.scandir(folder) if _TEMPORARY.fullmatch(entry.name)]
     except OSError:
@@ -239,9 +239,9 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def name_lock(folder: Path, key: str) -> Iterator[int | None]:
-    """None while this process alone holds `key` (eight hexadecimal digits) in a folder, else the number of the other.
+    """Yield None while this process alone holds `key` (eight hexadecimal digits) in a folder, else the other's pid.
 
-    The number is 0 where it is not known. Where the file system has no locks everyone is alone.
+    The pid is 0 if it is not known. On a file system without locks this always yields None.
     """
     path = folder / (_PREFIX + key)
     waited = 0.0
@@ -249,7 +249,7 @@ def name_lock(folder: Path, key: str) -> Iterator[int | None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         locked = _lock(descriptor, wait=False)
         if locked is False and waited < _PATIENCE:
-            waited += _PAUSE  # who looks for leftovers holds a name for a moment
+            waited += _PAUSE  # a process that removes leftovers holds a name for a moment
             os.close(descriptor)
             time.sleep(_PAUSE)
         elif locked is not False and not _is_named(descriptor, path):
@@ -271,7 +271,7 @@ def name_lock(folder: Path, key: str) -> Iterator[int | None]:
 
 
 def _lock(descriptor: int, *, wait: bool = True) -> bool | None:
-    """Lock an open file for this process. False where another one has it, None where the file system has no locks."""
+    """Lock an open file for this process. False if another process has it, None if the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:

@@ -1,7 +1,7 @@
-"""Header bytes -> tensor records (SPEC 2), first failure first.
+"""Parse header bytes into tensor records (SPEC 2); the first failure is reported.
 
-The grammar of SPEC 2 is regular: a header that it takes is read by two expressions, record after record, and needs no
-parser of JSON. Only a header that it does not take is taken apart as JSON, to say what is wrong with it (`_explain`).
+The grammar of SPEC 2 is regular: a valid header is read by two regular expressions, record after record, without a JSON
+parser. Only an invalid header is parsed as JSON, to find its fault (`_explain`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from peraxis_format.strict_json import (
 __all__ = ["check_start", "header_length", "parse_header"]
 
 RECORD_NAME_MAX: Final = 1024
-# A record has at least six values, and is one of its object's.
+# A record has at least six values, and is itself a value of its object.
 _RECORDS_MAX: Final = VALUES_MAX // 6
 
 _INT: Final = rb"(?:0|[1-9][0-9]{0,15})"
@@ -40,18 +40,18 @@ _RECORD: Final = re.compile(
     rb'"data_offsets":\[(' + _INT + rb"),(" + _INT + rb")\]\}"
 )
 _DTYPES: Final = {dtype.value.encode(): dtype for dtype in DType}
-# A member whose value is a string: all that may be long in a header.
+# A member whose value is a string; only such members can be long.
 _LONG: Final = re.compile(
     rb'[ \t\r\n]*+("(?:[^"\\]++|\\.)*+")[ \t\r\n]*+:[ \t\r\n]*+'
     rb'"(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+"[ \t\r\n]*+',
     re.DOTALL,
 )
-# An integer beyond 2^53 by its length alone, outside of any name.
+# An integer that is beyond 2^53 by its length, outside of names.
 _LONG_NUMBER: Final = re.compile(rb"[\[,:]-?[0-9]{17}")
 
 
 def check_start(start: bytes, file_size: int) -> None:
-    """Tell what is no PXD file at all by its first bytes (SPEC 2.2). start: up to the first 4096 bytes."""
+    """Refuse a file that is not PXD by its first bytes (SPEC 2.2). start: up to the first 4096 bytes."""
     if file_size >= FILE_MAX:
         fail("E102", f"{file_size} bytes")  # SPEC 2.1
     if not start:
@@ -68,14 +68,14 @@ def check_start(start: bytes, file_size: int) -> None:
     if not any(start[:8]):
         fail("E108")
     if start[0] != 0xF8:
-        # An ordinary safetensors file, the likeliest mistake, has its header's brace there.
+        # The likeliest mistake is an ordinary safetensors file, which has its header's brace here.
         fail("E112" if start[8:9] == b"{" else "E109", clause="2.2", offset=0)
     if file_size < HEADER_BLOCK:
         fail("E103", f"{file_size} bytes")
 
 
 def header_length(start: bytes, file_size: int) -> int:
-    """N, held to SPEC 2.3 and 2.4. start: the first 8 bytes."""
+    """N, checked by SPEC 2.3 and 2.4. start: the first 8 bytes."""
     length = int.from_bytes(start[:8], "little")
     if (8 + length) % HEADER_BLOCK or not HEADER_BLOCK - 8 <= length <= HEADER_MAX:
         fail("E110", str(length), offset=0)
@@ -93,7 +93,7 @@ def parse_header(header: bytes, file_size: int) -> Header:
     except StrictJsonError as error:
         raise _located(error) from None
     except ContainerError:
-        # SPEC 8: the steps before the one that failed, over all of the header.
+        # SPEC 8: run the steps before the failed one over the whole header.
         _explain(header.rstrip(b" "))
         raise
     _check_extent(parsed, file_size)
@@ -105,12 +105,12 @@ def _check_magic(header: bytes) -> None:
         fail("E112", offset=8)  # SPEC 2.5
     version = header[len(MAGIC) : len(MAGIC) + 32].split(b'"')[0]
     if version != VERSION.encode():
-        # SPEC 2.6: before anything else of the header, which a later version may change.
+        # SPEC 2.6: check the version first, because a later version may change the rest of the header.
         fail("E201", f"PXD {version.decode('ascii', 'backslashreplace')!r}; this reader knows {VERSION}")
 
 
 def _by_grammar(header: bytes) -> Header:
-    # SPEC 2.16: what the grammar takes is canonical byte for byte.
+    # SPEC 2.16: a text that the grammar accepts is canonical byte for byte.
     metadata = _METADATA.match(header)
     if metadata is None:
         fail("E122", field="__metadata__")
@@ -138,7 +138,7 @@ def _shape(text: bytes) -> tuple[int, ...]:
 
 
 def _record(match: re.Match[bytes], before: int) -> TensorRecord:
-    """A record from the parts of its text. before: where the one before it ends, an int to share."""
+    """A record from the parts of its text. before: the end of the record before it, an int object to share."""
     inside, dtype, shape, begin, end = match.groups()
     text = unescaped(inside) if b"\\" in inside else inside
     if len(text) > RECORD_NAME_MAX:
@@ -155,7 +155,7 @@ def _record(match: re.Match[bytes], before: int) -> TensorRecord:
 
 def _check_span(name: str, dtype: DType, shape: tuple[int, ...], begin: int, end: int) -> None:
     size = dtype.size_of(shape)
-    if len(shape) > DIMENSIONS_MAX or any(d < 1 for d in shape) or size >= TENSOR_MAX:
+    if len(shape) > DIMENSIONS_MAX or any(d < 1 for d in shape) or size >= TENSOR_MAX or not dtype.fits(shape):
         fail("E120", str(list(shape[:9])), field=f"{name}.shape")  # SPEC 2.14
     if begin < 0 or end - begin != size:
         fail("E121", f"[{begin}, {end}] for {size} bytes", field=f"{name}.data_offsets")  # SPEC 2.15
@@ -169,7 +169,7 @@ def _check_extent(header: Header, file_size: int) -> None:
         fail("E125", f"{file_size - wanted} bytes too many", offset=wanted)  # SPEC 2.18
 
 
-# --- what is wrong with a header that the grammar does not take ---------------------------------------
+# --- find the fault of a header that the grammar does not accept --------------------------------------
 
 
 def _located(error: StrictJsonError) -> ContainerError:
@@ -177,12 +177,12 @@ def _located(error: StrictJsonError) -> ContainerError:
 
 
 def _explain(text: bytes) -> None:
-    """Raise the first failure of SPEC 2.8 to 2.15, if there is one. text: the header without its spaces."""
+    """Raise the first failure of SPEC 2.8 to 2.15, if any. text: the header without its spaces."""
     first: ContainerError | None = None
     names: set[str] = set()
     try:
         for begin, end in pieces(text, 0, len(text)):
-            if not names:  # the metadata, since the magic holds its key
+            if not names:  # the metadata, because the magic contains its key
                 name, check = "__metadata__", functools.partial(_explain_metadata, text, begin, end)
             else:
                 name, value = _member(text, begin, end)
@@ -205,7 +205,7 @@ def _explain(text: bytes) -> None:
 
 
 def _member(text: bytes, begin: int, end: int) -> tuple[str, Json]:
-    """Key and value of one member. A long text is held to the grammar of JSON and given as an empty one."""
+    """Key and value of one member. A long text is checked by the JSON grammar and returned as an empty one."""
     piece = text[begin:end]
     if len(piece) > PIECE_MAX:
         long = _LONG.fullmatch(piece)
@@ -220,7 +220,7 @@ def _member(text: bytes, begin: int, end: int) -> tuple[str, Json]:
 
 
 def _explain_metadata(text: bytes, begin: int, end: int) -> None:
-    # The magic holds the key and the opening brace.
+    # The magic contains the key and the opening brace.
     members: dict[str, Json] = {}
     for part_begin, part_end in pieces(text, text.index(b"{", begin), end, depth=2):
         key, value = _member(text, part_begin, part_end)

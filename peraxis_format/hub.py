@@ -1,8 +1,8 @@
 """Deltas by name: a path, `hf://org/repo[/file.pxd][@revision]`, or a repository, `org/repo[@revision]`.
 
-A repository without a file name stands for the one .pxd in it. Files come through huggingface_hub and its cache: a file
-that was fetched once is there without a network (HF_HUB_OFFLINE=1). Nothing here trusts its bytes: the checks of SPEC 8
-follow as for any file. Needs huggingface_hub, which is imported when a name has to be looked up.
+A repository without a file name means its only .pxd. Files come through huggingface_hub and its cache, so a fetched
+file is available without a network (HF_HUB_OFFLINE=1). Its bytes are not trusted: the checks of SPEC 8 follow as for
+any file. This needs huggingface_hub, which is imported when a name has to be looked up.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from peraxis_format.errors import CheckpointError
 
@@ -34,9 +34,9 @@ class HubName:
 
 
 def hub_name(source: str | os.PathLike[str]) -> HubName | None:
-    """What a name says about the hub; None for a path and for any other URL.
+    """Parse a name on the hub; None for a path and for any other URL.
 
-    What exists on disk is never looked up on the hub, and a name that ends in .pxd is a path.
+    A name that exists on disk is never looked up on the hub, and a name that ends in .pxd is a path.
     Raises CheckpointError for a malformed hf:// name.
     """
     text = str(source) if isinstance(source, str) else os.fspath(source)
@@ -55,13 +55,13 @@ def hub_name(source: str | os.PathLike[str]) -> HubName | None:
 
 
 def hub_path(source: str | os.PathLike[str]) -> Path:
-    """The local path of a delta: itself, or its place in the hub's cache. Raises CheckpointError."""
+    """The local path of a delta: the source itself, or a path in the hub's cache. Raises CheckpointError."""
     name = hub_name(source)
     return Path(source) if name is None else hub_file(name)
 
 
 def hub_file(name: HubName) -> Path:
-    """The place of a delta in the hub's cache, fetched where it is not there yet.
+    """The path of a delta in the hub's cache; it is fetched if it is not there.
 
     Raises CheckpointError: no such repository, several files, no network and nothing in the cache.
     """
@@ -108,20 +108,22 @@ def _only_delta(name: HubName) -> str:
     if len(found) != 1:
         shown = ", ".join(found[:5]) or "none"
         raise CheckpointError(
-            f"{name.repository}: holds {len(found)} .pxd files ({shown}); name one as hf://{name.repository}/FILE"
+            f"{name.repository}: has {len(found)} .pxd files ({shown}); name one as hf://{name.repository}/FILE"
         )
     return found[0]
 
 
 def _listed(name: HubName) -> list[str]:
-    """The files of a repository; those in the cache where the hub cannot be reached."""
+    """The files of a repository; if the hub cannot be reached, those in the cache."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
+    # Its bases are OSError (offline mode) and the error of the HTTP library, whose package differs between versions.
+    unreachable = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
     try:
         return HfApi().list_repo_files(name.repository, revision=name.revision)
     except HfHubHTTPError:
-        raise  # the hub has answered
-    except Exception:  # offline, or no connection: the HTTP library's own errors
+        raise  # the hub answered
+    except unreachable:
         folder = Path(snapshot_download(name.repository, revision=name.revision, local_files_only=True))
         return [path.relative_to(folder).as_posix() for path in folder.rglob("*.pxd")]

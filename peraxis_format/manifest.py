@@ -1,10 +1,10 @@
 """The manifest: frozen dataclasses <-> canonical JSON (SPEC 3).
 
-In the text a module leaves out what is usual, and all digests stand in one field (`digests`); here each module has
-every field.
+The text leaves out usual values of a module and has all digests in one field (`digests`); here each module has every
+field.
 
-Reading is two steps: schema.py turns bytes into these types (SPEC 3.1 to 3.4), profile.py holds them to what
-clauses 3.5 to 3.12 say about their content. After that the types are trusted.
+Reading has two steps: schema.py turns bytes into these types (SPEC 3.1 to 3.4), profile.py checks their content by
+clauses 3.5 to 3.12. After that the values are trusted.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ __all__ = [
 EXACT_FEATURE: Final = "exact"  # SPEC 3.14: exact modules, and the fields of a chain
 FEATURES: Final[frozenset[str]] = frozenset([EXACT_FEATURE])  # SPEC 3.3
 MODULES_MAX: Final = 2**18
-ENTRIES_MAX: Final = 2**18  # of assets, dropped, tied and metadata too
+ENTRIES_MAX: Final = 2**18  # also for assets, dropped, tied and metadata
 METADATA_MAX: Final = 2**24  # bytes of its canonical JSON
 COMPONENTS_MAX: Final = 8
 DIMENSIONS_MAX: Final = 8
-TENSOR_MAX: Final = 2**53  # bytes of a tensor, stored or of the base, are fewer
+TENSOR_MAX: Final = 2**53  # bytes of a tensor of the file or of the base are fewer
 ASSET_PATH: Final = re.compile(
     r"([A-Za-z0-9_][A-Za-z0-9_-]{0,62}/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,118}\.(json|txt|model|jinja|tiktoken|md)"
 )
@@ -64,7 +64,7 @@ ASSET_PATH: Final = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """What a checkpoint is called: a hub id or folder name, and its revision where there is one."""
+    """The name of a checkpoint: a hub id or folder name, and its revision if it has one."""
 
     id: str
     revision: str | None = None
@@ -118,8 +118,8 @@ class ComponentEntry:
 class ModuleEntry:
     """One tensor of the fine-tuned checkpoint as the manifest describes it.
 
-    sha256: hex digest of the module's tensor in the file, None where it has none. Of an `exact` module, size: bytes of
-    its data; result: hex digest of the new tensor.
+    sha256: hex digest of the module's tensor in the file, None if it has none. For an `exact` module, size: the bytes
+    of its data; result: hex digest of the new tensor.
     """
 
     name: str
@@ -133,7 +133,7 @@ class ModuleEntry:
     result: str | None = None
 
     def parts(self) -> list[tuple[str, DType, tuple[int, ...]]]:
-        """Suffix, dtype and shape of each stored part, in file order (SPEC 4.1)."""
+        """Suffix, dtype and shape of each part, in file order (SPEC 4.1)."""
         return tensor_shapes(
             shape=self.shape,
             dtype=self.dtype,
@@ -144,7 +144,7 @@ class ModuleEntry:
         )
 
     def tensor(self) -> tuple[str, DType, tuple[int, ...]] | None:
-        """Name, dtype and shape of the tensor that holds the module in the file; None where it has none (SPEC 4.1)."""
+        """Name, dtype and shape of the module's tensor in the file; None if it has none (SPEC 4.1)."""
         if self.encoding is Encoding.FULL:
             return f"{self.name}.full", self.dtype, self.shape
         size = payload_size(self.parts())
@@ -153,7 +153,7 @@ class ModuleEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a PXD file says of itself (SPEC 3.4). `modules` stands in execution order.
+    """The manifest of a PXD file (SPEC 3.4). `modules` is in execution order.
 
     previous: content ID of the update before this one; result: the digest over all new tensors (SPEC 3.14).
     """
@@ -177,7 +177,7 @@ class Manifest:
 
     @property
     def content_id(self) -> str:
-        """The digest of the manifest's bytes: binds names, axes, shapes, payloads and base (SPEC 3.2)."""
+        """The digest of the manifest's bytes; it binds names, axes, shapes, payloads and base (SPEC 3.2)."""
         return "sha256:" + hashlib.sha256(self.to_bytes()).hexdigest()
 
 
@@ -194,7 +194,7 @@ def base_digest(modules: Iterable[ModuleEntry]) -> str:
 
 
 def result_digest(modules: Iterable[ModuleEntry]) -> str | None:
-    """The digest over every new tensor, as `base_digest` over the base's; None where one is not known (SPEC 3.14)."""
+    """The digest over every new tensor, as `base_digest` over the base's; None if one is unknown (SPEC 3.14)."""
     rows: list[Json] = []
     for m in sorted(modules, key=lambda m: m.name):
         known = _known_result(m)
@@ -205,7 +205,7 @@ def result_digest(modules: Iterable[ModuleEntry]) -> str | None:
 
 
 def _known_result(module: ModuleEntry) -> str | None:
-    """The hex digest of a new tensor as far as the manifest says it."""
+    """The hex digest of a new tensor, if the manifest determines it."""
     if module.encoding is Encoding.EXACT:
         return module.result
     if module.encoding is Encoding.FULL:
@@ -216,7 +216,7 @@ def _known_result(module: ModuleEntry) -> str | None:
 
 
 def _module_json(module: ModuleEntry) -> Json:
-    # SPEC 3.4: what is usual is left out.
+    # SPEC 3.4: usual values are left out.
     base, made = module.base, dict[str, Json](name=module.name, shape=list(module.shape))
     if base is None:
         made["base"] = None

@@ -1,4 +1,4 @@
-"""From bytes of a file to a module, and steps 10 and 11 of SPEC 8 on it: unused bits, pads, scales, exact blocks."""
+"""Build a module from bytes of a file, and check it by steps 10 and 11 of SPEC 8 (bits, pads, scales, blocks)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BLOCK: Final = 1 << 19
 def _view(buffer: memoryview, record: TensorRecord, begin: int) -> Array:
     """A zero-copy storage array of one tensor; buffer[0] is byte `begin` of the data."""
     flat = np.frombuffer(buffer[record.begin - begin : record.end - begin], record.dtype.storage)
-    return flat.reshape(record.shape)
+    return flat.reshape(record.dtype.storage_shape(record.shape))
 
 
 def build_module(entry: ModuleEntry, records: Iterable[TensorRecord], buffer: memoryview, begin: int) -> ModuleDelta:
@@ -37,7 +37,7 @@ def build_module(entry: ModuleEntry, records: Iterable[TensorRecord], buffer: me
 
 
 def assemble(entry: ModuleEntry, arrays: Mapping[str, Array], shape: tuple[int, ...] | None = None) -> ModuleDelta:
-    """A module of its tensors, which are named by their suffixes (SPEC 4.1). shape: of a box, where it is not whole."""
+    """A module from its parts, named by their suffixes (SPEC 4.1). shape: that of a box, if it is not whole."""
     base = entry.base
     components = tuple(
         Component(
@@ -66,13 +66,13 @@ def assemble(entry: ModuleEntry, arrays: Mapping[str, Array], shape: tuple[int, 
 
 
 def check_pad(data: bytes, name: str, offset: int) -> None:
-    """A pad is zero (SPEC 4.5). offset: where in the file it stands."""
+    """Check that a pad is zero (SPEC 4.5). offset: its place in the file."""
     if any(data):
         fail("E304", field=name, offset=offset)
 
 
 def check_values(module: ModuleDelta) -> None:
-    """Unused mask bits are zero (SPEC 5.2); scales finite, without a sign bit (5.4); exact blocks sound (5.7)."""
+    """Check unused mask bits (SPEC 5.2), scales (5.4) and exact blocks (5.7)."""
     if module.index is not None and module.data is not None:
         check_exact(module.index, module.data, math.prod(module.covered), module.dtype, field=module.name)
     if module.encoding is not Encoding.SIGN:
@@ -85,7 +85,7 @@ def check_values(module: ModuleDelta) -> None:
 
 
 def check_stored_values(entry: ModuleEntry, records: Sequence[TensorRecord], read: Reader) -> None:
-    """The same of a module in a file, by blocks of rows: no mask is held, and of a whole number of bytes none read.
+    """`check_values` for a module in a file, in blocks of rows; masks without unused bits are not read.
 
     read(begin, end) returns those bytes of the data.
     """
@@ -114,7 +114,7 @@ def _check_mask(mask: Array, d_in: int, name: str) -> None:
 
 def _check_scale(scale: Array, name: str) -> None:
     bits = scale.view(np.uint16)
-    # The sign bit aside, F16 patterns from 0x7C00 on are infinity and NaN.
+    # Without the sign bit, F16 patterns from 0x7C00 on are infinity and NaN.
     if np.any((bits & np.uint16(0x7FFF)) >= np.uint16(0x7C00)):
         fail("E305", field=name)
     if np.any(bits >> np.uint16(15)):

@@ -1,4 +1,4 @@
-"""What a parsed manifest must hold to: names, limits, encodings, base digest, assets (SPEC 3.5 to 3.12)."""
+"""Check a parsed manifest: names, limits, encodings, base digest, assets (SPEC 3.5 to 3.12)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAME: Final = re.compile(r"(?!__)[!-.0-\[\]-~]{1,512}")
 
 
 def check_manifest(manifest: Manifest) -> None:
-    """Hold a parsed manifest to SPEC 3.5 to 3.12. Raises ProfileError (E206 to E211)."""
+    """Check a parsed manifest by SPEC 3.5 to 3.12. Raises ProfileError (E206 to E211)."""
     _check_names(manifest)
     _check_limits(manifest)
     for i, module in enumerate(manifest.modules):
@@ -62,7 +62,7 @@ def _check_names(manifest: Manifest) -> None:
     taken = set(modules)
     for i, (name, alias) in enumerate(manifest.tied):
         if name not in modules:
-            fail("E207", f"{name!r} is no module", field=f"tied[{i}][0]")  # SPEC 3.6
+            fail("E207", f"{name!r} is not a module", field=f"tied[{i}][0]")  # SPEC 3.6
         if alias in taken:
             fail("E207", repr(alias), field=f"tied[{i}][1]")  # SPEC 3.6
         taken.add(alias)
@@ -85,8 +85,8 @@ def _check_limits(manifest: Manifest) -> None:
 
 
 def _check_shape(shape: tuple[int, ...], dtype: DType, path: str) -> None:
-    # SPEC 3.8: as of a record (2.14), since what is the base's has none.
-    if len(shape) > DIMENSIONS_MAX or 0 in shape or dtype.size_of(shape) >= TENSOR_MAX:
+    # SPEC 3.8: the limits of a record (2.14), because a base tensor has no record.
+    if len(shape) > DIMENSIONS_MAX or 0 in shape or dtype.size_of(shape) >= TENSOR_MAX or not dtype.fits(shape):
         fail("E208", f"shape {list(shape[:9])}", field=path)
 
 

@@ -1,10 +1,10 @@
-"""DeltaFile: a PXD file opened by its header alone, its data mapped and read as asked for.
+"""DeltaFile: a PXD file that is opened by its header alone; its data is mapped and read on demand.
 
 open      steps 1 to 8 of SPEC 8; cost: the header
 [name]    zero-copy views of the mapped file, unchecked
-load      the module's bytes read once, held to steps 9 to 11, and owned
-chunks    a module's bytes in order, held to steps 9 to 11 as they pass; `check` does that and no more
-verify    steps 9 to 11 for the whole file, several threads
+load      a copy of the module's bytes, read once and checked by steps 9 to 11
+chunks    a module's bytes in order, checked by steps 9 to 11 at the end; `check` only checks
+verify    steps 9 to 11 for the whole file, on several threads
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _CHUNK: Final = 1 << 19  # hashed while still in the second-level cache
 
 
 def read_header(read: Callable[[int, int], bytes], file_size: int) -> tuple[Header, Manifest]:
-    """Steps 1 (but for the file's kind) to 8 of SPEC 8, over any source of bytes.
+    """Steps 1 (without the kind of file) to 8 of SPEC 8, for any source of bytes.
 
-    read(offset, size) returns the bytes there, fewer at the end of the file. Two calls are made at most, for
+    read(offset, size) returns the bytes there, fewer at the end of the file. It is called at most twice, for
     the header alone. Raises ContainerError, ProfileError.
     """
     start = read(0, HEADER_BLOCK)
@@ -53,13 +53,13 @@ def read_header(read: Callable[[int, int], bytes], file_size: int) -> tuple[Head
 
 
 def _check_tensors(records: Sequence[TensorRecord], manifest: Manifest) -> None:
-    # SPEC 4.1, 4.2: the records are the layout of the manifest, and nothing else.
+    # SPEC 4.1, 4.2: the records must equal the layout of the manifest.
     sizes = [r.end - r.begin for r in records if r.name.startswith("__asset__.")]
     if len(sizes) != len(manifest.assets):
         fail("E212", f"{len(sizes)} assets in the data, {len(manifest.assets)} in the manifest", field="assets")
     for record, wanted in itertools.zip_longest(records, records_of(manifest.modules, sizes)):
         if record != wanted:
-            detail = f"{_describe(record)} in the place of {_describe(wanted)}"
+            detail = f"{_describe(record)} instead of {_describe(wanted)}"
             pad = record is not None and any(r and r.name.startswith("__pad__.") for r in (record, wanted))
             fail("E212", detail, clause="4.2" if pad else "4.1", field=record.name if record else None)
 
@@ -73,7 +73,7 @@ def _describe(record: TensorRecord | None) -> str:
 class DeltaFile:
     """One open PXD file. A context manager, and a read-only mapping of module names to ModuleDelta.
 
-    manifest, content_id, size: what the header says, checked. Arrays of views stay valid after `close`.
+    manifest, content_id, size: from the checked header. Arrays stay valid after `close`.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -107,7 +107,7 @@ class DeltaFile:
             end = os.fstat(self._file).st_size
             fail("E124", "the file has become shorter since it was opened", offset=end)
 
-    # --- what it holds -------------------------------------------------------------------------------
+    # --- content -------------------------------------------------------------------------------------
 
     @property
     def content_id(self) -> str:
@@ -116,12 +116,12 @@ class DeltaFile:
 
     @property
     def header_size(self) -> int:
-        """File offset of the data."""
+        """The file offset of the data."""
         return self._header.size
 
     @property
     def records(self) -> tuple[TensorRecord, ...]:
-        """Every tensor of the file, pads and assets included, in file order."""
+        """Every tensor of the file in file order, with pads and assets."""
         return self._header.records
 
     def __iter__(self) -> Iterator[str]:
@@ -138,12 +138,12 @@ class DeltaFile:
         return self._entries[name]
 
     def tensors(self, name: str) -> tuple[TensorRecord, ...]:
-        """Where the parts of a module stand: masks, scales, tail or the exact tensor, in file order (SPEC 4.1)."""
+        """The records of a module's parts: masks, scales, tail or the exact tensor, in file order (SPEC 4.1)."""
         record = self._records[name]
         return () if record is None else tuple(parts_of(self._entries[name], record.begin))
 
     def span(self, name: str) -> tuple[int, int]:
-        """File offsets [begin, end) of a module's tensor; (0, 0) where it stores nothing."""
+        """File offsets [begin, end) of a module's tensor; (0, 0) if it has none."""
         record = self._records[name]
         if record is None:
             return 0, 0
@@ -156,9 +156,9 @@ class DeltaFile:
         return build_module(self._entries[name], self.tensors(name), data, begin - self._header.size)
 
     def load(self, name: str) -> ModuleDelta:
-        """Read a module once, hold these bytes to steps 9 to 11, and return it as their owner.
+        """Read a module once, check its bytes by steps 9 to 11, and return it with its own memory.
 
-        Raises PayloadError; KeyError for a name that is no module.
+        Raises PayloadError; KeyError for a name that is not a module.
         """
         entry, parts = self._entries[name], self.tensors(name)
         begin, end = self.span(name)
@@ -173,7 +173,7 @@ class DeltaFile:
         return module
 
     def asset(self, path: str) -> bytes:
-        """The bytes of an asset, held to their digest. Raises PayloadError (E302), KeyError."""
+        """The checked bytes of an asset. Raises PayloadError (E302), KeyError."""
         index = {asset.path: i for i, asset in enumerate(self.manifest.assets)}[path]
         record = self._assets[index]
         begin = self._header.size + record.begin
@@ -188,15 +188,15 @@ class DeltaFile:
     def verify(self, *, workers: int | None = None, progress: Callable[[int], None] | None = None) -> None:
         """Steps 9 to 11 of SPEC 8: digests, unused bits and pads, scales.
 
-        workers: threads that hash (default: one a processor). progress: called with each number of bytes
-        done, from any thread. Raises the PayloadError that stands first in the file, whatever the threads.
+        workers: the number of threads (default: one per processor). progress: called with each number of bytes done,
+        from any thread. Raises the first PayloadError in file order, for any number of threads.
         """
         step = progress or (lambda _: None)
         modules = [name for name in self if self._records[name] is not None]
         failed: dict[int, PxdError] = {}
 
         def job(place: int) -> None:
-            # Of several errors the first in the file counts: what stands behind one that is known can be left out.
+            # The first error in file order counts, so modules after a known error are skipped.
             if min(tuple(failed), default=place) < place:
                 return
             try:
@@ -204,7 +204,7 @@ class DeltaFile:
             except PxdError as error:
                 failed[place] = error
 
-        # The largest first, so that no thread is left alone with one.
+        # The largest module starts first, so that it is not the last to finish.
         size = [end - begin for begin, end in map(self.span, modules)]
         order = sorted(range(len(modules)), key=lambda place: -size[place])
         run_jobs([partial(job, place) for place in order], threads=workers)
@@ -217,19 +217,19 @@ class DeltaFile:
                 check_pad(self.read(begin, end - begin), name, begin)
 
     def check(self, name: str, *, progress: Callable[[int], None] | None = None) -> None:
-        """Steps 9 to 11 for one module, chunk by chunk: what `load` checks, with nothing held.
+        """Steps 9 to 11 for one module, chunk by chunk: the checks of `load`, without keeping the bytes.
 
-        Raises PayloadError; KeyError for a name that is no module.
+        Raises PayloadError; KeyError for a name that is not a module.
         """
         for chunk in self.chunks(name):
             if progress is not None:
                 progress(len(chunk))
 
     def chunks(self, name: str, *, size: int = _CHUNK) -> Iterator[memoryview]:
-        """The bytes of a module's range in order, `size` at a time, held to steps 9 to 11 behind the last one.
+        """Yield the bytes of a module's range in order, `size` at a time; steps 9 to 11 follow the last one.
 
-        Each chunk is valid until the next one is asked for, since they share a buffer (fresh memory would cost more
-        than the read), and what was made of them only once the iteration has ended. Raises PayloadError, KeyError.
+        Chunks share a buffer (new memory would cost more than the read), so each is valid until the next one. Results
+        from chunks are valid only after the iteration has ended. Raises PayloadError, KeyError.
         """
         begin, end = self.span(name)
         digest = hashlib.sha256()
@@ -249,7 +249,7 @@ class DeltaFile:
     def read_into(self, target: memoryview, offset: int) -> None:
         """Read bytes of the file, from `offset` on, into all of a writable buffer; their content is not checked.
 
-        Raises ContainerError (E124) where the file has become shorter than its header said.
+        Raises ContainerError (E124) if the file has become shorter.
         """
         done = 0
         while done < len(target):
@@ -266,16 +266,16 @@ class DeltaFile:
                 yield record.name, self._header.size + record.begin, self._header.size + record.end
 
     def _gaps(self, name: str) -> Iterator[tuple[int, int]]:
-        """File offsets of the bytes between a module's parts and behind the last one (SPEC 4.2)."""
+        """File offsets of the bytes between a module's parts and after the last one (SPEC 4.2)."""
         parts = self.tensors(name)
         ends = [self._header.size + part.end for part in parts]
         begins = [*(self._header.size + part.begin for part in parts[1:]), self.span(name)[1]]
         yield from ((end, begin) for end, begin in zip(ends, begins, strict=bool(parts)) if begin > end)
 
-    # --- plumbing ------------------------------------------------------------------------------------
+    # --- reading -------------------------------------------------------------------------------------
 
     def read(self, offset: int, size: int) -> bytes:
-        """Bytes of the file as they are, unchecked; fewer where it ends. From any thread."""
+        """Unchecked bytes of the file, fewer at its end. It may be called from any thread."""
         parts = []
         while size > 0:
             part = os.pread(self._file, size, offset)
@@ -292,11 +292,11 @@ class DeltaFile:
         return data
 
     def close(self) -> None:
-        """Close the file. Arrays handed out before stay valid: they keep the map alive."""
+        """Close the file. Its arrays stay valid, because they keep the map alive."""
         if not self._closed:
             self._closed = True
             os.close(self._file)
-            # With views still in use the map cannot close; it then goes with the last of them.
+            # A map with live views cannot be closed; it is freed with the last view.
             with contextlib.suppress(BufferError):
                 self._map.close()
 
@@ -311,7 +311,7 @@ class DeltaFile:
 
 @contextlib.contextmanager
 def _located(path: Path) -> Iterator[None]:
-    """Give an error that passes through the name of the file."""
+    """Add the name of the file to an error that passes through."""
     try:
         yield
     except PxdError as error:
@@ -320,7 +320,7 @@ def _located(path: Path) -> Iterator[None]:
 
 
 def _open_regular(path: Path) -> int:
-    # SPEC 2.1: looked at before it is opened, since opening a pipe would wait for a writer.
+    # SPEC 2.1: check before opening, because opening a pipe would wait for a writer.
     if not stat.S_ISREG(os.stat(path).st_mode):
         with _located(path):
             fail("E101")
@@ -335,6 +335,6 @@ def _records_by_module(records: Sequence[TensorRecord], manifest: Manifest) -> d
 def open(path: str | os.PathLike[str]) -> DeltaFile:
     """Open a PXD file by its header (steps 1 to 8 of SPEC 8).
 
-    Raises ContainerError, ProfileError, UnsupportedError; OSError where the file cannot be read.
+    Raises ContainerError, ProfileError, UnsupportedError; OSError if the file cannot be read.
     """
     return DeltaFile(path)

@@ -1,4 +1,4 @@
-"""Bytes -> a typed manifest (SPEC 3.1 to 3.4), entry by entry, so that it is never in memory as a tree of JSON."""
+"""Parse bytes into a typed manifest (SPEC 3.1 to 3.4), entry by entry, so that no tree of JSON is in memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from peraxis_format.strict_json import PIECE_MAX, Json, StrictJsonError, check_t
 __all__ = ["parse_manifest"]
 
 _KEY: Final = re.compile(rb'("(?:[^"\\]++|\\.)*+"):', re.DOTALL)
-# What a piece must be byte for byte. Keys beyond ASCII, whose order differs from that of UTF-16, have no place in one.
+# The canonical form of a piece. Keys beyond ASCII, whose order differs from that of UTF-16, are not allowed in one.
 _CANONICAL: Final = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ Span = tuple[int, int]
 
 
 def _value(data: bytes, span: Span, path: str, most: int = PIECE_MAX) -> Json:
-    """The value of one piece, held to SPEC 3.1 and 3.2."""
+    """The value of one piece, checked by SPEC 3.1 and 3.2."""
     begin, end = span
     if end - begin > most:
         fail("E208", f"{end - begin} bytes", field=path)  # SPEC 3.8
@@ -58,7 +58,7 @@ def _value(data: bytes, span: Span, path: str, most: int = PIECE_MAX) -> Json:
 
 
 def _members(data: bytes, span: Span, path: str, depth: int) -> Iterator[tuple[str, Span]]:
-    """Key and span of the value of each member of an object, held to SPEC 2.9 and 3.2."""
+    """The key and the span of the value of each member of an object, checked by SPEC 2.9 and 3.2."""
     before, canonical = b"", True
     for i, (begin, end) in enumerate(pieces(data, *span, depth=depth)):
         if i >= ENTRIES_MAX:
@@ -80,7 +80,7 @@ def _members(data: bytes, span: Span, path: str, depth: int) -> Iterator[tuple[s
 
 
 def _entries(data: bytes, span: Span, path: str, item: Callable[[Json, str], T]) -> tuple[T, ...]:
-    """A list of the manifest, each entry typed before the next one is parsed."""
+    """A list of the manifest; each entry is typed before the next one is parsed."""
     if data[span[0]] != 0x5B:  # not an array
         return array(_value(data, span, path), path, item)
 
@@ -111,7 +111,7 @@ def _digests(data: bytes, span: Span) -> DigestReader:
     begin, end = span
     if data[begin] != 0x22:
         text(_value(data, span, "digests"), "digests")
-    # Any string that is not canonical is no base64 either.
+    # A string that is not canonical is not base64 either.
     return DigestReader(data[begin + 1 : end - 1])
 
 
@@ -139,9 +139,9 @@ def _parse(data: bytes) -> Manifest:
         fail("E203", "white space", field="manifest")  # SPEC 3.2
     spans = dict(_members(data, (0, len(data)), "manifest", depth=1))
     if "features" in spans:
-        # SPEC 3.3: before the schema, since a feature may bring keys that this reader does not know.
+        # SPEC 3.3: check features before the schema, because a feature may add keys that this reader does not know.
         _check_features(_value(data, spans["features"], "features"))
-    # SPEC 3.14: the fields of a chain stand with the feature, and without it nowhere.
+    # SPEC 3.14: the fields of a chain are there exactly with the feature.
     chained = "features" in spans and _value(data, spans["features"], "features") == [EXACT_FEATURE]
     object_of(dict.fromkeys(spans), "manifest", _KEYS + _CHAIN_KEYS * chained)
     manifest = _typed(data, spans, chained=chained)

@@ -1,6 +1,6 @@
-"""Parsed values of the manifest's JSON -> its types (SPEC 3.4).
+"""Turn parsed values of the manifest's JSON into its types (SPEC 3.4).
 
-Each function of a type takes (value, path) and fails with E205 at the path.
+Each function takes (value, path) and fails with E205 at the path.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _component(value: Json, path: str) -> ComponentEntry:
 def _encoding(fields: dict[str, Json], path: str) -> Encoding:
     # SPEC 3.4: `components` say that it is `sign`.
     if ("components" in fields) == ("encoding" in fields):
-        fail("E205", "has to have one of components and encoding", field=path)
+        fail("E205", "needs exactly one of components and encoding", field=path)
     if "components" in fields:
         return Encoding.SIGN
     encoding = _one_of(Encoding, fields["encoding"], f"{path}.encoding")
@@ -131,14 +131,14 @@ def _encoding(fields: dict[str, Json], path: str) -> Encoding:
 
 
 def _size(fields: dict[str, Json], path: str, encoding: Encoding) -> int | None:
-    # SPEC 3.4: of an `exact` module, and of no other.
+    # SPEC 3.4: only for an `exact` module.
     if ("size" in fields) != (encoding is Encoding.EXACT):
-        fail("E205", "size stands beside exact alone", field=path)
+        fail("E205", "only exact has a size", field=path)
     return natural(fields["size"], f"{path}.size") if "size" in fields else None
 
 
 def module(digests: DigestReader) -> Callable[[Json, str], ModuleEntry]:
-    """A module's entry, its digests taken in order."""
+    """Parse a module's entry; its digests are taken in order."""
 
     def item(value: Json, path: str) -> ModuleEntry:
         fields = object_of(value, path, "name shape", optional="base components dtype encoding size")

@@ -1,4 +1,4 @@
-"""Bytes in the data of a file: one count for reader, writer, plan and budget (SPEC 4.2)."""
+"""Sizes in the data of a file, shared by reader, writer, plan and budget (SPEC 4.2)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ ALIGNMENT: Final = 64
 
 
 def aligned(size: int) -> int:
-    """The next multiple of 64 bytes, where the next tensor or part begins."""
+    """Round up to a multiple of 64 bytes, where the next tensor or part begins."""
     return size + -size % ALIGNMENT
 
 
 def payload_size(parts: Iterable[tuple[str, DType, tuple[int, ...]]]) -> int:
-    """Bytes that parts (as `tensor_shapes` lists them) take in a file: each one and the end aligned."""
+    """The bytes of parts (see `tensor_shapes`) in a file; each part and the end are aligned."""
     return sum(aligned(dtype.size_of(shape)) for _, dtype, shape in parts)

@@ -1,11 +1,11 @@
-"""Strict JSON in: UTF-8, unique keys, integers alone, bounded depth and number of values (SPEC 2.7 to 2.11).
+"""Read strict JSON: UTF-8, unique keys, integers alone, bounded depth and number of values (SPEC 2.7 to 2.11).
 
-A header may have 64 MiB, and as a tree of Python objects ten to thirty times as much. So it never becomes one tree:
+A header may have 64 MiB, and a tree of its Python objects takes ten to thirty times as much. So no such tree is made:
 
-check_text   holds a text as a whole to what bounds its parser, at the speed of a few scans in C
-pieces       takes an array or object apart: the spans between its commas
-parse_piece  makes values of one span
-unescaped    the text of a JSON string, from bytes to bytes, since a str of Python may take four bytes a character
+check_text   checks the bounds of a whole text with a few scans in C
+pieces       splits an array or object into the spans between its commas
+parse_piece  parses one span
+unescaped    the text of a JSON string as bytes, because a Python str may take four bytes per character
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ Json: TypeAlias = "bool | int | str | list[Json] | dict[str, Json] | None"
 INTEGER_MAX: Final = 2**53 - 1
 DEPTH_MAX: Final = 8
 VALUES_MAX: Final = 2**22
-# The longest piece that is made a tree: forty times as much as a record or a manifest's entry can take.
+# The longest piece that is parsed into a tree: forty times the longest record or entry.
 PIECE_MAX: Final = 2**16
 _BLOCK: Final = 2**16
 
 # The inside of a string as RFC 8785, section 3.2.2.2, writes it; `STRING` captures it. Possessive, so linear.
 _ESCAPES: Final = rb'\\(?:["\\bfnrt]|u00(?:0[0-7be-f]|1[0-9a-f]))'
 STRING: Final = rb'"((?:[^"\\\x00-\x1f]++|' + _ESCAPES + rb')*+)"'
-# Anything that may be a string, for finding its end: a parser judges it later.
+# Matches anything that may be a string, to find its end; a parser checks it later.
 _QUOTED: Final = rb'"(?:[^"\\]++|\\.)*+"'
 _TO_MARK: Final = re.compile(rb'(?:[^\[\]{}",]++|' + _QUOTED + rb")*+[\[\]{},]", re.DOTALL)
 _TO_BRACKET: Final = re.compile(rb'(?:[^\[\]{}"]++|' + _QUOTED + rb")*+[\[\]{}]", re.DOTALL)
-# A string, or what begins one more element or member: a comma, or the bracket before the first one.
+# A string, or the start of an element or member: a comma, or the bracket before the first one.
 _VALUES: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|,|[\[{](?![ \t\r\n]*+[\]}])', re.DOTALL)
 _OPENING: Final = b"[{"
 _SPACES: Final = b" \t\r\n"
@@ -69,12 +69,12 @@ class StrictJsonError(ValueError):
 
 
 def check_text(data: bytes) -> None:
-    """Hold a text to SPEC 2.7 and to the number of values of 2.11. Raises StrictJsonError."""
+    """Check a text by SPEC 2.7 and the number of values of 2.11. Raises StrictJsonError."""
     if data.startswith(codecs.BOM_UTF8):
         raise StrictJsonError("E113", "byte order mark", 0)
     _check_utf8(data)
-    # SPEC 2.11: every element and member stands behind a comma or an opening bracket. So few of these are enough,
-    # and else the ones in strings are left out.
+    # SPEC 2.11: every element and member follows a comma or an opening bracket. If there are few of these, the text
+    # passes; otherwise those in strings are not counted.
     if data.count(b",") + data.count(b"[") + data.count(b"{") > VALUES_MAX:
         values = 0
         for match in _VALUES.finditer(data):
@@ -84,7 +84,7 @@ def check_text(data: bytes) -> None:
 
 
 def _check_utf8(data: bytes) -> None:
-    # SPEC 2.7, block by block: a str of all of it could take four times the file.
+    # SPEC 2.7, block by block, because a str of the whole could take four times the file.
     if data.isascii():
         return
     decoder = codecs.getincrementaldecoder("utf-8")()
@@ -98,10 +98,10 @@ def _check_utf8(data: bytes) -> None:
 
 
 def pieces(data: bytes, begin: int, end: int, *, depth: int = 1) -> Iterator[tuple[int, int]]:
-    """Spans of what stands between the commas of the array or object that is data[begin:end], at this depth.
+    """The spans between the commas of the array or object data[begin:end], at this depth.
 
-    What is inside of a span is not looked at, but for its brackets and their depth (SPEC 2.11).
-    Raises StrictJsonError: E114 where the brackets do not fit, E117.
+    The inside of a span is not checked, except its brackets and their depth (SPEC 2.11).
+    Raises StrictJsonError: E114 if the brackets do not match, E117.
     """
     start = at = begin + 1
     level = depth
@@ -121,7 +121,7 @@ def pieces(data: bytes, begin: int, end: int, *, depth: int = 1) -> Iterator[tup
         else:
             level -= 1
     if data[at:end].strip(_SPACES) or data[at - 1] != data[begin] + 2:  # `]` follows `[` and `}` follows `{` by two
-        raise StrictJsonError("E114", "a bracket closes another one", at - 1)
+        raise StrictJsonError("E114", "a bracket does not match", at - 1)
     if start > begin + 1 or data[start : at - 1].strip(_SPACES):
         yield start, at - 1
 
@@ -151,7 +151,7 @@ def _no_float(text: str) -> NoReturn:
 
 
 def _no_constant(text: str) -> NoReturn:
-    # NaN and Infinity, which Python's parser takes, are no JSON (SPEC 2.8).
+    # NaN and Infinity, which Python's parser accepts, are not JSON (SPEC 2.8).
     raise StrictJsonError("E114", text)
 
 
@@ -163,7 +163,7 @@ _DECODER: Final = json.JSONDecoder(
 def parse_piece(data: bytes, begin: int = 0) -> Json:
     """The value of a text whose encoding, depth and number of values are known to be within bounds.
 
-    begin: where the text stands, for the offset of an error. Raises StrictJsonError (E114 to E116).
+    begin: the offset of the text, for errors. Raises StrictJsonError (E114 to E116).
     """
     text = data.decode("utf-8")
     try:
@@ -195,7 +195,7 @@ def _character(match: re.Match[bytes]) -> bytes:
 
 
 def unescaped(inside: bytes) -> bytes:
-    """The UTF-8 of the text that stands in a string of `STRING`: inside is its first group."""
+    """The UTF-8 text of a string that `STRING` matches. inside: its first group."""
     if inside.count(b"\\") == inside.count(b'\\"'):
-        return inside.replace(b'\\"', b'"')  # every backslash stands before a quote
+        return inside.replace(b'\\"', b'"')  # every backslash precedes a quote
     return b"".join(_ESCAPE.sub(_character, block[0]) for block in _ESCAPED_BLOCK.finditer(inside))

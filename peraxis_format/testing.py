@@ -1,4 +1,4 @@
-"""Hypothesis strategies for PXD content: import them to test what reads, writes or transforms deltas.
+"""Hypothesis strategies for PXD content, to test code that reads, writes or transforms deltas.
 
     from hypothesis import given
     from peraxis_format.testing import deltas
@@ -6,9 +6,9 @@
     @given(deltas())
     def test_mine(delta): ...
 
-The only module of the package that needs `hypothesis`. Everything drawn is valid by SPEC 3 to 5 and small; edge
-values (zero, subnormal and largest scales, signed zeros, infinities and NaN in base weights, odd widths,
-resized first dimensions) are drawn often.
+This is the only module of the package that needs `hypothesis`. All content is valid by SPEC 3 to 5 and small; edge
+values (zero, subnormal and largest scales, signed zeros, infinities and NaN in base weights, odd widths, resized first
+dimensions) are frequent.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Delta:
     assets: dict[str, bytes] = field(default_factory=dict)
 
     def write(self, path: str | os.PathLike[str]) -> Manifest:
-        """Write the file; the same content gives the same bytes."""
+        """Write the file; equal content gives equal bytes."""
         with DeltaWriter(
             path,
             base=self.base,
@@ -124,7 +124,7 @@ def exponents() -> st.SearchStrategy[int]:
 
 
 def shapes(*, min_dims: int = 2, max_dims: int = 4) -> st.SearchStrategy[tuple[int, ...]]:
-    """Shapes of a few weights; widths around a byte's edge are common."""
+    """Shapes of a few weights; widths near a multiple of 8 are frequent."""
     widths = st.sampled_from((1, 3, 7, 8, 9, 16, 17)) | st.integers(1, 20)
     leading = st.lists(st.integers(1, 3), min_size=min_dims - 1, max_size=max_dims - 1)
     return st.builds(lambda first, last: (*first, last), leading, widths)
@@ -136,7 +136,7 @@ def storage_arrays(dtype: DType, shape: tuple[int, ...]) -> st.SearchStrategy[Ar
 
     def build(data: bytes) -> Array:
         raw = bytes(byte & 1 for byte in data) if dtype is DType.BOOL else data
-        return np.frombuffer(raw, dtype=dtype.storage).reshape(shape)
+        return np.frombuffer(raw, dtype=dtype.storage).reshape(dtype.storage_shape(shape))
 
     return st.binary(min_size=size, max_size=size).map(build)
 
@@ -147,7 +147,7 @@ def signs(covered: tuple[int, ...]) -> st.SearchStrategy[NDArray[np.bool_]]:
 
 
 def scales(shape: tuple[int, ...]) -> st.SearchStrategy[NDArray[np.float16]]:
-    """Scales by SPEC 5.4: finite, no sign bit; zero, subnormals and the largest are common."""
+    """Scales by SPEC 5.4: finite, no sign bit; zero, subnormals and the largest are frequent."""
     bits = st.sampled_from(_F16_EDGES) | st.integers(0, 0x7BFF)
     return hnp.arrays(np.uint16, shape, elements=bits).map(lambda array: array.view(np.float16))
 
@@ -160,27 +160,32 @@ def components(draw: st.DrawFn, covered: tuple[int, ...], axis: Axis | None = No
     return Component(axis=axis, exponent=draw(exponents()), mask=pack_signs(draw(signs(covered))), **held)
 
 
-def _reference(array: Array, dtype: DType) -> BaseRef:
-    return BaseRef(dtype=dtype, shape=array.shape, sha256=hashlib.sha256(array.tobytes()).hexdigest())
+def _reference(array: Array, dtype: DType, shape: tuple[int, ...]) -> BaseRef:
+    return BaseRef(dtype=dtype, shape=shape, sha256=hashlib.sha256(array.tobytes()).hexdigest())
+
+
+def _whole(dtype: DType, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape of whole bytes in every row."""
+    return shape if dtype.fits(shape[-1:]) else (*shape[:-1], 4 * shape[-1])
 
 
 @st.composite
 def modules(
     draw: st.DrawFn, *, name: str = "weight", encoding: Encoding | None = None
 ) -> tuple[ModuleDelta, Array | None]:
-    """A module, and its base tensor where it has one."""
+    """A module, and its base tensor if it has one."""
     encoding = encoding or draw(st.sampled_from((Encoding.SIGN, Encoding.FULL, Encoding.SAME)))
     if encoding is Encoding.EXACT:
         return draw(exact_modules(name=name))
     if encoding is Encoding.FULL:
         dtype = draw(st.sampled_from(DType))
-        shape = draw(shapes(min_dims=1))
+        shape = _whole(dtype, draw(shapes(min_dims=1)))
         full = draw(storage_arrays(dtype, shape))
         return ModuleDelta(name=name, shape=shape, dtype=dtype, encoding=encoding, full=full), None
     dtype, base_dtype = draw(float_dtypes()), draw(float_dtypes())
     if encoding is Encoding.SAME and draw(st.booleans()):
         dtype = base_dtype = draw(st.sampled_from(DType))
-    shape = draw(shapes(min_dims=2 if encoding is Encoding.SIGN else 1))
+    shape = _whole(dtype, draw(shapes(min_dims=2 if encoding is Encoding.SIGN or dtype.is_packed else 1)))
     base_shape = (draw(st.integers(1, shape[0] + 2)), *shape[1:]) if draw(st.booleans()) else shape
     base = draw(storage_arrays(base_dtype, base_shape))
     kept = kept_rows(shape, base_shape)
@@ -192,7 +197,7 @@ def modules(
         shape=shape,
         dtype=dtype,
         encoding=encoding,
-        base=_reference(base, base_dtype),
+        base=_reference(base, base_dtype, base_shape),
         components=parts,
         tail=tail,
     )
@@ -201,7 +206,7 @@ def modules(
 
 @st.composite
 def pairs(draw: st.DrawFn, dtype: DType, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """Two tensors of any bit patterns, in which few to all elements differ, by a step or by anything."""
+    """Two tensors of any bit patterns; few to all elements differ, by one step or by any number."""
     size = math.prod(shape)
     old = draw(storage_arrays(dtype, shape))
     new = old.copy().reshape(-1).view(f"u{dtype.itemsize}")
@@ -232,7 +237,7 @@ def exact_modules(draw: st.DrawFn, *, name: str = "weight") -> tuple[ModuleDelta
         shape=shape,
         dtype=dtype,
         encoding=Encoding.EXACT,
-        base=_reference(base, dtype),
+        base=_reference(base, dtype, base_shape),
         index=index,
         data=data,
         result=hashlib.sha256(new.tobytes()).hexdigest(),
@@ -242,7 +247,7 @@ def exact_modules(draw: st.DrawFn, *, name: str = "weight") -> tuple[ModuleDelta
 
 
 def assets() -> st.SearchStrategy[dict[str, bytes]]:
-    """Small files by SPEC 3.12, their names distinct in lower case."""
+    """Small files by SPEC 3.12, with names that are distinct in lower case."""
     suffix = st.sampled_from(("json", "txt", "model", "jinja", "tiktoken", "md"))
     path = st.builds(lambda stem, end: f"{stem}.{end}", st.text(_STEM, min_size=1, max_size=8), suffix)
     unique = st.lists(path, max_size=2, unique_by=str.lower)

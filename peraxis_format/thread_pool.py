@@ -16,14 +16,14 @@ T = TypeVar("T")
 
 
 def thread_count() -> int:
-    """Processors that this process may use."""
+    """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_jobs(jobs: Iterable[Callable[[], None]], *, threads: int | None = None) -> None:
-    """Run jobs on `threads` threads, this one among them (default: one a processor). Raises the first error.
+    """Run jobs on `threads` threads, this one included (default: one per processor). Raises the first error.
 
-    After an error no further job is begun; when this returns or raises, none is running any more.
+    After an error no further job starts; when this returns or raises, no job is running.
     """
     waiting = deque(jobs)
     errors: list[BaseException] = []
@@ -50,7 +50,7 @@ def run_jobs(jobs: Iterable[Callable[[], None]], *, threads: int | None = None) 
 
 
 class ThreadPool:
-    """Threads that live as long as their owner. count: default one for each processor this process may use."""
+    """Threads that live as long as this object. count: by default one for each processor this process may use."""
 
     def __init__(self, count: int | None = None) -> None:
         self.count = count or thread_count()
@@ -61,7 +61,7 @@ class ThreadPool:
         return self._pool.submit(job)
 
     def run(self, jobs: Iterable[Callable[[], object]]) -> None:
-        """Run jobs to their end. Raises the first error in their order, when none of them is running any more."""
+        """Run jobs to their end. Raises the first error in their order, after all jobs have ended."""
         futures = [self._pool.submit(job) for job in jobs]
         try:
             for future in futures:

@@ -1,8 +1,7 @@
-"""DeltaWriter: modules in, one PXD file out; deterministic and atomic (SPEC 11).
+"""DeltaWriter: writes modules to one PXD file, deterministically and atomically (SPEC 11).
 
-The header holds the digests of the data behind it, so the data is spooled first: offsets count from the end
-of the header, and nothing in the spool changes when the header is put in front. The spool has no name, so
-that a killed run leaves nothing behind.
+The header contains the digests of the data after it, so the data is spooled first. Offsets count from the end of the
+header, so the spool is copied unchanged after it. The spool has no name, so a killed run leaves no file.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from peraxis_format.container import header_bytes, layout
+from peraxis_format.container import file_size, header_bytes, layout
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import raw_bytes
 from peraxis_format.errors import PxdError, ShapeError
@@ -47,10 +46,10 @@ _COPY_CHUNK: Final = 1 << 22
 
 
 class DeltaWriter:
-    """Writes one PXD file. A context manager; without `finish` nothing appears under `path`.
+    """Writes one PXD file. A context manager; without `finish` no file appears under `path`.
 
-    Modules stand in the order of `add`, which is to be the execution order (SPEC 3.7). The same calls give the
-    same bytes. size: of the file in bytes, after `finish`.
+    Modules are written in the order of `add`, which must be the execution order (SPEC 3.7). Equal calls give equal
+    bytes. size: the size of the file in bytes, after `finish`.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class DeltaWriter:
         chained: bool = False,
         overwrite: bool = True,
     ) -> None:
-        """chained: whether the file says what it results in (SPEC 3.14); with an exact module it does in any case.
+        """chained: whether the file has a `result` (SPEC 3.14); with an exact module it always has.
 
         previous: content ID of the update before it. overwrite: whether `finish` may replace a file at `path`; a
         device or pipe is written into.
@@ -85,13 +84,13 @@ class DeltaWriter:
         self._tied: list[tuple[str, str]] = []
         self._dropped: list[str] = []
         self._assets: list[tuple[Asset, int]] = []
-        # Beside the file, so that there is room for both; a device's folder is no place for it.
+        # The spool is beside the file, so that both are on one disk, except if the file is a device.
         spool_folder = None if is_stream(self.path) else self.path.parent
         self._spool = tempfile.TemporaryFile(dir=spool_folder)  # noqa: SIM115  closed in __exit__
         self._end = 0
 
     def add(self, module: ModuleDelta) -> ModuleEntry:
-        """Append a module. Raises ShapeError where a reader would refuse its payload (SPEC 11.2)."""
+        """Append a module. Raises ShapeError if a reader would refuse its payload (SPEC 11.2)."""
         try:
             check_values(module)
         except PxdError as error:
@@ -122,11 +121,11 @@ class DeltaWriter:
         return entry
 
     def tie(self, name: str, alias: str) -> None:
-        """Say that `alias` is the same tensor as the module `name` (SPEC 3.7)."""
+        """Record that `alias` is the same tensor as the module `name` (SPEC 3.7)."""
         self._tied.append((name, alias))
 
     def drop(self, name: str) -> None:
-        """Say that the base's tensor `name` is not in the fine-tuned checkpoint (SPEC 3.7)."""
+        """Record that the base's tensor `name` is not in the fine-tuned checkpoint (SPEC 3.7)."""
         self._dropped.append(name)
 
     def add_asset(self, path: str, data: bytes) -> None:
@@ -144,18 +143,22 @@ class DeltaWriter:
 
     @property
     def result(self) -> str | None:
-        """The digest over all new tensors so far (SPEC 3.14); None where one of them is not known."""
+        """The digest over all new tensors so far (SPEC 3.14); None if one of them is unknown."""
         return result_digest(self._modules)
 
-    def finish(self) -> Manifest:
-        """Write header and data to `path`, whole or not at all. Returns the manifest.
+    def file_size(self) -> int:
+        """Bytes that the file would have if it were finished now."""
+        return file_size(self._manifest(), [size for _, size in self._assets])
 
-        Raises ProfileError where the content breaks a rule of SPEC 3 (a name twice, an asset's path), OSError with the
-        path where it cannot be written, FileExistsError without overwrite where it is there by now.
+    def finish(self) -> Manifest:
+        """Write header and data to `path` atomically. Returns the manifest.
+
+        Raises ProfileError if the content violates SPEC 3 (a name twice, an asset's path), OSError with the path if it
+        cannot be written, FileExistsError if it exists by now and overwrite is false.
         """
         manifest = self._manifest()
         text = manifest.to_bytes()
-        # SPEC 11.2: held to the schema as a reader sees it; a caller's metadata may hold anything.
+        # SPEC 11.2: checked as a reader would, because a caller's metadata can contain anything.
         check_manifest(parse_manifest(text))
         header = header_bytes(text, layout(manifest.modules, [size for _, size in self._assets]))
         with atomic_file(self.path, overwrite=self._overwrite) as file:
@@ -202,4 +205,4 @@ class DeltaWriter:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         with contextlib.suppress(OSError):
-            self._spool.close()  # flushes again what could not be written
+            self._spool.close()  # flushes the failed bytes again

@@ -1,4 +1,4 @@
-"""The tools of peraxis as a library: what the command line does, as functions with typed results.
+"""The tools of peraxis as a library: each verb of the command line is a function with a typed result.
 
     import peraxis_tools
 
@@ -6,8 +6,8 @@
     model = peraxis_tools.load_model("base", "delta.pxd")
     model, tokenizer = peraxis_tools.load("me/delta")
 
-Verbs share their names with the modules that hold them, and are imported when they are first used: importing this
-package costs nothing, and `peraxis_tools.inspect` is always the function.
+A verb has the name of its module and is imported at its first use. So importing this package is cheap, and
+`peraxis_tools.inspect` is always the function.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _HOMES = {name: f"peraxis_tools.{name}" for name in __all__[1:]} | {
 
 
 class _Package(ModuleType):
-    """Keeps the import system from putting a verb's module where its function belongs."""
+    """Keeps the import system from replacing a verb's function by its module."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):

@@ -1,4 +1,4 @@
-"""`python -m peraxis_tools`: the command line where scripts are not on the path."""
+"""`python -m peraxis_tools`: the command line if scripts are not on the path."""
 
 from peraxis_tools.cli import main
 

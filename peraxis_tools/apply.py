@@ -1,4 +1,4 @@
-"""apply: the verb. Base + delta -> the whole fine-tuned checkpoint, streamed tensor by tensor (SPEC 8)."""
+"""The verb apply: base + delta -> the fine-tuned checkpoint, streamed tensor by tensor (SPEC 8)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["ApplyResult", "apply"]
 class ApplyResult:
     """The result of `apply`.
 
-    files: paths in the folder. left_behind: files of the fine-tuned folder that the delta does not carry.
+    files: paths in the folder. left_behind: files of the fine-tuned folder that the delta does not contain.
     """
 
     folder: Path
@@ -50,7 +50,7 @@ def apply(
     """Write base + delta as a Hugging Face folder: shards, index, configuration, tokenizer.
 
     base: a folder, a file or a hub id. delta: one, or the updates of a chain in any order. progress: called with each
-    number of bytes written, or True for a bar. The folder appears under `output` as a whole or not at all. Raises
+    number of bytes written, or True for a bar. The folder is written to `output` atomically. Raises
     PxdError, CheckpointError, ToolError, OSError.
     """
     output = Path(output)
@@ -84,22 +84,20 @@ def apply(
 
 @contextlib.contextmanager
 def _opened(deltas: Sequence[str | Path], base: Checkpoint) -> Iterator[tuple[pxd.DeltaFile, Checkpoint]]:
-    """The delta to apply and what it applies to: of a chain the last update, and the state before it."""
+    """The delta to apply and its base; for a chain, the last update and the state before it."""
     if len(deltas) == 1:
         with pxd.open(deltas[0]) as file, _predecessor_named(file):
             yield file, base
         return
-    from peraxis_tools.chain import ChainState, chain_order, link_of
+    from peraxis_tools.chain import ChainState, chain_order, link_of, opened_all
 
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(pxd.open(link.path)) for link in chain_order(map(link_of, deltas))]
-        stack.enter_context(_predecessor_named(files[0]))
+    with opened_all([link.path for link in chain_order(map(link_of, deltas))]) as files, _predecessor_named(files[0]):
         yield files[-1], Checkpoint(ChainState(base.tensors, files[:-1]), base.identity, base.folder)
 
 
 @contextlib.contextmanager
 def _predecessor_named(first: pxd.DeltaFile) -> Iterator[None]:
-    """Where the base is another one, say which update the first one follows: it may be all that is missing."""
+    """If the base does not match, note which update the first one follows, because that one may be missing."""
     try:
         yield
     except pxd.BindingError:

@@ -1,13 +1,13 @@
-"""The small files of a checkpoint's folder: which of them a delta carries (SPEC 3.12), and which it leaves behind.
+"""The small files of a checkpoint's folder: those that a delta contains (SPEC 3.12), and those that it leaves out.
 
     configuration   config.json, generation_config.json
     tokenizer       tokenizer*.json, vocab*, merges.txt, *.model, *.tiktoken, chat templates, additional_chat_templates/
     processor       processor_config.json, preprocessor_config.json and relatives
     pipeline        sentence-transformers' modules.json, and the small files in the folders that it names
 
-Each belongs to one group. Apply takes a group from the base only where the delta brings nothing of that group: files of
-two checkpoints never mix within one. Everything else (code above all) stays behind and is named, but for what training
-and publishing leave beside a model.
+Each file belongs to one group. Apply takes a group from the base only if the delta has no file of that group, so files
+of two checkpoints never mix within a group. All other files (code above all) are left out and listed, except the files
+that training and publishing write beside a model.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from peraxis_tools.errors import ToolError
 __all__ = ["ASSET_BYTES_MAX", "LEFT_BEHIND", "FolderAssets", "Group", "asset_group", "find_assets", "listed"]
 
 ASSET_BYTES_MAX: Final = 64 << 20
-LEFT_BEHIND: Final = "peraxis.left_behind"  # metadata key: files that were not carried, a line each
+LEFT_BEHIND: Final = "peraxis.left_behind"  # metadata key: files that are left out, one in each line
 Group: TypeAlias = Literal["configuration", "tokenizer", "processor", "pipeline"]
 
 _TEMPLATES: Final = "additional_chat_templates"
-# The names under which transformers' tokenizers and processors, and sentence-transformers, keep their files.
+# The file names of transformers' tokenizers and processors, and of sentence-transformers.
 _GROUPS: Final[tuple[tuple[Group, re.Pattern[str]], ...]] = (
     ("processor", re.compile(r"([a-z]+_)?(pre)?processor_config\.json|audio_tokenizer_config\.json")),
     ("pipeline", re.compile(r"modules\.json|config_sentence_transformers\.json|sentence_\w+_config\.json")),
@@ -38,7 +38,7 @@ _GROUPS: Final[tuple[tuple[Group, re.Pattern[str]], ...]] = (
     ("tokenizer", re.compile(r"(tokenizer|vocab|\w+_vocab|merges|added_tokens|special_tokens)[\w-]*\.(json|txt)")),
     ("tokenizer", re.compile(r"(chat_template|normalizer|tekken|emoji|byte_maps|word_\w+)\.json|dict\.txt")),
 )
-# What training and publishing leave beside a model, and the weights themselves: not missed in an applied folder.
+# Files that an applied folder does not need: those of training and publishing, and the weights themselves.
 _BYPRODUCTS: Final = re.compile(
     r"(readme|licen[cs]e|notice|use_policy|changelog|modelcard)[^/]*|\.[^/]*"
     r"|(trainer_state|training_args|\w+_results|scheduler|optimizer|rng_state|adapter_config)[^/]*"
@@ -50,28 +50,28 @@ _WEIGHTS: Final = (".safetensors", ".bin")
 
 
 def asset_group(path: str) -> Group | None:
-    """The group of a carried file; None for a file that no group has."""
+    """The group of a file; None if it is in no group."""
     if "/" in path and not path.startswith(f"{_TEMPLATES}/"):
         return "pipeline"
     return next((group for group, pattern in _GROUPS if pattern.fullmatch(path)), None)
 
 
 def listed(names: Sequence[str], shown: int = 5) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of the others."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderAssets:
-    """carried: paths relative to the folder, sorted. left: files that a loaded model may miss, sorted."""
+    """carried: the assets, as sorted paths relative to the folder. left: sorted files that a loaded model may need."""
 
     folder: Path
     carried: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
 
     def read(self, path: str) -> bytes:
-        """The bytes of a carried file. Raises ToolError for one that is too large."""
+        """The bytes of an asset. Raises ToolError if it is too large."""
         file = self.folder / path
         size = file.stat().st_size
         if size > ASSET_BYTES_MAX:
@@ -80,7 +80,7 @@ class FolderAssets:
 
 
 def find_assets(folder: Path) -> FolderAssets:
-    """What a delta of this folder carries, and what it leaves behind that a model may need."""
+    """The files of this folder that a delta contains, and those that it leaves out but a model may need."""
     carried, left = [], []
     for path in _files(folder, {_TEMPLATES, *_pipeline_folders(folder)}):
         name = path.relative_to(folder).as_posix()
@@ -102,7 +102,7 @@ def _files(folder: Path, inner: set[str]) -> list[Path]:
 
 
 def _pipeline_folders(folder: Path) -> set[str]:
-    """Folders that sentence-transformers' modules.json names: plain names alone."""
+    """The folders that sentence-transformers' modules.json lists; only plain names count."""
     try:
         modules = json.loads((folder / "modules.json").read_bytes())
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Progress bars on standard error, where that is a terminal; elsewhere nothing is shown."""
+"""Progress bars on standard error, if it is a terminal; otherwise nothing is shown."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _REFRESH_SECONDS: Final = 0.05
 
 
 class Advance(Protocol):
-    """What long work calls with each number of units done."""
+    """The function that long work calls with each number of units done."""
 
     def __call__(self, done: int, /) -> None: ...
 
 
 @contextlib.contextmanager
 def progress(description: str, total: int | None, *, unit: str = "bytes", quiet: bool = False) -> Iterator[Advance]:
-    """A bar on standard error, where that is a terminal; yields the function that advances it, from any thread.
+    """A bar on standard error, if it is a terminal; yields the function that advances it, from any thread.
 
-    total: with it the bar says how much is done and how long the rest takes, without it (None) how long it took so far.
+    total: with it the bar shows the share that is done and the time left; without it (None) the time so far.
     """
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
@@ -48,7 +48,7 @@ def progress(description: str, total: int | None, *, unit: str = "bytes", quiet:
 
 
 class _Steps:
-    """Passes steps on a few times a second: a bar takes longer to advance than many a step takes."""
+    """Passes steps on a few times a second, because advancing a bar takes longer than many steps."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
         self._advance = advance
@@ -71,9 +71,9 @@ class _Steps:
 
 
 class Stages:
-    """One bar after the other, each opened when its stage is first heard of: progress(stage, done, total).
+    """One bar after the other, each opened at the first call for its stage: progress(stage, done, total).
 
-    A context manager: the last bar goes at its end.
+    This is a context manager; the last bar is closed at its end.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Bounds that `verify` holds a delta to, measured by `diff` and by `evaluate`. This module runs verbs and is none."""
+"""The bounds of `verify`, measured by `diff` and `evaluate`. This module runs verbs but is not a verb."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def error_within(
     progress: ProgressOf,
     workers: int | None = None,
 ) -> str:
-    """Check that ||delta - (fine_tuned - base)|| / ||fine_tuned - base|| <= bound, and say what it is.
+    """Check that ||delta - (fine_tuned - base)|| / ||fine_tuned - base|| <= bound. Returns a text with the error.
 
-    Raises CheckFailedError where it is larger or the tensors differ in name, PxdError, CheckpointError.
+    Raises CheckFailedError if it is larger or the names of tensors differ, PxdError, CheckpointError.
     """
     found = diff_checkpoint(
         delta, fine_tuned, base=base, workers=workers, progress=StageOpener(lambda _, total: progress("error", total))
     )
     if found.only_in_a or found.only_in_b:
         odd = (*found.only_in_a, *found.only_in_b)[0]
-        raise CheckFailedError(f"does not hold the same tensors as {fine_tuned}, {odd} for one")
+        raise CheckFailedError(f"does not have the same tensors as {fine_tuned}, for example {odd}")
     error = found.total.relative
     if error is None or not error <= bound:
         raise CheckFailedError(f"relative error {error:.4g} is above {bound:g}" if error else "has no delta")
@@ -46,14 +46,14 @@ def kl_within(
     texts: Mapping[str, str | Path],
     progress: ProgressOf,
 ) -> str:
-    """Check that KL(fine-tuned || merged) is at most `bound` nats a token on every text, and say the largest.
+    """Check that KL(fine-tuned || merged) is at most `bound` nats per token on every text. Returns the largest as text.
 
-    Raises CheckFailedError where one is larger, ToolError, PxdError, CheckpointError.
+    Raises CheckFailedError if one is larger, ToolError, PxdError, CheckpointError.
     """
     from peraxis_tools.evaluate import worst_kl
 
     with progress("kl", None):
         found = worst_kl(base, fine_tuned, delta, texts)
     if not found <= bound:
-        raise CheckFailedError(f"KL {found:.4g} nats a token is above {bound:g}")
-    return f"KL {found:.4g} nats a token, at most {bound:g}"
+        raise CheckFailedError(f"KL {found:.4g} nats per token is above {bound:g}")
+    return f"KL {found:.4g} nats per token, at most {bound:g}"

@@ -1,8 +1,7 @@
-"""A repository's model card: front matter for the hub, and one section a delta that later runs find and replace.
+"""A repository's model card: front matter for the hub, and one section for each delta, which later runs replace.
 
-The sections follow from the manifest alone, and from an evaluation's JSON where one is passed; nothing in them is
-guessed. Texts from the manifest are quoted, so that they can bring neither YAML keys nor markup into the card. What a
-card holds beside our sections stays as it is.
+The sections are made from the manifest, and from an evaluation's JSON if it is given. Texts from the manifest are
+escaped, so that they cannot add YAML keys or markup to the card. Text outside our sections is not changed.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import peraxis_format as pxd
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.inspection import InspectResult
 
 if TYPE_CHECKING:
@@ -36,14 +35,14 @@ _PIPELINES: Final = (
     ("ForMaskedLM", "fill-mask"),
 )
 _METRICS: Final = (
-    ("kl", "kl_divergence", "KL(fine-tuned || this), nats a token"),
+    ("kl", "kl_divergence", "KL(fine-tuned || this), nats per token"),
     ("top1", "accuracy", "share of equal most likely tokens"),
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardDelta:
-    """One delta as the card tells of it. base_id: instead of the manifest's; pipeline: from the configuration."""
+    """One delta of the card. base_id: replaces the manifest's; pipeline: from the configuration."""
 
     file: str
     found: InspectResult
@@ -54,7 +53,7 @@ class CardDelta:
 
     @property
     def base(self) -> pxd.Identity:
-        """The base's id and revision, as the card gives them."""
+        """The base's id and revision for the card."""
         manifest = self.found.manifest.base
         if self.base_id is None:
             return pxd.Identity(id=manifest.id, revision=manifest.revision)
@@ -70,12 +69,12 @@ def card_text(
     licence: str | None = None,
     relation: str = "finetune",
 ) -> str:
-    """The README.md. existing: the repository's card, whose text and metadata are kept and extended.
+    """The README.md. existing: the repository's card; its text and metadata are extended.
 
     fine_tuned_card: the fine-tune's own card, for language, licence, pipeline and data sets. Raises ToolError.
     """
     card = parse_card(existing)
-    # A ModelCard's data are ModelCardData; the library types them as their base class.
+    # A ModelCard's data are ModelCardData; the library types them as the base class.
     data = cast("ModelCardData", card.data) if card is not None else None
     text = card.text.strip("\n") if card is not None else f"# {_md(deltas[0].found.manifest.fine_tuned.id)}"
     for delta in deltas:
@@ -85,27 +84,27 @@ def card_text(
 
 
 def parse_card(content: str | None) -> ModelCard | None:
-    """A card; None without one. Raises ToolError where its front matter is not YAML."""
+    """Parse a card; None without one. Raises ToolError if its front matter is not YAML."""
     from huggingface_hub import ModelCard
 
     if content is None:
         return None
     try:
         return ModelCard(content, ignore_metadata_errors=True)
-    except Exception as error:  # yaml has its own hierarchy, and the card is a stranger's
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ToolError(f"README.md: its front matter cannot be read ({reason}); mend it first") from None
+    except Exception as error:  # yaml has its own hierarchy, and the card is untrusted
+        reason = first_line(error)
+        raise ToolError(f"README.md: its front matter cannot be read ({reason}); correct it first") from None
 
 
 def inherited(content: str | None) -> dict[str, Any]:
-    """What the fine-tune's card says of language, licence, pipeline and data sets."""
+    """Language, licence, pipeline and data sets of the fine-tune's card."""
     card = parse_card(content)
     values = {} if card is None else {key: getattr(card.data, key, None) for key in _INHERITED}
     return {key: value for key, value in values.items() if value}
 
 
 def missing_fields(content: str) -> list[str]:
-    """What people look for in a card and this one lacks."""
+    """The usual fields that this card lacks."""
     card = parse_card(content)
     return [key for key in ("license", "language", "pipeline_tag") if card is None or not getattr(card.data, key, None)]
 
@@ -147,11 +146,11 @@ def _union(before: Any, more: Iterable[str]) -> list[str]:
 
 
 def _results(deltas: Sequence[CardDelta], before: list[EvalResult]) -> list[EvalResult]:
-    """Every figure of the evaluations; those of a file that is published again are replaced."""
+    """All figures of the evaluations; those of a file that is published again are replaced."""
     from huggingface_hub import EvalResult
 
     names = {delta.file for delta in deltas}
-    # The hub's metadata has no field for one file of several; the configuration of a metric is nearest.
+    # The hub's metadata has no field for one file of several; the configuration of a metric is the closest.
     kept = [result for result in before if result.metric_config not in names]
     for delta in deltas:
         for domain in (delta.evaluation or {}).get("domains", ()):
@@ -175,7 +174,7 @@ def _results(deltas: Sequence[CardDelta], before: list[EvalResult]) -> list[Eval
 
 
 def _with_section(text: str, file: str, section: str) -> str:
-    """The text with this file's section replaced, or put at its end."""
+    """The text with this file's section replaced, or appended."""
     key = json.dumps(file).replace("--", "-\\u002d").replace(">", "\\u003e")
     begin, end = f"<!-- peraxis delta {key} -->", f"<!-- peraxis end {key} -->"
     block = f"{begin}\n{section}\n{end}"
@@ -257,7 +256,7 @@ def _sizes(found: InspectResult) -> Iterator[str]:
 def _fidelity(evaluation: Mapping[str, Any]) -> Iterator[str]:
     yield "### Fidelity"
     yield ""
-    yield "Beside the fine-tuned model, per token: KL in nats, share of equal most likely tokens, perplexity."
+    yield "Compared with the fine-tuned model, per token: KL in nats, share of equal most likely tokens, perplexity."
     yield ""
     yield "| text | model | KL | top-1 | perplexity | fine-tuned |"
     yield "|---|---|---:|---:|---:|---:|"

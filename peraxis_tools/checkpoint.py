@@ -1,4 +1,4 @@
-"""Checkpoints by folder, file or hub id: their tensors, what they are called, and the small files beside them."""
+"""Checkpoints by folder, file or hub id: their tensors, their identity, and the small files beside them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from peraxis_format import CheckpointError, Identity, Safetensors
 from peraxis_tools.assets import FolderAssets, find_assets
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.notes import note
 from peraxis_tools.optional import require
 
@@ -27,8 +27,8 @@ _HUB_PATTERNS: Final = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"
 class Checkpoint:
     """One opened checkpoint. A context manager.
 
-    tensors: its safetensors, by name. identity: what manifests call it. folder: where its small files are,
-    None for a bare file.
+    tensors: its safetensors, by name. identity: its name in manifests. folder: the folder of its small files, None for
+    a bare file.
     """
 
     tensors: Safetensors
@@ -42,11 +42,11 @@ class Checkpoint:
             yield path, found.read(path)
 
     def folder_assets(self) -> FolderAssets:
-        """Which files of the folder a delta carries, and which it leaves behind."""
+        """The files of the folder that a delta contains, and those that it leaves out."""
         return FolderAssets(folder=Path()) if self.folder is None else find_assets(self.folder)
 
     def config(self) -> dict[str, Any]:
-        """The parsed config.json. Raises ToolError where there is none."""
+        """The parsed config.json. Raises ToolError if there is none."""
         path = None if self.folder is None else self.folder / "config.json"
         if path is None or not path.is_file():
             raise ToolError(f"{self.tensors.label}: has no config.json beside it; pass the checkpoint's folder")
@@ -74,7 +74,7 @@ class Checkpoint:
 def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
     """Open a checkpoint: a folder, a safetensors file or index, or a hub id (`org/name` or `org/name@revision`).
 
-    What exists on disk is never looked up on the hub. Raises CheckpointError, ToolError.
+    A name that exists on disk is never looked up on the hub. Raises CheckpointError, ToolError.
     """
     path = Path(source)
     if path.exists():
@@ -84,10 +84,10 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
         raise CheckpointError(f"{source}: no such file or folder, and not a hub id (org/name or org/name@revision)")
     hub_id, _, at = str(source).partition("@")
     folder = _download(hub_id, at or revision)
-    # A snapshot's folder is named by the commit that the revision stood for.
+    # A snapshot's folder is named by the commit of the revision.
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(
-            f"{hub_id}: holds no safetensors checkpoint, at this revision; save its model with save_pretrained first"
+            f"{hub_id}: has no safetensors checkpoint at this revision; save its model with save_pretrained first"
         )
     return Checkpoint(_opened(folder), Identity(id=hub_id, revision=folder.name), folder)
 
@@ -106,7 +106,7 @@ def _identity(path: Path, folder: Path, revision: str | None) -> Identity:
     if snapshots == "snapshots" and repository.startswith("models--"):
         return Identity(id=repository.removeprefix("models--").replace("--", "/", 1), revision=commit)
     own = path.resolve().name if path.is_dir() else path.name
-    # A manifest is UTF-8; a name on disk may be any bytes.
+    # A manifest is UTF-8; a name on disk can be any bytes.
     return Identity(id=os.fsencode(own).decode("utf-8", "replace"), revision=revision)
 
 
@@ -125,5 +125,4 @@ def _download(hub_id: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_PATTERNS))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{hub_id}: cannot be fetched from the hub: {reason}") from None
+        raise CheckpointError(f"{hub_id}: cannot be fetched from the hub: {first_line(error)}") from None

@@ -1,7 +1,7 @@
-"""The `peraxis-tools` command: a click group whose verbs are imported when they are called.
+"""The `peraxis-tools` command: a click group that imports a verb when it is called.
 
-`inspect` of a large file is to be instant, so nothing here imports torch or transformers. Errors become one
-line and the exit code of their class.
+Nothing here imports torch or transformers, so that `inspect` of a large file is instant. Errors become one line and the
+exit code of their class.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Final
 
 from peraxis_tools.process import INTERRUPTED, Terminated, drop_output, interrupts_end, prepared_process
 
-# numpy's own threads only wait for each other here: the tools share out tensors over threads themselves. (Before numpy
-# is imported, which reads it once.)
+# The tools distribute tensors over threads themselves, so numpy's own threads would only compete. numpy reads this
+# once, when it is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 with interrupts_end():
@@ -31,14 +31,14 @@ __all__ = ["cli", "main"]
 
 _TRACEBACK: Final = "PERAXIS_TRACEBACK"
 _COMPLETE: Final = "_PERAXIS_TOOLS_COMPLETE"
-# Verb -> module in peraxis_tools.commands, whose `command` is the click command; in the order of a person's day.
+# Verb -> its help line, in the usual order of use. The module of this name in peraxis_tools.commands has `command`.
 VERBS: Final = {
     "compress": "Write a fine-tune as a difference to its base.",
-    "inspect": "Show what a .pxd holds and where its bytes go.",
-    "verify": "Prove that a .pxd is whole and made for this base.",
+    "inspect": "Show the content of a .pxd and the use of its bytes.",
+    "verify": "Check that a .pxd is intact and made for this base.",
     "sign": "Sign a .pxd with a key or a certificate, offline.",
     "apply": "Write base + .pxd as a complete Hugging Face folder.",
-    "update": "Write what changed from one checkpoint to the next, bit for bit.",
+    "update": "Write the changes from one checkpoint to the next, bit for bit.",
     "compact": "Fold a chain of updates into one.",
     "log": "Show the updates of a folder as a chain.",
     "diff": "Compare two deltas, or a delta and a fine-tune.",
@@ -48,14 +48,14 @@ VERBS: Final = {
     "eval": "Measure how close base + .pxd is to the fine-tune.",
     "publish": "Upload a .pxd with a model card to the Hugging Face hub.",
     "pull": "Fetch a .pxd from the hub or a URL and verify it.",
-    "extract": "Write the configuration and tokenizer that a .pxd carries.",
+    "extract": "Write the configuration and tokenizer of a .pxd.",
     "demo": "Train a small pair and show all steps, offline.",
     "completion": "Print the completion script of a shell.",
 }
 
 
 class LazyGroup(click.Group):
-    """A group that imports a verb's module when the verb is asked for."""
+    """A group that imports a verb's module when the verb is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -69,7 +69,7 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        # From the table above, so that `--help` imports no verb.
+        # This uses the table above, so that `--help` imports no verb.
         with formatter.section("Commands"):
             formatter.write_dl(list(VERBS.items()))
 
@@ -89,7 +89,7 @@ def _unexpected(error: Exception) -> str:
     where = f"{os.path.basename(place.filename)}:{place.lineno}"
     return (
         f"internal error: {type(error).__name__}: {error_line(error)} ({where}); "
-        f"please report it with what is printed when {_TRACEBACK}=1 is set"
+        f"please report it with the output that {_TRACEBACK}=1 adds"
     )
 
 
@@ -102,14 +102,14 @@ def _run() -> None:
 
 
 def main() -> None:
-    """Run the command line and exit with the code of what happened."""
+    """Run the command line and exit with its code."""
     print_notes(LOGGER)
     with prepared_process():
         sys.exit(_exit_code())
 
 
 def _import_failed(error: ImportError) -> int:
-    """One line for a package that is missing; an import of our own that fails is a bug like any other."""
+    """Print one line for a missing package; a failed import of our own modules is an internal error."""
     try:
         print_error(str(missing("this command", error)))
     except ImportError:
@@ -142,11 +142,11 @@ def _exit_code() -> int:
     except (OSError, ShapeError) as error:
         drop_output()
         if isinstance(error, BrokenPipeError) and error.filename is None:
-            return 0  # the reader of standard output went away (`| head`), which is no error
+            return 0  # the reader of standard output closed it (`| head`), which is not an error
         print_error(error_line(error))
         return ToolError.exit_status
     except MemoryError:
-        print_error("out of memory; use a machine with more, or smaller batches and samples")
+        print_error("out of memory; use a machine with more memory, or smaller batches and samples")
         return ToolError.exit_status
     except Exception as error:
         if os.environ.get(_TRACEBACK):

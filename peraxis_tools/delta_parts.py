@@ -1,12 +1,12 @@
 """Parts of one delta: files with some of its modules each, split and joined without changing a byte.
 
-A part is a PXD file of its own whose metadata key `peraxis.part` holds the names of all modules of the whole, in
-order, as canonical JSON. Everything that speaks of the whole (identities, calibration, producer, dropped tensors,
-other metadata) stands in every part; an alias stands with its module, an asset in one part at least. So the whole
-follows from its parts in any order, and one that is missing is known by name.
+A part is a PXD file whose metadata key `peraxis.part` lists the names of all modules of the whole, in order, as
+canonical JSON. Fields of the whole (identities, calibration, producer, dropped tensors, other metadata) are in every
+part; an alias is in the part of its module, an asset in at least one part. So the parts can be joined in any order, and
+a missing part is detected by the names of its modules.
 
-SPEC 3.7 wants a file to be complete, and by itself a part is not: `apply` and what loads a model refuse it
-(`refuse_part`), while `inspect`, `verify` and `diff` work on it.
+SPEC 3.7 requires a file to be complete, and a part alone is not. So `apply` and the loaders of models refuse it
+(`refuse_part`), but `inspect`, `verify` and `diff` accept it.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ PART_KEY: Final = "peraxis.part"
 
 
 def is_part(manifest: pxd.Manifest) -> bool:
-    """Whether a file says that it is a part."""
+    """Whether a file is marked as a part."""
     return PART_KEY in manifest.metadata
 
 
 def refuse_part(manifest: pxd.Manifest, file: object) -> None:
-    """Raise ToolError for a part, before anything takes it for a whole checkpoint."""
+    """Raise ToolError for a part, so that no verb treats it as a whole checkpoint."""
     if is_part(manifest):
         total = len(_whole(manifest, file))
         raise ToolError(
-            f"{file}: is a part with {len(manifest.modules)} of {total} modules; put the parts together with "
+            f"{file}: is a part with {len(manifest.modules)} of {total} modules; join the parts with "
             "`peraxis-tools merge` first"
         )
 
@@ -53,9 +53,9 @@ def _whole(manifest: pxd.Manifest, file: object) -> list[str]:
     except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ToolError(f"{file}: its metadata key {PART_KEY} is no array of names; it cannot be joined")
+        raise ToolError(f"{file}: its metadata key {PART_KEY} is not an array of names; it cannot be joined")
     if not {module.name for module in manifest.modules} <= set(names):
-        raise ToolError(f"{file}: holds modules that its metadata key {PART_KEY} does not name; it cannot be joined")
+        raise ToolError(f"{file}: has modules that its metadata key {PART_KEY} does not list; it cannot be joined")
     return names
 
 
@@ -84,11 +84,11 @@ def split(
 ) -> None:
     """Write one part for each group of module names. Assets go into the first part.
 
-    Law: joining them gives the file again, byte for byte. Raises ToolError unless the groups hold each module once.
+    Law: join_parts of them gives the same bytes. Raises ToolError unless each module is in exactly one group.
     """
     names = list(delta)
     if sorted(name for group in groups for name in group) != sorted(names):
-        raise ToolError("the parts must hold each module once")
+        raise ToolError("each module must be in exactly one part")
     for number, (group, output) in enumerate(zip(groups, outputs, strict=True)):
         chosen = set(group)
         with _writer(output, delta.manifest, {**delta.manifest.metadata, **part_metadata(names)}) as writer:
@@ -110,16 +110,16 @@ def split(
 def join_parts(
     paths: Sequence[Path], output: Path, *, overwrite: bool = True, progress: Progress = None
 ) -> tuple[pxd.Manifest, list[str], int]:
-    """Write the whole that these are the parts of. Returns its manifest, the parts' content IDs, and its bytes.
+    """Join the parts of a delta and write it. Returns its manifest, the parts' content IDs, and its size in bytes.
 
-    The same bytes in whatever order the parts are given, and the same as of a whole that was never split. Raises
-    ToolError where a part is missing, doubled, or of another whole.
+    The bytes do not depend on the order of the parts, and equal those of the delta before it was split. Raises
+    ToolError if a part is missing, doubled, or of another delta.
     """
     with ExitStack() as stack:
         files = [stack.enter_context(pxd.open(path)) for path in paths]
         names = _whole(files[0].manifest, files[0].path)
         owners = _owners(files, names)
-        # In the order of their first modules, whatever the order of the arguments.
+        # Sort by the first module, so that the order of the arguments does not matter.
         files.sort(key=lambda file: names.index(next(iter(file))))
         first = files[0].manifest
         metadata = {key: value for key, value in first.metadata.items() if key != PART_KEY}
@@ -146,16 +146,16 @@ def _owners(files: Sequence[pxd.DeltaFile], names: list[str]) -> dict[str, pxd.D
             raise ToolError(f"{file.path}: is not a part of the same delta as {first.path}; pass parts of one delta")
         for name in file:
             if name in owners:
-                raise ToolError(f"{name}: stands in {owners[name].path} and in {file.path}; pass each part once")
+                raise ToolError(f"{name}: is in {owners[name].path} and in {file.path}; pass each part once")
             owners[name] = file
     missing = [name for name in names if name not in owners]
     if missing:
-        raise ToolError(f"{len(missing)} of {len(names)} modules are in none of the parts, {missing[0]} for one")
+        raise ToolError(f"{len(missing)} of {len(names)} modules are in none of the parts, for example {missing[0]}")
     return owners
 
 
 def _of_whole(manifest: pxd.Manifest) -> pxd.Manifest:
-    """What all parts of a whole have in common."""
+    """The manifest without the fields that differ between the parts of a whole."""
     return replace(manifest, base=replace(manifest.base, digest=""), modules=(), tied=(), assets=(), result=None)
 
 
@@ -165,5 +165,5 @@ def _assets(files: Sequence[pxd.DeltaFile]) -> dict[str, bytes]:
         for asset in file.manifest.assets:
             data = file.asset(asset.path)
             if found.setdefault(asset.path, data) != data:
-                raise ToolError(f"{file.path}: brings another {asset.path} than the other parts; write the parts again")
+                raise ToolError(f"{file.path}: has another {asset.path} than the other parts; write the parts again")
     return found

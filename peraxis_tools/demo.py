@@ -1,6 +1,6 @@
-"""The whole way on a small real pair, offline: train, compress, inspect, verify, apply, measure.
+"""The demo on a small real pair, offline: train, compress, inspect, verify, apply, measure.
 
-Each step is what the command of the same name does; `demo` yields them one by one, so that a person can watch.
+Each step runs the verb of the same name; `demo` yields them one by one, so that progress is visible.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LENGTH: Final = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoRow:
-    """One way to stand in for the fine-tuned model: its bytes, and its fidelity by domain."""
+    """One candidate for the fine-tuned model: its bytes, and its fidelity by domain."""
 
     label: str
     bytes: int
@@ -38,7 +38,7 @@ class DemoRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoResult:
-    """What the demo found. rows: the base alone, one scalar a tensor, ours with as many masks, ours by default."""
+    """The result of the demo. rows: the base alone, one scalar per tensor, peraxis with 1 mask, peraxis by default."""
 
     folder: Path
     checkpoint_bytes: int
@@ -48,7 +48,7 @@ class DemoResult:
 
 @dataclass(frozen=True, slots=True)
 class DemoStep:
-    """One finished step: the command that does the same, and its result."""
+    """One finished step: the equivalent command, and its result."""
 
     command: str
     result: Any
@@ -57,14 +57,14 @@ class DemoStep:
 def demo(
     folder: Path, *, size: PairSize | None = None, seed: int = 0, progress: Callable[[int], None] | None = None
 ) -> Iterator[DemoStep]:
-    """Run the demo in `folder`, new or of an earlier demo; the last step's result is a DemoResult.
+    """Run the demo in `folder`, a new one or one of an earlier demo; the last step's result is a DemoResult.
 
-    progress counts training steps. Raises ToolError for a folder with anything else in it.
+    progress counts training steps. Raises ToolError if the folder has other files.
     """
     require("the demo", "torch", "transformers", "datasets", extra="compress")
     with claim_folder(folder, overwrite=True):
         folder.mkdir(exist_ok=True)
-        # Not finished: what a demo leaves is there to be looked at, and to be replaced by the next one.
+        # The marker says unfinished, so that the next demo may replace the folder.
         write_marker(folder, ["."], finished=False)
         yield from _steps(folder, size=size, seed=seed, progress=progress)
 

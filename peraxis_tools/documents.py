@@ -1,14 +1,14 @@
-"""Rows of a text source become documents: plain text, or a conversation whose turns have roles.
+"""Turn the rows of a text source into documents: plain text, or a conversation whose turns have roles.
 
-Which column of a row is read, in this order:
+The column of a row is chosen in this order:
 
-    the one that the user names
-    `text`, where it is a string
-    a list of turns, whatever its name (messages, conversations, ...): {role, content} or {from, value}
-    a prompt and its answer (prompt, response; instruction, input, output; question, answer): a conversation, too
-    every column of strings, in order, but those that only label a row (id, source, ...)
+    the column that the user names
+    `text`, if it is a string
+    a list of turns under any name (messages, conversations, ...): {role, content} or {from, value}
+    a prompt and its answer (prompt, response; instruction, input, output; question, answer): also a conversation
+    all columns of strings, in order, except those that only label a row (id, source, ...)
 
-A row that holds none of these is skipped; a source without a single document is refused, with what its columns hold.
+A row without any of these is skipped. A source without a document is an error, which lists the columns and their types.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from peraxis_tools.errors import OptionError
+from peraxis_tools.errors import OptionError, first_line
 
 __all__ = ["Conversation", "Document", "read_documents"]
 
@@ -38,13 +38,13 @@ _LABELS: Final = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """Turns in order: (role, text), roles as chat templates name them (system, user, assistant, ...)."""
+    """Turns in order: (role, text), with the roles of chat templates (system, user, assistant, ...)."""
 
     turns: tuple[tuple[str, str], ...]
 
     @property
     def text(self) -> str:
-        """The turns without their roles, a line each: for a tokenizer that has no chat template."""
+        """The turns without their roles, one in each line, for a tokenizer without a chat template."""
         return "\n".join(text for _, text in self.turns)
 
 
@@ -54,7 +54,7 @@ Document: TypeAlias = str | Conversation
 def read_documents(source: str, *, text_column: str | None, limit: int) -> list[Document]:
     """The first `limit` documents of `c4`, a file (json, jsonl, parquet, txt, csv; also .gz), or a datasets id.
 
-    Raises OptionError where the source cannot be read, or holds no document.
+    Raises OptionError if the source cannot be read, or has no document.
     """
     try:
         rows = _rows(source)
@@ -68,9 +68,9 @@ def read_documents(source: str, *, text_column: str | None, limit: int) -> list[
     except OptionError:
         raise
     except Exception as error:
-        # `datasets` raises dozens of types, from its own to those of every file system; all mean the same here.
-        detail = (str(error).splitlines() or [""])[0]
-        raise OptionError(f"calibration {source}: cannot be read: {type(error).__name__}: {detail}") from error
+        # `datasets` raises many types, its own and those of file systems; all mean that the source cannot be read.
+        detail = f"{type(error).__name__}: {first_line(error)}"
+        raise OptionError(f"calibration {source}: cannot be read: {detail}") from error
     if not found:
         held = ", ".join(f"{name} ({kind})" for name, kind in columns.items()) or "no rows"
         raise OptionError(f"calibration {source}: holds no text; its columns: {held}; name one with --text-column")
@@ -127,7 +127,7 @@ def _strings(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _asked(row: Mapping[str, Any]) -> Conversation | None:
-    """A prompt and its answer. An `input` beside an instruction belongs to what is asked."""
+    """A prompt and its answer. An `input` beside an instruction is part of the prompt."""
     for prompt, answer in _ASKED:
         question, said = row.get(prompt), row.get(answer)
         if isinstance(question, str) and isinstance(said, str) and (question + said).strip():
@@ -138,7 +138,7 @@ def _asked(row: Mapping[str, Any]) -> Conversation | None:
 
 
 def _turns(value: Any) -> tuple[tuple[str, str], ...] | None:
-    """Turns of a list of {role, content} or {from, value}; None for what is no such list, or an empty one."""
+    """The turns of a list of {role, content} or {from, value}; None if it is empty or another value."""
     if not isinstance(value, list):
         return None
     turns = []
@@ -154,7 +154,7 @@ def _turns(value: Any) -> tuple[tuple[str, str], ...] | None:
 
 
 def _text(content: Any) -> str | None:
-    """A turn's content: a string, or parts of which those of text are read."""
+    """A turn's content: a string, or the text parts of a list of parts."""
     if isinstance(content, list):
         return "".join(
             part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)

@@ -1,4 +1,4 @@
-"""What a run finds around it: device, dtype, tokenizer, configuration, the heap."""
+"""The environment of a run: device, dtype, tokenizer, configuration, heap."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from peraxis_tools.errors import OptionError, ToolError
+from peraxis_tools.errors import OptionError, ToolError, first_line
 
 __all__ = [
     "check_causal",
@@ -26,34 +26,34 @@ __all__ = [
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint's folder. Raises ToolError where it has none."""
+    """The tokenizer of a checkpoint's folder. Raises ToolError if it has none."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # tokenizers and transformers raise whatever a malformed file leads to
-        raise ToolError(f"{folder}: its tokenizer cannot be loaded: {_first_line(error)}") from None
+    except Exception as error:  # tokenizers and transformers raise many types for a malformed file
+        raise ToolError(f"{folder}: its tokenizer cannot be loaded: {_reason(error)}") from None
 
 
 def load_config(folder: Path) -> Any:
-    """Its configuration, as transformers reads it. Raises ToolError where it cannot."""
+    """The configuration of a checkpoint's folder, read by transformers. Raises ToolError if that fails."""
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # as above
-        raise ToolError(f"{folder}: its config.json cannot be loaded: {_first_line(error)}") from None
+        raise ToolError(f"{folder}: its config.json cannot be loaded: {_reason(error)}") from None
 
 
-def _first_line(error: Exception) -> str:
-    line = next((line for line in str(error).splitlines() if line.strip()), "no details")
+def _reason(error: Exception) -> str:
+    line = first_line(error)
     return line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
 
 
 def parse_config(values: Mapping[str, Any], *, label: str) -> Any:
-    """The configuration that a config.json of these values is, read as transformers reads a file.
+    """The configuration with these values of a config.json, read by transformers from a file.
 
-    Only so it knows the forms that JSON lacks: {"__float__": "Infinity"} is infinity. Raises ToolError.
+    Only reading from a file decodes the forms that JSON lacks: {"__float__": "Infinity"} is infinity. Raises ToolError.
     """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(values), "utf-8")
@@ -69,27 +69,27 @@ def check_causal(config: Any, label: str, *, remedy: str) -> None:
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         kind = getattr(config, "model_type", type(config).__name__)
-        raise ToolError(f"{label}: model type {kind} is no causal language model of transformers; {remedy}")
+        raise ToolError(f"{label}: transformers has no causal language model for model type {kind}; {remedy}")
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that `auto` or a name stands for. Raises OptionError for one that is not here."""
+    """The device of `auto` or of a name. Raises OptionError if this machine does not have it."""
     if name == "auto":
-        # One device a process: torchrun and accelerate say which in LOCAL_RANK.
+        # Each process has one device: torchrun and accelerate give its number in LOCAL_RANK.
         local = int(os.environ.get("LOCAL_RANK", "0"))
         return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise OptionError(f"device {name}: {str(error).splitlines()[0]}") from None
+        raise OptionError(f"device {name}: {first_line(error)}") from None
     return device
 
 
 def resolve_dtype(name: str, device: torch.device, config: Any) -> torch.dtype:
-    """What blocks are computed in. auto: float32 on a CPU, the model's own dtype elsewhere.
+    """The dtype that blocks are computed in. auto: float32 on a CPU, the model's own dtype elsewhere.
 
-    Weights are those of the file, rounded to their dtype, whatever this is.
+    Weights are those of the file, rounded to their own dtype, for each choice.
     """
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]
@@ -98,9 +98,9 @@ def resolve_dtype(name: str, device: torch.device, config: Any) -> torch.dtype:
 
 
 def trim_heap() -> None:
-    """Give freed memory back to the system, where the C library can (glibc).
+    """Return freed memory to the system, if the C library supports it (glibc).
 
-    It keeps a heap for each thread and what was freed in it: without this, peak memory grows with the number of blocks.
+    glibc caches freed memory in a heap for each thread; without this call, peak memory grows with the number of blocks.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:

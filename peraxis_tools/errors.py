@@ -5,34 +5,39 @@ from __future__ import annotations
 import os
 from typing import ClassVar
 
-__all__ = ["CheckFailedError", "NotVerifiableError", "OptionError", "ToolError", "error_line"]
+__all__ = ["CheckFailedError", "NotVerifiableError", "OptionError", "ToolError", "error_line", "first_line"]
 
 
 def error_line(error: BaseException) -> str:
-    """What an error says, on one line; of the system's errors the path first."""
+    """The message of an error on one line; errors of the system begin with the path."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         other = "" if error.filename2 is None else f" (from {os.fsdecode(error.filename2)})"
         return f"{os.fsdecode(str(error.filename))}: {error.strerror}{other}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not blank, or its type: for libraries that add long advice."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class ToolError(Exception):
-    """Usage, input or I/O: what is wrong, where, and what to do, in one line."""
+    """An error of usage, input or I/O; the message says in one line what is wrong, where, and what to do."""
 
     exit_status: ClassVar[int] = 2
 
 
 class CheckFailedError(ToolError):
-    """A check that the user asked for did not hold."""
+    """A check that the user requested failed."""
 
     exit_status = 1
 
 
 class NotVerifiableError(ToolError):
-    """A check that could not be made here: something it needs is missing."""
+    """A check could not be made here, because something that it needs is missing."""
 
     exit_status = 3
 
 
 class OptionError(ToolError):
-    """An option is unknown, or its value is; the message names it and what it may be."""
+    """An option or its value is unknown; the message names it and the allowed values."""

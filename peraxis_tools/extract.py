@@ -1,4 +1,4 @@
-"""The small files that a delta carries, written out without a base: configuration, tokenizer, chat templates."""
+"""The verb extract: write the small files of a delta without a base: configuration, tokenizer, chat templates."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def extract(delta: str | Path, output: str | Path, *, overwrite: bool = False) -
     output = Path(output)
     with claim_folder(output, overwrite=overwrite, inputs=(delta,)), _opened(delta) as (content_id, paths, read):
         if not paths:
-            raise ToolError(f"{delta}: carries no files")
+            raise ToolError(f"{delta}: has no assets")
         with atomic_folder(output, overwrite=overwrite) as folder:
             size = 0
             for path in paths:
@@ -48,7 +48,7 @@ def extract(delta: str | Path, output: str | Path, *, overwrite: bool = False) -
 
 @contextlib.contextmanager
 def _opened(source: str | Path) -> Iterator[tuple[str, list[str], Callable[[str], bytes]]]:
-    """Content ID, asset paths, and what reads one of them."""
+    """Content ID, asset paths, and a function that reads one of them."""
     if is_remote(source):
         yield _remote(str(source))
         return

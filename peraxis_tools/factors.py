@@ -1,4 +1,4 @@
-"""Sums of components of one matrix, rebuilt as float32 blocks of rows: what a merge works on that mixes weights."""
+"""Sums of components of one matrix, rebuilt as float32 blocks of rows. Merges with weights work on them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ComponentSum", "joined", "module_sum", "weighted"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentSum:
-    """A sum of components of a matrix [d_out, d_in]; their rows may be negative, where a weight is folded in."""
+    """A sum of components of a matrix [d_out, d_in]; rows may be negative if a weight is folded in."""
 
     components: tuple[pxd.ComponentFactors, ...]
     shape: tuple[int, int]
@@ -25,7 +25,7 @@ class ComponentSum:
     def add(self, rows: slice, out: NDArray[np.float32], *, threads: int | None = 1) -> None:
         """out += the terms of these rows, each addition in binary32. out: [rows, d_in].
 
-        threads: at most; None for one a processor.
+        threads: at most this many; None for one per processor.
         """
         if self.components:
             parts = [component.part(rows) for component in self.components]

@@ -1,14 +1,14 @@
-"""A component times a number, still a component: the sign into the mask, the magnitude into scales and exponent.
+"""Multiply a component by a number: the sign goes into the mask, the magnitude into scales and exponent.
 
     w * b o (row col^T) 2^e  =  (sign(w) b) o (row' col^T) 2^e'        row' 2^e' ~ |w| row 2^e
 
-A power of two moves into the exponent and nothing is rounded. Any other weight rounds each scale of one vector (the
-row's, or the only one) to F16 once, under an exponent chosen anew (SPEC 5.5). With M the largest scale of the vector,
+A power of two goes into the exponent without rounding. Any other weight rounds each scale of one vector (the row's, or
+the only one) to F16 once, under a new exponent (SPEC 5.5). With M the largest scale of the vector,
 
     |folded term - w term| <= 2^-11 |w term|        for scales of at least 2^-28 M
                            <= 2^-39 |w| M |col|     for the rest
 
-so that a weighted sum over components is off by at most sum_k 2^-11 |w_k| (|term_k| + 2^-28 M_k |col_k|).
+so the error of a weighted sum over components is at most sum_k 2^-11 |w_k| (|term_k| + 2^-28 M_k |col_k|).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def negate_mask(mask: NDArray[np.uint8], d_in: int) -> NDArray[np.uint8]:
 def fold(component: pxd.Component, weight: float, d_in: int) -> pxd.Component:
     """weight * component, within the bound above.
 
-    Raises ShapeError for a weight that is zero or not finite, or a product beyond what F16 and exponent can hold.
+    Raises ShapeError for a weight that is zero or not finite, or for scales beyond the range of F16 and exponent.
     """
     if not math.isfinite(weight) or weight == 0.0:
         raise pxd.ShapeError(f"a component cannot be folded with the weight {weight}")
@@ -51,7 +51,7 @@ def fold(component: pxd.Component, weight: float, d_in: int) -> pxd.Component:
 
 
 def _scaled(component: pxd.Component, weight: float) -> pxd.Component:
-    """The first scale vector times weight, rounded under an exponent of its own."""
+    """The component with its first scale vector times weight, rounded under a new exponent."""
     name, scale = next(iter(component.scales().items()))
     rounded, shift = pxd.encode_scales(scale.astype(np.float64) * weight)
     exponent = min(max(component.exponent + shift, EXPONENT_RANGE[0]), EXPONENT_RANGE[1])
@@ -60,6 +60,6 @@ def _scaled(component: pxd.Component, weight: float) -> pxd.Component:
         with np.errstate(over="ignore"):
             rounded = np.ldexp(scale.astype(np.float64) * weight, -(shift - rest)).astype(np.float16)
         if not np.all(np.isfinite(rounded)):
-            raise pxd.ShapeError(f"the weight {weight} brings scales beyond what F16 and an exponent of 63 can hold")
+            raise pxd.ShapeError(f"the weight {weight} gives scales beyond the range of F16 and an exponent of 63")
     changed: dict[str, Any] = {name: rounded}
     return replace(component, exponent=exponent, **changed)

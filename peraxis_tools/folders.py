@@ -1,12 +1,12 @@
-"""Folders that appear under their final name whole or not at all, and how an earlier one is known.
+"""Write folders atomically, and recognise an earlier output.
 
-Every folder that the tools write holds `.peraxis-output.json`, which lists the files that they wrote. A folder with
-that list is an earlier output: `overwrite` replaces the files of the list, and whatever else the folder holds stays.
+Every folder that the tools write has a `.peraxis-output.json`, which lists the files that they wrote. A folder with
+this list is an earlier output: `overwrite` replaces the files of the list and leaves all other files of the folder.
 A folder without it is never replaced.
 
-The new folder is made beside the old one, with hard links to what stays, and the two change places in one step
-(renameat2). Where the folder cannot be moved (a mount point, the current folder), its files are moved into it one by
-one, between two versions of the list: the first says that it is unfinished, and such a folder counts as empty.
+The new folder is made beside the old one, with hard links to the remaining files, and the two are exchanged in one step
+(renameat2). If the folder cannot be moved (a mount point, the current folder), files are moved into it one by one. Then
+the list is first written as unfinished and afterwards as finished; an unfinished folder counts as empty.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ _CANNOT_EXCHANGE: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUP
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Earlier:
-    """An earlier output in a folder: the names of its files, and whether the run that wrote it came to its end."""
+    """An earlier output in a folder: the names of its files, and whether its run finished."""
 
     files: frozenset[str]
     finished: bool
 
 
 def earlier_output(folder: Path) -> Earlier | None:
-    """The list that an earlier run left in a folder; None where there is none.
+    """The list of an earlier run in a folder; None if there is none.
 
-    A repository that `publish` wrote has no list, since all of it is uploaded: it is known by its card.
+    A repository that `publish` wrote has no list, because all files are uploaded; its card identifies it.
     """
     try:
         found = json.loads((folder / MARKER).read_bytes())
@@ -80,14 +80,14 @@ def write_marker(folder: Path, files: Sequence[str], *, finished: bool = True) -
 
 
 def refuse_folder(path: Path, *, overwrite: bool) -> None:
-    """Raise ToolError where a folder cannot become the output, before any work.
+    """Raise ToolError if a folder cannot become the output. Call this before any work.
 
-    It can where there is nothing, or an empty or unfinished folder; with overwrite, where an earlier output is.
+    It can if it does not exist, or is empty or unfinished; with overwrite also if it is an earlier output.
     """
     if not os.path.lexists(path):
         return
     if not path.is_dir():
-        raise ToolError(f"{path}: exists already and is no folder; choose another output")
+        raise ToolError(f"{path}: exists already and is not a folder; choose another output")
     others = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith(".peraxis~"))
     earlier = earlier_output(path)
     if not others or (earlier is not None and not earlier.finished):
@@ -96,19 +96,19 @@ def refuse_folder(path: Path, *, overwrite: bool) -> None:
         raise ToolError(f"{path}: exists already; choose another output or pass --overwrite")
     if earlier is None:
         raise ToolError(
-            f"{path}: holds {others[0]} and no list of an earlier output ({MARKER}), so it is not replaced; "
+            f"{path}: has {others[0]} and no list of an earlier output ({MARKER}), so it is not replaced; "
             "choose another output or remove it yourself"
         )
     if _is_fixed(path) and set(others) - {name.split("/")[0] for name in earlier.files}:
-        raise ToolError(f"{path}: holds other files too and cannot be moved; choose a folder within it")
+        raise ToolError(f"{path}: has other files too and cannot be moved; choose a folder within it")
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path, *, overwrite: bool = False, marker: bool = True) -> Iterator[Path]:
-    """Make a temporary folder; on success give it the name `path`, else remove it with all that is in it.
+    """Make a temporary folder; on success rename it to `path`, else remove it.
 
-    Claim the folder first (outputs.claim_folder). With overwrite, an earlier output is replaced, and what else its
-    folder holds stays. marker: whether the list of its files is written into it.
+    Claim the folder first (outputs.claim_folder). With overwrite, the files of an earlier output are replaced and all
+    other files of its folder remain. marker: whether the list of its files is written into it.
     """
     path = Path(os.path.realpath(path))
     _restore(path)
@@ -124,7 +124,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False, marker: bool = True) -
         if marker and not fixed:
             write_marker(temporary, files)
         _sync(temporary)
-        # Once more: it may have been filled since.
+        # Check again, because the folder may have been filled in the meantime.
         refuse_folder(path, overwrite=overwrite)
         if fixed:
             _move_in(temporary, path, files)
@@ -140,7 +140,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False, marker: bool = True) -
 
 @contextlib.contextmanager
 def _errors_about(path: Path, temporary: Path) -> Iterator[None]:
-    """Give errors of the system the name of the output, and those of a full disk the bytes until then."""
+    """Add the name of the output to errors of the system, and the number of written bytes to those of a full disk."""
     try:
         yield
     except OSError as error:
@@ -158,7 +158,7 @@ def _errors_about(path: Path, temporary: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder in the system's place for temporary files, gone at the end; what killed runs left there goes too."""
+    """A folder in the system's temporary folder, removed at the end together with those of killed runs."""
     place = Path(tempfile.gettempdir())
     remove_leftovers(place)
     folder, descriptor = new_temporary(place, is_folder=True)
@@ -171,7 +171,7 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def _is_fixed(path: Path) -> bool:
-    """Whether a folder has to stay what it is: a mount point, or where this process stands."""
+    """Whether a folder cannot be moved: a mount point, or this process's current folder."""
     if not path.is_dir():
         return False
     there = os.path.realpath(path)
@@ -193,7 +193,7 @@ def _sync(folder: Path) -> None:
 
 
 def _link_rest(old: Path, new: Path) -> None:
-    """Hard links in `new` to what an earlier output's folder holds beyond that output."""
+    """Make hard links in `new` to the other files of an earlier output's folder."""
     earlier = earlier_output(old)
     replaced = earlier.files if earlier is not None else frozenset()
     for entry in sorted(old.rglob("*")):
@@ -223,7 +223,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _give_name(temporary: Path, path: Path) -> None:
-    """The new folder under the final name; what had the name before is now the temporary one, to be removed."""
+    """Give the new folder its final name; the old folder gets the temporary name, to be removed."""
     if not path.exists() or not any(path.iterdir()):
         os.rename(temporary, path)  # an empty folder is replaced by a rename
     elif not _exchange(temporary, path):
@@ -234,12 +234,12 @@ def _give_name(temporary: Path, path: Path) -> None:
 
 
 def _aside(path: Path) -> Path:
-    """Where the old folder is between two renames, on a system that cannot exchange two names in one step."""
+    """The path of the old folder between two renames, on a system that cannot exchange two names in one step."""
     return path.with_name(f".peraxis~{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]}.old")
 
 
 def _restore(path: Path) -> None:
-    """Bring back a folder that a killed run had put aside, or remove it where the new one has its place."""
+    """Restore a folder that a killed run moved aside, or remove it if the new one exists."""
     if os.path.lexists(path):
         shutil.rmtree(_aside(path), ignore_errors=True)
     elif _aside(path).is_dir():
@@ -247,7 +247,7 @@ def _restore(path: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Let two names change places in one step. False where the system cannot."""
+    """Exchange two names in one step. Returns False if the system cannot."""
     rename: Any = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
@@ -260,7 +260,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _move_in(temporary: Path, path: Path, files: Sequence[str]) -> None:
-    """The files of a finished folder into one that cannot be moved, and those of an earlier output out of it."""
+    """Move the files of a finished folder into one that cannot be moved, and remove those of an earlier output."""
     earlier = earlier_output(path)
     old = earlier.files - {MARKER} if earlier is not None else frozenset()
     write_marker(path, [*old, *files], finished=False)

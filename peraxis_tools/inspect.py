@@ -1,4 +1,4 @@
-"""inspect: the verb. What a PXD file is and where its bytes go, on a disk or at a URL."""
+"""The verb inspect: the content of a PXD file and the use of its bytes, from a path or a URL."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def inspect(path: str | Path) -> InspectResult:
 
 
 def inspect_remote(url: str) -> InspectResult:
-    """`inspect` of a URL: its header is read through ranges, and nothing else. Raises ToolError, PxdError."""
+    """`inspect` of a URL: only the header is read, by range requests. Raises ToolError, PxdError."""
     from peraxis_tools.remote import remote_file
 
     remote = remote_file(url)

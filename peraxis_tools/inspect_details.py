@@ -1,4 +1,4 @@
-"""What `inspect` can say beyond the header: scales by depth, from the payload, and errors that the writer noted."""
+"""Details of `inspect` beyond the header: scales by depth from the payload, and the errors that the writer noted."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from peraxis_tools.progress import ProgressOf, silent
 
 __all__ = ["Details", "ScaleLine", "details", "noted_errors", "relative_errors"]
 
-_REPORT_KEY: Final = "peraxis.report"  # what compress/plan/record.py writes
+_REPORT_KEY: Final = "peraxis.report"  # compress/plan/record.py writes it
 _QUANTILES: Final = (0.05, 0.5, 0.95)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleLine:
-    """Magnitudes of one module's first component: quantiles over its rows or columns, the other axis at its mean."""
+    """Quantiles of the scales of one module's first component, over its rows or columns; the other axis at its mean."""
 
     name: str
     subtype: str
@@ -36,10 +36,10 @@ class ScaleLine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Details:
-    """Scales of every `sign` module, and errors by module name where the writer noted them.
+    """The scales of every `sign` module, and errors by module name if the writer noted them.
 
-    errors: mean squares of the error of a module's output. relative: the same as a share of the error that the base's
-    own weight makes, so that 0 is the fine-tune and 1 is the base.
+    errors: mean squared errors of a module's output. relative: these errors divided by the error of the base's own
+    weight, so that 0 is the fine-tune and 1 is the base.
     """
 
     scales: tuple[ScaleLine, ...]
@@ -68,25 +68,25 @@ def _span(delta: pxd.DeltaFile, name: str) -> int:
 
 
 def noted_errors(manifest: pxd.Manifest) -> dict[str, float]:
-    """Output errors that `compress` left in the metadata; empty where there are none, or none that can be read."""
+    """The output errors that `compress` wrote into the metadata; empty if there are none, or they cannot be read."""
     return {name: values[0] for name, values in _noted(manifest).items()}
 
 
 def relative_errors(manifest: pxd.Manifest) -> dict[str, float]:
-    """Output errors as shares of what the base's own weight leaves; only modules whose base error was noted."""
+    """Output errors divided by the error of the base's own weight, for modules with a noted base error."""
     lines = _noted(manifest).items()
     return {name: values[0] / values[2] for name, values in lines if len(values) > 2 and values[2] > 0.0}
 
 
 def _noted(manifest: pxd.Manifest) -> dict[str, list[float]]:
-    """[error, error of `--fit none`, error of the base's weight] by module, as far as they are finite numbers."""
+    """[error, error of `--fit none`, error of the base's weight] by module, if they are finite numbers."""
     try:
         said: Any = json.loads(manifest.metadata.get(_REPORT_KEY, "{}"))
     except (ValueError, RecursionError):
         said = None
     lines = said.get("errors") if isinstance(said, dict) else None
     if not isinstance(lines, list) or len(lines) != len(manifest.modules):
-        return {}  # of a part, for one
+        return {}  # for example in a part
     found: dict[str, list[float]] = {}
     for name, line in zip((module.name for module in manifest.modules), lines, strict=True):
         values = list(itertools.takewhile(_is_number, line)) if isinstance(line, list) else []

@@ -1,8 +1,7 @@
-"""The account of a PXD file: what it holds and where its bytes go, from the header alone."""
+"""A summary of a PXD file: its content and the use of its bytes, from the header alone."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleLine:
-    """One module: stored bytes, and bytes in the full checkpoint."""
+    """One module: its bytes in the file, and in the full checkpoint."""
 
     name: str
     kind: str
@@ -38,7 +37,7 @@ class ModuleLine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ByteShare:
-    """Bytes of one encoding or kind of tensor, in the file and in the full checkpoint."""
+    """The bytes of one encoding or kind of tensor, in the file and in the full checkpoint."""
 
     label: str
     modules: int
@@ -48,7 +47,7 @@ class ByteShare:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubtypeAxes:
-    """How many modules of a sub-type chose which axis (Figure 2 of the paper). Components count one each."""
+    """The number of components by axis, for one sub-type of modules (Figure 2 of the paper)."""
 
     subtype: str
     counts: dict[str, int]
@@ -56,7 +55,7 @@ class SubtypeAxes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InspectResult:
-    """The result of `inspect`. overhead_bytes: those of header and pads. ratio: full_bytes / file_bytes."""
+    """The result of `inspect`. overhead_bytes: the bytes of header and pads. ratio: full_bytes / file_bytes."""
 
     file: str
     version: str
@@ -76,7 +75,7 @@ class InspectResult:
 def summarise(
     label: str, content_id: str, file_bytes: int, manifest: pxd.Manifest, records: Iterable[pxd.TensorRecord]
 ) -> InspectResult:
-    """The account of a file whose header has been read and checked, wherever it is kept."""
+    """Summarise a local or remote file whose header has been read and checked."""
     sizes = {record.name: record.end - record.begin for record in records}
     lines = tuple(_line(module, sizes) for module in manifest.modules)
     assets = sum(count for name, count in sizes.items() if name.startswith("__asset__."))
@@ -100,7 +99,7 @@ def summarise(
 
 
 def select(result: InspectResult, pattern: str) -> InspectResult:
-    """The same result with those modules alone whose names match a glob; sums stay those of the whole file."""
+    """The result with only those modules whose names match a glob; sums are still those of the whole file."""
     return replace(result, modules=tuple(line for line in result.modules if fnmatchcase(line.name, pattern)))
 
 
@@ -115,7 +114,7 @@ def _line(module: pxd.ModuleEntry, sizes: dict[str, int]) -> ModuleLine:
         shape=module.shape,
         dtype=module.dtype.value,
         bytes=0 if tensor is None else sizes[tensor[0]],
-        full_bytes=math.prod(module.shape) * module.dtype.itemsize,
+        full_bytes=module.dtype.size_of(module.shape),
     )
 
 

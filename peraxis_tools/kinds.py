@@ -1,7 +1,7 @@
-"""What a tensor is, by its name: kind and sub-type for reports and plans, and the execution order.
+"""Classify a tensor by its name: kind and sub-type for reports and plans, and the execution order.
 
-Names are conventions of checkpoints, so nothing here changes what a file means: a wrong guess costs a line in
-a table or a less local order in the file, never a wrong weight.
+Names are conventions of checkpoints, so nothing here changes the meaning of a file: a wrong guess can give a wrong line
+in a table or another order in the file, but never a wrong weight.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _HEADS: Final = frozenset({"lm_head", "embed_out"})
 _ATTENTION: Final = frozenset({"self_attn", "attn", "attention", "self_attention", "cross_attn"})
 _MLP: Final = frozenset({"mlp", "feed_forward", "ffn", "block_sparse_moe", "experts", "shared_expert"})
 _NORM: Final = re.compile(r"norm|^ln_|_ln$|layernorm")
-# Within a layer: inputs before outputs, as data flows. Names not listed come after, by name.
+# Within a layer: inputs before outputs, in forward order. Names that are not listed come after, by name.
 _FLOW: Final = (
     *("input_layernorm", "ln_1", "q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn"),
     *("q_norm", "k_norm", "o_proj", "dense", "post_attention_layernorm", "pre_feedforward_layernorm", "ln_2"),
@@ -40,7 +40,7 @@ def layer_of(name: str) -> int | None:
 
 
 def subtype_of(name: str) -> str:
-    """The projection's or layer's own name: `q_proj` of `model.layers.0.self_attn.q_proj.weight`."""
+    """The name of the projection or layer: `q_proj` of `model.layers.0.self_attn.q_proj.weight`."""
     tokens = [token for token in _tokens(name) if not token.isdigit() and token not in ("weight", "bias")]
     return tokens[-1] if tokens else name
 
@@ -68,7 +68,7 @@ def axes_text(names: Iterable[str]) -> str:
 
 
 def execution_key(name: str) -> tuple[int, int, int, str]:
-    """Sort key of SPEC 3.7's execution order: embeddings, layers by number and data flow, the rest, lm_head."""
+    """The sort key of SPEC 3.7's execution order: embeddings, layers by number and data flow, the rest, lm_head."""
     tokens = set(_tokens(name))
     layer = layer_of(name)
     if layer is not None:

@@ -1,10 +1,10 @@
-"""A fine-tune ready for use, from its delta alone: the model, its tokenizer, its generation configuration.
+"""Load a fine-tune from its delta: the model, its tokenizer, its generation configuration.
 
     model, tokenizer = load("me/delta")                              the base from the manifest
     model, tokenizer = load("delta.pxd", base="folder")
-    model = PxdForCausalLM.from_pretrained("me/delta")               in the manner of transformers' own classes
+    model = PxdForCausalLM.from_pretrained("me/delta")               like transformers' own classes
 
-A delta is a path, a URL, `hf://org/repo/file.pxd`, or a repository that holds one .pxd, with `@revision` or without.
+A delta is a path, a URL, `hf://org/repo/file.pxd`, or a repository with one .pxd, with `@revision` or without.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import open_checkpoint, parse_identity
 from peraxis_tools.delta_parts import refuse_part
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.optional import require
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rebuild import aliases_of, assets_of, checkpoint_bytes, rebuild_all
@@ -30,20 +30,20 @@ __all__ = ["Loaded", "PxdForCausalLM", "load", "load_model", "load_tokenizer_of"
 
 
 class Loaded(NamedTuple):
-    """A model and its tokenizer; None where neither fine-tune nor base brings one."""
+    """A model and its tokenizer; the tokenizer is None if neither fine-tune nor base has one."""
 
     model: PreTrainedModel
     tokenizer: Any
 
 
 def base_of(manifest: pxd.Manifest, delta: object) -> str:
-    """The base that a manifest names, as `org/name[@revision]`. Raises ToolError if that is no hub id."""
+    """The base that a manifest names, as `org/name[@revision]`. Raises ToolError if it is not a hub id."""
     base = manifest.base
     named = f"{base.id}@{base.revision}" if base.revision else base.id
     try:
         parse_identity(named)  # a manifest must not lead to folders of this machine
     except ToolError:
-        raise ToolError(f"{delta}: names its base {named!r}, which is no hub id; say where the base is") from None
+        raise ToolError(f"{delta}: names its base {named!r}, which is not a hub id; pass the base") from None
     return named
 
 
@@ -55,13 +55,13 @@ def load_model(
     progress: Progress = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """The fine-tuned model itself, without a folder in between: `load_model("org/base", "delta.pxd")`.
+    """The fine-tuned model, without an intermediate folder: `load_model("org/base", "delta.pxd")`.
 
-    With one argument, `load_model("me/delta")`, that is the delta, and its manifest names the base. A delta is a path,
-    a URL, or a repository on the hub. The model has the fine-tune's generation configuration; `load` gives its
+    A single argument, `load_model("me/delta")`, is the delta, and its manifest names the base. A delta is a path, a
+    URL, or a repository on the hub. The model has the fine-tune's generation configuration; `load` returns its
     tokenizer too. Its class is the one that the configuration names (`architectures`), else transformers' causal
-    language model; options go to its `from_pretrained`. progress: bytes of tensors. Memory: the model,
-    and one tensor of the base. Raises PxdError, CheckpointError, ToolError.
+    language model; options are passed to its `from_pretrained`. progress: bytes of tensors. Memory: the model, and one
+    tensor of the base. Raises PxdError, CheckpointError, ToolError.
     """
     require("load_model", "torch", "transformers", extra="compress")
     import torch
@@ -89,7 +89,7 @@ def load_model(
                 step(tensor.nbytes)
     options.setdefault("dtype", config.get("dtype", config.get("torch_dtype", torch.float32)))
     parsed = parse_config(config, label=str(named))
-    # The class itself: AutoModelForCausalLM.from_pretrained insists on a folder to look into.
+    # Use the class itself, because AutoModelForCausalLM.from_pretrained needs a folder.
     kind = _model_class(parsed, str(named))
     model: PreTrainedModel = kind.from_pretrained(None, config=parsed, state_dict=state, **options).eval()
     if "generation_config.json" in assets:
@@ -98,7 +98,7 @@ def load_model(
 
 
 def _model_class(config: Any, label: str) -> Any:
-    """The class of transformers for a configuration. Raises ToolError where there is none."""
+    """The class of transformers for a configuration. Raises ToolError if there is none."""
     import transformers
 
     from peraxis_tools.environment import check_causal
@@ -112,9 +112,9 @@ def _model_class(config: Any, label: str) -> Any:
 
 
 def load(delta: str | Path, *, base: str | Path | None = None, progress: Progress = None, **options: Any) -> Loaded:
-    """The fine-tune of a delta. base: a folder or hub id, by default the one that the manifest names.
+    """Load the fine-tune of a delta. base: a folder or hub id, by default the one that the manifest names.
 
-    options go to `AutoModelForCausalLM.from_pretrained`. Raises PxdError, CheckpointError, ToolError.
+    options are passed to `AutoModelForCausalLM.from_pretrained`. Raises PxdError, CheckpointError, ToolError.
     """
     with local_copy(delta) as path:
         with pxd.open(path) as file:
@@ -124,7 +124,7 @@ def load(delta: str | Path, *, base: str | Path | None = None, progress: Progres
 
 
 def load_tokenizer_of(delta: Path, base: str | Path) -> Any:
-    """The tokenizer that `apply` would write, chat template included; None where there is none."""
+    """The tokenizer that `apply` would write, with its chat template; None if there is none."""
     from transformers import AutoTokenizer
 
     with pxd.open(delta) as file, open_checkpoint(base) as checkpoint, tempfile.TemporaryDirectory() as name:
@@ -137,15 +137,14 @@ def load_tokenizer_of(delta: Path, base: str | Path) -> Any:
         try:
             return AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
-            line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise ToolError(f"{delta.name}: its tokenizer cannot be loaded: {line}") from None
+            raise ToolError(f"{delta.name}: its tokenizer cannot be loaded: {first_line(error)}") from None
 
 
 class PxdForCausalLM:
-    """`PxdForCausalLM.from_pretrained("me/delta")`: a transformers model, as AutoPeftModelForCausalLM gives one."""
+    """`PxdForCausalLM.from_pretrained("me/delta")` returns a transformers model, as AutoPeftModelForCausalLM does."""
 
     def __init__(self) -> NoReturn:
-        raise TypeError("PxdForCausalLM is not made by itself; use PxdForCausalLM.from_pretrained(DELTA)")
+        raise TypeError("PxdForCausalLM cannot be instantiated; use PxdForCausalLM.from_pretrained(DELTA)")
 
     @classmethod
     def from_pretrained(
@@ -156,13 +155,13 @@ class PxdForCausalLM:
         revision: str | None = None,
         **options: Any,
     ) -> PreTrainedModel:
-        """The fine-tuned model. revision: of the delta's repository. options: as of transformers' from_pretrained.
+        """The fine-tuned model. revision: of the delta's repository. options: those of transformers' from_pretrained.
 
         Raises PxdError, CheckpointError, ToolError.
         """
         source = pretrained_model_name_or_path
         if revision is not None:
             if Path(source).exists() or "@" in str(source):
-                raise ToolError(f"{source}: revision={revision!r} is for a repository that names none itself")
+                raise ToolError(f"{source}: revision={revision!r} needs a repository without @revision")
             source = f"{source}@{revision}"
         return load_model(source, **options) if base is None else load_model(base, source, **options)

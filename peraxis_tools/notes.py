@@ -1,6 +1,6 @@
-"""What a run has to say beside its result: through `logging`, under the name `peraxis`.
+"""Notes of a run, beside its result, through `logging` under the name `peraxis`.
 
-The command line shows each as a line on standard error; a program sets the logger up as it likes.
+The command line prints each as a line on standard error; a program can configure the logger.
 """
 
 from __future__ import annotations
@@ -14,5 +14,5 @@ LOGGER: Final = logging.getLogger("peraxis")
 
 
 def note(message: str) -> None:
-    """Say one sentence that the user should read, though nothing failed."""
+    """Log one sentence that the user should read although nothing failed."""
     LOGGER.warning("%s", message)

@@ -1,7 +1,7 @@
-"""Optional packages: one table of what each extra installs, one error that gives the pip command.
+"""Optional packages: one table of the packages of each extra, and one error with the pip command.
 
-A verb that needs more than numpy, click and rich calls `require` before any work and imports the packages afterwards
-in the plain way. Whatever is missing is one line: what needs it, its name, the command that installs it.
+A verb that needs more than numpy, click and rich calls `require` before any work and imports the packages afterwards.
+A missing package gives one line: the feature that needs it, its name, and the command that installs it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EXTRAS: Final[Mapping[str, str]] = {
     "OpenSSL": "sign",
     "lm_eval": "tasks",
 }
-# Where a package is called otherwise when it is installed than when it is imported.
+# Import name -> the name for pip, if they differ.
 DISTRIBUTIONS: Final[Mapping[str, str]] = {
     "yaml": "pyyaml",
     "model_signing": "model-signing",
@@ -41,14 +41,14 @@ _OURS: Final = ("peraxis", "peraxis_format", "peraxis_tools")
 
 
 class MissingPackageError(NotVerifiableError, ImportError):
-    """An optional package is not installed; the message holds the pip command."""
+    """An optional package is not installed; the message has the pip command."""
 
 
 def require(purpose: str, *packages: str, extra: str | None = None) -> None:
     """Raise MissingPackageError unless all these packages are installed. Imports none of them.
 
-    purpose: what needs them, the subject of the message ("plots", "--calibration"). packages: import names.
-    extra: the extra to install; None takes the one of the package that is missing.
+    purpose: the feature that needs them, as the subject of the message ("plots", "--calibration"). packages: import
+    names. extra: the extra to install; None takes that of the missing package.
     """
     for package in packages:
         if not _installed(package):
@@ -56,7 +56,7 @@ def require(purpose: str, *packages: str, extra: str | None = None) -> None:
 
 
 def missing(purpose: str, error: ImportError) -> MissingPackageError:
-    """The error to raise for an import that failed in a library. Raises `error` itself if the module is ours."""
+    """The error for a failed import in a library. Raises `error` itself if the module is ours."""
     package = (error.name or "").partition(".")[0]
     if package in _OURS:
         raise error

@@ -1,9 +1,9 @@
-"""The rules for outputs, the same for every verb, held before any work begins.
+"""The rules for outputs. They are the same for every verb and are checked before any work begins.
 
 - An output never replaces an input, nor another output of the same run.
-- What exists is replaced with `overwrite` alone. Devices, pipes and open files are written into.
-- A folder is replaced only if it is an earlier output (folders.py says how that is known).
-- One run at a time writes an output: a lock beside it holds for the whole run, work folder included.
+- An existing output is replaced only with `overwrite`. Devices, pipes and open files are written into.
+- A folder is replaced only if it is an earlier output (see folders.py).
+- One run at a time writes an output: a lock beside it is held for the whole run, work folder included.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from peraxis_tools.folders import refuse_folder
 
 __all__ = ["Inputs", "check_files", "check_folder", "claim_file", "claim_files", "claim_folder"]
 
-# Paths, hub ids, URLs: whatever names an input. What is no path that exists cannot be replaced.
+# Paths, hub ids and URLs of inputs. Only an existing path can be replaced.
 Inputs: TypeAlias = Iterable[str | Path | None]
 
-# What the tools write beside a checkpoint's own files: no reader of a checkpoint opens it.
+# Files that the tools write beside a checkpoint's own files; no reader of a checkpoint opens them.
 _NEVER_READ = (".pxd", ".sig")
 
 
 @contextlib.contextmanager
 def claim_file(path: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> Iterator[None]:
-    """Hold the rules for one output file, and its lock until the end. Raises ToolError, OSError."""
+    """Check the rules for one output file, and hold its lock until the end. Raises ToolError, OSError."""
     with claim_files([path], overwrite=overwrite, inputs=inputs):
         yield
 
 
 @contextlib.contextmanager
 def claim_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs = ()) -> Iterator[None]:
-    """The same for several output files of one run, in folders that exist."""
+    """`claim_file` for several output files of one run, in existing folders."""
     check_files(paths, overwrite=overwrite, inputs=inputs)
     with contextlib.ExitStack() as stack:
         for file in map(_plain, paths):
@@ -48,7 +48,7 @@ def claim_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs 
 
 
 def check_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs = ()) -> None:
-    """The rules for output files without the lock: for what comes before the run, like a download."""
+    """Check the rules for output files without a lock, for work before the run such as a download."""
     known = _existing(inputs)
     files = [_plain(path) for path in paths]
     for place, file in enumerate(files):
@@ -67,23 +67,23 @@ def check_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs 
 
 @contextlib.contextmanager
 def claim_folder(path: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> Iterator[None]:
-    """Hold the rules for an output folder, and its lock until the end. Makes the folders above it.
+    """Check the rules for an output folder, and hold its lock until the end. Makes the folders above it.
 
     Raises ToolError, OSError.
     """
     folder = check_folder(path, overwrite=overwrite, inputs=inputs)
     with _made(folder.parent), _only_run(folder):
-        # Once more: another run may have finished while this one waited for the lock.
+        # Check again, because another run may have finished while this one waited for the lock.
         refuse_folder(folder, overwrite=overwrite)
         yield
 
 
 def check_folder(path: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> Path:
-    """The rules for an output folder without the lock. Returns it as a path that has a name."""
+    """Check the rules for an output folder without a lock. Returns it as a path that has a name."""
     folder = _plain(path)
     for source in _existing(inputs):
         if _within(source, folder):
-            raise ToolError(f"{folder}: holds the input {source}; choose another output")
+            raise ToolError(f"{folder}: contains the input {source}; choose another output")
     refuse_folder(folder, overwrite=overwrite)
     return folder
 
@@ -100,7 +100,7 @@ def _plain(path: str | Path) -> Path:
 
 
 def _existing(inputs: Inputs) -> list[Path]:
-    """Those inputs that are paths on this machine; of an index the folder, since its shards are inputs too."""
+    """The inputs that are paths on this machine; for an index its folder, because its shards are inputs too."""
     found = []
     for source in inputs:
         if source is None or not str(source) or not os.path.exists(source):
@@ -117,7 +117,7 @@ def _same(a: Path, b: Path) -> bool:
 
 
 def _within(path: Path, folder: Path) -> bool:
-    """Whether a path is this folder or lies in it, by its name or by what it leads to."""
+    """Whether a path is this folder or lies in it, by its name or through links."""
     return any(
         inner == outer or inner.startswith(outer.rstrip(os.sep) + os.sep)
         for inner, outer in (
@@ -137,7 +137,7 @@ def _refuse_replaced_input(file: Path, inputs: Sequence[Path]) -> None:
 
 
 def _holds(folder: Path, file: Path) -> bool:
-    """Whether a file is one that readers of a folder open, by its place or through links (a hub cache is all links)."""
+    """Whether readers of the folder open this file, directly or through links (a hub cache consists of links)."""
     if _within(file.parent, folder) and file.suffix not in _NEVER_READ:
         return True
     entries = (entry for entry in folder.iterdir() if entry.suffix not in _NEVER_READ)
@@ -161,7 +161,7 @@ def _only_run(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Make a folder and those above it; on failure remove the ones that were made here."""
+    """Make a folder and those above it; on failure remove the new ones."""
     made = []
     while not os.path.lexists(folder):
         made.append(folder)

@@ -1,7 +1,7 @@
-"""A small real pair, trained on any machine that has Python: a Llama on English, fine-tuned on Python code.
+"""A small real pair, trained from files that every Python has: a Llama on English, fine-tuned on Python code.
 
-The texts come with Python itself: the language reference (pydoc's topics) and the standard library's sources.
-Their last tenths are held out; nothing is downloaded.
+The texts are Python's language reference (pydoc's topics) and the standard library's sources. Their last tenths are
+held out. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PARAGRAPH: Final = "\n\n"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairSize:
-    """How large the pair is and how long it trains. The MLP's width is no multiple of 8, on purpose."""
+    """The size of the pair and its training. The MLP's width is not a multiple of 8, on purpose."""
 
     vocabulary: int = 1024
     width: int = 128
@@ -46,7 +46,7 @@ class PairSize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairFolders:
-    """What `train_pair` wrote: two checkpoints, the calibration text (English), and held-out text by domain."""
+    """The files of `train_pair`: two checkpoints, the calibration text (English), and held-out text by domain."""
 
     base: Path
     fine_tuned: Path
@@ -87,7 +87,7 @@ def train_pair(
         _train(model, _ids(tokenizer, text), size=size, steps=steps, rate=rate, seed=seed, progress=step)
         with quiet_transformers():
             _save(model, tokenizer, folder / name)
-            # What is fine-tuned is the base as it was stored, in BF16, as fine-tunes of published models are.
+            # The saved base in BF16 is fine-tuned, as with published models.
             model = LlamaForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
     return PairFolders(
         base=folder / "base", fine_tuned=folder / "fine-tuned", calibration=calibration, held_out=held_out
@@ -114,7 +114,7 @@ def _split(text: str) -> tuple[str, str]:
 def _write_texts(folder: Path, english: tuple[str, str], code: tuple[str, str]) -> tuple[Path, dict[str, Path]]:
     folder.mkdir(parents=True, exist_ok=True)
     calibration = folder / "calibration.jsonl"
-    # Documents of a few paragraphs, as a web corpus has them.
+    # Documents of a few paragraphs, as in a web corpus.
     paragraphs = english[0].split(_PARAGRAPH)
     documents = [_PARAGRAPH.join(paragraphs[i : i + 12]) for i in range(0, len(paragraphs), 12)]
     calibration.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
@@ -158,7 +158,7 @@ def _train(
     seed: int,
     progress: Callable[[int], None],
 ) -> None:
-    """Full training of every parameter: AdamW, linear warm-up over a tenth, cosine to a tenth of the rate."""
+    """Train every parameter: AdamW, linear warm-up over a tenth of the steps, cosine to a tenth of the rate."""
     import torch
 
     def schedule(step: int) -> float:

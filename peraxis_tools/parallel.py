@@ -1,4 +1,4 @@
-"""Work on several threads, results in the order of the items."""
+"""Work on several threads, with results in the order of the items."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def ordered_map(
 ) -> Iterator[R]:
     """Yield work(item) in the order of items, on several threads.
 
-    cost: bytes that an item holds while it is worked on or waits to be handed over; no item begins while that would
-    bring the sum above budget, except that one item may always be in flight. The first error ends it.
+    cost: bytes that an item uses from its start until its result is taken. No item starts if the sum would exceed
+    budget, except that one item may always be in flight. The first error ends it.
     """
     waiting: deque[tuple[int, Future[R]]] = deque()
     ahead = 0
@@ -51,8 +51,8 @@ def balanced_map(
 ) -> list[R]:
     """[work(item) for item in items] on several threads, for work that holds little memory.
 
-    cost: how long an item takes, in any unit. The longest begins first, so that no thread is left alone with one; the
-    error that is raised is that of the first item that has one, and ends what has not begun.
+    cost: the time of an item, in any unit. The longest starts first, so that it is not the last to finish. The error of
+    the first failed item is raised, and items that have not started are cancelled.
     """
     longest_first = sorted(range(len(items)), key=lambda place: -cost(items[place]))
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:

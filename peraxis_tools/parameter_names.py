@@ -1,9 +1,9 @@
-"""Checkpoint tensors and model parameters: which matrix of which parameter a tensor is.
+"""Map checkpoint tensors to model parameters: the parameter of each tensor, and the matrix within it.
 
-Mostly both have the same name. Some checkpoints leave out the base model's prefix (GPT-2's `h.0...`), or have one
-that the model does not. And `transformers` fuses what many checkpoints hold apart: experts become one 3-D
-parameter, gate and up its rows. How is asked of transformers itself: its save-time conversion, run on tensors of
-positions, hands back where in the parameter each checkpoint tensor lies.
+Usually both have the same name. Some checkpoints omit the base model's prefix (GPT-2's `h.0...`), or have a prefix
+that the model lacks. And `transformers` fuses tensors that many checkpoints store separately: experts become one 3-D
+parameter, gate and up become its rows. The mapping comes from transformers itself: its save-time conversion is run on
+tensors of positions and shows the place of each checkpoint tensor in the parameter.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ParameterSlice:
     rows: tuple[int, int] | None = None
 
     def select(self, value: Tensor) -> Tensor:
-        """This piece of the parameter's value, a view."""
+        """This slice of the parameter's value, a view."""
         if self.index is not None:
             value = value[self.index]
         return value if self.rows is None else value[..., self.rows[0] : self.rows[1], :]
@@ -43,7 +43,7 @@ class ParameterSlice:
 
 @dataclass(frozen=True, slots=True)
 class NameMap:
-    """Pieces by parameter, and by tensor. unmapped: checkpoint tensors that no parameter of the model holds."""
+    """Slices by parameter, and by tensor. unmapped: checkpoint tensors that are in no parameter of the model."""
 
     by_parameter: Mapping[str, tuple[ParameterSlice, ...]]
     by_tensor: Mapping[str, ParameterSlice]
@@ -75,10 +75,10 @@ def map_names(model: PreTrainedModel, tensors: Iterable[str]) -> NameMap:
 
 
 def _converted(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, ParameterSlice]:
-    """Pieces by checkpoint name, from transformers' own conversion; empty where it has none.
+    """Slices by checkpoint name, from transformers' own conversion; empty if it has none.
 
-    The probes are narrow stand-ins of the parameters: each element holds its own position, so that what comes out says
-    where it came from, whether the conversion made views or copies.
+    The probes are narrow replacements of the parameters: each element is its own position, so that the result shows the
+    origin of each element, whether the conversion makes views or copies.
     """
     try:
         from transformers.core_model_loading import revert_weight_conversion
@@ -98,7 +98,7 @@ def _converted(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str,
     try:
         reverted: dict[str, Any] = revert_weight_conversion(model, dict(probes))
     except (RuntimeError, ValueError, IndexError, KeyError):
-        # A conversion that needs the true width. What it makes stays unmapped, and is named if it is needed.
+        # The conversion needs the true width. Its tensors are unmapped, and an error names them if they are needed.
         return {}
     pieces: dict[str, ParameterSlice] = {}
     for tensor, values in reverted.items():
@@ -111,7 +111,7 @@ def _converted(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str,
 
 
 def _locate(tensor: str, parameter: str, probe: Tensor, values: Tensor, first: int) -> ParameterSlice | None:
-    """Where the values lie in the probe: a batch element and a range of rows; None where they are no such range."""
+    """The place of the values in the probe: a batch element and a range of rows; None if they are not such a range."""
     width = probe.shape[-1]
     consecutive = torch.equal(values.reshape(-1), int(values.reshape(-1)[0]) + torch.arange(values.numel()))
     if not consecutive or values.shape[-1] != width:

@@ -1,6 +1,6 @@
-"""What a command line does with its process: standard streams that are closed or not UTF-8, and signals.
+"""The process of a command line: standard streams that are closed or not UTF-8, and signals.
 
-Imports the standard library alone, so that it stands before everything that takes time to import.
+This module imports the standard library alone, so that it can run before slow imports.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Final
 __all__ = ["INTERRUPTED", "Terminated", "drop_output", "interrupts_end", "prepared_process"]
 
 INTERRUPTED: Final = 130
-# What asks a process to end. Each is raised as Terminated, so that whatever stands open cleans up.
+# Signals that ask a process to end. Each is raised as Terminated, so that open contexts clean up.
 _ENDING: Final = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -33,7 +33,7 @@ class Terminated(BaseException):
 
 
 class _ClosedStream(io.TextIOBase):
-    """Stands for standard output where the caller closed it: the first write is an error, not a crash."""
+    """Replaces a standard output that the caller closed; the first write is an error, not a crash."""
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -43,12 +43,12 @@ class _ClosedStream(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        raise OSError(errno.EBADF, "is closed; nothing can be shown", "standard output")
+        raise OSError(errno.EBADF, "is closed, so nothing can be printed", "standard output")
 
 
 @contextlib.contextmanager
 def interrupts_end() -> Iterator[None]:
-    """Let Ctrl-C end the process at once: for imports, which nothing is lost by and which cannot be unwound cleanly."""
+    """Let Ctrl-C end the process at once during imports, which lose nothing and cannot be interrupted cleanly."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -71,8 +71,8 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def prepared_process() -> Iterator[None]:
-    """Streams that take any text, and signals to end as exceptions, until the end of the block."""
-    # A file that is opened must not get the number of a closed stream, where libraries write to.
+    """Within the block, streams accept any text, and signals that end the process are exceptions."""
+    # A new file must not get the descriptor of a closed stream, because libraries write to that number.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(descriptor)
@@ -85,7 +85,7 @@ def prepared_process() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     before = {}
     if threading.current_thread() is threading.main_thread():
-        # One that is ignored (nohup) stays so.
+        # An ignored signal (nohup) stays ignored.
         before = {number: signal.getsignal(number) for number in _ENDING if signal.getsignal(number) == signal.SIG_DFL}
     for number in before:
         signal.signal(number, _terminate)
@@ -98,12 +98,12 @@ def prepared_process() -> Iterator[None]:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     for each in _ENDING:
-        signal.signal(each, signal.SIG_IGN)  # cleaning up is not to be cut short
+        signal.signal(each, signal.SIG_IGN)  # do not interrupt the cleanup
     raise Terminated(number)
 
 
 def drop_output() -> None:
-    """Where standard output has failed: what is buffered for it goes nowhere, also at the end of the process."""
+    """Discard the buffer of a failed standard output, also at the end of the process."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -1,7 +1,7 @@
-"""How work of several stages says how far it is, without knowing who listens.
+"""Progress of work with one or several stages, independent of its display.
 
-Functions that take `progress` take a callable, True for bars on standard error where that is a terminal, or None. Each
-stage is also told to the logger `peraxis`, at level INFO: its beginning, its end, and every ten seconds how far it is.
+Functions with `progress` take a callable, True for bars on standard error if it is a terminal, or None. Each stage also
+logs to the logger `peraxis` at level INFO: its beginning, its end, and its progress every ten seconds.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ __all__ = [
     "watched_stages",
 ]
 
-# progress(description, total) opens a stage and gives what is called with each number of units done in it; a total of
-# None is that of a stage whose end cannot be seen.
+# progress(description, total) opens a stage and yields the function that is called with each number of units done in
+# it; the total is None if it is unknown.
 ProgressOf: TypeAlias = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
 # progress(done): called with each number of units done, from any thread.
 Steps: TypeAlias = Callable[[int], None]
 
 
 class StageOpener:
-    """Opens the stages of work: a ProgressOf that functions of one stage can tell from a plain callable."""
+    """Opens the stages of work: a ProgressOf that functions of one stage can distinguish from a plain callable."""
 
     def __init__(self, opened: ProgressOf) -> None:
         self._opened = opened
@@ -45,11 +45,12 @@ class StageOpener:
         return self._opened(description, total)
 
 
-# What a function of one stage takes: what is called with numbers of units done, True for a bar, or a StageOpener.
+# The argument of a function with one stage: a function called with numbers of units done, True for a bar, or a
+# StageOpener.
 Progress: TypeAlias = Steps | StageOpener | bool | None
-# progress(stage, done, total): what is being done, and how far it is.
+# progress(stage, done, total): the name of the stage, the units done, and their total.
 Staged: TypeAlias = Callable[[str, int, int], None]
-# What a function of several stages takes: a Staged, or True for bars.
+# The argument of a function with several stages: a Staged, or True for bars.
 StagedProgress: TypeAlias = Staged | bool | None
 
 _LOG: Final = logging.getLogger("peraxis")
@@ -58,18 +59,18 @@ LOG_SECONDS: Final = 10.0
 
 @contextlib.contextmanager
 def silent(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A stage that nobody watches."""
+    """A stage without display."""
     yield lambda _: None
 
 
 def staged(*, quiet: bool = False) -> StageOpener:
-    """What opens a bar for each stage of work that has several."""
+    """A StageOpener that opens a bar for each stage."""
     return StageOpener(lambda description, total: bars.progress(description, total, quiet=quiet))
 
 
 @contextlib.contextmanager
 def watched(progress: Progress, stage: str, total: int) -> Iterator[Steps]:
-    """What to call with numbers of bytes done in the one stage of a function; total: of them."""
+    """Yield the function to call with numbers of bytes done in a function's one stage. total: all bytes."""
     with ExitStack() as stack:
         show: Steps | None = None
         if progress is True:
@@ -90,7 +91,7 @@ def watched(progress: Progress, stage: str, total: int) -> Iterator[Steps]:
 
 @contextlib.contextmanager
 def watched_stages(progress: StagedProgress) -> Iterator[Staged]:
-    """What to call with (stage, done, total) in a function of several stages; its bars and log end with the block."""
+    """Yield the function to call with (stage, done, total) in a function of several stages."""
     with ExitStack() as stack:
         show: Staged | None = None
         if progress is True:
@@ -119,7 +120,7 @@ def _logged(stage: str, total: int) -> Iterator[_StageLog]:
 
 
 class _StageLog:
-    """Tells the logger of one stage, from any thread."""
+    """Logs the progress of one stage, from any thread."""
 
     def __init__(self, stage: str, total: int) -> None:
         self.stage = stage

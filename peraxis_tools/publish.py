@@ -1,6 +1,6 @@
-"""Deltas as a repository of the Hugging Face hub: the files, their signatures where there are some, and a model card.
+"""The verb publish: deltas as a repository of the Hugging Face hub, with their signatures and a model card.
 
-The card is made in card.py. What the repository holds already stays: its card and .gitattributes are extended.
+The card is made in card.py. The card and .gitattributes of an existing repository are extended.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import peraxis_format as pxd
 from peraxis_tools.card import HUB_ID, CardDelta, card_text, missing_fields
 from peraxis_tools.checkpoint import parse_identity
 from peraxis_tools.delta_parts import refuse_part
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.folders import atomic_folder
 from peraxis_tools.inspection import InspectResult, summarise
 from peraxis_tools.optional import require
@@ -43,8 +43,8 @@ class PublishedDelta:
 class PublishResult:
     """The result of `publish`.
 
-    url: that of the commit, None if nothing was uploaded. files: names in the repository. missing: fields that the card
-    lacks.
+    url: the URL of the commit, None if nothing was uploaded. files: names in the repository. missing: fields that the
+    card lacks.
     """
 
     repository: str
@@ -104,7 +104,7 @@ def publish(
         url = _upload(repository, files, card, attributes, private=private, revision=revision, message=message)
     else:
         claim = claim_folder(dry_run, overwrite=overwrite, inputs=(*files.values(), *evaluations))
-        # No list of files in it: all of it is for the hub, and its card tells whose it is.
+        # No list of files is written, because all files are for the hub; the card identifies the folder.
         with claim, atomic_folder(dry_run, overwrite=overwrite, marker=False) as folder:
             (folder / "README.md").write_text(card, "utf-8")
             (folder / ".gitattributes").write_text(attributes, "utf-8")
@@ -130,7 +130,7 @@ def _verify(path: Path, progress: ProgressOf) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Before:
-    """What a repository holds already of the two files that are extended."""
+    """The repository's present content of the two files that are extended."""
 
     card: str | None = None
     attributes: str = ""
@@ -138,10 +138,10 @@ class _Before:
 
 def _check_names(repository: str, deltas: Sequence[Path]) -> None:
     if not HUB_ID.fullmatch(repository):
-        raise ToolError(f"{repository}: not a repository's name; pass org/name")
+        raise ToolError(f"{repository}: not a name of a repository; pass org/name")
     for path in deltas:
         if not path.name.isprintable() or path.name.startswith("-"):
-            raise ToolError(f"{str(path)!r}: no file name for a repository; rename the file")
+            raise ToolError(f"{str(path)!r}: not a file name for a repository; rename the file")
     names = [path.name for path in deltas]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None or not names:
@@ -158,7 +158,7 @@ def _inspected(path: Path) -> InspectResult:
 
 
 def _told(deltas: Sequence[Path], reports: Sequence[Mapping[str, Any]], base_id: str | None) -> list[CardDelta]:
-    """What the card tells of each file. Raises ToolError for an evaluation of none of them."""
+    """The card's data of each file. Raises ToolError for an evaluation of another file."""
     base = None if base_id is None else parse_identity(base_id)
     found = [_inspected(path) for path in deltas]
     ids = {result.content_id for result in found}
@@ -180,7 +180,7 @@ def _told(deltas: Sequence[Path], reports: Sequence[Mapping[str, Any]], base_id:
 
 
 def _architecture(path: Path) -> str:
-    """The model's class by the configuration that the delta carries; empty where it does not say."""
+    """The model's class by the delta's configuration; empty if it names none."""
     with pxd.open(path) as delta:
         if not any(asset.path == "config.json" for asset in delta.manifest.assets):
             return ""
@@ -203,7 +203,7 @@ def _readme(source: str | Path | None) -> str | None:
         return path.read_text("utf-8", "replace")
     found = _from_hub(str(source), "README.md", None)
     if found is None:
-        raise ToolError(f"{source}: no folder, and no README.md on the hub that can be reached")
+        raise ToolError(f"{source}: not a folder, and the hub has no README.md for it that can be read")
     return found
 
 
@@ -221,7 +221,7 @@ def _on_hub(repository: str, revision: str | None) -> _Before:
 
 
 def _from_hub(repository: str, name: str, revision: str | None) -> str | None:
-    """A text file of a repository; None where there is no such file or repository yet. Raises ToolError."""
+    """A text file of a repository; None if the file or the repository does not exist. Raises ToolError."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -235,18 +235,14 @@ def _from_hub(repository: str, name: str, revision: str | None) -> str | None:
     try:
         return Path(HfApi().hf_hub_download(repository, name, revision=revision)).read_text("utf-8", "replace")
     except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
-        # Without a connection nothing is known of what stands there.
+        # Without a connection the present content is unknown.
         if isinstance(error, missing) and not isinstance(error, LocalEntryNotFoundError):
             return None
-        raise ToolError(f"{repository}: {name} cannot be read from the hub: {_line(error)}") from None
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ToolError(f"{repository}: {name} cannot be read from the hub: {first_line(error)}") from None
 
 
 def _with_line(text: str, line: str) -> str:
-    """The text with this line, at its end where it is not there."""
+    """The text with this line appended, unless it is there."""
     if line.strip() in (held.strip() for held in text.splitlines()):
         return text
     return text + ("\n" if text and not text.endswith("\n") else "") + line
@@ -259,7 +255,7 @@ def _copy(source: Path, target: Path, step: Callable[[int], None]) -> None:
             step(len(chunk))
 
 
-# A .pxd is large and binary; its suffix is Cython's too, whose text filters must not touch it.
+# A .pxd is large and binary. Cython uses the same suffix, and its text filters must not change it.
 _ATTRIBUTES: Final = "*.pxd filter=lfs diff=lfs merge=lfs -text\n"
 
 
@@ -285,7 +281,7 @@ def _upload(
         api.create_repo(repository, private=private, exist_ok=True)
         done = api.create_commit(repository, operations, commit_message=message, revision=revision)
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ToolError(f"{repository}: cannot be uploaded: {_line(error)}; log in with `hf auth login`") from None
+        raise ToolError(f"{repository}: cannot be uploaded: {first_line(error)}; log in with `hf auth login`") from None
     return str(done.commit_url)
 
 
@@ -298,12 +294,12 @@ def read_evaluation(path: Path) -> Mapping[str, Any]:
     if not isinstance(found, dict) or found.get("schema") != _EVALUATION:
         raise ToolError(f"{path}: not the JSON of an evaluation ({_EVALUATION}); write it with `eval --json`")
     if not _is_evaluation(found):
-        raise ToolError(f"{path}: lacks figures of an evaluation, or they are no numbers; write it with `eval --json`")
+        raise ToolError(f"{path}: lacks figures of an evaluation, or they are not numbers; write it with `eval --json`")
     return found
 
 
 def _is_evaluation(found: Mapping[str, Any]) -> bool:
-    """Whether what the card shows is there: for each domain numbers of each candidate."""
+    """Whether the figures of the card are present: for each domain, the numbers of each candidate."""
     domains = found.get("domains")
     return isinstance(domains, list) and all(isinstance(domain, dict) and _is_domain(domain) for domain in domains)
 

@@ -1,4 +1,4 @@
-"""Deltas from the hub or a URL to this machine, verified before they get their names. The way back of `publish`."""
+"""The verb pull: fetch deltas from the hub or a URL, and verify them before they are written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _REPOSITORY: Final = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pulled:
-    """One file as it was written. content_id: None for a signature."""
+    """One written file. content_id: None for a signature."""
 
     path: Path
     bytes: int
@@ -34,7 +34,7 @@ class Pulled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PullResult:
-    """The result of `pull`. source: as it was given, without passwords. files: the files that were written."""
+    """The result of `pull`. source: the given source without passwords. files: the written files."""
 
     source: str
     files: tuple[Pulled, ...]
@@ -49,10 +49,10 @@ def pull(
     overwrite: bool = False,
     progress: ProgressOf = silent,
 ) -> PullResult:
-    """Fetch the deltas of a repository (`org/name[@revision]`), with their signatures, or the one of a URL.
+    """Fetch the deltas of a repository (`org/name[@revision]`) with their signatures, or the delta of a URL.
 
     files: names of single deltas in a repository. content_ids: the content IDs that a delta may have. All deltas are
-    verified as wholes (steps 1 to 11 of SPEC 8) before one is written. Raises CheckFailedError for another content ID,
+    verified (steps 1 to 11 of SPEC 8) before any is written. Raises CheckFailedError for another content ID,
     PxdError, ToolError, OSError.
     """
     if not is_remote(source):
@@ -85,7 +85,7 @@ def _verified(path: Path, content_ids: Sequence[str], progress: ProgressOf) -> s
 
 @contextlib.contextmanager
 def _fetched(source: str, files: Sequence[str], progress: ProgressOf) -> Iterator[list[Path]]:
-    """The deltas in a place of their own: temporary for a URL, the hub's cache for a repository."""
+    """Yield local paths of the deltas: in a temporary folder for a URL, in the hub's cache for a repository."""
     if is_remote(source):
         if files:
             raise ToolError(f"{without_secrets(source)}: names one file already; leave out --file")
@@ -108,10 +108,10 @@ def _from_hub(repository: str, revision: str | None, files: Sequence[str]) -> li
         wanted = list(files) or sorted(name for name in there if name.endswith(".pxd"))
         missing = next((name for name in wanted if name not in there), None)
         if missing is not None or not wanted:
-            raise ToolError(f"{repository}: holds no {missing or '.pxd'}")
+            raise ToolError(f"{repository}: has no {missing or '.pxd'}")
         twice = len({PurePosixPath(name).name for name in wanted}) < len(wanted)
         if twice:
-            raise ToolError(f"{repository}: two of its deltas have one name; pull each with --file")
+            raise ToolError(f"{repository}: two of its deltas have the same name; pull each with --file")
         signatures = [f"{name}.sig" for name in wanted if f"{name}.sig" in there]
         return [Path(api.hf_hub_download(repository, name, revision=revision)) for name in (*wanted, *signatures)]
     except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:

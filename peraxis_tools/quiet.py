@@ -1,4 +1,4 @@
-"""transformers kept quiet: bars and words of its own are not for our users."""
+"""Silence transformers: its bars and log lines do not help our users."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["quiet_transformers"]
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No bars, and of its words errors alone."""
+    """Within the block, transformers shows no bars and logs only errors."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,7 +1,7 @@
-"""Base + delta -> fine-tuned tensors and assets, one after the other (steps 9 to 12 of SPEC 8).
+"""Rebuild fine-tuned tensors and assets from base + delta, in order (steps 9 to 12 of SPEC 8).
 
-Every tensor of the base is read once: the bytes that are hashed are the bytes that are used. Reading, hashing and
-rebuilding run on a few threads, a bounded number of bytes ahead of whoever takes the tensors.
+Every tensor of the base is read once, so the hashed bytes are the bytes that are used. Reading, hashing and rebuilding
+run on a few threads, at most a fixed number of bytes ahead of the consumer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _WORKERS: Final = 4
 
 
 def rebuild(delta: pxd.DeltaFile, base: pxd.Safetensors, name: str) -> pxd.Array:
-    """One module's fine-tuned tensor: base bytes read once and held to their digest, payload likewise.
+    """One module's fine-tuned tensor. The base's bytes and the payload are read once and checked by their digests.
 
     Returns a storage array. Raises PayloadError, BindingError (E404). Names, dtypes and shapes of the base
     must have been checked (`check_base_names`).
@@ -30,7 +30,7 @@ def rebuild(delta: pxd.DeltaFile, base: pxd.Safetensors, name: str) -> pxd.Array
     entry = delta.entry(name)
     tensor = None
     if entry.base is not None and entry.encoding is pxd.Encoding.FULL:
-        pxd.check_base_digest(entry, base.sha256(name))  # bound, but not needed for the result
+        pxd.check_base_digest(entry, base.sha256(name))  # the base is bound, but the result does not need it
     elif entry.base is not None:
         tensor = base.read(name)
         pxd.check_base_bytes(entry, tensor)
@@ -40,10 +40,10 @@ def rebuild(delta: pxd.DeltaFile, base: pxd.Safetensors, name: str) -> pxd.Array
 def rebuild_all(
     delta: pxd.DeltaFile, base: pxd.Safetensors, *, workers: int | None = None
 ) -> Iterator[tuple[pxd.ModuleEntry, pxd.Array]]:
-    """Every module in file order with its fine-tuned tensor, a few of them in flight at a time.
+    """Yield every module in file order with its fine-tuned tensor; a few are in flight at a time.
 
-    Memory: about twice the bytes in flight, which are at most _AHEAD_BYTES or one tensor.
-    Raises BindingError before the first tensor where names, dtypes or shapes do not match.
+    Memory: about twice the bytes in flight, which are at most _AHEAD_BYTES or one tensor. Raises BindingError before
+    the first tensor if names, dtypes or shapes do not match.
     """
     pxd.check_base_names(delta.manifest, base)
 
@@ -64,7 +64,7 @@ def aliases_of(manifest: pxd.Manifest) -> dict[str, list[str]]:
 
 
 def tensor_specs(manifest: pxd.Manifest) -> Iterator[TensorSpec]:
-    """What the fine-tuned checkpoint holds, aliases right behind their modules (SPEC 6.5)."""
+    """The tensors of the fine-tuned checkpoint; an alias follows its module (SPEC 6.5)."""
     aliases = aliases_of(manifest)
     for module in manifest.modules:
         for name in (module.name, *aliases.get(module.name, ())):
@@ -72,12 +72,12 @@ def tensor_specs(manifest: pxd.Manifest) -> Iterator[TensorSpec]:
 
 
 def checkpoint_bytes(manifest: pxd.Manifest) -> int:
-    """Bytes of the whole fine-tuned checkpoint."""
+    """The bytes of the whole fine-tuned checkpoint."""
     return sum(spec.size for spec in tensor_specs(manifest))
 
 
 def assets_of(delta: pxd.DeltaFile, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
-    """The delta's assets, and of the base's the groups that the delta brings nothing of."""
+    """The delta's assets, and those of the base in groups without an asset in the delta."""
     own = [asset.path for asset in delta.manifest.assets]
     groups = {asset_group(path) for path in own}
     for path in own:

@@ -1,4 +1,4 @@
-"""How long a bar has still to go, also where one step takes minutes."""
+"""The time left of a progress bar, also if one step takes minutes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["Remaining", "remaining_seconds"]
 
 
 def remaining_seconds(*, done: float, total: float, at: float, now: float) -> float | None:
-    """Seconds left: the steps so far took `at` seconds in all, and it is `now` seconds since the beginning.
+    """Seconds left. at: seconds of the steps so far; now: seconds since the beginning.
 
-    None before the first step is done. rich's own column looks at the last 30 seconds alone, and knows nothing where
-    no two steps ended in them.
+    None before the first step is done. rich's own column uses the last 30 seconds alone, and shows nothing if fewer
+    than two steps ended in them.
     """
     if done <= 0:
         return None
@@ -22,7 +22,7 @@ def remaining_seconds(*, done: float, total: float, at: float, now: float) -> fl
 
 
 class Remaining(ProgressColumn):
-    """Time left from the mean of all steps so far; the time so far until the first step is done."""
+    """The time left by the mean of all steps so far; before the first step is done, the time so far."""
 
     max_refresh = 0.5
 

@@ -1,4 +1,4 @@
-"""Modules by blocks of rows: what lets a verb work on the dense delta of a matrix that would not fit in memory.
+"""Modules in blocks of rows, so that a verb can use the dense delta of a matrix that would not fit in memory.
 
 A block is a range of the first dimension: rows of a matrix, or whole experts of a fused stack.
 """
@@ -17,14 +17,14 @@ import peraxis_format as pxd
 
 __all__ = ["BLOCK_ELEMENTS", "BaseRows", "base_rows", "delta_rows", "has_delta", "restrict", "row_blocks"]
 
-BLOCK_ELEMENTS: Final = 1 << 20  # 4 MiB of binary32 for each array that a block brings along
+BLOCK_ELEMENTS: Final = 1 << 20  # 4 MiB of binary32 for each array of a block
 
 # Reads rows of a module's base tensor as binary32.
 BaseRows: TypeAlias = Callable[[slice], NDArray[np.float32]]
 
 
 def row_blocks(shape: tuple[int, ...], *, elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
-    """Ranges of the first dimension of about `elements` elements each, in order; one at least."""
+    """Ranges of the first dimension of about `elements` elements each, in order; at least one."""
     if not shape:
         yield slice(0, 1)
         return
@@ -34,7 +34,7 @@ def row_blocks(shape: tuple[int, ...], *, elements: int = BLOCK_ELEMENTS) -> Ite
 
 
 def restrict(module: pxd.ModuleDelta, rows: slice) -> pxd.ModuleDelta:
-    """The same module over a range of its covered rows, as views; its tail is left out.
+    """The module over a range of its covered rows, as views, without its tail.
 
     Laws: reconstruct(restrict(m, rows), base[rows]) == reconstruct(m, base)[rows], and so for dense_delta.
     """
@@ -49,7 +49,7 @@ def restrict(module: pxd.ModuleDelta, rows: slice) -> pxd.ModuleDelta:
                 component,
                 mask=component.mask[rows],
                 row=None if component.row is None else component.row[rows],
-                # A matrix has one vector of columns for all rows; a stack has one for each matrix.
+                # A matrix has one col vector for all rows; a stack has one for each matrix.
                 col=component.col[rows] if batched and component.col is not None else component.col,
             )
             for component in module.components
@@ -60,7 +60,7 @@ def restrict(module: pxd.ModuleDelta, rows: slice) -> pxd.ModuleDelta:
 
 
 def has_delta(module: pxd.ModuleDelta | pxd.ModuleEntry) -> bool:
-    """Whether fine-tuned minus base is defined: float tensors whose shapes differ in the first dimension at most."""
+    """Whether fine-tuned minus base is defined: float tensors whose shapes differ at most in the first dimension."""
     base = module.base
     return (
         base is not None
@@ -72,7 +72,7 @@ def has_delta(module: pxd.ModuleDelta | pxd.ModuleEntry) -> bool:
 
 
 def base_rows(base: pxd.Safetensors, entry: pxd.ModuleEntry) -> BaseRows:
-    """Reads a module's base tensor by rows; the caller has checked names, dtypes and shapes."""
+    """A function that reads a module's base tensor by rows; the caller has checked names, dtypes and shapes."""
     if entry.base is None:
         raise pxd.ShapeError(f"{entry.name}: has no base tensor")
     dtype = entry.base.dtype
@@ -81,14 +81,14 @@ def base_rows(base: pxd.Safetensors, entry: pxd.ModuleEntry) -> BaseRows:
 
 
 def delta_rows(module: pxd.ModuleDelta, rows: slice, base: BaseRows | None) -> NDArray[np.float32]:
-    """Fine-tuned minus base over covered rows, binary32 [rows, ...]: exact terms of `sign`, zeros of `same`.
+    """Fine-tuned minus base over covered rows, binary32 [rows, ...]: the exact sum for `sign`, zeros for `same`.
 
-    base is read for `full` alone. Raises ShapeError where it is needed and missing.
+    base is read for `full` alone. Raises ShapeError if it is needed and missing.
     """
     if module.encoding is pxd.Encoding.SIGN:
         return pxd.dense_delta(restrict(module, rows))
     if module.encoding is pxd.Encoding.SAME:
         return np.zeros((rows.stop - rows.start, *module.shape[1:]) if module.shape else (), np.float32)
     if base is None or module.full is None:
-        raise pxd.ShapeError(f"{module.name}: is stored exactly; its delta needs the base")
+        raise pxd.ShapeError(f"{module.name}: has the encoding `full`; its delta needs the base")
     return pxd.to_float32(module.full[rows] if module.shape else module.full, module.dtype) - base(rows)

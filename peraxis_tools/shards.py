@@ -1,6 +1,6 @@
-"""Safetensors shards written tensor by tensor: headers follow from names, dtypes and shapes, known beforehand.
+"""Write safetensors shards tensor by tensor: headers need only names, dtypes and shapes, which are known in advance.
 
-`safetensors.save_file` wants every tensor of a file in memory at once; a streaming apply must not.
+`safetensors.save_file` needs all tensors of a file in memory at once; a streaming apply cannot use it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from peraxis_format import INDEX_NAME, SINGLE_NAME, Array, DType, raw_bytes
 
 __all__ = ["Shard", "TensorSpec", "plan_shards", "shard_header", "write_index", "write_tensor"]
 
-SHARD_BYTES: Final = 5_000_000_000  # what save_pretrained uses
+SHARD_BYTES: Final = 5_000_000_000  # the default of save_pretrained
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Name, dtype and shape of a tensor that is to be written."""
+    """Name, dtype and shape of a tensor to write."""
 
     name: str
     dtype: DType
@@ -42,7 +42,7 @@ class Shard:
 
 
 def plan_shards(tensors: Iterable[TensorSpec], *, shard_bytes: int = SHARD_BYTES) -> list[Shard]:
-    """Fill shards in order up to shard_bytes each; a larger tensor gets one of its own."""
+    """Fill shards in order up to shard_bytes each; a larger tensor gets its own shard."""
     groups: list[list[TensorSpec]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -57,7 +57,7 @@ def plan_shards(tensors: Iterable[TensorSpec], *, shard_bytes: int = SHARD_BYTES
 
 
 def shard_header(tensors: Iterable[TensorSpec]) -> bytes:
-    """The header of a safetensors file that holds these tensors, in this order, behind it."""
+    """The header of a safetensors file with these tensors in this order."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
@@ -73,14 +73,14 @@ def shard_header(tensors: Iterable[TensorSpec]) -> bytes:
 
 
 def write_tensor(file: BinaryIO, spec: TensorSpec, array: Array) -> None:
-    """Write one tensor's bytes. Raises ValueError where the array is not the tensor that the header announced."""
-    if array.shape != spec.shape or array.dtype != spec.dtype.storage:
-        raise ValueError(f"{spec.name}: {array.dtype} {array.shape} in the place of {spec}")
+    """Write one tensor's bytes. Raises ValueError if the array does not have the dtype and shape of the header."""
+    if array.shape != spec.dtype.storage_shape(spec.shape) or array.dtype != spec.dtype.storage:
+        raise ValueError(f"{spec.name}: {array.dtype} {array.shape} instead of {spec}")
     file.write(raw_bytes(array))
 
 
 def write_index(folder: Path, shards: list[Shard]) -> None:
-    """The index that save_pretrained writes beside several shards; none for one file."""
+    """Write the index of several shards, as save_pretrained does; one file has no index."""
     if len(shards) == 1:
         return
     weight_map = {tensor.name: shard.file_name for shard in shards for tensor in shard.tensors}

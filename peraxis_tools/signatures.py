@@ -1,8 +1,8 @@
 """Sign a file and check signatures with `model-signing` (OpenSSF Model Signing), key or certificate, offline.
 
-The bundle stands beside the file, `<file>.sig`, in Sigstore's bundle format over an in-toto statement of the file's
-SHA-256: other tools of that library check it as well. The library is optional (`pip install peraxis[sign]`); nothing
-else needs it, and nothing here reaches a network.
+The bundle is written beside the file as `<file>.sig`, in Sigstore's bundle format over an in-toto statement of the
+file's SHA-256, so other tools of that library can check it. The library is optional (`pip install peraxis[sign]`).
+Nothing here uses a network.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError
+from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError, first_line
 from peraxis_tools.folders import scratch_folder
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_file
@@ -34,7 +34,7 @@ class SignResult:
 
 
 def signature_path(file: str | Path) -> Path:
-    """Where the bundle of a file is looked for."""
+    """The default path of a file's bundle."""
     file = Path(file)
     return file.with_name(f"{file.name}.sig")
 
@@ -52,8 +52,8 @@ def sign(
 ) -> SignResult:
     """Verify a file and sign it with an elliptic-curve key in PEM.
 
-    password: that of the key. certificate: sign with this certificate of the key. bundle: where the signature is
-    written, by default `<file>.sig`. Raises ToolError, PxdError.
+    password: the password of the key. certificate: sign with this certificate of the key. bundle: the path of the
+    signature, by default `<file>.sig`. Raises ToolError, PxdError.
     """
     import peraxis_format as pxd
 
@@ -84,7 +84,7 @@ def sign(
 
 
 def _signed(config: Any, file: Path) -> bytes:
-    """The bundle's bytes. The library writes a file, which need not be whole: it gets a folder of its own."""
+    """The bundle's bytes. The library's write is not atomic, so it writes into a temporary folder."""
     with scratch_folder() as folder:
         bundle = folder / "bundle"
         config.sign(file, bundle)
@@ -98,16 +98,16 @@ def check_signature(
     certificate_chain: Sequence[Path] = (),
     bundle: Path | None = None,
 ) -> None:
-    """Hold a file to its bundle: by the public key, or by certificates that the bundle's own must chain to.
+    """Check a file against its bundle: by the public key, or by certificates that the bundle's must chain to.
 
     Raises NotVerifiableError without key or bundle, CheckFailedError for another key or a changed file.
     """
     file = Path(file)
     bundle = bundle or signature_path(file)
     if public_key is None and not certificate_chain:
-        raise NotVerifiableError(f"{file}: a signature needs --public-key or --certificate-chain to be checked against")
+        raise NotVerifiableError(f"{file}: checking a signature needs --public-key or --certificate-chain")
     if not bundle.is_file():
-        raise NotVerifiableError(f"{bundle}: no such bundle; fetch it from where {file.name} came from")
+        raise NotVerifiableError(f"{bundle}: no such bundle; fetch it from the source of {file.name}")
     _need(*([public_key] if public_key is not None else []), *certificate_chain)
     verifying = _library().verifying
     config = verifying.Config().set_hashing_config(_hashing(bundle))
@@ -141,13 +141,12 @@ def _hashing(bundle: Path) -> Any:
 
 @contextlib.contextmanager
 def _clear(what: str, kind: type[ToolError]) -> Iterator[None]:
-    """Whatever the library raises, as one line; its own log stays silent."""
+    """Turn all errors of the library into `kind` of one line, and silence its log."""
     previous = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
         yield
     except Exception as error:  # cryptography, OpenSSL, protobuf and the library itself: each has its own classes
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise kind(f"{what} ({lines[0]})") from None
+        raise kind(f"{what} ({first_line(error)})") from None
     finally:
         logging.disable(previous)

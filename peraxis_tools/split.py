@@ -1,4 +1,4 @@
-"""One delta into parts for upload or transport piece by piece; `merge` puts them together again, byte for byte."""
+"""The verb split: write a delta in parts for upload or transport; `merge` joins them again, byte for byte."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Part", "SplitResult", "split"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One file that was written."""
+    """One written file."""
 
     path: Path
     modules: int
@@ -27,7 +27,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitResult:
-    """The result of `split`. content_id: that of the whole delta."""
+    """The result of `split`. content_id: the content ID of the whole delta."""
 
     content_id: str
     parts: tuple[Part, ...]
@@ -43,7 +43,7 @@ def split(
 ) -> SplitResult:
     """Write a delta as `parts` files of about equal size, like `<name>-00001-of-00004.pxd`, into a folder.
 
-    The modules stay in order. The folder appears with all parts or not at all. progress: called with numbers of payload
+    The modules keep their order. The folder is written atomically. progress: called with numbers of payload
     bytes. Raises ToolError, PxdError, OSError.
     """
     folder = Path(folder)
@@ -65,7 +65,7 @@ def split(
 
 
 def _groups(delta: pxd.DeltaFile, parts: int) -> list[list[str]]:
-    """Runs of modules, each begun once the ones before it hold their share of the bytes."""
+    """Groups of consecutive modules; a new group starts when the groups before it have their share of the bytes."""
     names = list(delta)
     if parts > len(names):
         raise ToolError(f"{delta.path}: has {len(names)} modules and cannot become {parts} parts")

@@ -1,4 +1,4 @@
-"""Torch tensors as a safetensors file, with the system's errors where the library has its own."""
+"""Write torch tensors to a safetensors file, and turn errors of the library into OSError."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SYSTEM_ERROR: Final = re.compile(r"\(os error (\d+)\)")
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, shown: Path) -> None:
-    """Write tensors by name to `path`. Raises OSError about `shown`, the output that the file is a part of."""
+    """Write tensors by name to `path`. Raises OSError with `shown`, the output that the file belongs to."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -1,11 +1,11 @@
-"""Text to tokens: fixed-length samples without padding, the same for the same text, tokenizer and seed.
+"""Turn text into tokens: fixed-length samples without padding, equal for equal text, tokenizer and seed.
 
-Documents (documents.py) are put into an order drawn from the seed, tokenised, ended as the model's training ends them
-(with its end-of-text token), concatenated, and cut into samples of `sequence_length`. A conversation is written with
-the tokenizer's chat template, so that its roles and markers are read. No sample holds padding, so no sum does.
+Documents (documents.py) are shuffled by the seed, tokenised, ended with the model's end-of-text token as in training,
+concatenated, and cut into samples of `sequence_length`. A conversation is formatted with the tokenizer's chat template,
+so that its roles and markers are included.
 
-A fit knows nothing of tokens that it has never read: signs are free where no input goes, and the end of a document or
-a role's marker may then cost more than all other tokens together. `unread_tokens` names them.
+A fit has no information about tokens that are not in the text, and the end of a document or a role's marker may then
+cost more than all other tokens together. `unread_tokens` lists such tokens.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from peraxis_tools.errors import OptionError
 
 __all__ = ["Ids", "Samples", "Source", "load_samples", "unread_tokens"]
 
-_POOL: Final = 20  # documents read for each sample wanted, at least 1000: what the seed draws from
-_ENDS_WITHIN: Final = 3  # tokens at the end of a document, of which one ends it: templates put a line break behind
+_POOL: Final = 20  # documents to read for each sample, and at least 1000; the seed shuffles them
+_ENDS_WITHIN: Final = 3  # last tokens that may include the end-of-text token: templates add a line break after it
 
 Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """One text, and its share of the samples relative to the other texts'."""
+    """One text, and its weight relative to the other texts."""
 
     name: str
     weight: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """`NAME` or `NAME:WEIGHT`, as `c4:0.5`. Raises OptionError for a weight that is not above 0."""
+        """Parse `NAME` or `NAME:WEIGHT`, like `c4:0.5`. Raises OptionError for a weight that is not above 0."""
         match = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", text)
         if match is None or Path(text).exists():
             return cls(name=text)
@@ -51,15 +51,15 @@ class Source:
 
     @property
     def label(self) -> str:
-        """The name without the folders of this machine."""
+        """The name without folders."""
         return Path(self.name).name if Path(self.name).exists() else self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """Token ids int64 [samples, length], where they come from, and their digest as SPEC 3.4 defines it.
+    """Token ids int64 [samples, length], their source, and their digest by SPEC 3.4.
 
-    counts: how many samples are of each source, in order.
+    counts: the number of samples of each source, in order.
     """
 
     ids: Ids
@@ -69,7 +69,7 @@ class Samples:
 
     @property
     def digest(self) -> str:
-        """Over the ids as 32-bit little-endian integers, sample after sample."""
+        """The digest of the ids as 32-bit little-endian integers, sample after sample."""
         return "sha256:" + hashlib.sha256(self.ids.astype("<u4").tobytes()).hexdigest()
 
     @property
@@ -87,9 +87,9 @@ def load_samples(
     seed: int,
     text_column: str | None = None,
 ) -> Samples:
-    """Up to `samples` samples of `length` tokens, shared out over the sources by weight.
+    """Load up to `samples` samples of `length` tokens, distributed over the sources by weight.
 
-    Fewer where a text ends; raises OptionError where one holds none.
+    There are fewer if a text is too short. Raises OptionError if a text has no sample.
     """
     parsed = [Source.parse(name) for name in ([sources] if isinstance(sources, str) else sources)]
     found = []
@@ -115,7 +115,7 @@ def load_samples(
 
 
 def _shares(weights: Sequence[float], count: int) -> list[int]:
-    """Whole numbers in proportion to the weights, at least 1 each, the largest remainders rounded up."""
+    """Integers in proportion to the weights, at least 1 each, by the method of largest remainders."""
     exact = [weight / sum(weights) * count for weight in weights]
     shares = [max(1, int(share)) for share in exact]
     for i in sorted(range(len(exact)), key=lambda i: int(exact[i]) - exact[i])[: max(0, count - sum(shares))]:
@@ -124,7 +124,7 @@ def _shares(weights: Sequence[float], count: int) -> list[int]:
 
 
 def _tokens(document: Document, tokenizer: Any) -> Iterator[int]:
-    """A document's tokens, with the end-of-text token where the tokenizer has one and the text does not end with it."""
+    """A document's tokens, with the end-of-text token added if the tokenizer has one and the text lacks it."""
     if isinstance(document, Conversation) and (written := _templated(document, tokenizer)) is not None:
         ids = tokenizer(written, verbose=False, add_special_tokens=False)["input_ids"]
     else:
@@ -137,22 +137,22 @@ def _tokens(document: Document, tokenizer: Any) -> Iterator[int]:
 
 
 def _templated(conversation: Conversation, tokenizer: Any) -> str | None:
-    """The conversation as the chat template writes it; None without a template, or with one that refuses its roles."""
+    """The conversation formatted by the chat template; None without a template, or if it refuses the roles."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     turns = [{"role": role, "content": text} for role, text in conversation.turns]
     try:
         written: str = tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception:
-        # Templates are programs of their authors: some raise for a system turn, others for two of one role.
+        # Templates are programs; some raise for a system turn, others for two turns of one role.
         return None
     return written
 
 
 def unread_tokens(tokenizer: Any, ids: Ids) -> list[str]:
-    """Special tokens that the model may be fed and that no sample holds: those that every text meets first.
+    """The special tokens that the model may read but that are in no sample.
 
-    These are the tokenizer's own special tokens and those that its chat template writes; padding is never fed.
+    These are the tokenizer's own special tokens and those of its chat template, without padding.
     """
     special = {int(number) for number in getattr(tokenizer, "all_special_ids", ())}
     template = str(getattr(tokenizer, "chat_template", None) or "")

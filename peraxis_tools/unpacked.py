@@ -1,4 +1,4 @@
-"""Exact updates seen as whole tensors: for verbs that work on the dense delta, and a proof of what they result in."""
+"""Exact updates as whole tensors, for verbs that use the dense delta, and a check of their results."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ __all__ = ["UnpackedFile", "check_results", "has_exact", "unpacked"]
 
 
 def has_exact(manifest: pxd.Manifest) -> bool:
-    """Whether a file holds exact updates."""
+    """Whether a file has exact updates."""
     return any(module.encoding is pxd.Encoding.EXACT for module in manifest.modules)
 
 
 def unpacked(file: pxd.DeltaFile, base: pxd.Safetensors | None) -> pxd.DeltaFile:
-    """The same file with its exact modules as `full` ones; loading one needs the base, and holds it to its digest."""
+    """The file with its exact modules as `full` ones; loading one needs the base and checks its digest."""
     return UnpackedFile(file, base) if has_exact(file.manifest) else file
 
 
 class UnpackedFile(pxd.DeltaFile):
-    """An open file whose exact modules are rebuilt as they are loaded. It is closed by whoever opened the original."""
+    """An open file whose exact modules are rebuilt when they are loaded. Close the original file, not this one."""
 
     def __init__(self, file: pxd.DeltaFile, base: pxd.Safetensors | None) -> None:
         self.__dict__.update(file.__dict__)
         self._tensors = base
 
     def entry(self, name: str) -> pxd.ModuleEntry:
-        """The manifest's entry, `full` where it is exact. Raises KeyError."""
+        """The manifest's entry, with `full` instead of `exact`. Raises KeyError."""
         entry = super().entry(name)
         if entry.encoding is not pxd.Encoding.EXACT:
             return entry
         return replace(entry, encoding=pxd.Encoding.FULL, size=None, result=None)
 
     def load(self, name: str) -> pxd.ModuleDelta:
-        """The module, rebuilt where it is exact. Raises ToolError without a base, PxdError."""
+        """The module, rebuilt if it is exact. Raises ToolError without a base, PxdError."""
         module = super().load(name)
         entry = super().entry(name)
         if entry.encoding is not pxd.Encoding.EXACT:
             return module
         if self._tensors is None:
-            raise ToolError(f"{name}: is an exact update, which is coded given the base; pass --base")
+            raise ToolError(f"{name}: is an exact update, which needs the base to decode; pass --base")
         array = self._tensors.read(name)
         pxd.check_base_bytes(entry, array)
         whole = pxd.reconstruct(module, array)
@@ -53,7 +53,7 @@ class UnpackedFile(pxd.DeltaFile):
 
 
 def check_results(delta: pxd.DeltaFile, base: pxd.Safetensors, *, progress: Callable[[int], None] | None = None) -> int:
-    """Hold every exact module to its result (SPEC 7.4), one tensor in memory at a time. Returns how many there are.
+    """Check the result of every exact module (SPEC 7.4), with one tensor in memory at a time. Returns their number.
 
     The base has been checked. Raises BindingError (E405).
     """

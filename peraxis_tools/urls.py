@@ -1,4 +1,4 @@
-"""URLs as they may be shown: no password, no key or signature in the query."""
+"""URLs for display: without a password, and without a key or signature in the query."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SECRET: Final = re.compile(
 
 
 def without_secrets(text: str) -> str:
-    """A text with the passwords, keys and signatures of URLs in it replaced by `***`."""
+    """The text with all passwords, keys and signatures of URLs replaced by `***`."""
     if "://" not in text:
         return text
     return _SECRET.sub(r"\g<before>***", _PASSWORD.sub(r"\g<before>:***@", text))

@@ -1,4 +1,4 @@
-"""Prove that a PXD file is whole, and with a base, that it was made for this base (steps 1 to 12 of SPEC 8)."""
+"""The verb verify: check that a PXD file is intact and was made for a base (steps 1 to 12 of SPEC 8)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class VerifyResult:
 
 
 def verify_size(path: str | Path, base: str | Path | None) -> int:
-    """Bytes that `verify` reads, for its progress."""
+    """The bytes that `verify` reads, for its progress."""
     with pxd.open(path) as delta:
         total = delta.size - delta.header_size
     if base is not None:

@@ -1,9 +1,9 @@
-"""Verify several files and keep going: a verdict a file, a check a line, one exit code for a CI job.
+"""Verify several files: one verdict for each file, one line for each check, one exit code for a CI job.
 
-Checks of one file run in order and the first that does not pass ends them:
+The checks of one file run in this order and end with the first that does not pass:
 
     structure   steps 1 to 8 of SPEC 8          payload    steps 9 to 11
-    content id  is one of those expected        signature  the bundle fits file and key
+    content id  it is one of those expected     signature  the bundle matches file and key
     base        step 12                         error, kl  bounds against the fine-tuned checkpoint
 """
 
@@ -25,12 +25,12 @@ from peraxis_tools.urls import without_secrets
 
 __all__ = ["Check", "FileVerdict", "Opener", "Signature", "Status", "VerifyReport", "Wanted", "verify_files"]
 
-# Opens a file by the name that the user gave it, fetching it first where it is remote.
+# Opens a file by the name that the user gave; a remote file is fetched first.
 Opener: TypeAlias = Callable[[str], AbstractContextManager[Path]]
 
 
 class Status(Enum):
-    """How a check, a file or a whole run ended; in the order in which one outweighs the other."""
+    """The outcome of a check, a file or a whole run."""
 
     FAILED = "failed"
     ERROR = "error"
@@ -45,7 +45,7 @@ class Status(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One check of one file. code, clause, offset, field: of SPEC 8, where a clause is violated."""
+    """One check of one file. code, clause, offset, field: those of SPEC 8 if a clause is violated."""
 
     name: str
     status: Status
@@ -59,7 +59,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileVerdict:
-    """What became of one file. content_id and bytes are None where it could not be opened."""
+    """The outcome of one file. content_id and bytes are None if it could not be opened."""
 
     file: str
     status: Status
@@ -78,7 +78,7 @@ class VerifyReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
-    """What a signature is checked against."""
+    """The keys or certificates to check a signature with."""
 
     public_key: Path | None = None
     certificate_chain: tuple[Path, ...] = ()
@@ -87,7 +87,7 @@ class Signature:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What is to be checked beyond structure and payload. texts: domain -> text on which KL is measured."""
+    """The checks beyond structure and payload. texts: domain -> the text on which KL is measured."""
 
     base: str | Path | None = None
     content_ids: Sequence[str] = ()
@@ -106,9 +106,9 @@ def verify_files(
     progress: ProgressOf,
     workers: int | None = None,
 ) -> VerifyReport:
-    """Verify each file; whatever goes wrong with one is in its verdict and never ends the run.
+    """Verify each file; a failure is in the file's verdict and does not end the run.
 
-    Raises ToolError for wishes that contradict each other, before any file is touched.
+    Raises ToolError for options that contradict each other, before any file is opened.
     """
     if wanted.max_kl is not None and not wanted.texts:
         raise ToolError("--max-kl needs a text to measure it on: --text domain=FILE")
@@ -146,7 +146,7 @@ def _verdict(file: str, wanted: Wanted, open_file: Opener, progress: ProgressOf,
 def _checks(
     path: Path, delta: pxd.DeltaFile, wanted: Wanted, progress: ProgressOf, workers: int | None
 ) -> Iterator[tuple[str, Callable[[], str | None]]]:
-    """Name and action of each check, in order; an action returns what it found, or raises."""
+    """The name and action of each check, in order; an action returns a text, or raises."""
     yield "structure", lambda: f"{len(delta)} modules"
     yield "payload", lambda: _payload(delta, progress, workers)
     if wanted.content_ids:
@@ -180,11 +180,11 @@ def _base(delta: pxd.DeltaFile, base: str | Path | None, progress: ProgressOf, w
         pxd.check_base(delta.manifest, checkpoint.tensors, workers=workers, progress=step)
         exact = check_results(delta, checkpoint.tensors)
     found = f"{base} is the one that this delta was made for"
-    return f"{found}; {exact} exact updates give their results" if exact else found
+    return f"{found}; {exact} exact updates have the right results" if exact else found
 
 
 def _open_base(source: str | Path) -> Checkpoint:
-    """A base that is not there leaves the binding unproven, which is neither damage nor a wrong base."""
+    """Open the base. A missing base is NotVerifiableError, because it is neither damage nor a wrong base."""
     try:
         return open_checkpoint(source)
     except pxd.CheckpointError as error:

@@ -1,1 +1,1 @@
-"""The corpus, made with the standard library and integers alone: never with the reference writer."""
+"""The generator of the corpus, with the standard library and integers alone, without the reference writer."""

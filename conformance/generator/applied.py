@@ -1,4 +1,4 @@
-"""Apply cases: file, base and the fine-tuned checkpoint that must come out, bit for bit (SPEC 6 and 7)."""
+"""Apply cases: file, base and the expected fine-tuned checkpoint, bit for bit (SPEC 6 and 7)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZE = {"BF16": 2, "F16": 2, "F32": 4}
 
 
 def layout() -> Iterator[Entry]:
-    """SPEC 5: which scale and which bit belong to which weight."""
+    """SPEC 5: the scale and the bit of each weight."""
     for axis in ("row", "col", "row+col", "tensor"):
         slug = axis.replace("+", "-")
         for shape, word in (

@@ -1,4 +1,4 @@
-"""Apply cases in which the base does not fit or the file is damaged (SPEC 7)."""
+"""Apply cases with a wrong base or a damaged file (SPEC 7)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def rejected(slug: str, codes: str, clause: str, content: Content, base: dict[st
 
 
 def bindings() -> Iterator[Entry]:
-    """SPEC 7: a base that does not fit is refused, and so is a damaged file."""
+    """SPEC 7: a wrong base is refused, and so is a damaged file."""
     held = Base(dtype="F32", shape=(2,), data=b"12345678")
     content = Content(
         modules=(

@@ -32,7 +32,7 @@ Block = tuple[int, bytes]
 
 
 def ordinal(pattern: int, width: int) -> int:
-    """Where the pattern stands in the order of all values."""
+    """The position of a pattern in the order of all values."""
     top = 1 << (width - 1)
     return pattern ^ (2 * top - 1 if pattern & top else top)
 
@@ -55,7 +55,7 @@ def patterns(new: Sequence[int], form: Form) -> bytes:
 
 
 def gaps(old: Sequence[int], new: Sequence[int], form: Form) -> bytes | None:
-    """A block of gaps (SPEC 5.8); None where it cannot count so many."""
+    """A block of gaps (SPEC 5.8); None if it cannot count so many."""
     z = steps(old, new, form)
     moves = [i for i, value in enumerate(z) if value in (1, 2)]
     listed = [i for i, value in enumerate(z) if value > 2]
@@ -77,7 +77,7 @@ def gaps(old: Sequence[int], new: Sequence[int], form: Form) -> bytes | None:
 
 
 def packed(unary: Iterable[int], fields: Iterable[tuple[int, int]], *, between: int | None = None) -> bytes:
-    """A keyed block of these numbers; fields as (value, bits). between: zeros, where not the fewest."""
+    """A keyed block of these numbers; fields as (value, bits). between: the number of zeros; None for the fewest."""
     low = "".join("1" * number + "0" for number in unary)
     high = "".join(format(value, f"0{bits}b") for value, bits in fields if bits)
     zeros = -(len(low) + len(high)) % 8 if between is None else between
@@ -124,7 +124,7 @@ def keyed(old: Sequence[int], new: Sequence[int], form: Form, key: int) -> bytes
 
 
 def key(old: Sequence[int], new: Sequence[int], form: Form) -> int:
-    """A of least cost (SPEC 11.3), the highest of equals."""
+    """The A of least cost (SPEC 11.3); of equals the highest."""
     kinds = Counter(
         (form.exponent(a), value.bit_length(), value in (1, 2))
         for a, value in zip(old, steps(old, new, form), strict=True)
@@ -162,7 +162,7 @@ def best(old: Sequence[int], new: Sequence[int], form: Form) -> Block:
 
 
 def fastest(old: Sequence[int], new: Sequence[int], form: Form) -> Block:
-    """The block of a writer that wants speed (SPEC 11.3)."""
+    """The block of a writer that prefers speed (SPEC 11.3)."""
     if old == new:
         return 0, b""
     raw, spaced = patterns(new, form), gaps(old, new, form)

@@ -2,8 +2,8 @@
 
     tensors -> pads -> digests -> manifest -> text -> records -> header -> file
 
-A hook runs before the steps that follow it, so a fault that it plants is the only one: whoever changes a
-payload in `tensors` gets digests that match it, whoever changes the manifest in `manifest` gets its base digest.
+A hook runs before the steps that follow it, so its fault is the only one: a payload that is changed in `tensors` gets
+matching digests, and a manifest that is changed in `manifest` gets its base digest.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def mask(signs: bytes, width: int) -> bytes:
 
 
 def filled(parts: Sequence[bytes]) -> bytes:
-    """SPEC 4.2: parts behind one another, each brought to a multiple of 64 by zeros."""
+    """SPEC 4.2: consecutive parts, each padded with zeros to a multiple of 64."""
     return b"".join(part + bytes(-len(part) % ALIGNMENT) for part in parts)
 
 
@@ -105,7 +105,7 @@ def module_tensor(index: int, module: Module) -> list[Tensor]:
 
 
 def laid_out(content: Content) -> list[Tensor]:
-    """SPEC 4.2: every tensor of the file, pads included."""
+    """SPEC 4.2: every tensor of the file, with pads."""
     plain = [tensor for i, module in enumerate(content.modules) for tensor in module_tensor(i, module)]
     for i, asset in enumerate(content.assets):
         shape = (len(asset.data),)
@@ -186,7 +186,7 @@ def base_digest(listed: Iterable[list[Any]]) -> str:
 
 
 def module_json(module: Module) -> dict[str, Any]:
-    """SPEC 3.4: a module without what is usual."""
+    """SPEC 3.4: a module without its usual values."""
     made: dict[str, Any] = {"name": module.name, "shape": list(module.shape)}
     usual = module.base == Base(dtype=module.dtype, shape=module.shape, data=module.base.data) if module.base else False
     if not usual:
@@ -203,7 +203,7 @@ def module_json(module: Module) -> dict[str, Any]:
 
 
 def manifest_of(content: Content, tensors: Sequence[Tensor]) -> dict[str, Any]:
-    """SPEC 3.4, but for the base digest and the result."""
+    """SPEC 3.4, without the base digest and the result."""
     data = b"".join(tensor.data for tensor in tensors)
     held = ranges(tensors, "module")
     digests = []

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = [
-    "SIZES",
+    "BITS",
     "Asset",
     "Base",
     "Component",
@@ -28,11 +28,13 @@ __all__ = [
     "words",
 ]
 
-SIZES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64"), 8),
+BITS = {
+    "F4": 4,
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
 
 
@@ -163,10 +165,10 @@ def component(seed: str, shape: tuple[int, ...], axis: str, exponent: int = 0, *
 def weights(seed: str, dtype: str, shape: tuple[int, ...]) -> bytes:
     """Finite base weights of magnitude 2^-5 to 2^-1 for float types, any bytes otherwise."""
     count = math.prod(shape)
-    raw = noise(f"weights {seed}", count * SIZES[dtype])
+    raw = noise(f"weights {seed}", count * BITS[dtype] // 8)
     if dtype not in ("F16", "BF16", "F32"):
         return bytes(byte & 1 for byte in raw) if dtype == "BOOL" else raw
-    size, fraction, bias = SIZES[dtype], {"F16": 10, "BF16": 7, "F32": 23}[dtype], 15 if dtype == "F16" else 127
+    size, fraction, bias = BITS[dtype] // 8, {"F16": 10, "BF16": 7, "F32": 23}[dtype], 15 if dtype == "F16" else 127
     values = []
     for i in range(count):
         bits = int.from_bytes(raw[i * size : (i + 1) * size], "little")

@@ -1,4 +1,4 @@
-"""Encode cases: content as plain files, and the one file that a writer must make of it (SPEC 11)."""
+"""Encode cases: content as plain files, and the one file that a writer must write for it (SPEC 11)."""
 
 from __future__ import annotations
 
@@ -146,8 +146,10 @@ def bad() -> Iterator[Entry]:
     yield refusal("exact-too-long", {**files, "1.exact": files["1.exact"] + b"\0\0"})
 
 
-def refusal(slug: str, files: Files) -> Entry:
-    return Entry(id=f"refuse-{slug}", clause="11.2", operation="encode", phase="any", files=roles(files))
+def refusal(slug: str, files: Files, features: tuple[str, ...] = ()) -> Entry:
+    return Entry(
+        id=f"refuse-{slug}", clause="11.2", operation="encode", phase="any", files=roles(files), features=features
+    )
 
 
 def encoded() -> Iterator[Entry]:

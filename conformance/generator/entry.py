@@ -1,4 +1,4 @@
-"""One case of the corpus before it is written: bytes for each role, and what a loader must do."""
+"""One case of the corpus before it is written: bytes for each role, and the expected result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Made:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Special:
-    """Something that is no stored file: kind is "directory", "fifo", "symlink" or "sparse" (with `size`)."""
+    """A file that cannot be stored: kind is "directory", "fifo", "symlink" or "sparse" (with `size`)."""
 
     kind: str
     source: str | None = None
@@ -37,7 +37,7 @@ class Special:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """files: role (file, base, output, source/<name>) -> what stands there."""
+    """files: role (file, base, output, source/<name>) -> its content."""
 
     id: str
     clause: str

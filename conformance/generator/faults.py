@@ -32,7 +32,7 @@ def put(*path: Any, to: Any) -> Edit:
 
 
 def added(module: dict[str, Any], *digests: str, replace: bool = False) -> Edit:
-    """Put a module with its digests behind the others, or in the place of them all."""
+    """Add a module with its digests after the others, or replace all of them."""
 
     def edit(manifest: dict[str, Any]) -> dict[str, Any]:
         modules, held = ([], []) if replace else (manifest["modules"], untabled(manifest["digests"]))
@@ -53,7 +53,7 @@ def removed(*path: Any) -> Edit:
 
 
 def replaced(old: Any, new: Any, count: int = 1) -> Edit:
-    """Replace text or bytes that must be there."""
+    """Replace text or bytes, which must occur."""
 
     def edit(text: Any) -> Any:
         if isinstance(new, bytes) and isinstance(text, str):
@@ -105,7 +105,7 @@ def bytes_at(offset: int, value: bytes) -> Edit:
 
 
 def retensor(index: int, **changes: Any) -> Edit:
-    """Change name, dtype, shape or data of one tensor, digests following."""
+    """Change name, dtype, shape or data of one tensor; the digests follow."""
 
     def edit(tensors: list[Tensor]) -> list[Tensor]:
         made = list(tensors)
@@ -116,7 +116,7 @@ def retensor(index: int, **changes: Any) -> Edit:
 
 
 def drop_tensor(index: int) -> Edit:
-    """Leave one tensor out."""
+    """Omit one tensor."""
     return lambda tensors: [tensor for i, tensor in enumerate(tensors) if i != index % len(tensors)]
 
 

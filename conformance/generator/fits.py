@@ -1,4 +1,4 @@
-"""Files whose encodings, base digest or assets do not fit (SPEC 3.9 to 3.12)."""
+"""Files with wrong encodings, base digests or assets (SPEC 3.9 to 3.12)."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def small() -> Iterator[Entry]:
     ):
         yield refused(f"shape-{slug}", "E120 E121", "2.14", build(SIMPLE, records=record(-1, shape=shape)))
     for length in (2**63, 2**64 - 1, 2**62, 0x7FFFFFFFFFFFF0F8, 2**31 + 4088, 2**53 + 4088):
-        # The low byte 0xF8 is what the first byte of the file must be (2.2); other lengths are told apart there.
+        # The first byte of the file must be 0xF8 (2.2), so other lengths are refused there.
         code = "E110" if length & 0xFF == 0xF8 else "E112"
         yield refused(
             f"length-{length:x}",

@@ -1,4 +1,4 @@
-"""Files whose header is no strict JSON, or not canonical (SPEC 2.7 to 2.11, 2.16)."""
+"""Files whose header is not strict JSON, or not canonical (SPEC 2.7 to 2.11, 2.16)."""
 
 from __future__ import annotations
 

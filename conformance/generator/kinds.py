@@ -1,7 +1,7 @@
-"""What is allowed but rare: large rows and payloads, odd bases, names with quotes and dots, limits met exactly.
+"""Allowed but rare content: large rows and payloads, odd bases, names with quotes and dots, exact limits.
 
-Each case stands for a kind of mistake: an index of 8 or 16 bits, a chunk that ends in a row, a base that is taken to be
-aligned or in order, names that are compared otherwise than by their bytes.
+Each case covers a kind of mistake: an index of 8 or 16 bits, a chunk that ends in a row, a base that is assumed to be
+aligned or in order, names that are not compared by their bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .valid import simple
 __all__ = ["applied_kinds", "golden_kinds", "refused_kinds"]
 
 TEXT_LIMIT = 2**16
-# Where the length of a character changes, in UTF-8 or in UTF-16, and beside what is no character.
+# Code points where the length of a character changes, in UTF-8 or in UTF-16, and neighbours of noncharacters.
 EDGES = (0x20, 0x7E, 0x7F, 0x80, 0xBF, 0xC0, 0x7BF, 0x7C0, 0x7FF, 0x800, 0xFFF, 0x1000, 0xCFFF, 0xD000, 0xD7FF, 0xE000,
          0xEFFF, 0xF000, 0xFFFD, 0xFFFF, 0x10000, 0x3FFFF, 0x40000, 0xFFFFF, 0x100000, 0x10FFFF)  # fmt: skip
 
@@ -96,7 +96,7 @@ def dtypes() -> Content:
 
 
 def bases() -> Iterator[tuple[str, bytes, bytes, bytes]]:
-    """(slug, file, base, output) of bases that are stored otherwise than most."""
+    """(slug, file, base, output) of bases with an unusual file."""
     content = Content(modules=(sign("q", (3, 9)), same("k", (4, 3)), full("n", (5,)), same("t", (5, 2), base_rows=4)))
     file, (_, output) = build(content), apply(content)
     held = base_of(content)

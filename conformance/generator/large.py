@@ -25,7 +25,7 @@ ROOM: dict[str, Any] = {"seconds": 60, "mib": 2048}
 
 
 def assembled(count: int, *, dimensions: int = 1, **lists: Any) -> bytes:
-    """A file of so many modules that need no tensors, written out as text; `lists` replace those of the manifest."""
+    """A file of `count` modules that need no tensors, written as text; `lists` replace those of the manifest."""
     name, shape = "{:05x}".format, "[" + ",".join("1" * dimensions) + "]"
     digest = hashlib.sha256(b"\0").hexdigest()
     rows = ",".join(f'["{name(i)}","U8",{shape},"{digest}"]' for i in range(count))
@@ -38,12 +38,12 @@ def assembled(count: int, *, dimensions: int = 1, **lists: Any) -> bytes:
 
 
 def names_of(count: int, last: str) -> list[str]:
-    """Distinct names that are no module's, sorted."""
+    """Sorted distinct names that are not names of modules."""
     return [f"{i:05x}{last}" for i in range(count)]
 
 
 def bomb(unit: str) -> bytes:
-    """A header of the largest size whose one record is `unit` again and again."""
+    """A header of the largest size whose one record repeats `unit`."""
     start = MAGIC + '1.0","manifest":"{}"},"a":['
     times = (LIMIT - len(start) - 8) // (len(unit) + 1)
     return frame((start + ",".join([unit] * times) + "]}").encode(), b"")
@@ -73,7 +73,7 @@ def filled(length: int) -> bytes:
 
 
 def metadata_of(size: int) -> bytes:
-    """A file whose metadata has this many bytes of canonical JSON, most of them three a character."""
+    """A file whose metadata has this many bytes of canonical JSON, most of them in characters of three bytes."""
     characters, rest = divmod(size - len('{"":""}'), 3)
     return build(simple(metadata={"": "\u7de9" * characters + "x" * rest}))
 
@@ -90,7 +90,7 @@ def manifest_values(count: int) -> bytes:
 
 
 def header_values(count: int) -> bytes:
-    """A header of this many values, all of them in order: four, and six a record beside its dimensions."""
+    """A valid header of this many values: four, and six for each record besides its dimensions."""
     records, rest = divmod(count - 4, 14)
     shapes = [",".join("1" * dimensions) for dimensions in [8] * records + [rest - 6]]
     made = (f',"{i:x}":{{"dtype":"U8","shape":[{s}],"data_offsets":[{i},{i + 1}]}}' for i, s in enumerate(shapes))
@@ -98,7 +98,7 @@ def header_values(count: int) -> bytes:
 
 
 def entries(count: int) -> dict[str, Any]:
-    """As many entries of each list of the manifest."""
+    """`count` entries of each list of the manifest."""
     names = tuple(f"{i:05x}" for i in range(count))
     return {
         "dropped": names,
@@ -109,7 +109,7 @@ def entries(count: int) -> dict[str, Any]:
 
 
 def listed(key: str, count: int) -> bytes:
-    """A file with as many entries in one list; assets are in the manifest alone."""
+    """A file with `count` entries in one list; assets are in the manifest alone."""
     held = entries(count)[key]
     return (
         build(SIMPLE, manifest=put("assets", to=held))
@@ -119,7 +119,7 @@ def listed(key: str, count: int) -> bytes:
 
 
 def limits_met() -> bytes:
-    """A file with as many modules, and as many entries in each other list, as there may be."""
+    """A file with the largest number of modules and of entries in each other list."""
     return assembled(
         MANY,
         tied=[["00000", name] for name in names_of(MANY, "a")],
@@ -160,7 +160,7 @@ def large(name: str) -> bytes:
 
 
 def large_entries() -> Iterator[Entry]:
-    """The limits of SPEC 9 that take a large file to reach: the last one within, the first one beyond."""
+    """The limits of SPEC 9 that need a large file: the last value within and the first beyond."""
     for name, clause in (
         ("limits-met", "3.8"),
         ("header-largest", "2.3"),

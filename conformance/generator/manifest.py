@@ -139,7 +139,7 @@ def schema_of(content: Content, slug: str, edit: Any) -> Entry:
 
 
 def compact() -> Iterator[Entry]:
-    """SPEC 3.4: what a module leaves out, pairs of axis and exponent, and the table of digests."""
+    """SPEC 3.4: usual values of a module, pairs of axis and exponent, and the table of digests."""
     norm, matrix = ("modules", 1), ("modules", 0)
     plain = simple()
     written: dict[str, Any] = {
@@ -198,7 +198,7 @@ def manifest_table(content: Content) -> str:
 
 
 def counts() -> Iterator[Entry]:
-    """SPEC 3.13: as many digests as modules and bases ask for."""
+    """SPEC 3.13: the number of digests by modules and bases."""
     kept = Content(modules=(same("w", (3, 4)), full("v", (2,)), same("t", (5, 2), base_rows=4)))
     for name, content in (("simple", simple()), ("kept", kept)):
         digests = untabled(manifest_table(content))

@@ -1,4 +1,4 @@
-"""Files with one fault in what the manifest says, or in the tensors that it asks for (SPEC 3.5 to 4.2)."""
+"""Files with one fault in the content of the manifest, or in the tensors (SPEC 3.5 to 4.2)."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def rebuilt(module: Module) -> bytes:
     count = math.prod(shape)
     if module.encoding == "same" and base.dtype == module.dtype:
         whole = math.prod(base.shape)
-        return base.data[: len(base.data) // whole * count] + module.exact
+        return base.data[: len(base.data) * count // whole] + module.exact
     held = integers(base.data, size[base.dtype])[:count]
     made = []
     for index, bits in enumerate(held):

@@ -1,4 +1,4 @@
-"""Files with a malformed record, or with records and data that do not fit (SPEC 2.12 to 2.15, 2.17, 2.18)."""
+"""Files with a malformed record, or with records that do not match the data (SPEC 2.12 to 2.15, 2.17, 2.18)."""
 
 from __future__ import annotations
 
@@ -63,8 +63,9 @@ def records() -> Iterator[Entry]:
         ("lower-case", "bf16"),
         ("unknown", "F8"),
         ("empty", ""),
-        ("c64", "C64"),
-        ("e8m0", "F8_E8M0"),
+        ("c128", "C128"),
+        ("e3m4", "F8_E3M4"),
+        ("f6", "F6"),
         ("torch", "torch.bfloat16"),
     ):
         yield refused(f"dtype-{slug}", "E119", "2.13", build(SIMPLE, records=record(-1, dtype=name)))
@@ -90,7 +91,7 @@ def records() -> Iterator[Entry]:
         "2.14",
         build(SIMPLE, records=record(-1, shape=[2**32, 2**31], data_offsets=[128, 128]), data=lambda d: d[:128]),
     )
-    for slug, name in (("e8m0", "F8_E8M0"), ("nothing", ""), ("i4", "I4"), ("lower-case", "u8")):
+    for slug, name in (("e4m3fn", "F8_E4M3FN"), ("nothing", ""), ("i4", "I4"), ("lower-case", "u8")):
         yield refused(f"dtype-of-one-byte-{slug}", "E119", "2.13", build(SIMPLE, records=record(0, dtype=name)))
     spans = {
         "longer": [128, 139],

@@ -49,7 +49,7 @@ def steps(
 
 
 def roundings() -> Iterator[Entry]:
-    """SPEC 6: where one rounding more, one less or another order shows."""
+    """SPEC 6: cases that show one rounding more, one less or another order."""
     one, near = ONE["BF16"], [0x3F80, 0x3F81, 0x3F82, 0xBF80, 0xBF81]
     half = (0x3C00, -8)  # Half a unit of BF16 at 1.
     for plus in (0, 1):

@@ -1,4 +1,4 @@
-"""Files whose tensors are not those that the manifest asks for (SPEC 4.1, 4.2), and which step of SPEC 8 is first."""
+"""Files whose tensors do not match the manifest (SPEC 4.1, 4.2), and the order of the steps of SPEC 8."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def exchanged(records: list[Record]) -> list[Record]:
 
 
 def delta_sizes() -> Iterator[Entry]:
-    """SPEC 4.2: parts stand at multiples of 64, and so does the end."""
+    """SPEC 4.2: parts begin at multiples of 64, and the end is one."""
     two = sign("w", (3, 11), ("row+col",))
 
     def edited(slug: str, module: Module, edit: Any) -> Entry:

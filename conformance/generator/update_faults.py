@@ -159,13 +159,13 @@ def digests() -> Iterator[Entry]:
 
 
 def swapped_result(text: str, index: int = 0) -> str:
-    """The table of CHAIN with another of its digests in the place of w's result."""
+    """The table of CHAIN with another of its digests instead of w's result."""
     listed = untabled(text)
     return table([*listed[:2], listed[index], *listed[3:]])
 
 
 def of_blocks(*blocks: Block, count: int = 600, dtype: str = "BF16") -> Content:
-    """An `exact` module of these blocks over weights that are of no account."""
+    """An `exact` module of these blocks over weights that do not matter."""
     weights = [0x3C00] * count
     return one(update("w", weights, weights, dtype=dtype, blocks=blocks))
 
@@ -173,7 +173,7 @@ def of_blocks(*blocks: Block, count: int = 600, dtype: str = "BF16") -> Content:
 def spaced(
     moves: int, places: Sequence[int], rest: bytes, *, signs: bytes | None = None, listed: int | None = None
 ) -> bytes:
-    """A block of gaps of BF16 whose counts may lie; every new pattern is 0x3C00."""
+    """A block of gaps of BF16 whose counts may be wrong; every new pattern is 0x3C00."""
     counts = words([moves, len(places) if listed is None else listed, *places])
     return counts + words([0x3C00] * len(places)) + (bytes(-(-moves // 8)) if signs is None else signs) + rest
 
@@ -275,7 +275,7 @@ def refused_updates() -> Iterator[Entry]:
 
 
 def rejected(slug: str, codes: str, clause: str, content: Content, base: bytes | None = None, **hooks: Any) -> Entry:
-    """An apply case; base: in the place of the content's own."""
+    """An apply case; base: replaces the content's own."""
     files = {"file": build(content, **hooks), "base": base or apply(content)[0]}
     codes_ = tuple(codes.split())
     return Entry(

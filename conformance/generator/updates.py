@@ -36,7 +36,7 @@ SPECIALS = {
 
 
 def spread(seed: str, dtype: str, count: int) -> list[int]:
-    """Weights whose exponents lie as those of a Gaussian do: half of them in each next one below the largest."""
+    """Weights with exponents as of a Gaussian: half as many in each exponent below the largest."""
     form, size = FORMS[dtype], FORMS[dtype].width // 8
     top, raw, made = form.exponent(1 << (form.width - 2)) - 3, noise(f"spread {seed}", (size + 2) * count), []
     for i in range(count):
@@ -55,7 +55,7 @@ def moved(old: int, step: int, form: Form) -> int:
 
 
 def changed(seed: str, dtype: str, old: Sequence[int], every: int, far: int = 0) -> list[int]:
-    """One of `every` weights moves by one; of those one of `far` makes a larger step."""
+    """One of `every` weights moves by one; of those one of `far` moves further."""
     made, raw = list(old), noise(f"changed {seed}", 4 * len(old))
     for i, value in enumerate(old):
         dice = int.from_bytes(raw[4 * i : 4 * i + 4], "little")
@@ -253,6 +253,19 @@ def shapes() -> Iterator[Case]:
             yield "blocks-keyed", "5.6", one(update("w", ramp, edited, blocks=mixed))
         else:
             yield slug, "5.6", one(update("w", ramp, edited))
+    yield wide_block()
+
+
+def wide_block() -> Case:
+    """A whole block of 32-bit weights is 256 KiB, and a place in its second half needs all 16 bits."""
+    old = [0x3F000000 + i * 0x155 & 0xFFFFFFFF | (i & 1) << 31 for i in range(BLOCK + 5)]
+    new = list(old)
+    for place in (0, 1, 32_767, 32_768, 40_000, BLOCK - 2, BLOCK - 1, BLOCK, BLOCK + 4):
+        new[place] = moved(old[place], 1 if place % 2 else -1, FORMS["F32"])
+    new[50_000] = old[50_000] ^ 0x80000000
+    first = by_key(126)(old[:BLOCK], new[:BLOCK], FORMS["F32"])
+    rest = by_patterns(old[BLOCK:], new[BLOCK:], FORMS["F32"])
+    return "block-of-256-kib", "5.6", one(update("w", old, new, dtype="F32", blocks=[first, rest]))
 
 
 def update_of_f32() -> Module:
@@ -297,7 +310,7 @@ def updates() -> Iterator[Case]:
 
 
 def golden_updates() -> Iterator[Entry]:
-    """What `decode` must say of each."""
+    """The expected result of `decode` for each."""
     for slug, clause, content in updates():
         file = build(content)
         features = tuple(content.features)
@@ -307,7 +320,7 @@ def golden_updates() -> Iterator[Entry]:
 
 
 def applied_updates() -> Iterator[Entry]:
-    """What each must become, and two updates of a chain."""
+    """The expected result of each, and two updates of a chain."""
     for slug, clause, content in updates():
         case = accepted(f"exact-{slug}", clause, content)
         large = any(len(module.new) > BLOCK for module in content.modules)

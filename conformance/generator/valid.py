@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .build import build
-from .content import SIZES, Asset, Base, Content, component, full, noise, same, sign
+from .content import BITS, Asset, Base, Content, component, full, noise, same, sign
 
 __all__ = ["contents", "example", "padded_to", "simple"]
 
@@ -14,7 +14,7 @@ Case = tuple[str, str, Content]
 
 
 def simple(**changes: Any) -> Content:
-    """One sign module of three rows and eleven columns, and a norm: what most faults are planted in."""
+    """One sign module of three rows and eleven columns, and a norm; most faults are planted in it."""
     fields: dict[str, Any] = {"modules": (sign("model.q_proj.weight", (3, 11)), full("model.norm.weight", (5,)))}
     return Content(**{**fields, **changes})
 
@@ -100,8 +100,9 @@ def numbers() -> Iterator[Case]:
 
 
 def encodings() -> Iterator[Case]:
-    yield "full-every-dtype", "2.13", Content(modules=tuple(full(f"w.{d}", (3,), dtype=d) for d in SIZES))
-    yield "same-every-dtype", "3.9", Content(modules=tuple(same(f"w.{d}", (3,), dtype=d) for d in SIZES))
+    whole = [dtype for dtype, bits in BITS.items() if bits % 8 == 0]
+    yield "full-every-dtype", "2.13", Content(modules=tuple(full(f"w.{d}", (3,), dtype=d) for d in whole))
+    yield "same-every-dtype", "3.9", Content(modules=tuple(same(f"w.{d}", (3,), dtype=d) for d in whole))
     yield "full-no-dimensions", "2.14", Content(modules=(full("step", (), dtype="I64"),))
     yield "same-no-dimensions", "3.10", Content(modules=(same("step", (), dtype="I64"),))
     other = Base(dtype="I8", shape=(4, 1), data=b"\x01\x02\x03\x04")

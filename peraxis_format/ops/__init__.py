@@ -1,1 +1,1 @@
-"""What is done to weights: one folder an operation, one file a backend, one law for all backends."""
+"""Operations on weights: one folder for each operation, one file for each backend, one law for all backends."""

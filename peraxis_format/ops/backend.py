@@ -1,10 +1,10 @@
-"""Which backend runs an operation: one table, one environment variable, one line in the log.
+"""Choose the backend of an operation: one table, one environment variable, one log line.
 
-An operation has a reference (the last backend that its row names) and others, which give the same bits where SPEC
-says so and stay within a stated bound elsewhere. A row lists backends, best first, each with the size from which it
-is chosen: below it the reference is done before a compiler is imported.
+An operation has a reference (the last backend of its row) and others, which give the same bits if SPEC requires it, and
+otherwise stay within a stated bound. A row lists backends, the best first, each with the size from which it is chosen.
+Below it the reference finishes before a compiler is imported.
 
-    PERAXIS_BACKEND=numpy|numba|torch|triton    every operation that has this backend uses it, the rest their reference
+    PERAXIS_BACKEND=numpy|numba|torch|triton    all operations that have this backend use it, the others their reference
     PERAXIS_LOG=debug                           one line on stderr for each choice (logger "peraxis")
 """
 
@@ -37,7 +37,7 @@ Operation: TypeAlias = Literal[
 ]
 log: Final = logging.getLogger("peraxis")
 
-_NEVER: Final = sys.maxsize  # only where it is asked for: Triton's interpreter on the CPU
+_NEVER: Final = sys.maxsize  # only on request: Triton's interpreter on the CPU
 _Row: TypeAlias = tuple[tuple[str, int], ...]
 # Sizes are weights of the operands; of mask_compare bytes of a mask.
 _TABLE: Final[Mapping[Operation, Mapping[str, _Row]]] = {
@@ -65,7 +65,7 @@ _TABLE: Final[Mapping[Operation, Mapping[str, _Row]]] = {
 def available(backend: str, device: str = "cpu") -> bool:
     """Whether a backend can run on a device ("cpu" or "cuda") of this machine.
 
-    Triton runs on the CPU in its interpreter alone (TRITON_INTERPRET=1). Raises BackendError for an unknown backend.
+    Triton runs on the CPU only in its interpreter (TRITON_INTERPRET=1). Raises BackendError for an unknown backend.
     """
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
@@ -78,8 +78,8 @@ def available(backend: str, device: str = "cpu") -> bool:
 def choose(operation: Operation, size: int, device: str = "cpu", backend: str | None = None) -> str:
     """The backend for an operation on `size` weights.
 
-    device: "cpu" or "cuda", a torch device's type. backend: the one to use. Raises BackendError for one that is
-    unknown, that the operation does not have, or that cannot run here.
+    device: "cpu" or "cuda", a torch device's type. backend: the one to use. Raises BackendError if it is unknown, if
+    the operation does not have it, or if it cannot run here.
     """
     _configure()
     row = _TABLE[operation].get(device, (("torch", 0),))
@@ -116,12 +116,12 @@ def _installed(package: str) -> bool:
 
 @cache
 def _configure() -> None:
-    """PERAXIS_LOG: the level of the logger, whose lines then go to stderr. Raises BackendError for an unknown level."""
+    """Set the logger to the level of PERAXIS_LOG and send it to stderr. Raises BackendError for an unknown level."""
     level = os.environ.get("PERAXIS_LOG", "").upper()
     if not level:
         return
     if level not in logging.getLevelNamesMapping():
-        raise BackendError(f"PERAXIS_LOG={level.lower()} is no level; use debug, info, warning or error")
+        raise BackendError(f"PERAXIS_LOG={level.lower()} is not a level; use debug, info, warning or error")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
     log.addHandler(handler)

@@ -1,8 +1,8 @@
-"""Many columns at a time: the pieces of LLVM that the compiled kernels are made of.
+"""LLVM vector operations for the compiled kernels.
 
-One byte of a mask holds eight signs, so a kernel goes through a row in groups of eight lanes, four groups at a time (a
-cache line of BF16), written down as LLVM vectors (numba's own loops are vectorised or not as their surroundings please;
-seen here: 4 to 60 ms for the same matrix). Every operation is an instruction or two, whatever the compiler's mood:
+One byte of a mask has eight signs, so a kernel processes a row in groups of eight lanes, four groups at a time (a cache
+line of BF16), as explicit LLVM vectors. numba does not vectorise its own loops reliably (4 to 60 ms for the same
+matrix). Each operation is one or two instructions:
 
     bytes -> <i1>      a bitcast: bit j is lane j          sign        xor of the scale's sign bit
     BF16 -> F32        zext, shl 16                         F32 -> BF16 (bits + 0x7FFF + odd) lshr 16, NaN selected
@@ -30,7 +30,7 @@ __all__ = [
 
 LANES: Final = 8
 WIDE: Final = 32
-# The numba type of an array says what its elements are: numpy has no BF16, and numba no arithmetic on F16.
+# The numba type of an array gives the dtype of its elements: numpy has no BF16, and numba no arithmetic on F16.
 VIEWS: Final[dict[DType, type[np.generic]]] = {DType.BF16: np.int16, DType.F16: np.uint16, DType.F32: np.float32}
 _PAGE: Final = 4096
 
@@ -78,7 +78,7 @@ def store(builder: Any, value: Any, address: Any, index: Any) -> None:
 
 
 def prefetch(builder: Any, address: Any, index: Any, kind: Any, lanes: int = LANES, ahead: Any = _PAGE) -> None:
-    """Ask for what lies `ahead` bytes further on: hardware prefetchers stop at the end of each page (15 -> 7 ms)."""
+    """Prefetch the bytes `ahead` of here, because hardware prefetchers stop at the end of each page (15 -> 7 ms)."""
     pointer = I8.as_pointer()
     kinds = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kinds, "llvm.prefetch.p0")
@@ -114,7 +114,7 @@ def narrow(builder: Any, total: Any, kind: Any) -> Any:
 
 
 def over_groups(builder: Any, groups: Any, step: Callable[[Any, int], None]) -> None:
-    """Columns 0 to 8 * groups. step(j, lanes) emits columns lanes * j to lanes * (j + 1): WIDE of them, then LANES."""
+    """Emit columns 0 to 8 * groups. step(j, lanes) emits columns lanes * j to lanes * (j + 1): WIDE, then LANES."""
     wide = ir.Constant(groups.type, WIDE // LANES)
     many = builder.udiv(groups, wide)
     with cgutils.for_range(builder, many) as loop:

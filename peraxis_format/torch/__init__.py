@@ -2,7 +2,7 @@
 
 This module's interface is stable.
 
-apply_          turns a model into the fine-tune, in place, for good
+apply_          turns a model into the fine-tune, in place
 VariantSwitch   holds many variants of one model and changes between them, one at a time
 serve           runs many variants of one model in one batch, over one base
 """

@@ -1,8 +1,8 @@
-"""What the stream needs of a device, twice: CUDA, and the host itself.
+"""The device interface of the stream, and its two implementations: CUDA and the host.
 
-The stream (stream.py) is written once against `Device`. On the host a "device buffer" is ordinary memory, an upload a
-copy, and events are nothing, so that order, buffers and counters are exercised by every test; what remains of CUDA is
-in this file and in rebuild/triton.py.
+The stream (stream.py) uses only `Device`. On the host a "device buffer" is ordinary memory, an upload is a copy, and
+events are None, so that every test covers order, buffers and counters. Code for CUDA is only in this file and in
+rebuild/triton.py.
 """
 
 from __future__ import annotations
@@ -23,43 +23,43 @@ __all__ = ["Counters", "CudaDevice", "Device", "HostDevice", "device_of", "requi
 
 @dataclass(slots=True)
 class Counters:
-    """Copies from host to device since they were last reset, and their bytes."""
+    """The copies from host to device since the last reset, and their bytes."""
 
     uploads: int = 0
     uploaded_bytes: int = 0
     modules: dict[str, int] = field(default_factory=dict)
 
     def reset(self) -> None:
-        """Back to zero."""
+        """Set all counters to zero."""
         self.uploads, self.uploaded_bytes = 0, 0
         self.modules.clear()
 
 
 class Device(Protocol):
-    """Buffers, copies that may run beside compute, and the order between the two."""
+    """Buffers, asynchronous copies, and their order with compute."""
 
     counters: Counters
     torch_device: torch.device
     staged: bool
-    """Whether its memory has to be copied for the host to read it."""
+    """Whether the host has to copy device memory to read it."""
 
     def host_buffer(self, size: int) -> Tensor:
-        """Flat uint8 host memory that begins at a multiple of 4096; page-locked where the device copies from it."""
+        """Flat uint8 host memory that begins at a multiple of 4096; page-locked if the device copies from it."""
 
     def buffer(self, size: int) -> Tensor:
         """Flat uint8 device memory."""
 
     def upload(self, target: Tensor, source: Tensor, *, after: Any, modules: tuple[str, ...]) -> Any:
-        """Copy host to device behind the event `after`; returns the event of its end. Counted, by module too."""
+        """Copy host to device after the event `after`; returns the event of its end. It is counted, also by module."""
 
     def download(self, target: Tensor, source: Tensor, *, after: Any) -> Any:
-        """Copy device to host behind the event `after`; returns the event of its end. From any thread."""
+        """Copy device to host after the event `after`; returns the event of its end. Any thread may call it."""
 
     def compute_waits(self, event: Any) -> None:
-        """What is launched from now on runs behind the event."""
+        """Make all later launches wait for the event."""
 
     def record(self) -> Any:
-        """The event of the end of what was launched so far."""
+        """The event of the end of all launches so far."""
 
     def host_waits(self, event: Any) -> None:
         """Block this thread until the event."""
@@ -68,10 +68,10 @@ class Device(Protocol):
         """Block this thread until everything launched from here has run."""
 
     def wait_all(self) -> None:
-        """Block this thread until the device is idle: forwards that other threads launched included."""
+        """Block this thread until the device is idle, including forwards that other threads launched."""
 
     def free_memory(self) -> float:
-        """Bytes that can still be allocated; infinite where its memory is the host's."""
+        """The bytes that can still be allocated; infinite if its memory is the host's."""
 
 
 def _count(counters: Counters, source: Tensor, modules: tuple[str, ...]) -> None:
@@ -129,7 +129,7 @@ class HostDevice:
 
 
 def _copied(stream: Any, target: Tensor, source: Tensor, after: Any) -> Any:
-    """Copy on a stream, behind the event `after`; returns the event of its end."""
+    """Copy on a stream after the event `after`; returns the event of its end."""
     if after is not None:
         stream.wait_event(after)
     with torch.cuda.stream(stream):
@@ -140,7 +140,7 @@ def _copied(stream: Any, target: Tensor, source: Tensor, after: Any) -> Any:
 
 
 class CudaDevice:
-    """A CUDA device: uploads and downloads on streams of their own, compute on the caller's current stream."""
+    """A CUDA device: uploads and downloads have their own streams, compute uses the caller's current stream."""
 
     def __init__(self, device: torch.device) -> None:
         if not torch.cuda.is_available():
@@ -186,23 +186,23 @@ class CudaDevice:
         torch.cuda.synchronize(self.torch_device)
 
     def free_memory(self) -> float:
-        # What torch holds without using it can be had too.
+        # torch's unused cached memory can be allocated too.
         idle = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
         return torch.cuda.mem_get_info(self.torch_device)[0] + idle
 
 
 def require_triton() -> None:
-    """Raises DeviceError where Triton, which all kernels on CUDA devices are written in, is not installed."""
+    """Raise DeviceError if Triton, which all kernels on CUDA devices use, is not installed."""
     if find_spec("triton") is None:
         raise DeviceError("weights on a CUDA device need Triton, which is not installed: pip install triton")
 
 
 def device_of(placement: Placement) -> Device:
-    """The Device that all live storages are on. Raises DeviceError for several, and for others than CPU and CUDA."""
+    """The Device of all live storages. Raises DeviceError for several devices, or for one that is not CPU or CUDA."""
     found = {part.view.device for parts in placement.values() for part in parts}
     if len(found) > 1:
         names = ", ".join(sorted(map(str, found)))
-        raise DeviceError(f"the model lies on several devices ({names}); one process serves one device")
+        raise DeviceError(f"the model is on several devices ({names}); use one process for each device")
     device = next(iter(found), torch.device("cpu"))
     if device.type == "cpu":
         return HostDevice()

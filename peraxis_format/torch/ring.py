@@ -1,4 +1,4 @@
-"""The ring: page-locked host buffers and device buffers that all variants of a model share."""
+"""The ring: the page-locked host buffers and device buffers that all variants of a model share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEPTH: Final = 4
 
 
 class Ring:
-    """DEPTH slots on the host and on the device, made when first needed and as large as the largest transfer so far."""
+    """DEPTH slots on the host and on the device, made on first use, as large as the largest transfer so far."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -26,12 +26,13 @@ class Ring:
     def reserve(self, size: int) -> None:
         """Enlarge the slots to at least `size` bytes. Called when a variant is registered, never during a swap."""
         if size > self.slot_size:
-            self.slot_size = -(-size // ALIGN) * ALIGN
+            # Two pages at least: `staging` cuts a slot into pairs.
+            self.slot_size = max(2 * ALIGN, -(-size // ALIGN) * ALIGN)
             self.host = [self.device.host_buffer(self.slot_size) for _ in range(DEPTH)]
             self.slots = [self.device.buffer(self.slot_size) for _ in range(DEPTH)]
 
     def staging(self, threads: int) -> list[tuple[Tensor, Tensor]]:
-        """The host slots cut into pairs of pieces, one pair for each thread (or fewer, where pieces would be small)."""
+        """The host slots, cut into pairs of pieces, one pair for each thread (fewer if the pieces would be small)."""
         pairs = max(1, min(-(-threads // DEPTH), self.slot_size // (2 * ALIGN)))  # of one slot
         piece = self.slot_size // (2 * pairs) // ALIGN * ALIGN
         return [

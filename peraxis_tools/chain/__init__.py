@@ -1,6 +1,7 @@
-"""Chains of updates: their order, the state that they lead to, and the verbs update, compact and log."""
+"""Chains of updates: their order, the state after them, and the verbs update, compact and log."""
 
 from peraxis_tools.chain.log import ChainLog, LogEntry, log
+from peraxis_tools.chain.opened import opened_all
 from peraxis_tools.chain.order import Link, chain_order, link_of
 from peraxis_tools.chain.state import ChainState
 from peraxis_tools.chain.write import UpdateResult, compact, update
@@ -15,5 +16,6 @@ __all__ = [
     "compact",
     "link_of",
     "log",
+    "opened_all",
     "update",
 ]

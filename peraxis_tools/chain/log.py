@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import peraxis_format as pxd
 from peraxis_format.hub import hub_name
-from peraxis_tools.chain.order import Link, chain_order, is_fold, link_from
+from peraxis_tools.chain.order import Link, chain_order, folds, link_from
 from peraxis_tools.remote import is_remote, listed, local_copy, remote_file
 from peraxis_tools.urls import without_secrets
 
@@ -48,12 +49,13 @@ def log(source: str | Path) -> ChainLog:
     read = [_read(file) for file in listed(source)]
     entries = {link.content_id: entry for link, entry in read}
     links = [link for link, _ in read]
-    folds = [link for link in links if is_fold(link, links)]
-    ordered = chain_order([link for link in links if link not in folds])
+    folded = folds(links)
+    left_out = {link.content_id for link in folded}
+    ordered = chain_order([link for link in links if link.content_id not in left_out])
     return ChainLog(
         folder=without_secrets(str(source)),
         updates=tuple(entries[link.content_id] for link in ordered),
-        folded=tuple(entries[link.content_id] for link in folds),
+        folded=tuple(entries[link.content_id] for link in folded),
     )
 
 
@@ -70,14 +72,21 @@ def _read(file: str | Path) -> tuple[Link, LogEntry]:
 
 
 def _entry(link: Link, manifest: pxd.Manifest, size: int) -> LogEntry:
-    changed = manifest.metadata.get(CHANGED)
+    weights = sum(math.prod(module.shape) for module in manifest.modules)
     return LogEntry(
         file=link.path.name,
         content_id=link.content_id,
         previous=link.previous,
         base=link.base,
         result=link.result,
-        changed=int(changed) if changed is not None and changed.isdecimal() else None,
-        weights=sum(math.prod(module.shape) for module in manifest.modules),
+        changed=_changed(manifest.metadata.get(CHANGED, ""), weights),
+        weights=weights,
         bytes=size,
     )
+
+
+def _changed(text: str, weights: int) -> int | None:
+    """The number of changed weights that a writer noted, where it is one: anybody can write anything there."""
+    if not re.fullmatch(r"[0-9]{1,16}", text) or int(text) > weights:
+        return None
+    return int(text)

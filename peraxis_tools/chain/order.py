@@ -12,7 +12,7 @@ from pathlib import Path
 import peraxis_format as pxd
 from peraxis_tools.errors import CheckFailedError, ToolError
 
-__all__ = ["Link", "chain_order", "is_fold", "link_from", "link_of"]
+__all__ = ["Link", "chain_order", "folds", "link_from", "link_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,25 +82,31 @@ def chain_order(links: Iterable[Link]) -> list[Link]:
     return ordered
 
 
-def is_fold(link: Link, links: Sequence[Link]) -> bool:
-    """Whether two or more of the others lead from its base to its result."""
-    ways: dict[str, list[Link]] = {}
-    for other in links:
-        if other is not link:
-            ways.setdefault(other.base, []).append(other)
-    # States that one of the others leads to, then what lies beyond these.
-    ahead = [other.result for other in ways.get(link.base, ())]
-    seen: set[str] = set()
-    while ahead:
-        state = ahead.pop()
-        if state in seen:
-            continue
-        seen.add(state)
-        further = [other.result for other in ways.get(state, ())]
-        if link.result in further:
-            return True
-        ahead += further
-    return False
+def folds(links: Sequence[Link]) -> list[Link]:
+    """Those that two or more of the others stand for: these begin where it does, and lead to its result."""
+    known = {link.content_id for link in links}
+    after: dict[str, list[Link]] = {}
+    starts: dict[tuple[str, str | None], list[Link]] = {}
+    for link in links:
+        # What an update follows that names no other one here is told by the state that it was made on.
+        named = link.previous is not None and link.previous in known
+        after.setdefault(link.previous if named and link.previous else link.base, []).append(link)
+        starts.setdefault((link.base, link.previous), []).append(link)
+
+    def is_fold(link: Link) -> bool:
+        ahead = [other for other in starts[link.base, link.previous] if other is not link]
+        seen = {link.content_id, *(other.content_id for other in ahead)}
+        while ahead:
+            at = ahead.pop()
+            further = (*after.get(at.content_id, ()), *after.get(at.result, ()))
+            reached = [other for other in further if other.base == at.result and other.content_id not in seen]
+            if any(other.result == link.result for other in reached):
+                return True
+            seen.update(other.content_id for other in reached)
+            ahead += reached
+        return False
+
+    return [link for link in links if is_fold(link)]
 
 
 def _before(link: Link, by_id: Mapping[str, Link], given: Sequence[Link]) -> Link | None:

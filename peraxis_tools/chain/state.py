@@ -1,9 +1,8 @@
-"""A checkpoint that is a base and the updates on it: read tensor by tensor, each proven on the way."""
+"""A checkpoint that consists of a base and updates on it; it is read and checked tensor by tensor."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,10 +12,10 @@ __all__ = ["ChainState"]
 
 
 class ChainState(pxd.Safetensors):
-    """The state after some updates, as if it were a checkpoint. The base and the updates belong to the caller.
+    """The state after some updates, as a checkpoint. The caller closes the base and the updates.
 
-    Reading a tensor reads it from the base once, holds it to its digest, and takes it through every update;
-    E404 or E405 where a state is not the one that an update was made on.
+    Reading a tensor reads it from the base once, checks its digest, and applies every update. Raises E404 or E405 if a
+    state is not the one that an update was made on.
     """
 
     def __init__(self, base: pxd.Safetensors, updates: Sequence[pxd.DeltaFile]) -> None:
@@ -25,6 +24,8 @@ class ChainState(pxd.Safetensors):
         self.label = base.label if not updates else f"{base.label} + {len(self._updates)} updates"
         self.files = base.files
         self._known = {info.name: info for info in base.infos()}
+        # By update: the module that holds each alias.
+        self._modules = {id(update): {alias: name for name, alias in update.manifest.tied} for update in self._updates}
         for update in self._updates:
             self._take_over(update)
 
@@ -53,26 +54,36 @@ class ChainState(pxd.Safetensors):
 
     @property
     def size(self) -> int:
-        """Bytes of all tensors."""
+        """The bytes of all tensors."""
         return sum(info.size for info in self._known.values())
 
     def read(self, name: str, rows: slice | None = None) -> pxd.Array:
         """A tensor, or rows of it, in the state after all updates. Raises KeyError, PxdError."""
-        self._known[name]
-        array = self._after(len(self._updates), name)
-        return array if rows is None else array[rows]
+        info = self._known[name]
+        array = self._after_all(name)
+        if rows is None:
+            return array
+        start, stop, _ = rows.indices(info.shape[0])
+        first = info.dtype.first_rows(array, info.shape, max(start, stop))
+        return info.dtype.rows_from(first, info.shape, start)
 
-    def _after(self, count: int, name: str) -> pxd.Array:
-        if count == 0:
-            return self._base.read(name)
-        update = self._updates[count - 1]
-        name = {alias: module for module, alias in update.manifest.tied}.get(name, name)
-        entry = update.entry(name)
-        if entry.base is None:
-            return pxd.reconstruct(update.load(name))
-        before = self._after(count - 1, name)
-        pxd.check_base_bytes(entry, before)
-        return pxd.reconstruct(update.load(name), before)
+    def _after_all(self, name: str) -> pxd.Array:
+        """A tensor after all updates, from the newest one that has no base for it, or from the base."""
+        steps: list[tuple[pxd.DeltaFile, pxd.ModuleEntry]] = []
+        for update in reversed(self._updates):
+            name = self._modules[id(update)].get(name, name)
+            entry = update.entry(name)
+            steps.append((update, entry))
+            if entry.base is None:
+                break
+        array = None if steps and steps[-1][1].base is None else self._base.read(name)
+        for update, entry in reversed(steps):
+            if array is not None:
+                pxd.check_base_bytes(entry, array)
+            array = pxd.reconstruct(update.load(entry.name), array)
+        if array is None:
+            raise KeyError(name)
+        return array
 
     def sha256(self, name: str, *, progress: Callable[[int], None] | None = None) -> str:
         """The hex digest of a tensor in this state."""
@@ -82,9 +93,9 @@ class ChainState(pxd.Safetensors):
         return hashlib.sha256(pxd.raw_bytes(array)).hexdigest()
 
     def close(self) -> None:
-        """Nothing: base and updates belong to the caller."""
+        """Do nothing, because the caller closes base and updates."""
 
 
 def _info(name: str, entry: pxd.ModuleEntry, path: Path) -> pxd.TensorInfo:
-    size = math.prod(entry.shape) * entry.dtype.itemsize
+    size = entry.dtype.size_of(entry.shape)
     return pxd.TensorInfo(name=name, dtype=entry.dtype, shape=entry.shape, file=path, begin=0, end=size)

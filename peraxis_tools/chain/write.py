@@ -16,6 +16,7 @@ import numpy as np
 import peraxis_format as pxd
 from peraxis_tools.blocks import count_blocks
 from peraxis_tools.chain.log import CHANGED
+from peraxis_tools.chain.opened import opened_all
 from peraxis_tools.chain.order import Link, chain_order, link_of
 from peraxis_tools.chain.state import ChainState
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
@@ -30,6 +31,7 @@ from peraxis_tools.urls import without_secrets
 __all__ = ["UpdateJob", "UpdateResult", "compact", "count_changed", "open_chain", "update", "write_update"]
 
 _AHEAD_BYTES: Final = 512 << 20
+_PACKED_BLOCK: Final = 3 << 18  # bytes; every 3 hold whole elements of 4 or 6 bits
 _HELD: Final = 3  # of a tensor's bytes: itself, what it was, and what is written
 
 
@@ -58,8 +60,8 @@ class UpdateResult:
 def open_chain(base: Checkpoint, updates: Sequence[str | Path]) -> Iterator[tuple[ChainState, list[Link]]]:
     """The state after these updates, put into order. Raises PxdError, CheckFailedError."""
     ordered = chain_order(map(link_of, updates)) if updates else []
-    with contextlib.ExitStack() as stack:
-        yield ChainState(base.tensors, [stack.enter_context(pxd.open(link.path)) for link in ordered]), ordered
+    with opened_all([link.path for link in ordered]) as files:
+        yield ChainState(base.tensors, files), ordered
 
 
 def update(
@@ -164,13 +166,19 @@ class UpdateJob:
 
 def _module(job: UpdateJob, name: str) -> tuple[pxd.ModuleDelta, int]:
     """A tensor as it is stored, and how many of its elements differ."""
-    array, dtype = job.new.read(name), job.new[name].dtype
+    array, (dtype, shape) = job.new.read(name), (job.new[name].dtype, job.new[name].shape)
     if name not in job.old:
-        return pxd.lossless_module(name, array, dtype), array.size
+        return pxd.lossless_module(name, array, dtype, shape=shape), math.prod(shape)
     before, info = job.old.read(name), job.old[name]
     digest = hashlib.sha256(pxd.raw_bytes(before)).hexdigest()
     ref = pxd.BaseRef(dtype=info.dtype, shape=info.shape, sha256=digest)
-    module = pxd.lossless_module(name, array, dtype, old=before, base=ref, prefer=job.prefer, threads=1)
+    module = pxd.lossless_module(name, array, dtype, shape=shape, old=before, base=ref, prefer=job.prefer, threads=1)
+    resized = (info.dtype, info.shape) != (dtype, shape)
+    if resized and module.encoding is pxd.Encoding.SAME:
+        # SPEC 3.14: the result of `same` is known where the shape is the base's, and an update must say it.
+        module = pxd.ModuleDelta(name=name, shape=shape, dtype=dtype, encoding=pxd.Encoding.FULL, base=ref, full=array)
+    if dtype.is_packed:
+        return module, math.prod(shape) if resized else _count_changed_packed(before, array, dtype)
     return module, count_changed(before, array)
 
 
@@ -241,3 +249,13 @@ def count_changed(old: pxd.Array, new: pxd.Array) -> int:
         return int(new.size)
     width = f"u{old.dtype.itemsize}"
     return int(np.count_nonzero(old.reshape(-1).view(width) != new.reshape(-1).view(width)))
+
+
+def _count_changed_packed(old: pxd.Array, new: pxd.Array, dtype: pxd.DType) -> int:
+    """Elements of a packed type whose bits differ, counted from the least significant bit. old, new: uint8 [bytes]."""
+    count = 0
+    for begin in range(0, old.size, _PACKED_BLOCK):
+        differing: pxd.Array = old[begin : begin + _PACKED_BLOCK] ^ new[begin : begin + _PACKED_BLOCK]
+        elements = np.unpackbits(differing, bitorder="little").reshape(-1, dtype.bits)
+        count += int(np.count_nonzero(elements.any(axis=1)))
+    return count

@@ -1,1 +1,1 @@
-"""The verbs of `peraxis-tools`: options in, a result out; one module a verb, each with its `command`."""
+"""The verbs of `peraxis-tools`: each module parses the options of one verb and prints its result with `command`."""

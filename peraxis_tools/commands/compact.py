@@ -32,7 +32,7 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Fold a chain of updates into one with the same result, which is proven first.
+    """Fold a chain of updates into one with the same result, which is checked before it is written.
 
     The base is needed since changes are coded given its weights. UPDATE is a file, or a folder of updates: a path, a
     URL or a repository on the hub.

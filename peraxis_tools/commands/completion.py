@@ -29,5 +29,5 @@ def command(shell: str) -> None:
     if kind is None:
         raise click.UsageError(f"no completion for {shell}")
     complete = kind(cli, {}, _PROGRAM, _VARIABLE)
-    # The template alone: `source()` would start the shell to ask for its version.
+    # Use the template itself, because `source()` would start the shell to ask for its version.
     write(complete.source_template % complete.source_vars())

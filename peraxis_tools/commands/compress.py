@@ -18,7 +18,7 @@ __all__ = ["command"]
 
 
 def size(value: str) -> int:
-    """Bytes as 800MB, 1.2GB, 1GiB; click shows the type under this function's name."""
+    """Parse bytes like 800MB, 1.2GB, 1GiB; click shows this function's name as the type."""
     return parse_size(value)
 
 
@@ -31,7 +31,7 @@ def size(value: str) -> int:
     is_flag=False,
     flag_value=EVERYTHING,
     metavar="[REGEX|auto]",
-    help="The tensors to store bit for bit, by name. Without a value: all. auto: those that are smaller than as signs.",
+    help="The tensors to store bit for bit, by name. Without a value: all. auto: those that are smaller that way.",
 )
 @click.option(
     "--prefer",
@@ -42,7 +42,7 @@ def size(value: str) -> int:
     "--calibration", metavar="TEXT[:WEIGHT]", multiple=True,
     help="A text: c4, a datasets id, or a json, jsonl(.gz), parquet or txt file. Can be repeated.",
 )  # fmt: skip
-@click.option("--recipe", type=click.Choice(tuple(RECIPES)), help="A set of options. Single options win over it.")
+@click.option("--recipe", type=click.Choice(tuple(RECIPES)), help="A set of options. Single options override it.")
 @click.option(
     "--fit", type=click.Choice(FITS), help="The method.  [default: refined with a calibration text, else none]"
 )
@@ -58,7 +58,7 @@ def size(value: str) -> int:
 @click.option("--calibration-samples", type=int, help="The number of samples of the text.  [default: 50]")
 @click.option("--sequence-length", type=int, help="The number of tokens in a sample.  [default: 512]")
 @click.option("--text-column", help="The column of the text.  [default: text, else all text columns]")
-@click.option("--held-out", type=float, help="The share of the samples that is kept for validation.  [default: 0.2]")
+@click.option("--held-out", type=float, help="The share of the samples that is used for validation.  [default: 0.2]")
 @click.option("--batch-size", type=int, help="The number of samples in one forward pass.  [default: 8]")
 @click.option(
     "--generated-samples", type=int, help="Samples that the fine-tuned model generates.  [default: 16 if memory allows]"
@@ -67,7 +67,7 @@ def size(value: str) -> int:
 @click.option("--distill-epochs", type=int, help="Epochs of the distillation.  [default: 5]")
 @click.option("--distill-batch-size", type=int, help="Samples in one step of it.  [default: 2]")
 @click.option("--distill-lr", type=float, help="The learning rate of scales, relative to their size.  [default: 0.01]")
-@click.option("--distill-sign-lr", type=float, help="That of signs; takes 12 bytes a weight.  [default: 0, signs stay]")
+@click.option("--distill-sign-lr", type=float, help="That of signs; needs 12 bytes per weight.  [default: 0, fixed]")
 @click.option(
     "--distill-full-lr", type=float, help="That of tensors stored full, relative to them.  [default: 0, exact]"
 )
@@ -106,8 +106,8 @@ def command(
 
     The recipes are: quick (signs of the delta and mean magnitudes, no text), fit (signs and scales fitted on the text),
     distilled (then all scales end to end, with the whole model in memory), best (also signs and full tensors end to
-    end, with 12 bytes a weight). Options on the command line win over --config, and --config wins over --recipe. The
-    options of a run are stored in the file (inspect --json, metadata peraxis.config); pass them to --config to
+    end, with 12 bytes per weight). Options on the command line override --config, and --config overrides --recipe. The
+    options of a run are recorded in the file (inspect --json, metadata peraxis.config); pass them to --config to
     repeat it.
 
     Example: peraxis-tools compress meta-llama/Llama-3.1-8B my/fine-tune -o delta.pxd --calibration c4

@@ -90,7 +90,8 @@ def command(
 ) -> None:
     """Convert a .pt delta (of BitDelta or of the paper's code) to a .pxd, or a .pxd to a LoRA adapter or a checkpoint.
 
-    Only tensors are read from a .pt file; nothing in it is run. A LoRA adapter is an approximation; its error is shown.
+    Only tensors are read from a .pt file; code in it is not run. A LoRA adapter is an approximation; its error is
+    shown.
 
     One step of training is converted bit for bit between an exact update and the wires of other systems: index-value
     (vLLM, verl, prime-rl), nemo-rl, and xor (slime, SkyRL). --base is the state before the step.
@@ -102,7 +103,7 @@ def command(
              peraxis-tools convert step-000124.pxd --to index-value --base step-123 -o step-124.safetensors
     """
     if target is None and source.partition("?")[0].endswith(".pxd"):
-        raise ToolError(f"{source}: is a .pxd already; pass --to lora or --to checkpoint")
+        raise ToolError(f"{source}: is already a .pxd; pass --to lora or --to checkpoint")
     if target in ("pxd", "checkpoint", None) and base is None:
         raise ToolError(f"{source}: pass --base, the checkpoint that this delta is for")
     if target in WIRES and base is None:

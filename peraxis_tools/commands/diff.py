@@ -21,7 +21,7 @@ __all__ = ["command"]
 
 
 def _is_delta(source: str) -> bool:
-    """A URL or a file that is no safetensors checkpoint; folders and hub ids are checkpoints."""
+    """Whether this is a URL or a file that is not a safetensors checkpoint; folders and hub ids are checkpoints."""
     if is_remote(source):
         return True
     path = Path(source)
@@ -31,7 +31,7 @@ def _is_delta(source: str) -> bool:
 @click.command("diff")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@click.option("--base", metavar="FOLDER|ID", help="The base. Needed for exact tensors and if B is a checkpoint.")
+@click.option("--base", metavar="FOLDER|ID", help="The base, needed for exact tensors and if B is a checkpoint.")
 @click.option("--top", default=12, show_default=True, type=click.IntRange(min=0), help="The number of modules to list.")
 @workers_option
 @json_option

@@ -16,7 +16,7 @@ __all__ = ["command"]
 
 
 def _texts(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    """`domain=source`; a source alone is a domain by its own name."""
+    """Parse `domain=source`; a source alone is a domain of the same name."""
     texts: dict[str, str] = {}
     for value in values:
         domain, _, source = value.partition("=")
@@ -57,9 +57,7 @@ def _names(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[
     help="The number of windows in one forward pass.",
 )
 @click.option("--text-column", help="The column of the text.  [default: text, else all text columns]")
-@click.option(
-    "--on-the-fly/--no-on-the-fly", default=True, help="Also measure unrounded weights, as serving computes them."
-)
+@click.option("--on-the-fly/--no-on-the-fly", default=True, help="Also measure unrounded weights, which serving uses.")
 @click.option(
     "--tasks", default="", callback=_names, metavar="NAMES",
     help="Tasks of lm-eval, separated by commas, like arc_easy,hellaswag,piqa.",
@@ -102,9 +100,9 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Measure how close BASE + DELTA comes to FINE_TUNED: KL, top-1 agreement, perplexity, tasks.
+    """Measure how close BASE + DELTA is to FINE_TUNED: KL, top-1 agreement, perplexity, tasks.
 
-    Use text that the calibration has not seen, from the fine-tune's own domain and from others.
+    Use text that is not in the calibration, from the fine-tune's own domain and from others.
 
     Example: peraxis-tools eval org/base my/fine-tune delta.pxd --text code=held-out.jsonl --text c4=other.jsonl
     """

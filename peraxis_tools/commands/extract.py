@@ -23,7 +23,7 @@ __all__ = ["command"]
 def command(delta: str, output: Path, overwrite: bool, as_json: bool, quiet: bool) -> None:
     """Write the small files of DELTA (configuration, tokenizer, chat templates) to a folder. No base is needed.
 
-    DELTA may be a URL. Then only its header and these files are fetched.
+    DELTA may be a URL; then only its header and these files are fetched.
 
     Example: peraxis-tools extract delta.pxd -o tokenizer
     """

@@ -43,9 +43,9 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Show which fine-tune and base DELTA is for, and where its bytes go. DELTA is a path or a URL.
+    """Show the fine-tune and the base of DELTA, and the use of its bytes. DELTA is a path or a URL.
 
-    Only the header is read, also from a URL. --plot and --html read the scales too, and fetch a remote file for that.
+    Only the header is read, also from a URL. --plot and --html read the scales too, and so fetch a remote file.
 
     \b
     Example: peraxis-tools inspect delta.pxd --modules

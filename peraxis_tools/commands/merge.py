@@ -31,7 +31,7 @@ def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
     try:
         return tuple(float(item) for item in value.split(","))
     except ValueError:
-        raise click.BadParameter(f"{value!r} is no list of numbers like 0.7,0.3") from None
+        raise click.BadParameter(f"{value!r} is not a list of numbers like 0.7,0.3") from None
 
 
 @click.command("merge")
@@ -41,15 +41,13 @@ def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
     "--weights", metavar="W,W,...", callback=_numbers, help="One weight for each delta. A weight may be negative."
 )
 @masks_option(click.IntRange(1, pxd.COMPONENTS_MAX), help="Fit the sum into this many masks for each module.")
-@click.option(
-    "--method", type=click.Choice(["linear", "ties", "dare"]), help="The method, with the names that mergekit uses."
-)
+@click.option("--method", type=click.Choice(["linear", "ties", "dare"]), help="The method, with the names of mergekit.")
 @click.option("--density", default=0.5, show_default=True, type=Finite(1e-6, 1), help="The density of ties and dare.")
 @click.option(
     "--normalize/--no-normalize", default=None, help="Divide by the sum of the weights.  [default: for linear and ties]"
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="The seed of dare.")
-@click.option("--base", metavar="FOLDER|ID", help="The base. Needed if inputs store different exact tensors.")
+@click.option("--base", metavar="FOLDER|ID", help="The base, needed if inputs have different exact tensors.")
 @click.option("--name", help="The name of the merged checkpoint.")
 @overwrite_option
 @json_option
@@ -71,8 +69,8 @@ def command(
 ) -> None:
     """Merge deltas on one base into one: either the parts of one delta, or a weighted sum.
 
-    Without --masks a sum keeps every mask. It is exact but for one rounding of the scales to F16. With --masks it is
-    fitted into that many masks, and the error is shown. Parts (see `split`) need neither weights nor a method.
+    Without --masks a sum keeps every mask. It is exact except for one rounding of the scales to F16. With --masks it
+    is fitted into that many masks, and the error is shown. Parts (see `split`) need neither weights nor a method.
 
     \b
     Example: peraxis-tools merge code.pxd chat.pxd --weights 0.7,0.3 -o both.pxd
@@ -83,7 +81,7 @@ def command(
     with fetched(deltas, quiet=quiet) as paths:
         if _all_parts(paths):
             others = ("weights", "method", "masks", "density", "normalize", "seed", "base", "name")
-            refuse_given(*others, why="for parts of one delta, which are joined as they are")
+            refuse_given(*others, why="for parts of one delta, which are joined unchanged")
             result = merge_parts(paths, output, overwrite=overwrite, progress=step)
         else:
             if method not in ("ties", "dare"):

@@ -1,4 +1,4 @@
-"""Options that several verbs share, so that they are spelled and explained once."""
+"""Options that several verbs share, so that their names and help texts are written once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def refuse_given(*names: str, why: str) -> None:
-    """Raise ToolError for an option of the current command that was given, where it would do nothing."""
+    """Raise ToolError if one of these options of the current command was given, because it has no effect here."""
     context = click.get_current_context()
     for parameter in context.command.params:
         name = parameter.name or ""
@@ -36,7 +36,7 @@ def refuse_given(*names: str, why: str) -> None:
 
 
 class Finite(click.FloatRange):
-    """A number within bounds that are inclusive unless said: never NaN, which compares with nothing, nor infinite."""
+    """A finite number within bounds, which are inclusive by default."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         found = super().convert(value, param, ctx)
@@ -58,7 +58,7 @@ prefer_option = click.option(
     type=click.Choice(["size", "speed"]),
     default="size",
     show_default=True,
-    help="What exact tensors are written for: the fewest bytes, or the fastest application.",
+    help="Whether to write exact tensors with the fewest bytes, or for the fastest application.",
 )
 workers_option = click.option(
     "--workers",
@@ -69,13 +69,13 @@ workers_option = click.option(
 
 
 def masks_option(kind: click.ParamType[Any], *, help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """`--masks`, passed as `masks`; `--bits`, its name before, still works and is not shown."""
+    """`--masks`, passed as `masks`; its former name `--bits` still works but is not shown."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def run(*args: Any, masks: Any = None, bits: Any = None, **given: Any) -> None:
             if masks is not None and bits is not None:
-                raise ToolError("--bits is another name of --masks: give one of them")
+                raise ToolError("--bits is another name of --masks: give only one of them")
             command(*args, masks=bits if masks is None else masks, **given)
 
         return click.option("--masks", type=kind, help=help)(click.option("--bits", type=kind, hidden=True)(run))

@@ -34,7 +34,7 @@ __all__ = ["command"]
     type=click.Choice(["finetune", "adapter", "quantized", "merge"]),
     default="finetune",
     show_default=True,
-    help="How the hub calls the relation to the base.",
+    help="The hub's name of the relation to the base.",
 )
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option("--revision", help="The branch to commit to.")
@@ -61,7 +61,7 @@ def command(
 ) -> None:
     """Verify each DELTA, write a model card from the manifests, and upload all (and each DELTA.sig) to REPO on the hub.
 
-    If REPO has a card already, the card is extended.
+    If REPO already has a card, the card is extended.
 
     \b
     Example: peraxis-tools eval BASE FINE_TUNED delta.pxd --json > eval.json

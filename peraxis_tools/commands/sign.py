@@ -44,7 +44,7 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Sign DELTA with a key or a certificate, offline. The signature is written beside it. This needs peraxis[sign].
+    """Sign DELTA with a key or a certificate, offline, and write the signature beside it. This needs peraxis[sign].
 
     The password of a key is read from the environment variable PERAXIS_KEY_PASSWORD.
 

@@ -1,4 +1,4 @@
-"""Artifacts named on the command line: paths, or URLs that are fetched first, with progress."""
+"""The files on the command line: paths, or URLs that are fetched first, with progress."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from peraxis_tools.chain.order import Link, is_fold, link_of
+from peraxis_tools.chain.order import Link, folds, link_of
 from peraxis_tools.errors import ToolError
 from peraxis_tools.progress import staged
 from peraxis_tools.remote import listed, local_copy
@@ -17,7 +17,7 @@ __all__ = ["fetched", "updates_of"]
 
 @contextlib.contextmanager
 def fetched(sources: Sequence[str], *, quiet: bool) -> Iterator[list[Path]]:
-    """Local paths for these sources, in order; copies of remote ones are removed at the end."""
+    """Yield local paths of these sources, in order; copies of remote files are removed at the end."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(local_copy(source, progress=staged(quiet=quiet))) for source in sources]
 
@@ -37,7 +37,8 @@ def updates_of(sources: Sequence[str], *, quiet: bool) -> Iterator[list[Path]]:
                 found += copies
                 continue
             links = [_link(path, source, len(copies)) for path in copies]
-            found += [link.path for link in links if not is_fold(link, links)]
+            left_out = {link.path for link in folds(links)}
+            found += [link.path for link in links if link.path not in left_out]
         yield found
 
 

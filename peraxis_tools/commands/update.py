@@ -39,9 +39,9 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write what changed from OLD to NEW, bit for bit. Both are folders, safetensors files or hub ids.
+    """Write the changes from OLD to NEW, bit for bit. Both are folders, safetensors files or hub ids.
 
-    The file names the state that it was made on and the one that it results in, so that updates form a chain.
+    The file records the states before and after it, so that updates form a chain.
 
     \b
     Example: peraxis-tools update step-123 step-124 -o step-000124.pxd

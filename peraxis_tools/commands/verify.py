@@ -37,14 +37,14 @@ _FILES = ("json", "junit", "sarif", "github")
 def _texts(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Mapping[str, str]:
     pairs = [value.partition("=") for value in values]
     if not all(name and at and source for name, at, source in pairs):
-        raise click.BadParameter("want DOMAIN=SOURCE, like chat=held-out.jsonl")
+        raise click.BadParameter("must be DOMAIN=SOURCE, like chat=held-out.jsonl")
     return {name: source for name, _, source in pairs}
 
 
 def _reports(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Sequence[tuple[str, Path]]:
     pairs = [value.partition("=") for value in values]
     if not all(kind in _FILES and path for kind, _, path in pairs):
-        raise click.BadParameter(f"want FORMAT=PATH, with {', '.join(_FILES)} for FORMAT")
+        raise click.BadParameter(f"must be FORMAT=PATH, with {', '.join(_FILES)} for FORMAT")
     return [(kind, Path(path)) for kind, _, path in pairs]
 
 
@@ -112,11 +112,11 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Check the structure and the payload of each DELTA, and whatever else the options ask for.
+    """Check the structure and the payload of each DELTA, and everything that the options ask for.
 
-    DELTA may be a glob, a URL, or a folder, which stands for every .pxd in it.
+    DELTA may be a glob, a URL, or a folder, which means every .pxd in it.
 
-    All files are checked and the report is written before the command ends. The exit code is the gravest outcome: 0
+    All files are checked and the report is written before the command ends. The exit code is the worst outcome: 0
     verified, 1 failed (damaged, another base, above a bound), 2 usage, input or I/O, 3 not verifiable here (unknown
     version, missing base, key or package).
 
@@ -169,7 +169,7 @@ def _opener(*, quiet: bool) -> Opener:
 
 
 def _expanded(patterns: tuple[str, ...]) -> list[str]:
-    """Folders and globs become their files, sorted; a name that exists is no glob."""
+    """Replace folders and globs by their sorted files; an existing name is not a glob."""
     files: list[str] = []
     for pattern in patterns:
         if not is_remote(pattern) and Path(pattern).is_dir():
@@ -189,7 +189,7 @@ def _of_folder(folder: Path) -> list[str]:
     found = sorted(str(path) for path in folder.rglob("*.pxd") if path.is_file())
     if not found:
         raise ToolError(
-            f"{folder}: holds no .pxd; for what apply wrote, pass the delta with --base and --fine-tuned {folder}"
+            f"{folder}: has no .pxd; to check an applied folder, pass its delta with --base and --fine-tuned {folder}"
         )
     return found
 

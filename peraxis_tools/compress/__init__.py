@@ -1,4 +1,4 @@
-"""The compressor: a checkpoint pair in, one .pxd out. The way in is `compress`; run.py says what happens when."""
+"""The compressor turns a checkpoint pair into one .pxd. Its entry point is `compress`; run/run.py lists the steps."""
 
 from peraxis_tools.compress.api import compress
 from peraxis_tools.compress.options import CompressOptions, OptionError

@@ -1,4 +1,4 @@
-"""Every choice of a compression, in one frozen object: from the command line, from YAML, into the manifest."""
+"""The options of a compression in one frozen object, read from the command line or YAML, written to the manifest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from peraxis_tools.errors import OptionError
+from peraxis_tools.errors import OptionError, first_line
 from peraxis_tools.optional import require
 
 __all__ = [
@@ -30,10 +30,10 @@ AXES: Final = ("auto", "row", "col", "row+col", "tensor")
 EMBEDDINGS: Final = ("auto", "sign", "full")
 PREFER: Final = ("size", "speed")
 AUTO: Final = "auto"
-EVERYTHING: Final = ".*"  # of exact
+EVERYTHING: Final = ".*"  # a value of `exact`
 _COMPUTE: Final = ("auto", "float32", "bfloat16", "float16")
 _LOSSES: Final = ("kl", "mse")
-# Sets of options under a name; what is given beside one wins over it.
+# Named sets of options; a single option wins over its recipe.
 RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
     "quick": {"fit": "none"},
     "fit": {},
@@ -48,7 +48,7 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
         "distill_full_lr": 0.003,
     },
 }
-# Where a run stands and what it runs on: no part of what the bytes follow from.
+# Options of the machine and the process; the bytes of the file do not depend on them.
 _OF_DISTILLATION: Final = (
     "distill_epochs",
     "distill_batch_size",
@@ -72,7 +72,7 @@ _OF_TEXT: Final = (
 )
 _RATE_MIN: Final = 1e-9
 _NOT_CONTENT: Final = ("device", "resume", "hidden_limit", "logits_limit")
-# Of options whose default is None.
+# The types of options whose default is None.
 _KINDS_OF_NONE: Final[Mapping[str, type]] = {
     "target_ratio": float,
     "target_size": int,
@@ -80,7 +80,7 @@ _KINDS_OF_NONE: Final[Mapping[str, type]] = {
     "exact": str,
     "text_column": str,
 }
-# Names that options had before; files and their digests keep them.
+# Former names of options; files and their digests still use them.
 _OTHER_NAMES: Final[Mapping[str, str]] = {"bits": "masks"}
 
 
@@ -94,13 +94,13 @@ class CompressOptions:
     masks          the number of sign masks (components) of a module, 1 to 8; `bits` is another name
     target_size    the size of the file; or target_ratio, the fine-tuned size over it. Masks go where they help most
     exact          None; a regular expression: the tensors that it finds are stored losslessly, as `same`, an exact
-                   update or `full`, whichever is smallest (.* means all: a lossless file); auto: the tensors that
+                   update or `full`, the smallest of them (.* means all: a lossless file); auto: the tensors that
                    are smaller losslessly than as signs
     prefer         what exact updates are written for: size, the fewest bytes; speed, the fastest application
     embeddings     how embed_tokens and lm_head are stored: sign (with `masks`), full (exact), auto (with more masks)
     calibration    c4, a `datasets` id, or a file of json, jsonl(.gz), parquet or txt; or several of them, each
-                   with a weight if one is wanted: ("c4:0.5", "chat.jsonl:0.5")
-    held_out       the share of the calibration samples that is kept for validation
+                   optionally with a weight: ("c4:0.5", "chat.jsonl:0.5")
+    held_out       the share of the calibration samples that is used for validation
     generated_samples  samples that the fine-tuned model generates; they are added to the text, as its own domain. None
                    means 16 if the whole model fits into `hidden_limit`, and none otherwise or for the paper's fit
     distill_samples  samples for the end-to-end distillation of all scales afterwards; 0 means none
@@ -191,7 +191,7 @@ class CompressOptions:
         self._refuse_idle()
 
     def _refuse_idle(self) -> None:
-        """Options that are not at their default, but do nothing beside the others."""
+        """Raise OptionError for an option that is not at its default but has no effect with the others."""
         if self.resolved_fit == "none":
             self._refuse(_OF_TEXT, "without a fit on text" if self.fit == "auto" else f"with fit {self.fit}")
         if not self.distill_samples:
@@ -211,14 +211,14 @@ class CompressOptions:
         try:
             re.compile(self.exact)
         except re.error as error:
-            raise OptionError(f"exact {self.exact!r}: no regular expression: {error}") from None
+            raise OptionError(f"exact {self.exact!r}: not a regular expression: {error}") from None
         if self.has_target:
-            raise OptionError("exact and a target size exclude each other: what is lossless takes what it takes")
+            raise OptionError("exact and a target size exclude each other: a lossless file has one size")
         if self.exact == EVERYTHING and self.resolved_fit != "none":
             raise OptionError("a lossless file needs no text: leave out --calibration, or say what --exact is for")
 
     def is_exact(self, name: str) -> bool:
-        """Whether a tensor was asked for losslessly; `auto` decides where its data is seen."""
+        """Whether this tensor is to be stored losslessly; `auto` decides when it reads the data."""
         return self.exact not in (None, AUTO) and re.search(str(self.exact), name) is not None
 
     @property
@@ -228,15 +228,15 @@ class CompressOptions:
 
     @property
     def resolved_fit(self) -> str:
-        """The fit that `auto` stands for."""
+        """The fit, with `auto` replaced by its choice."""
         if self.fit != "auto":
             return self.fit
         return "none" if self.calibration is None else "refined"
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> CompressOptions:
-        """Options from a mapping (YAML, JSON); `-` and `_` are the same, `recipe` stands for options of RECIPES.
-        Of two names of one option the later wins.
+        """Options from a mapping (YAML, JSON); `-` and `_` are equal, `recipe` names a set of RECIPES.
+        If an option is given under two names, the later one wins.
 
         Raises OptionError for unknown keys.
         """
@@ -257,11 +257,11 @@ class CompressOptions:
 
     @classmethod
     def from_yaml(cls, path: Path) -> CompressOptions:
-        """Options from a YAML file. Raises OptionError for what is no mapping of known keys."""
+        """Options from a YAML file. Raises OptionError if it is not a mapping of known keys."""
         return cls.from_mapping(read_yaml(path))
 
     def content(self) -> dict[str, Any]:
-        """What the bytes of the artifact follow from, for the manifest and for resuming; floats as decimal strings."""
+        """The options that determine the bytes of the file, for the manifest and for resuming; floats as strings."""
         names = {new: old for old, new in _OTHER_NAMES.items()}
         values = {names.get(name, name): value for name, value in asdict(self).items() if name not in _NOT_CONTENT}
         if self.prefer == "size":
@@ -269,7 +269,7 @@ class CompressOptions:
         return {name: repr(value) if isinstance(value, float) else value for name, value in values.items()}
 
     def canonical_json(self) -> str:
-        """`content` as canonical JSON: `from_mapping(json.loads(...))` gives these options back."""
+        """`content` as canonical JSON. Law: from_mapping(json.loads(o.canonical_json())) == o, in these options."""
         return json.dumps(self.content(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -280,17 +280,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # a date that is none is a ValueError
-        raise OptionError(f"{path}: not a YAML file: {str(error).splitlines()[0]}") from None
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # an invalid date is a ValueError
+        raise OptionError(f"{path}: not a YAML file: {first_line(error)}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise OptionError(f"{path}: must hold `option: value` lines, not a {type(values).__name__}")
+        raise OptionError(f"{path}: must have lines `option: value`, not a {type(values).__name__}")
     return values
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of `1200000`, `800KB`, `1.2GB` (powers of 1000) or `1GiB` (of 1024). Raises OptionError."""
+    """Parse bytes: `1200000`, `800KB`, `1.2GB` (powers of 1000) or `1GiB` (of 1024). Raises OptionError."""
     if isinstance(text, int):
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", text, re.IGNORECASE)
@@ -305,7 +305,7 @@ def _dashed(name: str) -> str:
 
 
 def _texts(value: Any) -> str | tuple[str, ...] | None:
-    """One text stays a string, whatever way it came: files name it as they always have."""
+    """Normalise the calibration texts: one text is a string, as in files of earlier versions; several are a tuple."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):

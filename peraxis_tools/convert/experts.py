@@ -1,12 +1,12 @@
-"""Low-rank factors of fused experts, as PEFT's target_parameters has them.
+"""Low-rank factors of fused experts, for PEFT's target_parameters.
 
-A fused parameter [E, O, I] takes one rank R for all experts; the checkpoint's tensors are rows [first, last) of one
-expert's matrix each. With D_e ~ B_e A_e, B_e [O, R] block by block of rows, A_e [R, I]:
+A fused parameter [E, O, I] has one rank R for all experts; each tensor of the checkpoint is rows [first, last) of one
+expert's matrix. With D_e ~ B_e A_e, B_e [O, R] made of blocks of rows, A_e [R, I]:
 
     lora_A.weight [E R, I]    row (e, k)       = A_e[k]
     lora_B.weight [O, R E]    column (k, e)    = B_e[:, k]
 
-The factors of two tensors in one expert (gate and up) stand one after the other along R; what is not used is 0.
+The factors of two tensors in one expert (gate and up) are concatenated along R; unused entries are 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["ExpertFactors", "fused_factors", "wrapper_keys"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertFactors:
-    """left: float32 [rows, r]; right: [r, I]; of the rows from `first` on of expert `index`."""
+    """left: float32 [rows, r]; right: [r, I]; for the rows of expert `index` that begin at `first`."""
 
     index: int
     first: int
@@ -51,9 +51,9 @@ def fused_factors(
 
 
 def wrapper_keys(parameters: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], str]:
-    """Where PEFT keeps the factors of (layer, parameter): it wraps a layer once a parameter, in the layer's own order.
+    """The path of PEFT's factors by (layer, parameter). PEFT wraps a layer once per parameter, in the layer's order.
 
-    parameters: by layer, those that are adapted, in the order of the layer's parameters. The last one is outermost.
+    parameters: the adapted parameters of each layer, in the order of the layer. The last one is outermost.
     """
     keys = {}
     for layer, names in parameters.items():

@@ -1,20 +1,20 @@
-"""Delta files of other projects, read: `.pt` dictionaries of tensors, without running anything that they hold.
+"""Read delta files of other projects: `.pt` dictionaries of tensors. Nothing in them is executed.
 
-Both pack the signs of a weight [d_out, d_in] transposed: int32 [d_in/32, d_out], bit i of word [w, o] is the sign of
-weight [o, 32 w + i]; 1 is +1. Read along d_in and little-endian, these are the bytes of a PXD mask.
+Both layouts pack the signs of a weight [d_out, d_in] transposed: int32 [d_in/32, d_out], bit i of word [w, o] is the
+sign of weight [o, 32 w + i]; 1 is +1. Read along d_in and little-endian, these are the bytes of a PXD mask.
 
     bitdelta     <module>.mask, <module>.coeff (one number); other parameters whole, under their own names
     peraxis-pt   <module>.mask_row with .coeff_row, or .mask_col with .coeff_col; vectors, BF16. The weight is stored
                  transposed, so its `row` vector has the length d_in and is PXD's `col`, and the other way round
                  (the table of SPEC 5.3)
 
-Their merges, which a converted file is to repeat: bitdelta rounds each term to the weight's dtype and adds it in that
-dtype; peraxis-pt adds terms that are of the weight's dtype already. So
+A converted file must repeat their merges: bitdelta rounds each term to the weight's dtype and adds it in that dtype;
+peraxis-pt adds terms that already have the weight's dtype. So
 
     W = round(W_base + b * round(scale))        round: to the dtype of W_base
 
-and since 8 bits of BF16 and 11 of F16 fit into an F16 scale under an exponent, W is theirs to the bit on a base of
-these dtypes, where all scales of a module lie within 2^28 of its largest. On an F32 base a scale is rounded to F16.
+8 bits of BF16 and 11 of F16 fit into an F16 scale with an exponent. So W equals theirs bit for bit on a base of these
+dtypes, if all scales of a module are within 2^28 of its largest. On an F32 base a scale is rounded to F16.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ __all__ = ["LAYOUTS", "Carried", "Layout", "Signs", "TorchDelta", "component_of"
 Layout: TypeAlias = Literal["bitdelta", "peraxis-pt"]
 LAYOUTS: Final[tuple[Layout, ...]] = ("bitdelta", "peraxis-pt")
 
-# What their names call an axis, and what PXD calls it (SPEC 5.3).
+# Their name of an axis -> PXD's (SPEC 5.3).
 _SWAPPED: Final = {"row": pxd.Axis.COL, "col": pxd.Axis.ROW}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signs:
-    """One module as such a file holds it. words: int32 [d_in/32, d_out]. scale: binary64, flat, may be negative."""
+    """One module of such a file. words: int32 [d_in/32, d_out]. scale: binary64, flat, may be negative."""
 
     axis: pxd.Axis
     words: NDArray[np.int32]
@@ -58,7 +58,7 @@ class Signs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorchDelta:
-    """A whole file: modules by the name of their weight, and parameters stored whole."""
+    """A whole file: modules with masks by the name of their weight, and full parameters."""
 
     layout: Layout
     signs: Mapping[str, Signs]
@@ -66,9 +66,9 @@ class TorchDelta:
 
 
 def read_torch_delta(path: Path, layout: Layout | None = None, *, axis: pxd.Axis | None = None) -> TorchDelta:
-    """Read such a file; layout None: recognise it by its names. Raises ToolError.
+    """Read such a file; layout None recognises it by its names. Raises ToolError.
 
-    axis: row or col, as SPEC.md names them: which to take of a module whose variants are both there.
+    axis: row or col, by the names of SPEC.md: the variant to take if the file has both for a module.
     """
     require("a .pt file", "torch")
     tensors = _load(path)
@@ -79,7 +79,7 @@ def read_torch_delta(path: Path, layout: Layout | None = None, *, axis: pxd.Axis
     whole = {name: tensor for name, tensor in tensors.items() if name not in used}
     strange = next((name for name in whole if name.rpartition(".")[2] not in ("weight", "bias")), None)
     if strange is not None:
-        raise ToolError(f"{path}: {strange!r} is no part of the layout {layout}; it cannot be converted")
+        raise ToolError(f"{path}: {strange!r} is not part of the layout {layout}; it cannot be converted")
     return TorchDelta(layout=layout, signs=signs, whole=whole)
 
 
@@ -87,11 +87,11 @@ def _load(path: Path) -> dict[str, Tensor]:
     import torch
 
     try:
-        # Mapped where the file is a zip, as it is since torch 1.6: tensors then come into memory one by one.
+        # A zip file (since torch 1.6) is mapped, so tensors are loaded one by one.
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise ToolError(
-            f"{path}: holds Python objects, not tensors alone; it is not opened, since that could run code"
+            f"{path}: has Python objects beside tensors; it is not opened, because that could run code"
         ) from None
     except (RuntimeError, EOFError, ValueError) as error:
         raise ToolError(f"{path}: not a .pt file, or damaged ({str(error).splitlines()[0][:120]})") from None
@@ -133,15 +133,15 @@ def _peraxis(
         module, _, name = key.rpartition(".")
         theirs = name.removeprefix("mask_")
         if theirs not in _SWAPPED:
-            raise ToolError(f"{path}: {key!r} is no part of the layout peraxis-pt; try --from bitdelta")
+            raise ToolError(f"{path}: {key!r} is not part of the layout peraxis-pt; try --from bitdelta")
         axis, scale = _SWAPPED[theirs], f"{module}.coeff_{theirs}"
         used |= {key, scale}
         if {f"{module}.mask_row", f"{module}.mask_col"} <= masks and axis is not wanted:
             if wanted is None:
-                # The paper keeps the variant of the lower validation error, which is not in the file.
+                # The paper takes the variant with the lower validation error, which is not in the file.
                 raise ToolError(
-                    f"{path}: {module} has both a row and a col variant, and nothing says which was chosen; pass "
-                    "--axis row (a scale an output, their mask_col) or --axis col (a scale an input, their mask_row)"
+                    f"{path}: {module} has both a row and a col variant, and does not say which was chosen; pass "
+                    "--axis row (a scale per output, their mask_col) or --axis col (a scale per input, their mask_row)"
                 )
             continue
         words = _words(path, key, tensors)
@@ -165,19 +165,19 @@ def _scale(path: Path, key: str, tensors: Mapping[str, Any], count: int) -> NDAr
     if tensor is None:
         raise ToolError(f"{path}: has no {key!r} for its mask; save the file again")
     if tensor.numel() != count or not tensor.is_floating_point():
-        raise ToolError(f"{path}: {key!r} has {tensor.numel()} values where {count} are wanted")
+        raise ToolError(f"{path}: {key!r} has {tensor.numel()} values instead of {count}")
     scale: NDArray[np.float64] = tensor.detach().double().reshape(-1).numpy()
     if not np.all(np.isfinite(scale)):
-        raise ToolError(f"{path}: {key!r} holds values that are not finite")
+        raise ToolError(f"{path}: {key!r} has values that are not finite")
     return scale
 
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """A component as it is stored.
+    """A converted component.
 
-    error: the largest relative difference to a scale of the file. merges: whether base + component is their merge's
-    weight to the bit.
+    error: the largest relative difference to a scale of the file. merges: whether base + component equals the weight of
+    their merge bit for bit.
     """
 
     component: pxd.Component

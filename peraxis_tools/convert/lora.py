@@ -1,10 +1,10 @@
-"""A .pxd -> a LoRA adapter as PEFT loads it: each delta's truncated singular value decomposition.
+"""Convert a .pxd to a LoRA adapter for PEFT: the truncated singular value decomposition of each delta.
 
     D ~ B A      B [d_out, r] = U_r sqrt(S_r)      A [r, d_in] = sqrt(S_r) V_r^T      error = ||D - B A|| / ||D||
 
-A matrix of signs has a nearly flat spectrum, so that a small rank keeps little of it: the error is reported for each
-module and is the point of this conversion's report. Exact tensors (norms, exact embeddings) go in whole, through
-`modules_to_save`, biases through `bias`. Factors are F32. How each tensor goes in, and what cannot: routes.py.
+A matrix of signs has a nearly flat spectrum, so a small rank approximates it poorly; the report has the error of each
+module. Exact tensors (norms, exact embeddings) are stored whole through `modules_to_save`, biases through `bias`.
+Factors are F32. routes.py decides for each tensor.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class LoraModule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeftOut:
-    """A tensor that the adapter does not carry, and why."""
+    """A tensor that the adapter does not contain, and the reason."""
 
     name: str
     reason: str
@@ -66,9 +66,11 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraResult:
-    """error: relative, by root of sums of squares, over all of the delta that is known; what is left out is lost.
+    """The result of `to_lora`.
 
-    Exact tensors are part of it where the base was given. uncounted: exact tensors left out and not in `error`.
+    error: relative, by root of sums of squares, over all known deltas; a tensor that is left out counts as lost.
+
+    Exact tensors are included if the base was given. uncounted: exact tensors that are left out and not in `error`.
     """
 
     folder: Path
@@ -112,10 +114,11 @@ def to_lora(
     overwrite: bool = False,
     progress: Progress = None,
 ) -> LoraResult:
-    """Write a PEFT folder. Either rank (for every module), or max_error: the least rank of each that stays below it.
+    """Write a PEFT folder. Pass rank (for all modules), or max_error: each module gets the least rank below it.
 
-    base: folder, file or hub id. It gives what PEFT wants beside the delta (the bias of a norm that is saved whole),
-    and the size of exact changes. Raises ToolError where nothing can be adapted, PxdError, CheckpointError, OSError.
+    base: a folder, a file or a hub id. It gives tensors that PEFT needs beside the delta (the bias of a norm that is
+    saved whole), and the size of exact changes. Raises ToolError if nothing can be adapted, PxdError, CheckpointError,
+    OSError.
     """
     require("a LoRA adapter", "torch")
     if (rank is None) == (max_error is None):
@@ -141,7 +144,7 @@ def to_lora(
         if not adapter.modules:
             reasons = sorted({item.reason for item in adapter.left_out})
             why = f": each {'; or '.join(reasons)}" if reasons else ""
-            raise ToolError(f"{path}: holds no matrix that a LoRA adapter could carry{why}")
+            raise ToolError(f"{path}: has no matrix that a LoRA adapter can represent{why}")
         _fuse_experts(adapter)
         _save(adapter, output, _config(adapter, delta.manifest, targets.task), overwrite=overwrite)
         return LoraResult(
@@ -161,12 +164,12 @@ def _save(adapter: _Adapter, output: Path, config: Mapping[str, Any], *, overwri
     with atomic_folder(output, overwrite=overwrite) as folder:
         save_tensors(adapter.tensors, folder / "adapter_model.safetensors", output)
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        # safetensors lets nobody but its writer read the file.
+        # safetensors makes the file readable for its owner alone.
         shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")
 
 
 def _targets(delta: pxd.DeltaFile, base: Checkpoint | None) -> Targets:
-    """By the model of the delta's configuration, or of the base's; else by names."""
+    """The targets by the model of the delta's configuration, or of the base's; else by names."""
     names = [entry.name for entry in delta.manifest.modules]
     config = _configuration(delta, base)
     found = None if config is None else targets_by_model(config, names)
@@ -193,7 +196,7 @@ def _configuration(delta: pxd.DeltaFile, base: Checkpoint | None) -> Mapping[str
 
 
 def _add(adapter: _Adapter, entry: pxd.ModuleEntry, rank: int | None, max_error: float | None) -> None:
-    """Carry one module that changed into the adapter, or count it as lost."""
+    """Add one changed module to the adapter, or count it as lost."""
     route = adapter.routes[entry.name]
     place = route.place
     if route.kind is RouteKind.LEAVE or place is None:
@@ -228,7 +231,7 @@ def _routes(adapter: _Adapter) -> Collection[Route]:
 
 
 def _tensor(adapter: _Adapter, name: str) -> Tensor:
-    """A tensor of the fine-tune that is stored full, or is the base's."""
+    """A tensor of the fine-tune with the encoding `full`, or the base's."""
     from peraxis_format.ops.tensors import from_storage
 
     entry = adapter.delta.entry(name)
@@ -240,7 +243,7 @@ def _tensor(adapter: _Adapter, name: str) -> Tensor:
 
 
 def _square(adapter: _Adapter, entry: pxd.ModuleEntry) -> float | None:
-    """Square norm of a module's change; None where it takes the base to know."""
+    """The square norm of a module's change; None if it needs the base."""
     if entry.components:
         module = adapter.delta.load(entry.name)
         blocks = (delta_rows(module, rows, None) for rows in row_blocks(module.covered))
@@ -289,14 +292,14 @@ def _decompose(
         adapter.tensors[f"{layer}.lora_A.weight"] = a.contiguous()
         adapter.tensors[f"{layer}.lora_B.weight"] = b.contiguous()
         return
-    # An embedding [rows, width] and a Conv1D [d_in, d_out] are the transpose of a linear layer's weight: D^T = A^T B^T.
+    # An embedding [rows, width] and a Conv1D [d_in, d_out] are transposed linear weights: D^T = A^T B^T.
     names = ("lora_embedding_A", "lora_embedding_B") if place.kind is LayerKind.EMBEDDING else _LINEAR_NAMES
     adapter.tensors[f"{layer}.{names[0]}"] = b.t().contiguous()
     adapter.tensors[f"{layer}.{names[1]}"] = a.t().contiguous()
 
 
 def _fuse_experts(adapter: _Adapter) -> None:
-    """The factors of fused experts, put together parameter by parameter."""
+    """Assemble the factors of fused experts for each parameter."""
     import torch
 
     layers: dict[str, list[str]] = {}
@@ -314,7 +317,7 @@ def _fuse_experts(adapter: _Adapter) -> None:
 
 
 def _config(adapter: _Adapter, manifest: pxd.Manifest, task: str | None) -> dict[str, Any]:
-    """adapter_config.json: names in full, and alpha = r everywhere, so that the scaling is 1."""
+    """The content of adapter_config.json: full names, and alpha = r everywhere, so that the scaling is 1."""
     ranks = adapter.ranks | adapter.parameters
     common = max(ranks.values())
     pattern = {name: rank for name, rank in ranks.items() if rank != common}

@@ -3,8 +3,8 @@
     X <- orthonormal basis of D^T D X, four times from a random X [d_in, r + 16]       (subspace iteration)
     D X = U S W^T          D ~ U_r S_r (X W)_r^T          ||D - that||^2 = ||D||^2 - sum over i <= r of s_i^2
 
-The last line holds since X has orthonormal columns. Where little is left it would be a difference of almost equal
-numbers, and is measured instead. A dense matrix is never in memory: five passes over blocks of rows.
+The last equation holds because X has orthonormal columns. If the error is small, it would be a difference of almost
+equal numbers, so it is measured instead. A dense matrix is never in memory: there are five passes over blocks of rows.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from peraxis_tools.rows import row_blocks
 
 __all__ = ["LowRank", "low_rank", "whole_spectrum"]
 
-_BLOCK_ELEMENTS: Final = 1 << 22  # large enough for a matrix product to be worth its threads
+_BLOCK_ELEMENTS: Final = 1 << 22  # large enough for a threaded matrix product
 _EXTRA: Final = 16
 _ITERATIONS: Final = 4
-_SEED: Final = 0  # the same delta gives the same factors
-_MEASURED_BELOW: Final = 1e-2  # of the square norm: binary32 products are good to 1e-6
+_SEED: Final = 0  # fixed, so that equal deltas give equal factors
+_MEASURED_BELOW: Final = 1e-2  # share of the square norm; binary32 products have errors of 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowRank:
-    """D ~ left @ right. left: float32 [d_out, r]. right: [r, d_in]. Squares: of ||D|| and of ||D - left @ right||."""
+    """D ~ left @ right. left: float32 [d_out, r]. right: [r, d_in]. The squares: ||D||^2 and ||D - left @ right||^2."""
 
     left: NDArray[np.float32]
     right: NDArray[np.float32]
@@ -39,7 +39,7 @@ class LowRank:
 
 
 def low_rank(terms: ComponentSum, rank: int) -> LowRank:
-    """The best factors of this rank, but for what five passes leave of it; rank + 16 at most the smaller dimension."""
+    """Nearly the best factors of this rank, from five passes; rank + 16 is at most the smaller dimension."""
     d_out, d_in = terms.shape
     basis = np.random.default_rng(_SEED).standard_normal((d_in, min(d_in, rank + _EXTRA)), np.float32)
     for _ in range(_ITERATIONS):
@@ -66,7 +66,7 @@ def low_rank(terms: ComponentSum, rank: int) -> LowRank:
 
 
 def whole_spectrum(terms: ComponentSum, rank: int | None, max_error: float | None) -> LowRank:
-    """All singular values of the dense matrix: for a large share of them, or a rank that follows from the error."""
+    """Factors from all singular values of the dense matrix: for a large rank, or a rank that max_error determines."""
     import torch
 
     matrix = torch.from_numpy(terms.dense(slice(0, terms.shape[0]), threads=None))

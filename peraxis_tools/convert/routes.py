@@ -1,9 +1,9 @@
-"""How each tensor of a delta gets into a PEFT adapter, or why it cannot.
+"""Choose how each tensor of a delta is stored in a PEFT adapter, or why it cannot be.
 
 ADAPT   low-rank factors of a linear, Conv1D or embedding layer's weight
-WHOLE   the layer's own tensors through modules_to_save: all of them, since PEFT loads such a layer whole
+WHOLE   all tensors of the layer through modules_to_save, because PEFT loads such a layer whole
 BIAS    a bias alone, under bias="all"
-LEAVE   nothing of it; the reason is told
+LEAVE   the tensor is left out, with a reason
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RouteKind(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """place: None where the tensor has none. reason: why it is left. parts: of a whole layer, (parameter, name)."""
+    """place: None if the model has none. reason: why it is left out. parts: a whole layer's (parameter, name)."""
 
     kind: RouteKind
     place: Place | None = None
@@ -38,17 +38,17 @@ class Route:
     parts: tuple[tuple[str, str], ...] = ()
 
 
-_TIED: Final = "is tied, and PEFT would adapt one of the two alone"
-_FUSED: Final = "is no parameter of its own in transformers' model and in no order that PEFT adapts (fused experts)"
+_TIED: Final = "is tied, and PEFT would adapt only one of the two"
+_FUSED: Final = "is a part of a parameter in transformers' model (fused experts), in an order that PEFT cannot adapt"
 
 
 def unchanged(entry: pxd.ModuleEntry) -> bool:
-    """Whether the module is the base's own."""
+    """Whether the module equals the base's."""
     return entry.encoding is pxd.Encoding.SAME and entry.tensor() is None
 
 
 def routes_of(entries: Mapping[str, pxd.ModuleEntry], targets: Targets, base: Collection[str]) -> dict[str, Route]:
-    """The route of every module that changed. base: names of the base's tensors that can be read; none without it."""
+    """The route of every changed module. base: the names of the base's tensors; empty without a base."""
     routes = {name: _alone(entry, targets.places.get(name)) for name, entry in entries.items() if not unchanged(entry)}
     names = {(place.layer, place.parameter): name for name, place in targets.places.items()}
     for name, route in list(routes.items()):
@@ -63,7 +63,7 @@ def routes_of(entries: Mapping[str, pxd.ModuleEntry], targets: Targets, base: Co
 
 
 def _alone(entry: pxd.ModuleEntry, place: Place | None) -> Route:
-    """The route of a module, seen alone."""
+    """The route of a module without regard to the others."""
 
     def leave(reason: str) -> Route:
         return Route(kind=RouteKind.LEAVE, place=place, reason=reason)
@@ -73,7 +73,7 @@ def _alone(entry: pxd.ModuleEntry, place: Place | None) -> Route:
     if place.tied:
         return leave(_TIED)
     if entry.encoding is pxd.Encoding.FULL and place.kind is LayerKind.EXPERTS:
-        return leave("is an exact part of fused experts, which have low-rank factors alone")
+        return leave("is an exact part of fused experts, which can only have low-rank factors")
     if entry.encoding is pxd.Encoding.FULL:
         if entry.base is None or entry.base.shape != entry.shape:
             return leave("has another shape than in the base, or is new")
@@ -89,7 +89,7 @@ def _alone(entry: pxd.ModuleEntry, place: Place | None) -> Route:
     if place.kind is LayerKind.OTHER or place.parameter != "weight":
         return leave(f"is in a {place.class_name}, which LoRA cannot adapt")
     if place.lost:
-        return leave(f"would be looked for as {place.lost} by PEFT, a name that transformers makes of it")
+        return leave(f"would be loaded by PEFT as {place.lost}, because transformers renames it")
     return Route(kind=RouteKind.ADAPT, place=place)
 
 
@@ -100,13 +100,13 @@ def _whole(
     names: Mapping[tuple[str, str], str],
     base: Collection[str],
 ) -> Route:
-    """A layer saved whole: where each of its tensors comes from, or what is missing."""
+    """The route of a layer that is saved whole: the source of each of its tensors, or the missing one."""
 
     def leave(reason: str) -> Route:
         return Route(kind=RouteKind.LEAVE, place=place, reason=reason)
 
     if not place.leaf:
-        return leave(f"is a parameter of a {place.class_name} beside other layers, which PEFT cannot save alone")
+        return leave(f"is a parameter of a {place.class_name} with layers of its own, which PEFT cannot save alone")
     parts = []
     for parameter in place.siblings:
         name = names.get((place.layer, parameter))
@@ -122,7 +122,7 @@ def _whole(
 
 
 def _outside(route: Route, wrapped: Collection[str]) -> Route:
-    """PEFT puts what it adapts through target_parameters one level deeper: a layer inside has another name then."""
+    """Leave out layers inside a module that PEFT wraps for target_parameters, because their names change."""
     layer = "" if route.place is None else route.place.layer
     around = next((name for name in wrapped if layer.startswith(f"{name}.")), None)
     if around is None or route.kind is RouteKind.LEAVE:
@@ -131,7 +131,7 @@ def _outside(route: Route, wrapped: Collection[str]) -> Route:
 
 
 def _unambiguous(route: Route, layers: Collection[str]) -> Route:
-    """PEFT finds layers by the ends of their names: one whose name ends another's cannot be meant alone."""
+    """Leave out layers whose name is the end of another's, because PEFT finds layers by the ends of their names."""
     if route.kind not in (RouteKind.WHOLE, RouteKind.ADAPT) or route.place is None:
         return route
     if route.place.kind is LayerKind.EXPERTS:
@@ -141,4 +141,4 @@ def _unambiguous(route: Route, layers: Collection[str]) -> Route:
     other = next((name for name in layers if name != layer and name.endswith(ends)), None)
     if other is None:
         return route
-    return Route(kind=RouteKind.LEAVE, place=route.place, reason=f"cannot be told from {other} by PEFT")
+    return Route(kind=RouteKind.LEAVE, place=route.place, reason=f"cannot be distinguished from {other} by PEFT")

@@ -1,7 +1,7 @@
-"""Where in a live model each checkpoint tensor is, and whether PEFT can adapt the layer that holds it.
+"""The place of each checkpoint tensor in a live model, and whether PEFT can adapt its layer.
 
-The model is built from config.json by transformers, without weights. Where that is not possible, names alone decide:
-what is called weight is a linear layer, or an embedding by kind_of.
+transformers builds the model from config.json without weights. If that fails, names decide: a tensor called weight
+belongs to a linear layer, or to an embedding by kind_of.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ __all__ = ["LayerKind", "Place", "Targets", "targets_by_model", "targets_by_name
 
 
 class LayerKind(Enum):
-    """What a layer is to PEFT; value: what LoRA can do with it."""
+    """The kinds of layers for PEFT; the value says how LoRA handles it."""
 
     LINEAR = "adapted"
     CONV1D = "adapted, its weight is [d_in, d_out]"
     EMBEDDING = "adapted by rows"
     EXPERTS = "rows of one expert in a fused parameter, adapted through target_parameters"
-    PARAMETER = "a router, or what PEFT would take for experts, adapted through target_parameters"
+    PARAMETER = "a router, or a layer that PEFT would treat as experts, adapted through target_parameters"
     OTHER = "saved whole or not at all"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """A parameter in a model: layer.parameter. siblings: all that the layer's state holds; empty: unknown.
+    """A parameter in a model: layer.parameter. siblings: the layer's state; empty: unknown.
 
-    lost: the name that transformers would give the layer while PEFT loads it, where the model has none such.
-    index, first, stack: of fused experts, which expert, its first row, and the parameter's shape [E, O, I].
+    lost: the name that transformers would give the layer when PEFT loads it, if the model has no such layer.
+    index, first, stack: for fused experts, the expert, its first row, and the parameter's shape [E, O, I].
     """
 
     layer: str
@@ -62,9 +62,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """places: by checkpoint name; a name that is not there has no parameter of its own in the model.
+    """places: by checkpoint name; a name that is missing has no parameter in the model.
 
-    modules: the names of all of the model's modules, where they are known.
+    modules: the names of all modules of the model, if they are known.
     """
 
     places: Mapping[str, Place]
@@ -73,7 +73,7 @@ class Targets:
 
 
 def targets_by_name(shapes: Mapping[str, tuple[int, ...]], tied: Iterable[str]) -> Targets:
-    """Guessed from names and shapes alone."""
+    """Targets that are guessed from names and shapes alone."""
     places = {}
     siblings: dict[str, list[str]] = {}
     for name in shapes:
@@ -95,7 +95,7 @@ def targets_by_name(shapes: Mapping[str, tuple[int, ...]], tied: Iterable[str]) 
 
 
 def targets_by_model(config: Mapping[str, Any], names: Iterable[str]) -> Targets | None:
-    """From the model that config.json describes; None where transformers cannot build it."""
+    """Targets from the model that config.json describes; None if transformers cannot build it."""
     from peraxis_tools.parameter_names import map_names
 
     model = _model(config)
@@ -124,18 +124,18 @@ def targets_by_model(config: Mapping[str, Any], names: Iterable[str]) -> Targets
 
 
 def _renamings(model: nn.Module) -> list[Any]:
-    """What transformers renames of a checkpoint; PEFT puts the names of an adapter's factors through it as well."""
+    """transformers' renamings of a checkpoint; PEFT applies them to the names of an adapter's factors too."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming
-    except ImportError:  # before version 5 models had the checkpoint's names
+    except ImportError:  # before version 5, models had the checkpoint's names
         return []
     mapping: list[Any] = get_model_conversion_mapping(cast("PreTrainedModel", model)) or []
     return [entry for entry in mapping if isinstance(entry, WeightRenaming)]
 
 
 def _loaded_name(layer: str, renamings: Iterable[Any]) -> str:
-    """The layer that PEFT would look for."""
+    """The name of the layer that PEFT would load into."""
     key = f"{layer}.lora_A.weight"
     for renaming in renamings:
         key = str(renaming.rename_source_key(key)[0])
@@ -143,7 +143,7 @@ def _loaded_name(layer: str, renamings: Iterable[Any]) -> str:
 
 
 def _expert_place(model: nn.Module, place: Place, found: ParameterSlice) -> Place | None:
-    """The place of one expert's rows; None where PEFT orders the parameter otherwise ([E, I, O])."""
+    """The place of one expert's rows; None if PEFT orders the parameter otherwise ([E, I, O])."""
     module = model.get_submodule(place.layer)
     stack = tuple(model.get_parameter(found.parameter).shape)
     if len(stack) != 3 or getattr(module, "is_transposed", False):
@@ -168,12 +168,12 @@ def _model(config: Mapping[str, Any]) -> nn.Module | None:
                 return built
             model: nn.Module = kind(parsed)
             return model
-    except Exception:  # a configuration from a stranger's file may fail in any way
+    except Exception:  # an untrusted configuration can fail in any way
         return None
 
 
 def _plain(value: Any) -> Any:
-    """transformers writes a float that JSON lacks as {"__float__": "Infinity"}."""
+    """Decode transformers' form of a float that JSON lacks: {"__float__": "Infinity"}."""
     if isinstance(value, Mapping):
         if set(value) == {"__float__"}:
             return float(value["__float__"])
@@ -182,7 +182,7 @@ def _plain(value: Any) -> Any:
 
 
 def _tied(model: nn.Module) -> set[str]:
-    """Names of parameters that stand under several names."""
+    """The names of parameters that have several names."""
     seen: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         seen.setdefault(id(parameter), []).append(name)
@@ -194,7 +194,7 @@ _CLASSES: Final = {
     "Conv1D": LayerKind.CONV1D,
     "Embedding": LayerKind.EMBEDDING,
 }
-# PEFT takes these names of mixture-of-experts checkpoints for the experts that transformers fuses.
+# PEFT treats these names of mixture-of-experts checkpoints as the experts that transformers fuses.
 _TAKEN_FOR_EXPERTS: Final = (".gate", ".gate_proj", ".up_proj", ".down_proj", ".w1", ".w2", ".w3")
 # PEFT refuses these layers of state space models, whose kernels read the weights themselves.
 _STATE_SPACE: Final = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
@@ -202,7 +202,7 @@ _READ_BY_KERNELS: Final = frozenset({"conv1d", "out_proj"})
 
 
 def _kind(model: nn.Module, path: str, module: nn.Module) -> LayerKind:
-    """PEFT replaces the forward of an embedding: a subclass that has one of its own (positions, scales) is left."""
+    """The kind of a layer. PEFT replaces an embedding's forward, so a subclass with its own forward is OTHER."""
     model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
     if model_type in _STATE_SPACE and path.rpartition(".")[2] in _READ_BY_KERNELS:
         return LayerKind.OTHER
@@ -210,17 +210,17 @@ def _kind(model: nn.Module, path: str, module: nn.Module) -> LayerKind:
         return LayerKind.OTHER
     names = [parent.__name__ for parent in type(module).__mro__]
     if names[0].endswith("Router"):
-        return LayerKind.PARAMETER  # a layer that uses its own weight
+        return LayerKind.PARAMETER  # a layer with its own forward
     if "Linear" in names and "Grouped" not in names[0]:
-        return LayerKind.LINEAR  # whatever its forward adds, the factors are added to its output
+        return LayerKind.LINEAR  # the factors are added to its output, whatever its forward adds
     own = next((parent.__name__ for parent in type(module).__mro__ if "forward" in vars(parent)), "")
     return _CLASSES.get(own, LayerKind.OTHER)
 
 
 def _is_read_by_its_owner(model: nn.Module, path: str) -> bool:
-    """Whether the code of the module above computes with the layer's weight itself, without calling the layer.
+    """Whether the code of the parent module computes with the layer's weight directly, without calling the layer.
 
-    PEFT shows such code the base's weight. Only methods other than those that build and initialise are looked at.
+    With PEFT such code sees the base's weight. Methods that build and initialise are ignored.
     """
     above, _, name = path.rpartition(".")
     use = rf"(?<!isinstance\()\bself\.{re.escape(name)}\.weight\b(?!\.(dtype|device|shape|size|ndim)\b)"
@@ -239,10 +239,10 @@ def _source(kind: type) -> str:
 
 
 def _class_name(model: nn.Module, layer: str, module: nn.Module) -> str:
-    """What a layer is, for a reader."""
+    """A description of a layer for messages."""
     above = layer.rpartition(".")[0]
     if _is_read_by_its_owner(model, layer):
-        return f"{type(module).__name__} whose weight a {type(model.get_submodule(above)).__name__} reads itself"
+        return f"{type(module).__name__} whose weight a {type(model.get_submodule(above)).__name__} reads directly"
     return type(module).__name__
 
 

@@ -1,9 +1,9 @@
-"""A `.pt` delta of another project and its base -> one .pxd, bound to that base.
+"""Convert a `.pt` delta of another project and its base to one .pxd, bound to that base.
 
-Signs are carried over bit by bit, scales so that the weights are those of the project's own merge (layouts.py): to the
-bit on a BF16 or F16 base; on an F32 base with each scale rounded to F16 (relative error at most 2^-11). What a scale
-lost is reported. Parameters stored whole take the base's dtype, as loading them into the base model would do. What the
-file does not name is the base's.
+Signs are copied bit by bit. Scales are converted so that the weights equal those of the project's own merge
+(layouts.py): bit for bit on a BF16 or F16 base; on an F32 base each scale is rounded to F16 (relative error at most
+2^-11), and the error is reported. Full parameters are cast to the base's dtype, as loading them into the base model
+would do. Tensors that are not in the file are the base's.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ __all__ = ["ToPxdResult", "to_pxd"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToPxdResult:
-    """What was written.
+    """The result of `to_pxd`.
 
-    scale_error: the largest relative difference of a stored scale to the file's. merges: whether applying it gives the
-    weights of the project's own merge to the bit. cast: parameters that changed dtype.
+    scale_error: the largest relative difference of a written scale to the source's. merges: whether applying it gives
+    the weights of the project's own merge bit for bit. cast: parameters that changed dtype.
     """
 
     path: Path
@@ -68,11 +68,11 @@ def to_pxd(
     overwrite: bool = False,
     progress: Progress = None,
 ) -> ToPxdResult:
-    """Convert; layout None recognises it. name: of the fine-tuned checkpoint (default: the file's name).
+    """Convert; layout None recognises it. name: the name of the fine-tuned checkpoint (default: the file's name).
 
-    axis: row or col, for modules that the file holds both variants of; others keep the one that they have.
+    axis: row or col, for modules with both variants in the file; the others have only one.
 
-    Raises ToolError, CheckpointError; CheckFailedError where the file is for another model.
+    Raises ToolError, CheckpointError; CheckFailedError if the file is for another model.
     """
     source, output = Path(source), Path(output)
     if not source.is_file():
@@ -124,7 +124,7 @@ def _write(
     writer: pxd.DeltaWriter, found: TorchDelta, base: Checkpoint, counts: _Counts, progress: Callable[[int], None]
 ) -> None:
     tensors = base.tensors
-    stored: dict[str, str] = {}  # digests of parameters stored whole: a head may be the embedding once more
+    stored: dict[str, str] = {}  # digests of full parameters: a head may be a copy of the embedding
     names = {*tensors, *found.whole}
     for name in sorted(names, key=execution_key):
         ref = None
@@ -167,14 +167,14 @@ def _module(
 
 
 def _storage(tensor: Tensor, ref: pxd.BaseRef | None, name: str, counts: _Counts) -> tuple[pxd.Array, pxd.DType]:
-    """A parameter in the base's dtype, where both are float types."""
+    """A parameter in the base's dtype, if both are float types."""
     import torch
 
     kinds = {torch.bfloat16: pxd.DType.BF16, torch.float16: pxd.DType.F16, torch.float32: pxd.DType.F32}
     tensor = tensor.detach().contiguous()
     dtype = kinds.get(tensor.dtype)
     if dtype is None:
-        raise ToolError(f"{name}: is {tensor.dtype}; only BF16, F16 and F32 parameters can be carried over")
+        raise ToolError(f"{name}: is {tensor.dtype}; only BF16, F16 and F32 parameters can be converted")
     array: pxd.Array = (tensor.view(torch.uint16) if dtype is pxd.DType.BF16 else tensor).numpy()
     if ref is None or not ref.dtype.is_float or ref.dtype is dtype:
         return np.ascontiguousarray(array), dtype

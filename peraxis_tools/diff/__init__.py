@@ -1,7 +1,7 @@
-"""Compare two deltas on one base, or a delta with the fine-tuned checkpoint that it stands for; streamed.
+"""The verb diff: compare two deltas on one base, or a delta with its fine-tuned checkpoint; streamed.
 
-Memory: two modules of each file, or blocks of rows of exact tensors. Time: reading and hashing, and about as much
-again for the sums over signs. Imports no torch.
+Memory: two modules of each file, or blocks of rows of exact tensors. Time: reading and hashing, and about the same
+again for the sums over signs. It imports no torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from peraxis_tools.unpacked import unpacked
 
 __all__ = ["DiffResult", "GroupDiff", "ManifestChange", "ModuleDiff", "diff", "diff_checkpoint"]
 
-_DENSE_WORKERS: Final = 2  # blocks of rows are some tens of MiB a worker
+_DENSE_WORKERS: Final = 2  # blocks of rows take some tens of MiB per worker
 
 
 def diff(
@@ -39,7 +39,7 @@ def diff(
 ) -> DiffResult:
     """Compare two deltas made for one base.
 
-    base: the checkpoint of the base. It is needed only for tensors that are stored exactly. Its dtypes and shapes are
+    base: the checkpoint of the base. It is needed only for exact tensors. Its dtypes and shapes are
     checked; its bytes are not (`verify --base` checks them). progress: called with numbers of payload bytes of A, or
     True for a bar. Raises CheckFailedError if the bases differ, PxdError, CheckpointError, OSError.
     """
@@ -130,7 +130,7 @@ def _check_one_base(a: pxd.DeltaFile, b: pxd.DeltaFile, common: list[str]) -> No
         if refs[0] is not None and refs[1] is not None and refs[0] != refs[1]:
             raise CheckFailedError(
                 f"{a.path} and {b.path}: made for different bases ({a.manifest.base.id!r} and {b.manifest.base.id!r} "
-                f"differ at {name}); deltas compare only on one base"
+                f"differ at {name}); only deltas on one base can be compared"
             )
 
 

@@ -1,9 +1,9 @@
-"""A delta against a fine-tuned checkpoint: how far base + delta is from what it stands for.
+"""Compare base + delta with the fine-tuned checkpoint.
 
     d_A = sum of terms (or exact tensor - base)      d_B = fine-tuned - base      relative = ||d_A - d_B|| / ||d_B||
 
-Norms are of the delta before its last rounding (SPEC 6.1); `identical` speaks of the weights after it, bit by bit.
-Tensors pass by blocks of rows, each base row read once for both uses.
+Norms are of the delta before its last rounding (SPEC 6.1); `identical` compares the weights after it, bit by bit.
+Tensors are read in blocks of rows; each base row is read once for both uses.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class _Sums:
 def compare_with_checkpoint(
     delta: pxd.DeltaFile, name: str, base: pxd.Safetensors, fine_tuned: pxd.Safetensors
 ) -> ModuleDiff:
-    """One module against the fine-tuned tensor of its name. Names, dtypes and shapes of the base are checked before.
+    """Compare one module with the fine-tuned tensor of its name. The caller has checked the base's names and shapes.
 
-    relative is to the checkpoint's own delta (norm_b), which is what is to be stored. Raises PayloadError.
+    relative is to the checkpoint's own delta (norm_b). Raises PayloadError.
     """
     entry, found = delta.entry(name), fine_tuned[name]
     changes = tuple(

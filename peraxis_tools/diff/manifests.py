@@ -1,4 +1,4 @@
-"""What two manifests say differently, but for their modules."""
+"""The differences of two manifests, without their modules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["manifest_changes"]
 
 
 def manifest_changes(a: pxd.Manifest, b: pxd.Manifest) -> tuple[ManifestChange, ...]:
-    """One change a field, in the order of SPEC 3.4's reading: names first, then what the files bring along."""
+    """One change for each field that differs: names first, then the other fields."""
     fields_a, fields_b = dict(_fields(a)), dict(_fields(b))
     names = [*fields_a, *(name for name in fields_b if name not in fields_a)]
     changes = [
@@ -46,7 +46,7 @@ def _fields(manifest: pxd.Manifest) -> Iterable[tuple[str, str | None]]:
 
 
 def _metadata(field: str, value: str) -> Iterable[tuple[str, str | None]]:
-    """A text as it is; one that is a JSON object by its keys, as our own tools write them."""
+    """Pairs of field and text; a text that is a JSON object, as our tools write it, is split by its keys."""
     try:
         found = json.loads(value)
     except (ValueError, RecursionError):

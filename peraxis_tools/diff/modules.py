@@ -1,4 +1,4 @@
-"""One module of two deltas: measured from the packed form where both are `sign`, else from rows of exact tensors."""
+"""Compare one module of two deltas: from packed masks if both are `sign`, else from rows of exact tensors."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from peraxis_tools.rows import BaseRows, delta_rows, has_delta, row_blocks
 
 __all__ = ["compare_modules", "entry_changes"]
 
-_SMALL = 1 << 20  # bytes
+_SMALL = 1 << 20  # bytes of a module
 _NEEDS_BASE = "stored exactly; pass --base for its delta"
 
 
 @dataclass(frozen=True, slots=True)
 class _Measure:
-    """What a pair of modules comes to; None where it cannot be told. scale: mean |first component| of B over A's."""
+    """The measures of a pair of modules; None if unknown. scale: the mean |first component| of B divided by A's."""
 
     moments: Moments | None = None
     scale: float | None = None
@@ -33,7 +33,7 @@ class _Measure:
 
 
 def entry_changes(a: pxd.ModuleEntry, b: pxd.ModuleEntry) -> tuple[str, ...]:
-    """What two entries of one name say differently, but for digests."""
+    """The differences of two entries of one name, without digests."""
     pairs = {
         "encoding": (a.encoding.value, b.encoding.value),
         "axis": (_axes(a), _axes(b)),
@@ -48,9 +48,9 @@ def _axes(entry: pxd.ModuleEntry) -> str:
 
 
 def compare_modules(a: pxd.DeltaFile, b: pxd.DeltaFile, name: str, base: BaseRows | None) -> ModuleDiff:
-    """One module that both files have, on the same base tensor.
+    """Compare one module that both files have, on the same base tensor.
 
-    Payloads are held to their digests; what is equal in both is read from A alone. Raises PayloadError.
+    The digests of payloads are checked; payloads that are equal are read from A alone. Raises PayloadError.
     """
     entry_a, entry_b = a.entry(name), b.entry(name)
     if entry_a == entry_b:
@@ -115,14 +115,14 @@ def _measure(file_a: pxd.DeltaFile, file_b: pxd.DeltaFile, name: str, base: Base
     whole_a, whole_b = (_module(file, name) for file in (file_a, file_b))
     if whole_a.full is None or whole_b.full is None:
         return _Measure(note=note)
-    # fine-tuned minus base, twice, with the same base: the base cancels out of the distance, not out of the norms.
+    # Both deltas are fine-tuned minus the same base: it cancels in the distance, but not in the norms.
     covered = slice(0, min(whole_a.kept, whole_b.kept))
     full_a, full_b = (x[covered] if x.shape else x for x in (whole_a.full, whole_b.full))
     return _Measure(distance=math.sqrt(_square_difference(full_a, a.dtype, full_b, b.dtype)), note=note)
 
 
 def _module(file: pxd.DeltaFile, name: str) -> pxd.ModuleDelta:
-    """A module to look at: a small one is read, as a page of the file's map may come with megabytes beside it."""
+    """A module. A small one is read instead of mapped, because one page of a map can load megabytes around it."""
     begin, end = file.span(name)
     return file.load(name) if end - begin <= _SMALL else file[name]
 
@@ -133,19 +133,24 @@ def _scale(a: Sequence[Packed], b: Sequence[Packed]) -> float | None:
 
 
 def _new_rows(file_a: pxd.DeltaFile, file_b: pxd.DeltaFile, name: str) -> tuple[str, ...]:
-    """Rows beyond the base have no delta, so they count in no distance and no norm; where they differ, it is told."""
-    tails = [_tail(file[name]) for file in (file_a, file_b)]
+    """A note if rows beyond the base differ. They have no delta, so no distance or norm includes them."""
+    tails = [_tail_rows(file[name]) for file in (file_a, file_b)]
     if tails[0] is None or tails[1] is None or tails[0].shape != tails[1].shape or tails[0].dtype != tails[1].dtype:
         return ()
-    rows = [tail.reshape(len(tail), -1) for tail in tails if tail is not None]
-    different = int(np.any(rows[0] != rows[1], axis=1).sum())
-    return (f"{different} of {len(rows[0])} new rows differ",) if different else ()
+    different = int(np.any(tails[0] != tails[1], axis=1).sum())
+    return (f"{different} of {len(tails[0])} new rows differ",) if different else ()
 
 
-def _tail(module: pxd.ModuleDelta) -> pxd.Array | None:
-    if module.full is not None:
-        return module.full[module.kept :] if module.shape and module.kept < module.shape[0] else None
-    return module.tail
+def _tail_rows(module: pxd.ModuleDelta) -> pxd.Array | None:
+    """The rows beyond the base, [rows, -1]; of a packed type as bits; None where there are none."""
+    count = module.shape[0] - module.kept if module.shape else 0
+    held = module.tail if module.full is None else module.full
+    if count == 0 or held is None:
+        return None
+    if module.dtype.is_packed:
+        bits = np.unpackbits(held, bitorder="little")
+        return bits[-count * module.dtype.bits * math.prod(module.shape[1:]) :].reshape(count, -1)
+    return held[-count:].reshape(count, -1)
 
 
 def _square_difference(a: pxd.Array, dtype_a: pxd.DType, b: pxd.Array, dtype_b: pxd.DType) -> float:

@@ -1,15 +1,16 @@
-"""Inner products of deltas from their packed form, without a dense matrix and without a whole mask in memory.
+"""Inner products of deltas from packed masks, without a dense matrix and without a whole mask in memory.
 
-A delta is a sum of components, D = sum_k b_k o (row_k col_k^T) 2^e_k, where an axis that a component does not have is
-all ones (SPEC 5.3). So
+A delta is a sum of components, D = sum_k b_k o (row_k col_k^T) 2^e_k; a vector that the axis does not have is all ones
+(SPEC 5.3). So
 
     <A_k, B_l> = 2^(e_k + e_l)  sum_i row_k[i] row_l[i]  sum_j col_k[j] col_l[j] b_k[i,j] b_l[i,j]
 
-and the inner sum is over the xor of two masks (ops/mask_compare), by blocks of rows. Of these come, in binary64,
+and the inner sum is over the xor of two masks (ops/mask_compare), by blocks of rows. From these follow, in binary64,
 
     <A, B> = sum_k,l <A_k, B_l>        ||A||^2 = <A, A>        ||A - B||^2 = ||A||^2 + ||B||^2 - 2 <A, B>
 
-The last difference cancels: distances below about 1e-7 of the norm are rounding. What is equal is not computed.
+The last difference has cancellation: distances below about 1e-7 of the norm are rounding errors. Equal components are
+not computed.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ __all__ = ["Block", "Moments", "Packed", "magnitude", "moments", "pack", "row_st
 # Rows of two masks: U8 [rows, ceil(d_in/8)] each.
 Block: TypeAlias = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
-_BLOCK_BYTES: Final = 1 << 19  # of one mask at a time
+_BLOCK_BYTES: Final = 1 << 19  # bytes of one mask at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
-    """One component, its mask read by rows. rows counts over the batch: [..., d_out, d_in] has batch * d_out.
+    """One component whose mask is read by rows. rows: those of the whole batch; [..., d_out, d_in] has batch * d_out.
 
-    row: binary64 [batch, d_out] with 2^e in it. col: binary64 [batch, d_in], None where it is all ones.
+    row: binary64 [batch, d_out], with 2^e folded in. col: binary64 [batch, d_in], None if it is all ones.
     mask(begin, end): U8 [end - begin, ceil(d_in/8)], unused bits zero.
     """
 
@@ -52,7 +53,7 @@ class Packed:
 class Moments:
     """||A||^2, ||B||^2 and <A, B> of one module's two deltas.
 
-    agreement: the share of weights to which the first masks give the same sign; None where a side has none.
+    agreement: the share of weights with the same sign in the first masks; None if a side has no mask.
     """
 
     square_a: float
@@ -62,7 +63,7 @@ class Moments:
 
     @property
     def square_distance(self) -> float:
-        """||A - B||^2; what rounding makes negative is 0."""
+        """||A - B||^2; a negative value from rounding becomes 0."""
         return max(0.0, self.square_a + self.square_b - 2.0 * self.inner)
 
 
@@ -72,14 +73,14 @@ def pack(
     covered: tuple[int, ...],
     mask: Callable[[int, int], NDArray[np.uint8]],
 ) -> Packed:
-    """A component [..., d_out, d_in] for the sums below. scales: `row`, `col`, `scalar`, as its axis has them."""
+    """A component [..., d_out, d_in] for the sums below. scales: those of `row`, `col`, `scalar` that its axis has."""
     row, col = pxd.scale_factors(exponent, scales, covered)
     wide = None if col is None else col.astype(np.float64)
     return Packed(d_in=covered[-1], row=row.astype(np.float64), col=wide, mask=mask)
 
 
 def row_step(d_in: int) -> int:
-    """Rows of one block."""
+    """The number of rows of one block."""
     return max(1, _BLOCK_BYTES // pxd.mask_width(d_in))
 
 
@@ -91,7 +92,7 @@ def _read_blocks(a: Packed, b: Packed) -> Iterator[Block]:
 
 
 def _inner(a: Packed, b: Packed, blocks: Iterable[Block] | None = None) -> tuple[float, int]:
-    """<A_k, B_l> and the number of weights whose signs differ; blocks: the rows of both masks, from 0 to the last."""
+    """<A_k, B_l> and the number of weights whose signs differ. blocks: all rows of both masks, in order."""
     d_in, (_, d_out) = a.d_in, a.row.shape
     rows = (a.row * b.row).reshape(-1)
     inner: list[float] = []
@@ -112,13 +113,13 @@ def _inner(a: Packed, b: Packed, blocks: Iterable[Block] | None = None) -> tuple
 
 
 def _columns(cols: Sequence[NDArray[np.float64]]) -> Columns | None:
-    """The product of those column scales that there are; None where all are ones."""
+    """The product of the given column scales; None if all are ones."""
     return Columns(math.prod(cols, start=np.ones_like(cols[0]))) if cols else None
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Those rows of a block that belong to one matrix of the batch."""
+    """The rows of a block that belong to one matrix of the batch."""
 
     matrix: int
     rows: slice
@@ -139,7 +140,7 @@ def _own_square(a: Packed) -> float:
 
 
 def square(components: Sequence[Packed]) -> float:
-    """||A||^2 of a sum of components; of one alone, from its scales."""
+    """||A||^2 of a sum of components; for a single one, from its scales alone."""
     own = math.fsum(_own_square(component) for component in components)
     return own + 2.0 * math.fsum(_inner(a, b)[0] for a, b in itertools.combinations(components, 2))
 
@@ -147,7 +148,7 @@ def square(components: Sequence[Packed]) -> float:
 def moments(a: Sequence[Packed], b: Sequence[Packed], blocks: Iterable[Block] | None = None) -> Moments:
     """The inner products of two sums of components over the same covered shape.
 
-    blocks: the rows of both masks where each side has one component and something else reads them.
+    blocks: the rows of both masks, if each side has one component and the caller reads them.
     """
     products = [_inner(x, y, blocks) for x, y in itertools.product(a, b)]
     return Moments(

@@ -1,4 +1,4 @@
-"""What `diff` finds, as values: by module, by sub-type, in total."""
+"""The results of `diff`: by module, by sub-type, in total."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["DiffResult", "GroupDiff", "ManifestChange", "ModuleDiff", "group", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManifestChange:
-    """One field of the two manifests that differs, as texts; None where one lacks it."""
+    """One field that differs between the manifests, as texts; None if one lacks it."""
 
     field: str
     a: str | None
@@ -23,11 +23,10 @@ class ManifestChange:
 class ModuleDiff:
     """One module in both.
 
-    identical: the same stored bytes (against a checkpoint: the same weights after apply). changes: what its entries
-    say differently, like `axis row -> col`. sign_agreement: share of equal bits of the first masks (against a
-    checkpoint: of the weights that changed). scale_change: mean |first component| of B over that of A. norm_a,
-    norm_b, distance: of the deltas, and relative = distance / norm_a. Each is None where it is unknown, and note says
-    why.
+    identical: the payloads are equal (with a checkpoint: the weights after apply are equal). changes: differences of
+    its entries, like `axis row -> col`. sign_agreement: the share of equal bits of the first masks (with a checkpoint:
+    of the changed weights). scale_change: the mean |first component| of B divided by that of A. norm_a, norm_b,
+    distance: of the deltas; relative = distance / norm_a. Each is None if it is unknown, and note gives the reason.
     """
 
     name: str
@@ -45,7 +44,7 @@ class ModuleDiff:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupDiff:
-    """Several modules together. relative is over those `measured`, by root of sums of squares."""
+    """Several modules together. relative is over the `measured` ones, by root of sums of squares."""
 
     label: str
     modules: int
@@ -77,7 +76,7 @@ class DiffResult:
 
 
 def relative_distance(distance: float | None, norm: float | None) -> float | None:
-    """||dA - dB|| / ||dA||; None where either is unknown, or dA is zero while they differ."""
+    """||dA - dB|| / ||dA||; None if either is unknown, or if dA is zero and they differ."""
     if distance is None or norm is None:
         return None
     if distance == 0.0:
@@ -88,9 +87,9 @@ def relative_distance(distance: float | None, norm: float | None) -> float | Non
 def group(
     label: str, modules: Iterable[ModuleDiff], weights: Callable[[str], int], *, against: Literal["a", "b"] = "a"
 ) -> GroupDiff:
-    """Sum modules up. weights: the number of a module's weights, by which sign agreement is averaged.
+    """Sum up modules. weights: the number of weights of each module; it weights the mean of sign agreement.
 
-    against: whose norm the relative distance is to.
+    against: the delta whose norm the relative distance is divided by.
     """
     modules = list(modules)
     norms = {m.name: m.norm_a if against == "a" else m.norm_b for m in modules}

@@ -1,4 +1,4 @@
-"""A file's components by rows, read as they are asked for: no whole mask in memory, nor pages of the file's map."""
+"""Read a file's components by rows on demand, without a whole mask in memory and without mapping the file."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 import peraxis_format as pxd
 from peraxis_tools.diff.packed import Block, Packed, pack, row_step
 
-__all__ = ["checked_blocks", "packed_components", "packed_module"]
+__all__ = ["checked_blocks", "packed_components"]
 
 
 def packed_components(file: pxd.DeltaFile, name: str) -> list[Packed]:
-    """A module's components, masks read from the file as rows are asked for; none for what is not `sign`.
+    """A module's components, whose masks are read from the file on demand; empty if it is not `sign`.
 
-    Bytes are not checked here.
+    Digests are not checked here.
     """
     entry = file.entry(name)
     records = {record.name: record for record in file.tensors(name)}
@@ -37,10 +37,10 @@ def packed_components(file: pxd.DeltaFile, name: str) -> list[Packed]:
 
 
 def checked_blocks(a: pxd.DeltaFile, b: pxd.DeltaFile, name: str) -> Iterator[Block]:
-    """The rows of both masks of a module with one component in each file, both ranges checked behind the last.
+    """The rows of both masks of a module with one component in each file; both digests are checked after the last.
 
-    A component's mask stands first in its range (SPEC 4.1), so one pass over the bytes serves digest and sums.
-    A block is valid until the next one. Raises PayloadError.
+    A component's mask is first in its range (SPEC 4.1), so one pass over the bytes serves digest and sums. A block is
+    valid until the next one. Raises PayloadError.
     """
     width = a.tensors(name)[0].shape[-1]
     size = width * row_step(a.entry(name).shape[-1])
@@ -53,19 +53,9 @@ def checked_blocks(a: pxd.DeltaFile, b: pxd.DeltaFile, name: str) -> Iterator[Bl
             yield masks[0], masks[1]
 
 
-def packed_module(module: pxd.ModuleDelta) -> list[Packed]:
-    """The same of a module in memory."""
-
-    def rows(mask: NDArray[np.uint8]) -> Callable[[int, int], NDArray[np.uint8]]:
-        flat = mask.reshape(-1, mask.shape[-1])
-        return lambda begin, end: flat[begin:end]
-
-    return [pack(c.exponent, c.scales(), module.covered, rows(c.mask)) for c in module.components]
-
-
 def _read(file: pxd.DeltaFile, record: pxd.TensorRecord) -> NDArray[Any]:
     data = file.read(file.header_size + record.begin, record.end - record.begin)
-    return np.frombuffer(data, record.dtype.storage).reshape(record.shape)
+    return np.frombuffer(data, record.dtype.storage).reshape(record.dtype.storage_shape(record.shape))
 
 
 def _mask_rows(file: pxd.DeltaFile, record: pxd.TensorRecord) -> Callable[[int, int], NDArray[np.uint8]]:

@@ -1,4 +1,4 @@
-"""How close a delta comes to the fine-tuned checkpoint that it stands for: on text, and on tasks."""
+"""The verb eval: the fidelity of a delta to its fine-tuned checkpoint, on text and on tasks."""
 
 from peraxis_tools.evaluate.run import evaluate, worst_kl
 from peraxis_tools.evaluate.types import (

@@ -1,8 +1,8 @@
-"""Two models on the same tokens, batch by batch.
+"""Compare two models on the same tokens, batch by batch.
 
-Logits become float32 log-probabilities (log-softmax), sums over tokens are float64. At any moment memory holds the
-logits of one batch for both models, and log-probabilities of _POSITIONS positions: with 128,256 tokens of vocabulary
-some 130 MB a copy.
+Logits become float32 log-probabilities (log-softmax), sums over tokens are float64. Memory holds the logits of one
+batch for both models, and the log-probabilities of _POSITIONS positions: about 130 MB per copy with a vocabulary of
+128,256 tokens.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["compare"]
 
 _POSITIONS: Final = 256
-_WORST: Final = 10  # tokens that are shown
-_CONTEXT: Final = 12  # tokens before and including one of them
-_QUANTILE_MOST: Final = 1 << 24  # values that torch.quantile takes
+_WORST: Final = 10  # tokens to show
+_CONTEXT: Final = 12  # tokens up to and including such a token
+_QUANTILE_MOST: Final = 1 << 24  # values that torch.quantile accepts
 
 
 @torch.no_grad()
@@ -37,13 +37,13 @@ def compare(
 ) -> Fidelity:
     """The candidate's fidelity to the reference (the fine-tuned model).
 
-    token_batches: int64 [samples, length], length >= 2, no padding; each sample is one context. The last token of
-    a sample is predicted and predicts nothing: samples * (length - 1) tokens count. Batches are moved to each model's
-    device. special: ids of the tokenizer's special tokens. Raises ValueError where there is no token to predict, or
-    the vocabularies differ.
+    token_batches: int64 [samples, length], length >= 2, no padding; each sample is one context. All tokens but the
+    first of a sample are predicted: samples * (length - 1) tokens count. Batches are moved to each model's device.
+    special: ids of the tokenizer's special tokens. Raises ValueError if there is no token to predict, or the
+    vocabularies differ.
     """
-    sums: list[Tensor] = []  # one row [4] a sample: KL, agreements, candidate's loss, reference's loss
-    each: list[Tensor] = []  # KL at each position, float32 [length - 1] a sample
+    sums: list[Tensor] = []  # one row [4] per sample: KL, agreements, candidate's loss, reference's loss
+    each: list[Tensor] = []  # KL at each position, float32 [length - 1] per sample
     read: list[Tensor] = []
     tokens = 0
     for ids in token_batches:
@@ -73,7 +73,7 @@ def compare(
 
 
 def _tail(read: Sequence[Tensor], each: Sequence[Tensor], special: Collection[int]) -> Tail:
-    """read: ids of each sample; each: the KL of what follows each of its tokens but the last."""
+    """read: the ids of each sample; each: the KL of the prediction after each token but the last."""
     ids = torch.cat([sample[:-1] for sample in read])
     kl = torch.cat(list(each)).double()
     order = torch.argsort(kl, descending=True, stable=True)
@@ -99,7 +99,7 @@ def _tail(read: Sequence[Tensor], each: Sequence[Tensor], special: Collection[in
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
-    """[samples, length - 1, vocabulary]: what predicts tokens 1, 2, ..."""
+    """The logits that predict tokens 1, 2, ...: [samples, length - 1, vocabulary]."""
     logits: Tensor = model(input_ids=ids[:, :-1].to(model.device), use_cache=False).logits
     return logits
 
@@ -124,7 +124,7 @@ def _sample(theirs: Tensor, ours: Tensor, targets: Tensor) -> tuple[Tensor, Tens
 
 
 def _standard_error(sums: Tensor, tokens: int) -> float | None:
-    """Of the mean over samples: tokens within a sample are not independent, samples are."""
+    """The standard error of the mean over samples, because samples are independent but tokens within one are not."""
     count = len(sums)
     if count < 2:
         return None

@@ -1,4 +1,4 @@
-"""The four models of an evaluation: fine-tuned, base, merged, on the fly. Each in memory, ready to predict."""
+"""Load the four models of an evaluation: fine-tuned, base, merged, on the fly."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _folder(source: str | Path, revision: str | None) -> Path:
 def load_checkpoint_model(
     source: str | Path, *, dtype: torch.dtype, device: torch.device, revision: str | None = None
 ) -> PreTrainedModel:
-    """A checkpoint as it is, computing in `dtype`."""
+    """The unchanged checkpoint, computing in `dtype`."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(_folder(source, revision), dtype=dtype)
@@ -38,7 +38,7 @@ def load_checkpoint_model(
 
 
 def _on(model: Any, device: torch.device) -> PreTrainedModel:
-    """The model on a device. transformers gives `to` a type that hides what it takes."""
+    """Move the model to a device. The type of transformers' `to` does not show its arguments."""
     moved: PreTrainedModel = model.to(device)
     return moved
 
@@ -53,9 +53,9 @@ def load_merged(
 def load_on_the_fly(
     base: str | Path, delta: str | Path, *, device: torch.device, revision: str | None = None
 ) -> PreTrainedModel:
-    """Base + delta in binary32 without the last rounding: what a server computes that adds the terms to products.
+    """Base + delta in binary32 without the last rounding, as a server with separate components computes it.
 
-    Built like `load_merged`; then every `sign` weight of it is replaced by its unrounded sum.
+    It is built like `load_merged`; then every `sign` weight is replaced by its unrounded sum.
     """
     import torch
 
@@ -67,7 +67,7 @@ def load_on_the_fly(
 
 
 def _unrounded(delta: pxd.DeltaFile, base: pxd.Safetensors) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each `sign` module's covered rows: f32(base) + the sum of its terms, float32. Aliases follow by tying."""
+    """The covered rows of each `sign` module: f32(base) + the sum of its components. Aliases follow by tying."""
     import torch
 
     for entry in delta.manifest.modules:
@@ -84,18 +84,18 @@ def _put(model: PreTrainedModel, name: str, weight: torch.Tensor) -> None:
         parameter = model.get_parameter(name)
     except AttributeError:
         raise ToolError(
-            f"{name}: transformers keeps this weight under another name; evaluate it merged (--no-on-the-fly)"
+            f"{name}: transformers has this weight under another name; evaluate it merged (--no-on-the-fly)"
         ) from None
     with torch.no_grad():
         parameter[: weight.shape[0]].copy_(weight)
 
 
 def check_model(source: str | Path, *, revision: str | None = None) -> None:
-    """Raise ToolError for a checkpoint whose next-token distribution nobody can ask for."""
+    """Raise ToolError for a checkpoint without a causal language model."""
     config = environment.load_config(_folder(source, revision))
     environment.check_causal(config, str(source), remedy="eval compares next-token distributions; use diff or verify")
 
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
-    """The tokenizer of a checkpoint. Raises ToolError where it has none."""
+    """The tokenizer of a checkpoint. Raises ToolError if it has none."""
     return environment.load_tokenizer(_folder(source, revision))

@@ -1,4 +1,4 @@
-"""Token ids of an evaluation, as text that a person can read."""
+"""Decode the token ids of an evaluation for the report."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["readable", "special_ids"]
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
-    """The tokenizer's special tokens, and those that were added to it later (the markers of chat templates)."""
+    """The tokenizer's special tokens, and its added tokens (the markers of chat templates)."""
     return frozenset(map(int, (*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {}))))
 
 
 def readable(fidelity: Fidelity, tokenizer: Any) -> Fidelity:
-    """The same with the text of its worst and special tokens."""
+    """The fidelity with the text of its worst and special tokens."""
     tail = fidelity.tail
     worst = tuple(replace(token, text=_text(tokenizer, token.context)) for token in tail.worst)
     special = tuple(replace(token, text=_text(tokenizer, (token.token,))) for token in tail.special)

@@ -1,4 +1,4 @@
-"""evaluate: the verb. Texts to samples; then one candidate after the other beside the fine-tuned model.
+"""The verb eval: turn texts into samples, then compare each candidate with the fine-tuned model.
 
 Memory: two models (the fine-tuned one, and one candidate at a time) and the logits of one batch.
 """
@@ -56,7 +56,7 @@ def evaluate(
     """Compare base + delta with the fine-tuned checkpoint.
 
     texts: from the name of a domain to c4, a datasets id, or a file (json, jsonl, parquet, txt, csv; also .gz). A text
-    is cut into at most `samples` windows of `sequence_length` tokens, without overlap and padding. candidates: some of
+    is cut into at most `samples` windows of `sequence_length` tokens, without overlap or padding. candidates: some of
     CANDIDATES; on-the-fly always computes in float32, the others in compute_dtype. tasks: names of lm-eval, with
     task_limit questions each. task_path: a folder with further task definitions. progress: called with (stage, done,
     total), or True for bars. Raises ToolError, PxdError, CheckpointError.
@@ -101,7 +101,7 @@ def evaluate(
 def _check_asked(texts: Mapping[str, str | Path], tasks: Sequence[str], candidates: Sequence[str]) -> None:
     unknown = sorted(set(candidates) - set(CANDIDATES))
     if unknown:
-        raise ToolError(f"candidate {unknown[0]}: choose of {', '.join(CANDIDATES)}")
+        raise ToolError(f"candidate {unknown[0]}: choose from {', '.join(CANDIDATES)}")
     if not texts and not tasks:
         raise ToolError("nothing to evaluate on: give a text (--text domain=file) or tasks (--tasks)")
 
@@ -109,9 +109,9 @@ def _check_asked(texts: Mapping[str, str | Path], tasks: Sequence[str], candidat
 def worst_kl(
     base: str | Path, fine_tuned: str | Path, delta: str | Path, texts: Mapping[str, str | Path], **options: Any
 ) -> float:
-    """The largest KL of the merged model over the texts, in nats per token: what a bound (--max-kl) is held against.
+    """The largest KL of the merged model over the texts, in nats per token, for a bound (--max-kl).
 
-    options: those of `evaluate`, but for candidates and tasks.
+    options: those of `evaluate`, except candidates and tasks.
     """
     found = evaluate(base, fine_tuned, delta, texts, candidates=("merged",), **options).worst_kl
     if found is None:
@@ -184,7 +184,7 @@ def _compare_all(
     for candidate in candidates:
         model = models.load(candidate)
         for domain, its in sampled.items():
-            # A base whose vocabulary was resized by the fine-tune has other logits: nothing to compare.
+            # A base with another vocabulary size has other logits, which cannot be compared.
             if model.config.get_text_config().vocab_size == reference.config.get_text_config().vocab_size:
                 batches = torch.from_numpy(its.ids).split(batch_size)
                 fidelity = compare(reference, model, batches, special=special_ids(tokenizer))
@@ -196,7 +196,7 @@ def _compare_all(
 
 
 def _seen(samples: Samples, calibration: pxd.Calibration | None) -> bool:
-    """Whether the fit's text was these tokens, or one of this name (`; ` and what was added may follow it)."""
+    """Whether the fit used these tokens, or a text of this name (additions follow the name after `; `)."""
     if calibration is None:
         return False
     return calibration.digest == samples.digest or samples.source in calibration.source.split("; ")

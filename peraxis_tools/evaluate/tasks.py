@@ -1,7 +1,7 @@
 """Zero-shot tasks through lm-eval: the fine-tuned model, the base, and base + delta as `apply` writes it.
 
-lm-eval is an optional extra and is imported here alone. Questions come from the hub or from task definitions in a
-folder (task_path), as lm-eval reads them.
+lm-eval is an optional extra and is imported only here. Questions come from the hub or from task definitions in a
+folder (task_path).
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.evaluate.types import TaskResult
 from peraxis_tools.optional import require
 
 __all__ = ["run_tasks"]
 
 _MODELS: Final = ("fine-tuned", "base", "merged")
-# What is reported of a task: the first of these that it has.
+# The reported metric of a task is the first of these that it has.
 _METRICS: Final = ("acc_norm", "acc", "exact_match", "word_perplexity")
 
 
@@ -32,10 +32,10 @@ def run_tasks(
     path: Path | None = None,
     batch_size: int = 8,
 ) -> tuple[TaskResult, ...]:
-    """Each task's metric for each model, one model in memory at a time.
+    """The metric of each task for each model, with one model in memory at a time.
 
-    load: a model by name (fine-tuned, base, merged). limit: questions of each task. path: a folder of task definitions.
-    Raises ToolError where lm-eval is missing, a task is unknown or its data cannot be had.
+    load: returns a model by name (fine-tuned, base, merged). limit: questions of each task. path: a folder of task
+    definitions. Raises ToolError if lm-eval is missing, a task is unknown, or its data is not available.
     """
     manager = _manager(tasks, path)
     by_model: dict[str, Mapping[str, Any]] = {}
@@ -69,8 +69,7 @@ def _evaluate(
             wrapped, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=100
         )
     except (OSError, ValueError, RuntimeError) as error:
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ToolError(f"tasks {','.join(tasks)}: lm-eval cannot run them: {detail}") from error
+        raise ToolError(f"tasks {','.join(tasks)}: lm-eval cannot run them: {first_line(error)}") from error
     if found is None:
         raise ToolError(f"tasks {','.join(tasks)}: lm-eval gave no result in this process")
     return found
@@ -102,7 +101,7 @@ def _number(value: Any) -> float | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval logs its settings and draws bars; what a user asked for is the result."""
+    """Silence lm-eval, which logs its settings and draws bars."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,9 +1,9 @@
-"""What an evaluation finds; no torch.
+"""The results of an evaluation. They need no torch.
 
 With p the fine-tuned model's next-token distribution, q the candidate's, and N predicted tokens t:
 
     kl          mean of sum_v p(v) (log p(v) - log q(v))                      nats per token; 0 is the same model
-    top1        share of positions where both hold the same token most likely
+    top1        share of positions where both have the same most likely token
     perplexity  exp(loss),  loss = mean of -log q(t)
     recovered   (loss_base - loss_candidate) / (loss_base - loss_fine_tuned)  1 is the fine-tune, 0 the base
 """
@@ -27,14 +27,14 @@ __all__ = [
     "recovered_fraction",
 ]
 
-# base: the delta left out. merged: weights rounded to their dtype, as `apply` writes them. on-the-fly: base plus
-# terms in binary32, unrounded, as a server of many variants computes them.
+# base: without the delta. merged: weights rounded to their dtype, as `apply` writes them. on-the-fly: base plus
+# components in binary32, unrounded, as a server of many variants computes them.
 CANDIDATES: Final = ("base", "merged", "on-the-fly")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorstToken:
-    """A position with a large KL. context: the last token ids up to it; text: the same for a person to read."""
+    """A position with a large KL. context: the last token ids up to it; text: the decoded context."""
 
     kl: float
     sample: int
@@ -45,7 +45,7 @@ class WorstToken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpecialToken:
-    """Mean KL of what follows a special token, over its occurrences in the text."""
+    """The mean KL of the prediction after a special token, over its occurrences in the text."""
 
     token: int
     count: int
@@ -55,9 +55,9 @@ class SpecialToken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tail:
-    """KL by position, in nats: where a mean looks good and a user still meets another model.
+    """KL by position, in nats, which shows large local errors that a good mean hides.
 
-    share_of_worst_1: which part of all KL the worst 1% of the positions carry.
+    share_of_worst_1: the share of the total KL in the worst 1% of the positions.
     """
 
     median: float
@@ -69,7 +69,7 @@ class Tail:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fidelity:
-    """One candidate beside the fine-tuned model, over the same tokens.
+    """One candidate compared with the fine-tuned model, on the same tokens.
 
     kl_error: standard error of kl, from the spread between samples; None for a single sample.
     """
@@ -84,28 +84,28 @@ class Fidelity:
 
     @property
     def perplexity(self) -> float:
-        """Of the candidate."""
+        """The perplexity of the candidate."""
         return math.exp(self.loss)
 
     @property
     def perplexity_fine_tuned(self) -> float:
-        """Of the fine-tuned model."""
+        """The perplexity of the fine-tuned model."""
         return math.exp(self.loss_fine_tuned)
 
 
 def recovered_fraction(*, base: float, candidate: float, fine_tuned: float) -> float | None:
-    """Of three losses: how much of what the fine-tune gained over the base the candidate has.
+    """The share of the fine-tune's gain over the base that the candidate recovers, from three losses.
 
-    None where it gained nothing (on text outside its domain, say): there is nothing to recover.
+    None if the fine-tune gains nothing (for example on text outside its domain).
     """
     return (base - candidate) / (base - fine_tuned) if fine_tuned < base else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainResult:
-    """One text. candidates, recovered: by name of CANDIDATES; a base of another vocabulary is left out.
+    """The result of one text. candidates, recovered: by name of CANDIDATES; a base of another vocabulary is left out.
 
-    seen: the delta was fitted on these tokens, or on a text of this name: its figures may flatter.
+    seen: the delta was fitted on these tokens, or on a text of this name, so its figures may be too good.
     """
 
     domain: str
@@ -123,7 +123,7 @@ class DomainResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskResult:
-    """One task of lm-eval: one metric (acc_norm where it has one), its value and standard error by model."""
+    """One task of lm-eval: one metric (acc_norm if it has one), its value and standard error by model."""
 
     task: str
     metric: str

@@ -1,8 +1,8 @@
-"""Several deltas on one base become one: the parts of one delta, a weighted sum, or a sum fitted into k masks.
+"""The verb merge: several deltas on one base become one: joined parts, a weighted sum, or a sum fitted into k masks.
 
-A weighted sum keeps every component, its weight folded in (fold.py has the bound). Inputs are taken in the order of
-their content IDs, so that the order of the arguments changes no byte. The manifest names them: `peraxis.inputs` holds
-content IDs and weights, `peraxis.merge` how they were merged. Imports no torch.
+A weighted sum keeps every component, with its weight folded in (fold.py gives the error bound). Inputs are sorted by
+content ID, so the order of the arguments does not change the file. The manifest records them: `peraxis.inputs` has
+content IDs and weights, `peraxis.merge` the method. It imports no torch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
     "split",
 ]
 
-# Beyond these, products with scales leave the range of the formats that hold them.
+# Beyond these, products with scales leave the range of F16 and exponent.
 _WEIGHT_MIN, _WEIGHT_MAX = 1e-6, 1e6
 _AHEAD_BYTES: Final = 128 << 20
 _INPUTS_KEY: Final = "peraxis.inputs"
@@ -111,8 +111,8 @@ def merge(
     """Write the merge of deltas on one base.
 
     weights: one for each path. masks: the number of masks of a module in the result (`bits` is another name). None
-    keeps all components of a weighted sum; for `ties` and `dare` it means as many as the inputs have together, at most
-    8. base: the checkpoint of the base, needed if inputs store different exact tensors. name: the name of the merged
+    keeps all components of a weighted sum; for `ties` and `dare` it means the sum of the inputs' masks, at most 8.
+    base: the checkpoint of the base, needed if inputs have different exact tensors. name: the name of the merged
     checkpoint. progress: called with numbers of payload bytes of the inputs, or True for a bar. Raises CheckFailedError
     for different bases, ToolError, PxdError, CheckpointError.
     """
@@ -185,33 +185,35 @@ def _masks(file: pxd.DeltaFile) -> int:
 
 
 def _check_compatible(files: Sequence[pxd.DeltaFile]) -> None:
-    """All on one base, with the same tensors: what a sum of deltas needs."""
+    """Raise CheckFailedError unless all deltas are on one base and have the same tensors."""
     first = files[0]
     for file in files[1:]:
         pair = f"{first.path} and {file.path}"
         if sorted(file) != sorted(first):
             odd = min(set(file) ^ set(first))
-            raise ToolError(f"{pair}: do not hold the same tensors, {odd} for one; only like models can be merged")
+            raise ToolError(
+                f"{pair}: do not have the same tensors, for example {odd}; only deltas of one model can be merged"
+            )
         for name in first:
             a, b = first.entry(name), file.entry(name)
             if a.base != b.base:
                 raise CheckFailedError(
                     f"{pair}: made for different bases ({first.manifest.base.id!r} and {file.manifest.base.id!r} "
-                    f"differ at {name}); deltas add up only on one base"
+                    f"differ at {name}); only deltas on one base can be merged"
                 )
             if (a.shape, a.dtype) != (b.shape, b.dtype):
-                raise ToolError(f"{pair}: {name} has another shape or dtype; only like models can be merged")
+                raise ToolError(f"{pair}: {name} has another shape or dtype; only deltas of one model can be merged")
         if (file.manifest.tied, file.manifest.dropped) != (first.manifest.tied, first.manifest.dropped):
-            raise ToolError(f"{pair}: tie or drop different tensors; only like models can be merged")
+            raise ToolError(f"{pair}: tie or drop different tensors; only deltas of one model can be merged")
 
 
 def _check_no_base_needed(files: Sequence[pxd.DeltaFile], weights: Sequence[float], mixture: Mixture) -> None:
-    """By the manifests alone, so that hours of work do not end in this. Raises ToolError."""
+    """Raise ToolError before any work if a module needs the base; the manifests alone show that."""
     unpacking = any(isinstance(file, UnpackedFile) for file in files)
     for entry in files[0].manifest.modules:
         if unpacking or needs_base([file.entry(entry.name) for file in files], weights, mixture):
             raise ToolError(
-                f"{entry.name}: is stored exactly, so that merging its delta needs the base; pass --base "
+                f"{entry.name}: is an exact tensor, and merging its delta needs the base; pass --base "
                 f"(made for {files[0].manifest.base.id!r})"
             )
 
@@ -274,7 +276,7 @@ def _add_all(
         return sum(end - begin for begin, end in (file.span(entry.name) for file in files))
 
     merged = []
-    # Inputs and what becomes of them: about twice the inputs' bytes.
+    # Inputs and results take about twice the inputs' bytes.
     for entry, (module, found) in zip(
         files[0].manifest.modules,
         ordered_map(work, files[0].manifest.modules, cost=lambda entry: 2 * size(entry), budget=_AHEAD_BYTES),
@@ -287,7 +289,7 @@ def _add_all(
 
 
 def _add_rest(writer: pxd.DeltaWriter, files: Sequence[pxd.DeltaFile], weights: Sequence[float]) -> None:
-    """Aliases, dropped names; configuration and tokenizer of the input with the largest weight."""
+    """Add aliases and dropped names, and the assets of the input with the largest weight."""
     manifest = files[0].manifest
     for name, alias in manifest.tied:
         writer.tie(name, alias)

@@ -1,7 +1,7 @@
-"""Tensors that an input stores exactly, merged: base + sum w_i (tensor_i - base), rounded once to the dtype.
+"""Merge tensors that are exact in an input: base + sum w_i (tensor_i - base), rounded once to the dtype.
 
-Where there is no base tensor, or no base row, there is no delta either: such rows become the mean of the inputs'
-by their weights. What is the same in all inputs stays as it is. Blocks of rows, binary64.
+Rows without a base have no delta: they become the weighted mean of the inputs' rows. Rows that are equal in all inputs
+are copied. Blocks of rows are computed in binary64.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def merge_exact(
     base: BaseRows | None,
     mixed: Callable[[], Dense],
 ) -> pxd.ModuleDelta:
-    """One `full` module from modules of one name, of which one at least is `full`.
+    """One `full` module from modules of one name, of which at least one is `full`.
 
-    plain: whether the merge is the weighted sum with these weights. mixed: the merged delta by rows, read only where
-    the base is needed. Raises ToolError where it is needed and missing, or the tensors cannot be averaged.
+    plain: whether the merge is the weighted sum with these weights. mixed: the merged delta by rows, read only if the
+    base is needed. Raises ToolError if it is needed and missing, or if the tensors cannot be averaged.
     """
     kept = _untouched(modules, weights) if plain else _same_everywhere(modules, weights)
     if kept is not None:
@@ -44,7 +44,7 @@ def merge_exact(
     covered = 0
     if has_delta(first):
         if base is None:
-            raise ToolError(f"{first.name}: is stored exactly, so that its weighted delta needs the base; pass --base")
+            raise ToolError(f"{first.name}: is an exact tensor, and its weighted delta needs the base; pass --base")
         covered = first.kept if first.shape else 1
         rows_of = mixed()
         for rows in row_blocks(first.covered):
@@ -56,7 +56,7 @@ def merge_exact(
 
 
 def merge_tails(modules: Sequence[pxd.ModuleDelta], weights: Sequence[float]) -> pxd.Array | None:
-    """The rows beyond the base of modules that are not `full`; None where there are none."""
+    """The rows beyond the base of modules that are not `full`; None if there are none."""
     tails = [module.tail for module in modules if module.tail is not None]
     return _mean(tails, weights, modules[0].dtype, modules[0].name) if tails else None
 
@@ -69,7 +69,7 @@ def _rows_beyond(module: pxd.ModuleDelta, covered: int) -> pxd.Array:
 
 
 def _untouched(modules: Sequence[pxd.ModuleDelta], weights: Sequence[float]) -> pxd.ModuleDelta | None:
-    """The input that the weighted sum is equal to: the only delta, with weight 1, or several of the same bytes."""
+    """The input that equals the weighted sum: the only delta, with weight 1, or one of several with equal bytes."""
     moving = [(m, w) for m, w in zip(modules, weights, strict=True) if m.encoding is not pxd.Encoding.SAME and w != 0.0]
     if not moving or not _all_equal([m for m, _ in moving]) or not math.isclose(math.fsum(w for _, w in moving), 1.0):
         return None
@@ -94,7 +94,7 @@ def _mean(arrays: Sequence[pxd.Array], weights: Sequence[float], dtype: pxd.DTyp
         return arrays[0]
     total = math.fsum(weights)
     if not dtype.is_float or abs(total) < 1e-8:
-        raise ToolError(f"{name}: has rows that the base lacks, and weights that sum to {total:g} give them no mean")
+        raise ToolError(f"{name}: has rows that the base lacks, which have no mean with weights that sum to {total:g}")
     out: NDArray[np.generic] = np.empty(arrays[0].shape, dtype.storage)
     for rows in row_blocks(arrays[0].shape):
         block = sum(

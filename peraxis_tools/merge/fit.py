@@ -1,15 +1,15 @@
-"""A dense delta into k masks, closed form, streamed by rows: least squares for each mask on what the ones before leave.
+"""Fit a dense delta into k masks by closed forms, streamed by rows: each mask is a least squares fit of the residual.
 
     b = sign(R)        r_i = sum_j |R_ij| c_j / sum_j c_j^2        c_j = sum_i |R_ij| r_i / sum_i r_i^2
 
-first r for c = 1 (the means of |R|), then c for that r, then r for that c as the file holds it (F16). Each half step is
-the least-squares solution for the other's values; b o (r c^T) is thus a rank-1 fit of |R|, a thousandth above the best
-one, and never worse than one scale a row. R is D minus the terms that are chosen already, as the file holds them. With
-S_i = sum_j |R_ij| c_j a mask leaves
+first r for c = 1 (the means of |R|), then c for that r, then r for that c rounded to F16. Each half step is the least
+squares solution for the values of the other. So b o (r c^T) is a rank-1 fit of |R|, a thousandth above the best one,
+and never worse than one scale per row. R is D minus the components so far, rounded as in the file. With
+S_i = sum_j |R_ij| c_j the error of a mask is
 
     ||R - b o (r c^T)||^2 = ||R||^2 - 2 sum_i r_i S_i + sum_i r_i^2 sum_j c_j^2
 
-so that no further pass measures it.
+so it needs no further pass.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from peraxis_tools.rows import row_blocks
 
 __all__ = ["Dense", "Fit", "fit_masks"]
 
-# Rows of a dense matrix [d_out, d_in], new or one's own to change; asked for several times.
+# Returns rows of a dense matrix [d_out, d_in], which the caller may change; called several times.
 Dense: TypeAlias = Callable[[slice], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """Components and what they leave: square_error = ||D - fit||^2 of square_norm = ||D||^2."""
+    """Components and their error: square_error = ||D - fit||^2, square_norm = ||D||^2."""
 
     components: tuple[pxd.Component, ...]
     square_error: float
@@ -45,9 +45,9 @@ class Fit:
 
 
 def fit_masks(matrix: Callable[[tuple[int, ...]], Dense], covered: tuple[int, ...], masks: int) -> Fit:
-    """Fit `masks` row+col components to a delta of this covered shape, two passes over it for each mask.
+    """Fit `masks` row+col components to a delta of this covered shape, with two passes over it for each mask.
 
-    matrix: the rows of the matrix at an index of the batch.
+    matrix: returns the rows of the matrix at an index of the batch.
     """
     batch, (rows, cols) = covered[:-2], covered[-2:]
     fits = [_fit_matrix(matrix(index), (rows, cols), masks) for index in np.ndindex(*batch)]
@@ -73,7 +73,7 @@ def _fit_matrix(dense: Dense, shape: tuple[int, int], masks: int) -> Fit:
 
 @dataclass(frozen=True, slots=True)
 class _Residual:
-    """A matrix and the terms that are taken from it already."""
+    """A matrix and the components that are subtracted from it."""
 
     dense: Dense
     chosen: ComponentSum
@@ -85,7 +85,7 @@ class _Residual:
 
 
 def _component(residual: _Residual) -> tuple[pxd.Component, float, float]:
-    """The component, ||R||^2, and what it leaves of it."""
+    """The component, ||R||^2, and the squared error that remains."""
     d_out, d_in = shape = residual.chosen.shape
     blocks = list(row_blocks(shape))
     zeros = np.zeros((blocks[0].stop, d_in), np.float32)
@@ -97,7 +97,7 @@ def _component(residual: _Residual) -> tuple[pxd.Component, float, float]:
         row[rows] = found.row / d_in
         sums += columns(block, row[rows])
         squares.append(found.square)
-    # What the file can hold of c, so that r makes up for its rounding.
+    # Round c to F16 first, so that r compensates its rounding.
     col16, exponent = pxd.encode_scales(sums / max(float(row @ row), _TINY))
     col = np.ldexp(col16.astype(np.float64), exponent)
     power = float(col @ col)
@@ -109,14 +109,14 @@ def _component(residual: _Residual) -> tuple[pxd.Component, float, float]:
         mask[rows], size[rows] = found.mask, found.row
     row16, col16, exponent = pxd.encode_scale_pair(size / max(power, _TINY), col)
     component = pxd.Component(axis=pxd.Axis.ROW_COL, exponent=exponent, mask=mask, row=row16, col=col16)
-    # `size` was summed for col; the stored pair is that col times a power of two, which the rows' exponent takes back.
+    # `size` was summed for col; the rounded pair has col times a power of two, which the rows' exponent undoes.
     stored = np.ldexp(row16.astype(np.float64), exponent) * _ratio(col16, col)
     square = math.fsum(squares)
     return component, square, max(0.0, square - 2.0 * float(stored @ size) + float(stored @ stored) * power)
 
 
 def _sums(block: NDArray[np.float32], zeros: NDArray[np.float32], weights: NDArray[np.float64] | None) -> DeltaSums:
-    """Signs, weighted sums of rows and the sum of squares of R, on this thread. zeros: as many rows at least."""
+    """Signs, weighted sums of rows and the sum of squares of R, on this thread. zeros: at least as many rows."""
     kind, backend = pxd.DType.F32, choose("merge_rows", block.size)
     return delta_sums(
         zeros[: len(block)], block, base_dtype=kind, dtype=kind, weights=weights, threads=1, backend=backend
@@ -127,13 +127,13 @@ _TINY = float(np.finfo(np.float64).tiny)
 
 
 def _ratio(stored: NDArray[np.float16], wanted: NDArray[np.float64]) -> float:
-    """The power of two that is between a vector and what it became in F16; 1 for zeros."""
+    """The power of two between a vector and its rounded F16 form; 1 for zeros."""
     largest = int(np.argmax(wanted))
     return float(stored[largest]) / float(wanted[largest]) if wanted[largest] > 0.0 else 1.0
 
 
 def _stack(components: list[pxd.Component], batch: tuple[int, ...]) -> pxd.Component:
-    """The matrices' components as one: their exponents become one, the differences go into the rows."""
+    """Stack the matrices' components into one with a common exponent; the differences go into the rows."""
     first = components[0]
     if not batch:
         return first

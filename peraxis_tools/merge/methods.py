@@ -1,4 +1,4 @@
-"""How several dense deltas become one: the methods that mergekit made known, by blocks of rows.
+"""The methods of mergekit that merge several dense deltas, by blocks of rows.
 
 With deltas d_i = fine-tuned_i - base, weights w_i and density p:
 
@@ -7,8 +7,8 @@ With deltas d_i = fine-tuned_i - base, weights w_i and density p:
              sum of w_i d_i over those i with that sign,               divided by their sum w_i if normalised (default)
     dare     each weight of d_i is kept with probability p and divided by p; sum w_i d_i    (not normalised by default)
 
-A sign delta has one magnitude a row or so, and many weights may equal the threshold of `ties`: all of these are kept,
-where a sort would keep the first of them. The chance of `dare` comes from seed, input and position alone.
+A sign delta has about one magnitude per row, so many weights may equal the threshold of `ties`: all of these are kept;
+a sort would keep only the first of them. The random numbers of `dare` depend on seed, input and position alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NORMALISED: Final[dict[str, bool]] = {"sum": False, "linear": True, "ties": Tru
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """How deltas are merged. `sum` is the plain weighted sum. normalize: None takes the default of the method."""
+    """A merge method. `sum` is the plain weighted sum. normalize: None takes the default of the method."""
 
     method: Method = "sum"
     density: float = 0.5
@@ -47,20 +47,20 @@ class Mixture:
 
     @property
     def is_sum(self) -> bool:
-        """Whether the result is a weighted sum of the deltas, which components can hold exactly."""
+        """Whether the result is a weighted sum of the deltas, which components can represent exactly."""
         return self.method in ("sum", "linear")
 
     def effective(self, weights: Sequence[float]) -> tuple[float, ...]:
-        """The weights of a plain sum that `sum` or `linear` comes to."""
+        """The weights of the plain sum that equals `sum` or `linear`."""
         total = math.fsum(weights)
         return tuple(w / total for w in weights) if self.normalized and abs(total) > 1e-8 else tuple(weights)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixer:
-    """The method's arithmetic on blocks: one of each delta, of the same rows.
+    """The method's arithmetic on blocks: one block of each delta, of the same rows.
 
-    weights: as they were passed. thresholds: of `ties`, below which a delta counts as 0. seeds: of `dare`, one a delta.
+    weights: the user's weights. thresholds: of `ties`; smaller magnitudes count as 0. seeds: of `dare`, one per delta.
     """
 
     mixture: Mixture
@@ -69,7 +69,7 @@ class Mixer:
     seeds: tuple[tuple[int, ...], ...] = ()
 
     def mix(self, blocks: Sequence[NDArray[np.float32]], place: tuple[int, ...]) -> NDArray[np.float32]:
-        """place: where these rows are, for the chances of `dare`."""
+        """Merge blocks. place: the position of these rows, for the random numbers of `dare`."""
         if self.mixture.method == "ties":
             thresholds = np.array(self.thresholds, np.float32)
             return elect(list(blocks), np.array(self.weights), thresholds, normalized=self.mixture.normalized)
@@ -90,7 +90,7 @@ def make_mixer(
     keys: Sequence[str],
     magnitudes: Sequence[Magnitudes],
 ) -> Mixer:
-    """keys: texts that stand for each input and module. magnitudes: of each delta, looked at by `ties` alone."""
+    """keys: texts that identify each input and module. magnitudes: those of each delta; only `ties` uses them."""
     return Mixer(
         mixture=mixture,
         weights=tuple(weights),
@@ -115,7 +115,7 @@ def _seed(seed: int, key: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Magnitudes:
-    """The magnitudes of one delta: as blocks, or as rank-1 matrices row_i * col_j where each has one term.
+    """The magnitudes of one delta: as blocks, or as rank-1 matrices row_i * col_j if each has one component.
 
     blocks: called once or twice. products: (binary64 row, binary64 col) of each matrix, or None.
     """
@@ -126,22 +126,23 @@ class Magnitudes:
 
 
 def threshold(of: Magnitudes, density: float) -> float:
-    """The magnitude that density * count of them are at least as large as; inf where that is none."""
+    """The threshold that density * count magnitudes reach; inf if that is none."""
     wanted = int(density * of.count)
     if wanted <= 0:
         return math.inf
     if of.products is not None:
         return _threshold_of_products(of.products, wanted)
-    # Positive binary32 sort as their bits do: counted by the upper halves of these, then by the lower ones.
+    # Positive binary32 values sort like their bits: count by the upper halves of the bits, then by the lower ones.
     high, above = _descend(_histogram(of, None), wanted)
     low, _ = _descend(_histogram(of, high), wanted - above)
     return float(np.uint32(high << 16 | low).view(np.float32))
 
 
 def _threshold_of_products(products: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]], wanted: int) -> float:
-    """Bisection over the patterns of binary32, which hold every product of two F16 and a power of two.
+    """Bisection over the bit patterns of binary32, which contain every product of two F16 and a power of two.
 
-    A quotient t / row_i is rounded to 2^-53, and col_j is either equal to it or 2^-24 away: so it is compared exactly.
+    A quotient t / row_i is rounded to 2^-53, and col_j either equals it or differs by 2^-24, so the comparison is
+    exact.
     """
     sorted_columns = [(row[row > 0.0], np.sort(col)) for row, col in products]
 
@@ -167,7 +168,7 @@ def _histogram(of: Magnitudes, high: int | None) -> NDArray[np.int64]:
 
 
 def _descend(counts: NDArray[np.int64], wanted: int) -> tuple[int, int]:
-    """The bin of the wanted-th largest, and how many lie above it."""
+    """The bin of the wanted-th largest, and the number of values above it."""
     from_top = np.cumsum(counts[::-1])
     position = int(np.searchsorted(from_top, wanted))
     above = int(from_top[position - 1]) if position else 0

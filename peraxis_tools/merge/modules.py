@@ -1,4 +1,4 @@
-"""One module of several deltas on one base, merged: components kept, folded, or fitted anew."""
+"""Merge one module of several deltas on one base: components are kept, folded, or fitted again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["MergedModule", "merge_module", "needs_base", "relative_error"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergedModule:
-    """What became of one module. square_error of square_norm: what the fit lost of the merged delta's square norm."""
+    """One merged module. square_error: of the fit. square_norm: the squared norm of the merged delta."""
 
     name: str
     encoding: str
@@ -43,7 +43,7 @@ def merge_module(
 ) -> tuple[pxd.ModuleDelta, MergedModule]:
     """Merge the modules of one name. masks: masks to fit the merged delta into; None keeps every component.
 
-    base: rows of the base tensor, for what is stored exactly. keys: texts that stand for the inputs. Raises ToolError.
+    base: rows of the base tensor, for exact tensors. keys: texts that identify the inputs. Raises ToolError.
     """
     first = modules[0]
     plain = mixture.is_sum
@@ -66,7 +66,7 @@ def merge_module(
 
 
 def needs_base(entries: Sequence[pxd.ModuleEntry], weights: Sequence[float], mixture: Mixture) -> bool:
-    """Whether merging the modules of these entries reads the base tensor: told by digests, without their bytes."""
+    """Whether merging the modules of these entries reads the base tensor; the digests alone show that."""
     if not any(entry.encoding is pxd.Encoding.FULL for entry in entries) or not has_delta(entries[0]):
         return False
     if not mixture.is_sum:
@@ -84,7 +84,7 @@ def needs_base(entries: Sequence[pxd.ModuleEntry], weights: Sequence[float], mix
 def _matrices(
     modules: Sequence[pxd.ModuleDelta], weights: Sequence[float], mixture: Mixture, keys: Sequence[str]
 ) -> Callable[[tuple[int, ...]], Dense]:
-    """The merged delta, matrix by matrix, of modules that are `sign` or `same`."""
+    """The merged delta of modules that are `sign` or `same`, matrix by matrix."""
     if mixture.is_sum:
         factors = mixture.effective(weights)
 
@@ -103,7 +103,7 @@ def _matrices(
 
 
 def _magnitudes(module: pxd.ModuleDelta) -> Magnitudes:
-    """Of the terms of a `sign` or `same` module."""
+    """The magnitudes of a `sign` or `same` module."""
     matrices = list(np.ndindex(module.covered[:-2]))
     single = len(module.components) == 1
 
@@ -131,7 +131,7 @@ def _mixed(
     keys: Sequence[str],
     base: BaseRows | None,
 ) -> Dense:
-    """The merged delta by ranges of its first dimension, where one input at least is stored exactly."""
+    """The merged delta by ranges of its first dimension, if at least one input is exact."""
     deltas = [_dense(module, base) for module in modules]
     covered = modules[0].covered
 
@@ -144,7 +144,7 @@ def _mixed(
 
 def _dense(module: pxd.ModuleDelta, base: BaseRows | None) -> Dense:
     if module.full is not None and base is None:
-        raise ToolError(f"{module.name}: is stored exactly; pass --base to merge it")
+        raise ToolError(f"{module.name}: is an exact tensor; pass --base to merge it")
     return lambda rows: delta_rows(module, rows, base)
 
 
@@ -159,7 +159,7 @@ def _kept(
     )
     if len(components) > pxd.COMPONENTS_MAX:
         raise ToolError(
-            f"{modules[0].name}: the sum has {len(components)} masks and a module holds {pxd.COMPONENTS_MAX}; "
+            f"{modules[0].name}: the sum has {len(components)} masks and a module can have {pxd.COMPONENTS_MAX}; "
             "pass --masks to fit it into fewer"
         )
     return _encoded(modules[0], components, tail)

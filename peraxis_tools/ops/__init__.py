@@ -1,1 +1,1 @@
-"""Operations on whole matrices that the tools alone need. See peraxis_format.ops."""
+"""Operations on whole matrices that only the tools need. See peraxis_format.ops."""

@@ -1,4 +1,4 @@
-"""The one layer that prints: rich text or versioned JSON from a result, progress, errors."""
+"""The only layer that prints: rich text or versioned JSON of a result, progress, errors."""
 
 from peraxis_tools.report.console import (
     emit,

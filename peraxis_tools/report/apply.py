@@ -1,4 +1,4 @@
-"""How `apply` looks to a person."""
+"""The text report of `apply`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["render_apply"]
 
 
 def render_apply(result: ApplyResult, console: Console) -> None:
-    """Where the checkpoint is and what it holds."""
+    """Print the path of the checkpoint and its files."""
     console.print(f"[bold green]applied[/]  {text(result.folder)}  {result.tensors} tensors, {size(result.bytes)}")
     console.print(f"delta    {text(result.content_id)}")
     console.print(f"files    {text(', '.join(result.files))}")
     if result.left_behind:
         names = text(listed(result.left_behind))
-        console.print(f"missing  {names}: the delta does not carry it; copy it from the fine-tuned folder")
+        console.print(f"missing  {names}: the delta does not contain it; copy it from the fine-tuned folder")

@@ -1,6 +1,6 @@
-"""Verdicts in the formats that CI systems read: JUnit XML, SARIF 2.1.0, GitHub's workflow commands.
+"""Verdicts in the formats of CI systems: JUnit XML, SARIF 2.1.0, GitHub's workflow commands.
 
-The same report gives the same text: no times, no hosts.
+Equal reports give equal text, because it has no times and no hosts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SARIF_SCHEMA: Final = "https://json.schemastore.org/sarif-2.1.0.json"
 
 
 def _visible(value: str) -> str:
-    """Control and format characters as escapes: XML cannot hold some of them, and none belong into a log."""
+    """Escape control and format characters: XML does not allow some of them, and logs should have none."""
     return "".join(c if unicodedata.category(c) not in ("Cc", "Cf", "Cs") else f"\\u{ord(c):04x}" for c in value)
 
 
@@ -48,7 +48,7 @@ def _bad(report: VerifyReport) -> Iterator[tuple[FileVerdict, Check]]:
 
 
 def junit(report: VerifyReport) -> str:
-    """A suite a file, a case a check. Failed checks are failures, I/O is an error, what cannot be checked too."""
+    """A suite for each file, a case for each check. A failed check is a failure; any other outcome is an error."""
     lines = ['<?xml version="1.0" encoding="UTF-8"?>']
     failures = sum(check.status is Status.FAILED for _, check in _bad(report))
     errors = sum(check.status is not Status.FAILED for _, check in _bad(report))
@@ -79,10 +79,10 @@ def _rule_id(check: Check) -> str:
     return check.code or f"peraxis/{check.name.replace(' ', '-')}"
 
 
-# What to do where a check that is no clause of SPEC 8 does not pass.
+# The remedy for each check that is not a clause of SPEC 8.
 _HELP: Final = {
-    "structure": "Check the path and the rights to read it.",
-    "payload": "Check the path and the rights to read it.",
+    "structure": "Check the path and the permission to read it.",
+    "payload": "Check the path and the permission to read it.",
     "content id": "Fetch the file that the pinned content ID names, or pin the new one if the change is meant.",
     "signature": "Fetch file and bundle again, and check that the key is the publisher's.",
     "base": "Pass the base checkpoint that `inspect` names, in the same revision.",
@@ -114,7 +114,7 @@ def sarif(report: VerifyReport) -> str:
     for verdict, check in _bad(report):
         rule = _rule_id(check)
         rules.setdefault(rule, _rule(check))
-        # GitHub places a result by its line alone, of which a binary file has one; the byte is for people.
+        # GitHub uses only the line of a result, and a binary file has one line; the byte offset is for the reader.
         region = {"startLine": 1, "byteOffset": check.offset or 0, "byteLength": 0}
         place = {"artifactLocation": {"uri": _uri(verdict.file)}, "region": region}
         results.append(

@@ -1,4 +1,4 @@
-"""How `compress` looks to a person: the plan before, the result after."""
+"""The text report of `compress`: the plan before, the result after."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NOTES_SHOWN = 8
 
 
 def plan_lines(plan: Plan) -> None:
-    """The plan on standard error: what gets how many masks, what stays exact, and the size that follows."""
+    """Print the plan on standard error: masks of modules, exact modules, and the predicted size."""
     masks = Counter(module.components for module in plan.modules if module.components)
     exact = Counter(module.reason for module in plan.modules if not module.components)
     parts = [f"{count} modules with {k} mask{'s' * (k > 1)}" for k, count in sorted(masks.items())]
@@ -31,7 +31,7 @@ def plan_lines(plan: Plan) -> None:
 
 
 def render_compress(result: CompressResult, console: Console) -> None:
-    """File, sizes, what was fitted how, and what did not get what was planned."""
+    """Print the file, its sizes, the fit, and the modules that differ from the plan."""
     console.print(
         f"[bold green]compressed[/]  {text(result.path)}  {size(result.size)} of {size(result.full_size)}, "
         f"{result.ratio:.1f} times smaller"
@@ -56,7 +56,7 @@ def render_compress(result: CompressResult, console: Console) -> None:
         more = (
             f" and {len(result.unread_tokens) - _NOTES_SHOWN} more" if len(result.unread_tokens) > _NOTES_SHOWN else ""
         )
-        console.print(f"unread   {named}{more}: special tokens that the calibration text does not hold")
+        console.print(f"unread   {named}{more}: special tokens that are not in the calibration text")
     for i, (name, note) in enumerate(result.notes.items()):
         if i == _NOTES_SHOWN:
             console.print(f"note     and {len(result.notes) - i} more (inspect --json, metadata peraxis.report)")

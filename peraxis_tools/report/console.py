@@ -1,8 +1,7 @@
-"""Consoles, escaping, JSON, progress and errors: what every verb's report shares.
+"""Consoles, escaping, JSON, progress and errors, which all reports share.
 
-Results go to standard output, all else to standard error. Colour and progress appear on terminals alone
-(rich honours NO_COLOR). Text that comes from files passes through `text`, which shows control and
-bidirectional characters as escapes.
+Results go to standard output, everything else to standard error. Colour and progress appear only on terminals (rich
+honours NO_COLOR). Text from files passes through `text`, which escapes control and bidirectional characters.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ R = TypeVar("R")
 
 
 def text(value: object) -> str:
-    """A string from a file, fit for a terminal: no control, format or bidirectional characters, no markup."""
+    """A string from a file, safe for a terminal: without control, format or bidirectional characters and markup."""
     shown = "".join(
         char if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") else f"\\u{ord(char):04x}"
         for char in str(value)
@@ -51,7 +50,7 @@ def text(value: object) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for a person: three digits, decimal units as disks and hubs count them."""
+    """Format bytes: three digits, decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 999.5:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
@@ -60,7 +59,7 @@ def size(count: float) -> str:
 
 
 def to_json(value: Any) -> Any:
-    """Results as JSON values: dataclasses by field, enums by value, paths as strings."""
+    """Convert results to JSON values: dataclasses by field, enums by value, paths as strings."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Enum):
@@ -75,7 +74,7 @@ def to_json(value: Any) -> Any:
 
 
 def json_text(value: Any, *, encoding: str | None = "utf-8") -> str:
-    """JSON in lines, with its characters as they are where an encoding has them all, else as escapes."""
+    """Indented JSON; characters are escaped if the encoding does not have all of them."""
     plain = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
     try:
         plain.encode(encoding or "utf-8")
@@ -87,7 +86,7 @@ def json_text(value: Any, *, encoding: str | None = "utf-8") -> str:
 def emit(result: R, render: Callable[[R, Console], None], *, schema: str, as_json: bool) -> None:
     """Print a result: `render` for a person, or JSON with its schema's name and version.
 
-    schema: like `peraxis.inspect/1`; the number grows when a field changes its meaning or goes away.
+    schema: like `peraxis.inspect/1`; the number grows when a field changes its meaning or is removed.
     """
     if as_json:
         write(json_text({"schema": schema, **to_json(result)}, encoding=sys.stdout.encoding))
@@ -96,13 +95,13 @@ def emit(result: R, render: Callable[[R, Console], None], *, schema: str, as_jso
 
 
 def show(result: R, render: Callable[[R, Console], None]) -> None:
-    """Print a result for a person."""
+    """Print a result as text."""
     with _standard_output():
         render(result, Console(highlight=False, soft_wrap=True))
 
 
 def write(rendered: str) -> None:
-    """Print what is formatted already."""
+    """Print formatted text."""
     with _standard_output():
         sys.stdout.write(rendered)
         sys.stdout.flush()
@@ -110,7 +109,7 @@ def write(rendered: str) -> None:
 
 @contextlib.contextmanager
 def _standard_output() -> Iterator[None]:
-    """Give errors of the stream its name; that its reader went away is told by its class."""
+    """Add the stream's name to its errors, except BrokenPipeError (the reader closed it)."""
     try:
         yield
     except BrokenPipeError:
@@ -122,19 +121,19 @@ def _standard_output() -> Iterator[None]:
 
 
 def print_error(message: str) -> None:
-    """One line on standard error; a URL in it loses its password."""
+    """Print one line on standard error, without passwords of URLs."""
     shown = text(without_secrets(message))
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error[/]: {shown}")
 
 
 def print_note(message: str, *, quiet: bool = False) -> None:
-    """One line on standard error that is no error."""
+    """Print a note, one line on standard error."""
     if not quiet:
         Console(stderr=True, highlight=False, soft_wrap=True).print(text(message))
 
 
 class _NoteHandler(logging.Handler):
-    """Prints each sentence of a logger as a note, once."""
+    """Prints each message of a logger as a note, once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,13 +147,13 @@ class _NoteHandler(logging.Handler):
 
 
 def print_notes(logger: logging.Logger) -> None:
-    """Print what this logger is told from now on."""
+    """Print the messages of this logger from now on."""
     logger.handlers[:] = [_NoteHandler()]
 
 
 @contextlib.contextmanager
 def hub_progress(*, quiet: bool = False) -> Iterator[None]:
-    """The hub library's own bars of an upload, where ours would be shown."""
+    """Show the hub library's bars of an upload if ours would be shown."""
     require("an upload", "huggingface_hub")
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 

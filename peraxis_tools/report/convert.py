@@ -1,4 +1,4 @@
-"""How `convert` looks to a person."""
+"""The text report of `convert`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _SHOWN = 8
 
 
 def render_to_pxd(result: ToPxdResult, console: Console) -> None:
-    """Where it is, what it holds, what was rounded."""
+    """Print the path, the modules, and the rounding errors."""
     console.print(f"[bold green]converted[/]  {text(result.path)}  {size(result.bytes)}, from {result.layout}")
     console.print(f"content    {text(result.content_id)}")
     console.print(f"modules    {result.sign} sign, {result.full} full, {result.same} same as the base")
     rounded = f"rounded once, relative error at most {result.scale_error:.2g}"
-    console.print(f"scales     {'carried over exactly' if result.scale_error == 0.0 else rounded}")
+    console.print(f"scales     {'converted exactly' if result.scale_error == 0.0 else rounded}")
     if result.merges:
         console.print(f"weights    bit for bit those of {result.layout}'s own merge")
     if result.cast:
@@ -35,7 +35,7 @@ def render_to_wire(result: ToWireResult, console: Console) -> None:
 
 
 def render_lora(result: LoraResult, console: Console) -> None:
-    """Where it is, and what of the delta it keeps."""
+    """Print the path, the ranks, and the fidelity to the delta."""
     ranks = [module.rank for module in result.modules]
     console.print(f"[bold green]converted[/]  {text(result.folder)}  {size(result.bytes)}, a LoRA adapter for PEFT")
     console.print(f"rank       {min(ranks)}" + (f" to {max(ranks)}" if max(ranks) > min(ranks) else ""))
@@ -48,7 +48,7 @@ def render_lora(result: LoraResult, console: Console) -> None:
     if result.biases:
         console.print(f"biases     {len(result.biases)}, loaded into the base's layers (bias=all)")
     if result.uncounted:
-        console.print(f"uncounted  {result.uncounted} exact tensors are left out; --base says how much that is")
+        console.print(f"uncounted  {result.uncounted} exact tensors are left out; pass --base to count them")
     for item in result.left_out[:_SHOWN]:
         console.print(f"[yellow]left out[/]   {text(item.name)}: {text(item.reason)}")
     if len(result.left_out) > _SHOWN:

@@ -1,4 +1,4 @@
-"""How the demo looks to a person: each step as its command shows it, and the table at the end."""
+"""The text report of the demo: the report of each step's command, and a table at the end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["render_demo", "render_step"]
 
 
 def render_step(step: DemoStep, console: Console) -> None:
-    """The command, then what it prints."""
+    """Print the command, then its report."""
     console.print(f"\n[bold cyan]$ peraxis-tools {step.command}[/]")
     match step.result:
         case CompressResult():
@@ -36,9 +36,9 @@ def render_step(step: DemoStep, console: Console) -> None:
 
 
 def render_demo(result: DemoResult, console: Console) -> None:
-    """Bytes and fidelity, a line a way to stand in for the fine-tuned model."""
+    """Print bytes and fidelity, one line for each candidate."""
     domains = list(result.rows[0].fidelity)
-    # One space between columns, so that two domains fit 80 of them.
+    # One space between columns, so that two domains fit into 80 characters.
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
     table.add_column("held-out text")
     for title in ("bytes", "ratio", *(f"KL {domain}" for domain in domains), *(f"top-1 {d}" for d in domains)):

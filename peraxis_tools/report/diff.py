@@ -1,4 +1,4 @@
-"""How `diff` looks to a person: the verdict and totals first, then what differs most."""
+"""The text report of `diff`: the verdict and totals first, then the modules that differ most."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from peraxis_tools.report.console import text
 __all__ = ["render_diff"]
 
 _NAMES_SHOWN = 8
-_WIDTH = 30  # of a value
-_BEFORE = 8  # characters in front of a difference
+_WIDTH = 30  # characters of a value
+_BEFORE = 8  # characters before a difference
 
 
 def render_diff(result: DiffResult, console: Console, *, top: int = 12) -> None:
-    """Verdict, manifest, sub-types, and the `top` modules that differ most."""
+    """Print verdict, manifest, sub-types, and the `top` modules that differ most."""
     total = result.total
     if result.equal:
         console.print("[bold green]equal[/]      the same content")
@@ -41,7 +41,7 @@ def render_diff(result: DiffResult, console: Console, *, top: int = 12) -> None:
 
 
 def _worst(result: DiffResult, top: int) -> list[ModuleDiff]:
-    """Those whose distance is unknown first, then by relative distance, the largest first."""
+    """The modules with an unknown distance first, then by decreasing relative distance."""
     different = [module for module in result.modules if not module.identical]
     return sorted(different, key=lambda m: (m.relative is not None, -(m.relative or 0.0)))[:top]
 
@@ -82,7 +82,7 @@ def _number(value: float | None) -> str:
 
 
 def _around_difference(a: str | None, b: str | None) -> tuple[str, str]:
-    """Both, cut to where they begin to differ."""
+    """Both texts, cut around their first difference."""
     both = zip(a or "", b or "", strict=False)
     same = next((i for i, (x, y) in enumerate(both) if x != y), min(len(a or ""), len(b or "")))
     begin = same - _BEFORE if same > _BEFORE and max(len(a or ""), len(b or "")) > _WIDTH else 0

@@ -1,4 +1,4 @@
-"""How `eval` looks to a person."""
+"""The text report of `eval`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LABELS = {"base": "base, no delta", "merged": "merged", "on-the-fly": "on the f
 
 
 def render_evaluate(result: EvaluateResult, console: Console) -> None:
-    """A table a text, a line a candidate; then the tasks."""
+    """Print a table for each text with a line for each candidate, then the tasks."""
     console.print(f"[bold]{text(result.delta)}[/]  {size(result.bytes)}  {text(result.content_id)}")
     console.print(f"against {text(result.fine_tuned)}, base {text(result.base)}")
     for domain in result.domains:
@@ -62,7 +62,7 @@ def _domain_table(domain: DomainResult) -> Table:
 
 
 def _tail_lines(domain: DomainResult) -> Iterator[str]:
-    """Where the merged model differs most: special tokens, and the worst places with what stands before them."""
+    """The places where the merged model differs most: special tokens, and the worst positions with their context."""
     merged = domain.candidates.get("merged")
     if merged is None:
         return

@@ -1,4 +1,4 @@
-"""How `extract` looks to a person."""
+"""The text report of `extract`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["render_extract"]
 
 
 def render_extract(result: ExtractResult, console: Console) -> None:
-    """Where the files are, and which."""
+    """Print the folder and its files."""
     console.print(f"[bold green]extracted[/]  {text(result.folder)}  {len(result.files)} files, {size(result.bytes)}")
     console.print(f"content  {text(result.content_id)}")
     console.print(f"files    {text(', '.join(result.files))}")

@@ -1,7 +1,7 @@
-"""One artifact as one HTML file: works offline, sorts and filters its table, light and dark, nothing fetched.
+"""A report of one file as one HTML page: it works offline, sorts and filters its table, and is light or dark.
 
-Text from the artifact is escaped for HTML after control and bidirectional characters have become visible escapes, and
-a content security policy forbids everything but the page's own style and script.
+Text from the file is escaped for HTML after control and bidirectional characters have become visible escapes. A content
+security policy allows only the page's own style and script.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _AXES: Final = ("row", "col", "row+col", "tensor")
 
 
 def write_page(result: InspectResult, details: Details, path: Path, *, overwrite: bool = False) -> None:
-    """Write the page, whole or not at all."""
+    """Write the page atomically."""
     with pxd.atomic_file(path, overwrite=overwrite) as file:
         file.write(page(result, details).encode())
 
 
 def page(result: InspectResult, details: Details) -> str:
-    """The whole document."""
+    """The HTML document."""
     style = (_ASSETS / "report.css").read_text("utf-8")
     script = (_ASSETS / "report.js").read_text("utf-8")
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -72,7 +72,7 @@ def _heading(result: InspectResult) -> str:
 
 
 def _base_link(base: pxd.BaseIdentity) -> str:
-    """The base's page on the hub where its id has the form of one; a link is followed only when it is clicked."""
+    """A link to the base's page on the hub, if its id has the form of a hub id."""
     name = f"<b>{_text(base.id)}</b>"
     if _HUB_ID.fullmatch(base.id) is None:
         return name
@@ -81,9 +81,9 @@ def _base_link(base: pxd.BaseIdentity) -> str:
 
 
 def _fidelity(details: Details) -> tuple[tuple[str, str], ...]:
-    """How near the outputs of its modules are to the fine-tune's, as the compressor measured it; nothing if it did not.
+    """The output errors of modules as the compressor measured them; empty if it did not.
 
-    The share of the base's output error that is left: 0% is the fine-tune, 100% the base.
+    They are shares of the base's output error: 0% is the fine-tune, 100% the base.
     """
     if not details.relative:
         return ()
@@ -195,7 +195,7 @@ def _row(line: ModuleLine, scales: Mapping[str, float], details: Details) -> str
     for dimension in line.shape:
         elements *= dimension
     cells = [
-        f"<td>{_text(line.name).replace('.', '.<wbr>')}</td>",  # a line may end behind a dot
+        f"<td>{_text(line.name).replace('.', '.<wbr>')}</td>",  # a line may break after a dot
         _cell(line.kind),
         _cell(line.encoding),
         _cell(axes_text(line.axes) or "-"),

@@ -1,4 +1,4 @@
-"""How `inspect` looks to a person."""
+"""The text report of `inspect`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from peraxis_tools.report.console import size, text
 __all__ = ["render_inspect", "wrapped"]
 
 _WIDEST: Final = 120
-_PIPED: Final = 80  # columns where the output is no terminal
+_PIPED: Final = 80  # columns if the output is not a terminal
 _GROUP_WIDTH: Final = 24
 _KINDS_SHOWN: Final = 3
 _STYLES: Final = {"sign": "green", "exact": "cyan", "full": "yellow", "same": "dim"}
 
 
 def render_inspect(result: InspectResult, console: Console, *, modules: bool = False, tree: bool = False) -> None:
-    """Summary first, then bytes by encoding and by group of tensors; on request a line a module, or a tree of them."""
+    """Print a summary, bytes by encoding and by group of tensors, and on request a line per module, or a tree."""
     width = min(console.width, _WIDEST) if console.is_terminal else _PIPED
     _summary(result, console)
     tables: list[Table | Tree] = [_bytes_table(result), _group_table(result, width)]
@@ -86,7 +86,7 @@ def _ratio(full: int, stored: int) -> str:
 
 
 def _group_table(result: InspectResult, width: int) -> Table:
-    """A line a sub-type, in the order of the file: what is stored for it, and along which axes."""
+    """A line for each sub-type, in the order of the file: its encodings and axes."""
     groups: dict[str, list[ModuleLine]] = {}
     for line in result.modules:
         groups.setdefault(line.subtype, []).append(line)
@@ -103,7 +103,7 @@ def _group_table(result: InspectResult, width: int) -> Table:
 
 
 def _stored_as(lines: list[ModuleLine]) -> str:
-    """`sign row+col`, `sign 3x row+col`, or with several kinds of modules their numbers: `sign row 40; full 2`."""
+    """`sign row+col`, `sign 3x row+col`, or for several kinds of modules their counts: `sign row 40; full 2`."""
     kinds = Counter((line.encoding, axes_text(line.axes)) for line in lines).most_common()
     shown = []
     for (encoding, axes), count in kinds:
@@ -115,7 +115,7 @@ def _stored_as(lines: list[ModuleLine]) -> str:
 
 
 def wrapped(name: str, width: int) -> str:
-    """A dotted name on lines of at most width characters, broken behind dots alone; a longer part keeps its line."""
+    """A dotted name on lines of at most width characters, broken after dots; a longer part has its own line."""
     lines = [""]
     parts = name.split(".")
     for i, part in enumerate(parts):
@@ -127,7 +127,7 @@ def wrapped(name: str, width: int) -> str:
 
 
 def _tree(result: InspectResult) -> Tree:
-    """Modules by the parts of their names, bytes summed upwards; a part with one child stands on its child's line."""
+    """A tree of modules by the parts of their names, with sums of bytes; a single child is on its parent's line."""
     totals: Counter[tuple[str, ...]] = Counter()
     children: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
     for line in result.modules:

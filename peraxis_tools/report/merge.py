@@ -1,4 +1,4 @@
-"""How `merge` and `split` look to a person."""
+"""The text reports of `merge` and `split`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KINDS = {"parts": "parts joined, byte for byte", "sum": "every mask kept", "fit
 
 
 def render_merge(result: MergeResult, console: Console) -> None:
-    """Where it is, of what, and what was lost."""
+    """Print the path, the inputs, and the error."""
     how = "" if result.method is None else f"{_METHODS.get(result.method, result.method)}, "
     console.print(f"[bold green]merged[/]  {text(result.path)}  {size(result.bytes)}, {how}{_KINDS[result.kind]}")
     console.print(f"        {text(result.content_id)}")
@@ -23,17 +23,17 @@ def render_merge(result: MergeResult, console: Console) -> None:
         weight = "part" if part.weight is None else f"{part.weight:g}"
         console.print(f"{weight:>6}  {text(part.content_id)}")
     if result.kind == "fit":
-        console.print(f"masks   {result.masks_max} a module; relative error of the fit [bold]{result.error:.4g}[/]")
+        console.print(f"masks   {result.masks_max} per module; relative error of the fit [bold]{result.error:.4g}[/]")
         worst = max(result.modules, key=lambda m: m.square_error / m.square_norm if m.square_norm else 0.0)
         if worst.square_norm:
             share = (worst.square_error / worst.square_norm) ** 0.5
             console.print(f"worst   {text(worst.name)}  {share:.4g}")
     elif result.kind == "sum":
-        console.print(f"masks   up to {result.masks_max} a module; each scale rounded to F16 once at most")
+        console.print(f"masks   up to {result.masks_max} per module; each scale rounded to F16 at most once")
 
 
 def render_split(result: SplitResult, console: Console) -> None:
-    """The parts, a line each."""
+    """Print the parts, one in each line."""
     console.print(f"[bold green]split[/]  into {len(result.parts)} parts\n       {text(result.content_id)}")
     for part in result.parts:
         console.print(f"{text(part.path)}  {part.modules} modules, {size(part.bytes)}")

@@ -1,6 +1,6 @@
-"""Figures of one artifact: axes by sub-type and depth (Figure 2 of the paper), scales, bytes, errors. PNG or SVG.
+"""Plots of one file: axes by sub-type and depth (Figure 2 of the paper), scales, bytes, errors. PNG or SVG.
 
-The same file gives the same bytes: no dates, no random identifiers.
+Equal files give equal bytes, because plots have no dates and no random identifiers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot"]
 
-# Okabe and Ito's colours, told apart by most eyes; a brown for their yellow, which is faint on white.
+# Okabe and Ito's colours, for colour-blind readers; brown replaces their yellow, which is faint on white.
 _COLOURS: Final = {"row": "#0072B2", "col": "#E69F00", "row+col": "#009E73", "tensor": "#CC79A7"}
 _SUBTYPES: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31", "#666666")
 _GREY: Final = "#666666"
@@ -32,7 +32,7 @@ _STYLE: Final[Any] = {"svg.hashsalt": "peraxis", "font.size": 9, "axes.spines.to
 
 
 def plot(result: InspectResult, details: Details, path: Path, *, overwrite: bool = False) -> None:
-    """Write the figure to path, in the format of its suffix. Raises ToolError for another one."""
+    """Write the figure to path, in the format of its suffix. Raises ToolError for another suffix."""
     if path.suffix.lower() not in (".png", ".svg"):
         raise ToolError(f"{path}: a plot is a .png or an .svg")
     require("a plot", "matplotlib")
@@ -47,17 +47,17 @@ def plot(result: InspectResult, details: Details, path: Path, *, overwrite: bool
         name = _plain(result.manifest.fine_tuned.id)
         figure.suptitle(f"{name}   {size(result.file_bytes)}, {result.ratio:.1f} times smaller", fontsize=11)
         for i, panel in enumerate(panels):
-            # An odd one at the end takes the whole row.
+            # An odd panel at the end takes the whole row.
             columns = slice(None) if i == 2 * rows - 2 == len(panels) - 1 else i % 2
             panel(figure.add_subplot(grid[i // 2, columns]))
-        # SVG would note the date, PNG the version of the library.
+        # SVG would contain the date, PNG the version of the library.
         metadata: dict[str, Any] = {"Date": None} if path.suffix.lower() == ".svg" else {"Software": None}
         with pxd.atomic_file(path, overwrite=overwrite) as file:
             figure.savefig(file, format=path.suffix.lower()[1:], dpi=150, metadata=metadata)
 
 
 def _panels(result: InspectResult, details: Details) -> list[Callable[[Axes], None]]:
-    """What there is to see: the axes only where modules differ in them, since one colour informs nobody."""
+    """The panels; those of axes only if modules differ in them, because one colour gives no information."""
     panels: list[Callable[[Axes], None]] = [
         lambda axes: _scales(axes, details),
         lambda axes: _bytes(axes, result),
@@ -73,13 +73,13 @@ def _panels(result: InspectResult, details: Details) -> list[Callable[[Axes], No
 
 
 def _plain(value: str) -> str:
-    """Text from a file, fit for a label: printable, and no mathematics between dollar signs."""
+    """Text from a file, safe for a label: printable, and without mathematics between dollar signs."""
     shown = "".join(c if c.isprintable() else "?" for c in value).replace("$", r"\$")
     return shown if len(shown) <= 60 else shown[:59] + "…"
 
 
 def _whole_numbers(axis: Axis) -> None:
-    """Ticks at whole numbers alone."""
+    """Set ticks only at integers."""
     from matplotlib.ticker import MaxNLocator
 
     locator = axis.get_major_locator()
@@ -166,7 +166,7 @@ def _legend_below(axes: Axes) -> None:
 
 
 def _subtype_colours(details: Details) -> dict[str, str]:
-    """One colour for a sub-type in every panel, in the order of the file."""
+    """The colour of each sub-type, the same in all panels, in the order of the file."""
     names = dict.fromkeys(line.subtype for line in details.scales)
     return {name: _SUBTYPES[i % len(_SUBTYPES)] for i, name in enumerate(names)}
 
@@ -186,7 +186,7 @@ def _bytes(axes: Axes, result: InspectResult) -> None:
 
 def _relative_errors(axes: Axes, details: Details) -> None:
     _by_module(axes, details, {name: 100 * share for name, share in details.relative.items()})
-    axes.set_ylabel("% of the base's output error that is left")
+    axes.set_ylabel("% of the base's output error")
     axes.set_title("Relative error by module", loc="right")
 
 
@@ -197,7 +197,7 @@ def _errors(axes: Axes, details: Details) -> None:
 
 
 def _by_module(axes: Axes, details: Details, values: Mapping[str, float]) -> None:
-    """A point a module: its layer and its value, a colour a sub-type."""
+    """Plot a point for each module: its layer and its value, with a colour for each sub-type."""
     subtypes = {line.name: line.subtype for line in details.scales}
     points = [(layer_of(name), error, subtypes.get(name, "other")) for name, error in values.items()]
     for subtype, colour in {**_subtype_colours(details), "other": _GREY}.items():

@@ -1,4 +1,4 @@
-"""How `publish` looks to a person."""
+"""The text report of `publish`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["render_publish"]
 
 
 def render_publish(result: PublishResult, console: Console) -> None:
-    """Where it is now."""
+    """Print the place and the content of the repository."""
     if result.url is None:
         console.print(f"[bold yellow]not uploaded[/] (dry run)  {text(result.folder)}")
     else:

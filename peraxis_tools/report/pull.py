@@ -1,4 +1,4 @@
-"""How `pull` looks to a person."""
+"""The text report of `pull`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["render_pull"]
 
 
 def render_pull(result: PullResult, console: Console) -> None:
-    """What was fetched, where it is, what it is."""
+    """Print the fetched files."""
     for file in result.files:
         verdict = "pulled" if file.content_id is None else "pulled and verified"
         console.print(f"[bold green]{verdict}[/]  {text(file.path)}  {size(file.bytes)}")

@@ -1,4 +1,4 @@
-"""How `sign` looks to a person."""
+"""The text report of `sign`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["render_sign"]
 
 
 def render_sign(result: SignResult, console: Console) -> None:
-    """What was signed, how, and where the bundle is."""
+    """Print the signed file, the method, and the path of the bundle."""
     console.print(f"[bold green]signed[/]  {text(result.file)}, with a {result.method}")
     console.print(f"        {text(result.content_id)}")
     console.print(f"bundle  {text(result.bundle)}")

@@ -1,4 +1,4 @@
-"""How update, compact and log look to a person."""
+"""The text reports of update, compact and log."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _SHOWN = 12  # hex digits of a digest in a table
 
 
 def render_update(result: UpdateResult, console: Console) -> None:
-    """What was written and how much changed."""
+    """Print the file and the number of changes."""
     _render("updated", result, console)
 
 
 def render_compact(result: UpdateResult, console: Console) -> None:
-    """The same of a folded update."""
+    """Print a folded update."""
     _render("folded", result, console)
 
 
@@ -37,7 +37,7 @@ def _render(word: str, result: UpdateResult, console: Console) -> None:
 
 
 def render_log(chain: ChainLog, console: Console) -> None:
-    """The chain as a table, oldest first."""
+    """Print the chain as a table, the oldest first."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("update", "changed", "bytes", "result"):
         table.add_column(name, justify="right" if name in ("changed", "bytes") else "left", overflow="fold")
@@ -47,7 +47,7 @@ def render_log(chain: ChainLog, console: Console) -> None:
     console.print(f"made on  {text(chain.updates[0].base)}")
     if chain.folded:
         names = ", ".join(entry.file for entry in chain.folded)
-        console.print(f"folded   {text(names)}: each takes the way of several of the others")
+        console.print(f"folded   {text(names)}: each replaces several of the others")
 
 
 def _changed(entry: LogEntry) -> str:

@@ -1,4 +1,4 @@
-"""How `verify` looks to a person."""
+"""The text report of `verify`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["render_report", "render_verify"]
 
 
 def render_verify(result: VerifyResult, console: Console) -> None:
-    """What was proven, a line each."""
+    """Print the passed checks, one in each line."""
     console.print(f"[bold green]verified[/]  {text(result.file)}  {text(result.content_id)}")
     console.print(f"structure and payload: {result.modules} modules, {size(result.bytes)}")
     if result.base is None:
         console.print("base: not checked (pass --base)")
     else:
-        console.print(f"base: {text(result.base)} is the one that this delta was made for, to the byte")
+        console.print(f"base: {text(result.base)} is the one that this delta was made for, byte for byte")
 
 
 _STYLES = {
@@ -30,7 +30,7 @@ _STYLES = {
 
 
 def render_report(report: VerifyReport, console: Console) -> None:
-    """A verdict a file, its checks below it, and a sum where there are several."""
+    """Print a verdict for each file with its checks, and a sum if there are several files."""
     for verdict in report.files:
         _verdict(verdict, console)
     if len(report.files) > 1:

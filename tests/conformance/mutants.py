@@ -5,7 +5,9 @@ The kit should fail each of them. Those that pass the quick cases are held to th
     python -m tests.conformance.mutants                    the small Python reader, in this process
     python -m tests.conformance.mutants --loader c         the loader in C; takes a compiler and about half an hour
     python -m tests.conformance.mutants --every 10         each tenth mutant
+    python -m tests.conformance.mutants --only updates.py  those whose file, line or text an expression finds
 
+The cases that failed the mutants before stand first, which ends most of them at once.
 Prints the mutants that no case fails, and ends with status 1 where there are any beside those that change nothing
 (EQUIVALENT, each with its reason).
 """
@@ -79,7 +81,7 @@ class Mutant:
 
 # Changes after which every verdict is the same, by a part of the name, with the reason.
 EQUIVALENT: dict[str, str] = {
-    'codes = ("E202",) * 4': "which code of the right phase is said",
+    "codes = ('E202',) * 4": "which code of the right phase is said",
     "codes[": "which code of the right phase is said",
     "'E112' if": "which code of the right phase is said",
     "len(digits) <= 17": "longer numbers are beyond the range anyway",
@@ -221,7 +223,23 @@ class Late(BaseException):
     """A mutant that does not end."""
 
 
-def survives_python(mutant: Mutant, corpus: Corpus, cases: Sequence[Case]) -> bool:
+class Teeth:
+    """The cases in the order in which they are tried: what failed a mutant moves to the front."""
+
+    def __init__(self, cases: Sequence[Case]) -> None:
+        self.cases = list(cases)
+
+    def passed(self, adapter: Adapter, corpus: Corpus) -> bool:
+        """Whether every case passes."""
+        summary = run_cases(adapter, corpus, self.cases, jobs=1, stop_at_first=True)
+        for outcome in summary.outcomes:
+            if outcome.status == "failed":
+                self.cases.remove(outcome.case)
+                self.cases.insert(0, outcome.case)
+        return summary.passed
+
+
+def survives_python(mutant: Mutant, corpus: Corpus, teeth: Teeth) -> bool:
     """Whether every case passes."""
 
     def late(*_: object) -> None:
@@ -230,7 +248,7 @@ def survives_python(mutant: Mutant, corpus: Corpus, cases: Sequence[Case]) -> bo
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)
     try:
-        return run_cases(InProcess(loaded(mutant)), corpus, cases, stop_at_first=True).passed
+        return teeth.passed(InProcess(loaded(mutant)), corpus)
     except (Late, Exception):
         return False
     finally:
@@ -259,7 +277,7 @@ def c_mutants() -> Iterator[Mutant]:
                 yield Mutant(name=f"pxd.c:{number + 1}: {old} -> {new} in {line.strip()[:70]}", file="c", source=source)
 
 
-def survives_c(mutant: Mutant, corpus: Corpus, cases: Sequence[Case], folder: Path) -> bool:
+def survives_c(mutant: Mutant, corpus: Corpus, teeth: Teeth, folder: Path) -> bool:
     """Whether it compiles and every case passes."""
     source, built = folder / "pxd.c", folder / "pxd"
     source.write_text(mutant.source)
@@ -267,7 +285,7 @@ def survives_c(mutant: Mutant, corpus: Corpus, cases: Sequence[Case], folder: Pa
     if subprocess.run(command, capture_output=True, check=False).returncode:
         return False
     try:
-        return run_cases(Adapter([str(built)]), corpus, cases, jobs=2, stop_at_first=True).passed
+        return teeth.passed(Adapter([str(built)]), corpus)
     except Exception:
         return False
 
@@ -280,6 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loader", choices=("python", "c"), default="python")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="each Nth mutant alone")
+    parser.add_argument("--only", default="", metavar="REGEX", help="those alone whose name it finds")
     parser.add_argument("--from", type=int, default=0, dest="first", metavar="N", help="the first of them")
     given = parser.parse_args(arguments)
     started, tried, alive = time.monotonic(), 0, []
@@ -292,17 +311,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if case.operation in operations and not case.id.startswith("hostile/limit")
         ]
         cases.sort(key=lambda case: (not case.id.startswith("valid/"), case.id.startswith("cut/")))
-        mutants = list(python_mutants() if given.loader == "python" else c_mutants())[given.first :: given.every]
-        limits = [dataclasses.replace(case, mib=8192) for case in corpus.select(["hostile/limit-*"])]
+        made = python_mutants() if given.loader == "python" else c_mutants()
+        mutants = [mutant for mutant in made if re.search(given.only, mutant.name)][given.first :: given.every]
+        quick = Teeth(cases)
+        limits = Teeth([dataclasses.replace(case, mib=8192) for case in corpus.select(["hostile/limit-*"])])
 
-        def lives_through(mutant: Mutant, cases: Sequence[Case]) -> bool:
+        def lives_through(mutant: Mutant, teeth: Teeth) -> bool:
             if given.loader == "python":
-                return survives_python(mutant, corpus, cases)
-            return survives_c(mutant, corpus, cases, Path(scratch))
+                return survives_python(mutant, corpus, teeth)
+            return survives_c(mutant, corpus, teeth, Path(scratch))
 
         for mutant in mutants:
             tried += 1
-            lives = lives_through(mutant, cases) and lives_through(mutant, limits)
+            if tried % 50 == 0:
+                sys.stderr.write(f"{tried} of {len(mutants)}\n")
+            lives = lives_through(mutant, quick) and lives_through(mutant, limits)
             if lives and not any(part in mutant.name for part in EQUIVALENT):
                 alive.append(mutant.name)
                 sys.stdout.write(f"survives: {mutant.name}\n")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
-from tests.engines.pair import make_pair
+from tests.engines.pair import make_chain, make_pair
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,3 +29,9 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def tied(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A base whose lm_head is its embedding, and two variants."""
     return make_pair(tmp_path_factory.mktemp("tied"), tied=True, seeds=(1, 2))
+
+
+@pytest.fixture(scope="session")
+def chain(untied: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two exact updates of the untied base, and the checkpoints that they lead to."""
+    return make_chain(tmp_path_factory.mktemp("chain"), Path(untied["base"]), steps=2)

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -128,15 +128,35 @@ def job_swaps(
         cached = _from_cache(llm)  # before anything else could fill the cache with this variant's blocks
         found.append([version, llm.get_weight_version(), generate(llm), cached])
     errors = [_refusal(llm, delta) for delta in bad]
-    return {"swaps": found, "first": first, "errors": errors, "after": generate(llm)}
+    again = use(llm, sequence[-1])  # the reply to this call, not to one that failed
+    return {"swaps": found, "first": first, "errors": errors, "again": again, "after": generate(llm)}
 
 
-def _refusal(llm: Any, delta: str) -> str | None:
-    """The error of a swap; None where there was none."""
+def job_updates(*, model: str, updates: Sequence[str], bad: Sequence[str], delta: str, **options: Any) -> Any:
+    """An engine of the base; after each exact update what it generates, then errors, and what a variant then says."""
+    from peraxis_format.engines.vllm import remove, update, use
+
+    llm = make_engine(model, load_format="peraxis", weight_transfer_config={"backend": "peraxis"}, **options)
+    use(llm, delta)
+    first = _refusal(llm, updates[0], update)
+    use(llm, None)
+    remove(llm, delta)
+    found = [[update(llm, path), llm.get_weight_version(), generate(llm), _from_cache(llm)] for path in updates]
+    errors = [_refusal(llm, path, update) for path in bad]
+    return {
+        "updates": found,
+        "errors": [first, *errors, _refusal(llm, delta)],
+        "version": use(llm, None),
+        "after": generate(llm),
+    }
+
+
+def _refusal(llm: Any, delta: str, action: Callable[[Any, str], Any] | None = None) -> str | None:
+    """The error of a swap, or of another action; None where there was none."""
     from peraxis_format.engines.vllm import use
 
     try:
-        use(llm, delta)
+        (action or use)(llm, delta)
     except Exception as error:
         return str(error)
     return None
@@ -162,12 +182,15 @@ def job_variants(
             errors.append(None)
         except Exception as error:
             errors.append(str(error))
+    again = llm.llm_engine.add_lora(LoRARequest("again", 99, next(iter(paths.values()))))
+    llm.llm_engine.remove_lora(99)
     store = None
     if options.get("tensor_parallel_size", 1) == 1:
         (store,) = llm.collective_rpc(_store)
     return {
         "batches": found,
         "errors": errors,
+        "again": again,
         "store": store,
         "after": generate(llm, variants=batches[0], paths=paths),
     }

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import peraxis_format as pf
 import peraxis_tools
+from peraxis_format.torch.updates import UpdateWriter
 from tests.loader.support import random_module
 
-__all__ = ["make_base", "make_delta", "make_pair"]
+__all__ = ["make_base", "make_chain", "make_delta", "make_pair"]
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
@@ -96,4 +98,27 @@ def make_pair(folder: Path, *, tied: bool, seeds: Sequence[int]) -> dict[str, st
         peraxis_tools.apply(base, delta, folder / f"v{seed}")
         paths |= {f"v{seed}.pxd": str(delta), f"v{seed}": str(folder / f"v{seed}")}
     (folder / "paths.json").write_text(json.dumps(paths))
+    return paths
+
+
+def make_chain(folder: Path, base: Path, *, steps: int) -> dict[str, str]:
+    """A chain of exact updates that begins at a base, and a folder with the weights of each step.
+
+    chain: the folder with anchor-00000000.pxd, step-00000001.pxd, ...; step1, step2, ...: ordinary checkpoints.
+    """
+    live = load_file(base / "model.safetensors")
+    writer = UpdateWriter(live, folder / "chain")
+    writer.step()
+    paths = {"chain": str(folder / "chain")}
+    for step in range(1, steps + 1):
+        generator = torch.Generator().manual_seed(step)
+        for name, tensor in sorted(live.items()):
+            if step % 2 and name.endswith("norm.weight"):
+                continue  # stays, so that it is `same`
+            chosen = torch.rand(tensor.shape, generator=generator) < 0.1
+            tensor[chosen] = (tensor[chosen] * 1.5 + 0.05).to(tensor.dtype)
+        writer.step()
+        state = Path(shutil.copytree(base, folder / f"step{step}"))
+        save_file(live, state / "model.safetensors", metadata={"format": "pt"})
+        paths[f"step{step}"] = str(state)
     return paths

@@ -8,17 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tests.engines.jobs import ENVIRONMENT
 
-__all__ = ["Server", "serve"]
+__all__ = ["Server", "family_of", "serve", "together"]
 
 _START_SECONDS = 300
 
@@ -37,7 +38,7 @@ class Server:
             self.url + path, data=data, method=method, headers={"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(asked, timeout=300) as answer:
+            with urllib.request.urlopen(asked, timeout=90) as answer:
                 return answer.status, _parsed(answer.read())
         except urllib.error.HTTPError as error:
             return error.code, _parsed(error.read())
@@ -52,7 +53,7 @@ class Server:
         """The events of a streamed answer, as they come."""
         data = json.dumps(body | {"stream": True}).encode()
         asked = urllib.request.Request(self.url + path, data=data, headers={"Content-Type": "application/json"})
-        with urllib.request.urlopen(asked, timeout=300) as answer:
+        with urllib.request.urlopen(asked, timeout=90) as answer:
             for line in answer:
                 data = line.decode().removeprefix("data:").strip()
                 if data and data != "[DONE]":
@@ -73,6 +74,31 @@ class Server:
         assert status == 200, (status, answer)
         choice = answer["choices"][0]
         return [choice["token_ids"], choice["logprobs"]["token_logprobs"]]
+
+
+def together(calls: list[Callable[[], Any]]) -> list[Any]:
+    """The results of calls that run at the same time."""
+    found: list[Any] = [None] * len(calls)
+
+    def run(i: int) -> None:
+        found[i] = calls[i]()
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def family_of(server: Server) -> dict[int, str]:
+    """The processes of a server: id -> command line."""
+    found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in found.splitlines()[1:]]
+    family = {server.process.pid}
+    for _ in range(4):
+        family |= {int(pid) for pid, parent, _ in rows if int(parent) in family}
+    return {int(pid): args for pid, _, args in rows if int(pid) in family}
 
 
 def _parsed(data: bytes) -> Any:

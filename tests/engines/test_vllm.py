@@ -17,6 +17,7 @@ from tests.engines.pair import make_delta
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 MIXED = ["v1", None, "v2", "v1", "v3"]
+STEPS = ("anchor-00000000", "step-00000001", "step-00000002")
 EXACT = {"peraxis": {"exact": True}}
 Found = dict[str, Any]
 
@@ -30,7 +31,9 @@ def damaged(path: Path, source: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def found(untied: dict[str, str], tied: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found(
+    untied: dict[str, str], tied: dict[str, str], chain: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Found:
     """What every engine gave, by name."""
     folder = tmp_path_factory.mktemp("engines")
     broken = damaged(folder / "damaged.pxd", untied["v2.pxd"])
@@ -41,6 +44,7 @@ def found(untied: dict[str, str], tied: dict[str, str], tmp_path_factory: pytest
     dressed = str(make_delta(folder / "dressed.pxd", Path(untied["base"]), seed=4, assets=[other_template]))
     deltas = {name: untied[f"{name}.pxd"] for name in ("v1", "v2", "v3")}
     one, two = untied["v1.pxd"], untied["v2.pxd"]
+    updates = [f"{chain['chain']}/{name}.pxd" for name in STEPS]
     jobs: dict[str, dict[str, Any]] = {
         "base": {"job": "plain", "model": untied["base"]},
         **{name: {"job": "plain", "model": untied[name]} for name in deltas},
@@ -69,6 +73,15 @@ def found(untied: dict[str, str], tied: dict[str, str], tmp_path_factory: pytest
             "model": tied["base"],
             "sequence": [tied["v1.pxd"], None],
             "bad_first": [other_base],
+        },
+        "step1": {"job": "plain", "model": chain["step1"]},
+        "step2": {"job": "plain", "model": chain["step2"]},
+        "updates": {
+            "job": "updates",
+            "model": untied["base"],
+            "updates": updates,
+            "bad": [updates[1], damaged(folder / "anchor.pxd", updates[0]), one],
+            "delta": two,
         },
         "variants": {
             "job": "variants",
@@ -162,6 +175,34 @@ def test_a_bad_delta_is_refused_and_nothing_else_changes(found: Found, way: str)
     assert "extract" in dressed
     before = found[way]["swaps"][-1][2] if way == "swaps" else found[way]["batches"][0]
     assert found[way]["after"] == before
+
+
+def test_an_exact_update_is_the_trainers_weights_to_the_bit(found: Found) -> None:
+    updates = found["updates"]["updates"]
+    assert [output for _, _, output, _ in updates] == [found["base"], found["step1"], found["step2"]]
+    assert found["base"] != found["step1"] != found["step2"]
+    assert [cached for _, _, _, cached in updates] == [found[name][2][0] for name in ("base", "step1", "step2")]
+
+
+def test_after_an_update_the_engine_reports_its_content_id(found: Found, chain: dict[str, str]) -> None:
+    import peraxis_format as pf
+
+    expected = []
+    for name in STEPS:
+        with pf.open(f"{chain['chain']}/{name}.pxd") as file:
+            expected.append(file.content_id)
+    assert [reported for _, reported, _, _ in found["updates"]["updates"]] == expected
+    assert found["updates"]["version"] == expected[-1]
+
+
+def test_an_update_that_does_not_fit_is_refused_and_nothing_changes(found: Found) -> None:
+    staged, repeated, broken, variant, of_the_old_base = found["updates"]["errors"]
+    assert "remove them before an update" in staged
+    assert "E405" in repeated
+    assert "E301" in broken
+    assert "stage it as a variant" in variant
+    assert "E404" in of_the_old_base
+    assert found["updates"]["after"] == found["step2"]
 
 
 def test_a_mixed_batch_in_exact_mode_is_each_variants_own_model_to_the_bit(found: Found) -> None:

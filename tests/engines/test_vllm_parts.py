@@ -206,3 +206,15 @@ def test_a_url_that_is_not_there_is_one_line(served: str) -> None:
     with pytest.raises(CheckpointError, match="cannot be fetched") as caught:
         open_delta(f"{served}/none.pxd?token=secret")
     assert "secret" not in str(caught.value)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(
+    served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "download"
+    folder.mkdir()
+    (folder / "delta.pxd").symlink_to("/dev/full")
+    monkeypatch.setattr("tempfile.mkdtemp", lambda **_: str(folder))
+    with pytest.raises(CheckpointError, match=f"No space left on device.*make room in {tmp_path}"):
+        open_delta(f"{served}/delta.pxd")
+    assert not folder.exists()

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import peraxis_format as pf
 from tests.engines.jobs import PROMPTS, WORKER, run_jobs
-from tests.engines.server import Server, serve
+from tests.engines.server import Server, serve, together
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def references(untied: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def references(
+    untied: dict[str, str], chain: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """What stock engines of the base and the applied folders give."""
-    names = ["base", "v1", "v2"]
+    names = ["base", "v1", "v2", "step1", "step2"]
     folder = tmp_path_factory.mktemp("references")
-    found = run_jobs([{"job": "plain", "model": untied[name]} for name in names], folder)
+    found = run_jobs([{"job": "plain", "model": (untied | chain)[name]} for name in names], folder)
     return dict(zip(names, found, strict=True))
 
 
@@ -50,21 +55,6 @@ def mixing(untied: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
         environment={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
     ) as server:
         yield server
-
-
-def together(calls: list[Callable[[], Any]]) -> list[Any]:
-    """The results of calls that run at the same time."""
-    found: list[Any] = [None] * len(calls)
-
-    def run(i: int) -> None:
-        found[i] = calls[i]()
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
 
 
 def tokens(references: dict[str, Any], name: str, prompt: int) -> list[int]:
@@ -168,6 +158,7 @@ def test_bad_requests_get_a_clear_answer_and_the_server_goes_on(
         ("/v1/peraxis/variants", {"name": "x", "delta": "/no/such.pxd"}, 400, "/no/such.pxd"),
         ("/v1/peraxis/variants", {"name": "x", "delta": untied["base"] + "/config.json"}, 400, "E109"),
         ("/v1/peraxis/variants", {"name": "x"}, 400, "delta"),
+        ("/v1/peraxis/update", {"update": untied["v1.pxd"]}, 409, "staged"),
     ]
     for path, body, status, word in wrong:
         found, answer = swapping.post(path, body)
@@ -176,6 +167,47 @@ def test_bad_requests_get_a_clear_answer_and_the_server_goes_on(
     assert swapping.request("DELETE", "/v1/peraxis/variants/v2")[0] == 409
     assert swapping.get("/health")[0] == 200
     assert swapping.complete("base", PROMPTS[0])[0] == tokens(references, "v2", 0)
+
+
+def until(condition: Callable[[], bool], *, seconds: float = 30.0) -> bool:
+    end = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return met
+
+
+def test_a_server_follows_a_chain_as_it_grows(
+    swapping: Server, chain: dict[str, str], references: dict[str, Any], tmp_path: Path
+) -> None:
+    def arrive(name: str) -> Path:
+        return Path(shutil.copy(Path(chain["chain"]) / name, tmp_path / name))
+
+    anchor, first = arrive("anchor-00000000.pxd"), arrive("step-00000001.pxd")
+    swapping.post("/v1/peraxis/use", {"variant": None})
+    status, answer = swapping.post("/v1/peraxis/follow", {"folder": str(tmp_path)})
+    assert (status, "staged" in str(answer)) == (200, True), answer  # said, and tried again
+    for name in ("v1", "v2"):
+        assert swapping.request("DELETE", f"/v1/peraxis/variants/{name}")[0] == 200
+    assert until(lambda: swapping.get("/v1/peraxis")[1]["follow"]["step"] == 1)
+    assert swapping.complete("base", PROMPTS[2])[0] == tokens(references, "step1", 2)
+    (tmp_path / "step-00000002.pxd").write_bytes(first.read_bytes()[:5000])  # on its way
+    assert until(lambda: "step-00000002.pxd" in swapping.get("/v1/peraxis")[1]["follow"]["waiting"])
+    second = arrive("step-00000002.pxd")
+    assert until(lambda: swapping.get("/v1/peraxis")[1]["follow"]["step"] == 2)
+    with pf.open(second) as file:
+        assert swapping.get("/v1/peraxis")[1]["weight_version"] == file.content_id
+    assert swapping.complete("base", PROMPTS[2])[0] == tokens(references, "step2", 2)
+    assert swapping.post("/v1/peraxis/update", {"update": str(anchor)})[0] == 409
+    assert swapping.request("DELETE", "/v1/peraxis/follow")[0] == 200
+    for path, body, status in (
+        ("/v1/peraxis/update", {"update": str(first)}, 400),
+        ("/v1/peraxis/update", {"update": "/no/such.pxd"}, 400),
+        ("/v1/peraxis/follow", {"folder": "/no/such"}, 400),
+        ("/v1/peraxis/follow", {"folder": str(tmp_path), "every": 0}, 400),
+        ("/v1/peraxis/update", {"update": str(anchor)}, 200),
+    ):
+        assert swapping.post(path, body)[0] == status, (path, body)
+    assert swapping.complete("base", PROMPTS[2])[0] == tokens(references, "base", 2)
 
 
 def test_the_model_field_chooses_the_variant_in_one_batch(mixing: Server, references: dict[str, Any]) -> None:

@@ -92,7 +92,7 @@ def test_one_tensor_in_two_files_without_an_index_is_refused(tmp_path: Path) -> 
 def test_an_index_that_names_a_tensor_no_file_holds_is_refused(tmp_path: Path) -> None:
     shard(tmp_path / "model-1.safetensors", a=1.0)
     index(tmp_path, {"a": "model-1.safetensors", "b": "model-1.safetensors"})
-    with pytest.raises(CheckpointError, match="'b' to model-1"):
+    with pytest.raises(CheckpointError, match="'b' in model-1"):
         pxd.Safetensors.open(tmp_path)
 
 
@@ -138,13 +138,13 @@ def test_a_folder_of_another_kind_says_what_to_do(tmp_path: Path, name: str, sai
 def test_a_name_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
     header = b'{"a\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\x07")
-    with pytest.raises(CheckpointError, match="no valid Unicode"):
+    with pytest.raises(CheckpointError, match="not valid Unicode"):
         pxd.Safetensors.open(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "Q4_K", "", None])
+@pytest.mark.parametrize("dtype", ["F4_E2M1", "F8_E3M4", "Q4_K", "", None])
 def test_a_dtype_that_is_not_carried_is_named_with_its_tensor(tmp_path: Path, dtype: str | None) -> None:
     header = json.dumps({"a.weight": {"dtype": dtype, "shape": [2], "data_offsets": [0, 1]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\x07")
-    with pytest.raises(CheckpointError, match=r"'a\.weight' has dtype .*which PXD does not carry"):
+    with pytest.raises(CheckpointError, match=r"'a\.weight' has dtype .*which PXD does not allow"):
         pxd.Safetensors.open(tmp_path)

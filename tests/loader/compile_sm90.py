@@ -16,20 +16,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from peraxis_format.ops.exact.kinds import BLOCK, KINDS
-from peraxis_format.ops.exact.triton import TILE, exact_kernel
+from peraxis_format.ops.exact.triton import TILE, count_kernel, exact_kernel
 from peraxis_format.ops.rebuild import triton as kernels
 from peraxis_format.ops.signed_matmul import triton as serving
 
 IO = {
     "tiles": "*i32", "records": "*i64", "terms": "*i64", "buffer": "*u8", "stride": "i32", "order": "*i32",
-    "old": "*i16", "new": "*i16", "index": "*i64", "ends": "*i64", "data": "*u8", "sound": "*i32", "weights": "i64",
-    "partial": "*fp32", "rows": "i32", "N": "i32", "signs": "i32", "ones": "i32", "variant": "i32",
+    "old": "*i16", "new": "*i16", "index": "*i64", "ends": "*i64", "data": "*i32", "sound": "*i32", "weights": "i64",
+    "counts": "*i32", "partial": "*fp32", "rows": "i32", "N": "i32", "signs": "i32", "ones": "i32", "variant": "i32",
+    "count": "i32",
 }  # fmt: skip
 
 
 def compiled(kernel: Any, bits: str, constants: Mapping[str, Any], **options: int) -> Mapping[str, Any]:
     """PTX and machine code, as a launch with torch's tensors would get it: addresses and widths are multiples of 16."""
-    signature = {**IO, **dict.fromkeys(("y", "x", "weight", "bias"), bits)}
+    signature = {**IO, **dict.fromkeys(("y", "x", "weight", "bias", "out"), bits)}
     if bits == "*i32":
         signature |= {"old": bits, "new": bits}
     names = kernel.arg_names
@@ -54,14 +55,17 @@ def everything() -> Iterator[tuple[str, Mapping[str, Any]]]:
         tile = {**common, "HAS_BIAS": True, "BN": 8, "BG": 128}
         yield f"single {kind}", compiled(serving.single_kernel, bits, tile)
         for height, split in ((16, 1), (64, 8)):
-            tile = {**common, "BM": height, "BN": 64 if exact else 128, "BG": 8 if exact else 16, "SPLIT": split}
+            tile = {**common, "BM": height, "BN": 64 if exact else 128, "BG": 8 if exact else 32, "SPLIT": split}
             for plain in (True, False) if kind == kernels.BF16 else (False,):
-                constants = {**tile, "PLAIN": plain, "UPCAST": False}
+                constants = {**tile, "PLAIN": plain, "UPCAST": False, "ALIGNED": not exact}
+                warps = 4 if exact else 8
                 yield (
                     f"decode {kind} {height} {plain}",
-                    compiled(serving.decode_kernel, bits, constants, num_warps=4, num_stages=3),
+                    compiled(serving.decode_kernel, bits, constants, num_warps=warps, num_stages=3),
                 )
         yield f"reduce {kind}", compiled(serving.reduce_kernel, bits, {"KIND": kind, "SPLIT": 8, "BN": 256})
+        tile = {**common, "BN": 8, "BG": 64}
+        yield f"merge {kind}", compiled(serving.merge_kernel, bits, tile, num_warps=4)
         for height in (64, 128):
             tile = {**common, "HAS_BIAS": True, "BM": height, "BN": 128, "BG": 8, "UPCAST": exact}
             yield f"prefill {kind} {height}", compiled(serving.prefill_kernel, bits, tile, num_warps=8, num_stages=3)
@@ -71,7 +75,8 @@ def exact_updates() -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The decoder of exact updates, as ops/exact/torch.py starts it."""
     for dtype, kind in KINDS.items():
         constants = {"MANTISSA": kind.mantissa, "MASK": kind.mask, "WIDTH": kind.width, "SIZE": BLOCK, "N": TILE}
-        yield f"exact {dtype.value}", compiled(exact_kernel, f"*i{kind.width}", constants, num_warps=4)
+        yield f"exact {dtype.value}", compiled(exact_kernel, f"*i{kind.width}", constants, num_warps=1)
+        yield f"count {dtype.value}", compiled(count_kernel, f"*i{kind.width}", constants, num_warps=4)
 
 
 def longest_loop(cubin: bytes) -> int:
@@ -91,7 +96,7 @@ def described(asm: Mapping[str, Any]) -> dict[str, int]:
     """Counts of what matters in the code."""
     patterns = {
         "wide_loads": r"ld\.global\.v4", "wide_stores": r"st\.global\.v4", "flush": r"\.ftz", "fused": r"fma\.",
-        "tensor_cores": r"mma", "local": r"(?:ld|st)\.local",
+        "tensor_cores": r"mma", "ahead": r"cp\.async\.c[ag]", "local": r"(?:ld|st)\.local",
     }  # fmt: skip
     counts = {name: len(re.findall(pattern, asm["ptx"])) for name, pattern in patterns.items()}
     return {**counts, "loop": longest_loop(asm["cubin"])}

@@ -99,7 +99,7 @@ def expected_bytes(path: Path, base: Mapping[str, Tensor]) -> dict[str, bytes]:
 
 def bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
     """The raw bytes of tensors, by name."""
-    return {name: storage_array(tensor.detach().contiguous()).tobytes() for name, tensor in tensors.items()}
+    return {name: storage_array(tensor.detach().cpu().contiguous()).tobytes() for name, tensor in tensors.items()}
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

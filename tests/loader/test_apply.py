@@ -354,4 +354,4 @@ def test_a_mapping_that_permutes_inside_tensors_is_told_from_a_missing_tensor(
         return {name: t.reshape(2, -1).t().reshape(t.shape) if "expert" in name else t for name, t in found.items()}
 
     monkeypatch.setattr(core_model_loading, "revert_weight_conversion", permuted)
-    refused(model, path, LiveModelError, r"experts.*keeps it in several tensors, or in another order")
+    refused(model, path, LiveModelError, r"experts.*stores it in several tensors, or in another order")

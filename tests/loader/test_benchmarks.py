@@ -92,3 +92,17 @@ def test_every_benchmark_runs_small_and_writes_json(script: str, options: list[s
     assert document["benchmark"] == script.removesuffix(".py")
     assert all(result["median"] > 0 for result in document["results"])
     assert all(result["name"] in done.stdout for result in document["results"])
+
+
+@pytest.mark.slow
+def test_the_checks_of_a_gpu_run_small_anywhere_and_go_on_where_they_stopped(tmp_path: Path) -> None:
+    target = tmp_path / "gpu.json"
+    command = [sys.executable, str(FOLDER / "gpu.py"), "--small", "--json", str(target), "--steps"]
+    for steps in (["updates"], ["updates", "load", "sanitizer"]):
+        done = subprocess.run([*command, *steps], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        document = json.loads(target.read_text())
+        assert set(document["steps"]) == set(steps)
+        assert document["failed"] == []
+    assert "updates" not in done.stdout  # it was done
+    assert "tests" in document["missing"]

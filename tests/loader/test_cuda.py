@@ -15,6 +15,8 @@ from peraxis_format.torch import VariantSwitch, apply_
 from peraxis_format.torch.device import CudaDevice
 from peraxis_format.torch.serve.api import serve
 from peraxis_format.torch.swap import registry
+from peraxis_format.torch.updates import UpdateWriter, follow
+from tests.loader import test_updates
 from tests.loader.support import Small, bytes_of, expected_bytes, named_tensors, write_delta
 
 pytestmark = pytest.mark.cuda
@@ -123,3 +125,16 @@ def test_a_mixed_batch_gives_each_sequence_its_merged_model(length: int, tmp_pat
         found = model(ids)
     for one, expected in zip(found, whole, strict=True):
         torch.testing.assert_close(one, expected, rtol=0.03, atol=0.03)
+
+
+@torch.no_grad()
+def test_a_server_on_the_device_follows_a_trainer_on_the_device(tmp_path: Path) -> None:
+    trained, live = test_updates.trainer().cuda(), test_updates.server().cuda()
+    writer, follower = UpdateWriter(trained, tmp_path), follow(live, tmp_path)
+    for step in range(3):
+        writer.step()
+        assert follower.poll().step == step
+        held, wanted = (test_updates.published(copy.deepcopy(model).cpu()) for model in (live, trained))
+        assert held == wanted
+        for parameter in trained.parameters():
+            parameter.add_(3e-5 * torch.randn_like(parameter))

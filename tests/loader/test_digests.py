@@ -93,3 +93,18 @@ def test_a_digest_is_remembered_until_the_tensor_changes(monkeypatch: pytest.Mon
     assert digest(view) != first
     assert digest(copy) == first
     assert len(hashed) == 3
+
+
+@pytest.mark.parametrize("size", [1, 4096, 8192, 100_000])
+@pytest.mark.parametrize("threads", [1, 3, 16, 200])
+def test_the_slots_of_a_ring_are_cut_into_pairs_however_small_they_are(size: int, threads: int) -> None:
+    ring = Ring(HostDevice())
+    ring.reserve(size)
+    pairs = ring.staging(threads)
+    assert 1 <= len(pairs) <= threads
+    pieces = [piece for pair in pairs for piece in pair]
+    assert {piece.numel() for piece in pieces} == {pieces[0].numel()}
+    assert pieces[0].numel() > 0
+    assert pieces[0].numel() % 4096 == 0
+    spans = sorted((piece.data_ptr(), piece.data_ptr() + piece.numel()) for piece in pieces)
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))

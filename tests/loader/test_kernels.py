@@ -87,9 +87,10 @@ def test_kernels_compile_for_sm_90_with_wide_accesses_and_plain_arithmetic() -> 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    # Decode is bound by instructions: two and a half a weight, of which a thread has 128 in its loop.
-    assert 128 < found["decode 0 16 True"]["loop"] <= 3 * 128
-    assert len(found) == 6 + 3 + 8 + 3 + 6 + 3
+    # Decode is bound by instructions: 1.7 a weight, of which a thread has 128 in its loop. Masks are loaded ahead.
+    assert 128 < found["decode 0 16 True"]["loop"] <= 1.8 * 128
+    assert found["decode 0 16 True"]["ahead"] > 0
+    assert len(found) == 6 + 3 + 8 + 3 + 3 + 6 + 6
     for name, counts in found.items():
         kernel, kind, *rest = name.split()
         # Binary32 weights on 128 rows at a time want more registers than there are.
@@ -97,9 +98,9 @@ def test_kernels_compile_for_sm_90_with_wide_accesses_and_plain_arithmetic() -> 
         if kernel == "apply":
             # SPEC 6: subnormals are kept; no product is fused into a sum.
             assert counts["flush"] == counts["fused"] == 0, name
-        if kernel == "single" or rest == ["True"]:
-            assert counts["wide_loads"] >= 4, name
-        if kernel == "apply" and rest == ["True"]:
-            assert counts["wide_stores"] >= 4, name
+        if kernel in ("single", "merge") or rest == ["True"]:
+            assert counts["wide_loads"] >= 2, name
+        if kernel == "merge" or (kernel == "apply" and rest == ["True"]):
+            assert counts["wide_stores"] >= 2, name
         if kernel in ("decode", "prefill") and kind != "2":
             assert counts["tensor_cores"] > 0, name

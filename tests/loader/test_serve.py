@@ -29,6 +29,12 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture
+def device(backend: str) -> str:
+    """Where the model lies: the kernels want a CUDA device, if there is one."""
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
 def base_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
 
@@ -62,16 +68,16 @@ def dense_terms(path: Path, name: str) -> Tensor:
 @pytest.mark.parametrize("length", [1, 7])
 @torch.no_grad()
 def test_on_the_fly_is_within_the_stated_bound_of_float64(
-    backend: Any, dtype: torch.dtype, axis: pf.Axis, length: int, tmp_path: Path
+    backend: Any, device: str, dtype: torch.dtype, axis: pf.Axis, length: int, tmp_path: Path
 ) -> None:
     model = One(75, 53, dtype, bias=length == 7)
     base = base_of(model)
     paths = {str(i): write_delta(tmp_path / f"{i}.pxd", base, seed=i, axes=(axis,) * (1 + i)) for i in range(2)}
     wanted = ["1", None, "0", "1", "0"]
     x = torch.randn(len(wanted), length, 75).to(dtype)
-    served = serve(model, paths, backend=backend)
+    served = serve(model.to(device), paths, backend=backend)
     with served.using(wanted):
-        found = model(x)
+        found = model(x.to(device)).cpu()
     assert found.dtype == dtype
     u, width = ROUNDOFF[dtype], 75
     for i, name in enumerate(wanted):
@@ -96,13 +102,15 @@ def test_on_the_fly_is_within_the_stated_bound_of_float64(
 
 
 @torch.no_grad()
-def test_many_rows_of_a_variant_are_multiplied_with_the_merged_weights(backend: Any, tmp_path: Path) -> None:
+def test_many_rows_of_a_variant_are_multiplied_with_the_merged_weights(
+    backend: Any, device: str, tmp_path: Path
+) -> None:
     model = One(40, 24, torch.float32, bias=False)
     base = base_of(model)
     paths = {"v": write_delta(tmp_path / "v.pxd", base, components=3), "w": write_delta(tmp_path / "w.pxd", base)}
     x = torch.randn(3, MANY_ROWS, 40)
-    with serve(model, paths, backend=backend) as served, served.using(["v", None, "w"]):
-        found = model(x)
+    with serve(model.to(device), paths, backend=backend) as served, served.using(["v", None, "w"]):
+        found = model(x.to(device)).cpu()
     for i, path in enumerate((paths["v"], None, paths["w"])):
         expected = merged(One(40, 24, torch.float32, bias=False), path)(x[i])
         torch.testing.assert_close(found[i], expected, rtol=1e-5, atol=1e-6)
@@ -112,21 +120,21 @@ def test_many_rows_of_a_variant_are_multiplied_with_the_merged_weights(backend: 
 
 @torch.no_grad()
 def test_merged_weights_are_multiplied_block_by_block(
-    backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backend: Any, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of a fused weight, of which one part is exact, one has terms, and one is the base's."""
     monkeypatch.setattr(importlib.import_module("peraxis_format.torch.serve.linear"), "_BLOCK", 100)
-    model = One(40, 24, torch.bfloat16, bias=True)
+    model = One(40, 24, torch.bfloat16, bias=True).to(device)
     parts = {"a": (0, 10), "b": (10, 13), "c": (13, 24)}
-    base = {name: model.linear.weight.detach()[first:last].clone() for name, (first, last) in parts.items()}
+    base = {name: model.linear.weight.detach()[first:last].cpu().clone() for name, (first, last) in parts.items()}
     views = {name: model.linear.weight.detach()[first:last] for name, (first, last) in parts.items()}
     path = write_delta(tmp_path / "v.pxd", base, components=2, full=("b",), same=("c",))
     weight = model.linear.weight.detach().clone()
-    x = torch.randn(2, MANY_ROWS, 40).bfloat16()
+    x = torch.randn(2, MANY_ROWS, 40).bfloat16().to(device)
     with serve(model, {"v": path}, backend=backend, views=views) as served, served.using(["v", None]):
         found = model(x)
     changed = merged_parts(path, base)
-    weight[0:10], weight[10:13] = changed["a"], changed["b"]
+    weight[0:10], weight[10:13] = changed["a"].to(device), changed["b"].to(device)
     torch.testing.assert_close(found[1], model(x[1]))
     torch.testing.assert_close(found[0], nn.functional.linear(x[0], weight, model.linear.bias), rtol=0.02, atol=0.02)
 
@@ -139,7 +147,9 @@ def merged_parts(path: Path, base: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("tied", [False, True])
 @torch.no_grad()
-def test_a_mixed_batch_gives_each_sequence_its_merged_model(backend: Any, tied: bool, tmp_path: Path) -> None:
+def test_a_mixed_batch_gives_each_sequence_its_merged_model(
+    backend: Any, device: str, tied: bool, tmp_path: Path
+) -> None:
     model = Small(tied=tied, dtype=torch.float32).eval()
     base = base_of(model)
     before = bytes_of(named_tensors(model))
@@ -149,9 +159,9 @@ def test_a_mixed_batch_gives_each_sequence_its_merged_model(backend: Any, tied: 
     }  # fmt: skip
     paths["same"] = write_delta(tmp_path / "s.pxd", base, tied=alias, same=tuple(base))
     wanted: list[str | None] = ["2", None, "0", "same", "1", "0"]
-    whole = {name: merged(model, paths[name] if name else None) for name in wanted}
-    ids = torch.randint(0, 37, (len(wanted), 6))
-    with serve(model, paths, backend=backend) as served:
+    whole = {name: merged(model, paths[name] if name else None).to(device) for name in wanted}
+    ids = torch.randint(0, 37, (len(wanted), 6)).to(device)
+    with serve(model.to(device), paths, backend=backend) as served:
         with served.using(wanted):
             found = model(ids)
         for i, name in enumerate(wanted):
@@ -230,7 +240,7 @@ def test_what_cannot_be_served_is_refused_and_the_model_stays_ordinary(tmp_path:
             pass
         with pytest.raises(LiveModelError, match="empty batch"), served.using([]):
             pass
-        with pytest.raises(LiveModelError, match="served already"):
+        with pytest.raises(LiveModelError, match="already served"):
             serve(model, {"v": path})
 
 

@@ -183,7 +183,7 @@ def test_a_file_that_changed_since_it_was_registered_is_refused(tmp_path: Path) 
     with VariantSwitch(model) as live:
         live.add("v", path, "file")
         path.write_bytes(path.read_bytes()[:-1] + b"\x00")
-        with pytest.raises(SwapError, match="changed or gone"):
+        with pytest.raises(SwapError, match="changed or removed"):
             live.use("v")
         assert bytes_of(named_tensors(model)) == bytes_of(base)
 

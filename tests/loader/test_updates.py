@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peraxis_format as pxd
 from peraxis_format.errors import LiveModelError, PxdError
-from peraxis_format.torch.updates import UpdateError, UpdateWriter, apply_update, follow, list_updates
+from peraxis_format.torch.updates import Poll, UpdateError, UpdateWriter, apply_update, follow, list_updates
 
 
 class Small(nn.Module):
@@ -131,9 +131,9 @@ def test_repeated_old_and_foreign_updates_are_refused_by_name_and_change_nothing
     before = published(live)
     other = UpdateWriter(trainer(9), tmp_path / "b")
     foreign = [other.step(), other.step()][1].path
-    with pytest.raises(UpdateError, match=r"step-00000002.pxd: is applied already"):
+    with pytest.raises(UpdateError, match=r"step-00000002.pxd: is already applied"):
         follower.apply(tmp_path / "a" / "step-00000002.pxd")
-    with pytest.raises(UpdateError, match=r"step-00000001.pxd: is no update of"):
+    with pytest.raises(UpdateError, match=r"step-00000001.pxd: is not an update of"):
         follower.apply(foreign)
     for path in (tmp_path / "a" / "step-00000002.pxd", foreign):
         with pytest.raises(PxdError, match=r"E40[45]"):
@@ -373,3 +373,53 @@ def test_a_server_may_keep_some_tensors_in_f32(tmp_path: Path) -> None:
         assert (live.up.weight.dtype, live.up.weight.data_ptr()) == (torch.float32, pointer)
         assert torch.equal(live.up.weight, live.up.weight.bfloat16().float())
         train(model, step)
+
+
+def test_a_file_that_another_took_the_place_of_is_looked_at_again(tmp_path: Path) -> None:
+    """A trainer that went back to step 1 and publishes step 2 anew, while a server has listed the first step 2."""
+    model, live = trainer(), server()
+    writer, follower = UpdateWriter(model, tmp_path), follow(live, tmp_path)
+    writer.step()
+    train(model, 0)
+    writer.step()
+    follower.poll()
+    kept = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
+    train(model, 1)
+    path = writer.step().path
+    list_updates(tmp_path, follower._files)  # listed, and not applied yet
+    path.unlink()
+    other = trainer()
+    again = UpdateWriter(other, tmp_path)
+    train(other, 0)
+    train(other, 7)
+    assert again.step().path == path
+    assert [file.read_bytes() for file in sorted(tmp_path.iterdir())][:2] == kept
+    assert follower.poll().applied == (path,)
+    assert published(live) == published(other)
+    train(other, 8)
+    again.step()
+    assert follower.poll().lag == 0
+    assert published(live) == published(other)
+
+
+def test_a_poll_that_fails_on_the_thread_is_logged_and_not_the_last_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, live = trainer(), server()
+    writer = UpdateWriter(model, tmp_path)
+    writer.step()
+    calls: list[int | None] = []
+
+    def on_update(poll: Poll) -> None:
+        calls.append(poll.step)
+        if len(calls) == 1:
+            raise OSError("the metrics server is away")
+
+    with follow(live, tmp_path, on_update=on_update).start(every=0.01) as follower:
+        assert follower.wait(0)
+        train(model, 0)
+        writer.step()
+        assert follower.wait(1)
+    assert calls == [0, 1]
+    assert "the metrics server is away" in caplog.text
+    assert published(live) == published(model)

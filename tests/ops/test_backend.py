@@ -83,7 +83,7 @@ def test_each_choice_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) ->
 
 @pytest.mark.parametrize(
     ("level", "said"),
-    [("debug", "peraxis: rebuild: numpy (size 4, device cpu)"), ("", ""), ("loud", "PERAXIS_LOG=loud is no level")],
+    [("debug", "peraxis: rebuild: numpy (size 4, device cpu)"), ("", ""), ("loud", "PERAXIS_LOG=loud is not a level")],
 )
 def test_the_environment_turns_the_log_on(level: str, said: str) -> None:
     code = "from peraxis_format.ops.backend import choose; choose('rebuild', 4)"

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-FEW = {"calibration_samples": 8, "sequence_length": 16, "batch_size": 3, "generated_samples": 0}
+# A little text, and pairs so small that their header takes more than they save.
+FEW = {"calibration_samples": 8, "sequence_length": 16, "batch_size": 3, "generated_samples": 0, "force": True}
 WORDS = "one two red blue sun moon tree stone walks sings under over the a and".split()
 # Letters, and the space as byte-level tokenizers write it: some families insist on a byte-level BPE.
 VOCABULARY = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", "Ġ", *sorted(set("".join(WORDS)))])}

@@ -77,10 +77,13 @@ def test_the_page_numbers_refusals_and_marks_what_is_wrong() -> None:
 def test_a_tensor_that_transformers_reorders_has_no_place_in_the_live_model(tmp_path: Path) -> None:
     import torch
     from architecture_checks import apply_live, compress, outcome, write_pair
+    from transformers import CONFIG_MAPPING
 
+    if "inkling2_text" not in CONFIG_MAPPING:
+        pytest.skip("this transformers does not have inkling2_text")
     pair = write_pair("inkling2_text", tmp_path, torch.bfloat16)
     assert outcome(compress, [pair]) == "right"
-    assert "keeps it in several tensors, or in another order" in outcome(apply_live, [pair])
+    assert "stores it in several tensors, or in another order" in outcome(apply_live, [pair])
 
 
 @pytest.mark.filterwarnings("ignore")

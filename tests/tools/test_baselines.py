@@ -131,7 +131,7 @@ def test_the_procedure_brings_the_student_nearer_to_the_fine_tune(baselines: Any
     for name, module in modules.items():
         with torch.no_grad():
             pair.student.get_submodule(name).weight.copy_(module.weight())
-    assert compare(pair.teacher, pair.student, [ids]).kl < 0.6 * before
+    assert compare(pair.teacher, pair.student, [ids]).kl < 0.75 * before
 
 
 def test_what_is_written_is_what_was_fitted(baselines: Any, pair: Any, folder: Path, tmp_path: Path) -> None:

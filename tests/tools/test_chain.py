@@ -73,6 +73,20 @@ def assert_holds(folder: Path, state: Tensors) -> None:
             assert checkpoint.tensors.read(name).tobytes() == array.tobytes()
 
 
+@pytest.mark.parametrize("rows", [40, 128])
+def test_a_vocabulary_that_is_resized_and_otherwise_the_same_leaves_the_chain_whole(tmp_path: Path, rows: int) -> None:
+    states = [start(), start(), start(1)]
+    table, dtype = start()["model.embed_tokens.weight"]
+    states[1]["model.embed_tokens.weight"] = (np.resize(table, (rows, 64)), dtype)
+    states[2]["model.embed_tokens.weight"] = states[1]["model.embed_tokens.weight"]
+    folders = [write_checkpoint(tmp_path / f"s{i}", state) for i, state in enumerate(states)]
+    first = update(folders[0], folders[1], tmp_path / "1.pxd")
+    assert first.result
+    update(folders[0], folders[2], tmp_path / "2.pxd", after=[tmp_path / "1.pxd"])
+    apply(folders[0], [tmp_path / "1.pxd", tmp_path / "2.pxd"], tmp_path / "out")
+    assert_holds(tmp_path / "out", states[2])
+
+
 def test_a_chain_given_in_any_order_is_applied_to_the_last_state(
     chain: tuple[list[Path], list[Tensors]], tmp_path: Path
 ) -> None:
@@ -162,7 +176,7 @@ def test_a_delta_without_a_result_is_no_update(tmp_path: Path) -> None:
         full = np.zeros(3, np.float32)
         writer.add(pxd.ModuleDelta(name="w", shape=(3,), dtype=pxd.DType.F32, encoding=pxd.Encoding.FULL, full=full))
         writer.finish()
-    with pytest.raises(ToolError, match=r"a.pxd: does not say what it results in"):
+    with pytest.raises(ToolError, match=r"a.pxd: has no result"):
         link_of(tmp_path / "a.pxd")
 
 
@@ -212,7 +226,7 @@ def test_tensors_that_come_or_go_end_a_chain(chain: tuple[list[Path], list[Tenso
     files, states = chain
     fewer = {name: tensor for name, tensor in states[4].items() if name != "position_ids"}
     write_checkpoint(tmp_path / "fewer", fewer)
-    with pytest.raises(CheckFailedError, match="tensors came or went"):
+    with pytest.raises(CheckFailedError, match="tensors were added or removed"):
         update(tmp_path / "state-0", tmp_path / "fewer", tmp_path / "out.pxd", after=files)
     update(tmp_path / "state-4", tmp_path / "fewer", tmp_path / "out.pxd")
     apply(tmp_path / "state-4", tmp_path / "out.pxd", tmp_path / "out")

@@ -80,5 +80,5 @@ def test_a_repository_without_safetensors_says_so(tmp_path: Path, monkeypatch: p
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
-    with pytest.raises(CheckpointError, match="org/gguf: holds no safetensors checkpoint"):
+    with pytest.raises(CheckpointError, match="org/gguf: has no safetensors checkpoint"):
         open_checkpoint("org/gguf")

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 import peraxis_format as pxd
 from peraxis_format import Axis
+from peraxis_tools.compress.fit.choice import fit_matrices
 from peraxis_tools.compress.fit.fit import (
     FitOptions,
     FittedMatrix,
     Matrix,
     Quadratic,
     dense,
-    fit_matrices,
     fit_terms,
     hessian_of,
     quadratic,
@@ -47,7 +47,7 @@ def problem(
 
 
 def moments_of(x: torch.Tensor, teacher: torch.Tensor | None, batches: int = 3) -> Moments:
-    moments = Moments.zeros(x.shape[1], paired=teacher is not None, validates=True)
+    moments = Moments.zeros(x.shape[1], paired=teacher is not None, validates=True, device=x.device)
     for rows in torch.arange(len(x)).chunk(batches):
         moments.add(x[rows], None if teacher is None else teacher[rows])
     return moments
@@ -164,7 +164,8 @@ def test_descent_never_raises_the_error_and_feedback_beats_plain_signs(seed: int
 @pytest.mark.parametrize("components", [1, 2])
 def test_compiled_and_plain_sign_steps_agree(compiler: str, components: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(compiler)
-    base, tuned, x, teacher = problem(d_out=18, d_in=132, tokens=400)
+    device = "cuda" if compiler == "triton" and torch.cuda.is_available() else "cpu"
+    base, tuned, x, teacher = (tensor.to(device) for tensor in problem(d_out=18, d_in=132, tokens=400))
     found = problem_of(tuned, base, moments_of(x, teacher))
     results = []
     for backend in (compiler, "torch"):

@@ -192,8 +192,8 @@ def test_what_is_exact_may_hold_anything(tmp_path: Path) -> None:
     [
         ({"model.empty": torch.zeros(0)}, r"'model\.empty' has no elements \(shape \[0\]\)"),
         ({"model.wide": torch.zeros(3, 0, 2)}, r"shape \[3, 0, 2\]"),
-        ({"mod\u00e8le.weight": torch.zeros(2)}, "a name that PXD does not carry"),
-        ({"a/b": torch.zeros(2)}, "a name that PXD does not carry"),
+        ({"mod\u00e8le.weight": torch.zeros(2)}, "a name that PXD does not allow"),
+        ({"a/b": torch.zeros(2)}, "a name that PXD does not allow"),
         ({"model.deep": torch.zeros((1,) * 9)}, "has 9 dimensions"),
         ({f"{Q[:-7]}.lora_A.default.weight": torch.zeros(4, 64)}, "merge_and_unload"),
     ],

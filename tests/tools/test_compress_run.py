@@ -67,7 +67,8 @@ def test_every_tensor_is_covered_and_the_applied_folder_is_what_the_file_says(
 
 def test_the_same_inputs_give_the_same_bytes(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, tuned, text = pair
-    for options in ({}, {"calibration": str(text), **FEW}, {"calibration": str(text), "distill_samples": 6, **FEW}):
+    calibrated = {"calibration": str(text), **FEW}
+    for options in ({"force": True}, calibrated, {"distill_samples": 6, **calibrated}):
         files = [tmp_path / f"{i}.pxd" for i in range(2)]
         for file in files:
             compress(base, tuned, file, overwrite=True, **options)
@@ -84,7 +85,7 @@ def test_a_run_can_be_repeated_from_its_artifact(pair: tuple[Path, Path, Path], 
         named = {name for names in choices.values() for name in names.split()}
         assert named == {module.name for module in delta.manifest.modules if len(module.components) != 2}
     options = CompressOptions.from_yaml(tmp_path / "run.yaml")
-    compress(base, tuned, tmp_path / "two.pxd", options=options)
+    compress(base, tuned, tmp_path / "two.pxd", options=options, force=True)
     assert (tmp_path / "one.pxd").read_bytes() == (tmp_path / "two.pxd").read_bytes()
 
 
@@ -104,7 +105,7 @@ def test_added_dropped_unchanged_and_resized_tensors(
     )
     same = "model.layers.1.mlp.up_proj.weight"
     tuned = edited(tmp_path / "tuned", source_tuned, **{same: original[same].clone(), "model.extra": torch.arange(5)})
-    options = {"calibration": str(text), **FEW} if calibrated else {}
+    options = {"calibration": str(text), **FEW} if calibrated else {"force": True}
     compress(base, tuned, tmp_path / "delta.pxd", **options)
     modules = modules_of(tmp_path / "delta.pxd")
     assert modules[same].encoding is pxd.Encoding.SAME
@@ -169,7 +170,7 @@ def test_a_pair_that_is_none_is_refused_before_work_naming_what_differs(
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_a_byte_target_is_kept_and_used(pair: tuple[Path, Path, Path], tmp_path: Path, calibrated: bool) -> None:
     base, tuned, text = pair
-    options = {"calibration": str(text), **FEW} if calibrated else {}
+    options = {"calibration": str(text), **FEW} if calibrated else {"force": True}
     errors = []
     smallest = compress(base, tuned, tmp_path / "small.pxd", embeddings="sign", **options).size
     for target in (smallest, smallest + 6000, smallest + 12000):
@@ -266,7 +267,7 @@ def test_the_shared_pair_is_compressed_and_rebuilt(shared: Path, tmp_path: Path)
     base, tuned = (shared / "pairs" / name for name in ("stories260K", "stories260K-shakespeare"))
     text = shared / "c4" / "c4-train.00000-of-01024.json.gz"
     options = CompressOptions(calibration=str(text), calibration_samples=10, sequence_length=128)
-    result = compress(base, tuned, tmp_path / "s.pxd", options=options)
+    result = compress(base, tuned, tmp_path / "s.pxd", options=options, force=True)
     assert result.signed == 36
     apply(base, tmp_path / "s.pxd", tmp_path / "applied")
     assert os.listdir(tmp_path / "applied")

@@ -56,7 +56,7 @@ def test_a_cast_of_the_base_is_exact_and_costs_no_byte(
     if options:  # the header alone is most of so small a file
         options = {"target_size": 1 << 16}
     plans: list[Plan] = []
-    compress(base, tuned, tmp_path / "d.pxd", show_plan=plans.append, **options)
+    compress(base, tuned, tmp_path / "d.pxd", show_plan=plans.append, force=True, **options)
     assert base_kind == kind or plans[0].payload_bytes < 64 + 4  # one number, which stands for itself
     assert {module.encoding for module in modules_of(tmp_path / "d.pxd").values()} == {pxd.Encoding.SAME}
     result = applied(base, tmp_path / "d.pxd", tmp_path / "applied")

@@ -163,7 +163,7 @@ def test_what_could_run_code_is_not_opened(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x.A": torch.zeros(2)}, ToolError, "no part of the layout"),
+        ({"x.A": torch.zeros(2)}, ToolError, "not part of the layout"),
         ({"model.layers.0.self_attn.q_proj.coeff": torch.tensor(torch.nan)}, ToolError, "not finite"),
         ({"model.layers.9.self_attn.q_proj.mask": torch.zeros(2, 32, dtype=torch.int32)}, ToolError, "coeff"),
         (

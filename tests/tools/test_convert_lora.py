@@ -160,7 +160,7 @@ def test_a_delta_with_nothing_to_adapt_says_why(tmp_path: Path) -> None:
     kept = {name: after[name] if "norm" in name else before[name] for name in after}
     save_file(kept, tuned / "model.safetensors", metadata={"format": "pt"})
     compress(base, tuned, tmp_path / "d.pxd")
-    with pytest.raises(ToolError, match="holds no matrix"):
+    with pytest.raises(ToolError, match="has no matrix"):
         to_lora(tmp_path / "d.pxd", tmp_path / "adapter", rank=4)
 
 

@@ -17,8 +17,7 @@ import peraxis_format as pxd
 from peraxis_tools.apply import apply
 from peraxis_tools.commands.diff import command
 from peraxis_tools.diff import ModuleDiff, diff, diff_checkpoint, packed
-from peraxis_tools.diff.packed import moments, square
-from peraxis_tools.diff.stream import packed_module
+from peraxis_tools.diff.packed import Packed, moments, pack, square
 from peraxis_tools.errors import CheckFailedError
 from peraxis_tools.kinds import axes_text
 from peraxis_tools.ops.mask_compare import Columns, differing
@@ -33,6 +32,16 @@ def pair(seed: int, shape: tuple[int, ...], axes_a: tuple[pxd.Axis, ...], axes_b
     rng = np.random.default_rng(seed)
     base = random_storage(rng, shape)
     return base, sign_module(rng, "m.weight", base, axes=axes_a), sign_module(rng, "m.weight", base, axes=axes_b)
+
+
+def packed_module(module: pxd.ModuleDelta) -> list[Packed]:
+    """The components of a module in memory, for the sums of diff/packed.py."""
+
+    def rows(mask):
+        flat = mask.reshape(-1, mask.shape[-1])
+        return lambda begin, end: flat[begin:end]
+
+    return [pack(c.exponent, c.scales(), module.covered, rows(c.mask)) for c in module.components]
 
 
 @given(st.integers(0, 2**32), SHAPES, AXES, AXES)

@@ -123,10 +123,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base, tuned = write_pair(folder, llama_config(), dtype=torch.bfloat16)
     write_text(folder / "held-out.jsonl", seed=1)
     train = write_text(folder / "train.jsonl", seed=2)
-    compress(base, tuned, folder / "one.pxd", fit="none", axis="tensor", embeddings="full")
+    compress(base, tuned, folder / "one.pxd", fit="none", axis="tensor", embeddings="full", force=True)
     compress(
         base, tuned, folder / "fitted.pxd", calibration=str(train), fit="closed-form",
-        calibration_samples=8, sequence_length=32,
+        calibration_samples=8, sequence_length=32, force=True,
     )  # fmt: skip
     return folder
 
@@ -210,7 +210,7 @@ def test_a_base_of_another_vocabulary_is_left_out(folder: Path, tmp_path: Path) 
     base, tuned = folder / "base", tmp_path / "resized"
     write_pair(tmp_path / "other", llama_config(vocab_size=40), dtype=torch.bfloat16)
     (tmp_path / "other" / "tuned").rename(tuned)
-    compress(base, tuned, tmp_path / "resized.pxd", fit="none")
+    compress(base, tuned, tmp_path / "resized.pxd", fit="none", force=True)
     (domain,) = evaluate(
         base, tuned, tmp_path / "resized.pxd", {"held": folder / "held-out.jsonl"}, samples=4, sequence_length=32
     ).domains

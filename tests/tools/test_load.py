@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from huggingface_hub.errors import HfHubHTTPError
 
 import peraxis_format as pxd
 import peraxis_tools
@@ -53,6 +54,29 @@ def cached(pair: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(pair["cache"]))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return pair
+
+
+def failing(error: Exception):
+    """A stand-in for a call of huggingface_hub that raises this error."""
+
+    def call(*_: object, **__: object) -> None:
+        raise error
+
+    return call
+
+
+def test_without_a_connection_a_repository_is_listed_from_the_cache(
+    cached: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = type("ConnectError", (HfHubHTTPError.__bases__[0],), {})("no route to host")
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", failing(lost))
+    assert hub_path("me/delta").name == "delta.pxd"
+
+
+def test_a_fault_of_the_program_is_no_lost_connection(cached: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", failing(TypeError("a fault of ours")))
+    with pytest.raises(TypeError, match="a fault of ours"):
+        hub_path("me/delta")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +163,7 @@ def test_a_base_that_is_no_hub_id_has_to_be_named(cached: dict[str, Path]) -> No
 
 def test_a_manifest_cannot_lead_to_a_folder_of_this_machine(cached: dict[str, Path], tmp_path: Path) -> None:
     delta = make_delta(tmp_path / "d.pxd", cached["base"], seed=3, base_id=str(cached["base"]))
-    with pytest.raises(ToolError, match="no hub id"):
+    with pytest.raises(ToolError, match="not a hub id"):
         peraxis_tools.load(delta)
 
 

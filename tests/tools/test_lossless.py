@@ -99,7 +99,7 @@ def test_auto_takes_exact_where_it_is_smaller_than_signs(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"exact": "("}, "no regular expression"),
+        ({"exact": "("}, "not a regular expression"),
         ({"exact": "norm", "target_ratio": 12.0}, "exclude each other"),
         ({"exact": EVERYTHING, "calibration": "c4"}, "needs no text"),
     ],
@@ -115,7 +115,7 @@ def test_verify_holds_results_to_their_digests(pair: tuple[Path, Path, Tensors],
     verify(path, base=base)
     done = CliRunner().invoke(cli, ["verify", str(path), "--base", str(base), "--quiet"])
     assert done.exit_code == 0
-    assert "3 exact updates give their results" in done.output
+    assert "3 exact updates have the right results" in done.output
     bad = tmp_path / "bad.pxd"
     name = "model.layers.0.self_attn.q_proj.weight"
     # A writer that lies about its result: the file is whole, and only the base can tell.

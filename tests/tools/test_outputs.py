@@ -168,7 +168,7 @@ def test_a_folder_that_holds_an_input_is_never_replaced(
     before = snapshot(folder)
     for target in (str(folder), f"../{folder.name}", "."):
         assert run(monkeypatch, f"{FOLDER_VERBS[verb]} --overwrite", out=target) == 2
-        assert "holds the input" in capsys.readouterr().err
+        assert "contains the input" in capsys.readouterr().err
     assert snapshot(folder) == before
 
 

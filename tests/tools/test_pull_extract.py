@@ -85,7 +85,7 @@ def test_a_single_delta_and_a_pin_are_held(hub: Hub, tmp_path: Path) -> None:
     assert [file.path.name for file in pull("me/d", tmp_path, files=["b.pxd"], content_ids=[own]).files] == ["b.pxd"]
     with pytest.raises(CheckFailedError, match="none of those expected"):
         pull("me/d", tmp_path, files=["a.pxd"], content_ids=[own])
-    with pytest.raises(ToolError, match=r"holds no c\.pxd"):
+    with pytest.raises(ToolError, match=r"has no c\.pxd"):
         pull("me/d", tmp_path, files=["c.pxd"])
     with pytest.raises(ToolError, match="neither a repository"):
         pull("no such thing", tmp_path)
@@ -123,7 +123,7 @@ def test_the_small_files_are_extracted_as_they_were(tmp_path: Path, remote: bool
 
 
 def test_a_delta_without_small_files_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ToolError, match="carries no files"):
+    with pytest.raises(ToolError, match="has no assets"):
         extract(delta(tmp_path / "d.pxd"), tmp_path / "out")
 
 
@@ -137,4 +137,4 @@ def test_verify_of_a_folder_checks_every_delta_in_it(tmp_path: Path) -> None:
     damaged(tmp_path / "repo" / "b.pxd")
     assert CliRunner().invoke(verify, [str(tmp_path / "repo"), "--quiet"]).exit_code == 1
     (tmp_path / "empty").mkdir()
-    assert "holds no .pxd" in str(CliRunner().invoke(verify, [str(tmp_path / "empty")]).exception)
+    assert "has no .pxd" in str(CliRunner().invoke(verify, [str(tmp_path / "empty")]).exception)

@@ -274,7 +274,7 @@ def test_a_server_that_falls_silent_is_given_up(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(remote, "SILENCE_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/delta.pxd"
-        with pytest.raises(ToolError, match=r"said nothing for 0.3 s"):
+        with pytest.raises(ToolError, match=r"sent nothing for 0.3 s"):
             RemoteFile(url)
 
 

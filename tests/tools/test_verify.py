@@ -110,7 +110,7 @@ def test_bounds_on_the_kl_are_held_against_the_evaluation(pair, tmp_path: Path, 
     assert run(*arguments, "--max-kl", "0.3")[0] == 0
     code, shown = run(*arguments, "--max-kl", "0.2")
     assert code == 1
-    assert "KL 0.25 nats a token is above 0.2" in shown
+    assert "KL 0.25 nats per token is above 0.2" in shown
     assert seen[0] == (str(base), "tuned", good, {"chat": "chat.jsonl"})
     monkeypatch.setattr(evaluation, "worst_kl", lambda *_: float("nan"))
     assert run(*arguments, "--max-kl", "0.3")[0] == 1

@@ -113,8 +113,7 @@ static void sha_block(u32 *h, const u8 *p) {
         u32 one = v[7] + (TURN(e, 6) ^ TURN(e, 11) ^ TURN(e, 25)) + ((e & v[5]) ^ (~e & v[6])) + SHA_K[i] + w[i];
         u32 two = (TURN(a, 2) ^ TURN(a, 13) ^ TURN(a, 22)) + ((a & v[1]) ^ (a & v[2]) ^ (v[1] & v[2]));
         memmove(v + 1, v, 7 * sizeof *v);
-        v[4] += one;
-        v[0] = one + two;
+        v[4] += one, v[0] = one + two;
     }
     EACH(i, 8) h[i] += v[i];
 }
@@ -135,8 +134,9 @@ static const char *sha_of(const u8 *p, size_t n) { /* hexadecimal, of the last c
 
 /* ---- The file as types ---- */
 static const char *const DTYPES[] = {"BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "U16", "I16", "F16", "BF16", "U32",
-                                     "I32", "F32", "U64", "I64", "F64", NULL};
-static const u8 SIZES[] = {1, 1, 1, 1, 1, 2, 2, 2, 2, 4, 4, 4, 8, 8, 8};
+                                     "I32", "F32", "U64", "I64", "F64", "C64", "F4", "F6_E2M3", "F6_E3M2",
+                                     "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", NULL};
+static const u8 BITS[] = {8, 8, 8, 8, 8, 16, 16, 16, 16, 32, 32, 32, 64, 64, 64, 64, 4, 6, 6, 8, 8, 8};
 static const char *const ENCODINGS[] = {"full", "same", "exact", NULL}; /* `sign` is never written */
 static const char *const AXES[] = {"row", "col", "row+col", "tensor", NULL};
 static const u8 AXIS_SCALES[] = {1, 2, 3, 4}; /* bit 0: row, 1: col, 2: scalar */
@@ -173,10 +173,10 @@ static u64 width_of(const module *m) { return m->covered.count ? m->covered.size
 static u8 sign_at(const module *m, const component *c, u64 row, u64 j) {
     return c->mask.p[row * ((width_of(m) + 7) / 8) + j / 8] >> j % 8 & 1;
 }
-static u64 size_of(const shape *s, int dtype) { /* at most LIMIT */
-    u64 size = SIZES[dtype];
-    EACH(i, s->count) size = size <= LIMIT / s->size[i] ? size * s->size[i] : LIMIT;
-    return size;
+static u64 size_of(const shape *s, int dtype) { /* at most LIMIT; and LIMIT where it is no whole number */
+    u64 bits = BITS[dtype];
+    EACH(i, s->count) bits = bits <= 8 * LIMIT / s->size[i] ? bits * s->size[i] : 8 * LIMIT;
+    return bits % 8 ? LIMIT : bits / 8;
 }
 
 static bool same_shape(const shape *a, const shape *b, u32 from) {
@@ -729,7 +729,7 @@ static void read_keyed(const block *b) { /* SPEC 5.9 */
 }
 
 static void read_blocks(const module *m, u8 *weights) { /* SPEC 5.6, 5.7 */
-    u64 size = SIZES[m->dtype], left = size_of(&m->covered, U8_), at = 0;
+    u64 size = BITS[m->dtype] / 8, left = size_of(&m->covered, U8_), at = 0;
     for (u64 i = 0; i < m->index.n / 4; i++, left -= BLOCK) {
         u32 said = (u32)little(m->index.p + 4 * i, 4), mantissa = m->dtype == F32 ? 23 : m->dtype == F16 ? 10 : 7;
         block b = {weights ? weights + i * BLOCK * size : NULL, m->data.p + at, said >> 8, left < BLOCK ? left : BLOCK,
@@ -826,7 +826,7 @@ typedef union { u32 bits; float value; } binary32;
 static float from_bits(u64 bits) { return (binary32){.bits = (u32)bits}.value; }
 
 static float widen(const u8 *p, int dtype) {
-    u64 bits = little(p, SIZES[dtype]), sign = (bits & 0x8000) << 16, magnitude = bits & 0x7FFF;
+    u64 bits = little(p, BITS[dtype] / 8), sign = (bits & 0x8000) << 16, magnitude = bits & 0x7FFF;
     if (dtype != F16) return from_bits(dtype == BF16 ? bits << 16 : bits);
     if (magnitude >= 0x7C00) return from_bits(sign | 0x7F800000 | (magnitude & 0x3FF) << 13);
     float value = magnitude < 0x400 ? (float)magnitude * 0x1p-24f : from_bits((magnitude << 13) + 0x38000000);
@@ -858,10 +858,11 @@ static float term(const module *m, const component *c, u64 row, u64 j) { /* SPEC
 
 static void write_module(FILE *to, const module *m) {
     if (m->made) { fwrite(m->made, 1, size_of(&m->shape, m->dtype), to); return; }
-    u64 size = SIZES[m->dtype], covered = m->encoding == FULL ? 0 : size_of(&m->covered, m->dtype), width = width_of(m);
+    u64 size = m->dtype == F32 ? 4 : 2, covered = m->encoding == FULL ? 0 : size_of(&m->covered, m->dtype);
+    u64 width = width_of(m);
     if (m->encoding == SAME && m->dtype == m->base_dtype) fwrite(m->base->data, 1, covered, to); /* SPEC 6.3 */
     else for (u64 i = 0; i < covered / size; i++) {
-        float a = widen(m->base->data + i * SIZES[m->base_dtype], m->base_dtype);
+        float a = widen(m->base->data + i * BITS[m->base_dtype] / 8, m->base_dtype);
         EACH(k, m->component_count) a += term(m, &m->components[k], i / width, i % width);
         put_little(to, narrow(a, m->dtype), (u32)size);
     }
@@ -940,8 +941,7 @@ static void apply(const char *path, const char *base_path, const char *out) {
     fputc('}', to);
     u64 length = (u64)ftell(to) - 8;
     for (const module *m = all; m < last; m++) write_module(to, m);
-    rewind(to);
-    put_little(to, length, 8);
+    rewind(to), put_little(to, length, 8);
     io(!ferror(to) && !fclose(to), "write", out);
     printf("{\"ok\":true}\n");
 }

@@ -9,8 +9,9 @@
 
 import { applyBlocks, sound } from "./exact.js";
 
-const SIZES = new Map(Object.entries({
-  BOOL: 1, U8: 1, I8: 1, F8_E4M3: 1, F8_E5M2: 1, U16: 2, I16: 2, F16: 2, BF16: 2, U32: 4, I32: 4, F32: 4, U64: 8, I64: 8, F64: 8,
+const BITS = new Map(Object.entries({
+  F4: 4, F6_E2M3: 6, F6_E3M2: 6, BOOL: 8, U8: 8, I8: 8, F8_E4M3: 8, F8_E4M3FNUZ: 8, F8_E5M2: 8, F8_E5M2FNUZ: 8, F8_E8M0: 8,
+  U16: 16, I16: 16, F16: 16, BF16: 16, U32: 32, I32: 32, F32: 32, U64: 64, I64: 64, F64: 64, C64: 64,
 }));
 const FLOATS = new Set(["BF16", "F16", "F32"]);
 const AXES = new Map(Object.entries({ row: ["row"], col: ["col"], "row+col": ["row", "col"], tensor: ["scalar"] }));
@@ -206,15 +207,17 @@ function headerLength(bytes) {
   return Number(length);
 }
 
+/** Bytes of a tensor; 2^53, which no tensor has, where they are no whole number (SPEC 2.14). */
 function bytesOf(dtype, shape) {
-  return shape.reduce((product, dimension) => product * BigInt(dimension), BigInt(SIZES.get(dtype)));
+  const bits = shape.reduce((product, dimension) => product * BigInt(dimension), BigInt(BITS.get(dtype)));
+  return bits % 8n ? 1n << 53n : bits / 8n;
 }
 
 function readRecord(name, record) {
   need(record instanceof Map && record.size === 3 && utf8.encode(name).length <= 1024, "E118"); // SPEC 2.12
   const [dtype, shape, offsets] = ["dtype", "shape", "data_offsets"].map((key) => record.get(key));
   need(string(dtype) && array(shape) && shape.every(integer) && array(offsets) && offsets.length === 2 && offsets.every(integer), "E118");
-  need(SIZES.has(dtype), "E119");
+  need(BITS.has(dtype), "E119");
   need(shape.length <= 8 && shape.every((size) => size >= 1), "E120"); // SPEC 2.14
   const size = bytesOf(dtype, shape);
   need(size < 1n << 53n, "E120");
@@ -272,12 +275,12 @@ const pair = (value) => (need(array(value) && value.length === 2, "E205"), value
 const texts = (value) => (need(value instanceof Map, "E205"), new Map([...value].map(([key, held]) => [key, word(held)])));
 
 const PART = (value) => (need(array(value) && value.length === 2, "E205"), { axis: oneOf(AXES)(value[0]), exponent: whole(value[1]) });
-const BASE = orNull(keyed({ dtype: oneOf(SIZES), shape: list(count) }));
+const BASE = orNull(keyed({ dtype: oneOf(BITS), shape: list(count) }));
 
 /** A module's entry with what it leaves out: base, dtype and encoding (SPEC 3.4). */
 function MODULE(value) {
   need(value instanceof Map && value.has("components") !== value.has("encoding"), "E205");
-  const given = new Map(Object.entries({ base: BASE, components: list(PART), dtype: oneOf(SIZES), encoding: oneOf(new Set(["full", "same", "exact"])), name: word, shape: list(count), size: count }));
+  const given = new Map(Object.entries({ base: BASE, components: list(PART), dtype: oneOf(BITS), encoding: oneOf(new Set(["full", "same", "exact"])), name: word, shape: list(count), size: count }));
   need([...value.keys()].every((key) => given.has(key)) && value.has("name") && value.has("shape"), "E205");
   const said = Object.fromEntries([...value].map(([key, part]) => [key, given.get(key)(part)]));
   need(said.dtype !== "BF16" && (said.size !== undefined) === (said.encoding === "exact"), "E205");
@@ -640,15 +643,16 @@ function termsOf(delta, module, k) {
 
 function rebuild(delta, module, base) {
   const { dtype, covered } = module;
-  const size = SIZES.get(dtype);
+  const size = BITS.get(dtype) / 8;
   const total = covered.reduce((product, dimension) => product * dimension, 1);
-  if (module.encoding === "same" && dtype === module.base.dtype) return base.subarray(0, total * size); // SPEC 6.3
+  if (module.encoding === "same" && dtype === module.base.dtype) return base.subarray(0, Number(bytesOf(dtype, covered))); // SPEC 6.3
   if (module.encoding === "exact") {
     const weights = base.slice(0, total * size);
     need(applyBlocks(weights, ...delta.update(module), dtype), "E405"); // SPEC 6.6
     return weights;
   }
-  const held = words(base.subarray(0, total * SIZES.get(module.base.dtype)), SIZES.get(module.base.dtype));
+  const baseSize = BITS.get(module.base.dtype) / 8;
+  const held = words(base.subarray(0, total * baseSize), baseSize);
   const terms = module.components.map((_, k) => termsOf(delta, module, k));
   const made = new DataView(new ArrayBuffer(total * size));
   for (let i = 0; i < total; i++) {

@@ -57,7 +57,7 @@ def described(entry: pxd.ModuleEntry, content: dict[str, bytes]) -> dict[str, An
 
 
 def update(module: pxd.ModuleDelta) -> dict[str, Any]:
-    """What is said of an `exact` module and of no other."""
+    """The keys that only an `exact` module has."""
     if module.index is None or module.data is None:
         return {}
     return {
@@ -93,7 +93,7 @@ def decode(path: str, dump: str | None) -> dict[str, Any]:
 
 
 def write_safetensors(path: str, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> None:
-    """A checkpoint in one file, so that the adapter needs nothing but the library."""
+    """Write a checkpoint to one file, so that the adapter needs only the library."""
     header, end = {}, 0
     for name, (dtype, shape, data) in tensors.items():
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + len(data)]}
@@ -121,7 +121,7 @@ def apply(path: str, base_path: str, out: str) -> dict[str, Any]:
 
 
 def array(folder: Path, name: str, dtype: pxd.DType, shape: tuple[int, ...]) -> Any:
-    return np.frombuffer((folder / name).read_bytes(), dtype=dtype.storage).reshape(shape)
+    return np.frombuffer((folder / name).read_bytes(), dtype=dtype.storage).reshape(dtype.storage_shape(shape))
 
 
 def component(folder: Path, said: dict[str, Any], covered: tuple[int, ...]) -> pxd.Component:
@@ -134,7 +134,7 @@ def component(folder: Path, said: dict[str, Any], covered: tuple[int, ...]) -> p
 
 
 def module(folder: Path, said: dict[str, Any], prefer: Any) -> pxd.ModuleDelta:
-    """One entry of content.json as the library holds it."""
+    """One entry of content.json as the library's type."""
     shape, dtype, encoding = tuple(said["shape"]), pxd.DType(said["dtype"]), pxd.Encoding(said["encoding"])
     base, held = None, said["base"]
     if held is not None:
@@ -155,7 +155,7 @@ def module(folder: Path, said: dict[str, Any], prefer: Any) -> pxd.ModuleDelta:
 
 
 def exact_module(name: str, dtype: pxd.DType, base: pxd.BaseRef, old: Any, new: Any, prefer: Any) -> pxd.ModuleDelta:
-    """The step from old to new, `same` where there is none (SPEC 11.3)."""
+    """The step from old to new, or `same` if there is none (SPEC 11.3)."""
     kept = min(len(old), len(new))
     index, data = ops.encode(old[:kept], new[:kept], dtype, prefer=prefer)
     tail = {"tail": new[kept:]} if kept < len(new) else {}

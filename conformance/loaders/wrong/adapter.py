@@ -11,7 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from arithmetic import Part, decoded, encoded, rebuilt, unpacked
-from common import SIZES, Rejected, need, phase_of
+from common import BITS, Rejected, need, phase_of
 from reader import Reader
 from switches import SWITCHES
 
@@ -47,7 +47,7 @@ def exact(reader: Reader, module: dict[str, Any]) -> bytes:
 
 
 def update(reader: Reader, module: dict[str, Any]) -> dict[str, Any]:
-    """What is said of an `exact` module and of no other."""
+    """The keys that only an `exact` module has."""
     if module["encoding"] != "exact":
         return {}
     parts = {f"{word}_sha256": sha256(reader.part_of(module, word)) for word in ("index", "data")}
@@ -120,7 +120,7 @@ def bind(reader: Reader, base: Tensors) -> Tensors:
         )
         if held is None:
             continue
-        size = len(held[2]) == len(held[2]) // SIZES[said["dtype"]] * SIZES[said["dtype"]]
+        size = len(held[2]) * 8 % BITS[said["dtype"]] == 0
         fits = held[1] == said["shape"] or wrong("base-shape-ignored") or (wrong("base-size-only") and size)
         typed = held[0] == said["dtype"] or wrong("base-dtype-ignored") or wrong("base-size-only")
         if not (fits and typed):
@@ -170,12 +170,13 @@ def covered_bytes(reader: Reader, module: dict[str, Any], held: tuple[str, list[
     for size in shape:
         count *= size
     said = module["base"]["dtype"]
-    raw = held[2][: count * SIZES[said]]
+    width = max(BITS[said], 8) if wrong("same-of-whole-bytes") else BITS[said]
+    raw = held[2][: count * width // 8]
     if module["encoding"] == "exact":
         return reader.updates(module).applied(raw)
     same = module["encoding"] == "same"
     if same and (dtype == said or wrong("same-reinterprets")) and not wrong("same-canonical-nan"):
-        return raw if dtype == said else raw.ljust(count * SIZES[dtype], b"\0")[: count * SIZES[dtype]]
+        return raw if dtype == said else raw.ljust(count * BITS[dtype] // 8, b"\0")[: count * BITS[dtype] // 8]
     if said not in ("BF16", "F16", "F32"):
         return raw
     values = decoded(raw, said)
@@ -189,8 +190,8 @@ def covered_bytes(reader: Reader, module: dict[str, Any], held: tuple[str, list[
 
 
 def keep_nan(data: bytes, raw: bytes, said: str, dtype: str, *, sign_only: bool = False) -> bytes:
-    """The result with the NaNs of the base in the place of canonical ones, as a plain cast leaves them."""
-    a, b = SIZES[said], SIZES[dtype]
+    """The result with the base's NaNs instead of canonical ones, as after a plain cast."""
+    a, b = BITS[said] // 8, BITS[dtype] // 8
     made = bytearray(data)
     for i, value in enumerate(decoded(raw, said)):
         if value != value:

@@ -20,7 +20,7 @@ MAXIMUM = {"BF16": 0x7F7F, "F16": 0x7BFF, "F32": 0x7F7FFFFF}
 
 
 def packed(value: float, code: str) -> bytes:
-    """Nearest, ties to even; what is too large becomes infinity."""
+    """Round to nearest, ties to even; too large values become infinity."""
     try:
         return struct.pack(code, value)
     except OverflowError:

@@ -1,31 +1,39 @@
-"""What every step of the small reader shares."""
+"""Code that all steps of the small reader share."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
 from switches import SWITCHES
 
-__all__ = ["FLOATS", "Rejected", "SIZES", "Switched", "compact", "need", "phase_of", "quoted"]
+__all__ = ["BITS", "FLOATS", "Rejected", "Switched", "compact", "need", "phase_of", "quoted"]
 
-SIZES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "U16": 2,
-    "I16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "I32": 4,
-    "F32": 4,
-    "U64": 8,
-    "I64": 8,
-    "F64": 8,
+BITS = {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2": 8,
+    "F8_E5M2FNUZ": 8,
+    "F8_E8M0": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+    "C64": 64,
 }
 FLOATS = ("BF16", "F16", "F32")
 ESCAPES = {8: "\\b", 9: "\\t", 10: "\\n", 12: "\\f", 13: "\\r", 0x22: '\\"', 0x5C: "\\\\"}
@@ -55,7 +63,7 @@ def quoted(text: str) -> str:
 
 
 class Switched:
-    """What can make one mistake; `switch` names it, or is empty."""
+    """A base class that can make one mistake; `switch` names it, or is empty."""
 
     switch: str
 
@@ -64,3 +72,10 @@ class Switched:
         if name not in SWITCHES:
             raise KeyError(name)
         return self.switch == name
+
+    def size(self, dtype: str, shape: list[int]) -> int | None:
+        """Bytes of a tensor; None where they are no whole number (SPEC 2.14)."""
+        bits = math.prod(shape) * BITS.get(dtype, 8)
+        if bits % 8 and self.wrong("half-bytes-rounded"):
+            return bits // 8 + 1
+        return None if bits % 8 else bits // 8

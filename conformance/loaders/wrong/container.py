@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 import stat
 from typing import Any
 
-from common import SIZES, Rejected, compact, need, quoted
+from common import BITS, Rejected, compact, need, quoted
 from strict import Strict
 
 __all__ = ["Container"]
@@ -20,7 +19,7 @@ def wrapped(value: int) -> int:
 
 
 class Container(Strict):
-    """file, start, text (of the manifest): what the steps leave."""
+    """The results of the steps: file, start, text (of the manifest)."""
 
     file: bytes
 
@@ -119,11 +118,13 @@ class Container(Strict):
         need(isinstance(dtype, str) and isinstance(shape, list) and isinstance(span, list) and len(span) == 2, "E118")
         integer: Any = (lambda x: isinstance(x, int)) if self.wrong("true-is-one") else (lambda x: type(x) is int)
         need(all(map(integer, shape + span)), "E118")
-        need(dtype in SIZES or self.wrong("dtype-unknown-is-bytes"), "E119")
+        need(dtype in BITS or self.wrong("dtype-unknown-is-bytes"), "E119")
         need(len(shape) <= 8 or self.wrong("nine-dimensions"), "E120")
         least = 0 if self.wrong("empty-tensors") else 1
         need(all(size >= least for size in shape), "E120")
-        total = math.prod(shape) * SIZES.get(dtype, 1)
+        total = self.size(dtype, shape)
+        if total is None:
+            raise Rejected("E120")
         if self.wrong("product-wraps"):
             total = wrapped(total)
         need(total < 2**53, "E120")

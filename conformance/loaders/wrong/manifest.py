@@ -7,7 +7,7 @@ import json
 import re
 from typing import Any
 
-from common import SIZES, Rejected, need, quoted
+from common import BITS, Rejected, need, quoted
 from container import Container
 
 __all__ = ["Manifest"]
@@ -110,7 +110,7 @@ class Manifest(Container):
             return isinstance(value, dict) and (all(map(text, value.values())) or self.wrong("metadata-of-anything"))
 
         def dtype(value: Any) -> bool:
-            return text(value) and value in SIZES
+            return text(value) and value in BITS
 
         def part(value: Any) -> bool:
             axes = ("row", "col", "row+col", "tensor")
@@ -157,7 +157,7 @@ class Manifest(Container):
             need(manifest["dropped"] == sorted(set(manifest["dropped"])), "E205")
 
     def spelled_out(self, module: dict[str, Any]) -> dict[str, Any]:
-        """SPEC 3.4: a module with what it leaves out."""
+        """SPEC 3.4: a module with its usual values."""
         lenient = self.wrong("defaults-written-out")
         need(module.get("dtype") != "BF16" or lenient, "E205")
         dtype, shape = module.get("dtype", "BF16"), module.get("shape")

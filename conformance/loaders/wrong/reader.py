@@ -1,4 +1,4 @@
-"""A small reader of PXD files in plain Python, right as it stands and wrong in one way on demand.
+"""A small reader of PXD files in plain Python, which is correct by default and makes one mistake on demand.
 
 Each `self.wrong("...")` is a mistake that a loader could really make; switches.py lists them. It shares no code with
 the reference library, with the generator or with the other loaders. The steps of SPEC 8, each built on the one before:

@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from common import FLOATS, SIZES, need
+from common import BITS, FLOATS, need
 from manifest import Manifest
 
 __all__ = ["Rules"]
@@ -17,7 +17,7 @@ ASSET = r"([A-Za-z0-9_][A-Za-z0-9_-]{0,62}/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,118}\.
 
 
 class Rules(Manifest):
-    """Holds the manifest to SPEC 3.5 to 4.2."""
+    """Checks the manifest by SPEC 3.5 to 4.2."""
 
     manifest: dict[str, Any]
     records: list[dict[str, Any]]
@@ -82,7 +82,9 @@ class Rules(Manifest):
         for held in (module, base) if base else (module,):
             sizes = held["shape"]
             need((len(sizes) <= 8 and all(size >= 1 for size in sizes)) or self.wrong("limits-ignored"), "E208")
-            need(math.prod(sizes) * SIZES.get(held["dtype"], 1) < 2**53 or self.wrong("same-of-any-size"), "E208")
+            total = self.size(held["dtype"], sizes)
+            need(total is not None or self.wrong("same-of-half-bytes"), "E208")
+            need((total or 0) < 2**53 or self.wrong("same-of-any-size"), "E208")
         need(len(parts) <= 8 or self.wrong("components-unlimited"), "E208")
         need(all(-64 <= part["exponent"] <= 63 for part in parts) or self.wrong("exponent-unlimited"), "E209")
         encoding, floats = module["encoding"], module["dtype"] in FLOATS
@@ -102,7 +104,7 @@ class Rules(Manifest):
             need(module["size"] >= 1 or self.wrong("exact-of-nothing"), "E209")
         else:
             converts = (floats and base_floats) or (
-                self.wrong("integers-convert") and SIZES[module["dtype"]] == SIZES[base["dtype"]]
+                self.wrong("integers-convert") and BITS[module["dtype"]] == BITS[base["dtype"]]
             )
             need(module["dtype"] == base["dtype"] or converts, "E209")
 
@@ -138,7 +140,7 @@ class Rules(Manifest):
         return [min(shape[0], module["base"]["shape"][0]), *shape[1:]]
 
     def tail(self, module: dict[str, Any]) -> list[int]:
-        """The tail's shape; empty where there is none."""
+        """The tail's shape; empty if there is none."""
         shape = module["shape"]
         rest = shape[0] - self.covered(module)[0] if shape else 0
         return [rest, *shape[1:]] if rest else []
@@ -159,7 +161,7 @@ class Rules(Manifest):
         if module["encoding"] == "exact":
             sizes += [("index", 4 * -(-math.prod(covered) // 65_536)), ("data", module["size"])]
         if module["encoding"] != "full" and self.tail(module):
-            sizes.append(("tail", math.prod(self.tail(module)) * SIZES[module["dtype"]]))
+            sizes.append(("tail", math.prod(self.tail(module)) * BITS[module["dtype"]] // 8))
         made, end = [], 0
         step = 16 if self.wrong("parts-at-16") else 64
         for suffix, size in sizes:

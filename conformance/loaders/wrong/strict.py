@@ -20,7 +20,7 @@ def values(raw: bytes) -> int:
 
 
 class Strict(Switched):
-    """Parses strict JSON, or what a mistake makes of it."""
+    """Parses strict JSON, with the mistake if one is set."""
 
     def json(self, text: str, raw: bytes, *, manifest: bool) -> Any:
         codes = ("E202",) * 4 if manifest else ("E114", "E115", "E116", "E117")

@@ -56,7 +56,7 @@ class Updates:
             at += entry >> 8
 
     def check(self) -> None:
-        """What can be told without the base: E307."""
+        """The checks that need no base: E307."""
         total = sum(entry >> 8 for entry in self.entries)
         need(total == len(self.data) or self.wrong("lengths-not-summed"), "E307")
         for _, a, data, n in self.blocks():
@@ -130,7 +130,7 @@ class Updates:
             new[place] = new[place] ^ pattern if self.wrong("exceptions-are-xor") else pattern
 
     def applied(self, raw: bytes) -> bytes:
-        """The covered weights that come out of the base's: E405 where the bits cannot be read."""
+        """The new covered weights, from the base's: E405 if the bits cannot be read."""
         code = "<H" if self.width == 16 else "<I"
         words = [word for (word,) in struct.iter_unpack(code, raw)]
         made = list(words)

@@ -6,7 +6,7 @@
     one batch       vllm serve BASE --worker-cls peraxis_format.engines.vllm.worker.PeraxisWorker --enforce-eager \\
                         --enable-lora --lora-modules legal=legal.pxd medical=medical.pxd
 
-vLLM finds the plug-in by its entry points, in every process. docs/engines.md says which way to take when. From Python:
+vLLM finds the plug-in by its entry points, in every process. docs/engines.md compares the three ways. From Python:
 
     from peraxis_format.engines.vllm import use
 
@@ -18,37 +18,57 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["endpoints", "register", "remove", "use"]
+__all__ = ["endpoints", "register", "remove", "update", "use"]
 
 
 def register() -> None:
     """The entry point `vllm.general_plugins`. May be called several times in one process."""
-    from peraxis_format.engines.vllm.layout import register_engine, register_loader
+    from peraxis_format.engines.vllm.layout import (
+        add_worker_method,
+        register_engine,
+        register_loader,
+        replace_scheduler,
+    )
     from peraxis_format.engines.vllm.loader import PeraxisModelLoader
+    from peraxis_format.engines.vllm.scheduler import maker
+    from peraxis_format.engines.vllm.transfer import CALL_WORKER, call_worker
 
     register_loader("peraxis", PeraxisModelLoader)
     register_engine("peraxis", "peraxis_format.engines.vllm.transfer", "PeraxisWeightTransferEngine")
+    replace_scheduler(maker)
+    add_worker_method(CALL_WORKER, call_worker)
 
 
 def endpoints() -> Any:
-    """The entry point `vllm.endpoint_plugins`: routes under /v1/peraxis, added where VLLM_PLUGINS names peraxis."""
+    """The entry point `vllm.endpoint_plugins`: routes under /v1/peraxis, added if VLLM_PLUGINS names peraxis."""
     from peraxis_format.engines.vllm.routes import PeraxisEndpoints
 
     return PeraxisEndpoints()
 
 
 def use(llm: Any, delta: str | None) -> str:
-    """Make the whole model of an `LLM` a fine-tune, or the base again with None. Returns the weight version.
+    """Swap the whole model of an `LLM` to a fine-tune, or back to the base with None. Returns the weight version.
 
-    The first use of a delta stages it. Raises what the engine raises, which quotes the cause; the model is as before.
+    The first use of a delta stages it. Raises the engine's error, which quotes the cause; the model is then unchanged.
     """
     from peraxis_format.engines.vllm.offline import use as used
 
     return used(llm, delta)
 
 
+def update(llm: Any, path: str) -> str:
+    """Bring the whole model of an `LLM` one exact update further, or to an anchor, for good. Returns the version.
+
+    Staged deltas have to be removed before. Raises what the engine raises, which quotes the cause; the model is as
+    before.
+    """
+    from peraxis_format.engines.vllm.offline import update as updated
+
+    return updated(llm, path)
+
+
 def remove(llm: Any, delta: str) -> None:
-    """Let go of a delta that `use` staged, and that is not in use."""
+    """Free a delta that `use` staged and that is not in use."""
     from peraxis_format.engines.vllm.offline import remove as removed
 
     removed(llm, delta)

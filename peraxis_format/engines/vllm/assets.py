@@ -1,7 +1,7 @@
-"""Whether the small files that the engine reads from the base are those of the fine-tune (SPEC 3.12).
+"""Compare the small files that the engine reads with those of the fine-tune (SPEC 3.12).
 
-The engine takes configuration, tokenizer and generation configuration from `--model`, which stays the base. Where the
-fine-tune has others, serving it with the base's would be wrong without any sign of it, and so is refused.
+The engine takes configuration, tokenizer and generation configuration from `--model`, which is still the base. If the
+fine-tune has others, serving it with the base's would be silently wrong, so it is refused.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from peraxis_format.reader import DeltaFile
 
 __all__ = ["AssetFolders", "differing_assets", "refuse_other_assets"]
 
-# Keys of config.json that say how a checkpoint came about, not how it computes.
+# Keys of config.json that describe the origin of a checkpoint, not its computation.
 _NOTES: Final = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
 _GENERATION_NOTES: Final = frozenset({"_from_model_config", "transformers_version"})
 _TOKENIZER: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
 
 AssetFolders = Mapping[str, Path | None]
-"""Asset -> the folder that the engine reads it from; None where the engine does not read it."""
+"""Asset -> the folder that the engine reads it from; None if the engine does not read it."""
 
 
 def refuse_other_assets(delta: DeltaFile, folders: AssetFolders) -> None:
-    """Raises LiveModelError where the engine reads an asset that is not the fine-tune's."""
+    """Raise LiveModelError if the engine reads an asset that is not the fine-tune's."""
     found = sorted(differing_assets(delta, folders))
     if found:
         raise LiveModelError(
@@ -37,7 +37,7 @@ def refuse_other_assets(delta: DeltaFile, folders: AssetFolders) -> None:
 
 
 def differing_assets(delta: DeltaFile, folders: AssetFolders) -> Iterator[str]:
-    """The names of the assets that differ in a way that changes what is computed."""
+    """The names of assets that differ in a way that changes the model's outputs."""
     for asset in delta.manifest.assets:
         folder = folders.get(asset.path)
         if folder is None:
@@ -52,9 +52,9 @@ def differing_assets(delta: DeltaFile, folders: AssetFolders) -> Iterator[str]:
 
 
 def asset_folders(model: str, tokenizer: str | None, config: str | None, generation: str | None) -> AssetFolders:
-    """The folders that a server reads its small files from; names that are no local folders are left out.
+    """The folders that a server reads its small files from; names that are not local folders are left out.
 
-    generation: "auto" stands for the model's folder, "vllm" for none.
+    generation: "auto" means the model's folder, "vllm" means none.
     """
     base = _folder(model)
     tokens = _folder(tokenizer) if tokenizer else base

@@ -1,8 +1,8 @@
-"""Which rows of a step want which variant.
+"""The variant of each row of a step.
 
-vLLM's LoRA plumbing says it for each scheduled token (index_mapping) and for each row of hidden states that is sampled
-from (prompt_mapping). Prompt log-probabilities take other rows through lm_head: a stretch of the step's hidden states,
-which is found by its address.
+vLLM's LoRA support gives it for each scheduled token (index_mapping) and for each sampled row of hidden states
+(prompt_mapping). For prompt log-probabilities other rows go through lm_head: a slice of the step's hidden states, which
+is found by its address.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Groups(Generic[V]):
-    """Variants and their rows, in order of the first row. count: rows in all."""
+    """Variants and their rows, in order of the first row. count: the number of all rows."""
 
     count: int
     members: tuple[tuple[V, slice | Tensor], ...] = ()
 
     @property
     def only(self) -> V | None:
-        """The variant that every row wants; None where they differ or some want the base."""
+        """The variant of every row; None if they differ or some are the base's."""
         if len(self.members) == 1:
             variant, rows = self.members[0]
             if isinstance(rows, slice) and (rows.start, rows.stop) == (0, self.count):
@@ -40,7 +40,7 @@ class Groups(Generic[V]):
 
 @dataclass(slots=True, eq=False)
 class StepRows(Generic[V]):
-    """The rows of the step that runs. hidden: hidden states whose stretches go through lm_head, where they do."""
+    """The rows of the current step. hidden: hidden states whose slices go through lm_head, if any."""
 
     device: torch.device
     token_ids: tuple[int, ...] = ()
@@ -50,12 +50,12 @@ class StepRows(Generic[V]):
     _variants: Mapping[int, V] = field(default_factory=dict)
 
     def begin(self, token_ids: Sequence[int], sample_ids: Sequence[int], variants: Mapping[int, V]) -> None:
-        """A step begins. Ids that are in no variant (0) are the base."""
+        """Begin a step. Ids of no variant (0) are the base."""
         self.token_ids, self._variants, self.hidden = tuple(token_ids), variants, None
         self.tokens, self.samples = self._groups(self.token_ids), self._groups(tuple(sample_ids))
 
     def of_logits(self, x: Tensor) -> Groups[V]:
-        """The rows of hidden states that lm_head is given. Raises LiveModelError where they cannot be told."""
+        """The rows of lm_head's input. Raises LiveModelError if they cannot be identified."""
         if self.hidden is not None:
             size = self.hidden.shape[1] * self.hidden.element_size()
             first, rest = divmod(x.data_ptr() - self.hidden.data_ptr(), size)

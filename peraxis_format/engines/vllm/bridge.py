@@ -1,4 +1,4 @@
-"""What the plug-in needs of the loader beyond its public names; no other file here imports those."""
+"""The loader's internal names that the plug-in needs; no other file here imports them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peraxis_format.ops.backend import choose
 from peraxis_format.ops.rebuild import rebuild_tensor, reconstruct
 from peraxis_format.ops.rebuild.torch import ComponentTensors, Scratch, component_tensors
 from peraxis_format.ops.signed_matmul import signed_matmul
-from peraxis_format.ops.tensors import TORCH_DTYPES, storage_array
+from peraxis_format.ops.tensors import storage_array, torch_dtype
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.device import device_of
 from peraxis_format.torch.place.binding import agree, check_live
@@ -25,11 +25,13 @@ from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.shards import Placement
 from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.swap.payload import check_pads
+from peraxis_format.torch.updates.staged import StagedUpdate, stage
 
 __all__ = [
     "ComponentTensors",
     "Placement",
     "Scratch",
+    "StagedUpdate",
     "agree",
     "check_base",
     "check_pads",
@@ -42,21 +44,22 @@ __all__ = [
     "rebuild_tensor",
     "release",
     "signed_matmul",
+    "stage",
 ]
 
-_CHECK_BYTES: Final = 32 << 20  # of a ring buffer through which weights on a CUDA device are read to be hashed
+_CHECK_BYTES: Final = 32 << 20  # bytes of the ring buffer that reads weights from a CUDA device for hashing
 
 
 def rebuild_backend(weight: Tensor) -> str:
-    """Which backend rebuilds a weight: with numba that pays from fewer rows on."""
+    """The backend that rebuilds a weight; with numba this is faster from fewer rows on."""
     return choose("rebuild_tensor", weight.numel(), weight.device.type)
 
 
 def fine_tuned(base: Iterable[tuple[str, Tensor]], delta: DeltaFile) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the fine-tune, from the base checkpoint's stream and a delta: the bits of SPEC 6.
+    """Yield (name, tensor) of the fine-tune from the base checkpoint's stream and a delta, with the bits of SPEC 6.
 
-    One tensor is in memory at a time. Base bytes and payload are held to their digests before they are used.
-    Raises BindingError for a base that lacks a tensor or has other bytes; PayloadError.
+    One tensor is in memory at a time. The digests of base bytes and payload are checked before use.
+    Raises BindingError if the base lacks a tensor or has other bytes; PayloadError.
     """
     aliases: dict[str, list[str]] = {}
     for name, alias in delta.manifest.tied:
@@ -90,17 +93,17 @@ def _rebuilt(delta: DeltaFile, name: str, base: Tensor | None) -> Tensor:
 
 
 def full_tensor(module: ModuleDelta) -> Tensor:
-    """The exact tensor of a `full` module, in memory of its own."""
+    """A copy of the exact tensor of a `full` module."""
     return _as_tensor(np.array(module.full), module)
 
 
 def _as_tensor(array: Any, module: ModuleDelta) -> Tensor:
     flat = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    return flat.view(TORCH_DTYPES[module.dtype]).view(module.shape)
+    return flat.view(torch_dtype(module.dtype)).view(module.shape)
 
 
 def check_base(delta: DeltaFile, placement: Placement, *, group: Any) -> None:
-    """The live weights have the bytes of the delta's base, on every rank. Raises BindingError (E404) on all of them."""
+    """Check that the live weights are the delta's base, on every rank. Raises BindingError (E404) on all of them."""
     ring = Ring(device_of(placement))
     if ring.device.staged:
         ring.reserve(_CHECK_BYTES)

@@ -1,9 +1,9 @@
-"""vLLM's layers, made to give each row of a step its own variant. The base's weights are never written.
+"""Change vLLM's layers so that each row of a step gets its own variant. The base's weights are never written.
 
 linear                y = base product for all rows + each row's own terms, before any all-reduce (patches.py)
 lm_head               the same, by the rows that logits are asked for
 embedding             rows of the variant's table: the merged bits
-norms and the like    the layer itself, run on each variant's rows with its own parameters: the merged bits
+other layers          the layer itself, run on each variant's rows with its own parameters: the merged bits
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from peraxis_format.errors import LiveModelError
 
 __all__ = ["MANY_ROWS", "LayerState", "Variant", "wrap_layers"]
 
-MANY_ROWS: Final = 64  # rows of one variant from which its weights are rebuilt rather than added to
+MANY_ROWS: Final = 64  # from this many rows of one variant on, its weights are rebuilt
 _MANY_ROWS_NUMBA: Final = 32  # with numba
 
 
 @dataclass(slots=True, eq=False)
 class Variant:
-    """One variant on this rank: what it changes in each layer, in the memory of the model's device."""
+    """One variant on this rank: its patches of each layer, in the memory of the model's device."""
 
     name: str
     content_id: str
@@ -45,18 +45,18 @@ class Variant:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory; what tied layers share is counted once."""
+        """The bytes in memory; patches that tied layers share count once."""
         patches = {id(p): p for layer in self.layers.values() for of in layer.values() for p in of}
         return sum(patch.nbytes for patch in patches.values())
 
     def of(self, layer: nn.Module, parameter: str) -> Sequence[Patch]:
-        """The patches of a layer's parameter; none where the variant does not change it."""
+        """The patches of a layer's parameter; empty if the variant does not change it."""
         return self.layers.get(layer, {}).get(parameter, ())
 
 
 @dataclass(slots=True, eq=False)
 class LayerState:
-    """What all wrapped layers share. exact: multiply with rebuilt weights, however few rows a variant has."""
+    """The state that all wrapped layers share. exact: multiply with rebuilt weights for any number of rows."""
 
     rows: StepRows[Variant]
     exact: bool = False
@@ -64,7 +64,7 @@ class LayerState:
 
 
 def wrap_layers(model: nn.Module, state: LayerState) -> None:
-    """Let the layers of a loaded model serve variants."""
+    """Wrap the layers of a loaded model so that they serve variants."""
     for module in model.modules():
         if isinstance(module, LinearBase | VocabParallelEmbedding):
             module.quant_method = _Method(module.quant_method, state, logits=not isinstance(module, LinearBase))
@@ -75,7 +75,7 @@ def wrap_layers(model: nn.Module, state: LayerState) -> None:
 
 
 class _Method:
-    """Wraps the quant_method of a linear or of lm_head: whatever else is asked of it, the wrapped one answers."""
+    """Wraps the quant_method of a linear or of lm_head; other attributes are those of the wrapped one."""
 
     def __init__(self, plain: Any, state: LayerState, *, logits: bool) -> None:
         self._plain = plain
@@ -131,7 +131,7 @@ class _Method:
 
 
 class _EmbeddingForward:
-    """Stands in for the forward of an embedding; each rank looks up its own rows of the vocabulary."""
+    """Replaces the forward of an embedding; each rank looks up its own rows of the vocabulary."""
 
     def __init__(self, module: Any, state: LayerState) -> None:
         self._module = module
@@ -150,13 +150,13 @@ class _EmbeddingForward:
             here = (ids >= begin) & (ids < end)
             found = y.new_zeros(len(ids), y.shape[-1])
             found[here] = embedded(ids[here] - begin, module.weight.detach(), variant.of(module, "weight"))
-            # One rank has the row, the others add zeros: the sum is the row.
+            # One rank has the row and the others add zeros, so the sum is the row.
             y[index] = all_reduce(found) if module.tp_size > 1 else found
         return y
 
 
 class _RowsForward:
-    """Stands in for the forward of any other layer with parameters: dimension 0 of its arguments is the tokens."""
+    """Replaces the forward of any other layer with parameters; dimension 0 of its arguments is the tokens."""
 
     def __init__(self, module: nn.Module, state: LayerState) -> None:
         self._module = module
@@ -171,7 +171,7 @@ class _RowsForward:
         if rows.only is not None:
             with self._parameters(rows.only):
                 return self._plain(*args, **kwargs)
-        # The layer may work in place: a variant's inputs are copied before the base's run.
+        # The layer may work in place, so a variant's inputs are copied before the base's run.
         taken = [(v, index, *_rows_of(args, kwargs, index, rows.count)) for v, index in groups]
         out = self._plain(*args, **kwargs)
         for variant, index, own_args, own_kwargs in taken:
@@ -181,7 +181,7 @@ class _RowsForward:
 
     @contextmanager
     def _parameters(self, variant: Variant) -> Iterator[None]:
-        """The layer's parameters are the variant's, within the block."""
+        """Within the block the layer's parameters are the variant's."""
         held = {}
         for name, patches in variant.layers[self._module].items():
             parameter = self._module._parameters[name]

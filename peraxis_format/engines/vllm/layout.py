@@ -1,4 +1,4 @@
-"""Everything that knows vLLM's names: its classes, and where the tensors of a checkpoint lie in its layers.
+"""All code that depends on vLLM's names: its classes, and the places of checkpoint tensors in its layers.
 
     vLLM layer                    checkpoint tensor                          piece of rank r of n
     QKVParallelLinear             q_proj, k_proj, v_proj, or one fused       heads; k and v heads may be repeated
@@ -8,13 +8,12 @@
     VocabParallelEmbedding        itself, without the padding rows           rows of the vocabulary
     any other layer               itself                                     whole
 
-Names are looked up when this module is imported. One that is missing is a LiveModelError which says so in one sentence.
-Checked against vLLM 0.32.
+Names are looked up when this module is imported; a missing one is a LiveModelError. This was checked with vLLM 0.32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final, TypeAlias
@@ -26,38 +25,45 @@ from peraxis_format.manifest import Manifest
 from peraxis_format.torch import FUSED, ShardView
 
 __all__ = [
+    "AsyncModelRunnerOutput",
     "DefaultModelLoader",
+    "EngineCoreOutput",
+    "EngineCoreOutputs",
     "LinearBase",
     "ParallelLMHead",
     "Placed",
+    "RequestStatus",
+    "Scheduler",
     "VocabParallelEmbedding",
     "WeightTransferEngine",
     "WeightTransferInitInfo",
     "WeightTransferUpdateInfo",
     "adapter_not_found",
+    "add_worker_method",
     "all_reduce",
-    "init_request",
     "is_cpu",
     "is_eager",
     "keep_unpacked",
     "placed_tensors",
     "plain_tensors",
+    "planned_scheduler",
     "register_engine",
     "refuse_uncovered",
     "register_loader",
+    "replace_scheduler",
     "repack",
     "tensor_group",
-    "update_request",
     "views",
     "worker_class",
 ]
 
 _TESTED: Final = "0.32"
 _UNPACKED_FLAG: Final = "_cpu_skip_gemm_dispatch"
+_PLANNED: Final = "peraxis_planned"
 
 
 def _name(module: str, name: str) -> Any:
-    """`vllm.<module>.<name>`. Raises LiveModelError where this vLLM has none."""
+    """Look up `vllm.<module>.<name>`. Raises LiveModelError if this vLLM does not have it."""
     try:
         return getattr(import_module(f"vllm.{module}"), name)
     except (ImportError, AttributeError):
@@ -78,11 +84,17 @@ ParallelLMHead: Any = _name(_VOCAB, "ParallelLMHead")
 WeightTransferEngine: Any = _name(_TRANSFER, "WeightTransferEngine")
 WeightTransferInitInfo: Any = _name(_TRANSFER, "WeightTransferInitInfo")
 WeightTransferUpdateInfo: Any = _name(_TRANSFER, "WeightTransferUpdateInfo")
+AsyncModelRunnerOutput: Any = _name("v1.outputs", "AsyncModelRunnerOutput")
+EngineCoreOutput: Any = _name("v1.engine", "EngineCoreOutput")
+EngineCoreOutputs: Any = _name("v1.engine", "EngineCoreOutputs")
+RequestStatus: Any = _name("v1.request", "RequestStatus")
+Scheduler: Any = _name("v1.core.sched.scheduler", "Scheduler")
 _Column: Any = _name(_LINEAR, "ColumnParallelLinear")
 _Merged: Any = _name(_LINEAR, "MergedColumnParallelLinear")
 _QKV: Any = _name(_LINEAR, "QKVParallelLinear")
 _Row: Any = _name(_LINEAR, "RowParallelLinear")
 _platform: Any = _name("platforms", "current_platform")
+_SchedulerConfig: Any = _name("config.scheduler", "SchedulerConfig")
 _tensor_group: Any = _name("distributed.parallel_state", "get_tp_group")
 _all_reduce: Any = _name("distributed", "tensor_model_parallel_all_reduce")
 
@@ -91,27 +103,41 @@ _all_reduce: Any = _name("distributed", "tensor_model_parallel_all_reduce")
 
 
 def register_loader(load_format: str, loader: Any) -> None:
-    """Make `--load-format <load_format>` use a loader. Doing it again changes nothing."""
+    """Make `--load-format <load_format>` use a loader. Further calls have no effect."""
     known = _name("model_executor.model_loader", "_LOAD_FORMAT_TO_MODEL_LOADER")
     if load_format not in known:
         _name("model_executor.model_loader", "register_model_loader")(load_format)(loader)
 
 
 def register_engine(backend: str, module: str, name: str) -> None:
-    """Make `--weight-transfer-config '{"backend": ...}'` use an engine. Doing it again changes nothing."""
+    """Make `--weight-transfer-config '{"backend": ...}'` use an engine. Further calls have no effect."""
     factory = _name("distributed.weight_transfer.factory", "WeightTransferEngineFactory")
     if backend not in factory._registry:
         factory.register_engine(backend, module, name)
 
 
-def init_request(info: dict[str, Any]) -> Any:
-    """The argument of AsyncLLM.init_weight_transfer_engine."""
-    return _name(_TRANSFER, "WeightTransferInitRequest")(init_info=info)
+def replace_scheduler(maker: Callable[[Any], Callable[..., Any]]) -> None:
+    """Let engines call `maker(planned)` where they would call the scheduler class that is planned. Once a process."""
+    planned = _SchedulerConfig.get_scheduler_cls
+    if hasattr(planned, _PLANNED):
+        return
+
+    def get_scheduler_cls(self: Any) -> Any:
+        return maker(planned(self))
+
+    setattr(get_scheduler_cls, _PLANNED, planned)
+    _SchedulerConfig.get_scheduler_cls = get_scheduler_cls
 
 
-def update_request(info: dict[str, Any]) -> Any:
-    """The argument of AsyncLLM.update_weights."""
-    return _name(_TRANSFER, "WeightTransferUpdateRequest")(update_info=info)
+def planned_scheduler(config: Any) -> Any:
+    """The scheduler class that a SchedulerConfig plans; None where `replace_scheduler` was not called."""
+    planned = getattr(_SchedulerConfig.get_scheduler_cls, _PLANNED, None)
+    return None if planned is None else planned(config)
+
+
+def add_worker_method(name: str, method: Callable[..., Any]) -> None:
+    """Let `collective_rpc(name, ...)` call a function of a worker."""
+    setattr(_name("v1.worker.worker_base", "WorkerBase"), name, method)
 
 
 def adapter_not_found(name: str, path: str) -> Exception:
@@ -121,7 +147,7 @@ def adapter_not_found(name: str, path: str) -> Exception:
 
 
 def worker_class() -> Any:
-    """The worker of this platform: CPU or CUDA."""
+    """The worker class of this platform: CPU or CUDA."""
     return _name("v1.worker.cpu_worker", "CPUWorker") if is_cpu() else _name("v1.worker.gpu_worker", "Worker")
 
 
@@ -151,30 +177,30 @@ def all_reduce(value: Tensor) -> Tensor:
 
 
 def keep_unpacked(model: nn.Module) -> None:
-    """Before loading: linears on the CPU keep `weight` and multiply with it.
+    """Make linears on the CPU keep `weight` and multiply with it. Call this before loading.
 
-    By default vLLM packs it for oneDNN, multiplies with the packed copy and empties `weight`. An embedding keeps its
-    weight anyway. Multiplying is slower this way: 1.2 times at 64 rows, 1.9 to 2.5 times at one.
+    By default vLLM packs it for oneDNN, multiplies with the packed copy and empties `weight`. An embedding always keeps
+    its weight. Without packing, products are slower: 1.2 times at 64 rows, 1.9 to 2.5 times at one row.
     """
     if not is_cpu():
         return
     method = _name(_LINEAR, "UnquantizedLinearMethod").process_weights_after_loading
     if _UNPACKED_FLAG not in method.__code__.co_consts:
-        raise LiveModelError(f"this vLLM packs linear weights on the CPU whatever is asked for; use vLLM {_TESTED}")
+        raise LiveModelError(f"this vLLM always packs linear weights on the CPU; use vLLM {_TESTED}")
     for module in model.modules():
         if isinstance(module, LinearBase):
             setattr(module, _UNPACKED_FLAG, True)
 
 
 def repack(model: nn.Module) -> None:
-    """After weights were written: make the packed copies that lm_head on the CPU multiplies with again."""
+    """Make lm_head's packed copies on the CPU again. Call this after weights were written."""
     if is_cpu():
         for module in model.modules():
             if isinstance(module, VocabParallelEmbedding):
                 module.quant_method.process_weights_after_loading(module)
 
 
-# --- where checkpoint tensors lie ------------------------------------------------------------------------
+# --- places of checkpoint tensors ------------------------------------------------------------------------
 
 _Box: TypeAlias = tuple[tuple[int, int], ...]
 
@@ -183,7 +209,7 @@ _Box: TypeAlias = tuple[tuple[int, int], ...]
 class Placed:
     """A piece of a checkpoint tensor in a layer of this rank.
 
-    box: of the checkpoint tensor. rows: [begin, end) of the layer's parameter that hold it.
+    box: of the checkpoint tensor. rows: [begin, end) of the layer's parameter.
     """
 
     module: nn.Module
@@ -209,13 +235,13 @@ def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def views(model: nn.Module, manifest: Manifest) -> dict[str, tuple[ShardView, ...]]:
-    """For each name in a manifest the live storages of this rank; names that the model lacks are left out."""
+    """The live storages of this rank for each name in a manifest; names that the model lacks are left out."""
     found = placed_tensors(model, manifest)
     return {name: tuple(ShardView(p.box, p.view) for p in places) for name, places in found.items()}
 
 
 def placed_tensors(model: nn.Module, manifest: Manifest) -> dict[str, tuple[Placed, ...]]:
-    """For each name in a manifest its pieces in the layers of this rank; names that the model lacks are left out."""
+    """The pieces in the layers of this rank for each name in a manifest; names that the model lacks are left out."""
     live: dict[str, list[Placed]] = {}
     packed = getattr(model, "packed_modules_mapping", None) or FUSED
     for owner, module in model.named_modules():
@@ -229,9 +255,9 @@ def placed_tensors(model: nn.Module, manifest: Manifest) -> dict[str, tuple[Plac
 
 
 def refuse_uncovered(model: nn.Module, manifest: Manifest) -> None:
-    """Raises LiveModelError where a linear, an embedding or lm_head holds a tensor that the fine-tune does not have.
+    """Raise LiveModelError if a linear, an embedding or lm_head has a tensor that the fine-tune does not have.
 
-    SPEC 3.7: a manifest names every tensor, so the layer would go on with the base's weights.
+    A manifest names every tensor (SPEC 3.7), so the layer would still use the base's weights.
     """
     pieces = [piece for found in placed_tensors(model, manifest).values() for piece in found]
     covered = {getattr(piece.module, piece.parameter).data_ptr() for piece in pieces}
@@ -244,7 +270,7 @@ def refuse_uncovered(model: nn.Module, manifest: Manifest) -> None:
 
 
 def _pieces(owner: str, module: nn.Module, packed: Any) -> Iterator[tuple[str, Placed]]:
-    """(name, piece) for each checkpoint tensor that lies in a layer's own parameters."""
+    """(name, piece) for each checkpoint tensor in a layer's own parameters."""
     for parameter, tensor in module._parameters.items():
         if tensor is None or not tensor.numel():
             continue
@@ -266,7 +292,7 @@ _Segment: TypeAlias = tuple[int, int, tuple[int, int]]  # rows in the checkpoint
 
 
 def _segments(module: Any, tensor: Tensor) -> list[_Segment]:
-    """The stretches of rows of a layer's parameter, in order."""
+    """The ranges of rows of a layer's parameter, in order."""
     rank = int(getattr(module, "tp_rank", 0))
     count = tensor.shape[0] if tensor.ndim else 1
     if isinstance(module, VocabParallelEmbedding):
@@ -289,7 +315,7 @@ def _segments(module: Any, tensor: Tensor) -> list[_Segment]:
 
 
 def _stacked(sizes: Sequence[tuple[int, int, int]]) -> list[_Segment]:
-    """Segments one below the other, from (rows in the checkpoint, rows here, which piece)."""
+    """Consecutive segments, from (rows in the checkpoint, rows here, index of the piece)."""
     found, at = [], 0
     for full, own, piece in sizes:
         found.append((full, piece * own, (at, at + own)))

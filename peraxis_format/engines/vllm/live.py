@@ -1,7 +1,9 @@
-"""The variants of a live vLLM model on one rank: stage, swap, forget. All ranks do the same, or all fail.
+"""A live vLLM model on one rank: variants are staged, used and forgotten; exact updates staged and written. All ranks
+do the same, or all fail.
 
 A swap rebuilds weights into the storage that the layers hold, from a pristine copy of the base, and then lets vLLM pack
-again what it multiplies with. The scheduler has to be paused and the prefix cache reset: transfer.py, routes.py.
+again what it multiplies with. The scheduler has to be paused and the prefix cache reset: transfer.py, control.py. An
+exact update moves the weights for good, and needs no copy of them; so there is none while it is staged.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from peraxis_format.engines.vllm.bridge import StagedUpdate, place, stage
 from peraxis_format.engines.vllm.layout import plain_tensors, refuse_uncovered, repack, tensor_group, views
 from peraxis_format.engines.vllm.loader import check_assets
 from peraxis_format.engines.vllm.source import open_delta
@@ -31,31 +34,33 @@ class LiveModel:
         self._group = group if count > 1 else None
         self._switch: VariantSwitch | None = None
         self._names: tuple[str, ...] = ()
+        self._update: StagedUpdate | None = None
 
     @property
     def current(self) -> str | None:
-        """The variant that the model is now; None: the base."""
+        """The name of the current variant; None: the base."""
         return None if self._switch is None else self._switch.current
 
     def add(self, name: str, source: str) -> Variant:
         """Check a delta and its base, and stage it. The model is not changed.
 
-        The first one makes a copy of the weights that variants change. Raises LiveModelError, PxdError, OSError.
+        The first call copies the weights that variants change. Raises LiveModelError, PxdError, OSError.
         """
         with open_delta(source, group=self._group) as file:
             if self._checks_assets:
                 check_assets(file, self._model_config)
             refuse_uncovered(self._model, file.manifest)
+            self._update = None  # the weights may be a variant's when it would be written
             switch = self._switch_for(file.manifest)
             try:
                 return switch.add(name, file)
             except BaseException:
                 if not switch.variants():
-                    self.close()  # nothing of a file that was refused decides what later ones may hold
+                    self._release()  # nothing of a file that was refused decides what later ones may hold
                 raise
 
     def use(self, name: str | None) -> Swap | None:
-        """Make the model a variant, or the base. None where there was nothing to do: no variant was ever staged.
+        """Swap the model to a variant, or to the base. Returns None if no variant was ever staged.
 
         Raises SwapError: the model is then what it was. LiveModelError for an unknown name.
         """
@@ -69,13 +74,50 @@ class LiveModel:
             repack(self._model)
 
     def remove(self, name: str) -> None:
-        """Forget a variant. Raises LiveModelError for the one in use, and for an unknown one."""
+        """Forget a variant; the copy of the base goes with the last one. Raises LiveModelError for the one in use, and
+        for an unknown one.
+        """
         if self._switch is None:
             raise LiveModelError(f"no variant {name!r} is staged")
         self._switch.remove(name)
+        if not self._switch.variants():
+            self._release()
+
+    # --- exact updates -------------------------------------------------------------------------------
+
+    def stage_update(self, source: str) -> None:
+        """Prove an exact update, or an anchor, against the weights, and keep what it changes. None is written.
+
+        Raises LiveModelError, PxdError, OSError, on every rank alike.
+        """
+        self._update = None
+        if self._switch is not None:
+            raise LiveModelError("variants of the weights as they are now are staged; remove them before an update")
+        with open_delta(source, group=self._group) as file:
+            if self._checks_assets:
+                check_assets(file, self._model_config)
+            refuse_uncovered(self._model, file.manifest)
+            placement = place(
+                plain_tensors(self._model), file.manifest, views=views(self._model, file.manifest), exact=True
+            )
+            self._update = stage(file, placement, group=self._group)
+
+    def write_update(self, content_id: str) -> None:
+        """Write the update that is staged. Raises LiveModelError where it is another one."""
+        update, self._update = self._update, None
+        if update is None or update.content_id != content_id:
+            raise LiveModelError(f"update {content_id} is not staged")
+        try:
+            update.write()
+        finally:
+            repack(self._model)
 
     def close(self) -> None:
         """Let go of everything; the weights stay as they are."""
+        self._update = None
+        self._release()
+
+    def _release(self) -> None:
         if self._switch is not None:
             self._switch.close()
             self._switch = None

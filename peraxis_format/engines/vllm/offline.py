@@ -1,4 +1,4 @@
-"""Swaps of an offline `LLM`, each in one call."""
+"""Swaps and exact updates of an offline `LLM`, each in one call."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 from peraxis_format.engines.vllm.source import open_delta
+from peraxis_format.engines.vllm.transfer import CALL_WORKER, Calls, changing, staging
 from peraxis_format.errors import LiveModelError
 
-__all__ = ["BASE_VERSION", "remove", "use"]
+__all__ = ["BASE_VERSION", "remove", "update", "use"]
 
 BASE_VERSION: Final = "base"
 _STAGED: Final[WeakKeyDictionary[Any, dict[str, str]]] = WeakKeyDictionary()  # LLM -> delta -> content ID
+_BASE: Final[WeakKeyDictionary[Any, str]] = WeakKeyDictionary()  # LLM -> the version of its weights without a variant
 
 
 def use(llm: Any, delta: str | None) -> str:
@@ -20,15 +22,28 @@ def use(llm: Any, delta: str | None) -> str:
     if delta is not None and delta not in staged:
         with open_delta(delta) as file:
             content_id = file.content_id
-        llm.init_weight_transfer_engine({"init_info": {"add": {delta: delta}}})
+        _call(llm, staging({"add": {delta: delta}}))
         staged[delta] = content_id
-    version = BASE_VERSION if delta is None else staged[delta]
-    llm.start_weight_update()
-    llm.update_weights({"update_info": {"variant": delta}})
-    llm.finish_weight_update(weight_version=version)
+    version = _BASE.get(llm, BASE_VERSION) if delta is None else staged[delta]
+    _write(llm, {"variant": delta}, version)
+    return version
+
+
+def update(llm: Any, path: str) -> str:
+    """See peraxis_format.engines.vllm.update."""
+    with open_delta(path) as file:
+        version = file.content_id
+    _call(llm, staging({"update": path}))
+    _write(llm, {"update": version}, version)
+    _BASE[llm] = version
+    return version
+
+
+def _write(llm: Any, info: dict[str, Any], version: str) -> None:
+    _call(llm, changing(info))
+    llm.update_weight_version(version)
     if not llm.reset_prefix_cache():
         raise LiveModelError("the prefix cache is held by running requests; finish them before the next `generate`")
-    return version
 
 
 def remove(llm: Any, delta: str) -> None:
@@ -36,5 +51,11 @@ def remove(llm: Any, delta: str) -> None:
     staged = _STAGED.get(llm, {})
     if delta not in staged:
         raise LiveModelError(f"{delta}: not staged; `use` stages it")
-    llm.init_weight_transfer_engine({"init_info": {"remove": [delta]}})
+    _call(llm, staging({"remove": [delta]}))
     del staged[delta]
+
+
+def _call(llm: Any, calls: Calls) -> None:
+    errors = [error for error in llm.collective_rpc(CALL_WORKER, args=(calls,)) if error is not None]
+    if errors:
+        raise LiveModelError(errors[0])

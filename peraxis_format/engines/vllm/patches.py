@@ -1,4 +1,4 @@
-"""What one variant changes in one layer, and the arithmetic of the rows that want it.
+"""The patches of one variant in one layer, and the arithmetic of its rows.
 
     few rows      y = y_base + sum over k of row_k o ((x o col_k) B_k^T)       binary32, rounded once onto y_base
     many, exact   y = x W_v^T, W_v rebuilt a block at a time: the merged weights' values
@@ -30,7 +30,7 @@ from peraxis_format.engines.vllm.bridge import (
 
 __all__ = ["LayerPatch", "Patch", "add_terms", "embedded", "merged_linear", "merged_parameter", "patch_of"]
 
-_BLOCK_WEIGHTS: Final = 1 << 23  # that are rebuilt at a time
+_BLOCK_WEIGHTS: Final = 1 << 23  # weights to rebuild at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,12 +44,12 @@ class Patch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory."""
+        """The bytes in memory."""
         tensors = [t for f in self.factors for t in (f.mask, f.row, f.col)]
         return sum(t.nbytes for t in tensors) + (0 if self.full is None else self.full.nbytes)
 
     def to(self, device: torch.device) -> Patch:
-        """The same in another memory; itself where it is there already."""
+        """The patch on this device; itself if it is there already."""
         factors = tuple(
             ComponentTensors(f.mask.to(device), f.row.to(device), f.col.to(device), f.plain) for f in self.factors
         )
@@ -61,7 +61,7 @@ LayerPatch = Mapping[str, Sequence[Patch]]
 
 
 def patch_of(module: ModuleDelta, box: Sequence[tuple[int, int]], rows: tuple[int, int]) -> Patch:
-    """The patch for a box of a module (this rank's piece), in memory of its own. rows: of the live parameter."""
+    """The patch for a box of a module (this rank's piece), as a copy. rows: those of the live parameter."""
     index = tuple(slice(begin, end) for begin, end in box)
     if module.full is not None:
         return Patch(*rows, full=full_tensor(module)[index].clone())
@@ -98,7 +98,7 @@ def merged_linear(x: Tensor, weight: Tensor, patches: Sequence[Patch], bias: Ten
 
 
 def merged_rows(weight: Tensor, patches: Sequence[Patch], scratch: Scratch) -> Tensor:
-    """The merged weight [d_out, d_in]; on the CPU in a buffer that the next call overwrites."""
+    """The merged weight [d_out, d_in]; on the CPU it is a buffer that the next call overwrites."""
     whole = len(patches) == 1 and patches[0].full is not None and len(patches[0].full) == len(weight)
     if whole and patches[0].full is not None:
         return patches[0].full
@@ -126,7 +126,7 @@ def merged_parameter(tensor: Tensor, patches: Sequence[Patch]) -> Tensor:
 
 
 def embedded(ids: Tensor, weight: Tensor, patches: Sequence[Patch]) -> Tensor:
-    """Rows of the merged table. ids: int64 [rows], of this rank's rows. Returns [rows, width]."""
+    """Rows of the merged table. ids: int64 [rows], indices into this rank's rows. Returns [rows, width]."""
     unique, inverse = torch.unique(ids, return_inverse=True)
     table = weight[unique]
     for patch in patches:

@@ -1,12 +1,13 @@
-"""A delta that an operator names, opened: a path, hf://org/repo/file.pxd, org/repo, or an http(s) URL.
+"""Open a delta by the operator's name: a path, hf://org/repo/file.pxd, org/repo, or an http(s) URL.
 
-Every rank opens it by itself. A URL is fetched into a temporary folder of the process that asks for it, and the folder
-goes with the process; the hub's cache is used for the hub (peraxis_format.hub).
+Every rank opens it separately. A URL is fetched into a temporary folder of the process, which is removed with the
+process; the hub's cache is used for the hub (peraxis_format.hub).
 """
 
 from __future__ import annotations
 
 import atexit
+import errno
 import shutil
 import tempfile
 import urllib.request
@@ -34,9 +35,9 @@ def local_path(source: str) -> Path:
 
 
 def open_delta(source: str, *, group: Any = None) -> DeltaFile:
-    """Open a delta on every rank of a group: all of them open the same one, or all raise.
+    """Open a delta on every rank of a group; all open the same file, or all raise.
 
-    Raises CheckpointError, PxdError, OSError; LiveModelError where ranks find different files under one name.
+    Raises CheckpointError, PxdError, OSError; LiveModelError if ranks find different files under one name.
     """
     file: DeltaFile | None = None
     failure: BaseException | None = None
@@ -70,7 +71,7 @@ def _refuse_different(source: str, file: DeltaFile, group: Any) -> None:
     found: list[Any] = [None] * distributed.get_world_size(group)
     distributed.all_gather_object(found, file.content_id, group=group)
     if len(set(found)) > 1:
-        raise LiveModelError(f"{source}: is another file on another rank; give every host the same one")
+        raise LiveModelError(f"{source}: is another file on another rank; give every host the same file")
 
 
 @cache
@@ -83,7 +84,9 @@ def _download(url: str) -> Path:
         with urllib.request.urlopen(url, timeout=_SILENCE_SECONDS) as reader, open(target, "wb") as writer:
             shutil.copyfileobj(reader, writer, 1 << 20)
     except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, HTTPError):
             error.close()
-        raise CheckpointError(f"{shown}: cannot be fetched ({error}); check the address") from None
+        advice = f"make room in {folder.parent}" if error.errno == errno.ENOSPC else "check the address"
+        raise CheckpointError(f"{shown}: cannot be fetched ({error}); {advice}") from None
     return target

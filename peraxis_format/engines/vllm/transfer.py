@@ -1,18 +1,24 @@
-"""`--weight-transfer-config '{"backend": "peraxis"}'`: live swaps through vLLM's own weight-transfer calls.
+"""`--weight-transfer-config '{"backend": "peraxis"}'`: swaps and exact updates, by vLLM's weight-transfer calls.
 
     init_weight_transfer_engine   {"add": {"legal": "legal.pxd"}, "remove": ["old"]}      stage and forget variants
+                                  {"update": "step-00000007.pxd"}                         prove an update, keep it
     start_weight_update
     update_weights                {"variant": "legal"}, or {"variant": null} for the base
+                                  {"update": "sha256:..."}, its content ID
     finish_weight_update
 
-The caller pauses the scheduler before, and resets the prefix cache and resumes behind: routes.py and offline.py do. An
-error of one rank is an error on all of them, and every rank keeps, or goes back to, the variant before.
+`call_worker` makes these calls on every rank and returns the first error as text. vLLM 0.32 reads the replies of ranks
+in order and raises at the first error: with several ranks the replies behind it would be taken for those of the next
+call. So no worker may raise, and control.py and offline.py make their calls this way.
+
+The caller pauses the scheduler before, and resets the prefix cache and resumes behind: control.py and offline.py do. An
+error of one rank is an error on all of them, and every rank keeps, or goes back to, the weights before.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from peraxis_format.engines.vllm.layout import (
     WeightTransferEngine,
@@ -22,22 +28,57 @@ from peraxis_format.engines.vllm.layout import (
 from peraxis_format.engines.vllm.live import LiveModel
 from peraxis_format.engines.vllm.loader import assets_checked
 
-__all__ = ["PeraxisInitInfo", "PeraxisUpdateInfo", "PeraxisWeightTransferEngine"]
+__all__ = [
+    "CALL_WORKER",
+    "PeraxisInitInfo",
+    "PeraxisUpdateInfo",
+    "PeraxisWeightTransferEngine",
+    "call_worker",
+    "changing",
+    "staging",
+]
+
+CALL_WORKER: Final = "peraxis_call_worker"  # the name of call_worker among the methods of vLLM's workers
+
+Calls = list[tuple[str, dict[str, Any]]]
+"""Methods of a worker and their arguments, in order."""
+
+
+def staging(info: dict[str, Any]) -> Calls:
+    """Stage what a PeraxisInitInfo says."""
+    return [("init_weight_transfer_engine", {"init_info": info})]
+
+
+def changing(info: dict[str, Any]) -> Calls:
+    """Change the weights as a PeraxisUpdateInfo says. The scheduler has to be paused."""
+    return [("start_weight_update", {}), ("update_weights", {"update_info": info}), ("finish_weight_update", {})]
+
+
+def call_worker(worker: Any, calls: Calls) -> str | None:
+    """Make calls of a worker, until one fails. Returns its error in one line, None where all succeeded."""
+    for method, arguments in calls:
+        try:
+            getattr(worker, method)(**arguments)
+        except Exception as error:
+            return " ".join(str(error).split()) or type(error).__name__
+    return None
 
 
 @dataclass
 class PeraxisInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
-    """add: name -> delta, to be staged. remove: names to be forgotten, first."""
+    """add: name -> delta, to be staged. remove: names to be forgotten, first. update: a file to be proven, last."""
 
     add: dict[str, str] = field(default_factory=dict)
     remove: list[str] = field(default_factory=list)
+    update: str | None = None
 
 
 @dataclass
 class PeraxisUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """variant: the name of a staged variant; None: the base."""
+    """variant: the name of a staged variant; None: the base. update: the content ID of a proven update, instead."""
 
     variant: str | None = None
+    update: str | None = None
 
 
 class PeraxisWeightTransferEngine(WeightTransferEngine):  # type: ignore[misc]
@@ -53,22 +94,27 @@ class PeraxisWeightTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         self._live = LiveModel(model, vllm_config.model_config, checks_assets=assets_checked(extra))
 
     def init_transfer_engine(self, init_info: PeraxisInitInfo) -> None:
-        """Forget, then stage. Raises LiveModelError, PxdError, CheckpointError, OSError; the model is not changed."""
+        """Forget, stage, prove. Raises LiveModelError, PxdError, CheckpointError, OSError; the model is not changed."""
         for name in init_info.remove:
             self._live.remove(name)
         for name, source in init_info.add.items():
             self._live.add(name, source)
+        if init_info.update is not None:
+            self._live.stage_update(init_info.update)
 
     def start_weight_update(self) -> None:
-        """Nothing to prepare: variants are staged before."""
+        """Nothing to prepare: variants and updates are staged before."""
 
     def receive_weights(self, update_info: PeraxisUpdateInfo) -> None:
-        """Swap. Raises SwapError; the model is then what it was."""
-        self._live.use(update_info.variant)
+        """Swap, or write the update. Raises SwapError, LiveModelError; the model is then what it was."""
+        if update_info.update is not None:
+            self._live.write_update(update_info.update)
+        else:
+            self._live.use(update_info.variant)
 
     def finish_weight_update(self) -> None:
-        """Nothing is left to do: a swap is complete when it returns."""
+        """Nothing is left to do: weights are complete when `receive_weights` returns."""
 
     def shutdown(self) -> None:
-        """Let go of the variants and the base copy."""
+        """Free the variants and the base copy."""
         self._live.close()

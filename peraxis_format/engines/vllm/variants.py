@@ -1,11 +1,12 @@
-"""Variants of one rank, by vLLM's adapter ids: loaded once, kept by use, read again from their files when evicted.
+"""The variants of one rank, by vLLM's adapter ids. The least recently used are evicted and read again from their files.
 
-    resident    in the memory of the model's device      at most `resident`, those of the step among them
+    resident    in the memory of the model's device      at most `resident`, including those of the step
     host        in host memory                            at most `host`
-    file        open, so that it can be read again whatever happens to its name
+    file        open, so that it can be read again even if it is renamed or removed
 
 On the CPU resident and host are the same memory, and only `host` counts. An evicted variant is read from its file with
-all its digests checked. Names stay until they are removed.
+all its digests checked; where that fails on one rank it fails on all of them, and is tried again when it is next asked
+for. Names stay until they are removed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from peraxis_format.delta import Encoding
-from peraxis_format.engines.vllm.bridge import Placement, check_base, check_pads, claim, place, release
+from peraxis_format.engines.vllm.bridge import Placement, agree, check_base, check_pads, claim, place, release
 from peraxis_format.engines.vllm.layers import Variant
 from peraxis_format.engines.vllm.layout import (
     LinearBase,
@@ -33,17 +34,17 @@ from peraxis_format.engines.vllm.layout import (
 from peraxis_format.engines.vllm.loader import check_assets
 from peraxis_format.engines.vllm.patches import LayerPatch, Patch, patch_of
 from peraxis_format.engines.vllm.source import open_delta
-from peraxis_format.errors import LiveModelError
+from peraxis_format.errors import LiveModelError, PxdError
 from peraxis_format.reader import DeltaFile
 
 __all__ = ["Counters", "VariantStore"]
 
-_CLAIMED: Final = "variants are served over these weights; swap the model in a server of its own"
+_CLAIMED: Final = "variants are served over these weights; swap the model in another server"
 
 
 @dataclass(slots=True)
 class Counters:
-    """How often variants were read from their files, and moved out of memory."""
+    """The number of reads of variants from their files, and of evictions."""
 
     reads: int = 0
     evictions: int = 0
@@ -51,7 +52,7 @@ class Counters:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class VariantStore:
-    """Variants by adapter id. resident, host: how many may be in device and in host memory."""
+    """Variants by adapter id. resident, host: the largest numbers in device and in host memory."""
 
     model: nn.Module
     model_config: Any
@@ -66,13 +67,13 @@ class VariantStore:
     _pinned: set[int] = field(default_factory=set)
 
     def ids(self) -> set[int]:
-        """The adapter ids that are known."""
+        """The known adapter ids."""
         return set(self._files)
 
     def add(self, number: int, name: str, source: str, *, replace: bool = False) -> bool:
         """Check a delta and its base, and load it. Returns whether it was new.
 
-        Raises LiveModelError, PxdError, CheckpointError, OSError, on every rank alike; what was there is then kept.
+        Raises LiveModelError, PxdError, CheckpointError, OSError, on all ranks; an earlier variant is then kept.
         """
         if number in self._files and not replace:
             self.get(number)
@@ -86,7 +87,7 @@ class VariantStore:
             placement = place(plain_tensors(self.model), file.manifest, views=views(self.model, file.manifest))
             claim((part.view for parts in placement.values() for part in parts), self, _CLAIMED)
             check_base(file, placement, group=group if count > 1 else None)
-            variant = self._read(name, file, placement)
+            variant = self._agreed(name, file, placement)
         except BaseException:
             file.close()
             raise
@@ -96,7 +97,9 @@ class VariantStore:
         return True
 
     def get(self, number: int) -> Variant:
-        """A variant in device memory, now the most recently used."""
+        """A variant in device memory, now the most recently used. Raises PxdError, OSError, on every rank alike, where
+        it was evicted and cannot be read again.
+        """
         if number in self._resident:
             self._resident.move_to_end(number)
             self._host.move_to_end(number)
@@ -104,20 +107,30 @@ class VariantStore:
         variant = self._host.get(number)
         if variant is None:
             name, file = self._files[number]
-            variant = self._read(name, file, None)
+            variant = self._agreed(name, file, None)
         self._keep(number, variant)
         return self._resident[number]
 
-    def step(self, numbers: Iterable[int]) -> dict[int, Variant]:
-        """The variants of a step, all of them resident. Raises LiveModelError for more than there is room for."""
+    def step(self, numbers: Iterable[int]) -> tuple[dict[int, Variant], dict[int, Exception]]:
+        """The variants of a step, all of them resident; and why others could not be read again.
+
+        Raises LiveModelError for more than there is room for.
+        """
         wanted = sorted(set(numbers))
         if len(wanted) > max(self.resident, 1):
             raise LiveModelError(f"{len(wanted)} variants in one step, but --max-loras is {self.resident}")
-        # The known ones are touched first, so that reading others again does not evict them.
+        # Mark those in memory as used first, so that reading the others does not evict them.
         for number in wanted:
             if number in self._resident:
                 self.get(number)
-        return {number: self.get(number) for number in wanted}
+        found: dict[int, Variant] = {}
+        failed: dict[int, Exception] = {}
+        for number in wanted:
+            try:
+                found[number] = self.get(number)
+            except (PxdError, OSError) as error:
+                failed[number] = error
+        return found, failed
 
     def pin(self, number: int) -> bool:
         """Never evict a variant. Returns whether it is known."""
@@ -126,7 +139,7 @@ class VariantStore:
         return number in self._files
 
     def remove(self, number: int) -> bool:
-        """Forget a variant. Returns whether it was known."""
+        """Remove a variant. Returns whether it was known."""
         for kept in (self._host, self._resident):
             kept.pop(number, None)
         self._pinned.discard(number)
@@ -136,7 +149,7 @@ class VariantStore:
         return known is not None
 
     def close(self) -> None:
-        """Forget all of them."""
+        """Remove all variants."""
         for number in list(self._files):
             self.remove(number)
         release(self)
@@ -162,8 +175,23 @@ class VariantStore:
                 del kept[number]
                 self.counters.evictions += 1
 
+    def _agreed(self, name: str, file: DeltaFile, placement: Placement | None) -> Variant:
+        """As _read, on all ranks or on none."""
+        group, count = tensor_group()
+        variant: Variant | None = None
+        failure: BaseException | None = None
+        try:
+            variant = self._read(name, file, placement)
+        except Exception as error:
+            failure = error
+        if count > 1:
+            agree(failure, group)
+        if failure is not None or variant is None:
+            raise failure or AssertionError
+        return variant
+
     def _read(self, name: str, file: DeltaFile, placement: Placement | None) -> Variant:
-        """Bring a file's payload to the layers, all digests checked. placement: None where it was checked before."""
+        """Read a file's payload for the layers, and check all digests. placement: None if the base was checked."""
         self.counters.reads += 1
         if placement is not None:
             check_pads(file)
@@ -183,7 +211,7 @@ class VariantStore:
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Storage -> the layers that hold it; tied layers are several."""
+    """Storage -> the layers that have it; tied layers share one."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, tensor in module._parameters.items():
@@ -196,9 +224,9 @@ def _refuse_layer(layer: Any, parameter: str, name: str, dimensions: int) -> Non
     kind = type(layer).__name__
     if isinstance(layer, LinearBase | VocabParallelEmbedding):
         if parameter == "bias" and getattr(layer, "skip_bias_add", False):
-            raise LiveModelError(f"{name}: {kind} hands its bias on unadded; serve this fine-tune with a live swap")
+            raise LiveModelError(f"{name}: {kind} does not add its bias itself; serve this fine-tune with a live swap")
         if parameter not in ("weight", "bias"):
-            raise LiveModelError(f"{name}: {kind} keeps it as {parameter}, which variants cannot change")
+            raise LiveModelError(f"{name}: {kind} stores it as {parameter}, which variants cannot change")
     elif dimensions > 1:
         raise LiveModelError(f"{name}: {kind} cannot be mixed in one batch; serve this fine-tune with a live swap")
 

@@ -5,11 +5,14 @@
 vLLM takes a .pxd for a LoRA adapter: its requests, scheduler, prefix cache and OpenAI `model` field do the rest. Of its
 LoRA layers nothing is used. --additional-config '{"peraxis": {"exact": true}}' multiplies with rebuilt weights, however
 few rows a variant has: the merged model's outputs, slower.
+
+A variant that was evicted and cannot be read again fails its own requests; scheduler.py ends them with an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, Final
@@ -18,21 +21,33 @@ import torch
 from torch import Tensor, nn
 
 from peraxis_format.engines.vllm.batch import StepRows
+from peraxis_format.engines.vllm.bridge import agree
 from peraxis_format.engines.vllm.layers import LayerState, Variant, wrap_layers
-from peraxis_format.engines.vllm.layout import adapter_not_found, is_eager, worker_class
+from peraxis_format.engines.vllm.layout import adapter_not_found, is_eager, tensor_group, worker_class
 from peraxis_format.engines.vllm.loader import assets_checked
+from peraxis_format.engines.vllm.scheduler import ends_failed, marked
 from peraxis_format.engines.vllm.variants import VariantStore
-from peraxis_format.errors import LiveModelError
+from peraxis_format.errors import CheckpointError, LiveModelError, PxdError
 
 __all__ = ["PeraxisWorker", "VariantManager"]
 
 _WORKER: Final[Any] = worker_class()
+_LOG: Final = logging.getLogger("peraxis")
+_FAILURES: Final = (PxdError, CheckpointError, LiveModelError, OSError)
 
 
 class VariantManager:
-    """What vLLM's model runner and worker ask of a LoRA manager, over a VariantStore."""
+    """The interface of a LoRA manager for vLLM's model runner and worker, on a VariantStore."""
 
-    def __init__(self, model: nn.Module, vllm_config: Any, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        vllm_config: Any,
+        device: torch.device,
+        *,
+        requests_of: Callable[[int], Iterable[str]] | None = None,
+    ) -> None:
+        """requests_of: the requests of an adapter in the step that begins."""
         if not is_eager(vllm_config):
             raise LiveModelError("variants in one batch need --enforce-eager: their rows change at each step")
         options = dict((vllm_config.additional_config or {}).get("peraxis") or {})
@@ -50,32 +65,56 @@ class VariantManager:
             host=lora.max_cpu_loras or lora.max_loras,
             checks_assets=checks,
         )
+        self.failed: frozenset[str] = frozenset()
+        self._requests_of = requests_of if ends_failed(vllm_config) else None
         self._dummies: set[int] = set()
         wrap_layers(model, LayerState(self._rows, exact=exact))
 
     @contextmanager
     def logits_of(self, hidden: Tensor) -> Iterator[None]:
-        """Within the block lm_head is given stretches of these hidden states, one row a token of the step."""
+        """Within the block lm_head's input is a slice of these hidden states, one row for each token of the step."""
         self._rows.hidden = hidden
         try:
             yield
         finally:
             self._rows.hidden = None
 
-    # --- what vLLM calls -----------------------------------------------------------------------------
+    # --- called by vLLM ------------------------------------------------------------------------------
 
     def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
-        """The next step has these requests' adapters; mapping: which row wants which."""
+        """The next step has these requests' adapters; mapping: which row wants which.
+
+        Afterwards `failed` names the requests whose adapter cannot be had; their rows are the base's.
+        """
+        failures: dict[int, Exception] = {}
         for request in requests:
             if request.lora_int_id not in self._dummies | self.store.ids():
-                self.store.add(request.lora_int_id, request.lora_name, request.lora_path)
+                try:
+                    self.store.add(request.lora_int_id, request.lora_name, request.lora_path)
+                except _FAILURES as error:
+                    failures[request.lora_int_id] = error
         if mapping is not None:
             numbers = {int(number) for number in mapping.index_mapping} & self.store.ids()
-            variants = self.store.step(numbers)
+            variants, unread = self.store.step(numbers)
+            failures |= unread
             self._rows.begin(tuple(map(int, mapping.index_mapping)), tuple(map(int, mapping.prompt_mapping)), variants)
+        self._fail(failures, {request.lora_int_id: request for request in requests})
+
+    def _fail(self, failures: dict[int, Exception], requests: dict[int, Any]) -> None:
+        """Note the requests of these adapters. Raises the first failure where no scheduler could end them."""
+        self.failed = frozenset()
+        if not failures:
+            return
+        if self._requests_of is None:
+            raise next(iter(failures.values()))
+        self.failed = frozenset(name for number in failures for name in self._requests_of(number))
+        for number, error in failures.items():
+            request = requests.get(number)
+            name, path = ("?", "?") if request is None else (request.lora_name, request.lora_path)
+            _LOG.error("variant %s: %s cannot be read again, so its requests fail: %s", name, path, error)
 
     def add_adapter(self, request: Any) -> bool:
-        """Load a variant. Raises as VariantStore.add does."""
+        """Load a variant. Raises the errors of VariantStore.add."""
         try:
             return self.store.add(
                 request.lora_int_id, request.lora_name, request.lora_path, replace=bool(request.load_inplace)
@@ -84,16 +123,16 @@ class VariantManager:
             raise adapter_not_found(request.lora_name, request.lora_path) from None
 
     def remove_adapter(self, number: int) -> bool:
-        """Forget a variant."""
+        """Remove a variant."""
         return self.store.remove(number)
 
     def remove_all_adapters(self) -> None:
-        """Forget the adapters of warm-up runs, and all variants."""
+        """Remove the adapters of warm-up runs, and all variants."""
         self._dummies.clear()
         self.store.close()
 
     def list_adapters(self) -> set[int]:
-        """The ids of the variants that are known."""
+        """The ids of the known variants."""
         return self.store.ids()
 
     def pin_adapter(self, number: int) -> bool:
@@ -102,15 +141,15 @@ class VariantManager:
 
     @contextmanager
     def dummy_lora_cache(self) -> Iterator[None]:
-        """Warm-up runs need nothing here: their adapters are the base."""
+        """Do nothing, because the adapters of warm-up runs are the base."""
         yield
 
     def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
-        """The rank of a warm-up adapter, which has none."""
+        """A rank for warm-up adapters, which have none."""
         return default_rank
 
     def add_dummy_lora(self, request: Any, rank: int) -> bool:
-        """An adapter of a warm-up run: the base."""
+        """Add an adapter of a warm-up run, which is the base."""
         self._dummies.add(request.lora_int_id)
         return True
 
@@ -120,29 +159,74 @@ class VariantManager:
 
 
 class PeraxisWorker(_WORKER):  # type: ignore[misc]
-    """vLLM's worker, whose LoRA adapters are .pxd files."""
+    """vLLM's worker with .pxd files as LoRA adapters."""
 
     def init_device(self) -> None:
-        """Prepare the device; the base is loaded so that its weights can be read."""
+        """Prepare the device, and keep the base's weights readable."""
         super().init_device()
         load = self.vllm_config.load_config
         if load.load_format == "auto":
             load.load_format = "peraxis"
         runner = self.model_runner
-        for name in ("load_lora_model", "_get_prompt_logprobs_dict"):
+        for name in ("load_lora_model", "_get_prompt_logprobs_dict", "input_batch"):
             if not hasattr(runner, name):
                 raise LiveModelError(f"{type(runner).__name__} of this vLLM has no {name}; use vLLM 0.32")
         runner.load_lora_model = MethodType(_load_variants, runner)
         runner._get_prompt_logprobs_dict = _PromptLogprobs(runner, runner._get_prompt_logprobs_dict)
 
+    def add_lora(self, lora_request: Any) -> bool:
+        """Load a variant on all ranks or on none. Where that fails the last rank alone raises: vLLM 0.32 reads replies
+        in order up to the first error, and would take those behind it for the next call's.
+        """
+        failure: Exception | None = None
+        added = False
+        try:
+            added = bool(super().add_lora(lora_request))
+        except Exception as error:
+            failure = error
+        failure = _shared(failure)
+        if failure is not None and self.rank == self.parallel_config.world_size - 1:
+            raise failure
+        return added and failure is None
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a step; the requests that failed in it are named in the output."""
+        manager = getattr(self.model_runner, "lora_manager", None)
+        if manager is not None:
+            manager.failed = frozenset()
+        return self._marked(super().execute_model(*args, **kwargs))
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """The tokens of the step that ran."""
+        return self._marked(super().sample_tokens(*args, **kwargs))
+
+    def _marked(self, output: Any) -> Any:
+        manager = getattr(self.model_runner, "lora_manager", None)
+        return output if manager is None else marked(output, manager.failed)
+
+
+def _shared(failure: Exception | None) -> Exception | None:
+    """A failure of this rank, or else of another one."""
+    group, count = tensor_group()
+    if count > 1:
+        try:
+            agree(None if failure is None else LiveModelError(str(failure)), group)
+        except LiveModelError as error:
+            return failure or error
+    return failure
+
 
 def _load_variants(runner: Any, model: nn.Module, vllm_config: Any, device: torch.device) -> nn.Module:
-    runner.lora_manager = VariantManager(model, vllm_config, device)
+    def requests_of(number: int) -> Iterable[str]:
+        found: Iterable[str] = runner.input_batch.lora_id_to_request_ids.get(number, ())
+        return found
+
+    runner.lora_manager = VariantManager(model, vllm_config, device, requests_of=requests_of)
     return model
 
 
 class _PromptLogprobs:
-    """Stands in for the model runner's method, so that lm_head knows whose hidden states it is given."""
+    """Replaces the model runner's method, so that lm_head can identify the rows of its input."""
 
     def __init__(self, runner: Any, plain: Callable[..., Any]) -> None:
         self._runner = runner

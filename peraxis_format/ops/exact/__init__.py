@@ -1,10 +1,10 @@
 """Exact updates (SPEC 5.6 to 5.9): the step from one tensor to another, bit for bit, in blocks of 65,536 weights.
 
     index, data = encode(old, new, DType.BF16)
-    apply(weights, index, data, DType.BF16)         # weights held old; they hold new
+    apply(weights, index, data, DType.BF16)         # changes weights from old to new
 
-Backends: numpy (the reference), numba (blocks in parallel; the default where it is installed and the tensor is not
-small), triton (torch.py; a block a program).
+Backends: numpy (the reference), numba (blocks in parallel; the default if it is installed and the tensor is not small),
+triton (torch.py; one program for each block).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _compiled(backend: str | None, weights: int) -> bool:
 
 
 def _words(array: Array, kind: FloatKind) -> Array:
-    """A storage array as unsigned words, 1-D, the same memory."""
+    """A storage array as unsigned words, 1-D, sharing memory."""
     if not array.flags.c_contiguous:
         raise ShapeError("exact updates need C-contiguous arrays")
     return array.reshape(-1).view(f"u{kind.width // 8}")
@@ -40,10 +40,10 @@ def encode(
     old: Array, new: Array, dtype: DType, *, prefer: Prefer = "size", backend: str | None = None,
     threads: int | None = None,
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:  # fmt: skip
-    """The step from old to new: (index [blocks], data). data is empty where nothing changed.
+    """The step from old to new: (index [blocks], data). data is empty if nothing changed.
 
-    old, new: storage arrays of one shape and dtype (BF16, F16, F32). prefer: the fewest bytes, or blocks that are
-    decoded soonest. The bytes depend on neither backend nor threads. Raises ShapeError.
+    old, new: storage arrays of one shape and dtype (BF16, F16, F32). prefer: the fewest bytes, or the fastest decoding.
+    The bytes do not depend on backend or threads. Raises ShapeError.
     """
     kind = kind_of(dtype)
     if old.shape != new.shape or old.dtype != dtype.storage or new.dtype != dtype.storage:
@@ -69,10 +69,10 @@ def apply(
     weights: Array, index: NDArray[np.uint32], data: NDArray[np.uint8], dtype: DType, *,
     backend: str | None = None, threads: int | None = None,
 ) -> None:  # fmt: skip
-    """Move weights in place, from old to new patterns.
+    """Change weights in place from old to new patterns.
 
-    weights: a C-contiguous storage array, writable, any shape. index, data: held to `check` by the caller. Raises
-    BindingError (E405) where the bits do not fit these weights, which then hold neither state.
+    weights: a C-contiguous storage array, writable, any shape. index, data: the caller has called `check` on them.
+    Raises BindingError (E405) if the bits do not decode on these weights; their content is then undefined.
     """
     kind = kind_of(dtype)
     words = _words(weights, kind)
@@ -102,7 +102,7 @@ def _apply(words: Array, index: NDArray[np.uint32], data: NDArray[np.uint8], kin
 
 
 def check(index: NDArray[np.uint32], data: NDArray[np.uint8], weights: int, dtype: DType, *, field: str) -> None:
-    """What can be told without the base (SPEC 5.7 to 5.9). Raises PayloadError (E307). field: of the error."""
+    """The checks that need no base (SPEC 5.7 to 5.9). Raises PayloadError (E307). field: that of the error."""
     kind = kind_of(dtype)
     if int((index >> np.uint32(8)).sum(dtype=np.int64)) != data.size:
         fail("E307", f"the index counts other than {data.size} bytes", field=field)  # SPEC 5.7

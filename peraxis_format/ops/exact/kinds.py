@@ -1,4 +1,4 @@
-"""What the codecs of exact updates know of a dtype, and the sizes of a block (SPEC 5.6)."""
+"""Properties of a dtype for the codecs of exact updates, and the sizes of a block (SPEC 5.6)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peraxis_format.errors import ShapeError
 __all__ = ["BLOCK", "KINDS", "RAW", "FloatKind", "block_bytes", "blocks_of", "kind_of"]
 
 BLOCK: Final = 65_536  # weights
-RAW: Final = 255  # the mode of a block that holds its new patterns
+RAW: Final = 255  # the mode of a block that consists of its new patterns
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +27,17 @@ KINDS: Final = {DType.BF16: FloatKind(16, 7, 255), DType.F16: FloatKind(16, 10, 
 
 
 def kind_of(dtype: DType) -> FloatKind:
-    """Raises ShapeError for a dtype that is not BF16, F16 or F32."""
+    """The kind of a dtype. Raises ShapeError if it is not BF16, F16 or F32."""
     if dtype not in KINDS:
         raise ShapeError(f"{dtype.value} is not one of BF16, F16, F32")
     return KINDS[dtype]
 
 
 def blocks_of(weights: int) -> int:
-    """Blocks of a tensor of so many weights."""
+    """The number of blocks of a tensor with this many weights."""
     return -(-weights // BLOCK)
 
 
 def block_bytes(weights: int, block: int, kind: FloatKind) -> int:
-    """Bytes of the new patterns of block number `block` of a tensor of so many weights."""
+    """The bytes of the new patterns of block `block` in a tensor with this many weights."""
     return min(BLOCK, weights - block * BLOCK) * kind.width // 8

@@ -1,4 +1,4 @@
-"""Exact updates on the CPU, compiled; blocks in parallel on threads. The bits are those of numpy.py."""
+"""Exact updates compiled with numba; blocks run in parallel on threads. The bits are those of numpy.py."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from peraxis_format.thread_pool import run_jobs
 
 __all__ = ["apply", "encode"]
 
-_BLOCKS: Final = 16  # of a job: 2 MiB of BF16
+_BLOCKS: Final = 16  # blocks of a job: 2 MiB of BF16
 _SLACK: Final = 16  # bytes on both sides of a job's data, which the decoder may read
 
 
 def apply(
     weights: Array, index: NDArray[np.uint32], data: NDArray[np.uint8], kind: FloatKind, *, threads: int | None
 ) -> int | None:
-    """Apply in place. weights: unsigned, 1-D. Returns the first block that is not sound, or None."""
+    """Apply in place. weights: unsigned, 1-D. Returns the first malformed block, or None."""
     ends = np.cumsum(index >> np.uint32(8), dtype=np.int64)
     unsound: list[int] = []
 
@@ -68,7 +68,7 @@ def encode(
 
 
 def _mutable(array: Array) -> Array:
-    """An array that may be written to: numba compiles a kernel anew for one that may not."""
+    """A writable array, because numba compiles a kernel again for a read-only one."""
     return array if array.flags.writeable else array.copy()
 
 

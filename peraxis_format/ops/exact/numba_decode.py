@@ -1,8 +1,7 @@
-"""Decoding exact updates, compiled (SPEC 6.6). numpy.py is the reference; the words here are its words.
+"""Decoding of exact updates, compiled with numba (SPEC 6.6). numpy.py is the reference and defines the terms.
 
-A keyed block is decoded class by class. Which weights belong to a class is asked of 64 at a time (a comparison of 64
-bytes gives 64 bits), so weights that do not change cost a fraction of reading them. Steps of class 0 are gathered first
-and applied as vectors.
+A keyed block is decoded class by class. The weights of a class are found 64 at a time (a comparison of 64 bytes gives
+64 bits), so unchanged weights cost less than reading them. Steps of class 0 are gathered first and applied as vectors.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def _field(bits: Any, k: Any) -> Any:
 
 @_jit  # type: ignore[untyped-decorator, unused-ignore]
 def _unary(low: Any, high: Any) -> Any:
-    """Ones from bit address low up to a zero. Returns (ones, the address behind; above high for none)."""
+    """Count ones from bit address low up to a zero. Returns (ones, the address after the zero; above high for none)."""
     ones = 0
     while low <= high:
         here = min(trailing(~(load64(low >> 3) >> np.uint64(low & 7))), 57)
@@ -43,7 +42,7 @@ def _unary(low: Any, high: Any) -> Any:
 
 @_jit  # type: ignore[untyped-decorator, unused-ignore]
 def _unaries(low: Any, high: Any, wanted: Any, into: Any) -> Any:
-    """Read `wanted` unary numbers into an array, each at most 255. Returns the address behind; above high: too few."""
+    """Read `wanted` unary numbers, each at most 255, into an array. Returns the end address; above high: too few."""
     j = 0
     previous, here = low - 1, low & -8
     zeros = ~load64(here >> 3) & (~np.uint64(0) << np.uint64(low - here))
@@ -64,7 +63,7 @@ def _unaries(low: Any, high: Any, wanted: Any, into: Any) -> Any:
 
 @_jit  # type: ignore[untyped-decorator, unused-ignore]
 def _classify(w: Any, cls: Any, low: Any, kind: Any) -> Any:
-    """The class of each weight into cls, and 255 up to a multiple of 512. Returns (groups of 64, the highest class)."""
+    """Write the class of each weight to cls, and 255 up to a multiple of 512. Returns (groups of 64, highest class)."""
     n, (shift, mask, _) = w.size, kind
     source, target = w.ctypes.data, cls.ctypes.data
     for g in range(n >> 6):
@@ -94,14 +93,14 @@ def _apply(w: Any, steps: Any, width: Any) -> None:
 
 @_jit  # type: ignore[untyped-decorator, unused-ignore]
 def _step(u: Any, d: Any, flips: Any, width: Any) -> Any:
-    """The pattern d above u. A table of two, since signs are random and a branch on them is slow."""
+    """The pattern d above u. A table of two replaces a branch, which is slow because signs are random."""
     o = (u ^ flips[u >> (width - 1)]) + d
     return o ^ flips[1 - (o >> (width - 1) & 1)]
 
 
 @_jit  # type: ignore[untyped-decorator, unused-ignore]
 def _dense(w: Any, low: Any, high: Any, least: Any, kind: Any, scratch: Any) -> Any:
-    """Class 0: every weight has a number. Returns both addresses; low above high: not sound."""
+    """Class 0: every weight has a number. Returns both addresses; low above high: malformed."""
     shift, mask, width = kind
     cls, q, steps, flips, _ = scratch
     classes, groups, most = cls.ctypes.data, (w.size + 63) >> 6, np.int64(shift) + 1
@@ -110,7 +109,7 @@ def _dense(w: Any, low: Any, high: Any, least: Any, kind: Any, scratch: Any) -> 
         members += count(equal64(classes + (g << 6), 0))
     if members == 0:
         return low, high
-    # Few are moved one by one; many are gathered and moved as vectors.
+    # Few weights are moved one by one; many are gathered and moved as vectors.
     many = members * 16 > w.size
     if many:
         steps[: w.size] = 0
@@ -142,11 +141,11 @@ def _dense(w: Any, low: Any, high: Any, least: Any, kind: Any, scratch: Any) -> 
 
 @_jit  # type: ignore[untyped-decorator, unused-ignore]
 def _runs(w: Any, groups: Any, highest: Any, low: Any, high: Any, width: Any, scratch: Any) -> Any:
-    """Classes 1 to 15: runs of weights that stay, each ended by one that moves a step. Returns as _dense does."""
+    """Classes 1 to 15: runs of unchanged weights, each ended by one that moves a step. Returns as _dense does."""
     cls, _, _, flips, table = scratch
     classes = cls.ctypes.data
     members, before = np.empty(8, np.uint64), np.empty(8, np.int64)
-    # Unary numbers: the zeros of the word at `here` that are still to come, and the last one read.
+    # Unary numbers: the remaining zeros of the word at `here`, and the last number.
     previous, here = low - 1, low & -8
     zeros = ~load64(here >> 3) & (~np.uint64(0) << np.uint64(low - here))
     while zeros == 0:
@@ -193,7 +192,7 @@ def _runs(w: Any, groups: Any, highest: Any, low: Any, high: Any, width: Any, sc
                     passed = at + 1
                     at = passed + (v >> s)
             v -= (many - passed) << s
-    # The last run reaches behind the last weight, and no further than it need.
+    # The last run reaches beyond the last weight, but not further than necessary.
     if not 0 <= v - _field(high - 15, 15) < 32768:
         return high + 1, high
     return previous + 1, high
@@ -201,7 +200,7 @@ def _runs(w: Any, groups: Any, highest: Any, low: Any, high: Any, width: Any, sc
 
 @_jit  # type: ignore[untyped-decorator, unused-ignore]
 def _keyed(w: Any, A: Any, begin: Any, end: Any, kind: Any, scratch: Any) -> Any:
-    """Apply a keyed block. begin, end: addresses of its bytes. Returns whether its bits are sound."""
+    """Apply a keyed block. begin, end: addresses of its bytes. Returns whether its bits are well-formed."""
     low, high, width = begin * 8, end * 8, kind[2]
     exceptions, low = _unary(low, high)
     listed = high
@@ -229,7 +228,7 @@ def _keyed(w: Any, A: Any, begin: Any, end: Any, kind: Any, scratch: Any) -> Any
 
 @_jit  # type: ignore[untyped-decorator, unused-ignore]
 def _gaps(w: Any, begin: Any, end: Any, flips: Any, width: Any) -> Any:
-    """Apply a block of gaps. Returns whether its bytes are sound."""
+    """Apply a block of gaps. Returns whether its bytes are well-formed."""
     if end - begin < 4:
         return False
     moves, exceptions = _field(begin * 8, 16), _field(begin * 8 + 16, 16)
@@ -271,7 +270,7 @@ def decode_blocks(w: Any, index: Any, data: Any, shift: Any, mask: Any, size: An
     """Apply blocks to weights in place.
 
     w: uint16 or uint32 [n]. index: uint32, an entry for each `size` weights. data: uint8, the blocks' bytes with 16
-    more in front and behind. shift, mask: of the exponent. Returns the first block that is not sound, or -1.
+    more before and after. shift, mask: of the exponent. Returns the first malformed block, or -1.
     """
     width = w.itemsize * 8
     cls, q, steps = np.empty(size + 512, np.uint8), np.empty(size, np.uint8), np.empty(size, w.dtype)

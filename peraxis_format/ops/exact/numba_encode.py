@@ -1,4 +1,4 @@
-"""Encoding exact updates, compiled (SPEC 6.6). numpy.py is the reference; the words here are its words."""
+"""Encoding of exact updates, compiled with numba (SPEC 6.6). numpy.py is the reference and defines the terms."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _jit = numba.njit(nogil=True, cache=True)
 
 @_jit  # type: ignore[untyped-decorator, unused-ignore]
 def _steps(old: Any, new: Any, steps: Any, width: Any) -> Any:
-    """The zigzag step from each old pattern to the new one. Returns whether there is any but 0."""
+    """Write the zigzag step from each old pattern to the new one. Returns whether any is not 0."""
     kind = old.dtype.type
     top, one = kind(1 << (width - 1)), kind(1)
     full = kind(top + (top - one))
@@ -35,15 +35,15 @@ def _steps(old: Any, new: Any, steps: Any, width: Any) -> Any:
 
 @_jit  # type: ignore[untyped-decorator, unused-ignore]
 def bit_length(z: Any) -> Any:
-    """Bits of a number below 2^32, 0 for 0."""
+    """The bit length of a number below 2^32; 0 for 0."""
     return np.int64(np.float64(z).view(np.int64) >> 52) - 1022 if z else 0
 
 
 @_jit  # type: ignore[untyped-decorator, unused-ignore]
 def _survey(old: Any, steps: Any, kind: Any, tables: Any) -> Any:
-    """By exponent: weights, steps of one, longer steps, and for each k the unary ones of class 0 (SPEC 11.3).
+    """Count by exponent: weights, steps of one, longer steps, and for each k the unary ones of class 0 (SPEC 11.3).
 
-    Returns the steps of one and the longer ones in all.
+    Returns the total numbers of steps of one and of longer steps.
     """
     n, (shift, mask, width) = old.size, kind
     members, ones, big, dense = tables
@@ -79,7 +79,7 @@ def _survey(old: Any, steps: Any, kind: Any, tables: Any) -> Any:
 
 @_jit  # type: ignore[untyped-decorator, unused-ignore]
 def _choose(tables: Any, width: Any) -> Any:
-    """The A from 1 to 254 of least cost, the highest of equals (SPEC 11.3)."""
+    """The A from 1 to 254 of least cost; of equals the highest (SPEC 11.3)."""
     members, ones, big, dense = tables
     lowest, highest = 255, 0
     for e in range(256):
@@ -104,7 +104,7 @@ def _choose(tables: Any, width: Any) -> Any:
 
 @_jit  # type: ignore[untyped-decorator, unused-ignore]
 def _keyed(old: Any, new: Any, steps: Any, A: Any, kind: Any, parts: Any) -> Any:
-    """The unary numbers, and the fields with their widths, of a keyed block. Returns how many there are of each."""
+    """Write the unary numbers, and the fields with their widths, of a keyed block. Returns the number of each."""
     (shift, mask, width), (cls, q, fields, widths, _, _) = kind, parts
     n, least = old.size, np.int64(A - 1)
     groups, classes = (n + 63) >> 6, cls.ctypes.data
@@ -165,7 +165,7 @@ def _keyed(old: Any, new: Any, steps: Any, A: Any, kind: Any, parts: Any) -> Any
 
 @_jit  # type: ignore[untyped-decorator, unused-ignore]
 def _pack(parts: Any, qs: Any, fs: Any, out: Any, limit: Any) -> Any:
-    """Unary numbers from the block's lowest bit up, fields from its highest down. Returns its bytes, or limit."""
+    """Pack unary numbers from the lowest bit up and fields from the highest down. Returns the bytes, or limit."""
     _, q, fields, widths, up, down = parts
     room = np.int64(0)
     for j in range(fs):
@@ -212,14 +212,14 @@ def _pack(parts: Any, qs: Any, fs: Any, out: Any, limit: Any) -> Any:
     first = length - ((room + 7) >> 3)
     shift = high.size - length
     for i in range(first, length):
-        # Both meet in one byte at most: where the first field byte lies within the unary ones.
+        # Both meet in at most one byte: if the first field byte is within the unary ones.
         out[i] = high[i + shift] | (out[i] if i < unary else np.uint8(0))
     return length
 
 
 @_jit  # type: ignore[untyped-decorator, unused-ignore]
 def _gaps(new: Any, steps: Any, width: Any, out: Any, limit: Any) -> Any:
-    """A block of gaps. Returns its length, or limit where it would be longer."""
+    """Write a block of gaps. Returns its length, or limit if it would be longer."""
     n = new.size
     moves, exceptions, long = 0, 0, np.int64(0)
     before = -1
@@ -308,7 +308,7 @@ def encode_blocks(old: Any, new: Any, shift: Any, mask: Any, size: Any, keyed: A
             length = _pack(parts, qs, fs, out[total:], limit)
             if length < limit:
                 A = chosen
-            # Keyed wins ties. What a block of gaps takes at least is known before it is written.
+            # Keyed wins ties. The least size of a block of gaps is known before it is written.
             if 4 + moves + (moves + 7) // 8 + exceptions * (2 + old.itemsize) < length:
                 _steps(a, c, steps, width)
                 other = _gaps(c, steps, width, trial, length)

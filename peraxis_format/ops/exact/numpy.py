@@ -1,7 +1,7 @@
-"""Exact updates on numpy: the reference of SPEC 5.6 to 5.9 and of the writer's choices (SPEC 11.3).
+"""Exact updates in numpy: the reference of SPEC 5.6 to 5.9 and of the writer's choices (SPEC 11.3).
 
 block     a little-endian number of bits: unary numbers from the lowest bit up, fields from the highest down
-ordinal   u XOR (all ones where its sign is set, else the sign bit): patterns in the order of their values
+ordinal   u XOR (all ones if its sign is set, else the sign bit): patterns in the order of their values
 step      ordinal of the new pattern minus that of the old one, modulo the number of patterns, zigzag
 """
 
@@ -19,14 +19,14 @@ __all__ = ["LayoutError", "check_gaps", "check_keyed", "choose", "decode_block",
 
 _ESCAPE: Final = 8  # ones of a unary number of class 0 whose field is a whole pattern
 _CLASSES: Final = 15
-_MASS: Final = 15  # bits of the field in front of the next moving weight
-_WIDE: Final = 384  # one move in more weights than this: gaps of two bytes
+_MASS: Final = 15  # bits of the field before the next moving weight
+_WIDE: Final = 384  # if fewer than one in this many weights moves, gaps have two bytes
 
 Words = NDArray[np.int64]
 
 
 class LayoutError(ValueError):
-    """The parts of a block of gaps have other lengths than its counts say (SPEC 5.8)."""
+    """The lengths of the parts of a block of gaps do not match its counts (SPEC 5.8)."""
 
 
 def _ordinal(patterns: Words, kind: FloatKind) -> Words:
@@ -75,7 +75,7 @@ class _Bits:
         return int(self._zeros[self._taken - 1]) + 1 if self._taken else 0
 
     def unaries(self, count: int) -> Words:
-        """The next unary numbers. Raises ValueError where there are fewer."""
+        """The next unary numbers. Raises ValueError if there are fewer."""
         ends = self._zeros[self._taken : self._taken + count]
         if ends.size < count:
             raise ValueError
@@ -84,7 +84,7 @@ class _Bits:
         return np.asarray((ends - starts)[:count], np.int64)
 
     def fields(self, widths: Words) -> Words:
-        """The next fields. Raises ValueError where they would reach into the unary numbers."""
+        """The next fields. Raises ValueError if they would reach into the unary numbers."""
         ends = self.high - np.cumsum(widths)
         if ends.size and int(ends[-1]) < self.low:
             raise ValueError
@@ -96,13 +96,13 @@ class _Bits:
         return values
 
     def ahead(self) -> int:
-        """The bits of the next field of 15, without taking it; zeros below the block's first bit."""
+        """The next field of 15 bits, without taking it; bits below the block's first are zero."""
         part = self.bits[max(self.high - _MASS, 0) : self.high]
         return int(part.astype(np.int64) @ (1 << np.arange(_MASS - part.size, _MASS))) if part.size else 0
 
 
 def decode_block(old: Words, mode: int, data: NDArray[np.uint8], kind: FloatKind) -> Words:
-    """The new patterns of a block. Raises ValueError where its bytes are not sound (SPEC 5.8, 5.9)."""
+    """The new patterns of a block. Raises ValueError if its bytes are malformed (SPEC 5.8, 5.9)."""
     if mode == RAW:
         if data.size != old.size * kind.width // 8:
             raise ValueError
@@ -145,7 +145,7 @@ def _keyed(old: Words, mode: int, bits: _Bits, kind: FloatKind) -> Words:
             run = (int(bits.unaries(1)[0]) << _MASS) | bits.ahead()
         run -= (members.size - at) << (_MASS - c)
     rest = bits.bits[bits.low : bits.high]
-    # The last run reaches behind the last weight, and no further than it need.
+    # The last run reaches beyond the last weight, but not further than necessary.
     short = not 0 <= run - bits.ahead() < 1 << _MASS
     if short or bits.low > bits.high or rest.size >= 8 or rest.any():
         raise ValueError
@@ -154,7 +154,7 @@ def _keyed(old: Words, mode: int, bits: _Bits, kind: FloatKind) -> Words:
 
 
 def _gap_parts(data: NDArray[np.uint8], size: int, kind: FloatKind) -> tuple[Words, Words, Words, Words]:
-    """Places of moves, whether each goes down, places and patterns of exceptions. Raises ValueError, LayoutError."""
+    """Places of moves, whether each is down, places and patterns of exceptions. Raises ValueError, LayoutError."""
     if data.size < 4:
         raise ValueError
     moves, exceptions = (int(part) for part in data[:4].view("<u2"))
@@ -195,12 +195,12 @@ def _gaps(old: Words, data: NDArray[np.uint8], kind: FloatKind) -> Words:
 
 
 def check_gaps(data: NDArray[np.uint8], size: int, kind: FloatKind) -> None:
-    """What can be told of a block of gaps without the base. Raises ValueError; LayoutError where SPEC 5.8 is broken."""
+    """The checks of a block of gaps that need no base. Raises ValueError; LayoutError if SPEC 5.8 is violated."""
     _gap_parts(data, size, kind)
 
 
 def check_keyed(data: NDArray[np.uint8], size: int, kind: FloatKind) -> None:
-    """What can be told of a keyed block without the base: its exceptions. Raises ValueError."""
+    """The checks of a keyed block that need no base: those of its exceptions. Raises ValueError."""
     partial = np.flatnonzero(data != 255)
     if not partial.size:
         raise ValueError
@@ -218,7 +218,7 @@ def check_keyed(data: NDArray[np.uint8], size: int, kind: FloatKind) -> None:
 
 
 def choose(old: Words, z: Words, kind: FloatKind) -> int:
-    """The mode from 1 to 254 of least cost by SPEC 11.3, the highest of equals."""
+    """The mode from 1 to 254 of least cost by SPEC 11.3; of equals the highest."""
     e = (old >> kind.mantissa) & kind.mask
     members = np.bincount(e, minlength=256)
     ones = np.bincount(e[(z > 0) & (z <= 2)], minlength=256)
@@ -244,7 +244,7 @@ def choose(old: Words, z: Words, kind: FloatKind) -> int:
 
 
 def encode_block(old: Words, new: Words, kind: FloatKind, *, keyed: bool) -> tuple[int, bytes]:
-    """Mode and bytes of a block as the writer chooses them (SPEC 11.3). keyed: whether size matters most."""
+    """Mode and bytes of a block by the writer's choice (SPEC 11.3). keyed: whether keyed blocks are allowed."""
     z = steps(old, new, kind)
     if not z.any():
         return 0, b""
@@ -300,7 +300,7 @@ def _packed(unary: Iterable[int], fields: Iterable[tuple[int, int]]) -> bytes:
 
 
 def _write_gaps(new: Words, z: Words, kind: FloatKind) -> bytes | None:
-    """None where there are more moves or exceptions than a block of gaps counts."""
+    """The bytes of a block of gaps; None if it has more moves or exceptions than its counts can represent."""
     moved, far = np.flatnonzero((z > 0) & (z <= 2)), np.flatnonzero(z > 2)
     if max(moved.size, far.size) > 65535:
         return None

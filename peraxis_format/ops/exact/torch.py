@@ -28,10 +28,10 @@ def moved(
     *,
     backend: Literal["cpu", "triton"] | None = None,
 ) -> Tensor:
-    """What an update makes of a contiguous tensor, as a new one of its shape on its device.
+    """Apply an update to a contiguous tensor. Returns a new tensor of its shape on its device.
 
-    index, data: held to ops.exact.check. backend: by default triton on a CUDA device. Raises BindingError (E405)
-    where the bits do not fit these weights.
+    index, data: the caller has called ops.exact.check on them. backend: by default triton on a CUDA device. Raises
+    BindingError (E405) if the bits do not decode on these weights.
     """
     if backend == "triton" or (backend is None and weights.is_cuda):
         return _on_device(weights, index, data, dtype)
@@ -41,20 +41,23 @@ def moved(
 
 
 def _on_device(weights: Tensor, index: NDArray[np.uint32], data: NDArray[np.uint8], dtype: DType) -> Tensor:
-    from peraxis_format.ops.exact.triton import TILE, exact_kernel
+    from peraxis_format.ops.exact.triton import TILE, count_kernel, exact_kernel
 
     kind, device = kind_of(dtype), weights.device
-    words = torch.int16 if kind.width == 16 else torch.int32
-    old = weights.detach().reshape(-1).view(words)
+    patterns = torch.int16 if kind.width == 16 else torch.int32
+    old = weights.detach().reshape(-1).view(patterns)
     new = old.clone()
-    padded = np.zeros(data.size + 2 * _SLACK, np.uint8)
+    padded = np.zeros(-(-(data.size + 2 * _SLACK) // 4) * 4, np.uint8)
     padded[_SLACK : _SLACK + data.size] = data
+    words = torch.from_numpy(padded.view(np.int32)).to(device)
     entries = torch.from_numpy(index.astype(np.int64)).to(device)
     sound = torch.zeros(index.size, dtype=torch.int32, device=device)
-    exact_kernel[(index.size,)](
-        old, new, entries, (entries >> 8).cumsum(0), torch.from_numpy(padded).to(device), sound, old.numel(),
-        MANTISSA=kind.mantissa, MASK=kind.mask, WIDTH=kind.width, SIZE=BLOCK, N=TILE, num_warps=4,
-    )  # fmt: skip
+    counts = torch.empty(index.size, BLOCK // TILE, 16, dtype=torch.int32, device=device)
+    shapes = {"MANTISSA": kind.mantissa, "MASK": kind.mask, "WIDTH": kind.width, "SIZE": BLOCK, "N": TILE}
+    tiles = -(-min(old.numel(), BLOCK) // TILE)
+    count_kernel[(index.size, tiles)](old, entries, counts, old.numel(), **shapes, num_warps=4)
+    ends = (entries >> 8).cumsum(0)
+    exact_kernel[(index.size,)](old, new, entries, ends, words, counts, sound, old.numel(), **shapes, num_warps=1)
     unsound = (sound == 0).nonzero()
     if unsound.numel():
         fail("E405", f"block {int(unsound[0])} does not decode on these weights")  # SPEC 7.4

@@ -1,4 +1,4 @@
-"""64 bits and 64 weights at a time: the pieces of LLVM that the compiled codec of exact updates is made of."""
+"""LLVM intrinsics for 64 bits or 64 weights at a time, for the compiled codec of exact updates."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def load64(context: Any, address: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
 def trailing(context: Any, value: Any) -> Any:
-    """Zeros below the lowest 1 of a 64-bit number; 64 for 0."""
+    """The number of zeros below the lowest 1 of a 64-bit number; 64 for 0."""
 
     def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
         return builder.cttz(arguments[0], ir.Constant(_I1, 0))
@@ -53,7 +53,7 @@ def trailing(context: Any, value: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
 def count(context: Any, value: Any) -> Any:
-    """Ones of a 64-bit number."""
+    """The number of ones of a 64-bit number."""
 
     def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
         return builder.ctpop(arguments[0])

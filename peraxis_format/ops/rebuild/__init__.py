@@ -1,4 +1,4 @@
-"""Base + components -> weights, bit for bit (SPEC 6): the door, and its backends.
+"""Base + components -> weights, bit for bit (SPEC 6): interface and backends.
 
     a = f32(base);  for each component in order: a = fl32(a + term);  W = round(a) to the module's dtype
     term = sign * (row_i * col_j)        exact in binary32, 2^e folded into row (SPEC 6.1); NaN is canonical (SPEC 6.2)
@@ -8,7 +8,7 @@
     rebuild_tensor   a matrix as a torch tensor                  torch | numba
     (triton.py)      all modules of a transfer on a GPU          launched by torch/swap/engine.py
 
-No backend reorders or fuses, so all of them give the same bits, whatever the number of threads.
+No backend reorders or fuses operations, so all give the same bits for any number of threads.
 """
 
 from __future__ import annotations
@@ -37,21 +37,22 @@ __all__ = ["dense_delta", "rebuild", "rebuild_tensor", "reconstruct"]
 
 
 def reconstruct(module: ModuleDelta, base: Array | None = None, *, backend: str | None = None) -> Array:
-    """Rebuild the fine-tuned tensor, bit for bit as SPEC 6 says.
+    """Rebuild the fine-tuned tensor, bit for bit (SPEC 6).
 
     base: storage array of the base tensor, in the dtype and shape of `module.base`; not read for `full`.
-    backend: numpy or numba; chosen by size where None. Returns a new storage array in the module's dtype and shape.
-    Raises ShapeError if base does not fit, BackendError, BindingError (E405) where an exact module does not give its
-    result.
+    backend: numpy or numba; None chooses by size. Returns a new storage array in the module's dtype and shape. Raises
+    ShapeError if base does not match, BackendError, BindingError (E405) if an exact module does not give its result.
     """
     if module.encoding is Encoding.FULL:
         return np.array(module.full)  # SPEC 6.4
     ref = module.base
-    if ref is None or base is None or base.shape != ref.shape or base.dtype != ref.dtype.storage:
+    if ref is None or base is None or base.shape != ref.dtype.storage_shape(ref.shape):
         raise ShapeError(f"{module.name}: needs its base tensor, {ref}")
-    out: NDArray[Any] = np.empty(module.shape, module.dtype.storage)
-    kept = base[: module.kept] if module.shape else base
-    covered = out[: module.kept] if module.shape else out
+    if base.dtype != ref.dtype.storage:
+        raise ShapeError(f"{module.name}: needs its base tensor, {ref}")
+    out: NDArray[Any] = np.empty(module.dtype.storage_shape(module.shape), module.dtype.storage)
+    kept = ref.dtype.first_rows(base, ref.shape, module.kept)
+    covered = module.dtype.first_rows(out, module.shape, module.kept)
     if module.encoding is Encoding.SAME:
         # SPEC 6.3
         covered[...] = kept if ref.dtype is module.dtype else from_float32(to_float32(kept, ref.dtype), module.dtype)
@@ -61,7 +62,7 @@ def reconstruct(module: ModuleDelta, base: Array | None = None, *, backend: str 
     else:
         rebuild(module.factors(), kept, covered, base_dtype=ref.dtype, dtype=module.dtype, backend=backend)
     if module.tail is not None:
-        out[module.kept :] = module.tail  # SPEC 6.4
+        module.dtype.rows_from(out, module.shape, module.kept)[...] = module.tail  # SPEC 6.4
     if module.result is not None and hashlib.sha256(raw_bytes(out)).hexdigest() != module.result:
         fail("E405", field=module.name)  # SPEC 7.4
     return out
@@ -81,7 +82,7 @@ def rebuild(
 
     matrices: the components of each matrix of the batch in order (ModuleDelta.factors). base, out: storage arrays
     [..., d_out, d_in] in base_dtype and dtype; they may be the same array, and otherwise must not overlap. threads: at
-    most, for numba; one a processor where None. backend: numpy or numba. Raises BackendError.
+    most this many, for numba; None for one per processor. backend: numpy or numba. Raises BackendError.
     """
     chosen = choose("rebuild", base.size, backend=backend)
     if chosen == "numba" and out.flags.c_contiguous and base.size and all(matrices):
@@ -102,8 +103,8 @@ def rebuild_tensor(
 ) -> Tensor:
     """The merged weight [d_out, d_in] of a base weight on any device (SPEC 6.1, 6.2).
 
-    dtype: of the result, one of BF16, F16, F32; the weight's where None. out: where to, contiguous and in that dtype; a
-    new tensor where None. backend: torch, or numba for tensors on the CPU. Raises BackendError.
+    dtype: that of the result, one of BF16, F16, F32; None for the weight's. out: the output, contiguous and in that
+    dtype; None for a new tensor. backend: torch, or numba for tensors on the CPU. Raises BackendError.
     """
     from peraxis_format.ops.rebuild import torch as plain
 
@@ -117,7 +118,7 @@ def rebuild_tensor(
 
 
 def dense_delta(module: ModuleDelta) -> NDArray[np.float32]:
-    """The sum of a `sign` module's terms in order, in binary32: [..., d_out, d_in] over the covered rows."""
+    """The sum of a `sign` module's components in order, in binary32: [..., d_out, d_in] over the covered rows."""
     total = np.zeros(module.covered, np.float32)
     reference.add_terms(module.factors(), total)
     return total

@@ -1,9 +1,9 @@
 """Rebuild weights on the CPU, compiled with numba (SPEC 6).
 
-There is no fast-math flag, so nothing is reordered or fused: the bits are those of rebuild/numpy.py, which stays the
-reference. Threads share out blocks of rows (the kernels release the GIL); no result depends on their number.
+There is no fast-math flag, so nothing is reordered or fused: the bits are those of rebuild/numpy.py, the reference.
+Threads process blocks of rows (the kernels release the GIL); no result depends on their number.
 
-This module imports numba, which takes a second: it is imported where weights are rebuilt, never with the package.
+This module imports numba, which takes a second, so it is imported when weights are rebuilt, not with the package.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ir: Any = import_module("llvmlite.ir")
 
 __all__ = ["rebuild", "rebuild_jobs"]
 
-_BLOCK_BYTES: Final = 1 << 21  # a job: large against the cost of handing it to a thread, small against a matrix
+_BLOCK_BYTES: Final = 1 << 21  # of a job: large compared with the overhead of a thread, small compared with a matrix
 
 
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
@@ -51,9 +51,9 @@ def _rebuild_row(
 ) -> Any:  # fmt: skip
     """out = round(base + sum over k of sign_k * (scale_k * column_k)) for `groups` times eight columns of one row.
 
-    base_kind, out_kind: arrays whose element type says the dtype. masks: a tuple of addresses, one a component, so that
-    the loop over components is unrolled; offset: bytes, added to each. steps: bytes from one component's scale, and
-    column, to the next one's. The rest: addresses and a count.
+    base_kind, out_kind: arrays whose element type gives the dtype. masks: a tuple of addresses, one per component, so
+    that the loop over components is unrolled; offset: bytes, added to each. steps: bytes from one component's scale,
+    and column, to the next one's. The others are addresses and a count.
     """
     kinds = base_kind.dtype, out_kind.dtype
     components = len(masks)
@@ -74,7 +74,7 @@ def _rebuild_row(
             total = widen(builder, source, j, kinds[0], lanes)
             for mask, scale, column in terms:
                 positive = builder.bitcast(load(builder, mask, j, ir.IntType(lanes)), vector(I1, lanes))
-                # Exact (SPEC 6.1): two F16 have 22 bits, a power of two adds none. So no order of them matters.
+                # Exact (SPEC 6.1): two F16 have 22 bits, and a power of two adds none. So their order does not matter.
                 size = builder.fmul(splat(builder, scale, lanes), load(builder, column, j, vector(F32, lanes)))
                 flip = builder.select(positive, same(I32, 0, lanes), same(I32, 0x80000000, lanes))
                 flipped = builder.xor(builder.bitcast(size, vector(I32, lanes)), flip)
@@ -93,7 +93,7 @@ def _rebuild_row(
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator, unused-ignore]
 def _rebuild_rows(base: Any, out: Any, masks: Any, mask_step: Any, scales: Any, columns: Any) -> None:
-    """Rows of one matrix.
+    """Rebuild some rows of one matrix.
 
     base, out: [rows, d_in]. masks: addresses of the first row of each mask, whose rows are mask_step bytes apart.
     scales: float32 [k, rows]. columns: float32 [k, 8 ceil(d_in/8)].
@@ -109,7 +109,7 @@ def _rebuild_rows(base: Any, out: Any, masks: Any, mask_step: Any, scales: Any, 
             scale, columns.ctypes.data, steps, groups,
         )  # fmt: skip
         if rest:
-            # The last columns go through a group of their own: nothing outside the row is read or written.
+            # The last columns are a separate group, so that nothing outside the row is read or written.
             for j in range(rest):
                 source[j] = base[i, 8 * groups + j]
             _rebuild_row(
@@ -123,9 +123,9 @@ def _rebuild_rows(base: Any, out: Any, masks: Any, mask_step: Any, scales: Any, 
 def rebuild_jobs(
     matrices: Sequence[Sequence[ComponentFactors]], base: Array, out: Array, *, base_dtype: DType, dtype: DType
 ) -> Iterator[Callable[[], None]]:
-    """The work of `rebuild` as calls that may run in any order on any threads, each for a block of rows.
+    """The work of `rebuild` as jobs that may run in any order on any threads, each for a block of rows.
 
-    Arguments as of the door; out is C-contiguous. Nothing is written before a call runs.
+    The arguments are those of `rebuild`; out is C-contiguous. Nothing is written before a job runs.
     """
     flat = (len(matrices), *base.shape[-2:])
     flat_base = np.ascontiguousarray(base).reshape(flat).view(VIEWS[base_dtype])
@@ -152,7 +152,7 @@ def _jobs(base: Array, out: Array, components: Sequence[ComponentFactors]) -> It
 
 def _job(base: Array, out: Array, masks: Sequence[Array], scales: Array, columns: Array) -> Callable[[], None]:
     def job() -> None:
-        # `masks` is held by this call, so its addresses stay good.
+        # This call holds a reference to `masks`, so its addresses stay valid.
         addresses = tuple(mask.ctypes.data for mask in masks)
         _rebuild_rows(base, out, addresses, masks[0].strides[0], scales, columns)
 
@@ -168,5 +168,5 @@ def rebuild(
     dtype: DType,
     threads: int | None = None,
 ) -> None:
-    """out = base + components, bit for bit as the reference computes it. Arguments: see rebuild_jobs."""
+    """out = base + components, with the bits of the reference. Arguments: see rebuild_jobs."""
     run_jobs(rebuild_jobs(matrices, base, out, base_dtype=base_dtype, dtype=dtype), threads=threads)

@@ -1,6 +1,6 @@
-"""The reference of rebuild, on numpy: SPEC 6.1 and 6.2 as they are written.
+"""rebuild in numpy, the reference: SPEC 6.1 and 6.2 literally.
 
-Work goes through blocks of rows, so that memory beyond input and output stays at a few MiB.
+Blocks of rows keep the memory beyond input and output at a few MiB.
 Rejected: `np.where(sign, +s, -s)`, which reads two arrays; here the sign bit of the scale is flipped instead.
 """
 
@@ -33,10 +33,10 @@ def term(component: ComponentFactors, rows: slice) -> NDArray[np.float32]:
 def rebuild(
     matrices: Sequence[Sequence[ComponentFactors]], base: Array, out: Array, *, base_dtype: DType, dtype: DType
 ) -> None:
-    """out = base + components; arguments as of the door."""
+    """out = base + components. Arguments: see rebuild."""
     with np.errstate(over="ignore", invalid="ignore"):
         for index, rows, components in _row_blocks(matrices, out.shape):
-            # `+` copies: to_float32 may hand back a view of the base.
+            # `+` copies, because to_float32 may return a view of the base.
             total = to_float32(base[index][rows], base_dtype)
             for component in components:
                 total = total + term(component, rows)

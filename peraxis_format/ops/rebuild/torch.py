@@ -1,7 +1,7 @@
-"""Components as tensors on a device, and rebuild in plain torch: what the serving kernels are held to.
+"""Components as tensors on a device, and rebuild in plain torch, the reference of the serving kernels.
 
 The bits are those of the numpy reference: term = sign * (row_i * col_j) is exact in binary32 (SPEC 6.1), each addition
-is one of binary32, and NaN, which torch rounds to one pattern or another, is made canonical (SPEC 6.2).
+is in binary32, and NaN, whose pattern torch does not specify, is made canonical (SPEC 6.2).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
     "row_blocks",
 ]
 
-_BLOCK = 1 << 22  # weights that are unpacked at a time
+_BLOCK = 1 << 22  # weights to unpack at a time
 _THREADED_FROM = 1 << 22
 
 
@@ -57,22 +57,22 @@ class ComponentTensors:
         return bits.flatten(-2)[:, : len(self.col)].float().mul_(2).sub_(1)
 
     def dense(self, rows: slice | Tensor) -> Tensor:
-        """The term of some rows, float32 [rows, d_in]."""
+        """sign * scale of some rows, float32 [rows, d_in]."""
         return self.signs(rows) * (self.row[rows].unsqueeze(-1) * self.col)
 
     def part(self, rows: slice | Tensor) -> ComponentTensors:
-        """Some rows as a component of their own: the same memory for a slice, a copy for indices."""
+        """Some rows as a component; it shares memory for a slice and is a copy for indices."""
         return ComponentTensors(self.mask[rows], self.row[rows], self.col, self.plain)
 
     def factors(self) -> ComponentFactors:
-        """The same memory as arrays; tensors must be on the CPU."""
+        """The component as arrays, sharing memory; tensors must be on the CPU."""
         return ComponentFactors(
             mask=self.mask.numpy(), row=self.row.numpy(), col=self.col.numpy(), plain=self.plain
         )  # fmt: skip
 
 
 class Scratch(threading.local):
-    """One buffer a thread for rebuilt weights: new memory for each would cost more than the rebuilding."""
+    """One buffer per thread for rebuilt weights, because new memory would cost more than the rebuilding."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -91,7 +91,7 @@ def component_tensors(module: ModuleDelta, device: torch.device) -> list[list[Co
 
 
 def row_blocks(d_out: int, d_in: int) -> list[slice]:
-    """Blocks of rows whose unpacked signs are at most 16 MiB."""
+    """Blocks of rows whose unpacked signs take at most 16 MiB."""
     step = max(1, _BLOCK // max(1, d_in))
     return [slice(begin, min(begin + step, d_out)) for begin in range(0, d_out, step)]
 
@@ -102,7 +102,7 @@ def output_like(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def rebuild(weight: Tensor, components: Sequence[ComponentTensors], out: Tensor) -> None:
-    """out = weight + components; arguments as of rebuild_tensor."""
+    """out = weight + components. Arguments: see rebuild_tensor."""
     for rows in row_blocks(*weight.shape):
         total = weight[rows].float()
         for component in components:
@@ -111,7 +111,7 @@ def rebuild(weight: Tensor, components: Sequence[ComponentTensors], out: Tensor)
 
 
 def rebuild_compiled(weight: Tensor, components: Sequence[ComponentTensors], out: Tensor) -> None:
-    """The same through numba, on the memory of CPU tensors."""
+    """`rebuild` with numba, on the memory of CPU tensors."""
     from peraxis_format.ops.rebuild import numba as compiled
 
     compiled.rebuild(

@@ -1,13 +1,13 @@
-"""The Triton kernel of apply: base + masks -> weights. signed_matmul/triton.py serves many variants over one base.
+"""rebuild in Triton: base + masks -> weights. signed_matmul/triton.py serves many variants over one base.
 
-A byte of a mask holds the signs of eight columns: a thread has 16 bytes of BF16 and one byte of mask, and neither is
-loaded twice. A warp reads 512 bytes side by side.
+A byte of a mask has the signs of eight columns: a thread has 16 bytes of BF16 and one byte of mask, and loads each
+once. A warp reads 512 adjacent bytes.
 
     sign        ((byte >> lane) & 1) ^ 1, moved to bit 31, xor into the scale
     F32 -> BF16 (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, NaN selected: integers only, since Triton's interpreter
                 truncates in its cast; the same code is exact on both
 
-Nothing depends on fused multiply-adds: size = row * col * 2^e is exact in binary32 (SPEC 6.1).
+Fused multiply-adds change nothing, because size = row * col * 2^e is exact in binary32 (SPEC 6.1).
 
 Records are int64 rows in device memory, so that one launch covers every module of a transfer:
     record   base address, out address, d_out, d_in, first tile, first term, terms, 0
@@ -15,7 +15,7 @@ Records are int64 rows in device memory, so that one launch covers every module 
 Offsets count from the transfer's buffer; addresses are those of live storage, which never moves.
 """
 
-# Triton reads the annotations of a kernel: constants have one, the rest must have none.
+# Triton reads the annotations of a kernel: constants have one, other arguments must have none.
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ __all__ = [
     "narrow", "widen",
 ]  # fmt: skip
 
-ROWS: Final = 8  # of a tile of the apply kernel
-COLUMNS: Final = 1024
+ROWS: Final = 16  # of a tile of the apply kernel
+COLUMNS: Final = 256
 BF16: Final = 0
 F16: Final = 1
 F32: Final = 2
@@ -83,17 +83,17 @@ def narrow(total, KIND: tl.constexpr):
 
 @triton.jit
 def flip(mask):
-    """Bytes [a, b] -> [a, b, 8] uint32: the sign bit where the weight's sign is -1."""
+    """Bytes [a, b] -> [a, b, 8] uint32: the sign bit if the weight's sign is -1."""
     lane = tl.arange(0, 8)[None, None, :].to(tl.uint32)
     return (((mask[:, :, None].to(tl.uint32) >> lane) & 1) ^ 1) << 31
 
 
 @triton.jit
-def _add_term(
-    total, buffer, term, rows, groups, columns, d_out, d_in,
+def _term(
+    buffer, term, rows, groups, columns, d_out, d_in,
     ROWS_: tl.constexpr, COLUMNS_: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """total [rows, columns] + one component (SPEC 5.3)."""
+    """One component (SPEC 5.3), F32 [rows, columns]."""
     width = (d_in + 7) // 8
     mask_at = buffer + tl.load(term)
     if ALIGNED:
@@ -113,21 +113,27 @@ def _add_term(
         at = (buffer + col_at).to(tl.pointer_type(tl.float16))
         column = tl.load(at + columns, mask=columns < d_in, other=0).to(tl.float32)
     size = (scale[:, None] * column[None, :]).to(tl.uint32, bitcast=True)
-    return total + (size ^ tl.reshape(flip(mask), (ROWS_, COLUMNS_))).to(tl.float32, bitcast=True)
+    return (size ^ tl.reshape(flip(mask), (ROWS_, COLUMNS_))).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def apply_kernel(
-    tiles, records, terms, buffer,
+    records, count, terms, buffer,
     KIND: tl.constexpr, ALIGNED: tl.constexpr, ROWS_: tl.constexpr, COLUMNS_: tl.constexpr,
 ):  # fmt: skip
     """One tile [ROWS, COLUMNS] of one module: out = round(base + sum of terms) (SPEC 6.1).
 
-    tiles: int32 [programs], the record of each program. ALIGNED: d_in of every record is a multiple of 8, and base and
-    out begin at multiples of 16.
+    count: of the records. ALIGNED: d_in of every record is a multiple of 8, and base and out begin at multiples of 16.
     """
     program = tl.program_id(0)
-    record = records + tl.load(tiles + program).to(tl.int64) * 8
+    # The last record that begins at this program or before it. A few looks at a table that all programs share are
+    # faster than one at a table of programs, which comes from memory each time.
+    low, high = 0, count
+    while high - low > 1:
+        middle = (low + high) // 2
+        begun = tl.load(records + middle * 8 + 4) <= program
+        low, high = tl.where(begun, middle, low), tl.where(begun, high, middle)
+    record = records + low * 8
     base_at, out_at = tl.load(record), tl.load(record + 1)
     d_out, d_in = tl.load(record + 2).to(tl.int32), tl.load(record + 3).to(tl.int32)
     if KIND != _F32:
@@ -142,16 +148,19 @@ def apply_kernel(
     rows = (tile // across) * ROWS_ + tl.arange(0, ROWS_)
     columns = (tile % across) * COLUMNS_ + tl.arange(0, COLUMNS_)
     groups = (tile % across) * (COLUMNS_ // 8) + tl.arange(0, COLUMNS_ // 8)
-    # Eight columns of a group are inside together where d_in is a multiple of 8: one predicate for one 16-byte access.
+    # If d_in is a multiple of 8, one predicate serves the eight columns of a group, so one 16-byte access suffices.
     inside = (rows < d_out)[:, None] & (columns < d_in)[None, :]
     at = (rows.to(tl.int64) * d_in)[:, None] + columns[None, :]
-    total = widen(tl.load(base + at, mask=inside, other=0), KIND)
-    # A `while`: the interpreter's range() does not take loaded numbers.
+    bits = tl.load(base + at, mask=inside, other=0)
+    # The first component before the base is used: else its loads would wait for those of the base.
     term = terms + tl.load(record + 5) * 5
-    left = tl.load(record + 6)
+    first = _term(buffer, term, rows, groups, columns, d_out, d_in, ROWS_, COLUMNS_, ALIGNED)
+    total = widen(bits, KIND) + first
+    # A `while` loop, because the interpreter's range() does not accept loaded numbers.
+    left = tl.load(record + 6) - 1
     while left > 0:
-        total = _add_term(total, buffer, term, rows, groups, columns, d_out, d_in, ROWS_, COLUMNS_, ALIGNED)
         term += 5
+        total += _term(buffer, term, rows, groups, columns, d_out, d_in, ROWS_, COLUMNS_, ALIGNED)
         left -= 1
     tl.store(out + at, narrow(total, KIND), mask=inside)
 
@@ -160,7 +169,7 @@ def apply_kernel(
 class StoredModule:
     """A `sign` module in a transfer's buffer, its pristine base, and the storage that it is rebuilt into.
 
-    offsets: of its tensors in the buffer, by suffix, each a multiple of 64. base, out: [..., d_out, d_in], contiguous.
+    offsets: those of its parts in the buffer, by suffix, multiples of 64. base, out: [..., d_out, d_in], contiguous.
     """
 
     components: tuple[ComponentEntry, ...]
@@ -176,49 +185,52 @@ class Launch:
 
     kind: int
     aligned: bool
-    tiles: Tensor
+    programs: int
     records: Tensor
     terms: Tensor
 
     def run(self, buffer: Tensor) -> None:
-        """Rebuild the modules from a buffer with a transfer's bytes. On return the kernel is launched."""
-        # Kernels are launched on the current device: make it this one.
+        """Launch the kernel that rebuilds the modules from a buffer with a transfer's bytes."""
+        # Kernels are launched on the current device, so set it.
         current: Any = torch.cuda.device(buffer.device) if buffer.is_cuda else contextlib.nullcontext()
         with current:
-            apply_kernel[(self.tiles.numel(),)](
-                self.tiles, self.records, self.terms, buffer, KIND=self.kind, ALIGNED=self.aligned, ROWS_=ROWS,
+            apply_kernel[(self.programs,)](
+                self.records, len(self.records), self.terms, buffer, KIND=self.kind, ALIGNED=self.aligned, ROWS_=ROWS,
                 COLUMNS_=COLUMNS, num_warps=8,
             )  # fmt: skip
 
 
 def launches(modules: Sequence[StoredModule], device: torch.device) -> Iterator[Launch]:
-    """What rebuilds these modules: one launch for each kind among them."""
+    """The launches that rebuild these modules, one for each kind of module."""
     grouped: dict[tuple[int, bool], list[StoredModule]] = {}
     for module in modules:
         d_out, d_in = module.out.shape[-2:]
         aligned = d_in % 8 == 0 and module.base.data_ptr() % 16 == 0 and module.out.data_ptr() % 16 == 0
-        # A mask begins at a multiple of 64 in the buffer; that of a later batch element only where their size allows.
+        # A mask begins at a multiple of 64 in the buffer; masks of later batch elements only if their size is a
+        # multiple.
         aligned = aligned and (module.out.ndim == 2 or d_out * d_in % 128 == 0)
         grouped.setdefault((KINDS[module.dtype], aligned), []).append(module)
     for (kind, aligned), members in grouped.items():
-        tables = zip(_matrix_rows(members), (torch.int32, torch.int64, torch.int64), strict=True)
-        yield Launch(kind, aligned, *(torch.tensor(rows, dtype=dtype, device=device) for rows, dtype in tables))
+        programs, *tables = _matrix_rows(members)
+        yield Launch(
+            kind, aligned, programs, *(torch.tensor(rows, dtype=torch.int64, device=device) for rows in tables)
+        )
 
 
-def _matrix_rows(modules: Sequence[StoredModule]) -> tuple[Any, list[list[int]], list[list[int]]]:
-    """Tiles, records and terms: a record for each matrix, so one for each batch element."""
+def _matrix_rows(modules: Sequence[StoredModule]) -> tuple[int, list[list[int]], list[list[int]]]:
+    """The number of tiles, records and terms: a record for each matrix, so one for each batch element."""
     records: list[list[int]] = []
     terms: list[list[int]] = []
-    counts: list[int] = []
+    tiles = 0
     for module in modules:
         d_out, d_in = module.out.shape[-2:]
         size = d_out * d_in * module.base.element_size()
         for e in range(math.prod(module.out.shape[:-2])):
             base, out = module.base.data_ptr() + e * size, module.out.data_ptr() + e * size
-            records.append([base, out, d_out, d_in, sum(counts), len(terms), len(module.components), 0])
+            records.append([base, out, d_out, d_in, tiles, len(terms), len(module.components), 0])
             terms.extend(_term_rows(module, e))
-            counts.append(-(-d_out // ROWS) * -(-d_in // COLUMNS))
-    return np.repeat(np.arange(len(counts), dtype=np.int32), counts), records, terms
+            tiles += -(-d_out // ROWS) * -(-d_in // COLUMNS)
+    return tiles, records, terms
 
 
 def _term_rows(module: StoredModule, e: int) -> Iterator[list[int]]:

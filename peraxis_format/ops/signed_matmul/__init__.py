@@ -1,9 +1,9 @@
-"""x times the sum of components, without the weights: the door, and its backends.
+"""x times the sum of components, without the weights: interface and backends.
 
     y += sum over k of row_k o ((x o col_k) B_k^T)        binary32; o: elementwise
 
-Backends sum in orders of their own: they agree within the error of binary32 sums (numba.py states its order).
-Weights are rebuilt instead (ops/rebuild) from so many rows of x on that a product with signs costs more.
+Backends sum in different orders and agree within the error of binary32 sums (numba.py specifies its order). With many
+rows of x a product with signs costs more, so weights are rebuilt instead (ops/rebuild).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ __all__ = ["signed_matmul"]
 def signed_matmul(products: Sequence[Product], *, backend: str | None = None) -> None:
     """out += x (sum of components)^T for each (x, components, out).
 
-    x: [rows, d_in] of any float type. components: of a matrix [d_out, d_in]. out: float32 [rows, d_out]; outputs must
-    not overlap. backend: torch, numba or triton; chosen by the number of weights of the largest matrix where None.
+    x: [rows, d_in] of any float type. components: those of a matrix [d_out, d_in]. out: float32 [rows, d_out]; outputs
+    must not overlap. backend: torch, numba or triton; None chooses by the number of weights of the largest matrix.
     Raises BackendError.
     """
     if not products:

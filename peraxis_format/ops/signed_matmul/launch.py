@@ -1,6 +1,6 @@
-"""Launches the kernels of triton.py: one row, few rows of a variant, or many, for rows [begin, end) of a weight.
+"""Launch the kernels of triton.py for one row, few or many rows of a variant, on rows [begin, end) of a weight.
 
-Nothing here depends on the length of a prompt: kernels are compiled for a weight's shape, once.
+Kernels are compiled once for a weight's shape; they do not depend on the length of a prompt.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from peraxis_format.bits import mask_width
 from peraxis_format.ops.rebuild.torch import ComponentTensors
 from peraxis_format.ops.rebuild.triton import KINDS
 from peraxis_format.ops.signed_matmul import triton as kernels
@@ -19,7 +20,7 @@ from peraxis_format.ops.signed_matmul.tiles import Tiles
 from peraxis_format.ops.tensors import dtype_of
 
 __all__ = [
-    "DECODE_ROWS", "PREFILL_ROWS", "FactorTable", "decode", "prefill", "signed_matmul", "single", "split_of",
+    "DECODE_ROWS", "PREFILL_ROWS", "FactorTable", "decode", "merge", "prefill", "signed_matmul", "single", "split_of",
 ]  # fmt: skip
 
 DECODE_ROWS: Final = (16, 64)  # of a tile: the least that tensor cores multiply, and what serves for more
@@ -30,9 +31,9 @@ _SPLIT_MOST: Final = 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FactorTable:
-    """Where the components of rows [begin, end) of a weight lie. terms: of triton.py, over all variants, `most` each.
+    """The addresses of the components of rows [begin, end) of a weight. terms: see triton.py; `most` for each variant.
 
-    plain: none has a col.
+    plain: no component has a col. aligned: all masks begin at multiples of 16.
     """
 
     begin: int
@@ -40,6 +41,7 @@ class FactorTable:
     terms: Tensor
     most: int
     plain: bool
+    aligned: bool
 
     @classmethod
     def of(
@@ -52,14 +54,15 @@ class FactorTable:
             for k, c in enumerate(components):
                 addresses = [c.mask.data_ptr(), c.row.data_ptr(), 0 if c.plain else c.col.data_ptr()]
                 table[variant, k] = torch.tensor(addresses)
-        plain = all(c.plain for components in found.values() for c in components)
-        return cls(begin, end, table.to(device), most, plain)
+        every = [c for components in found.values() for c in components]
+        plain, aligned = all(c.plain for c in every), all(c.mask.data_ptr() % 16 == 0 for c in every)
+        return cls(begin, end, table.to(device), most, plain, aligned)
 
 
 def split_of(width: int, programs: int, processors: int) -> int:
-    """Into how many parts decode cuts the columns: a power of two, so that all processors have two programs to run."""
+    """Into how many parts decode cuts the columns: a power of two, so that most processors have a program to run."""
     split = 1
-    while split < _SPLIT_MOST and programs * split < 2 * processors and width >= 2 * split * _SPLIT_COLUMNS:
+    while split < _SPLIT_MOST and 4 * programs * split < 3 * processors and width >= 2 * split * _SPLIT_COLUMNS:
         split *= 2
     return split
 
@@ -90,25 +93,31 @@ def single(x: Tensor, weight: Tensor, bias: Tensor | None, table: FactorTable, v
 def decode(x: Tensor, table: FactorTable, tiles: Tiles, out: Tensor) -> None:
     """out += x (sum of components)^T for the rows of the tiles, in binary32, rounded once.
 
-    x: contiguous [rows, d_in]. out: [rows, columns], of which those of the table are added to; in x's dtype.
+    x: contiguous [rows, d_in]. out: [rows, columns], in x's dtype; the table's columns are added to.
     """
     exact = x.dtype == torch.float32
-    width, groups = (64, 8) if exact else (128, 16)
+    words = not exact and table.aligned and x.shape[1] % 128 == 0
+    width, groups = (64, 8) if exact else (128, 32 if words else 16)
     height, across = table.end - table.begin, -(-(table.end - table.begin) // width)
     split = split_of(x.shape[1], across * len(tiles.tiles), _processors(x.device))
     target, kind = _bits(out[:, table.begin :]), _kind(x)
     count = len(tiles.order)
     partial = torch.empty(split * count * height if split > 1 else 1, dtype=torch.float32, device=x.device)
     kernels.decode_kernel[(across, len(tiles.tiles), split)](
-        target, out.stride(0), _bits(x), tiles.order, tiles.tiles, table.terms, partial, count, height,
-        kernels.SIGNS, kernels.ONES, K=x.shape[1], TERMS=table.most, KIND=kind,
+        target, out.stride(0), _bits(_paired(x) if words else x), tiles.order, tiles.tiles, table.terms, partial, count,
+        height, kernels.SIGNS, kernels.ONES, K=x.shape[1], TERMS=table.most, KIND=kind,
         PLAIN=table.plain and x.dtype == torch.bfloat16, BM=tiles.height, BN=width, BG=groups, SPLIT=split,
-        UPCAST=not x.is_cuda, num_warps=4, num_stages=3,
+        UPCAST=not x.is_cuda, ALIGNED=words, num_warps=8 if words else 4, num_stages=3,
     )  # fmt: skip
     if split > 1:
         kernels.reduce_kernel[(-(-height // 256), count)](
             target, out.stride(0), partial, tiles.order, count, height, KIND=kind, SPLIT=split, BN=256,
         )  # fmt: skip
+
+
+def _paired(x: Tensor) -> Tensor:
+    """Columns in the order of pairs (triton.py): those of 128 from [word, half, t] to [t, word, half]."""
+    return x.view(len(x), -1, 4, 2, 16).permute(0, 1, 4, 2, 3).reshape(x.shape)
 
 
 def prefill(x: Tensor, weight: Tensor, bias: Tensor | None, table: FactorTable, tiles: Tiles, out: Tensor) -> None:
@@ -123,12 +132,31 @@ def prefill(x: Tensor, weight: Tensor, bias: Tensor | None, table: FactorTable, 
     )  # fmt: skip
 
 
+def merge(weight: Tensor, table: FactorTable, variant: int, rows: slice) -> Tensor:
+    """The merged weights of a variant for some of the table's rows, counted from its first: [rows, d_in]."""
+    part = weight[table.begin + rows.start : table.begin + rows.stop]
+    out = torch.empty_like(part)
+    width = part.shape[1]
+    terms = table.terms if not rows.start else _shifted(table.terms, rows.start, width)
+    kernels.merge_kernel[(-(-len(part) // 8), -(-width // 512))](
+        _bits(out), _bits(part), terms, variant, len(part), K=width, TERMS=table.most, KIND=_kind(part), BN=8, BG=64,
+        num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _shifted(terms: Tensor, rows: int, width: int) -> Tensor:
+    """The same components from a row on; addresses that are 0 stay so."""
+    steps = torch.tensor([rows * mask_width(width), 4 * rows, 0], device=terms.device)
+    return torch.where(terms != 0, terms + steps, terms)
+
+
 def _kind(tensor: Tensor) -> int:
     return KINDS[dtype_of(tensor, "x")]
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The same memory as unsigned integers, which is what kernels read and write."""
+    """The tensor as unsigned integers, sharing memory, for the kernels."""
     return tensor.view(torch.uint16 if tensor.element_size() == 2 else torch.uint32)
 
 

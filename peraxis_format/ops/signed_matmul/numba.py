@@ -1,13 +1,13 @@
-"""Inputs times the terms of a delta, without weights: what a row of a batch adds for its variant, compiled with numba.
+"""signed_matmul compiled with numba: inputs times the components of a delta, without weights.
 
     y_mn = row_n * sum over j of s_nj v_mj         v = x * col, s = +1 or -1
          = row_n * (2 * sum over j with s_nj = +1 of v_mj  -  sum over j of v_mj)
 
-The bits of a mask are the lanes of a masked addition: 16 weights an instruction, four sums beside each other.
-Sums are binary32, for 2048 columns at a time: 32 lanes (column j in lane j mod 32; the last columns, when fewer, in 8),
-lanes then added as written below. Each output is one job's alone, so threads change no bit.
-Rejected: tables of the 256 sums of eight inputs (a table costs as many additions as 32 rows do, and eight lookups are
-slower than one masked addition).
+The bits of a mask are the lanes of a masked addition: 16 weights per instruction, four sums in parallel. Sums are
+binary32, for 2048 columns at a time: 32 lanes (column j in lane j mod 32; fewer last columns in 8), then the lanes are
+added as below. Each output belongs to one job, so the number of threads does not change the result. Rejected: tables
+of the 256 sums of eight inputs (a table costs as many additions as 32 rows, and eight lookups are slower than one
+masked addition).
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ ir: Any = import_module("llvmlite.ir")
 
 __all__ = ["Product", "add_products"]
 
-_GROUPS: Final = 256  # columns / 8 at a time: those of four inputs stay in the first-level cache
-_JOB: Final = 1 << 24  # weights times inputs: a quarter of a millisecond, large against the start of a thread
+_GROUPS: Final = 256  # columns / 8 at a time, so that four inputs fit into the first-level cache
+_JOB: Final = 1 << 24  # weights times inputs: a quarter of a millisecond, more than the start of a thread
 
 
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
 def _positive_sums(context: Any, inputs: Any, masks: Any, lanes: Any, groups: Any) -> Any:
-    """The sums of each input where each mask has a bit, in eight lanes: float32 [masks, inputs, 8].
+    """The sums of each input over the set bits of each mask, in eight lanes: float32 [masks, inputs, 8].
 
     inputs, masks: tuples of addresses. lanes: an address, written. groups: columns / 8.
     """
@@ -77,7 +77,7 @@ def _positive_sums(context: Any, inputs: Any, masks: Any, lanes: Any, groups: An
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator, unused-ignore]
 def _add_positive(inputs: Any, mask: Any, begin: Any, length: Any, sums: Any) -> None:
-    """Of `length` groups of columns from `begin` on. sums: float32 [n, m], added to. Four sums at a time."""
+    """Add `length` groups of columns from `begin` on. sums: float32 [n, m], added to. Four sums at a time."""
     (rows, many), lanes = sums.shape, np.empty((4, 8), np.float32)
     a, b, at = inputs.strides[0], mask.strides[0], np.intp(lanes.ctypes.data)
     m = 0
@@ -112,7 +112,7 @@ _f32: Final = types.float32
 _signature = types.void(_f32[:, ::1], _f32[::1], types.uint8[:, ::1], _f32[::1], _f32[:, :])
 
 
-# A signature, since `out` is contiguous by chance, and would be compiled for twice.
+# With a signature, because `out` is sometimes contiguous, and the kernel would be compiled twice.
 @numba.njit(_signature, nogil=True, cache=True)  # type: ignore[untyped-decorator, unused-ignore]
 def _add_products(inputs: Any, totals: Any, mask: Any, row: Any, out: Any) -> None:
     """inputs: float32 [m, 8 g]; totals: their sums [m]. mask: [n, g]. row: float32 [n]. out: [m, n], added to."""
@@ -141,7 +141,7 @@ class Product:
 
     @classmethod
     def of(cls, x: Tensor, components: Sequence[ComponentTensors], out: Tensor) -> Product:
-        """The same of tensors on the CPU: their memory, but for an x that is not float32."""
+        """A product of tensors on the CPU, sharing their memory; an x that is not float32 is copied."""
         return cls(
             masks=[component.mask.numpy() for component in components],
             rows=[component.row.numpy() for component in components],
@@ -157,9 +157,9 @@ class Product:
 
 
 def add_products(products: Sequence[Product], *, threads: int | None = None, job: int = _JOB) -> None:
-    """Work all products off, on several threads where there is enough to do. Their outputs must not overlap.
+    """Compute all products, on several threads if there is enough work. Their outputs must not overlap.
 
-    job: weights times inputs of one job.
+    job: the size of one job, weights times inputs.
     """
     if sum(product.work for product in products) < 2 * job:
         threads = 1

@@ -1,4 +1,4 @@
-"""How the rows of a batch are handed to the kernels."""
+"""The rows of a batch, sorted for the kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Tiles"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tiles:
-    """Rows sorted by variant, in tiles of one variant each and at most `height` rows (triton.py).
+    """Rows sorted by variant, in tiles of one variant and at most `height` rows (triton.py).
 
     order: int32 [rows]. tiles: int32 [tiles, 3].
     """

@@ -1,4 +1,4 @@
-"""The reference of signed_matmul, in plain torch."""
+"""signed_matmul in plain torch, the reference."""
 
 from __future__ import annotations
 

@@ -3,27 +3,35 @@
     single    one row:             y = x (W + terms)^T + bias, base and masks in one pass, bound by memory
     decode    few rows a variant:  y += sum over k of row_k o ((x o col_k) B_k^T), on top of the base's product
     reduce    what decode leaves where K is split over programs
-    prefill   many rows:           y = x W_v^T + bias with W_v rebuilt a tile at a time, the bits of the merged weights
+    prefill   more rows:           y = x W_v^T + bias with W_v rebuilt a tile at a time, the bits of the merged weights
+    merge     many rows:           W_v as a matrix, for a dense product: rebuilt once, and not for every tile of rows
 
 Rows of x are sorted by variant and cut into tiles of one variant each:
     order   int32 [M], row of x in sorted order           tiles   int32 [tiles, 3]: variant, first, count
     terms   int64 [variants, TERMS, 3]: addresses of mask (U8 [N, ceil(K/8)]; 0: no such component), row (F32 [N], 2^e
             folded in), col (F32 [K]; 0: ones)
-K is a constant of the weights, so that loops over it are plain pipelined loops; what a batch changes never is one, so
-that nothing is compiled while it is served.
+K is a constant of the weights, so loops over it are plain pipelined loops. Values that change with a batch are not
+constants, so nothing is compiled while serving. ALIGNED: masks begin at multiples of 16.
 
-Signs are the left operand of a tensor core: of a byte the eight +-1 of BF16 are made two at a time, since with the byte
-and a copy of it 15 bits further up one shift moves bits l and l + 1 to the two sign bits of a word:
+Signs are the left operand of a tensor core: of a word of a mask the 32 +-1 of BF16 are made two at a time, since one
+shift moves bits t and t + 16 to the two sign bits of a register:
 
-    w = byte | byte << 15;   pair(l) = ((w << (15 - l)) & 0x80008000) ^ 0xBF80BF80          l = 0, 2, 4, 6
+    pair(t) = ((word << (15 - t)) & 0x80008000) ^ 0xBF80BF80          t = 0, ..., 15
 
-The two numbers are arguments (`signs`, `ones`), for the compiler would take two instructions for constants. In all 2.4
-instructions a weight, whatever the number of rows of a tile (seen in sm_90 code); 8 to 12 where a tensor [N, K/8, 8] of
-shifted bytes is reshaped. x is given in BF16, exactly; x o col (and F16) as two BF16, which keep 14 bits of it.
-Rejected: tables of the sums of four columns, looked up by shuffles: 2.1 instructions, but for one row alone.
+The two numbers are arguments (`signs`, `ones`), for the compiler would take two instructions for constants. The columns
+of 128 are multiplied in the order of pairs, [t, word, half]: so the thread that holds a word also holds the signs that
+the tensor core wants from it. Only words change threads then, and x has to be in that order too (launch.py). In all 1.6
+instructions a weight, whatever the number of rows of a tile (seen in sm_90 code). x is given in BF16, exactly; x o col
+(and F16) as two BF16, which keep 14 bits of it.
+
+Where K is no multiple of 128, or a mask does not begin at a multiple of 16, bytes take the place of words: with the
+byte and a copy of it 15 bits further up one shift moves bits l and l + 1. That is slower (benchmarks/serve.py): signs
+change threads, through shared memory.
+Rejected: a tensor [N, K/8, 8] of shifted bytes, reshaped: 8 to 12 instructions. Tables of the sums of four columns,
+looked up by shuffles: 2.1, for one row alone; of eight columns: 5.3.
 """
 
-# Triton reads the annotations of a kernel: constants have one, the rest must have none.
+# Triton reads the annotations of a kernel: constants have one, other arguments must have none.
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
 
@@ -34,7 +42,7 @@ import triton.language as tl  # type: ignore[import-untyped, import-not-found, u
 
 from peraxis_format.ops.rebuild.triton import BF16, F32, flip, narrow, widen
 
-__all__ = ["ONES", "SIGNS", "decode_kernel", "prefill_kernel", "reduce_kernel", "single_kernel"]
+__all__ = ["ONES", "SIGNS", "decode_kernel", "merge_kernel", "prefill_kernel", "reduce_kernel", "single_kernel"]
 
 SIGNS: Final = 0x80008000 - (1 << 32)  # as signed 32-bit arguments
 ONES: Final = 0xBF80BF80 - (1 << 32)
@@ -83,8 +91,33 @@ def _signs(byte, signs, ones, ROWS_: tl.constexpr, COLUMNS_: tl.constexpr):
 
 
 @triton.jit
+def _words(mask_at, n, w, N, K: tl.constexpr):
+    """uint32 [n, w]: words of a mask that begins at a multiple of 16, 0 outside of it."""
+    WIDTH: tl.constexpr = K // 32
+    at = tl.multiple_of(mask_at.to(tl.pointer_type(tl.uint32)), 16)
+    inside = (n < N)[:, None] & (w < WIDTH)[None, :]
+    return tl.load(at + n[:, None].to(tl.int64) * WIDTH + w[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def _signs_of_words(word, signs, ones, ROWS_: tl.constexpr, COLUMNS_: tl.constexpr):
+    """uint32 words [a, b] -> the bits of +-1 in BF16, uint16 [a, 32 b], columns in the order of pairs."""
+    shift = 15 - tl.arange(0, 16)[None, None, :].to(tl.uint32)
+    pair = ((word[:, :, None] << shift) & signs) ^ ones
+    halves = tl.join((pair & 0xFFFF).to(tl.uint16), (pair >> 16).to(tl.uint16))  # [a, b, t, half]
+    blocks = tl.reshape(halves, (ROWS_, COLUMNS_ // 128, 4, 16, 2))
+    return tl.reshape(tl.permute(blocks, (0, 1, 3, 2, 4)), (ROWS_, COLUMNS_))
+
+
+@triton.jit
+def _unpaired(place):
+    """The column at a place in the order of pairs."""
+    return place // 128 * 128 + place // 2 % 4 * 32 + place % 2 * 16 + place % 128 // 8
+
+
+@triton.jit
 def _eight(g, K: tl.constexpr):
-    """Columns of groups, [1, g, 8], and whether they are inside: by groups where that does, for wide accesses."""
+    """The columns of groups, [1, g, 8], and whether they are inside; by whole groups if possible, for wide accesses."""
     k = g[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     inside = tl.broadcast_to((g < K // 8)[None, :, None], k.shape) if K % 8 == 0 else k < K
     return k, inside
@@ -109,26 +142,27 @@ def _product(left, right, total, KIND: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def _weighted(values, col_at, k, K: tl.constexpr, KIND: tl.constexpr):
+    """x^T o col, F32; k: the columns of its rows."""
+    weighted = widen(values, KIND)
+    if col_at != 0:
+        weighted *= _vector(col_at, k, k < K)[:, None]
+    return weighted
+
+
+@triton.jit
 def _signed_product(
-    values, col_at, k, byte, signs, ones, total, K: tl.constexpr, KIND: tl.constexpr, PLAIN: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+    values, col_at, k, sign, total, K: tl.constexpr, KIND: tl.constexpr, PLAIN: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
-    """total [n, rows] + B (x o col)^T for one block of columns; values: bits of x^T. PLAIN: BF16 without col."""
+    """total [n, rows] + B (x o col)^T for one block of columns; values, sign: bits. PLAIN: BF16 without col."""
     if PLAIN:
-        out = _product(_signs(byte, signs, ones, BN, BK), values, total, _BF16, UPCAST)
+        out = _product(sign, values, total, _BF16, UPCAST)
     else:
-        weighted = widen(values, KIND)
-        if col_at != 0:
-            weighted *= _vector(col_at, k, k < K)[:, None]
-        if KIND == _F32:
-            sign = (tl.reshape(flip(byte), (BN, BK)) | 0x3F800000).to(tl.float32, bitcast=True)
-            out = tl.dot(sign, weighted, total, input_precision="ieee")
-        else:
-            bits = weighted.to(tl.uint32, bitcast=True)
-            rest = weighted - (bits & 0xFFFF0000).to(tl.float32, bitcast=True)  # exact
-            sign = _signs(byte, signs, ones, BN, BK)
-            out = _product(sign, (bits >> 16).to(tl.uint16), total, _BF16, UPCAST)
-            out = _product(sign, (rest.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16), out, _BF16, UPCAST)
+        weighted = _weighted(values, col_at, k, K, KIND)
+        bits = weighted.to(tl.uint32, bitcast=True)
+        rest = weighted - (bits & 0xFFFF0000).to(tl.float32, bitcast=True)  # exact
+        out = _product(sign, (bits >> 16).to(tl.uint16), total, _BF16, UPCAST)
+        out = _product(sign, (rest.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16), out, _BF16, UPCAST)
     return out
 
 
@@ -136,10 +170,11 @@ def _signed_product(
 def decode_kernel(
     y, stride, x, order, tiles, terms, partial, rows, N, signs, ones,
     K: tl.constexpr, TERMS: tl.constexpr, KIND: tl.constexpr, PLAIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BG: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
+    BG: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows, BN outputs, and one of SPLIT parts of the columns; y: [M, N] bits, rows `stride` apart.
 
+    ALIGNED (not for F32): K is a multiple of 128, masks begin at multiples of 16, and x is in the order of pairs.
     SPLIT 1: added to y, rounded once. More: written to partial, F32 [SPLIT, rows, N], for reduce_kernel.
     """
     STEP: tl.constexpr = (((K + 7) // 8 + SPLIT - 1) // SPLIT + BG - 1) // BG * BG
@@ -157,11 +192,20 @@ def decode_kernel(
             for start in range(0, STEP, BG):
                 group = tl.program_id(2) * STEP + start
                 k = group * 8 + tl.arange(0, BG * 8)
-                byte = _bytes(mask_at, n, group + tl.arange(0, BG), N, K)
                 values = _inputs(x, row, k, member < count, K)
-                part = _signed_product(
-                    values, col_at, k, byte, signs, ones, part, K, KIND, PLAIN, BN, BG * 8, UPCAST
-                )  # fmt: skip
+                if KIND == _F32:
+                    byte = _bytes(mask_at, n, group + tl.arange(0, BG), N, K)
+                    sign = (tl.reshape(flip(byte), (BN, BG * 8)) | 0x3F800000).to(tl.float32, bitcast=True)
+                    weighted = _weighted(values, col_at, k, K, KIND)
+                    part = tl.dot(sign, weighted, part, input_precision="ieee")
+                elif ALIGNED:
+                    word = _words(mask_at, n, group // 4 + tl.arange(0, BG // 4), N, K)
+                    sign = _signs_of_words(word, signs, ones, BN, BG * 8)
+                    part = _signed_product(values, col_at, _unpaired(k), sign, part, K, KIND, PLAIN, UPCAST)
+                else:
+                    byte = _bytes(mask_at, n, group + tl.arange(0, BG), N, K)
+                    sign = _signs(byte, signs, ones, BN, BG * 8)
+                    part = _signed_product(values, col_at, k, sign, part, K, KIND, PLAIN, UPCAST)
             total += part * _vector(row_at, n, n < N)[:, None]
     written = (n < N)[:, None] & (member < count)[None, :]
     if SPLIT == 1:
@@ -235,8 +279,8 @@ def _rebuilt(
     total = widen(tl.load(weight + n[:, None].to(tl.int64) * K + k[None, :], mask=inside, other=0), KIND)
     for t in tl.static_range(TERMS):
         mask_at, row_at, col_at = _term(terms, variant, t, TERMS)
-        # No branches between the loads and the product, or these are not pipelined: a component that is not there adds
-        # a zero, which at most turns a -0 of the base into +0.
+        # A branch between the loads and the product would prevent pipelining, so a missing component adds a zero, which
+        # at most turns a -0 of the base into +0.
         row, col = row_at.to(tl.pointer_type(tl.float32)), col_at.to(tl.pointer_type(tl.float32))
         scale = tl.load(row + n, mask=(n < N) & (mask_at != 0), other=0.0)
         column = tl.load(col + k, mask=(k < K) & (col_at != 0), other=1.0)
@@ -276,3 +320,17 @@ def prefill_kernel(
         acc += widen(tl.load(bias + n, mask=n < N, other=0), KIND)[:, None]
     at = y + row[None, :] * stride + n[:, None]
     tl.store(at, narrow(acc, KIND), mask=(n < N)[:, None] & (member < count)[None, :])
+
+
+@triton.jit(do_not_specialize=["variant"])
+def merge_kernel(
+    out, weight, terms, variant, N,
+    K: tl.constexpr, TERMS: tl.constexpr, KIND: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """out [N, K] = the merged weights of a variant, bits: one tile [BN, 8 BG] a program."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    first = tl.program_id(1) * BG
+    total = _rebuilt(weight, terms, variant, n, first, N, K, TERMS, KIND, BN, BG)
+    k = first * 8 + tl.arange(0, BG * 8)
+    at = out + n[:, None].to(tl.int64) * K + k[None, :]
+    tl.store(at, narrow(total, KIND), mask=(n < N)[:, None] & (k < K)[None, :])

@@ -1,1 +1,1 @@
-"""Where the tensors of a checkpoint lie in a live model, and whether the model holds the base."""
+"""Find the tensors of a checkpoint in a live model, and check that the model is the base."""

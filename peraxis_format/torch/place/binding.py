@@ -1,14 +1,14 @@
-"""Step 12 of SPEC 8 on a live model: its weights are the base that the delta was made for.
+"""Step 12 of SPEC 8 on a live model: check that its weights are the base of the delta.
 
-Every storage is hashed once (digests.py). Where a rank holds only a piece of a tensor, the pieces are sent to one rank,
-in turns, which hashes the whole. Nothing is written before all agree.
+Every storage is hashed once (digests.py). If ranks have only pieces of a tensor, the pieces are sent to one rank, in
+turns, which hashes the whole. Nothing is written before all ranks agree.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from peraxis_format.binding import check_base_digest
-from peraxis_format.dtypes import raw_bytes
+from peraxis_format.dtypes import Array, raw_bytes
 from peraxis_format.errors import BindingError, LiveModelError, PxdError
 from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.ops.tensors import as_bytes, storage_array
@@ -24,11 +24,11 @@ from peraxis_format.torch.place.digests import digests
 from peraxis_format.torch.place.shards import Box, Placement, ShardView, whole
 from peraxis_format.torch.ring import Ring
 
-__all__ = ["agree", "check_live", "is_sharded", "rank_and_count", "sharded_anywhere"]
+__all__ = ["agree", "check_live", "in_turns", "is_sharded", "rank_and_count", "sharded_anywhere"]
 
 
 def is_sharded(placement: Placement, manifest: Manifest) -> bool:
-    """Whether some module is here in part only."""
+    """Whether some module is only partly on this rank."""
     return any(part.box != whole(entry.shape) for entry in manifest.modules for part in placement[entry.name])
 
 
@@ -41,7 +41,7 @@ def check_live(
     group: Any = None,
     known: Mapping[str, str] | None = None,
 ) -> None:
-    """Every base tensor has the bytes that the manifest names (SPEC 7.3).
+    """Check the bytes of every base tensor (SPEC 7.3).
 
     ring: of the device that holds them, reserved already. group: the torch.distributed group whose ranks hold the
     pieces of sharded tensors (default: all ranks). known: hex digests of base tensors that were checked before; their
@@ -74,11 +74,11 @@ def check_live(
     elif error is not None:
         raise error
     elif pieces:
-        raise LiveModelError(f"{pieces[0].name}: only a piece of it is here; initialise torch.distributed")
+        raise LiveModelError(f"{pieces[0].name}: only a piece of it is on this rank; initialise torch.distributed")
 
 
 def _named(failure: PxdError, manifest: Manifest) -> PxdError:
-    """The same error, which says what base the delta was made for."""
+    """The error with the name of the delta's base."""
     base = manifest.base
     revision = f" at revision {base.revision}" if base.revision else ""
     return BindingError(failure.code, f"the delta was made for {base.id}{revision}", field=failure.field)
@@ -92,7 +92,7 @@ def _distributed() -> bool:
 
 
 def sharded_anywhere(*, here: bool, group: Any = None) -> bool:
-    """Whether any rank holds a module in part only: all of them then have to act together."""
+    """Whether any rank has only a part of a module, so that all ranks have to act together."""
     if not _distributed():
         return False
     return any(_gathered(here, group))
@@ -112,7 +112,7 @@ def rank_and_count(group: Any = None) -> tuple[int, int]:
 
 
 def agree(error: BaseException | None, group: Any = None) -> None:
-    """Raise on every rank where one rank has an error: its own where it has one, else that of the first other rank."""
+    """Raise on every rank if one rank has an error: the rank's own error, else that of the first other rank."""
     if not _distributed():
         if error is not None:
             raise error
@@ -126,35 +126,53 @@ def agree(error: BaseException | None, group: Any = None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """A piece of a tensor that one rank has to give: which, and who it is."""
+    """A piece of a tensor that one rank sends: its box and the rank."""
 
     rank: int
     box: Box
 
 
 def _check_pieces(pieces: Sequence[ModuleEntry], placement: Placement, group: Any) -> None:
-    """Each module is put together on one rank and hashed there; ranks take turns."""
+    """Each module is put together on one rank and hashed there."""
+    failure: PxdError | None = None
+    for entry, _, full in in_turns(pieces, placement, group):
+        if full is not None:
+            try:
+                check_base_digest(entry, hashlib.sha256(raw_bytes(full)).hexdigest())
+            except PxdError as error:
+                failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+def in_turns(
+    pieces: Sequence[ModuleEntry], placement: Placement, group: Any
+) -> Iterator[tuple[ModuleEntry, int, Array | None]]:
+    """(module, rank, tensor): each sharded module put together on one rank, which is another one each time.
+
+    tensor: the whole storage array, None on the other ranks. Every rank of the group has to go through all of them.
+    Raises LiveModelError where the ranks do not hold all of a tensor.
+    """
     rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     boxes = _gathered({entry.name: placement[entry.name][0].box for entry in pieces}, group)
-    failure: PxdError | None = None
     for turn, entry in enumerate(pieces):
         owner = turn % world
         # Replicated pieces are sent once.
         senders = {b[entry.name]: r for r, b in reversed(list(enumerate(boxes))) if entry.name in b}
         messages = [_Message(r, box) for box, r in sorted(senders.items()) if _volume(box)]
+        covered = sum(_volume(message.box) for message in messages)
+        if covered != math.prod(entry.shape):  # on all ranks alike
+            raise LiveModelError(
+                f"{entry.name}: the ranks hold {covered} of its {math.prod(entry.shape)} weights; check `shards`"
+            )
         part = placement[entry.name][0]
         if rank == owner:
-            digest = _assembled(entry, messages, part, group)
-            try:
-                check_base_digest(entry, digest)
-            except PxdError as error:
-                failure = failure or error
-        else:
-            for message in messages:
-                if message.rank == rank:
-                    torch.distributed.send(as_bytes(part.view), dst=_global(owner, group), group=group)
-    if failure is not None:
-        raise failure
+            yield entry, owner, _assembled(entry, messages, part, group)
+            continue
+        for message in messages:
+            if message.rank == rank:
+                torch.distributed.send(as_bytes(part.view), dst=_global(owner, group), group=group)
+        yield entry, owner, None
 
 
 def _global(rank: int, group: Any) -> int:
@@ -165,11 +183,10 @@ def _volume(box: Box) -> int:
     return math.prod(end - begin for begin, end in box)
 
 
-def _assembled(entry: ModuleEntry, messages: Sequence[_Message], mine: ShardView, group: Any) -> str:
-    """The hex digest of the whole tensor, from the pieces of all ranks."""
+def _assembled(entry: ModuleEntry, messages: Sequence[_Message], mine: ShardView, group: Any) -> Array:
+    """The whole tensor, from the pieces of all ranks."""
     rank = torch.distributed.get_rank(group)
     full = np.empty(entry.shape, entry.dtype.storage)
-    covered = 0
     for message in messages:
         shape = tuple(end - begin for begin, end in message.box)
         if message.rank == rank:
@@ -180,7 +197,4 @@ def _assembled(entry: ModuleEntry, messages: Sequence[_Message], mine: ShardView
             torch.distributed.recv(data, src=_global(message.rank, group), group=group)
         where = tuple(slice(begin, end) for begin, end in message.box)
         full[where] = storage_array(data.cpu()).view(entry.dtype.storage).reshape(shape)
-        covered += _volume(message.box)
-    if covered != full.size:
-        raise LiveModelError(f"{entry.name}: the ranks hold {covered} of its {full.size} weights; check `shards`")
-    return hashlib.sha256(raw_bytes(full)).hexdigest()
+    return full

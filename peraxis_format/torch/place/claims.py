@@ -1,8 +1,8 @@
-"""Who changes the weights of a live model: one owner at a time, known by their storages.
+"""Claims on the weights of a live model: one owner at a time for each storage.
 
 A VariantSwitch keeps a pristine copy of the weights that it changes, and `serve` reads the live ones as the base. Both
-are wrong without any sign of it once somebody else writes. So each claims the storages that it relies on, and whoever
-wants to write asks first. A claim ends with its owner, or with the storage.
+would be silently wrong if other code wrote them. So each claims the storages that it relies on, and writers check for
+claims first. A claim ends with its owner, or with the storage.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class _Claim:
     remedy: str
 
 
-_CLAIMS: Final[dict[int, _Claim]] = {}  # data_ptr of a storage -> who relies on it
+_CLAIMS: Final[dict[int, _Claim]] = {}  # data_ptr of a storage -> its claim
 _LOCK: Final = threading.Lock()
 
 
 def refuse_claimed(views: Iterable[Tensor], owner: Any = None) -> None:
-    """Raises LiveModelError where somebody other than `owner` relies on one of these storages."""
+    """Raise LiveModelError if an owner other than `owner` has a claim on one of these storages."""
     with _LOCK:
         for view in views:
             found = _CLAIMS.get(view.untyped_storage().data_ptr())
@@ -44,7 +44,7 @@ def refuse_claimed(views: Iterable[Tensor], owner: Any = None) -> None:
 
 
 def claim(views: Iterable[Tensor], owner: Any, remedy: str) -> None:
-    """Claim storages for an owner. remedy: the whole error for others. Raises as refuse_claimed does."""
+    """Claim storages for an owner. remedy: the error message for others. Raises LiveModelError as refuse_claimed."""
     views = list(views)
     refuse_claimed(views, owner)
     with _LOCK:
@@ -54,7 +54,7 @@ def claim(views: Iterable[Tensor], owner: Any, remedy: str) -> None:
 
 
 def release(owner: Any) -> None:
-    """End all claims of an owner, and those that have ended by themselves."""
+    """End all claims of an owner, and those whose owner is gone."""
     with _LOCK:
         for key, found in list(_CLAIMS.items()):
             if found.owner() in (None, owner) or found.storage() is None:

@@ -1,10 +1,10 @@
-"""SHA-256 of live tensors, in parallel, each of them once.
+"""SHA-256 of live tensors, computed in parallel and once for each tensor.
 
-Host memory is hashed where it lies. Device memory goes through the ring's page-locked buffers, two pieces for each
-thread: one is hashed while the next is on its way.
+Host memory is hashed in place. Device memory goes through the ring's page-locked buffers, two pieces for each thread:
+one is hashed while the next is copied.
 
-A digest is remembered by the tensor's version counter for as long as torch counts no change of it (a write through
-`.data` is not counted: whoever does that has to call `forget`).
+A digest is cached until torch's version counter of the tensor changes. A write through `.data` does not change it, so
+the writer has to call `forget`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _REMEMBERED: Final[Any] = WeakTensorKeyDictionary()  # live tensor -> (data_ptr,
 
 
 def digests(views: Sequence[Tensor], *, device: Device, ring: Ring, workers: int | None = None) -> Iterator[str]:
-    """Hex digests of the tensors' bytes in row-major order, in turn."""
+    """The hex digest of each tensor's bytes in row-major order."""
     count = workers or thread_count()
     staging: SimpleQueue[tuple[Tensor, Tensor]] = SimpleQueue()
     if device.staged:
@@ -91,13 +91,13 @@ def _remember(view: Tensor, digest: str) -> None:
 
 
 def inherit(copy: Tensor, original: Tensor) -> None:
-    """Give a copy that was just made the digest of its original, if that is known."""
+    """Give a new copy the digest of its original, if it is known."""
     digest = _known(original)
     if digest is not None:
         _remember(copy, digest)
 
 
 def forget(views: Sequence[Tensor]) -> None:
-    """Drop the remembered digests of these tensors, so that they are hashed again when needed."""
+    """Drop the cached digests of these tensors, so that they are hashed again when needed."""
     for view in views:
         _REMEMBERED.pop(view, None)

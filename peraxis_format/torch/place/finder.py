@@ -1,4 +1,4 @@
-"""Looks a checkpoint's tensors up in a model: under their own names, in fused rows, in shards, under other names."""
+"""Find a checkpoint's tensors in a model: under their own names, in fused rows, in shards, or under other names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peraxis_format.torch.place.shards import Box, Shard, ShardView, Target, Vie
 
 __all__ = ["FUSED", "Finder", "local_part", "named"]
 
-# Words that wrappers put into the names of parameters: anywhere, and at the beginning.
+# Words that wrappers add to the names of parameters: anywhere, and at the beginning.
 _WITHIN: Final = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|base_layer)\.(?=.)")
 _LEADING: Final = re.compile(r"^(?:module\.|base_model\.model\.)+(?=.)")
 
@@ -25,14 +25,14 @@ FUSED: Final[Mapping[str, tuple[str, ...]]] = {
     "query_key_value": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-"""The last word of a fused parameter's owner -> the words in a checkpoint whose rows it holds, in order."""
+"""The last word of a fused parameter's owner -> the words of its rows in a checkpoint, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finder:
-    """Looks names up: explicit views, the model's own names, rows of fused parameters, what transformers renames.
+    """Looks names up in this order: explicit views, the model's names, fused parameters, transformers' renamings.
 
-    composed: names that transformers makes of several live tensors, or of one in another order.
+    composed: names that transformers composes of several live tensors, or of one in another order.
     """
 
     live: dict[str, Tensor]
@@ -48,7 +48,7 @@ class Finder:
         cls, target: Target, manifest: Manifest, *, views: Views | None, shards: Mapping[str, Shard] | None,
         fused: Mapping[str, tuple[str, ...]],
     ) -> Finder:  # fmt: skip
-        """views, shards, fused: see placement.place. Transformers is asked only where the names do not do."""
+        """views, shards, fused: see placement.place. transformers is used only if the names are not sufficient."""
         entries = {entry.name: entry for entry in manifest.modules}
         finder = cls(named(target), views or {}, shards or {}, fused, entries)
         missing = any(not finder.find(name, entry) for name, entry in entries.items())
@@ -59,7 +59,7 @@ class Finder:
         return finder
 
     def find(self, name: str, entry: ModuleEntry) -> list[ShardView]:
-        """The parts of a checkpoint tensor; none where the model lacks it."""
+        """The parts of a checkpoint tensor; empty if the model lacks it."""
         if name in self.views:
             given = self.views[name]
             if isinstance(given, Tensor):
@@ -81,7 +81,7 @@ class Finder:
         return (*box[: shard.dim], cut, *box[shard.dim + 1 :])
 
     def _rows(self, name: str, entry: ModuleEntry) -> Iterator[ShardView]:
-        """Rows of a fused parameter: those of the words before this one come first, by the manifest's shapes."""
+        """Rows of a fused parameter; the manifest's shapes give the rows before them."""
         words = name.split(".")
         for fused_word, members in self.fused.items():
             for i, word in enumerate(words):
@@ -97,7 +97,7 @@ class Finder:
                 if tensor.shape[0] != begins[-1]:
                     raise LiveModelError(
                         f"{owner}: {tensor.shape[0]} rows, but {', '.join(members)} have {begins[-1]} together; "
-                        "say where they lie with `views`"
+                        "give their places with `views`"
                     )
                 k = members.index(word)
                 yield ShardView(boxes[k], tensor.detach()[begins[k] : begins[k + 1]])
@@ -114,7 +114,7 @@ def local_part(tensor: Tensor, box: Box, name: str) -> ShardView:
 
 
 def _shard_box(tensor: Any, box: Box, placements: Sequence[Any], name: str) -> Box:
-    """This rank's box of a DTensor: mesh dimensions cut one after the other."""
+    """This rank's box of a DTensor; mesh dimensions are cut one after the other."""
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         raise LiveModelError(f"{name}: this rank is not in the tensor's device mesh")
@@ -135,9 +135,9 @@ def _inner(model: nn.Module) -> nn.Module:
 
 
 def named(target: Target) -> dict[str, Tensor]:
-    """Every tensor of a model under each of its names, or the state dict itself; also without what wrappers add.
+    """Every tensor of a model under each of its names, or the state dict itself; also under names without wrappers.
 
-    torch.compile, DistributedDataParallel, activation checkpointing and PEFT put words into names. The name without
+    torch.compile, DistributedDataParallel, activation checkpointing and PEFT add words to names. The name without
     them is the checkpoint's.
     """
     if isinstance(target, nn.Module):

@@ -1,4 +1,4 @@
-"""Where the tensors of a checkpoint live in a model, and whether they can hold the fine-tune (see shards.py)."""
+"""Find the tensors of a checkpoint in a model, and check that they can become the fine-tune (see shards.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peraxis_format.delta import Encoding
 from peraxis_format.errors import BindingError, LiveModelError
 from peraxis_format.manifest import Manifest, ModuleEntry
-from peraxis_format.ops.tensors import TORCH_DTYPES, dtype_of
+from peraxis_format.ops.tensors import dtype_of, torch_dtype
 from peraxis_format.torch.place.finder import FUSED, Finder
 from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, storage_key, whole
 from peraxis_format.torch.place.widened import holds_the_dtype, is_widened, narrowed
@@ -32,9 +32,8 @@ def place(
 
     views: the live tensor for a name that the model does not have. shards: names whose live tensor is a shard. fused:
     see FUSED. Tensors that transformers renames are found without these. exact: whether the caller applies exact
-    modules. Raises BindingError (E401, E402, E403) if the
-    model is not the base. Raises LiveModelError if the model cannot hold the fine-tune: transformed weights, another
-    shape or dtype, or a tensor that the fine-tune does not have.
+    modules. Raises BindingError (E401, E402, E403) if the model is not the base. Raises LiveModelError if the model
+    cannot become the fine-tune: transformed weights, another shape or dtype, or a tensor that the fine-tune lacks.
     """
     _refuse_quantised(target)
     _refuse_part(manifest)
@@ -64,9 +63,9 @@ def place(
 
 
 def _refuse_part(manifest: Manifest) -> None:
-    # SPEC 14: a part would leave the live model a mixture of base and fine-tune.
+    # SPEC 14: a part would make the live model a mixture of base and fine-tune.
     if "peraxis.part" in manifest.metadata:
-        raise LiveModelError("the file is a part of a delta; put the parts together with `peraxis-tools merge` first")
+        raise LiveModelError("the file is a part of a delta; join the parts with `peraxis-tools merge` first")
 
 
 def _refuse_exact(manifest: Manifest) -> None:
@@ -81,16 +80,18 @@ def _refuse_quantised(target: Target) -> None:
     quantised = getattr(target, "hf_quantizer", None) is not None or getattr(target, "is_quantized", False)
     if quantised:
         raise LiveModelError(
-            "the model is quantised: its weights are not the base's any more; load it without quantization_config, "
+            "the model is quantised, so its weights are not the base's; load it without quantization_config, "
             "apply, then quantise"
         )
 
 
 def _checked(entry: ModuleEntry, part: ShardView, *, mixed: bool) -> ShardView:
-    """The part, in the base's dtype where the live model keeps it wider."""
+    """The part, in the base's dtype if the live model has a wider one."""
     name, view = entry.name, part.view
     if type(view) not in (Tensor, nn.Parameter, nn.Buffer):
-        raise LiveModelError(f"{name}: {type(view).__name__} is no plain tensor; apply before quantising or wrapping")
+        raise LiveModelError(
+            f"{name}: {type(view).__name__} is not a plain tensor; apply before quantising or wrapping"
+        )
     if view.device.type == "meta":
         raise LiveModelError(f"{name}: on the meta device, without storage; load the weights first")
     if mixed and is_widened(entry, view):
@@ -100,7 +101,7 @@ def _checked(entry: ModuleEntry, part: ShardView, *, mixed: bool) -> ShardView:
 
 
 def _check(entry: ModuleEntry, part: ShardView) -> None:
-    """The live tensor is the base's (SPEC 7.2), and can hold the fine-tuned one in place."""
+    """Check that the live tensor is the base's (SPEC 7.2), and that the fine-tuned one fits into its storage."""
     name, view = entry.name, part.view
     dtype = dtype_of(view, name)
     local = tuple(end - begin for begin, end in part.box)
@@ -111,7 +112,7 @@ def _check(entry: ModuleEntry, part: ShardView) -> None:
         if dtype is not base.dtype and tuple(view.shape) == expected:
             raise BindingError(
                 "E403",
-                f"{dtype.value}, not {base.dtype.value}: load the model with dtype={TORCH_DTYPES[base.dtype]}",
+                f"{dtype.value}, not {base.dtype.value}: load the model with dtype={torch_dtype(base.dtype)}",
                 field=name,
             )
         if tuple(view.shape) != expected:
@@ -128,7 +129,7 @@ def _check(entry: ModuleEntry, part: ShardView) -> None:
 
 
 def _distinct(parts: Sequence[ShardView]) -> tuple[ShardView, ...]:
-    """Each storage once: tied tensors are one."""
+    """The parts with distinct storages; tied tensors share one."""
     return tuple({(part.box, storage_key(part.live)): part for part in parts}.values())
 
 
@@ -136,8 +137,8 @@ def _refuse_composed(missing: list[str], finder: Finder) -> None:
     composed = next((name for name in missing if name in finder.composed), None)
     if composed is not None:
         raise LiveModelError(
-            f"{composed}: transformers keeps it in several tensors, or in another order, so that it has no place "
-            "of its own in the live model; write the checkpoint with `peraxis-tools apply`, or use peraxis.load"
+            f"{composed}: transformers stores it in several tensors, or in another order, so it is not one tensor "
+            "of the live model; write the checkpoint with `peraxis-tools apply`, or use peraxis.load"
         )
 
 
@@ -146,14 +147,14 @@ def _refuse_missing(manifest: Manifest, missing: list[str]) -> None:
     bound = [module for module in manifest.modules if module.base is not None]
     lacking = [name for name in missing if entries[name].base is not None]
     if lacking and len(lacking) == len(bound):
-        raise BindingError("E401", f"the live model has no {lacking[0]!r}, nor any other of {len(lacking)}")
+        raise BindingError("E401", f"the live model has none of {len(lacking)} base tensors, like {lacking[0]!r}")
     if lacking:
         detail = f"the live model has no {lacking[0]!r} ({len(lacking)} of {len(bound)} missing)"
         raise BindingError("E402", detail)
     if missing:
         raise LiveModelError(
             f"the live model has no {missing[0]!r}, which the fine-tune adds; write the checkpoint with "
-            "`peraxis-tools apply`, or give the tensor a place with `views`"
+            "`peraxis-tools apply`, or pass the tensor in `views`"
         )
 
 
@@ -161,13 +162,13 @@ def _refuse_dropped(manifest: Manifest, finder: Finder) -> None:
     left = [name for name in manifest.dropped if name in finder.live]
     if left:
         raise LiveModelError(
-            f"the fine-tune has no {left[0]!r} any more, but the live model uses it; write the checkpoint with "
+            f"the fine-tune has no {left[0]!r}, but the live model uses it; write the checkpoint with "
             "`peraxis-tools apply`"
         )
 
 
 def _refuse_shared(manifest: Manifest, placement: Placement) -> None:
-    """Two modules in one storage can only be one module under two names."""
+    """Raise LiveModelError if two different modules share one storage."""
     held: dict[tuple[Any, ...], ModuleEntry] = {}
     for entry in manifest.modules:
         for part in placement[entry.name]:

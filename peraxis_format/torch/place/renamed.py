@@ -1,9 +1,9 @@
-"""Where the checkpoint's tensors lie in a transformers model that names and shapes its own differently.
+"""Find the checkpoint's tensors in a transformers model with other names and shapes.
 
 Since version 5 such models are loaded through a mapping (experts `...experts.3.w1.weight` become rows of one tensor
-`...experts.gate_up_proj`; prefixes change), and saved through its reverse. Run on the live tensors with copies held
-back, the reverse gives for each name in the checkpoint a view into live storage. Nothing here knows any model; that a
-view is the right one is shown by the base's digest, which is checked before anything is written.
+`...experts.gate_up_proj`; prefixes change), and saved through its reverse. The reverse is run on the live tensors, with
+copies suppressed, and gives a view into live storage for each name in the checkpoint. This works for any model; the
+base's digest, which is checked before anything is written, proves that a view is the right one.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ __all__ = ["CheckpointViews", "checkpoint_views"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointViews:
-    """views: name in the checkpoint -> view into live storage. composed: names of tensors that are none: the mapping
-    puts them together from several live ones, or reorders their elements.
+    """views: name in the checkpoint -> view into live storage. composed: names without a view, because the mapping
+    composes them of several live tensors, or reorders their elements.
     """
 
     views: dict[str, Tensor]
@@ -31,7 +31,7 @@ class CheckpointViews:
 
 
 class _NoCopies(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
-    """A copy into another layout (`contiguous`) is a view of what it would copy. What needs a copy becomes one."""
+    """A copy into another layout (`contiguous`) returns a view of its source. Other copies are made."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.clone.default:
@@ -42,9 +42,9 @@ class _NoCopies(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
 
 
 def checkpoint_views(model: nn.Module) -> CheckpointViews:
-    """Where the checkpoint's tensors lie; nothing for a model that transformers does not rename.
+    """The views of the checkpoint's tensors; empty for a model that transformers does not rename.
 
-    Raises LiveModelError where the mapping cannot be reversed.
+    Raises LiveModelError if the mapping cannot be reversed.
     """
     state = model.state_dict()
     plain = all(type(tensor) is Tensor for tensor in state.values())
@@ -53,7 +53,7 @@ def checkpoint_views(model: nn.Module) -> CheckpointViews:
         return nothing
     try:
         from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # before version 5 models had the checkpoint's names
+    except ImportError:  # before version 5, models had the checkpoint's names
         return nothing
     try:
         converted: Any = model
@@ -62,8 +62,8 @@ def checkpoint_views(model: nn.Module) -> CheckpointViews:
             found: dict[str, Any] = revert_weight_conversion(converted, dict(state))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise LiveModelError(
-            f"{type(model).__name__}: the names of its checkpoint cannot be found out ({error}); say with `views` "
-            "where its tensors lie"
+            f"{type(model).__name__}: the names of its checkpoint cannot be determined ({error}); give the "
+            "places of its tensors with `views`"
         ) from error
     live = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
     views = {

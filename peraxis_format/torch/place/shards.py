@@ -1,12 +1,12 @@
-"""A checkpoint tensor is a box of indices, [0, d0) x [0, d1) x ...; a ShardView says which one lies where.
+"""A checkpoint tensor is a box of indices, [0, d0) x [0, d1) x ...; a ShardView gives the place of a box.
 
     plain            one part, the whole box, the parameter itself
-    tied             one part for each distinct storage among the module and its aliases (mostly one)
-    fused            one part, the whole box, a stretch of the fused parameter (qkv_proj, gate_up_proj, experts)
+    tied             one part for each distinct storage among the module and its aliases (usually one)
+    fused            one part, the whole box, a slice of the fused parameter (qkv_proj, gate_up_proj, experts)
     sharded          one part, this rank's box, the local tensor (DTensor, or `shards` for plain local tensors)
 
-That is all that the rest of the loader knows of a model; placement.py finds it out. Sharding along a dimension is
-torch.chunk's: pieces of ceil(d / n), the last ones shorter or empty.
+The rest of the loader uses only this description of a model, which placement.py makes. Sharding along a dimension
+follows torch.chunk: pieces of ceil(d / n), the last ones shorter or empty.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ Target: TypeAlias = nn.Module | Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShardView:
-    """A box of a checkpoint tensor and the live storage that holds it. view: a tensor of the box's shape.
+    """A box of a checkpoint tensor and its live storage. view: a tensor of the box's shape.
 
-    wide: the live tensor in F32 where the view is only a copy of it in the checkpoint's dtype (widened.py); `publish`
-    then brings what was written into the view to the model.
+    wide: the live tensor in F32, if the view is a copy of it in the checkpoint's dtype (widened.py); `publish` then
+    copies the view's values into the model.
     """
 
     box: Box
@@ -54,14 +54,14 @@ class ShardView:
         return self.view if self.wide is None else self.wide
 
     def publish(self) -> None:
-        """What is in the view is in the model from here on."""
+        """Copy the view's values into the model."""
         if self.wide is not None:
             self.wide.copy_(self.view)
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """This rank's piece of a tensor that is split along one dimension. 0 <= index < count."""
+    """This rank's piece of a tensor that is split along one dimension; 0 <= index < count."""
 
     dim: int
     index: int
@@ -73,24 +73,24 @@ Views: TypeAlias = Mapping[str, Tensor | ShardView | Sequence[ShardView]]
 
 
 def whole(shape: Sequence[int]) -> Box:
-    """The box that is all of a tensor."""
+    """The box of a whole tensor."""
     return tuple((0, d) for d in shape)
 
 
 def chunk(extent: tuple[int, int], index: int, count: int) -> tuple[int, int]:
-    """Piece `index` of `count` of [begin, end), as torch.chunk cuts."""
+    """Piece `index` of `count` of [begin, end), as torch.chunk cuts it."""
     begin, end = extent
     step = -(-(end - begin) // count)
     return min(begin + index * step, end), min(begin + (index + 1) * step, end)
 
 
 def storage_key(view: Tensor) -> tuple[Any, ...]:
-    """Equal for views of the same storage in the same layout."""
+    """A key that is equal for views of the same storage in the same layout."""
     return view.device, view.data_ptr(), tuple(view.shape), view.stride()
 
 
 def copy_aside(placement: Placement, *, host: bool = False, pinned: bool = False) -> dict[ShardView, Tensor]:
-    """A contiguous copy of every live storage: beside it, or in host memory, page-locked or not."""
+    """A contiguous copy of every live storage, on its device or in host memory, page-locked or not."""
     copies = {}
     for parts in placement.values():
         for part in parts:
@@ -103,7 +103,7 @@ def copy_aside(placement: Placement, *, host: bool = False, pinned: bool = False
 
 
 def increment_versions(parts: Iterable[ShardView]) -> None:
-    """Tell autograd and whoever remembers digests that the weights change (they are written behind torch's back)."""
+    """Increment torch's version counters, for autograd and cached digests, because torch does not see these writes."""
     with torch.no_grad():
         for part in parts:
             if not part.live.is_inference():

@@ -1,7 +1,7 @@
-"""Notices when the tensors of a live model are no longer those that were placed.
+"""Detect that the tensors of a live model are no longer those that were placed.
 
-`load_state_dict(assign=True)`, a new Parameter and `.to(dtype)` give a model other storages. What holds views of the
-old ones would then write into memory that no forward reads. A look at each tensor costs less than a microsecond.
+`load_state_dict(assign=True)`, a new Parameter and `.to(dtype)` give a model other storages. A loader with views of the
+old ones would then write into memory that no forward reads. The check of a tensor costs less than a microsecond.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["LiveTensors"]
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """One name of a tensor: the mapping that the model looks it up in, and the tensor that was there."""
+    """One name of a tensor: the mapping where the model looks it up, and the tensor that was there."""
 
     name: str
     holder: Mapping[str, Any]
@@ -40,7 +40,7 @@ class _Slot:
 
 
 class LiveTensors:
-    """The tensors of a model that lie in the storages of placements, and how often each was written."""
+    """The tensors of a model in the storages of placements, with their version counters."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -48,7 +48,7 @@ class LiveTensors:
         self._versions: dict[ShardView, int] = {}
 
     def add(self, placement: Placement) -> None:
-        """Watch the tensors behind a placement, from their state of now on."""
+        """Watch the tensors of a placement, from their present state on."""
         wanted = {part.live.untyped_storage().data_ptr() for parts in placement.values() for part in parts}
         for name, holder, key in _names(self._target):
             tensor = holder[key]
@@ -60,17 +60,17 @@ class LiveTensors:
         self.remember(part for parts in placement.values() for part in parts if part not in self._versions)
 
     def remember(self, parts: Iterable[ShardView]) -> None:
-        """What these storages hold now was written by their owner."""
+        """Record the present content of these storages as written by their owner."""
         for part in parts:
             if not part.live.is_inference():
                 self._versions[part] = part.live._version
 
     def written(self) -> frozenset[ShardView]:
-        """Storages that somebody other than their owner has written."""
+        """Storages that were written by other code than their owner."""
         return frozenset(part for part, version in self._versions.items() if part.live._version != version)
 
     def check(self, *, overwrite: bool = False) -> None:
-        """Raises LiveModelError where a tensor was replaced, or, unless `overwrite`, written by somebody else."""
+        """Raise LiveModelError if a tensor was replaced, or, unless `overwrite`, written by other code."""
         for slot in self._slots.values():
             if not slot.is_same:
                 raise LiveModelError(
@@ -91,13 +91,13 @@ class LiveTensors:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """A DTensor's own piece, whose storage is the one that is written."""
+    """A DTensor's local piece, whose storage is written; other tensors are returned unchanged."""
     local: Tensor = getattr(tensor, "_local_tensor", tensor)
     return local
 
 
 def _names(target: Target) -> Iterator[tuple[str, Mapping[str, Any], str]]:
-    """(name, the mapping that holds it, its key there) of every tensor."""
+    """(name, its mapping, its key there) of every tensor."""
     if not isinstance(target, nn.Module):
         yield from ((name, target, name) for name in target)
         return

@@ -1,8 +1,8 @@
-"""Tensors that the live model keeps in F32 while the base has them in BF16 or F16.
+"""Tensors that are F32 in the live model and BF16 or F16 in the base.
 
-transformers loads some modules so (`_keep_in_fp32_modules`: routers, state-space parameters), and training tools cast
-norms. Every BF16 and F16 value is an F32 value, so that such a tensor holds the base as long as nobody computed on it.
-It is checked, rebuilt and swapped in the base's dtype, in a copy, and the copy is cast into the live storage.
+transformers loads some modules this way (`_keep_in_fp32_modules`: routers, state-space parameters), and training tools
+cast norms. Every BF16 and F16 value is an F32 value, so such a tensor has the base's values unless it was changed. It
+is checked, rebuilt and swapped as a copy in the base's dtype, and the copy is cast into the live storage.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _NARROW: Final = (DType.BF16, DType.F16)
 
 
 def is_widened(entry: ModuleEntry, view: Tensor) -> bool:
-    """Whether a live tensor is F32 where base and fine-tune are both BF16, or both F16; or the fine-tune alone."""
+    """Whether a live tensor is F32 but base (if any) and fine-tune are both BF16, or both F16."""
     base = entry.dtype if entry.base is None else entry.base.dtype
     return base in _NARROW and entry.dtype is base and view.dtype is torch.float32
 
 
 def holds_the_dtype(found: Mapping[str, Iterable[ShardView]], entries: Iterable[ModuleEntry]) -> bool:
-    """Whether some live tensor has the BF16 or F16 of the file: else the whole model was loaded in another dtype."""
+    """Whether some live tensor has the file's BF16 or F16; otherwise the whole model was loaded in another dtype."""
     return any(
         part.view.dtype is TORCH_DTYPES[entry.dtype]
         for entry in entries
@@ -44,7 +44,7 @@ def holds_the_dtype(found: Mapping[str, Iterable[ShardView]], entries: Iterable[
 def narrowed(entry: ModuleEntry, part: ShardView) -> ShardView:
     """The part with a copy in the base's dtype as its view, and the live tensor as `wide`.
 
-    Raises BindingError (E404) where there is a base and the live values are not exactly values of that dtype.
+    Raises BindingError (E404) if there is a base and the live values are not exactly values of that dtype.
     """
     wide = part.view.detach()
     view = wide.to(TORCH_DTYPES[entry.dtype], memory_format=torch.contiguous_format)

@@ -3,10 +3,10 @@
     served = serve(model, {"legal": "legal.pxd", "medical": "medical.pxd"})
     with served.using(["legal", None, "medical"]):              # one a sequence; None: the base
         model.generate(**batch)
-    served.close()                                              # the model is an ordinary one again
+    served.close()                                              # the model is the base again
 
-The base's weights are never written. A variant costs its masks (a sixteenth of BF16) and its exact tensors. What a row
-gets is its own variant's output; how that differs from the merged model's is said in docs/loading.md.
+The base's weights are never written. A variant takes the memory of its masks (a sixteenth of BF16) and its exact
+tensors. Each row gets its own variant's output; docs/loading.md describes the difference to the merged model's.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ __all__ = ["Served", "serve"]
 
 Backend = Literal["auto", "torch", "numba", "triton"]
 _INDEX_DTYPES: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_CLAIMED: Final = "the model is served: its weights have to stay the base; close that `Served` first"
+_CLAIMED: Final = "the model is being served, so its weights must stay the base; close that `Served` first"
 
 
 class Served:
@@ -76,7 +76,7 @@ class Served:
 
         variants: one for each sequence (dimension 0 of the batch), or one for each token of a packed batch. A variant
         is a name, its index in `names`, or None or -1 for the base. Repeat it for beams and repeated sequences. A
-        single name outside a list stands for every row. Raises LiveModelError for an unknown variant and after `close`;
+        single name outside a list applies to every row. Raises LiveModelError for an unknown variant and after `close`;
         the forward raises it for a batch of another length.
         """
         if self._closed:
@@ -95,12 +95,12 @@ class Served:
         if isinstance(variants, Tensor):
             if variants.ndim != 1 or variants.dtype not in _INDEX_DTYPES:
                 raise LiveModelError(
-                    f"variants as a tensor are integers [sequences], not {variants.dtype} {list(variants.shape)}"
+                    f"variants as a tensor must be integers [sequences], not {variants.dtype} {list(variants.shape)}"
                 )
             variants = variants.tolist()
         given = list(variants)
         if not given:
-            raise LiveModelError("an empty batch has no variants; give one a sequence")
+            raise LiveModelError("an empty batch has no variants; give one for each sequence")
         return Rows(tuple(self._id(v) for v in given))
 
     @contextlib.contextmanager
@@ -115,7 +115,7 @@ class Served:
         return self._within(Rows((variant,), every=True))
 
     def _begin(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        """Before each forward of the model: compare the batch with the variants that were given."""
+        """A hook before each forward of the model: compare the batch with the given variants."""
         rows = self._rows.get()
         named = [kwargs.get(name) for name in ("input_ids", "inputs_embeds")]
         given = next((value for value in (*args, *named) if isinstance(value, Tensor) and value.ndim >= 2), None)
@@ -138,9 +138,9 @@ class Served:
         return variant
 
     def state(self, module: nn.Module, *, widened: bool = False) -> State:
-        """The state of a module, made and put in its place when first asked for.
+        """The state of a module, made and attached on first use.
 
-        widened: the module keeps a tensor in F32 that the base has in BF16 or F16: it runs once for each variant.
+        widened: the module has a tensor in F32 that is BF16 or F16 in the base, so it runs once for each variant.
         """
         if module not in self._states:
             products: Products = TorchProducts(None if self._backend == "auto" else self._backend)
@@ -165,7 +165,7 @@ class Served:
             module.__dict__["peraxis"] = state
         elif isinstance(module, nn.Embedding) and not widened and _looks_up_ids(kind):
             self._classes[module] = kind
-            # A subclass keeps its own attributes and methods behind the exchanged forward.
+            # A subclass keeps its own attributes and methods; only its forward is replaced.
             bases = (ServedEmbedding,) if kind is nn.Embedding else (ServedEmbedding, kind)
             module.__class__ = type("ServedEmbedding", bases, {})
             module.__dict__.update(peraxis=state, peraxis_class=kind)
@@ -215,14 +215,14 @@ def serve(
     views: Views | None = None,
     workers: int | None = None,
 ) -> Served:
-    """Make a live model that holds the base serve several variants of it in one batch.
+    """Make a live model with the base's weights serve several variants in one batch.
 
     backend: "triton" (CUDA), "torch" (anywhere), "numba" (CPU), or "auto" (ops/backend.py). views: see placement.place.
-    Every delta is checked in full, and the base's bytes once. Raises as apply_ does, and BackendError; the model is
-    then as it was.
+    Every delta is checked in full, and the base's bytes once. Raises the errors of apply_, and BackendError; the model
+    is then unchanged.
     """
     if any(isinstance(module.__dict__.get("peraxis"), State) for module in model.modules()):
-        raise LiveModelError("the model is served already; close that first, or give all variants at once")
+        raise LiveModelError("the model is already served; close that `Served` first, or pass all variants at once")
     if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
         raise LiveModelError("a compiled model cannot be served on the fly; pass the model that was compiled")
     for name, parameter in model.named_parameters():
@@ -251,12 +251,12 @@ def serve(
 
 
 def _looks_up_ids(kind: type[nn.Module]) -> bool:
-    """Whether a kind of embedding takes token ids and nothing else, so that rows of its table are all that it reads."""
+    """Whether a class of embeddings takes only token ids, so that it reads only rows of its table."""
     return len(inspect.signature(kind.forward).parameters) == 2
 
 
 def _backend(asked: Backend, model: nn.Module) -> Backend:
-    """Kernels for the whole model, or "auto" where each weight chooses for itself. Raises BackendError."""
+    """The backend of the whole model, or "auto" if it is chosen for each weight. Raises BackendError."""
     device = "cuda" if any(parameter.is_cuda for parameter in model.parameters()) else "cpu"
     if device == "cuda" and asked in ("auto", "triton"):
         require_triton()
@@ -265,7 +265,7 @@ def _backend(asked: Backend, model: nn.Module) -> Backend:
 
 
 def _register(served: Served, index: int, file: DeltaFile, placement: Placement) -> None:
-    """Bring one variant's patches to the modules that own the parameters."""
+    """Add one variant's patches to the modules that own the parameters."""
     owners = _Owners(served.model)
     check_pads(file)
     for part in (part for parts in placement.values() for part in parts if part.wide is not None):
@@ -281,11 +281,11 @@ def _register(served: Served, index: int, file: DeltaFile, placement: Placement)
         for part in placement[name]:
             where, found = owners.of(part.live)
             if not found:
-                raise LiveModelError(f"{name}: no module owns its storage; give rows of a parameter in `views`")
+                raise LiveModelError(f"{name}: no module owns its storage; pass rows of a parameter in `views`")
             patch = _patch(delta, part, where)
             for module, parameter in found:
                 if patch.region is not None and isinstance(module, nn.Linear | nn.Embedding):
-                    raise LiveModelError(f"{name}: lies across rows of a {type(module).__name__}; use VariantSwitch")
+                    raise LiveModelError(f"{name}: is not whole rows of a {type(module).__name__}; use VariantSwitch")
                 served.state(module).patches.setdefault(parameter, {}).setdefault(index, []).append(patch)
 
 
@@ -306,7 +306,7 @@ def _patch(delta: ModuleDelta, part: ShardView, where: _Where) -> Patch:
 
 
 class _Owners:
-    """Which modules own a storage: all that hold the parameter (tied ones are several), and which stretch of it."""
+    """The modules that own a storage: all with the parameter (several if it is tied), and the slice of it."""
 
     def __init__(self, model: nn.Module) -> None:
         by_storage: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -318,7 +318,7 @@ class _Owners:
         self._owners = by_storage
 
     def of(self, view: Tensor) -> tuple[_Where, list[tuple[nn.Module, str]]]:
-        """(where, owners) of a view into a parameter; no owners where there is none."""
+        """(where, owners) of a view into a parameter; owners is empty if there are none."""
         at = view.data_ptr()
         place = bisect_right(self._begins, at) - 1
         if place < 0:

@@ -1,7 +1,7 @@
-"""Any other module under a mixed batch: itself, run on each variant's rows with its own parameters: the merged bits.
+"""Other modules in a mixed batch: the module runs on each variant's rows with its parameters, with the merged bits.
 
-What it returns is put together again by rows. A module may return one row a sequence, or one a token where it flattens
-them; an embedding of positions may return one table for all sequences. Anything else is refused.
+The outputs are joined again by rows. A module may return one row per sequence, or one per token if it flattens them; an
+embedding of positions may return one table for all sequences. Other outputs are refused.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ __all__ = ["GroupForward"]
 
 
 class GroupForward:
-    """Stands in for a module's forward: one run for each variant in the batch, on that variant's rows."""
+    """Replaces a module's forward by one run for each variant in the batch, on that variant's rows."""
 
     def __init__(self, module: nn.Module, state: State) -> None:
         self.module = module
         self.state = state
-        self.replaced: Callable[..., Any] | None = module.__dict__.get("forward")  # another library's, on the instance
+        self.replaced: Callable[..., Any] | None = module.__dict__.get("forward")  # of another library
         self.plain: Callable[..., Any] = module.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Dimension 0 of every tensor argument that has the batch's size is the batch; or else that of a matrix which
-        is a multiple of it: the batch's tokens, one sequence after the other.
+        """Run the module. Dimension 0 of each tensor argument of the batch's size is the batch; if there is none,
+        dimension 0 of a matrix that is a multiple of it is the batch's tokens, one sequence after the other.
         """
         rows = self.state.rows()
         if rows is None or not (self.state.grouped or any(self.state.changed(v) for v in rows.variants)):
@@ -55,7 +55,7 @@ class GroupForward:
     def _leading(
         self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[int, ...], torch.device]:
-        """(sequences,) or (sequences, tokens) that dimension 0 of the arguments counts, and where they are."""
+        """The meaning of the arguments' dimension 0, (sequences,) or (sequences, tokens), and their positions."""
         size = len(rows.ids)
         given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim]
         for a in given:
@@ -65,19 +65,19 @@ class GroupForward:
             whole = rows.lead is None or rows.lead[0] != size or a.shape[0] == math.prod(rows.lead)
             if a.ndim == 2 and a.shape[0] % size == 0 and whole:
                 return (size, a.shape[0] // size), a.device
-        if isinstance(self.module, nn.Embedding):  # of positions, from a shape or a range of its own
+        if isinstance(self.module, nn.Embedding):  # positions, from a shape or a range
             return (size,), self.module.weight.device
         raise LiveModelError(
-            f"{_plain_name(self.module)}: no argument has the batch ({size}) as dimension 0, so its variants cannot "
-            "be told apart; serve one variant a batch"
+            f"{_plain_name(self.module)}: no argument has the batch ({size}) as dimension 0, so its variants are "
+            "unknown; serve one variant per batch"
         )
 
     def _refuse_cache(self, values: tuple[Any, ...]) -> None:
-        """A cache holds the whole batch: a run on some of its rows would write over the others."""
+        """Refuse a cache of the whole batch, because a run on some rows would overwrite the others."""
         if any("Cache" in kind.__name__ for value in values for kind in type(value).__mro__):
             raise LiveModelError(
-                f"{_plain_name(self.module)}: has weights of its own that variants change, and a cache; mixed "
-                "variants need use_cache=False there, or one variant a batch"
+                f"{_plain_name(self.module)}: has weights that variants change, and a cache; mixed "
+                "variants need use_cache=False there, or one variant per batch"
             )
 
     def _run(self, variant: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -102,7 +102,7 @@ class GroupForward:
 
 
 def _plain_name(module: nn.Module) -> str:
-    """The name of the module's own class, not of the one that serving puts in its place."""
+    """The name of the module's own class, not of the serving class that replaces it."""
     return type(module).__name__.removeprefix("Served")
 
 
@@ -119,31 +119,31 @@ def _taken(
 
 
 def _heights(values: Sequence[Any], size: int) -> tuple[int, ...]:
-    """Rows that a module may return for each of its own: 1, or the tokens of a sequence that it flattens."""
+    """The allowed numbers of output rows per input row: 1, or the tokens of a sequence that the module flattens."""
     given = (value for value in values if isinstance(value, Tensor) and value.ndim > 2 and len(value) == size)
     return 1, *(value.shape[1] for value in given)
 
 
 def _one_a_sequence(output: Any, count: int) -> Any:
-    """An embedding's rows [count, tokens, width], where it returned [1, tokens, width] for all sequences.
+    """An embedding's rows [count, tokens, width] if it returned [1, tokens, width] for all sequences.
 
-    [tokens, width] stays, and is refused: who uses it may put dimensions in front of it.
+    [tokens, width] is left unchanged and then refused, because its user may add dimensions before it.
     """
     shared = isinstance(output, Tensor) and output.ndim == 3 and len(output) == 1
     return output.expand(count, *output.shape[1:]) if shared else output
 
 
 class _Joined:
-    """What the runs of a module returned, as one run on the whole batch would have.
+    """Joins the outputs of a module's runs into the output of one run on the whole batch.
 
-    counts: rows of each run. back: the order that puts the rows of all runs where they belong. heights: see _heights.
+    counts: rows of each run. back: the index that restores the order of the batch. heights: see _heights.
     """
 
     def __init__(self, name: str, counts: Sequence[int], back: Tensor, heights: Sequence[int]) -> None:
         self._name, self._counts, self._back, self._heights = name, counts, back, heights
 
     def of(self, outputs: Sequence[Any]) -> Any:
-        """One value of the runs' values. Raises LiveModelError for what has no rows."""
+        """Join one value of all runs. Raises LiveModelError for a value without rows."""
         first = outputs[0]
         if isinstance(first, Tensor):
             return self._tensor(outputs)
@@ -152,18 +152,18 @@ class _Joined:
         if isinstance(first, tuple | list):
             joined = [self.of(list(column)) for column in zip(*outputs, strict=True)]
             return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
-        if isinstance(first, dict):  # transformers' ModelOutput is one
+        if isinstance(first, dict):  # also transformers' ModelOutput
             return type(first)(**{key: self.of([value[key] for value in outputs]) for key in first})
-        raise LiveModelError(f"{self._name}: returned {type(first).__name__}; serve one variant a batch")
+        raise LiveModelError(f"{self._name}: returned {type(first).__name__}; serve one variant per batch")
 
     def _tensor(self, outputs: Sequence[Tensor]) -> Tensor:
         rows = [len(value) if value.ndim else 0 for value in outputs]
         for height in self._heights:
-            # Several rows for each where the module flattens tokens.
+            # There are several rows for each if the module flattens tokens.
             flattened = height == 1 or outputs[0].ndim > 1
             if flattened and rows == [height * count for count in self._counts]:
                 joined = torch.cat(list(outputs))
                 return joined.reshape(len(self._back), height, *joined.shape[1:])[self._back].flatten(0, 1)
         raise LiveModelError(
-            f"{self._name}: returned {sum(rows)} rows for a batch of {len(self._back)}; serve one variant a batch"
+            f"{self._name}: returned {sum(rows)} rows for a batch of {len(self._back)}; serve one variant per batch"
         )

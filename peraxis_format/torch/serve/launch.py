@@ -1,15 +1,16 @@
 """The kernels' `Products` of one linear: a single row, few rows of a variant, or many (ops/signed_matmul/launch.py).
 
-The tables of a linear are made when it is first needed, those of a batch when it is first seen (rows.py), so that the
-same batch can be captured in a CUDA graph after one run.
+The tables of a linear are made on its first use, those of a batch on its first run (rows.py), so the same batch can be
+captured in a CUDA graph after one run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from peraxis_format.ops.signed_matmul import launch
 from peraxis_format.ops.signed_matmul.launch import DECODE_ROWS, PREFILL_ROWS, FactorTable
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from peraxis_format.torch.serve.modules import State
 
 __all__ = ["LinearKernels"]
+
+_DENSE: Final = 1 << 26  # weights: 128 MiB of BF16, a matrix of an 8B model
 
 
 class LinearKernels:
@@ -32,7 +35,7 @@ class LinearKernels:
         return MANY_ROWS
 
     def single(self, module: nn.Linear, state: State, x: Tensor, variant: int) -> Tensor | None:
-        """A batch of one row: base and terms in one pass. None where this does not do (parts of a fused weight)."""
+        """A batch of one row: base and components in one pass. None for parts of a fused weight."""
         ranges = self._tables(module, state)
         if len(ranges) != 1 or ranges[0].end - ranges[0].begin != module.out_features:
             return None
@@ -43,7 +46,7 @@ class LinearKernels:
     def add_terms(
         self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
     ) -> None:
-        """Terms in binary32, rounded once onto `out`; then the biases, rounded again."""
+        """Add components in binary32, rounded once onto `out`; then the biases, rounded again."""
         x = x.contiguous()
         mine = [v for v in variants if v in state.patches.get("weight", {})]
         for table in self._tables(module, state) if mine else ():
@@ -55,18 +58,23 @@ class LinearKernels:
     def merged(
         self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
     ) -> None:
-        """All variants in one launch."""
+        """Variants of one tile of rows in one launch; those of more, one by one, with their weights as a matrix."""
         x = x.contiguous()
-        tiles = batch.tiles(variants, PREFILL_ROWS)
         own = any(v in state.patches.get("bias", {}) for v in variants)
         bias = None if own or module.bias is None else module.bias.detach()
+        weight = module.weight.detach()
+        many = [v for v in variants if len(batch.groups[v]) > PREFILL_ROWS[-1]]
+        few = [v for v in variants if v not in many]
         for table in self._tables(module, state):
-            launch.prefill(x, module.weight.detach(), bias, table, tiles, out)
+            if few:
+                launch.prefill(x, weight, bias, table, batch.tiles(few, PREFILL_ROWS), out)
+            for v in many:
+                _dense(x, weight, bias, table, v, batch.span([v]), out)
         for v in variants if own else ():
             out[batch.span([v])] += state.parameter(module, "bias", v).detach()
 
     def _tables(self, module: nn.Linear, state: State) -> list[FactorTable]:
-        """One for each stretch of rows that some variant changes, and for those between them."""
+        """One table for each range of rows that some variant changes, and for the ranges between them."""
         if self._ranges is None:
             patches = state.patches.get("weight", {})
             changed = sorted({(p.begin, p.end) for of in patches.values() for p in of})
@@ -84,3 +92,15 @@ class LinearKernels:
                 }
                 self._ranges.append(FactorTable.of(begin, end, found, module.weight.device))
         return self._ranges
+
+
+def _dense(
+    x: Tensor, weight: Tensor, bias: Tensor | None, table: FactorTable, variant: int, span: slice | Tensor, out: Tensor
+) -> None:
+    """out[span] = x[span] W_v^T + bias for the table's rows, at most _DENSE weights at a time."""
+    step = max(1, _DENSE // weight.shape[1])
+    for begin in range(0, table.end - table.begin, step):
+        rows = slice(begin, min(begin + step, table.end - table.begin))
+        columns = slice(table.begin + rows.start, table.begin + rows.stop)
+        merged = launch.merge(weight, table, variant, rows)
+        out[span, columns] = functional.linear(x[span], merged, None if bias is None else bias[columns])

@@ -3,8 +3,8 @@
     few rows of a variant     y = x W^T + sum over k of row_k o ((x o col_k) B_k^T)      W read once for all of them
     many                      y = x W_v^T, W_v rebuilt a block at a time                 the merged weights' values
 
-How the two are computed is a `Products` (modules.py): kernels on CUDA (launch.py); here the doors of
-ops/signed_matmul and ops/rebuild, which choose torch or numba.
+A `Products` (modules.py) computes both: kernels on CUDA (launch.py); here ops/signed_matmul and ops/rebuild, which
+choose torch or numba.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from peraxis_format.torch.serve.rows import Batch
 
 __all__ = ["MANY_ROWS", "ServedLinear", "TorchProducts"]
 
-MANY_ROWS: Final = 64  # rows of one variant from which its weights are rebuilt rather than added to
-_MANY_ROWS_NUMBA: Final = 32  # with numba a product costs as much as the rebuilding from here on
-_BLOCK: Final = 1 << 23  # weights that are rebuilt at a time: they are still in the cache when they are multiplied
+MANY_ROWS: Final = 64  # from this many rows of one variant on, its weights are rebuilt
+_MANY_ROWS_NUMBA: Final = 32  # with numba a product costs as much as rebuilding from this many rows on
+_BLOCK: Final = 1 << 23  # weights to rebuild at a time, so that they are in the cache when they are multiplied
 
 
 class ServedLinear(ServedModule, nn.Linear):
-    """A linear that adds each row's own variant."""
+    """A linear layer that computes each row with its own variant."""
 
     def forward(self, input: Tensor) -> Tensor:
         """input: [..., in_features]. Returns [..., out_features], in the input's dtype."""
@@ -47,7 +47,7 @@ class ServedLinear(ServedModule, nn.Linear):
         return self._each(state, x, rows.batch(lead, x.device)).reshape(*lead, self.out_features)
 
     def _each(self, state: State, x: Tensor, batch: Batch) -> Tensor:
-        """Every row's product."""
+        """The products of all rows."""
         products = state.products
         weights, biases = state.patches.get("weight", {}), state.patches.get("bias", {})
         many = products.many(self)
@@ -60,7 +60,7 @@ class ServedLinear(ServedModule, nn.Linear):
             if found is not None:
                 return found
         out = x.new_empty(len(x), self.out_features)
-        # Variants with a bias of their own get it with their terms: the base's product for them is one without.
+        # Variants with their own bias get it with their components, so their base product has no bias.
         self._base(x, batch, [v for v in others if v not in biases], self.bias, out)
         self._base(x, batch, [v for v in others if v in biases], None, out)
         if few:
@@ -78,7 +78,7 @@ class ServedLinear(ServedModule, nn.Linear):
 
 
 class TorchProducts:
-    """Operations on tensors, on any device. backend: torch or numba; chosen for each weight where None."""
+    """Products by operations on tensors, on any device. backend: torch or numba; None chooses for each weight."""
 
     def __init__(self, backend: str | None = None) -> None:
         self._backend = backend
@@ -96,7 +96,7 @@ class TorchProducts:
     def add_terms(
         self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
     ) -> None:
-        """In binary32, rounded once."""
+        """Add components in binary32, rounded once."""
         weights, biases = state.patches.get("weight", {}), state.patches.get("bias", {})
         span = batch.span(variants)
         part = x[span]
@@ -114,7 +114,7 @@ class TorchProducts:
     def merged(
         self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
     ) -> None:
-        """Variant by variant."""
+        """Multiply with merged weights, variant by variant."""
         weights, weight = state.patches.get("weight", {}), module.weight.detach()
         for v in variants:
             span = batch.span([v])
@@ -125,7 +125,7 @@ class TorchProducts:
 def _merged(
     weight: Tensor, patches: Sequence[Patch], x: Tensor, bias: Tensor | None, scratch: Scratch, backend: str
 ) -> Tensor:
-    """x times the merged weights, which are never whole in memory."""
+    """x times the merged weights, which are rebuilt in blocks."""
     out = x.new_empty(len(x), len(weight))
     for begin, end, patch in _segments(patches, len(weight)):
         step = max(1, _BLOCK // weight.shape[1]) if patch is not None and patch.terms else end - begin
@@ -143,7 +143,7 @@ def _merged(
 
 
 def _segments(patches: Sequence[Patch], rows: int) -> Iterator[tuple[int, int, Patch | None]]:
-    """All rows of a weight in order: those of each patch, and what lies between them."""
+    """All rows of a weight in order: the rows of each patch, and the rows between them."""
     at = 0
     for patch in sorted(patches, key=lambda patch: patch.begin):
         if patch.begin > at:

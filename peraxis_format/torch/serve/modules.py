@@ -1,11 +1,11 @@
-"""Modules that serve several variants at once: what they share, and an embedding.
+"""Modules that serve several variants at once: their common base, and the embedding.
 
     linear      see linear.py
-    embedding   rows of W_v for the tokens at hand: the merged bits
+    embedding   the rows of W_v for the tokens of the batch: the merged bits
     other       see grouped.py
 
-A module keeps its class's place in the model, its parameters and its name: its class is exchanged for one of these (or,
-for others, its forward), and put back by `Served.close`.
+A module keeps its place in the model, its parameters and its name. Its class is replaced by one of these (for other
+modules, its forward), and `Served.close` restores it.
 """
 
 from __future__ import annotations
@@ -29,22 +29,23 @@ __all__ = ["Patch", "Products", "ServedEmbedding", "ServedModule", "State"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Patch:
-    """What one variant has for rows [begin, end) of one parameter: components, or the exact tensor.
+    """One variant's rows [begin, end) of one parameter: components, or the exact tensor.
 
-    region: shape, strides and offset of a stretch that is no range of whole rows (one expert's gate, say).
-    dtype: that the components are added in; the parameter's, or narrower (place/widened.py). None for an exact tensor.
+    region: shape, strides and offset of a slice that is not a range of whole rows (for example one expert's gate).
+    dtype: the dtype of the merged weights; the parameter's, or a narrower one (place/widened.py). None for an exact
+    tensor.
     """
 
     begin: int
     end: int
     terms: tuple[ComponentTensors, ...] = ()
     full: Tensor | None = None
-    batch: tuple[tuple[ComponentTensors, ...], ...] = ()  # of each matrix of a parameter of 3 or more dimensions
+    batch: tuple[tuple[ComponentTensors, ...], ...] = ()  # the components of each matrix, for 3 or more dimensions
     region: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
     dtype: torch.dtype | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Its stretch of a parameter, or of a tensor in the same layout."""
+        """This patch's slice of a parameter, or of a tensor in the same layout."""
         if self.region is None:
             return tensor[self.begin : self.end] if tensor.ndim else tensor
         shape, strides, offset = self.region
@@ -53,12 +54,11 @@ class Patch:
 
 @dataclass(slots=True, eq=False)
 class State:
-    """One module's share of a `Served`: patches by parameter name and variant, and who knows the batch's rows.
+    """The state of one module in a `Served`: patches by parameter name and variant, and the batch's rows.
 
-    alone: a context in which the rows are all of one variant. grouped: the module is run for each variant even if no
-    variant changes it, since it sends rows on in an order of its own (routed experts).
-    products: how a linear multiplies. broadcast: an embedding whose input may be one sequence for all (positions,
-    but not tokens).
+    alone: a context in which all rows are of one variant. grouped: the module runs for each variant even if no variant
+    changes it, because it reorders rows (routed experts). products: the products of a linear. broadcast: an embedding
+    whose input may be one sequence for all (positions, not tokens).
     """
 
     rows: Callable[[], Rows | None]
@@ -72,7 +72,7 @@ class State:
 
     @contextmanager
     def own(self) -> Iterator[None]:
-        """While this thread is in the module's own forward, the module's parameters are what they are."""
+        """Within the block, for the module's own forward in this thread, its parameters are the real ones."""
         before = getattr(self._here, "inside", False)
         self._here.inside = True
         try:
@@ -81,7 +81,7 @@ class State:
             self._here.inside = before
 
     def seen(self, module: nn.Module, name: str, value: Any) -> Any:
-        """A parameter as code outside the module's forward sees it (Mamba reads its convolution's weight itself)."""
+        """A parameter for code outside the module's forward (Mamba reads its convolution's weight directly)."""
         rows = self.rows()
         if rows is None or getattr(self._here, "inside", False) or not isinstance(value, Tensor):
             return value
@@ -97,7 +97,7 @@ class State:
         return any(variant in patches for patches in self.patches.values())
 
     def parameter(self, module: nn.Module, name: str, variant: int) -> Tensor:
-        """A variant's merged parameter: a new tensor where it differs from the base's."""
+        """A variant's merged parameter; a new tensor if it differs from the base's."""
         with self.own():
             base: Tensor = getattr(module, name)
         patches = self.patches.get(name, {}).get(variant)
@@ -123,38 +123,38 @@ class Products(Protocol):
     """The products of one linear with several variants' weights. x: [rows, in_features]; out: [rows, out_features]."""
 
     def many(self, module: nn.Linear) -> int:
-        """Rows of a variant from which `merged` is the better way."""
+        """The number of rows of a variant from which `merged` is faster."""
 
     def single(self, module: nn.Linear, state: State, x: Tensor, variant: int) -> Tensor | None:
-        """All of it for a batch of one row; None where there is no way of its own for that."""
+        """The output for a batch of one row; None if there is no special kernel for it."""
 
     def add_terms(
         self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
     ) -> None:
-        """Terms, and the biases that a variant changes, on top of the base's product in `out`."""
+        """Add components, and the biases that a variant changes, to the base's product in `out`."""
 
     def merged(
         self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
     ) -> None:
-        """Products with the merged weights, biases included, into `out`."""
+        """Write products with the merged weights, with biases, to `out`."""
 
 
 class _MixedWeight(Tensor):
-    """A weight that differs by row of the batch: it has a dtype, a shape and a device, and no values."""
+    """A weight that differs by row of the batch; it has a dtype, a shape and a device, but no values."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") not in ("__get__", "size", "dim", "numel", "is_floating_point"):
             raise LiveModelError(
-                "a module computes with the weights of another module itself, which differ by row in this batch; "
-                "serve one variant a batch"
+                "a module reads the weights of another module directly, and they differ by row in this batch; "
+                "serve one variant per batch"
             )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
 
 class ServedModule(nn.Module):
-    """What every served module shares: code outside its forward does not take the base's weights for a variant's."""
+    """The base of served modules: code outside the forward cannot read the base's weights instead of a variant's."""
 
     peraxis: State
 
@@ -165,12 +165,12 @@ class ServedModule(nn.Module):
 
 
 class ServedEmbedding(ServedModule, nn.Embedding):
-    """An embedding that looks each sequence up in its own variant's table; only the rows asked for are rebuilt."""
+    """An embedding that looks each sequence up in its own variant's table; only the needed rows are rebuilt."""
 
     peraxis_class: type[nn.Embedding]
 
     def forward(self, input: Tensor) -> Tensor:
-        """input: token ids. What the class's own forward makes of the variant's table."""
+        """input: token ids. Returns the output of the class's own forward with the variants' tables."""
         with self.peraxis.own():
             return self._forward(input)
 
@@ -205,7 +205,7 @@ class ServedEmbedding(ServedModule, nn.Embedding):
                 table[mine] = patch.full[local]
             else:
                 table[mine] = rebuild_tensor(table[mine], [term.part(local) for term in patch.terms])
-        # The class's own forward on a table of the rows at hand: scaling and the like stay what they are.
+        # Run the class's own forward on a table of the needed rows, so that its scaling is applied.
         shadow: Any = nn.Embedding.__new__(self.peraxis_class)
         shadow.__dict__.update(self.__dict__)
         shadow.__dict__["_parameters"] = {**self._parameters, "weight": nn.Parameter(table, requires_grad=False)}

@@ -1,4 +1,4 @@
-"""Experts that get rows in an order of their own: the module around them is run for each variant instead."""
+"""Experts that get rows in another order: the module around them runs for each variant instead."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["routers"]
 
 
 def routers(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Module inside a list of experts -> the module that holds it, and sends each expert rows of its choice."""
+    """Module inside a list of experts -> the module with this list, which routes rows to the experts."""
     found: dict[nn.Module, nn.Module] = {}
     for holder in model.modules():
         for name, child in holder.named_children():
@@ -21,7 +21,7 @@ def routers(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 
 def _sorts_by_expert(module: nn.Module) -> bool:
-    """Whether fused experts get rows without being told which expert each is for: they come in the experts' order."""
+    """Whether fused experts get rows sorted by expert, without the expert of each row."""
     if not type(module).__name__.endswith("Experts"):
         return False
     return not any(re.search("index|indices|top_k|rout", name) for name in inspect.signature(module.forward).parameters)

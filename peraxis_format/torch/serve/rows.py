@@ -1,4 +1,4 @@
-"""Which row of a batch wants which variant, and the tables that kernels read of it."""
+"""The variant of each row of a batch, and the tables of it for kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Batch", "Rows"]
 
 
 class Batch:
-    """The rows of a tensor [..., width], flattened to [rows, width], by variant. Tables are made when first needed."""
+    """The rows of a tensor [..., width], flattened to [rows, width], by variant. Tables are made on first use."""
 
     def __init__(self, ids: Tensor, device: torch.device) -> None:
         self._device = device
@@ -27,7 +27,7 @@ class Batch:
         """Variant (and -1) -> the indices of its rows, int64, ascending."""
 
     def span(self, variants: Sequence[int]) -> slice | Tensor:
-        """The rows of some variants, one variant's after the other's: a slice where they lie side by side."""
+        """The rows of some variants, variant by variant; a slice if they are contiguous."""
         key = tuple(variants)
         if key not in self._spans:
             rows = torch.cat([self._host[v] for v in variants])
@@ -37,7 +37,7 @@ class Batch:
         return self._spans[key]
 
     def tiles(self, variants: Sequence[int], heights: Sequence[int]) -> Tiles:
-        """Tiles for some variants: as high as the first of `heights` that holds all rows of each, or as the last."""
+        """Tiles for some variants; their height is the first of `heights` that fits all rows of each, else the last."""
         key = tuple(variants), tuple(heights)
         if key not in self._tiles:
             most = max(len(self._host[v]) for v in variants)
@@ -60,8 +60,8 @@ class Batch:
 class Rows:
     """The variants of one batch: an index per sequence (or per token row of a packed batch), -1 for the base.
 
-    every: `ids` is one variant for all rows, however many there are. lead: (sequences, tokens) of the model's own
-    input, once it is known: it tells what the rows are where a module flattens them.
+    every: `ids` is one variant for any number of rows. lead: (sequences, tokens) of the model's own input, once it is
+    known; it identifies the rows if a module flattens them.
     """
 
     ids: tuple[int, ...]
@@ -80,22 +80,22 @@ class Rows:
         return self.ids[0] if len(set(self.ids)) == 1 else None
 
     def begin(self, shape: Sequence[int]) -> None:
-        """A forward of the model begins, on an input of this shape (without a width).
+        """Begin a forward of the model on an input of this shape (without the width).
 
-        Raises LiveModelError where that is not the batch whose variants were given.
+        Raises LiveModelError if it does not match the given variants.
         """
         sequences, tokens = int(shape[0]), math.prod(shape[1:])
         if not self.every and len(self.ids) not in (sequences, sequences * tokens):
             raise LiveModelError(
-                f"a batch of {list(shape)} does not fit variants for {len(self.ids)} sequences; give one a sequence "
-                "(dimension 0), or one a token row of a packed batch"
+                f"a batch of {list(shape)} does not match variants for {len(self.ids)} sequences; give one for each "
+                "(dimension 0), or one per token row of a packed batch"
             )
         self.lead = sequences, tokens
 
     def batch(self, shape: Sequence[int], device: torch.device) -> Batch:
-        """The rows of a tensor of this shape, which is without the width.
+        """The rows of a tensor of this shape (without the width).
 
-        Raises LiveModelError where the rows of the batch cannot be told apart.
+        Raises LiveModelError if the rows of the batch cannot be identified.
         """
         key = tuple(shape), device
         if key not in self._batches:
@@ -118,6 +118,6 @@ class Rows:
         ):
             return torch.tensor(self.ids).repeat_interleave(self.lead[1])  # the tokens of each sequence in turn
         raise LiveModelError(
-            f"a batch of {list(shape)} rows does not tell which of {len(self.ids)} sequences each row belongs to; "
-            "give one variant a sequence (dimension 0), or one a token row of a packed batch"
+            f"a batch of {list(shape)} rows does not show to which of {len(self.ids)} sequences each row belongs; "
+            "give one variant per sequence (dimension 0), or one per token row of a packed batch"
         )

@@ -1,1 +1,1 @@
-"""One variant of a live model at a time: apply_, VariantSwitch, and the transfers behind both."""
+"""One variant of a live model at a time: apply_, VariantSwitch, and their transfers."""

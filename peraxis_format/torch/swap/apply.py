@@ -1,10 +1,10 @@
-"""apply_: turn a live model into the fine-tune, in place, as a whole or not at all.
+"""apply_: turn a live model into the fine-tune, in place and atomically.
 
-    place -> check the base's bytes -> (sharded: ranks share out the digests) -> copy the old weights aside -> stream
+    place -> check the base's bytes -> (sharded: ranks divide the digests) -> copy the old weights -> stream
 
-Every byte that is used is checked first (SPEC 8, step 9 to 12). On any error, on any rank, the old weights are put
-back. They cannot be computed back: rounding has lost bits of them. So all of them are kept until the last is written,
-beside the model or in host memory. VariantSwitch keeps such a copy for good, and so can go on to other variants.
+Every byte is checked before use (SPEC 8, steps 9 to 12). On any error, on any rank, the old weights are restored. They
+cannot be computed from the new ones, because rounding has lost bits. So a copy of all of them is kept until the last
+weight is written, on the device or in host memory. VariantSwitch keeps such a copy until it is closed.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ def apply_(
     workers: int | None = None,
     undo: Literal["device", "host"] = "device",
 ) -> Applied:
-    """Turn a live model that holds the base into the fine-tune, in place, bit for bit as SPEC 6 says.
+    """Turn a live model with the base's weights into the fine-tune, in place, bit for bit (SPEC 6).
 
     target: a module, or a mapping of checkpoint names to tensors; on the CPU or on one CUDA device. views, shards: see
-    placement.place. group: the torch.distributed group whose ranks hold the shards. workers: the number of threads.
-    undo: where the old weights are kept until all weights are written.
-    Raises PxdError (a damaged file, another base) and LiveModelError (weights that cannot hold the fine-tune); the
-    model is then as it was. Existing storage is written, so that parameters and pointers stay valid.
+    placement.place. group: the torch.distributed group whose ranks have the shards. workers: the number of threads.
+    undo: the place of the old weights' copy until all weights are written.
+    Raises PxdError (a damaged file, another base) and LiveModelError (weights that cannot become the fine-tune); the
+    model is then unchanged. Existing storage is written, so parameters and pointers stay valid.
     """
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
@@ -90,8 +90,8 @@ def apply_(
         return Applied(
             content_id=file.content_id,
             modules=len(file),
-            read_bytes=payload.reads.size,
-            verified_bytes=verified or payload.reads.size,
+            read_bytes=payload.bytes_read,
+            verified_bytes=verified or payload.bytes_read,
             uploads=device.counters.uploads - before,
             seconds=time.perf_counter() - started,
         )
@@ -113,14 +113,14 @@ def together(group: Any, *, sharded: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undo(placement: Placement, where: Literal["device", "host"]) -> Iterator[dict[ShardView, Tensor]]:
-    """The bases to rebuild from: copies of the live weights or, with copies in host memory, the weights themselves.
+    """Yield the bases to rebuild from: copies of the live weights, or (copies on the host) the weights themselves.
 
-    The copies are put back where the block ends in an error.
+    If the block raises, the copies are restored.
     """
     kept = copy_aside(placement, host=where == "host")
     bases = kept
     if where == "host":
-        # In place: each weight is read before it is written. Strided ones are rebuilt beside their storage.
+        # In place, because each weight is read before it is written. Strided ones are rebuilt in another buffer.
         bases = {
             part: part.view if part.view.is_contiguous() else old.to(part.view.device) for part, old in kept.items()
         }
@@ -134,9 +134,9 @@ def _undo(placement: Placement, where: Literal["device", "host"]) -> Iterator[di
 
 
 def verify_share(delta: DeltaFile, group: Any, workers: ThreadPool) -> int:
-    """Steps 9 to 11 for this rank's share of the modules: each rank takes every n-th one. Returns its bytes.
+    """Steps 9 to 11 for this rank's share of the modules; of n ranks each takes every n-th one. Returns its bytes.
 
-    A rank that reads only a slice of a module cannot check its digest; all ranks together check the whole file.
+    A rank that reads only a slice of a module cannot check its digest, so all ranks together check the whole file.
     """
     rank, count = rank_and_count(group)
     names = [entry.name for entry in delta.manifest.modules if entry.sha256 is not None][rank::count]

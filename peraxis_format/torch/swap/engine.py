@@ -1,7 +1,7 @@
-"""From a transfer's buffer on the device to weights in live storage: numba or numpy on the host, Triton on CUDA.
+"""Rebuild weights in live storage from a transfer's buffer on the device: numba or numpy on the host, Triton on CUDA.
 
-An engine knows a fixed set of transfers and the pristine base of each live storage; `write` may then be called any
-number of times, with any buffer of the right content. Bases and live storages must not move in between.
+An engine has a fixed set of transfers and the pristine base of each live storage. `write` may be called any number of
+times, with any buffer of the right content. Bases and live storages must not be reallocated.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Engine(Protocol):
     """Writes the modules of a transfer into live storage."""
 
     def write(self, transfer: Transfer, buffer: Tensor) -> None:
-        """buffer: the transfer's bytes on the device. On return the work is launched, on the host done."""
+        """buffer: the transfer's bytes on the device. On return the work is launched; on the host it is done."""
 
 
 class HostEngine:
@@ -71,10 +71,10 @@ class HostEngine:
 
 
 class TritonEngine:
-    """CUDA storages; in Triton's interpreter CPU ones too. One launch a transfer and kind (dtype, alignment).
+    """CUDA storages, in Triton's interpreter also CPU ones. One launch for each transfer and kind (dtype, alignment).
 
-    The tables that kernels read are made here, once; `write` only launches. A live storage with strides of its own (a
-    transposed layout) is rebuilt beside it, then copied; all of them take turns in one buffer.
+    The kernels' tables are made once, here; `write` only launches. A live storage that is not contiguous (a transposed
+    layout) is rebuilt in a buffer, then copied; all such storages share the buffer.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ def engine_for(
     workers: ThreadPool,
     backend: str | None = None,
 ) -> Engine:
-    """The engine of a device. backend: numpy or numba on the CPU, triton; chosen where None. Raises BackendError."""
+    """The engine of a device. backend: numpy or numba on the CPU, triton; None chooses. Raises BackendError."""
     kind = device.torch_device.type
     if kind != "cpu":
         require_triton()
@@ -135,7 +135,7 @@ def _copies(transfer: Transfer) -> Iterator[tuple[ModuleSlice, int, Tensor]]:
 
 
 def _signs(transfer: Transfer, *, contiguous: bool) -> Iterator[tuple[ModuleSlice, ShardView]]:
-    """The `sign` modules of a transfer and their storages, of one of the two kinds."""
+    """The `sign` modules of a transfer with their storages that are contiguous, or those that are not."""
     for slice_ in transfer.modules:
         if slice_.entry.encoding is Encoding.SIGN:
             yield from ((slice_, part) for part in slice_.views if part.view.is_contiguous() is contiguous)
@@ -158,7 +158,7 @@ def _launches(transfer: Transfer, bases: Mapping[ShardView, Tensor], device: tor
 
 
 def _beside(slice_: ModuleSlice, base: Tensor, view: Tensor, buffer: Tensor) -> tuple[list[Launch], Tensor, Tensor]:
-    """What rebuilds one module in a buffer, where in it, and the live view that it is then copied to."""
+    """The launches that rebuild one module in a buffer, its place there, and the live view to copy it to."""
     from peraxis_format.ops.rebuild.triton import launches
 
     out = tensor_view(buffer, 0, slice_.entry.dtype, slice_.shape)

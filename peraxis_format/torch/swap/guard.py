@@ -1,7 +1,7 @@
-"""Holds swaps off while a model's forward runs, and gives way whatever ends the forward: Ctrl-C too.
+"""Block swaps while a model's forward runs, and release them whatever ends the forward, Ctrl-C included.
 
 Rejected: forward hooks. torch calls a hook with `always_call=True` after an Exception, but not after KeyboardInterrupt,
-so that Ctrl-C inside `generate` left the lock held for ever.
+so Ctrl-C inside `generate` left the lock held for ever.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Guard"]
 
 
 class Guard:
-    """Stands in for a module's forward, on the instance, until `remove`."""
+    """Replaces a module's forward, on the instance, until `remove`."""
 
     def __init__(self, model: nn.Module, lock: SwapLock) -> None:
         self._model = model
@@ -29,7 +29,7 @@ class Guard:
         @functools.wraps(plain)  # `generate` reads the signature of forward
         def forward(*args: Any, **kwargs: Any) -> Any:
             lock = self._lock
-            if lock is None:  # removed, while another wrapper still holds this one
+            if lock is None:  # removed, but another wrapper still refers to this one
                 return plain(*args, **kwargs)
             with lock.shared():
                 return plain(*args, **kwargs)
@@ -38,7 +38,7 @@ class Guard:
         model.__dict__["forward"] = forward
 
     def remove(self) -> None:
-        """Put the model's own forward back."""
+        """Restore the model's own forward."""
         self._lock = None
         if self._model.__dict__.get("forward") is self._forward:
             del self._model.__dict__["forward"]

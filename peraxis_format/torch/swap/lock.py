@@ -1,4 +1,4 @@
-"""Many forwards or one swap: a shared and an exclusive side, re-entrant per thread on the shared one."""
+"""A readers-writer lock: many forwards or one swap. The shared side is re-entrant per thread."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["SwapLock"]
 
 
 class SwapLock:
-    """A waiting swap goes before forwards that have not begun, so that steady traffic cannot starve it."""
+    """A waiting swap has priority over new forwards, so that steady traffic cannot starve it."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
@@ -21,7 +21,7 @@ class SwapLock:
         self._exclusive = False
 
     def enter(self) -> None:
-        """Begin a forward; blocks while a swap runs or waits."""
+        """Begin a forward; this blocks while a swap runs or waits."""
         me = threading.get_ident()
         with self._condition:
             if me not in self._depth:
@@ -40,10 +40,10 @@ class SwapLock:
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
-        """Hold the shared side: for a forward, or several that must see the same weights."""
+        """Hold the shared side, for a forward or for several that must see the same weights."""
         before = self._depth.get(threading.get_ident(), 0)
         try:
-            # Inside the `try`: an interrupt may come between the entry and the next line.
+            # Inside the `try`, because an interrupt may come between the entry and the next line.
             self.enter()
             yield
         finally:
@@ -51,14 +51,14 @@ class SwapLock:
                 self.leave()
 
     def refuse_inside(self) -> None:
-        """Raise LiveModelError inside a forward of this thread: waiting for its end would never return."""
+        """Raise LiveModelError inside a forward of this thread, because waiting for its end would never return."""
         with self._condition:
             if threading.get_ident() in self._depth:
                 raise LiveModelError("a swap inside a forward of the same thread; swap between steps")
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the exclusive side: for a swap. Raises as refuse_inside does."""
+        """Hold the exclusive side, for a swap. Raises LiveModelError as refuse_inside."""
         self.refuse_inside()
         with self._condition:
             self._waiting += 1
@@ -68,7 +68,7 @@ class SwapLock:
                 self._exclusive = True
             finally:
                 self._waiting -= 1
-                self._condition.notify_all()  # an interrupted swap holds nobody back
+                self._condition.notify_all()  # an interrupted swap must not block others
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""The payload of one variant for one model: it is read, checked, and kept at the place of its residency."""
+"""The payload of one variant for one model: read, checked, and kept at the place of its residency."""
 
 from __future__ import annotations
 
@@ -22,29 +22,21 @@ from peraxis_format.torch.device import Device
 from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.swap.transfer_plan import ALIGN, ByteRange, ModuleSlice, Transfer, piece, shift_masks
 
-__all__ = ["Payload", "Reads", "Residency", "check_pads", "check_transfer", "read_transfer"]
+__all__ = ["Payload", "Residency", "check_pads", "check_transfer", "read_transfer"]
 
 Residency = Literal["gpu", "pinned", "file"]
 _READ: Final = 4 << 20  # bytes that one thread reads at a time
-
-
-@dataclass(slots=True)
-class Reads:
-    """Counts the bytes that were read from a file."""
-
-    size: int = 0
-
 
 # --- reading and checking ------------------------------------------------------------------------------
 
 
 def read_transfer(
-    delta: DeltaFile, transfer: Transfer, target: Tensor, workers: ThreadPool, reads: Reads, direct: int | None = None
-) -> None:
-    """Fill a host buffer with a transfer's bytes, several threads at a time.
+    delta: DeltaFile, transfer: Transfer, target: Tensor, workers: ThreadPool, direct: int | None = None
+) -> int:
+    """Fill a host buffer with a transfer's bytes, several threads at a time. Returns their number.
 
-    direct: a descriptor opened with O_DIRECT. Buffers begin where the file's page begins, so that a transfer of one run
-    can be read past the page cache in whole pages; boxes, which are many short runs, always come through it.
+    direct: a descriptor opened with O_DIRECT. Buffers begin at a page of the file, so a transfer of one range can be
+    read in whole pages without the page cache; boxes, which are many short ranges, always use the page cache.
     """
     array = storage_array(target)
     if direct is not None and len(transfer.runs) == 1:
@@ -52,9 +44,9 @@ def read_transfer(
         workers.run(_direct_jobs(direct, run.source - run.target, raw_bytes(array)))
     else:
         workers.run(_read_jobs(delta, transfer.runs, raw_bytes(array)))
-    reads.size += sum(run.size for run in transfer.runs)
     for slice_ in transfer.modules:
         shift_masks(slice_, array)
+    return sum(run.size for run in transfer.runs)
 
 
 def _direct_jobs(descriptor: int, origin: int, target: memoryview) -> Iterator[Callable[[], None]]:
@@ -67,13 +59,13 @@ def _direct_jobs(descriptor: int, origin: int, target: memoryview) -> Iterator[C
             count = os.preadv(descriptor, [part[done:]], origin + begin + done)
             done += count
             if count == 0 or count % ALIGN:
-                return  # the end of the file lies in this page; a shorter file does not have the digests
+                return  # the end of the file is in this page; a shorter file fails its digests
 
     return (partial(job, begin) for begin in range(0, len(target), _READ))
 
 
 def _read_jobs(delta: DeltaFile, runs: Sequence[ByteRange], target: memoryview) -> Iterator[Callable[[], None]]:
-    """Long runs in parts, short ones together: a job reads about _READ bytes."""
+    """Split long ranges and join short ones, so that a job reads about _READ bytes."""
 
     def job(parts: list[tuple[int, int, int]]) -> Callable[[], None]:
         def read() -> None:
@@ -107,7 +99,7 @@ def located(delta: DeltaFile) -> Iterator[None]:
 
 
 def check_transfer(delta: DeltaFile, transfer: Transfer, buffer: Tensor, workers: ThreadPool) -> None:
-    """Steps 9 to 11 of SPEC 8 on a buffer's bytes, in parallel: of whole modules digests too, of boxes the scales."""
+    """Steps 9 to 11 of SPEC 8 on a buffer's bytes, in parallel: for whole modules all, for boxes only the scales."""
     array = storage_array(buffer)
 
     def check(slice_: ModuleSlice) -> Callable[[], None]:
@@ -122,7 +114,7 @@ def check_transfer(delta: DeltaFile, transfer: Transfer, buffer: Tensor, workers
         return run
 
     def check_gaps(slice_: ModuleSlice) -> None:
-        # SPEC 4.5: between the parts of a module, and behind the last one
+        # SPEC 4.5: between the parts of a module, and after the last one
         begins = [*(field.offset for field in slice_.fields[1:]), slice_.end]
         for field, begin in zip(slice_.fields, begins, strict=True):
             end = field.offset + field.size
@@ -134,7 +126,7 @@ def check_transfer(delta: DeltaFile, transfer: Transfer, buffer: Tensor, workers
 
 
 def check_pads(delta: DeltaFile) -> None:
-    """SPEC 4.5, for the pads between tensors: they are few and small."""
+    """Check SPEC 4.5 for the pads between tensors, which are few and small."""
     for name, begin, end in delta.pads():
         data = bytearray(end - begin)
         delta.read_into(memoryview(data), begin)
@@ -147,13 +139,13 @@ def check_pads(delta: DeltaFile) -> None:
 
 @dataclass(slots=True)
 class _Stamp:
-    """The attributes by which a file is recognised as the one that was checked."""
+    """The attributes that identify the checked file."""
 
     device: int
     inode: int
     size: int
     modified: int
-    changed: int  # also moves where a writer sets the time of modification back
+    changed: int  # changes even if a writer resets the time of modification
 
     @classmethod
     def of(cls, delta: DeltaFile) -> _Stamp:
@@ -162,10 +154,10 @@ class _Stamp:
 
 
 class Payload:
-    """What one variant stores for one placement, under one residency. Checked when made, on the bytes that are kept.
+    """One variant's bytes for one placement, under one residency. The bytes that are kept are checked here.
 
-    For `file` nothing is kept: the file is checked once, and each use makes sure that it is still the same file.
-    direct: read past the page cache, for files that are read once and would push others out of it.
+    For `file` nothing is kept: the file is checked once, and each use checks that it is still the same file.
+    direct: read without the page cache, for files that are read once and would evict others from it.
     """
 
     def __init__(
@@ -183,7 +175,7 @@ class Payload:
         self.direct = _open_direct(delta) if direct else None
         self.transfers = transfers
         self.residency = residency
-        self.reads = Reads()
+        self.bytes_read = 0
         self.size = sum(transfer.size - transfer.begin for transfer in transfers)
         self._kept: list[Tensor] = []
         self._stamp = _Stamp.of(delta)
@@ -195,7 +187,7 @@ class Payload:
     def _keep(self, transfer: Transfer, device: Device, ring: Ring, workers: ThreadPool) -> None:
         pages = -(-transfer.size // ALIGN) * ALIGN
         whole = device.host_buffer(pages) if self.residency == "pinned" else ring.host[0][:pages]
-        read_transfer(self.delta, transfer, whole, workers, self.reads, self.direct)
+        self.bytes_read += read_transfer(self.delta, transfer, whole, workers, self.direct)
         host = whole[: transfer.size]
         check_transfer(self.delta, transfer, host, workers)
         if self.residency == "pinned":
@@ -203,7 +195,7 @@ class Payload:
         elif self.residency == "gpu":
             buffer = device.buffer(transfer.size)
             names = tuple(slice_.entry.name for slice_ in transfer.modules)
-            # Behind what was launched: the allocator may hand out memory that kernels in flight still use.
+            # After all launches, because the allocator may return memory that running kernels still use.
             device.host_waits(device.upload(buffer, host, after=device.record(), modules=names))
             self._kept.append(buffer)
 
@@ -230,7 +222,7 @@ class Payload:
             same = False
         if not same:
             raise LiveModelError(
-                f"{self.delta.path}: changed or gone since it was registered; remove the variant and add it again"
+                f"{self.delta.path}: changed or removed since it was registered; remove the variant and add it again"
             )
 
 

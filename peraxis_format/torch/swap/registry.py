@@ -31,7 +31,7 @@ __all__ = ["BasePlace", "Registered", "Registry"]
 
 BasePlace = Literal["auto", "device", "pinned", "undo"]
 _CLAIMED: Final = "a VariantSwitch keeps the base of these weights; add the variant to that switch, or close it first"
-_ROOM: Final = 0.9  # of the free memory that a second copy of the weights may take, with base="auto"
+_ROOM: Final = 0.9  # share of the free memory that a second copy of the weights may take, with base="auto"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +58,7 @@ class Registered:
 
 
 class Registry:
-    """The variants of one switch, whose arguments these are. Not thread-safe by itself; the switch locks it."""
+    """The variants of one switch, with the switch's arguments. It is not thread-safe; the switch locks it."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class Registry:
             )
 
     def is_sharded(self, registered: Registered) -> bool:
-        """Whether ranks have to write it together."""
+        """Whether several ranks have to write it together."""
         return self._anywhere_sharded(registered.file, registered.placement)
 
     def close(self) -> None:
@@ -183,7 +183,7 @@ class Registry:
         return self.device, self.ring
 
     def _known(self, placement: Placement) -> Placement:
-        """The same storages are the same parts for all variants."""
+        """The placement with one ShardView per storage for all variants."""
         return {
             name: tuple(self._parts.setdefault((part.box, storage_key(part.live)), part) for part in parts)
             for name, parts in placement.items()

@@ -11,7 +11,7 @@ __all__ = ["Swap", "SwapError", "Variant"]
 
 
 class SwapError(LiveModelError):
-    """A swap failed. `now` is the name of the variant that the model is afterwards; None stands for the base."""
+    """A swap failed. `now` is the name of the model's variant afterwards; None means the base."""
 
     def __init__(self, message: str, *, now: str | None) -> None:
         super().__init__(message)
@@ -20,7 +20,7 @@ class SwapError(LiveModelError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """A registered variant. stored: the bytes of its payload; host, device: the bytes that are kept there."""
+    """A registered variant. stored: the bytes of its payload; host, device: the bytes in host and device memory."""
 
     name: str
     content_id: str

@@ -1,6 +1,6 @@
-"""File -> ring of host buffers -> one upload a transfer -> engine, with reads, copies and kernels side by side.
+"""File -> ring of host buffers -> one upload per transfer -> engine; reads, copies and kernels overlap.
 
-    residency   payload lies in              a swap does
+    residency   payload is in                a swap does
     gpu         device memory                kernels
     pinned      page-locked host memory      uploads | kernels
     file        the page cache or the disk   reads by several threads | uploads | kernels
@@ -11,7 +11,7 @@ The ring has DEPTH slots; slot i of the host and slot i of the device belong tog
     upload t   when kernels of t - DEPTH have ended     (device slot free)
     kernels t  when upload t has ended
 
-All buffers are made once and shared by all variants. A module lies in one transfer, so that it is uploaded once.
+All buffers are made once and shared by all variants. A module is in one transfer, so it is uploaded once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["stream"]
 
 
 def stream(payload: Payload, engine: Engine, *, device: Device, ring: Ring, workers: ThreadPool) -> None:
-    """Bring every transfer of a payload to the device and write it. Returns when the weights are written."""
+    """Upload every transfer of a payload and write it. Returns when the weights are written."""
     if payload.residency == "gpu":
         for index, transfer in enumerate(payload.transfers):
             engine.write(transfer, payload.buffer(index))
@@ -51,24 +51,25 @@ def _pipeline(payload: Payload, engine: Engine, *, device: Device, ring: Ring, w
     transfers = payload.transfers
     uploaded: list[Any] = [None] * len(transfers)
     written: list[Any] = [None] * len(transfers)
-    reading: dict[int, Future[None]] = {}
+    reading: dict[int, Future[int]] = {}
     begun = device.record()
-    reader = ThreadPool(1) if payload.residency == "file" else None
+    # Two, so that the workers have the next transfer to read while the last parts of one are still under way.
+    reader = ThreadPool(DEPTH // 2) if payload.residency == "file" else None
 
-    def read(index: int) -> None:
+    def read(index: int) -> int:
         slot = ring.host[index % DEPTH][: -(-transfers[index].size // ALIGN) * ALIGN]
-        read_transfer(payload.delta, transfers[index], slot, workers, payload.reads, payload.direct)
+        return read_transfer(payload.delta, transfers[index], slot, workers, payload.direct)
 
     try:
         for t, transfer in enumerate(transfers):
-            # Half the ring is being read ahead, half is being uploaded.
+            # Half of the ring is read ahead while the other half is uploaded.
             for ahead in range(t, min(t + DEPTH // 2, len(transfers))):
                 if reader is not None and ahead not in reading:
                     if ahead >= DEPTH:
                         device.host_waits(uploaded[ahead - DEPTH])
                     reading[ahead] = reader.submit(partial(read, ahead))
             if reader is not None:
-                reading[t].result()
+                payload.bytes_read += reading[t].result()
                 host = ring.host[t % DEPTH][: transfer.size]
             else:
                 host = payload.host(t)

@@ -9,8 +9,8 @@ subtracting it again is not exact in BF16 (up to a seventh of the weights end up
 model, or with base="pinned" in page-locked host memory, which kernels read over the link. With base="undo" the weights
 that end up wrong are kept instead (undo.py).
 
-A swap is all or nothing: on an error the model goes back to the variant before, or else to the base, and the error says
-which. A forward never sees half a swap: a guard around the model's forward holds swaps off while it runs.
+A swap is atomic: on an error the model returns to the previous variant, or else to the base, and the error names it. A
+forward never sees half a swap: a guard around the model's forward blocks swaps while it runs.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ class VariantSwitch:
         now = "the base" if self._current is None else repr(self._current)
         return f"<VariantSwitch: now {now}, epoch {self._epoch}, base {self.base_place}; variants: {names}>"
 
-    # --- what it holds -------------------------------------------------------------------------------
+    # --- state ---------------------------------------------------------------------------------------
 
     @property
     def current(self) -> str | None:
-        """The name of the variant that the model is now; None stands for the base."""
+        """The name of the current variant; None means the base."""
         return self._current
 
     @property
@@ -93,7 +93,7 @@ class VariantSwitch:
         return self._epoch
 
     def variants(self) -> tuple[Variant, ...]:
-        """The registered variants, in the order in which they were added."""
+        """The registered variants, in the order of registration."""
         return tuple(registered.variant for registered in self._registry.variants.values())
 
     @property
@@ -118,7 +118,7 @@ class VariantSwitch:
         return 0 if self._registry.ring is None else self._registry.ring.size
 
     def running(self) -> contextlib.AbstractContextManager[None]:
-        """Hold swaps off during a step that is no forward of the model, or during several that belong together."""
+        """Block swaps during a step that is not a forward of the model, or during several that belong together."""
         return self._lock.shared()
 
     # --- registering ---------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class VariantSwitch:
         """Register a variant: check its file and its base, and load its payload to the place of its residency.
 
         residency: "gpu", "pinned" or "file" (default: "gpu" on a CUDA device, else "pinned"). direct: for "file", read
-        past the page cache. The model is not changed, and forwards go on meanwhile. Raises as apply_ does;
+        without the page cache. The model is not changed, and forwards may run meanwhile. Raises the errors of apply_;
         LiveModelError for a name in use.
         """
         self._lock.refuse_inside()
@@ -157,9 +157,9 @@ class VariantSwitch:
     def use(self, name: str | None, *, overwrite: bool = False) -> Swap:
         """Turn the model into a variant, or into the base (None). The current one costs nothing.
 
-        It waits for forwards that run. overwrite: swap even if somebody else has written the weights since the last
-        swap; what they wrote is lost. Raises SwapError, which says what the model is afterwards. Raises LiveModelError
-        for an unknown name, or if the model's tensors are no longer those of the registered variants.
+        It waits for running forwards. overwrite: swap even if other code has written the weights since the last swap;
+        these changes are lost. Raises SwapError, which names the model's variant afterwards. Raises LiveModelError for
+        an unknown name, or if the model's tensors are no longer those of the registered variants.
         """
         self._lock.refuse_inside()
         with self._changes, self._lock.exclusive():
@@ -174,13 +174,13 @@ class VariantSwitch:
             if self._registry.device is not None:
                 self._registry.device.wait_all()
             uploads, uploaded = self._uploads()
-            read = 0 if target is None else target.payload.reads.size
+            read = 0 if target is None else target.payload.bytes_read
             try:
                 written = self._write(target)
             except BaseException as error:
                 now = self._restored(error)
                 if not isinstance(error, Exception):
-                    raise  # an interrupt stays one
+                    raise  # an interrupt is not wrapped
                 what = "the base" if now is None else f"variant {now!r}"
                 raise SwapError(f"swap to {name!r} failed ({error}); the model is {what}", now=now) from error
             self._current = name
@@ -190,7 +190,7 @@ class VariantSwitch:
                 residency=None if target is None else target.variant.residency,
                 epoch=self._epoch,
                 seconds=time.perf_counter() - started,
-                read=0 if target is None else target.payload.reads.size - read,
+                read=0 if target is None else target.payload.bytes_read - read,
                 uploads=after[0] - uploads,
                 uploaded=after[1] - uploaded,
                 written=written,
@@ -208,7 +208,7 @@ class VariantSwitch:
         restored = self._dirty - parts
         touched = self._dirty | parts
         registry = self._registry
-        # Set before the first write: whatever happens now, these storages may not be the base's any more.
+        # Set before the first write: from here on these storages may differ from the base.
         self._dirty = touched
         self._epoch += 1
         increment_versions(touched)
@@ -255,7 +255,7 @@ class VariantSwitch:
             ) from error
 
     def _restore(self) -> str | None:
-        """Put back the previous variant, or else the base. Returns the name of what the model is now."""
+        """Restore the previous variant, or else the base. Returns the name of the current variant."""
         previous = None if self._current is None else self._registry.find(self._current)
         if previous is not None:
             with contextlib.suppress(Exception):
@@ -268,7 +268,7 @@ class VariantSwitch:
     # --- the end -------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Remove the guard, end the threads, and free the payloads and the base. The weights stay as they are."""
+        """Remove the guard, end the threads, and free the payloads and the base. The weights are unchanged."""
         self._closed = True
         if self._guard is not None:
             self._guard.remove()

@@ -1,15 +1,15 @@
-"""What one process takes from a delta file, cut into transfers: plain data that the stream and the kernels share.
+"""The bytes of a delta file that one process needs, cut into transfers: plain data for the stream and the kernels.
 
-    Field      one stored tensor (of a module, or of its box), at an offset in a transfer's buffer
-    ModuleSlice     one module: its fields, and the live storage they go to
-    Transfer   neighbouring modules that cross the link together: byte runs of the file -> one buffer
+    Field        one part of a module (or of its box), at an offset in a transfer's buffer
+    ModuleSlice  one module: its fields, and their live storage
+    Transfer     neighbouring modules that are uploaded together: byte ranges of the file -> one buffer
 
-A module whose whole box is wanted is one run of the file, its range (SPEC 4.3); modules that follow each other become
-one longer run. Of a sharded module only the box's bytes are read: rows of the mask, or bytes of each row, and the
-scales that go with them. Where a box begins inside a byte, the bits are moved after they are read.
+A whole module is one range of the file (SPEC 4.3); consecutive modules become one longer range. Of a sharded module
+only the box's bytes are read: rows of the mask, or bytes of each row, and their scales. If a box begins inside a byte,
+the bits are shifted after they are read.
 
-A buffer begins at the file offset rounded down to 4096, so that the same reads do for O_DIRECT, and every tensor is
-aligned in memory as it is in the file.
+A buffer begins at the file offset rounded down to 4096, so that the same reads work with O_DIRECT and every tensor is
+aligned in memory as in the file.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from peraxis_format.torch.place.shards import Box, Placement, ShardView, whole
 __all__ = ["ALIGN", "TRANSFER_LIMIT", "ByteRange", "Field", "ModuleSlice", "Transfer", "cut_transfers", "piece"]
 
 ALIGN: Final = 4096
-TRANSFER_LIMIT: Final = 32 << 20  # bytes: a layer of an 8B model; four of them are the ring
+TRANSFER_LIMIT: Final = 64 << 20  # bytes: two layers of an 8B model; four of them are the ring
 
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """`size` bytes at `source` in the file go to `target` in the buffer."""
+    """Copy `size` bytes at `source` in the file to `target` in the buffer."""
 
     source: int
     target: int
@@ -48,7 +48,7 @@ class ByteRange:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One tensor in a buffer. shift: bits by which a mask's rows are still to move down; read_width: their bytes."""
+    """One tensor in a buffer. shift: the bits by which a mask's rows must be shifted; read_width: their bytes."""
 
     suffix: str
     dtype: DType
@@ -59,13 +59,13 @@ class Field:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size in bytes."""
         return self.dtype.size_of(self.shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModuleSlice:
-    """One module, or one box of it. begin, end: its bytes in the buffer. views: the live storages, mostly one."""
+    """One module, or one box of it. begin, end: its bytes in the buffer. views: the live storages, usually one."""
 
     entry: ModuleEntry
     box: Box
@@ -76,7 +76,7 @@ class ModuleSlice:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the buffer holds the module's whole range, so that its digest can be checked."""
+        """Whether the buffer has the module's whole range, so that its digest can be checked."""
         return self.box == whole(self.entry.shape)
 
     @property
@@ -87,7 +87,7 @@ class ModuleSlice:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Transfer:
-    """Modules that are read and uploaded together. begin: where the first module starts; size: of the buffer, bytes."""
+    """Modules that are read and uploaded together. begin: the offset of the first module; size: the buffer's bytes."""
 
     begin: int
     size: int
@@ -96,7 +96,7 @@ class Transfer:
 
 
 def piece(slice_: ModuleSlice, buffer: Array) -> ModuleDelta:
-    """The module (or its box, as a module of its own) as views of a transfer's buffer (uint8, flat)."""
+    """The module (or its box, as a module) as views of a transfer's buffer (uint8, flat)."""
     arrays = {
         f.suffix: buffer[f.offset : f.offset + f.size].view(f.dtype.storage).reshape(f.shape) for f in slice_.fields
     }
@@ -104,7 +104,7 @@ def piece(slice_: ModuleSlice, buffer: Array) -> ModuleDelta:
 
 
 def shift_masks(slice_: ModuleSlice, buffer: Array) -> None:
-    """Move the bits of masks whose box begins inside a byte, in place."""
+    """Shift the bits of masks whose box begins inside a byte, in place."""
     for f in slice_.fields:
         if f.shift:
             rows = math.prod(f.shape[:-1])
@@ -115,9 +115,9 @@ def shift_masks(slice_: ModuleSlice, buffer: Array) -> None:
 
 
 def cut_transfers(delta: DeltaFile, placement: Placement, *, limit: int) -> tuple[Transfer, ...]:
-    """Cut what a placement needs of a file into transfers of at most `limit` bytes, or of one module.
+    """Cut the bytes that a placement needs of a file into transfers of at most `limit` bytes, or of one module.
 
-    Every stored module (or box) stands in exactly one transfer: it crosses the link once.
+    Every module (or box) is in exactly one transfer, so it is uploaded once.
     """
     transfers: list[Transfer] = []
     group: list[tuple[ModuleEntry, tuple[ShardView, ...]]] = []
@@ -146,7 +146,7 @@ def cut_transfers(delta: DeltaFile, placement: Placement, *, limit: int) -> tupl
 
 
 def _contiguous(delta: DeltaFile, group: Sequence[tuple[ModuleEntry, tuple[ShardView, ...]]]) -> Transfer:
-    """One run from the first module's first byte to the last one's last."""
+    """One range from the first byte of the first module to the last byte of the last module."""
     begin, end = delta.span(group[0][0].name)[0], delta.span(group[-1][0].name)[1]
     origin = begin // ALIGN * ALIGN
     modules = []
@@ -162,7 +162,7 @@ def _contiguous(delta: DeltaFile, group: Sequence[tuple[ModuleEntry, tuple[Shard
 
 
 def _boxed(delta: DeltaFile, entry: ModuleEntry, box: Box, parts: tuple[ShardView, ...]) -> Transfer:
-    """The bytes of one box, slice_ one tensor after the other."""
+    """The bytes of one box, one tensor after the other."""
     offset = 0
     fields: list[Field] = []
     runs: list[ByteRange] = []
@@ -184,7 +184,7 @@ def _boxed(delta: DeltaFile, entry: ModuleEntry, box: Box, parts: tuple[ShardVie
 
 
 def _stored_box(suffix: str, entry: ModuleEntry, box: Box) -> Box:
-    """The box of a stored tensor that goes with a box of the module."""
+    """The box of a part that belongs to a box of the module."""
     if suffix.endswith(".mask"):
         return (*box[:-1], (box[-1][0] // 8, mask_width(box[-1][1])))
     if suffix.endswith(".row"):
@@ -197,11 +197,11 @@ def _stored_box(suffix: str, entry: ModuleEntry, box: Box) -> Box:
 
 
 def _box_runs(shape: tuple[int, ...], box: Box, itemsize: int) -> Iterator[tuple[int, int]]:
-    """(offset, length) in bytes of the contiguous stretches of a box inside a row-major tensor, in order."""
+    """(offset, length) in bytes of the contiguous ranges of a box inside a row-major tensor, in order."""
     inner = len(shape)
     while inner > 0 and box[inner - 1] == (0, shape[inner - 1]):
         inner -= 1
-    # Dimensions from `inner` on are whole: a stretch covers them, and the range of the dimension before them.
+    # Dimensions from `inner` on are whole: a range covers them, and the range of the dimension before them.
     tail = math.prod(shape[inner:]) * itemsize
     if inner == 0:
         yield 0, tail
@@ -214,7 +214,7 @@ def _box_runs(shape: tuple[int, ...], box: Box, itemsize: int) -> Iterator[tuple
 
 
 def _merged(transfers: Sequence[Transfer], limit: int) -> list[Transfer]:
-    """Boxed modules that follow each other ride together, up to the limit."""
+    """Join consecutive boxed modules into transfers up to the limit."""
     out: list[Transfer] = []
     for transfer in transfers:
         last = out[-1] if out else None

@@ -3,7 +3,7 @@
 An update is proven before a weight is written: payload digests, decoding, and the digest of what each tensor becomes,
 which also says that it is in the state that the update was made on. Then it is written, under the caller's lock. So an
 update is applied whole or not at all, never twice and never out of order. What is staged is the update's own bytes and
-a stretch of 1,048,576 weights, not a tensor; of an anchor all of it.
+a stretch of 2^20 weights (on a GPU 2^24), not a tensor; of an anchor all of it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from torch import Tensor
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import Array, raw_bytes
 from peraxis_format.errors import LiveModelError, PxdError, fail
-from peraxis_format.manifest import ModuleEntry
-from peraxis_format.ops.exact import BLOCK
-from peraxis_format.ops.exact.torch import moved
 from peraxis_format.ops.tensors import storage_array
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.binding import agree
@@ -32,10 +29,9 @@ from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.shards import Placement, Shard, Target, increment_versions, whole
 from peraxis_format.torch.updates.apply_sharded import apply_sharded
 from peraxis_format.torch.updates.pieces import is_dtensor
+from peraxis_format.torch.updates.proof import check_digest, stretches
 
 __all__ = ["UpdateError", "apply_update", "in_pieces"]
-
-_STRETCH: Final = 16  # blocks
 
 
 class UpdateError(LiveModelError):
@@ -103,37 +99,14 @@ def _proven(file: DeltaFile, placement: Placement) -> Iterator[ModuleDelta]:
         for part in placement[entry.name]:
             if entry.encoding is Encoding.EXACT:
                 digest = hashlib.sha256()
-                for _, stretch in _stretches(part.view, module):
+                for _, stretch in stretches(part.view, module):
                     digest.update(raw_bytes(storage_array(stretch.cpu())))
                 if digest.hexdigest() != entry.result:
                     fail("E405", field=entry.name)  # SPEC 7.4
             elif entry.base is not None:
-                _check_digest(entry, part.view)
+                check_digest(entry, part.view)
         if entry.encoding is not Encoding.SAME:
             yield module
-
-
-def _check_digest(entry: ModuleEntry, view: Tensor) -> None:
-    digest = hashlib.sha256()
-    for begin in range(0, max(view.numel(), 1), _STRETCH * BLOCK):
-        digest.update(raw_bytes(storage_array(view.detach().reshape(-1)[begin : begin + _STRETCH * BLOCK].cpu())))
-    if entry.base is not None and digest.hexdigest() != entry.base.sha256:
-        fail("E404", field=entry.name)  # SPEC 7.3
-
-
-def _stretches(view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Tensor]]:
-    """The new weights a stretch at a time, each with the live ones that it is for."""
-    index, data = module.index, module.data
-    if index is None or data is None:
-        return
-    flat = view.detach().reshape(-1)
-    begin = 0
-    for first in range(0, index.size, _STRETCH):
-        part = index[first : first + _STRETCH]
-        live = flat[first * BLOCK : (first + part.size) * BLOCK]
-        size = int((part >> 8).sum(dtype="int64"))
-        yield live, moved(live, part, data[begin : begin + size], module.dtype)
-        begin += size
 
 
 def _write(modules: list[ModuleDelta], placement: Placement) -> None:
@@ -141,7 +114,7 @@ def _write(modules: list[ModuleDelta], placement: Placement) -> None:
         for part in placement[module.name]:
             if module.full is not None:
                 part.view.copy_(_tensor(module.full.copy(), part.view))
-            for live, stretch in _stretches(part.view, module):
+            for live, stretch in stretches(part.view, module):
                 live.copy_(stretch)
             part.publish()
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from peraxis_format.delta import Encoding
 from peraxis_format.dtypes import raw_bytes
@@ -23,9 +24,11 @@ from peraxis_format.torch.updates.apply_sharded import sharded_digest
 from peraxis_format.torch.updates.follow import UpdateError, apply_update, in_pieces
 from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.pieces import Ranks
-from peraxis_format.torch.updates.source import UpdateFile, list_updates
+from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update
 
 __all__ = ["Follower", "Poll", "follow"]
+
+_LOGGER: Final = logging.getLogger("peraxis")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +101,7 @@ class Follower:
         applied: list[Path] = []
         if self._state is None and files:
             self._find_state(files)
-        while (chosen := self._next(files, waiting)) is not None:
+        while (chosen := next_update(files, self._state, self.step, skip=waiting)) is not None:
             try:
                 self._apply(chosen)
             except (PxdError, LiveModelError, OSError) as error:
@@ -136,13 +139,18 @@ class Follower:
         self._state, self.step = found.result, found.step
 
     def start(self, *, every: float = 1.0) -> Follower:
-        """Poll every so many seconds on a thread of its own, until `close`."""
+        """Poll every so many seconds on a thread of its own, until `close`. What fails is logged and tried again."""
         if self._thread is not None:
             raise LiveModelError("this follower runs already")
 
         def run() -> None:
             while not self._stop.wait(every):
-                self.poll()
+                try:
+                    self.poll()
+                except Exception as error:  # one look that failed is not the last one
+                    _LOGGER.error(
+                        "%s: cannot be followed: %s; trying again", self.folder, error or type(error).__name__
+                    )
 
         self._thread = threading.Thread(target=run, daemon=True, name="peraxis-follow")
         self._thread.start()
@@ -185,29 +193,24 @@ class Follower:
         return agreed
 
     def _apply(self, update: UpdateFile) -> None:
-        apply_update(self._target, update.path, lock=self._lock, shards=self._shards, group=self._group)
-
-    def _next(self, files: list[UpdateFile], failed: Mapping[Path, str]) -> UpdateFile | None:
-        """The update that continues the state; else the newest anchor ahead of it."""
-        usable = [file for file in files if file.path not in failed]
-        at = -1 if self.step is None else self.step
-        for file in usable:
-            if not file.is_anchor and self._state is not None and file.base == self._state and file.step > at:
-                return file
-        anchors = [file for file in usable if file.is_anchor and file.step > at and file.result != self._state]
-        return anchors[-1] if anchors else None
+        """Apply a file, which must be the one that was listed. Raises UpdateError, PxdError."""
+        with DeltaFile(update.path) as delta:
+            # Of a model in pieces all ranks have to agree, which apply_update sees to.
+            if delta.content_id != update.content_id and not in_pieces(self._target, self._shards):
+                raise UpdateError(f"{update.path}: another file took its place; it is looked at again")
+            apply_update(self._target, delta, lock=self._lock, shards=self._shards, group=self._group)
 
     def _find_state(self, files: list[UpdateFile]) -> None:
         """Which state of the chain the model is at, the newest first; by the digests of its tensors."""
         digests: dict[str, str] = {}
         for file in reversed(files):
-            with DeltaFile(file.path) as delta:
+            with contextlib.suppress(PxdError, OSError), DeltaFile(file.path) as delta:
                 if self._is_at(delta, digests):
                     self._state, self.step = file.result, file.step
                     return
         first = next((file for file in files if not file.is_anchor), None)
         if first is not None:
-            with DeltaFile(first.path) as delta:
+            with contextlib.suppress(PxdError, OSError), DeltaFile(first.path) as delta:
                 if self._is_at(delta, digests, before=True):
                     self._state, self.step = first.base, first.step - 1
 

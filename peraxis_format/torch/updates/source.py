@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -10,7 +11,7 @@ from typing import Final
 from peraxis_format.errors import LiveModelError, PxdError
 from peraxis_format.reader import DeltaFile
 
-__all__ = ["UpdateFile", "Way", "anchor_name", "chain_of", "list_updates", "step_name", "step_of"]
+__all__ = ["UpdateFile", "Way", "anchor_name", "chain_of", "list_updates", "next_update", "step_name", "step_of"]
 
 _NAME: Final = re.compile(r"(step|anchor)-(\d+)\.pxd")
 
@@ -19,7 +20,7 @@ _NAME: Final = re.compile(r"(step|anchor)-(\d+)\.pxd")
 class UpdateFile:
     """One file of a chain. base, result: digests over all tensors before and after (SPEC 3.11, 3.14).
 
-    An anchor needs no state before it.
+    An anchor needs no state before it. stamp: inode, bytes and time of change of the file that was read.
     """
 
     path: Path
@@ -29,6 +30,7 @@ class UpdateFile:
     previous: str | None
     base: str
     result: str
+    stamp: tuple[int, int, int] = (0, 0, 0)
 
 
 def step_name(step: int) -> str:
@@ -50,17 +52,21 @@ def step_of(name: str) -> tuple[int, bool] | None:
 def list_updates(folder: Path, known: dict[Path, UpdateFile] | None = None) -> tuple[list[UpdateFile], dict[Path, str]]:
     """Updates and anchors of a folder in the order of their steps, and what is wrong with files that cannot be read.
 
-    known: what was read before, and is kept up to date: a file is opened once.
+    known: what was read before, and is kept up to date: a file is opened once, and again where another took its place.
     """
     known = {} if known is None else known
     problems: dict[Path, str] = {}
     present = {path for path in folder.glob("*.pxd") if _NAME.fullmatch(path.name)}
     for gone in known.keys() - present:
         del known[gone]
-    for path in sorted(present - known.keys()):
+    for path in sorted(present):
         try:
-            known[path] = _read(path)
+            about = path.stat()
+            stamp = (about.st_ino, about.st_size, about.st_mtime_ns)
+            if path not in known or known[path].stamp != stamp:
+                known[path] = _read(path, stamp)
         except (PxdError, OSError) as error:
+            known.pop(path, None)
             problems[path] = str(error)
     return sorted(known.values(), key=lambda file: (file.step, file.is_anchor)), problems
 
@@ -99,7 +105,23 @@ def chain_of(folder: Path) -> Way | None:
     return Way(anchor=anchors[-1], updates=tuple(updates), head=head)
 
 
-def _read(path: Path) -> UpdateFile:
+def next_update(
+    files: Sequence[UpdateFile], state: str | None, step: int | None, *, skip: Container[Path] = ()
+) -> UpdateFile | None:
+    """The update that continues a state; else the newest anchor ahead of it. skip: files that cannot be used.
+
+    state: the digest over all tensors, None where it is not known. step: of the state, None where it is of no chain.
+    """
+    usable = [file for file in files if file.path not in skip]
+    at = -1 if step is None else step
+    for file in usable:
+        if not file.is_anchor and state is not None and file.base == state and file.step > at:
+            return file
+    anchors = [file for file in usable if file.is_anchor and file.step > at and file.result != state]
+    return anchors[-1] if anchors else None
+
+
+def _read(path: Path, stamp: tuple[int, int, int]) -> UpdateFile:
     match = _NAME.fullmatch(path.name)
     with DeltaFile(path) as delta:
         manifest = delta.manifest
@@ -113,4 +135,5 @@ def _read(path: Path) -> UpdateFile:
             previous=manifest.previous,
             base=manifest.base.digest,
             result=manifest.result,
+            stamp=stamp,
         )

@@ -1,11 +1,12 @@
-"""Text from the fine-tuned model itself: calibration in its own domain, where its data is not at hand.
+"""Text that the fine-tuned model generates: calibration in its own domain when its training data is not available.
 
-A fine-tune is made for a domain that a general text such as C4 hardly touches. What it writes (ancestral sampling at
-temperature 1: its own distribution, which the compressed model is to match) is of that domain. It depends on the start,
-so there are several (`starts_of`): the beginning of a text, the end of another one, each role of the chat template, and
-a few prompts. A sample goes on past end-of-text tokens, as training packs documents, so that these are read, too.
+A fine-tune is made for a domain that a general text such as C4 hardly covers. Text that the model generates is of that
+domain. Sampling is ancestral at temperature 1: this is the model's own distribution, which the compressed model should
+match. A sample depends on its start, so there are several starts (`starts_of`): the beginning of a text, the end of
+another text, each role of the chat template, and a few prompts. A sample continues after an end-of-text token, because
+training packs documents in the same way; so calibration reads these tokens too.
 
-It needs the whole fine-tuned model in memory.
+This needs the whole fine-tuned model in memory.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ _MARK: Final = "\u241fpart\u241f"  # stands for the text of a turn; no template 
 
 
 def starts_of(tokenizer: Any) -> list[list[int]]:
-    """Token ids that samples start with, most important first; none where the tokenizer names no start."""
+    """Token ids that samples start with, the most important first; empty if the tokenizer defines no start."""
     begin: Any = getattr(tokenizer, "bos_token_id", None)
     end: Any = getattr(tokenizer, "eos_token_id", None)
-    # Documents that follow each other are read as the tokenizer writes them: with a start token each, or without.
+    # Consecutive documents are joined as the tokenizer joins them: each with a start token, or without.
     led = begin is not None and begin in tokenizer("a", verbose=False)["input_ids"][:1]
     after_end = [end, begin] if led and end != begin else [end]
     starts: list[list[int]] = [start for start in ([begin], after_end) if None not in start]
@@ -49,7 +50,7 @@ def starts_of(tokenizer: Any) -> list[list[int]]:
 
 
 def _template_starts(tokenizer: Any) -> list[str]:
-    """What the chat template writes up to where a system turn's, the user's and the model's text begins."""
+    """The chat template's output up to the first character of a system turn, a user turn and a model turn."""
     if not getattr(tokenizer, "chat_template", None):
         return []
     begun = []
@@ -58,7 +59,7 @@ def _template_starts(tokenizer: Any) -> list[str]:
         try:
             written = tokenizer.apply_chat_template(turns, tokenize=False)
         except Exception:
-            # Templates are programs of their authors; some take no system turn.
+            # Templates are programs; some refuse a system turn.
             continue
         if roles == ("user", "assistant"):
             for prompt in _PROMPTS[1:4]:
@@ -80,11 +81,11 @@ def generate(
     batch_size: int,
     progress: Callable[[str, int, int], None],
 ) -> Ids:
-    """Ids int64 [samples, length]. teacher: filled. The same for the same seed, device and number of threads."""
+    """Generate ids, int64 [samples, length], with a filled teacher. Equal seed, device and threads give equal ids."""
     draw = np.random.Generator(np.random.PCG64(seed))
     vocabulary = teacher.model.get_input_embeddings().get_parameter("weight").shape[0]
     starts = [start[: length - 1] for start in starts_of(tokenizer)]
-    # Without a named start: any token, as good a start as another.
+    # Without a defined start, each token is as good a start as another.
     starts = starts or [[int(token)] for token in draw.integers(0, vocabulary, min(samples, 8))]
     batches = []
     with torch.random.fork_rng():
@@ -98,9 +99,9 @@ def generate(
 
 
 def _continued(teacher: LayerwiseModel, starts: Sequence[Sequence[int]], *, length: int) -> Ids:
-    """Samples int64 [starts, length], all in one batch with the model's own cache of keys and values.
+    """Samples int64 [starts, length], all in one batch with the model's key-value cache.
 
-    Shorter starts are padded on the left and masked, so that every row goes on at the same step.
+    Shorter starts are padded on the left and masked, so that all rows continue at the same step.
     """
     from transformers import GenerationConfig
 
@@ -108,7 +109,7 @@ def _continued(teacher: LayerwiseModel, starts: Sequence[Sequence[int]], *, leng
     pads = [longest - len(start) for start in starts]
     prompt = torch.tensor([[0] * pad + list(start) for pad, start in zip(pads, starts, strict=True)])
     mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
-    # The model's own configuration would end samples at an end-of-text token, and restrict what is drawn.
+    # The model's own generation configuration would end samples at an end-of-text token and restrict the sampling.
     own = teacher.model.generation_config
     plain = GenerationConfig(
         do_sample=True,

@@ -1,4 +1,4 @@
-"""What each sample of the text is for: the fit, its validation, distillation, or the validation of that."""
+"""The use of each sample: the fit, validation of the fit, distillation, or validation of the distillation."""
 
 from __future__ import annotations
 
@@ -9,33 +9,59 @@ import numpy as np
 
 from peraxis_tools.text import Ids
 
-__all__ = ["Parts", "partition"]
+__all__ = ["Halves", "Parts", "halves", "partition"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What each sample is for. All int64 [n, length]. Distillation trains on all that calibrated, too."""
+    """What each sample is for. All int64 [n, length]. Distillation trains on all that calibrated, too.
 
+    texts: all that calibrates, by source; where there are several, they validate each other.
+    """
+
+    texts: tuple[Ids, ...]
     fit: Ids
     validation: Ids
     distill: Ids
     distill_validation: Ids
 
 
-def partition(sources: Sequence[Ids], *, calibration: float, validation: float) -> Parts:
-    """Split each source into calibration (a share) and distillation, and each of these into fit and held-out.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Halves:
+    """What is fitted and what validates it, int64 [n, length]; crossed: two texts, each of which is both."""
 
-    Every part thus has its share of every source. A part of one sample is not split.
+    fit: Ids
+    validation: Ids
+    crossed: bool
+
+
+def halves(parts: Parts, *, crossed: bool) -> Halves:
+    """The last of several texts (the samples that the fine-tuned model writes) against the others; a single text, or
+    all where crossed is False, by its held-out samples.
+    """
+    texts = [ids for ids in parts.texts if len(ids)]
+    if len(texts) < 2 or not crossed:
+        return Halves(fit=parts.fit, validation=parts.validation, crossed=False)
+    return Halves(fit=np.concatenate(texts[:-1]), validation=texts[-1], crossed=True)
+
+
+def partition(sources: Sequence[Ids], *, calibration: float, validation: float) -> Parts:
+    """Split each source into calibration (a share) and distillation, and each of these into training and validation.
+
+    So every part has its share of every source. A part of one sample is not split.
     """
     parts: list[list[Ids]] = [[], [], [], []]
+    texts: list[Ids] = []
     for ids in sources:
         cut = round(calibration * len(ids))
+        texts.append(ids[:cut])
         for i, part in enumerate((ids[:cut], ids[cut:])):
             validated = min(max(len(part) - 1, 0), int(np.ceil(validation * len(part))))
             parts[2 * i].append(part[: len(part) - validated])
             parts[2 * i + 1].append(part[len(part) - validated :])
     fit, held_out, train, train_validation = (np.concatenate(part) for part in parts)
     return Parts(
+        texts=tuple(texts),
         fit=fit,
         validation=held_out,
         distill=np.concatenate([train, fit, held_out]),

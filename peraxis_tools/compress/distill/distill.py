@@ -1,19 +1,18 @@
-"""End-to-end distillation: all scales together, against the teacher's logits.
+"""End-to-end distillation: all scales are trained together against the teacher's logits.
 
     W_m = base_m + sum_k B_k o (row_k col_k^T)       rounded to the module's dtype as apply does (gradient passes)
     loss = mean over tokens of KL(teacher || student), or of the squared difference of the logits (the paper's)
 
-Scales are trained as s = s_0 (1 + theta) in float32: a step is relative, so one learning rate suits deltas of any size,
-rows and columns alike. With `signs`, the signs are trained too: each weight gets a latent z, started at where the
-fit left it; B = sign(z), and the gradient of B passes to z (straight-through) while |z| is within a few scales.
+Scales are trained as s = s_0 (1 + theta) in float32. A step is relative, so one learning rate suits deltas of any size,
+rows and columns alike. With `signs`, the signs are trained too: each weight has a latent z that starts at the result of
+the fit; B = sign(z), and the gradient of B passes to z (straight-through) while |z| is within a few scales.
 
-AdamW without decay, linear warm-up, cosine to zero. Signs come to rest at 70% of the way: as long as they turn to and
-fro about zero (arXiv 2203.11086), all else is fitted to one of many states; on the rest of the way, to the one that
-stays. After each epoch the state, as it would be stored (F16 scales), is validated on held-out samples; the best one
-is kept,
-the state before the first step among them: never worse there. Samples are of one length without padding: no token is
-excluded, because none has to be. Nothing is dropped out and nothing is drawn but the order of the samples, so a run
-that goes on after an epoch ends in the same bytes.
+The optimizer is AdamW without weight decay, with linear warm-up and a cosine to zero. Signs are frozen after 70% of the
+steps: while they oscillate about zero (arXiv 2203.11086), the scales are fitted to one of many states; after that, to
+the final one. After each epoch the state, with scales rounded to F16 as in the file, is validated on held-out samples.
+The best state is returned; the state before the first step takes part, so the held-out loss never grows. Samples have
+one length without padding, so no token has to be excluded. There is no dropout, and only the order of the samples is
+random, so a run that is resumed after an epoch ends in the same bytes.
 """
 
 from __future__ import annotations
@@ -42,16 +41,16 @@ from peraxis_tools.parameter_names import ParameterSlice
 
 __all__ = ["DistillOptions", "DistillResult", "checkpoint_layers", "distill"]
 
-_SIGNS_REST = 0.7  # of all steps
-_BEST = "distill-best"  # part of the work folder
+_SIGNS_REST = 0.7  # share of all steps
+_BEST = "distill-best"  # a part of the work folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillOptions:
-    """epochs over the samples; loss kl or mse.
+    """Options of distillation. epochs: passes over the samples; loss: kl or mse.
 
-    lr: of relative scales; sign_lr: of latents in units of the scale; full_lr: of full tensors in units of their
-    root mean square. At 0 the signs, the full tensors, stay as they are.
+    lr: the learning rate of relative scales; sign_lr: that of latents, in units of the scale; full_lr: that of full
+    tensors, in units of their root mean square. A rate of 0 leaves the signs or the full tensors unchanged.
     """
 
     epochs: int = 5
@@ -66,7 +65,7 @@ class DistillOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillResult:
-    """The modules as distilled, and the held-out loss before and after."""
+    """The distilled modules, and the held-out loss before and after."""
 
     modules: Mapping[str, FittedModule]
     before: float
@@ -85,9 +84,9 @@ def distill(
     work: WorkFolder,
     progress: Callable[[str, int, int], None],
 ) -> DistillResult:
-    """Train all scales of `modules` together, from where `work` has it. samples, validation: ids [n, length].
+    """Train all scales of `modules` together; continue from the state in `work`. samples, validation: ids [n, length].
 
-    Both models are loaded whole. After each epoch the state of training goes to `work`.
+    Both models are loaded whole. After each epoch the training state is saved to `work`.
     """
     weights.fill_whole(teacher, weights.teacher)
     trained = _parametrize(student, weights, modules, options)
@@ -99,7 +98,7 @@ def distill(
     steps = options.epochs * batches
     training = Training(trained.groups(options), steps=steps)
     generator = torch.Generator().manual_seed(options.seed)
-    # Without the best state there is nothing to go on to.
+    # A run cannot be resumed without the best state.
     stands = training.resume(work) if work.load(_BEST) is not None else None
     if stands is None:
         loss = _validation_loss(student, trained, cache, validation, options)
@@ -124,9 +123,9 @@ def distill(
 
 
 def checkpoint_layers(student: LayerwiseModel) -> None:
-    """Have each layer's activations computed again in the backward pass, in place of being kept.
+    """Recompute each layer's activations in the backward pass instead of storing them (activation checkpointing).
 
-    Not through the model's own switch, as that wants training mode, and with it come dropout and jitter.
+    The model's own switch is not used: it needs training mode, which also turns on dropout and jitter.
     """
     for layer in student.layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -134,13 +133,13 @@ def checkpoint_layers(student: LayerwiseModel) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Trained:
-    """What is trained, by module: components, and full tensors with the value that they stand over."""
+    """Everything that is trained, by module: components, and full tensors with their original values."""
 
     components: Mapping[str, nn.ModuleList]
     full: Mapping[str, tuple[TrainedTensor, Tensor]]
 
     def groups(self, options: DistillOptions) -> list[Group]:
-        """What is trained at one rate: scales, latents of signs, full tensors."""
+        """The parameters by learning rate: scales, latents of signs, full tensors."""
         named = [pair for components in self.components.values() for pair in components.named_parameters()]
         latents = [p for name, p in named if name.endswith("latent")]
         scales = [p for name, p in named if not name.endswith("latent")]
@@ -151,7 +150,7 @@ class _Trained:
         ]
 
     def to_array(self, modules: Mapping[str, FittedModule]) -> dict[str, FittedModule]:
-        """The modules as the file would hold them now."""
+        """The modules as the file would store them now."""
         signed = {
             name: replace(modules[name], components=tuple(c.to_component() for c in components))  # type: ignore[operator]
             for name, components in self.components.items()
@@ -164,7 +163,7 @@ class _Trained:
 
     @contextmanager
     def rounded(self) -> Iterator[None]:
-        """Inside, scales are what F16 leaves of them."""
+        """Inside this context the scales are rounded to F16."""
         kept = []
         for component in (c for components in self.components.values() for c in components):
             kept.append((component, {name: p.detach().clone() for name, p in component.named_parameters()}))
@@ -179,7 +178,7 @@ class _Trained:
 def _parametrize(
     student: LayerwiseModel, weights: Weights, modules: Mapping[str, FittedModule], options: DistillOptions
 ) -> _Trained:
-    """Fill the student with base weights and full tensors, and put over them what is trained."""
+    """Fill the student with base weights and full tensors, and register the trained parametrizations on them."""
     weights.fill_whole(student, weights.base_only)
     full = _parametrize_full(student, weights) if options.full_lr > 0 else {}
     trained: dict[str, nn.ModuleList] = {}
@@ -202,7 +201,7 @@ def _parametrize(
 
 
 def _parametrize_full(student: LayerwiseModel, weights: Weights) -> dict[str, tuple[TrainedTensor, Tensor]]:
-    """Full float tensors that are a whole parameter each; not what the base has too, as that costs no byte."""
+    """Parametrize full float tensors that are a whole parameter, unless they equal the base's and so cost no byte."""
     found = {}
     for name, module in weights.modules.items():
         piece = weights.names.by_tensor.get(name)
@@ -225,9 +224,9 @@ def _put_over(student: LayerwiseModel, parameter: str, module: nn.Module) -> Non
 
 
 class _TeacherLogits:
-    """The teacher's logits of samples: on disk up to a limit of bytes, beyond it computed again.
+    """The teacher's logits of samples: cached on disk up to a limit of bytes, recomputed beyond it.
 
-    Each sample is computed alone: what it gives then depends neither on the limit nor on its batch.
+    Each sample is computed alone, so that its logits depend neither on the limit nor on its batch.
     """
 
     def __init__(self, teacher: LayerwiseModel, work: WorkFolder, limit: int) -> None:
@@ -253,7 +252,7 @@ class _TeacherLogits:
 def _loss(
     student: LayerwiseModel, teacher: _TeacherLogits, samples: Tensor, split: str, rows: Sequence[int], kind: str
 ) -> Tensor:
-    """Mean over the tokens of some samples of a split."""
+    """The mean loss over the tokens of some samples of a split."""
     target = teacher(samples, split, rows).float()
     logits = student.model(input_ids=samples[list(rows)], use_cache=False).logits.float()
     if kind == "mse":
@@ -266,7 +265,7 @@ def _loss(
 def _validation_loss(
     student: LayerwiseModel, trained: _Trained, teacher: _TeacherLogits, validation: Tensor, options: DistillOptions
 ) -> float:
-    """Held-out loss of the state as it would be stored."""
+    """The held-out loss of the state as the file would store it."""
     total = 0.0
     with trained.rounded(), parametrize.cached():
         for start in range(0, len(validation), options.batch_size):

@@ -1,10 +1,10 @@
-"""What distillation trains, as modules over the student's own parameters.
+"""The parametrizations that distillation trains, registered on the student's own parameters.
 
     signed tensor   W = base + sum_k B_k o (row_k col_k^T)      row = row_0 (1 + theta), so is col
                     B = sign(z) where signs are trained, z a latent for each weight
     full tensor     W = W_0 + rms(W_0) theta                    embeddings, lm_head, norms, biases
 
-W is rounded to its dtype, as the file gives it; gradients pass through roundings and signs (straight-through).
+W is rounded to its dtype as apply rounds it; gradients pass through roundings and signs (straight-through).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from peraxis_tools.parameter_names import ParameterSlice
 
 __all__ = ["DeltaParametrization", "TrainedComponent", "TrainedTensor"]
 
-_CLIP = 3.0  # a latent further than this many scales from zero gets no gradient: its sign is decided
+_CLIP = 3.0  # a latent further than this many scales from zero gets no gradient
 
 
 class TrainedComponent(nn.Module):
@@ -34,14 +34,14 @@ class TrainedComponent(nn.Module):
         unpacked = torch.from_numpy(unpack_signs(component.mask, d_in)).to(device)
         for name, array in component.scales().items():
             scale = torch.from_numpy(array.astype(np.float32)).to(device)
-            # The exponent belongs to one of the two scales of row+col: which does not matter, they are relative.
+            # For row+col the exponent may go into either vector, because both are trained relatively.
             if name != "col" or component.axis is Axis.COL:
                 scale = scale * factor
             self.register_buffer(f"{name}_start", scale)
             self.register_parameter(name, nn.Parameter(torch.zeros_like(scale)))
         self.signs: Tensor
         self.register_buffer("signs", unpacked)
-        # Half a scale from zero: near enough that a sign can turn, far enough that noise does not turn it.
+        # Latents start half a scale from zero, so that a gradient can flip a sign but noise cannot.
         self.latent = nn.Parameter(torch.where(unpacked, 0.5, -0.5)) if signs else None
 
     def scale(self, name: str) -> Tensor:
@@ -66,7 +66,7 @@ class TrainedComponent(nn.Module):
         return (soft + (hard - soft).detach()) * size
 
     def to_component(self) -> Component:
-        """As the file holds it."""
+        """The component as the file stores it."""
         with torch.no_grad():
             mask = pack_signs(self.current_signs().cpu().numpy())
             arrays = {
@@ -83,7 +83,7 @@ class TrainedComponent(nn.Module):
 
     @torch.no_grad()
     def round(self) -> None:
-        """Set the relative scales so that the scales are those that the file will have."""
+        """Set the relative scales so that the scales equal the rounded ones of the file."""
         component = self.to_component()
         for name, array in component.scales().items():
             exact = torch.from_numpy(array.astype(np.float64)).to(self.signs.device)
@@ -124,7 +124,7 @@ class DeltaParametrization(nn.Module):
 
 
 class TrainedTensor(nn.Module):
-    """Parametrization: a tensor that is stored full -> itself + rms * theta, rounded to its dtype."""
+    """Parametrization: a tensor with the encoding full -> tensor + rms * theta, rounded to its dtype."""
 
     def __init__(self, value: Tensor, dtype: DType) -> None:
         super().__init__()
@@ -139,5 +139,5 @@ class TrainedTensor(nn.Module):
 
     @torch.no_grad()
     def to_array(self, value: Tensor) -> Array:
-        """As the file holds it. value: the tensor that this stands over."""
+        """The tensor as the file stores it. value: the original tensor."""
         return storage_array(self(value.float()).to(TORCH_DTYPES[self._dtype]).cpu().contiguous())

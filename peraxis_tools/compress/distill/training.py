@@ -1,7 +1,7 @@
-"""AdamW with a schedule for each group of parameters, and how it goes on after it was killed.
+"""AdamW with a schedule for each group of parameters; it can be resumed after it was killed.
 
-Rates: linear warm-up, cosine to zero, zero from there; no weight decay. Between epochs everything that the next step
-follows from is kept in the work folder: parameters, AdamW's sums, and how far it is.
+Each rate has a linear warm-up, then a cosine to zero, then stays zero; there is no weight decay. After each epoch the
+full state is saved in the work folder: parameters, AdamW's moments, and the number of epochs.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from peraxis_tools.compress.run.work_folder import WorkFolder
 __all__ = ["Group", "TrainingState", "Training"]
 
 _WARM_UP = 0.05
-_PART = "distilling"  # of the work folder
-_SUMS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+_PART = "distilling"  # a part of the work folder
+_SUMS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Parameters with one rate. lr: at its peak; share: of all steps, after which they stay what they are."""
+    """Parameters with one rate. lr: the peak rate; share: the share of all steps after which they are frozen."""
 
     parameters: Sequence[nn.Parameter]
     lr: float
@@ -34,7 +34,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
-    """How far it is: whole epochs, the best loss after one of them, and the loss before the first."""
+    """The progress: the number of whole epochs, the best loss after an epoch, and the loss before the first epoch."""
 
     epochs: int
     best: float
@@ -42,7 +42,7 @@ class TrainingState:
 
 
 class Training:
-    """The optimizer of some groups over a number of steps."""
+    """The optimizer of the groups over a number of steps."""
 
     def __init__(self, groups: Sequence[Group], *, steps: int) -> None:
         self._groups = [group for group in groups if group.parameters]
@@ -53,7 +53,7 @@ class Training:
         self._optimizer = torch.optim.AdamW([{"params": group.parameters} for group in self._groups], weight_decay=0.0)
 
     def step(self, number: int, loss: Tensor) -> None:
-        """Take one step down this loss."""
+        """Take one optimizer step for this loss."""
         for group, its in zip(self._groups, self._optimizer.param_groups, strict=True):
             its["lr"] = group.lr * _rate(number, round(group.share * self._steps))
         self._optimizer.zero_grad(set_to_none=True)
@@ -61,17 +61,17 @@ class Training:
         self._optimizer.step()
 
     def save(self, work: WorkFolder, stands: TrainingState) -> None:
-        """Keep where training stands."""
+        """Save the training state."""
         arrays = {"standing": np.array([stands.epochs, stands.best, stands.before], np.float64)}
         for i, parameter in enumerate(self._parameters):
-            sums = self._optimizer.state[parameter]  # empty where no loss has reached it: an expert without tokens
+            sums = self._optimizer.state[parameter]  # empty without a gradient: an expert without tokens
             for name, value in {"value": parameter, **sums}.items():
                 arrays[f"{name}-{i}"] = value.detach().cpu().numpy()
         work.save_arrays(_PART, arrays)
 
     @torch.no_grad()
     def resume(self, work: WorkFolder) -> TrainingState | None:
-        """Put training where `save` left it; None where there is nothing to go on from."""
+        """Restore the state that `save` wrote; None if there is none."""
         arrays = work.load_arrays(_PART)
         if arrays is None:
             return None
@@ -79,7 +79,7 @@ class Training:
             parameter.copy_(torch.from_numpy(arrays[f"value-{i}"]))
             if f"step-{i}" not in arrays:
                 continue
-            # AdamW keeps its count of steps on the CPU, wherever the parameter is.
+            # AdamW's step count is on the CPU, whatever the parameter's device is.
             self._optimizer.state[parameter] = {
                 name: torch.from_numpy(arrays[f"{name}-{i}"]).to("cpu" if name == "step" else parameter.device)
                 for name in _SUMS
@@ -89,7 +89,7 @@ class Training:
 
 
 def _rate(step: int, steps: int) -> float:
-    """Share of the peak rate."""
+    """The rate of this step as a share of the peak rate."""
     if step >= steps:
         return 0.0
     warm = max(1, round(_WARM_UP * steps))

@@ -1,11 +1,12 @@
-"""`--fit adamw`: the paper's fit of one module, on sums instead of cached activations.
+"""`--fit adamw`: the paper's fit of one module, from moments instead of cached activations.
 
     loss(s) = ||R - X Q(s)^T||^2 / (n d_out),  Q = sign(D) o s,  s = row or col vector, started at mean |D|
 
-AdamW (row lr 1e-4, col and scalar lr 1e-5, decay 0.01, as torch has it), 5 epochs, one step a calibration sample; the
-axis with the smaller held-out error is kept. The gradient is that of the whole calibration set, from G and C, where
-the paper's steps take one sample's: the mean of the same thing, without its noise. The paper's method as a whole
-(forward passes of two whole models for every module) is a benchmark (benchmarks/fidelity.py), not an option.
+AdamW (row lr 1e-4, col and scalar lr 1e-5, weight decay 0.01, torch's implementation) runs for 5 epochs, with one step
+for each calibration sample. The axis with the smaller held-out error wins. The gradient is that of the whole
+calibration set, from G and C; the paper's steps take the gradient of one sample, which has the same mean and more
+noise. The paper's full method (forward passes of two whole models for every module) is a benchmark
+(benchmarks/fidelity.py), not an option.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _RATES: Final = {Axis.ROW: 1e-4, Axis.COL: 1e-5, Axis.TENSOR: 1e-5, Axis.ROW_COL
 
 
 def adamw_component(delta: Tensor, fine_tuned: Tensor, moments: Moments, axis: Axis, *, steps: int) -> ComponentFit:
-    """One component: signs of the delta, scales after `steps` steps. delta, fine_tuned: float32 [d_out, d_in]."""
+    """Fit one component: signs of the delta, scales after `steps` steps. delta, fine_tuned: float32 [d_out, d_in]."""
     term = start_component(delta, axis)
     row, col = term.row.clone().requires_grad_(axis is not Axis.COL), term.col.clone()
     col.requires_grad_(axis in (Axis.COL, Axis.ROW_COL))
@@ -39,7 +40,7 @@ def adamw_component(delta: Tensor, fine_tuned: Tensor, moments: Moments, axis: A
     optimizer = torch.optim.AdamW([p for p in (row, col) if p.requires_grad], lr=_RATES[axis])
     with torch.enable_grad():
         for _ in range(steps):
-            # A scalar stands in row as one value: its gradient is shared by taking the mean back.
+            # A scalar is stored as one value in all of row; assigning the mean keeps these values equal.
             size = row.mean().expand_as(row) if axis is Axis.TENSOR else row
             dense = signs * size[:, None] * col
             # ||R - X Q^T||^2 = tr(Q G Q^T) - 2 tr(C Q^T) + constant
@@ -49,6 +50,6 @@ def adamw_component(delta: Tensor, fine_tuned: Tensor, moments: Moments, axis: A
             optimizer.step()
     with torch.no_grad():
         final = row.mean().expand_as(row) if axis is Axis.TENSOR else row
-        # A scale that training made negative turns its signs; the file stores magnitudes.
+        # The file stores magnitudes, so a scale that became negative flips its signs.
         turned = (final < 0)[:, None] ^ (col < 0)
         return ComponentFit(axis=axis, signs=term.signs ^ turned, row=final.abs().contiguous(), col=col.abs())

@@ -1,9 +1,9 @@
-"""How much larger than mean |D| the scales of a delta should be, without a text.
+"""A factor for the mean |D| scales of a delta that lowers the error of the outputs, without a text.
 
-Mean magnitudes are the least squared error of the weights. But a fine-tune moves the outputs of a layer along few
-directions: its gradients are sums of (output error) x (input), so that D^T D shows the inputs that it was trained on.
-sign(D) spends most of its energy elsewhere, and mean magnitudes give back a part of these directions only. So each row
-is multiplied by the f that minimises
+Mean magnitudes give the least squared error of the weights. But a fine-tune changes the outputs of a layer along few
+directions: its gradients are sums of (output error) x (input), so D^T D shows the inputs of its training. Most of the
+energy of sign(D) lies in other directions, and mean magnitudes restore these directions only in part. So each row is
+multiplied by the f that minimises
 
     (d - f q) H (d - f q)^T      H = (1 - e) D^T D / m + e I      m: mean of the diagonal of D^T D
 
@@ -12,9 +12,9 @@ D^T D is taken from a sketch: S = Omega D with _DIRECTIONS rows of random signs,
 magnitudes are least squares, d q^T = q q^T. Sums are binary64 and f is rounded to 1/256, so that no library of linear
 algebra changes a byte.
 
-Rejected: signs chosen for the same H (worse than the plain ones), columns solved for it (no better than rows alone, and
-a system of d_in x d_in for each module), random signs where D is 0 (no difference), scales of least error after the
-rounding to BF16 (no difference).
+Rejected: signs chosen for the same H (worse than sign(D)), columns solved for it (no better than rows alone, and a
+system of d_in x d_in for each module), random signs where D is 0 (no difference), scales of least error after rounding
+to BF16 (no difference).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ __all__ = ["output_factors"]
 _DIRECTIONS: Final = 32
 _ISOTROPIC: Final = 0.3  # e
 _GRID: Final = 256
-_MOST: Final = 8.0  # larger factors come from rows that have next to nothing of the delta
-_ROWS: Final = 256  # of a block
+_MOST: Final = 8.0  # larger factors come from rows with almost no delta
+_ROWS: Final = 256  # rows of a block
 
 Vector = NDArray[np.float64]
 
@@ -40,7 +40,7 @@ Vector = NDArray[np.float64]
 def output_factors(
     delta: NDArray[np.float32], mask: NDArray[np.uint8], row: Vector, col: Vector, *, by_row: bool
 ) -> Vector:
-    """f for each row of one matrix: float64 [d_out], all the same unless by_row.
+    """f for each row of one matrix: float64 [d_out]; all are equal unless by_row.
 
     delta: [d_out, d_in]; the component is sign o (row col^T), with mask as the file packs signs (SPEC 5.2), row [d_out]
     and col [d_in] of least squared error.

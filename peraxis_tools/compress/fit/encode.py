@@ -1,4 +1,4 @@
-"""What every fit ends in: a mask and scales of float64 become a component of the file, scales rounded to F16."""
+"""The last step of every fit: a mask and float64 scales become a component of the file, with scales in F16."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def encode_component(
 
     mask: U8 [B, d_out, bytes]; row: [B, d_out]; col: [B, d_in]; both >= 0.
 
-    `tensor` takes its scalar from row[0, 0]; what the axis does not have is ignored.
+    `tensor` takes its scalar from row[0, 0]; a vector that the axis does not have is ignored.
     """
     shape = (*batch, *mask.shape[1:])
     packed = np.ascontiguousarray(mask.reshape(shape))

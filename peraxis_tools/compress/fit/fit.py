@@ -1,41 +1,36 @@
-"""The modules that read one input, from its sums to their fitted deltas.
+"""Fit the modules that share one input, from the moments of this input.
 
-With a damping lambda, n tokens, and g the diagonal of G, the hessian is
+With a damping lambda, n tokens, and g the diagonal of G, the Hessian is
 
     H = G + lambda diag(g) + mu (d_in / n) mean(g) I
 
-lambda keeps signs from relying on correlations that other text does not have, and is relative to each input for itself,
-as a few inputs of a language model are far larger than the rest; mu: few tokens know little of G, so inputs of all
-directions alike are mixed in, half a token for each dimension. Over the target
+lambda keeps signs from relying on correlations that other text does not have. It is relative to each input, because a
+few inputs of a language model are far larger than the others. mu adds an isotropic term, half a token for each
+dimension, because few tokens give a poor estimate of G. The target
 
     T = D + W_f E H^-1      minimises   ||R - X T^T||^2 + the damping of (D - T)        (D* of the dense fit)
 
-and, up to a constant, every delta Q costs  J(Q) = tr((T - Q) H (T - Q)^T). So one objective serves
-all fits: scales (scales.py) and signs (signs.py) minimise J, component after component, then jointly. H and what is
-made of it are the same for all modules that read the input.
+and, up to a constant, a delta Q costs  J(Q) = tr((T - Q) H (T - Q)^T). So one objective serves all fits: scales
+(scales.py) and signs (signs.py) minimise J, component by component, then jointly. H and its factor are shared by all
+modules that read this input.
 
-Whether calibration can be trusted at all is not known beforehand. So each module is first fitted on the fit tokens
-and validated by ||R - X Q^T||^2 on held-out tokens, beside the delta that has seen no text (`none`) and no delta at all
-(`same`). A fit must win by more than chance would let it, a share 1 / sqrt(validation tokens) of the error. From
-there it goes on, on all tokens: what is reported is the error before that, of tokens that no fit had seen.
+Whether calibration can be trusted at all is not known beforehand: choice.py fits on one text and validates on another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from peraxis_format import Axis
-from peraxis_tools.compress.fit.adamw import adamw_component
-from peraxis_tools.compress.fit.moments.sums import Moments, Statistics, Validation
+from peraxis_tools.compress.fit.moments.sums import Moments
 from peraxis_tools.compress.fit.scales import (
     ComponentFit,
     fit_scales,
     mean_magnitudes,
-    round_scales_f16,
     start_component,
 )
 from peraxis_tools.compress.fit.signs import Factor, coordinate_descent, gptq_signs, inverse_factor
@@ -48,7 +43,6 @@ __all__ = [
     "Hessian",
     "Quadratic",
     "dense",
-    "fit_matrices",
     "fit_terms",
     "hessian_of",
     "quadratic",
@@ -64,9 +58,9 @@ _PSEUDO_TOKENS = 0.5  # mu
 class FitOptions:
     """How a matrix is fitted.
 
-    axes: candidates where none is asked for. refine: choose signs, not only scales. adamw_steps: above 0, the paper's
-    fit with so many steps in place of all else. rounds: alternations of signs and scales. sweeps: of coordinate
-    descent in each.
+    axes: the candidates if the plan leaves the axis open. refine: choose signs, not only scales. adamw_steps: if above
+    0, the paper's fit with this many steps replaces all others. rounds: alternations of signs and scales. sweeps:
+    sweeps of coordinate descent in each round.
     """
 
     axes: tuple[Axis, ...] = AUTO_AXES
@@ -78,9 +72,9 @@ class FitOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
-    """What is to be fitted. base, fine_tuned: float32 [d_out, d_in].
+    """One matrix to fit. base, fine_tuned: float32 [d_out, d_in].
 
-    dtype: what base + delta is rounded to when applied. axes: candidates. components: masks, 1 to 8.
+    dtype: the dtype that base + delta is rounded to. axes: the candidates. components: the number of masks, 1 to 8.
     """
 
     base: Tensor
@@ -92,10 +86,10 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FittedMatrix:
-    """A fitted delta; no terms at all means that the base's own weight is best (`same`).
+    """A fitted delta; without components the base's own weight is best (`same`).
 
-    Errors are mean squares of the module's output over the tokens that validated: of this fit, of the same terms
-    without calibration (error_none), of no delta (error_same). note: why it is not the fit that was asked for.
+    Errors are mean squares of the module's output over the validation tokens: of this fit, of the same number of
+    components without calibration (error_none), of no delta (error_same). note: why it is not the requested fit.
     """
 
     terms: tuple[ComponentFit, ...]
@@ -107,11 +101,22 @@ class FittedMatrix:
 
 @dataclass(frozen=True, slots=True)
 class Hessian:
-    """H, the factor of its inverse (where signs are chosen), and E H^-1 (where teacher inputs are known); float32."""
+    """H in float32, the factor of its inverse (where signs are chosen); where teacher inputs are known, E and L with
+    H = L L^T, float64.
+    """
 
     matrix: Tensor
     factor: Factor | None
-    input_shift: Tensor | None
+    cross: Tensor | None
+    lower: Tensor | None
+
+    def shift(self, fine_tuned: Tensor) -> Tensor:
+        """W_f E H^-1, float32 [d_out, d_in]: solved for W_f's rows or for E's, whichever are fewer."""
+        if self.cross is None or self.lower is None:
+            return torch.zeros_like(fine_tuned)
+        if len(fine_tuned) < len(self.cross):
+            return torch.cholesky_solve((fine_tuned.double() @ self.cross).t(), self.lower).t().float()
+        return fine_tuned @ torch.cholesky_solve(self.cross.t(), self.lower).t().float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,30 +129,32 @@ class Quadratic:
 
 
 def hessian_of(moments: Moments, *, signs: bool, damping: float = _DAMPING) -> Hessian | None:
-    """The hessian of these sums; None where they carry no information (no tokens, or inputs all zero)."""
+    """The Hessian of these moments; None if they carry no information (no tokens, or all inputs are zero)."""
     diagonal = torch.diagonal(moments.G)
     mean = float(diagonal.mean())
     if not mean > 0.0:
         return None
     hessian = moments.G.clone()
     hessian.diagonal().add_(damping * diagonal + _PSEUDO_TOKENS * len(hessian) / max(moments.tokens, 1) * mean)
-    input_shift = None
-    if moments.E is not None:
-        input_shift = torch.cholesky_solve(moments.E.t(), torch.linalg.cholesky(hessian)).t().float()
-    return Hessian(matrix=hessian.float(), factor=inverse_factor(hessian) if signs else None, input_shift=input_shift)
+    return Hessian(
+        matrix=hessian.float(),
+        factor=inverse_factor(hessian) if signs else None,
+        cross=moments.E,
+        lower=None if moments.E is None else torch.linalg.cholesky(hessian),
+    )
 
 
 def quadratic(delta: Tensor, fine_tuned: Tensor, hessian: Hessian) -> Quadratic:
     """The objective of one module. delta, fine_tuned: float32 [d_out, d_in]."""
-    target = delta if hessian.input_shift is None else delta + fine_tuned @ hessian.input_shift
+    target = delta + hessian.shift(fine_tuned)
     return Quadratic(target=target, target_hessian=target @ hessian.matrix, hessian=hessian)
 
 
 def residual_terms(delta: Tensor, axes: Sequence[Axis], components: int) -> tuple[ComponentFit, ...]:
-    """`none`: sign and mean magnitude of the delta, then of what that leaves, and so on; least weight error."""
+    """`none`: sign and mean magnitude of the delta, then of the residual, and so on; least weight error."""
 
     def captured(axis: Axis) -> float:
-        # Each is a least squares fit, row or col being ones: it takes sum(row^2) sum(col^2) from the sum of squares.
+        # A least squares fit lowers the sum of squares by sum(row^2) sum(col^2); row or col may be ones.
         found = mean_magnitudes(rest, axis)
         return float(found.row.square().sum() * found.col.square().sum())
 
@@ -168,9 +175,9 @@ def fit_terms(
     components: int = 1,
     start: Sequence[ComponentFit] | None = None,
 ) -> tuple[ComponentFit, ...]:
-    """Terms of least J: greedily one after the other, then signs and scales in turn, all together.
+    """Components of least J: first greedily one after the other, then signs and scales alternate for all of them.
 
-    start: terms of a problem much like this one, to go on from.
+    start: the components of a similar problem, as a starting point.
     """
     terms = list(start) if start is not None and options.refine else _greedy(problem, axis, components, options)
     if options.refine:
@@ -195,7 +202,7 @@ def fit_terms(
 def _greedy(problem: Quadratic, axis: Axis, components: int, options: FitOptions) -> list[ComponentFit]:
     terms: list[ComponentFit] = []
     rest, target_hessian = problem.target, problem.target_hessian
-    # Scales that signs will follow, and that follow the signs, need not be exact yet.
+    # These scales are solved again after the signs, so they need not be exact yet.
     rounds = {"rounds": 1} if options.refine else {}
     for _ in range(components):
         terms.append(
@@ -214,7 +221,7 @@ def _with_signs(terms: Sequence[ComponentFit], signs: Sequence[Tensor]) -> list[
 
 
 def _refit(terms: Sequence[ComponentFit], problem: Quadratic) -> list[ComponentFit]:
-    """The scales of each term in turn, for what the others leave."""
+    """Solve the scales of each component in turn, for the residual of the others."""
     if len(terms) == 1:
         return [
             fit_scales(
@@ -231,109 +238,8 @@ def _refit(terms: Sequence[ComponentFit], problem: Quadratic) -> list[ComponentF
 
 
 def dense(terms: Sequence[ComponentFit], like: Tensor) -> Tensor:
-    """The sum of the terms, one rounding a term as SPEC 6.1 adds them; zeros like `like` where there are none."""
+    """The sum of the components, with one rounding for each as in SPEC 6.1; zeros like `like` if there are none."""
     total = torch.zeros_like(like)
     for term in terms:
         total = total + term.dense()
     return total
-
-
-@dataclass(frozen=True, slots=True)
-class _Trial:
-    """A matrix fitted on the fit tokens. fitted: what it would be without more; start: terms to go on from."""
-
-    fitted: FittedMatrix
-    start: tuple[ComponentFit, ...] = ()
-    axis: Axis | None = None
-
-
-def fit_matrices(matrices: Sequence[Matrix], *, statistics: Statistics, options: FitOptions) -> list[FittedMatrix]:
-    """Fit the matrices that read one input. Uses the statistics up: held-out tokens end in the fit.
-
-    Never worse than `none` and `same` where it was validated; errors are those of the rounded weight.
-    """
-    hessian = None if options.adamw_steps else hessian_of(statistics.fit, signs=options.refine)
-    validation_moments = statistics.validation_moments.float32()
-    # Signs by feedback alone say whether calibration helps; the rounds then run once, on all tokens.
-    first = replace(options, rounds=0) if options.refine and statistics.validation.tokens else options
-    trials = [_try(matrix, hessian, validation_moments, statistics.fit, first) for matrix in matrices]
-    del validation_moments
-    if not statistics.validation.tokens or all(trial.axis is None for trial in trials):
-        return [trial.fitted for trial in trials]
-    statistics.fit.merge(statistics.validation)
-    # Signs go on from those of the trial: no feedback, and no factor.
-    hessian = hessian_of(statistics.fit, signs=False)
-    return [_finish(matrix, trial, hessian, options) for matrix, trial in zip(matrices, trials, strict=True)]
-
-
-def _try(
-    matrix: Matrix, hessian: Hessian | None, validation_moments: Moments, moments: Moments, options: FitOptions
-) -> _Trial:
-    delta = matrix.fine_tuned - matrix.base
-    validation = Validation(matrix.fine_tuned, validation_moments)
-
-    def error(terms: Sequence[ComponentFit]) -> float:
-        applied = (matrix.base + dense(terms, matrix.base)).to(matrix.dtype).float()
-        return validation.error(matrix.fine_tuned - applied)
-
-    plain = tuple(map(round_scales_f16, residual_terms(delta, matrix.axes, matrix.components)))
-    error_none, error_same = error(plain), error(())
-    fitted = FittedMatrix(terms=plain, error=error_none, error_none=error_none, error_same=error_same)
-    if options.adamw_steps:
-        return _Trial(_fit_adamw(fitted, matrix, delta, moments, options, error))
-    margin = 1.0 - max(validation.tokens, 1) ** -0.5
-    if hessian is not None:
-        problem = quadratic(delta, matrix.fine_tuned, hessian)
-        axis = _axis(matrix, problem, moments.tokens, error)
-        start = fit_terms(problem, axis, options, components=matrix.components)
-        terms = tuple(map(round_scales_f16, start))
-        found = error(terms)
-        if found < margin * min(error_none, error_same):
-            return _Trial(replace(fitted, terms=terms, error=found), start, axis)
-    if validation.tokens and error_same <= margin * error_none:
-        return _Trial(replace(fitted, terms=(), error=error_same, note="no delta lowers the held-out error: base kept"))
-    why = "no calibration token reaches it" if hessian is None else "calibration does not improve it"
-    return _Trial(replace(fitted, note=f"{why}: mean |delta|"))
-
-
-def _axis(matrix: Matrix, problem: Quadratic, tokens: int, error: Callable[[Sequence[ComponentFit]], float]) -> Axis:
-    """row+col holds the others as special cases; where tokens are so few that it might fit noise, the best by scales
-    alone on held-out tokens.
-    """
-    if len(matrix.axes) == 1:
-        return matrix.axes[0]
-    if Axis.ROW_COL in matrix.axes and tokens >= matrix.base.shape[1]:
-        return Axis.ROW_COL
-    quick = FitOptions(refine=False)
-
-    def scales_alone(axis: Axis) -> float:
-        return error(tuple(map(round_scales_f16, fit_terms(problem, axis, quick, components=matrix.components))))
-
-    return min(matrix.axes, key=scales_alone)
-
-
-def _finish(matrix: Matrix, trial: _Trial, hessian: Hessian | None, options: FitOptions) -> FittedMatrix:
-    if trial.axis is None or hessian is None:
-        return trial.fitted
-    problem = quadratic(matrix.fine_tuned - matrix.base, matrix.fine_tuned, hessian)
-    terms = fit_terms(problem, trial.axis, options, components=matrix.components, start=trial.start)
-    return replace(trial.fitted, terms=tuple(map(round_scales_f16, terms)))
-
-
-def _fit_adamw(
-    plain: FittedMatrix,
-    matrix: Matrix,
-    delta: Tensor,
-    moments: Moments,
-    options: FitOptions,
-    error: Callable[[Sequence[ComponentFit]], float],
-) -> FittedMatrix:
-    """The paper's fit; like the paper, without a look at whether it is better than no fit."""
-    if not moments.tokens:
-        return replace(plain, note="no calibration token reaches it: mean |delta|")
-    terms = [
-        round_scales_f16(adamw_component(delta, matrix.fine_tuned, moments, a, steps=options.adamw_steps))
-        for a in matrix.axes
-    ]
-    best = min(terms, key=lambda term: error((term,)))
-    return replace(plain, terms=(best,), error=error((best,)))

@@ -1,18 +1,18 @@
-"""The whole model, one decoder block at a time: teacher (fine-tuned) and student (base + deltas) side by side.
+"""Fit the whole model, one decoder block at a time: teacher (fine-tuned) and student (base + deltas) side by side.
 
-For each block: load it twice; see once which product reads which input (discovery); then, stage by stage in the order
-of the data (q/k/v; o; gate/up; down), take both up to the stage's input, sum G, E, F (collector.py), fit the stage's
-modules, and put them into the student exactly as the file will apply them. What comes later is then fitted on inputs
-that already contain what came before. At last both blocks' outputs replace the hidden states. O(layers) work;
-memory holds one block of each model, the hidden states, and the sums of one stage.
+For each block: load it twice; record once which product reads which input (discovery); then, stage by stage in forward
+order (q/k/v; o; gate/up; down), run both up to the stage's input, sum G, E, F (collector.py), fit the stage's modules,
+and install them in the student exactly as apply will compute them. So later modules are fitted on inputs that include
+the error of earlier ones. At the end both blocks' outputs replace the hidden states. The work is O(layers); memory
+holds one block of each model, the hidden states, and the moments of one stage.
 
-Embedding first, as its rows change what everything else sees, fitted for the rows that the text reads (table.py);
-lm_head last, on the final hidden states. A tied pair is both: it is fitted first, on the final hidden states of the
-teacher, which one pass of the teacher alone gives; what the embedding hands on, its own rows, counts half as much as
-what the head makes of them.
+The embedding is fitted first, because its rows change all other inputs; it is fitted for the rows that the text reads
+(table.py). lm_head is fitted last, on the final hidden states. A tied pair is both: it is fitted first, on the final
+hidden states of the teacher, which one pass of the teacher gives. The error of its rows as an embedding counts half as
+much as the error of its logits.
 
-Experts: a token may be routed elsewhere in the student, so teacher inputs cannot be matched; there Z = 0, and the
-experts are fitted on the student's own tokens.
+Experts: the student may route a token to another expert, so teacher inputs cannot be matched. There Z = 0, and experts
+are fitted on the student's own tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from peraxis_format import Encoding, Safetensors
-from peraxis_tools.compress.fit.fit import FitOptions, FittedMatrix, fit_matrices
+from peraxis_tools.compress.fit.choice import fit_matrices
+from peraxis_tools.compress.fit.fit import FitOptions, FittedMatrix
 from peraxis_tools.compress.fit.mean import mean_components
 from peraxis_tools.compress.fit.moments.collector import Batch, MomentsCollector, Side, Text
 from peraxis_tools.compress.fit.moments.spill import SpilledTensors
@@ -45,11 +46,11 @@ from peraxis_tools.parameter_names import NameMap, ParameterSlice
 
 __all__ = ["Batch", "LayerwiseCalibration"]
 
-TIED_INPUT_WEIGHT: Final = 0.5  # of a tied table: the weight of reading a row against that of multiplying with it
+TIED_INPUT_WEIGHT: Final = 0.5  # weight of a tied table's error as an embedding, relative to that as the head
 
 
 class LayerwiseCalibration:
-    """One run over all blocks. `fitted` fills as it goes; every finished part is in the work folder."""
+    """One run over all blocks. `fitted` grows during the run; every finished part is in the work folder."""
 
     def __init__(
         self,
@@ -61,6 +62,7 @@ class LayerwiseCalibration:
         student: LayerwiseModel,
         names: NameMap,
         batches: Sequence[Batch],
+        crossed: bool,
         options: FitOptions,
         work: WorkFolder,
         processes: Processes,
@@ -73,6 +75,7 @@ class LayerwiseCalibration:
             batches=[batches[i] for i in processes.shard_indices(len(batches))],
             total=len(batches),
             validated=any(batch.validation for batch in batches),
+            crossed=crossed,
         )
         if len(batches) < processes.count:
             raise OptionError(f"{processes.count} processes for {len(batches)} batches: give fewer, or a smaller batch")
@@ -93,7 +96,7 @@ class LayerwiseCalibration:
 
     @torch.no_grad()
     def run(self) -> dict[str, FittedModule]:
-        """Fit every module that the plan gives signs. Returns them by name."""
+        """Fit every module with signs in the plan. Returns the modules by name."""
         blocks = len(self.student)
         self._take(self._part("embedding", self._fit_tables))
         for model, source in self._sources():
@@ -113,7 +116,7 @@ class LayerwiseCalibration:
         return (self.teacher, self.weights.teacher), (self.student, self.weights.student)
 
     def _block(self, index: int) -> None:
-        """Fill a block of both sides, fit it or take it from the work folder, and take the hidden states through it."""
+        """Fill a block of both sides, fit it or load it from the work folder, and compute the next hidden states."""
         part = f"block-{index:05d}"
         finished = self._finished(part)
         self._take(finished or [])
@@ -128,7 +131,7 @@ class LayerwiseCalibration:
         trim_heap()
 
     def _part(self, part: str, fit: Callable[[], list[FittedModule]]) -> list[FittedModule]:
-        """A part from the work folder, or fitted and put there."""
+        """A part from the work folder; if it is not there, it is fitted and saved."""
         modules = self._finished(part)
         if modules is None:
             modules = fit()
@@ -143,11 +146,11 @@ class LayerwiseCalibration:
             self.work.save(part, modules)
 
     def _take(self, modules: Iterable[FittedModule]) -> None:
-        """From now on the student's weights are made with these."""
+        """Use these modules for the student's weights from now on."""
         self.fitted.update((module.name, module) for module in modules)
 
     def _install(self, modules: Iterable[FittedModule]) -> None:
-        """Take modules, and put them into the student's block as it runs."""
+        """Take modules, and write them into the student's running block."""
         modules = list(modules)
         self._take(modules)
         for name in sorted({self.names.by_tensor[module.name].parameter for module in modules}):
@@ -161,7 +164,7 @@ class LayerwiseCalibration:
                 hidden[i] = model.run_layer(index, batch.ids, hidden[i])
 
     def _signed(self, parameters: Iterable[str]) -> list[tuple[PlannedModule, ParameterSlice]]:
-        """Modules with signs whose tensors lie in these parameters, in plan order."""
+        """The modules with signs whose tensors lie in these parameters, in plan order."""
         wanted = set(parameters)
         return [
             (module, piece)
@@ -172,7 +175,7 @@ class LayerwiseCalibration:
         ]
 
     def _fit_tables(self) -> list[FittedModule]:
-        """Embeddings, for the rows that the text reads; and, without text, what no parameter of the model holds."""
+        """Fit embeddings for the rows that the text reads; and, without text, tensors that the model does not have."""
         mapped = self.names.by_tensor
         outer = set(self.teacher.outer_parameters())
         done: list[FittedModule] = []
@@ -186,7 +189,7 @@ class LayerwiseCalibration:
         return done
 
     def _fit_embedding(self, module: PlannedModule, piece: ParameterSlice) -> list[FittedModule]:
-        """The table of input embeddings; nothing where it is none, or where the paper's fit is asked for."""
+        """Fit the table of input embeddings. Empty if the module is none, or for the paper's fit."""
         self.weights.fill_outer(self.teacher, self.weights.teacher)
         if self.options.adamw_steps:
             return []
@@ -217,7 +220,7 @@ class LayerwiseCalibration:
         return FittedModule(name=module.name, components=fitted.components, report=fitted.report)
 
     def _fit_tied(self, parameter: str) -> list[FittedModule]:
-        """An embedding that is the head too, on what the teacher's head reads."""
+        """Fit an embedding that is tied to the head, on the inputs of the teacher's head."""
         hidden = self._hidden[0]
         for i, batch in enumerate(self.text.batches):
             hidden[i] = self.teacher.embed(batch.ids)
@@ -227,7 +230,7 @@ class LayerwiseCalibration:
                 hidden[i] = self.teacher.run_layer(index, batch.ids, hidden[i])
             self.teacher.empty(index)
         done: list[FittedModule] = []
-        # The student's head would read other states, which nobody knows yet: the teacher's stand for both.
+        # The student's final states are not known yet, so the teacher's are used for both.
         side = self._side(self.teacher, hidden, self.teacher.head)
         with self._collector([side, side], [parameter], outputs=False) as collector:
             for stage in collector.stages:
@@ -251,7 +254,7 @@ class LayerwiseCalibration:
         return FittedModule(name=module.name, components=components, report=ModuleReport(note=note))
 
     def _fit_block(self, index: int) -> list[FittedModule]:
-        """Fit a block's modules, and take the hidden states of both sides through it."""
+        """Fit a block's modules, and compute the next hidden states of both sides."""
         local = self.student.layer_parameters(index)
         with ExitStack() as stack:
             sides = [
@@ -307,12 +310,12 @@ class LayerwiseCalibration:
     # -- one stage -------------------------------------------------------------------------------------------
 
     def _fit_stage(self, stage: Stage, sums: Mapping[Key, Statistics]) -> list[FittedModule]:
-        """Fit a stage's modules, each in one process; those that read one input together."""
+        """Fit a stage's modules, each in one process; modules that share an input are fitted together."""
         modules = self._signed(stage.parameters)
         mine = {
             i: OrientedModule.of(*modules[i], self.weights, stage) for i in self.processes.shard_indices(len(modules))
         }
-        readers: dict[Key, list[tuple[int, int]]] = {}  # by whose sums they use: numbers of modules and batch elements
+        readers: dict[Key, list[tuple[int, int]]] = {}  # key of the moments -> (module index, batch element)
         for i, oriented in mine.items():
             for e, key in enumerate(oriented.keys):
                 readers.setdefault(stage.input_of.get(key, key), []).append((i, e))

@@ -1,12 +1,12 @@
 """`--fit none`: signs of the delta and mean magnitudes, one tensor pair in memory at a time, no model, no torch.
 
 Least squared weight error for B = sign(D):  row r_i = mean_j |D_ij|,  col c_j = mean_i |D_ij|,  tensor s = mean |D|,
-row+col: c from the columns' means, then r_i = sum_j |D_ij| c_j / sum_j c_j^2. What each leaves is known from sums:
+row+col: c from the columns' means, then r_i = sum_j |D_ij| c_j / sum_j c_j^2. The squared error follows from sums:
 
     row      ||D||^2 - d_in sum r_i^2          col    ||D||^2 - d_out sum c_j^2
     tensor   ||D||^2 - d_out d_in s^2          row+col    ||D||^2 - sum(r_i^2) sum(c_j^2)
 
-A further component is the same for what the ones before it leave.
+A further component is the same for the residual of the components before it.
 """
 
 from __future__ import annotations
@@ -49,9 +49,8 @@ def mean_components(
 ) -> tuple[Component, ...]:
     """Components of a pair of storage arrays [..., d_out, d_in]; axis None: least squared weight error.
 
-    for_outputs: of a matrix that multiplies inputs, each component's scales times what lowers the error of its outputs
-    most (directions.py). Returns none at all where the two hold the same values. Raises
-    ShapeError where a value is not finite.
+    for_outputs: for a matrix that multiplies inputs, multiply each component's scales by the factor of
+    directions.py. Returns () if both hold the same values. Raises ShapeError if a value is not finite.
     """
     shape = base.shape
     flat_tuned = fine_tuned.reshape(-1, *shape[-2:])
@@ -62,7 +61,7 @@ def mean_components(
             _measure(b, f, base_dtype=held_dtype, dtype=dtype)
             for b, f in zip(held.reshape(-1, *shape[-2:]), flat_tuned, strict=True)
         ]
-        del held  # twice the tensor's size: gone before the next one is made
+        del held  # twice the tensor's size: freed before the next one is made
         if all(matrix.sums.square == 0.0 for matrix in matrices):
             break
         best = axis or min(_AXES, key=lambda a: sum(matrix.error[a] for matrix in matrices))
@@ -83,7 +82,7 @@ def _for_outputs(
     *,
     axis: Axis,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The scales times what directions.py finds, in the vector that the axis has; `tensor` has one for the batch."""
+    """The scales times the factors of directions.py, in the axis's vector; `tensor` has one for the batch."""
     by_row = axis in (Axis.ROW, Axis.ROW_COL)
     factors = np.stack(
         [output_factors(d, m, r, c, by_row=by_row) for d, m, r, c in zip(deltas, mask, row, col, strict=True)]
@@ -105,7 +104,7 @@ def _with(components: Sequence[Component], base: Array, dtype: DType) -> tuple[A
 
 
 def dense_component(component: Component, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """What a component adds, as float32 [..., d_out, d_in]."""
+    """The component's term, sign * scale, as float32 [..., d_out, d_in]."""
     dense: NDArray[np.float32] = _with([component], np.zeros(shape, np.float32), DType.F32)[0]
     return dense
 
@@ -118,7 +117,7 @@ def _measure(base: Array, fine_tuned: Array, *, base_dtype: DType, dtype: DType)
     with np.errstate(invalid="ignore", over="ignore"):
         first = sums(None)
     if not np.isfinite(first.square):
-        raise ShapeError("a delta of values that are not finite has no scales")
+        raise ShapeError("the delta has values that are not finite")
     col = first.col / d_out
     power = float(np.cumsum(col * col)[-1])
     rank1_row = sums(col).row / power if power > 0 else np.zeros(d_out)
@@ -139,7 +138,7 @@ def _square(values: NDArray[np.float64]) -> float:
 def _means(
     matrices: Sequence[_Matrix], axis: Axis, shape: tuple[int, ...]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(row [batch, d_out], col [batch, d_in]) of mean magnitudes; what the axis does not have is ones."""
+    """(row [batch, d_out], col [batch, d_in]) of mean magnitudes; a vector that the axis does not have is ones."""
     d_out, d_in = shape
     row, col = np.ones((len(matrices), d_out)), np.ones((len(matrices), d_in))
     if axis is Axis.ROW:

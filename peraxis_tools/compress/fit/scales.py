@@ -9,9 +9,9 @@ Target T [d_out, d_in], hessian H [d_in, d_in], signs B; the fitted delta is Q =
     row+col  S_ij = r_i c_j   the two in turn, each with the other inside P
     tensor   S_ij = s         s = sum(B o (T H)) / sum(B o (B H))
 
-(o: elementwise.) The solve for col is regularised towards mean |T| per column by a thousandth of the mean
-diagonal: with few tokens H o (P^T P) is nearly singular, and any c between the two is as good.
-A negative fit means that turning the row's or the column's signs is better: it is folded into B.
+(o: elementwise.) The solve for col is regularised towards mean |T| per column by a thousandth of the mean diagonal,
+because with few tokens H o (P^T P) is nearly singular. A negative scale means that the flipped signs of the row or
+column are better: it is folded into B.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _ROUNDS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentFit:
-    """One component in the making: signs bool [d_out, d_in], row [d_out] and col [d_in] float32, both >= 0.
+    """One component during a fit: signs bool [d_out, d_in], row [d_out] and col [d_in] float32, both >= 0.
 
-    The axis says which of the two is free; the other is all ones (both for `tensor`, whose scale stands in row).
+    The axis says which of the two is free; the other is all ones. For `tensor` the one scale fills row.
     """
 
     axis: Axis
@@ -54,7 +54,7 @@ class ComponentFit:
 
 
 def round_scales_f16(term: ComponentFit) -> ComponentFit:
-    """The term as the file holds it: scales rounded to F16 under the component's exponent (SPEC 5.5)."""
+    """The component with scales rounded to F16 under its exponent, as the file stores them (SPEC 5.5)."""
 
     def rounded(scales: Tensor) -> Tensor:
         half, exponent = encode_scales(scales.double().cpu().numpy())
@@ -85,7 +85,7 @@ def mean_magnitudes(target: Tensor, axis: Axis) -> Magnitude:
 
 
 def start_component(target: Tensor, axis: Axis) -> ComponentFit:
-    """sign(T) with mean magnitudes: a component that has seen no calibration text."""
+    """sign(T) with mean magnitudes: a component without calibration."""
     start = mean_magnitudes(target, axis)
     return ComponentFit(axis=axis, signs=target >= 0, row=start.row, col=start.col)
 
@@ -93,10 +93,10 @@ def start_component(target: Tensor, axis: Axis) -> ComponentFit:
 def fit_scales(
     term: ComponentFit, target: Tensor, hessian: Tensor, *, target_hessian: Tensor | None = None, rounds: int = _ROUNDS
 ) -> ComponentFit:
-    """The scales of least J for the term's signs; signs are turned only where a scale came out negative.
+    """Fit the scales of least J for the component's signs; signs are flipped only where a scale is negative.
 
-    target: float32 [d_out, d_in]; hessian: float32 [d_in, d_in]; target_hessian: their product, where it is
-    known; rounds: alternations of row+col, of which one is enough where the scales are near their best already.
+    target: float32 [d_out, d_in]; hessian: float32 [d_in, d_in]; target_hessian: their product, if it is known;
+    rounds: alternations of row+col; one is enough if the scales are near their optimum.
     """
     target_hessian = target @ hessian if target_hessian is None else target_hessian
     if term.axis is Axis.ROW:
@@ -107,7 +107,7 @@ def fit_scales(
         return _fit_scalar(term, target_hessian, hessian)
     for _ in range(rounds):
         term = _fit_row(_fit_col(term, target, target_hessian, hessian), target_hessian, hessian)
-    # A common factor is free between the two: share it out evenly, for F16's sake.
+    # row and col have one free common factor; split it evenly, because F16 has a small range.
     balance = torch.sqrt(term.col.mean() / term.row.mean())
     if not torch.isfinite(balance) or float(balance) == 0.0:
         return term

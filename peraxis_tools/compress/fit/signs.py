@@ -1,21 +1,21 @@
-"""Signs that make up for each other: error feedback and coordinate descent.
+"""Signs that compensate each other's errors: error feedback (GPTQ) and coordinate descent.
 
 With target T [d_out, d_in], hessian H [d_in, d_in] (positive definite) and components Q = sum_k B_k o S_k,
 S_k = row_k col_k^T >= 0, the objective is
 
     J(B) = tr((T - Q) H (T - Q)^T) = sum over rows o of (T - Q)_o H (T - Q)_o^T .
 
-sign(T) minimises J only for a diagonal H. Two passes do better at the same size:
+sign(T) minimises J only for a diagonal H. Two algorithms find a smaller J at the same size:
 
-  feedback  columns are decided one after the other; what column j gets wrong is passed on to the columns not yet
-            decided, along U, the upper factor of H^-1 = U^T U (GPTQ's recursion with a grid of signs):
-                e = (T_j - Q_j) / U_jj ;  T_l -= e U_jl  for l > j
-  descend   with g = (T - Q) H, turning one sign (Q_j -> -Q_j) changes a row's J by 4 (q_j g_j + q_j^2 H_jj).
-            A sign is turned exactly when that is negative, so J never grows; then g += 2 q_j H_j. Few signs are
-            turned, so a sweep costs far less than a product with H.
+  gptq_signs          columns are decided one after the other; the error of column j is passed on to the columns not
+                      yet decided, along U, the upper factor of H^-1 = U^T U (GPTQ's recursion with a grid of signs):
+                          e = (T_j - Q_j) / U_jj ;  T_l -= e U_jl  for l > j
+  coordinate_descent  with g = (T - Q) H, flipping one sign (Q_j -> -Q_j) changes a row's J by
+                      4 (q_j g_j + q_j^2 H_jj). A sign is flipped exactly when that is negative, so J never grows;
+                      then g += 2 q_j H_j. Few signs are flipped, so a sweep costs far less than a product with H.
 
-Both run over columns in blocks: steps within a block, one matrix product for all that lies outside it. The steps
-within a block are compiled where numba or, on a GPU, Triton is present (ops/sign_search); they may differ from torch's
+Both process columns in blocks: steps within a block, and one matrix product for the columns outside it. The steps
+within a block are compiled if numba or, on a GPU, Triton is installed (ops/sign_search). They may differ from torch's
 in the last bit, and so, rarely, in a sign.
 """
 
@@ -40,7 +40,7 @@ class Magnitude:
 
 
 def unit(signs: Tensor) -> Tensor:
-    """+1 and -1 as float32; several times as fast as torch.where, which branches on every sign."""
+    """+1 and -1 as float32. This is several times as fast as torch.where, which branches on every sign."""
     return signs.float().mul_(2.0).sub_(1.0)
 
 
@@ -53,9 +53,9 @@ class Factor:
 
 
 def inverse_factor(hessian: Tensor) -> Factor:
-    """Columns from the largest diagonal of H down, and the factor of the inverse in this order.
+    """Order the columns by decreasing diagonal of H, and factor the inverse in this order.
 
-    hessian: [d, d] float64, positive definite. With J the matrix that turns the order around and J H J = L L^T,
+    hessian: [d, d] float64, positive definite. With J the matrix that reverses the order and J H J = L L^T,
     H^-1 = (J L^-1 J)^T (J L^-1 J), and the product in brackets is upper triangular: the inverse is never formed.
     """
     order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
@@ -69,7 +69,7 @@ def inverse_factor(hessian: Tensor) -> Factor:
 def gptq_signs(
     target: Tensor, magnitudes: list[Magnitude], factor: Factor, *, backend: str | None = None
 ) -> list[Tensor]:
-    """Signs (one bool [d_out, d_in] for each magnitude) by error feedback; components share each column's residual.
+    """Choose signs, bool [d_out, d_in] for each magnitude, by error feedback; components share each column's residual.
 
     target: [d_out, d_in] float32; factor: of `inverse_factor`; backend: see ops/sign_search.
     """
@@ -103,7 +103,7 @@ def coordinate_descent(
     sweeps: int,
     backend: str | None = None,
 ) -> list[Tensor]:
-    """Turn every sign that lowers J, column by column, for a number of sweeps. Returns new signs; J never grows.
+    """Flip every sign that lowers J, column by column, for a number of sweeps. Returns new signs; J never grows.
 
     target: [d_out, d_in] float32; hessian: [d_in, d_in] float32; signs: bool [d_out, d_in] each; backend: see
     ops/sign_search.
@@ -129,5 +129,5 @@ def coordinate_descent(
                 gradient[:, part.stop :].addmm_(change, hessian[part, part.stop :])
         if not changed:
             break
-    # A magnitude of zero has lost its sign.
+    # A magnitude of zero does not show its sign.
     return [(value > 0) | ((value == 0) & sign) for sign, value in zip(signs, values, strict=True)]

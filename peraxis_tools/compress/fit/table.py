@@ -1,16 +1,16 @@
-"""A table that is read by rows: the embedding, where it is not the head too.
+"""Fit a table that is read by rows: an embedding that is not tied to the head.
 
-A token's row is all that the table gives for it, so rows do not mix, and how often a row is read is all that
-calibration knows of it:
+A token reads only its own row, so rows are independent, and calibration gives only the number of times that each row is
+read:
 
     J = sum_i n_i || D_i - sum_k B_ki o (row_ki col_k) ||^2       n_i = sqrt(times that the text reads row i + 0.1)
 
-(o: elementwise; the root, and the tenth of a time, because other text reads other rows.) From mean |D|
-(mean.py), round by round, each component k in turn, with R what the others leave:
+(o: elementwise. The root and the 0.1 are there because other text reads other rows.) The fit starts from mean |D|
+(mean.py). In each round, each component k is solved in turn, with R the residual of the others:
 
-    B_k = sign(R)       row_ki = <B_ki o R_i, col_k> / ||col_k||^2       then all col together, by least squares
+    B_k = sign(R)       row_ki = <B_ki o R_i, col_k> / ||col_k||^2       then all col jointly, by least squares
 
-A row's scales are its own business, whatever its n_i; col is shared, and goes where the frequent rows need it.
+The scale of a row does not depend on n_i; col is shared by all rows, so frequent rows determine it.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from peraxis_tools.compress.run.types import ModuleReport
 __all__ = ["FittedTable", "fit_table", "importance"]
 
 _UNSEEN = 0.1
-_CHUNK = 1 << 22  # values of all components that are looked at together
+_CHUNK = 1 << 22  # values of all components in one chunk
 _RIDGE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FittedTable:
-    """Components of a table, and J / sum(n): theirs, that of the start, and of no delta."""
+    """Components of a table, and J / sum(n) of these components, of the start, and of no delta."""
 
     components: tuple[Component, ...]
     report: ModuleReport
 
 
 def importance(counts: Tensor) -> Tensor:
-    """n, float32 [rows], from how often the text reads each row."""
+    """n, float32 [rows], from the number of times that the text reads each row."""
     return torch.sqrt(counts.float() + _UNSEEN)
 
 
@@ -52,7 +52,7 @@ def fit_table(
 ) -> FittedTable:
     """Fit a table from `start`. delta: rows of D, float32 [n, d], on the device of importance [rows].
 
-    signs: whether signs may change, too. Where J does not fall, after rounding to F16, the start is returned.
+    signs: whether signs may change too. If J after rounding to F16 is not smaller, the start is returned.
     """
     table = _Table(delta, importance, start)
     error_none, error_same = table.errors()
@@ -70,7 +70,7 @@ def fit_table(
 
 
 class _Table:
-    """Components in the making. Signs stay packed; row and col are float32, ones where the axis has none."""
+    """Components during the fit. Signs stay packed; row and col are float32, and ones if the axis lacks them."""
 
     def __init__(self, delta: Callable[[slice], Tensor], importance: Tensor, start: Sequence[Component]) -> None:
         self._delta, self._importance = delta, importance
@@ -82,13 +82,13 @@ class _Table:
             (factors,) = component.factors((rows, width))
             row, col = torch.from_numpy(factors.row), torch.from_numpy(factors.col)
             if component.axis is Axis.COL:
-                row, col = torch.ones_like(row), row[0] * col  # 2^e goes where the scales are that may change
+                row, col = torch.ones_like(row), row[0] * col  # 2^e is folded into the vector that may change
             self._row[k], self._col[k] = row, col
         step = max(1, _CHUNK // (max(1, len(start)) * width))
         self._chunks = [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
     def errors(self) -> tuple[float, float]:
-        """(J, J of no delta), over sum(n)."""
+        """(J, J of no delta), each divided by sum(n)."""
         total = np.zeros(2)
         for rows in self._chunks:
             delta = self._delta(rows)
@@ -99,7 +99,7 @@ class _Table:
         return float(error), float(same)
 
     def improve(self, *, signs: bool) -> None:
-        """One round: signs and rows chunk by chunk, then all columns."""
+        """Run one round: signs and rows chunk by chunk, then all columns."""
         count, width = self._col.shape
         normal = self._col.new_zeros(width, count, count, dtype=torch.float64)
         right = self._col.new_zeros(width, count, dtype=torch.float64)
@@ -123,7 +123,7 @@ class _Table:
         self._solve_columns(normal + normal.tril(-1).mT, right)
 
     def components(self) -> tuple[Component, ...]:
-        """As the file holds them."""
+        """The components as the file stores them."""
         return tuple(
             encode_component(
                 self._masks[k][None],
@@ -136,12 +136,12 @@ class _Table:
         )
 
     def _best_row(self, projected: Tensor, k: int) -> Tensor:
-        """Scales of rows; never negative, as then the row is better without this component."""
+        """The scales of rows. They are never negative: then the row is better without this component."""
         power = self._col[k].square().sum().clamp_min(torch.finfo(torch.float32).tiny)
         return ((projected @ self._col[k]) / power).clamp_min(0.0)
 
     def _solve_columns(self, normal: Tensor, right: Tensor) -> None:
-        """Least squares for the columns of all components that have them; the others' stay what they are."""
+        """Solve the columns of all components that have them by least squares; the others are unchanged."""
         free = [k for k, axis in enumerate(self._axes) if axis is not Axis.ROW]
         fixed = [k for k, axis in enumerate(self._axes) if axis is Axis.ROW]
         if not free:
@@ -156,7 +156,7 @@ class _Table:
             self._col[k] = torch.where(found[:, place] > 0, found[:, place], old[:, k]).float()
 
     def _signs(self, rows: slice) -> list[Tensor]:
-        """Signs of some rows as +1 and -1, float32 [n, d] a component."""
+        """The signs of some rows as +1 and -1, float32 [n, d] for each component."""
         unpacked = (unpack_signs(mask[rows], self._col.shape[1]) for mask in self._masks)
         return [unit(torch.from_numpy(signs).to(self._col.device)) for signs in unpacked]
 

@@ -1,1 +1,1 @@
-"""A checkpoint pair as a model that is run one decoder block at a time."""
+"""A checkpoint pair as two models that run one decoder block at a time."""

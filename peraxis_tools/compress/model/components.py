@@ -1,4 +1,4 @@
-"""From a fitted matrix to components of the file, and from these back into a running student."""
+"""Turn fitted matrices into components of the file, and apply components to a running student."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def apply_components(base: Tensor, components: Sequence[Component], dtype: torch
 def components_of(
     matrices: Sequence[Sequence[ComponentFit]], *, batch: tuple[int, ...], transposed: bool
 ) -> tuple[Component, ...]:
-    """Components from the terms of each batch element (one element for a 2-D tensor), in storage orientation.
+    """Components from the fitted components of each batch element (one for a 2-D tensor), in storage orientation.
 
-    All elements must have the same axes; one with fewer terms gets scales of zero for the rest.
+    All elements must have the same axes; an element with fewer components gets scales of zero for the rest.
     """
     count = max(len(terms) for terms in matrices)
     longest = next(terms for terms in matrices if len(terms) == count)

@@ -1,11 +1,11 @@
 """A decoder of any architecture with one block in memory.
 
 The model is built from its configuration with every parameter on the meta device (buffers such as rotary
-frequencies are real). What is not in a decoder layer (embeddings, final norm, lm_head) is filled once; layers
+frequencies are real). Parameters outside the decoder layers (embeddings, final norm, lm_head) are filled once; layers
 are filled and emptied one at a time. The decoder layers are the longest nn.ModuleList that is in no other.
 
-To run one layer, the model itself is run, with every other layer passing its input through: masks (sliding or
-full), rotary embeddings and position ids come from the model's own code, for this layer, and nothing is rebuilt here.
+To run one layer, the model itself is run, and every other layer passes its input through. So masks (sliding or full),
+rotary embeddings and position ids come from the model's own code for this layer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from peraxis_tools.compress.fit.moments.recorder import StopForward
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import ToolError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,12 +28,12 @@ __all__ = ["LayerwiseModel", "UnsupportedModelError", "decoder_layers"]
 
 
 class UnsupportedModelError(ToolError):
-    """The model has no chain of decoder layers that can be run one after the other."""
+    """The model has no sequence of decoder layers that can run one at a time."""
 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules built inside get their parameters on the meta device, and no values; buffers stay real."""
+    """Modules that are built inside this context get parameters on the meta device; buffers stay real."""
     from transformers import PreTrainedModel
 
     register = nn.Module.register_parameter
@@ -45,7 +45,7 @@ def _parameters_on_meta() -> Iterator[None]:
         register(module, name, param)
 
     nn.Module.register_parameter = register_meta  # type: ignore[method-assign, assignment]
-    # On meta tensors it changes nothing, and takes its time.
+    # Initialization has no effect on meta tensors, and it takes time.
     PreTrainedModel.initialize_weights = lambda self: None  # type: ignore[method-assign]
     try:
         yield
@@ -55,7 +55,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers: the longest nn.ModuleList that does not lie in another one."""
+    """The name and list of the decoder layers: the longest nn.ModuleList that is not in another one."""
     found: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():
         nested = any(name.startswith(outer + ".") for outer, _ in found)
@@ -75,16 +75,16 @@ class LayerwiseModel:
         try:
             with _parameters_on_meta(), torch.random.fork_rng(devices=[]):
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except Exception as error:  # a malformed configuration leads to any of them
-            line = next(iter(str(error).splitlines()), "")
+        except Exception as error:  # a malformed configuration can raise any exception
+            reason = f"{type(error).__name__}: {first_line(error)}"
             raise UnsupportedModelError(
-                f"config.json: transformers builds no causal language model from it ({type(error).__name__}: {line}); "
-                "mend it, or use --fit none"
+                f"config.json: transformers cannot build a causal language model ({reason}); "
+                "correct it, or use --fit none"
             ) from None
         self.model: PreTrainedModel = model.eval().requires_grad_(False)
         setter = getattr(model, "set_experts_implementation", None)
         if setter is not None:
-            setter("eager")  # one product an expert, each with its own tokens
+            setter("eager")  # one product for each expert, with its own tokens
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
@@ -96,15 +96,15 @@ class LayerwiseModel:
         return len(self.layers)
 
     def layer_parameters(self, index: int) -> list[str]:
-        """Names of the parameters and persistent buffers of a layer."""
+        """The names of the parameters and persistent buffers of a layer."""
         return [f"{self.prefix}.{index}.{name}" for name in self.layers[index].state_dict()]
 
     def outer_parameters(self) -> list[str]:
-        """Names of those outside the layers; a tied parameter appears under each of its names."""
+        """The names of parameters and buffers outside the layers; a tied parameter appears under each of its names."""
         return [name for name in self.model.state_dict() if not name.startswith(self.prefix + ".")]
 
     def set(self, name: str, value: Tensor) -> None:
-        """Put a tensor in the place of a parameter or buffer, in the model's dtype and device."""
+        """Replace a parameter or buffer by this tensor, in the model's dtype and on its device."""
         module, leaf = self._owner(name)
         old = getattr(module, leaf)
         dtype = self.dtype if old.is_floating_point() and value.is_floating_point() else value.dtype
@@ -141,37 +141,37 @@ class LayerwiseModel:
         ]
 
     def retie(self) -> None:
-        """Tie what the architecture ties (lm_head to the embedding), where one of the two is filled."""
+        """Tie the parameters that the architecture ties (lm_head to the embedding), if one of the two is filled."""
         tie = getattr(self.model, "tie_weights", None)
         if tie is not None:
             tie()
 
     def is_head(self, name: str) -> bool:
-        """Whether this parameter makes the logits (too): tied by now, where the architecture ties it."""
+        """Whether this parameter is the output head; a tied embedding is the head too."""
         head = self.model.get_output_embeddings()
         return head is not None and getattr(head, "weight", None) is self.get(name)
 
     def is_embedding(self, name: str) -> bool:
-        """Whether rows of this parameter are what tokens become."""
+        """Whether this parameter is the table of input embeddings."""
         return getattr(self.model.get_input_embeddings(), "weight", None) is self.get(name)
 
     def empty(self, index: int) -> None:
-        """Let a layer's parameters go."""
+        """Free a layer's parameters."""
         for module in self.layers[index].modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def write(self, name: str, value: Tensor) -> None:
-        """Put values into a parameter's own memory: passes that hold the parameter see them too."""
+        """Write values into a parameter's memory, so that running passes see them too."""
         self.get(name).copy_(value)
 
     @contextmanager
     def at_layer(self, index: int) -> Iterator[Callable[[Tensor, Tensor | None], Tensor]]:
-        """While active, a function: (ids, input hidden states) -> one layer's output [batch, length, width].
+        """Yield a function: (ids, input hidden states) -> one layer's output [batch, length, width].
 
-        Threads may call it side by side. Hidden states None: what the embedding gives. Layer 0 must be run before any
-        other one: it shows what a layer returns.
+        Several threads may call it at once. Hidden states None: the embedding's output. Layer 0 must be run before any
+        other one, because it shows the return type of a layer.
         """
         given = threading.local()
 
@@ -190,12 +190,12 @@ class LayerwiseModel:
             yield run
 
     def run_layer(self, index: int, ids: Tensor, hidden: Tensor | None) -> Tensor:
-        """Output of one layer, once; see `at_layer`."""
+        """Run one layer once and return its output; see `at_layer`."""
         with self.at_layer(index) as run:
             return run(ids, hidden)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Input of the first layer."""
+        """The input of the first layer."""
 
         def stop(*args: Any, **kwargs: Any) -> Any:
             raise StopForward(_hidden(args, kwargs))
@@ -212,7 +212,7 @@ class LayerwiseModel:
         raise UnsupportedModelError("the first decoder layer is never called; use --fit none")
 
     def head(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Logits for the output of the last layer."""
+        """The logits for the output of the last layer."""
         given = threading.local()
         given.hidden = hidden
         with self._rerouted(None, given):
@@ -221,7 +221,7 @@ class LayerwiseModel:
 
     @contextmanager
     def _rerouted(self, index: int | None, given: threading.local) -> Iterator[None]:
-        """Every layer passes through, but `index` runs (on given.hidden) and ends the pass; None: layer 0 gives it."""
+        """Let only layer `index` run, on given.hidden, and end the pass after it; None: end the pass before layer 0."""
         for i, layer in enumerate(self.layers):
             layer.forward = self._forward(i, layer, index, given)
         try:

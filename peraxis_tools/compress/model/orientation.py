@@ -1,7 +1,7 @@
-"""A module on its way from the checkpoints into fits and back: orientation, batch elements, axes.
+"""A module of a checkpoint as matrices for the fit, and back: orientation, batch elements, axes.
 
-A checkpoint stores a matrix as [d_out, d_in] or transposed, or many in one tensor (experts); a fit knows [d_out, d_in]
-alone. Which of them it is, one forward pass has shown (stages.py).
+A checkpoint stores a matrix as [d_out, d_in] or transposed, or many in one tensor (experts); a fit sees [d_out, d_in]
+alone. The first forward pass shows the orientation (stages.py).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _SWAPPED: Final = {Axis.ROW: Axis.COL, Axis.COL: Axis.ROW}
 
 @dataclass(frozen=True, slots=True)
 class OrientedModule:
-    """A module in its stored orientation: base and fine-tuned, float32 [..., rows, cols]; the key of each matrix.
+    """A module in its storage orientation: base and fine-tuned, float32 [..., rows, cols]; the key of each matrix.
 
-    An unchanged module has no keys: there is nothing to fit.
+    An unchanged module has no keys, because there is nothing to fit.
     """
 
     planned: PlannedModule
@@ -53,11 +53,11 @@ class OrientedModule:
         return cls(planned, base, tuned, stage.transposed[piece.parameter], keys)
 
     def matrix(self, e: int, candidates: tuple[Axis, ...]) -> Matrix:
-        """Batch element e, [d_out, d_in]; candidates: for an axis that the plan leaves open."""
+        """Batch element e, [d_out, d_in]. candidates: the axes if the plan leaves the axis open."""
         base, tuned = (tensor.reshape(-1, *tensor.shape[-2:])[e] for tensor in (self.base, self.fine_tuned))
         axes = candidates if self.planned.axis is None else (self.planned.axis,)
         if self.base.dim() > 2 and len(axes) > 1:
-            axes = (Axis.ROW_COL,)  # experts of one tensor share their axis; this one contains row and col
+            axes = (Axis.ROW_COL,)  # experts of one tensor share their axis; row+col contains row and col
         if self.transposed:
             base, tuned = base.t().contiguous(), tuned.t().contiguous()
             axes = tuple(_SWAPPED.get(axis, axis) for axis in axes)
@@ -70,7 +70,7 @@ class OrientedModule:
         )
 
     def module(self, results: Sequence[FittedMatrix]) -> FittedModule:
-        """The module from what was found for each matrix."""
+        """The module from the result of each matrix."""
         if not results:
             return FittedModule(name=self.planned.name, components=(), report=ModuleReport(note="unchanged"))
         components: tuple[Component, ...] = ()

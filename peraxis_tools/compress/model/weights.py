@@ -1,4 +1,4 @@
-"""Where a running model's weights come from: teacher, student and base, put together from the two checkpoints."""
+"""The weights of a running model (teacher, student or base), assembled from the two checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Source = Callable[[str], Tensor]
 
 
 class Weights:
-    """The pair's tensors by checkpoint name, and parameters by model name. `fitted` may grow while this is in use."""
+    """The pair's tensors by checkpoint name, and parameters by model name. `fitted` may grow during use."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Weights:
         return from_storage(tensors.read(name, rows), tensors[name].dtype).to(self.device)
 
     def pair(self, module: PlannedModule) -> tuple[Tensor, Tensor]:
-        """(base, fine-tuned) of the rows that both have, as float32; equal where one is a cast of the other."""
+        """(base, fine-tuned) of the rows that both have, as float32; equal if one is a cast of the other."""
         rows = slice(0, kept_rows(module))
         base, tuned = self.read(self.base, module.name, rows), self.read(self.fine_tuned, module.name, rows)
         cast = base.dtype is not tuned.dtype and torch.equal(base.to(tuned.dtype), tuned)
@@ -55,11 +55,11 @@ class Weights:
         return self.read(self.fine_tuned, name)
 
     def student(self, name: str) -> Tensor:
-        """A tensor as the file will give it: exact, or the base with what is fitted by now."""
+        """A tensor as apply will rebuild it: exact, or the base with the components that are fitted so far."""
         return self._student(name, self._fitted)
 
     def base_only(self, name: str) -> Tensor:
-        """As `student`, with nothing fitted: the base where there will be signs, float32 and unrounded."""
+        """As `student`, without components: the base for modules with signs, in float32 and unrounded."""
         return self._student(name, {})
 
     def _student(self, name: str, fitted: Mapping[str, FittedModule]) -> Tensor:
@@ -75,7 +75,7 @@ class Weights:
         return torch.cat([covered, self.read(self.fine_tuned, module.name, slice(kept, None))])
 
     def parameter(self, name: str, source: Source, model: LayerwiseModel) -> Tensor | None:
-        """A parameter's value, put together from the checkpoint's tensors; None where it has none of them."""
+        """A parameter's value, assembled from the checkpoint's tensors; None if the checkpoint has none of them."""
         pieces = self.names.by_parameter.get(name)
         if not pieces:
             return None
@@ -87,7 +87,7 @@ class Weights:
         return value
 
     def fill(self, model: LayerwiseModel, source: Source, parameters: Iterable[str]) -> None:
-        """Set parameters of a model. Raises UnsupportedModelError for one that has no tensor, nor a value yet."""
+        """Set parameters of a model. Raises UnsupportedModelError for one without a tensor and without a value."""
         for name in parameters:
             value = self.parameter(name, source, model)
             if value is not None:
@@ -96,7 +96,7 @@ class Weights:
                 raise UnsupportedModelError(f"{name}: the checkpoint has no tensor for it; use --fit none")
 
     def fill_outer(self, model: LayerwiseModel, source: Source) -> None:
-        """Set everything outside the layers; what the checkpoint lacks is tied to what it has."""
+        """Set all parameters outside the layers; those that the checkpoint lacks are tied to those it has."""
         outer = model.outer_parameters()
         held = [name for name in outer if name in self.names.by_parameter]
         self.fill(model, source, held)
@@ -104,12 +104,12 @@ class Weights:
         self.fill(model, source, (name for name in outer if name not in held))
 
     def fill_whole(self, model: LayerwiseModel, source: Source) -> None:
-        """Fill every layer, too: the whole model in memory."""
+        """Fill every layer too, so that the whole model is in memory."""
         self.fill_outer(model, source)
         for index in range(len(model)):
             self.fill(model, source, model.layer_parameters(index))
 
 
 def kept_rows(module: PlannedModule) -> int:
-    """Rows of the first dimension that the base has too (SPEC 3.10)."""
+    """The number of rows of the first dimension that the base has too (`kept` of SPEC 3.10)."""
     return pxd.kept_rows(module.shape, module.base_shape)

@@ -1,1 +1,1 @@
-"""Which encoding for which tensor, and how many bytes it may take."""
+"""The plan: the encoding of each tensor and its bytes."""

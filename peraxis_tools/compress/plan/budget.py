@@ -1,17 +1,18 @@
-"""One byte budget over all modules: each byte goes where it saves the most error.
+"""Spend one byte budget over all modules: each byte goes to the module where it lowers the error most.
 
-For module m and k masks (0: the base kept; 1 to 8; exact) let Delta_mk be what is missing of its delta. To second
-order, with labels y drawn from the fine-tuned model itself, it costs in KL(fine-tuned || compressed), in nats:
+For module m and k masks (0: the base's weight; 1 to 8; exact) let Delta_mk be the residual of its delta. To second
+order, with labels y sampled from the fine-tuned model itself, its cost in KL(fine-tuned || compressed), in nats, is
 
     KL_mk = 1/2 E[ <dW, Delta_mk>^2 ]      dW = gradient of log p(y | x) of a sample in the weight        (Fisher)
 
-One backward pass a sample through the fine-tuned model gives this for all modules, embeddings and lm_head too, of any
-architecture. Delta_mk = D - sum_{j<=k} Q_j with the terms of `--fit none`, so that the inner products with D
-and each Q_j are all that is kept. Fits lower the error of every module by similar factors, so the order stays.
-Without a text the error is |Delta_mk|^2 / |W_m|^2, weighted by the size of W_m: a guess.
+One backward pass for each sample through the fine-tuned model gives this for all modules of any architecture,
+embeddings and lm_head included. Delta_mk = D - sum_{j<=k} Q_j with the components of `--fit none`, so only the inner
+products with D and each Q_j are stored. Fits lower the error of all modules by similar factors, so their order does not
+change. Without a text the error is estimated as |Delta_mk|^2 / |W_m|^2, weighted by the size of W_m.
 
-Allocation: for each module only the points on the lower convex hull of (bytes, error) can be best for any price of
-a byte; steps along the hulls are taken from the steepest on while they fit. Optimal up to the last step.
+Allocation: only the points on the lower convex hull of a module's (bytes, error) can be optimal for some price of a
+byte. The steps along all hulls are taken in order of steepness while they fit. The result is optimal up to the last
+step.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peraxis_format import Encoding, Safetensors, kept_rows, to_float32
+from peraxis_format import Component, Encoding, Safetensors, kept_rows, to_float32
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.fit.mean import dense_component, mean_components
 from peraxis_tools.compress.options import CompressOptions, OptionError
@@ -33,14 +34,14 @@ from peraxis_tools.compress.plan.unchanged import is_unchanged
 __all__ = ["Choice", "allocate", "choices_of", "is_open", "module_terms", "spend", "weight_errors"]
 
 MASKS_MAX = 8
-# Header bytes of one component: its pair in the manifest.
+# Header bytes of a component: its pair in the manifest.
 _COMPONENT_TEXT = 20
 _CORRECTIONS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One way to store a module. components: masks; 0 with encoding same or full."""
+    """One encoding of a module. components: the number of masks; 0 for the encodings same and full."""
 
     encoding: Encoding
     components: int
@@ -49,7 +50,7 @@ class Choice:
 
 
 def choices_of(module: PlannedModule, errors: Sequence[float]) -> list[Choice]:
-    """What a module can be: the base's own weight, 1 to 8 masks, exact. errors: for 0 to 8 masks."""
+    """The possible encodings of a module: the base's weight, 1 to 8 masks, exact. errors: for 0 to 8 masks."""
     choices = [Choice(Encoding.SAME, 0, module_bytes(module, components=0, axis=None, same=True), errors[0])]
     for k in range(1, min(MASKS_MAX, len(errors) - 1) + 1):
         size = module_bytes(module, components=k, axis=module.axis) + k * _COMPONENT_TEXT
@@ -58,7 +59,7 @@ def choices_of(module: PlannedModule, errors: Sequence[float]) -> list[Choice]:
 
 
 def _hull(choices: Sequence[Choice]) -> list[Choice]:
-    """The lower convex hull of (size, error), from the smallest on."""
+    """The lower convex hull of (size, error), in order of size."""
     hull: list[Choice] = []
     for choice in sorted(choices, key=lambda c: (c.size, c.error)):
         if hull and choice.error >= hull[-1].error:
@@ -74,12 +75,12 @@ def _gain(left: Choice, right: Choice) -> float:
 
 
 def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
-    """A choice for each module within the budget. Raises OptionError where not even the smallest ones fit."""
+    """A choice for each module within the budget. Raises OptionError if even the smallest choices do not fit."""
     hulls = {name: _hull(options) for name, options in choices.items()}
     chosen = dict.fromkeys(hulls, 0)
     spent = sum(hull[0].size for hull in hulls.values())
     if spent > budget:
-        raise OptionError(f"target too small: the least that tensors take is {spent} bytes, not {budget}")
+        raise OptionError(f"target too small: the tensors take at least {spent} bytes, not {budget}")
     heap = [(-_gain(hull[0], hull[1]), name) for name, hull in hulls.items() if len(hull) > 1]
     heapq.heapify(heap)
     while heap:
@@ -87,7 +88,7 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, 
         hull, at = hulls[name], chosen[name]
         step = hull[at + 1].size - hull[at].size
         if spent + step > budget:
-            continue  # a later, smaller step of another module may still fit
+            continue  # a later, smaller step of another module can still fit
         spent += step
         chosen[name] = at + 1
         if at + 2 < len(hull):
@@ -96,18 +97,18 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, 
 
 
 def weight_errors(module: PlannedModule, base: Safetensors, fine_tuned: Safetensors) -> list[float]:
-    """Squared weight errors for 0 to 8 masks, relative to the weight and in proportion to its size."""
+    """Squared weight errors for 0 to 8 masks, relative to the weight and proportional to its size."""
     terms, delta, norm = module_terms(module, base, fine_tuned)
     errors = [float(np.square(delta, dtype=np.float64).sum())]
     for term in terms:
-        delta = delta - term
+        delta -= dense_component(term, delta.shape)
         errors.append(float(np.square(delta, dtype=np.float64).sum()))
     errors += [errors[-1]] * (MASKS_MAX + 1 - len(errors))
     return [error / norm * delta.size for error in errors]
 
 
 def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpoint, options: CompressOptions) -> Plan:
-    """The plan of least error for the target of the options. errors: for 0 to 8 masks, of the open modules.
+    """The plan of least error for the target size of the options. errors: for 0 to 8 masks, of the open modules.
 
     Raises OptionError for a target that is too small.
     """
@@ -125,12 +126,12 @@ def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpo
     smallest = predicted_size(best, fine_tuned, options)
     if target < smallest:
         raise OptionError(
-            f"target too small: {target} bytes; the smallest possible is {smallest}, with everything that can be as in "
-            "the base"
+            f"target too small: {target} bytes; the smallest possible is {smallest}, with every tensor that allows it "
+            "as in the base"
         )
     floor = sum(choice.size for choice in least.values())
     budget = target - (predicted_size(plan, fine_tuned, options) - plan.payload_bytes)
-    # The header grows with the masks: spend, see what the file would be, and correct.
+    # The header grows with the masks: spend, compute the size of the file, and correct the budget.
     for _ in range(_CORRECTIONS):
         spent = plan.with_choices(
             {n: (c.encoding, c.components) for n, c in allocate(choices, max(budget, floor)).items()}
@@ -144,25 +145,24 @@ def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpo
 
 def module_terms(
     module: PlannedModule, base: Safetensors, fine_tuned: Safetensors
-) -> tuple[list[np.ndarray], np.ndarray, float]:
-    """(Q_1..Q_8 dense, D, |W|^2) of the rows that both have."""
+) -> tuple[tuple[Component, ...], np.ndarray, float]:
+    """(Q_1..Q_8 as the file holds them, D, |W|^2) of the rows that both have."""
     if module.base_shape is None or module.base_dtype is None:
         raise ValueError(f"{module.name} has no base")
     rows = slice(0, kept_rows(module.shape, module.base_shape))
     left, right = base.read(module.name, rows), fine_tuned.read(module.name, rows)
     if is_unchanged(left, right, base_dtype=module.base_dtype, dtype=module.dtype):
-        return [], np.zeros(right.shape, np.float32), 1.0
+        return (), np.zeros(right.shape, np.float32), 1.0
     components = mean_components(
         left, right, base_dtype=module.base_dtype, dtype=module.dtype, axis=module.axis, components=MASKS_MAX
     )
     tuned = to_float32(right, module.dtype)
-    delta = tuned - to_float32(left, module.base_dtype)
     norm = float(np.square(tuned, dtype=np.float64).sum()) or 1.0
-    return [dense_component(component, delta.shape) for component in components], delta, norm
+    return components, tuned - to_float32(left, module.base_dtype), norm
 
 
 def is_open(module: PlannedModule, options: CompressOptions) -> bool:
-    """Whether the budget may choose how this module is stored: compressible, and not asked to be exact."""
+    """Whether the budget may choose the encoding of this module: compressible, and not requested as exact."""
     return (
         module.compressible
         and not (module.kind in TABLES and options.embeddings == "full")

@@ -1,6 +1,6 @@
-"""A fine-tune in another dtype than its base: which of its tensors are the base, cast. The plan then counts no byte.
+"""Find tensors that are the base's, cast, in a fine-tune of another dtype. The plan counts no byte for them.
 
-Asked only where the dtypes differ, and of a few rows first: a tensor that was trained costs one small read.
+Only tensors of another dtype are checked, a few rows first, so that a trained tensor costs one small read.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ _REASON: Final = "the base in another dtype"
 
 
 def with_casts(plan: Plan, base: Safetensors, fine_tuned: Safetensors) -> Plan:
-    """The same plan, with `same` for every tensor that is the base's rounded once to its dtype (SPEC 6.3)."""
+    """The plan with `same` for every tensor that equals the base's rounded once to its dtype (SPEC 6.3)."""
     return replace(plan, modules=tuple(_with_cast(module, base, fine_tuned) for module in plan.modules))
 
 
 def _with_cast(module: PlannedModule, base: Safetensors, fine_tuned: Safetensors) -> PlannedModule:
     if module.base_dtype in (None, module.dtype) or module.base_shape is None or not module.shape:
+        return module
+    if not (module.dtype.is_float and module.base_dtype is not None and module.base_dtype.is_float):
         return module
     rows = shared_rows(module.shape, module.base_shape)
     if rows is None or not all(_is_cast(module, base, fine_tuned, n) for n in (min(rows, _PROBED_ROWS), rows)):

@@ -1,4 +1,4 @@
-"""Weights that are no numbers: found before the work, named with tensor, index and count."""
+"""Find weights that are NaN or infinite before the work begins, and name the tensor, the index and the count."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from peraxis_tools.errors import ToolError
 
 __all__ = ["check_finite", "check_pair_finite"]
 
-# Exponent bits all set: infinity or NaN.
+# All exponent bits set: infinity or NaN.
 _EXPONENTS: Final = {
     DType.F32: (np.uint32, 0x7F800000),
     DType.F16: (np.uint16, 0x7C00),
     DType.BF16: (np.uint16, 0x7F80),
 }
-_BLOCK: Final = 1 << 20  # elements
+_BLOCK: Final = 1 << 20  # elements of one block
 
 
 def check_pair_finite(
@@ -29,7 +29,7 @@ def check_pair_finite(
     fine_tuned: Safetensors,
     progress: Callable[[str, int, int], None],
 ) -> None:
-    """Hold every module that gets signs to check_finite, reading each once. Raises ToolError."""
+    """Call check_finite for every module with signs, and read each once. Raises ToolError."""
     signed = [module for module in modules if module.encoding is Encoding.SIGN]
     total = sum(fine_tuned[module.name].size for module in signed)
     done = 0
@@ -40,7 +40,7 @@ def check_pair_finite(
 
 
 def check_finite(module: PlannedModule, base: Array, fine_tuned: Array, base_label: str, label: str) -> None:
-    """Raise ToolError where a delta of these two would not be of numbers. Equal tensors need none."""
+    """Raise ToolError if the delta of these two has NaN or infinity. Equal tensors pass, because they need no delta."""
     sides = ((base, module.base_dtype, base_label), (fine_tuned, module.dtype, label))
     found = [(array, dtype, name) for array, dtype, name in sides if dtype is not None and _any(array, dtype)]
     if not found:

@@ -1,4 +1,4 @@
-"""Do two checkpoints belong together? Asked before any work, answered by naming what differs."""
+"""Check before any work that two checkpoints are a pair; errors name the difference."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from typing import Any, Final
 from peraxis_format import NAME, Safetensors, TensorInfo
 from peraxis_tools.assets import listed
 from peraxis_tools.checkpoint import Checkpoint
-from peraxis_tools.compress.plan.plan import EXACT, TABLES, Plan, table_or_kind
+from peraxis_tools.compress.plan.plan import TABLES, table_or_kind
 from peraxis_tools.compress.plan.quantised import quantisation_of, unmerged_adapter
 from peraxis_tools.compress.plan.renaming import base_names, renaming_text
 from peraxis_tools.errors import ToolError
 from peraxis_tools.kinds import kind_of
 from peraxis_tools.notes import note
 
-__all__ = ["check_pair", "check_saving", "named_as_base", "tied_pairs"]
+__all__ = ["check_pair", "named_as_base", "quantised_side", "tied_pairs"]
 
 _SHOWN: Final = 3
-SAVING_MIN: Final = 1.25  # a smaller ratio of the plan asks for --force
 _DIMENSIONS_MAX: Final = 8
 
 
@@ -30,25 +29,25 @@ def _infos(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
 
 
 def named_as_base(base: Checkpoint, fine_tuned: Checkpoint) -> Checkpoint:
-    """The fine-tuned checkpoint with the base's names where theirs differ by a prefix; says what was renamed."""
+    """The fine-tuned checkpoint with the base's names if they differ by a prefix; a note says what was renamed."""
     names = base_names(_infos(fine_tuned), _infos(base))
     if not names:
         return fine_tuned
-    note(f"{fine_tuned.tensors.label}: {renaming_text(names)}; the applied checkpoint has them so")
+    note(f"{fine_tuned.tensors.label}: {renaming_text(names)}; the applied checkpoint has these names")
     return replace(fine_tuned, tensors=fine_tuned.tensors.renamed(names))
 
 
 def check_pair(base: Checkpoint, fine_tuned: Checkpoint) -> None:
     """Raise ToolError unless the fine-tuned checkpoint can be a fine-tune of the base.
 
-    It must share tensors with the base, and shared tensors must have equal shapes, but for the rows of a vocabulary.
-    Added and dropped tensors are fine: they are stored, and named in the manifest.
+    It must share tensors with the base, and shared tensors must have equal shapes, except for the rows of a vocabulary.
+    Tensors may be added and dropped: the former are stored, the latter are listed in the manifest.
     """
     base_infos, tuned_infos = _infos(base), _infos(fine_tuned)
     _check_tensors(fine_tuned, base_infos)
     pair = f"{base.tensors.label} and {fine_tuned.tensors.label}"
     shared = [name for name in tuned_infos if name in base_infos]
-    reason = _quantised(base, fine_tuned)
+    reason = quantised_side(base, fine_tuned)
     if not shared:
         theirs, ours = listed(sorted(base_infos), _SHOWN), listed(sorted(tuned_infos), _SHOWN)
         why = reason or f"no tensor has the same name (base has {theirs}; fine-tuned {ours})"
@@ -69,30 +68,8 @@ def check_pair(base: Checkpoint, fine_tuned: Checkpoint) -> None:
         note(f"{fine_tuned.tensors.label}: lacks {len(dropped)} of the base's tensors: {listed(dropped, _SHOWN)}")
 
 
-def check_saving(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, *, force: bool) -> None:
-    """Raise ToolError where the plan saves little, saying why; with force that is only said."""
-    if plan.full_bytes >= SAVING_MIN * plan.payload_bytes:
-        return
-    lost: dict[str, int] = defaultdict(int)
-    for module in plan.modules:
-        if not module.components:
-            lost[module.reason] += module.payload_bytes
-    reason = max(lost, key=lambda key: lost[key], default="")
-    if reason == EXACT:  # asked for; its size is that of its changes, which the plan cannot know
-        return
-    count = sum(module.reason == reason for module in plan.modules)
-    why = _quantised(base, fine_tuned) or f"{count} tensors are stored whole ({reason}); check that this is the base"
-    message = (
-        f"{fine_tuned.tensors.label}: a delta would take {plan.payload_bytes} of {plan.full_bytes} bytes: {why}, or "
-        "pass --force"
-    )
-    if not force:
-        raise ToolError(message)
-    note(message.removesuffix(", or pass --force"))
-
-
-def _quantised(base: Checkpoint, fine_tuned: Checkpoint) -> str | None:
-    """Which of the two is quantised, and what to pass instead."""
+def quantised_side(base: Checkpoint, fine_tuned: Checkpoint) -> str | None:
+    """Which of the two is quantised, and what to pass instead; None where neither is."""
     for side, checkpoint in (("base", base), ("fine-tune", fine_tuned)):
         found = quantisation_of(checkpoint.tensors.infos(), _config(checkpoint))
         if found is not None:
@@ -104,7 +81,7 @@ def _quantised(base: Checkpoint, fine_tuned: Checkpoint) -> str | None:
 
 
 def _check_tensors(fine_tuned: Checkpoint, base: Mapping[str, TensorInfo]) -> None:
-    """What no delta can hold, named with its tensor (SPEC 2.14, 3.5)."""
+    """Raise ToolError for a tensor that a .pxd cannot store (SPEC 2.14, 3.5)."""
     label, infos = fine_tuned.tensors.label, fine_tuned.tensors.infos()
     if not infos:
         raise ToolError(f"{label}: holds no tensors")
@@ -114,16 +91,16 @@ def _check_tensors(fine_tuned: Checkpoint, base: Mapping[str, TensorInfo]) -> No
     for info in infos:
         where = f"{label}: tensor {info.name!r}"
         if not NAME.fullmatch(info.name):
-            raise ToolError(f"{where} has a name that PXD does not carry (SPEC 3.5); save it under another name")
+            raise ToolError(f"{where} has a name that PXD does not allow (SPEC 3.5); save it under another name")
         for shape in (info.shape, base[info.name].shape if info.name in base else ()):
             if 0 in shape:
                 raise ToolError(f"{where} has no elements (shape {list(shape)}); save the checkpoint without it")
             if len(shape) > _DIMENSIONS_MAX:
-                raise ToolError(f"{where} has {len(shape)} dimensions; PXD carries {_DIMENSIONS_MAX} (SPEC 2.14)")
+                raise ToolError(f"{where} has {len(shape)} dimensions; PXD allows {_DIMENSIONS_MAX} (SPEC 2.14)")
 
 
 def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """config.json, where it can be read."""
+    """The content of config.json; {} if it cannot be read."""
     try:
         found = json.loads((checkpoint.folder / "config.json").read_bytes()) if checkpoint.folder is not None else {}
     except (OSError, ValueError, RecursionError):
@@ -132,7 +109,7 @@ def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def _vocabularies(base: Checkpoint, fine_tuned: Checkpoint) -> set[tuple[int, int]]:
-    """(rows of the base, of the fine-tune) of vocabularies that were resized: by the tables, and by config.json."""
+    """(rows of the base, of the fine-tune) of resized vocabularies, from the tables and from config.json."""
     base_infos = _infos(base)
     found = {
         (base_infos[info.name].shape[0], info.shape[0])
@@ -146,7 +123,7 @@ def _vocabularies(base: Checkpoint, fine_tuned: Checkpoint) -> set[tuple[int, in
 
 
 def _is_table(name: str, shape: tuple[int, ...], base_shape: tuple[int, ...]) -> bool:
-    """Whether only the rows of a vocabulary's table differ."""
+    """Whether this is a vocabulary's table of which only the number of rows differs."""
     return table_or_kind(name, shape) in TABLES and len(shape) == len(base_shape) and shape[1:] == base_shape[1:]
 
 
@@ -160,7 +137,7 @@ def _is_resized(
 
 
 def tied_pairs(tensors: Safetensors) -> list[tuple[str, str]]:
-    """(module, alias) for matrices of a vocabulary that hold the same bytes under two names, or share them."""
+    """(module, alias) for matrices of a vocabulary that have the same bytes under two names, or share them."""
     by_shape = defaultdict(list)
     for info in tensors.infos():
         if kind_of(info.name, info.shape) in TABLES:
@@ -170,7 +147,7 @@ def tied_pairs(tensors: Safetensors) -> list[tuple[str, str]]:
         if len(infos) < 2:
             continue
         first: dict[str, str] = {}
-        # The embedding stands first, the head is its alias.
+        # The embedding is first; the head is its alias.
         for info in sorted(infos, key=lambda info: (kind_of(info.name, info.shape), info.name)):
             digest = tensors.sha256(info.name)
             if digest in first:

@@ -1,11 +1,11 @@
-"""Which encoding for which tensor, and what it costs: a pure function of names, dtypes, shapes and options.
+"""The encoding of each tensor and its bytes: a pure function of names, dtypes, shapes and options.
 
     mask    d_out * ceil(d_in / 8) bytes       row, col, row+col, tensor: 2 * (d_out | d_in | d_out + d_in | 1)
     sign    the sum over components, each tensor aligned to 64        full    elements * itemsize
 
-A tensor gets signs where both checkpoints have it as a float matrix (SPEC 3.9) that signs make smaller. What is
-full: norms, biases and other vectors; new tensors; matrices that are none of a layer's weights but a fraction of
-it (a router's few rows, a convolution of width 4); embeddings and lm_head where asked for.
+A tensor gets signs if both checkpoints have it as a float matrix (SPEC 3.9) and signs make it smaller. These are full:
+norms, biases and other vectors; new tensors; matrices that are much smaller than a layer's weights (a router's few
+rows, a convolution of width 4); embeddings and lm_head if requested.
 """
 
 from __future__ import annotations
@@ -18,15 +18,26 @@ from peraxis_format import Axis, DType, Encoding, payload_size, tensor_shapes
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.kinds import execution_key, kind_of, layer_of
 
-__all__ = ["EXACT", "TABLES", "Plan", "PlannedModule", "TensorLike", "module_bytes", "plan", "table_or_kind"]
+__all__ = [
+    "EXACT",
+    "TABLES",
+    "WITHIN_BUDGET",
+    "Plan",
+    "PlannedModule",
+    "TensorLike",
+    "module_bytes",
+    "plan",
+    "table_or_kind",
+]
 
 _AUTO_EMBEDDING_MASKS: Final = 3
-EXACT: Final = "exact"  # the reason of what was asked for losslessly
+EXACT: Final = "exact"  # the reason of tensors that were requested losslessly
+WITHIN_BUDGET: Final = "within the budget"
 TABLES: Final = ("embedding", "lm_head")
 
 
 class TensorLike(Protocol):
-    """What a plan needs to know of a tensor."""
+    """The attributes of a tensor that a plan needs."""
 
     @property
     def dtype(self) -> DType: ...
@@ -37,7 +48,7 @@ class TensorLike(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedModule:
-    """One tensor of the fine-tuned checkpoint. axis None: chosen when the data is seen."""
+    """One tensor of the fine-tuned checkpoint. axis None: chosen when the data is read."""
 
     name: str
     kind: str
@@ -52,20 +63,20 @@ class PlannedModule:
 
     @property
     def payload_bytes(self) -> int:
-        """Predicted bytes in the file; an open axis counts as row+col, the largest."""
+        """The predicted bytes in the file; an open axis counts as row+col, the largest."""
         return module_bytes(self, components=self.components, axis=self.axis, same=self.encoding is Encoding.SAME)
 
     @property
     def compressible(self) -> bool:
-        """Whether signs are possible at all (SPEC 3.9, 3.10)."""
+        """Whether the format allows signs for this tensor (SPEC 3.9, 3.10)."""
         return _compressible(self.dtype, self.shape, self.base_dtype, self.base_shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """All modules in execution order, aliases, and what the fine-tuned checkpoint no longer has.
+    """All modules in execution order, aliases, and the base's tensors that the fine-tuned checkpoint lacks.
 
-    file_bytes: predicted size of the file, header and assets included; None: not foretold yet (size.py).
+    file_bytes: the predicted size of the file, with header and assets; None: not computed yet (size.py).
     """
 
     modules: tuple[PlannedModule, ...]
@@ -75,35 +86,35 @@ class Plan:
 
     @property
     def payload_bytes(self) -> int:
-        """Predicted size of all payloads, without header and assets."""
+        """The predicted bytes of all payloads, without header and assets."""
         return sum(module.payload_bytes for module in self.modules)
 
     @property
     def full_bytes(self) -> int:
-        """Size of the fine-tuned checkpoint's tensors, tied ones once."""
+        """The bytes of the fine-tuned checkpoint's tensors; tied ones count once."""
         return sum(m.dtype.size_of(m.shape) for m in self.modules)
 
     def with_choices(self, choices: Mapping[str, tuple[Encoding, int]]) -> Plan:
-        """The same plan with other encodings and numbers of masks, by name."""
+        """A plan with these encodings and numbers of masks, by name."""
         modules = []
         for module in self.modules:
             encoding, components = choices.get(module.name, (module.encoding, module.components))
             changed = (encoding, components) != (module.encoding, module.components)
-            reason = "the budget buys more elsewhere" if encoding is Encoding.SAME else "within the budget"
+            reason = "the budget buys more elsewhere" if encoding is Encoding.SAME else WITHIN_BUDGET
             reason = "" if encoding is Encoding.SIGN else reason if changed else module.reason
             modules.append(replace(module, components=components, encoding=encoding, reason=reason))
         return replace(self, modules=tuple(modules))
 
 
 def table_or_kind(name: str, shape: tuple[int, ...]) -> str:
-    """The kind of kinds.py, but for matrices outside of all layers."""
+    """The kind by kinds.py; matrices outside of all layers are tables."""
     kind = kind_of(name, shape)
-    # A matrix outside of all layers is a table of some vocabulary, whatever it is called.
+    # A matrix outside of all layers is a table of a vocabulary, whatever its name.
     return "embedding" if kind == "other" and len(shape) >= 2 and layer_of(name) is None else kind
 
 
 def module_bytes(module: PlannedModule, *, components: int, axis: Axis | None, same: bool = False) -> int:
-    """Bytes of this module with this many components (0: full, or the base's own rows where `same`), pads included."""
+    """The bytes of this module with this many components (0: full, or only the tail if `same`), with padding."""
     encoding = Encoding.SIGN if components and module.base_shape is not None else Encoding.FULL
     shapes = tensor_shapes(
         shape=module.shape,
@@ -173,8 +184,8 @@ def plan(
 ) -> Plan:
     """Plan every tensor of the fine-tuned checkpoint.
 
-    tied: (module, alias) pairs among its names; aliases are not planned. Unchanged tensors are only known once the
-    data is read: they become `same` then, whatever the plan says.
+    tied: (module, alias) pairs among its names; aliases are not planned. Unchanged tensors are known only when the data
+    is read; they become `same` then, whatever the plan says.
     """
     pairs = tuple(sorted(tied, key=lambda pair: pair[1]))
     aliases = {alias for _, alias in pairs}

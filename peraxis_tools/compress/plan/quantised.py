@@ -1,6 +1,6 @@
-"""Is a checkpoint quantised? Told by the names, dtypes and configuration that each method leaves.
+"""Detect a quantised checkpoint by the names, dtypes and configuration of each method.
 
-A delta is defined on float weights (SPEC 3.9): what a quantised checkpoint keeps of a matrix is none.
+A delta is defined on float weights (SPEC 3.9), which a quantised checkpoint does not have.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from peraxis_format import DType, TensorInfo
 
 __all__ = ["Quantisation", "quantisation_of", "unmerged_adapter"]
 
-# A suffix that only the method writes, and the method's name.
+# (a suffix that only this method writes, the name of the method)
 _SUFFIXES: Final = (
     (".absmax", "bitsandbytes"),
     (".quant_map", "bitsandbytes"),
@@ -26,24 +26,25 @@ _SUFFIXES: Final = (
     (".input_scale", "FP8"),
     ("_blocks", "MXFP4"),
 )
-_FLOAT8: Final = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
+# Types that only quantised matrices have, by the bits of an element.
+_SMALL_FLOATS: Final = {4: "FP4", 6: "FP6", 8: "FP8"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantisation:
-    """method: as people call it. example: a tensor that shows it."""
+    """method: its usual name. example: a tensor that shows it."""
 
     method: str
     example: str
 
 
 def quantisation_of(infos: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> Quantisation | None:
-    """How the checkpoint is quantised; None where it is not."""
+    """The quantisation of the checkpoint; None if it has none."""
     infos = list(infos)
     names = {info.name for info in infos}
     for info in infos:
-        if info.dtype.value in _FLOAT8 and len(info.shape) >= 2:
-            return Quantisation(method="FP8", example=info.name)
+        if info.dtype.value.startswith(("F4", "F6", "F8")) and len(info.shape) >= 2:
+            return Quantisation(method=_SMALL_FLOATS[info.dtype.bits], example=info.name)
         for suffix, method in _SUFFIXES:
             if info.name.endswith(suffix) and (method != "MXFP4" or _is_mxfp4(info, names)):
                 return Quantisation(method=method, example=info.name)

@@ -1,7 +1,7 @@
-"""What a run writes about itself into the manifest's metadata: the plan, and the errors and notes of the fit.
+"""The metadata that a run writes into the manifest: the plan, and the errors and notes of the fit.
 
-Metadata is JSON in a string of the manifest, which is a string of the header: a quote there takes four bytes. So names
-are of one string for many modules, and errors stand in the order of the modules, without names.
+Metadata is JSON in a string of the manifest, which is a string of the header, so a quote takes four bytes. Therefore
+one string holds the names of many modules, and errors are in the order of the modules, without names.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ PLAN_KEY: Final = "peraxis.plan"
 REPORT_KEY: Final = "peraxis.report"
 OTHERS: Final = "all others"
 
-# Error of the fit, of `none` and of `same` (None: unknown), and a note ("": none).
+# (error of the fit, of `none`, of `same` (None: unknown), a note ("": none))
 Line = tuple[float | None, float | None, float | None, str]
 
 
 def plan_text(planned: Plan) -> str:
-    """The plan: predicted bytes, and by choice the modules that it was made for.
+    """The plan as JSON: the predicted bytes, and the modules of each choice.
 
-    A choice is encoding, masks and axis, or why a module is full. The most frequent one goes without names (OTHERS).
+    A choice is encoding, masks and axis, or the reason of a full module. The most frequent one has no names (OTHERS).
     """
     choices: dict[str, list[str]] = defaultdict(list)
     for module in planned.modules:
@@ -42,7 +42,7 @@ def plan_text(planned: Plan) -> str:
 
 
 def report_text(names: Sequence[str], reports: Mapping[str, Line]) -> str:
-    """Errors to three digits in the order of `names` ([] where there are none), and notes by name. Empty: nothing."""
+    """The report as JSON: errors to three digits in the order of `names` ([]: none); notes by name. "" for neither."""
 
     def rounded(name: str) -> list[float | None]:
         errors = reports[name][:3] if name in reports else (None,)

@@ -1,7 +1,7 @@
-"""Names that differ by a prefix alone: which base tensor a fine-tuned one is.
+"""Find the base tensor of each fine-tuned one if the names differ only by a prefix.
 
-Wrappers (torch.compile, DDP, PEFT) put a prefix before every name; vision-language models keep their text model under
-another path. A delta finds base tensors by their exact names (SPEC 7.1), so that the fine-tune takes the base's names.
+Wrappers (torch.compile, DDP, PEFT) put a prefix before every name; vision-language models have their text model under
+another path. A delta finds base tensors by their exact names (SPEC 7.1), so the fine-tune takes the base's names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from peraxis_format import TensorInfo
 __all__ = ["base_names", "renaming_text", "unwrapped"]
 
 WRAPPERS: Final = ("_orig_mod.", "module.", "base_model.model.")
-# Paths that mean the same place in checkpoints of one model, each tried both ways.
+# Paths of the same place in checkpoints of one model; each pair is tried both ways.
 _PATHS: Final = (
     ("model.language_model.", "model."),
     ("language_model.model.", "model."),
@@ -27,7 +27,7 @@ _PATHS: Final = (
 
 
 def unwrapped(name: str) -> str:
-    """The name without what wrappers put before it, or into it (`_orig_mod.`)."""
+    """The name without the prefixes and infixes of wrappers (`_orig_mod.`)."""
     name = name.replace("_orig_mod.", "")
     while wrapper := next((prefix for prefix in WRAPPERS if name.startswith(prefix)), None):
         name = name.removeprefix(wrapper)
@@ -35,9 +35,9 @@ def unwrapped(name: str) -> str:
 
 
 def base_names(fine_tuned: Mapping[str, TensorInfo], base: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """New names by old ones, for fine-tuned tensors that the base has under another name.
+    """Map old names to new names, for fine-tuned tensors that the base has under another name.
 
-    The shapes agree but for the first dimension, and no two tensors get one name.
+    The shapes are equal except for the first dimension, and no two tensors get the same name.
     """
     by_plain = {unwrapped(name): name for name in base}
     base_is_wrapped = any(plain != name for plain, name in by_plain.items())
@@ -49,7 +49,7 @@ def base_names(fine_tuned: Mapping[str, TensorInfo], base: Mapping[str, TensorIn
         matches = (by_plain[plain] for plain in _candidates(name) if plain in by_plain)
         new = next((match for match in matches if base[match].shape[1:] == info.shape[1:]), None)
         if new is None and not base_is_wrapped and unwrapped(name) != name:
-            new = unwrapped(name)  # not in the base, but named as the rest of it
+            new = unwrapped(name)  # not in the base, but with the same prefix as the others
         if new is not None and new not in taken:
             found[name] = new
             taken.add(new)
@@ -57,7 +57,7 @@ def base_names(fine_tuned: Mapping[str, TensorInfo], base: Mapping[str, TensorIn
 
 
 def _candidates(name: str) -> Iterator[str]:
-    """Unwrapped names that this tensor may have in the base."""
+    """The unwrapped names that this tensor may have in the base."""
     plain = unwrapped(name)
     yield plain
     for left, right in _PATHS:
@@ -67,7 +67,7 @@ def _candidates(name: str) -> Iterator[str]:
 
 
 def renaming_text(names: Mapping[str, str]) -> str:
-    """What was renamed, for a person: the most frequent prefix and one example."""
+    """A text about the renaming: the most frequent prefix and one example."""
     if not names:
         return ""
     pairs = Counter(_prefixes(old, new) for old, new in names.items())
@@ -77,7 +77,7 @@ def renaming_text(names: Mapping[str, str]) -> str:
 
 
 def _prefixes(old: str, new: str) -> tuple[str, str]:
-    """What stands before the common ending of both, by whole words."""
+    """The parts of both names before their common ending, in whole words."""
     a, b = old.split("."), new.split(".")
     while a and b and a[-1] == b[-1]:
         a.pop()

@@ -1,18 +1,28 @@
-"""The Fisher errors of budget.py: what each number of masks of each module costs in KL, by backward passes."""
+"""The Fisher errors of budget.py: what each number of masks of each module costs in KL, by backward passes.
+
+Memory holds the model, its gradients of one sample, and the masks of all modules as the file packs them, one bit a
+weight: with dense terms it would be 36 bytes a weight.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from peraxis_format import Component, unpack_signs
+from peraxis_tools.compress.fit.signs import unit
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.model.weights import Weights, kept_rows
 from peraxis_tools.compress.plan.budget import MASKS_MAX, module_terms
 from peraxis_tools.compress.plan.plan import PlannedModule
 
-__all__ = ["fisher_errors"]
+__all__ = ["fisher_errors", "inner_products"]
+
+_CHUNK: Final = 1 << 20  # weights that are unpacked together
 
 
 def fisher_errors(
@@ -24,18 +34,17 @@ def fisher_errors(
     seed: int,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, list[float]]:
-    """KL_mk in nats a token, for 0 to 8 masks, by module. teacher: filled whole; samples: ids [n, length].
+    """KL_mk in nats per token, for 0 to 8 masks, by module. teacher: a filled model; samples: ids [n, length].
 
-    Needs the weights' gradients of one sample at a time, and all terms of a module densely while it is measured.
     A module that no parameter of the model holds is left out.
     """
     found = [(m, weights.names.by_tensor[m.name]) for m in modules if m.name in weights.names.by_tensor]
     parameters = {piece.parameter: teacher.get(piece.parameter) for _, piece in found}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    sums = {module.name: [0.0] * (MASKS_MAX + 1) for module, _ in found}
+    sums = {module.name: np.zeros(MASKS_MAX + 1) for module, _ in found}
     generator = torch.Generator(device=samples.device).manual_seed(seed)
-    held = [(module, piece, *_terms_on(module, weights, samples.device)) for module, piece in found]
+    held = [(module, piece, module_terms(module, weights.base, weights.fine_tuned)[0]) for module, piece in found]
     for i, ids in enumerate(samples):
         progress("sensitivity", i, len(samples))
         logits = teacher.model(input_ids=ids[None], use_cache=False).logits.float()[0]
@@ -44,22 +53,43 @@ def fisher_errors(
             drawn = torch.multinomial(log_p.exp(), 1, generator=generator)
         grads = torch.autograd.grad(log_p.gather(1, drawn).sum(), list(parameters.values()), allow_unused=True)
         by_name = dict(zip(parameters, grads, strict=True))
-        for module, piece, delta, terms in held:
+        del logits, log_p, grads
+        for module, piece, components in held:
             gradient = by_name[piece.parameter]
             if gradient is None:
                 continue
+            base, tuned = weights.pair(module)
             part = piece.select(gradient)[: kept_rows(module)]
-            product = float((part * delta).sum(dtype=torch.float64))
-            for k in range(MASKS_MAX + 1):
-                if 0 < k <= len(terms):
-                    product -= float((part * terms[k - 1]).sum(dtype=torch.float64))
-                sums[module.name][k] += 0.5 * product * product / ids.numel()
+            left = inner_products(part, tuned - base, components)
+            sums[module.name] += 0.5 / ids.numel() * np.square(left + [left[-1]] * (MASKS_MAX + 1 - len(left)))
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     progress("sensitivity", len(samples), len(samples))
-    return {name: [value / len(samples) for value in values] for name, values in sums.items()}
+    return {name: (values / len(samples)).tolist() for name, values in sums.items()}
 
 
-def _terms_on(module: PlannedModule, weights: Weights, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    terms, delta, _ = module_terms(module, weights.base, weights.fine_tuned)
-    return torch.from_numpy(delta).to(device), [torch.from_numpy(term).to(device) for term in terms]
+@torch.no_grad()
+def inner_products(gradient: Tensor, delta: Tensor, components: Sequence[Component]) -> list[float]:
+    """<gradient, what is missing of the delta> with the first 0, 1, 2, ... components.
+
+    gradient, delta: [..., d_out, d_in] of one shape.
+    """
+    shape = tuple(delta.shape)
+    d_out, d_in = shape[-2:]
+    gradients, deltas = (value.reshape(-1, d_out, d_in) for value in (gradient, delta))
+    factors = [component.factors(shape) for component in components]
+    whole, parts = 0.0, [0.0] * len(components)
+    step = max(1, _CHUNK // d_in)
+    for e in range(len(deltas)):
+        for start in range(0, d_out, step):
+            rows = slice(start, start + step)
+            chunk = gradients[e, rows].float()
+            whole += float(torch.sum(chunk * deltas[e, rows], dtype=torch.float64))
+            for k, each in enumerate(factors):
+                row, col = (torch.from_numpy(v).to(chunk.device) for v in (each[e].row[rows], each[e].col))
+                signs = unit(torch.from_numpy(unpack_signs(each[e].mask[rows], d_in)).to(chunk.device))
+                parts[k] += float((signs.mul_(chunk) @ col).double() @ row.double())
+    found = [whole]
+    for part in parts:
+        found.append(found[-1] - part)
+    return found

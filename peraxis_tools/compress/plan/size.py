@@ -1,4 +1,4 @@
-"""The file that a plan gives, before any work: header, assets and data, by the functions that write them."""
+"""The size of the file of a plan, before any work: header, assets and data, by the functions that write them."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from peraxis_tools.errors import ToolError
 __all__ = ["foretold", "predicted_size"]
 
 _NONE: Final = "0" * 64
-_EXPONENT: Final = -20  # as most deltas have it: two digits and a sign
+_EXPONENT: Final = -20  # typical: two digits and a sign
 _LINE: Final[Line] = (1.23e-05, 1.23e-05, 0.00123, "")
 
 
 def predicted_size(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions) -> int:
-    """Bytes of the file that this plan gives. Axes that are chosen later count as row+col, exponents two digits."""
+    """The bytes of the file of this plan. Open axes count as row+col, exponents as two digits."""
     return file_size(_manifest(plan, fine_tuned, options), [len(data) for _, data in fine_tuned.assets()])
 
 
 def foretold(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions) -> Plan:
-    """The plan with the size of its file. Raises ToolError where its header would be larger than a reader takes."""
+    """The plan with the size of its file. Raises ToolError if the header would be too large for a reader."""
     manifest = replace(
         _manifest(plan, fine_tuned, options),
         base=BaseIdentity(digest=f"sha256:{_NONE}", id=base.identity.id, revision=base.identity.revision),
@@ -52,7 +52,7 @@ def foretold(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: Comp
     except PxdError as error:
         raise ToolError(
             f"{fine_tuned.tensors.label}: {len(plan.modules)} tensors do not fit into one header ({error.detail}); "
-            "use fewer masks (--bits)"
+            "use fewer masks (--masks)"
         ) from None
     return replace(plan, file_bytes=file_size(manifest, sizes))
 

@@ -1,6 +1,6 @@
-"""Is a fine-tuned tensor the base's own, or only the base in another dtype? Then `same` (SPEC 6.3) gives it exactly.
+"""Detect fine-tuned tensors that equal the base's, or the base's in another dtype: `same` (SPEC 6.3) is exact for them.
 
-A difference is mostly found in the first block, so that asking costs little where the answer is no.
+A difference is usually found in the first block, so the check of a changed tensor is cheap.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import numpy as np
 
 from peraxis_format import Array, DType, from_float32, raw_bytes, to_float32
 
-__all__ = ["first_rows", "is_unchanged", "shared_rows"]
+__all__ = ["is_unchanged", "shared_rows"]
 
-_BLOCK: Final = 1 << 18  # elements
+_BLOCK: Final = 1 << 18  # elements of one block
 
 
 def shared_rows(shape: tuple[int, ...], base_shape: tuple[int, ...]) -> int | None:
-    """Rows of the first dimension that both have (1 for no dimensions); None where other dimensions differ (SPEC 3.10).
+    """The rows of the first dimension that both have (1 for no dimensions); None if others differ (SPEC 3.10).
 
     Law: shared_rows(s, s) covers all of s.
     """
@@ -26,13 +26,8 @@ def shared_rows(shape: tuple[int, ...], base_shape: tuple[int, ...]) -> int | No
     return min(shape[0], base_shape[0]) if shape else 1
 
 
-def first_rows(array: Array, rows: int) -> Array:
-    """The first rows; an array of no dimensions is one row."""
-    return np.atleast_1d(array)[:rows]
-
-
 def is_unchanged(base: Array, fine_tuned: Array, *, base_dtype: DType, dtype: DType) -> bool:
-    """Whether `same` rebuilds these rows to the bit: equal bytes, or the base rounded once to the dtype (SPEC 6.3).
+    """Whether `same` rebuilds these rows bit for bit: equal bytes, or the base rounded once to the dtype (SPEC 6.3).
 
     base, fine_tuned: storage arrays of the rows that both have, of one shape.
     """

@@ -1,4 +1,4 @@
-"""A fit on text: device, models, tokens and work folder; then layer by layer (fit/), then end to end (distill/)."""
+"""A fit on text: open device, models, tokens and work folder; fit layer by layer (fit/); then distill (distill/)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from peraxis_format import Axis, Calibration
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.calibration.generate import generate
-from peraxis_tools.compress.calibration.parts import Parts, partition
+from peraxis_tools.compress.calibration.parts import Parts, halves, partition
 from peraxis_tools.compress.distill.distill import DistillOptions, distill
 from peraxis_tools.compress.fit.adamw import ADAMW_EPOCHS
 from peraxis_tools.compress.fit.fit import AUTO_AXES, FitOptions
@@ -51,7 +51,7 @@ Progress: TypeAlias = Callable[[str, int, int], None]  # (step, done, total)
 
 
 class CalibratedFit:
-    """A Fitting (types.py) on the calibration text. Text and models are opened when they are first needed."""
+    """A Fitting (types.py) on the calibration text. Text and models are opened at their first use."""
 
     def __init__(
         self, base: Checkpoint, fine_tuned: Checkpoint, output: Path, options: CompressOptions, progress: Progress
@@ -67,11 +67,11 @@ class CalibratedFit:
         return self._opened is None or self._opened.processes.is_main_process
 
     def errors(self, plan: Plan) -> Mapping[str, Sequence[float]]:
-        """What each component of a module leaves of the KL (sensitivity.py); kept in the work folder."""
+        """The KL for each number of components of a module (sensitivity.py); saved in the work folder."""
         return _sensitivities(self._run(plan), self._options, self._progress)
 
     def fit(self, plan: Plan) -> RunFit:
-        """Layer by layer, then end to end where that is asked for."""
+        """Fit layer by layer, then distill end to end if the options ask for it."""
         options = self._options
         run = replace(self._run(plan), plan=plan)
         modules: Mapping[str, FittedModule] = _layerwise(run, options, self._progress)
@@ -116,7 +116,7 @@ class CalibratedFit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    """What is the same for every step of one run."""
+    """The objects that all steps of a run share."""
 
     base: Checkpoint
     fine_tuned: Checkpoint
@@ -132,12 +132,12 @@ class _Run:
     dtype: torch.dtype
 
     def models(self) -> tuple[LayerwiseModel, LayerwiseModel]:
-        """A teacher and a student, both empty."""
+        """A teacher and a student, both without weights."""
         one, two = (LayerwiseModel(self.config, dtype=self.dtype, device=self.device) for _ in range(2))
         return one, two
 
     def weights(self) -> Weights:
-        """The pair's tensors, with nothing fitted."""
+        """The pair's tensors, without fitted components."""
         return Weights(
             plan=self.plan,
             base=self.base.tensors,
@@ -156,7 +156,7 @@ def _open_run(
     options: CompressOptions,
     progress: Progress,
 ) -> _Run:
-    """Device, configuration, name map, samples and work folder."""
+    """Open device, configuration, name map, samples and work folder."""
     folder = fine_tuned.folder
     if folder is None or options.calibration is None:
         raise ToolError(f"{fine_tuned.tensors.label}: a fit on text needs the checkpoint's folder, with its tokenizer")
@@ -198,7 +198,7 @@ def _open_run(
 
 
 def _generated_count(run: _Run, options: CompressOptions) -> int:
-    """Samples that the model writes: as many as asked for, or some where it fits into memory as hidden states would."""
+    """The number of generated samples: the option, or 16 if the model is not larger than the limit of hidden states."""
     if options.generated_samples is not None:
         return options.generated_samples
     weights = sum(math.prod(module.shape) for module in run.plan.modules)
@@ -207,7 +207,7 @@ def _generated_count(run: _Run, options: CompressOptions) -> int:
 
 
 def _with_generated(run: _Run, count: int, options: CompressOptions, progress: Progress) -> _Run:
-    """The run with samples that the fine-tuned model writes; kept in the work folder."""
+    """The run with samples that the fine-tuned model generates; they are saved in the work folder."""
     length = run.samples.ids.shape[1]
     ids = run.work.load_array("generated")
     if ids is None and run.processes.is_main_process:
@@ -258,6 +258,7 @@ def _sensitivities(run: _Run, options: CompressOptions, progress: Progress) -> M
 
 def _layerwise(run: _Run, options: CompressOptions, progress: Progress) -> Mapping[str, FittedModule]:
     teacher, student = run.models()
+    text = halves(run.parts, crossed=options.resolved_fit != "adamw")
     return LayerwiseCalibration(
         plan=run.plan,
         base=run.base.tensors,
@@ -265,7 +266,8 @@ def _layerwise(run: _Run, options: CompressOptions, progress: Progress) -> Mappi
         teacher=teacher,
         student=student,
         names=run.names,
-        batches=batches_of(run.parts.fit, run.parts.validation, options.batch_size, run.device),
+        batches=batches_of(text.fit, text.validation, options.batch_size, run.device),
+        crossed=text.crossed,
         options=_fit_options(options, len(run.parts.fit)),
         work=run.work,
         processes=run.processes,
@@ -280,7 +282,7 @@ def _distilled(
     options: CompressOptions,
     progress: Progress,
 ) -> tuple[Mapping[str, FittedModule], dict[str, str]]:
-    """The modules after end-to-end distillation, and its losses."""
+    """Distill the modules end to end. Returns them and the losses."""
     done = run.work.load("distilled")
     if done is not None:
         return {module.name: module for module in done}, run.work.load_text("distilled") or {}

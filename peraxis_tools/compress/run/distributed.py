@@ -1,11 +1,11 @@
-"""Several processes (torchrun, accelerate launch): each runs the blocks on its share of the samples.
+"""Several processes (torchrun, accelerate launch); each runs the blocks on its share of the samples.
 
-One process a device, started by torchrun or `accelerate launch`. Process r of n takes batches r, r + n, ...; the sums
-G, E, F and their token counts are added over all processes, so that each holds the sums of the whole text: exactly,
-whatever n is (sums.py). Each module of a stage is then fitted by one process and sent to the others as tensors:
-all go on with the same student, and the artifact has the bytes of one process's, where each computes with as many
-threads. What needs the whole model at once (own text, a budget's sensitivities, distillation) process 0 does alone, on
-its device: one that is too large for it can be fitted, but not distilled.
+There is one process for each device, started by torchrun or `accelerate launch`. Process r of n takes batches r, r + n,
+...; the moments G, E, F and their token counts are added over all processes, so that each has the moments of the whole
+text, exactly and for any n (sums.py). Then one process fits each module of a stage and sends it to the others as
+tensors. So all processes continue with the same student, and the file has the same bytes as with one process, if each
+uses the same number of threads. Steps that need the whole model at once (generated text, a budget's sensitivities,
+distillation) run in process 0 alone, on its device; a model that is too large for it can be fitted but not distilled.
 
 Without such an environment every function here does nothing.
 """
@@ -29,20 +29,20 @@ __all__ = ["Processes"]
 
 
 class Processes:
-    """The group of processes of this run; one alone where none was started."""
+    """The group of processes of this run; a single process if no group was started."""
 
     def __init__(self, device: torch.device) -> None:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.device = device
         if self.count > 1 and not torch.distributed.is_initialized():
-            # What one process does alone while the others wait (distillation) may take hours.
+            # The others may wait for hours while one process works alone (distillation).
             torch.distributed.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=7)
             )
 
     def shard_indices(self, count: int) -> list[int]:
-        """Which of `count` items this process works on."""
+        """The indices, of `count` items, that this process works on."""
         return list(range(self.rank, count, self.count))
 
     def add(self, tensors: Sequence[Tensor]) -> None:
@@ -52,7 +52,7 @@ class Processes:
                 torch.distributed.all_reduce(tensor)
 
     def largest(self, value: int) -> int:
-        """The largest of a number over all processes."""
+        """The largest value over all processes."""
         if self.count == 1:
             return value
         tensor = torch.tensor([value], device=self.device)
@@ -61,11 +61,11 @@ class Processes:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the process that keeps the work folder and writes the file."""
+        """Whether this process writes the work folder and the file."""
         return self.rank == 0
 
     def broadcast(self, modules: Sequence[FittedModule] | None) -> list[FittedModule] | None:
-        """The main process's modules, to all processes; None where it passes None."""
+        """Send the main process's modules to all processes; None if it passes None."""
         if self.count == 1:
             return None if modules is None else list(modules)
         if not self.largest(int(self.is_main_process and modules is not None)):
@@ -75,19 +75,19 @@ class Processes:
         return unpack_modules(json.loads(index_bytes), self._send(data, 0))
 
     def broadcast_json(self, values: Any) -> Any:
-        """The main process's JSON values, to all processes."""
+        """Send the main process's JSON values to all processes."""
         if self.count == 1:
             return values
         return json.loads(self._send(json.dumps(values).encode() if self.is_main_process else b"", 0))
 
     def close(self) -> None:
-        """Wait for all, then leave the group."""
+        """Wait for all processes, then leave the group."""
         if self.count > 1:
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
 
     def all_gather(self, modules: Sequence[FittedModule | None]) -> list[FittedModule]:
-        """Every module from the process that fitted it (place i: process i mod count); None at the others' places."""
+        """Collect each module from the process that fitted it (i: process i mod count). None: another's module."""
         if self.count == 1:
             return [module for module in modules if module is not None]
         result = []
@@ -98,7 +98,7 @@ class Processes:
         return result
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait for all processes."""
         if self.count > 1:
             torch.distributed.barrier()
 

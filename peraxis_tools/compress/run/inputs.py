@@ -1,4 +1,4 @@
-"""What a fit on text is made of: batches of its samples, and the digest that a work folder is bound to."""
+"""The inputs of a fit on text: batches of samples, and the digest that binds the work folder to them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["batches_of", "inputs_digest"]
 
 
 def batches_of(fit: Ids, validation: Ids, size: int, device: torch.device) -> list[Batch]:
-    """Fit batches, then held-out ones."""
+    """The batches: those of the fit first, then the held-out ones."""
     batches = []
     for ids, validates in ((fit, False), (validation, True)):
         for start in range(0, len(ids), size):
@@ -33,7 +33,7 @@ def inputs_digest(
     device: torch.device,
     dtype: torch.dtype,
 ) -> str:
-    """What a work folder is bound to: tensors (name, shape, place, size and time of their file), text, options, us."""
+    """The digest of the inputs: tensors (name, shape, offset, size and time of their file), text, options, version."""
     digest = hashlib.sha256()
     for tensors in (base, fine_tuned):
         for info in tensors.infos():

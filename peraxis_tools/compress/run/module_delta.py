@@ -1,4 +1,4 @@
-"""A planned module and what was fitted for it -> the module as the file holds it. Reads one tensor pair."""
+"""Turn a planned module and its fit into the module that the file stores. Reads one tensor pair."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peraxis_tools.compress.fit.mean import mean_components
 from peraxis_tools.compress.options import AUTO, CompressOptions
 from peraxis_tools.compress.plan.finite import check_finite
 from peraxis_tools.compress.plan.plan import TABLES, PlannedModule
-from peraxis_tools.compress.plan.unchanged import first_rows, is_unchanged, shared_rows
+from peraxis_tools.compress.plan.unchanged import is_unchanged, shared_rows
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 
 __all__ = ["base_ref", "module_delta"]
@@ -33,17 +33,18 @@ def module_delta(
     fitted: FittedModule | None,
     options: CompressOptions,
 ) -> tuple[ModuleDelta, ModuleReport | None]:
-    """The module as it is stored, and what there is to report of it. Reads one tensor pair."""
+    """The module for the writer, and its report. Reads one tensor pair."""
     tuned_array = fine_tuned.read(module.name)
     if module.base_shape is None or module.base_dtype is None:
         return _full(module, None, tuned_array), None
     base_array = base.read(module.name)
     ref = base_ref(base[module.name], base_array)
     kept = shared_rows(module.shape, module.base_shape)
-    tail = tuned_array[kept:] if kept is not None and module.shape and kept < module.shape[0] else None
+    grown = kept is not None and module.shape and kept < module.shape[0]
+    tail = module.dtype.rows_from(tuned_array, module.shape, kept) if kept is not None and grown else None
     if kept is not None and is_unchanged(
-        first_rows(base_array, kept),
-        first_rows(tuned_array, kept),
+        module.base_dtype.first_rows(base_array, module.base_shape, kept),
+        module.dtype.first_rows(tuned_array, module.shape, kept),
         base_dtype=module.base_dtype,
         dtype=module.dtype,
     ):
@@ -68,7 +69,7 @@ def module_delta(
                 components=module.components,
                 for_outputs=module.kind not in TABLES,
             )
-        except ShapeError:  # scales that are no numbers; the tensor and the index say more
+        except ShapeError:  # scales that are NaN or infinite; check_finite names the tensor and the index
             check_finite(module, base_array, tuned_array, base.label, fine_tuned.label)
             raise
     encoding = Encoding.SIGN if components else Encoding.SAME
@@ -90,8 +91,8 @@ def module_delta(
 
 def _lossless(module: PlannedModule, base: Array, ref: BaseRef, tuned: Array, options: CompressOptions) -> ModuleDelta:
     return lossless_module(
-        module.name, tuned, module.dtype, old=base, base=ref, prefer=options.prefer, threads=1
-    )  # fmt: skip
+        module.name, tuned, module.dtype, shape=module.shape, old=base, base=ref, prefer=options.prefer, threads=1
+    )
 
 
 def _stored_bytes(module: ModuleDelta) -> int:

@@ -1,10 +1,10 @@
-"""compress: the verb. Which steps a run takes, and how what they find becomes one file.
+"""The verb compress: the steps of a run, in order, and the file that they write.
 
-    open the pair -> refuse what does not fit together -> plan -> spend the byte target, if any -> show the plan
+    open the pair -> check that it is a pair -> plan -> spend the byte target, if any -> show the plan
     fit none:    stream every tensor pair into the file (streamed.py)
     otherwise:   tokens -> embedding -> blocks -> lm_head (resumable) -> distillation (calibrated.py) -> the file
 
-No torch before a fit needs it.
+torch is imported only when a fit needs it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import spend
 from peraxis_tools.compress.plan.casts import with_casts
 from peraxis_tools.compress.plan.finite import check_pair_finite
-from peraxis_tools.compress.plan.pairing import check_pair, check_saving, named_as_base, tied_pairs
+from peraxis_tools.compress.plan.pairing import check_pair, named_as_base, tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
 from peraxis_tools.compress.plan.record import PLAN_KEY, REPORT_KEY, plan_text, report_text
+from peraxis_tools.compress.plan.saving import check_saving, saves
 from peraxis_tools.compress.plan.size import foretold
 from peraxis_tools.compress.run.module_delta import module_delta
 from peraxis_tools.compress.run.streamed import StreamedFit
@@ -46,7 +47,7 @@ from peraxis_tools.text import Source
 
 __all__ = ["CompressResult", "Progress", "compress"]
 
-# A tensor in work holds itself, its base, and twice that in binary32 where a second mask is fitted.
+# A tensor in work takes its own bytes, its base's, and twice that in binary32 if a second mask is fitted.
 BYTES_IN_FLIGHT_PER_TENSOR = 4
 _AHEAD_BYTES = 512 << 20
 
@@ -94,17 +95,17 @@ def compress(
 ) -> CompressResult:
     """Compress a fine-tuned checkpoint against its base into `output`.
 
-    base, fine_tuned: folder, safetensors file or hub id. base_id: the hub id of a base that is a folder. force: write
-    a delta that saves little, too. show_plan is called with the plan before any work.
+    base, fine_tuned: a folder, a safetensors file or a hub id. base_id: the hub id of a base that is a folder. force:
+    write the delta even if it saves little. show_plan is called with the plan before any work.
     progress: called with (stage, done, total), or True for bars.
-    Raises ToolError (OptionError, CheckpointError) before work starts where the pair or the options do not fit.
+    Raises ToolError (OptionError, CheckpointError) before work starts if the pair or the options are wrong.
     """
     if options.resolved_fit != "none":
         require(f"--fit {options.resolved_fit}", "torch", "transformers", "datasets", extra="compress")
     output = Path(output)
     texts = (options.calibration,) if isinstance(options.calibration, str) else options.calibration or ()
     inputs = (base, fine_tuned, *(Source.parse(text).name for text in texts))
-    # Of several processes the first one writes.
+    # With several processes, the first one writes.
     alone = int(os.environ.get("RANK", "0")) == 0
     with (
         claim_file(output, overwrite=overwrite, inputs=inputs) if alone else contextlib.nullcontext(),
@@ -134,12 +135,12 @@ def _compress_pair(
     with _fitting(base, fine_tuned, output, options, progress) as fitting:
         if options.has_target:
             planned = spend(planned, fitting.errors(planned), fine_tuned, options)
-        planned = foretold(planned, base, fine_tuned, options)
+            planned = _foretold(planned, base, fine_tuned, options, force=force)
         if show_plan is not None:
             show_plan(planned)
         fit = fitting.fit(planned)
         if fitting.writes:
-            written = _write(base, fine_tuned, fit, output, options, progress, overwrite=overwrite)
+            written = _write(base, fine_tuned, fit, output, options, progress, overwrite=overwrite, force=force)
     if written is None:
         with open_delta(output) as delta:
             exact = [entry.name for entry in delta.manifest.modules if entry.encoding is Encoding.EXACT]
@@ -159,21 +160,21 @@ def _fitting(
 
 
 def _matched(base: Checkpoint, fine_tuned: Checkpoint, base_id: str | None) -> tuple[Checkpoint, Checkpoint]:
-    """The pair, held to be one: under the base's names, the base under its hub id. Says what is left behind."""
+    """Check the pair. Returns it with the base's names and the base's hub id; a note lists files that are left out."""
     if base_id is not None:
         base = replace(base, identity=parse_identity(base_id))
     fine_tuned = named_as_base(base, fine_tuned)
     check_pair(base, fine_tuned)
     left = fine_tuned.folder_assets().left
     if left:
-        note(f"{fine_tuned.tensors.label}: not carried by a .pxd: {listed(left)}")
+        note(f"{fine_tuned.tensors.label}: not stored in the .pxd: {listed(left)}")
     return base, fine_tuned
 
 
 def _planned(
     base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, progress: Progress, *, force: bool
 ) -> Plan:
-    """The plan before a target is spent. Reads the pair's weights where a fit will."""
+    """The plan, held to what it saves unless a target is to be spent. Reads the pair's weights where a fit will."""
     planned = plan(
         fine_tuned={info.name: info for info in fine_tuned.tensors.infos()},
         base={info.name: info for info in base.tensors.infos()},
@@ -182,9 +183,18 @@ def _planned(
     )
     planned = with_casts(planned, base.tensors, fine_tuned.tensors)
     if not options.has_target:
-        check_saving(planned, base, fine_tuned, force=force)
+        planned = _foretold(planned, base, fine_tuned, options, force=force)
     if options.has_target or options.resolved_fit != "none":
         check_pair_finite(planned.modules, base.tensors, fine_tuned.tensors, progress)
+    return planned
+
+
+def _foretold(
+    planned: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, *, force: bool
+) -> Plan:
+    """The plan with the size of its file, which must save enough."""
+    planned = foretold(planned, base, fine_tuned, options)
+    check_saving(planned, base, fine_tuned, size=planned.file_bytes or 0, force=force)
     return planned
 
 
@@ -197,8 +207,12 @@ def _write(
     progress: Progress,
     *,
     overwrite: bool,
+    force: bool,
 ) -> tuple[Manifest, int, Mapping[str, int]]:
-    """Write the file. Returns its manifest, its bytes, and how the blocks of its exact modules are stored."""
+    """Write the file, unless it saves too little.
+
+    Returns its manifest, its bytes, and how the blocks of its exact modules are stored.
+    """
     planned = fit.plan
     reports: dict[str, ModuleReport] = {}
     blocks: Counter[str] = Counter()
@@ -217,7 +231,7 @@ def _write(
         def held(module: PlannedModule) -> int:
             return BYTES_IN_FLIGHT_PER_TENSOR * fine_tuned.tensors[module.name].size
 
-        # Reading and hashing one tensor beside fitting another.
+        # One tensor is read and hashed while another is fitted.
         for delta, report in ordered_map(made, planned.modules, cost=held, budget=_AHEAD_BYTES):
             writer.add(delta)
             blocks += count_blocks(delta)
@@ -241,6 +255,8 @@ def _write(
         if said := report_text(names, lines):
             writer.metadata[REPORT_KEY] = said
         writer.metadata.update(fit.metadata)
+        if saves(planned, planned.file_bytes or 0):  # else it has been said, and forced
+            check_saving(planned, base, fine_tuned, size=writer.file_size(), force=force)
         return writer.finish(), writer.size, blocks
 
 

@@ -1,4 +1,4 @@
-"""A fit without text: components follow from each tensor pair alone, when it is written. No torch."""
+"""A fit without text: the components of a tensor pair are computed when it is written. It needs no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["StreamedFit"]
 
 
 class StreamedFit:
-    """`--fit none`, as a Fitting (types.py). It keeps nothing: run.py fits each module as it writes it."""
+    """`--fit none` as a Fitting (types.py). It saves no state: run.py fits each module when it writes it."""
 
     writes = True
 
@@ -26,7 +26,7 @@ class StreamedFit:
         self._base, self._fine_tuned, self._options = base, fine_tuned, options
 
     def errors(self, plan: Plan) -> Mapping[str, Sequence[float]]:
-        """Squared weight errors."""
+        """The squared weight errors."""
         return {
             module.name: weight_errors(module, self._base.tensors, self._fine_tuned.tensors)
             for module in plan.modules

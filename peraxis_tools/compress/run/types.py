@@ -1,4 +1,4 @@
-"""What the steps of a compression hand to each other; no torch."""
+"""The types that the steps of a compression pass to each other. They need no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["FittedModule", "Fitting", "ModuleReport", "RunFit"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleReport:
-    """What the fit saw. Errors are mean squares of the module's output over the validation tokens; None: unknown."""
+    """The errors of a fit: mean squares of the module's output over the validation tokens; None: unknown."""
 
     error: float | None = None
     error_none: float | None = None
@@ -24,9 +24,9 @@ class ModuleReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FittedModule:
-    """Components of one tensor as they will be stored; none at all means `same` (the base's own weight).
+    """The components of one tensor as the file stores them; an empty tuple means `same` (the base's own weight).
 
-    full: instead of components, the storage array of a full tensor that differs from the fine-tune's own.
+    full: instead of components, the storage array of a full tensor that differs from the fine-tune's.
     """
 
     name: str
@@ -37,7 +37,7 @@ class FittedModule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFit:
-    """All fitted modules, the plan that they follow, and what the manifest says about the text."""
+    """All fitted modules, the plan that they follow, and the manifest's record of the text."""
 
     plan: Plan
     modules: Mapping[str, FittedModule] = field(default_factory=dict)
@@ -48,18 +48,18 @@ class RunFit:
 
 
 class Fitting(Protocol):
-    """How a run finds its components: without text (streamed.py) or on one (calibrated.py).
+    """A way to compute components: without text (streamed.py) or on a text (calibrated.py).
 
-    Life cycle: entered; `errors` where a byte target is to be spent; `fit` once, with the plan as it is then; the file
-    is written by the process that `writes`; left. Only a run that ends well gives up what it has kept for resuming.
+    Life cycle: it is entered; `errors` is called if there is a byte target; `fit` is called once, with the final plan;
+    the process with `writes` writes the file; it is left. Only a successful run deletes its state for resuming.
     """
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes the file; the others wait on leaving until it is there."""
+        """Whether this process writes the file; the others wait for it when they leave."""
 
     def errors(self, plan: Plan) -> Mapping[str, Sequence[float]]:
-        """By module that the byte target may change: the error with 0, 1, 2, ... components."""
+        """The error with 0, 1, 2, ... components, for each module that the byte target may change."""
 
     def fit(self, plan: Plan) -> RunFit:
         """Fit every module of the plan."""

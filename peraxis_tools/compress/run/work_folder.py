@@ -1,13 +1,13 @@
-"""The work folder: what a run has fitted so far, on disk, so that a killed run goes on and ends in the same bytes.
+"""The work folder: the finished parts of a run on disk, so that a killed run can resume and ends in the same bytes.
 
 OUT.peraxis-work/
-  inputs.json        the digest that binds the folder to checkpoints, text and options; another run starts afresh
+  inputs.json        the digest that binds the folder to checkpoints, text and options; another run starts anew
   PART.json, PART.bin   the modules of one part (embedding, a block, the head): index and arrays
-  distilling.npz     distillation after its last whole epoch; distill-best: the best state by then
+  distilling.npz     distillation after its last whole epoch; distill-best: the best state so far
 
-A part appears whole or not at all, the json last, and each file ends with the SHA-256 of its data: one that is damaged
-is computed again. Hidden states are not kept: a resumed run computes them again, with the same operations and so to the
-same bits, which costs two forward passes for each finished block.
+A part is written atomically, the json last, and each file ends with the SHA-256 of its data; a damaged part is computed
+again. Hidden states are not saved: a resumed run computes them again with the same operations and so the same bits,
+which costs two forward passes for each finished block.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _TYPES = {"mask": np.uint8, "row": np.float16, "col": np.float16, "scalar": np.f
 
 
 class WorkFolder:
-    """Finished parts of one run. `digest` says of which."""
+    """The finished parts of one run, which `digest` identifies."""
 
     def __init__(self, output: Path, digest: str, *, resume: bool, is_main_process: bool = True) -> None:
-        """is_main_process: whether this process makes the folder; others are to wait for it before they read."""
+        """is_main_process: whether this process makes the folder; the others must wait for it before they read."""
         self.path = output.with_name(output.name + ".peraxis-work")
         self._run = digest
         if not is_main_process:
@@ -61,29 +61,29 @@ class WorkFolder:
             return None
 
     def load(self, part: str) -> list[FittedModule] | None:
-        """The modules of a finished part; None where it is not finished, or damaged."""
+        """The modules of a finished part; None if it is not finished, or damaged."""
         with self._opened(f"{part}.json") as index, self._opened(f"{part}.bin") as data:
             if index is None or data is None:
                 return None
             return unpack_modules(json.loads(index.read()), bytearray(data.read()))
 
     def save_array(self, part: str, array: Array) -> None:
-        """Store one array under a name of its own."""
+        """Save one array under this name."""
         with self._written(f"{part}.npy") as file:
             np.save(file, array, allow_pickle=False)
 
     def load_array(self, part: str) -> Array | None:
-        """A stored array; None where there is none, or a damaged one."""
+        """A saved array; None if it is missing or damaged."""
         with self._opened(f"{part}.npy") as file:
             return None if file is None else np.load(io.BytesIO(file.read()), allow_pickle=False)
 
     def save_arrays(self, part: str, arrays: Mapping[str, Array]) -> None:
-        """Store named arrays as one, over what was stored before."""
+        """Save named arrays in one file, which replaces an earlier one."""
         with self._written(f"{part}.npz") as file:
             np.savez(file, allow_pickle=False, **arrays)
 
     def load_arrays(self, part: str) -> dict[str, Array] | None:
-        """What `save_arrays` stored; None where there is none, or a damaged one."""
+        """The arrays of `save_arrays`; None if they are missing or damaged."""
         with self._opened(f"{part}.npz") as file:
             if file is None:
                 return None
@@ -91,17 +91,17 @@ class WorkFolder:
                 return {name: stored[name] for name in stored.files}
 
     def save_text(self, part: str, text: Mapping[str, Any]) -> None:
-        """Store JSON values under a name of their own; for a part, before the part itself is saved."""
+        """Save JSON values under this name; those of a part are saved before the part itself."""
         with self._written(f"{part}.text.json") as file:
             file.write(json.dumps(dict(text)).encode())
 
     def load_text(self, part: str) -> dict[str, Any] | None:
-        """What `save_text` stored; None where there is none, or a damaged one."""
+        """The values of `save_text`; None if they are missing or damaged."""
         with self._opened(f"{part}.text.json") as file:
             return None if file is None else dict(json.loads(file.read()))
 
     def save(self, part: str, modules: Sequence[FittedModule]) -> None:
-        """Store a finished part."""
+        """Save a finished part."""
         entries, data = pack_modules(modules)
         with self._written(f"{part}.bin") as file:
             file.write(data)
@@ -109,12 +109,12 @@ class WorkFolder:
             file.write(json.dumps(entries).encode())
 
     def _hash(self, name: str) -> Any:
-        """The digest of a file begins with the run and the name, so that no file stands for another."""
+        """A hash that begins with the run and the name, so that no file can replace another."""
         return hashlib.sha256(f"{self._run} {name}\n".encode())
 
     @contextlib.contextmanager
     def _written(self, name: str) -> Iterator[BinaryIO]:
-        """A file whose digest follows its data."""
+        """Yield a file to write; its digest is written after its data."""
         digest = self._hash(name)
         with atomic_file(self.path / name) as file:
             yield cast(BinaryIO, _Hashing(file, digest))
@@ -122,7 +122,7 @@ class WorkFolder:
 
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[BinaryIO | None]:
-        """The file at its beginning, held to its digest; None where it is not there or damaged, which is logged."""
+        """Yield the file after its digest is checked; None if it is missing or damaged (then logged)."""
         path = self.path / name
         try:
             file = open(path, "rb")  # noqa: SIM115  closed below
@@ -132,7 +132,7 @@ class WorkFolder:
         with file:
             size = os.fstat(file.fileno()).st_size - _DIGEST_BYTES
             if size < 0 or not self._holds(file, name, size):
-                _LOG.warning("%s: is damaged; what it held is computed again", path)
+                _LOG.warning("%s: is damaged; its content is computed again", path)
                 yield None
                 return
             file.seek(0)
@@ -148,7 +148,7 @@ class WorkFolder:
 
 
 class _Hashing:
-    """Passes bytes on to a file and a digest. It cannot seek: zip archives are then written in one go."""
+    """Passes bytes on to a file and a digest. It cannot seek, so zip archives are written sequentially."""
 
     def __init__(self, file: BinaryIO, digest: Any) -> None:
         self._file, self._digest = file, digest
@@ -161,12 +161,12 @@ class _Hashing:
         self._file.flush()
 
     def read(self, size: int = -1) -> bytes:
-        """numpy tells files from paths by this."""
+        """numpy recognises a file by this method."""
         raise io.UnsupportedOperation("read")
 
 
 class _Head(io.RawIOBase):
-    """The first `size` bytes of an open file, as a file of their own."""
+    """The first `size` bytes of an open file, as a file."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file, self._size = file, size
@@ -241,7 +241,7 @@ def _component(entry: dict[str, Any], data: bytearray) -> Component:
 
     mask = array("mask")
     if mask is None:
-        raise ValueError("a stored component has no mask")
+        raise ValueError("a saved component has no mask")
     return Component(
         axis=Axis(entry["axis"]),
         exponent=entry["exponent"],

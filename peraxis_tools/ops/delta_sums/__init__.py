@@ -1,14 +1,14 @@
-"""Signs of a delta and its weighted absolute sums in one pass over a matrix pair: the door, and its backends.
+"""Signs of a delta and its weighted absolute sums in one pass over a matrix pair: interface and backends.
 
     d = f32(fine_tuned) - f32(base)          binary32
-    mask      bit j of row i is 1 where d_ij >= 0
+    mask      bit j of row i is 1 if d_ij >= 0
     row_i     = sum over j of |d_ij| w_j     binary64
     col_j     = sum over i of |d_ij|         binary64
     square    = sum over i, j of d_ij^2      binary64
 
-The order of every sum is part of the contract, so that neither threads nor the backend change a byte: row_i and the
-square of a row are summed in 8 lanes (column j in lane j mod 8, columns ascending), lanes then added from 0 to 7;
-col_j is summed over chunks of 64 rows, rows ascending in a chunk, chunks ascending; squares over rows ascending.
+The order of every sum is specified, so that threads and backends give the same bits: row_i and the square of a row are
+summed in 8 lanes (column j in lane j mod 8, columns ascending), then the lanes are added from 0 to 7; col_j is summed
+over chunks of 64 rows, rows ascending in a chunk, chunks ascending; squares are summed over rows ascending.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def delta_sums(
 ) -> DeltaSums:
     """The sums of one matrix pair (storage arrays [d_out, d_in] of float types).
 
-    weights: w, float64 [d_in]; all ones where None. threads: at most, for numba. backend: numpy or numba. Raises
-    BackendError.
+    weights: w, float64 [d_in]; None for all ones. threads: at most this many, for numba. backend: numpy or numba.
+    Raises BackendError.
     """
     chosen = import_module(f"peraxis_tools.ops.delta_sums.{choose('delta_sums', base.size, backend=backend)}")
     found = chosen.pair_sums(base, fine_tuned, base_dtype=base_dtype, dtype=dtype, weights=weights, threads=threads)

@@ -1,8 +1,8 @@
-"""Signs and absolute sums of a pair of matrices in one pass, compiled with numba: what a fit without text needs.
+"""delta_sums compiled with numba: signs and absolute sums of a pair of matrices in one pass.
 
-Bound by memory, by three choices: 32 columns at a time (a cache line of BF16, one instruction for 16 signs), four
-rows at a time (column sums are loaded and stored once for all four), a prefetch of the same columns four rows below.
-Rejected: sums in binary32, which would be no faster then and would overflow where F32 weights are squared.
+The loop is limited by memory bandwidth, because it takes 32 columns at a time (a cache line of BF16, one instruction
+for 16 signs), takes four rows at a time (column sums are loaded and stored once for all four), and prefetches the same
+columns four rows below. Rejected: sums in binary32, which are no faster and overflow when F32 weights are squared.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ir: Any = import_module("llvmlite.ir")
 
 __all__ = ["pair_sums"]
 
-_CHUNK: Final = 64  # rows whose column sums are added up on their own; part of the order that pair_sums states
+_CHUNK: Final = 64  # rows whose column sums are added up separately; part of the specified order
 _BLOCK_BYTES: Final = 1 << 21
 
 
@@ -56,9 +56,9 @@ def _pair_groups(
 ) -> Any:  # fmt: skip
     """`groups` times eight columns of some rows of `pair_sums`: masks, column and lanes are updated.
 
-    bases, tuned, masks: tuples of addresses, one a row. weights, column: addresses of float64, from whose group `first`
-    on is read; weights None: ones. lanes: float64 [rows, 2, 8], of the weighted sum and of the squares. ahead: bytes
-    to what is read after these rows.
+    bases, tuned, masks: tuples of addresses, one per row. weights, column: addresses of float64, read from group
+    `first` on; weights None: ones. lanes: float64 [rows, 2, 8], of the weighted sum and of the squares. ahead: the
+    distance in bytes to the rows that are read next.
     """
     kinds = base_kind.dtype, tuned_kind.dtype
     rows = len(bases)
@@ -104,13 +104,13 @@ def _pair_groups(
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
 def _address(array: Any) -> Any:
-    # Signed: an unsigned one and a signed stride would add up to a float.
+    # Signed, because numba adds an unsigned and a signed integer to a float.
     return np.intp(array.ctypes.data)
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator, unused-ignore]
 def _pair_rest(base: Any, tuned: Any, weights: Any, mask: Any, column: Any, lanes: Any, i: Any, groups: Any) -> None:
-    """The last columns of row i, fewer than eight: as a group of their own, nothing outside the row is read."""
+    """The last columns of row i, fewer than eight, as a separate group, so that nothing outside the row is read."""
     rest = base.shape[1] - 8 * groups
     left, right = np.zeros(8, base.dtype), np.zeros(8, tuned.dtype)
     for j in range(rest):
@@ -124,7 +124,7 @@ def _pair_rest(base: Any, tuned: Any, weights: Any, mask: Any, column: Any, lane
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator, unused-ignore]
 def _pair_rows(base: Any, tuned: Any, weights: Any, mask: Any, row: Any, squares: Any, chunks: Any) -> None:
-    """Rows of one matrix, from the first row of a chunk on.
+    """Some rows of one matrix, from the first row of a chunk on.
 
     base, tuned: [rows, d_in]. weights: address of float64 [8 ceil(d_in/8)], or None. row, squares: float64 [rows],
     written. chunks: float64 [chunks, 8 ceil(d_in/8)], added to.
@@ -141,7 +141,7 @@ def _pair_rows(base: Any, tuned: Any, weights: Any, mask: Any, row: Any, squares
             lanes[:] = 0.0
             x, y, z = _address(base[i:]), _address(tuned[i:]), _address(mask[i:])
             if end - i >= 4:
-                # Four rows in one pass over the columns, whose sums are then loaded and stored once.
+                # Four rows in one pass over the columns, so that column sums are loaded and stored once.
                 count = 4
                 _pair_groups(
                     base, tuned, (x, x + a, x + 2 * a, x + 3 * a), (y, y + b, y + 2 * b, y + 3 * b),
@@ -164,7 +164,7 @@ def _pair_rows(base: Any, tuned: Any, weights: Any, mask: Any, row: Any, squares
 
 
 class _InOrder:
-    """Adds up [n, width] blocks row by row in the order of their indices, whichever of them comes first."""
+    """Adds up [n, width] blocks row by row in the order of their indices, in whatever order they arrive."""
 
     def __init__(self, width: int) -> None:
         self.total = np.zeros(width)
@@ -190,7 +190,7 @@ def pair_sums(
     weights: NDArray[np.float64] | None = None,
     threads: int | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64], float]:
-    """(mask, row, col, sum of d^2), in the order that the door states; threads change no bit."""
+    """(mask, row, col, sum of d^2), in the specified order for any number of threads."""
     rows, width = base.shape
     packed = -(-width // LANES)
     mask = np.empty((rows, packed), np.uint8)
@@ -204,7 +204,7 @@ def pair_sums(
 
     def job(index: int) -> None:
         part = slice(index * step, min(index * step + step, rows))
-        # Of this block alone: the sums of all chunks would be as large as the mask, and memory is dear when new.
+        # Allocate for this block alone: the sums of all chunks would be as large as the mask, and new memory is slow.
         sums = np.zeros((-(-(part.stop - part.start) // _CHUNK), packed * LANES))
         _pair_rows(left[part], right[part], at, mask[part], row[part], squares[part], sums)
         columns.add(index, sums)

@@ -1,4 +1,4 @@
-"""The reference of delta_sums, on numpy."""
+"""delta_sums in numpy, the reference."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pair_sums(
     weights: NDArray[np.float64] | None = None,
     threads: int | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64], float]:
-    """(mask, row, col, sum of d^2), in the order that the door states. threads: not used."""
+    """(mask, row, col, sum of d^2), in the specified order. threads: not used."""
     width = base.shape[1]
     lanes_w = np.zeros(-(-width // _LANES) * _LANES)
     lanes_w[:width] = 1.0 if weights is None else weights
@@ -45,7 +45,7 @@ def pair_sums(
 
 
 def _lane_sums(wide: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[rows, 8 n] -> [rows], in the order that the door states."""
+    """[rows, 8 n] -> [rows], in the specified order."""
     lanes = np.ascontiguousarray(wide.reshape(len(wide), -1, _LANES).transpose(1, 0, 2))
     summed: NDArray[np.float64] = np.add.reduce(lanes, axis=0)
     total: NDArray[np.float64] = summed[:, 0].copy()

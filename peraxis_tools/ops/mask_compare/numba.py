@@ -1,4 +1,4 @@
-"""mask_compare compiled by numba; the loops hold no lock."""
+"""mask_compare compiled with numba; the loops release the GIL."""
 
 # mypy: allow-untyped-decorators
 # numba has no type information.
@@ -22,7 +22,7 @@ ir: Any = import_module("llvmlite.ir")
 __all__ = ["differing"]
 
 _LANES: Final = 16
-_WORDS: Final = 64  # of 64 columns, between two sums in binary64
+_WORDS: Final = 64  # words of 64 columns between two sums in binary64
 
 _F32, _F64, _I1, _I16, _I32, _I64 = ir.FloatType(), ir.DoubleType(), *map(ir.IntType, (1, 16, 32, 64))
 _SINGLE, _DOUBLE = ir.VectorType(_F32, _LANES), ir.VectorType(_F64, _LANES)
@@ -30,20 +30,20 @@ _SINGLE, _DOUBLE = ir.VectorType(_F32, _LANES), ir.VectorType(_F64, _LANES)
 
 @intrinsic
 def _bits(context: Any, word: Any) -> Any:
-    """How many bits of a 64-bit word are 1."""
+    """The number of bits of a 64-bit word that are 1."""
     return types.uint64(types.uint64), lambda context, builder, _, arguments: builder.ctpop(arguments[0])
 
 
 @intrinsic
 def _weigh(context: Any, a: Any, b: Any, weights: Any, words: Any) -> Any:
-    """What the weights add up to where words at the addresses a and b differ; binary32 in 64 lanes, then binary64."""
+    """The sum of the weights where words at the addresses a and b differ; binary32 in 64 lanes, then binary64."""
 
     def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
         a, b, weights, words = arguments
         zero = ir.Constant(_SINGLE, [ir.Constant(_F32, 0.0)] * _LANES)
         left, right = (builder.inttoptr(address, _I64.as_pointer()) for address in (a, b))
         column = builder.inttoptr(weights, _SINGLE.as_pointer())
-        # One sum for each quarter of a word: four chains of additions that do not wait for each other.
+        # One sum for each quarter of a word: four independent chains of additions.
         sums = [cgutils.alloca_once(builder, _SINGLE) for _ in range(4)]
         for place in sums:
             builder.store(zero, place)
@@ -52,7 +52,7 @@ def _weigh(context: Any, a: Any, b: Any, weights: Any, words: Any) -> Any:
             loaded = [builder.load(builder.gep(pointer, [i]), align=8) for pointer in (left, right)]
             quarters = builder.bitcast(builder.xor(*loaded), ir.VectorType(_I16, 4))
             for k, place in enumerate(sums):
-                # A bitcast: bit j of the quarter is lane j.
+                # Bitcast: bit j of the quarter is lane j.
                 differs = builder.bitcast(
                     builder.extract_element(quarters, ir.Constant(_I32, k)), ir.VectorType(_I1, _LANES)
                 )
@@ -71,7 +71,7 @@ def _weigh(context: Any, a: Any, b: Any, weights: Any, words: Any) -> Any:
 
 @numba.njit(nogil=True, cache=True)
 def _count_loop(a: Any, b: Any, counts: Any) -> None:
-    """counts[i]: bits that differ in row i. a, b: uint64 [rows, words]. counts: int64 [rows], written."""
+    """counts[i]: the number of bits that differ in row i. a, b: uint64 [rows, words]. counts: int64 [rows], written."""
     for i in range(a.shape[0]):
         total = np.uint64(0)
         for c in range(a.shape[1]):
@@ -81,7 +81,7 @@ def _count_loop(a: Any, b: Any, counts: Any) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def _add_loop(a: Any, b: Any, weights: Any, counts: Any, sums: Any) -> None:
-    """The same, and sums[i]: the weights where they differ. weights: binary32 [64 words]. sums: binary64 [rows]."""
+    """Like _count_loop, and sums[i]: the weights that differ. weights: binary32 [64 words]. sums: binary64 [rows]."""
     rows, words = a.shape
     _count_loop(a, b, counts)
     for i in range(rows):
@@ -94,7 +94,7 @@ def _add_loop(a: Any, b: Any, weights: Any, counts: Any, sums: Any) -> None:
 
 
 def differing(a: Mask, b: Mask, columns: Columns | None) -> tuple[Counts, Sums]:
-    """As the door's."""
+    """See mask_compare.differing."""
     counts, sums = np.empty(a.shape[0], np.int64), np.empty(a.shape[0])
     left, right = _words(a), _words(b)
     if columns is None:
@@ -105,7 +105,7 @@ def differing(a: Mask, b: Mask, columns: Columns | None) -> tuple[Counts, Sums]:
 
 
 def _words(mask: Mask) -> NDArray[np.uint64]:
-    """A mask as 64-bit words, each row filled up with zeros; a view where that is possible."""
+    """A mask as 64-bit words, each row padded with zeros; a view if possible."""
     rows, width = mask.shape
     if width % 8 or mask.ctypes.data % 8:
         padded = np.zeros((rows, width + -width % 8), np.uint8)

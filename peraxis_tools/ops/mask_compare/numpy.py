@@ -1,4 +1,4 @@
-"""The reference of mask_compare, on numpy: one table lookup a byte."""
+"""mask_compare in numpy, the reference: one table lookup per byte."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BLOCK: Final = 1 << 20
 
 
 def differing(a: Mask, b: Mask, columns: Columns | None) -> tuple[Counts, Sums]:
-    """As the door's."""
+    """See mask_compare.differing."""
     count = getattr(np, "bitwise_count", _BYTE_COUNT.__getitem__)  # numpy 2
     step = max(1, _BLOCK // a.shape[1])
     blocks = [a[i : i + step] ^ b[i : i + step] for i in range(0, a.shape[0], step)]

@@ -1,9 +1,9 @@
-"""What a merge does to each weight, on float32 blocks of rows: the doors; numba gives the bits of numpy, the reference.
+"""The operations of a merge on float32 blocks of rows. numba gives the bits of numpy, the reference.
 
 columns      c_j = sum over i of r_i |R_ij|                     binary64, rows ascending
-elect        sum of w_k d_k over those k with the sign of the whole sum, divided by their w_k if normalised
-keep_some    total += w d / p where the chance is below p
-histogram    how many |d| have this upper half of their 16 + 16 bits, or this one and each lower half
+elect        sum of w_k d_k over the k with the sign of the whole sum, divided by their w_k if normalised
+keep_some    total += w d / p if the random number is below p
+histogram    counts of |d| by the upper half of their 16 + 16 bits, or, for one upper half, by the lower half
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def columns(block: Block, rows: Vector, *, backend: str | None = None) -> Vector
 def elect(
     blocks: list[Block], weights: Vector, thresholds: Block, *, normalized: bool, backend: str | None = None
 ) -> Block:
-    """What `ties` leaves of deltas of one shape: those below their threshold are 0, and the sign of the sum decides."""
+    """The result of `ties` for deltas of one shape: magnitudes below the threshold count as 0; the sum's sign wins."""
     out = np.empty(blocks[0].shape, np.float32)
     stacked = np.stack([np.ascontiguousarray(block).reshape(-1) for block in blocks])
     _loops(out.size, backend).elect(stacked, weights, thresholds, normalized, out.reshape(-1))
@@ -54,13 +54,13 @@ def keep_some(
     *,
     backend: str | None = None,
 ) -> None:
-    """total += weight * (d / p) where its chance, of 2^32, is below p = density. total: binary64, like the block."""
+    """total += weight * (d / p) if the random number / 2^32 is below p = density. total: binary64, as the block."""
     limit, scaled = np.uint64(round(density * 2**32)), np.float32(density)
     flat = np.ascontiguousarray(block).reshape(-1)
     _loops(flat.size, backend).keep_some(total.reshape(-1), flat, chances.reshape(-1), weight, scaled, limit)
 
 
 def histogram(block: Block, high: int | None, counts: NDArray[np.int64], *, backend: str | None = None) -> None:
-    """Count magnitudes by the upper half of their bits, or those of this upper half by the lower; adds to counts."""
+    """Count magnitudes by the upper half of their bits, or those of upper half `high` by the lower; adds to counts."""
     bits = np.ascontiguousarray(block).reshape(-1).view(np.uint32)
     _loops(bits.size, backend).histogram(bits, -1 if high is None else high, counts)

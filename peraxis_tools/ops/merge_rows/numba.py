@@ -1,4 +1,4 @@
-"""The loops of merge_rows, compiled by numba, with the bits of numpy.py. They hold no lock."""
+"""merge_rows compiled with numba, with the bits of numpy.py. The loops release the GIL."""
 
 # mypy: allow-untyped-decorators
 # numba has no type information.
@@ -12,7 +12,7 @@ import numpy as np
 
 numba: Any = import_module("numba")
 
-_PART: Final = 1024  # weights of a pass whose sums stay in the first-level cache
+_PART: Final = 1024  # weights in one pass, whose sums fit into the first-level cache
 
 __all__ = ["columns", "elect", "histogram", "keep_some"]
 
@@ -27,7 +27,7 @@ def columns(block: Any, rows: Any, out: Any) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def elect(blocks: Any, weights: Any, thresholds: Any, normalized: Any, out: Any) -> None:
-    """blocks: float32 [inputs, weights]. Selections in place of branches, which a processor would guess wrong."""
+    """blocks: float32 [inputs, weights]. Selections replace branches, which a processor would mispredict."""
     zero = np.float64(0.0)
     whole, total, divisor = np.empty(_PART), np.empty(_PART), np.empty(_PART)
     for begin in range(0, blocks.shape[1], _PART):
@@ -59,7 +59,7 @@ def keep_some(total: Any, block: Any, chances: Any, weight: Any, density: Any, l
 
 @numba.njit(nogil=True, cache=True)
 def histogram(bits: Any, high: Any, counts: Any) -> None:
-    """bits: uint32, of binary32 whose sign does not count. high: the upper half that is looked at, -1 for all."""
+    """bits: uint32, bits of binary32; the sign is ignored. high: the upper half to count, -1 for all."""
     for j in range(bits.shape[0]):
         size = bits[j] & np.uint32(0x7FFFFFFF)
         half = np.int64(size >> np.uint32(16))

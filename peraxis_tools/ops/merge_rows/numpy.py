@@ -1,4 +1,4 @@
-"""The reference of merge_rows, on numpy; arguments as of numba.py: what is written comes last or first, flat."""
+"""merge_rows in numpy, the reference. The arguments are those of numba.py, flat; outputs come last or first."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def elect(blocks: Block, weights: Vector, thresholds: Block, normalized: bool, o
 def keep_some(
     total: Vector, block: Block, chances: NDArray[np.uint32], weight: float, density: np.float32, limit: np.uint64
 ) -> None:
-    """total += weight * (d / density) where the chance is below the limit."""
+    """total += weight * (d / density) if the random number is below the limit."""
     kept = np.where(chances < limit, block / density, np.float32(0.0))
     total += weight * kept.astype(np.float64)
 
 
 def histogram(bits: NDArray[np.uint32], high: int, counts: NDArray[np.int64]) -> None:
-    """bits: of binary32 whose sign does not count. high: the upper half that is looked at, -1 for all."""
+    """bits: uint32, bits of binary32; the sign is ignored. high: the upper half to count, -1 for all."""
     sizes = bits & np.uint32(0x7FFFFFFF)
     halves = sizes >> np.uint32(16)
     chosen = halves if high < 0 else sizes[halves == high] & np.uint32(0xFFFF)

@@ -1,10 +1,10 @@
-"""The steps of the sign search within one block of columns (compress/fit/signs.py): the door, and its backends.
+"""The steps of the sign search within one block of columns (compress/fit/signs.py): interface and backends.
 
-    gptq_signs_block            decides the columns one after the other, passing on what each gets wrong
-    coordinate_descent_block    turns every sign that lowers J, column by column
+    gptq_signs_block            decides the columns one after the other, and passes on the error of each
+    coordinate_descent_block    flips every sign that lowers J, column by column
 
 torch is the reference. numba (CPU) and Triton (CUDA) may differ from it in the last bit, and so, rarely, in a sign.
-What happens to one row of W does not depend on another.
+The rows of W are independent.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["block_columns", "coordinate_descent_block", "gptq_signs_block"]
 
-_BLOCK: Final = 128  # columns decided before what they leave is passed on to all others
-_SWEPT: Final = 512  # the same for descent on a CPU, where a column passes on little
+_BLOCK: Final = 128  # columns that are decided before their errors are passed on to all others
+_SWEPT: Final = 512  # the same for descent on a CPU, where few changes are passed on
 
 
 def _steps(tensor: Tensor, backend: str | None) -> Any:
@@ -29,7 +29,7 @@ def _steps(tensor: Tensor, backend: str | None) -> Any:
 
 
 def block_columns(tensor: Tensor, *, descent: bool = False, backend: str | None = None) -> int:
-    """Columns of a block, for a matrix on the tensor's device."""
+    """The number of columns of a block, for a matrix on the tensor's device."""
     chosen = choose("sign_search", tensor.numel(), tensor.device.type, backend)
     return _SWEPT if descent and chosen == "numba" else _BLOCK
 
@@ -44,7 +44,7 @@ def gptq_signs_block(
     *,
     backend: str | None = None,
 ) -> None:
-    """Decide the signs of a block's columns; signs and errors are written, work is used up.
+    """Decide the signs of a block's columns; signs and errors are written, work is overwritten.
 
     work, errors: float32 [d_out, n]; block: upper factor [n, n]; rows: [k, d_out]; cols: [k, n]; signs: bool
     [k, d_out, n]. All contiguous, n at most block_columns. Raises BackendError.
@@ -55,7 +55,7 @@ def gptq_signs_block(
 def coordinate_descent_block(
     gradient: Tensor, block: Tensor, values: Tensor, change: Tensor, *, backend: str | None = None
 ) -> None:
-    """Turn signs of a block's columns where that lowers J; gradient and values are updated, change is added to.
+    """Flip signs of a block's columns if that lowers J; gradient and values are updated, change is added to.
 
     gradient, change: float32 [d_out, n]; block: of H, [n, n]; values: [k, d_out, n], signed. All contiguous.
     Raises BackendError.

@@ -1,7 +1,7 @@
-"""The block steps of the sign search, compiled: rows [first, last) of W, one after the other. Imported lazily.
+"""sign_search compiled with numba: rows [first, last) of W, one after the other. Imported lazily.
 
-Arrays as of the doors: [d_out, n] for a block of n columns. What happens to one row does not depend on another, so rows
-can be spread over threads (the kernels release the GIL) in any way.
+For arrays see the interface: [d_out, n] for a block of n columns. Rows are independent, so they can be distributed over
+threads in any way (the kernels release the GIL).
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import Tensor
 
 __all__ = ["coordinate_descent_block", "gptq_signs_block"]
 
-_ROWS: Final = 256  # rows a thread takes at a time
+_ROWS: Final = 256  # rows that a thread takes at a time
 
-ROWS_PER_TASK = 8  # rows that share a pass over the factor: their errors are known before the next column needs them
+ROWS_PER_TASK = 8  # rows that share a pass over the factor
 _MATRIX: Final = types.float32[:, ::1]
 _MATRICES: Final = types.float32[:, :, ::1]
 _MASKS: Final = types.boolean[:, :, ::1]
 
 
 def _compiled(*arrays: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compiled for these types on import, and kept on disk where numba finds a folder that it may write."""
+    """Compile for these types on import, and cache on disk if numba finds a folder that it may write."""
     signature = types.void(types.intp, types.intp, *arrays)
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             kernel: Callable[..., Any] = njit(signature, nogil=True, cache=True)(function)
-        except RuntimeError:  # "cannot cache function": no such folder, so compile in every process
+        except RuntimeError:  # "cannot cache function": there is no such folder, so compile in every process
             kernel = njit(signature, nogil=True)(function)
         return kernel
 
@@ -57,7 +57,7 @@ def _gptq_signs(first: int, last: int, work: Any, block: Any, rows: Any, cols: A
                     rest = rest - size if positive else rest + size
                 error[i] = rest / block[j, j]
                 errors[r, j] = error[i]
-            # Slices that start at 0: what LLVM turns into vector operations.
+            # LLVM vectorises slices that start at 0.
             factor = block[j, j + 1 :]
             for i in range(count):
                 passed = error[i]
@@ -79,24 +79,24 @@ def _coordinate_descent(first: int, last: int, gradient: Any, block: Any, values
                     values[k, r, j] = -q
                     step = q + q
                     change[r, j] += step
-                    # Few signs are turned, so work is done only where one is.
+                    # Few signs are flipped, so work is done only for those.
                     row = block[j]
                     for column in range(width):
                         slope[column] += step * row[column]
 
 
 def gptq_signs_block(*tensors: Tensor) -> None:
-    """As the door's."""
+    """See the interface."""
     _in_threads(_gptq_signs, tensors)
 
 
 def coordinate_descent_block(*tensors: Tensor) -> None:
-    """As the door's."""
+    """See the interface."""
     _in_threads(_coordinate_descent, tensors)
 
 
 def _in_threads(kernel: Callable[..., None], tensors: tuple[Tensor, ...]) -> None:
-    """Rows in parallel; rows, and so threads, never meet."""
+    """Run a kernel on rows in parallel; rows are independent."""
     arrays = [tensor.numpy() for tensor in tensors]
     height = arrays[0].shape[0]
     firsts = range(0, height, _ROWS)

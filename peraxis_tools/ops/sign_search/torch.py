@@ -1,4 +1,4 @@
-"""The reference of sign_search, in plain torch: column by column, all rows at once."""
+"""sign_search in plain torch, the reference: column by column, all rows at once."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The block steps of the sign search on a GPU: one program takes a few rows of W through all columns of a block.
+"""sign_search on a GPU: one program processes a few rows of W through all columns of a block.
 
-Arrays as of the doors. Column by column a GPU would start a handful of kernels for each, and wait for all of them; here
-the rows of a program stay in registers. Column j of a tile is read with a mask over all of its columns: a wasteful
-sum, and yet a hundredth of the time. Imported lazily.
+For arrays see the interface. Plain torch would start several kernels for each column and wait for them; here the rows
+of a program stay in registers. Column j of a tile is read with a mask over all of its columns, which wastes work but
+takes a hundredth of the time. Imported lazily.
 """
 
-# Triton reads the annotations of a kernel: constants have one, the rest must have none.
+# Triton reads the annotations of a kernel: constants have one, other arguments must have none.
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
     "gptq_signs_kernel",
 ]
 
-COLUMNS: Final = 128  # of a tile, and so of a block
+COLUMNS: Final = 128  # columns of a tile, and so of a block
 ROWS: Final = 16
 
 
@@ -83,7 +83,7 @@ def coordinate_descent_kernel(
 
 
 def gptq_signs_block(work: Tensor, block: Tensor, rows: Tensor, cols: Tensor, signs: Tensor, errors: Tensor) -> None:
-    """As the door's, for contiguous tensors of at most COLUMNS columns."""
+    """See the interface; for contiguous tensors of at most COLUMNS columns."""
     d_out, width = work.shape
     gptq_signs_kernel[(triton.cdiv(d_out, ROWS),)](
         work, block, rows, cols, signs.view(torch.uint8), errors, d_out,
@@ -92,7 +92,7 @@ def gptq_signs_block(work: Tensor, block: Tensor, rows: Tensor, cols: Tensor, si
 
 
 def coordinate_descent_block(gradient: Tensor, block: Tensor, values: Tensor, change: Tensor) -> None:
-    """As the door's, for contiguous tensors of at most COLUMNS columns."""
+    """See the interface; for contiguous tensors of at most COLUMNS columns."""
     d_out, width = gradient.shape
     coordinate_descent_kernel[(triton.cdiv(d_out, ROWS),)](
         gradient, block, values, change, d_out, WIDTH=width, MASKS=len(values), ROWS_=ROWS, COLUMNS_=COLUMNS

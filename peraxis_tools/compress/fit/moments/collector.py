@@ -1,7 +1,7 @@
-"""The sums of one block: its stages, and for each stage G, E, F over all batches, teacher and student side by side.
+"""The moments of one block: its stages, and for each stage G, E, F over all batches, of teacher and student.
 
-What passes cache (passes.py) has to fit into what the hidden states leave of their limit; batches beyond it are run
-again for each stage.
+The caches of passes (passes.py) share a memory limit with the hidden states; batches beyond the limit are run again
+for each stage.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _THREADS: Final = 64  # suspended passes at most
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Token ids [samples, length]; whether they are for validation (held out) or for the fit."""
+    """Token ids [samples, length], and whether they are for validation (held out) or for the fit."""
 
     ids: Tensor
     validation: bool
@@ -36,11 +36,15 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Batches of this process; how many all processes have, and whether any of those is for validation."""
+    """Batches of this process; how many all processes have, and whether any of those is for validation.
+
+    crossed: those for validation are another text, and the others validate it, too (sums.py).
+    """
 
     batches: Sequence[Batch]
     total: int
     validated: bool
+    crossed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,7 @@ class Side:
 
 
 class MomentsCollector:
-    """Both sides of one block. Stages are to be collected in order, each fitted before the next; then come outputs."""
+    """Both sides of one block. Collect the stages in order and fit each before the next; then take the outputs."""
 
     def __init__(
         self,
@@ -66,9 +70,9 @@ class MomentsCollector:
         room: int,
         outputs: bool = True,
     ) -> None:
-        """names: parameters of the block. is_fitted: whether a stage has modules. room: bytes that passes may keep.
+        """names: parameters of the block. is_fitted: whether a stage has modules. room: bytes that passes may cache.
 
-        outputs: False where they are not wanted; then no pass goes beyond the last stage.
+        outputs: False if the outputs are not needed; then no pass runs beyond the last stage.
         """
         self._student, self._text, self._processes = student, text, processes
         parameters = {name: value for name in names if (value := teacher.model.get(name)).dim() in (2, 3)}
@@ -94,7 +98,7 @@ class MomentsCollector:
     def _make_passes(self, teacher: Side, found: RecordedPass, room: int) -> None:
         paired = [stage for stage in self.stages if not stage.experts]
         first = None if found.output is None else CachedPass(found.calls, found.output, paired)
-        # As much again for what a suspended pass holds: an input, and the states that go around the layers.
+        # A suspended pass holds as much again: an input, and the residual states.
         within = 0 if first is None else min(_THREADS, room // max(1, 2 * first.nbytes))
         names = sorted({name for stage in self.stages for name in stage.parameters})
         teachers, students = (self._runs(side, names, found.hooked) for side in (teacher, self._student))
@@ -125,7 +129,7 @@ class MomentsCollector:
         return [run_of(i) for i in range(len(self._text.batches))]
 
     def collect(self, stage: Stage) -> dict[Key, Statistics]:
-        """The sums of a stage, over the batches of all processes."""
+        """The moments of a stage, over the batches of all processes."""
         sums: dict[Key, Statistics] = {}
         for batch, teacher, student in zip(self._text.batches, self._teachers, self._students, strict=True):
             ours = student.inputs(stage)
@@ -143,12 +147,12 @@ class MomentsCollector:
         device = self._student.model.device
         fit, validation = (
             Moments.zeros(width, paired=not stage.experts, validates=validates, grid=grid, device=device)
-            for validates in (not self._text.validated, True)
+            for validates in (self._text.crossed or not self._text.validated, True)
         )
-        return Statistics(fit=fit, validation=validation)
+        return Statistics(fit=fit, validation=validation, crossed=self._text.crossed)
 
     def _add_up(self, stage: Stage, sums: dict[Key, Statistics]) -> None:
-        """Make the sums those of all processes. An expert may have had tokens in some of them only."""
+        """Add the moments over all processes. An expert may have tokens in only some of them."""
         if self._processes.count == 1:
             return
         keys = {stage.input_of.get(key, key) for key in stage.input_of if key[1] is None}
@@ -164,7 +168,7 @@ class MomentsCollector:
                 moments.tokens = int(tokens)
 
     def outputs(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(number of the batch, teacher's output, student's output); to be asked for once, at the end."""
+        """Yield (batch index, teacher's output, student's output). Call this once, at the end."""
         for i, (teacher, student) in enumerate(zip(self._teachers, self._students, strict=True)):
             yield i, teacher.finish(), student.finish()
             teacher.close()

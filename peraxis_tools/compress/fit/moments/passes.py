@@ -1,13 +1,13 @@
-"""One batch on its way through one block: what it feeds each stage, and what comes out in the end.
+"""One batch in one block: the inputs of each stage, and the output of the block.
 
-    CachedPass      runs once, ahead of all fits, and caches the inputs of every stage: the teacher does not change
+    CachedPass      runs once before all fits and caches the inputs of every stage: for the teacher
     SuspendedPass   runs once, in a thread that stops before a stage's products until the stage is fitted, and then
-                    computes them with what has been put into its parameters: the student
+                    computes them with the fitted parameters: for the student
     ReplayedPass    runs anew for every stage and once more for the output. It needs no memory and follows any
                     control flow
 
-All three give the same tensors, bit for bit. Threads of suspended passes never run at the same time: a thread is here
-what keeps a half-done forward pass, with its live activations and no others.
+All three give the same tensors, bit for bit. Threads of suspended passes never run at the same time: a thread only
+stores an unfinished forward pass with its live activations.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ Run = Callable[[Callable[[Call], None]], Tensor]
 
 
 class BlockPass(Protocol):
-    """A batch in a block. Stages are asked for in order; each may be asked for once."""
+    """A batch in a block. Ask for the stages in order, each at most once."""
 
     def inputs(self, stage: Stage) -> dict[Key, Tensor]:
-        """The inputs of the stage's observed keys, [n, d_in] each; of all experts where it has experts."""
+        """The inputs of the stage's observed keys, [n, d_in] each, including those of all experts."""
 
     def finish(self) -> Tensor:
         """The block's output."""
 
     def close(self) -> None:
-        """Let go of what is held."""
+        """Free the memory of this pass."""
 
 
 class CachedPass:
-    """A pass whose inputs of the given stages are cached."""
+    """A finished pass with cached inputs of the given stages."""
 
     def __init__(self, calls: Sequence[Call], output: Tensor, stages: Collection[Stage]) -> None:
-        """calls: all that the pass reported, in order."""
+        """calls: all calls that the pass reported, in order."""
         wanted = {key for stage in stages for key in stage.observed}
         self._inputs: dict[Key, Tensor] = {}
         self._output: Tensor | None = output
@@ -58,7 +58,7 @@ class CachedPass:
 
     @classmethod
     def of(cls, run: Run, stages: Collection[Stage]) -> CachedPass:
-        """Run now."""
+        """Run the pass now."""
         wanted = {key for stage in stages for key in stage.observed}
         calls: list[Call] = []
 
@@ -70,7 +70,7 @@ class CachedPass:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cached inputs."""
+        """The bytes of the cached inputs."""
         return sum(value.numel() * value.element_size() for value in self._inputs.values())
 
     def inputs(self, stage: Stage) -> dict[Key, Tensor]:
@@ -85,7 +85,7 @@ class CachedPass:
 
 
 class ReplayedPass:
-    """A pass that is run again for each question."""
+    """A pass that is run again for each stage and for the output."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -115,7 +115,7 @@ class ReplayedPass:
 
 
 class SuspendedPass:
-    """A pass in a thread, which stops at each stage that it is asked for."""
+    """A pass in a thread, which stops at each requested stage."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -140,7 +140,7 @@ class SuspendedPass:
         self._thread, self._output = None, None
 
     def _ask(self, key: Key | None) -> Tensor | None:
-        """Go on to the product on this key (None: to the end); its input, or None at the end."""
+        """Run on to the product on this key (None: to the end). Returns its input, or None at the end."""
         if self._output is not None:
             return None
         if self._thread is None:
@@ -172,9 +172,9 @@ class SuspendedPass:
             with torch.no_grad():
                 self._answers.put(_Done(self._run(see)))
         except StopForward:
-            pass  # closed: nobody waits for an answer
+            pass  # closed: no thread waits for an answer
         except BaseException as error:
-            self._answers.put(error)  # and raised again in the thread that asked
+            self._answers.put(error)  # it is raised again in the thread that asked
 
 
 class _Done:

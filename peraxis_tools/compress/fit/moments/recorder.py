@@ -1,15 +1,15 @@
-"""Which parameter meets which input: seen in the arithmetic itself, so no list of architectures is needed.
+"""Record which parameter reads which input, from the operations themselves; no list of architectures is needed.
 
 A linear layer, however it is written (nn.Linear, GPT-2's Conv1D, an expert's slice of a fused 3-D tensor, a tied
 lm_head, an einsum), ends in one of a few matrix products of ATen. A TorchDispatchMode looks at their
-operands: one that is a view of a known parameter's storage names the parameter, its storage offset names the
-batch element (expert), its strides say whether the parameter is stored transposed. The other operand is the input.
+operands. If one is a view of a known parameter's storage, then its storage offset gives the batch element (expert) and
+its strides show whether the parameter is transposed. The other operand is the input.
 
     stored [d_out, d_in], used as X W^T   (nn.Linear)          transposed = False
     stored [d_in, d_out], used as X W     (Conv1D, some experts)   transposed = True
 
-The mode looks at every operation of a pass, which costs as much as a small model's own arithmetic. Once a pass has
-shown that all products of interest are those of nn.Linear layers, hooks on these layers say the same (Watch).
+The mode intercepts every operation of a pass, which costs as much as a small model's own arithmetic. If the first pass
+shows that all relevant products are those of nn.Linear layers, hooks on these layers replace the mode (Watch).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["Call", "RecordedPass", "Observer", "StopForward", "Watch", "discover"]
 
 _aten = torch.ops.aten
-# op -> (position of the left operand, position of the right operand, is the right one [d_out, d_in] already)
+# op -> (position of the left operand, position of the right operand, whether the right one is [d_out, d_in])
 _PRODUCTS: dict[Any, tuple[int, int, bool]] = {
     _aten.mm.default: (0, 1, False),
     _aten.bmm.default: (0, 1, False),
@@ -40,7 +40,7 @@ _PRODUCTS: dict[Any, tuple[int, int, bool]] = {
 
 
 class StopForward(Exception):  # noqa: N818 - control flow, not an error
-    """Raised by a callback to end a forward pass early; carries a value."""
+    """A callback raises this to end a forward pass early; it carries a value."""
 
     def __init__(self, value: Any = None) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Call:
 
     @property
     def source(self) -> tuple[int, int, int]:
-        """Identity of the input's memory: calls that share it share their statistics. Valid while it is held."""
+        """Identifies the input's memory; calls with one source share their moments. Valid while the input lives."""
         inputs = self.inputs
         return inputs.untyped_storage().data_ptr(), int(inputs.storage_offset()), inputs.numel()
 
@@ -83,7 +83,7 @@ class Observer(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _calls(self, left: Tensor, right: Tensor) -> Iterable[Call]:
-        """right: [..., d_in, d_out] as it enters left @ right. W @ X^T is read as X @ W^T."""
+        """The calls of one product left @ right. right: [..., d_in, d_out]. W @ X^T is treated as X @ W^T."""
         known = self._known.get(right.untyped_storage().data_ptr())
         if known is None:
             known = self._known.get(left.untyped_storage().data_ptr())
@@ -108,7 +108,7 @@ def _split(name: str, parameter: Tensor, left: Tensor, right: Tensor, *, transpo
     if remainder:
         return
     if parameter.dim() == 2:
-        # A matmul that does not fold its batch dimensions expands W over them (stride 0): still one matrix.
+        # A matmul that does not fold its batch dimensions expands W over them (stride 0); this is still one matrix.
         yield Call(name, (), transposed, left.reshape(-1, left.shape[-1]))
     elif right.dim() == 2:
         yield Call(name, (first,), transposed, left.reshape(-1, left.shape[-1]))
@@ -119,8 +119,8 @@ def _split(name: str, parameter: Tensor, left: Tensor, right: Tensor, *, transpo
 
 @dataclass(frozen=True, slots=True)
 class RecordedPass:
-    """What one pass has shown: every call in order, its output (None where it was stopped), and the parameters of
-    which hooks saw every call.
+    """The record of one pass: every call in order, its output (None if it was stopped), and the parameters whose calls
+    hooks saw completely.
     """
 
     calls: list[Call]
@@ -135,9 +135,9 @@ def discover(
     *,
     to_the_end: bool = True,
 ) -> RecordedPass:
-    """Run a pass under an Observer, and hooks beside it. owners: the module of each parameter.
+    """Run a pass under an Observer and with hooks. owners: the module of each parameter.
 
-    to_the_end: False stops before the product that has the last of the parameters.
+    to_the_end: False stops before the last parameter's product.
     """
     calls: list[Call] = []
     hooked: list[Call] = []
@@ -165,12 +165,12 @@ def discover(
 
 
 class Watch:
-    """Reports calls on some parameters to each thread that asks: by hooks where they are known to see them all."""
+    """Reports calls on some parameters to each thread that asks; uses hooks if they are known to see all calls."""
 
     def __init__(
         self, parameters: Mapping[str, Tensor], owners: Mapping[str, nn.Module], *, hooked: Collection[str]
     ) -> None:
-        """hooked: of the RecordedPass of a model of the same architecture."""
+        """hooked: `RecordedPass.hooked` of a model of the same architecture."""
         self._parameters = dict(parameters)
         self._hooks = _Hooks(owners) if set(parameters) <= set(hooked) else None
 
@@ -184,7 +184,7 @@ class Watch:
             self._hooks.__exit__()
 
     def reporting(self, see: Callable[[Call], None]) -> AbstractContextManager[Any]:
-        """While active, `see` gets the calls of this thread."""
+        """While active, `see` receives the calls of this thread."""
         return Observer(self._parameters.items(), see) if self._hooks is None else self._hooks.reporting(see)
 
 

@@ -1,4 +1,4 @@
-"""Tensors by number (hidden states of a batch, logits of a sample): in memory up to a limit, beyond it in files."""
+"""Tensors by index (hidden states of a batch, logits of a sample): in memory up to a limit, in files beyond it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["SpilledTensors"]
 
 
 class SpilledTensors:
-    """A list of tensors. Those in memory stay where they are (CPU or device); the others are read to their device."""
+    """A list of tensors. Those in memory stay on their device; those in files are read to their former device."""
 
     def __init__(self, folder: Path, label: str, *, limit: int) -> None:
         self._folder, self._label, self._limit = folder, label, limit
@@ -24,7 +24,7 @@ class SpilledTensors:
 
     @property
     def in_memory(self) -> int:
-        """Bytes that are held in memory."""
+        """The bytes in memory."""
         return sum(value.numel() * value.element_size() for value in self._held.values())
 
     def __contains__(self, number: int) -> bool:

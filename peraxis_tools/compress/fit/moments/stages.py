@@ -1,4 +1,4 @@
-"""In which order the modules of a block can be fitted: stages, from the products that one forward pass shows."""
+"""The order in which the modules of a block can be fitted: stages, from the recorded products of a forward pass."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Key = tuple[str, int | None]  # parameter, batch element
 
 @dataclass(slots=True)
 class Stage:
-    """Parameters whose inputs are ready at the same moment.
+    """Parameters whose inputs are ready at the same time.
 
-    input_of: the key whose input a key shares, its own where it was the first. energy: the largest sum of squares of
-    an input's column in that pass.
+    input_of: the key whose input a key shares; the first key maps to itself. energy: the largest sum of squares of an
+    input's column in that pass.
     """
 
     parameters: list[str] = field(default_factory=list)
@@ -29,16 +29,16 @@ class Stage:
 
     @property
     def observed(self) -> set[Key]:
-        """The keys whose inputs have to be seen: one for each input."""
+        """The keys whose inputs have to be recorded: one for each input."""
         return set(self.input_of.values())
 
     @property
     def can_suspend(self) -> bool:
-        """Whether a pass that has come to the stage's one input has computed none of its products yet."""
+        """Whether a pass that has reached the stage's input has not computed any of its products yet."""
         return not self.experts and len(self.observed) == 1
 
     def to_json(self) -> dict[str, Any]:
-        """For another process; `from_json` gives it back."""
+        """JSON values for another process. Law: from_json(s.to_json()) == s."""
         return {
             "parameters": self.parameters,
             "input_of": [[*key, *shared] for key, shared in self.input_of.items()],
@@ -54,12 +54,12 @@ class Stage:
 
 
 def key_of(call: Call) -> Key:
-    """The matrix that a call is about."""
+    """The key of the call's matrix."""
     return call.parameter, call.index[0] if call.index else None
 
 
 def stages_of(calls: Sequence[Call]) -> list[Stage]:
-    """Group the calls of one forward pass: products with one input are one stage, and so are a parameter's experts."""
+    """Group the calls of one forward pass: products with one input form a stage, and so do a parameter's experts."""
     stages: list[Stage] = []
     of_source: dict[tuple[int, int, int], tuple[Stage, Key]] = {}
     of_parameter: dict[str, Stage] = {}

@@ -1,4 +1,4 @@
-"""Moments: the d_in x d_in sums that calibration takes of a module's inputs.
+"""Moments: d_in x d_in sums over the inputs of a module.
 
 X   [n, d_in]  the inputs that the student (the compressed stack) feeds the module
 X_t [n, d_in]  the inputs that the teacher (the fine-tuned model) feeds it on the same tokens;  Z = X_t - X
@@ -8,18 +8,18 @@ The student's module must add to its base output the residual  R = X_t W_f^T - X
 
     G = X^T X     E = Z^T X     F = Z^T Z
 
-all that a fit needs follows, for every module that reads this input, and no output is ever computed:
+everything that a fit needs follows, for every module that reads this input, without computing an output:
 
     C = R^T X = D G + W_f E
     ||R - X Q^T||^2 = tr(A G A^T) + 2 tr(W_f E A^T) + tr(W_f F W_f^T)      A = D - Q,  Q the fitted delta
 
-Nothing large is subtracted from anything large, so the error of a good fit is exact to the last digits. F is in no fit,
-only in errors: it is summed over the validation tokens.
+No large numbers are subtracted, so the error of a good fit has no cancellation. F is needed for errors only, so it is
+summed over the validation tokens alone.
 
-Products of a batch are float32 (TF32 is refused), sums over batches float64. What a batch adds is first rounded to
-a grid so coarse that float64 holds every sum of its multiples exactly, and so fine (2^-53 of the largest sum, times
-the number of batches and a margin) that float32 could not show it: then neither the order of the batches matters
-nor how many processes share them.
+Products of a batch are float32 (TF32 is refused), sums over batches are float64. A batch's product is first rounded to
+a grid. The grid is so coarse that float64 holds every sum of its multiples exactly, and so fine (2^-53 of the largest
+sum, times the number of batches and a margin) that float32 would not show it. So the result does not depend on the
+order of the batches or on the number of processes.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from torch import Tensor
 
 __all__ = ["Moments", "Statistics", "Validation", "grid_of"]
 
-_PARTS = 4  # of a symmetric product: what lies below its diagonal blocks is not computed twice
-_MARGIN = 4  # bits: batches may be so much larger than the one that the grid was taken from
+_PARTS = 4  # blocks of a symmetric product; the blocks below the diagonal are not computed
+_MARGIN = 4  # bits: batches may be this much larger than the one that determined the grid
 
 
 def grid_of(energy: float, batches: int) -> float:
-    """The grid for sums over a number of batches like one whose largest column has this sum of squares; 0: none."""
+    """The grid for sums over `batches` batches, if `energy` is the largest column's sum of squares in one; 0: none."""
     if not 0.0 < energy < math.inf:
         return 0.0
     return 2.0 ** (math.frexp(energy)[1] + math.ceil(math.log2(max(batches, 1))) + _MARGIN - 53)
@@ -45,8 +45,8 @@ def grid_of(energy: float, batches: int) -> float:
 
 @dataclass(slots=True)
 class Moments:
-    """G, E, F (float64 [d_in, d_in]) over `tokens` tokens. E is None where X_t was taken to equal X, F where no error
-    is asked for. grid: of the sums, 0 for none.
+    """G, E, F (float64 [d_in, d_in]) over `tokens` tokens. E is None if X_t is taken to equal X; F is None if no error
+    is needed. grid: the grid of the sums, 0 for none.
     """
 
     G: Tensor
@@ -59,7 +59,7 @@ class Moments:
     def zeros(
         cls, width: int, *, paired: bool, validates: bool, grid: float = 0.0, device: torch.device | str = "cpu"
     ) -> Moments:
-        """Empty sums for inputs of this width; `paired` where teacher inputs will be given, `validates`: with F."""
+        """Empty moments for inputs of this width. paired: teacher inputs will be given; validates: with F."""
 
         def empty() -> Tensor:
             return torch.zeros(width, width, dtype=torch.float64, device=device)
@@ -69,7 +69,7 @@ class Moments:
         )
 
     def add(self, inputs: Tensor, teacher_inputs: Tensor | None = None) -> None:
-        """Add tokens. inputs, teacher_inputs: [n, d_in], row for row the same tokens."""
+        """Add tokens. inputs, teacher_inputs: [n, d_in]; equal rows are the same token."""
         x = inputs.float()
         self._add_square(self.G, x)
         if self.E is not None and teacher_inputs is not None:
@@ -80,7 +80,7 @@ class Moments:
         self.tokens += x.shape[0]
 
     def _add_square(self, total: Tensor, x: Tensor) -> None:
-        """total += X^T X, of which only the blocks on and right of the diagonal are computed."""
+        """total += X^T X; only the blocks on and right of the diagonal are computed."""
         width = len(total)
         step = -(-width // _PARTS)
         for start in range(0, width, step):
@@ -91,17 +91,17 @@ class Moments:
     def _on_grid(self, product: Tensor) -> Tensor:
         if not self.grid:
             return product
-        # Near 1.5 * 2^52 grids, one grid is the distance of two float64 numbers: adding and subtracting rounds.
+        # Near 1.5 * 2^52 grids, neighbouring float64 numbers are one grid apart: adding and subtracting rounds.
         far = 1.5 * 2.0**52 * self.grid
         return product.double().add_(far).sub_(far)
 
     def add_isotropic(self, share: float) -> None:
-        """Add inputs of all directions alike: a share of the mean over G's diagonal."""
+        """Add isotropic inputs: a share of the mean of G's diagonal."""
         diagonal = torch.diagonal(self.G)
         diagonal += share * diagonal.mean()
 
     def merge(self, other: Moments) -> None:
-        """Add sums over other tokens, in place; F only where both have it."""
+        """Add the moments of other tokens, in place; F only if both have it."""
         self.G += other.G
         if self.E is not None and other.E is not None:
             self.E += other.E
@@ -110,7 +110,7 @@ class Moments:
         self.tokens += other.tokens
 
     def float32(self) -> Moments:
-        """The same in float32, for validation."""
+        """A copy in float32, for validation."""
         return replace(
             self,
             G=self.G.float(),
@@ -119,31 +119,56 @@ class Moments:
         )
 
     def tensors(self) -> list[Tensor]:
-        """The sums, to be reduced over processes in place."""
+        """The tensors of these moments, to be reduced over processes in place."""
         return [tensor for tensor in (self.G, self.E, self.F) if tensor is not None]
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Sums over the tokens that a fit may use, and over those that only validate it."""
+    """Sums over the tokens that a fit may use, and over those that validate it.
+
+    crossed: the two are of different texts, and each validates what is fitted on the other.
+    """
 
     fit: Moments
     validation: Moments
+    crossed: bool = False
 
     @classmethod
     def none(cls, width: int, *, device: torch.device | str = "cpu") -> Statistics:
-        """For an input that no token reached."""
+        """Statistics of an input without tokens."""
         fit, validation = (Moments.zeros(width, paired=False, validates=False, device=device) for _ in range(2))
         return cls(fit=fit, validation=validation)
 
     @property
-    def validation_moments(self) -> Moments:
-        """The validation tokens: held-out ones, or where there are none those of the fit."""
-        return self.validation if self.validation.tokens else self.fit
+    def tokens(self) -> int:
+        """Of both."""
+        return self.fit.tokens + self.validation.tokens
+
+    def directions(self) -> list[tuple[Moments, Moments]]:
+        """What is fitted, and what validates it: held-out tokens, or where there are none those of the fit.
+
+        Crossed, both ways; but only the one with more tokens where the other fit has fewer than inputs.
+        """
+        if not self.validation.tokens:
+            return [(self.fit, self.fit)]
+        if not self.fit.tokens:
+            return [(self.validation, self.validation)] if self.crossed else [(self.fit, self.validation)]
+        ways = [(self.fit, self.validation)]
+        if self.crossed:
+            ways.append((self.validation, self.fit))
+            ways.sort(key=lambda way: -way[0].tokens)
+            ways = [way for i, way in enumerate(ways) if i == 0 or way[0].tokens >= len(way[0].G)]
+        return ways
+
+    def merged(self) -> Moments:
+        """The sums over all tokens. Uses those of the fit up."""
+        self.fit.merge(self.validation)
+        return self.fit
 
 
 class Validation:
-    """Mean squared error of one module's output over some tokens, for any fitted delta."""
+    """The mean squared error of one module's output over some tokens, for any fitted delta."""
 
     def __init__(self, fine_tuned: Tensor, moments: Moments) -> None:
         """fine_tuned: float32 [d_out, d_in]; moments: in float32 (`Moments.float32`)."""

@@ -1,0 +1,37 @@
+"""Every update of a chain open at once: a long chain has more files than a process may usually hold."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import peraxis_format as pxd
+
+__all__ = ["opened_all"]
+
+_DESCRIPTORS: Final = 2  # of one open file: its own, and that of its map
+_OTHERS: Final = 64  # files that a process holds beside these
+
+
+@contextlib.contextmanager
+def opened_all(paths: Sequence[Path]) -> Iterator[list[pxd.DeltaFile]]:
+    """The updates, open. Raises PxdError, OSError with the path."""
+    _allow_files(_DESCRIPTORS * len(paths) + _OTHERS)
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(pxd.open(path)) for path in paths]
+
+
+def _allow_files(count: int) -> None:
+    """Raise the soft limit of open files to this count, as far as the hard one lets us."""
+    try:
+        import resource
+    except ImportError:  # not on Windows, where the limit is another one
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count:
+        return
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

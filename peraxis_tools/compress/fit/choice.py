@@ -1,0 +1,222 @@
+"""Which fit a module gets: candidates are fitted on one text and validated on another.
+
+    refined   signs and scales, if they were asked for
+    scales    signs of the delta, scales in closed form
+    scalar    the same with one scale for the whole module: too little freedom to follow one text alone
+    none      signs and mean magnitudes: no text
+    same      no delta at all, the base's own weight
+
+A text validates what was fitted on another: the samples that the fine-tuned model wrote what was fitted on the
+calibration text, and the reverse (a direction each). Where there is only one text, its held-out samples do. The error
+is ||R - X Q^T||^2 (sums.py) of the weight as it is applied. A direction counts where the text that was fitted has at
+least as many tokens as the module has inputs; with fewer, every fit would look worse than it will be.
+
+The first of refined, scales and scalar is taken that is nowhere worse than the scalar. It must then win against `none`
+and `same` by more than chance would let it, a share 1 / sqrt(validation tokens). What is taken is fitted anew on all
+tokens; the errors that are reported are those of before, on tokens that no fit had seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+from torch import Tensor
+
+from peraxis_format import Axis
+from peraxis_tools.compress.fit.adamw import adamw_component
+from peraxis_tools.compress.fit.fit import (
+    FitOptions,
+    FittedMatrix,
+    Hessian,
+    Matrix,
+    Quadratic,
+    dense,
+    fit_terms,
+    hessian_of,
+    quadratic,
+    residual_terms,
+)
+from peraxis_tools.compress.fit.moments.sums import Moments, Statistics, Validation
+from peraxis_tools.compress.fit.scales import ComponentFit, round_scales_f16
+
+__all__ = ["fit_matrices"]
+
+_REFINED: Final = "refined"
+_SCALES: Final = "scales"
+_SCALAR: Final = "scalar"
+_NONE: Final = "none"
+_SAME: Final = "same"
+# Enough to tell how far signs follow a text: a part of the rows, and one round.
+_TRIAL_ROWS: Final = 256
+_TRIAL_SWEEPS: Final = 2
+_NOTES: Final = {
+    _SCALES: "refined signs are worse than one scale on another text: scales alone",
+    _SCALAR: "worse than one scale on another text: one scale",
+    _SAME: "no delta lowers the held-out error: base kept",
+}
+
+
+def fit_matrices(matrices: Sequence[Matrix], *, statistics: Statistics, options: FitOptions) -> list[FittedMatrix]:
+    """Fit the matrices that read one input. Uses the statistics up: all tokens end in the fit.
+
+    Never worse than one scale, `none` and `same` where it was validated; errors are those of the rounded weight.
+    """
+    if options.adamw_steps:
+        return [_fit_adamw(matrix, statistics, options) for matrix in matrices]
+    trials = [_Trial(matrix, options, statistics.tokens) for matrix in matrices]
+    directions = statistics.directions()
+    for i, (fit, validation) in enumerate(directions):
+        hessian = hessian_of(fit, signs=False)
+        if hessian is None and i > 0:
+            continue  # nothing but zeros reaches it: what came first says all
+        held_out = validation.float32()
+        for trial in trials:
+            trial.add(hessian, held_out)
+    kinds = [trial.kind() for trial in trials]
+    hessian = None
+    if any(kind in (_REFINED, _SCALES, _SCALAR) for kind in kinds):
+        hessian = hessian_of(statistics.merged(), signs=_REFINED in kinds)
+    return [trial.finished(kind, hessian) for trial, kind in zip(trials, kinds, strict=True)]
+
+
+class _Trial:
+    """The candidates of one matrix on every so many of its rows, and their errors in each direction."""
+
+    def __init__(self, matrix: Matrix, options: FitOptions, tokens: int) -> None:
+        self._matrix, self._options, self._all_tokens = matrix, options, tokens
+        rows = slice(None, None, max(1, len(matrix.base) // _TRIAL_ROWS))
+        self._some = replace(matrix, base=matrix.base[rows], fine_tuned=matrix.fine_tuned[rows])
+        self._plain = _rounded(residual_terms(_delta(matrix), matrix.axes, matrix.components))
+        self._some_plain = [replace(term, signs=term.signs[rows], row=term.row[rows]) for term in self._plain]
+        self._share = len(matrix.base) / len(self._some.base)
+        self._axis = matrix.axes[0] if len(matrix.axes) == 1 else None
+        self._errors: dict[str, list[float]] = {}
+        self._tokens: list[int] = []
+
+    def add(self, hessian: Hessian | None, held_out: Moments) -> None:
+        """A direction: the candidates of this hessian, on these tokens."""
+        validation = Validation(self._some.fine_tuned, held_out)
+        self._tokens.append(max(validation.tokens, 1))
+        candidates: dict[str, Sequence[ComponentFit]] = {_NONE: self._some_plain, _SAME: ()}
+        if hessian is not None:
+            candidates.update(self._fitted(quadratic(_delta(self._some), self._some.fine_tuned, hessian), validation))
+        for kind, terms in candidates.items():
+            self._errors.setdefault(kind, []).append(self._error(terms, validation))
+
+    def _fitted(self, problem: Quadratic, validation: Validation) -> Mapping[str, Sequence[ComponentFit]]:
+        if self._axis is None:
+            self._axis = self._best_axis(problem, validation)
+        light = replace(self._options, refine=True, rounds=0)
+        scales = self._terms(problem, self._axis, light)
+        found = {_SCALES: _rounded(scales)}
+        if Axis.TENSOR in self._matrix.axes:
+            found[_SCALAR] = _rounded(self._terms(problem, Axis.TENSOR, light))
+        if self._options.refine:
+            found[_REFINED] = _rounded(
+                fit_terms(problem, self._axis, replace(light, rounds=1, sweeps=_TRIAL_SWEEPS), start=scales)
+            )
+        return found
+
+    def _best_axis(self, problem: Quadratic, validation: Validation) -> Axis:
+        """row+col holds the others as special cases; where tokens are so few that it might fit noise, the best by
+        scales alone.
+        """
+        if Axis.ROW_COL in self._matrix.axes and self._all_tokens >= self._matrix.base.shape[1]:
+            return Axis.ROW_COL
+        scales = FitOptions(refine=False)
+        return min(
+            self._matrix.axes, key=lambda axis: self._error(_rounded(self._terms(problem, axis, scales)), validation)
+        )
+
+    def _terms(self, problem: Quadratic, axis: Axis, options: FitOptions) -> tuple[ComponentFit, ...]:
+        return fit_terms(problem, axis, options, components=self._matrix.components)
+
+    def _error(self, terms: Sequence[ComponentFit], validation: Validation) -> float:
+        return self._share * validation.error(self._some.fine_tuned - _applied(self._some, terms))
+
+    def kind(self) -> str:
+        """The candidate that is taken."""
+        errors = self._errors
+        fits = [kind for kind in (_REFINED, _SCALES, _SCALAR) if kind in errors]
+        if fits:
+            floor = errors[fits[-1]]
+            taken = next((k for k in fits if _nowhere_worse(errors[k], floor)), fits[-1])
+            least = [min(pair) for pair in zip(errors[_NONE], errors[_SAME], strict=True)]
+            if _share(errors[taken], least) < self._margin:
+                return taken
+        return _SAME if self._all_tokens and _share(errors[_SAME], errors[_NONE]) <= self._margin else _NONE
+
+    @property
+    def _margin(self) -> float:
+        return 1.0 - 1.0 / math.sqrt(sum(self._tokens))
+
+    def finished(self, kind: str, hessian: Hessian | None) -> FittedMatrix:
+        """The candidate on all tokens."""
+        terms = self._plain if kind == _NONE else ()
+        if hessian is not None and kind in (_REFINED, _SCALES, _SCALAR):
+            options = self._options if kind == _REFINED else FitOptions(refine=False)
+            axis = Axis.TENSOR if kind == _SCALAR else self._axis or Axis.TENSOR
+            problem = quadratic(_delta(self._matrix), self._matrix.fine_tuned, hessian)
+            terms = _rounded(self._terms(problem, axis, options))
+        asked = _REFINED if self._options.refine else _SCALES
+        note = "" if kind == asked else _NOTES.get(kind) or self._why_none()
+        return FittedMatrix(
+            terms=terms, error=self._mean(kind), error_none=self._mean(_NONE), error_same=self._mean(_SAME), note=note
+        )
+
+    def _why_none(self) -> str:
+        why = "calibration does not improve it" if _SCALES in self._errors else "no calibration token reaches it"
+        return f"{why}: mean |delta|"
+
+    def _mean(self, kind: str) -> float:
+        """Over all tokens that validated."""
+        total = sum(error * n for error, n in zip(self._errors[kind], self._tokens, strict=True))
+        return total / sum(self._tokens)
+
+
+def _nowhere_worse(errors: Sequence[float], than: Sequence[float]) -> bool:
+    return all(error <= other for error, other in zip(errors, than, strict=True))
+
+
+def _share(errors: Sequence[float], of: Sequence[float]) -> float:
+    """The mean over directions of one error by the other, so that each text counts alike; 1 for nothing of nothing."""
+    shares = [error / other if other > 0 else 1.0 + error for error, other in zip(errors, of, strict=True)]
+    return sum(shares) / len(shares)
+
+
+def _delta(matrix: Matrix) -> Tensor:
+    return matrix.fine_tuned - matrix.base
+
+
+def _rounded(terms: Sequence[ComponentFit]) -> tuple[ComponentFit, ...]:
+    return tuple(map(round_scales_f16, terms))
+
+
+def _applied(matrix: Matrix, terms: Sequence[ComponentFit]) -> Tensor:
+    """The weight that the file gives, float32."""
+    return (matrix.base + dense(terms, matrix.base)).to(matrix.dtype).float()
+
+
+def _fit_adamw(matrix: Matrix, statistics: Statistics, options: FitOptions) -> FittedMatrix:
+    """The paper's fit; like the paper, without a look at whether it is better than no fit."""
+    delta = _delta(matrix)
+    (_, held_out), *_ = statistics.directions()
+    validation = Validation(matrix.fine_tuned, held_out.float32())
+
+    def error(terms: Sequence[ComponentFit]) -> float:
+        return validation.error(matrix.fine_tuned - _applied(matrix, terms))
+
+    plain = _rounded(residual_terms(delta, matrix.axes, matrix.components))
+    error_none, error_same = error(plain), error(())
+    fitted = FittedMatrix(terms=plain, error=error_none, error_none=error_none, error_same=error_same)
+    if not statistics.fit.tokens:
+        return replace(fitted, note="no calibration token reaches it: mean |delta|")
+    terms = [
+        round_scales_f16(adamw_component(delta, matrix.fine_tuned, statistics.fit, a, steps=options.adamw_steps))
+        for a in matrix.axes
+    ]
+    best = min(terms, key=lambda term: error((term,)))
+    return replace(fitted, terms=(best,), error=error((best,)))

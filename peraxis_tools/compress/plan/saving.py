@@ -1,0 +1,52 @@
+"""Does a delta save enough to be worth its loss? Asked of the whole file: of the plan, and of what is written.
+
+A lossless delta (`exact`) is asked for whatever it takes: its size is that of its changes, which no plan knows.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Final
+
+from peraxis_tools.checkpoint import Checkpoint
+from peraxis_tools.compress.plan.pairing import quantised_side
+from peraxis_tools.compress.plan.plan import EXACT, WITHIN_BUDGET, Plan
+from peraxis_tools.errors import ToolError
+from peraxis_tools.notes import note
+
+__all__ = ["SAVING_MIN", "check_saving", "saves"]
+
+SAVING_MIN: Final = 1.25  # a checkpoint's bytes by the file's; a smaller ratio asks for --force
+
+
+def saves(plan: Plan, size: int) -> bool:
+    """Whether a file of `size` bytes saves enough of the plan's checkpoint, or was asked for whatever it takes."""
+    return plan.full_bytes >= SAVING_MIN * size or _largest_loss(plan)[0] == EXACT
+
+
+def check_saving(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, *, size: int, force: bool) -> None:
+    """Raise ToolError where a file of `size` bytes saves little, saying why; with force that is only said."""
+    if saves(plan, size):
+        return
+    reason, count = _largest_loss(plan)
+    why = quantised_side(base, fine_tuned)
+    if why is None and plan.full_bytes >= SAVING_MIN * plan.payload_bytes:
+        why = f"{size - plan.payload_bytes} of them are header and files such as the tokenizer's; so small a checkpoint"
+        why += " is best shipped whole"
+    if why is None and reason == WITHIN_BUDGET:
+        why = "the target allows that many; ask for fewer"
+    why = why or f"{count} tensors are stored whole ({reason}); check that this is the base"
+    message = f"{fine_tuned.tensors.label}: a delta would take {size} of {plan.full_bytes} bytes: {why}"
+    if not force:
+        raise ToolError(f"{message}, or pass --force")
+    note(message)
+
+
+def _largest_loss(plan: Plan) -> tuple[str, int]:
+    """Why most bytes are stored whole, and how many tensors are for that reason."""
+    lost: dict[str, int] = defaultdict(int)
+    for module in plan.modules:
+        if not module.components:
+            lost[module.reason] += module.payload_bytes
+    reason = max(lost, key=lambda key: lost[key], default="")
+    return reason, sum(module.reason == reason for module in plan.modules)

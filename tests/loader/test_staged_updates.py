@@ -1,0 +1,148 @@
+"""Staged exact updates: proven first, then written everywhere or nowhere, on one rank and over gloo on several."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, multiprocessing
+
+import peraxis_format as pf
+from peraxis_format.errors import PxdError
+from peraxis_format.torch import Shard, place
+from peraxis_format.torch.updates import UpdateWriter
+from peraxis_format.torch.updates.staged import StagedUpdate, stage
+from tests.loader.support import bytes_of
+from tests.loader.test_sharded import DIMS, base_tensors, cut, start
+
+STEP, ANCHOR = "step-00000001.pxd", "anchor-00000000.pxd"
+
+
+def after_one_step() -> dict[str, Tensor]:
+    """The base, with a few weights of two tensors moved, and all of a third's."""
+    tensors = {name: tensor.clone() for name, tensor in base_tensors().items()}
+    tensors["up.weight"].view(torch.int16)[::7, ::5] += 1
+    tensors["down.weight"].view(torch.int16)[3, 40:50] -= 1
+    tensors["norm.weight"].view(torch.int16)[:] += 1
+    return tensors
+
+
+def publish(folder: Path) -> None:
+    """The chain base -> after_one_step."""
+    live = {name: tensor.clone() for name, tensor in base_tensors().items()}
+    writer = UpdateWriter(live, folder)
+    writer.step()
+    for name, tensor in after_one_step().items():
+        live[name].copy_(tensor)
+    writer.step()
+
+
+def staged(path: Path, live: dict[str, Tensor], shards: dict[str, Shard] | None = None) -> StagedUpdate:
+    with pf.open(path) as file:
+        return stage(file, place(live, file.manifest, shards=shards, exact=True))
+
+
+def test_nothing_is_written_before_write_and_then_all_of_it(tmp_path: Path) -> None:
+    publish(tmp_path)
+    live = base_tensors()
+    update = staged(tmp_path / STEP, live)
+    assert bytes_of(live) == bytes_of(base_tensors())
+    update.write()
+    assert bytes_of(live) == bytes_of(after_one_step())
+    staged(tmp_path / ANCHOR, live).write()
+    assert bytes_of(live) == bytes_of(base_tensors())
+
+
+def test_what_is_kept_grows_with_what_changes_and_not_with_the_model(tmp_path: Path) -> None:
+    publish(tmp_path)
+    with pf.open(tmp_path / STEP) as file:
+        assert file.content_id == staged(tmp_path / STEP, base_tensors()).content_id
+    changed = sum(
+        int((a.view(torch.int16) != b.view(torch.int16)).sum())
+        for a, b in zip(base_tensors().values(), after_one_step().values(), strict=True)
+    )
+    model = sum(tensor.nbytes for tensor in base_tensors().values())
+    assert 0 < staged(tmp_path / STEP, base_tensors()).nbytes <= 10 * changed < model / 4
+    assert staged(tmp_path / ANCHOR, base_tensors()).nbytes == model
+
+
+def test_weights_in_another_state_are_refused_and_a_damaged_file_too(tmp_path: Path) -> None:
+    publish(tmp_path)
+    for name in ("up.weight", "experts.weight"):  # one that changes, one that stays
+        live = base_tensors()
+        live[name].view(torch.int16).view(-1)[11] ^= 1
+        with pytest.raises(PxdError, match=rf"E40[45].*{name}"):
+            staged(tmp_path / STEP, live)
+    data = bytearray((tmp_path / STEP).read_bytes())
+    data[-40] ^= 1
+    (tmp_path / "bad.pxd").write_bytes(data)
+    with pytest.raises(PxdError, match=r"E30"):
+        staged(tmp_path / "bad.pxd", base_tensors())
+
+
+# --- several ranks ---------------------------------------------------------------------------------------
+
+
+def slices(tensors: dict[str, Tensor], rank: int, world: int) -> dict[str, Tensor]:
+    return {name: cut(tensor, name, rank, world) for name, tensor in tensors.items()}
+
+
+def shards_of(rank: int, world: int) -> dict[str, Shard]:
+    return {name: Shard(dim, rank, world) for name, dim in DIMS.items()}
+
+
+def ranks_take_their_slices(rank: int, world: int, folder: str) -> None:
+    path = start(rank, world, folder)
+    live = slices(base_tensors(), rank, world)
+    update = staged(path / STEP, live, shards_of(rank, world))
+    assert bytes_of(live) == bytes_of(slices(base_tensors(), rank, world))
+    assert update.nbytes < sum(tensor.nbytes for tensor in live.values()) / 4
+    update.write()
+    assert bytes_of(live) == bytes_of(slices(after_one_step(), rank, world))
+    staged(path / ANCHOR, live, shards_of(rank, world)).write()
+    assert bytes_of(live) == bytes_of(slices(base_tensors(), rank, world))
+    distributed.destroy_process_group()
+
+
+def one_rank_is_in_another_state(rank: int, world: int, folder: str) -> None:
+    path = start(rank, world, folder)
+    for name in (*DIMS, "norm.weight"):
+        live = slices(base_tensors(), rank, world)
+        if rank == world - 1:
+            live[name].view(torch.int16).view(-1)[0] ^= 1
+        with pytest.raises(PxdError, match=rf"E40[45].*{name}"):
+            staged(path / STEP, live, shards_of(rank, world))
+    distributed.destroy_process_group()
+
+
+def one_rank_has_a_damaged_file(rank: int, world: int, folder: str) -> None:
+    path = start(rank, world, folder)
+    data = bytearray((path / STEP).read_bytes())
+    if rank == 0:
+        with pf.open(path / STEP) as file:
+            data[file.span("up.weight")[1] - 70] ^= 1  # rank 0 does not prove `up`, the third in turn
+    own = path / f"own-{rank}.pxd"
+    own.write_bytes(data)
+    live = slices(base_tensors(), rank, world)
+    try:
+        update = staged(own, live, shards_of(rank, world))
+    except PxdError:
+        told = [False]
+    else:
+        told = [True]
+        del update
+    found: list[Any] = [None] * world
+    distributed.all_gather_object(found, told)
+    assert found.count(found[0]) == world  # all, or none
+    assert bytes_of(live) == bytes_of(slices(base_tensors(), rank, world))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("job", [ranks_take_their_slices, one_rank_is_in_another_state, one_rank_has_a_damaged_file])
+def test_ranks_stage_an_update_together(job: Any, tmp_path: Path) -> None:
+    publish(tmp_path)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    multiprocessing.spawn(job, args=(2, str(tmp_path)), nprocs=2, join=True)

@@ -1,0 +1,42 @@
+"""What the byte budget is spent by: inner products with packed masks, and the memory that they take."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peraxis_format import DType
+from peraxis_tools.compress.fit.mean import dense_component, mean_components
+from peraxis_tools.compress.plan.sensitivity import inner_products
+
+
+@given(batch=st.sampled_from([(), (3,)]), d_out=st.integers(1, 9), d_in=st.integers(1, 40), masks=st.integers(0, 4))
+def test_products_with_packed_masks_are_those_with_dense_terms(
+    batch: tuple[int, ...], d_out: int, d_in: int, masks: int
+) -> None:
+    g = np.random.Generator(np.random.PCG64(d_out * d_in + masks))
+    base, tuned, gradient = (g.standard_normal((*batch, d_out, d_in)).astype(np.float32) for _ in range(3))
+    components = mean_components(base, tuned, base_dtype=DType.F32, dtype=DType.F32, axis=None, components=masks)
+    found = inner_products(torch.from_numpy(gradient), torch.from_numpy(tuned - base), components)
+    rest = (tuned - base).astype(np.float64)
+    expected = [float((gradient * rest).sum())]
+    for component in components:
+        rest = rest - dense_component(component, rest.shape)
+        expected.append(float((gradient * rest).sum()))
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_products_take_less_memory_than_one_dense_term() -> None:
+    base, tuned = (np.random.default_rng(i).standard_normal((4096, 1024)).astype(np.float32) for i in range(2))
+    components = mean_components(base, tuned, base_dtype=DType.F32, dtype=DType.F32, axis=None, components=2)
+    gradient, delta = torch.ones(4096, 1024), torch.from_numpy(tuned - base)
+    tracemalloc.start()  # numpy's; torch's are a chunk of rows as well
+    inner_products(gradient, delta, components)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < base.nbytes / 4
