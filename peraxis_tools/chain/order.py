@@ -35,7 +35,7 @@ def link_of(path: str | Path) -> Link:
 def link_from(path: str | Path, manifest: pxd.Manifest) -> Link:
     """The same from a manifest that was read. Raises ToolError."""
     if manifest.result is None:
-        raise ToolError(f"{path}: does not say what it results in, so it is no update; write it with `update`")
+        raise ToolError(f"{path}: has no result, so it is not an update; write it with `update`")
     return Link(
         path=Path(path),
         content_id=manifest.content_id,

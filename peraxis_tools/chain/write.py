@@ -237,7 +237,7 @@ def _prove(job: UpdateJob, writer: pxd.DeltaWriter) -> None:
     """The file fits into its chain. Raises CheckFailedError before it is written."""
     if job.base is not None and writer.base_digest != job.base:
         raise CheckFailedError(
-            f"{job.output}: tensors came or went since the update before, so it cannot follow it; start a new chain"
+            f"{job.output}: tensors were added or removed since the last update, so it cannot follow; start a new chain"
         )
     if job.result is not None and writer.result != job.result:
         raise CheckFailedError(f"{job.output}: would result in {writer.result}, not in {job.result}")

@@ -8,7 +8,7 @@ from peraxis_format.torch.updates.follow import UpdateError, apply_update
 from peraxis_format.torch.updates.follower import Follower, Poll, follow
 from peraxis_format.torch.updates.publish import Published, UpdateWriter
 from peraxis_format.torch.updates.publish_sharded import ShardedUpdateWriter
-from peraxis_format.torch.updates.source import UpdateFile, list_updates
+from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update
 
 __all__ = [
     "Follower",
@@ -21,4 +21,5 @@ __all__ = [
     "apply_update",
     "follow",
     "list_updates",
+    "next_update",
 ]

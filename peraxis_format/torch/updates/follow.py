@@ -86,10 +86,10 @@ def _refuse_others(file: DeltaFile, placement: Placement, *, pieces: bool) -> No
     """What is no exact update of contiguous tensors is not applied here."""
     for entry in file.manifest.modules:
         if entry.encoding is Encoding.SIGN or (entry.base is not None and entry.base.dtype is not entry.dtype):
-            raise UpdateError(f"{file.path}: {entry.name} is no exact update; use apply_ or VariantSwitch")
+            raise UpdateError(f"{file.path}: {entry.name} is not an exact update; use apply_ or VariantSwitch")
         for part in () if pieces else placement[entry.name]:
             if part.box != whole(entry.shape) or not part.view.is_contiguous():
-                raise UpdateError(f"{entry.name}: is strided, which exact updates do not reach")
+                raise UpdateError(f"{entry.name}: is strided, which exact updates do not support")
 
 
 def _proven(file: DeltaFile, placement: Placement) -> Iterator[ModuleDelta]:

@@ -126,13 +126,13 @@ class Follower:
         files, problems = self._listed()
         found = next((file for file in files if file.path == Path(path)), None)
         if found is None:
-            raise UpdateError(problems.get(Path(path), f"{path}: is no update of {self.folder}"))
+            raise UpdateError(problems.get(Path(path), f"{path}: is not an update of {self.folder}"))
         if self._state is None:
             self._find_state(files)
         if not found.is_anchor and found.base != self._state:
             known = {file.result: file for file in files}
             if self.step is not None and found.step <= self.step:
-                raise UpdateError(f"{path}: is applied already, or of another chain; the model is at step {self.step}")
+                raise UpdateError(f"{path}: is already applied, or of another chain; the model is at step {self.step}")
             reason = f"made on {known[found.base].path}" if found.base in known else "a gap in front of it"
             raise UpdateError(f"{path}: {reason}, but the model is at step {self.step}")
         self._apply(found)
@@ -197,7 +197,7 @@ class Follower:
         with DeltaFile(update.path) as delta:
             # Of a model in pieces all ranks have to agree, which apply_update sees to.
             if delta.content_id != update.content_id and not in_pieces(self._target, self._shards):
-                raise UpdateError(f"{update.path}: another file took its place; it is looked at again")
+                raise UpdateError(f"{update.path}: was replaced by another file; it is tried again")
             apply_update(self._target, delta, lock=self._lock, shards=self._shards, group=self._group)
 
     def _find_state(self, files: list[UpdateFile]) -> None:
