@@ -154,5 +154,8 @@ def command(
 def _wire(path: Path, layout: str) -> WireName | None:
     """The requested wire, or, if none is requested, that of the source."""
     if layout == "auto":
-        return recognised(path)
+        found = recognised(path)
+        if found is None and path.is_dir():
+            raise ToolError(f"{path}: is a folder, but no xor wire: its index has no delta_encoding; pass a file")
+        return found
     return next((item for item in WIRES if item == layout), None)

@@ -237,3 +237,17 @@ def test_tied_strided_and_widened_weights_are_taken_back_too(tmp_path: Path) -> 
             wanted = bytes_of(base) if name is None else expected_bytes(tmp_path / f"{name}.pxd", base)
             held = {**live, "second.weight": turned.t(), "norm.weight": live["norm.weight"].bfloat16()}
             assert bytes_of(held) == wanted
+
+
+@pytest.mark.cuda
+def test_swaps_on_a_gpu_end_in_the_bits_of_the_reference(tmp_path: Path) -> None:
+    model = Small().cuda()
+    base = {name: tensor.cpu() for name, tensor in base_of(model).items()}
+    wanted = {None: bytes_of(base)}
+    with VariantSwitch(model, base="undo") as live:
+        for name, path in variants(tmp_path, base, 3).items():
+            live.add(str(name), path)
+            wanted[name] = expected_bytes(path, base)
+        for name in ("0", "1", None, "2", "0", None):
+            live.use(name)
+            assert bytes_of({n: tensor.cpu() for n, tensor in named_tensors(model).items()}) == wanted[name]

@@ -62,19 +62,22 @@ class NemoFile:
     def patch(self, name: str, info: pxd.TensorInfo) -> Patch:
         """See WireFile."""
         item, where = self._items[name], f"{self._path}: {name}"
-        shape, dtype = item.get("shape"), item.get("dtype")
-        if list(shape or ()) != list(info.shape) or dtype != _DTYPES.get(info.dtype):
+        shape, dtype = item.get("shape"), _word(item, "dtype", where)
+        if not isinstance(shape, tuple | list) or not all(isinstance(extent, int) for extent in shape):
+            raise ToolError(f"{where}: its shape is {type(shape).__name__}, not a tuple of numbers")
+        if list(shape) != list(info.shape) or dtype != _DTYPES.get(info.dtype):
             raise CheckFailedError(
-                f"{where}: is {dtype} {list(shape or ())}, the base's tensor is {info.dtype.value} {list(info.shape)}"
+                f"{where}: is {dtype} {list(shape)}, the base's tensor is {info.dtype.value} {list(info.shape)}"
             )
-        if item.get("operation") not in ("xor", "overwrite"):
-            raise ToolError(f"{where}: its operation is {item.get('operation')!r}, neither 'xor' nor 'overwrite'")
+        operation = _word(item, "operation", where)
+        if operation not in ("xor", "overwrite"):
+            raise ToolError(f"{where}: its operation is {operation!r}, neither 'xor' nor 'overwrite'")
         words = self._values(item, info.dtype, where)
         index = self._index(item, words.size, where)
         order = checked_index(where, index, math.prod(info.shape))
         if order is not None:  # gaps that overflow
             raise ToolError(f"{where}: its locations do not ascend; write the wire again")
-        return Patch(index=index, words=words, is_xor=item["operation"] == "xor")
+        return Patch(index=index, words=words, is_xor=operation == "xor")
 
     def _values(self, item: Mapping[str, Any], dtype: pxd.DType, where: str) -> pxd.Array:
         group, begin, end = (_number(item, key, where) for key in _OFFSETS)
@@ -90,7 +93,7 @@ class NemoFile:
         return values.view(f"<u{dtype.itemsize}")[begin:end]
 
     def _index(self, item: Mapping[str, Any], count: int, where: str) -> NDArray[np.int64]:
-        encoding = item.get("index_encoding")
+        encoding = _word(item, "index_encoding", where)
         if encoding == "range":
             return np.arange(count, dtype=np.int64) + _number(item, "range_start", where)
         if encoding != "deltas":
@@ -113,10 +116,18 @@ class NemoFile:
         """Do nothing, because no file is open."""
 
 
+def _word(item: Mapping[str, Any], key: str, where: str) -> str:
+    value = item.get(key)
+    if not isinstance(value, str):
+        raise ToolError(f"{where}: its {key} is {type(value).__name__}, not a word")
+    return value
+
+
 def _number(item: Mapping[str, Any], key: str, where: str) -> int:
     value = item.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 48:
-        raise ToolError(f"{where}: its {key} is {value!r}, not a number of at least 0")
+        shown = value if isinstance(value, int) else type(value).__name__
+        raise ToolError(f"{where}: its {key} is {shown}, not a number from 0 up")
     return value
 
 
