@@ -4,10 +4,10 @@
     python examples/rl_loop.py server chain --until 200       # in another
     python examples/rl_loop.py both chain --steps 60          # or both at once
 
-The policy is a small recurrent network in binary32; the server runs it in BF16. It samples numbers, and the reward counts
-those that are one more than the number before. The trainer publishes an exact update after every step; the server checks
-and applies each, and prints the reward of its own samples. If either is killed and started again, the trainer continues
-from its last checkpoint, the chain from its last update, and the server catches up.
+The policy is a small recurrent network in binary32; the server runs it in BF16. It samples numbers, and the reward
+counts those that are one more than the number before. The trainer publishes an exact update after every step; the
+server checks and applies each, and prints the reward of its own samples. If either is killed and started again, the
+trainer continues from its last checkpoint, the chain from its last update, and the server catches up.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def test_what_is_there_is_replaced_with_overwrite_alone_and_a_failure_leaves_not
 def test_a_folder_without_deltas_or_with_others_is_named(states: list[Tensors], url: str, tmp_path: Path) -> None:
     fsspec.filesystem("memory").pipe(f"{url.removeprefix('memory:/')}/README.md", b"-")
     for source in (url, str(tmp_path), f"{url}/*.pxd"):
-        with pytest.raises(ToolError, match=r"holds no \.pxd files"):
+        with pytest.raises(ToolError, match=r"has no \.pxd files"):
             log(source)
     rng = np.random.default_rng(0)
     for name in ("a", "b"):

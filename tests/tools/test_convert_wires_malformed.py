@@ -96,6 +96,10 @@ def edited_payload(path: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
         ({"dtype": "float16"}, "is float16"),
         ({"shape": (96, 63)}, r"is bfloat16 \[96, 63\]"),
         ({"index_encoding": "range", "range_start": 6143}, "index 6144 at 1 is outside"),
+        ({"shape": 7}, "its shape is int, not a tuple"),
+        ({"shape": torch.zeros(2)}, "its shape is Tensor, not a tuple"),
+        ({"operation": torch.zeros(2)}, "its operation is Tensor, not a word"),
+        ({"value_start": 1.5}, "its value_start is float, not a number"),
     ],
 )
 def test_a_malformed_nemo_payload_is_refused_by_tensor_and_place(
