@@ -14,8 +14,9 @@ test: $(INSTALLED) lint
 	$(BIN)/python -m pytest
 
 # Under a minute on two cores: no training, no real data, no kernels to compile.
-QUICK := tests/format tests/test_architecture.py tests/test_packaging.py \
-    $(addprefix tests/tools/test_,apply.py compress_plan.py diff.py inspect_reports.py merge.py verify.py)
+QUICK := tests/format tests/test_architecture.py tests/test_map.py tests/test_packaging.py \
+    $(addprefix tests/tools/test_,apply.py compress_plan.py diff.py inspect_reports.py merge.py merge_parts.py \
+    merge_methods.py verify.py)
 quick: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "not slow and not realdata and not cuda" $(QUICK)
 

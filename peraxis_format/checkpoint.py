@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
@@ -105,7 +104,7 @@ class Safetensors:
     def read(self, name: str, rows: slice | None = None) -> Array:
         """Read a tensor, or a range of its first dimension, into a new array.
 
-        Returns a storage array. Of a packed type (F4, F6) the rows must begin and end at whole bytes. Raises KeyError,
+        Returns a storage array. Rows of a packed type (F4, F6) must begin and end at whole bytes. Raises KeyError,
         CheckpointError for a file that ends too early.
         """
         info = self._tensors[name]
@@ -153,9 +152,7 @@ class Safetensors:
     def __enter__(self) -> Safetensors:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -196,7 +193,7 @@ def _read_infos(file: Path) -> Iterator[TensorInfo]:
         try:
             header = json.loads(stream.read(length))
             if not isinstance(header, dict):
-                raise ValueError("it is no object")
+                raise ValueError("it is not an object")
             header.pop("__metadata__", None)
             for name, value in header.items():
                 yield _info(name, value, file, 8 + length, size)
@@ -205,9 +202,9 @@ def _read_infos(file: Path) -> Iterator[TensorInfo]:
 
 
 def _whole(value: object) -> int:
-    """A number of a header: an integer, and no float or text that could be made one."""
+    """A number of a header; it must be an integer, not a float or text that converts to one."""
     if type(value) is not int:
-        raise ValueError(f"{str(value)[:32]!r} is no integer")
+        raise ValueError(f"{str(value)[:32]!r} is not an integer")
     return value
 
 

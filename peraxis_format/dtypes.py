@@ -6,7 +6,7 @@
 
 numpy has no bfloat16, so a BF16 tensor is represented by its bit patterns in uint16. The array with a tensor's bytes is
 called its storage array for every dtype. F8 tensors are represented as uint8. F4 and F6 tensors
-pack their elements, which have no place of their own: their storage array is flat, uint8 [bytes].
+pack their elements, so their storage array is flat, uint8 [bytes].
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _STORAGE: Final[dict[str, type[np.generic]]] = {
     "F64": np.float64,
     "C64": np.complex64,
 }
-# The types whose elements take less than a byte.
+# The types whose elements take less than a byte, with their bits.
 _BITS: Final = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 _LITTLE: Final[dict[str, np.dtype[Any]]] = {name: np.dtype(kind).newbyteorder("<") for name, kind in _STORAGE.items()}
@@ -87,17 +87,17 @@ class DType(Enum):
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element of the storage array; what an element takes is said by `bits`."""
+        """The bytes of one element of the storage array; `bits` is the size of an element."""
         return self.storage.itemsize
 
     @property
     def bits(self) -> int:
-        """Bits of one element: 4, 6, or those of the storage type."""
+        """The bits of one element: 4, 6, or those of the storage type."""
         return _BITS.get(self.value, 8 * self.itemsize)
 
     @property
     def is_packed(self) -> bool:
-        """Whether elements take less than a byte, so that a tensor has no array of its own shape."""
+        """Whether elements take less than a byte, so that the storage array does not have the tensor's shape."""
         return self.value in _BITS
 
     def fits(self, shape: tuple[int, ...]) -> bool:
@@ -105,24 +105,25 @@ class DType(Enum):
         return not self.is_packed or math.prod(shape) * self.bits % 8 == 0
 
     def size_of(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a tensor of this shape; of a shape that does not fit, those that its elements begin."""
+        """The bytes of a tensor of this shape; rounded up if the shape does not fit."""
         return -(-math.prod(shape) * self.bits // 8)
 
     def storage_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the storage array of a tensor of this shape: the same, and [bytes] of a packed type."""
+        """The shape of the storage array of a tensor of this shape: the same, or [bytes] for a packed type."""
         return (self.size_of(shape),) if self.is_packed else shape
 
     def first_rows(self, array: Array, shape: tuple[int, ...], rows: int) -> Array:
-        """The first rows of a tensor of this shape, a view of its storage array; all of one without dimensions.
+        """The first rows of a tensor of this shape, as a view of its storage array; all of a tensor without dimensions.
 
-        Of a packed type they must be whole bytes, as rows that a base of the same type has too are (SPEC 3.10).
+        For a packed type they must be whole bytes, which SPEC 3.10 ensures for rows that a base of the same type has
+        too.
         """
         if not shape:
             return array
         return array[: self.size_of((rows, *shape[1:]))] if self.is_packed else array[:rows]
 
     def rows_from(self, array: Array, shape: tuple[int, ...], rows: int) -> Array:
-        """What stands behind the first rows, as a view likewise."""
+        """The elements after the first rows, as a view."""
         return array[self.size_of((rows, *shape[1:])) :] if self.is_packed else array[rows:]
 
     @property

@@ -24,9 +24,9 @@ def lossless_module(
 ) -> ModuleDelta:
     """The module that rebuilds `new` bit for bit.
 
-    new: storage array. shape: the tensor's, where its storage array has another (F4, F6). old: the base's storage
-    array and base its reference, or neither. prefer: as of ops.exact.encode. A base of another dtype or shape gives
-    `full`, but for one with another first dimension.
+    new: storage array. shape: the tensor's, if its storage array has another (F4, F6). old: the base's storage array,
+    with base its reference, or neither. prefer: see ops.exact.encode. A base of another dtype or shape gives `full`,
+    except one that differs only in the first dimension.
     """
     shape = new.shape if shape is None else shape
     full = ModuleDelta(name=name, shape=shape, dtype=dtype, encoding=Encoding.FULL, base=base, full=new)

@@ -79,7 +79,7 @@ def hub_file(name: HubName) -> Path:
 
 
 def hub_files(name: HubName) -> list[str]:
-    """The deltas of a repository, or of the folder `name.file` in it, as hf:// names in order.
+    """The deltas of a repository, or of the folder `name.file` in it, as sorted hf:// names.
 
     Raises CheckpointError: no such repository, no deltas, no network and nothing in the cache.
     """
@@ -98,7 +98,7 @@ def hub_files(name: HubName) -> list[str]:
         if file.startswith(folder) and file.endswith(".pxd") and "/" not in file[len(folder) :]
     )  # fmt: skip
     if not found:
-        raise CheckpointError(f"{name.repository}/{folder}: holds no .pxd files")
+        raise CheckpointError(f"{name.repository}/{folder}: has no .pxd files")
     at = f"@{name.revision.replace('/', '%2F')}" if name.revision else ""
     return [f"hf://{name.repository}{at}/{file}" for file in found]
 

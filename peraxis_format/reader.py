@@ -18,7 +18,6 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Final
 
 from peraxis_format.container import HEADER_BLOCK, Header, TensorRecord, parts_of, records_of
@@ -303,9 +302,7 @@ class DeltaFile:
     def __enter__(self) -> DeltaFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -13,7 +13,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Final
 
 from peraxis_format.container import file_size, header_bytes, layout
@@ -147,7 +146,7 @@ class DeltaWriter:
         return result_digest(self._modules)
 
     def file_size(self) -> int:
-        """Bytes that the file would have if it were finished now."""
+        """The bytes of the file if it were finished now."""
         return file_size(self._manifest(), [size for _, size in self._assets])
 
     def finish(self) -> Manifest:
@@ -201,8 +200,6 @@ class DeltaWriter:
     def __enter__(self) -> DeltaWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):
             self._spool.close()  # flushes the failed bytes again

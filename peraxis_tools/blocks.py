@@ -1,4 +1,4 @@
-"""How the blocks of exact tensors are stored (SPEC 5.6): what the writer chose, counted."""
+"""Count the modes of the blocks of exact tensors (SPEC 5.6)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RAW: Final = 255
 
 
 def count_blocks(module: pxd.ModuleDelta) -> Counter[str]:
-    """The number of blocks of an exact module in each mode; of any other module none."""
+    """The number of blocks of an exact module in each mode; empty for any other module."""
     found: Counter[str] = Counter()
     if module.index is None:
         return found
@@ -30,6 +30,6 @@ def count_blocks(module: pxd.ModuleDelta) -> Counter[str]:
 
 
 def blocks_text(blocks: Mapping[str, int], prefer: str) -> str:
-    """The counts in words, and what they were chosen for."""
+    """The counts as a text, with the writer's preference."""
     counted = ", ".join(f"{blocks[mode]} {mode}" for mode in MODES if blocks.get(mode))
     return f"{counted or 'none'}; written for {prefer}"

@@ -1,8 +1,8 @@
-"""Artifacts by URL: any that fsspec reads (https, s3, gs, file, ...) and hf://org/repo/file.pxd, with @revision.
+"""Files by URL: any URL of fsspec (https, s3, gs, file, ...) and hf://org/repo/file.pxd, with @revision.
 
-A header is read through ranges and costs what it weighs; what needs the payload fetches the file once, into a
-temporary folder. Nothing here trusts what it fetched: the same checks follow as for a local file. An output is written
-here first, then sent, and has its name when all of it is there.
+A header is read by range requests. Verbs that need the payload fetch the file once into a temporary folder. Fetched
+bytes are not trusted: the same checks follow as for a local file. An output is written locally first, then sent, and
+gets its name when it is complete.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import peraxis_format as pxd
 from peraxis_format.hub import hub_file, hub_files, hub_name
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.folders import scratch_folder
 from peraxis_tools.optional import missing, require
 from peraxis_tools.outputs import Inputs, claim_file
@@ -26,13 +26,13 @@ __all__ = ["SILENCE_SECONDS", "RemoteFile", "is_remote", "listed", "local_copy",
 
 SILENCE_SECONDS: Final = 60.0
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z][A-Za-z0-9+.-]+)*://")
-_START: Final = 1 << 16  # what is kept of a file's beginning, at most
-# hf://org/repo/path@revision, as people write it; the hub's own file system wants hf://org/repo@revision/path.
+_START: Final = 1 << 16  # cached bytes of a file's beginning, at most
+# Users write hf://org/repo/path@revision; the hub's file system needs hf://org/repo@revision/path.
 _HUB: Final = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)/(?P<path>[^@]+)@(?P<revision>[^@]+)")
 
 
 def is_remote(source: str | Path) -> bool:
-    """Whether this is a URL and not a path."""
+    """Whether this is a URL, not a path."""
     return isinstance(source, str) and _URL.match(source) is not None
 
 
@@ -45,7 +45,7 @@ def _hub_form(url: str) -> str:
 
 
 class RemoteFile:
-    """One remote file: its size and ranges of its bytes. requested counts the bytes that were asked for."""
+    """One remote file: its size and ranges of its bytes. requested counts the requested bytes."""
 
     def __init__(self, url: str) -> None:
         self.url = without_secrets(url)
@@ -62,14 +62,14 @@ class RemoteFile:
         self.size = int(size)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Bytes from offset, fewer at the end of the file. Raises ToolError where the server sends other ones."""
+        """Read bytes from offset, fewer at the end of the file. Raises ToolError if the server sends another number."""
         end = min(offset + size, self.size)
         if end <= offset:
             return b""
         if offset == 0 and size <= _START:
             self._start = self._fetch(0, end)
             return self._start
-        # The header is read from its first bytes on, which have been fetched to find its length.
+        # The first bytes of the header have been fetched to find its length.
         held = self._start[offset:end]
         return held + self._fetch(offset + len(held), end) if len(held) < end - offset else held
 
@@ -82,7 +82,7 @@ class RemoteFile:
         return data
 
     def header(self) -> tuple[pxd.Header, pxd.Manifest]:
-        """Steps 1 to 8 of SPEC 8 on the header alone. Raises ContainerError, ProfileError."""
+        """Read and check the header alone (steps 1 to 8 of SPEC 8). Raises ContainerError, ProfileError."""
         try:
             return pxd.read_header(self.read, self.size)
         except pxd.PxdError as error:
@@ -90,12 +90,12 @@ class RemoteFile:
             raise
 
     def download(self, target: Path, *, progress: Callable[[int], None] | None = None) -> None:
-        """Write the whole file to target, piece by piece, each byte asked for once."""
+        """Write the whole file to target in blocks; each byte is requested once."""
         with _readable(self.url):
             from fsspec.callbacks import Callback
 
             class Steps(Callback):  # type: ignore[misc, unused-ignore]
-                """Hands numbers of bytes on."""
+                """Passes numbers of bytes to `progress`."""
 
                 def relative_update(self, inc: int = 1) -> None:
                     if progress is not None:
@@ -105,9 +105,9 @@ class RemoteFile:
 
 
 def _patience(url: str) -> dict[str, Any]:
-    """Options of the file system of a URL: a server may be slow as long as something comes.
+    """Options of a URL's file system: a slow server is allowed as long as it sends data.
 
-    Only http is set up here: the libraries of the hub and of object stores have such limits of their own.
+    Only http is configured; the libraries of the hub and of object stores have such limits themselves.
     """
     if not url.startswith(("http://", "https://")):
         return {}
@@ -119,7 +119,7 @@ def _patience(url: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _readable(url: str, *, done: str = "read") -> Iterator[None]:
-    """Everything that a file system library may raise becomes one line. done: what cannot be."""
+    """Turn all errors of a file system library into a ToolError of one line. done: the failed action, a participle."""
     shown = without_secrets(url)
     try:
         yield
@@ -128,26 +128,22 @@ def _readable(url: str, *, done: str = "read") -> Iterator[None]:
     except ImportError as error:
         raise missing(shown, error) from None
     except ValueError as error:
-        raise ToolError(f"{shown}: {_line(error)}") from None
+        raise ToolError(f"{shown}: {without_secrets(first_line(error))}") from None
     except Exception as error:  # aiohttp, botocore, huggingface_hub: each has its own hierarchy
         if _is_timeout(error):
-            silence = f"the server said nothing for {SILENCE_SECONDS:g} s; try again later"
+            silence = f"the server sent nothing for {SILENCE_SECONDS:g} s; try again later"
             raise ToolError(f"{shown}: {silence}") from None
-        reason = f"{type(error).__name__}: {_line(error)}"
+        reason = f"{type(error).__name__}: {without_secrets(first_line(error))}"
         raise ToolError(f"{shown}: cannot be {done} ({reason}); check the address") from None
 
 
 def _is_timeout(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is that of a time that has run out."""
+    """Whether an error or one of its causes is a timeout."""
     while error is not None:
         if isinstance(error, TimeoutError):
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _line(error: Any) -> str:
-    return without_secrets(next((line for line in str(error).splitlines() if line.strip()), "no details"))
 
 
 def remote_file(url: str) -> RemoteFile:
@@ -157,14 +153,13 @@ def remote_file(url: str) -> RemoteFile:
 
 @contextlib.contextmanager
 def local_copy(source: str | Path, *, progress: ProgressOf = silent) -> Iterator[Path]:
-    """A path to work on: the source itself where it is local, else a temporary copy under its own name.
+    """Yield a local path: the source itself if it is local, else a temporary copy under its own name.
 
-    hf:// names and repositories (`org/name[@revision]`) come through the hub's cache. Raises ToolError and
-    CheckpointError.
+    hf:// names and repositories (`org/name[@revision]`) use the hub's cache. Raises ToolError, CheckpointError.
     """
     name = hub_name(source)
     if name is not None:
-        yield hub_file(name)  # in the hub's cache, where it stays
+        yield hub_file(name)  # it remains in the hub's cache
         return
     if not is_remote(source):
         yield Path(source)
@@ -180,9 +175,9 @@ def local_copy(source: str | Path, *, progress: ProgressOf = silent) -> Iterator
 
 
 def listed(source: str | Path) -> list[str | Path]:
-    """The deltas that a source names: itself where it is a file, else every .pxd of the folder, by name.
+    """The deltas of a source: itself if it is a file, else every .pxd of the folder, by name.
 
-    A folder is a path, a URL of one or with `*` in it (any file system but http), or a repository on the hub. Raises
+    A folder is a path, a URL of one or with `*` in it (any file system except http), or a repository on the hub. Raises
     ToolError, CheckpointError.
     """
     hub = hub_name(source)
@@ -207,15 +202,15 @@ def listed(source: str | Path) -> list[str | Path]:
 
 def _some(source: str | Path, found: list[Any]) -> list[Any]:
     if not found:
-        raise ToolError(f"{source}: holds no .pxd files")
+        raise ToolError(f"{source}: has no .pxd files")
     return found
 
 
 @contextlib.contextmanager
 def output_file(output: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> Iterator[Path]:
-    """Where to write an output file: the path itself, or a temporary one that is sent to a URL at the end.
+    """Yield the path to write an output file to: the path itself, or a temporary one that is sent to a URL at the end.
 
-    The rules for outputs hold (outputs.py). At a URL the file appears when all of it is there. Raises ToolError,
+    The rules for outputs apply (outputs.py). At a URL the file appears when it is complete. Raises ToolError,
     OSError.
     """
     if not is_remote(output):
@@ -233,7 +228,7 @@ def output_file(output: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> 
             raise ToolError(f"{shown}: exists already; choose another output or pass --overwrite")
     folder_there, _, name = path.rpartition("/")
     if not name:
-        raise ToolError(f"{shown}: names no file")
+        raise ToolError(f"{shown}: does not name a file")
     with scratch_folder() as folder:
         yield folder / name
         with _readable(url, done="written"):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,7 +14,6 @@ import pytest
 import peraxis_format
 
 ROOT = Path(__file__).parents[1]
-
 # Within each package a module imports only what stands before it (or beside it, within one entry). A folder stands for
 # all its modules but those that have an entry of their own.
 FORMAT = (
@@ -99,7 +96,6 @@ VERBS = "inspect verify apply diff merge split convert evaluate publish compress
 VERB_FILES = {"verify_files": "verify", "inspect_details": "inspect"}
 # These run verbs and are none: the demo, chains of updates, the bounds of `verify`, the shell around them all.
 COMPOSED = {"demo", "chain", "bounds", "commands", "report", "cli", "__main__", "reference", "process"}
-LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 350, 60
 
 
 def module_of(path: Path) -> str:
@@ -280,63 +276,6 @@ def test_only_the_report_layer_prints() -> None:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
             assert not called, f"{path}:{getattr(node, 'lineno', 0)}"
-
-
-# --- size, and the map ---------------------------------------------------------------------------------------
-
-
-def test_no_file_and_no_function_is_too_long() -> None:
-    wrong = []
-    for path in sources("peraxis_format", "peraxis_tools", "peraxis"):
-        text = path.read_text("utf-8")
-        name = path.relative_to(ROOT)
-        if (lines := len(text.splitlines())) > LINES_OF_A_FILE:
-            wrong.append(f"{name}: {lines} lines")
-        for node in ast.walk(ast.parse(text)):
-            kernel = path.name == "triton.py"  # one function whatever it does: Triton inlines the others anyway
-            if isinstance(node, ast.FunctionDef) and node.end_lineno and not kernel:
-                # Its statements: a command has a line for each option before them, and its help.
-                first = node.body[1] if len(node.body) > 1 and ast.get_docstring(node) else node.body[0]
-                length = node.end_lineno - first.lineno + 1
-                if length > LINES_OF_A_FUNCTION:
-                    wrong.append(f"{name}:{node.lineno}: {node.name} has {length} lines")
-    assert wrong == []
-
-
-def test_files_of_the_kit_are_not_too_long() -> None:
-    for path in sources("conformance"):
-        assert len(path.read_text("utf-8").splitlines()) <= LINES_OF_A_FILE, path
-
-
-def map_of_the_code() -> str:
-    """The first code block under the README's heading."""
-    _, _, rest = (ROOT / "README.md").read_text("utf-8").partition("## The map of the code")
-    assert rest, "README.md has no section 'The map of the code'"
-    return rest.split("```")[1]
-
-
-def test_every_file_on_the_map_exists() -> None:
-    tracked = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if ".venv" not in path.parts}
-    named = re.findall(r"[\w.*-]+(?:/[\w.*-]+)*/?", map_of_the_code())
-    for name in named:
-        if name.endswith("/") or re.search(r"\.(py|md|toml|cff|txt|c|js)$", name):
-            pattern = re.compile(r"(^|.*/)" + re.escape(name.rstrip("/")).replace(r"\*", "[^/]*") + "$")
-            assert any(pattern.match(path) for path in tracked), f"{name} is on the map and nowhere else"
-
-
-def test_every_package_is_on_the_map() -> None:
-    words = set(re.findall(r"[\w-]+", map_of_the_code()))
-    with open(ROOT / "pyproject.toml", "rb") as file:
-        packages = tomllib.load(file)["tool"]["setuptools"]["packages"]
-    names = {name.split(".")[-1].replace("peraxis_conformance", "conformance") for name in packages}
-    assert names <= words, f"not on the map: {sorted(names - words)}"
-
-
-def test_every_package_folder_is_installed() -> None:
-    with open(ROOT / "pyproject.toml", "rb") as file:
-        packages = set(tomllib.load(file)["tool"]["setuptools"]["packages"])
-    found = {module_of(path) for path in sources("peraxis_format", "peraxis_tools") if path.name == "__init__.py"}
-    assert found == {name for name in packages if name.split(".")[0] in ("peraxis_format", "peraxis_tools")}
 
 
 # --- what imports cost ---------------------------------------------------------------------------------------

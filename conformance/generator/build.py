@@ -263,7 +263,7 @@ def build(
     data: Hook = unchanged,
     file: Hook = unchanged,
 ) -> bytes:
-    """The file of `content`; each hook takes and returns what its step made (digested: after the digests)."""
+    """The file of `content`; each hook takes and returns the result of its step (digested: after the digests)."""
     placed = tensors(laid_out(content))
     made = manifest(manifest_of(content, placed))
     if isinstance(made.get("base"), dict) and made["base"].get("digest") == "":
@@ -284,7 +284,7 @@ def safetensors(
     align: int = 8,
     order: Sequence[str] = (),
 ) -> bytes:
-    """A plain safetensors file: name -> (dtype, shape, bytes). order: of the data, where it is not the header's."""
+    """A plain safetensors file: name -> (dtype, shape, bytes). order: that of the data, if it is not the header's."""
     entries, begins, end = ([f'"__metadata__":{{"format":{quoted(metadata)}}}'] if metadata else []), {}, 0
     for name in order or tensors:
         begins[name], end = end, end + len(tensors[name][2])

@@ -15,7 +15,7 @@ __all__ = ["container"]
 
 
 def kinds() -> Iterator[Entry]:
-    """SPEC 2.1 and 2.2: what is no PXD file at all."""
+    """SPEC 2.1 and 2.2: files that are not PXD files."""
     good = build(SIMPLE)
     yield refused("directory", "E101", "2.1", Special(kind="directory"))
     yield refused("fifo", "E101", "2.1", Special(kind="fifo"), "opening a pipe for reading waits for a writer")

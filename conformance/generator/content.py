@@ -1,4 +1,4 @@
-"""What a file says, apart from how it is stored: modules, components, assets.
+"""The content of a file without its layout: modules, components, assets.
 
 Signs are one byte a weight (0 or 1, row-major); scales are tuples of F16 bit patterns; exact tensors and base
 tensors are raw little-endian bytes. `signs` and `words` give deterministic pseudo-random content.
@@ -69,7 +69,7 @@ class Component:
 class Module:
     """One named tensor of the fine-tuned checkpoint. exact: the bytes of `full` or of the tail.
 
-    new, index, data: of an `exact` module, the covered weights that come out and the parts of SPEC 4.1.
+    new, index, data: for an `exact` module, the new covered weights and the parts of SPEC 4.1.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Module:
 
     @property
     def covered(self) -> tuple[int, ...]:
-        """[kept, *shape[1:]] of SPEC 3.10; the shape itself where there is no base to compare with."""
+        """[kept, *shape[1:]] of SPEC 3.10; the shape itself without a base."""
         if self.encoding == "full" or self.base is None or not self.shape or not self.base.shape:
             return self.shape
         return (min(self.shape[0], self.base.shape[0]), *self.shape[1:])
@@ -105,7 +105,7 @@ class Asset:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Content:
-    """A whole file. chained: whether it says what it results in, though no module asks for it."""
+    """A whole file. chained: whether it has a result without an exact module."""
 
     modules: tuple[Module, ...]
     tied: tuple[tuple[str, str], ...] = ()
@@ -189,7 +189,7 @@ def sign(
     components: tuple[Component, ...] | None = None,
     base: bytes | None = None,
 ) -> Module:
-    """A `sign` module; base_rows sets the base's first dimension where it differs."""
+    """A `sign` module; base_rows sets the base's first dimension if it differs."""
     base_shape = (base_rows or shape[0], *shape[1:])
     held = Base(
         dtype=base_dtype or dtype,
@@ -221,7 +221,7 @@ def same(
     base_rows: int | None = None,
     base: bytes | None = None,
 ) -> Module:
-    """A `same` module, with a tail where the base has fewer rows."""
+    """A `same` module, with a tail if the base has fewer rows."""
     base_shape = (base_rows or shape[0], *shape[1:]) if shape else ()
     data = weights(name, base_dtype or dtype, base_shape) if base is None else base
     held = Base(dtype=base_dtype or dtype, shape=base_shape, data=data)

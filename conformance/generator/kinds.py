@@ -148,7 +148,7 @@ def applied_kinds() -> Iterator[Entry]:
 
 
 def refused_kinds() -> Iterator[Entry]:
-    """One step beyond what is allowed."""
+    """One step beyond the limits."""
     for slug, rank in (
         ("other-order", (2, 9, 3)),
         ("flat", (6, 9)),

@@ -66,7 +66,7 @@ def long_keys() -> bytes:
 
 
 def filled(length: int) -> bytes:
-    """A file whose JSON has this many bytes: modules, long names, and what is missing as metadata."""
+    """A file whose JSON has this many bytes: modules, long names, and the rest as metadata."""
     long = names_of(MANY, "d" * 100)
     missing = length - len(assembled(MANY, dropped=long, metadata={"fill": ""})[8:].rstrip(b" "))
     return assembled(MANY, dropped=long, metadata={"fill": "x" * missing})

@@ -1,4 +1,4 @@
-"""Types whose elements take 4 or 6 bits, and others that are only carried (SPEC 1, 2.14): read, refused, applied."""
+"""Types whose elements take 4 or 6 bits, and others without arithmetic (SPEC 1, 2.14): read, refused, applied."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .samples import ONE
 
 __all__ = ["applied_packed", "encoded_packed", "golden_packed", "refused_packed"]
 
-# type -> the fewest elements that take whole bytes.
+# type -> the smallest number of elements that takes whole bytes.
 LEAST = {"F4": 2, "F6_E2M3": 4, "F6_E3M2": 4}
 SUM = "0" * 64
 
@@ -53,7 +53,7 @@ def golden_packed() -> Iterator[Entry]:
 
 
 def applied_packed() -> Iterator[Entry]:
-    """The same, applied; `same` of every type that is only carried, in both directions of the rows."""
+    """These files, applied; `same` of every type without arithmetic, with more and with fewer rows."""
     for slug, _, content in kept():
         if not slug.startswith("packed"):
             yield accepted(slug, "6.4" if slug.startswith("full") else "6.3", content)
@@ -63,7 +63,7 @@ def applied_packed() -> Iterator[Entry]:
 
 
 def refused_packed() -> Iterator[Entry]:
-    """SPEC 2.14, 3.8, 3.9: bytes that are no whole number, sizes beyond the limit, conversions."""
+    """SPEC 2.14, 3.8, 3.9: fractional bytes, sizes beyond the limit, conversions."""
     for dtype, least in LEAST.items():
         slug, bits = slug_of(dtype), BITS[dtype]
         for count in sorted({1, least - 1, least + 1, 7 + least // 2}):
@@ -99,7 +99,7 @@ def refused_packed() -> Iterator[Entry]:
 
 
 def encoded_packed() -> Iterator[Entry]:
-    """SPEC 11: a writer carries them, and writes none of half a byte."""
+    """SPEC 11: a writer writes them, but none of half a byte."""
     every = tuple(full(f"w.{dtype}", (4, 2), dtype=dtype) for dtype in BITS)
     yield written("every-dtype", "11.1", Content(modules=every))
     kept_rows = tuple(same(f"w.{dtype}", (4, 2), dtype=dtype, base_rows=2) for dtype in BITS)

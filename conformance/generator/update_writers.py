@@ -41,7 +41,7 @@ def encoded_updates() -> Iterator[Entry]:
 
 
 def refused_sources() -> Iterator[Entry]:
-    """SPEC 11.2: content of exact updates that no valid file can hold."""
+    """SPEC 11.2: content of exact updates that no valid file can have."""
     content = one(update("w", OLD[:90], NEW[:90], shape=(9, 10)), full("v", (2,)), previous=PREVIOUS)
     good = written("", content, {"w": content.modules[0].new}, "size")
     sources = {role.removeprefix("source/"): data for role, data in good.files.items() if role.startswith("source/")}

@@ -76,7 +76,7 @@ def update(
     coder: Coder = best,
     blocks: Sequence[Block] | None = None,
 ) -> Module:
-    """An `exact` module. old: all of the base; new: the covered weights. rows: of the base, where they differ."""
+    """An `exact` module. old: all of the base; new: the covered weights. rows: those of the base, if they differ."""
     form, size = FORMS[dtype], FORMS[dtype].width // 8
     shape = (len(new),) if shape is None else shape
     base = Base(dtype=dtype, shape=(rows or shape[0], *shape[1:]) if shape else (), data=words(list(old), size))

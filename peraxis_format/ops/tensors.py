@@ -1,6 +1,6 @@
 """torch tensors <-> storage arrays (peraxis_format.dtypes), without a copy.
 
-torch has no tensor in the shape of a packed one (F4, F6): live models hold none of these.
+torch has no tensors of packed types (F4, F6), so live models have none.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ if hasattr(torch, "float8_e8m0fnu"):
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
-    """torch's dtype. Raises LiveModelError for one that torch has no tensors of."""
+    """torch's dtype. Raises LiveModelError if torch has no tensors of this type."""
     if dtype not in TORCH_DTYPES:
-        raise LiveModelError(f"torch holds no {dtype.value} tensors; write the checkpoint with `peraxis-tools apply`")
+        raise LiveModelError(f"torch has no {dtype.value} tensors; write the checkpoint with `peraxis-tools apply`")
     return TORCH_DTYPES[dtype]
 
 

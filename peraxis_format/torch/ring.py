@@ -26,7 +26,7 @@ class Ring:
     def reserve(self, size: int) -> None:
         """Enlarge the slots to at least `size` bytes. Called when a variant is registered, never during a swap."""
         if size > self.slot_size:
-            # Two pages at least: `staging` cuts a slot into pairs.
+            # At least two pages, because `staging` cuts a slot into pairs.
             self.slot_size = max(2 * ALIGN, -(-size // ALIGN) * ALIGN)
             self.host = [self.device.host_buffer(self.slot_size) for _ in range(DEPTH)]
             self.slots = [self.device.buffer(self.slot_size) for _ in range(DEPTH)]

@@ -1,4 +1,4 @@
-"""log: the updates of a folder as a chain, and what folds several of them into one."""
+"""The verb log: the updates of a folder as a chain, and the files that fold several of them into one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHANGED = "peraxis.changed"  # metadata: weights that an update changes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogEntry:
-    """One update. changed: weights that it changes, None where its writer did not say. bytes: of the file."""
+    """One update. changed: the number of weights that it changes, None if unknown. bytes: the size of the file."""
 
     file: str
     content_id: str
@@ -34,7 +34,7 @@ class LogEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChainLog:
-    """The updates in order, and those that take the way of several of them at once (anchors, folded updates)."""
+    """The updates in order, and those that replace several of them (anchors, folded updates)."""
 
     folder: str
     updates: tuple[LogEntry, ...]
@@ -44,7 +44,7 @@ class ChainLog:
 def log(source: str | Path) -> ChainLog:
     """Read the headers of every .pxd of a folder, which may be a URL or a repository on the hub.
 
-    Of a URL headers alone are fetched. Raises ToolError, PxdError, CheckFailedError for a broken chain.
+    From a URL only headers are fetched. Raises ToolError, PxdError, CheckFailedError for a broken chain.
     """
     read = [_read(file) for file in listed(source)]
     entries = {link.content_id: entry for link, entry in read}
@@ -63,7 +63,7 @@ def _read(file: str | Path) -> tuple[Link, LogEntry]:
     if is_remote(file) and hub_name(file) is None:
         remote = remote_file(str(file))
         _, manifest = remote.header()
-        # The name alone: a URL is no path, and all of them lie in one folder.
+        # Only the name, because a URL is not a path, and all of them are in one folder.
         link = link_from(PurePosixPath(remote.url).name, manifest)
         return link, _entry(link, manifest, remote.size)
     with local_copy(file) as path, pxd.open(path) as delta:
@@ -86,7 +86,7 @@ def _entry(link: Link, manifest: pxd.Manifest, size: int) -> LogEntry:
 
 
 def _changed(text: str, weights: int) -> int | None:
-    """The number of changed weights that a writer noted, where it is one: anybody can write anything there."""
+    """The number of changed weights that a writer noted; None if it is not a valid number."""
     if not re.fullmatch(r"[0-9]{1,16}", text) or int(text) > weights:
         return None
     return int(text)

@@ -1,4 +1,4 @@
-"""Every update of a chain open at once: a long chain has more files than a process may usually hold."""
+"""Open all updates of a chain at once; a long chain has more files than a process may usually open."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import peraxis_format as pxd
 
 __all__ = ["opened_all"]
 
-_DESCRIPTORS: Final = 2  # of one open file: its own, and that of its map
-_OTHERS: Final = 64  # files that a process holds beside these
+_DESCRIPTORS: Final = 2  # descriptors of one open file: its own, and that of its map
+_OTHERS: Final = 64  # other open files of a process
 
 
 @contextlib.contextmanager
 def opened_all(paths: Sequence[Path]) -> Iterator[list[pxd.DeltaFile]]:
-    """The updates, open. Raises PxdError, OSError with the path."""
+    """Yield the open updates. Raises PxdError, OSError with the path."""
     _allow_files(_DESCRIPTORS * len(paths) + _OTHERS)
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(pxd.open(path)) for path in paths]
 
 
 def _allow_files(count: int) -> None:
-    """Raise the soft limit of open files to this count, as far as the hard one lets us."""
+    """Raise the soft limit of open files to this count, or to the hard limit."""
     try:
         import resource
-    except ImportError:  # not on Windows, where the limit is another one
+    except ImportError:  # Windows has another limit
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= count:

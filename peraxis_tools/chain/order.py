@@ -1,6 +1,6 @@
 """The order of a chain of updates, from their manifests alone (SPEC 3.14).
 
-An update follows the one that its `previous` names, or, where it names none, the one whose result is its base.
+An update follows the one that its `previous` names, or, if it names none, the one whose result is its base.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["Link", "chain_order", "folds", "link_from", "link_of"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """What the header of one update says of its place. base, result: digests over all tensors before and after."""
+    """The place of one update, from its header. base, result: digests over all tensors before and after."""
 
     path: Path
     content_id: str
@@ -27,13 +27,13 @@ class Link:
 
 
 def link_of(path: str | Path) -> Link:
-    """Read the header of an update. Raises PxdError, and ToolError for a delta that does not say its result."""
+    """Read the header of an update. Raises PxdError, and ToolError for a delta without a result."""
     with pxd.open(path) as delta:
         return link_from(path, delta.manifest)
 
 
 def link_from(path: str | Path, manifest: pxd.Manifest) -> Link:
-    """The same from a manifest that was read. Raises ToolError."""
+    """The link of a manifest. Raises ToolError for a delta without a result."""
     if manifest.result is None:
         raise ToolError(f"{path}: has no result, so it is not an update; write it with `update`")
     return Link(
@@ -46,10 +46,10 @@ def link_from(path: str | Path, manifest: pxd.Manifest) -> Link:
 
 
 def chain_order(links: Iterable[Link]) -> list[Link]:
-    """The one order in which these updates follow each other.
+    """The order in which these updates follow each other.
 
-    Raises CheckFailedError, with the files' names, for an update given twice, a fork, a gap, a ring, and an update
-    whose base is not what the one before it results in.
+    Raises CheckFailedError with the files' names for an update given twice, a fork, a gap, a cycle, and an update whose
+    base is not the result of the one before it.
     """
     given = list(links)
     if not given:
@@ -83,12 +83,12 @@ def chain_order(links: Iterable[Link]) -> list[Link]:
 
 
 def folds(links: Sequence[Link]) -> list[Link]:
-    """Those that two or more of the others stand for: these begin where it does, and lead to its result."""
+    """The updates that a chain of two or more others replaces: one with the same base and the same result."""
     known = {link.content_id for link in links}
     after: dict[str, list[Link]] = {}
     starts: dict[tuple[str, str | None], list[Link]] = {}
     for link in links:
-        # What an update follows that names no other one here is told by the state that it was made on.
+        # The predecessor of an update that names none here follows from its base state.
         named = link.previous is not None and link.previous in known
         after.setdefault(link.previous if named and link.previous else link.base, []).append(link)
         starts.setdefault((link.base, link.previous), []).append(link)
@@ -113,7 +113,7 @@ def _before(link: Link, by_id: Mapping[str, Link], given: Sequence[Link]) -> Lin
     named = by_id.get(link.previous or "")
     if named is not None:
         return named
-    # It names none of these: the first of all, or the one it names is folded into another one.
+    # Its predecessor is not here: it is the first, or the predecessor is folded into another update.
     candidates = [other for other in given if other.result == link.base and not _descends(other, link, by_id)]
     if len(candidates) > 1:
         names = " and ".join(str(other.path) for other in candidates)
@@ -122,7 +122,7 @@ def _before(link: Link, by_id: Mapping[str, Link], given: Sequence[Link]) -> Lin
 
 
 def _descends(link: Link | None, ancestor: Link, by_id: Mapping[str, Link]) -> bool:
-    """Whether following `previous` from a link leads to an ancestor, or the link is it."""
+    """Whether a link is this ancestor, or following `previous` from it leads there."""
     seen: set[str] = set()
     while link is not None and link.content_id not in seen:
         if link is ancestor:
@@ -140,7 +140,7 @@ def _refuse_gaps(first: Sequence[Link], given: Sequence[Link]) -> None:
     same = [link for link in first if link.base == first[0].base]
     if len(same) > 1:
         raise CheckFailedError(f"{same[1].path} and {same[0].path}: a fork; both were made on one state")
-    # The one that names a predecessor is the one that misses it.
+    # The link that names a predecessor is the one whose predecessor is missing.
     late = next((link for link in first if link.previous is not None), first[1])
     wanted = f"update {late.previous}" if late.previous else f"an update that results in {late.base}"
     raise CheckFailedError(f"{late.path}: a gap; {wanted} is missing in front of it")

@@ -24,7 +24,7 @@ class ChainState(pxd.Safetensors):
         self.label = base.label if not updates else f"{base.label} + {len(self._updates)} updates"
         self.files = base.files
         self._known = {info.name: info for info in base.infos()}
-        # By update: the module that holds each alias.
+        # For each update: the module of each alias.
         self._modules = {id(update): {alias: name for name, alias in update.manifest.tied} for update in self._updates}
         for update in self._updates:
             self._take_over(update)
@@ -68,7 +68,7 @@ class ChainState(pxd.Safetensors):
         return info.dtype.rows_from(first, info.shape, start)
 
     def _after_all(self, name: str) -> pxd.Array:
-        """A tensor after all updates, from the newest one that has no base for it, or from the base."""
+        """A tensor after all updates, from the newest one without a base for it, or from the base."""
         steps: list[tuple[pxd.DeltaFile, pxd.ModuleEntry]] = []
         for update in reversed(self._updates):
             name = self._modules[id(update)].get(name, name)

@@ -1,4 +1,4 @@
-"""update and compact: one state and another as a lossless .pxd, which says what it results in."""
+"""The verbs update and compact: the lossless difference of two states as a .pxd that names its result."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from peraxis_tools.urls import without_secrets
 __all__ = ["UpdateJob", "UpdateResult", "compact", "count_changed", "open_chain", "update", "write_update"]
 
 _AHEAD_BYTES: Final = 512 << 20
-_PACKED_BLOCK: Final = 3 << 18  # bytes; every 3 hold whole elements of 4 or 6 bits
-_HELD: Final = 3  # of a tensor's bytes: itself, what it was, and what is written
+_PACKED_BLOCK: Final = 3 << 18  # bytes; each 3 bytes are whole elements of 4 or 6 bits
+_HELD: Final = 3  # times a tensor's bytes: the new one, the old one, and the written one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateResult:
-    """What was written. Sizes in bytes; changed: weights that differ, of `weights`; encodings: modules by encoding.
+    """The written file. Sizes in bytes; changed: weights that differ, of `weights`; encodings: modules by encoding.
 
-    blocks: of exact modules by how they are stored (SPEC 5.6), chosen for `prefer`. path: or the URL it was sent to.
+    blocks: those of exact modules by mode (SPEC 5.6), chosen for `prefer`. path: or the URL that it was sent to.
     """
 
     path: Path | str
@@ -58,7 +58,7 @@ class UpdateResult:
 
 @contextlib.contextmanager
 def open_chain(base: Checkpoint, updates: Sequence[str | Path]) -> Iterator[tuple[ChainState, list[Link]]]:
-    """The state after these updates, put into order. Raises PxdError, CheckFailedError."""
+    """The state after these updates, in any order. Raises PxdError, CheckFailedError."""
     ordered = chain_order(map(link_of, updates)) if updates else []
     with opened_all([link.path for link in ordered]) as files:
         yield ChainState(base.tensors, files), ordered
@@ -74,9 +74,9 @@ def update(
     overwrite: bool = False,
     progress: Progress = None,
 ) -> UpdateResult:
-    """Write what changed from `old` to `new`, bit for bit.
+    """Write the changes from `old` to `new`, bit for bit.
 
-    old, new: folder, safetensors file or hub id; of `old` the state is the one after the updates `after`. output: a
+    old, new: a folder, a safetensors file or a hub id; the old state is `old` after the updates `after`. output: a
     path or a URL. progress is called with bytes of `new`. Raises ToolError, CheckpointError, PxdError.
     """
     with (
@@ -112,10 +112,10 @@ def compact(
     overwrite: bool = False,
     progress: Progress = None,
 ) -> UpdateResult:
-    """Fold a chain into one update with the same result, which is proven before it is written.
+    """Fold a chain into one update with the same result, which is checked before the file is written.
 
-    base: the checkpoint that the first of them was made on: what changed is coded given its weights.
-    Raises CheckFailedError where the results differ, ToolError, CheckpointError, PxdError.
+    base: the checkpoint that the first of them was made on; changes are coded relative to its weights.
+    Raises CheckFailedError if the results differ, ToolError, CheckpointError, PxdError.
     """
     with (
         output_file(output, overwrite=overwrite, inputs=(base, *updates)) as target,
@@ -144,13 +144,13 @@ def compact(
 
 
 def _named(result: UpdateResult, output: str | Path) -> UpdateResult:
-    """The result by the name that the output was given."""
+    """The result with the given name of the output."""
     return replace(result, path=without_secrets(str(output)) if is_remote(output) else Path(output))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateJob:
-    """A file from one state to another. base, result: the digests that it must have, where they are known before."""
+    """The file from one state to another. base, result: the digests that it must have, if they are known."""
 
     output: Path
     old: pxd.Safetensors
@@ -165,7 +165,7 @@ class UpdateJob:
 
 
 def _module(job: UpdateJob, name: str) -> tuple[pxd.ModuleDelta, int]:
-    """A tensor as it is stored, and how many of its elements differ."""
+    """A tensor for the writer, and the number of its elements that differ."""
     array, (dtype, shape) = job.new.read(name), (job.new[name].dtype, job.new[name].shape)
     if name not in job.old:
         return pxd.lossless_module(name, array, dtype, shape=shape), math.prod(shape)
@@ -175,7 +175,7 @@ def _module(job: UpdateJob, name: str) -> tuple[pxd.ModuleDelta, int]:
     module = pxd.lossless_module(name, array, dtype, shape=shape, old=before, base=ref, prefer=job.prefer, threads=1)
     resized = (info.dtype, info.shape) != (dtype, shape)
     if resized and module.encoding is pxd.Encoding.SAME:
-        # SPEC 3.14: the result of `same` is known where the shape is the base's, and an update must say it.
+        # SPEC 3.14: the result of `same` is known if the shape is the base's, and an update must have it.
         module = pxd.ModuleDelta(name=name, shape=shape, dtype=dtype, encoding=pxd.Encoding.FULL, base=ref, full=array)
     if dtype.is_packed:
         return module, math.prod(shape) if resized else _count_changed_packed(before, array, dtype)
@@ -183,7 +183,7 @@ def _module(job: UpdateJob, name: str) -> tuple[pxd.ModuleDelta, int]:
 
 
 def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
-    """Write the file. step: is called with bytes of the new state. Raises CheckFailedError, PxdError, OSError."""
+    """Write the file. step: called with bytes of the new state. Raises CheckFailedError, PxdError, OSError."""
     tied = tied_pairs(job.new)
     aliases = {alias for _, alias in tied}
     names = sorted((name for name in job.new if name not in aliases), key=execution_key)
@@ -234,7 +234,7 @@ def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
 
 
 def _prove(job: UpdateJob, writer: pxd.DeltaWriter) -> None:
-    """The file fits into its chain. Raises CheckFailedError before it is written."""
+    """Check that the file fits into its chain. Raises CheckFailedError before it is written."""
     if job.base is not None and writer.base_digest != job.base:
         raise CheckFailedError(
             f"{job.output}: tensors were added or removed since the last update, so it cannot follow; start a new chain"
@@ -244,7 +244,7 @@ def _prove(job: UpdateJob, writer: pxd.DeltaWriter) -> None:
 
 
 def count_changed(old: pxd.Array, new: pxd.Array) -> int:
-    """Elements whose bytes differ; all of them where the shapes or dtypes do."""
+    """The number of elements whose bytes differ; all of them if the shapes or dtypes differ."""
     if old.shape != new.shape or old.dtype != new.dtype:
         return int(new.size)
     width = f"u{old.dtype.itemsize}"
@@ -252,7 +252,7 @@ def count_changed(old: pxd.Array, new: pxd.Array) -> int:
 
 
 def _count_changed_packed(old: pxd.Array, new: pxd.Array, dtype: pxd.DType) -> int:
-    """Elements of a packed type whose bits differ, counted from the least significant bit. old, new: uint8 [bytes]."""
+    """The number of elements of a packed type whose bits differ. old, new: uint8 [bytes]."""
     count = 0
     for begin in range(0, old.size, _PACKED_BLOCK):
         differing: pxd.Array = old[begin : begin + _PACKED_BLOCK] ^ new[begin : begin + _PACKED_BLOCK]

@@ -17,7 +17,7 @@ __all__ = ["command"]
 
 @click.command("compact")
 @click.argument("updates", metavar="UPDATE...", nargs=-1, required=True)
-@click.option("--base", required=True, metavar="FOLDER|ID", help="What the first of them was made on.")
+@click.option("--base", required=True, metavar="FOLDER|ID", help="The checkpoint that the first update was made on.")
 @click.option("--output", "-o", required=True, metavar="PXD|URL", help="The .pxd to write.")
 @prefer_option
 @overwrite_option
@@ -34,8 +34,8 @@ def command(
 ) -> None:
     """Fold a chain of updates into one with the same result, which is checked before it is written.
 
-    The base is needed since changes are coded given its weights. UPDATE is a file, or a folder of updates: a path, a
-    URL or a repository on the hub.
+    The base is needed because changes are coded relative to its weights. UPDATE is a file, or a folder of updates: a
+    path, a URL or a repository on the hub.
 
     Example: peraxis-tools compact step-0001*.pxd --base step-99 -o 100-to-124.pxd
     """

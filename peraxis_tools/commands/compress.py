@@ -36,7 +36,7 @@ def size(value: str) -> int:
 @click.option(
     "--prefer",
     type=click.Choice(PREFER),
-    help="What exact tensors are written for: the fewest bytes, or the fastest application.  [default: size]",
+    help="Write exact tensors with the fewest bytes, or for the fastest application.  [default: size]",
 )
 @click.option(
     "--calibration", metavar="TEXT[:WEIGHT]", multiple=True,

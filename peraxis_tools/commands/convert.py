@@ -53,7 +53,7 @@ _DEFAULT_RANK = 16
     "--to",
     "target",
     type=click.Choice(["pxd", "lora", "checkpoint", *WIRES]),
-    help="What to write.  [default: pxd, from anything else]",
+    help="What to write.  [default: pxd, from another format]",
 )
 @click.option("--rank", type=click.IntRange(min=1), help=f"The rank of the LoRA adapter.  [default: {_DEFAULT_RANK}]")
 @click.option(
@@ -66,7 +66,7 @@ _DEFAULT_RANK = 16
     "--after",
     multiple=True,
     metavar="PXD|FOLDER|URL",
-    help="Updates on the base, after which the step of a wire was made. Repeatable.",
+    help="Updates on the base before the step of a wire. Repeatable.",
 )
 @prefer_option
 @overwrite_option
@@ -93,8 +93,8 @@ def command(
     Only tensors are read from a .pt file; code in it is not run. A LoRA adapter is an approximation; its error is
     shown.
 
-    One step of training is converted bit for bit between an exact update and the wires of other systems: index-value
-    (vLLM, verl, prime-rl), nemo-rl, and xor (slime, SkyRL). --base is the state before the step.
+    One training step is converted bit for bit between an exact update and the wire formats of other systems:
+    index-value (vLLM, verl, prime-rl), nemo-rl, and xor (slime, SkyRL). --base is the state before the step.
 
     \b
     Example: peraxis-tools convert diff.pt --base meta-llama/Llama-2-7b-hf -o delta.pxd
@@ -152,7 +152,7 @@ def command(
 
 
 def _wire(path: Path, layout: str) -> WireName | None:
-    """The wire that is asked for, or that the source is where nothing is asked for."""
+    """The requested wire, or, if none is requested, that of the source."""
     if layout == "auto":
         found = recognised(path)
         if found is None and path.is_dir():

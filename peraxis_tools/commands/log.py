@@ -17,9 +17,9 @@ __all__ = ["command"]
 @json_option
 @quiet_option
 def command(source: str, as_json: bool, quiet: bool) -> None:
-    """List the updates of a folder in the order of their chain: what each changes, its bytes and its result.
+    """List the updates of a folder in the order of their chain, with the number of changes, the bytes and the result.
 
-    Of a URL headers alone are fetched.
+    From a URL only headers are fetched.
 
     \b
     Example: peraxis-tools log updates

@@ -24,9 +24,9 @@ def fetched(sources: Sequence[str], *, quiet: bool) -> Iterator[list[Path]]:
 
 @contextlib.contextmanager
 def updates_of(sources: Sequence[str], *, quiet: bool) -> Iterator[list[Path]]:
-    """Local paths of updates: files, and of a folder (a path, a URL, a repository) every .pxd in it.
+    """Yield local paths of updates: files, and for a folder (a path, a URL, a repository) every .pxd in it.
 
-    Of a folder those are left out that take the way of several others at once: anchors and folded updates.
+    Files of a folder that replace several others (anchors and folded updates) are left out.
     """
     with contextlib.ExitStack() as stack:
         found: list[Path] = []
@@ -47,6 +47,6 @@ def _link(path: Path, source: str, count: int) -> Link:
         return link_of(path)
     except ToolError:
         raise ToolError(
-            f"{without_secrets(source)}: holds {count} .pxd files, and {path.name} is no update of a chain; "
+            f"{without_secrets(source)}: has {count} .pxd files, and {path.name} is not an update of a chain; "
             "name one file"
         ) from None

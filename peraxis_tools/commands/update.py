@@ -23,7 +23,7 @@ __all__ = ["command"]
     "--after",
     multiple=True,
     metavar="PXD|FOLDER|URL|ID",
-    help="Updates on OLD that are there already; the new one follows them. Repeatable.",
+    help="Existing updates on OLD; the new one follows them. Repeatable.",
 )
 @prefer_option
 @overwrite_option

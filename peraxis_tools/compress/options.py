@@ -96,7 +96,7 @@ class CompressOptions:
     exact          None; a regular expression: the tensors that it finds are stored losslessly, as `same`, an exact
                    update or `full`, the smallest of them (.* means all: a lossless file); auto: the tensors that
                    are smaller losslessly than as signs
-    prefer         what exact updates are written for: size, the fewest bytes; speed, the fastest application
+    prefer         how exact updates are written: size, with the fewest bytes; speed, for the fastest application
     embeddings     how embed_tokens and lm_head are stored: sign (with `masks`), full (exact), auto (with more masks)
     calibration    c4, a `datasets` id, or a file of json, jsonl(.gz), parquet or txt; or several of them, each
                    optionally with a weight: ("c4:0.5", "chat.jsonl:0.5")
@@ -265,7 +265,7 @@ class CompressOptions:
         names = {new: old for old, new in _OTHER_NAMES.items()}
         values = {names.get(name, name): value for name, value in asdict(self).items() if name not in _NOT_CONTENT}
         if self.prefer == "size":
-            del values["prefer"]  # files that were written before there was a choice say nothing of it
+            del values["prefer"]  # files of earlier versions do not have it
         return {name: repr(value) if isinstance(value, float) else value for name, value in values.items()}
 
     def canonical_json(self) -> str:

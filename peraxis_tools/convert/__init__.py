@@ -1,4 +1,4 @@
-"""From other projects' delta files and wires to .pxd, and from .pxd to these and to LoRA. Imports torch when called."""
+"""Convert other projects' delta files and wires to .pxd, and .pxd to these and to LoRA. Imports torch when needed."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def _new_rows(file_a: pxd.DeltaFile, file_b: pxd.DeltaFile, name: str) -> tuple[
 
 
 def _tail_rows(module: pxd.ModuleDelta) -> pxd.Array | None:
-    """The rows beyond the base, [rows, -1]; of a packed type as bits; None where there are none."""
+    """The rows beyond the base, [rows, -1], as bits for a packed type; None if there are none."""
     count = module.shape[0] - module.kept if module.shape else 0
     held = module.tail if module.full is None else module.full
     if count == 0 or held is None:

@@ -27,7 +27,7 @@ def render_to_pxd(result: ToPxdResult, console: Console) -> None:
 
 
 def render_to_wire(result: ToWireResult, console: Console) -> None:
-    """Where it is, and how much changed."""
+    """Print the path and the number of changes."""
     console.print(f"[bold green]converted[/]  {text(result.path)}  {size(result.bytes)}, to {result.wire}")
     console.print(f"from       {text(result.content_id)}")
     share = f"{result.changed / result.weights:.2%}" if result.weights else "none"

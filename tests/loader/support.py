@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 import peraxis_format as pf
 from peraxis_format.dtypes import Array
 from peraxis_format.ops.tensors import dtype_of, storage_array
+from peraxis_format.torch import apply_
 
 AXES = tuple(pf.Axis)
 
@@ -126,3 +129,16 @@ class Small(nn.Module):
         hidden = self.embed(ids)
         hidden = hidden + self.second(torch.relu(self.norm(self.first(hidden))))
         return self.head(hidden)
+
+
+def base_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every tensor of a model."""
+    return {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
+
+
+def refused(model: Any, path: Path, error: type[Exception], match: str, **options: Any) -> None:
+    """Check that apply_ raises this error and leaves the model unchanged."""
+    before = bytes_of(dict(model) if isinstance(model, dict) else named_tensors(model))
+    with pytest.raises(error, match=match):
+        apply_(model, path, **options)
+    assert before == bytes_of(dict(model) if isinstance(model, dict) else named_tensors(model))

@@ -15,13 +15,9 @@ from torch import Tensor, nn
 import peraxis_format as pf
 from peraxis_format.torch import LiveModelError, SwapError, VariantSwitch, apply_
 from peraxis_format.torch.serve.api import serve
-from tests.loader.support import Small, bytes_of, expected_bytes, named_tensors, write_delta
+from tests.loader.support import Small, base_of, bytes_of, expected_bytes, named_tensors, write_delta
 
 IDS = torch.randint(0, 37, (4, 6), generator=torch.Generator().manual_seed(3))
-
-
-def base_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
 
 
 def delta_for(model: nn.Module, path: Path, seed: int = 0) -> Path:

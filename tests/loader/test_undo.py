@@ -189,9 +189,9 @@ def test_weights_that_somebody_else_wrote_are_refused_and_not_spread(at: str | N
         with torch.no_grad():
             model.head.weight[0, 0] += 1
         for overwrite in (False, True):
-            with pytest.raises(LiveModelError, match=r"head\.weight: was written .* keeps no base"):
+            with pytest.raises(LiveModelError, match=r"head\.weight: was written .* keeps no copy"):
                 live.use(None if at else "v", overwrite=overwrite)
-        with pytest.raises(LiveModelError, match=r"head\.weight: was written .* keeps no base"):
+        with pytest.raises(LiveModelError, match=r"head\.weight: was written .* keeps no copy"):
             live.add("w", path)
 
 

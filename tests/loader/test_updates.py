@@ -2,58 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import peraxis_format as pxd
-from peraxis_format.errors import LiveModelError, PxdError
+from peraxis_format.errors import PxdError
 from peraxis_format.torch.updates import Poll, UpdateError, UpdateWriter, apply_update, follow, list_updates
-
-
-class Small(nn.Module):
-    """A tied pair, a vector, a buffer of integers, and a matrix of more than one stretch's blocks' edge."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(40, 16, dtype=dtype)
-        self.up = nn.Linear(16, 1025, dtype=dtype)
-        self.head = nn.Linear(16, 40, bias=False, dtype=dtype)
-        self.head.weight = self.embed.weight
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-
-
-def trainer(seed: int = 0) -> Small:
-    torch.manual_seed(seed)
-    return Small(torch.float32)
-
-
-def server(seed: int = 1) -> Small:
-    torch.manual_seed(seed)
-    return Small(torch.bfloat16)
-
-
-@torch.no_grad()
-def train(model: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.add_(3e-5 * torch.randn(parameter.shape, generator=generator))
-    model.get_buffer("seen").add_(1)
-
-
-def published(model: nn.Module) -> dict[str, bytes]:
-    return {
-        name: (tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor)
-        .contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        for name, tensor in model.state_dict().items()
-    }  # fmt: skip
+from tests.loader.updates_pair import published, server, train, trainer
 
 
 def test_a_server_that_polls_holds_what_the_trainer_published(tmp_path: Path) -> None:
@@ -69,20 +27,6 @@ def test_a_server_that_polls_holds_what_the_trainer_published(tmp_path: Path) ->
         train(model, step)
     assert {name: tensor.data_ptr() for name, tensor in live.named_parameters()} == pointers
     assert follower.poll().applied == ()
-
-
-def test_an_update_is_small_and_says_what_changed(tmp_path: Path) -> None:
-    model = trainer()
-    writer = UpdateWriter(model, tmp_path)
-    first = writer.step()
-    train(model, 0)
-    done = writer.step()
-    assert 0 < done.changed < done.weights
-    assert done.bytes < first.bytes
-    with pxd.open(done.path) as delta:
-        assert delta.manifest.previous == first.content_id
-        assert delta.manifest.tied == (("embed.weight", "head.weight"),)
-    assert writer.result == done.result
 
 
 def test_a_late_server_catches_up_and_one_in_the_middle_goes_on_from_its_state(tmp_path: Path) -> None:
@@ -190,109 +134,6 @@ def test_a_thread_follows(tmp_path: Path) -> None:
     assert seen[-1] == 2
 
 
-def test_old_files_go_and_what_is_left_is_a_chain(tmp_path: Path) -> None:
-    model = trainer()
-    writer = UpdateWriter(model, tmp_path, anchor_every=2)
-    for step in range(8):
-        writer.step()
-        train(model, step)
-    gone = writer.prune(anchors=2)
-    assert [path.name for path in gone][:2] == ["anchor-00000000.pxd", "step-00000001.pxd"]
-    files, _ = list_updates(tmp_path)
-    assert [(file.step, file.is_anchor) for file in files] == [(4, True), (5, False), (6, False), (6, True), (7, False)]
-    live = server()
-    assert follow(live, tmp_path).poll().step == 7
-    again = UpdateWriter(model, tmp_path)
-    assert again.step_number == 7
-    assert again.step().step == 8
-    assert follow(live, tmp_path).poll().step == 8
-    assert published(live) == published(model)
-
-
-def test_a_folder_of_other_tensors_or_with_a_gap_is_refused_by_name(tmp_path: Path) -> None:
-    model = trainer()
-    writer = UpdateWriter(model, tmp_path)
-    for step in range(4):
-        writer.step()
-        train(model, step)
-    with pytest.raises(LiveModelError, match="other"):
-        UpdateWriter({"other": torch.zeros(3)}, tmp_path).step()
-    (tmp_path / "step-00000002.pxd").unlink()
-    with pytest.raises(LiveModelError, match=r"step-00000003.pxd: a gap"):
-        UpdateWriter(model, tmp_path)
-
-
-def test_a_second_trainer_does_not_overwrite_what_is_published(tmp_path: Path) -> None:
-    model = trainer()
-    first, _ = UpdateWriter(model, tmp_path), None
-    first.step()
-    second = UpdateWriter(model, tmp_path)
-    first.step()
-    with pytest.raises(FileExistsError):
-        second.step()
-
-
-class Killed(BaseException):
-    """Stands for a SIGKILL: nothing of the library catches it and goes on."""
-
-
-class KillAfter:
-    """Raises Killed in the library once this many Python functions were called or left. count: how many there were."""
-
-    def __init__(self, events: int) -> None:
-        self.events = events
-        self.count = 0
-
-    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        self.count += 1
-        if self.count > self.events and "peraxis_format" in frame.f_code.co_filename:
-            sys.setprofile(None)
-            raise Killed
-
-    def __enter__(self) -> KillAfter:
-        sys.setprofile(self)
-        return self
-
-    def __exit__(self, *error: object) -> bool:
-        sys.setprofile(None)
-        return isinstance(error[1], Killed)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
-@pytest.mark.parametrize("seed", range(2))
-def test_kills_of_trainer_and_server_at_random_moments_lose_nothing(tmp_path: Path, seed: int) -> None:
-    random = np.random.default_rng(seed)
-    model, live = trainer(seed), server(seed + 10)
-    states: list[dict[str, bytes]] = []
-    writer, follower = UpdateWriter(model, tmp_path, anchor_every=5), follow(live, tmp_path)
-    length, kills = 0, 0  # events of a whole step, once one was seen
-    for attempt in range(16):
-        want = published(model)
-        with KillAfter(int(random.integers(1, length)) if attempt > 2 else sys.maxsize) as killer:
-            writer.step()
-        length = int(1.5 * killer.count) if attempt == 2 else length  # the first ones import and compile
-        kills += killer.count > killer.events
-        # What counts is what stands in the folder: the process that published is gone.
-        writer = UpdateWriter(model, tmp_path, anchor_every=5)
-        if writer.result is not None and writer.step_number == len(states):
-            states.append(want)
-            train(model, attempt)
-        assert writer.step_number == len(states) - 1
-        fate = random.integers(0, 4)
-        if fate == 0:
-            with KillAfter(int(random.integers(1, length))):
-                follower.poll()
-            # Either the same model, interrupted anywhere, or a new one.
-            live = live if random.random() < 0.5 else server(attempt)
-            follower = follow(live, tmp_path)
-        if fate <= 1:
-            assert follower.poll().step == len(states) - 1
-            assert published(live) == states[-1]
-    assert follower.poll().lag == 0
-    assert published(live) == states[-1]
-    assert 3 < kills < 14
-
-
 def test_a_mapping_of_tensors_is_followed_too(tmp_path: Path) -> None:
     state: dict[str, Tensor] = {"w": torch.randn(300, 70), "b": torch.randn(5)}
     live = {name: torch.zeros_like(tensor, dtype=torch.float16) for name, tensor in state.items()}
@@ -335,30 +176,6 @@ def test_a_live_tensor_that_differs_in_one_bit_is_noticed_before_anything_is_wri
         apply_update(live, update)
     for name, tensor in live.items():
         assert torch.equal(tensor.view(torch.int16), before[name].view(torch.int16))
-
-
-def test_the_tools_read_what_a_trainer_published(tmp_path: Path) -> None:
-    from peraxis_tools.apply import apply
-    from peraxis_tools.chain import log
-    from peraxis_tools.checkpoint import open_checkpoint
-    from tests.factories import write_checkpoint
-
-    model = trainer()
-    writer = UpdateWriter(model, tmp_path / "chain", anchor_every=2)
-    for step in range(5):
-        writer.step()
-        train(model, step)
-    writer.step()
-    found = log(tmp_path / "chain")
-    assert [entry.file for entry in found.updates] == ["anchor-00000000.pxd"] + [
-        f"step-{step:08d}.pxd" for step in range(1, 6)
-    ]
-    assert [entry.file for entry in found.folded] == ["anchor-00000002.pxd", "anchor-00000004.pxd"]
-    write_checkpoint(tmp_path / "base", {"unrelated": (np.zeros(3, np.float32), pxd.DType.F32)})
-    files = [tmp_path / "chain" / entry.file for entry in found.updates]
-    apply(tmp_path / "base", files, tmp_path / "out")
-    with open_checkpoint(tmp_path / "out") as out:
-        assert {name: bytes(out.tensors.read(name).tobytes()) for name in out.tensors} == published(model)
 
 
 def test_a_server_may_keep_some_tensors_in_f32(tmp_path: Path) -> None:

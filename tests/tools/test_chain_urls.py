@@ -131,7 +131,7 @@ def test_a_folder_without_deltas_or_with_others_is_named(states: list[Tensors], 
         write_delta(tmp_path / f"{name}.pxd", [sign_module(rng, "w", random_storage(rng, (16, 24)))])
     done = run("apply", tmp_path / "state-0", tmp_path, "-o", tmp_path / "out", "-q")
     assert isinstance(done.exception, ToolError)
-    assert "holds 2 .pxd files, and a.pxd is no update of a chain; name one file" in str(done.exception)
+    assert "has 2 .pxd files, and a.pxd is not an update of a chain; name one file" in str(done.exception)
 
 
 def test_a_repository_on_the_hub_is_a_folder_too(

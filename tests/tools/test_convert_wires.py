@@ -4,146 +4,40 @@ from __future__ import annotations
 
 import io
 import json
-import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import peraxis_format as pxd
 from peraxis_tools.apply import apply
 from peraxis_tools.chain import update
-from peraxis_tools.checkpoint import open_checkpoint
 from peraxis_tools.cli import cli
 from peraxis_tools.convert import WIRES, WireName, convert, from_wire, to_wire
-from peraxis_tools.errors import CheckFailedError, ToolError
+from peraxis_tools.errors import ToolError
 from tests.factories import write_checkpoint
-
-arrow = pytest.importorskip("pyarrow")
-
-Tensors = dict[str, tuple[np.ndarray, pxd.DType]]
-TORCH = {pxd.DType.BF16: torch.bfloat16, pxd.DType.F16: torch.float16, pxd.DType.F32: torch.float32}
-UP, DOWN, NORM = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight", "model.norm.weight"
-
-
-def start() -> Tensors:
-    random = np.random.default_rng(0)
-
-    def weights(shape: tuple[int, ...], dtype: pxd.DType) -> tuple[np.ndarray, pxd.DType]:
-        return pxd.from_float32((random.standard_normal(shape) * 0.02).astype(np.float32), dtype), dtype
-
-    return {
-        "model.embed_tokens.weight": weights((1200, 64), pxd.DType.BF16),
-        UP: weights((96, 64), pxd.DType.BF16),
-        DOWN: weights((64, 96), pxd.DType.F16),
-        NORM: weights((64,), pxd.DType.F32),
-    }
-
-
-def words(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1).view(f"<u{array.dtype.itemsize}")
-
-
-def stepped(tensors: Tensors, seed: int) -> Tensors:
-    """A step of training: few weights change; of the norm a run does; the embedding's first and last one do."""
-    random = np.random.default_rng(seed)
-    after = {name: (array.copy(), dtype) for name, (array, dtype) in tensors.items()}
-    for name in (UP, DOWN):
-        found = words(after[name][0])
-        found[random.random(found.size) < 0.05] ^= 1
-        found[random.integers(0, found.size, 3)] = [0x7FC1, 0x8000, 0xFFFF]  # NaN and -0 are patterns as others are
-    words(after[NORM][0])[10:20] += 5
-    words(after["model.embed_tokens.weight"][0])[[0, -1]] ^= 3  # a gap beyond 16 bits
-    return after
-
-
-def tensor(array: np.ndarray, dtype: pxd.DType) -> torch.Tensor:
-    return torch.from_numpy(array.copy()).view(TORCH[dtype])
-
-
-# --- fixtures, as the projects describe their wires --------------------------------------------------------------
-
-
-def index_value(folder: Path, old: Tensors, new: Tensors) -> Path:
-    """vLLM, TRL: for each parameter int32 flat indices and absolute values."""
-    saved = {}
-    for name, (array, dtype) in new.items():
-        index = torch.from_numpy(np.flatnonzero(words(array) != words(old[name][0])))
-        if index.numel():
-            saved[f"{name}.indices"] = index.to(torch.int32)
-            saved[f"{name}.values"] = tensor(array, dtype).reshape(-1)[index].clone()
-    save_file(saved, folder / "patch.safetensors")
-    return folder / "patch.safetensors"
-
-
-def nemo(folder: Path, old: Tensors, new: Tensors, *, operation: str = "xor") -> Path:
-    """NeMo-RL: gaps in the smallest width, XOR of patterns; contiguous changes are ranges; torch.save, zstd 1."""
-    locations: list[bytes] = []
-    groups: dict[int, list[np.ndarray]] = {}
-    metadata: list[dict[str, Any]] = []
-    for name, (array, dtype) in new.items():
-        before, after = words(old[name][0]), words(array)
-        index = np.flatnonzero(before != after)
-        values = (before ^ after if operation == "xor" else after)[index].view(f"<i{after.itemsize}")
-        group = groups.setdefault(after.itemsize, [])
-        begin, at = sum(part.size for part in group), sum(map(len, locations))
-        group.append(values)
-        item = {"name": name, "shape": array.shape, "dtype": str(TORCH[dtype]).removeprefix("torch.")}
-        item |= {"operation": operation, "value_group": list(groups).index(after.itemsize)}
-        item |= {"value_start": begin, "value_end": begin + index.size, "index_start": at}
-        if index[-1] - index[0] + 1 == index.size:
-            item |= {"index_encoding": "range", "range_start": int(index[0]), "index_end": at}
-        else:
-            gaps = np.diff(index, prepend=-1) - 1
-            locations.append(gaps.astype(np.uint16 if gaps.max() < 1 << 16 else np.uint32).tobytes())
-            item |= {"index_encoding": "deltas", "index_end": at + len(locations[-1])}
-        metadata.append(item)
-    joined = torch.from_numpy(np.frombuffer(b"".join(locations), np.uint8).copy())
-    buffer = io.BytesIO()
-    torch.save((joined, tuple(torch.from_numpy(np.concatenate(parts)) for parts in groups.values()), metadata), buffer)
-    path = folder / "payload.bin"
-    path.write_bytes(arrow.Codec("zstd", compression_level=1).compress(buffer.getvalue(), asbytes=True))
-    return path
-
-
-def xor(folder: Path, old: Tensors, new: Tensors) -> Path:
-    """slime: zstd of XOR of raw bytes as U8, checksums of the new bytes in the shard's metadata, an index."""
-    path = folder / "weight_v000001"
-    path.mkdir()
-    saved, checksums = {}, {}
-    for name, (array, _) in new.items():
-        xored = words(array) ^ words(old[name][0])
-        packed = arrow.Codec("zstd", compression_level=1).compress(xored.tobytes(), asbytes=True)
-        saved[name] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-        checksums[name] = f"{zlib.adler32(array.tobytes()):08x}"
-    save_file(saved, path / "model-00001-of-00001.safetensors", metadata=checksums)
-    index = {
-        "metadata": {
-            "version": "000001", "base_version": "000000", "delta_encoding": "xor", "compression_format": "zstd",
-            "checksum_format": "adler32",
-        },
-        "weight_map": dict.fromkeys(saved, "model-00001-of-00001.safetensors"),
-    }  # fmt: skip
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    return path
-
+from tests.tools.wire_files import (
+    Tensors,
+    arrow,
+    assert_holds,
+    index_value,
+    nemo,
+    start,
+    stepped,
+    tensor,
+    words,
+    xor,
+)
 
 FIXTURES: dict[WireName, Callable[[Path, Tensors, Tensors], Path]] = {
     "index-value": index_value,
     "nemo-rl": nemo,
     "xor": xor,
 }
-
-
-def assert_holds(folder: Path, state: Tensors) -> None:
-    with open_checkpoint(folder) as checkpoint:
-        for name, (array, _) in state.items():
-            assert checkpoint.tensors.read(name).tobytes() == array.tobytes(), name
 
 
 # --- laws --------------------------------------------------------------------------------------------------------
@@ -233,147 +127,6 @@ def test_a_step_that_changes_nothing_is_written_and_read(tmp_path: Path) -> None
     for wire in ("nemo-rl", "xor"):
         assert to_wire(tmp_path / "step.pxd", base, tmp_path / wire, wire=wire).changed == 0  # type: ignore[arg-type]
     assert from_wire(tmp_path / "nemo-rl", base, tmp_path / "back.pxd").changed == 0
-
-
-# --- what is refused ---------------------------------------------------------------------------------------------
-
-
-def saved_patch(folder: Path, **tensors: torch.Tensor) -> Path:
-    save_file({f"{UP}.{key}": value for key, value in tensors.items()}, folder / "patch.safetensors")
-    return folder / "patch.safetensors"
-
-
-VALUES = torch.zeros(3, dtype=torch.bfloat16)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "words_of_error"),
-    [
-        ({"indices": torch.tensor([0, 6144, 2], dtype=torch.int32), "values": VALUES}, r"index 6144 at 1 is outside"),
-        ({"indices": torch.tensor([0, 1, -2], dtype=torch.int32), "values": VALUES}, r"index -2 at 2 is outside"),
-        ({"indices": torch.tensor([5, 1, 5], dtype=torch.int32), "values": VALUES}, r"index 5 at 2 is named twice"),
-        ({"indices": torch.tensor([5, 1], dtype=torch.int32), "values": VALUES}, r"I32 \[2\] for 3 values"),
-        ({"indices": torch.tensor([5.0, 1.0, 2.0]), "values": VALUES}, r"F32 \[3\] for 3 values"),
-        ({"indices": torch.tensor([5, 1, 2], dtype=torch.int32), "values": VALUES.float()}, r"values are F32, .* BF16"),
-        ({"indices": torch.tensor([5, 1, 2], dtype=torch.int32)}, rf"has no tensor {UP}\.values"),
-    ],
-)
-def test_a_malformed_index_value_wire_is_refused_by_tensor_and_place(
-    tensors: dict[str, torch.Tensor], words_of_error: str, tmp_path: Path
-) -> None:
-    base = write_checkpoint(tmp_path / "base", start())
-    source = saved_patch(tmp_path, **tensors)
-    with pytest.raises(ToolError, match=words_of_error) as caught:
-        from_wire(source, base, tmp_path / "out.pxd")
-    assert UP in str(caught.value)
-    assert not (tmp_path / "out.pxd").exists()
-
-
-def test_unsorted_indices_are_read(tmp_path: Path) -> None:
-    old = start()
-    base = write_checkpoint(tmp_path / "base", old)
-    index = torch.tensor([5, 1, 3], dtype=torch.int32)
-    from_wire(saved_patch(tmp_path, indices=index, values=VALUES), base, tmp_path / "out.pxd")
-    new = {**old, UP: (old[UP][0].copy(), old[UP][1])}
-    new[UP][0].reshape(-1)[[5, 1, 3]] = 0
-    apply(base, tmp_path / "out.pxd", tmp_path / "out")
-    assert_holds(tmp_path / "out", new)
-
-
-def edited_payload(path: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
-    data = arrow.input_stream(arrow.BufferReader(path.read_bytes()), compression="zstd").read()
-    locations, groups, items = torch.load(io.BytesIO(data), weights_only=True)
-    edit(next(item for item in items if item["name"] == UP))
-    buffer = io.BytesIO()
-    torch.save((locations, groups, items), buffer)
-    path.write_bytes(arrow.Codec("zstd").compress(buffer.getvalue(), asbytes=True))
-    return path
-
-
-@pytest.mark.parametrize(
-    ("edit", "words_of_error"),
-    [
-        ({"value_group": 7}, "value_group is 7"),
-        ({"value_end": 1 << 40}, "are not within group 0"),
-        ({"value_start": -1}, "value_start is -1"),
-        ({"index_end": 1 << 30}, r"locations \d+ to 1073741824 are no gaps"),
-        ({"index_encoding": "varint"}, "index_encoding is 'varint'"),
-        ({"operation": "add"}, "operation is 'add'"),
-        ({"dtype": "float16"}, "is float16"),
-        ({"shape": (96, 63)}, r"is bfloat16 \[96, 63\]"),
-        ({"index_encoding": "range", "range_start": 6143}, "index 6144 at 1 is outside"),
-        ({"shape": 7}, "its shape is int, not a tuple"),
-        ({"shape": torch.zeros(2)}, "its shape is Tensor, not a tuple"),
-        ({"operation": torch.zeros(2)}, "its operation is Tensor, not a word"),
-        ({"value_start": 1.5}, "its value_start is float, not a number"),
-    ],
-)
-def test_a_malformed_nemo_payload_is_refused_by_tensor_and_place(
-    edit: dict[str, Any], words_of_error: str, tmp_path: Path
-) -> None:
-    old = start()
-    base = write_checkpoint(tmp_path / "base", old)
-    source = edited_payload(nemo(tmp_path, old, stepped(old, 1)), lambda item: item.update(edit))
-    with pytest.raises(ToolError, match=words_of_error) as caught:
-        from_wire(source, base, tmp_path / "out.pxd")
-    assert UP in str(caught.value)
-
-
-def test_a_payload_that_would_run_code_or_is_damaged_is_not_opened(tmp_path: Path) -> None:
-    base = write_checkpoint(tmp_path / "base", start())
-    torch.save((torch.zeros(1, dtype=torch.uint8), (), [Path("x")]), tmp_path / "evil.bin")
-    with pytest.raises(ToolError, match="could run code"):
-        from_wire(tmp_path / "evil.bin", base, tmp_path / "out.pxd", wire="nemo-rl")
-    path = nemo(tmp_path, start(), stepped(start(), 1))
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(ToolError, match=r"payload\.bin: not"):
-        from_wire(path, base, tmp_path / "out.pxd")
-
-
-def test_a_malformed_xor_folder_is_refused_by_tensor_and_place(tmp_path: Path) -> None:
-    old, new = start(), stepped(start(), 1)
-    base = write_checkpoint(tmp_path / "base", old)
-    source = xor(tmp_path, old, new)
-    shard, index = source / "model-00001-of-00001.safetensors", source / "model.safetensors.index.json"
-    good = shard.read_bytes()
-
-    def refused(error: type[ToolError], words_of_error: str) -> None:
-        with pytest.raises(error, match=words_of_error):
-            from_wire(source, base, tmp_path / "out.pxd")
-
-    saved = load_file(shard)
-    short = arrow.Codec("zstd").compress(b"\0" * 100, asbytes=True)
-    save_file({**saved, UP: torch.frombuffer(bytearray(short), dtype=torch.uint8)}, shard)
-    refused(CheckFailedError, rf"{UP}: ends at byte 100; the base's tensor has 12288 bytes")
-    long = arrow.Codec("zstd").compress(b"\0" * (1 << 20), asbytes=True)
-    save_file({**saved, UP: torch.frombuffer(bytearray(long), dtype=torch.uint8)}, shard)
-    refused(ToolError, rf"{UP}: unpacks to more than the 12288 bytes")
-    save_file({**saved, UP: saved[UP].float()}, shard)
-    refused(ToolError, rf"{UP}: is F32 .*, not U8")
-    save_file({**saved, UP: torch.zeros(9, dtype=torch.uint8)}, shard)
-    refused(ToolError, rf"{UP}: not zstd data")
-    shard.write_bytes(good)
-    other = write_checkpoint(tmp_path / "other", stepped(old, 9))
-    with pytest.raises(CheckFailedError, match=r"the result has checksum .* another base"):
-        from_wire(source, other, tmp_path / "out.pxd")
-    index.write_text(index.read_text().replace('"zstd"', '"lz4"'))
-    refused(ToolError, "compression_format is 'lz4'")
-    assert not (tmp_path / "out.pxd").exists()
-
-
-def test_a_wire_of_another_model_and_a_delta_that_no_wire_can_say_are_refused(tmp_path: Path) -> None:
-    old, new = start(), stepped(start(), 1)
-    base = write_checkpoint(tmp_path / "base", old)
-    fewer = write_checkpoint(tmp_path / "fewer", {name: old[name] for name in (DOWN, NORM)})
-    with pytest.raises(CheckFailedError, match=r"changes model\.\S+, which .* lacks"):
-        from_wire(index_value(tmp_path, old, new), fewer, tmp_path / "out.pxd")
-    grown = {**new, "extra.weight": new[NORM]}
-    update(base, write_checkpoint(tmp_path / "grown", grown), tmp_path / "grown.pxd")
-    with pytest.raises(ToolError, match=r"extra\.weight: came"):
-        to_wire(tmp_path / "grown.pxd", base, tmp_path / "sent", wire="index-value")
-    update(base, fewer, tmp_path / "fewer.pxd")
-    with pytest.raises(ToolError, match="is not in the result"):
-        to_wire(tmp_path / "fewer.pxd", base, tmp_path / "sent", wire="xor")
 
 
 # --- the command -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`merge`: parts join to the same bytes; sums are what dense arithmetic gives, within the bounds that are stated."""
+"""`merge`: sums are what dense arithmetic gives, within the stated bounds; a base is asked for before any work."""
 
 from __future__ import annotations
 
@@ -13,33 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peraxis_format as pxd
-from peraxis_tools.apply import apply
 from peraxis_tools.commands.merge import command
 from peraxis_tools.errors import CheckFailedError, ToolError
-from peraxis_tools.factors import module_sum
 from peraxis_tools.fold import fold
-from peraxis_tools.merge import Mixture, merge, merge_parts
-from peraxis_tools.merge.fit import fit_masks
-from peraxis_tools.merge.methods import Magnitudes, make_mixer, threshold
-from peraxis_tools.split import split
-from tests.factories import base_ref, random_storage, sign_module, write_checkpoint, write_delta
+from peraxis_tools.merge import Mixture, merge
+from tests.factories import random_storage, sign_module, write_checkpoint, write_delta
+from tests.tools.merge_pairs import AXES, BF16, SHAPES, dense, exact, pair_of_deltas
 
-AXES = st.lists(st.sampled_from(list(pxd.Axis)), min_size=1, max_size=3).map(tuple)
-SHAPES = st.sampled_from([(3, 5), (8, 64), (17, 72), (2, 4, 9), (1, 8)])
 WEIGHTS = st.floats(-4, 4, allow_nan=False).filter(lambda w: abs(w) > 1e-3)
-BF16 = pxd.DType.BF16
-
-
-def dense(module: pxd.ModuleDelta) -> np.ndarray:
-    """The delta in binary64, from the formula of SPEC 5.3 alone."""
-    total = np.zeros(module.covered)
-    for c in module.components:
-        signs = np.where(pxd.unpack_signs(c.mask, module.shape[-1]), 1.0, -1.0)
-        row = 1.0 if c.row is None else c.row.astype(np.float64)[..., :, None]
-        col = 1.0 if c.col is None else c.col.astype(np.float64)[..., None, :]
-        scalar = 1.0 if c.scalar is None else float(c.scalar[0])
-        total += signs * row * col * scalar * 2.0**c.exponent
-    return total
 
 
 def fold_bound(module: pxd.ModuleDelta, weight: float) -> np.ndarray:
@@ -52,11 +33,6 @@ def fold_bound(module: pxd.ModuleDelta, weight: float) -> np.ndarray:
         largest = vector.max() * 2.0**c.exponent * col
         total += 2.0**-11 * abs(weight) * (np.abs(one) + 2.0**-28 * largest)
     return total
-
-
-def exact(name: str, base: pxd.Array | None, value: pxd.Array) -> pxd.ModuleDelta:
-    ref = None if base is None else base_ref(base, BF16)
-    return pxd.ModuleDelta(name=name, shape=value.shape, dtype=BF16, encoding=pxd.Encoding.FULL, base=ref, full=value)
 
 
 @given(st.integers(0, 2**32), SHAPES, st.sampled_from(list(pxd.Axis)), WEIGHTS)
@@ -75,12 +51,6 @@ def test_powers_of_two_fold_without_rounding(seed, axis, power, sign) -> None:
     weight = sign * 2.0**power
     folded = replace(module, components=(fold(module.components[0], weight, 11),))
     assert np.array_equal(dense(folded), weight * dense(module))
-
-
-def pair_of_deltas(seed: int, shape, axes_a, axes_b):
-    rng = np.random.default_rng(seed)
-    base = random_storage(rng, shape)
-    return base, sign_module(rng, "m.weight", base, axes=axes_a), sign_module(rng, "m.weight", base, axes=axes_b)
 
 
 @given(st.integers(0, 2**32), SHAPES, AXES, AXES, WEIGHTS, WEIGHTS)
@@ -117,167 +87,6 @@ def test_the_order_of_the_inputs_changes_no_byte(tmp_path_factory, seed, weight_
     merge(paths, folder / "1.pxd", weights=[weight_a, weight_b], mixture=Mixture(method=method))
     merge(paths[::-1], folder / "2.pxd", weights=[weight_b, weight_a], mixture=Mixture(method=method))
     assert (folder / "1.pxd").read_bytes() == (folder / "2.pxd").read_bytes()
-
-
-def whole(folder: Path, seed: int = 0) -> Path:
-    rng = np.random.default_rng(seed)
-    shapes = {"embed.weight": (40, 16), "a.weight": (24, 16), "b.weight": (8, 24), "norm.weight": (16,)}
-    base = {name: random_storage(rng, shape) for name, shape in shapes.items()}
-    modules = [
-        sign_module(rng, "embed.weight", base["embed.weight"], rows=43),
-        sign_module(rng, "a.weight", base["a.weight"], axes=(pxd.Axis.ROW_COL, pxd.Axis.TENSOR)),
-        exact("norm.weight", base["norm.weight"], random_storage(rng, (16,))),
-        sign_module(rng, "b.weight", base["b.weight"], axes=(pxd.Axis.COL,)),
-        exact("new.weight", None, random_storage(rng, (5, 3))),
-    ]
-    return write_delta(
-        folder / "whole.pxd",
-        modules,
-        tied=[("embed.weight", "lm_head.weight")],
-        dropped=["old.bias"],
-        assets={"config.json": b"{}", "tokenizer.json": b"{1}"},
-    )
-
-
-@given(st.integers(2, 5), st.randoms(use_true_random=False))
-@settings(max_examples=15)
-def test_parts_in_any_order_join_to_the_bytes_of_the_whole(tmp_path_factory, count, random) -> None:
-    folder = tmp_path_factory.mktemp("parts")
-    path = whole(folder)
-    parts = [part.path for part in split(path, folder / "parts", parts=count).parts]
-    assert len(parts) == count
-    ids = [part.content_id for part in merge_parts(parts, folder / "ordered.pxd").inputs]
-    random.shuffle(parts)
-    result = merge_parts(parts, folder / "joined.pxd")
-    assert [part.content_id for part in result.inputs] == ids
-    assert (folder / "joined.pxd").read_bytes() == path.read_bytes()
-
-
-def test_every_part_is_a_valid_file_that_apply_refuses(tmp_path: Path) -> None:
-    path = whole(tmp_path)
-    base = write_checkpoint(tmp_path / "base", {"x": (np.zeros(3, np.uint16), BF16)})
-    for part in split(path, tmp_path / "parts", parts=3).parts:
-        with pxd.open(part.path) as file:
-            file.verify()
-        with pytest.raises(ToolError, match="is a part with"):
-            apply(base, part.path, tmp_path / "out")
-
-
-def test_a_missing_part_a_doubled_one_and_a_stranger_are_named(tmp_path: Path) -> None:
-    parts = [part.path for part in split(whole(tmp_path), tmp_path / "parts", parts=3).parts]
-    with pytest.raises(ToolError, match="of 5 modules are in none of the parts"):
-        merge_parts(parts[:2], tmp_path / "x.pxd")
-    with pytest.raises(ToolError, match="pass each part once"):
-        merge_parts([*parts, parts[0]], tmp_path / "x.pxd")
-    (tmp_path / "other").mkdir()
-    with pxd.open(whole(tmp_path / "other", seed=1)) as other:
-        stranger = other.path
-    with pytest.raises(ToolError, match="parts"):
-        merge_parts([parts[0], stranger], tmp_path / "x.pxd")
-
-
-@given(st.integers(0, 2**32), st.integers(1, 4))
-@settings(max_examples=15)
-def test_the_reported_error_of_a_fit_is_its_error(seed, bits) -> None:
-    rng = np.random.default_rng(seed)
-    wanted = (rng.standard_normal((30, 20)) * rng.random((30, 1)) * rng.random(20)).astype(np.float32)
-    fit = fit_masks(lambda index: lambda rows: wanted[rows].copy(), wanted.shape, bits)
-    base = random_storage(rng, wanted.shape)
-    like = sign_module(rng, "m", base)
-    got = dense(replace(like, components=fit.components))
-    assert fit.square_error == pytest.approx(np.sum((wanted - got) ** 2), rel=1e-4)
-    assert fit.square_norm == pytest.approx(np.sum(wanted.astype(np.float64) ** 2))
-    # A mask more than halves nothing by law, but each leaves less than the mean magnitude a row would.
-    rows = np.abs(wanted).mean(axis=1, keepdims=True)
-    assert fit.square_error <= np.sum((wanted - np.sign(wanted) * rows) ** 2) * 1.01
-
-
-def test_more_masks_leave_less(tmp_path: Path) -> None:
-    _, a, b = pair_of_deltas(5, (64, 48), (pxd.Axis.ROW,), (pxd.Axis.COL,))
-    paths = [write_delta(tmp_path / "a.pxd", [a]), write_delta(tmp_path / "b.pxd", [b])]
-    errors = [merge(paths, tmp_path / f"{k}.pxd", weights=[0.7, 0.3], masks=k).error for k in (1, 2, 3, 4)]
-    assert errors == sorted(errors, reverse=True)
-    with pxd.open(tmp_path / "2.pxd") as file:
-        assert len(file.entry("m.weight").components) == 2
-        got, wanted = dense(file.load("m.weight")), 0.7 * dense(a) + 0.3 * dense(b)
-    assert errors[1] == pytest.approx(np.linalg.norm(got - wanted) / np.linalg.norm(wanted), rel=1e-3)
-
-
-def test_experts_are_fitted_each_on_its_own(tmp_path: Path) -> None:
-    _, a, b = pair_of_deltas(5, (3, 10, 12), (pxd.Axis.ROW,), (pxd.Axis.COL,))
-    paths = [write_delta(tmp_path / "a.pxd", [a]), write_delta(tmp_path / "b.pxd", [b])]
-    result = merge(paths, tmp_path / "out.pxd", weights=[1, 1], masks=2)
-    with pxd.open(result.path) as file:
-        got, wanted = dense(file.load("m.weight")), dense(a) + dense(b)
-    assert result.error == pytest.approx(np.linalg.norm(got - wanted) / np.linalg.norm(wanted), rel=2e-3)
-
-
-def ties(deltas: list[np.ndarray], weights: list[float], density: float) -> np.ndarray:
-    """TIES as its paper says it, on whole arrays: trim, elect, disjoint merge."""
-    trimmed = []
-    for delta in deltas:
-        threshold = np.sort(np.abs(delta).reshape(-1))[-int(density * delta.size)]
-        trimmed.append(np.where(np.abs(delta) >= threshold, delta, 0))
-    elected = np.sign(sum(w * d for w, d in zip(weights, trimmed, strict=True)))
-    agree = [np.sign(w * d) == elected for w, d in zip(weights, trimmed, strict=True)]
-    total = sum(w * d * a for w, d, a in zip(weights, trimmed, agree, strict=True))
-    divisor = sum(w * (a & (d != 0)) for w, d, a in zip(weights, trimmed, agree, strict=True))
-    return total / np.where(np.abs(divisor) > 1e-8, divisor, 1)
-
-
-@given(st.integers(0, 2**32), st.sampled_from([0.2, 0.5, 0.9, 1.0]))
-@settings(max_examples=20)
-def test_ties_is_ties(seed, density) -> None:
-    rng = np.random.default_rng(seed)
-    deltas = [rng.standard_normal((40, 30)).astype(np.float32) for _ in range(3)]
-    weights = [0.5, 0.3, 0.9]
-    sizes = [Magnitudes(count=d.size, blocks=lambda d=d: iter((d[:7], d[7:]))) for d in deltas]
-    mixer = make_mixer(Mixture(method="ties", density=density), weights, ["a", "b", "c"], sizes)
-    np.testing.assert_allclose(mixer.mix(deltas, (0,)), ties(deltas, weights, density), rtol=1e-4, atol=1e-6)
-
-
-@given(st.integers(0, 2**32), SHAPES, st.sampled_from(list(pxd.Axis)), st.floats(0, 1))
-@settings(max_examples=60)
-def test_a_threshold_from_scales_alone_is_that_of_the_dense_delta(seed, shape, axis, density) -> None:
-    rng = np.random.default_rng(seed)
-    module = sign_module(rng, "m", random_storage(rng, shape), axes=(axis,))
-    sizes = np.sort(np.abs(dense(module)).reshape(-1))
-    wanted = int(density * sizes.size)
-    products = []
-    for index in np.ndindex(shape[:-2]):
-        (factors,) = module_sum(module, index).components
-        products.append((factors.row.astype(np.float64), factors.col.astype(np.float64)))
-    block = dense(module).astype(np.float32)
-    found = {
-        threshold(Magnitudes(count=sizes.size, blocks=lambda: iter([block]), products=each), density)
-        for each in (None, products)
-    }
-    assert found == {sizes[-wanted] if wanted else np.inf}
-
-
-@pytest.mark.parametrize("shape", [(70, 40), (9, 21), (3, 5, 8)])
-@pytest.mark.parametrize("mixture", [Mixture(), *(Mixture(method=m, density=0.4) for m in ("linear", "ties", "dare"))])
-def test_a_fit_is_the_same_bytes_without_numba(tmp_path: Path, monkeypatch, mixture, shape) -> None:
-    _, a, b = pair_of_deltas(3, shape, (pxd.Axis.ROW_COL, pxd.Axis.ROW), (pxd.Axis.COL,))
-    paths = [write_delta(tmp_path / "a.pxd", [a]), write_delta(tmp_path / "b.pxd", [b])]
-    pytest.importorskip("numba")
-    monkeypatch.setenv("PERAXIS_BACKEND", "numba")
-    compiled = merge(paths, tmp_path / "1.pxd", weights=[0.7, -0.4], mixture=mixture, masks=2)
-    monkeypatch.setenv("PERAXIS_BACKEND", "numpy")
-    plain = merge(paths, tmp_path / "2.pxd", weights=[0.7, -0.4], mixture=mixture, masks=2)
-    assert compiled.content_id == plain.content_id
-    assert compiled.error == plain.error
-
-
-def test_dare_keeps_the_mean_and_drops_its_share() -> None:
-    delta = np.ones((200, 500), np.float32)
-    mixture = Mixture(method="dare", density=0.3, seed=1)
-    mixed = make_mixer(mixture, [1.0], ["a"], [Magnitudes(count=delta.size, blocks=lambda: iter([delta]))]).mix(
-        [delta], (0,)
-    )
-    assert set(np.unique(mixed)) == {np.float32(0.0), np.float32(1.0) / np.float32(0.3)}
-    assert np.mean(mixed != 0) == pytest.approx(0.3, abs=0.01)
-    assert mixed.mean() == pytest.approx(1.0, abs=0.03)
 
 
 def test_exact_tensors_merge_with_the_base_and_not_without(tmp_path: Path) -> None:

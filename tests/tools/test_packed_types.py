@@ -153,7 +153,7 @@ def test_live_models_hold_none_and_say_so() -> None:
     for dtype in DType:
         array = np.arange(dtype.size_of((4,)), dtype=np.uint8).view(dtype.storage)
         if dtype.is_packed:
-            with pytest.raises(LiveModelError, match=f"torch holds no {dtype.value} tensors"):
+            with pytest.raises(LiveModelError, match=f"torch has no {dtype.value} tensors"):
                 from_storage(array, dtype)
         elif dtype is not DType.BOOL:
             tensor = from_storage(array, dtype)

@@ -74,7 +74,7 @@ class Switched:
         return self.switch == name
 
     def size(self, dtype: str, shape: list[int]) -> int | None:
-        """Bytes of a tensor; None where they are no whole number (SPEC 2.14)."""
+        """The bytes of a tensor; None if they are not a whole number (SPEC 2.14)."""
         bits = math.prod(shape) * BITS.get(dtype, 8)
         if bits % 8 and self.wrong("half-bytes-rounded"):
             return bits // 8 + 1

@@ -129,7 +129,7 @@ class Manifest(Container):
         def module(value: Any) -> bool:
             if not isinstance(value, dict):
                 return False
-            # The tests of what is left out need not run.
+            # The checks of omitted values need not run.
             held = {key: test for key, test in optional.items() if key in value}
             one = ("components" in value) != ("encoding" in value) or self.wrong("defaults-written-out")
             sized = ("size" in value) == (value.get("encoding") == "exact") or self.wrong("size-beside-anything")

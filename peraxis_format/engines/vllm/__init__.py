@@ -22,7 +22,7 @@ __all__ = ["endpoints", "register", "remove", "update", "use"]
 
 
 def register() -> None:
-    """The entry point `vllm.general_plugins`. May be called several times in one process."""
+    """The entry point `vllm.general_plugins`. vLLM may call it several times in one process."""
     from peraxis_format.engines.vllm.layout import (
         add_worker_method,
         register_engine,
@@ -57,10 +57,10 @@ def use(llm: Any, delta: str | None) -> str:
 
 
 def update(llm: Any, path: str) -> str:
-    """Bring the whole model of an `LLM` one exact update further, or to an anchor, for good. Returns the version.
+    """Apply one exact update, or an anchor, to the whole model of an `LLM`, permanently. Returns the version.
 
-    Staged deltas have to be removed before. Raises what the engine raises, which quotes the cause; the model is as
-    before.
+    Staged deltas have to be removed before. Raises the engine's error, which quotes the cause; the model is then
+    unchanged.
     """
     from peraxis_format.engines.vllm.offline import update as updated
 

@@ -1,7 +1,7 @@
-"""What an API server does with the weights of its engine: stage, swap, update, follow. routes.py is its HTTP side.
+"""The changes of weights by an API server: stage, swap, update, follow. routes.py is the HTTP side.
 
-Each change is one sequence behind one call: prove the file on every rank, pause the scheduler, write, pack again, reset
-the prefix cache, resume. One change or staging at a time.
+Each change is one sequence in one call: check the file on every rank, pause the scheduler, write, pack again, reset the
+prefix cache, resume. One change or staging runs at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FOLLOW_SECONDS: Final = 1.0
 
 @dataclass(slots=True)
 class Control:
-    """What one API server knows. staged: name -> content ID. base_version: of the weights with no variant in use."""
+    """The state of one API server. staged: name -> content ID. base_version: that of the weights without a variant."""
 
     client: Any
     staged: dict[str, str] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Control:
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def status(self) -> dict[str, Any]:
-        """Weight version, the variant in use, the staged ones, the chain that is followed."""
+        """The weight version, the variant in use, the staged ones, and the followed chain."""
         version = await self.client.get_weight_version()
         variants = [{"name": name, "content_id": content_id} for name, content_id in self.staged.items()]
         follow = None if self.following is None else self.following.report()
@@ -57,7 +57,7 @@ class Control:
         return {"name": name, "content_id": content_id}
 
     async def remove(self, name: str) -> dict[str, Any]:
-        """Forget a variant on every rank."""
+        """Remove a variant on every rank."""
         async with self._lock:
             self._check_known(name)
             if name == self.current:
@@ -67,7 +67,7 @@ class Control:
         return {"name": name}
 
     async def use(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Turn the model into a variant, or into the base."""
+        """Swap the model to a variant, or to the base."""
         variant = None if body.get("variant") is None else _text(body, "variant")
         pause = _Pause.of(body)
         async with self._lock:
@@ -81,18 +81,18 @@ class Control:
     # --- exact updates ---------------------------------------------------------------------------------
 
     async def update(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Bring the weights one exact update further, for good."""
+        """Apply one exact update to the weights, permanently."""
         path, pause = _text(body, "update"), _Pause.of(body)
         self._refuse_following()
         return await self._updated(path, pause)
 
     async def follow(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Follow the chain of a folder; the first look is taken before this answers."""
+        """Follow the chain of a folder; the first poll runs before this answers."""
         folder, pause = Path(_text(body, "folder")), _Pause.of(body)
         every = _seconds(body, "every", _FOLLOW_SECONDS)
         self._refuse_following()
         if not await asyncio.to_thread(folder.is_dir):
-            raise RequestError(400, f"{folder}: is no folder")
+            raise RequestError(400, f"{folder}: is not a folder")
 
         async def apply(path: Path) -> None:
             await self._updated(str(path), pause)
@@ -103,7 +103,7 @@ class Control:
         return self.following.report()
 
     async def stop_following(self) -> dict[str, Any]:
-        """Stay at the state that the model is at."""
+        """Stop following; the model keeps its state."""
         following = self.following
         if following is None:
             raise RequestError(404, "no folder is followed")
@@ -115,9 +115,7 @@ class Control:
         async with self._lock:
             if self.staged:
                 names = ", ".join(self.staged)
-                raise RequestError(
-                    409, f"variants of the weights as they are now are staged: {names}; remove them first"
-                )
+                raise RequestError(409, f"variants of the present weights are staged: {names}; remove them first")
             content_id = await asyncio.to_thread(content_id_of, path)
             await self._initialise({"update": path})
             times = await self._change({"update": content_id}, content_id, pause)
@@ -171,7 +169,7 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class _Pause:
-    """What happens to running requests: "wait", at most `timeout` seconds, or "abort"."""
+    """The handling of running requests: "wait", at most `timeout` seconds, or "abort"."""
 
     requests: str
     timeout: float
@@ -187,24 +185,24 @@ class _Pause:
 def _seconds(body: Mapping[str, Any], key: str, default: float) -> float:
     value = body.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise RequestError(400, f"{key} is {value!r}; it is a number of seconds")
+        raise RequestError(400, f"{key} is {value!r}; it must be a number of seconds")
     return float(value)
 
 
 def _text(body: Mapping[str, Any], key: str) -> str:
     value = body.get(key)
     if not isinstance(value, str) or not value:
-        raise RequestError(400, f"{key} is {value!r}; it is a text that is not empty")
+        raise RequestError(400, f"{key} is {value!r}; it must be a text that is not empty")
     return value
 
 
 def is_dead(error: BaseException) -> bool:
-    """Whether an error says that a process of the engine has ended."""
+    """Whether an error means that a process of the engine has ended."""
     return "dead" in type(error).__name__.lower()
 
 
 def content_id_of(delta: str) -> str:
-    """Of a delta, from its header. Raises RequestError."""
+    """The content ID of a delta, from its header. Raises RequestError."""
     try:
         with open_delta(delta) as file:
             return file.content_id

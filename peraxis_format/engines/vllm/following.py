@@ -1,8 +1,8 @@
-"""The chain of exact updates that a server follows: a folder is looked into once in a while, and what it holds beyond
-the model's state is brought to the engine, an update at a time.
+"""The chain of exact updates that a server follows: a folder is polled, and its updates after the model's state are
+applied to the engine, one at a time.
 
-The API server decides which file is next, by headers alone; every rank then opens it, and proves it. The server begins
-at no state of the chain that it knows of, and so with the newest anchor, which needs none.
+The API server chooses the next file by headers alone; every rank then opens and checks it. The server does not know its
+first state in the chain, so it begins with the newest anchor, which needs none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Following", "RequestError"]
 
 
 class RequestError(Exception):
-    """An error of a request. status: of its HTTP answer; 400 where the request or its file is at fault."""
+    """An error of a request. status: that of its HTTP answer; 400 if the request or its file is at fault."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -29,10 +29,10 @@ class RequestError(Exception):
 
 @dataclass(slots=True)
 class Following:
-    """What is known of the chain. step: of the state that the model is at; None before the first file.
+    """The progress along a chain. step: the step of the model's state; None before the first file.
 
-    apply: brings one file to the engine, or raises RequestError. A file that is at fault is tried again when it or the
-    state has changed. waiting: why files ahead were not applied, by name.
+    apply: applies one file to the engine, or raises RequestError. A faulty file is tried again when it or the state has
+    changed. waiting: the reason why files ahead were not applied, by name.
     """
 
     folder: Path
@@ -48,11 +48,11 @@ class Following:
     _task: asyncio.Task[None] | None = None
 
     def report(self) -> dict[str, Any]:
-        """What the server answers."""
+        """The server's answer."""
         return {"folder": str(self.folder), "step": self.step, "lag": self.lag, "waiting": self.waiting}
 
     async def poll(self) -> None:
-        """Apply what can be applied."""
+        """Apply all updates that can be applied."""
         files, problems = await asyncio.to_thread(list_updates, self.folder, self._known)
         waiting = dict(problems)
         while (chosen := next_update(files, self._state, self.step, skip=waiting)) is not None:
@@ -65,19 +65,19 @@ class Following:
             except RequestError as error:
                 waiting[chosen.path] = str(error)
                 if error.status != 400:
-                    break  # its time has not come
+                    break  # it is not tried again yet
                 self._tried[chosen.path] = self._circumstances(chosen.path), str(error)
                 continue
             self._state, self.step = chosen.result, chosen.step
             self._tried.clear()
         ahead = [file for file in files if not file.is_anchor and file.step > (-1 if self.step is None else self.step)]
         for file in ahead:
-            waiting.setdefault(file.path, f"{file.path}: does not continue the state that the model is in")
+            waiting.setdefault(file.path, f"{file.path}: does not continue the model's state")
         self.lag = len(ahead)
         self.waiting = {path.name: reason for path, reason in waiting.items()}
 
     def _circumstances(self, path: Path) -> Any:
-        """What a refusal depends on: the file as it is, and the model's state."""
+        """The inputs of a refusal: the file's attributes, and the model's state."""
         try:
             found = path.stat()
         except OSError:
@@ -85,7 +85,7 @@ class Following:
         return found.st_size, found.st_mtime_ns, self._state
 
     def start(self) -> None:
-        """Poll again and again on the running loop, until `stop`."""
+        """Poll repeatedly on the running loop, until `stop`."""
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
@@ -95,11 +95,11 @@ class Following:
                 return
             try:
                 await self.poll()
-            except Exception as error:  # the engine has ended, or the folder cannot be listed: said, and tried again
+            except Exception as error:  # the engine has ended, or the folder cannot be listed: log and try again
                 self.waiting = {self.folder.name: f"{type(error).__name__}: {error}"}
 
     async def stop(self) -> None:
-        """End it, behind the update that it is at."""
+        """Stop after the current update."""
         self._stopping.set()
         if self._task is not None:
             await self._task

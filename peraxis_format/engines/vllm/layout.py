@@ -117,7 +117,7 @@ def register_engine(backend: str, module: str, name: str) -> None:
 
 
 def replace_scheduler(maker: Callable[[Any], Callable[..., Any]]) -> None:
-    """Let engines call `maker(planned)` where they would call the scheduler class that is planned. Once a process."""
+    """Let engines call `maker(planned)` instead of the planned scheduler class. It has an effect once per process."""
     planned = _SchedulerConfig.get_scheduler_cls
     if hasattr(planned, _PLANNED):
         return
@@ -130,13 +130,13 @@ def replace_scheduler(maker: Callable[[Any], Callable[..., Any]]) -> None:
 
 
 def planned_scheduler(config: Any) -> Any:
-    """The scheduler class that a SchedulerConfig plans; None where `replace_scheduler` was not called."""
+    """The scheduler class that a SchedulerConfig plans; None if `replace_scheduler` was not called."""
     planned = getattr(_SchedulerConfig.get_scheduler_cls, _PLANNED, None)
     return None if planned is None else planned(config)
 
 
 def add_worker_method(name: str, method: Callable[..., Any]) -> None:
-    """Let `collective_rpc(name, ...)` call a function of a worker."""
+    """Let `collective_rpc(name, ...)` call this function of a worker."""
     setattr(_name("v1.worker.worker_base", "WorkerBase"), name, method)
 
 

@@ -1,9 +1,9 @@
-"""A live vLLM model on one rank: variants are staged, used and forgotten; exact updates staged and written. All ranks
-do the same, or all fail.
+"""A live vLLM model on one rank: stage, use and remove variants; stage and write exact updates. An error on one rank is
+an error on all.
 
-A swap rebuilds weights into the storage that the layers hold, from a pristine copy of the base, and then lets vLLM pack
-again what it multiplies with. The scheduler has to be paused and the prefix cache reset: transfer.py, control.py. An
-exact update moves the weights for good, and needs no copy of them; so there is none while it is staged.
+A swap rebuilds weights into the layers' storage, from a pristine copy of the base, and then makes vLLM's packed copies
+again. The caller must pause the scheduler and reset the prefix cache (transfer.py, control.py). An exact update changes
+the weights permanently and needs no copy of them, so there is none while it is staged.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ class LiveModel:
             if self._checks_assets:
                 check_assets(file, self._model_config)
             refuse_uncovered(self._model, file.manifest)
-            self._update = None  # the weights may be a variant's when it would be written
+            self._update = None  # the weights may be a variant's by the time it is written
             switch = self._switch_for(file.manifest)
             try:
                 return switch.add(name, file)
             except BaseException:
                 if not switch.variants():
-                    self._release()  # nothing of a file that was refused decides what later ones may hold
+                    self._release()  # a refused file must not constrain later ones
                 raise
 
     def use(self, name: str | None) -> Swap | None:
         """Swap the model to a variant, or to the base. Returns None if no variant was ever staged.
 
-        Raises SwapError: the model is then what it was. LiveModelError for an unknown name.
+        Raises SwapError, the model is then unchanged; LiveModelError for an unknown name.
         """
         if self._switch is None:
             if name is not None:
@@ -74,8 +74,8 @@ class LiveModel:
             repack(self._model)
 
     def remove(self, name: str) -> None:
-        """Forget a variant; the copy of the base goes with the last one. Raises LiveModelError for the one in use, and
-        for an unknown one.
+        """Remove a variant; the copy of the base is freed with the last one. Raises LiveModelError for the one in use,
+        and for an unknown one.
         """
         if self._switch is None:
             raise LiveModelError(f"no variant {name!r} is staged")
@@ -86,13 +86,13 @@ class LiveModel:
     # --- exact updates -------------------------------------------------------------------------------
 
     def stage_update(self, source: str) -> None:
-        """Prove an exact update, or an anchor, against the weights, and keep what it changes. None is written.
+        """Check an exact update, or an anchor, against the weights, and keep its changes. No weight is written.
 
-        Raises LiveModelError, PxdError, OSError, on every rank alike.
+        Raises LiveModelError, PxdError, OSError, on all ranks.
         """
         self._update = None
         if self._switch is not None:
-            raise LiveModelError("variants of the weights as they are now are staged; remove them before an update")
+            raise LiveModelError("variants of the present weights are staged; remove them before an update")
         with open_delta(source, group=self._group) as file:
             if self._checks_assets:
                 check_assets(file, self._model_config)
@@ -103,7 +103,7 @@ class LiveModel:
             self._update = stage(file, placement, group=self._group)
 
     def write_update(self, content_id: str) -> None:
-        """Write the update that is staged. Raises LiveModelError where it is another one."""
+        """Write the staged update. Raises LiveModelError if it is another one."""
         update, self._update = self._update, None
         if update is None or update.content_id != content_id:
             raise LiveModelError(f"update {content_id} is not staged")
@@ -113,7 +113,7 @@ class LiveModel:
             repack(self._model)
 
     def close(self) -> None:
-        """Let go of everything; the weights stay as they are."""
+        """Free everything; the weights are unchanged."""
         self._update = None
         self._release()
 
@@ -131,5 +131,5 @@ class LiveModel:
             self._names = names
         elif not set(names) <= set(self._names):
             extra = next(name for name in names if name not in self._names)
-            raise LiveModelError(f"{extra}: the variants that are staged have no such tensor; restart the server")
+            raise LiveModelError(f"{extra}: the staged variants do not have this tensor; restart the server")
         return self._switch

@@ -1,4 +1,4 @@
-"""Swaps and exact updates of an offline `LLM`, each in one call."""
+"""Swaps and exact updates of an offline `LLM`, in one call each."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _write(llm: Any, info: dict[str, Any], version: str) -> None:
     _call(llm, changing(info))
     llm.update_weight_version(version)
     if not llm.reset_prefix_cache():
-        raise LiveModelError("the prefix cache is held by running requests; finish them before the next `generate`")
+        raise LiveModelError("running requests use the prefix cache; finish them before the next `generate`")
 
 
 def remove(llm: Any, delta: str) -> None:

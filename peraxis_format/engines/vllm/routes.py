@@ -1,21 +1,21 @@
-"""HTTP routes for live swaps and updates, without vLLM's development mode: an endpoint plug-in, asked for by
-VLLM_PLUGINS=peraxis.
+"""HTTP routes for live swaps and updates without vLLM's development mode; an endpoint plug-in that
+VLLM_PLUGINS=peraxis enables.
 
     GET  /v1/peraxis                             weight version, staged variants, the one in use, the chain followed
     POST /v1/peraxis/variants    {"name": "legal", "delta": "legal.pxd"}             check and stage; the model stays
     POST /v1/peraxis/use         {"variant": "legal" or null, "requests": "wait" or "abort", "timeout": 60}
     DELETE /v1/peraxis/variants/legal
-    POST /v1/peraxis/update      {"update": "step-00000007.pxd"}                     one exact update further
-    POST /v1/peraxis/follow      {"folder": "chain", "every": 1.0}                   and on, as the folder grows
+    POST /v1/peraxis/update      {"update": "step-00000007.pxd"}                     apply one exact update
+    POST /v1/peraxis/follow      {"folder": "chain", "every": 1.0}                   apply updates as the folder grows
     DELETE /v1/peraxis/follow
 
-`use` and `update` are one call each: pause the scheduler, write, pack again, reset the prefix cache, resume. requests
-says what happens to those that run: "wait" lets them end with the old weights while new ones queue; "abort" ends them
-at once. Either way no output mixes two states. The routes lie under /v1, so that vLLM's --api-key guards them.
+`use` and `update` are one call each: pause the scheduler, write, pack again, reset the prefix cache, resume. requests:
+"wait" lets running requests finish with the old weights while new ones queue; "abort" ends them at once. In both cases
+no output mixes two states. The routes are under /v1, so that vLLM's --api-key protects them.
 
-Errors are {"error": one line}: 400 for a bad request, file or base, 404 for an unknown variant, 409 for what is in use,
-503 where requests did not end in time; what was served before then still is. 503 too where a process of the engine has
-ended, which no request survives.
+Errors are {"error": one line}: 400 for a bad request, file or base, 404 for an unknown variant, 409 for a name in use,
+503 if requests did not end in time (the previous weights are then still served), and 503 if a process of the engine has
+ended.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class PeraxisEndpoints:
         app.add_api_route(f"{_PREFIX}/follow", delete_follow, methods=["DELETE"])
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Keep the engine's client; a server that started from a delta reports its content ID."""
+        """Store the engine's client; a server that started from a delta reports its content ID."""
         control = state.peraxis_control = Control(engine_client)
         config = engine_client.vllm_config.load_config
         delta = (config.model_loader_extra_config or {}).get("delta") if config.load_format == "peraxis" else None

@@ -1,13 +1,12 @@
-"""vLLM's scheduler, which ends requests with an error where a worker could not read their variant again.
+"""vLLM's scheduler, changed so that requests end with an error if a worker could not read their variant again.
 
-A variant that was evicted is read from its file when a request wants it. Where that fails (the file was overwritten in
-place, or its disk fails), the worker runs the step without it, gives no token to its requests, and names them in the
-step's output. Here they end with the finish reason `error`, and their blocks leave the prefix cache, since they hold
-keys and values of the base. All others go on.
+An evicted variant is read from its file when a request needs it. If that fails (the file was overwritten in place, or
+its disk fails), the worker runs the step without it, gives no token to its requests, and names them in the step's
+output. Here they end with the finish reason `error`, and their blocks leave the prefix cache, because these have keys
+and values of the base. All other requests continue.
 
-The plug-in puts it in the place of the scheduler that vLLM would take, whichever that is, where the worker is
-PeraxisWorker; all other engines have their own. Where it cannot (VLLM_PLUGINS leaves peraxis out), such a failure ends
-the engine.
+The plug-in replaces vLLM's scheduler, whichever it is, if the worker is PeraxisWorker; other engines keep their own. If
+it cannot (VLLM_PLUGINS omits peraxis), such a failure ends the engine.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from peraxis_format.engines.vllm.layout import (
 
 __all__ = ["ends_failed", "marked", "maker"]
 
-_FAILED: Final = -1  # in num_nans_in_logits, the one field that an output has for each request: no number of NaNs
+_FAILED: Final = -1  # in num_nans_in_logits, the only field for each request; it is not a valid count
 _WORKER: Final = "peraxis_format.engines.vllm.worker.PeraxisWorker"
 
 
 def maker(planned: Any) -> Callable[..., Any]:
-    """What is called in the place of the scheduler class that vLLM planned."""
+    """The function that is called instead of the scheduler class that vLLM planned."""
     return partial(_made, planned)
 
 
@@ -43,7 +42,7 @@ def _made(planned: Any, **options: Any) -> Any:
 
 
 def ends_failed(vllm_config: Any) -> bool:
-    """Whether the engine of this configuration ends failed requests by themselves."""
+    """Whether the engine of this configuration ends only the failed requests."""
     planned = planned_scheduler(vllm_config.scheduler_config)
     known = isinstance(planned, type) and issubclass(planned, Scheduler)
     return known and vllm_config.parallel_config.worker_cls == _WORKER
@@ -53,7 +52,7 @@ def ends_failed(vllm_config: Any) -> bool:
 
 
 def marked(output: Any, failed: Iterable[str]) -> Any:
-    """A step's output, in which these requests have failed: no token, no log-probabilities of their prompts."""
+    """A step's output with these requests marked as failed: without tokens and without prompt log-probabilities."""
     names = frozenset(failed)
     if output is None or not names:
         return output
@@ -71,7 +70,7 @@ def marked(output: Any, failed: Iterable[str]) -> Any:
 
 
 class _Marked(AsyncModelRunnerOutput):  # type: ignore[misc]
-    """An output that is still on its way from the device."""
+    """An output that is still being copied from the device."""
 
     def __init__(self, output: Any, failed: frozenset[str]) -> None:
         self._output = output
@@ -85,10 +84,10 @@ class _Marked(AsyncModelRunnerOutput):  # type: ignore[misc]
 
 
 class _EndsFailed:
-    """Goes before a class derived from vLLM's Scheduler."""
+    """A base class before a class derived from vLLM's Scheduler."""
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """Take in a step's output. Returns client -> its outputs, those of failed requests among them."""
+        """Process a step's output. Returns client -> its outputs, with those of failed requests."""
         counts = model_runner_output.num_nans_in_logits or {}
         failed = {name for name, count in counts.items() if count == _FAILED}
         found = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]

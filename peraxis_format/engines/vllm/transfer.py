@@ -1,18 +1,18 @@
 """`--weight-transfer-config '{"backend": "peraxis"}'`: swaps and exact updates, by vLLM's weight-transfer calls.
 
-    init_weight_transfer_engine   {"add": {"legal": "legal.pxd"}, "remove": ["old"]}      stage and forget variants
-                                  {"update": "step-00000007.pxd"}                         prove an update, keep it
+    init_weight_transfer_engine   {"add": {"legal": "legal.pxd"}, "remove": ["old"]}      stage and remove variants
+                                  {"update": "step-00000007.pxd"}                         check and stage an update
     start_weight_update
     update_weights                {"variant": "legal"}, or {"variant": null} for the base
                                   {"update": "sha256:..."}, its content ID
     finish_weight_update
 
 `call_worker` makes these calls on every rank and returns the first error as text. vLLM 0.32 reads the replies of ranks
-in order and raises at the first error: with several ranks the replies behind it would be taken for those of the next
-call. So no worker may raise, and control.py and offline.py make their calls this way.
+in order and raises at the first error, and then reads the remaining replies as those of the next call. So no worker may
+raise, and control.py and offline.py make their calls this way.
 
-The caller pauses the scheduler before, and resets the prefix cache and resumes behind: control.py and offline.py do. An
-error of one rank is an error on all of them, and every rank keeps, or goes back to, the weights before.
+The caller pauses the scheduler before, and resets the prefix cache and resumes afterwards, as control.py and offline.py
+do. An error on one rank is an error on all of them, and every rank keeps, or returns to, the previous weights.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ Calls = list[tuple[str, dict[str, Any]]]
 
 
 def staging(info: dict[str, Any]) -> Calls:
-    """Stage what a PeraxisInitInfo says."""
+    """The calls that stage the files of a PeraxisInitInfo."""
     return [("init_weight_transfer_engine", {"init_info": info})]
 
 
 def changing(info: dict[str, Any]) -> Calls:
-    """Change the weights as a PeraxisUpdateInfo says. The scheduler has to be paused."""
+    """The calls that change the weights by a PeraxisUpdateInfo. The scheduler has to be paused."""
     return [("start_weight_update", {}), ("update_weights", {"update_info": info}), ("finish_weight_update", {})]
 
 
 def call_worker(worker: Any, calls: Calls) -> str | None:
-    """Make calls of a worker, until one fails. Returns its error in one line, None where all succeeded."""
+    """Make calls on a worker until one fails. Returns its error in one line, None if all succeeded."""
     for method, arguments in calls:
         try:
             getattr(worker, method)(**arguments)
@@ -66,7 +66,7 @@ def call_worker(worker: Any, calls: Calls) -> str | None:
 
 @dataclass
 class PeraxisInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
-    """add: name -> delta, to be staged. remove: names to be forgotten, first. update: a file to be proven, last."""
+    """add: name -> delta to stage. remove: names to remove first. update: a file to check last."""
 
     add: dict[str, str] = field(default_factory=dict)
     remove: list[str] = field(default_factory=list)
@@ -75,7 +75,7 @@ class PeraxisInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
 
 @dataclass
 class PeraxisUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """variant: the name of a staged variant; None: the base. update: the content ID of a proven update, instead."""
+    """variant: the name of a staged variant; None: the base. update: instead, the content ID of a staged update."""
 
     variant: str | None = None
     update: str | None = None
@@ -94,7 +94,7 @@ class PeraxisWeightTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         self._live = LiveModel(model, vllm_config.model_config, checks_assets=assets_checked(extra))
 
     def init_transfer_engine(self, init_info: PeraxisInitInfo) -> None:
-        """Forget, stage, prove. Raises LiveModelError, PxdError, CheckpointError, OSError; the model is not changed."""
+        """Remove, stage, check. Raises LiveModelError, PxdError, CheckpointError, OSError; the model is not changed."""
         for name in init_info.remove:
             self._live.remove(name)
         for name, source in init_info.add.items():
@@ -103,17 +103,17 @@ class PeraxisWeightTransferEngine(WeightTransferEngine):  # type: ignore[misc]
             self._live.stage_update(init_info.update)
 
     def start_weight_update(self) -> None:
-        """Nothing to prepare: variants and updates are staged before."""
+        """Do nothing, because variants and updates are staged before."""
 
     def receive_weights(self, update_info: PeraxisUpdateInfo) -> None:
-        """Swap, or write the update. Raises SwapError, LiveModelError; the model is then what it was."""
+        """Swap, or write the update. Raises SwapError, LiveModelError; the model is then unchanged."""
         if update_info.update is not None:
             self._live.write_update(update_info.update)
         else:
             self._live.use(update_info.variant)
 
     def finish_weight_update(self) -> None:
-        """Nothing is left to do: weights are complete when `receive_weights` returns."""
+        """Do nothing, because weights are complete when `receive_weights` returns."""
 
     def shutdown(self) -> None:
         """Free the variants and the base copy."""

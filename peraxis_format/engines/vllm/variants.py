@@ -4,9 +4,9 @@
     host        in host memory                            at most `host`
     file        open, so that it can be read again even if it is renamed or removed
 
-On the CPU resident and host are the same memory, and only `host` counts. An evicted variant is read from its file with
-all its digests checked; where that fails on one rank it fails on all of them, and is tried again when it is next asked
-for. Names stay until they are removed.
+On the CPU resident and host are the same memory, and only `host` counts. An evicted variant is read from its file and
+all digests are checked. If that fails on one rank, it fails on all of them, and is tried again at the next use. Names
+stay until they are removed.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ class VariantStore:
         return True
 
     def get(self, number: int) -> Variant:
-        """A variant in device memory, now the most recently used. Raises PxdError, OSError, on every rank alike, where
-        it was evicted and cannot be read again.
+        """A variant in device memory, now the most recently used. Raises PxdError, OSError, on all ranks, if it was
+        evicted and cannot be read again.
         """
         if number in self._resident:
             self._resident.move_to_end(number)
@@ -112,9 +112,9 @@ class VariantStore:
         return self._resident[number]
 
     def step(self, numbers: Iterable[int]) -> tuple[dict[int, Variant], dict[int, Exception]]:
-        """The variants of a step, all of them resident; and why others could not be read again.
+        """The variants of a step, all resident, and the errors of those that could not be read again.
 
-        Raises LiveModelError for more than there is room for.
+        Raises LiveModelError if they are too many.
         """
         wanted = sorted(set(numbers))
         if len(wanted) > max(self.resident, 1):
@@ -176,7 +176,7 @@ class VariantStore:
                 self.counters.evictions += 1
 
     def _agreed(self, name: str, file: DeltaFile, placement: Placement | None) -> Variant:
-        """As _read, on all ranks or on none."""
+        """`_read`, on all ranks or on none."""
         group, count = tensor_group()
         variant: Variant | None = None
         failure: BaseException | None = None

@@ -2,11 +2,11 @@
 
     --enable-lora --enforce-eager --max-loras 8 --max-cpu-loras 32 --lora-modules legal=legal.pxd medical=medical.pxd
 
-vLLM takes a .pxd for a LoRA adapter: its requests, scheduler, prefix cache and OpenAI `model` field do the rest. Of its
-LoRA layers nothing is used. --additional-config '{"peraxis": {"exact": true}}' multiplies with rebuilt weights, however
-few rows a variant has: the merged model's outputs, slower.
+vLLM treats a .pxd as a LoRA adapter, so its requests, scheduler, prefix cache and OpenAI `model` field work unchanged.
+Its LoRA layers are not used. --additional-config '{"peraxis": {"exact": true}}' always multiplies with rebuilt weights:
+the outputs are those of the merged model, but slower.
 
-A variant that was evicted and cannot be read again fails its own requests; scheduler.py ends them with an error.
+If an evicted variant cannot be read again, only its own requests fail; scheduler.py ends them with an error.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class VariantManager:
         *,
         requests_of: Callable[[int], Iterable[str]] | None = None,
     ) -> None:
-        """requests_of: the requests of an adapter in the step that begins."""
+        """requests_of: returns the requests of an adapter in the beginning step."""
         if not is_eager(vllm_config):
             raise LiveModelError("variants in one batch need --enforce-eager: their rows change at each step")
         options = dict((vllm_config.additional_config or {}).get("peraxis") or {})
@@ -82,9 +82,9 @@ class VariantManager:
     # --- called by vLLM ------------------------------------------------------------------------------
 
     def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
-        """The next step has these requests' adapters; mapping: which row wants which.
+        """Set the adapters of the next step; mapping: the adapter of each row.
 
-        Afterwards `failed` names the requests whose adapter cannot be had; their rows are the base's.
+        Afterwards `failed` has the requests whose adapter is not available; their rows are the base's.
         """
         failures: dict[int, Exception] = {}
         for request in requests:
@@ -101,7 +101,7 @@ class VariantManager:
         self._fail(failures, {request.lora_int_id: request for request in requests})
 
     def _fail(self, failures: dict[int, Exception], requests: dict[int, Any]) -> None:
-        """Note the requests of these adapters. Raises the first failure where no scheduler could end them."""
+        """Record the requests of these adapters. Raises the first failure if no scheduler can end them."""
         self.failed = frozenset()
         if not failures:
             return
@@ -175,8 +175,8 @@ class PeraxisWorker(_WORKER):  # type: ignore[misc]
         runner._get_prompt_logprobs_dict = _PromptLogprobs(runner, runner._get_prompt_logprobs_dict)
 
     def add_lora(self, lora_request: Any) -> bool:
-        """Load a variant on all ranks or on none. Where that fails the last rank alone raises: vLLM 0.32 reads replies
-        in order up to the first error, and would take those behind it for the next call's.
+        """Load a variant on all ranks or on none. On failure only the last rank raises, because vLLM 0.32 reads replies
+        in order up to the first error, and then reads the remaining ones as those of the next call.
         """
         failure: Exception | None = None
         added = False
@@ -190,14 +190,14 @@ class PeraxisWorker(_WORKER):  # type: ignore[misc]
         return added and failure is None
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a step; the requests that failed in it are named in the output."""
+        """Run a step; its output names the failed requests."""
         manager = getattr(self.model_runner, "lora_manager", None)
         if manager is not None:
             manager.failed = frozenset()
         return self._marked(super().execute_model(*args, **kwargs))
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """The tokens of the step that ran."""
+        """The tokens of the last step."""
         return self._marked(super().sample_tokens(*args, **kwargs))
 
     def _marked(self, output: Any) -> Any:
@@ -206,7 +206,7 @@ class PeraxisWorker(_WORKER):  # type: ignore[misc]
 
 
 def _shared(failure: Exception | None) -> Exception | None:
-    """A failure of this rank, or else of another one."""
+    """The failure of this rank, or else of another one."""
     group, count = tensor_group()
     if count > 1:
         try:

@@ -1,14 +1,13 @@
 """Exact updates on a GPU: one warp decodes one block (SPEC 5.8, 5.9). The bits are those of numpy.py.
 
-A block is a serial stream, so a program reads it number by number, all of its lanes alike; what is parallel is the
-search for the weights that the numbers speak of, a tile of weights at a time, and the blocks. Programs of one warp need
-no barriers: on an H100 four warps were up to 8 times slower. How many weights of each class a tile holds is counted
-before, by a program for each tile, so that a tile in which nothing changes is passed at one look. The weights are read
-from `old` and written to `new`, which holds a copy at the start: an exponent is that of the old weight, whatever was
-written before.
+A block is a serial stream, so all lanes of a program read it number by number. Parallel are the blocks, and within a
+block the search for the weights of the numbers, a tile of weights at a time. Programs of one warp need no barriers: on
+an H100 four warps were up to 8 times slower. The weights of each class in a tile are counted before, by a program for
+each tile, so that an unchanged tile takes one check. Weights are read from `old` and written to `new`, a copy of it,
+because exponents must be those of the old weights.
 
-`data` is read in words of 32 bits; it has at least 16 bytes more on both sides. Addresses are in bits or bytes of it.
-`sound` gets 1 for a block that is.
+`data` is read in words of 32 bits; it has at least 16 more bytes on both sides. Addresses are in bits or bytes of it.
+`sound` is set to 1 for a well-formed block.
 """
 
 # Triton reads the annotations of a kernel: constants have one, other arguments must have none.
@@ -47,7 +46,7 @@ def _unary(data, low, high):
     ones = tl.full((), 32, tl.int64)
     while (ones == 32) & (low < high):
         word = _word(data, low)
-        # The lowest zero is a power of two, so that its place is the exponent of it in binary32.
+        # The lowest zero is a power of two, so its place is its exponent in binary32.
         zero = ((word + 1) & ~word).to(tl.float32)
         ones = (zero.to(tl.int32, bitcast=True) >> 23).to(tl.int64) - 127
         low += ones
@@ -119,7 +118,7 @@ def _gaps(old, new, data, begin, count, at, end, WIDTH: tl.constexpr):
 
 @triton.jit
 def _numbered(old, new, data, place, mode, low, high, MANTISSA: tl.constexpr, MASK: tl.constexpr, WIDTH: tl.constexpr):
-    """The number of one weight of class 0. Returns low, high, and whether they still fit."""
+    """Read the number of one weight of class 0. Returns low, high, and whether they are valid."""
     u = tl.load(old + place).to(tl.int64) & ((1 << WIDTH) - 1)
     q, low = _unary(data, low, high)
     k = tl.minimum(mode - 1 - ((u >> MANTISSA) & MASK), MANTISSA + 1)
@@ -138,14 +137,14 @@ def _class_0(
     old, new, data, begin, count, mode, low, high, ok,
     MANTISSA: tl.constexpr, MASK: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Every weight of class 0 has a number. Returns low, high, and whether the block is sound so far."""
+    """Every weight of class 0 has a number. Returns low, high, and whether the block is well-formed so far."""
     tile = tl.full((), 0, tl.int64)
     while tile < tl.where(ok == 1, (count + N - 1) // N, 0):
         lanes, es = _exponents(old, begin, count, tile, MANTISSA, MASK, WIDTH, N)
         left = (es >= 0) & (es < mode)
         members = tl.sum(left.to(tl.int32))
         if members * 8 > N:
-            # Many: look at each weight in turn.
+            # Many weights: check each in turn.
             place, end = begin + tile * N, begin + tl.minimum(tile * N + N, count)
             while place < tl.where(ok == 1, end, 0):
                 u = tl.load(old + place).to(tl.int64)
@@ -168,7 +167,7 @@ def count_kernel(
     old, index, counts, weights,
     MANTISSA: tl.constexpr, MASK: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """counts: int32 [blocks, SIZE / N, 16], the members of classes 1 to 15 in each tile of a keyed block."""
+    """counts: int32 [blocks, SIZE / N, 16], the numbers of weights of classes 1 to 15 in each tile of a keyed block."""
     block, tile = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     mode = tl.load(index + block) & 255
     begin = block * SIZE
@@ -184,7 +183,7 @@ def _runs(
     old, new, data, counts, begin, count, mode, low, high, ok,
     MANTISSA: tl.constexpr, MASK: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Classes 1 to 15: runs of weights that stay, and a step of one behind each. Returns low, high, ok."""
+    """Classes 1 to 15: runs of unchanged weights, each followed by a step of one. Returns low, high, ok."""
     q, low = _unary(data, low, high)
     ok = ok & (low <= high).to(tl.int32)
     v = (q << 15) | _field(data, high - 15, 15)
@@ -245,9 +244,9 @@ def exact_kernel(
     old, new, index, ends, data, counts, sound, weights,
     MANTISSA: tl.constexpr, MASK: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """One block a program of one warp. old, new: int16 or int32 [weights]. index: int64 [blocks], ends: of their bytes.
+    """Decode one block with one warp. old, new: int16 or int32 [weights]. index: int64 [blocks], ends: of their bytes.
 
-    data: int32, from 16 bytes before the first block on. counts: of count_kernel.
+    data: int32, from 16 bytes before the first block on. counts: those of count_kernel.
     """
     block = tl.program_id(0).to(tl.int64)
     entry = tl.load(index + block)

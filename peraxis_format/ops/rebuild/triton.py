@@ -41,7 +41,7 @@ __all__ = [
     "narrow", "widen",
 ]  # fmt: skip
 
-ROWS: Final = 16  # of a tile of the apply kernel
+ROWS: Final = 16  # rows of a tile of the apply kernel
 COLUMNS: Final = 256
 BF16: Final = 0
 F16: Final = 1
@@ -123,11 +123,12 @@ def apply_kernel(
 ):  # fmt: skip
     """One tile [ROWS, COLUMNS] of one module: out = round(base + sum of terms) (SPEC 6.1).
 
-    count: of the records. ALIGNED: d_in of every record is a multiple of 8, and base and out begin at multiples of 16.
+    count: the number of records. ALIGNED: d_in of every record is a multiple of 8, and base and out begin at multiples
+    of 16.
     """
     program = tl.program_id(0)
-    # The last record that begins at this program or before it. A few looks at a table that all programs share are
-    # faster than one at a table of programs, which comes from memory each time.
+    # Find the last record that begins at this program or before it. A few reads of a table that all programs share
+    # are faster than one read of a table of programs, which comes from memory each time.
     low, high = 0, count
     while high - low > 1:
         middle = (low + high) // 2
@@ -152,7 +153,7 @@ def apply_kernel(
     inside = (rows < d_out)[:, None] & (columns < d_in)[None, :]
     at = (rows.to(tl.int64) * d_in)[:, None] + columns[None, :]
     bits = tl.load(base + at, mask=inside, other=0)
-    # The first component before the base is used: else its loads would wait for those of the base.
+    # The first component comes before the base is used, otherwise its loads would wait for those of the base.
     term = terms + tl.load(record + 5) * 5
     first = _term(buffer, term, rows, groups, columns, d_out, d_in, ROWS_, COLUMNS_, ALIGNED)
     total = widen(bits, KIND) + first
@@ -218,7 +219,7 @@ def launches(modules: Sequence[StoredModule], device: torch.device) -> Iterator[
 
 
 def _matrix_rows(modules: Sequence[StoredModule]) -> tuple[int, list[list[int]], list[list[int]]]:
-    """The number of tiles, records and terms: a record for each matrix, so one for each batch element."""
+    """The number of tiles, records and terms, with a record for each matrix (each batch element)."""
     records: list[list[int]] = []
     terms: list[list[int]] = []
     tiles = 0

@@ -23,7 +23,7 @@ __all__ = [
     "DECODE_ROWS", "PREFILL_ROWS", "FactorTable", "decode", "merge", "prefill", "signed_matmul", "single", "split_of",
 ]  # fmt: skip
 
-DECODE_ROWS: Final = (16, 64)  # of a tile: the least that tensor cores multiply, and what serves for more
+DECODE_ROWS: Final = (16, 64)  # rows of a tile: the least that tensor cores multiply, and the size for more
 PREFILL_ROWS: Final = (64, 128)
 _SPLIT_COLUMNS: Final = 512  # at least, for one program
 _SPLIT_MOST: Final = 8
@@ -60,7 +60,7 @@ class FactorTable:
 
 
 def split_of(width: int, programs: int, processors: int) -> int:
-    """Into how many parts decode cuts the columns: a power of two, so that most processors have a program to run."""
+    """The number of parts that decode cuts the columns into: a power of two that gives most processors a program."""
     split = 1
     while split < _SPLIT_MOST and 4 * programs * split < 3 * processors and width >= 2 * split * _SPLIT_COLUMNS:
         split *= 2
@@ -116,7 +116,7 @@ def decode(x: Tensor, table: FactorTable, tiles: Tiles, out: Tensor) -> None:
 
 
 def _paired(x: Tensor) -> Tensor:
-    """Columns in the order of pairs (triton.py): those of 128 from [word, half, t] to [t, word, half]."""
+    """Reorder columns in pairs (triton.py): each 128 of them from [word, half, t] to [t, word, half]."""
     return x.view(len(x), -1, 4, 2, 16).permute(0, 1, 4, 2, 3).reshape(x.shape)
 
 
@@ -146,7 +146,7 @@ def merge(weight: Tensor, table: FactorTable, variant: int, rows: slice) -> Tens
 
 
 def _shifted(terms: Tensor, rows: int, width: int) -> Tensor:
-    """The same components from a row on; addresses that are 0 stay so."""
+    """The components from a row on; addresses of 0 stay 0."""
     steps = torch.tensor([rows * mask_width(width), 4 * rows, 0], device=terms.device)
     return torch.where(terms != 0, terms + steps, terms)
 

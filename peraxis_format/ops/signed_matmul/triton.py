@@ -4,7 +4,7 @@
     decode    few rows a variant:  y += sum over k of row_k o ((x o col_k) B_k^T), on top of the base's product
     reduce    what decode leaves where K is split over programs
     prefill   more rows:           y = x W_v^T + bias with W_v rebuilt a tile at a time, the bits of the merged weights
-    merge     many rows:           W_v as a matrix, for a dense product: rebuilt once, and not for every tile of rows
+    merge     many rows:           W_v as a matrix for a dense product, rebuilt once instead of for every tile of rows
 
 Rows of x are sorted by variant and cut into tiles of one variant each:
     order   int32 [M], row of x in sorted order           tiles   int32 [tiles, 3]: variant, first, count
@@ -13,22 +13,21 @@ Rows of x are sorted by variant and cut into tiles of one variant each:
 K is a constant of the weights, so loops over it are plain pipelined loops. Values that change with a batch are not
 constants, so nothing is compiled while serving. ALIGNED: masks begin at multiples of 16.
 
-Signs are the left operand of a tensor core: of a word of a mask the 32 +-1 of BF16 are made two at a time, since one
-shift moves bits t and t + 16 to the two sign bits of a register:
+Signs are the left operand of a tensor core. The 32 +-1 of BF16 are made from a word of a mask two at a time: one shift
+moves bits t and t + 16 to the two sign bits of a register:
 
     pair(t) = ((word << (15 - t)) & 0x80008000) ^ 0xBF80BF80          t = 0, ..., 15
 
-The two numbers are arguments (`signs`, `ones`), for the compiler would take two instructions for constants. The columns
-of 128 are multiplied in the order of pairs, [t, word, half]: so the thread that holds a word also holds the signs that
-the tensor core wants from it. Only words change threads then, and x has to be in that order too (launch.py). In all 1.6
-instructions a weight, whatever the number of rows of a tile (seen in sm_90 code). x is given in BF16, exactly; x o col
-(and F16) as two BF16, which keep 14 bits of it.
+The two numbers are arguments (`signs`, `ones`), because the compiler would use two instructions for constants. Each 128
+columns are multiplied in the order of pairs, [t, word, half], so the thread with a word also has the signs that the
+tensor core needs from it. Then only words move between threads, and x has to be in that order too (launch.py). The
+total is 1.6 instructions per weight for any number of rows of a tile (seen in sm_90 code). x in BF16 is exact; x o col
+(and F16) is two BF16, which have 14 bits of it.
 
-Where K is no multiple of 128, or a mask does not begin at a multiple of 16, bytes take the place of words: with the
-byte and a copy of it 15 bits further up one shift moves bits l and l + 1. That is slower (benchmarks/serve.py): signs
-change threads, through shared memory.
-Rejected: a tensor [N, K/8, 8] of shifted bytes, reshaped: 8 to 12 instructions. Tables of the sums of four columns,
-looked up by shuffles: 2.1, for one row alone; of eight columns: 5.3.
+If K is not a multiple of 128, or a mask does not begin at a multiple of 16, bytes replace words: with the byte and a
+copy of it 15 bits higher, one shift moves bits l and l + 1. That is slower (benchmarks/serve.py), because signs move
+between threads through shared memory. Rejected: a tensor [N, K/8, 8] of shifted bytes, reshaped: 8 to 12 instructions.
+Tables of the sums of four columns, looked up by shuffles: 2.1, but only for one row; of eight columns: 5.3.
 """
 
 # Triton reads the annotations of a kernel: constants have one, other arguments must have none.
@@ -327,7 +326,7 @@ def merge_kernel(
     out, weight, terms, variant, N,
     K: tl.constexpr, TERMS: tl.constexpr, KIND: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """out [N, K] = the merged weights of a variant, bits: one tile [BN, 8 BG] a program."""
+    """out [N, K] = the merged weights of a variant, as bits; one tile [BN, 8 BG] per program."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     first = tl.program_id(1) * BG
     total = _rebuilt(weight, terms, variant, n, first, N, K, TERMS, KIND, BN, BG)

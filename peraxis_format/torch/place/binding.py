@@ -43,10 +43,9 @@ def check_live(
 ) -> None:
     """Check the bytes of every base tensor (SPEC 7.3).
 
-    ring: of the device that holds them, reserved already. group: the torch.distributed group whose ranks hold the
-    pieces of sharded tensors (default: all ranks). known: hex digests of base tensors that were checked before; their
-    weights are not read.
-    Raises BindingError (E404) for the first module that differs, on every rank alike.
+    ring: the reserved ring of their device. group: the torch.distributed group whose ranks have the pieces of sharded
+    tensors (default: all ranks). known: hex digests of base tensors that were checked before; their weights are not
+    read. Raises BindingError (E404) for the first module that differs, on all ranks.
     """
     known = known or {}
     for entry in manifest.modules:
@@ -133,7 +132,7 @@ class _Message:
 
 
 def _check_pieces(pieces: Sequence[ModuleEntry], placement: Placement, group: Any) -> None:
-    """Each module is put together on one rank and hashed there."""
+    """Assemble each module on one rank and hash it there."""
     failure: PxdError | None = None
     for entry, _, full in in_turns(pieces, placement, group):
         if full is not None:
@@ -148,10 +147,10 @@ def _check_pieces(pieces: Sequence[ModuleEntry], placement: Placement, group: An
 def in_turns(
     pieces: Sequence[ModuleEntry], placement: Placement, group: Any
 ) -> Iterator[tuple[ModuleEntry, int, Array | None]]:
-    """(module, rank, tensor): each sharded module put together on one rank, which is another one each time.
+    """Yield (module, rank, tensor): each sharded module, assembled on one rank, which differs each time.
 
-    tensor: the whole storage array, None on the other ranks. Every rank of the group has to go through all of them.
-    Raises LiveModelError where the ranks do not hold all of a tensor.
+    tensor: the whole storage array, None on the other ranks. Every rank of the group has to iterate over all of them.
+    Raises LiveModelError if the ranks do not have all of a tensor.
     """
     rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     boxes = _gathered({entry.name: placement[entry.name][0].box for entry in pieces}, group)
@@ -161,9 +160,9 @@ def in_turns(
         senders = {b[entry.name]: r for r, b in reversed(list(enumerate(boxes))) if entry.name in b}
         messages = [_Message(r, box) for box, r in sorted(senders.items()) if _volume(box)]
         covered = sum(_volume(message.box) for message in messages)
-        if covered != math.prod(entry.shape):  # on all ranks alike
+        if covered != math.prod(entry.shape):  # equal on all ranks
             raise LiveModelError(
-                f"{entry.name}: the ranks hold {covered} of its {math.prod(entry.shape)} weights; check `shards`"
+                f"{entry.name}: the ranks have {covered} of its {math.prod(entry.shape)} weights; check `shards`"
             )
         part = placement[entry.name][0]
         if rank == owner:

@@ -105,7 +105,7 @@ class Finder:
 
 
 def local_part(tensor: Tensor, box: Box, name: str) -> ShardView:
-    """The part that a live tensor holds: itself, or a DTensor's local shard. box: of all ranks together."""
+    """The part in a live tensor: the tensor itself, or a DTensor's local shard. box: that of all ranks together."""
     placements = getattr(tensor, "placements", None)
     if placements is None:
         return ShardView(box, tensor)

@@ -80,11 +80,11 @@ class LiveTensors:
         for part in () if overwrite else self.written():
             raise LiveModelError(
                 f"{self.name_of(part)}: was written since the last swap, which a swap would undo; "
-                "pass overwrite=True to lose what was written, or make a new VariantSwitch to keep it"
+                "pass overwrite=True to discard these changes, or make a new VariantSwitch to keep them"
             )
 
     def name_of(self, part: ShardView) -> str:
-        """The name of a tensor that lies in this storage."""
+        """The name of a tensor in this storage."""
         at = part.live.untyped_storage().data_ptr()
         named = (slot.name for slot in self._slots.values() if _local(slot.tensor).untyped_storage().data_ptr() == at)
         return next(named, "a weight")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LinearKernels"]
 
-_DENSE: Final = 1 << 26  # weights: 128 MiB of BF16, a matrix of an 8B model
+_DENSE: Final = 1 << 26  # weights of a dense product: 128 MiB of BF16, a matrix of an 8B model
 
 
 class LinearKernels:
@@ -58,7 +58,7 @@ class LinearKernels:
     def merged(
         self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
     ) -> None:
-        """Variants of one tile of rows in one launch; those of more, one by one, with their weights as a matrix."""
+        """Variants with one tile of rows in one launch; others one by one, with their weights as a matrix."""
         x = x.contiguous()
         own = any(v in state.patches.get("bias", {}) for v in variants)
         bias = None if own or module.bias is None else module.bias.detach()

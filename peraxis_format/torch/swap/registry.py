@@ -37,7 +37,7 @@ _ROOM: Final = 0.9  # share of the free memory that a second copy of the weights
 @dataclass(frozen=True, slots=True, eq=False)
 class Registered:
     """A variant that is ready for use. owned: the file was opened here. parts: the storages that it changes; weights:
-    their bytes. engine: what rebuilds it from the base; with base="undo" there is none, but a log.
+    their size in bytes. engine: rebuilds it from the base; with base="undo" there is a log instead.
     """
 
     variant: Variant
@@ -112,13 +112,13 @@ class Registry:
         del self.variants[name]
 
     def check_tensors(self, *, overwrite: bool) -> None:
-        """Raises LiveModelError where a tensor was replaced, or written by somebody else and that is not allowed."""
+        """Raise LiveModelError if a tensor was replaced, or written by other code and that is not allowed."""
         undo = self.base_place == "undo"
         self.live.check(overwrite=overwrite or undo)
         for part in self.live.written() if undo else ():
             raise LiveModelError(
-                f'{self.live.name_of(part)}: was written since the last swap, and base="undo" keeps no base to go back '
-                "to; load the base again and make a new VariantSwitch"
+                f'{self.live.name_of(part)}: was written since the last swap, and base="undo" keeps no copy of the '
+                "base; load the base again and make a new VariantSwitch"
             )
 
     def is_sharded(self, registered: Registered) -> bool:
@@ -190,9 +190,9 @@ class Registry:
         }
 
     def _check(self, file: DeltaFile, placement: Placement, ring: Ring) -> None:
-        """The base's bytes: of the pristine copies where there are some, since the live weights may be a variant's.
+        """Check the base's bytes, on the pristine copies if they exist, because the live weights may be a variant's.
 
-        With base="undo" there are no copies, but digests of what was checked before the first swap.
+        With base="undo" there are no copies, but digests of the tensors that were checked before the first swap.
         """
         pristine = {
             name: tuple(ShardView(part.box, self.bases.get(part, part.view)) for part in parts)
@@ -222,7 +222,7 @@ def _residency(asked: Residency | None, device: Device, *, undo: bool) -> Reside
     cuda = device.torch_device.type == "cuda"
     if undo and asked not in (None, "pinned"):
         raise DeviceError(
-            f'base="undo" takes a variant back with its own payload, which must stay in host memory: '
+            f'base="undo" reverts a variant with its own payload, which must stay in host memory: '
             f'use residency="pinned", not {asked!r}'
         )
     if asked == "gpu" and not cuda:

@@ -53,7 +53,7 @@ def _pipeline(payload: Payload, engine: Engine, *, device: Device, ring: Ring, w
     written: list[Any] = [None] * len(transfers)
     reading: dict[int, Future[int]] = {}
     begun = device.record()
-    # Two, so that the workers have the next transfer to read while the last parts of one are still under way.
+    # Two, so that the workers can read the next transfer while the last parts of one are still in flight.
     reader = ThreadPool(DEPTH // 2) if payload.residency == "file" else None
 
     def read(index: int) -> int:

@@ -5,9 +5,9 @@
     switch.use("legal");  switch.use(None)          # None is the base, bit for bit
 
 Weights are rebuilt out of place: pristine base copy + payload -> live storage, in one pass. Adding a delta and
-subtracting it again is not exact in BF16 (up to a seventh of the weights end up wrong), so the base is kept: beside the
-model, or with base="pinned" in page-locked host memory, which kernels read over the link. With base="undo" the weights
-that end up wrong are kept instead (undo.py).
+subtracting it again is not exact in BF16 (up to a seventh of the weights become wrong), so a copy of the base is kept:
+on the model's device, or with base="pinned" in page-locked host memory, which kernels read over the link. With
+base="undo" only the weights that would become wrong are kept (undo.py).
 
 A swap is atomic: on an error the model returns to the previous variant, or else to the base, and the error names it. A
 forward never sees half a swap: a guard around the model's forward blocks swaps while it runs.
@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -45,12 +44,12 @@ __all__ = ["VariantSwitch"]
 class VariantSwitch:
     """Many variants of one model, one of them at a time.
 
-    base: where the pristine copy of the base lies: "device" (beside the model), "pinned" (page-locked host memory), or
-    "auto", which takes the device if it has room when the first variant is registered. "undo" keeps no copy: variants
-    are written in place and taken back by arithmetic and the exceptions to it; their payloads stay in host memory.
-    guard: hold swaps off while the model's forward runs; without a guard (a compiled model) put the steps that belong
-    together into `running()`. views, shards, group, workers: as in apply_. Methods may be called from any thread. The
-    class is a context manager; `close` leaves the weights as they are.
+    base: the place of the pristine copy: "device" (the model's), "pinned" (page-locked host memory), or "auto", which
+    takes the device if it has room when the first variant is registered. "undo" keeps no copy: variants are written in
+    place and reverted by arithmetic and a list of exceptions; their payloads stay in host memory. guard: block swaps
+    while the model's forward runs; without a guard (a compiled model) put steps that belong together into `running()`.
+    views, shards, group, workers: as in apply_. Methods may be called from any thread. The class is a context manager;
+    `close` does not change the weights.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class VariantSwitch:
     ) -> None:
         self._registry = Registry(model, base=base, views=views, shards=shards, group=group, workers=workers)
         self._in_place = InPlace(self._registry.workers) if base == "undo" else None
-        self._lost = False  # with base="undo": an error that could not be taken back
+        self._lost = False  # with base="undo": an error that could not be reverted
         self._lock = SwapLock()
         self._changes = threading.Lock()  # one thread at a time registers or swaps
         self._current: str | None = None
@@ -98,7 +97,7 @@ class VariantSwitch:
 
     @property
     def base_place(self) -> BasePlace:
-        """Where the pristine copy lies: "device", "pinned" or "undo" (nowhere); "auto" before the first variant."""
+        """The place of the pristine copy: "device", "pinned" or "undo" (no copy); "auto" before the first variant."""
         return self._registry.base_place
 
     @property
@@ -108,7 +107,7 @@ class VariantSwitch:
 
     @property
     def undo_size(self) -> int:
-        """With base="undo": the bytes in host memory that take used variants back."""
+        """With base="undo": the bytes in host memory that revert used variants."""
         logs = (registered.log for registered in self._registry.variants.values())
         return sum(log.size for log in logs if log is not None)
 
@@ -242,7 +241,7 @@ class VariantSwitch:
             registry.live.remember(touched)
 
     def _restored(self, error: BaseException) -> str | None:
-        """Take an error back. Raises LiveModelError where that fails too, which only base="undo" can."""
+        """Revert a failed swap. Raises LiveModelError if that fails too, which is possible only with base="undo"."""
         try:
             return self._restore()
         except Exception as failure:
@@ -250,7 +249,7 @@ class VariantSwitch:
                 raise
             self._lost = True
             raise LiveModelError(
-                f"a swap failed ({error}) and could not be taken back ({failure}); the weights are neither the base's "
+                f"a swap failed ({error}) and could not be reverted ({failure}); the weights are neither the base's "
                 "nor a variant's: load the base again and make a new VariantSwitch"
             ) from error
 
@@ -279,12 +278,10 @@ class VariantSwitch:
         if self._closed:
             raise LiveModelError("the VariantSwitch is closed; make a new one for the model")
         if self._lost:
-            raise LiveModelError("a swap could not be taken back; load the base again and make a new VariantSwitch")
+            raise LiveModelError("a swap could not be reverted; load the base again and make a new VariantSwitch")
 
     def __enter__(self) -> VariantSwitch:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

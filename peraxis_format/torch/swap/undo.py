@@ -1,14 +1,14 @@
-"""VariantSwitch(base="undo"): variants in place, with no second copy of the base.
+"""VariantSwitch(base="undo"): variants in place, without a second copy of the base.
 
     forward     W  ->  W' = round(W + components)
     back        W' ->  round(W' - components)  ->  W        the last arrow is the log: an exact update (SPEC 5.6)
 
-Subtracting what was added gives most weights back; rounding has lost bits of the others. The log of a variant holds
-these exceptions in the encoding `exact`, in host memory. It is written when the variant is first used, and then kept:
-it depends on base and variant alone.
+Subtracting the delta restores most weights; rounding has lost bits of the others. The log of a variant has these
+exceptions in the encoding `exact`, in host memory. It is written at the first use of the variant and then kept, because
+it depends only on base and variant.
 
-Weights are moved a stretch of rows at a time. The stretches that are a variant's are counted, and the old bits of a
-stretch that is being written are held until it is, so that a swap that fails anywhere can be taken back from there.
+Weights are changed one range of rows at a time. The ranges that are a variant's are recorded, and the old bits of a
+range are held while it is written, so that a swap can be reverted wherever it fails.
 
 Rejected: the exact difference of variant and base as the log. For one mask with scales of 1% of the weights' spread it
 has 28% of the weights' bytes (written for size); the exceptions to subtraction have 0.8% (written for speed 1.3%).
@@ -43,12 +43,12 @@ from peraxis_format.torch.swap.transfer_plan import ModuleSlice, piece
 
 __all__ = ["InPlace", "UndoLog"]
 
-_STRETCH: Final = 16 * BLOCK  # weights: what is staged, for each thread
+_STRETCH: Final = 16 * BLOCK  # weights to stage at a time, for each thread
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _Stretch:
-    """Rows of one module in one live storage. Either components, or the new weights themselves, `full`."""
+    """Rows of one module in one live storage, with either components or the new weights, `full`."""
 
     name: str
     part: ShardView
@@ -59,7 +59,7 @@ class _Stretch:
 
     @property
     def live(self) -> Tensor:
-        """The weights in the model."""
+        """The model's weights."""
         return self.part.view.detach()[self.at]
 
     def forward(self, base: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class _Stretch:
         return self._added(base, sign=1)
 
     def back(self, new: Tensor) -> Tensor:
-        """What subtracting gives: the base but for exceptions. The same bits each time."""
+        """The result of subtracting: the base except for exceptions. It has the same bits each time."""
         return new if self.full is not None else self._added(new, sign=-1)
 
     def _added(self, weights: Tensor, *, sign: int) -> Tensor:
@@ -80,9 +80,9 @@ class _Stretch:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _Entry:
-    """The log of one stretch. index, data: an exact update; without an index data are the base's weights themselves.
+    """The log of one range. index, data: an exact update; without an index, data are the base's weights.
 
-    checksum: of the base's weights.
+    checksum: that of the base's weights.
     """
 
     index: NDArray[np.uint32] | None
@@ -91,15 +91,15 @@ class _Entry:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size in bytes."""
         return self.data.nbytes + (0 if self.index is None else self.index.nbytes)
 
 
 class UndoLog:
-    """What takes one variant back to the base: its stretches and, once it was used, their exceptions."""
+    """The log that reverts one variant to the base: its ranges and, after its first use, their exceptions."""
 
     def __init__(self, payload: Payload) -> None:
-        """payload: "pinned"; its bytes are referred to, not copied."""
+        """payload: one with residency "pinned"; its bytes are shared, not copied."""
         self.stretches = tuple(_stretches(payload))
         self.entries: dict[int, _Entry] = {}
 
@@ -110,19 +110,19 @@ class UndoLog:
 
 
 class InPlace:
-    """The live weights of one switch: of the base, or of the variant whose log is held; after an error between both."""
+    """The live weights of one switch: the base's or a variant's (that of the current log); mixed after an error."""
 
     def __init__(self, workers: ThreadPool) -> None:
         self._workers = workers
         self._log: UndoLog | None = None
-        self._applied: set[int] = set()  # the stretches that are the variant's
-        self._open: dict[int, tuple[Tensor, bool]] = {}  # being written: the old weights, and whether applied then
+        self._applied: set[int] = set()  # the ranges that are the variant's
+        self._open: dict[int, tuple[Tensor, bool]] = {}  # being written: the old weights, and whether applied before
 
     def write(self, target: UndoLog | None) -> int:
-        """Turn the weights into a variant, or into the base (None), from wherever they are. Returns the bytes written.
+        """Change the weights to a variant, or to the base (None), from any state. Returns the bytes written.
 
-        Raises LiveModelError where weights are not those that were left here. It may then be called again, for the
-        variant before or for the base.
+        Raises LiveModelError if other code has changed the weights. It may then be called again, for the previous
+        variant or for the base.
         """
         written = self._settle()
         try:
@@ -187,7 +187,7 @@ class InPlace:
             self._applied.discard(i)
 
     def _settle(self) -> int:
-        """Put back what an error has left half written."""
+        """Restore ranges that an error has left partly written."""
         written = 0
         stretches = self._stretches()
         for i, (old, applied) in list(self._open.items()):
@@ -203,7 +203,7 @@ class InPlace:
 
 
 def _on_device(part: ShardView, job: Callable[[], None]) -> None:
-    """Jobs run on threads of their own, whose current device is another one."""
+    """Run a job on the part's device, because threads have another current device."""
     device = part.view.device
     with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         job()
@@ -214,7 +214,7 @@ def _copy(weights: Tensor) -> Tensor:
 
 
 def _checksum(weights: Tensor) -> int:
-    """A sum over all bytes: it tells weights that somebody else has written, at the speed of memory."""
+    """A sum over all bytes, at the speed of memory; it detects weights that other code has written."""
     data = as_bytes(weights)
     whole = data.numel() // 8 * 8
     return int(data[:whole].view(torch.int64).sum()) ^ int(data[whole:].sum()) << 64
@@ -241,7 +241,7 @@ def _taken_back(stretch: _Stretch, entry: _Entry, new: Tensor) -> Tensor:
 
 def _foreign(stretch: _Stretch) -> LiveModelError:
     return LiveModelError(
-        f"{stretch.name}: was written by somebody else since the last swap, so it cannot be undone; "
+        f"{stretch.name}: was written by other code since the last swap, so it cannot be reverted; "
         "load the base again and make a new VariantSwitch"
     )
 

@@ -1,4 +1,4 @@
-"""Exact updates of live models: a trainer publishes a chain into a folder, servers follow it.
+"""Exact updates of live models: a trainer publishes a chain into a folder, and servers follow it.
 
 updates = UpdateWriter(model, "chain")        follower = follow(model, "chain")
 updates.step()                                follower.poll()

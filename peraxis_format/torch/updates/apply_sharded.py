@@ -1,9 +1,8 @@
-"""One update onto a model in pieces: proven by ranks in turn, written by all of them or none.
+"""Apply one update to a sharded model: ranks check it in turn, and all of them write it or none.
 
-The owner of a tensor puts its old weights together, a stretch at a time, decodes, hashes, and keeps what changed. When
-every rank has found everything right, changes go to the ranks whose boxes they are in, which write them. So a rank
-holds its pieces, an update's bytes, its changes and one stretch; of an anchor also one tensor, and a copy of its
-pieces.
+The owner of a tensor assembles its old weights, one range at a time, decodes, hashes, and keeps the changes. When all
+checks have passed on every rank, changes are sent to the ranks with their boxes, which write them. So a rank holds its
+pieces, an update's bytes, its changes and one range; for an anchor also one tensor, and a copy of its pieces.
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ from peraxis_format.torch.updates.pieces import (
 
 __all__ = ["apply_sharded", "sharded_digest"]
 
-_STRETCH: Final = 16 * BLOCK  # weights
+_STRETCH: Final = 16 * BLOCK  # weights to decode at a time
 _WORDS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, slots=True)
 class _Changes:
-    """What changes in one tensor: flat indices, ascending, and the new patterns as unsigned words."""
+    """The changes of one tensor: flat indices, ascending, and the new patterns as unsigned words."""
 
     name: str
     index: NDArray[np.int64]
@@ -55,13 +54,13 @@ class _Changes:
 
 
 class _Failure:
-    """The first error of this rank. Ranks go on through the whole file, since the others wait for their pieces."""
+    """The first error of this rank. Ranks continue through the whole file, because the others wait for their pieces."""
 
     def __init__(self) -> None:
         self.error: Exception | None = None
 
     def run(self, job: Callable[[], None]) -> None:
-        """Run a part of the work, unless something is wrong already."""
+        """Run a part of the work, unless there is an error already."""
         if self.error is None:
             try:
                 job()
@@ -74,7 +73,7 @@ def apply_sharded(
 ) -> None:
     """Apply an exact update or an anchor on every rank, or on none. Collective.
 
-    Raises on all ranks alike PxdError (a damaged file, another state) or LiveModelError.
+    Raises PxdError (a damaged file, another state) or LiveModelError, on all ranks.
     """
     ranks = Ranks(group)
     layouts = _layouts(ranks, file, placement)
@@ -100,14 +99,14 @@ def _layouts(ranks: Ranks, file: DeltaFile, placement: Placement) -> dict[str, L
         if any(part.box != parts[0].box for part in parts):
             error = LiveModelError(f"{entry.name}: its aliases are sharded in other ways; tie them, or untie the model")
         if not all(part.view.is_contiguous() for part in parts):
-            error = LiveModelError(f"{entry.name}: is strided, which exact updates do not reach")
+            error = LiveModelError(f"{entry.name}: is strided, which exact updates do not support")
     agree(error, ranks.group)
     boxes = ranks.gathered({entry.name: placement[entry.name][0].box for entry in file.manifest.modules})
     layouts = {e.name: Layout.of(e.shape, [box[e.name] for box in boxes]) for e in file.manifest.modules}
     for entry in file.manifest.modules:
         covered, wanted = layouts[entry.name].covered, int(np.prod(entry.shape, dtype=np.int64))
         if covered != wanted:
-            raise LiveModelError(f"{entry.name}: the ranks hold {covered} of its {wanted} weights; check `shards`")
+            raise LiveModelError(f"{entry.name}: the ranks have {covered} of its {wanted} weights; check `shards`")
     return layouts
 
 
@@ -121,7 +120,7 @@ def _prove(
     failure: _Failure,
     changes: list[_Changes],
 ) -> None:
-    """The tensor is the one that the update was made on, and becomes what it says; its owner keeps what changes."""
+    """Check the digests of a tensor before and after the update; its owner keeps the changes."""
     if entry.encoding is not Encoding.EXACT and entry.base is None:
         return
     mine = owner == ranks.rank
@@ -144,7 +143,7 @@ def _prove(
 
 
 def _moved(entry: ModuleEntry, loaded: list[ModuleDelta], stretch: Array, flat: slice) -> _Changes:
-    """Take a stretch to its new weights, in place. Returns what changed."""
+    """Update a range of weights in place. Returns the changes."""
     before = stretch.view(f"<u{stretch.dtype.itemsize}").copy()
     if loaded and loaded[0].index is not None and loaded[0].data is not None:
         index = loaded[0].index
@@ -165,7 +164,7 @@ def _check(entry: ModuleEntry, digest: str) -> None:
 
 
 def _pieces(module: ModuleDelta, parts: tuple[ShardView, ...]) -> list[tuple[ShardView, Tensor]]:
-    """This rank's pieces of a tensor that is stored whole."""
+    """This rank's pieces of a `full` tensor."""
     if module.full is None:
         return []
     full = module.full
@@ -185,7 +184,7 @@ def _write(
     lock: AbstractContextManager[Any] | None,
     group: Any,
 ) -> None:
-    """Write on every rank, or put back on every rank what was there."""
+    """Write on every rank, or restore the old weights on every rank."""
     undo: list[Callable[[], object]] = []
     failure: Exception | None = None
     with lock or contextlib.nullcontext(), torch.no_grad():
@@ -222,7 +221,7 @@ def _put(part: ShardView, item: _Changes, undo: list[Callable[[], object]]) -> N
 
 
 def sharded_digest(entry: ModuleEntry, part: ShardView, turn: int, group: Any) -> str:
-    """The hex digest of a live tensor in pieces, on every rank. Collective."""
+    """The hex digest of a sharded live tensor, on every rank. Collective."""
     ranks = Ranks(group)
     layout = Layout.of(entry.shape, ranks.gathered(part.box))
     owner = turn % ranks.count

@@ -1,4 +1,4 @@
-"""A callback of transformers' Trainer, and TRL's, that publishes the model as it learns. Imports transformers."""
+"""A callback for the Trainer of transformers and of TRL that publishes the model during training."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["PublishUpdates"]
 
 
 class PublishUpdates(TrainerCallback):
-    """Publish every `publish_every` optimizer steps, at the beginning and at the end. Process 0 publishes, or all of
-    them where the model is in pieces (DTensors of fully_shard).
+    """Publishes every `publish_every` optimizer steps, at the beginning and at the end. Process 0 publishes, or all
+    processes if the model is sharded (DTensors of fully_shard).
 
         Trainer(model=model, ..., callbacks=[PublishUpdates("chain", publish_every=10)])
 
-    options: of UpdateWriter.
+    options: those of UpdateWriter.
     """
 
     def __init__(self, folder: str | Path, *, publish_every: int = 1, **options: Any) -> None:
@@ -35,7 +35,7 @@ class PublishUpdates(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the folder and publish the state that training begins with."""
+        """Open the folder and publish the initial state."""
         model = kwargs["model"]
         if any(map(is_dtensor, model.parameters())):
             self.writer = ShardedUpdateWriter(model, self._folder, **self._options)
@@ -44,14 +44,14 @@ class PublishUpdates(TrainerCallback):
         self._publish(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Publish where it is time to."""
+        """Publish if the step is a multiple of `publish_every`."""
         if state.global_step % self._every == 0:
             self._publish(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Publish what was learnt since."""
+        """Publish the final state."""
         self._publish(state)
 
     def _publish(self, state: TrainerState) -> None:

@@ -1,9 +1,9 @@
-"""apply_update: one exact update onto a live model, whole or not at all.
+"""apply_update: apply one exact update to a live model, atomically.
 
 An update is proven before a weight is written: payload digests, decoding, and the digest of what each tensor becomes,
 which also says that it is in the state that the update was made on. Then it is written, under the caller's lock. So an
 update is applied whole or not at all, never twice and never out of order. What is staged is the update's own bytes and
-a stretch of 2^20 weights (on a GPU 2^24), not a tensor; of an anchor all of it.
+a block of 2^20 weights (on a GPU 2^24), not a tensor; an anchor is held whole.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["UpdateError", "apply_update", "in_pieces"]
 
 
 class UpdateError(LiveModelError):
-    """An update that does not continue the state that the model is in: which one, and why."""
+    """An update does not continue the model's state; the message names it and the reason."""
 
 
 @torch.no_grad()
@@ -47,13 +47,13 @@ def apply_update(
     shards: Mapping[str, Shard] | None = None,
     group: Any = None,
 ) -> None:
-    """Apply one exact update, or an anchor, to a live model in place: whole or not at all.
+    """Apply one exact update, or an anchor, to a live model in place and atomically.
 
     target: a module, or a mapping of names to tensors, on any device. lock: held while weights are written. A model of
-    DTensors, or with `shards` (names whose tensors are a plain local shard), is in pieces: every rank of the group
-    calls this, and all of them hold the new state afterwards, or none.
-    Raises PxdError where the file is damaged or the model is in another state (E404, E405), LiveModelError where it
-    cannot hold the update. The model is then as it was.
+    DTensors, or with `shards` (names whose tensors are a plain local shard), is sharded: every rank of the group calls
+    this, and all of them have the new state afterwards, or none.
+    Raises PxdError if the file is damaged or the model is in another state (E404, E405), LiveModelError if the model
+    cannot take the update. The model is then unchanged.
     """
     pieces = in_pieces(target, shards)
     with contextlib.ExitStack() as stack:
@@ -78,12 +78,12 @@ def apply_update(
 
 
 def in_pieces(target: Target, shards: Mapping[str, Shard] | None) -> bool:
-    """Whether ranks hold the model together."""
+    """Whether the model is sharded over ranks."""
     return bool(shards) or any(map(is_dtensor, named(target).values()))
 
 
 def _refuse_others(file: DeltaFile, placement: Placement, *, pieces: bool) -> None:
-    """What is no exact update of contiguous tensors is not applied here."""
+    """Raise UpdateError unless this is an exact update of contiguous tensors."""
     for entry in file.manifest.modules:
         if entry.encoding is Encoding.SIGN or (entry.base is not None and entry.base.dtype is not entry.dtype):
             raise UpdateError(f"{file.path}: {entry.name} is not an exact update; use apply_ or VariantSwitch")
@@ -93,7 +93,7 @@ def _refuse_others(file: DeltaFile, placement: Placement, *, pieces: bool) -> No
 
 
 def _proven(file: DeltaFile, placement: Placement) -> Iterator[ModuleDelta]:
-    """The modules to write, read once: each tensor is the one that the update was made on, and becomes what it says."""
+    """Yield the modules to write, read once, after the digests of their old and new tensors are checked."""
     for entry in file.manifest.modules:
         module = file.load(entry.name)
         for part in placement[entry.name]:

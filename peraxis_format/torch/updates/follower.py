@@ -1,4 +1,4 @@
-"""Follower: the server's side of a chain. It looks what a folder or a URL holds, and applies what leads on."""
+"""Follower: the server's side of a chain. It polls a folder or a URL, and applies new updates."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _LOGGER: Final = logging.getLogger("peraxis")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Poll:
-    """What one look at the folder did. step: that the model is at now, None where it is at none of the chain.
+    """The result of one poll of the folder. step: the model's step now, None if its state is not in the chain.
 
-    applied: files, in order. lag: updates in the folder that lie ahead. waiting: why the model is behind, by file.
+    applied: files, in order. lag: the number of newer updates in the folder. waiting: the reason of a delay, by file.
     """
 
     step: int | None
@@ -53,18 +53,18 @@ def follow(
     shards: Mapping[str, Shard] | None = None,
     group: Any = None,
 ) -> Follower:
-    """Follow the chain in a folder or at a URL: `poll()` once in a while, or `start()` a thread that does.
+    """Follow the chain in a folder or at a URL: call `poll()` repeatedly, or `start()` a thread that does.
 
-    target: a module or a mapping of names to tensors, at any state of the chain; at none of them it begins with the
+    target: a module or a mapping of names to tensors, in any state of the chain; in another state it begins with the
     newest anchor. lock: held while weights are written, so that no forward pass sees half an update. on_update: called
-    after each poll that applied something. shards: see apply_update. group: of a model in pieces, whose ranks see one
-    folder and poll together, as often as each other; with `start`, one that nothing else uses.
+    after each poll that applied an update. shards: see apply_update. group: that of a sharded model, whose ranks see
+    one folder and poll together, equally often; with `start`, a group that no other code uses.
     """
     return Follower(target, source, lock=lock, on_update=on_update, shards=shards, group=group)
 
 
 class Follower:
-    """A live model that follows a chain. step: of the state that it is at, None where it is at none that is known."""
+    """A live model that follows a chain. step: the step of its state, None if it is unknown."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Follower:
         group: Any = None,
     ) -> None:
         if is_url(folder) and in_pieces(target, shards):
-            raise LiveModelError(f"{folder}: models in pieces follow a folder that all ranks see, not a URL")
+            raise LiveModelError(f"{folder}: sharded models follow a folder that all ranks see, not a URL")
         self._mirror = Mirror(str(folder)) if is_url(folder) else None
         self.folder = Path(folder) if self._mirror is None else self._mirror.folder
         self.step: int | None = None
@@ -91,10 +91,10 @@ class Follower:
         self._thread: threading.Thread | None = None
 
     def poll(self) -> Poll:
-        """Apply what the folder holds beyond the model's state, an update at a time.
+        """Apply the folder's updates after the model's state, one at a time.
 
-        What cannot be applied is reported in `waiting`, and tried again at the next poll: a file may still be on its
-        way. Where the link to the next state is missing, the newest anchor ahead is taken.
+        Files that cannot be applied are reported in `waiting` and tried again at the next poll, because a file may be
+        incomplete. If the update to the next state is missing, the newest anchor ahead is taken.
         """
         files, problems = self._listed()
         waiting: dict[Path, str] = dict(problems)
@@ -108,14 +108,14 @@ class Follower:
                 waiting[chosen.path] = str(error)
                 continue
             except BaseException:
-                # Interrupted, maybe between two weights: the next poll looks what the model holds.
+                # Interrupted, maybe between two weights: the next poll determines the model's state.
                 self._state = self.step = None
                 raise
             self._state, self.step = chosen.result, chosen.step
             applied.append(chosen.path)
         ahead = [file for file in files if not file.is_anchor and file.step > (-1 if self.step is None else self.step)]
         for file in ahead:
-            waiting.setdefault(file.path, f"{file.path}: does not continue the state that the model is in")
+            waiting.setdefault(file.path, f"{file.path}: does not continue the model's state")
         poll = Poll(step=self.step, applied=tuple(applied), lag=len(ahead), waiting=waiting)
         if applied and self._on_update is not None:
             self._on_update(poll)
@@ -139,15 +139,15 @@ class Follower:
         self._state, self.step = found.result, found.step
 
     def start(self, *, every: float = 1.0) -> Follower:
-        """Poll every so many seconds on a thread of its own, until `close`. What fails is logged and tried again."""
+        """Poll every `every` seconds on a thread, until `close`. A failure is logged and tried again."""
         if self._thread is not None:
-            raise LiveModelError("this follower runs already")
+            raise LiveModelError("this follower is already running")
 
         def run() -> None:
             while not self._stop.wait(every):
                 try:
                     self.poll()
-                except Exception as error:  # one look that failed is not the last one
+                except Exception as error:  # a failed poll must not end the thread
                     _LOGGER.error(
                         "%s: cannot be followed: %s; trying again", self.folder, error or type(error).__name__
                     )
@@ -164,7 +164,7 @@ class Follower:
         return self.step is not None and self.step >= step
 
     def close(self) -> None:
-        """End the thread, after the update that it is at."""
+        """End the thread after its current update."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -178,7 +178,7 @@ class Follower:
         self.close()
 
     def _listed(self) -> tuple[list[UpdateFile], dict[Path, str]]:
-        """What the folder holds, of a URL what it still needs; of a model in pieces what its first rank sees."""
+        """The files of the folder; for a URL those still needed; for a sharded model those that its first rank sees."""
         unreachable: dict[Path, str] = {}
         if self._mirror is not None:
             try:
@@ -195,13 +195,13 @@ class Follower:
     def _apply(self, update: UpdateFile) -> None:
         """Apply a file, which must be the one that was listed. Raises UpdateError, PxdError."""
         with DeltaFile(update.path) as delta:
-            # Of a model in pieces all ranks have to agree, which apply_update sees to.
+            # All ranks of a sharded model have to agree, which apply_update ensures.
             if delta.content_id != update.content_id and not in_pieces(self._target, self._shards):
                 raise UpdateError(f"{update.path}: was replaced by another file; it is tried again")
             apply_update(self._target, delta, lock=self._lock, shards=self._shards, group=self._group)
 
     def _find_state(self, files: list[UpdateFile]) -> None:
-        """Which state of the chain the model is at, the newest first; by the digests of its tensors."""
+        """Find the model's state in the chain by the digests of its tensors, the newest state first."""
         digests: dict[str, str] = {}
         for file in reversed(files):
             with contextlib.suppress(PxdError, OSError), DeltaFile(file.path) as delta:
@@ -215,7 +215,7 @@ class Follower:
                     self._state, self.step = first.base, first.step - 1
 
     def _is_at(self, delta: DeltaFile, digests: dict[str, str], *, before: bool = False) -> bool:
-        """Whether every tensor of the model is what a file results in, or was made on."""
+        """Whether every tensor of the model equals the result (or, with `before`, the base) of a file."""
         pieces = in_pieces(self._target, self._shards)
         placement: Placement | None = None
         with contextlib.suppress(PxdError, LiveModelError):

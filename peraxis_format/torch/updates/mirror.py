@@ -1,7 +1,7 @@
-"""A chain at a URL (any that fsspec reads and writes: s3, gs, hf, memory, ...), and the folder that stands for it here.
+"""A chain at a URL (any that fsspec reads and writes: s3, gs, hf, memory, ...), and its local folder.
 
-Files come one by one, each under its name when all of it is here, and only those that a follower or a trainer still
-needs: the newest anchor where it has to begin with one, and the updates behind its state. They go the same way.
+Only files that a follower or a trainer still needs are fetched, one by one and each atomically: the newest anchor if it
+has to begin with one, and the updates after its state. They are sent the same way.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _PART: Final = ".part"
 
 
 def is_url(source: str | Path) -> bool:
-    """Whether a source is a URL and not a folder."""
+    """Whether a source is a URL, not a folder."""
     return isinstance(source, str) and "://" in source
 
 
 class Mirror:
-    """The chain of a URL in a temporary folder, which goes away with `close()`, or else with this object.
+    """The chain of a URL in a temporary folder, which is removed by `close()`, or else with this object.
 
-    Methods raise OSError, whatever the file system's own errors are, and leave nothing half written.
+    Methods turn all errors of the file system into OSError, and leave no partial files.
     """
 
     def __init__(self, url: str) -> None:
-        """Raises LiveModelError where fsspec, or the package of this kind of URL, is not installed."""
+        """Raises LiveModelError if fsspec, or the package of this kind of URL, is not installed."""
         self.url = url.rstrip("/")
         try:
             import fsspec
@@ -48,7 +48,7 @@ class Mirror:
         self.close = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def names(self) -> list[str]:
-        """The updates and anchors that are there, as file names."""
+        """The file names of the updates and anchors at the URL."""
         with self._errors():
             self._system.invalidate_cache()
             if not self._system.isdir(self._path):
@@ -57,7 +57,7 @@ class Mirror:
         return sorted(name for name in found if step_of(name) is not None)
 
     def sync(self, *, after: int | None) -> None:
-        """Fetch what leads on from step `after`; None: from any state, so that the newest anchor is where to begin."""
+        """Fetch the updates after step `after`; None: begin with the newest anchor."""
         found = {name: step_of(name) for name in self.names()}
         anchors = {step: name for name, (step, anchor) in _known(found) if anchor}
         steps = {step: name for name, (step, anchor) in _known(found) if not anchor}
@@ -76,7 +76,7 @@ class Mirror:
                 self._fetch(name)
 
     def send(self, path: Path) -> None:
-        """Publish a local file under its name. Raises FileExistsError where there is one."""
+        """Publish a local file under its name. Raises FileExistsError if the name exists."""
         if self.exists(path.name):
             raise FileExistsError(f"{self.url}/{path.name}: exists already; another process publishes there")
         target = f"{self._path}/{path.name}"
@@ -90,7 +90,7 @@ class Mirror:
             self._system.mv(part, target)
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file of this name."""
+        """Whether there is a file with this name."""
         with self._errors():
             self._system.invalidate_cache()
             return bool(self._system.exists(f"{self._path}/{name}"))
@@ -114,7 +114,7 @@ class Mirror:
 
     @contextlib.contextmanager
     def _errors(self) -> Any:
-        """Each kind of file system has errors of its own."""
+        """Turn all errors of the file system into OSError."""
         try:
             yield
         except OSError:
@@ -129,6 +129,6 @@ def _known(found: dict[str, tuple[int, bool] | None]) -> list[tuple[str, tuple[i
 
 
 def _leads(steps: dict[int, str], after: int) -> bool:
-    """Whether the updates from `after` on have no gap."""
+    """Whether the updates after `after` have no gap."""
     ahead = sorted(step for step in steps if step > after)
     return bool(ahead) and ahead == list(range(after + 1, after + 1 + len(ahead)))

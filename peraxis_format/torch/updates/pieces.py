@@ -1,8 +1,8 @@
-"""Tensors in pieces on several ranks: which rank has which box, rows put together on one of them, changes sent back.
+"""Sharded tensors: the box of each rank, assembled rows on one rank, and changes that are sent back.
 
-No rank holds a sharded tensor whole. Ranks take turns: the owner of a tensor sees a stretch of its rows at a time, and
-what it finds there goes back as flat indices and values. All functions that take a group are collective: every rank
-of it calls them in the same order.
+No rank has a whole sharded tensor. Ranks take turns: the owner of a tensor sees a range of its rows at a time, and
+sends changes back as flat indices and values. All functions with a group are collective: every rank of it calls them in
+the same order.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The ranks of a group, and which of them this process is."""
+    """The ranks of a group, and the rank of this process."""
 
     group: Any = None
 
@@ -51,7 +51,7 @@ class Ranks:
         return distributed.get_world_size(self.group)
 
     def world(self, rank: int) -> int:
-        """The number of a rank among all processes."""
+        """The global rank of a rank of the group."""
         return rank if self.group is None else distributed.get_global_rank(self.group, rank)
 
     def gathered(self, value: Any) -> list[Any]:
@@ -61,7 +61,7 @@ class Ranks:
         return out
 
     def collected(self, value: Any, *, on: int) -> list[Any]:
-        """The value of each rank on one rank; on the others nothing."""
+        """The value of each rank, on one rank; an empty list on the others."""
         out: list[Any] | None = [None] * self.count if self.rank == on else None
         distributed.gather_object(value, out, dst=self.world(on), group=self.group)
         return out or []
@@ -75,14 +75,14 @@ class Ranks:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the boxes of one tensor lie. senders: for each box that is not empty the first rank that holds it."""
+    """The boxes of one tensor. senders: for each box that is not empty, the first rank that has it."""
 
     shape: tuple[int, ...]
     senders: Mapping[Box, int]
 
     @classmethod
     def of(cls, shape: Sequence[int], boxes: Sequence[Box]) -> Layout:
-        """boxes: of each rank."""
+        """boxes: the box of each rank."""
         senders: dict[Box, int] = {}
         for rank, box in enumerate(boxes):
             if math.prod(end - begin for begin, end in box):
@@ -91,17 +91,17 @@ class Layout:
 
     @property
     def row(self) -> int:
-        """Weights of one index of the first dimension."""
+        """The number of weights of one index of the first dimension."""
         return math.prod(self.shape[1:])
 
     @property
     def covered(self) -> int:
-        """Weights that some rank holds."""
+        """The number of weights that some rank has."""
         return sum(math.prod(end - begin for begin, end in box) for box in self.senders)
 
 
 def is_dtensor(tensor: object) -> bool:
-    """Whether a tensor says itself which rank holds what of it."""
+    """Whether a tensor is a DTensor."""
     return getattr(tensor, "placements", None) is not None
 
 
@@ -111,7 +111,7 @@ def slices(box: Box) -> tuple[slice, ...]:
 
 
 def row_stretches(layout: Layout, weights: int) -> Iterator[tuple[slice, slice]]:
-    """A tensor in stretches of `weights`: flat ranges, each with the rows of the first dimension that it touches."""
+    """A tensor in ranges of `weights`: flat ranges, each with the rows of the first dimension that it touches."""
     total = math.prod(layout.shape)
     for begin in range(0, max(total, 1), weights):
         end = min(begin + weights, total)
@@ -121,9 +121,9 @@ def row_stretches(layout: Layout, weights: int) -> Iterator[tuple[slice, slice]]
 def rows_on(
     ranks: Ranks, owner: int, layout: Layout, rows: slice, *, mine: Tensor, box: Box, dtype: DType
 ) -> Array | None:
-    """Rows of the first dimension, put together on the owner as a storage array; None on the other ranks.
+    """Rows of the first dimension, assembled on the owner as a storage array; None on the other ranks.
 
-    mine: this rank's piece, box: which one it is. A scalar has no rows: it is taken whole.
+    mine: this rank's piece; box: its box. A scalar has no rows, so it is taken whole.
     """
     out: Array | None = None
     if ranks.rank == owner:
@@ -149,7 +149,7 @@ def rows_on(
 
 
 def flat_indices(local: NDArray[np.int64], box: Box, shape: Sequence[int]) -> NDArray[np.int64]:
-    """Flat indices within a box as those within the tensor."""
+    """Convert flat indices within a box to flat indices within the tensor."""
     if not box:
         return local
     inside = np.unravel_index(local, tuple(end - begin for begin, end in box))
@@ -160,7 +160,7 @@ def flat_indices(local: NDArray[np.int64], box: Box, shape: Sequence[int]) -> ND
 def boxed_indices(
     flat: NDArray[np.int64], box: Box, shape: Sequence[int]
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Which flat indices of a tensor are in a box, and those ones as flat indices within it."""
+    """A mask of the flat indices of a tensor that are in a box, and these as flat indices within the box."""
     if not box:
         return np.ones(flat.size, np.bool_), flat
     parts = np.unravel_index(flat, tuple(shape))
@@ -172,7 +172,7 @@ def boxed_indices(
 
 
 def exchanged(ranks: Ranks, outgoing: Sequence[Any]) -> list[Any]:
-    """One value for each rank, from each rank: what all of them had for this one, in their order."""
+    """Send one value to each rank. Returns the values that all ranks sent to this one, in rank order."""
     incoming: list[Any] = []
     for rank in range(ranks.count):
         found = ranks.collected(outgoing[rank], on=rank)

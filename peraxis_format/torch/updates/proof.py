@@ -1,4 +1,4 @@
-"""What an exact update makes of live tensors, a stretch at a time: it is proven before a weight is written."""
+"""Decode an exact update on live tensors, one range at a time, so that it is checked before a weight is written."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from peraxis_format.ops.tensors import storage_array
 
 __all__ = ["check_digest", "stretches"]
 
-_STRETCH: Final = 16  # blocks
-_ON_DEVICE: Final = 16  # times as long on a device, which decodes all blocks of a stretch at once
+_STRETCH: Final = 16  # blocks to decode at a time
+_ON_DEVICE: Final = 16  # times as many on a device, which decodes all these blocks at once
 
 
 def stretches(view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Tensor]]:
-    """(live, new): the weights of a contiguous tensor, 2^20 at a time (on a GPU 2^24), and the
-    update's weights in their place.
+    """Yield (live, new): the weights of a contiguous tensor, 2^20 at a time (on a GPU 2^24), and the updated weights.
 
-    Raises BindingError (E405) where the update's bits do not fit them.
+    Raises BindingError (E405) if the update does not decode on them.
     """
     index, data = module.index, module.data
     if index is None or data is None:
@@ -43,7 +42,7 @@ def stretches(view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Tenso
 
 
 def check_digest(entry: ModuleEntry, view: Tensor) -> None:
-    """A contiguous tensor has the base's bytes. Raises BindingError (E404)."""
+    """Check that a contiguous tensor has the base's bytes. Raises BindingError (E404)."""
     digest = hashlib.sha256()
     for begin in range(0, max(view.numel(), 1), _STRETCH * BLOCK):
         digest.update(raw_bytes(storage_array(view.detach().reshape(-1)[begin : begin + _STRETCH * BLOCK].cpu())))

@@ -1,10 +1,10 @@
 """UpdateWriter: the trainer's side of a chain.
 
-    folder/anchor-00000000.pxd      the state that the chain begins with, whole
-    folder/step-00000001.pxd        what changed since, bit for bit; `previous` is the file before it
+    folder/anchor-00000000.pxd      the whole first state of the chain
+    folder/step-00000001.pxd        the changes since, bit for bit; `previous` is the file before it
 
-Law: the files in the folder lead to what was published, whenever the process is killed. An update appears by a rename;
-only then the snapshot of what was published moves on, and a new process rebuilds its snapshot from the folder.
+Law: the files in the folder always lead to the published state, even if the process is killed. An update appears by a
+rename; only then the snapshot of the published state is updated, and a new process rebuilds it from the folder.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ CHANGED: Final = "peraxis.changed"  # metadata: weights that an update changes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """One file that was published. changed: weights that differ from the step before. bytes: of the file.
+    """One published file. changed: weights that differ from the previous step. bytes: the size of the file.
 
-    path: its URL where it was sent to one.
+    path: its URL if it was sent to one.
     """
 
     path: Path | str
@@ -57,10 +57,10 @@ class Published:
 class UpdateWriter:
     """Publishes the states of live parameters as a chain of exact updates: into a folder, or to a URL (mirror.py).
 
-    model: a module, or a mapping of names to tensors, which is read at each step. dtype: what float32 tensors are
-    published in; None publishes them as they are. anchor_every: a whole state is written beside every so
-    many steps, so that a server can begin there and older files can go (`prune`). A folder that holds a chain is gone
-    on with. step_number: of the last state that was published. For DTensors there is ShardedUpdateWriter.
+    model: a module, or a mapping of names to tensors, which is read at each step. dtype: the dtype that float32 tensors
+    are published in; None publishes them unchanged. anchor_every: the number of steps between whole states, from which
+    a server can begin, so that older files can be deleted (`prune`). An existing chain in the folder is continued.
+    step_number: the number of the last published state. For DTensors use ShardedUpdateWriter.
     """
 
     _in_pieces: ClassVar[bool] = False
@@ -75,7 +75,7 @@ class UpdateWriter:
         prefer: Prefer = "size",
         anchor_every: int | None = None,
     ) -> None:
-        """Raises LiveModelError where the folder's chain is of other tensors, PxdError where it is damaged."""
+        """Raises LiveModelError if the folder's chain has other tensors, PxdError if it is damaged."""
         if anchor_every is not None and anchor_every < 1:
             raise ValueError(f"anchor_every is {anchor_every}; it must be 1 or more, or None")
         self._mirror = Mirror(str(folder)) if is_url(folder) else None
@@ -99,9 +99,9 @@ class UpdateWriter:
 
     @torch.no_grad()
     def step(self) -> Published:
-        """Publish the parameters as they are now. The first call of a folder writes an anchor, later ones updates.
+        """Publish the present parameters. The first call in a folder writes an anchor, later ones write updates.
 
-        Raises FileExistsError where another process publishes into the folder, OSError; nothing is published then.
+        Raises FileExistsError if another process publishes into the folder, OSError; nothing is published then.
         """
         live, tied = self._live()
         if self._head is None:
@@ -126,20 +126,20 @@ class UpdateWriter:
             writer.metadata[CHANGED] = str(changed)
             manifest = writer.finish()
         self._send(path)
-        # Published: what follows only brings this process up to the folder.
+        # The update is published; the rest only updates this process's snapshot.
         for module in moved:
             self._promote(module)
         return self._done(path, number, manifest, changed, writer.size, tied)
 
     def prune(self, *, anchors: int = 2) -> list[Path]:
-        """Delete what stands before the oldest of the newest `anchors` anchors. Returns the files, oldest first.
+        """Delete the files before the oldest of the newest `anchors` anchors. Returns them, oldest first.
 
-        Files go oldest first, so that what is left is a chain at any time. Raises ValueError for fewer than one.
+        Files are deleted oldest first, so that the rest is always a chain. Raises ValueError for fewer than one.
         """
         if anchors < 1:
-            raise ValueError(f"anchors is {anchors}; one must stay, or nobody could begin")
+            raise ValueError(f"anchors is {anchors}; at least one must stay as the beginning of the chain")
         names = [path.name for path in self.folder.iterdir()] if self._mirror is None else self._mirror.names()
-        # An update leads to the anchor of its own number, which stands for it.
+        # An update leads to the anchor of its own number, which replaces it.
         places = sorted((place, name) for name in names if (place := step_of(name)) is not None)
         kept = [step for (step, is_anchor), _ in places if is_anchor][-anchors:]
         old = [name for place, name in places if kept and place < (kept[0], True)]
@@ -151,14 +151,14 @@ class UpdateWriter:
         return [self.folder / name for name in old]
 
     def close(self) -> None:
-        """Remove what a chain at a URL needed on this machine."""
+        """Remove the local files of a chain at a URL."""
         if self._mirror is not None:
             self._mirror.close()
 
-    # --- what is live ---------------------------------------------------------------------------------
+    # --- the live state -------------------------------------------------------------------------------
 
     def _live(self) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
-        """The tensors by name, each storage once, and (module, alias) for the others."""
+        """The tensors by name, each storage once, and (module, alias) for further names."""
         named = self._model.state_dict(keep_vars=True) if isinstance(self._model, nn.Module) else self._model
         first: dict[tuple[object, ...], str] = {}
         live: dict[str, Tensor] = {}
@@ -170,7 +170,7 @@ class UpdateWriter:
                 raise LiveModelError(f"{name}: is sharded; use ShardedUpdateWriter, on every rank")
             key: tuple[object, ...] = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
             if is_dtensor(tensor):
-                key = (id(tensor),)  # its own address says nothing
+                key = (id(tensor),)  # its address is not meaningful
             if tensor.numel() and key in first:
                 tied.append((first[key], name))
                 continue
@@ -182,13 +182,13 @@ class UpdateWriter:
         plain = tensor.detach()
         if self._dtype is not None and plain.dtype is torch.float32:
             plain = plain.to(self._dtype)
-        # A copy: a storage array of live CPU memory would move with the parameters.
+        # A copy, because a storage array of live CPU memory would change with the parameters.
         return np.array(storage_array(plain.cpu().contiguous()))
 
     def _check_names(self, live: Mapping[str, Tensor]) -> None:
         odd = sorted(live.keys() ^ self._snapshot.keys())
         if odd:
-            raise LiveModelError(f"{odd[0]}: came or went since {self.folder} was begun; publish into a new folder")
+            raise LiveModelError(f"{odd[0]}: was added or removed since {self.folder} was begun; use a new folder")
         for name, tensor in live.items():
             dtype, array = self._snapshot[name]
             if tuple(tensor.shape) != array.shape or self._dtype_of(name, tensor) is not dtype:
@@ -199,14 +199,14 @@ class UpdateWriter:
             return dtype_of(torch.empty(0, dtype=self._dtype), name)
         return dtype_of(tensor, name)
 
-    # --- what is published ----------------------------------------------------------------------------
+    # --- the published state --------------------------------------------------------------------------
 
     def _writer(self, path: Path, *, previous: str | None) -> DeltaWriter:
         identity = Identity(id=self._name)
         return DeltaWriter(path, base=identity, fine_tuned=identity, previous=previous, chained=True, overwrite=False)
 
     def _send(self, path: Path) -> None:
-        """Bring a file that was written to its URL. Raises FileExistsError, OSError; nothing is there then."""
+        """Send a written file to its URL. Raises FileExistsError, OSError; nothing is published then."""
         if self._mirror is not None:
             try:
                 self._mirror.send(path)
@@ -225,7 +225,7 @@ class UpdateWriter:
         return self._done(path, 0, manifest, weights, size, tied)
 
     def _anchor(self, path: Path, tied: list[tuple[str, str]]) -> tuple[Manifest, int]:
-        """Write the published state, whole."""
+        """Write the whole published state."""
         with self._writer(path, previous=None) as writer:
             for name, (dtype, array) in self._snapshot.items():
                 writer.add(ModuleDelta(name=name, shape=array.shape, dtype=dtype, encoding=Encoding.FULL, full=array))
@@ -267,7 +267,7 @@ class UpdateWriter:
         )
 
     def _reached(self, path: Path, number: int, manifest: Manifest) -> None:
-        """The state of this file is the one that was published last."""
+        """Record that the state of this file was published last."""
         self.step_number = number
         self._head = UpdateFile(
             path=path,
@@ -280,7 +280,7 @@ class UpdateWriter:
         )
 
     def _restore(self) -> None:
-        """Bring the snapshot to the last state that the folder leads to."""
+        """Update the snapshot to the last state of the folder."""
         if self._mirror is not None:
             self._mirror.sync(after=None)
         way = chain_of(self.folder)

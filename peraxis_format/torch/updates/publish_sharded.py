@@ -1,9 +1,9 @@
-"""ShardedUpdateWriter: UpdateWriter for a model in pieces, without putting it together anywhere.
+"""ShardedUpdateWriter: UpdateWriter for a sharded model, which is not assembled on any rank.
 
-Each tensor has one rank that encodes it, its owner. It keeps the tensor as it was published; every rank also keeps its
-own pieces so. At a step each rank compares its pieces and sends what changed, indices and values, to the owners; they
-encode and hash, and rank 0 writes the file. So a rank holds twice its share of the model in host memory, and what
-travels is O(changes). Only the first state travels whole, once, tensor by tensor; anchors do so too, to rank 0.
+Each tensor has an owner, the rank that encodes it. The owner keeps the published tensor; every rank also keeps its own
+published pieces. At a step each rank compares its pieces and sends changes, indices and values, to the owners; they
+encode and hash, and rank 0 writes the file. So a rank holds twice its share of the model in host memory, and the
+traffic is O(changes). Only the first state is sent whole, once, tensor by tensor; anchors are sent whole to rank 0.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ __all__ = ["ShardedUpdateWriter"]
 class ShardedUpdateWriter(UpdateWriter):
     """Publishes the states of a model of DTensors (fully_shard, tensor parallel): see UpdateWriter.
 
-    Every rank of the group makes one and calls `step`; tensors that are no DTensors are the same on all of them. The
-    folder is one that all ranks see. group: default all ranks. What `step` returns, and raises, it does on every rank.
+    Every rank of the group makes one and calls `step`; tensors that are not DTensors must be equal on all of them. All
+    ranks must see the folder. group: default all ranks. `step` returns or raises the same on every rank.
     """
 
     _in_pieces: ClassVar[bool] = True
@@ -55,19 +55,19 @@ class ShardedUpdateWriter(UpdateWriter):
         anchor_every: int | None = None,
         group: Any = None,
     ) -> None:
-        """Raises as UpdateWriter does. Collective, as all methods but `prune` are."""
+        """Raises the errors of UpdateWriter. Collective, like all methods except `prune`."""
         if is_url(folder):
-            raise ValueError(f"{folder}: models in pieces publish into a folder that all ranks see, not to a URL")
+            raise ValueError(f"{folder}: sharded models publish into a folder that all ranks see, not to a URL")
         self._ranks = Ranks(group)
         self._dtypes: dict[str, DType] = {}
         self._layouts: dict[str, Layout] = {}
         self._boxes: dict[str, Box] = {}
-        self._pieces: dict[str, Array] = {}  # as published, of boxes that this rank speaks for
+        self._pieces: dict[str, Array] = {}  # the published pieces of boxes that this rank sends
         super().__init__(model, folder, name=name, dtype=dtype, prefer=prefer, anchor_every=anchor_every)
 
     @torch.no_grad()
     def step(self) -> Published:
-        """Publish the parameters as they are now: see UpdateWriter."""
+        """Publish the present parameters; see UpdateWriter."""
         live, tied = self._live()
         parts = self._parts(live)
         if self._head is None:
@@ -95,7 +95,7 @@ class ShardedUpdateWriter(UpdateWriter):
         return {name: turn % self._ranks.count for turn, name in enumerate(self._dtypes)}
 
     def _parts(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's pieces. Learns where all of them lie, once."""
+        """This rank's pieces. The first call exchanges the boxes of all ranks."""
         failure: Exception | None = None
         parts: dict[str, Tensor] = {}
         try:
@@ -118,7 +118,7 @@ class ShardedUpdateWriter(UpdateWriter):
             return
         odd = sorted(live.keys() ^ self._dtypes.keys())
         if odd:
-            raise LiveModelError(f"{odd[0]}: came or went since {self.folder} was begun; publish into a new folder")
+            raise LiveModelError(f"{odd[0]}: was added or removed since {self.folder} was begun; use a new folder")
         for name, tensor in live.items():
             layout = self._layouts.get(name)
             moved = layout is not None and (layout.shape != tuple(tensor.shape) or self._boxes[name] != boxes[name])
@@ -129,7 +129,7 @@ class ShardedUpdateWriter(UpdateWriter):
         return self._layouts[name].senders.get(self._boxes[name]) == self._ranks.rank
 
     def _compared(self, parts: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """What changed in this rank's pieces, by name; and the same for each owner, with indices within the tensor."""
+        """The changes of this rank's pieces by name, and for each owner, with indices within the tensor."""
         changes: dict[str, Any] = {}
         outgoing: list[dict[str, Any]] = [{} for _ in range(self._ranks.count)]
         owners = self._owners
@@ -146,7 +146,7 @@ class ShardedUpdateWriter(UpdateWriter):
         return changes, outgoing
 
     def _encoded(self, incoming: list[dict[str, Any]]) -> dict[str, tuple[ModuleDelta, int, Array]]:
-        """The modules of this rank's tensors, how many weights of each changed, and the tensors afterwards."""
+        """The modules of this rank's tensors, their numbers of changed weights, and the new tensors."""
         made = {}
         for name, (dtype, before) in self._snapshot.items():
             new, count = before, 0
@@ -161,7 +161,7 @@ class ShardedUpdateWriter(UpdateWriter):
         return made
 
     def _on_first(self, job: Any) -> Any:
-        """Run a job on rank 0. Its result, or its error, is every rank's."""
+        """Run a job on rank 0. Every rank returns its result or raises its error."""
         failure, result = None, None
         if self._ranks.rank == 0:
             try:
@@ -211,7 +211,7 @@ class ShardedUpdateWriter(UpdateWriter):
         return full
 
     def _publish_anchor(self, path: Path, tied: list[tuple[str, str]]) -> tuple[Manifest, int]:
-        """Rank 0 writes the published state, a tensor at a time from its owner."""
+        """Write the published state on rank 0, one tensor at a time from its owner."""
         owners = self._owners
         failure: Exception | None = None
         result = None
@@ -267,7 +267,7 @@ class ShardedUpdateWriter(UpdateWriter):
         )
 
     def _restore(self) -> None:
-        """Bring tensors and pieces to the last state of the folder, a tensor at a time."""
+        """Update tensors and pieces to the last state of the folder, one tensor at a time."""
         way: Way | None = self._on_first(lambda: chain_of(self.folder))
         if way is None:
             return

@@ -1,4 +1,4 @@
-"""The updates of a folder by their headers: step-<n>.pxd, and anchors, which hold a whole state (anchor-<n>.pxd)."""
+"""The updates of a folder by their headers: step-<n>.pxd, and anchors, which are whole states (anchor-<n>.pxd)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAME: Final = re.compile(r"(step|anchor)-(\d+)\.pxd")
 class UpdateFile:
     """One file of a chain. base, result: digests over all tensors before and after (SPEC 3.11, 3.14).
 
-    An anchor needs no state before it. stamp: inode, bytes and time of change of the file that was read.
+    An anchor needs no state before it. stamp: inode, size and time of change of the file that was read.
     """
 
     path: Path
@@ -34,7 +34,7 @@ class UpdateFile:
 
 
 def step_name(step: int) -> str:
-    """The file name of an update; names sort as their steps do."""
+    """The file name of an update; names sort by their steps."""
     return f"step-{step:08d}.pxd"
 
 
@@ -44,15 +44,16 @@ def anchor_name(step: int) -> str:
 
 
 def step_of(name: str) -> tuple[int, bool] | None:
-    """The step of a file name, and whether it is an anchor's; None for any other file."""
+    """The step of a file name, and whether it is an anchor; None for any other file."""
     match = _NAME.fullmatch(name)
     return None if match is None else (int(match[2]), match[1] == "anchor")
 
 
 def list_updates(folder: Path, known: dict[Path, UpdateFile] | None = None) -> tuple[list[UpdateFile], dict[Path, str]]:
-    """Updates and anchors of a folder in the order of their steps, and what is wrong with files that cannot be read.
+    """The updates and anchors of a folder in the order of their steps, and the faults of files that cannot be read.
 
-    known: what was read before, and is kept up to date: a file is opened once, and again where another took its place.
+    known: a cache of the files that were read; it is updated, so that a file is opened once, and again if it was
+    replaced.
     """
     known = {} if known is None else known
     problems: dict[Path, str] = {}
@@ -73,7 +74,7 @@ def list_updates(folder: Path, known: dict[Path, UpdateFile] | None = None) -> t
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """From the newest anchor of a folder to its last state. head: the file whose content ID the next update names."""
+    """The way from the newest anchor of a folder to its last state. head: the predecessor of the next update."""
 
     anchor: UpdateFile
     updates: tuple[UpdateFile, ...]
@@ -81,18 +82,18 @@ class Way:
 
 
 def chain_of(folder: Path) -> Way | None:
-    """The way to the last state of a folder that a trainer goes on with; None where it holds nothing.
+    """The way to the last state of a folder that a trainer continues; None if the folder has no chain.
 
     Raises LiveModelError for a file that cannot be read, a gap, and updates without an anchor.
     """
     files, problems = list_updates(folder)
     if problems:
-        raise LiveModelError(f"{next(iter(problems.values()))}; move it away before publishing goes on")
+        raise LiveModelError(f"{next(iter(problems.values()))}; move it away and publish again")
     anchors = [file for file in files if file.is_anchor]
     if not files:
         return None
     if not anchors:
-        raise LiveModelError(f"{folder}: holds updates but no anchor to begin with; use a new folder")
+        raise LiveModelError(f"{folder}: has updates but no anchor to begin with; use a new folder")
     steps = {file.step: file for file in files if not file.is_anchor}
     head = steps.get(anchors[-1].step, anchors[-1])
     updates: list[UpdateFile] = []
@@ -101,7 +102,7 @@ def chain_of(folder: Path) -> Way | None:
         head = after
     left = [file for file in files if file.step > head.step]
     if left:
-        raise LiveModelError(f"{left[0].path}: a gap; no file leads to the state that it was made on")
+        raise LiveModelError(f"{left[0].path}: a gap; no file leads to its base state")
     return Way(anchor=anchors[-1], updates=tuple(updates), head=head)
 
 
@@ -126,7 +127,7 @@ def _read(path: Path, stamp: tuple[int, int, int]) -> UpdateFile:
     with DeltaFile(path) as delta:
         manifest = delta.manifest
         if match is None or manifest.result is None:
-            raise OSError(f"{path}: does not say what it results in, so it is no update")
+            raise OSError(f"{path}: has no result, so it is not an update")
         return UpdateFile(
             path=path,
             step=int(match[2]),

@@ -1,11 +1,11 @@
-"""An exact update that is proven and not yet written, on one rank or on all that share a model.
+"""An exact update that is checked but not yet written, on one rank or on all ranks of a model.
 
-    staged = stage(file, placement)         payload, decoding and digests are held to the live weights; none is written
-    staged.write()                          a scatter, which waits for nothing and compares nothing
+    staged = stage(file, placement)         checks payload, decoding and digests on the live weights; writes none
+    staged.write()                          a scatter, without waiting or checks
 
-What is kept of a tensor are the places that change and their new patterns, or all of it where that is less. A tensor
-that lies on several ranks is put together on one of them, which proves it and tells the others what changes; then all
-ranks agree, so that the update is written everywhere or nowhere.
+For each tensor the places that change and their new patterns are kept, or the whole tensor if that is smaller. A
+sharded tensor is assembled on one rank, which checks it and sends the changes to the others; then all ranks agree, so
+that the update is written on all ranks or on none.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _PLACE_BYTES: Final = 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Change:
-    """What changes in one live storage. places: int64, of the flat tensor; None where values is all of it."""
+    """The changes of one live storage. places: int64, of the flat tensor; None if values is the whole tensor."""
 
     part: ShardView
     places: Tensor | None
@@ -61,7 +61,7 @@ class _Change:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StagedUpdate:
-    """A proven update. content_id: of its file. nbytes: what is kept for it on this rank."""
+    """A checked update. content_id: that of its file. nbytes: its memory on this rank."""
 
     content_id: str
     nbytes: int
@@ -69,7 +69,7 @@ class StagedUpdate:
 
     @torch.no_grad()
     def write(self) -> None:
-        """Bring the weights to the new state. They must be those of `stage` still, and no forward may run."""
+        """Write the new weights. The old ones must still be those of `stage`, and no forward may run."""
         for change in self._changes:
             change.write()
         increment_versions(change.part for change in self._changes)
@@ -77,11 +77,11 @@ class StagedUpdate:
 
 @torch.no_grad()
 def stage(file: DeltaFile, placement: Placement, *, group: Any = None) -> StagedUpdate:
-    """Prove an exact update, or an anchor, against live weights, on all ranks of a group or on none.
+    """Check an exact update, or an anchor, against live weights, on all ranks of a group or on none.
 
-    placement: of `place(..., exact=True)`; pieces of tensors may lie on the ranks of `group` (default: all ranks).
-    Raises PxdError where the file is damaged or the weights are in another state (E404, E405), LiveModelError where
-    they cannot hold it, on every rank alike. Nothing was written then.
+    placement: that of `place(..., exact=True)`; tensors may be sharded over `group` (default: all ranks). Raises
+    PxdError if the file is damaged or the weights are in another state (E404, E405), LiveModelError if they cannot take
+    it, on all ranks. Nothing is written then.
     """
     changes: list[_Change] = []
     failure: BaseException | None = None
@@ -109,7 +109,7 @@ def stage(file: DeltaFile, placement: Placement, *, group: Any = None) -> Staged
             failure = failure or error
         agree(failure, group)
     elif pieces:
-        raise LiveModelError(f"{pieces[0].name}: only a piece of it is here; initialise torch.distributed")
+        raise LiveModelError(f"{pieces[0].name}: only a piece of it is on this rank; initialise torch.distributed")
     if failure is not None:
         raise failure
     return StagedUpdate(file.content_id, sum(change.nbytes for change in changes), tuple(changes))
@@ -118,16 +118,16 @@ def stage(file: DeltaFile, placement: Placement, *, group: Any = None) -> Staged
 def _refuse_others(file: DeltaFile, placement: Placement) -> None:
     for entry in file.manifest.modules:
         if entry.encoding is Encoding.SIGN or (entry.base is not None and entry.base.dtype is not entry.dtype):
-            raise LiveModelError(f"{file.path}: {entry.name} is no exact update; stage it as a variant")
+            raise LiveModelError(f"{file.path}: {entry.name} is not an exact update; stage it as a variant")
         if not all(part.view.is_contiguous() for part in placement[entry.name]):
-            raise LiveModelError(f"{entry.name}: is strided, which exact updates do not reach")
+            raise LiveModelError(f"{entry.name}: is strided, which exact updates do not support")
 
 
 def _is_piece(entry: ModuleEntry, placement: Placement) -> bool:
     return any(part.box != whole(entry.shape) for part in placement[entry.name])
 
 
-# --- tensors that are here whole -------------------------------------------------------------------------
+# --- tensors that are whole on this rank -----------------------------------------------------------------
 
 
 def _whole_changes(file: DeltaFile, entry: ModuleEntry, parts: Sequence[ShardView]) -> Iterator[_Change]:
@@ -161,11 +161,11 @@ def _decoded(entry: ModuleEntry, module: ModuleDelta, part: ShardView) -> _Chang
     return _smaller(part, torch.cat(places), torch.cat(values))
 
 
-# --- tensors that lie on several ranks -------------------------------------------------------------------
+# --- sharded tensors -------------------------------------------------------------------------------------
 
 
 def _piece_changes(file: DeltaFile, pieces: Sequence[ModuleEntry], placement: Placement, group: Any) -> list[_Change]:
-    """Go through all of them, whatever fails: the other ranks do. Raises the first failure behind the last one."""
+    """Process all tensors in spite of failures, as the other ranks do. Raises the first failure at the end."""
     changes: list[_Change] = []
     failure: BaseException | None = None
     for entry, owner, old in in_turns(pieces, placement, group):
@@ -185,7 +185,7 @@ def _piece_changes(file: DeltaFile, pieces: Sequence[ModuleEntry], placement: Pl
 
 
 def _proven(file: DeltaFile, entry: ModuleEntry, old: Array) -> tuple[NDArray[np.int64], Array] | None:
-    """(places, words) that change in a whole tensor, None where nothing does. Raises PxdError, OSError."""
+    """(places, words) that change in a whole tensor, None if nothing changes. Raises PxdError, OSError."""
     bound = None if entry.encoding is Encoding.EXACT or entry.base is None else entry.base.sha256
     if bound is not None and hashlib.sha256(raw_bytes(old)).hexdigest() != bound:
         fail("E404", field=entry.name)  # SPEC 7.3
@@ -203,13 +203,13 @@ def _proven(file: DeltaFile, entry: ModuleEntry, old: Array) -> tuple[NDArray[np
 
 
 def _local(part: ShardView, entry: ModuleEntry, places: NDArray[np.int64], values: Array) -> _Change:
-    """The changes of a whole tensor that fall into a part."""
+    """The changes of a whole tensor within a part."""
     inside, at = _within(part.box, entry.shape, places)
     return _smaller(part, torch.from_numpy(at), torch.from_numpy(np.ascontiguousarray(values[inside])))
 
 
 def _within(box: Box, shape: Sequence[int], places: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Which places of a flat tensor lie in a box, and their places in the flat box."""
+    """A mask of the places of a flat tensor that are in a box, and their places in the flat box."""
     index = np.unravel_index(places, tuple(shape))
     inside = np.ones(places.size, np.bool_)
     for axis, (begin, end) in zip(index, box, strict=True):
@@ -219,7 +219,7 @@ def _within(box: Box, shape: Sequence[int], places: NDArray[np.int64]) -> tuple[
     return inside, np.asarray(at, np.int64)
 
 
-# --- what is kept ----------------------------------------------------------------------------------------
+# --- storage of changes ----------------------------------------------------------------------------------
 
 
 def _words(tensor: Tensor) -> Tensor:
@@ -227,19 +227,19 @@ def _words(tensor: Tensor) -> Tensor:
 
 
 def _array_words(array: Array) -> Array:
-    """The same for a storage array, flat."""
+    """A storage array as flat words."""
     return (
         np.ascontiguousarray(array).reshape(-1).view("u1" if array.dtype.itemsize == 1 else f"i{array.dtype.itemsize}")
     )
 
 
 def _on(part: ShardView, array: Array) -> Tensor:
-    """A whole storage array, flat, as words on the part's device, in memory of their own."""
+    """A copy of a whole storage array as flat words on the part's device."""
     return torch.from_numpy(_array_words(array).copy()).to(part.view.device)
 
 
 def _smaller(part: ShardView, places: Tensor, values: Tensor) -> _Change:
-    """The change as places and values, or as the whole tensor where that is less to keep."""
+    """The change as places and values, or as the whole tensor if that is smaller."""
     live = _words(part.view).reshape(-1)
     places, values = places.to(live.device), values.to(live.device)
     if len(places) * (_PLACE_BYTES + values.element_size()) < live.nbytes:

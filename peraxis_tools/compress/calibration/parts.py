@@ -14,9 +14,9 @@ __all__ = ["Halves", "Parts", "halves", "partition"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What each sample is for. All int64 [n, length]. Distillation trains on all that calibrated, too.
+    """The samples by use, each int64 [n, length]. Distillation also trains on all calibration samples.
 
-    texts: all that calibrates, by source; where there are several, they validate each other.
+    texts: all calibration samples, by source; several sources validate each other.
     """
 
     texts: tuple[Ids, ...]
@@ -28,7 +28,7 @@ class Parts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Halves:
-    """What is fitted and what validates it, int64 [n, length]; crossed: two texts, each of which is both."""
+    """The samples of the fit and of its validation, int64 [n, length]; crossed: two texts, each used for both."""
 
     fit: Ids
     validation: Ids
@@ -36,8 +36,8 @@ class Halves:
 
 
 def halves(parts: Parts, *, crossed: bool) -> Halves:
-    """The last of several texts (the samples that the fine-tuned model writes) against the others; a single text, or
-    all where crossed is False, by its held-out samples.
+    """Split the last of several texts (the samples that the fine-tuned model generates) from the others; a single text,
+    or all texts if crossed is False, by its held-out samples.
     """
     texts = [ids for ids in parts.texts if len(ids)]
     if len(texts) < 2 or not crossed:

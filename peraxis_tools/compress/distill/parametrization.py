@@ -25,7 +25,7 @@ _CLIP = 3.0  # a latent further than this many scales from zero gets no gradient
 
 
 class TrainedComponent(nn.Module):
-    """One component with relative scales, and latents where signs are trained."""
+    """One component with relative scales, and latents if signs are trained."""
 
     def __init__(self, component: Component, d_in: int, *, signs: bool, device: torch.device) -> None:
         super().__init__()

@@ -1,19 +1,19 @@
-"""Which fit a module gets: candidates are fitted on one text and validated on another.
+"""Choose the fit of a module: candidates are fitted on one text and validated on another.
 
-    refined   signs and scales, if they were asked for
+    refined   signs and scales, if requested
     scales    signs of the delta, scales in closed form
-    scalar    the same with one scale for the whole module: too little freedom to follow one text alone
-    none      signs and mean magnitudes: no text
-    same      no delta at all, the base's own weight
+    scalar    the same with one scale for the whole module, which cannot overfit to one text
+    none      signs and mean magnitudes, without a text
+    same      no delta, the base's own weight
 
-A text validates what was fitted on another: the samples that the fine-tuned model wrote what was fitted on the
-calibration text, and the reverse (a direction each). Where there is only one text, its held-out samples do. The error
-is ||R - X Q^T||^2 (sums.py) of the weight as it is applied. A direction counts where the text that was fitted has at
-least as many tokens as the module has inputs; with fewer, every fit would look worse than it will be.
+A fit on one text is validated on another: a fit on the calibration text by the samples that the fine-tuned model
+generated, and the reverse (two directions). With a single text, its held-out samples validate. The error is
+||R - X Q^T||^2 (sums.py) of the weight as apply rounds it. A direction counts if its fit has at least as many tokens as
+the module has inputs; with fewer, every fit would look worse than the final one.
 
-The first of refined, scales and scalar is taken that is nowhere worse than the scalar. It must then win against `none`
-and `same` by more than chance would let it, a share 1 / sqrt(validation tokens). What is taken is fitted anew on all
-tokens; the errors that are reported are those of before, on tokens that no fit had seen.
+The first of refined, scales and scalar that is never worse than the scalar is taken. It must then be better than `none`
+and `same` by more than chance, a share 1 / sqrt(validation tokens). The chosen fit is repeated on all tokens; the
+reported errors are those of the first fit, on tokens that it had not seen.
 """
 
 from __future__ import annotations
@@ -49,20 +49,21 @@ _SCALES: Final = "scales"
 _SCALAR: Final = "scalar"
 _NONE: Final = "none"
 _SAME: Final = "same"
-# Enough to tell how far signs follow a text: a part of the rows, and one round.
+# A part of the rows and one round are enough to measure how much signs overfit to a text.
 _TRIAL_ROWS: Final = 256
 _TRIAL_SWEEPS: Final = 2
 _NOTES: Final = {
     _SCALES: "refined signs are worse than one scale on another text: scales alone",
     _SCALAR: "worse than one scale on another text: one scale",
-    _SAME: "no delta lowers the held-out error: base kept",
+    _SAME: "no delta lowers the held-out error; base used",
 }
 
 
 def fit_matrices(matrices: Sequence[Matrix], *, statistics: Statistics, options: FitOptions) -> list[FittedMatrix]:
-    """Fit the matrices that read one input. Uses the statistics up: all tokens end in the fit.
+    """Fit the matrices that read one input. This consumes `statistics`: all tokens are merged into the fit's.
 
-    Never worse than one scale, `none` and `same` where it was validated; errors are those of the rounded weight.
+    On the validation tokens the result is never worse than one scale, `none` and `same`; errors are those of the
+    rounded weight.
     """
     if options.adamw_steps:
         return [_fit_adamw(matrix, statistics, options) for matrix in matrices]
@@ -71,7 +72,7 @@ def fit_matrices(matrices: Sequence[Matrix], *, statistics: Statistics, options:
     for i, (fit, validation) in enumerate(directions):
         hessian = hessian_of(fit, signs=False)
         if hessian is None and i > 0:
-            continue  # nothing but zeros reaches it: what came first says all
+            continue  # all inputs are zero, so the first result is final
         held_out = validation.float32()
         for trial in trials:
             trial.add(hessian, held_out)
@@ -83,7 +84,7 @@ def fit_matrices(matrices: Sequence[Matrix], *, statistics: Statistics, options:
 
 
 class _Trial:
-    """The candidates of one matrix on every so many of its rows, and their errors in each direction."""
+    """The candidates of one matrix on a sample of its rows, and their errors in each direction."""
 
     def __init__(self, matrix: Matrix, options: FitOptions, tokens: int) -> None:
         self._matrix, self._options, self._all_tokens = matrix, options, tokens
@@ -97,7 +98,7 @@ class _Trial:
         self._tokens: list[int] = []
 
     def add(self, hessian: Hessian | None, held_out: Moments) -> None:
-        """A direction: the candidates of this hessian, on these tokens."""
+        """Add a direction: the candidates of this Hessian, validated on these tokens."""
         validation = Validation(self._some.fine_tuned, held_out)
         self._tokens.append(max(validation.tokens, 1))
         candidates: dict[str, Sequence[ComponentFit]] = {_NONE: self._some_plain, _SAME: ()}
@@ -121,8 +122,8 @@ class _Trial:
         return found
 
     def _best_axis(self, problem: Quadratic, validation: Validation) -> Axis:
-        """row+col holds the others as special cases; where tokens are so few that it might fit noise, the best by
-        scales alone.
+        """Choose the axis: row+col, which contains the others, or with few tokens (where it might fit noise) the best
+        by scales alone.
         """
         if Axis.ROW_COL in self._matrix.axes and self._all_tokens >= self._matrix.base.shape[1]:
             return Axis.ROW_COL
@@ -138,7 +139,7 @@ class _Trial:
         return self._share * validation.error(self._some.fine_tuned - _applied(self._some, terms))
 
     def kind(self) -> str:
-        """The candidate that is taken."""
+        """The chosen candidate."""
         errors = self._errors
         fits = [kind for kind in (_REFINED, _SCALES, _SCALAR) if kind in errors]
         if fits:
@@ -154,7 +155,7 @@ class _Trial:
         return 1.0 - 1.0 / math.sqrt(sum(self._tokens))
 
     def finished(self, kind: str, hessian: Hessian | None) -> FittedMatrix:
-        """The candidate on all tokens."""
+        """The candidate fitted on all tokens."""
         terms = self._plain if kind == _NONE else ()
         if hessian is not None and kind in (_REFINED, _SCALES, _SCALAR):
             options = self._options if kind == _REFINED else FitOptions(refine=False)
@@ -172,7 +173,7 @@ class _Trial:
         return f"{why}: mean |delta|"
 
     def _mean(self, kind: str) -> float:
-        """Over all tokens that validated."""
+        """The mean error over all validation tokens."""
         total = sum(error * n for error, n in zip(self._errors[kind], self._tokens, strict=True))
         return total / sum(self._tokens)
 
@@ -182,7 +183,7 @@ def _nowhere_worse(errors: Sequence[float], than: Sequence[float]) -> bool:
 
 
 def _share(errors: Sequence[float], of: Sequence[float]) -> float:
-    """The mean over directions of one error by the other, so that each text counts alike; 1 for nothing of nothing."""
+    """The mean over directions of the quotient of two errors, so that each text has equal weight; 1 for 0 / 0."""
     shares = [error / other if other > 0 else 1.0 + error for error, other in zip(errors, of, strict=True)]
     return sum(shares) / len(shares)
 
@@ -196,12 +197,12 @@ def _rounded(terms: Sequence[ComponentFit]) -> tuple[ComponentFit, ...]:
 
 
 def _applied(matrix: Matrix, terms: Sequence[ComponentFit]) -> Tensor:
-    """The weight that the file gives, float32."""
+    """The weight that apply gives, float32."""
     return (matrix.base + dense(terms, matrix.base)).to(matrix.dtype).float()
 
 
 def _fit_adamw(matrix: Matrix, statistics: Statistics, options: FitOptions) -> FittedMatrix:
-    """The paper's fit; like the paper, without a look at whether it is better than no fit."""
+    """The paper's fit. Like the paper, it does not check that the fit is better than none."""
     delta = _delta(matrix)
     (_, held_out), *_ = statistics.directions()
     validation = Validation(matrix.fine_tuned, held_out.float32())

@@ -14,7 +14,7 @@ and, up to a constant, a delta Q costs  J(Q) = tr((T - Q) H (T - Q)^T). So one o
 (scales.py) and signs (signs.py) minimise J, component by component, then jointly. H and its factor are shared by all
 modules that read this input.
 
-Whether calibration can be trusted at all is not known beforehand: choice.py fits on one text and validates on another.
+It is not known in advance whether calibration helps, so choice.py fits on one text and validates on another.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class FittedMatrix:
 
 @dataclass(frozen=True, slots=True)
 class Hessian:
-    """H in float32, the factor of its inverse (where signs are chosen); where teacher inputs are known, E and L with
+    """H in float32, the factor of its inverse (if signs are chosen); if teacher inputs are known, E and L with
     H = L L^T, float64.
     """
 
@@ -111,7 +111,7 @@ class Hessian:
     lower: Tensor | None
 
     def shift(self, fine_tuned: Tensor) -> Tensor:
-        """W_f E H^-1, float32 [d_out, d_in]: solved for W_f's rows or for E's, whichever are fewer."""
+        """W_f E H^-1, float32 [d_out, d_in], solved for W_f's rows or for E's, whichever are fewer."""
         if self.cross is None or self.lower is None:
             return torch.zeros_like(fine_tuned)
         if len(fine_tuned) < len(self.cross):

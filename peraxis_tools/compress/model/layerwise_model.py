@@ -131,7 +131,7 @@ class LayerwiseModel:
         return self.model.get_submodule(path), leaf
 
     def owners(self, name: str) -> list[tuple[nn.Module, str]]:
-        """Every (module, attribute) that holds this parameter: several where it is tied."""
+        """Every (module, attribute) with this parameter; several if it is tied."""
         value = self.get(name)
         return [
             (module, leaf)

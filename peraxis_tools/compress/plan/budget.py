@@ -146,7 +146,7 @@ def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpo
 def module_terms(
     module: PlannedModule, base: Safetensors, fine_tuned: Safetensors
 ) -> tuple[tuple[Component, ...], np.ndarray, float]:
-    """(Q_1..Q_8 as the file holds them, D, |W|^2) of the rows that both have."""
+    """(Q_1..Q_8 as the file stores them, D, |W|^2) of the rows that both have."""
     if module.base_shape is None or module.base_dtype is None:
         raise ValueError(f"{module.name} has no base")
     rows = slice(0, kept_rows(module.shape, module.base_shape))

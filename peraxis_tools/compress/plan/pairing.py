@@ -69,7 +69,7 @@ def check_pair(base: Checkpoint, fine_tuned: Checkpoint) -> None:
 
 
 def quantised_side(base: Checkpoint, fine_tuned: Checkpoint) -> str | None:
-    """Which of the two is quantised, and what to pass instead; None where neither is."""
+    """Text that names the quantised checkpoint and its remedy; None if neither is quantised."""
     for side, checkpoint in (("base", base), ("fine-tune", fine_tuned)):
         found = quantisation_of(checkpoint.tensors.infos(), _config(checkpoint))
         if found is not None:

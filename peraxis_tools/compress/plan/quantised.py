@@ -26,7 +26,7 @@ _SUFFIXES: Final = (
     (".input_scale", "FP8"),
     ("_blocks", "MXFP4"),
 )
-# Types that only quantised matrices have, by the bits of an element.
+# Types of quantised matrices alone, by the bits of an element.
 _SMALL_FLOATS: Final = {4: "FP4", 6: "FP6", 8: "FP8"}
 
 

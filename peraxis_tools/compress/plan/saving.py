@@ -1,6 +1,6 @@
-"""Does a delta save enough to be worth its loss? Asked of the whole file: of the plan, and of what is written.
+"""Check that a delta saves enough: the whole file of the plan, and the written file.
 
-A lossless delta (`exact`) is asked for whatever it takes: its size is that of its changes, which no plan knows.
+A lossless delta (`exact`) is not checked: its size depends on the number of changes, which the plan does not know.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from peraxis_tools.notes import note
 
 __all__ = ["SAVING_MIN", "check_saving", "saves"]
 
-SAVING_MIN: Final = 1.25  # a checkpoint's bytes by the file's; a smaller ratio asks for --force
+SAVING_MIN: Final = 1.25  # the checkpoint's bytes divided by the file's; a smaller ratio needs --force
 
 
 def saves(plan: Plan, size: int) -> bool:
-    """Whether a file of `size` bytes saves enough of the plan's checkpoint, or was asked for whatever it takes."""
+    """Whether a file of `size` bytes saves enough of the plan's checkpoint, or is exempt from the check."""
     return plan.full_bytes >= SAVING_MIN * size or _largest_loss(plan)[0] == EXACT
 
 
 def check_saving(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, *, size: int, force: bool) -> None:
-    """Raise ToolError where a file of `size` bytes saves little, saying why; with force that is only said."""
+    """Raise ToolError if a file of `size` bytes saves little, with the reason; with force this is only a note."""
     if saves(plan, size):
         return
     reason, count = _largest_loss(plan)
@@ -43,7 +43,7 @@ def check_saving(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, *, size: 
 
 
 def _largest_loss(plan: Plan) -> tuple[str, int]:
-    """Why most bytes are stored whole, and how many tensors are for that reason."""
+    """The reason for which most bytes are exact, and the number of tensors with it."""
     lost: dict[str, int] = defaultdict(int)
     for module in plan.modules:
         if not module.components:

@@ -1,7 +1,7 @@
-"""The Fisher errors of budget.py: what each number of masks of each module costs in KL, by backward passes.
+"""The Fisher errors of budget.py: the cost in KL of each number of masks of each module, from backward passes.
 
-Memory holds the model, its gradients of one sample, and the masks of all modules as the file packs them, one bit a
-weight: with dense terms it would be 36 bytes a weight.
+Memory holds the model, its gradients of one sample, and the packed masks of all modules, one bit per weight; dense
+components would take 36 bytes per weight.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from peraxis_tools.compress.plan.plan import PlannedModule
 
 __all__ = ["fisher_errors", "inner_products"]
 
-_CHUNK: Final = 1 << 20  # weights that are unpacked together
+_CHUNK: Final = 1 << 20  # weights to unpack at a time
 
 
 def fisher_errors(
@@ -36,7 +36,7 @@ def fisher_errors(
 ) -> dict[str, list[float]]:
     """KL_mk in nats per token, for 0 to 8 masks, by module. teacher: a filled model; samples: ids [n, length].
 
-    A module that no parameter of the model holds is left out.
+    A module that is in no parameter of the model is left out.
     """
     found = [(m, weights.names.by_tensor[m.name]) for m in modules if m.name in weights.names.by_tensor]
     parameters = {piece.parameter: teacher.get(piece.parameter) for _, piece in found}
@@ -70,7 +70,7 @@ def fisher_errors(
 
 @torch.no_grad()
 def inner_products(gradient: Tensor, delta: Tensor, components: Sequence[Component]) -> list[float]:
-    """<gradient, what is missing of the delta> with the first 0, 1, 2, ... components.
+    """<gradient, residual of the delta> with the first 0, 1, 2, ... components.
 
     gradient, delta: [..., d_out, d_in] of one shape.
     """

@@ -56,9 +56,9 @@ Progress = Staged
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressResult:
-    """The result of `compress`. Sizes are bytes. notes: modules that did not get what was planned, and the reason.
-    exact_blocks: blocks of exact modules by how they are stored (SPEC 5.6), chosen for `prefer`.
-    unread_tokens: special tokens that the calibration text does not hold, so that no fit knows what they do."""
+    """The result of `compress`. Sizes are bytes. notes: modules that differ from the plan, and the reason.
+    exact_blocks: blocks of exact modules by mode (SPEC 5.6), chosen for `prefer`.
+    unread_tokens: special tokens that are not in the calibration text, so that no fit covers them."""
 
     path: Path
     content_id: str
@@ -174,7 +174,7 @@ def _matched(base: Checkpoint, fine_tuned: Checkpoint, base_id: str | None) -> t
 def _planned(
     base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, progress: Progress, *, force: bool
 ) -> Plan:
-    """The plan, held to what it saves unless a target is to be spent. Reads the pair's weights where a fit will."""
+    """The plan; without a target its saving is checked. Reads the pair's weights if a fit will use them."""
     planned = plan(
         fine_tuned={info.name: info for info in fine_tuned.tensors.infos()},
         base={info.name: info for info in base.tensors.infos()},
@@ -192,7 +192,7 @@ def _planned(
 def _foretold(
     planned: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, *, force: bool
 ) -> Plan:
-    """The plan with the size of its file, which must save enough."""
+    """The plan with the size of its file, whose saving is checked."""
     planned = foretold(planned, base, fine_tuned, options)
     check_saving(planned, base, fine_tuned, size=planned.file_bytes or 0, force=force)
     return planned
@@ -211,7 +211,7 @@ def _write(
 ) -> tuple[Manifest, int, Mapping[str, int]]:
     """Write the file, unless it saves too little.
 
-    Returns its manifest, its bytes, and how the blocks of its exact modules are stored.
+    Returns its manifest, its size in bytes, and the modes of the blocks of its exact modules.
     """
     planned = fit.plan
     reports: dict[str, ModuleReport] = {}
@@ -255,7 +255,7 @@ def _write(
         if said := report_text(names, lines):
             writer.metadata[REPORT_KEY] = said
         writer.metadata.update(fit.metadata)
-        if saves(planned, planned.file_bytes or 0):  # else it has been said, and forced
+        if saves(planned, planned.file_bytes or 0):  # otherwise the note was made, and it is forced
             check_saving(planned, base, fine_tuned, size=writer.file_size(), force=force)
         return writer.finish(), writer.size, blocks
 
@@ -263,7 +263,7 @@ def _write(
 def _result(
     output: Path, manifest: Manifest, size: int, blocks: Mapping[str, int], fit: RunFit, options: CompressOptions
 ) -> CompressResult:
-    """What there is to say of a written file."""
+    """The result for a written file."""
     counts = Counter(module.encoding for module in manifest.modules)
     axes = Counter(component.axis.value for module in manifest.modules for component in module.components)
     return CompressResult(

@@ -1,10 +1,10 @@
-"""Wires of other systems: one step of training as they send it, read into an exact update and written from one.
+"""Wires, the formats in which other systems send one training step; they are converted from and to exact updates.
 
     index-value   vLLM, verl, prime-rl, TRL    flat indices and new values of the weights that changed
     nemo-rl       NeMo-RL                      gaps between changed weights and XOR of old and new, or new values; zstd
     xor           slime, miles, SkyRL          XOR of whole tensors, zstd; a folder like a checkpoint's
 
-Written from their published descriptions: each module says which.
+They follow the published descriptions; each module names its source.
 """
 
 from __future__ import annotations

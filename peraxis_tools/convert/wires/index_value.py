@@ -1,8 +1,8 @@
-"""index-value: flat indices and new values, for each tensor that changed (vLLM's sparse weight patches, verl, prime-rl;
-as files, the sparse safetensors patches of TRL and PULSE).
+"""index-value: flat indices and new values for each changed tensor (vLLM's sparse weight patches, verl, prime-rl; as
+files, the sparse safetensors patches of TRL and PULSE).
 
     <name>.indices   I32 or I64 [k]           positions in row-major order
-    <name>.values    the tensor's dtype [k]   what stands there afterwards
+    <name>.values    the tensor's dtype [k]   the new values
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class IndexValueFile:
         for name in sorted(names):
             for suffix in (_INDICES, _VALUES):
                 if name + suffix not in self._tensors:
-                    raise ToolError(f"{path}: {name} has no tensor {name + suffix}; not a whole index-value wire")
+                    raise ToolError(f"{path}: {name} has no tensor {name + suffix}; the index-value wire is incomplete")
         self._names = tuple(sorted(names))
 
     @property
@@ -56,7 +56,7 @@ class IndexValueFile:
         if indices.dtype not in (pxd.DType.I32, pxd.DType.I64) or indices.shape != (info_size(values),):
             raise ToolError(
                 f"{where}: its indices are {indices.dtype.value} {list(indices.shape)} for {info_size(values)} values; "
-                "they must be I32 or I64, one a value"
+                "they must be I32 or I64, one per value"
             )
         if values.dtype is not info.dtype:
             raise CheckFailedError(f"{where}: its values are {values.dtype.value}, the base's {info.dtype.value}")
@@ -68,7 +68,7 @@ class IndexValueFile:
         return Patch(index=index, words=words, is_xor=False)
 
     def check(self, name: str, new: pxd.Array) -> None:
-        """Nothing: the wire has no checksums."""
+        """Do nothing, because the wire has no checksums."""
 
     def close(self) -> None:
         """Close the file."""
@@ -91,9 +91,9 @@ class Packed:
 
 
 def pack(name: str, dtype: pxd.DType, old: pxd.Array, new: pxd.Array) -> Packed:
-    """What is sent of one tensor that changed. Raises ToolError for one that int32 cannot index."""
+    """Pack one changed tensor. Raises ToolError for a tensor that int32 cannot index."""
     if new.size > _INT32:
-        raise ToolError(f"{name}: has {new.size} weights, more than an int32 index reaches; use another wire")
+        raise ToolError(f"{name}: has {new.size} weights, too many for an int32 index; use another wire")
     index, _ = changed_words(old, new)
     values = new.reshape(-1)[index]
     return Packed(name=name, dtype=dtype, indices=index.astype(pxd.DType.I32.storage), values=values)
@@ -105,7 +105,7 @@ def write(path: Path, packed: Sequence[Packed], *, overwrite: bool) -> None:
     for item in packed:
         specs.append((TensorSpec(item.name + _INDICES, pxd.DType.I32, item.indices.shape), item.indices))
         specs.append((TensorSpec(item.name + _VALUES, item.dtype, item.values.shape), item.values))
-    specs.sort(key=lambda pair: -pair[0].dtype.itemsize)  # so that each tensor is aligned, as safetensors does it
+    specs.sort(key=lambda pair: -pair[0].dtype.itemsize)  # so that each tensor is aligned, as in safetensors
     with pxd.atomic_file(path, overwrite=overwrite) as file:
         file.write(shard_header(spec for spec, _ in specs))
         for spec, array in specs:

@@ -1,8 +1,8 @@
 """nemo-rl: the payload of NeMo-RL's sparse refit, torch.save of (locations, value groups, metadata) under zstd.
 
 locations      uint8: for each tensor the gaps between changed weights (the number of weights between two), as
-               uint16, uint32 or uint64, whichever is the first to hold all of the tensor's
-value groups   a tuple of tensors, one a dtype: values of all tensors of that dtype one after another, as integers
+               uint16, uint32 or uint64, the smallest that fits all gaps of the tensor
+value groups   a tuple of tensors, one per dtype: values of all tensors of that dtype, concatenated, as integers
 metadata       a list of dictionaries: name, shape, dtype, operation ("xor" or "overwrite"), value_group,
                value_start, value_end, index_encoding ("deltas" with index_start and index_end in bytes of the
                locations, or "range" with range_start)
@@ -29,15 +29,15 @@ from peraxis_tools.optional import require
 
 __all__ = ["NemoFile", "Packed", "pack", "write"]
 
-_LIMIT: Final = 1 << 36  # bytes that a payload may unpack to: theirs are cut at half a gigabyte
+_LIMIT: Final = 1 << 36  # bytes of an unpacked payload, at most; NeMo-RL cuts payloads at half a gigabyte
 _DTYPES: Final = {pxd.DType.BF16: "bfloat16", pxd.DType.F16: "float16", pxd.DType.F32: "float32"}
-_INTS: Final = {2: np.int16, 4: np.int32}  # torch has them all, unlike uint16
+_INTS: Final = {2: np.int16, 4: np.int32}  # signed, because torch has no full support of uint16
 _WIDTHS: Final = (2, 4, 8)
 _OFFSETS: Final = ("value_group", "value_start", "value_end")
 
 
 class NemoFile:
-    """One payload, read whole: a torch file, under zstd or not."""
+    """One payload, read whole: a torch file, with or without zstd."""
 
     def __init__(self, path: Path) -> None:
         """Raises ToolError, MissingPackageError."""
@@ -51,7 +51,7 @@ class NemoFile:
             if not isinstance(name, str):
                 raise ToolError(f"{path}: entry {number} of its metadata has no name; not a payload of nemo-rl")
             if name in self._items:
-                raise ToolError(f"{path}: {name}: stands twice in its metadata, at {number} for the second time")
+                raise ToolError(f"{path}: {name}: is twice in its metadata, the second time at {number}")
             self._items[name] = item
 
     @property
@@ -102,7 +102,7 @@ class NemoFile:
         width = (end - begin) // count
         if not begin <= end <= self._locations.size or (end - begin) != width * count or width not in _WIDTHS:
             raise ToolError(
-                f"{where}: locations {begin} to {end} are no gaps of {count} values (of {self._locations.size} bytes)"
+                f"{where}: locations {begin} to {end} are not gaps of {count} values (of {self._locations.size} bytes)"
             )
         gaps = np.frombuffer(self._locations[begin:end].tobytes(), f"<u{width}")
         if width == 8 and gaps.size and int(gaps.max()) >= 1 << 48:
@@ -110,10 +110,10 @@ class NemoFile:
         return np.cumsum(gaps.astype(np.int64) + 1) - 1
 
     def check(self, name: str, new: pxd.Array) -> None:
-        """Nothing: the payload has no checksums of what tensors become."""
+        """Do nothing, because the payload has no checksums of new tensors."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing, because no file is open."""
 
 
 def _word(item: Mapping[str, Any], key: str, where: str) -> str:
@@ -142,18 +142,18 @@ def _loaded(path: Path) -> tuple[NDArray[np.uint8], list[pxd.Array], list[Any]]:
         found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ToolError(
-            f"{path}: holds Python objects, not tensors alone; it is not opened, since that could run code"
+            f"{path}: has Python objects beside tensors; it is not opened, because that could run code"
         ) from None
-    except Exception as error:  # torch has many for a damaged file
+    except Exception as error:  # torch raises many types for a damaged file
         line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ToolError(f"{path}: not a payload of nemo-rl, or damaged ({line[:120]})") from None
     if not isinstance(found, tuple) or len(found) != 3 or not isinstance(found[2], list):
-        raise ToolError(f"{path}: is no tuple of locations, value groups and metadata; not a payload of nemo-rl")
+        raise ToolError(f"{path}: is not a tuple of locations, value groups and metadata; not a payload of nemo-rl")
     locations, groups, items = found
     if not isinstance(locations, torch.Tensor) or locations.dtype is not torch.uint8 or locations.ndim != 1:
-        raise ToolError(f"{path}: its locations are no flat uint8 tensor; not a payload of nemo-rl")
+        raise ToolError(f"{path}: its locations are not a flat uint8 tensor; not a payload of nemo-rl")
     if not isinstance(groups, tuple | list) or not all(isinstance(group, torch.Tensor) for group in groups):
-        raise ToolError(f"{path}: its value groups are no tensors; not a payload of nemo-rl")
+        raise ToolError(f"{path}: its value groups are not tensors; not a payload of nemo-rl")
     flat = [group.contiguous().reshape(-1).view(torch.uint8).numpy() for group in groups]
     arrays = [a.view(f"<u{group.element_size()}") for a, group in zip(flat, groups, strict=True)]
     return locations.contiguous().numpy(), arrays, items
@@ -171,7 +171,7 @@ class Packed:
 
 
 def pack(name: str, dtype: pxd.DType, old: pxd.Array, new: pxd.Array) -> Packed:
-    """What is sent of one tensor that changed. Raises ToolError for one that is not BF16, F16 or F32."""
+    """Pack one changed tensor. Raises ToolError for one that is not BF16, F16 or F32."""
     if dtype not in _DTYPES:
         raise ToolError(f"{name}: is {dtype.value}, which nemo-rl does not send; use the wire xor")
     index, words = changed_words(old, new)
@@ -210,7 +210,7 @@ def write(path: Path, packed: Sequence[Packed], *, overwrite: bool) -> None:
 
 
 def _entry(item: Packed, at: int) -> tuple[dict[str, Any], bytes]:
-    """A tensor's metadata but for its values, and its gaps. at: bytes of locations before."""
+    """A tensor's metadata without its values, and its gaps. at: bytes of locations before it."""
     entry: dict[str, Any] = {
         "name": item.name,
         "shape": item.shape,

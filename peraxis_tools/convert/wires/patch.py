@@ -1,4 +1,4 @@
-"""What a wire says of one tensor, whatever the wire: which weights, and their new patterns."""
+"""The changes of one tensor, for all wires: the weights, and their new patterns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Patch", "WireFile", "changed_words", "checked_index", "patched", "wo
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patch:
     """index: int64 [k], flat, in row-major order and ascending; None for all weights. words: unsigned, of the tensor's
-    width, [k] or [n]: new patterns, or with is_xor what they are XORed with.
+    width, [k] or [n]: new patterns, or with is_xor the XOR of old and new ones.
     """
 
     index: NDArray[np.int64] | None
@@ -30,20 +30,20 @@ class WireFile(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tensors that it changes."""
+        """The names of the changed tensors."""
 
     def patch(self, name: str, info: pxd.TensorInfo) -> Patch:
-        """The changes of one tensor, for the tensor of that name before. Raises ToolError, CheckFailedError."""
+        """The changes of one tensor; info: the tensor before. Raises ToolError, CheckFailedError."""
 
     def check(self, name: str, new: pxd.Array) -> None:
-        """Hold a new tensor to what the wire says of it, if it does. Raises CheckFailedError."""
+        """Check a new tensor by the wire's checksum, if it has one. Raises CheckFailedError."""
 
     def close(self) -> None:
         """Close its files."""
 
 
 def words_of(array: pxd.Array) -> pxd.Array:
-    """A storage array as flat unsigned words, the same memory."""
+    """A storage array as flat unsigned words, sharing memory."""
     flat: pxd.Array = np.ascontiguousarray(array).reshape(-1)
     return flat.view(f"<u{flat.dtype.itemsize}")
 
@@ -67,9 +67,9 @@ def patched(old: pxd.Array, patch: Patch) -> pxd.Array:
 
 
 def checked_index(where: str, index: NDArray[np.int64], weights: int) -> NDArray[np.intp] | None:
-    """The order that makes indices ascend, None where they do. where: names file and tensor in errors.
+    """The order that sorts the indices, None if they are sorted. where: names file and tensor in errors.
 
-    Raises CheckFailedError for an index outside the tensor, ToolError for one that is named twice.
+    Raises CheckFailedError for an index outside the tensor, ToolError for one that occurs twice.
     """
     wrong = np.flatnonzero((index < 0) | (index >= weights))
     if wrong.size:
@@ -82,5 +82,5 @@ def checked_index(where: str, index: NDArray[np.int64], weights: int) -> NDArray
     twice = np.flatnonzero(np.diff(index[order]) == 0)
     if twice.size:
         at = int(order[twice[0] + 1])
-        raise ToolError(f"{where}: index {int(index[at])} at {at} is named twice; write the wire again")
+        raise ToolError(f"{where}: index {int(index[at])} at {at} occurs twice; write the wire again")
     return order

@@ -1,4 +1,4 @@
-"""From a wire to an exact update: the state before, and the wire's changes of it, as one more state."""
+"""Convert a wire to an exact update: its changes are applied to the state before."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OPEN: Final[Mapping[WireName, Wire]] = {"index-value": IndexValueFile, "nemo-rl
 
 
 def recognised(source: Path) -> WireName | None:
-    """Which wire a file or folder is, by what it begins with; None where it is none of them."""
+    """The wire of a file or folder, recognised by its first bytes; None if it is none of them."""
     if source.is_dir():
         return "xor" if index_metadata(source) is not None else None
     with contextlib.suppress(OSError), open(source, "rb") as file:
@@ -55,9 +55,9 @@ def from_wire(
 ) -> UpdateResult:
     """Write one step as an exact update.
 
-    source: the wire; `wire` None recognises it. base, after: the state that the step was made on, a checkpoint and the
-    updates on it. name: of the state after the step. Raises ToolError, CheckpointError, PxdError; CheckFailedError
-    where the wire is for another model or state.
+    source: the wire; `wire` None recognises it. base, after: the state before the step, a checkpoint and the updates on
+    it. name: that of the state after the step. Raises ToolError, CheckpointError, PxdError; CheckFailedError if the
+    wire is for another model or state.
     """
     source = Path(source)
     if not source.exists():
@@ -92,7 +92,7 @@ def from_wire(
 
 
 class _Changed(pxd.Safetensors):
-    """The state after a wire, as if it were a checkpoint: each tensor is read from the state before and changed."""
+    """The state after a wire, as a checkpoint: each tensor is read from the state before and changed."""
 
     def __init__(self, before: pxd.Safetensors, wire: WireFile, source: Path) -> None:
         self._before = before
@@ -119,7 +119,7 @@ class _Changed(pxd.Safetensors):
 
     @property
     def size(self) -> int:
-        """Bytes of all tensors."""
+        """The bytes of all tensors."""
         return self._before.size
 
     def read(self, name: str, rows: slice | None = None) -> pxd.Array:
@@ -138,4 +138,4 @@ class _Changed(pxd.Safetensors):
         return hashlib.sha256(pxd.raw_bytes(array)).hexdigest()
 
     def close(self) -> None:
-        """Nothing: state and wire belong to the caller."""
+        """Do nothing, because the caller closes state and wire."""

@@ -1,4 +1,4 @@
-"""From an exact update to a wire."""
+"""Convert an exact update to a wire."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WRITE: Final[dict[WireName, ModuleType]] = {"index-value": index_value, "nemo-r
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToWireResult:
-    """What was written. changed: weights, of `weights`; tensors: those that changed; bytes: of the files."""
+    """The written wire. changed: changed weights, of `weights`; tensors: changed tensors; bytes: of the files."""
 
     path: Path
     wire: str
@@ -48,9 +48,9 @@ def to_wire(
 ) -> ToWireResult:
     """Write an exact update as a wire.
 
-    base, after: the state that the update was made on, a checkpoint and the updates on it. Raises PxdError where it is
-    another one (E404, E405), ToolError for a delta that a wire cannot say: tensors that came, went, or changed shape or
-    dtype.
+    base, after: the state before the update, a checkpoint and the updates on it. Raises PxdError if it is another one
+    (E404, E405), ToolError for a delta that a wire cannot represent: tensors that were added or removed, or that
+    changed shape or dtype.
     """
     output = Path(output)
     claim = claim_folder if wire == "xor" else claim_file
@@ -94,13 +94,13 @@ def to_wire(
 
 
 def _refuse_others(file: pxd.DeltaFile) -> None:
-    """Raises ToolError for what is no step of the same tensors."""
+    """Raise ToolError unless the file is an update of the same tensors."""
     for entry in file.manifest.modules:
         ref = entry.base
         if ref is None or ref.shape != entry.shape or ref.dtype is not entry.dtype:
-            raise ToolError(f"{file.path}: {entry.name}: came, or changed shape or dtype, which no wire can say")
+            raise ToolError(f"{file.path}: {entry.name}: was added or reshaped or cast, which no wire can represent")
         if entry.encoding is pxd.Encoding.SIGN:
-            raise ToolError(f"{file.path}: {entry.name}: is stored as signs; write the update with `update`")
+            raise ToolError(f"{file.path}: {entry.name}: has signs; write the update with `update`")
     dropped = file.manifest.dropped
     if dropped:
-        raise ToolError(f"{file.path}: {dropped[0]}: is not in the result, which no wire can say")
+        raise ToolError(f"{file.path}: {dropped[0]}: is not in the result, which no wire can represent")

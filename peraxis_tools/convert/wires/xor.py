@@ -1,11 +1,11 @@
-"""xor: XOR of whole tensors under zstd, in a folder like a checkpoint's (slime, miles, SkyRL and ModelExpress).
+"""xor: XOR of whole tensors, compressed with zstd, in a folder like a checkpoint's (slime, miles, SkyRL, ModelExpress).
 
     model.safetensors.index.json   metadata {version, base_version, delta_encoding "xor", compression_format "zstd",
                                    checksum_format "adler32"}, weight_map
     shards                         <name>   U8 [z]: a zstd frame of the tensor's bytes before XOR its bytes after
                                    __metadata__ {<name>: checksum of the bytes after, in hex}
 
-Tensors that did not change are left out. Checksums of other formats than adler32 are not checked.
+Unchanged tensors are left out. Checksums of other formats than adler32 are not checked.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ADLER32: Final = "adler32"
 
 
 def index_metadata(path: Path) -> Mapping[str, Any] | None:
-    """The metadata of a folder's index where it is one of this wire, else None."""
+    """The metadata of a folder's index if it is one of this wire, else None."""
     try:
         found = json.loads((path / pxd.INDEX_NAME).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -50,7 +50,7 @@ class XorFolder:
         self._path = path
         metadata = index_metadata(path)
         if metadata is None:
-            raise ToolError(f"{path}: its {pxd.INDEX_NAME} has no delta_encoding; it is no xor wire")
+            raise ToolError(f"{path}: its {pxd.INDEX_NAME} has no delta_encoding; it is not an xor wire")
         wanted = {"delta_encoding": "xor", "compression_format": "zstd"}
         for key, value in wanted.items():
             if metadata.get(key) != value:
@@ -88,7 +88,7 @@ class XorFolder:
         found = f"{zlib.adler32(pxd.raw_bytes(new)):08x}"
         if wanted is not None and wanted.lower() != found:
             raise CheckFailedError(
-                f"{self._path}: {name}: the result has checksum {found}, the wire says {wanted}; it was made on "
+                f"{self._path}: {name}: the result has checksum {found}, not the wire's {wanted}; it was made on "
                 "another base, or is damaged"
             )
 
@@ -114,14 +114,14 @@ class Packed:
 
 
 def pack(name: str, dtype: pxd.DType, old: pxd.Array, new: pxd.Array) -> Packed:
-    """What is sent of one tensor that changed. Raises MissingPackageError."""
+    """Pack one changed tensor. Raises MissingPackageError."""
     xored = words_of(old) ^ words_of(new)
     checksum = f"{zlib.adler32(pxd.raw_bytes(new)):08x}"
     return Packed(name=name, data=zstd.compress(pxd.raw_bytes(xored)), checksum=checksum)
 
 
 def write(path: Path, packed: Sequence[Packed], *, overwrite: bool, version: str, base_version: str) -> None:
-    """Write the folder. version, base_version: what it calls the states after and before."""
+    """Write the folder. version, base_version: the names of the states after and before."""
     header: dict[str, Any] = {"__metadata__": {item.name: item.checksum for item in packed}}
     end = 0
     for item in packed:

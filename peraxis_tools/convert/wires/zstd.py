@@ -1,4 +1,4 @@
-"""zstd, through pyarrow, which `peraxis[compress]` brings with datasets."""
+"""zstd through pyarrow, which `peraxis[compress]` installs with datasets."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from peraxis_tools.optional import require
 __all__ = ["MAGIC", "compress", "decompress"]
 
 MAGIC: Final = b"\x28\xb5\x2f\xfd"
-_LEVEL: Final = 1  # what the wires use
-_PIECE: Final = 1 << 24  # bytes that are unpacked at a time
+_LEVEL: Final = 1  # the level of the wires
+_PIECE: Final = 1 << 24  # bytes to unpack at a time
 
 
 def _arrow() -> Any:
@@ -21,14 +21,14 @@ def _arrow() -> Any:
 
 
 def compress(data: bytes | memoryview) -> bytes:
-    """One frame. Raises MissingPackageError."""
+    """Compress into one frame. Raises MissingPackageError."""
     return bytes(_arrow().Codec("zstd", compression_level=_LEVEL).compress(data, asbytes=True))
 
 
 def decompress(data: bytes | memoryview, *, limit: int, where: str) -> bytes:
     """The content of a frame, which may have at most `limit` bytes. where: names it in errors.
 
-    Raises ToolError for data that is no such frame or has more, MissingPackageError.
+    Raises ToolError for data that is not such a frame or is larger, MissingPackageError.
     """
     arrow = _arrow()
     stream = arrow.input_stream(arrow.BufferReader(bytes(data)), compression="zstd")

@@ -36,9 +36,9 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Batches of this process; how many all processes have, and whether any of those is for validation.
+    """The batches of this process, the number of batches of all processes, and whether any is for validation.
 
-    crossed: those for validation are another text, and the others validate it, too (sums.py).
+    crossed: the validation batches are another text, which the others validate too (sums.py).
     """
 
     batches: Sequence[Batch]

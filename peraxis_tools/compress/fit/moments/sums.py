@@ -125,9 +125,9 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Sums over the tokens that a fit may use, and over those that validate it.
+    """Moments of the tokens that a fit may use, and of those that validate it.
 
-    crossed: the two are of different texts, and each validates what is fitted on the other.
+    crossed: the two are of different texts, and each validates the fit on the other.
     """
 
     fit: Moments
@@ -142,13 +142,13 @@ class Statistics:
 
     @property
     def tokens(self) -> int:
-        """Of both."""
+        """The number of tokens of both."""
         return self.fit.tokens + self.validation.tokens
 
     def directions(self) -> list[tuple[Moments, Moments]]:
-        """What is fitted, and what validates it: held-out tokens, or where there are none those of the fit.
+        """(moments of a fit, moments that validate it): the held-out tokens, or, if there are none, those of the fit.
 
-        Crossed, both ways; but only the one with more tokens where the other fit has fewer than inputs.
+        If crossed, both directions; but only the one with more tokens if the other fit has fewer tokens than inputs.
         """
         if not self.validation.tokens:
             return [(self.fit, self.fit)]
@@ -162,7 +162,7 @@ class Statistics:
         return ways
 
     def merged(self) -> Moments:
-        """The sums over all tokens. Uses those of the fit up."""
+        """The moments of all tokens. This consumes those of the fit."""
         self.fit.merge(self.validation)
         return self.fit
 

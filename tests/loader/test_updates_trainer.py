@@ -1,0 +1,158 @@
+"""The trainer's side of a chain: its files, its folder, and kills at random moments."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import peraxis_format as pxd
+from peraxis_format.errors import LiveModelError
+from peraxis_format.torch.updates import UpdateWriter, follow, list_updates
+from tests.loader.updates_pair import published, server, train, trainer
+
+
+def test_an_update_is_small_and_says_what_changed(tmp_path: Path) -> None:
+    model = trainer()
+    writer = UpdateWriter(model, tmp_path)
+    first = writer.step()
+    train(model, 0)
+    done = writer.step()
+    assert 0 < done.changed < done.weights
+    assert done.bytes < first.bytes
+    with pxd.open(done.path) as delta:
+        assert delta.manifest.previous == first.content_id
+        assert delta.manifest.tied == (("embed.weight", "head.weight"),)
+    assert writer.result == done.result
+
+
+def test_old_files_go_and_what_is_left_is_a_chain(tmp_path: Path) -> None:
+    model = trainer()
+    writer = UpdateWriter(model, tmp_path, anchor_every=2)
+    for step in range(8):
+        writer.step()
+        train(model, step)
+    gone = writer.prune(anchors=2)
+    assert [path.name for path in gone][:2] == ["anchor-00000000.pxd", "step-00000001.pxd"]
+    files, _ = list_updates(tmp_path)
+    assert [(file.step, file.is_anchor) for file in files] == [(4, True), (5, False), (6, False), (6, True), (7, False)]
+    live = server()
+    assert follow(live, tmp_path).poll().step == 7
+    again = UpdateWriter(model, tmp_path)
+    assert again.step_number == 7
+    assert again.step().step == 8
+    assert follow(live, tmp_path).poll().step == 8
+    assert published(live) == published(model)
+
+
+def test_a_folder_of_other_tensors_or_with_a_gap_is_refused_by_name(tmp_path: Path) -> None:
+    model = trainer()
+    writer = UpdateWriter(model, tmp_path)
+    for step in range(4):
+        writer.step()
+        train(model, step)
+    with pytest.raises(LiveModelError, match="other"):
+        UpdateWriter({"other": torch.zeros(3)}, tmp_path).step()
+    (tmp_path / "step-00000002.pxd").unlink()
+    with pytest.raises(LiveModelError, match=r"step-00000003.pxd: a gap"):
+        UpdateWriter(model, tmp_path)
+
+
+def test_a_second_trainer_does_not_overwrite_what_is_published(tmp_path: Path) -> None:
+    model = trainer()
+    first, _ = UpdateWriter(model, tmp_path), None
+    first.step()
+    second = UpdateWriter(model, tmp_path)
+    first.step()
+    with pytest.raises(FileExistsError):
+        second.step()
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing of the library catches it and goes on."""
+
+
+class KillAfter:
+    """Raises Killed in the library once this many Python functions were called or left. count: how many there were."""
+
+    def __init__(self, events: int) -> None:
+        self.events = events
+        self.count = 0
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        self.count += 1
+        if self.count > self.events and "peraxis_format" in frame.f_code.co_filename:
+            sys.setprofile(None)
+            raise Killed
+
+    def __enter__(self) -> KillAfter:
+        sys.setprofile(self)
+        return self
+
+    def __exit__(self, *error: object) -> bool:
+        sys.setprofile(None)
+        return isinstance(error[1], Killed)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize("seed", range(2))
+def test_kills_of_trainer_and_server_at_random_moments_lose_nothing(tmp_path: Path, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    model, live = trainer(seed), server(seed + 10)
+    states: list[dict[str, bytes]] = []
+    writer, follower = UpdateWriter(model, tmp_path, anchor_every=5), follow(live, tmp_path)
+    length, kills = 0, 0  # events of a whole step, once one was seen
+    for attempt in range(16):
+        want = published(model)
+        with KillAfter(int(random.integers(1, length)) if attempt > 2 else sys.maxsize) as killer:
+            writer.step()
+        length = int(1.5 * killer.count) if attempt == 2 else length  # the first ones import and compile
+        kills += killer.count > killer.events
+        # What counts is what stands in the folder: the process that published is gone.
+        writer = UpdateWriter(model, tmp_path, anchor_every=5)
+        if writer.result is not None and writer.step_number == len(states):
+            states.append(want)
+            train(model, attempt)
+        assert writer.step_number == len(states) - 1
+        fate = random.integers(0, 4)
+        if fate == 0:
+            with KillAfter(int(random.integers(1, length))):
+                follower.poll()
+            # Either the same model, interrupted anywhere, or a new one.
+            live = live if random.random() < 0.5 else server(attempt)
+            follower = follow(live, tmp_path)
+        if fate <= 1:
+            assert follower.poll().step == len(states) - 1
+            assert published(live) == states[-1]
+    assert follower.poll().lag == 0
+    assert published(live) == states[-1]
+    assert 3 < kills < 14
+
+
+def test_the_tools_read_what_a_trainer_published(tmp_path: Path) -> None:
+    from peraxis_tools.apply import apply
+    from peraxis_tools.chain import log
+    from peraxis_tools.checkpoint import open_checkpoint
+    from tests.factories import write_checkpoint
+
+    model = trainer()
+    writer = UpdateWriter(model, tmp_path / "chain", anchor_every=2)
+    for step in range(5):
+        writer.step()
+        train(model, step)
+    writer.step()
+    found = log(tmp_path / "chain")
+    assert [entry.file for entry in found.updates] == ["anchor-00000000.pxd"] + [
+        f"step-{step:08d}.pxd" for step in range(1, 6)
+    ]
+    assert [entry.file for entry in found.folded] == ["anchor-00000002.pxd", "anchor-00000004.pxd"]
+    write_checkpoint(tmp_path / "base", {"unrelated": (np.zeros(3, np.float32), pxd.DType.F32)})
+    files = [tmp_path / "chain" / entry.file for entry in found.updates]
+    apply(tmp_path / "base", files, tmp_path / "out")
+    with open_checkpoint(tmp_path / "out") as out:
+        assert {name: bytes(out.tensors.read(name).tobytes()) for name in out.tensors} == published(model)
