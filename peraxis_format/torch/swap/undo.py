@@ -7,8 +7,8 @@ Subtracting the delta restores most weights; rounding has lost bits of the other
 exceptions in the encoding `exact`, in host memory. It is written at the first use of the variant and then kept, because
 it depends only on base and variant.
 
-Weights are moved a stretch of rows at a time. The stretches that are a variant's are counted, and the old bits of a
-stretch that is being written are held until it is, so that a swap that fails anywhere can be taken back from there.
+Weights are changed one range of rows at a time. The ranges that are a variant's are recorded, and the old bits of a
+range are held while it is written, so that a swap can be reverted wherever it fails.
 
 Rejected: the exact difference of variant and base as the log. For one mask with scales of 1% of the weights' spread it
 has 28% of the weights' bytes (written for size); the exceptions to subtraction have 0.8% (written for speed 1.3%).
