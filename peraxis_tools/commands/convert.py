@@ -156,6 +156,6 @@ def _wire(path: Path, layout: str) -> WireName | None:
     if layout == "auto":
         found = recognised(path)
         if found is None and path.is_dir():
-            raise ToolError(f"{path}: is a folder, but no xor wire: its index has no delta_encoding; pass a file")
+            raise ToolError(f"{path}: is a folder but not an xor wire (its index has no delta_encoding); pass a file")
         return found
     return next((item for item in WIRES if item == layout), None)

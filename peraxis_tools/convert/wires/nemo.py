@@ -127,7 +127,7 @@ def _number(item: Mapping[str, Any], key: str, where: str) -> int:
     value = item.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 48:
         shown = value if isinstance(value, int) else type(value).__name__
-        raise ToolError(f"{where}: its {key} is {shown}, not a number from 0 up")
+        raise ToolError(f"{where}: its {key} is {shown}, not a number of at least 0")
     return value
 
 
