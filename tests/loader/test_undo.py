@@ -182,7 +182,7 @@ def test_weights_that_somebody_else_wrote_are_refused_and_not_spread(at: str | N
         # Behind torch's back: the version counter does not move.
         model.second.weight.data[3, 3] += 1
         before = bytes_of(named_tensors(model))
-        with pytest.raises(SwapError, match=r"second\.weight: was written by somebody else") as caught:
+        with pytest.raises(SwapError, match=r"second\.weight: was written by other code") as caught:
             live.use(None if at else "v")
         assert caught.value.now == live.current == at
         assert bytes_of(named_tensors(model)) == before

@@ -19,6 +19,7 @@ from importlib import import_module
 from typing import Any, Final, TypeAlias
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from peraxis_format.errors import LiveModelError
 from peraxis_format.manifest import Manifest
@@ -193,11 +194,20 @@ def keep_unpacked(model: nn.Module) -> None:
 
 
 def repack(model: nn.Module) -> None:
-    """Make lm_head's packed copies on the CPU again. Call this after weights were written."""
-    if is_cpu():
-        for module in model.modules():
-            if isinstance(module, VocabParallelEmbedding):
-                module.quant_method.process_weights_after_loading(module)
+    """After weights were written: make the packed copy that lm_head on the CPU multiplies with again.
+
+    vLLM packs embeddings too, and never multiplies with them. These lose their copy, which would be half of a swap's
+    time, and were they to multiply, it would be with their weight.
+    """
+    if not is_cpu():
+        return
+    tables = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
+    heads = [module for module in tables if isinstance(module, ParallelLMHead)] or tables
+    for module in tables:
+        if module in heads:
+            module.quant_method.process_weights_after_loading(module)
+        elif hasattr(module, "cpu_linear"):
+            module.cpu_linear = functional.linear
 
 
 # --- places of checkpoint tensors ------------------------------------------------------------------------

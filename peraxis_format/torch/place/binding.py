@@ -98,7 +98,10 @@ def sharded_anywhere(*, here: bool, group: Any = None) -> bool:
 
 
 def _gathered(value: Any, group: Any) -> list[Any]:
-    out: list[Any] = [None] * torch.distributed.get_world_size(group)
+    world = torch.distributed.get_world_size(group)
+    if world == 1:
+        return [value]
+    out: list[Any] = [None] * world
     torch.distributed.all_gather_object(out, value, group=group)
     return out
 

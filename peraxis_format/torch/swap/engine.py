@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from peraxis_format.torch.place.shards import ShardView
 from peraxis_format.torch.swap.transfer_plan import ModuleSlice, Transfer, piece
 
 __all__ = ["TritonEngine", "Engine", "HostEngine", "engine_for"]
+
+_PARTS: Final = 4  # stretches of jobs for each thread, so that none is left alone with a long one
 
 if TYPE_CHECKING:
     from peraxis_format.ops.rebuild.triton import Launch, StoredModule
@@ -44,9 +46,19 @@ class HostEngine:
         self._backend = backend
         self._bases = bases
         self._workers = workers
+        self._prepared: dict[Transfer, tuple[int, list[Callable[[], None]]]] = {}
+
+    def prepare(self, transfer: Transfer, buffer: Tensor) -> None:
+        """Make the calls of `write` for a buffer that keeps its place and content: a swap then only runs them."""
+        jobs = list(self._jobs(transfer, storage_array(buffer)))
+        self._prepared[transfer] = buffer.data_ptr(), jobs
 
     def write(self, transfer: Transfer, buffer: Tensor) -> None:
-        self._workers.run(self._jobs(transfer, storage_array(buffer)))
+        place, jobs = self._prepared.get(transfer, (0, []))
+        if place == buffer.data_ptr():
+            self._workers.run(_in_turn(part) for part in _parts(jobs, _PARTS * self._workers.count))
+        else:
+            self._workers.run(self._jobs(transfer, storage_array(buffer)))
         _publish(transfer)
 
     def _jobs(self, transfer: Transfer, buffer: Array) -> Iterator[Callable[[], None]]:
@@ -119,6 +131,21 @@ def engine_for(
     if chosen == "triton":
         return TritonEngine(transfers, bases, device=device.torch_device)
     return HostEngine(bases, workers=workers, backend=chosen)
+
+
+def _parts(jobs: Sequence[Callable[[], None]], count: int) -> Iterator[Sequence[Callable[[], None]]]:
+    """At most `count` stretches of about one length: handing a call to another thread costs as much as a small one."""
+    step = -(-len(jobs) // count) or 1
+    for begin in range(0, len(jobs), step):
+        yield jobs[begin : begin + step]
+
+
+def _in_turn(jobs: Sequence[Callable[[], None]]) -> Callable[[], None]:
+    def run() -> None:
+        for job in jobs:
+            job()
+
+    return run
 
 
 def _publish(transfer: Transfer) -> None:

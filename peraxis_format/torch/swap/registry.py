@@ -21,7 +21,7 @@ from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Targe
 from peraxis_format.torch.place.watch import LiveTensors
 from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.swap.apply import together, verify_share
-from peraxis_format.torch.swap.engine import Engine, engine_for
+from peraxis_format.torch.swap.engine import Engine, HostEngine, engine_for
 from peraxis_format.torch.swap.payload import Payload, Residency
 from peraxis_format.torch.swap.reports import Variant
 from peraxis_format.torch.swap.transfer_plan import TRANSFER_LIMIT, cut_transfers
@@ -158,6 +158,9 @@ class Registry:
             self._keep_base(placement)
         self.live.add(placement)
         engine = None if undo else engine_for(transfers, self.bases, device=device, workers=self.workers)
+        if isinstance(engine, HostEngine) and chosen == "pinned":
+            for index, transfer in enumerate(transfers):
+                engine.prepare(transfer, payload.host(index))
         variant = Variant(
             name=name,
             content_id=file.content_id,

@@ -74,10 +74,13 @@ def _pipeline(payload: Payload, engine: Engine, *, device: Device, ring: Ring, w
             else:
                 host = payload.host(t)
             target = ring.slots[t % DEPTH]
+            if payload.residency == "pinned" and not device.staged:
+                target = host  # the payload is where the engine reads it: an upload that copies nothing
             names = tuple(slice_.entry.name for slice_ in transfer.modules)
             free = written[t - DEPTH] if t >= DEPTH else begun
+            source = host[transfer.begin :]
             uploaded[t] = device.upload(
-                target[transfer.begin : transfer.size], host[transfer.begin :], after=free, modules=names
+                source if target is host else target[transfer.begin : transfer.size], source, after=free, modules=names
             )
             device.compute_waits(uploaded[t])
             engine.write(transfer, target[: transfer.size])
