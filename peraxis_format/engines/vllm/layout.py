@@ -194,7 +194,7 @@ def keep_unpacked(model: nn.Module) -> None:
 
 
 def repack(model: nn.Module) -> None:
-    """After weights were written: make the packed copy that lm_head on the CPU multiplies with again.
+    """Make lm_head's packed copy on the CPU again. Call this after weights were written.
 
     vLLM packs embeddings too, and never multiplies with them. These lose their copy, which would be half of a swap's
     time, and were they to multiply, it would be with their weight.

@@ -26,7 +26,7 @@ from peraxis_format.torch.swap.transfer_plan import ModuleSlice, Transfer, piece
 
 __all__ = ["TritonEngine", "Engine", "HostEngine", "engine_for"]
 
-_PARTS: Final = 4  # stretches of jobs for each thread, so that none is left alone with a long one
+_PARTS: Final = 4  # ranges of jobs for each thread, so that no thread has one long job at the end
 
 if TYPE_CHECKING:
     from peraxis_format.ops.rebuild.triton import Launch, StoredModule
@@ -49,7 +49,7 @@ class HostEngine:
         self._prepared: dict[Transfer, tuple[int, list[Callable[[], None]]]] = {}
 
     def prepare(self, transfer: Transfer, buffer: Tensor) -> None:
-        """Make the calls of `write` for a buffer that keeps its place and content: a swap then only runs them."""
+        """Prepare the jobs of `write` for a buffer whose address and content do not change, so that a swap only runs them."""
         jobs = list(self._jobs(transfer, storage_array(buffer)))
         self._prepared[transfer] = buffer.data_ptr(), jobs
 
@@ -134,7 +134,7 @@ def engine_for(
 
 
 def _parts(jobs: Sequence[Callable[[], None]], count: int) -> Iterator[Sequence[Callable[[], None]]]:
-    """At most `count` stretches of about one length: handing a call to another thread costs as much as a small one."""
+    """At most `count` ranges of about equal length, because passing a job to a thread costs as much as a small job."""
     step = -(-len(jobs) // count) or 1
     for begin in range(0, len(jobs), step):
         yield jobs[begin : begin + step]

@@ -75,7 +75,7 @@ def _pipeline(payload: Payload, engine: Engine, *, device: Device, ring: Ring, w
                 host = payload.host(t)
             target = ring.slots[t % DEPTH]
             if payload.residency == "pinned" and not device.staged:
-                target = host  # the payload is where the engine reads it: an upload that copies nothing
+                target = host  # the engine reads the payload directly, so the upload copies nothing
             names = tuple(slice_.entry.name for slice_ in transfer.modules)
             free = written[t - DEPTH] if t >= DEPTH else begun
             source = host[transfer.begin :]
