@@ -196,8 +196,8 @@ def keep_unpacked(model: nn.Module) -> None:
 def repack(model: nn.Module) -> None:
     """Make lm_head's packed copy on the CPU again. Call this after weights were written.
 
-    vLLM packs embeddings too, and never multiplies with them. These lose their copy, which would be half of a swap's
-    time, and were they to multiply, it would be with their weight.
+    vLLM packs embeddings too but never multiplies with their packed copy. It is dropped here, because making it would
+    be half of a swap's time; a product would use their weight.
     """
     if not is_cpu():
         return

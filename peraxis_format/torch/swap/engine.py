@@ -49,7 +49,7 @@ class HostEngine:
         self._prepared: dict[Transfer, tuple[int, list[Callable[[], None]]]] = {}
 
     def prepare(self, transfer: Transfer, buffer: Tensor) -> None:
-        """Prepare the jobs of `write` for a buffer whose address and content do not change, so that a swap only runs them."""
+        """Prepare the jobs of `write` for a buffer that does not change, so that a swap only runs them."""
         jobs = list(self._jobs(transfer, storage_array(buffer)))
         self._prepared[transfer] = buffer.data_ptr(), jobs
 
