@@ -93,9 +93,9 @@ def refused_packed() -> Iterator[Entry]:
         ("same-empty", {"name": "v", "encoding": "same", "dtype": "", "shape": [2]}),
     ):
         yield refused(f"dtype-of-nothing-stored-{slug}", "E205", "3.4", build(ONE, manifest=added(said, SUM)))
-    odd = {"name": "w", "encoding": "full", "dtype": "U8", "shape": [1], "base": {"dtype": "F99", "shape": [2]}}
+    foreign = {"name": "w", "encoding": "full", "dtype": "U8", "shape": [1], "base": {"dtype": "F99", "shape": [2]}}
     sums = (SUM, hashlib.sha256(ONE.modules[0].exact).hexdigest())
-    yield refused("dtype-of-base-alone", "E205", "3.4", build(ONE, manifest=added(odd, *sums, replace=True)))
+    yield refused("dtype-of-base-alone", "E205", "3.4", build(ONE, manifest=added(foreign, *sums, replace=True)))
     # 2^54 elements of 4 bits are 2^53 bytes; 2^62 of them have 2^64 bits.
     for slug, shape in (("2-53", [2**27, 2**27]), ("wraps-to-0", [2**31, 2**31]), ("wraps-to-4", [2**31 + 1, 2**31])):
         said = {"name": "v", "encoding": "same", "dtype": "F4", "shape": shape}

@@ -48,6 +48,10 @@ def contents() -> Iterator[tuple[str, str, Content]]:
     yield "gaps-300-moves", "5.8", many(300, 2)
     yield "gaps-300-exceptions", "5.8", many(2, 300)
     yield "gaps-256-of-both", "5.8", many(256, 256)
+    # The patterns of two exceptions look like places, the second one like that of the move.
+    old = spread("places", "BF16", 400)
+    like = [3, 300, *old[2:300], moved(old[300], 1, FORMS["BF16"]), *old[301:]]
+    yield "gaps-patterns-like-places", "5.8", one(update("w", old, like, coder=by_gaps))
 
 
 def golden_bits() -> Iterator[Entry]:

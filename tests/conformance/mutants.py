@@ -120,6 +120,8 @@ EQUIVALENT: dict[str, str] = {
     "not math.isnan(value) and (not math.isinf": "a mistake alone is made of such numbers",
     "'scalar': 0}": "there is one scale",
     '".full", 0': "the suffix has no number",
+    "b->high > i ? bit": "the bits below are those of no field that could be taken",
+    "need(rest + wide < b->length": "gaps that end behind the block end elsewhere than it, a line below",
     "need(b->low < b->high": "no bits are left then, which the next check finds",
     "(total or 0) < 2": "nothing is refused before",
     "exit(2)": "what is no checkpoint has no status of the protocol",
