@@ -121,6 +121,8 @@ EQUIVALENT: dict[str, str] = {
     "'scalar': 0}": "there is one scale",
     '".full", 0': "the suffix has no number",
     "b->high > i ? bit": "the bits below are those of no field that could be taken",
+    "< -> <= in int64_t z": "both branches are one where k is the most",
+    "1 -> 2 in step(b, place, z & 1": "z is odd there, and the division rounds",
     "need(rest + wide < b->length": "gaps that end behind the block end elsewhere than it, a line below",
     "need(b->low < b->high": "no bits are left then, which the next check finds",
     "(total or 0) < 2": "nothing is refused before",
