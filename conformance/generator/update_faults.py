@@ -105,8 +105,9 @@ def tensors() -> Iterator[Entry]:
         yield bad(f"tensor-{slug}", "E212", "4.1", build(CHAIN, tensors=retensor(0, **changes)))
     tailed = update("w", OLD, NEW, shape=(24, 30), rows=20)
     cut = 64 + len(tailed.data) + -len(tailed.data) % 64
-    shorter = retensor(0, shape=(cut,), data=bytes(cut))
-    yield bad("tensor-without-tail", "E212", "4.1", build(one(tailed), tensors=shorter))
+    yield bad(
+        "tensor-without-tail", "E212", "4.1", build(one(tailed), tensors=retensor(0, shape=(cut,), data=bytes(cut)))
+    )
 
 
 def digests() -> Iterator[Entry]:
@@ -218,10 +219,9 @@ def lengths() -> Iterator[Entry]:
     for slug, places in (("first", (0, 9)), ("last", (2, 4)), ("middle", (1, 2))):
         both = spaced(3, places, bytes((0, 1, 1)))  # moves at 0, 2 and 4
         yield bad(f"move-is-exception-{slug}", "E307", "5.7", build(of_blocks((0, both))))
-    # Places beyond a byte, of which one is a move: its low byte, or bytes of two places, name none.
-    for slug, places in (("beyond-255", (300,)), ("of-256", (10, 256, 590))):
-        like = spaced(1, places, words([300 if len(places) == 1 else 256]))
-        yield bad(f"move-is-exception-{slug}", "E307", "5.7", build(of_blocks((0, like))))
+    for at, *more in ((300,), (256, 590)):  # beyond a byte: its low byte names no exception
+        block = (0, spaced(1, (10, at, *more), words([at])))
+        yield bad(f"move-is-exception-{at}", "E307", "5.7", build(of_blocks(block)))
     for slug, data in (
         ("ones", b"\xff" * 40),
         ("too-many", packed([40], [(1, 16), (0x3C00, 16)])),
