@@ -7,12 +7,13 @@ from collections.abc import Iterator
 
 from .blocks import FORMS, packed
 from .build import build, expected
-from .content import Content, Module
+from .content import Content, Module, words
 from .entry import Entry
 from .roundings import accepted
+from .update_faults import bad, of_blocks, spaced
 from .updates import by_gaps, moved, one, spread, update
 
-__all__ = ["applied_bits", "golden_bits"]
+__all__ = ["applied_bits", "golden_bits", "refused_bits"]
 
 EXACT = ("exact",)
 
@@ -61,6 +62,13 @@ def golden_bits() -> Iterator[Entry]:
         yield Entry(
             id=f"exact-{slug}", clause=clause, files={"file": file}, expect=expected(content, file), features=EXACT
         )
+
+
+def refused_bits() -> Iterator[Entry]:
+    """Exceptions that are moves too, at places beyond a byte: the low byte of one, or bytes of two, name another."""
+    for at, *more in ((300,), (256, 590)):
+        block = (0, spaced(1, (10, at, *more), words([at])))
+        yield bad(f"move-is-exception-{at}", "E307", "5.7", build(of_blocks(block)))
 
 
 def applied_bits() -> Iterator[Entry]:

@@ -15,7 +15,7 @@ from .faults import bytes_at, patched, put, removed, retensor
 from .rebuild import apply
 from .updates import changed, moved, one, spread, update
 
-__all__ = ["NEW", "OLD", "held", "refused_bindings", "refused_updates"]
+__all__ = ["NEW", "OLD", "bad", "held", "of_blocks", "refused_bindings", "refused_updates", "spaced"]
 
 FORM = FORMS["BF16"]
 OLD = spread("faults", "BF16", 600)
@@ -219,9 +219,6 @@ def lengths() -> Iterator[Entry]:
     for slug, places in (("first", (0, 9)), ("last", (2, 4)), ("middle", (1, 2))):
         both = spaced(3, places, bytes((0, 1, 1)))  # moves at 0, 2 and 4
         yield bad(f"move-is-exception-{slug}", "E307", "5.7", build(of_blocks((0, both))))
-    for at, *more in ((300,), (256, 590)):  # beyond a byte: its low byte names no exception
-        block = (0, spaced(1, (10, at, *more), words([at])))
-        yield bad(f"move-is-exception-{at}", "E307", "5.7", build(of_blocks(block)))
     for slug, data in (
         ("ones", b"\xff" * 40),
         ("too-many", packed([40], [(1, 16), (0x3C00, 16)])),
