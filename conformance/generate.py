@@ -30,6 +30,7 @@ from .generator.manifest import manifest
 from .generator.packed import applied_packed, encoded_packed, golden_packed, refused_packed
 from .generator.payload import payload
 from .generator.profile import profile
+from .generator.update_bits import applied_bits, golden_bits, refused_bits
 from .generator.update_faults import refused_bindings, refused_updates
 from .generator.update_writers import encoded_updates
 from .generator.updates import applied_updates, golden_updates
@@ -75,12 +76,12 @@ def golden() -> Iterator[tuple[str, Entry]]:
 def corpus() -> Iterator[tuple[str, Entry]]:
     """(folder, entry) of every case, in the order of cases.jsonl."""
     yield from golden()
-    for group in (golden_kinds, golden_packed, golden_updates):
+    for group in (golden_kinds, golden_packed, golden_updates, golden_bits):
         yield from (("valid", entry) for entry in group())
-    for group in (container, manifest, profile, payload, refused_kinds, refused_packed, refused_updates):
+    for group in (container, manifest, profile, payload, refused_kinds, refused_packed, refused_updates, refused_bits):
         yield from (("invalid", entry) for entry in group())
     yield from (("hostile", entry) for entry in hostile())
-    for group in (applied, applied_kinds, applied_packed, applied_updates, refused_bindings):
+    for group in (applied, applied_kinds, applied_packed, applied_updates, applied_bits, refused_bindings):
         yield from (("apply", entry) for entry in group())
     for group in (encoded, encoded_packed, encoded_updates):
         yield from (("encode", entry) for entry in group())

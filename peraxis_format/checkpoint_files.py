@@ -88,8 +88,9 @@ def _of_folder(folder: Path) -> CheckpointFiles:
 
 def _explicit(folder: Path) -> str | None:
     """The file that config.json names in transformers_weights."""
+    path = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = json.loads(path.read_bytes()) if path.is_file() else None  # a pipe would be waited for
     except (OSError, ValueError, RecursionError):
         return None
     name = config.get("transformers_weights") if isinstance(config, dict) else None

@@ -22,7 +22,16 @@ from typing import Final, Literal, TypeAlias
 from peraxis_format import ASSET_PATH
 from peraxis_tools.errors import ToolError
 
-__all__ = ["ASSET_BYTES_MAX", "LEFT_BEHIND", "FolderAssets", "Group", "asset_group", "find_assets", "listed"]
+__all__ = [
+    "ASSET_BYTES_MAX",
+    "LEFT_BEHIND",
+    "FolderAssets",
+    "Group",
+    "asset_group",
+    "find_assets",
+    "listed",
+    "printable_name",
+]
 
 ASSET_BYTES_MAX: Final = 64 << 20
 LEFT_BEHIND: Final = "peraxis.left_behind"  # metadata key: files that are left out, one in each line
@@ -60,6 +69,12 @@ def listed(names: Sequence[str], shown: int = 5) -> str:
     """The first names, and the number of the others."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
+
+
+def printable_name(path: str) -> str:
+    """A name in one line of valid Unicode: what a file system lets into names beside that is escaped."""
+    text = path.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +118,9 @@ def _files(folder: Path, inner: set[str]) -> list[Path]:
 
 def _pipeline_folders(folder: Path) -> set[str]:
     """The folders that sentence-transformers' modules.json lists; only plain names count."""
+    path = folder / "modules.json"
     try:
-        modules = json.loads((folder / "modules.json").read_bytes())
+        modules = json.loads(path.read_bytes()) if path.is_file() else []
     except (OSError, ValueError, RecursionError):
         return set()
     found = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 from .build import build, expected
@@ -86,6 +87,15 @@ def refused_packed() -> Iterator[Entry]:
         other = "U8" if dtype == "F4" else "F4" if dtype == "F6_E2M3" else "F6_E2M3"
         yield refused(f"same-{slug}-on-{slug_of(other)}", "E209", "3.9", build(Content(modules=(
             same("w", (8,), dtype=dtype, base_dtype=other),))))  # fmt: skip
+    for slug, said in (
+        ("same", {"name": "v", "encoding": "same", "dtype": "F99", "shape": [2]}),
+        ("same-bf16", {"name": "v", "encoding": "same", "dtype": "bf16", "shape": [2]}),
+        ("same-empty", {"name": "v", "encoding": "same", "dtype": "", "shape": [2]}),
+    ):
+        yield refused(f"dtype-of-nothing-stored-{slug}", "E205", "3.4", build(ONE, manifest=added(said, SUM)))
+    foreign = {"name": "w", "encoding": "full", "dtype": "U8", "shape": [1], "base": {"dtype": "F99", "shape": [2]}}
+    sums = (SUM, hashlib.sha256(ONE.modules[0].exact).hexdigest())
+    yield refused("dtype-of-base-alone", "E205", "3.4", build(ONE, manifest=added(foreign, *sums, replace=True)))
     # 2^54 elements of 4 bits are 2^53 bytes; 2^62 of them have 2^64 bits.
     for slug, shape in (("2-53", [2**27, 2**27]), ("wraps-to-0", [2**31, 2**31]), ("wraps-to-4", [2**31 + 1, 2**31])):
         said = {"name": "v", "encoding": "same", "dtype": "F4", "shape": shape}

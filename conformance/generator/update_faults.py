@@ -15,7 +15,7 @@ from .faults import bytes_at, patched, put, removed, retensor
 from .rebuild import apply
 from .updates import changed, moved, one, spread, update
 
-__all__ = ["NEW", "OLD", "held", "refused_bindings", "refused_updates"]
+__all__ = ["NEW", "OLD", "bad", "held", "of_blocks", "refused_bindings", "refused_updates", "spaced"]
 
 FORM = FORMS["BF16"]
 OLD = spread("faults", "BF16", 600)
@@ -105,8 +105,9 @@ def tensors() -> Iterator[Entry]:
         yield bad(f"tensor-{slug}", "E212", "4.1", build(CHAIN, tensors=retensor(0, **changes)))
     tailed = update("w", OLD, NEW, shape=(24, 30), rows=20)
     cut = 64 + len(tailed.data) + -len(tailed.data) % 64
-    shorter = retensor(0, shape=(cut,), data=bytes(cut))
-    yield bad("tensor-without-tail", "E212", "4.1", build(one(tailed), tensors=shorter))
+    yield bad(
+        "tensor-without-tail", "E212", "4.1", build(one(tailed), tensors=retensor(0, shape=(cut,), data=bytes(cut)))
+    )
 
 
 def digests() -> Iterator[Entry]:

@@ -44,8 +44,11 @@ def refused_sources() -> Iterator[Entry]:
     """SPEC 11.2: content of exact updates that no valid file can have."""
     content = one(update("w", OLD[:90], NEW[:90], shape=(9, 10)), full("v", (2,)), previous=PREVIOUS)
     good = written("", content, {"w": content.modules[0].new}, "size")
-    sources = {role.removeprefix("source/"): data for role, data in good.files.items() if role.startswith("source/")}
-    files = {name: data for name, data in sources.items() if isinstance(data, bytes)}
+    files = {
+        role.removeprefix("source/"): data
+        for role, data in good.files.items()
+        if role.startswith("source/") and isinstance(data, bytes)
+    }
     first: Any = lambda said: said["modules"][0]  # noqa: E731
     edits: dict[str, Callable[[dict[str, Any]], object]] = {
         "no-base": lambda s: first(s).update(base=None),

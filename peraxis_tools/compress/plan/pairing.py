@@ -101,8 +101,9 @@ def _check_tensors(fine_tuned: Checkpoint, base: Mapping[str, TensorInfo]) -> No
 
 def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """The content of config.json; {} if it cannot be read."""
+    path = None if checkpoint.folder is None else checkpoint.folder / "config.json"
     try:
-        found = json.loads((checkpoint.folder / "config.json").read_bytes()) if checkpoint.folder is not None else {}
+        found = json.loads(path.read_bytes()) if path is not None and path.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

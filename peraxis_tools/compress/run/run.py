@@ -23,7 +23,7 @@ from peraxis_format import (
     ModuleDelta,
 )
 from peraxis_format import open as open_delta
-from peraxis_tools.assets import LEFT_BEHIND, listed
+from peraxis_tools.assets import LEFT_BEHIND, listed, printable_name
 from peraxis_tools.blocks import count_blocks
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint, parse_identity
 from peraxis_tools.compress.options import CompressOptions
@@ -247,7 +247,7 @@ def _write(
         for path in assets.carried:
             writer.add_asset(path, assets.read(path))
         if assets.left:
-            writer.metadata[LEFT_BEHIND] = "".join(f"{path}\n" for path in assets.left)
+            writer.metadata[LEFT_BEHIND] = "".join(f"{printable_name(path)}\n" for path in assets.left)
         writer.metadata["peraxis.config"] = options.canonical_json()
         writer.metadata[PLAN_KEY] = plan_text(planned)
         names = [module.name for module in planned.modules]

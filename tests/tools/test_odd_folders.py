@@ -1,0 +1,55 @@
+"""Checkpoint folders that hold what no model has: names that are no text, pipes, devices, loops of links."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import peraxis_format as pxd
+from peraxis_tools.apply import apply
+from peraxis_tools.assets import LEFT_BEHIND
+from peraxis_tools.compress import compress
+from tests.factories import random_storage, write_checkpoint
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    rng = np.random.default_rng(0)
+    pair = [{NAME: (random_storage(rng, (128, 128)), pxd.DType.BF16)} for _ in range(2)]
+    return write_checkpoint(tmp_path / "base", pair[0]), write_checkpoint(tmp_path / "tuned", pair[1])
+
+
+def test_names_that_are_no_text_are_named_in_one_line_each(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = folders
+    for name in (b"\xff.json", b"a\nb.json", b"\x1b[31mred.py", "caf\u00e9.json".encode(), b"plain.py"):
+        (tuned / os.fsdecode(name)).write_bytes(b"x")
+    compress(base, tuned, tmp_path / "d.pxd", fit="none")
+    with pxd.open(tmp_path / "d.pxd") as file:
+        left = file.manifest.metadata[LEFT_BEHIND].split("\n")
+    assert left == [r"\x1b[31mred.py", r"a\nb.json", "caf\u00e9.json", "plain.py", r"\udcff.json", ""]
+    assert apply(base, tmp_path / "d.pxd", tmp_path / "out").left_behind == tuple(left[:-1])
+
+
+@pytest.mark.parametrize("name", ["config.json", "modules.json", "generation_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "loop", "folder", "nothing"])
+def test_what_is_no_file_is_neither_waited_for_nor_read(
+    folders: tuple[Path, Path], tmp_path: Path, name: str, kind: str
+) -> None:
+    base, tuned = folders
+    for folder in folders:
+        path = folder / name
+        path.unlink(missing_ok=True)
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "folder":
+            path.mkdir()
+        else:
+            path.symlink_to({"device": "/dev/zero", "loop": name, "nothing": "gone"}[kind])
+    compress(base, tuned, tmp_path / "d.pxd", fit="none")
+    apply(base, tmp_path / "d.pxd", tmp_path / "out")
+    assert not (tmp_path / "out" / name).exists()
