@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peraxis_format.torch.updates import UpdateFile, list_updates
-from peraxis_format.torch.updates.source import next_update
+from peraxis_format.engines.vllm.bridge import UpdateFile, list_updates, next_update
 
 __all__ = ["Following", "RequestError"]
 
