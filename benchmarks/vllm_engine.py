@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from peraxis_format.thread_pool import thread_count
 from tests.engines.jobs import WORKER, make_engine, run_jobs
 from tests.engines.pair import make_base, make_delta
 
@@ -134,6 +135,7 @@ def main() -> int:
                 {"job": "benchmarks.vllm_engine:job_batch_times", "model": str(base), "deltas": deltas},
             ],
             folder,
+            OMP_NUM_THREADS=str(thread_count()),
         )
     _report(swap, batches)
     if options.json is not None:
