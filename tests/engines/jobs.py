@@ -45,14 +45,17 @@ ENGINE: dict[str, Any] = {
 WORKER = "peraxis_format.engines.vllm.worker.PeraxisWorker"
 
 
-def run_jobs(jobs: Sequence[dict[str, Any]], folder: Path) -> list[Any]:
-    """Run jobs in order, in another process. Raises AssertionError with its output where one fails."""
+def run_jobs(jobs: Sequence[dict[str, Any]], folder: Path, **environment: str) -> list[Any]:
+    """Run jobs in order, in another process. Raises AssertionError with its output where one fails.
+
+    environment: variables in the place of those of ENVIRONMENT.
+    """
     for i, job in enumerate(jobs):
         job["result"] = str(folder / f"result-{i}.json")
     (folder / "jobs.json").write_text(json.dumps(list(jobs)))
     done = subprocess.run(
         [sys.executable, "-m", "tests.engines.jobs", str(folder / "jobs.json")],
-        env={**os.environ, **ENVIRONMENT},
+        env={**os.environ, **ENVIRONMENT, **environment},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

@@ -27,7 +27,7 @@ def commands() -> list[list[str]]:
 
 def test_every_json_argument_parses() -> None:
     found = [word for words in commands() for word in words if word.startswith("{")]
-    assert len(found) == 7
+    assert len(found) == 9
     for word in found:
         assert isinstance(json.loads(word), dict)
 
@@ -41,8 +41,8 @@ def test_every_python_example_compiles() -> None:
 def test_the_routes_are_those_of_the_plug_in() -> None:
     source = (ROOT / "peraxis_format" / "engines" / "vllm" / "routes.py").read_text("utf-8")
     urls = {word.partition("/v1/peraxis")[2] for words in commands() for word in words if "/v1/peraxis" in word}
-    assert urls == {"", "/variants", "/use", "/variants/legal"}
-    for suffix in ("/variants", "/variants/{{name}}", "/use"):
+    assert urls == {"", "/variants", "/use", "/variants/legal", "/update", "/follow"}
+    for suffix in ("/variants", "/variants/{{name}}", "/use", "/update", "/follow"):
         assert f'f"{{_PREFIX}}{suffix}"' in source
 
 

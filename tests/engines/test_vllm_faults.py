@@ -93,7 +93,7 @@ def test_an_evicted_variant_whose_file_was_overwritten_fails_its_own_requests_al
     assert ask(crowded, "v1") == (200, references["v1"])
 
 
-def test_a_truncated_file_is_no_more_than_an_error_either(
+def test_a_truncated_file_is_no_more_than_an_error_either_and_a_good_one_takes_its_place(
     crowded: Server, deltas: dict[str, Path], references: dict[str, list[int]]
 ) -> None:
     good = deltas["v1"].read_bytes()
@@ -102,6 +102,8 @@ def test_a_truncated_file_is_no_more_than_an_error_either(
     assert ask(crowded, "v1")[0] == 500
     assert ask(crowded, "v2") == (200, references["v2"])
     deltas["v1"].write_bytes(good)
+    body = {"lora_name": "v1", "lora_path": str(deltas["v1"]), "load_inplace": True}
+    assert crowded.post("/v1/load_lora_adapter", body)[0] == 200
     assert ask(crowded, "v1") == (200, references["v1"])
 
 

@@ -25,6 +25,7 @@ from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.shards import Placement
 from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.swap.payload import check_pads
+from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update
 from peraxis_format.torch.updates.staged import StagedUpdate, stage
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Placement",
     "Scratch",
     "StagedUpdate",
+    "UpdateFile",
     "agree",
     "check_base",
     "check_pads",
@@ -39,6 +41,8 @@ __all__ = [
     "component_tensors",
     "fine_tuned",
     "full_tensor",
+    "list_updates",
+    "next_update",
     "place",
     "rebuild_backend",
     "rebuild_tensor",

@@ -205,6 +205,7 @@ def repack(model: nn.Module) -> None:
     heads = [module for module in tables if isinstance(module, ParallelLMHead)] or tables
     for module in tables:
         if module in heads:
+            module.cpu_linear = functional.linear  # frees the old copy, whose memory the new one then takes
             module.quant_method.process_weights_after_loading(module)
         elif hasattr(module, "cpu_linear"):
             module.cpu_linear = functional.linear
