@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import peraxis_format as pxd
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.fold import negate_mask
 from peraxis_tools.optional import require
 
@@ -94,7 +94,7 @@ def _load(path: Path) -> dict[str, Tensor]:
             f"{path}: has Python objects beside tensors; it is not opened, because that could run code"
         ) from None
     except (RuntimeError, EOFError, ValueError) as error:
-        raise ToolError(f"{path}: not a .pt file, or damaged ({str(error).splitlines()[0][:120]})") from None
+        raise ToolError(f"{path}: not a .pt file, or damaged ({first_line(error)[:120]})") from None
     if not isinstance(found, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in found.items()
     ):

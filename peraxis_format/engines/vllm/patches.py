@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import torch
@@ -30,7 +29,6 @@ from peraxis_format.engines.vllm.bridge import (
 
 __all__ = ["LayerPatch", "Patch", "add_terms", "embedded", "merged_linear", "merged_parameter", "patch_of"]
 
-_BLOCK_WEIGHTS: Final = 1 << 23  # weights to rebuild at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
