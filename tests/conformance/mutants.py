@@ -122,6 +122,8 @@ EQUIVALENT: dict[str, str] = {
     '".full", 0': "the suffix has no number",
     "b->high > i ? bit": "the bits below are those of no field that could be taken",
     "8 -> 7 in u64 size = BITS": "16 / 7 is 2, and 32 / 7 is 4",
+    "< -> <= in block b = {": "both are one where a whole block is left",
+    "4 -> 3 in bool raw": "three bytes hold no counts, which the block says itself",
     "4 -> 5 in u32 said": "a fifth byte does not fit",
     "< -> <= in classes[i]": "15 is the last class either way",
     "15 -> 16 in classes[i]": "15 is the last class either way",
