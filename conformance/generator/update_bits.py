@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from .blocks import FORMS, packed
+from .blocks import BLOCK, FORMS, packed
 from .build import build, expected
 from .content import Content, Module, words
 from .entry import Entry
 from .roundings import accepted
 from .update_faults import bad, of_blocks, spaced
-from .updates import by_gaps, moved, one, spread, update
+from .updates import by_gaps, by_patterns, moved, one, spread, update
 
 __all__ = ["applied_bits", "golden_bits", "refused_bits"]
 
@@ -55,9 +55,28 @@ def contents() -> Iterator[tuple[str, str, Content]]:
     yield "gaps-patterns-like-places", "5.8", one(update("w", old, like, coder=by_gaps))
 
 
+def sixteen() -> Module:
+    """An index of 64 bytes, behind which the data begins at once: the first and the last of 16 blocks change."""
+    old = [0x3F80] * (16 * BLOCK)
+    new = [0x3F81, *old[1:-1], 0x3F7F]
+    first, last = by_gaps(old[:BLOCK], new[:BLOCK], FORMS["BF16"]), by_gaps(old[:BLOCK], new[-BLOCK:], FORMS["BF16"])
+    return update("w", old, new, shape=(1024, 1024), blocks=[first, *[(0, b"")] * 14, last])
+
+
+def whole() -> Module:
+    """A block of new patterns whose length takes 18 bits of its entry."""
+    new = [i % 300 for i in range(BLOCK)]
+    return update("w", [0x3F80] * BLOCK, new, coder=by_patterns)
+
+
 def golden_bits() -> Iterator[Entry]:
     """What `decode` must say; what only the base can refuse is accepted without it."""
-    for slug, clause, content in (*contents(), ("exceptions-fill-the-block", "5.7", one(filled()))):
+    alone = (
+        ("exceptions-fill-the-block", "5.7", one(filled())),
+        ("sixteen-blocks", "5.6", one(sixteen())),
+        ("patterns-of-128-kib", "5.6", one(whole())),
+    )
+    for slug, clause, content in (*contents(), *alone):
         file = build(content)
         yield Entry(
             id=f"exact-{slug}", clause=clause, files={"file": file}, expect=expected(content, file), features=EXACT
