@@ -185,18 +185,12 @@ def job_variants(
             errors.append(None)
         except Exception as error:
             errors.append(str(error))
-    again = llm.llm_engine.add_lora(LoRARequest("again", 99, next(iter(paths.values()))))
-    llm.llm_engine.remove_lora(99)
     store = None
     if options.get("tensor_parallel_size", 1) == 1:
         (store,) = llm.collective_rpc(_store)
-    return {
-        "batches": found,
-        "errors": errors,
-        "again": again,
-        "store": store,
-        "after": generate(llm, variants=batches[0], paths=paths),
-    }
+    after = generate(llm, variants=batches[0], paths=paths)
+    again = llm.llm_engine.add_lora(LoRARequest("again", 99, next(iter(paths.values()))))
+    return {"batches": found, "errors": errors, "store": store, "after": after, "again": again}
 
 
 def _store(worker: Any) -> dict[str, Any]:

@@ -90,17 +90,21 @@ class Control:
         """Follow the chain of a folder; the first poll runs before this answers."""
         folder, pause = Path(_text(body, "folder")), _Pause.of(body)
         every = _seconds(body, "every", _FOLLOW_SECONDS)
-        self._refuse_following()
         if not await asyncio.to_thread(folder.is_dir):
             raise RequestError(400, f"{folder}: is not a folder")
+        self._refuse_following()
 
         async def apply(path: Path) -> None:
             await self._updated(str(path), pause)
 
-        self.following = Following(folder, every, apply)
-        await self.following.poll()
-        self.following.start()
-        return self.following.report()
+        following = self.following = Following(folder, every, apply)
+        try:
+            await following.poll()
+        except BaseException:
+            self.following = None
+            raise
+        following.start()
+        return following.report()
 
     async def stop_following(self) -> dict[str, Any]:
         """Stop following; the model keeps its state."""

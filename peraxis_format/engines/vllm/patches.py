@@ -30,7 +30,6 @@ from peraxis_format.engines.vllm.bridge import (
 __all__ = ["LayerPatch", "Patch", "add_terms", "embedded", "merged_linear", "merged_parameter", "patch_of"]
 
 
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Patch:
     """Rows [begin, end) of a parameter on this rank: components, or the exact tensor."""
