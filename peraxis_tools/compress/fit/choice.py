@@ -134,7 +134,8 @@ class _Trial:
         return fit_terms(problem, axis, options, components=self._matrix.components)
 
     def _error(self, terms: Sequence[ComponentFit], validation: Validation) -> float:
-        return self._share * validation.error(self._some.fine_tuned - _applied(self._some, terms))
+        found: float = validation.error(self._some.fine_tuned - _applied(self._some, terms))
+        return self._share * found
 
     def kind(self) -> str:
         """The candidate that is taken."""

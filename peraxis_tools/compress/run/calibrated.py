@@ -46,6 +46,7 @@ from peraxis_tools.text import Samples, load_samples, unread_tokens
 __all__ = ["CalibratedFit"]
 
 _GENERATED: Final = 16
+_SENSITIVITY_SAMPLES: Final = 16
 
 Progress: TypeAlias = Callable[[str, int, int], None]  # (step, done, total)
 
@@ -67,8 +68,13 @@ class CalibratedFit:
         return self._opened is None or self._opened.processes.is_main_process
 
     def errors(self, plan: Plan) -> Mapping[str, Sequence[float]]:
-        """What each component of a module leaves of the KL (sensitivity.py); kept in the work folder."""
-        return _sensitivities(self._run(plan), self._options, self._progress)
+        """What each component of a module leaves of the KL (sensitivity.py); kept in the work folder. Nothing where
+        no target was asked for, and the whole model with its gradients does not fit into the limit.
+        """
+        run = self._run(plan)
+        if not self._options.has_target and 2 * _model_bytes(run) > self._options.hidden_limit:
+            return {}
+        return _sensitivities(run, self._options, self._progress)
 
     def fit(self, plan: Plan) -> RunFit:
         """Layer by layer, then end to end where that is asked for."""
@@ -201,9 +207,13 @@ def _generated_count(run: _Run, options: CompressOptions) -> int:
     """Samples that the model writes: as many as asked for, or some where it fits into memory as hidden states would."""
     if options.generated_samples is not None:
         return options.generated_samples
-    weights = sum(math.prod(module.shape) for module in run.plan.modules)
-    fits = weights * run.dtype.itemsize <= options.hidden_limit
+    fits = _model_bytes(run) <= options.hidden_limit
     return _GENERATED if fits and options.resolved_fit != "adamw" else 0
+
+
+def _model_bytes(run: _Run) -> int:
+    """Of all weights as they compute."""
+    return sum(math.prod(module.shape) for module in run.plan.modules) * run.dtype.itemsize
 
 
 def _with_generated(run: _Run, count: int, options: CompressOptions, progress: Progress) -> _Run:
@@ -248,7 +258,9 @@ def _sensitivities(run: _Run, options: CompressOptions, progress: Progress) -> M
         teacher, _ = run.models()
         weights = run.weights()
         weights.fill_whole(teacher, weights.teacher)
-        samples = torch.from_numpy(np.ascontiguousarray(run.parts.fit)).to(run.device)
+        # Every so many: samples stand in the order of their sources.
+        chosen = run.parts.fit[:: max(1, len(run.parts.fit) // _SENSITIVITY_SAMPLES)]
+        samples = torch.from_numpy(np.ascontiguousarray(chosen)).to(run.device)
         open_modules = [module for module in run.plan.modules if is_open(module, options)]
         errors = fisher_errors(teacher, weights, open_modules, samples, seed=options.seed, progress=progress)
         run.work.save_text("sensitivity", errors)
