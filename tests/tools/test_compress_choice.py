@@ -114,3 +114,23 @@ def test_the_last_of_several_texts_stands_against_the_others_and_a_single_one_is
         split = halves(parts, crossed=crossed)
         assert not split.crossed
         assert set(split.fit.flat) == set(split.validation.flat)
+
+
+def test_rows_that_the_text_does_not_use_follow_in_closed_form_and_the_used_ones_lose_nothing() -> None:
+    g = torch.Generator().manual_seed(3)
+    base = torch.randn(4000, D_IN, generator=g)
+    tuned = base + 0.1 * torch.randn(4000, D_IN, generator=g) * torch.rand(4000, 1, generator=g)
+    used = torch.zeros(4000, dtype=torch.bool)
+    used[::9] = True
+    found = {}
+    for name, rows in {"all": None, "used": used}.items():
+        statistics = Statistics(fit=moments_of(ALIKE[0]), validation=moments_of(ALIKE[1]), crossed=True)
+        matrix = Matrix(base=base, fine_tuned=tuned, dtype=torch.float32, components=2, used=rows)
+        result = fit_matrices([matrix], statistics=statistics, options=FitOptions())[0]
+        residual = tuned - base - dense(result.terms, base)
+        moments = moments_of(torch.cat(ALIKE)).float32()
+        found[name] = [Validation(tuned[part], moments).error(residual[part]) for part in (used, ~used)]
+        nothing = [Validation(tuned[part], moments).error((tuned - base)[part]) for part in (used, ~used)]
+    assert found["used"][0] <= 1.05 * found["all"][0]
+    # Signs of the delta and a scale for each row: far from nothing, and not as good as refined.
+    assert found["all"][1] < found["used"][1] < 0.25 * nothing[1]

@@ -106,9 +106,7 @@ def weight_errors(module: PlannedModule, base: Safetensors, fine_tuned: Safetens
     return [error / norm * delta.size for error in errors]
 
 
-def _target(
-    plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpoint, options: CompressOptions
-) -> int:
+def _target(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpoint, options: CompressOptions) -> int:
     if options.target_size is not None:
         return options.target_size
     if options.target_ratio is not None:
