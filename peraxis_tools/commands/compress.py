@@ -11,8 +11,9 @@ from peraxis_tools.bars import Stages
 from peraxis_tools.commands.options import json_option, masks_option, overwrite_option, quiet_option
 from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, RECIPES, parse_size, read_yaml
+from peraxis_tools.compress.run.dry_run import foretell
 from peraxis_tools.report import emit
-from peraxis_tools.report.compress import plan_lines, render_compress
+from peraxis_tools.report.compress import plan_lines, render_compress, render_dry_run
 
 __all__ = ["command"]
 
@@ -82,6 +83,7 @@ def size(value: str) -> int:
 @click.option("--base-revision", help="The revision of a base on the hub.")
 @click.option("--fine-tuned-revision", help="The revision of a fine-tune on the hub.")
 @click.option("--base-id", metavar="ORG/NAME[@REVISION]", help="The hub id of a base that is given as a folder.")
+@click.option("--dry-run", is_flag=True, help="Only say what it would take: bytes, memory, processor seconds.")
 @click.option("--force", is_flag=True, help="Write the delta even if it saves little.")
 @overwrite_option
 @json_option
@@ -94,6 +96,7 @@ def command(
     base_revision: str | None,
     fine_tuned_revision: str | None,
     base_id: str | None,
+    dry_run: bool,
     force: bool,
     overwrite: bool,
     as_json: bool,
@@ -113,6 +116,17 @@ def command(
     values = read_yaml(config) if config is not None else {}
     values.update({name: value for name, value in given.items() if value not in (None, ())})
     options = CompressOptions.from_mapping(values)
+    if dry_run:
+        found = foretell(
+            base,
+            fine_tuned,
+            options=options,
+            base_revision=base_revision,
+            fine_tuned_revision=fine_tuned_revision,
+            base_id=base_id,
+        )
+        emit(found, render_dry_run, schema="peraxis.compress-dry-run/1", as_json=as_json)
+        return
     with Stages(quiet=quiet) as stages:
         result = compress(
             base,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.model.weights import Weights
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import is_open
+from peraxis_tools.compress.plan.estimate import GENERATED_SAMPLES, SENSITIVITY_SAMPLES
 from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.plan.sensitivity import fisher_errors
 from peraxis_tools.compress.run.distributed import Processes
@@ -45,8 +46,6 @@ from peraxis_tools.text import Samples, load_samples, unread_tokens
 
 __all__ = ["CalibratedFit"]
 
-_GENERATED: Final = 16
-_SENSITIVITY_SAMPLES: Final = 16
 
 Progress: TypeAlias = Callable[[str, int, int], None]  # (step, done, total)
 
@@ -208,7 +207,7 @@ def _generated_count(run: _Run, options: CompressOptions) -> int:
     if options.generated_samples is not None:
         return options.generated_samples
     fits = _model_bytes(run) <= options.hidden_limit
-    return _GENERATED if fits and options.resolved_fit != "adamw" else 0
+    return GENERATED_SAMPLES if fits and options.resolved_fit != "adamw" else 0
 
 
 def _model_bytes(run: _Run) -> int:
@@ -259,7 +258,7 @@ def _sensitivities(run: _Run, options: CompressOptions, progress: Progress) -> M
         weights = run.weights()
         weights.fill_whole(teacher, weights.teacher)
         # Every so many: samples stand in the order of their sources.
-        chosen = run.parts.fit[:: max(1, len(run.parts.fit) // _SENSITIVITY_SAMPLES)]
+        chosen = run.parts.fit[:: -(-len(run.parts.fit) // SENSITIVITY_SAMPLES)]
         samples = torch.from_numpy(np.ascontiguousarray(chosen)).to(run.device)
         open_modules = [module for module in run.plan.modules if is_open(module, options)]
         errors = fisher_errors(teacher, weights, open_modules, samples, seed=options.seed, progress=progress)
