@@ -4,7 +4,7 @@ A stage's memory is what it holds beyond the imports. With c bytes a computed va
 outside the layers, N tokens of text in samples of n, and d the width of the hidden states:
 
     generate     c P, and keys and values of all samples
-    sensitivity  2 c P (weights and gradients), P bytes of packed masks, logits of one sample
+    sensitivity  2 c P (weights and gradients), P bytes of packed masks, logits of one sample, the largest terms
     table        embeddings and lm_head: 5 float32 copies of the table, and of its masks
     blocks       2 c O, hidden states 2 c N d, inputs that passes keep, two layers, sums, copies of the largest matrix
     write        4 copies of the largest tensor (run.py)
@@ -138,7 +138,7 @@ def _sensitivity(plan: Plan, options: CompressOptions, text: Text) -> StageWork:
     logits = 4 * text.length * max((m.shape[0] for m in plan.modules if m.kind in TABLES), default=0)
     return StageWork(
         name="sensitivity",
-        memory=text.value_bytes * (2 * weights + logits) + weights,
+        memory=text.value_bytes * (2 * weights + logits) + weights + 4 * _FLOAT * max(map(_values, plan.modules)),
         products=6.0 * weights * samples * text.length,
         # Masks are unpacked for each sample: 8 of them, some 10 operations a weight.
         fits=80.0 * weights * samples,
