@@ -57,7 +57,11 @@ def size(value: str) -> int:
 @click.option("--calibration-samples", type=int, help="The number of samples of the text.  [default: 50]")
 @click.option("--sequence-length", type=int, help="The number of tokens in a sample.  [default: 512]")
 @click.option("--text-column", help="The column of the text.  [default: text, else all text columns]")
-@click.option("--held-out", type=float, help="The share of the samples that is kept for validation.  [default: 0.2]")
+@click.option(
+    "--held-out",
+    type=float,
+    help="The share of the samples that is kept for validation; several texts validate each other.  [default: 0.2]",
+)
 @click.option("--batch-size", type=int, help="The number of samples in one forward pass.  [default: 8]")
 @click.option(
     "--generated-samples", type=int, help="Samples that the fine-tuned model generates.  [default: 16 if memory allows]"

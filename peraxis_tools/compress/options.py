@@ -100,7 +100,8 @@ class CompressOptions:
     embeddings     how embed_tokens and lm_head are stored: sign (with `masks`), full (exact), auto (with more masks)
     calibration    c4, a `datasets` id, or a file of json, jsonl(.gz), parquet or txt; or several of them, each
                    with a weight if one is wanted: ("c4:0.5", "chat.jsonl:0.5")
-    held_out       the share of the calibration samples that is kept for validation
+    held_out       the share of the calibration samples that is kept for validation: of a single text's fit, and of the
+                   distillation. Several texts, as are the generated samples, validate each other
     generated_samples  samples that the fine-tuned model generates; they are added to the text, as its own domain. None
                    means 16 if the whole model fits into `hidden_limit`, and none otherwise or for the paper's fit
     distill_samples  samples for the end-to-end distillation of all scales afterwards; 0 means none
