@@ -10,9 +10,10 @@ import click
 from peraxis_tools.bars import Stages
 from peraxis_tools.commands.options import json_option, masks_option, overwrite_option, quiet_option
 from peraxis_tools.compress import CompressOptions, compress
-from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, PREFER, RECIPES, parse_size, read_yaml
+from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, RECIPES, parse_size, read_yaml
+from peraxis_tools.compress.run.dry_run import foretell
 from peraxis_tools.report import emit
-from peraxis_tools.report.compress import plan_lines, render_compress
+from peraxis_tools.report.compress import plan_lines, render_compress, render_dry_run
 
 __all__ = ["command"]
 
@@ -49,7 +50,10 @@ def size(value: str) -> int:
 @click.option(
     "--axis", type=click.Choice(AXES), help="The axis of the scales; auto takes the best one for each module."
 )
-@masks_option(click.INT, help="Masks for each module, 1 to 8.  [default: 1]")
+@masks_option(
+    click.INT,
+    help="Masks for each module, 1 to 8.  [default: with a text the bytes of 1, where they help most; else 1]",
+)
 @click.option("--target-size", type=size, help="The size of the file, like 1.2GB. Masks go where they help most.")
 @click.option("--target-ratio", type=float, help="The size as a fraction of the checkpoint: 12 means a twelfth.")
 @click.option(
@@ -58,7 +62,11 @@ def size(value: str) -> int:
 @click.option("--calibration-samples", type=int, help="The number of samples of the text.  [default: 50]")
 @click.option("--sequence-length", type=int, help="The number of tokens in a sample.  [default: 512]")
 @click.option("--text-column", help="The column of the text.  [default: text, else all text columns]")
-@click.option("--held-out", type=float, help="The share of the samples that is used for validation.  [default: 0.2]")
+@click.option(
+    "--held-out",
+    type=float,
+    help="The share of the samples that is kept for validation; several texts validate each other.  [default: 0.2]",
+)
 @click.option("--batch-size", type=int, help="The number of samples in one forward pass.  [default: 8]")
 @click.option(
     "--generated-samples", type=int, help="Samples that the fine-tuned model generates.  [default: 16 if memory allows]"
@@ -84,6 +92,7 @@ def size(value: str) -> int:
 @click.option("--base-revision", help="The revision of a base on the hub.")
 @click.option("--fine-tuned-revision", help="The revision of a fine-tune on the hub.")
 @click.option("--base-id", metavar="ORG/NAME[@REVISION]", help="The hub id of a base that is given as a folder.")
+@click.option("--dry-run", is_flag=True, help="Only say what it would take: bytes, memory, processor seconds.")
 @click.option("--force", is_flag=True, help="Write the delta even if it saves little.")
 @overwrite_option
 @json_option
@@ -96,6 +105,7 @@ def command(
     base_revision: str | None,
     fine_tuned_revision: str | None,
     base_id: str | None,
+    dry_run: bool,
     force: bool,
     overwrite: bool,
     as_json: bool,
@@ -115,6 +125,17 @@ def command(
     values = read_yaml(config) if config is not None else {}
     values.update({name: value for name, value in given.items() if value not in (None, ())})
     options = CompressOptions.from_mapping(values)
+    if dry_run:
+        found = foretell(
+            base,
+            fine_tuned,
+            options=options,
+            base_revision=base_revision,
+            fine_tuned_revision=fine_tuned_revision,
+            base_id=base_id,
+        )
+        emit(found, render_dry_run, schema="peraxis.compress-dry-run/1", as_json=as_json)
+        return
     with Stages(quiet=quiet) as stages:
         result = compress(
             base,

@@ -12,8 +12,9 @@ from peraxis_tools.report.console import print_note, size, text
 
 if TYPE_CHECKING:
     from peraxis_tools.compress import CompressResult, Plan
+    from peraxis_tools.compress.run.dry_run import Foretold
 
-__all__ = ["plan_lines", "render_compress"]
+__all__ = ["plan_lines", "render_compress", "render_dry_run"]
 
 _NOTES_SHOWN = 8
 
@@ -28,6 +29,19 @@ def plan_lines(plan: Plan) -> None:
     ratio = plan.full_bytes / max(whole, 1)
     print_note(f"plan: {', '.join(parts)}")
     print_note(f"plan: {size(whole)} of {size(plan.full_bytes)}, {ratio:.1f} times smaller")
+
+
+def render_dry_run(result: Foretold, console: Console) -> None:
+    """What a run would take, in all and by stage."""
+    console.print(
+        f"would be  {size(result.size)} of {size(result.full_size)}, {result.ratio:.1f} times smaller: "
+        f"{result.signed} of {result.modules} modules with signs"
+    )
+    seconds = "" if result.seconds is None else f", {result.seconds:.0f} processor seconds"
+    console.print(f"takes     {size(result.memory)} of memory{seconds}; fit {result.fit}")
+    for stage in result.stages:
+        seconds = "" if stage.seconds is None else f", {stage.seconds:.0f} s"
+        console.print(f"  {text(stage.name)}  {size(stage.memory)} beyond the imports{seconds}")
 
 
 def render_compress(result: CompressResult, console: Console) -> None:

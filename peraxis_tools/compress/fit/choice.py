@@ -40,6 +40,7 @@ from peraxis_tools.compress.fit.fit import (
     residual_terms,
 )
 from peraxis_tools.compress.fit.moments.sums import Moments, Statistics, Validation
+from peraxis_tools.compress.fit.rows import fit_used_rows, has_unused_rows
 from peraxis_tools.compress.fit.scales import ComponentFit, round_scales_f16
 
 __all__ = ["fit_matrices"]
@@ -90,8 +91,7 @@ class _Trial:
         self._matrix, self._options, self._all_tokens = matrix, options, tokens
         rows = slice(None, None, max(1, len(matrix.base) // _TRIAL_ROWS))
         self._some = replace(matrix, base=matrix.base[rows], fine_tuned=matrix.fine_tuned[rows])
-        self._plain = _rounded(residual_terms(_delta(matrix), matrix.axes, matrix.components))
-        self._some_plain = [replace(term, signs=term.signs[rows], row=term.row[rows]) for term in self._plain]
+        self._plain = _plain(self._some)
         self._share = len(matrix.base) / len(self._some.base)
         self._axis = matrix.axes[0] if len(matrix.axes) == 1 else None
         self._errors: dict[str, list[float]] = {}
@@ -101,7 +101,7 @@ class _Trial:
         """Add a direction: the candidates of this Hessian, validated on these tokens."""
         validation = Validation(self._some.fine_tuned, held_out)
         self._tokens.append(max(validation.tokens, 1))
-        candidates: dict[str, Sequence[ComponentFit]] = {_NONE: self._some_plain, _SAME: ()}
+        candidates: dict[str, Sequence[ComponentFit]] = {_NONE: self._plain, _SAME: ()}
         if hessian is not None:
             candidates.update(self._fitted(quadratic(_delta(self._some), self._some.fine_tuned, hessian), validation))
         for kind, terms in candidates.items():
@@ -136,7 +136,8 @@ class _Trial:
         return fit_terms(problem, axis, options, components=self._matrix.components)
 
     def _error(self, terms: Sequence[ComponentFit], validation: Validation) -> float:
-        return self._share * validation.error(self._some.fine_tuned - _applied(self._some, terms))
+        found: float = validation.error(self._some.fine_tuned - _applied(self._some, terms))
+        return self._share * found
 
     def kind(self) -> str:
         """The chosen candidate."""
@@ -155,18 +156,26 @@ class _Trial:
         return 1.0 - 1.0 / math.sqrt(sum(self._tokens))
 
     def finished(self, kind: str, hessian: Hessian | None) -> FittedMatrix:
-        """The candidate fitted on all tokens."""
-        terms = self._plain if kind == _NONE else ()
+        """The candidate on all tokens."""
+        terms: Sequence[ComponentFit] = _plain(self._matrix) if kind == _NONE else ()
         if hessian is not None and kind in (_REFINED, _SCALES, _SCALAR):
-            options = self._options if kind == _REFINED else FitOptions(refine=False)
             axis = Axis.TENSOR if kind == _SCALAR else self._axis or Axis.TENSOR
-            problem = quadratic(_delta(self._matrix), self._matrix.fine_tuned, hessian)
-            terms = _rounded(self._terms(problem, axis, options))
+            terms = _rounded(self._on_all(hessian, axis, refined=kind == _REFINED))
         asked = _REFINED if self._options.refine else _SCALES
         note = "" if kind == asked else _NOTES.get(kind) or self._why_none()
         return FittedMatrix(
-            terms=terms, error=self._mean(kind), error_none=self._mean(_NONE), error_same=self._mean(_SAME), note=note
+            terms=tuple(terms),
+            error=self._mean(kind),
+            error_none=self._mean(_NONE),
+            error_same=self._mean(_SAME),
+            note=note,
         )
+
+    def _on_all(self, hessian: Hessian, axis: Axis, *, refined: bool) -> tuple[ComponentFit, ...]:
+        matrix, options = self._matrix, self._options if refined else FitOptions(refine=False)
+        if refined and has_unused_rows(matrix, axis):
+            return fit_used_rows(matrix, axis, hessian, options)
+        return self._terms(quadratic(_delta(matrix), matrix.fine_tuned, hessian), axis, options)
 
     def _why_none(self) -> str:
         why = "calibration does not improve it" if _SCALES in self._errors else "no calibration token reaches it"
@@ -192,6 +201,11 @@ def _delta(matrix: Matrix) -> Tensor:
     return matrix.fine_tuned - matrix.base
 
 
+def _plain(matrix: Matrix) -> tuple[ComponentFit, ...]:
+    """`none`."""
+    return _rounded(residual_terms(_delta(matrix), matrix.axes, matrix.components))
+
+
 def _rounded(terms: Sequence[ComponentFit]) -> tuple[ComponentFit, ...]:
     return tuple(map(round_scales_f16, terms))
 
@@ -210,7 +224,7 @@ def _fit_adamw(matrix: Matrix, statistics: Statistics, options: FitOptions) -> F
     def error(terms: Sequence[ComponentFit]) -> float:
         return validation.error(matrix.fine_tuned - _applied(matrix, terms))
 
-    plain = _rounded(residual_terms(delta, matrix.axes, matrix.components))
+    plain = _plain(matrix)
     error_none, error_same = error(plain), error(())
     fitted = FittedMatrix(terms=plain, error=error_none, error_none=error_none, error_same=error_same)
     if not statistics.fit.tokens:

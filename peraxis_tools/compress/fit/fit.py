@@ -74,7 +74,8 @@ class FitOptions:
 class Matrix:
     """One matrix to fit. base, fine_tuned: float32 [d_out, d_in].
 
-    dtype: the dtype that base + delta is rounded to. axes: the candidates. components: the number of masks, 1 to 8.
+    dtype: what base + delta is rounded to when applied. axes: candidates. components: masks, 1 to 8. used: of a table,
+    the rows whose tokens the text has, bool [d_out]; None: all.
     """
 
     base: Tensor
@@ -82,6 +83,7 @@ class Matrix:
     dtype: torch.dtype
     axes: tuple[Axis, ...] = AUTO_AXES
     components: int = 1
+    used: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

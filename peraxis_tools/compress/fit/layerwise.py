@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -198,13 +199,17 @@ class LayerwiseCalibration:
         whole = piece.index is None and piece.rows is None
         if not (whole and self.teacher.is_embedding(piece.parameter)):
             return []
-        rows = module.shape[0]
+        counts = self._counts(module.shape[0])
+        fitted = self._fit_rows(module, counts[: kept_rows(module)]) if self.processes.is_main_process else None
+        return self.processes.all_gather([fitted])
+
+    def _counts(self, rows: int) -> Tensor:
+        """How often the text of all processes has each of the first tokens, int64 [rows]."""
         counts = torch.zeros(rows, dtype=torch.int64, device=self.device)
         for batch in self.text.batches:
             counts += torch.bincount(batch.ids.flatten(), minlength=rows)[:rows]
         self.processes.add([counts])
-        fitted = self._fit_rows(module, counts[: kept_rows(module)]) if self.processes.is_main_process else None
-        return self.processes.all_gather([fitted])
+        return counts
 
     def _fit_rows(self, module: PlannedModule, counts: Tensor) -> FittedModule:
         weights = self.weights
@@ -307,6 +312,9 @@ class LayerwiseCalibration:
                     done.extend(self._fit_stage(stage, collector.collect(stage)))
         return done
 
+    def _is_table(self, module: PlannedModule) -> bool:
+        return module.kind in TABLES and len(module.shape) == 2 and not self.options.adamw_steps
+
     # -- one stage -------------------------------------------------------------------------------------------
 
     def _fit_stage(self, stage: Stage, sums: Mapping[Key, Statistics]) -> list[FittedModule]:
@@ -315,13 +323,15 @@ class LayerwiseCalibration:
         mine = {
             i: OrientedModule.of(*modules[i], self.weights, stage) for i in self.processes.shard_indices(len(modules))
         }
-        readers: dict[Key, list[tuple[int, int]]] = {}  # key of the moments -> (module index, batch element)
+        # Of a table, tokens that the text does not have need no refining.
+        used = {i: self._counts(kept_rows(m)) > 0 for i, (m, _) in enumerate(modules) if self._is_table(m)}
+        readers: dict[Key, list[tuple[int, int]]] = {}  # by whose sums they use: numbers of modules and batch elements
         for i, oriented in mine.items():
             for e, key in enumerate(oriented.keys):
                 readers.setdefault(stage.input_of.get(key, key), []).append((i, e))
         found: dict[tuple[int, int], FittedMatrix] = {}
         for key, places in readers.items():
-            matrices = [mine[i].matrix(e, self.options.axes) for i, e in places]
+            matrices = [replace(mine[i].matrix(e, self.options.axes), used=used.get(i)) for i, e in places]
             statistics = sums.get(key) or Statistics.none(matrices[0].base.shape[1], device=self.device)
             fitted = fit_matrices(matrices, statistics=statistics, options=self.options)
             found.update(zip(places, fitted, strict=True))

@@ -107,14 +107,22 @@ def weight_errors(module: PlannedModule, base: Safetensors, fine_tuned: Safetens
     return [error / norm * delta.size for error in errors]
 
 
-def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpoint, options: CompressOptions) -> Plan:
-    """The plan of least error for the target size of the options. errors: for 0 to 8 masks, of the open modules.
+def _target(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpoint, options: CompressOptions) -> int:
+    if options.target_size is not None:
+        return options.target_size
+    if options.target_ratio is not None:
+        return int(plan.full_bytes / options.target_ratio)
+    # What costs no byte in the plan's file leaves none to spend.
+    unchanged = {name: (Encoding.SAME, 0) for name, its in errors.items() if its[0] == 0.0}
+    return predicted_size(plan.with_choices(unchanged), fine_tuned, options)
 
-    Raises OptionError for a target that is too small.
+
+def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpoint, options: CompressOptions) -> Plan:
+    """The plan of least error for the target of the options, or where they have none for the bytes of the plan.
+
+    errors: for 0 to 8 masks, of the open modules. Raises OptionError for a target that is too small.
     """
-    target = options.target_size
-    if target is None:
-        target = int(plan.full_bytes / (options.target_ratio or 1.0))
+    target = _target(plan, errors, fine_tuned, options)
     choices = {
         module.name: choices_of(module, errors[module.name])
         if module.name in errors

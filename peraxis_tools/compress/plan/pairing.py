@@ -10,15 +10,15 @@ from typing import Any, Final
 
 from peraxis_format import NAME, Safetensors, TensorInfo
 from peraxis_tools.assets import listed
-from peraxis_tools.checkpoint import Checkpoint
-from peraxis_tools.compress.plan.plan import TABLES, table_or_kind
+from peraxis_tools.checkpoint import Checkpoint, parse_identity
+from peraxis_tools.compress.plan.plan import EXACT, TABLES, Plan, table_or_kind
 from peraxis_tools.compress.plan.quantised import quantisation_of, unmerged_adapter
 from peraxis_tools.compress.plan.renaming import base_names, renaming_text
 from peraxis_tools.errors import ToolError
 from peraxis_tools.kinds import kind_of
 from peraxis_tools.notes import note
 
-__all__ = ["check_pair", "named_as_base", "quantised_side", "tied_pairs"]
+__all__ = ["check_pair", "check_saving", "matched", "named_as_base", "tied_pairs"]
 
 _SHOWN: Final = 3
 _DIMENSIONS_MAX: Final = 8
@@ -26,6 +26,18 @@ _DIMENSIONS_MAX: Final = 8
 
 def _infos(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     return {info.name: info for info in checkpoint.tensors.infos()}
+
+
+def matched(base: Checkpoint, fine_tuned: Checkpoint, base_id: str | None) -> tuple[Checkpoint, Checkpoint]:
+    """The pair, held to be one: under the base's names, the base under its hub id. Says what is left behind."""
+    if base_id is not None:
+        base = replace(base, identity=parse_identity(base_id))
+    fine_tuned = named_as_base(base, fine_tuned)
+    check_pair(base, fine_tuned)
+    left = fine_tuned.folder_assets().left
+    if left:
+        note(f"{fine_tuned.tensors.label}: not carried by a .pxd: {listed(left)}")
+    return base, fine_tuned
 
 
 def named_as_base(base: Checkpoint, fine_tuned: Checkpoint) -> Checkpoint:

@@ -19,6 +19,7 @@ from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.model.weights import Weights, kept_rows
 from peraxis_tools.compress.plan.budget import MASKS_MAX, module_terms
 from peraxis_tools.compress.plan.plan import PlannedModule
+from peraxis_tools.parameter_names import ParameterSlice
 
 __all__ = ["fisher_errors", "inner_products"]
 
@@ -47,25 +48,41 @@ def fisher_errors(
     held = [(module, piece, module_terms(module, weights.base, weights.fine_tuned)[0]) for module, piece in found]
     for i, ids in enumerate(samples):
         progress("sensitivity", i, len(samples))
-        logits = teacher.model(input_ids=ids[None], use_cache=False).logits.float()[0]
-        log_p = torch.log_softmax(logits, dim=-1)
-        with torch.no_grad():
-            drawn = torch.multinomial(log_p.exp(), 1, generator=generator)
-        grads = torch.autograd.grad(log_p.gather(1, drawn).sum(), list(parameters.values()), allow_unused=True)
-        by_name = dict(zip(parameters, grads, strict=True))
-        del logits, log_p, grads
+        gradients = dict(zip(parameters, _gradients(teacher, ids, list(parameters.values()), generator), strict=True))
         for module, piece, components in held:
-            gradient = by_name[piece.parameter]
-            if gradient is None:
-                continue
-            base, tuned = weights.pair(module)
-            part = piece.select(gradient)[: kept_rows(module)]
-            left = inner_products(part, tuned - base, components)
-            sums[module.name] += 0.5 / ids.numel() * np.square(left + [left[-1]] * (MASKS_MAX + 1 - len(left)))
+            products = _products(gradients[piece.parameter], module, piece, components, weights)
+            sums[module.name] += 0.5 / ids.numel() * np.square(products)
+        gradients.clear()  # memory has those of one sample at a time
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     progress("sensitivity", len(samples), len(samples))
     return {name: (values / len(samples)).tolist() for name, values in sums.items()}
+
+
+def _gradients(
+    teacher: LayerwiseModel, ids: Tensor, parameters: Sequence[Tensor], generator: torch.Generator
+) -> tuple[Tensor | None, ...]:
+    """Of the sum over a sample's tokens of log p(y | x), y drawn from the model itself; None: it does not depend."""
+    logits = teacher.model(input_ids=ids[None], use_cache=False).logits.float()[0]
+    log_p = torch.log_softmax(logits, dim=-1)
+    with torch.no_grad():
+        drawn = torch.multinomial(log_p.exp(), 1, generator=generator)
+    return torch.autograd.grad(log_p.gather(1, drawn).sum(), list(parameters), allow_unused=True)
+
+
+def _products(
+    gradient: Tensor | None,
+    module: PlannedModule,
+    piece: ParameterSlice,
+    components: Sequence[Component],
+    weights: Weights,
+) -> list[float]:
+    """`inner_products` for 0 to 8 masks."""
+    if gradient is None:
+        return [0.0] * (MASKS_MAX + 1)
+    base, tuned = weights.pair(module)
+    found = inner_products(piece.select(gradient)[: kept_rows(module)], tuned - base, components)
+    return found + [found[-1]] * (MASKS_MAX + 1 - len(found))
 
 
 @torch.no_grad()

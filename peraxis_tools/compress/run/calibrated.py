@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.model.weights import Weights
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import is_open
+from peraxis_tools.compress.plan.estimate import GENERATED_SAMPLES, SENSITIVITY_SAMPLES
 from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.plan.sensitivity import fisher_errors
 from peraxis_tools.compress.run.distributed import Processes
@@ -45,7 +46,6 @@ from peraxis_tools.text import Samples, load_samples, unread_tokens
 
 __all__ = ["CalibratedFit"]
 
-_GENERATED: Final = 16
 
 Progress: TypeAlias = Callable[[str, int, int], None]  # (step, done, total)
 
@@ -67,8 +67,13 @@ class CalibratedFit:
         return self._opened is None or self._opened.processes.is_main_process
 
     def errors(self, plan: Plan) -> Mapping[str, Sequence[float]]:
-        """The KL for each number of components of a module (sensitivity.py); saved in the work folder."""
-        return _sensitivities(self._run(plan), self._options, self._progress)
+        """What each component of a module leaves of the KL (sensitivity.py); kept in the work folder. Nothing where
+        no target was asked for, and the whole model with its gradients does not fit into the limit.
+        """
+        run = self._run(plan)
+        if not self._options.has_target and 2 * _model_bytes(run) > self._options.hidden_limit:
+            return {}
+        return _sensitivities(run, self._options, self._progress)
 
     def fit(self, plan: Plan) -> RunFit:
         """Fit layer by layer, then distill end to end if the options ask for it."""
@@ -201,9 +206,13 @@ def _generated_count(run: _Run, options: CompressOptions) -> int:
     """The number of generated samples: the option, or 16 if the model is not larger than the limit of hidden states."""
     if options.generated_samples is not None:
         return options.generated_samples
-    weights = sum(math.prod(module.shape) for module in run.plan.modules)
-    fits = weights * run.dtype.itemsize <= options.hidden_limit
-    return _GENERATED if fits and options.resolved_fit != "adamw" else 0
+    fits = _model_bytes(run) <= options.hidden_limit
+    return GENERATED_SAMPLES if fits and options.resolved_fit != "adamw" else 0
+
+
+def _model_bytes(run: _Run) -> int:
+    """Of all weights as they compute."""
+    return sum(math.prod(module.shape) for module in run.plan.modules) * run.dtype.itemsize
 
 
 def _with_generated(run: _Run, count: int, options: CompressOptions, progress: Progress) -> _Run:
@@ -248,7 +257,9 @@ def _sensitivities(run: _Run, options: CompressOptions, progress: Progress) -> M
         teacher, _ = run.models()
         weights = run.weights()
         weights.fill_whole(teacher, weights.teacher)
-        samples = torch.from_numpy(np.ascontiguousarray(run.parts.fit)).to(run.device)
+        # Every so many: samples stand in the order of their sources.
+        chosen = run.parts.fit[:: -(-len(run.parts.fit) // SENSITIVITY_SAMPLES)]
+        samples = torch.from_numpy(np.ascontiguousarray(chosen)).to(run.device)
         open_modules = [module for module in run.plan.modules if is_open(module, options)]
         errors = fisher_errors(teacher, weights, open_modules, samples, seed=options.seed, progress=progress)
         run.work.save_text("sensitivity", errors)

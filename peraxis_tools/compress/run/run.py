@@ -13,7 +13,7 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from peraxis_format import (
@@ -23,14 +23,13 @@ from peraxis_format import (
     ModuleDelta,
 )
 from peraxis_format import open as open_delta
-from peraxis_tools.assets import LEFT_BEHIND, listed, printable_name
-from peraxis_tools.blocks import count_blocks
-from peraxis_tools.checkpoint import Checkpoint, open_checkpoint, parse_identity
+from peraxis_tools.assets import LEFT_BEHIND
+from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import spend
 from peraxis_tools.compress.plan.casts import with_casts
 from peraxis_tools.compress.plan.finite import check_pair_finite
-from peraxis_tools.compress.plan.pairing import check_pair, named_as_base, tied_pairs
+from peraxis_tools.compress.plan.pairing import check_saving, matched, tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
 from peraxis_tools.compress.plan.record import PLAN_KEY, REPORT_KEY, plan_text, report_text
 from peraxis_tools.compress.plan.saving import check_saving, saves
@@ -38,7 +37,6 @@ from peraxis_tools.compress.plan.size import foretold
 from peraxis_tools.compress.run.module_delta import module_delta
 from peraxis_tools.compress.run.streamed import StreamedFit
 from peraxis_tools.compress.run.types import Fitting, ModuleReport, RunFit
-from peraxis_tools.notes import note
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
@@ -113,7 +111,7 @@ def compress(
         open_checkpoint(base, revision=base_revision) as opened_base,
         open_checkpoint(fine_tuned, revision=fine_tuned_revision) as opened,
     ):
-        base_checkpoint, tuned_checkpoint = _matched(opened_base, opened, base_id)
+        base_checkpoint, tuned_checkpoint = matched(opened_base, opened, base_id)
         return _compress_pair(
             base_checkpoint, tuned_checkpoint, output, options, step, show_plan, overwrite=overwrite, force=force
         )
@@ -133,9 +131,9 @@ def _compress_pair(
     planned = _planned(base, fine_tuned, options, progress, force=force)
     written: tuple[Manifest, int, Mapping[str, int]] | None = None
     with _fitting(base, fine_tuned, output, options, progress) as fitting:
-        if options.has_target:
-            planned = spend(planned, fitting.errors(planned), fine_tuned, options)
-            planned = _foretold(planned, base, fine_tuned, options, force=force)
+        if options.is_budgeted and (errors := fitting.errors(planned)):
+            planned = spend(planned, errors, fine_tuned, options)
+        planned = foretold(planned, base, fine_tuned, options)
         if show_plan is not None:
             show_plan(planned)
         fit = fitting.fit(planned)
@@ -157,18 +155,6 @@ def _fitting(
     from peraxis_tools.compress.run.calibrated import CalibratedFit
 
     return CalibratedFit(base, fine_tuned, output, options, progress)
-
-
-def _matched(base: Checkpoint, fine_tuned: Checkpoint, base_id: str | None) -> tuple[Checkpoint, Checkpoint]:
-    """Check the pair. Returns it with the base's names and the base's hub id; a note lists files that are left out."""
-    if base_id is not None:
-        base = replace(base, identity=parse_identity(base_id))
-    fine_tuned = named_as_base(base, fine_tuned)
-    check_pair(base, fine_tuned)
-    left = fine_tuned.folder_assets().left
-    if left:
-        note(f"{fine_tuned.tensors.label}: not stored in the .pxd: {listed(left)}")
-    return base, fine_tuned
 
 
 def _planned(

@@ -50,8 +50,9 @@ class RunFit:
 class Fitting(Protocol):
     """A way to compute components: without text (streamed.py) or on a text (calibrated.py).
 
-    Life cycle: it is entered; `errors` is called if there is a byte target; `fit` is called once, with the final plan;
-    the process with `writes` writes the file; it is left. Only a successful run deletes its state for resuming.
+    Life cycle: entered; `errors` where bytes are to be spent by what they save; `fit` once, with the plan as it is
+    then; the file is written by the process that `writes`; left. Only a run that ends well gives up what it has kept
+    for resuming.
     """
 
     @property
@@ -59,7 +60,7 @@ class Fitting(Protocol):
         """Whether this process writes the file; the others wait for it when they leave."""
 
     def errors(self, plan: Plan) -> Mapping[str, Sequence[float]]:
-        """The error with 0, 1, 2, ... components, for each module that the byte target may change."""
+        """By module that the budget may change: the error with 0, 1, 2, ... components; none at all: keep the plan."""
 
     def fit(self, plan: Plan) -> RunFit:
         """Fit every module of the plan."""

@@ -1,0 +1,53 @@
+"""A large table of which the text uses few rows: signs are refined for these alone.
+
+Rows share the columns' scales and nothing else. So the rows that the text uses are fitted with all that a fit has, and
+the others follow with their columns: component after component the sign of what is left, and the row's scale in closed
+form. A text says next to nothing of a row that none of its tokens stands for, and refining such rows would take most of
+the time.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from peraxis_format import Axis
+from peraxis_tools.compress.fit.fit import FitOptions, Hessian, Matrix, fit_terms, quadratic
+from peraxis_tools.compress.fit.scales import ComponentFit, fit_scales
+
+__all__ = ["fit_used_rows", "has_unused_rows"]
+
+_ROWS: Final = 4096  # that are fitted together
+_MOST_USED: Final = 0.5
+
+
+def has_unused_rows(matrix: Matrix, axis: Axis) -> bool:
+    """Whether it pays to tell rows apart, and the axis allows it."""
+    if matrix.used is None or axis not in (Axis.ROW, Axis.ROW_COL):
+        return False
+    return 0.0 < float(matrix.used.float().mean()) < _MOST_USED
+
+
+def fit_used_rows(matrix: Matrix, axis: Axis, hessian: Hessian, options: FitOptions) -> tuple[ComponentFit, ...]:
+    """Terms of all rows; see above."""
+    if matrix.used is None:
+        raise ValueError("a matrix without known rows")
+    used = matrix.used.nonzero()[:, 0]
+    tuned = matrix.fine_tuned[used]
+    refined = fit_terms(
+        quadratic(tuned - matrix.base[used], tuned, hessian), axis, options, components=matrix.components
+    )
+    signs = [torch.empty(matrix.base.shape, dtype=torch.bool, device=tuned.device) for _ in refined]
+    rows = [matrix.base.new_empty(len(matrix.base)) for _ in refined]
+    for k, term in enumerate(refined):
+        signs[k][used], rows[k][used] = term.signs, term.row
+    for chosen in (~matrix.used).nonzero()[:, 0].split(_ROWS):
+        tuned = matrix.fine_tuned[chosen]
+        rest = quadratic(tuned - matrix.base[chosen], tuned, hessian).target
+        for k, term in enumerate(refined):
+            start = ComponentFit(axis=Axis.ROW, signs=rest >= 0, row=rest.new_ones(len(rest)), col=term.col)
+            found = fit_scales(start, rest, hessian.matrix)
+            rest = rest - found.dense()
+            signs[k][chosen], rows[k][chosen] = found.signs, found.row
+    return tuple(ComponentFit(axis=axis, signs=signs[k], row=rows[k], col=term.col) for k, term in enumerate(refined))

@@ -1,0 +1,187 @@
+"""What a compression will take, from shapes alone: memory and operations of each stage.
+
+A stage's memory is what it holds beyond the imports. With c bytes a computed value, P values of all weights, O of those
+outside the layers, N tokens of text in samples of n, and d the width of the hidden states:
+
+    generate     c P, and keys and values of all samples
+    sensitivity  2 c P (weights and gradients), P bytes of packed masks, logits of one sample, the largest terms
+    table        embeddings and lm_head: 5 float32 copies of the table, and of its masks
+    blocks       2 c O, hidden states 2 c N d, inputs that passes keep, two layers, sums, copies of the largest matrix
+    write        4 copies of the largest tensor (run.py)
+
+Operations are float32 ones of products, which a probe (run/dry_run.py) turns into seconds. What is counted: forward
+passes, 2 for each weight and token (a backward pass as two forward ones); sums; fits (2 d_in^2 for each product with a
+row of a matrix, as benchmarks/compress_block.py counts them).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from peraxis_format import Encoding
+from peraxis_tools.compress.options import CompressOptions
+from peraxis_tools.compress.plan.plan import TABLES, Plan, PlannedModule
+from peraxis_tools.kinds import layer_of, subtype_of
+
+__all__ = ["GENERATED_SAMPLES", "SENSITIVITY_SAMPLES", "StageWork", "Text", "fit_operations", "work_of"]
+
+GENERATED_SAMPLES: Final = 16  # where none are asked for and memory allows
+SENSITIVITY_SAMPLES: Final = 16
+_OUTPUTS: Final = frozenset({"o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc2", "w2", "dense_4h_to_h"})
+_KEYS: Final = frozenset({"k_proj", "v_proj"})
+_TRIAL_ROWS: Final = 256
+_FLOAT: Final = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """What is read: samples of the text and of the model, tokens in each; value_bytes: of a computed value."""
+
+    samples: int
+    generated: int
+    length: int
+    value_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """Of all samples."""
+        return (self.samples + self.generated) * self.length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageWork:
+    """One stage. memory: bytes beyond the imports; products: float32 operations of forward passes and sums; fits: of
+    fits, which are slower by the operation; reads: bytes of weights that are read token by token."""
+
+    name: str
+    memory: int
+    products: float = 0.0
+    fits: float = 0.0
+    reads: float = 0.0
+
+
+def work_of(plan: Plan, options: CompressOptions, text: Text | None) -> list[StageWork]:
+    """The stages of a run in order. text: None where there is no fit on a text."""
+    largest = max((_values(module) for module in plan.modules), default=0)
+    write = StageWork(name="write", memory=4 * _FLOAT * largest)
+    if text is None:
+        return [write]
+    stages = [_generate(plan, text)] if text.generated else []
+    if options.is_budgeted:
+        stages.append(_sensitivity(plan, options, text))
+    tables = [module for module in plan.modules if module.kind in TABLES and module.encoding is Encoding.SIGN]
+    if tables:
+        stages.append(_table(plan, tables, text))
+    return [*stages, _blocks(plan, text), write]
+
+
+def _values(module: PlannedModule) -> int:
+    total = 1
+    for size in module.shape:
+        total *= size
+    return total
+
+
+def _weights(plan: Plan) -> int:
+    return sum(map(_values, plan.modules))
+
+
+def _layers(plan: Plan) -> dict[int, list[PlannedModule]]:
+    found: dict[int, list[PlannedModule]] = defaultdict(list)
+    for module in plan.modules:
+        layer = layer_of(module.name)
+        if layer is not None:
+            found[layer].append(module)
+    return found
+
+
+def _inside(plan: Plan) -> int:
+    return sum(_values(module) for layer in _layers(plan).values() for module in layer)
+
+
+def _outside(plan: Plan) -> int:
+    return _weights(plan) - _inside(plan)
+
+
+def _width(plan: Plan) -> int:
+    return next((module.shape[-1] for module in plan.modules if module.kind == "embedding"), 1)
+
+
+def _input_widths(modules: Sequence[PlannedModule]) -> list[int]:
+    """d_in of each input that matrices of a layer read: one for q, k and v, one for gate and up."""
+    inputs = {
+        (module.name.rpartition(subtype_of(module.name))[0], subtype_of(module.name) in _OUTPUTS, module.shape[-1])
+        for module in modules
+        if module.encoding is Encoding.SIGN
+    }
+    return [width for _, _, width in inputs]
+
+
+def _generate(plan: Plan, text: Text) -> StageWork:
+    keys = sum(m.shape[0] for m in plan.modules if subtype_of(m.name) in _KEYS and len(m.shape) == 2)
+    tokens = text.generated * text.length
+    weights = _weights(plan)
+    return StageWork(
+        name="generate",
+        memory=text.value_bytes * (weights + 2 * tokens * keys),
+        products=2.0 * weights * tokens,
+        reads=float(text.value_bytes * weights * text.length),
+    )
+
+
+def _sensitivity(plan: Plan, options: CompressOptions, text: Text) -> StageWork:
+    samples = min(SENSITIVITY_SAMPLES, text.samples + text.generated)
+    weights = _weights(plan)
+    logits = 4 * text.length * max((m.shape[0] for m in plan.modules if m.kind in TABLES), default=0)
+    return StageWork(
+        name="sensitivity",
+        memory=text.value_bytes * (2 * weights + logits) + weights + 4 * _FLOAT * max(map(_values, plan.modules)),
+        products=6.0 * weights * samples * text.length,
+        # Masks are unpacked for each sample: 8 of them, some 10 operations a weight.
+        fits=80.0 * weights * samples,
+    )
+
+
+def _table(plan: Plan, tables: Sequence[PlannedModule], text: Text) -> StageWork:
+    largest = max(map(_values, tables))
+    masks = max(module.components for module in tables)
+    copies = 5 * _FLOAT * largest + masks * largest
+    used = 10.0 * float(text.tokens) ** 0.6  # of a text of natural language
+    work = sum(
+        fit_operations(int(min(m.shape[0], used)), m.shape[-1], m.components)
+        + (6.0 * m.components + 2.0) * m.shape[0] * m.shape[-1] ** 2
+        for m in tables
+    )
+    # The teacher's own pass gives a tied table its states.
+    passes = 2.0 * _inside(plan) * text.tokens if plan.tied or len(tables) == 1 else 0.0
+    return StageWork(name="table", memory=2 * text.value_bytes * _outside(plan) + copies, products=passes, fits=work)
+
+
+def _blocks(plan: Plan, text: Text) -> StageWork:
+    layers = _layers(plan)
+    widths = {index: _input_widths(modules) for index, modules in layers.items()}
+    kept = 2 * text.value_bytes * text.tokens * max(map(sum, widths.values()), default=0)
+    widest = max((max(its, default=0) for its in widths.values()), default=0)
+    signed = [m for its in layers.values() for m in its if m.encoding is Encoding.SIGN]
+    largest = max(map(_values, signed), default=0)
+    inside = _inside(plan)
+    states = 2 * text.value_bytes * text.tokens * _width(plan)
+    memory = (
+        2 * text.value_bytes * (_outside(plan) + max((sum(map(_values, its)) for its in layers.values()), default=0))
+        + states
+        + kept
+        + 8 * 8 * widest**2
+        + 12 * _FLOAT * largest
+    )
+    sums = sum(4.5 * text.tokens * width**2 for its in widths.values() for width in its)
+    fits = sum(fit_operations(_values(m) // m.shape[-1], m.shape[-1], m.components) for m in signed)
+    return StageWork(name="blocks", memory=memory, products=4.0 * inside * text.tokens + sums, fits=fits)
+
+
+def fit_operations(rows: int, width: int, components: int) -> float:
+    """55 products with each row and component; 34 with each row of the trials, both ways."""
+    trial = 2 * 34 * min(rows, _TRIAL_ROWS)
+    return float(55 * rows * components + trial) * width**2

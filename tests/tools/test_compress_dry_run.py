@@ -1,0 +1,94 @@
+"""compress --dry-run: what it says is what comes, and it writes nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peraxis_format import CheckpointError, DType
+from peraxis_tools.compress import CompressOptions, compress
+from peraxis_tools.compress.plan.estimate import StageWork, Text, work_of
+from peraxis_tools.compress.plan.plan import plan
+from peraxis_tools.compress.run.dry_run import foretell
+from tests.tools.compress_pairs import llama_pair
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    return llama_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.mark.parametrize("masks", [1, 2])
+def test_the_size_is_that_of_the_file_within_one_block(
+    pair: tuple[Path, Path, Path], tmp_path: Path, masks: int
+) -> None:
+    base, tuned, _ = pair
+    said = foretell(base, tuned, options=CompressOptions(masks=masks))
+    made = compress(base, tuned, tmp_path / "d.pxd", masks=masks, force=True)
+    assert abs(said.size - made.size) <= 4096
+    assert (said.full_size, said.modules, said.fit) == (made.full_size, made.modules, made.fit)
+
+
+def test_it_names_every_stage_of_a_fit_and_writes_nothing(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, tuned, text = pair
+    before = sorted(path.name for path in text.parent.rglob("*"))
+    arguments = ["compress", str(base), str(tuned), "-o", str(tmp_path / "d.pxd"), "--calibration", str(text)]
+    command = [sys.executable, "-m", "peraxis_tools", *arguments, "--dry-run", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    said = json.loads(done.stdout)
+    assert said["schema"] == "peraxis.compress-dry-run/1"
+    assert [stage["name"] for stage in said["stages"]] == ["generate", "sensitivity", "table", "blocks", "write"]
+    assert said["memory"] > max(stage["memory"] for stage in said["stages"]) > 0
+    assert said["seconds"] == pytest.approx(sum(stage["seconds"] for stage in said["stages"]))
+    assert not list(tmp_path.iterdir())
+    assert sorted(path.name for path in text.parent.rglob("*")) == before
+
+
+def test_without_a_text_it_needs_no_torch(pair: tuple[Path, Path, Path]) -> None:
+    code = (
+        "import sys; from pathlib import Path; from peraxis_tools.compress.run.dry_run import foretell;"
+        "from peraxis_tools.compress import CompressOptions;"
+        f"foretell({str(pair[0])!r}, {str(pair[1])!r}, options=CompressOptions());"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_is_no_pair_is_refused_as_in_a_run(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        foretell(tmp_path / "nothing", pair[1], options=CompressOptions())
+
+
+class _Tensor:
+    def __init__(self, *shape: int) -> None:
+        self.shape, self.dtype = shape, DType.BF16
+
+
+def works(layers: int, text: Text) -> dict[str, StageWork]:
+    tensors = {"model.embed_tokens.weight": _Tensor(512, 64), "lm_head.weight": _Tensor(512, 64)}
+    for i in range(layers):
+        tensors[f"model.layers.{i}.self_attn.q_proj.weight"] = _Tensor(64, 64)
+        tensors[f"model.layers.{i}.mlp.down_proj.weight"] = _Tensor(64, 192)
+    options = CompressOptions(calibration="c4")
+    planned = plan(fine_tuned=tensors, base=tensors, options=options)
+    return {work.name: work for work in work_of(planned, options, text)}
+
+
+def test_blocks_take_time_by_the_layer_and_memory_by_the_token() -> None:
+    text = Text(samples=8, generated=8, length=64, value_bytes=4)
+    two, four = works(2, text), works(4, text)
+    assert four["blocks"].fits == pytest.approx(2 * two["blocks"].fits)
+    assert four["blocks"].products == pytest.approx(2 * two["blocks"].products)
+    assert four["blocks"].memory == two["blocks"].memory
+    longer = works(2, Text(samples=24, generated=8, length=64, value_bytes=4))
+    states_and_inputs = 2 * 4 * 64 * (64 + 64 + 192)  # of one sample: hidden states; what q_proj and down_proj read
+    assert longer["blocks"].memory - two["blocks"].memory == 16 * states_and_inputs
+    assert longer["blocks"].fits == two["blocks"].fits
+
+
+def test_nothing_is_said_of_stages_that_will_not_be() -> None:
+    assert "generate" not in works(2, Text(samples=8, generated=0, length=64, value_bytes=4))
