@@ -10,7 +10,7 @@ import click
 from peraxis_tools.bars import Stages
 from peraxis_tools.commands.options import json_option, masks_option, overwrite_option, quiet_option
 from peraxis_tools.compress import CompressOptions, compress
-from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, RECIPES, parse_size, read_yaml
+from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, PREFER, RECIPES, parse_size, read_yaml
 from peraxis_tools.compress.run.dry_run import foretell
 from peraxis_tools.report import emit
 from peraxis_tools.report.compress import plan_lines, render_compress, render_dry_run

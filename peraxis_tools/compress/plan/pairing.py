@@ -11,14 +11,14 @@ from typing import Any, Final
 from peraxis_format import NAME, Safetensors, TensorInfo
 from peraxis_tools.assets import listed
 from peraxis_tools.checkpoint import Checkpoint, parse_identity
-from peraxis_tools.compress.plan.plan import EXACT, TABLES, Plan, table_or_kind
+from peraxis_tools.compress.plan.plan import TABLES, table_or_kind
 from peraxis_tools.compress.plan.quantised import quantisation_of, unmerged_adapter
 from peraxis_tools.compress.plan.renaming import base_names, renaming_text
 from peraxis_tools.errors import ToolError
 from peraxis_tools.kinds import kind_of
 from peraxis_tools.notes import note
 
-__all__ = ["check_pair", "check_saving", "matched", "named_as_base", "tied_pairs"]
+__all__ = ["check_pair", "matched", "named_as_base", "tied_pairs"]
 
 _SHOWN: Final = 3
 _DIMENSIONS_MAX: Final = 8

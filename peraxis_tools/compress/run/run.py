@@ -23,13 +23,14 @@ from peraxis_format import (
     ModuleDelta,
 )
 from peraxis_format import open as open_delta
-from peraxis_tools.assets import LEFT_BEHIND
+from peraxis_tools.assets import LEFT_BEHIND, printable_name
+from peraxis_tools.blocks import count_blocks
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import spend
 from peraxis_tools.compress.plan.casts import with_casts
 from peraxis_tools.compress.plan.finite import check_pair_finite
-from peraxis_tools.compress.plan.pairing import check_saving, matched, tied_pairs
+from peraxis_tools.compress.plan.pairing import matched, tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
 from peraxis_tools.compress.plan.record import PLAN_KEY, REPORT_KEY, plan_text, report_text
 from peraxis_tools.compress.plan.saving import check_saving, saves
@@ -133,7 +134,7 @@ def _compress_pair(
     with _fitting(base, fine_tuned, output, options, progress) as fitting:
         if options.is_budgeted and (errors := fitting.errors(planned)):
             planned = spend(planned, errors, fine_tuned, options)
-        planned = foretold(planned, base, fine_tuned, options)
+            planned = _foretold(planned, base, fine_tuned, options, force=force)
         if show_plan is not None:
             show_plan(planned)
         fit = fitting.fit(planned)
