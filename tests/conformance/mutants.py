@@ -124,6 +124,7 @@ EQUIVALENT: dict[str, str] = {
     "8 -> 7 in u64 size = BITS": "16 / 7 is 2, and 32 / 7 is 4",
     "< -> <= in block b = {": "both are one where a whole block is left",
     "4 -> 3 in bool raw": "three bytes hold no counts, which the block says itself",
+    "in need(c->scale[s].p[i] < 0x7C": "which code of the right phase is said",
     "4 -> 5 in u32 said": "a fifth byte does not fit",
     "< -> <= in classes[i]": "15 is the last class either way",
     "15 -> 16 in classes[i]": "15 is the last class either way",
