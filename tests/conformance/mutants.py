@@ -127,6 +127,7 @@ EQUIVALENT: dict[str, str] = {
     "in need(c->scale[s].p[i] < 0x7C": "which code of the right phase is said",
     "4 -> 5 in u32 said": "a fifth byte does not fit",
     "< -> <= in classes[i]": "15 is the last class either way",
+    "1 -> 0 in classes[i]": "15 is the last class either way",
     "15 -> 16 in classes[i]": "15 is the last class either way",
     "16 -> 17 in EACH(c, 16)": "no weight is of class 16",
     "< -> <= in int64_t z": "both branches are one where k is the most",
