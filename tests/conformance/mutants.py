@@ -100,6 +100,7 @@ EQUIVALENT: dict[str, str] = {
     "if about.st_size >= 2 ** 53": "what is as large has been refused",
     "53 -> 52 in need(about.st_size": "no file of so many bytes is at hand",
     "4096 -> 4095 in need(len(data)": "a header is not shorter than 4096, which its length says a step later",
+    "LtE -> Lt in need(4088": "2^26 is no length of whole pages, and 4088 is that of most files",
     "4088 -> 4087": "no other length is one of whole pages",
     "need(8 + length <= len(self.file)": "the canonical header is compared with what there is, in the same phase",
     "need(span[0] >= 0": "tensors begin where others end, which a step of the same phase asks",
