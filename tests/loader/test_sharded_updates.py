@@ -15,8 +15,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 import peraxis_format as pxd
 from peraxis_format.ops.exact import BLOCK
 from peraxis_format.torch import LiveModelError, Shard
-from peraxis_format.torch.updates import ShardedUpdateWriter, UpdateWriter, apply_update, follow
-from peraxis_format.torch.updates import apply_sharded as sharded
+from peraxis_format.torch.updates import ShardedUpdateWriter, UpdateWriter, apply_update, follow, pieces, staged
 from peraxis_format.torch.updates.pieces import boxed_indices, flat_indices
 from tests.loader.support import bytes_of
 
@@ -65,7 +64,7 @@ def start(rank: int, world: int, folder: str) -> tuple[Path, Any]:
     from torch.distributed.device_mesh import init_device_mesh
 
     torch.set_num_threads(1)
-    sharded._STRETCH = BLOCK  # type: ignore[misc]  # several stretches a tensor
+    pieces._STRETCH = BLOCK  # type: ignore[misc]  # several stretches a tensor
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
         timeout=datetime.timedelta(seconds=60),
@@ -162,19 +161,19 @@ def failing(rank: int, world: int, folder: str) -> None:
     if rank == world - 1:
         local.view(torch.int16)[1, 1] ^= 1
     before = model.whole()
-    put, calls = sharded._put, [0]
+    exchange, calls = staged._Change.exchange, [0]
 
-    def broken(*arguments: Any) -> None:
+    def broken(change: Any) -> None:
         calls[0] += 1
         if rank == world - 1 and calls[0] == 2:
             raise LiveModelError("this rank only")
-        put(*arguments)
+        exchange(change)
 
-    sharded._put = broken
+    staged._Change.exchange = broken  # type: ignore[assignment,method-assign]
     with pytest.raises(LiveModelError, match="this rank only"):
         apply_update(model, step)
     assert model.whole() == before
-    sharded._put = put
+    staged._Change.exchange = exchange  # type: ignore[method-assign]
     apply_update(model, step)
     assert model.whole() == bytes_of(state(1))
     distributed.destroy_process_group()

@@ -12,8 +12,9 @@ from torch import Tensor, distributed, multiprocessing
 
 import peraxis_format as pf
 from peraxis_format.errors import PxdError
-from peraxis_format.torch import Shard, place
+from peraxis_format.torch import LiveModelError, Shard, place
 from peraxis_format.torch.updates import UpdateWriter
+from peraxis_format.torch.updates import staged as module
 from peraxis_format.torch.updates.staged import StagedUpdate, stage
 from tests.loader.support import bytes_of
 from tests.loader.test_sharded import DIMS, base_tensors, cut, start
@@ -30,9 +31,10 @@ def after_one_step() -> dict[str, Tensor]:
     return tensors
 
 
-def publish(folder: Path) -> None:
-    """The chain base -> after_one_step."""
+def publish(folder: Path, tied: dict[str, str] | None = None) -> None:
+    """The chain base -> after_one_step. tied: other names of tensors."""
     live = {name: tensor.clone() for name, tensor in base_tensors().items()}
+    live |= {alias: live[name] for alias, name in (tied or {}).items()}
     writer = UpdateWriter(live, folder)
     writer.step()
     for name, tensor in after_one_step().items():
@@ -81,6 +83,44 @@ def test_weights_in_another_state_are_refused_and_a_damaged_file_too(tmp_path: P
     (tmp_path / "bad.pxd").write_bytes(data)
     with pytest.raises(PxdError, match=r"E30"):
         staged(tmp_path / "bad.pxd", base_tensors())
+
+
+def test_a_write_that_fails_restores_the_weights_and_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path)
+    exchange = module._Change.exchange
+    for name, before, after in (
+        (STEP, base_tensors(), after_one_step()),
+        (ANCHOR, after_one_step(), base_tensors()),
+    ):
+        live = {key: tensor.clone() for key, tensor in before.items()}
+        if name == ANCHOR:
+            live["up.weight"].zero_()
+        found = bytes_of(live)
+        update = staged(tmp_path / name, live)
+        calls = [0]
+
+        def broken(change: Any, calls: list[int] = calls) -> None:
+            calls[0] += 1
+            if calls[0] == 3:
+                raise MemoryError
+            exchange(change)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module._Change, "exchange", broken)
+            with pytest.raises(MemoryError):
+                update.write()
+        assert calls[0] == 5  # two were written, and written back
+        assert bytes_of(live) == found
+        update.write()
+        assert bytes_of(live) == bytes_of(after)
+
+
+def test_a_piece_alone_is_refused(tmp_path: Path) -> None:
+    publish(tmp_path)
+    with pytest.raises(LiveModelError, match=r"have 1584 of its 3168 weights; check `shards`"):
+        staged(tmp_path / STEP, slices(base_tensors(), 0, 2), {"up.weight": Shard(0, 0, 2)} | shards_of(0, 2))
 
 
 # --- several ranks ---------------------------------------------------------------------------------------
@@ -141,7 +181,34 @@ def one_rank_has_a_damaged_file(rank: int, world: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("job", [ranks_take_their_slices, one_rank_is_in_another_state, one_rank_has_a_damaged_file])
+def aliases_and_files_differ(rank: int, world: int, folder: str) -> None:
+    path = start(rank, world, folder)
+    publish(path / f"tied-{rank}", {"up.tied": "up.weight"})
+
+    def pieces(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        cut_ = slices(tensors, rank, world)
+        return cut_ | {"up.tied": cut_["up.weight"].clone()}
+
+    shards = shards_of(rank, world) | {"up.tied": Shard(0, rank, world)}
+    live = pieces(base_tensors())
+    with pytest.raises(LiveModelError, match="different files"):
+        staged(path / f"tied-{rank}" / (STEP if rank else ANCHOR), live, shards)
+    if rank == world - 1:
+        live["up.tied"].view(torch.int16)[0, 0] ^= 1
+    with pytest.raises(PxdError, match=r"E404.*its aliases have other weights.*up\.weight"):
+        staged(path / f"tied-{rank}" / STEP, live, shards)
+    live = pieces(base_tensors())
+    update = staged(path / f"tied-{rank}" / STEP, live, shards)
+    for expected in (after_one_step(), base_tensors(), after_one_step()):
+        update.write()  # a second call is the undo
+        assert bytes_of(live) == bytes_of(pieces(expected))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "job",
+    [ranks_take_their_slices, one_rank_is_in_another_state, one_rank_has_a_damaged_file, aliases_and_files_differ],
+)
 def test_ranks_stage_an_update_together(job: Any, tmp_path: Path) -> None:
     publish(tmp_path)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

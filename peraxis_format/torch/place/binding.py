@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from peraxis_format.torch.place.digests import digests
 from peraxis_format.torch.place.shards import Box, Placement, ShardView, whole
 from peraxis_format.torch.ring import Ring
 
-__all__ = ["agree", "check_live", "in_turns", "is_sharded", "rank_and_count", "sharded_anywhere"]
+__all__ = ["agree", "check_live", "is_sharded", "rank_and_count", "sharded_anywhere"]
 
 
 def is_sharded(placement: Placement, manifest: Manifest) -> bool:
@@ -135,26 +135,11 @@ class _Message:
 
 
 def _check_pieces(pieces: Sequence[ModuleEntry], placement: Placement, group: Any) -> None:
-    """Assemble each module on one rank and hash it there."""
-    failure: PxdError | None = None
-    for entry, _, full in in_turns(pieces, placement, group):
-        if full is not None:
-            try:
-                check_base_digest(entry, hashlib.sha256(raw_bytes(full)).hexdigest())
-            except PxdError as error:
-                failure = failure or error
-    if failure is not None:
-        raise failure
+    """Assemble each module on one rank, which differs each time, and hash it there. The first failure is raised last.
 
-
-def in_turns(
-    pieces: Sequence[ModuleEntry], placement: Placement, group: Any
-) -> Iterator[tuple[ModuleEntry, int, Array | None]]:
-    """Yield (module, rank, tensor): each sharded module, assembled on one rank, which differs each time.
-
-    tensor: the whole storage array, None on the other ranks. Every rank of the group has to iterate over all of them.
     Raises LiveModelError if the ranks do not have all of a tensor.
     """
+    failure: PxdError | None = None
     rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     boxes = _gathered({entry.name: placement[entry.name][0].box for entry in pieces}, group)
     for turn, entry in enumerate(pieces):
@@ -169,12 +154,17 @@ def in_turns(
             )
         part = placement[entry.name][0]
         if rank == owner:
-            yield entry, owner, _assembled(entry, messages, part, group)
+            full = _assembled(entry, messages, part, group)
+            try:
+                check_base_digest(entry, hashlib.sha256(raw_bytes(full)).hexdigest())
+            except PxdError as error:
+                failure = failure or error
             continue
         for message in messages:
             if message.rank == rank:
                 torch.distributed.send(as_bytes(part.view), dst=_global(owner, group), group=group)
-        yield entry, owner, None
+    if failure is not None:
+        raise failure
 
 
 def _global(rank: int, group: Any) -> int:

@@ -4,8 +4,9 @@ updates = UpdateWriter(model, "chain")        follower = follow(model, "chain")
 updates.step()                                follower.poll()
 """
 
-from peraxis_format.torch.updates.follow import UpdateError, apply_update
+from peraxis_format.torch.updates.apply import apply_update
 from peraxis_format.torch.updates.follower import Follower, Poll, follow
+from peraxis_format.torch.updates.proof import UpdateError
 from peraxis_format.torch.updates.publish import Published, UpdateWriter
 from peraxis_format.torch.updates.publish_sharded import ShardedUpdateWriter
 from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update

@@ -20,10 +20,10 @@ from peraxis_format.ops.tensors import storage_array
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.shards import Placement, Shard, Target
-from peraxis_format.torch.updates.apply_sharded import sharded_digest
-from peraxis_format.torch.updates.follow import UpdateError, apply_update, in_pieces
+from peraxis_format.torch.updates.apply import apply_update
 from peraxis_format.torch.updates.mirror import Mirror, is_url
-from peraxis_format.torch.updates.pieces import Ranks
+from peraxis_format.torch.updates.pieces import Ranks, in_pieces, sharded_digest
+from peraxis_format.torch.updates.proof import UpdateError
 from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update
 
 __all__ = ["Follower", "Poll", "follow"]

@@ -1,54 +1,62 @@
 """Sharded tensors: the box of each rank, assembled rows on one rank, and changes that are sent back.
 
 No rank has a whole sharded tensor. Ranks take turns: the owner of a tensor sees a range of its rows at a time, and
-sends changes back as flat indices and values. All functions with a group are collective: every rank of it calls them in
-the same order.
+sends changes back as flat indices and values. All functions with ranks are collective: every rank of the group calls
+them in the same order.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed
 
-from peraxis_format.dtypes import Array, DType
+from peraxis_format.dtypes import Array, DType, raw_bytes
+from peraxis_format.manifest import ModuleEntry
+from peraxis_format.ops.exact import BLOCK
 from peraxis_format.ops.tensors import as_bytes, storage_array
-from peraxis_format.torch.place.shards import Box
+from peraxis_format.torch.place.binding import rank_and_count
+from peraxis_format.torch.place.finder import named
+from peraxis_format.torch.place.shards import Box, Shard, ShardView, Target
 
 __all__ = [
     "Layout",
     "Ranks",
+    "assembled",
     "boxed_indices",
     "exchanged",
     "flat_indices",
+    "in_pieces",
     "is_dtensor",
-    "row_stretches",
-    "rows_on",
+    "sharded_digest",
     "slices",
 ]
+
+_STRETCH: Final = 16 * BLOCK  # weights to assemble at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The ranks of a group, and the rank of this process."""
+    """The ranks of a group, and the rank of this process. Without torch.distributed there is one rank."""
 
     group: Any = None
 
     @property
     def rank(self) -> int:
         """This process's rank in the group."""
-        return distributed.get_rank(self.group)
+        return rank_and_count(self.group)[0]
 
     @property
     def count(self) -> int:
         """The number of ranks."""
-        return distributed.get_world_size(self.group)
+        return rank_and_count(self.group)[1]
 
     def world(self, rank: int) -> int:
         """The global rank of a rank of the group."""
@@ -56,6 +64,8 @@ class Ranks:
 
     def gathered(self, value: Any) -> list[Any]:
         """The value of each rank, on every rank."""
+        if self.count == 1:
+            return [value]
         out: list[Any] = [None] * self.count
         distributed.all_gather_object(out, value, group=self.group)
         return out
@@ -68,6 +78,8 @@ class Ranks:
 
     def said_by(self, value: Any, *, rank: int) -> Any:
         """One rank's value, on every rank."""
+        if self.count == 1:
+            return value
         box = [value]
         distributed.broadcast_object_list(box, src=self.world(rank), group=self.group)
         return box[0]
@@ -105,20 +117,47 @@ def is_dtensor(tensor: object) -> bool:
     return getattr(tensor, "placements", None) is not None
 
 
+def in_pieces(target: Target, shards: Mapping[str, Shard] | None) -> bool:
+    """Whether a model is sharded over ranks."""
+    return bool(shards) or any(map(is_dtensor, named(target).values()))
+
+
 def slices(box: Box) -> tuple[slice, ...]:
     """A box as an index."""
     return tuple(slice(begin, end) for begin, end in box)
 
 
-def row_stretches(layout: Layout, weights: int) -> Iterator[tuple[slice, slice]]:
-    """A tensor in ranges of `weights`: flat ranges, each with the rows of the first dimension that it touches."""
-    total = math.prod(layout.shape)
-    for begin in range(0, max(total, 1), weights):
-        end = min(begin + weights, total)
-        yield slice(begin, end), slice(begin // max(layout.row, 1), -(-end // max(layout.row, 1)))
+def assembled(
+    ranks: Ranks, owner: int, layout: Layout, part: ShardView, dtype: DType
+) -> Iterator[tuple[slice, Array | None]]:
+    """Yield the flat ranges of a tensor, each with its weights: a writable storage array on the owner, None elsewhere.
+
+    A range is of whole blocks of the exact encoding: 2^20 weights, or a row of the first dimension if that is longer.
+    """
+    total, row = math.prod(layout.shape), max(layout.row, 1)
+    length = max(_STRETCH, -(-row // BLOCK) * BLOCK)  # so that a row is sent at most twice
+    for begin in range(0, max(total, 1), length):
+        end = min(begin + length, total)
+        rows = slice(begin // row, -(-end // row))
+        found = _rows_on(ranks, owner, layout, rows, mine=part.view, box=part.box, dtype=dtype)
+        first = rows.start * row
+        yield slice(begin, end), None if found is None else found.reshape(-1)[begin - first : end - first]
 
 
-def rows_on(
+def sharded_digest(entry: ModuleEntry, part: ShardView, turn: int, group: Any) -> str:
+    """The hex digest of a sharded live tensor, on every rank. Collective."""
+    ranks = Ranks(group)
+    layout = Layout.of(entry.shape, ranks.gathered(part.box))
+    owner = turn % ranks.count
+    digest = hashlib.sha256()
+    for _, weights in assembled(ranks, owner, layout, part, entry.dtype):
+        if weights is not None:
+            digest.update(raw_bytes(weights))
+    found: str = ranks.said_by(digest.hexdigest(), rank=owner)
+    return found
+
+
+def _rows_on(
     ranks: Ranks, owner: int, layout: Layout, rows: slice, *, mine: Tensor, box: Box, dtype: DType
 ) -> Array | None:
     """Rows of the first dimension, assembled on the owner as a storage array; None on the other ranks.

@@ -1,4 +1,7 @@
-"""Decode an exact update on live tensors, one range at a time, so that it is checked before a weight is written."""
+"""What is checked before an exact update is written: that the model can take it, and the digests of whole tensors.
+
+A tensor is decoded one range at a time, so that it is not in memory twice.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,33 @@ from typing import Final
 
 from torch import Tensor
 
-from peraxis_format.delta import ModuleDelta
+from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import raw_bytes
-from peraxis_format.errors import fail
+from peraxis_format.errors import LiveModelError, fail
 from peraxis_format.manifest import ModuleEntry
 from peraxis_format.ops.exact import BLOCK
 from peraxis_format.ops.exact.torch import moved
 from peraxis_format.ops.tensors import storage_array
+from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.place.shards import Placement
 
-__all__ = ["check_digest", "stretches"]
+__all__ = ["UpdateError", "proven", "refuse_others", "stretches"]
 
 _STRETCH: Final = 16  # blocks to decode at a time
 _ON_DEVICE: Final = 16  # times as many on a device, which decodes all these blocks at once
+
+
+class UpdateError(LiveModelError):
+    """An update does not continue the model's state; the message names it and the reason."""
+
+
+def refuse_others(file: DeltaFile, placement: Placement) -> None:
+    """Raise UpdateError unless this is an exact update, or an anchor, of contiguous tensors."""
+    for entry in file.manifest.modules:
+        if entry.encoding is Encoding.SIGN or (entry.base is not None and entry.base.dtype is not entry.dtype):
+            raise UpdateError(f"{file.path}: {entry.name} is not an exact update; use it as a variant")
+        if not all(part.view.is_contiguous() for part in placement[entry.name]):
+            raise UpdateError(f"{entry.name}: is strided, which exact updates do not support")
 
 
 def stretches(view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Tensor]]:
@@ -41,10 +59,27 @@ def stretches(view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Tenso
         begin += size
 
 
-def check_digest(entry: ModuleEntry, view: Tensor) -> None:
-    """Check that a contiguous tensor has the base's bytes. Raises BindingError (E404)."""
+def proven(entry: ModuleEntry, view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield as `stretches`, and check the digest of the updated tensor, or of the base if the tensor is not decoded.
+
+    Raises BindingError at the end (E404, E405).
+    """
+    if entry.encoding is not Encoding.EXACT:
+        _check_base(entry, view)
+        return
+    digest = hashlib.sha256()
+    for live, new in stretches(view, module):
+        digest.update(raw_bytes(storage_array(new.cpu())))
+        yield live, new
+    if digest.hexdigest() != entry.result:
+        fail("E405", field=entry.name)  # SPEC 7.4
+
+
+def _check_base(entry: ModuleEntry, view: Tensor) -> None:
+    if entry.base is None:
+        return
     digest = hashlib.sha256()
     for begin in range(0, max(view.numel(), 1), _STRETCH * BLOCK):
         digest.update(raw_bytes(storage_array(view.detach().reshape(-1)[begin : begin + _STRETCH * BLOCK].cpu())))
-    if entry.base is not None and digest.hexdigest() != entry.base.sha256:
+    if digest.hexdigest() != entry.base.sha256:
         fail("E404", field=entry.name)  # SPEC 7.3
