@@ -50,10 +50,7 @@ def size(value: str) -> int:
 @click.option(
     "--axis", type=click.Choice(AXES), help="The axis of the scales; auto takes the best one for each module."
 )
-@masks_option(
-    click.INT,
-    help="Masks for each module, 1 to 8.  [default: with a text the bytes of 1, where they help most; else 1]",
-)
+@masks_option(click.INT, help="Masks for each module, 1 to 8.  [default: 1]")
 @click.option("--target-size", type=size, help="The size of the file, like 1.2GB. Masks go where they help most.")
 @click.option("--target-ratio", type=float, help="The size as a fraction of the checkpoint: 12 means a twelfth.")
 @click.option(

@@ -74,7 +74,6 @@ _RATE_MIN: Final = 1e-9
 _NOT_CONTENT: Final = ("device", "resume", "hidden_limit", "logits_limit")
 # The types of options whose default is None.
 _KINDS_OF_NONE: Final[Mapping[str, type]] = {
-    "masks": int,
     "target_ratio": float,
     "target_size": int,
     "generated_samples": int,
@@ -92,9 +91,7 @@ class CompressOptions:
     fit            none: mean |delta|, without text; closed-form: scales from the calibration text; refined: signs
                    too; adamw: the paper's method; auto: refined if a calibration text is given, else none
     axis           the axis of the scales; auto takes the best one for each module
-    masks          the number of sign masks (components) of a module, 1 to 8; `bits` is another name. None: a fit on
-                   text spends the bytes of one mask (three in embeddings and lm_head) where they help most, if the
-                   model and its gradients fit into `hidden_limit`
+    masks          the number of sign masks (components) of a module, 1 to 8; `bits` is another name
     target_size    the size of the file; or target_ratio, the fine-tuned size over it. Masks go where they help most
     exact          None; a regular expression: the tensors that it finds are stored losslessly, as `same`, an exact
                    update or `full`, the smallest of them (.* means all: a lossless file); auto: the tensors that
@@ -116,7 +113,7 @@ class CompressOptions:
 
     fit: str = "auto"
     axis: str = "auto"
-    masks: int | None = None
+    masks: int = 1
     target_size: int | None = None
     target_ratio: float | None = None
     exact: str | None = None
@@ -185,9 +182,9 @@ class CompressOptions:
         if self.target_size is not None and self.target_ratio is not None:
             raise OptionError("target-size and target-ratio: give one of them")
         self._check_exact()
-        if self.fit == "adamw" and ((self.masks or 1) > 1 or self.has_target):
+        if self.fit == "adamw" and (self.masks > 1 or self.has_target):
             raise OptionError("fit adamw is the paper's: one mask a module, no target")
-        if (self.masks or 1) > 1 and self.has_target:
+        if self.masks > 1 and self.has_target:
             raise OptionError("masks and a target size exclude each other: the target decides the masks of each module")
         for name in ("distill_sign_lr", "distill_full_lr"):
             if 0.0 < getattr(self, name) < _RATE_MIN:
@@ -229,12 +226,6 @@ class CompressOptions:
     def has_target(self) -> bool:
         """Whether a byte budget decides the masks of each module."""
         return self.target_size is not None or self.target_ratio is not None
-
-    @property
-    def is_budgeted(self) -> bool:
-        """Whether masks go where they help most: for a target, and by default where a text says where that is."""
-        by_default = self.masks is None and self.exact is None and self.resolved_fit in ("closed-form", "refined")
-        return self.has_target or by_default
 
     @property
     def resolved_fit(self) -> str:

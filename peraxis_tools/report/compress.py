@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from peraxis_tools.blocks import blocks_text
+from peraxis_format import Encoding
 from peraxis_tools.report.console import print_note, size, text
 
 if TYPE_CHECKING:
@@ -22,8 +22,10 @@ _NOTES_SHOWN = 8
 def plan_lines(plan: Plan) -> None:
     """Print the plan on standard error: masks of modules, exact modules, and the predicted size."""
     masks = Counter(module.components for module in plan.modules if module.components)
-    exact = Counter(module.reason for module in plan.modules if not module.components)
+    exact = Counter(module.reason for module in plan.modules if module.encoding is Encoding.FULL)
+    kept = Counter(module.reason for module in plan.modules if module.encoding is Encoding.SAME)
     parts = [f"{count} modules with {k} mask{'s' * (k > 1)}" for k, count in sorted(masks.items())]
+    parts += [f"{count} as in the base ({reason})" for reason, count in sorted(kept.items())]
     parts += [f"{count} exact ({reason})" for reason, count in sorted(exact.items())]
     whole = plan.payload_bytes if plan.file_bytes is None else plan.file_bytes
     ratio = plan.full_bytes / max(whole, 1)

@@ -28,7 +28,9 @@ def inputs(tokens: int, *, seed: int, within: slice = slice(None)) -> torch.Tens
     basis = torch.linalg.qr(torch.randn(D_IN, D_IN, generator=g)).Q
     size = torch.full((D_IN,), 0.02)
     size[within] = 1.0
-    return (torch.randn(tokens, D_IN, generator=torch.Generator().manual_seed(seed)) * size) @ basis
+    drawn = torch.randn(tokens, D_IN, generator=torch.Generator().manual_seed(seed))
+    found: torch.Tensor = (drawn * size) @ basis
+    return found
 
 
 def moments_of(x: torch.Tensor) -> Moments:

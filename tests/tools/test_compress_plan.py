@@ -211,3 +211,11 @@ def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
 def test_a_size_that_is_none_is_refused() -> None:
     with pytest.raises(OptionError, match=r"1\.2GB"):
         parse_size("big")
+
+
+def test_a_plan_says_which_modules_stay_as_in_the_base(capsys: pytest.CaptureFixture[str]) -> None:
+    from peraxis_tools.report.compress import plan_lines
+
+    result = planned({"model.layers.0.q.weight": Info(BF16, (64, 64))})
+    plan_lines(result.with_choices({"model.layers.0.q.weight": (pxd.Encoding.SAME, 0)}))
+    assert "plan: 1 as in the base (the budget buys more elsewhere)" in capsys.readouterr().err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -188,34 +187,6 @@ def test_a_byte_target_is_kept_and_used(pair: tuple[Path, Path, Path], tmp_path:
     assert errors[0] > max(errors[1:])
     with pytest.raises(OptionError, match="target too small"):
         compress(base, tuned, tmp_path / "none.pxd", target_size=3000, **options)
-
-
-def test_by_default_the_bytes_of_one_mask_go_where_they_help_most(tmp_path: Path) -> None:
-    base, tuned = write_pair(tmp_path, llama_config(hidden_size=64, intermediate_size=96), dtype=torch.bfloat16)
-    options = {"calibration": str(write_text(tmp_path / "text.jsonl")), **FEW}
-    fixed = compress(base, tuned, tmp_path / "fixed.pxd", masks=1, **options)
-    spent = compress(base, tuned, tmp_path / "spent.pxd", **options)
-    assert fixed.size - 5200 <= spent.size <= fixed.size
-    kinds = []
-    for name in ("fixed", "spent"):
-        with pxd.open(tmp_path / f"{name}.pxd") as delta:
-            kinds.append(Counter(len(module.components) for module in delta.manifest.modules if module.base))
-    assert kinds[0] != kinds[1]
-    # What is not known to help is not spent: no room for the model and its gradients.
-    small = compress(base, tuned, tmp_path / "small.pxd", hidden_limit=1000, **options)
-    assert small.size == fixed.size
-
-
-def test_bytes_that_an_unchanged_tensor_does_not_take_are_not_spent_elsewhere(tmp_path: Path) -> None:
-    base, tuned = write_pair(tmp_path, llama_config(vocab_size=512, bos_token_id=0), dtype=torch.bfloat16)
-    weights = load_file(tuned / "model.safetensors")
-    name = "model.embed_tokens.weight"
-    weights[name] = load_file(base / "model.safetensors")[name]
-    save_file(weights, tuned / "model.safetensors", metadata={"format": "pt"})
-    options = {"calibration": str(write_text(tmp_path / "text.jsonl")), "force": True, **FEW}
-    fixed = compress(base, tuned, tmp_path / "fixed.pxd", masks=1, **options)
-    spent = compress(base, tuned, tmp_path / "spent.pxd", **options)
-    assert spent.size <= fixed.size
 
 
 def test_distillation_is_never_worse_on_held_out_text(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:

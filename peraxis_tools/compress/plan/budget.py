@@ -107,22 +107,14 @@ def weight_errors(module: PlannedModule, base: Safetensors, fine_tuned: Safetens
     return [error / norm * delta.size for error in errors]
 
 
-def _target(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpoint, options: CompressOptions) -> int:
-    if options.target_size is not None:
-        return options.target_size
-    if options.target_ratio is not None:
-        return int(plan.full_bytes / options.target_ratio)
-    # What costs no byte in the plan's file leaves none to spend.
-    unchanged = {name: (Encoding.SAME, 0) for name, its in errors.items() if its[0] == 0.0}
-    return predicted_size(plan.with_choices(unchanged), fine_tuned, options)
-
-
 def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpoint, options: CompressOptions) -> Plan:
-    """The plan of least error for the target of the options, or where they have none for the bytes of the plan.
+    """The plan of least error for the target of the options. errors: for 0 to 8 masks, of the open modules.
 
-    errors: for 0 to 8 masks, of the open modules. Raises OptionError for a target that is too small.
+    Raises OptionError for a target that is too small.
     """
-    target = _target(plan, errors, fine_tuned, options)
+    target = options.target_size
+    if target is None:
+        target = int(plan.full_bytes / (options.target_ratio or 1.0))
     choices = {
         module.name: choices_of(module, errors[module.name])
         if module.name in errors

@@ -70,7 +70,7 @@ def work_of(plan: Plan, options: CompressOptions, text: Text | None) -> list[Sta
     if text is None:
         return [write]
     stages = [_generate(plan, text)] if text.generated else []
-    if options.is_budgeted:
+    if options.has_target:
         stages.append(_sensitivity(plan, options, text))
     tables = [module for module in plan.modules if module.kind in TABLES and module.encoding is Encoding.SIGN]
     if tables:

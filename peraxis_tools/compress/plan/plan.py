@@ -162,7 +162,7 @@ def _plan_module(name: str, tensor: TensorLike, base: TensorLike | None, options
         return replace(module, reason="a bias" if module.kind == "bias" else "a norm")
     if not module.compressible:
         return replace(module, reason="dtype or shape allows no delta")
-    masks = options.masks or 1
+    masks = options.masks
     if module.kind in TABLES:
         if options.embeddings == "full":
             return replace(module, reason="embeddings are stored full")

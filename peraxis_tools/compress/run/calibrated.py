@@ -67,13 +67,8 @@ class CalibratedFit:
         return self._opened is None or self._opened.processes.is_main_process
 
     def errors(self, plan: Plan) -> Mapping[str, Sequence[float]]:
-        """What each component of a module leaves of the KL (sensitivity.py); kept in the work folder. Nothing where
-        no target was asked for, and the whole model with its gradients does not fit into the limit.
-        """
-        run = self._run(plan)
-        if not self._options.has_target and 2 * _model_bytes(run) > self._options.hidden_limit:
-            return {}
-        return _sensitivities(run, self._options, self._progress)
+        """What each component of a module leaves of the KL (sensitivity.py); kept in the work folder."""
+        return _sensitivities(self._run(plan), self._options, self._progress)
 
     def fit(self, plan: Plan) -> RunFit:
         """Fit layer by layer, then distill end to end if the options ask for it."""

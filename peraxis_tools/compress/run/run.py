@@ -132,9 +132,9 @@ def _compress_pair(
     planned = _planned(base, fine_tuned, options, progress, force=force)
     written: tuple[Manifest, int, Mapping[str, int]] | None = None
     with _fitting(base, fine_tuned, output, options, progress) as fitting:
-        if options.is_budgeted and (errors := fitting.errors(planned)):
-            planned = spend(planned, errors, fine_tuned, options)
-            planned = _foretold(planned, base, fine_tuned, options, force=force)
+        if options.has_target:
+            planned = spend(planned, fitting.errors(planned), fine_tuned, options)
+        planned = foretold(planned, base, fine_tuned, options)
         if show_plan is not None:
             show_plan(planned)
         fit = fitting.fit(planned)

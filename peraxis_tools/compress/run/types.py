@@ -50,7 +50,7 @@ class RunFit:
 class Fitting(Protocol):
     """A way to compute components: without text (streamed.py) or on a text (calibrated.py).
 
-    Life cycle: entered; `errors` where bytes are to be spent by what they save; `fit` once, with the plan as it is
+    Life cycle: entered; `errors` where a byte target is to be spent; `fit` once, with the plan as it is
     then; the file is written by the process that `writes`; left. Only a run that ends well gives up what it has kept
     for resuming.
     """
@@ -60,7 +60,7 @@ class Fitting(Protocol):
         """Whether this process writes the file; the others wait for it when they leave."""
 
     def errors(self, plan: Plan) -> Mapping[str, Sequence[float]]:
-        """By module that the budget may change: the error with 0, 1, 2, ... components; none at all: keep the plan."""
+        """By module that the byte target may change: the error with 0, 1, 2, ... components."""
 
     def fit(self, plan: Plan) -> RunFit:
         """Fit every module of the plan."""
