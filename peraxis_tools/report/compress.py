@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from peraxis_format import Encoding
+from peraxis_tools.blocks import blocks_text
 from peraxis_tools.report.console import print_note, size, text
 
 if TYPE_CHECKING:
