@@ -134,7 +134,7 @@ def _compress_pair(
     with _fitting(base, fine_tuned, output, options, progress) as fitting:
         if options.has_target:
             planned = spend(planned, fitting.errors(planned), fine_tuned, options)
-        planned = foretold(planned, base, fine_tuned, options)
+            planned = _foretold(planned, base, fine_tuned, options, force=force)
         if show_plan is not None:
             show_plan(planned)
         fit = fitting.fit(planned)
