@@ -13,7 +13,7 @@ from torch import Tensor, distributed, multiprocessing
 import peraxis_format as pf
 from peraxis_format.errors import PxdError
 from peraxis_format.torch import LiveModelError, Shard, place
-from peraxis_format.torch.updates import UpdateWriter
+from peraxis_format.torch.updates import UpdateWriter, apply_update
 from peraxis_format.torch.updates import staged as module
 from peraxis_format.torch.updates.staged import StagedUpdate, stage
 from tests.loader.support import bytes_of
@@ -115,6 +115,20 @@ def test_a_write_that_fails_restores_the_weights_and_can_be_repeated(
         assert bytes_of(live) == found
         update.write()
         assert bytes_of(live) == bytes_of(after)
+
+
+def test_equal_tensors_of_a_file_may_share_storage_in_the_model(tmp_path: Path) -> None:
+    old = base_tensors()["up.weight"]
+    trained = {"up": old.clone(), "again": old.clone()}
+    writer = UpdateWriter(trained, tmp_path)
+    writer.step()
+    for tensor in trained.values():
+        tensor.view(torch.int16)[::3] += 1
+    writer.step()
+    for write in (lambda live: apply_update(live, tmp_path / STEP), lambda live: staged(tmp_path / STEP, live).write()):
+        shared = old.clone()
+        write({"up": shared, "again": shared})
+        assert shared.equal(trained["up"])
 
 
 def test_a_piece_alone_is_refused(tmp_path: Path) -> None:
