@@ -14,14 +14,14 @@ from torch import Tensor, distributed, multiprocessing, nn
 
 import peraxis_format as pxd
 from peraxis_format.ops.exact import BLOCK
-from peraxis_format.torch import LiveModelError, Shard
+from peraxis_format.torch import LiveModelError, Shard, chunk
 from peraxis_format.torch.updates import ShardedUpdateWriter, UpdateWriter, apply_update, follow, pieces, staged
 from peraxis_format.torch.updates.pieces import boxed_indices, flat_indices
 from tests.loader.support import bytes_of
 
-# Rows that no rank's cut and no block's edge agree with, columns, experts, a vector, a number; a tied pair.
-SHAPES = {"up": (350, 300), "down": (90, 700), "experts": (5, 30, 8), "norm": (24,), "scale": ()}
-DIMS = {"up": 0, "down": 1, "experts": 0}
+# Rows that no rank's cut and no block's edge agree with, columns, experts, one row, a vector, a number; a tied pair.
+SHAPES = {"up": (350, 300), "down": (90, 700), "experts": (5, 30, 8), "gate": (1, 40), "norm": (24,), "scale": ()}
+DIMS = {"up": 0, "down": 1, "experts": 0, "gate": 0}
 
 
 def state(step: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
@@ -136,7 +136,8 @@ def following(rank: int, world: int, folder: str) -> None:
 
     plain = {}
     for name, tensor in state(3).items():
-        part = tensor.chunk(world, DIMS[name])[rank] if name in DIMS else tensor
+        begin, end = chunk((0, tensor.shape[DIMS[name]]), rank, world) if name in DIMS else (0, 0)
+        part = tensor.narrow(DIMS[name], begin, end - begin) if name in DIMS else tensor
         plain[name] = part.clone().contiguous()
     shards = {name: Shard(dim, rank, world) for name, dim in DIMS.items()}
     apply_update(plain, path / "chain" / "step-00000004.pxd", shards=shards)

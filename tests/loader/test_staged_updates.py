@@ -13,7 +13,8 @@ from torch import Tensor, distributed, multiprocessing
 import peraxis_format as pf
 from peraxis_format.errors import PxdError
 from peraxis_format.torch import LiveModelError, Shard, place
-from peraxis_format.torch.updates import UpdateWriter
+from peraxis_format.torch.place.claims import claim, release
+from peraxis_format.torch.updates import UpdateWriter, apply_update
 from peraxis_format.torch.updates import staged as module
 from peraxis_format.torch.updates.staged import StagedUpdate, stage
 from tests.loader.support import bytes_of
@@ -115,6 +116,35 @@ def test_a_write_that_fails_restores_the_weights_and_can_be_repeated(
         assert bytes_of(live) == found
         update.write()
         assert bytes_of(live) == bytes_of(after)
+
+
+def test_equal_tensors_of_a_file_may_share_storage_in_the_model(tmp_path: Path) -> None:
+    old = base_tensors()["up.weight"]
+    trained = {"up": old.clone(), "again": old.clone()}
+    writer = UpdateWriter(trained, tmp_path)
+    writer.step()
+    for tensor in trained.values():
+        tensor.view(torch.int16)[::3] += 1
+    writer.step()
+    for write in (lambda live: apply_update(live, tmp_path / STEP), lambda live: staged(tmp_path / STEP, live).write()):
+        shared = old.clone()
+        write({"up": shared, "again": shared})
+        assert shared.equal(trained["up"])
+
+
+def test_weights_that_other_code_relies_on_are_refused(tmp_path: Path) -> None:
+    class Owner:
+        pass
+
+    publish(tmp_path)
+    live, owner = base_tensors(), Owner()
+    claim([live["up.weight"]], owner, "close the owner first")
+    for write in (lambda: apply_update(live, tmp_path / STEP), lambda: staged(tmp_path / STEP, live)):
+        with pytest.raises(LiveModelError, match="close the owner first"):
+            write()
+    release(owner)
+    apply_update(live, tmp_path / STEP)
+    assert bytes_of(live) == bytes_of(after_one_step())
 
 
 def test_a_piece_alone_is_refused(tmp_path: Path) -> None:

@@ -103,7 +103,10 @@ class LiveModel:
             self._update = stage(file, placement, group=self._group)
 
     def write_update(self, content_id: str) -> None:
-        """Write the staged update. Raises LiveModelError if it is another one."""
+        """Write the staged update. Raises LiveModelError if it is another one.
+
+        An error on one rank is raised on all, and all keep the old weights.
+        """
         update, self._update = self._update, None
         if update is None or update.content_id != content_id:
             raise LiveModelError(f"update {content_id} is not staged")

@@ -22,7 +22,7 @@ from peraxis_format.errors import LiveModelError, PxdError
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.binding import agree
 from peraxis_format.torch.place.placement import place
-from peraxis_format.torch.place.shards import Placement, Shard, Target, increment_versions
+from peraxis_format.torch.place.shards import Placement, Shard, Target, increment_versions, storage_key
 from peraxis_format.torch.updates.pieces import in_pieces
 from peraxis_format.torch.updates.proof import proven, refuse_others, stretches
 from peraxis_format.torch.updates.staged import stage
@@ -87,8 +87,12 @@ def _proven(file: DeltaFile, placement: Placement) -> Iterator[ModuleDelta]:
 
 
 def _write(modules: list[ModuleDelta], placement: Placement) -> None:
+    written = set()  # equal tensors of the file may share storage in the model, and an update decodes once
     for module in modules:
         for part in placement[module.name]:
+            if storage_key(part.live) in written:
+                continue
+            written.add(storage_key(part.live))
             if module.full is not None:
                 part.view.copy_(_tensor(module.full.copy(), part.view))
             for live, stretch in stretches(part.view, module):

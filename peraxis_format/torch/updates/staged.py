@@ -29,7 +29,6 @@ from peraxis_format.manifest import ModuleEntry
 from peraxis_format.ops.exact import BLOCK, apply
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.binding import agree
-from peraxis_format.torch.place.claims import refuse_claimed
 from peraxis_format.torch.place.shards import Placement, ShardView, increment_versions, whole
 from peraxis_format.torch.updates.pieces import Layout, Ranks, assembled, boxed_indices, slices
 from peraxis_format.torch.updates.proof import proven, refuse_others
@@ -121,7 +120,6 @@ def stage(file: DeltaFile, placement: Placement, *, group: Any = None) -> Staged
     ranks, failure = Ranks(group), _FirstError()
     with failure:
         refuse_others(file, placement)
-        refuse_claimed(part.live for parts in placement.values() for part in parts)
     agree(failure.error, group)
     layouts = _layouts(ranks, file, placement)
     changes: list[_Change] = []
