@@ -5,7 +5,7 @@ outside the layers, N tokens of text in samples of n, and d the width of the hid
 
     generate     c P, and keys and values of all samples
     sensitivity  2 c P (weights and gradients), P bytes of packed masks, logits of one sample, the largest terms
-    table        embeddings and lm_head: 5 float32 copies of the table, and of its masks
+    table        embeddings and lm_head: 14 float32 copies of the table (as measured), and its masks
     blocks       2 c O, hidden states 2 c N d, inputs that passes keep, two layers, sums, copies of the largest matrix
     write        4 copies of the largest tensor (run.py)
 
@@ -33,6 +33,7 @@ SENSITIVITY_SAMPLES: Final = 16
 _OUTPUTS: Final = frozenset({"o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc2", "w2", "dense_4h_to_h"})
 _KEYS: Final = frozenset({"k_proj", "v_proj"})
 _TRIAL_ROWS: Final = 256
+_TABLE_COPIES: Final = 14
 _FLOAT: Final = 4
 
 
@@ -148,7 +149,7 @@ def _sensitivity(plan: Plan, options: CompressOptions, text: Text) -> StageWork:
 def _table(plan: Plan, tables: Sequence[PlannedModule], text: Text) -> StageWork:
     largest = max(map(_values, tables))
     masks = max(module.components for module in tables)
-    copies = 5 * _FLOAT * largest + masks * largest
+    copies = _TABLE_COPIES * _FLOAT * largest + masks * largest
     used = 10.0 * float(text.tokens) ** 0.6  # of a text of natural language
     work = sum(
         fit_operations(int(min(m.shape[0], used)), m.shape[-1], m.components)
