@@ -121,9 +121,10 @@ def _write_shards(
         for entry, array in rebuild_all(delta, base, workers=workers)
         for _ in range(1 + len(aliases.get(entry.name, ())))
     )
-    for shard in shards:
-        with open(folder / shard.file_name, "wb") as file:
-            file.write(shard_header(shard.tensors))
-            for spec in shard.tensors:
-                write_tensor(file, spec, next(arrays))
-                progress(spec.size)
+    with contextlib.closing(arrays):
+        for shard in shards:
+            with open(folder / shard.file_name, "wb") as file:
+                file.write(shard_header(shard.tensors))
+                for spec in shard.tensors:
+                    write_tensor(file, spec, next(arrays))
+                    progress(spec.size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -21,11 +21,13 @@ def ordered_map(
     cost: Callable[[T], int],
     budget: int,
     workers: int | None = None,
-) -> Iterator[R]:
+) -> Generator[R]:
     """Yield work(item) in the order of items, on several threads.
 
     cost: bytes that an item uses from its start until its result is taken. No item starts if the sum would exceed
-    budget, except that one item may always be in flight. The first error ends it.
+    budget, except that one item may always be in flight. The first error ends it. A caller that keeps it in a variable
+    closes it: else an error leaves its threads to the garbage collector, which may wait for them while another thread
+    starts, and then both wait for ever.
     """
     waiting: deque[tuple[int, Future[R]]] = deque()
     ahead = 0

@@ -6,7 +6,7 @@ run on a few threads, at most a fixed number of bytes ahead of the consumer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Final
 
 import peraxis_format as pxd
@@ -39,7 +39,7 @@ def rebuild(delta: pxd.DeltaFile, base: pxd.Safetensors, name: str) -> pxd.Array
 
 def rebuild_all(
     delta: pxd.DeltaFile, base: pxd.Safetensors, *, workers: int | None = None
-) -> Iterator[tuple[pxd.ModuleEntry, pxd.Array]]:
+) -> Generator[tuple[pxd.ModuleEntry, pxd.Array]]:
     """Yield every module in file order with its fine-tuned tensor; a few are in flight at a time.
 
     Memory: about twice the bytes in flight, which are at most _AHEAD_BYTES or one tensor. Raises BindingError before

@@ -196,13 +196,12 @@ def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
         chained=True,
         overwrite=job.overwrite,
     ) as writer:
-        made = ordered_map(
+        for module, moved in ordered_map(
             lambda name: _module(job, name),
             names,
             cost=lambda name: _HELD * job.new[name].size,
             budget=_AHEAD_BYTES,
-        )
-        for module, moved in made:
+        ):
             writer.add(module)
             blocks += count_blocks(module)
             changed += moved

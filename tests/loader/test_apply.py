@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +239,12 @@ def test_modules_that_share_storage_but_differ_are_refused(tmp_path: Path) -> No
     model = Small(tied=True)
     path = write_delta(tmp_path / "d.pxd", base_of(model))
     refused(model, path, LiveModelError, "share storage")
+
+
+def test_another_base_leaves_no_thread_however_long_its_error_lives(tmp_path: Path) -> None:
+    path = write_delta(tmp_path / "d.pxd", base_of(Small()))
+    before = set(threading.enumerate())
+    with pytest.raises(pf.BindingError, match="E404") as error:
+        apply_(Small(seed=5), path, workers=2)
+    assert set(threading.enumerate()) <= before
+    assert error.value.__traceback__ is not None  # it holds the frames, and what is in them

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -188,3 +190,17 @@ def test_a_folder_that_is_no_earlier_output_is_kept_whatever_is_asked(pair: tupl
     with pytest.raises(ToolError, match="no list of an earlier output"):
         apply(base, delta, tmp_path / "out", overwrite=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_a_write_that_fails_leaves_no_thread_however_long_its_error_lives(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(importlib.import_module("peraxis_tools.apply"), "write_tensor", full)
+    before = set(threading.enumerate())
+    with pytest.raises((OSError, ToolError)) as error:
+        apply(*pair, tmp_path / "out")
+    assert set(threading.enumerate()) <= before
+    assert error.value.__traceback__ is not None  # it holds the frames, and what is in them

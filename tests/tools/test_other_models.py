@@ -52,7 +52,7 @@ def pair(folder: Path, kind: str) -> tuple[Path, Path]:
 def test_text_for_a_model_that_predicts_none_is_refused_with_a_remedy_before_work(tmp_path: Path, kind: str) -> None:
     base, tuned = pair(tmp_path, kind)
     text = write_text(tmp_path / "text.jsonl")
-    said = rf"model type {kind} is no causal language model of transformers; "
+    said = rf"transformers has no causal language model for model type {kind}; "
     with pytest.raises(ToolError, match=said + r".*--fit none"):
         compress(base, tuned, tmp_path / "d.pxd", calibration=str(text), **FEW)
     assert not list(tmp_path.glob("d.pxd*"))

@@ -6,6 +6,7 @@ turns, which hashes the whole. Nothing is written before all ranks agree.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -59,9 +60,10 @@ def check_live(
     pieces = [entry for entry in bound if any(part.box != whole(entry.shape) for part in placement[entry.name])]
     error: Exception | None = None
     try:
-        found = digests([part.view for _, part in local], device=ring.device, ring=ring, workers=workers)
-        for (entry, _), digest in zip(local, found, strict=True):
-            check_base_digest(entry, digest)
+        views = [part.view for _, part in local]
+        with contextlib.closing(digests(views, device=ring.device, ring=ring, workers=workers)) as found:
+            for (entry, _), digest in zip(local, found, strict=True):
+                check_base_digest(entry, digest)
     except PxdError as failure:
         error = _named(failure, manifest)
     if sharded_anywhere(here=bool(pieces), group=group):

@@ -10,7 +10,7 @@ the writer has to call `forget`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any, Final
@@ -29,8 +29,8 @@ __all__ = ["digests", "forget", "inherit"]
 _REMEMBERED: Final[Any] = WeakTensorKeyDictionary()  # live tensor -> (data_ptr, version, hex digest)
 
 
-def digests(views: Sequence[Tensor], *, device: Device, ring: Ring, workers: int | None = None) -> Iterator[str]:
-    """The hex digest of each tensor's bytes in row-major order."""
+def digests(views: Sequence[Tensor], *, device: Device, ring: Ring, workers: int | None = None) -> Generator[str]:
+    """The hex digest of each tensor's bytes in row-major order. Close it where not all are taken: it has threads."""
     count = workers or thread_count()
     staging: SimpleQueue[tuple[Tensor, Tensor]] = SimpleQueue()
     if device.staged:
