@@ -270,7 +270,7 @@ def transformers_pair(tmp_path: Path, config: Any) -> tuple[nn.Module, dict[str,
 def test_transformers_models_serve_mixed_batches(index: int, tmp_path: Path) -> None:
     """Tied heads, biases, per-head norms, scaled embeddings, Conv1D."""
     pytest.importorskip("transformers")
-    from tests.loader.test_apply import configurations
+    from tests.loader.test_apply_transformers import configurations
 
     model, paths = transformers_pair(tmp_path, configurations()[index])
     wanted = ["0", None, "1", "0"]
@@ -286,7 +286,7 @@ def test_transformers_models_serve_mixed_batches(index: int, tmp_path: Path) -> 
 @torch.no_grad()
 def test_fused_experts_are_served_too(index: int, tmp_path: Path) -> None:
     """Their tokens come flattened; one variant's experts, as the checkpoint names them, are parts of one tensor."""
-    from tests.loader.test_apply import moe_pair
+    from tests.loader.test_apply_transformers import moe_pair
 
     model, base = moe_pair(index, tmp_path / "base")
     model.float()
