@@ -200,7 +200,7 @@ def test_an_update_that_does_not_fit_is_refused_and_nothing_changes(found: Found
     assert "remove them before an update" in staged
     assert "E405" in repeated
     assert "E301" in broken
-    assert "stage it as a variant" in variant
+    assert "use it as a variant" in variant
     assert "E404" in of_the_old_base
     assert found["updates"]["after"] == found["step2"]
 
