@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -12,15 +13,23 @@ import peraxis_format as pxd
 __all__ = ["opened_all"]
 
 _DESCRIPTORS: Final = 2  # descriptors of one open file: its own, and that of its map
-_OTHERS: Final = 64  # other open files of a process
+_OTHERS: Final = 64  # files that a process opens besides
+_UNKNOWN: Final = 256  # descriptors in use, where the system does not list them
 
 
 @contextlib.contextmanager
 def opened_all(paths: Sequence[Path]) -> Iterator[list[pxd.DeltaFile]]:
     """Yield the open updates. Raises PxdError, OSError with the path."""
-    _allow_files(_DESCRIPTORS * len(paths) + _OTHERS)
+    _allow_files(_in_use() + _DESCRIPTORS * len(paths) + _OTHERS)
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(pxd.open(path)) for path in paths]
+
+
+def _in_use() -> int:
+    """The number above all open descriptors; the limit is on numbers."""
+    with contextlib.suppress(OSError, ValueError):
+        return max(map(int, os.listdir("/dev/fd")), default=0) + 1
+    return _UNKNOWN
 
 
 def _allow_files(count: int) -> None:

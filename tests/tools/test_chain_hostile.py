@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -54,12 +55,15 @@ def weights(folder: Path) -> bytes:
 def little_room() -> Iterator[None]:
     """A process with room for few files and few frames, as a chain of thousands finds any process."""
     depth, (soft, hard) = sys.getrecursionlimit(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    others = [os.open(os.devnull, os.O_RDONLY) for _ in range(200)]  # the limit is on numbers, not on files
     held = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").is_dir() else 64
     sys.setrecursionlimit(len(inspect.stack()) + 150)
     resource.setrlimit(resource.RLIMIT_NOFILE, (held + 100, hard))
     yield
     sys.setrecursionlimit(depth)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for descriptor in others:
+        os.close(descriptor)
 
 
 def test_a_chain_may_be_longer_than_a_process_has_files_and_frames(tmp_path: Path, little_room: None) -> None:

@@ -88,6 +88,7 @@ def test_an_interrupt_during_imports_is_one_line_and_130(inputs: Path, tmp_path:
 WRITING = """
 import os, signal, sys
 import peraxis_format as pxd
+signal.signal(signal.{number}, signal.default_int_handler if "{number}" == "SIGINT" else signal.SIG_DFL)
 old = pxd.DeltaWriter.finish
 def finish(self):
     os.kill(os.getpid(), signal.{number})
