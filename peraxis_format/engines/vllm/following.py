@@ -95,7 +95,7 @@ class Following:
                 return
             try:
                 await self.poll()
-            except Exception as error:  # the engine has ended, or the folder cannot be listed: log and try again
+            except Exception as error:  # the engine has ended, or the folder cannot be listed: say so, try again
                 self.waiting = {self.folder.name: f"{type(error).__name__}: {error}"}
 
     async def stop(self) -> None:

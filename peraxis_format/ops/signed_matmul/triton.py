@@ -21,7 +21,7 @@ moves bits t and t + 16 to the two sign bits of a register:
 The two numbers are arguments (`signs`, `ones`), because the compiler would use two instructions for constants. Each 128
 columns are multiplied in the order of pairs, [t, word, half], so the thread with a word also has the signs that the
 tensor core needs from it. Then only words move between threads, and x has to be in that order too (launch.py). The
-total is 1.6 instructions per weight for any number of rows of a tile (seen in sm_90 code). x in BF16 is exact; x o col
+total is 1.7 instructions per weight for any number of rows of a tile (seen in sm_90 code). x in BF16 is exact; x o col
 (and F16) is two BF16, which have 14 bits of it.
 
 If K is not a multiple of 128, or a mask does not begin at a multiple of 16, bytes replace words: with the byte and a
