@@ -29,8 +29,8 @@ def test_no_file_and_no_function_is_too_long() -> None:
     assert wrong == []
 
 
-def test_files_of_the_kit_are_not_too_long() -> None:
-    for path in sources("conformance"):
+def test_files_of_the_kit_and_of_the_tests_are_not_too_long() -> None:
+    for path in sources("conformance", "tests"):
         assert len(path.read_text("utf-8").splitlines()) <= LINES_OF_A_FILE, path
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
@@ -16,6 +15,7 @@ from peraxis_tools.convert.wires.index_value import IndexValueFile, is_index_val
 from peraxis_tools.convert.wires.nemo import NemoFile
 from peraxis_tools.convert.wires.patch import WireFile, patched
 from peraxis_tools.convert.wires.xor import XorFolder, index_metadata
+from peraxis_tools.derived import DerivedCheckpoint
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.outputs import claim_file
 from peraxis_tools.progress import Progress, watched
@@ -91,51 +91,18 @@ def from_wire(
             return write_update(job, step)
 
 
-class _Changed(pxd.Safetensors):
+class _Changed(DerivedCheckpoint):
     """The state after a wire, as a checkpoint: each tensor is read from the state before and changed."""
 
     def __init__(self, before: pxd.Safetensors, wire: WireFile, source: Path) -> None:
+        super().__init__(before, before.infos(), label=f"{before.label} + {source}")
         self._before = before
         self._wire = wire
         self._names = frozenset(wire.names)
-        self.label = f"{before.label} + {source}"
-        self.files = before.files
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._before)
-
-    def __len__(self) -> int:
-        return len(self._before)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._before
-
-    def __getitem__(self, name: str) -> pxd.TensorInfo:
-        return self._before[name]
-
-    def infos(self) -> list[pxd.TensorInfo]:
-        """Every tensor, in name order."""
-        return self._before.infos()
-
-    @property
-    def size(self) -> int:
-        """The bytes of all tensors."""
-        return self._before.size
-
-    def read(self, name: str, rows: slice | None = None) -> pxd.Array:
-        """A tensor, or rows of it, after the wire. Raises KeyError, ToolError, PxdError."""
+    def _whole(self, name: str) -> pxd.Array:
         array = self._before.read(name)
         if name in self._names:
             array = patched(array, self._wire.patch(name, self._before[name]))
             self._wire.check(name, array)
-        return array if rows is None else array[rows]
-
-    def sha256(self, name: str, *, progress: Callable[[int], None] | None = None) -> str:
-        """The hex digest of a tensor in this state."""
-        array = self.read(name)
-        if progress is not None:
-            progress(array.nbytes)
-        return hashlib.sha256(pxd.raw_bytes(array)).hexdigest()
-
-    def close(self) -> None:
-        """Do nothing, because the caller closes state and wire."""
+        return array
