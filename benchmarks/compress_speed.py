@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fidelity import FIT, METHODS, VALIDATE, Inputs, run_method, tokens
+from fidelity_methods import FIT, METHODS, VALIDATE, Inputs, Written, run_method, tokens
 from harness import Benchmark, Result, Timing, arguments
 
 __all__ = ["main", "write_deep_pair", "write_text"]
@@ -83,7 +83,7 @@ def write_text(path: Path) -> Path:
     return path
 
 
-def _batched(inputs: Inputs, output: Path) -> str:
+def _batched(inputs: Inputs, output: Path) -> Written:
     """The paper's procedure without distillation, its forward passes in batches of 8."""
     from baselines.pair import load_pair, write_pxd
     from baselines.paper import PaperSettings, paper
@@ -92,7 +92,7 @@ def _batched(inputs: Inputs, output: Path) -> str:
     pair = load_pair(inputs.base, inputs.fine_tuned)
     fit, validate = ids[:FIT], ids[FIT : FIT + VALIDATE]
     write_pxd(output, pair, paper(pair, fit, validate, None, settings=PaperSettings(batch=8)), samples=samples)
-    return "forward passes in batches of 8"
+    return Written(note="forward passes in batches of 8")
 
 
 STEPS: Mapping[str, str] = {
@@ -106,8 +106,7 @@ STEPS: Mapping[str, str] = {
 
 def _run(step: str, inputs: Inputs) -> dict[str, Any]:
     """One step in a process of its own. Raises RuntimeError with its last line where it fails."""
-    given = {name: str(getattr(inputs, name)) for name in Inputs.__dataclass_fields__}
-    command = [sys.executable, __file__, "--one", step, "--inputs", json.dumps(given)]
+    command = [sys.executable, __file__, "--one", step, "--inputs", inputs.to_json()]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{step}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
@@ -200,8 +199,7 @@ def main() -> int:
     parser.add_argument("--inputs", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        given = json.loads(options.inputs)
-        inputs = Inputs(**{k: int(v) if k == "length" else Path(v) for k, v in given.items()})
+        inputs = Inputs.from_json(options.inputs)
         methods = {**METHODS, "paper-batched": (STEPS["paper-batched"], _batched)}
         sys.stdout.write(json.dumps(run_method(options.one, inputs, methods=methods)) + "\n")
         return 0

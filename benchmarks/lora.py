@@ -15,22 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from baselines.lora import equal_rank, truncated
 from harness import Benchmark, Timing, arguments
-from torch import Tensor
 
 import peraxis_format as pxd
 from peraxis_tools.evaluate.fidelity import compare
 from peraxis_tools.evaluate.models import load_checkpoint_model, load_merged, load_tokenizer
 
-__all__ = ["equal_rank", "replace_by_lora"]
-
-
-def equal_rank(base: Any, budget: int) -> int:
-    """The largest rank for all matrices whose F16 factors and BF16 vectors take at most `budget` bytes."""
-    shapes = [tuple(parameter.shape) for parameter in base.parameters()]
-    vectors = sum(2 * shape[0] for shape in shapes if len(shape) == 1)
-    one = sum(2 * (shape[0] + shape[1]) for shape in shapes if len(shape) == 2)
-    return max(0, (budget - vectors) // one)
+__all__ = ["replace_by_lora"]
 
 
 @torch.no_grad()
@@ -42,19 +34,13 @@ def replace_by_lora(base: Any, fine_tuned: Any, rank: int) -> float:
             old.copy_(new)
             continue
         delta = (new - old).float()
-        product = _truncated(delta, rank)
+        left, right = truncated(delta, rank)
+        product = left.half().float() @ right.half().float()
         norm += float(delta.square().sum())
         kept += float(delta.square().sum() - (delta - product).square().sum())
         # Merged as PEFT merges it: the sum rounded to the checkpoint's dtype.
         old.copy_((old.float() + product).to(torch.bfloat16).to(old.dtype))
     return kept / norm
-
-
-def _truncated(delta: Tensor, rank: int) -> Tensor:
-    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
-    root = s[:rank].sqrt()
-    left, right = (u[:, :rank] * root).half(), (root[:, None] * vt[:rank]).half()
-    return left.float() @ right.float()
 
 
 def main() -> int:
@@ -72,7 +58,9 @@ def main() -> int:
     kind: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
     reference = load_checkpoint_model(options.fine_tuned, **kind)
     base, lora = (load_checkpoint_model(options.base, **kind) for _ in range(2))
-    rank = equal_rank(lora, budget)
+    shapes = [tuple(parameter.shape) for parameter in lora.parameters()]
+    vectors = sum(2 * shape[0] for shape in shapes if len(shape) == 1)
+    rank = equal_rank([shape for shape in shapes if len(shape) == 2], budget - vectors)
     kept = replace_by_lora(lora, reference, rank)
     candidates = {
         "base": base,

@@ -8,24 +8,34 @@ One sample a step, constant learning rate, the teacher's logits computed as they
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import mse_loss
 
-from baselines.pair import Pair, SignedLinear
+from baselines.pair import Pair
 
-__all__ = ["distill"]
+__all__ = ["Trainable", "distill"]
+
+
+class Trainable(Protocol):
+    """A linear layer with parameters that a distillation trains."""
+
+    def parameters(self) -> list[Tensor]:
+        """Leaf tensors, float32."""
+
+    def weight(self) -> Tensor:
+        """float32 [d_out, d_in], differentiable in the parameters."""
 
 
 def distill(
-    pair: Pair, modules: Mapping[str, SignedLinear], ids: Tensor, *, lr: float, epochs: int, seed: int = 0
+    pair: Pair, modules: Mapping[str, Trainable], ids: Tensor, *, lr: float, epochs: int, seed: int = 0
 ) -> None:
-    """Train the scales of `modules` in place. ids: int64 [samples, length]."""
-    for module in modules.values():
-        module.scale = module.scale.detach().clone().requires_grad_(True)
-    optimizer = torch.optim.AdamW([module.scale for module in modules.values()], lr=lr)
+    """Train the parameters of `modules` in place. ids: int64 [samples, length]."""
+    parameters = [parameter.requires_grad_(True) for module in modules.values() for parameter in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         for i in torch.randperm(len(ids), generator=generator).tolist():
@@ -37,5 +47,5 @@ def distill(
             optimizer.zero_grad(set_to_none=True)
             mse_loss(logits, target).backward()
             optimizer.step()
-    for module in modules.values():
-        module.scale = module.scale.detach()
+    for parameter in parameters:
+        parameter.requires_grad_(False)

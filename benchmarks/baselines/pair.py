@@ -46,7 +46,11 @@ class SignedLinear:
             pxd.Axis.COL: lambda: size.mean(dim=0, keepdim=True),
             pxd.Axis.TENSOR: size.mean,
         }
-        return cls(name, base, torch.where(delta >= 0, 1.0, -1.0), axis, means[axis]())
+        return cls(name, base, torch.where(delta >= 0, 1.0, -1.0), axis, means[axis]().detach().clone())
+
+    def parameters(self) -> list[Tensor]:
+        """The scale."""
+        return [self.scale]
 
     def weight(self) -> Tensor:
         """float32 [d_out, d_in], differentiable in `scale`."""
@@ -96,9 +100,17 @@ def read_samples(fine_tuned: Path, source: Path, *, samples: int, length: int, s
 
 
 def write_pxd(
-    path: Path, pair: Pair, modules: Mapping[str, SignedLinear], *, samples: Samples | None = None
+    path: Path,
+    pair: Pair,
+    modules: Mapping[str, SignedLinear],
+    *,
+    merged: Mapping[str, Tensor] | None = None,
+    samples: Samples | None = None,
 ) -> pxd.Manifest:
-    """One mask in each of `modules` (by the name of the layer), everything else exact."""
+    """Write one mask for each of `modules` (by the name of the layer), and everything else exactly.
+
+    merged: float32 weights that replace the fine-tune's, by the name of the layer; they are rounded to its dtype.
+    """
     with open_checkpoint(pair.base) as base, open_checkpoint(pair.fine_tuned) as tuned:
         calibration = None
         if samples is not None:
@@ -111,7 +123,9 @@ def write_pxd(
             aliases = {alias for _, alias in tied}
             for name in sorted(tuned.tensors, key=execution_key):
                 if name not in aliases:
-                    writer.add(_module(name, base.tensors, tuned.tensors, modules.get(name.removesuffix(".weight"))))
+                    layer = name.removesuffix(".weight")
+                    replaced = None if merged is None else merged.get(layer)
+                    writer.add(_module(name, base.tensors, tuned.tensors, modules.get(layer), replaced))
             for pair_of_names in tied:
                 writer.tie(*pair_of_names)
             for asset, data in tuned.assets():
@@ -119,14 +133,17 @@ def write_pxd(
             return writer.finish()
 
 
-def _module(name: str, base: pxd.Safetensors, tuned: pxd.Safetensors, signed: SignedLinear | None) -> pxd.ModuleDelta:
+def _module(
+    name: str, base: pxd.Safetensors, tuned: pxd.Safetensors, signed: SignedLinear | None, merged: Tensor | None
+) -> pxd.ModuleDelta:
     info = tuned[name]
     ref = None
     if name in base:
         ref = pxd.BaseRef(dtype=base[name].dtype, shape=base[name].shape, sha256=base.sha256(name))
     if signed is None:
+        full = tuned.read(name) if merged is None else pxd.from_float32(merged.detach().numpy(), info.dtype)
         return pxd.ModuleDelta(
-            name=name, shape=info.shape, dtype=info.dtype, encoding=pxd.Encoding.FULL, base=ref, full=tuned.read(name)
+            name=name, shape=info.shape, dtype=info.dtype, encoding=pxd.Encoding.FULL, base=ref, full=full
         )
     return pxd.ModuleDelta(
         name=name,
