@@ -1,10 +1,11 @@
-"""A delta beside a LoRA of the same fine-tune at equal bytes: KL and top-1 on held-out text.
+"""Compare a delta with a LoRA of the same fine-tune at equal bytes: KL and top-1 agreement on held-out text.
 
     python benchmarks/lora.py BASE FINE_TUNED DELTA --text english=held-out-english.txt
 
-The LoRA is the truncated singular value decomposition of each matrix's true delta, with F16 factors and one rank for
-all matrices: the largest whose bytes, with the exact vectors, fit into those of the delta's payload. It is the best
-approximation of that rank in weights; a LoRA that is trained from the start is another fine-tune, not this one.
+The LoRA is the truncated singular value decomposition of each matrix's true delta, with F16 factors. All matrices have
+the same rank, the largest at which the factors and the exact vectors take at most the bytes of the delta's payload.
+This is the best approximation of the weights at that rank. A LoRA that is trained from the base is a different
+fine-tune.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = ["equal_rank", "replace_by_lora"]
 
 
 def equal_rank(base: Any, budget: int) -> int:
-    """The largest rank for all matrices whose F16 factors and BF16 vectors take at most `budget` bytes."""
+    """Return the largest common rank at which F16 factors and BF16 vectors take at most `budget` bytes."""
     shapes = [tuple(parameter.shape) for parameter in base.parameters()]
     vectors = sum(2 * shape[0] for shape in shapes if len(shape) == 1)
     one = sum(2 * (shape[0] + shape[1]) for shape in shapes if len(shape) == 2)
@@ -35,7 +36,7 @@ def equal_rank(base: Any, budget: int) -> int:
 
 @torch.no_grad()
 def replace_by_lora(base: Any, fine_tuned: Any, rank: int) -> float:
-    """Turn the base into base + truncated deltas, in place. Returns the share of their square norm that is kept."""
+    """Add the truncated deltas to the base in place. Returns the share of the deltas' squared norm that they keep."""
     kept = norm = 0.0
     for old, new in zip(base.parameters(), fine_tuned.parameters(), strict=True):
         if old.ndim != 2:
@@ -45,7 +46,7 @@ def replace_by_lora(base: Any, fine_tuned: Any, rank: int) -> float:
         product = _truncated(delta, rank)
         norm += float(delta.square().sum())
         kept += float(delta.square().sum() - (delta - product).square().sum())
-        # Merged as PEFT merges it: the sum rounded to the checkpoint's dtype.
+        # PEFT merges in the same way: the sum is rounded to the checkpoint's dtype.
         old.copy_((old.float() + product).to(torch.bfloat16).to(old.dtype))
     return kept / norm
 
@@ -58,7 +59,7 @@ def _truncated(delta: Tensor, rank: int) -> Tensor:
 
 
 def main() -> int:
-    """Print KL and top-1 of the base, of the LoRA at equal bytes, and of the delta, for each text."""
+    """Print KL and top-1 agreement of the base, of the LoRA at equal bytes and of the delta for each text."""
     parser = arguments(__doc__)
     parser.add_argument("base", type=Path)
     parser.add_argument("fine_tuned", type=Path)

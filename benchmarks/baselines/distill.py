@@ -1,8 +1,8 @@
-"""End-to-end distillation as both papers have it: all scales at once, AdamW, mean squared error on the logits.
+"""End-to-end distillation as in both papers: AdamW on all scales at once, mean squared error on the logits.
 
     minimise over all scales   mean over tokens and vocabulary of (logits_student - logits_teacher)^2
 
-One sample a step, constant learning rate, the teacher's logits computed as they are needed.
+A step takes one sample. The learning rate is constant. The teacher's logits are computed when they are needed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["distill"]
 def distill(
     pair: Pair, modules: Mapping[str, SignedLinear], ids: Tensor, *, lr: float, epochs: int, seed: int = 0
 ) -> None:
-    """Train the scales of `modules` in place. ids: int64 [samples, length]."""
+    """Train the scales of `modules` (layer name -> module) in place. ids: int64 [samples, length]."""
     for module in modules.values():
         module.scale = module.scale.detach().clone().requires_grad_(True)
     optimizer = torch.optim.AdamW([module.scale for module in modules.values()], lr=lr)
