@@ -1,15 +1,14 @@
-"""Mutants of two loaders: each comparison, bound, constant and connective is changed, one at a time.
+"""Run the kit on mutants of two loaders: each comparison, bound, constant and connective is changed, one at a time.
 
-The kit should fail each of them. Those that pass the quick cases are held to the limits of SPEC 9 too.
+The kit should fail each mutant. Mutants that pass the quick cases also run on the cases of the limits of SPEC 9.
 
     python -m tests.conformance.mutants                    the small Python reader, in this process
-    python -m tests.conformance.mutants --loader c         the loader in C; takes a compiler and about half an hour
-    python -m tests.conformance.mutants --every 10         each tenth mutant
-    python -m tests.conformance.mutants --only updates.py  those whose file, line or text an expression finds
+    python -m tests.conformance.mutants --loader c         the loader in C; needs a compiler and about half an hour
+    python -m tests.conformance.mutants --every 10         every tenth mutant
+    python -m tests.conformance.mutants --only updates.py  mutants whose name matches a regular expression
 
-The cases that failed the mutants before stand first, which ends most of them at once.
-Prints the mutants that no case fails, and ends with status 1 where there are any beside those that change nothing
-(EQUIVALENT, each with its reason).
+The cases that failed earlier mutants run first, which ends most mutants at once. The command prints the mutants that
+no case fails. The status is 1 if there are any except those that change no verdict (EQUIVALENT, each with its reason).
 """
 
 from __future__ import annotations
@@ -71,14 +70,14 @@ C_SWAPS = {"<=": "<", ">=": ">", "==": "!=", "!=": "==", "&&": "||", "||": "&&",
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Mutant:
-    """One change. name: file, line and what was changed; source: the whole mutated file."""
+    """One mutant. name: file, line and change. source: the whole mutated file."""
 
     name: str
     file: str
     source: str
 
 
-# Changes after which every verdict is the same, by a part of the name, with the reason.
+# Changes that change no verdict: a part of the name -> the reason.
 EQUIVALENT: dict[str, str] = {
     "codes = ('E202',) * 4": "which code of the right phase is said",
     "codes[": "which code of the right phase is said",
@@ -163,7 +162,7 @@ EQUIVALENT: dict[str, str] = {
 
 
 class _Counter(ast.NodeTransformer):
-    """Changes the place with number `target`, and says what it was; None: counts them."""
+    """Changes the place with number `target` and records the change. With None it only counts the places."""
 
     def __init__(self, target: int | None) -> None:
         self.target, self.count, self.said = target, 0, ""
@@ -196,7 +195,7 @@ class _Counter(ast.NodeTransformer):
 
 
 class _Right(ast.NodeTransformer):
-    """The reader without its mistakes: each `wrong("...")` is False, and what follows from that is folded."""
+    """Removes the mistakes of the reader: each `wrong("...")` becomes False, and expressions with it are folded."""
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
@@ -226,7 +225,7 @@ def _is_false(node: ast.AST) -> bool:
 
 
 def python_mutants() -> Iterator[Mutant]:
-    """Every mutant of the small reader."""
+    """Yield every mutant of the small reader."""
     for module in MUTATED:
         tree = _Right().visit(ast.parse((SMALL / f"{module}.py").read_text()))
         source = ast.unparse(ast.fix_missing_locations(tree))
@@ -242,7 +241,7 @@ def python_mutants() -> Iterator[Mutant]:
 
 
 def loaded(mutant: Mutant) -> types.ModuleType:
-    """The adapter of the small reader with one module replaced."""
+    """Return the adapter of the small reader with one module replaced."""
     for name in MODULES:
         sys.modules.pop(name, None)
     for name in MODULES:
@@ -279,17 +278,17 @@ class InProcess(Adapter):
         return Reply(exit=status, result=result)
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing, because there is no process."""
 
 
 class Late(BaseException):
-    """A mutant that does not end."""
+    """A mutant does not end."""
 
 
 class Teeth:
-    """The cases in the order in which they are tried: what failed a mutant moves to the front.
+    """The cases in the order in which they run. A case that failed a mutant moves to the front.
 
-    seconds: for all of them. level: of optimisation, for what is compiled for them.
+    seconds: time limit of all cases. level: optimisation level of compiled loaders.
     """
 
     def __init__(self, cases: Sequence[Case], seconds: int, level: str) -> None:
@@ -326,7 +325,7 @@ def survives_python(mutant: Mutant, corpus: Corpus, teeth: Teeth) -> bool:
 
 
 def c_mutants() -> Iterator[Mutant]:
-    """Every mutant of the loader in C: outside of comments, texts, tables of SHA-256 and directives."""
+    """Yield every mutant of the loader in C, outside of comments, texts, tables of SHA-256 and directives."""
     lines = (KIT / "loaders" / "c" / "pxd.c").read_text().splitlines(keepends=True)
     table = False
     for number, line in enumerate(lines):
@@ -360,11 +359,11 @@ def survives_c(mutant: Mutant, corpus: Corpus, teeth: Teeth, folder: Path) -> bo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loader", choices=("python", "c"), default="python")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="each Nth mutant alone")
-    parser.add_argument("--only", default="", metavar="REGEX", help="those alone whose name it finds")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth mutant")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only mutants whose name matches")
     parser.add_argument("--from", type=int, default=0, dest="first", metavar="N", help="the first of them")
     given = parser.parse_args(arguments)
     started, alive = time.monotonic(), []
