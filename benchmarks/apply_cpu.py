@@ -1,13 +1,14 @@
-"""Apply and sign packing on the CPU, against the copy bandwidth of the same run and the plain torch expressions.
+"""Measure apply and sign packing on the CPU against a memory copy and against plain torch expressions.
 
     python benchmarks/apply_cpu.py --threads 2 --check
 
-Bytes moved: copy 2 a byte; apply reads base and mask and writes the weight; pair sums read two matrices and write a
-mask. Each line is measured in turns with a copy of its own (copy, line, copy, line, ...), and its ratio is the median,
-over these turns, of its rate (bytes moved a second) over the copy's: what slows the machine down slows both.
+Bytes moved: the copy moves 2 bytes for each byte copied. Apply reads the base and the mask and writes the weight. The
+sums of a pair read two matrices and write a mask. Each line alternates with its own copy (copy, line, copy, line, ...).
+Its ratio is the median over these turns of its rate (bytes moved per second) divided by the rate of the copy, so a
+disturbance of the machine slows both.
 
---check exits with 1 where a bound is missed: apply 0.6 of the copy, pair sums 0.4 of it, and apply 10 times as fast as
-the plain expression, by the medians.
+With --check the exit code is 1 if a bound is missed: apply reaches 0.6 of the copy, the sums of a pair reach 0.4 of the
+copy, and the median of apply is 10 times as fast as the plain torch expression.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ PAIR = "signs and sums of a pair"
 
 
 def random_component(rng: np.random.Generator, axis: Axis, rows: int, columns: int) -> Component:
-    """Random signs and scales of an axis."""
+    """Return a component [rows, columns] with random signs and random scales on the given axis."""
     row = rng.uniform(0.5, 1.5, rows).astype(np.float16)
     col = rng.uniform(0.5, 1.5, columns).astype(np.float16)
     return Component(
@@ -43,7 +44,7 @@ def random_component(rng: np.random.Generator, axis: Axis, rows: int, columns: i
 
 
 def copier(source: Array, target: Array, pool: ThreadPoolExecutor, threads: int) -> Callable[[], None]:
-    """memcpy on several threads, each its part."""
+    """Return an action that copies `source` to `target`, one part per thread."""
     parts = np.array_split(np.arange(len(source)), threads)
 
     def copy_part(part: Array) -> None:
@@ -53,7 +54,7 @@ def copier(source: Array, target: Array, pool: ThreadPoolExecutor, threads: int)
 
 
 def plain_apply(base: torch.Tensor, component: Component) -> Callable[[], torch.Tensor]:
-    """The expression that one would write in torch."""
+    """Return an action that applies a row component with a plain torch expression."""
     mask, row = torch.from_numpy(component.mask), torch.from_numpy(component.row)
     scale = row.float() * 2.0**component.exponent
 
@@ -66,7 +67,7 @@ def plain_apply(base: torch.Tensor, component: Component) -> Callable[[], torch.
 
 
 def plain_pair(base: torch.Tensor, tuned: torch.Tensor) -> Callable[[], object]:
-    """Signs slice_, means along rows and columns, in torch."""
+    """Return an action that computes packed signs and the sums of |delta| over columns and rows in torch."""
     weights = (1 << torch.arange(8)).to(torch.uint8)
 
     def run() -> object:
@@ -79,7 +80,7 @@ def plain_pair(base: torch.Tensor, tuned: torch.Tensor) -> Callable[[], object]:
 
 
 def measure(options: argparse.Namespace) -> Benchmark:
-    """Every line of the table, measured in turns."""
+    """Measure every line of the table."""
     rows, columns, threads = options.rows, options.columns, options.threads
     rng = np.random.default_rng(0)
     wide = rng.standard_normal((rows, columns), np.float32)
@@ -106,7 +107,7 @@ def measure(options: argparse.Namespace) -> Benchmark:
             theirs, timing = timed_together([copy, action], repeat=options.repeat, warmup=2)
             ratio = timing.speed_over(theirs) * size / (2 * base.nbytes)
             bench.add(name, timing, moved=size, against=copied, ratio=ratio)
-    # Apart: they take so long that what is measured after them is measured on a machine that has cooled down.
+    # The plain expressions come last: they take so long that the machine cools down, which would change later figures.
     few = min(options.repeat, 5)
     for name, action in (
         ("plain torch apply", plain_apply(base_torch, components["row"])),
@@ -117,7 +118,7 @@ def measure(options: argparse.Namespace) -> Benchmark:
 
 
 def check(bench: Benchmark) -> None:
-    """Hold the figures to their bounds."""
+    """Compare the figures with their bounds."""
     found = {result.name: result for result in bench.results}
     for name, result in found.items():
         if name.startswith("apply") and "two" not in name:
@@ -128,12 +129,12 @@ def check(bench: Benchmark) -> None:
 
 
 def main() -> int:
-    """Measure, write, and with --check compare with the bounds."""
+    """Measure and write the figures. Returns 1 if --check is given and a bound is missed."""
     parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a bound is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a bound is missed")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     bench = measure(options)

@@ -1,4 +1,4 @@
-"""What peraxis does with one model: each way of using a delta, against the reference. One cell of the table a check."""
+"""Check each way of using a delta of one model against the reference. Each check is one cell of the table."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _STEP: Final = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """A base, its fine-tune, and the delta between them. applied: the folder that `apply` writes."""
+    """A base, its fine-tune and their delta. applied: the folder that `apply` writes. kind: the model's class."""
 
     kind: Any
     dtype: torch.dtype
@@ -42,16 +42,16 @@ class Pair:
     applied: Path
 
     def model(self, folder: Path) -> Any:
-        """The model of a folder, as a user of transformers loads it."""
+        """Load the model of a folder with transformers."""
         return self.kind.from_pretrained(folder, dtype=self.dtype).eval()
 
 
 class WrongError(Exception):
-    """A result that is not the reference's."""
+    """A result differs from the reference."""
 
 
 def check_family(family: str, folder: Path) -> dict[str, str]:
-    """Check -> "right", a refusal on one line, or WRONG and why."""
+    """Run all checks on one family. Returns check -> "right", a one-line refusal, or WRONG and the reason."""
     found: dict[str, str] = {}
     pairs = {}
     for dtype in (torch.bfloat16, torch.float32):
@@ -59,7 +59,7 @@ def check_family(family: str, folder: Path) -> dict[str, str]:
         place.mkdir(parents=True)
         try:
             pairs[dtype] = write_pair(family, place, dtype)
-        except Exception as error:  # what transformers cannot build is no failure of peraxis
+        except Exception as error:  # a model that transformers cannot build is not a failure of peraxis
             return {"build": f"{type(error).__name__}: {error_line(error)}"}
     found["build"] = RIGHT
     for name, (check, dtypes) in CHECKS.items():
@@ -69,9 +69,10 @@ def check_family(family: str, folder: Path) -> dict[str, str]:
 
 
 def write_pair(family: str, folder: Path, dtype: torch.dtype) -> Pair:
-    """A random model and the same with every floating tensor moved, saved by transformers.
+    """Save a random model, and the same model with every floating-point tensor changed, with transformers.
 
-    The fine-tune is run once: a model that cannot run has no results to compare.
+    The fine-tune runs once, because a model that cannot run has no results to compare. Raises ValueError if its
+    logits are not finite.
     """
     with quiet():
         model: Any = build(family, dtype)
@@ -100,7 +101,7 @@ def write_pair(family: str, folder: Path, dtype: torch.dtype) -> Pair:
 
 @torch.no_grad()
 def keep_what_loading_sets(model: nn.Module, loaded: nn.Module) -> bool:
-    """Take over the values that transformers sets anew when it loads; returns whether there are some."""
+    """Copy the values that transformers changes on loading into `model`. Returns whether there are any."""
     values = loaded.state_dict()
     changed = [
         (tensor, values[name])
@@ -113,7 +114,7 @@ def keep_what_loading_sets(model: nn.Module, loaded: nn.Module) -> bool:
 
 
 def outcome(check: Callable[[Pair], None], pairs: Sequence[Pair]) -> str:
-    """What one check of one or more pairs comes to, in one line."""
+    """Run one check on all pairs. Returns its outcome in one line."""
     try:
         with quiet():
             for pair in pairs:
@@ -129,7 +130,7 @@ def outcome(check: Callable[[Pair], None], pairs: Sequence[Pair]) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what libraries print."""
+    """Suppress warnings and standard output."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -139,13 +140,13 @@ def quiet() -> Iterator[None]:
 
 
 def compress(pair: Pair) -> None:
-    """Compress without calibration, however little a tiny model saves, and verify against the base."""
+    """Compress without calibration and verify against the base. A tiny model saves little, so `force` is set."""
     peraxis.compress(pair.base, pair.tuned, pair.delta, force=True)
     peraxis.verify(pair.delta, base=pair.base)
 
 
 def apply(pair: Pair) -> None:
-    """The folder has the bytes that the reference arithmetic gives, and transformers loads all of it."""
+    """The applied folder has the bytes of the reference arithmetic, and transformers loads every tensor of it."""
     peraxis.apply(pair.base, pair.delta, pair.applied)
     with pxd.open(pair.delta) as file, open_checkpoint(pair.base) as base, open_checkpoint(pair.applied) as applied:
         for entry in file.manifest.modules:
@@ -157,14 +158,14 @@ def apply(pair: Pair) -> None:
 
 
 def loaded_again(pair: Pair) -> nn.Module:
-    """The applied model once more; a key that transformers misses is random, and differs."""
+    """Load the applied model with another seed: a tensor that transformers does not find is random and differs."""
     torch.manual_seed(7)
     model: nn.Module = pair.model(pair.applied)
     return model
 
 
 def load(pair: Pair) -> None:
-    """`load_model` gives the model of the applied folder."""
+    """`load_model` returns the model of the applied folder."""
     same_weights(peraxis.load_model(pair.base, pair.delta, dtype=pair.dtype), pair.model(pair.applied))
 
 
@@ -176,7 +177,7 @@ def apply_live(pair: Pair) -> None:
 
 
 def switch(pair: Pair) -> None:
-    """There, back to the base bit for bit, and there again."""
+    """The switch goes to the variant, back to the base and to the variant again, bit for bit."""
     model = pair.model(pair.base)
     with peraxis.VariantSwitch(model) as variants:
         variants.add("tuned", pair.delta)
@@ -186,17 +187,17 @@ def switch(pair: Pair) -> None:
 
 
 def serve_exact(pair: Pair) -> None:
-    """A mixed batch in binary32: each sequence has its own model's logits."""
+    """In a mixed batch in F32 each sequence has the logits of its own model."""
     serve(pair, 2e-3)
 
 
 def serve_half(pair: Pair) -> None:
-    """The same in BF16, where a rounding may send a token to another expert."""
+    """In a mixed batch in BF16 the tolerance is wider, because rounding may route a token to another expert."""
     serve(pair, 0.5)
 
 
 def serve(pair: Pair, tolerance: float) -> None:
-    """Rows of a mixed batch against their own models. tolerance: of the largest change that the fine-tune makes."""
+    """Compare rows of a mixed batch with their own models. tolerance: a share of the fine-tune's largest change."""
     model = pair.model(pair.base)
     given = inputs(model, 4)
     base, tuned = logits(model, given), logits(pair.model(pair.applied), given)
@@ -213,7 +214,7 @@ def serve(pair: Pair, tolerance: float) -> None:
 
 
 def lora(pair: Pair) -> None:
-    """An adapter of full rank, loaded by PEFT: the logits of what the export says that it carries."""
+    """PEFT loads a full-rank adapter and gives the logits of the tensors that the export reports as carried."""
     import peft
     from safetensors.torch import load_file, save_file
 
@@ -236,7 +237,7 @@ def lora(pair: Pair) -> None:
 
 
 def tensors_of(folder: Path, load_file: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """All tensors of a folder's files."""
+    """Return all tensors of a folder's safetensors files."""
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
@@ -254,7 +255,7 @@ CHECKS: Final[Mapping[str, tuple[Callable[[Pair], None], tuple[torch.dtype, ...]
 
 
 def same_weights(model: nn.Module, expected: nn.Module) -> None:
-    """Bit for bit, names and dtypes too."""
+    """Raise WrongError unless names, dtypes, shapes and bits of all tensors are equal."""
     left, right = model.state_dict(), expected.state_dict()
     if left.keys() != right.keys():
         raise WrongError(f"names differ: {sorted(left.keys() ^ right.keys())[:3]}")
@@ -266,7 +267,7 @@ def same_weights(model: nn.Module, expected: nn.Module) -> None:
 
 
 def near(found: Tensor, expected: Tensor, tolerance: float, label: str) -> None:
-    """Raises WrongError where some logit is further away."""
+    """Raise WrongError if shapes differ or a logit differs by more than the tolerance."""
     distance = float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
     if not distance <= tolerance:
         raise WrongError(f"{label}: logits differ by {distance:.3g}, more than {tolerance:.3g}")

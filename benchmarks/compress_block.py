@@ -1,13 +1,15 @@
-"""One decoder block of given shapes through every step of a refined fit, each against what its arithmetic must take.
+"""Time every step of a refined fit on one decoder block and compare each with the bound of its arithmetic.
 
-Inputs are random with correlated columns; what is timed is the compressor's own code (sums, metrics, fits) and one
-transformers layer, on the device and in the dtype asked for. The bound of a step is its floating point operations over
-the throughput of one large product of that dtype, measured first. Multiply-adds count as two:
+Inputs are random with correlated columns. The steps are the compressor's own code (sums, Hessians, fits) and one
+transformers layer, on the given device and in the given dtype. The bound of a step is its floating-point operations
+divided by the throughput of one large matrix product in that dtype, which is measured first. A multiply-add counts as
+two operations. n: tokens, d: d_in.
 
     forward   2 n (weights) + 2 n length width           once for the teacher, once for the student
-    sums      2 n d^2 (5/8 G + E + 5/8 F of the tokens that judge)             float32
-    hessian    d^3 (1/3 + 2) and, where signs are chosen, d^3 (1/3 + 1)         float64
-    fit       d_out d^2 (8 targets + 10 judging + 1 feedback + rounds (2 + 2 sweeps) + 4 (rounds + 2) scales)  float32
+    sums      2 n d^2 (5/8 G + E + 5/8 F of the validation tokens)              float32
+    Hessian   d^3 (1/3 + 2) and, if signs are chosen, d^3 (1/3 + 1)             float64
+    fit       d_out d^2 (8 targets + 10 validation + 1 gptq_signs + rounds (2 + 2 sweeps) + 4 (rounds + 2) scales)
+                                                                               float32
               and d^3 / 3 for each fit of column scales                        float64
 """
 
@@ -30,7 +32,7 @@ __all__ = ["SHAPES", "Block", "one_block"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """Shapes of a Llama block, and how many of them the model has."""
+    """The shapes of a Llama block, and the number of blocks of the model."""
 
     width: int
     mlp_width: int
@@ -39,7 +41,7 @@ class Block:
     layers: int
 
     def scaled(self, factor: int) -> Block:
-        """The same with widths and heads divided."""
+        """Return the block with widths and heads divided by `factor`."""
         return Block(
             width=self.width // factor,
             mlp_width=self.mlp_width // factor,
@@ -50,7 +52,7 @@ class Block:
 
     @property
     def stages(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """d_in, and d_out of every module that reads it."""
+        """Stage -> (d_in, the d_out of every linear that reads this input)."""
         kv = self.width // self.heads * self.kv_heads
         return {
             "q, k, v": (self.width, (self.width, kv, kv)),
@@ -61,7 +63,7 @@ class Block:
 
     @property
     def weights(self) -> int:
-        """Elements of the linears."""
+        """The number of elements of all linears."""
         return sum(d_in * sum(outs) for d_in, outs in self.stages.values())
 
 
@@ -74,7 +76,7 @@ _BATCH = 8
 
 
 class _Steps:
-    """Times steps on a device, and knows what they must take."""
+    """Times steps on a device and computes their bounds."""
 
     def __init__(self, bench: Benchmark, device: torch.device, repeat: int) -> None:
         self.bench, self.device, self.repeat = bench, device, repeat
@@ -93,13 +95,13 @@ class _Steps:
         return time.perf_counter() - begin
 
     def _rate(self, dtype: torch.dtype) -> float:
-        """Operations a second of one large product."""
+        """Return the operations per second of one large matrix product."""
         size = 8192 if self.device.type == "cuda" else 1024
         a, b = (torch.ones(size, size, dtype=dtype, device=self.device) for _ in range(2))
         return 2 * size**3 / min(self.seconds(lambda: a @ b) for _ in range(4))
 
     def record(self, name: str, make: Callable[[], Callable[[], object]], work: dict[torch.dtype, float]) -> None:
-        """Time make()() `repeat` times after a first that compiles; work: operations by dtype."""
+        """Time make()() `repeat` times after one run that compiles. work: operations by dtype."""
         make()()
         seconds = tuple(self.seconds(make()) for _ in range(self.repeat))
         bound = sum(amount / self.rates[dtype] for dtype, amount in work.items())
@@ -119,7 +121,7 @@ def one_block(
     dtype: torch.dtype,
     repeat: int,
 ) -> None:
-    """Time the steps of one block and add them up; the last lines say what the whole model's blocks would take."""
+    """Time the steps of one block and add them up. The last line estimates the time of all blocks of the model."""
     steps = _Steps(bench, device, repeat)
     tokens = samples * length
     forward = 2.0 * tokens * (block.weights + length * block.width)
@@ -172,7 +174,7 @@ def _forward(block: Block, samples: int, length: int, device: torch.device, dtyp
 
 
 def _inputs(d_in: int, tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(student's, teacher's) [tokens, d_in], columns correlated with their neighbours."""
+    """Return the inputs of student and teacher [tokens, d_in], with columns correlated with their neighbours."""
     g = torch.Generator(device).manual_seed(0)
     x = torch.randn(tokens, d_in, generator=g, device=device)
     x = (x + 0.7 * x.roll(1, dims=1) + 0.3 * x.roll(2, dims=1)).to(dtype)
@@ -212,7 +214,7 @@ def _fits(
         base = 0.02 * torch.randn(shape, generator=g, device=device)
         tuned = base + 0.002 * torch.randn(shape, generator=g, device=device)
         matrices.append(Matrix(base=base, fine_tuned=tuned, dtype=dtype))
-    # A fit uses its statistics up.
+    # A fit consumes its statistics.
     given = Statistics(fit=_copy(statistics.fit), validation=statistics.validation)
     return lambda: fit_matrices(matrices, statistics=given, options=options)
 
@@ -224,10 +226,10 @@ def _copy(moments: Moments) -> Moments:
 
 
 def _fit_work(d_in: int, outs: Sequence[int], options: FitOptions) -> tuple[float, float]:
-    """(float32, float64) operations of the fits of a stage."""
+    """Return the operations of the fits of a stage in float32 and in float64."""
     rounds, sweeps = options.rounds, options.sweeps
-    whole = 13 + rounds * (2 + 2 * sweeps + 4)  # a product with each row: 2 d_in^2
-    trial = 34  # of the candidates, on some rows
+    whole = 13 + rounds * (2 + 2 * sweeps + 4)  # operations per row in units of d_in^2; a product takes 2
+    trial = 34  # the same for the candidates, which are tried on some rows
     some = [len(range(0, d_out, max(1, d_out // 256))) for d_out in outs]
     solved = 2 * sum(min(d_out, d_in) for d_out in (*outs, *some))
     cubes = 2 + len(outs) * (rounds + 4) / 3

@@ -1,14 +1,15 @@
-"""Time and memory of compression: ours beside the paper's procedure, growth with depth, peak memory.
+"""Measure time and peak memory of compression beside the paper's procedure and as the model gets deeper.
 
     python benchmarks/compress_speed.py BASE FINE_TUNED --calibration train.jsonl --json compress_speed.json
     python benchmarks/compress_speed.py --depths 2,4,8,16 --json depth.json           # random Llamas, no pair needed
     python benchmarks/compress_speed.py --block llama-3.1-8b --length 512             # one block, step by step
 
-On a pair: `compress` (closed form; refined; no distillation) and the paper's procedure (benchmarks/baselines/paper.py)
-on the same 50 samples, in turns, each in a process of its own with one thread. Seconds are processor seconds of the
-work alone: models loaded and file written, imports not. The paper's forward passes run one sample at a time, as
-published; `batched` gives it the same batches of 8 as ours. By depth: random Llamas of one width. Peak memory is the
-process's; `work` is what the method added to it after the imports. One block: see compress_block.py.
+On a pair, `compress` (closed form; refined; no distillation) and the paper's procedure (benchmarks/baselines/paper.py)
+run on the same 50 samples, in turns, each in its own process with one thread. Seconds are CPU seconds that include
+loading the models and writing the file, but not the imports. The paper's forward passes run one sample at a time, as
+published; `batched` runs them in the same batches of 8 as `compress`. --depths measures random Llamas of one width.
+Peak memory is that of the process; `work` is the part that the method added after the imports. For --block see
+compress_block.py.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _WORDS = "the model reads one line after the other and says what comes next in i
 
 
 def write_deep_pair(folder: Path, layers: int, *, width: int, seed: int = 0) -> tuple[Path, Path]:
-    """A random Llama and the same a small step on, with a tokenizer of bytes. Returns (base, fine-tuned)."""
+    """Write a random Llama and a slightly changed copy, with a byte tokenizer. Returns (base, fine-tuned)."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
@@ -74,7 +75,7 @@ def _byte_tokenizer(folder: Path) -> None:
 
 
 def write_text(path: Path) -> Path:
-    """Documents of shuffled words: timing needs tokens, not sense."""
+    """Write 200 documents of 400 random words each. Returns the path."""
     import random
 
     draw = random.Random(0)
@@ -84,7 +85,7 @@ def write_text(path: Path) -> Path:
 
 
 def _batched(inputs: Inputs, output: Path) -> Written:
-    """The paper's procedure without distillation, its forward passes in batches of 8."""
+    """Run the paper's procedure without distillation, with forward passes in batches of 8."""
     from baselines.pair import load_pair, write_pxd
     from baselines.paper import PaperSettings, paper
 
@@ -105,7 +106,7 @@ STEPS: Mapping[str, str] = {
 
 
 def _run(step: str, inputs: Inputs) -> dict[str, Any]:
-    """One step in a process of its own. Raises RuntimeError with its last line where it fails."""
+    """Run one step in its own process. Raises RuntimeError with the last line of its errors if it fails."""
     command = [sys.executable, __file__, "--one", step, "--inputs", inputs.to_json()]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -129,7 +130,7 @@ def _record(bench: Benchmark, label: str, runs: list[dict[str, Any]], against: R
 
 
 def on_a_pair(bench: Benchmark, inputs: Inputs, steps: list[str], *, repeat: int) -> None:
-    """Every step `repeat` times, in turns. ratio: how many times faster than the paper's fits alone."""
+    """Run every step `repeat` times, in turns. ratio: speed divided by that of the paper's per-module fits."""
     runs: dict[str, list[dict[str, Any]]] = {step: [] for step in steps}
     for _ in range(repeat):
         for step in steps:
@@ -143,7 +144,7 @@ def on_a_pair(bench: Benchmark, inputs: Inputs, steps: list[str], *, repeat: int
 
 
 def by_depth(bench: Benchmark, work: Path, depths: list[int], *, width: int, length: int, repeat: int) -> None:
-    """Ours, refined, on random Llamas of these depths. ratio: against the shallowest."""
+    """Run our refined fit on random Llamas of these depths. ratio: speed divided by that of the first depth."""
     text = write_text(work / "text.jsonl")
     inputs = {}
     for layers in depths:
@@ -161,7 +162,7 @@ def by_depth(bench: Benchmark, work: Path, depths: list[int], *, width: int, len
 
 
 def block(options: argparse.Namespace) -> int:
-    """One block of the shapes asked for, on one device."""
+    """Time one block of the given shapes on one device."""
     import torch
     from compress_block import SHAPES, one_block
 
@@ -187,14 +188,14 @@ def main() -> int:
     parser.add_argument("base", type=Path, nargs="?")
     parser.add_argument("fine_tuned", type=Path, nargs="?")
     parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--steps", default=",".join(STEPS), help="of the run on a pair")
+    parser.add_argument("--steps", default=",".join(STEPS), help="comma-separated steps of the run on a pair")
     parser.add_argument("--depths", help="layers of random Llamas, comma-separated")
-    parser.add_argument("--width", type=int, default=256, help="of the random Llamas")
-    parser.add_argument("--length", type=int, default=256, help="tokens a sample")
+    parser.add_argument("--width", type=int, default=256, help="hidden size of the random Llamas")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sample")
     parser.add_argument("--block", help="shapes of one block: llama-3.1-8b or llama-3.2-1b")
     parser.add_argument("--scale", type=int, default=1, help="divide the widths of the block")
-    parser.add_argument("--device", default="auto", help="of the block")
-    parser.add_argument("--compute-dtype", default="auto", help="of the block's forward passes")
+    parser.add_argument("--device", default="auto", help="device of the block")
+    parser.add_argument("--compute-dtype", default="auto", help="dtype of the block's forward passes")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--inputs", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,9 +1,10 @@
-"""Exact updates decoded on a device, beside a copy of as many weights and beside the processor and the link.
+"""Measure the decoding of exact updates on a device beside a copy of the weights and beside decoding on the CPU.
 
     python benchmarks/device_updates.py --json device_updates.json
 
-Updates are drawn as in updates.py. `device` decodes data that is uploaded within the time measured; `processor` decodes
-on the processor's threads and uploads the weights. moved: the weights read and written once.
+Updates are drawn as in updates.py. `device` uploads the data and decodes it on the device; the upload is part of the
+time. `processor and link` decodes on the threads of the CPU and uploads the weights. moved: bytes of the weights, read
+once and written once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ STEPS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 
 
 def drawn(weights: int, step: float) -> tuple[np.ndarray, np.ndarray]:
-    """BF16 weights, and the same after a Gaussian step of their masters."""
+    """Return BF16 weights before and after a Gaussian step of their F32 master weights. step: standard deviation."""
     random = np.random.default_rng(0)
     master = random.standard_normal(weights, np.float32) * np.float32(0.02)
     after = master + random.standard_normal(weights, np.float32) * np.float32(step)
@@ -29,10 +30,10 @@ def drawn(weights: int, step: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main() -> int:
-    """Measure and write."""
+    """Measure and write the figures. Raises RuntimeError if the device decodes other weights."""
     parser = arguments(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--weights", type=int, default=1 << 26, help="of the tensor")
+    parser.add_argument("--weights", type=int, default=1 << 26, help="elements of the tensor")
     options = parser.parse_args()
     device = torch.device(options.device)
     cuda = device.type == "cuda"

@@ -1,18 +1,19 @@
-"""Everything that only a GPU can show, in one command of at most nine minutes.
+"""Run all tests and benchmarks that need a GPU, in one command of at most nine minutes.
 
-    python benchmarks/gpu.py --json gpu.json               a GPU: 8B shapes
-    python benchmarks/gpu.py --json gpu.json --small       any machine: Triton's interpreter, small shapes
+    python benchmarks/gpu.py --json gpu.json               on a GPU: 8B shapes
+    python benchmarks/gpu.py --json gpu.json --small       on any machine: Triton's interpreter, small shapes
 
-    tests      the tests of the loader and of the kernels, those marked `cuda` among them
+    tests      the tests of the loader and of the kernels, including those marked `cuda`
     compress   a small pair through `compress`, on the device and on the processor; `verify` accepts both
-    updates    exact updates decoded on the device, beside a copy of as many weights
+    updates    device_updates.py: exact updates decoded on the device, beside a copy of the weights
     load       load.py: swaps from every tier
     serve      serve.py: decode and prefill with 1 to 32 variants
     block      compress_speed.py: the steps of a fit on one decoder block
-    sanitizer  the kernels' tests under compute-sanitizer, where it is installed
+    sanitizer  the tests of the kernels under compute-sanitizer, if it is installed
 
-Each step is a process of its own and ends with its figures in the JSON. A step that --limit cuts is left out. The same
-command again runs what is missing or failed; `failed` names the steps whose error holds the end of what they printed.
+Each step runs in its own process and adds its figures to the JSON. A step that exceeds --limit is left out. A second
+run of the same command runs the missing and failed steps. `failed` lists the failed steps; their `error` is the end of
+their output.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ KERNELS = ("test_kernels.py", "test_exact_kernel.py", "test_serving_kernels.py",
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a step knows. device: of torch."""
+    """The parameters of a step. device: torch's name of the device. folder: for temporary files."""
 
     small: bool
     device: str
@@ -55,14 +56,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A step's figures; None where it did not run. error: why it counts as failed."""
+    """The result of a step. figures: None if there are none. error: the reason of a failure, or empty."""
 
     figures: Any
     error: str = ""
 
 
 def _process(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    """One process, its output kept. Raises TimeoutExpired where the time is up; its children end with it."""
+    """Run one process and capture its output. Raises TimeoutExpired after `seconds` and kills its process group."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
@@ -83,7 +84,7 @@ def _tail(text: str, lines: int = 200) -> str:
 
 
 def _pytest(run: Run, seconds: float, *words: str, through: tuple[str, ...] = ()) -> Done:
-    """Tests: how many passed, and the names of those that did not."""
+    """Run tests. The figures are the numbers of passed and skipped tests and the names of the failed ones."""
     report = run.folder / "tests.xml"
     report.unlink(missing_ok=True)
     command = [*through, *run.python("-m", "pytest", "-q", f"--junit-xml={report}", *words)]
@@ -102,6 +103,7 @@ def _pytest(run: Run, seconds: float, *words: str, through: tuple[str, ...] = ()
 
 
 def tests(run: Run, seconds: float) -> Done:
+    """Run the tests of the loader, the operations and the kernels."""
     if run.small:
         return _pytest(run, seconds, *(f"tests/loader/{name}" for name in KERNELS))
     parallel = ["-n", str(min(12, os.cpu_count() or 1)), "-p", "no:benchmark"] if _has("xdist") else []
@@ -125,21 +127,25 @@ def _benchmark(run: Run, seconds: float, script: str, *words: str) -> Done:
 
 
 def load(run: Run, seconds: float) -> Done:
+    """Run load.py."""
     size = ["--preset", "tiny", "--repeat", "2"] if run.small else ["--preset", "8b", "--loads", "2"]
     return _benchmark(run, seconds, "load.py", "--check", *size)
 
 
 def serve(run: Run, seconds: float) -> Done:
+    """Run serve.py."""
     small = ["--preset", "tiny", "--variants", "1", "2", "--prompt", "8", "--repeat", "2"]
     return _benchmark(run, seconds, "serve.py", "--check", *(small if run.small else ["--preset", "8b"]))
 
 
 def block(run: Run, seconds: float) -> Done:
+    """Run compress_speed.py on one block."""
     size = ["--block", "llama-3.2-1b", "--scale", "32", "--length", "16"] if run.small else ["--block", "llama-3.1-8b"]
     return _benchmark(run, seconds, "compress_speed.py", *size, "--device", run.device, "--repeat", "1")
 
 
 def updates(run: Run, seconds: float) -> Done:
+    """Run device_updates.py."""
     weights = 1 << 7 if run.small else 1 << 26
     repeat = "1" if run.small else "5"
     words = ("--device", run.device, "--weights", str(weights), "--repeat", repeat)
@@ -147,7 +153,7 @@ def updates(run: Run, seconds: float) -> Done:
 
 
 def compress(run: Run, seconds: float) -> Done:
-    """The same pair on the device and on the processor; seconds of each, and that the files are sound."""
+    """Compress and verify the same pair on the device and on the CPU. The figures are seconds and bytes of each."""
     end = time.monotonic() + seconds
     base, tuned = write_deep_pair(run.folder, 2, width=64 if run.small else 512)
     text = write_text(run.folder / "text.jsonl")
@@ -169,6 +175,7 @@ def compress(run: Run, seconds: float) -> Done:
 
 
 def sanitizer(run: Run, seconds: float) -> Done:
+    """Run the tests of the kernels under compute-sanitizer."""
     program = shutil.which("compute-sanitizer")
     if program is None or run.device == "cpu":
         return Done("compute-sanitizer is not installed, or there is no device")
@@ -192,7 +199,7 @@ STEPS: tuple[tuple[Callable[[Run, float], Done], int], ...] = (
 
 
 def measure(run: Run, path: Path, limit: float, names: list[str]) -> dict[str, Any]:
-    """Every step that the JSON lacks, within the limit; the JSON is written after each."""
+    """Run every step that the JSON lacks, within the limit in seconds. Writes the JSON after each step."""
     document: dict[str, Any] = {"schema": 1, "benchmark": "gpu", "parameters": {"small": run.small}, "steps": {}}
     if path.is_file():
         document = json.loads(path.read_text())
@@ -220,12 +227,12 @@ def measure(run: Run, path: Path, limit: float, names: list[str]) -> dict[str, A
 
 
 def main() -> int:
-    """Run the steps. Returns 1 where one failed, 2 where one is missing."""
+    """Run the steps. Returns 1 if one failed, 2 if one is missing."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=Path, required=True, help="the figures; steps that it holds are not run again")
+    parser.add_argument("--json", type=Path, required=True, help="file of the figures; steps in it are not run again")
     parser.add_argument("--small", action="store_true", default=not cuda, help="small shapes")
-    parser.add_argument("--limit", type=float, default=520, help="seconds, of all steps together")
+    parser.add_argument("--limit", type=float, default=520, help="time limit of all steps together, in seconds")
     parser.add_argument("--steps", nargs="+", default=[step.__name__ for step, _ in STEPS])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

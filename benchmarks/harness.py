@@ -1,14 +1,14 @@
-"""What every benchmark shares: medians, rates against a bound of the same run, one JSON, one table, one plot.
+"""Shared code of the benchmarks: timings, rates, ratios, bounds, and the output as JSON, table and plot.
 
     from harness import Benchmark, timed
 
     bench = Benchmark("apply_cpu", parameters={"threads": 2})
-    copy = bench.add("copy", timed(copy_once), moved=2 * size, unit="GB/s")
+    copy = bench.add("copy", timed(copy_once), moved=2 * size)
     bench.add("apply", timed(apply_once), moved=size, against=copy)
     bench.finish(json_path, plot_path)
 
-A machine is never quiet: figures are medians with their 5th and 95th percentiles, and what is claimed is a ratio of
-two figures of one run (`timed_together` measures them in turns, so that a slow second hits both).
+Other work disturbs every machine, so a figure is a median with its 5th and 95th percentiles, and a claim is a ratio of
+two figures of one run. `timed_together` alternates the actions, so that a disturbance slows all of them.
 """
 
 from __future__ import annotations
@@ -39,14 +39,15 @@ class Timing:
 
     @property
     def median(self) -> float:
+        """The median in seconds."""
         return statistics.median(self.seconds)
 
     def speed_over(self, other: Timing) -> float:
-        """How many times as fast as `other`: the median over repetitions that were measured in turns."""
+        """Return the speed relative to `other`: the median ratio over repetitions that were measured in turns."""
         return statistics.median(theirs / mine for mine, theirs in zip(self.seconds, other.seconds, strict=True))
 
     def percentile(self, percent: float) -> float:
-        """Nearest-rank percentile: one of the measured values."""
+        """Return the nearest-rank percentile, which is one of the measured values, in seconds."""
         ordered = sorted(self.seconds)
         rank = -(-percent * len(ordered) // 100)
         return ordered[max(0, int(rank) - 1)]
@@ -55,7 +56,7 @@ class Timing:
 def timed(
     action: Callable[[], object], *, repeat: int = 9, warmup: int = 1, sync: Callable[[], object] | None = None
 ) -> Timing:
-    """Time `action`; sync waits for a device and is part of the time. What warm-up does (compiling) is not counted."""
+    """Time `action`. sync: waits for a device and is part of the time. The first `warmup` runs are not counted."""
     return timed_together([action], repeat=repeat, warmup=warmup, sync=sync)[0]
 
 
@@ -66,7 +67,7 @@ def timed_together(
     warmup: int = 1,
     sync: Callable[[], object] | None = None,
 ) -> list[Timing]:
-    """Time several actions in turns: a, b, a, b, ... A disturbance of the machine then hits all of them."""
+    """Time several actions in turns: a, b, a, b, ... A disturbance of the machine then slows all of them."""
     wait = sync or (lambda: None)
     for _ in range(warmup):
         for action in actions:
@@ -84,7 +85,11 @@ def timed_together(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One line of a benchmark. moved: bytes a repetition moves. ratio: rate (or speed) over that of `against`."""
+    """One line of a benchmark.
+
+    median, p5, p95: seconds. moved: bytes that one repetition moves. rate: bytes per second. ratio: the rate (or the
+    speed) divided by that of `against`.
+    """
 
     name: str
     median: float
@@ -101,7 +106,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """A figure that has a bound, inclusive. note: what it is limited by, say."""
+    """A figure and its inclusive bound. note: an explanation, for example the resource that limits the figure."""
 
     name: str
     value: float
@@ -111,6 +116,7 @@ class Check:
 
     @property
     def ok(self) -> bool:
+        """Whether the value is within the bound."""
         low, high = self.at_least, self.at_most
         return (low is None or self.value >= low) and (high is None or self.value <= high)
 
@@ -121,7 +127,7 @@ class Check:
 
 
 class Benchmark:
-    """Collects results; `finish` writes them. Only this class prints."""
+    """Collects results and writes them in `finish`. Only this class prints."""
 
     def __init__(self, name: str, *, parameters: Mapping[str, Any] | None = None) -> None:
         self.name = name
@@ -140,7 +146,7 @@ class Benchmark:
         note: str = "",
         **extra: Any,
     ) -> Result:
-        """Record a timing. With `against`: the ratio given, else of rates where both moved bytes, else of speeds."""
+        """Record a timing. With `against`, `ratio` defaults to that of the rates, or of the speeds without rates."""
         rate = None if moved is None else moved / timing.median
         if against is not None and ratio is None:
             both = rate is not None and against.rate is not None
@@ -164,11 +170,11 @@ class Benchmark:
     def check(
         self, name: str, value: float, *, at_least: float | None = None, at_most: float | None = None, note: str = ""
     ) -> None:
-        """Hold a figure to a bound. `finish` says what became of it."""
+        """Record a figure and its bound. `finish` prints whether the bound is met."""
         self.checks.append(Check(name=name, value=value, at_least=at_least, at_most=at_most, note=note))
 
     def to_json(self) -> str:
-        """The run as JSON: schema, machine, parameters, results, checks."""
+        """Return the run as JSON: schema, machine, parameters, results, checks."""
         document = {
             "schema": SCHEMA,
             "benchmark": self.name,
@@ -180,7 +186,7 @@ class Benchmark:
         return json.dumps(document, indent=1, sort_keys=True) + "\n"
 
     def table(self) -> str:
-        """The results as aligned text."""
+        """Return the results as an aligned text table."""
         head = ("", "median", "p5", "p95", "GB/s", "ratio", "of", "")
         rows = [head, *(_row(result) for result in self.results)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
@@ -192,7 +198,7 @@ class Benchmark:
         return "\n".join([self.name, *(line.rstrip() for line in lines)])
 
     def finish(self, json_path: Path | None = None, plot_path: Path | None = None) -> bool:
-        """Print table and checks; write JSON and plot where paths are given. Returns whether no check was missed."""
+        """Print table and checks, and write JSON and plot to the given paths. Returns whether all checks pass."""
         sys.stdout.write("\n".join([self.table(), *map(str, self.checks)]) + "\n")
         if json_path is not None:
             replace(json_path, self.to_json().encode())
@@ -222,14 +228,14 @@ def _seconds(value: float) -> str:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file through a temporary file, so that it is written whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
 
 
 def _plot(bench: Benchmark, path: Path) -> bool:
-    """Horizontal bars of the medians, p5 to p95 as whiskers. False where matplotlib is missing."""
+    """Plot the medians as horizontal bars with whiskers from p5 to p95. Returns False if matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -247,7 +253,7 @@ def _plot(bench: Benchmark, path: Path) -> bool:
     axes.set_xscale("log" if max(medians) > 30 * min(medians) else "linear")
     axes.set_title(bench.name)
     figure.tight_layout()
-    # No dates in the file: the same figures give the same bytes.
+    # The file has no dates, so the same figures give the same bytes.
     kind = path.suffix.removeprefix(".")
     figure.savefig(path, metadata={"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind))
     pyplot.close(figure)
@@ -255,7 +261,7 @@ def _plot(bench: Benchmark, path: Path) -> bool:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, device and versions: what a reader needs to compare figures. No host name."""
+    """Return the processor, the device and the versions, which a reader needs to compare figures. No host name."""
     found: dict[str, Any] = {
         "processor": _processor(),
         "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -283,11 +289,11 @@ def _processor() -> str:
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """The options that all benchmarks have: --json, --plot, --repeat."""
+    """Return a parser with the options of all benchmarks: --json, --plot, --repeat."""
     parser = argparse.ArgumentParser(
         description=(description or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
     parser.add_argument("--plot", type=Path, default=None, help="write a plot here (.svg, .png, .pdf)")
-    parser.add_argument("--repeat", type=int, default=9, help="repetitions; figures are medians")
+    parser.add_argument("--repeat", type=int, default=9, help="number of repetitions; figures are medians")
     return parser

@@ -1,9 +1,9 @@
-"""Header bytes a module, for the tensor names of large models: `python benchmarks/header_bytes.py`.
+"""Print the header bytes per module for the tensor names of large models: `python benchmarks/header_bytes.py`.
 
-Names and shapes follow from the published configurations, written down here. Every matrix has row+col scales, the other
-tensors are full; the fine-tune is BF16 on a BF16 base. No weights are needed: the header follows from names,
-shapes and encodings (SPEC 4). The size before is that of the first draft of the format: an object for every value of a
-module, hex digests in it, and a record of the header for each mask, scale and pad.
+Names and shapes follow from the published configurations, which are written down here. Every matrix has row+col scales,
+the other tensors are full, and the fine-tune is BF16 on a BF16 base. No weights are needed, because the header follows
+from names, shapes and encodings (SPEC 4). `header before` is the size in the first draft of the format, which had an
+object with hex digests for every module and a header record for each mask, scale and pad.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NONE = "0" * 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What of a configuration names tensors and gives their shapes. experts 0: a dense model."""
+    """The fields of a configuration that decide the names and shapes of tensors. experts 0: a dense model."""
 
     name: str
     layers: int
@@ -62,7 +62,7 @@ MODELS = (
 
 
 def tensors(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor, layer after layer."""
+    """Yield the name and the shape of every tensor, layer after layer."""
     h = model.hidden
     yield "model.embed_tokens.weight", (model.vocabulary, h)
     for i in range(model.layers):
@@ -84,7 +84,7 @@ def tensors(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def attention(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Grouped queries, or latent attention where there is a rank of queries."""
+    """Yield the tensors of latent attention if q_rank is given, else those of grouped-query attention."""
     h, d = model.hidden, model.head_dim
     if model.q_rank:
         yield "q_a_proj.weight", (model.q_rank, h)
@@ -105,13 +105,14 @@ def attention(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def mlp(at: str, hidden: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the tensors of one MLP under the name `at`."""
     yield f"{at}.gate_proj.weight", (inner, hidden)
     yield f"{at}.up_proj.weight", (inner, hidden)
     yield f"{at}.down_proj.weight", (hidden, inner)
 
 
 def manifest(model: Model, masks: int) -> pxd.Manifest:
-    """Masks on every matrix, the rest full."""
+    """Return a manifest with `masks` sign components for every matrix and all other tensors full."""
     modules = []
     for name, shape in tensors(model):
         signed = len(shape) == 2
@@ -135,7 +136,7 @@ def manifest(model: Model, masks: int) -> pxd.Manifest:
 
 
 def before(held: pxd.Manifest) -> int:
-    """Bytes of the header in the first draft."""
+    """Return the bytes of the header in the first draft of the format."""
     made = json.loads(held.to_bytes())
     del made["digests"]
     made["modules"] = [
@@ -155,6 +156,7 @@ def before(held: pxd.Manifest) -> int:
 
 
 def records_before(modules: Iterable[pxd.ModuleEntry]) -> Iterator[str]:
+    """Yield the header records of all parts and pads in the first draft of the format."""
     end = pads = 0
     for module in modules:
         for suffix, dtype, shape in module.parts():

@@ -1,19 +1,19 @@
-"""Swapping a variant, from every tier, beside loading the full checkpoint from the same tier.
+"""Time the swap of a variant from every tier beside loading the full checkpoint from the same tier.
 
     python benchmarks/load.py --json load.json --plot load.svg --check         8B shapes on a GPU, small ones on a CPU
 
-Measured in one run: the device's copy bandwidth, the link's, that of reading the file from the page cache, and the
-apply kernels alone; then swaps from device memory, pinned memory, the page cache and a cold file; the same file through
-safetensors; the full BF16 checkpoint through safetensors and, where they are installed, fastsafetensors and
-runai-model-streamer. What the bytes of a swap need at least:
+One run measures the copy bandwidth of the device and of the link, the bandwidth of reading the file from the page
+cache, and the apply kernels. Then it times swaps from device memory, pinned memory, the page cache and a cold file, the
+same file through safetensors, and the full BF16 checkpoint through safetensors and, if they are installed,
+fastsafetensors and runai-model-streamer. The minimum times of a swap follow from its bytes:
 
-    apply     2 x weights + payload at the device's copy bandwidth
-    link      payload at the link's bandwidth
-    read      payload at the page cache's, into pinned memory
+    apply     2 x weights + payload, at the copy bandwidth of the device
+    link      payload, at the bandwidth of the link
+    read      payload, at the bandwidth of the page cache into pinned memory
 
-The floor of a swap is apply, or the larger of apply and link; what limits it is the largest of those that its tier
-needs. With --check (which only a GPU can pass or fail) a missed bound makes the exit code 1. Weights and masks are
-random: neither their values nor the fit change what a swap moves.
+The floor of a swap is apply in device memory, else the larger of apply and link. The limit of a swap is the largest of
+the times that its tier needs. With --check the exit code is 1 if a bound is missed; bounds are checked only on a GPU.
+Weights and masks are random, because the bytes of a swap do not depend on their values.
 """
 
 from __future__ import annotations
@@ -45,13 +45,14 @@ PRESETS = {
     "tiny": {"layers": 1, "hidden": 64, "mlp": 176, "kv": 32, "vocab": 256},
     "small": {"layers": 4, "hidden": 1024, "mlp": 2816, "kv": 256, "vocab": 8192},
 }
-# Times its floor, by tier; the apply kernels' share of the copy bandwidth; times as fast as the best full load.
+# Upper bounds of a swap relative to its floor, by tier. Lower bounds: the apply kernels' share of the copy bandwidth,
+# and the speed of a swap relative to the fastest full load.
 OF_FLOOR = {"gpu": 1.15, "pinned": 1.25, "page cache": 2.0}
 KERNEL_OF_COPY, OVER_FULL_LOAD = 0.9, 12.0
 
 
 def shapes(layers: int, hidden: int, mlp: int, kv: int, vocab: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of a Llama of these sizes, untied."""
+    """Return the names and shapes of a Llama of these sizes with untied embeddings."""
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
     for i in range(layers):
         name = f"model.layers.{i}"
@@ -70,7 +71,7 @@ def shapes(layers: int, hidden: int, mlp: int, kv: int, vocab: int) -> dict[str,
 
 
 def random_base(wanted: Mapping[str, tuple[int, ...]], device: torch.device) -> dict[str, Tensor]:
-    """BF16 weights of a trained model's size, on the device."""
+    """Return random BF16 weights on the device, with the standard deviation of a trained model's."""
     torch.manual_seed(0)
     return {
         name: torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=0.02)
@@ -79,12 +80,12 @@ def random_base(wanted: Mapping[str, tuple[int, ...]], device: torch.device) -> 
 
 
 def bits_of(tensor: Tensor) -> pf.Array:
-    """The storage array of BF16 weights, on the host."""
+    """Return the bit patterns of BF16 weights as uint16 on the host."""
     return tensor.detach().cpu().view(torch.int16).numpy().view(np.uint16)
 
 
 def base_refs(base: Mapping[str, Tensor]) -> dict[str, pf.BaseRef]:
-    """What a delta says of its base, hashed on all processors."""
+    """Return the base references of a delta. The digests are computed on all processors."""
 
     def ref(tensor: Tensor) -> pf.BaseRef:
         digest = hashlib.sha256(pf.raw_bytes(bits_of(tensor))).hexdigest()
@@ -95,7 +96,7 @@ def base_refs(base: Mapping[str, Tensor]) -> dict[str, pf.BaseRef]:
 
 
 def random_module(name: str, tensor: Tensor, ref: pf.BaseRef, rng: np.random.Generator) -> pf.ModuleDelta:
-    """Matrices `sign` with row scales, vectors exact."""
+    """Return a `sign` module with row scales for a matrix, and an exact module for a vector."""
     common = {"name": name, "shape": ref.shape, "dtype": pf.DType.BF16, "base": ref}
     if len(ref.shape) == 1:
         return pf.ModuleDelta(**common, encoding=pf.Encoding.FULL, full=bits_of(tensor).copy())
@@ -106,7 +107,7 @@ def random_module(name: str, tensor: Tensor, ref: pf.BaseRef, rng: np.random.Gen
 
 
 def write_delta(path: Path, base: Mapping[str, Tensor], refs: Mapping[str, pf.BaseRef], seed: int = 0) -> Path:
-    """A delta of every tensor; widths are multiples of 8."""
+    """Write a delta of every tensor. Widths are multiples of 8. Returns the path."""
     rng = np.random.default_rng(seed)
     with pf.DeltaWriter(path, base=pf.Identity(id="random"), fine_tuned=pf.Identity(id=f"tuned-{seed}")) as writer:
         for name, tensor in base.items():
@@ -116,14 +117,14 @@ def write_delta(path: Path, base: Mapping[str, Tensor], refs: Mapping[str, pf.Ba
 
 
 def drop_cached(path: Path) -> None:
-    """Make the kernel forget a file's pages."""
+    """Drop a file's pages from the page cache."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def wait(device: torch.device) -> Callable[[], None]:
-    """What waits for the device."""
+    """Return the function that waits for the device."""
     return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
 
 
@@ -146,11 +147,11 @@ class Run:
         self.medians: dict[str, float] = {}
 
     def timed(self, action: Callable[[], object], repeat: int | None = None) -> Timing:
-        """A warm action."""
+        """Time an action whose file is in the page cache."""
         return timed(action, repeat=repeat or self.repeat, sync=self.sync)
 
     def cold(self, action: Callable[[], object], path: Path) -> Timing:
-        """An action whose file is out of the page cache each time."""
+        """Time an action whose file is dropped from the page cache before each repetition."""
         seconds: list[float] = []
         for _ in range(self.few):
             drop_cached(path)
@@ -158,7 +159,7 @@ class Run:
         return Timing(tuple(seconds))
 
     def copies(self) -> Result:
-        """The bandwidths of the device and of the link, and the floors that follow. Returns the device's."""
+        """Measure the bandwidths of device and link and compute the floors. Returns the result of the device copy."""
         size = min(self.weights, 2 << 30)
         source = torch.zeros(size, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
@@ -173,13 +174,13 @@ class Run:
         return device
 
     def swaps(self, copy: Result) -> None:
-        """Ours, from every tier, as a fraction of the floor; the kernels alone; the reads alone."""
+        """Time the apply kernels, the reads, and swaps from every tier relative to their floors."""
         tiers = {"gpu": "gpu", "pinned": "pinned", "page cache": "file"}
         if not self.cuda:
             del tiers["gpu"]
         with VariantSwitch(self.base) as switch:
             for residency in tiers.values():
-                # Twice: what is timed is a swap from another variant, and no return to the base.
+                # Each variant is added twice, so that a swap always comes from another variant, not from the base.
                 for name in (residency, f"{residency} again"):
                     switch.add(name, self.delta, residency)
             self._kernels(switch, next(iter(tiers.values())), copy)
@@ -203,7 +204,7 @@ class Run:
 
         moved = 2 * self.weights + self.payload
         timing = self.timed(run)
-        switch.use(name, overwrite=True)  # the weights were written behind its back
+        switch.use(name, overwrite=True)  # the switch does not know that the weights were written
         found = self.bench.add("apply kernels alone", timing, moved=moved, against=copy)
         if self.cuda:
             self.bench.check("apply kernels, of the copy bandwidth", found.ratio or 0.0, at_least=KERNEL_OF_COPY)
@@ -239,14 +240,14 @@ class Run:
             )
 
     def _load(self, path: Path) -> None:
-        """To the device; on the CPU, where safetensors only maps the file, into memory of its own."""
+        """Load a file to the device. On the CPU safetensors only maps the file, so the tensors are copied."""
         loaded = load_file(path, device=str(self.device))
         if not self.cuda:
             for tensor in loaded.values():
                 tensor.clone()
 
     def loads(self) -> None:
-        """What others need to load the same file, and the whole checkpoint."""
+        """Time other loaders on the same file and on the full checkpoint."""
         self.bench.add("the same file through safetensors", self.timed(lambda: self._load(self.delta), self.few))
         full = self.folder / "model.safetensors"
         save_file({name: tensor.cpu() for name, tensor in self.base.items()}, full)
@@ -269,7 +270,7 @@ class Run:
 
 
 def others(full: Path, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Other loaders, where they are installed and there is a CUDA device for them."""
+    """Yield the other loaders that are installed, if the device is a CUDA device."""
     if device.type != "cuda":
         return
     try:
@@ -280,7 +281,7 @@ def others(full: Path, device: torch.device) -> Iterator[tuple[str, Callable[[],
 
         def fast() -> None:
             with fastsafe_open(filenames=[str(full)], nogds=True, device=str(device)) as file:
-                for key in file.keys():  # noqa: SIM118  no mapping
+                for key in file.keys():  # noqa: SIM118  the file is not a mapping
                     file.get_tensor(key)
 
         yield "fastsafetensors", fast
@@ -301,7 +302,7 @@ def others(full: Path, device: torch.device) -> Iterator[tuple[str, Callable[[],
 
 @contextmanager
 def work_folder(path: Path | None) -> Iterator[Path]:
-    """A given folder, or one that goes away."""
+    """Yield the given folder, or a temporary one."""
     if path is not None:
         path.mkdir(parents=True, exist_ok=True)
         yield path
@@ -311,14 +312,14 @@ def work_folder(path: Path | None) -> Iterator[Path]:
 
 
 def main() -> int:
-    """Measure and write."""
+    """Measure and write the figures. Returns 1 if --check is given and a bound is missed."""
     parser = arguments(__doc__)
     cuda = torch.cuda.is_available()
     parser.add_argument("--preset", choices=sorted(PRESETS), default="8b" if cuda else "small")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--folder", type=Path, default=None, help="where to write the files (default: temporary)")
-    parser.add_argument("--loads", type=int, default=3, help="repetitions of full and of cold loads")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a bound is missed")
+    parser.add_argument("--loads", type=int, default=3, help="number of repetitions of full loads and cold loads")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a bound is missed")
     options = parser.parse_args()
     with work_folder(options.folder) as folder, torch.no_grad():
         run = Run(options, folder)

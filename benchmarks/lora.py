@@ -1,10 +1,11 @@
-"""A delta beside a LoRA of the same fine-tune at equal bytes: KL and top-1 on held-out text.
+"""Compare a delta with a LoRA of the same fine-tune at equal bytes: KL and top-1 agreement on held-out text.
 
     python benchmarks/lora.py BASE FINE_TUNED DELTA --text english=held-out-english.txt
 
-The LoRA is the truncated singular value decomposition of each matrix's true delta, with F16 factors and one rank for
-all matrices: the largest whose bytes, with the exact vectors, fit into those of the delta's payload. It is the best
-approximation of that rank in weights; a LoRA that is trained from the start is another fine-tune, not this one.
+The LoRA is the truncated singular value decomposition of each matrix's true delta, with F16 factors. All matrices have
+the same rank, the largest at which the factors and the exact vectors take at most the bytes of the delta's payload.
+This is the best approximation of the weights at that rank. A LoRA that is trained from the base is a different
+fine-tune.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ __all__ = ["replace_by_lora"]
 
 @torch.no_grad()
 def replace_by_lora(base: Any, fine_tuned: Any, rank: int) -> float:
-    """Turn the base into base + truncated deltas, in place. Returns the share of their square norm that is kept."""
+    """Add the truncated deltas to the base in place. Returns the share of the deltas' squared norm that they keep."""
     kept = norm = 0.0
     for old, new in zip(base.parameters(), fine_tuned.parameters(), strict=True):
         if old.ndim != 2:
@@ -38,13 +39,13 @@ def replace_by_lora(base: Any, fine_tuned: Any, rank: int) -> float:
         product = left.half().float() @ right.half().float()
         norm += float(delta.square().sum())
         kept += float(delta.square().sum() - (delta - product).square().sum())
-        # Merged as PEFT merges it: the sum rounded to the checkpoint's dtype.
+        # PEFT merges in the same way: the sum is rounded to the checkpoint's dtype.
         old.copy_((old.float() + product).to(torch.bfloat16).to(old.dtype))
     return kept / norm
 
 
 def main() -> int:
-    """Print KL and top-1 of the base, of the LoRA at equal bytes, and of the delta, for each text."""
+    """Print KL and top-1 agreement of the base, of the LoRA at equal bytes and of the delta for each text."""
     parser = arguments(__doc__)
     parser.add_argument("base", type=Path)
     parser.add_argument("fine_tuned", type=Path)

@@ -1,15 +1,16 @@
-"""Fine-tunes that hardly move their base: most weights equal it bit for bit. Is our delta better than none, everywhere?
+"""Measure deltas of fine-tunes at low learning rates, in which most weights equal the base bit for bit.
 
     python benchmarks/low_rate.py BASE --train new.txt --text held-out.txt --calibration train.jsonl
 
-Each rate trains a fine-tune of BASE with AdamW on BF16 weights, as it is done where memory is short: steps below half
-a unit in the last place are lost, so that a share of the deltas is exactly zero. For each linear of each block, on
-held-out text, with the inputs that our compressed model feeds it:
+Each rate trains a fine-tune of BASE with AdamW on BF16 weights, which is common if memory is short. Steps below half a
+unit in the last place are lost, so a share of the deltas is exactly zero. The benchmark checks that our delta is better
+than no delta for every linear of every block. The error on held-out text is
 
-    error(W) = mean over tokens of |X_t W_f^T - X W^T|^2 / |X_t W_f^T|^2      X_t: what the fine-tuned model feeds it
+    error(W) = mean over tokens of |X_t W_f^T - X W^T|^2 / |X_t W_f^T|^2
 
-for W of ours, of the base (`same`), and of BitDelta (one scalar, mean |delta|), all rounded to BF16 as merged. The time
-is that of our compression.
+X: inputs of the linear in our compressed model; X_t: its inputs in the fine-tuned model. W is our weight, the base's
+(`same`) or BitDelta's (one scalar, mean |delta|), rounded to BF16 as in a merged checkpoint. The time is that of our
+compression.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ __all__ = ["ModuleErrors", "fine_tune", "main", "module_errors"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleErrors:
-    """One linear: relative errors of its output, the share of its deltas that are zero, and whether ours is `same`."""
+    """Relative output errors of one linear. zeros: share of zero deltas. kept: our delta keeps the base's weight."""
 
     name: str
     ours: float
@@ -40,14 +41,14 @@ class ModuleErrors:
 
     @property
     def fine(self) -> bool:
-        """Better than the base and than one scalar, or the base itself."""
+        """Whether our error is below that of the base and of one scalar, or our delta keeps the base's weight."""
         return self.kept or (self.ours < self.same and self.ours < self.bitdelta)
 
 
 def fine_tune(
     base: Path, output: Path, ids: Any, *, rate: float, steps: int, length: int = 128, batch: int = 8
 ) -> None:
-    """Train every parameter of a checkpoint in BF16. ids: int64 [tokens]."""
+    """Train every parameter of a checkpoint in BF16 and write the result to `output`. ids: int64 [tokens]."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -65,7 +66,7 @@ def fine_tune(
 
 
 def module_errors(base: Path, tuned: Path, delta: Path, ids: Any) -> Iterator[ModuleErrors]:
-    """Every linear of the blocks, on these samples (int64 [samples, length])."""
+    """Yield the errors of every linear of the blocks. ids: int64 [samples, length]."""
     import torch
     from baselines.pair import SignedLinear, load_pair
 
@@ -97,7 +98,7 @@ def module_errors(base: Path, tuned: Path, delta: Path, ids: Any) -> Iterator[Mo
 
 
 def _inputs(model: Any, layer: Any, ids: Any) -> Any:
-    """What a layer is fed: float32 [tokens, width]."""
+    """Return the inputs of a layer: float32 [tokens, width]."""
     seen: list[Any] = []
     handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
     try:
@@ -131,7 +132,7 @@ def _run(base: Path, texts: Mapping[str, Any], calibration: str, rate: float, st
 
 
 def main() -> int:
-    """Train, compress and compare at each rate. 1 where a module is worse than the base or than one scalar."""
+    """Train, compress and compare at each rate. Returns 1 if a module is worse than the base or than one scalar."""
     import torch
     from transformers import AutoTokenizer
 

@@ -1,13 +1,13 @@
-"""Write a .pxd of a large model's shapes with random payload, for timings of the tools.
+"""Write a .pxd file with the shapes of a large model and a random payload, for timings of the tools.
 
-    python benchmarks/make_artifact.py big.pxd --seed 1             # Llama-3.1-8B shapes, all `sign`: 1.0 GB
+    python benchmarks/make_artifact.py big.pxd --seed 1             # Llama-3.1-8B shapes, matrices `sign`: 1.0 GB
     python benchmarks/make_artifact.py big2.pxd --like big.pxd --flip 0.02
     python benchmarks/make_artifact.py folder --checkpoints         # folder/base and folder/fine-tuned: 16 GB each
     python benchmarks/make_artifact.py diff.pt --bitdelta           # BitDelta's layout for that base: 0.9 GB
 
-Payload bytes are random, so nothing can profit from their regularity. The base of the first two does not exist: its
-digests are made from the names, equal for every such file, so that they are of one base. The weights of the third have
-magnitudes of 0.008 to 0.03, and the fine-tuned ones differ in the last two bits.
+Payload bytes are random, so no tool can profit from regularity. The base of the first two files does not exist: its
+digests are made from the names, so that all such files have the same base. The weights of the checkpoints have
+magnitudes of 0.008 to 0.03; those of the fine-tune differ from the base in the last two bits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from peraxis_tools.shards import TensorSpec, plan_shards, shard_header, write_in
 
 __all__ = ["LLAMA_8B", "Shapes", "write_artifact", "write_bitdelta", "write_checkpoints", "write_variation"]
 
-_PIECE = 1 << 24  # weights of a tensor at a time
+_PIECE = 1 << 24  # weights written at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class Shapes:
     vocabulary: int
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes in execution order."""
+        """Yield names and shapes in execution order."""
         yield "model.embed_tokens.weight", (self.vocabulary, self.width)
         for i in range(self.layers):
             layer = f"model.layers.{i}"
@@ -84,7 +84,7 @@ def _component(rng: np.random.Generator, axis: pxd.Axis, shape: tuple[int, ...])
 
 
 def write_artifact(path: Path, *, shapes: Shapes = LLAMA_8B, axis: pxd.Axis = pxd.Axis.ROW_COL, seed: int = 0) -> None:
-    """Every matrix one mask, every norm exact."""
+    """Write a delta with one sign component for every matrix and exact norms."""
     rng = np.random.default_rng(seed)
     identity = pxd.Identity(id="example/random-base")
     with pxd.DeltaWriter(path, base=identity, fine_tuned=pxd.Identity(id=f"example/random-{seed}")) as writer:
@@ -105,7 +105,7 @@ def write_artifact(path: Path, *, shapes: Shapes = LLAMA_8B, axis: pxd.Axis = px
 
 
 def write_variation(path: Path, like: Path, *, flip: float, seed: int = 0) -> None:
-    """The same file with about this share of its sign bytes drawn anew."""
+    """Write a copy of `like` with about the share `flip` of its sign bytes replaced by random bytes."""
     rng = np.random.default_rng(seed)
     with (
         pxd.open(like) as source,
@@ -126,7 +126,7 @@ def write_variation(path: Path, like: Path, *, flip: float, seed: int = 0) -> No
 
 
 def write_checkpoints(folder: Path, *, shapes: Shapes = LLAMA_8B, seed: int = 0) -> None:
-    """A base and a fine-tuned checkpoint in BF16, in shards of 5 GB."""
+    """Write a base and a fine-tuned checkpoint in BF16, in shards of 5 GB."""
     rng = np.random.Generator(np.random.SFC64(seed))
     specs = [TensorSpec(name, pxd.DType.BF16, shape) for name, shape in shapes.tensors()]
     shards = plan_shards(specs, shard_bytes=5_000_000_000)
@@ -168,7 +168,7 @@ def _config(shapes: Shapes) -> dict[str, object]:
 
 
 def write_bitdelta(path: Path, *, shapes: Shapes = LLAMA_8B, seed: int = 0) -> None:
-    """A `.pt` of BitDelta's layout: a mask and a number for each projection, norms whole."""
+    """Write a `.pt` file in BitDelta's layout: a mask and a scalar for each projection, and the full norms."""
     import torch
 
     rng = np.random.Generator(np.random.SFC64(seed))
@@ -185,14 +185,15 @@ def write_bitdelta(path: Path, *, shapes: Shapes = LLAMA_8B, seed: int = 0) -> N
 
 
 def main() -> None:
+    """Write the file or the checkpoints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path)
     parser.add_argument("--axis", choices=[axis.value for axis in pxd.Axis], default="row+col")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--like", type=Path, help="vary this file instead of drawing a new one")
-    parser.add_argument("--checkpoints", action="store_true", help="write a pair of checkpoints under this folder")
-    parser.add_argument("--bitdelta", action="store_true", help="write a .pt in BitDelta's layout")
-    parser.add_argument("--flip", type=float, default=0.02, help="share of sign bytes drawn anew, with --like")
+    parser.add_argument("--like", type=Path, help="write a variation of this file")
+    parser.add_argument("--checkpoints", action="store_true", help="write a pair of checkpoints in this folder")
+    parser.add_argument("--bitdelta", action="store_true", help="write a .pt file in BitDelta's layout")
+    parser.add_argument("--flip", type=float, default=0.02, help="with --like, the share of random sign bytes")
     options = parser.parse_args()
     if options.checkpoints:
         write_checkpoints(options.path, seed=options.seed)

@@ -1,18 +1,18 @@
-"""Decode and prefill with 1 to 32 variants in one batch, beside merged copies and beside the base alone.
+"""Time decode and prefill with 1 to 32 variants in one batch, beside merged models and beside the base.
 
     python benchmarks/serve.py --json serve.json --plot serve.svg --check       8B shapes on a GPU, small ones on a CPU
 
-The model is a stack of the linears of decoder layers. For T variants, one row (decode) or `--prompt` rows (prefill)
-each:
+The model is a stack of the linears of decoder layers. T sequences of one row (decode) or of --prompt rows (prefill)
+take these passes and bytes per weight:
 
-    base alone      one pass, T sequences                      2 bytes a weight
-    served          one pass, each sequence its own variant    2 + T / 8 bytes a weight
-    merged          T passes, one for each merged model        2 T bytes a weight
+    base alone      one pass, T sequences                       2
+    served          one pass, each sequence its own variant     2 + T / 8
+    merged          T passes, one for each merged model         2 T
 
-roofline: the bytes that a decode pass needs at the device's copy bandwidth of the same run, over the time it took.
-On a GPU decode passes are CUDA graphs, all three kinds of them: what is compared are kernels and not Python. Merged
-passes all use one set of weights: what they read is as large as with T copies, and larger than any cache. With --check
-(which only a GPU can pass or fail) a missed bound makes the exit code 1.
+roofline: the time that the bytes of a decode pass need at the copy bandwidth of the device in the same run, divided by
+the time of the pass. On a GPU all decode passes are CUDA graphs, so that kernels are compared without Python. All
+merged passes use one set of weights: they read as many bytes as T copies, and the weights are larger than any cache.
+With --check the exit code is 1 if a bound is missed; bounds are checked only on a GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SIXTEEN_OVER_MERGED, ONE_OF_BASE = 4.0, 1.35
 
 
 class Stack(nn.Module):
-    """The linears of decoder layers, without what lies between them."""
+    """The linears of decoder layers, without attention, activations and norms."""
 
     def __init__(self, layers: int, hidden: int, mlp: int, kv: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Stack(nn.Module):
             self.layers.append(nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()}))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [batch, rows, hidden]. Every linear is used once; the size of the values stays what it is."""
+        """x: [batch, rows, hidden]; so is the result. Every linear is used once; each layer normalizes its output."""
         for layer in self.layers:
             x = x + layer["o"](layer["q"](x)) + (layer["k"](x).sum() + layer["v"](x).sum()) * 0
             x = x + layer["down"](layer["gate"](x) * layer["up"](x))
@@ -54,7 +54,7 @@ class Stack(nn.Module):
 
 
 def stack_of(sizes: dict[str, int], device: torch.device) -> Stack:
-    """Random BF16 weights, made where they stay."""
+    """Return a stack with random BF16 weights, which are created on the device."""
     with torch.device("meta"):
         model = Stack(**sizes).to(torch.bfloat16)
     model = model.to_empty(device=device).eval()
@@ -65,14 +65,14 @@ def stack_of(sizes: dict[str, int], device: torch.device) -> Stack:
 
 
 def write_variants(folder: Path, model: nn.Module, count: int) -> dict[str, Path]:
-    """Deltas of the same base, with masks of their own."""
+    """Write `count` deltas of the same base with different masks. Returns variant name -> path."""
     base = {name: tensor.detach() for name, tensor in model.named_parameters()}
     refs = base_refs(base)
     return {str(i): write_delta(folder / f"{i}.pxd", base, refs, seed=i) for i in range(count)}
 
 
 def mixed(served: Served, model: nn.Module, x: Tensor, variants: Sequence[int]) -> Callable[[], Tensor]:
-    """One pass, each sequence its own variant."""
+    """Return an action that runs one pass with a variant for each sequence."""
 
     def run() -> Tensor:
         with served.using(list(variants)):
@@ -82,7 +82,7 @@ def mixed(served: Served, model: nn.Module, x: Tensor, variants: Sequence[int]) 
 
 
 def passes(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    """One pass for each sequence: what merged models would do."""
+    """Return an action that runs one pass for each sequence, as merged models would."""
 
     def run() -> None:
         for i in range(len(x)):
@@ -92,7 +92,7 @@ def passes(model: nn.Module, x: Tensor) -> Callable[[], None]:
 
 
 def graphed(action: Callable[[], object]) -> Callable[[], None]:
-    """The same as a CUDA graph. What a first run makes (tables, compiled kernels) is made before it is captured."""
+    """Capture an action as a CUDA graph. Warm-up runs create tables and compile kernels before the capture."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -106,17 +106,17 @@ def graphed(action: Callable[[], object]) -> Callable[[], None]:
 
 
 def decoders(served: Served, model: nn.Module, x: Tensor, variants: Sequence[int]) -> list[Callable[[], object]]:
-    """Base alone, served, merged: as CUDA graphs where there is CUDA."""
+    """Return the actions base alone, served and merged; on a CUDA device they are CUDA graphs."""
     if not x.is_cuda:
         return [lambda: model(x), mixed(served, model, x, variants), passes(model, x)]
     alone, merged = graphed(lambda: model(x)), graphed(passes(model, x))
-    with served.using(list(variants)):  # one batch: its tables are made once
+    with served.using(list(variants)):  # the tables of this batch are made once
         ours = graphed(lambda: model(x))
     return [alone, ours, merged]
 
 
 def copied(weights: int, device: torch.device, repeat: int) -> Timing:
-    """Copies of as many BF16 weights."""
+    """Time the copy of `weights` BF16 weights on the device."""
     source = torch.zeros(weights, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
     return timed(lambda: target.copy_(source), repeat=repeat, sync=wait(device))
@@ -140,7 +140,7 @@ class Run:
         self.rate = self.bench.add("device copy", copy, moved=4 * self.weights).rate or 1.0
 
     def measure(self, served: Served, kind: str, length: int, count: int) -> None:
-        """One count of variants, decode or prefill."""
+        """Measure one number of variants. kind: decode or prefill. length: rows per sequence."""
         x = torch.randn(count, length, self.sizes["hidden"], device=self.device).to(torch.bfloat16)
         if kind == "decode":
             actions = decoders(served, self.model, x, range(count))
@@ -170,7 +170,7 @@ class Run:
 
 
 def main() -> int:
-    """Measure and write."""
+    """Measure and write the figures. Returns 1 if --check is given and a bound is missed."""
     parser = arguments(__doc__)
     cuda = torch.cuda.is_available()
     parser.add_argument("--preset", choices=sorted(PRESETS), default="8b" if cuda else "small")
@@ -178,7 +178,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--prompt", type=int, default=512 if cuda else 64)
     parser.add_argument("--variants", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32] if cuda else [1, 4, 16])
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a bound is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a bound is missed")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
         run = Run(options)

@@ -1,10 +1,10 @@
-"""Run every verb as a new user would and write what it prints: docs/session.md comes from here.
+"""Run every verb as a new user would and write the commands and their output to docs/session.md.
 
     python benchmarks/session.py docs/session.md --pair BASE FINE_TUNED --text TEXT --large FOLDER
 
-BASE and FINE_TUNED: a small pair of checkpoints, for every verb. TEXT: held-out text of the fine-tune. FOLDER: where
-the files of an 8B model's shapes are, or are written (make_artifact.py; 36 GB, and 17 GB more for a moment). Each
-command there is followed by its wall time, its CPU time and its peak memory.
+BASE and FINE_TUNED are a small pair of checkpoints, on which every verb runs. TEXT is held-out text of the fine-tune.
+FOLDER holds the files with the shapes of an 8B model; missing files are written (make_artifact.py; 36 GB, and 17 GB
+more temporarily). Wall time, CPU time and peak memory follow each command in FOLDER.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ _INTRODUCTION = """# A session
 
 <!-- Written by benchmarks/session.py; not run by the tests: it needs a trained pair. -->
 
-What the tools print, run one after the other on a real pair (a 260 K-parameter Llama trained on TinyStories, and its
-full fine-tune on Shakespeare: `base` and `tuned`). Long outputs are cut at `...`. Every command has `--help` with an
-example; docs/commands.md has them all.
+This page shows the commands and their output on a real pair: `base` is a 260 K-parameter Llama trained on TinyStories,
+and `tuned` is its full fine-tune on Shakespeare. Long outputs are cut at `...`. Every command has `--help` with an
+example. docs/commands.md describes all commands.
 """
 _LARGE = """## An 8B model
 
-Files of Llama-3.1-8B's shapes with random payload (`benchmarks/make_artifact.py`): two deltas of 1.0 GB, a pair of
-checkpoints of 16.1 GB each, a `.pt` in BitDelta's layout. Behind each output stand wall time, CPU time of all threads
-and peak memory. These are of two cores of an AMD EPYC that had other work to do, with a disk of 0.2 to 0.5 GB/s: CPU
-time says more than wall time, which was about twice that of the same machine left alone.
+The files have the shapes of Llama-3.1-8B and random payload (`benchmarks/make_artifact.py`): two deltas of 1.0 GB, a
+pair of checkpoints of 16.1 GB each, and a `.pt` file in BitDelta's layout. Wall time, CPU time of all threads and peak
+memory follow each output. They were measured on two cores of an AMD EPYC that had other work to do, with a disk of 0.2
+to 0.5 GB/s. CPU time says more than wall time, which was about twice that of the same machine without other work.
 """
-# Small, since a process counts the memory of the one that started it as its own; and behind the queue, if there is one.
+# Runs a command and writes its wall time, CPU time and peak memory. The program is small, because a process starts with
+# the peak memory of its parent. It runs after the prefix, so that waiting in a queue is not measured.
 _WATCH = """
 import os, sys, time
 begin = time.monotonic()
@@ -55,7 +56,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 class Session:
-    """Collects commands and what they print. prefix: words in front of each command, for a machine that has a queue."""
+    """Collects commands and their output. prefix: words before each command, for example those of a job queue."""
 
     def __init__(self, folder: Path, *, prefix: Sequence[str] = ()) -> None:
         self.folder = folder
@@ -63,11 +64,12 @@ class Session:
         self.parts: list[str] = []
 
     def say(self, words: str) -> None:
-        """A heading or a paragraph."""
+        """Add a heading or a paragraph."""
         self.parts.append(words.strip("\n") + "\n")
 
     def run(self, command: str, *, lines: int | None = None, cost: bool = False) -> None:
-        """A command of the shell. lines: how much of its output is kept. cost: say what it took."""
+        """Run a shell command. lines: number of output lines to keep. cost: add times and memory. Raises SystemExit if
+        the command does not start."""
         environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "80"}
         with tempfile.NamedTemporaryFile("r") as report:
             watched = [sys.executable, "-S", "-c", _WATCH, report.name, *_words(command)]
@@ -91,14 +93,15 @@ class Session:
 
 
 def _words(command: str) -> list[str]:
-    """Our program alone is run without a shell, whose memory would be counted too."""
+    """Return the argument list of a command. A plain peraxis-tools command runs without a shell, whose memory would
+    be counted."""
     if command.startswith("peraxis-tools ") and not set(command) & set("|&;<>*"):
         return [sys.executable, "-c", _TOOL, *shlex.split(command)[1:]]
     return ["bash", "-c", f"peraxis-tools() {{ {shlex.quote(sys.executable)} -c '{_TOOL}' \"$@\"; }}; {command}"]
 
 
 def small_pair(session: Session) -> None:
-    """Every verb on a real pair: `base` and `tuned` in the folder, `plays.txt` a text, `diff.pt` BitDelta's."""
+    """Run every verb on a real pair. The folder has `base`, `tuned`, the text `plays.txt` and BitDelta's `diff.pt`."""
     run, say = session.run, session.say
     say("## Compress, look, verify, apply")
     run("peraxis-tools compress base tuned -o one.pxd --quiet")
@@ -109,12 +112,12 @@ def small_pair(session: Session) -> None:
     run("peraxis-tools verify one.pxd --base tuned")
     run("peraxis-tools apply base one.pxd -o out")
     run("peraxis-tools eval base tuned one.pxd --text plays=plays.txt --sequence-length 128 --samples 16")
-    say("## Compare\n\nTwo deltas on one base; then a delta with the checkpoint that it stands for.")
+    say("## Compare\n\n`diff` compares two deltas on one base, or a delta with a checkpoint.")
     run("peraxis-tools compress base tuned --masks 2 -o two.pxd --quiet", lines=1)
     run("peraxis-tools diff one.pxd two.pxd --top 3")
     run("peraxis-tools diff one.pxd tuned --base base --top 3")
     run("peraxis-tools diff one.pxd out --base base", lines=1)
-    say("## Verify in CI\n\nOne report for several files, written before the exit code says the gravest outcome.")
+    say("## Verify in CI\n\n`verify` writes one report for several files. The exit code is that of the worst outcome.")
     run("peraxis-tools verify one.pxd two.pxd --base base --fine-tuned tuned --max-error 0.3")
     run("peraxis-tools verify two.pxd --base base --fine-tuned tuned --max-kl 0.05 --text plays=plays.txt")
     run("cp one.pxd damaged.pxd; printf x | dd of=damaged.pxd bs=1 seek=110000 conv=notrunc status=none")
@@ -128,7 +131,7 @@ def small_pair(session: Session) -> None:
     run("peraxis-tools merge parts/*.pxd -o joined.pxd && cmp joined.pxd two.pxd && echo the same bytes")
     run("peraxis-tools apply base parts/two-00001-of-00003.pxd -o x")
     run("peraxis-tools merge one.pxd two.pxd -o x.pxd")
-    say("## Exact updates\n\nWhat changed, bit for bit; updates form a chain, here of two links.")
+    say("## Exact updates\n\nAn update holds the exact changes between two checkpoints. This chain has two updates.")
     run("mkdir chain; peraxis-tools update base tuned -o chain/step-000001.pxd --quiet")
     run("peraxis-tools update base out --after chain -o chain/step-000002.pxd --quiet")
     run("peraxis-tools log chain")
@@ -151,7 +154,7 @@ def small_pair(session: Session) -> None:
 
 
 def gigabyte(session: Session) -> None:
-    """The same on files of an 8B model's shapes: `big.pxd`, `near.pxd`, `diff.pt`, and a pair of checkpoints."""
+    """Run verbs on files with the shapes of an 8B model: `big.pxd`, `near.pxd`, `diff.pt`, and a checkpoint pair."""
     run, say, folder = session.run, session.say, session.folder
     say(_LARGE)
 
@@ -194,7 +197,7 @@ def gigabyte(session: Session) -> None:
 
 
 class _Ranges(SimpleHTTPRequestHandler):
-    """Files with byte ranges, which the standard library's server does not know."""
+    """Serves files with byte ranges, which the server of the standard library does not support."""
 
     def log_message(self, *_: object) -> None:
         return None
@@ -232,7 +235,7 @@ def _server(folder: Path) -> Iterator[str]:
 
 
 def _write_small_bitdelta(base: Path, path: Path) -> None:
-    """A `.pt` in BitDelta's layout for a small base: the projections' signs at random, under one number each."""
+    """Write a `.pt` file in BitDelta's layout for a small base: random signs and one scalar for each projection."""
     import torch
 
     import peraxis_format as pxd
@@ -249,12 +252,13 @@ def _write_small_bitdelta(base: Path, path: Path) -> None:
 
 
 def main() -> None:
+    """Run the session and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--pair", type=Path, nargs=2, required=True, metavar=("BASE", "FINE_TUNED"))
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--large", type=Path, help="without it the 8B part is left out")
-    parser.add_argument("--prefix", default="", help="words in front of each command")
+    parser.add_argument("--large", type=Path, help="folder of the 8B files; without it the 8B part is left out")
+    parser.add_argument("--prefix", default="", help="words before each command")
     options = parser.parse_args()
     parts = [_INTRODUCTION]
     with tempfile.TemporaryDirectory() as name:

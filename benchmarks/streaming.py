@@ -1,10 +1,10 @@
-"""`compress --fit none` and `apply` on a pair of checkpoints, against reading the input and writing the output.
+"""Time `compress --fit none` and `apply` on a pair of checkpoints beside reading the input and writing the output.
 
     python benchmarks/streaming.py --gigabytes 2 --json streaming.json
 
-The pair is random, in BF16, with a Llama's proportions; each command runs as a process of its own, whose peak memory
-is the operating system's account (maximum resident set). The bound on memory is 1 GB plus four times the largest
-tensor. The floor reads the same input files and writes as many bytes, flushed to disk, in the same run.
+The pair is random BF16 with the proportions of a Llama. Each command runs in its own process; its peak memory is the
+maximum resident set size of the operating system. The bound on memory is 1 GB plus four times the largest tensor. The
+floor reads the same input files, writes as many bytes and flushes them to disk, in the same run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CHUNK = 1 << 22
 
 
 def tensors(gigabytes: float) -> Iterator[TensorSpec]:
-    """Embedding, as many layers as fit, lm_head."""
+    """Yield the tensors of a checkpoint of this size: the embedding, as many layers as fit, and lm_head."""
     layer = {"q": (WIDTH, WIDTH), "k": (WIDTH // 4, WIDTH), "v": (WIDTH // 4, WIDTH), "o": (WIDTH, WIDTH)}
     layer |= {"gate": (MLP, WIDTH), "up": (MLP, WIDTH), "down": (WIDTH, MLP)}
     layer_bytes = 2 * sum(rows * cols for rows, cols in layer.values())
@@ -42,7 +42,7 @@ def tensors(gigabytes: float) -> Iterator[TensorSpec]:
 
 
 def write_pair(folder: Path, specs: Sequence[TensorSpec]) -> None:
-    """base: normal weights; fine-tuned: the same plus a delta a hundredth of their size."""
+    """Write a base with normal weights and a fine-tune whose delta has a hundredth of their standard deviation."""
     rng = np.random.default_rng(0)
     shards = plan_shards(specs, shard_bytes=1_000_000_000)
     for name in ("base", "fine-tuned"):
@@ -66,21 +66,21 @@ def write_pair(folder: Path, specs: Sequence[TensorSpec]) -> None:
 
 
 def read_and_write(inputs: Sequence[Path], target: Path, size: int) -> None:
-    """The floor: read every byte of the inputs, write `size` bytes, flush them to disk."""
+    """Measure the floor: read every byte of the inputs, write `size` bytes and flush them to disk."""
     buffer = bytearray(CHUNK)
     for path in inputs:
         with open(path, "rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
     with open(target, "wb", buffering=0) as file:
-        for begin in range(0, size, CHUNK):  # noqa: FURB122  each write is one call to the system
+        for begin in range(0, size, CHUNK):  # noqa: FURB122  each write is one system call
             file.write(memoryview(buffer)[: min(CHUNK, size - begin)])
         os.fsync(file.fileno())
     target.unlink()
 
 
 def run(*arguments: str) -> int:
-    """Run `peraxis-tools` with these arguments. Returns its peak memory in bytes; raises on failure."""
+    """Run `peraxis-tools` with these arguments. Returns its peak memory in bytes. Raises SystemExit if it fails."""
     process = subprocess.Popen([sys.executable, "-c", "from peraxis_tools.cli import main; main()", *arguments])
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -90,7 +90,7 @@ def run(*arguments: str) -> int:
 
 
 def measure(bench: Benchmark, folder: Path, *, repeat: int, bound: int) -> None:
-    """Both commands beside their floors."""
+    """Time both commands and their floors. bound: memory in bytes, for the note."""
     base = sorted((folder / "base").glob("*.safetensors"))
     tuned = sorted((folder / "fine-tuned").glob("*.safetensors"))
     delta, applied = folder / "delta.pxd", folder / "applied"
@@ -121,9 +121,10 @@ def measure(bench: Benchmark, folder: Path, *, repeat: int, bound: int) -> None:
 
 
 def main() -> None:
+    """Write the pair, measure, and remove the pair."""
     parser = arguments(__doc__)
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of each checkpoint")
-    parser.add_argument("--folder", type=Path, default=None, help="where the pair goes (default: a temporary folder)")
+    parser.add_argument("--folder", type=Path, default=None, help="folder for the pair (default: a temporary folder)")
     options = parser.parse_args()
     specs = list(tensors(options.gigabytes))
     bound = 1_000_000_000 + 4 * max(spec.size for spec in specs)

@@ -1,8 +1,8 @@
-"""Tiny models of every family that transformers knows: configurations shrunk by the meaning of their fields' names.
+"""Build tiny random models of every family in transformers from configurations that are shrunk by field names.
 
-No list of families decides the sizes. A field whose name speaks of heads, layers, experts, widths or token ids gets a
-small value of its kind; per-layer lists keep one layer of each kind; everything else stays what it is by default.
-`OVERRIDES` holds the few fields that no name tells.
+The sizes do not depend on a list of families. A field that is named for heads, layers, experts, widths or token ids
+gets a small value of its kind. Per-layer lists keep one layer of each kind. All other fields keep their defaults.
+`OVERRIDES` has the few fields whose names do not suffice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["FURTHER", "VOCABULARY", "build", "families", "inputs", "logits", "ti
 VOCABULARY: Final = 64
 MOST_PARAMETERS: Final = 8_000_000
 
-# A field's name -> its small value; the first pattern that fits.
+# Pattern of a field's name -> its small value; 0 keeps the default. The first matching pattern applies.
 SIZES: Final[tuple[tuple[str, int], ...]] = (
     (r"vocab_size|vocab_size_\w+|\w+_vocab_size", VOCABULARY),
     (r"num_hidden_layers|n_layers?|num_layers|\w*encoder_layers|\w*decoder_layers|num_blocks|depth", 2),
@@ -53,14 +53,14 @@ SIZES: Final[tuple[tuple[str, int], ...]] = (
 KEPT_OUT: Final = re.compile(r"rope_\w+|rotary_(pct|emb_base|fraction)|transformers_version|dtype|model_type|\w*_type")
 TOKENS: Final = re.compile(r"\w*(token_id|token_index|_tok_id|tok_index|token_ids)|pad_id|bos_id|eos_id")
 
-# Fields that are None by default, where the model needs a number or where every release has one.
+# Values of fields that are None by default although the model needs a number or every release has one.
 MISSING: Final[Mapping[str, int]] = {
     "head_dim": 8, "num_key_value_heads": 2, "num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1,
     "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4,
     "indexer_compress_ratio": 2,
 }  # fmt: skip
 
-# What no name tells: fields by model type.
+# Fields by model type whose names do not suffice.
 OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     "cohere_compass_text": {
         "rope_parameters": {
@@ -82,7 +82,7 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     "xmod": {"default_language": "en_XX"},
 }
 
-# Models that are no decoders: model type -> the class of transformers that is taken.
+# Models that are not decoders: model type -> class in transformers.
 FURTHER: Final[Mapping[str, str]] = {
     "t5": "T5ForConditionalGeneration",
     "bert (masked)": "BertForMaskedLM",
@@ -91,14 +91,14 @@ FURTHER: Final[Mapping[str, str]] = {
 
 
 def families() -> dict[str, str]:
-    """Model type -> the name of its class, for every decoder and the models of FURTHER."""
+    """Return model type -> class name, for every decoder and the models of FURTHER."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return {**dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), **FURTHER}
 
 
 def tiny(family: str) -> Any:
-    """The small configuration of a family."""
+    """Return the small configuration of a family."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -111,7 +111,7 @@ def tiny(family: str) -> Any:
 
 
 def shrunk(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a configuration with small values, those of inner configurations too."""
+    """Return the fields of a configuration with small values, including those of inner configurations."""
     small = {name: _small(name, value, fields) for name, value in fields.items() if not name.startswith("_")}
     _shrink_lists(small, fields)
     _shrink_tokens(small)
@@ -148,7 +148,7 @@ def _same_heads(fields: Mapping[str, Any]) -> bool:
 
 
 def _shrink_lists(small: dict[str, Any], fields: Mapping[str, Any]) -> None:
-    """Per-layer lists keep the first layer of each kind, and the number of layers follows."""
+    """Keep the first layer of each kind in per-layer lists and set the number of layers to match."""
     name = next((n for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if n in fields), None)
     count = fields.get(name) if name else None
     if not name or not isinstance(count, int):
@@ -168,7 +168,7 @@ def _shrink_lists(small: dict[str, Any], fields: Mapping[str, Any]) -> None:
 
 
 def _shrink_tokens(small: dict[str, Any]) -> None:
-    """Ids of special tokens that the small vocabulary has."""
+    """Replace the ids of special tokens by ids of the small vocabulary."""
     fixed = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     left = VOCABULARY - 1
     for name, value in small.items():
@@ -182,7 +182,7 @@ def _shrink_tokens(small: dict[str, Any]) -> None:
 
 
 def make(family: str, config: Any, **options: Any) -> Any:
-    """A random model of a configuration, by the class that transformers has for it."""
+    """Return a random model of a configuration in its class of transformers."""
     import transformers
 
     if family in FURTHER:
@@ -194,12 +194,12 @@ def make(family: str, config: Any, **options: Any) -> Any:
 
 @torch.no_grad()
 def build(family: str, dtype: torch.dtype) -> nn.Module:
-    """A random model of a family, every tensor of it finite. Raises ValueError where it would not be small."""
+    """Return a random model of a family with finite tensors. Raises ValueError above MOST_PARAMETERS parameters."""
     config = tiny(family)
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in make(family, config).parameters())
     if count > MOST_PARAMETERS:
-        raise ValueError(f"{count:,} parameters at the smallest")
+        raise ValueError(f"{count:,} parameters, too many for a tiny model")
     torch.manual_seed(0)
     model: nn.Module = make(family, config, dtype=dtype).eval()
     for tensor in model.state_dict().values():
@@ -209,7 +209,7 @@ def build(family: str, dtype: torch.dtype) -> nn.Module:
 
 
 def inputs(model: Any, sequences: int, *, tokens: int = 7) -> dict[str, Tensor]:
-    """Token ids [sequences, tokens], and what else a text alone needs. Special tokens do not occur."""
+    """Return the text inputs of a model: token ids [sequences, tokens] without special tokens, also for a decoder."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCABULARY // 2, (sequences, tokens), generator=generator)
     if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
@@ -219,7 +219,7 @@ def inputs(model: Any, sequences: int, *, tokens: int = 7) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def logits(model: Any, given: Mapping[str, Tensor]) -> Tensor:
-    """The logits [sequences, tokens, vocabulary] in binary32."""
+    """Return the logits [sequences, tokens, vocabulary] in F32."""
     try:
         found = model(**given, use_cache=False)
     except TypeError as error:

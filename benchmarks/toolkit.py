@@ -1,11 +1,11 @@
-"""`verify` and `diff` of 1 GB artifacts of 8B shapes, against reading and hashing the same bytes on all cores.
+"""Time `verify` and `diff` on 1 GB artifacts with 8B shapes beside reading and hashing the same bytes on all cores.
 
     python benchmarks/toolkit.py
-    python benchmarks/toolkit.py --folder /tmp/artifacts    # 3 GB are written there once, and stay
+    python benchmarks/toolkit.py --folder /tmp/artifacts    # writes 3 GB there once and keeps them
 
-`verify`, opening included, is to reach 85% of what hashing gives; `diff` is to take at most twice as long as reading
-and hashing both files, and to stay below 300 MB of memory (measured in a process of its own). Each is timed in turns
-with the hashing that it is compared with.
+The targets: `verify`, including the opening of the file, reaches 85% of the rate of hashing. `diff` takes at most twice
+as long as reading and hashing both files, and stays below 300 MB of memory, which is measured in its own process. Each
+verb alternates with the hashing that it is compared with.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CHUNK = 1 << 20
 
 
 def hash_all(*paths: Path) -> None:
-    """Read and hash files piece by piece on all cores: the least that a check of digests has to do."""
+    """Read and hash files in pieces on all cores, the minimum work of a digest check."""
 
     def work(piece: tuple[int, int, int]) -> None:
         descriptor, begin, end = piece
@@ -56,13 +56,14 @@ def hash_all(*paths: Path) -> None:
 
 
 def verify(path: Path) -> None:
+    """Open a file and check its digests."""
     with pxd.open(path) as delta:
         delta.verify()
 
 
 def peak_megabytes(a: Path, b: Path) -> float:
-    """Peak resident memory of a process that compares two files, its interpreter and libraries included."""
-    # VmHWM, since ru_maxrss would count the parent's memory, which the child had until it became this program.
+    """Return the peak resident memory in MB of a process that runs `diff`, including interpreter and libraries."""
+    # ru_maxrss would include the parent's memory, which the child has between fork and exec. VmHWM does not.
     code = (
         "import sys; from peraxis_tools.diff import diff; diff(*sys.argv[1:]);"
         "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
@@ -72,8 +73,9 @@ def peak_megabytes(a: Path, b: Path) -> float:
 
 
 def main() -> None:
+    """Measure and write the figures."""
     parser = arguments(__doc__)
-    parser.add_argument("--folder", type=Path, default=None, help="where the artifacts are, or are to be written")
+    parser.add_argument("--folder", type=Path, default=None, help="folder of the artifacts; missing ones are written")
     options = parser.parse_args()
     bench = Benchmark("toolkit", parameters={"threads": os.cpu_count()})
     with contextlib.ExitStack() as stack:
@@ -83,7 +85,7 @@ def main() -> None:
 
 
 def measure(bench: Benchmark, folder: Path, repeat: int) -> None:
-    """Time both verbs on files in this folder, which are written where they are missing."""
+    """Time both verbs on the files in this folder. Missing files are written first."""
     a, near, far = (folder / f"{name}.pxd" for name in ("a", "near", "far"))
     folder.mkdir(parents=True, exist_ok=True)
     if not a.exists():
@@ -101,7 +103,7 @@ def measure(bench: Benchmark, folder: Path, repeat: int) -> None:
     )
     hashing = bench.add("hash both", both, moved=2 * size)
     peak = peak_megabytes(a, far)
-    bench.add("diff, 2% of bytes drawn anew", close, moved=2 * size, against=hashing)
+    bench.add("diff, 2% of bytes replaced", close, moved=2 * size, against=hashing)
     bench.add(
         "diff, independent signs", apart, moved=2 * size, against=hashing, note=f"peak {peak:.0f} MB", peak_mb=peak
     )

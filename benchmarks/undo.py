@@ -1,10 +1,11 @@
-"""Swaps with base="undo" beside base="device": time, and memory beyond the model.
+"""Compare swaps with base="undo" and with base="device": time, and memory in addition to the model.
 
     python benchmarks/undo.py                 small shapes on a CPU, 8B shapes on a GPU
-    python benchmarks/undo.py --preset tiny   a look
+    python benchmarks/undo.py --preset tiny   a quick run
 
-Two variants with random signs and scales of a fine-tune's size (half a percent to one percent of the weights' spread)
-take turns. `first use` writes the log of a variant; later swaps take the variant before back and write the next one.
+Two variants alternate. Their signs are random, and their scales are those of a fine-tune (0.5% to 1.5% of the standard
+deviation of the weights). `first use` writes the undo log of a variant. A later swap undoes the current variant and
+writes the next one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ NAMES = ("a", "b")
 
 
 def measure(bench: Benchmark, device: torch.device, preset: str, folder: Path, repeat: int) -> None:
-    """Both ways on the same weights, one after the other."""
+    """Measure both modes on the same weights, one after the other."""
     base = random_base(shapes(**PRESETS[preset]), device)
     refs = base_refs(base)
     files = [write_delta(folder / f"{name}.pxd", base, refs, seed) for seed, name in enumerate(NAMES)]
@@ -48,7 +49,7 @@ def measure(bench: Benchmark, device: torch.device, preset: str, folder: Path, r
 
 
 def main() -> int:
-    """Measure and write."""
+    """Measure and write the figures."""
     parser = arguments(__doc__)
     cuda = torch.cuda.is_available()
     parser.add_argument("--preset", choices=sorted(PRESETS), default="8b" if cuda else "small")

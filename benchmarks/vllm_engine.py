@@ -1,10 +1,10 @@
-"""What fine-tunes cost in vLLM: a swap against its own reload and a restart; 1, 4 and 16 variants in one batch.
+"""Time a swap in vLLM beside vLLM's reload and restart, and batches with 1, 4 and 16 variants.
 
-    python -m benchmarks.vllm_engine --json vllm.json          (`make bench-vllm`; not named vllm.py, which would be
-                                                                imported in the place of vLLM itself)
+    python -m benchmarks.vllm_engine --json vllm.json          (`make bench-vllm`)
 
-The pair is random, of the sizes given; nothing here depends on what it says. All figures come from one run on one
-machine. Weights lie on the CPU or GPU that vLLM uses.
+The pair is random with the given sizes; the figures do not depend on its outputs. All figures come from one run on one
+machine. The weights are on the CPU or GPU that vLLM uses. This module is not named vllm.py, because it would be
+imported in the place of vLLM.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ TOKENS = 24
 
 
 def job_swap_times(*, model: str, delta: str, applied: str, repeat: int) -> dict[str, Any]:
-    """The fastest of each in seconds, all in one engine: what other processes take away is no part of it.
+    """Return the shortest times in seconds, all in one engine.
 
-    `start` is the engine's own start, without the imports.
+    The shortest time is the one least disturbed by other processes. `start` is the start of the engine without imports.
     """
     from peraxis_format.engines.vllm import use
 
@@ -54,7 +54,7 @@ def job_swap_times(*, model: str, delta: str, applied: str, repeat: int) -> dict
 
 
 def job_batch_times(*, model: str, deltas: list[str]) -> list[dict[str, Any]]:
-    """Seconds for REQUESTS requests of TOKENS tokens, over the base alone and over 1, 4 and 16 variants."""
+    """Return the seconds of REQUESTS requests of TOKENS tokens, on the base and spread over 1, 4 and 16 variants."""
     from vllm import SamplingParams, TokensPrompt
     from vllm.lora.request import LoRARequest
 
@@ -100,7 +100,7 @@ def _report(swap: dict[str, float], batches: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    """Make the pair, run both jobs, print and write what they found."""
+    """Make the pair, run both jobs, and print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)

@@ -1,9 +1,9 @@
-"""vLLM under load: swaps under a stream of requests, and many variants beside the base in one batch.
+"""Test vLLM under load: swaps during a stream of requests, and many variants and the base in one batch.
 
     python -m benchmarks.vllm_load --json load.json
 
-On the small random pair of the tests, over HTTP. Every answer is held to the tokens of a stock vLLM of the applied
-folder, so that a wrong token, a lost request or memory that grows shows. The exit status is 1 where one does.
+The pair is the small random one of the tests, and requests go over HTTP. Every answer is compared with the tokens of a
+stock vLLM that serves the applied folder. The exit code is 1 after a wrong token, a lost request or growing memory.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from tests.engines.server import Server, family_of, serve, together
 __all__ = ["main"]
 
 STREAMS = 4
-GROWTH = 32 << 20  # bytes of resident memory that are noise
+GROWTH = 32 << 20  # growth of resident memory that counts as noise, in bytes
 
 
 def memory_of(server: Server) -> int:
-    """Resident bytes of all processes of a server."""
+    """Return the resident bytes of all processes of a server."""
     pages = 0
     for process in family_of(server):
         try:
@@ -42,7 +42,7 @@ def memory_of(server: Server) -> int:
 
 
 def swaps_under_load(paths: dict[str, str], tokens: dict[str, list[list[int]]], folder: Path, swaps: int) -> Any:
-    """Swap `swaps` times between the base and two variants while streams of requests run."""
+    """Swap `swaps` times between the base and two variants during streams of requests. Returns the figures."""
     arguments = ("--load-format", "peraxis", "--weight-transfer-config", '{"backend": "peraxis"}')
     names: list[str | None] = ["v1", "v2", None]
     environment = {"VLLM_PLUGINS": "peraxis"}
@@ -79,7 +79,7 @@ def swaps_under_load(paths: dict[str, str], tokens: dict[str, list[list[int]]], 
         *sent, _ = together([*(stream(i) for i in range(STREAMS)), swap])
     possible = [[tokens[name or "base"][i] for name in names] for i in range(len(PROMPTS))]
     wrong = sum(answer not in possible[prompt] for prompt, answer in answers)
-    late = memory[len(memory) // 2 :]  # allocators and compilers have what they need by then
+    late = memory[len(memory) // 2 :]  # allocators and compilers have warmed up by then
     growth = statistics.median(late[len(late) // 2 :]) - statistics.median(late[: len(late) // 2])
     return {
         "swaps": len(paused),
@@ -95,7 +95,7 @@ def swaps_under_load(paths: dict[str, str], tokens: dict[str, list[list[int]]], 
 def variants_under_load(
     paths: dict[str, str], tokens: dict[str, list[list[int]]], folder: Path, *, flight: int, rounds: int
 ) -> Any:
-    """`flight` requests at a time over all variants and the base, in exact mode."""
+    """Send `rounds` batches of `flight` requests over all variants and the base, in exact mode. Returns the figures."""
     variants = sorted(name for name in tokens if name != "base")
     modules = [f"{name}={paths[f'{name}.pxd']}" for name in variants]
     count = str(len(variants))
@@ -123,7 +123,7 @@ def variants_under_load(
 
 
 def main() -> int:
-    """Run both, print and write what they found. Returns the exit status."""
+    """Run both parts and print the figures. Returns 1 if a token is wrong, a request is lost or memory grows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--swaps", type=int, default=200)
     parser.add_argument("--variants", type=int, default=16)

@@ -1,7 +1,7 @@
-"""A session with the real vLLM over HTTP: cold start, live swap, many fine-tunes in one batch. `make vllm` runs it.
+"""Run a session with the real vLLM over HTTP: cold start, live swap, many fine-tunes in one batch (`make vllm`).
 
-On a small random pair (heads of 64). Every answer is compared with that of a fresh stock vLLM of the applied folder.
-The exit code is 1 where a token differs.
+The pair is small and random (head size 64). Every answer is compared with that of a stock vLLM that serves the applied
+folder. The exit code is 1 if a token differs.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Comparison:
         self.differences = 0
 
     def check(self, what: str, server: Server, model: str, name: str) -> None:
-        """Whether a server's model gives the reference's tokens for every prompt."""
+        """Compare the tokens of a server's model with the reference `name` for every prompt."""
         found = [server.complete(model, prompt) for prompt in PROMPTS]
         expected = self.references[name]
         same = sum(own[0] == reference[0] for own, reference in zip(found, expected, strict=True))
         self.differences += len(PROMPTS) - same
-        print(f"{what:34} {same} of {len(PROMPTS)} prompts: the tokens of a fresh vLLM of {name}")
+        print(f"{what:34} {same} of {len(PROMPTS)} prompts have the tokens of a stock vLLM with {name}")
 
 
 def swap_session(paths: dict[str, str], folder: Path, comparison: Comparison) -> None:
@@ -62,7 +62,7 @@ def batch_session(paths: dict[str, str], folder: Path, comparison: Comparison) -
 
 
 def main() -> int:
-    """Run the session. Returns the exit status."""
+    """Run the session. Returns 1 if a token differs."""
     folder = Path(".vllm-demo")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

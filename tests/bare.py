@@ -1,4 +1,4 @@
-"""Commands and Python code run as where only numpy, click and rich are installed: other packages are not found."""
+"""Run commands and Python code as if only numpy, click and rich were installed: imports of other packages fail."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ sys.meta_path[:] = [Bare(finder) for finder in sys.meta_path]
 def run_bare(
     *arguments: object, code: str | None = None, extra: tuple[str, ...] = (), cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run `peraxis-tools` with these arguments, or `code`. extra: further packages that may be imported."""
+    """Run `peraxis-tools` with these arguments, or `code`. extra: other packages that may be imported."""
     argv = json.dumps(["peraxis-tools", *map(str, arguments)])
     main = f"sys.argv = {argv}\nfrom peraxis_tools.cli import main\nmain()"
     script = f"EXTRA = {extra!r}\n{_PREAMBLE}\n{code if code is not None else main}"

@@ -1,4 +1,4 @@
-"""What all tests share: the shared data folder, and quiet libraries."""
+"""Fixtures of all tests: the shared data folder, quiet libraries, and a restored logger."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Before any test imports them: no hub, no tokenizer threads, one thread a process.
+# Set before any test imports the libraries: no hub, no tokenizer threads, one thread per process.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -26,7 +26,7 @@ _SHARED = Path(os.environ.get("PERAXIS_SHARED", Path(__file__).parents[2] / "sha
 
 @pytest.fixture(autouse=True)
 def logging_as_it_was() -> Iterator[None]:
-    """A command sets the level and the handlers of the program's logger; the next test finds them as they were."""
+    """Restore the level and the handlers of the program's logger, which a command changes."""
     logger = logging.getLogger("peraxis")
     level, handlers, propagate = logger.level, list(logger.handlers), logger.propagate
     yield
@@ -36,14 +36,14 @@ def logging_as_it_was() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data; tests that ask for it skip where it is absent."""
+    """The folder of real data. Tests that use it skip if it is absent."""
     if not (_SHARED / "pairs").is_dir():
         pytest.skip("no shared data folder (set PERAXIS_SHARED)")
     return _SHARED
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what reads the shared folder, so that `-m realdata` and `-m 'not realdata'` hold what they say."""
+    """Mark the tests that use the shared folder as `realdata`."""
     for item in items:
         if "shared" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.realdata)

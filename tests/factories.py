@@ -1,4 +1,4 @@
-"""Small checkpoints and deltas made of random numbers, for tests that need some and do not care which."""
+"""Small random checkpoints and deltas, for tests that do not depend on their values."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ __all__ = ["base_ref", "component", "random_storage", "sign_module", "write_chec
 def random_storage(
     rng: np.random.Generator, shape: tuple[int, ...], dtype: pxd.DType = pxd.DType.BF16, scale: float = 1.0
 ) -> pxd.Array:
-    """Normal weights in a float type, as a storage array."""
+    """Return normal weights of a float type as a storage array."""
     return pxd.from_float32((rng.standard_normal(shape) * scale).astype(np.float32), dtype)
 
 
 def base_ref(array: pxd.Array, dtype: pxd.DType) -> pxd.BaseRef:
-    """The manifest's reference to a base tensor."""
+    """Return the manifest's reference to a base tensor."""
     return pxd.BaseRef(dtype=dtype, shape=array.shape, sha256=hashlib.sha256(array.tobytes()).hexdigest())
 
 
 def component(rng: np.random.Generator, axis: pxd.Axis, covered: tuple[int, ...], scale: float = 1e-2) -> pxd.Component:
-    """Random signs and scales."""
+    """Return a component with random signs and scales."""
     mask = pxd.pack_signs(rng.random(covered) < 0.5)
     shapes = pxd.scale_shapes(axis, covered)
     values: dict[str, NDArray[np.float64]] = {name: rng.random(shape) * scale for name, shape in shapes.items()}
@@ -51,7 +51,7 @@ def sign_module(
     axes: tuple[pxd.Axis, ...] = (pxd.Axis.ROW,),
     rows: int | None = None,
 ) -> pxd.ModuleDelta:
-    """A random `sign` module on this base; rows: of the fine-tuned tensor, for a resized vocabulary."""
+    """Return a random `sign` module on this base. rows: those of the fine-tuned tensor, for a resized vocabulary."""
     dtype = dtype or base_dtype
     shape = (rows if rows is not None else base.shape[0], *base.shape[1:])
     covered = (min(shape[0], base.shape[0]), *shape[1:])
@@ -68,7 +68,7 @@ def sign_module(
 
 
 def write_checkpoint(folder: Path, tensors: Mapping[str, tuple[pxd.Array, pxd.DType]]) -> Path:
-    """A folder with model.safetensors, written by safetensors itself, and a config.json."""
+    """Write a folder with model.safetensors, by safetensors itself, and config.json."""
     import torch
     from safetensors.torch import save_file as save_torch
 
@@ -92,7 +92,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, tuple[pxd.Array, pxd.DT
 
 
 def write_delta(path: Path, modules: list[pxd.ModuleDelta], **options: object) -> Path:
-    """A file of these modules; options: tied, dropped, assets as DeltaWriter's methods take them."""
+    """Write a file of these modules. tied, dropped and assets are as in the methods of DeltaWriter."""
     with pxd.DeltaWriter(path, base=pxd.Identity(id="base"), fine_tuned=pxd.Identity(id="tuned")) as writer:
         for module in modules:
             writer.add(module)

@@ -1,4 +1,4 @@
-"""The layout is the one that the README draws: imports point one way, light verbs stay light, nothing grows long."""
+"""The layout agrees with the README: imports point one way, and light verbs import little."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 import peraxis_format
 
 ROOT = Path(__file__).parents[1]
-# Within each package a module imports only what stands before it (or beside it, within one entry). A folder stands for
-# all its modules but those that have an entry of their own.
+# Within each package a module imports only earlier entries (or modules of its own entry). A folder stands for
+# all its modules except those that have their own entry.
 FORMAT = (
     *(
         "version",
@@ -92,9 +92,9 @@ COMPRESS = (
     *("run.calibrated", "run"),
 )
 VERBS = "inspect verify apply diff merge split convert evaluate publish compress".split()
-# What a verb consists of beside the module or folder of its name.
+# Modules of a verb in addition to the module or folder of its name.
 VERB_FILES = {"verify_files": "verify", "inspect_details": "inspect"}
-# These run verbs and are none: the demo, chains of updates, the bounds of `verify`, the shell around them all.
+# These modules run verbs but are not verbs: the demo, chains of updates, the bounds of `verify`, and the shell.
 COMPOSED = {"demo", "chain", "bounds", "commands", "report", "cli", "__main__", "reference", "process"}
 
 
@@ -109,7 +109,7 @@ def sources(*folders: str) -> list[Path]:
 
 @cache
 def imported(path: Path) -> frozenset[str]:
-    """Every module that a file imports, at any depth and by any means, type checking aside."""
+    """Return every module that a file imports, at any depth and by any means, except for type checking."""
     tree = ast.parse(path.read_text("utf-8"))
     skipped = {
         id(child)
@@ -121,7 +121,7 @@ def imported(path: Path) -> frozenset[str]:
 
 
 def names_of(node: ast.AST) -> Iterator[str]:
-    """Modules that one statement imports, or one call of import_module."""
+    """Yield the modules that one statement or one call of import_module imports."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -139,7 +139,7 @@ def is_module(name: str) -> bool:
 
 
 def place_in(order: Sequence[str], name: str) -> int:
-    """Where the longest entry that the name is, or lies in, stands; the package itself comes last."""
+    """Return the index of the longest entry that contains the name. The package itself comes last."""
     fitting = [entry for entry in order if name == entry or name.startswith(entry + ".")]
     return order.index(max(fitting, key=len)) if fitting else len(order)
 
@@ -155,7 +155,7 @@ def out_of_order(package: str, order: Sequence[str]) -> list[str]:
     return wrong
 
 
-# --- which way imports point ---------------------------------------------------------------------------------
+# --- direction of imports ------------------------------------------------------------------------------------
 
 
 def test_the_format_library_imports_neither_torch_nor_the_tools() -> None:
@@ -168,7 +168,7 @@ def test_the_format_library_imports_neither_torch_nor_the_tools() -> None:
             if path.name == "testing.py":
                 allowed |= {"hypothesis"}
             if path.name == "hub.py":
-                allowed |= {"huggingface_hub"}  # imported when a name has to be looked up
+                allowed |= {"huggingface_hub"}  # imported when a name is looked up
             assert names <= allowed, (path, names - allowed)
 
 
@@ -177,8 +177,8 @@ def test_no_import_is_hidden_in_a_string_that_is_put_together() -> None:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if not (isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__"))):
                 continue
-            # A package's own table of lazy names is one, so are the list of commands and the names of vLLM; all else is
-            # written out.
+            # Only the tables of lazy names in a package, the list of commands and the names of vLLM are imported by a
+            # computed name.
             allowed = path.name in ("__init__.py", "cli.py", "layout.py")
             assert isinstance(node.args[0], ast.Constant) or allowed, f"{path}:{node.lineno}"
 
@@ -186,7 +186,7 @@ def test_no_import_is_hidden_in_a_string_that_is_put_together() -> None:
 def test_one_file_of_the_vllm_plug_in_knows_the_names_of_vllm() -> None:
     for path in sources("peraxis_format/engines/vllm"):
         names = {name.split(".")[0] for name in imported(path)}
-        # layout.py looks names up as it needs them, and says which one is missing.
+        # layout.py looks names up when it needs them, and names a missing one.
         assert "vllm" not in names or path.name == "layout.py", path
         if path.name not in ("layout.py", "__init__.py", "worker.py"):
             assert "import_module" not in path.read_text("utf-8"), path
@@ -219,7 +219,7 @@ def test_no_imports_go_in_a_circle() -> None:
 
 
 def circle_in(graph: Mapping[str, set[str]]) -> list[str]:
-    """The modules that are left when whatever imports none of the others is taken away, again and again."""
+    """Return the modules that remain after repeatedly removing those that import none of the others."""
     left = {name: others & graph.keys() for name, others in graph.items()}
     while free := [name for name, others in left.items() if not others & left.keys()]:
         for name in free:
@@ -258,7 +258,7 @@ def test_the_tools_import_public_names_of_the_format_alone() -> None:
         public = {f"peraxis_format.{name}" for name in peraxis_format.__all__}
         modules = {name for name in deep - public if is_module(name)}
         modules = {name for name in modules if not name.startswith("peraxis_format.ops")}
-        # What the tools compute themselves is built like the operations of the format, from the same parts.
+        # The operations of the tools are built like those of the format, from the same parts.
         inner = {"peraxis_format.dtypes", "peraxis_format.thread_pool"} if "ops" in path.parts else set()
         assert modules <= {"peraxis_format.hub", "peraxis_format.torch", *inner}, (path, modules)
 
@@ -278,7 +278,7 @@ def test_only_the_report_layer_prints() -> None:
             assert not called, f"{path}:{getattr(node, 'lineno', 0)}"
 
 
-# --- what imports cost ---------------------------------------------------------------------------------------
+# --- cost of imports -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("verb", ["inspect", "verify", "apply"])

@@ -1,4 +1,4 @@
-"""`import peraxis`: every verb under one name, imported when it is used, typed, and telling of itself."""
+"""`import peraxis` has every verb under one name, imports it on first use, and has types and readable reprs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_every_public_parameter_has_a_type_and_none_is_hidden_in_keywords() -> N
         assert signature.return_annotation is not inspect.Signature.empty, name
         for parameter in signature.parameters.values():
             assert parameter.annotation is not inspect.Parameter.empty, (name, parameter)
-            # Both hand what they do not know to transformers.
+            # Both pass unknown options to transformers.
             if name not in ("load", "load_model"):
                 assert parameter.kind is not inspect.Parameter.VAR_KEYWORD, (name, parameter)
         assert value.__doc__, name

@@ -1,4 +1,4 @@
-"""Sizes and the map: no file or function is too long, and the README's map agrees with the tree."""
+"""No file or function is too long, and the map of the README agrees with the tree."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def test_no_file_and_no_function_is_too_long() -> None:
         if (lines := len(text.splitlines())) > LINES_OF_A_FILE:
             wrong.append(f"{name}: {lines} lines")
         for node in ast.walk(ast.parse(text)):
-            kernel = path.name == "triton.py"  # one function whatever it does: Triton inlines the others anyway
+            kernel = path.name == "triton.py"  # a kernel may be one long function, because Triton inlines calls anyway
             if isinstance(node, ast.FunctionDef) and node.end_lineno and not kernel:
-                # Its statements: a command has a line for each option before them, and its help.
+                # Only the statements count, because a command has a line for each option and its help before them.
                 first = node.body[1] if len(node.body) > 1 and ast.get_docstring(node) else node.body[0]
                 length = node.end_lineno - first.lineno + 1
                 if length > LINES_OF_A_FUNCTION:
@@ -35,7 +35,7 @@ def test_files_of_the_kit_and_of_the_tests_are_not_too_long() -> None:
 
 
 def map_of_the_code() -> str:
-    """The first code block under the README's heading."""
+    """Return the first code block under this heading of the README."""
     _, _, rest = (ROOT / "README.md").read_text("utf-8").partition("## The map of the code")
     assert rest, "README.md has no section 'The map of the code'"
     return rest.split("```")[1]

@@ -1,4 +1,4 @@
-"""What is installed is what is in the tree."""
+"""The installed package has the files of the tree."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_every_package_folder_is_installed() -> None:
 
 
 def test_the_wheel_holds_code_and_no_corpus() -> None:
-    """The 12 MB of cases stay in the repository."""
+    """The cases (12 MB) stay in the repository."""
     data = PROJECT["tool"]["setuptools"]["package-data"]
     assert data["peraxis_conformance"] == ["py.typed"]
     assert not (ROOT / "MANIFEST.in").exists()

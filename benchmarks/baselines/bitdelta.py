@@ -1,4 +1,4 @@
-"""BitDelta: W = W_b + a sign(D), one scalar a = mean |D| a module; then the scalars are distilled end to end."""
+"""BitDelta: W = W_b + a sign(D), with one scalar a = mean |D| per module. The scalars are then distilled end to end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["bitdelta"]
 def bitdelta(
     pair: Pair, distill_ids: torch.Tensor | None, *, lr: float = 1e-4, epochs: int = 5
 ) -> dict[str, SignedLinear]:
-    """Modules by the name of their layer. distill_ids: int64 [samples, length]; None: the initial scalars."""
+    """Return layer name -> module. distill_ids: int64 [samples, length]; None keeps the initial scalars."""
     modules = {
         name: SignedLinear.of(name, student.weight.detach().clone(), teacher.weight, Axis.TENSOR)
         for name, teacher, student in pair.linears()

@@ -1,8 +1,8 @@
-"""End-to-end distillation as both papers have it: all scales at once, AdamW, mean squared error on the logits.
+"""End-to-end distillation as in both papers: AdamW on all scales at once, mean squared error on the logits.
 
     minimise over all scales   mean over tokens and vocabulary of (logits_student - logits_teacher)^2
 
-One sample a step, constant learning rate, the teacher's logits computed as they are needed.
+A step takes one sample. The learning rate is constant. The teacher's logits are computed when they are needed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Trainable(Protocol):
 def distill(
     pair: Pair, modules: Mapping[str, Trainable], ids: Tensor, *, lr: float, epochs: int, seed: int = 0
 ) -> None:
-    """Train the parameters of `modules` in place. ids: int64 [samples, length]."""
+    """Train the parameters of `modules` (layer name -> module) in place. ids: int64 [samples, length]."""
     parameters = [parameter.requires_grad_(True) for module in modules.values() for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     generator = torch.Generator().manual_seed(seed)

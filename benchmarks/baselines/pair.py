@@ -1,7 +1,7 @@
-"""A pair of models in memory, the modules that the baselines compress, and the file that they write.
+"""The pair of models in memory, the modules that the baselines compress, and the file that they write.
 
-A signed linear is  W = W_b + S o B,  B = sign(W_f - W_b) (0 counts as +), S >= 0 a scalar, a vector [d_out, 1] (row)
-or a vector [1, d_in] (col). Embeddings, lm_head, norms and biases stay exact, as in both papers.
+A signed linear is  W = W_b + S o B  with  B = sign(W_f - W_b), where the sign of 0 is +1. S >= 0 is a scalar, a vector
+[d_out, 1] (row) or a vector [1, d_in] (col). Embeddings, lm_head, norms and biases stay exact, as in both papers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Pair", "SignedLinear", "load_pair", "read_samples", "write_pxd"]
 
 @dataclass(slots=True)
 class SignedLinear:
-    """One module: base weight and signs (+1, -1) float32 [d_out, d_in]; scale: [], [d_out, 1] or [1, d_in] float32."""
+    """One module. base and signs (+1, -1): float32 [d_out, d_in]. scale: float32 [], [d_out, 1] or [1, d_in]."""
 
     name: str
     base: Tensor
@@ -38,7 +38,7 @@ class SignedLinear:
 
     @classmethod
     def of(cls, name: str, base: Tensor, fine_tuned: Tensor, axis: pxd.Axis) -> SignedLinear:
-        """Signs of the delta and its mean magnitude along the axis."""
+        """Return the module with the signs of the delta and its mean magnitudes along the axis as scales."""
         delta = fine_tuned - base
         size = delta.abs()
         means = {
@@ -53,13 +53,13 @@ class SignedLinear:
         return [self.scale]
 
     def weight(self) -> Tensor:
-        """float32 [d_out, d_in], differentiable in `scale`."""
+        """Return the weight, float32 [d_out, d_in], differentiable with respect to `scale`."""
         return self.base + self.scale * self.signs
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """teacher: the fine-tuned model. student: the same architecture with the base's linears, all else fine-tuned."""
+    """teacher: the fine-tuned model. student: the same model with the linears of the base."""
 
     base: Path
     fine_tuned: Path
@@ -67,14 +67,14 @@ class Pair:
     student: nn.Module
 
     def linears(self) -> Iterator[tuple[str, nn.Linear, nn.Linear]]:
-        """(name, teacher's, student's) linear layers of the decoder blocks, in execution order."""
+        """Yield (name, teacher's linear, student's linear) of the decoder blocks in execution order."""
         names = [n for n, m in self.student.named_modules() if isinstance(m, nn.Linear) and layer_of(n) is not None]
         for name in sorted(names, key=execution_key):
             yield name, self.teacher.get_submodule(name), self.student.get_submodule(name)  # type: ignore[misc]
 
 
 def load_pair(base: Path, fine_tuned: Path) -> Pair:
-    """Both models in float32 on the CPU. The student has the fine-tune's exact tensors from the start."""
+    """Load both models in float32 on the CPU. The student has the exact tensors of the fine-tune from the start."""
     options: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
     with quiet_transformers():
         pair = Pair(
@@ -95,7 +95,7 @@ def load_pair(base: Path, fine_tuned: Path) -> Pair:
 
 
 def read_samples(fine_tuned: Path, source: Path, *, samples: int, length: int, seed: int = 0) -> Samples:
-    """Tokens by the same code as `compress` takes them: the first 50 of 150 are those that it fits on."""
+    """Read samples with the code of `compress`: the first 50 of 150 samples are those that `compress` fits on."""
     return load_samples(str(source), load_tokenizer(fine_tuned), samples=samples, length=length, seed=seed)
 
 
@@ -107,7 +107,7 @@ def write_pxd(
     merged: Mapping[str, Tensor] | None = None,
     samples: Samples | None = None,
 ) -> pxd.Manifest:
-    """Write one mask for each of `modules` (by the name of the layer), and everything else exactly.
+    """Write one sign component for each of `modules` (layer name -> module) and all other tensors exactly.
 
     merged: float32 weights that replace the fine-tune's, by the name of the layer; they are rounded to its dtype.
     """
@@ -157,7 +157,7 @@ def _module(
 
 def _component(signed: SignedLinear) -> pxd.Component:
     scale = signed.scale.detach().double().reshape(-1)
-    # A negative scale turns its row or column; the format keeps magnitudes (SPEC 5.4).
+    # The scales of the format are not negative (SPEC 5.4), so a negative scale flips the signs of its row or column.
     signs = signed.signs * torch.where(signed.scale.detach() < 0, -1.0, 1.0)
     values, exponent = pxd.encode_scales(np.abs(scale.numpy()))
     field = {pxd.Axis.ROW: "row", pxd.Axis.COL: "col", pxd.Axis.TENSOR: "scalar"}[signed.axis]

@@ -1,18 +1,19 @@
-"""Per-Axis Weight Deltas, its procedure as published: activation matching per module, then distillation.
+"""The published procedure of Per-Axis Weight Deltas: activation matching per module, then distillation.
 
     for each linear layer of each block, in order:
-        run the whole student and the whole teacher on every calibration and validation sample; keep what the
-        student feeds the layer (X) and what the teacher's layer gives out (Y)
+        run the whole student and the whole teacher on every calibration and validation sample; keep the inputs of
+        the student's layer (X) and the outputs of the teacher's layer (Y)
         for axis in row, col:
             S = mean |D| along the axis
-            5 epochs, one sample a step:  AdamW on S,  minimising  mean (Y - X (W_b + S o B)^T - bias)^2
-        keep the axis of less error on the validation samples; put the layer into the student
+            5 epochs, one sample per step:  AdamW on S,  minimising  mean (Y - X (W_b + S o B)^T - bias)^2
+        keep the axis with the smaller error on the validation samples; put the layer into the student
     distil all scales end to end on the logits
 
-Its hyperparameters: 50 calibration samples, AdamW with learning rate 1e-4 for row and 1e-5 for col, 5 epochs; 150
-samples and 1e-5 for the distillation. The published code spends 110 forward passes a module: 55 samples through two
-models; here the last 5 of them validate. Faults of that code (a student started as a copy of the fine-tune, a dropped
-bias, the axis chosen on the last training batch) are left out: they would only make it worse.
+The hyperparameters are 50 calibration samples, AdamW with learning rate 1e-4 for row and 1e-5 for col, and 5 epochs.
+The distillation takes 150 samples and learning rate 1e-5. The published code runs 110 forward passes per module: 55
+samples through two models. Here the last 5 of the 55 are for validation. Three faults of that code are left out,
+because they only make the results worse: the student starts as a copy of the fine-tune, the bias is dropped, and the
+axis is chosen on the last training batch.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ __all__ = ["PaperSettings", "fit_modules", "paper"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaperSettings:
-    """The paper's hyperparameters. batch: samples in one forward pass while activations are gathered."""
+    """The hyperparameters of the paper. batch: samples per forward pass when activations are collected."""
 
     row_lr: float = 1e-4
     col_lr: float = 1e-5
@@ -51,7 +52,10 @@ def paper(
     *,
     settings: PaperSettings | None = None,
 ) -> dict[str, SignedLinear]:
-    """The whole procedure. ids: int64 [samples, length]; distill_ids None: no distillation. Changes pair.student."""
+    """Run the procedure. Returns layer name -> module and changes pair.student.
+
+    The ids are int64 [samples, length]. Without distill_ids there is no distillation.
+    """
     settings = settings or PaperSettings()
     modules = fit_modules(pair, fit_ids, validation_ids, settings)
     if distill_ids is not None:
@@ -67,7 +71,7 @@ def fit_modules(
     *,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, SignedLinear]:
-    """One module after the other, each put into pair.student before the next is looked at."""
+    """Fit one module after the other. Each goes into pair.student before the next one is fitted."""
     modules: dict[str, SignedLinear] = {}
     ids = torch.cat([fit_ids, validation_ids])
     for name, teacher, student in pair.linears():
@@ -89,7 +93,7 @@ def fit_modules(
 
 @torch.no_grad()
 def _gather(model: nn.Module, layer: nn.Linear, ids: Tensor, batch: int, *, output: bool) -> list[Tensor]:
-    """What the layer is fed, or gives out, for each sample: [length, width]; whole-model forward passes."""
+    """Return the inputs or outputs of a layer for each sample, [length, width], from forward passes of the model."""
     seen: list[Tensor] = []
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:

@@ -1,7 +1,8 @@
-"""The paper's procedure with its learning rates tuned: on text that neither fits nor judges, one rate after the other.
+"""The paper's procedure with tuned learning rates. The tuning text is neither a fitting text nor an evaluation text.
 
-From the paper's own rate upwards by factors of about three, as long as the KL on the tuning text falls: first one
-rate for the fits of rows and columns, then, on the best fit, one for the distillation.
+A search starts at the paper's rate and goes up by factors of about three while the KL divergence on the tuning text
+falls. The first search tunes one rate for the fits of rows and columns. The second tunes the rate of the distillation
+from the best fit.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ __all__ = ["paper_tuned"]
 
 T = TypeVar("T")
 Modules = dict[str, SignedLinear]
-_PATIENCE = 1  # rates without an improvement before the search ends
+_PATIENCE = 1  # number of rates without an improvement that the search accepts
 
 
 def paper_tuned(
     load: Callable[[], Pair], fit_ids: Tensor, validation_ids: Tensor, distill_ids: Tensor, tuning_ids: Tensor
 ) -> tuple[Modules, PaperSettings]:
-    """The best modules and the settings that gave them. load: a fresh pair, as a fit changes its student."""
+    """Return the best modules and their settings. load: returns a new pair, because a fit changes the student.
+
+    The ids are int64 [samples, length].
+    """
 
     def fit(lr: float) -> tuple[Pair, Modules]:
         pair = load()

@@ -1,8 +1,8 @@
-"""Mutated files through several loaders: all accept, or all reject in the same phase.
+"""Run mutated files through several loaders, which must all accept a file or all reject it in the same phase.
 
     python -m tests.conformance.differential --seconds 300
 
-Where loaders differ, one of them is wrong or SPEC.md says too little, and the corpus lacks a case. The file is kept.
+If loaders differ, one of them is wrong or SPEC.md is incomplete, and the corpus lacks a case. The file is kept.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from tests.conformance.mutations import mutate
 __all__ = ["disagreements", "loaders", "main"]
 
 Loaders = Mapping[str, Any]
-# What is said of files with the feature `exact`, and of its modules.
+# The fields of a reply about files with the feature `exact`, and about its modules.
 CHAIN = ("previous", "result")
 UPDATE = ("index_sha256", "data_sha256", "result_sha256")
 
 
 @contextlib.contextmanager
 def loaders(folder: Path) -> Iterator[dict[str, Any]]:
-    """name -> a function from arguments to a Reply."""
+    """Yield loader name -> a function from arguments to a Reply."""
     compiled = compiled_loader(folder)
     commands = {"reference": reference_loader(), "javascript": node_loader(), "small": wrong_loader()}
     servers = {name: Server([*command, "serve"]) for name, command in commands.items()}
@@ -52,20 +52,20 @@ def loaders(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def verdict(reply: Reply) -> str:
-    """What has to be the same: the exit status, the phase of a rejection, the content of an accepted file."""
+    """Return what loaders must agree on: the exit status, the phase of a rejection, the content of an accepted file."""
     if reply.problem or not isinstance(reply.result, dict):
         return f"broken: {reply.problem or reply.result}"
     if reply.exit == 1:
         return f"rejected: {reply.result.get('phase')}"
     content = {key: reply.result.get(key) for key in ("content_id", "tied", "dropped", "assets", "metadata", *CHAIN)}
-    # What the protocol asks for of a module; a loader may say more.
+    # The fields that the protocol requires of a module; a loader may give more.
     keys = ("name", "dtype", "shape", "encoding", "components", "exact_sha256", *UPDATE)
     modules = [{key: module.get(key) for key in keys} for module in reply.result.get("modules", [])]
     return f"{reply.exit}: {json.dumps([content, modules], sort_keys=True)}"
 
 
 def disagreements(asked: Loaders, inputs: Iterator[bytes], path: Path) -> Iterator[tuple[bytes, dict[str, str]]]:
-    """The inputs on which loaders differ, with what each says."""
+    """Yield the inputs on which loaders differ, with each loader's verdict."""
     for data in inputs:
         path.write_bytes(data)
         said = {name: verdict(ask(["decode", str(path)])) for name, ask in asked.items()}
@@ -74,7 +74,7 @@ def disagreements(asked: Loaders, inputs: Iterator[bytes], path: Path) -> Iterat
 
 
 def mutated(seed: int, runs: int, until: float, counter: list[int]) -> Iterator[bytes]:
-    """Mutated files; counter[0] counts them."""
+    """Yield mutated files. counter[0] counts them."""
     source, seeds = random.Random(seed), seed_files()
     while counter[0] < runs and time.monotonic() < until:
         counter[0] += 1
@@ -82,7 +82,7 @@ def mutated(seed: int, runs: int, until: float, counter: list[int]) -> Iterator[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Exit status 0 if all loaders agreed."""
+    """Run the command. Returns 0 if all loaders agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=10**9)
     parser.add_argument("--seconds", type=float, default=300)

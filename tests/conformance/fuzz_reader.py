@@ -1,4 +1,4 @@
-"""Fuzz the reader: only PXD errors come out, memory is bounded, and what is accepted the Rust parser accepts too.
+"""Fuzz the reader: it raises only PXD errors, its memory is bounded, and the Rust parser accepts what it accepts.
 
     python -m tests.conformance.fuzz_reader --seconds 900             random decisions, or
     python -m tests.conformance.fuzz_reader --large --seconds 900     the same on headers of up to 64 MiB, or
@@ -29,12 +29,12 @@ MEMORY_MIB = 64
 
 
 class Failure(Exception):  # noqa: N818  not an error of the program
-    """A rule does not hold for an input."""
+    """An input breaks a rule."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """What was run. headers: accepted by steps 1 to 8; files: by 1 to 11. beyond_mib: memory beyond the file."""
+    """The counts of a run. headers: accepted by steps 1 to 8; files: by 1 to 11. beyond_mib: memory beyond the file."""
 
     inputs: int = 0
     headers: int = 0
@@ -52,7 +52,7 @@ class Tally:
 
 
 def seed_files() -> list[bytes]:
-    """Every stored file of the corpus, small ones twice as likely to be whole."""
+    """Return every stored file of the corpus; small files are twice as likely to be whole."""
     import peraxis_conformance
 
     root = Path(peraxis_conformance.__file__).parent
@@ -64,7 +64,7 @@ def seed_files() -> list[bytes]:
 
 
 def large_files() -> list[bytes]:
-    """The files of the corpus that the kit makes: the limits of SPEC 9, and bombs."""
+    """Return the files of the corpus that the kit generates: the limits of SPEC 9, and bombs."""
     from peraxis_conformance.generator.large import LARGE
 
     return [make() for make in LARGE.values()]
@@ -75,15 +75,15 @@ def peak_mib() -> int:
 
 
 def status_mib(key: str) -> int:
-    """VmRSS or VmHWM of this process (Linux)."""
+    """Return VmRSS or VmHWM of this process in MiB (Linux)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) >> 10
 
 
 class Fuzzer:
-    """Checks inputs and counts them. reader: (bytes) -> (header, manifest), the function under test.
+    """Checks and counts inputs. reader: (bytes) -> (header, manifest), the function under test.
 
-    large: measure the memory of each input by itself (Linux), which takes too long for small ones.
+    large: measure the memory of each input separately (Linux), which takes too long for small inputs.
     """
 
     def __init__(self, scratch: Path, reader: Callable[[bytes], Any] | None = None, *, large: bool = False) -> None:
@@ -102,10 +102,10 @@ class Fuzzer:
         self.start_mib = 0
 
     def check(self, data: bytes) -> None:
-        """One input. Raises Failure, or whatever escapes the reader."""
+        """Check one input. Raises Failure, or any exception that the reader lets through."""
         self.tally.inputs += 1
         if self.large:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the current memory
             self.start_mib = status_mib("VmRSS")
         try:
             header, manifest = self.reader(data)
@@ -118,7 +118,7 @@ class Fuzzer:
         self.check_whole(data, manifest)
 
     def check_memory(self, size: int) -> None:
-        """The peak of the process: what one input takes beyond the first hundred can only be its own."""
+        """Check the peak memory of the process. After the first hundred inputs, growth is due to the last input."""
         if self.large:
             growth = status_mib("VmHWM") - self.start_mib
         else:
@@ -127,12 +127,12 @@ class Fuzzer:
             growth = peak_mib() - self.start_mib if self.start_mib else 0
         beyond = growth - (size >> 20)
         self.tally.beyond_mib = max(self.tally.beyond_mib, beyond)
-        # SPEC 12: eight times the header beside 8 MiB; a process that has read many files keeps some more.
+        # SPEC 12: eight times the header and 8 MiB. A process that has read many files keeps some more.
         if beyond > max(MEMORY_MIB, 8 + 8 * (size >> 20)):
             raise Failure(f"memory grew by {growth} MiB on an input of {size} bytes")
 
     def compare_with_rust(self, header: Any, data: bytes) -> None:
-        """The Rust parser accepts the file, with the same tensors."""
+        """Check that the Rust parser accepts the file and finds the same tensors."""
         try:
             theirs = dict(self.rust.deserialize(data))
         except self.rust.SafetensorError as error:
@@ -149,7 +149,7 @@ class Fuzzer:
                 raise Failure(f"{name!r} is another tensor than the Rust parser's")
 
     def check_whole(self, data: bytes, manifest: Any) -> None:
-        """The file on a disk: the same manifest, then steps 9 to 11 and every module."""
+        """Check the file on a disk: it has the same manifest, passes steps 9 to 11, and every module loads."""
         self.scratch.write_bytes(data)
         with contextlib.suppress(self.pxd.PxdError), self.pxd.open(self.scratch) as delta:
             if delta.manifest != manifest:
@@ -168,7 +168,7 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def keep(data: bytes, error: BaseException, folder: Path) -> Path:
-    """Write an input that breaks a rule where a person can find it."""
+    """Write an input that breaks a rule to the folder of crashes."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{hashlib.sha256(data).hexdigest()[:16]}.pxd"
     path.write_bytes(data)
@@ -241,7 +241,7 @@ def run_atheris(given: argparse.Namespace, scratch: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Exit status 0 if every rule held."""
+    """Run the command. Returns 0 if no input breaks a rule."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("random", "atheris"), default="random")
     parser.add_argument("--large", action="store_true")

@@ -1,4 +1,4 @@
-"""Where the kit and its loaders lie, and what each test of them needs."""
+"""The paths of the kit and its loaders, and helpers that their tests share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 
 KIT = Path(peraxis_conformance.__file__).parent
 SPEC = Path(__file__).parents[2] / "SPEC.md"
-# Headers of up to 64 MiB: `make conformance` runs them, the tests leave them out.
+# Cases with headers of up to 64 MiB. `make conformance` runs them; the tests leave them out.
 SLOW = (
     "hostile/limit-limits-met",
     "hostile/limit-header-largest",
@@ -46,13 +46,13 @@ def reference_loader() -> list[str]:
 
 
 def wrong_loader(switch: str = "") -> list[str]:
-    """The small reader, right or wrong in one way."""
+    """The small reader, correct or with one mistake."""
     command = [sys.executable, "-S", str(KIT / "loaders" / "wrong" / "adapter.py")]
     return [*command, "--wrong", switch] if switch else command
 
 
 def node_loader() -> list[str]:
-    """The loader in JavaScript; the test skips where Node is absent."""
+    """The loader in JavaScript. The test skips if Node is not installed."""
     node = shutil.which("node")
     if node is None:
         pytest.skip("no node on this machine")
@@ -71,7 +71,7 @@ def _build(folder: Path) -> Path:
 
 
 def compiled_loader(folder: Path) -> list[str]:
-    """The loader in C, built with warnings as errors and with sanitizers, whose findings end it with status 99."""
+    """The loader in C, built with warnings as errors and with sanitizers, which end it with status 99 on a finding."""
     os.environ["ASAN_OPTIONS"] = "exitcode=99"
     os.environ["UBSAN_OPTIONS"] = "halt_on_error=1:exitcode=99"
     return [str(_build(folder))]

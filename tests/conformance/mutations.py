@@ -1,9 +1,9 @@
-"""Structure-aware mutations of PXD files: one engine for a random and for a coverage-guided fuzzer.
+"""Structure-aware mutations of PXD files for a random fuzzer and for a coverage-guided one.
 
-A mutation takes its decisions from `pick(n)`, an integer in [0, n): a random generator gives them, or the bytes
-that atheris evolves. It works at one of four depths and repairs what stands above it, so that the reader's later
-steps are reached: raw bytes; the header (N and spaces repaired); the manifest (canonical text and base digest
-repaired); the payload (digests repaired).
+A mutation takes its decisions from `pick(n)`, an integer in [0, n). They come from a random generator or from the bytes
+that atheris evolves. It works at one of four depths and repairs the layers above it, so that it reaches the later steps
+of the reader: raw bytes; the header (N and spaces repaired); the manifest (canonical text and base digest repaired);
+the payload (digests repaired).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ TOKENS = (
     b"[" * 30,
     b'{"a":' * 12,
 )
-BROKEN = (TypeError, KeyError, ValueError, AttributeError, IndexError, StopIteration)  # what a changed tree may raise
+BROKEN = (TypeError, KeyError, ValueError, AttributeError, IndexError, StopIteration)  # raised for a changed tree
 
 
 def some(pick: Pick, items: Sequence[Any]) -> Any:
@@ -107,7 +107,7 @@ def some(pick: Pick, items: Sequence[Any]) -> Any:
 
 
 def raw(pick: Pick, data: bytes) -> bytes:
-    """Change a few bytes, or cut, repeat, insert."""
+    """Change a few bytes, or cut, repeat or insert some."""
     at = pick(len(data) + 1)
     size = 1 + pick(16)
     kind = pick(8)
@@ -129,7 +129,7 @@ def raw(pick: Pick, data: bytes) -> bytes:
 
 
 def split(data: bytes) -> tuple[bytes, bytes] | None:
-    """Header without its spaces, and data."""
+    """Return the header without its spaces, and the data."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 4096 or length > len(data) - 8:
         return None
@@ -137,7 +137,7 @@ def split(data: bytes) -> tuple[bytes, bytes] | None:
 
 
 def parsed(data: bytes) -> tuple[dict[str, Any], list[dict[str, Any]], bytes] | None:
-    """Manifest, records and payload, or None where the file is not read so easily."""
+    """Return manifest, records and payload, or None if the file is not parsed as JSON."""
     parts = split(data)
     try:
         header = json.loads(parts[0]) if parts else None
@@ -153,10 +153,10 @@ ENCODER = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", 
 
 
 def joined(manifest: Any, records: Any, payload: bytes) -> bytes:
-    """The file again; what cannot be written as text is replaced."""
+    """Return the file of these parts. Text that cannot be encoded is replaced."""
     text = ENCODER.encode(manifest)
     if not text.isascii():
-        text = canonical(manifest)  # whose order of keys differs beyond ASCII
+        text = canonical(manifest)  # its order of keys differs beyond ASCII
     entries = [MAGIC + '1.0","manifest":' + quoted(text) + "}"]
     for record in records:
         fields = {key: value for key, value in record.items() if key != "name"}
@@ -165,7 +165,7 @@ def joined(manifest: Any, records: Any, payload: bytes) -> bytes:
 
 
 def header(pick: Pick, data: bytes) -> bytes:
-    """Change the header's text, and repair N and the spaces."""
+    """Change the text of the header, and repair N and the spaces."""
     parts = split(data)
     if parts is None:
         return raw(pick, data)
@@ -173,7 +173,7 @@ def header(pick: Pick, data: bytes) -> bytes:
 
 
 def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The path of every value under `value`."""
+    """Return the path of every value under `value`."""
     found = [path] if path else []
     items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, child in items:
@@ -182,7 +182,7 @@ def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def changed(pick: Pick, tree: Any) -> Any:
-    """Replace, remove, repeat or move one value of a tree of JSON, which is the caller's own."""
+    """Replace, remove, repeat or move one value of a JSON tree, in place."""
     found = paths(tree)
     if not found:
         return tree
@@ -264,7 +264,7 @@ def repair(held: dict[str, Any], listed: list[dict[str, Any]], body: bytes) -> N
 
 
 def crossed(pick: Pick, data: bytes, other: bytes) -> bytes:
-    """The header of one file before the data of another."""
+    """Return the header of one file followed by the data of another."""
     a, b = split(data), split(other)
     return raw(pick, data) if a is None or b is None else frame(a[0], b[1])
 
@@ -273,7 +273,7 @@ LEVELS = (raw, header, header, manifest, manifest, manifest, records, records, p
 
 
 def mutate(pick: Pick, seeds: Sequence[bytes]) -> bytes:
-    """One to three mutations of one seed."""
+    """Apply one to three mutations to one seed."""
     data: bytes = some(pick, seeds)
     for _ in range(1 + pick(3)):
         data = crossed(pick, data, some(pick, seeds)) if pick(24) == 0 else some(pick, LEVELS)(pick, data)
@@ -281,7 +281,7 @@ def mutate(pick: Pick, seeds: Sequence[bytes]) -> bytes:
 
 
 def mutate_text(pick: Pick, seeds: Sequence[bytes]) -> bytes:
-    """One to three mutations of bytes or of the header's text: for files too large to be made a tree of JSON."""
+    """Apply one to three mutations to bytes or to the header's text, for files that are too large for a JSON tree."""
     data: bytes = some(pick, seeds)
     for _ in range(1 + pick(3)):
         data = (raw, header)[pick(2)](pick, data)

@@ -1,4 +1,4 @@
-"""The encoder of exact updates in the kit: the example of SPEC 13, and the choices of the reference library."""
+"""Test the kit's encoder of exact updates with the example of SPEC 13 and the choices of the reference library."""
 
 from __future__ import annotations
 
@@ -44,4 +44,4 @@ def test_the_cost_of_a_block_is_least_for_the_key_that_is_chosen() -> None:
     new = updates.changed("least", "BF16", old, 4, 6)
     chosen = len(blocks.keyed(old, new, FORM, blocks.key(old, new, FORM)))
     shortest = min(len(blocks.keyed(old, new, FORM, a)) for a in range(105, 136))
-    assert chosen <= shortest + 3  # the cost is an estimate: an escape and the last run are not counted to the bit
+    assert chosen <= shortest + 3  # the cost is an estimate: an escape and the last run are not counted exactly

@@ -14,7 +14,7 @@ TAG = re.compile(r"\[((?:E\d{3}|apply|encode)(?:, (?:E\d{3}|apply|encode))*)\]")
 
 
 def clauses() -> dict[str, str]:
-    """number -> text of every clause: from its bold number to the next clause or section."""
+    """Return number -> text of every clause, from its bold number to the next clause or section."""
     body = SPEC.read_text(encoding="utf-8").partition("## 2 Container")[2]
     parts = re.split(r"^(?:\*\*(\d+\.\d+)\*\*|## .*)", body, flags=re.MULTILINE)
     return {number: text for number, text in zip(parts[1::2], parts[2::2], strict=True) if number}
@@ -31,14 +31,14 @@ def tags(text: str) -> set[str]:
 
 
 def covers(case: Case, number: str, tag: str) -> bool:
-    """A case of an error is a rejection that names it; a case of apply or encode is one that is accepted."""
+    """Whether a case covers a tag: for an error a rejection that names it, for apply and encode an accepted case."""
     if tag in OPERATIONS:
         return case.clause == number and case.operation == tag
     return not case.accepts and tag in case.codes and (case.codes[0] == tag or case.clause == number)
 
 
 def missing() -> list[str]:
-    """What no case holds a loader to, sorted."""
+    """Return the sorted tags that no case covers."""
     wanted = sorted((number, tag) for number, text in CLAUSES.items() for tag in tags(text))
     return [f"{number} [{tag}]" for number, tag in wanted if not any(covers(c, number, tag) for c in CORPUS.cases)]
 

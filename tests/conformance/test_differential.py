@@ -1,4 +1,4 @@
-"""Four loaders that share no code say the same of mutated files (the long run is tests/conformance/differential.py)."""
+"""Four loaders that share no code agree on mutated files (the long run is tests/conformance/differential.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors of the reference reader name the clause that a file violates, over the whole corpus."""
+"""Over the whole corpus, errors of the reference reader name the clause that a file violates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import peraxis_format as pxd
 
 
 def check(corpus: Corpus, case: Case) -> None:
-    """All that the case's operation holds its file to."""
+    """Run every check that the operation of the case makes on its file."""
     with pxd.open(corpus.path(case, "file")) as delta:
         delta.verify(workers=1)
         if case.operation == "apply":
@@ -24,7 +24,7 @@ def check(corpus: Corpus, case: Case) -> None:
 def test_every_refusal_prints_code_and_clause_of_its_case(tmp_path: Path) -> None:
     corpus = Corpus(scratch=tmp_path)
     refused = [case for case in corpus.cases if not case.accepts and case.operation != "encode"]
-    # Files of up to 64 MiB take long, and one of 2^53 bytes needs a special file system.
+    # Files of up to 64 MiB take long, and a file of 2^53 bytes needs a special file system.
     large = {"make", "size"}
     small = [c for c in refused if not any(large & set(f) for f in c.files.values() if isinstance(f, dict))]
     differ = []
@@ -33,7 +33,7 @@ def test_every_refusal_prints_code_and_clause_of_its_case(tmp_path: Path) -> Non
             check(corpus, case)
         error = caught.value
         assert f"SPEC {error.clause})" in str(error)
-        # Some damage breaks two rules, and a case then names both codes; its clause is that of the first.
+        # Some damage breaks two rules. The case then names both codes and the clause of the first.
         if error.code not in case.codes or (error.code == case.codes[0] and error.clause != case.clause):
             differ.append(f"{case.id}: {error.code} of {error.clause}, must be {case.codes[0]} of {case.clause}")
     assert differ == []

@@ -1,4 +1,4 @@
-"""A bounded run of the fuzzers (the long one is `make fuzz`), and a check that they can find something."""
+"""A bounded run of the fuzzers (`make fuzz` is the long run), and a check that they find wrong readers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_only_pxd_errors_come_out_of_mutated_files(tmp_path: Path, capsys: pytes
     )
     assert found is not None
     inputs, headers, files = (int(number.replace(",", "")) for number in found.groups())
-    # A fuzzer of which nothing gets past the first checks would show little.
+    # A fuzzer whose inputs all fail the first checks would show little.
     assert inputs == 6000
     assert headers > 100
     assert 50 < files < headers
@@ -54,7 +54,7 @@ def read(data: bytes) -> Any:
 
 
 def lenient(data: bytes) -> Any:
-    """A reader that takes a file without its last byte, as many do."""
+    """A reader that accepts a file without its last byte, as many do."""
     try:
         return read(data)
     except pxd.ContainerError as error:
@@ -78,7 +78,7 @@ def test_the_fuzzer_finds_a_reader_that_crashes(tmp_path: Path) -> None:
 
 
 def found(folder: Path, reader: Any) -> type[BaseException] | None:
-    """What comes out within 5,000 inputs."""
+    """Return the failure that the fuzzer finds within 5,000 inputs."""
     fuzzer, seeds, source = Fuzzer(folder, reader), seed_files(), random.Random(5)
     for _ in range(5000):
         try:
@@ -90,7 +90,7 @@ def found(folder: Path, reader: Any) -> type[BaseException] | None:
 
 @pytest.mark.parametrize("level", sorted({level.__name__ for level in LEVELS}))
 def test_every_level_of_mutation_gives_files_that_differ(level: str) -> None:
-    """Otherwise a level would waste its share of the inputs."""
+    """A level that changes nothing would waste its share of the inputs."""
     source, seeds = random.Random(1), seed_files()
     function = next(function for function in LEVELS if function.__name__ == level)
     made = [(seed, function(lambda n: int(source.random() * n), seed)) for seed in seeds[:60]]

@@ -1,4 +1,4 @@
-"""The kit itself: its corpus, its judgement of adapters, its command and its plugin."""
+"""Test the kit: its corpus, its verdicts on adapters, its command and its plugin."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RIGHT = " ".join(wrong_loader())
 
 
 def script(folder: Path, body: str) -> list[str]:
-    """An adapter whose caps are right; `body` is what it does otherwise."""
+    """Write an adapter with correct caps. `body` is the rest of its code."""
     path = folder / "adapter.py"
     caps = json.dumps(json.dumps(CAPS))
     start = f"import json, os, sys, time\nif sys.argv[1] == 'caps':\n    print({caps}); sys.exit(0)\n"
@@ -38,7 +38,7 @@ def script(folder: Path, body: str) -> list[str]:
 
 
 def verdict(command: list[str], pattern: str) -> list[tuple[str, str]]:
-    """(status, detail) of the cases."""
+    """Return (status, detail) of the cases."""
     with laid_out() as corpus:
         summary = run_cases(Adapter(command), corpus, corpus.select([pattern]))
     return [(outcome.status, outcome.detail) for outcome in summary.outcomes]
@@ -66,7 +66,7 @@ def test_every_stored_file_has_the_digest_that_its_case_names() -> None:
 
 
 def test_the_kit_imports_the_standard_library_alone(tmp_path: Path) -> None:
-    # A folder in which the kit stands under its installed name, and nothing else.
+    # A folder that contains only the kit, under its installed name.
     (tmp_path / "peraxis_conformance").symlink_to(KIT)
     program = (
         "import sys, peraxis_conformance.cli, peraxis_conformance.generate\n"
@@ -279,7 +279,7 @@ def test_a_writer_is_held_to_every_byte(tmp_path: Path, change: str, part: str) 
 
 
 def test_the_ten_minute_path_of_the_readme_is_true(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The two pieces of code, and what the runner says of them, are those of conformance/README.md."""
+    """The two pieces of code and the runner's output about them are those of conformance/README.md."""
     text = (KIT / "README.md").read_text(encoding="utf-8")
     first, second = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     mine = tmp_path / "mine.py"

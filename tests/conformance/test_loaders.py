@@ -1,4 +1,4 @@
-"""The loaders that the project ships pass the kit. `make conformance` runs what is left out here for its time."""
+"""The loaders that the project ships pass the kit. `make conformance` runs the slow cases that are left out here."""
 
 from __future__ import annotations
 

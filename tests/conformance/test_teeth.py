@@ -1,7 +1,7 @@
 """No wrong loader survives the kit: every switch of loaders/wrong makes at least one case fail.
 
-The wrong loaders answer within this process, so that there can be many of them; the runner, the corpus and the
-judgement are the kit's own, and a few run as commands to show that it makes no difference.
+The wrong loaders answer in this process, so that there can be many of them. The runner, the corpus and the verdicts are
+those of the kit. A few loaders run as commands to show that this makes no difference.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SWITCHES: dict[str, str] = small.SWITCHES
 
 
 class InProcess(Adapter):
-    """The small reader behind the interface of an adapter, without a process."""
+    """The small reader with the interface of an adapter, in this process."""
 
     def __init__(self, switch: str) -> None:
         self.switch = switch
@@ -49,7 +49,7 @@ class InProcess(Adapter):
         return Reply(exit=status, result=result)
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing, because there is no process."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def corpus() -> Iterator[Corpus]:
 
 
 def until_it_fails(adapter: Adapter, corpus: Corpus, clause: str) -> Summary:
-    """Cases of the clause that the switch breaks come first, and the first failure ends the run."""
+    """Run the cases of the clause that the switch breaks first, and stop at the first failure."""
     ordered = sorted(corpus.select(skip=SLOW), key=lambda case: case.clause != clause)
     return run_cases(adapter, corpus, ordered, stop_at_first=True)
 
@@ -83,7 +83,7 @@ def test_the_kit_fails_a_wrong_loader_that_is_a_command(corpus: Corpus, switch: 
 
 
 def test_the_kit_passes_the_same_loader_when_it_is_right(corpus: Corpus) -> None:
-    """Otherwise the failures above could be the small reader's own."""
+    """This shows that the failures above are not failures of the small reader itself."""
     summary = run_cases(InProcess(""), corpus, corpus.select(skip=SLOW))
     assert [(o.case.id, o.detail) for o in summary.outcomes if o.status == "failed"] == []
     assert summary.passed

@@ -1,4 +1,4 @@
-"""A folder with all that the documents speak of: a small random pair, its texts, and deltas of it."""
+"""A folder with the files that the documents name: a small random pair, its texts, and deltas of it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base, tuned = write_pair(folder, config, dtype=torch.bfloat16)
     tuned.rename(folder / "fine-tuned")
     for path in (base, folder / "fine-tuned"):
-        # As the demo's tokenizer: the one special token ends each document.
+        # As in the demo's tokenizer, the only special token ends each document.
         settings = json.loads((path / "tokenizer_config.json").read_text("utf-8"))
         (path / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "</s>"}))
     write_text(folder / "calibration.jsonl", documents=160)

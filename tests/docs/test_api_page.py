@@ -1,4 +1,4 @@
-"""docs/api.md is what the package says."""
+"""docs/api.md agrees with the package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scripts of examples/ run as they are written."""
+"""The scripts in examples/ run as they are written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pages point to is there: files, headings, functions of the walks."""
+"""The targets of the pages exist: files, headings, and the functions of the walks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_every_decision_is_in_the_index() -> None:
 
 
 def walks() -> dict[str, list[tuple[str, str]]]:
-    """By walk: its hops, (file, function)."""
+    """Return the hops (file, function) of each walk."""
     found = {}
     for part in WALKS.split("\n### ")[1:]:
         title = part.splitlines()[0]

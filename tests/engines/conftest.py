@@ -1,4 +1,4 @@
-"""Tests marked `vllm` run the real engine, and skip, visibly, where it is not installed: see `make test-vllm`."""
+"""Tests marked `vllm` run the real engine (`make test-vllm`). They skip visibly if vLLM is not installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.engines.pair import make_chain, make_pair
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip where vLLM is absent."""
+    """Skip the tests marked `vllm` if vLLM is absent."""
     if find_spec("vllm") is not None:
         return
     for item in items:
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def untied(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A base with biases and an lm_head of its own, and three variants."""
+    """A base with biases and an untied lm_head, and three variants."""
     return make_pair(tmp_path_factory.mktemp("untied"), tied=False, seeds=(1, 2, 3))
 
 
@@ -33,5 +33,5 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def chain(untied: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Two exact updates of the untied base, and the checkpoints that they lead to."""
+    """Two exact updates of the untied base, and the checkpoints that they produce."""
     return make_chain(tmp_path_factory.mktemp("chain"), Path(untied["base"]), steps=2)

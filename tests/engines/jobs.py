@@ -1,4 +1,4 @@
-"""Jobs against the real vLLM. One process imports it; each job runs in a fork of its own, since an engine needs one.
+"""Jobs on the real vLLM. One process imports it, and each job runs in its own fork, because an engine needs a process.
 
 python -m tests.engines.jobs JOBS.json      [{"job": name, "result": path, ...}, ...]; results are written as JSON
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 __all__ = ["PROMPTS", "run_jobs"]
 
-# Several lengths; two of them share a prefix that is longer than a block of the cache.
+# Prompts of several lengths. Two of them share a prefix that is longer than a block of the cache.
 _LONG = [(7 * i) % 400 + 20 for i in range(150)]
 PROMPTS: list[list[int]] = [[1, 40, 50, 60, 70], [1, 300], _LONG, [*_LONG, 33, 34], [1, *range(100, 160)]]
 
@@ -46,9 +46,9 @@ WORKER = "peraxis_format.engines.vllm.worker.PeraxisWorker"
 
 
 def run_jobs(jobs: Sequence[dict[str, Any]], folder: Path, **environment: str) -> list[Any]:
-    """Run jobs in order, in another process. Raises AssertionError with its output where one fails.
+    """Run jobs in order in another process. Raises AssertionError with its output if a job fails.
 
-    environment: variables in the place of those of ENVIRONMENT.
+    environment: variables that override those of ENVIRONMENT.
     """
     for i, job in enumerate(jobs):
         job["result"] = str(folder / f"result-{i}.json")
@@ -71,7 +71,7 @@ def make_engine(model: str, **options: Any) -> Any:
 
 
 def generate(llm: Any, *, variants: Sequence[str | None] = (), paths: dict[str, str] | None = None) -> Any:
-    """For each prompt [tokens, log-probabilities, of the prompt too]; variants: one a prompt, in one batch."""
+    """Return [tokens, log-probabilities with the prompt's] of each prompt. variants: one per prompt, in one batch."""
     from vllm import SamplingParams, TokensPrompt
     from vllm.lora.request import LoRARequest
 
@@ -87,7 +87,7 @@ def generate(llm: Any, *, variants: Sequence[str | None] = (), paths: dict[str, 
 
 
 def _from_cache(llm: Any) -> list[int]:
-    """Tokens after the long prompt. Without prompt log-probabilities vLLM looks its blocks up in the prefix cache."""
+    """Return the tokens after the long prompt. Without prompt log-probabilities vLLM uses the prefix cache."""
     from vllm import SamplingParams, TokensPrompt
 
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -108,7 +108,7 @@ def _output(output: Any) -> Any:
 
 
 def job_plain(*, model: str, **options: Any) -> Any:
-    """A stock engine of a folder."""
+    """Run a stock engine on a folder."""
     return generate(make_engine(model, **options))
 
 
@@ -120,7 +120,7 @@ def job_swaps(
     bad_first: Sequence[str] = (),
     **options: Any,
 ) -> Any:
-    """An engine of the base; after each swap what it generates, and the weight version; errors before and after."""
+    """Run an engine on the base. Returns outputs and weight version after each swap, and errors before and after."""
     from peraxis_format.engines.vllm import use
 
     llm = make_engine(model, load_format="peraxis", weight_transfer_config={"backend": "peraxis"}, **options)
@@ -128,15 +128,15 @@ def job_swaps(
     found = []
     for delta in sequence:
         version = use(llm, delta)
-        cached = _from_cache(llm)  # before anything else could fill the cache with this variant's blocks
+        cached = _from_cache(llm)  # before another request can fill the cache with this variant's blocks
         found.append([version, llm.get_weight_version(), generate(llm), cached])
     errors = [_refusal(llm, delta) for delta in bad]
-    again = use(llm, sequence[-1])  # the reply to this call, not to one that failed
+    again = use(llm, sequence[-1])  # the reply to this call, not to an earlier one that failed
     return {"swaps": found, "first": first, "errors": errors, "again": again, "after": generate(llm)}
 
 
 def job_updates(*, model: str, updates: Sequence[str], bad: Sequence[str], delta: str, **options: Any) -> Any:
-    """An engine of the base; after each exact update what it generates, then errors, and what a variant then says."""
+    """Run an engine on the base. Returns its outputs after each exact update, the errors, and a variant's outputs."""
     from peraxis_format.engines.vllm import remove, update, use
 
     llm = make_engine(model, load_format="peraxis", weight_transfer_config={"backend": "peraxis"}, **options)
@@ -155,7 +155,7 @@ def job_updates(*, model: str, updates: Sequence[str], bad: Sequence[str], delta
 
 
 def _refusal(llm: Any, delta: str, action: Callable[[Any, str], Any] | None = None) -> str | None:
-    """The error of a swap, or of another action; None where there was none."""
+    """Return the error of a swap or of another action, or None."""
     from peraxis_format.engines.vllm import use
 
     try:
@@ -173,7 +173,7 @@ def job_variants(
     bad: Sequence[str] = (),
     **options: Any,
 ) -> Any:
-    """An engine that serves variants: what each batch gives, its counters, and the errors of adapters that are none."""
+    """Run an engine that serves variants. Returns the outputs of each batch, counters, and errors of bad adapters."""
     from vllm.lora.request import LoRARequest
 
     llm = make_engine(model, worker_cls=WORKER, enable_lora=True, **{"max_loras": 4, "max_cpu_loras": 4, **options})
@@ -201,13 +201,13 @@ def _store(worker: Any) -> dict[str, Any]:
 
 
 def _function(name: str) -> Any:
-    """A job of this file by its name, or of another module as `module:function`."""
+    """Return a job of this file by its name, or of another module as `module:function`."""
     module, _, function = name.partition(":")
     return getattr(import_module(module), function) if function else globals()[f"job_{name}"]
 
 
 def main(path: str) -> int:
-    """Run each job in a fork. Returns the exit status."""
+    """Run each job in a fork. Returns the exit code."""
     import vllm
 
     del vllm

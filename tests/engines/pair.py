@@ -1,4 +1,4 @@
-"""A small model with heads of 64 that vLLM serves, deltas of it, and the folders that `apply` makes of them."""
+"""A small model with head size 64 that vLLM serves, its deltas, and the folders that `apply` writes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor
 
 
 def make_base(folder: Path, *, tied: bool, seed: int = 0, **sizes: int) -> Path:
-    """A Llama of two layers with biases, random weights, and a tokenizer of words w0, w1, ...
+    """Write a Llama of two layers with biases, random weights, and a tokenizer of the words w0, w1, ...
 
-    sizes: of LlamaConfig, in the place of the small ones here.
+    sizes: fields of LlamaConfig that override the small ones here.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -72,7 +72,7 @@ def make_delta(
     base_id: str = "base",
     masks: int | None = None,
 ) -> Path:
-    """A delta with signs in every matrix (each axis in turn, some with two components) and exact norms and biases."""
+    """Write a delta with signs in every matrix (axes in turn, some with two components) and exact norms and biases."""
     tensors = load_file(base / "model.safetensors")
     rng = np.random.default_rng(seed)
     axes = tuple(pf.Axis)
@@ -90,7 +90,7 @@ def make_delta(
 
 
 def make_pair(folder: Path, *, tied: bool, seeds: Sequence[int]) -> dict[str, str]:
-    """base, and for each seed N a delta vN.pxd and its applied folder vN; the paths by these names."""
+    """Write base, and for each seed N a delta vN.pxd and its applied folder vN. Returns these names -> paths."""
     base = make_base(folder / "base", tied=tied)
     paths = {"base": str(base)}
     for seed in seeds:
@@ -102,7 +102,7 @@ def make_pair(folder: Path, *, tied: bool, seeds: Sequence[int]) -> dict[str, st
 
 
 def make_chain(folder: Path, base: Path, *, steps: int) -> dict[str, str]:
-    """A chain of exact updates that begins at a base, and a folder with the weights of each step.
+    """Write a chain of exact updates that begins at a base, and a folder with the weights of each step.
 
     chain: the folder with anchor-00000000.pxd, step-00000001.pxd, ...; step1, step2, ...: ordinary checkpoints.
     """
@@ -114,7 +114,7 @@ def make_chain(folder: Path, base: Path, *, steps: int) -> dict[str, str]:
         generator = torch.Generator().manual_seed(step)
         for name, tensor in sorted(live.items()):
             if step % 2 and name.endswith("norm.weight"):
-                continue  # stays, so that it is `same`
+                continue  # does not change, so it is `same`
             chosen = torch.rand(tensor.shape, generator=generator) < 0.1
             tensor[chosen] = (tensor[chosen] * 1.5 + 0.05).to(tensor.dtype)
         writer.step()

@@ -1,4 +1,4 @@
-"""A vLLM server of its own process, and requests to it."""
+"""A vLLM server in its own process, and requests to it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _START_SECONDS = 300
 
 
 class Server:
-    """Requests to one server. Each answers (status, parsed body)."""
+    """Requests to one server. Each returns (status, parsed body)."""
 
     def __init__(self, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
         self.url = f"http://127.0.0.1:{port}"
@@ -50,7 +50,7 @@ class Server:
         return self.request("POST", path, body)
 
     def stream(self, path: str, body: Any) -> Iterator[Any]:
-        """The events of a streamed answer, as they come."""
+        """Yield the events of a streamed answer as they arrive."""
         data = json.dumps(body | {"stream": True}).encode()
         asked = urllib.request.Request(self.url + path, data=data, headers={"Content-Type": "application/json"})
         with urllib.request.urlopen(asked, timeout=90) as answer:
@@ -60,7 +60,7 @@ class Server:
                     yield json.loads(data)
 
     def complete(self, model: str, prompt: Sequence[int], *, tokens: int = 12) -> Any:
-        """[tokens, log-probabilities] of a greedy completion."""
+        """Return [tokens, log-probabilities] of a greedy completion."""
         body = {
             "model": model,
             "prompt": list(prompt),
@@ -77,7 +77,7 @@ class Server:
 
 
 def together(calls: list[Callable[[], Any]]) -> list[Any]:
-    """The results of calls that run at the same time."""
+    """Run calls at the same time and return their results."""
     found: list[Any] = [None] * len(calls)
 
     def run(i: int) -> None:
@@ -92,7 +92,7 @@ def together(calls: list[Callable[[], Any]]) -> list[Any]:
 
 
 def family_of(server: Server) -> dict[int, str]:
-    """The processes of a server: id -> command line."""
+    """Return process id -> command line of all processes of a server."""
     found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in found.splitlines()[1:]]
     family = {server.process.pid}
@@ -110,7 +110,7 @@ def _parsed(data: bytes) -> Any:
 
 @contextmanager
 def serve(model: str, *arguments: str, log: Path, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """A server of a base, named `base`; ended with the block. Raises AssertionError with its log where it ends."""
+    """Run a server of a base, named `base`, during the block. Raises AssertionError with its log if it ends."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

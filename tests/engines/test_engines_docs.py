@@ -1,4 +1,4 @@
-"""docs/engines.md says what the code does: its commands name options, routes and classes that exist."""
+"""The commands of docs/engines.md name options, routes and classes that exist."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """Every shell command, continued lines joined, comments left out."""
+    """Return every shell command, with continued lines joined and without comments."""
     lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 

@@ -1,7 +1,7 @@
-"""Laws of the plug-in, on the real vLLM: the reference is always a stock engine of the applied folder.
+"""Laws of the plug-in on the real vLLM. The reference is always a stock engine on the applied folder.
 
-`make test-vllm` makes the environment. All engines run in forks of one process (jobs.py), all at once, so that each is
-started once for all the tests that look at it.
+`make test-vllm` creates the environment. All engines run in forks of one process (jobs.py) before the tests, so that
+each engine starts once for all tests that use its outputs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Found = dict[str, Any]
 
 
 def damaged(path: Path, source: str) -> str:
-    """A copy of a delta with one byte of its payload changed."""
+    """Write a copy of a delta with one changed byte in its payload."""
     data = bytearray(Path(source).read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -34,7 +34,7 @@ def damaged(path: Path, source: str) -> str:
 def found(
     untied: dict[str, str], tied: dict[str, str], chain: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Found:
-    """What every engine gave, by name."""
+    """The outputs of every engine, by name."""
     folder = tmp_path_factory.mktemp("engines")
     broken = damaged(folder / "damaged.pxd", untied["v2.pxd"])
     alien = str(make_delta(folder / "alien.pxd", Path(tied["v1"]), seed=9))
@@ -121,7 +121,7 @@ def found(
 
 
 def mixed(found: Found, names: list[str | None], prefix: str = "") -> list[Any]:
-    """What a batch of these variants should give: each prompt's output of its own stock engine."""
+    """Return the expected outputs of a batch of these variants: for each prompt those of its own stock engine."""
     return [found[prefix + (name or "base")][i] for i, name in enumerate(names)]
 
 
@@ -222,12 +222,12 @@ def test_a_mixed_batch_by_signs_stays_near_each_variants_own_model(found: Found)
     assert batches[2] == found["base"]
     for batch, expected in ((batches[0], mixed(found, MIXED)), (batches[1], found["v2"])):
         for (_, _, own), (_, _, reference) in zip(batch, expected, strict=True):
-            # Prompt log-probabilities: the same text, so that rounding is all that can differ (BF16, two layers).
+            # Prompt log-probabilities are of the same text, so only rounding can differ (BF16, two layers).
             assert max(abs(a - b) for a, b in zip(own, reference, strict=True)) < 0.25
 
 
 def test_a_variant_in_memory_is_an_eighth_of_the_weights(found: Found) -> None:
-    # One or two masks of a sixteenth each, scales, exact norms and biases.
+    # One or two masks of a sixteenth of the weights each, scales, exact norms and biases.
     store = found["exact"]["store"]
     assert set(store["bytes"]) == {"v1", "v2", "v3"}
     assert all(size < store["weights"] / 8 for size in store["bytes"].values())

@@ -1,4 +1,4 @@
-"""What goes wrong costs the requests that it concerns an error, and nothing else: on the real server, over HTTP."""
+"""On the real server, over HTTP, a fault fails only the requests that it concerns."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def references(untied: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def deltas(untied: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """v1 and v2, which tests may overwrite; one with a byte changed; one of another base."""
+    """v1 and v2, which tests may overwrite, a delta with a changed byte, and a delta of another base."""
     folder = tmp_path_factory.mktemp("deltas")
     paths = {name: Path(shutil.copy(untied[f"{name}.pxd"], folder / f"{name}.pxd")) for name in ("v1", "v2")}
     paths["damaged"] = folder / "damaged.pxd"
@@ -44,7 +44,7 @@ def deltas(untied: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
 def crowded(
     untied: dict[str, str], deltas: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """A server of two variants with room for one of them."""
+    """A server of two variants with memory for one of them."""
     with serve(
         untied["base"],
         *("--worker-cls", WORKER, "--enable-lora", "--max-loras", "1", "--max-cpu-loras", "1"),
@@ -57,7 +57,7 @@ def crowded(
 
 
 def flipped(data: bytes) -> bytes:
-    """One bit in the middle, which is payload, changed."""
+    """Return the bytes with one changed bit in the middle, which is payload."""
     changed = bytearray(data)
     changed[len(data) // 2] ^= 1
     return bytes(changed)
@@ -88,7 +88,7 @@ def test_an_evicted_variant_whose_file_was_overwritten_fails_its_own_requests_al
     assert f"variant v1: {deltas['v1']} cannot be read again, so its requests fail" in log
     assert "E301" in log
     assert crowded.get("/health")[0] == 200
-    # Repaired in place, it is served again: nothing of the failed step is left in the prefix cache.
+    # After a repair in place it is served again. The prefix cache holds nothing of the failed step.
     deltas["v1"].write_bytes(good)
     assert ask(crowded, "v1") == (200, references["v1"])
 

@@ -1,4 +1,4 @@
-"""What a server does with the folder that it follows, without an engine: which file is next, and when it is tried."""
+"""How a server follows a folder, without an engine: which file is next, and when the server tries it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peraxis_format.torch.updates import UpdateWriter
 
 
 class Engine:
-    """Notes what is applied; refuses names in `errors` with their status."""
+    """Records the applied files, and refuses the names in `errors` with their status."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []

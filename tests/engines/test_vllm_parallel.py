@@ -1,4 +1,4 @@
-"""Tensor parallelism on the real vLLM: two ranks, against a stock engine of two ranks (other sizes round otherwise)."""
+"""Tensor parallelism on the real vLLM: two ranks against a stock engine of two ranks, which rounds in the same way."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TWO = {"tensor_parallel_size": 2}
 
 @pytest.fixture(scope="module")
 def found(untied: dict[str, str], chain: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What engines of two ranks gave."""
+    """The outputs of engines of two ranks."""
     one = untied["v1.pxd"]
     cold = {"load_format": "peraxis", "model_loader_extra_config": {"delta": one}}
     jobs: dict[str, dict[str, Any]] = {

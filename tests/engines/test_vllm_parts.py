@@ -1,4 +1,4 @@
-"""Laws of the plug-in's parts that need no vLLM: patches, sums by signs, rows of a step, small files, sources."""
+"""Laws of the parts of the plug-in that do not need vLLM: patches, sums by signs, rows of a step, files, sources."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def module_of(
 
 
 def merged(module: pf.ModuleDelta, weight: torch.Tensor) -> torch.Tensor:
-    """The reference (SPEC 6)."""
+    """Return the reference weights (SPEC 6)."""
     array = pf.reconstruct(module, storage_array(weight), backend="numpy")
     return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
 
@@ -184,7 +184,7 @@ def test_small_files_that_change_what_is_computed_are_refused(
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[str]:
-    """An http server of a folder with a delta."""
+    """An HTTP server of a folder with a delta."""
     delta_with(tmp_path, {})
 
     class Quiet(SimpleHTTPRequestHandler):

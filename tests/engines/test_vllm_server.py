@@ -1,4 +1,4 @@
-"""Laws of the plug-in over HTTP: swaps under running requests, variants by the `model` field."""
+"""Laws of the plug-in over HTTP: swaps during running requests, variants by the `model` field."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 def references(
     untied: dict[str, str], chain: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """What stock engines of the base and the applied folders give."""
+    """The outputs of stock engines on the base and on the applied folders."""
     names = ["base", "v1", "v2", "step1", "step2"]
     folder = tmp_path_factory.mktemp("references")
     found = run_jobs([{"job": "plain", "model": (untied | chain)[name]} for name in names], folder)
@@ -31,7 +31,7 @@ def references(
 
 @pytest.fixture(scope="module")
 def swapping(untied: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with the swap routes, without vLLM's development mode, behind an API key that is not asked for here."""
+    """A server with the swap routes, without vLLM's development mode and without an API key."""
     with serve(
         untied["base"],
         *("--load-format", "peraxis", "--weight-transfer-config", '{"backend": "peraxis"}'),
@@ -45,7 +45,7 @@ def swapping(untied: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def mixing(untied: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of variants, in exact mode."""
+    """A server of variants in exact mode."""
     with serve(
         untied["base"],
         *("--worker-cls", WORKER, "--enable-lora", "--max-loras", "3"),
@@ -70,7 +70,7 @@ def test_after_a_swap_the_server_is_the_variant_and_reports_its_content_id(
         assert status == 200, answer
         staged = {v["name"]: v["content_id"] for v in swapping.get("/v1/peraxis")[1]["variants"]}
         assert swapping.get("/v1/peraxis")[1]["weight_version"] == staged.get(name, "base") == answer["weight_version"]
-        # A long prompt whose blocks would be found in the prefix cache, had it not been reset.
+        # The blocks of this long prompt would be in the prefix cache if the cache were not reset.
         assert swapping.complete("base", PROMPTS[2])[0] == tokens(references, name or "base", 2)
 
 
@@ -113,7 +113,7 @@ def test_abort_ends_what_runs_at_once_and_swaps(swapping: Server, references: di
     assert swapping.post("/v1/peraxis/use", {"variant": None})[0] == 200
     body = {"model": "base", "prompt": PROMPTS[0], "max_tokens": 240, "temperature": 0, "ignore_eos": True}
     events = swapping.stream("/v1/completions", body)
-    next(events)  # it runs
+    next(events)  # the request runs
     assert swapping.post("/v1/peraxis/use", {"variant": "v2", "requests": "abort"})[0] == 200
     *_, last = events
     assert last["choices"][0]["finish_reason"] == "abort"
@@ -185,12 +185,12 @@ def test_a_server_follows_a_chain_as_it_grows(
     anchor, first = arrive("anchor-00000000.pxd"), arrive("step-00000001.pxd")
     swapping.post("/v1/peraxis/use", {"variant": None})
     status, answer = swapping.post("/v1/peraxis/follow", {"folder": str(tmp_path)})
-    assert (status, "staged" in str(answer)) == (200, True), answer  # said, and tried again
+    assert (status, "staged" in str(answer)) == (200, True), answer  # reported and tried again
     for name in ("v1", "v2"):
         assert swapping.request("DELETE", f"/v1/peraxis/variants/{name}")[0] == 200
     assert until(lambda: swapping.get("/v1/peraxis")[1]["follow"]["step"] == 1)
     assert swapping.complete("base", PROMPTS[2])[0] == tokens(references, "step1", 2)
-    (tmp_path / "step-00000002.pxd").write_bytes(first.read_bytes()[:5000])  # on its way
+    (tmp_path / "step-00000002.pxd").write_bytes(first.read_bytes()[:5000])  # the update is on its way
     assert until(lambda: "step-00000002.pxd" in swapping.get("/v1/peraxis")[1]["follow"]["waiting"])
     second = arrive("step-00000002.pxd")
     assert until(lambda: swapping.get("/v1/peraxis")[1]["follow"]["step"] == 2)

@@ -17,7 +17,7 @@ BEGIN, END = "<!-- example:begin -->\n", "<!-- example:end -->"
 
 
 def example_file() -> tuple[bytes, pxd.Array, pxd.Array]:
-    """A file with one sign module [2, 10] on a base of ones and one exact vector; base and applied weight."""
+    """Return a file (a sign module [2, 10] on a base of ones, an exact vector), the base and the applied weight."""
     base = np.full((2, 10), 0x3F80, np.uint16)  # 1.0 in BF16
     signs = np.array([[1, 0, 1, 1, 0, 0, 0, 1, 1, 0], [0, 1, 0, 0, 1, 1, 1, 0, 0, 1]], np.bool_)
     row = np.array([0.25, 0.5], np.float16)
@@ -51,7 +51,7 @@ def example_file() -> tuple[bytes, pxd.Array, pxd.Array]:
 
 
 def hex_dump(data: bytes, begin: int) -> Iterator[str]:
-    """16 bytes a line: offset, hex, ASCII; lines of nothing but spaces or zeros that repeat become one `*`."""
+    """Yield lines of 16 bytes: offset, hex, ASCII. Repeated lines of only spaces or zeros become one `*`."""
     previous = b""
     for offset in range(0, len(data), 16):
         line = data[offset : offset + 16]
@@ -64,7 +64,7 @@ def hex_dump(data: bytes, begin: int) -> Iterator[str]:
 
 
 def render() -> str:
-    """The section's text."""
+    """Return the text of the section."""
     data, base, applied = example_file()
     size = 8 + int.from_bytes(data[:8], "little")
     text = data[8:size].rstrip(b" ").decode()
@@ -108,7 +108,7 @@ def _manifest(header: str) -> str:
 
 
 def spec_with_example(spec: str) -> str:
-    """SPEC.md with the section between the markers replaced."""
+    """Return SPEC.md with the section between the markers replaced."""
     head, rest = spec.split(BEGIN)
     return head + BEGIN + render() + END + rest.split(END)[1]
 

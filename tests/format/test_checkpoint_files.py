@@ -1,4 +1,4 @@
-"""Which files of a folder are the checkpoint: transformers' order, and what is said of the rest."""
+"""The files of a folder that are the checkpoint, in the order of transformers, and the errors about other files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peraxis_format.errors import CheckpointError
 
 
 def shard(path: Path, **values: float) -> Path:
-    """A safetensors file of tensors of one value each."""
+    """Write a safetensors file of tensors with one value each."""
     path.parent.mkdir(exist_ok=True)
     save_file({name: np.full((2, 3), value, np.float32) for name, value in values.items()}, path)
     return path

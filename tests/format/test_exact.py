@@ -1,4 +1,4 @@
-"""Exact updates: every bit pattern survives, all backends give the same bytes, and nothing malformed is accepted."""
+"""Exact updates keep every bit pattern, all backends give the same bytes, and malformed data is refused."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ PREFERENCES: tuple[Prefer, ...] = ("size", "speed")
 
 
 def mixed(size: int, dtype: DType, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights like those of a model, and a step in which small weights move more often than large ones."""
+    """Return weights like those of a model, and a step in which small weights change more often than large ones."""
     random = np.random.default_rng(seed)
     old = (random.standard_normal(size) * 0.02).astype(np.float32)
     new = old + (random.standard_normal(size) * 3e-5).astype(np.float32)
     before, after = (pxd.from_float32(array, dtype) for array in (old, new))
-    after.view(f"u{dtype.itemsize}")[::9973] ^= 1 << (8 * dtype.itemsize - 1)  # a few signs
+    after.view(f"u{dtype.itemsize}")[::9973] ^= 1 << (8 * dtype.itemsize - 1)  # flips a few signs
     return before, after
 
 
@@ -191,7 +191,7 @@ def test_single_bit_flips_of_the_data_are_all_refused(tmp_path: Path) -> None:
 
 
 def replaced(good: bytes, old: bytes, new: bytes) -> bytes:
-    """The file with other text in its manifest; both have one length."""
+    """Return the file with other text of the same length in its manifest."""
     assert good.count(old) == 1
     assert len(old) == len(new)
     return good.replace(old, new)

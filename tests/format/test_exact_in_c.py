@@ -1,4 +1,4 @@
-"""A second decoder of exact updates, written in C from SPEC 5.6 to 5.9 alone: it agrees with the library."""
+"""A second decoder of exact updates, written in C only from SPEC 5.6 to 5.9, agrees with the library."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def decode(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 
     def decoded(old: Array, index: Array, data: Array, dtype: DType) -> bytes | None:
         weights, entries = old.copy(), np.ascontiguousarray(index)
-        stored = np.concatenate([data, np.zeros(1, np.uint8)])  # never of no bytes
+        stored = np.concatenate([data, np.zeros(1, np.uint8)])  # at least one byte
         kind = Kind(KINDS[dtype].width, KINDS[dtype].mantissa, KINDS[dtype].mask)
         addresses = weights.ctypes.data, old.size, entries.ctypes.data, stored.ctypes.data
         return weights.tobytes() if function(*addresses, kind) == 0 else None
@@ -89,7 +89,7 @@ def test_blocks_of_all_kinds_and_a_short_last_one(decode: Decoder) -> None:
     words[70_000:][random.random(70_000) < 0.03] += 1
     words[131_072:] ^= random.integers(0, 65536, 140_000 - 131_072).astype(np.uint16)
     index, data = encode(old, new, DType.F16)
-    # Unchanged; gaps, which are shorter than keyed where the exponent says nothing; new patterns.
+    # Unchanged; gaps, which are shorter than keyed if changes do not depend on the exponent; new patterns.
     assert (index & 255).tolist() == [0, 0, 255]
     assert int(index[0]) >> 8 == 0 < int(index[1]) >> 8
     assert decode(old, index, data, DType.F16) == new.tobytes()

@@ -1,4 +1,4 @@
-"""atomic_file: whole or not at all, nothing left behind, devices written into, errors that name path and bytes."""
+"""atomic_file writes a file whole or not at all, leaves nothing behind, writes into devices, and names its errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peraxis_format import files
 
 @pytest.fixture(params=["unnamed", "named"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to make a file: without a name until it is whole, and under a temporary one."""
+    """Both ways to write a file: without a name until it is whole, and under a temporary name."""
     if request.param == "named":
         monkeypatch.setattr(files, "_DESCRIPTORS", "/no/such/folder")
     return str(request.param)

@@ -1,4 +1,4 @@
-"""Laws of the format, each for any content that the strategies of peraxis_format.testing draw."""
+"""Laws of the format, each for any content from the strategies of peraxis_format.testing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def fresh(folder: Path) -> Path:
 
 
 def same_module(a: pxd.ModuleDelta, b: pxd.ModuleDelta) -> bool:
-    """Equal to the bit."""
+    """Whether two modules are equal bit for bit."""
     fields = ("name", "shape", "dtype", "encoding", "base")
     held_a, held_b = dict(a.tensors()), dict(b.tensors())
     return (
@@ -102,7 +102,7 @@ def test_encoded_scales_keep_eleven_bits_of_what_is_near_the_largest(values: np.
 
 
 def depth(value: object) -> int:
-    """How deep arrays and objects nest."""
+    """Return the nesting depth of arrays and objects."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     return 0 if inner is None else 1 + max(map(depth, inner), default=0)
 
@@ -196,9 +196,9 @@ def test_the_rust_parser_finds_the_same_tensors(folder: Path, delta: Delta) -> N
 @settings(max_examples=60)
 @given(delta=deltas(), data=st.data())
 def test_a_file_with_one_byte_changed_is_refused(folder: Path, delta: Delta, data: st.DataObject) -> None:
-    """Every byte of a file is bound: by the header's canonical form, by a digest, or because it is a pad.
+    """Every byte of a file is fixed by the canonical form of the header, by a digest, or because it is a pad.
 
-    Free text of the manifest (ids, metadata) is bound by the content ID alone, which then is another one.
+    Free text of the manifest (ids, metadata) may change. The content ID then changes too.
     """
     path = fresh(folder)
     delta.write(path)
@@ -221,7 +221,7 @@ def test_a_file_with_one_byte_changed_is_refused(folder: Path, delta: Delta, dat
 
 
 def exact(module: pxd.ModuleDelta, base: np.ndarray, dtype: pxd.DType) -> list[int]:
-    """SPEC 6.1 in integers: the bits of the covered weights."""
+    """Return the bits of the covered weights by SPEC 6.1, computed in integers."""
     covered = module.covered
     d_out, d_in = covered[-2:]
     held = base.view(f"u{dtype.itemsize}")[: module.kept].reshape(-1)
@@ -264,7 +264,7 @@ def test_apply_agrees_with_the_integer_oracle_to_the_bit(drawn: tuple[pxd.Module
 def test_apply_stays_within_the_roundings_of_a_float64_oracle(
     data: st.DataObject, shape: tuple[int, ...], drawn: list[int]
 ) -> None:
-    """|ours - float64| <= one F32 rounding a component, of the largest partial sum, and nothing else."""
+    """|ours - float64| <= one F32 rounding per component of the largest partial sum."""
     base = data.draw(hnp.arrays(np.float32, shape, elements=st.floats(-8, 8, width=32)))
     given_signs = [data.draw(signs(shape)) for _ in drawn]
     rows = [data.draw(scales(shape[:-1])) for _ in drawn]

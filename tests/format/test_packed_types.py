@@ -1,4 +1,4 @@
-"""Types that are only carried, and those whose elements take less than a byte: what safetensors takes, we take."""
+"""The library accepts every type of safetensors, including carried types and elements smaller than a byte."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_tensor_has_the_bytes_that_safetensors_gives_it(tmp_path: Path, dtype:
 
 
 def test_every_type_of_safetensors_is_carried() -> None:
-    """The names stand in its error of an unknown one."""
+    """The names come from the error of safetensors about an unknown type."""
     with pytest.raises(safetensors.SafetensorError) as raised:
         safetensors.deserialize(file_of("NONE", (1,), 1))
     names = set(
@@ -78,7 +78,7 @@ def test_rows_of_whole_bytes_are_read_alone(tmp_path: Path, dtype: DType) -> Non
 @pytest.mark.parametrize("dtype", PACKED)
 @pytest.mark.parametrize(("rows", "base_rows"), [(4, 4), (8, 4), (4, 8)])
 def test_a_packed_tensor_that_is_the_bases_is_kept_for_nothing(dtype: DType, rows: int, base_rows: int) -> None:
-    """One element a row: rows end inside bytes."""
+    """With one element per row, rows end inside bytes."""
     rng = np.random.default_rng(rows)
     most = rng.integers(0, 256, dtype.size_of((8, 1)), dtype=np.uint8)
     old, new = (most[: dtype.size_of((count, 1))] for count in (base_rows, rows))

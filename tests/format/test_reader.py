@@ -1,4 +1,4 @@
-"""DeltaFile: what is read, what is refused, and with which code. The conformance corpus goes much further."""
+"""DeltaFile reads files, and refuses bad ones with the right code. The conformance corpus has many more cases."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = [f"{letter}.weight" for letter in "abcdefghijklmnopqrstuvw"]
 @pytest.fixture
 def delta(tmp_path: Path) -> Path:
     rng = np.random.default_rng(3)
-    # Enough modules for a header of two blocks.
+    # This number of modules gives a header of two blocks.
     modules = [sign_module(rng, name, random_storage(rng, (9, 21))) for name in NAMES]
     return write_delta(tmp_path / "delta.pxd", modules, assets={"config.json": b"{}"})
 
@@ -105,7 +105,7 @@ def test_any_flipped_payload_bit_is_found_whatever_the_threads(delta: Path) -> N
 
 
 def test_a_pad_within_a_module_is_checked_by_load_too(delta: Path) -> None:
-    # The digest covers such a pad, so the file is made whole again with the digest of the damaged range.
+    # The digest covers this pad, so the file gets the digest of the damaged range.
     data = bytearray(delta.read_bytes())
     with pxd.open(delta) as file:
         begin, end = file.span("a.weight")

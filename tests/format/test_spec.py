@@ -1,4 +1,4 @@
-"""SPEC.md and the library say the same."""
+"""SPEC.md and the library agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Strict JSON: what is taken, what is refused, and how much memory a hostile header can take."""
+"""Strict JSON: accepted and refused texts, and the memory that a hostile header can take."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ trees = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st
 
 
 def deep(value: object) -> int:
-    """How deep arrays and objects nest."""
+    """Return the nesting depth of arrays and objects."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     return 0 if inner is None else 1 + max(map(deep, inner), default=0)
 
 
 def count(value: object) -> int:
-    """Elements and members, SPEC 2.11."""
+    """Return the number of elements and members (SPEC 2.11)."""
     inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
     return len(inner) + sum(map(count, inner))
 
@@ -86,7 +86,7 @@ def test_each_violation_has_its_code(code: str) -> None:
 
 
 def test_the_offset_of_a_broken_byte_is_right_in_every_block() -> None:
-    """Characters of two bytes that stand across the ends of blocks of 64 KiB."""
+    """Two-byte characters lie across the ends of blocks of 64 KiB."""
     for place in (0, 1, 2**15 - 1, 2**15, 2**16 - 1, 2**16 + 5):
         data = bytearray(b"x" + "\u00e9".encode() * 2**17)
         data[1 + 2 * place + 1] = 0x20

@@ -1,4 +1,4 @@
-"""DeltaWriter: the same content gives the same bytes, whole or not at all."""
+"""DeltaWriter writes the same bytes for the same content, and a file whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiles every kernel for sm_90, without a GPU, and prints what its code is like as JSON. Run by test_kernels.py."""
+"""Compile every kernel for sm_90 without a GPU and print properties of its code as JSON. test_kernels.py runs it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IO = {
 
 
 def compiled(kernel: Any, bits: str, constants: Mapping[str, Any], **options: int) -> Mapping[str, Any]:
-    """PTX and machine code, as a launch with torch's tensors would get it: addresses and widths are multiples of 16."""
+    """Return PTX and machine code as for a launch with torch's tensors: addresses and widths are multiples of 16."""
     signature = {**IO, **dict.fromkeys(("y", "x", "weight", "bias", "out"), bits)}
     if bits == "*i32":
         signature |= {"old": bits, "new": bits}
@@ -45,7 +45,7 @@ def compiled(kernel: Any, bits: str, constants: Mapping[str, Any], **options: in
 
 
 def everything() -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every kernel, as serve/launch.py and engine.py start it."""
+    """Yield every kernel, compiled as serve/launch.py and engine.py launch it."""
     for kind, bits in ((kernels.BF16, "*u16"), (kernels.F16, "*u16"), (kernels.F32, "*u32")):
         exact = kind == kernels.F32
         for aligned in (True, False):
@@ -72,7 +72,7 @@ def everything() -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def exact_updates() -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The decoder of exact updates, as ops/exact/torch.py starts it."""
+    """Yield the decoder of exact updates, compiled as ops/exact/torch.py launches it."""
     for dtype, kind in KINDS.items():
         constants = {"MANTISSA": kind.mantissa, "MASK": kind.mask, "WIDTH": kind.width, "SIZE": BLOCK, "N": TILE}
         yield f"exact {dtype.value}", compiled(exact_kernel, f"*i{kind.width}", constants, num_warps=1)
@@ -80,7 +80,7 @@ def exact_updates() -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def longest_loop(cubin: bytes) -> int:
-    """Machine instructions of the longest loop."""
+    """Return the machine instructions of the longest loop."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile() as file:
         file.write(cubin)
@@ -93,7 +93,7 @@ def longest_loop(cubin: bytes) -> int:
 
 
 def described(asm: Mapping[str, Any]) -> dict[str, int]:
-    """Counts of what matters in the code."""
+    """Return counts of the relevant instructions and resources of the code."""
     patterns = {
         "wide_loads": r"ld\.global\.v4", "wide_stores": r"st\.global\.v4", "flush": r"\.ftz", "fused": r"fma\.",
         "tensor_cores": r"mma", "ahead": r"cp\.async\.c[ag]", "local": r"(?:ld|st)\.local",

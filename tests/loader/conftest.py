@@ -1,4 +1,4 @@
-"""Without a GPU, Triton's kernels run in its interpreter; that has to be said before they are imported."""
+"""Without a GPU, Triton's kernels run in its interpreter, which must be set before they are imported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `cuda` skip, visibly, where there is no device."""
+    """Skip the tests marked `cuda` visibly if there is no device."""
     if torch.cuda.is_available():
         return
     for item in items:
@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Small tensors on a shared machine: torch's own threads only get in the way."""
+    """Set torch to one thread, because more threads slow small tensors down on a shared machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

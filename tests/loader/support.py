@@ -1,4 +1,4 @@
-"""Random deltas for any set of base tensors, written by DeltaWriter; and what the reference makes of them."""
+"""Random deltas for any set of base tensors, written by DeltaWriter, and the reference results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AXES = tuple(pf.Axis)
 
 
 def random_component(rng: np.random.Generator, axis: pf.Axis, shape: tuple[int, ...], size: float) -> pf.Component:
-    """Random signs, scales around `size`."""
+    """Return a component with random signs and scales around `size`."""
     mask = pf.pack_signs(rng.random(shape) < 0.5)
 
     def scale(dims: tuple[int, ...]) -> Array:
@@ -42,7 +42,7 @@ def random_component(rng: np.random.Generator, axis: pf.Axis, shape: tuple[int, 
 def random_module(
     name: str, base: Tensor, rng: np.random.Generator, axes: Sequence[pf.Axis], encoding: pf.Encoding
 ) -> pf.ModuleDelta:
-    """A module of the base's shape and dtype; `full` ones hold the base plus noise."""
+    """Return a module with the shape and dtype of the base. A `full` module holds the base plus noise."""
     dtype, shape = dtype_of(base, name), tuple(base.shape)
     array = storage_array(base.detach().contiguous())
     ref = pf.BaseRef(dtype=dtype, shape=shape, sha256=hashlib.sha256(pf.raw_bytes(array)).hexdigest())
@@ -69,7 +69,7 @@ def write_delta(
     same: Sequence[str] = (),
     full: Sequence[str] = (),
 ) -> Path:
-    """Write a delta: matrices `sign` (axes in turn, or those given), vectors `full`, names of `same` as they are."""
+    """Write a delta: matrices `sign` (axes in turn, or the given ones), vectors `full`, names in `same` unchanged."""
     rng = np.random.default_rng(seed)
     with pf.DeltaWriter(
         path, base=pf.Identity(id="base"), fine_tuned=pf.Identity(id=f"variant-{seed}")
@@ -89,7 +89,7 @@ def write_delta(
 
 
 def expected_bytes(path: Path, base: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """What the reference rebuilds, by name (aliases included)."""
+    """Return name -> bytes that the reference rebuilds, including aliases."""
     out: dict[str, bytes] = {}
     with pf.open(path) as delta:
         for name in delta:
@@ -101,17 +101,17 @@ def expected_bytes(path: Path, base: Mapping[str, Tensor]) -> dict[str, bytes]:
 
 
 def bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """The raw bytes of tensors, by name."""
+    """Return name -> raw bytes of tensors."""
     return {name: storage_array(tensor.detach().cpu().contiguous()).tobytes() for name, tensor in tensors.items()}
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters under all their names."""
+    """Return the parameters under all their names."""
     return dict(model.named_parameters(remove_duplicate=False))
 
 
 class Small(nn.Module):
-    """Two linears (one of an odd width), an embedding, a norm, a bias; a tied head if asked for."""
+    """Two linears (one with an odd width), an embedding, a norm, a bias and an optional tied head."""
 
     def __init__(self, *, dtype: torch.dtype = torch.bfloat16, tied: bool = False, seed: int = 0) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class Small(nn.Module):
 
 
 def base_of(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every tensor of a model."""
+    """Return a copy of every tensor of a model."""
     return {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
 
 

@@ -1,4 +1,4 @@
-"""apply_: the reference's bits in the storage that was there, or nothing at all."""
+"""apply_ writes the bits of the reference into the existing storage, or changes nothing."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_pad_that_is_not_zero_is_refused(tmp_path: Path) -> None:
             if r.name.startswith("__pad__.") and delta.header_size + r.begin in module_ends
         )  # fmt: skip
     data = bytearray(path.read_bytes())
-    data[begin] = 1  # between two modules: in no module's digest
+    data[begin] = 1  # between two modules, so no module's digest covers it
     path.write_bytes(data)
     refused(model, path, pf.PayloadError, "E304")
 
@@ -121,7 +121,7 @@ def test_an_error_while_writing_puts_the_old_weights_back(
             raise OSError("no more")
         jobs = list(plain(self, *args))
         for job in jobs:
-            job()  # written already when the next one fails
+            job()  # already written when the next one fails
         return iter(())
 
     monkeypatch.setattr(HostEngine, "_part_jobs", failing)
@@ -160,7 +160,7 @@ def pf_place(model: nn.Module, manifest: pf.Manifest) -> Any:
 
 
 class Fused(nn.Module):
-    """What a runtime makes of q, k, v and of gate, up: one parameter each."""
+    """A runtime's model, which fuses q, k, v into one parameter and gate, up into another."""
 
     def __init__(self, base: dict[str, Tensor]) -> None:
         super().__init__()
@@ -247,4 +247,4 @@ def test_another_base_leaves_no_thread_however_long_its_error_lives(tmp_path: Pa
     with pytest.raises(pf.BindingError, match="E404") as error:
         apply_(Small(seed=5), path, workers=2)
     assert set(threading.enumerate()) <= before
-    assert error.value.__traceback__ is not None  # it holds the frames, and what is in them
+    assert error.value.__traceback__ is not None  # keeps the frames and their variables alive

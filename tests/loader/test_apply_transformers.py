@@ -1,4 +1,4 @@
-"""apply_ on models of transformers: they become what the fine-tuned checkpoint would load as."""
+"""apply_ turns models of transformers into the model that the fine-tuned checkpoint loads as."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def moe_configurations() -> list[Any]:
 
 
 def moe_pair(index: int, folder: Path) -> tuple[Any, dict[str, Tensor]]:
-    """A model as from_pretrained gives it, and the tensors of its checkpoint."""
+    """Return a model as from_pretrained loads it, and the tensors of its checkpoint."""
     transformers = pytest.importorskip("transformers", minversion="5.0")
     from safetensors.torch import load_file
 
@@ -89,7 +89,7 @@ def moe_pair(index: int, folder: Path) -> tuple[Any, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_experts_with_other_names_in_the_checkpoint_become_what_it_would_load(index: int, tmp_path: Path) -> None:
-    """Mixtral renames and fuses its experts, Qwen3-MoE fuses them: `place` finds each in the live tensors."""
+    """Mixtral renames and fuses its experts, and Qwen3-MoE fuses them. `place` finds each in the live tensors."""
     model, base = moe_pair(index, tmp_path / "base")
     assert base.keys() - named_tensors(model).keys()
     path = write_delta(tmp_path / "d.pxd", base, components=1 + index)

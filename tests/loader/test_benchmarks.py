@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic, and that each of them runs small on the CPU."""
+"""The arithmetic of the benchmarks is right, and each benchmark runs on the CPU with small shapes."""
 
 from __future__ import annotations
 
@@ -104,5 +104,5 @@ def test_the_checks_of_a_gpu_run_small_anywhere_and_go_on_where_they_stopped(tmp
         document = json.loads(target.read_text())
         assert set(document["steps"]) == set(steps)
         assert document["failed"] == []
-    assert "updates" not in done.stdout  # it was done
+    assert "updates" not in done.stdout  # the finished step did not run again
     assert "tests" in document["missing"]

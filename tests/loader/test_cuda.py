@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same laws with real streams, page-locked memory and compiled kernels."""
+"""The laws of the loader on a GPU, with real streams, page-locked memory and compiled kernels."""
 
 from __future__ import annotations
 

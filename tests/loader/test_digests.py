@@ -1,4 +1,4 @@
-"""Digests of live tensors: of the bytes, once, and on a device in pieces through page-locked memory."""
+"""Digests of live tensors are those of their bytes, are cached, and go through page-locked memory on a device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peraxis_format.torch.ring import DEPTH, Ring
 
 
 class Far(HostDevice):
-    """A device whose copies to the host happen as late as they may: when the host waits for them."""
+    """A device whose copies to the host run at the latest possible time, when the host waits for them."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The decoder of exact updates on a GPU, in Triton's interpreter: the bits of the reference, and no malformed block."""
+"""The GPU decoder of exact updates, in Triton's interpreter, is exact and refuses malformed blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled kernels give the reference's bits, whatever the values, shapes, dtypes and threads."""
+"""The compiled kernels give the bits of the reference for all values, shapes, dtypes and numbers of threads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ fast = pytest.importorskip("peraxis_format.ops.rebuild.numba", reason="numba is 
 pair_sums = pytest.importorskip("peraxis_tools.ops.delta_sums.numba").pair_sums
 
 FLOATS = [DType.BF16, DType.F16, DType.F32]
-# Bit patterns that rounding, signs and NaN meet: zeros, subnormals, ties, the largest finite, infinities, NaN payloads.
+# Special bit patterns: zeros, subnormals, ties, the largest finite values, infinities, NaN payloads.
 SPECIAL = {
     DType.BF16: [0, 0x8000, 1, 0x8001, 0x7F, 0x80, 0x3F80, 0x7F7F, 0xFF7F, 0x7F80, 0xFF80, 0x7F81, 0x7FC1, 0xFFFF],
     DType.F16: [0, 0x8000, 1, 0x8001, 0x3FF, 0x400, 0x3C00, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7C01, 0x7E01, 0xFFFF],
@@ -28,7 +28,7 @@ SPECIAL = {
 
 
 def random_weights(rng: np.random.Generator, dtype: DType, shape: tuple[int, ...]) -> Array:
-    """Any bit pattern, a quarter of them special ones."""
+    """Return random bit patterns, a quarter of them special ones."""
     kind = np.dtype(f"u{dtype.itemsize}")
     bits = rng.integers(0, 1 << (8 * dtype.itemsize), shape, dtype=np.uint64)
     special = rng.choice(np.array(SPECIAL[dtype], np.uint64), shape)
@@ -36,7 +36,7 @@ def random_weights(rng: np.random.Generator, dtype: DType, shape: tuple[int, ...
 
 
 def random_component(rng: np.random.Generator, axis: Axis, covered: tuple[int, ...]) -> Component:
-    """Any signs (unused bits zero), any finite scale without a sign bit, any exponent."""
+    """Return any signs (unused bits zero), any finite scales without a sign bit, and any exponent."""
     d_in = covered[-1]
     mask = rng.integers(0, 256, (*covered[:-1], mask_width(d_in)), dtype=np.uint8)
     if d_in % 8:
@@ -122,7 +122,7 @@ def test_threads_and_blocks_change_no_bit_and_in_place_is_allowed() -> None:
 
 
 def reference_sums(base: Array, tuned: Array, weights: Array) -> tuple[Array, Array, Array, float]:
-    """The order of `pair_sums`, in plain numpy."""
+    """Compute the sums in plain numpy in the order of `pair_sums`."""
     delta = tuned - base
     width = delta.shape[1]
     wide = np.zeros((len(delta), -(-width // 8) * 8))

@@ -1,4 +1,4 @@
-"""Triton kernels: the reference's bits in the interpreter (or on a GPU), and code for sm_90 that is what was meant."""
+"""Triton kernels give the bits of the reference in the interpreter or on a GPU, and compile to good code for sm_90."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SHAPES = [(1, 1), (5, 7), (16, 64), (3, 1032), (17, 1033), (9, 2056), (2, 9, 24)
 
 
 def packed_module(module: pf.ModuleDelta) -> tuple[dict[str, int], Tensor]:
-    """A module in a buffer, as a transfer holds it: where its tensors begin, and the buffer."""
-    data = bytearray(pf.ALIGNMENT)  # the first module of a transfer does not begin at its first byte
+    """Return the offsets of a module's tensors in a buffer, and the buffer, as in a transfer."""
+    data = bytearray(pf.ALIGNMENT)  # the first module of a transfer does not begin at byte 0
     offsets = {}
     for suffix, array in module.tensors():
         data += bytes(-len(data) % pf.ALIGNMENT)
@@ -42,7 +42,7 @@ def as_tensor(array: pf.Array, dtype: pf.DType) -> Tensor:
 
 
 def applied(modules: Sequence[pf.ModuleDelta], bases: Sequence[pf.Array], *, in_place: bool = False) -> list[bytes]:
-    """Every module through the apply kernel."""
+    """Apply every module with the apply kernel."""
     out = []
     for module, base in zip(modules, bases, strict=True):
         offsets, buffer = packed_module(module)
@@ -81,22 +81,22 @@ def test_every_bf16_weight_is_rounded_as_the_reference_rounds_it() -> None:
 
 @pytest.mark.slow
 def test_kernels_compile_for_sm_90_with_wide_accesses_and_plain_arithmetic() -> None:
-    """Needs no GPU: Triton brings its assembler along. In a process of its own, outside the interpreter."""
+    """This needs no GPU, because Triton includes an assembler. It runs in its own process, outside the interpreter."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "tests.loader.compile_sm90"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    # Decode is bound by instructions: 1.7 a weight, of which a thread has 128 in its loop. Masks are loaded ahead.
+    # Instructions limit decode: 1.7 per weight, and a thread has 128 weights in its loop. Masks are loaded ahead.
     assert 128 < found["decode 0 16 True"]["loop"] <= 1.8 * 128
     assert found["decode 0 16 True"]["ahead"] > 0
     assert len(found) == 6 + 3 + 8 + 3 + 3 + 6 + 6
     for name, counts in found.items():
         kernel, kind, *rest = name.split()
-        # Binary32 weights on 128 rows at a time want more registers than there are.
+        # F32 weights on 128 rows at a time need more registers than there are.
         assert counts["local"] == 0 or (kernel, kind) == ("prefill", "2"), (name, "spills")
         if kernel == "apply":
-            # SPEC 6: subnormals are kept; no product is fused into a sum.
+            # SPEC 6: subnormals are kept, and no product is fused into a sum.
             assert counts["flush"] == counts["fused"] == 0, name
         if kernel in ("single", "merge") or rest == ["True"]:
             assert counts["wide_loads"] >= 2, name

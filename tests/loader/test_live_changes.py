@@ -1,4 +1,4 @@
-"""The live model changes under the loader, or is wrapped: what is noticed, before the first write, and what works."""
+"""The loader notices changes of a live model before the first write, and works with wrapped models."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_one_name_is_for_every_row_and_a_list_for_as_many_as_it_has(tmp_path: Pa
 
 
 class ReadsAnother(nn.Module):
-    """Computes with its child's weight itself, as Mamba's mixer does."""
+    """Computes with the weight of its child, as Mamba's mixer does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ def test_modules_with_weights_and_served_children_serve_a_mixed_batch(family: st
 
     model, other = built(), built()
     other.load_state_dict(model.state_dict())
-    # Every tensor changes, the module's own vectors too.
+    # Every tensor changes, including the module's own vectors.
     path = write_delta(tmp_path / "d.pxd", {n: p.detach() for n, p in model.named_parameters()})
     apply_(other, path)
     ids = torch.randint(3, 60, (4, 9), generator=torch.Generator().manual_seed(1))
@@ -270,7 +270,7 @@ def test_modules_with_weights_and_served_children_serve_a_mixed_batch(family: st
 
 
 class Wrapper(nn.Module):
-    """As DistributedDataParallel names its parameters."""
+    """Names its parameters as DistributedDataParallel does."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""On the CPU a swap of a payload in memory copies no payload and plans no work: both are done when it is registered."""
+"""On the CPU a swap of a payload in memory neither copies nor plans: registration does both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs times terms without weights: within the stated bound of float64, the same bits for any threads and blocks."""
+"""Products of inputs with components are within the stated bound of float64, with the same bits for any threads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ products = pytest.importorskip("peraxis_format.ops.signed_matmul.numba", reason=
 
 
 def random_product(rng: np.random.Generator, rows: int, width: int, inputs: int, components: int) -> products.Product:
-    """Random signs, scales and inputs; an output that is not empty."""
+    """Return random signs, scales and inputs, and an output with values."""
     masks = []
     for _ in range(components):
         mask = rng.integers(0, 256, (rows, mask_width(width)), dtype=np.uint8)
@@ -35,7 +35,7 @@ def random_product(rng: np.random.Generator, rows: int, width: int, inputs: int,
 
 
 def exact(product: products.Product) -> tuple[Array, Array]:
-    """What is added, in float64, and the sum of its magnitudes."""
+    """Return the added product in float64, and the sum of its magnitudes."""
     total, size = np.zeros(product.out.shape), np.zeros(product.out.shape)
     width = product.inputs.shape[1]
     for mask, row, column in zip(product.masks, product.rows, product.columns, strict=True):
@@ -70,7 +70,7 @@ def test_threads_and_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> No
     for threads, job in ((1, 1 << 24), (2, 1 << 10), (3, 1)):
         monkeypatch.setattr(products, "_JOB", job)
         several = [random_product(np.random.default_rng(seed), 37, 200, 5, 2) for seed in range(3)]
-        # A slice of a larger output, as a fused weight has it.
+        # The output is a slice of a larger one, as for a fused weight.
         wide = np.zeros((5, 50), np.float32)
         several[1] = products.Product(
             several[1].masks, several[1].rows, several[1].columns, several[1].inputs, wide[:, 7:44]

@@ -1,4 +1,4 @@
-"""The stories pair, compressed by the tools, through every way of loading it."""
+"""The stories pair, compressed by the tools, works with every way of loading it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 
 @pytest.fixture(scope="module")
 def delta(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Signs and scales of the fine-tune on Shakespeare, embeddings included."""
+    """A delta of the fine-tune on Shakespeare with signs and scales, including embeddings."""
     path = tmp_path_factory.mktemp("pair") / "shakespeare.pxd"
     pair = [str(shared / "pairs" / name) for name in ("stories260K", "stories260K-shakespeare")]
     command = ["compress", *pair, "-o", str(path), "--fit", "none", "--embeddings", "sign"]
@@ -44,7 +44,7 @@ def test_a_compressed_fine_tune_is_applied_bit_for_bit(shared: Path, delta: Path
     expected = expected_bytes(delta, base)
     found = bytes_of(named_tensors(model))
     assert {name: found[name] for name in expected} == expected
-    assert found.keys() - expected.keys() <= {"lm_head.weight"}  # tied: the checkpoint has no tensor of its own for it
+    assert found.keys() - expected.keys() <= {"lm_head.weight"}  # tied: the checkpoint has no tensor for it
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
@@ -69,7 +69,7 @@ def test_a_batch_of_three_writers_is_what_each_would_have_written(shared: Path, 
     model: nn.Module = load(shared)
     base = {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
     paths = {"shakespeare": delta, "noise": write_delta(tmp_path / "n.pxd", base, seed=3, components=2, tied=TIED)}
-    # Prompts as long as make every linear use the merged weights: then the logits are those of the merged models.
+    # The prompts are so long that every linear uses the merged weights, so the logits are those of the merged models.
     ids = tokenizer(["Once upon a time, there was a little girl. " * 8] * 3, return_tensors="pt")["input_ids"][:, :80]
     wanted = ["shakespeare", None, "noise"]
     whole = []

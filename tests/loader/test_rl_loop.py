@@ -1,4 +1,4 @@
-"""The example of a trainer and a server, with both killed, and the callback of a transformers Trainer."""
+"""The example of a trainer and a server, both of which are killed, and the callback of a transformers Trainer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def killed_at(folder: Path, process: subprocess.Popen[str], step: int) -> None:
-    """Kill a process as soon as this step is published."""
+    """Run a process and kill it as soon as this step is published."""
     end = time.monotonic() + 60
     while time.monotonic() < end and not (folder / f"step-{step:08d}.pxd").exists():
         time.sleep(0.005)
@@ -50,7 +50,7 @@ def test_trainer_and_server_are_killed_and_started_again(tmp_path: Path) -> None
     spoken, _ = server.communicate(timeout=100)
     assert server.returncode == 0
     assert "step 6" in spoken.splitlines()[-1]
-    # The weights that are published last are those that the trainer saved.
+    # The last published weights are those that the trainer saved.
     spec = importlib.util.spec_from_file_location("rl_loop", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None
@@ -78,7 +78,7 @@ def test_a_trainer_publishes_through_its_callback(tmp_path: Path) -> None:
             model.weight.add_(0.01)
         callback.on_step_end(unused, state, unused)
     callback.on_train_end(unused, state, unused)
-    callback.on_train_end(unused, state, unused)  # nothing new: nothing is published
+    callback.on_train_end(unused, state, unused)  # nothing changed, so nothing is published
     files, _ = list_updates(tmp_path)
     assert [(file.step, file.is_anchor) for file in files if not file.is_anchor] == [(1, False), (2, False), (3, False)]
     live = nn.Linear(8, 8, dtype=torch.bfloat16)

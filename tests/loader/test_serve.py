@@ -1,4 +1,4 @@
-"""serve: every row gets its own variant, as near to the merged model as is said, and the base stays the base."""
+"""serve gives every row its own variant within the stated bound of the merged model, and keeps the base unchanged."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ INTERPRETED = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 
 @pytest.fixture(params=["torch", "numba", pytest.param("triton", marks=INTERPRETED)])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Plain torch, numba for all matrices, however small, and the kernels."""
+    """Plain torch, numba for matrices of all sizes, and the Triton kernels."""
     pytest.importorskip(request.param)
     return str(request.param)
 
 
 @pytest.fixture
 def device(backend: str) -> str:
-    """Where the model lies: the kernels want a CUDA device, if there is one."""
+    """The device of the model. The kernels run on a CUDA device if there is one."""
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
@@ -47,7 +47,7 @@ def merged(model: nn.Module, path: Path | None) -> nn.Module:
 
 
 class One(nn.Module):
-    """One linear, of a width that is no multiple of 8."""
+    """One linear whose width is not a multiple of 8."""
 
     def __init__(self, d_in: int, d_out: int, dtype: torch.dtype, *, bias: bool) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ def test_on_the_fly_is_within_the_stated_bound_of_float64(
         rows = x[i].double()
         plain, exact = rows @ weight.t(), rows @ (weight + term).t() + bias
         summed = rows.abs() @ (weight.abs() + term.abs()).t() + bias.abs()
-        # docs/loading.md, "What is exact": three roundings at the most to the dtype, and binary32 sums.
+        # docs/loading.md, "What is exact": at most three roundings to the dtype, and F32 sums.
         between = exact - bias
         roundings = plain.abs() + between.abs() + exact.abs()
         halves = 2.0**-14 if backend == "triton" and dtype != torch.float32 else 0.0
@@ -122,7 +122,7 @@ def test_many_rows_of_a_variant_are_multiplied_with_the_merged_weights(
 def test_merged_weights_are_multiplied_block_by_block(
     backend: Any, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of a fused weight, of which one part is exact, one has terms, and one is the base's."""
+    """A fused weight has an exact part, a part with components, and a part that is the base's."""
     monkeypatch.setattr(importlib.import_module("peraxis_format.torch.serve.linear"), "_BLOCK", 100)
     model = One(40, 24, torch.bfloat16, bias=True).to(device)
     parts = {"a": (0, 10), "b": (10, 13), "c": (13, 24)}
@@ -166,7 +166,7 @@ def test_a_mixed_batch_gives_each_sequence_its_merged_model(
             found = model(ids)
         for i, name in enumerate(wanted):
             torch.testing.assert_close(found[i], whole[name](ids[i : i + 1])[0], rtol=1e-5, atol=1e-5)
-        assert torch.equal(model(ids), whole[None](ids))  # nobody asked for a variant
+        assert torch.equal(model(ids), whole[None](ids))  # no variant is selected
         assert bytes_of(named_tensors(model)) == before
     assert type(model.first) is nn.Linear
     assert type(model.embed) is nn.Embedding
@@ -221,7 +221,7 @@ def test_variants_belong_to_the_thread_that_asked_for_them(tmp_path: Path) -> No
         thread.start()
         thread.join()
         found["mine"] = model(x)
-    # Another thread may split the product otherwise, so the last bit is not compared.
+    # Another thread may split the product differently, so the last bit is not compared.
     torch.testing.assert_close(found["other"], plain)
     assert not torch.allclose(found["mine"], plain)
 
@@ -268,7 +268,7 @@ def transformers_pair(tmp_path: Path, config: Any) -> tuple[nn.Module, dict[str,
 @pytest.mark.parametrize("index", [1, 3, 4, 5, 7])
 @torch.no_grad()
 def test_transformers_models_serve_mixed_batches(index: int, tmp_path: Path) -> None:
-    """Tied heads, biases, per-head norms, scaled embeddings, Conv1D."""
+    """The models have tied heads, biases, per-head norms, scaled embeddings and Conv1D."""
     pytest.importorskip("transformers")
     from tests.loader.test_apply_transformers import configurations
 
@@ -285,7 +285,7 @@ def test_transformers_models_serve_mixed_batches(index: int, tmp_path: Path) -> 
 @pytest.mark.parametrize("index", [0, 1])
 @torch.no_grad()
 def test_fused_experts_are_served_too(index: int, tmp_path: Path) -> None:
-    """Their tokens come flattened; one variant's experts, as the checkpoint names them, are parts of one tensor."""
+    """The experts get flattened tokens. In the checkpoint the experts of a variant are parts of one tensor."""
     from tests.loader.test_apply_transformers import moe_pair
 
     model, base = moe_pair(index, tmp_path / "base")
@@ -306,7 +306,7 @@ def test_fused_experts_are_served_too(index: int, tmp_path: Path) -> None:
 def test_generate_with_mixed_variants_writes_what_the_merged_models_write(shared: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     folder = shared / "pairs" / "stories260K"
-    # binary32: on the fly and merged then differ by rounding alone, far less than two words' logits do.
+    # In F32 the two ways differ only by rounding, far less than the logits of two words differ.
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     base = base_of(model)

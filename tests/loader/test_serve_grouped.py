@@ -1,4 +1,4 @@
-"""Modules of any kind under a mixed batch: what they return is put together by rows, or refused."""
+"""In a mixed batch the results of modules of any kind are joined by rows, or refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Result(NamedTuple):
 
 
 class Scaled(nn.Module):
-    """A weight of its own, and whatever the test makes of the result."""
+    """A module with its own weight, whose result the test chooses."""
 
     def __init__(self, returned: Any) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Scaled(nn.Module):
 
 
 class Positions(nn.Embedding):
-    """A table of positions for all sequences, as Bart and its relatives have it."""
+    """A table of positions for all sequences, as in Bart and similar models."""
 
     def __init__(self, form: str) -> None:
         super().__init__(16, WIDTH)
@@ -64,7 +64,7 @@ class Positioned(nn.Module):
 
 @torch.no_grad()
 def mixed_and_wanted(model: nn.Module, given: Tensor, folder: Path) -> tuple[Any, Any, Any]:
-    """(a batch of variant, base, base, variant; the base; the merged model)."""
+    """Return the results of a batch of variant, base, base, variant; of the base; and of the merged model."""
     base = {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
     path = write_delta(folder / "d.pxd", base)
     tuned = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""The kernels that serve: each row's own variant within the bound of float64, odd shapes included."""
+"""The serving kernels give each row its own variant within the bound of float64, including odd shapes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0
 
 
 def serving_table(variants: Sequence[Sequence[ComponentTensors]]) -> tuple[Tensor, int]:
-    """terms of signed_matmul/triton.py, and TERMS."""
+    """Return the table of components of signed_matmul/triton.py, and TERMS."""
     table = launch.FactorTable.of(0, 0, dict(enumerate(variants)), DEVICE)
     return table.terms, table.most
 
 
 class Batched:
-    """Random rows of several variants, of a random linear: what the serving kernels take, and what they should give."""
+    """Random rows of several variants of a random linear: inputs and expected outputs of the serving kernels."""
 
     def __init__(self, rows: int, d_out: int, d_in: int, dtype: torch.dtype, *, base: bool = True) -> None:
         rng = np.random.default_rng(rows + d_in)
@@ -55,7 +55,7 @@ class Batched:
         return sorted(set(self.ids) - {-1})
 
     def exact(self) -> tuple[Tensor, Tensor]:
-        """Each row's product in float64, and the sum of its magnitudes."""
+        """Return the product of each row in float64, and the sum of its magnitudes."""
         total = self.x.double() @ self.weight.double().t()
         size = self.x.double().abs() @ self.weight.double().abs().t()
         for i, v in enumerate(self.ids):
@@ -102,7 +102,7 @@ def test_decode_adds_each_rows_terms_whatever_the_split(
 
 
 def test_decode_without_column_scales_takes_inputs_as_they_are() -> None:
-    """PLAIN: the same bits as with the two halves of x, of which one is zero."""
+    """PLAIN gives the same bits as two halves of x of which one is zero."""
     one = Batched(5, 70, 75, torch.bfloat16, base=False)
     table, most = serving_table([terms[:1] for terms in one.variants[:1]] * 3)
     tiles = one.batch.tiles(one.present, (16,))
@@ -161,6 +161,6 @@ def test_prefill_multiplies_with_the_merged_weights(dtype: torch.dtype, rows: in
 
 def test_columns_are_split_until_most_processors_have_a_program() -> None:
     assert launch.split_of(14336, 32, 132) == launch.split_of(4096, 32, 132) == 4
-    assert launch.split_of(1024, 32, 132) == 2  # more would leave programs fewer columns than they are worth
+    assert launch.split_of(1024, 32, 132) == 2  # with more programs each would have too few columns
     assert launch.split_of(4096, 128, 132) == 1
     assert launch.split_of(512, 1, 132) == 1

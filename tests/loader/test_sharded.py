@@ -1,4 +1,4 @@
-"""Sharded models over gloo: each rank reads and writes its slice, and all of them or none become the fine-tune."""
+"""Sharded models over gloo: each rank reads and writes its slice, and all ranks or none become the fine-tune."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peraxis_format.torch.serve.api import serve
 from peraxis_format.torch.swap.transfer_plan import cut_transfers
 from tests.loader.support import bytes_of, expected_bytes, write_delta
 
-# A column-parallel, a row-parallel (whose pieces begin inside a byte), experts, and a norm that all ranks hold.
+# A column-parallel weight, a row-parallel one (its slices begin inside a byte), experts, and a norm on all ranks.
 SHAPES = {"up.weight": (44, 72), "down.weight": (24, 86), "experts.weight": (4, 10, 24), "norm.weight": (24,)}
 DIMS = {"up.weight": 0, "down.weight": 1, "experts.weight": 0}
 
@@ -61,7 +61,7 @@ def plain_slices(rank: int, world: int, folder: str) -> None:
     assert bytes_of(live) == wanted_slices(path, base, rank, world)
     with pf.open(path) as delta:
         stored = sum(b - a for a, b in map(delta.span, delta))
-        # Its slice of every mask and scale, and what every rank needs whole: about one part of `world`.
+        # A rank reads its slice of masks and scales, about 1 / `world` of them, and the unsharded tensors.
         whole = sum(b - a for a, b in [delta.span("norm.weight")])
         assert applied.read_bytes <= (stored - whole) / world * 1.35 + whole
         assert applied.verified_bytes < stored
@@ -88,7 +88,7 @@ def dtensors(rank: int, world: int, folder: str) -> None:
         if name in DIMS:
             placements[-1] = Sharded(DIMS[name])
         if name == "up.weight" and world == 4:
-            placements[0] = Sharded(1)  # cut along both dimensions
+            placements[0] = Sharded(1)  # sharded along both dimensions
         live[name] = distribute_tensor(tensor, mesh, placements)
     apply_(live, path, workers=1)
     whole = expected_bytes(path, base)
@@ -146,7 +146,7 @@ def swaps(rank: int, world: int, folder: str) -> None:
 
 
 def undone_swaps(rank: int, world: int, folder: str) -> None:
-    """base="undo": each rank takes its slices back; an error on one of them takes all of them back."""
+    """With base="undo" each rank undoes its slices. An error on one rank undoes the swap on all ranks."""
     from peraxis_format.torch.swap.undo import InPlace
 
     path = start(rank, world, folder)

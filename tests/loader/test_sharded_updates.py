@@ -1,4 +1,4 @@
-"""Models in pieces over gloo: what ranks publish together is what a server holds, and what ranks follow together."""
+"""Sharded models over gloo: a server and sharded followers hold exactly the weights that ranks publish together."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from peraxis_format.torch.updates import ShardedUpdateWriter, UpdateWriter, appl
 from peraxis_format.torch.updates.pieces import boxed_indices, flat_indices
 from tests.loader.support import bytes_of
 
-# Rows that no rank's cut and no block's edge agree with, columns, experts, one row, a vector, a number; a tied pair.
+# Rows that match no shard and no block, columns, experts, one row, a vector, a scalar, and a tied pair.
 SHAPES = {"up": (350, 300), "down": (90, 700), "experts": (5, 30, 8), "gate": (1, 40), "norm": (24,), "scale": ()}
 DIMS = {"up": 0, "down": 1, "experts": 0, "gate": 0}
 
 
 def state(step: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """What the trainer has after so many steps: each moves a twentieth of the weights; `experts` rests at step 2."""
+    """Return the trainer's weights after some steps. A step changes 5% of the weights; `experts` rests at step 2."""
     generator = torch.Generator().manual_seed(0)
     found = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
     for seed in range(1, step + 1):
@@ -37,7 +37,7 @@ def state(step: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
 
 
 class Pieces(nn.Module):
-    """A model whose parameters are DTensors where DIMS says so; `again` is `up` under another name."""
+    """A model whose parameters in DIMS are DTensors. `again` is `up` under another name."""
 
     def __init__(self, tensors: dict[str, Tensor], mesh: Any) -> None:
         from torch.distributed.tensor import Shard as Sharded
@@ -73,7 +73,7 @@ def start(rank: int, world: int, folder: str) -> tuple[Path, Any]:
 
 
 def publishing(rank: int, world: int, folder: str) -> None:
-    """The trainer's side: a chain like that of one process, then on from where the folder is, and what is refused."""
+    """Test the trainer: it writes the chain of one process, continues a folder, and refuses bad input."""
     path, mesh = start(rank, world, folder)
     model = Pieces(state(0, torch.float32), mesh)
     with pytest.raises(LiveModelError, match=r"up: is sharded; use ShardedUpdateWriter"):
@@ -88,7 +88,7 @@ def publishing(rank: int, world: int, folder: str) -> None:
         for name, new in state(2).items()
     )
     assert done.changed == changed
-    # No rank holds more of what was published than its share and what it encodes.
+    # No rank keeps more of the published weights than its share and the part that it encodes.
     held = sum(array.nbytes for array in writer._pieces.values())
     owned = sum(array.nbytes for _, array in writer._snapshot.values())
     full = sum(tensor.nbytes for tensor in state(0).values())
@@ -116,7 +116,7 @@ def publishing(rank: int, world: int, folder: str) -> None:
 
 
 def following(rank: int, world: int, folder: str) -> None:
-    """The server's side: every state of the chain bit for bit, from DTensors and from plain local shards."""
+    """Test the server: every state of the chain is exact, with DTensors and with plain local shards."""
     path, mesh = start(rank, world, folder)
     model = Pieces({name: torch.zeros_like(tensor) for name, tensor in state(0).items()}, mesh)
     pointers = [getattr(p, "_local_tensor", p).data_ptr() for p in model.parameters()]
@@ -147,7 +147,7 @@ def following(rank: int, world: int, folder: str) -> None:
 
 
 def failing(rank: int, world: int, folder: str) -> None:
-    """One rank has one bit wrong, or cannot write: all are as they were, and say the same."""
+    """If one rank has a wrong bit or cannot write, all ranks stay unchanged and report the same error."""
     path, mesh = start(rank, world, folder)
     step = path / "later" / "step-00000001.pxd"
     model = Pieces(state(0), mesh)

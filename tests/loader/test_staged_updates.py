@@ -1,4 +1,4 @@
-"""Staged exact updates: proven first, then written everywhere or nowhere, on one rank and over gloo on several."""
+"""Staged exact updates are checked first and then written to all tensors or to none, on one rank and on several."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEP, ANCHOR = "step-00000001.pxd", "anchor-00000000.pxd"
 
 
 def after_one_step() -> dict[str, Tensor]:
-    """The base, with a few weights of two tensors moved, and all of a third's."""
+    """Return the base with a few changed weights in two tensors and all weights changed in a third."""
     tensors = {name: tensor.clone() for name, tensor in base_tensors().items()}
     tensors["up.weight"].view(torch.int16)[::7, ::5] += 1
     tensors["down.weight"].view(torch.int16)[3, 40:50] -= 1
@@ -33,7 +33,7 @@ def after_one_step() -> dict[str, Tensor]:
 
 
 def publish(folder: Path, tied: dict[str, str] | None = None) -> None:
-    """The chain base -> after_one_step. tied: other names of tensors."""
+    """Publish the chain base -> after_one_step. tied: other names of tensors."""
     live = {name: tensor.clone() for name, tensor in base_tensors().items()}
     live |= {alias: live[name] for alias, name in (tied or {}).items()}
     writer = UpdateWriter(live, folder)
@@ -74,7 +74,7 @@ def test_what_is_kept_grows_with_what_changes_and_not_with_the_model(tmp_path: P
 
 def test_weights_in_another_state_are_refused_and_a_damaged_file_too(tmp_path: Path) -> None:
     publish(tmp_path)
-    for name in ("up.weight", "experts.weight"):  # one that changes, one that stays
+    for name in ("up.weight", "experts.weight"):  # one tensor changes, the other does not
         live = base_tensors()
         live[name].view(torch.int16).view(-1)[11] ^= 1
         with pytest.raises(PxdError, match=rf"E40[45].*{name}"):
@@ -112,7 +112,7 @@ def test_a_write_that_fails_restores_the_weights_and_can_be_repeated(
             patch.setattr(module._Change, "exchange", broken)
             with pytest.raises(MemoryError):
                 update.write()
-        assert calls[0] == 5  # two were written, and written back
+        assert calls[0] == 5  # two tensors were written and restored
         assert bytes_of(live) == found
         update.write()
         assert bytes_of(live) == bytes_of(after)
@@ -193,7 +193,7 @@ def one_rank_has_a_damaged_file(rank: int, world: int, folder: str) -> None:
     data = bytearray((path / STEP).read_bytes())
     if rank == 0:
         with pf.open(path / STEP) as file:
-            data[file.span("up.weight")[1] - 70] ^= 1  # rank 0 does not prove `up`, the third in turn
+            data[file.span("up.weight")[1] - 70] ^= 1  # rank 0 does not check `up`, the third tensor
     own = path / f"own-{rank}.pxd"
     own.write_bytes(data)
     live = slices(base_tensors(), rank, world)

@@ -1,4 +1,4 @@
-"""VariantSwitch and the stream behind it: the right bits after any swap, one upload a module, nothing in between."""
+"""VariantSwitch and its stream: exact bits after any swap, one upload per module, and no mixed state."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def base_of(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def variants(folder: Path, base: dict[str, Tensor], count: int) -> dict[str | None, Path]:
-    """Variants that differ in which modules they change, and how."""
+    """Variants that change different modules in different ways."""
     same = [(), ("second.weight", "norm.bias"), ("embed.weight",), ("first.weight", "first.bias", "head.weight")]
     return {
         str(i): write_delta(folder / f"{i}.pxd", base, seed=i, components=1 + i % 2, same=same[i % 4])
@@ -41,7 +41,7 @@ def variants(folder: Path, base: dict[str, Tensor], count: int) -> dict[str | No
 def test_a_thousand_random_swaps_end_in_the_bits_of_the_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "TRANSFER_LIMIT", 700)  # several transfers, more than the ring has slots
+    monkeypatch.setattr(registry, "TRANSFER_LIMIT", 700)  # more transfers than the ring has slots
     model = Small()
     base = base_of(model)
     wanted = {None: bytes_of(base)}
@@ -82,7 +82,7 @@ def test_a_swap_uploads_each_module_once_and_allocates_nothing(
                 stored = {name for name in delta if delta.span(name) != (0, 0)}
                 assert device.counters.modules == dict.fromkeys(stored, 1)
                 assert swap.uploaded >= sum(b - a for a, b in map(delta.span, stored))
-            assert swap.uploads > DEPTH  # the ring went round
+            assert swap.uploads > DEPTH  # every slot of the ring was used again
             assert swap.read == (variant.stored if residency == "file" else 0)
             live.use(None)
 
@@ -90,7 +90,7 @@ def test_a_swap_uploads_each_module_once_and_allocates_nothing(
 def test_triton_kernels_swap_to_the_same_bits_over_the_same_stream(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a GPU runs, but for streams and link: tables, launches, copies of exact tensors, odd and strided shapes."""
+    """Everything that a GPU runs except streams and link: tables, launches, exact copies, odd and strided shapes."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without a GPU")
@@ -204,7 +204,7 @@ def test_a_damaged_variant_or_another_base_is_not_registered(tmp_path: Path) -> 
                 live.add("bad", tmp_path / "bad.pxd", residency)
         with pytest.raises(pf.BindingError, match="E404"):
             live.add("other", other)
-        # The live weights are a variant's, but the base is known: another variant of it is welcome.
+        # The live weights are a variant's, but the base is known, so another variant of it is accepted.
         live.add("again", good)
         assert [v.name for v in live.variants()] == ["good", "again"]
         assert bytes_of(named_tensors(model)) == expected_bytes(good, base)
@@ -285,7 +285,7 @@ def test_a_swap_that_is_asked_for_inside_a_forward_waits_for_its_end(tmp_path: P
 
         def between(*_: Any) -> None:
             thread.start()
-            early.append(swapped.wait(0.2))  # ample for a swap that does not wait
+            early.append(swapped.wait(0.2))  # long enough for a swap that does not wait
 
         hook = model.norm.register_forward_hook(between)
         inside = model(ids)
@@ -327,7 +327,7 @@ def test_a_swap_inside_a_forward_of_the_same_thread_is_refused(tmp_path: Path) -
         with pytest.raises(LiveModelError, match="between steps"):
             model(torch.tensor([[1]]))
         assert live.current is None
-        # The forward that failed has let go of the weights.
+        # The failed forward pass has released the weights.
         live.use("v")
 
 

@@ -1,4 +1,4 @@
-"""VariantSwitch(base="undo"): the bits of the reference after any swap and any failure, with no copy of the base."""
+"""VariantSwitch(base="undo") has the reference's bits after any swap and failure, without a copy of the base."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def base_of(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def variants(folder: Path, base: dict[str, Tensor], count: int) -> dict[str | None, Path]:
-    """Variants that differ in which modules they change, and how: signs, whole tensors, as in the base."""
+    """Variants that change different modules by signs, by whole tensors, or not at all."""
     same = [(), ("second.weight", "norm.bias"), ("embed.weight",), ("first.weight", "first.bias", "head.weight")]
     full = [(), ("head.weight",), (), ("embed.weight",)]
     return {
@@ -33,7 +33,7 @@ def variants(folder: Path, base: dict[str, Tensor], count: int) -> dict[str | No
 
 @pytest.fixture
 def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several stretches a tensor, so that errors fall between them."""
+    """Split each tensor into several stretches, so that errors occur between them."""
     monkeypatch.setattr(undo, "_STRETCH", 200)
 
 
@@ -41,7 +41,7 @@ def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_random_swaps_end_in_the_bits_of_the_reference(dtype: torch.dtype, tmp_path: Path) -> None:
     model = Small(dtype=dtype)
-    with torch.no_grad():  # what arithmetic loses altogether
+    with torch.no_grad():  # values that arithmetic cannot restore
         model.embed.weight[:4, 0] = torch.tensor([float("nan"), float("inf"), -0.0, torch.finfo(dtype).max])
         model.first.weight[:, 1] *= 1e-4
     base = base_of(model)
@@ -179,7 +179,7 @@ def test_weights_that_somebody_else_wrote_are_refused_and_not_spread(at: str | N
         live.add("v", path)
         live.use("v")
         live.use(at)
-        # Behind torch's back: the version counter does not move.
+        # torch does not see this write: the version counter does not change.
         model.second.weight.data[3, 3] += 1
         before = bytes_of(named_tensors(model))
         with pytest.raises(SwapError, match=r"second\.weight: was written by other code") as caught:

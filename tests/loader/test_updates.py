@@ -1,4 +1,4 @@
-"""Trainer and server: what is published is what the server holds, bit for bit, whoever is killed when."""
+"""The server holds exactly the published weights, even if the trainer or the server is killed at any time."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_a_server_may_keep_some_tensors_in_f32(tmp_path: Path) -> None:
 
 
 def test_a_file_that_another_took_the_place_of_is_looked_at_again(tmp_path: Path) -> None:
-    """A trainer that went back to step 1 and publishes step 2 anew, while a server has listed the first step 2."""
+    """A trainer goes back to step 1 and publishes step 2 again after a server has listed the first step 2."""
     model, live = trainer(), server()
     writer, follower = UpdateWriter(model, tmp_path), follow(live, tmp_path)
     writer.step()
@@ -203,7 +203,7 @@ def test_a_file_that_another_took_the_place_of_is_looked_at_again(tmp_path: Path
     kept = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
     train(model, 1)
     path = writer.step().path
-    list_updates(tmp_path, follower._files)  # listed, and not applied yet
+    list_updates(tmp_path, follower._files)  # listed but not applied yet
     path.unlink()
     other = trainer()
     again = UpdateWriter(other, tmp_path)

@@ -1,4 +1,4 @@
-"""The trainer's side of a chain: its files, its folder, and kills at random moments."""
+"""The trainer of a chain: its files, its folder, and kills at random moments."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def test_a_second_trainer_does_not_overwrite_what_is_published(tmp_path: Path) -
 
 
 class Killed(BaseException):
-    """Stands for a SIGKILL: nothing of the library catches it and goes on."""
+    """Stands for a SIGKILL. The library does not catch it."""
 
 
 class KillAfter:
-    """Raises Killed in the library once this many Python functions were called or left. count: how many there were."""
+    """Raises Killed in the library after a number of calls and returns of Python functions. count: their number."""
 
     def __init__(self, events: int) -> None:
         self.events = events
@@ -106,14 +106,14 @@ def test_kills_of_trainer_and_server_at_random_moments_lose_nothing(tmp_path: Pa
     model, live = trainer(seed), server(seed + 10)
     states: list[dict[str, bytes]] = []
     writer, follower = UpdateWriter(model, tmp_path, anchor_every=5), follow(live, tmp_path)
-    length, kills = 0, 0  # events of a whole step, once one was seen
+    length, kills = 0, 0  # number of events of a whole step, after the first one
     for attempt in range(16):
         want = published(model)
         with KillAfter(int(random.integers(1, length)) if attempt > 2 else sys.maxsize) as killer:
             writer.step()
-        length = int(1.5 * killer.count) if attempt == 2 else length  # the first ones import and compile
+        length = int(1.5 * killer.count) if attempt == 2 else length  # the first steps import and compile
         kills += killer.count > killer.events
-        # What counts is what stands in the folder: the process that published is gone.
+        # Only the files in the folder count, because the publishing process is gone.
         writer = UpdateWriter(model, tmp_path, anchor_every=5)
         if writer.result is not None and writer.step_number == len(states):
             states.append(want)
@@ -123,7 +123,7 @@ def test_kills_of_trainer_and_server_at_random_moments_lose_nothing(tmp_path: Pa
         if fate == 0:
             with KillAfter(int(random.integers(1, length))):
                 follower.poll()
-            # Either the same model, interrupted anywhere, or a new one.
+            # Either the same model, interrupted at any point, or a new one.
             live = live if random.random() < 0.5 else server(attempt)
             follower = follow(live, tmp_path)
         if fate <= 1:

@@ -1,4 +1,4 @@
-"""Chains at a URL: a trainer publishes there, a server follows from there, and each fetches only what it needs."""
+"""Chains at a URL: a trainer publishes there, a server follows them, and each fetches only the bytes it needs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_what_is_published_at_a_url_is_what_a_server_follows_from_it(url: str) -
             found = follower.poll()
             assert (found.step, found.lag, dict(found.waiting)) == (step, 0, {})
             assert bytes_of(server) == bytes_of(state(step))
-            # An update that is behind the model is not kept here.
+            # An update that is older than the model is not kept.
             assert [path.name for path in follower.folder.iterdir()] == [f"step-{step:08d}.pxd"]
         kept = follower.folder
     assert not kept.exists()

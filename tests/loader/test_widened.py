@@ -1,4 +1,4 @@
-"""Tensors that the live model keeps in F32 over a base in BF16 or F16: checked, rebuilt and put back exactly."""
+"""Tensors that a live model keeps in F32 over a base in BF16 or F16 are checked, rebuilt and restored exactly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def narrow_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def widened(dtype: torch.dtype) -> nn.Module:
-    """The norm and a matrix in F32, as transformers keeps some modules; ids flow through by casts."""
+    """A model with the norm and a matrix in F32, as transformers keeps some modules. Casts connect the dtypes."""
     model = Small(dtype=dtype)
     model.norm.float()
     model.second.float()
@@ -33,7 +33,7 @@ def widened(dtype: torch.dtype) -> nn.Module:
 
 
 def expected(model: nn.Module, path: Path, dtype: torch.dtype) -> nn.Module:
-    """The same model around what the reference arithmetic gives in the base's dtype."""
+    """The same model with the weights of the reference arithmetic in the base's dtype."""
     plain = Small(dtype=dtype)
     plain.load_state_dict(narrow_tensors(model, dtype))
     apply_(plain, path)
@@ -64,7 +64,7 @@ def test_a_switch_brings_widened_tensors_there_and_back(dtype: torch.dtype, tmp_
     with VariantSwitch(model) as switch:
         switch.add("0", paths["0"])
         switch.use("0")
-        switch.add("1", paths["1"])  # checked against the base that was kept, not against the variant in use
+        switch.add("1", paths["1"])  # checked against the kept base, not against the variant in use
         for name in ("1", None, "0", "1", None):
             switch.use(name)
             assert bytes_of(named_tensors(model)) == (before if name is None else wanted[name])

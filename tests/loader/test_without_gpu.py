@@ -1,4 +1,4 @@
-"""Without a GPU, without Triton, without numba: everything imports and works on the CPU, and says what needs CUDA."""
+"""Without a GPU, Triton or numba everything imports and works on the CPU, and errors name the need for CUDA."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from torch import nn
 
 
 class Small(nn.Module):
-    """A tied pair, a vector, a buffer of integers, and a matrix of more than one stretch's blocks' edge."""
+    """A tied pair, a vector, an integer buffer, and a matrix with slightly more weights than one block."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

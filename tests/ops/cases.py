@@ -1,4 +1,4 @@
-"""Operands that rounding, signs and NaN meet, one kind a case, for every float type."""
+"""Special operands for rounding, signs and NaN, one kind per case, for every float type."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _bits(dtype: pxd.DType, values: np.ndarray) -> pxd.Array:
 
 
 def base_of(case: str, dtype: pxd.DType, seed: int = 0) -> pxd.Array:
-    """A base tensor [..., d_out, d_in] of which at least a quarter is what the case names."""
+    """Return a base tensor [..., d_out, d_in] in which at least a quarter of the values are of the case's kind."""
     rng = np.random.default_rng(seed)
     shape = _SHAPES.get(case, (9, 40))
     normal = pxd.from_float32(rng.standard_normal(shape, np.float32), dtype)
@@ -46,7 +46,7 @@ def base_of(case: str, dtype: pxd.DType, seed: int = 0) -> pxd.Array:
 
 
 def _exponent(case: str, dtype: pxd.DType) -> int:
-    """2^e times a scale of 1 is what the case needs: half a unit, or about the largest or the smallest values."""
+    """Return e so that 2^e times a scale of 1 is half a unit, or near the largest or smallest values, for the case."""
     largest = 15 if dtype is pxd.DType.F16 else 63
     smallest = -24 if dtype is pxd.DType.F16 else -64
     return {"halfway": -_MANTISSA[dtype] - 1, "infinite": largest, "subnormal": smallest}.get(case, -6)
@@ -55,7 +55,7 @@ def _exponent(case: str, dtype: pxd.DType) -> int:
 def module_of(
     case: str, base: pxd.Array, base_dtype: pxd.DType, dtype: pxd.DType, axes: tuple[pxd.Axis, ...], seed: int = 1
 ) -> pxd.ModuleDelta:
-    """A `sign` module over the base; scales are 1 for `halfway`, else between 0 and 2, some of them 0."""
+    """Return a `sign` module on the base. Scales are 1 for `halfway`, else between 0 and 2, some of them 0."""
     rng = np.random.default_rng(seed)
     shape = base.shape
     components = []

@@ -1,4 +1,4 @@
-"""Without a GPU, Triton's kernels run in its interpreter; that has to be said before they are imported."""
+"""Without a GPU, Triton's kernels run in its interpreter, which must be set before they are imported."""
 
 from __future__ import annotations
 

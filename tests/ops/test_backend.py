@@ -1,4 +1,4 @@
-"""Which backend runs: the table, the argument, the environment, and what is said when one cannot run."""
+"""The choice of a backend: the table, the argument, the environment, and the errors if one cannot run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_without_numba_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_environment_forces_a_backend_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PERAXIS_BACKEND", "torch")
     assert choose("rebuild_tensor", 1 << 30) == "torch"
-    assert choose("rebuild", 1 << 30) == "numpy"  # has no torch: its reference
+    assert choose("rebuild", 1 << 30) == "numpy"  # has no torch backend, so the reference runs
     monkeypatch.setenv("PERAXIS_BACKEND", "numpy")
     assert choose("merge_rows", 1 << 30) == "numpy"
     assert choose("sign_search", 1 << 30) == "torch"
@@ -72,7 +72,7 @@ def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch: pytest.MonkeyPatch) 
         choose("signed_matmul", 1, backend="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose("signed_matmul", 1, backend="triton") == "triton"
-    assert choose("signed_matmul", 1 << 30) != "triton"  # the interpreter is never chosen by itself
+    assert choose("signed_matmul", 1 << 30) != "triton"  # the interpreter runs only on request
 
 
 def test_each_choice_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""One law for every operation: each backend gives the bits of its reference, or stays within the stated bound."""
+"""The law of every operation: each backend gives the bits of the reference, or stays within the stated bound."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ AXES = [
     (pxd.Axis.TENSOR, pxd.Axis.COL),
     (pxd.Axis.ROW_COL, pxd.Axis.ROW, pxd.Axis.COL, pxd.Axis.TENSOR),
 ]
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what overflows is meant to
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # overflows are intended
 
 
 def matrices_by_tensor(module: pxd.ModuleDelta, base: pxd.Array, backend: str) -> bytes:
-    """rebuild_tensor, matrix by matrix."""
+    """Run rebuild_tensor for each matrix."""
     assert module.base is not None
     device = torch.device("cpu") if backend == "numba" else DEVICE
     weights = from_storage(base.copy(), module.base.dtype).reshape(-1, *base.shape[-2:]).to(device)
@@ -44,7 +44,7 @@ def matrices_by_tensor(module: pxd.ModuleDelta, base: pxd.Array, backend: str) -
 
 
 def by_transfer(module: pxd.ModuleDelta, base: pxd.Array) -> bytes:
-    """The kernel that swaps variants, which reads a module as its file stores it."""
+    """Run the kernel that swaps variants, which reads a module as its file stores it."""
     from peraxis_format.ops.rebuild.triton import StoredModule, launches
 
     data, offsets = bytearray(pxd.ALIGNMENT), {}
@@ -61,7 +61,7 @@ def by_transfer(module: pxd.ModuleDelta, base: pxd.Array) -> bytes:
 
 
 def by_student(module: pxd.ModuleDelta, base: pxd.Array) -> bytes:
-    """What compression runs its student with."""
+    """Rebuild weights as compression does for its student."""
     assert module.base is not None
     weight = from_storage(base.copy(), module.base.dtype)
     return storage_array(apply_components(weight, module.components, TORCH_DTYPES[module.dtype])).tobytes()
@@ -92,7 +92,7 @@ def test_every_backend_rebuilds_the_bits_of_the_reference(way: str, case: str, d
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_reference_makes_every_nan_canonical_and_meets_ties_and_infinities(dtype: pxd.DType) -> None:
-    """The cases are what they are called, so that the law above is not one about ordinary numbers alone."""
+    """The cases have the values of their names, so that the law above covers more than ordinary numbers."""
     canonical = {pxd.DType.BF16: 0x7FC0, pxd.DType.F16: 0x7E00, pxd.DType.F32: 0x7FC00000}[dtype]
     for case in BITWISE_CASES:
         base = base_of(case, dtype)
@@ -107,7 +107,7 @@ def test_the_reference_makes_every_nan_canonical_and_meets_ties_and_infinities(d
             exact = before.astype(np.float64) + pxd.dense_delta(
                 module_of(case, base, dtype, dtype, (pxd.Axis.ROW,))
             ).astype(np.float64)
-            assert np.mean(exact != values) > 0.2  # rounded, to the even neighbour
+            assert np.mean(exact != values) > 0.2  # rounded to the even neighbour
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba", "triton"])
@@ -154,7 +154,7 @@ def test_what_a_merge_does_to_rows_is_the_reference_bits(case: str) -> None:
     pytest.importorskip("numba")
     blocks = [base_of(case, pxd.DType.F32, seed=seed).astype(np.float32) for seed in range(3)]
     for block, value in zip(blocks, (4.0, 2.0, 0.0), strict=True):
-        block[0] = value  # whose weighted sum is zero
+        block[0] = value  # their weighted sum is zero
     rng = np.random.default_rng(4)
     chances = rng.integers(0, 1 << 32, blocks[0].size, np.uint32)
     thresholds = np.array([0.0, 0.1, 0.5], np.float32)
@@ -189,7 +189,7 @@ def test_masks_are_compared_alike_by_every_backend(width: int) -> None:
 
 
 def signs_of_integers(backend: str, components: int) -> list[Any]:
-    """Both steps on small integers and powers of two: nothing is rounded, so every backend must give the same bits."""
+    """Run both steps on small integers and powers of two. Nothing is rounded, so all backends must give equal bits."""
     device = torch.device("cpu") if backend == "numba" else DEVICE
     generator = torch.Generator().manual_seed(components)
 
@@ -199,7 +199,7 @@ def signs_of_integers(backend: str, components: int) -> list[Any]:
     d_out, n = 21, 13
     upper = torch.triu(integers(n, n), 1).div(8).sign() + 2 * torch.eye(n, device=device)
     work, errors = 64 * integers(d_out, n), torch.zeros(d_out, n, device=device)
-    work[:7, 0] = 0  # a sign of its own: >= 0 is +1
+    work[:7, 0] = 0  # the sign of 0 is +1
     signs = torch.zeros(components, d_out, n, dtype=torch.bool, device=device)
     rows, cols = integers(components, d_out, low=1), integers(components, n, low=1)
     gptq_signs_block(work, upper, rows, cols, signs, errors, backend=backend)

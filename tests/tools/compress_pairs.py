@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-# A little text, and pairs so small that their header takes more than they save.
+# Options for a short text, and for pairs so small that the header takes more bytes than the delta saves.
 FEW = {"calibration_samples": 8, "sequence_length": 16, "batch_size": 3, "generated_samples": 0, "force": True}
 WORDS = "one two red blue sun moon tree stone walks sings under over the a and".split()
-# Letters, and the space as byte-level tokenizers write it: some families insist on a byte-level BPE.
+# Letters, and the space of byte-level tokenizers, because some families need a byte-level BPE.
 VOCABULARY = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", "Ġ", *sorted(set("".join(WORDS)))])}
 
 
 def write_text(path: Path, *, documents: int = 60, words: int = 40, seed: int = 0) -> Path:
-    """A jsonl file of documents of random words."""
+    """Write a jsonl file of documents of random words."""
     import json
 
     draw = random.Random(seed)
@@ -27,7 +27,7 @@ def write_text(path: Path, *, documents: int = 60, words: int = 40, seed: int = 
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of letters."""
+    """Write a tokenizer of letters."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE(VOCABULARY, merges=[], unk_token="<unk>"))
@@ -40,7 +40,7 @@ def write_tokenizer(folder: Path) -> None:
 def write_pair(
     folder: Path, config: Any, *, dtype: torch.dtype = torch.float32, step: float = 0.02, seed: int = 0
 ) -> tuple[Path, Path]:
-    """A random model and the same with every float parameter moved a little; (base, fine-tuned)."""
+    """Write a random model and a copy with every float parameter changed a little. Returns (base, fine-tuned)."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -57,7 +57,7 @@ def write_pair(
     return base, tuned
 
 
-# A configuration that most decoders take.
+# Configuration fields that most decoders accept.
 SMALL = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -72,7 +72,7 @@ SMALL = {
 
 
 def llama_config(**changes: Any) -> Any:
-    """A Llama of three layers, width 24, MLP width 44 (neither of them a power of two)."""
+    """Return a Llama configuration of three layers, width 24 and MLP width 44, neither a power of two."""
     from transformers import LlamaConfig
 
     values = {
@@ -90,6 +90,6 @@ def llama_config(**changes: Any) -> Any:
 
 
 def llama_pair(folder: Path) -> tuple[Path, Path, Path]:
-    """(base, fine-tuned, text): a Llama of three layers in bfloat16."""
+    """Write a Llama of three layers in BF16. Returns (base, fine-tuned, text)."""
     base, tuned = write_pair(folder, llama_config(), dtype=torch.bfloat16)
     return base, tuned, write_text(folder / "text.jsonl")

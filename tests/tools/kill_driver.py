@@ -1,11 +1,11 @@
-"""Kills each verb that writes at every step it takes in the file system, and checks what is there afterwards.
+"""Kill each verb that writes at each of its file system calls, and check the files that it leaves.
 
     python -m tests.tools.kill_driver FOLDER KILLS VERB...
 
-No clock decides where a run is killed: a hook of the interpreter counts its calls to the file system, and the n-th
-kills the process. KILLS of them for each verb and state of its output before, half of them among the last quarter of
-the calls, where names are given; 0 for all. Runs are forks of this process, which has imported everything. Prints JSON:
-how many kills there were, and what was wrong after them.
+The kill does not depend on a clock: an audit hook of the interpreter counts the calls to the file system, and the n-th
+call kills the process. KILLS is the number of kills for each verb and each earlier state of its output; 0 kills at
+every call. Half of the kills are among the last quarter of the calls, which give outputs their names. Runs are forks
+of this process, which has imported everything. The command prints JSON: the number of kills and the faults after them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from typing import Any
 from peraxis_tools.cli import main
 from tests.tools.output_cases import FILE_VERBS, FOLDER_VERBS, make_inputs, snapshot
 
-# Audit events of the interpreter that read or change the file system.
+# Audit events of the interpreter for reads and changes of the file system.
 _EVENTS = ("open", "os.", "fcntl.", "shutil.", "ctypes.dlsym")
 _counting: dict[str, int] = {}
 
 
 def count(event: str, _: Any) -> None:
-    """The hook: kills this process at the step that it is set to."""
+    """Kill this process at the chosen step. This is the audit hook."""
     if _counting and event.startswith(_EVENTS):
         _counting["done"] += 1
         if _counting["done"] == _counting["kill_at"]:
@@ -38,12 +38,12 @@ def count(event: str, _: Any) -> None:
 
 
 def fsync_counted() -> None:
-    """os.fsync has no event of its own; a kill loses nothing that the system has, so that it need not be real."""
+    """Count os.fsync, which has no audit event. It need not sync, because a kill loses no data of the system."""
     os.fsync = lambda descriptor: count("os.fsync", descriptor)
 
 
 def run(line: str, *, kill_at: int = 0) -> tuple[int, int]:
-    """Exit status (-9 where it was killed) and steps of the command, in a fork. kill_at: 0 for never."""
+    """Run the command in a fork. Returns its exit status (-9 if killed) and steps. kill_at: 0 does not kill."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -65,7 +65,7 @@ def run(line: str, *, kill_at: int = 0) -> tuple[int, int]:
 
 
 def chosen_steps(total: int, kills: int) -> list[int]:
-    """Which of 1 to total: all for 0 kills, else evenly, half of them from the last quarter."""
+    """Choose steps from 1 to total: all for 0 kills, else evenly spread ones, half of them in the last quarter."""
     if kills == 0 or kills >= total:
         return list(range(1, total + 1))
     begin = 3 * total // 4
@@ -75,7 +75,7 @@ def chosen_steps(total: int, kills: int) -> list[int]:
 
 
 def look(path: Path) -> Any:
-    """What is under an output's name: bytes, files by name, None for nothing; of a signature all but the numbers."""
+    """Return an output: bytes, files by name, or None if it is absent; a signature without its random numbers."""
     if not os.path.lexists(path):
         return None
     if path.is_dir():
@@ -88,7 +88,7 @@ def look(path: Path) -> Any:
 
 
 def spoil(path: Path) -> None:
-    """Make an earlier output differ from the new one, and a folder hold something of its user's."""
+    """Make an earlier output differ from the new one, and add a user's file to a folder."""
     if path.is_dir():
         for file in path.iterdir():
             if file.suffix in (".safetensors", ".pxd"):
@@ -99,7 +99,7 @@ def spoil(path: Path) -> None:
 
 
 def after_kill(folder: Path, line: str, output: Path, allowed: list[Any], wanted: Any, inputs: dict[str, bytes]) -> str:
-    """What is wrong with a folder after a kill and after the next run; empty for nothing."""
+    """Return the faults of a folder after a kill and after the next run, or an empty result."""
     if look(output) not in allowed:
         return "half-written"
     if run(f"{line} --overwrite" if output.exists() else line)[0] != 0:
@@ -116,7 +116,7 @@ def after_kill(folder: Path, line: str, output: Path, allowed: list[Any], wanted
 
 
 def kills(folder: Path, line: str, output: Path, prepare: Callable[[], object], number: int) -> dict[str, Any]:
-    """Kill the run at steps of it. prepare: brings the output's name into the state before it."""
+    """Kill the run at the chosen steps. prepare: restores the earlier state of the output."""
     inputs = snapshot(folder)
     prepare()
     before = look(output)
@@ -131,14 +131,14 @@ def kills(folder: Path, line: str, output: Path, prepare: Callable[[], object], 
         status, _ = run(command, kill_at=step)
         found = after_kill(folder, line, output, [before, wanted], wanted, inputs)
         killed += status == -signal.SIGKILL
-        # A run may have one step less than the first: what it reads ahead is a matter of threads.
+        # A run may have one step less than the first, because reading ahead depends on threads.
         if found or status not in (-signal.SIGKILL, 0):
             wrong.append(f"step {step} of {total}: ended with {status}; {found}")
     return {"kills": killed, "steps": total, "wrong": wrong}
 
 
 def report(folder: Path, verb: str, number: int) -> dict[str, dict[str, Any]]:
-    """For one verb: killed where nothing was before, and where an earlier output is replaced."""
+    """Report kills of one verb without an earlier output and with an earlier output that it replaces."""
     pattern, name = FILE_VERBS[verb] if verb in FILE_VERBS else (FOLDER_VERBS[verb], "out")
     line, output = pattern.format(out=name), folder / name
     assert run(line)[0] == 0, verb
@@ -157,7 +157,7 @@ def report(folder: Path, verb: str, number: int) -> dict[str, dict[str, Any]]:
 
 
 def warm(verbs: list[str]) -> None:
-    """Import what the verbs import when they run."""
+    """Import the modules that the verbs import when they run."""
     import importlib
 
     modules = ["apply", "compress", "convert", "inspect", "merge", "publish", "sign", "split", "verify"]

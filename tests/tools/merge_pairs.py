@@ -14,7 +14,7 @@ BF16 = pxd.DType.BF16
 
 
 def dense(module: pxd.ModuleDelta) -> np.ndarray:
-    """The delta in binary64, from the formula of SPEC 5.3 alone."""
+    """Return the delta in F64, computed only from the formula of SPEC 5.3."""
     total = np.zeros(module.covered)
     for c in module.components:
         signs = np.where(pxd.unpack_signs(c.mask, module.shape[-1]), 1.0, -1.0)

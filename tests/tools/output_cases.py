@@ -1,4 +1,4 @@
-"""A folder of small inputs, and for each verb that writes the command line that writes `{out}` from them."""
+"""A folder of small inputs, and for each verb that writes a command line that writes `{out}` from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.factories import random_storage, sign_module, write_checkpoint, write
 __all__ = ["FILE_VERBS", "FOLDER_VERBS", "INPUTS", "make_inputs", "snapshot"]
 
 NAMES = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight")
-# Verb (or one of its options) -> command line, and a name that fits its output.
+# Verb (or one of its options) -> command line and a suitable name for its output.
 FILE_VERBS = {
     "compress": ("compress base tuned --fit none -q -o {out}", "new.pxd"),
     "merge": ("merge a.pxd b.pxd --weights 1,1 -q -o {out}", "new.pxd"),
@@ -24,7 +24,7 @@ FILE_VERBS = {
     "html": ("inspect a.pxd -q --html {out}", "new.html"),
     "plot": ("inspect a.pxd -q --plot {out}", "new.svg"),
 }
-# Inputs of each of them that its output could be.
+# Inputs of each command line that its output could overwrite.
 INPUTS = {
     "compress": ("base/model.safetensors", "tuned/config.json"),
     "merge": ("a.pxd", "b.pxd"),
@@ -46,7 +46,7 @@ FOLDER_VERBS = {
 
 
 def make_inputs(folder: Path) -> None:
-    """base, tuned, a.pxd and b.pxd of that base, the parts of a.pxd, a BitDelta file, and a key."""
+    """Write base, tuned, a.pxd and b.pxd of that base, the parts of a.pxd, a BitDelta file, and a key."""
     import torch
 
     from peraxis_tools.delta_parts import split
@@ -69,5 +69,5 @@ def make_inputs(folder: Path) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder by its relative path."""
+    """Return relative path -> content of every file in a folder."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

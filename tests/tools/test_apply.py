@@ -1,4 +1,4 @@
-"""`apply`: what it writes is what SPEC.md says, computed here from the files with safetensors and numpy alone."""
+"""`apply` writes the results of SPEC.md, which are computed here from the files only with safetensors and numpy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.factories import base_ref, random_storage, sign_module, write_checkpo
 
 
 def oracle(delta: Path, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """SPEC 3 to 6 written out once more, without peraxis: safetensors reads, numpy adds, torch rounds."""
+    """A second implementation of SPEC 3 to 6 without peraxis: safetensors reads, numpy adds, torch rounds."""
     kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
     result = {}
     with safe_open(delta, "np") as numbers, safe_open(delta, "pt") as tensors:
@@ -203,4 +203,4 @@ def test_a_write_that_fails_leaves_no_thread_however_long_its_error_lives(
     with pytest.raises((OSError, ToolError)) as error:
         apply(*pair, tmp_path / "out")
     assert set(threading.enumerate()) <= before
-    assert error.value.__traceback__ is not None  # it holds the frames, and what is in them
+    assert error.value.__traceback__ is not None  # keeps the frames and their variables alive

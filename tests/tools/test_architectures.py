@@ -1,4 +1,4 @@
-"""The table of docs/architectures.md for a few families, each of a kind of its own; the benchmark makes all of it."""
+"""The checks of docs/architectures.md for a few different families. The benchmark makes the whole table."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import peraxis
 pytest.importorskip("peft")
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-# Each has what others lack: modules kept in F32; scalars; experts that get sorted rows; a table of positions; weights
-# that the module above reads itself; a router with a module inside; names that transformers changes on loading.
+# Each family has a special feature: modules kept in F32; scalars; experts that get sorted rows; a table of positions;
+# weights that the parent module reads; a router with a module inside; names that transformers changes on loading.
 FAMILIES = ("deepseek_v3", "apertus", "llama4_text", "bart", "falcon_mamba", "ernie4_5_moe", "laguna")
 
 
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """benchmarks/ is run as scripts, so its modules are found as scripts find them."""
+    """Put benchmarks/ on the path, because its modules import each other as scripts do."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 

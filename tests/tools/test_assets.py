@@ -1,4 +1,4 @@
-"""The small files of a checkpoint: carried, taken from the base, or named; never lost in silence."""
+"""The small files of a checkpoint are carried, taken from the base, or named in a note."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.tools.compress_pairs import llama_config, write_tokenizer
 
 
 def small_pair(folder: Path) -> tuple[Path, Path]:
-    """Two checkpoints of one matrix, with a configuration each."""
+    """Two checkpoints of one matrix, each with a configuration."""
     for name, shift in (("base", 0.0), ("tuned", 0.01)):
         (folder / name).mkdir()
         weight = torch.arange(64 * 64, dtype=torch.float32).reshape(64, 64) / 4096 + shift * torch.randn(64, 64)
@@ -38,7 +38,7 @@ def round_trip(base: Path, tuned: Path, folder: Path) -> Path:
 
 
 def files_of(folder: Path) -> set[str]:
-    """Every file, but for the list that marks an output of ours."""
+    """Return every file except the list that marks an output of peraxis."""
     paths = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     return paths - {".peraxis-output.json"}
 

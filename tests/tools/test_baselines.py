@@ -1,4 +1,4 @@
-"""The baselines of the benchmarks are what their papers describe: a weak baseline would flatter us."""
+"""The baselines of the benchmarks follow their papers, because a weak baseline would make peraxis look better."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def baselines() -> ModuleType:
-    """benchmarks/ is run as scripts, so its modules are found as scripts find them."""
+    """Put benchmarks/ on the path, because its modules import each other as scripts do."""
     sys.path.insert(0, str(BENCHMARKS))
     import baselines
     import baselines.bitdelta
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pair(baselines: Any, folder: Path) -> Any:
-    """A fresh one for each test: a fit changes its student."""
+    """A new pair for each test, because a fit changes its student."""
     return baselines.pair.load_pair(folder / "base", folder / "tuned")
 
 
@@ -141,7 +141,7 @@ def test_what_is_written_is_what_was_fitted(baselines: Any, pair: Any, folder: P
             axis = Axis.ROW if i % 3 == 1 else Axis.COL
             size = (len(module.signs), 1) if axis is Axis.ROW else (1, module.signs.shape[1])
             module.axis = axis
-            module.scale = torch.linspace(-0.02, 0.05, max(size)).reshape(size)  # some negative: they turn signs
+            module.scale = torch.linspace(-0.02, 0.05, max(size)).reshape(size)  # some are negative, which flips signs
     baselines.pair.write_pxd(tmp_path / "out.pxd", pair, modules)
     with pxd.open(tmp_path / "out.pxd") as delta:
         delta.verify()
@@ -162,5 +162,5 @@ def test_tuning_never_ends_worse_than_the_papers_own_rate(baselines: Any) -> Non
         return next(error for rate, error in errors.items() if rate == pytest.approx(lr))
 
     best, _ = baselines.tuned._climb(attempt, baselines.tuned._rates(1e-4), lambda error: error)
-    assert best == pytest.approx(3e-3)  # over one bad rate, and no further than two
+    assert best == pytest.approx(3e-3)  # the search passes one bad rate and stops after two
     assert len(tried) == 6

@@ -1,4 +1,4 @@
-"""Chains of updates: what goes in comes out bit for bit; gaps, forks, repetitions and foreign updates are refused."""
+"""Chains of updates are exact, and gaps, forks, repetitions and foreign updates are refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def start(seed: int = 0) -> Tensors:
 
 
 def stepped(tensors: Tensors, seed: int, *, wild: int = 2) -> Tensors:
-    """A step of training: some weights move by one, `wild` of a tensor become anything, one tensor stays."""
+    """Return a step of training: some weights change by one unit, `wild` weights become random, one tensor stays."""
     random = np.random.default_rng(seed)
     after = {}
     for name, (array, dtype) in tensors.items():
@@ -51,7 +51,7 @@ def stepped(tensors: Tensors, seed: int, *, wild: int = 2) -> Tensors:
 
 @pytest.fixture
 def chain(tmp_path: Path) -> tuple[list[Path], list[Tensors]]:
-    """Folders state-0 to state-4 and updates/step-1.pxd to step-4.pxd."""
+    """The folders state-0 to state-4 and the files updates/step-1.pxd to step-4.pxd."""
     states = [start()]
     for seed in range(1, 5):
         states.append(stepped(states[-1], seed))
@@ -128,7 +128,7 @@ def test_a_gap_is_refused_by_name(
     chain: tuple[list[Path], list[Tensors]], tmp_path: Path, left_out: tuple[int, ...], message: str | None
 ) -> None:
     given = [path for i, path in enumerate(chain[0]) if i not in left_out]
-    if message is None:  # a chain in itself, but not of this base
+    if message is None:  # a valid chain of another base
         with pytest.raises(pxd.PxdError, match="E404"):
             apply(tmp_path / "state-0", given, tmp_path / "out")
     else:
@@ -141,7 +141,7 @@ def test_a_gap_is_refused_by_name(
 def test_updates_without_those_before_them_name_the_one_that_they_follow(
     chain: tuple[list[Path], list[Tensors]], tmp_path: Path, count: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.DEBUG, logger="peraxis")  # --quiet of a test before may have changed it
+    caplog.set_level(logging.DEBUG, logger="peraxis")  # --quiet in an earlier test may have changed it
     late = chain[0][1 : 1 + count]
     with pytest.raises(pxd.PxdError, match="E404"):
         apply(tmp_path / "state-0", late, tmp_path / "out")

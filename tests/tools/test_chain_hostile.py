@@ -1,4 +1,4 @@
-"""Chains that are long, that go back to where they were, or whose files say what they like."""
+"""Chains that are long, that return to an earlier state, or whose files make false claims."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STATES = [np.arange(64, dtype=np.uint16) + np.uint16(0x3F00 + 7 * i) for i in ra
 
 
 def write_chain(folder: Path, states: list[np.ndarray], metadata: dict[str, str] | None = None) -> list[Path]:
-    """folder/base, folder/last, and the updates from each state to the next one."""
+    """Write folder/base, folder/last, and the updates from each state to the next."""
     write_checkpoint(folder / "base", {"w": (states[0], KIND)})
     write_checkpoint(folder / "last", {"w": (states[-1], KIND)})
     (folder / "updates").mkdir()
@@ -53,9 +53,9 @@ def weights(folder: Path) -> bytes:
 
 @pytest.fixture
 def little_room() -> Iterator[None]:
-    """A process with room for few files and few frames, as a chain of thousands finds any process."""
+    """Limit open files and frames, so that a short chain exceeds them as a chain of thousands would."""
     depth, (soft, hard) = sys.getrecursionlimit(), resource.getrlimit(resource.RLIMIT_NOFILE)
-    others = [os.open(os.devnull, os.O_RDONLY) for _ in range(200)]  # the limit is on numbers, not on files
+    others = [os.open(os.devnull, os.O_RDONLY) for _ in range(200)]  # the limit is on the numbers of files
     held = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").is_dir() else 64
     sys.setrecursionlimit(len(inspect.stack()) + 150)
     resource.setrlimit(resource.RLIMIT_NOFILE, (held + 100, hard))
@@ -90,7 +90,7 @@ def test_a_chain_that_returns_to_an_earlier_state_is_listed_whole(tmp_path: Path
 
 @pytest.mark.parametrize("text", ["9" * 5000, "9" * 17, "65", "٣", "-1", "1.5", "", " 1", "\x1b[31m"])
 def test_a_number_of_changes_that_cannot_be_is_not_shown(tmp_path: Path, text: str) -> None:
-    """A file of somebody else: 64 weights, and any text where the tools note what changed."""
+    """A foreign file with 64 weights has any text in the place of the tools' note of changes."""
     write_chain(tmp_path, STATES[:2], {CHANGED: text})
     result = CliRunner().invoke(cli, ["log", str(tmp_path / "updates"), "--json"])
     assert result.exit_code == 0, result.output
@@ -100,6 +100,6 @@ def test_a_number_of_changes_that_cannot_be_is_not_shown(tmp_path: Path, text: s
     assert "\x1b[31m" not in plain.output
 
 
-def test_all_of_its_weights_may_change(tmp_path: Path) -> None:
+def test_a_note_that_all_weights_changed_is_shown(tmp_path: Path) -> None:
     write_chain(tmp_path, STATES[:2], {CHANGED: "64"})
     assert [entry.changed for entry in log(tmp_path / "updates").updates] == [64]

@@ -1,4 +1,4 @@
-"""Chains that lie at a URL or on the hub: written there, listed by headers alone, applied and folded from there."""
+"""Chains at a URL or on the hub are written there, listed by reading only headers, applied and compacted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ fsspec = pytest.importorskip("fsspec")
 
 @pytest.fixture
 def states(tmp_path: Path) -> list[Tensors]:
-    """Folders state-0 to state-3."""
+    """The folders state-0 to state-3."""
     found = [start()]
     for seed in range(1, 4):
         found.append(stepped(found[-1], seed))
@@ -42,7 +42,7 @@ def run(*arguments: str | Path) -> Any:
 
 
 def publish(states: list[Tensors], url: str, tmp_path: Path) -> None:
-    """The chain of the states, written to a URL by the command, each update after those that are there."""
+    """Write the chain of the states to a URL with the command, one update after the other."""
     for i in range(1, len(states)):
         after = ["--after", url] if i > 1 else []
         done = run("update", tmp_path / "state-0", tmp_path / f"state-{i}", *after, "-o", f"{url}/step-{i}.pxd", "-q")
@@ -68,7 +68,7 @@ def test_a_chain_is_written_to_a_url_listed_and_applied_from_it(
     found = json.loads(done.stdout)
     assert found["folder"] == url
     assert [entry["file"] for entry in found["updates"]] == ["step-1.pxd", "step-2.pxd", "step-3.pxd"]
-    # The same chain in a folder reads the same.
+    # A copy of the chain in a folder gives the same result.
     (tmp_path / "here").mkdir()
     for name in names:
         system.get_file(f"{url.removeprefix('memory:/')}/{name}", str(tmp_path / "here" / name))

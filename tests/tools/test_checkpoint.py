@@ -1,4 +1,4 @@
-"""What a checkpoint is called: the hub's name survives a local copy."""
+"""The name of a checkpoint: a local copy keeps its name on the hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: help with examples, 80 columns, exit codes, completion, docs that are true."""
+"""The command line for people: help with examples, 80 columns, exit codes, completion, correct docs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peraxis_tools.cli import VERBS, cli
 from tests.factories import random_storage, sign_module, write_delta
 
 ROOT = Path(__file__).parents[2]
-# What takes a .pxd and says something about it; the rest need models.
+# Verbs that read a .pxd and report on it. The others need models.
 LIGHT = ("inspect", "verify", "diff", "merge", "split", "sign", "publish", "completion")
 
 
@@ -63,7 +63,7 @@ def test_options_that_mean_the_same_are_called_the_same(verb: str) -> None:
 def test_the_reference_is_what_the_code_says(tmp_path: Path) -> None:
     path = ROOT / "docs" / "commands.md"
     message = "stale: run python -m peraxis_tools.reference docs/commands.md"
-    # In a process of its own: click remembers how a command was called before.
+    # It runs in its own process, because click remembers earlier calls of a command.
     written = tmp_path / "commands.md"
     subprocess.run([sys.executable, "-m", "peraxis_tools.reference", str(written)], check=True, cwd=ROOT)
     assert path.read_text("utf-8") == written.read_text("utf-8"), message
@@ -136,7 +136,7 @@ def action_step(name: str) -> dict:
 
 
 def run_action(workdir: Path, **inputs: str) -> subprocess.CompletedProcess[str]:
-    """The action's own script, its inputs put in as the runner would."""
+    """Run the script of the action with its inputs, as the runner would."""
     action = yaml.safe_load((ROOT / "action.yml").read_text())
     values = {name: str(spec.get("default", "")) for name, spec in action["inputs"].items()}
     values |= {name.replace("_", "-"): value for name, value in inputs.items()} | {"python": sys.executable}
@@ -182,7 +182,7 @@ def test_a_file_name_is_never_an_option_of_the_github_action(delta: Path, tmp_pa
         assert done.returncode in (1, 2), (name, done.stdout)
         assert "::error" in done.stdout, (name, done.stderr)
     assert not (tmp_path / "written.pxd").exists()
-    # A glob that finds such a name opens the file.
+    # If a glob matches such a name, the file is opened.
     found = run_action(tmp_path, files="--q*")
     assert (found.returncode, found.stdout.count("::notice file=--quiet")) == (0, 1), found.stderr
 

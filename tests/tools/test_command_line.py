@@ -1,4 +1,4 @@
-"""The command line as CI sees it: one line an error, the documented exit code, nothing half-written."""
+"""The command line for CI: one line per error, the documented exit code, no partial output."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 def damaged_files(folder: Path, delta: Path) -> dict[str, tuple[Path, int]]:
-    """Every kind of bad file that people meet, with the exit code that it earns."""
+    """Every common kind of bad file and its exit code."""
     whole = delta.read_bytes()
     with pxd.open(delta) as file:
         data = file.header_size

@@ -1,4 +1,4 @@
-"""No list of architectures: small random models of many families are seen, fitted and rebuilt by the same code."""
+"""The same code finds, fits and rebuilds small random models of many families, without a list of architectures."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_calibration_beats_mean_magnitudes_and_every_matrix_is_fitted(family: st
 
 
 def divergence(base: Path, tuned: Path, delta: Path, folder: Path) -> float:
-    """Mean KL(fine-tuned || applied) on random ids, through the folder that apply writes."""
+    """Return the mean KL(fine-tuned || applied) on random ids. The applied model is loaded from the folder of apply."""
     from peraxis_tools import apply
 
     apply(base, delta, folder)

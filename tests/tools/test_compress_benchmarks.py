@@ -1,4 +1,4 @@
-"""The compressor's benchmarks at a size for tests: what they claim of it, and what they count."""
+"""The benchmarks of the compressor at a small size: their claims and their counts of operations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """benchmarks/ is run as scripts, so its modules are found as scripts find them."""
+    """Put benchmarks/ on the path, because its modules import each other as scripts do."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
@@ -32,7 +32,7 @@ def test_in_a_fine_tune_of_many_zero_deltas_every_module_is_better_than_the_base
     text = write_text(tmp_path / "text.jsonl", documents=200)
     ids = torch.randint(3, 30, (20_000,), generator=torch.Generator().manual_seed(0))
     low_rate.fine_tune(base, tmp_path / "low", ids, rate=rate, steps=25, length=32)
-    # In binary32, as on the CPU: in BF16 a forward pass does not resolve steps of 3e-6.
+    # In F32, as on the CPU, because a forward pass in BF16 does not resolve steps of 3e-6.
     options: dict[str, Any] = {"calibration": str(text), "sequence_length": 64, "compute_dtype": "float32"}
     compress(base, tmp_path / "low", tmp_path / "low.pxd", **options)
     modules = list(low_rate.module_errors(base, tmp_path / "low", tmp_path / "low.pxd", ids[-4096:].view(-1, 64)))
@@ -65,5 +65,5 @@ def test_the_operations_of_a_fit_are_those_that_its_bound_counts(d_in: int, outs
     with FlopCounterMode(display=False) as counter:
         run()
     single, _ = compress_block._fit_work(d_in, outs, FitOptions())
-    # Products are counted; the steps within a block of columns are not.
+    # Matrix products are counted. The steps within a block of columns are not.
     assert counter.get_total_flops() == pytest.approx(single, rel=0.1)

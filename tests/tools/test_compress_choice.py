@@ -1,4 +1,4 @@
-"""Which fit a module gets where two texts validate each other."""
+"""The choice of a module's fit if two texts validate each other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pair(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def inputs(tokens: int, *, seed: int, within: slice = slice(None)) -> torch.Tensor:
-    """Correlated inputs [tokens, d_in] along some directions of one orthogonal basis, and a tenth along the others."""
+    """Return inputs [tokens, d_in] along some directions of an orthogonal basis, and a tenth of it along the others."""
     g = torch.Generator().manual_seed(7)
     basis = torch.linalg.qr(torch.randn(D_IN, D_IN, generator=g)).Q
     size = torch.full((D_IN,), 0.02)
@@ -53,7 +53,7 @@ def error_on(x: torch.Tensor, found: torch.Tensor) -> float:
 
 
 def scalar(texts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One closed-form scale for all tokens."""
+    """Return the weight with one closed-form scale for all tokens."""
     base, tuned = pair()
     hessian = hessian_of(moments_of(torch.cat(list(texts))), signs=False)
     assert hessian is not None
@@ -85,7 +85,7 @@ def test_signs_that_follow_one_text_against_the_other_are_given_up_and_it_is_sai
     result = fitted(APART)
     assert result.note
     assert result.error < result.error_same
-    # The text that speaks against them must have been asked: with the first alone they would be kept.
+    # The second text must decide, because with only the first text the signs would be kept.
     base, tuned = pair()
     alone = Statistics(fit=moments_of(APART[0][:600]), validation=moments_of(APART[0][600:]))
     matrix = Matrix(base=base, fine_tuned=tuned, dtype=torch.float32)
@@ -134,5 +134,5 @@ def test_rows_that_the_text_does_not_use_follow_in_closed_form_and_the_used_ones
         found[name] = [Validation(tuned[part], moments).error(residual[part]) for part in (used, ~used)]
         nothing = [Validation(tuned[part], moments).error((tuned - base)[part]) for part in (used, ~used)]
     assert found["used"][0] <= 1.05 * found["all"][0]
-    # Signs of the delta and a scale for each row: far from nothing, and not as good as refined.
+    # Signs of the delta with a scale for each row are much better than no delta, and worse than refined signs.
     assert found["all"][1] < found["used"][1] < 0.25 * nothing[1]

@@ -1,4 +1,4 @@
-"""compress --dry-run: what it says is what comes, and it writes nothing."""
+"""compress --dry-run predicts the result and writes nothing."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_blocks_take_time_by_the_layer_and_memory_by_the_token() -> None:
     assert four["blocks"].products == pytest.approx(2 * two["blocks"].products)
     assert four["blocks"].memory == two["blocks"].memory
     longer = works(2, Text(samples=24, generated=8, length=64, value_bytes=4))
-    states_and_inputs = 2 * 4 * 64 * (64 + 64 + 192)  # of one sample: hidden states; what q_proj and down_proj read
+    states_and_inputs = 2 * 4 * 64 * (64 + 64 + 192)  # per sample: hidden states, inputs of q_proj and down_proj
     assert longer["blocks"].memory - two["blocks"].memory == 16 * states_and_inputs
     assert longer["blocks"].fits == two["blocks"].fits
 

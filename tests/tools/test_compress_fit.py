@@ -1,4 +1,4 @@
-"""The mathematics of one module, against the plain way to compute the same thing."""
+"""The mathematics of one module agrees with a direct computation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ AXES = (Axis.ROW, Axis.COL, Axis.ROW_COL, Axis.TENSOR)
 def problem(
     d_out: int = 12, d_in: int = 20, tokens: int = 200, seed: int = 0, noise: float = 0.05
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(base, fine-tuned, student inputs, teacher inputs); inputs are correlated."""
+    """Return (base, fine-tuned, student inputs, teacher inputs). The inputs are correlated."""
     g = torch.Generator().manual_seed(seed)
     base = torch.randn(d_out, d_in, generator=g)
     tuned = base + 0.1 * torch.randn(d_out, d_in, generator=g) * torch.rand(d_out, 1, generator=g)
@@ -54,7 +54,7 @@ def moments_of(x: torch.Tensor, teacher: torch.Tensor | None, batches: int = 3) 
 
 
 def error_of(residual: torch.Tensor, tuned: torch.Tensor, moments: Moments) -> float:
-    """Sum of squares of the output's error."""
+    """Return the sum of squares of the output error."""
     return Validation(tuned, moments.float32()).error(residual) * moments.tokens
 
 
@@ -67,7 +67,7 @@ def problem_of(tuned: torch.Tensor, base: torch.Tensor, moments: Moments) -> Qua
 def fit_one(
     base: torch.Tensor, tuned: torch.Tensor, statistics: Statistics, *, dtype: torch.dtype = torch.float32, **how: Any
 ) -> FittedMatrix:
-    """One matrix alone. how: axes and components of the Matrix; the rest are FitOptions."""
+    """Fit one matrix. how: axes and components of the Matrix, and FitOptions."""
     own = {name: how.pop(name) for name in ("axes", "components") if name in how}
     matrix = Matrix(base=base, fine_tuned=tuned, dtype=dtype, **own)
     return fit_matrices([matrix], statistics=statistics, options=FitOptions(**how))[0]
@@ -119,7 +119,7 @@ def test_closed_forms_are_the_least_squares_solution(axis: Axis) -> None:
 
     best = cost(fitted.row, fitted.col)
     assert best < cost(start.row, start.col)
-    # No small step of any scale lowers the cost by more than the ridge allows.
+    # No small change of any scale lowers the cost by more than the ridge allows.
     slack = 1e-4 * best if axis in (Axis.COL, Axis.ROW_COL) else 1e-6 * best
     for factor in (0.97, 1.03):
         if axis is not Axis.COL:
@@ -182,7 +182,7 @@ def test_few_tokens_never_make_it_worse_than_no_text_at_all(tokens: int, refine:
     base, tuned, x, teacher = problem(tokens=tokens + 2000, noise=0.3)
     fitted = fit_one(base, tuned, statistics_of(x[:tokens], teacher[:tokens]), refine=refine)
     assert fitted.error <= min(fitted.error_none, fitted.error_same)
-    # On two thousand tokens that no fit saw:
+    # The following is measured on two thousand tokens that are not in the fit.
     unseen = moments_of(x[tokens:], teacher[tokens:])
     nothing = Statistics(fit=moments_of(x[:0], teacher[:0]), validation=moments_of(x[:0], teacher[:0]))
     plain = fit_one(base, tuned, nothing, refine=refine)
@@ -198,7 +198,7 @@ def test_more_masks_and_refined_signs_lower_the_held_out_error() -> None:
     def error(**changes: object) -> float:
         fitted = fit_one(base, tuned, statistics_of(x[:2000], teacher[:2000]), **changes)
         found = error_of(tuned - base - dense(fitted.terms, base), tuned, unseen)
-        # What is reported is of tokens that no fit had seen, and before its last rounds: no better than the truth.
+        # The reported error is of validation tokens, before the last rounds, so it is not below the true error.
         assert found / 2000 <= 1.1 * fitted.error
         return found
 
@@ -236,7 +236,7 @@ def test_stored_components_rebuild_the_fitted_matrix(axis: Axis, transposed: boo
         base=pxd.BaseRef(dtype=pxd.DType.F32, shape=tuple(stored.shape), sha256="0" * 64),
         components=components,
     )
-    # What the student runs with is, bit for bit, what a reader of the file will compute.
+    # The student runs with exactly the weights that a reader of the file computes.
     assert np.array_equal(pxd.reconstruct(module, stored.numpy()), rebuilt.numpy())
 
 
@@ -282,7 +282,7 @@ def test_mean_magnitudes_take_the_axis_of_least_weight_error_and_each_mask_lower
 def test_mostly_unchanged_weights_are_never_worse_than_the_base_or_one_scalar(share: float) -> None:
     base, tuned, x, _ = problem(d_out=16, d_in=48, tokens=4000)
     g = torch.Generator().manual_seed(1)
-    # A step of a few units in the last place of bfloat16, in a share of the weights: a fine-tune at a low rate.
+    # A few units in the last place of BF16 in a share of the weights, as in a fine-tune at a low learning rate.
     base = base.bfloat16().float()
     moved = torch.rand(base.shape, generator=g) < share
     tuned = torch.where(moved, base * (1 + 2**-7 * torch.randn(base.shape, generator=g)), base).bfloat16().float()
@@ -303,7 +303,7 @@ def test_mostly_unchanged_weights_are_never_worse_than_the_base_or_one_scalar(sh
 
 
 def low_rank_delta(rng: np.random.Generator, shape: tuple[int, ...], directions: int) -> np.ndarray:
-    """A delta of a few directions under noise, as a fine-tune in BF16 leaves it."""
+    """Return a delta of a few directions with noise, like that of a fine-tune in BF16."""
     left = rng.standard_normal((*shape[:-1], directions))
     right = rng.standard_normal((*shape[:-2], directions, shape[-1]))
     return (left @ right + 1.5 * rng.standard_normal(shape)).astype(np.float32)

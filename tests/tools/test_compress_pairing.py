@@ -1,4 +1,4 @@
-"""What two checkpoints are to each other: refused, renamed or told before any work."""
+"""The pairing of two checkpoints: bad pairs are refused, and renames are reported, before any work."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_names_that_are_there_are_not_renamed(tmp_path: Path) -> None:
 
 
 def quantised(kind: str) -> dict[str, torch.Tensor]:
-    """The base as each method would leave its largest matrix."""
+    """Return the base with its largest matrix quantized as by the given method."""
     plain = weights()
     rest = {name: tensor for name, tensor in plain.items() if name != Q}
     stem = Q.removesuffix(".weight")

@@ -1,4 +1,4 @@
-"""Passes through a block: kept, waiting and repeated ones give the same tensors, with weights that change meanwhile."""
+"""Cached, suspended and replayed passes through a block give the same tensors, even if weights change between."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Runs = Callable[[Callable[[Call], None]], torch.Tensor]
 
 
 def block(config: Any) -> tuple[LayerwiseModel, list[str], torch.Tensor]:
-    """A model whose layer 0 has random weights, their names, and token ids."""
+    """Return a model whose layer 0 has random weights, their names, and token ids."""
     torch.manual_seed(0)
     model = LayerwiseModel(config, dtype=torch.float32, device=torch.device("cpu"))
     for name in [*model.outer_parameters(), *model.layer_parameters(0)]:
@@ -33,7 +33,7 @@ def block(config: Any) -> tuple[LayerwiseModel, list[str], torch.Tensor]:
 
 @contextmanager
 def opened(config: Any, *, hooks: bool) -> Iterator[tuple[LayerwiseModel, Any, Runs, frozenset[str]]]:
-    """(model, what one pass shows, a run of layer 0, parameters that hooks see)."""
+    """Open (model, the tensors of one pass, a run of layer 0, the parameters that hooks see)."""
     model, names, ids = block(config)
     parameters = {name: model.get(name) for name in names}
     owners = {name: model.owner(name) for name in names}
@@ -56,7 +56,7 @@ def gpt2() -> Any:
 @pytest.mark.parametrize(("config", "hooks"), [(llama_config, True), (llama_config, False), (gpt2, False)])
 def test_all_passes_give_the_same_tensors_while_weights_change(config: Callable[[], Any], hooks: bool) -> None:
     with opened(config(), hooks=hooks) as (model, found, run, hooked):
-        # A Conv1D is no nn.Linear: only the dispatcher sees its product.
+        # A Conv1D is not an nn.Linear, so only the dispatcher sees its product.
         assert bool(hooked) == (config is llama_config)
         stages = stages_of(found.calls)
         assert len(stages) == 4
@@ -68,7 +68,7 @@ def test_all_passes_give_the_same_tensors_while_weights_change(config: Callable[
             assert seen[0].keys() == seen[1].keys() == seen[2].keys() == stage.observed
             for key in stage.observed:
                 assert torch.equal(seen[1][key], seen[2][key])
-                # The kept pass ran before any weight changed.
+                # The cached pass ran before any weight changed.
                 assert torch.equal(seen[0][key], seen[1][key]) == same_start
             for name in stage.parameters:
                 model.write(name, 1.5 * model.get(name))

@@ -1,4 +1,4 @@
-"""Plans from shapes alone: the sizes of the paper's models, and what each kind of tensor gets."""
+"""Plans need only shapes: the sizes of the paper's models, and the encoding of each kind of tensor."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Info:
 
 
 BF16 = pxd.DType.BF16
-# layers, hidden, query, key/value, MLP, vocabulary: from the models' public configurations
+# layers, hidden, query, key/value, MLP, vocabulary from the public configurations of the models
 LLAMA = (32, 4096, 4096, 1024, 14336, 128256)
 QWEN = (40, 5120, 5120, 1024, 17408, 151936)
 PHI = (40, 5120, 5120, 1280, 17920, 100352)
 
 
 def shapes(layers: int, hidden: int, query: int, kv: int, mlp: int, vocabulary: int, *, fused: bool) -> dict[str, Info]:
-    """Tensors of a Llama-like checkpoint; fused: as Phi-3 and Phi-4 store them."""
+    """Return the tensors of a Llama-like checkpoint. fused: as in Phi-3 and Phi-4."""
     matrices = {"self_attn.o_proj": (hidden, query), "mlp.down_proj": (hidden, mlp)}
     if fused:
         matrices |= {"self_attn.qkv_proj": (query + 2 * kv, hidden), "mlp.gate_up_proj": (2 * mlp, hidden)}
@@ -55,7 +55,7 @@ def planned(tensors: dict[str, Info], base: dict[str, Info] | None = None, **opt
 
 @pytest.mark.parametrize(
     ("model", "fused", "full", "sign"),
-    # full: Llama's from the paper's Table 2; the other two follow from the shapes (masks + exact tables)
+    # full: Llama's size is from Table 2 of the paper; the other two follow from the shapes (masks + exact tables)
     [(LLAMA, False, 2980, 1007), (QWEN, False, 4768, 1852), (PHI, True, 3764, 1838)],
     ids=["Llama-3.1-8B", "Qwen3-14B", "Phi-4"],
 )
@@ -99,7 +99,7 @@ def test_what_cannot_or_should_not_carry_signs_is_exact_and_says_why() -> None:
     assert all(module.reason for module in modules.values() if module.encoding is pxd.Encoding.FULL)
     assert modules["model.layers.0.q.weight"].components == 2
     assert result.dropped == ("old.weight",)
-    # 90 rows by signs (3 masks and their scales), 10 new rows exactly
+    # 90 rows have signs (3 masks and their scales), 10 new rows are exact
     embedding = modules["model.embed_tokens.weight"]
     assert embedding.payload_bytes == 3 * (768 + 192 + 128) + 1280
 
@@ -109,7 +109,7 @@ def test_a_budget_is_spent_where_a_byte_saves_most() -> None:
     choices = {
         "steep": [Choice(sign, 1, 10, 100.0), Choice(sign, 2, 20, 10.0), Choice(full, 0, 100, 0.0)],
         "flat": [Choice(sign, 1, 10, 5.0), Choice(sign, 2, 20, 4.0), Choice(full, 0, 100, 0.0)],
-        # its second point lies above the line from the first to the third: never the best for any price
+        # its second point lies above the line from the first to the third, so it is never the best at any price
         "bent": [Choice(sign, 1, 10, 50.0), Choice(sign, 2, 20, 49.0), Choice(sign, 3, 30, 0.0)],
     }
     assert {name: c.size for name, c in allocate(choices, 40).items()} == {"steep": 20, "flat": 10, "bent": 10}
@@ -134,7 +134,7 @@ def test_bits_is_another_name_of_masks_and_stays_the_name_in_files(tmp_path: Pat
     assert options == CompressOptions(masks=3)
     assert options.content()["bits"] == 3
     assert "masks" not in options.content()
-    assert CompressOptions.from_mapping({"bits": 3, "masks": 2}).masks == 2  # --config, and an option on top
+    assert CompressOptions.from_mapping({"bits": 3, "masks": 2}).masks == 2  # --config and an option that overrides it
 
 
 def test_an_option_that_is_given_wins_over_its_recipe() -> None:

@@ -1,4 +1,4 @@
-"""Two processes give the artifact of one, byte for byte: their sums are exact, whoever adds them."""
+"""Two processes give the artifact of one, byte for byte, because their sums are exact in any order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import peraxis_format as pxd
 from tests.tools.compress_pairs import llama_config, write_pair, write_text
 from tests.tools.test_compress_architectures import FAMILIES
 
-# How users start one process a device. Without GPUs, accelerate's several "GPUs" are processes on the CPU.
+# Users start one process per device in this way. Without GPUs accelerate's "GPUs" are processes on the CPU.
 LAUNCHERS: dict[str, Callable[[int], list[str]]] = {
     "torchrun": lambda count: ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"],
     "accelerate": lambda count: [
@@ -56,7 +56,7 @@ def test_several_processes_give_the_artifact_of_one(family: str, count: int, lau
     assert isinstance(config, transformers.PretrainedConfig)
     base, tuned = write_pair(tmp_path, config, dtype=torch.float32)
     options = {"calibration": str(write_text(tmp_path / "text.jsonl")), **OPTIONS}
-    # Products depend on the number of threads, as torch's own do: it is the same for all.
+    # Products depend on the number of threads, as in torch, so all processes have the same number.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for processes in (1, count):
         output = tmp_path / f"{processes}.pxd"
@@ -65,5 +65,5 @@ def test_several_processes_give_the_artifact_of_one(family: str, count: int, lau
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
     with pxd.open(tmp_path / "1.pxd") as one, pxd.open(tmp_path / f"{count}.pxd") as many:
-        assert one.manifest.modules == many.manifest.modules  # digests and all: says which module differs
+        assert one.manifest.modules == many.manifest.modules  # with digests, so that a failure names the module
     assert (tmp_path / "1.pxd").read_bytes() == (tmp_path / f"{count}.pxd").read_bytes()

@@ -1,4 +1,4 @@
-"""Runs of compress that are cut short, by kill -9 or an interrupt, end in the bytes of an undisturbed one."""
+"""A run of compress that is killed or interrupted and resumed gives the bytes of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 
 
 class Killable:
-    """A compression in a process of its own; `moment` seconds after its imports it is killed, if it still runs."""
+    """A compression in its own process, which is killed `moment` seconds after its imports if it still runs."""
 
     def __init__(self, base: Path, tuned: Path, output: Path, options: dict[str, Any]) -> None:
         self.output, self.work = output, output.with_name(output.name + ".peraxis-work")
@@ -37,7 +37,7 @@ class Killable:
         )
 
     def run(self, *, moment: float = 300.0, part: str | None = None) -> float:
-        """Seconds after the imports. part: killed as soon as this is in the work folder instead."""
+        """Run it and return the seconds after the imports. part: kill it as soon as this is in the work folder."""
         self._ready.unlink(missing_ok=True)
         process = subprocess.Popen([sys.executable, "-c", self._code], stderr=subprocess.PIPE)
         while not self._ready.exists() and process.poll() is None:
@@ -67,7 +67,7 @@ def test_a_run_killed_at_five_random_moments_ends_in_the_same_bytes(
     while kills < 5:
         run.output.unlink(missing_ok=True)
         run.run(moment=draw.uniform(0.0, undisturbed))
-        # A resumed run may be done before its moment comes: then the next one starts afresh.
+        # A resumed run may finish before its moment. Then the next run starts from the beginning.
         if run.output.exists():
             assert run.output.read_bytes() == whole
         else:

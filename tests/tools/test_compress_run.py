@@ -1,4 +1,4 @@
-"""compress from end to end on small random pairs: what becomes of every tensor."""
+"""compress from end to end on small random pairs: the result of every tensor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 
 
 def edited(folder: Path, source: Path, **changes: torch.Tensor | None) -> Path:
-    """A copy of a checkpoint with tensors changed, added, or (None) taken out."""
+    """Write a copy of a checkpoint with tensors changed, added, or removed (None)."""
     folder.mkdir()
     for file in source.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
@@ -96,7 +96,7 @@ def test_added_dropped_unchanged_and_resized_tensors(
     source_base, source_tuned, text = pair
     original = load_file(source_base / "model.safetensors")
     tables = ("model.embed_tokens.weight", "lm_head.weight")
-    # The base has two rows fewer of vocabulary, a tensor that is gone, and one that did not change.
+    # The base has two fewer vocabulary rows, a tensor that the fine-tune lacks, and an unchanged tensor.
     base = edited(
         tmp_path / "base",
         source_base,
@@ -142,7 +142,7 @@ def test_an_embedding_that_is_the_head_too_is_fitted_as_both(tmp_path: Path, mon
 
 
 def divergence(base: Path, tuned: Path, folder: Path, **options: Any) -> float:
-    """Mean KL(fine-tuned || applied) on random ids."""
+    """Return the mean KL(fine-tuned || applied) on random ids."""
     compress(base, tuned, folder.with_suffix(".pxd"), **options)
     apply(base, folder.with_suffix(".pxd"), folder)
     ids = torch.randint(3, 30, (16, 24), generator=torch.Generator().manual_seed(5))
@@ -177,7 +177,7 @@ def test_a_byte_target_is_kept_and_used(pair: tuple[Path, Path, Path], tmp_path:
         path = tmp_path / f"{target}.pxd"
         result = compress(base, tuned, path, target_size=target, **options)
         assert target - 5200 <= result.size <= target
-        if calibrated:  # spent for KL on the text, not for the weights' own error
+        if calibrated:  # the budget is spent for KL on the text, not for the error of the weights
             found = evaluate(base, tuned, path, {"text": text}, samples=8, sequence_length=16, candidates=("merged",))
             errors.append(found.domains[0].candidates["merged"].kl)
             continue

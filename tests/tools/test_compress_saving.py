@@ -1,4 +1,4 @@
-"""A delta that saves little needs --force: the whole file counts, before the work and again when it is written."""
+"""A delta that saves little needs --force. The size of the whole file counts, before the work and after writing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAME = "model.layers.{}.mlp.up_proj.weight"
 
 
 def pair(folder: Path, width: int, dtype: torch.dtype = torch.bfloat16, scales: bool = False) -> tuple[Path, Path]:
-    """Two matrices, in which every weight moves; (base, fine-tuned)."""
+    """Write two matrices in which every weight changes. Returns (base, fine-tuned)."""
     generator = torch.Generator().manual_seed(width)
     made = []
     for name in ("base", "tuned"):
@@ -48,7 +48,7 @@ def test_a_checkpoint_so_small_that_the_header_eats_the_saving_is_refused_before
 
 
 def test_what_is_written_is_held_to_the_same(tmp_path: Path) -> None:
-    """The folder gets a tokenizer of a megabyte after the plan was shown."""
+    """The folder gets a tokenizer of one megabyte after the plan is shown."""
     base, tuned = pair(tmp_path, 256)
 
     def grow(_: Plan) -> None:

@@ -1,4 +1,4 @@
-"""What the byte budget is spent by: inner products with packed masks, and the memory that they take."""
+"""The sensitivities that decide the byte budget: inner products with packed masks, and their memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_products_take_less_memory_than_one_dense_term() -> None:
     base, tuned = (np.random.default_rng(i).standard_normal((4096, 1024)).astype(np.float32) for i in range(2))
     components = mean_components(base, tuned, base_dtype=DType.F32, dtype=DType.F32, axis=None, components=2)
     gradient, delta = torch.ones(4096, 1024), torch.from_numpy(tuned - base)
-    tracemalloc.start()  # numpy's; torch's are a chunk of rows as well
+    tracemalloc.start()  # numpy's memory; torch's is a chunk of rows too
     inner_products(gradient, delta, components)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -1,4 +1,4 @@
-"""The fit of a table that is read by rows."""
+"""The fit of an embedding table, which is read by rows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fit(delta: torch.Tensor, counts: torch.Tensor, axis: pxd.Axis | None, compon
 
 
 def error(delta: torch.Tensor, components: tuple[pxd.Component, ...]) -> torch.Tensor:
-    """Squared error of each row."""
+    """Return the squared error of each row."""
     applied = apply_components(torch.zeros_like(delta), components, torch.float32)
     return (delta - applied).double().square().sum(1)
 

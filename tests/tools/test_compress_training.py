@@ -1,4 +1,4 @@
-"""Steps, schedules, and going on."""
+"""Training steps, schedules and resumption."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS = 20
 
 
 class Toy:
-    """Three groups on one loss: one trained to the end, one that rests early, one that no loss reaches."""
+    """Three parameter groups: one trains to the end, one rests early, and one does not affect the loss."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Tensors that are the base's own, or the base in another dtype: exact, and no byte."""
+"""Tensors that equal the base, or the base in another dtype, are exact and take no bytes."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def test_a_cast_of_the_base_is_exact_and_costs_no_byte(
     before = {name: tensor.to(KINDS[base_kind]) for name, tensor in weights().items()}
     after = {name: tensor.to(KINDS[kind]) for name, tensor in before.items()}
     base, tuned = checkpoint(tmp_path / "base", before), checkpoint(tmp_path / "tuned", after)
-    if options:  # the header alone is most of so small a file
+    if options:  # the header is most of such a small file
         options = {"target_size": 1 << 16}
     plans: list[Plan] = []
     compress(base, tuned, tmp_path / "d.pxd", show_plan=plans.append, force=True, **options)
-    assert base_kind == kind or plans[0].payload_bytes < 64 + 4  # one number, which stands for itself
+    assert base_kind == kind or plans[0].payload_bytes < 64 + 4  # a tensor of one number is stored whole
     assert {module.encoding for module in modules_of(tmp_path / "d.pxd").values()} == {pxd.Encoding.SAME}
     result = applied(base, tmp_path / "d.pxd", tmp_path / "applied")
     assert all(torch.equal(result[name], tensor) for name, tensor in after.items())

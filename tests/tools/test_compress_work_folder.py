@@ -1,4 +1,4 @@
-"""The work folder gives back what was put there, or nothing: one changed byte is noticed and computed again."""
+"""The work folder returns the stored data or nothing. A changed byte is noticed, and the part is computed again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`convert`: files written here from the published layouts apply to what their own merge formulas give."""
+"""Files written from the published layouts and converted by `convert` apply to the results of their merge formulas."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TORCH = {BF16: torch.bfloat16, pxd.DType.F16: torch.float16, pxd.DType.F32: torc
 
 def make_base(folder: Path, seed: int = 0, dtype: pxd.DType = BF16) -> tuple[Path, dict[str, torch.Tensor]]:
     rng = np.random.default_rng(seed)
-    # Weights of the size of the scales below, so that many nearly cancel with their terms.
+    # The weights are as large as the scales below, so that many nearly cancel with their components.
     arrays = {name: random_storage(rng, shape, dtype, scale=1e-2) for name, shape in SHAPES.items()}
     path = write_checkpoint(folder / "base", {name: (array, dtype) for name, array in arrays.items()})
     return path, {name: torch.from_numpy(array.copy()).view(TORCH[dtype]) for name, array in arrays.items()}
@@ -73,7 +73,7 @@ def test_a_bitdelta_file_applies_to_bitdeltas_own_merge(tmp_path_factory, seed, 
         saved[f"{module}.mask"], saved[f"{module}.coeff"] = pack_words(signs), coeff
         name, term = f"{module}.weight", coeff * (signs.float() * 2 - 1).T
         coeffs[name] = coeff
-        merged[name] = base[name] + term.to(TORCH[dtype])  # as the project itself does it, in the weight's dtype
+        merged[name] = base[name] + term.to(TORCH[dtype])  # as in the project, in the weight's dtype
     saved["model.norm.weight"] = torch.randn(64).double().to(torch.float32)  # loading it casts it
     saved["lm_head.weight"] = torch.randn(52, 64).to(TORCH[dtype])  # two rows more than the base
     torch.save(saved, folder / "diff.pt")
@@ -91,7 +91,7 @@ def test_a_bitdelta_file_applies_to_bitdeltas_own_merge(tmp_path_factory, seed, 
     assert (result.sign, result.full, result.same) == (2, 2, 1)
     assert result.cast == (() if dtype is pxd.DType.F32 else ("model.norm.weight",))
     assert result.merges or dtype is pxd.DType.F32
-    # Below 2^-14 F16 has fewer bits, in their merge as here.
+    # Below 2^-14 F16 has fewer bits, in their merge too.
     assert 0.0 <= result.scale_error <= (2.0**-8 if dtype is not pxd.DType.F16 or size > -13 else 1.0)
 
 
@@ -107,7 +107,7 @@ def test_a_file_of_the_papers_code_applies_to_its_merge_with_the_names_swapped(
     for module in MODULES:
         d_out, d_in = SHAPES[f"{module}.weight"]
         signs = torch.rand(d_in, d_out) < 0.5
-        # Stored transposed: one `row` scale for each of the d_in rows, one `col` scale for each of the d_out columns.
+        # It is stored transposed: a `row` scale for each of the d_in rows, a `col` scale for each of the d_out columns.
         coeff = (torch.randn(d_in if theirs == "row" else d_out) * 1e-3).bfloat16()
         dense = (signs.float() * 2 - 1) * (coeff[:, None] if theirs == "row" else coeff[None, :]).float()
         saved[f"{module}.mask_{theirs}"] = pack_words(signs)
@@ -140,7 +140,7 @@ def test_of_two_variants_the_one_that_was_asked_for_is_taken(tmp_path: Path) -> 
     torch.save(saved, tmp_path / "delta.pt")
     with pytest.raises(ToolError, match="--axis row"):
         to_pxd(tmp_path / "delta.pt", path, tmp_path / "out.pxd")
-    # Their `row` is the `col` of SPEC 5.3, and a module with one variant keeps it.
+    # Their `row` is the `col` of SPEC 5.3. A module with one variant keeps it.
     for axis, theirs in ((pxd.Axis.COL, "row"), (pxd.Axis.ROW, "col")):
         to_pxd(tmp_path / "delta.pt", path, tmp_path / "out.pxd", axis=axis, overwrite=True)
         got = weights_of(tmp_path / "out.pxd", base)

@@ -1,4 +1,4 @@
-"""LoRA adapters of many architectures: PEFT loads each, and its logits are those of what is said to be carried."""
+"""PEFT loads the LoRA adapters of many architectures and gives the logits of the tensors reported as carried."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def pair(folder: Path, config: Any) -> tuple[Path, Path]:
 
 
 def carried(base: Path, applied: Path, result: LoraResult, folder: Path) -> Path:
-    """The applied checkpoint, with the base's tensors where the adapter carries none."""
+    """Return the applied checkpoint with the base's tensors for those that the adapter does not carry."""
     before, after = (load_file(source / "model.safetensors") for source in (base, applied))
     lost = {item.name for item in result.left_out}
     folder.mkdir()

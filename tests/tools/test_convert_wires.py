@@ -1,4 +1,4 @@
-"""`convert` and the wires of other systems: fixtures written here from their descriptions, and the way back."""
+"""`convert` reads and writes the wires of other systems. The fixtures follow their published descriptions."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_wire_becomes_an_exact_update_with_its_result_bit_for_bit(wire: WireNa
     assert result.changed == sum(int((words(a) != words(old[n][0])).sum()) for n, (a, _) in new.items())
     apply(base, tmp_path / "step.pxd", tmp_path / "out")
     assert_holds(tmp_path / "out", new)
-    # It is the update that the two checkpoints give, but for the names of its sides.
+    # It equals the update of the two checkpoints except for the names of its sides.
     update(base, write_checkpoint(tmp_path / "new", new), tmp_path / "own.pxd")
     with pxd.open(tmp_path / "step.pxd") as ours, pxd.open(tmp_path / "own.pxd") as own:
         assert (ours.manifest.base.digest, ours.manifest.result) == (own.manifest.base.digest, own.manifest.result)
@@ -69,7 +69,7 @@ def test_values_that_nemo_overwrites_are_new_values(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wire", WIRES)
 def test_there_and_back_again_is_the_same_update(wire: WireName, tmp_path: Path) -> None:
-    """In the middle of a chain: each way is made on the base and the updates so far."""
+    """In the middle of a chain, each direction works on the base and the updates so far."""
     states = [start(), stepped(start(), 1)]
     states.append(stepped(states[1], 2))
     folders = [write_checkpoint(tmp_path / str(i), state) for i, state in enumerate(states)]
@@ -88,7 +88,7 @@ def test_there_and_back_again_is_the_same_update(wire: WireName, tmp_path: Path)
 
 
 def test_what_is_written_is_what_the_projects_read(tmp_path: Path) -> None:
-    """Their readers, as they are described, on our wires."""
+    """Readers that follow the descriptions of the projects read our wires."""
     old, new = start(), stepped(start(), 1)
     base, tuned = write_checkpoint(tmp_path / "base", old), write_checkpoint(tmp_path / "new", new)
     update(base, tuned, tmp_path / "step.pxd")

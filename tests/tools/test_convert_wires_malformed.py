@@ -1,4 +1,4 @@
-"""Wires that are malformed, damaged, or of another model: refused with the tensor and the place."""
+"""Wires that are malformed, damaged or of another model are refused with the tensor and the position."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.tools.wire_files import (
     xor,
 )
 
-# --- what is refused ---------------------------------------------------------------------------------------------
+# --- refused wires -----------------------------------------------------------------------------------------------
 
 
 def saved_patch(folder: Path, **tensors: torch.Tensor) -> Path:

@@ -1,4 +1,4 @@
-"""`diff`: what it computes from packed signs is what dense arithmetic gives."""
+"""The figures that `diff` computes from packed signs equal those of dense arithmetic."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pair(seed: int, shape: tuple[int, ...], axes_a: tuple[pxd.Axis, ...], axes_b
 
 
 def packed_module(module: pxd.ModuleDelta) -> list[Packed]:
-    """The components of a module in memory, for the sums of diff/packed.py."""
+    """Return the components of a module in memory, for the sums of diff/packed.py."""
 
     def rows(mask):
         flat = mask.reshape(-1, mask.shape[-1])
@@ -150,7 +150,7 @@ def test_exact_tensors_have_a_distance_alone_and_norms_with_the_base(tmp_path: P
 
 
 def resized(base: pxd.Array, seed: int, rows: int, encoding: pxd.Encoding) -> pxd.ModuleDelta:
-    """A vocabulary of `rows` rows more than the base: signs, or exact, and new rows drawn from `seed`."""
+    """Return a vocabulary with `rows` more rows than the base: signs or exact, with new rows drawn from `seed`."""
     rng = np.random.default_rng(seed)
     new = random_storage(rng, (rows, base.shape[1]))
     signs = sign_module(np.random.default_rng(7), "embed.weight", base)
@@ -226,7 +226,7 @@ def test_a_delta_equals_the_checkpoint_that_apply_wrote(tmp_path: Path) -> None:
     apply(folder, delta, tmp_path / "out")
     result = diff_checkpoint(delta, tmp_path / "out", base=folder)
     assert result.equal
-    # Rounding to BF16 is all that lies between the delta and the checkpoint.
+    # The delta and the checkpoint differ only by rounding to BF16.
     assert 0.0 < result.modules[0].relative < 0.5
     assert result.modules[1].distance == 0.0
     other = diff_checkpoint(delta, folder, base=folder)

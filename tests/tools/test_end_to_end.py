@@ -1,4 +1,4 @@
-"""The main job on a real pair: compress, verify, apply; the result loads, generates, and is exact to the bit."""
+"""Compress, verify and apply on a real pair. The result loads, generates, and is exact bit for bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CALIBRATION = {"calibration_samples": 6, "sequence_length": 128}
 
 @pytest.fixture(scope="module")
 def stories(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """base, fine-tuned, delta of the real pair: width 172, tied embeddings, calibrated on C4."""
+    """base, fine-tuned and delta of the real pair: width 172, tied embeddings, calibrated on C4."""
     base, tuned = shared / "pairs" / "stories260K", shared / "pairs" / "stories260K-shakespeare"
     delta = tmp_path_factory.mktemp("stories") / "stories.pxd"
     c4 = shared / "c4" / "c4-train.00000-of-01024.json.gz"
@@ -58,7 +58,7 @@ def test_the_delta_is_far_closer_to_the_fine_tuned_model_than_the_base_is(
     text = {"shakespeare": shared / "text" / "tinyshakespeare.txt"}
     found = evaluate(base, tuned, delta, text, samples=8, sequence_length=128, candidates=("base", "merged"))
     kl = {name: fidelity.kl for name, fidelity in found.domains[0].candidates.items()}
-    assert kl["merged"] < kl["base"] / 6  # 614 calibration tokens; the README has figures of a real run
+    assert kl["merged"] < kl["base"] / 6  # 614 calibration tokens; the README has the figures of a real run
     assert delta.stat().st_size < 520_064 / 4
 
 

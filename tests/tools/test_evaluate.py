@@ -1,4 +1,4 @@
-"""`eval`: its figures are their formulas, written out here in float64; its candidates are what they are called."""
+"""The figures of `eval` equal their formulas in F64, and its candidates are the models of their names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VOCABULARY = 11
 
 
 class Bigram:
-    """A model whose logits are a table's row of the last token: everything about it can be computed by hand."""
+    """A model whose logits are the table row of the last token, so that all its figures can be computed by hand."""
 
     device = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def tokens(samples: int = 6, length: int = 9) -> torch.Tensor:
 
 
 def by_hand(reference: Bigram, candidate: Bigram, ids: torch.Tensor) -> tuple[float, float, float]:
-    """KL, top-1 agreement, candidate's loss: a loop over positions in float64."""
+    """Return KL, top-1 agreement and the candidate's loss, computed in F64 by a loop over positions."""
     kl, same, loss, count = 0.0, 0, 0.0, 0
     for sample in ids.tolist():
         for token, following in pairwise(sample):
@@ -118,7 +118,7 @@ def test_where_the_fine_tune_gained_nothing_there_is_nothing_to_recover() -> Non
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """base/, tuned/, held-out.jsonl, train.jsonl, one.pxd (one scalar a tensor), fitted.pxd (fitted on train.jsonl)."""
+    """base/, tuned/, held-out.jsonl, train.jsonl, one.pxd (a scalar per tensor), fitted.pxd (fitted on train.jsonl)."""
     folder = tmp_path_factory.mktemp("evaluate")
     base, tuned = write_pair(folder, llama_config(), dtype=torch.bfloat16)
     write_text(folder / "held-out.jsonl", seed=1)
@@ -192,7 +192,7 @@ def test_a_text_that_the_fit_saw_is_called_so(folder: Path) -> None:
     texts = {"train": folder / "train.jsonl", "held": folder / "held-out.jsonl"}
     seen = {domain.domain: domain.seen for domain in run(folder, "fitted.pxd", texts=texts).domains}
     assert seen == {"train": True, "held": False}
-    # Other samples of the same text were drawn from the same documents.
+    # Other samples of the same text come from the same documents.
     (other,) = run(folder, "fitted.pxd", texts={"train": folder / "train.jsonl"}, samples=4, seed=3).domains
     assert other.seen
 

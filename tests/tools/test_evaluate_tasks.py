@@ -1,4 +1,4 @@
-"""`eval --tasks`: through lm-eval, on a task defined in a folder; skips where lm-eval is not installed."""
+"""`eval --tasks` runs lm-eval on a task that is defined in a folder. Tests skip if lm-eval is not installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peraxis_tools.evaluate import evaluate
 from tests.tools.compress_pairs import llama_config, write_pair
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'peraxis[tasks]')")
-# lm-eval and what it imports warn on their own account.
+# lm-eval and its imports emit their own warnings.
 pytestmark = pytest.mark.filterwarnings("default")
 
 QUESTIONS = 12
@@ -61,7 +61,7 @@ def test_a_task_scores_every_model_as_its_own_likelihoods_say(tmp_path: Path) ->
 
 @torch.no_grad()
 def accuracy(folder: Path, rows: list[dict[str, object]]) -> float:
-    """Share of questions whose gold answer is the likelier continuation, computed with transformers alone."""
+    """Return the share of questions whose right answer is the likelier continuation, by transformers only."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

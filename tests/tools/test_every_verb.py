@@ -1,4 +1,4 @@
-"""What holds for each verb alike: JSON with its schema's version, 80 columns, colour and silence as asked for."""
+"""Laws of all verbs: JSON with the version of its schema, 80 columns, and the options for colour and silence."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peraxis_tools.cli import VERBS
 from tests.factories import random_storage, sign_module, write_checkpoint, write_delta
 
 NAMES = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight")
-# Verb -> arguments that it runs with in the folder below. eval and demo need models, and have tests of their own.
+# Verb -> its arguments in the folder below. eval and demo need models and have their own tests.
 ARGUMENTS = {
     "compress": "base tuned -o new.pxd",
     "inspect": "a.pxd",
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """base, tuned, a.pxd and b.pxd of that base, key.pem; the working folder."""
+    """The working folder with base, tuned, a.pxd and b.pxd of that base, and key.pem."""
     rng = np.random.default_rng(0)
     base = {name: random_storage(rng, (64, 48)) for name in NAMES}
     for which in ("base", "tuned"):
@@ -96,7 +96,7 @@ def test_a_report_fits_80_columns_and_has_no_colour_in_a_pipe(verb: str, folder:
     done = run(verb, "--quiet")
     assert done.stdout
     assert "\x1b" not in done.stdout + done.stderr
-    # A digest, a path or a sentence is not cut, so that it can be copied; tables are what must fit.
+    # Only tables must fit. A digest, a path or a sentence is not cut, so that it can be copied.
     assert [line for line in done.stdout.splitlines() if len(line) > 80 and "  " in line.strip()] == []
     assert done.stderr == ""
 

@@ -1,4 +1,4 @@
-"""`inspect --html`, `--plot`, `--tree`, `--module`: reports that hold what the file holds, and nothing that runs."""
+"""The reports of `inspect --html`, `--plot`, `--tree` and `--module` agree with the file and are safe to open."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NASTY = "<script>alert(1)</script>\x1b[31m\u202e"
 
 @pytest.fixture
 def delta(tmp_path: Path) -> Path:
-    """Three layers, a name and metadata that want to break out."""
+    """A delta of three layers, with a name and metadata that try to inject HTML."""
     rng = np.random.default_rng(0)
     path = tmp_path / "delta.pxd"
     tuned = pxd.Identity(id=NASTY)
@@ -47,7 +47,7 @@ def delta(tmp_path: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """Tags, and the rows of the table of modules."""
+    """Collects tags and the rows of the table of modules."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 def browser(page_file: Path, folder: Path, *, dark: bool, width: int, script_check: bool = False) -> str:
-    """The page as a real browser leaves it (its DOM), or a screenshot beside it."""
+    """Return the DOM of the page in a real browser, or write a screenshot beside it."""
     flags = [
         *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
         *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -148,7 +148,7 @@ def browser(page_file: Path, folder: Path, *, dark: bool, width: int, script_che
 def test_a_real_browser_runs_the_page_in_light_and_dark_narrow_and_wide(delta: Path, tmp_path: Path) -> None:
     written = tmp_path / "report.html"
     assert CliRunner().invoke(command, [str(delta), "--html", str(written), "--no-modules"]).exit_code == 0
-    # The script has run under the page's own policy: it counts the rows.
+    # The script ran under the policy of the page, because it counted the rows.
     assert "7 of 7 modules" in browser(written, tmp_path, dark=False, width=1200, script_check=True)
     image = pytest.importorskip("PIL.Image")
     corners = {}
@@ -166,7 +166,7 @@ def test_a_real_browser_runs_the_page_in_light_and_dark_narrow_and_wide(delta: P
 
 @pytest.fixture
 def fitted(tmp_path: Path) -> Path:
-    """One axis in all modules, a base of the hub, long names, and errors as a calibrated fit notes them."""
+    """A delta with one axis, a base on the hub, long names, and the errors that a calibrated fit records."""
     rng = np.random.default_rng(0)
     path = tmp_path / "fitted.pxd"
     names = [f"model.language_model.layers.{i}.block_sparse_moe.experts.11.gate_up_projection.weight" for i in range(3)]

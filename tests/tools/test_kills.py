@@ -1,4 +1,4 @@
-"""A hundred kills over all verbs that write: nothing half-written, and nothing left after the next run."""
+"""After each of a hundred kills of verbs that write, no output is partial and the next run leaves no files behind."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pytest
 from tests.tools.kill_driver import chosen_steps
 from tests.tools.output_cases import FILE_VERBS, FOLDER_VERBS
 
-KILLS = 4  # of each verb and state of its output
+KILLS = 4  # for each verb and each earlier state of its output
 VERBS = [*FILE_VERBS, *FOLDER_VERBS]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, Any]]]:
-    """Verb -> state of its output before -> kills, steps, and what was wrong."""
+    """Verb -> earlier state of its output -> kills, steps and faults."""
     folder = tmp_path_factory.mktemp("kills") / "work"
     folder.mkdir()
     command = [sys.executable, "-m", "tests.tools.kill_driver", str(folder), str(KILLS), *VERBS]

@@ -1,4 +1,4 @@
-"""Deltas by hub name, offline from the cache; a model, its tokenizer and generation configuration in one line."""
+"""Deltas load by hub name, offline from the cache, and a line loads a model, its tokenizer and generation config."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def put_in_cache(cache: Path, repository: str, files: list[Path]) -> None:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A base, a delta with a generation configuration and chat template of its own, and a hub cache with both."""
+    """A base, a delta with its own generation configuration and chat template, and a hub cache with both."""
     folder = tmp_path_factory.mktemp("pair")
     base = make_base(folder / "base", tied=False)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], "max_length": 33}))
@@ -50,14 +50,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def cached(pair: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """The hub cannot be reached; its cache is the pair's."""
+    """The hub is unreachable, and its cache is the one of the pair."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(pair["cache"]))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return pair
 
 
 def failing(error: Exception):
-    """A stand-in for a call of huggingface_hub that raises this error."""
+    """Return a replacement for a function of huggingface_hub that raises this error."""
 
     def call(*_: object, **__: object) -> None:
         raise error

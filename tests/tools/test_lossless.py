@@ -29,7 +29,7 @@ EVERYTHING = ".*"
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path, Tensors]:
-    """base and tuned: a step of training apart, with a larger vocabulary, a new tensor and one that went away."""
+    """base and tuned, one training step later with a larger vocabulary, a new tensor and a removed tensor."""
     base = start()
     tuned = stepped(base, 1, wild=0)
     rows, dtype = tuned["model.embed_tokens.weight"]
@@ -118,7 +118,7 @@ def test_verify_holds_results_to_their_digests(pair: tuple[Path, Path, Tensors],
     assert "3 exact updates have the right results" in done.output
     bad = tmp_path / "bad.pxd"
     name = "model.layers.0.self_attn.q_proj.weight"
-    # A writer that lies about its result: the file is whole, and only the base can tell.
+    # A writer gives a false result. The file is intact, and only a check with the base finds it.
     with (
         pxd.open(path) as delta,
         pxd.DeltaWriter(bad, base=pxd.Identity(id="a"), fine_tuned=pxd.Identity(id="b")) as writer,

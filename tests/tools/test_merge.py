@@ -1,4 +1,4 @@
-"""`merge`: sums are what dense arithmetic gives, within the stated bounds; a base is asked for before any work."""
+"""Sums of `merge` equal dense arithmetic within the stated bounds, and a missing base is reported before any work."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WEIGHTS = st.floats(-4, 4, allow_nan=False).filter(lambda w: abs(w) > 1e-3)
 
 
 def fold_bound(module: pxd.ModuleDelta, weight: float) -> np.ndarray:
-    """What folding this weight may change, by the formula of merge/fold.py."""
+    """Return the bound on the change by folding this weight, by the formula of merge/fold.py."""
     total = np.zeros(module.covered)
     for c in module.components:
         one = dense(replace(module, components=(c,)))
@@ -73,7 +73,7 @@ def test_apply_of_a_merge_is_base_plus_the_weighted_deltas(
         for c in m.components
     )
     folded = fold_bound(a, weight_a) + fold_bound(b, weight_b)
-    # One binary32 rounding for each term, then half a unit of BF16 (8 bits): the bound of the README.
+    # The bound of the README: one F32 rounding for each component, then half a unit of BF16 (8 bits).
     added = count * 2.0**-23 * (np.abs(pxd.to_float32(base, BF16)) + terms)
     assert np.all(np.abs(weights - wanted) <= folded + added + 2.0**-8 * np.abs(weights) + 1e-38)
 
@@ -105,7 +105,7 @@ def test_exact_tensors_merge_with_the_base_and_not_without(tmp_path: Path) -> No
     fx, fy, fb = (pxd.to_float32(v, BF16).astype(np.float64) for v in (x, y, base))
     wanted = fb + 0.7 * (fx - fb) + 0.6 * (fy - fb)
     assert np.all(np.abs(got - wanted) <= 2.0**-8 * np.abs(wanted) + 1e-6)
-    # The same tensor in both, weights that sum to one: no base is needed, and not a bit changes.
+    # The tensor is the same in both and the weights sum to one, so no base is needed and no bit changes.
     merge([paths[0], paths[0]], tmp_path / "same.pxd", weights=[0.25, 0.75])
     with pxd.open(tmp_path / "same.pxd") as file:
         assert np.array_equal(file.load("norm.weight").full, x)
@@ -123,7 +123,7 @@ def test_a_base_that_is_needed_is_asked_for_before_any_work(tmp_path: Path, meth
     with pxd.open(paths[0]) as file:
         begin = file.header_size
     data = bytearray(paths[0].read_bytes())
-    data[begin] ^= 1  # had the first module been read, this would have been said
+    data[begin] ^= 1  # reading the first module would report this
     paths[0].write_bytes(data)
     with pytest.raises(ToolError, match=r"norm\.weight.*pass --base"):
         merge(paths, tmp_path / "out.pxd", weights=[0.5, 0.5], mixture=Mixture(method=method))

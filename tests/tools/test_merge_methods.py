@@ -1,4 +1,4 @@
-"""Fits into new masks, and the methods of mergekit: their results are those of dense arithmetic."""
+"""Fits into new masks and the methods of mergekit give the results of dense arithmetic."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_reported_error_of_a_fit_is_its_error(seed, bits) -> None:
     got = dense(replace(like, components=fit.components))
     assert fit.square_error == pytest.approx(np.sum((wanted - got) ** 2), rel=1e-4)
     assert fit.square_norm == pytest.approx(np.sum(wanted.astype(np.float64) ** 2))
-    # A mask more than halves nothing by law, but each leaves less than the mean magnitude a row would.
+    # No law says that a mask halves the error, but each leaves less than a mean magnitude per row would.
     rows = np.abs(wanted).mean(axis=1, keepdims=True)
     assert fit.square_error <= np.sum((wanted - np.sign(wanted) * rows) ** 2) * 1.01
 
@@ -56,7 +56,7 @@ def test_experts_are_fitted_each_on_its_own(tmp_path: Path) -> None:
 
 
 def ties(deltas: list[np.ndarray], weights: list[float], density: float) -> np.ndarray:
-    """TIES as its paper says it, on whole arrays: trim, elect, disjoint merge."""
+    """Compute TIES as in its paper on whole arrays: trim, elect, disjoint merge."""
     trimmed = []
     for delta in deltas:
         threshold = np.sort(np.abs(delta).reshape(-1))[-int(density * delta.size)]
@@ -70,7 +70,7 @@ def ties(deltas: list[np.ndarray], weights: list[float], density: float) -> np.n
 
 @given(st.integers(0, 2**32), st.sampled_from([0.2, 0.5, 0.9, 1.0]))
 @settings(max_examples=20)
-def test_ties_is_ties(seed, density) -> None:
+def test_the_ties_method_is_that_of_its_paper(seed, density) -> None:
     rng = np.random.default_rng(seed)
     deltas = [rng.standard_normal((40, 30)).astype(np.float32) for _ in range(3)]
     weights = [0.5, 0.3, 0.9]

@@ -1,4 +1,4 @@
-"""Parts of a delta: they join to the bytes of the whole, in any order, and a wrong set is named."""
+"""The parts of a delta join to the bytes of the whole in any order, and errors name a wrong set of parts."""
 
 from __future__ import annotations
 

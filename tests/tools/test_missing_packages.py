@@ -1,4 +1,4 @@
-"""`pip install peraxis` installs numpy, click and rich: what runs with these, and what is said about the rest."""
+"""`pip install peraxis` installs numpy, click and rich. Commands run with these or name the missing package."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """base and tuned, a delta of them made by the bare command, and a second delta."""
+    """base and tuned, their delta from the bare command, and a second delta."""
     folder = tmp_path_factory.mktemp("pair")
     rng = np.random.default_rng(0)
     shapes = {"model.layers.0.mlp.up_proj.weight": (48, 64), "model.norm.weight": (64,)}
@@ -119,7 +119,7 @@ def test_the_table_of_extras_is_the_one_of_the_project() -> None:
         lines = PROJECT["optional-dependencies"][extra]
         name = DISTRIBUTIONS.get(package, package)
         found = [line for line in lines if re.split(r"[\[<>=;]", line)[0] == name]
-        # fsspec[http] brings aiohttp.
+        # fsspec[http] installs aiohttp.
         assert found or (package == "aiohttp" and any("fsspec[http]" in line for line in lines)), (package, extra)
 
 
@@ -131,7 +131,7 @@ def test_the_extra_of_all_tools_holds_every_extra_that_a_verb_may_ask_for() -> N
 
 
 def test_every_third_party_import_of_the_tools_has_an_extra() -> None:
-    # Triton comes with torch, tokenizers with transformers, llvmlite with numba, pyarrow with datasets.
+    # torch installs Triton, transformers tokenizers, numba llvmlite, and datasets pyarrow.
     known = {
         *EXTRAS,
         "triton",

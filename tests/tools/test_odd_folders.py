@@ -1,4 +1,4 @@
-"""Checkpoint folders that hold what no model has: names that are no text, pipes, devices, loops of links."""
+"""Checkpoint folders with unusual entries: names that are not text, pipes, devices, loops of links."""
 
 from __future__ import annotations
 

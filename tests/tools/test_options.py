@@ -1,4 +1,4 @@
-"""Options of the command line: numbers that are none, and options that would do nothing, are refused in one line."""
+"""The command line refuses invalid numbers and options without effect in one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused(arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """What is said; nothing is written, and the exit code is 2."""
+    """Return the error message, and check that nothing is written and the exit code is 2."""
     before = snapshot(Path())
     monkeypatch.setattr(sys, "argv", ["peraxis-tools", *arguments.split()])
     with pytest.raises(SystemExit) as caught:
@@ -62,7 +62,7 @@ def test_a_number_that_is_none_or_absurd_is_refused(
     line: str, value: str, inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if line.startswith("verify") and value == "1e-320":
-        return  # a bound like any other
+        return  # a valid bound
     monkeypatch.chdir(inputs)
     said = refused(line.format(value), monkeypatch, capsys)
     assert re.search(r"weight|density|max-error|size|target-ratio|distill-lr|max-kl", said)

@@ -1,4 +1,4 @@
-"""Models that are no plain causal language model, and configurations with numbers that JSON lacks."""
+"""Models that are not plain causal language models, and configurations with numbers that JSON lacks."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_text_for_a_model_that_predicts_none_is_refused_with_a_remedy_before_wor
 
 
 def test_a_configuration_with_infinity_is_loaded_and_evaluated(tmp_path: Path) -> None:
-    """Mamba2 and its relatives: transformers writes infinity as {"__float__": "Infinity"}."""
+    """For Mamba2 and similar models transformers writes infinity as {"__float__": "Infinity"}."""
     config = hf.Mamba2Config(
         vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8, num_heads=8, head_dim=8, n_groups=1,
         chunk_size=16, expand=2, bos_token_id=0, eos_token_id=1, pad_token_id=0,

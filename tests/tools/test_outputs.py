@@ -1,4 +1,4 @@
-"""Outputs of every verb: what they never replace, what --overwrite replaces, devices, two runs at once."""
+"""Outputs of every verb: files that are never replaced, files that --overwrite replaces, devices, parallel runs."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_a_folder_that_is_no_earlier_output_is_never_replaced(
 def test_a_folder_that_holds_an_input_is_never_replaced(
     verb: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # As of an earlier output, to get beyond the other rule.
+    # It looks like an earlier output, so that the other rule does not apply.
     folders.write_marker(folder, ["config.json"])
     before = snapshot(folder)
     for target in (str(folder), f"../{folder.name}", "."):
@@ -205,7 +205,7 @@ def test_without_a_system_call_that_exchanges_names_the_outcome_is_the_same(
     before = snapshot(folder / "out")
     apply("base", "a.pxd", "out", overwrite=True)
     assert snapshot(folder / "out") == before
-    # Killed between the two renames: the next run has the old folder back before it does anything.
+    # After a kill between the two renames the next run restores the old folder first.
     os.rename(folder / "out", folders._aside(folder / "out"))
     with pytest.raises(KeyError), atomic_folder(folder / "out", overwrite=True):
         raise KeyError
@@ -230,7 +230,7 @@ def test_folders_made_on_the_way_to_a_refusal_are_removed(folder: Path) -> None:
 
 @contextmanager
 def another_run(code: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that says a line once it is in the middle of the code, and stays there until the end of the block."""
+    """Run a process that prints a line in the middle of the code and stays there until the end of the block."""
     lines = ["import sys", "from peraxis_tools.outputs import *", f"with {code}:", " print('in', flush=True)"]
     program = "\n".join([*lines, " sys.stdin.read()"])
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Tensors of types that are only carried (F4, F6, F8_E8M0, C64, ...) go through every verb byte for byte."""
+"""Tensors of carried types (F4, F6, F8_E8M0, C64, ...) go through every verb byte for byte."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def folder_of(path: Path, tensors: Tensors) -> Path:
 
 
 def contents(path: Path) -> dict[str, tuple[Any, ...]]:
-    """As safetensors' own parser reads it."""
+    """Return the contents as the parser of safetensors reads them."""
     found = safetensors.deserialize((path / "model.safetensors").read_bytes())
     return {name: (said["dtype"], tuple(said["shape"]), bytes(said["data"])) for name, said in found}
 
 
 def checkpoint(seed: int, *, rows: int = 4) -> Tensors:
-    """A float matrix that moves, and of each type a tensor that moves, one that stays and one of other rows."""
+    """A float matrix that changes, and for each type a tensor that changes, one that stays and one with other rows."""
     rng, still = np.random.default_rng(seed), np.random.default_rng(99)
     weights = pxd.from_float32(rng.standard_normal((64, 64)).astype(np.float32), DType.BF16)
     tensors: Tensors = {MATRIX: (DType.BF16, (64, 64), weights.tobytes())}
@@ -99,7 +99,7 @@ def test_diff_tells_which_of_them_differ(pair: tuple[Path, Path], delta: Path, t
 
 
 def test_new_rows_of_a_packed_tensor_are_counted_as_rows(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """Eight rows where the base has four, the last one changed."""
+    """There are eight rows instead of the base's four, and the last of the four is changed."""
     tensors = checkpoint(1, rows=8)
     name = "model.F4.embed"
     dtype, shape, data = tensors[name]
@@ -140,7 +140,7 @@ def test_a_chain_of_updates_gives_every_byte_back(pair: tuple[Path, Path], tmp_p
 def test_changed_elements_are_counted_and_not_their_bytes(tmp_path: Path, dtype: DType, elements: int) -> None:
     zeros = bytes(dtype.size_of((elements,)))
     one = {"w": (dtype, (elements,), zeros)}
-    two = {"w": (dtype, (elements,), b"\x11" + zeros[1:-1] + b"\x80")}  # of the first byte both halves
+    two = {"w": (dtype, (elements,), b"\x11" + zeros[1:-1] + b"\x80")}  # both halves of the first byte
     result = update(folder_of(tmp_path / "a", one), folder_of(tmp_path / "b", two), tmp_path / "u.pxd")
     assert result.weights == elements
     assert result.changed == (2 if dtype is DType.C64 else 3 if dtype is DType.F4 else 2)

@@ -1,4 +1,4 @@
-"""The plan foretells the file: header, assets and data, counted by the functions that write them."""
+"""The plan predicts the size of the file: header, assets and data, counted by the functions that write them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_plan_foretells_the_file_within_one_block(tmp_path: Path, bits: int,
         base, tuned, tmp_path / "d.pxd", fit="none", masks=bits, axis=axis, show_plan=plans.append, force=True
     )
     assert plans[0].file_bytes is not None
-    # Exponents have one digit more or less, and the header is a multiple of 4096.
+    # Exponents may have one digit more or less, and the header is a multiple of 4096 bytes.
     assert abs(plans[0].file_bytes - result.size) <= 4096
 
 

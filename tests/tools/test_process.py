@@ -1,4 +1,4 @@
-"""The process of a command line: signals at any moment, streams that are closed, full or not UTF-8, bytes as names."""
+"""The process of a command: signals at any moment, streams that are closed, full or not UTF-8, names in bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peraxis_tools.process import prepared_process
 from tests.tools.output_cases import make_inputs
 
 ROOT = Path(__file__).parents[2]
-BYTES = os.fsdecode(b"\xff")  # in a file name: no UTF-8
+BYTES = os.fsdecode(b"\xff")  # in a file name, not UTF-8
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tool(folder: Path, *arguments: str, shell: str = '"$@"', **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command in a process of its own, its streams redirected by `shell`."""
+    """Run a command in its own process, with streams redirected by `shell`."""
     command = ["sh", "-c", shell, "sh", sys.executable, "-m", "peraxis_tools", *arguments]
     return subprocess.run(
         command,
@@ -53,7 +53,7 @@ def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
 
 # --- signals -----------------------------------------------------------------------------------------------------
 
-# Sends a signal at the import of a module: before it is there, which no waiting could time.
+# Sends a signal at the import of a module, before it is imported, a moment that no waiting could hit.
 SIGNALLED = """
 import importlib.abc, os, signal, sys
 class Finder(importlib.abc.MetaPathFinder):
@@ -199,7 +199,7 @@ def test_names_that_are_not_utf8_go_through_every_verb_or_are_refused_in_one_lin
         assert written.manifest.fine_tuned.id == "\ufffdtuned"
 
 
-# --- errors that nothing foresaw -----------------------------------------------------------------------------------
+# --- unexpected errors ---------------------------------------------------------------------------------------------
 
 
 def test_an_error_that_nothing_foresaw_is_one_line_that_asks_for_a_report(inputs: Path) -> None:

@@ -1,4 +1,4 @@
-"""Progress: a bar for every stage that may take long, on a terminal alone, and none with --quiet."""
+"""Progress: every long stage has a bar on a terminal, but not with --quiet."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NEEDS_SIGNING = pytest.mark.skipif(importlib.util.find_spec("model_signing") is 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """base/, a.pxd and b.pxd of it, key.pem."""
+    """A folder with base/, a.pxd and b.pxd of that base, and key.pem."""
     rng = np.random.default_rng(0)
     base = random_storage(rng, (32, 48))
     write_checkpoint(tmp_path / "base", {"a.weight": (base, pxd.DType.BF16)})
@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def on_terminal(folder: Path, *arguments: str) -> str:
-    """What the program writes to a terminal as standard error."""
+    """Return the text that the program writes to standard error on a terminal."""
     mine, its = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "peraxis_tools", *arguments],
@@ -50,7 +50,7 @@ def on_terminal(folder: Path, *arguments: str) -> str:
     while True:
         try:
             part = os.read(mine, 1 << 16)
-        except OSError:  # Linux's word for the end
+        except OSError:  # the error of Linux for the end
             break
         if not part:
             break

@@ -1,4 +1,4 @@
-"""progress= of the Python functions: a callable, True or nothing; what the logger `peraxis` is told; the time left."""
+"""progress= of the Python functions: a callable, True or nothing; messages of the logger `peraxis`; the time left."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_true_shows_a_bar_on_a_terminal_and_nothing_elsewhere(
     CALLS[name](inputs, tmp_path, True)
     stage = {"join": "merge", "compress": "write"}.get(name, name)
     assert stage in shown.getvalue()
-    assert "\x1b[?25h" in shown.getvalue()  # the bar has ended: the cursor is back
+    assert "\x1b[?25h" in shown.getvalue()  # the bar has ended, and the cursor is visible again
     assert capsys.readouterr() == ("", "")
 
 

@@ -1,4 +1,4 @@
-"""`publish`: a card that says what the manifest says, in a folder or to a hub that is a double."""
+"""`publish` writes a card that agrees with the manifest, to a folder or to a test double of the hub."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_damaged_file_is_never_published(delta: Path, tmp_path: Path) -> None:
 
 
 class Hub:
-    """A double of the hub: what it holds, and what was asked of it."""
+    """A test double of the hub that records its files and its requests."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Deltas and their small files on their way to a user: `pull`, `extract`, and `verify` of a folder."""
+"""`pull`, `extract`, and `verify` of a folder bring deltas and their small files to a user."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def content_id(path: Path) -> str:
 
 
 class Hub:
-    """A double of the hub with the files of one folder; remembers what was asked for."""
+    """A test double of the hub with the files of one folder. It records the requests."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

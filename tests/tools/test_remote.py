@@ -1,4 +1,4 @@
-"""URLs in the place of paths: headers by ranges, payloads fetched once, every failure one line."""
+"""URLs work in the place of paths: headers are read by ranges, payloads once, and every failure is one line."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def server(delta: Path) -> Iterator[Server]:
 
 
 def sparse_gigabyte(path: Path) -> Path:
-    """A valid header of 8B-like shapes over a hole: what `inspect` reads is all that is there."""
+    """A sparse file: a valid header with 8B-like shapes and a hole as payload, because `inspect` reads only headers."""
     modules = []
     for i in range(224):
         shape = (14336, 2600)
@@ -148,7 +148,7 @@ def test_inspect_of_a_gigabyte_asks_for_less_than_200_kilobytes(tmp_path: Path) 
     try:
         remote = RemoteFile(running.url)
         remote.header()
-        with pxd.open(path) as local:  # nothing twice: the header and not a byte more
+        with pxd.open(path) as local:  # it reads the header once and no other byte
             assert remote.requested == local.header_size < 200_000
         found = inspect_remote(running.url)
         assert found.modules == inspect(path).modules
@@ -279,7 +279,7 @@ def test_a_server_that_falls_silent_is_given_up(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_server_may_be_slow_for_as_long_as_it_says_something(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More time in all than the bound on silence."""
+    """The whole answer takes longer than the bound on silence."""
     monkeypatch.setattr(remote, "SILENCE_SECONDS", 2.0)
     whole = b"x" * 6
 

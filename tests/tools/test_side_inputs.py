@@ -1,4 +1,4 @@
-"""Malformed files beside a checkpoint or delta, of every kind: one line that names the file, and nothing is written."""
+"""A malformed file beside a checkpoint or delta gives one line that names the file, and nothing is written."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def folder(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """Exit code and standard error, which is one line at most and no internal error."""
+    """Return exit code and standard error, and check that it is at most one line and no internal error."""
     monkeypatch.setattr(sys, "argv", ["peraxis-tools", *arguments])
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
@@ -193,7 +193,7 @@ def test_a_file_that_is_cut_between_its_header_and_its_map_is_e124(
 def test_a_full_disk_is_one_line_with_the_outputs_path_and_the_bytes(
     arguments: str, output: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said(monkeypatch, capsys, "inspect", "a.pxd")  # what is imported late may write caches
+    said(monkeypatch, capsys, "inspect", "a.pxd")  # late imports may write caches
     said(monkeypatch, capsys, *arguments.replace("-o new", "-o warm").split())
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))

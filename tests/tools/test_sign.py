@@ -1,4 +1,4 @@
-"""`sign` and `verify --signature`: offline, with keys made here."""
+"""`sign` and `verify --signature` work offline, with keys that the tests create."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of sign search compile for a GPU that is not here; test_compress_fit shows that they are right."""
+"""The Triton kernels of sign search compile without a GPU. test_compress_fit checks their results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which text a fit reads: columns, conversations, the end of a document, several sources, and what stays unread."""
+"""The text that a fit reads: columns, conversations, the end of a document, several sources, unread tokens."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_each_document_ends_with_one_end_of_text_token(tmp_path: Path, tokenizer
     source = str(write_text(tmp_path / "text.jsonl", documents=12, words=5))
     ids = load_samples(source, tokenizer, samples=64, length=8, seed=0).ids.flatten().tolist()
     end = tokenizer.eos_token_id
-    assert ids.count(end) in (11, 12)  # the last one may lie beyond the last sample
+    assert ids.count(end) in (11, 12)  # the last one may be after the last sample
     assert not any(a == b == end for a, b in itertools.pairwise(ids))
 
 
@@ -79,7 +79,7 @@ def test_a_conversation_is_written_with_the_chat_template(tmp_path: Path, tokeni
     tokenizer.chat_template = TEMPLATE
     ids = load_samples(source, tokenizer, samples=64, length=8, seed=0).ids.flatten().tolist()
     wanted = tokenizer("<r>user sun moon</s><r>assistant red blue</s>", add_special_tokens=False)["input_ids"]
-    assert ids[: len(wanted)] == wanted  # no second end of text behind the template's own
+    assert ids[: len(wanted)] == wanted  # no second end of text after that of the template
     assert ids[len(wanted)] == wanted[0]
     assert plain.flatten().tolist()[:8] != wanted[:8]
 

@@ -96,7 +96,7 @@ def test_bounds_on_the_error_hold_and_fail(pair, tmp_path: Path) -> None:
     code, shown = run(good, "--base", base, "--fine-tuned", tmp_path / "tuned", "--max-error", "1e-6")
     assert code == 1
     assert "is above 1e-06" in shown
-    # Measured against what it is not: the base itself has no delta at all.
+    # The base in the place of the fine-tune has no delta to compare with.
     assert run(good, "--base", base, "--fine-tuned", base, "--max-error", "0.9")[0] == 1
     assert run(good, "--fine-tuned", base, "--max-error", "0.9")[0] == 3
 
@@ -149,7 +149,7 @@ def test_sarif_has_what_its_schema_asks_for(pair, tmp_path: Path) -> None:
 
 @pytest.fixture
 def every_outcome(pair, tmp_path: Path) -> list[Path]:
-    """Files that pass, are damaged, are missing, are of another version; names that want quoting."""
+    """Files that pass, are damaged, are missing or have another version, with names that need quoting."""
     _, good = pair
     newer = tmp_path / "newer 9.pxd"
     newer.write_bytes(good.read_bytes().replace(b'"pxd":"1.0"', b'"pxd":"9.0"', 1))
@@ -166,12 +166,12 @@ def test_sarif_holds_to_the_published_schema(every_outcome: list[Path]) -> None:
         assert [error.message for error in validator.iter_errors(log)] == []
         (job,) = log["runs"]
         assert len(job["results"]) == len(files) - 1
-        # What GitHub's code scanning asks for beyond the schema.
+        # Requirements of GitHub's code scanning beyond the schema.
         for result in job["results"]:
             assert result["locations"][0]["physicalLocation"]["region"]["startLine"] == 1
         for rule in job["tool"]["driver"]["rules"]:
             assert all(rule[key]["text"] for key in ("shortDescription", "fullDescription", "help"))
-    assert list(validator.iter_errors({**log, "versions": "2.1.0"}))  # the schema has teeth
+    assert list(validator.iter_errors({**log, "versions": "2.1.0"}))  # the schema refuses a bad report
 
 
 def test_junit_holds_to_the_schema_that_ci_reads_it_by(every_outcome: list[Path]) -> None:

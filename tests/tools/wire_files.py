@@ -1,4 +1,4 @@
-"""Wires of other systems, written by their published descriptions alone, for the tests of convert."""
+"""Wires of other systems, written only from their published descriptions, for the tests of convert."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def words(array: np.ndarray) -> np.ndarray:
 
 
 def stepped(tensors: Tensors, seed: int) -> Tensors:
-    """A step of training: few weights change; of the norm a run does; the embedding's first and last one do."""
+    """Return a training step: a few weights change, a run of the norm, and the embedding's first and last weight."""
     random = np.random.default_rng(seed)
     after = {name: (array.copy(), dtype) for name, (array, dtype) in tensors.items()}
     for name in (UP, DOWN):
         found = words(after[name][0])
         found[random.random(found.size) < 0.05] ^= 1
-        found[random.integers(0, found.size, 3)] = [0x7FC1, 0x8000, 0xFFFF]  # NaN and -0 are patterns as others are
+        found[random.integers(0, found.size, 3)] = [0x7FC1, 0x8000, 0xFFFF]  # NaN and -0 are ordinary bit patterns
     words(after[NORM][0])[10:20] += 5
     words(after["model.embed_tokens.weight"][0])[[0, -1]] ^= 3  # a gap beyond 16 bits
     return after
@@ -63,7 +63,7 @@ def tensor(array: np.ndarray, dtype: pxd.DType) -> torch.Tensor:
 
 
 def index_value(folder: Path, old: Tensors, new: Tensors) -> Path:
-    """vLLM, TRL: for each parameter int32 flat indices and absolute values."""
+    """Write the wire of vLLM and TRL: for each parameter int32 flat indices and absolute values."""
     saved = {}
     for name, (array, dtype) in new.items():
         index = torch.from_numpy(np.flatnonzero(words(array) != words(old[name][0])))
@@ -75,7 +75,7 @@ def index_value(folder: Path, old: Tensors, new: Tensors) -> Path:
 
 
 def nemo(folder: Path, old: Tensors, new: Tensors, *, operation: str = "xor") -> Path:
-    """NeMo-RL: gaps in the smallest width, XOR of patterns; contiguous changes are ranges; torch.save, zstd 1."""
+    """Write the wire of NeMo-RL: gaps in the smallest width, XOR, ranges of contiguous changes; torch.save, zstd 1."""
     locations: list[bytes] = []
     groups: dict[int, list[np.ndarray]] = {}
     metadata: list[dict[str, Any]] = []
@@ -105,7 +105,7 @@ def nemo(folder: Path, old: Tensors, new: Tensors, *, operation: str = "xor") ->
 
 
 def xor(folder: Path, old: Tensors, new: Tensors) -> Path:
-    """slime: zstd of XOR of raw bytes as U8, checksums of the new bytes in the shard's metadata, an index."""
+    """Write the wire of slime: zstd of XOR of raw bytes as U8, checksums of the new bytes in the metadata, an index."""
     path = folder / "weight_v000001"
     path.mkdir()
     saved, checksums = {}, {}

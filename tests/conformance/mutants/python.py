@@ -168,7 +168,7 @@ class InProcess(Adapter):
 
 
 class Late(BaseException):
-    """A mutant took too long."""
+    """A mutant does not end."""
 
 
 def survives_python(mutant: Mutant, corpus: Corpus, teeth: Teeth) -> bool:
