@@ -109,7 +109,7 @@ def _names(file: BinaryIO, *, is_zip: bool) -> Iterator[str]:
 def _names_of(file: BinaryIO) -> Iterator[str]:
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
-            yield str(argument)
+            yield str(argument or "an import by name")
 
 
 def _content(file: BinaryIO) -> bytes:

@@ -1,4 +1,4 @@
-"""Small .pt files and payloads that ask for much memory, or hold anything but plain tensors, are refused in one line."""
+"""Small .pt files and payloads that ask for much memory, or hold anything but plain tensors, are refused."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def with_group(make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[list[A
     return edit
 
 
-ODD_TENSORS = {
+ODD_TENSORS: dict[str, Callable[[Any], Any]] = {
     "repeated": lambda x: x[:1].expand(LONG),
     "overlapping": lambda x: torch.as_strided(x, (LONG,), (0,)),
     "sparse": lambda x: x.to_sparse(),
     "meta": lambda x: x.to("meta"),
-    "nested": lambda x: torch.nested.nested_tensor([x.float(), x.float()]),
+    "nested": lambda x: torch.nested.nested_tensor([x.float()]),
     "conjugate": lambda x: torch.complex(x.float(), x.float()).conj(),
     "quantised": lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
     "strided": lambda x: torch.stack([x, x], dim=1)[:, 0],

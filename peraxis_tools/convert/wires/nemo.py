@@ -70,11 +70,12 @@ class NemoFile:
             raise ToolError(f"{where}: its shape is {type(shape).__name__}, not a tuple of numbers")
         if list(shape) != list(info.shape) or dtype != _DTYPES.get(info.dtype):
             raise CheckFailedError(
-                f"{where}: is {dtype} {list(shape)}, the base's tensor is {info.dtype.value} {list(info.shape)}"
+                f"{where}: is {dtype[:32]} {list(shape[:8])}, "
+                f"the base's tensor is {info.dtype.value} {list(info.shape)}"
             )
         operation = _word(item, "operation", where)
         if operation not in ("xor", "overwrite"):
-            raise ToolError(f"{where}: its operation is {operation!r}, neither 'xor' nor 'overwrite'")
+            raise ToolError(f"{where}: its operation is {operation[:32]!r}, neither 'xor' nor 'overwrite'")
         words = self._values(item, info.dtype, where)
         index = self._index(item, words.size, where)
         order = checked_index(where, index, math.prod(info.shape))
@@ -100,7 +101,7 @@ class NemoFile:
         if encoding == "range":
             return np.arange(count, dtype=np.int64) + _number(item, "range_start", where)
         if encoding != "deltas":
-            raise ToolError(f"{where}: its index_encoding is {encoding!r}, neither 'range' nor 'deltas'")
+            raise ToolError(f"{where}: its index_encoding is {encoding[:32]!r}, neither 'range' nor 'deltas'")
         begin, end = (_number(item, key, where) for key in ("index_start", "index_end"))
         width = (end - begin) // count
         if not begin <= end <= self._locations.size or (end - begin) != width * count or width not in _WIDTHS:
