@@ -17,6 +17,7 @@ import peraxis_format as pxd
 from peraxis_format.hub import hub_file, hub_files, hub_name
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.folders import scratch_folder
+from peraxis_tools.http_reads import SILENCE_SECONDS, http_options, is_http, read_range, save_all
 from peraxis_tools.optional import missing, require
 from peraxis_tools.outputs import Inputs, claim_file
 from peraxis_tools.progress import ProgressOf, silent
@@ -24,7 +25,6 @@ from peraxis_tools.urls import without_secrets
 
 __all__ = ["SILENCE_SECONDS", "RemoteFile", "is_remote", "listed", "local_copy", "output_file", "remote_file"]
 
-SILENCE_SECONDS: Final = 60.0
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z][A-Za-z0-9+.-]+)*://")
 _START: Final = 1 << 16  # cached bytes of a file's beginning, at most
 # Users write hf://org/repo/path@revision; the hub's file system needs hf://org/repo@revision/path.
@@ -75,7 +75,10 @@ class RemoteFile:
 
     def _fetch(self, offset: int, end: int) -> bytes:
         with _readable(self.url):
-            data: bytes = self._system.cat_file(self._path, start=offset, end=end)
+            if is_http(self.url):
+                data = read_range(self._system, self._path, offset, end)
+            else:
+                data = self._system.cat_file(self._path, start=offset, end=end)
         self.requested += len(data)
         if len(data) != end - offset:
             raise ToolError(f"{self.url}: the server sent {len(data)} bytes for a range of {end - offset}; download it")
@@ -90,31 +93,40 @@ class RemoteFile:
             raise
 
     def download(self, target: Path, *, progress: Callable[[int], None] | None = None) -> None:
-        """Write the whole file to target in blocks; each byte is requested once."""
+        """Write the whole file to target in blocks; each byte is requested once.
+
+        Raises ToolError if the server sends another number of bytes than `size`; it is stopped at that number.
+        """
+        step = progress or (lambda _: None)
         with _readable(self.url):
+            if is_http(self.url):
+                with open(target, "wb") as file:
+                    save_all(self._system, self._path, file, self.size, step)
+                return
             from fsspec.callbacks import Callback
 
+            left = self.size
+
             class Steps(Callback):  # type: ignore[misc, unused-ignore]
-                """Passes numbers of bytes to `progress`."""
+                """Passes numbers of bytes to `step`, and stops a file that is longer than it was said to be."""
 
                 def relative_update(self, inc: int = 1) -> None:
-                    if progress is not None:
-                        progress(inc)
+                    nonlocal left
+                    left -= inc
+                    if left < 0:
+                        raise ToolError("is longer than its store said; fetch it again")
+                    step(inc)
 
             self._system.get_file(self._path, str(target), callback=Steps())
+        if target.stat().st_size != self.size:
+            raise ToolError(f"{self.url}: has {target.stat().st_size} bytes, not {self.size}; fetch it again")
 
 
 def _patience(url: str) -> dict[str, Any]:
-    """Options of a URL's file system: a slow server is allowed as long as it sends data.
-
-    Only http is configured; the libraries of the hub and of object stores have such limits themselves.
+    """Options of a URL's file system. Only http is configured; the libraries of the hub and of object stores have such
+    limits themselves.
     """
-    if not url.startswith(("http://", "https://")):
-        return {}
-    import aiohttp
-
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
-    return {"client_kwargs": {"timeout": timeout}}
+    return http_options(SILENCE_SECONDS) if is_http(url) else {}
 
 
 @contextlib.contextmanager
@@ -123,8 +135,12 @@ def _readable(url: str, *, done: str = "read") -> Iterator[None]:
     shown = without_secrets(url)
     try:
         yield
-    except (ToolError, pxd.PxdError):
+    except pxd.PxdError:
         raise
+    except ToolError as error:
+        if str(error).startswith(shown):
+            raise
+        raise ToolError(f"{shown}: {error}") from None
     except ImportError as error:
         raise missing(shown, error) from None
     except ValueError as error:

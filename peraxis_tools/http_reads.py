@@ -1,0 +1,98 @@
+"""Reads over HTTP that end where the request does.
+
+fsspec reads an answer whole, and unpacks it, before its length is checked: a server that ignores a range, that packs
+its answer, or that does not stop would fill the memory or the disk. Here an answer is read piece by piece, up to the
+requested bytes, and must not be packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, BinaryIO, Final
+
+from peraxis_tools.errors import ToolError
+
+__all__ = ["SILENCE_SECONDS", "http_options", "is_http", "read_range", "save_all"]
+
+SILENCE_SECONDS: Final = 60.0
+_PIECE: Final = 1 << 20
+
+
+def is_http(url: str) -> bool:
+    """Whether a URL is one of HTTP."""
+    return url.startswith(("http://", "https://"))
+
+
+def http_options(silence: float) -> dict[str, Any]:
+    """Options of fsspec's HTTP file system. silence: the seconds that a server may send nothing.
+
+    A slow server is allowed as long as it sends data.
+    """
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=silence, sock_read=silence)
+    headers = {"Accept-Encoding": "identity"}
+    return {"client_kwargs": {"timeout": timeout, "headers": headers, "auto_decompress": False}}
+
+
+def read_range(system: Any, path: str, offset: int, end: int) -> bytes:
+    """The bytes [offset, end) of a file. system: fsspec's HTTP file system.
+
+    Raises ToolError (without the URL) if the server sends another number of bytes, and the errors of aiohttp.
+    """
+    from fsspec.asyn import sync
+
+    data: bytes = sync(system.loop, _range, system, path, offset, end)
+    return data
+
+
+def save_all(system: Any, path: str, file: BinaryIO, size: int, step: Callable[[int], None]) -> None:
+    """Write a whole file of `size` bytes. step: called with the bytes of each piece.
+
+    Raises ToolError (without the URL) if the server sends another number of bytes, and the errors of aiohttp.
+    """
+    from fsspec.asyn import sync
+
+    sync(system.loop, _save, system, path, file, size, step)
+
+
+@asynccontextmanager
+async def _answer(system: Any, path: str, headers: dict[str, str]) -> AsyncIterator[Any]:
+    session = await system.set_session()
+    async with session.get(system.encode_url(path), **{**system.kwargs, "headers": headers}) as answer:
+        if answer.status == 404:
+            raise FileNotFoundError(path)
+        answer.raise_for_status()
+        encoding = answer.headers.get("Content-Encoding", "identity").strip().lower()
+        if encoding not in ("", "identity"):
+            raise ToolError(f"the server sent {encoding[:32]!r} data, although identity was asked for; download it")
+        yield answer
+
+
+async def _range(system: Any, path: str, offset: int, end: int) -> bytes:
+    wanted = end - offset
+    async with _answer(system, path, {"Range": f"bytes={offset}-{end - 1}"}) as answer:
+        if answer.status != 206 and offset:
+            raise ToolError("the server does not send ranges; download it")
+        data = bytearray()
+        while len(data) <= wanted and (piece := await answer.content.read(_PIECE)):
+            data += piece
+    if len(data) > wanted:
+        raise ToolError(f"the server sent more than the {wanted} bytes of a range; download it")
+    if len(data) < wanted:
+        raise ToolError(f"the server sent {len(data)} bytes for a range of {wanted}; download it")
+    return bytes(data)
+
+
+async def _save(system: Any, path: str, file: BinaryIO, size: int, step: Callable[[int], None]) -> None:
+    done = 0
+    async with _answer(system, path, {}) as answer:
+        while piece := await answer.content.read(_PIECE):
+            done += len(piece)
+            if done > size:
+                raise ToolError(f"the server sends more than the {size} bytes that it announced; fetch it elsewhere")
+            file.write(piece)
+            step(len(piece))
+    if done < size:
+        raise ToolError(f"the server sent {done} of {size} bytes; fetch it again")
