@@ -29,6 +29,7 @@ _TEMPORARY: Final = re.compile(re.escape(_PREFIX) + r"[0-9a-f]{8}")
 # Names of the process's open files; they are written into.
 _OPEN_FILE: Final = re.compile(r"/dev/(?:fd/|std)(in|out|err|\d+)|/proc/self/fd/(\d+)")
 _PATIENCE, _PAUSE = 1.0, 0.05  # seconds
+_ATTEMPTS: Final = 1000  # to lock a name that other processes make and remove meanwhile
 _DESCRIPTORS: Final = "/proc/self/fd/"
 _STANDARD: Final = {"in": 0, "out": 1, "err": 2}
 _NO_UNNAMED: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT, errno.ENOSYS})
@@ -241,21 +242,24 @@ def _remove(path: Path) -> None:
 def name_lock(folder: Path, key: str) -> Iterator[int | None]:
     """Yield None while this process alone holds `key` (eight hexadecimal digits) in a folder, else the other's pid.
 
-    The pid is 0 if it is not known. On a file system without locks this always yields None.
+    The pid is 0 if it is not known. On a file system without locks this always yields None. Raises FileExistsError with
+    the lock's path if its name belongs to something that is not a lock (a link, a pipe, a folder).
     """
     path = folder / (_PREFIX + key)
     waited = 0.0
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    for _ in range(_ATTEMPTS):
+        descriptor = _opened_lock(path)
         locked = _lock(descriptor, wait=False)
         if locked is False and waited < _PATIENCE:
             waited += _PAUSE  # a process that removes leftovers holds a name for a moment
             os.close(descriptor)
             time.sleep(_PAUSE)
         elif locked is not False and not _is_named(descriptor, path):
-            os.close(descriptor)
+            os.close(descriptor)  # another process removed it, as its own or as a leftover
         else:
             break
+    else:
+        raise _no_lock(path)
     try:
         if locked is False:
             text = os.pread(descriptor, 32, 0)
@@ -268,6 +272,25 @@ def name_lock(folder: Path, key: str) -> Iterator[int | None]:
             path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def _opened_lock(path: Path) -> int:
+    """A descriptor of a lock's file, which is made if there is none. Nothing else is opened, followed or waited for."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EMLINK, errno.EISDIR, errno.ENXIO):
+            raise
+        raise _no_lock(path) from None
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(descriptor)
+        raise _no_lock(path)
+    return descriptor
+
+
+def _no_lock(path: Path) -> OSError:
+    return FileExistsError(errno.EEXIST, "is not a lock of this program, but has the name of one; remove it", str(path))
 
 
 def _lock(descriptor: int, *, wait: bool = True) -> bool | None:

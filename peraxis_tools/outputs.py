@@ -151,6 +151,8 @@ def _only_run(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             other = stack.enter_context(name_lock(path.parent, key))
+        except FileExistsError:
+            raise  # it names the lock
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None
         if other is not None:

@@ -199,3 +199,33 @@ def test_one_process_holds_a_name_and_the_other_is_told_which(tmp_path: Path) ->
     free = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert free.stdout == "None\n"
     assert os.listdir(tmp_path) == []
+
+
+def place(path: Path, kind: str, target: Path) -> None:
+    target.write_text("mine")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "hard link":
+        os.link(target, path)
+    else:
+        path.symlink_to({"link": target, "dangling link": target.with_name("gone"), "loop": path}[kind])
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "loop", "pipe", "folder", "hard link"])
+def test_a_name_of_a_lock_that_is_none_is_refused_and_left_alone(kind: str, tmp_path: Path) -> None:
+    path, target = tmp_path / (".peraxis~" + "0" * 8), tmp_path / "target"
+    place(path, kind, target)
+    with pytest.raises(FileExistsError, match="is not a lock") as caught, pxd.name_lock(tmp_path, "0" * 8):
+        pass
+    assert caught.value.filename == str(path)
+    assert os.path.lexists(path)
+    assert target.read_text() == "mine"
+    assert not (tmp_path / "gone").exists()
+
+
+def test_a_lock_that_others_keep_removing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peraxis_format.files._is_named", lambda *_: False)
+    with pytest.raises(FileExistsError, match="is not a lock"), pxd.name_lock(tmp_path, "0" * 8):
+        pass
