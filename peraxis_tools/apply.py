@@ -6,11 +6,13 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import peraxis_format as pxd
 from peraxis_tools.assets import LEFT_BEHIND
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.delta_parts import refuse_part
+from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import MARKER, atomic_folder
 from peraxis_tools.notes import note
 from peraxis_tools.outputs import claim_folder
@@ -19,6 +21,9 @@ from peraxis_tools.rebuild import aliases_of, assets_of, checkpoint_bytes, rebui
 from peraxis_tools.shards import SHARD_BYTES, Shard, plan_shards, shard_header, write_index, write_tensor
 
 __all__ = ["ApplyResult", "apply"]
+
+_REPEATS: Final = 2  # a checkpoint may have a copy of each of its tensors
+_SMALL: Final = 1 << 26  # bytes that may be written from any base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +67,7 @@ def apply(
         watched(progress, "apply", checkpoint_bytes(file.manifest)) as step,
     ):
         refuse_part(file.manifest, file.path)
+        _refuse_repeats(file, opened.tensors.size + sum(Path(each).stat().st_size for each in deltas))
         shards = plan_shards(tensor_specs(file.manifest), shard_bytes=shard_bytes)
         with atomic_folder(output, overwrite=overwrite) as folder:
             _write_shards(folder, shards, file, checkpoint.tensors, workers, step)
@@ -79,6 +85,16 @@ def apply(
             bytes=sum(tensor.size for tensor in tensors),
             files=names,
             left_behind=tuple(file.manifest.metadata.get(LEFT_BEHIND, "").split("\n")[:-1]),
+        )
+
+
+def _refuse_repeats(file: pxd.DeltaFile, read: int) -> None:
+    """Refuse a checkpoint that is much larger than what it is made of, because of tied tensors. read: bytes."""
+    size = checkpoint_bytes(file.manifest)
+    if size > _REPEATS * read + _SMALL:
+        raise ToolError(
+            f"{file.path}: ties so many tensors that {size} bytes would be written from {read} bytes of base and "
+            "delta; write the file again"
         )
 
 

@@ -78,7 +78,7 @@ def checkpoint_bytes(manifest: pxd.Manifest) -> int:
 
 def assets_of(delta: pxd.DeltaFile, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
     """The delta's assets, and those of the base in groups without an asset in the delta."""
-    own = [asset.path for asset in delta.manifest.assets]
+    own = dict.fromkeys(asset.path for asset in delta.manifest.assets)
     groups = {asset_group(path) for path in own}
     for path in own:
         yield path, delta.asset(path)

@@ -204,3 +204,19 @@ def test_a_write_that_fails_leaves_no_thread_however_long_its_error_lives(
         apply(*pair, tmp_path / "out")
     assert set(threading.enumerate()) <= before
     assert error.value.__traceback__ is not None  # keeps the frames and their variables alive
+
+
+def test_a_few_tied_tensors_are_written_and_a_flood_of_them_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("peraxis_tools.apply"), "_SMALL", 1 << 12)
+    rng = np.random.default_rng(0)
+    weight = random_storage(rng, (64, 64))
+    base = write_checkpoint(tmp_path / "base", {"w": (weight, pxd.DType.BF16)})
+    module = sign_module(rng, "w", weight)
+    few = write_delta(tmp_path / "few.pxd", [module], tied=[("w", "head")])
+    assert apply(base, few, tmp_path / "out").tensors == 2
+    many = write_delta(tmp_path / "many.pxd", [module], tied=[("w", f"head{i}") for i in range(9)])
+    with pytest.raises(ToolError, match=r"many\.pxd: ties so many tensors that 81920 bytes would be written"):
+        apply(base, many, tmp_path / "second")
+    assert not (tmp_path / "second").exists()
