@@ -72,6 +72,18 @@ def test_compiled_and_plain_kernels_agree(backend: str, width: int) -> None:
     assert np.array_equal(differing(a, b, None, backend=backend)[1], counts)
 
 
+@pytest.mark.parametrize("width", [1, 7, 15, 16, 17, 40])
+def test_numpys_tables_of_a_wide_row_are_small_and_cover_it(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peraxis_tools.ops.mask_compare.TABLE_WIDTH", 16)
+    rng = np.random.default_rng(width)
+    a, b = (rng.integers(0, 256, (9, width), np.uint8) for _ in range(2))
+    columns = Columns(weights := rng.random(width * 8))
+    differ = np.unpackbits(a ^ b, axis=1, bitorder="little")
+    for _ in range(2):
+        np.testing.assert_allclose(differing(a, b, columns, backend="numpy")[1], differ @ weights, rtol=1e-5)
+    assert all(table.shape[0] <= 16 for _, table in columns.tables())
+
+
 def test_one_flipped_bit_is_found_and_weighs_what_it_weighs(tmp_path: Path) -> None:
     _, a, _ = pair(1, (40, 96), (pxd.Axis.ROW_COL,), (pxd.Axis.ROW_COL,))
     mask = a.components[0].mask.copy()

@@ -16,6 +16,7 @@ module); unpacking the signs for a matrix product, which moves 64 times the byte
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Final, TypeAlias
 
@@ -31,6 +32,7 @@ Counts: TypeAlias = NDArray[np.int64]
 Sums: TypeAlias = NDArray[np.float64]
 
 _WORD_BITS: Final = 64
+TABLE_WIDTH: Final = 1 << 13  # bytes of a row, of which each has 1 KiB in numpy's table; no real matrix is wider
 
 
 class Columns:
@@ -44,11 +46,20 @@ class Columns:
         self.padded = np.zeros(-(-weights.size // _WORD_BITS) * _WORD_BITS, np.float32)
         self.padded[: weights.size] = weights
 
+    def tables(self) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """numpy's lookup tables [bytes, 256], each for a range of a row's bytes; a table has at most 8 MiB."""
+        yield slice(0, TABLE_WIDTH), self._first
+        for begin in range(TABLE_WIDTH, self.padded.size // 8, TABLE_WIDTH):
+            yield slice(begin, begin + TABLE_WIDTH), self._table(begin)
+
     @functools.cached_property
-    def table(self) -> NDArray[np.float32]:
-        """numpy's lookup table: [bytes, 256]."""
-        table = np.zeros((self.padded.size // 8, 256), np.float32)
-        for bit, column in enumerate(self.padded.reshape(-1, 8).T):
+    def _first(self) -> NDArray[np.float32]:
+        return self._table(0)
+
+    def _table(self, begin: int) -> NDArray[np.float32]:
+        columns = self.padded.reshape(-1, 8)[begin : begin + TABLE_WIDTH]
+        table = np.zeros((len(columns), 256), np.float32)
+        for bit, column in enumerate(columns.T):
             # The entry of x with the highest bit `bit` is the entry without this bit, plus this bit's column.
             np.add(table[:, : 1 << bit], column[:, None], out=table[:, 1 << bit : 2 << bit])
         return table

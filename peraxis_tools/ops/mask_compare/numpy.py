@@ -22,5 +22,8 @@ def differing(a: Mask, b: Mask, columns: Columns | None) -> tuple[Counts, Sums]:
     counts = np.concatenate([count(block).sum(axis=1, dtype=np.int64) for block in blocks])
     if columns is None:
         return counts, counts.astype(np.float64)
-    table, places = columns.table, np.arange(a.shape[1])
-    return counts, np.concatenate([table[places, block].sum(axis=1, dtype=np.float64) for block in blocks])
+    sums = np.zeros(a.shape[0])
+    for part, table in columns.tables():
+        places = np.arange(len(table))[: a.shape[1] - part.start]
+        sums += np.concatenate([table[places, block[:, part]].sum(axis=1, dtype=np.float64) for block in blocks])
+    return counts, sums
