@@ -39,8 +39,7 @@ def diff(
 ) -> DiffResult:
     """Compare two deltas made for one base.
 
-    base: the checkpoint of the base. It is needed only for exact tensors. Its dtypes and shapes are
-    checked; its bytes are not (`verify --base` checks them). progress: called with numbers of payload bytes of A, or
+    base: the checkpoint of the base. It is needed only for exact tensors, and it is checked. progress: called with numbers of payload bytes of A, or
     True for a bar. Raises CheckFailedError if the bases differ, PxdError, CheckpointError, OSError.
     """
     with ExitStack() as stack:

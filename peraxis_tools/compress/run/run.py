@@ -56,7 +56,8 @@ Progress = Staged
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressResult:
     """The result of `compress`. Sizes are bytes. notes: modules that differ from the plan, and the reason.
-    exact_blocks: blocks of exact modules by mode (SPEC 5.6), chosen for `prefer`.
+    exact: modules that are stored exactly, exact_updates of them as updates.
+    exact_blocks: blocks of exact updates by mode (SPEC 5.6), chosen for `prefer`.
     unread_tokens: special tokens that are not in the calibration text, so that no fit covers them."""
 
     path: Path
@@ -69,6 +70,7 @@ class CompressResult:
     signed: int
     unchanged: int
     exact: int
+    exact_updates: int
     exact_blocks: Mapping[str, int]
     prefer: str
     axes: Mapping[str, int]
@@ -263,7 +265,8 @@ def _result(
         modules=len(manifest.modules),
         signed=counts[Encoding.SIGN],
         unchanged=counts[Encoding.SAME],
-        exact=counts[Encoding.EXACT],
+        exact=counts[Encoding.FULL] + counts[Encoding.EXACT],
+        exact_updates=counts[Encoding.EXACT],
         exact_blocks=dict(blocks),
         prefer=options.prefer,
         axes=dict(sorted(axes.items())),
