@@ -15,7 +15,7 @@ from typing import Final, cast
 
 from peraxis_format.errors import CheckpointError
 
-__all__ = ["HubName", "hub_file", "hub_files", "hub_name", "hub_path"]
+__all__ = ["HubName", "hub_errors", "hub_file", "hub_files", "hub_name", "hub_path"]
 
 _WORD: Final = r"[A-Za-z0-9][\w.-]*"
 _ID: Final = re.compile(rf"(?P<repository>{_WORD}/{_WORD})(@(?P<revision>[\w./-]+))?")
@@ -54,6 +54,15 @@ def hub_name(source: str | os.PathLike[str]) -> HubName | None:
     return HubName(repository=found["repository"], revision=found["revision"])
 
 
+def hub_errors() -> tuple[type[Exception], ...]:
+    """The exceptions of huggingface_hub, the errors of its HTTP library included. Raises ImportError without it."""
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    # The bases of HfHubHTTPError are OSError and the error of the HTTP library, whose package differs by version.
+    library = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
+    return HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, OSError, ValueError, *library
+
+
 def hub_path(source: str | os.PathLike[str]) -> Path:
     """The local path of a delta: the source itself, or a path in the hub's cache. Raises CheckpointError."""
     name = hub_name(source)
@@ -67,13 +76,14 @@ def hub_file(name: HubName) -> Path:
     """
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        errors = hub_errors()
     except ImportError:
         raise CheckpointError(f"{name.repository}: needs huggingface_hub; install it, or pass a path") from None
     try:
         file = name.file or _only_delta(name)
         return Path(hf_hub_download(name.repository, file, revision=name.revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except errors as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(f"{name.repository}: cannot be fetched from the hub: {reason}") from None
 
@@ -84,12 +94,12 @@ def hub_files(name: HubName) -> list[str]:
     Raises CheckpointError: no such repository, no deltas, no network and nothing in the cache.
     """
     try:
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        errors = hub_errors()
     except ImportError:
         raise CheckpointError(f"{name.repository}: needs huggingface_hub; install it, or pass a path") from None
     try:
         there = _listed(name)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except errors as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(f"{name.repository}: cannot be fetched from the hub: {reason}") from None
     folder = f"{name.file.rstrip('/')}/" if name.file else ""

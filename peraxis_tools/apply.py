@@ -11,6 +11,7 @@ import peraxis_format as pxd
 from peraxis_tools.assets import LEFT_BEHIND
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.delta_parts import refuse_part
+from peraxis_tools.errors import CheckFailedError
 from peraxis_tools.folders import MARKER, atomic_folder
 from peraxis_tools.notes import note
 from peraxis_tools.outputs import claim_folder
@@ -62,6 +63,7 @@ def apply(
         watched(progress, "apply", checkpoint_bytes(file.manifest)) as step,
     ):
         refuse_part(file.manifest, file.path)
+        _refuse_foreign(file, checkpoint)
         shards = plan_shards(tensor_specs(file.manifest), shard_bytes=shard_bytes)
         with atomic_folder(output, overwrite=overwrite) as folder:
             _write_shards(folder, shards, file, checkpoint.tensors, workers, step)
@@ -105,6 +107,13 @@ def _predecessor_named(first: pxd.DeltaFile) -> Iterator[None]:
         if before is not None:
             note(f"{first.path}: follows update {before}; pass that one too, or its result as BASE")
         raise
+
+
+def _refuse_foreign(file: pxd.DeltaFile, base: Checkpoint) -> None:
+    """Refuse a whole state of another model, which binds no tensor of the base but would get its other files."""
+    if not any(module.base is not None or module.name in base.tensors for module in file.manifest.modules):
+        name = file.manifest.modules[0].name
+        raise CheckFailedError(f"{file.path}: is for another model; {base.tensors.label} has no {name}, nor any other")
 
 
 def _write_shards(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from peraxis_format import CheckpointError, Identity, Safetensors
+from peraxis_format.hub import hub_errors
 from peraxis_tools.assets import FolderAssets, find_assets
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.notes import note
@@ -117,9 +118,8 @@ def _opened(path: Path) -> Safetensors:
 def _download(hub_id: str, revision: str | None) -> Path:
     require(f"{hub_id} (a hub id)", "huggingface_hub")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_PATTERNS))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except hub_errors() as error:
         raise CheckpointError(f"{hub_id}: cannot be fetched from the hub: {first_line(error)}") from None

@@ -93,6 +93,12 @@ def _unexpected(error: Exception) -> str:
     )
 
 
+def _show_traceback() -> None:
+    """Print the traceback of the current exception on standard error, if the user asked for it."""
+    if os.environ.get(_TRACEBACK):
+        traceback.print_exc()
+
+
 def _run() -> None:
     if _COMPLETE in os.environ:
         cli.main(prog_name="peraxis-tools")
@@ -113,8 +119,7 @@ def _import_failed(error: ImportError) -> int:
     try:
         print_error(str(missing("this command", error)))
     except ImportError:
-        if os.environ.get(_TRACEBACK):
-            raise
+        _show_traceback()
         print_error(_unexpected(error))
         return ToolError.exit_status
     return MissingPackageError.exit_status
@@ -149,8 +154,7 @@ def _exit_code() -> int:
         print_error("out of memory; use a machine with more memory, or smaller batches and samples")
         return ToolError.exit_status
     except Exception as error:
-        if os.environ.get(_TRACEBACK):
-            raise
+        _show_traceback()
         print_error(_unexpected(error))
         return ToolError.exit_status
     return 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import peraxis_format as pxd
+from peraxis_format.hub import hub_errors
 from peraxis_tools.card import HUB_ID, CardDelta, card_text, missing_fields
 from peraxis_tools.checkpoint import parse_identity
 from peraxis_tools.delta_parts import refuse_part
@@ -225,7 +226,6 @@ def _from_hub(repository: str, name: str, revision: str | None) -> str | None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         EntryNotFoundError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -234,7 +234,7 @@ def _from_hub(repository: str, name: str, revision: str | None) -> str | None:
     missing = (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError)
     try:
         return Path(HfApi().hf_hub_download(repository, name, revision=revision)).read_text("utf-8", "replace")
-    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
+    except hub_errors() as error:
         # Without a connection the present content is unknown.
         if isinstance(error, missing) and not isinstance(error, LocalEntryNotFoundError):
             return None
@@ -271,7 +271,6 @@ def _upload(
 ) -> str:
     require("an upload", "huggingface_hub")
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     operations = [CommitOperationAdd(name, source) for name, source in files.items()]
     operations.append(CommitOperationAdd("README.md", card.encode()))
@@ -280,7 +279,7 @@ def _upload(
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         done = api.create_commit(repository, operations, commit_message=message, revision=revision)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except hub_errors() as error:
         raise ToolError(f"{repository}: cannot be uploaded: {first_line(error)}; log in with `hf auth login`") from None
     return str(done.commit_url)
 

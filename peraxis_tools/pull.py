@@ -11,6 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 import peraxis_format as pxd
+from peraxis_format.hub import hub_errors
+from peraxis_tools.content_ids import parse_content_ids
 from peraxis_tools.errors import CheckFailedError, ToolError, error_line
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_files
@@ -57,11 +59,12 @@ def pull(
     """
     if not is_remote(source):
         require(f"{source} (a repository)", "huggingface_hub")
+    expected = parse_content_ids(content_ids)
     folder = Path(folder)
     with _fetched(source, files, progress) as fetched:
         targets = [folder / path.name for path in fetched]
         with claim_files(targets, overwrite=overwrite):
-            ids = [_verified(path, content_ids, progress) for path in fetched]
+            ids = [_verified(path, expected, progress) for path in fetched]
             for path, target in zip(fetched, targets, strict=True):
                 with pxd.atomic_file(target, overwrite=overwrite) as writer, open(path, "rb") as reader:
                     shutil.copyfileobj(reader, writer, 1 << 22)
@@ -100,7 +103,6 @@ def _fetched(source: str, files: Sequence[str], progress: ProgressOf) -> Iterato
 
 def _from_hub(repository: str, revision: str | None, files: Sequence[str]) -> list[Path]:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     api = HfApi()
     try:
@@ -114,5 +116,5 @@ def _from_hub(repository: str, revision: str | None, files: Sequence[str]) -> li
             raise ToolError(f"{repository}: two of its deltas have the same name; pull each with --file")
         signatures = [f"{name}.sig" for name in wanted if f"{name}.sig" in there]
         return [Path(api.hf_hub_download(repository, name, revision=revision)) for name in (*wanted, *signatures)]
-    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
+    except hub_errors() as error:
         raise ToolError(f"{repository}: cannot be fetched from the hub: {error_line(error)}") from None

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Final, TypeAlias
 
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.content_ids import parse_content_ids
+from peraxis_tools.delta_parts import part_of
 from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError, error_line
 from peraxis_tools.progress import ProgressOf
 from peraxis_tools.unpacked import check_results
@@ -114,6 +116,7 @@ def verify_files(
         raise ToolError("--max-kl needs a text to measure it on: --text domain=FILE")
     if (wanted.max_error is not None or wanted.max_kl is not None) and wanted.fine_tuned is None:
         raise ToolError("--max-error and --max-kl need --fine-tuned, the checkpoint to compare with")
+    wanted = replace(wanted, content_ids=parse_content_ids(wanted.content_ids))
     verdicts = tuple(_verdict(file, wanted, open_file, progress, workers) for file in files)
     return VerifyReport(status=_gravest(verdict.status for verdict in verdicts), files=verdicts)
 
@@ -147,7 +150,7 @@ def _checks(
     path: Path, delta: pxd.DeltaFile, wanted: Wanted, progress: ProgressOf, workers: int | None
 ) -> Iterator[tuple[str, Callable[[], str | None]]]:
     """The name and action of each check, in order; an action returns a text, or raises."""
-    yield "structure", lambda: f"{len(delta)} modules"
+    yield "structure", lambda: part_of(delta.manifest, path) or f"{len(delta)} modules"
     yield "payload", lambda: _payload(delta, progress, workers)
     if wanted.content_ids:
         yield "content id", lambda: _content_id(delta, wanted.content_ids)

@@ -21,7 +21,7 @@ from peraxis_tools.chain.order import Link, chain_order, link_of
 from peraxis_tools.chain.state import ChainState
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.plan.pairing import check_pair, tied_pairs
-from peraxis_tools.errors import CheckFailedError
+from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.kinds import execution_key
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Progress, Steps, watched
@@ -238,8 +238,33 @@ def _prove(job: UpdateJob, writer: pxd.DeltaWriter) -> None:
         raise CheckFailedError(
             f"{job.output}: tensors were added or removed since the last update, so it cannot follow; start a new chain"
         )
+    if job.previous is None and job.result is None:
+        _refuse_ring(job.output, writer.base_digest, writer.result)
     if job.result is not None and writer.result != job.result:
         raise CheckFailedError(f"{job.output}: would result in {writer.result}, not in {job.result}")
+
+
+def _refuse_ring(output: Path, base: str, result: str | None) -> None:
+    """Refuse an update without a predecessor if other updates of its folder lead from its result back to its base.
+
+    Such updates would all follow each other, so that their order could not be known.
+    """
+    begins: dict[str, tuple[str, Path]] = {}
+    for path in output.parent.glob("*.pxd"):
+        if path.name != output.name:
+            with contextlib.suppress(pxd.PxdError, ToolError, OSError):
+                link = link_of(path)
+                begins[link.base] = (link.result, path)
+    state, through = result, None
+    for _ in range(len(begins)):
+        if state not in begins or state == base:
+            break
+        state, through = begins[state]
+    if through is not None and state == base:
+        raise CheckFailedError(
+            f"{output}: returns to an earlier state, from which {through} leads back, so the order would "
+            "not be known; pass the updates so far (--after)"
+        )
 
 
 def count_changed(old: pxd.Array, new: pxd.Array) -> int:

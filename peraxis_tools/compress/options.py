@@ -36,7 +36,7 @@ _LOSSES: Final = ("kl", "mse")
 # Named sets of options; a single option wins over its recipe.
 RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
     "quick": {"fit": "none"},
-    "fit": {},
+    "fit": {"fit": "refined"},
     "distilled": {"distill_samples": 150, "generated_samples": 300},
     "best": {
         "distill_samples": 550,
@@ -242,10 +242,10 @@ class CompressOptions:
         Raises OptionError for unknown keys.
         """
         known = {field.name: field for field in fields(cls)}
-        recipe = values.get("recipe", "fit")
-        if recipe not in RECIPES:
+        recipe = values.get("recipe")
+        if recipe is not None and recipe not in RECIPES:
             raise OptionError(f"recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
-        given: dict[str, Any] = dict(RECIPES[recipe])
+        given: dict[str, Any] = {} if recipe is None else dict(RECIPES[recipe])
         for key, value in values.items():
             if key == "recipe":
                 continue

@@ -93,7 +93,9 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise ToolError(
             f"{path}: has Python objects beside tensors; it is not opened, because that could run code"
         ) from None
-    except (RuntimeError, EOFError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # the unpickler fails in any way on bytes that are no pickle
         raise ToolError(f"{path}: not a .pt file, or damaged ({first_line(error)[:120]})") from None
     if not isinstance(found, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in found.items()

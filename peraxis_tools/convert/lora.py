@@ -4,7 +4,8 @@
 
 A matrix of signs has a nearly flat spectrum, so a small rank approximates it poorly; the report has the error of each
 module. Tensors with the encoding `full` (norms, embeddings) are stored whole through `modules_to_save`, biases through
-`bias`. Exact updates need the base: matrices are decomposed, and other tensors are stored whole. Factors are F32. routes.py decides for each tensor.
+`bias`. Exact updates need the base: matrices are decomposed, and other tensors are stored whole. Factors are F32.
+routes.py decides for each tensor.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def to_lora(
             raise ToolError(f"{path}: has exact updates, whose deltas need the base; pass the base (--base)")
         checkpoint = None if base is None else stack.enter_context(open_checkpoint(base))
         if checkpoint is not None:
-            pxd.check_base_names(opened.manifest, checkpoint.tensors)
+            pxd.check_base(opened.manifest, checkpoint.tensors)
         delta = unpacked(opened, None if checkpoint is None else checkpoint.tensors)
         targets = _targets(delta, checkpoint)
         entries = {entry.name: entry for entry in delta.manifest.modules}

@@ -39,8 +39,9 @@ def diff(
 ) -> DiffResult:
     """Compare two deltas made for one base.
 
-    base: the checkpoint of the base. It is needed only for exact tensors, and it is checked. progress: called with numbers of payload bytes of A, or
-    True for a bar. Raises CheckFailedError if the bases differ, PxdError, CheckpointError, OSError.
+    base: the checkpoint of the base. It is needed only for exact tensors, and it is checked. progress: called with
+    numbers of payload bytes of A, or True for a bar. Raises CheckFailedError if the bases differ, PxdError,
+    CheckpointError, OSError.
     """
     with ExitStack() as stack:
         tensors = None if base is None else stack.enter_context(open_checkpoint(base)).tensors
