@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["HUB_ID", "CardDelta", "card_text", "inherited", "missing_fields", "parse_card"]
 
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SPECIAL: Final = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&])")
+_SPECIAL: Final = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&:]|(?<=www)\.)")
+_REVISION: Final = re.compile(r"[\w.-]+(/[\w.-]+)*")
 _TAGS: Final = ("pxd", "delta")
 _INHERITED: Final = ("language", "license", "license_name", "license_link", "pipeline_tag", "datasets")
 _PIPELINES: Final = (
@@ -53,10 +54,11 @@ class CardDelta:
 
     @property
     def base(self) -> pxd.Identity:
-        """The base's id and revision for the card."""
+        """The base's id and revision for the card. The file can name any revision; only a plain one is shown."""
         manifest = self.found.manifest.base
         if self.base_id is None:
-            return pxd.Identity(id=manifest.id, revision=manifest.revision)
+            plain = manifest.revision if _REVISION.fullmatch(manifest.revision or "") else None
+            return pxd.Identity(id=manifest.id, revision=plain)
         return pxd.Identity(id=self.base_id, revision=self.base_revision)
 
 

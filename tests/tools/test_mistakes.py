@@ -145,3 +145,26 @@ def test_the_report_of_compress_counts_exact_modules(pair: tuple[Path, Path], tm
     result = CliRunner().invoke(cli, ["compress", *map(str, pair), "-o", str(tmp_path / "d.pxd"), "--json", "--force"])
     found = json.loads(result.stdout)
     assert found["exact"] == found["modules"] - found["signed"] - found["unchanged"] > 0
+
+
+def test_a_bad_tensor_of_the_base_is_the_fault_of_the_base(tmp_path: Path) -> None:
+    good = {"w.weight": (np.ones((4, 4), np.float32), pxd.DType.F32)}
+    write_checkpoint(tmp_path / "good", good)
+    for name, tensor in (("w.weight", np.ones((0, 4), np.float32)), ("odd\u0007", np.ones(4, np.float32))):
+        write_checkpoint(tmp_path / "bad", {**good, name: (tensor, pxd.DType.F32)})
+        with pytest.raises(ToolError, match=r"^\S*/bad: tensor"):
+            update(tmp_path / "bad", tmp_path / "good", tmp_path / "u.pxd")
+
+
+def test_a_link_out_of_the_checkpoint_is_noted(
+    pair: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "blobs").mkdir()
+    (pair[1] / "merges.txt").symlink_to(tmp_path / "secret.txt")
+    (pair[1] / "inner.json").write_text("{}")
+    (pair[1] / "vocab.json").symlink_to("inner.json")
+    with caplog.at_level("INFO", logger="peraxis"):
+        compress(*pair, tmp_path / "d.pxd", force=True)
+    assert "merges.txt: is a link out of the checkpoint" in caplog.text
+    assert "vocab.json" not in caplog.text
