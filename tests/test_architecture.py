@@ -54,7 +54,14 @@ FORMAT = (
     ),
     *("torch.swap.transfer_plan", "torch.ring", "torch.swap.lock", "torch.swap.guard", "torch.place"),
     *("torch.serve.rows", "torch.serve.modules", "torch.serve.linear", "torch.serve.launch", "torch.swap.payload"),
-    *("torch.serve", "torch.swap.engine", "torch.swap.stream", "torch.swap.apply", "torch.swap.reports"),
+    *(
+        "torch.serve",
+        "torch.swap.exact",
+        "torch.swap.engine",
+        "torch.swap.stream",
+        "torch.swap.apply",
+        "torch.swap.reports",
+    ),
     *("torch.swap.undo", "torch.swap.registry", "torch.swap", "torch"),
 )
 COMPRESS = (

@@ -29,12 +29,13 @@ from peraxis_format.errors import LiveModelError
 from peraxis_format.ops.backend import choose
 from peraxis_format.ops.rebuild.torch import Scratch, component_tensors
 from peraxis_format.ops.tensors import tensor_view
-from peraxis_format.reader import DeltaFile
+from peraxis_format.reader import DeltaFile, located
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import device_of, require_triton
 from peraxis_format.torch.place.binding import check_live, is_sharded
 from peraxis_format.torch.place.claims import claim, release
 from peraxis_format.torch.place.placement import place
+from peraxis_format.torch.place.proof import proven
 from peraxis_format.torch.place.shards import Placement, ShardView, Views
 from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.serve.grouped import GroupForward
@@ -242,7 +243,8 @@ def serve(
                     ring = ring or Ring(device_of(placement))
                     if ring.device.staged:
                         ring.reserve(TRANSFER_LIMIT)
-                    check_live(file.manifest, placement, ring=ring, workers=pool.count)
+                    with located(file.path):
+                        check_live(file.manifest, placement, ring=ring, workers=pool.count)
                     _register(served, index, file, placement)
     except BaseException:
         served.close()
@@ -277,12 +279,13 @@ def _register(served: Served, index: int, file: DeltaFile, placement: Placement)
             continue
         delta = file.load(name)
         begin, end = file.span(name)
-        served.stored += end - begin
+        exact = _decoded(file, delta, placement[name][0]) if entry.encoding is Encoding.EXACT else None
+        served.stored += end - begin if exact is None else exact.nbytes
         for part in placement[name]:
             where, found = owners.of(part.live)
             if not found:
                 raise LiveModelError(f"{name}: no module owns its storage; pass rows of a parameter in `views`")
-            patch = _patch(delta, part, where)
+            patch = _patch(delta, part, where, exact)
             for module, parameter in found:
                 if patch.region is not None and isinstance(module, nn.Linear | nn.Embedding):
                     raise LiveModelError(f"{name}: is not whole rows of a {type(module).__name__}; use VariantSwitch")
@@ -292,9 +295,19 @@ def _register(served: Served, index: int, file: DeltaFile, placement: Placement)
 _Where: TypeAlias = tuple[int, int, tuple[tuple[int, ...], tuple[int, ...], int] | None]  # Patch: begin, end, region
 
 
-def _patch(delta: ModuleDelta, part: ShardView, where: _Where) -> Patch:
+def _decoded(file: DeltaFile, delta: ModuleDelta, part: ShardView) -> Tensor:
+    """The new weights of an exact module, checked (SPEC 7.4), on the device of the base."""
+    with located(file.path):
+        ranges = [new for _, new in proven(file.entry(delta.name), part.view, delta)]
+    return torch.cat(ranges).reshape(delta.shape)
+
+
+def _patch(delta: ModuleDelta, part: ShardView, where: _Where, exact: Tensor | None = None) -> Patch:
+    """exact: the new weights of an exact module."""
     begin, end, region = where
     view = part.view
+    if exact is not None:
+        return Patch(begin, end, full=exact.to(view.device), region=region)
     if delta.full is not None:
         raw = torch.frombuffer(bytearray(delta.full.tobytes()), dtype=torch.uint8)
         full = tensor_view(raw, 0, delta.dtype, delta.shape).to(view.device)

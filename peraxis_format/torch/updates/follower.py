@@ -18,12 +18,12 @@ from peraxis_format.dtypes import raw_bytes
 from peraxis_format.errors import LiveModelError, PxdError
 from peraxis_format.ops.tensors import storage_array
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.place.pieces import Ranks, in_pieces, sharded_digest
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.shards import Placement, Shard, Target
 from peraxis_format.torch.updates.apply import apply_update
+from peraxis_format.torch.updates.errors import UpdateError
 from peraxis_format.torch.updates.mirror import Mirror, is_url
-from peraxis_format.torch.updates.pieces import Ranks, in_pieces, sharded_digest
-from peraxis_format.torch.updates.proof import UpdateError
 from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update
 
 __all__ = ["Follower", "Poll", "follow"]
@@ -219,7 +219,7 @@ class Follower:
         pieces = in_pieces(self._target, self._shards)
         placement: Placement | None = None
         with contextlib.suppress(PxdError, LiveModelError):
-            placement = place(self._target, delta.manifest, shards=self._shards, exact=True)
+            placement = place(self._target, delta.manifest, shards=self._shards)
         if pieces and not all(Ranks(self._group).gathered(placement is not None)):
             return False
         if placement is None:
