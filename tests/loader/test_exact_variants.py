@@ -245,6 +245,14 @@ def test_equal_tensors_of_a_file_that_share_storage_are_written_once(encoding: s
         live = {"embed": shared, "head": shared}
         apply_(live, path, undo=keep)  # type: ignore[arg-type]
         assert bytes_of(live) == wanted
+    model = nn.ModuleDict({"embed": nn.Embedding(40, 30), "head": nn.Linear(30, 40, bias=False)})
+    model["embed"].weight = model["head"].weight = nn.Parameter(table.clone())
+    names = {f"{name}.weight": tensor for name, tensor in base.items()}
+    rows = torch.randn(70, 30).bfloat16()
+    with serve(model, {"d": write(tmp_path / "e.pxd", names)}) as served, served.using("d"):
+        found = model["embed"](torch.arange(40))
+        assert bytes_of({"embed": found})["embed"] == wanted["embed"]
+        assert torch.equal(model["head"](rows), nn.functional.linear(rows, found))
     shared = table.clone()
     live = {"embed": shared, "head": shared}
     with VariantSwitch(live, base="undo") as switch:
