@@ -186,11 +186,7 @@ def test_a_published_file_that_another_trainer_replaced_is_found_at_the_next_ste
     assert writer.step().step == 2
 
 
-def test_models_in_pieces_and_unknown_kinds_of_url_are_refused(url: str) -> None:
-    from peraxis_format.torch import Shard
-
-    with pytest.raises(LiveModelError, match="folder that all ranks see"):
-        follow(state(0), url, shards={"a": Shard(0, 0, 2)})
+def test_publishing_in_pieces_and_unknown_kinds_of_url_are_refused(url: str) -> None:
     with pytest.raises(ValueError, match="folder that all ranks see"):
         ShardedUpdateWriter(state(0), url)
     with pytest.raises(LiveModelError, match="nonsense://x"):

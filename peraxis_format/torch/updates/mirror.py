@@ -18,8 +18,9 @@ from peraxis_format.create_remote import create_remote, is_replaced, start_of
 from peraxis_format.errors import LiveModelError
 from peraxis_format.torch.updates.source import step_of
 
-__all__ = ["Mirror", "is_url"]
+__all__ = ["PREFIX", "Mirror", "is_url"]
 
+PREFIX: Final = "peraxis-chain-"  # of temporary folders
 _PART: Final = ".part"
 
 
@@ -46,7 +47,7 @@ class Mirror:
         except ValueError as error:
             raise LiveModelError(f"{self.url}: {error}") from None
         self._sent: tuple[str, bytes] | None = None  # name and header of the file that was sent last
-        self.folder = Path(tempfile.mkdtemp(prefix="peraxis-chain-"))
+        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         self.close = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def names(self) -> list[str]:
