@@ -15,8 +15,10 @@ from typing import Final, cast
 
 from peraxis_format.errors import CheckpointError
 
-__all__ = ["HubName", "hub_errors", "hub_file", "hub_files", "hub_name", "hub_path"]
+__all__ = ["HubName", "commit_new_file", "hub_errors", "hub_file", "hub_files", "hub_name", "hub_path"]
 
+_TRIES: Final = 8  # commits of others to other files that may come in between
+_MOVED: Final = 412  # status: the parent commit is no longer the newest one
 _WORD: Final = r"[A-Za-z0-9][\w.-]*"
 _ID: Final = re.compile(rf"(?P<repository>{_WORD}/{_WORD})(@(?P<revision>[\w./-]+))?")
 _URL: Final = re.compile(
@@ -137,3 +139,42 @@ def _listed(name: HubName) -> list[str]:
     except unreachable:
         folder = Path(snapshot_download(name.repository, revision=name.revision, local_files_only=True))
         return [path.relative_to(folder).as_posix() for path in folder.rglob("*.pxd")]
+
+
+def commit_new_file(
+    local: Path,
+    path: str,
+    *,
+    repository: str,
+    kind: str,
+    revision: str,
+    endpoint: str | None,
+    token: str | bool | None,
+) -> None:
+    """Add a file to a repository on the hub by one commit, unless the repository has a file of this path.
+
+    kind: model, dataset or space. Commits by others that come in between are looked at: only one with this file is a
+    conflict. Raises FileExistsError, and the errors of huggingface_hub.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi(endpoint=endpoint, token=token)
+    for attempt in range(_TRIES):
+        head = api.repo_info(repository, repo_type=kind, revision=revision).sha
+        if api.file_exists(repository, path, repo_type=kind, revision=head):
+            raise FileExistsError(path)
+        try:
+            api.create_commit(
+                repository,
+                [CommitOperationAdd(path_in_repo=path, path_or_fileobj=str(local))],
+                commit_message=f"Add {path}",
+                repo_type=kind,
+                revision=revision,
+                parent_commit=head,
+            )
+        except HfHubHTTPError as error:
+            if getattr(error.response, "status_code", None) != _MOVED or attempt == _TRIES - 1:
+                raise
+        else:
+            return

@@ -97,9 +97,7 @@ class LiveModel:
             if self._checks_assets:
                 check_assets(file, self._model_config)
             refuse_uncovered(self._model, file.manifest)
-            placement = place(
-                plain_tensors(self._model), file.manifest, views=views(self._model, file.manifest), exact=True
-            )
+            placement = place(plain_tensors(self._model), file.manifest, views=views(self._model, file.manifest))
             self._update = stage(file, placement, group=self._group)
 
     def write_update(self, content_id: str) -> None:

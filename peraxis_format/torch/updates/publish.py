@@ -28,8 +28,8 @@ from peraxis_format.ops.exact import Prefer, apply
 from peraxis_format.ops.rebuild import reconstruct
 from peraxis_format.ops.tensors import dtype_of, storage_array
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.place.pieces import is_dtensor
 from peraxis_format.torch.updates.mirror import Mirror, is_url
-from peraxis_format.torch.updates.pieces import is_dtensor
 from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, step_name, step_of
 from peraxis_format.writer import DeltaWriter
 
