@@ -26,12 +26,11 @@ from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.convert.experts import ExpertFactors, fused_factors, wrapper_keys
 from peraxis_tools.convert.lowrank import DenseRows, ExactRows, low_rank, whole_spectrum
 from peraxis_tools.convert.routes import Route, RouteKind, routes_of
-from peraxis_tools.convert.targets import LayerKind, Place, Targets, targets_by_model, targets_by_name
+from peraxis_tools.convert.targets import LayerKind, Place, targets_of
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
 from peraxis_tools.factors import module_sum
 from peraxis_tools.folders import atomic_folder
-from peraxis_tools.kinds import kind_of
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_folder
 from peraxis_tools.progress import Progress, watched
@@ -136,7 +135,7 @@ def to_lora(
         if checkpoint is not None:
             pxd.check_base(opened.manifest, checkpoint.tensors)
         delta = unpacked(opened, None if checkpoint is None else checkpoint.tensors)
-        targets = _targets(delta, checkpoint)
+        targets = targets_of(delta, checkpoint)
         entries = {entry.name: entry for entry in delta.manifest.modules}
         held = () if checkpoint is None else checkpoint.tensors
         adapter = _Adapter(delta, checkpoint, routes_of(entries, targets, held))
@@ -171,33 +170,6 @@ def _save(adapter: _Adapter, output: Path, config: Mapping[str, Any], *, overwri
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         # safetensors makes the file readable for its owner alone.
         shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")
-
-
-def _targets(delta: pxd.DeltaFile, base: Checkpoint | None) -> Targets:
-    """The targets by the model of the delta's configuration, or of the base's; else by names."""
-    names = [entry.name for entry in delta.manifest.modules]
-    config = _configuration(delta, base)
-    found = None if config is None else targets_by_model(config, names)
-    if found is not None and found.places:
-        return found
-    shapes = {entry.name: entry.shape for entry in delta.manifest.modules}
-    tied = {name for name, _ in delta.manifest.tied}
-    kinds = {name: kind_of(name, shape) for name, shape in shapes.items()}
-    if config is not None and config.get("tie_word_embeddings") and "lm_head" not in kinds.values():
-        tied |= {name for name, kind in kinds.items() if kind == "embedding"}
-    return targets_by_name(shapes, tied)
-
-
-def _configuration(delta: pxd.DeltaFile, base: Checkpoint | None) -> Mapping[str, Any] | None:
-    config: Any = None
-    if any(asset.path == "config.json" for asset in delta.manifest.assets):
-        try:
-            config = json.loads(delta.asset("config.json"))
-        except (ValueError, RecursionError):
-            config = None
-    elif base is not None and base.folder is not None and (base.folder / "config.json").is_file():
-        config = base.config()
-    return config if isinstance(config, dict) else None
 
 
 def _add(adapter: _Adapter, entry: pxd.ModuleEntry, rank: int | None, max_error: float | None) -> None:
