@@ -272,3 +272,35 @@ def test_a_block_that_does_not_decode_is_named_with_its_tensor_and_file(tmp_path
         pf.reconstruct(delta.load("w"), storage_array(other))
     with pytest.raises(pf.BindingError, match=rf"E405: .*d\.pxd: .*{said}"):
         apply_update({"w": other}, path)
+
+
+def test_what_compress_stores_exact_is_what_every_live_path_becomes(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    import peraxis
+    from tests.tools.compress_pairs import llama_config, write_pair
+
+    base, tuned = write_pair(tmp_path, llama_config(num_hidden_layers=1), dtype=torch.bfloat16)
+    path = tmp_path / "d.pxd"
+    done = peraxis.compress(base, tuned, path, fit="none", exact="q_proj|norm|embed|down")
+    assert done.exact > 3
+
+    def load(folder: Path) -> nn.Module:
+        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        return model
+
+    merged = peraxis.load(path, base=base, dtype=torch.bfloat16)[0]
+    wanted = bytes_of(dict(merged.named_parameters()))
+    model = load(base)
+    pristine = bytes_of(dict(model.named_parameters()))
+    for place in ("device", "undo"):
+        with VariantSwitch(model, base=place) as switch:
+            switch.add("d", path)
+            for name in ("d", None):
+                switch.use(name)
+                assert bytes_of(dict(model.named_parameters())) == (wanted if name else pristine)
+    ids = torch.arange(80)[None] % 30
+    with serve(model, {"d": path}) as served, served.using(["d"]), torch.no_grad():
+        logits = model(ids).logits
+    torch.testing.assert_close(logits.float(), merged(ids).logits.float(), rtol=0.02, atol=0.02)
+    apply_(model, path)
+    assert bytes_of(dict(model.named_parameters())) == wanted

@@ -129,7 +129,7 @@ def test_a_gap_is_refused_by_name(
 ) -> None:
     given = [path for i, path in enumerate(chain[0]) if i not in left_out]
     if message is None:  # a valid chain of another base
-        with pytest.raises(pxd.PxdError, match="E404"):
+        with pytest.raises(pxd.PxdError, match=r"E404: .*step-2\.pxd: .*\(at "):
             apply(tmp_path / "state-0", given, tmp_path / "out")
     else:
         with pytest.raises(CheckFailedError, match=message):
