@@ -62,7 +62,14 @@ FORMAT = (
         "torch.swap.guard",
         "torch.place",
     ),
-    *("torch.serve.rows", "torch.serve.modules", "torch.serve.linear", "torch.serve.launch", "torch.swap.payload"),
+    *(
+        "torch.serve.rows",
+        "torch.serve.lookup",
+        "torch.serve.modules",
+        "torch.serve.linear",
+        "torch.serve.launch",
+        "torch.swap.payload",
+    ),
     *(
         "torch.serve",
         "torch.swap.exact",

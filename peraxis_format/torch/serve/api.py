@@ -314,5 +314,5 @@ def _patch(delta: ModuleDelta, part: ShardView, where: Where, exact: Tensor | No
         return Patch(begin, end, full=full, region=region)
     batch = tuple(tuple(terms) for terms in component_tensors(delta, view.device))
     if view.ndim == 2:
-        return Patch(begin, end, terms=batch[0], region=region, dtype=view.dtype)
+        return Patch(begin, end, factors=batch[0], region=region, dtype=view.dtype)
     return Patch(begin, end, batch=batch, region=region, dtype=view.dtype)
