@@ -1,7 +1,7 @@
 """The changes of weights by an API server: stage, swap, update, follow. routes.py is the HTTP side.
 
-Each change is one sequence in one call: check the file on every rank, pause the scheduler, write, pack again, reset the
-prefix cache, resume. One change or staging runs at a time.
+Each change is one sequence in one call: check the file on every rank, pause the scheduler, write, reset the prefix
+cache, resume. One change or staging runs at a time.
 """
 
 from __future__ import annotations

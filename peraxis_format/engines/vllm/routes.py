@@ -9,7 +9,7 @@ VLLM_PLUGINS=peraxis enables.
     POST /v1/peraxis/follow      {"folder": "chain", "every": 1.0}                   apply updates as the folder grows
     DELETE /v1/peraxis/follow
 
-`use` and `update` are one call each: pause the scheduler, write, pack again, reset the prefix cache, resume. requests:
+`use` and `update` are one call each: pause the scheduler, write, reset the prefix cache, resume. requests:
 "wait" lets running requests finish with the old weights while new ones queue; "abort" ends them at once. In both cases
 no output mixes two states. The routes are under /v1, so that vLLM's --api-key protects them. permitted.py has the files
 that requests may name.
