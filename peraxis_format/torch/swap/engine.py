@@ -140,7 +140,18 @@ def engine_for(
     chosen = choose("rebuild_transfer", weights, kind, backend)
     if chosen == "triton":
         return TritonEngine(transfers, bases, device=device.torch_device)
+    if chosen == "numba":
+        _compile(transfers)
     return HostEngine(bases, workers=workers, backend=chosen)
+
+
+def _compile(transfers: Sequence[Transfer]) -> None:
+    """Compile what `write` runs, so that the first swap does not."""
+    from peraxis_format.ops.rebuild.numba import compile_for
+
+    entries = [slice_.entry for transfer in transfers for slice_ in transfer.modules]
+    for dtype, components in {(entry.dtype, len(entry.components)) for entry in entries if entry.components}:
+        compile_for(dtype, dtype, components)
 
 
 def _parts(jobs: Sequence[Callable[[], None]], count: int) -> Iterator[Sequence[Callable[[], None]]]:
