@@ -2,7 +2,7 @@
 
 Reads go into new buffers, not through a map of the whole file, so a streaming program uses only the memory that it asks
 for. A checkpoint is not a PXD file, so its parser is as lenient as safetensors' own, but it refuses headers that lead
-outside the file.
+outside the file. As in safetensors' own, the tensors of a file must cover its data: without overlap, gap or remainder.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from peraxis_format.errors import CheckpointError
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "Safetensors", "TensorInfo"]
 
 _HEADER_MAX: Final = 100_000_000  # safetensors' own bound
+_DIMENSIONS_MAX: Final = 64  # torch's and numpy's own bound
 _CHUNK: Final = 1 << 20
 
 
@@ -179,7 +180,7 @@ def _tensors_of(found: CheckpointFiles, label: str) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _read_infos(file: Path) -> Iterator[TensorInfo]:
+def _read_infos(file: Path) -> list[TensorInfo]:
     size = file.stat().st_size
     with open(file, "rb") as stream:
         start = stream.read(64)
@@ -191,14 +192,38 @@ def _read_infos(file: Path) -> Iterator[TensorInfo]:
         if size < 8 or not 2 <= length <= min(_HEADER_MAX, size - 8):
             raise CheckpointError(f"{file}: not a safetensors file, or truncated (header length); fetch it again")
         try:
-            header = json.loads(stream.read(length))
+            header = json.loads(stream.read(length), object_pairs_hook=_unique)
             if not isinstance(header, dict):
                 raise ValueError("it is not an object")
             header.pop("__metadata__", None)
-            for name, value in header.items():
-                yield _info(name, value, file, 8 + length, size)
+            infos = [_info(name, value, file, 8 + length, size) for name, value in header.items()]
+            _check_cover(infos, 8 + length, size)
+            return infos
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{file}: malformed safetensors header ({error}); fetch it again") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a header; a key that occurs twice would hide a tensor."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice[:80]!r} occurs twice")
+    return found
+
+
+def _check_cover(infos: Iterable[TensorInfo], data: int, size: int) -> None:
+    """Check that the tensors cover [data, size) once. So the bytes that are read are no more than those of the file."""
+    at = data
+    for info in sorted(infos, key=lambda info: (info.begin, info.end)):
+        if info.begin != at:
+            raise ValueError(
+                f"tensor {info.name!r}: {'overlaps another' if info.begin < at else 'has a gap before it'}"
+            )
+        at = info.end
+    if at != size:
+        raise ValueError(f"{size - at} bytes after the last tensor")
 
 
 def _whole(value: object) -> int:
@@ -217,6 +242,8 @@ def _info(name: str, value: dict[str, Any], file: Path, data: int, size: int) ->
             "save the checkpoint without it or in another dtype"
         )
     dtype = DType(value["dtype"])
+    if len(value["shape"]) > _DIMENSIONS_MAX:
+        raise ValueError(f"tensor {name!r}: has {len(value['shape'])} dimensions")
     shape = tuple(map(_whole, value["shape"]))
     begin, end = (data + _whole(offset) for offset in value["data_offsets"])
     if any(d < 0 for d in shape) or not dtype.fits(shape) or end - begin != dtype.size_of(shape) or begin < data:

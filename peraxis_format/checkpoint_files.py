@@ -83,6 +83,9 @@ def _of_folder(folder: Path) -> CheckpointFiles:
     files = sorted(path for path in folder.glob("*.safetensors") if path.name != ADAPTER_NAME)
     if not files:
         raise CheckpointError(f"{folder}: has no safetensors checkpoint; {_hint(folder)}")
+    strange = next((path for path in files if not path.is_file()), None)  # reading a pipe would wait for a writer
+    if strange is not None:
+        raise CheckpointError(f"{strange}: is not a file, or a link to none; fetch the checkpoint again")
     return _with_ignored(folder, CheckpointFiles(files=tuple(files)), "it is a LoRA adapter")
 
 

@@ -88,7 +88,8 @@ class DeltaFile:
             raise
         self._entries = {module.name: module for module in self.manifest.modules}
         self._records = _records_by_module(self._header.records, self.manifest)
-        self._assets = [r for r in self._header.records if r.name.startswith("__asset__.")]
+        stored = (record for record in self._header.records if record.name.startswith("__asset__."))
+        self._assets = {asset.path: (i, next(stored)) for i, asset in enumerate(self.manifest.assets)}
         self._closed = False
 
     def __repr__(self) -> str:
@@ -173,8 +174,7 @@ class DeltaFile:
 
     def asset(self, path: str) -> bytes:
         """The checked bytes of an asset. Raises PayloadError (E302), KeyError."""
-        index = {asset.path: i for i, asset in enumerate(self.manifest.assets)}[path]
-        record = self._assets[index]
+        index, record = self._assets[path]
         begin = self._header.size + record.begin
         data = self.read(begin, record.end - record.begin)
         if hashlib.sha256(data).hexdigest() != self.manifest.assets[index].sha256:

@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import peraxis_format as pxd
 from peraxis_tools.errors import CheckFailedError, ToolError
 
 __all__ = ["Link", "chain_order", "folds", "link_from", "link_of"]
+
+_NAMES: Final = 3  # files that an error names at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +62,8 @@ def chain_order(links: Iterable[Link]) -> list[Link]:
         if link.content_id in by_id:
             raise CheckFailedError(f"{link.path}: is the same update as {by_id[link.content_id].path}")
         by_id[link.content_id] = link
-    before = {link.content_id: _before(link, by_id, given) for link in given}
+    known_links = _Known(given)
+    before = {link.content_id: _before(link, by_id, known_links) for link in given}
     first = [link for link in given if before[link.content_id] is None]
     after: dict[str, Link] = {}
     for link in given:
@@ -93,43 +97,79 @@ def folds(links: Sequence[Link]) -> list[Link]:
         after.setdefault(link.previous if named and link.previous else link.base, []).append(link)
         starts.setdefault((link.base, link.previous), []).append(link)
 
-    def is_fold(link: Link) -> bool:
-        ahead = [other for other in starts[link.base, link.previous] if other is not link]
-        seen = {link.content_id, *(other.content_id for other in ahead)}
-        while ahead:
-            at = ahead.pop()
-            further = (*after.get(at.content_id, ()), *after.get(at.result, ()))
-            reached = [other for other in further if other.base == at.result and other.content_id not in seen]
-            if any(other.result == link.result for other in reached):
-                return True
-            seen.update(other.content_id for other in reached)
-            ahead += reached
+    replaced: set[str] = set()
+    for members in starts.values():
+        if len(members) > 1:
+            reached = _reached(members, after)
+            replaced |= {link.content_id for link in members if reached.get(link.result, set()) - {link.content_id}}
+    return [link for link in links if link.content_id in replaced]
+
+
+def _reached(first: Sequence[Link], after: Mapping[str, Sequence[Link]]) -> dict[str, set[str]]:
+    """The results of chains that begin with one of these updates and go on with others.
+
+    Returns for each result the content IDs of the updates that such chains begin with, two at most: one of two differs
+    from any given update. So each list of successors is walked at most twice.
+    """
+    own = {link.content_id for link in first}
+    walked: dict[str, set[str]] = {}
+    reached: dict[str, set[str]] = {}
+    ahead = [(link, link.content_id) for link in first]
+    while ahead:
+        at, origin = ahead.pop()
+        for key in (at.content_id, at.result):
+            if not _noted(walked, key, origin):
+                continue
+            for other in after.get(key, ()):
+                if other.base == at.result and other.content_id not in own:
+                    _noted(reached, other.result, origin)
+                    ahead.append((other, origin))
+    return reached
+
+
+def _noted(origins: dict[str, set[str]], key: str, origin: str) -> bool:
+    """Note an origin for a key, which has two at most; whether it is new."""
+    known = origins.setdefault(key, set())
+    if origin in known or len(known) == 2:
         return False
+    known.add(origin)
+    return True
 
-    return [link for link in links if is_fold(link)]
 
-
-def _before(link: Link, by_id: Mapping[str, Link], given: Sequence[Link]) -> Link | None:
+def _before(link: Link, by_id: Mapping[str, Link], known: _Known) -> Link | None:
     named = by_id.get(link.previous or "")
     if named is not None:
         return named
     # Its predecessor is not here: it is the first, or the predecessor is folded into another update.
-    candidates = [other for other in given if other.result == link.base and not _descends(other, link, by_id)]
+    later = known.descendants(link)
+    candidates = [other for other in known.by_result.get(link.base, ()) if other.content_id not in later]
     if len(candidates) > 1:
-        names = " and ".join(str(other.path) for other in candidates)
-        raise CheckFailedError(f"{link.path}: could follow {names}, which have one result; leave one of them out")
+        names = " and ".join(str(other.path) for other in candidates[:_NAMES])
+        more = f" and {len(candidates) - _NAMES} more" if len(candidates) > _NAMES else ""
+        raise CheckFailedError(f"{link.path}: could follow {names}{more}, which have one result; leave one of them out")
     return candidates[0] if candidates else None
 
 
-def _descends(link: Link | None, ancestor: Link, by_id: Mapping[str, Link]) -> bool:
-    """Whether a link is this ancestor, or following `previous` from it leads there."""
-    seen: set[str] = set()
-    while link is not None and link.content_id not in seen:
-        if link is ancestor:
-            return True
-        seen.add(link.content_id)
-        link = by_id.get(link.previous or "")
-    return False
+class _Known:
+    """Updates by the state after them, and by the update that they name as previous."""
+
+    def __init__(self, given: Sequence[Link]) -> None:
+        self.by_result: dict[str, list[Link]] = {}
+        self._by_previous: dict[str, list[Link]] = {}
+        for link in given:
+            self.by_result.setdefault(link.result, []).append(link)
+            self._by_previous.setdefault(link.previous or "", []).append(link)
+
+    def descendants(self, link: Link) -> set[str]:
+        """The content IDs of a link and of those from which following `previous` leads to it."""
+        found, ahead = {link.content_id}, [link]
+        while ahead:
+            later = [
+                other for other in self._by_previous.get(ahead.pop().content_id, ()) if other.content_id not in found
+            ]
+            found.update(other.content_id for other in later)
+            ahead += later
+        return found
 
 
 def _refuse_gaps(first: Sequence[Link], given: Sequence[Link]) -> None:

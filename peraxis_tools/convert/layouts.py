@@ -19,9 +19,6 @@ dtypes, if all scales of a module are within 2^28 of its largest. On an F32 base
 
 from __future__ import annotations
 
-import math
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import peraxis_format as pxd
-from peraxis_tools.errors import ToolError, first_line
+from peraxis_tools.convert.torch_files import check_plain, load_plain
+from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.fold import negate_mask
 from peraxis_tools.optional import require
 
@@ -65,8 +63,10 @@ class TorchDelta:
     whole: Mapping[str, Tensor]
 
 
-def read_torch_delta(path: Path, layout: Layout | None = None, *, axis: pxd.Axis | None = None) -> TorchDelta:
-    """Read such a file; layout None recognises it by its names. Raises ToolError.
+def read_torch_delta(
+    path: Path, layout: Layout | None = None, *, base: pxd.Safetensors, axis: pxd.Axis | None = None
+) -> TorchDelta:
+    """Read such a file; layout None recognises it by its names. Raises ToolError; CheckFailedError for another base.
 
     axis: row or col, by the names of SPEC.md: the variant to take if the file has both for a module.
     """
@@ -75,7 +75,9 @@ def read_torch_delta(path: Path, layout: Layout | None = None, *, axis: pxd.Axis
     masks = {key for key in tensors if key.rpartition(".")[2] in ("mask", "mask_row", "mask_col")}
     if layout is None:
         layout = _recognise(path, masks)
-    signs, used = _bitdelta(path, tensors, masks) if layout == "bitdelta" else _peraxis(path, tensors, masks, axis)
+    signs, used = (
+        _bitdelta(path, tensors, masks, base) if layout == "bitdelta" else _peraxis(path, tensors, masks, base, axis)
+    )
     whole = {name: tensor for name, tensor in tensors.items() if name not in used}
     strange = next((name for name in whole if name.rpartition(".")[2] not in ("weight", "bias")), None)
     if strange is not None:
@@ -86,21 +88,12 @@ def read_torch_delta(path: Path, layout: Layout | None = None, *, axis: pxd.Axis
 def _load(path: Path) -> dict[str, Tensor]:
     import torch
 
-    try:
-        # A zip file (since torch 1.6) is mapped, so tensors are loaded one by one.
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
-        raise ToolError(
-            f"{path}: has Python objects beside tensors; it is not opened, because that could run code"
-        ) from None
-    except OSError:
-        raise
-    except Exception as error:  # the unpickler fails in any way on bytes that are no pickle
-        raise ToolError(f"{path}: not a .pt file, or damaged ({first_line(error)[:120]})") from None
+    found = load_plain(path, where=str(path), kind="a .pt file")
     if not isinstance(found, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in found.items()
     ):
         raise ToolError(f"{path}: not a dictionary of names and tensors; pass the file that the project saved")
+    check_plain(((repr(name), value) for name, value in found.items()), size=path.stat().st_size, where=str(path))
     return found
 
 
@@ -112,14 +105,16 @@ def _recognise(path: Path, masks: set[str]) -> Layout:
     return kinds.pop()
 
 
-def _bitdelta(path: Path, tensors: Mapping[str, Tensor], masks: set[str]) -> tuple[dict[str, Signs], set[str]]:
+def _bitdelta(
+    path: Path, tensors: Mapping[str, Tensor], masks: set[str], base: pxd.Safetensors
+) -> tuple[dict[str, Signs], set[str]]:
     signs, used = {}, set()
     for key in masks:
         module = key.removesuffix(".mask")
         scale = f"{module}.coeff"
         signs[f"{module}.weight"] = Signs(
             axis=pxd.Axis.TENSOR,
-            words=_words(path, key, tensors),
+            words=_words(path, key, tensors, base),
             scale=_scale(path, scale, tensors, 1),
         )
         used |= {key, scale}
@@ -127,7 +122,7 @@ def _bitdelta(path: Path, tensors: Mapping[str, Tensor], masks: set[str]) -> tup
 
 
 def _peraxis(
-    path: Path, tensors: Mapping[str, Tensor], masks: set[str], wanted: pxd.Axis | None
+    path: Path, tensors: Mapping[str, Tensor], masks: set[str], base: pxd.Safetensors, wanted: pxd.Axis | None
 ) -> tuple[dict[str, Signs], set[str]]:
     signs: dict[str, Signs] = {}
     used: set[str] = set()
@@ -146,18 +141,28 @@ def _peraxis(
                     "--axis row (a scale per output, their mask_col) or --axis col (a scale per input, their mask_row)"
                 )
             continue
-        words = _words(path, key, tensors)
+        words = _words(path, key, tensors, base)
         count = words.shape[1] if axis is pxd.Axis.ROW else words.shape[0] * 32
         signs[f"{module}.weight"] = Signs(axis=axis, words=words, scale=_scale(path, scale, tensors, count))
     return signs, used
 
 
-def _words(path: Path, key: str, tensors: Mapping[str, Any]) -> NDArray[np.int32]:
+def _words(path: Path, key: str, tensors: Mapping[str, Any], base: pxd.Safetensors) -> NDArray[np.int32]:
+    """The words of a mask. Its shape is checked by the base's before the scales are read, which have a size of it."""
     import torch
 
     tensor = tensors[key]
     if tensor.dtype is not torch.int32 or tensor.ndim != 2:
         raise ToolError(f"{path}: {key!r} is {tensor.dtype} {list(tensor.shape)}, not int32 [d_in/32, d_out]")
+    name, shape = f"{key.rpartition('.')[0]}.weight", (tensor.shape[1], tensor.shape[0] * 32)
+    if name not in base:
+        raise CheckFailedError(f"{path}: has a mask for {name}, which {base.label} lacks; another base")
+    info = base[name]
+    if info.shape != shape or not info.dtype.is_float:
+        raise CheckFailedError(
+            f"{path}: its mask for {name} is of {list(shape)}, the base's tensor is {info.dtype.value} "
+            f"{list(info.shape)}; another base"
+        )
     words: NDArray[np.int32] = tensor.numpy()
     return words
 
@@ -209,8 +214,3 @@ def component_of(signs: Signs, dtype: pxd.DType) -> Carried:
         error=float(error.max(initial=0.0)),
         merges=bool(np.array_equal(stored, theirs)),
     )
-
-
-def shape_of(signs: Signs) -> tuple[int, int]:
-    """[d_out, d_in]."""
-    return signs.words.shape[1], math.prod((signs.words.shape[0], 32))

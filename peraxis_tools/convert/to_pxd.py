@@ -18,8 +18,8 @@ import numpy as np
 
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
-from peraxis_tools.convert.layouts import Layout, TorchDelta, component_of, read_torch_delta, shape_of
-from peraxis_tools.errors import CheckFailedError, ToolError
+from peraxis_tools.convert.layouts import Layout, TorchDelta, component_of, read_torch_delta
+from peraxis_tools.errors import ToolError
 from peraxis_tools.kinds import execution_key
 from peraxis_tools.outputs import claim_file
 from peraxis_tools.progress import Progress, watched
@@ -79,8 +79,7 @@ def to_pxd(
         raise ToolError(f"{source}: no such file")
     counts = _Counts()
     with claim_file(output, overwrite=overwrite, inputs=(source, base)), open_checkpoint(base) as checkpoint:
-        found = read_torch_delta(source, layout, axis=axis)
-        _check_base(found, checkpoint, source)
+        found = read_torch_delta(source, layout, base=checkpoint.tensors, axis=axis)
         identity = pxd.Identity(id=name or source.stem)
         metadata = {"peraxis.converted": found.layout}
         with (
@@ -104,20 +103,6 @@ def to_pxd(
         merges=counts.merges,
         cast=counts.cast,
     )
-
-
-def _check_base(found: TorchDelta, checkpoint: Checkpoint, source: Path) -> None:
-    for name, signs in found.signs.items():
-        if name not in checkpoint.tensors:
-            raise CheckFailedError(
-                f"{source}: has a mask for {name}, which {checkpoint.tensors.label} lacks; another base"
-            )
-        info = checkpoint.tensors[name]
-        if info.shape != shape_of(signs) or not info.dtype.is_float:
-            raise CheckFailedError(
-                f"{source}: its mask for {name} is of {list(shape_of(signs))}, the base's tensor is {info.dtype.value} "
-                f"{list(info.shape)}; another base"
-            )
 
 
 def _write(

@@ -6,9 +6,10 @@ import hashlib
 import os
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,3 +161,25 @@ def test_a_wrong_base_is_named(delta: Path, tmp_path: Path) -> None:
         assert caught.value.code == code
     with pxd.open(delta) as file, pxd.Safetensors.open(write_checkpoint(tmp_path / "right", right)) as base:
         pxd.check_base(file.manifest, base)
+
+
+class Walked(tuple[Any, ...]):
+    """A tuple that counts the walks over it."""
+
+    __slots__ = ()
+    walks = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        type(self).walks += 1
+        return super().__iter__()
+
+
+def test_reading_every_asset_walks_the_list_of_assets_once(tmp_path: Path) -> None:
+    assets = {f"a{i:02d}.json": b"%d" % i for i in range(50)}
+    rng = np.random.default_rng(0)
+    module = sign_module(rng, "w", random_storage(rng, (9, 21)))
+    with pxd.open(write_delta(tmp_path / "delta.pxd", [module], assets=assets)) as file:
+        file.manifest = replace(file.manifest, assets=Walked(file.manifest.assets))
+        assert {path: file.asset(path) for path in assets} == assets
+        file.verify()
+    assert Walked.walks == 1

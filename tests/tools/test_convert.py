@@ -165,7 +165,7 @@ def test_what_could_run_code_is_not_opened(tmp_path: Path) -> None:
     [
         ({"x.A": torch.zeros(2)}, ToolError, "not part of the layout"),
         ({"model.layers.0.self_attn.q_proj.coeff": torch.tensor(torch.nan)}, ToolError, "not finite"),
-        ({"model.layers.9.self_attn.q_proj.mask": torch.zeros(2, 32, dtype=torch.int32)}, ToolError, "coeff"),
+        ({"model.layers.0.mlp.down_proj.mask": torch.zeros(3, 64, dtype=torch.int32)}, ToolError, "coeff"),
         (
             {"model.layers.0.self_attn.q_proj.mask": torch.zeros(2, 33, dtype=torch.int32)},
             CheckFailedError,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from peraxis_tools.apply import apply
@@ -136,15 +138,17 @@ def test_a_malformed_xor_folder_is_refused_by_tensor_and_place(tmp_path: Path) -
             from_wire(source, base, tmp_path / "out.pxd")
 
     saved = load_file(shard)
+    with safe_open(shard, "pt") as file:
+        sums = file.metadata()
     short = arrow.Codec("zstd").compress(b"\0" * 100, asbytes=True)
-    save_file({**saved, UP: torch.frombuffer(bytearray(short), dtype=torch.uint8)}, shard)
+    save_file({**saved, UP: torch.frombuffer(bytearray(short), dtype=torch.uint8)}, shard, metadata=sums)
     refused(CheckFailedError, rf"{UP}: ends at byte 100; the base's tensor has 12288 bytes")
     long = arrow.Codec("zstd").compress(b"\0" * (1 << 20), asbytes=True)
-    save_file({**saved, UP: torch.frombuffer(bytearray(long), dtype=torch.uint8)}, shard)
+    save_file({**saved, UP: torch.frombuffer(bytearray(long), dtype=torch.uint8)}, shard, metadata=sums)
     refused(ToolError, rf"{UP}: unpacks to more than the 12288 bytes")
-    save_file({**saved, UP: saved[UP].float()}, shard)
+    save_file({**saved, UP: saved[UP].float()}, shard, metadata=sums)
     refused(ToolError, rf"{UP}: is F32 .*, not U8")
-    save_file({**saved, UP: torch.zeros(9, dtype=torch.uint8)}, shard)
+    save_file({**saved, UP: torch.zeros(9, dtype=torch.uint8)}, shard, metadata=sums)
     refused(ToolError, rf"{UP}: not zstd data")
     shard.write_bytes(good)
     other = write_checkpoint(tmp_path / "other", stepped(old, 9))
@@ -168,3 +172,22 @@ def test_a_wire_of_another_model_and_a_delta_that_no_wire_can_say_are_refused(tm
     update(base, fewer, tmp_path / "fewer.pxd")
     with pytest.raises(ToolError, match="is not in the result"):
         to_wire(tmp_path / "fewer.pxd", base, tmp_path / "sent", wire="xor")
+
+
+@pytest.mark.parametrize("value", [None, 5, ["0a0b0c0d"], ""])
+def test_an_xor_wire_that_declares_checksums_must_have_one_for_each_tensor(value: object, tmp_path: Path) -> None:
+    old, new = start(), stepped(start(), 1)
+    base = write_checkpoint(tmp_path / "base", old)
+    source = xor(tmp_path, old, new)
+    shard = source / "model-00001-of-00001.safetensors"
+    data = shard.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] |= {UP: value}
+    if value is None:
+        del header["__metadata__"][UP]
+    text = json.dumps(header).encode()
+    shard.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(ToolError, match=rf"{UP}: .*checksum"):
+        from_wire(source, base, tmp_path / "out.pxd")
+    assert not (tmp_path / "out.pxd").exists()

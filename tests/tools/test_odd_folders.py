@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import peraxis_format as pxd
+from peraxis_format.errors import CheckpointError
 from peraxis_tools.apply import apply
 from peraxis_tools.assets import LEFT_BEHIND
 from peraxis_tools.compress import compress
@@ -53,3 +54,27 @@ def test_what_is_no_file_is_neither_waited_for_nor_read(
     compress(base, tuned, tmp_path / "d.pxd", fit="none")
     apply(base, tmp_path / "d.pxd", tmp_path / "out")
     assert not (tmp_path / "out" / name).exists()
+
+
+@pytest.mark.parametrize("name", ["model-1.safetensors", "model.safetensors", "a.safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "loop", "folder", "nothing"])
+def test_weights_that_are_no_file_are_refused_and_not_waited_for(
+    folders: tuple[Path, Path], tmp_path: Path, name: str, kind: str
+) -> None:
+    base, _ = folders
+    (base / "model.safetensors").rename(base / "weights.safetensors")
+    path = base / name
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"device": "/dev/zero", "loop": name, "nothing": "gone"}[kind])
+    with pytest.raises(CheckpointError, match=rf"{name}: is not a file"):
+        pxd.Safetensors.open(base)
+    path.unlink() if kind != "folder" else path.rmdir()
+    path.symlink_to("weights.safetensors")
+    (base / "weights.safetensors").rename(tmp_path / "elsewhere")
+    (base / "weights.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pxd.Safetensors.open(base if name == "model.safetensors" else base / name) as tensors:
+        assert list(tensors) == [NAME]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import peraxis_format as pxd
+from peraxis_tools.convert.torch_files import check_plain, load_plain
 from peraxis_tools.convert.wires import zstd
 from peraxis_tools.convert.wires.patch import Patch, changed_words, checked_index
 from peraxis_tools.errors import CheckFailedError, ToolError
@@ -29,7 +29,10 @@ from peraxis_tools.optional import require
 
 __all__ = ["NemoFile", "Packed", "pack", "write"]
 
-_LIMIT: Final = 1 << 36  # bytes of an unpacked payload, at most; NeMo-RL cuts payloads at half a gigabyte
+# Bytes of a payload, at most, for the bytes of a base: a value and a location of 4 bytes for each weight of 2 bytes. A
+# location has 8 bytes only in tensors beyond 2^32 weights.
+_LIMIT_FACTOR: Final = 3
+_LIMIT_SLACK: Final = 1 << 24  # bytes of metadata, at most
 _DTYPES: Final = {pxd.DType.BF16: "bfloat16", pxd.DType.F16: "float16", pxd.DType.F32: "float32"}
 _INTS: Final = {2: np.int16, 4: np.int32}  # signed, because torch has no full support of uint16
 _WIDTHS: Final = (2, 4, 8)
@@ -39,10 +42,10 @@ _OFFSETS: Final = ("value_group", "value_start", "value_end")
 class NemoFile:
     """One payload, read whole: a torch file, with or without zstd."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises ToolError, MissingPackageError."""
+    def __init__(self, path: Path, base_size: int) -> None:
+        """base_size: the bytes of the state before, which bound the payload. Raises ToolError, MissingPackageError."""
         self._path = path
-        locations, groups, items = _loaded(path)
+        locations, groups, items = _loaded(path, limit=_LIMIT_FACTOR * base_size + _LIMIT_SLACK)
         self._locations = locations
         self._groups = groups
         self._items: dict[str, Mapping[str, Any]] = {}
@@ -67,11 +70,12 @@ class NemoFile:
             raise ToolError(f"{where}: its shape is {type(shape).__name__}, not a tuple of numbers")
         if list(shape) != list(info.shape) or dtype != _DTYPES.get(info.dtype):
             raise CheckFailedError(
-                f"{where}: is {dtype} {list(shape)}, the base's tensor is {info.dtype.value} {list(info.shape)}"
+                f"{where}: is {dtype[:32]} {list(shape[:8])}, "
+                f"the base's tensor is {info.dtype.value} {list(info.shape)}"
             )
         operation = _word(item, "operation", where)
         if operation not in ("xor", "overwrite"):
-            raise ToolError(f"{where}: its operation is {operation!r}, neither 'xor' nor 'overwrite'")
+            raise ToolError(f"{where}: its operation is {operation[:32]!r}, neither 'xor' nor 'overwrite'")
         words = self._values(item, info.dtype, where)
         index = self._index(item, words.size, where)
         order = checked_index(where, index, math.prod(info.shape))
@@ -97,7 +101,7 @@ class NemoFile:
         if encoding == "range":
             return np.arange(count, dtype=np.int64) + _number(item, "range_start", where)
         if encoding != "deltas":
-            raise ToolError(f"{where}: its index_encoding is {encoding!r}, neither 'range' nor 'deltas'")
+            raise ToolError(f"{where}: its index_encoding is {encoding[:32]!r}, neither 'range' nor 'deltas'")
         begin, end = (_number(item, key, where) for key in ("index_start", "index_end"))
         width = (end - begin) // count
         if not begin <= end <= self._locations.size or (end - begin) != width * count or width not in _WIDTHS:
@@ -131,22 +135,15 @@ def _number(item: Mapping[str, Any], key: str, where: str) -> int:
     return value
 
 
-def _loaded(path: Path) -> tuple[NDArray[np.uint8], list[pxd.Array], list[Any]]:
+def _loaded(path: Path, *, limit: int) -> tuple[NDArray[np.uint8], list[pxd.Array], list[Any]]:
+    """The payload: locations, value groups and metadata. limit: its bytes, at most."""
     require("a payload of nemo-rl", "torch")
     import torch
 
     data = path.read_bytes()
     if data.startswith(zstd.MAGIC):
-        data = zstd.decompress(data, limit=_LIMIT, where=str(path))
-    try:
-        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ToolError(
-            f"{path}: has Python objects beside tensors; it is not opened, because that could run code"
-        ) from None
-    except Exception as error:  # torch raises many types for a damaged file
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ToolError(f"{path}: not a payload of nemo-rl, or damaged ({line[:120]})") from None
+        data = zstd.decompress(data, limit=limit, where=str(path))
+    found = load_plain(data, where=str(path), kind="a payload of nemo-rl")
     if not isinstance(found, tuple) or len(found) != 3 or not isinstance(found[2], list):
         raise ToolError(f"{path}: is not a tuple of locations, value groups and metadata; not a payload of nemo-rl")
     locations, groups, items = found
@@ -154,9 +151,14 @@ def _loaded(path: Path) -> tuple[NDArray[np.uint8], list[pxd.Array], list[Any]]:
         raise ToolError(f"{path}: its locations are not a flat uint8 tensor; not a payload of nemo-rl")
     if not isinstance(groups, tuple | list) or not all(isinstance(group, torch.Tensor) for group in groups):
         raise ToolError(f"{path}: its value groups are not tensors; not a payload of nemo-rl")
-    flat = [group.contiguous().reshape(-1).view(torch.uint8).numpy() for group in groups]
+    named = [("locations", locations), *((f"value group {i}", group) for i, group in enumerate(groups))]
+    check_plain(named, size=len(data), where=str(path))
+    for name, tensor in named:
+        if tensor.ndim != 1 or not tensor.is_contiguous() or tensor.element_size() not in (1, *_INTS):
+            raise ToolError(f"{path}: {name} is not a flat tensor of words; not a payload of nemo-rl")
+    flat = [group.detach().view(torch.uint8).numpy() for group in groups]
     arrays = [a.view(f"<u{group.element_size()}") for a, group in zip(flat, groups, strict=True)]
-    return locations.contiguous().numpy(), arrays, items
+    return locations.detach().numpy(), arrays, items
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,8 +24,12 @@ __all__ = ["WIRES", "Wire", "WireName", "from_wire", "recognised"]
 
 WireName: TypeAlias = Literal["index-value", "nemo-rl", "xor"]
 WIRES: Final[tuple[WireName, ...]] = ("index-value", "nemo-rl", "xor")
-Wire: TypeAlias = Callable[[Path], WireFile]
-_OPEN: Final[Mapping[WireName, Wire]] = {"index-value": IndexValueFile, "nemo-rl": NemoFile, "xor": XorFolder}
+Wire: TypeAlias = Callable[[Path, int], WireFile]  # the source, and the bytes of the state before
+_OPEN: Final[Mapping[WireName, Wire]] = {
+    "index-value": lambda source, _: IndexValueFile(source),
+    "nemo-rl": NemoFile,
+    "xor": lambda source, _: XorFolder(source),
+}
 
 
 def recognised(source: Path) -> WireName | None:
@@ -71,7 +75,7 @@ def from_wire(
         claim_file(output, overwrite=overwrite, inputs=(source, base, *after)),
         open_checkpoint(base) as before,
         open_chain(before, after) as (state, links),
-        contextlib.closing(_OPEN[chosen](source)) as opened,
+        contextlib.closing(_OPEN[chosen](source, state.size)) as opened,
     ):
         missing = next((item for item in opened.names if item not in state), None)
         if missing is not None:

@@ -5,7 +5,8 @@
     shards                         <name>   U8 [z]: a zstd frame of the tensor's bytes before XOR its bytes after
                                    __metadata__ {<name>: checksum of the bytes after, in hex}
 
-Unchanged tensors are left out. Checksums of other formats than adler32 are not checked.
+Unchanged tensors are left out. If the index declares adler32, each tensor must have a checksum; those of other formats
+are not checked.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ _ADLER32: Final = "adler32"
 
 def index_metadata(path: Path) -> Mapping[str, Any] | None:
     """The metadata of a folder's index if it is one of this wire, else None."""
+    index = path / pxd.INDEX_NAME
     try:
-        found = json.loads((path / pxd.INDEX_NAME).read_bytes())
+        found = json.loads(index.read_bytes()) if index.is_file() else None  # a pipe would be waited for
     except (OSError, ValueError, RecursionError):
         return None
     metadata = found.get("metadata") if isinstance(found, dict) else None
@@ -57,11 +59,18 @@ class XorFolder:
                 raise ToolError(f"{path}: {key} is {metadata.get(key)!r}; only {value!r} is read")
         self._tensors = pxd.Safetensors.open(path)
         self._checksums: dict[str, str] = {}
-        if metadata.get("checksum_format") == _ADLER32:
-            for file in self._tensors.files:
-                self._checksums |= _checksums(file)
-        else:
+        self._has_checksums = metadata.get("checksum_format") == _ADLER32
+        if not self._has_checksums:
             note(f"{path}: its checksums ({metadata.get('checksum_format')}) are not checked")
+            return
+        for file in self._tensors.files:
+            self._checksums |= _checksums(file)
+        missing = next((name for name in self._tensors if name not in self._checksums), None)
+        if missing is not None:
+            raise ToolError(
+                f"{path}: {missing}: has no {_ADLER32} checksum (hex text in __metadata__), which the index declares; "
+                "write the wire again"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -84,9 +93,10 @@ class XorFolder:
 
     def check(self, name: str, new: pxd.Array) -> None:
         """See WireFile."""
-        wanted = self._checksums.get(name)
-        found = f"{zlib.adler32(pxd.raw_bytes(new)):08x}"
-        if wanted is not None and wanted.lower() != found:
+        if not self._has_checksums:
+            return
+        wanted, found = self._checksums[name], f"{zlib.adler32(pxd.raw_bytes(new)):08x}"
+        if wanted.lower() != found:
             raise CheckFailedError(
                 f"{self._path}: {name}: the result has checksum {found}, not the wire's {wanted}; it was made on "
                 "another base, or is damaged"

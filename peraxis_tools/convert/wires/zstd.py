@@ -42,5 +42,7 @@ def decompress(data: bytes | memoryview, *, limit: int, where: str) -> bytes:
         line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ToolError(f"{where}: not zstd data, or damaged ({line}); fetch it again") from None
     if left <= 0:
-        raise ToolError(f"{where}: unpacks to more than the {limit} bytes that the base has; another base, or damaged")
+        raise ToolError(
+            f"{where}: unpacks to more than the {limit} bytes that the base allows; another base, or damaged"
+        )
     return b"".join(parts)
