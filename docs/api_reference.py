@@ -12,13 +12,16 @@ from typing import Any, Final
 import peraxis
 from peraxis_format import DeltaFile
 from peraxis_format.torch import Served
+from peraxis_format.torch.serve.api import Backend
 from peraxis_format.torch.swap.payload import Residency
+from peraxis_format.torch.swap.registry import BasePlace
 from peraxis_format.torch.swap.reports import Swap, Variant
+from peraxis_format.torch.updates import Follower, Poll, Published, UpdateWriter, follow
 from peraxis_tools.apply import ApplyResult
 from peraxis_tools.compress import CompressOptions, CompressResult, api
 from peraxis_tools.convert import Layout
 from peraxis_tools.diff import DiffResult
-from peraxis_tools.evaluate import EvaluateResult
+from peraxis_tools.evaluate import EvaluateResult, EvaluationDType
 from peraxis_tools.extract import ExtractResult
 from peraxis_tools.inspect import InspectResult
 from peraxis_tools.merge import MergeResult, Method, Mixture
@@ -32,6 +35,8 @@ __all__ = ["reference"]
 
 _WIDTH: Final = 100
 _OBJECTS: Final[tuple[type, ...]] = (DeltaFile, peraxis.VariantSwitch, Served, peraxis.PxdForCausalLM)
+_UPDATE_OBJECTS: Final[tuple[type, ...]] = (UpdateWriter, Follower)
+_UPDATE_VALUES: Final[tuple[type, ...]] = (Published, Poll)
 _VALUES: Final[tuple[type, ...]] = (
     *(CompressOptions, CompressResult, InspectResult, VerifyResult, ApplyResult, Variant, Swap, DiffResult, Mixture),
     *(MergeResult, SplitResult, EvaluateResult, SignResult, PublishResult, PullResult),
@@ -39,10 +44,13 @@ _VALUES: Final[tuple[type, ...]] = (
 )
 _CHOICES: Final[Mapping[str, Any]] = {
     **{name: getattr(api, name) for name in ("Recipe", "Fit", "AxisChoice", "Embeddings", "ComputeDType")},
+    "EvaluationDType": EvaluationDType,
     "Layout": Layout,
     "Method": Method,
     "Relation": Relation,
+    "BasePlace": BasePlace,
     "Residency": Residency,
+    "Backend": Backend,
 }
 _INTRODUCTION: Final = """\
 # Python interface
@@ -72,6 +80,12 @@ code that the command line gives.
 The stable interface is `peraxis` and the public names of `peraxis_format` and `peraxis_format.torch`.
 """
 
+_UPDATES: Final = """
+## Exact updates of a live model
+
+`from peraxis_format.torch.updates import UpdateWriter, follow`; [loading.md](loading.md) has a session.
+"""
+
 
 def reference() -> str:
     """The whole page."""
@@ -93,6 +107,12 @@ def _parts() -> Iterator[str]:
         yield from _object(kind)
     yield "\n## Results and options\n"
     for kind in _VALUES:
+        yield _section(f"### {kind.__name__}", _fields(kind), kind)
+    yield _UPDATES
+    yield _section("### follow", _signature("follow", follow), follow)
+    for kind in _UPDATE_OBJECTS:
+        yield from _object(kind)
+    for kind in _UPDATE_VALUES:
         yield _section(f"### {kind.__name__}", _fields(kind), kind)
 
 

@@ -11,6 +11,7 @@ from typing import ClassVar, Final, NoReturn
 
 __all__ = [
     "CODES",
+    "ArgumentError",
     "BackendError",
     "BindingError",
     "CheckpointError",
@@ -193,6 +194,10 @@ class DeviceError(LiveModelError):
 
 class BackendError(DeviceError):
     """A backend is unknown, not installed, or not available for the operation; see ops/backend.py."""
+
+
+class ArgumentError(ValueError):
+    """An argument of the caller has a value that is not allowed; this is a mistake in code, not in a file."""
 
 
 class ShapeError(ValueError):

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import peraxis_format as pxd
+from peraxis_tools.arguments import check_least, check_workers, sequence
 from peraxis_tools.assets import LEFT_BEHIND
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.delta_parts import refuse_part
+from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import MARKER, atomic_folder
 from peraxis_tools.notes import note
 from peraxis_tools.outputs import claim_folder
@@ -53,8 +55,12 @@ def apply(
     number of bytes written, or True for a bar. The folder is written to `output` atomically. Raises
     PxdError, CheckpointError, ToolError, OSError.
     """
+    check_workers(workers)
+    check_least("shard_bytes", shard_bytes, 1)
     output = Path(output)
-    deltas = [delta] if isinstance(delta, str | Path) else list(delta)
+    deltas = sequence(delta)
+    if not deltas:
+        raise ToolError("pass a delta to apply")
     with (
         claim_folder(output, overwrite=overwrite, inputs=(base, *deltas)),
         open_checkpoint(base, revision=base_revision) as opened,

@@ -9,9 +9,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import peraxis_format as pxd
+from peraxis_tools.arguments import check_choice, sequence
 from peraxis_tools.card import HUB_ID, CardDelta, card_text, missing_fields
 from peraxis_tools.checkpoint import parse_identity
 from peraxis_tools.delta_parts import refuse_part
@@ -59,12 +60,12 @@ def publish(
     repository: str,
     paths: str | Path | Sequence[str | Path],
     *,
-    evaluation: Path | Sequence[Path] | None = None,
+    evaluation: str | Path | Sequence[str | Path] | None = None,
     licence: str | None = None,
     relation: Relation = "finetune",
     base_id: str | None = None,
     card_from: str | Path | None = None,
-    dry_run: Path | None = None,
+    dry_run: str | Path | None = None,
     overwrite: bool = False,
     private: bool = False,
     revision: str | None = None,
@@ -76,10 +77,12 @@ def publish(
     card. card_from: a folder or a hub id whose README.md gives the language and the licence. dry_run: write the
     repository to this folder and upload nothing. Raises ToolError, PxdError, OSError.
     """
+    check_choice("relation", relation, get_args(Relation))
     require("a model card", "huggingface_hub")
-    deltas = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    deltas = [Path(path) for path in sequence(paths)]
+    dry_run = None if dry_run is None else Path(dry_run)
     _check_names(repository, deltas)
-    evaluations = _sequence(evaluation)
+    evaluations = [] if evaluation is None else [Path(path) for path in sequence(evaluation)]
     bundles = [signature_path(path) for path in deltas]
     if dry_run is not None:
         check_folder(dry_run, overwrite=overwrite, inputs=(*deltas, *bundles, *evaluations))
@@ -146,10 +149,6 @@ def _check_names(repository: str, deltas: Sequence[Path]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None or not names:
         raise ToolError(f"{twice}: two of the files have this name; rename one" if twice else "pass a .pxd to publish")
-
-
-def _sequence(value: Path | Sequence[Path] | None) -> Sequence[Path]:
-    return [] if value is None else [value] if isinstance(value, Path) else value
 
 
 def _inspected(path: Path) -> InspectResult:

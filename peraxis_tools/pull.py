@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 import peraxis_format as pxd
+from peraxis_tools.arguments import sequence
 from peraxis_tools.errors import CheckFailedError, ToolError, error_line
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_files
@@ -57,7 +58,7 @@ def pull(
     """
     if not is_remote(source):
         require(f"{source} (a repository)", "huggingface_hub")
-    folder = Path(folder)
+    folder, files, content_ids = Path(folder), sequence(files), sequence(content_ids)
     with _fetched(source, files, progress) as fetched:
         targets = [folder / path.name for path in fetched]
         with claim_files(targets, overwrite=overwrite):

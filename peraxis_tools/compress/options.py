@@ -237,22 +237,19 @@ class CompressOptions:
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> CompressOptions:
         """Options from a mapping (YAML, JSON); `-` and `_` are equal, `recipe` names a set of RECIPES.
-        If an option is given under two names, the later one wins.
 
-        Raises OptionError for unknown keys.
+        Raises OptionError for unknown keys, and for an option that is given under two names.
         """
         known = {field.name: field for field in fields(cls)}
         recipe = values.get("recipe", "fit")
         if recipe not in RECIPES:
             raise OptionError(f"recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
         given: dict[str, Any] = dict(RECIPES[recipe])
-        for key, value in values.items():
-            if key == "recipe":
+        for name, value in _named(values).items():
+            if name == "recipe":
                 continue
-            name = str(key).replace("-", "_")
-            name = _OTHER_NAMES.get(name, name)
             if name not in known:
-                raise OptionError(f"unknown option {key!r}; known are {', '.join(sorted(map(_dashed, known)))}")
+                raise OptionError(f"unknown option {name!r}; known are {', '.join(sorted(map(_dashed, known)))}")
             given[name] = _texts(value) if name == "calibration" else _typed(name, value)
         return cls(**given)
 
@@ -275,7 +272,7 @@ class CompressOptions:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML (or JSON) file that holds one mapping. Raises OptionError otherwise."""
+    """A YAML (or JSON) file that holds one mapping, by the present names of options. Raises OptionError otherwise."""
     require(f"{path} (a configuration)", "yaml")
     import yaml
 
@@ -287,7 +284,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise OptionError(f"{path}: must have lines `option: value`, not a {type(values).__name__}")
-    return values
+    return _named(values)
 
 
 def parse_size(text: str | int) -> int:
@@ -299,6 +296,18 @@ def parse_size(text: str | int) -> int:
         raise OptionError(f"size {text!r}: write it as 800MB, 1.2GB or 1GiB")
     power = "kmgt".index(match[2].lower()) + 1 if match[2] else 0
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def _named(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """The values by the present names of options. Raises OptionError for an option under two names."""
+    keys: dict[str, object] = {}
+    for key in values:
+        name = str(key).replace("-", "_")
+        name = _OTHER_NAMES.get(name, name)
+        if name in keys:
+            raise OptionError(f"{key} is another name of {keys[name]}: give only one of them")
+        keys[name] = key
+    return {name: values[key] for name, key in keys.items()}
 
 
 def _dashed(name: str) -> str:
