@@ -13,6 +13,7 @@ from typing import Any, Final
 from peraxis_format import CheckpointError, Identity, Safetensors
 from peraxis_tools.assets import FolderAssets, find_assets
 from peraxis_tools.errors import ToolError, first_line
+from peraxis_tools.names import names_a_file
 from peraxis_tools.notes import note
 from peraxis_tools.optional import require
 
@@ -71,15 +72,22 @@ class Checkpoint:
 def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
     """Open a checkpoint: a folder, a safetensors file or index, or a hub id (`org/name` or `org/name@revision`).
 
-    A name that exists on disk is never looked up on the hub. Raises CheckpointError, ToolError.
+    A name that exists on disk is never looked up on the hub, and has no revision. Raises CheckpointError, ToolError.
     """
     path = Path(source)
     if path.exists():
+        if revision is not None:
+            raise ToolError(
+                f"{source}: is on this machine and has no revision {revision!r}; leave it out, or pass a hub id "
+                "(compress records the id of a folder with base_id, --base-id)"
+            )
         folder = path if path.is_dir() else path.parent
-        return Checkpoint(_opened(path), _identity(path, folder, revision), folder)
-    if not _HUB_ID.fullmatch(str(source)):
+        return Checkpoint(_opened(path), _identity(path, folder), folder)
+    if not _HUB_ID.fullmatch(str(source)) or names_a_file(str(source)):
         raise CheckpointError(f"{source}: no such file or folder, and not a hub id (org/name or org/name@revision)")
     hub_id, _, at = str(source).partition("@")
+    if at and revision is not None and at != revision:
+        raise ToolError(f"{source}: names a revision already, which is not {revision!r}; leave one of them out")
     folder = _download(hub_id, at or revision)
     # A snapshot's folder is named by the commit of the revision.
     if not any(folder.glob("*.safetensors")):
@@ -97,14 +105,14 @@ def parse_identity(text: str) -> Identity:
     return Identity(id=hub_id, revision=revision or None)
 
 
-def _identity(path: Path, folder: Path, revision: str | None) -> Identity:
+def _identity(path: Path, folder: Path) -> Identity:
     """The hub id and commit of a snapshot in the hub's cache; else the name of the folder or file."""
     *_, repository, snapshots, commit = ("", "", "", *folder.absolute().parts)
     if snapshots == "snapshots" and repository.startswith("models--"):
         return Identity(id=repository.removeprefix("models--").replace("--", "/", 1), revision=commit)
     own = path.resolve().name if path.is_dir() else path.name
     # A manifest is UTF-8; a name on disk can be any bytes.
-    return Identity(id=os.fsencode(own).decode("utf-8", "replace"), revision=revision)
+    return Identity(id=os.fsencode(own).decode("utf-8", "replace"))
 
 
 def _opened(path: Path) -> Safetensors:

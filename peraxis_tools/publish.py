@@ -19,6 +19,7 @@ from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.folders import atomic_folder
 from peraxis_tools.inspection import InspectResult, summarise
+from peraxis_tools.names import names_a_file
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import check_folder, claim_folder
 from peraxis_tools.progress import ProgressOf, silent
@@ -200,7 +201,7 @@ def _readme(source: str | Path | None) -> str | None:
         if not path.is_file():
             raise ToolError(f"{source}: has no README.md; pass the folder or hub id of a model with a card")
         return path.read_text("utf-8", "replace")
-    found = _from_hub(str(source), "README.md", None)
+    found = None if names_a_file(str(source)) else _from_hub(str(source), "README.md", None)
     if found is None:
         raise ToolError(f"{source}: not a folder, and the hub has no README.md for it that can be read")
     return found

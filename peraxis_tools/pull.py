@@ -13,6 +13,7 @@ from typing import Final
 import peraxis_format as pxd
 from peraxis_tools.arguments import sequence
 from peraxis_tools.errors import CheckFailedError, ToolError, error_line
+from peraxis_tools.names import names_a_file
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_files
 from peraxis_tools.progress import ProgressOf, silent
@@ -56,7 +57,7 @@ def pull(
     verified (steps 1 to 11 of SPEC 8) before any is written. Raises CheckFailedError for another content ID,
     PxdError, ToolError, OSError.
     """
-    if not is_remote(source):
+    if not is_remote(source) and not names_a_file(source):
         require(f"{source} (a repository)", "huggingface_hub")
     folder, files, content_ids = Path(folder), sequence(files), sequence(content_ids)
     with _fetched(source, files, progress) as fetched:
@@ -94,7 +95,7 @@ def _fetched(source: str, files: Sequence[str], progress: ProgressOf) -> Iterato
             yield [path]
         return
     match = _REPOSITORY.fullmatch(source)
-    if match is None:
+    if match is None or names_a_file(source):
         raise ToolError(f"{source}: neither a repository (org/name or org/name@revision) nor a URL")
     yield _from_hub(match["id"], match["revision"], files)
 

@@ -20,6 +20,7 @@ import peraxis_format as pxd
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError, error_line
 from peraxis_tools.progress import ProgressOf
+from peraxis_tools.text import check_texts
 from peraxis_tools.unpacked import check_results
 from peraxis_tools.urls import without_secrets
 
@@ -114,6 +115,7 @@ def verify_files(
         raise ToolError("--max-kl needs a text to measure it on: --text domain=FILE")
     if (wanted.max_error is not None or wanted.max_kl is not None) and wanted.fine_tuned is None:
         raise ToolError("--max-error and --max-kl need --fine-tuned, the checkpoint to compare with")
+    check_texts(wanted.texts.values())
     verdicts = tuple(_verdict(file, wanted, open_file, progress, workers) for file in files)
     return VerifyReport(status=_gravest(verdict.status for verdict in verdicts), files=verdicts)
 

@@ -14,6 +14,7 @@ from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, P
 from peraxis_tools.compress.run.dry_run import foretell
 from peraxis_tools.report import emit
 from peraxis_tools.report.compress import plan_lines, render_compress, render_dry_run
+from peraxis_tools.text import check_texts
 
 __all__ = ["command"]
 
@@ -123,6 +124,7 @@ def command(
     values.update({name: value for name, value in given.items() if value not in (None, ())})
     options = CompressOptions.from_mapping(values)
     if dry_run:
+        check_texts((options.calibration,) if isinstance(options.calibration, str) else options.calibration or ())
         found = foretell(
             base,
             fine_tuned,

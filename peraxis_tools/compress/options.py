@@ -80,6 +80,12 @@ _KINDS_OF_NONE: Final[Mapping[str, type]] = {
     "exact": str,
     "text_column": str,
 }
+_KIND_NAMES: Final[Mapping[type, str]] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+}
 # Former names of options; files and their digests still use them.
 _OTHER_NAMES: Final[Mapping[str, str]] = {"bits": "masks"}
 
@@ -194,7 +200,9 @@ class CompressOptions:
     def _refuse_idle(self) -> None:
         """Raise OptionError for an option that is not at its default but has no effect with the others."""
         if self.resolved_fit == "none":
-            self._refuse(_OF_TEXT, "without a fit on text" if self.fit == "auto" else f"with fit {self.fit}")
+            self._refuse(
+                (*_OF_TEXT, *_NOT_CONTENT), "without a fit on text" if self.fit == "auto" else f"with fit {self.fit}"
+            )
         if not self.distill_samples:
             self._refuse(_OF_DISTILLATION, "without distill-samples")
         if self.resolved_fit != "refined":
@@ -337,4 +345,4 @@ def _typed(name: str, value: Any) -> Any:
             pass
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise OptionError(f"{_dashed(name)} {value!r}: must be a {kind.__name__}")
+    raise OptionError(f"{_dashed(name)} {value!r}: must be {_KIND_NAMES[kind]}")

@@ -22,6 +22,7 @@ from peraxis_tools.evaluate.types import (
 )
 from peraxis_tools.optional import require
 from peraxis_tools.progress import Staged, watched_stages
+from peraxis_tools.text import check_texts
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +89,7 @@ def evaluate(
             base_revision=base_revision,
             fine_tuned_revision=fine_tuned_revision,
         )
-        check_model(fine_tuned, revision=fine_tuned_revision)
+        check_model(fine_tuned, length=sequence_length if texts else None, revision=fine_tuned_revision)
         tokenizer = load_tokenizer(fine_tuned, revision=fine_tuned_revision)
         sampled = {
             domain: _samples(source, tokenizer, samples, sequence_length, seed, text_column)
@@ -112,6 +113,7 @@ def _check_asked(texts: Mapping[str, str | Path], tasks: Sequence[str], candidat
     unknown = sorted(set(candidates) - set(CANDIDATES))
     if unknown:
         raise ToolError(f"candidates {unknown[0]!r}: choose from {', '.join(CANDIDATES)}")
+    check_texts(texts.values())
     if not texts and not tasks:
         raise ToolError("nothing to evaluate on: give a text (--text domain=file) or tasks (--tasks)")
 

@@ -115,9 +115,9 @@ def merge(
 
     weights: one for each path. masks: the number of masks of a module in the result (`bits` is another name). None
     keeps all components of a weighted sum; for `ties` and `dare` it means the sum of the inputs' masks, at most 8.
-    base: the checkpoint of the base, needed if inputs have different exact tensors. name: the name of the merged
-    checkpoint. progress: called with numbers of payload bytes of the inputs, or True for a bar. Raises CheckFailedError
-    for different bases, ToolError, PxdError, CheckpointError.
+    base: the checkpoint of the base. It is needed for exact tensors, except for a sum of equal ones with weights that
+    sum to 1. name: the name of the merged checkpoint. progress: called with numbers of payload bytes of the inputs, or
+    True for a bar. Raises CheckFailedError for different bases, ToolError, PxdError, CheckpointError.
     """
     mixture = mixture or Mixture()
     masks = one_name("masks", masks, "bits", bits)
