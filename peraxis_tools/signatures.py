@@ -152,6 +152,7 @@ def _clear(what: str, kind: type[ToolError]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # cryptography, OpenSSL, protobuf and the library itself: each has its own classes
-        raise kind(f"{what} ({first_line(error)})") from None
+        reason = first_line(error).partition(": [")[0]  # a list of digests as raw bytes follows
+        raise kind(f"{what} ({reason})") from None
     finally:
         logging.disable(previous)
