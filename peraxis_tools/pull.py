@@ -15,7 +15,7 @@ from peraxis_tools.arguments import sequence
 from peraxis_tools.errors import CheckFailedError, ToolError, error_line
 from peraxis_tools.names import names_a_file
 from peraxis_tools.optional import require
-from peraxis_tools.outputs import claim_files
+from peraxis_tools.outputs import claim_files, made_folder
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.remote import is_remote, local_copy
 from peraxis_tools.urls import without_secrets
@@ -62,7 +62,7 @@ def pull(
     folder, files, content_ids = Path(folder), sequence(files), sequence(content_ids)
     with _fetched(source, files, progress) as fetched:
         targets = [folder / path.name for path in fetched]
-        with claim_files(targets, overwrite=overwrite):
+        with made_folder(folder), claim_files(targets, overwrite=overwrite):
             ids = [_verified(path, content_ids, progress) for path in fetched]
             for path, target in zip(fetched, targets, strict=True):
                 with pxd.atomic_file(target, overwrite=overwrite) as writer, open(path, "rb") as reader:

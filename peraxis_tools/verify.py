@@ -8,6 +8,7 @@ from pathlib import Path
 import peraxis_format as pxd
 from peraxis_tools.arguments import check_workers
 from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.predecessor import predecessor_named
 from peraxis_tools.progress import Steps, watched
 from peraxis_tools.unpacked import check_results
 
@@ -52,7 +53,7 @@ def verify(
     with pxd.open(path) as delta, watched(progress, "verify", verify_size(path, base)) as step:
         delta.verify(workers=workers, progress=step)
         if base is not None:
-            with open_checkpoint(base, revision=base_revision) as checkpoint:
+            with open_checkpoint(base, revision=base_revision) as checkpoint, predecessor_named(delta):
                 pxd.check_base(delta.manifest, checkpoint.tensors, workers=workers, progress=step)
                 check_results(delta, checkpoint.tensors)
         return VerifyResult(

@@ -20,6 +20,7 @@ from typing import Final, TypeAlias
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError, error_line
+from peraxis_tools.predecessor import predecessor_named
 from peraxis_tools.progress import ProgressOf
 from peraxis_tools.text import check_texts
 from peraxis_tools.unpacked import check_results
@@ -184,7 +185,7 @@ def _content_id(delta: pxd.DeltaFile, expected: Sequence[str]) -> str:
 def _base(delta: pxd.DeltaFile, base: str | Path | None, progress: ProgressOf, workers: int | None) -> str | None:
     if base is None:
         return None
-    with _open_base(base) as checkpoint, progress("base", checkpoint.tensors.size) as step:
+    with _open_base(base) as checkpoint, progress("base", checkpoint.tensors.size) as step, predecessor_named(delta):
         pxd.check_base(delta.manifest, checkpoint.tensors, workers=workers, progress=step)
         exact = check_results(delta, checkpoint.tensors)
     found = f"{base} is the one that this delta was made for"

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 
 from peraxis_tools.errors import OptionError, first_line
 from peraxis_tools.optional import require
+from peraxis_tools.sizes import parse_size
 
 __all__ = [
     "AUTO",
@@ -22,7 +23,6 @@ __all__ = [
     "RECIPES",
     "CompressOptions",
     "OptionError",
-    "parse_size",
 ]
 
 FITS: Final = ("auto", "none", "closed-form", "refined", "adamw")
@@ -71,6 +71,7 @@ _OF_TEXT: Final = (
     *_OF_DISTILLATION,
 )
 _RATE_MIN: Final = 1e-9
+_SIZES: Final = ("target_size", "hidden_limit", "logits_limit")
 _NOT_CONTENT: Final = ("device", "resume", "hidden_limit", "logits_limit")
 # The types of options whose default is None.
 _KINDS_OF_NONE: Final[Mapping[str, type]] = {
@@ -295,17 +296,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return _named(values)
 
 
-def parse_size(text: str | int) -> int:
-    """Parse bytes: `1200000`, `800KB`, `1.2GB` (powers of 1000) or `1GiB` (of 1024). Raises OptionError."""
-    if isinstance(text, int):
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", text, re.IGNORECASE)
-    if match is None:
-        raise OptionError(f"size {text!r}: write it as 800MB, 1.2GB or 1GiB")
-    power = "kmgt".index(match[2].lower()) + 1 if match[2] else 0
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-
-
 def _named(values: Mapping[Any, Any]) -> dict[str, Any]:
     """The values by the present names of options. Raises OptionError for an option under two names."""
     keys: dict[str, object] = {}
@@ -332,7 +322,7 @@ def _texts(value: Any) -> str | tuple[str, ...] | None:
 
 
 def _typed(name: str, value: Any) -> Any:
-    if name == "target_size" and isinstance(value, str):
+    if name in _SIZES and isinstance(value, str):
         return parse_size(value)
     default = CompressOptions.__dataclass_fields__[name].default
     kind: type = _KINDS_OF_NONE.get(name, type(default))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import peraxis_format as pxd
 from peraxis_tools.arguments import check_choice, check_least, check_mapping, sequence
+from peraxis_tools.checkpoint import refuse_swapped
 from peraxis_tools.errors import ToolError
 from peraxis_tools.evaluate.types import (
     CANDIDATES,
@@ -72,6 +73,8 @@ def evaluate(
     for name, value in (("samples", samples), ("batch_size", batch_size), ("task_limit", task_limit)):
         check_least(name, value, 1)
     check_least("seed", seed, 0)
+    refuse_swapped(fine_tuned, delta)
+    refuse_swapped(base, delta)
     require("an evaluation", "torch", "transformers", "datasets", extra="compress")
     if tasks:
         require("--tasks", "lm_eval")

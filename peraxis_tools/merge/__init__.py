@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import peraxis_format as pxd
-from peraxis_tools.arguments import check_least, one_name, sequence
+from peraxis_tools.arguments import one_name, sequence
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.delta_parts import PART_KEY, is_part, join_parts, part_metadata, refuse_part, split
 from peraxis_tools.errors import CheckFailedError, ToolError
@@ -121,8 +121,7 @@ def merge(
     """
     mixture = mixture or Mixture()
     masks = one_name("masks", masks, "bits", bits)
-    check_least("masks", masks, 1)
-    if masks is not None and masks > pxd.COMPONENTS_MAX:
+    if masks is not None and not 1 <= masks <= pxd.COMPONENTS_MAX:
         raise ToolError(f"masks {masks}: must be 1 to {pxd.COMPONENTS_MAX}")
     output = Path(output)
     paths = sequence(paths)
