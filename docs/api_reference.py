@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import peraxis
+from peraxis_format.torch.serve.api import Backend
 from peraxis_format.torch.swap.payload import Residency
+from peraxis_format.torch.swap.registry import BasePlace
 from peraxis_tools.compress import api
 from peraxis_tools.convert import Layout
+from peraxis_tools.evaluate import EvaluationDType
 from peraxis_tools.merge import Method
 from peraxis_tools.publish import Relation
 
@@ -24,10 +27,13 @@ _VALUES: Final = tuple(kind for kind in _CLASSES if dataclasses.is_dataclass(kin
 _OBJECTS: Final = tuple(kind for kind in _CLASSES if kind not in _VALUES and not issubclass(kind, Exception))
 _CHOICES: Final[Mapping[str, Any]] = {
     **{name: getattr(api, name) for name in ("Recipe", "Fit", "AxisChoice", "Embeddings", "ComputeDType")},
+    "EvaluationDType": EvaluationDType,
     "Layout": Layout,
     "Method": Method,
     "Relation": Relation,
+    "BasePlace": BasePlace,
     "Residency": Residency,
+    "Backend": Backend,
 }
 _INTRODUCTION: Final = """\
 # Python interface

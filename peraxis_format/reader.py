@@ -318,9 +318,10 @@ def located(path: Path) -> Iterator[None]:
 
 def _open_regular(path: Path) -> int:
     # SPEC 2.1: check before opening, because opening a pipe would wait for a writer.
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
         with located(path):
-            fail("E101")
+            fail("E101", "it is a folder" if stat.S_ISDIR(mode) else "")
     return os.open(path, os.O_RDONLY)
 
 

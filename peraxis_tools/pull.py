@@ -12,10 +12,12 @@ from typing import Final
 
 import peraxis_format as pxd
 from peraxis_format.hub import hub_errors
+from peraxis_tools.arguments import sequence
 from peraxis_tools.content_ids import parse_content_ids
 from peraxis_tools.errors import CheckFailedError, ToolError, error_line
+from peraxis_tools.names import names_a_file
 from peraxis_tools.optional import require
-from peraxis_tools.outputs import claim_files
+from peraxis_tools.outputs import claim_files, made_folder
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.remote import is_remote, local_copy
 from peraxis_tools.urls import without_secrets
@@ -57,13 +59,13 @@ def pull(
     verified (steps 1 to 11 of SPEC 8) before any is written. Raises CheckFailedError for another content ID,
     PxdError, ToolError, OSError.
     """
-    if not is_remote(source):
+    if not is_remote(source) and not names_a_file(source):
         require(f"{source} (a repository)", "huggingface_hub")
-    expected = parse_content_ids(content_ids)
-    folder = Path(folder)
+    folder, files = Path(folder), sequence(files)
+    expected = parse_content_ids(sequence(content_ids))
     with _fetched(source, files, progress) as fetched:
         targets = [folder / path.name for path in fetched]
-        with claim_files(targets, overwrite=overwrite):
+        with made_folder(folder), claim_files(targets, overwrite=overwrite):
             ids = [_verified(path, expected, progress) for path in fetched]
             for path, target in zip(fetched, targets, strict=True):
                 with pxd.atomic_file(target, overwrite=overwrite) as writer, open(path, "rb") as reader:
@@ -96,7 +98,7 @@ def _fetched(source: str, files: Sequence[str], progress: ProgressOf) -> Iterato
             yield [path]
         return
     match = _REPOSITORY.fullmatch(source)
-    if match is None:
+    if match is None or names_a_file(source):
         raise ToolError(f"{source}: neither a repository (org/name or org/name@revision) nor a URL")
     yield _from_hub(match["id"], match["revision"], files)
 

@@ -19,8 +19,9 @@ ROOT = Path(__file__).parents[1]
 FORMAT = (
     *(
         "version",
-        "thread_pool",
         "errors",
+        "arguments",
+        "thread_pool",
         "dtypes",
         "sizes",
         "digest_table",
@@ -283,7 +284,8 @@ def test_the_tools_import_public_names_of_the_format_alone() -> None:
         modules = {name for name in modules if not name.startswith("peraxis_format.ops")}
         # The operations of the tools are built like those of the format, from the same parts.
         inner = {"peraxis_format.dtypes", "peraxis_format.thread_pool"} if "ops" in path.parts else set()
-        assert modules <= {"peraxis_format.hub", "peraxis_format.create_remote", "peraxis_format.torch", *inner}, (
+        public = ("arguments", "create_remote", "hub", "torch")
+        assert modules <= {*(f"peraxis_format.{name}" for name in public), *inner}, (
             path,
             modules,
         )

@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 import numpy as np
 
 import peraxis_format as pxd
+from peraxis_tools.arguments import check_choice, sequence
 from peraxis_tools.blocks import count_blocks
 from peraxis_tools.chain.log import CHANGED
 from peraxis_tools.chain.opened import opened_all
@@ -69,7 +70,7 @@ def update(
     new: str | Path,
     output: str | Path,
     *,
-    after: Sequence[str | Path] = (),
+    after: str | Path | Sequence[str | Path] = (),
     prefer: pxd.Prefer = "size",
     overwrite: bool = False,
     progress: Progress = None,
@@ -79,6 +80,8 @@ def update(
     old, new: a folder, a safetensors file or a hub id; the old state is `old` after the updates `after`. output: a
     path or a URL. progress is called with bytes of `new`. Raises ToolError, CheckpointError, PxdError.
     """
+    check_choice("prefer", prefer, get_args(pxd.Prefer))
+    after = sequence(after)
     with (
         output_file(output, overwrite=overwrite, inputs=(old, new, *after)) as target,
         open_checkpoint(old) as before,
@@ -105,7 +108,7 @@ def update(
 
 def compact(
     base: str | Path,
-    updates: Sequence[str | Path],
+    updates: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     prefer: pxd.Prefer = "size",
@@ -117,6 +120,10 @@ def compact(
     base: the checkpoint that the first of them was made on; changes are coded relative to its weights.
     Raises CheckFailedError if the results differ, ToolError, CheckpointError, PxdError.
     """
+    check_choice("prefer", prefer, get_args(pxd.Prefer))
+    updates = sequence(updates)
+    if not updates:
+        raise ToolError("pass the updates to fold")
     with (
         output_file(output, overwrite=overwrite, inputs=(base, *updates)) as target,
         open_checkpoint(base) as checkpoint,

@@ -17,13 +17,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from peraxis_format.arguments import check_choice, check_least
 from peraxis_format.delta import Encoding, ModuleDelta
-from peraxis_format.errors import LiveModelError
+from peraxis_format.errors import BackendError, LiveModelError
 from peraxis_format.ops.backend import choose
 from peraxis_format.ops.rebuild.torch import Scratch, component_tensors
 from peraxis_format.ops.tensors import tensor_view
@@ -221,6 +222,10 @@ def serve(
     Every delta is checked in full, and the base's bytes once. Raises the errors of apply_, and BackendError; the model
     is then unchanged.
     """
+    check_choice("backend", backend, get_args(Backend), error=BackendError)
+    check_least("workers", workers, 1, error=LiveModelError)
+    if not isinstance(variants, Mapping):
+        raise LiveModelError(f"variants is a {type(variants).__name__}: pass a mapping, like {{'legal': 'legal.pxd'}}")
     if any(isinstance(module.__dict__.get("peraxis"), State) for module in model.modules()):
         raise LiveModelError("the model is already served; close that `Served` first, or pass all variants at once")
     if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):

@@ -20,6 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from peraxis_format.arguments import check_choice, check_least
+from peraxis_format.errors import LiveModelError
 from peraxis_format.reader import DeltaFile, located
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import device_of
@@ -68,6 +70,8 @@ def apply_(
     Raises PxdError (a damaged file, another base) and LiveModelError (weights that cannot become the fine-tune); the
     model is then unchanged. Existing storage is written, so parameters and pointers stay valid.
     """
+    check_choice("undo", undo, ("device", "host"), error=LiveModelError)
+    check_least("workers", workers, 1, error=LiveModelError)
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         file = delta if isinstance(delta, DeltaFile) else stack.enter_context(DeltaFile(delta))

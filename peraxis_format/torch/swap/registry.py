@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from torch import Tensor
 
+from peraxis_format.arguments import check_choice, check_least
 from peraxis_format.errors import DeviceError, LiveModelError
 from peraxis_format.reader import DeltaFile, located
 from peraxis_format.thread_pool import ThreadPool
@@ -71,6 +72,8 @@ class Registry:
         group: Any,
         workers: int | None,
     ) -> None:
+        check_choice("base", base, get_args(BasePlace), error=LiveModelError)
+        check_least("workers", workers, 1, error=LiveModelError)
         self.workers = ThreadPool(workers)
         self.group = group
         self.device: Device | None = None
@@ -89,6 +92,8 @@ class Registry:
         self, name: str, delta: DeltaFile | str | os.PathLike[str], residency: Residency | None, *, direct: bool
     ) -> Variant:
         """Check a variant's file and base, and load its payload. The model is not changed."""
+        if residency is not None:
+            check_choice("residency", residency, get_args(Residency), error=LiveModelError)
         if name in self.variants:
             raise LiveModelError(f"variant {name!r} is registered already; remove it first")
         owned = not isinstance(delta, DeltaFile)

@@ -25,7 +25,7 @@ from peraxis_format.torch.updates.apply import apply_update
 from peraxis_format.torch.updates.errors import UpdateError
 from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
-from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update
+from peraxis_format.torch.updates.source import UpdateFile, list_updates, missing_folder, next_update
 
 __all__ = ["Follower", "Poll", "follow"]
 
@@ -36,7 +36,8 @@ _LOGGER: Final = logging.getLogger("peraxis")
 class Poll:
     """The result of one poll of the folder. step: the model's step now, None if its state is not in the chain.
 
-    applied: files, in order. lag: the number of newer updates in the folder. waiting: the reason of a delay, by file.
+    applied: files, in order. lag: the number of newer updates in the folder. waiting: the reason of a delay, by file;
+    the folder's own reason is that it does not exist.
     """
 
     step: int | None
@@ -91,6 +92,12 @@ class Follower:
         self._files: dict[Path, UpdateFile] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        if (reason := missing_folder(self.folder)) is not None:
+            _LOGGER.warning("%s", reason)
+
+    def __repr__(self) -> str:
+        at = "unknown state" if self.step is None else f"step {self.step}"
+        return f"<Follower of {self.folder if self._mirror is None else self._mirror.url}: {at}>"
 
     def poll(self) -> Poll:
         """Apply the folder's updates after the model's state, one at a time.

@@ -41,8 +41,9 @@ from peraxis_tools.compress.run.types import Fitting, ModuleReport, RunFit
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
+from peraxis_tools.positions import check_length
 from peraxis_tools.progress import Staged, watched_stages
-from peraxis_tools.text import Source
+from peraxis_tools.text import check_texts
 
 __all__ = ["CompressResult", "Progress", "compress"]
 
@@ -105,7 +106,7 @@ def compress(
         require(f"--fit {options.resolved_fit}", "torch", "transformers", "datasets", extra="compress")
     output = Path(output)
     texts = (options.calibration,) if isinstance(options.calibration, str) else options.calibration or ()
-    inputs = (base, fine_tuned, *(Source.parse(text).name for text in texts))
+    inputs = (base, fine_tuned, *check_texts(texts))
     # With several processes, the first one writes.
     alone = int(os.environ.get("RANK", "0")) == 0
     with (
@@ -115,6 +116,8 @@ def compress(
         open_checkpoint(fine_tuned, revision=fine_tuned_revision) as opened,
     ):
         base_checkpoint, tuned_checkpoint = matched(opened_base, opened, base_id)
+        if options.resolved_fit != "none":
+            check_length(tuned_checkpoint.config(), options.sequence_length, tuned_checkpoint.tensors.label)
         return _compress_pair(
             base_checkpoint, tuned_checkpoint, output, options, step, show_plan, overwrite=overwrite, force=force
         )
