@@ -11,7 +11,7 @@ __all__ = ["parse_size"]
 
 def parse_size(text: str | int) -> int:
     """The number of bytes. Raises OptionError for a text that is no size."""
-    if isinstance(text, int):
+    if not isinstance(text, str):
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", text, re.IGNORECASE)
     if match is None:
