@@ -7,8 +7,9 @@ from typing import Any, Final
 
 from peraxis_tools.errors import OptionError
 
-__all__ = ["check_length", "positions_of"]
+__all__ = ["DEFAULT_LENGTH", "checked_length", "positions_of"]
 
+DEFAULT_LENGTH: Final = 512
 _KEYS: Final = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
 
 
@@ -32,8 +33,14 @@ def positions_of(config: Mapping[str, Any]) -> int | None:
     return limit
 
 
-def check_length(config: Mapping[str, Any], length: int, label: str) -> None:
-    """Raise OptionError if samples of this length have more tokens than the model has positions."""
+def checked_length(config: Mapping[str, Any], length: int, label: str) -> int:
+    """The number of tokens in a sample: `length`, or all positions of the model if the default is more.
+
+    Raises OptionError if another length is more than the model has positions.
+    """
     limit = positions_of(config)
-    if limit is not None and length > limit:
+    if limit is None or length <= limit:
+        return length
+    if length != DEFAULT_LENGTH:
         raise OptionError(f"sequence-length {length}: {label} has {limit} positions; pass at most {limit}")
+    return limit

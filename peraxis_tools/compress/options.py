@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 
 from peraxis_tools.errors import OptionError, first_line
 from peraxis_tools.optional import require
+from peraxis_tools.positions import DEFAULT_LENGTH
 from peraxis_tools.sizes import parse_size
 
 __all__ = [
@@ -130,7 +131,7 @@ class CompressOptions:
     text_column: str | None = None
     calibration_samples: int = 50
     generated_samples: int | None = None
-    sequence_length: int = 512
+    sequence_length: int = DEFAULT_LENGTH
     held_out: float = 0.2
     batch_size: int = 8
     seed: int = 0

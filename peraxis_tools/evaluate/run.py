@@ -22,6 +22,7 @@ from peraxis_tools.evaluate.types import (
     recovered_fraction,
 )
 from peraxis_tools.optional import require
+from peraxis_tools.positions import DEFAULT_LENGTH
 from peraxis_tools.progress import Staged, watched_stages
 from peraxis_tools.text import check_texts
 
@@ -42,7 +43,7 @@ def evaluate(
     delta: str | Path,
     texts: Mapping[str, str | Path],
     *,
-    sequence_length: int = 512,
+    sequence_length: int = DEFAULT_LENGTH,
     samples: int = 50,
     batch_size: int = 8,
     seed: int = 0,
@@ -92,7 +93,7 @@ def evaluate(
             base_revision=base_revision,
             fine_tuned_revision=fine_tuned_revision,
         )
-        check_model(fine_tuned, length=sequence_length if texts else None, revision=fine_tuned_revision)
+        sequence_length = check_model(fine_tuned, length=sequence_length, revision=fine_tuned_revision)
         tokenizer = load_tokenizer(fine_tuned, revision=fine_tuned_revision)
         sampled = {
             domain: _samples(source, tokenizer, samples, sequence_length, seed, text_column)

@@ -17,7 +17,7 @@ from peraxis_tools.compress import CompressOptions
 from peraxis_tools.documents import check_text
 from peraxis_tools.errors import OptionError, ToolError
 from peraxis_tools.names import names_a_file
-from peraxis_tools.positions import check_length, positions_of
+from peraxis_tools.positions import DEFAULT_LENGTH, checked_length, positions_of
 from peraxis_tools.pull import pull
 from tests.tools.output_cases import make_inputs
 
@@ -122,15 +122,19 @@ def test_an_option_of_a_fit_on_text_is_refused_without_one(values: dict[str, Any
 )
 def test_a_sample_is_no_longer_than_the_model(config: dict[str, Any], limit: int | None) -> None:
     assert positions_of(json.loads(json.dumps(config))) == limit
-    check_length(config, limit or 1 << 20, "tuned")
+    assert checked_length(config, limit or 1 << 20, "tuned") == (limit or 1 << 20)
+    assert checked_length(config, DEFAULT_LENGTH, "tuned") == min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
     if limit is not None:
         with pytest.raises(OptionError, match=f"sequence-length {limit + 1}: tuned has {limit} positions"):
-            check_length(config, limit + 1, "tuned")
+            checked_length(config, limit + 1, "tuned")
 
 
 @pytest.mark.parametrize(
     "line",
-    ["compress base tuned -o new.pxd --calibration t.txt --sequence-length 9", "eval base tuned a.pxd --text t.txt"],
+    [
+        "compress base tuned -o new.pxd --calibration t.txt --sequence-length 9",
+        "eval base tuned a.pxd --text t.txt --sequence-length 9",
+    ],
 )
 def test_compress_and_eval_refuse_samples_beyond_the_positions_of_the_model(line: str, inputs: Path) -> None:
     (inputs / "t.txt").write_text("text")

@@ -13,7 +13,7 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peraxis_format import (
@@ -41,7 +41,7 @@ from peraxis_tools.compress.run.types import Fitting, ModuleReport, RunFit
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
-from peraxis_tools.positions import check_length
+from peraxis_tools.positions import checked_length
 from peraxis_tools.progress import Staged, watched_stages
 from peraxis_tools.text import check_texts
 
@@ -117,7 +117,8 @@ def compress(
     ):
         base_checkpoint, tuned_checkpoint = matched(opened_base, opened, base_id)
         if options.resolved_fit != "none":
-            check_length(tuned_checkpoint.config(), options.sequence_length, tuned_checkpoint.tensors.label)
+            length = checked_length(tuned_checkpoint.config(), options.sequence_length, tuned_checkpoint.tensors.label)
+            options = replace(options, sequence_length=length)
         return _compress_pair(
             base_checkpoint, tuned_checkpoint, output, options, step, show_plan, overwrite=overwrite, force=force
         )
