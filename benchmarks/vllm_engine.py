@@ -1,145 +1,120 @@
-"""Time a swap in vLLM beside vLLM's reload and restart, and batches with 1, 4 and 16 variants.
+"""A swap in vLLM, against its own reload and against a restart, in one engine and in turn.
 
-    python -m benchmarks.vllm_engine --json vllm.json          (`make bench-vllm`)
+    python -m benchmarks.vllm_engine --json vllm.json                      (`make bench-vllm`; not named vllm.py, which
+    python -m benchmarks.vllm_engine --pair BASE FINE_TUNED                 would be imported in the place of vLLM)
 
-The pair is random with the given sizes; the figures do not depend on its outputs. All figures come from one run on one
-machine. The weights are on the CPU or GPU that vLLM uses. This module is not named vllm.py, because it would be
-imported in the place of vLLM.
+Each round times a swap to the fine-tune, a swap to the base, and `reload_weights` of the folder that `apply` writes. So
+other work on the machine takes from all of them, and the ratio is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.vllm_inputs import add_arguments, make_inputs
 from peraxis_format.thread_pool import thread_count
-from tests.engines.jobs import WORKER, make_engine, run_jobs
-from tests.engines.pair import make_base, make_delta
+from tests.engines.jobs import make_engine, run_jobs
 
 __all__ = ["main"]
 
-VARIANTS = 16
-REQUESTS = 16
-TOKENS = 24
-
 
 def job_swap_times(*, model: str, delta: str, applied: str, repeat: int) -> dict[str, Any]:
-    """Return the shortest times in seconds, all in one engine.
-
-    The shortest time is the one least disturbed by other processes. `start` is the start of the engine without imports.
-    """
+    """Seconds of each round, of the first swap, of its staging, and of the engine's start without the imports."""
     from peraxis_format.engines.vllm import use
 
-    started = time.perf_counter()
-    llm = make_engine(model, load_format="peraxis", weight_transfer_config={"backend": "peraxis"})
-    start = time.perf_counter() - started
+    llm, start = _timed(
+        lambda: make_engine(model, load_format="peraxis", weight_transfer_config={"backend": "peraxis"})
+    )
+    _, stage = _timed(lambda: llm.collective_rpc("init_weight_transfer_engine", args=({"add": {delta: delta}},)))
+    _, first = _timed(lambda: llm.collective_rpc(_write, args=(delta,)))
+    llm.collective_rpc(_remove, args=(delta,))
     use(llm, delta)
-    times: dict[str, list[float]] = {"swap": [], "to base": [], "reload_weights": []}
+    rounds: list[dict[str, float]] = []
     for _ in range(repeat):
-        for name, target in (("to base", None), ("swap", delta)):
-            began = time.perf_counter()
-            use(llm, target)
-            times[name].append(time.perf_counter() - began)
-    use(llm, None)
-    for _ in range(repeat):
-        began = time.perf_counter()
-        llm.collective_rpc("reload_weights", kwargs={"weights_path": applied})
-        times["reload_weights"].append(time.perf_counter() - began)
-    return {"start": start, **{name: min(each) for name, each in times.items()}}
+        _, to_base = _timed(lambda: use(llm, None))
+        _, swap = _timed(lambda: use(llm, delta))
+        (rebuild,) = llm.collective_rpc(_rebuild, args=(delta,))
+        use(llm, None)
+        _, reload = _timed(lambda: llm.collective_rpc("reload_weights", kwargs={"weights_path": applied}))
+        llm.collective_rpc(_discard)
+        rounds.append({"swap": swap, "to base": to_base, "reload": reload, "rebuild": rebuild})
+    return {"start": start, "stage": stage, "first": first, "rounds": rounds}
 
 
-def job_batch_times(*, model: str, deltas: list[str]) -> list[dict[str, Any]]:
-    """Return the seconds of REQUESTS requests of TOKENS tokens, on the base and spread over 1, 4 and 16 variants."""
-    from vllm import SamplingParams, TokensPrompt
-    from vllm.lora.request import LoRARequest
-
-    counts = [count for count in (0, 1, 4, 16) if count <= len(deltas)]
-    llm = make_engine(model, worker_cls=WORKER, enable_lora=True, max_loras=len(deltas), max_cpu_loras=len(deltas))
-    found = []
-    first = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
-    many = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
-    prompts = [TokensPrompt(prompt_token_ids=[1, *range(10 + i, 40 + i)]) for i in range(REQUESTS)]
-    for count in counts:
-        variants = [LoRARequest(f"v{i}", 1 + i, deltas[i]) for i in range(count)]
-        options = {"lora_request": [variants[i % count] for i in range(REQUESTS)]} if count else {}
-        llm.generate(prompts, first, use_tqdm=False, **options)  # loads the variants, compiles
-        seconds = []
-        for parameters in (first, many):
-            llm.reset_prefix_cache()
-            began = time.perf_counter()
-            llm.generate(prompts, parameters, use_tqdm=False, **options)
-            seconds.append(time.perf_counter() - began)
-        found.append({"variants": count, "first_tokens": seconds[0], "all_tokens": seconds[1]})
-    (sizes,) = llm.collective_rpc(_sizes)
-    return [{**each, **sizes} for each in found]
+def _timed(action: Callable[[], Any]) -> tuple[Any, float]:
+    began = time.perf_counter()
+    found = action()
+    return found, time.perf_counter() - began
 
 
-def _sizes(worker: Any) -> dict[str, int]:
-    store = worker.model_runner.lora_manager.store
-    variants = [store.get(number) for number in store.ids()]
-    weights = {p.data_ptr(): p.nbytes for p in store.model.parameters()}
-    return {"variant_bytes": sum(v.nbytes for v in variants) // len(variants), "weight_bytes": sum(weights.values())}
+# --- in the worker ---------------------------------------------------------------------------------------
 
 
-def _report(swap: dict[str, float], batches: list[dict[str, Any]]) -> None:
-    print(f"swap {swap['swap']:.3f} s, to the base {swap['to base']:.3f} s")
-    print(f"reload_weights {swap['reload_weights']:.3f} s, start of an engine without imports {swap['start']:.1f} s")
-    ratio = swap["reload_weights"] / swap["swap"]
-    print(f"a swap is {ratio:.1f} times faster than reload_weights, {swap['start'] / swap['swap']:.0f} than a start")
-    for each in batches:
-        rate = REQUESTS * TOKENS / each["all_tokens"]
-        print(f"{each['variants']:3} variants: {rate:7.1f} tokens/s, first tokens {each['first_tokens']:.2f} s")
-    one, weights = batches[0]["variant_bytes"], batches[0]["weight_bytes"]
-    print(f"weights {weights / 1e6:.1f} MB, a variant {one / 1e6:.1f} MB")
-    print(f"base and {VARIANTS} variants: {1 + VARIANTS * one / weights:.2f} times the base")
+def _write(worker: Any, name: str | None) -> None:
+    worker.weight_transfer_engine._live.use(name)
+
+
+def _remove(worker: Any, name: str) -> None:
+    _write(worker, None)
+    worker.weight_transfer_engine._live.remove(name)
+
+
+def _rebuild(worker: Any, name: str) -> float:
+    """Seconds in which a swap writes the weights."""
+    switch = worker.weight_transfer_engine._live._switch
+    switch.use(None)
+    return float(switch.use(name).seconds)
+
+
+def _discard(worker: Any) -> None:
+    """Return to the base after reload_weights has written the weights."""
+    worker.weight_transfer_engine._live._switch.use(None, overwrite=True)
+
+
+# --- the report ------------------------------------------------------------------------------------------
+
+
+def _report(found: dict[str, Any], delta: Path, weights: int) -> None:
+    rounds = found["rounds"]
+    median = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+    ratio = statistics.median(each["reload"] / each["swap"] for each in rounds)
+    ms = {name: f"{1000 * seconds:.0f} ms" for name, seconds in median.items()}
+    print(f"swap {ms['swap']} (its weights {ms['rebuild']}), to base {ms['to base']}")
+    print(f"staging {1000 * found['stage']:.0f} ms, the first swap {1000 * found['first']:.0f} ms")
+    print(f"reload_weights {ms['reload']}: {ratio:.1f} times a swap (median of {len(rounds)} rounds)")
+    print(f"start of an engine without imports {found['start']:.1f} s: {found['start'] / median['swap']:.0f} times")
+    size = delta.stat().st_size
+    print(f"weights {weights / 1e6:.0f} MB, a variant {size / 1e6:.1f} MB; base and 16: {1 + 16 * size / weights:.2f}")
 
 
 def main() -> int:
-    """Make the pair, run both jobs, and print and write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--vocabulary", type=int, default=8192)
+    """Make the pair, run the job, print and write what it found."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_arguments(parser, hidden=512, layers=6, vocabulary=8192)
     parser.add_argument("--repeat", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=thread_count())
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    sizes = {
-        "hidden_size": options.hidden,
-        "intermediate_size": 3 * options.hidden,
-        "num_hidden_layers": options.layers,
-        "num_attention_heads": options.hidden // 64,
-        "num_key_value_heads": options.hidden // 128,
-        "vocab_size": options.vocabulary,
-    }
-    import peraxis_tools
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = make_base(folder / "base", tied=False, **sizes)
-        deltas = [str(make_delta(folder / f"v{i}.pxd", base, seed=i, masks=1)) for i in range(VARIANTS)]
-        peraxis_tools.apply(base, deltas[0], folder / "v0")
-        swap, batches = run_jobs(
-            [
-                {
-                    "job": "benchmarks.vllm_engine:job_swap_times",
-                    "model": str(base),
-                    "delta": deltas[0],
-                    "applied": str(folder / "v0"),
-                    "repeat": options.repeat,
-                },
-                {"job": "benchmarks.vllm_engine:job_batch_times", "model": str(base), "deltas": deltas},
-            ],
-            folder,
-            OMP_NUM_THREADS=str(thread_count()),
+        inputs = make_inputs(options, folder, variants=1, applied=1)
+        (delta,), (applied,) = inputs.deltas.values(), inputs.applied.values()
+        job = {"model": inputs.base, "delta": delta, "applied": applied, "repeat": options.repeat}
+        (found,) = run_jobs(
+            [{"job": "benchmarks.vllm_engine:job_swap_times", **job}], folder, OMP_NUM_THREADS=str(options.threads)
         )
-    _report(swap, batches)
+        weights = sum(path.stat().st_size for path in Path(applied).glob("*.safetensors"))
+        _report(found, Path(delta), weights)
     if options.json is not None:
-        options.json.write_text(json.dumps({"sizes": sizes, "swap": swap, "batches": batches}, indent=2))
+        options.json.write_text(json.dumps(found, indent=2))
     return 0
 
 

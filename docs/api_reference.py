@@ -10,39 +10,30 @@ from pathlib import Path
 from typing import Any, Final
 
 import peraxis
-from peraxis_format import DeltaFile
-from peraxis_format.torch import Served
+from peraxis_format.torch.serve.api import Backend
 from peraxis_format.torch.swap.payload import Residency
-from peraxis_format.torch.swap.reports import Swap, Variant
-from peraxis_tools.apply import ApplyResult
-from peraxis_tools.compress import CompressOptions, CompressResult, api
+from peraxis_format.torch.swap.registry import BasePlace
+from peraxis_tools.compress import api
 from peraxis_tools.convert import Layout
-from peraxis_tools.diff import DiffResult
-from peraxis_tools.evaluate import EvaluateResult
-from peraxis_tools.extract import ExtractResult
-from peraxis_tools.inspect import InspectResult
-from peraxis_tools.merge import MergeResult, Method, Mixture
-from peraxis_tools.publish import PublishResult, Relation
-from peraxis_tools.pull import PullResult
-from peraxis_tools.signatures import SignResult
-from peraxis_tools.split import SplitResult
-from peraxis_tools.verify import VerifyResult
+from peraxis_tools.evaluate import EvaluationDType
+from peraxis_tools.merge import Method
+from peraxis_tools.publish import Relation
 
 __all__ = ["reference"]
 
 _WIDTH: Final = 100
-_OBJECTS: Final[tuple[type, ...]] = (DeltaFile, peraxis.VariantSwitch, Served, peraxis.PxdForCausalLM)
-_VALUES: Final[tuple[type, ...]] = (
-    *(CompressOptions, CompressResult, InspectResult, VerifyResult, ApplyResult, Variant, Swap, DiffResult, Mixture),
-    *(MergeResult, SplitResult, EvaluateResult, SignResult, PublishResult, PullResult),
-    ExtractResult,
-)
+_CLASSES: Final = tuple(value for name in peraxis.__all__ if isinstance(value := getattr(peraxis, name), type))
+_VALUES: Final = tuple(kind for kind in _CLASSES if dataclasses.is_dataclass(kind))
+_OBJECTS: Final = tuple(kind for kind in _CLASSES if kind not in _VALUES and not issubclass(kind, Exception))
 _CHOICES: Final[Mapping[str, Any]] = {
     **{name: getattr(api, name) for name in ("Recipe", "Fit", "AxisChoice", "Embeddings", "ComputeDType")},
+    "EvaluationDType": EvaluationDType,
     "Layout": Layout,
     "Method": Method,
     "Relation": Relation,
+    "BasePlace": BasePlace,
     "Residency": Residency,
+    "Backend": Backend,
 }
 _INTRODUCTION: Final = """\
 # Python interface

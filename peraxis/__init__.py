@@ -17,23 +17,26 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from peraxis_format import PxdError, __version__, open
-    from peraxis_format.torch import VariantSwitch, apply_, serve
-    from peraxis_tools.apply import apply
-    from peraxis_tools.compress import compress
+    from peraxis_format import DeltaFile, PxdError, __version__, open
+    from peraxis_format.torch import Served, Swap, Variant, VariantSwitch, apply_, serve
+    from peraxis_format.torch.updates import Follower, Poll, Published, ShardedUpdateWriter, UpdateWriter, follow
+    from peraxis_format.torch.updates.callback import PublishUpdates
+    from peraxis_tools.apply import ApplyResult, apply
+    from peraxis_tools.chain import ChainLog, UpdateResult, compact, log, update
+    from peraxis_tools.compress import CompressOptions, CompressResult, compress
     from peraxis_tools.convert import convert
-    from peraxis_tools.diff import diff
+    from peraxis_tools.diff import DiffResult, diff
     from peraxis_tools.errors import ToolError
-    from peraxis_tools.evaluate import evaluate
-    from peraxis_tools.extract import extract
-    from peraxis_tools.inspect import inspect
+    from peraxis_tools.evaluate import EvaluateResult, evaluate
+    from peraxis_tools.extract import ExtractResult, extract
+    from peraxis_tools.inspect import InspectResult, inspect
     from peraxis_tools.load import PxdForCausalLM, load, load_model
-    from peraxis_tools.merge import merge, merge_parts
-    from peraxis_tools.publish import publish
-    from peraxis_tools.pull import pull
-    from peraxis_tools.signatures import sign
-    from peraxis_tools.split import split
-    from peraxis_tools.verify import verify
+    from peraxis_tools.merge import MergeResult, Mixture, merge, merge_parts
+    from peraxis_tools.publish import PublishResult, publish
+    from peraxis_tools.pull import PullResult, pull
+    from peraxis_tools.signatures import SignResult, sign
+    from peraxis_tools.split import SplitResult, split
+    from peraxis_tools.verify import VerifyResult, verify
 
 # In the usual order of use: make and read a file, get weights from it, work with several, publish it.
 __all__ = [
@@ -48,6 +51,13 @@ __all__ = [
     "apply_",
     "VariantSwitch",
     "serve",
+    "update",
+    "compact",
+    "log",
+    "UpdateWriter",
+    "ShardedUpdateWriter",
+    "PublishUpdates",
+    "follow",
     "diff",
     "merge",
     "merge_parts",
@@ -58,30 +68,71 @@ __all__ = [
     "publish",
     "pull",
     "extract",
+    "DeltaFile",
+    "CompressOptions",
+    "Mixture",
+    "Variant",
+    "Swap",
+    "Served",
+    "Follower",
+    "Poll",
+    "Published",
+    "ApplyResult",
+    "ChainLog",
+    "CompressResult",
+    "DiffResult",
+    "EvaluateResult",
+    "ExtractResult",
+    "InspectResult",
+    "MergeResult",
+    "PublishResult",
+    "PullResult",
+    "SignResult",
+    "SplitResult",
+    "UpdateResult",
+    "VerifyResult",
     "PxdError",
     "ToolError",
     "__version__",
 ]
 
-# Name -> (module, name in that module).
-_HOMES: Final[Mapping[str, tuple[str, str]]] = {
-    **{name: (f"peraxis_tools.{name}", name) for name in ("compress", "inspect", "verify", "apply", "diff", "merge")},
-    **{name: (f"peraxis_tools.{name}", name) for name in ("split", "convert", "evaluate")},
-    **{name: (f"peraxis_tools.{name}", name) for name in ("publish", "pull", "extract")},
-    **{name: ("peraxis_format.torch", name) for name in ("apply_", "VariantSwitch", "serve")},
-    **{name: ("peraxis_format", name) for name in ("open", "PxdError", "__version__")},
-    **{name: ("peraxis_tools.load", name) for name in ("load", "load_model", "PxdForCausalLM")},
-    "sign": ("peraxis_tools.signatures", "sign"),
-    "merge_parts": ("peraxis_tools.merge", "merge_parts"),
-    "ToolError": ("peraxis_tools.errors", "ToolError"),
+# Module -> the names that it gives.
+_MODULES: Final[Mapping[str, tuple[str, ...]]] = {
+    "peraxis_format": ("open", "DeltaFile", "PxdError", "__version__"),
+    "peraxis_format.torch": ("apply_", "VariantSwitch", "serve", "Served", "Swap", "Variant"),
+    "peraxis_format.torch.updates": (
+        "UpdateWriter",
+        "ShardedUpdateWriter",
+        "follow",
+        "Follower",
+        "Poll",
+        "Published",
+    ),
+    "peraxis_format.torch.updates.callback": ("PublishUpdates",),
+    "peraxis_tools.apply": ("apply", "ApplyResult"),
+    "peraxis_tools.chain": ("update", "compact", "log", "ChainLog", "UpdateResult"),
+    "peraxis_tools.compress": ("compress", "CompressOptions", "CompressResult"),
+    "peraxis_tools.convert": ("convert",),
+    "peraxis_tools.diff": ("diff", "DiffResult"),
+    "peraxis_tools.errors": ("ToolError",),
+    "peraxis_tools.evaluate": ("evaluate", "EvaluateResult"),
+    "peraxis_tools.extract": ("extract", "ExtractResult"),
+    "peraxis_tools.inspect": ("inspect", "InspectResult"),
+    "peraxis_tools.load": ("load", "load_model", "PxdForCausalLM"),
+    "peraxis_tools.merge": ("merge", "merge_parts", "MergeResult", "Mixture"),
+    "peraxis_tools.publish": ("publish", "PublishResult"),
+    "peraxis_tools.pull": ("pull", "PullResult"),
+    "peraxis_tools.signatures": ("sign", "SignResult"),
+    "peraxis_tools.split": ("split", "SplitResult"),
+    "peraxis_tools.verify": ("verify", "VerifyResult"),
 }
+_HOMES: Final[Mapping[str, str]] = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    value = getattr(importlib.import_module(module), attribute)
+    value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

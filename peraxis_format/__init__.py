@@ -39,6 +39,7 @@ from peraxis_format.delta import (
 from peraxis_format.dtypes import Array, DType, from_float32, raw_bytes, to_float32
 from peraxis_format.errors import (
     CODES,
+    ArgumentError,
     BackendError,
     BindingError,
     CheckpointError,
@@ -80,6 +81,7 @@ __all__ = [
     "INDEX_NAME",
     "NAME",
     "SINGLE_NAME",
+    "ArgumentError",
     "Array",
     "Asset",
     "Axis",

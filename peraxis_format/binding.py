@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from peraxis_format.arguments import check_least
 from peraxis_format.checkpoint import Safetensors, TensorInfo
 from peraxis_format.dtypes import Array, raw_bytes
 from peraxis_format.errors import fail
@@ -63,6 +64,7 @@ def check_base(
 
     Raises the BindingError of the first failing module in file order.
     """
+    check_least("workers", workers, 1)
     check_base_names(manifest, base)
     bound = [module for module in manifest.modules if module.base is not None]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:

@@ -11,6 +11,7 @@ from typing import ClassVar, Final, NoReturn
 
 __all__ = [
     "CODES",
+    "ArgumentError",
     "BackendError",
     "BindingError",
     "CheckpointError",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 _FETCH = "fetch the file again from its publisher"
-_REWRITE = "write the file again with a conforming writer"
+_REWRITE = "fetch the file again, or if the publisher's is the same, write it with a conforming writer"
 _BASE = "pass the base checkpoint that `inspect` names, in the same revision"
 
 
@@ -42,7 +43,7 @@ class Code:
 
 CODES: Final[dict[str, Code]] = {
     "E101": Code("2.1", "not a regular file", "pass the path of one .pxd file"),
-    "E102": Code("2.1", "2^53 bytes or more", _REWRITE),
+    "E102": Code("2.1", "2^53 bytes or more", "split the model into several files"),
     "E103": Code("2.2", "empty, or too short to hold a header", _FETCH),
     "E104": Code("2.2", "a Git LFS pointer, not the file itself", "run `git lfs pull`"),
     "E105": Code("2.2", "an HTML page, not a PXD file", "use the download link; log in if the page asks for it"),
@@ -193,6 +194,10 @@ class DeviceError(LiveModelError):
 
 class BackendError(DeviceError):
     """A backend is unknown, not installed, or not available for the operation; see ops/backend.py."""
+
+
+class ArgumentError(ValueError):
+    """An argument of the caller has a value that is not allowed; this is a mistake in code, not in a file."""
 
 
 class ShapeError(ValueError):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from typing import get_args
 
+from peraxis_format.arguments import check_choice, check_least
 from peraxis_format.delta import BaseRef, Encoding, ModuleDelta
 from peraxis_format.dtypes import Array, DType, raw_bytes
 from peraxis_format.ops.exact import Prefer, encode
@@ -26,8 +28,10 @@ def lossless_module(
 
     new: storage array. shape: the tensor's, if its storage array has another (F4, F6). old: the base's storage array,
     with base its reference, or neither. prefer: see ops.exact.encode. A base of another dtype or shape gives `full`,
-    except one that differs only in the first dimension.
+    except one that differs only in the first dimension. Raises ArgumentError.
     """
+    check_choice("prefer", prefer, get_args(Prefer))
+    check_least("threads", threads, 1)
     shape = new.shape if shape is None else shape
     full = ModuleDelta(name=name, shape=shape, dtype=dtype, encoding=Encoding.FULL, base=base, full=new)
     if old is None or base is None or base.dtype is not dtype or len(shape) != len(base.shape):

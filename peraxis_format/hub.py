@@ -15,8 +15,10 @@ from typing import Final, cast
 
 from peraxis_format.errors import CheckpointError
 
-__all__ = ["HubName", "hub_file", "hub_files", "hub_name", "hub_path"]
+__all__ = ["HubName", "commit_new_file", "hub_errors", "hub_file", "hub_files", "hub_name", "hub_path"]
 
+_TRIES: Final = 8  # commits of others to other files that may come in between
+_MOVED: Final = 412  # status: the parent commit is no longer the newest one
 _WORD: Final = r"[A-Za-z0-9][\w.-]*"
 _ID: Final = re.compile(rf"(?P<repository>{_WORD}/{_WORD})(@(?P<revision>[\w./-]+))?")
 _URL: Final = re.compile(
@@ -54,6 +56,15 @@ def hub_name(source: str | os.PathLike[str]) -> HubName | None:
     return HubName(repository=found["repository"], revision=found["revision"])
 
 
+def hub_errors() -> tuple[type[Exception], ...]:
+    """The exceptions of huggingface_hub, the errors of its HTTP library included. Raises ImportError without it."""
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    # The bases of HfHubHTTPError are OSError and the error of the HTTP library, whose package differs by version.
+    library = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
+    return HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, OSError, ValueError, *library
+
+
 def hub_path(source: str | os.PathLike[str]) -> Path:
     """The local path of a delta: the source itself, or a path in the hub's cache. Raises CheckpointError."""
     name = hub_name(source)
@@ -67,13 +78,14 @@ def hub_file(name: HubName) -> Path:
     """
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        errors = hub_errors()
     except ImportError:
         raise CheckpointError(f"{name.repository}: needs huggingface_hub; install it, or pass a path") from None
     try:
         file = name.file or _only_delta(name)
         return Path(hf_hub_download(name.repository, file, revision=name.revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except errors as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(f"{name.repository}: cannot be fetched from the hub: {reason}") from None
 
@@ -84,12 +96,12 @@ def hub_files(name: HubName) -> list[str]:
     Raises CheckpointError: no such repository, no deltas, no network and nothing in the cache.
     """
     try:
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        errors = hub_errors()
     except ImportError:
         raise CheckpointError(f"{name.repository}: needs huggingface_hub; install it, or pass a path") from None
     try:
         there = _listed(name)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except errors as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(f"{name.repository}: cannot be fetched from the hub: {reason}") from None
     folder = f"{name.file.rstrip('/')}/" if name.file else ""
@@ -127,3 +139,42 @@ def _listed(name: HubName) -> list[str]:
     except unreachable:
         folder = Path(snapshot_download(name.repository, revision=name.revision, local_files_only=True))
         return [path.relative_to(folder).as_posix() for path in folder.rglob("*.pxd")]
+
+
+def commit_new_file(
+    local: Path,
+    path: str,
+    *,
+    repository: str,
+    kind: str,
+    revision: str,
+    endpoint: str | None,
+    token: str | bool | None,
+) -> None:
+    """Add a file to a repository on the hub by one commit, unless the repository has a file of this path.
+
+    kind: model, dataset or space. Commits by others that come in between are looked at: only one with this file is a
+    conflict. Raises FileExistsError, and the errors of huggingface_hub.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi(endpoint=endpoint, token=token)
+    for attempt in range(_TRIES):
+        head = api.repo_info(repository, repo_type=kind, revision=revision).sha
+        if api.file_exists(repository, path, repo_type=kind, revision=head):
+            raise FileExistsError(path)
+        try:
+            api.create_commit(
+                repository,
+                [CommitOperationAdd(path_in_repo=path, path_or_fileobj=str(local))],
+                commit_message=f"Add {path}",
+                repo_type=kind,
+                revision=revision,
+                parent_commit=head,
+            )
+        except HfHubHTTPError as error:
+            if getattr(error.response, "status_code", None) != _MOVED or attempt == _TRIES - 1:
+                raise
+        else:
+            return

@@ -30,7 +30,7 @@ from peraxis_format.profile import check_manifest
 from peraxis_format.schema import parse_manifest
 from peraxis_format.thread_pool import run_jobs
 
-__all__ = ["DeltaFile", "open", "read_header"]
+__all__ = ["DeltaFile", "located", "open", "read_header"]
 
 _CHUNK: Final = 1 << 19  # hashed while still in the second-level cache
 
@@ -80,7 +80,7 @@ class DeltaFile:
         self._file = _open_regular(self.path)
         try:
             self.size = os.fstat(self._file).st_size
-            with _located(self.path):
+            with located(self.path):
                 self._header, self.manifest = read_header(self.read, self.size)
                 self._map = self._mapped()
         except BaseException:
@@ -163,7 +163,7 @@ class DeltaFile:
         entry, parts = self._entries[name], self.tensors(name)
         begin, end = self.span(name)
         data = memoryview(self.read(begin, end - begin))
-        with _located(self.path):
+        with located(self.path):
             if entry.sha256 is not None and hashlib.sha256(data).hexdigest() != entry.sha256:
                 fail("E301", field=name, offset=begin)  # SPEC 4.3
             for gap, until in self._gaps(name):
@@ -178,7 +178,7 @@ class DeltaFile:
         begin = self._header.size + record.begin
         data = self.read(begin, record.end - record.begin)
         if hashlib.sha256(data).hexdigest() != self.manifest.assets[index].sha256:
-            with _located(self.path):
+            with located(self.path):
                 fail("E302", field=f"assets[{index}]", offset=begin)  # SPEC 4.4
         return data
 
@@ -209,7 +209,7 @@ class DeltaFile:
         run_jobs([partial(job, place) for place in order], threads=workers)
         if failed:
             raise failed[min(failed)]
-        with _located(self.path):
+        with located(self.path):
             for asset in self.manifest.assets:
                 step(len(self.asset(asset.path)))
             for name, begin, end in self.pads():
@@ -238,7 +238,7 @@ class DeltaFile:
             self.read_into(chunk, offset)
             digest.update(chunk)
             yield chunk
-        with _located(self.path):
+        with located(self.path):
             if end > begin and digest.hexdigest() != self._entries[name].sha256:
                 fail("E301", field=name, offset=begin)  # SPEC 4.3
             for gap, until in self._gaps(name):
@@ -254,7 +254,7 @@ class DeltaFile:
         while done < len(target):
             count = os.preadv(self._file, [target[done:]], offset + done)
             if count == 0:
-                with _located(self.path):
+                with located(self.path):
                     fail("E124", "the file has become shorter since it was opened", offset=offset + done)
             done += count
 
@@ -307,20 +307,21 @@ class DeltaFile:
 
 
 @contextlib.contextmanager
-def _located(path: Path) -> Iterator[None]:
+def located(path: Path) -> Iterator[None]:
     """Add the name of the file to an error that passes through."""
     try:
         yield
     except PxdError as error:
-        error.file = str(path)
+        error.file = error.file or str(path)
         raise
 
 
 def _open_regular(path: Path) -> int:
     # SPEC 2.1: check before opening, because opening a pipe would wait for a writer.
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        with _located(path):
-            fail("E101")
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        with located(path):
+            fail("E101", "it is a folder" if stat.S_ISDIR(mode) else "")
     return os.open(path, os.O_RDONLY)
 
 

@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from threading import Thread
 from typing import TypeVar
 
+from peraxis_format.arguments import check_least
+
 __all__ = ["ThreadPool", "run_jobs", "thread_count"]
 
 T = TypeVar("T")
@@ -24,6 +26,7 @@ def run_jobs(jobs: Iterable[Callable[[], None]], *, threads: int | None = None) 
 
     After an error no further job starts; when this returns or raises, no job is running.
     """
+    check_least("workers", threads, 1)
     waiting = deque(jobs)
     errors: list[BaseException] = []
 
@@ -52,6 +55,7 @@ class ThreadPool:
     """Threads that live as long as this object. count: by default one for each processor this process may use."""
 
     def __init__(self, count: int | None = None) -> None:
+        check_least("workers", count, 1)
         self.count = count or thread_count()
         self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="peraxis")
 

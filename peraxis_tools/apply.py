@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Final
 
 import peraxis_format as pxd
+from peraxis_tools.arguments import check_least, check_workers, sequence
 from peraxis_tools.assets import LEFT_BEHIND
-from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.checkpoint import Checkpoint, open_checkpoint, refuse_swapped
 from peraxis_tools.delta_parts import refuse_part
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.folders import MARKER, atomic_folder
-from peraxis_tools.notes import note
 from peraxis_tools.outputs import claim_folder
+from peraxis_tools.predecessor import predecessor_named
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rebuild import aliases_of, assets_of, checkpoint_bytes, rebuild_all, tensor_specs
 from peraxis_tools.shards import SHARD_BYTES, Shard, plan_shards, shard_header, write_index, write_tensor
+from peraxis_tools.sizes import parse_size
 
 __all__ = ["ApplyResult", "apply"]
 
@@ -48,18 +50,24 @@ def apply(
     *,
     base_revision: str | None = None,
     overwrite: bool = False,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | str = SHARD_BYTES,
     workers: int | None = None,
     progress: Progress = None,
 ) -> ApplyResult:
     """Write base + delta as a Hugging Face folder: shards, index, configuration, tokenizer.
 
-    base: a folder, a file or a hub id. delta: one, or the updates of a chain in any order. progress: called with each
-    number of bytes written, or True for a bar. The folder is written to `output` atomically. Raises
-    PxdError, CheckpointError, ToolError, OSError.
+    base: a folder, a file or a hub id. delta: one, or the updates of a chain in any order. shard_bytes: a number, or a
+    text like 2GB. progress: called with each number of bytes written, or True for a bar. The folder is written to
+    `output` atomically. Raises PxdError, CheckpointError, ToolError, OSError.
     """
+    check_workers(workers)
+    shard_bytes = parse_size(shard_bytes)
+    check_least("shard_bytes", shard_bytes, 1)
     output = Path(output)
-    deltas = [delta] if isinstance(delta, str | Path) else list(delta)
+    deltas = sequence(delta)
+    if not deltas:
+        raise ToolError("pass a delta to apply")
+    refuse_swapped(base, deltas[0])
     with (
         claim_folder(output, overwrite=overwrite, inputs=(base, *deltas)),
         open_checkpoint(base, revision=base_revision) as opened,
@@ -67,6 +75,7 @@ def apply(
         watched(progress, "apply", checkpoint_bytes(file.manifest)) as step,
     ):
         refuse_part(file.manifest, file.path)
+        _refuse_foreign(file, checkpoint)
         _refuse_repeats(file, opened.tensors.size + sum(Path(each).stat().st_size for each in deltas))
         shards = plan_shards(tensor_specs(file.manifest), shard_bytes=shard_bytes)
         with atomic_folder(output, overwrite=overwrite) as folder:
@@ -102,25 +111,27 @@ def _refuse_repeats(file: pxd.DeltaFile, read: int) -> None:
 def _opened(deltas: Sequence[str | Path], base: Checkpoint) -> Iterator[tuple[pxd.DeltaFile, Checkpoint]]:
     """The delta to apply and its base; for a chain, the last update and the state before it."""
     if len(deltas) == 1:
-        with pxd.open(deltas[0]) as file, _predecessor_named(file):
+        with pxd.open(deltas[0]) as file, predecessor_named(file):
             yield file, base
         return
     from peraxis_tools.chain import ChainState, chain_order, link_of, opened_all
 
-    with opened_all([link.path for link in chain_order(map(link_of, deltas))]) as files, _predecessor_named(files[0]):
+    for path in deltas:
+        with pxd.open(path) as file:
+            if file.manifest.result is None:
+                raise ToolError(
+                    f"{path}: is a delta and not an update of a chain, so it is applied alone; "
+                    "to add several deltas up, use merge"
+                )
+    with opened_all([link.path for link in chain_order(map(link_of, deltas))]) as files, predecessor_named(files[0]):
         yield files[-1], Checkpoint(ChainState(base.tensors, files[:-1]), base.identity, base.folder)
 
 
-@contextlib.contextmanager
-def _predecessor_named(first: pxd.DeltaFile) -> Iterator[None]:
-    """If the base does not match, note which update the first one follows, because that one may be missing."""
-    try:
-        yield
-    except pxd.BindingError:
-        before = first.manifest.previous
-        if before is not None:
-            note(f"{first.path}: follows update {before}; pass that one too, or its result as BASE")
-        raise
+def _refuse_foreign(file: pxd.DeltaFile, base: Checkpoint) -> None:
+    """Refuse a whole state of another model, which binds no tensor of the base but would get its other files."""
+    if not any(module.base is not None or module.name in base.tensors for module in file.manifest.modules):
+        name = file.manifest.modules[0].name
+        raise CheckFailedError(f"{file.path}: is for another model; {base.tensors.label} has no {name}, nor any other")
 
 
 def _write_shards(

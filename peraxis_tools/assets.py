@@ -21,6 +21,7 @@ from typing import Final, Literal, TypeAlias
 
 from peraxis_format import ASSET_PATH
 from peraxis_tools.errors import ToolError
+from peraxis_tools.notes import note
 
 __all__ = [
     "ASSET_BYTES_MAX",
@@ -89,9 +90,24 @@ class FolderAssets:
         """The bytes of an asset. Raises ToolError if it is too large."""
         file = self.folder / path
         size = file.stat().st_size
+        target = _outside(file)
+        if target is not None:
+            note(f"{file}: is a link out of the checkpoint, to {target}; its content is taken")
         if size > ASSET_BYTES_MAX:
             raise ToolError(f"{file}: {size} bytes is too much for an asset; move it out of the folder")
         return file.read_bytes()
+
+
+def _outside(file: Path) -> Path | None:
+    """The target of a link that leaves the checkpoint; None for a file, and for a link into the hub's cache."""
+    if not file.is_symlink():
+        return None
+    target, folder = file.resolve(), file.parent.resolve()
+    # A snapshot's files are links to the blobs of its repository: REPOSITORY/snapshots/COMMIT/file.
+    inside = target.is_relative_to(folder) or any(
+        target.is_relative_to(parent / "blobs") for parent in folder.parents if (parent / "snapshots").is_dir()
+    )
+    return None if inside else target
 
 
 def find_assets(folder: Path) -> FolderAssets:

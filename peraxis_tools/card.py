@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["HUB_ID", "CardDelta", "card_text", "inherited", "missing_fields", "parse_card"]
 
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SPECIAL: Final = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&])")
-_TAGS: Final = ("pxd", "delta", "1-bit")
+_SPECIAL: Final = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&:]|(?<=www)\.)")
+_REVISION: Final = re.compile(r"[\w.-]+(/[\w.-]+)*")
+_TAGS: Final = ("pxd", "delta")
 _INHERITED: Final = ("language", "license", "license_name", "license_link", "pipeline_tag", "datasets")
 _PIPELINES: Final = (
     ("ForCausalLM", "text-generation"),
@@ -53,10 +54,11 @@ class CardDelta:
 
     @property
     def base(self) -> pxd.Identity:
-        """The base's id and revision for the card."""
+        """The base's id and revision for the card. The file can name any revision; only a plain one is shown."""
         manifest = self.found.manifest.base
         if self.base_id is None:
-            return pxd.Identity(id=manifest.id, revision=manifest.revision)
+            plain = manifest.revision if _REVISION.fullmatch(manifest.revision or "") else None
+            return pxd.Identity(id=manifest.id, revision=plain)
         return pxd.Identity(id=self.base_id, revision=self.base_revision)
 
 
@@ -106,7 +108,8 @@ def inherited(content: str | None) -> dict[str, Any]:
 def missing_fields(content: str) -> list[str]:
     """The usual fields that this card lacks."""
     card = parse_card(content)
-    return [key for key in ("license", "language", "pipeline_tag") if card is None or not getattr(card.data, key, None)]
+    usual = ("base_model", "license", "language", "pipeline_tag")
+    return [key for key in usual if card is None or not getattr(card.data, key, None)]
 
 
 def _data(
@@ -132,7 +135,8 @@ def _data(
     for key, value in {**({"pipeline_tag": pipeline} if pipeline else {}), **theirs}.items():
         values.setdefault(key, value)
     values.setdefault("library_name", "peraxis")
-    values["tags"] = _union(values.get("tags"), _TAGS)
+    signs = any(_has_signs(delta.found) for delta in deltas)
+    values["tags"] = _union(values.get("tags"), (*_TAGS, "1-bit") if signs else _TAGS)
     results = _results(deltas, [] if before is None else list(before.eval_results or []))
     if results:
         values["model_name"] = (before.model_name if before is not None else None) or repository.rpartition("/")[2]
@@ -184,12 +188,17 @@ def _with_section(text: str, file: str, section: str) -> str:
     return f"{text}\n\n{block}"
 
 
+def _has_signs(found: InspectResult) -> bool:
+    return any(module.components for module in found.manifest.modules)
+
+
 def _section(repository: str, delta: CardDelta) -> Iterator[str]:
     found = delta.found
+    kind = "a 1-bit difference" if _has_signs(found) else "an exact difference"
     yield f"## {_md(delta.file)}"
     yield ""
     yield (
-        f"A full fine-tune of {_md(delta.base.id)} as a 1-bit difference in the PXD format: {found.file_bytes:,} bytes "
+        f"A full fine-tune of {_md(delta.base.id)} as {kind} in the PXD format: {found.file_bytes:,} bytes "
         f"for a checkpoint of {found.full_bytes:,}, **{found.ratio:.1f} times smaller**."
     )
     yield ""

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from peraxis_format import CheckpointError, Identity, Safetensors
+from peraxis_format import CheckpointError, Identity, PxdError, Safetensors
+from peraxis_format import open as pxd_open
+from peraxis_format.hub import hub_errors
 from peraxis_tools.assets import FolderAssets, find_assets
 from peraxis_tools.errors import ToolError, first_line
+from peraxis_tools.names import names_a_file
 from peraxis_tools.notes import note
 from peraxis_tools.optional import require
 
-__all__ = ["Checkpoint", "open_checkpoint", "parse_identity"]
+__all__ = ["Checkpoint", "is_delta", "open_checkpoint", "parse_identity", "refuse_swapped"]
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _HUB_PATTERNS: Final = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
@@ -71,15 +74,24 @@ class Checkpoint:
 def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
     """Open a checkpoint: a folder, a safetensors file or index, or a hub id (`org/name` or `org/name@revision`).
 
-    A name that exists on disk is never looked up on the hub. Raises CheckpointError, ToolError.
+    A name that exists on disk is never looked up on the hub, and has no revision. Raises CheckpointError, ToolError.
     """
     path = Path(source)
     if path.exists():
+        if revision is not None:
+            raise ToolError(
+                f"{source}: is on this machine and has no revision {revision!r}; leave it out, or pass a hub id "
+                "(compress records the id of a folder with base_id, --base-id)"
+            )
+        if is_delta(path):
+            raise CheckpointError(f"{source}: is a delta, not a checkpoint; pass a folder or a safetensors file here")
         folder = path if path.is_dir() else path.parent
-        return Checkpoint(_opened(path), _identity(path, folder, revision), folder)
-    if not _HUB_ID.fullmatch(str(source)):
+        return Checkpoint(_opened(path), _identity(path, folder), folder)
+    if not _HUB_ID.fullmatch(str(source)) or names_a_file(str(source)):
         raise CheckpointError(f"{source}: no such file or folder, and not a hub id (org/name or org/name@revision)")
     hub_id, _, at = str(source).partition("@")
+    if at and revision is not None and at != revision:
+        raise ToolError(f"{source}: names a revision already, which is not {revision!r}; leave one of them out")
     folder = _download(hub_id, at or revision)
     # A snapshot's folder is named by the commit of the revision.
     if not any(folder.glob("*.safetensors")):
@@ -87,6 +99,24 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
             f"{hub_id}: has no safetensors checkpoint at this revision; save its model with save_pretrained first"
         )
     return Checkpoint(_opened(folder), Identity(id=hub_id, revision=folder.name), folder)
+
+
+def is_delta(source: str | Path) -> bool:
+    """Whether this is a .pxd file on this machine, by its first bytes."""
+    path = Path(source)
+    if not path.is_file():
+        return False
+    try:
+        with pxd_open(path):
+            return True
+    except PxdError as error:
+        return path.suffix == ".pxd" or error.code > "E112"
+
+
+def refuse_swapped(checkpoint: str | Path, delta: str | Path) -> None:
+    """Raise ToolError if a delta is in the place of a checkpoint and a checkpoint's folder in that of a delta."""
+    if is_delta(checkpoint) and Path(delta).is_dir():
+        raise ToolError(f"{checkpoint} is a delta and {delta} is not: pass them in the other order")
 
 
 def parse_identity(text: str) -> Identity:
@@ -97,14 +127,14 @@ def parse_identity(text: str) -> Identity:
     return Identity(id=hub_id, revision=revision or None)
 
 
-def _identity(path: Path, folder: Path, revision: str | None) -> Identity:
+def _identity(path: Path, folder: Path) -> Identity:
     """The hub id and commit of a snapshot in the hub's cache; else the name of the folder or file."""
     *_, repository, snapshots, commit = ("", "", "", *folder.absolute().parts)
     if snapshots == "snapshots" and repository.startswith("models--"):
         return Identity(id=repository.removeprefix("models--").replace("--", "/", 1), revision=commit)
     own = path.resolve().name if path.is_dir() else path.name
     # A manifest is UTF-8; a name on disk can be any bytes.
-    return Identity(id=os.fsencode(own).decode("utf-8", "replace"), revision=revision)
+    return Identity(id=os.fsencode(own).decode("utf-8", "replace"))
 
 
 def _opened(path: Path) -> Safetensors:
@@ -117,9 +147,8 @@ def _opened(path: Path) -> Safetensors:
 def _download(hub_id: str, revision: str | None) -> Path:
     require(f"{hub_id} (a hub id)", "huggingface_hub")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_PATTERNS))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except hub_errors() as error:
         raise CheckpointError(f"{hub_id}: cannot be fetched from the hub: {first_line(error)}") from None

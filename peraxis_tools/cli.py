@@ -6,6 +6,7 @@ exit code of their class.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -68,6 +69,15 @@ class LazyGroup(click.Group):
         command: click.Command = module.command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], VERBS, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            ctx.fail(f"no command {args[0]!r}{hint}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # This uses the table above, so that `--help` imports no verb.
         with formatter.section("Commands"):
@@ -80,8 +90,16 @@ def cli() -> None:
     """Full fine-tunes as lossy 1-bit differences to a shared base.
 
     Exit codes: 0 done, 1 a check failed (damaged, invalid, wrong base, different), 2 usage, input or I/O,
-    3 not verifiable here, 130 interrupted (143 and 129: SIGTERM and SIGHUP).
+    3 not verifiable here, 130 interrupted (143 and 129: SIGTERM and SIGHUP). Of several files, 1 counts before 2 and
+    2 before 3.
     """
+
+
+def _usage(error: click.ClickException) -> str:
+    """One line for an error of usage, with the command that shows the help."""
+    said = error.format_message().rstrip(".")
+    context = getattr(error, "ctx", None)
+    return said if context is None else f"{said} (see `{context.command_path} --help`)"
 
 
 def _unexpected(error: Exception) -> str:
@@ -91,6 +109,12 @@ def _unexpected(error: Exception) -> str:
         f"internal error: {type(error).__name__}: {error_line(error)} ({where}); "
         f"please report it with the output that {_TRACEBACK}=1 adds"
     )
+
+
+def _show_traceback() -> None:
+    """Print the traceback of the current exception on standard error, if the user asked for it."""
+    if os.environ.get(_TRACEBACK):
+        traceback.print_exc()
 
 
 def _run() -> None:
@@ -113,8 +137,7 @@ def _import_failed(error: ImportError) -> int:
     try:
         print_error(str(missing("this command", error)))
     except ImportError:
-        if os.environ.get(_TRACEBACK):
-            raise
+        _show_traceback()
         print_error(_unexpected(error))
         return ToolError.exit_status
     return MissingPackageError.exit_status
@@ -125,8 +148,11 @@ def _exit_code() -> int:
         _run()
     except click.exceptions.Exit as done:
         return done.exit_code
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        print_error(_usage(error))
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         print_error("interrupted; nothing was written under the final name")
@@ -149,8 +175,11 @@ def _exit_code() -> int:
         print_error("out of memory; use a machine with more memory, or smaller batches and samples")
         return ToolError.exit_status
     except Exception as error:
-        if os.environ.get(_TRACEBACK):
-            raise
+        _show_traceback()
         print_error(_unexpected(error))
         return ToolError.exit_status
     return 0
+
+
+if __name__ == "__main__":
+    main()

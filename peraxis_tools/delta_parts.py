@@ -22,7 +22,7 @@ import peraxis_format as pxd
 from peraxis_tools.errors import ToolError
 from peraxis_tools.progress import Progress, watched
 
-__all__ = ["PART_KEY", "is_part", "join_parts", "part_metadata", "refuse_part", "split"]
+__all__ = ["PART_KEY", "is_part", "join_parts", "part_metadata", "part_of", "refuse_part", "split"]
 
 PART_KEY: Final = "peraxis.part"
 
@@ -34,12 +34,16 @@ def is_part(manifest: pxd.Manifest) -> bool:
 
 def refuse_part(manifest: pxd.Manifest, file: object) -> None:
     """Raise ToolError for a part, so that no verb treats it as a whole checkpoint."""
-    if is_part(manifest):
-        total = len(_whole(manifest, file))
-        raise ToolError(
-            f"{file}: is a part with {len(manifest.modules)} of {total} modules; join the parts with "
-            "`peraxis-tools merge` first"
-        )
+    part = part_of(manifest, file)
+    if part is not None:
+        raise ToolError(f"{file}: is {part}; join the parts with `peraxis-tools merge` first")
+
+
+def part_of(manifest: pxd.Manifest, file: object) -> str | None:
+    """`a part with 20 of 39 modules`; None for a whole delta. Raises ToolError if the part's metadata is malformed."""
+    if not is_part(manifest):
+        return None
+    return f"a part with {len(manifest.modules)} of {len(_whole(manifest, file))} modules"
 
 
 def part_metadata(names: Sequence[str]) -> dict[str, str]:

@@ -65,7 +65,7 @@ def demo(
     with claim_folder(folder, overwrite=True):
         folder.mkdir(exist_ok=True)
         # The marker says unfinished, so that the next demo may replace the folder.
-        write_marker(folder, ["."], finished=False)
+        write_marker(folder, [], finished=False)
         yield from _steps(folder, size=size, seed=seed, progress=progress)
 
 

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from peraxis_tools.errors import OptionError, first_line
+from peraxis_tools.names import names_a_file
 
-__all__ = ["Conversation", "Document", "read_documents"]
+__all__ = ["Conversation", "Document", "check_text", "read_documents"]
 
 _LOADERS: Final = {
     ".json": "json",
@@ -51,6 +52,22 @@ class Conversation:
 Document: TypeAlias = str | Conversation
 
 
+def check_text(source: str) -> None:
+    """Raise OptionError for a file that does not exist or is of another kind, before any work. Reads nothing."""
+    path = Path(source)
+    if source == "c4":
+        return
+    if not path.exists():
+        if names_a_file(source.partition(":")[0]):
+            raise OptionError(f"text {source}: no such file, and not a datasets id (org/name or org/name:config)")
+    elif _suffix(path) not in _LOADERS:
+        raise OptionError(f"text {source}: not one of {', '.join(_LOADERS)} (or .gz of them)")
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
 def read_documents(source: str, *, text_column: str | None, limit: int) -> list[Document]:
     """The first `limit` documents of `c4`, a file (json, jsonl, parquet, txt, csv; also .gz), or a datasets id.
 
@@ -70,24 +87,22 @@ def read_documents(source: str, *, text_column: str | None, limit: int) -> list[
     except Exception as error:
         # `datasets` raises many types, its own and those of file systems; all mean that the source cannot be read.
         detail = f"{type(error).__name__}: {first_line(error)}"
-        raise OptionError(f"calibration {source}: cannot be read: {detail}") from error
+        raise OptionError(f"text {source}: cannot be read: {detail}") from error
     if not found:
         held = ", ".join(f"{name} ({kind})" for name, kind in columns.items()) or "no rows"
-        raise OptionError(f"calibration {source}: holds no text; its columns: {held}; name one with --text-column")
+        raise OptionError(f"text {source}: holds no text; its columns: {held}; name one with --text-column")
     return found
 
 
 def _rows(source: str) -> Iterable[dict[str, Any]]:
+    check_text(source)
     from datasets import load_dataset
 
     path = Path(source)
     if source == "c4":
         rows = load_dataset("allenai/c4", "en", split="train", streaming=True)
     elif path.exists():
-        suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
-        if suffix not in _LOADERS:
-            raise OptionError(f"calibration {source}: not one of {', '.join(_LOADERS)} (or .gz of them)")
-        kind = _LOADERS[suffix]
+        kind = _LOADERS[_suffix(path)]
         extra = {"sample_by": "paragraph"} if kind == "text" else {}
         rows = load_dataset(kind, data_files=str(path.resolve()), split="train", streaming=True, **extra)
     else:
@@ -100,10 +115,10 @@ def _rows(source: str) -> Iterable[dict[str, Any]]:
 def _document(row: Mapping[str, Any], *, text_column: str | None, source: str) -> Document | None:
     if text_column is not None:
         if text_column not in row:
-            raise OptionError(f"calibration {source}: no column {text_column!r}; it has {', '.join(row)}")
+            raise OptionError(f"text {source}: no column {text_column!r}; it has {', '.join(row)}")
         value = row[text_column]
         if not (value is None or isinstance(value, str) or _turns(value)):
-            raise OptionError(f"calibration {source}: column {text_column!r} holds a {_kind(value)}, not text or turns")
+            raise OptionError(f"text {source}: column {text_column!r} holds a {_kind(value)}, not text or turns")
         return _one(value)
     if isinstance(row.get("text"), str):
         return _one(row["text"])

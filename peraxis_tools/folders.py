@@ -6,7 +6,10 @@ A folder without it is never replaced.
 
 The new folder is made beside the old one, with hard links to the remaining files, and the two are exchanged in one step
 (renameat2). If the folder cannot be moved (a mount point, the current folder), files are moved into it one by one. Then
-the list is first written as unfinished and afterwards as finished; an unfinished folder counts as empty.
+the list is first written as unfinished and afterwards as finished.
+
+A list may come from a stranger's repository. So it only counts if all its names are relative and lead to no other
+folder, and no file is written or removed through a symbolic link.
 """
 
 from __future__ import annotations
@@ -58,9 +61,15 @@ def earlier_output(folder: Path) -> Earlier | None:
     if not isinstance(found, dict) or found.get("schema") != _SCHEMA:
         return None
     files = found.get("files")
-    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
+    if not isinstance(files, list) or not all(isinstance(name, str) and _is_inside(name) for name in files):
         return None
     return Earlier(files=frozenset(files) | {MARKER}, finished=found.get("finished") is True)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name of a list stays in its folder: relative, without `..`."""
+    parts = name.split("/")
+    return "\0" not in name and not os.path.isabs(name) and not {"", ".", ".."} & set(parts)
 
 
 def _earlier_repository(folder: Path) -> Earlier | None:
@@ -82,7 +91,7 @@ def write_marker(folder: Path, files: Sequence[str], *, finished: bool = True) -
 def refuse_folder(path: Path, *, overwrite: bool) -> None:
     """Raise ToolError if a folder cannot become the output. Call this before any work.
 
-    It can if it does not exist, or is empty or unfinished; with overwrite also if it is an earlier output.
+    It can if it does not exist or is empty; with overwrite also if it is an earlier output, finished or not.
     """
     if not os.path.lexists(path):
         return
@@ -90,10 +99,11 @@ def refuse_folder(path: Path, *, overwrite: bool) -> None:
         raise ToolError(f"{path}: exists already and is not a folder; choose another output")
     others = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith(".peraxis~"))
     earlier = earlier_output(path)
-    if not others or (earlier is not None and not earlier.finished):
+    if not others:
         return
     if not overwrite:
-        raise ToolError(f"{path}: exists already; choose another output or pass --overwrite")
+        state = "has an unfinished output" if earlier is not None and not earlier.finished else "exists already"
+        raise ToolError(f"{path}: {state}; choose another output or pass --overwrite")
     if earlier is None:
         raise ToolError(
             f"{path}: has {others[0]} and no list of an earlier output ({MARKER}), so it is not replaced; "
@@ -263,6 +273,10 @@ def _move_in(temporary: Path, path: Path, files: Sequence[str]) -> None:
     """Move the files of a finished folder into one that cannot be moved, and remove those of an earlier output."""
     earlier = earlier_output(path)
     old = earlier.files - {MARKER} if earlier is not None else frozenset()
+    linked = next((name for name in files if _passes_link(path, name)), None)
+    if linked is not None:
+        raise ToolError(f"{path / linked}: is behind a symbolic link; remove the link or choose another output")
+    old = frozenset(name for name in old if not _passes_link(path, name))
     write_marker(path, [*old, *files], finished=False)
     for name in sorted(old - set(files)):
         with contextlib.suppress(OSError):
@@ -272,3 +286,9 @@ def _move_in(temporary: Path, path: Path, files: Sequence[str]) -> None:
         os.replace(temporary / name, path / name)
     write_marker(path, files)
     sync_folder(path)
+
+
+def _passes_link(folder: Path, name: str) -> bool:
+    """Whether a folder on the way from `folder` to the file of this name is a symbolic link."""
+    parents = Path(name).parents
+    return any((folder / parent).is_symlink() for parent in parents if parent != Path())

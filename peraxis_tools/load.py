@@ -19,6 +19,7 @@ from peraxis_tools.checkpoint import open_checkpoint, parse_identity
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.optional import require
+from peraxis_tools.predecessor import predecessor_named
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rebuild import aliases_of, assets_of, checkpoint_bytes, rebuild_all
 from peraxis_tools.remote import local_copy
@@ -76,6 +77,7 @@ def load_model(
         pxd.open(path) as file,
         open_checkpoint(base_of(file.manifest, named) if delta is None else base, revision=base_revision) as checkpoint,
         watched(progress, "load", checkpoint_bytes(file.manifest)) as step,
+        predecessor_named(file),
     ):
         refuse_part(file.manifest, named)
         assets = dict(assets_of(file, checkpoint))

@@ -20,7 +20,7 @@ from peraxis_format import is_stream, name_lock, remove_leftovers
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import refuse_folder
 
-__all__ = ["Inputs", "check_files", "check_folder", "claim_file", "claim_files", "claim_folder"]
+__all__ = ["Inputs", "check_files", "check_folder", "claim_file", "claim_files", "claim_folder", "made_folder"]
 
 # Paths, hub ids and URLs of inputs. Only an existing path can be replaced.
 Inputs: TypeAlias = Iterable[str | Path | None]
@@ -72,7 +72,7 @@ def claim_folder(path: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> I
     Raises ToolError, OSError.
     """
     folder = check_folder(path, overwrite=overwrite, inputs=inputs)
-    with _made(folder.parent), _only_run(folder):
+    with made_folder(folder.parent), _only_run(folder):
         # Check again, because another run may have finished while this one waited for the lock.
         refuse_folder(folder, overwrite=overwrite)
         yield
@@ -162,7 +162,7 @@ def _only_run(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _made(folder: Path) -> Iterator[None]:
+def made_folder(folder: Path) -> Iterator[None]:
     """Make a folder and those above it; on failure remove the new ones."""
     made = []
     while not os.path.lexists(folder):

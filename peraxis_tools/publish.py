@@ -9,15 +9,18 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import peraxis_format as pxd
+from peraxis_format.hub import hub_errors
+from peraxis_tools.arguments import check_choice, sequence
 from peraxis_tools.card import HUB_ID, CardDelta, card_text, missing_fields
 from peraxis_tools.checkpoint import parse_identity
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.folders import atomic_folder
 from peraxis_tools.inspection import InspectResult, summarise
+from peraxis_tools.names import names_a_file
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import check_folder, claim_folder
 from peraxis_tools.progress import ProgressOf, silent
@@ -59,12 +62,12 @@ def publish(
     repository: str,
     paths: str | Path | Sequence[str | Path],
     *,
-    evaluation: Path | Sequence[Path] | None = None,
+    evaluation: str | Path | Sequence[str | Path] | None = None,
     licence: str | None = None,
     relation: Relation = "finetune",
     base_id: str | None = None,
     card_from: str | Path | None = None,
-    dry_run: Path | None = None,
+    dry_run: str | Path | None = None,
     overwrite: bool = False,
     private: bool = False,
     revision: str | None = None,
@@ -76,10 +79,12 @@ def publish(
     card. card_from: a folder or a hub id whose README.md gives the language and the licence. dry_run: write the
     repository to this folder and upload nothing. Raises ToolError, PxdError, OSError.
     """
+    check_choice("relation", relation, get_args(Relation))
     require("a model card", "huggingface_hub")
-    deltas = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    deltas = [Path(path) for path in sequence(paths)]
+    dry_run = None if dry_run is None else Path(dry_run)
     _check_names(repository, deltas)
-    evaluations = _sequence(evaluation)
+    evaluations = [] if evaluation is None else [Path(path) for path in sequence(evaluation)]
     bundles = [signature_path(path) for path in deltas]
     if dry_run is not None:
         check_folder(dry_run, overwrite=overwrite, inputs=(*deltas, *bundles, *evaluations))
@@ -148,10 +153,6 @@ def _check_names(repository: str, deltas: Sequence[Path]) -> None:
         raise ToolError(f"{twice}: two of the files have this name; rename one" if twice else "pass a .pxd to publish")
 
 
-def _sequence(value: Path | Sequence[Path] | None) -> Sequence[Path]:
-    return [] if value is None else [value] if isinstance(value, Path) else value
-
-
 def _inspected(path: Path) -> InspectResult:
     with pxd.open(path) as delta:
         return summarise(str(path), delta.content_id, delta.size, delta.manifest, delta.records)
@@ -201,7 +202,7 @@ def _readme(source: str | Path | None) -> str | None:
         if not path.is_file():
             raise ToolError(f"{source}: has no README.md; pass the folder or hub id of a model with a card")
         return path.read_text("utf-8", "replace")
-    found = _from_hub(str(source), "README.md", None)
+    found = None if names_a_file(str(source)) else _from_hub(str(source), "README.md", None)
     if found is None:
         raise ToolError(f"{source}: not a folder, and the hub has no README.md for it that can be read")
     return found
@@ -225,7 +226,6 @@ def _from_hub(repository: str, name: str, revision: str | None) -> str | None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         EntryNotFoundError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -234,7 +234,7 @@ def _from_hub(repository: str, name: str, revision: str | None) -> str | None:
     missing = (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError)
     try:
         return Path(HfApi().hf_hub_download(repository, name, revision=revision)).read_text("utf-8", "replace")
-    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
+    except hub_errors() as error:
         # Without a connection the present content is unknown.
         if isinstance(error, missing) and not isinstance(error, LocalEntryNotFoundError):
             return None
@@ -271,7 +271,6 @@ def _upload(
 ) -> str:
     require("an upload", "huggingface_hub")
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     operations = [CommitOperationAdd(name, source) for name, source in files.items()]
     operations.append(CommitOperationAdd("README.md", card.encode()))
@@ -280,7 +279,7 @@ def _upload(
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         done = api.create_commit(repository, operations, commit_message=message, revision=revision)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except hub_errors() as error:
         raise ToolError(f"{repository}: cannot be uploaded: {first_line(error)}; log in with `hf auth login`") from None
     return str(done.commit_url)
 

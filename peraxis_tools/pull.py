@@ -11,9 +11,13 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 import peraxis_format as pxd
+from peraxis_format.hub import hub_errors
+from peraxis_tools.arguments import sequence
+from peraxis_tools.content_ids import parse_content_ids
 from peraxis_tools.errors import CheckFailedError, ToolError, error_line
+from peraxis_tools.names import names_a_file
 from peraxis_tools.optional import require
-from peraxis_tools.outputs import claim_files
+from peraxis_tools.outputs import claim_files, made_folder
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.remote import is_remote, local_copy
 from peraxis_tools.urls import without_secrets
@@ -55,13 +59,14 @@ def pull(
     verified (steps 1 to 11 of SPEC 8) before any is written. Raises CheckFailedError for another content ID,
     PxdError, ToolError, OSError.
     """
-    if not is_remote(source):
+    if not is_remote(source) and not names_a_file(source):
         require(f"{source} (a repository)", "huggingface_hub")
-    folder = Path(folder)
+    folder, files = Path(folder), sequence(files)
+    expected = parse_content_ids(sequence(content_ids))
     with _fetched(source, files, progress) as fetched:
         targets = [folder / path.name for path in fetched]
-        with claim_files(targets, overwrite=overwrite):
-            ids = [_verified(path, content_ids, progress) for path in fetched]
+        with made_folder(folder), claim_files(targets, overwrite=overwrite):
+            ids = [_verified(path, expected, progress) for path in fetched]
             for path, target in zip(fetched, targets, strict=True):
                 with pxd.atomic_file(target, overwrite=overwrite) as writer, open(path, "rb") as reader:
                     shutil.copyfileobj(reader, writer, 1 << 22)
@@ -93,14 +98,13 @@ def _fetched(source: str, files: Sequence[str], progress: ProgressOf) -> Iterato
             yield [path]
         return
     match = _REPOSITORY.fullmatch(source)
-    if match is None:
+    if match is None or names_a_file(source):
         raise ToolError(f"{source}: neither a repository (org/name or org/name@revision) nor a URL")
     yield _from_hub(match["id"], match["revision"], files)
 
 
 def _from_hub(repository: str, revision: str | None, files: Sequence[str]) -> list[Path]:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     api = HfApi()
     try:
@@ -114,5 +118,5 @@ def _from_hub(repository: str, revision: str | None, files: Sequence[str]) -> li
             raise ToolError(f"{repository}: two of its deltas have the same name; pull each with --file")
         signatures = [f"{name}.sig" for name in wanted if f"{name}.sig" in there]
         return [Path(api.hf_hub_download(repository, name, revision=revision)) for name in (*wanted, *signatures)]
-    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
+    except hub_errors() as error:
         raise ToolError(f"{repository}: cannot be fetched from the hub: {error_line(error)}") from None

@@ -12,6 +12,7 @@ from typing import Final
 import peraxis_format as pxd
 from peraxis_tools.assets import asset_group
 from peraxis_tools.checkpoint import Checkpoint
+from peraxis_tools.located import located
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.shards import TensorSpec
 
@@ -29,12 +30,13 @@ def rebuild(delta: pxd.DeltaFile, base: pxd.Safetensors, name: str) -> pxd.Array
     """
     entry = delta.entry(name)
     tensor = None
-    if entry.base is not None and entry.encoding is pxd.Encoding.FULL:
-        pxd.check_base_digest(entry, base.sha256(name))  # the base is bound, but the result does not need it
-    elif entry.base is not None:
-        tensor = base.read(name)
-        pxd.check_base_bytes(entry, tensor)
-    return pxd.reconstruct(delta.load(name), tensor)
+    with located(delta.path):
+        if entry.base is not None and entry.encoding is pxd.Encoding.FULL:
+            pxd.check_base_digest(entry, base.sha256(name))  # the base is bound, but the result does not need it
+        elif entry.base is not None:
+            tensor = base.read(name)
+            pxd.check_base_bytes(entry, tensor)
+        return pxd.reconstruct(delta.load(name), tensor)
 
 
 def rebuild_all(

@@ -45,6 +45,8 @@ other folder that is not empty is refused.
 | 3 | not verifiable here: unknown version or feature, missing base, key or optional package |
 | 130, 143, 129 | interrupted; ended by SIGTERM, SIGHUP: temporary files are removed first |
 
+If several files are checked, the code is the worst: 1 before 2, and 2 before 3.
+
 An unexpected error is one line too, with exit code 2; `PERAXIS_TRACEBACK=1` adds the traceback.
 
 A .pxd may be a path or a URL. URLs are those of fsspec (`https://`, `s3://`, ...), and

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import peraxis_format as pxd
+from peraxis_format.create_remote import create_remote
 from peraxis_format.hub import hub_file, hub_files, hub_name
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.folders import scratch_folder
@@ -222,6 +223,16 @@ def _some(source: str | Path, found: list[Any]) -> list[Any]:
     return found
 
 
+def _create(system: Any, local: Path, path: str, url: str) -> None:
+    """Send a file to a name that nothing else has, or gets meanwhile."""
+    shown = without_secrets(url)
+    with _readable(url, done="written"):
+        try:
+            create_remote(system, local, path, url=shown)
+        except FileExistsError:
+            raise ToolError(f"{shown}: exists already; choose another output or pass --overwrite") from None
+
+
 @contextlib.contextmanager
 def output_file(output: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> Iterator[Path]:
     """Yield the path to write an output file to: the path itself, or a temporary one that is sent to a URL at the end.
@@ -247,6 +258,9 @@ def output_file(output: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> 
         raise ToolError(f"{shown}: does not name a file")
     with scratch_folder() as folder:
         yield folder / name
+        if not overwrite:
+            _create(system, folder / name, path, url)
+            return
         with _readable(url, done="written"):
             system.makedirs(folder_there, exist_ok=True)
             if url.startswith("hf://"):  # one commit
@@ -255,7 +269,7 @@ def output_file(output: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> 
             part = f"{folder_there}/.{name}.part"
             try:
                 system.put_file(str(folder / name), part)
-                if overwrite and system.exists(path):
+                if system.exists(path):
                     system.rm_file(path)
                 system.mv(part, path)
             except BaseException:

@@ -72,9 +72,13 @@ def has_delta(module: pxd.ModuleDelta | pxd.ModuleEntry) -> bool:
 
 
 def base_rows(base: pxd.Safetensors, entry: pxd.ModuleEntry) -> BaseRows:
-    """A function that reads a module's base tensor by rows; the caller has checked names, dtypes and shapes."""
+    """A function that reads a module's base tensor by rows; the caller has checked names, dtypes and shapes.
+
+    Checks the tensor's digest first. Raises BindingError (E404).
+    """
     if entry.base is None:
         raise pxd.ShapeError(f"{entry.name}: has no base tensor")
+    pxd.check_base_digest(entry, base.sha256(entry.name))
     dtype = entry.base.dtype
     whole = not entry.base.shape
     return lambda rows: pxd.to_float32(base.read(entry.name, None if whole else rows), dtype)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peraxis_tools.arguments import sequence
 from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError, first_line
 from peraxis_tools.folders import scratch_folder
 from peraxis_tools.optional import require
@@ -42,11 +43,11 @@ def signature_path(file: str | Path) -> Path:
 def sign(
     file: str | Path,
     *,
-    private_key: Path,
+    private_key: str | Path,
     password: str | None = None,
-    certificate: Path | None = None,
-    certificate_chain: Sequence[Path] = (),
-    bundle: Path | None = None,
+    certificate: str | Path | None = None,
+    certificate_chain: str | Path | Sequence[str | Path] = (),
+    bundle: str | Path | None = None,
     overwrite: bool = False,
     progress: ProgressOf = silent,
 ) -> SignResult:
@@ -57,11 +58,13 @@ def sign(
     """
     import peraxis_format as pxd
 
-    file = Path(file)
-    bundle = bundle or signature_path(file)
-    inputs = (file, private_key, certificate, *certificate_chain)
+    file, private_key = Path(file), Path(private_key)
+    certificate = None if certificate is None else Path(certificate)
+    chain = [Path(path) for path in sequence(certificate_chain)]
+    bundle = signature_path(file) if bundle is None else Path(bundle)
+    inputs = (file, private_key, certificate, *chain)
     with claim_file(bundle, overwrite=overwrite, inputs=inputs):
-        _need(private_key, *([certificate] if certificate is not None else []), *certificate_chain)
+        _need(private_key, *([certificate] if certificate is not None else []), *chain)
         with pxd.open(file) as delta:
             with progress("verify", delta.size - delta.header_size) as step:
                 delta.verify(progress=step)
@@ -73,7 +76,7 @@ def sign(
                 config.use_elliptic_key_signer(private_key=private_key, password=password)
             else:
                 config.use_certificate_signer(
-                    private_key=private_key, signing_certificate=certificate, certificate_chain=list(certificate_chain)
+                    private_key=private_key, signing_certificate=certificate, certificate_chain=chain
                 )
             signature = _signed(config, file)
         with pxd.atomic_file(bundle, overwrite=overwrite) as target:
@@ -94,28 +97,30 @@ def _signed(config: Any, file: Path) -> bytes:
 def check_signature(
     file: str | Path,
     *,
-    public_key: Path | None = None,
-    certificate_chain: Sequence[Path] = (),
-    bundle: Path | None = None,
+    public_key: str | Path | None = None,
+    certificate_chain: str | Path | Sequence[str | Path] = (),
+    bundle: str | Path | None = None,
 ) -> None:
     """Check a file against its bundle: by the public key, or by certificates that the bundle's must chain to.
 
     Raises NotVerifiableError without key or bundle, CheckFailedError for another key or a changed file.
     """
     file = Path(file)
-    bundle = bundle or signature_path(file)
-    if public_key is None and not certificate_chain:
+    public_key = None if public_key is None else Path(public_key)
+    chain = [Path(path) for path in sequence(certificate_chain)]
+    bundle = signature_path(file) if bundle is None else Path(bundle)
+    if public_key is None and not chain:
         raise NotVerifiableError(f"{file}: checking a signature needs --public-key or --certificate-chain")
     if not bundle.is_file():
         raise NotVerifiableError(f"{bundle}: no such bundle; fetch it from the source of {file.name}")
-    _need(*([public_key] if public_key is not None else []), *certificate_chain)
+    _need(*([public_key] if public_key is not None else []), *chain)
     verifying = _library().verifying
     config = verifying.Config().set_hashing_config(_hashing(bundle))
     with _clear(f"{file}: the keys cannot be read", ToolError):
         if public_key is not None:
             config.use_elliptic_key_verifier(public_key=public_key)
         else:
-            config.use_certificate_verifier(certificate_chain=list(certificate_chain))
+            config.use_certificate_verifier(certificate_chain=chain)
     with _clear(f"{file}: not what {bundle.name} was made for, or not signed with this key", CheckFailedError):
         config.verify(file, bundle)
 
@@ -147,6 +152,7 @@ def _clear(what: str, kind: type[ToolError]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # cryptography, OpenSSL, protobuf and the library itself: each has its own classes
-        raise kind(f"{what} ({first_line(error)})") from None
+        reason = first_line(error).partition(": [")[0]  # a list of digests as raw bytes follows
+        raise kind(f"{what} ({reason})") from None
     finally:
         logging.disable(previous)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import peraxis_format as pxd
+from peraxis_tools.arguments import check_least
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.delta_parts import split as write_parts
 from peraxis_tools.errors import ToolError
@@ -46,6 +47,7 @@ def split(
     The modules keep their order. The folder is written atomically. progress: called with numbers of payload
     bytes. Raises ToolError, PxdError, OSError.
     """
+    check_least("parts", parts, 2)
     folder = Path(folder)
     with claim_folder(folder, overwrite=overwrite, inputs=(path,)), pxd.open(path) as delta:
         refuse_part(delta.manifest, path)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,10 +20,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from peraxis_tools.documents import Conversation, Document, read_documents
+from peraxis_tools.documents import Conversation, Document, check_text, read_documents
 from peraxis_tools.errors import OptionError
 
-__all__ = ["Ids", "Samples", "Source", "load_samples", "unread_tokens"]
+__all__ = ["Ids", "Samples", "Source", "check_texts", "load_samples", "unread_tokens"]
 
 _POOL: Final = 20  # documents to read for each sample, and at least 1000; the seed shuffles them
 _ENDS_WITHIN: Final = 3  # last tokens that may include the end-of-text token: templates add a line break after it
@@ -46,7 +46,7 @@ class Source:
             return cls(name=text)
         weight = float(match[2])
         if weight <= 0.0:
-            raise OptionError(f"calibration {text}: a weight must be above 0")
+            raise OptionError(f"text {text}: a weight must be above 0")
         return cls(name=match[1], weight=weight)
 
     @property
@@ -78,6 +78,14 @@ class Samples:
         return np.split(self.ids, np.cumsum(self.counts)[:-1].tolist())
 
 
+def check_texts(texts: Iterable[str | Path]) -> list[str]:
+    """The names of these texts, without weights. Raises OptionError for a file that cannot be read; reads nothing."""
+    names = [Source.parse(str(text)).name for text in texts]
+    for name in names:
+        check_text(name)
+    return names
+
+
 def load_samples(
     sources: str | Sequence[str],
     tokenizer: Any,
@@ -102,7 +110,7 @@ def load_samples(
             if len(ids) >= count * length:
                 break
         if len(ids) < 2:
-            raise OptionError(f"calibration {source.name}: holds no text")
+            raise OptionError(f"text {source.name}: holds no text")
         found.append(ids[: count * length])
     length = min(length, *map(len, found))
     arrays = [np.array(ids[: len(ids) // length * length], dtype=np.int64).reshape(-1, length) for ids in found]

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import peraxis_format as pxd
 from peraxis_tools.errors import ToolError
+from peraxis_tools.located import located
 
 __all__ = ["UnpackedFile", "check_results", "has_exact", "unpacked"]
 
@@ -44,8 +45,9 @@ class UnpackedFile(pxd.DeltaFile):
         if self._tensors is None:
             raise ToolError(f"{name}: is an exact update, which needs the base to decode; pass --base")
         array = self._tensors.read(name)
-        pxd.check_base_bytes(entry, array)
-        whole = pxd.reconstruct(module, array)
+        with located(self.path):
+            pxd.check_base_bytes(entry, array)
+            whole = pxd.reconstruct(module, array)
         return replace(module, encoding=pxd.Encoding.FULL, index=None, data=None, result=None, tail=None, full=whole)
 
     def __getitem__(self, name: str) -> pxd.ModuleDelta:
@@ -60,7 +62,8 @@ def check_results(delta: pxd.DeltaFile, base: pxd.Safetensors, *, progress: Call
     exact = [entry for entry in delta.manifest.modules if entry.encoding is pxd.Encoding.EXACT]
     for entry in exact:
         array = base.read(entry.name)
-        pxd.reconstruct(delta.load(entry.name), array)
+        with located(delta.path):
+            pxd.reconstruct(delta.load(entry.name), array)
         if progress is not None:
             progress(array.nbytes)
     return len(exact)

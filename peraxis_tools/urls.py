@@ -1,4 +1,4 @@
-"""URLs for display: without a password, and without a key or signature in the query."""
+"""URLs for display: without user, password, and keys or signatures in the query. A user name may be a token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 
 __all__ = ["without_secrets"]
 
-_PASSWORD: Final = re.compile(r"(?P<before>[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#:@]*):[^\s/?#]*@")
+_USER: Final = re.compile(r"(?P<before>[A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#]*@")
 _SECRET: Final = re.compile(
     r"(?P<before>[?&][^\s?&=#]*(?:sig|token|key|secret|password|passwd|credential|auth)[^\s?&=#]*=)"
     r"[^\s&#'\"]*[^\s&#'\",:;.)]",
@@ -16,7 +16,7 @@ _SECRET: Final = re.compile(
 
 
 def without_secrets(text: str) -> str:
-    """The text with all passwords, keys and signatures of URLs replaced by `***`."""
+    """The text with all users, passwords, keys and signatures of URLs replaced by `***`."""
     if "://" not in text:
         return text
-    return _SECRET.sub(r"\g<before>***", _PASSWORD.sub(r"\g<before>:***@", text))
+    return _SECRET.sub(r"\g<before>***", _USER.sub(r"\g<before>***@", text))

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import peraxis_format as pxd
+from peraxis_tools.arguments import check_workers
 from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.predecessor import predecessor_named
 from peraxis_tools.progress import Steps, watched
 from peraxis_tools.unpacked import check_results
 
@@ -45,12 +47,13 @@ def verify(
     """Check a PXD file: steps 1 to 11 of SPEC 8, and step 12 if a base is given.
 
     base: a folder, a file or a hub id. progress: called with numbers of bytes read, or True for a bar. Raises PxdError
-    at the first failure, CheckpointError, OSError.
+    at the first failure, CheckpointError, ToolError, OSError.
     """
+    check_workers(workers)
     with pxd.open(path) as delta, watched(progress, "verify", verify_size(path, base)) as step:
         delta.verify(workers=workers, progress=step)
         if base is not None:
-            with open_checkpoint(base, revision=base_revision) as checkpoint:
+            with open_checkpoint(base, revision=base_revision) as checkpoint, predecessor_named(delta):
                 pxd.check_base(delta.manifest, checkpoint.tensors, workers=workers, progress=step)
                 check_results(delta, checkpoint.tensors)
         return VerifyResult(

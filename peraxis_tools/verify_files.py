@@ -11,15 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeAlias
 
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.content_ids import parse_content_ids
+from peraxis_tools.delta_parts import part_of
 from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError, error_line
+from peraxis_tools.predecessor import predecessor_named
 from peraxis_tools.progress import ProgressOf
+from peraxis_tools.text import check_texts
 from peraxis_tools.unpacked import check_results
 from peraxis_tools.urls import without_secrets
 
@@ -111,9 +116,13 @@ def verify_files(
     Raises ToolError for options that contradict each other, before any file is opened.
     """
     if wanted.max_kl is not None and not wanted.texts:
-        raise ToolError("--max-kl needs a text to measure it on: --text domain=FILE")
+        raise ToolError("a bound on KL needs a text to measure it on: texts (--text domain=FILE)")
     if (wanted.max_error is not None or wanted.max_kl is not None) and wanted.fine_tuned is None:
-        raise ToolError("--max-error and --max-kl need --fine-tuned, the checkpoint to compare with")
+        raise ToolError("a bound needs the checkpoint to compare with: fine_tuned (--fine-tuned)")
+    if (wanted.max_error is not None or wanted.max_kl is not None) and wanted.base is None:
+        raise ToolError("a bound needs the base, which the delta is applied to: base (--base)")
+    check_texts(wanted.texts.values())
+    wanted = replace(wanted, content_ids=parse_content_ids(wanted.content_ids))
     verdicts = tuple(_verdict(file, wanted, open_file, progress, workers) for file in files)
     return VerifyReport(status=_gravest(verdict.status for verdict in verdicts), files=verdicts)
 
@@ -147,7 +156,7 @@ def _checks(
     path: Path, delta: pxd.DeltaFile, wanted: Wanted, progress: ProgressOf, workers: int | None
 ) -> Iterator[tuple[str, Callable[[], str | None]]]:
     """The name and action of each check, in order; an action returns a text, or raises."""
-    yield "structure", lambda: f"{len(delta)} modules"
+    yield "structure", lambda: part_of(delta.manifest, path) or f"{len(delta)} modules"
     yield "payload", lambda: _payload(delta, progress, workers)
     if wanted.content_ids:
         yield "content id", lambda: _content_id(delta, wanted.content_ids)
@@ -155,16 +164,19 @@ def _checks(
         yield "signature", lambda: _signature(path, wanted.signature, progress)
     if wanted.base is not None:
         yield "base", lambda: _base(delta, wanted.base, progress, workers)
+    base, fine_tuned = wanted.base, wanted.fine_tuned
+    if base is None or fine_tuned is None:
+        return
     if wanted.max_error is not None:
-        yield "error", lambda: _error(path, wanted, progress, workers)
+        yield "error", partial(_error, wanted.max_error, path, fine_tuned, base, progress, workers)
     if wanted.max_kl is not None:
-        yield "kl", lambda: _kl(path, wanted, progress)
+        yield "kl", partial(_kl, wanted.max_kl, path, fine_tuned, base, wanted.texts, progress)
 
 
 def _payload(delta: pxd.DeltaFile, progress: ProgressOf, workers: int | None) -> str:
     with progress("verify", delta.size - delta.header_size) as step:
         delta.verify(workers=workers, progress=step)
-    return f"{delta.size} bytes"
+    return f"{delta.size - delta.header_size} of {delta.size} bytes; the rest is the header"
 
 
 def _content_id(delta: pxd.DeltaFile, expected: Sequence[str]) -> str:
@@ -176,7 +188,7 @@ def _content_id(delta: pxd.DeltaFile, expected: Sequence[str]) -> str:
 def _base(delta: pxd.DeltaFile, base: str | Path | None, progress: ProgressOf, workers: int | None) -> str | None:
     if base is None:
         return None
-    with _open_base(base) as checkpoint, progress("base", checkpoint.tensors.size) as step:
+    with _open_base(base) as checkpoint, progress("base", checkpoint.tensors.size) as step, predecessor_named(delta):
         pxd.check_base(delta.manifest, checkpoint.tensors, workers=workers, progress=step)
         exact = check_results(delta, checkpoint.tensors)
     found = f"{base} is the one that this delta was made for"
@@ -203,20 +215,30 @@ def _signature(path: Path, wanted: Signature | None, progress: ProgressOf) -> st
     return "signed with this key" if wanted.public_key else "signed under this certificate"
 
 
-def _error(path: Path, wanted: Wanted, progress: ProgressOf, workers: int | None) -> str:
+def _error(
+    bound: float,
+    path: Path,
+    fine_tuned: str | Path,
+    base: str | Path,
+    progress: ProgressOf,
+    workers: int | None,
+) -> str:
     from peraxis_tools.bounds import error_within
 
-    if wanted.base is None or wanted.fine_tuned is None or wanted.max_error is None:
-        raise NotVerifiableError("--max-error needs --base, which the error is relative to")
-    return error_within(wanted.max_error, path, wanted.fine_tuned, base=wanted.base, progress=progress, workers=workers)
+    return error_within(bound, path, fine_tuned, base=base, progress=progress, workers=workers)
 
 
-def _kl(path: Path, wanted: Wanted, progress: ProgressOf) -> str:
+def _kl(
+    bound: float,
+    path: Path,
+    fine_tuned: str | Path,
+    base: str | Path,
+    texts: Mapping[str, str | Path],
+    progress: ProgressOf,
+) -> str:
     from peraxis_tools.bounds import kl_within
 
-    if wanted.base is None or wanted.fine_tuned is None or wanted.max_kl is None:
-        raise NotVerifiableError("--max-kl needs --base, which the delta is applied to")
-    return kl_within(wanted.max_kl, path, wanted.fine_tuned, base=wanted.base, texts=wanted.texts, progress=progress)
+    return kl_within(bound, path, fine_tuned, base=base, texts=texts, progress=progress)
 
 
 def _failed(name: str, error: Exception) -> Check:

@@ -19,8 +19,9 @@ ROOT = Path(__file__).parents[1]
 FORMAT = (
     *(
         "version",
-        "thread_pool",
         "errors",
+        "arguments",
+        "thread_pool",
         "dtypes",
         "sizes",
         "digest_table",
@@ -52,9 +53,32 @@ FORMAT = (
         "torch.place.placement",
         "torch.device",
     ),
-    *("torch.swap.transfer_plan", "torch.ring", "torch.swap.lock", "torch.swap.guard", "torch.place"),
-    *("torch.serve.rows", "torch.serve.modules", "torch.serve.linear", "torch.serve.launch", "torch.swap.payload"),
-    *("torch.serve", "torch.swap.engine", "torch.swap.stream", "torch.swap.apply", "torch.swap.reports"),
+    *(
+        "files",
+        "hub",
+        "create_remote",
+        "torch.swap.transfer_plan",
+        "torch.ring",
+        "torch.swap.lock",
+        "torch.swap.guard",
+        "torch.place",
+    ),
+    *(
+        "torch.serve.rows",
+        "torch.serve.lookup",
+        "torch.serve.modules",
+        "torch.serve.linear",
+        "torch.serve.launch",
+        "torch.swap.payload",
+    ),
+    *(
+        "torch.serve",
+        "torch.swap.exact",
+        "torch.swap.engine",
+        "torch.swap.stream",
+        "torch.swap.apply",
+        "torch.swap.reports",
+    ),
     *("torch.swap.undo", "torch.swap.registry", "torch.swap", "torch"),
 )
 COMPRESS = (
@@ -260,7 +284,11 @@ def test_the_tools_import_public_names_of_the_format_alone() -> None:
         modules = {name for name in modules if not name.startswith("peraxis_format.ops")}
         # The operations of the tools are built like those of the format, from the same parts.
         inner = {"peraxis_format.dtypes", "peraxis_format.thread_pool"} if "ops" in path.parts else set()
-        assert modules <= {"peraxis_format.hub", "peraxis_format.torch", *inner}, (path, modules)
+        public = ("arguments", "create_remote", "hub", "torch")
+        assert modules <= {*(f"peraxis_format.{name}" for name in public), *inner}, (
+            path,
+            modules,
+        )
 
 
 def test_the_conformance_kit_stands_on_the_standard_library() -> None:

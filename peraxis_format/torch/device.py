@@ -7,7 +7,9 @@ rebuild/triton.py.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -18,7 +20,7 @@ from torch import Tensor
 from peraxis_format.errors import DeviceError
 from peraxis_format.torch.place.shards import Placement
 
-__all__ = ["Counters", "CudaDevice", "Device", "HostDevice", "device_of", "require_triton"]
+__all__ = ["Counters", "CudaDevice", "Device", "HostDevice", "current_device", "device_of", "require_triton"]
 
 
 @dataclass(slots=True)
@@ -72,6 +74,11 @@ class Device(Protocol):
 
     def free_memory(self) -> float:
         """The bytes that can still be allocated; infinite if its memory is the host's."""
+
+
+def current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a CUDA device the current one inside the block, because threads have another; nothing for the CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _count(counters: Counters, source: Tensor, modules: tuple[str, ...]) -> None:

@@ -174,7 +174,10 @@ class _Known:
 
 def _refuse_gaps(first: Sequence[Link], given: Sequence[Link]) -> None:
     if not first:
-        raise CheckFailedError(f"{given[0].path}: a ring; each of these updates follows another one")
+        raise CheckFailedError(
+            f"{given[0].path}: a ring; each of these updates begins at the result of another one. Write updates that "
+            "return to an earlier state with `--after`, which says what they follow"
+        )
     if len(first) == 1:
         return
     same = [link for link in first if link.base == first[0].base]

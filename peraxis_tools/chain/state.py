@@ -7,6 +7,7 @@ from pathlib import Path
 
 import peraxis_format as pxd
 from peraxis_tools.derived import DerivedCheckpoint
+from peraxis_tools.located import located
 
 __all__ = ["ChainState"]
 
@@ -46,9 +47,10 @@ class ChainState(DerivedCheckpoint):
                 break
         array = None if steps and steps[-1][1].base is None else self._base.read(name)
         for update, entry in reversed(steps):
-            if array is not None:
-                pxd.check_base_bytes(entry, array)
-            array = pxd.reconstruct(update.load(entry.name), array)
+            with located(update.path):
+                if array is not None:
+                    pxd.check_base_bytes(entry, array)
+                array = pxd.reconstruct(update.load(entry.name), array)
         if array is None:
             raise KeyError(name)
         return array

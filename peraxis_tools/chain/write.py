@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 import numpy as np
 
 import peraxis_format as pxd
+from peraxis_tools.arguments import check_choice, sequence
 from peraxis_tools.blocks import count_blocks
 from peraxis_tools.chain.log import CHANGED
 from peraxis_tools.chain.opened import opened_all
@@ -21,7 +22,7 @@ from peraxis_tools.chain.order import Link, chain_order, link_of
 from peraxis_tools.chain.state import ChainState
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.plan.pairing import check_pair, tied_pairs
-from peraxis_tools.errors import CheckFailedError
+from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.kinds import execution_key
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Progress, Steps, watched
@@ -69,7 +70,7 @@ def update(
     new: str | Path,
     output: str | Path,
     *,
-    after: Sequence[str | Path] = (),
+    after: str | Path | Sequence[str | Path] = (),
     prefer: pxd.Prefer = "size",
     overwrite: bool = False,
     progress: Progress = None,
@@ -79,6 +80,8 @@ def update(
     old, new: a folder, a safetensors file or a hub id; the old state is `old` after the updates `after`. output: a
     path or a URL. progress is called with bytes of `new`. Raises ToolError, CheckpointError, PxdError.
     """
+    check_choice("prefer", prefer, get_args(pxd.Prefer))
+    after = sequence(after)
     with (
         output_file(output, overwrite=overwrite, inputs=(old, new, *after)) as target,
         open_checkpoint(old) as before,
@@ -105,7 +108,7 @@ def update(
 
 def compact(
     base: str | Path,
-    updates: Sequence[str | Path],
+    updates: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     prefer: pxd.Prefer = "size",
@@ -117,6 +120,10 @@ def compact(
     base: the checkpoint that the first of them was made on; changes are coded relative to its weights.
     Raises CheckFailedError if the results differ, ToolError, CheckpointError, PxdError.
     """
+    check_choice("prefer", prefer, get_args(pxd.Prefer))
+    updates = sequence(updates)
+    if not updates:
+        raise ToolError("pass the updates to fold")
     with (
         output_file(output, overwrite=overwrite, inputs=(base, *updates)) as target,
         open_checkpoint(base) as checkpoint,
@@ -238,8 +245,33 @@ def _prove(job: UpdateJob, writer: pxd.DeltaWriter) -> None:
         raise CheckFailedError(
             f"{job.output}: tensors were added or removed since the last update, so it cannot follow; start a new chain"
         )
+    if job.previous is None and job.result is None:
+        _refuse_ring(job.output, writer.base_digest, writer.result)
     if job.result is not None and writer.result != job.result:
         raise CheckFailedError(f"{job.output}: would result in {writer.result}, not in {job.result}")
+
+
+def _refuse_ring(output: Path, base: str, result: str | None) -> None:
+    """Refuse an update without a predecessor if other updates of its folder lead from its result back to its base.
+
+    Such updates would all follow each other, so that their order could not be known.
+    """
+    begins: dict[str, tuple[str, Path]] = {}
+    for path in output.parent.glob("*.pxd"):
+        if path.name != output.name:
+            with contextlib.suppress(pxd.PxdError, ToolError, OSError):
+                link = link_of(path)
+                begins[link.base] = (link.result, path)
+    state, through = result, None
+    for _ in range(len(begins)):
+        if state not in begins or state == base:
+            break
+        state, through = begins[state]
+    if through is not None and state == base:
+        raise CheckFailedError(
+            f"{output}: returns to an earlier state, from which {through} leads back, so the order would "
+            "not be known; pass the updates so far (--after)"
+        )
 
 
 def count_changed(old: pxd.Array, new: pxd.Array) -> int:

@@ -7,13 +7,17 @@ from pathlib import Path
 import click
 
 from peraxis_tools.apply import apply
-from peraxis_tools.commands.options import Finite, json_option, overwrite_option, quiet_option, workers_option
+from peraxis_tools.checkpoint import refuse_swapped
+from peraxis_tools.commands.options import SIZE, json_option, overwrite_option, quiet_option, workers_option
 from peraxis_tools.commands.sources import updates_of
+from peraxis_tools.errors import ToolError
 from peraxis_tools.progress import staged
 from peraxis_tools.report import emit
 from peraxis_tools.report.apply import render_apply
 
 __all__ = ["command"]
+
+_SHARD_MIN = 1_000_000
 
 
 @click.command("apply")
@@ -21,7 +25,7 @@ __all__ = ["command"]
 @click.argument("deltas", metavar="DELTA...", nargs=-1, required=True)
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option(
-    "--shard-size", default=5.0, show_default=True, type=Finite(min=0.001, max=1e6), help="The size of a shard in GB."
+    "--shard-size", default="5GB", show_default=True, type=SIZE, help="The size of a shard, 1MB or more, like 2GB."
 )
 @overwrite_option
 @workers_option
@@ -31,7 +35,7 @@ def command(
     base: str,
     deltas: tuple[str, ...],
     output: Path,
-    shard_size: float,
+    shard_size: int,
     overwrite: bool,
     workers: int | None,
     as_json: bool,
@@ -47,13 +51,16 @@ def command(
              peraxis-tools apply base updates/step-*.pxd -o step-124
              peraxis-tools apply base s3://bucket/run -o step-124
     """
+    if shard_size < _SHARD_MIN:
+        raise ToolError(f"--shard-size {shard_size}: must be 1MB or more; write it like 5GB")
+    refuse_swapped(base, deltas[0])
     with updates_of(deltas, quiet=quiet) as paths:
         result = apply(
             base,
             paths,
             output,
             overwrite=overwrite,
-            shard_bytes=int(shard_size * 1e9),
+            shard_bytes=shard_size,
             workers=workers,
             progress=staged(quiet=quiet),
         )

@@ -8,19 +8,15 @@ from typing import Any
 import click
 
 from peraxis_tools.bars import Stages
-from peraxis_tools.commands.options import json_option, masks_option, overwrite_option, quiet_option
+from peraxis_tools.commands.options import SIZE, json_option, masks_option, overwrite_option, quiet_option
 from peraxis_tools.compress import CompressOptions, compress
-from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, PREFER, RECIPES, parse_size, read_yaml
+from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, PREFER, RECIPES, read_yaml
 from peraxis_tools.compress.run.dry_run import foretell
 from peraxis_tools.report import emit
 from peraxis_tools.report.compress import plan_lines, render_compress, render_dry_run
+from peraxis_tools.text import check_texts
 
 __all__ = ["command"]
-
-
-def size(value: str) -> int:
-    """Parse bytes like 800MB, 1.2GB, 1GiB; click shows this function's name as the type."""
-    return parse_size(value)
 
 
 @click.command("compress")
@@ -51,7 +47,7 @@ def size(value: str) -> int:
     "--axis", type=click.Choice(AXES), help="The axis of the scales; auto takes the best one for each module."
 )
 @masks_option(click.INT, help="Masks for each module, 1 to 8.  [default: 1]")
-@click.option("--target-size", type=size, help="The size of the file, like 1.2GB. Masks go where they help most.")
+@click.option("--target-size", type=SIZE, help="The size of the file, like 1.2GB. Masks go where they help most.")
 @click.option("--target-ratio", type=float, help="The size as a fraction of the checkpoint: 12 means a twelfth.")
 @click.option(
     "--embeddings", type=click.Choice(EMBEDDINGS), help="How embed_tokens and lm_head are stored.  [default: auto]"
@@ -80,8 +76,8 @@ def size(value: str) -> int:
 @click.option("--seed", type=int, help="The seed of all random choices.  [default: 0]")
 @click.option("--device", help="The device, like cpu, cuda or cuda:1.  [default: cuda if there is one]")
 @click.option("--compute-dtype", type=click.Choice(("auto", "float32", "bfloat16", "float16")))
-@click.option("--hidden-limit", type=size, help="Hidden states above this size go to disk.  [default: 4GiB]")
-@click.option("--logits-limit", type=size, help="Teacher logits above this size are recomputed.  [default: 4GiB]")
+@click.option("--hidden-limit", type=SIZE, help="Hidden states above this size go to disk.  [default: 4GiB]")
+@click.option("--logits-limit", type=SIZE, help="Teacher logits above this size are recomputed.  [default: 4GiB]")
 @click.option("--resume/--no-resume", default=None, help="Continue a run that was killed.  [default: resume]")
 @click.option(
     "--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A YAML file with these options."
@@ -123,6 +119,7 @@ def command(
     values.update({name: value for name, value in given.items() if value not in (None, ())})
     options = CompressOptions.from_mapping(values)
     if dry_run:
+        check_texts((options.calibration,) if isinstance(options.calibration, str) else options.calibration or ())
         found = foretell(
             base,
             fine_tuned,

@@ -59,6 +59,9 @@ def command(
     if as_json:
         refuse_given("top", why="with --json, which holds all modules")
     against_checkpoint = not _is_delta(b)
+    if Path(a).exists() and not _is_delta(a):
+        other = "pass the delta first" if not against_checkpoint else "diff compares deltas"
+        raise ToolError(f"{a}: is a checkpoint and not a delta; {other}, like `diff delta.pxd fine-tuned --base base`")
     if against_checkpoint and base is None:
         raise ToolError(f"{b}: is a checkpoint; pass --base to compare a delta with it")
     step = staged(quiet=quiet)

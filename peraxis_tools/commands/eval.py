@@ -8,7 +8,7 @@ import click
 
 from peraxis_tools.bars import progress
 from peraxis_tools.commands.options import json_option, quiet_option, refuse_given
-from peraxis_tools.evaluate import CANDIDATES, evaluate
+from peraxis_tools.evaluate import CANDIDATES, EvaluationDType, evaluate
 from peraxis_tools.report import emit
 from peraxis_tools.report.evaluate import render_evaluate
 
@@ -94,7 +94,7 @@ def command(
     task_path: Path | None,
     seed: int,
     device: str,
-    compute_dtype: str,
+    compute_dtype: EvaluationDType,
     base_revision: str | None,
     fine_tuned_revision: str | None,
     as_json: bool,

@@ -40,14 +40,18 @@ def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
 @click.option(
     "--weights", metavar="W,W,...", callback=_numbers, help="One weight for each delta. A weight may be negative."
 )
-@masks_option(click.IntRange(1, pxd.COMPONENTS_MAX), help="Fit the sum into this many masks for each module.")
+@masks_option(click.INT, help=f"Fit the sum into this many masks for each module, 1 to {pxd.COMPONENTS_MAX}.")
 @click.option("--method", type=click.Choice(["linear", "ties", "dare"]), help="The method, with the names of mergekit.")
 @click.option("--density", default=0.5, show_default=True, type=Finite(1e-6, 1), help="The density of ties and dare.")
 @click.option(
     "--normalize/--no-normalize", default=None, help="Divide by the sum of the weights.  [default: for linear and ties]"
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="The seed of dare.")
-@click.option("--base", metavar="FOLDER|ID", help="The base, needed if inputs have different exact tensors.")
+@click.option(
+    "--base",
+    metavar="FOLDER|ID",
+    help="The base. It is needed for exact tensors, except for a sum of equal ones with weights that sum to 1.",
+)
 @click.option("--name", help="The name of the merged checkpoint.")
 @overwrite_option
 @json_option
@@ -74,7 +78,7 @@ def command(
 
     \b
     Example: peraxis-tools merge code.pxd chat.pxd --weights 0.7,0.3 -o both.pxd
-             peraxis-tools merge code.pxd chat.pxd --method ties --masks 2 -o both.pxd
+             peraxis-tools merge code.pxd chat.pxd --method ties --masks 2 --base BASE -o both.pxd
              peraxis-tools merge parts/*.pxd -o delta.pxd
     """
     step = staged(quiet=quiet)

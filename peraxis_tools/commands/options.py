@@ -13,8 +13,10 @@ from click.core import ParameterSource
 
 from peraxis_tools.errors import ToolError
 from peraxis_tools.notes import LOGGER
+from peraxis_tools.sizes import parse_size
 
 __all__ = [
+    "SIZE",
     "Finite",
     "json_option",
     "masks_option",
@@ -43,6 +45,21 @@ class Finite(click.FloatRange):
         if not math.isfinite(found):
             self.fail(f"{value} is not a finite number.", param, ctx)
         return found
+
+
+class Size(click.ParamType[int]):
+    """Bytes, like 800MB, 1.2GB or 1GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_size(value)
+        except ToolError as error:
+            self.fail(str(error), param, ctx)
+
+
+SIZE = Size()
 
 
 def _hushed(_: click.Context, __: click.Parameter, quiet: bool) -> bool:

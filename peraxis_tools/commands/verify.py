@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from peraxis_format import atomic_file
 from peraxis_tools.commands.options import (
@@ -24,14 +25,14 @@ from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs import claim_files
 from peraxis_tools.progress import staged
 from peraxis_tools.remote import is_remote
-from peraxis_tools.report import json_text, show, to_json, write
+from peraxis_tools.report import json_text, plain_text, show, to_json, write
 from peraxis_tools.report.ci import github, junit, sarif
 from peraxis_tools.report.verify import render_report
 from peraxis_tools.verify_files import Opener, Signature, VerifyReport, Wanted, verify_files
 
 __all__ = ["command"]
 
-_FILES = ("json", "junit", "sarif", "github")
+_FORMATS = ("text", "json", "junit", "sarif", "github")
 
 
 def _texts(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Mapping[str, str]:
@@ -43,8 +44,8 @@ def _texts(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Ma
 
 def _reports(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Sequence[tuple[str, Path]]:
     pairs = [value.partition("=") for value in values]
-    if not all(kind in _FILES and path for kind, _, path in pairs):
-        raise click.BadParameter(f"must be FORMAT=PATH, with {', '.join(_FILES)} for FORMAT")
+    if not all(kind in _FORMATS and path for kind, _, path in pairs):
+        raise click.BadParameter(f"must be FORMAT=PATH, with {', '.join(_FORMATS)} for FORMAT")
     return [(kind, Path(path)) for kind, _, path in pairs]
 
 
@@ -73,11 +74,11 @@ def _reports(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(["text", *_FILES]),
+    type=click.Choice(_FORMATS),
     default="text",
     show_default=True,
 )
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the report to this file.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the report of --format to this file.")
 @click.option(
     "--report",
     "reports",
@@ -116,16 +117,16 @@ def command(
 
     DELTA may be a glob, a URL, or a folder, which means every .pxd in it.
 
-    All files are checked and the report is written before the command ends. The exit code is the worst outcome: 0
-    verified, 1 failed (damaged, another base, above a bound), 2 usage, input or I/O, 3 not verifiable here (unknown
-    version, missing base, key or package).
+    All files are checked and the report is written before the command ends. The exit code is the worst outcome: 1
+    failed (damaged, another base, above a bound), else 2 (input or I/O), else 3 (not verifiable here: an unknown
+    version, a missing base, key or package), else 0 (all verified). A wrong usage is 2, before any work.
 
     \b
     Example: peraxis-tools verify delta.pxd --base meta-llama/Llama-3.1-8B
              peraxis-tools verify 'releases/*.pxd' --format github --report sarif=report.sarif
     """
-    if output is not None and kind == "text" and not as_json:
-        raise ToolError("--output needs a --format other than text")
+    if as_json and ctx.get_parameter_source("kind") is not ParameterSource.DEFAULT and kind != "json":
+        raise ToolError(f"--json and --format {kind}: give one of them; --report FORMAT=PATH writes a further report")
     if max_kl is None:
         refuse_given("texts", why="without --max-kl")
     if max_kl is None and max_error is None:
@@ -162,6 +163,7 @@ def command(
 def _opener(*, quiet: bool) -> Opener:
     @contextlib.contextmanager
     def open_file(file: str) -> Iterator[Path]:
+        _refuse_empty(file)
         with fetched([file], quiet=quiet) as (path,):
             yield path
 
@@ -169,29 +171,30 @@ def _opener(*, quiet: bool) -> Opener:
 
 
 def _expanded(patterns: tuple[str, ...]) -> list[str]:
-    """Replace folders and globs by their sorted files; an existing name is not a glob."""
+    """Replace folders and globs by their sorted files; those without one remain. An existing name is not a glob."""
     files: list[str] = []
     for pattern in patterns:
         if not is_remote(pattern) and Path(pattern).is_dir():
-            files.extend(_of_folder(Path(pattern)))
+            found = sorted(str(path) for path in Path(pattern).rglob("*.pxd") if path.is_file())
+            files.extend(found or [pattern])
             continue
         if is_remote(pattern) or Path(pattern).exists() or not glob.has_magic(pattern):
             files.append(pattern)
             continue
-        found = sorted(glob.glob(pattern, recursive=True))
-        if not found:
-            raise ToolError(f"{pattern}: matches no file")
-        files.extend(found)
+        files.extend(sorted(glob.glob(pattern, recursive=True)) or [pattern])
     return files
 
 
-def _of_folder(folder: Path) -> list[str]:
-    found = sorted(str(path) for path in folder.rglob("*.pxd") if path.is_file())
-    if not found:
+def _refuse_empty(name: str) -> None:
+    """Raise ToolError for a folder or a glob that `_expanded` found no file for."""
+    if is_remote(name):
+        return
+    if Path(name).is_dir():
         raise ToolError(
-            f"{folder}: has no .pxd; to check an applied folder, pass its delta with --base and --fine-tuned {folder}"
+            f"{name}: has no .pxd; to check an applied folder, pass its delta with --base and --fine-tuned {name}"
         )
-    return found
+    if glob.has_magic(name) and not Path(name).exists():
+        raise ToolError(f"{name}: matches no file")
 
 
 def _show(report: VerifyReport, kind: str) -> None:
@@ -209,4 +212,6 @@ def _write(report: VerifyReport, kind: str, path: Path, *, overwrite: bool) -> N
 def _rendered(report: VerifyReport, kind: str, encoding: str = "utf-8") -> str:
     if kind == "json":
         return json_text({"schema": "peraxis.verify/1", **to_json(report)}, encoding=encoding)
+    if kind == "text":
+        return plain_text(report, render_report)
     return {"junit": junit, "sarif": sarif, "github": github}[kind](report)

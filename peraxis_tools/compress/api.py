@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
+from peraxis_tools.arguments import one_name
 from peraxis_tools.compress.options import CompressOptions, OptionError
 from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.run.run import CompressResult, Progress
@@ -42,7 +43,7 @@ def compress(
     distill_lr: float | None = None, distill_sign_lr: float | None = None, distill_full_lr: float | None = None,
     distill_loss: Literal["kl", "mse"] | None = None,
     device: str | None = None, compute_dtype: ComputeDType | None = None,
-    hidden_limit: int | None = None, logits_limit: int | None = None, resume: bool | None = None,
+    hidden_limit: int | str | None = None, logits_limit: int | str | None = None, resume: bool | None = None,
     options: CompressOptions | None = None,
     base_revision: str | None = None, fine_tuned_revision: str | None = None, base_id: str | None = None,
     overwrite: bool = False, force: bool = False,
@@ -55,12 +56,12 @@ def compress(
     base, fine_tuned: a folder, a safetensors file or a hub id. The options are those of the command line and of
     CompressOptions, which explains them; None means the default, or the value of `recipe`. Pass either options by name
     or one CompressOptions as `options`. base_id: the hub id of a base that is a folder. force: write the delta even if
-    it saves little. bits: another name of masks. progress is called as progress(step, done, total); True shows bars.
-    show_plan is called once with the plan before the weights are fitted. Raises ToolError before any work if the pair
-    or the options are wrong.
+    it saves little. Sizes are bytes, or texts like 1.2GB. bits: another name of masks. progress is called as
+    progress(step, done, total); True shows bars. show_plan is called once with the plan before the weights are fitted.
+    Raises ToolError before any work if the pair or the options are wrong.
     """
     given = locals()  # the parameters and nothing else: this is the first statement
-    given["masks"] = bits if masks is None else masks
+    given["masks"] = one_name("masks", masks, "bits", bits)
     choices = {name: given[name] for name in _CHOICES if given[name] is not None}
     if options is not None and choices:
         raise OptionError(f"options: pass a CompressOptions or {', '.join(choices)} by name, not both")

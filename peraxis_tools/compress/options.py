@@ -11,6 +11,8 @@ from typing import Any, Final, Literal
 
 from peraxis_tools.errors import OptionError, first_line
 from peraxis_tools.optional import require
+from peraxis_tools.positions import DEFAULT_LENGTH
+from peraxis_tools.sizes import parse_size
 
 __all__ = [
     "AUTO",
@@ -22,7 +24,6 @@ __all__ = [
     "RECIPES",
     "CompressOptions",
     "OptionError",
-    "parse_size",
 ]
 
 FITS: Final = ("auto", "none", "closed-form", "refined", "adamw")
@@ -36,7 +37,7 @@ _LOSSES: Final = ("kl", "mse")
 # Named sets of options; a single option wins over its recipe.
 RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
     "quick": {"fit": "none"},
-    "fit": {},
+    "fit": {"fit": "refined"},
     "distilled": {"distill_samples": 150, "generated_samples": 300},
     "best": {
         "distill_samples": 550,
@@ -71,6 +72,7 @@ _OF_TEXT: Final = (
     *_OF_DISTILLATION,
 )
 _RATE_MIN: Final = 1e-9
+_SIZES: Final = ("target_size", "hidden_limit", "logits_limit")
 _NOT_CONTENT: Final = ("device", "resume", "hidden_limit", "logits_limit")
 # The types of options whose default is None.
 _KINDS_OF_NONE: Final[Mapping[str, type]] = {
@@ -79,6 +81,12 @@ _KINDS_OF_NONE: Final[Mapping[str, type]] = {
     "generated_samples": int,
     "exact": str,
     "text_column": str,
+}
+_KIND_NAMES: Final[Mapping[type, str]] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
 }
 # Former names of options; files and their digests still use them.
 _OTHER_NAMES: Final[Mapping[str, str]] = {"bits": "masks"}
@@ -123,7 +131,7 @@ class CompressOptions:
     text_column: str | None = None
     calibration_samples: int = 50
     generated_samples: int | None = None
-    sequence_length: int = 512
+    sequence_length: int = DEFAULT_LENGTH
     held_out: float = 0.2
     batch_size: int = 8
     seed: int = 0
@@ -194,7 +202,9 @@ class CompressOptions:
     def _refuse_idle(self) -> None:
         """Raise OptionError for an option that is not at its default but has no effect with the others."""
         if self.resolved_fit == "none":
-            self._refuse(_OF_TEXT, "without a fit on text" if self.fit == "auto" else f"with fit {self.fit}")
+            self._refuse(
+                (*_OF_TEXT, *_NOT_CONTENT), "without a fit on text" if self.fit == "auto" else f"with fit {self.fit}"
+            )
         if not self.distill_samples:
             self._refuse(_OF_DISTILLATION, "without distill-samples")
         if self.resolved_fit != "refined":
@@ -237,22 +247,19 @@ class CompressOptions:
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> CompressOptions:
         """Options from a mapping (YAML, JSON); `-` and `_` are equal, `recipe` names a set of RECIPES.
-        If an option is given under two names, the later one wins.
 
-        Raises OptionError for unknown keys.
+        Raises OptionError for unknown keys, and for an option that is given under two names.
         """
         known = {field.name: field for field in fields(cls)}
-        recipe = values.get("recipe", "fit")
-        if recipe not in RECIPES:
+        recipe = values.get("recipe")
+        if recipe is not None and recipe not in RECIPES:
             raise OptionError(f"recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
-        given: dict[str, Any] = dict(RECIPES[recipe])
-        for key, value in values.items():
-            if key == "recipe":
+        given: dict[str, Any] = {} if recipe is None else dict(RECIPES[recipe])
+        for name, value in _named(values).items():
+            if name == "recipe":
                 continue
-            name = str(key).replace("-", "_")
-            name = _OTHER_NAMES.get(name, name)
             if name not in known:
-                raise OptionError(f"unknown option {key!r}; known are {', '.join(sorted(map(_dashed, known)))}")
+                raise OptionError(f"unknown option {name!r}; known are {', '.join(sorted(map(_dashed, known)))}")
             given[name] = _texts(value) if name == "calibration" else _typed(name, value)
         return cls(**given)
 
@@ -275,7 +282,7 @@ class CompressOptions:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML (or JSON) file that holds one mapping. Raises OptionError otherwise."""
+    """A YAML (or JSON) file that holds one mapping, by the present names of options. Raises OptionError otherwise."""
     require(f"{path} (a configuration)", "yaml")
     import yaml
 
@@ -287,18 +294,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise OptionError(f"{path}: must have lines `option: value`, not a {type(values).__name__}")
-    return values
+    return _named(values)
 
 
-def parse_size(text: str | int) -> int:
-    """Parse bytes: `1200000`, `800KB`, `1.2GB` (powers of 1000) or `1GiB` (of 1024). Raises OptionError."""
-    if isinstance(text, int):
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", text, re.IGNORECASE)
-    if match is None:
-        raise OptionError(f"size {text!r}: write it as 800MB, 1.2GB or 1GiB")
-    power = "kmgt".index(match[2].lower()) + 1 if match[2] else 0
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+def _named(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """The values by the present names of options. Raises OptionError for an option under two names."""
+    keys: dict[str, object] = {}
+    for key in values:
+        name = str(key).replace("-", "_")
+        name = _OTHER_NAMES.get(name, name)
+        if name in keys:
+            raise OptionError(f"{key} is another name of {keys[name]}: give only one of them")
+        keys[name] = key
+    return {name: values[key] for name, key in keys.items()}
 
 
 def _dashed(name: str) -> str:
@@ -315,7 +323,7 @@ def _texts(value: Any) -> str | tuple[str, ...] | None:
 
 
 def _typed(name: str, value: Any) -> Any:
-    if name == "target_size" and isinstance(value, str):
+    if name in _SIZES and isinstance(value, str):
         return parse_size(value)
     default = CompressOptions.__dataclass_fields__[name].default
     kind: type = _KINDS_OF_NONE.get(name, type(default))
@@ -328,4 +336,4 @@ def _typed(name: str, value: Any) -> Any:
             pass
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise OptionError(f"{_dashed(name)} {value!r}: must be a {kind.__name__}")
+    raise OptionError(f"{_dashed(name)} {value!r}: must be {_KIND_NAMES[kind]}")

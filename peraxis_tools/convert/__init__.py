@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import peraxis_format as pxd
+from peraxis_tools.arguments import check_choice, check_least, sequence
 from peraxis_tools.chain.write import UpdateResult
 from peraxis_tools.convert.layouts import LAYOUTS, Layout
 from peraxis_tools.convert.lora import LeftOut, LoraModule, LoraResult, to_lora
@@ -45,7 +46,7 @@ def convert(
     name: str | None = None,
     rank: int | None = None,
     max_error: float | None = None,
-    after: Sequence[str | Path] = (),
+    after: str | Path | Sequence[str | Path] = (),
     prefer: pxd.Prefer = "size",
     overwrite: bool = False,
     progress: Progress = None,
@@ -57,6 +58,15 @@ def convert(
     name needs `base` and takes `after`, as `to_wire` does. For a whole checkpoint call `apply`. progress is called with
     each number of bytes done. Raises ToolError, CheckpointError, PxdError, OSError.
     """
+    check_choice("to", to, ("pxd", "lora", *WIRES))
+    check_choice("prefer", prefer, get_args(pxd.Prefer))
+    if layout is not None:
+        check_choice("layout", layout, (*LAYOUTS, *WIRES))
+    if axis is not None:
+        check_choice("axis", axis, ("row", "col"))
+    check_least("rank", rank, 1)
+    if max_error is not None and not 0.0 < max_error < 1.0:
+        raise ToolError(f"max_error {max_error}: must be above 0 and below 1")
     if to == "lora":
         return to_lora(
             source, output, rank=rank, max_error=max_error, base=base, overwrite=overwrite, progress=progress
@@ -64,7 +74,7 @@ def convert(
     if base is None:
         raise ToolError(f"{source}: pass base, the checkpoint that this delta is for")
     if to != "pxd":
-        return to_wire(source, base, output, wire=to, after=after, overwrite=overwrite, progress=progress)
+        return to_wire(source, base, output, wire=to, after=sequence(after), overwrite=overwrite, progress=progress)
     wire = recognised(Path(source)) if layout is None else next((item for item in WIRES if item == layout), None)
     if wire is not None:
         return from_wire(
@@ -72,7 +82,7 @@ def convert(
             base,
             output,
             wire=wire,
-            after=after,
+            after=sequence(after),
             name=name,
             prefer=prefer,
             overwrite=overwrite,

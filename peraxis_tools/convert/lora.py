@@ -3,8 +3,9 @@
     D ~ B A      B [d_out, r] = U_r sqrt(S_r)      A [r, d_in] = sqrt(S_r) V_r^T      error = ||D - B A|| / ||D||
 
 A matrix of signs has a nearly flat spectrum, so a small rank approximates it poorly; the report has the error of each
-module. Exact tensors (norms, exact embeddings) are stored whole through `modules_to_save`, biases through `bias`.
-Factors are F32. routes.py decides for each tensor.
+module. Tensors with the encoding `full` (norms, embeddings) are stored whole through `modules_to_save`, biases through
+`bias`. Exact updates need the base: matrices are decomposed, and other tensors are stored whole. Factors are F32.
+routes.py decides for each tensor.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ import numpy as np
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.convert.experts import ExpertFactors, fused_factors, wrapper_keys
-from peraxis_tools.convert.lowrank import low_rank, whole_spectrum
+from peraxis_tools.convert.lowrank import DenseRows, ExactRows, low_rank, whole_spectrum
 from peraxis_tools.convert.routes import Route, RouteKind, routes_of
-from peraxis_tools.convert.targets import LayerKind, Place, Targets, targets_by_model, targets_by_name
+from peraxis_tools.convert.targets import LayerKind, Place, targets_of
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
-from peraxis_tools.factors import ComponentSum, module_sum
+from peraxis_tools.factors import module_sum
 from peraxis_tools.folders import atomic_folder
-from peraxis_tools.kinds import kind_of
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_folder
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rebuild import rebuild
-from peraxis_tools.rows import delta_rows, row_blocks
+from peraxis_tools.rows import base_rows, delta_rows, row_blocks
 from peraxis_tools.tensor_files import save_tensors
+from peraxis_tools.unpacked import has_exact, unpacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,12 +127,15 @@ def to_lora(
     output = Path(output)
     with ExitStack() as stack:
         stack.enter_context(claim_folder(output, overwrite=overwrite, inputs=(path, base)))
-        delta = stack.enter_context(pxd.open(path))
-        refuse_part(delta.manifest, path)
+        opened = stack.enter_context(pxd.open(path))
+        refuse_part(opened.manifest, path)
+        if base is None and has_exact(opened.manifest):
+            raise ToolError(f"{path}: has exact updates, whose deltas need the base; pass the base (--base)")
         checkpoint = None if base is None else stack.enter_context(open_checkpoint(base))
         if checkpoint is not None:
-            pxd.check_base_names(delta.manifest, checkpoint.tensors)
-        targets = _targets(delta, checkpoint)
+            pxd.check_base(opened.manifest, checkpoint.tensors)
+        delta = unpacked(opened, None if checkpoint is None else checkpoint.tensors)
+        targets = targets_of(delta, checkpoint)
         entries = {entry.name: entry for entry in delta.manifest.modules}
         held = () if checkpoint is None else checkpoint.tensors
         adapter = _Adapter(delta, checkpoint, routes_of(entries, targets, held))
@@ -168,33 +172,6 @@ def _save(adapter: _Adapter, output: Path, config: Mapping[str, Any], *, overwri
         shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")
 
 
-def _targets(delta: pxd.DeltaFile, base: Checkpoint | None) -> Targets:
-    """The targets by the model of the delta's configuration, or of the base's; else by names."""
-    names = [entry.name for entry in delta.manifest.modules]
-    config = _configuration(delta, base)
-    found = None if config is None else targets_by_model(config, names)
-    if found is not None and found.places:
-        return found
-    shapes = {entry.name: entry.shape for entry in delta.manifest.modules}
-    tied = {name for name, _ in delta.manifest.tied}
-    kinds = {name: kind_of(name, shape) for name, shape in shapes.items()}
-    if config is not None and config.get("tie_word_embeddings") and "lm_head" not in kinds.values():
-        tied |= {name for name, kind in kinds.items() if kind == "embedding"}
-    return targets_by_name(shapes, tied)
-
-
-def _configuration(delta: pxd.DeltaFile, base: Checkpoint | None) -> Mapping[str, Any] | None:
-    config: Any = None
-    if any(asset.path == "config.json" for asset in delta.manifest.assets):
-        try:
-            config = json.loads(delta.asset("config.json"))
-        except (ValueError, RecursionError):
-            config = None
-    elif base is not None and base.folder is not None and (base.folder / "config.json").is_file():
-        config = base.config()
-    return config if isinstance(config, dict) else None
-
-
 def _add(adapter: _Adapter, entry: pxd.ModuleEntry, rank: int | None, max_error: float | None) -> None:
     """Add one changed module to the adapter, or count it as lost."""
     route = adapter.routes[entry.name]
@@ -207,7 +184,7 @@ def _add(adapter: _Adapter, entry: pxd.ModuleEntry, rank: int | None, max_error:
         adapter.square_norm += lost or 0.0
         return
     if route.kind is RouteKind.ADAPT:
-        _decompose(adapter, entry, place, module_sum(adapter.delta.load(entry.name)), rank, max_error)
+        _decompose(adapter, entry, place, _matrix(adapter, entry), rank, max_error)
         return
     adapter.square_norm += _square(adapter, entry) or 0.0
     if route.kind is RouteKind.WHOLE:
@@ -224,6 +201,14 @@ def _add(adapter: _Adapter, entry: pxd.ModuleEntry, rank: int | None, max_error:
     adapted = any(r.kind is RouteKind.ADAPT and r.place and r.place.layer == layer for r in _routes(adapter))
     adapter.biases.append(entry.name)
     adapter.tensors[f"{_PREFIX}{layer}.{'base_layer.' if adapted else ''}bias"] = _tensor(adapter, entry.name)
+
+
+def _matrix(adapter: _Adapter, entry: pxd.ModuleEntry) -> DenseRows:
+    """The delta of a matrix by rows: its components, or the difference of an exact update and the base."""
+    module = adapter.delta.load(entry.name)
+    if entry.encoding is not pxd.Encoding.EXACT or adapter.base is None:
+        return module_sum(module)
+    return ExactRows(module, base_rows(adapter.base.tensors, entry))
 
 
 def _routes(adapter: _Adapter) -> Collection[Route]:
@@ -249,12 +234,15 @@ def _square(adapter: _Adapter, entry: pxd.ModuleEntry) -> float | None:
         blocks = (delta_rows(module, rows, None) for rows in row_blocks(module.covered))
         return math.fsum(float(np.square(block, dtype=np.float64).sum()) for block in blocks)
     bound = entry.base is not None and entry.base.shape == entry.shape
-    if entry.encoding is not pxd.Encoding.FULL or not bound or adapter.base is None or entry.base is None:
+    stored = entry.encoding in (pxd.Encoding.FULL, pxd.Encoding.EXACT)
+    if not stored or not bound or adapter.base is None or entry.base is None:
         return None
     if not (entry.dtype.is_float and entry.base.dtype.is_float):
         return None
     full = pxd.to_float32(np.array(adapter.delta.load(entry.name).full), entry.dtype)
-    before = pxd.to_float32(adapter.base.tensors.read(entry.name), entry.base.dtype)
+    array = adapter.base.tensors.read(entry.name)
+    pxd.check_base_bytes(entry, array)
+    before = pxd.to_float32(array, entry.base.dtype)
     return float(np.square(full - before, dtype=np.float64).sum())
 
 
@@ -262,7 +250,7 @@ def _decompose(
     adapter: _Adapter,
     entry: pxd.ModuleEntry,
     place: Place,
-    terms: ComponentSum,
+    terms: DenseRows,
     rank: int | None,
     max_error: float | None,
 ) -> None:

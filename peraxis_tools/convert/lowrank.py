@@ -11,21 +11,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from peraxis_tools.factors import ComponentSum
-from peraxis_tools.rows import row_blocks
+import peraxis_format as pxd
+from peraxis_tools.rows import BaseRows, delta_rows, row_blocks
 
-__all__ = ["LowRank", "low_rank", "whole_spectrum"]
+__all__ = ["DenseRows", "ExactRows", "LowRank", "low_rank", "whole_spectrum"]
 
 _BLOCK_ELEMENTS: Final = 1 << 22  # large enough for a threaded matrix product
 _EXTRA: Final = 16
 _ITERATIONS: Final = 4
 _SEED: Final = 0  # fixed, so that equal deltas give equal factors
 _MEASURED_BELOW: Final = 1e-2  # share of the square norm; binary32 products have errors of 1e-6
+
+
+class DenseRows(Protocol):
+    """The delta of a matrix, which is read by rows. factors.ComponentSum is one."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[d_out, d_in]."""
+
+    def dense(self, rows: slice, *, threads: int | None = 1) -> NDArray[np.float32]:
+        """The delta of these rows, [rows, d_in]."""
+
+
+class ExactRows:
+    """The delta of a matrix that is stored exactly: the tensor minus the base."""
+
+    def __init__(self, module: pxd.ModuleDelta, base: BaseRows) -> None:
+        self.shape = (module.covered[-2], module.covered[-1])
+        self._module = module
+        self._base = base
+
+    def dense(self, rows: slice, *, threads: int | None = 1) -> NDArray[np.float32]:
+        """The delta of these rows, [rows, d_in]. The number of threads is not used."""
+        return delta_rows(self._module, rows, self._base)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +62,7 @@ class LowRank:
     square_error: float
 
 
-def low_rank(terms: ComponentSum, rank: int) -> LowRank:
+def low_rank(terms: DenseRows, rank: int) -> LowRank:
     """Nearly the best factors of this rank, from five passes; rank + 16 is at most the smaller dimension."""
     d_out, d_in = terms.shape
     basis = np.random.default_rng(_SEED).standard_normal((d_in, min(d_in, rank + _EXTRA)), np.float32)
@@ -65,7 +89,7 @@ def low_rank(terms: ComponentSum, rank: int) -> LowRank:
     return LowRank(left=left, right=right, square_norm=square, square_error=error)
 
 
-def whole_spectrum(terms: ComponentSum, rank: int | None, max_error: float | None) -> LowRank:
+def whole_spectrum(terms: DenseRows, rank: int | None, max_error: float | None) -> LowRank:
     """Factors from all singular values of the dense matrix: for a large rank, or a rank that max_error determines."""
     import torch
 
@@ -87,6 +111,6 @@ def _square(block: NDArray[np.float32]) -> float:
     return float(np.square(block, dtype=np.float64).sum())
 
 
-def _blocks(terms: ComponentSum) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+def _blocks(terms: DenseRows) -> Iterator[tuple[slice, NDArray[np.float32]]]:
     for rows in row_blocks(terms.shape, elements=_BLOCK_ELEMENTS):
         yield rows, terms.dense(rows, threads=None)

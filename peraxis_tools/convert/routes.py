@@ -72,9 +72,13 @@ def _alone(entry: pxd.ModuleEntry, place: Place | None) -> Route:
         return leave(_FUSED)
     if place.tied:
         return leave(_TIED)
-    if entry.encoding is pxd.Encoding.FULL and place.kind is LayerKind.EXPERTS:
+    # The delta of an exact update is known with the base, so a matrix can have factors.
+    whole = entry.encoding is pxd.Encoding.FULL or (
+        entry.encoding is pxd.Encoding.EXACT and (len(entry.shape) != 2 or place.kind is LayerKind.OTHER)
+    )
+    if whole and place.kind is LayerKind.EXPERTS:
         return leave("is an exact part of fused experts, which can only have low-rank factors")
-    if entry.encoding is pxd.Encoding.FULL:
+    if whole:
         if entry.base is None or entry.base.shape != entry.shape:
             return leave("has another shape than in the base, or is new")
         if place.parameter == "bias":
@@ -83,7 +87,7 @@ def _alone(entry: pxd.ModuleEntry, place: Place | None) -> Route:
     if entry.parts()[-1][0] == "tail":
         return leave("has more rows than in the base")
     if len(entry.shape) != 2:
-        return leave("is a stack of matrices")
+        return leave("is a stack of matrices" if len(entry.shape) > 2 else "is not a matrix")
     if place.kind is LayerKind.EXPERTS:
         return Route(kind=RouteKind.ADAPT, place=place)
     if place.kind is LayerKind.OTHER or place.parameter != "weight":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import json
 import re
 import warnings
 from collections.abc import Hashable, Iterable, Mapping
@@ -16,6 +17,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, cast
 
+import peraxis_format as pxd
+from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.kinds import kind_of
 from peraxis_tools.quiet import quiet_transformers
 
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
     from peraxis_tools.parameter_names import ParameterSlice
 
-__all__ = ["LayerKind", "Place", "Targets", "targets_by_model", "targets_by_name"]
+__all__ = ["LayerKind", "Place", "Targets", "targets_by_model", "targets_by_name", "targets_of"]
 
 
 class LayerKind(Enum):
@@ -70,6 +73,33 @@ class Targets:
     places: Mapping[str, Place]
     task: str | None
     modules: frozenset[str] = frozenset()
+
+
+def targets_of(delta: pxd.DeltaFile, base: Checkpoint | None) -> Targets:
+    """The targets by the model of the delta's configuration, or of the base's; else by names."""
+    names = [entry.name for entry in delta.manifest.modules]
+    config = _configuration(delta, base)
+    found = None if config is None else targets_by_model(config, names)
+    if found is not None and found.places:
+        return found
+    shapes = {entry.name: entry.shape for entry in delta.manifest.modules}
+    tied = {name for name, _ in delta.manifest.tied}
+    kinds = {name: kind_of(name, shape) for name, shape in shapes.items()}
+    if config is not None and config.get("tie_word_embeddings") and "lm_head" not in kinds.values():
+        tied |= {name for name, kind in kinds.items() if kind == "embedding"}
+    return targets_by_name(shapes, tied)
+
+
+def _configuration(delta: pxd.DeltaFile, base: Checkpoint | None) -> Mapping[str, Any] | None:
+    config: Any = None
+    if any(asset.path == "config.json" for asset in delta.manifest.assets):
+        try:
+            config = json.loads(delta.asset("config.json"))
+        except (ValueError, RecursionError):
+            config = None
+    elif base is not None and base.folder is not None and (base.folder / "config.json").is_file():
+        config = base.config()
+    return config if isinstance(config, dict) else None
 
 
 def targets_by_name(shapes: Mapping[str, tuple[int, ...]], tied: Iterable[str]) -> Targets:

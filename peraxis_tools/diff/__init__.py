@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 import peraxis_format as pxd
+from peraxis_tools.arguments import check_workers
 from peraxis_tools.checkpoint import open_checkpoint
 from peraxis_tools.diff.checkpoint import compare_with_checkpoint
 from peraxis_tools.diff.manifests import manifest_changes
@@ -39,10 +40,11 @@ def diff(
 ) -> DiffResult:
     """Compare two deltas made for one base.
 
-    base: the checkpoint of the base. It is needed only for exact tensors. Its dtypes and shapes are
-    checked; its bytes are not (`verify --base` checks them). progress: called with numbers of payload bytes of A, or
-    True for a bar. Raises CheckFailedError if the bases differ, PxdError, CheckpointError, OSError.
+    base: the checkpoint of the base. It is needed only for exact tensors, and it is checked. progress: called with
+    numbers of payload bytes of A, or True for a bar. Raises CheckFailedError if the bases differ, PxdError,
+    CheckpointError, OSError.
     """
+    check_workers(workers)
     with ExitStack() as stack:
         tensors = None if base is None else stack.enter_context(open_checkpoint(base)).tensors
         file_a, file_b = (unpacked(stack.enter_context(pxd.open(path)), tensors) for path in (a, b))
@@ -76,6 +78,7 @@ def diff_checkpoint(
 
     Raises CheckFailedError, PxdError, CheckpointError, OSError.
     """
+    check_workers(workers)
     with (
         pxd.open(a) as opened,
         open_checkpoint(base) as before,

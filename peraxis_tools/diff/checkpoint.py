@@ -36,9 +36,11 @@ def compare_with_checkpoint(
 ) -> ModuleDiff:
     """Compare one module with the fine-tuned tensor of its name. The caller has checked the base's names and shapes.
 
-    relative is to the checkpoint's own delta (norm_b). Raises PayloadError.
+    relative is to the checkpoint's own delta (norm_b). Raises PayloadError, BindingError (E404).
     """
     entry, found = delta.entry(name), fine_tuned[name]
+    if entry.base is not None:
+        pxd.check_base_digest(entry, base.sha256(name))
     changes = tuple(
         f"{what} {a} -> {b}"
         for what, a, b in (

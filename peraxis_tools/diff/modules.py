@@ -50,11 +50,12 @@ def _axes(entry: pxd.ModuleEntry) -> str:
 def compare_modules(a: pxd.DeltaFile, b: pxd.DeltaFile, name: str, base: BaseRows | None) -> ModuleDiff:
     """Compare one module that both files have, on the same base tensor.
 
-    The digests of payloads are checked; payloads that are equal are read from A alone. Raises PayloadError.
+    The digests of both payloads are checked. Raises PayloadError.
     """
     entry_a, entry_b = a.entry(name), b.entry(name)
     if entry_a == entry_b:
         a.check(name)
+        b.check(name)
         return _identical(a, name, base)
     measure = _measure(a, b, name, base)
     found = measure.moments

@@ -1,6 +1,6 @@
 """The verb eval: the fidelity of a delta to its fine-tuned checkpoint, on text and on tasks."""
 
-from peraxis_tools.evaluate.run import evaluate, worst_kl
+from peraxis_tools.evaluate.run import EvaluationDType, evaluate, worst_kl
 from peraxis_tools.evaluate.types import (
     CANDIDATES,
     DomainResult,
@@ -12,6 +12,7 @@ from peraxis_tools.evaluate.types import (
 
 __all__ = [
     "CANDIDATES",
+    "EvaluationDType",
     "DomainResult",
     "EvaluateResult",
     "Fidelity",

@@ -11,6 +11,7 @@ from peraxis_tools import environment
 from peraxis_tools.checkpoint import open_checkpoint
 from peraxis_tools.errors import ToolError
 from peraxis_tools.load import load_model
+from peraxis_tools.positions import checked_length
 
 if TYPE_CHECKING:
     import torch
@@ -90,10 +91,11 @@ def _put(model: PreTrainedModel, name: str, weight: torch.Tensor) -> None:
         parameter[: weight.shape[0]].copy_(weight)
 
 
-def check_model(source: str | Path, *, revision: str | None = None) -> None:
-    """Raise ToolError for a checkpoint without a causal language model."""
+def check_model(source: str | Path, *, length: int, revision: str | None = None) -> int:
+    """The number of tokens in a sample (positions.py). Raises ToolError without a causal language model."""
     config = environment.load_config(_folder(source, revision))
     environment.check_causal(config, str(source), remedy="eval compares next-token distributions; use diff or verify")
+    return checked_length(config.to_dict(), length, str(source))
 
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:

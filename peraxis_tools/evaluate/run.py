@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import peraxis_format as pxd
+from peraxis_tools.arguments import check_choice, check_least, check_mapping, sequence
+from peraxis_tools.checkpoint import refuse_swapped
 from peraxis_tools.errors import ToolError
 from peraxis_tools.evaluate.types import (
     CANDIDATES,
@@ -20,7 +22,9 @@ from peraxis_tools.evaluate.types import (
     recovered_fraction,
 )
 from peraxis_tools.optional import require
+from peraxis_tools.positions import DEFAULT_LENGTH
 from peraxis_tools.progress import Staged, watched_stages
+from peraxis_tools.text import check_texts
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "evaluate", "worst_kl"]
 
 Progress = Staged
+EvaluationDType: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 
 def evaluate(
@@ -38,16 +43,16 @@ def evaluate(
     delta: str | Path,
     texts: Mapping[str, str | Path],
     *,
-    sequence_length: int = 512,
+    sequence_length: int = DEFAULT_LENGTH,
     samples: int = 50,
     batch_size: int = 8,
     seed: int = 0,
     device: str = "auto",
-    compute_dtype: str = "float32",
+    compute_dtype: EvaluationDType = "float32",
     candidates: Sequence[str] = CANDIDATES,
     tasks: Sequence[str] = (),
     task_limit: int | None = None,
-    task_path: Path | None = None,
+    task_path: str | Path | None = None,
     text_column: str | None = None,
     base_revision: str | None = None,
     fine_tuned_revision: str | None = None,
@@ -61,7 +66,16 @@ def evaluate(
     task_limit questions each. task_path: a folder with further task definitions. progress: called with (stage, done,
     total), or True for bars. Raises ToolError, PxdError, CheckpointError.
     """
+    candidates, tasks = sequence(candidates), sequence(tasks)
+    task_path = None if task_path is None else Path(task_path)
     _check_asked(texts, tasks, candidates)
+    check_choice("compute_dtype", compute_dtype, get_args(EvaluationDType))
+    check_least("sequence_length", sequence_length, 2)
+    for name, value in (("samples", samples), ("batch_size", batch_size), ("task_limit", task_limit)):
+        check_least(name, value, 1)
+    check_least("seed", seed, 0)
+    refuse_swapped(fine_tuned, delta)
+    refuse_swapped(base, delta)
     require("an evaluation", "torch", "transformers", "datasets", extra="compress")
     if tasks:
         require("--tasks", "lm_eval")
@@ -79,7 +93,7 @@ def evaluate(
             base_revision=base_revision,
             fine_tuned_revision=fine_tuned_revision,
         )
-        check_model(fine_tuned, revision=fine_tuned_revision)
+        sequence_length = check_model(fine_tuned, length=sequence_length, revision=fine_tuned_revision)
         tokenizer = load_tokenizer(fine_tuned, revision=fine_tuned_revision)
         sampled = {
             domain: _samples(source, tokenizer, samples, sequence_length, seed, text_column)
@@ -99,9 +113,11 @@ def evaluate(
 
 
 def _check_asked(texts: Mapping[str, str | Path], tasks: Sequence[str], candidates: Sequence[str]) -> None:
+    check_mapping("texts", texts, "{'chat': 'held-out.jsonl'}")
     unknown = sorted(set(candidates) - set(CANDIDATES))
     if unknown:
-        raise ToolError(f"candidate {unknown[0]}: choose from {', '.join(CANDIDATES)}")
+        raise ToolError(f"candidates {unknown[0]!r}: choose from {', '.join(CANDIDATES)}")
+    check_texts(texts.values())
     if not texts and not tasks:
         raise ToolError("nothing to evaluate on: give a text (--text domain=file) or tasks (--tasks)")
 

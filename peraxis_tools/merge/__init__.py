@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import peraxis_format as pxd
+from peraxis_tools.arguments import one_name, sequence
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.delta_parts import PART_KEY, is_part, join_parts, part_metadata, refuse_part, split
 from peraxis_tools.errors import CheckFailedError, ToolError
@@ -44,6 +45,7 @@ __all__ = [
 
 # Beyond these, products with scales leave the range of F16 and exponent.
 _WEIGHT_MIN, _WEIGHT_MAX = 1e-6, 1e6
+_SUM_MIN: Final = 1e-8  # as in Mixture.effective
 _AHEAD_BYTES: Final = 128 << 20
 _INPUTS_KEY: Final = "peraxis.inputs"
 _MERGE_KEY: Final = "peraxis.merge"
@@ -76,7 +78,7 @@ class MergeResult:
 
 
 def merge_parts(
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     overwrite: bool = False,
@@ -84,10 +86,11 @@ def merge_parts(
 ) -> MergeResult:
     """Join the parts of one delta into the file that was split. Raises ToolError, PxdError."""
     output = Path(output)
-    with claim_file(output, overwrite=overwrite, inputs=paths):
-        manifest, inputs, size = join_parts(
-            [Path(path) for path in paths], output, overwrite=overwrite, progress=progress
-        )
+    files = [Path(path) for path in sequence(paths)]
+    if not files:
+        raise ToolError("pass the parts to join")
+    with claim_file(output, overwrite=overwrite, inputs=files):
+        manifest, inputs, size = join_parts(files, output, overwrite=overwrite, progress=progress)
     modules = tuple(
         MergedModule(name=m.name, encoding=m.encoding.value, components=len(m.components)) for m in manifest.modules
     )
@@ -96,10 +99,10 @@ def merge_parts(
 
 
 def merge(
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
-    weights: Sequence[float],
+    weights: float | Sequence[float],
     mixture: Mixture | None = None,
     masks: int | None = None,
     bits: int | None = None,
@@ -112,14 +115,18 @@ def merge(
 
     weights: one for each path. masks: the number of masks of a module in the result (`bits` is another name). None
     keeps all components of a weighted sum; for `ties` and `dare` it means the sum of the inputs' masks, at most 8.
-    base: the checkpoint of the base, needed if inputs have different exact tensors. name: the name of the merged
-    checkpoint. progress: called with numbers of payload bytes of the inputs, or True for a bar. Raises CheckFailedError
-    for different bases, ToolError, PxdError, CheckpointError.
+    base: the checkpoint of the base. It is needed for exact tensors, except for a sum of equal ones with weights that
+    sum to 1. name: the name of the merged checkpoint. progress: called with numbers of payload bytes of the inputs, or
+    True for a bar. Raises CheckFailedError for different bases, ToolError, PxdError, CheckpointError.
     """
     mixture = mixture or Mixture()
-    masks = bits if masks is None else masks
+    masks = one_name("masks", masks, "bits", bits)
+    if masks is not None and not 1 <= masks <= pxd.COMPONENTS_MAX:
+        raise ToolError(f"masks {masks}: must be 1 to {pxd.COMPONENTS_MAX}")
     output = Path(output)
-    _check_weights(paths, weights)
+    paths = sequence(paths)
+    weights = [weights] if isinstance(weights, int | float) else list(weights)
+    _check_weights(paths, weights, mixture)
     with ExitStack() as stack:
         stack.enter_context(claim_file(output, overwrite=overwrite, inputs=(*paths, base)))
         opened = [stack.enter_context(pxd.open(path)) for path in paths]
@@ -172,12 +179,18 @@ def _result(
     )
 
 
-def _check_weights(paths: Sequence[str | Path], weights: Sequence[float]) -> None:
+def _check_weights(paths: Sequence[str | Path], weights: Sequence[float], mixture: Mixture) -> None:
+    if not paths:
+        raise ToolError("pass the deltas to merge")
     if len(weights) != len(paths):
         raise ToolError(f"{len(weights)} weights for {len(paths)} deltas; pass one for each")
     odd = [weight for weight in weights if not (weight == 0 or _WEIGHT_MIN <= abs(weight) <= _WEIGHT_MAX)]
     if odd:
         raise ToolError(f"weight {odd[0]:g}: must be 0, or {_WEIGHT_MIN:g} to {_WEIGHT_MAX:g} in magnitude")
+    if mixture.normalized and mixture.method != "ties" and abs(math.fsum(weights)) <= _SUM_MIN:
+        # `ties` divides by the weights of the elected sign alone, whose sum is not 0.
+        shown = ", ".join(f"{weight:g}" for weight in weights)
+        raise ToolError(f"weights {shown}: their sum is 0, so they cannot be normalised (normalize, --normalize)")
 
 
 def _masks(file: pxd.DeltaFile) -> int:

@@ -17,11 +17,13 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from peraxis_tools.arguments import check_choice, check_least
+from peraxis_tools.errors import OptionError
 from peraxis_tools.ops.merge_rows import HALF, elect, histogram, keep_some
 
 __all__ = ["Magnitudes", "Method", "Mixer", "Mixture", "make_mixer", "threshold"]
@@ -33,12 +35,21 @@ _NORMALISED: Final[dict[str, bool]] = {"sum": False, "linear": True, "ties": Tru
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """A merge method. `sum` is the plain weighted sum. normalize: None takes the default of the method."""
+    """A merge method. `sum` is the plain weighted sum. normalize: None takes the default of the method.
+
+    Raises ToolError for a value that is not allowed.
+    """
 
     method: Method = "sum"
     density: float = 0.5
     normalize: bool | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, get_args(Method))
+        check_least("seed", self.seed, 0)
+        if not 0.0 < self.density <= 1.0:
+            raise OptionError(f"density {self.density}: must be above 0 and at most 1")
 
     @property
     def normalized(self) -> bool:

@@ -57,8 +57,8 @@ def render_compress(result: CompressResult, console: Console) -> None:
     axes = ", ".join(f"{axis} {count}" for axis, count in result.axes.items()) or "none"
     console.print(
         f"modules  {result.signed} with signs, {result.unchanged} as in the base, "
-        f"{result.modules - result.signed - result.unchanged} exact"
-        f"{f', {result.exact} of them as updates' if result.exact else ''}; axes: {axes}"
+        f"{result.exact} exact"
+        f"{f', {result.exact_updates} of them as updates' if result.exact_updates else ''}; axes: {axes}"
     )
     if result.exact_blocks:
         console.print(f"blocks   {blocks_text(result.exact_blocks, result.prefer)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import logging
 import sys
@@ -27,6 +28,7 @@ __all__ = [
     "emit",
     "hub_progress",
     "json_text",
+    "plain_text",
     "print_error",
     "print_note",
     "print_notes",
@@ -98,6 +100,13 @@ def show(result: R, render: Callable[[R, Console], None]) -> None:
     """Print a result as text."""
     with _standard_output():
         render(result, Console(highlight=False, soft_wrap=True))
+
+
+def plain_text(result: R, render: Callable[[R, Console], None]) -> str:
+    """The text of a result for a file: without colours, and with lines of any length."""
+    lines = io.StringIO()
+    render(result, Console(file=lines, highlight=False, soft_wrap=True, color_system=None, width=120))
+    return lines.getvalue()
 
 
 def write(rendered: str) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
+from peraxis_tools.delta_parts import part_of
 from peraxis_tools.inspection import InspectResult, ModuleLine
 from peraxis_tools.kinds import axes_text
 from peraxis_tools.report.console import size, text
@@ -51,6 +52,9 @@ def _summary(result: InspectResult, console: Console) -> None:
         f"[bold green]{result.ratio:.1f} times smaller[/]"
     )
     console.print(f"             assets {size(result.asset_bytes)}, header and alignment {size(result.overhead_bytes)}")
+    part = part_of(manifest, result.file)
+    if part is not None:
+        console.print(f"part         {part}; join the parts with `peraxis-tools merge`")
     calibration = manifest.calibration
     if calibration is None:
         console.print("calibration  none")

@@ -42,12 +42,14 @@ def _verdict(verdict: FileVerdict, console: Console) -> None:
     console.print(f"{_STYLES[verdict.status]}  {text(verdict.file)}")
     if verdict.content_id is not None:
         console.print(f"  {text(verdict.content_id)}")
+    width = max((len(check.status.value) for check in verdict.checks), default=0)
+    indent = " " * (2 + 11 + 1 + width + 2)
     for check in verdict.checks:
         found = f"{check.code} {check.message}" if check.code else check.message
-        console.print(f"  {check.name:<11} {check.status.value:<7} {text(found or '')}")
+        console.print(f"  {check.name:<11} {check.status.value:<{width}}  {text(found or '')}")
         places = (check.field, None if check.offset is None else f"offset {check.offset}")
         where = [place for place in places if place is not None]
         if where:
-            console.print(f"{'':<22}at {text(', '.join(where))} (SPEC {check.clause})")
+            console.print(f"{indent}at {text(', '.join(where))} (SPEC {check.clause})")
         if check.remedy is not None:
-            console.print(f"{'':<22}{text(check.remedy)}")
+            console.print(f"{indent}{text(check.remedy)}")

@@ -21,24 +21,25 @@ from tests.engines.jobs import ENVIRONMENT
 
 __all__ = ["Server", "family_of", "serve", "together"]
 
-_START_SECONDS = 300
+_START_SECONDS = 900
+_ANSWER_SECONDS = 900
+KEY = "key-of-the-tests"
 
 
 class Server:
-    """Requests to one server. Each returns (status, parsed body)."""
+    """Requests to one server, with its key. Each answers (status, parsed body)."""
 
     def __init__(self, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
         self.url = f"http://127.0.0.1:{port}"
         self.process = process
         self.log = log
 
     def request(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         data = None if body is None else json.dumps(body).encode()
-        asked = urllib.request.Request(
-            self.url + path, data=data, method=method, headers={"Content-Type": "application/json"}
-        )
+        asked = urllib.request.Request(self.url + path, data=data, method=method, headers=self.headers)
         try:
-            with urllib.request.urlopen(asked, timeout=90) as answer:
+            with urllib.request.urlopen(asked, timeout=_ANSWER_SECONDS) as answer:
                 return answer.status, _parsed(answer.read())
         except urllib.error.HTTPError as error:
             return error.code, _parsed(error.read())
@@ -52,8 +53,8 @@ class Server:
     def stream(self, path: str, body: Any) -> Iterator[Any]:
         """Yield the events of a streamed answer as they arrive."""
         data = json.dumps(body | {"stream": True}).encode()
-        asked = urllib.request.Request(self.url + path, data=data, headers={"Content-Type": "application/json"})
-        with urllib.request.urlopen(asked, timeout=90) as answer:
+        asked = urllib.request.Request(self.url + path, data=data, headers=self.headers)
+        with urllib.request.urlopen(asked, timeout=_ANSWER_SECONDS) as answer:
             for line in answer:
                 data = line.decode().removeprefix("data:").strip()
                 if data and data != "[DONE]":
@@ -116,7 +117,8 @@ def serve(model: str, *arguments: str, log: Path, environment: Mapping[str, str]
         port = free.getsockname()[1]
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "base"),
-        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--enforce-eager", "--seed", "0"),
+        *("--host", "127.0.0.1", "--port", str(port), "--api-key", KEY),
+        *("--dtype", "bfloat16", "--enforce-eager", "--seed", "0"),
         *("--max-model-len", "256", "--max-num-seqs", "32", "--kv-cache-memory-bytes", str(64 << 20)),
         *arguments,
     ]

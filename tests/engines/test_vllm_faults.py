@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from peraxis_format.engines.vllm.permitted import ROOT_VARIABLE
 from tests.engines.jobs import PROMPTS, WORKER, run_jobs
 from tests.engines.pair import make_delta
 from tests.engines.server import Server, family_of, serve, together
@@ -37,6 +38,8 @@ def deltas(untied: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
     paths["damaged"] = folder / "damaged.pxd"
     paths["damaged"].write_bytes(flipped(paths["v2"].read_bytes()))
     paths["alien"] = make_delta(folder / "alien.pxd", Path(untied["v1"]), seed=9)
+    paths["outside"] = folder / "outside.pxd"
+    paths["outside"].symlink_to(untied["v3.pxd"])
     return paths
 
 
@@ -44,14 +47,14 @@ def deltas(untied: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
 def crowded(
     untied: dict[str, str], deltas: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """A server of two variants with memory for one of them."""
+    """A server of two variants with room for one of them; adapters have to be in their folder."""
     with serve(
         untied["base"],
         *("--worker-cls", WORKER, "--enable-lora", "--max-loras", "1", "--max-cpu-loras", "1"),
         *("--additional-config", EXACT),
         *("--lora-modules", f"v1={deltas['v1']}", f"v2={deltas['v2']}"),
         log=tmp_path_factory.mktemp("crowded") / "log",
-        environment={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
+        environment={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", ROOT_VARIABLE: str(deltas["v1"].parent)},
     ) as server:
         yield server
 
@@ -118,7 +121,7 @@ def test_a_stream_of_a_variant_that_cannot_be_read_ends_with_an_error_event(
     deltas["v1"].write_bytes(good)
 
 
-@pytest.mark.parametrize(("name", "word"), [("damaged", "E301"), ("alien", "E404")])
+@pytest.mark.parametrize(("name", "word"), [("damaged", "E301"), ("alien", "E404"), ("outside", ROOT_VARIABLE)])
 def test_a_bad_adapter_is_refused_with_its_reason_and_the_others_are_served(
     crowded: Server, deltas: dict[str, Path], references: dict[str, list[int]], name: str, word: str
 ) -> None:

@@ -31,7 +31,7 @@ def references(
 
 @pytest.fixture(scope="module")
 def swapping(untied: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with the swap routes, without vLLM's development mode and without an API key."""
+    """A server with the swap routes, behind its key and without vLLM's development mode."""
     with serve(
         untied["base"],
         *("--load-format", "peraxis", "--weight-transfer-config", '{"backend": "peraxis"}'),
@@ -167,6 +167,16 @@ def test_bad_requests_get_a_clear_answer_and_the_server_goes_on(
     assert swapping.request("DELETE", "/v1/peraxis/variants/v2")[0] == 409
     assert swapping.get("/health")[0] == 200
     assert swapping.complete("base", PROMPTS[0])[0] == tokens(references, "v2", 0)
+
+
+def test_without_the_key_nothing_is_swapped_or_opened(swapping: Server) -> None:
+    keyless = Server(int(swapping.url.rpartition(":")[2]), swapping.process, swapping.log)
+    keyless.headers = {"Content-Type": "application/json"}
+    before = swapping.get("/v1/peraxis")
+    assert keyless.get("/v1/peraxis")[0] == 401
+    assert keyless.post("/v1/peraxis/use", {"variant": None})[0] == 401
+    assert keyless.post("/v1/peraxis/variants", {"name": "x", "delta": "/no/such.pxd"})[0] == 401
+    assert swapping.get("/v1/peraxis") == before
 
 
 def until(condition: Callable[[], bool], *, seconds: float = 30.0) -> bool:

@@ -53,3 +53,26 @@ def test_a_payload_that_is_read_at_each_swap_is_planned_at_each(tmp_path: Path) 
             switch.use("one")
             assert bytes_of(live) == expected_bytes(one, base())
             switch.use(None)
+
+
+@pytest.mark.parametrize("residency", ["pinned", "file"])
+def test_what_a_swap_runs_is_compiled_when_the_variant_is_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, residency: Any
+) -> None:
+    pytest.importorskip("numba")
+    from peraxis_format.ops.rebuild.numba import _rebuild_rows
+
+    monkeypatch.setenv("PERAXIS_BACKEND", "numba")
+    components = {"pinned": 6, "file": 7}[residency]  # no other test has as many
+
+    def compiled() -> list[Any]:
+        return [signature for signature in _rebuild_rows.signatures if len(signature[2]) == components]
+
+    path = write_delta(tmp_path / "many.pxd", base(), components=components)
+    live = base()
+    with VariantSwitch(live, workers=1) as switch:
+        switch.add("many", path, residency)
+        (before,) = compiled()
+        switch.use("many")
+        assert bytes_of(live) == expected_bytes(path, base())
+        assert compiled() == [before]

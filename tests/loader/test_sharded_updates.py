@@ -15,8 +15,9 @@ from torch import Tensor, distributed, multiprocessing, nn
 import peraxis_format as pxd
 from peraxis_format.ops.exact import BLOCK
 from peraxis_format.torch import LiveModelError, Shard, chunk
-from peraxis_format.torch.updates import ShardedUpdateWriter, UpdateWriter, apply_update, follow, pieces, staged
-from peraxis_format.torch.updates.pieces import boxed_indices, flat_indices
+from peraxis_format.torch.place import pieces
+from peraxis_format.torch.place.pieces import boxed_indices, flat_indices
+from peraxis_format.torch.updates import ShardedUpdateWriter, UpdateWriter, apply_update, follow, staged
 from tests.loader.support import bytes_of
 
 # Rows that match no shard and no block, columns, experts, one row, a vector, a scalar, and a tied pair.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import uuid
 from pathlib import Path
 from typing import Any
@@ -152,11 +153,40 @@ def test_two_trainers_at_one_url_are_noticed(url: str) -> None:
     assert second.step_number == 0
 
 
-def test_models_in_pieces_and_unknown_kinds_of_url_are_refused(url: str) -> None:
-    from peraxis_format.torch import Shard
+def test_two_trainers_that_publish_at_one_moment_do_not_replace_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.format.test_create_remote import Store
 
-    with pytest.raises(LiveModelError, match="folder that all ranks see"):
-        follow(state(0), url, shards={"a": Shard(0, 0, 2)})
+    monkeypatch.setitem(importlib.import_module("fsspec.registry")._registry, "s3", Store)
+    url = f"s3://bucket/{uuid.uuid4().hex}"
+    live, other = state(0), state(0)
+    first = UpdateWriter(live, url)
+    publish(first, live, range(1))
+    second = UpdateWriter(other, url)
+    live.update(state(1))
+    other.update(state(7))
+    Store.between.append(first.step)  # after the second one has looked
+    with pytest.raises(FileExistsError, match=r"step-00000001\.pxd: exists already; another process publishes there"):
+        second.step()
+    assert (first.step_number, second.step_number) == (1, 0)
+    server = empty()
+    with follow(server, url) as follower:
+        assert follower.poll().step == 1
+    assert bytes_of(server) == bytes_of(state(1))
+
+
+def test_a_published_file_that_another_trainer_replaced_is_found_at_the_next_step(url: str, tmp_path: Path) -> None:
+    live = state(0)
+    writer = UpdateWriter(live, url)
+    publish(writer, live, range(2))
+    system, target = fsspec.filesystem("memory"), f"{url.removeprefix('memory:/')}/step-00000001.pxd"
+    system.pipe_file(target, system.cat_file(f"{url.removeprefix('memory:/')}/anchor-00000000.pxd"))
+    with pytest.raises(FileExistsError, match=r"step-00000001\.pxd: was replaced by another process"):
+        writer.step()
+    system.rm_file(target)  # pruned by another program: no conflict
+    assert writer.step().step == 2
+
+
+def test_publishing_in_pieces_and_unknown_kinds_of_url_are_refused(url: str) -> None:
     with pytest.raises(ValueError, match="folder that all ranks see"):
         ShardedUpdateWriter(state(0), url)
     with pytest.raises(LiveModelError, match="nonsense://x"):

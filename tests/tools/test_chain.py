@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +128,7 @@ def test_a_gap_is_refused_by_name(
 ) -> None:
     given = [path for i, path in enumerate(chain[0]) if i not in left_out]
     if message is None:  # a valid chain of another base
-        with pytest.raises(pxd.PxdError, match="E404"):
+        with pytest.raises(pxd.PxdError, match=r"E404: .*step-2\.pxd: .*\(at "):
             apply(tmp_path / "state-0", given, tmp_path / "out")
     else:
         with pytest.raises(CheckFailedError, match=message):
@@ -139,14 +138,14 @@ def test_a_gap_is_refused_by_name(
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_updates_without_those_before_them_name_the_one_that_they_follow(
-    chain: tuple[list[Path], list[Tensors]], tmp_path: Path, count: int, caplog: pytest.LogCaptureFixture
+    chain: tuple[list[Path], list[Tensors]], tmp_path: Path, count: int
 ) -> None:
-    caplog.set_level(logging.DEBUG, logger="peraxis")  # --quiet in an earlier test may have changed it
     late = chain[0][1 : 1 + count]
-    with pytest.raises(pxd.PxdError, match="E404"):
+    with (
+        pxd.open(late[0]) as file,
+        pytest.raises(pxd.PxdError, match=f"E404.*follows update {file.manifest.previous}:"),
+    ):
         apply(tmp_path / "state-0", late, tmp_path / "out")
-    with pxd.open(late[0]) as file:
-        assert f"{late[0]}: follows update {file.manifest.previous};" in caplog.text
 
 
 def test_a_fork_a_repetition_and_a_foreign_update_are_refused_by_name(

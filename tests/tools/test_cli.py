@@ -83,7 +83,6 @@ def test_light_verbs_import_no_torch() -> None:
 def test_errors_are_one_line_on_standard_error_with_the_code_of_their_kind(delta: Path, tmp_path: Path) -> None:
     for arguments, code in (
         (("inspect", tmp_path / "missing.pxd"), 2),
-        (("verify", tmp_path / "nothing*.pxd"), 2),
         (("split", delta, "--parts", "9", "-o", tmp_path / "parts"), 2),
         (("merge", delta, delta, "-o", tmp_path / "out.pxd"), 2),
         (("convert", delta, "-o", tmp_path / "out"), 2),

@@ -127,7 +127,7 @@ def test_verify_holds_results_to_their_digests(pair: tuple[Path, Path, Tensors],
         writer.add(pxd.ModuleDelta(**{**{f: getattr(module, f) for f in module.__slots__}, "result": "0" * 64}))
         writer.finish()
     verify(bad)
-    with pytest.raises(pxd.PxdError, match=f"E405.*{name}"):
+    with pytest.raises(pxd.PxdError, match=rf"E405: .*bad\.pxd: .*\(at {name}, "):
         verify(bad, base=base)
 
 

@@ -19,7 +19,7 @@ from peraxis_tools import folders
 from peraxis_tools.apply import apply
 from peraxis_tools.cli import main
 from peraxis_tools.errors import ToolError
-from peraxis_tools.folders import MARKER, atomic_folder
+from peraxis_tools.folders import MARKER, atomic_folder, earlier_output, write_marker
 from peraxis_tools.outputs import claim_file, claim_files, claim_folder
 from tests.tools.output_cases import FILE_VERBS, FOLDER_VERBS, INPUTS, make_inputs, snapshot
 
@@ -290,3 +290,36 @@ def test_of_many_runs_at_once_the_output_is_whole_and_one_of_them_made_it(folder
     assert len([outcome for outcome in outcomes if isinstance(outcome, str)]) == 1
     with pxd.Safetensors.open("out") as found:
         assert len(found) == 3
+
+
+@pytest.mark.parametrize("name", ["/abs/thesis.txt", "../thesis.txt", "a/../../thesis.txt", "", ".", "a\0b"])
+def test_a_list_with_names_outside_its_folder_is_no_earlier_output(tmp_path: Path, name: str) -> None:
+    for finished in (True, False):
+        write_marker(tmp_path, [name.replace("/abs", str(tmp_path.parent))], finished=finished)
+        assert earlier_output(tmp_path) is None
+
+
+def test_nothing_is_written_or_removed_through_a_link_of_a_strangers_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, victim = tmp_path / "repository", tmp_path / "victim"
+    victim.mkdir()
+    (victim / "old.txt").write_text("kept")
+    repository.mkdir()
+    (repository / "sub").symlink_to(victim)
+    write_marker(repository, ["sub/old.txt"], finished=False)
+    monkeypatch.chdir(repository)
+
+    def write_nested() -> None:
+        with atomic_folder(Path(), overwrite=True) as folder:
+            (folder / "sub").mkdir()
+            (folder / "sub" / "new.txt").write_text("new")
+
+    with pytest.raises(ToolError, match="unfinished"), atomic_folder(Path()):
+        pass
+    with pytest.raises(ToolError, match="symbolic link"):
+        write_nested()
+    with atomic_folder(Path(), overwrite=True) as folder:
+        (folder / "own.txt").write_text("new")
+    assert sorted(path.name for path in victim.iterdir()) == ["old.txt"]
+    assert (repository / "own.txt").read_text() == "new"

@@ -96,7 +96,8 @@ def test_the_kl_check_of_verify_is_a_stage(folder: Path, monkeypatch: pytest.Mon
         yield lambda _: None
 
     monkeypatch.setattr(evaluation, "worst_kl", lambda *_: 0.0)
-    wanted = Wanted(base=folder / "base", fine_tuned="tuned", max_kl=1.0, texts={"chat": "chat.jsonl"})
+    (folder / "chat.jsonl").touch()
+    wanted = Wanted(base=folder / "base", fine_tuned="tuned", max_kl=1.0, texts={"chat": str(folder / "chat.jsonl")})
 
     @contextmanager
     def open_file(name: str) -> Iterator[Path]:

@@ -252,3 +252,16 @@ def test_a_card_that_cannot_be_read_is_not_replaced(delta: Path, hub: Hub) -> No
     with pytest.raises(ToolError, match=r"README\.md: its front matter"):
         publish("me/delta", delta)
     assert hub.calls == []
+
+
+def test_a_revision_from_the_file_cannot_leave_its_code_block(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    revision = "main'\n```\n\n# Injected\n<script>[click](https://evil)\u202e\n```sh\n'"
+    base = pxd.Identity(id="org/base", revision=revision)
+    with pxd.DeltaWriter(tmp_path / "d.pxd", base=base, fine_tuned=pxd.Identity(id="https://evil www.evil")) as writer:
+        writer.add(sign_module(rng, "a.weight", random_storage(rng, (16, 24))))
+        writer.finish()
+    publish("me/delta", [tmp_path / "d.pxd"], dry_run=tmp_path / "repo")
+    card = (tmp_path / "repo" / "README.md").read_text()
+    for part in ("# Injected", "<script>", "evil)", "\u202e", "https://evil", "www.evil"):
+        assert part not in card, part

@@ -225,11 +225,12 @@ def test_hub_addresses_carry_their_revision_at_either_place() -> None:
 
 
 SECRETS = (
-    ("http://me:hunter2@127.0.0.1:9/x.pxd", "http://me:***@127.0.0.1:9/x.pxd"),
+    ("http://me:hunter2@127.0.0.1:9/x.pxd", "http://***@127.0.0.1:9/x.pxd"),
     (
         "https://me:hunter2%2F@h/x.pxd?X-Amz-Signature=hunter2&part=1",
-        "https://me:***@h/x.pxd?X-Amz-Signature=***&part=1",
+        "https://***@h/x.pxd?X-Amz-Signature=***&part=1",
     ),
+    ("http://ghp_hunter2@host/x.pxd", "http://***@host/x.pxd"),
     ("s3://bucket/x.pxd?versionId=7&token=hunter2", "s3://bucket/x.pxd?versionId=7&token=***"),
     ("hf://org/repo/x.pxd@v1", "hf://org/repo/x.pxd@v1"),
 )

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 import peraxis_format as pxd
 from peraxis_tools.apply import apply
 from peraxis_tools.commands.verify import command
+from peraxis_tools.errors import ToolError
 from tests.factories import random_storage, sign_module, write_checkpoint, write_delta
 
 BF16 = pxd.DType.BF16
@@ -75,8 +76,15 @@ def test_globs_are_files_sorted_and_an_empty_one_is_an_error(pair, tmp_path: Pat
     code, shown = run(tmp_path / "*.pxd", "--json")
     assert [Path(v["file"]).name for v in json.loads(shown)["files"]] == ["damaged.pxd", "good.pxd"]
     assert code == 1
-    result = CliRunner().invoke(command, [str(tmp_path / "*.nothing")])
-    assert "matches no file" in str(result.exception)
+    report = tmp_path / "report.xml"
+    code, shown = run(tmp_path / "*.nothing", good, "--report", f"junit={report}")
+    assert code == 2
+    assert "matches no file" in shown
+    assert [suite.get("errors") for suite in ElementTree.parse(report).getroot()] == ["1", "0"]
+    (tmp_path / "empty").mkdir()
+    code, shown = run(tmp_path / "empty", good)
+    assert code == 2
+    assert "has no .pxd" in shown
 
 
 def test_the_content_id_pins_the_file(pair) -> None:
@@ -98,12 +106,17 @@ def test_bounds_on_the_error_hold_and_fail(pair, tmp_path: Path) -> None:
     assert "is above 1e-06" in shown
     # The base in the place of the fine-tune has no delta to compare with.
     assert run(good, "--base", base, "--fine-tuned", base, "--max-error", "0.9")[0] == 1
-    assert run(good, "--fine-tuned", base, "--max-error", "0.9")[0] == 3
+    for missing in (("--fine-tuned", base), ("--base", base)):
+        result = CliRunner().invoke(command, [str(tmp_path / "no.pxd"), *map(str, missing), "--max-error", "0.9"])
+        assert isinstance(result.exception, ToolError)
+        assert result.exception.exit_status == 2
 
 
 def test_bounds_on_the_kl_are_held_against_the_evaluation(pair, tmp_path: Path, monkeypatch) -> None:
     evaluation = importlib.import_module("peraxis_tools.evaluate")
     base, good = pair
+    monkeypatch.chdir(tmp_path)
+    Path("chat.jsonl").touch()
     seen: list[tuple[object, ...]] = []
     monkeypatch.setattr(evaluation, "worst_kl", lambda *arguments: seen.append(arguments) or 0.25)
     arguments = (good, "--base", base, "--fine-tuned", "tuned", "--text", "chat=chat.jsonl")
@@ -186,13 +199,31 @@ def test_junit_holds_to_the_schema_that_ci_reads_it_by(every_outcome: list[Path]
 
 
 def test_one_run_writes_several_reports(every_outcome: list[Path], tmp_path: Path) -> None:
-    wanted = {kind: tmp_path / f"report.{kind}" for kind in ("junit", "sarif", "json")}
+    wanted = {kind: tmp_path / f"report.{kind}" for kind in ("junit", "sarif", "json", "text")}
     more = [word for kind, path in wanted.items() for word in ("--report", f"{kind}={path}")]
     code, shown = run(*every_outcome, "--format", "github", *more)
     assert (code, shown.count("::error"), shown.count("::notice")) == (1, 2, 1)
     for kind, path in wanted.items():
         assert path.read_text() == run(*every_outcome, "--format", kind)[1]
-    assert run(every_outcome[0], "--report", "text=x")[0] == 2
+    assert run(every_outcome[0], "--report", "toml=x")[0] == 2
+
+
+def test_the_default_format_goes_to_a_file_too_and_two_formats_are_refused(pair, tmp_path: Path) -> None:
+    _, good = pair
+    assert run(good, "-o", tmp_path / "report.txt") == (0, "")
+    assert (tmp_path / "report.txt").read_text() == run(good)[1]
+    result = CliRunner().invoke(command, [str(good), "--format", "junit", "--json"])
+    assert isinstance(result.exception, ToolError)
+    assert "--json and --format junit: give one of them" in str(result.exception)
+    assert run(good, "--format", "json", "--json")[0] == 0
+
+
+def test_verdicts_of_any_length_keep_their_columns(pair, tmp_path: Path) -> None:
+    _, good = pair
+    _, shown = run(good, "--base", tmp_path / "nobase")
+    rows = [line for line in shown.splitlines() if line.startswith(("  structure", "  payload", "  base"))]
+    assert [row[14:28].strip() for row in rows] == ["passed", "passed", "not verifiable"]
+    assert all(row[28:30] == "  " and row[30] != " " for row in rows)
 
 
 def test_github_annotations_cannot_be_forged_by_a_file_name(pair, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from peraxis_format.torch.place.claims import claim, release
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.shards import Placement
 from peraxis_format.torch.ring import Ring
+from peraxis_format.torch.serve.lookup import patched_rows
 from peraxis_format.torch.swap.payload import check_pads
 from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update
 from peraxis_format.torch.updates.staged import StagedUpdate, stage
@@ -43,6 +44,7 @@ __all__ = [
     "full_tensor",
     "list_updates",
     "next_update",
+    "patched_rows",
     "place",
     "rebuild_backend",
     "rebuild_tensor",

@@ -1,12 +1,13 @@
 """The changes of weights by an API server: stage, swap, update, follow. routes.py is the HTTP side.
 
-Each change is one sequence in one call: check the file on every rank, pause the scheduler, write, pack again, reset the
-prefix cache, resume. One change or staging runs at a time.
+Each change is one sequence in one call: check the file on every rank, pause the scheduler, write, reset the prefix
+cache, resume. One change or staging runs at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Final
 
 from peraxis_format.engines.vllm.following import Following, RequestError
 from peraxis_format.engines.vllm.offline import BASE_VERSION
+from peraxis_format.engines.vllm.permitted import Permitted
 from peraxis_format.engines.vllm.source import open_delta
 from peraxis_format.engines.vllm.transfer import CALL_WORKER, Calls, changing, staging
 from peraxis_format.errors import CheckpointError, LiveModelError, PxdError
@@ -22,13 +24,19 @@ __all__ = ["Control", "content_id_of", "is_dead"]
 
 _WAIT_SECONDS: Final = 600.0
 _FOLLOW_SECONDS: Final = 1.0
+_SHORTEST_SECONDS: Final = 0.01
+_LONGEST_SECONDS: Final = 86400.0
+_NAME: Final = re.compile(r"\w[\w.:@-]{0,199}")  # fits into a URL's path and into one line
 
 
 @dataclass(slots=True)
 class Control:
-    """The state of one API server. staged: name -> content ID. base_version: that of the weights without a variant."""
+    """The state of one API server. permitted: the files that requests may name. staged: name -> content ID.
+    base_version: that of the weights without a variant.
+    """
 
     client: Any
+    permitted: Permitted
     staged: dict[str, str] = field(default_factory=dict)
     current: str | None = None
     base_version: str = BASE_VERSION
@@ -46,7 +54,9 @@ class Control:
 
     async def add(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Stage a variant on every rank."""
-        name, delta = _text(body, "name"), _text(body, "delta")
+        name, delta = _text(body, "name"), self._source(body, "delta")
+        if not _NAME.fullmatch(name):
+            raise RequestError(400, f"name is {name!r}; use letters, digits and . _ : @ -, at most 200")
         async with self._lock:
             self._refuse_following()
             if name in self.staged:
@@ -82,13 +92,13 @@ class Control:
 
     async def update(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Apply one exact update to the weights, permanently."""
-        path, pause = _text(body, "update"), _Pause.of(body)
+        path, pause = self._source(body, "update"), _Pause.of(body)
         self._refuse_following()
         return await self._updated(path, pause)
 
     async def follow(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Follow the chain of a folder; the first poll runs before this answers."""
-        folder, pause = Path(_text(body, "folder")), _Pause.of(body)
+        folder, pause = Path(self._source(body, "folder")), _Pause.of(body)
         every = _seconds(body, "every", _FOLLOW_SECONDS)
         if not await asyncio.to_thread(folder.is_dir):
             raise RequestError(400, f"{folder}: is not a folder")
@@ -162,6 +172,12 @@ class Control:
         if errors:
             raise RequestError(400, errors[0])
 
+    def _source(self, body: Mapping[str, Any], key: str) -> str:
+        try:
+            return self.permitted.source(_text(body, key))
+        except PermissionError as error:
+            raise RequestError(403, str(error)) from None
+
     def _check_known(self, name: str) -> None:
         if name not in self.staged:
             raise RequestError(404, f"no variant {name!r}; staged: {', '.join(self.staged) or 'none'}")
@@ -188,15 +204,16 @@ class _Pause:
 
 def _seconds(body: Mapping[str, Any], key: str, default: float) -> float:
     value = body.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise RequestError(400, f"{key} is {value!r}; it must be a number of seconds")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not _SHORTEST_SECONDS <= value <= _LONGEST_SECONDS:
+        raise RequestError(400, f"{key} is {value!r}; it must be a number of seconds, {_SHORTEST_SECONDS} to a day")
     return float(value)
 
 
 def _text(body: Mapping[str, Any], key: str) -> str:
     value = body.get(key)
-    if not isinstance(value, str) or not value:
-        raise RequestError(400, f"{key} is {value!r}; it must be a text that is not empty")
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise RequestError(400, f"{key} is {value!r}; it must be a text without control characters that is not empty")
     return value
 
 

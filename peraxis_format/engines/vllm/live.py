@@ -1,9 +1,9 @@
 """A live vLLM model on one rank: stage, use and remove variants; stage and write exact updates. An error on one rank is
 an error on all.
 
-A swap rebuilds weights into the layers' storage, from a pristine copy of the base, and then makes vLLM's packed copies
-again. The caller must pause the scheduler and reset the prefix cache (transfer.py, control.py). An exact update changes
-the weights permanently and needs no copy of them, so there is none while it is staged.
+A swap rebuilds weights into the layers' storage, from a pristine copy of the base. The caller must pause the scheduler
+and reset the prefix cache (transfer.py, control.py). An exact update changes the weights permanently and needs no copy
+of them, so there is none while it is staged.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from peraxis_format.engines.vllm.bridge import StagedUpdate, place, stage
-from peraxis_format.engines.vllm.layout import plain_tensors, refuse_uncovered, repack, tensor_group, views
+from peraxis_format.engines.vllm.layout import drop_packed, plain_tensors, refuse_uncovered, tensor_group, views
 from peraxis_format.engines.vllm.loader import check_assets
 from peraxis_format.engines.vllm.source import open_delta
 from peraxis_format.errors import LiveModelError
@@ -71,7 +71,7 @@ class LiveModel:
         try:
             return self._switch.use(name)
         finally:
-            repack(self._model)
+            drop_packed(self._model)
 
     def remove(self, name: str) -> None:
         """Remove a variant; the copy of the base is freed with the last one. Raises LiveModelError for the one in use,
@@ -97,9 +97,7 @@ class LiveModel:
             if self._checks_assets:
                 check_assets(file, self._model_config)
             refuse_uncovered(self._model, file.manifest)
-            placement = place(
-                plain_tensors(self._model), file.manifest, views=views(self._model, file.manifest), exact=True
-            )
+            placement = place(plain_tensors(self._model), file.manifest, views=views(self._model, file.manifest))
             self._update = stage(file, placement, group=self._group)
 
     def write_update(self, content_id: str) -> None:
@@ -113,7 +111,7 @@ class LiveModel:
         try:
             update.write()
         finally:
-            repack(self._model)
+            drop_packed(self._model)
 
     def close(self) -> None:
         """Free everything; the weights are unchanged."""

@@ -23,6 +23,7 @@ from peraxis_format.engines.vllm.bridge import (
     Scratch,
     component_tensors,
     full_tensor,
+    patched_rows,
     rebuild_tensor,
     signed_matmul,
 )
@@ -125,13 +126,4 @@ def merged_parameter(tensor: Tensor, patches: Sequence[Patch]) -> Tensor:
 def embedded(ids: Tensor, weight: Tensor, patches: Sequence[Patch]) -> Tensor:
     """Rows of the merged table. ids: int64 [rows], indices into this rank's rows. Returns [rows, width]."""
     unique, inverse = torch.unique(ids, return_inverse=True)
-    table = weight[unique]
-    for patch in patches:
-        mine = (unique >= patch.begin) & (unique < patch.end)
-        local = unique[mine] - patch.begin
-        if patch.full is not None:
-            table[mine] = patch.full[local]
-        else:
-            components = [component.part(local) for component in patch.factors]
-            table[mine] = rebuild_tensor(weight[patch.begin : patch.end][local], components)
-    return table[inverse]
+    return patched_rows(weight, unique, patches)[inverse]

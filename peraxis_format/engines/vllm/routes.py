@@ -9,13 +9,14 @@ VLLM_PLUGINS=peraxis enables.
     POST /v1/peraxis/follow      {"folder": "chain", "every": 1.0}                   apply updates as the folder grows
     DELETE /v1/peraxis/follow
 
-`use` and `update` are one call each: pause the scheduler, write, pack again, reset the prefix cache, resume. requests:
+`use` and `update` are one call each: pause the scheduler, write, reset the prefix cache, resume. requests:
 "wait" lets running requests finish with the old weights while new ones queue; "abort" ends them at once. In both cases
-no output mixes two states. The routes are under /v1, so that vLLM's --api-key protects them.
+no output mixes two states. The routes are under /v1, so that vLLM's --api-key protects them. permitted.py has the files
+that requests may name.
 
-Errors are {"error": one line}: 400 for a bad request, file or base, 404 for an unknown variant, 409 for a name in use,
-503 if requests did not end in time (the previous weights are then still served), and 503 if a process of the engine has
-ended.
+Errors are {"error": one line}: 400 for a bad request, file or base, 403 for a file that requests may not name, 404 for
+an unknown variant, 409 for a name in use, 503 if requests did not end in time (the previous weights are then still
+served), and 503 if a process of the engine has ended.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from fastapi.responses import JSONResponse  # type: ignore[import-not-found, unu
 
 from peraxis_format.engines.vllm.control import Control, content_id_of, is_dead
 from peraxis_format.engines.vllm.following import RequestError
+from peraxis_format.engines.vllm.permitted import Permitted
 
 __all__ = ["PeraxisEndpoints"]
 
@@ -38,7 +40,7 @@ _PREFIX: Final = "/v1/peraxis"
 async def _body(request: Request) -> dict[str, Any]:
     try:
         found = await request.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise RequestError(400, "the body is not a JSON object")
@@ -126,7 +128,7 @@ class PeraxisEndpoints:
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Store the engine's client; a server that started from a delta reports its content ID."""
-        control = state.peraxis_control = Control(engine_client)
+        control = state.peraxis_control = Control(engine_client, Permitted.of_server(args))
         config = engine_client.vllm_config.load_config
         delta = (config.model_loader_extra_config or {}).get("delta") if config.load_format == "peraxis" else None
         if delta is not None:

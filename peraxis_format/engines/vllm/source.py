@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import atexit
 import errno
+import re
 import shutil
 import tempfile
 import urllib.request
 from functools import cache
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 from urllib.error import HTTPError
-from urllib.parse import urlsplit
 
 from peraxis_format.engines.vllm.bridge import agree
 from peraxis_format.errors import CheckpointError, LiveModelError
 from peraxis_format.hub import hub_path
 from peraxis_format.reader import DeltaFile
 
-__all__ = ["local_path", "open_delta"]
+__all__ = ["local_path", "open_delta", "shown"]
 
 _SILENCE_SECONDS: Final = 60.0
+_URLS: Final = ("http://", "https://")
 
 
 def local_path(source: str) -> Path:
     """The local path of a delta. Raises CheckpointError, OSError."""
-    if source.startswith(("http://", "https://")):
+    if source.startswith(_URLS):
         return _download(source)
     return hub_path(source)
 
@@ -71,22 +73,35 @@ def _refuse_different(source: str, file: DeltaFile, group: Any) -> None:
     found: list[Any] = [None] * distributed.get_world_size(group)
     distributed.all_gather_object(found, file.content_id, group=group)
     if len(set(found)) > 1:
-        raise LiveModelError(f"{source}: is another file on another rank; give every host the same file")
+        raise LiveModelError(f"{shown(source)}: is another file on another rank; give every host the same file")
+
+
+def shown(source: str) -> str:
+    """The name for errors and logs: of a URL without user, password, query and fragment."""
+    if not source.startswith(_URLS):
+        return source
+    scheme, _, rest = source.partition("://")
+    address, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{scheme}://{address.rpartition('@')[2]}{slash}{path}"
 
 
 @cache
 def _download(url: str) -> Path:
+    if "@" in re.split(r"[/?#]", url.partition("://")[2], maxsplit=1)[0]:
+        raise CheckpointError(f"{shown(url)}: a user or a password in a URL is not supported; use a signed URL")
     folder = Path(tempfile.mkdtemp(prefix="peraxis-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    target = folder / (PurePosixPath(urlsplit(url).path).name or "delta.pxd")
-    shown = url.partition("?")[0]
+    target = folder / (PurePosixPath(shown(url).partition("://")[2].partition("/")[2]).name or "delta.pxd")
     try:
         with urllib.request.urlopen(url, timeout=_SILENCE_SECONDS) as reader, open(target, "wb") as writer:
             shutil.copyfileobj(reader, writer, 1 << 20)
+    except (HTTPException, ValueError):
+        shutil.rmtree(folder, ignore_errors=True)
+        raise CheckpointError(f"{shown(url)}: cannot be fetched; check the address") from None  # errors quote the query
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, HTTPError):
             error.close()
         advice = f"make room in {folder.parent}" if error.errno == errno.ENOSPC else "check the address"
-        raise CheckpointError(f"{shown}: cannot be fetched ({error}); {advice}") from None
+        raise CheckpointError(f"{shown(url)}: cannot be fetched ({error}); {advice}") from None
     return target

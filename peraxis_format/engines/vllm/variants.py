@@ -84,6 +84,7 @@ class VariantStore:
             if self.checks_assets:
                 check_assets(file, self.model_config)
             refuse_uncovered(self.model, file.manifest)
+            _refuse_exact(file)
             placement = place(plain_tensors(self.model), file.manifest, views=views(self.model, file.manifest))
             claim((part.view for parts in placement.values() for part in parts), self, _CLAIMED)
             check_base(file, placement, group=group if count > 1 else None)
@@ -208,6 +209,15 @@ class VariantStore:
                     _refuse_layer(layer, parameter, entry, tensor.ndim)
                     layers.setdefault(layer, {}).setdefault(parameter, []).append(patch)
         return Variant(name, file.content_id, layers)
+
+
+def _refuse_exact(file: DeltaFile) -> None:
+    exact = next((entry.name for entry in file.manifest.modules if entry.encoding is Encoding.EXACT), None)
+    if exact is not None:
+        raise LiveModelError(
+            f"{file.path}: {exact} is stored exact, which variants in one batch cannot use; serve this fine-tune with "
+            "a live swap, or from a folder that `peraxis-tools apply` writes"
+        )
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

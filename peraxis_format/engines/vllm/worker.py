@@ -25,7 +25,9 @@ from peraxis_format.engines.vllm.bridge import agree
 from peraxis_format.engines.vllm.layers import LayerState, Variant, wrap_layers
 from peraxis_format.engines.vllm.layout import adapter_not_found, is_eager, tensor_group, worker_class
 from peraxis_format.engines.vllm.loader import assets_checked
+from peraxis_format.engines.vllm.permitted import Permitted
 from peraxis_format.engines.vllm.scheduler import ends_failed, marked
+from peraxis_format.engines.vllm.source import shown
 from peraxis_format.engines.vllm.variants import VariantStore
 from peraxis_format.errors import CheckpointError, LiveModelError, PxdError
 
@@ -56,6 +58,7 @@ class VariantManager:
         if options:
             raise LiveModelError(f"additional_config: peraxis has no option {min(options)!r}; assets and exact")
         lora = vllm_config.lora_config
+        self._permitted = Permitted.of_environment(any_name=True)  # without a root, vLLM's own rules hold
         self._rows: StepRows[Variant] = StepRows(device)
         self.store = VariantStore(
             model,
@@ -90,7 +93,7 @@ class VariantManager:
         for request in requests:
             if request.lora_int_id not in self._dummies | self.store.ids():
                 try:
-                    self.store.add(request.lora_int_id, request.lora_name, request.lora_path)
+                    self.store.add(request.lora_int_id, request.lora_name, self._permitted.source(request.lora_path))
                 except _FAILURES as error:
                     failures[request.lora_int_id] = error
         if mapping is not None:
@@ -110,15 +113,14 @@ class VariantManager:
         self.failed = frozenset(name for number in failures for name in self._requests_of(number))
         for number, error in failures.items():
             request = requests.get(number)
-            name, path = ("?", "?") if request is None else (request.lora_name, request.lora_path)
+            name, path = ("?", "?") if request is None else (request.lora_name, shown(request.lora_path))
             _LOG.error("variant %s: %s cannot be read again, so its requests fail: %s", name, path, error)
 
     def add_adapter(self, request: Any) -> bool:
         """Load a variant. Raises the errors of VariantStore.add."""
         try:
-            return self.store.add(
-                request.lora_int_id, request.lora_name, request.lora_path, replace=bool(request.load_inplace)
-            )
+            path = self._permitted.source(request.lora_path)
+            return self.store.add(request.lora_int_id, request.lora_name, path, replace=bool(request.load_inplace))
         except FileNotFoundError:
             raise adapter_not_found(request.lora_name, request.lora_path) from None
 

@@ -9,7 +9,7 @@ triton (torch.py; one program for each block).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from peraxis_format.ops.backend import choose
 from peraxis_format.ops.exact import numpy as reference
 from peraxis_format.ops.exact.kinds import BLOCK, RAW, FloatKind, block_bytes, blocks_of, kind_of
 
-__all__ = ["BLOCK", "Prefer", "apply", "blocks_of", "check", "encode"]
+__all__ = ["BLOCK", "Prefer", "apply", "blocks_of", "check", "encode", "refuse_block"]
 
 Prefer = Literal["size", "speed"]
 
@@ -67,11 +67,12 @@ def encode(
 
 def apply(
     weights: Array, index: NDArray[np.uint32], data: NDArray[np.uint8], dtype: DType, *,
-    backend: str | None = None, threads: int | None = None,
+    backend: str | None = None, threads: int | None = None, field: str | None = None, first: int = 0,
 ) -> None:  # fmt: skip
     """Change weights in place from old to new patterns.
 
     weights: a C-contiguous storage array, writable, any shape. index, data: the caller has called `check` on them.
+    field: the tensor's name, for errors; first: the number of the first block, if the weights are a range of a tensor.
     Raises BindingError (E405) if the bits do not decode on these weights; their content is then undefined.
     """
     kind = kind_of(dtype)
@@ -85,7 +86,12 @@ def apply(
     else:
         block = _apply(words, index, data, kind)
     if block is not None:
-        fail("E405", f"block {block} does not decode on these weights")  # SPEC 7.4
+        refuse_block(first + block, field)
+
+
+def refuse_block(block: int, field: str | None) -> NoReturn:
+    """Raise BindingError (E405) for a block that does not decode. field: the tensor's name."""
+    fail("E405", f"block {block} does not decode on these weights", field=field)  # SPEC 7.4
 
 
 def _apply(words: Array, index: NDArray[np.uint32], data: NDArray[np.uint8], kind: FloatKind) -> int | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from peraxis_format.ops.exact.words import classes64, count, equal64, nonzero64, trailing
+from peraxis_format.ops.exact.numba_keyed import keyed_block
+from peraxis_format.ops.exact.words import count, nonzero64, trailing
 
 # Any: numba's own annotations do not go through mypy --strict.
 numba: Any = import_module("numba")
@@ -39,17 +41,27 @@ def bit_length(z: Any) -> Any:
     return np.int64(np.float64(z).view(np.int64) >> 52) - 1022 if z else 0
 
 
+def _bucket_table() -> NDArray[np.uint8]:
+    """The bucket of a small number: 0 for 0, 1 and 2 for a step of one, 3 for 3, else one more than its bit length."""
+    return np.array([z if z < 4 else z.bit_length() + 1 for z in range(1 << 10)], np.uint8)
+
+
+BUCKETS: Final = _bucket_table()
+
+
 @_jit  # type: ignore[untyped-decorator, unused-ignore]
-def _survey(old: Any, steps: Any, kind: Any, tables: Any) -> Any:
+def _survey(old: Any, steps: Any, kind: Any, tables: Any, buckets: Any) -> Any:
     """Count by exponent: weights, steps of one, longer steps, and for each k the unary ones of class 0 (SPEC 11.3).
 
+    buckets: BUCKETS.
     Returns the total numbers of steps of one and of longer steps.
     """
     n, (shift, mask, width) = old.size, kind
     members, ones, big, dense = tables
     ones[:] = 0
     big[:] = 0
-    four, lengths = np.zeros((4, 256), np.int64), np.zeros((256, 33), np.int64)
+    # Four of each, because counting in one place waits for the count before.
+    four, found = np.zeros((4, 256), np.int64), np.zeros((4, 256, 35), np.int64)
     for i in range(0, n - 3, 4):
         for lane in range(4):
             four[lane, (old[i + lane] >> shift) & mask] += 1
@@ -57,23 +69,32 @@ def _survey(old: Any, steps: Any, kind: Any, tables: Any) -> Any:
         four[0, (old[i] >> shift) & mask] += 1
     for g in range((n + 63) >> 6):
         moved = nonzero64(steps, steps.ctypes.data + g * 64 * steps.itemsize)
+        if count(moved) > 20 and (g + 1) << 6 <= n:
+            for i in range(g << 6, (g + 1) << 6):
+                z = np.int64(steps[i])
+                bucket = np.int64(buckets[z]) if z < buckets.size else bit_length(z) + 1
+                found[i & 3, (old[i] >> shift) & mask, bucket] += 1
+            continue
         while moved:
             i = (g << 6) + trailing(moved)
             moved &= moved - np.uint64(1)
-            z, e = np.int64(steps[i]), (old[i] >> shift) & mask
-            ones[e] += z <= 2
-            big[e] += z > 2
-            lengths[e, bit_length(z)] += 1
+            z = np.int64(steps[i])
+            bucket = np.int64(buckets[z]) if z < buckets.size else bit_length(z) + 1
+            found[i & 3, (old[i] >> shift) & mask, bucket] += 1
     moves, exceptions = np.int64(0), np.int64(0)
     for e in range(256):
         members[e] = four[0, e] + four[1, e] + four[2, e] + four[3, e]
+        dense[e] = 0
+        for bucket in range(1, 35 if members[e] else 0):
+            here = found[0, e, bucket] + found[1, e, bucket] + found[2, e, bucket] + found[3, e, bucket]
+            ones[e] += here if bucket < 3 else 0
+            big[e] += here if bucket > 2 else 0
+            length = bucket if bucket < 3 else bucket - 1
+            for k in range(dense.shape[1] if here else 0):
+                unary = (np.int64(3) << length >> 2) >> k
+                dense[e, k] += here * (unary if unary < 8 else 8 + width - k)
         moves += ones[e]
         exceptions += big[e]
-        dense[e] = 0
-        for length in range(1, 33 if ones[e] + big[e] else 0):
-            for k in range(dense.shape[1]):
-                unary = (np.int64(3) << length >> 2) >> k
-                dense[e, k] += lengths[e, length] * (unary if unary < 8 else 8 + width - k)
     return moves, exceptions
 
 
@@ -100,121 +121,6 @@ def _choose(tables: Any, width: Any) -> Any:
         if cost <= best:
             best, choice = cost, A
     return choice
-
-
-@_jit  # type: ignore[untyped-decorator, unused-ignore]
-def _keyed(old: Any, new: Any, steps: Any, A: Any, kind: Any, parts: Any) -> Any:
-    """Write the unary numbers, and the fields with their widths, of a keyed block. Returns the number of each."""
-    (shift, mask, width), (cls, q, fields, widths, _, _) = kind, parts
-    n, least = old.size, np.int64(A - 1)
-    groups, classes = (n + 63) >> 6, cls.ctypes.data
-    for g in range(n >> 6):
-        classes64(old, old.ctypes.data + g * 64 * old.itemsize, classes + (g << 6), least, shift, mask)
-    for i in range(n >> 6 << 6, n):
-        cls[i] = min(max(np.int64((old[i] >> shift) & mask) - least, 0), 15)
-    cls[n : groups << 6] = 255
-    most = np.int64(shift) + 1
-    qs, fs, exceptions = 1, 0, 0
-    for g in range(groups):
-        moved = nonzero64(steps, steps.ctypes.data + g * 64 * steps.itemsize)
-        while moved:
-            i = (g << 6) + trailing(moved)
-            moved &= moved - np.uint64(1)
-            if (old[i] >> shift) & mask > least and steps[i] > 2:
-                exceptions += 1
-                fields[fs], widths[fs], fields[fs + 1], widths[fs + 1] = i, 16, new[i], width
-                fs += 2
-                steps[i] = 0
-    q[0] = exceptions
-    for g in range(groups):
-        here = equal64(classes + (g << 6), 0)
-        while here:
-            i = (g << 6) + trailing(here)
-            here &= here - np.uint64(1)
-            z, k = np.int64(steps[i]), min(least - np.int64((old[i] >> shift) & mask), most)
-            q[qs] = min(z >> k, 8)
-            qs += 1
-            if z >> k >= 8:
-                fields[fs], widths[fs] = new[i], width
-            else:
-                fields[fs], widths[fs] = z & ((np.int64(1) << k) - 1), k
-            fs += 1
-    run: Any = np.int64(0)
-    for c in range(1, 16):
-        s = 15 - c
-        for g in range(groups):
-            here = equal64(classes + (g << 6), c)
-            moved = here & nonzero64(steps, steps.ctypes.data + g * 64 * steps.itemsize)
-            while moved:
-                place = np.uint64(trailing(moved))
-                moved &= moved - np.uint64(1)
-                run += count(here & ((np.uint64(1) << place) - np.uint64(1))) << s
-                here &= ~np.uint64(0) << place & ~(np.uint64(1) << place)
-                q[qs] = run >> 15
-                fields[fs], widths[fs] = (
-                    ((run & 32767) >> s) << 1 | (np.int64(steps[(g << 6) + np.int64(place)]) & 1),
-                    c + 1,
-                )
-                qs += 1
-                fs += 1
-                run = np.int64(0)
-            run += count(here) << s
-    q[qs] = (run + 32767) >> 15
-    return qs + 1, fs
-
-
-@_jit  # type: ignore[untyped-decorator, unused-ignore]
-def _pack(parts: Any, qs: Any, fs: Any, out: Any, limit: Any) -> Any:
-    """Pack unary numbers from the lowest bit up and fields from the highest down. Returns the bytes, or limit."""
-    _, q, fields, widths, up, down = parts
-    room = np.int64(0)
-    for j in range(fs):
-        room += widths[j]
-    bits = room
-    for j in range(qs):
-        bits += q[j] + 1
-    length = (bits + 7) >> 3
-    if length >= limit:
-        return limit
-    acc, held, at = np.uint64(0), np.int64(0), 0
-    for j in range(qs):
-        ones = q[j]
-        while ones > 30:
-            acc |= np.uint64(0x7FFFFFFF) << np.uint64(held)
-            held += 31
-            ones -= 31
-            if held >= 32:
-                up[at] = np.uint32(acc)
-                acc >>= np.uint64(32)
-                held -= 32
-                at += 1
-        acc |= ((np.uint64(1) << np.uint64(ones)) - np.uint64(1)) << np.uint64(held)
-        held += ones + 1
-        if held >= 32:
-            up[at] = np.uint32(acc)
-            acc >>= np.uint64(32)
-            held -= 32
-            at += 1
-    up[at] = np.uint32(acc)
-    acc, held, last = np.uint64(0), np.int64(0), down.size
-    for j in range(fs):
-        acc = acc << np.uint64(widths[j]) | np.uint64(fields[j])
-        held += widths[j]
-        if held >= 32:
-            held -= 32
-            last -= 1
-            down[last] = np.uint32(acc >> np.uint64(held))
-    down[last - 1] = np.uint32(acc << np.uint64(32 - held))
-    low, high = up.view(np.uint8), down.view(np.uint8)
-    unary = (bits - room + 7) >> 3
-    out[:unary] = low[:unary]
-    out[unary:length] = 0
-    first = length - ((room + 7) >> 3)
-    shift = high.size - length
-    for i in range(first, length):
-        # Both meet in at most one byte: if the first field byte is within the unary ones.
-        out[i] = high[i + shift] | (out[i] if i < unary else np.uint8(0))
-    return length
 
 
 @_jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -283,8 +189,13 @@ def encode_blocks(old: Any, new: Any, shift: Any, mask: Any, size: Any, keyed: A
     """
     width = old.itemsize * 8
     steps, cls = np.zeros(size + 64, old.dtype), np.empty(size + 512, np.uint8)
-    q, fields, widths = np.empty(size + 2, np.int64), np.empty(2 * size + 2, np.int64), np.empty(2 * size + 2, np.int64)
-    up, down = np.empty(size * width // 32 + 4, np.uint32), np.empty(size * width // 32 + 4, np.uint32)
+    q, fields, widths = (
+        np.empty(size + 2, np.int32),
+        np.empty(2 * size + 2, np.uint32),
+        np.empty(2 * size + 2, np.uint8),
+    )
+    # A weight has at most 9 unary bits, and as an exception 16 + width bits of fields.
+    up, down = np.empty(size // 2 + 4, np.uint32), np.empty(size * (16 + width) // 32 + 4, np.uint32)
     members, ones, big = np.empty(256, np.int64), np.empty(256, np.int64), np.empty(256, np.int64)
     dense = np.empty((256, shift + 2), np.int64)
     trial = np.empty(size * old.itemsize, np.uint8)
@@ -302,10 +213,9 @@ def encode_blocks(old: Any, new: Any, shift: Any, mask: Any, size: Any, keyed: A
             length = _gaps(c, steps, width, out[total:], limit * 3 // 4 + 1)
             A = 0 if length <= limit * 3 // 4 else 255
         else:
-            moves, exceptions = _survey(a, steps, kind, tables)
+            moves, exceptions = _survey(a, steps, kind, tables, BUCKETS)
             chosen = _choose(tables, width)
-            qs, fs = _keyed(a, c, steps, chosen, kind, parts)
-            length = _pack(parts, qs, fs, out[total:], limit)
+            length = keyed_block(a, c, steps, chosen, kind, parts, out[total:], limit)
             if length < limit:
                 A = chosen
             # Keyed wins ties. The least size of a block of gaps is known before it is written.

@@ -58,7 +58,7 @@ def reconstruct(module: ModuleDelta, base: Array | None = None, *, backend: str 
         covered[...] = kept if ref.dtype is module.dtype else from_float32(to_float32(kept, ref.dtype), module.dtype)
     elif module.index is not None and module.data is not None:
         covered[...] = kept
-        apply_exact(covered, module.index, module.data, module.dtype, backend=backend)
+        apply_exact(covered, module.index, module.data, module.dtype, backend=backend, field=module.name)
     else:
         rebuild(module.factors(), kept, covered, base_dtype=ref.dtype, dtype=module.dtype, backend=backend)
     if module.tail is not None:

@@ -39,7 +39,7 @@ types: Any = numba.types
 intrinsic: Any = import_module("numba.extending").intrinsic
 ir: Any = import_module("llvmlite.ir")
 
-__all__ = ["rebuild", "rebuild_jobs"]
+__all__ = ["compile_for", "rebuild", "rebuild_jobs"]
 
 _BLOCK_BYTES: Final = 1 << 21  # of a job: large compared with the overhead of a thread, small compared with a matrix
 
@@ -157,6 +157,16 @@ def _job(base: Array, out: Array, masks: Sequence[Array], scales: Array, columns
         _rebuild_rows(base, out, addresses, masks[0].strides[0], scales, columns)
 
     return job
+
+
+def compile_for(base_dtype: DType, dtype: DType, components: int) -> None:
+    """Compile the kernel of these dtypes and this number of components, or read it from numba's cache.
+
+    This takes up to a second, which the first of `rebuild_jobs` would take otherwise.
+    """
+    base, out = np.zeros((0, LANES), VIEWS[base_dtype]), np.zeros((0, LANES), VIEWS[dtype])
+    scales, columns = np.zeros((components, 0), np.float32), np.ones((components, LANES), np.float32)
+    _rebuild_rows(base, out, (0,) * components, 0, scales, columns)
 
 
 def rebuild(

@@ -1,7 +1,8 @@
 """Step 12 of SPEC 8 on a live model: check that its weights are the base of the delta.
 
 Every storage is hashed once (digests.py). If ranks have only pieces of a tensor, the pieces are sent to one rank, in
-turns, which hashes the whole. Nothing is written before all ranks agree.
+turns, which hashes the whole. Copies of a piece are sent once, and compared (replicas.py). Nothing is written before
+all ranks agree.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from peraxis_format.errors import BindingError, LiveModelError, PxdError
 from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.ops.tensors import as_bytes, storage_array
 from peraxis_format.torch.place.digests import digests
+from peraxis_format.torch.place.replicas import check_replicas
 from peraxis_format.torch.place.shards import Box, Placement, ShardView, whole
 from peraxis_format.torch.ring import Ring
 
@@ -57,7 +60,7 @@ def check_live(
                 raise _named(failure, manifest) from None
     bound = [entry for entry in manifest.modules if entry.base is not None and entry.name not in known]
     local = [(entry, part) for entry in bound for part in placement[entry.name] if part.box == whole(entry.shape)]
-    pieces = [entry for entry in bound if any(part.box != whole(entry.shape) for part in placement[entry.name])]
+    piece = next((e for e in bound if any(part.box != whole(e.shape) for part in placement[e.name])), None)
     error: Exception | None = None
     try:
         views = [part.view for _, part in local]
@@ -66,23 +69,24 @@ def check_live(
                 check_base_digest(entry, digest)
     except PxdError as failure:
         error = _named(failure, manifest)
-    if sharded_anywhere(here=bool(pieces), group=group):
+    if sharded_anywhere(here=piece is not None, group=group):
         try:
-            _check_pieces(pieces, placement, group)
+            _check_pieces(bound, placement, group)
         except PxdError as failure:
             error = error or _named(failure, manifest)
         agree(error, group)
     elif error is not None:
         raise error
-    elif pieces:
-        raise LiveModelError(f"{pieces[0].name}: only a piece of it is on this rank; initialise torch.distributed")
+    elif piece is not None:
+        raise LiveModelError(f"{piece.name}: only a piece of it is on this rank; initialise torch.distributed")
 
 
 def _named(failure: PxdError, manifest: Manifest) -> PxdError:
     """The error with the name of the delta's base."""
     base = manifest.base
     revision = f" at revision {base.revision}" if base.revision else ""
-    return BindingError(failure.code, f"the delta was made for {base.id}{revision}", field=failure.field)
+    detail = f"; {failure.detail}" if failure.detail else ""
+    return BindingError(failure.code, f"the delta was made for {base.id}{revision}{detail}", field=failure.field)
 
 
 # --- pieces on several ranks ---------------------------------------------------------------------------
@@ -136,18 +140,20 @@ class _Message:
     box: Box
 
 
-def _check_pieces(pieces: Sequence[ModuleEntry], placement: Placement, group: Any) -> None:
-    """Assemble each module on one rank, which differs each time, and hash it there. The first failure is raised last.
+def _check_pieces(bound: Sequence[ModuleEntry], placement: Placement, group: Any) -> None:
+    """Assemble each module that is sharded on one rank, which differs each time, and hash it there.
 
-    Raises LiveModelError if the ranks do not have all of a tensor.
+    The first failure is raised last. Raises LiveModelError if the ranks do not have all of a tensor.
     """
     failure: PxdError | None = None
     rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-    boxes = _gathered({entry.name: placement[entry.name][0].box for entry in pieces}, group)
+    boxes = _gathered({entry.name: placement[entry.name][0].box for entry in bound}, group)
+    # One rank may have all of a short tensor, so what is sharded is known from all ranks.
+    pieces = [entry for entry in bound if any(found[entry.name] != whole(entry.shape) for found in boxes)]
     for turn, entry in enumerate(pieces):
         owner = turn % world
         # Replicated pieces are sent once.
-        senders = {b[entry.name]: r for r, b in reversed(list(enumerate(boxes))) if entry.name in b}
+        senders = {b[entry.name]: r for r, b in reversed(list(enumerate(boxes)))}
         messages = [_Message(r, box) for box, r in sorted(senders.items()) if _volume(box)]
         covered = sum(_volume(message.box) for message in messages)
         if covered != math.prod(entry.shape):  # equal on all ranks
@@ -165,6 +171,7 @@ def _check_pieces(pieces: Sequence[ModuleEntry], placement: Placement, group: An
         for message in messages:
             if message.rank == rank:
                 torch.distributed.send(as_bytes(part.view), dst=_global(owner, group), group=group)
+    check_replicas({entry.name: placement[entry.name][0] for entry in pieces}, boxes, partial(_gathered, group=group))
     if failure is not None:
         raise failure
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peraxis_format.delta import Encoding
 from peraxis_format.errors import BindingError, LiveModelError
 from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.ops.tensors import dtype_of, torch_dtype
@@ -26,19 +25,16 @@ def place(
     views: Views | None = None,
     shards: Mapping[str, Shard] | None = None,
     fused: Mapping[str, tuple[str, ...]] = FUSED,
-    exact: bool = False,
 ) -> Placement:
     """Find the live storage of every module of a manifest.
 
     views: the live tensor for a name that the model does not have. shards: names whose live tensor is a shard. fused:
-    see FUSED. Tensors that transformers renames are found without these. exact: whether the caller applies exact
-    modules. Raises BindingError (E401, E402, E403) if the model is not the base. Raises LiveModelError if the model
-    cannot become the fine-tune: transformed weights, another shape or dtype, or a tensor that the fine-tune lacks.
+    see FUSED. Tensors that transformers renames are found without these. Raises BindingError (E401, E402, E403) if the
+    model is not the base. Raises LiveModelError if the model cannot become the fine-tune: transformed weights, another
+    shape or dtype, or a tensor that the fine-tune lacks.
     """
     _refuse_quantised(target)
     _refuse_part(manifest)
-    if not exact:
-        _refuse_exact(manifest)
     finder = Finder.of(target, manifest, views=views, shards=shards, fused=fused)
     aliases: dict[str, list[str]] = {}
     for name, alias in manifest.tied:
@@ -66,14 +62,6 @@ def _refuse_part(manifest: Manifest) -> None:
     # SPEC 14: a part would make the live model a mixture of base and fine-tune.
     if "peraxis.part" in manifest.metadata:
         raise LiveModelError("the file is a part of a delta; join the parts with `peraxis-tools merge` first")
-
-
-def _refuse_exact(manifest: Manifest) -> None:
-    for module in manifest.modules:
-        if module.encoding is Encoding.EXACT:
-            raise LiveModelError(
-                f"{module.name}: an exact update; peraxis_format.torch.updates.apply_update applies it to a live model"
-            )
 
 
 def _refuse_quantised(target: Target) -> None:
@@ -167,6 +155,10 @@ def _refuse_dropped(manifest: Manifest, finder: Finder) -> None:
         )
 
 
+def _content(entry: ModuleEntry) -> tuple[object, ...]:
+    return entry.sha256, entry.base, entry.components, entry.result
+
+
 def _refuse_shared(manifest: Manifest, placement: Placement) -> None:
     """Raise LiveModelError if two different modules share one storage."""
     held: dict[tuple[Any, ...], ModuleEntry] = {}
@@ -175,8 +167,7 @@ def _refuse_shared(manifest: Manifest, placement: Placement) -> None:
             if math.prod(part.view.shape) == 0:
                 continue
             other = held.setdefault(storage_key(part.live), entry)
-            same = (other.sha256, other.base, other.components) == (entry.sha256, entry.base, entry.components)
-            if other is not entry and not same:
+            if other is not entry and _content(other) != _content(entry):
                 raise LiveModelError(
                     f"{entry.name} and {other.name} share storage in the live model but differ in the fine-tune; "
                     "untie them first (tie_word_embeddings=False)"

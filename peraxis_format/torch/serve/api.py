@@ -13,33 +13,34 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import os
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from peraxis_format.arguments import check_choice, check_least
 from peraxis_format.delta import Encoding, ModuleDelta
-from peraxis_format.errors import LiveModelError
+from peraxis_format.errors import BackendError, LiveModelError
 from peraxis_format.ops.backend import choose
 from peraxis_format.ops.rebuild.torch import Scratch, component_tensors
 from peraxis_format.ops.tensors import tensor_view
-from peraxis_format.reader import DeltaFile
+from peraxis_format.reader import DeltaFile, located
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import device_of, require_triton
 from peraxis_format.torch.place.binding import check_live, is_sharded
 from peraxis_format.torch.place.claims import claim, release
 from peraxis_format.torch.place.placement import place
-from peraxis_format.torch.place.shards import Placement, ShardView, Views
+from peraxis_format.torch.place.proof import proven
+from peraxis_format.torch.place.shards import Placement, ShardView, Views, storage_key
 from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.serve.grouped import GroupForward
 from peraxis_format.torch.serve.linear import ServedLinear, TorchProducts
 from peraxis_format.torch.serve.modules import Patch, Products, ServedEmbedding, ServedModule, State
+from peraxis_format.torch.serve.owners import Owners, Where
 from peraxis_format.torch.serve.routed import routers
 from peraxis_format.torch.serve.rows import Rows
 from peraxis_format.torch.swap.payload import check_pads
@@ -221,6 +222,10 @@ def serve(
     Every delta is checked in full, and the base's bytes once. Raises the errors of apply_, and BackendError; the model
     is then unchanged.
     """
+    check_choice("backend", backend, get_args(Backend), error=BackendError)
+    check_least("workers", workers, 1, error=LiveModelError)
+    if not isinstance(variants, Mapping):
+        raise LiveModelError(f"variants is a {type(variants).__name__}: pass a mapping, like {{'legal': 'legal.pxd'}}")
     if any(isinstance(module.__dict__.get("peraxis"), State) for module in model.modules()):
         raise LiveModelError("the model is already served; close that `Served` first, or pass all variants at once")
     if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
@@ -242,7 +247,8 @@ def serve(
                     ring = ring or Ring(device_of(placement))
                     if ring.device.staged:
                         ring.reserve(TRANSFER_LIMIT)
-                    check_live(file.manifest, placement, ring=ring, workers=pool.count)
+                    with located(file.path):
+                        check_live(file.manifest, placement, ring=ring, workers=pool.count)
                     _register(served, index, file, placement)
     except BaseException:
         served.close()
@@ -266,71 +272,52 @@ def _backend(asked: Backend, model: nn.Module) -> Backend:
 
 def _register(served: Served, index: int, file: DeltaFile, placement: Placement) -> None:
     """Add one variant's patches to the modules that own the parameters."""
-    owners = _Owners(served.model)
+    owners = Owners(served.model)
     check_pads(file)
     for part in (part for parts in placement.values() for part in parts if part.wide is not None):
         for module, _ in owners.of(part.live)[1]:
             served.state(module, widened=True)
+    written = set()  # equal modules of the file may share a storage
     for name in file:
         entry = file.entry(name)
         if entry.encoding is Encoding.SAME:
             continue
         delta = file.load(name)
         begin, end = file.span(name)
-        served.stored += end - begin
+        exact = _decoded(file, delta, placement[name][0]) if entry.encoding is Encoding.EXACT else None
+        served.stored += end - begin if exact is None else exact.nbytes
         for part in placement[name]:
+            if storage_key(part.live) in written:
+                continue
+            written.add(storage_key(part.live))
             where, found = owners.of(part.live)
             if not found:
                 raise LiveModelError(f"{name}: no module owns its storage; pass rows of a parameter in `views`")
-            patch = _patch(delta, part, where)
+            patch = _patch(delta, part, where, exact)
             for module, parameter in found:
                 if patch.region is not None and isinstance(module, nn.Linear | nn.Embedding):
                     raise LiveModelError(f"{name}: is not whole rows of a {type(module).__name__}; use VariantSwitch")
                 served.state(module).patches.setdefault(parameter, {}).setdefault(index, []).append(patch)
 
 
-_Where: TypeAlias = tuple[int, int, tuple[tuple[int, ...], tuple[int, ...], int] | None]  # Patch: begin, end, region
+def _decoded(file: DeltaFile, delta: ModuleDelta, part: ShardView) -> Tensor:
+    """The new weights of an exact module, checked (SPEC 7.4), on the device of the base."""
+    with located(file.path):
+        ranges = [new for _, new in proven(file.entry(delta.name), part.view, delta)]
+    return torch.cat(ranges).reshape(delta.shape)
 
 
-def _patch(delta: ModuleDelta, part: ShardView, where: _Where) -> Patch:
+def _patch(delta: ModuleDelta, part: ShardView, where: Where, exact: Tensor | None = None) -> Patch:
+    """exact: the new weights of an exact module."""
     begin, end, region = where
     view = part.view
+    if exact is not None:
+        return Patch(begin, end, full=exact.to(view.device), region=region)
     if delta.full is not None:
         raw = torch.frombuffer(bytearray(delta.full.tobytes()), dtype=torch.uint8)
         full = tensor_view(raw, 0, delta.dtype, delta.shape).to(view.device)
         return Patch(begin, end, full=full, region=region)
     batch = tuple(tuple(terms) for terms in component_tensors(delta, view.device))
     if view.ndim == 2:
-        return Patch(begin, end, terms=batch[0], region=region, dtype=view.dtype)
+        return Patch(begin, end, factors=batch[0], region=region, dtype=view.dtype)
     return Patch(begin, end, batch=batch, region=region, dtype=view.dtype)
-
-
-class _Owners:
-    """The modules that own a storage: all with the parameter (several if it is tied), and the slice of it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        by_storage: dict[int, list[tuple[nn.Module, str]]] = {}
-        for module in model.modules():
-            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                if tensor is not None and tensor.numel():
-                    by_storage.setdefault(tensor.data_ptr(), []).append((module, name))
-        self._begins = sorted(by_storage)
-        self._owners = by_storage
-
-    def of(self, view: Tensor) -> tuple[_Where, list[tuple[nn.Module, str]]]:
-        """(where, owners) of a view into a parameter; owners is empty if there are none."""
-        at = view.data_ptr()
-        place = bisect_right(self._begins, at) - 1
-        if place < 0:
-            return (0, 0, None), []
-        begin = self._begins[place]
-        owners = self._owners[begin]
-        tensor: Tensor = getattr(*owners[0])
-        offset = (at - begin) // tensor.element_size()
-        if offset >= tensor.numel():
-            return (0, 0, None), []
-        row = math.prod(tensor.shape[1:])
-        if view.shape[1:] == tensor.shape[1:] and view.is_contiguous() and tensor.is_contiguous() and offset % row == 0:
-            first = offset // row
-            return (first, first + (view.shape[0] if view.ndim else 1), None), owners
-        return (0, 0, (tuple(view.shape), view.stride(), offset)), owners

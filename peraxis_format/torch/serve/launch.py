@@ -87,7 +87,7 @@ class LinearKernels:
             self._ranges = []
             for begin, end in bounds:
                 found = {
-                    variant: [t for patch in of if (patch.begin, patch.end) == (begin, end) for t in patch.terms]
+                    variant: [t for patch in of if (patch.begin, patch.end) == (begin, end) for t in patch.factors]
                     for variant, of in patches.items()
                 }
                 self._ranges.append(FactorTable.of(begin, end, found, module.weight.device))

@@ -106,7 +106,7 @@ class TorchProducts:
             mine = slice(first, first + len(batch.groups[v]))
             if v in biases:
                 total[mine] += state.parameter(module, "bias", v).detach().float()
-            products += [(part[mine], p.terms, total[mine, p.begin : p.end]) for p in weights.get(v, ())]
+            products += [(part[mine], p.factors, total[mine, p.begin : p.end]) for p in weights.get(v, ())]
             first = mine.stop
         signed_matmul(products, backend=self.chosen(module.weight))
         out[span] = total.add_(out[span]).to(out.dtype)
@@ -128,7 +128,7 @@ def _merged(
     """x times the merged weights, which are rebuilt in blocks."""
     out = x.new_empty(len(x), len(weight))
     for begin, end, patch in _segments(patches, len(weight)):
-        step = max(1, _BLOCK // weight.shape[1]) if patch is not None and patch.terms else end - begin
+        step = max(1, _BLOCK // weight.shape[1]) if patch is not None and patch.factors else end - begin
         for first in range(begin, end, step):
             rows = slice(first, min(first + step, end))
             part = weight[rows]
@@ -137,7 +137,7 @@ def _merged(
             elif patch is not None:
                 inner = slice(first - patch.begin, rows.stop - patch.begin)
                 where = scratch.rows(len(part), part) if backend == "numba" else None
-                part = rebuild_tensor(part, [term.part(inner) for term in patch.terms], out=where, backend=backend)
+                part = rebuild_tensor(part, [term.part(inner) for term in patch.factors], out=where, backend=backend)
             out[:, rows] = functional.linear(x, part, None if bias is None else bias[rows])
     return out
 

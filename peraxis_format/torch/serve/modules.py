@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from peraxis_format.errors import LiveModelError
 from peraxis_format.ops.rebuild import rebuild_tensor
 from peraxis_format.ops.rebuild.torch import ComponentTensors, Scratch
+from peraxis_format.torch.serve.lookup import patched_rows
 from peraxis_format.torch.serve.rows import Batch, Rows
 
 __all__ = ["Patch", "Products", "ServedEmbedding", "ServedModule", "State"]
@@ -38,7 +39,7 @@ class Patch:
 
     begin: int
     end: int
-    terms: tuple[ComponentTensors, ...] = ()
+    factors: tuple[ComponentTensors, ...] = ()
     full: Tensor | None = None
     batch: tuple[tuple[ComponentTensors, ...], ...] = ()  # the components of each matrix, for 3 or more dimensions
     region: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
@@ -115,7 +116,7 @@ class State:
                 merged = [rebuild_tensor(matrix, terms) for matrix, terms in zip(matrices, patch.batch, strict=True)]
                 target.copy_(torch.stack(merged).reshape(part.shape))
             else:
-                target.copy_(rebuild_tensor(part, patch.terms))
+                target.copy_(rebuild_tensor(part, patch.factors))
         return out
 
 
@@ -197,14 +198,7 @@ class ServedEmbedding(ServedModule, nn.Embedding):
         if not patches:
             return plain(self, ids)
         unique, inverse = torch.unique(ids, return_inverse=True)
-        table = self.weight.detach()[unique]
-        for patch in patches:
-            mine = (unique >= patch.begin) & (unique < patch.end)
-            local = unique[mine] - patch.begin
-            if patch.full is not None:
-                table[mine] = patch.full[local]
-            else:
-                table[mine] = rebuild_tensor(table[mine], [term.part(local) for term in patch.terms])
+        table = patched_rows(self.weight.detach(), unique, patches)
         # Run the class's own forward on a table of the needed rows, so that its scaling is applied.
         shadow: Any = nn.Embedding.__new__(self.peraxis_class)
         shadow.__dict__.update(self.__dict__)

@@ -20,12 +20,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from peraxis_format.reader import DeltaFile
+from peraxis_format.arguments import check_choice, check_least
+from peraxis_format.errors import LiveModelError
+from peraxis_format.reader import DeltaFile, located
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import device_of
 from peraxis_format.torch.place.binding import agree, check_live, is_sharded, rank_and_count, sharded_anywhere
 from peraxis_format.torch.place.claims import refuse_claimed
 from peraxis_format.torch.place.placement import place
+from peraxis_format.torch.place.sharded_exact import exact_pieces
 from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, copy_aside, increment_versions
 from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.swap.engine import engine_for
@@ -67,6 +70,8 @@ def apply_(
     Raises PxdError (a damaged file, another base) and LiveModelError (weights that cannot become the fine-tune); the
     model is then unchanged. Existing storage is written, so parameters and pointers stay valid.
     """
+    check_choice("undo", undo, ("device", "host"), error=LiveModelError)
+    check_least("workers", workers, 1, error=LiveModelError)
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         file = delta if isinstance(delta, DeltaFile) else stack.enter_context(DeltaFile(delta))
@@ -77,11 +82,21 @@ def apply_(
         transfers = cut_transfers(file, placement, limit=TRANSFER_LIMIT)
         ring = Ring(device)
         ring.reserve(max((transfer.size for transfer in transfers), default=0))
-        check_live(file.manifest, placement, ring=ring, workers=pool.count, group=group)
+        with located(file.path):
+            check_live(file.manifest, placement, ring=ring, workers=pool.count, group=group)
         sharded = sharded_anywhere(here=is_sharded(placement, file.manifest), group=group)
         with together(group, sharded=sharded):
             verified = verify_share(file, group, pool) if sharded else 0
-            payload = Payload(file, transfers, residency="pinned", device=device, ring=ring, workers=pool)
+            payload = Payload(
+                file,
+                transfers,
+                residency="pinned",
+                device=device,
+                ring=ring,
+                workers=pool,
+                base_of=_view,
+                pieces=exact_pieces(file, placement, base_of=_view, group=group) if sharded else (),
+            )
         before = device.counters.uploads
         with _undo(placement, undo) as bases, together(group, sharded=sharded):
             engine = engine_for(transfers, bases, device=device, workers=pool)
@@ -95,6 +110,10 @@ def apply_(
             uploads=device.counters.uploads - before,
             seconds=time.perf_counter() - started,
         )
+
+
+def _view(part: ShardView) -> Tensor:
+    return part.view
 
 
 @contextlib.contextmanager

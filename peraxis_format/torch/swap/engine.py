@@ -17,11 +17,13 @@ from torch import Tensor
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import Array
 from peraxis_format.ops.backend import choose
+from peraxis_format.ops.exact.torch import decode_into
 from peraxis_format.ops.rebuild import reconstruct
 from peraxis_format.ops.tensors import storage_array, tensor_view
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import Device, require_triton
 from peraxis_format.torch.place.shards import ShardView
+from peraxis_format.torch.swap.exact import exact_jobs
 from peraxis_format.torch.swap.transfer_plan import ModuleSlice, Transfer, piece
 
 __all__ = ["TritonEngine", "Engine", "HostEngine", "engine_for"]
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """Writes the modules of a transfer into live storage."""
+    """Writes the modules of a transfer into live storage. bases: the pristine base of each."""
+
+    bases: Mapping[ShardView, Tensor]
 
     def write(self, transfer: Transfer, buffer: Tensor) -> None:
         """buffer: the transfer's bytes on the device. On return the work is launched; on the host it is done."""
@@ -43,8 +47,8 @@ class HostEngine:
     """CPU storages. backend: numpy or numba."""
 
     def __init__(self, bases: Mapping[ShardView, Tensor], *, workers: ThreadPool, backend: str) -> None:
+        self.bases = bases
         self._backend = backend
-        self._bases = bases
         self._workers = workers
         self._prepared: dict[Transfer, tuple[int, list[Callable[[], None]]]] = {}
 
@@ -65,13 +69,15 @@ class HostEngine:
         for slice_ in transfer.modules:
             module = piece(slice_, buffer)
             for part in slice_.views:
-                yield from self._part_jobs(module, self._bases[part], part.view)
+                yield from self._part_jobs(module, self.bases[part], part.view)
 
     def _part_jobs(self, module: ModuleDelta, base: Tensor, live: Tensor) -> Iterator[Callable[[], None]]:
         out = storage_array(live)
         if module.full is not None:
             full = module.full
             yield lambda: np.copyto(out, full)  # SPEC 6.4
+        elif module.index is not None:
+            yield from exact_jobs(module, storage_array(base), out)
         elif self._backend == "numba" and live.is_contiguous():
             from peraxis_format.ops.rebuild.numba import rebuild_jobs
 
@@ -92,6 +98,7 @@ class TritonEngine:
     def __init__(
         self, transfers: Sequence[Transfer], bases: Mapping[ShardView, Tensor], *, device: torch.device
     ) -> None:
+        self.bases = bases
         self._launches = {transfer: _launches(transfer, bases, device) for transfer in transfers}
         self._copies = {transfer: list(_copies(transfer)) for transfer in transfers}
         strided = {transfer: list(_signs(transfer, contiguous=False)) for transfer in transfers}
@@ -107,6 +114,9 @@ class TritonEngine:
             launch.run(buffer)
         for slice_, offset, view in self._copies[transfer]:
             view.copy_(tensor_view(buffer, offset, slice_.entry.dtype, slice_.shape), non_blocking=True)
+        for slice_, part in _exact(transfer):
+            index, data = (buffer[field.offset : field.offset + field.size] for field in slice_.fields[:2])
+            decode_into(part.view, self.bases[part], index.view(torch.int32), data, slice_.entry.dtype)
         for beside, out, view in self._strided[transfer]:
             for launch in beside:
                 launch.run(buffer)
@@ -130,7 +140,18 @@ def engine_for(
     chosen = choose("rebuild_transfer", weights, kind, backend)
     if chosen == "triton":
         return TritonEngine(transfers, bases, device=device.torch_device)
+    if chosen == "numba":
+        _compile(transfers)
     return HostEngine(bases, workers=workers, backend=chosen)
+
+
+def _compile(transfers: Sequence[Transfer]) -> None:
+    """Compile what `write` runs, so that the first swap does not."""
+    from peraxis_format.ops.rebuild.numba import compile_for
+
+    entries = [slice_.entry for transfer in transfers for slice_ in transfer.modules]
+    for dtype, components in {(entry.dtype, len(entry.components)) for entry in entries if entry.components}:
+        compile_for(dtype, dtype, components)
 
 
 def _parts(jobs: Sequence[Callable[[], None]], count: int) -> Iterator[Sequence[Callable[[], None]]]:
@@ -166,6 +187,12 @@ def _signs(transfer: Transfer, *, contiguous: bool) -> Iterator[tuple[ModuleSlic
     for slice_ in transfer.modules:
         if slice_.entry.encoding is Encoding.SIGN:
             yield from ((slice_, part) for part in slice_.views if part.view.is_contiguous() is contiguous)
+
+
+def _exact(transfer: Transfer) -> Iterator[tuple[ModuleSlice, ShardView]]:
+    for slice_ in transfer.modules:
+        if slice_.entry.encoding is Encoding.EXACT:
+            yield from ((slice_, part) for part in slice_.views)
 
 
 def _stored(slice_: ModuleSlice, base: Tensor, out: Tensor) -> StoredModule:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -10,19 +9,24 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal
 
+import torch
 from torch import Tensor
 
+from peraxis_format.delta import Encoding
 from peraxis_format.dtypes import raw_bytes
-from peraxis_format.errors import DeviceError, LiveModelError, PxdError, fail
+from peraxis_format.errors import DeviceError, LiveModelError, fail
 from peraxis_format.ops.tensors import storage_array
 from peraxis_format.payload import check_pad, check_values
-from peraxis_format.reader import DeltaFile
+from peraxis_format.reader import DeltaFile, located
 from peraxis_format.thread_pool import ThreadPool
-from peraxis_format.torch.device import Device
+from peraxis_format.torch.device import Device, current_device
+from peraxis_format.torch.place.proof import proven
+from peraxis_format.torch.place.sharded_exact import ExactPiece
+from peraxis_format.torch.place.shards import ShardView
 from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.swap.transfer_plan import ALIGN, ByteRange, ModuleSlice, Transfer, piece, shift_masks
 
-__all__ = ["Payload", "Residency", "check_pads", "check_transfer", "read_transfer"]
+__all__ = ["Payload", "Residency", "check_pads", "check_transfer", "prove_transfer", "read_transfer"]
 
 Residency = Literal["gpu", "pinned", "file"]
 _READ: Final = 4 << 20  # bytes that one thread reads at a time
@@ -88,16 +92,6 @@ def _read_jobs(delta: DeltaFile, runs: Sequence[ByteRange], target: memoryview) 
         yield job(parts)
 
 
-@contextlib.contextmanager
-def located(delta: DeltaFile) -> Iterator[None]:
-    """Add the name of the file to an error that passes through."""
-    try:
-        yield
-    except PxdError as error:
-        error.file = error.file or str(delta.path)
-        raise
-
-
 def check_transfer(delta: DeltaFile, transfer: Transfer, buffer: Tensor, workers: ThreadPool) -> None:
     """Steps 9 to 11 of SPEC 8 on a buffer's bytes, in parallel: for whole modules all, for boxes only the scales."""
     array = storage_array(buffer)
@@ -121,8 +115,35 @@ def check_transfer(delta: DeltaFile, transfer: Transfer, buffer: Tensor, workers
             place = delta.span(slice_.entry.name)[0] + end - slice_.begin
             check_pad(array[end:begin].tobytes(), slice_.entry.name, place)
 
-    with located(delta):
+    with located(delta.path):
         workers.run(check(slice_) for slice_ in transfer.modules)
+
+
+def prove_transfer(
+    delta: DeltaFile, transfer: Transfer, buffer: Tensor, base_of: Callable[[ShardView], Tensor], workers: ThreadPool
+) -> None:
+    """Check the results of a transfer's exact modules (SPEC 7.4), whose base has been checked.
+
+    base_of: the base's weights of a part. Raises BindingError (E405) with the tensor's name.
+    """
+    array = storage_array(buffer)
+
+    def prove(slice_: ModuleSlice, part: ShardView) -> Callable[[], None]:
+        def run() -> None:
+            base = base_of(part)
+            with torch.no_grad(), current_device(part.view.device):
+                for _ in proven(slice_.entry, base, piece(slice_, array)):
+                    pass
+
+        return run
+
+    with located(delta.path):
+        workers.run(
+            prove(slice_, part)
+            for slice_ in transfer.modules
+            if slice_.entry.encoding is Encoding.EXACT
+            for part in slice_.views
+        )
 
 
 def check_pads(delta: DeltaFile) -> None:
@@ -130,7 +151,7 @@ def check_pads(delta: DeltaFile) -> None:
     for name, begin, end in delta.pads():
         data = bytearray(end - begin)
         delta.read_into(memoryview(data), begin)
-        with located(delta):
+        with located(delta.path):
             check_pad(bytes(data), name, begin)
 
 
@@ -169,9 +190,13 @@ class Payload:
         device: Device,
         ring: Ring,
         workers: ThreadPool,
+        base_of: Callable[[ShardView], Tensor],
+        pieces: tuple[ExactPiece, ...] = (),
         direct: bool = False,
     ) -> None:
+        """base_of: the base's weights of a part, which have been checked. pieces: those of sharded exact modules."""
         self.delta = delta
+        self.pieces = pieces
         self.direct = _open_direct(delta) if direct else None
         self.transfers = transfers
         self.residency = residency
@@ -179,6 +204,7 @@ class Payload:
         self.size = sum(transfer.size - transfer.begin for transfer in transfers)
         self._kept: list[Tensor] = []
         self._stamp = _Stamp.of(delta)
+        self._base_of = base_of
         check_pads(delta)
         for transfer in transfers:
             self._keep(transfer, device, ring, workers)
@@ -190,6 +216,7 @@ class Payload:
         self.bytes_read += read_transfer(self.delta, transfer, whole, workers, self.direct)
         host = whole[: transfer.size]
         check_transfer(self.delta, transfer, host, workers)
+        prove_transfer(self.delta, transfer, host, self._base_of, workers)
         if self.residency == "pinned":
             self._kept.append(host)
         elif self.residency == "gpu":

@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from torch import Tensor
 
+from peraxis_format.arguments import check_choice, check_least
 from peraxis_format.errors import DeviceError, LiveModelError
-from peraxis_format.reader import DeltaFile
+from peraxis_format.reader import DeltaFile, located
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import Device, device_of
 from peraxis_format.torch.place.binding import check_live, is_sharded, sharded_anywhere
 from peraxis_format.torch.place.claims import claim, release
 from peraxis_format.torch.place.digests import inherit
 from peraxis_format.torch.place.placement import place
+from peraxis_format.torch.place.sharded_exact import exact_pieces
 from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, copy_aside, storage_key
 from peraxis_format.torch.place.watch import LiveTensors
 from peraxis_format.torch.ring import Ring
@@ -25,7 +27,7 @@ from peraxis_format.torch.swap.engine import Engine, HostEngine, engine_for
 from peraxis_format.torch.swap.payload import Payload, Residency
 from peraxis_format.torch.swap.reports import Variant
 from peraxis_format.torch.swap.transfer_plan import TRANSFER_LIMIT, cut_transfers
-from peraxis_format.torch.swap.undo import UndoLog
+from peraxis_format.torch.swap.undo import InPlace, UndoLog
 
 __all__ = ["BasePlace", "Registered", "Registry"]
 
@@ -70,6 +72,8 @@ class Registry:
         group: Any,
         workers: int | None,
     ) -> None:
+        check_choice("base", base, get_args(BasePlace), error=LiveModelError)
+        check_least("workers", workers, 1, error=LiveModelError)
         self.workers = ThreadPool(workers)
         self.group = group
         self.device: Device | None = None
@@ -80,6 +84,7 @@ class Registry:
         self.base_place = base
         self._views, self._shards = views, shards
         self._parts: dict[Any, ShardView] = {}
+        self.in_place = InPlace(self.workers) if base == "undo" else None
         self._checked: dict[str, str] = {}  # with base="undo": hex digests of the base's tensors, by name
         self.live = LiveTensors(model)
 
@@ -87,6 +92,8 @@ class Registry:
         self, name: str, delta: DeltaFile | str | os.PathLike[str], residency: Residency | None, *, direct: bool
     ) -> Variant:
         """Check a variant's file and base, and load its payload. The model is not changed."""
+        if residency is not None:
+            check_choice("residency", residency, get_args(Residency), error=LiveModelError)
         if name in self.variants:
             raise LiveModelError(f"variant {name!r} is registered already; remove it first")
         owned = not isinstance(delta, DeltaFile)
@@ -150,8 +157,17 @@ class Registry:
         with together(self.group, sharded=sharded):
             if sharded:
                 verify_share(file, self.group, self.workers)
+            pieces = exact_pieces(file, placement, base_of=self._base_of, group=self.group) if sharded else ()
             payload = Payload(
-                file, transfers, residency=chosen, device=device, ring=ring, workers=self.workers, direct=direct
+                file,
+                transfers,
+                residency=chosen,
+                device=device,
+                ring=ring,
+                workers=self.workers,
+                base_of=self._base_of,
+                pieces=pieces,
+                direct=direct,
             )
         undo = self.base_place == "undo"
         if not undo:
@@ -166,10 +182,11 @@ class Registry:
             content_id=file.content_id,
             residency=chosen,
             stored=payload.size,
-            host=payload.size if chosen == "pinned" else 0,
+            host=(payload.size if chosen == "pinned" else 0) + sum(piece.nbytes for piece in pieces),
             device=payload.size if chosen == "gpu" else 0,
         )
-        parts = frozenset(part for transfer in transfers for slice_ in transfer.modules for part in slice_.views)
+        slices = (slice_ for transfer in transfers for slice_ in transfer.modules)
+        parts = frozenset((*(part for slice_ in slices for part in slice_.views), *(piece.part for piece in pieces)))
         weights = sum(part.view.nbytes for part in parts)
         log = UndoLog(payload) if undo else None
         return Registered(variant, file, owned, placement, payload, engine, log, parts, weights)
@@ -201,14 +218,21 @@ class Registry:
             name: tuple(ShardView(part.box, self.bases.get(part, part.view)) for part in parts)
             for name, parts in placement.items()
         }
-        check_live(
-            file.manifest, pristine, ring=ring, workers=self.workers.count, group=self.group, known=self._checked
-        )
+        with located(file.path):
+            check_live(
+                file.manifest, pristine, ring=ring, workers=self.workers.count, group=self.group, known=self._checked
+            )
         if self.base_place == "undo":
             bound = {entry.name: entry.base for entry in file.manifest.modules}
             self._checked |= {name: base.sha256 for name, base in bound.items() if base is not None}
             tied = file.manifest.tied
             self._checked |= {alias: self._checked[name] for name, alias in tied if name in self._checked}
+
+    def _base_of(self, part: ShardView) -> Tensor:
+        """The base's weights of a part, whatever variant the model is. With base="undo" they are computed."""
+        if self.in_place is not None:
+            return self.in_place.base_of(part)
+        return self.bases.get(part, part.view)
 
     def _anywhere_sharded(self, file: DeltaFile, placement: Placement) -> bool:
         return sharded_anywhere(here=is_sharded(placement, file.manifest), group=self.group)

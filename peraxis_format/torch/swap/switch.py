@@ -64,7 +64,6 @@ class VariantSwitch:
         workers: int | None = None,
     ) -> None:
         self._registry = Registry(model, base=base, views=views, shards=shards, group=group, workers=workers)
-        self._in_place = InPlace(self._registry.workers) if base == "undo" else None
         self._lost = False  # with base="undo": an error that could not be reverted
         self._lock = SwapLock()
         self._changes = threading.Lock()  # one thread at a time registers or swaps
@@ -201,8 +200,8 @@ class VariantSwitch:
 
     def _write(self, target: Registered | None) -> int:
         """Rebuild the target's weights from the base into live storage. Returns the bytes written."""
-        if self._in_place is not None:
-            return self._write_in_place(target, self._in_place)
+        if self._registry.in_place is not None:
+            return self._write_in_place(target, self._registry.in_place)
         parts = frozenset() if target is None else target.parts
         restored = self._dirty - parts
         touched = self._dirty | parts
@@ -245,7 +244,7 @@ class VariantSwitch:
         try:
             return self._restore()
         except Exception as failure:
-            if self._in_place is None:
+            if self._registry.in_place is None:
                 raise
             self._lost = True
             raise LiveModelError(
@@ -271,7 +270,7 @@ class VariantSwitch:
         self._closed = True
         if self._guard is not None:
             self._guard.remove()
-        self._in_place = None
+        self._registry.in_place = None
         self._registry.close()
 
     def _refuse_closed(self) -> None:

@@ -18,18 +18,18 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from peraxis_format.bits import mask_width
-from peraxis_format.delta import ModuleDelta
+from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import Array, DType
 from peraxis_format.manifest import ModuleEntry
 from peraxis_format.payload import assemble
 from peraxis_format.reader import DeltaFile
 from peraxis_format.sizes import ALIGNMENT, aligned
-from peraxis_format.torch.place.shards import Box, Placement, ShardView, whole
+from peraxis_format.torch.place.shards import Box, Placement, ShardView, storage_key, whole
 
 __all__ = ["ALIGN", "TRANSFER_LIMIT", "ByteRange", "Field", "ModuleSlice", "Transfer", "cut_transfers", "piece"]
 
@@ -65,7 +65,9 @@ class Field:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModuleSlice:
-    """One module, or one box of it. begin, end: its bytes in the buffer. views: the live storages, usually one."""
+    """One module, or one box of it. begin, end: its bytes in the buffer. views: the live storages, usually one; none if
+    an equal module writes them.
+    """
 
     entry: ModuleEntry
     box: Box
@@ -117,8 +119,10 @@ def shift_masks(slice_: ModuleSlice, buffer: Array) -> None:
 def cut_transfers(delta: DeltaFile, placement: Placement, *, limit: int) -> tuple[Transfer, ...]:
     """Cut the bytes that a placement needs of a file into transfers of at most `limit` bytes, or of one module.
 
-    Every module (or box) is in exactly one transfer, so it is uploaded once.
+    Every module (or box) is in exactly one transfer, so it is uploaded once. Pieces of exact modules are in none: ranks
+    decode these together (place/sharded_exact.py). A storage is written once, even if equal modules share it.
     """
+    written: set[tuple[Any, ...]] = set()
     transfers: list[Transfer] = []
     group: list[tuple[ModuleEntry, tuple[ShardView, ...]]] = []
     size = 0
@@ -126,10 +130,13 @@ def cut_transfers(delta: DeltaFile, placement: Placement, *, limit: int) -> tupl
         begin, end = delta.span(entry.name)
         placed = placement[entry.name]
         boxes = {part.box: tuple(p for p in placed if p.box == part.box) for part in placed}
-        for box, parts in boxes.items():
-            if begin == end or math.prod(b - a for a, b in box) == 0:
+        exact = entry.encoding is Encoding.EXACT
+        for box, of_box in boxes.items():
+            if begin == end or math.prod(b - a for a, b in box) == 0 or (exact and box != whole(entry.shape)):
                 continue
-            if box != whole(entry.shape) or len(boxes) > 1:
+            parts = tuple(part for part in of_box if storage_key(part.live) not in written)
+            written.update(storage_key(part.live) for part in parts)
+            if not exact and (box != whole(entry.shape) or len(boxes) > 1):
                 transfers.append(_boxed(delta, entry, box, parts))
                 continue
             if group and size + end - begin > limit:

@@ -16,12 +16,11 @@ has 28% of the weights' bytes (written for size); the exceptions to subtraction 
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -37,7 +36,10 @@ from peraxis_format.ops.rebuild import rebuild_tensor
 from peraxis_format.ops.rebuild.torch import ComponentTensors
 from peraxis_format.ops.tensors import as_bytes, from_storage, storage_array
 from peraxis_format.thread_pool import ThreadPool
+from peraxis_format.torch.device import current_device
+from peraxis_format.torch.place.sharded_exact import ExactPiece
 from peraxis_format.torch.place.shards import ShardView
+from peraxis_format.torch.swap.exact import block_ranges
 from peraxis_format.torch.swap.payload import Payload
 from peraxis_format.torch.swap.transfer_plan import ModuleSlice, piece
 
@@ -48,7 +50,11 @@ _STRETCH: Final = 16 * BLOCK  # weights to stage at a time, for each thread
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _Stretch:
-    """Rows of one module in one live storage, with either components or the new weights, `full`."""
+    """A range of one module in one live storage, with components, the new weights (`full`), an exact update of them
+    (the arguments of ops.exact.torch.moved), or a piece of a sharded one.
+
+    flat: `at` is an index into the flat tensor.
+    """
 
     name: str
     part: ShardView
@@ -56,21 +62,32 @@ class _Stretch:
     dtype: DType
     components: tuple[ComponentFactors, ...] = ()
     full: Array | None = None
+    update: Mapping[str, Any] | None = None
+    piece: ExactPiece | None = None
+    flat: bool = False
 
     @property
     def live(self) -> Tensor:
         """The model's weights."""
-        return self.part.view.detach()[self.at]
+        return self.of(self.part.view.detach())
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This range of a tensor of the part's shape."""
+        return (tensor.reshape(-1) if self.flat else tensor)[self.at]
 
     def forward(self, base: Tensor) -> Tensor:
         """The variant's weights (SPEC 6)."""
         if self.full is not None:
             return from_storage(self.full.copy(), self.dtype).to(base.device)
+        if self.update is not None:
+            return moved(base, **self.update)
+        if self.piece is not None:
+            return self.piece.on(base)
         return self._added(base, sign=1)
 
     def back(self, new: Tensor) -> Tensor:
         """The result of subtracting: the base except for exceptions. It has the same bits each time."""
-        return new if self.full is not None else self._added(new, sign=-1)
+        return self._added(new, sign=-1) if self.components else new
 
     def _added(self, weights: Tensor, *, sign: int) -> Tensor:
         parts = [ComponentTensors.of(component, weights.device) for component in self.components]
@@ -136,6 +153,16 @@ class InPlace:
         finally:
             self._publish()
         return written
+
+    def base_of(self, part: ShardView) -> Tensor:
+        """The base's weights of a part: a contiguous copy. No swap may run meanwhile."""
+        base = _copy(part.view.detach())
+        if self._log is not None:
+            for i in self._applied:
+                stretch = self._log.stretches[i]
+                if stretch.part is part:
+                    stretch.of(base).copy_(_taken_back(stretch, self._log.entries[i], _copy(stretch.live)))
+        return base
 
     def parts(self) -> frozenset[ShardView]:
         """The storages that the variant changes."""
@@ -204,8 +231,7 @@ class InPlace:
 
 def _on_device(part: ShardView, job: Callable[[], None]) -> None:
     """Run a job on the part's device, because threads have another current device."""
-    device = part.view.device
-    with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with torch.no_grad(), current_device(part.view.device):
         job()
 
 
@@ -252,6 +278,8 @@ def _stretches(payload: Payload) -> Iterator[_Stretch]:
         for slice_ in transfer.modules:
             for part in slice_.views:
                 yield from _of_module(slice_, buffer, part)
+    for found in payload.pieces:
+        yield _Stretch(name=found.name, part=found.part, at=(), dtype=found.dtype, piece=found)
 
 
 def _of_module(slice_: ModuleSlice, buffer: Array, part: ShardView) -> Iterator[_Stretch]:
@@ -261,6 +289,12 @@ def _of_module(slice_: ModuleSlice, buffer: Array, part: ShardView) -> Iterator[
             yield _Stretch(name=name, part=part, at=(), dtype=module.dtype, full=module.full)
         for rows in _row_ranges(shape) if shape else ():
             yield _Stretch(name=name, part=part, at=(rows,), dtype=module.dtype, full=module.full[rows])
+        return
+    if module.index is not None:
+        flat = part.view.is_contiguous()
+        for weights, update in block_ranges(module, _STRETCH // BLOCK or 1 if flat else module.index.size):
+            at = (weights,) if flat else ()
+            yield _Stretch(name=name, part=part, at=at, dtype=module.dtype, update=update, flat=flat)
         return
     for batch, components in zip(np.ndindex(shape[:-2]), module.factors(), strict=True):
         for rows in _row_ranges(shape[-2:]):

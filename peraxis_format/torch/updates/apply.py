@@ -19,12 +19,13 @@ from torch import Tensor
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import Array
 from peraxis_format.errors import LiveModelError, PxdError
-from peraxis_format.reader import DeltaFile
+from peraxis_format.reader import DeltaFile, located
 from peraxis_format.torch.place.binding import agree
+from peraxis_format.torch.place.pieces import in_pieces
 from peraxis_format.torch.place.placement import place
+from peraxis_format.torch.place.proof import proven, stretches
 from peraxis_format.torch.place.shards import Placement, Shard, Target, increment_versions, storage_key
-from peraxis_format.torch.updates.pieces import in_pieces
-from peraxis_format.torch.updates.proof import proven, refuse_others, stretches
+from peraxis_format.torch.updates.errors import refuse_others
 from peraxis_format.torch.updates.staged import stage
 
 __all__ = ["apply_update"]
@@ -52,7 +53,7 @@ def apply_update(
     with contextlib.ExitStack() as stack:
         try:
             file = update if isinstance(update, DeltaFile) else stack.enter_context(DeltaFile(update))
-            placement = place(target, file.manifest, shards=shards, exact=True)
+            placement = place(target, file.manifest, shards=shards)
         except (PxdError, LiveModelError, OSError) as error:
             if not pieces:
                 raise
@@ -64,7 +65,8 @@ def apply_update(
                 staged.write()
             return
         refuse_others(file, placement)
-        modules = list(_proven(file, placement))
+        with located(file.path):
+            modules = list(_proven(file, placement))
         with lock or contextlib.nullcontext():
             _write(modules, placement)
         increment_versions(part for parts in placement.values() for part in parts)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peraxis_format.torch.updates.pieces import is_dtensor
+from peraxis_format.torch.place.pieces import is_dtensor
 from peraxis_format.torch.updates.publish import UpdateWriter
 from peraxis_format.torch.updates.publish_sharded import ShardedUpdateWriter
 

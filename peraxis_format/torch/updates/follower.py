@@ -18,13 +18,14 @@ from peraxis_format.dtypes import raw_bytes
 from peraxis_format.errors import LiveModelError, PxdError
 from peraxis_format.ops.tensors import storage_array
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.place.pieces import Ranks, in_pieces, sharded_digest
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.shards import Placement, Shard, Target
 from peraxis_format.torch.updates.apply import apply_update
+from peraxis_format.torch.updates.errors import UpdateError
 from peraxis_format.torch.updates.mirror import Mirror, is_url
-from peraxis_format.torch.updates.pieces import Ranks, in_pieces, sharded_digest
-from peraxis_format.torch.updates.proof import UpdateError
-from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update
+from peraxis_format.torch.updates.shared_mirror import SharedMirror
+from peraxis_format.torch.updates.source import UpdateFile, list_updates, missing_folder, next_update
 
 __all__ = ["Follower", "Poll", "follow"]
 
@@ -35,7 +36,8 @@ _LOGGER: Final = logging.getLogger("peraxis")
 class Poll:
     """The result of one poll of the folder. step: the model's step now, None if its state is not in the chain.
 
-    applied: files, in order. lag: the number of newer updates in the folder. waiting: the reason of a delay, by file.
+    applied: files, in order. lag: the number of newer updates in the folder. waiting: the reason of a delay, by file;
+    the folder's own reason is that it does not exist.
     """
 
     step: int | None
@@ -58,7 +60,7 @@ def follow(
     target: a module or a mapping of names to tensors, in any state of the chain; in another state it begins with the
     newest anchor. lock: held while weights are written, so that no forward pass sees half an update. on_update: called
     after each poll that applied an update. shards: see apply_update. group: that of a sharded model, whose ranks see
-    one folder and poll together, equally often; with `start`, a group that no other code uses.
+    one folder, or follow one URL, and poll together, equally often; with `start`, a group that no other code uses.
     """
     return Follower(target, source, lock=lock, on_update=on_update, shards=shards, group=group)
 
@@ -76,9 +78,10 @@ class Follower:
         shards: Mapping[str, Shard] | None = None,
         group: Any = None,
     ) -> None:
-        if is_url(folder) and in_pieces(target, shards):
-            raise LiveModelError(f"{folder}: sharded models follow a folder that all ranks see, not a URL")
-        self._mirror = Mirror(str(folder)) if is_url(folder) else None
+        self._mirror: Mirror | SharedMirror | None = None
+        if is_url(folder):
+            sharded = in_pieces(target, shards)
+            self._mirror = SharedMirror(str(folder), group) if sharded else Mirror(str(folder))
         self.folder = Path(folder) if self._mirror is None else self._mirror.folder
         self.step: int | None = None
         self._target = target
@@ -89,6 +92,12 @@ class Follower:
         self._files: dict[Path, UpdateFile] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        if (reason := missing_folder(self.folder)) is not None:
+            _LOGGER.warning("%s", reason)
+
+    def __repr__(self) -> str:
+        at = "unknown state" if self.step is None else f"step {self.step}"
+        return f"<Follower of {self.folder if self._mirror is None else self._mirror.url}: {at}>"
 
     def poll(self) -> Poll:
         """Apply the folder's updates after the model's state, one at a time.
@@ -194,23 +203,27 @@ class Follower:
 
     def _apply(self, update: UpdateFile) -> None:
         """Apply a file, which must be the one that was listed. Raises UpdateError, PxdError."""
-        with DeltaFile(update.path) as delta:
+        with DeltaFile(self._here(update)) as delta:
             # All ranks of a sharded model have to agree, which apply_update ensures.
             if delta.content_id != update.content_id and not in_pieces(self._target, self._shards):
                 raise UpdateError(f"{update.path}: was replaced by another file; it is tried again")
             apply_update(self._target, delta, lock=self._lock, shards=self._shards, group=self._group)
 
+    def _here(self, file: UpdateFile) -> Path:
+        """The file on this rank: the files are listed by the first rank, whose folder may have another path."""
+        return self.folder / file.path.name
+
     def _find_state(self, files: list[UpdateFile]) -> None:
         """Find the model's state in the chain by the digests of its tensors, the newest state first."""
         digests: dict[str, str] = {}
         for file in reversed(files):
-            with contextlib.suppress(PxdError, OSError), DeltaFile(file.path) as delta:
+            with contextlib.suppress(PxdError, OSError), DeltaFile(self._here(file)) as delta:
                 if self._is_at(delta, digests):
                     self._state, self.step = file.result, file.step
                     return
         first = next((file for file in files if not file.is_anchor), None)
         if first is not None:
-            with contextlib.suppress(PxdError, OSError), DeltaFile(first.path) as delta:
+            with contextlib.suppress(PxdError, OSError), DeltaFile(self._here(first)) as delta:
                 if self._is_at(delta, digests, before=True):
                     self._state, self.step = first.base, first.step - 1
 
@@ -219,7 +232,7 @@ class Follower:
         pieces = in_pieces(self._target, self._shards)
         placement: Placement | None = None
         with contextlib.suppress(PxdError, LiveModelError):
-            placement = place(self._target, delta.manifest, shards=self._shards, exact=True)
+            placement = place(self._target, delta.manifest, shards=self._shards)
         if pieces and not all(Ranks(self._group).gathered(placement is not None)):
             return False
         if placement is None:

@@ -14,11 +14,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from peraxis_format.create_remote import create_remote, is_replaced, start_of
 from peraxis_format.errors import LiveModelError
 from peraxis_format.torch.updates.source import step_of
 
-__all__ = ["Mirror", "is_url"]
+__all__ = ["PREFIX", "Mirror", "is_url"]
 
+PREFIX: Final = "peraxis-chain-"  # of temporary folders
 _PART: Final = ".part"
 
 
@@ -44,7 +46,8 @@ class Mirror:
             raise LiveModelError(f"{self.url}: needs a package that is not installed ({error})") from None
         except ValueError as error:
             raise LiveModelError(f"{self.url}: {error}") from None
-        self.folder = Path(tempfile.mkdtemp(prefix="peraxis-chain-"))
+        self._sent: tuple[str, bytes] | None = None  # name and header of the file that was sent last
+        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         self.close = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def names(self) -> list[str]:
@@ -76,18 +79,18 @@ class Mirror:
                 self._fetch(name)
 
     def send(self, path: Path) -> None:
-        """Publish a local file under its name. Raises FileExistsError if the name exists."""
-        if self.exists(path.name):
-            raise FileExistsError(f"{self.url}/{path.name}: exists already; another process publishes there")
-        target = f"{self._path}/{path.name}"
+        """Publish a local file under its name (create_remote.py).
+
+        Raises FileExistsError if the name exists, or if another process has replaced the file that was sent last.
+        """
         with self._errors():
-            self._system.makedirs(self._path, exist_ok=True)
-            if self.url.startswith("hf://"):  # one commit
-                self._system.put_file(str(path), target)
-                return
-            part = f"{self._path}/.{path.name}{_PART}"
-            self._system.put_file(str(path), part)
-            self._system.mv(part, target)
+            if self._sent is not None and is_replaced(self._system, f"{self._path}/{self._sent[0]}", self._sent[1]):
+                raise FileExistsError(
+                    f"{self.url}/{self._sent[0]}: was replaced by another process that publishes there; stop one of "
+                    "them, and publish to a new URL"
+                )
+            create_remote(self._system, path, f"{self._path}/{path.name}", url=f"{self.url}/{path.name}")
+        self._sent = path.name, start_of(path)
 
     def exists(self, name: str) -> bool:
         """Whether there is a file with this name."""
@@ -97,6 +100,8 @@ class Mirror:
 
     def remove(self, name: str) -> None:
         """Delete a file."""
+        if self._sent is not None and self._sent[0] == name:
+            self._sent = None
         with self._errors():
             self._system.rm_file(f"{self._path}/{name}")
 

@@ -13,12 +13,13 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import ClassVar, Final, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from peraxis_format.arguments import check_choice, check_least
 from peraxis_format.delta import BaseRef, Encoding, ModuleDelta
 from peraxis_format.dtypes import Array, DType, raw_bytes
 from peraxis_format.errors import LiveModelError
@@ -28,8 +29,8 @@ from peraxis_format.ops.exact import Prefer, apply
 from peraxis_format.ops.rebuild import reconstruct
 from peraxis_format.ops.tensors import dtype_of, storage_array
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.place.pieces import is_dtensor
 from peraxis_format.torch.updates.mirror import Mirror, is_url
-from peraxis_format.torch.updates.pieces import is_dtensor
 from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, step_name, step_of
 from peraxis_format.writer import DeltaWriter
 
@@ -75,9 +76,9 @@ class UpdateWriter:
         prefer: Prefer = "size",
         anchor_every: int | None = None,
     ) -> None:
-        """Raises LiveModelError if the folder's chain has other tensors, PxdError if it is damaged."""
-        if anchor_every is not None and anchor_every < 1:
-            raise ValueError(f"anchor_every is {anchor_every}; it must be 1 or more, or None")
+        """Raises LiveModelError if the folder's chain has other tensors, PxdError if it is damaged, ArgumentError."""
+        check_choice("prefer", prefer, get_args(Prefer))
+        check_least("anchor_every", anchor_every, 1)
         self._mirror = Mirror(str(folder)) if is_url(folder) else None
         self.folder = Path(folder) if self._mirror is None else self._mirror.folder
         self.step_number = 0
@@ -91,6 +92,9 @@ class UpdateWriter:
         self._head: UpdateFile | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         self._restore()
+
+    def __repr__(self) -> str:
+        return f"<UpdateWriter to {self.folder if self._mirror is None else self._mirror.url}: step {self.step_number}>"
 
     @property
     def result(self) -> str | None:

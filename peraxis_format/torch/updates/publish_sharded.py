@@ -26,9 +26,9 @@ from peraxis_format.ops.rebuild import reconstruct
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.binding import agree
 from peraxis_format.torch.place.finder import local_part
+from peraxis_format.torch.place.pieces import Layout, Ranks, exchanged, flat_indices, slices
 from peraxis_format.torch.place.shards import Box, whole
 from peraxis_format.torch.updates.mirror import is_url
-from peraxis_format.torch.updates.pieces import Layout, Ranks, exchanged, flat_indices, slices
 from peraxis_format.torch.updates.publish import CHANGED, Published, UpdateWriter, digest_of
 from peraxis_format.torch.updates.source import UpdateFile, Way, anchor_name, chain_of, step_name
 

@@ -11,7 +11,17 @@ from typing import Final
 from peraxis_format.errors import LiveModelError, PxdError
 from peraxis_format.reader import DeltaFile
 
-__all__ = ["UpdateFile", "Way", "anchor_name", "chain_of", "list_updates", "next_update", "step_name", "step_of"]
+__all__ = [
+    "UpdateFile",
+    "Way",
+    "anchor_name",
+    "chain_of",
+    "list_updates",
+    "missing_folder",
+    "next_update",
+    "step_name",
+    "step_of",
+]
 
 _NAME: Final = re.compile(r"(step|anchor)-(\d+)\.pxd")
 
@@ -49,14 +59,24 @@ def step_of(name: str) -> tuple[int, bool] | None:
     return None if match is None else (int(match[2]), match[1] == "anchor")
 
 
+def missing_folder(folder: Path) -> str | None:
+    """The reason why a folder of updates has none, if it does not exist; a trainer may make it later."""
+    if folder.is_dir():
+        return None
+    return f"{folder}: {'is not a folder' if folder.exists() else 'no such folder yet'}; waiting for the first update"
+
+
 def list_updates(folder: Path, known: dict[Path, UpdateFile] | None = None) -> tuple[list[UpdateFile], dict[Path, str]]:
     """The updates and anchors of a folder in the order of their steps, and the faults of files that cannot be read.
+    A folder that does not exist is one of the faults.
 
     known: a cache of the files that were read; it is updated, so that a file is opened once, and again if it was
     replaced.
     """
     known = {} if known is None else known
     problems: dict[Path, str] = {}
+    if (reason := missing_folder(folder)) is not None:
+        problems[folder] = reason
     present = {path for path in folder.glob("*.pxd") if _NAME.fullmatch(path.name)}
     for gone in known.keys() - present:
         del known[gone]

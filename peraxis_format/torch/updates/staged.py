@@ -11,31 +11,29 @@ update's bytes, its changes, those of one tensor, and one range; for an anchor o
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from peraxis_format.delta import Encoding, ModuleDelta
-from peraxis_format.dtypes import Array, raw_bytes
+from peraxis_format.dtypes import Array
 from peraxis_format.errors import LiveModelError, fail
 from peraxis_format.manifest import ModuleEntry
-from peraxis_format.ops.exact import BLOCK, apply
-from peraxis_format.reader import DeltaFile
+from peraxis_format.reader import DeltaFile, located
 from peraxis_format.torch.place.binding import agree
+from peraxis_format.torch.place.pieces import Layout, Ranks, slices
+from peraxis_format.torch.place.proof import proven
+from peraxis_format.torch.place.replicas import check_replicas
+from peraxis_format.torch.place.sharded_exact import Changes, FirstError, in_box, sharded_changes, words_of
 from peraxis_format.torch.place.shards import Placement, ShardView, increment_versions, whole
-from peraxis_format.torch.updates.pieces import Layout, Ranks, assembled, boxed_indices, slices
-from peraxis_format.torch.updates.proof import proven, refuse_others
+from peraxis_format.torch.updates.errors import refuse_others
 
 __all__ = ["StagedUpdate", "stage"]
 
-_WORDS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PLACE_BYTES: Final = 8
 
 
@@ -53,7 +51,7 @@ class _Change:
 
     def exchange(self) -> None:
         """Exchange values and live weights, so that a second call restores both."""
-        flat = _words(self.part.view).reshape(-1)
+        flat = words_of(self.part.view).reshape(-1)
         if self.places is None:
             old = flat.clone()
             flat.copy_(self.values)
@@ -96,32 +94,20 @@ class StagedUpdate:
         increment_versions(change.part for change in self._changes)
 
 
-class _FirstError:
-    """A context that keeps the first error of this rank, which goes on because others wait for its pieces."""
-
-    error: Exception | None = None
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> bool:
-        if isinstance(error, Exception):
-            self.error = self.error or error
-        return error is None or isinstance(error, Exception)
-
-
 @torch.no_grad()
 def stage(file: DeltaFile, placement: Placement, *, group: Any = None) -> StagedUpdate:
     """Check an exact update, or an anchor, against live weights, on all ranks of a group or on none. Collective.
 
-    placement: that of `place(..., exact=True)`; tensors may be sharded over `group` (default: all ranks). Raises
+    placement: that of `place`; tensors may be sharded over `group` (default: all ranks). Raises
     PxdError if the file is damaged or the weights are in another state (E404, E405), LiveModelError if they cannot take
     it, on all ranks. Nothing is written then.
     """
-    ranks, failure = Ranks(group), _FirstError()
+    ranks, failure = Ranks(group), FirstError()
     with failure:
         refuse_others(file, placement)
     agree(failure.error, group)
     layouts = _layouts(ranks, file, placement)
+    _check_replicas(ranks, file, placement, layouts)
     changes: list[_Change] = []
     for turn, entry in enumerate(file.manifest.modules):
         parts = placement[entry.name]
@@ -134,7 +120,8 @@ def stage(file: DeltaFile, placement: Placement, *, group: Any = None) -> Staged
         else:
             with failure:
                 changes += _whole_changes(entry, file.load(entry.name), parts)
-    agree(failure.error, group)
+    with located(file.path):
+        agree(failure.error, group)
     return StagedUpdate(file.content_id, sum(change.nbytes for change in changes), tuple(changes), group)
 
 
@@ -160,6 +147,15 @@ def _layouts(ranks: Ranks, file: DeltaFile, placement: Placement) -> dict[str, L
     return layouts
 
 
+def _check_replicas(ranks: Ranks, file: DeltaFile, placement: Placement, layouts: Mapping[str, Layout]) -> None:
+    """Check that all copies of a piece are the same, for tensors that have a base. Raises BindingError on all ranks."""
+    bound = (entry.name for entry in file.manifest.modules if entry.base is not None and entry.name in layouts)
+    parts = {name: placement[name][0] for name in bound}
+    boxes = ranks.gathered({name: part.box for name, part in parts.items()})
+    with located(file.path):
+        check_replicas(parts, boxes, ranks.gathered)
+
+
 # --- tensors that are whole on every rank ----------------------------------------------------------------
 
 
@@ -170,7 +166,7 @@ def _whole_changes(entry: ModuleEntry, module: ModuleDelta, parts: Sequence[Shar
         values: list[Tensor] = []
         begin = 0
         for live, new in proven(entry, part.view, module):
-            before, after = _words(live), _words(new)
+            before, after = words_of(live), words_of(new)
             changed = (before != after).nonzero().reshape(-1)
             places.append(changed + begin)
             values.append(after[changed])
@@ -190,59 +186,21 @@ def _proven(
     entry: ModuleEntry,
     layout: Layout,
     parts: Sequence[ShardView],
-    failure: _FirstError,
-) -> list[tuple[NDArray[np.int64], Array]]:
-    """Check the tensor on its owner. Returns the places that change there, and their words; nothing elsewhere."""
+    failure: FirstError,
+) -> Changes:
+    """Check the tensor on its owner. Returns the changes there; nothing elsewhere."""
     if entry.encoding is not Encoding.EXACT and entry.base is None:
         return []
-    module: ModuleDelta | None = None
     with failure:
-        if any(not _words(part.view).equal(_words(parts[0].view)) for part in parts[1:]):
+        if any(not words_of(part.view).equal(words_of(parts[0].view)) for part in parts[1:]):
             fail("E404", "its aliases have other weights", field=entry.name)
-        module = file.load(entry.name) if ranks.rank == owner and entry.encoding is Encoding.EXACT else None
-    digest = hashlib.sha256()
-    changes: list[tuple[NDArray[np.int64], Array]] = []
-    for flat, weights in assembled(ranks, owner, layout, parts[0], entry.dtype):
-        if weights is None or failure.error is not None:
-            continue
-        with failure:
-            if module is not None:
-                changes.append(_moved(module, weights, flat))
-            digest.update(raw_bytes(weights))
-    if ranks.rank != owner or failure.error is not None:
-        return []
-    with failure:
-        _check(entry, digest.hexdigest())
-    return changes
+    return sharded_changes(ranks, owner, file, entry, layout, parts[0], failure)
 
 
-def _moved(module: ModuleDelta, weights: Array, flat: slice) -> tuple[NDArray[np.int64], Array]:
-    """Update a range of weights in place. Returns the places that change in the flat tensor, and their words."""
-    before = _array_words(weights).copy()
-    if module.index is not None and module.data is not None:
-        first, last = flat.start // BLOCK, -(-flat.stop // BLOCK)
-        begin, end = (int((module.index[:to] >> np.uint32(8)).sum(dtype=np.int64)) for to in (first, last))
-        apply(weights, module.index[first:last], module.data[begin:end], module.dtype)
-    after = _array_words(weights)
-    places = np.flatnonzero(before != after)
-    return places + flat.start, after[places]
-
-
-def _check(entry: ModuleEntry, digest: str) -> None:
-    if entry.encoding is Encoding.EXACT and digest != entry.result:
-        fail("E405", field=entry.name)  # SPEC 7.4
-    if entry.encoding is not Encoding.EXACT and entry.base is not None and digest != entry.base.sha256:
-        fail("E404", field=entry.name)  # SPEC 7.3
-
-
-def _cut(
-    changes: Sequence[tuple[NDArray[np.int64], Array]], layout: Layout, parts: Sequence[ShardView]
-) -> Iterator[_Change]:
+def _cut(changes: Changes, layout: Layout, parts: Sequence[ShardView]) -> Iterator[_Change]:
     """The changes of a whole tensor within this rank's piece."""
-    found = [(*boxed_indices(places, parts[0].box, layout.shape), words) for places, words in changes]
-    if any(local.size for _, local, _ in found):
-        places = torch.from_numpy(np.concatenate([local for _, local, _ in found]))
-        values = torch.from_numpy(np.concatenate([words[inside] for inside, _, words in found]))
+    places, values = in_box(changes, parts[0].box, layout.shape)
+    if len(places):
         yield from (_smaller(part, places, values.clone()) for part in parts)
 
 
@@ -256,10 +214,6 @@ def _replaced(module: ModuleDelta, parts: Sequence[ShardView]) -> Iterator[_Chan
         yield _Change(part, None, torch.from_numpy(words).to(part.view.device))
 
 
-def _words(tensor: Tensor) -> Tensor:
-    return tensor.detach().view(_WORDS[tensor.element_size()])
-
-
 def _array_words(array: Array) -> Array:
     """A storage array as flat words."""
     size = array.dtype.itemsize
@@ -268,7 +222,7 @@ def _array_words(array: Array) -> Array:
 
 def _smaller(part: ShardView, places: Tensor, values: Tensor) -> _Change:
     """The change as places and values, or as the whole tensor if that is smaller."""
-    live = _words(part.view).reshape(-1)
+    live = words_of(part.view).reshape(-1)
     places, values = places.to(live.device), values.to(live.device)
     if len(places) * (_PLACE_BYTES + values.element_size()) < live.nbytes:
         return _Change(part, places, values)

@@ -56,7 +56,7 @@ def check_pair(base: Checkpoint, fine_tuned: Checkpoint) -> None:
     Tensors may be added and dropped: the former are stored, the latter are listed in the manifest.
     """
     base_infos, tuned_infos = _infos(base), _infos(fine_tuned)
-    _check_tensors(fine_tuned, base_infos)
+    _check_tensors(fine_tuned, base_infos, base.tensors.label)
     pair = f"{base.tensors.label} and {fine_tuned.tensors.label}"
     shared = [name for name in tuned_infos if name in base_infos]
     reason = quantised_side(base, fine_tuned)
@@ -92,19 +92,26 @@ def quantised_side(base: Checkpoint, fine_tuned: Checkpoint) -> str | None:
     return None
 
 
-def _check_tensors(fine_tuned: Checkpoint, base: Mapping[str, TensorInfo]) -> None:
-    """Raise ToolError for a tensor that a .pxd cannot store (SPEC 2.14, 3.5)."""
+def _check_tensors(fine_tuned: Checkpoint, base: Mapping[str, TensorInfo], base_label: str) -> None:
+    """Raise ToolError for a tensor that a .pxd cannot store, or bind (SPEC 2.14, 3.5)."""
     label, infos = fine_tuned.tensors.label, fine_tuned.tensors.infos()
     if not infos:
         raise ToolError(f"{label}: holds no tensors")
     lora = unmerged_adapter(info.name for info in infos)
     if lora is not None:
         raise ToolError(f"{label}: {lora} is of an adapter that is not merged; call merge_and_unload and save it again")
+    for side, names in ((label, [info.name for info in infos]), (base_label, list(base))):
+        odd = next((name for name in names if not NAME.fullmatch(name)), None)
+        if odd is not None:
+            raise ToolError(
+                f"{side}: tensor {odd!r} has a name that PXD does not allow (SPEC 3.5); save it under another name"
+            )
     for info in infos:
-        where = f"{label}: tensor {info.name!r}"
-        if not NAME.fullmatch(info.name):
-            raise ToolError(f"{where} has a name that PXD does not allow (SPEC 3.5); save it under another name")
-        for shape in (info.shape, base[info.name].shape if info.name in base else ()):
+        shapes = [(label, info.shape)]
+        if info.name in base:
+            shapes.append((base_label, base[info.name].shape))
+        for side, shape in shapes:
+            where = f"{side}: tensor {info.name!r}"
             if 0 in shape:
                 raise ToolError(f"{where} has no elements (shape {list(shape)}); save the checkpoint without it")
             if len(shape) > _DIMENSIONS_MAX:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from peraxis_format import Axis, DType, Encoding, payload_size, tensor_shapes
-from peraxis_tools.compress.options import CompressOptions
+from peraxis_tools.compress.options import AUTO, EVERYTHING, CompressOptions, OptionError
 from peraxis_tools.kinds import execution_key, kind_of, layer_of
 
 __all__ = [
@@ -194,5 +194,7 @@ def plan(
         for name in sorted(fine_tuned, key=execution_key)
         if name not in aliases
     ]
+    if options.exact not in (None, AUTO, EVERYTHING) and not any(map(options.is_exact, fine_tuned)):
+        raise OptionError(f"exact {options.exact!r}: matches no tensor, for example not {min(fine_tuned)}")
     dropped = tuple(sorted(name for name in base if name not in fine_tuned))
     return Plan(modules=tuple(modules), tied=pairs, dropped=dropped)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +22,7 @@ from peraxis_tools.compress.plan.pairing import matched, tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, plan
 from peraxis_tools.compress.plan.size import foretold
 from peraxis_tools.optional import require
+from peraxis_tools.positions import checked_length
 
 __all__ = ["Foretold", "StageForetold", "foretell"]
 
@@ -73,6 +74,9 @@ def foretell(
         open_checkpoint(fine_tuned, revision=fine_tuned_revision) as opened,
     ):
         base_checkpoint, tuned = matched(opened_base, opened, base_id)
+        if options.resolved_fit != "none":
+            length = checked_length(tuned.config(), options.sequence_length, tuned.tensors.label)
+            options = replace(options, sequence_length=length)
         planned = plan(
             fine_tuned={info.name: info for info in tuned.tensors.infos()},
             base={info.name: info for info in base_checkpoint.tensors.infos()},

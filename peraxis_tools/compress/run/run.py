@@ -13,7 +13,7 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peraxis_format import (
@@ -41,8 +41,9 @@ from peraxis_tools.compress.run.types import Fitting, ModuleReport, RunFit
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_file
 from peraxis_tools.parallel import ordered_map
+from peraxis_tools.positions import checked_length
 from peraxis_tools.progress import Staged, watched_stages
-from peraxis_tools.text import Source
+from peraxis_tools.text import check_texts
 
 __all__ = ["CompressResult", "Progress", "compress"]
 
@@ -56,7 +57,8 @@ Progress = Staged
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressResult:
     """The result of `compress`. Sizes are bytes. notes: modules that differ from the plan, and the reason.
-    exact_blocks: blocks of exact modules by mode (SPEC 5.6), chosen for `prefer`.
+    exact: modules that are stored exactly, exact_updates of them as updates.
+    exact_blocks: blocks of exact updates by mode (SPEC 5.6), chosen for `prefer`.
     unread_tokens: special tokens that are not in the calibration text, so that no fit covers them."""
 
     path: Path
@@ -69,6 +71,7 @@ class CompressResult:
     signed: int
     unchanged: int
     exact: int
+    exact_updates: int
     exact_blocks: Mapping[str, int]
     prefer: str
     axes: Mapping[str, int]
@@ -103,7 +106,7 @@ def compress(
         require(f"--fit {options.resolved_fit}", "torch", "transformers", "datasets", extra="compress")
     output = Path(output)
     texts = (options.calibration,) if isinstance(options.calibration, str) else options.calibration or ()
-    inputs = (base, fine_tuned, *(Source.parse(text).name for text in texts))
+    inputs = (base, fine_tuned, *check_texts(texts))
     # With several processes, the first one writes.
     alone = int(os.environ.get("RANK", "0")) == 0
     with (
@@ -113,6 +116,9 @@ def compress(
         open_checkpoint(fine_tuned, revision=fine_tuned_revision) as opened,
     ):
         base_checkpoint, tuned_checkpoint = matched(opened_base, opened, base_id)
+        if options.resolved_fit != "none":
+            length = checked_length(tuned_checkpoint.config(), options.sequence_length, tuned_checkpoint.tensors.label)
+            options = replace(options, sequence_length=length)
         return _compress_pair(
             base_checkpoint, tuned_checkpoint, output, options, step, show_plan, overwrite=overwrite, force=force
         )
@@ -263,7 +269,8 @@ def _result(
         modules=len(manifest.modules),
         signed=counts[Encoding.SIGN],
         unchanged=counts[Encoding.SAME],
-        exact=counts[Encoding.EXACT],
+        exact=counts[Encoding.FULL] + counts[Encoding.EXACT],
+        exact_updates=counts[Encoding.EXACT],
         exact_blocks=dict(blocks),
         prefer=options.prefer,
         axes=dict(sorted(axes.items())),

@@ -14,6 +14,7 @@ from peraxis_tools.checkpoint import open_checkpoint
 from peraxis_tools.convert.wires import index_value, nemo, xor
 from peraxis_tools.convert.wires.read import WireName
 from peraxis_tools.errors import ToolError
+from peraxis_tools.located import located
 from peraxis_tools.outputs import claim_file, claim_folder
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rebuild import aliases_of
@@ -66,11 +67,13 @@ def to_wire(
         with watched(progress, "convert", state.size) as step:
             for entry in file.manifest.modules:
                 old = state.read(entry.name)
-                pxd.check_base_bytes(entry, old)
+                with located(file.path):
+                    pxd.check_base_bytes(entry, old)
                 step(old.nbytes)
                 if entry.encoding is pxd.Encoding.SAME:
                     continue
-                new = pxd.reconstruct(file.load(entry.name), old)
+                with located(file.path):
+                    new = pxd.reconstruct(file.load(entry.name), old)
                 if (moved := count_changed(old, new)) == 0:
                     continue
                 for name in (entry.name, *(alias for alias in aliases.get(entry.name, ()) if alias in state)):

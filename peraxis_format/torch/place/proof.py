@@ -1,4 +1,4 @@
-"""What is checked before an exact update is written: that the model can take it, and the digests of whole tensors.
+"""What is checked before an exact tensor is written: that it decodes on the live weights, and the digest of the result.
 
 A tensor is decoded one range at a time, so that it is not in memory twice.
 """
@@ -13,41 +13,22 @@ from torch import Tensor
 
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import raw_bytes
-from peraxis_format.errors import LiveModelError, fail
+from peraxis_format.errors import fail
 from peraxis_format.manifest import ModuleEntry
 from peraxis_format.ops.exact import BLOCK
 from peraxis_format.ops.exact.torch import moved
 from peraxis_format.ops.tensors import storage_array
-from peraxis_format.reader import DeltaFile
-from peraxis_format.torch.place.claims import refuse_claimed
-from peraxis_format.torch.place.shards import Placement
 
-__all__ = ["UpdateError", "proven", "refuse_others", "stretches"]
+__all__ = ["proven", "stretches"]
 
 _STRETCH: Final = 16  # blocks to decode at a time
 _ON_DEVICE: Final = 16  # times as many on a device, which decodes all these blocks at once
 
 
-class UpdateError(LiveModelError):
-    """An update does not continue the model's state; the message names it and the reason."""
-
-
-def refuse_others(file: DeltaFile, placement: Placement) -> None:
-    """Raise UpdateError unless this is an exact update, or an anchor, of contiguous tensors.
-
-    Raises LiveModelError if other code relies on the weights (claims.py).
-    """
-    for entry in file.manifest.modules:
-        if entry.encoding is Encoding.SIGN or (entry.base is not None and entry.base.dtype is not entry.dtype):
-            raise UpdateError(f"{file.path}: {entry.name} is not an exact update; use it as a variant")
-        if not all(part.view.is_contiguous() for part in placement[entry.name]):
-            raise UpdateError(f"{entry.name}: is strided, which exact updates do not support")
-    refuse_claimed(part.live for parts in placement.values() for part in parts)
-
-
 def stretches(view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (live, new): the weights of a contiguous tensor, 2^20 at a time (on a GPU 2^24), and the updated weights.
+    """Yield (live, new): the weights of a tensor, 2^20 at a time (on a GPU 2^24), and the updated weights.
 
+    live are views of a contiguous tensor, and copies of a strided one.
     Raises BindingError (E405) if the update does not decode on them.
     """
     index, data = module.index, module.data
@@ -60,7 +41,7 @@ def stretches(view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Tenso
         part = index[first : first + length]
         live = flat[first * BLOCK : (first + part.size) * BLOCK]
         size = int((part >> 8).sum(dtype="int64"))
-        yield live, moved(live, part, data[begin : begin + size], module.dtype)
+        yield live, moved(live, part, data[begin : begin + size], module.dtype, field=module.name, first=first)
         begin += size
 
 

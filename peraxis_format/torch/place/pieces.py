@@ -24,6 +24,7 @@ from peraxis_format.ops.exact import BLOCK
 from peraxis_format.ops.tensors import as_bytes, storage_array
 from peraxis_format.torch.place.binding import rank_and_count
 from peraxis_format.torch.place.finder import named
+from peraxis_format.torch.place.replicas import odd_replica
 from peraxis_format.torch.place.shards import Box, Shard, ShardView, Target
 
 __all__ = [
@@ -145,9 +146,12 @@ def assembled(
 
 
 def sharded_digest(entry: ModuleEntry, part: ShardView, turn: int, group: Any) -> str:
-    """The hex digest of a sharded live tensor, on every rank. Collective."""
+    """The hex digest of a sharded live tensor, on every rank; empty if copies of a piece differ. Collective."""
     ranks = Ranks(group)
-    layout = Layout.of(entry.shape, ranks.gathered(part.box))
+    boxes = ranks.gathered({entry.name: part.box})
+    if odd_replica({entry.name: part}, boxes, ranks.gathered) is not None:
+        return ""
+    layout = Layout.of(entry.shape, [each[entry.name] for each in boxes])
     owner = turn % ranks.count
     digest = hashlib.sha256()
     for _, weights in assembled(ranks, owner, layout, part, entry.dtype):

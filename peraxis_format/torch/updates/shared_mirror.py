@@ -1,0 +1,124 @@
+"""A chain at a URL for the ranks of a sharded model: the first rank fetches it, and every rank has the same files.
+
+Only the first rank lists and downloads: one answer of the store is the chain for all, the store sends each byte once,
+and only that rank needs fsspec and credentials. Ranks that see its folder (on the same host) read it there. On another
+host the lowest rank gets the bytes from the first one, in pieces, and writes them for all of its host.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from peraxis_format.torch.place.binding import agree
+from peraxis_format.torch.place.pieces import Ranks
+from peraxis_format.torch.updates.mirror import PREFIX, Mirror
+
+__all__ = ["SharedMirror"]
+
+_PIECE: Final = 32 << 20  # bytes to send at a time
+_TOKEN: Final = ".token"
+
+
+class SharedMirror:
+    """Mirror for all ranks of a group. All methods but `close` are collective. folder: this rank's, with all files."""
+
+    def __init__(self, url: str, group: Any) -> None:
+        """Raises LiveModelError on all ranks, as Mirror."""
+        self._ranks = Ranks(group)
+        self._mirror: Mirror | None = None
+        failure: Exception | None = None
+        try:
+            self._mirror = Mirror(url) if self._ranks.rank == 0 else None
+        except Exception as error:
+            failure = error
+        agree(failure, group)
+        self.url: str = self._ranks.said_by(self._mirror.url if self._mirror is not None else "", rank=0)
+        self._writers: list[int] = []
+        self.close: Callable[[], object] = lambda: None
+        self.folder = self._shared_folder()
+
+    def _shared_folder(self) -> Path:
+        """A folder that this rank sees. Its writer is rank 0, or the lowest rank that sees no folder before it."""
+        mine: Path | None = None
+        folder: Path | None = None
+        while without := [rank for rank, has in enumerate(self._ranks.gathered(folder is not None)) if not has]:
+            writer, token, failure = without[0], secrets.token_hex(8), None
+            self._writers.append(writer)
+            if self._ranks.rank == writer:
+                try:
+                    folder = mine = (
+                        Path(tempfile.mkdtemp(prefix=PREFIX)) if self._mirror is None else self._mirror.folder
+                    )
+                    (mine / _TOKEN).write_text(token, "utf-8")
+                except OSError as error:
+                    failure = error
+            agree(failure, self._ranks.group)
+            said: tuple[Path, str] = self._ranks.said_by((mine, token), rank=writer)
+            if folder is None and _reads(said[0] / _TOKEN, said[1]):
+                folder = said[0]
+        self.close = weakref.finalize(self, _remove, mine, self._mirror)
+        return Path() if folder is None else folder
+
+    def sync(self, *, after: int | None) -> None:
+        """Fetch the updates after step `after`, see Mirror. Raises OSError, on all ranks."""
+        failure: Exception | None = None
+        names: list[str] = []
+        try:
+            if self._mirror is not None:
+                self._mirror.sync(after=after)
+                names = sorted(path.name for path in self._mirror.folder.glob("*.pxd"))
+        except Exception as error:
+            failure = error
+        agree(failure, self._ranks.group)
+        if len(self._writers) > 1:
+            self._send(self._ranks.said_by(names, rank=0))
+
+    def _send(self, names: list[str]) -> None:
+        """Give the other writers the files that they do not have, and remove others there."""
+        rank = self._ranks.rank
+        failure: Exception | None = None
+        writes = rank in self._writers and rank != 0
+        here = {path.name for path in self.folder.glob("*.pxd")} if writes else set(names)
+        for name in here - set(names):
+            (self.folder / name).unlink()
+        lacking = self._ranks.gathered(set(names) - here)
+        for name in sorted(set().union(*lacking)):
+            part = self.folder / f".{name}.part"
+            size = self._ranks.said_by((self.folder / name).stat().st_size if rank == 0 else 0, rank=0)
+            for begin in range(0, size, _PIECE):
+                piece = self._ranks.said_by(self._piece(name, begin) if rank == 0 else b"", rank=0)
+                try:
+                    if writes and name in lacking[rank] and failure is None:
+                        with open(part, "ab" if begin else "wb") as file:
+                            file.write(piece)
+                except OSError as error:
+                    failure = error
+            if writes and name in lacking[rank] and failure is None:
+                part.rename(self.folder / name)
+        agree(failure, self._ranks.group)
+
+    def _piece(self, name: str, begin: int) -> bytes:
+        with open(self.folder / name, "rb") as file:
+            file.seek(begin)
+            return file.read(_PIECE)
+
+
+def _reads(path: Path, token: str) -> bool:
+    """Whether this process sees the writer's folder, and not another one of the same name."""
+    try:
+        return path.read_text("utf-8") == token
+    except OSError:
+        return False
+
+
+def _remove(folder: Path | None, mirror: Mirror | None) -> None:
+    if mirror is not None:
+        mirror.close()
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)

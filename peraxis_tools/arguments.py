@@ -1,0 +1,48 @@
+"""Checks of the arguments of functions: allowed strings, numbers, and one value in place of a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from peraxis_format import arguments
+from peraxis_tools.errors import OptionError
+
+__all__ = ["check_choice", "check_least", "check_mapping", "check_workers", "one_name", "sequence"]
+
+T = TypeVar("T", str, "str | Path")
+V = TypeVar("V")
+
+
+def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Raise OptionError unless the value is one of those allowed."""
+    arguments.check_choice(name, value, allowed, error=OptionError)
+
+
+def check_least(name: str, value: float | None, least: int) -> None:
+    """Raise OptionError unless the value is a finite number of at least `least`, or None."""
+    arguments.check_least(name, value, least, error=OptionError)
+
+
+def check_workers(workers: int | None) -> None:
+    """Raise OptionError for a number of threads below 1. None means the default."""
+    check_least("workers", workers, 1)
+
+
+def check_mapping(name: str, value: object, example: str) -> None:
+    """Raise OptionError unless the value is a mapping."""
+    if not isinstance(value, Mapping):
+        raise OptionError(f"{name} is a {type(value).__name__}: pass a mapping, like {example}")
+
+
+def one_name(name: str, value: V | None, former: str, given: V | None) -> V | None:
+    """The value of an option that has two names. Raises OptionError if both are given."""
+    if value is not None and given is not None:
+        raise OptionError(f"{former} is another name of {name}: give only one of them")
+    return given if value is None else value
+
+
+def sequence(value: T | Sequence[T]) -> list[T]:
+    """The items of a sequence. A string or a path is one item, never its letters."""
+    return [value] if isinstance(value, str | Path) else list(value)

@@ -1,0 +1,35 @@
+"""The benchmarks' judgement of answers, without an engine."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.vllm_load import counted, possible, verdict
+
+BATCH = [[5, 6, 7], [-0.5, -1.0, -0.25]]
+ALONE = [[5, 6, 8], [-0.5, -1.0625, -0.3]]
+OTHER = [[5, 9, 9], [-0.5, -3.0, -2.0]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (BATCH, "equal"),
+        (ALONE, "equal"),
+        ([[5, 6, 7], [-0.5, -1.0, -0.2500001]], "rounded"),
+        ([[5, 6, 4], [-0.5, -1.0625, -0.27]], "rounded"),  # another token of the same probability, at the end
+        ([[5, 4, 1], [-0.5, -1.02, -9.0]], "rounded"),  # and in the middle: what follows cannot be compared
+        ([[5, 4, 1], [-0.5, -1.5, -0.25]], "wrong"),
+        ([[5, 6, 7], [-0.5, -1.5, -0.25]], "wrong"),  # the tokens of a reference with other probabilities
+        ([[4, 6, 7], [-2.5, -1.0, -0.25]], "wrong"),
+        (OTHER, "wrong"),
+    ],
+)
+def test_an_answer_is_that_of_a_stock_engine_or_near_it_or_wrong(answer: list[list[float]], expected: str) -> None:
+    references = {"v1": {"batch": [BATCH], "alone": [ALONE]}, "v2": {"batch": [OTHER], "alone": [OTHER]}}
+    assert verdict(answer, possible(references, ["v1"], 0)) == expected
+    assert verdict(OTHER, possible(references, ["v1", "v2"], 0)) == "equal"
+
+
+def test_every_verdict_is_counted() -> None:
+    assert counted(["equal", "wrong", "equal"]) == {"equal": 2, "rounded": 0, "wrong": 1}

@@ -1,0 +1,159 @@
+"""The routes behind vLLM's own key check, with an engine that only notes what reaches it."""
+
+from __future__ import annotations
+
+import asyncio
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from peraxis_format.engines.vllm.permitted import ROOT_VARIABLE
+
+pytestmark = pytest.mark.vllm
+
+KEY = {"Authorization": "Bearer secret"}
+ROUTES = [
+    ("GET", "", None),
+    ("POST", "/variants", {"name": "v", "delta": "v1.pxd"}),
+    ("DELETE", "/variants/v", None),
+    ("POST", "/use", {"variant": None}),
+    ("POST", "/update", {"update": "v1.pxd"}),
+    ("POST", "/follow", {"folder": "."}),
+    ("DELETE", "/follow", None),
+]
+
+
+class Engine:
+    """vLLM's client, without an engine."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.vllm_config = SimpleNamespace(
+            load_config=SimpleNamespace(load_format="peraxis", model_loader_extra_config={})
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        async def call(*_: Any, **__: Any) -> Any:
+            self.calls.append(name)
+            return [None] if name == "collective_rpc" else True
+
+        return call
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+def client_of(engine: Engine, key: str | None) -> Any:
+    """Requests to the routes, behind vLLM's middleware if there is a key."""
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+    from peraxis_format.engines.vllm import endpoints
+
+    app, plugin = FastAPI(), endpoints()
+    plugin.attach_router(app)
+    asyncio.run(plugin.init_state(engine, app.state, Namespace(api_key=[key] if key else None)))
+    if key:
+        app.add_middleware(AuthenticationMiddleware, tokens=[key])
+    return TestClient(app, raise_server_exceptions=False)
+
+
+@pytest.fixture
+def behind_a_key(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.delenv(ROOT_VARIABLE, raising=False)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with client_of(engine, "secret") as client:
+        yield client
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ROUTES)
+def test_without_the_key_no_route_is_reached(
+    behind_a_key: Any, engine: Engine, method: str, path: str, body: dict[str, Any] | None
+) -> None:
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+        assert behind_a_key.request(method, f"/v1/peraxis{path}", json=body, headers=headers).status_code == 401
+    assert engine.calls == []
+    assert behind_a_key.request(method, f"/v1/peraxis{path}", json=body, headers=KEY).status_code != 401
+
+
+def test_every_route_of_the_plug_in_is_among_those_tested(engine: Engine) -> None:
+    routes = client_of(engine, None).app.routes
+    found = {(method, route.path) for route in routes if "peraxis" in route.path for method in route.methods}
+    tested = {(method, f"/v1/peraxis{path}") for method, path, _ in ROUTES}
+    assert found == {(method, path.replace("/variants/v", "/variants/{name}")) for method, path in tested}
+
+
+@pytest.mark.parametrize(("path", "key"), [("/variants", "delta"), ("/update", "update"), ("/follow", "folder")])
+def test_a_server_without_key_and_root_opens_nothing_that_a_request_names(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str, key: str
+) -> None:
+    monkeypatch.delenv(ROOT_VARIABLE, raising=False)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with client_of(engine, None) as client:
+        answers = [
+            client.post(f"/v1/peraxis{path}", json={"name": "v", key: name})
+            for name in (str(tmp_path), str(tmp_path / "none"), "http://127.0.0.1:1/x.pxd")
+        ]
+    assert {(answer.status_code, answer.json()["error"]) for answer in answers} == {
+        (403, answers[0].json()["error"])  # whether the file exists cannot be told
+    }
+    assert engine.calls == []
+
+
+def test_below_a_root_files_are_opened_and_outside_they_are_not(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "deltas").mkdir()
+    (tmp_path / "outside.pxd").write_bytes(b"secret of another program")
+    monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path / "deltas"))
+    with client_of(engine, None) as client:
+        for name, status, word in (
+            ("none.pxd", 400, "No such file"),
+            ("../outside.pxd", 403, ROOT_VARIABLE),
+            (str(tmp_path / "outside.pxd"), 403, ROOT_VARIABLE),
+        ):
+            answer = client.post("/v1/peraxis/variants", json={"name": "v", "delta": name})
+            assert (answer.status_code, word in answer.json()["error"]) == (status, True), answer.text
+        assert client.post("/v1/peraxis/follow", json={"folder": "."}).status_code == 200
+        assert client.post("/v1/peraxis/follow", json={"folder": ".."}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/variants", {"name": "a/b", "delta": "v1.pxd"}),
+        ("/variants", {"name": "a\nb", "delta": "v1.pxd"}),
+        ("/variants", {"name": "x" * 201, "delta": "v1.pxd"}),
+        ("/variants", {"name": "v", "delta": "v1\0.pxd"}),
+        ("/variants", {"name": "v", "delta": "\ud800"}),
+        ("/variants", {"name": "v", "delta": "x" * 100_000}),
+        ("/variants", {"name": "v", "delta": "http://user:SECRET@127.0.0.1:1/x"}),
+        ("/variants", {"name": "v", "delta": "http://127.0.0.1:port/x"}),
+        ("/use", {"variant": None, "timeout": 1e300}),
+        ("/use", {"variant": None, "timeout": 10**400}),
+        ("/use", {"variant": None, "timeout": float("nan")}),
+        ("/follow", {"folder": ".", "every": 1e-9}),
+        ("/follow", {"folder": ".", "every": float("inf")}),
+    ],
+)
+def test_a_strange_request_is_refused_in_one_line(behind_a_key: Any, engine: Engine, path: str, body: Any) -> None:
+    import json
+
+    answer = behind_a_key.post(f"/v1/peraxis{path}", content=json.dumps(body), headers=KEY)
+    assert answer.status_code == 400, answer.text
+    assert "\n" not in answer.json()["error"]
+    assert "SECRET" not in answer.json()["error"]
+    assert engine.calls == []
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"null", b'{"variant"'])
+def test_a_body_that_is_no_object_is_refused(behind_a_key: Any, content: bytes) -> None:
+    answer = behind_a_key.post("/v1/peraxis/use", content=content, headers=KEY)
+    assert (answer.status_code, "object" in answer.json()["error"]) == (400, True)

@@ -1,0 +1,107 @@
+"""Ranks follow a URL together: the first one downloads, hosts that do not see its folder get the bytes from it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import multiprocessing
+
+from peraxis_format.torch import LiveModelError
+from peraxis_format.torch.updates import follow, mirror, shared_mirror
+from tests.loader.support import bytes_of
+from tests.loader.test_sharded_updates import Pieces, publish_alone, start, state
+
+fsspec = pytest.importorskip("fsspec")
+NAMES = ["anchor-00000000.pxd", *(f"step-{step:08d}.pxd" for step in range(1, 5))]
+
+
+def publish(system: Any, folder: Path, target: str, name: str, rank: int) -> None:
+    if rank == 0:
+        system.pipe_file(f"{target}/{name}", (folder / "later" / name).read_bytes())
+    torch.distributed.barrier()
+
+
+def from_memory(rank: int, world: int, folder: str) -> None:
+    """Only rank 0's process has the store. The other ranks do not see its folder, as on another host."""
+    path, mesh = start(rank, world, folder)
+    shared_mirror._PIECE = 4096  # type: ignore[misc]  # several pieces a file
+    reads, first = shared_mirror._reads, [True]
+    shared_mirror._reads = lambda *given: not (first and first.pop()) and reads(*given)
+    if rank:
+        mirror.Mirror.__init__ = lambda *_: pytest.fail("only the first rank downloads")  # type: ignore[method-assign]
+    system = fsspec.filesystem("memory")
+    model = Pieces({name: torch.zeros_like(tensor) for name, tensor in state(0).items()}, mesh)
+    with follow(model, "memory://bucket/run") as follower:
+        folders: list[Any] = [None] * world
+        torch.distributed.all_gather_object(folders, follower.folder)
+        assert (len(set(folders)), folders[1]) == (2, folders[-1])  # ranks 1 and 2 are on one host
+        for step, name in enumerate(NAMES):
+            publish(system, path, "/bucket/run", name, rank)
+            found = follower.poll()
+            assert (found.step, len(found.applied), dict(found.waiting)) == (step, 1, {})
+            assert model.whole() == bytes_of(state(step))
+            kept = [each.name for each in follower.folder.glob("*.pxd")]
+            assert kept == [name]
+        plain = shared_mirror.Mirror.sync
+        shared_mirror.Mirror.sync = _broken  # type: ignore[method-assign]
+        found = follower.poll()
+        assert found.step == 4
+        assert ["the link is down" in reason for reason in found.waiting.values()] == [True]
+        shared_mirror.Mirror.sync = plain  # type: ignore[method-assign]
+        assert dict(follower.poll().waiting) == {}
+    torch.distributed.barrier()
+    assert not any(each.exists() for each in folders)
+    torch.distributed.destroy_process_group()
+
+
+def _broken(*_: Any, **__: Any) -> None:
+    raise OSError("the link is down")
+
+
+def from_http(rank: int, world: int, folder: str) -> None:
+    """A server on this host: the ranks share one folder, and the server sends each file once."""
+    path, mesh = start(rank, world, folder)
+    asked: list[str] = []
+
+    class Listed(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None: ...
+
+        def do_GET(self) -> None:
+            if self.path.endswith(".pxd"):
+                asked.append(self.path.rpartition("/")[2])
+            super().do_GET()
+
+    url = [""]
+    if rank == 0:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Listed, directory=str(path / "later")))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = [f"http://127.0.0.1:{server.server_port}"]
+    torch.distributed.broadcast_object_list(url, src=0)
+    model = Pieces({name: torch.zeros_like(tensor) for name, tensor in state(0).items()}, mesh)
+    with follow(model, url[0]) as follower:
+        assert follower.poll().step == 4
+        assert model.whole() == bytes_of(state(4))
+        assert sorted(asked) == (NAMES if rank == 0 else [])
+        folders: list[Any] = [None] * world
+        torch.distributed.all_gather_object(folders, follower.folder)
+        assert len(set(folders)) == 1
+    with pytest.raises(LiveModelError, match="nonsense://x"):
+        follow(model, "nonsense://x")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("job", "world"), [(from_memory, 3), (from_http, 2)])
+def test_ranks_follow_a_url_together(job: Any, world: int, tmp_path: Path) -> None:
+    if job is from_http:
+        pytest.importorskip("aiohttp")
+    publish_alone(tmp_path / "later")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    multiprocessing.spawn(job, args=(world, str(tmp_path)), nprocs=world, join=True)

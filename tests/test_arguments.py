@@ -1,0 +1,198 @@
+"""Functions of the public interface refuse strings, numbers and sequences that they cannot use, in one clear line.
+
+The parameters come from the signatures, so that a new one is covered.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final, Literal, get_args, get_origin
+
+import pytest
+
+import peraxis
+import peraxis_format as pxd
+from peraxis_format.arguments import check_choice, check_least
+from peraxis_format.errors import LiveModelError
+from peraxis_format.torch.updates import UpdateWriter
+from peraxis_format.torch.updates.publish_sharded import ShardedUpdateWriter
+from peraxis_tools.arguments import one_name, sequence
+from peraxis_tools.chain import compact, update
+from peraxis_tools.diff import diff_checkpoint
+from peraxis_tools.merge import Mixture
+
+Function = Callable[..., Any]
+REFUSED: Final = (pxd.ArgumentError, pxd.BackendError, LiveModelError, peraxis.ToolError)
+# Numbers whose allowed range is below 1 or has no end; their own tests check them.
+FREE: Final = {"seed"}
+
+
+def add(residency: Any) -> None:
+    with peraxis.VariantSwitch({}) as switch:
+        switch.add("a", "no.pxd", residency)
+
+
+def functions() -> dict[str, Function]:
+    public = {name: getattr(peraxis, name) for name in peraxis.__all__}
+    found = {name: value for name, value in public.items() if inspect.isfunction(value)}
+    more = (peraxis.VariantSwitch, UpdateWriter, ShardedUpdateWriter, Mixture, pxd.lossless_module)
+    return found | {value.__name__: value for value in (*more, update, compact, diff_checkpoint)}
+
+
+def parameters() -> Iterator[tuple[str, str, str]]:
+    for name, function in functions().items():
+        for parameter in inspect.signature(function).parameters.values():
+            yield name, parameter.name, str(parameter.annotation)
+
+
+def evaluated(name: str, annotation: str) -> Any:
+    """The type of an annotation, or None if its names are known only to type checkers."""
+    module = sys.modules[inspect.unwrap(functions()[name]).__module__]
+    try:
+        return eval(annotation, vars(module))
+    except (NameError, AttributeError):
+        return None
+
+
+def choices(kind: Any) -> list[str]:
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    return [value for part in get_args(kind) for value in choices(part)]
+
+
+def call(name: str, **given: Any) -> Any:
+    """Call a function with a placeholder for each required argument."""
+    function = functions()[name]
+    needed = [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+    placeholders: dict[str, Any] = {p: "no" for p in needed if p not in ("options", "kwargs")}
+    placeholders |= {"weights": [1.0], "to": "lora", "texts": {"a": "no"}, "parts": 2, "variants": {}}
+    return function(**{key: value for key, value in placeholders.items() if key in needed} | given)
+
+
+ENUMERATED = [(f, p, choices(evaluated(f, a))) for f, p, a in parameters() if choices(evaluated(f, a))]
+COUNTS = [(f, p) for f, p, a in parameters() if a.startswith("int") and p not in FREE]
+
+
+def test_the_signatures_have_the_parameters_that_these_laws_are_about() -> None:
+    assert {("VariantSwitch", "base"), ("serve", "backend"), ("apply_", "undo"), ("convert", "to")} <= {
+        (f, p) for f, p, _ in ENUMERATED
+    }
+    assert {("split", "parts"), ("verify", "workers"), ("apply", "shard_bytes"), ("evaluate", "samples")} <= set(COUNTS)
+
+
+@pytest.mark.parametrize(("function", "parameter", "allowed"), ENUMERATED)
+def test_an_unknown_word_is_refused_with_the_allowed_ones(function: str, parameter: str, allowed: list[str]) -> None:
+    with pytest.raises(REFUSED) as caught:
+        call(function, **{parameter: "no-such-word"})
+    assert "no-such-word" in str(caught.value)
+    assert parameter.replace("_", "-") in str(caught.value).replace("_", "-")
+    assert all(word in str(caught.value) for word in allowed)
+
+
+def test_an_unknown_residency_is_refused_when_the_variant_is_added() -> None:
+    with pytest.raises(LiveModelError, match="residency 'foo': choose one of gpu, pinned, file"):
+        add("foo")
+
+
+@pytest.mark.parametrize(("function", "parameter"), COUNTS)
+@pytest.mark.parametrize("value", [-5, float("nan")])
+def test_a_number_below_its_range_is_refused_by_name(function: str, parameter: str, value: float) -> None:
+    with pytest.raises(REFUSED) as caught:
+        call(function, **{parameter: value})
+    name = "masks" if parameter == "bits" else parameter
+    assert name.replace("_", "-") in str(caught.value).replace("_", "-")
+
+
+@pytest.mark.parametrize("parts", [0, 1, -5])
+def test_a_delta_has_at_least_two_parts(parts: int) -> None:
+    with pytest.raises(peraxis.ToolError, match="parts"):
+        peraxis.split("no.pxd", "no", parts=parts)
+
+
+@pytest.mark.parametrize("workers", [0, -1])
+def test_a_number_of_threads_is_at_least_one_in_the_format_too(workers: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.pxd"
+    with pxd.DeltaWriter(path, base=pxd.Identity(id="b"), fine_tuned=pxd.Identity(id="f")) as writer:
+        writer.add(pxd.lossless_module("w", pxd.from_float32(_ones(), pxd.DType.F32), pxd.DType.F32))
+        writer.finish()
+    with pxd.open(path) as delta, pytest.raises(pxd.ArgumentError, match="workers"):
+        delta.verify(workers=workers)
+
+
+def _ones() -> Any:
+    import numpy as np
+
+    return np.ones((2, 2), np.float32)
+
+
+def test_paths_may_be_plain_strings_everywhere() -> None:
+    for function, parameter, annotation in parameters():
+        assert "Path" not in annotation or "str" in annotation, (function, parameter, annotation)
+
+
+def test_a_single_string_is_one_item_and_not_its_letters() -> None:
+    assert sequence("delta.pxd") == ["delta.pxd"]
+    assert sequence(Path("delta.pxd")) == [Path("delta.pxd")]
+    assert sequence(("a", "b")) == ["a", "b"]
+    for name in ("merge", "merge_parts", "compact", "apply", "publish"):
+        several = next(p for f, p, _ in parameters() if f == name and p in ("paths", "updates", "delta"))
+        with pytest.raises((FileNotFoundError, peraxis.ToolError, pxd.CheckpointError)) as caught:
+            call(name, **{several: "delta.pxd"})
+        assert "'d'" not in str(caught.value)
+        assert "9 " not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("function", "given"),
+    [
+        ("merge", {"paths": [], "weights": []}),
+        ("merge_parts", {"paths": []}),
+        ("compact", {"updates": []}),
+        ("apply", {"delta": []}),
+        ("publish", {"repository": "a/b", "paths": []}),
+    ],
+)
+def test_no_input_at_all_is_refused(function: str, given: dict[str, Any]) -> None:
+    with pytest.raises(peraxis.ToolError, match="pass"):
+        call(function, **given)
+
+
+def test_a_list_in_place_of_a_mapping_is_refused() -> None:
+    with pytest.raises(peraxis.ToolError, match="texts is a list: pass a mapping"):
+        call("evaluate", texts=["f.txt"])
+    with pytest.raises(LiveModelError, match="variants is a list: pass a mapping"):
+        call("serve", variants=["a.pxd"])
+
+
+def test_two_names_of_one_option_are_refused() -> None:
+    assert one_name("masks", 2, "bits", None) == one_name("masks", None, "bits", 2) == 2
+    for function in ("compress", "merge"):
+        with pytest.raises(peraxis.ToolError, match="bits is another name of masks"):
+            call(function, masks=2, bits=3)
+    for twice in ({"masks": 2, "bits": 3}, {"batch-size": 2, "batch_size": 2}):
+        with pytest.raises(peraxis.ToolError, match="is another name of"):
+            pxd_options(twice)
+
+
+def pxd_options(values: dict[str, Any]) -> None:
+    from peraxis_tools.compress import CompressOptions
+
+    CompressOptions.from_mapping(values)
+
+
+def test_weights_that_sum_to_zero_cannot_be_normalised() -> None:
+    for mixture in (Mixture(normalize=True), Mixture(method="linear"), Mixture(method="dare", normalize=True)):
+        with pytest.raises(peraxis.ToolError, match="weights 1, -1: their sum is 0"):
+            call("merge", paths=["a", "b"], weights=[1, -1], mixture=mixture)
+
+
+def test_the_checks_pass_what_is_allowed() -> None:
+    check_choice("a", "x", ("x", "y"))
+    for value in (None, 1, 2.5):
+        check_least("a", value, 1)
+    for value in (0, True, float("inf")):
+        with pytest.raises(pxd.ArgumentError):
+            check_least("a", value, 1)
