@@ -1,4 +1,4 @@
-"""Ranks follow a URL together: the first one downloads, hosts that do not see its folder get the bytes from it."""
+"""Ranks publish to a URL and follow one: the first one downloads, and other hosts get the bytes from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import multiprocessing
 
 from peraxis_format.torch import LiveModelError
-from peraxis_format.torch.updates import follow, mirror, shared_mirror
+from peraxis_format.torch.updates import ShardedUpdateWriter, follow, mirror, shared_mirror
 from tests.loader.support import bytes_of
 from tests.loader.test_sharded_updates import Pieces, publish_alone, start, state
 
@@ -97,9 +97,47 @@ def from_http(rank: int, world: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def to_memory(rank: int, world: int, folder: str) -> None:
+    """Rank 0's process has the store: the ranks publish there, continue from there, and do not replace a file."""
+    path, mesh = start(rank, world, folder)
+    reads, first = shared_mirror._reads, [True]
+    shared_mirror._reads = lambda *given: not (first and first.pop()) and reads(*given)
+    url, system = "memory://bucket/run", fsspec.filesystem("memory")
+    model = Pieces(state(0, torch.float32), mesh)
+    writer = ShardedUpdateWriter(model, url, anchor_every=2)
+    for step in range(3):
+        model.become(state(step, torch.float32), mesh)
+        done = writer.step()
+        assert (done.step, writer.step_number) == (step, step)
+    assert done.path == f"{url}/step-00000002.pxd"
+    writer.close()
+    first.append(True)
+    again = ShardedUpdateWriter(model, url)
+    assert (again.step_number, again.result) == (2, writer.result)
+    model.become(state(3, torch.float32), mesh)
+    if rank == 0:
+        system.pipe_file("/bucket/run/step-00000003.pxd", (path / "later" / NAMES[4]).read_bytes())
+    with pytest.raises(FileExistsError, match="another process publishes there"):
+        again.step()
+    assert again.step_number == 2
+    if rank == 0:
+        system.rm_file("/bucket/run/step-00000003.pxd")
+    assert again.step().step == 3
+    assert (again.prune(anchors=1) != []) == (rank == 0)
+    if rank == 0:
+        names = ["anchor-00000002.pxd", "step-00000003.pxd"]
+        assert sorted(name.rpartition("/")[2] for name in system.find("/bucket/run")) == names
+        server = {name: torch.zeros_like(tensor) for name, tensor in state(0).items()}
+        with follow(server, url) as follower:
+            assert follower.poll().step == 3
+        assert bytes_of(server) == bytes_of(state(3))
+    again.close()
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("job", "world"), [(from_memory, 3), (from_http, 2)])
-def test_ranks_follow_a_url_together(job: Any, world: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("job", "world"), [(to_memory, 2), (from_memory, 3), (from_http, 2)])
+def test_ranks_use_a_url_together(job: Any, world: int, tmp_path: Path) -> None:
     if job is from_http:
         pytest.importorskip("aiohttp")
     publish_alone(tmp_path / "later")

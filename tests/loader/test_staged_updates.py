@@ -45,7 +45,7 @@ def publish(folder: Path, tied: dict[str, str] | None = None) -> None:
 
 def staged(path: Path, live: dict[str, Tensor], shards: dict[str, Shard] | None = None) -> StagedUpdate:
     with pf.open(path) as file:
-        return stage(file, place(live, file.manifest, shards=shards, exact=True))
+        return stage(file, place(live, file.manifest, shards=shards))
 
 
 def test_nothing_is_written_before_write_and_then_all_of_it(tmp_path: Path) -> None:

@@ -181,15 +181,27 @@ def test_inspect_shows_result_and_predecessor(pair: tuple[Path, Path, Tensors], 
     assert {share["label"] for share in found["by_encoding"]} == {"exact", "same", "full"}
 
 
-def test_a_live_model_refuses_an_exact_update_by_name(pair: tuple[Path, Path, Tensors], tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    from peraxis_format.torch import LiveModelError, apply_
+def test_a_live_model_becomes_what_an_exact_file_was_made_of(pair: tuple[Path, Path, Tensors], tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from peraxis_format.ops.tensors import from_storage, storage_array
+    from peraxis_format.torch import apply_
+    from peraxis_tools.checkpoint import open_checkpoint
 
-    base, tuned, tensors = pair
-    path = compress(base, tuned, tmp_path / "a.pxd", exact=EVERYTHING).path
-    target = {name: torch.zeros(array.shape) for name, (array, _) in tensors.items()}
-    with pytest.raises(LiveModelError, match=r"embed_tokens.weight: an exact update"):
-        apply_(target, path)
+    base, tuned, _ = pair
+    with open_checkpoint(base) as before, open_checkpoint(tuned) as after:
+        names = [n for n in before.tensors if n in after.tensors and before.tensors[n].shape == after.tensors[n].shape]
+        kinds = {name: before.tensors[name].dtype for name in names}
+        names = [name for name in names if after.tensors[name].dtype is kinds[name]]
+        old = {name: (before.tensors.read(name), kinds[name]) for name in names}
+        new = {name: (after.tensors.read(name), kinds[name]) for name in names}
+    folders = write_checkpoint(tmp_path / "old", old), write_checkpoint(tmp_path / "new", new)
+    path = compress(*folders, tmp_path / "a.pxd", exact=EVERYTHING).path
+    with pxd.open(path) as delta:
+        assert any(entry.encoding is pxd.Encoding.EXACT for entry in delta.manifest.modules)
+    live = {name: from_storage(array.copy(), kind) for name, (array, kind) in old.items()}
+    apply_(live, path)
+    for name, tensor in live.items():
+        assert storage_array(tensor).tobytes() == new[name][0].tobytes()
 
 
 def test_the_writer_is_told_what_to_prefer_and_says_how_the_blocks_are_stored(

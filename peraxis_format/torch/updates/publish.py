@@ -79,8 +79,7 @@ class UpdateWriter:
         """Raises LiveModelError if the folder's chain has other tensors, PxdError if it is damaged, ArgumentError."""
         check_choice("prefer", prefer, get_args(Prefer))
         check_least("anchor_every", anchor_every, 1)
-        self._mirror = Mirror(str(folder)) if is_url(folder) else None
-        self.folder = Path(folder) if self._mirror is None else self._mirror.folder
+        self._mirror, self.folder = self._placed(folder)
         self.step_number = 0
         self._model = model
         self._name = name
@@ -95,6 +94,13 @@ class UpdateWriter:
 
     def __repr__(self) -> str:
         return f"<UpdateWriter to {self.folder if self._mirror is None else self._mirror.url}: step {self.step_number}>"
+
+    def _placed(self, folder: str | Path) -> tuple[Mirror | None, Path]:
+        """The mirror of a URL, and the local folder."""
+        if not is_url(folder):
+            return None, Path(folder)
+        mirror = Mirror(str(folder))
+        return mirror, mirror.folder
 
     @property
     def result(self) -> str | None:
@@ -217,6 +223,9 @@ class UpdateWriter:
             finally:
                 path.unlink(missing_ok=True)
 
+    def _shown(self, path: Path) -> Path | str:
+        return path if self._mirror is None else f"{self._mirror.url}/{path.name}"
+
     def _is_there(self, path: Path) -> bool:
         return path.exists() if self._mirror is None else self._mirror.exists(path.name)
 
@@ -261,7 +270,7 @@ class UpdateWriter:
         ):
             self._anchor(beside, tied)
         return Published(
-            path=path if self._mirror is None else f"{self._mirror.url}/{path.name}",
+            path=self._shown(path),
             step=number,
             content_id=manifest.content_id,
             result=manifest.result or "",

@@ -28,8 +28,9 @@ from peraxis_format.torch.place.binding import agree
 from peraxis_format.torch.place.finder import local_part
 from peraxis_format.torch.place.pieces import Layout, Ranks, exchanged, flat_indices, slices
 from peraxis_format.torch.place.shards import Box, whole
-from peraxis_format.torch.updates.mirror import is_url
+from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.publish import CHANGED, Published, UpdateWriter, digest_of
+from peraxis_format.torch.updates.shared_mirror import SharedMirror
 from peraxis_format.torch.updates.source import UpdateFile, Way, anchor_name, chain_of, step_name
 
 __all__ = ["ShardedUpdateWriter"]
@@ -39,7 +40,8 @@ class ShardedUpdateWriter(UpdateWriter):
     """Publishes the states of a model of DTensors (fully_shard, tensor parallel): see UpdateWriter.
 
     Every rank of the group makes one and calls `step`; tensors that are not DTensors must be equal on all of them. All
-    ranks must see the folder. group: default all ranks. `step` returns or raises the same on every rank.
+    ranks must see the folder, or it is a URL, which only rank 0 reads and writes. group: default all ranks. `step`
+    returns or raises the same on every rank.
     """
 
     _in_pieces: ClassVar[bool] = True
@@ -56,14 +58,29 @@ class ShardedUpdateWriter(UpdateWriter):
         group: Any = None,
     ) -> None:
         """Raises the errors of UpdateWriter. Collective, like all methods except `prune`."""
-        if is_url(folder):
-            raise ValueError(f"{folder}: sharded models publish into a folder that all ranks see, not to a URL")
         self._ranks = Ranks(group)
+        self._shared: SharedMirror | None = None
         self._dtypes: dict[str, DType] = {}
         self._layouts: dict[str, Layout] = {}
         self._boxes: dict[str, Box] = {}
         self._pieces: dict[str, Array] = {}  # the published pieces of boxes that this rank sends
         super().__init__(model, folder, name=name, dtype=dtype, prefer=prefer, anchor_every=anchor_every)
+
+    def _placed(self, folder: str | Path) -> tuple[Mirror | None, Path]:
+        """Rank 0 alone writes to a URL, so only there is a mirror."""
+        if not is_url(folder):
+            return None, Path(folder)
+        self._shared = SharedMirror(str(folder), self._ranks.group)
+        return self._shared.first, self._shared.folder
+
+    def prune(self, *, anchors: int = 2) -> list[Path]:
+        """Delete old files, see UpdateWriter. Rank 0 does this; other ranks return an empty list."""
+        return super().prune(anchors=anchors) if self._ranks.rank == 0 else []
+
+    def close(self) -> None:
+        """Remove the local files of a chain at a URL."""
+        if self._shared is not None:
+            self._shared.close()
 
     @torch.no_grad()
     def step(self) -> Published:
@@ -185,7 +202,9 @@ class ShardedUpdateWriter(UpdateWriter):
             for name, alias in tied:
                 writer.tie(name, alias)
             writer.metadata[CHANGED] = str(changed)
-            return writer.finish(), writer.size, changed
+            manifest = writer.finish()
+        self._send(path)
+        return manifest, writer.size, changed
 
     # --- whole states ---------------------------------------------------------------------------------
 
@@ -240,6 +259,11 @@ class ShardedUpdateWriter(UpdateWriter):
         finally:
             if writer is not None:
                 writer.__exit__(None, None, None)
+        try:
+            if result is not None:
+                self._send(path)
+        except Exception as error:
+            failure = error
         agree(failure, self._ranks.group)
         said: tuple[Manifest, int] = self._ranks.said_by(result, rank=0)
         return said
@@ -254,10 +278,10 @@ class ShardedUpdateWriter(UpdateWriter):
         self._reached(path, number, manifest)
         beside = self.folder / anchor_name(number)
         due = self._anchor_every is not None and number > 0 and number % self._anchor_every == 0
-        if due and not self._ranks.said_by(beside.exists(), rank=0):
+        if due and not self._on_first(lambda: self._is_there(beside)):
             self._publish_anchor(beside, tied)
         return Published(
-            path=path,
+            path=path if self._shared is None else f"{self._shared.url}/{path.name}",
             step=number,
             content_id=manifest.content_id,
             result=manifest.result or "",
@@ -268,18 +292,21 @@ class ShardedUpdateWriter(UpdateWriter):
 
     def _restore(self) -> None:
         """Update tensors and pieces to the last state of the folder, one tensor at a time."""
+        if self._shared is not None:
+            self._shared.sync(after=None)
         way: Way | None = self._on_first(lambda: chain_of(self.folder))
         if way is None:
             return
         live, _ = self._live()
-        with DeltaFile(way.anchor.path) as anchor:
+        paths = [self.folder / file.path.name for file in (way.anchor, *way.updates)]
+        with DeltaFile(paths[0]) as anchor:
             known = {entry.name: (entry.shape, entry.dtype) for entry in anchor.manifest.modules}
         self._dtypes = {name: dtype for name, (_, dtype) in known.items()}
         other = next((n for n, (shape, _) in known.items() if n in live and tuple(live[n].shape) != shape), None)
         if other is not None:
             raise LiveModelError(f"{other}: has another shape or dtype than in {self.folder}; use a new folder")
         parts = self._parts(live)
-        files = [DeltaFile(file.path) for file in (way.anchor, *way.updates)]
+        files = [DeltaFile(path) for path in paths]
         try:
             for name in parts:
                 self._restore_tensor(name, files)

@@ -31,14 +31,14 @@ class SharedMirror:
     def __init__(self, url: str, group: Any) -> None:
         """Raises LiveModelError on all ranks, as Mirror."""
         self._ranks = Ranks(group)
-        self._mirror: Mirror | None = None
+        self.first: Mirror | None = None  # on the first rank
         failure: Exception | None = None
         try:
-            self._mirror = Mirror(url) if self._ranks.rank == 0 else None
+            self.first = Mirror(url) if self._ranks.rank == 0 else None
         except Exception as error:
             failure = error
         agree(failure, group)
-        self.url: str = self._ranks.said_by(self._mirror.url if self._mirror is not None else "", rank=0)
+        self.url: str = self._ranks.said_by(self.first.url if self.first is not None else "", rank=0)
         self._writers: list[int] = []
         self.close: Callable[[], object] = lambda: None
         self.folder = self._shared_folder()
@@ -52,9 +52,7 @@ class SharedMirror:
             self._writers.append(writer)
             if self._ranks.rank == writer:
                 try:
-                    folder = mine = (
-                        Path(tempfile.mkdtemp(prefix=PREFIX)) if self._mirror is None else self._mirror.folder
-                    )
+                    folder = mine = Path(tempfile.mkdtemp(prefix=PREFIX)) if self.first is None else self.first.folder
                     (mine / _TOKEN).write_text(token, "utf-8")
                 except OSError as error:
                     failure = error
@@ -62,7 +60,7 @@ class SharedMirror:
             said: tuple[Path, str] = self._ranks.said_by((mine, token), rank=writer)
             if folder is None and _reads(said[0] / _TOKEN, said[1]):
                 folder = said[0]
-        self.close = weakref.finalize(self, _remove, mine, self._mirror)
+        self.close = weakref.finalize(self, _remove, mine, self.first)
         return Path() if folder is None else folder
 
     def sync(self, *, after: int | None) -> None:
@@ -70,9 +68,9 @@ class SharedMirror:
         failure: Exception | None = None
         names: list[str] = []
         try:
-            if self._mirror is not None:
-                self._mirror.sync(after=after)
-                names = sorted(path.name for path in self._mirror.folder.glob("*.pxd"))
+            if self.first is not None:
+                self.first.sync(after=after)
+                names = sorted(path.name for path in self.first.folder.glob("*.pxd"))
         except Exception as error:
             failure = error
         agree(failure, self._ranks.group)
