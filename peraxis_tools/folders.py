@@ -93,7 +93,7 @@ def refuse_folder(path: Path, *, overwrite: bool) -> None:
     if not others or (earlier is not None and not earlier.finished):
         return
     if not overwrite:
-        raise ToolError(f"{path}: exists already; choose another output or pass --overwrite")
+        raise ToolError(f"{path}: exists already; choose another output or pass overwrite (--overwrite)")
     if earlier is None:
         raise ToolError(
             f"{path}: has {others[0]} and no list of an earlier output ({MARKER}), so it is not replaced; "

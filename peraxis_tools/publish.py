@@ -6,6 +6,7 @@ The card is made in card.py. The card and .gitattributes of an existing reposito
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = ["PublishResult", "PublishedDelta", "Relation", "publish", "read_evalu
 Relation = Literal["finetune", "adapter", "quantized", "merge"]
 
 _CHUNK: Final = 1 << 22
+_LICENCE: Final = re.compile(r"[a-z0-9]+([.+-][a-z0-9]+)*[+]?")
 _EVALUATION: Final = "peraxis.eval/1"
 
 
@@ -79,6 +81,8 @@ def publish(
     repository to this folder and upload nothing. Raises ToolError, PxdError, OSError.
     """
     check_choice("relation", relation, get_args(Relation))
+    if licence is not None and not _LICENCE.fullmatch(licence):
+        raise ToolError(f"licence {licence!r}: not an identifier of the hub, like apache-2.0; for any other pass other")
     require("a model card", "huggingface_hub")
     deltas = [Path(path) for path in sequence(paths)]
     dry_run = None if dry_run is None else Path(dry_run)

@@ -110,7 +110,7 @@ def check_signature(
     chain = [Path(path) for path in sequence(certificate_chain)]
     bundle = signature_path(file) if bundle is None else Path(bundle)
     if public_key is None and not chain:
-        raise NotVerifiableError(f"{file}: checking a signature needs --public-key or --certificate-chain")
+        raise NotVerifiableError(f"{file}: a signature needs a key or certificates (--public-key, --certificate-chain)")
     if not bundle.is_file():
         raise NotVerifiableError(f"{bundle}: no such bundle; fetch it from the source of {file.name}")
     _need(*([public_key] if public_key is not None else []), *chain)

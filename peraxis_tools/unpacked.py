@@ -42,7 +42,7 @@ class UnpackedFile(pxd.DeltaFile):
         if entry.encoding is not pxd.Encoding.EXACT:
             return module
         if self._tensors is None:
-            raise ToolError(f"{name}: is an exact update, which needs the base to decode; pass --base")
+            raise ToolError(f"{name}: is an exact update, which needs the base to decode; pass base (--base)")
         array = self._tensors.read(name)
         pxd.check_base_bytes(entry, array)
         whole = pxd.reconstruct(module, array)

@@ -185,7 +185,7 @@ class CompressOptions:
         if not 0.0 <= self.held_out < 1.0:
             raise OptionError(f"held-out {self.held_out}: a share, at least 0 and below 1")
         if self.calibration is None and (self.fit not in ("auto", "none") or self.distill_samples):
-            raise OptionError("this fit needs a text: give --calibration (c4, a datasets id, or a file)")
+            raise OptionError("this fit needs a text: give calibration, --calibration (c4, a datasets id, or a file)")
         if self.target_size is not None and self.target_ratio is not None:
             raise OptionError("target-size and target-ratio: give one of them")
         self._check_exact()
@@ -225,7 +225,9 @@ class CompressOptions:
         if self.has_target:
             raise OptionError("exact and a target size exclude each other: a lossless file has one size")
         if self.exact == EVERYTHING and self.resolved_fit != "none":
-            raise OptionError("a lossless file needs no text: leave out --calibration, or say what --exact is for")
+            raise OptionError(
+                "a lossless file needs no text: leave out calibration (--calibration), or name tensors for exact"
+            )
 
     def is_exact(self, name: str) -> bool:
         """Whether this tensor is to be stored losslessly; `auto` decides when it reads the data."""

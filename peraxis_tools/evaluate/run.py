@@ -118,7 +118,7 @@ def _check_asked(texts: Mapping[str, str | Path], tasks: Sequence[str], candidat
         raise ToolError(f"candidates {unknown[0]!r}: choose from {', '.join(CANDIDATES)}")
     check_texts(texts.values())
     if not texts and not tasks:
-        raise ToolError("nothing to evaluate on: give a text (--text domain=file) or tasks (--tasks)")
+        raise ToolError("nothing to evaluate on: give texts (--text domain=file) or tasks (--tasks)")
 
 
 def worst_kl(
