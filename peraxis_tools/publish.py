@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import peraxis_format as pxd
-from peraxis_tools.arguments import check_choice, sequence
+from peraxis_tools.arguments import check_choice, refuse_idle, sequence
 from peraxis_tools.card import HUB_ID, CardDelta, card_text, missing_fields
 from peraxis_tools.checkpoint import parse_identity
 from peraxis_tools.delta_parts import refuse_part
@@ -83,6 +83,10 @@ def publish(
     check_choice("relation", relation, get_args(Relation))
     if licence is not None and not _LICENCE.fullmatch(licence):
         raise ToolError(f"licence {licence!r}: not an identifier of the hub, like apache-2.0; for any other pass other")
+    if dry_run is None:
+        refuse_idle("without dry_run", overwrite=overwrite)
+    else:
+        refuse_idle("with dry_run", private=private, revision=revision)
     require("a model card", "huggingface_hub")
     deltas = [Path(path) for path in sequence(paths)]
     dry_run = None if dry_run is None else Path(dry_run)

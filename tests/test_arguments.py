@@ -63,7 +63,7 @@ def choices(kind: Any) -> list[str]:
     return [value for part in get_args(kind) for value in choices(part)]
 
 
-def call(name: str, **given: Any) -> Any:
+def call(name: str, /, **given: Any) -> Any:
     """Call a function with a placeholder for each required argument."""
     function = functions()[name]
     needed = [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty]
@@ -181,6 +181,29 @@ def pxd_options(values: dict[str, Any]) -> None:
     from peraxis_tools.compress import CompressOptions
 
     CompressOptions.from_mapping(values)
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "idle"),
+    [
+        ("convert", {"to": "lora", "axis": "row"}, "axis"),
+        ("convert", {"to": "lora", "after": ["a.pxd"]}, "after"),
+        ("convert", {"to": "lora", "prefer": "speed"}, "prefer"),
+        ("convert", {"to": "pxd", "rank": 2}, "rank"),
+        ("convert", {"to": "xor", "max_error": 0.5}, "max_error"),
+        ("convert", {"to": "xor", "name": "a"}, "name"),
+        ("evaluate", {"task_limit": 3}, "task_limit"),
+        ("publish", {"repository": "a/b", "overwrite": True}, "overwrite"),
+        ("publish", {"repository": "a/b", "dry_run": "no", "private": True}, "private"),
+        ("sign", {"certificate_chain": "a.pem"}, "certificate_chain"),
+        ("verify", {"base_revision": "main"}, "base_revision"),
+        ("compress", {"device": "cpu"}, "device"),
+        ("compress", {"resume": False}, "resume"),
+    ],
+)
+def test_an_argument_without_effect_is_refused(function: str, given: dict[str, Any], idle: str) -> None:
+    with pytest.raises(peraxis.ToolError, match=f"^{idle} does nothing with"):
+        call(function, **given)
 
 
 def test_weights_that_sum_to_zero_cannot_be_normalised() -> None:
