@@ -133,6 +133,14 @@ def test_paths_may_be_plain_strings_everywhere() -> None:
         assert "Path" not in annotation or "str" in annotation, (function, parameter, annotation)
 
 
+def test_a_calibration_text_may_be_a_path() -> None:
+    from peraxis_tools.compress import CompressOptions
+
+    for text in (Path("a.jsonl"), [Path("a.jsonl")], "a.jsonl"):
+        assert CompressOptions.from_mapping({"calibration": text}).calibration == "a.jsonl"
+    assert CompressOptions.from_mapping({"calibration": [Path("a"), "b"]}).calibration == ("a", "b")
+
+
 def test_a_single_string_is_one_item_and_not_its_letters() -> None:
     assert sequence("delta.pxd") == ["delta.pxd"]
     assert sequence(Path("delta.pxd")) == [Path("delta.pxd")]

@@ -316,10 +316,10 @@ def _dashed(name: str) -> str:
 
 def _texts(value: Any) -> str | tuple[str, ...] | None:
     """Normalise the calibration texts: one text is a string, as in files of earlier versions; several are a tuple."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
-        return None if not value else value[0] if len(value) == 1 else tuple(value)
+    if value is None or isinstance(value, str | Path):
+        return None if value is None else str(value)
+    if isinstance(value, list | tuple) and all(isinstance(text, str | Path) for text in value):
+        return None if not value else str(value[0]) if len(value) == 1 else tuple(map(str, value))
     raise OptionError(f"calibration {value!r}: must be a text, or a list of them")
 
 
