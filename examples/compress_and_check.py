@@ -21,4 +21,6 @@ def main(base: str, fine_tuned: str, delta: str, calibration: str | None = None)
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (4, 5):
+        sys.exit(__doc__)
     main(*sys.argv[1:])

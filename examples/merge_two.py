@@ -20,4 +20,6 @@ def main(first: str, second: str, merged: str, base: str | None = None) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (4, 5):
+        sys.exit(__doc__)
     main(*sys.argv[1:])

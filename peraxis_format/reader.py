@@ -72,11 +72,12 @@ def _describe(record: TensorRecord | None) -> str:
 class DeltaFile:
     """One open PXD file. A context manager, and a read-only mapping of module names to ModuleDelta.
 
-    manifest, content_id, size: from the checked header. Arrays stay valid after `close`.
+    manifest, content_id, size: from the checked header. Arrays stay valid after `close`; reading then is a ValueError.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._closed = False
         self._file = _open_regular(self.path)
         try:
             self.size = os.fstat(self._file).st_size
@@ -151,6 +152,7 @@ class DeltaFile:
 
     def __getitem__(self, name: str) -> ModuleDelta:
         """A module as zero-copy views of the mapped file; its payload is not checked. Raises KeyError."""
+        self._refuse_closed()
         begin, end = self.span(name)
         data = memoryview(self._map)[begin:end]
         return build_module(self._entries[name], self.tensors(name), data, begin - self._header.size)
@@ -250,6 +252,7 @@ class DeltaFile:
 
         Raises ContainerError (E124) if the file has become shorter.
         """
+        self._refuse_closed()
         done = 0
         while done < len(target):
             count = os.preadv(self._file, [target[done:]], offset + done)
@@ -275,6 +278,7 @@ class DeltaFile:
 
     def read(self, offset: int, size: int) -> bytes:
         """Unchecked bytes of the file, fewer at its end. It may be called from any thread."""
+        self._refuse_closed()
         parts = []
         while size > 0:
             part = os.pread(self._file, size, offset)
@@ -289,6 +293,10 @@ class DeltaFile:
         data = memoryview(bytearray(end - begin))
         self.read_into(data, self._header.size + begin)
         return data
+
+    def _refuse_closed(self) -> None:
+        if self._closed:  # its descriptor may be that of another file by now
+            raise ValueError(f"{self.path}: is closed; open it again to read from it")
 
     def close(self) -> None:
         """Close the file. Its arrays stay valid, because they keep the map alive."""

@@ -9,7 +9,7 @@ from typing import TypeVar
 from peraxis_format import arguments
 from peraxis_tools.errors import OptionError
 
-__all__ = ["check_choice", "check_least", "check_mapping", "check_workers", "one_name", "sequence"]
+__all__ = ["check_choice", "check_least", "check_mapping", "check_workers", "one_name", "refuse_idle", "sequence"]
 
 T = TypeVar("T", str, "str | Path")
 V = TypeVar("V")
@@ -34,6 +34,13 @@ def check_mapping(name: str, value: object, example: str) -> None:
     """Raise OptionError unless the value is a mapping."""
     if not isinstance(value, Mapping):
         raise OptionError(f"{name} is a {type(value).__name__}: pass a mapping, like {example}")
+
+
+def refuse_idle(why: str, **given: object) -> None:
+    """Raise OptionError for the first argument that was given (not None, False or empty), because it does nothing."""
+    for name, value in given.items():
+        if value is not None and value is not False and value != () and value != []:
+            raise OptionError(f"{name} does nothing {why}; leave it out")
 
 
 def one_name(name: str, value: V | None, former: str, given: V | None) -> V | None:

@@ -237,16 +237,16 @@ def _loading(repository: str, delta: CardDelta) -> Iterator[str]:
     yield f"### Load {_md(delta.file)}"
     yield ""
     yield f"{fence}sh"
-    yield "pip install 'peraxis[tools]'"
+    yield "pip install 'peraxis[hub]'"
     yield f"hf download {repository} {file} --local-dir ."
     yield f"peraxis-tools verify {file} --base {shlex.quote(base)} --expect-content-id {delta.found.content_id}"
     yield f"peraxis-tools apply {shlex.quote(base)} {file} -o model"
     yield fence
     yield ""
     yield f"{fence}python"
-    yield "import peraxis_tools"
+    yield "import peraxis  # pip install 'peraxis[compress,hub]'"
     yield ""
-    yield f"model = peraxis_tools.load_model({json.dumps(base)}, {json.dumps(delta.file)})"
+    yield f"model, tokenizer = peraxis.load({json.dumps(delta.file)}, base={json.dumps(base)})"
     yield fence
     yield ""
 

@@ -111,6 +111,8 @@ def is_delta(source: str | Path) -> bool:
             return True
     except PxdError as error:
         return path.suffix == ".pxd" or error.code > "E112"
+    except OSError:
+        return path.suffix == ".pxd"
 
 
 def refuse_swapped(checkpoint: str | Path, delta: str | Path) -> None:

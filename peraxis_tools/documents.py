@@ -90,7 +90,9 @@ def read_documents(source: str, *, text_column: str | None, limit: int) -> list[
         raise OptionError(f"text {source}: cannot be read: {detail}") from error
     if not found:
         held = ", ".join(f"{name} ({kind})" for name, kind in columns.items()) or "no rows"
-        raise OptionError(f"text {source}: holds no text; its columns: {held}; name one with --text-column")
+        raise OptionError(
+            f"text {source}: holds no text; its columns: {held}; name one with text_column (--text-column)"
+        )
     return found
 
 

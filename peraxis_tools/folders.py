@@ -103,7 +103,7 @@ def refuse_folder(path: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         state = "has an unfinished output" if earlier is not None and not earlier.finished else "exists already"
-        raise ToolError(f"{path}: {state}; choose another output or pass --overwrite")
+        raise ToolError(f"{path}: {state}; choose another output or pass overwrite (--overwrite)")
     if earlier is None:
         raise ToolError(
             f"{path}: has {others[0]} and no list of an earlier output ({MARKER}), so it is not replaced; "

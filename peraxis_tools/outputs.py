@@ -19,8 +19,18 @@ from typing import TypeAlias
 from peraxis_format import is_stream, name_lock, remove_leftovers
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import refuse_folder
+from peraxis_tools.notes import note
 
-__all__ = ["Inputs", "check_files", "check_folder", "claim_file", "claim_files", "claim_folder", "made_folder"]
+__all__ = [
+    "Inputs",
+    "check_files",
+    "check_folder",
+    "claim_delta",
+    "claim_file",
+    "claim_files",
+    "claim_folder",
+    "made_folder",
+]
 
 # Paths, hub ids and URLs of inputs. Only an existing path can be replaced.
 Inputs: TypeAlias = Iterable[str | Path | None]
@@ -33,6 +43,16 @@ _NEVER_READ = (".pxd", ".sig")
 def claim_file(path: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> Iterator[None]:
     """Check the rules for one output file, and hold its lock until the end. Raises ToolError, OSError."""
     with claim_files([path], overwrite=overwrite, inputs=inputs):
+        yield
+
+
+@contextlib.contextmanager
+def claim_delta(path: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> Iterator[None]:
+    """`claim_file` for a .pxd; notes a name that no verb finds in a folder."""
+    with claim_file(path, overwrite=overwrite, inputs=inputs):
+        file = _plain(path)
+        if file.suffix != ".pxd" and not is_stream(file):
+            note(f"{file}: verify finds only *.pxd in a folder; call it {file.name}.pxd to have it found")
         yield
 
 
@@ -62,7 +82,7 @@ def check_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs 
             raise ToolError(f"{file}: is a folder; name a file")
         _refuse_replaced_input(file, known)
         if os.path.lexists(file) and not overwrite:
-            raise ToolError(f"{file}: exists already; choose another output or pass --overwrite")
+            raise ToolError(f"{file}: exists already; choose another output or pass overwrite (--overwrite)")
 
 
 @contextlib.contextmanager
@@ -91,6 +111,8 @@ def check_folder(path: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> P
 def _plain(path: str | Path) -> Path:
     if not str(path) or "\0" in str(path):
         raise ToolError("the output's name is empty; name a file or folder")
+    if str(path) == "-":
+        raise ToolError("-: is no name of an output; for standard output name /dev/stdout")
     path = Path(path)
     if not path.name or path.name == "..":
         return Path(os.path.abspath(path))

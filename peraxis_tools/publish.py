@@ -6,6 +6,7 @@ The card is made in card.py. The card and .gitattributes of an existing reposito
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Final, Literal, get_args
 
 import peraxis_format as pxd
 from peraxis_format.hub import hub_errors
-from peraxis_tools.arguments import check_choice, sequence
+from peraxis_tools.arguments import check_choice, refuse_idle, sequence
 from peraxis_tools.card import HUB_ID, CardDelta, card_text, missing_fields
 from peraxis_tools.checkpoint import parse_identity
 from peraxis_tools.delta_parts import refuse_part
@@ -31,6 +32,7 @@ __all__ = ["PublishResult", "PublishedDelta", "Relation", "publish", "read_evalu
 Relation = Literal["finetune", "adapter", "quantized", "merge"]
 
 _CHUNK: Final = 1 << 22
+_LICENCE: Final = re.compile(r"[a-z0-9]+([.+-][a-z0-9]+)*[+]?")
 _EVALUATION: Final = "peraxis.eval/1"
 
 
@@ -80,6 +82,12 @@ def publish(
     repository to this folder and upload nothing. Raises ToolError, PxdError, OSError.
     """
     check_choice("relation", relation, get_args(Relation))
+    if licence is not None and not _LICENCE.fullmatch(licence):
+        raise ToolError(f"licence {licence!r}: not an identifier of the hub, like apache-2.0; for any other pass other")
+    if dry_run is None:
+        refuse_idle("without dry_run", overwrite=overwrite)
+    else:
+        refuse_idle("with dry_run", private=private, revision=revision)
     require("a model card", "huggingface_hub")
     deltas = [Path(path) for path in sequence(paths)]
     dry_run = None if dry_run is None else Path(dry_run)

@@ -93,7 +93,7 @@ def _fetched(source: str, files: Sequence[str], progress: ProgressOf) -> Iterato
     """Yield local paths of the deltas: in a temporary folder for a URL, in the hub's cache for a repository."""
     if is_remote(source):
         if files:
-            raise ToolError(f"{without_secrets(source)}: names one file already; leave out --file")
+            raise ToolError(f"{without_secrets(source)}: names one file already; leave out files (--file)")
         with local_copy(source, progress=progress) as path:
             yield [path]
         return
@@ -115,7 +115,7 @@ def _from_hub(repository: str, revision: str | None, files: Sequence[str]) -> li
             raise ToolError(f"{repository}: has no {missing or '.pxd'}")
         twice = len({PurePosixPath(name).name for name in wanted}) < len(wanted)
         if twice:
-            raise ToolError(f"{repository}: two of its deltas have the same name; pull each with --file")
+            raise ToolError(f"{repository}: two of its deltas have the same name; pull each with files (--file)")
         signatures = [f"{name}.sig" for name in wanted if f"{name}.sig" in there]
         return [Path(api.hf_hub_download(repository, name, revision=revision)) for name in (*wanted, *signatures)]
     except hub_errors() as error:

@@ -20,7 +20,7 @@ from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.folders import scratch_folder
 from peraxis_tools.http_reads import SILENCE_SECONDS, http_options, is_http, read_range, save_all
 from peraxis_tools.optional import missing, require
-from peraxis_tools.outputs import Inputs, claim_file
+from peraxis_tools.outputs import Inputs, claim_delta
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.urls import without_secrets
 
@@ -241,7 +241,7 @@ def output_file(output: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> 
     OSError.
     """
     if not is_remote(output):
-        with claim_file(output, overwrite=overwrite, inputs=inputs):
+        with claim_delta(output, overwrite=overwrite, inputs=inputs):
             yield Path(output)
         return
     url = str(output)
@@ -252,7 +252,7 @@ def output_file(output: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> 
 
         system, path = fsspec.core.url_to_fs(_hub_form(url), **_patience(url))
         if system.exists(path) and not overwrite:
-            raise ToolError(f"{shown}: exists already; choose another output or pass --overwrite")
+            raise ToolError(f"{shown}: exists already; choose another output or pass overwrite (--overwrite)")
     folder_there, _, name = path.rpartition("/")
     if not name:
         raise ToolError(f"{shown}: does not name a file")

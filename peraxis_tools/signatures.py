@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peraxis_tools.arguments import sequence
+from peraxis_tools.arguments import refuse_idle, sequence
 from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError, first_line
 from peraxis_tools.folders import scratch_folder
 from peraxis_tools.optional import require
@@ -58,6 +58,8 @@ def sign(
     """
     import peraxis_format as pxd
 
+    if certificate is None:
+        refuse_idle("without certificate", certificate_chain=certificate_chain)
     file, private_key = Path(file), Path(private_key)
     certificate = None if certificate is None else Path(certificate)
     chain = [Path(path) for path in sequence(certificate_chain)]
@@ -110,7 +112,7 @@ def check_signature(
     chain = [Path(path) for path in sequence(certificate_chain)]
     bundle = signature_path(file) if bundle is None else Path(bundle)
     if public_key is None and not chain:
-        raise NotVerifiableError(f"{file}: checking a signature needs --public-key or --certificate-chain")
+        raise NotVerifiableError(f"{file}: a signature needs a key or certificates (--public-key, --certificate-chain)")
     if not bundle.is_file():
         raise NotVerifiableError(f"{bundle}: no such bundle; fetch it from the source of {file.name}")
     _need(*([public_key] if public_key is not None else []), *chain)

@@ -43,7 +43,7 @@ class UnpackedFile(pxd.DeltaFile):
         if entry.encoding is not pxd.Encoding.EXACT:
             return module
         if self._tensors is None:
-            raise ToolError(f"{name}: is an exact update, which needs the base to decode; pass --base")
+            raise ToolError(f"{name}: is an exact update, which needs the base to decode; pass base (--base)")
         array = self._tensors.read(name)
         with located(self.path):
             pxd.check_base_bytes(entry, array)

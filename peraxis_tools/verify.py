@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import peraxis_format as pxd
-from peraxis_tools.arguments import check_workers
+from peraxis_tools.arguments import check_workers, refuse_idle
 from peraxis_tools.checkpoint import open_checkpoint
 from peraxis_tools.predecessor import predecessor_named
 from peraxis_tools.progress import Steps, watched
@@ -50,6 +50,8 @@ def verify(
     at the first failure, CheckpointError, ToolError, OSError.
     """
     check_workers(workers)
+    if base is None:
+        refuse_idle("without base", base_revision=base_revision)
     with pxd.open(path) as delta, watched(progress, "verify", verify_size(path, base)) as step:
         delta.verify(workers=workers, progress=step)
         if base is not None:

@@ -176,7 +176,7 @@ def _checks(
 def _payload(delta: pxd.DeltaFile, progress: ProgressOf, workers: int | None) -> str:
     with progress("verify", delta.size - delta.header_size) as step:
         delta.verify(workers=workers, progress=step)
-    return f"{delta.size - delta.header_size} of {delta.size} bytes; the rest is the header"
+    return f"{delta.size - delta.header_size} bytes"
 
 
 def _content_id(delta: pxd.DeltaFile, expected: Sequence[str]) -> str:

@@ -63,7 +63,7 @@ def choices(kind: Any) -> list[str]:
     return [value for part in get_args(kind) for value in choices(part)]
 
 
-def call(name: str, **given: Any) -> Any:
+def call(name: str, /, **given: Any) -> Any:
     """Call a function with a placeholder for each required argument."""
     function = functions()[name]
     needed = [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty]
@@ -133,6 +133,14 @@ def test_paths_may_be_plain_strings_everywhere() -> None:
         assert "Path" not in annotation or "str" in annotation, (function, parameter, annotation)
 
 
+def test_a_calibration_text_may_be_a_path() -> None:
+    from peraxis_tools.compress import CompressOptions
+
+    for text in (Path("a.jsonl"), [Path("a.jsonl")], "a.jsonl"):
+        assert CompressOptions.from_mapping({"calibration": text}).calibration == "a.jsonl"
+    assert CompressOptions.from_mapping({"calibration": [Path("a"), "b"]}).calibration == ("a", "b")
+
+
 def test_a_single_string_is_one_item_and_not_its_letters() -> None:
     assert sequence("delta.pxd") == ["delta.pxd"]
     assert sequence(Path("delta.pxd")) == [Path("delta.pxd")]
@@ -181,6 +189,29 @@ def pxd_options(values: dict[str, Any]) -> None:
     from peraxis_tools.compress import CompressOptions
 
     CompressOptions.from_mapping(values)
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "idle"),
+    [
+        ("convert", {"to": "lora", "axis": "row"}, "axis"),
+        ("convert", {"to": "lora", "after": ["a.pxd"]}, "after"),
+        ("convert", {"to": "lora", "prefer": "speed"}, "prefer"),
+        ("convert", {"to": "pxd", "rank": 2}, "rank"),
+        ("convert", {"to": "xor", "max_error": 0.5}, "max_error"),
+        ("convert", {"to": "xor", "name": "a"}, "name"),
+        ("evaluate", {"task_limit": 3}, "task_limit"),
+        ("publish", {"repository": "a/b", "overwrite": True}, "overwrite"),
+        ("publish", {"repository": "a/b", "dry_run": "no", "private": True}, "private"),
+        ("sign", {"certificate_chain": "a.pem"}, "certificate_chain"),
+        ("verify", {"base_revision": "main"}, "base_revision"),
+        ("compress", {"device": "cpu"}, "device"),
+        ("compress", {"resume": False}, "resume"),
+    ],
+)
+def test_an_argument_without_effect_is_refused(function: str, given: dict[str, Any], idle: str) -> None:
+    with pytest.raises(peraxis.ToolError, match=f"^{idle} does nothing with"):
+        call(function, **given)
 
 
 def test_weights_that_sum_to_zero_cannot_be_normalised() -> None:

@@ -35,7 +35,7 @@ def compress(
     masks: int | None = None, bits: int | None = None,
     target_size: int | str | None = None, target_ratio: float | None = None, embeddings: Embeddings | None = None,
     exact: str | None = None, prefer: Literal["size", "speed"] | None = None,
-    calibration: str | Sequence[str] | None = None, text_column: str | None = None,
+    calibration: str | Path | Sequence[str | Path] | None = None, text_column: str | None = None,
     calibration_samples: int | None = None,
     generated_samples: int | None = None, sequence_length: int | None = None, held_out: float | None = None,
     batch_size: int | None = None, seed: int | None = None, refine_rounds: int | None = None,

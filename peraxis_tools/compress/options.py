@@ -186,7 +186,7 @@ class CompressOptions:
         if not 0.0 <= self.held_out < 1.0:
             raise OptionError(f"held-out {self.held_out}: a share, at least 0 and below 1")
         if self.calibration is None and (self.fit not in ("auto", "none") or self.distill_samples):
-            raise OptionError("this fit needs a text: give --calibration (c4, a datasets id, or a file)")
+            raise OptionError("this fit needs a text: give calibration, --calibration (c4, a datasets id, or a file)")
         if self.target_size is not None and self.target_ratio is not None:
             raise OptionError("target-size and target-ratio: give one of them")
         self._check_exact()
@@ -226,7 +226,9 @@ class CompressOptions:
         if self.has_target:
             raise OptionError("exact and a target size exclude each other: a lossless file has one size")
         if self.exact == EVERYTHING and self.resolved_fit != "none":
-            raise OptionError("a lossless file needs no text: leave out --calibration, or say what --exact is for")
+            raise OptionError(
+                "a lossless file needs no text: leave out calibration (--calibration), or name tensors for exact"
+            )
 
     def is_exact(self, name: str) -> bool:
         """Whether this tensor is to be stored losslessly; `auto` decides when it reads the data."""
@@ -315,10 +317,10 @@ def _dashed(name: str) -> str:
 
 def _texts(value: Any) -> str | tuple[str, ...] | None:
     """Normalise the calibration texts: one text is a string, as in files of earlier versions; several are a tuple."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
-        return None if not value else value[0] if len(value) == 1 else tuple(value)
+    if value is None or isinstance(value, str | Path):
+        return None if value is None else str(value)
+    if isinstance(value, list | tuple) and all(isinstance(text, str | Path) for text in value):
+        return None if not value else str(value[0]) if len(value) == 1 else tuple(map(str, value))
     raise OptionError(f"calibration {value!r}: must be a text, or a list of them")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import peraxis_format as pxd
-from peraxis_tools.arguments import check_choice, check_least, sequence
+from peraxis_tools.arguments import check_choice, check_least, refuse_idle, sequence
 from peraxis_tools.chain.write import UpdateResult
 from peraxis_tools.convert.layouts import LAYOUTS, Layout
 from peraxis_tools.convert.lora import LeftOut, LoraModule, LoraResult, to_lora
@@ -59,15 +59,15 @@ def convert(
     each number of bytes done. Raises ToolError, CheckpointError, PxdError, OSError.
     """
     check_choice("to", to, ("pxd", "lora", *WIRES))
-    check_choice("prefer", prefer, get_args(pxd.Prefer))
-    if layout is not None:
-        check_choice("layout", layout, (*LAYOUTS, *WIRES))
-    if axis is not None:
-        check_choice("axis", axis, ("row", "col"))
-    check_least("rank", rank, 1)
-    if max_error is not None and not 0.0 < max_error < 1.0:
-        raise ToolError(f"max_error {max_error}: must be above 0 and below 1")
+    _check_words(layout, axis, prefer)
+    _check_closeness(rank, max_error)
+    faster = None if prefer == "size" else prefer
+    if to != "lora":
+        refuse_idle(f'with to="{to}"', rank=rank, max_error=max_error)
+    if to != "pxd":
+        refuse_idle(f'with to="{to}"', layout=layout, axis=axis, name=name, prefer=faster)
     if to == "lora":
+        refuse_idle('with to="lora"', after=after)
         return to_lora(
             source, output, rank=rank, max_error=max_error, base=base, overwrite=overwrite, progress=progress
         )
@@ -77,6 +77,7 @@ def convert(
         return to_wire(source, base, output, wire=to, after=sequence(after), overwrite=overwrite, progress=progress)
     wire = recognised(Path(source)) if layout is None else next((item for item in WIRES if item == layout), None)
     if wire is not None:
+        refuse_idle(f"with the wire {wire}", axis=axis)
         return from_wire(
             source,
             base,
@@ -88,6 +89,21 @@ def convert(
             overwrite=overwrite,
             progress=progress,
         )
+    refuse_idle("without a wire", after=after, prefer=faster)
     known = next((item for item in LAYOUTS if item == layout), None)
     chosen = None if axis is None else pxd.Axis(axis)
     return to_pxd(source, base, output, layout=known, axis=chosen, name=name, overwrite=overwrite, progress=progress)
+
+
+def _check_words(layout: str | None, axis: str | None, prefer: str) -> None:
+    check_choice("prefer", prefer, get_args(pxd.Prefer))
+    if layout is not None:
+        check_choice("layout", layout, (*LAYOUTS, *WIRES))
+    if axis is not None:
+        check_choice("axis", axis, ("row", "col"))
+
+
+def _check_closeness(rank: int | None, max_error: float | None) -> None:
+    check_least("rank", rank, 1)
+    if max_error is not None and not 0.0 < max_error < 1.0:
+        raise ToolError(f"max_error {max_error}: must be above 0 and below 1")

@@ -21,7 +21,7 @@ from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.convert.layouts import Layout, TorchDelta, component_of, read_torch_delta
 from peraxis_tools.errors import ToolError
 from peraxis_tools.kinds import execution_key
-from peraxis_tools.outputs import claim_file
+from peraxis_tools.outputs import claim_delta
 from peraxis_tools.progress import Progress, watched
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def to_pxd(
     if not source.is_file():
         raise ToolError(f"{source}: no such file")
     counts = _Counts()
-    with claim_file(output, overwrite=overwrite, inputs=(source, base)), open_checkpoint(base) as checkpoint:
+    with claim_delta(output, overwrite=overwrite, inputs=(source, base)), open_checkpoint(base) as checkpoint:
         found = read_torch_delta(source, layout, base=checkpoint.tensors, axis=axis)
         identity = pxd.Identity(id=name or source.stem)
         metadata = {"peraxis.converted": found.layout}

@@ -19,7 +19,7 @@ from peraxis_tools.rows import BaseRows, delta_rows, has_delta, row_blocks
 __all__ = ["compare_modules", "entry_changes"]
 
 _SMALL = 1 << 20  # bytes of a module
-_NEEDS_BASE = "stored exactly; pass --base for its delta"
+_NEEDS_BASE = "stored exactly; pass base (--base) for its delta"
 
 
 @dataclass(frozen=True, slots=True)

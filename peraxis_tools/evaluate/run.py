@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import peraxis_format as pxd
-from peraxis_tools.arguments import check_choice, check_least, check_mapping, sequence
+from peraxis_tools.arguments import check_choice, check_least, check_mapping, refuse_idle, sequence
 from peraxis_tools.checkpoint import refuse_swapped
 from peraxis_tools.errors import ToolError
 from peraxis_tools.evaluate.types import (
@@ -74,6 +74,10 @@ def evaluate(
     for name, value in (("samples", samples), ("batch_size", batch_size), ("task_limit", task_limit)):
         check_least(name, value, 1)
     check_least("seed", seed, 0)
+    if not tasks:
+        refuse_idle("without tasks", task_limit=task_limit, task_path=task_path)
+    if not texts:
+        refuse_idle("without texts", text_column=text_column)
     refuse_swapped(fine_tuned, delta)
     refuse_swapped(base, delta)
     require("an evaluation", "torch", "transformers", "datasets", extra="compress")
@@ -119,7 +123,7 @@ def _check_asked(texts: Mapping[str, str | Path], tasks: Sequence[str], candidat
         raise ToolError(f"candidates {unknown[0]!r}: choose from {', '.join(CANDIDATES)}")
     check_texts(texts.values())
     if not texts and not tasks:
-        raise ToolError("nothing to evaluate on: give a text (--text domain=file) or tasks (--tasks)")
+        raise ToolError("nothing to evaluate on: give texts (--text domain=file) or tasks (--tasks)")
 
 
 def worst_kl(

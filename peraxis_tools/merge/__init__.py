@@ -22,7 +22,7 @@ from peraxis_tools.delta_parts import PART_KEY, is_part, join_parts, part_metada
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.merge.methods import Method, Mixture
 from peraxis_tools.merge.modules import MergedModule, merge_module, needs_base, relative_error
-from peraxis_tools.outputs import claim_file
+from peraxis_tools.outputs import claim_delta
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rows import base_rows
@@ -89,7 +89,7 @@ def merge_parts(
     files = [Path(path) for path in sequence(paths)]
     if not files:
         raise ToolError("pass the parts to join")
-    with claim_file(output, overwrite=overwrite, inputs=files):
+    with claim_delta(output, overwrite=overwrite, inputs=files):
         manifest, inputs, size = join_parts(files, output, overwrite=overwrite, progress=progress)
     modules = tuple(
         MergedModule(name=m.name, encoding=m.encoding.value, components=len(m.components)) for m in manifest.modules
@@ -128,7 +128,7 @@ def merge(
     weights = [weights] if isinstance(weights, int | float) else list(weights)
     _check_weights(paths, weights, mixture)
     with ExitStack() as stack:
-        stack.enter_context(claim_file(output, overwrite=overwrite, inputs=(*paths, base)))
+        stack.enter_context(claim_delta(output, overwrite=overwrite, inputs=(*paths, base)))
         opened = [stack.enter_context(pxd.open(path)) for path in paths]
         total = sum(file.size - file.header_size for file in opened)
         step = stack.enter_context(watched(progress, "merge", total))
@@ -226,8 +226,8 @@ def _check_no_base_needed(files: Sequence[pxd.DeltaFile], weights: Sequence[floa
     for entry in files[0].manifest.modules:
         if unpacking or needs_base([file.entry(entry.name) for file in files], weights, mixture):
             raise ToolError(
-                f"{entry.name}: is an exact tensor, and merging its delta needs the base; pass --base "
-                f"(made for {files[0].manifest.base.id!r})"
+                f"{entry.name}: is an exact tensor, and merging its delta needs the base; pass base (--base), "
+                f"which is {files[0].manifest.base.id!r}"
             )
 
 

@@ -44,7 +44,7 @@ def merge_exact(
     covered = 0
     if has_delta(first):
         if base is None:
-            raise ToolError(f"{first.name}: is an exact tensor, and its weighted delta needs the base; pass --base")
+            raise ToolError(f"{first.name}: is an exact tensor, whose weighted delta needs base (--base)")
         covered = first.kept if first.shape else 1
         rows_of = mixed()
         for rows in row_blocks(first.covered):

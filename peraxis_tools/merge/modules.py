@@ -144,7 +144,7 @@ def _mixed(
 
 def _dense(module: pxd.ModuleDelta, base: BaseRows | None) -> Dense:
     if module.full is not None and base is None:
-        raise ToolError(f"{module.name}: is an exact tensor; pass --base to merge it")
+        raise ToolError(f"{module.name}: is an exact tensor; pass base (--base) to merge it")
     return lambda rows: delta_rows(module, rows, base)
 
 
@@ -160,7 +160,7 @@ def _kept(
     if len(components) > pxd.COMPONENTS_MAX:
         raise ToolError(
             f"{modules[0].name}: the sum has {len(components)} masks and a module can have {pxd.COMPONENTS_MAX}; "
-            "pass --masks to fit it into fewer"
+            "pass masks (--masks) to fit it into fewer"
         )
     return _encoded(modules[0], components, tail)
 

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from peraxis_format import Encoding
 from peraxis_tools.blocks import blocks_text
+from peraxis_tools.compress.plan.plan import EXACT
 from peraxis_tools.report.console import print_note, size, text
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ def plan_lines(plan: Plan) -> None:
     whole = plan.payload_bytes if plan.file_bytes is None else plan.file_bytes
     ratio = plan.full_bytes / max(whole, 1)
     print_note(f"plan: {', '.join(parts)}")
-    print_note(f"plan: {size(whole)} of {size(plan.full_bytes)}, {ratio:.1f} times smaller")
+    if exact[EXACT]:  # their bytes follow from the number of changes
+        print_note(f"plan: at most {size(whole)} of {size(plan.full_bytes)}")
+    else:
+        print_note(f"plan: {size(whole)} of {size(plan.full_bytes)}, {ratio:.1f} times smaller")
 
 
 def render_dry_run(result: Foretold, console: Console) -> None:
@@ -58,7 +62,7 @@ def render_compress(result: CompressResult, console: Console) -> None:
     console.print(
         f"modules  {result.signed} with signs, {result.unchanged} as in the base, "
         f"{result.exact} exact"
-        f"{f', {result.exact_updates} of them as updates' if result.exact_updates else ''}; axes: {axes}"
+        f"{f', {result.exact_updates} of them as updates' if result.exact_updates else ''}; masks: {axes}"
     )
     if result.exact_blocks:
         console.print(f"blocks   {blocks_text(result.exact_blocks, result.prefer)}")

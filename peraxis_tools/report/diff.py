@@ -11,6 +11,7 @@ from peraxis_tools.report.console import text
 __all__ = ["render_diff"]
 
 _NAMES_SHOWN = 8
+_CHANGES_SHOWN = 12
 _WIDTH = 30  # characters of a value
 _BEFORE = 8  # characters before a difference
 
@@ -29,15 +30,18 @@ def render_diff(result: DiffResult, console: Console, *, top: int = 12) -> None:
         console.print(f"{label}  {text(name)}\n   {text(content_id or 'a checkpoint')}")
     if total.measured < total.modules:
         console.print(f"distances are over {total.measured} of {total.modules} modules: exact tensors need --base")
-    for change in result.manifest:
+    for change in result.manifest[:_CHANGES_SHOWN]:
         console.print(f"{text(change.field)}: {' -> '.join(_around_difference(change.a, change.b))}")
+    if len(result.manifest) > _CHANGES_SHOWN:
+        console.print(f"and {len(result.manifest) - _CHANGES_SHOWN} more fields of the manifest (--json)")
     for label, names in (("a", result.only_in_a), ("b", result.only_in_b)):
         if names:
             more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
             console.print(f"only in {label}: {text(', '.join(names[:_NAMES_SHOWN]))}{more}")
     if total.different:
         console.print(_groups(result))
-        console.print(_modules(_worst(result, top), console.width))
+        if top:
+            console.print(_modules(_worst(result, top), console.width))
 
 
 def _worst(result: DiffResult, top: int) -> list[ModuleDiff]:

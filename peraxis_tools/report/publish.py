@@ -21,4 +21,5 @@ def render_publish(result: PublishResult, console: Console) -> None:
         console.print(f"content  {text(delta.content_id)}")
     console.print(f"files    {text(', '.join(result.files))}")
     if result.missing:
-        console.print(f"missing  {', '.join(result.missing)} (--card-from gives them)")
+        them = "it" if len(result.missing) == 1 else "them"
+        console.print(f"missing  {', '.join(result.missing)} (--card-from gives {them})")

@@ -20,7 +20,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tools.compress_pairs import llama_config, write_pair, write_text
 
     folder = tmp_path_factory.mktemp("workspace")
-    config = llama_config(num_hidden_layers=4, hidden_size=64, intermediate_size=96)
+    config = llama_config(num_hidden_layers=4, hidden_size=64, intermediate_size=96, max_position_embeddings=1024)
     base, tuned = write_pair(folder, config, dtype=torch.bfloat16)
     tuned.rename(folder / "fine-tuned")
     for path in (base, folder / "fine-tuned"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,18 @@ def test_an_example_runs(
     monkeypatch.chdir(workspace)
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"))["main"](*arguments)
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("arguments", [[], ["one"], ["1", "2", "3", "4", "5", "6"]])
+def test_an_example_with_other_arguments_says_how_it_is_called(
+    name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = ROOT / "examples" / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(script), run_name="__main__")
+    assert f"python examples/{name}.py" in str(caught.value)
 
 
 def test_every_example_is_tested_and_short() -> None:

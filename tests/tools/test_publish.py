@@ -202,7 +202,7 @@ def test_the_bases_hub_id_can_be_given(delta: Path, hub: Hub) -> None:
     card = hub.held["README.md"]
     assert front_matter(card)["base_model"] == "real/base"
     assert "apply real/base@abc123 delta.pxd -o model" in card
-    assert 'load_model("real/base@abc123", "delta.pxd")' in card
+    assert 'peraxis.load("delta.pxd", base="real/base@abc123")' in card
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,8 @@ def test_a_file_name_stays_a_file_name_in_every_block(delta: Path, tmp_path: Pat
     download = next(line for line in shell.splitlines() if line.startswith("hf download"))
     assert shlex.split(download)[3] == name
     call = ast.parse(python).body[1].value
-    assert [argument.value for argument in call.args] == ["org/base", name]
+    assert [argument.value for argument in call.args] == [name]
+    assert [keyword.value.value for keyword in call.keywords] == ["org/base"]
     prose = re.sub(r"<!--.*?-->", "", card.replace(shell, "").replace(python, ""))
     assert re.search(r"(?<!\\)<", prose.split("---\n", 2)[2]) is None
 

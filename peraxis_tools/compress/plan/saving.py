@@ -38,7 +38,7 @@ def check_saving(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, *, size: 
     why = why or f"{count} tensors are stored whole ({reason}); check that this is the base"
     message = f"{fine_tuned.tensors.label}: a delta would take {size} of {plan.full_bytes} bytes: {why}"
     if not force:
-        raise ToolError(f"{message}, or pass --force")
+        raise ToolError(f"{message}, or pass force (--force)")
     note(message)
 
 

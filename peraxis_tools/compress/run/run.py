@@ -38,8 +38,9 @@ from peraxis_tools.compress.plan.size import foretold
 from peraxis_tools.compress.run.module_delta import module_delta
 from peraxis_tools.compress.run.streamed import StreamedFit
 from peraxis_tools.compress.run.types import Fitting, ModuleReport, RunFit
+from peraxis_tools.notes import note
 from peraxis_tools.optional import require
-from peraxis_tools.outputs import claim_file
+from peraxis_tools.outputs import claim_delta
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.positions import checked_length
 from peraxis_tools.progress import Staged, watched_stages
@@ -110,7 +111,7 @@ def compress(
     # With several processes, the first one writes.
     alone = int(os.environ.get("RANK", "0")) == 0
     with (
-        claim_file(output, overwrite=overwrite, inputs=inputs) if alone else contextlib.nullcontext(),
+        claim_delta(output, overwrite=overwrite, inputs=inputs) if alone else contextlib.nullcontext(),
         watched_stages(progress) as step,
         open_checkpoint(base, revision=base_revision) as opened_base,
         open_checkpoint(fine_tuned, revision=fine_tuned_revision) as opened,
@@ -256,8 +257,10 @@ def _write(
 def _result(
     output: Path, manifest: Manifest, size: int, blocks: Mapping[str, int], fit: RunFit, options: CompressOptions
 ) -> CompressResult:
-    """The result for a written file."""
+    """The result for a written file; notes a fine-tune without any change."""
     counts = Counter(module.encoding for module in manifest.modules)
+    if counts[Encoding.SAME] == len(manifest.modules):
+        note(f"{output}: holds no change, because every tensor of the fine-tune is the base's; check the pair")
     axes = Counter(component.axis.value for module in manifest.modules for component in module.components)
     return CompressResult(
         path=output,

@@ -17,7 +17,7 @@ from peraxis_tools.convert.wires.patch import WireFile, patched
 from peraxis_tools.convert.wires.xor import XorFolder, index_metadata
 from peraxis_tools.derived import DerivedCheckpoint
 from peraxis_tools.errors import CheckFailedError, ToolError
-from peraxis_tools.outputs import claim_file
+from peraxis_tools.outputs import claim_delta
 from peraxis_tools.progress import Progress, watched
 
 __all__ = ["WIRES", "Wire", "WireName", "from_wire", "recognised"]
@@ -72,7 +72,7 @@ def from_wire(
     if source.is_dir() != (chosen == "xor"):
         raise ToolError(f"{source}: is {'a folder' if source.is_dir() else 'a file'}, which {chosen} is not")
     with (
-        claim_file(output, overwrite=overwrite, inputs=(source, base, *after)),
+        claim_delta(output, overwrite=overwrite, inputs=(source, base, *after)),
         open_checkpoint(base) as before,
         open_chain(before, after) as (state, links),
         contextlib.closing(_OPEN[chosen](source, state.size)) as opened,

@@ -1,0 +1,146 @@
+"""Small things that a report or a note says: sizes that are not known, identical pairs, names that no verb finds."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import peraxis
+import peraxis_format as pxd
+from peraxis_tools.cli import cli
+from peraxis_tools.publish import publish
+from tests.factories import random_storage, write_checkpoint
+from tests.tools.output_cases import make_inputs
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    make_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def notes(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.WARNING, logger="peraxis")  # --quiet in an earlier test may have changed it
+    return caplog
+
+
+def test_a_lossless_plan_gives_a_bound_and_no_ratio(inputs: Path) -> None:
+    said = CliRunner().invoke(cli, "compress base tuned -o new.pxd --exact".split()).stderr
+    assert "plan: at most" in said
+    assert "times smaller" not in said
+    said = CliRunner().invoke(cli, "compress base tuned -o signs.pxd --force".split()).stderr
+    assert "at most" not in said
+    assert "times smaller" in said
+
+
+def test_a_pair_without_any_change_is_noted(tmp_path: Path, notes: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    base = write_checkpoint(tmp_path / "base", {"a.weight": (random_storage(rng, (64, 64)), pxd.DType.BF16)})
+    peraxis.compress(base, base, tmp_path / "new.pxd")
+    assert "holds no change" in notes.text
+    other = write_checkpoint(tmp_path / "other", {"a.weight": (random_storage(rng, (64, 64)), pxd.DType.BF16)})
+    notes.clear()
+    peraxis.compress(base, other, tmp_path / "other.pxd", force=True)
+    assert "holds no change" not in notes.text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "compress base tuned --force -o {}",
+        "merge a.pxd b.pxd --weights 0.5,0.5 -o {}",
+        "merge part-1.pxd part-2.pxd -o {}",
+        "update base tuned -o {}",
+    ],
+)
+def test_a_delta_that_no_folder_search_finds_is_noted(line: str, inputs: Path, notes: pytest.LogCaptureFixture) -> None:
+    for name, noted in (("d", True), ("d.safetensors", True), ("d.pxd", False)):
+        notes.clear()
+        done = CliRunner().invoke(cli, line.format(name).split())
+        assert done.exception is None, done.exception
+        assert (f"call it {name}.pxd to have it found" in notes.text) == noted
+
+
+@pytest.mark.parametrize("line", ["inspect a.pxd --html -", "compress base tuned -o -", "split a.pxd --parts 2 -o -"])
+def test_a_dash_is_no_name_of_an_output(line: str, inputs: Path) -> None:
+    assert "name /dev/stdout" in str(CliRunner().invoke(cli, line.split()).exception)
+
+
+def test_pull_makes_its_folder_and_leaves_none_behind_after_a_failure(inputs: Path) -> None:
+    url = (inputs / "a.pxd").as_uri()
+    with pytest.raises(peraxis.ToolError):
+        peraxis.pull(url, inputs / "new" / "deep", content_ids="sha256:0")
+    assert not (inputs / "new").exists()
+    (pulled,) = peraxis.pull(url, inputs / "new" / "deep").files
+    assert pulled.path == inputs / "new" / "deep" / "a.pxd"
+    assert pulled.path.is_file()
+
+
+def test_a_licence_is_an_identifier_of_the_hub(inputs: Path) -> None:
+    for licence in ("my license", "Apache-2.0", ""):
+        with pytest.raises(peraxis.ToolError, match="not an identifier of the hub"):
+            publish("a/b", "a.pxd", licence=licence, dry_run="repo")
+    publish("a/b", "a.pxd", licence="apache-2.0", dry_run="repo")
+
+
+def test_the_card_shows_the_stable_interface_with_names_that_there_are(inputs: Path) -> None:
+    publish("a/b", "a.pxd", dry_run="repo")
+    card = (inputs / "repo" / "README.md").read_text("utf-8")
+    code = card.partition("```python\n")[2].partition("```")[0]
+    tree = ast.parse(code)
+    assert [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names] == [
+        "peraxis"
+    ]
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert used
+    assert used <= set(peraxis.__all__)
+
+
+def test_one_missing_field_is_it_and_several_are_them(inputs: Path) -> None:
+    done = CliRunner().invoke(cli, "publish a/b a.pxd --dry-run repo".split())
+    assert "(--card-from gives them)" in done.stdout
+    (inputs / "card").mkdir()
+    (inputs / "card" / "README.md").write_text("---\nlanguage: en\npipeline_tag: text-generation\n---\n")
+    done = CliRunner().invoke(cli, "publish a/b a.pxd --dry-run other --card-from card".split())
+    assert "missing  license (--card-from gives it)" in done.stdout
+
+
+def test_diff_lists_no_modules_if_none_are_asked_for(inputs: Path) -> None:
+    shown = CliRunner().invoke(cli, "diff a.pxd b.pxd".split()).stdout
+    assert "differ most" in shown
+    assert "differ most" not in CliRunner().invoke(cli, "diff a.pxd b.pxd --top 0".split()).stdout
+
+
+def test_diff_of_far_manifests_says_how_many_fields_it_leaves_out(inputs: Path) -> None:
+    shutil.copy("a.pxd", "c.pxd")
+    with pxd.open("a.pxd") as file:
+        manifest = file.manifest
+        with pxd.DeltaWriter(
+            "c.pxd",
+            base=pxd.Identity(id=manifest.base.id),
+            fine_tuned=manifest.fine_tuned,
+            metadata={f"key{i:02d}": "x" for i in range(30)},
+        ) as writer:
+            for name in file:
+                writer.add(file.load(name))
+            writer.finish()
+    shown = CliRunner().invoke(cli, "diff a.pxd c.pxd".split()).stdout
+    assert "more fields of the manifest (--json)" in shown
+    assert shown.count("key") <= 12
+
+
+def test_a_closed_file_says_that_it_is_closed(inputs: Path) -> None:
+    with pxd.open("a.pxd") as delta:
+        name = next(iter(delta))
+        delta.load(name)
+    for read in (delta.load, delta.__getitem__, delta.check):
+        with pytest.raises(ValueError, match=r"a\.pxd: is closed; open it again"):
+            read(name)
