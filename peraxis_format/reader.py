@@ -91,7 +91,6 @@ class DeltaFile:
         self._records = _records_by_module(self._header.records, self.manifest)
         stored = (record for record in self._header.records if record.name.startswith("__asset__."))
         self._assets = {asset.path: (i, next(stored)) for i, asset in enumerate(self.manifest.assets)}
-        self._closed = False
 
     def __repr__(self) -> str:
         tuned, base = self.manifest.fine_tuned.id, self.manifest.base.id
