@@ -15,6 +15,7 @@ import itertools
 import mmap
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -193,23 +194,27 @@ class DeltaFile:
         """
         step = progress or (lambda _: None)
         modules = [name for name in self if self._records[name] is not None]
-        failed: dict[int, PxdError] = {}
+        lock, first = threading.Lock(), len(modules)
+        failure: PxdError | None = None
 
         def job(place: int) -> None:
+            nonlocal first, failure
             # The first error in file order counts, so modules after a known error are skipped.
-            if min(tuple(failed), default=place) < place:
+            if first < place:
                 return
             try:
                 self.check(modules[place], progress=step)
             except PxdError as error:
-                failed[place] = error
+                with lock:
+                    if place < first:
+                        first, failure = place, error
 
         # The largest module starts first, so that it is not the last to finish.
         size = [end - begin for begin, end in map(self.span, modules)]
         order = sorted(range(len(modules)), key=lambda place: -size[place])
         run_jobs([partial(job, place) for place in order], threads=workers)
-        if failed:
-            raise failed[min(failed)]
+        if failure is not None:
+            raise failure
         with located(self.path):
             for asset in self.manifest.assets:
                 step(len(self.asset(asset.path)))

@@ -124,7 +124,8 @@ def join_parts(
         names = _whole(files[0].manifest, files[0].path)
         owners = _owners(files, names)
         # Sort by the first module, so that the order of the arguments does not matter.
-        files.sort(key=lambda file: names.index(next(iter(file))))
+        place = {name: i for i, name in enumerate(names)}
+        files.sort(key=lambda file: place[next(iter(file))])
         first = files[0].manifest
         metadata = {key: value for key, value in first.metadata.items() if key != PART_KEY}
         total = sum(file.size - file.header_size for file in files)

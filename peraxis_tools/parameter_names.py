@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["NameMap", "ParameterSlice", "map_names"]
 
 _PROBE_WIDTH: Final = 2
+_PROBES_MAX: Final = 1 << 29  # elements of all probes; a model of 671B parameters has two thirds of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,8 @@ def map_names(model: PreTrainedModel, tensors: Iterable[str]) -> NameMap:
             if parameter in state:
                 pieces[tensor] = ParameterSlice(tensor, parameter)
                 break
-    for tensor, piece in _converted(model, state).items():
+    converted = _converted(model, state) if len(pieces) < len(wanted) else {}
+    for tensor, piece in converted.items():
         if tensor in wanted and tensor not in pieces:
             pieces[tensor] = piece
     by_parameter: dict[str, list[ParameterSlice]] = {}
@@ -88,8 +90,10 @@ def _converted(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str,
     parameters: list[str] = []
     start = 0
     starts: list[int] = []
-    for name, value in state.items():
-        shape = (*value.shape[:-1], min(_PROBE_WIDTH, value.shape[-1])) if value.dim() > 1 else (1,)
+    shapes = {name: _probe_shape(value) for name, value in state.items()}
+    if sum(map(math.prod, shapes.values())) > _PROBES_MAX:
+        return {}  # the model is on meta, and its configuration names any size
+    for name, shape in shapes.items():
         size = math.prod(shape)
         probes[name] = torch.arange(start, start + size, dtype=torch.int64).reshape(shape)
         parameters.append(name)
@@ -108,6 +112,10 @@ def _converted(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str,
         if piece is not None:
             pieces[tensor] = piece
     return pieces
+
+
+def _probe_shape(value: Tensor) -> tuple[int, ...]:
+    return (*value.shape[:-1], min(_PROBE_WIDTH, value.shape[-1])) if value.dim() > 1 else (1,)
 
 
 def _locate(tensor: str, parameter: str, probe: Tensor, values: Tensor, first: int) -> ParameterSlice | None:

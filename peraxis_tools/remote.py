@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -96,8 +97,14 @@ class RemoteFile:
     def download(self, target: Path, *, progress: Callable[[int], None] | None = None) -> None:
         """Write the whole file to target in blocks; each byte is requested once.
 
-        Raises ToolError if the server sends another number of bytes than `size`; it is stopped at that number.
+        Raises ToolError if there is no room for it, and if the server sends another number of bytes than `size`; it is
+        stopped at that number.
         """
+        room = shutil.disk_usage(target.parent).free
+        if self.size > room:
+            raise ToolError(
+                f"{self.url}: has {self.size} bytes; {target.parent} has room for {room}; set TMPDIR to another disk"
+            )
         step = progress or (lambda _: None)
         with _readable(self.url):
             if is_http(self.url):

@@ -6,13 +6,14 @@ belongs to a linear layer, or to an embedding by kind_of.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import inspect
 import json
 import re
 import warnings
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from peraxis_tools.parameter_names import ParameterSlice
 
 __all__ = ["LayerKind", "Place", "Targets", "targets_by_model", "targets_by_name", "targets_of"]
+
+
+_LAYERS: Final = re.compile(r"(num_)?(n|hidden|encoder|decoder)_?layers?|num_layers|depth")
 
 
 class LayerKind(Enum):
@@ -109,6 +113,7 @@ def targets_by_name(shapes: Mapping[str, tuple[int, ...]], tied: Iterable[str]) 
     for name in shapes:
         layer, _, parameter = name.rpartition(".")
         siblings.setdefault(layer, []).append(parameter)
+    layers, aliases = sorted(siblings), set(tied)
     for name, shape in shapes.items():
         layer, _, parameter = name.rpartition(".")
         embedding = kind_of(name, shape) == "embedding"
@@ -117,18 +122,27 @@ def targets_by_name(shapes: Mapping[str, tuple[int, ...]], tied: Iterable[str]) 
             parameter=parameter,
             kind=LayerKind.EMBEDDING if embedding else LayerKind.LINEAR if len(shape) == 2 else LayerKind.OTHER,
             class_name="layer",
-            tied=name in set(tied),
-            leaf=not any(other.startswith(f"{layer}.") for other in siblings),
+            tied=name in aliases,
+            leaf=not _has_children(layer, layers),
             siblings=tuple(siblings[layer]),
         )
     return Targets(places=places, task="CAUSAL_LM")
 
 
-def targets_by_model(config: Mapping[str, Any], names: Iterable[str]) -> Targets | None:
-    """Targets from the model that config.json describes; None if transformers cannot build it."""
+def _has_children(layer: str, layers: Sequence[str]) -> bool:
+    """Whether one of the sorted layers is within this one."""
+    at = bisect.bisect_left(layers, f"{layer}.")
+    return at < len(layers) and layers[at].startswith(f"{layer}.")
+
+
+def targets_by_model(config: Mapping[str, Any], names: Collection[str]) -> Targets | None:
+    """Targets from the model that config.json describes; None if transformers cannot build it.
+
+    Nor is a model built that has more layers than there are tensors: the configuration is of another model.
+    """
     from peraxis_tools.parameter_names import map_names
 
-    model = _model(config)
+    model = None if _depth(config) > len(names) else _model(config)
     if model is None:
         return None
     tied = _tied(model)
@@ -180,6 +194,20 @@ def _expert_place(model: nn.Module, place: Place, found: ParameterSlice) -> Plac
         return None
     first = 0 if found.rows is None else found.rows[0]
     return replace(place, kind=LayerKind.EXPERTS, index=found.index or 0, first=first, stack=stack)
+
+
+def _depth(config: Mapping[str, Any]) -> int:
+    """The largest number of layers that a configuration states, for the model or one of its parts."""
+    parts = [config, *(value for value in config.values() if isinstance(value, Mapping))]
+    return max(
+        (
+            value
+            for part in parts
+            for key, value in part.items()
+            if isinstance(value, int) and _LAYERS.fullmatch(str(key))
+        ),
+        default=0,
+    )
 
 
 def _model(config: Mapping[str, Any]) -> nn.Module | None:

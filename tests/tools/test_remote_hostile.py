@@ -116,6 +116,16 @@ def test_a_download_ends_at_the_announced_size_and_names_the_url(served: Server,
     assert served.sent < BUFFERS
 
 
+@pytest.mark.parametrize("served", ["endless"], indirect=True)
+def test_a_file_that_the_disk_has_no_room_for_is_not_fetched(served: Server, tmp_path: Path) -> None:
+    remote = RemoteFile(served.url)
+    remote.size = 1 << 52
+    with pytest.raises(ToolError, match=rf"^{served.url}: has 4503599627370496 bytes; .* has room for \d+"):
+        remote.download(tmp_path / "copy.pxd")
+    assert served.sent == 0
+    assert not (tmp_path / "copy.pxd").exists()
+
+
 def test_a_store_that_sends_more_than_it_said_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.pxd").write_bytes(bytes(5000))
     url = f"file://{tmp_path}/a.pxd"
