@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peraxis_format import Encoding
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.options import CompressOptions, OptionError
-from peraxis_tools.compress.plan.plan import TABLES, Plan, PlannedModule, module_bytes
+from peraxis_tools.compress.plan.plan import TABLES, UNCHANGED, Plan, PlannedModule, module_bytes
 from peraxis_tools.compress.plan.price import MASKS_MAX
 from peraxis_tools.compress.plan.size import predicted_size
 
-__all__ = ["Choice", "allocate", "choices_of", "is_open", "spend"]
+__all__ = ["Choice", "allocate", "choices_of", "is_open", "spend", "target_of"]
 
 # Header bytes of a component: its pair in the manifest.
 _COMPONENT_TEXT = 20
@@ -98,14 +98,21 @@ def _smallest(choices: Mapping[str, Sequence[Choice]]) -> dict[str, Choice]:
     return {name: _hull(its)[0] for name, its in choices.items()}
 
 
+def target_of(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions) -> int:
+    """The bytes to spend: the options' target, or the size of the file of this plan."""
+    if options.target_size is not None:
+        return options.target_size
+    if options.target_ratio is not None:
+        return int(plan.full_bytes / options.target_ratio)
+    return predicted_size(plan, fine_tuned, options)
+
+
 def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpoint, options: CompressOptions) -> Plan:
-    """The plan of least error for the target of the options. errors: for 0 to 8 masks, of the open modules.
+    """The plan of least error for the bytes of `target_of`. errors: for 0 to 8 masks, of the open modules.
 
     Raises OptionError for a target that is too small.
     """
-    target = options.target_size
-    if target is None:
-        target = int(plan.full_bytes / (options.target_ratio or 1.0))
+    target = target_of(plan, fine_tuned, options)
     choices = {
         module.name: choices_of(module, errors[module.name])
         if module.name in errors
@@ -134,7 +141,11 @@ def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpo
         if left >= 0 and spent.payload_bytes > best.payload_bytes:
             best = spent
         budget += left
-    return best
+    modules = (
+        replace(m, reason=UNCHANGED) if m.encoding is Encoding.SAME and errors.get(m.name, (1.0,))[0] == 0.0 else m
+        for m in best.modules
+    )
+    return replace(best, modules=tuple(modules))
 
 
 def is_open(module: PlannedModule, options: CompressOptions) -> bool:

@@ -34,7 +34,7 @@ __all__ = ["MASKS_MAX", "MEASURED_MASKS", "extended", "prices", "shares_left"]
 MASKS_MAX: Final = 8
 _TABLE: Final = 4.0
 _ROWS: Final = 512
-_MATRICES: Final = 8
+_PARTS: Final = 8
 MEASURED_MASKS: Final = 3
 
 
@@ -53,11 +53,11 @@ def shares_left(module: PlannedModule, base: Safetensors, fine_tuned: Safetensor
     """E(R_k) / E(D) for 0 to MASKS_MAX masks; zeros for a module that equals the base's."""
     if module.base_shape is None or module.base_dtype is None:
         raise ValueError(f"{module.name} has no base")
-    rows = slice(0, kept_rows(module.shape, module.base_shape))
-    left, right = base.read(module.name, rows), fine_tuned.read(module.name, rows)
-    if is_unchanged(left, right, base_dtype=module.base_dtype, dtype=module.dtype):
-        return [0.0] * (MASKS_MAX + 1)
-    left, right = _sampled(left), _sampled(right)
+    left, right = (_sampled(tensors, module) for tensors in (base, fine_tuned))
+    if _unchanged(module, left, right):
+        rows = slice(0, kept_rows(module.shape, module.base_shape))
+        if _unchanged(module, base.read(module.name, rows), fine_tuned.read(module.name, rows)):
+            return [0.0] * (MASKS_MAX + 1)
     components = mean_components(
         left,
         right,
@@ -69,7 +69,8 @@ def shares_left(module: PlannedModule, base: Safetensors, fine_tuned: Safetensor
     )
     errors = [_error(module, left, right, components[:k]) for k in range(len(components) + 1)]
     nothing = errors[0] or 1.0  # no change in the rows that were measured
-    return [error / nothing for error in extended(errors)]
+    # Three digits, so that the plan does not depend on a library's last bits.
+    return [float(f"{error / nothing:.3g}") for error in extended(errors)]
 
 
 def extended(errors: Sequence[float]) -> list[float]:
@@ -84,11 +85,25 @@ def extended(errors: Sequence[float]) -> list[float]:
     return found
 
 
-def _sampled(array: Array) -> Array:
-    """At most _ROWS rows of each matrix, and at most _MATRICES matrices, evenly spread."""
-    matrices = array.reshape(-1, *array.shape[-2:])
-    step, stride = (-(-size // most) for size, most in ((len(matrices), _MATRICES), (array.shape[-2], _ROWS)))
-    return np.ascontiguousarray(matrices[::step, ::stride])
+def _unchanged(module: PlannedModule, left: Array, right: Array) -> bool:
+    return is_unchanged(left, right, base_dtype=module.base_dtype or module.dtype, dtype=module.dtype)
+
+
+def _sampled(tensors: Safetensors, module: PlannedModule) -> Array:
+    """[n, rows, d_in]: at most _ROWS rows of a matrix, in _PARTS parts, or of each of _PARTS matrices. Only they are
+    read.
+    """
+    count = kept_rows(module.shape, module.base_shape or module.shape)
+    size = 1 if len(module.shape) > 2 else max(1, _ROWS // _PARTS)
+    if count <= size * _PARTS:
+        parts = [tensors.read(module.name, slice(0, count))]
+    else:
+        starts = [(count - size) * i // (_PARTS - 1) for i in range(_PARTS)]
+        parts = [tensors.read(module.name, slice(start, start + size)) for start in starts]
+    whole = np.concatenate(parts)
+    matrices = whole.reshape(-1, *whole.shape[-2:])
+    step = -(-matrices.shape[1] // _ROWS)
+    return np.ascontiguousarray(matrices[:_PARTS, ::step])
 
 
 def _error(module: PlannedModule, left: Array, right: Array, components: Sequence[Component]) -> float:
