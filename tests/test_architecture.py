@@ -95,6 +95,7 @@ COMPRESS = (
         "plan.finite",
         "plan.record",
         "plan.size",
+        "plan.price",
         "plan.budget",
         "plan.pairing",
         "run.types",

@@ -99,7 +99,8 @@ class CompressOptions:
     fit            none: mean |delta|, without text; closed-form: scales from the calibration text; refined: signs
                    too; adamw: the paper's method; auto: refined if a calibration text is given, else none
     axis           the axis of the scales; auto takes the best one for each module
-    masks          the number of sign masks (components) of a module, 1 to 8; `bits` is another name
+    masks          the number of sign masks (components) of a module, 1 to 8; `bits` is another name. With 1 and
+                   embeddings auto, the bytes of this plan are spent where they help most
     target_size    the size of the file; or target_ratio, the fine-tuned size over it. Masks go where they help most
     exact          None; a regular expression: the tensors that it finds are stored losslessly, as `same`, an exact
                    update or `full`, the smallest of them (.* means all: a lossless file); auto: the tensors that
@@ -238,6 +239,12 @@ class CompressOptions:
     def has_target(self) -> bool:
         """Whether a byte budget decides the masks of each module."""
         return self.target_size is not None or self.target_ratio is not None
+
+    @property
+    def spends_freely(self) -> bool:
+        """Whether the bytes of the plan are spent where they lower the error most, as nothing else is asked for."""
+        plain = self.masks == 1 and self.embeddings == "auto" and self.exact is None
+        return plain and not self.has_target and self.resolved_fit != "adamw"
 
     @property
     def resolved_fit(self) -> str:

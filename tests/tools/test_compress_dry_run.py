@@ -51,7 +51,14 @@ def test_it_names_every_stage_of_a_fit_and_writes_nothing(pair: tuple[Path, Path
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     said = json.loads(done.stdout)
     assert said["schema"] == "peraxis.compress-dry-run/1"
-    assert [stage["name"] for stage in said["stages"]] == ["generate", "sensitivity", "table", "blocks", "write"]
+    assert [stage["name"] for stage in said["stages"]] == [
+        "open",
+        "generate",
+        "sensitivity",
+        "table",
+        "blocks",
+        "write",
+    ]
     assert said["memory"] > max(stage["memory"] for stage in said["stages"]) > 0
     assert said["seconds"] == pytest.approx(sum(stage["seconds"] for stage in said["stages"]))
     assert not list(tmp_path.iterdir())
@@ -73,6 +80,17 @@ def test_what_is_no_pair_is_refused_as_in_a_run(pair: tuple[Path, Path, Path], t
         foretell(tmp_path / "nothing", pair[1], options=CompressOptions())
 
 
+def test_seconds_follow_from_the_work_and_what_was_measured() -> None:
+    from peraxis_tools.compress.run.probe import Probe
+
+    probe = Probe(token=0.5, step=0.1, draw=2.0, products=4.0, refine=True)
+    work = StageWork(name="any", memory=0, products=8.0, passes=6.0, steps=10, layers=3)
+    assert probe.seconds(work) == pytest.approx(8 / 4 + 6 * 0.5 + 10 * (3 * 0.1 + 2.0))
+    one = probe.fit(24, 16, 1)
+    assert one > 0
+    assert probe.seconds(StageWork(name="any", memory=0, matrices=((24, 16, 1),) * 5)) == pytest.approx(5 * one)
+
+
 class _Tensor:
     def __init__(self, *shape: int) -> None:
         self.shape, self.dtype = shape, DType.BF16
@@ -91,13 +109,15 @@ def works(layers: int, text: Text) -> dict[str, StageWork]:
 def test_blocks_take_time_by_the_layer_and_memory_by_the_token() -> None:
     text = Text(samples=8, generated=8, length=64, value_bytes=4)
     two, four = works(2, text), works(4, text)
-    assert four["blocks"].fits == pytest.approx(2 * two["blocks"].fits)
-    assert four["blocks"].products == pytest.approx(2 * two["blocks"].products)
+    assert sorted(four["blocks"].matrices) == sorted(2 * two["blocks"].matrices)
+    assert sorted(four["blocks"].sums) == sorted(2 * two["blocks"].sums)
+    assert four["blocks"].passes == 2 * two["blocks"].passes
     assert four["blocks"].memory == two["blocks"].memory
     longer = works(2, Text(samples=24, generated=8, length=64, value_bytes=4))
-    states_and_inputs = 2 * 4 * 64 * (64 + 64 + 192)  # per sample: hidden states, inputs of q_proj and down_proj
+    # Of one sample: hidden states of both sides; what q_proj and down_proj read, and what waits for them.
+    states_and_inputs = 2 * 4 * 64 * 64 + 4 * 4 * 64 * (64 + 192)
     assert longer["blocks"].memory - two["blocks"].memory == 16 * states_and_inputs
-    assert longer["blocks"].fits == two["blocks"].fits
+    assert longer["blocks"].matrices == two["blocks"].matrices
 
 
 def test_nothing_is_said_of_stages_that_will_not_be() -> None:

@@ -51,7 +51,7 @@ _SCALAR: Final = "scalar"
 _NONE: Final = "none"
 _SAME: Final = "same"
 # A part of the rows and one round are enough to measure how much signs overfit to a text.
-_TRIAL_ROWS: Final = 256
+_TRIAL_ROWS: Final = 128
 _TRIAL_SWEEPS: Final = 2
 _NOTES: Final = {
     _SCALES: "refined signs are worse than one scale on another text: scales alone",

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from peraxis_format import unpack_signs
 
-__all__ = ["output_factors"]
+__all__ = ["output_error", "output_factors"]
 
 _DIRECTIONS: Final = 32
 _ISOTROPIC: Final = 0.3  # e
@@ -66,6 +66,17 @@ def output_factors(
     factors = np.divide(above, below, out=np.ones_like(above), where=below > 0.0)
     rounded: Vector = np.clip(np.round(factors * _GRID), 1.0, _MOST * _GRID) / _GRID
     return rounded
+
+
+def output_error(residual: NDArray[np.float32], delta: NDArray[np.float32]) -> float:
+    """tr(R H R^T) for what is left of a delta; residual, delta: [d_out, d_in]."""
+    sketch = _sketch(delta)
+    energy = float(np.square(sketch).sum())
+    isotropic: float = float(np.square(residual, dtype=np.float64).sum())
+    if not energy > 0.0:
+        return isotropic
+    along = float(np.square(residual.astype(np.float64) @ sketch.T).sum())
+    return (1.0 - _ISOTROPIC) * float(delta.shape[1]) / energy * along + _ISOTROPIC * isotropic
 
 
 def _sketch(delta: NDArray[np.float32]) -> Vector:

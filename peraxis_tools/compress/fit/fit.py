@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -101,10 +102,10 @@ class FittedMatrix:
     note: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Hessian:
-    """H in float32, the factor of its inverse (if signs are chosen); if teacher inputs are known, E and L with
-    H = L L^T, float64.
+    """H in float32, the factor of its inverse (if signs are chosen); if teacher inputs are known and differ from the
+    student's, E in float32 and L with H = L L^T, float64.
     """
 
     matrix: Tensor
@@ -117,8 +118,15 @@ class Hessian:
         if self.cross is None or self.lower is None:
             return torch.zeros_like(fine_tuned)
         if len(fine_tuned) < len(self.cross):
-            return torch.cholesky_solve((fine_tuned.double() @ self.cross).t(), self.lower).t().float()
-        return fine_tuned @ torch.cholesky_solve(self.cross.t(), self.lower).t().float()
+            return torch.cholesky_solve((fine_tuned @ self.cross).t().double(), self.lower).t().float()
+        return fine_tuned @ self._drift
+
+    @cached_property
+    def _drift(self) -> Tensor:
+        """E H^-1, which the modules that read this input share."""
+        if self.cross is None or self.lower is None:
+            return torch.zeros_like(self.matrix)
+        return torch.cholesky_solve(self.cross.t().double(), self.lower).t().float().contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +146,12 @@ def hessian_of(moments: Moments, *, signs: bool, damping: float = _DAMPING) -> H
         return None
     hessian = moments.G.clone()
     hessian.diagonal().add_(damping * diagonal + _PSEUDO_TOKENS * len(hessian) / max(moments.tokens, 1) * mean)
+    differs = moments.E is not None and bool(moments.E.any())
     return Hessian(
         matrix=hessian.float(),
         factor=inverse_factor(hessian) if signs else None,
-        cross=moments.E,
-        lower=None if moments.E is None else torch.linalg.cholesky(hessian),
+        cross=moments.E.float() if moments.E is not None and differs else None,
+        lower=torch.linalg.cholesky(hessian) if differs else None,
     )
 
 

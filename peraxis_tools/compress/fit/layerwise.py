@@ -105,6 +105,9 @@ class LayerwiseCalibration:
         for i, batch in enumerate(self.text.batches):
             for hidden, model in zip(self._hidden, (self.teacher, self.student), strict=True):
                 hidden[i] = model.embed(batch.ids)
+        for model in (self.teacher, self.student):
+            if not (model.is_tied and self._heads()):  # a head that is fitted last needs its weights
+                model.free_embedding()
         for index in range(blocks):
             self._progress("fit", index, blocks + 1)
             self._block(index)
@@ -234,6 +237,7 @@ class LayerwiseCalibration:
             for i, batch in enumerate(self.text.batches):
                 hidden[i] = self.teacher.run_layer(index, batch.ids, hidden[i])
             self.teacher.empty(index)
+            trim_heap()
         done: list[FittedModule] = []
         # The student's final states are not known yet, so the teacher's are used for both.
         side = self._side(self.teacher, hidden, self.teacher.head)
@@ -298,7 +302,7 @@ class LayerwiseCalibration:
         )
 
     def _fit_head(self) -> list[FittedModule]:
-        heads = [m for m in self.modules.values() if m.encoding is Encoding.SIGN and m.kind == "lm_head"]
+        heads = self._heads()
         mapped = [m for m in heads if m.name in self.names.by_tensor]
         done = [self._plain(m, "not a parameter of the model: mean |delta|") for m in heads if m not in mapped]
         if mapped:
@@ -311,6 +315,9 @@ class LayerwiseCalibration:
                 for stage in collector.stages:
                     done.extend(self._fit_stage(stage, collector.collect(stage)))
         return done
+
+    def _heads(self) -> list[PlannedModule]:
+        return [m for m in self.modules.values() if m.encoding is Encoding.SIGN and m.kind == "lm_head"]
 
     def _is_table(self, module: PlannedModule) -> bool:
         return module.kind in TABLES and len(module.shape) == 2 and not self.options.adamw_steps

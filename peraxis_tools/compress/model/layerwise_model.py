@@ -162,6 +162,28 @@ class LayerwiseModel:
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output head reads the table of input embeddings."""
+        table, head = (getattr(self.model, f"get_{side}_embeddings")() for side in ("input", "output"))
+        return getattr(head, "weight", None) is getattr(table, "weight", False)
+
+    def free_embedding(self) -> None:
+        """Free the table of input embeddings, with a head that is tied to it; zeros take the place of its rows.
+
+        For layers that run on given hidden states. An embedding that does more than read rows is kept.
+        """
+        table: Any = self.model.get_input_embeddings()
+        kind = type(table)
+        if kind is not nn.Embedding:
+            return
+        width = table.embedding_dim
+        name = next(name for name, value in self.model.named_parameters() if value is table.weight)
+        empty = nn.Parameter(table.weight.to("meta"), requires_grad=False)
+        for module, leaf in self.owners(name):
+            module._parameters[leaf] = empty
+        table.forward = lambda ids: torch.zeros((), dtype=self.dtype, device=self.device).expand(*ids.shape, width)
+
     def write(self, name: str, value: Tensor) -> None:
         """Write values into a parameter's memory, so that running passes see them too."""
         self.get(name).copy_(value)

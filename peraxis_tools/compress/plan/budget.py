@@ -1,39 +1,29 @@
 """Spend one byte budget over all modules: each byte goes to the module where it lowers the error most.
 
-For module m and k masks (0: the base's weight; 1 to 8; exact) let Delta_mk be the residual of its delta. To second
-order, with labels y sampled from the fine-tuned model itself, its cost in KL(fine-tuned || compressed), in nats, is
+The error of each module with 0 (the base's weight), 1 to 8 masks comes from the fit that will run: from what `--fit
+none` leaves of the applied weight (price.py), or, with a text, from backward passes (sensitivity.py).
 
-    KL_mk = 1/2 E[ <dW, Delta_mk>^2 ]      dW = gradient of log p(y | x) of a sample in the weight        (Fisher)
-
-One backward pass for each sample through the fine-tuned model gives this for all modules of any architecture,
-embeddings and lm_head included. Delta_mk = D - sum_{j<=k} Q_j with the components of `--fit none`, so only the inner
-products with D and each Q_j are stored. Fits lower the error of all modules by similar factors, so their order does not
-change. Without a text the error is estimated as |Delta_mk|^2 / |W_m|^2, weighted by the size of W_m.
-
-Allocation: only the points on the lower convex hull of a module's (bytes, error) can be optimal for some price of a
-byte. The steps along all hulls are taken in order of steepness while they fit. The result is optimal up to the last
-step.
+Every changed module gets one mask before any gets a second one, if the budget allows it: errors are estimates, and that
+of no mask at all is far outside of what they are good for. Then only the points on the lower convex hull of a module's
+(bytes, error) can be optimal for some price of a byte. The steps along all hulls are taken in order of steepness while
+they fit. The result is optimal up to the last step.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
-
-from peraxis_format import Component, Encoding, Safetensors, kept_rows, to_float32
+from peraxis_format import Encoding
 from peraxis_tools.checkpoint import Checkpoint
-from peraxis_tools.compress.fit.mean import dense_component, mean_components
 from peraxis_tools.compress.options import CompressOptions, OptionError
-from peraxis_tools.compress.plan.plan import TABLES, Plan, PlannedModule, module_bytes
+from peraxis_tools.compress.plan.plan import TABLES, UNCHANGED, Plan, PlannedModule, module_bytes
+from peraxis_tools.compress.plan.price import MASKS_MAX
 from peraxis_tools.compress.plan.size import predicted_size
-from peraxis_tools.compress.plan.unchanged import is_unchanged
 
-__all__ = ["Choice", "allocate", "choices_of", "is_open", "module_terms", "spend", "weight_errors"]
+__all__ = ["Choice", "allocate", "choices_of", "is_open", "spend", "target_of"]
 
-MASKS_MAX = 8
 # Header bytes of a component: its pair in the manifest.
 _COMPONENT_TEXT = 20
 _CORRECTIONS = 8
@@ -96,39 +86,50 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, 
     return {name: hulls[name][at] for name, at in chosen.items()}
 
 
-def weight_errors(module: PlannedModule, base: Safetensors, fine_tuned: Safetensors) -> list[float]:
-    """Squared weight errors for 0 to 8 masks, relative to the weight and proportional to its size."""
-    terms, delta, norm = module_terms(module, base, fine_tuned)
-    errors = [float(np.square(delta, dtype=np.float64).sum())]
-    for term in terms:
-        delta -= dense_component(term, delta.shape)
-        errors.append(float(np.square(delta, dtype=np.float64).sum()))
-    errors += [errors[-1]] * (MASKS_MAX + 1 - len(errors))
-    return [error / norm * delta.size for error in errors]
+def _with_a_mask(choices: Mapping[str, Sequence[Choice]]) -> dict[str, list[Choice]]:
+    """The choices without `same`, except where nothing changed."""
+    return {
+        name: [c for c in its if c.encoding is not Encoding.SAME or c.error == 0.0 or len(its) == 1]
+        for name, its in choices.items()
+    }
+
+
+def _smallest(choices: Mapping[str, Sequence[Choice]]) -> dict[str, Choice]:
+    return {name: _hull(its)[0] for name, its in choices.items()}
+
+
+def target_of(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions) -> int:
+    """The bytes to spend: the options' target, or the size of the file of this plan."""
+    if options.target_size is not None:
+        return options.target_size
+    if options.target_ratio is not None:
+        return int(plan.full_bytes / options.target_ratio)
+    return predicted_size(plan, fine_tuned, options)
 
 
 def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpoint, options: CompressOptions) -> Plan:
-    """The plan of least error for the target of the options. errors: for 0 to 8 masks, of the open modules.
+    """The plan of least error for the bytes of `target_of`. errors: for 0 to 8 masks, of the open modules.
 
     Raises OptionError for a target that is too small.
     """
-    target = options.target_size
-    if target is None:
-        target = int(plan.full_bytes / (options.target_ratio or 1.0))
+    target = target_of(plan, fine_tuned, options)
     choices = {
         module.name: choices_of(module, errors[module.name])
         if module.name in errors
         else [Choice(module.encoding, module.components, module.payload_bytes, 0.0)]
         for module in plan.modules
     }
-    least = {name: _hull(its)[0] for name, its in choices.items()}
-    best = plan.with_choices({name: (choice.encoding, choice.components) for name, choice in least.items()})
-    smallest = predicted_size(best, fine_tuned, options)
-    if target < smallest:
+    floors = [_smallest(its) for its in (_with_a_mask(choices), choices)]
+    bests = [plan.with_choices({name: (c.encoding, c.components) for name, c in floor.items()}) for floor in floors]
+    sizes = [predicted_size(best, fine_tuned, options) for best in bests]
+    if target < sizes[1]:
         raise OptionError(
-            f"target too small: {target} bytes; the smallest possible is {smallest}, with every tensor that allows it "
+            f"target too small: {target} bytes; the smallest possible is {sizes[1]}, with every tensor that allows it "
             "as in the base"
         )
+    choices, best, least = (
+        (_with_a_mask(choices), bests[0], floors[0]) if target >= sizes[0] else (choices, bests[1], floors[1])
+    )
     floor = sum(choice.size for choice in least.values())
     budget = target - (predicted_size(plan, fine_tuned, options) - plan.payload_bytes)
     # The header grows with the masks: spend, compute the size of the file, and correct the budget.
@@ -140,25 +141,11 @@ def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpo
         if left >= 0 and spent.payload_bytes > best.payload_bytes:
             best = spent
         budget += left
-    return best
-
-
-def module_terms(
-    module: PlannedModule, base: Safetensors, fine_tuned: Safetensors
-) -> tuple[tuple[Component, ...], np.ndarray, float]:
-    """(Q_1..Q_8 as the file stores them, D, |W|^2) of the rows that both have."""
-    if module.base_shape is None or module.base_dtype is None:
-        raise ValueError(f"{module.name} has no base")
-    rows = slice(0, kept_rows(module.shape, module.base_shape))
-    left, right = base.read(module.name, rows), fine_tuned.read(module.name, rows)
-    if is_unchanged(left, right, base_dtype=module.base_dtype, dtype=module.dtype):
-        return (), np.zeros(right.shape, np.float32), 1.0
-    components = mean_components(
-        left, right, base_dtype=module.base_dtype, dtype=module.dtype, axis=module.axis, components=MASKS_MAX
+    modules = (
+        replace(m, reason=UNCHANGED) if m.encoding is Encoding.SAME and errors.get(m.name, (1.0,))[0] == 0.0 else m
+        for m in best.modules
     )
-    tuned = to_float32(right, module.dtype)
-    norm = float(np.square(tuned, dtype=np.float64).sum()) or 1.0
-    return components, tuned - to_float32(left, module.base_dtype), norm
+    return replace(best, modules=tuple(modules))
 
 
 def is_open(module: PlannedModule, options: CompressOptions) -> bool:

@@ -3,15 +3,14 @@
 A stage's memory is what it holds beyond the imports. With c bytes a computed value, P values of all weights, O of those
 outside the layers, N tokens of text in samples of n, and d the width of the hidden states:
 
-    generate     c P, and keys and values of all samples
-    sensitivity  2 c P (weights and gradients), P bytes of packed masks, logits of one sample, the largest terms
-    table        embeddings and lm_head: 14 float32 copies of the table (as measured), and its masks
-    blocks       2 c O, hidden states 2 c N d, inputs that passes keep, two layers, sums, copies of the largest matrix
+    generate     g P with g bytes a value, keys and values of all samples, logits of a step
+    sensitivity  2 c P (weights and gradients), packed masks, logits of one sample, the largest terms
+    table        c O, and 4 float32 copies of the table with its masks
+    blocks       hidden states 2 c N d, inputs that passes keep, two layers, sums, copies of the largest matrix
     write        4 copies of the largest tensor (run.py)
 
-Operations are float32 ones of products, which a probe (run/dry_run.py) turns into seconds. What is counted: forward
-passes, 2 for each weight and token (a backward pass as two forward ones); sums; fits (2 d_in^2 for each product with a
-row of a matrix, as benchmarks/compress_block.py counts them).
+A probe (run/probe.py) turns the work into seconds: tokens that pass a layer, steps of generation, matrices that are
+fitted, float32 operations of products, and operations of fits (2 d_in^2 for each product with a row of a matrix).
 """
 
 from __future__ import annotations
@@ -32,19 +31,23 @@ GENERATED_SAMPLES: Final = 16  # where none are asked for and memory allows
 SENSITIVITY_SAMPLES: Final = 16
 _OUTPUTS: Final = frozenset({"o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc2", "w2", "dense_4h_to_h"})
 _KEYS: Final = frozenset({"k_proj", "v_proj"})
-_TRIAL_ROWS: Final = 256
-_TABLE_COPIES: Final = 14
+_TRIAL_ROWS: Final = 128
+_TABLE_COPIES: Final = 4
 _FLOAT: Final = 4
+_SUMS: Final = 16  # float64 matrices as wide as an input, while it is fitted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """What is read: samples of the text and of the model, tokens in each; value_bytes: of a computed value."""
+    """What is read: samples of the text and of the model, tokens in each; value_bytes: of a computed value, and
+    sampled_bytes: of one of the generation.
+    """
 
     samples: int
     generated: int
     length: int
     value_bytes: int
+    sampled_bytes: int = 4
 
     @property
     def tokens(self) -> int:
@@ -54,14 +57,20 @@ class Text:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageWork:
-    """One stage. memory: bytes beyond the imports; products: float32 operations of forward passes and sums; fits: of
-    fits, which are slower by the operation; reads: bytes of weights that are read token by token."""
+    """One stage. memory: bytes beyond the imports; products: float32 operations of products; passes: tokens through a
+    layer; sums: (tokens, width) of each input whose moments are summed; steps: of generation, through `layers` layers;
+    fits: operations of fits; matrices: those that are fitted, (rows, width, masks) each.
+    """
 
     name: str
     memory: int
     products: float = 0.0
+    passes: float = 0.0
+    sums: tuple[tuple[int, int], ...] = ()
+    steps: int = 0
+    layers: int = 0
     fits: float = 0.0
-    reads: float = 0.0
+    matrices: tuple[tuple[int, int, int], ...] = ()
 
 
 def work_of(plan: Plan, options: CompressOptions, text: Text | None) -> list[StageWork]:
@@ -124,62 +133,72 @@ def _input_widths(modules: Sequence[PlannedModule]) -> list[int]:
 def _generate(plan: Plan, text: Text) -> StageWork:
     keys = sum(m.shape[0] for m in plan.modules if subtype_of(m.name) in _KEYS and len(m.shape) == 2)
     tokens = text.generated * text.length
-    weights = _weights(plan)
+    logits = 3 * _FLOAT * text.generated * _vocabulary(plan)
     return StageWork(
         name="generate",
-        memory=text.value_bytes * (weights + 2 * tokens * keys),
-        products=2.0 * weights * tokens,
-        reads=float(text.value_bytes * weights * text.length),
+        memory=text.sampled_bytes * (_weights(plan) + 2 * tokens * keys) + logits,
+        steps=text.length,
+        layers=len(_layers(plan)),
     )
+
+
+def _vocabulary(plan: Plan) -> int:
+    return max((m.shape[0] for m in plan.modules if m.kind in TABLES), default=0)
 
 
 def _sensitivity(plan: Plan, options: CompressOptions, text: Text) -> StageWork:
     samples = min(SENSITIVITY_SAMPLES, text.samples + text.generated)
     weights = _weights(plan)
-    logits = 4 * text.length * max((m.shape[0] for m in plan.modules if m.kind in TABLES), default=0)
+    tokens = samples * text.length
+    logits = 4 * text.length * _vocabulary(plan)
     return StageWork(
         name="sensitivity",
         memory=text.value_bytes * (2 * weights + logits) + weights + 4 * _FLOAT * max(map(_values, plan.modules)),
-        products=6.0 * weights * samples * text.length,
-        # Masks are unpacked for each sample: 8 of them, some 10 operations a weight.
-        fits=80.0 * weights * samples,
+        passes=3.0 * tokens * len(_layers(plan)),
+        # Masks are unpacked for each sample: 3 of them, some 10 operations a weight.
+        products=6.0 * _outside(plan) * tokens + 30.0 * weights * samples,
     )
 
 
 def _table(plan: Plan, tables: Sequence[PlannedModule], text: Text) -> StageWork:
     largest = max(map(_values, tables))
     masks = max(module.components for module in tables)
-    copies = _TABLE_COPIES * _FLOAT * largest + masks * largest
+    copies = _TABLE_COPIES * _FLOAT * largest + masks * largest // 2
     used = 10.0 * float(text.tokens) ** 0.6  # of a text of natural language
     work = sum(
         fit_operations(int(min(m.shape[0], used)), m.shape[-1], m.components)
-        + (6.0 * m.components + 2.0) * m.shape[0] * m.shape[-1] ** 2
+        + (4.0 * m.components + 4.0) * m.shape[0] * m.shape[-1] ** 2
         for m in tables
     )
     # The teacher's own pass gives a tied table its states.
-    passes = 2.0 * _inside(plan) * text.tokens if plan.tied or len(tables) == 1 else 0.0
-    return StageWork(name="table", memory=2 * text.value_bytes * _outside(plan) + copies, products=passes, fits=work)
+    passes = float(len(_layers(plan)) * text.tokens) if plan.tied or len(tables) == 1 else 0.0
+    return StageWork(name="table", memory=text.value_bytes * _outside(plan) + copies, passes=passes, fits=work)
 
 
 def _blocks(plan: Plan, text: Text) -> StageWork:
     layers = _layers(plan)
     widths = {index: _input_widths(modules) for index, modules in layers.items()}
-    kept = 2 * text.value_bytes * text.tokens * max(map(sum, widths.values()), default=0)
+    kept = 4 * text.value_bytes * text.tokens * max(map(sum, widths.values()), default=0)
     widest = max((max(its, default=0) for its in widths.values()), default=0)
     signed = [m for its in layers.values() for m in its if m.encoding is Encoding.SIGN]
     largest = max(map(_values, signed), default=0)
-    inside = _inside(plan)
     states = 2 * text.value_bytes * text.tokens * _width(plan)
     memory = (
-        2 * text.value_bytes * (_outside(plan) + max((sum(map(_values, its)) for its in layers.values()), default=0))
+        2 * text.value_bytes * max((sum(map(_values, its)) for its in layers.values()), default=0)
         + states
         + kept
-        + 8 * 8 * widest**2
+        + 8 * _SUMS * widest**2
         + 12 * _FLOAT * largest
     )
-    sums = sum(4.5 * text.tokens * width**2 for its in widths.values() for width in its)
-    fits = sum(fit_operations(_values(m) // m.shape[-1], m.shape[-1], m.components) for m in signed)
-    return StageWork(name="blocks", memory=memory, products=4.0 * inside * text.tokens + sums, fits=fits)
+    matrices = tuple((_values(m) // m.shape[-1], m.shape[-1], m.components) for m in signed)
+    passes = 2.0 * len(layers) * text.tokens
+    return StageWork(
+        name="blocks",
+        memory=memory,
+        passes=passes,
+        sums=tuple((text.tokens, width) for its in widths.values() for width in its),
+        matrices=matrices,
+    )
 
 
 def fit_operations(rows: int, width: int, components: int) -> float:

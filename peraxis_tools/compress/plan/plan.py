@@ -21,6 +21,7 @@ from peraxis_tools.kinds import execution_key, kind_of, layer_of
 __all__ = [
     "EXACT",
     "TABLES",
+    "UNCHANGED",
     "WITHIN_BUDGET",
     "Plan",
     "PlannedModule",
@@ -33,6 +34,7 @@ __all__ = [
 _AUTO_EMBEDDING_MASKS: Final = 3
 EXACT: Final = "exact"  # the reason of tensors that were requested losslessly
 WITHIN_BUDGET: Final = "within the budget"
+UNCHANGED: Final = "unchanged"
 TABLES: Final = ("embedding", "lm_head")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,11 +24,11 @@ from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.model.weights import Weights
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import is_open
-from peraxis_tools.compress.plan.estimate import GENERATED_SAMPLES, SENSITIVITY_SAMPLES
+from peraxis_tools.compress.plan.estimate import SENSITIVITY_SAMPLES
 from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.plan.sensitivity import fisher_errors
 from peraxis_tools.compress.run.distributed import Processes
-from peraxis_tools.compress.run.inputs import batches_of, inputs_digest
+from peraxis_tools.compress.run.inputs import batches_of, generated_count, inputs_digest, sampling_dtype
 from peraxis_tools.compress.run.types import FittedModule, RunFit
 from peraxis_tools.compress.run.work_folder import WorkFolder
 from peraxis_tools.environment import (
@@ -38,6 +37,7 @@ from peraxis_tools.environment import (
     load_tokenizer,
     resolve_device,
     resolve_dtype,
+    trim_heap,
 )
 from peraxis_tools.errors import ToolError
 from peraxis_tools.parameter_names import NameMap, map_names
@@ -193,21 +193,8 @@ def _open_run(
         device=device,
         dtype=dtype,
     )
-    count = _generated_count(run, options)
+    count = generated_count(plan, options, dtype)
     return _with_generated(run, count, options, progress) if count else run
-
-
-def _generated_count(run: _Run, options: CompressOptions) -> int:
-    """The number of generated samples: the option, or 16 if the model is not larger than the limit of hidden states."""
-    if options.generated_samples is not None:
-        return options.generated_samples
-    fits = _model_bytes(run) <= options.hidden_limit
-    return GENERATED_SAMPLES if fits and options.resolved_fit != "adamw" else 0
-
-
-def _model_bytes(run: _Run) -> int:
-    """Of all weights as they compute."""
-    return sum(math.prod(module.shape) for module in run.plan.modules) * run.dtype.itemsize
 
 
 def _with_generated(run: _Run, count: int, options: CompressOptions, progress: Progress) -> _Run:
@@ -215,8 +202,8 @@ def _with_generated(run: _Run, count: int, options: CompressOptions, progress: P
     length = run.samples.ids.shape[1]
     ids = run.work.load_array("generated")
     if ids is None and run.processes.is_main_process:
-        teacher, _ = run.models()
         weights = run.weights()
+        teacher = LayerwiseModel(run.config, dtype=sampling_dtype(run.plan, run.device, run.dtype), device=run.device)
         weights.fill_whole(teacher, weights.teacher)
         ids = generate(
             teacher,
@@ -228,6 +215,8 @@ def _with_generated(run: _Run, count: int, options: CompressOptions, progress: P
             progress=progress,
         )
         run.work.save_array("generated", ids)
+        del teacher
+        trim_heap()
     run.processes.barrier()
     if ids is None:
         ids = run.work.load_array("generated")

@@ -1,34 +1,34 @@
 """compress --dry-run: the bytes, memory and processor time of a run, before it.
 
-Bytes are those that plan/size.py counts. Memory and operations of each stage follow from shapes (plan/estimate.py); the
-imports' memory is this process's own after importing. A probe of a few seconds measures how fast this machine does such
-operations now, with the threads that the run would have. Nothing is written, and of the weights nothing is read.
+Bytes are those that plan/size.py counts. Memory and operations of each stage follow from shapes (plan/estimate.py), and
+a probe of a few seconds measures how fast this machine does such operations now, with the threads that the run would
+have. Imports and opening are measured, because this process has done the same. Nothing is written, and of the weights
+nothing is read.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any
 
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.casts import with_casts
-from peraxis_tools.compress.plan.estimate import GENERATED_SAMPLES, StageWork, Text, fit_operations, work_of
+from peraxis_tools.compress.plan.estimate import Text, work_of
 from peraxis_tools.compress.plan.pairing import matched, tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, plan
 from peraxis_tools.compress.plan.size import foretold
+from peraxis_tools.errors import ToolError
 from peraxis_tools.optional import require
 from peraxis_tools.positions import checked_length
+from peraxis_tools.text import Source, load_samples
+
+if TYPE_CHECKING:
+    from peraxis_tools.compress.run.probe import Probe
 
 __all__ = ["Foretold", "StageForetold", "foretell"]
-
-_PROBE_SECONDS: Final = 0.5
-_PROBE_TOKENS: Final = 2048
-_PROBE_WIDTH: Final = 768
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +85,17 @@ def foretell(
         )
         planned = with_casts(planned, base_checkpoint.tensors, tuned.tensors)
         planned = foretold(planned, base_checkpoint, tuned, options)
-        text, speed = (None, None) if options.resolved_fit == "none" else _text(planned, tuned, options)
-    stages = tuple(_stage(work, speed) for work in work_of(planned, options, text))
+        text, config = (None, None) if options.resolved_fit == "none" else _text(planned, tuned, options)
+        spent = time.process_time()
+    held = _held()
+    works = work_of(planned, options, text)
+    probe = None if text is None or config is None else _probe(config, text, options)
+    stages = tuple(
+        StageForetold(name=work.name, memory=work.memory, seconds=None if probe is None else probe.seconds(work))
+        for work in works
+    )
+    if probe is not None:
+        stages = (StageForetold(name="open", memory=0, seconds=spent), *stages)
     size = planned.file_bytes or planned.payload_bytes
     return Foretold(
         size=size,
@@ -95,93 +104,66 @@ def foretell(
         fit=options.resolved_fit,
         modules=len(planned.modules),
         signed=sum(1 for module in planned.modules if module.components),
-        memory=_held() + max(stage.memory for stage in stages),
-        seconds=None if speed is None else sum(stage.seconds or 0.0 for stage in stages),
+        memory=held + max(stage.memory for stage in stages),
+        seconds=None if probe is None else sum(stage.seconds or 0.0 for stage in stages),
         stages=stages,
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Speed:
-    """Of this machine, for each processor second: operations of products and fits, bytes of weights read."""
+def _text(planned: Plan, tuned: Checkpoint, options: CompressOptions) -> tuple[Text, Any]:
+    """What would be read, and the model's configuration. What a run imports and opens is imported and opened."""
+    import peraxis_tools.compress.run.calibrated  # noqa: F401  what a run imports
+    from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
+    from peraxis_tools.compress.run.inputs import generated_count, sampling_dtype
+    from peraxis_tools.compress.run.probe import warm_up
+    from peraxis_tools.environment import check_causal, load_config, load_tokenizer, resolve_device, resolve_dtype
+    from peraxis_tools.parameter_names import map_names
 
-    products: float
-    fits: float
-    reads: float
-
-
-def _text(planned: Plan, tuned: Checkpoint, options: CompressOptions) -> tuple[Text, _Speed | None]:
-    """What would be read, and the probe."""
-    # What a run imports, for its memory.
-    import datasets  # noqa: F401
-    import transformers  # noqa: F401
-
-    from peraxis_tools.environment import load_config, resolve_device, resolve_dtype
-
+    if tuned.folder is None:
+        raise ToolError(f"{tuned.tensors.label}: a fit on text needs the checkpoint's folder, with its tokenizer")
     device = resolve_device(options.device)
-    value_bytes = 4
-    if tuned.folder is not None:
-        value_bytes = resolve_dtype(options.compute_dtype, device, load_config(tuned.folder)).itemsize
-    weights = sum(math.prod(module.shape) for module in planned.modules)
-    fits = weights * value_bytes <= options.hidden_limit and options.resolved_fit != "adamw"
-    generated = options.generated_samples
-    if generated is None:
-        generated = GENERATED_SAMPLES if fits else 0
+    config = load_config(tuned.folder)
+    check_causal(config, tuned.tensors.label, remedy="compress it without text: --fit none")
+    dtype = resolve_dtype(options.compute_dtype, device, config)
+    _read_local(options, load_tokenizer(tuned.folder))
+    warm_up()
+    map_names(LayerwiseModel(config, dtype=dtype, device=device).model, tuned.tensors)
     text = Text(
         samples=options.calibration_samples,
-        generated=generated,
+        generated=generated_count(planned, options, dtype),
         length=options.sequence_length,
-        value_bytes=value_bytes,
+        value_bytes=dtype.itemsize,
+        sampled_bytes=sampling_dtype(planned, device, dtype).itemsize,
     )
-    return text, _probe(options) if device.type == "cpu" else None
+    return text, config if device.type == "cpu" else None
 
 
-def _stage(work: StageWork, speed: _Speed | None) -> StageForetold:
-    if speed is None:
-        return StageForetold(name=work.name, memory=work.memory, seconds=None)
-    seconds = work.products / speed.products + work.fits / speed.fits + work.reads / speed.reads
-    return StageForetold(name=work.name, memory=work.memory, seconds=seconds)
+def _read_local(options: CompressOptions, tokenizer: Any) -> None:
+    """Read the calibration text as a run does, unless it would have to be downloaded."""
+    named = options.calibration or ()
+    if all(Path(Source.parse(text).name).exists() for text in ((named,) if isinstance(named, str) else named)):
+        load_samples(
+            named,
+            tokenizer,
+            samples=options.calibration_samples + options.distill_samples,
+            length=options.sequence_length,
+            seed=options.seed,
+            text_column=options.text_column,
+        )
 
 
-def _probe(options: CompressOptions) -> _Speed:
+def _probe(config: Any, text: Text, options: CompressOptions) -> Probe:
     import torch
 
-    from peraxis_tools.compress.fit.choice import fit_matrices
-    from peraxis_tools.compress.fit.fit import FitOptions, Matrix
-    from peraxis_tools.compress.fit.moments.sums import Moments, Statistics
+    from peraxis_tools.compress.run.probe import probe_of
 
-    width = _PROBE_WIDTH
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_PROBE_TOKENS, width, generator=generator)
-    weights = torch.randn(width, 4 * width, generator=generator)
-    large = torch.randn(width, 32 * width, generator=generator)
-    fine_tuned = torch.randn(width, width, generator=generator)
-    matrix = Matrix(base=torch.zeros_like(fine_tuned), fine_tuned=fine_tuned, dtype=torch.float32)
-    refine = options.resolved_fit == "refined"
-
-    def fit() -> None:
-        halves = [Moments.zeros(width, paired=False, validates=False) for _ in range(2)]
-        for moments in halves:
-            moments.add(x)
-        statistics = Statistics(fit=halves[0], validation=halves[1], crossed=True)
-        fit_matrices([matrix], statistics=statistics, options=FitOptions(refine=refine))
-
-    fit()  # compiles
-    return _Speed(
-        products=8.0 * _PROBE_TOKENS * width**2 / _seconds(lambda: x @ weights),
-        fits=fit_operations(width, width, 1) / _seconds(fit),
-        reads=large.numel() * 4.0 / _seconds(lambda: x[:16] @ large),
+    return probe_of(
+        config,
+        text,
+        batch=options.batch_size,
+        sampled=torch.bfloat16 if text.sampled_bytes < text.value_bytes else torch.float32,
+        refine=options.resolved_fit == "refined",
     )
-
-
-def _seconds(action: Callable[[], object]) -> float:
-    """Processor seconds of one call."""
-    action()
-    begin, calls = time.process_time(), 0
-    while calls == 0 or time.process_time() - begin < _PROBE_SECONDS:
-        action()
-        calls += 1
-    return (time.process_time() - begin) / calls
 
 
 def _held() -> int:

@@ -1,18 +1,21 @@
-"""The inputs of a fit on text: batches of samples, and the digest that binds the work folder to them."""
+"""The inputs of a fit on text: batches of samples, those that the model writes, and the digest of all inputs."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 import torch
 
-from peraxis_format import Safetensors, __version__
+from peraxis_format import DType, Safetensors, __version__
 from peraxis_tools.compress.fit.moments.collector import Batch
 from peraxis_tools.compress.options import CompressOptions
+from peraxis_tools.compress.plan.estimate import GENERATED_SAMPLES
+from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.text import Ids, Samples
 
-__all__ = ["batches_of", "inputs_digest"]
+__all__ = ["batches_of", "generated_count", "inputs_digest", "sampling_dtype"]
 
 
 def batches_of(fit: Ids, validation: Ids, size: int, device: torch.device) -> list[Batch]:
@@ -43,3 +46,21 @@ def inputs_digest(
             )
     digest.update(f"{__version__}|{samples.digest}|{options.canonical_json()}|{device.type}|{dtype}".encode())
     return digest.hexdigest()
+
+
+def generated_count(plan: Plan, options: CompressOptions, dtype: torch.dtype) -> int:
+    """The number of generated samples: the option, or 16 if the model is not larger than the limit of hidden states.
+
+    dtype: that the model computes in.
+    """
+    if options.generated_samples is not None:
+        return options.generated_samples
+    size = sum(math.prod(module.shape) for module in plan.modules) * dtype.itemsize
+    return GENERATED_SAMPLES if size <= options.hidden_limit and options.resolved_fit != "adamw" else 0
+
+
+def sampling_dtype(plan: Plan, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """BF16 for a BF16 model where the CPU's instructions allow it: half the memory, and a third of the time."""
+    own = {module.dtype for module in plan.modules if len(module.shape) > 1}
+    fast = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.bfloat16 if own == {DType.BF16} and fast and dtype is torch.float32 else dtype

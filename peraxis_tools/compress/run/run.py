@@ -21,17 +21,19 @@ from peraxis_format import (
     Encoding,
     Manifest,
     ModuleDelta,
+    ShapeError,
 )
 from peraxis_format import open as open_delta
 from peraxis_tools.assets import LEFT_BEHIND, printable_name
 from peraxis_tools.blocks import count_blocks
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.options import CompressOptions
-from peraxis_tools.compress.plan.budget import spend
+from peraxis_tools.compress.plan.budget import is_open, spend
 from peraxis_tools.compress.plan.casts import with_casts
 from peraxis_tools.compress.plan.finite import check_pair_finite
 from peraxis_tools.compress.plan.pairing import matched, tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
+from peraxis_tools.compress.plan.price import prices
 from peraxis_tools.compress.plan.record import PLAN_KEY, REPORT_KEY, plan_text, report_text
 from peraxis_tools.compress.plan.saving import check_saving, saves
 from peraxis_tools.compress.plan.size import foretold
@@ -142,6 +144,8 @@ def _compress_pair(
         if options.has_target:
             planned = spend(planned, fitting.errors(planned), fine_tuned, options)
             planned = _foretold(planned, base, fine_tuned, options, force=force)
+        elif options.spends_freely:
+            planned = _spent(planned, base, fine_tuned, options, progress)
         if show_plan is not None:
             show_plan(planned)
         fit = fitting.fit(planned)
@@ -181,6 +185,18 @@ def _planned(
     if options.has_target or options.resolved_fit != "none":
         check_pair_finite(planned.modules, base.tensors, fine_tuned.tensors, progress)
     return planned
+
+
+def _spent(
+    planned: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, progress: Progress
+) -> Plan:
+    """The bytes of this plan, spent by the prices that need no text."""
+    try:
+        errors = prices([m for m in planned.modules if is_open(m, options)], base.tensors, fine_tuned.tensors)
+    except ShapeError:  # values that are NaN or infinite; the check names the tensor and the index
+        check_pair_finite(planned.modules, base.tensors, fine_tuned.tensors, progress)
+        raise
+    return foretold(spend(planned, errors, fine_tuned, options), base, fine_tuned, options)
 
 
 def _foretold(

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.options import CompressOptions
-from peraxis_tools.compress.plan.budget import is_open, weight_errors
+from peraxis_tools.compress.plan.budget import is_open
 from peraxis_tools.compress.plan.plan import Plan
+from peraxis_tools.compress.plan.price import prices
 from peraxis_tools.compress.run.types import RunFit
 from peraxis_tools.errors import OptionError
 
@@ -26,12 +27,9 @@ class StreamedFit:
         self._base, self._fine_tuned, self._options = base, fine_tuned, options
 
     def errors(self, plan: Plan) -> Mapping[str, Sequence[float]]:
-        """The squared weight errors."""
-        return {
-            module.name: weight_errors(module, self._base.tensors, self._fine_tuned.tensors)
-            for module in plan.modules
-            if is_open(module, self._options)
-        }
+        """What the file's components leave of each module."""
+        modules = [module for module in plan.modules if is_open(module, self._options)]
+        return prices(modules, self._base.tensors, self._fine_tuned.tensors)
 
     def fit(self, plan: Plan) -> RunFit:
         return RunFit(plan=plan)

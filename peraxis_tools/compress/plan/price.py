@@ -1,0 +1,123 @@
+"""What `--fit none` leaves of each module, as a price that the modules of one pair share. No text, no torch.
+
+    price_mk = w_m E(R_mk) / E(D_m)        R_mk = fine-tuned weight - applied weight with k masks, D_m: with none
+
+R is measured after the rounding to the stored dtype: where the delta is below half a unit, a mask may do nothing. E is
+the error of the outputs, with the delta's own directions (fit/directions.py); of a table, which no input multiplies or
+whose inputs the delta does not show, the squared error. The price is a share of E(D), because neither error says
+anything of the KL across modules. So each matrix counts the same (w: their typical size), and a table _TABLE times its
+own size: of three pairs whose KL was measured module by module, this is nearest to the best use of the bytes; weights
+that count the same, and errors relative to the weight, are worse (docs/decisions/fixed-plan.md).
+
+Up to _ROWS rows of a module are measured and up to MEASURED_MASKS masks; each further mask leaves the last measured
+share of the one before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peraxis_format import Array, Component, Safetensors, kept_rows, to_float32
+from peraxis_format.ops.rebuild import rebuild
+from peraxis_tools.compress.fit.directions import output_error
+from peraxis_tools.compress.fit.mean import mean_components
+from peraxis_tools.compress.plan.plan import TABLES, PlannedModule
+from peraxis_tools.compress.plan.unchanged import is_unchanged
+
+__all__ = ["MASKS_MAX", "MEASURED_MASKS", "extended", "prices", "shares_left"]
+
+MASKS_MAX: Final = 8
+_TABLE: Final = 4.0
+_ROWS: Final = 512
+_PARTS: Final = 8
+MEASURED_MASKS: Final = 3
+
+
+def prices(modules: Sequence[PlannedModule], base: Safetensors, fine_tuned: Safetensors) -> dict[str, list[float]]:
+    """By module, the price of 0 to MASKS_MAX masks; zeros where nothing changed. Reads one tensor pair at a time."""
+    sizes = [math.log(math.prod(m.shape[-2:])) for m in modules if m.kind not in TABLES]
+    typical = math.exp(sum(sizes) / max(1, len(sizes)))
+    found = {}
+    for module in modules:
+        weight = _TABLE * math.prod(module.shape) if module.kind in TABLES else math.prod(module.shape[:-2]) * typical
+        found[module.name] = [weight * share for share in shares_left(module, base, fine_tuned)]
+    return found
+
+
+def shares_left(module: PlannedModule, base: Safetensors, fine_tuned: Safetensors) -> list[float]:
+    """E(R_k) / E(D) for 0 to MASKS_MAX masks; zeros for a module that equals the base's."""
+    if module.base_shape is None or module.base_dtype is None:
+        raise ValueError(f"{module.name} has no base")
+    left, right = (_sampled(tensors, module) for tensors in (base, fine_tuned))
+    if _unchanged(module, left, right):
+        rows = slice(0, kept_rows(module.shape, module.base_shape))
+        if _unchanged(module, base.read(module.name, rows), fine_tuned.read(module.name, rows)):
+            return [0.0] * (MASKS_MAX + 1)
+    components = mean_components(
+        left,
+        right,
+        base_dtype=module.base_dtype,
+        dtype=module.dtype,
+        axis=module.axis,
+        components=MEASURED_MASKS,
+        for_outputs=module.kind not in TABLES,
+    )
+    errors = [_error(module, left, right, components[:k]) for k in range(len(components) + 1)]
+    nothing = errors[0] or 1.0  # no change in the rows that were measured
+    # Three digits, so that the plan does not depend on a library's last bits.
+    return [float(f"{error / nothing:.3g}") for error in extended(errors)]
+
+
+def extended(errors: Sequence[float]) -> list[float]:
+    """Errors of 0 to MASKS_MAX masks from those of the first few. None is above the one before it, so that a mask that
+    does nothing is never bought."""
+    found = [errors[0]]
+    for error in errors[1:]:
+        found.append(min(error, found[-1]))
+    share = found[-1] / found[-2] if len(found) > 1 and found[-2] > 0.0 else 1.0
+    while len(found) <= MASKS_MAX:
+        found.append(found[-1] * share)
+    return found
+
+
+def _unchanged(module: PlannedModule, left: Array, right: Array) -> bool:
+    return is_unchanged(left, right, base_dtype=module.base_dtype or module.dtype, dtype=module.dtype)
+
+
+def _sampled(tensors: Safetensors, module: PlannedModule) -> Array:
+    """[n, rows, d_in]: at most _ROWS rows of a matrix, in _PARTS parts, or of each of _PARTS matrices. Only they are
+    read.
+    """
+    count = kept_rows(module.shape, module.base_shape or module.shape)
+    size = 1 if len(module.shape) > 2 else max(1, _ROWS // _PARTS)
+    if count <= size * _PARTS:
+        parts = [tensors.read(module.name, slice(0, count))]
+    else:
+        starts = [(count - size) * i // (_PARTS - 1) for i in range(_PARTS)]
+        parts = [tensors.read(module.name, slice(start, start + size)) for start in starts]
+    whole = np.concatenate(parts)
+    matrices = whole.reshape(-1, *whole.shape[-2:])
+    step = -(-matrices.shape[1] // _ROWS)
+    return np.ascontiguousarray(matrices[:_PARTS, ::step])
+
+
+def _error(module: PlannedModule, left: Array, right: Array, components: Sequence[Component]) -> float:
+    """E of the applied weight. left, right: storage arrays [n, d_out, d_in]."""
+    base_dtype = module.base_dtype or module.dtype
+    tuned = to_float32(right, module.dtype)
+    applied: NDArray[np.float32] = to_float32(left, base_dtype)
+    delta = tuned - applied
+    if components:
+        out = np.empty(right.shape, module.dtype.storage)
+        matrices = [list(each) for each in zip(*(c.factors(left.shape) for c in components), strict=True)]
+        rebuild(matrices, left, out, base_dtype=base_dtype, dtype=module.dtype)
+        applied = to_float32(out, module.dtype)
+    residual = tuned - applied
+    if module.kind in TABLES:
+        return float(np.square(residual, dtype=np.float64).sum())
+    return sum(output_error(r, d) for r, d in zip(residual, delta, strict=True))

@@ -1,0 +1,150 @@
+"""How long this machine takes now for the operations of a run: a layer, a step of generation, a fit, products.
+
+A layer of the model's own class runs on random values, as many at a time as the run has, so that what Python and the
+architecture add is counted. Fits are those of matrices of the real shapes, up to _OPERATIONS; larger ones are scaled by
+their operations. Nothing is read but the configuration. Seconds are processor seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+
+from peraxis_tools.compress.fit.choice import fit_matrices
+from peraxis_tools.compress.fit.fit import FitOptions, Matrix
+from peraxis_tools.compress.fit.moments.sums import Moments, Statistics
+from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
+from peraxis_tools.compress.plan.estimate import StageWork, Text, fit_operations
+
+__all__ = ["Probe", "probe_of", "warm_up"]
+
+_SECONDS: Final = 0.3  # of each measurement
+_OPERATIONS: Final = 1e11  # of a fit that is measured whole: about a second
+_WIDTH: Final = 768
+_TOKENS: Final = 1024
+
+
+@dataclass(slots=True, kw_only=True)
+class Probe:
+    """Seconds: of a token in a layer, of a step of generation in a layer, of its head and draw; operations a second."""
+
+    token: float
+    step: float
+    draw: float
+    products: float
+    refine: bool
+    _fits: dict[tuple[int, int, int], float] = field(default_factory=dict)
+    _sums: dict[int, float] = field(default_factory=dict)
+
+    def seconds(self, work: StageWork) -> float:
+        """Of one stage."""
+        fits = sum(self.fit(*shape) for shape in work.matrices)
+        if work.fits:
+            fits += work.fits / (fit_operations(_WIDTH, _WIDTH, 1) / self.fit(_WIDTH, _WIDTH, 1))
+        steps = work.steps * (work.layers * self.step + self.draw)
+        sums = sum(tokens * self.sum(width) for tokens, width in work.sums)
+        return work.products / self.products + work.passes * self.token + sums + fits + steps
+
+    def sum(self, width: int) -> float:
+        """Of adding one token's input to the moments."""
+        if width not in self._sums:
+            x, z = torch.randn(_TOKENS, width), torch.randn(_TOKENS, width)
+            moments = Moments.zeros(width, paired=True, validates=True, grid=2.0**-30)
+            self._sums[width] = _seconds(lambda: moments.add(x, z)) / _TOKENS
+        return self._sums[width]
+
+    def fit(self, rows: int, width: int, masks: int) -> float:
+        """Of the fit of one matrix."""
+        operations = fit_operations(rows, width, masks)
+        if operations > _OPERATIONS and (rows, width, masks) != (_WIDTH, _WIDTH, 1):
+            return operations / fit_operations(_WIDTH, _WIDTH, 1) * self.fit(_WIDTH, _WIDTH, 1)
+        if (rows, width, masks) not in self._fits:
+            self._fits[rows, width, masks] = _fit_seconds(rows, width, masks, refine=self.refine)
+        return self._fits[rows, width, masks]
+
+
+def probe_of(config: Any, text: Text, *, batch: int, sampled: torch.dtype, refine: bool) -> Probe:
+    """Measure. batch: samples in a batch; sampled: the dtype of generation."""
+    tokens = max(1, min(batch, _TOKENS // text.length)) * text.length
+    token = _layer_seconds(config, torch.float32, (tokens // text.length, text.length)) / tokens
+    step = draw = 0.0
+    if text.generated:
+        step = _layer_seconds(config, sampled, (text.generated, 1))
+        draw = _draw_seconds(config, sampled, text.generated)
+    x = torch.randn(_TOKENS, _WIDTH)
+    products = 2.0 * _TOKENS * _WIDTH**2 / _seconds(lambda: x.t() @ x)
+    return Probe(token=token, step=step, draw=draw, products=products, refine=refine)
+
+
+def warm_up() -> None:
+    """Import and compile what a fit uses."""
+    _fit_seconds(16, 16, 1, refine=True)
+
+
+def _layer_seconds(config: Any, dtype: torch.dtype, shape: tuple[int, int]) -> float:
+    """Of the first layer on ids of this shape, beyond what is done once for all layers."""
+    model = LayerwiseModel(config, dtype=dtype, device=torch.device("cpu"))
+    for name in model.layer_parameters(0):
+        value = model.get(name)
+        model.set(name, torch.randn(value.shape, dtype=torch.float32).mul_(0.02) if value.is_meta else value)
+    model.free_embedding()
+    table: Any = model.model.get_input_embeddings()
+    width = int(table.embedding_dim)
+    if "forward" not in vars(table):  # an embedding that does more than read rows
+        table.weight = torch.nn.Parameter(torch.zeros(table.weight.shape, dtype=dtype), requires_grad=False)
+    ids, hidden = torch.zeros(shape, dtype=torch.int64), torch.randn(*shape, width).to(dtype)
+    with torch.no_grad(), model.at_layer(0) as run:
+        whole = _seconds(lambda: run(ids, hidden))
+    with torch.no_grad():
+        return max(whole - _seconds(lambda: model.embed(ids)), 0.2 * whole)
+
+
+def _draw_seconds(config: Any, dtype: torch.dtype, count: int) -> float:
+    """Of a step's logits and of drawing from them."""
+    vocabulary, width = int(config.vocab_size), int(config.hidden_size)
+    weight, x = torch.zeros(vocabulary, width, dtype=dtype), torch.randn(count, width).to(dtype)
+
+    def draw() -> None:
+        logits = torch.nn.functional.linear(x, weight).float()
+        torch.multinomial(torch.softmax(logits, dim=-1), 1)
+
+    return _seconds(draw)
+
+
+def _fit_seconds(rows: int, width: int, masks: int, *, refine: bool) -> float:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_TOKENS, width, generator=generator)
+    base = torch.randn(rows, width, generator=generator)
+    tuned = base + 0.1 * torch.randn(rows, width, generator=generator)
+    matrix = Matrix(base=base, fine_tuned=tuned, dtype=torch.bfloat16, components=masks)
+    teacher = x + 0.01 * torch.randn(x.shape, generator=generator)
+    halves = [Moments.zeros(width, paired=True, validates=True) for _ in range(2)]
+    for moments in halves:
+        moments.add(x, teacher)
+        moments.tokens = max(moments.tokens, width)  # as a text that is long enough to validate both ways
+    spent = []
+    for _ in range(2):  # the first call compiles
+        copies = [Moments(m.G.clone(), _copy(m.E), _copy(m.F), m.tokens) for m in halves]
+        begin = time.process_time()
+        statistics = Statistics(fit=copies[0], validation=copies[1], crossed=True)
+        fit_matrices([matrix], statistics=statistics, options=FitOptions(refine=refine))
+        spent.append(time.process_time() - begin)
+    return min(spent)
+
+
+def _copy(value: torch.Tensor | None) -> torch.Tensor | None:
+    return None if value is None else value.clone()
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    """Processor seconds of one call."""
+    action()
+    begin, calls = time.process_time(), 0
+    while calls == 0 or time.process_time() - begin < _SECONDS:
+        action()
+        calls += 1
+    return (time.process_time() - begin) / calls
