@@ -36,7 +36,7 @@ def test_a_checkpoint_so_small_that_the_header_eats_the_saving_is_refused_before
     base, tuned = pair(tmp_path, 32)
     plans: list[Plan] = []
     with pytest.raises(
-        ToolError, match=r"would take \d{4} of 4096 bytes: .*(header and files|the target).*, or pass --force"
+        ToolError, match=r"would take \d{4} of 4096 bytes: .*(header and files|the target).*, or pass force"
     ):
         compress(base, tuned, tmp_path / "d.pxd", show_plan=plans.append, **options)
     assert plans == []
@@ -68,7 +68,7 @@ def test_a_quantised_pair_is_refused_with_its_reason_and_remedy(tmp_path: Path, 
     small = pair(tmp_path / "b", 256, torch.float8_e4m3fn, scales=True)
     given = (small[0], plain[1]) if side == 0 else (plain[0], small[1])
     said = "the base is quantised" if side == 0 else "the fine-tune is quantised"
-    with pytest.raises(ToolError, match=rf"{said} \(FP8: .*; pass the unquantised .*, or pass --force"):
+    with pytest.raises(ToolError, match=rf"{said} \(FP8: .*; pass the unquantised .*, or pass force"):
         compress(*given, tmp_path / "d.pxd", fit="none")
     assert compress(*given, tmp_path / "d.pxd", fit="none", force=True).signed == 0
 

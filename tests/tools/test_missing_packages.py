@@ -92,6 +92,7 @@ def test_the_help_of_every_verb_needs_no_optional_package(verb: str) -> None:
 )
 def test_a_missing_package_is_one_line_with_the_pip_command(pair: Path, command: str, extra: str) -> None:
     (pair / "options.yaml").write_text("fit: none\n")
+    (pair / "text.jsonl").touch()
     before = sorted(pair.rglob("*"))
     done = run_bare(*command.split(), cwd=pair)
     assert done.returncode == 3, (done.stdout, done.stderr)
@@ -104,6 +105,7 @@ def test_a_missing_package_is_one_line_with_the_pip_command(pair: Path, command:
 
 def test_verify_reports_a_missing_package_as_not_verifiable(pair: Path) -> None:
     (pair / "delta.pxd.sig").write_text("{}")
+    (pair / "y.txt").touch()
     signed = run_bare("verify", "delta.pxd", "--public-key", "base/config.json", cwd=pair)
     kl = "verify delta.pxd --base base --fine-tuned tuned --max-kl 1 --text x=y.txt"
     bounded = run_bare(*kl.split(), cwd=pair)
