@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from peraxis_format.engines.vllm.permitted import ROOT_VARIABLE, Permitted
-from peraxis_format.engines.vllm.source import open_delta, shown
+from peraxis_format.engines.vllm.source import copy_announced, open_delta, shown
 from peraxis_format.errors import CheckpointError, LiveModelError
 
 
@@ -116,3 +117,22 @@ def test_a_url_that_cannot_be_fetched_is_one_line_without_its_secrets(source: st
     message = str(caught.value)
     assert "\n" not in message
     assert "SECRET" not in message
+
+
+@pytest.mark.parametrize(
+    ("announced", "sent", "written"),
+    [("5", b"12345", b"12345"), ("3", b"12345", b"123"), ("9", b"12345", None), (None, b"12345", None)],
+)
+def test_a_download_has_the_bytes_that_the_server_announced(
+    announced: str | None, sent: bytes, written: bytes | None
+) -> None:
+    class Answer(io.BytesIO):
+        headers = {} if announced is None else {"Content-Length": announced}
+
+    target = io.BytesIO()
+    if written is None:
+        with pytest.raises(OSError, match="server"):
+            copy_announced(Answer(sent), target)
+    else:
+        copy_announced(Answer(sent), target)
+        assert target.getvalue() == written

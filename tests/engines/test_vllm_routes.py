@@ -16,6 +16,7 @@ from peraxis_format.engines.vllm.permitted import ROOT_VARIABLE
 pytestmark = pytest.mark.vllm
 
 KEY = {"Authorization": "Bearer secret"}
+JSON = {"Content-Type": "application/json"}
 ROUTES = [
     ("GET", "", None),
     ("POST", "/variants", {"name": "v", "delta": "v1.pxd"}),
@@ -146,7 +147,7 @@ def test_below_a_root_files_are_opened_and_outside_they_are_not(
 def test_a_strange_request_is_refused_in_one_line(behind_a_key: Any, engine: Engine, path: str, body: Any) -> None:
     import json
 
-    answer = behind_a_key.post(f"/v1/peraxis{path}", content=json.dumps(body), headers=KEY)
+    answer = behind_a_key.post(f"/v1/peraxis{path}", content=json.dumps(body), headers={**KEY, **JSON})
     assert answer.status_code == 400, answer.text
     assert "\n" not in answer.json()["error"]
     assert "SECRET" not in answer.json()["error"]
@@ -155,5 +156,16 @@ def test_a_strange_request_is_refused_in_one_line(behind_a_key: Any, engine: Eng
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"null", b'{"variant"'])
 def test_a_body_that_is_no_object_is_refused(behind_a_key: Any, content: bytes) -> None:
-    answer = behind_a_key.post("/v1/peraxis/use", content=content, headers=KEY)
+    answer = behind_a_key.post("/v1/peraxis/use", content=content, headers={**KEY, **JSON})
     assert (answer.status_code, "object" in answer.json()["error"]) == (400, True)
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
+def test_a_body_that_a_page_of_another_origin_could_send_is_refused(engine: Engine, kind: str) -> None:
+    with client_of(engine, None) as client:
+        headers = {"Content-Type": kind, "Origin": "https://evil.example"}
+        answer = client.post("/v1/peraxis/use", content=b'{"variant": null}', headers=headers)
+        assert answer.status_code == 415
+        assert engine.calls == []
+        sent_as_json = client.post("/v1/peraxis/use", content=b'{"variant": null}', headers=JSON)
+        assert sent_as_json.status_code == 200

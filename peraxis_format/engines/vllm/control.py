@@ -62,7 +62,7 @@ class Control:
             if name in self.staged:
                 raise RequestError(409, f"variant {name!r} is staged already; remove it first")
             content_id = await asyncio.to_thread(content_id_of, delta)
-            await self._initialise({"add": {name: delta}})
+            await self._initialise({"add": {name: delta}, "content_ids": {name: content_id}})
             self.staged[name] = content_id
         return {"name": name, "content_id": content_id}
 

@@ -15,7 +15,7 @@ from torch import nn
 from peraxis_format.engines.vllm.bridge import StagedUpdate, place, stage
 from peraxis_format.engines.vllm.layout import drop_packed, plain_tensors, refuse_uncovered, tensor_group, views
 from peraxis_format.engines.vllm.loader import check_assets
-from peraxis_format.engines.vllm.source import open_delta
+from peraxis_format.engines.vllm.source import open_delta, shown
 from peraxis_format.errors import LiveModelError
 from peraxis_format.manifest import Manifest
 from peraxis_format.torch import Swap, Variant, VariantSwitch
@@ -41,12 +41,14 @@ class LiveModel:
         """The name of the current variant; None: the base."""
         return None if self._switch is None else self._switch.current
 
-    def add(self, name: str, source: str) -> Variant:
-        """Check a delta and its base, and stage it. The model is not changed.
+    def add(self, name: str, source: str, *, content_id: str | None = None) -> Variant:
+        """Check a delta and its base, and stage it. The model is not changed. content_id: the one that it must have.
 
         The first call copies the weights that variants change. Raises LiveModelError, PxdError, OSError.
         """
         with open_delta(source, group=self._group) as file:
+            if content_id not in (None, file.content_id):
+                raise LiveModelError(f"{shown(source)}: was replaced by another file meanwhile; stage it again")
             if self._checks_assets:
                 check_assets(file, self._model_config)
             refuse_uncovered(self._model, file.manifest)

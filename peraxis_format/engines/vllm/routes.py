@@ -15,8 +15,8 @@ no output mixes two states. The routes are under /v1, so that vLLM's --api-key p
 that requests may name.
 
 Errors are {"error": one line}: 400 for a bad request, file or base, 403 for a file that requests may not name, 404 for
-an unknown variant, 409 for a name in use, 503 if requests did not end in time (the previous weights are then still
-served), and 503 if a process of the engine has ended.
+an unknown variant, 409 for a name in use, 415 for a body that is not sent as JSON, 503 if requests did not end in time
+(the previous weights are then still served), and 503 if a process of the engine has ended.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ _PREFIX: Final = "/v1/peraxis"
 
 
 async def _body(request: Request) -> dict[str, Any]:
+    # A page of another origin may send any other type without asking the server first.
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise RequestError(415, "the body is not JSON by its type; send it with Content-Type: application/json")
     try:
         found = await request.json()
     except (ValueError, RecursionError):

@@ -23,9 +23,10 @@ from peraxis_format.errors import CheckpointError, LiveModelError
 from peraxis_format.hub import hub_path
 from peraxis_format.reader import DeltaFile
 
-__all__ = ["local_path", "open_delta", "shown"]
+__all__ = ["copy_announced", "local_path", "open_delta", "shown"]
 
 _SILENCE_SECONDS: Final = 60.0
+_PIECE: Final = 1 << 20
 _URLS: Final = ("http://", "https://")
 
 
@@ -85,6 +86,23 @@ def shown(source: str) -> str:
     return f"{scheme}://{address.rpartition('@')[2]}{slash}{path}"
 
 
+def copy_announced(reader: Any, writer: Any) -> None:
+    """Write as many bytes as the server announced, so that an endless answer cannot fill the disk.
+
+    Raises OSError if the server announces no size, or sends fewer bytes.
+    """
+    announced = reader.headers.get("Content-Length", "")
+    if not announced.isdecimal():
+        raise OSError("the server announces no size")
+    left = int(announced)
+    while left:
+        piece = reader.read(min(left, _PIECE))
+        if not piece:
+            raise OSError(f"the server sent {left} bytes less than announced")
+        writer.write(piece)
+        left -= len(piece)
+
+
 @cache
 def _download(url: str) -> Path:
     if "@" in re.split(r"[/?#]", url.partition("://")[2], maxsplit=1)[0]:
@@ -94,7 +112,7 @@ def _download(url: str) -> Path:
     target = folder / (PurePosixPath(shown(url).partition("://")[2].partition("/")[2]).name or "delta.pxd")
     try:
         with urllib.request.urlopen(url, timeout=_SILENCE_SECONDS) as reader, open(target, "wb") as writer:
-            shutil.copyfileobj(reader, writer, 1 << 20)
+            copy_announced(reader, writer)
     except (HTTPException, ValueError):
         shutil.rmtree(folder, ignore_errors=True)
         raise CheckpointError(f"{shown(url)}: cannot be fetched; check the address") from None  # errors quote the query

@@ -66,9 +66,12 @@ def call_worker(worker: Any, calls: Calls) -> str | None:
 
 @dataclass
 class PeraxisInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
-    """add: name -> delta to stage. remove: names to remove first. update: a file to check last."""
+    """add: name -> delta to stage. content_ids: name -> the content ID that it must have, if it is known. remove: names
+    to remove first. update: a file to check last.
+    """
 
     add: dict[str, str] = field(default_factory=dict)
+    content_ids: dict[str, str] = field(default_factory=dict)
     remove: list[str] = field(default_factory=list)
     update: str | None = None
 
@@ -98,7 +101,7 @@ class PeraxisWeightTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         for name in init_info.remove:
             self._live.remove(name)
         for name, source in init_info.add.items():
-            self._live.add(name, source)
+            self._live.add(name, source, content_id=init_info.content_ids.get(name))
         if init_info.update is not None:
             self._live.stage_update(init_info.update)
 
