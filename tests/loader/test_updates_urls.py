@@ -189,3 +189,21 @@ def test_a_published_file_that_another_trainer_replaced_is_found_at_the_next_ste
 def test_an_unknown_kind_of_url_is_refused() -> None:
     with pytest.raises(LiveModelError, match="nonsense://x"):
         follow(state(0), "nonsense://x")
+
+
+def test_a_download_ends_at_the_announced_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/endless/step-00000001.pxd", b"x" * 100)
+    monkeypatch.setattr(type(memory), "info", lambda *_: {"size": 10})
+    monkeypatch.setattr(type(memory), "get_file", endless)
+    mirror = Mirror("memory://endless")
+    with pytest.raises(OSError, match="more than the 10 bytes"):
+        mirror._fetch("step-00000001.pxd")
+    assert not (mirror.folder / "step-00000001.pxd").exists()
+    mirror.close()
+
+
+def endless(_: object, source: str, target: str, callback: Any) -> None:
+    """Stand in for a server whose answer does not end."""
+    while True:
+        callback.relative_update(4)

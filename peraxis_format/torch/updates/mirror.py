@@ -108,8 +108,26 @@ class Mirror:
     def _fetch(self, name: str) -> None:
         part = self.folder / f".{name}{_PART}"
         with self._errors():
-            self._system.get_file(f"{self._path}/{name}", str(part))
+            self._download(f"{self._path}/{name}", part)
             part.rename(self.folder / name)
+
+    def _download(self, path: str, part: Path) -> None:
+        """Fetch a file of the size that the store announces; more bytes would fill the disk."""
+        from fsspec.callbacks import Callback
+
+        size = self._system.info(path).get("size")
+        if size is None:
+            raise OSError(f"{self.url}: the server announces no size of {path.rpartition('/')[2]}")
+
+        class Limit(Callback):  # type: ignore[misc]
+            def relative_update(self, inc: int = 1) -> None:
+                super().relative_update(inc)
+                if self.value > size:
+                    raise OSError(
+                        f"{path.rpartition('/')[2]}: the server sends more than the {size} bytes it announced"
+                    )
+
+        self._system.get_file(path, str(part), callback=Limit())
 
     def _keep(self, names: Iterable[str]) -> None:
         kept = set(names)
