@@ -81,8 +81,17 @@ def probe_of(config: Any, text: Text, *, batch: int, sampled: torch.dtype, refin
 
 
 def warm_up() -> None:
-    """Import and compile what a fit uses."""
+    """Import and compile what a fit and a generation use: with matrices of 16, and a model of one layer of 8."""
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
     _fit_seconds(16, 16, 1, refine=True)
+    small = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, pad_token_id=0
+    )
+    model: Any = LlamaForCausalLM(small).eval()
+    drawn = GenerationConfig(do_sample=True, max_new_tokens=2, eos_token_id=None, pad_token_id=0)
+    with torch.random.fork_rng():
+        model.generate(torch.zeros(1, 1, dtype=torch.int64), generation_config=drawn)
 
 
 def _layer_seconds(config: Any, dtype: torch.dtype, shape: tuple[int, int]) -> float:
