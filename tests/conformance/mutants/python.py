@@ -60,6 +60,13 @@ class _Counter(ast.NodeTransformer):
         self.said = f"{getattr(node, 'lineno', 0)}: {what}"
         return True
 
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        # `main` reads arguments and starts the process; `make conformance` runs it, and this runner calls `answer`.
+        return node if node.name == "main" else self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        return node if "__name__" in ast.unparse(node.test) else self.generic_visit(node)
+
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
         for i, operator in enumerate(node.ops):
             for other in COMPARED.get(type(operator), ()):
