@@ -7,7 +7,7 @@ the error of the outputs, with the delta's own directions (fit/directions.py); o
 whose inputs the delta does not show, the squared error. The price is a share of E(D), because neither error says
 anything of the KL across modules. So each matrix counts the same (w: their typical size), and a table _TABLE times its
 own size: of three pairs whose KL was measured module by module, this is nearest to the best use of the bytes; weights
-that count the same, and errors relative to the weight, are worse (docs/decisions/fixed-plan.md).
+that count the same, and errors relative to the weight, are worse (docs/decisions/default-plan.md).
 
 Up to _ROWS rows of a module are measured and up to MEASURED_MASKS masks; each further mask leaves the last measured
 share of the one before it.
