@@ -106,8 +106,12 @@ def words(lines: list[str]) -> list[str]:
         line = re.sub(r"after ('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")", "after <text>", line)
         line = re.sub(r"[-+]?\d[\d.,]*(e[-+]?\d+)?", "#", line)
         line = re.sub(r"#( [kMG]?B\b|%)?", "#", line)
-        found.append(" ".join(line.replace(" #", " ").split()))
-    return [line for line in found if line]
+        line = " ".join(line.replace(" #", " ").split())
+        # The plan spends its bytes by the weights, so the numbers of masks differ too.
+        line = re.sub(r"(modules with masks?, )+", "modules with masks, ", line)
+        line = re.sub(r"(sign (x )?(row\+col|row|col) ?;? ?)+", "sign ", line).strip()
+        found.append(line)
+    return [line for line in found if line not in ("", "sign")]
 
 
 @pytest.mark.parametrize("block", all_blocks("console"), ids=lambda block: f"{block.page.name}:{block.line}")

@@ -112,12 +112,15 @@ def test_a_swap_that_would_wait_too_long_is_given_up_and_nothing_changes(
 def test_abort_ends_what_runs_at_once_and_swaps(swapping: Server, references: dict[str, Any]) -> None:
     assert swapping.post("/v1/peraxis/use", {"variant": None})[0] == 200
     body = {"model": "base", "prompt": PROMPTS[0], "max_tokens": 240, "temperature": 0, "ignore_eos": True}
-    events = swapping.stream("/v1/completions", body)
-    next(events)  # the request runs
-    assert swapping.post("/v1/peraxis/use", {"variant": "v2", "requests": "abort"})[0] == 200
-    *_, last = events
+    for variant in ("v2", "v1") * 10:  # on a busy machine a request may end by itself before it is aborted
+        events = swapping.stream("/v1/completions", body)
+        next(events)  # it runs
+        assert swapping.post("/v1/peraxis/use", {"variant": variant, "requests": "abort"})[0] == 200
+        *_, last = events
+        if last["choices"][0]["finish_reason"] == "abort":
+            break
     assert last["choices"][0]["finish_reason"] == "abort"
-    assert swapping.complete("base", PROMPTS[0])[0] == tokens(references, "v2", 0)
+    assert swapping.complete("base", PROMPTS[0])[0] == tokens(references, variant, 0)
 
 
 def test_a_stream_of_requests_under_swaps_never_mixes_two_variants(
