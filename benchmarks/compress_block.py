@@ -23,7 +23,7 @@ from typing import Any, Final
 import torch
 from harness import Benchmark, Timing
 
-from peraxis_tools.compress.fit.choice import fit_matrices
+from peraxis_tools.compress.fit.choice import TRIAL_ROWS, fit_matrices
 from peraxis_tools.compress.fit.fit import FitOptions, Matrix
 from peraxis_tools.compress.fit.moments.sums import Moments, Statistics
 
@@ -227,10 +227,10 @@ def _copy(moments: Moments) -> Moments:
 
 def _fit_work(d_in: int, outs: Sequence[int], options: FitOptions) -> tuple[float, float]:
     """Return the operations of the fits of a stage in float32 and in float64."""
-    rounds, sweeps = options.rounds, options.sweeps
-    whole = 13 + rounds * (2 + 2 * sweeps + 4)  # operations per row in units of d_in^2; a product takes 2
-    trial = 34  # the same for the candidates, which are tried on some rows
-    some = [len(range(0, d_out, max(1, d_out // 256))) for d_out in outs]
+    # Per row in units of d_in^2; a product takes 2. The sweeps over signs are no matrix products, so this is a bound.
+    whole = 12 + 6 * options.rounds
+    trial = 56  # of the candidates, which are tried on some rows
+    some = [len(range(0, d_out, max(1, d_out // TRIAL_ROWS))) for d_out in outs]
     solved = 2 * sum(min(d_out, d_in) for d_out in (*outs, *some))
-    cubes = 2 + len(outs) * (rounds + 4) / 3
+    cubes = 2 + len(outs) * (options.rounds + 4) / 3
     return (whole * sum(outs) + trial * sum(some)) * float(d_in) ** 2, float(d_in) ** 2 * (cubes * d_in + solved)

@@ -55,7 +55,7 @@ def test_a_block_is_timed_step_by_step() -> None:
     assert all(result.extra["bound"] > 0 for result in bench.results)
 
 
-@pytest.mark.parametrize(("d_in", "outs"), [(768, (300, 64)), (1100, (64,))])
+@pytest.mark.parametrize(("d_in", "outs"), [(768, (300, 64)), (1100, (64,)), (768, (1000,))])
 def test_the_operations_of_a_fit_are_those_that_its_bound_counts(d_in: int, outs: tuple[int, ...]) -> None:
     import compress_block
 
@@ -65,5 +65,5 @@ def test_the_operations_of_a_fit_are_those_that_its_bound_counts(d_in: int, outs
     with FlopCounterMode(display=False) as counter:
         run()
     single, _ = compress_block._fit_work(d_in, outs, FitOptions())
-    # Matrix products are counted. The steps within a block of columns are not.
+    # Matrix products are counted. The sweeps over signs are not.
     assert counter.get_total_flops() == pytest.approx(single, rel=0.1)

@@ -43,7 +43,7 @@ from peraxis_tools.compress.fit.moments.sums import Moments, Statistics, Validat
 from peraxis_tools.compress.fit.rows import fit_used_rows, has_unused_rows
 from peraxis_tools.compress.fit.scales import ComponentFit, round_scales_f16
 
-__all__ = ["fit_matrices"]
+__all__ = ["TRIAL_ROWS", "fit_matrices"]
 
 _REFINED: Final = "refined"
 _SCALES: Final = "scales"
@@ -51,7 +51,7 @@ _SCALAR: Final = "scalar"
 _NONE: Final = "none"
 _SAME: Final = "same"
 # A part of the rows and one round are enough to measure how much signs overfit to a text.
-_TRIAL_ROWS: Final = 128
+TRIAL_ROWS: Final = 128
 _TRIAL_SWEEPS: Final = 2
 _NOTES: Final = {
     _SCALES: "refined signs are worse than one scale on another text: scales alone",
@@ -89,7 +89,7 @@ class _Trial:
 
     def __init__(self, matrix: Matrix, options: FitOptions, tokens: int) -> None:
         self._matrix, self._options, self._all_tokens = matrix, options, tokens
-        rows = slice(None, None, max(1, len(matrix.base) // _TRIAL_ROWS))
+        rows = slice(None, None, max(1, len(matrix.base) // TRIAL_ROWS))
         self._some = replace(matrix, base=matrix.base[rows], fine_tuned=matrix.fine_tuned[rows])
         self._plain = _plain(self._some)
         self._share = len(matrix.base) / len(self._some.base)
