@@ -20,6 +20,9 @@ def render_publish(result: PublishResult, console: Console) -> None:
         console.print(f"delta    {text(delta.file)}")
         console.print(f"content  {text(delta.content_id)}")
     console.print(f"files    {text(', '.join(result.files))}")
-    if result.missing:
-        them = "it" if len(result.missing) == 1 else "them"
-        console.print(f"missing  {', '.join(result.missing)} (--card-from gives {them})")
+    if "base_model" in result.missing:
+        console.print("missing  base_model (--base-id gives it)")
+    others = [name for name in result.missing if name != "base_model"]
+    if others:
+        them = "it" if len(others) == 1 else "them"
+        console.print(f"missing  {', '.join(others)} (--card-from gives {them})")

@@ -107,6 +107,7 @@ def test_the_card_shows_the_stable_interface_with_names_that_there_are(inputs: P
 def test_one_missing_field_is_it_and_several_are_them(inputs: Path) -> None:
     done = CliRunner().invoke(cli, "publish a/b a.pxd --dry-run repo".split())
     assert "(--card-from gives them)" in done.stdout
+    assert "missing  base_model (--base-id gives it)" in done.stdout
     (inputs / "card").mkdir()
     (inputs / "card" / "README.md").write_text("---\nlanguage: en\npipeline_tag: text-generation\n---\n")
     done = CliRunner().invoke(cli, "publish a/b a.pxd --dry-run other --card-from card".split())
