@@ -75,6 +75,24 @@ def swapped(rank: int, world: int, folder: str, shards: dict[str, Shard]) -> Non
                 assert bytes_of(live) == (wanted(path / f"{name}.pxd", rank, world) if name else pristine)
 
 
+def damaged(rank: int, world: int, folder: str, shards: dict[str, Shard]) -> None:
+    path = Path(folder)
+    data = (path / "d.pxd").read_bytes()
+    with pf.open(path / "d.pxd") as file:
+        names = [entry.name for entry in file.manifest.modules if entry.sha256 is not None]
+        places = {name: file.span(name)[0] for name in names}
+    for name in names:  # in the share of each rank in turn
+        own = path / f"damaged-{rank}.pxd"
+        own.write_bytes(data[: places[name]] + bytes([data[places[name]] ^ 1]) + data[places[name] + 1 :])
+        live = cut_all(rank, world)
+        before = bytes_of(live)
+        with pytest.raises(pf.PxdError, match=r"E30\d"):
+            apply_(live, own, shards=shards, workers=1)
+        with VariantSwitch(live, shards=shards, workers=1) as switch, pytest.raises(pf.PxdError, match=r"E30\d"):
+            switch.add("v", own)
+        assert bytes_of(live) == before
+
+
 def job(rank: int, world: int, folder: str, body: Any) -> None:
     start(rank, world, folder)
     pieces._STRETCH = BLOCK  # type: ignore[misc]  # several ranges a tensor
@@ -84,7 +102,7 @@ def job(rank: int, world: int, folder: str, body: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("body", [applied, swapped])
+@pytest.mark.parametrize("body", [applied, swapped, damaged])
 def test_ranks_decode_exact_tensors_together(world: int, body: Any, tmp_path: Path) -> None:
     base = base_tensors()
     write_mixed(tmp_path / "d.pxd", base, 0, EXACT)

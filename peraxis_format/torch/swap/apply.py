@@ -85,8 +85,11 @@ def apply_(
         with located(file.path):
             check_live(file.manifest, placement, ring=ring, workers=pool.count, group=group)
         sharded = sharded_anywhere(here=is_sharded(placement, file.manifest), group=group)
+        # Each step is collective: a rank that fails must not leave the others in the next one.
         with together(group, sharded=sharded):
             verified = verify_share(file, group, pool) if sharded else 0
+        pieces = exact_pieces(file, placement, base_of=_view, group=group) if sharded else ()
+        with together(group, sharded=sharded):
             payload = Payload(
                 file,
                 transfers,
@@ -95,7 +98,7 @@ def apply_(
                 ring=ring,
                 workers=pool,
                 base_of=_view,
-                pieces=exact_pieces(file, placement, base_of=_view, group=group) if sharded else (),
+                pieces=pieces,
             )
         before = device.counters.uploads
         with _undo(placement, undo) as bases, together(group, sharded=sharded):

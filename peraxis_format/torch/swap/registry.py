@@ -154,10 +154,12 @@ class Registry:
         ring.reserve(max((transfer.size for transfer in transfers), default=0))
         self._check(file, placement, ring)
         sharded = self._anywhere_sharded(file, placement)
-        with together(self.group, sharded=sharded):
-            if sharded:
+        if sharded:
+            # Each step is collective: a rank that fails must not leave the others in the next one.
+            with together(self.group, sharded=True):
                 verify_share(file, self.group, self.workers)
-            pieces = exact_pieces(file, placement, base_of=self._base_of, group=self.group) if sharded else ()
+        pieces = exact_pieces(file, placement, base_of=self._base_of, group=self.group) if sharded else ()
+        with together(self.group, sharded=sharded):
             payload = Payload(
                 file,
                 transfers,
