@@ -36,6 +36,16 @@ def test_names_that_are_no_text_are_named_in_one_line_each(folders: tuple[Path, 
     assert apply(base, tmp_path / "d.pxd", tmp_path / "out").left_behind == tuple(left[:-1])
 
 
+def make_odd(path: Path, kind: str) -> None:
+    """Make a pipe or a folder, or a link to a device, to itself or to nothing."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"device": "/dev/zero", "loop": path.name, "nothing": "gone"}[kind])
+
+
 @pytest.mark.parametrize("name", ["config.json", "modules.json", "generation_config.json", "chat_template.jinja"])
 @pytest.mark.parametrize("kind", ["pipe", "device", "loop", "folder", "nothing"])
 def test_what_is_no_file_is_neither_waited_for_nor_read(
@@ -45,12 +55,7 @@ def test_what_is_no_file_is_neither_waited_for_nor_read(
     for folder in folders:
         path = folder / name
         path.unlink(missing_ok=True)
-        if kind == "pipe":
-            os.mkfifo(path)
-        elif kind == "folder":
-            path.mkdir()
-        else:
-            path.symlink_to({"device": "/dev/zero", "loop": name, "nothing": "gone"}[kind])
+        make_odd(path, kind)
     compress(base, tuned, tmp_path / "d.pxd", fit="none")
     apply(base, tmp_path / "d.pxd", tmp_path / "out")
     assert not (tmp_path / "out" / name).exists()
@@ -64,12 +69,7 @@ def test_weights_that_are_no_file_are_refused_and_not_waited_for(
     base, _ = folders
     (base / "model.safetensors").rename(base / "weights.safetensors")
     path = base / name
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    else:
-        path.symlink_to({"device": "/dev/zero", "loop": name, "nothing": "gone"}[kind])
+    make_odd(path, kind)
     with pytest.raises(CheckpointError, match=rf"{name}: is not a file"):
         pxd.Safetensors.open(base)
     path.unlink() if kind != "folder" else path.rmdir()

@@ -9,20 +9,19 @@ nothing is read.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.options import CompressOptions
-from peraxis_tools.compress.plan.casts import with_casts
 from peraxis_tools.compress.plan.estimate import Text, work_of
-from peraxis_tools.compress.plan.pairing import matched, tied_pairs
-from peraxis_tools.compress.plan.plan import Plan, plan
+from peraxis_tools.compress.plan.pair_plan import plan_pair, with_length
+from peraxis_tools.compress.plan.pairing import matched
+from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.plan.size import foretold
 from peraxis_tools.errors import ToolError
 from peraxis_tools.optional import require
-from peraxis_tools.positions import checked_length
 from peraxis_tools.text import Source, load_samples
 
 if TYPE_CHECKING:
@@ -74,17 +73,8 @@ def foretell(
         open_checkpoint(fine_tuned, revision=fine_tuned_revision) as opened,
     ):
         base_checkpoint, tuned = matched(opened_base, opened, base_id)
-        if options.resolved_fit != "none":
-            length = checked_length(tuned.config(), options.sequence_length, tuned.tensors.label)
-            options = replace(options, sequence_length=length)
-        planned = plan(
-            fine_tuned={info.name: info for info in tuned.tensors.infos()},
-            base={info.name: info for info in base_checkpoint.tensors.infos()},
-            options=options,
-            tied=tied_pairs(tuned.tensors),
-        )
-        planned = with_casts(planned, base_checkpoint.tensors, tuned.tensors)
-        planned = foretold(planned, base_checkpoint, tuned, options)
+        options = with_length(options, tuned)
+        planned = foretold(plan_pair(base_checkpoint, tuned, options), base_checkpoint, tuned, options)
         text, config = (None, None) if options.resolved_fit == "none" else _text(planned, tuned, options)
         spent = time.process_time()
     held = _held()

@@ -13,7 +13,7 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from peraxis_format import (
@@ -29,10 +29,10 @@ from peraxis_tools.blocks import count_blocks
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import is_open, spend
-from peraxis_tools.compress.plan.casts import with_casts
 from peraxis_tools.compress.plan.finite import check_pair_finite
-from peraxis_tools.compress.plan.pairing import matched, tied_pairs
-from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
+from peraxis_tools.compress.plan.pair_plan import plan_pair, with_length
+from peraxis_tools.compress.plan.pairing import matched
+from peraxis_tools.compress.plan.plan import Plan, PlannedModule
 from peraxis_tools.compress.plan.price import prices
 from peraxis_tools.compress.plan.record import PLAN_KEY, REPORT_KEY, plan_text, report_text
 from peraxis_tools.compress.plan.saving import check_saving, saves
@@ -44,7 +44,6 @@ from peraxis_tools.notes import note
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_delta
 from peraxis_tools.parallel import ordered_map
-from peraxis_tools.positions import checked_length
 from peraxis_tools.progress import Staged, watched_stages
 from peraxis_tools.text import check_texts
 
@@ -119,9 +118,7 @@ def compress(
         open_checkpoint(fine_tuned, revision=fine_tuned_revision) as opened,
     ):
         base_checkpoint, tuned_checkpoint = matched(opened_base, opened, base_id)
-        if options.resolved_fit != "none":
-            length = checked_length(tuned_checkpoint.config(), options.sequence_length, tuned_checkpoint.tensors.label)
-            options = replace(options, sequence_length=length)
+        options = with_length(options, tuned_checkpoint)
         return _compress_pair(
             base_checkpoint, tuned_checkpoint, output, options, step, show_plan, overwrite=overwrite, force=force
         )
@@ -173,13 +170,7 @@ def _planned(
     base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, progress: Progress, *, force: bool
 ) -> Plan:
     """The plan; without a target its saving is checked. Reads the pair's weights if a fit will use them."""
-    planned = plan(
-        fine_tuned={info.name: info for info in fine_tuned.tensors.infos()},
-        base={info.name: info for info in base.tensors.infos()},
-        options=options,
-        tied=tied_pairs(fine_tuned.tensors),
-    )
-    planned = with_casts(planned, base.tensors, fine_tuned.tensors)
+    planned = plan_pair(base, fine_tuned, options)
     if not options.has_target:
         planned = _foretold(planned, base, fine_tuned, options, force=force)
     if options.has_target or options.resolved_fit != "none":

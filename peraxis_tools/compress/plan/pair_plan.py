@@ -1,0 +1,33 @@
+"""The plan of a checkpoint pair, for a run and for a dry run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from peraxis_tools.checkpoint import Checkpoint
+from peraxis_tools.compress.options import CompressOptions
+from peraxis_tools.compress.plan.casts import with_casts
+from peraxis_tools.compress.plan.pairing import tied_pairs
+from peraxis_tools.compress.plan.plan import Plan, plan
+from peraxis_tools.positions import checked_length
+
+__all__ = ["plan_pair", "with_length"]
+
+
+def plan_pair(base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions) -> Plan:
+    """The plan without predicted sizes. Reads the tensors that may be casts of the base's."""
+    planned = plan(
+        fine_tuned={info.name: info for info in fine_tuned.tensors.infos()},
+        base={info.name: info for info in base.tensors.infos()},
+        options=options,
+        tied=tied_pairs(fine_tuned.tensors),
+    )
+    return with_casts(planned, base.tensors, fine_tuned.tensors)
+
+
+def with_length(options: CompressOptions, fine_tuned: Checkpoint) -> CompressOptions:
+    """The options with the number of tokens in a sample that the model has positions for. Raises OptionError."""
+    if options.resolved_fit == "none":
+        return options
+    length = checked_length(fine_tuned.config(), options.sequence_length, fine_tuned.tensors.label)
+    return replace(options, sequence_length=length)
