@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final, get_args
+from typing import ClassVar, Final, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, step_name, step_of
 from peraxis_format.writer import DeltaWriter
 
-__all__ = ["CHANGED", "Published", "UpdateWriter", "digest_of"]
+__all__ = ["CHANGED", "Published", "UpdateOptions", "UpdateWriter", "digest_of"]
 
 CHANGED: Final = "peraxis.changed"  # metadata: weights that an update changes
 
@@ -53,6 +53,15 @@ class Published:
     changed: int
     weights: int
     bytes: int
+
+
+class UpdateOptions(TypedDict, total=False):
+    """The options of UpdateWriter, for what passes them on to it."""
+
+    name: str
+    dtype: torch.dtype | None
+    prefer: Prefer
+    anchor_every: int | None
 
 
 class UpdateWriter:

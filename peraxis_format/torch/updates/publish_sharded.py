@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from peraxis_format.torch.place.finder import local_part
 from peraxis_format.torch.place.pieces import Layout, Ranks, exchanged, flat_indices, slices
 from peraxis_format.torch.place.shards import Box, whole
 from peraxis_format.torch.updates.mirror import Mirror, is_url
-from peraxis_format.torch.updates.publish import CHANGED, Published, UpdateWriter, digest_of
+from peraxis_format.torch.updates.publish import CHANGED, Published, UpdateOptions, UpdateWriter, digest_of
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
 from peraxis_format.torch.updates.source import UpdateFile, Way, anchor_name, chain_of, step_name
 
@@ -40,8 +40,8 @@ class ShardedUpdateWriter(UpdateWriter):
     """Publishes the states of a model of DTensors (fully_shard, tensor parallel): see UpdateWriter.
 
     Every rank of the group makes one and calls `step`; tensors that are not DTensors must be equal on all of them. All
-    ranks must see the folder, or it is a URL, which only rank 0 reads and writes. group: default all ranks. `step`
-    returns or raises the same on every rank.
+    ranks must see the folder, or it is a URL, which only rank 0 reads and writes. group: default all ranks.
+    options: those of UpdateWriter. `step` returns or raises the same on every rank.
     """
 
     _in_pieces: ClassVar[bool] = True
@@ -51,11 +51,8 @@ class ShardedUpdateWriter(UpdateWriter):
         model: nn.Module | Mapping[str, Tensor],
         folder: str | Path,
         *,
-        name: str = "model",
-        dtype: torch.dtype | None = torch.bfloat16,
-        prefer: Literal["size", "speed"] = "size",
-        anchor_every: int | None = None,
         group: Any = None,
+        **options: Unpack[UpdateOptions],
     ) -> None:
         """Raises the errors of UpdateWriter. Collective, like all methods except `prune`."""
         self._ranks = Ranks(group)
@@ -64,7 +61,7 @@ class ShardedUpdateWriter(UpdateWriter):
         self._layouts: dict[str, Layout] = {}
         self._boxes: dict[str, Box] = {}
         self._pieces: dict[str, Array] = {}  # the published pieces of boxes that this rank sends
-        super().__init__(model, folder, name=name, dtype=dtype, prefer=prefer, anchor_every=anchor_every)
+        super().__init__(model, folder, **options)
 
     def _placed(self, folder: str | Path) -> tuple[Mirror | None, Path]:
         """Rank 0 alone writes to a URL, so only there is a mirror."""
