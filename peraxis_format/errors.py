@@ -25,6 +25,7 @@ __all__ = [
     "ShapeError",
     "UnsupportedError",
     "fail",
+    "first_line",
 ]
 
 _FETCH = "fetch the file again from its publisher"
@@ -205,6 +206,11 @@ class ShapeError(ValueError):
 
 
 _PHASES: Final = {"1": ContainerError, "2": ProfileError, "3": PayloadError, "4": BindingError}
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not blank, or its type: for libraries that add long advice."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def fail(
