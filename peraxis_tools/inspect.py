@@ -22,9 +22,9 @@ def inspect(path: str | Path) -> InspectResult:
 
 def inspect_remote(url: str) -> InspectResult:
     """`inspect` of a URL: only the header is read, by range requests. Raises ToolError, PxdError."""
-    from peraxis_tools.remote import remote_file
+    from peraxis_tools.remote import RemoteFile
 
-    remote = remote_file(url)
+    remote = RemoteFile(url)
     header, manifest = remote.header()
     content_id = "sha256:" + hashlib.sha256(header.manifest).hexdigest()
     return summarise(remote.url, content_id, remote.size, manifest, header.records)

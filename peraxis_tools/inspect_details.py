@@ -51,7 +51,7 @@ def details(path: str | Path, *, progress: ProgressOf = silent) -> Details:
     """Read the scales of a local file, as views; masks are not touched. Raises PxdError, OSError."""
     with pxd.open(path) as delta:
         signed = [name for name in delta if delta.entry(name).components]
-        sizes = {name: _span(delta, name) for name in signed}
+        sizes = {name: delta.payload_bytes(name) for name in signed}
         scales = []
         with progress("scales", sum(sizes.values())) as step:
             for name in signed:
@@ -60,11 +60,6 @@ def details(path: str | Path, *, progress: ProgressOf = silent) -> Details:
         return Details(
             scales=tuple(scales), errors=noted_errors(delta.manifest), relative=relative_errors(delta.manifest)
         )
-
-
-def _span(delta: pxd.DeltaFile, name: str) -> int:
-    begin, end = delta.span(name)
-    return end - begin
 
 
 def noted_errors(manifest: pxd.Manifest) -> dict[str, float]:

@@ -71,7 +71,7 @@ def _groups(delta: pxd.DeltaFile, parts: int) -> list[list[str]]:
     names = list(delta)
     if parts > len(names):
         raise ToolError(f"{delta.path}: has {len(names)} modules and cannot become {parts} parts")
-    total = sum(delta.span(name)[1] - delta.span(name)[0] for name in names)
+    total = sum(map(delta.payload_bytes, names))
     groups: list[list[str]] = [[]]
     done = 0
     for i, name in enumerate(names):
@@ -80,6 +80,5 @@ def _groups(delta: pxd.DeltaFile, parts: int) -> list[list[str]]:
             if full or len(names) - i <= parts - len(groups):
                 groups.append([])
         groups[-1].append(name)
-        begin, end = delta.span(name)
-        done += end - begin
+        done += delta.payload_bytes(name)
     return groups

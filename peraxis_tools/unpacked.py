@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import peraxis_format as pxd
+from peraxis_format.errors import located
 from peraxis_tools.errors import ToolError
-from peraxis_tools.located import located
 
 __all__ = ["UnpackedFile", "check_results", "has_exact", "unpacked"]
 

@@ -143,8 +143,7 @@ def to_lora(
         for entry in delta.manifest.modules:
             if entry.name in adapter.routes:
                 _add(adapter, entry, rank, max_error)
-            begin, end = delta.span(entry.name)
-            step(end - begin)
+            step(delta.payload_bytes(entry.name))
         if not adapter.modules:
             reasons = sorted({item.reason for item in adapter.left_out})
             why = f": each {'; or '.join(reasons)}" if reasons else ""

@@ -8,7 +8,6 @@ would do. Tensors that are not in the file are the base's.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +123,7 @@ def _write(
             writer.add(_module(name, ref.shape, ref.dtype, ref, components=(carried.component,)))
         elif name in found.whole:
             array, dtype = _storage(found.whole[name], ref, name, counts)
-            digest = hashlib.sha256(pxd.raw_bytes(array)).hexdigest()
+            digest = pxd.digest_of(array)
             if ref is not None and (digest, array.shape, dtype) == (ref.sha256, ref.shape, ref.dtype):
                 writer.add(_module(name, ref.shape, ref.dtype, ref))
             elif ref is None and digest in stored:

@@ -124,8 +124,7 @@ def _measure(file_a: pxd.DeltaFile, file_b: pxd.DeltaFile, name: str, base: Base
 
 def _module(file: pxd.DeltaFile, name: str) -> pxd.ModuleDelta:
     """A module. A small one is read instead of mapped, because one page of a map can load megabytes around it."""
-    begin, end = file.span(name)
-    return file.load(name) if end - begin <= _SMALL else file[name]
+    return file.load(name) if file.payload_bytes(name) <= _SMALL else file[name]
 
 
 def _scale(a: Sequence[Packed], b: Sequence[Packed]) -> float | None:

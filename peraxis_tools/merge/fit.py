@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,8 @@ from peraxis_tools.ops.merge_rows import columns
 from peraxis_tools.rows import row_blocks
 
 __all__ = ["Dense", "Fit", "fit_masks"]
+
+_TINY: Final = float(np.finfo(np.float64).tiny)
 
 # Returns rows of a dense matrix [d_out, d_in], which the caller may change; called several times.
 Dense: TypeAlias = Callable[[slice], NDArray[np.float32]]
@@ -121,9 +123,6 @@ def _sums(block: NDArray[np.float32], zeros: NDArray[np.float32], weights: NDArr
     return delta_sums(
         zeros[: len(block)], block, base_dtype=kind, dtype=kind, weights=weights, threads=1, backend=backend
     )
-
-
-_TINY = float(np.finfo(np.float64).tiny)
 
 
 def _ratio(stored: NDArray[np.float16], wanted: NDArray[np.float64]) -> float:

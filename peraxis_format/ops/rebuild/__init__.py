@@ -13,7 +13,6 @@ No backend reorders or fuses operations, so all give the same bits for any numbe
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peraxis_format.delta import ComponentFactors, Encoding, ModuleDelta
-from peraxis_format.dtypes import Array, DType, from_float32, raw_bytes, to_float32
+from peraxis_format.dtypes import Array, DType, digest_of, from_float32, to_float32
 from peraxis_format.errors import ShapeError, fail
 from peraxis_format.ops.backend import choose
 from peraxis_format.ops.exact import apply as apply_exact
@@ -63,7 +62,7 @@ def reconstruct(module: ModuleDelta, base: Array | None = None, *, backend: str 
         rebuild(module.factors(), kept, covered, base_dtype=ref.dtype, dtype=module.dtype, backend=backend)
     if module.tail is not None:
         module.dtype.rows_from(out, module.shape, module.kept)[...] = module.tail  # SPEC 6.4
-    if module.result is not None and hashlib.sha256(raw_bytes(out)).hexdigest() != module.result:
+    if module.result is not None and digest_of(out) != module.result:
         fail("E405", field=module.name)  # SPEC 7.4
     return out
 

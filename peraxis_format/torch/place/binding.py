@@ -8,7 +8,6 @@ all ranks agree.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 
 from peraxis_format.binding import check_base_digest
-from peraxis_format.dtypes import Array, raw_bytes
+from peraxis_format.dtypes import Array, digest_of
 from peraxis_format.errors import BindingError, LiveModelError, PxdError
 from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.ops.tensors import as_bytes, storage_array
@@ -164,7 +163,7 @@ def _check_pieces(bound: Sequence[ModuleEntry], placement: Placement, group: Any
         if rank == owner:
             full = _assembled(entry, messages, part, group)
             try:
-                check_base_digest(entry, hashlib.sha256(raw_bytes(full)).hexdigest())
+                check_base_digest(entry, digest_of(full))
             except PxdError as error:
                 failure = failure or error
             continue

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peraxis_format.errors import BindingError, LiveModelError
-from peraxis_format.manifest import Manifest, ModuleEntry
+from peraxis_format.manifest import PART_KEY, Manifest, ModuleEntry
 from peraxis_format.ops.tensors import dtype_of, torch_dtype
 from peraxis_format.torch.place.finder import FUSED, Finder
 from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, storage_key, whole
@@ -60,7 +60,7 @@ def place(
 
 def _refuse_part(manifest: Manifest) -> None:
     # SPEC 14: a part would make the live model a mixture of base and fine-tune.
-    if "peraxis.part" in manifest.metadata:
+    if PART_KEY in manifest.metadata:
         raise LiveModelError("the file is a part of a delta; join the parts with `peraxis-tools merge` first")
 
 

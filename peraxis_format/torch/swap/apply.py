@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from peraxis_format.arguments import check_choice, check_least
-from peraxis_format.errors import LiveModelError
-from peraxis_format.reader import DeltaFile, located
+from peraxis_format.errors import LiveModelError, located
+from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import device_of
 from peraxis_format.torch.place.binding import agree, check_live, is_sharded, rank_and_count, sharded_anywhere

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from peraxis_format.delta import Encoding
 from peraxis_format.dtypes import raw_bytes
-from peraxis_format.errors import DeviceError, LiveModelError, fail
+from peraxis_format.errors import DeviceError, LiveModelError, fail, located
 from peraxis_format.ops.tensors import storage_array
 from peraxis_format.payload import check_pad, check_values
-from peraxis_format.reader import DeltaFile, located
+from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import Device, current_device
 from peraxis_format.torch.place.proof import proven

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import Array
-from peraxis_format.errors import LiveModelError, PxdError
-from peraxis_format.reader import DeltaFile, located
+from peraxis_format.errors import LiveModelError, PxdError, located
+from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.binding import agree
 from peraxis_format.torch.place.pieces import in_pieces
 from peraxis_format.torch.place.placement import place

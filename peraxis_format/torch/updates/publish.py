@@ -9,11 +9,10 @@ rename; only then the snapshot of the published state is updated, and a new proc
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final, TypedDict, get_args
+from typing import ClassVar, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -21,10 +20,10 @@ from torch import Tensor, nn
 
 from peraxis_format.arguments import check_choice, check_least
 from peraxis_format.delta import BaseRef, Encoding, ModuleDelta
-from peraxis_format.dtypes import Array, DType, raw_bytes
+from peraxis_format.dtypes import Array, DType, digest_of
 from peraxis_format.errors import LiveModelError
-from peraxis_format.exact import lossless_module
-from peraxis_format.manifest import Identity, Manifest
+from peraxis_format.exact import count_changed, lossless_module
+from peraxis_format.manifest import CHANGED_KEY, Identity, Manifest
 from peraxis_format.ops.exact import Prefer, apply
 from peraxis_format.ops.rebuild import reconstruct
 from peraxis_format.ops.tensors import dtype_of, storage_array
@@ -34,9 +33,7 @@ from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, step_name, step_of
 from peraxis_format.writer import DeltaWriter
 
-__all__ = ["CHANGED", "Published", "UpdateOptions", "UpdateWriter", "digest_of"]
-
-CHANGED: Final = "peraxis.changed"  # metadata: weights that an update changes
+__all__ = ["Published", "UpdateOptions", "UpdateWriter"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,10 +136,10 @@ class UpdateWriter:
                 writer.add(module)
                 if module.encoding is not Encoding.SAME:
                     moved.append(module)
-                    changed += _count_changed(before, after)
+                    changed += count_changed(before, after)
             for name, alias in tied:
                 writer.tie(name, alias)
-            writer.metadata[CHANGED] = str(changed)
+            writer.metadata[CHANGED_KEY] = str(changed)
             manifest = writer.finish()
         self._send(path)
         # The update is published; the rest only updates this process's snapshot.
@@ -328,13 +325,3 @@ class UpdateWriter:
                     dtype, array = self._snapshot[entry.name]
                     self._snapshot[entry.name] = dtype, reconstruct(delta.load(entry.name), array)
                     self._digests[entry.name] = digest_of(self._snapshot[entry.name][1])
-
-
-def digest_of(array: Array) -> str:
-    """The hex digest of a storage array's bytes."""
-    return hashlib.sha256(raw_bytes(array)).hexdigest()
-
-
-def _count_changed(old: Array, new: Array) -> int:
-    width = f"u{old.dtype.itemsize}"
-    return int(np.count_nonzero(old.reshape(-1).view(width) != new.reshape(-1).view(width)))

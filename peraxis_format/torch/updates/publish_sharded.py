@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from peraxis_format.delta import BaseRef, Encoding, ModuleDelta
-from peraxis_format.dtypes import Array, DType
+from peraxis_format.dtypes import Array, DType, digest_of
 from peraxis_format.errors import LiveModelError
 from peraxis_format.exact import lossless_module
-from peraxis_format.manifest import Manifest
+from peraxis_format.manifest import CHANGED_KEY, Manifest
 from peraxis_format.ops.rebuild import reconstruct
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.binding import agree
@@ -29,7 +29,7 @@ from peraxis_format.torch.place.finder import local_part
 from peraxis_format.torch.place.pieces import Layout, Ranks, exchanged, flat_indices, slices
 from peraxis_format.torch.place.shards import Box, whole
 from peraxis_format.torch.updates.mirror import Mirror, is_url
-from peraxis_format.torch.updates.publish import CHANGED, Published, UpdateOptions, UpdateWriter, digest_of
+from peraxis_format.torch.updates.publish import Published, UpdateOptions, UpdateWriter
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
 from peraxis_format.torch.updates.source import UpdateFile, Way, anchor_name, chain_of, step_name
 
@@ -198,7 +198,7 @@ class ShardedUpdateWriter(UpdateWriter):
                 writer.add(modules[name][0])
             for name, alias in tied:
                 writer.tie(name, alias)
-            writer.metadata[CHANGED] = str(changed)
+            writer.metadata[CHANGED_KEY] = str(changed)
             manifest = writer.finish()
         self._send(path)
         return manifest, writer.size, changed

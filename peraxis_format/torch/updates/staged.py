@@ -21,9 +21,9 @@ from torch import Tensor
 
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import Array
-from peraxis_format.errors import LiveModelError, fail
+from peraxis_format.errors import LiveModelError, fail, located
 from peraxis_format.manifest import ModuleEntry
-from peraxis_format.reader import DeltaFile, located
+from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.binding import agree
 from peraxis_format.torch.place.pieces import Layout, Ranks, slices
 from peraxis_format.torch.place.proof import proven

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from peraxis_format import (
     Array,
     BaseRef,
@@ -13,8 +11,8 @@ from peraxis_format import (
     Safetensors,
     ShapeError,
     TensorInfo,
+    digest_of,
     lossless_module,
-    raw_bytes,
 )
 from peraxis_tools.compress.fit.mean import mean_components
 from peraxis_tools.compress.options import AUTO, CompressOptions
@@ -23,7 +21,7 @@ from peraxis_tools.compress.plan.plan import TABLES, PlannedModule
 from peraxis_tools.compress.plan.unchanged import is_unchanged, shared_rows
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 
-__all__ = ["base_ref", "module_delta"]
+__all__ = ["module_delta"]
 
 
 def module_delta(
@@ -38,7 +36,7 @@ def module_delta(
     if module.base_shape is None or module.base_dtype is None:
         return _full(module, None, tuned_array), None
     base_array = base.read(module.name)
-    ref = base_ref(base[module.name], base_array)
+    ref = _base_ref(base[module.name], base_array)
     kept = shared_rows(module.shape, module.base_shape)
     grown = kept is not None and module.shape and kept < module.shape[0]
     tail = module.dtype.rows_from(tuned_array, module.shape, kept) if kept is not None and grown else None
@@ -99,9 +97,9 @@ def _stored_bytes(module: ModuleDelta) -> int:
     return sum(array.nbytes for _, array in module.tensors())
 
 
-def base_ref(info: TensorInfo, array: Array) -> BaseRef:
+def _base_ref(info: TensorInfo, array: Array) -> BaseRef:
     """The reference to a base tensor, from its bytes in memory."""
-    return BaseRef(dtype=info.dtype, shape=info.shape, sha256=hashlib.sha256(raw_bytes(array)).hexdigest())
+    return BaseRef(dtype=info.dtype, shape=info.shape, sha256=digest_of(array))
 
 
 def _full(module: PlannedModule, ref: BaseRef | None, array: Array) -> ModuleDelta:
