@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
@@ -30,8 +29,6 @@ __all__ = [
     "Group",
     "asset_group",
     "find_assets",
-    "listed",
-    "printable_name",
 ]
 
 ASSET_BYTES_MAX: Final = 64 << 20
@@ -64,18 +61,6 @@ def asset_group(path: str) -> Group | None:
     if "/" in path and not path.startswith(f"{_TEMPLATES}/"):
         return "pipeline"
     return next((group for group, pattern in _GROUPS if pattern.fullmatch(path)), None)
-
-
-def listed(names: Sequence[str], shown: int = 5) -> str:
-    """The first names, and the number of the others."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
-
-
-def printable_name(path: str) -> str:
-    """A name in one line of valid Unicode: what a file system lets into names beside that is escaped."""
-    text = path.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ from peraxis_tools.outputs import Inputs, claim_delta
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.urls import without_secrets
 
-__all__ = ["SILENCE_SECONDS", "RemoteFile", "is_remote", "listed", "local_copy", "output_file"]
+__all__ = ["SILENCE_SECONDS", "RemoteFile", "deltas_of", "is_remote", "local_copy", "output_file"]
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z][A-Za-z0-9+.-]+)*://")
 _START: Final = 1 << 16  # cached bytes of a file's beginning, at most
@@ -193,7 +193,7 @@ def local_copy(source: str | Path, *, progress: ProgressOf = silent) -> Iterator
         yield target
 
 
-def listed(source: str | Path) -> list[str | Path]:
+def deltas_of(source: str | Path) -> list[str | Path]:
     """The deltas of a source: itself if it is a file, else every .pxd of the folder, by name.
 
     A folder is a path, a URL of one or with `*` in it (any file system except http), or a repository on the hub. Raises

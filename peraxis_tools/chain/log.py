@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import peraxis_format as pxd
 from peraxis_format.hub import hub_name
 from peraxis_tools.chain.order import Link, chain_order, folds, link_from
-from peraxis_tools.remote import RemoteFile, is_remote, listed, local_copy
+from peraxis_tools.remote import RemoteFile, deltas_of, is_remote, local_copy
 from peraxis_tools.urls import without_secrets
 
 __all__ = ["ChainLog", "LogEntry", "log"]
@@ -44,7 +44,7 @@ def log(source: str | Path) -> ChainLog:
 
     From a URL only headers are fetched. Raises ToolError, PxdError, CheckFailedError for a broken chain.
     """
-    read = [_read(file) for file in listed(source)]
+    read = [_read(file) for file in deltas_of(source)]
     entries = {link.content_id: entry for link, entry in read}
     links = [link for link, _ in read]
     folded = folds(links)
