@@ -121,6 +121,11 @@ class DeltaFile:
         return self._header.size
 
     @property
+    def data_size(self) -> int:
+        """The bytes after the header."""
+        return self.size - self._header.size
+
+    @property
     def records(self) -> tuple[TensorRecord, ...]:
         """Every tensor of the file in file order, with pads and assets."""
         return self._header.records

@@ -124,7 +124,7 @@ def join_parts(
         files.sort(key=lambda file: place[next(iter(file))])
         first = files[0].manifest
         metadata = {key: value for key, value in first.metadata.items() if key != pxd.PART_KEY}
-        total = sum(file.size - file.header_size for file in files)
+        total = sum(file.data_size for file in files)
         with _writer(output, first, metadata, overwrite=overwrite) as writer, watched(progress, "merge", total) as step:
             for name in names:
                 writer.add(owners[name].load(name))

@@ -137,7 +137,7 @@ def publish(
 def _verify(path: Path, progress: ProgressOf) -> None:
     with pxd.open(path) as delta:
         refuse_part(delta.manifest, path)
-        with progress("verify", delta.size - delta.header_size) as step:
+        with progress("verify", delta.data_size) as step:
             delta.verify(progress=step)
 
 

@@ -56,7 +56,7 @@ def split(
         names = [f"{stem}-{i:05d}-of-{len(groups):05d}.pxd" for i in range(1, len(groups) + 1)]
         with (
             atomic_folder(folder, overwrite=overwrite) as temporary,
-            progress("split", delta.size - delta.header_size) as step,
+            progress("split", delta.data_size) as step,
         ):
             write_parts(delta, groups, [temporary / name for name in names], progress=step)
         written = zip(groups, (folder / name for name in names), strict=True)

@@ -29,7 +29,7 @@ class VerifyResult:
 def verify_size(path: str | Path, base: str | Path | None) -> int:
     """The bytes that `verify` reads, for its progress."""
     with pxd.open(path) as delta:
-        total = delta.size - delta.header_size
+        total = delta.data_size
     if base is not None:
         with open_checkpoint(base) as checkpoint:
             total += checkpoint.tensors.size

@@ -139,7 +139,7 @@ def to_lora(
         entries = {entry.name: entry for entry in delta.manifest.modules}
         held = () if checkpoint is None else checkpoint.tensors
         adapter = _Adapter(delta, checkpoint, routes_of(entries, targets, held))
-        step = stack.enter_context(watched(progress, "convert", delta.size - delta.header_size))
+        step = stack.enter_context(watched(progress, "convert", delta.data_size))
         for entry in delta.manifest.modules:
             if entry.name in adapter.routes:
                 _add(adapter, entry, rank, max_error)

@@ -116,7 +116,7 @@ def merge(
     with ExitStack() as stack:
         stack.enter_context(claim_delta(output, overwrite=overwrite, inputs=(*paths, base)))
         opened = [stack.enter_context(pxd.open(path)) for path in paths]
-        total = sum(file.size - file.header_size for file in opened)
+        total = sum(file.data_size for file in opened)
         step = stack.enter_context(watched(progress, "merge", total))
         for file in opened:
             refuse_part(file.manifest, file.path)
