@@ -17,8 +17,9 @@ from peraxis_format.dtypes import digest_of
 from peraxis_format.errors import LiveModelError, PxdError
 from peraxis_format.ops.tensors import storage_array
 from peraxis_format.reader import DeltaFile
-from peraxis_format.torch.place.pieces import Ranks, in_pieces, sharded_digest
+from peraxis_format.torch.place.pieces import in_pieces, sharded_digest
 from peraxis_format.torch.place.placement import place
+from peraxis_format.torch.place.ranks import Ranks
 from peraxis_format.torch.place.shards import Placement, Shard, Target
 from peraxis_format.torch.updates.apply import apply_update
 from peraxis_format.torch.updates.errors import UpdateError

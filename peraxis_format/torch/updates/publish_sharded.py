@@ -24,10 +24,10 @@ from peraxis_format.exact import lossless_module
 from peraxis_format.manifest import CHANGED_KEY, Manifest
 from peraxis_format.ops.rebuild import reconstruct
 from peraxis_format.reader import DeltaFile
-from peraxis_format.torch.place.binding import agree
 from peraxis_format.torch.place.finder import local_part
-from peraxis_format.torch.place.pieces import Layout, Ranks, exchanged, flat_indices, slices
-from peraxis_format.torch.place.shards import Box, whole
+from peraxis_format.torch.place.pieces import Layout, flat_indices
+from peraxis_format.torch.place.ranks import Ranks, agree
+from peraxis_format.torch.place.shards import Box, slices, whole
 from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.publish import Published, UpdateOptions, UpdateWriter
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
@@ -88,7 +88,7 @@ class ShardedUpdateWriter(UpdateWriter):
             return self._publish_first(parts, tied)
         number = self.step_number + 1
         changes, outgoing = self._compared(parts)
-        incoming = exchanged(self._ranks, outgoing)
+        incoming = self._ranks.exchanged(outgoing)
         made = self._encoded(incoming)
         collected = self._ranks.collected({name: (module, count) for name, (module, count, _) in made.items()}, on=0)
         modules = {name: found for each in collected for name, found in each.items()}
