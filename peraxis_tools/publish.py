@@ -20,7 +20,7 @@ from peraxis_tools.checkpoint import parse_identity
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.folders import atomic_folder
-from peraxis_tools.inspection import InspectResult, summarise
+from peraxis_tools.inspection import inspect
 from peraxis_tools.names import names_a_file
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import check_folder, claim_folder
@@ -161,15 +161,10 @@ def _check_names(repository: str, deltas: Sequence[Path]) -> None:
         raise ToolError(f"{twice}: two of the files have this name; rename one" if twice else "pass a .pxd to publish")
 
 
-def _inspected(path: Path) -> InspectResult:
-    with pxd.open(path) as delta:
-        return summarise(str(path), delta.content_id, delta.size, delta.manifest, delta.records)
-
-
 def _told(deltas: Sequence[Path], reports: Sequence[Mapping[str, Any]], base_id: str | None) -> list[CardDelta]:
     """The card's data of each file. Raises ToolError for an evaluation of another file."""
     base = None if base_id is None else parse_identity(base_id)
-    found = [_inspected(path) for path in deltas]
+    found = [inspect(path) for path in deltas]
     ids = {result.content_id for result in found}
     stray = next((report for report in reports if report.get("content_id") not in ids), None)
     if stray is not None:
