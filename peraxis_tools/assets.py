@@ -23,7 +23,6 @@ from peraxis_tools.errors import ToolError
 from peraxis_tools.notes import note
 
 __all__ = [
-    "ASSET_BYTES_MAX",
     "LEFT_BEHIND",
     "FolderAssets",
     "Group",
@@ -31,7 +30,7 @@ __all__ = [
     "find_assets",
 ]
 
-ASSET_BYTES_MAX: Final = 64 << 20
+_ASSET_BYTES_MAX: Final = 64 << 20
 LEFT_BEHIND: Final = "peraxis.left_behind"  # metadata key: files that are left out, one in each line
 Group: TypeAlias = Literal["configuration", "tokenizer", "processor", "pipeline"]
 
@@ -78,7 +77,7 @@ class FolderAssets:
         target = _outside(file)
         if target is not None:
             note(f"{file}: is a link out of the checkpoint, to {target}; its content is taken")
-        if size > ASSET_BYTES_MAX:
+        if size > _ASSET_BYTES_MAX:
             raise ToolError(f"{file}: {size} bytes is too much for an asset; move it out of the folder")
         return file.read_bytes()
 

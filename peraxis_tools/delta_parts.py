@@ -21,7 +21,7 @@ import peraxis_format as pxd
 from peraxis_tools.errors import ToolError
 from peraxis_tools.progress import Progress, watched
 
-__all__ = ["is_part", "join_parts", "part_metadata", "part_of", "refuse_part", "split"]
+__all__ = ["is_part", "join_parts", "part_of", "refuse_part", "split"]
 
 
 def is_part(manifest: pxd.Manifest) -> bool:
@@ -43,7 +43,7 @@ def part_of(manifest: pxd.Manifest, file: object) -> str | None:
     return f"a part with {len(manifest.modules)} of {len(_whole(manifest, file))} modules"
 
 
-def part_metadata(names: Sequence[str]) -> dict[str, str]:
+def _part_metadata(names: Sequence[str]) -> dict[str, str]:
     """The metadata that marks a part of a whole with these modules, in order."""
     return {pxd.PART_KEY: pxd.canonical_json(list(names)).decode()}
 
@@ -92,7 +92,7 @@ def split(
         raise ToolError("each module must be in exactly one part")
     for number, (group, output) in enumerate(zip(groups, outputs, strict=True)):
         chosen = set(group)
-        with _writer(output, delta.manifest, {**delta.manifest.metadata, **part_metadata(names)}) as writer:
+        with _writer(output, delta.manifest, {**delta.manifest.metadata, **_part_metadata(names)}) as writer:
             for name in names:
                 if name in chosen:
                     writer.add(delta.load(name))

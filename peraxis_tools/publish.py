@@ -27,7 +27,7 @@ from peraxis_tools.outputs import check_folder, claim_folder
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.signatures import signature_path
 
-__all__ = ["PublishResult", "PublishedDelta", "Relation", "publish", "read_evaluation"]
+__all__ = ["PublishResult", "PublishedDelta", "Relation", "publish"]
 
 Relation = Literal["finetune", "adapter", "quantized", "merge"]
 
@@ -96,7 +96,7 @@ def publish(
     bundles = [signature_path(path) for path in deltas]
     if dry_run is not None:
         check_folder(dry_run, overwrite=overwrite, inputs=(*deltas, *bundles, *evaluations))
-    reports = [read_evaluation(path) for path in evaluations]
+    reports = [_read_evaluation(path) for path in evaluations]
     for path in deltas:
         _verify(path, progress)
     told = _told(deltas, reports, base_id)
@@ -287,7 +287,7 @@ def _upload(
     return str(done.commit_url)
 
 
-def read_evaluation(path: Path) -> Mapping[str, Any]:
+def _read_evaluation(path: Path) -> Mapping[str, Any]:
     """An evaluation's JSON. Raises ToolError for anything else."""
     try:
         found = json.loads(path.read_bytes())

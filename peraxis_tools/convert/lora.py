@@ -233,8 +233,8 @@ def _square(adapter: _Adapter, entry: pxd.ModuleEntry) -> float | None:
         blocks = (delta_rows(module, rows, None) for rows in row_blocks(module.covered))
         return math.fsum(float(np.square(block, dtype=np.float64).sum()) for block in blocks)
     bound = entry.base is not None and entry.base.shape == entry.shape
-    stored = entry.encoding in (pxd.Encoding.FULL, pxd.Encoding.EXACT)
-    if not stored or not bound or adapter.base is None or entry.base is None:
+    exact = entry.encoding in (pxd.Encoding.FULL, pxd.Encoding.EXACT)
+    if not exact or not bound or adapter.base is None or entry.base is None:
         return None
     if not (entry.dtype.is_float and entry.base.dtype.is_float):
         return None

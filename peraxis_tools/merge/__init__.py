@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import peraxis_format as pxd
-from peraxis_tools.arguments import one_name, sequence
+from peraxis_tools.arguments import masks_of, sequence
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.delta_parts import join_parts, refuse_part
 from peraxis_tools.errors import CheckFailedError, ToolError
@@ -106,7 +106,7 @@ def merge(
     True for a bar. Raises CheckFailedError for different bases, ToolError, PxdError, CheckpointError.
     """
     mixture = mixture or Mixture()
-    masks = one_name("masks", masks, "bits", bits)
+    masks = masks_of(masks, bits)
     if masks is not None and not 1 <= masks <= pxd.COMPONENTS_MAX:
         raise ToolError(f"masks {masks}: must be 1 to {pxd.COMPONENTS_MAX}")
     output = Path(output)

@@ -27,7 +27,6 @@ from peraxis_format.ops.exact import apply as apply_exact
 from peraxis_format.ops.rebuild import numpy as reference
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from peraxis_format.ops.rebuild.torch import ComponentTensors
@@ -96,18 +95,17 @@ def rebuild_tensor(
     weight: Tensor,
     components: Sequence[ComponentTensors],
     *,
-    dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The merged weight [d_out, d_in] of a base weight on any device (SPEC 6.1, 6.2).
 
-    dtype: that of the result, one of BF16, F16, F32; None for the weight's. out: the output, contiguous and in that
-    dtype; None for a new tensor. backend: torch, or numba for tensors on the CPU. Raises BackendError.
+    out: the output, contiguous, in BF16, F16 or F32; None for a new tensor in the weight's dtype. backend: torch, or
+    numba for tensors on the CPU. Raises BackendError.
     """
     from peraxis_format.ops.rebuild import torch as plain
 
-    out = plain.output_like(weight, dtype) if out is None else out
+    out = plain.output_like(weight) if out is None else out
     chosen = choose("rebuild_tensor", weight.numel(), weight.device.type, backend)
     if chosen == "numba" and weight.numel() and components:
         plain.rebuild_compiled(weight, components, out)

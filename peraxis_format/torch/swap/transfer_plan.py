@@ -175,15 +175,15 @@ def _boxed(delta: DeltaFile, entry: ModuleEntry, box: Box, parts: tuple[ShardVie
     runs: list[ByteRange] = []
     for record in delta.tensors(entry.name):
         suffix = record.name[len(entry.name) + 1 :]
-        stored = _part_box(suffix, box)
-        shape = extent(stored)
+        part_box = _part_box(suffix, box)
+        shape = extent(part_box)
         shift, width = 0, shape[-1]
         if suffix.endswith(".mask"):
             shift = box[-1][0] % 8
             shape = (*shape[:-1], mask_width(box[-1][1] - box[-1][0]))
         fields.append(Field(suffix, record.dtype, shape, offset, shift, width))
         size = record.dtype.itemsize
-        for source, length in _box_runs(record.shape, stored, size):
+        for source, length in _box_runs(record.shape, part_box, size):
             runs.append(ByteRange(delta.header_size + record.begin + source, offset, length))
             offset += length
         offset = aligned(offset)

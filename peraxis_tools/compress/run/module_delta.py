@@ -82,7 +82,7 @@ def module_delta(
     )
     if options.exact == AUTO:
         lossless = _lossless(module, base_array, ref, tuned_array, options)
-        if _stored_bytes(lossless) < _stored_bytes(delta):
+        if _payload_bytes(lossless) < _payload_bytes(delta):
             return lossless, None
     return delta, report
 
@@ -93,7 +93,7 @@ def _lossless(module: PlannedModule, base: Array, ref: BaseRef, tuned: Array, op
     )
 
 
-def _stored_bytes(module: ModuleDelta) -> int:
+def _payload_bytes(module: ModuleDelta) -> int:
     return sum(array.nbytes for _, array in module.tensors())
 
 
