@@ -54,7 +54,6 @@ FORMAT = (
         "torch.device",
     ),
     *(
-        "files",
         "hub",
         "create_remote",
         "torch.swap.transfer_plan",

@@ -6,6 +6,7 @@ from peraxis_format import (
     Array,
     BaseRef,
     Component,
+    DType,
     Encoding,
     ModuleDelta,
     Safetensors,
@@ -58,15 +59,7 @@ def module_delta(
         components, report = fitted.components, fitted.report
     elif module.encoding is Encoding.SIGN:
         try:
-            components = mean_components(
-                base_array[:kept],
-                tuned_array[:kept],
-                base_dtype=module.base_dtype,
-                dtype=module.dtype,
-                axis=module.axis,
-                components=module.components,
-                for_outputs=module.kind not in TABLES,
-            )
+            components = _mean(module, base_array[:kept], tuned_array[:kept], module.base_dtype)
         except ShapeError:  # scales that are NaN or infinite; check_finite names the tensor and the index
             check_finite(module, base_array, tuned_array, base.label, fine_tuned.label)
             raise
@@ -85,6 +78,18 @@ def module_delta(
         if _payload_bytes(lossless) < _payload_bytes(delta):
             return lossless, None
     return delta, report
+
+
+def _mean(module: PlannedModule, base: Array, tuned: Array, base_dtype: DType) -> tuple[Component, ...]:
+    return mean_components(
+        base,
+        tuned,
+        base_dtype=base_dtype,
+        dtype=module.dtype,
+        axis=module.axis,
+        components=module.components,
+        for_outputs=module.kind not in TABLES,
+    )
 
 
 def _lossless(module: PlannedModule, base: Array, ref: BaseRef, tuned: Array, options: CompressOptions) -> ModuleDelta:
