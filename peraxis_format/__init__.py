@@ -23,6 +23,8 @@ from peraxis_format.canonical import canonical_json
 from peraxis_format.checkpoint import INDEX_NAME, SINGLE_NAME, Safetensors, TensorInfo
 from peraxis_format.container import Header, TensorRecord, file_size, header_bytes, layout
 from peraxis_format.delta import (
+    EXPONENT_MAX,
+    EXPONENT_MIN,
     Axis,
     BaseRef,
     Component,
@@ -36,7 +38,7 @@ from peraxis_format.delta import (
     scale_shapes,
     tensor_shapes,
 )
-from peraxis_format.dtypes import Array, DType, from_float32, raw_bytes, to_float32
+from peraxis_format.dtypes import Array, DType, digest_of, from_float32, raw_bytes, to_float32
 from peraxis_format.errors import (
     CODES,
     ArgumentError,
@@ -50,11 +52,13 @@ from peraxis_format.errors import (
     ShapeError,
     UnsupportedError,
 )
-from peraxis_format.exact import lossless_module
+from peraxis_format.exact import count_changed, lossless_module
 from peraxis_format.files import atomic_file, is_stream, name_lock, new_temporary, remove_leftovers, sync_folder
 from peraxis_format.manifest import (
     ASSET_PATH,
+    CHANGED_KEY,
     COMPONENTS_MAX,
+    PART_KEY,
     Asset,
     BaseIdentity,
     Calibration,
@@ -76,10 +80,14 @@ from peraxis_format.writer import DeltaWriter
 __all__ = [
     "ALIGNMENT",
     "ASSET_PATH",
+    "CHANGED_KEY",
     "CODES",
     "COMPONENTS_MAX",
+    "EXPONENT_MAX",
+    "EXPONENT_MIN",
     "INDEX_NAME",
     "NAME",
+    "PART_KEY",
     "SINGLE_NAME",
     "ArgumentError",
     "Array",
@@ -123,7 +131,9 @@ __all__ = [
     "check_base_digest",
     "check_base_names",
     "check_base_tensor",
+    "count_changed",
     "dense_delta",
+    "digest_of",
     "encode_scale_pair",
     "encode_scales",
     "file_size",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from peraxis_format.arguments import check_least
 from peraxis_format.checkpoint import Safetensors, TensorInfo
-from peraxis_format.dtypes import Array, raw_bytes
+from peraxis_format.dtypes import Array, digest_of
 from peraxis_format.errors import fail
 from peraxis_format.manifest import Manifest, ModuleEntry
 
@@ -50,7 +49,7 @@ def check_base_digest(module: ModuleEntry, sha256: str) -> None:
 
 def check_base_bytes(module: ModuleEntry, tensor: Array) -> None:
     """`check_base_digest` on a contiguous storage array, so that the checked bytes are those that are used."""
-    check_base_digest(module, hashlib.sha256(raw_bytes(tensor)).hexdigest())
+    check_base_digest(module, digest_of(tensor))
 
 
 def check_base(

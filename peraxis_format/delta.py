@@ -195,7 +195,9 @@ class ModuleDelta:
                 )
         for component in self.components:
             if not EXPONENT_MIN <= component.exponent <= EXPONENT_MAX:
-                raise ShapeError(f"{self.name}: exponent {component.exponent} is not within -64 and 63")
+                raise ShapeError(
+                    f"{self.name}: exponent {component.exponent} is not within {EXPONENT_MIN} and {EXPONENT_MAX}"
+                )
 
     @property
     def kept(self) -> int:

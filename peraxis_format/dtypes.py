@@ -11,6 +11,7 @@ pack their elements, so their storage array is flat, uint8 [bytes].
 
 from __future__ import annotations
 
+import hashlib
 import math
 from enum import Enum
 from typing import Any, Final, TypeAlias
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from peraxis_format.errors import ShapeError
 
-__all__ = ["Array", "DType", "from_float32", "raw_bytes", "to_float32"]
+__all__ = ["Array", "DType", "digest_of", "from_float32", "raw_bytes", "to_float32"]
 
 Array: TypeAlias = NDArray[Any]
 
@@ -136,6 +137,11 @@ def raw_bytes(array: Array) -> memoryview:
     """The bytes of a storage array in row-major order, without a copy if it is contiguous."""
     flat: Any = np.ascontiguousarray(array).reshape(-1)
     return memoryview(flat.view(np.uint8))
+
+
+def digest_of(array: Array) -> str:
+    """The SHA-256 of a storage array's bytes, as 64 hex digits."""
+    return hashlib.sha256(raw_bytes(array)).hexdigest()
 
 
 def to_float32(array: Array, dtype: DType) -> NDArray[np.float32]:

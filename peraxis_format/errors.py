@@ -6,6 +6,9 @@ path), which clause of SPEC.md it violates, and what to do about it.
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Final, NoReturn
 
@@ -25,6 +28,8 @@ __all__ = [
     "ShapeError",
     "UnsupportedError",
     "fail",
+    "first_line",
+    "located",
 ]
 
 _FETCH = "fetch the file again from its publisher"
@@ -205,6 +210,21 @@ class ShapeError(ValueError):
 
 
 _PHASES: Final = {"1": ContainerError, "2": ProfileError, "3": PayloadError, "4": BindingError}
+
+
+@contextlib.contextmanager
+def located(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Add the name of the file to a PxdError that passes through."""
+    try:
+        yield
+    except PxdError as error:
+        error.file = error.file or str(path)
+        raise
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not blank, or its type: for libraries that add long advice."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def fail(

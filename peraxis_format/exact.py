@@ -1,16 +1,17 @@
-"""Tensors of a lossless delta: `same`, `exact` or `full`, the encoding with the fewest bytes."""
+"""Tensors of a lossless delta: `same`, `exact` or `full`, the encoding with the fewest bytes; and their changes."""
 
 from __future__ import annotations
 
-import hashlib
 from typing import get_args
+
+import numpy as np
 
 from peraxis_format.arguments import check_choice, check_least
 from peraxis_format.delta import BaseRef, Encoding, ModuleDelta
-from peraxis_format.dtypes import Array, DType, raw_bytes
+from peraxis_format.dtypes import Array, DType, digest_of, raw_bytes
 from peraxis_format.ops.exact import Prefer, encode
 
-__all__ = ["lossless_module"]
+__all__ = ["count_changed", "lossless_module"]
 
 
 def lossless_module(
@@ -56,6 +57,14 @@ def lossless_module(
         base=base,
         index=index,
         data=data,
-        result=hashlib.sha256(raw_bytes(new)).hexdigest(),
+        result=digest_of(new),
         tail=tail,
     )
+
+
+def count_changed(old: Array, new: Array) -> int:
+    """The number of elements of two storage arrays whose bits differ; all of them if shapes or dtypes differ."""
+    if old.shape != new.shape or old.dtype != new.dtype:
+        return int(new.size)
+    width = f"u{old.dtype.itemsize}"
+    return int(np.count_nonzero(old.reshape(-1).view(width) != new.reshape(-1).view(width)))

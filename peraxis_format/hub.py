@@ -7,13 +7,15 @@ any file. This needs huggingface_hub, which is imported when a name has to be lo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
-from peraxis_format.errors import CheckpointError
+from peraxis_format.errors import CheckpointError, first_line
 
 __all__ = ["HubName", "commit_new_file", "hub_errors", "hub_file", "hub_files", "hub_name", "hub_path"]
 
@@ -60,9 +62,14 @@ def hub_errors() -> tuple[type[Exception], ...]:
     """The exceptions of huggingface_hub, the errors of its HTTP library included. Raises ImportError without it."""
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-    # The bases of HfHubHTTPError are OSError and the error of the HTTP library, whose package differs by version.
-    library = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
-    return HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, OSError, ValueError, *library
+    return HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, ValueError, *_unreachable()
+
+
+def _unreachable() -> tuple[type[Exception], ...]:
+    """OSError (offline mode) and the error of the HTTP library, whose package differs by version."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
 
 
 def hub_path(source: str | os.PathLike[str]) -> Path:
@@ -76,18 +83,11 @@ def hub_file(name: HubName) -> Path:
 
     Raises CheckpointError: no such repository, several files, no network and nothing in the cache.
     """
-    try:
+    with _errors_about(name):
         from huggingface_hub import hf_hub_download
 
-        errors = hub_errors()
-    except ImportError:
-        raise CheckpointError(f"{name.repository}: needs huggingface_hub; install it, or pass a path") from None
-    try:
         file = name.file or _only_delta(name)
         return Path(hf_hub_download(name.repository, file, revision=name.revision))
-    except errors as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointError(f"{name.repository}: cannot be fetched from the hub: {reason}") from None
 
 
 def hub_files(name: HubName) -> list[str]:
@@ -95,15 +95,8 @@ def hub_files(name: HubName) -> list[str]:
 
     Raises CheckpointError: no such repository, no deltas, no network and nothing in the cache.
     """
-    try:
-        errors = hub_errors()
-    except ImportError:
-        raise CheckpointError(f"{name.repository}: needs huggingface_hub; install it, or pass a path") from None
-    try:
+    with _errors_about(name):
         there = _listed(name)
-    except errors as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointError(f"{name.repository}: cannot be fetched from the hub: {reason}") from None
     folder = f"{name.file.rstrip('/')}/" if name.file else ""
     found = sorted(
         file for file in there
@@ -113,6 +106,19 @@ def hub_files(name: HubName) -> list[str]:
         raise CheckpointError(f"{name.repository}/{folder}: has no .pxd files")
     at = f"@{name.revision.replace('/', '%2F')}" if name.revision else ""
     return [f"hf://{name.repository}{at}/{file}" for file in found]
+
+
+@contextlib.contextmanager
+def _errors_about(name: HubName) -> Iterator[None]:
+    """Turn errors of the hub, and a missing huggingface_hub, into a CheckpointError."""
+    try:
+        errors = hub_errors()
+    except ImportError:
+        raise CheckpointError(f"{name.repository}: needs huggingface_hub; install it, or pass a path") from None
+    try:
+        yield
+    except errors as error:
+        raise CheckpointError(f"{name.repository}: cannot be fetched from the hub: {first_line(error)}") from None
 
 
 def _only_delta(name: HubName) -> str:
@@ -130,13 +136,11 @@ def _listed(name: HubName) -> list[str]:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    # Its bases are OSError (offline mode) and the error of the HTTP library, whose package differs between versions.
-    unreachable = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
     try:
         return HfApi().list_repo_files(name.repository, revision=name.revision)
     except HfHubHTTPError:
         raise  # the hub answered
-    except unreachable:
+    except _unreachable():
         folder = Path(snapshot_download(name.repository, revision=name.revision, local_files_only=True))
         return [path.relative_to(folder).as_posix() for path in folder.rglob("*.pxd")]
 

@@ -29,6 +29,7 @@ from peraxis_format.strict_json import Json
 
 __all__ = [
     "ASSET_PATH",
+    "CHANGED_KEY",
     "COMPONENTS_MAX",
     "DIMENSIONS_MAX",
     "ENTRIES_MAX",
@@ -36,6 +37,7 @@ __all__ = [
     "FEATURES",
     "METADATA_MAX",
     "MODULES_MAX",
+    "PART_KEY",
     "TENSOR_MAX",
     "Asset",
     "BaseIdentity",
@@ -56,6 +58,8 @@ ENTRIES_MAX: Final = 2**18  # also for assets, dropped, tied and metadata
 METADATA_MAX: Final = 2**24  # bytes of its canonical JSON
 COMPONENTS_MAX: Final = 8
 DIMENSIONS_MAX: Final = 8
+CHANGED_KEY: Final = "peraxis.changed"  # metadata: the number of weights that an update changes
+PART_KEY: Final = "peraxis.part"  # metadata: the file is a part of a delta, and these are all of its modules
 TENSOR_MAX: Final = 2**53  # bytes of a tensor of the file or of the base are fewer
 ASSET_PATH: Final = re.compile(
     r"([A-Za-z0-9_][A-Za-z0-9_-]{0,62}/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,118}\.(json|txt|model|jinja|tiktoken|md)"

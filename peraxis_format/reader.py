@@ -23,7 +23,7 @@ from typing import Final
 
 from peraxis_format.container import HEADER_BLOCK, Header, TensorRecord, parts_of, records_of
 from peraxis_format.delta import ModuleDelta
-from peraxis_format.errors import PxdError, fail
+from peraxis_format.errors import PxdError, fail, located
 from peraxis_format.header import check_start, header_length, parse_header
 from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.payload import build_module, check_pad, check_stored_values, check_values
@@ -31,7 +31,7 @@ from peraxis_format.profile import check_manifest
 from peraxis_format.schema import parse_manifest
 from peraxis_format.thread_pool import run_jobs
 
-__all__ = ["DeltaFile", "located", "open", "read_header"]
+__all__ = ["DeltaFile", "open", "read_header"]
 
 _CHUNK: Final = 1 << 19  # hashed while still in the second-level cache
 
@@ -121,6 +121,11 @@ class DeltaFile:
         return self._header.size
 
     @property
+    def data_size(self) -> int:
+        """The bytes after the header."""
+        return self.size - self._header.size
+
+    @property
     def records(self) -> tuple[TensorRecord, ...]:
         """Every tensor of the file in file order, with pads and assets."""
         return self._header.records
@@ -149,6 +154,11 @@ class DeltaFile:
         if record is None:
             return 0, 0
         return self._header.size + record.begin, self._header.size + record.end
+
+    def payload_bytes(self, name: str) -> int:
+        """The bytes of a module's tensor in the file; 0 if it has none. Raises KeyError."""
+        begin, end = self.span(name)
+        return end - begin
 
     def __getitem__(self, name: str) -> ModuleDelta:
         """A module as zero-copy views of the mapped file; its payload is not checked. Raises KeyError."""
@@ -210,8 +220,7 @@ class DeltaFile:
                         first, failure = place, error
 
         # The largest module starts first, so that it is not the last to finish.
-        size = [end - begin for begin, end in map(self.span, modules)]
-        order = sorted(range(len(modules)), key=lambda place: -size[place])
+        order = sorted(range(len(modules)), key=lambda place: -self.payload_bytes(modules[place]))
         run_jobs([partial(job, place) for place in order], threads=workers)
         if failure is not None:
             raise failure
@@ -316,16 +325,6 @@ class DeltaFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@contextlib.contextmanager
-def located(path: Path) -> Iterator[None]:
-    """Add the name of the file to an error that passes through."""
-    try:
-        yield
-    except PxdError as error:
-        error.file = error.file or str(path)
-        raise
 
 
 def _open_regular(path: Path) -> int:

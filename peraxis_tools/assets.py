@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
@@ -24,17 +23,14 @@ from peraxis_tools.errors import ToolError
 from peraxis_tools.notes import note
 
 __all__ = [
-    "ASSET_BYTES_MAX",
     "LEFT_BEHIND",
     "FolderAssets",
     "Group",
     "asset_group",
     "find_assets",
-    "listed",
-    "printable_name",
 ]
 
-ASSET_BYTES_MAX: Final = 64 << 20
+_ASSET_BYTES_MAX: Final = 64 << 20
 LEFT_BEHIND: Final = "peraxis.left_behind"  # metadata key: files that are left out, one in each line
 Group: TypeAlias = Literal["configuration", "tokenizer", "processor", "pipeline"]
 
@@ -66,18 +62,6 @@ def asset_group(path: str) -> Group | None:
     return next((group for group, pattern in _GROUPS if pattern.fullmatch(path)), None)
 
 
-def listed(names: Sequence[str], shown: int = 5) -> str:
-    """The first names, and the number of the others."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
-
-
-def printable_name(path: str) -> str:
-    """A name in one line of valid Unicode: what a file system lets into names beside that is escaped."""
-    text = path.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderAssets:
     """carried: the assets, as sorted paths relative to the folder. left: sorted files that a loaded model may need."""
@@ -93,7 +77,7 @@ class FolderAssets:
         target = _outside(file)
         if target is not None:
             note(f"{file}: is a link out of the checkpoint, to {target}; its content is taken")
-        if size > ASSET_BYTES_MAX:
+        if size > _ASSET_BYTES_MAX:
             raise ToolError(f"{file}: {size} bytes is too much for an asset; move it out of the folder")
         return file.read_bytes()
 

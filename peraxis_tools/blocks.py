@@ -10,9 +10,9 @@ import numpy as np
 
 import peraxis_format as pxd
 
-__all__ = ["MODES", "blocks_text", "count_blocks"]
+__all__ = ["blocks_text", "count_blocks"]
 
-MODES: Final = ("keyed", "gaps", "raw", "unchanged")
+_MODES: Final = ("keyed", "gaps", "raw", "unchanged")
 _RAW: Final = 255
 
 
@@ -31,5 +31,5 @@ def count_blocks(module: pxd.ModuleDelta) -> Counter[str]:
 
 def blocks_text(blocks: Mapping[str, int], prefer: str) -> str:
     """The counts as a text, with the writer's preference."""
-    counted = ", ".join(f"{blocks[mode]} {mode}" for mode in MODES if blocks.get(mode))
+    counted = ", ".join(f"{blocks[mode]} {mode}" for mode in _MODES if blocks.get(mode))
     return f"{counted or 'none'}; written for {prefer}"

@@ -20,7 +20,7 @@ from peraxis_tools.inspection import InspectResult
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-__all__ = ["HUB_ID", "CardDelta", "card_text", "inherited", "missing_fields", "parse_card"]
+__all__ = ["HUB_ID", "CardDelta", "card_text", "missing_fields"]
 
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SPECIAL: Final = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&:]|(?<=www)\.)")
@@ -75,17 +75,17 @@ def card_text(
 
     fine_tuned_card: the fine-tune's own card, for language, licence, pipeline and data sets. Raises ToolError.
     """
-    card = parse_card(existing)
+    card = _parse_card(existing)
     # A ModelCard's data are ModelCardData; the library types them as the base class.
     data = cast("ModelCardData", card.data) if card is not None else None
     text = card.text.strip("\n") if card is not None else f"# {_md(deltas[0].found.manifest.fine_tuned.id)}"
     for delta in deltas:
         text = _with_section(text, delta.file, "\n".join(_section(repository, delta)))
-    merged = _data(repository, deltas, data, inherited(fine_tuned_card), licence, relation)
+    merged = _data(repository, deltas, data, _inherited(fine_tuned_card), licence, relation)
     return f"---\n{merged.to_yaml()}\n---\n\n{text}\n"
 
 
-def parse_card(content: str | None) -> ModelCard | None:
+def _parse_card(content: str | None) -> ModelCard | None:
     """Parse a card; None without one. Raises ToolError if its front matter is not YAML."""
     from huggingface_hub import ModelCard
 
@@ -98,16 +98,16 @@ def parse_card(content: str | None) -> ModelCard | None:
         raise ToolError(f"README.md: its front matter cannot be read ({reason}); correct it first") from None
 
 
-def inherited(content: str | None) -> dict[str, Any]:
+def _inherited(content: str | None) -> dict[str, Any]:
     """Language, licence, pipeline and data sets of the fine-tune's card."""
-    card = parse_card(content)
+    card = _parse_card(content)
     values = {} if card is None else {key: getattr(card.data, key, None) for key in _INHERITED}
     return {key: value for key, value in values.items() if value}
 
 
 def missing_fields(content: str) -> list[str]:
     """The usual fields that this card lacks."""
-    card = parse_card(content)
+    card = _parse_card(content)
     usual = ("base_model", "license", "language", "pipeline_tag")
     return [key for key in usual if card is None or not getattr(card.data, key, None)]
 

@@ -16,20 +16,17 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
 import peraxis_format as pxd
 from peraxis_tools.errors import ToolError
 from peraxis_tools.progress import Progress, watched
 
-__all__ = ["PART_KEY", "is_part", "join_parts", "part_metadata", "part_of", "refuse_part", "split"]
-
-PART_KEY: Final = "peraxis.part"
+__all__ = ["is_part", "join_parts", "part_of", "refuse_part", "split"]
 
 
 def is_part(manifest: pxd.Manifest) -> bool:
     """Whether a file is marked as a part."""
-    return PART_KEY in manifest.metadata
+    return pxd.PART_KEY in manifest.metadata
 
 
 def refuse_part(manifest: pxd.Manifest, file: object) -> None:
@@ -46,20 +43,20 @@ def part_of(manifest: pxd.Manifest, file: object) -> str | None:
     return f"a part with {len(manifest.modules)} of {len(_whole(manifest, file))} modules"
 
 
-def part_metadata(names: Sequence[str]) -> dict[str, str]:
+def _part_metadata(names: Sequence[str]) -> dict[str, str]:
     """The metadata that marks a part of a whole with these modules, in order."""
-    return {PART_KEY: pxd.canonical_json(list(names)).decode()}
+    return {pxd.PART_KEY: pxd.canonical_json(list(names)).decode()}
 
 
 def _whole(manifest: pxd.Manifest, file: object) -> list[str]:
     try:
-        names = json.loads(manifest.metadata[PART_KEY])
+        names = json.loads(manifest.metadata[pxd.PART_KEY])
     except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ToolError(f"{file}: its metadata key {PART_KEY} is not an array of names; it cannot be joined")
+        raise ToolError(f"{file}: its metadata key {pxd.PART_KEY} is not an array of names; it cannot be joined")
     if not {module.name for module in manifest.modules} <= set(names):
-        raise ToolError(f"{file}: has modules that its metadata key {PART_KEY} does not list; it cannot be joined")
+        raise ToolError(f"{file}: has modules that its metadata key {pxd.PART_KEY} does not list; it cannot be joined")
     return names
 
 
@@ -95,12 +92,11 @@ def split(
         raise ToolError("each module must be in exactly one part")
     for number, (group, output) in enumerate(zip(groups, outputs, strict=True)):
         chosen = set(group)
-        with _writer(output, delta.manifest, {**delta.manifest.metadata, **part_metadata(names)}) as writer:
+        with _writer(output, delta.manifest, {**delta.manifest.metadata, **_part_metadata(names)}) as writer:
             for name in names:
                 if name in chosen:
                     writer.add(delta.load(name))
-                    begin, end = delta.span(name)
-                    (progress or (lambda _: None))(end - begin)
+                    (progress or (lambda _: None))(delta.payload_bytes(name))
             for name, alias in delta.manifest.tied:
                 if name in chosen:
                     writer.tie(name, alias)
@@ -127,13 +123,12 @@ def join_parts(
         place = {name: i for i, name in enumerate(names)}
         files.sort(key=lambda file: place[next(iter(file))])
         first = files[0].manifest
-        metadata = {key: value for key, value in first.metadata.items() if key != PART_KEY}
-        total = sum(file.size - file.header_size for file in files)
+        metadata = {key: value for key, value in first.metadata.items() if key != pxd.PART_KEY}
+        total = sum(file.data_size for file in files)
         with _writer(output, first, metadata, overwrite=overwrite) as writer, watched(progress, "merge", total) as step:
             for name in names:
                 writer.add(owners[name].load(name))
-                begin, end = owners[name].span(name)
-                step(end - begin)
+                step(owners[name].payload_bytes(name))
             for pair in {pair for file in files for pair in file.manifest.tied}:
                 writer.tie(*pair)
             for name in first.dropped:

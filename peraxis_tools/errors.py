@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import ClassVar
 
+from peraxis_format.errors import first_line
+
 __all__ = ["CheckFailedError", "NotVerifiableError", "OptionError", "ToolError", "error_line", "first_line"]
 
 
@@ -14,11 +16,6 @@ def error_line(error: BaseException) -> str:
         other = "" if error.filename2 is None else f" (from {os.fsdecode(error.filename2)})"
         return f"{os.fsdecode(str(error.filename))}: {error.strerror}{other}"
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not blank, or its type: for libraries that add long advice."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 class ToolError(Exception):

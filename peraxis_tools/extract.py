@@ -12,7 +12,7 @@ import peraxis_format as pxd
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.folders import atomic_folder
 from peraxis_tools.outputs import claim_folder
-from peraxis_tools.remote import is_remote, remote_file
+from peraxis_tools.remote import RemoteFile, is_remote
 
 __all__ = ["ExtractResult", "extract"]
 
@@ -57,7 +57,7 @@ def _opened(source: str | Path) -> Iterator[tuple[str, list[str], Callable[[str]
 
 
 def _remote(url: str) -> tuple[str, list[str], Callable[[str], bytes]]:
-    remote = remote_file(url)
+    remote = RemoteFile(url)
     header, manifest = remote.header()
     spans = {record.name: (record.begin, record.end) for record in header.records}
     places = {asset.path: (i, asset.sha256) for i, asset in enumerate(manifest.assets)}

@@ -15,16 +15,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import peraxis_format as pxd
 
-__all__ = ["EXPONENT_RANGE", "fold", "negate_mask"]
-
-EXPONENT_RANGE: Final = (-64, 63)  # SPEC 3.9
+__all__ = ["fold", "negate_mask"]
 
 
 def negate_mask(mask: NDArray[np.uint8], d_in: int) -> NDArray[np.uint8]:
@@ -45,7 +43,7 @@ def fold(component: pxd.Component, weight: float, d_in: int) -> pxd.Component:
     if weight < 0.0:
         component = replace(component, mask=negate_mask(component.mask, d_in))
     fraction, power = math.frexp(abs(weight))
-    if fraction == 0.5 and EXPONENT_RANGE[0] <= component.exponent + power - 1 <= EXPONENT_RANGE[1]:
+    if fraction == 0.5 and pxd.EXPONENT_MIN <= component.exponent + power - 1 <= pxd.EXPONENT_MAX:
         return replace(component, exponent=component.exponent + power - 1)
     return _scaled(component, abs(weight))
 
@@ -54,7 +52,7 @@ def _scaled(component: pxd.Component, weight: float) -> pxd.Component:
     """The component with its first scale vector times weight, rounded under a new exponent."""
     name, scale = next(iter(component.scales().items()))
     rounded, shift = pxd.encode_scales(scale.astype(np.float64) * weight)
-    exponent = min(max(component.exponent + shift, EXPONENT_RANGE[0]), EXPONENT_RANGE[1])
+    exponent = min(max(component.exponent + shift, pxd.EXPONENT_MIN), pxd.EXPONENT_MAX)
     rest = component.exponent + shift - exponent
     if rest:
         with np.errstate(over="ignore"):

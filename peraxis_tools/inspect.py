@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
-import peraxis_format as pxd
-from peraxis_tools.inspection import InspectResult, summarise
+from peraxis_tools.inspection import InspectResult, inspect, summarise
 
 __all__ = ["InspectResult", "inspect", "inspect_remote"]
 
 
-def inspect(path: str | Path) -> InspectResult:
-    """Read the header of a PXD file (steps 1 to 8 of SPEC 8) and account for every byte.
-
-    Raises ContainerError, ProfileError, OSError.
-    """
-    with pxd.open(path) as delta:
-        return summarise(str(path), delta.content_id, delta.size, delta.manifest, delta.records)
-
-
 def inspect_remote(url: str) -> InspectResult:
     """`inspect` of a URL: only the header is read, by range requests. Raises ToolError, PxdError."""
-    from peraxis_tools.remote import remote_file
+    from peraxis_tools.remote import RemoteFile
 
-    remote = remote_file(url)
+    remote = RemoteFile(url)
     header, manifest = remote.header()
     content_id = "sha256:" + hashlib.sha256(header.manifest).hexdigest()
     return summarise(remote.url, content_id, remote.size, manifest, header.records)

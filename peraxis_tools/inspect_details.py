@@ -16,7 +16,7 @@ import peraxis_format as pxd
 from peraxis_tools.kinds import layer_of, subtype_of
 from peraxis_tools.progress import ProgressOf, silent
 
-__all__ = ["Details", "ScaleLine", "details", "noted_errors", "relative_errors"]
+__all__ = ["Details", "ScaleLine", "details"]
 
 _REPORT_KEY: Final = "peraxis.report"  # compress/plan/record.py writes it
 _QUANTILES: Final = (0.05, 0.5, 0.95)
@@ -51,28 +51,23 @@ def details(path: str | Path, *, progress: ProgressOf = silent) -> Details:
     """Read the scales of a local file, as views; masks are not touched. Raises PxdError, OSError."""
     with pxd.open(path) as delta:
         signed = [name for name in delta if delta.entry(name).components]
-        sizes = {name: _span(delta, name) for name in signed}
+        sizes = {name: delta.payload_bytes(name) for name in signed}
         scales = []
         with progress("scales", sum(sizes.values())) as step:
             for name in signed:
                 scales.append(_scale_line(delta[name]))
                 step(sizes[name])
         return Details(
-            scales=tuple(scales), errors=noted_errors(delta.manifest), relative=relative_errors(delta.manifest)
+            scales=tuple(scales), errors=_noted_errors(delta.manifest), relative=_relative_errors(delta.manifest)
         )
 
 
-def _span(delta: pxd.DeltaFile, name: str) -> int:
-    begin, end = delta.span(name)
-    return end - begin
-
-
-def noted_errors(manifest: pxd.Manifest) -> dict[str, float]:
+def _noted_errors(manifest: pxd.Manifest) -> dict[str, float]:
     """The output errors that `compress` wrote into the metadata; empty if there are none, or they cannot be read."""
     return {name: values[0] for name, values in _noted(manifest).items()}
 
 
-def relative_errors(manifest: pxd.Manifest) -> dict[str, float]:
+def _relative_errors(manifest: pxd.Manifest) -> dict[str, float]:
     """Output errors divided by the error of the base's own weight, for modules with a noted base error."""
     lines = _noted(manifest).items()
     return {name: values[0] / values[2] for name, values in lines if len(values) > 2 and values[2] > 0.0}

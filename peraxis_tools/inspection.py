@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import peraxis_format as pxd
 from peraxis_tools.kinds import KINDS, kind_of, subtype_of
@@ -15,6 +16,7 @@ __all__ = [
     "InspectResult",
     "ModuleLine",
     "SubtypeAxes",
+    "inspect",
     "select",
     "summarise",
 ]
@@ -96,6 +98,15 @@ def summarise(
         axes=_axes(lines),
         modules=lines,
     )
+
+
+def inspect(path: str | Path) -> InspectResult:
+    """Read the header of a PXD file (steps 1 to 8 of SPEC 8) and account for every byte.
+
+    Raises ContainerError, ProfileError, OSError.
+    """
+    with pxd.open(path) as delta:
+        return summarise(str(path), delta.content_id, delta.size, delta.manifest, delta.records)
 
 
 def select(result: InspectResult, pattern: str) -> InspectResult:

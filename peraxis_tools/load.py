@@ -27,7 +27,7 @@ from peraxis_tools.remote import local_copy
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Loaded", "PxdForCausalLM", "load", "load_model", "load_tokenizer_of"]
+__all__ = ["Loaded", "PxdForCausalLM", "load", "load_model"]
 
 
 class Loaded(NamedTuple):
@@ -122,10 +122,10 @@ def load(delta: str | Path, *, base: str | Path | None = None, progress: Progres
         with pxd.open(path) as file:
             where = base_of(file.manifest, delta) if base is None else base
         model = load_model(where, path, progress=progress, **options)
-        return Loaded(model, load_tokenizer_of(path, where))
+        return Loaded(model, _load_tokenizer_of(path, where))
 
 
-def load_tokenizer_of(delta: Path, base: str | Path) -> Any:
+def _load_tokenizer_of(delta: Path, base: str | Path) -> Any:
     """The tokenizer that `apply` would write, with its chat template; None if there is none."""
     from transformers import AutoTokenizer
 

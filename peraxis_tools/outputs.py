@@ -23,7 +23,6 @@ from peraxis_tools.notes import note
 
 __all__ = [
     "Inputs",
-    "check_files",
     "check_folder",
     "claim_delta",
     "claim_file",
@@ -59,7 +58,7 @@ def claim_delta(path: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> It
 @contextlib.contextmanager
 def claim_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs = ()) -> Iterator[None]:
     """`claim_file` for several output files of one run, in existing folders."""
-    check_files(paths, overwrite=overwrite, inputs=inputs)
+    _check_files(paths, overwrite=overwrite, inputs=inputs)
     with contextlib.ExitStack() as stack:
         for file in map(_plain, paths):
             if not is_stream(file):
@@ -67,7 +66,7 @@ def claim_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs 
         yield
 
 
-def check_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs = ()) -> None:
+def _check_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs = ()) -> None:
     """Check the rules for output files without a lock, for work before the run such as a download."""
     known = _existing(inputs)
     files = [_plain(path) for path in paths]

@@ -189,7 +189,7 @@ def _save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
 
     import torch
 
-    stored: Any = copy.deepcopy(model)
-    stored.to(torch.bfloat16)
-    stored.save_pretrained(folder)
+    saved: Any = copy.deepcopy(model)
+    saved.to(torch.bfloat16)
+    saved.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

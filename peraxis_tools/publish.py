@@ -20,14 +20,14 @@ from peraxis_tools.checkpoint import parse_identity
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.folders import atomic_folder
-from peraxis_tools.inspection import InspectResult, summarise
+from peraxis_tools.inspection import inspect
 from peraxis_tools.names import names_a_file
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import check_folder, claim_folder
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.signatures import signature_path
 
-__all__ = ["PublishResult", "PublishedDelta", "Relation", "publish", "read_evaluation"]
+__all__ = ["PublishResult", "PublishedDelta", "Relation", "publish"]
 
 Relation = Literal["finetune", "adapter", "quantized", "merge"]
 
@@ -96,7 +96,7 @@ def publish(
     bundles = [signature_path(path) for path in deltas]
     if dry_run is not None:
         check_folder(dry_run, overwrite=overwrite, inputs=(*deltas, *bundles, *evaluations))
-    reports = [read_evaluation(path) for path in evaluations]
+    reports = [_read_evaluation(path) for path in evaluations]
     for path in deltas:
         _verify(path, progress)
     told = _told(deltas, reports, base_id)
@@ -137,7 +137,7 @@ def publish(
 def _verify(path: Path, progress: ProgressOf) -> None:
     with pxd.open(path) as delta:
         refuse_part(delta.manifest, path)
-        with progress("verify", delta.size - delta.header_size) as step:
+        with progress("verify", delta.data_size) as step:
             delta.verify(progress=step)
 
 
@@ -161,15 +161,10 @@ def _check_names(repository: str, deltas: Sequence[Path]) -> None:
         raise ToolError(f"{twice}: two of the files have this name; rename one" if twice else "pass a .pxd to publish")
 
 
-def _inspected(path: Path) -> InspectResult:
-    with pxd.open(path) as delta:
-        return summarise(str(path), delta.content_id, delta.size, delta.manifest, delta.records)
-
-
 def _told(deltas: Sequence[Path], reports: Sequence[Mapping[str, Any]], base_id: str | None) -> list[CardDelta]:
     """The card's data of each file. Raises ToolError for an evaluation of another file."""
     base = None if base_id is None else parse_identity(base_id)
-    found = [_inspected(path) for path in deltas]
+    found = [inspect(path) for path in deltas]
     ids = {result.content_id for result in found}
     stray = next((report for report in reports if report.get("content_id") not in ids), None)
     if stray is not None:
@@ -292,7 +287,7 @@ def _upload(
     return str(done.commit_url)
 
 
-def read_evaluation(path: Path) -> Mapping[str, Any]:
+def _read_evaluation(path: Path) -> Mapping[str, Any]:
     """An evaluation's JSON. Raises ToolError for anything else."""
     try:
         found = json.loads(path.read_bytes())

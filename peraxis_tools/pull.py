@@ -83,7 +83,7 @@ def _verified(path: Path, content_ids: Sequence[str], progress: ProgressOf) -> s
     with pxd.open(path) as delta:
         if content_ids and delta.content_id not in content_ids:
             raise CheckFailedError(f"{path.name}: is {delta.content_id}, which is none of those expected")
-        with progress("verify", delta.size - delta.header_size) as step:
+        with progress("verify", delta.data_size) as step:
             delta.verify(progress=step)
         return delta.content_id
 

@@ -10,9 +10,9 @@ from collections.abc import Generator, Iterator
 from typing import Final
 
 import peraxis_format as pxd
+from peraxis_format.errors import located
 from peraxis_tools.assets import asset_group
 from peraxis_tools.checkpoint import Checkpoint
-from peraxis_tools.located import located
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.shards import TensorSpec
 

@@ -25,7 +25,7 @@ from peraxis_tools.outputs import Inputs, claim_delta
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.urls import without_secrets
 
-__all__ = ["SILENCE_SECONDS", "RemoteFile", "is_remote", "listed", "local_copy", "output_file", "remote_file"]
+__all__ = ["SILENCE_SECONDS", "RemoteFile", "deltas_of", "is_remote", "local_copy", "output_file"]
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z][A-Za-z0-9+.-]+)*://")
 _START: Final = 1 << 16  # cached bytes of a file's beginning, at most
@@ -47,7 +47,7 @@ def _hub_form(url: str) -> str:
 
 
 class RemoteFile:
-    """One remote file: its size and ranges of its bytes. requested counts the requested bytes."""
+    """One remote file: its size and ranges of its bytes. requested counts the requested bytes. Raises ToolError."""
 
     def __init__(self, url: str) -> None:
         self.url = without_secrets(url)
@@ -170,11 +170,6 @@ def _is_timeout(error: BaseException | None) -> bool:
     return False
 
 
-def remote_file(url: str) -> RemoteFile:
-    """Open a remote file. Raises ToolError."""
-    return RemoteFile(url)
-
-
 @contextlib.contextmanager
 def local_copy(source: str | Path, *, progress: ProgressOf = silent) -> Iterator[Path]:
     """Yield a local path: the source itself if it is local, else a temporary copy under its own name.
@@ -189,7 +184,7 @@ def local_copy(source: str | Path, *, progress: ProgressOf = silent) -> Iterator
         yield Path(source)
         return
     url = str(source)
-    remote = remote_file(url)
+    remote = RemoteFile(url)
     file_name = PurePosixPath(_hub_form(url).partition("?")[0]).name or "delta.pxd"
     with scratch_folder() as folder:
         target = folder / file_name
@@ -198,7 +193,7 @@ def local_copy(source: str | Path, *, progress: ProgressOf = silent) -> Iterator
         yield target
 
 
-def listed(source: str | Path) -> list[str | Path]:
+def deltas_of(source: str | Path) -> list[str | Path]:
     """The deltas of a source: itself if it is a file, else every .pxd of the folder, by name.
 
     A folder is a path, a URL of one or with `*` in it (any file system except http), or a repository on the hub. Raises
@@ -211,7 +206,7 @@ def listed(source: str | Path) -> list[str | Path]:
         path = Path(source)
         return _some(source, sorted(path.glob("*.pxd"))) if path.is_dir() else [source]
     url = str(source)
-    if url.startswith(("http://", "https://")):
+    if is_http(url):
         return [source]
     require(without_secrets(url), "fsspec")
     with _readable(url):

@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 
 import peraxis_format as pxd
 
-__all__ = ["BLOCK_ELEMENTS", "BaseRows", "base_rows", "delta_rows", "has_delta", "restrict", "row_blocks"]
+__all__ = ["BaseRows", "base_rows", "delta_rows", "has_delta", "restrict", "row_blocks"]
 
-BLOCK_ELEMENTS: Final = 1 << 20  # 4 MiB of binary32 for each array of a block
+_BLOCK_ELEMENTS: Final = 1 << 20  # 4 MiB of binary32 for each array of a block
 
 # Reads rows of a module's base tensor as binary32.
 BaseRows: TypeAlias = Callable[[slice], NDArray[np.float32]]
 
 
-def row_blocks(shape: tuple[int, ...], *, elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
+def row_blocks(shape: tuple[int, ...], *, elements: int = _BLOCK_ELEMENTS) -> Iterator[slice]:
     """Ranges of the first dimension of about `elements` elements each, in order; at least one."""
     if not shape:
         yield slice(0, 1)

@@ -68,7 +68,7 @@ def sign(
     with claim_file(bundle, overwrite=overwrite, inputs=inputs):
         _need(private_key, *([certificate] if certificate is not None else []), *chain)
         with pxd.open(file) as delta:
-            with progress("verify", delta.size - delta.header_size) as step:
+            with progress("verify", delta.data_size) as step:
                 delta.verify(progress=step)
             content_id = delta.content_id
         signing = _library().signing

@@ -56,7 +56,7 @@ def split(
         names = [f"{stem}-{i:05d}-of-{len(groups):05d}.pxd" for i in range(1, len(groups) + 1)]
         with (
             atomic_folder(folder, overwrite=overwrite) as temporary,
-            progress("split", delta.size - delta.header_size) as step,
+            progress("split", delta.data_size) as step,
         ):
             write_parts(delta, groups, [temporary / name for name in names], progress=step)
         written = zip(groups, (folder / name for name in names), strict=True)
@@ -71,7 +71,7 @@ def _groups(delta: pxd.DeltaFile, parts: int) -> list[list[str]]:
     names = list(delta)
     if parts > len(names):
         raise ToolError(f"{delta.path}: has {len(names)} modules and cannot become {parts} parts")
-    total = sum(delta.span(name)[1] - delta.span(name)[0] for name in names)
+    total = sum(map(delta.payload_bytes, names))
     groups: list[list[str]] = [[]]
     done = 0
     for i, name in enumerate(names):
@@ -80,6 +80,5 @@ def _groups(delta: pxd.DeltaFile, parts: int) -> list[list[str]]:
             if full or len(names) - i <= parts - len(groups):
                 groups.append([])
         groups[-1].append(name)
-        begin, end = delta.span(name)
-        done += end - begin
+        done += delta.payload_bytes(name)
     return groups

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import peraxis_format as pxd
+from peraxis_format.errors import located
 from peraxis_tools.errors import ToolError
-from peraxis_tools.located import located
 
 __all__ = ["UnpackedFile", "check_results", "has_exact", "unpacked"]
 
@@ -54,7 +53,7 @@ class UnpackedFile(pxd.DeltaFile):
         return self.load(name) if super().entry(name).encoding is pxd.Encoding.EXACT else super().__getitem__(name)
 
 
-def check_results(delta: pxd.DeltaFile, base: pxd.Safetensors, *, progress: Callable[[int], None] | None = None) -> int:
+def check_results(delta: pxd.DeltaFile, base: pxd.Safetensors) -> int:
     """Check the result of every exact module (SPEC 7.4), with one tensor in memory at a time. Returns their number.
 
     The base has been checked. Raises BindingError (E405).
@@ -64,6 +63,4 @@ def check_results(delta: pxd.DeltaFile, base: pxd.Safetensors, *, progress: Call
         array = base.read(entry.name)
         with located(delta.path):
             pxd.reconstruct(delta.load(entry.name), array)
-        if progress is not None:
-            progress(array.nbytes)
     return len(exact)

@@ -12,7 +12,7 @@ from peraxis_tools.predecessor import predecessor_named
 from peraxis_tools.progress import Steps, watched
 from peraxis_tools.unpacked import check_results
 
-__all__ = ["VerifyResult", "verify", "verify_size"]
+__all__ = ["VerifyResult", "verify"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,10 +26,10 @@ class VerifyResult:
     base: str | None
 
 
-def verify_size(path: str | Path, base: str | Path | None) -> int:
+def _verify_size(path: str | Path, base: str | Path | None) -> int:
     """The bytes that `verify` reads, for its progress."""
     with pxd.open(path) as delta:
-        total = delta.size - delta.header_size
+        total = delta.data_size
     if base is not None:
         with open_checkpoint(base) as checkpoint:
             total += checkpoint.tensors.size
@@ -52,7 +52,7 @@ def verify(
     check_workers(workers)
     if base is None:
         refuse_idle("without base", base_revision=base_revision)
-    with pxd.open(path) as delta, watched(progress, "verify", verify_size(path, base)) as step:
+    with pxd.open(path) as delta, watched(progress, "verify", _verify_size(path, base)) as step:
         delta.verify(workers=workers, progress=step)
         if base is not None:
             with open_checkpoint(base, revision=base_revision) as checkpoint, predecessor_named(delta):

@@ -154,16 +154,16 @@ def _verdict(file: str, wanted: Wanted, open_file: Opener, progress: ProgressOf,
 
 def _checks(
     path: Path, delta: pxd.DeltaFile, wanted: Wanted, progress: ProgressOf, workers: int | None
-) -> Iterator[tuple[str, Callable[[], str | None]]]:
+) -> Iterator[tuple[str, Callable[[], str]]]:
     """The name and action of each check, in order; an action returns a text, or raises."""
     yield "structure", lambda: part_of(delta.manifest, path) or f"{len(delta)} modules"
     yield "payload", lambda: _payload(delta, progress, workers)
     if wanted.content_ids:
         yield "content id", lambda: _content_id(delta, wanted.content_ids)
     if wanted.signature is not None:
-        yield "signature", lambda: _signature(path, wanted.signature, progress)
+        yield "signature", partial(_signature, path, wanted.signature, progress)
     if wanted.base is not None:
-        yield "base", lambda: _base(delta, wanted.base, progress, workers)
+        yield "base", partial(_base, delta, wanted.base, progress, workers)
     base, fine_tuned = wanted.base, wanted.fine_tuned
     if base is None or fine_tuned is None:
         return
@@ -174,9 +174,9 @@ def _checks(
 
 
 def _payload(delta: pxd.DeltaFile, progress: ProgressOf, workers: int | None) -> str:
-    with progress("verify", delta.size - delta.header_size) as step:
+    with progress("verify", delta.data_size) as step:
         delta.verify(workers=workers, progress=step)
-    return f"{delta.size - delta.header_size} bytes"
+    return f"{delta.data_size} bytes"
 
 
 def _content_id(delta: pxd.DeltaFile, expected: Sequence[str]) -> str:
@@ -185,9 +185,7 @@ def _content_id(delta: pxd.DeltaFile, expected: Sequence[str]) -> str:
     return delta.content_id
 
 
-def _base(delta: pxd.DeltaFile, base: str | Path | None, progress: ProgressOf, workers: int | None) -> str | None:
-    if base is None:
-        return None
+def _base(delta: pxd.DeltaFile, base: str | Path, progress: ProgressOf, workers: int | None) -> str:
     with _open_base(base) as checkpoint, progress("base", checkpoint.tensors.size) as step, predecessor_named(delta):
         pxd.check_base(delta.manifest, checkpoint.tensors, workers=workers, progress=step)
         exact = check_results(delta, checkpoint.tensors)
@@ -203,11 +201,9 @@ def _open_base(source: str | Path) -> Checkpoint:
         raise NotVerifiableError(str(error)) from None
 
 
-def _signature(path: Path, wanted: Signature | None, progress: ProgressOf) -> str | None:
+def _signature(path: Path, wanted: Signature, progress: ProgressOf) -> str:
     from peraxis_tools.signatures import check_signature
 
-    if wanted is None:
-        return None
     with progress("signature", None):
         check_signature(
             path, public_key=wanted.public_key, certificate_chain=wanted.certificate_chain, bundle=wanted.bundle

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 import peraxis_format as pxd
 
-__all__ = ["base_ref", "component", "random_storage", "sign_module", "write_checkpoint", "write_delta"]
+__all__ = ["base_ref", "component", "modules_of", "random_storage", "sign_module", "write_checkpoint", "write_delta"]
 
 
 def random_storage(
@@ -104,3 +104,10 @@ def write_delta(path: Path, modules: list[pxd.ModuleDelta], **options: object) -
             writer.add_asset(name, data)
         writer.finish()
     return path
+
+
+def modules_of(path: Path) -> dict[str, pxd.ModuleEntry]:
+    """Return the entries of a delta, which is verified."""
+    with pxd.open(path) as delta:
+        delta.verify()
+        return {module.name: module for module in delta.manifest.modules}

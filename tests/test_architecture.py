@@ -54,7 +54,6 @@ FORMAT = (
         "torch.device",
     ),
     *(
-        "files",
         "hub",
         "create_remote",
         "torch.swap.transfer_plan",
@@ -285,7 +284,7 @@ def test_the_tools_import_public_names_of_the_format_alone() -> None:
         modules = {name for name in modules if not name.startswith("peraxis_format.ops")}
         # The operations of the tools are built like those of the format, from the same parts.
         inner = {"peraxis_format.dtypes", "peraxis_format.thread_pool"} if "ops" in path.parts else set()
-        public = ("arguments", "create_remote", "hub", "torch")
+        public = ("arguments", "create_remote", "errors", "hub", "torch")
         assert modules <= {*(f"peraxis_format.{name}" for name in public), *inner}, (
             path,
             modules,

@@ -10,12 +10,10 @@ from pathlib import Path, PurePosixPath
 import peraxis_format as pxd
 from peraxis_format.hub import hub_name
 from peraxis_tools.chain.order import Link, chain_order, folds, link_from
-from peraxis_tools.remote import is_remote, listed, local_copy, remote_file
+from peraxis_tools.remote import RemoteFile, deltas_of, is_remote, local_copy
 from peraxis_tools.urls import without_secrets
 
-__all__ = ["CHANGED", "ChainLog", "LogEntry", "log"]
-
-CHANGED = "peraxis.changed"  # metadata: weights that an update changes
+__all__ = ["ChainLog", "LogEntry", "log"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +44,7 @@ def log(source: str | Path) -> ChainLog:
 
     From a URL only headers are fetched. Raises ToolError, PxdError, CheckFailedError for a broken chain.
     """
-    read = [_read(file) for file in listed(source)]
+    read = [_read(file) for file in deltas_of(source)]
     entries = {link.content_id: entry for link, entry in read}
     links = [link for link, _ in read]
     folded = folds(links)
@@ -61,7 +59,7 @@ def log(source: str | Path) -> ChainLog:
 
 def _read(file: str | Path) -> tuple[Link, LogEntry]:
     if is_remote(file) and hub_name(file) is None:
-        remote = remote_file(str(file))
+        remote = RemoteFile(str(file))
         _, manifest = remote.header()
         # Only the name, because a URL is not a path, and all of them are in one folder.
         link = link_from(PurePosixPath(remote.url).name, manifest)
@@ -79,7 +77,7 @@ def _entry(link: Link, manifest: pxd.Manifest, size: int) -> LogEntry:
         previous=link.previous,
         base=link.base,
         result=link.result,
-        changed=_changed(manifest.metadata.get(CHANGED, ""), weights),
+        changed=_changed(manifest.metadata.get(pxd.CHANGED_KEY, ""), weights),
         weights=weights,
         bytes=size,
     )

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import peraxis_format as pxd
+from peraxis_format.errors import located
 from peraxis_tools.derived import DerivedCheckpoint
-from peraxis_tools.located import located
 
 __all__ = ["ChainState"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,6 @@ import numpy as np
 import peraxis_format as pxd
 from peraxis_tools.arguments import check_choice, sequence
 from peraxis_tools.blocks import count_blocks
-from peraxis_tools.chain.log import CHANGED
 from peraxis_tools.chain.opened import opened_all
 from peraxis_tools.chain.order import Link, chain_order, link_of
 from peraxis_tools.chain.state import ChainState
@@ -29,7 +27,7 @@ from peraxis_tools.progress import Progress, Steps, watched
 from peraxis_tools.remote import is_remote, output_file
 from peraxis_tools.urls import without_secrets
 
-__all__ = ["UpdateJob", "UpdateResult", "compact", "count_changed", "open_chain", "update", "write_update"]
+__all__ = ["UpdateJob", "UpdateResult", "compact", "open_chain", "update", "write_update"]
 
 _AHEAD_BYTES: Final = 512 << 20
 _PACKED_BLOCK: Final = 3 << 18  # bytes; each 3 bytes are whole elements of 4 or 6 bits
@@ -177,8 +175,7 @@ def _module(job: UpdateJob, name: str) -> tuple[pxd.ModuleDelta, int]:
     if name not in job.old:
         return pxd.lossless_module(name, array, dtype, shape=shape), math.prod(shape)
     before, info = job.old.read(name), job.old[name]
-    digest = hashlib.sha256(pxd.raw_bytes(before)).hexdigest()
-    ref = pxd.BaseRef(dtype=info.dtype, shape=info.shape, sha256=digest)
+    ref = pxd.BaseRef(dtype=info.dtype, shape=info.shape, sha256=pxd.digest_of(before))
     module = pxd.lossless_module(name, array, dtype, shape=shape, old=before, base=ref, prefer=job.prefer, threads=1)
     resized = (info.dtype, info.shape) != (dtype, shape)
     if resized and module.encoding is pxd.Encoding.SAME:
@@ -186,7 +183,7 @@ def _module(job: UpdateJob, name: str) -> tuple[pxd.ModuleDelta, int]:
         module = pxd.ModuleDelta(name=name, shape=shape, dtype=dtype, encoding=pxd.Encoding.FULL, base=ref, full=array)
     if dtype.is_packed:
         return module, math.prod(shape) if resized else _count_changed_packed(before, array, dtype)
-    return module, count_changed(before, array)
+    return module, pxd.count_changed(before, array)
 
 
 def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
@@ -220,7 +217,7 @@ def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
                 writer.drop(name)
         for path, data in job.assets.items():
             writer.add_asset(path, data)
-        writer.metadata[CHANGED] = str(changed)
+        writer.metadata[pxd.CHANGED_KEY] = str(changed)
         _prove(job, writer)
         manifest = writer.finish()
     return UpdateResult(
@@ -272,14 +269,6 @@ def _refuse_ring(output: Path, base: str, result: str | None) -> None:
             f"{output}: returns to an earlier state, from which {through} leads back, so the order would "
             "not be known; pass the updates so far (--after)"
         )
-
-
-def count_changed(old: pxd.Array, new: pxd.Array) -> int:
-    """The number of elements whose bytes differ; all of them if the shapes or dtypes differ."""
-    if old.shape != new.shape or old.dtype != new.dtype:
-        return int(new.size)
-    width = f"u{old.dtype.itemsize}"
-    return int(np.count_nonzero(old.reshape(-1).view(width) != new.reshape(-1).view(width)))
 
 
 def _count_changed_packed(old: pxd.Array, new: pxd.Array, dtype: pxd.DType) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import click
 
 import peraxis_format as pxd
 from peraxis_tools.apply import apply
+from peraxis_tools.chain import UpdateResult
 from peraxis_tools.commands.options import (
     Finite,
     json_option,
@@ -22,12 +23,12 @@ from peraxis_tools.convert import (
     LAYOUTS,
     WIRES,
     Layout,
+    LoraResult,
+    ToPxdResult,
+    ToWireResult,
     WireName,
-    from_wire,
+    convert,
     recognised,
-    to_lora,
-    to_pxd,
-    to_wire,
 )
 from peraxis_tools.errors import ToolError
 from peraxis_tools.progress import staged
@@ -76,9 +77,9 @@ def command(
     source: str,
     output: Path,
     base: str | None,
-    layout: str,
-    axis: str | None,
-    target: str | None,
+    layout: Literal["auto"] | Layout | WireName,
+    axis: Literal["row", "col"] | None,
+    target: Literal["pxd", "lora", "checkpoint"] | WireName | None,
     rank: int | None,
     max_error: float | None,
     name: str | None,
@@ -115,43 +116,43 @@ def command(
     step = staged(quiet=quiet)
     with fetched([source], quiet=quiet) as (path,), updates_of(after, quiet=quiet) as before:
         wire = _wire(path, layout) if target in ("pxd", None) else None
-        to = next((item for item in WIRES if item == target), None)
         if wire is not None:
             refuse_given("axis", why=f"with the wire {wire}")
-            options: dict[str, Any] = {"wire": wire, "after": before, "name": name, "prefer": prefer}
-            updated = from_wire(path, base or "", output, **options, overwrite=overwrite, progress=step)
-            emit(updated, render_update, schema="peraxis.update/1", as_json=as_json)
-            return
-        if to is not None:
-            sent = to_wire(path, base or "", output, wire=to, after=before, overwrite=overwrite, progress=step)
-            emit(sent, render_to_wire, schema="peraxis.convert-wire/1", as_json=as_json)
-            return
-        refuse_given("after", "prefer", why="without a wire")
-        if target == "lora":
-            chosen = rank if rank is not None or max_error is not None else _DEFAULT_RANK
-            lora = to_lora(
-                path, output, rank=chosen, max_error=max_error, base=base, overwrite=overwrite, progress=step
-            )
-            emit(lora, render_lora, schema="peraxis.convert-lora/1", as_json=as_json)
-        elif target == "checkpoint":
+        elif target not in WIRES:
+            refuse_given("after", "prefer", why="without a wire")
+        if target == "checkpoint":
             applied = apply(base or "", path, output, overwrite=overwrite, progress=step)
             emit(applied, render_apply, schema="peraxis.apply/1", as_json=as_json)
-        else:
-            known: Layout | None = next((item for item in LAYOUTS if item == layout), None)
-            converted = to_pxd(
-                path,
-                base or "",
-                output,
-                layout=known,
-                axis=None if axis is None else pxd.Axis(axis),
-                name=name,
-                overwrite=overwrite,
-                progress=step,
-            )
-            emit(converted, render_to_pxd, schema="peraxis.convert/1", as_json=as_json)
+            return
+        if target == "lora" and rank is None and max_error is None:
+            rank = _DEFAULT_RANK
+        result = convert(
+            path,
+            output,
+            to=target or "pxd",
+            base=base,
+            layout=wire or (None if layout == "auto" else layout),
+            axis=axis,
+            name=name,
+            rank=rank,
+            max_error=max_error,
+            after=before,
+            prefer=prefer,
+            overwrite=overwrite,
+            progress=step,
+        )
+    match result:
+        case UpdateResult():
+            emit(result, render_update, schema="peraxis.update/1", as_json=as_json)
+        case ToWireResult():
+            emit(result, render_to_wire, schema="peraxis.convert-wire/1", as_json=as_json)
+        case LoraResult():
+            emit(result, render_lora, schema="peraxis.convert-lora/1", as_json=as_json)
+        case ToPxdResult():
+            emit(result, render_to_pxd, schema="peraxis.convert/1", as_json=as_json)
 
 
-def _wire(path: Path, layout: str) -> WireName | None:
+def _wire(path: Path, layout: Literal["auto"] | Layout | WireName) -> WireName | None:
     """The requested wire, or, if none is requested, that of the source."""
     if layout == "auto":
         found = recognised(path)

@@ -16,8 +16,9 @@ from peraxis_tools.commands.options import (
     refuse_given,
 )
 from peraxis_tools.commands.sources import fetched
+from peraxis_tools.delta_parts import is_part
 from peraxis_tools.errors import ToolError
-from peraxis_tools.merge import MergeResult, Method, Mixture, is_part, merge, merge_parts
+from peraxis_tools.merge import MergeResult, Method, Mixture, merge, merge_parts
 from peraxis_tools.progress import StageOpener, staged
 from peraxis_tools.report import emit
 from peraxis_tools.report.merge import render_merge

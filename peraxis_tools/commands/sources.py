@@ -9,7 +9,7 @@ from pathlib import Path
 from peraxis_tools.chain.order import Link, folds, link_of
 from peraxis_tools.errors import ToolError
 from peraxis_tools.progress import staged
-from peraxis_tools.remote import listed, local_copy
+from peraxis_tools.remote import deltas_of, local_copy
 from peraxis_tools.urls import without_secrets
 
 __all__ = ["fetched", "updates_of"]
@@ -31,7 +31,7 @@ def updates_of(sources: Sequence[str], *, quiet: bool) -> Iterator[list[Path]]:
     with contextlib.ExitStack() as stack:
         found: list[Path] = []
         for source in sources:
-            names = listed(source)
+            names = deltas_of(source)
             copies = [stack.enter_context(local_copy(name, progress=staged(quiet=quiet))) for name in names]
             if len(copies) == 1:
                 found += copies

@@ -204,13 +204,13 @@ def component_of(signs: Signs, dtype: pxd.DType) -> Carried:
     scale = np.abs(signs.scale)
     theirs = pxd.to_float32(pxd.from_float32(scale.astype(np.float32), dtype), dtype).astype(np.float64)
     half, exponent = pxd.encode_scales(theirs)
-    stored = np.ldexp(half.astype(np.float64), exponent)
+    rounded = np.ldexp(half.astype(np.float64), exponent)
     with np.errstate(invalid="ignore", divide="ignore"):
-        error = np.nan_to_num(np.abs(stored - scale) / scale, nan=0.0)
+        error = np.nan_to_num(np.abs(rounded - scale) / scale, nan=0.0)
     name = {pxd.Axis.ROW: "row", pxd.Axis.COL: "col", pxd.Axis.TENSOR: "scalar"}[signs.axis]
     scales: dict[str, Any] = {name: half}
     return Carried(
         pxd.Component(axis=signs.axis, exponent=exponent, mask=mask, **scales),
         error=float(error.max(initial=0.0)),
-        merges=bool(np.array_equal(stored, theirs)),
+        merges=bool(np.array_equal(rounded, theirs)),
     )

@@ -139,12 +139,11 @@ def to_lora(
         entries = {entry.name: entry for entry in delta.manifest.modules}
         held = () if checkpoint is None else checkpoint.tensors
         adapter = _Adapter(delta, checkpoint, routes_of(entries, targets, held))
-        step = stack.enter_context(watched(progress, "convert", delta.size - delta.header_size))
+        step = stack.enter_context(watched(progress, "convert", delta.data_size))
         for entry in delta.manifest.modules:
             if entry.name in adapter.routes:
                 _add(adapter, entry, rank, max_error)
-            begin, end = delta.span(entry.name)
-            step(end - begin)
+            step(delta.payload_bytes(entry.name))
         if not adapter.modules:
             reasons = sorted({item.reason for item in adapter.left_out})
             why = f": each {'; or '.join(reasons)}" if reasons else ""
@@ -234,8 +233,8 @@ def _square(adapter: _Adapter, entry: pxd.ModuleEntry) -> float | None:
         blocks = (delta_rows(module, rows, None) for rows in row_blocks(module.covered))
         return math.fsum(float(np.square(block, dtype=np.float64).sum()) for block in blocks)
     bound = entry.base is not None and entry.base.shape == entry.shape
-    stored = entry.encoding in (pxd.Encoding.FULL, pxd.Encoding.EXACT)
-    if not stored or not bound or adapter.base is None or entry.base is None:
+    exact = entry.encoding in (pxd.Encoding.FULL, pxd.Encoding.EXACT)
+    if not exact or not bound or adapter.base is None or entry.base is None:
         return None
     if not (entry.dtype.is_float and entry.base.dtype.is_float):
         return None

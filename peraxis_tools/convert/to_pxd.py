@@ -8,7 +8,6 @@ would do. Tensors that are not in the file are the base's.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +108,7 @@ def _write(
     writer: pxd.DeltaWriter, found: TorchDelta, base: Checkpoint, counts: _Counts, progress: Callable[[int], None]
 ) -> None:
     tensors = base.tensors
-    stored: dict[str, str] = {}  # digests of full parameters: a head may be a copy of the embedding
+    written: dict[str, str] = {}  # digests of full parameters: a head may be a copy of the embedding
     names = {*tensors, *found.whole}
     for name in sorted(names, key=execution_key):
         ref = None
@@ -124,14 +123,14 @@ def _write(
             writer.add(_module(name, ref.shape, ref.dtype, ref, components=(carried.component,)))
         elif name in found.whole:
             array, dtype = _storage(found.whole[name], ref, name, counts)
-            digest = hashlib.sha256(pxd.raw_bytes(array)).hexdigest()
+            digest = pxd.digest_of(array)
             if ref is not None and (digest, array.shape, dtype) == (ref.sha256, ref.shape, ref.dtype):
                 writer.add(_module(name, ref.shape, ref.dtype, ref))
-            elif ref is None and digest in stored:
-                writer.tie(stored[digest], name)
+            elif ref is None and digest in written:
+                writer.tie(written[digest], name)
             else:
                 writer.add(_module(name, array.shape, dtype, ref, full=array))
-                stored[digest] = name
+                written[digest] = name
         elif ref is not None:
             writer.add(_module(name, ref.shape, ref.dtype, ref))
 

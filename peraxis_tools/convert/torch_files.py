@@ -61,7 +61,7 @@ def check_plain(tensors: Iterable[tuple[str, Tensor]], *, size: int, where: str)
 
     Tensors that share all their bytes count once. Raises ToolError.
     """
-    stored: dict[tuple[int, int], int] = {}  # storage -> bytes of its tensors
+    used: dict[tuple[int, int], int] = {}  # storage -> bytes of its tensors
     seen: set[tuple[Any, ...]] = set()
     for name, tensor in tensors:
         if not _is_dense(tensor):
@@ -72,10 +72,10 @@ def check_plain(tensors: Iterable[tuple[str, Tensor]], *, size: int, where: str)
         if view in seen:
             continue
         seen.add(view)
-        stored[key] = stored.get(key, 0) + tensor.numel() * tensor.element_size()
-        if stored[key] > key[1]:
+        used[key] = used.get(key, 0) + tensor.numel() * tensor.element_size()
+        if used[key] > key[1]:
             raise ToolError(f"{where}: {name} repeats bytes of the file; save a contiguous copy of each tensor")
-    if sum(length for _, length in stored) > size:
+    if sum(length for _, length in used) > size:
         raise ToolError(f"{where}: its tensors are larger than the file; it is damaged")
 
 

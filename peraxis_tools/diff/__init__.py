@@ -96,7 +96,7 @@ def diff_checkpoint(
 
         def work(name: str) -> ModuleDiff:
             found = compare_with_checkpoint(file, name, before.tensors, after.tensors)
-            step(_size(file, name))
+            step(file.payload_bytes(name))
             return found
 
         modules = balanced_map(
@@ -117,12 +117,7 @@ def diff_checkpoint(
 
 
 def _payload_bytes(file: pxd.DeltaFile) -> int:
-    return sum(_size(file, name) for name in file)
-
-
-def _size(file: pxd.DeltaFile, name: str) -> int:
-    begin, end = file.span(name)
-    return end - begin
+    return sum(map(file.payload_bytes, file))
 
 
 def _check_one_base(a: pxd.DeltaFile, b: pxd.DeltaFile, common: list[str]) -> None:
@@ -151,11 +146,11 @@ def _compare(
 
     def work(name: str) -> ModuleDiff:
         found = compare_modules(a, b, name, rows(name))
-        step(_size(a, name))
+        step(a.payload_bytes(name))
         return found
 
     def cost(name: str) -> int:
-        return _size(a, name) + _size(b, name)
+        return a.payload_bytes(name) + b.payload_bytes(name)
 
     return balanced_map(work, common, cost=cost, workers=workers)
 

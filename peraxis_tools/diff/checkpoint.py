@@ -85,14 +85,14 @@ def _sums(module: pxd.ModuleDelta, name: str, base: pxd.Safetensors, fine_tuned:
         part = restrict(module, rows) if module.shape else module
         sums.identical &= np.array_equal(_bits(pxd.reconstruct(part, base_block)), _bits(wanted_block))
         plain = pxd.to_float32(base_block, module.base.dtype)
-        wanted = (pxd.to_float32(wanted_block, module.dtype) - plain).reshape(-1).astype(np.float64)
-        stored = delta_rows(module, rows, lambda _, plain=plain: plain).reshape(-1).astype(np.float64)  # type: ignore[misc]
-        sums.square_a += float(stored @ stored)
-        sums.square_b += float(wanted @ wanted)
-        sums.square_distance += float(np.square(stored - wanted).sum())
-        changed = wanted != 0.0
+        delta_b = (pxd.to_float32(wanted_block, module.dtype) - plain).reshape(-1).astype(np.float64)
+        delta_a = delta_rows(module, rows, lambda _, plain=plain: plain).reshape(-1).astype(np.float64)  # type: ignore[misc]
+        sums.square_a += float(delta_a @ delta_a)
+        sums.square_b += float(delta_b @ delta_b)
+        sums.square_distance += float(np.square(delta_a - delta_b).sum())
+        changed = delta_b != 0.0
         sums.changed += int(np.count_nonzero(changed))
-        sums.same_sign += int(np.count_nonzero(((stored > 0.0) == (wanted > 0.0)) & changed))
+        sums.same_sign += int(np.count_nonzero(((delta_a > 0.0) == (delta_b > 0.0)) & changed))
     if module.shape and module.kept < module.shape[0]:
         tail = module.full[module.kept :] if module.full is not None else module.tail
         sums.identical &= np.array_equal(_bits(tail), _bits(fine_tuned.read(name, slice(module.kept, module.shape[0]))))

@@ -16,7 +16,7 @@ from peraxis_tools.diff.stream import checked_blocks, packed_components
 from peraxis_tools.kinds import axes_text, subtype_of
 from peraxis_tools.rows import BaseRows, delta_rows, has_delta, row_blocks
 
-__all__ = ["compare_modules", "entry_changes"]
+__all__ = ["compare_modules"]
 
 _SMALL = 1 << 20  # bytes of a module
 _NEEDS_BASE = "stored exactly; pass base (--base) for its delta"
@@ -32,7 +32,7 @@ class _Measure:
     note: str | None = None
 
 
-def entry_changes(a: pxd.ModuleEntry, b: pxd.ModuleEntry) -> tuple[str, ...]:
+def _entry_changes(a: pxd.ModuleEntry, b: pxd.ModuleEntry) -> tuple[str, ...]:
     """The differences of two entries of one name, without digests."""
     pairs = {
         "encoding": (a.encoding.value, b.encoding.value),
@@ -64,7 +64,7 @@ def compare_modules(a: pxd.DeltaFile, b: pxd.DeltaFile, name: str, base: BaseRow
         name=name,
         subtype=subtype_of(name),
         identical=False,
-        changes=(*entry_changes(entry_a, entry_b), *_new_rows(a, b, name)),
+        changes=(*_entry_changes(entry_a, entry_b), *_new_rows(a, b, name)),
         sign_agreement=None if found is None else found.agreement,
         scale_change=measure.scale,
         norm_a=norm_a,
@@ -124,8 +124,7 @@ def _measure(file_a: pxd.DeltaFile, file_b: pxd.DeltaFile, name: str, base: Base
 
 def _module(file: pxd.DeltaFile, name: str) -> pxd.ModuleDelta:
     """A module. A small one is read instead of mapped, because one page of a map can load megabytes around it."""
-    begin, end = file.span(name)
-    return file.load(name) if end - begin <= _SMALL else file[name]
+    return file.load(name) if file.payload_bytes(name) <= _SMALL else file[name]
 
 
 def _scale(a: Sequence[Packed], b: Sequence[Packed]) -> float | None:

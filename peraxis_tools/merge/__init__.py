@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import peraxis_format as pxd
-from peraxis_tools.arguments import one_name, sequence
+from peraxis_tools.arguments import masks_of, sequence
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
-from peraxis_tools.delta_parts import PART_KEY, is_part, join_parts, part_metadata, refuse_part, split
+from peraxis_tools.delta_parts import join_parts, refuse_part
 from peraxis_tools.errors import CheckFailedError, ToolError
-from peraxis_tools.merge.methods import Method, Mixture
+from peraxis_tools.merge.methods import SUM_MIN, Method, Mixture
 from peraxis_tools.merge.modules import MergedModule, merge_module, needs_base, relative_error
 from peraxis_tools.outputs import claim_delta
 from peraxis_tools.parallel import ordered_map
@@ -28,24 +28,10 @@ from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rows import base_rows
 from peraxis_tools.unpacked import UnpackedFile, unpacked
 
-__all__ = [
-    "PART_KEY",
-    "MergeInput",
-    "MergeResult",
-    "MergedModule",
-    "Method",
-    "Mixture",
-    "is_part",
-    "merge",
-    "merge_parts",
-    "part_metadata",
-    "refuse_part",
-    "split",
-]
+__all__ = ["MergeInput", "MergeResult", "MergedModule", "Method", "Mixture", "merge", "merge_parts"]
 
 # Beyond these, products with scales leave the range of F16 and exponent.
 _WEIGHT_MIN, _WEIGHT_MAX = 1e-6, 1e6
-_SUM_MIN: Final = 1e-8  # as in Mixture.effective
 _AHEAD_BYTES: Final = 128 << 20
 _INPUTS_KEY: Final = "peraxis.inputs"
 _MERGE_KEY: Final = "peraxis.merge"
@@ -120,7 +106,7 @@ def merge(
     True for a bar. Raises CheckFailedError for different bases, ToolError, PxdError, CheckpointError.
     """
     mixture = mixture or Mixture()
-    masks = one_name("masks", masks, "bits", bits)
+    masks = masks_of(masks, bits)
     if masks is not None and not 1 <= masks <= pxd.COMPONENTS_MAX:
         raise ToolError(f"masks {masks}: must be 1 to {pxd.COMPONENTS_MAX}")
     output = Path(output)
@@ -130,7 +116,7 @@ def merge(
     with ExitStack() as stack:
         stack.enter_context(claim_delta(output, overwrite=overwrite, inputs=(*paths, base)))
         opened = [stack.enter_context(pxd.open(path)) for path in paths]
-        total = sum(file.size - file.header_size for file in opened)
+        total = sum(file.data_size for file in opened)
         step = stack.enter_context(watched(progress, "merge", total))
         for file in opened:
             refuse_part(file.manifest, file.path)
@@ -187,7 +173,7 @@ def _check_weights(paths: Sequence[str | Path], weights: Sequence[float], mixtur
     odd = [weight for weight in weights if not (weight == 0 or _WEIGHT_MIN <= abs(weight) <= _WEIGHT_MAX)]
     if odd:
         raise ToolError(f"weight {odd[0]:g}: must be 0, or {_WEIGHT_MIN:g} to {_WEIGHT_MAX:g} in magnitude")
-    if mixture.normalized and mixture.method != "ties" and abs(math.fsum(weights)) <= _SUM_MIN:
+    if mixture.normalized and mixture.method != "ties" and abs(math.fsum(weights)) <= SUM_MIN:
         # `ties` divides by the weights of the elected sign alone, whose sum is not 0.
         shown = ", ".join(f"{weight:g}" for weight in weights)
         raise ToolError(f"weights {shown}: their sum is 0, so they cannot be normalised (normalize, --normalize)")
@@ -286,7 +272,7 @@ def _add_all(
         )
 
     def size(entry: pxd.ModuleEntry) -> int:
-        return sum(end - begin for begin, end in (file.span(entry.name) for file in files))
+        return sum(file.payload_bytes(entry.name) for file in files)
 
     merged = []
     # Inputs and results take about twice the inputs' bytes.

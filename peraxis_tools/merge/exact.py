@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 import peraxis_format as pxd
 from peraxis_tools.errors import ToolError
 from peraxis_tools.merge.fit import Dense
+from peraxis_tools.merge.methods import SUM_MIN
 from peraxis_tools.rows import BaseRows, has_delta, row_blocks
 
 __all__ = ["merge_exact", "merge_tails"]
@@ -93,7 +94,7 @@ def _mean(arrays: Sequence[pxd.Array], weights: Sequence[float], dtype: pxd.DTyp
     if all(pxd.raw_bytes(array) == pxd.raw_bytes(arrays[0]) for array in arrays[1:]):
         return arrays[0]
     total = math.fsum(weights)
-    if not dtype.is_float or abs(total) < 1e-8:
+    if not dtype.is_float or abs(total) <= SUM_MIN:
         raise ToolError(f"{name}: has rows that the base lacks, which have no mean with weights that sum to {total:g}")
     out: NDArray[np.generic] = np.empty(arrays[0].shape, dtype.storage)
     for rows in row_blocks(arrays[0].shape):

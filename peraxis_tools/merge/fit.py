@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,8 @@ from peraxis_tools.ops.merge_rows import columns
 from peraxis_tools.rows import row_blocks
 
 __all__ = ["Dense", "Fit", "fit_masks"]
+
+_TINY: Final = float(np.finfo(np.float64).tiny)
 
 # Returns rows of a dense matrix [d_out, d_in], which the caller may change; called several times.
 Dense: TypeAlias = Callable[[slice], NDArray[np.float32]]
@@ -110,9 +112,9 @@ def _component(residual: _Residual) -> tuple[pxd.Component, float, float]:
     row16, col16, exponent = pxd.encode_scale_pair(size / max(power, _TINY), col)
     component = pxd.Component(axis=pxd.Axis.ROW_COL, exponent=exponent, mask=mask, row=row16, col=col16)
     # `size` was summed for col; the rounded pair has col times a power of two, which the rows' exponent undoes.
-    stored = np.ldexp(row16.astype(np.float64), exponent) * _ratio(col16, col)
+    rounded = np.ldexp(row16.astype(np.float64), exponent) * _ratio(col16, col)
     square = math.fsum(squares)
-    return component, square, max(0.0, square - 2.0 * float(stored @ size) + float(stored @ stored) * power)
+    return component, square, max(0.0, square - 2.0 * float(rounded @ size) + float(rounded @ rounded) * power)
 
 
 def _sums(block: NDArray[np.float32], zeros: NDArray[np.float32], weights: NDArray[np.float64] | None) -> DeltaSums:
@@ -123,13 +125,10 @@ def _sums(block: NDArray[np.float32], zeros: NDArray[np.float32], weights: NDArr
     )
 
 
-_TINY = float(np.finfo(np.float64).tiny)
-
-
-def _ratio(stored: NDArray[np.float16], wanted: NDArray[np.float64]) -> float:
+def _ratio(rounded: NDArray[np.float16], wanted: NDArray[np.float64]) -> float:
     """The power of two between a vector and its rounded F16 form; 1 for zeros."""
     largest = int(np.argmax(wanted))
-    return float(stored[largest]) / float(wanted[largest]) if wanted[largest] > 0.0 else 1.0
+    return float(rounded[largest]) / float(wanted[largest]) if wanted[largest] > 0.0 else 1.0
 
 
 def _stack(components: list[pxd.Component], batch: tuple[int, ...]) -> pxd.Component:

@@ -26,9 +26,10 @@ from peraxis_tools.arguments import check_choice, check_least
 from peraxis_tools.errors import OptionError
 from peraxis_tools.ops.merge_rows import HALF, elect, histogram, keep_some
 
-__all__ = ["Magnitudes", "Method", "Mixer", "Mixture", "make_mixer", "threshold"]
+__all__ = ["SUM_MIN", "Magnitudes", "Method", "Mixer", "Mixture", "make_mixer", "threshold"]
 
 Method: TypeAlias = Literal["sum", "linear", "ties", "dare"]
+SUM_MIN: Final = 1e-8  # a sum of weights of at most this magnitude counts as 0, and nothing is divided by it
 
 _NORMALISED: Final[dict[str, bool]] = {"sum": False, "linear": True, "ties": True, "dare": False}
 
@@ -64,7 +65,7 @@ class Mixture:
     def effective(self, weights: Sequence[float]) -> tuple[float, ...]:
         """The weights of the plain sum that equals `sum` or `linear`."""
         total = math.fsum(weights)
-        return tuple(w / total for w in weights) if self.normalized and abs(total) > 1e-8 else tuple(weights)
+        return tuple(w / total for w in weights) if self.normalized and abs(total) > SUM_MIN else tuple(weights)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

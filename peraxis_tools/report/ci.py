@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import unicodedata
 from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any, Final
@@ -16,16 +15,12 @@ from xml.sax.saxutils import escape as xml_text
 from xml.sax.saxutils import quoteattr
 
 import peraxis_format as pxd
+from peraxis_tools.shown import visible
 from peraxis_tools.verify_files import Check, FileVerdict, Status, VerifyReport
 
 __all__ = ["github", "junit", "sarif"]
 
 _SARIF_SCHEMA: Final = "https://json.schemastore.org/sarif-2.1.0.json"
-
-
-def _visible(value: str) -> str:
-    """Escape control and format characters: XML does not allow some of them, and logs should have none."""
-    return "".join(c if unicodedata.category(c) not in ("Cc", "Cf", "Cs") else f"\\u{ord(c):04x}" for c in value)
 
 
 def _sentence(check: Check) -> str:
@@ -37,7 +32,7 @@ def _sentence(check: Check) -> str:
         f" (SPEC {check.clause})" if check.clause else "",
         f"; {check.remedy}" if check.remedy else "",
     ]
-    return _visible("".join(parts))
+    return visible("".join(parts))
 
 
 def _bad(report: VerifyReport) -> Iterator[tuple[FileVerdict, Check]]:
@@ -55,7 +50,7 @@ def junit(report: VerifyReport) -> str:
     total = sum(len(verdict.checks) for verdict in report.files)
     lines.append(f'<testsuites name="peraxis verify" tests="{total}" failures="{failures}" errors="{errors}">')
     for verdict in report.files:
-        name = quoteattr(_visible(verdict.file))
+        name = quoteattr(visible(verdict.file))
         failed = sum(check.status is Status.FAILED for check in verdict.checks)
         bad = sum(check.status is not Status.PASSED for check in verdict.checks)
         lines.append(
@@ -152,7 +147,7 @@ def github(report: VerifyReport) -> str:
     """An annotation for each check that did not pass, a notice for each file that did."""
     lines = []
     for verdict in report.files:
-        file = _command_value(_visible(verdict.file))
+        file = _command_value(visible(verdict.file))
         if verdict.status is Status.PASSED:
             checks = ", ".join(check.name for check in verdict.checks)
             lines.append(f"::notice file={file},title=verified::{verdict.content_id} ({checks})")

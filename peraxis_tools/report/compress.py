@@ -11,6 +11,7 @@ from peraxis_format import Encoding
 from peraxis_tools.blocks import blocks_text
 from peraxis_tools.compress.plan.plan import EXACT
 from peraxis_tools.report.console import print_note, size, text
+from peraxis_tools.shown import listed
 
 if TYPE_CHECKING:
     from peraxis_tools.compress import CompressResult, Plan
@@ -73,11 +74,8 @@ def render_compress(result: CompressResult, console: Console) -> None:
     else:
         console.print(f"fit      {result.fit}")
     if result.unread_tokens:
-        named = ", ".join(map(text, result.unread_tokens[:_NOTES_SHOWN]))
-        more = (
-            f" and {len(result.unread_tokens) - _NOTES_SHOWN} more" if len(result.unread_tokens) > _NOTES_SHOWN else ""
-        )
-        console.print(f"unread   {named}{more}: special tokens that are not in the calibration text")
+        named = text(listed(result.unread_tokens, _NOTES_SHOWN))
+        console.print(f"unread   {named}: special tokens that are not in the calibration text")
     for i, (name, note) in enumerate(result.notes.items()):
         if i == _NOTES_SHOWN:
             console.print(f"note     and {len(result.notes) - i} more (inspect --json, metadata peraxis.report)")

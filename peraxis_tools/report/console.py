@@ -12,7 +12,6 @@ import io
 import json
 import logging
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from peraxis_tools.optional import require
+from peraxis_tools.shown import visible
 from peraxis_tools.urls import without_secrets
 
 __all__ = [
@@ -44,11 +44,7 @@ R = TypeVar("R")
 
 def text(value: object) -> str:
     """A string from a file, safe for a terminal: without control, format or bidirectional characters and markup."""
-    shown = "".join(
-        char if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") else f"\\u{ord(char):04x}"
-        for char in str(value)
-    )
-    return escape(shown)
+    return escape(visible(value))
 
 
 def size(count: float) -> str:

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from peraxis_tools.diff import DiffResult, GroupDiff, ModuleDiff
 from peraxis_tools.report.console import text
+from peraxis_tools.shown import listed
 
 __all__ = ["render_diff"]
 
@@ -36,8 +37,7 @@ def render_diff(result: DiffResult, console: Console, *, top: int = 12) -> None:
         console.print(f"and {len(result.manifest) - _CHANGES_SHOWN} more fields of the manifest (--json)")
     for label, names in (("a", result.only_in_a), ("b", result.only_in_b)):
         if names:
-            more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-            console.print(f"only in {label}: {text(', '.join(names[:_NAMES_SHOWN]))}{more}")
+            console.print(f"only in {label}: {text(listed(names, _NAMES_SHOWN))}")
     if total.different:
         console.print(_groups(result))
         if top:

@@ -7,9 +7,9 @@ security policy allows only the page's own style and script.
 from __future__ import annotations
 
 import html
+import math
 import re
 import statistics
-import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
@@ -20,6 +20,7 @@ from peraxis_tools.inspect_details import Details
 from peraxis_tools.inspection import ByteShare, InspectResult, ModuleLine
 from peraxis_tools.kinds import axes_text
 from peraxis_tools.report.console import size
+from peraxis_tools.shown import visible
 
 __all__ = ["page", "write_page"]
 
@@ -54,11 +55,7 @@ def page(result: InspectResult, details: Details) -> str:
 
 
 def _text(value: object) -> str:
-    shown = "".join(
-        c if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") else f"\\u{ord(c):04x}"
-        for c in str(value)
-    )
-    return html.escape(shown)
+    return html.escape(visible(value))
 
 
 def _heading(result: InspectResult) -> str:
@@ -191,15 +188,12 @@ def _table(result: InspectResult, details: Details) -> str:
 
 
 def _row(line: ModuleLine, scales: Mapping[str, float], details: Details) -> str:
-    elements = 1
-    for dimension in line.shape:
-        elements *= dimension
     cells = [
         f"<td>{_text(line.name).replace('.', '.<wbr>')}</td>",  # a line may break after a dot
         _cell(line.kind),
         _cell(line.encoding),
         _cell(axes_text(line.axes) or "-"),
-        _cell("×".join(map(str, line.shape)) or "scalar", elements),
+        _cell("×".join(map(str, line.shape)) or "scalar", math.prod(line.shape)),
         _cell(line.dtype),
         _cell(size(line.bytes), line.bytes),
         _cell(f"{line.full_bytes / line.bytes:.1f}" if line.bytes else "-", line.full_bytes / max(line.bytes, 1)),

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-from peraxis_conformance import Adapter, Case, Corpus, laid_out, run_cases
-from peraxis_conformance.process import Reply
-from peraxis_conformance.run import Caps, Summary
+from peraxis_conformance import Adapter, Corpus, laid_out, run_cases
+from peraxis_conformance.run import Summary
 
 from tests.conformance.helpers import KIT, SLOW, wrong_loader
+from tests.conformance.in_process import InProcess
 
 sys.path.insert(0, str(KIT / "loaders" / "wrong"))
 try:
@@ -24,32 +23,6 @@ try:
 finally:
     sys.path.pop(0)
 SWITCHES: dict[str, str] = small.SWITCHES
-
-
-class InProcess(Adapter):
-    """The small reader with the interface of an adapter, in this process."""
-
-    def __init__(self, switch: str) -> None:
-        self.switch = switch
-        said: dict[str, Any] = small.caps(switch)
-        operations = frozenset(said["operations"])
-        self.caps = Caps(
-            implementation=switch,
-            version="1",
-            spec=("1.0",),
-            features=frozenset(said["features"]),
-            operations=operations,
-        )
-
-    def ask(self, case: Case, arguments: Sequence[str]) -> Reply:
-        try:
-            status, result = small.answer(self.switch, list(arguments))
-        except Exception as error:
-            return Reply(problem=f"crashed: {error!r}")
-        return Reply(exit=status, result=result)
-
-    def close(self) -> None:
-        """Do nothing, because there is no process."""
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +44,7 @@ def test_there_are_many_ways_to_be_wrong() -> None:
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_the_kit_fails_a_wrong_loader(corpus: Corpus, switch: str) -> None:
-    summary = until_it_fails(InProcess(switch), corpus, SWITCHES[switch])
+    summary = until_it_fails(InProcess(small, switch), corpus, SWITCHES[switch])
     assert summary.count("failed") == 1, f"{switch} passes every case"
     assert not summary.passed
 
@@ -84,6 +57,6 @@ def test_the_kit_fails_a_wrong_loader_that_is_a_command(corpus: Corpus, switch: 
 
 def test_the_kit_passes_the_same_loader_when_it_is_right(corpus: Corpus) -> None:
     """This shows that the failures above are not failures of the small reader itself."""
-    summary = run_cases(InProcess(""), corpus, corpus.select(skip=SLOW))
+    summary = run_cases(InProcess(small), corpus, corpus.select(skip=SLOW))
     assert [(o.case.id, o.detail) for o in summary.outcomes if o.status == "failed"] == []
     assert summary.passed

@@ -143,9 +143,9 @@ def test_yaml_blocks_use_the_inputs_and_hooks_that_there_are() -> None:
     for block in blocks:
         content = yaml.safe_load(block.text)
         for job in content.get("jobs", {}).values():
-            for step in job["steps"]:
-                if step["uses"].startswith("peraxis/"):
-                    assert set(step["with"]) <= set(action["inputs"])
+            ours = [step for step in job["steps"] if step["uses"].partition("@")[0].endswith("/peraxis")]
+            assert ours
+            assert all(set(step["with"]) <= set(action["inputs"]) for step in ours)
         for repository in content.get("repos", ()):
             assert {item["id"] for item in repository["hooks"]} == {hook["id"]}
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
-WALKS = (ROOT / "docs" / "architecture.md").read_text("utf-8").partition("## Four walks")[2]
+WALKS = (ROOT / "docs" / "architecture.md").read_text("utf-8").partition("## Five walks")[2]
 
 
 def slug(heading: str) -> str:
@@ -44,8 +44,8 @@ def walks() -> dict[str, list[tuple[str, str]]]:
     return found
 
 
-def test_the_four_walks_are_there_and_name_functions_that_exist() -> None:
-    assert list(walks()) == ["compress", "apply", "VariantSwitch.use", "serve"]
+def test_the_five_walks_are_there_and_name_functions_that_exist() -> None:
+    assert list(walks()) == ["compress", "apply", "VariantSwitch.use", "serve", "update and follow"]
     for title, hops in walks().items():
         assert len(hops) >= 6, title
         for file, name in hops:

@@ -16,7 +16,7 @@ import peraxis_format as pf
 from peraxis_format.torch import DeviceError, LiveModelError, apply_
 from peraxis_format.torch.serve.api import serve
 from peraxis_format.torch.serve.linear import MANY_ROWS
-from tests.loader.support import AXES, Small, bytes_of, named_tensors, write_delta
+from tests.loader.support import AXES, Small, base_of, bytes_of, named_tensors, write_delta
 
 ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 INTERPRETED = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
@@ -33,10 +33,6 @@ def backend(request: pytest.FixtureRequest) -> str:
 def device(backend: str) -> str:
     """The device of the model. The kernels run on a CUDA device if there is one."""
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-
-
-def base_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
 
 
 def merged(model: nn.Module, path: Path | None) -> nn.Module:

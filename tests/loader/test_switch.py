@@ -20,13 +20,9 @@ from peraxis_format.torch.device import HostDevice
 from peraxis_format.torch.ring import DEPTH
 from peraxis_format.torch.swap import registry
 from peraxis_format.torch.swap.engine import HostEngine
-from tests.loader.support import Small, bytes_of, expected_bytes, named_tensors, write_delta
+from tests.loader.support import Small, base_of, bytes_of, expected_bytes, named_tensors, write_delta
 
 RESIDENCIES = ("pinned", "file")
-
-
-def base_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
 
 
 def variants(folder: Path, base: dict[str, Tensor], count: int) -> dict[str | None, Path]:

@@ -14,11 +14,7 @@ from torch import Tensor
 import peraxis_format as pf
 from peraxis_format.torch import DeviceError, LiveModelError, SwapError, VariantSwitch
 from peraxis_format.torch.swap import undo
-from tests.loader.support import Small, bytes_of, expected_bytes, named_tensors, random_module, write_delta
-
-
-def base_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
+from tests.loader.support import Small, base_of, bytes_of, expected_bytes, named_tensors, random_module, write_delta
 
 
 def variants(folder: Path, base: dict[str, Tensor], count: int) -> dict[str | None, Path]:

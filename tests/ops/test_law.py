@@ -36,11 +36,10 @@ def matrices_by_tensor(module: pxd.ModuleDelta, base: pxd.Array, backend: str) -
     assert module.base is not None
     device = torch.device("cpu") if backend == "numba" else DEVICE
     weights = from_storage(base.copy(), module.base.dtype).reshape(-1, *base.shape[-2:]).to(device)
-    found = [
-        rebuild_tensor(weight, components, dtype=TORCH_DTYPES[module.dtype], backend=backend)
-        for weight, components in zip(weights, component_tensors(module, device), strict=True)
-    ]
-    return storage_array(torch.stack(found).cpu()).tobytes()
+    found = torch.empty(weights.shape, dtype=TORCH_DTYPES[module.dtype], device=device)
+    for weight, components, out in zip(weights, component_tensors(module, device), found, strict=True):
+        rebuild_tensor(weight, components, out=out, backend=backend)
+    return storage_array(found.cpu()).tobytes()
 
 
 def by_transfer(module: pxd.ModuleDelta, base: pxd.Array) -> bytes:

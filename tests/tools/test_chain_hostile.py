@@ -17,9 +17,9 @@ import pytest
 from click.testing import CliRunner
 
 import peraxis_format as pxd
+from peraxis_format import CHANGED_KEY
 from peraxis_tools.apply import apply
 from peraxis_tools.chain import compact, log, update
-from peraxis_tools.chain.log import CHANGED
 from peraxis_tools.checkpoint import open_checkpoint
 from peraxis_tools.cli import cli
 from tests.factories import write_checkpoint
@@ -91,7 +91,7 @@ def test_a_chain_that_returns_to_an_earlier_state_is_listed_whole(tmp_path: Path
 @pytest.mark.parametrize("text", ["9" * 5000, "9" * 17, "65", "٣", "-1", "1.5", "", " 1", "\x1b[31m"])
 def test_a_number_of_changes_that_cannot_be_is_not_shown(tmp_path: Path, text: str) -> None:
     """A foreign file with 64 weights has any text in the place of the tools' note of changes."""
-    write_chain(tmp_path, STATES[:2], {CHANGED: text})
+    write_chain(tmp_path, STATES[:2], {CHANGED_KEY: text})
     result = CliRunner().invoke(cli, ["log", str(tmp_path / "updates"), "--json"])
     assert result.exit_code == 0, result.output
     assert [entry["changed"] for entry in json.loads(result.stdout)["updates"]] == [None]
@@ -101,5 +101,5 @@ def test_a_number_of_changes_that_cannot_be_is_not_shown(tmp_path: Path, text: s
 
 
 def test_a_note_that_all_weights_changed_is_shown(tmp_path: Path) -> None:
-    write_chain(tmp_path, STATES[:2], {CHANGED: "64"})
+    write_chain(tmp_path, STATES[:2], {CHANGED_KEY: "64"})
     assert [entry.changed for entry in log(tmp_path / "updates").updates] == [64]

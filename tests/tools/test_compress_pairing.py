@@ -12,10 +12,10 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-import peraxis_format as pxd
 from peraxis_tools import apply
 from peraxis_tools.compress import compress
 from peraxis_tools.errors import ToolError
+from tests.factories import modules_of
 from tests.tools.compress_pairs import FEW, SMALL, llama_config, write_pair, write_text
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -41,12 +41,6 @@ def write(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     folder.mkdir(exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     return folder
-
-
-def modules_of(path: Path) -> dict[str, pxd.ModuleEntry]:
-    with pxd.open(path) as delta:
-        delta.verify()
-        return {module.name: module for module in delta.manifest.modules}
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from peraxis_tools.compress.fit.layerwise import LayerwiseCalibration
 from peraxis_tools.errors import ToolError
 from peraxis_tools.evaluate import evaluate
 from peraxis_tools.text import load_samples
+from tests.factories import modules_of
 from tests.tools.compress_pairs import FEW, llama_config, llama_pair, write_pair, write_text
 
 
@@ -41,12 +42,6 @@ def edited(folder: Path, source: Path, **changes: torch.Tensor | None) -> Path:
             tensors[name] = value
     save_file(tensors, folder / "model.safetensors")
     return folder
-
-
-def modules_of(path: Path) -> dict[str, pxd.ModuleEntry]:
-    with pxd.open(path) as delta:
-        delta.verify()
-        return {module.name: module for module in delta.manifest.modules}
 
 
 def test_every_tensor_is_covered_and_the_applied_folder_is_what_the_file_says(

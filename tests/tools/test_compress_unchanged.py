@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import peraxis_format as pxd
 from peraxis_tools import apply
 from peraxis_tools.compress import Plan, compress
+from tests.factories import modules_of
 from tests.tools.compress_pairs import FEW, llama_config, write_pair, write_text
 
 KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -37,11 +38,6 @@ def weights() -> dict[str, torch.Tensor]:
 def applied(base: Path, delta: Path, folder: Path) -> dict[str, torch.Tensor]:
     apply(base, delta, folder)
     return load_file(folder / "model.safetensors")
-
-
-def modules_of(path: Path) -> dict[str, pxd.ModuleEntry]:
-    with pxd.open(path) as delta:
-        return {module.name: module for module in delta.manifest.modules}
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])

@@ -23,15 +23,10 @@ from peraxis_tools.kinds import axes_text
 from peraxis_tools.ops.mask_compare import Columns, differing
 from peraxis_tools.rows import delta_rows, restrict, row_blocks
 from tests.factories import base_ref, random_storage, sign_module, write_checkpoint, write_delta
+from tests.tools.merge_pairs import pair_of_deltas
 
 AXES = st.lists(st.sampled_from(list(pxd.Axis)), min_size=1, max_size=3).map(tuple)
 SHAPES = st.sampled_from([(3, 5), (8, 64), (17, 72), (2, 4, 9), (3, 6, 128), (1, 8)])
-
-
-def pair(seed: int, shape: tuple[int, ...], axes_a: tuple[pxd.Axis, ...], axes_b: tuple[pxd.Axis, ...]) -> tuple:
-    rng = np.random.default_rng(seed)
-    base = random_storage(rng, shape)
-    return base, sign_module(rng, "m.weight", base, axes=axes_a), sign_module(rng, "m.weight", base, axes=axes_b)
 
 
 def packed_module(module: pxd.ModuleDelta) -> list[Packed]:
@@ -47,7 +42,7 @@ def packed_module(module: pxd.ModuleDelta) -> list[Packed]:
 @given(st.integers(0, 2**32), SHAPES, AXES, AXES)
 @settings(max_examples=60)
 def test_packed_inner_products_are_those_of_the_dense_deltas(seed, shape, axes_a, axes_b) -> None:
-    _, a, b = pair(seed, shape, axes_a, axes_b)
+    _, a, b = pair_of_deltas(seed, shape, axes_a, axes_b)
     dense_a, dense_b = (pxd.dense_delta(m).astype(np.float64) for m in (a, b))
     found = moments(packed_module(a), packed_module(b))
     scale = np.linalg.norm(dense_a) * np.linalg.norm(dense_b)
@@ -85,7 +80,7 @@ def test_numpys_tables_of_a_wide_row_are_small_and_cover_it(width: int, monkeypa
 
 
 def test_one_flipped_bit_is_found_and_weighs_what_it_weighs(tmp_path: Path) -> None:
-    _, a, _ = pair(1, (40, 96), (pxd.Axis.ROW_COL,), (pxd.Axis.ROW_COL,))
+    _, a, _ = pair_of_deltas(1, (40, 96), (pxd.Axis.ROW_COL,), (pxd.Axis.ROW_COL,))
     mask = a.components[0].mask.copy()
     mask[7, 3] ^= 1 << 2
     b = replace(a, components=(replace(a.components[0], mask=mask),))
@@ -102,7 +97,7 @@ def test_one_flipped_bit_is_found_and_weighs_what_it_weighs(tmp_path: Path) -> N
 @settings(max_examples=15)
 def test_files_compare_as_their_modules_do(tmp_path_factory, seed, axes_a, axes_b) -> None:
     folder = tmp_path_factory.mktemp("files")
-    _, a, b = pair(seed, (70, 40), axes_a, axes_b)
+    _, a, b = pair_of_deltas(seed, (70, 40), axes_a, axes_b)
     (module,) = diff(write_delta(folder / "a.pxd", [a]), write_delta(folder / "b.pxd", [b])).modules
     dense_a, dense_b = (pxd.dense_delta(m).astype(np.float64) for m in (a, b))
     assert module.distance == pytest.approx(np.linalg.norm(dense_a - dense_b), rel=1e-3)
@@ -117,7 +112,7 @@ def test_files_compare_as_their_modules_do(tmp_path_factory, seed, axes_a, axes_
 @pytest.mark.parametrize("axes_b", [(pxd.Axis.COL,), (pxd.Axis.ROW_COL, pxd.Axis.TENSOR)])
 @pytest.mark.parametrize("shape", [(70, 40), (5, 7, 24)])
 def test_small_blocks_come_to_the_same_sums(tmp_path: Path, monkeypatch, axes_b, shape) -> None:
-    _, a, b = pair(9, shape, (pxd.Axis.ROW_COL,), axes_b)
+    _, a, b = pair_of_deltas(9, shape, (pxd.Axis.ROW_COL,), axes_b)
     paths = [write_delta(tmp_path / "a.pxd", [a]), write_delta(tmp_path / "b.pxd", [b])]
     (whole,) = diff(*paths).modules
     monkeypatch.setattr(packed, "_BLOCK_BYTES", 17)
@@ -129,7 +124,7 @@ def test_small_blocks_come_to_the_same_sums(tmp_path: Path, monkeypatch, axes_b,
 @given(st.integers(0, 2**32), SHAPES, AXES, st.integers(1, 40))
 @settings(max_examples=30)
 def test_blocks_of_rows_put_together_are_the_whole(seed, shape, axes, elements) -> None:
-    base, module, _ = pair(seed, shape, axes, axes)
+    base, module, _ = pair_of_deltas(seed, shape, axes, axes)
     blocks = list(row_blocks(shape, elements=elements))
     dense = np.concatenate([delta_rows(module, rows, None) for rows in blocks])
     assert np.array_equal(dense, pxd.dense_delta(module))
@@ -188,7 +183,7 @@ def test_new_rows_count_in_no_distance_and_no_norm_and_are_told(tmp_path: Path, 
 
 
 def test_metadata_that_is_json_differs_by_key(tmp_path: Path) -> None:
-    _, a, _ = pair(1, (4, 8), (pxd.Axis.ROW,), (pxd.Axis.ROW,))
+    _, a, _ = pair_of_deltas(1, (4, 8), (pxd.Axis.ROW,), (pxd.Axis.ROW,))
     paths = []
     for name, config in (("a", {"bits": 1, "seed": 0, "plan": "x" * 90 + "a"}), ("b", {"bits": 2, "plan": "x" * 90})):
         paths.append(tmp_path / f"{name}.pxd")
@@ -210,14 +205,14 @@ def test_metadata_that_is_json_differs_by_key(tmp_path: Path) -> None:
 
 
 def test_deltas_of_different_bases_are_refused(tmp_path: Path) -> None:
-    _, a, _ = pair(1, (4, 8), (pxd.Axis.ROW,), (pxd.Axis.ROW,))
-    _, b, _ = pair(2, (4, 8), (pxd.Axis.ROW,), (pxd.Axis.ROW,))
+    _, a, _ = pair_of_deltas(1, (4, 8), (pxd.Axis.ROW,), (pxd.Axis.ROW,))
+    _, b, _ = pair_of_deltas(2, (4, 8), (pxd.Axis.ROW,), (pxd.Axis.ROW,))
     with pytest.raises(CheckFailedError, match="different bases"):
         diff(write_delta(tmp_path / "a.pxd", [a]), write_delta(tmp_path / "b.pxd", [b]))
 
 
 def test_damage_is_found_even_where_the_sums_are_streamed(tmp_path: Path) -> None:
-    _, a, b = pair(1, (64, 64), (pxd.Axis.ROW,), (pxd.Axis.ROW,))
+    _, a, b = pair_of_deltas(1, (64, 64), (pxd.Axis.ROW,), (pxd.Axis.ROW,))
     paths = [write_delta(tmp_path / name, [m]) for name, m in (("a.pxd", a), ("b.pxd", b))]
     data = bytearray(paths[1].read_bytes())
     data[-3] ^= 1
@@ -247,7 +242,7 @@ def test_a_delta_equals_the_checkpoint_that_apply_wrote(tmp_path: Path) -> None:
 
 
 def test_the_command_says_equal_or_different_by_its_exit_code_and_its_json(tmp_path: Path) -> None:
-    _, a, b = pair(1, (16, 24), (pxd.Axis.ROW,), (pxd.Axis.COL,))
+    _, a, b = pair_of_deltas(1, (16, 24), (pxd.Axis.ROW,), (pxd.Axis.COL,))
     paths = [str(write_delta(tmp_path / name, [m])) for name, m in (("a.pxd", a), ("b.pxd", b))]
     same = CliRunner().invoke(command, [paths[0], paths[0], "--json"], standalone_mode=False)
     found = json.loads(same.stdout)

@@ -19,9 +19,10 @@ from peraxis_format.ops.signed_matmul import signed_matmul
 from peraxis_format.ops.tensors import storage_array, torch_dtype
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.device import device_of
-from peraxis_format.torch.place.binding import agree, check_live
+from peraxis_format.torch.place.binding import check_live
 from peraxis_format.torch.place.claims import claim, release
 from peraxis_format.torch.place.placement import place
+from peraxis_format.torch.place.ranks import agree
 from peraxis_format.torch.place.shards import Placement
 from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.serve.lookup import patched_rows

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peraxis_format.dtypes import Array
-from peraxis_format.ops.exact.kinds import BLOCK, FloatKind
+from peraxis_format.ops.exact.kinds import BLOCK, FloatKind, blocks_of
 from peraxis_format.ops.exact.numba_decode import decode_blocks
 from peraxis_format.ops.exact.numba_encode import encode_blocks
 from peraxis_format.thread_pool import run_jobs
@@ -48,7 +48,7 @@ def encode(
     old: Array, new: Array, kind: FloatKind, *, keyed: bool, threads: int | None
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
     """Index and data. old, new: unsigned, 1-D, C-contiguous."""
-    index = np.zeros(-(-old.size // BLOCK), np.uint32)
+    index = np.zeros(blocks_of(old.size), np.uint32)
     parts: dict[int, NDArray[np.uint8]] = {}
 
     def job(first: int) -> Callable[[], None]:

@@ -13,7 +13,6 @@ No backend reorders or fuses operations, so all give the same bits for any numbe
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peraxis_format.delta import ComponentFactors, Encoding, ModuleDelta
-from peraxis_format.dtypes import Array, DType, from_float32, raw_bytes, to_float32
+from peraxis_format.dtypes import Array, DType, digest_of, from_float32, to_float32
 from peraxis_format.errors import ShapeError, fail
 from peraxis_format.ops.backend import choose
 from peraxis_format.ops.exact import apply as apply_exact
 from peraxis_format.ops.rebuild import numpy as reference
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from peraxis_format.ops.rebuild.torch import ComponentTensors
@@ -63,7 +61,7 @@ def reconstruct(module: ModuleDelta, base: Array | None = None, *, backend: str 
         rebuild(module.factors(), kept, covered, base_dtype=ref.dtype, dtype=module.dtype, backend=backend)
     if module.tail is not None:
         module.dtype.rows_from(out, module.shape, module.kept)[...] = module.tail  # SPEC 6.4
-    if module.result is not None and hashlib.sha256(raw_bytes(out)).hexdigest() != module.result:
+    if module.result is not None and digest_of(out) != module.result:
         fail("E405", field=module.name)  # SPEC 7.4
     return out
 
@@ -97,18 +95,17 @@ def rebuild_tensor(
     weight: Tensor,
     components: Sequence[ComponentTensors],
     *,
-    dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The merged weight [d_out, d_in] of a base weight on any device (SPEC 6.1, 6.2).
 
-    dtype: that of the result, one of BF16, F16, F32; None for the weight's. out: the output, contiguous and in that
-    dtype; None for a new tensor. backend: torch, or numba for tensors on the CPU. Raises BackendError.
+    out: the output, contiguous, in BF16, F16 or F32; None for a new tensor in the weight's dtype. backend: torch, or
+    numba for tensors on the CPU. Raises BackendError.
     """
     from peraxis_format.ops.rebuild import torch as plain
 
-    out = plain.output_like(weight, dtype) if out is None else out
+    out = plain.output_like(weight) if out is None else out
     chosen = choose("rebuild_tensor", weight.numel(), weight.device.type, backend)
     if chosen == "numba" and weight.numel() and components:
         plain.rebuild_compiled(weight, components, out)

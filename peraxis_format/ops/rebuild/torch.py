@@ -96,9 +96,9 @@ def row_blocks(d_out: int, d_in: int) -> list[slice]:
     return [slice(begin, min(begin + step, d_out)) for begin in range(0, d_out, step)]
 
 
-def output_like(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A new contiguous tensor of the weight's shape."""
-    return torch.empty_like(weight, dtype=dtype or weight.dtype, memory_format=torch.contiguous_format)
+def output_like(weight: Tensor) -> Tensor:
+    """A new contiguous tensor of the weight's shape and dtype."""
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 def rebuild(weight: Tensor, components: Sequence[ComponentTensors], out: Tensor) -> None:

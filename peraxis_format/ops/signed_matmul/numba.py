@@ -156,17 +156,14 @@ class Product:
         return sum(mask.size for mask in self.masks) * LANES * len(self.inputs)
 
 
-def add_products(products: Sequence[Product], *, threads: int | None = None, job: int = _JOB) -> None:
-    """Compute all products, on several threads if there is enough work. Their outputs must not overlap.
-
-    job: the size of one job, weights times inputs.
-    """
-    if sum(product.work for product in products) < 2 * job:
+def add_products(products: Sequence[Product], *, threads: int | None = None) -> None:
+    """Compute all products, on several threads if there is enough work. Their outputs must not overlap."""
+    if sum(product.work for product in products) < 2 * _JOB:
         threads = 1
-    run_jobs((part for product in products for part in _jobs(product, job)), threads=threads)
+    run_jobs((part for product in products for part in _jobs(product)), threads=threads)
 
 
-def _jobs(product: Product, size: int) -> Iterator[Callable[[], None]]:
+def _jobs(product: Product) -> Iterator[Callable[[], None]]:
     """Blocks of outputs of one product, each with all components in their order."""
     d_out, groups = product.masks[0].shape
     width = product.inputs.shape[1]
@@ -175,7 +172,7 @@ def _jobs(product: Product, size: int) -> Iterator[Callable[[], None]]:
         scaled = np.zeros((len(product.inputs), groups * LANES), np.float32)
         np.multiply(product.inputs, column, out=scaled[:, :width])
         weighted.append((scaled, scaled.sum(1)))
-    step = max(1, d_out * size // max(1, product.work))
+    step = max(1, d_out * _JOB // max(1, product.work))
 
     def job(part: slice) -> None:
         for mask, row, (scaled, totals) in zip(product.masks, product.rows, weighted, strict=True):

@@ -8,27 +8,21 @@ all ranks agree.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
-
 from peraxis_format.binding import check_base_digest
-from peraxis_format.dtypes import Array, raw_bytes
 from peraxis_format.errors import BindingError, LiveModelError, PxdError
 from peraxis_format.manifest import Manifest, ModuleEntry
-from peraxis_format.ops.tensors import as_bytes, storage_array
 from peraxis_format.torch.place.digests import digests
+from peraxis_format.torch.place.pieces import Layout, assembled_digest
+from peraxis_format.torch.place.ranks import Ranks, agree, is_distributed
 from peraxis_format.torch.place.replicas import check_replicas
-from peraxis_format.torch.place.shards import Box, Placement, ShardView, whole
+from peraxis_format.torch.place.shards import Placement, whole
 from peraxis_format.torch.ring import Ring
 
-__all__ = ["agree", "check_live", "is_sharded", "rank_and_count", "sharded_anywhere"]
+__all__ = ["check_live", "is_sharded", "sharded_anywhere"]
 
 
 def is_sharded(placement: Placement, manifest: Manifest) -> bool:
@@ -92,110 +86,34 @@ def _named(failure: PxdError, manifest: Manifest) -> PxdError:
 # --- pieces on several ranks ---------------------------------------------------------------------------
 
 
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def sharded_anywhere(*, here: bool, group: Any = None) -> bool:
     """Whether any rank has only a part of a module, so that all ranks have to act together."""
-    if not _distributed():
-        return False
-    return any(_gathered(here, group))
-
-
-def _gathered(value: Any, group: Any) -> list[Any]:
-    world = torch.distributed.get_world_size(group)
-    if world == 1:
-        return [value]
-    out: list[Any] = [None] * world
-    torch.distributed.all_gather_object(out, value, group=group)
-    return out
-
-
-def rank_and_count(group: Any = None) -> tuple[int, int]:
-    """This process's rank and the number of ranks; (0, 1) without torch.distributed."""
-    if not _distributed():
-        return 0, 1
-    return torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-
-
-def agree(error: BaseException | None, group: Any = None) -> None:
-    """Raise on every rank if one rank has an error: the rank's own error, else that of the first other rank."""
-    if not _distributed():
-        if error is not None:
-            raise error
-        return
-    failures = [(rank, failure) for rank, failure in enumerate(_gathered(error, group)) if failure is not None]
-    if error is not None:
-        raise error
-    if failures:
-        raise failures[0][1]
-
-
-@dataclass(frozen=True, slots=True)
-class _Message:
-    """A piece of a tensor that one rank sends: its box and the rank."""
-
-    rank: int
-    box: Box
+    return is_distributed() and any(Ranks(group).gathered(here))
 
 
 def _check_pieces(bound: Sequence[ModuleEntry], placement: Placement, group: Any) -> None:
-    """Assemble each module that is sharded on one rank, which differs each time, and hash it there.
+    """Hash each module that is sharded on one rank, which differs each time. Equal pieces are sent once, and compared.
 
     The first failure is raised last. Raises LiveModelError if the ranks do not have all of a tensor.
     """
     failure: PxdError | None = None
-    rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-    boxes = _gathered({entry.name: placement[entry.name][0].box for entry in bound}, group)
+    ranks = Ranks(group)
+    boxes = ranks.gathered({entry.name: placement[entry.name][0].box for entry in bound})
     # One rank may have all of a short tensor, so what is sharded is known from all ranks.
     pieces = [entry for entry in bound if any(found[entry.name] != whole(entry.shape) for found in boxes)]
     for turn, entry in enumerate(pieces):
-        owner = turn % world
-        # Replicated pieces are sent once.
-        senders = {b[entry.name]: r for r, b in reversed(list(enumerate(boxes)))}
-        messages = [_Message(r, box) for box, r in sorted(senders.items()) if _volume(box)]
-        covered = sum(_volume(message.box) for message in messages)
-        if covered != math.prod(entry.shape):  # equal on all ranks
+        layout = Layout.of(entry.shape, [found[entry.name] for found in boxes])
+        if layout.covered != math.prod(entry.shape):  # equal on all ranks
             raise LiveModelError(
-                f"{entry.name}: the ranks have {covered} of its {math.prod(entry.shape)} weights; check `shards`"
+                f"{entry.name}: the ranks have {layout.covered} of its {math.prod(entry.shape)} weights; check `shards`"
             )
         part = placement[entry.name][0]
-        if rank == owner:
-            full = _assembled(entry, messages, part, group)
-            try:
-                check_base_digest(entry, hashlib.sha256(raw_bytes(full)).hexdigest())
-            except PxdError as error:
-                failure = failure or error
-            continue
-        for message in messages:
-            if message.rank == rank:
-                torch.distributed.send(as_bytes(part.view), dst=_global(owner, group), group=group)
-    check_replicas({entry.name: placement[entry.name][0] for entry in pieces}, boxes, partial(_gathered, group=group))
+        digest = assembled_digest(ranks, turn % ranks.count, layout, part, entry.dtype)
+        try:
+            if digest is not None:
+                check_base_digest(entry, digest)
+        except PxdError as error:
+            failure = failure or error
+    check_replicas({entry.name: placement[entry.name][0] for entry in pieces}, boxes, ranks.gathered)
     if failure is not None:
         raise failure
-
-
-def _global(rank: int, group: Any) -> int:
-    return rank if group is None else torch.distributed.get_global_rank(group, rank)
-
-
-def _volume(box: Box) -> int:
-    return math.prod(end - begin for begin, end in box)
-
-
-def _assembled(entry: ModuleEntry, messages: Sequence[_Message], mine: ShardView, group: Any) -> Array:
-    """The whole tensor, from the pieces of all ranks."""
-    rank = torch.distributed.get_rank(group)
-    full = np.empty(entry.shape, entry.dtype.storage)
-    for message in messages:
-        shape = tuple(end - begin for begin, end in message.box)
-        if message.rank == rank:
-            data = as_bytes(mine.view)
-        else:
-            size = entry.dtype.size_of(shape)
-            data = torch.empty(size, dtype=torch.uint8, device=mine.view.device)
-            torch.distributed.recv(data, src=_global(message.rank, group), group=group)
-        where = tuple(slice(begin, end) for begin, end in message.box)
-        full[where] = storage_array(data.cpu()).view(entry.dtype.storage).reshape(shape)
-    return full

@@ -18,7 +18,7 @@ from typing import Any, Final
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from peraxis_format.dtypes import raw_bytes
+from peraxis_format.dtypes import digest_of, raw_bytes
 from peraxis_format.ops.tensors import as_bytes, storage_array
 from peraxis_format.thread_pool import thread_count
 from peraxis_format.torch.device import Device
@@ -43,7 +43,7 @@ def digests(views: Sequence[Tensor], *, device: Device, ring: Ring, workers: int
         if known is not None:
             return known
         if not device.staged or view.device != device.torch_device:
-            digest = hashlib.sha256(raw_bytes(storage_array(as_bytes(view)))).hexdigest()
+            digest = digest_of(storage_array(as_bytes(view)))
         else:
             pair = staging.get()
             try:

@@ -67,7 +67,7 @@ class Finder:
             return [given] if isinstance(given, ShardView) else list(given)
         if name in self.live:
             return [local_part(self.live[name], self._box(name, entry), name)]
-        found = list(self._rows(name, entry))
+        found = list(self._rows(name))
         if not found and name in self.renamed:
             found = [ShardView(whole(entry.shape), self.renamed[name])]
         return found
@@ -80,7 +80,7 @@ class Finder:
         cut = chunk(box[shard.dim], shard.index, shard.count)
         return (*box[: shard.dim], cut, *box[shard.dim + 1 :])
 
-    def _rows(self, name: str, entry: ModuleEntry) -> Iterator[ShardView]:
+    def _rows(self, name: str) -> Iterator[ShardView]:
         """Rows of a fused parameter; the manifest's shapes give the rows before them."""
         words = name.split(".")
         for fused_word, members in self.fused.items():

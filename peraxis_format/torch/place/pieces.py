@@ -22,68 +22,23 @@ from peraxis_format.dtypes import Array, DType, raw_bytes
 from peraxis_format.manifest import ModuleEntry
 from peraxis_format.ops.exact import BLOCK
 from peraxis_format.ops.tensors import as_bytes, storage_array
-from peraxis_format.torch.place.binding import rank_and_count
 from peraxis_format.torch.place.finder import named
+from peraxis_format.torch.place.ranks import Ranks
 from peraxis_format.torch.place.replicas import odd_replica
-from peraxis_format.torch.place.shards import Box, Shard, ShardView, Target
+from peraxis_format.torch.place.shards import Box, Shard, ShardView, Target, extent, slices
 
 __all__ = [
     "Layout",
-    "Ranks",
     "assembled",
+    "assembled_digest",
     "boxed_indices",
-    "exchanged",
     "flat_indices",
     "in_pieces",
     "is_dtensor",
     "sharded_digest",
-    "slices",
 ]
 
 _STRETCH: Final = 16 * BLOCK  # weights to assemble at a time
-
-
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """The ranks of a group, and the rank of this process. Without torch.distributed there is one rank."""
-
-    group: Any = None
-
-    @property
-    def rank(self) -> int:
-        """This process's rank in the group."""
-        return rank_and_count(self.group)[0]
-
-    @property
-    def count(self) -> int:
-        """The number of ranks."""
-        return rank_and_count(self.group)[1]
-
-    def world(self, rank: int) -> int:
-        """The global rank of a rank of the group."""
-        return rank if self.group is None else distributed.get_global_rank(self.group, rank)
-
-    def gathered(self, value: Any) -> list[Any]:
-        """The value of each rank, on every rank."""
-        if self.count == 1:
-            return [value]
-        out: list[Any] = [None] * self.count
-        distributed.all_gather_object(out, value, group=self.group)
-        return out
-
-    def collected(self, value: Any, *, on: int) -> list[Any]:
-        """The value of each rank, on one rank; an empty list on the others."""
-        out: list[Any] | None = [None] * self.count if self.rank == on else None
-        distributed.gather_object(value, out, dst=self.world(on), group=self.group)
-        return out or []
-
-    def said_by(self, value: Any, *, rank: int) -> Any:
-        """One rank's value, on every rank."""
-        if self.count == 1:
-            return value
-        box = [value]
-        distributed.broadcast_object_list(box, src=self.world(rank), group=self.group)
-        return box[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +53,7 @@ class Layout:
         """boxes: the box of each rank."""
         senders: dict[Box, int] = {}
         for rank, box in enumerate(boxes):
-            if math.prod(end - begin for begin, end in box):
+            if math.prod(extent(box)):
                 senders.setdefault(box, rank)
         return cls(tuple(shape), dict(sorted(senders.items())))
 
@@ -110,7 +65,7 @@ class Layout:
     @property
     def covered(self) -> int:
         """The number of weights that some rank has."""
-        return sum(math.prod(end - begin for begin, end in box) for box in self.senders)
+        return sum(math.prod(extent(box)) for box in self.senders)
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -121,11 +76,6 @@ def is_dtensor(tensor: object) -> bool:
 def in_pieces(target: Target, shards: Mapping[str, Shard] | None) -> bool:
     """Whether a model is sharded over ranks."""
     return bool(shards) or any(map(is_dtensor, named(target).values()))
-
-
-def slices(box: Box) -> tuple[slice, ...]:
-    """A box as an index."""
-    return tuple(slice(begin, end) for begin, end in box)
 
 
 def assembled(
@@ -145,6 +95,15 @@ def assembled(
         yield slice(begin, end), None if found is None else found.reshape(-1)[begin - first : end - first]
 
 
+def assembled_digest(ranks: Ranks, owner: int, layout: Layout, part: ShardView, dtype: DType) -> str | None:
+    """The hex digest of a sharded tensor, on the owner; None elsewhere."""
+    digest = hashlib.sha256()
+    for _, weights in assembled(ranks, owner, layout, part, dtype):
+        if weights is not None:
+            digest.update(raw_bytes(weights))
+    return digest.hexdigest() if ranks.rank == owner else None
+
+
 def sharded_digest(entry: ModuleEntry, part: ShardView, turn: int, group: Any) -> str:
     """The hex digest of a sharded live tensor, on every rank; empty if copies of a piece differ. Collective."""
     ranks = Ranks(group)
@@ -153,11 +112,7 @@ def sharded_digest(entry: ModuleEntry, part: ShardView, turn: int, group: Any) -
         return ""
     layout = Layout.of(entry.shape, [each[entry.name] for each in boxes])
     owner = turn % ranks.count
-    digest = hashlib.sha256()
-    for _, weights in assembled(ranks, owner, layout, part, entry.dtype):
-        if weights is not None:
-            digest.update(raw_bytes(weights))
-    found: str = ranks.said_by(digest.hexdigest(), rank=owner)
+    found: str = ranks.said_by(assembled_digest(ranks, owner, layout, part, entry.dtype), rank=owner)
     return found
 
 
@@ -195,7 +150,7 @@ def flat_indices(local: NDArray[np.int64], box: Box, shape: Sequence[int]) -> ND
     """Convert flat indices within a box to flat indices within the tensor."""
     if not box:
         return local
-    inside = np.unravel_index(local, tuple(end - begin for begin, end in box))
+    inside = np.unravel_index(local, extent(box))
     moved = tuple(part + begin for part, (begin, _) in zip(inside, box, strict=True))
     return np.ravel_multi_index(moved, tuple(shape)).astype(np.int64)
 
@@ -211,14 +166,4 @@ def boxed_indices(
     for part, (begin, end) in zip(parts, box, strict=True):
         within &= (part >= begin) & (part < end)
     moved = tuple(part[within] - begin for part, (begin, _) in zip(parts, box, strict=True))
-    return within, np.ravel_multi_index(moved, tuple(end - begin for begin, end in box)).astype(np.int64)
-
-
-def exchanged(ranks: Ranks, outgoing: Sequence[Any]) -> list[Any]:
-    """Send one value to each rank. Returns the values that all ranks sent to this one, in rank order."""
-    incoming: list[Any] = []
-    for rank in range(ranks.count):
-        found = ranks.collected(outgoing[rank], on=rank)
-        if rank == ranks.rank:
-            incoming = found
-    return incoming
+    return within, np.ravel_multi_index(moved, extent(box)).astype(np.int64)

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from peraxis_format.errors import BindingError, LiveModelError
-from peraxis_format.manifest import Manifest, ModuleEntry
+from peraxis_format.manifest import PART_KEY, Manifest, ModuleEntry
 from peraxis_format.ops.tensors import dtype_of, torch_dtype
 from peraxis_format.torch.place.finder import FUSED, Finder
-from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, storage_key, whole
+from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, extent, storage_key, whole
 from peraxis_format.torch.place.widened import holds_the_dtype, is_widened, narrowed
 
 __all__ = ["place"]
@@ -60,7 +60,7 @@ def place(
 
 def _refuse_part(manifest: Manifest) -> None:
     # SPEC 14: a part would make the live model a mixture of base and fine-tune.
-    if "peraxis.part" in manifest.metadata:
+    if PART_KEY in manifest.metadata:
         raise LiveModelError("the file is a part of a delta; join the parts with `peraxis-tools merge` first")
 
 
@@ -92,7 +92,7 @@ def _check(entry: ModuleEntry, part: ShardView) -> None:
     """Check that the live tensor is the base's (SPEC 7.2), and that the fine-tuned one fits into its storage."""
     name, view = entry.name, part.view
     dtype = dtype_of(view, name)
-    local = tuple(end - begin for begin, end in part.box)
+    local = extent(part.box)
     base = entry.base
     if base is not None:
         fits = part.box == whole(entry.shape) and base.shape != entry.shape

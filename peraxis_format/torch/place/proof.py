@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from peraxis_format.delta import Encoding, ModuleDelta
@@ -19,10 +21,23 @@ from peraxis_format.ops.exact import BLOCK
 from peraxis_format.ops.exact.torch import moved
 from peraxis_format.ops.tensors import storage_array
 
-__all__ = ["proven", "stretches"]
+__all__ = ["block_ranges", "proven", "stretches"]
 
-_STRETCH: Final = 16  # blocks to decode at a time
+_BLOCKS: Final = 16  # blocks to decode at a time: 2 MiB of BF16
 _ON_DEVICE: Final = 16  # times as many on a device, which decodes all these blocks at once
+
+
+def block_ranges(module: ModuleDelta, count: int = _BLOCKS) -> Iterator[tuple[slice, dict[str, Any]]]:
+    """Ranges of `count` blocks: the weights of the flat tensor, and the arguments of ops.exact.apply for them."""
+    index, data, begin = module.index, module.data, 0
+    if index is None or data is None:
+        return
+    for first in range(0, index.size, count):
+        entries: NDArray[np.uint32] = index[first : first + count]
+        size = int((entries >> np.uint32(8)).sum(dtype=np.int64))
+        update = {"index": entries, "data": data[begin : begin + size], "dtype": module.dtype}
+        yield slice(first * BLOCK, (first + count) * BLOCK), {**update, "field": module.name, "first": first}
+        begin += size
 
 
 def stretches(view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Tensor]]:
@@ -31,18 +46,10 @@ def stretches(view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Tenso
     live are views of a contiguous tensor, and copies of a strided one.
     Raises BindingError (E405) if the update does not decode on them.
     """
-    index, data = module.index, module.data
-    if index is None or data is None:
-        return
     flat = view.detach().reshape(-1)
-    begin = 0
-    length = _STRETCH * (_ON_DEVICE if view.is_cuda else 1)
-    for first in range(0, index.size, length):
-        part = index[first : first + length]
-        live = flat[first * BLOCK : (first + part.size) * BLOCK]
-        size = int((part >> 8).sum(dtype="int64"))
-        yield live, moved(live, part, data[begin : begin + size], module.dtype, field=module.name, first=first)
-        begin += size
+    for weights, update in block_ranges(module, _BLOCKS * (_ON_DEVICE if view.is_cuda else 1)):
+        live = flat[weights]
+        yield live, moved(live, **update)
 
 
 def proven(entry: ModuleEntry, view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Tensor]]:
@@ -65,7 +72,7 @@ def _check_base(entry: ModuleEntry, view: Tensor) -> None:
     if entry.base is None:
         return
     digest = hashlib.sha256()
-    for begin in range(0, max(view.numel(), 1), _STRETCH * BLOCK):
-        digest.update(raw_bytes(storage_array(view.detach().reshape(-1)[begin : begin + _STRETCH * BLOCK].cpu())))
+    for begin in range(0, max(view.numel(), 1), _BLOCKS * BLOCK):
+        digest.update(raw_bytes(storage_array(view.detach().reshape(-1)[begin : begin + _BLOCKS * BLOCK].cpu())))
     if digest.hexdigest() != entry.base.sha256:
         fail("E404", field=entry.name)  # SPEC 7.3

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import Array, DType, raw_bytes
-from peraxis_format.errors import fail
+from peraxis_format.errors import fail, located
 from peraxis_format.manifest import ModuleEntry
 from peraxis_format.ops.exact import BLOCK, apply
-from peraxis_format.reader import DeltaFile, located
-from peraxis_format.torch.place.binding import agree
-from peraxis_format.torch.place.pieces import Layout, Ranks, assembled, boxed_indices
+from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.place.pieces import Layout, assembled, boxed_indices
+from peraxis_format.torch.place.ranks import Ranks, agree
 from peraxis_format.torch.place.shards import Box, Placement, ShardView, whole
 
 __all__ = ["Changes", "ExactPiece", "FirstError", "exact_pieces", "in_box", "sharded_changes", "words_of"]

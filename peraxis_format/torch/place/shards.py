@@ -27,7 +27,9 @@ __all__ = [
     "Views",
     "chunk",
     "copy_aside",
+    "extent",
     "increment_versions",
+    "slices",
     "storage_key",
     "whole",
 ]
@@ -77,9 +79,19 @@ def whole(shape: Sequence[int]) -> Box:
     return tuple((0, d) for d in shape)
 
 
-def chunk(extent: tuple[int, int], index: int, count: int) -> tuple[int, int]:
+def extent(box: Box) -> tuple[int, ...]:
+    """The shape of a box."""
+    return tuple(end - begin for begin, end in box)
+
+
+def slices(box: Box) -> tuple[slice, ...]:
+    """A box as an index."""
+    return tuple(slice(begin, end) for begin, end in box)
+
+
+def chunk(span: tuple[int, int], index: int, count: int) -> tuple[int, int]:
     """Piece `index` of `count` of [begin, end), as torch.chunk cuts it."""
-    begin, end = extent
+    begin, end = span
     step = -(-(end - begin) // count)
     return min(begin + index * step, end), min(begin + (index + 1) * step, end)
 

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from peraxis_format.arguments import check_choice, check_least
 from peraxis_format.delta import Encoding, ModuleDelta
-from peraxis_format.errors import BackendError, LiveModelError
+from peraxis_format.errors import BackendError, LiveModelError, located
 from peraxis_format.ops.backend import choose
 from peraxis_format.ops.rebuild.torch import Scratch, component_tensors
 from peraxis_format.ops.tensors import tensor_view
-from peraxis_format.reader import DeltaFile, located
+from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import device_of, require_triton
 from peraxis_format.torch.place.binding import check_live, is_sharded
@@ -283,9 +283,8 @@ def _register(served: Served, index: int, file: DeltaFile, placement: Placement)
         if entry.encoding is Encoding.SAME:
             continue
         delta = file.load(name)
-        begin, end = file.span(name)
         exact = _decoded(file, delta, placement[name][0]) if entry.encoding is Encoding.EXACT else None
-        served.stored += end - begin if exact is None else exact.nbytes
+        served.stored += file.payload_bytes(name) if exact is None else exact.nbytes
         for part in placement[name]:
             if storage_key(part.live) in written:
                 continue

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from peraxis_format.arguments import check_choice, check_least
-from peraxis_format.errors import LiveModelError
-from peraxis_format.reader import DeltaFile, located
+from peraxis_format.errors import LiveModelError, located
+from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import device_of
-from peraxis_format.torch.place.binding import agree, check_live, is_sharded, rank_and_count, sharded_anywhere
+from peraxis_format.torch.place.binding import check_live, is_sharded, sharded_anywhere
 from peraxis_format.torch.place.claims import refuse_claimed
 from peraxis_format.torch.place.placement import place
+from peraxis_format.torch.place.ranks import Ranks, agree
 from peraxis_format.torch.place.sharded_exact import exact_pieces
 from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, copy_aside, increment_versions
 from peraxis_format.torch.ring import Ring
@@ -160,7 +161,7 @@ def verify_share(delta: DeltaFile, group: Any, workers: ThreadPool) -> int:
 
     A rank that reads only a slice of a module cannot check its digest, so all ranks together check the whole file.
     """
-    rank, count = rank_and_count(group)
-    names = [entry.name for entry in delta.manifest.modules if entry.sha256 is not None][rank::count]
+    ranks = Ranks(group)
+    names = [entry.name for entry in delta.manifest.modules if entry.sha256 is not None][ranks.rank :: ranks.count]
     workers.run(partial(delta.load, name) for name in names)
-    return sum(end - begin for begin, end in map(delta.span, names))
+    return sum(map(delta.payload_bytes, names))

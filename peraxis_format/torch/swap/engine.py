@@ -130,14 +130,13 @@ def engine_for(
     *,
     device: Device,
     workers: ThreadPool,
-    backend: str | None = None,
 ) -> Engine:
-    """The engine of a device. backend: numpy or numba on the CPU, triton; None chooses. Raises BackendError."""
+    """The engine of a device, on the backend that ops/backend.py chooses. Raises BackendError."""
     kind = device.torch_device.type
     if kind != "cpu":
         require_triton()
     weights = sum(math.prod(slice_.shape) for transfer in transfers for slice_ in transfer.modules)
-    chosen = choose("rebuild_transfer", weights, kind, backend)
+    chosen = choose("rebuild_transfer", weights, kind)
     if chosen == "triton":
         return TritonEngine(transfers, bases, device=device.torch_device)
     if chosen == "numba":

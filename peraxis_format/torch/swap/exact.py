@@ -4,31 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from peraxis_format.delta import ModuleDelta
 from peraxis_format.dtypes import Array
-from peraxis_format.ops.exact import BLOCK, apply
+from peraxis_format.ops.exact import apply
+from peraxis_format.torch.place.proof import block_ranges
 
-__all__ = ["block_ranges", "exact_jobs"]
-
-_BLOCKS: Final = 16  # blocks to decode at a time: 2 MiB of BF16
-
-
-def block_ranges(module: ModuleDelta, count: int = _BLOCKS) -> Iterator[tuple[slice, dict[str, Any]]]:
-    """Ranges of `count` blocks: the weights of the flat tensor, and the arguments of ops.exact.apply for them."""
-    index, data, begin = module.index, module.data, 0
-    if index is None or data is None:
-        return
-    for first in range(0, index.size, count):
-        entries: NDArray[np.uint32] = index[first : first + count]
-        size = int((entries >> np.uint32(8)).sum(dtype=np.int64))
-        update = {"index": entries, "data": data[begin : begin + size], "dtype": module.dtype}
-        yield slice(first * BLOCK, (first + count) * BLOCK), {**update, "field": module.name, "first": first}
-        begin += size
+__all__ = ["exact_jobs"]
 
 
 def exact_jobs(module: ModuleDelta, base: Array, out: Array) -> Iterator[Callable[[], None]]:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from peraxis_format.delta import Encoding
 from peraxis_format.dtypes import raw_bytes
-from peraxis_format.errors import DeviceError, LiveModelError, fail
+from peraxis_format.errors import DeviceError, LiveModelError, fail, located
 from peraxis_format.ops.tensors import storage_array
 from peraxis_format.payload import check_pad, check_values
-from peraxis_format.reader import DeltaFile, located
+from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import Device, current_device
 from peraxis_format.torch.place.proof import proven
@@ -26,7 +26,7 @@ from peraxis_format.torch.place.shards import ShardView
 from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.swap.transfer_plan import ALIGN, ByteRange, ModuleSlice, Transfer, piece, shift_masks
 
-__all__ = ["Payload", "Residency", "check_pads", "check_transfer", "prove_transfer", "read_transfer"]
+__all__ = ["Payload", "Residency", "check_pads", "read_transfer"]
 
 Residency = Literal["gpu", "pinned", "file"]
 _READ: Final = 4 << 20  # bytes that one thread reads at a time
@@ -92,7 +92,7 @@ def _read_jobs(delta: DeltaFile, runs: Sequence[ByteRange], target: memoryview) 
         yield job(parts)
 
 
-def check_transfer(delta: DeltaFile, transfer: Transfer, buffer: Tensor, workers: ThreadPool) -> None:
+def _check_transfer(delta: DeltaFile, transfer: Transfer, buffer: Tensor, workers: ThreadPool) -> None:
     """Steps 9 to 11 of SPEC 8 on a buffer's bytes, in parallel: for whole modules all, for boxes only the scales."""
     array = storage_array(buffer)
 
@@ -119,7 +119,7 @@ def check_transfer(delta: DeltaFile, transfer: Transfer, buffer: Tensor, workers
         workers.run(check(slice_) for slice_ in transfer.modules)
 
 
-def prove_transfer(
+def _prove_transfer(
     delta: DeltaFile, transfer: Transfer, buffer: Tensor, base_of: Callable[[ShardView], Tensor], workers: ThreadPool
 ) -> None:
     """Check the results of a transfer's exact modules (SPEC 7.4), whose base has been checked.
@@ -215,8 +215,8 @@ class Payload:
         whole = device.host_buffer(pages) if self.residency == "pinned" else ring.host[0][:pages]
         self.bytes_read += read_transfer(self.delta, transfer, whole, workers, self.direct)
         host = whole[: transfer.size]
-        check_transfer(self.delta, transfer, host, workers)
-        prove_transfer(self.delta, transfer, host, self._base_of, workers)
+        _check_transfer(self.delta, transfer, host, workers)
+        _prove_transfer(self.delta, transfer, host, self._base_of, workers)
         if self.residency == "pinned":
             self._kept.append(host)
         elif self.residency == "gpu":

@@ -10,8 +10,8 @@ from typing import Any, Final, Literal, get_args
 from torch import Tensor
 
 from peraxis_format.arguments import check_choice, check_least
-from peraxis_format.errors import DeviceError, LiveModelError
-from peraxis_format.reader import DeltaFile, located
+from peraxis_format.errors import DeviceError, LiveModelError, located
+from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import Device, device_of
 from peraxis_format.torch.place.binding import check_live, is_sharded, sharded_anywhere

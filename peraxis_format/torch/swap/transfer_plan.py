@@ -29,7 +29,7 @@ from peraxis_format.manifest import ModuleEntry
 from peraxis_format.payload import assemble
 from peraxis_format.reader import DeltaFile
 from peraxis_format.sizes import ALIGNMENT, aligned
-from peraxis_format.torch.place.shards import Box, Placement, ShardView, storage_key, whole
+from peraxis_format.torch.place.shards import Box, Placement, ShardView, extent, storage_key, whole
 
 __all__ = ["ALIGN", "TRANSFER_LIMIT", "ByteRange", "Field", "ModuleSlice", "Transfer", "cut_transfers", "piece"]
 
@@ -84,7 +84,7 @@ class ModuleSlice:
     @property
     def shape(self) -> tuple[int, ...]:
         """The box's shape."""
-        return tuple(end - begin for begin, end in self.box)
+        return extent(self.box)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,7 +132,7 @@ def cut_transfers(delta: DeltaFile, placement: Placement, *, limit: int) -> tupl
         boxes = {part.box: tuple(p for p in placed if p.box == part.box) for part in placed}
         exact = entry.encoding is Encoding.EXACT
         for box, of_box in boxes.items():
-            if begin == end or math.prod(b - a for a, b in box) == 0 or (exact and box != whole(entry.shape)):
+            if begin == end or math.prod(extent(box)) == 0 or (exact and box != whole(entry.shape)):
                 continue
             parts = tuple(part for part in of_box if storage_key(part.live) not in written)
             written.update(storage_key(part.live) for part in parts)
@@ -175,22 +175,22 @@ def _boxed(delta: DeltaFile, entry: ModuleEntry, box: Box, parts: tuple[ShardVie
     runs: list[ByteRange] = []
     for record in delta.tensors(entry.name):
         suffix = record.name[len(entry.name) + 1 :]
-        stored = _stored_box(suffix, entry, box)
-        shape = tuple(b - a for a, b in stored)
+        part_box = _part_box(suffix, box)
+        shape = extent(part_box)
         shift, width = 0, shape[-1]
         if suffix.endswith(".mask"):
             shift = box[-1][0] % 8
             shape = (*shape[:-1], mask_width(box[-1][1] - box[-1][0]))
         fields.append(Field(suffix, record.dtype, shape, offset, shift, width))
         size = record.dtype.itemsize
-        for source, length in _box_runs(record.shape, stored, size):
+        for source, length in _box_runs(record.shape, part_box, size):
             runs.append(ByteRange(delta.header_size + record.begin + source, offset, length))
             offset += length
         offset = aligned(offset)
     return Transfer(0, offset, tuple(runs), (ModuleSlice(entry, box, 0, offset, tuple(fields), parts),))
 
 
-def _stored_box(suffix: str, entry: ModuleEntry, box: Box) -> Box:
+def _part_box(suffix: str, box: Box) -> Box:
     """The box of a part that belongs to a box of the module."""
     if suffix.endswith(".mask"):
         return (*box[:-1], (box[-1][0] // 8, mask_width(box[-1][1])))

@@ -37,9 +37,9 @@ from peraxis_format.ops.rebuild.torch import ComponentTensors
 from peraxis_format.ops.tensors import as_bytes, from_storage, storage_array
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import current_device
+from peraxis_format.torch.place.proof import block_ranges
 from peraxis_format.torch.place.sharded_exact import ExactPiece
 from peraxis_format.torch.place.shards import ShardView
-from peraxis_format.torch.swap.exact import block_ranges
 from peraxis_format.torch.swap.payload import Payload
 from peraxis_format.torch.swap.transfer_plan import ModuleSlice, piece
 

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import Array
-from peraxis_format.errors import LiveModelError, PxdError
-from peraxis_format.reader import DeltaFile, located
-from peraxis_format.torch.place.binding import agree
+from peraxis_format.errors import LiveModelError, PxdError, located
+from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.pieces import in_pieces
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.proof import proven, stretches
+from peraxis_format.torch.place.ranks import agree
 from peraxis_format.torch.place.shards import Placement, Shard, Target, increment_versions, storage_key
 from peraxis_format.torch.updates.errors import refuse_others
 from peraxis_format.torch.updates.staged import stage

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peraxis_format.torch.place.pieces import is_dtensor
-from peraxis_format.torch.updates.publish import UpdateWriter
+from peraxis_format.torch.updates.publish import UpdateOptions, UpdateWriter
 from peraxis_format.torch.updates.publish_sharded import ShardedUpdateWriter
 
 __all__ = ["PublishUpdates"]
@@ -23,7 +23,7 @@ class PublishUpdates(TrainerCallback):
     options: those of UpdateWriter.
     """
 
-    def __init__(self, folder: str | Path, *, publish_every: int = 1, **options: Any) -> None:
+    def __init__(self, folder: str | Path, *, publish_every: int = 1, **options: Unpack[UpdateOptions]) -> None:
         if publish_every < 1:
             raise ValueError(f"publish_every is {publish_every}; it must be 1 or more")
         self.writer: UpdateWriter | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import threading
 import time
@@ -14,12 +13,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from peraxis_format.delta import Encoding
-from peraxis_format.dtypes import raw_bytes
+from peraxis_format.dtypes import digest_of
 from peraxis_format.errors import LiveModelError, PxdError
 from peraxis_format.ops.tensors import storage_array
 from peraxis_format.reader import DeltaFile
-from peraxis_format.torch.place.pieces import Ranks, in_pieces, sharded_digest
+from peraxis_format.torch.place.pieces import in_pieces, sharded_digest
 from peraxis_format.torch.place.placement import place
+from peraxis_format.torch.place.ranks import Ranks
 from peraxis_format.torch.place.shards import Placement, Shard, Target
 from peraxis_format.torch.updates.apply import apply_update
 from peraxis_format.torch.updates.errors import UpdateError
@@ -244,7 +244,7 @@ class Follower:
                 digests[entry.name] = sharded_digest(entry, placement[entry.name][0], turn, self._group)
             elif entry.name not in digests:
                 view = placement[entry.name][0].view.detach().cpu().contiguous()
-                digests[entry.name] = hashlib.sha256(raw_bytes(storage_array(view))).hexdigest()
+                digests[entry.name] = digest_of(storage_array(view))
             if digests[entry.name] != wanted:
                 return False
         return True

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from peraxis_format.create_remote import create_remote, is_replaced, start_of
-from peraxis_format.errors import LiveModelError
+from peraxis_format.errors import LiveModelError, first_line
 from peraxis_format.torch.updates.source import step_of
 
 __all__ = ["PREFIX", "Mirror", "is_url"]
@@ -143,8 +143,7 @@ class Mirror:
         except OSError:
             raise
         except Exception as error:
-            line = next((line for line in str(error).splitlines() if line.strip()), "no details")
-            raise OSError(f"{self.url}: {type(error).__name__}: {line}") from None
+            raise OSError(f"{self.url}: {type(error).__name__}: {first_line(error)}") from None
 
 
 def _known(found: dict[str, tuple[int, bool] | None]) -> list[tuple[str, tuple[int, bool]]]:

@@ -9,11 +9,10 @@ rename; only then the snapshot of the published state is updated, and a new proc
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final, get_args
+from typing import ClassVar, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -21,10 +20,10 @@ from torch import Tensor, nn
 
 from peraxis_format.arguments import check_choice, check_least
 from peraxis_format.delta import BaseRef, Encoding, ModuleDelta
-from peraxis_format.dtypes import Array, DType, raw_bytes
+from peraxis_format.dtypes import Array, DType, digest_of
 from peraxis_format.errors import LiveModelError
-from peraxis_format.exact import lossless_module
-from peraxis_format.manifest import Identity, Manifest
+from peraxis_format.exact import count_changed, lossless_module
+from peraxis_format.manifest import CHANGED_KEY, Identity, Manifest
 from peraxis_format.ops.exact import Prefer, apply
 from peraxis_format.ops.rebuild import reconstruct
 from peraxis_format.ops.tensors import dtype_of, storage_array
@@ -34,9 +33,7 @@ from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, step_name, step_of
 from peraxis_format.writer import DeltaWriter
 
-__all__ = ["CHANGED", "Published", "UpdateWriter", "digest_of"]
-
-CHANGED: Final = "peraxis.changed"  # metadata: weights that an update changes
+__all__ = ["Published", "UpdateOptions", "UpdateWriter"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +50,24 @@ class Published:
     changed: int
     weights: int
     bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    """A file that was written and sent. size: its bytes. changed: weights that differ from the state before it."""
+
+    manifest: Manifest
+    size: int
+    changed: int
+
+
+class UpdateOptions(TypedDict, total=False):
+    """The options of UpdateWriter, for what passes them on to it."""
+
+    name: str
+    dtype: torch.dtype | None
+    prefer: Prefer
+    anchor_every: int | None
 
 
 class UpdateWriter:
@@ -80,6 +95,7 @@ class UpdateWriter:
         check_choice("prefer", prefer, get_args(Prefer))
         check_least("anchor_every", anchor_every, 1)
         self._mirror, self.folder = self._placed(folder)
+        self._url = str(folder).rstrip("/") if is_url(folder) else None
         self.step_number = 0
         self._model = model
         self._name = name
@@ -93,7 +109,7 @@ class UpdateWriter:
         self._restore()
 
     def __repr__(self) -> str:
-        return f"<UpdateWriter to {self.folder if self._mirror is None else self._mirror.url}: step {self.step_number}>"
+        return f"<UpdateWriter to {self._url or self.folder}: step {self.step_number}>"
 
     def _placed(self, folder: str | Path) -> tuple[Mirror | None, Path]:
         """The mirror of a URL, and the local folder."""
@@ -120,26 +136,11 @@ class UpdateWriter:
         number = self.step_number + 1
         path = self.folder / step_name(number)
         moved: list[ModuleDelta] = []
-        changed = 0
-        with self._writer(path, previous=self._head.content_id) as writer:
-            for name, tensor in live.items():
-                dtype, before = self._snapshot[name]
-                after = self._published(tensor)
-                ref = BaseRef(dtype=dtype, shape=before.shape, sha256=self._digests[name])
-                module = lossless_module(name, after, dtype, old=before, base=ref, prefer=self._prefer)
-                writer.add(module)
-                if module.encoding is not Encoding.SAME:
-                    moved.append(module)
-                    changed += _count_changed(before, after)
-            for name, alias in tied:
-                writer.tie(name, alias)
-            writer.metadata[CHANGED] = str(changed)
-            manifest = writer.finish()
-        self._send(path)
+        written = self._write_update(path, self._encoded(live, moved), tied, previous=self._head.content_id)
         # The update is published; the rest only updates this process's snapshot.
         for module in moved:
             self._promote(module)
-        return self._done(path, number, manifest, changed, writer.size, tied)
+        return self._done(path, number, written, tied)
 
     def prune(self, *, anchors: int = 2) -> list[Path]:
         """Delete the files before the oldest of the newest `anchors` anchors. Returns them, oldest first.
@@ -195,6 +196,17 @@ class UpdateWriter:
         # A copy, because a storage array of live CPU memory would change with the parameters.
         return np.array(storage_array(plain.cpu().contiguous()))
 
+    def _encoded(self, live: Mapping[str, Tensor], moved: list[ModuleDelta]) -> Iterator[tuple[ModuleDelta, int]]:
+        """Yield each tensor's module and the number of its changed weights; modules with changes go to `moved` too."""
+        for name, tensor in live.items():
+            dtype, before = self._snapshot[name]
+            after = self._published(tensor)
+            ref = BaseRef(dtype=dtype, shape=before.shape, sha256=self._digests[name])
+            module = lossless_module(name, after, dtype, old=before, base=ref, prefer=self._prefer)
+            if module.encoding is not Encoding.SAME:
+                moved.append(module)
+            yield module, count_changed(before, after) if module.encoding is not Encoding.SAME else 0
+
     def _check_names(self, live: Mapping[str, Tensor]) -> None:
         odd = sorted(live.keys() ^ self._snapshot.keys())
         if odd:
@@ -215,6 +227,22 @@ class UpdateWriter:
         identity = Identity(id=self._name)
         return DeltaWriter(path, base=identity, fine_tuned=identity, previous=previous, chained=True, overwrite=False)
 
+    def _write_update(
+        self, path: Path, modules: Iterable[tuple[ModuleDelta, int]], tied: list[tuple[str, str]], *, previous: str
+    ) -> _Written:
+        """Write and send an update. modules: each with the number of its changed weights."""
+        changed = 0
+        with self._writer(path, previous=previous) as writer:
+            for module, count in modules:
+                writer.add(module)
+                changed += count
+            for name, alias in tied:
+                writer.tie(name, alias)
+            writer.metadata[CHANGED_KEY] = str(changed)
+            manifest = writer.finish()
+        self._send(path)
+        return _Written(manifest=manifest, size=writer.size, changed=changed)
+
     def _send(self, path: Path) -> None:
         """Send a written file to its URL. Raises FileExistsError, OSError; nothing is published then."""
         if self._mirror is not None:
@@ -223,9 +251,6 @@ class UpdateWriter:
             finally:
                 path.unlink(missing_ok=True)
 
-    def _shown(self, path: Path) -> Path | str:
-        return path if self._mirror is None else f"{self._mirror.url}/{path.name}"
-
     def _is_there(self, path: Path) -> bool:
         return path.exists() if self._mirror is None else self._mirror.exists(path.name)
 
@@ -233,12 +258,10 @@ class UpdateWriter:
         self._snapshot = {name: (self._dtype_of(name, t), self._published(t)) for name, t in live.items()}
         self._digests = {name: digest_of(array) for name, (_, array) in self._snapshot.items()}
         path = self.folder / anchor_name(0)
-        manifest, size = self._anchor(path, tied)
-        weights = sum(array.size for _, array in self._snapshot.values())
-        return self._done(path, 0, manifest, weights, size, tied)
+        return self._done(path, 0, self._anchor(path, tied), tied)
 
-    def _anchor(self, path: Path, tied: list[tuple[str, str]]) -> tuple[Manifest, int]:
-        """Write the whole published state."""
+    def _anchor(self, path: Path, tied: list[tuple[str, str]]) -> _Written:
+        """Write and send the whole published state."""
         with self._writer(path, previous=None) as writer:
             for name, (dtype, array) in self._snapshot.items():
                 writer.add(ModuleDelta(name=name, shape=array.shape, dtype=dtype, encoding=Encoding.FULL, full=array))
@@ -246,7 +269,11 @@ class UpdateWriter:
                 writer.tie(name, alias)
             manifest = writer.finish()
         self._send(path)
-        return manifest, writer.size
+        return _Written(manifest=manifest, size=writer.size, changed=self._weights())
+
+    def _weights(self) -> int:
+        """The number of weights of the published state."""
+        return sum(array.size for _, array in self._snapshot.values())
 
     def _promote(self, module: ModuleDelta) -> None:
         dtype, array = self._snapshot[module.name]
@@ -257,26 +284,22 @@ class UpdateWriter:
             array[...] = module.full
             self._digests[module.name] = digest_of(array)
 
-    def _done(
-        self, path: Path, number: int, manifest: Manifest, changed: int, size: int, tied: list[tuple[str, str]]
-    ) -> Published:
+    def _done(self, path: Path, number: int, written: _Written, tied: list[tuple[str, str]]) -> Published:
+        """Record a published file, and write an anchor beside it if one is due."""
+        manifest = written.manifest
         self._reached(path, number, manifest)
         beside = self.folder / anchor_name(number)
-        if (
-            self._anchor_every is not None
-            and number
-            and number % self._anchor_every == 0
-            and not self._is_there(beside)
-        ):
+        due = self._anchor_every is not None and number > 0 and number % self._anchor_every == 0
+        if due and not self._is_there(beside):
             self._anchor(beside, tied)
         return Published(
-            path=self._shown(path),
+            path=path if self._url is None else f"{self._url}/{path.name}",
             step=number,
             content_id=manifest.content_id,
             result=manifest.result or "",
-            changed=changed,
-            weights=sum(array.size for _, array in self._snapshot.values()),
-            bytes=size,
+            changed=written.changed,
+            weights=self._weights(),
+            bytes=written.size,
         )
 
     def _reached(self, path: Path, number: int, manifest: Manifest) -> None:
@@ -319,13 +342,3 @@ class UpdateWriter:
                     dtype, array = self._snapshot[entry.name]
                     self._snapshot[entry.name] = dtype, reconstruct(delta.load(entry.name), array)
                     self._digests[entry.name] = digest_of(self._snapshot[entry.name][1])
-
-
-def digest_of(array: Array) -> str:
-    """The hex digest of a storage array's bytes."""
-    return hashlib.sha256(raw_bytes(array)).hexdigest()
-
-
-def _count_changed(old: Array, new: Array) -> int:
-    width = f"u{old.dtype.itemsize}"
-    return int(np.count_nonzero(old.reshape(-1).view(width) != new.reshape(-1).view(width)))

@@ -11,27 +11,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from peraxis_format.delta import BaseRef, Encoding, ModuleDelta
-from peraxis_format.dtypes import Array, DType
+from peraxis_format.dtypes import Array, DType, digest_of
 from peraxis_format.errors import LiveModelError
 from peraxis_format.exact import lossless_module
-from peraxis_format.manifest import Manifest
 from peraxis_format.ops.rebuild import reconstruct
 from peraxis_format.reader import DeltaFile
-from peraxis_format.torch.place.binding import agree
 from peraxis_format.torch.place.finder import local_part
-from peraxis_format.torch.place.pieces import Layout, Ranks, exchanged, flat_indices, slices
-from peraxis_format.torch.place.shards import Box, whole
+from peraxis_format.torch.place.pieces import Layout, flat_indices
+from peraxis_format.torch.place.ranks import Ranks, agree
+from peraxis_format.torch.place.shards import Box, slices, whole
 from peraxis_format.torch.updates.mirror import Mirror, is_url
-from peraxis_format.torch.updates.publish import CHANGED, Published, UpdateWriter, digest_of
+from peraxis_format.torch.updates.publish import Published, UpdateOptions, UpdateWriter, _Written
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
-from peraxis_format.torch.updates.source import UpdateFile, Way, anchor_name, chain_of, step_name
+from peraxis_format.torch.updates.source import Way, anchor_name, chain_of, step_name
 
 __all__ = ["ShardedUpdateWriter"]
 
@@ -40,8 +39,8 @@ class ShardedUpdateWriter(UpdateWriter):
     """Publishes the states of a model of DTensors (fully_shard, tensor parallel): see UpdateWriter.
 
     Every rank of the group makes one and calls `step`; tensors that are not DTensors must be equal on all of them. All
-    ranks must see the folder, or it is a URL, which only rank 0 reads and writes. group: default all ranks. `step`
-    returns or raises the same on every rank.
+    ranks must see the folder, or it is a URL, which only rank 0 reads and writes. group: default all ranks.
+    options: those of UpdateWriter. `step` returns or raises the same on every rank.
     """
 
     _in_pieces: ClassVar[bool] = True
@@ -51,11 +50,8 @@ class ShardedUpdateWriter(UpdateWriter):
         model: nn.Module | Mapping[str, Tensor],
         folder: str | Path,
         *,
-        name: str = "model",
-        dtype: torch.dtype | None = torch.bfloat16,
-        prefer: Literal["size", "speed"] = "size",
-        anchor_every: int | None = None,
         group: Any = None,
+        **options: Unpack[UpdateOptions],
     ) -> None:
         """Raises the errors of UpdateWriter. Collective, like all methods except `prune`."""
         self._ranks = Ranks(group)
@@ -64,7 +60,7 @@ class ShardedUpdateWriter(UpdateWriter):
         self._layouts: dict[str, Layout] = {}
         self._boxes: dict[str, Box] = {}
         self._pieces: dict[str, Array] = {}  # the published pieces of boxes that this rank sends
-        super().__init__(model, folder, name=name, dtype=dtype, prefer=prefer, anchor_every=anchor_every)
+        super().__init__(model, folder, **options)
 
     def _placed(self, folder: str | Path) -> tuple[Mirror | None, Path]:
         """Rank 0 alone writes to a URL, so only there is a mirror."""
@@ -91,19 +87,20 @@ class ShardedUpdateWriter(UpdateWriter):
             return self._publish_first(parts, tied)
         number = self.step_number + 1
         changes, outgoing = self._compared(parts)
-        incoming = exchanged(self._ranks, outgoing)
-        made = self._encoded(incoming)
+        incoming = self._ranks.exchanged(outgoing)
+        made = self._merged(incoming)
         collected = self._ranks.collected({name: (module, count) for name, (module, count, _) in made.items()}, on=0)
         modules = {name: found for each in collected for name, found in each.items()}
         path = self.folder / step_name(number)
-        written = self._on_first(lambda: self._write_step(path, self._head, modules, tied))
+        ordered, previous = (modules[name] for name in self._dtypes), self._head.content_id
+        written: _Written = self._on_first(lambda: self._write_update(path, ordered, tied, previous=previous))
         for name, (module, _, new) in made.items():
             if module.encoding is not Encoding.SAME:
                 self._snapshot[name] = self._dtypes[name], new
                 self._digests[name] = module.result or digest_of(new)
         for name, (index, values) in changes.items():
             self._pieces[name].reshape(-1)[index] = values
-        return self._finished(path, number, written, tied)
+        return self._done(path, number, written, tied)
 
     # --- the parts of a step --------------------------------------------------------------------------
 
@@ -162,7 +159,7 @@ class ShardedUpdateWriter(UpdateWriter):
                 outgoing[owners[name]][name] = flat, now[index]
         return changes, outgoing
 
-    def _encoded(self, incoming: list[dict[str, Any]]) -> dict[str, tuple[ModuleDelta, int, Array]]:
+    def _merged(self, incoming: list[dict[str, Any]]) -> dict[str, tuple[ModuleDelta, int, Array]]:
         """The modules of this rank's tensors, their numbers of changed weights, and the new tensors."""
         made = {}
         for name, (dtype, before) in self._snapshot.items():
@@ -188,23 +185,9 @@ class ShardedUpdateWriter(UpdateWriter):
         agree(failure, self._ranks.group)
         return self._ranks.said_by(result, rank=0)
 
-    def _write_step(
-        self,
-        path: Path,
-        head: UpdateFile | None,
-        modules: Mapping[str, tuple[ModuleDelta, int]],
-        tied: list[tuple[str, str]],
-    ) -> tuple[Manifest, int, int]:
-        changed = sum(count for _, count in modules.values())
-        with self._writer(path, previous=None if head is None else head.content_id) as writer:
-            for name in self._dtypes:
-                writer.add(modules[name][0])
-            for name, alias in tied:
-                writer.tie(name, alias)
-            writer.metadata[CHANGED] = str(changed)
-            manifest = writer.finish()
-        self._send(path)
-        return manifest, writer.size, changed
+    def _is_there(self, path: Path) -> bool:
+        found: bool = self._on_first(lambda: UpdateWriter._is_there(self, path))
+        return found
 
     # --- whole states ---------------------------------------------------------------------------------
 
@@ -219,8 +202,7 @@ class ShardedUpdateWriter(UpdateWriter):
                 self._snapshot[name] = self._dtypes[name], self._joined(name, found)
                 self._digests[name] = digest_of(self._snapshot[name][1])
         path = self.folder / anchor_name(0)
-        manifest, size = self._publish_anchor(path, tied)
-        return self._finished(path, 0, (manifest, size, self._weights()), tied)
+        return self._done(path, 0, self._anchor(path, tied), tied)
 
     def _joined(self, name: str, pieces: list[tuple[Box, Array] | None]) -> Array:
         full: Array = np.empty(self._layouts[name].shape, self._dtypes[name].storage)
@@ -229,7 +211,7 @@ class ShardedUpdateWriter(UpdateWriter):
                 full[slices(piece[0])] = piece[1]
         return full
 
-    def _publish_anchor(self, path: Path, tied: list[tuple[str, str]]) -> tuple[Manifest, int]:
+    def _anchor(self, path: Path, tied: list[tuple[str, str]]) -> _Written:
         """Write the published state on rank 0, one tensor at a time from its owner."""
         owners = self._owners
         failure: Exception | None = None
@@ -253,7 +235,7 @@ class ShardedUpdateWriter(UpdateWriter):
                 for name, alias in tied:
                     writer.tie(name, alias)
                 try:
-                    result = writer.finish(), writer.size
+                    result = _Written(manifest=writer.finish(), size=writer.size, changed=self._weights())
                 except Exception as error:
                     failure = error
         finally:
@@ -265,30 +247,11 @@ class ShardedUpdateWriter(UpdateWriter):
         except Exception as error:
             failure = error
         agree(failure, self._ranks.group)
-        said: tuple[Manifest, int] = self._ranks.said_by(result, rank=0)
+        said: _Written = self._ranks.said_by(result, rank=0)
         return said
 
     def _weights(self) -> int:
         return sum(math.prod(layout.shape) for layout in self._layouts.values())
-
-    def _finished(
-        self, path: Path, number: int, written: tuple[Manifest, int, int], tied: list[tuple[str, str]]
-    ) -> Published:
-        manifest, size, changed = written
-        self._reached(path, number, manifest)
-        beside = self.folder / anchor_name(number)
-        due = self._anchor_every is not None and number > 0 and number % self._anchor_every == 0
-        if due and not self._on_first(lambda: self._is_there(beside)):
-            self._publish_anchor(beside, tied)
-        return Published(
-            path=path if self._shared is None else f"{self._shared.url}/{path.name}",
-            step=number,
-            content_id=manifest.content_id,
-            result=manifest.result or "",
-            changed=changed,
-            weights=self._weights(),
-            bytes=size,
-        )
 
     def _restore(self) -> None:
         """Update tensors and pieces to the last state of the folder, one tensor at a time."""

@@ -15,8 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from peraxis_format.torch.place.binding import agree
-from peraxis_format.torch.place.pieces import Ranks
+from peraxis_format.torch.place.ranks import Ranks, agree
 from peraxis_format.torch.updates.mirror import PREFIX, Mirror
 
 __all__ = ["SharedMirror"]

@@ -21,15 +21,15 @@ from torch import Tensor
 
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import Array
-from peraxis_format.errors import LiveModelError, fail
+from peraxis_format.errors import LiveModelError, fail, located
 from peraxis_format.manifest import ModuleEntry
-from peraxis_format.reader import DeltaFile, located
-from peraxis_format.torch.place.binding import agree
-from peraxis_format.torch.place.pieces import Layout, Ranks, slices
+from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.place.pieces import Layout
 from peraxis_format.torch.place.proof import proven
+from peraxis_format.torch.place.ranks import Ranks, agree
 from peraxis_format.torch.place.replicas import check_replicas
 from peraxis_format.torch.place.sharded_exact import Changes, FirstError, in_box, sharded_changes, words_of
-from peraxis_format.torch.place.shards import Placement, ShardView, increment_versions, whole
+from peraxis_format.torch.place.shards import Placement, ShardView, increment_versions, slices, whole
 from peraxis_format.torch.updates.errors import refuse_others
 
 __all__ = ["StagedUpdate", "stage"]

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any, Final
 
 from peraxis_format import NAME, Safetensors, TensorInfo
-from peraxis_tools.assets import listed
 from peraxis_tools.checkpoint import Checkpoint, parse_identity
 from peraxis_tools.compress.plan.plan import TABLES, table_or_kind
 from peraxis_tools.compress.plan.quantised import quantisation_of, unmerged_adapter
@@ -17,6 +16,7 @@ from peraxis_tools.compress.plan.renaming import base_names, renaming_text
 from peraxis_tools.errors import ToolError
 from peraxis_tools.kinds import kind_of
 from peraxis_tools.notes import note
+from peraxis_tools.shown import listed
 
 __all__ = ["check_pair", "matched", "named_as_base", "tied_pairs"]
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from peraxis_format import (
     Array,
     BaseRef,
     Component,
+    DType,
     Encoding,
     ModuleDelta,
     Safetensors,
     ShapeError,
     TensorInfo,
+    digest_of,
     lossless_module,
-    raw_bytes,
 )
 from peraxis_tools.compress.fit.mean import mean_components
 from peraxis_tools.compress.options import AUTO, CompressOptions
@@ -23,7 +22,7 @@ from peraxis_tools.compress.plan.plan import TABLES, PlannedModule
 from peraxis_tools.compress.plan.unchanged import is_unchanged, shared_rows
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 
-__all__ = ["base_ref", "module_delta"]
+__all__ = ["module_delta"]
 
 
 def module_delta(
@@ -38,7 +37,7 @@ def module_delta(
     if module.base_shape is None or module.base_dtype is None:
         return _full(module, None, tuned_array), None
     base_array = base.read(module.name)
-    ref = base_ref(base[module.name], base_array)
+    ref = _base_ref(base[module.name], base_array)
     kept = shared_rows(module.shape, module.base_shape)
     grown = kept is not None and module.shape and kept < module.shape[0]
     tail = module.dtype.rows_from(tuned_array, module.shape, kept) if kept is not None and grown else None
@@ -60,15 +59,7 @@ def module_delta(
         components, report = fitted.components, fitted.report
     elif module.encoding is Encoding.SIGN:
         try:
-            components = mean_components(
-                base_array[:kept],
-                tuned_array[:kept],
-                base_dtype=module.base_dtype,
-                dtype=module.dtype,
-                axis=module.axis,
-                components=module.components,
-                for_outputs=module.kind not in TABLES,
-            )
+            components = _mean(module, base_array[:kept], tuned_array[:kept], module.base_dtype)
         except ShapeError:  # scales that are NaN or infinite; check_finite names the tensor and the index
             check_finite(module, base_array, tuned_array, base.label, fine_tuned.label)
             raise
@@ -84,9 +75,21 @@ def module_delta(
     )
     if options.exact == AUTO:
         lossless = _lossless(module, base_array, ref, tuned_array, options)
-        if _stored_bytes(lossless) < _stored_bytes(delta):
+        if _payload_bytes(lossless) < _payload_bytes(delta):
             return lossless, None
     return delta, report
+
+
+def _mean(module: PlannedModule, base: Array, tuned: Array, base_dtype: DType) -> tuple[Component, ...]:
+    return mean_components(
+        base,
+        tuned,
+        base_dtype=base_dtype,
+        dtype=module.dtype,
+        axis=module.axis,
+        components=module.components,
+        for_outputs=module.kind not in TABLES,
+    )
 
 
 def _lossless(module: PlannedModule, base: Array, ref: BaseRef, tuned: Array, options: CompressOptions) -> ModuleDelta:
@@ -95,13 +98,13 @@ def _lossless(module: PlannedModule, base: Array, ref: BaseRef, tuned: Array, op
     )
 
 
-def _stored_bytes(module: ModuleDelta) -> int:
+def _payload_bytes(module: ModuleDelta) -> int:
     return sum(array.nbytes for _, array in module.tensors())
 
 
-def base_ref(info: TensorInfo, array: Array) -> BaseRef:
+def _base_ref(info: TensorInfo, array: Array) -> BaseRef:
     """The reference to a base tensor, from its bytes in memory."""
-    return BaseRef(dtype=info.dtype, shape=info.shape, sha256=hashlib.sha256(raw_bytes(array)).hexdigest())
+    return BaseRef(dtype=info.dtype, shape=info.shape, sha256=digest_of(array))
 
 
 def _full(module: PlannedModule, ref: BaseRef | None, array: Array) -> ModuleDelta:

@@ -24,7 +24,7 @@ from peraxis_format import (
     ShapeError,
 )
 from peraxis_format import open as open_delta
-from peraxis_tools.assets import LEFT_BEHIND, printable_name
+from peraxis_tools.assets import LEFT_BEHIND
 from peraxis_tools.blocks import count_blocks
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.options import CompressOptions
@@ -45,6 +45,7 @@ from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_delta
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Staged, watched_stages
+from peraxis_tools.shown import printable_name
 from peraxis_tools.text import check_texts
 
 __all__ = ["CompressResult", "Progress", "compress"]

@@ -9,12 +9,12 @@ from types import ModuleType
 from typing import Any, Final
 
 import peraxis_format as pxd
-from peraxis_tools.chain.write import count_changed, open_chain
+from peraxis_format.errors import located
+from peraxis_tools.chain.write import open_chain
 from peraxis_tools.checkpoint import open_checkpoint
 from peraxis_tools.convert.wires import index_value, nemo, xor
 from peraxis_tools.convert.wires.read import WireName
 from peraxis_tools.errors import ToolError
-from peraxis_tools.located import located
 from peraxis_tools.outputs import claim_file, claim_folder
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rebuild import aliases_of
@@ -74,7 +74,7 @@ def to_wire(
                     continue
                 with located(file.path):
                     new = pxd.reconstruct(file.load(entry.name), old)
-                if (moved := count_changed(old, new)) == 0:
+                if (moved := pxd.count_changed(old, new)) == 0:
                     continue
                 for name in (entry.name, *(alias for alias in aliases.get(entry.name, ()) if alias in state)):
                     packed.append(_WRITE[wire].pack(name, entry.dtype, old, new))

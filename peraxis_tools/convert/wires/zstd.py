@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, Final
 
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.optional import require
 
 __all__ = ["MAGIC", "compress", "decompress"]
@@ -39,8 +39,7 @@ def decompress(data: bytes | memoryview, *, limit: int, where: str) -> bytes:
             parts.append(part)
             left -= len(part)
     except OSError as error:
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ToolError(f"{where}: not zstd data, or damaged ({line}); fetch it again") from None
+        raise ToolError(f"{where}: not zstd data, or damaged ({first_line(error)}); fetch it again") from None
     if left <= 0:
         raise ToolError(
             f"{where}: unpacks to more than the {limit} bytes that the base allows; another base, or damaged"

@@ -7,14 +7,13 @@ import importlib
 import signal
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from peraxis_conformance import Adapter, Case, Corpus
-from peraxis_conformance.process import Reply
-from peraxis_conformance.run import Caps
+from peraxis_conformance import Corpus
 
 from tests.conformance.helpers import KIT
+from tests.conformance.in_process import InProcess
 from tests.conformance.mutants import Mutant, Teeth
 
 __all__ = ["SMALL", "python_mutants", "survives_python"]
@@ -146,32 +145,6 @@ def loaded(mutant: Mutant) -> types.ModuleType:
         else:
             importlib.import_module(name)
     return sys.modules["adapter"]
-
-
-class InProcess(Adapter):
-    """The small reader without a process."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-        said = module.caps("")
-        operations = frozenset(said["operations"])
-        self.caps = Caps(
-            implementation="mutant",
-            version="1",
-            spec=("1.0",),
-            features=frozenset(said["features"]),
-            operations=operations,
-        )
-
-    def ask(self, case: Case, arguments: Sequence[str]) -> Reply:
-        try:
-            status, result = self.module.answer("", list(arguments))
-        except Exception as error:
-            return Reply(problem=f"crashed: {error!r}")
-        return Reply(exit=status, result=result)
-
-    def close(self) -> None:
-        """Do nothing, because there is no process."""
 
 
 class Late(BaseException):

@@ -1,0 +1,28 @@
+"""Texts and names from files as people read them: in one line, and without characters that a terminal would obey."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Final
+
+__all__ = ["listed", "printable_name", "visible"]
+
+_HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})  # Unicode's categories
+
+
+def visible(value: object) -> str:
+    """The text with control, format, surrogate and private characters, and separators of lines, as escapes."""
+    return "".join(c if unicodedata.category(c) not in _HIDDEN else f"\\u{ord(c):04x}" for c in str(value))
+
+
+def listed(names: Sequence[str], shown: int = 5) -> str:
+    """The first names, and the number of the others."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def printable_name(path: str) -> str:
+    """A name in one line of valid Unicode: what a file system lets into names beside that is escaped."""
+    text = path.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
