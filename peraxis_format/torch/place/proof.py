@@ -25,10 +25,10 @@ _STRETCH: Final = 16  # blocks to decode at a time
 _ON_DEVICE: Final = 16  # times as many on a device, which decodes all these blocks at once
 
 
-def stretches(view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Tensor]]:
+def stretches(view: Tensor, module: ModuleDelta, *, done: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (live, new): the weights of a tensor, 2^20 at a time (on a GPU 2^24), and the updated weights.
 
-    live are views of a contiguous tensor, and copies of a strided one.
+    done: the number of ranges that are updated already, and are left out. live are views of a contiguous tensor, and copies of a strided one.
     Raises BindingError (E405) if the update does not decode on them.
     """
     index, data = module.index, module.data
@@ -37,10 +37,13 @@ def stretches(view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Tenso
     flat = view.detach().reshape(-1)
     begin = 0
     length = _STRETCH * (_ON_DEVICE if view.is_cuda else 1)
-    for first in range(0, index.size, length):
+    for number, first in enumerate(range(0, index.size, length)):
         part = index[first : first + length]
-        live = flat[first * BLOCK : (first + part.size) * BLOCK]
         size = int((part >> 8).sum(dtype="int64"))
+        if number < done:
+            begin += size
+            continue
+        live = flat[first * BLOCK : (first + part.size) * BLOCK]
         yield live, moved(live, part, data[begin : begin + size], module.dtype, field=module.name, first=first)
         begin += size
 
