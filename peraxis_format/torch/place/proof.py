@@ -28,7 +28,8 @@ _ON_DEVICE: Final = 16  # times as many on a device, which decodes all these blo
 def stretches(view: Tensor, module: ModuleDelta, *, done: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (live, new): the weights of a tensor, 2^20 at a time (on a GPU 2^24), and the updated weights.
 
-    done: the number of ranges that are updated already, and are left out. live are views of a contiguous tensor, and copies of a strided one.
+    done: the number of ranges that are updated already, and are left out. live are views of a contiguous tensor, and
+    copies of a strided one.
     Raises BindingError (E405) if the update does not decode on them.
     """
     index, data = module.index, module.data
