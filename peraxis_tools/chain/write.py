@@ -26,7 +26,8 @@ from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.kinds import execution_key
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Progress, Steps, watched
-from peraxis_tools.remote import is_remote, output_file
+from peraxis_tools.remote import is_remote
+from peraxis_tools.remote_output import output_file
 from peraxis_tools.urls import without_secrets
 
 __all__ = ["UpdateJob", "UpdateResult", "compact", "count_changed", "open_chain", "update", "write_update"]
