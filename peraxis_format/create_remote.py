@@ -20,7 +20,7 @@ from typing import Any, Final
 from peraxis_format.files import atomic_file
 from peraxis_format.hub import commit_new_file
 
-__all__ = ["create_remote", "is_replaced", "start_of"]
+__all__ = ["create_remote", "is_replaced", "replace_remote", "start_of"]
 
 _CONDITIONAL: Final = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"})
 _LENGTH: Final = 8  # bytes of the header's length at the start of a file
@@ -69,6 +69,41 @@ def create_remote(system: Any, local: Path, target: str, *, url: str) -> None:
         raise _taken(url)
 
 
+def replace_remote(system: Any, local: Path, target: str) -> None:
+    """Send a file to `target`, a path of an fsspec file system, in the place of the one there, if there is one.
+
+    At any time one of both is there, or under a temporary name beside it. Raises the errors of the file system.
+    """
+    system.invalidate_cache()
+    system.makedirs(target.rpartition("/")[0], exist_ok=True)
+    kinds = {system.protocol} if isinstance(system.protocol, str) else set(system.protocol)
+    if kinds & (_CONDITIONAL | {"hf"}):  # one request, or one commit
+        system.put_file(str(local), target)
+        return
+    part, aside = (_beside(target, kind) for kind in ("part", "old"))
+    try:
+        system.put_file(str(local), part)
+        if system.exists(target):  # a rename replaces nothing in some stores
+            system.mv(target, aside)
+        try:
+            system.mv(part, target)
+        except BaseException:
+            if system.exists(aside):
+                system.mv(aside, target)
+            raise
+    except BaseException:
+        with contextlib.suppress(Exception):
+            system.rm_file(part)
+        raise
+    with contextlib.suppress(Exception):  # the file is there; what may remain is a hidden name
+        system.rm_file(aside)
+
+
+def _beside(target: str, kind: str) -> str:
+    folder, _, name = target.rpartition("/")
+    return f"{folder}/.{name}.{secrets.token_hex(4)}.{kind}"
+
+
 def _there(system: Any, target: str, start: bytes, size: int) -> tuple[bool, bool]:
     """Whether the whole file is at `target`, and whether another one is; both false if this is not known."""
     with contextlib.suppress(Exception):
@@ -109,8 +144,7 @@ def _create(system: Any, local: Path, target: str) -> None:
 
 
 def _renamed(system: Any, local: Path, target: str) -> None:
-    folder, _, name = target.rpartition("/")
-    part = f"{folder}/.{name}.{secrets.token_hex(4)}.part"
+    part = _beside(target, "part")
     try:
         system.put_file(str(local), part)
         if system.exists(target):

@@ -17,14 +17,15 @@ from peraxis_tools.arguments import check_choice, sequence
 from peraxis_tools.blocks import count_blocks
 from peraxis_tools.chain.opened import opened_all
 from peraxis_tools.chain.order import Link, chain_order, link_of
-from peraxis_tools.chain.state import ChainState
+from peraxis_tools.chain.state import ChainState, NoState
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.plan.pairing import check_pair, tied_pairs
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.kinds import execution_key
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Progress, Steps, watched
-from peraxis_tools.remote import is_remote, output_file
+from peraxis_tools.remote import is_remote
+from peraxis_tools.remote_output import output_file
 from peraxis_tools.urls import without_secrets
 
 __all__ = ["UpdateJob", "UpdateResult", "compact", "open_chain", "update", "write_update"]
@@ -115,7 +116,8 @@ def compact(
 ) -> UpdateResult:
     """Fold a chain into one update with the same result, which is checked before the file is written.
 
-    base: the checkpoint that the first of them was made on; changes are coded relative to its weights.
+    base: the checkpoint that the first of them was made on; changes are coded relative to its weights. If the first one
+    is an anchor, so is the result.
     Raises CheckFailedError if the results differ, ToolError, CheckpointError, PxdError.
     """
     check_choice("prefer", prefer, get_args(pxd.Prefer))
@@ -128,13 +130,15 @@ def compact(
         open_chain(checkpoint, updates) as (state, links),
     ):
         assets: dict[str, bytes] = {}
+        with pxd.open(links[0].path) as file:
+            is_anchor = all(entry.base is None for entry in file.manifest.modules)
         for link in links:
             with pxd.open(link.path) as file:
                 assets.update({asset.path: file.asset(asset.path) for asset in file.manifest.assets})
                 fine_tuned = file.manifest.fine_tuned
         job = UpdateJob(
             output=target,
-            old=ChainState(checkpoint.tensors, ()),
+            old=NoState(checkpoint.tensors) if is_anchor else ChainState(checkpoint.tensors, ()),
             new=state,
             ids=(checkpoint.identity, fine_tuned),
             previous=links[0].previous,

@@ -10,6 +10,7 @@ from peraxis_tools.chain.order import Link, folds, link_of
 from peraxis_tools.errors import ToolError
 from peraxis_tools.progress import staged
 from peraxis_tools.remote import deltas_of, local_copy
+from peraxis_tools.remote_output import refuse_replaced_url
 from peraxis_tools.urls import without_secrets
 
 __all__ = ["fetched", "updates_of"]
@@ -23,22 +24,24 @@ def fetched(sources: Sequence[str], *, quiet: bool) -> Iterator[list[Path]]:
 
 
 @contextlib.contextmanager
-def updates_of(sources: Sequence[str], *, quiet: bool) -> Iterator[list[Path]]:
+def updates_of(sources: Sequence[str], *, quiet: bool, output: str | None = None) -> Iterator[list[Path]]:
     """Yield local paths of updates: files, and for a folder (a path, a URL, a repository) every .pxd in it.
 
-    Files of a folder that replace several others (anchors and folded updates) are left out.
+    Files of a folder that replace several others (anchors and folded updates) are left out. output: a URL that must be
+    none of the others'; those that are paths are compared later (outputs.py).
     """
     with contextlib.ExitStack() as stack:
         found: list[Path] = []
         for source in sources:
             names = deltas_of(source)
             copies = [stack.enter_context(local_copy(name, progress=staged(quiet=quiet))) for name in names]
-            if len(copies) == 1:
-                found += copies
-                continue
-            links = [_link(path, source, len(copies)) for path in copies]
-            left_out = {link.path for link in folds(links)}
-            found += [link.path for link in links if link.path not in left_out]
+            left_out: set[Path] = set()
+            if len(copies) > 1:
+                left_out = {link.path for link in folds([_link(path, source, len(copies)) for path in copies])}
+            used = [(name, path) for name, path in zip(names, copies, strict=True) if path not in left_out]
+            if output is not None:
+                refuse_replaced_url(output, [name for name, _ in used])
+            found += [path for _, path in used]
         yield found
 
 

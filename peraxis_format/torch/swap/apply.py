@@ -26,7 +26,7 @@ from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import device_of
 from peraxis_format.torch.place.binding import check_live, is_sharded, sharded_anywhere
-from peraxis_format.torch.place.claims import refuse_claimed
+from peraxis_format.torch.place.claims import writing
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.ranks import Ranks, agree
 from peraxis_format.torch.place.sharded_exact import exact_pieces
@@ -78,7 +78,7 @@ def apply_(
         file = delta if isinstance(delta, DeltaFile) else stack.enter_context(DeltaFile(delta))
         pool = stack.enter_context(ThreadPool(workers))
         placement = place(target, file.manifest, views=views, shards=shards)
-        refuse_claimed(part.live for parts in placement.values() for part in parts)
+        stack.enter_context(writing(part.live for parts in placement.values() for part in parts))
         device = device_of(placement)
         transfers = cut_transfers(file, placement, limit=TRANSFER_LIMIT)
         ring = Ring(device)

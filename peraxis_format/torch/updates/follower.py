@@ -22,7 +22,7 @@ from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.ranks import Ranks
 from peraxis_format.torch.place.shards import Placement, Shard, Target
 from peraxis_format.torch.updates.apply import apply_update
-from peraxis_format.torch.updates.errors import UpdateError
+from peraxis_format.torch.updates.errors import TornError, UpdateError
 from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
 from peraxis_format.torch.updates.source import UpdateFile, list_updates, missing_folder, next_update
@@ -113,13 +113,11 @@ class Follower:
         while (chosen := next_update(files, self._state, self.step, skip=waiting)) is not None:
             try:
                 self._apply(chosen)
+            except TornError:
+                raise
             except (PxdError, LiveModelError, OSError) as error:
                 waiting[chosen.path] = str(error)
                 continue
-            except BaseException:
-                # Interrupted, maybe between two weights: the next poll determines the model's state.
-                self._state = self.step = None
-                raise
             self._state, self.step = chosen.result, chosen.step
             applied.append(chosen.path)
         ahead = [file for file in files if not file.is_anchor and file.step > (-1 if self.step is None else self.step)]
@@ -203,11 +201,16 @@ class Follower:
 
     def _apply(self, update: UpdateFile) -> None:
         """Apply a file, which must be the one that was listed. Raises UpdateError, PxdError."""
-        with DeltaFile(self._here(update)) as delta:
-            # All ranks of a sharded model have to agree, which apply_update ensures.
-            if delta.content_id != update.content_id and not in_pieces(self._target, self._shards):
-                raise UpdateError(f"{update.path}: was replaced by another file; it is tried again")
-            apply_update(self._target, delta, lock=self._lock, shards=self._shards, group=self._group)
+        try:
+            with DeltaFile(self._here(update)) as delta:
+                # All ranks of a sharded model have to agree, which apply_update ensures.
+                if delta.content_id != update.content_id and not in_pieces(self._target, self._shards):
+                    raise UpdateError(f"{update.path}: was replaced by another file; it is tried again")
+                apply_update(self._target, delta, lock=self._lock, shards=self._shards, group=self._group)
+        except BaseException as error:
+            if isinstance(error, TornError) or not isinstance(error, (PxdError, LiveModelError, OSError)):
+                self._state = self.step = None  # the next poll determines the model's state
+            raise
 
     def _here(self, file: UpdateFile) -> Path:
         """The file on this rank: the files are listed by the first rank, whose folder may have another path."""
