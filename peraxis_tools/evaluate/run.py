@@ -84,7 +84,7 @@ def evaluate(
     if tasks:
         require("--tasks", "lm_eval")
     from peraxis_tools.environment import resolve_device
-    from peraxis_tools.evaluate.models import check_model, load_tokenizer
+    from peraxis_tools.evaluate.models import check_model, check_tokens, load_tokenizer
     from peraxis_tools.quiet import quiet_transformers
 
     with pxd.open(delta) as file, quiet_transformers(), watched_stages(progress) as step:
@@ -103,6 +103,7 @@ def evaluate(
             domain: _samples(source, tokenizer, samples, sequence_length, seed, text_column)
             for domain, source in texts.items()
         }
+        check_tokens(fine_tuned, (its.ids for its in sampled.values()), revision=fine_tuned_revision)
         found = _compare_all(models, tokenizer, sampled, candidates, batch_size, step)
         calibration = file.manifest.calibration
         return EvaluateResult(
