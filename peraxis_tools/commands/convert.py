@@ -19,6 +19,7 @@ from peraxis_tools.commands.options import (
 )
 from peraxis_tools.commands.sources import fetched, updates_of
 from peraxis_tools.convert import (
+    DEFAULT_RANK,
     LAYOUTS,
     WIRES,
     Layout,
@@ -38,8 +39,6 @@ from peraxis_tools.report.update import render_update
 
 __all__ = ["command"]
 
-_DEFAULT_RANK = 16
-
 
 @click.command("convert")
 @click.argument("source", metavar="SOURCE")
@@ -55,7 +54,7 @@ _DEFAULT_RANK = 16
     type=click.Choice(["pxd", "lora", "checkpoint", *WIRES]),
     help="What to write.  [default: pxd, from another format]",
 )
-@click.option("--rank", type=click.IntRange(min=1), help=f"The rank of the LoRA adapter.  [default: {_DEFAULT_RANK}]")
+@click.option("--rank", type=click.IntRange(min=1), help=f"The rank of the LoRA adapter.  [default: {DEFAULT_RANK}]")
 @click.option(
     "--max-error",
     type=Finite(1e-6, 1, max_open=True),
@@ -102,7 +101,7 @@ def command(
              peraxis-tools convert weight_v000124 --base step-123 -o step-000124.pxd
              peraxis-tools convert step-000124.pxd --to index-value --base step-123 -o step-124.safetensors
     """
-    if target is None and source.partition("?")[0].endswith(".pxd"):
+    if target in ("pxd", None) and source.partition("?")[0].endswith(".pxd"):
         raise ToolError(f"{source}: is already a .pxd; pass --to lora or --to checkpoint")
     if target in ("pxd", "checkpoint", None) and base is None:
         raise ToolError(f"{source}: pass --base, the checkpoint that this delta is for")
@@ -128,7 +127,7 @@ def command(
             return
         refuse_given("after", "prefer", why="without a wire")
         if target == "lora":
-            chosen = rank if rank is not None or max_error is not None else _DEFAULT_RANK
+            chosen = rank if rank is not None or max_error is not None else DEFAULT_RANK
             lora = to_lora(
                 path, output, rank=chosen, max_error=max_error, base=base, overwrite=overwrite, progress=step
             )

@@ -33,7 +33,7 @@ def with_length(options: CompressOptions, fine_tuned: Checkpoint) -> CompressOpt
     """
     if options.resolved_fit == "none":
         return options
+    length = checked_length(fine_tuned.config(), options.sequence_length, fine_tuned.tensors.label)
     if fine_tuned.folder is not None:
         check_tokenizer_files(fine_tuned.folder, fine_tuned.tensors.label)
-    length = checked_length(fine_tuned.config(), options.sequence_length, fine_tuned.tensors.label)
     return replace(options, sequence_length=length)
