@@ -31,7 +31,5 @@ def refuse_urls(sources: Sequence[str]) -> list[Path]:
     """The paths of a verb that works on the user's own files. Raises ToolError for a URL."""
     for source in sources:
         if is_remote(source):
-            raise ToolError(
-                f"{without_secrets(source)}: is a URL, and this verb takes files; fetch it with `pull` first"
-            )
+            raise ToolError(f"{without_secrets(source)}: is a URL and not a file; fetch it with `pull` first")
     return [Path(source) for source in sources]

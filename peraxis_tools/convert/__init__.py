@@ -57,9 +57,9 @@ def convert(
     """Convert a .pt delta or a wire to a .pxd file, or a .pxd file to a wire or a LoRA adapter.
 
     to: "pxd" needs `base` and takes `layout` (None: recognise it), `axis` and `name`, as `to_pxd` does, and for a wire
-    `after` and `prefer`, as `from_wire` does. "lora" takes `rank` (default: 16) or `max_error`, as `to_lora` does. A wire's
-    name needs `base` and takes `after`, as `to_wire` does. For a whole checkpoint call `apply`. progress is called with
-    each number of bytes done. Raises ToolError, CheckpointError, PxdError, OSError.
+    `after` and `prefer`, as `from_wire` does. "lora" takes `rank` (default: 16) or `max_error`, as `to_lora` does. A
+    wire's name needs `base` and takes `after`, as `to_wire` does. For a whole checkpoint call `apply`. progress is
+    called with each number of bytes done. Raises ToolError, CheckpointError, PxdError, OSError.
     """
     check_choice("to", to, ("pxd", "lora", *WIRES))
     _check_words(layout, axis, prefer)
