@@ -62,7 +62,7 @@ def evaluate(
 
     texts: from the name of a domain to c4, a datasets id, or a file (json, jsonl, parquet, txt, csv; also .gz). A text
     is cut into at most `samples` windows of `sequence_length` tokens, without overlap or padding. candidates: some of
-    CANDIDATES; on-the-fly always computes in float32, the others in compute_dtype. tasks: names of lm-eval, with
+    base, merged, on-the-fly; the last one always computes in float32, the others in compute_dtype. tasks: names of lm-eval, with
     task_limit questions each. task_path: a folder with further task definitions. progress: called with (stage, done,
     total), or True for bars. Raises ToolError, PxdError, CheckpointError.
     """
