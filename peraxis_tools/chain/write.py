@@ -17,6 +17,7 @@ from peraxis_tools.arguments import check_choice, sequence
 from peraxis_tools.blocks import count_blocks
 from peraxis_tools.chain.opened import opened_all
 from peraxis_tools.chain.order import Link, chain_order, link_of
+from peraxis_tools.chain.sources import local_updates
 from peraxis_tools.chain.state import ChainState, NoState
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.plan.pairing import check_pair, tied_pairs
@@ -58,10 +59,14 @@ class UpdateResult:
 
 @contextlib.contextmanager
 def open_chain(base: Checkpoint, updates: Sequence[str | Path]) -> Iterator[tuple[ChainState, list[Link]]]:
-    """The state after these updates, in any order. Raises PxdError, CheckFailedError."""
-    ordered = chain_order(map(link_of, updates)) if updates else []
-    with opened_all([link.path for link in ordered]) as files:
-        yield ChainState(base.tensors, files), ordered
+    """The state after these updates, in any order; folders, URLs and repositories mean all of theirs.
+
+    Raises PxdError, CheckFailedError, ToolError, CheckpointError.
+    """
+    with local_updates(updates) as paths:
+        ordered = chain_order(map(link_of, paths)) if paths else []
+        with opened_all([link.path for link in ordered]) as files:
+            yield ChainState(base.tensors, files), ordered
 
 
 def update(
@@ -76,8 +81,9 @@ def update(
 ) -> UpdateResult:
     """Write the changes from `old` to `new`, bit for bit.
 
-    old, new: a folder, a safetensors file or a hub id; the old state is `old` after the updates `after`. output: a
-    path or a URL. progress is called with bytes of `new`. Raises ToolError, CheckpointError, PxdError.
+    old, new: a folder, a safetensors file or a hub id; the old state is `old` after the updates `after`: files, a
+    folder, a URL or a repository on the hub. output: a path or a URL. progress is called with bytes of `new`. Raises
+    ToolError, CheckpointError, PxdError.
     """
     check_choice("prefer", prefer, get_args(pxd.Prefer))
     after = sequence(after)
@@ -117,8 +123,8 @@ def compact(
     """Fold a chain into one update with the same result, which is checked before the file is written.
 
     base: the checkpoint that the first of them was made on; changes are coded relative to its weights. If the first one
-    is an anchor, so is the result.
-    Raises CheckFailedError if the results differ, ToolError, CheckpointError, PxdError.
+    is an anchor, so is the result. updates: files, a folder, a URL or a repository on the hub. Raises CheckFailedError
+    if the results differ, ToolError, CheckpointError, PxdError.
     """
     check_choice("prefer", prefer, get_args(pxd.Prefer))
     updates = sequence(updates)
@@ -271,7 +277,7 @@ def _refuse_ring(output: Path, base: str, result: str | None) -> None:
     if through is not None and state == base:
         raise CheckFailedError(
             f"{output}: returns to an earlier state, from which {through} leads back, so the order would "
-            "not be known; pass the updates so far (--after)"
+            "not be known; pass the updates so far as after (--after)"
         )
 
 

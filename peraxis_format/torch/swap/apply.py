@@ -65,8 +65,9 @@ def apply_(
 ) -> Applied:
     """Turn a live model with the base's weights into the fine-tune, in place, bit for bit (SPEC 6).
 
-    target: a module, or a mapping of checkpoint names to tensors; on the CPU or on one CUDA device. views, shards: see
-    placement.place. group: the torch.distributed group whose ranks have the shards. workers: the number of threads.
+    target: a module, or a mapping of checkpoint names to tensors; on the CPU or on one CUDA device. views: the live
+    tensors of checkpoint names that cannot be found by name. shards: the pieces that plain local tensors are, by
+    checkpoint name. group: the torch.distributed group whose ranks have the shards. workers: the number of threads.
     undo: the place of the old weights' copy until all weights are written.
     Raises PxdError (a damaged file, another base) and LiveModelError (weights that cannot become the fine-tune); the
     model is then unchanged. Existing storage is written, so parameters and pointers stay valid.
