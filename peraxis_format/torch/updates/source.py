@@ -23,7 +23,7 @@ __all__ = [
     "step_of",
 ]
 
-_NAME: Final = re.compile(r"(step|anchor)-(\d+)\.pxd")
+_NAME: Final = re.compile(r"(step|anchor)-([0-9]{1,18})\.pxd")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
