@@ -65,15 +65,16 @@ def test_a_file_that_stays_faulty_is_fetched_less_and_less_often(
     store = fsspec.filesystem("memory")
     store.pipe(f"{folder}/{ANCHOR}", damaged(files[ANCHOR]))
     fetched: list[int] = []
-    plain, polls = Mirror._fetch, 0
+    plain, polls = Mirror._fetch, [0]
 
     def noted(self: Mirror, name: str) -> None:
-        fetched.append(polls)
+        fetched.append(polls[0])
         plain(self, name)
 
     monkeypatch.setattr(Mirror, "_fetch", noted)
     with follow({"a": torch.zeros(64).bfloat16()}, f"memory:/{folder}") as follower:
-        for polls in range(200):
+        for poll in range(200):
+            polls[0] = poll
             follower.poll()
     assert fetched == [0, 1, 3, 7, 15, 31, 63, 127, 191]
 

@@ -84,7 +84,7 @@ class SharedMirror:
             self.first.doubt(names)
 
     def _send(self, names: dict[str, int]) -> None:
-        """Give the other writers the files that they do not have, and remove others there. names: with their fetches."""
+        """Give the other writers the files that they do not have, and remove others there. names: and their fetches."""
         rank = self._ranks.rank
         failure: Exception | None = None
         writes = rank in self._writers and rank != 0
