@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from peraxis_format.arguments import check_choice, check_least
 from peraxis_format.delta import BaseRef, Encoding, ModuleDelta
 from peraxis_format.dtypes import Array, DType, raw_bytes
-from peraxis_format.errors import LiveModelError
+from peraxis_format.errors import ArgumentError, LiveModelError
 from peraxis_format.exact import lossless_module
 from peraxis_format.manifest import Identity, Manifest
 from peraxis_format.ops.exact import Prefer, apply
@@ -31,7 +31,7 @@ from peraxis_format.ops.tensors import dtype_of, storage_array
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.pieces import is_dtensor
 from peraxis_format.torch.updates.mirror import Mirror, is_url
-from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, step_name, step_of
+from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, newer_file, step_name, step_of
 from peraxis_format.writer import DeltaWriter
 
 __all__ = ["CHANGED", "Published", "UpdateWriter", "digest_of"]
@@ -79,6 +79,8 @@ class UpdateWriter:
         """Raises LiveModelError if the folder's chain has other tensors, PxdError if it is damaged, ArgumentError."""
         check_choice("prefer", prefer, get_args(Prefer))
         check_least("anchor_every", anchor_every, 1)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ArgumentError(f"dtype is {dtype!r}; it must be a float type of torch, like torch.bfloat16, or None")
         self._mirror, self.folder = self._placed(folder)
         self.step_number = 0
         self._model = model
@@ -111,7 +113,8 @@ class UpdateWriter:
     def step(self) -> Published:
         """Publish the present parameters. The first call in a folder writes an anchor, later ones write updates.
 
-        Raises FileExistsError if another process publishes into the folder, OSError; nothing is published then.
+        Raises FileExistsError if another process publishes into the folder, OSError; nothing is published then. If only
+        the anchor of the step cannot be written, that is raised too, and the step is published: see `step_number`.
         """
         live, tied = self._live()
         if self._head is None:
@@ -176,6 +179,9 @@ class UpdateWriter:
         for name, tensor in named.items():
             if not isinstance(tensor, Tensor):
                 continue
+            if tensor.is_meta or tensor.layout is not torch.strided:
+                kind = "on the meta device" if tensor.is_meta else str(tensor.layout)
+                raise LiveModelError(f"{name}: {kind}, without dense weights; load or convert it first")
             if is_dtensor(tensor) and not self._in_pieces:
                 raise LiveModelError(f"{name}: is sharded; use ShardedUpdateWriter, on every rank")
             key: tuple[object, ...] = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
@@ -212,6 +218,11 @@ class UpdateWriter:
     # --- the published state --------------------------------------------------------------------------
 
     def _writer(self, path: Path, *, previous: str | None) -> DeltaWriter:
+        newer = newer_file(path)
+        if newer is not None:
+            raise FileExistsError(
+                f"{newer}: is newer than {path.name}; another process publishes there: stop one of them"
+            )
         identity = Identity(id=self._name)
         return DeltaWriter(path, base=identity, fine_tuned=identity, previous=previous, chained=True, overwrite=False)
 
