@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from peraxis_format.errors import LiveModelError
-from peraxis_format.torch import apply_
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch import apply_
 from peraxis_format.torch.place.claims import writing
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.updates import Poll, UpdateWriter, apply_update, follow, staged
