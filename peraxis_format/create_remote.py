@@ -20,7 +20,7 @@ from typing import Any, Final
 from peraxis_format.files import atomic_file
 from peraxis_format.hub import commit_new_file
 
-__all__ = ["create_remote", "is_replaced", "start_of"]
+__all__ = ["create_remote", "is_replaced", "replace_remote", "start_of"]
 
 _CONDITIONAL: Final = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"})
 _LENGTH: Final = 8  # bytes of the header's length at the start of a file
@@ -69,6 +69,19 @@ def create_remote(system: Any, local: Path, target: str, *, url: str) -> None:
         raise _taken(url)
 
 
+def replace_remote(system: Any, local: Path, target: str) -> None:
+    """Send a file to `target`, in the place of any file there; it appears complete. Raises the errors of the system."""
+    system.makedirs(target.rpartition("/")[0], exist_ok=True)
+    if "hf" in _kinds(system):  # one commit
+        system.put_file(str(local), target)
+    else:
+        _renamed(system, local, target, replace=True)
+
+
+def _kinds(system: Any) -> set[str]:
+    return {system.protocol} if isinstance(system.protocol, str) else set(system.protocol)
+
+
 def _there(system: Any, target: str, start: bytes, size: int) -> tuple[bool, bool]:
     """Whether the whole file is at `target`, and whether another one is; both false if this is not known."""
     with contextlib.suppress(Exception):
@@ -84,7 +97,7 @@ def _taken(url: str) -> FileExistsError:
 
 
 def _create(system: Any, local: Path, target: str) -> None:
-    kinds = {system.protocol} if isinstance(system.protocol, str) else set(system.protocol)
+    kinds = _kinds(system)
     if kinds & _CONDITIONAL:
         system.put_file(str(local), target, mode="create")
     elif "hf" in kinds:
@@ -108,13 +121,15 @@ def _create(system: Any, local: Path, target: str) -> None:
         _renamed(system, local, target)
 
 
-def _renamed(system: Any, local: Path, target: str) -> None:
+def _renamed(system: Any, local: Path, target: str, *, replace: bool = False) -> None:
     folder, _, name = target.rpartition("/")
     part = f"{folder}/.{name}.{secrets.token_hex(4)}.part"
     try:
         system.put_file(str(local), part)
         if system.exists(target):
-            raise FileExistsError(target)
+            if not replace:
+                raise FileExistsError(target)
+            system.rm_file(target)
         system.mv(part, target)
     except BaseException:
         with contextlib.suppress(Exception):

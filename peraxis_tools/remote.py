@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import peraxis_format as pxd
-from peraxis_format.create_remote import create_remote
+from peraxis_format.create_remote import create_remote, replace_remote
 from peraxis_format.hub import hub_file, hub_files, hub_name
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.folders import scratch_folder
@@ -255,7 +255,7 @@ def output_file(output: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> 
         system, path = fsspec.core.url_to_fs(_hub_form(url), **_patience(url))
         if system.exists(path) and not overwrite:
             raise ToolError(f"{shown}: exists already; choose another output or pass overwrite (--overwrite)")
-    folder_there, _, name = path.rpartition("/")
+    name = path.rpartition("/")[2]
     if not name:
         raise ToolError(f"{shown}: does not name a file")
     with scratch_folder() as folder:
@@ -264,17 +264,4 @@ def output_file(output: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> 
             _create(system, folder / name, path, url)
             return
         with _readable(url, done="written"):
-            system.makedirs(folder_there, exist_ok=True)
-            if url.startswith("hf://"):  # one commit
-                system.put_file(str(folder / name), path)
-                return
-            part = f"{folder_there}/.{name}.part"
-            try:
-                system.put_file(str(folder / name), part)
-                if system.exists(path):
-                    system.rm_file(path)
-                system.mv(part, path)
-            except BaseException:
-                with contextlib.suppress(Exception):
-                    system.rm_file(part)
-                raise
+            replace_remote(system, folder / name, path)
