@@ -5,6 +5,7 @@
     python benchmarks/fidelity.py --stories shared/data --json fidelity.json
     python benchmarks/fidelity.py BASE FINE_TUNED ... --methods scalar,scalar-distilled,adamw,refined,scales,default \\
         --fit-samples 16 --distill-samples 28 --samples 16        a model of 100 M parameters and more
+    python benchmarks/fidelity.py BASE FINE_TUNED ... --methods ratio-6,ratio-8,ratio-12        KL over bytes
 
 All methods fit on the same samples of the calibration text, and distil on the samples after them; `best` takes 600
 samples of the same text, and is also shown on 200, and on 3000 if the text is long enough. KL is measured on held-out
@@ -26,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fidelity_methods import DISTILL, FIT, LARGE, METHODS, Inputs, inspected, run_method
+from fidelity_methods import DISTILL, FIT, LARGE, METHODS, RATIOS, Inputs, inspected, run_method
 from harness import Benchmark, Timing, arguments
 
 __all__ = ["main", "measure", "stories"]
@@ -202,7 +203,8 @@ def main() -> int:
                 "distil": options.distill_samples,
             },
         )
-        names = [name for name in METHODS if name not in LARGE and (name != "long" or options.stories is not None)]
+        chosen = {*LARGE, *RATIOS}
+        names = [name for name in METHODS if name not in chosen and (name != "long" or options.stories is not None)]
         if options.methods:
             names = options.methods.split(",")
         fine = [measure(name, inputs, texts, bench, samples=options.samples) for name in names]

@@ -9,10 +9,23 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DISTILL", "FIT", "LARGE", "METHODS", "VALIDATE", "Inputs", "Written", "inspected", "run_method", "tokens"]
+__all__ = [
+    "DISTILL",
+    "FIT",
+    "LARGE",
+    "METHODS",
+    "RATIOS",
+    "VALIDATE",
+    "Inputs",
+    "Written",
+    "inspected",
+    "run_method",
+    "tokens",
+]
 
 FIT, DISTILL, VALIDATE = 50, 150, 5
 
@@ -173,7 +186,9 @@ _ONE_AXIS = {"axis": "col", "embeddings": "full"}
 _LONG = {"distill_samples": 2950, "generated_samples": 3000, "held_out": 0.05, "distill_epochs": 6, "axis": "row"}
 # In this order, because later methods read the sizes of earlier ones. "one axis": one vector a module, like the paper.
 # The second group is for models of 100 M parameters and more: the papers' own loops take hours there.
+# The third is one curve: the whole file so many times smaller than the checkpoint.
 LARGE = ("lora-svd", "lora", "scalar", "scalar-distilled", "adamw", "default", "default-distilled")
+RATIOS = {f"ratio-{ratio}": ratio for ratio in (4, 6, 8, 12, 16, 24)}
 METHODS: Mapping[str, Method] = {
     "bitdelta-init": ("BitDelta, no distillation", lambda i, o: _bitdelta(i, o, distilled=False)),
     "bitdelta": ("BitDelta", lambda i, o: _bitdelta(i, o, distilled=True)),
@@ -196,6 +211,7 @@ METHODS: Mapping[str, Method] = {
     "default-distilled": ("all tensors, scales distilled", lambda i, o: _ours(i, o, distill_samples=i.distill)),
     "half": ("all tensors, half the bytes", lambda i, o: _ours(i, o, half_of="best", recipe="best")),
     "budget": ("the paper's bytes, spent freely", lambda i, o: _ours(i, o, size_of="paper", recipe="best")),
+    **{name: (f"{ratio} times smaller", partial(_ours, target_ratio=ratio)) for name, ratio in RATIOS.items()},
 }
 
 

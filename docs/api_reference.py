@@ -25,6 +25,7 @@ _WIDTH: Final = 100
 _CLASSES: Final = tuple(value for name in peraxis.__all__ if isinstance(value := getattr(peraxis, name), type))
 _VALUES: Final = tuple(kind for kind in _CLASSES if dataclasses.is_dataclass(kind))
 _OBJECTS: Final = tuple(kind for kind in _CLASSES if kind not in _VALUES and not issubclass(kind, Exception))
+_ERRORS: Final = tuple(kind for kind in _CLASSES if issubclass(kind, Exception))
 _CHOICES: Final[Mapping[str, Any]] = {
     **{name: getattr(api, name) for name in ("Recipe", "Fit", "AxisChoice", "Embeddings", "ComputeDType")},
     "EvaluationDType": EvaluationDType,
@@ -56,9 +57,12 @@ with peraxis.open("delta.pxd") as delta:  # reads the header alone
     print(delta, delta.content_id)
 ```
 
-Errors are exceptions. `PxdError` is raised for a file that breaks a clause of [SPEC.md](../SPEC.md), with `code`,
-`clause`, `field` and `offset`. `ToolError` is raised for wrong arguments and inputs. Both carry `exit_status`, the exit
-code that the command line gives.
+Errors are exceptions, [listed below](#errors). `PxdError` is raised for a file that breaks a clause of
+[SPEC.md](../SPEC.md), with `code`, `clause`, `field` and `offset`. `ToolError` is raised for wrong arguments and
+inputs. Both carry `exit_status`, the exit code that the command line gives.
+
+A delta is a file on this machine. `apply`, `update(after=)`, `compact`, `log`, `load`, `load_model`, `extract` and
+`pull` also take URLs and repositories on the hub; the first four of them also take a folder of updates.
 
 The stable interface is `peraxis` and the public names of `peraxis_format` and `peraxis_format.torch`.
 """
@@ -82,6 +86,9 @@ def _parts() -> Iterator[str]:
     yield "```\n\n## Objects\n"
     for kind in _OBJECTS:
         yield from _object(kind)
+    yield "\n## Errors\n"
+    for kind in _ERRORS:
+        yield _section(f"### {kind.__name__}", f"{kind.__name__}({kind.__mro__[1].__name__})", kind)
     yield "\n## Results and options\n"
     for kind in _VALUES:
         yield _section(f"### {kind.__name__}", _fields(kind), kind)

@@ -17,16 +17,35 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from peraxis_format import DeltaFile, PxdError, __version__, open
-    from peraxis_format.torch import Served, Swap, Variant, VariantSwitch, apply_, serve
-    from peraxis_format.torch.updates import Follower, Poll, Published, ShardedUpdateWriter, UpdateWriter, follow
+    from peraxis_format import ArgumentError, BackendError, CheckpointError, DeltaFile, PxdError, __version__, open
+    from peraxis_format.errors import LiveModelError
+    from peraxis_format.torch import (
+        Applied,
+        Served,
+        Shard,
+        Swap,
+        SwapError,
+        Variant,
+        VariantSwitch,
+        apply_,
+        serve,
+    )
+    from peraxis_format.torch.updates import (
+        Follower,
+        Poll,
+        Published,
+        ShardedUpdateWriter,
+        UpdateError,
+        UpdateWriter,
+        follow,
+    )
     from peraxis_format.torch.updates.callback import PublishUpdates
     from peraxis_tools.apply import ApplyResult, apply
     from peraxis_tools.chain import ChainLog, UpdateResult, compact, log, update
     from peraxis_tools.compress import CompressOptions, CompressResult, compress
     from peraxis_tools.convert import convert
     from peraxis_tools.diff import DiffResult, diff
-    from peraxis_tools.errors import ToolError
+    from peraxis_tools.errors import CheckFailedError, ToolError
     from peraxis_tools.evaluate import EvaluateResult, evaluate
     from peraxis_tools.extract import ExtractResult, extract
     from peraxis_tools.inspect import InspectResult, inspect
@@ -71,12 +90,14 @@ __all__ = [
     "DeltaFile",
     "CompressOptions",
     "Mixture",
+    "Shard",
     "Variant",
     "Swap",
     "Served",
     "Follower",
     "Poll",
     "Published",
+    "Applied",
     "ApplyResult",
     "ChainLog",
     "CompressResult",
@@ -93,13 +114,39 @@ __all__ = [
     "VerifyResult",
     "PxdError",
     "ToolError",
+    "CheckFailedError",
+    "CheckpointError",
+    "LiveModelError",
+    "SwapError",
+    "UpdateError",
+    "BackendError",
+    "ArgumentError",
     "__version__",
 ]
 
 # Module -> the names that it gives.
 _MODULES: Final[Mapping[str, tuple[str, ...]]] = {
-    "peraxis_format": ("open", "DeltaFile", "PxdError", "__version__"),
-    "peraxis_format.torch": ("apply_", "VariantSwitch", "serve", "Served", "Swap", "Variant"),
+    "peraxis_format": (
+        "open",
+        "DeltaFile",
+        "PxdError",
+        "CheckpointError",
+        "BackendError",
+        "ArgumentError",
+        "__version__",
+    ),
+    "peraxis_format.errors": ("LiveModelError",),
+    "peraxis_format.torch": (
+        "apply_",
+        "VariantSwitch",
+        "serve",
+        "Served",
+        "Shard",
+        "Swap",
+        "SwapError",
+        "Applied",
+        "Variant",
+    ),
     "peraxis_format.torch.updates": (
         "UpdateWriter",
         "ShardedUpdateWriter",
@@ -107,6 +154,7 @@ _MODULES: Final[Mapping[str, tuple[str, ...]]] = {
         "Follower",
         "Poll",
         "Published",
+        "UpdateError",
     ),
     "peraxis_format.torch.updates.callback": ("PublishUpdates",),
     "peraxis_tools.apply": ("apply", "ApplyResult"),
@@ -114,7 +162,7 @@ _MODULES: Final[Mapping[str, tuple[str, ...]]] = {
     "peraxis_tools.compress": ("compress", "CompressOptions", "CompressResult"),
     "peraxis_tools.convert": ("convert",),
     "peraxis_tools.diff": ("diff", "DiffResult"),
-    "peraxis_tools.errors": ("ToolError",),
+    "peraxis_tools.errors": ("ToolError", "CheckFailedError"),
     "peraxis_tools.evaluate": ("evaluate", "EvaluateResult"),
     "peraxis_tools.extract": ("extract", "ExtractResult"),
     "peraxis_tools.inspect": ("inspect", "InspectResult"),

@@ -70,16 +70,38 @@ def create_remote(system: Any, local: Path, target: str, *, url: str) -> None:
 
 
 def replace_remote(system: Any, local: Path, target: str) -> None:
-    """Send a file to `target`, in the place of any file there; it appears complete. Raises the errors of the system."""
+    """Send a file to `target`, a path of an fsspec file system, in the place of the one there, if there is one.
+
+    At any time one of both is there, or under a temporary name beside it. Raises the errors of the file system.
+    """
+    system.invalidate_cache()
     system.makedirs(target.rpartition("/")[0], exist_ok=True)
-    if "hf" in _kinds(system):  # one commit
+    kinds = {system.protocol} if isinstance(system.protocol, str) else set(system.protocol)
+    if kinds & (_CONDITIONAL | {"hf"}):  # one request, or one commit
         system.put_file(str(local), target)
-    else:
-        _renamed(system, local, target, replace=True)
+        return
+    part, aside = (_beside(target, kind) for kind in ("part", "old"))
+    try:
+        system.put_file(str(local), part)
+        if system.exists(target):  # a rename replaces nothing in some stores
+            system.mv(target, aside)
+        try:
+            system.mv(part, target)
+        except BaseException:
+            if system.exists(aside):
+                system.mv(aside, target)
+            raise
+    except BaseException:
+        with contextlib.suppress(Exception):
+            system.rm_file(part)
+        raise
+    with contextlib.suppress(Exception):  # the file is there; what may remain is a hidden name
+        system.rm_file(aside)
 
 
-def _kinds(system: Any) -> set[str]:
-    return {system.protocol} if isinstance(system.protocol, str) else set(system.protocol)
+def _beside(target: str, kind: str) -> str:
+    folder, _, name = target.rpartition("/")
+    return f"{folder}/.{name}.{secrets.token_hex(4)}.{kind}"
 
 
 def _there(system: Any, target: str, start: bytes, size: int) -> tuple[bool, bool]:
@@ -97,7 +119,7 @@ def _taken(url: str) -> FileExistsError:
 
 
 def _create(system: Any, local: Path, target: str) -> None:
-    kinds = _kinds(system)
+    kinds = {system.protocol} if isinstance(system.protocol, str) else set(system.protocol)
     if kinds & _CONDITIONAL:
         system.put_file(str(local), target, mode="create")
     elif "hf" in kinds:
@@ -121,15 +143,12 @@ def _create(system: Any, local: Path, target: str) -> None:
         _renamed(system, local, target)
 
 
-def _renamed(system: Any, local: Path, target: str, *, replace: bool = False) -> None:
-    folder, _, name = target.rpartition("/")
-    part = f"{folder}/.{name}.{secrets.token_hex(4)}.part"
+def _renamed(system: Any, local: Path, target: str) -> None:
+    part = _beside(target, "part")
     try:
         system.put_file(str(local), part)
         if system.exists(target):
-            if not replace:
-                raise FileExistsError(target)
-            system.rm_file(target)
+            raise FileExistsError(target)
         system.mv(part, target)
     except BaseException:
         with contextlib.suppress(Exception):

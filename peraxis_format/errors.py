@@ -198,7 +198,7 @@ class DeviceError(LiveModelError):
 
 
 class BackendError(DeviceError):
-    """A backend is unknown, not installed, or not available for the operation; see ops/backend.py."""
+    """A backend is unknown, not installed, or not available for the operation."""
 
 
 class ArgumentError(ValueError):

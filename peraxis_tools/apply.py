@@ -11,6 +11,7 @@ from typing import Final
 import peraxis_format as pxd
 from peraxis_tools.arguments import check_least, check_workers, sequence
 from peraxis_tools.assets import LEFT_BEHIND
+from peraxis_tools.chain.sources import local_updates
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint, refuse_swapped
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import CheckFailedError, ToolError
@@ -56,9 +57,10 @@ def apply(
 ) -> ApplyResult:
     """Write base + delta as a Hugging Face folder: shards, index, configuration, tokenizer.
 
-    base: a folder, a file or a hub id. delta: one, or the updates of a chain in any order. shard_bytes: a number, or a
-    text like 2GB. progress: called with each number of bytes written, or True for a bar. The folder is written to
-    `output` atomically. Raises PxdError, CheckpointError, ToolError, OSError.
+    base: a folder, a file or a hub id. delta: one, or the updates of a chain in any order: files, a folder, a URL or a
+    repository on the hub. shard_bytes: a number, or a text like 2GB. progress: called with each number of bytes
+    written, or True for a bar. The folder is written to `output` atomically. Raises PxdError, CheckpointError,
+    ToolError, OSError.
     """
     check_workers(workers)
     shard_bytes = parse_size(shard_bytes)
@@ -71,12 +73,13 @@ def apply(
     with (
         claim_folder(output, overwrite=overwrite, inputs=(base, *deltas)),
         open_checkpoint(base, revision=base_revision) as opened,
-        _opened(deltas, opened) as (file, checkpoint),
+        local_updates(deltas) as paths,
+        _opened(paths, opened) as (file, checkpoint),
         watched(progress, "apply", checkpoint_bytes(file.manifest)) as step,
     ):
         refuse_part(file.manifest, file.path)
         _refuse_foreign(file, checkpoint)
-        _refuse_repeats(file, opened.tensors.size + sum(Path(each).stat().st_size for each in deltas))
+        _refuse_repeats(file, opened.tensors.size + sum(path.stat().st_size for path in paths))
         shards = plan_shards(tensor_specs(file.manifest), shard_bytes=shard_bytes)
         with atomic_folder(output, overwrite=overwrite) as folder:
             _write_shards(folder, shards, file, checkpoint.tensors, workers, step)
@@ -84,8 +87,8 @@ def apply(
             for name, data in assets_of(file, checkpoint):
                 (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_bytes(data)
-            paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-            names = tuple(sorted(name for name in paths if name != MARKER))
+            written = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+            names = tuple(sorted(name for name in written if name != MARKER))
         tensors = [tensor for shard in shards for tensor in shard.tensors]
         return ApplyResult(
             folder=output,

@@ -79,7 +79,7 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
         if revision is not None:
             raise ToolError(
                 f"{source}: is on this machine and has no revision {revision!r}; leave it out, or pass a hub id "
-                "(compress records the id of a folder with base_id, --base-id)"
+                "(compress records the id of a folder with base_id (--base-id))"
             )
         if is_delta(path):
             raise CheckpointError(f"{source}: is a delta, not a checkpoint; pass a folder or a safetensors file here")

@@ -23,8 +23,9 @@ with interrupts_end():
     import click
 
     from peraxis_format import BackendError, CheckpointError, PxdError, ShapeError, __version__
-    from peraxis_tools.errors import ToolError, error_line
+    from peraxis_tools.errors import OptionError, ToolError, error_line
     from peraxis_tools.notes import LOGGER
+    from peraxis_tools.option_names import on_the_command_line
     from peraxis_tools.optional import MissingPackageError, missing
     from peraxis_tools.report import print_error, print_notes
 
@@ -97,9 +98,17 @@ def cli() -> None:
 
 def _usage(error: click.ClickException) -> str:
     """One line for an error of usage, with the command that shows the help."""
-    said = error.format_message().rstrip(".")
+    said = " ".join(error.format_message().split()).rstrip(".")
     context = getattr(error, "ctx", None)
     return said if context is None else f"{said} (see `{context.command_path} --help`)"
+
+
+def _said(error: BaseException) -> str:
+    """One line for an error of a verb, with options as the user types them."""
+    named = isinstance(error, OptionError) and len(sys.argv) > 1
+    command = cli.get_command(click.Context(cli), sys.argv[1]) if named else None
+    options = [] if command is None else [name for parameter in command.params for name in parameter.opts]
+    return on_the_command_line(error_line(error), options)
 
 
 def _unexpected(error: Exception) -> str:
@@ -161,7 +170,7 @@ def _exit_code() -> int:
         print_error(f"ended by {signalled.name}; nothing was written under the final name")
         return signalled.exit_status
     except (BackendError, PxdError, CheckpointError, ToolError) as error:
-        print_error(error_line(error))
+        print_error(_said(error))
         return error.exit_status
     except ImportError as error:
         return _import_failed(error)

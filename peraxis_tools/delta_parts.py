@@ -117,6 +117,9 @@ def join_parts(
     """
     with ExitStack() as stack:
         files = [stack.enter_context(pxd.open(path)) for path in paths]
+        for file in files:
+            if not is_part(file.manifest):
+                raise ToolError(f"{file.path}: is none of the parts of a delta; pass the files that `split` wrote")
         names = _whole(files[0].manifest, files[0].path)
         owners = _owners(files, names)
         # Sort by the first module, so that the order of the arguments does not matter.

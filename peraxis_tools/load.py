@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import peraxis_format as pxd
-from peraxis_tools.checkpoint import open_checkpoint, parse_identity
+from peraxis_tools.checkpoint import open_checkpoint, parse_identity, refuse_swapped
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.optional import require
@@ -72,6 +72,10 @@ def load_model(
     from peraxis_tools.environment import parse_config
 
     named = base if delta is None else delta
+    if delta is not None:
+        refuse_swapped(base, delta)
+    if "torch_dtype" in options:  # transformers' former name of dtype
+        options.setdefault("dtype", options.pop("torch_dtype"))
     with (
         local_copy(named) as path,
         pxd.open(path) as file,

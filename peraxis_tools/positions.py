@@ -42,5 +42,5 @@ def checked_length(config: Mapping[str, Any], length: int, label: str) -> int:
     if limit is None or length <= limit:
         return length
     if length != DEFAULT_LENGTH:
-        raise OptionError(f"sequence-length {length}: {label} has {limit} positions; pass at most {limit}")
+        raise OptionError(f"sequence_length {length}: {label} has {limit} positions; pass at most {limit}")
     return limit

@@ -62,7 +62,7 @@ def pull(
     with _fetched(source, files, progress) as fetched:
         targets = [folder / path.name for path in fetched]
         with made_folder(folder), claim_files(targets, overwrite=overwrite):
-            ids = [_verified(path, expected, progress) for path in fetched]
+            ids = [_verified(path, expected, progress, source) for path in fetched]
             for path, target in zip(fetched, targets, strict=True):
                 with pxd.atomic_file(target, overwrite=overwrite) as writer, open(path, "rb") as reader:
                     shutil.copyfileobj(reader, writer, 1 << 22)
@@ -73,9 +73,18 @@ def pull(
     )
 
 
-def _verified(path: Path, content_ids: Sequence[str], progress: ProgressOf) -> str | None:
+def _verified(path: Path, content_ids: Sequence[str], progress: ProgressOf, source: str) -> str | None:
+    """The content ID of a fetched delta, None for a signature. Errors name the source, not the temporary copy."""
     if path.suffix == ".sig":
         return None
+    try:
+        return _content_id(path, content_ids, progress)
+    except pxd.PxdError as error:
+        error.file = without_secrets(source) if is_remote(source) else f"{source}/{path.name}"
+        raise
+
+
+def _content_id(path: Path, content_ids: Sequence[str], progress: ProgressOf) -> str:
     with pxd.open(path) as delta:
         if content_ids and delta.content_id not in content_ids:
             raise CheckFailedError(f"{path.name}: is {delta.content_id}, which is none of those expected")

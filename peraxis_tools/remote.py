@@ -1,8 +1,8 @@
-"""Files by URL: any URL of fsspec (https, s3, gs, file, ...) and hf://org/repo/file.pxd, with @revision.
+"""Files by URL: any URL of fsspec (https, s3, gs, ...) and hf://org/repo/file.pxd, with @revision.
 
 A header is read by range requests. Verbs that need the payload fetch the file once into a temporary folder. Fetched
-bytes are not trusted: the same checks follow as for a local file. An output is written locally first, then sent, and
-gets its name when it is complete.
+bytes are not trusted: the same checks follow as for a local file. A file:// URL of a whole file or of an output is the
+path that it names. remote_output.py writes outputs.
 """
 
 from __future__ import annotations
@@ -11,21 +11,29 @@ import contextlib
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from glob import glob
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import peraxis_format as pxd
-from peraxis_format.create_remote import create_remote, replace_remote
 from peraxis_format.hub import hub_file, hub_files, hub_name
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.folders import scratch_folder
 from peraxis_tools.http_reads import SILENCE_SECONDS, http_options, is_http, read_range, save_all
 from peraxis_tools.optional import missing, require
-from peraxis_tools.outputs import Inputs, claim_delta
 from peraxis_tools.progress import ProgressOf, silent
-from peraxis_tools.urls import without_secrets
+from peraxis_tools.urls import file_of, without_secrets
 
-__all__ = ["SILENCE_SECONDS", "RemoteFile", "deltas_of", "is_remote", "local_copy", "output_file"]
+__all__ = [
+    "SILENCE_SECONDS",
+    "RemoteFile",
+    "deltas_of",
+    "hub_form",
+    "is_remote",
+    "local_copy",
+    "patience",
+    "readable",
+]
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z][A-Za-z0-9+.-]+)*://")
 _START: Final = 1 << 16  # cached bytes of a file's beginning, at most
@@ -38,7 +46,7 @@ def is_remote(source: str | Path) -> bool:
     return isinstance(source, str) and _URL.match(source) is not None
 
 
-def _hub_form(url: str) -> str:
+def hub_form(url: str) -> str:
     match = _HUB.fullmatch(url)
     if match is None:
         return url
@@ -54,10 +62,10 @@ class RemoteFile:
         self.requested = 0
         self._start = b""
         require(self.url, "fsspec")
-        with _readable(url):
+        with readable(url):
             import fsspec
 
-            self._system, self._path = fsspec.core.url_to_fs(_hub_form(url), **_patience(url))
+            self._system, self._path = fsspec.core.url_to_fs(hub_form(url), **patience(url))
             size = self._system.size(self._path)
         if size is None:
             raise ToolError(f"{self.url}: the server does not say how large the file is; download it first")
@@ -76,7 +84,7 @@ class RemoteFile:
         return held + self._fetch(offset + len(held), end) if len(held) < end - offset else held
 
     def _fetch(self, offset: int, end: int) -> bytes:
-        with _readable(self.url):
+        with readable(self.url):
             if is_http(self.url):
                 data = read_range(self._system, self._path, offset, end)
             else:
@@ -106,7 +114,7 @@ class RemoteFile:
                 f"{self.url}: has {self.size} bytes; {target.parent} has room for {room}; set TMPDIR to another disk"
             )
         step = progress or (lambda _: None)
-        with _readable(self.url):
+        with readable(self.url):
             if is_http(self.url):
                 with open(target, "wb") as file:
                     save_all(self._system, self._path, file, self.size, step)
@@ -130,7 +138,7 @@ class RemoteFile:
             raise ToolError(f"{self.url}: has {target.stat().st_size} bytes, not {self.size}; fetch it again")
 
 
-def _patience(url: str) -> dict[str, Any]:
+def patience(url: str) -> dict[str, Any]:
     """Options of a URL's file system. Only http is configured; the libraries of the hub and of object stores have such
     limits themselves.
     """
@@ -138,7 +146,7 @@ def _patience(url: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _readable(url: str, *, done: str = "read") -> Iterator[None]:
+def readable(url: str, *, done: str = "read") -> Iterator[None]:
     """Turn all errors of a file system library into a ToolError of one line. done: the failed action, a participle."""
     shown = without_secrets(url)
     try:
@@ -180,12 +188,13 @@ def local_copy(source: str | Path, *, progress: ProgressOf = silent) -> Iterator
     if name is not None:
         yield hub_file(name)  # it remains in the hub's cache
         return
-    if not is_remote(source):
-        yield Path(source)
+    here = file_of(source) or (None if is_remote(source) else Path(source))
+    if here is not None:
+        yield here
         return
     url = str(source)
     remote = RemoteFile(url)
-    file_name = PurePosixPath(_hub_form(url).partition("?")[0]).name or "delta.pxd"
+    file_name = PurePosixPath(hub_form(url).partition("?")[0]).name or "delta.pxd"
     with scratch_folder() as folder:
         target = folder / file_name
         with progress(f"fetch {file_name}", remote.size) as step:
@@ -202,14 +211,16 @@ def deltas_of(source: str | Path) -> list[str | Path]:
     hub = hub_name(source)
     if hub is not None:
         return [source] if (hub.file or "").endswith(".pxd") else list(hub_files(hub))
-    if not is_remote(source):
-        path = Path(source)
-        return _some(source, sorted(path.glob("*.pxd"))) if path.is_dir() else [source]
+    here = file_of(source) or (None if is_remote(source) else Path(source))
+    if file_of(source) is not None and "*" in str(here):
+        return _some(source, sorted(glob(str(here))))
+    if here is not None:
+        return _some(source, sorted(here.glob("*.pxd"))) if here.is_dir() else [here]
     url = str(source)
     if is_http(url):
         return [source]
     require(without_secrets(url), "fsspec")
-    with _readable(url):
+    with readable(url):
         import fsspec
 
         system, path_there = fsspec.core.url_to_fs(url)
@@ -223,45 +234,3 @@ def _some(source: str | Path, found: list[Any]) -> list[Any]:
     if not found:
         raise ToolError(f"{source}: has no .pxd files")
     return found
-
-
-def _create(system: Any, local: Path, path: str, url: str) -> None:
-    """Send a file to a name that nothing else has, or gets meanwhile."""
-    shown = without_secrets(url)
-    with _readable(url, done="written"):
-        try:
-            create_remote(system, local, path, url=shown)
-        except FileExistsError:
-            raise ToolError(f"{shown}: exists already; choose another output or pass --overwrite") from None
-
-
-@contextlib.contextmanager
-def output_file(output: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> Iterator[Path]:
-    """Yield the path to write an output file to: the path itself, or a temporary one that is sent to a URL at the end.
-
-    The rules for outputs apply (outputs.py). At a URL the file appears when it is complete. Raises ToolError,
-    OSError.
-    """
-    if not is_remote(output):
-        with claim_delta(output, overwrite=overwrite, inputs=inputs):
-            yield Path(output)
-        return
-    url = str(output)
-    shown = without_secrets(url)
-    require(shown, "fsspec")
-    with _readable(url, done="written"):
-        import fsspec
-
-        system, path = fsspec.core.url_to_fs(_hub_form(url), **_patience(url))
-        if system.exists(path) and not overwrite:
-            raise ToolError(f"{shown}: exists already; choose another output or pass overwrite (--overwrite)")
-    name = path.rpartition("/")[2]
-    if not name:
-        raise ToolError(f"{shown}: does not name a file")
-    with scratch_folder() as folder:
-        yield folder / name
-        if not overwrite:
-            _create(system, folder / name, path, url)
-            return
-        with _readable(url, done="written"):
-            replace_remote(system, folder / name, path)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import peraxis_format as pxd
+from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import CheckFailedError, ToolError
 
 __all__ = ["Link", "chain_order", "folds", "link_from", "link_of"]
@@ -36,7 +37,8 @@ def link_of(path: str | Path) -> Link:
 
 
 def link_from(path: str | Path, manifest: pxd.Manifest) -> Link:
-    """The link of a manifest. Raises ToolError for a delta without a result."""
+    """The link of a manifest. Raises ToolError for a delta without a result, and for a part of one."""
+    refuse_part(manifest, path)
     if manifest.result is None:
         raise ToolError(f"{path}: has no result, so it is not an update; write it with `update`")
     return Link(

@@ -9,7 +9,7 @@ import peraxis_format as pxd
 from peraxis_format.errors import located
 from peraxis_tools.derived import DerivedCheckpoint
 
-__all__ = ["ChainState"]
+__all__ = ["ChainState", "NoState"]
 
 
 class ChainState(DerivedCheckpoint):
@@ -54,6 +54,16 @@ class ChainState(DerivedCheckpoint):
         if array is None:
             raise KeyError(name)
         return array
+
+
+class NoState(DerivedCheckpoint):
+    """The state before an anchor: it has no tensors."""
+
+    def __init__(self, base: pxd.Safetensors) -> None:
+        super().__init__(base, (), label="no state")
+
+    def _whole(self, name: str) -> pxd.Array:
+        raise KeyError(name)
 
 
 def _info(name: str, entry: pxd.ModuleEntry, path: Path) -> pxd.TensorInfo:

@@ -17,14 +17,16 @@ from peraxis_tools.arguments import check_choice, sequence
 from peraxis_tools.blocks import count_blocks
 from peraxis_tools.chain.opened import opened_all
 from peraxis_tools.chain.order import Link, chain_order, link_of
-from peraxis_tools.chain.state import ChainState
+from peraxis_tools.chain.sources import local_updates
+from peraxis_tools.chain.state import ChainState, NoState
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.plan.pairing import check_pair, tied_pairs
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.kinds import execution_key
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Progress, Steps, watched
-from peraxis_tools.remote import is_remote, output_file
+from peraxis_tools.remote import is_remote
+from peraxis_tools.remote_output import output_file
 from peraxis_tools.urls import without_secrets
 
 __all__ = ["UpdateJob", "UpdateResult", "compact", "open_chain", "update", "write_update"]
@@ -57,10 +59,14 @@ class UpdateResult:
 
 @contextlib.contextmanager
 def open_chain(base: Checkpoint, updates: Sequence[str | Path]) -> Iterator[tuple[ChainState, list[Link]]]:
-    """The state after these updates, in any order. Raises PxdError, CheckFailedError."""
-    ordered = chain_order(map(link_of, updates)) if updates else []
-    with opened_all([link.path for link in ordered]) as files:
-        yield ChainState(base.tensors, files), ordered
+    """The state after these updates, in any order; folders, URLs and repositories mean all of theirs.
+
+    Raises PxdError, CheckFailedError, ToolError, CheckpointError.
+    """
+    with local_updates(updates) as paths:
+        ordered = chain_order(map(link_of, paths)) if paths else []
+        with opened_all([link.path for link in ordered]) as files:
+            yield ChainState(base.tensors, files), ordered
 
 
 def update(
@@ -75,8 +81,9 @@ def update(
 ) -> UpdateResult:
     """Write the changes from `old` to `new`, bit for bit.
 
-    old, new: a folder, a safetensors file or a hub id; the old state is `old` after the updates `after`. output: a
-    path or a URL. progress is called with bytes of `new`. Raises ToolError, CheckpointError, PxdError.
+    old, new: a folder, a safetensors file or a hub id; the old state is `old` after the updates `after`: files, a
+    folder, a URL or a repository on the hub. output: a path or a URL. progress is called with bytes of `new`. Raises
+    ToolError, CheckpointError, PxdError.
     """
     check_choice("prefer", prefer, get_args(pxd.Prefer))
     after = sequence(after)
@@ -115,8 +122,9 @@ def compact(
 ) -> UpdateResult:
     """Fold a chain into one update with the same result, which is checked before the file is written.
 
-    base: the checkpoint that the first of them was made on; changes are coded relative to its weights.
-    Raises CheckFailedError if the results differ, ToolError, CheckpointError, PxdError.
+    base: the checkpoint that the first of them was made on; changes are coded relative to its weights. If the first one
+    is an anchor, so is the result. updates: files, a folder, a URL or a repository on the hub. Raises CheckFailedError
+    if the results differ, ToolError, CheckpointError, PxdError.
     """
     check_choice("prefer", prefer, get_args(pxd.Prefer))
     updates = sequence(updates)
@@ -128,13 +136,15 @@ def compact(
         open_chain(checkpoint, updates) as (state, links),
     ):
         assets: dict[str, bytes] = {}
+        with pxd.open(links[0].path) as file:
+            is_anchor = all(entry.base is None for entry in file.manifest.modules)
         for link in links:
             with pxd.open(link.path) as file:
                 assets.update({asset.path: file.asset(asset.path) for asset in file.manifest.assets})
                 fine_tuned = file.manifest.fine_tuned
         job = UpdateJob(
             output=target,
-            old=ChainState(checkpoint.tensors, ()),
+            old=NoState(checkpoint.tensors) if is_anchor else ChainState(checkpoint.tensors, ()),
             new=state,
             ids=(checkpoint.identity, fine_tuned),
             previous=links[0].previous,
@@ -267,7 +277,7 @@ def _refuse_ring(output: Path, base: str, result: str | None) -> None:
     if through is not None and state == base:
         raise CheckFailedError(
             f"{output}: returns to an earlier state, from which {through} leads back, so the order would "
-            "not be known; pass the updates so far (--after)"
+            "not be known; pass the updates so far as after (--after)"
         )
 
 

@@ -39,6 +39,6 @@ def command(
 
     Example: peraxis-tools compact step-0001*.pxd --base step-99 -o 100-to-124.pxd
     """
-    with updates_of(updates, quiet=quiet) as paths:
+    with updates_of(updates, quiet=quiet, output=output) as paths:
         result = compact(base, paths, output, prefer=prefer, overwrite=overwrite, progress=staged(quiet=quiet))
     emit(result, render_compact, schema="peraxis.compact/1", as_json=as_json)

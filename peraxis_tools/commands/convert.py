@@ -20,6 +20,7 @@ from peraxis_tools.commands.options import (
 )
 from peraxis_tools.commands.sources import fetched, updates_of
 from peraxis_tools.convert import (
+    DEFAULT_RANK,
     LAYOUTS,
     WIRES,
     Layout,
@@ -39,8 +40,6 @@ from peraxis_tools.report.update import render_update
 
 __all__ = ["command"]
 
-_DEFAULT_RANK = 16
-
 
 @click.command("convert")
 @click.argument("source", metavar="SOURCE")
@@ -56,7 +55,7 @@ _DEFAULT_RANK = 16
     type=click.Choice(["pxd", "lora", "checkpoint", *WIRES]),
     help="What to write.  [default: pxd, from another format]",
 )
-@click.option("--rank", type=click.IntRange(min=1), help=f"The rank of the LoRA adapter.  [default: {_DEFAULT_RANK}]")
+@click.option("--rank", type=click.IntRange(min=1), help=f"The rank of the LoRA adapter.  [default: {DEFAULT_RANK}]")
 @click.option(
     "--max-error",
     type=Finite(1e-6, 1, max_open=True),
@@ -103,7 +102,7 @@ def command(
              peraxis-tools convert weight_v000124 --base step-123 -o step-000124.pxd
              peraxis-tools convert step-000124.pxd --to index-value --base step-123 -o step-124.safetensors
     """
-    if target is None and source.partition("?")[0].endswith(".pxd"):
+    if target in ("pxd", None) and source.partition("?")[0].endswith(".pxd"):
         raise ToolError(f"{source}: is already a .pxd; pass --to lora or --to checkpoint")
     if target in ("pxd", "checkpoint", None) and base is None:
         raise ToolError(f"{source}: pass --base, the checkpoint that this delta is for")
@@ -124,8 +123,6 @@ def command(
             applied = apply(base or "", path, output, overwrite=overwrite, progress=step)
             emit(applied, render_apply, schema="peraxis.apply/1", as_json=as_json)
             return
-        if target == "lora" and rank is None and max_error is None:
-            rank = _DEFAULT_RANK
         result = convert(
             path,
             output,

@@ -9,23 +9,14 @@ import click
 
 from peraxis_tools.commands.options import json_option, quiet_option, refuse_given, workers_option
 from peraxis_tools.commands.sources import fetched
-from peraxis_tools.diff import diff, diff_checkpoint
+from peraxis_tools.diff import diff, diff_checkpoint, names_checkpoint
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.progress import staged
-from peraxis_tools.remote import is_remote
 from peraxis_tools.report import emit
 from peraxis_tools.report.diff import render_diff
 from peraxis_tools.urls import without_secrets
 
 __all__ = ["command"]
-
-
-def _is_delta(source: str) -> bool:
-    """Whether this is a URL or a file that is not a safetensors checkpoint; folders and hub ids are checkpoints."""
-    if is_remote(source):
-        return True
-    path = Path(source)
-    return path.suffix == ".pxd" or (path.is_file() and path.suffix != ".safetensors" and path.suffix != ".json")
 
 
 @click.command("diff")
@@ -58,8 +49,8 @@ def command(
     """
     if as_json:
         refuse_given("top", why="with --json, which holds all modules")
-    against_checkpoint = not _is_delta(b)
-    if Path(a).exists() and not _is_delta(a):
+    against_checkpoint = names_checkpoint(b)
+    if Path(a).exists() and names_checkpoint(a):
         other = "pass the delta first" if not against_checkpoint else "diff compares deltas"
         raise ToolError(f"{a}: is a checkpoint and not a delta; {other}, like `diff delta.pxd fine-tuned --base base`")
     if against_checkpoint and base is None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import click
 
 from peraxis_tools.bars import progress
 from peraxis_tools.commands.options import json_option, quiet_option, refuse_given
+from peraxis_tools.commands.sources import fetched
 from peraxis_tools.evaluate import CANDIDATES, EvaluationDType, evaluate
 from peraxis_tools.report import emit
 from peraxis_tools.report.evaluate import render_evaluate
+from peraxis_tools.urls import without_secrets
 
 __all__ = ["command"]
 
@@ -34,7 +37,7 @@ def _names(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[
 @click.command("eval")
 @click.argument("base", metavar="BASE")
 @click.argument("fine_tuned", metavar="FINE_TUNED")
-@click.argument("delta", type=click.Path(path_type=Path))
+@click.argument("delta", metavar="DELTA")
 @click.option(
     "--text", "texts", metavar="[DOMAIN=]TEXT", multiple=True, callback=_texts,
     help="A held-out text: c4, a datasets id, or a json, jsonl(.gz), parquet or txt file. Repeatable.",
@@ -82,7 +85,7 @@ def _names(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[
 def command(
     base: str,
     fine_tuned: str,
-    delta: Path,
+    delta: str,
     texts: dict[str, str],
     samples: int,
     sequence_length: int,
@@ -111,11 +114,15 @@ def command(
     if not texts:
         refuse_given("samples", "sequence_length", "text_column", "seed", "on_the_fly", why="without --text")
     candidates = tuple(name for name in CANDIDATES if on_the_fly or name != "on-the-fly")
-    with progress("evaluate", max(1, len(candidates) * len(texts)), unit="steps", quiet=quiet) as step:
+    total = max(1, len(candidates) * len(texts))
+    with (
+        fetched([delta], quiet=quiet) as (path,),
+        progress("evaluate", total, unit="steps", quiet=quiet) as step,
+    ):
         result = evaluate(
             base,
             fine_tuned,
-            delta,
+            path,
             texts,
             samples=samples,
             sequence_length=sequence_length,
@@ -132,4 +139,5 @@ def command(
             fine_tuned_revision=fine_tuned_revision,
             progress=lambda _step, _done, _total: step(1),
         )
+    result = dataclasses.replace(result, delta=without_secrets(delta))
     emit(result, render_evaluate, schema="peraxis.eval/1", as_json=as_json)

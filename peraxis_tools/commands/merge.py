@@ -20,6 +20,7 @@ from peraxis_tools.delta_parts import is_part
 from peraxis_tools.errors import ToolError
 from peraxis_tools.merge import MergeResult, Method, Mixture, merge, merge_parts
 from peraxis_tools.progress import StageOpener, staged
+from peraxis_tools.remote import deltas_of
 from peraxis_tools.report import emit
 from peraxis_tools.report.merge import render_merge
 
@@ -75,15 +76,16 @@ def command(
     """Merge deltas on one base into one: either the parts of one delta, or a weighted sum.
 
     Without --masks a sum keeps every mask. It is exact except for one rounding of the scales to F16. With --masks it
-    is fitted into that many masks, and the error is shown. Parts (see `split`) need neither weights nor a method.
+    is fitted into that many masks, and the error is shown. Parts (see `split`) need neither weights nor a method. A
+    folder means every .pxd in it.
 
     \b
     Example: peraxis-tools merge code.pxd chat.pxd --weights 0.7,0.3 -o both.pxd
              peraxis-tools merge code.pxd chat.pxd --method ties --masks 2 --base BASE -o both.pxd
-             peraxis-tools merge parts/*.pxd -o delta.pxd
+             peraxis-tools merge parts -o delta.pxd
     """
     step = staged(quiet=quiet)
-    with fetched(deltas, quiet=quiet) as paths:
+    with fetched([name for source in deltas for name in deltas_of(source)], quiet=quiet) as paths:
         if _all_parts(paths):
             others = ("weights", "method", "masks", "density", "normalize", "seed", "base", "name")
             refuse_given(*others, why="for parts of one delta, which are joined unchanged")

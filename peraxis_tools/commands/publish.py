@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, refuse_given
+from peraxis_tools.commands.sources import refuse_urls
 from peraxis_tools.progress import staged
 from peraxis_tools.publish import Relation, publish
 from peraxis_tools.report import emit, hub_progress
@@ -18,7 +19,7 @@ __all__ = ["command"]
 
 @click.command("publish")
 @click.argument("repository", metavar="REPO")
-@click.argument("deltas", metavar="DELTA...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("deltas", metavar="DELTA...", nargs=-1, required=True)
 @click.option(
     "--evaluation",
     "evaluations",
@@ -46,7 +47,7 @@ __all__ = ["command"]
 @quiet_option
 def command(
     repository: str,
-    deltas: tuple[Path, ...],
+    deltas: tuple[str, ...],
     evaluations: tuple[Path, ...],
     base_id: str | None,
     card_from: str | None,
@@ -71,10 +72,11 @@ def command(
         refuse_given("private", "revision", why="with --dry-run")
     else:
         refuse_given("overwrite", why="without --dry-run")
+    paths = refuse_urls(deltas)
     with hub_progress(quiet=quiet) if dry_run is None else contextlib.nullcontext():
         result = publish(
             repository,
-            deltas,
+            paths,
             evaluation=evaluations,
             base_id=base_id,
             card_from=card_from,

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, refuse_given
+from peraxis_tools.commands.sources import refuse_urls
 from peraxis_tools.progress import staged
 from peraxis_tools.report import emit
 from peraxis_tools.report.sign import render_sign
@@ -19,7 +20,7 @@ _PASSWORD = "PERAXIS_KEY_PASSWORD"
 
 
 @click.command("sign")
-@click.argument("delta", type=click.Path(path_type=Path))
+@click.argument("delta", metavar="DELTA")
 @click.option(
     "--key",
     required=True,
@@ -35,7 +36,7 @@ _PASSWORD = "PERAXIS_KEY_PASSWORD"
 @json_option
 @quiet_option
 def command(
-    delta: Path,
+    delta: str,
     key: Path,
     certificate: Path | None,
     certificate_chain: tuple[Path, ...],
@@ -57,7 +58,7 @@ def command(
     if certificate is None:
         refuse_given("certificate_chain", why="without --certificate")
     result = sign(
-        delta,
+        refuse_urls([delta])[0],
         private_key=key,
         password=os.environ.get(_PASSWORD),
         certificate=certificate,

@@ -6,47 +6,32 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from peraxis_tools.chain.order import Link, folds, link_of
+from peraxis_tools.chain.sources import local_updates
 from peraxis_tools.errors import ToolError
 from peraxis_tools.progress import staged
-from peraxis_tools.remote import deltas_of, local_copy
+from peraxis_tools.remote import is_remote, local_copy
 from peraxis_tools.urls import without_secrets
 
-__all__ = ["fetched", "updates_of"]
+__all__ = ["fetched", "refuse_urls", "updates_of"]
 
 
 @contextlib.contextmanager
-def fetched(sources: Sequence[str], *, quiet: bool) -> Iterator[list[Path]]:
+def fetched(sources: Sequence[str | Path], *, quiet: bool) -> Iterator[list[Path]]:
     """Yield local paths of these sources, in order; copies of remote files are removed at the end."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(local_copy(source, progress=staged(quiet=quiet))) for source in sources]
 
 
-@contextlib.contextmanager
-def updates_of(sources: Sequence[str], *, quiet: bool) -> Iterator[list[Path]]:
-    """Yield local paths of updates: files, and for a folder (a path, a URL, a repository) every .pxd in it.
-
-    Files of a folder that replace several others (anchors and folded updates) are left out.
-    """
-    with contextlib.ExitStack() as stack:
-        found: list[Path] = []
-        for source in sources:
-            names = deltas_of(source)
-            copies = [stack.enter_context(local_copy(name, progress=staged(quiet=quiet))) for name in names]
-            if len(copies) == 1:
-                found += copies
-                continue
-            links = [_link(path, source, len(copies)) for path in copies]
-            left_out = {link.path for link in folds(links)}
-            found += [link.path for link in links if link.path not in left_out]
-        yield found
+def updates_of(
+    sources: Sequence[str], *, quiet: bool, output: str | None = None
+) -> contextlib.AbstractContextManager[list[Path]]:
+    """Yield local paths of updates, with progress for those that are fetched (`local_updates`)."""
+    return local_updates(sources, output=output, progress=staged(quiet=quiet))
 
 
-def _link(path: Path, source: str, count: int) -> Link:
-    try:
-        return link_of(path)
-    except ToolError:
-        raise ToolError(
-            f"{without_secrets(source)}: has {count} .pxd files, and {path.name} is not an update of a chain; "
-            "name one file"
-        ) from None
+def refuse_urls(sources: Sequence[str]) -> list[Path]:
+    """The paths of a verb that works on the user's own files. Raises ToolError for a URL."""
+    for source in sources:
+        if is_remote(source):
+            raise ToolError(f"{without_secrets(source)}: is a URL and not a file; fetch it with `pull` first")
+    return [Path(source) for source in sources]

@@ -49,6 +49,6 @@ def command(
              peraxis-tools update base step-124 --after s3://bucket/run -o s3://bucket/run/step-000124.pxd
     """
     step = staged(quiet=quiet)
-    with updates_of(after, quiet=quiet) as files:
+    with updates_of(after, quiet=quiet, output=output) as files:
         result = update(old, new, output, after=files, prefer=prefer, overwrite=overwrite, progress=step)
     emit(result, render_update, schema="peraxis.update/1", as_json=as_json)

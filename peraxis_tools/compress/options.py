@@ -160,7 +160,7 @@ class CompressOptions:
             ("distill_loss", _LOSSES),
         ):
             if getattr(self, name) not in allowed:
-                raise OptionError(f"{_dashed(name)} {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+                raise OptionError(f"{name} {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         for name, least, most in (
             ("masks", 1, 8),
             ("calibration_samples", 1, 1 << 24),
@@ -183,13 +183,13 @@ class CompressOptions:
             if getattr(self, name) is None:
                 continue
             if not least <= getattr(self, name) <= most:
-                raise OptionError(f"{_dashed(name)} {getattr(self, name)}: must be {least:.16g} to {most:.16g}")
+                raise OptionError(f"{name} {getattr(self, name)}: must be {least:.16g} to {most:.16g}")
         if not 0.0 <= self.held_out < 1.0:
-            raise OptionError(f"held-out {self.held_out}: a share, at least 0 and below 1")
+            raise OptionError(f"held_out {self.held_out}: a share, at least 0 and below 1")
         if self.calibration is None and (self.fit not in ("auto", "none") or self.distill_samples):
-            raise OptionError("this fit needs a text: give calibration, --calibration (c4, a datasets id, or a file)")
+            raise OptionError("this fit needs a text: give calibration (--calibration c4, a datasets id, or a file)")
         if self.target_size is not None and self.target_ratio is not None:
-            raise OptionError("target-size and target-ratio: give one of them")
+            raise OptionError("target_size (--target-size) and target_ratio (--target-ratio): give one of them")
         self._check_exact()
         if self.fit == "adamw" and (self.masks > 1 or self.has_target):
             raise OptionError("fit adamw is the paper's: one mask a module, no target")
@@ -197,7 +197,7 @@ class CompressOptions:
             raise OptionError("masks and a target size exclude each other: the target decides the masks of each module")
         for name in ("distill_sign_lr", "distill_full_lr"):
             if 0.0 < getattr(self, name) < _RATE_MIN:
-                raise OptionError(f"{_dashed(name)} {getattr(self, name)}: must be 0, or at least {_RATE_MIN:g}")
+                raise OptionError(f"{name} {getattr(self, name)}: must be 0, or at least {_RATE_MIN:g}")
         self._refuse_idle()
 
     def _refuse_idle(self) -> None:
@@ -207,18 +207,18 @@ class CompressOptions:
                 (*_OF_TEXT, *_NOT_CONTENT), "without a fit on text" if self.fit == "auto" else f"with fit {self.fit}"
             )
         if not self.distill_samples:
-            self._refuse(_OF_DISTILLATION, "without distill-samples")
+            self._refuse(_OF_DISTILLATION, "without distill_samples (--distill-samples)")
         if self.resolved_fit != "refined":
             self._refuse(("refine_rounds",), f"with fit {self.resolved_fit}")
 
     def _refuse(self, names: tuple[str, ...], why: str) -> None:
         for name in names:
             if getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise OptionError(f"{_dashed(name)} does nothing {why}; leave it out")
+                raise OptionError(f"{name} does nothing {why}; leave it out")
 
     def _check_exact(self) -> None:
         if self.exact is None:
-            self._refuse(("prefer",), "without exact")
+            self._refuse(("prefer",), "without exact (--exact)")
             return
         try:
             re.compile(self.exact)
@@ -345,4 +345,4 @@ def _typed(name: str, value: Any) -> Any:
             pass
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise OptionError(f"{_dashed(name)} {value!r}: must be {_KIND_NAMES[kind]}")
+    raise OptionError(f"{name} {value!r}: must be {_KIND_NAMES[kind]}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 import peraxis_format as pxd
 from peraxis_tools.arguments import check_choice, check_least, refuse_idle, sequence
@@ -17,6 +17,7 @@ from peraxis_tools.errors import ToolError
 from peraxis_tools.progress import Progress
 
 __all__ = [
+    "DEFAULT_RANK",
     "LAYOUTS",
     "WIRES",
     "Layout",
@@ -33,6 +34,8 @@ __all__ = [
     "to_pxd",
     "to_wire",
 ]
+
+DEFAULT_RANK: Final = 16  # of a LoRA adapter
 
 
 def convert(
@@ -54,9 +57,9 @@ def convert(
     """Convert a .pt delta or a wire to a .pxd file, or a .pxd file to a wire or a LoRA adapter.
 
     to: "pxd" needs `base` and takes `layout` (None: recognise it), `axis` and `name`, as `to_pxd` does, and for a wire
-    `after` and `prefer`, as `from_wire` does. "lora" takes either `rank` or `max_error`, as `to_lora` does. A wire's
-    name needs `base` and takes `after`, as `to_wire` does. For a whole checkpoint call `apply`. progress is called with
-    each number of bytes done. Raises ToolError, CheckpointError, PxdError, OSError.
+    `after` and `prefer`, as `from_wire` does. "lora" takes `rank` (default: 16) or `max_error`, as `to_lora` does. A
+    wire's name needs `base` and takes `after`, as `to_wire` does. For a whole checkpoint call `apply`. progress is
+    called with each number of bytes done. Raises ToolError, CheckpointError, PxdError, OSError.
     """
     check_choice("to", to, ("pxd", "lora", *WIRES))
     _check_words(layout, axis, prefer)
@@ -68,6 +71,7 @@ def convert(
         refuse_idle(f'with to="{to}"', layout=layout, axis=axis, name=name, prefer=faster)
     if to == "lora":
         refuse_idle('with to="lora"', after=after)
+        rank = DEFAULT_RANK if rank is None and max_error is None else rank
         return to_lora(
             source, output, rank=rank, max_error=max_error, base=base, overwrite=overwrite, progress=progress
         )

@@ -123,7 +123,7 @@ def to_lora(
     """
     require("a LoRA adapter", "torch")
     if (rank is None) == (max_error is None):
-        raise ToolError("pass either a rank or a largest error")
+        raise ToolError("pass either rank (--rank) or max_error (--max-error)")
     output = Path(output)
     with ExitStack() as stack:
         stack.enter_context(claim_folder(output, overwrite=overwrite, inputs=(path, base)))

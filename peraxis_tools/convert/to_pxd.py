@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import peraxis_format as pxd
-from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.checkpoint import Checkpoint, is_delta, open_checkpoint
 from peraxis_tools.convert.layouts import Layout, TorchDelta, component_of, read_torch_delta
 from peraxis_tools.errors import ToolError
 from peraxis_tools.kinds import execution_key
@@ -76,6 +76,10 @@ def to_pxd(
     source, output = Path(source), Path(output)
     if not source.is_file():
         raise ToolError(f"{source}: no such file")
+    if is_delta(source):
+        raise ToolError(f"{source}: is already a .pxd; convert it to a LoRA adapter or a wire, or apply it")
+    if source.suffix == ".safetensors":
+        raise ToolError(f"{source}: is neither a .pt delta nor a wire; `compress` makes a delta of a checkpoint")
     counts = _Counts()
     with claim_delta(output, overwrite=overwrite, inputs=(source, base)), open_checkpoint(base) as checkpoint:
         found = read_torch_delta(source, layout, base=checkpoint.tensors, axis=axis)

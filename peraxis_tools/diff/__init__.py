@@ -19,13 +19,14 @@ from peraxis_tools.diff.checkpoint import compare_with_checkpoint
 from peraxis_tools.diff.manifests import manifest_changes
 from peraxis_tools.diff.modules import compare_modules
 from peraxis_tools.diff.result import DiffResult, GroupDiff, ManifestChange, ModuleDiff, group
-from peraxis_tools.errors import CheckFailedError
+from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.parallel import balanced_map
 from peraxis_tools.progress import Progress, watched
+from peraxis_tools.remote import is_remote
 from peraxis_tools.rows import BaseRows, base_rows
 from peraxis_tools.unpacked import unpacked
 
-__all__ = ["DiffResult", "GroupDiff", "ManifestChange", "ModuleDiff", "diff", "diff_checkpoint"]
+__all__ = ["DiffResult", "GroupDiff", "ManifestChange", "ModuleDiff", "diff", "diff_checkpoint", "names_checkpoint"]
 
 _DENSE_WORKERS: Final = 2  # blocks of rows take some tens of MiB per worker
 
@@ -38,13 +39,17 @@ def diff(
     workers: int | None = None,
     progress: Progress = None,
 ) -> DiffResult:
-    """Compare two deltas made for one base.
+    """Compare two deltas made for one base, or a delta with a fine-tuned checkpoint (a folder, a file or a hub id).
 
-    base: the checkpoint of the base. It is needed only for exact tensors, and it is checked. progress: called with
-    numbers of payload bytes of A, or True for a bar. Raises CheckFailedError if the bases differ, PxdError,
-    CheckpointError, OSError.
+    base: the checkpoint of the base. It is needed for exact tensors, and if B is a checkpoint; it is checked. progress:
+    called with numbers of payload bytes of A, or True for a bar. Raises CheckFailedError if the bases differ,
+    ToolError, PxdError, CheckpointError, OSError.
     """
     check_workers(workers)
+    if names_checkpoint(b):
+        if base is None:
+            raise ToolError(f"{b}: is a checkpoint; pass base (--base) to compare a delta with it")
+        return diff_checkpoint(a, b, base=base, workers=workers, progress=progress)
     with ExitStack() as stack:
         tensors = None if base is None else stack.enter_context(open_checkpoint(base)).tensors
         file_a, file_b = (unpacked(stack.enter_context(pxd.open(path)), tensors) for path in (a, b))
@@ -64,6 +69,14 @@ def diff(
             only_in_b=tuple(name for name in file_b if name not in file_a),
             only_in_a=tuple(name for name in file_a if name not in file_b),
         )
+
+
+def names_checkpoint(source: str | Path) -> bool:
+    """Whether this is a folder, a safetensors file or a hub id. A URL and any other file is a delta."""
+    if is_remote(source):
+        return False
+    path = Path(source)
+    return path.suffix != ".pxd" and (not path.is_file() or path.suffix in (".safetensors", ".json"))
 
 
 def diff_checkpoint(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,21 @@ from peraxis_tools.checkpoint import open_checkpoint
 from peraxis_tools.errors import ToolError
 from peraxis_tools.load import load_model
 from peraxis_tools.positions import checked_length
+from peraxis_tools.text import Ids
+from peraxis_tools.vocabulary import check_ids, check_tokenizer_files
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["check_model", "load_checkpoint_model", "load_merged", "load_on_the_fly", "load_tokenizer"]
+__all__ = [
+    "check_model",
+    "check_tokens",
+    "load_checkpoint_model",
+    "load_merged",
+    "load_on_the_fly",
+    "load_tokenizer",
+]
 
 
 def _folder(source: str | Path, revision: str | None) -> Path:
@@ -85,7 +94,7 @@ def _put(model: PreTrainedModel, name: str, weight: torch.Tensor) -> None:
         parameter = model.get_parameter(name)
     except AttributeError:
         raise ToolError(
-            f"{name}: transformers has this weight under another name; leave out on-the-fly (--no-on-the-fly)"
+            f"{name}: has another name in transformers; leave out the candidate on-the-fly: --no-on-the-fly"
         ) from None
     with torch.no_grad():
         parameter[: weight.shape[0]].copy_(weight)
@@ -100,4 +109,13 @@ def check_model(source: str | Path, *, length: int, revision: str | None = None)
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
     """The tokenizer of a checkpoint. Raises ToolError if it has none."""
-    return environment.load_tokenizer(_folder(source, revision))
+    folder = _folder(source, revision)
+    check_tokenizer_files(folder, str(source))
+    return environment.load_tokenizer(folder)
+
+
+def check_tokens(source: str | Path, texts: Iterable[Ids], *, revision: str | None = None) -> None:
+    """Raise ToolError for a token in these texts that the model does not have."""
+    config = environment.load_config(_folder(source, revision)).to_dict()
+    for ids in texts:
+        check_ids(ids, config, str(source))

@@ -62,9 +62,9 @@ def evaluate(
 
     texts: from the name of a domain to c4, a datasets id, or a file (json, jsonl, parquet, txt, csv; also .gz). A text
     is cut into at most `samples` windows of `sequence_length` tokens, without overlap or padding. candidates: some of
-    CANDIDATES; on-the-fly always computes in float32, the others in compute_dtype. tasks: names of lm-eval, with
-    task_limit questions each. task_path: a folder with further task definitions. progress: called with (stage, done,
-    total), or True for bars. Raises ToolError, PxdError, CheckpointError.
+    base, merged, on-the-fly; the last one always computes in float32, the others in compute_dtype. tasks: names of
+    lm-eval, with task_limit questions each. task_path: a folder with further task definitions. progress: called with
+    (stage, done, total), or True for bars. Raises ToolError, PxdError, CheckpointError.
     """
     candidates, tasks = sequence(candidates), sequence(tasks)
     task_path = None if task_path is None else Path(task_path)
@@ -84,7 +84,7 @@ def evaluate(
     if tasks:
         require("--tasks", "lm_eval")
     from peraxis_tools.environment import resolve_device
-    from peraxis_tools.evaluate.models import check_model, load_tokenizer
+    from peraxis_tools.evaluate.models import check_model, check_tokens, load_tokenizer
     from peraxis_tools.quiet import quiet_transformers
 
     with pxd.open(delta) as file, quiet_transformers(), watched_stages(progress) as step:
@@ -103,6 +103,7 @@ def evaluate(
             domain: _samples(source, tokenizer, samples, sequence_length, seed, text_column)
             for domain, source in texts.items()
         }
+        check_tokens(fine_tuned, (its.ids for its in sampled.values()), revision=fine_tuned_revision)
         found = _compare_all(models, tokenizer, sampled, candidates, batch_size, step)
         calibration = file.manifest.calibration
         return EvaluateResult(

@@ -29,7 +29,7 @@ def render_diff(result: DiffResult, console: Console, *, top: int = 12) -> None:
         )
     for label, name, content_id in (("a", result.a, result.content_id_a), ("b", result.b, result.content_id_b)):
         console.print(f"{label}  {text(name)}\n   {text(content_id or 'a checkpoint')}")
-    if total.measured < total.modules:
+    if total.measured < total.modules and not result.equal:
         console.print(f"distances are over {total.measured} of {total.modules} modules: exact tensors need --base")
     for change in result.manifest[:_CHANGES_SHOWN]:
         console.print(f"{text(change.field)}: {' -> '.join(_around_difference(change.a, change.b))}")

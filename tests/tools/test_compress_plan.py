@@ -159,12 +159,12 @@ TEXT = {"calibration": "text.jsonl"}
         ({"fit": "none", "distill_samples": 4, **TEXT}, "calibration"),
         ({"recipe": "quick", **TEXT}, "calibration"),
         ({"recipe": "best", "fit": "none"}, "distill"),
-        ({"calibration_samples": 7}, "calibration-samples"),
+        ({"calibration_samples": 7}, "calibration_samples"),
         ({"seed": 1}, "seed"),
-        ({"distill_epochs": 3, **TEXT}, "distill-epochs"),
-        ({"distill_sign_lr": 0.1, **TEXT}, "distill-sign-lr"),
-        ({"distill_loss": "mse", **TEXT}, "distill-loss"),
-        ({"refine_rounds": 5, "fit": "closed-form", **TEXT}, "refine-rounds"),
+        ({"distill_epochs": 3, **TEXT}, "distill_epochs"),
+        ({"distill_sign_lr": 0.1, **TEXT}, "distill_sign_lr"),
+        ({"distill_loss": "mse", **TEXT}, "distill_loss"),
+        ({"refine_rounds": 5, "fit": "closed-form", **TEXT}, "refine_rounds"),
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused_by_name(values: dict[str, Any], option: str) -> None:
@@ -188,7 +188,7 @@ def test_numbers_that_are_none_or_absurd_are_refused_by_name(name: str, value: f
     if name == "held_out" and value == 1e-320:
         assert CompressOptions.from_mapping(given).held_out == value  # a share of no sample
         return
-    with pytest.raises(OptionError, match=name.replace("_", "-")):
+    with pytest.raises(OptionError, match=name):
         CompressOptions.from_mapping(given)
 
 

@@ -121,3 +121,27 @@ def test_all_changed_modules_get_one_mask_before_any_gets_two(tmp_path: Path) ->
 
         assert bare(one + 8000) == 0
         assert bare(one - 2000) > 0
+
+
+def test_every_target_is_used_up_to_one_step_and_the_padding_of_the_header(tmp_path: Path) -> None:
+    left, right, _ = llama_pair(tmp_path)
+    options = CompressOptions(masks=1, embeddings="sign")
+    with open_checkpoint(left) as base, open_checkpoint(right) as tuned:
+        planned = plan(
+            fine_tuned={info.name: info for info in tuned.tensors.infos()},
+            base={info.name: info for info in base.tensors.infos()},
+            options=options,
+        )
+        errors = {
+            m.name: extended([1.0 + i, (1.0 + i) / 3])
+            for i, m in enumerate(planned.modules)
+            if m.encoding is Encoding.SIGN
+        }
+        one = predicted_size(planned, tuned, options)
+        step = max(m.payload_bytes for m in planned.modules if m.name in errors)  # a further mask, at most
+        whole = planned.full_bytes + one - planned.payload_bytes
+        for target in range(one, whole, max(1, (whole - one) // 60)):
+            spent = spend(planned, errors, tuned, replace(options, target_size=target))
+            left_over = target - predicted_size(spent, tuned, options)
+            exact = all(m.encoding is Encoding.FULL for m in spent.modules)
+            assert 0 <= left_over <= step + 4096 or exact, target

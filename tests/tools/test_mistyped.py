@@ -125,7 +125,7 @@ def test_a_sample_is_no_longer_than_the_model(config: dict[str, Any], limit: int
     assert checked_length(config, limit or 1 << 20, "tuned") == (limit or 1 << 20)
     assert checked_length(config, DEFAULT_LENGTH, "tuned") == min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
     if limit is not None:
-        with pytest.raises(OptionError, match=f"sequence-length {limit + 1}: tuned has {limit} positions"):
+        with pytest.raises(OptionError, match=f"sequence_length {limit + 1}: tuned has {limit} positions"):
             checked_length(config, limit + 1, "tuned")
 
 

@@ -25,7 +25,7 @@ from peraxis_tools.commands import inspect as inspect_command
 from peraxis_tools.commands import verify as verify_command
 from peraxis_tools.errors import ToolError
 from peraxis_tools.inspect import inspect, inspect_remote
-from peraxis_tools.remote import RemoteFile, _hub_form, is_remote
+from peraxis_tools.remote import RemoteFile, hub_form, is_remote
 from peraxis_tools.urls import without_secrets
 from tests.factories import random_storage, sign_module, write_delta
 
@@ -216,9 +216,9 @@ def test_other_file_systems_work_too(delta: Path) -> None:
 
 
 def test_hub_addresses_carry_their_revision_at_either_place() -> None:
-    assert _hub_form("hf://org/repo/sub/file.pxd@v1.0") == "hf://org/repo@v1.0/sub/file.pxd"
-    assert _hub_form("hf://org/repo/file.pxd@refs/pr/1") == "hf://org/repo@refs%2Fpr%2F1/file.pxd"
-    assert _hub_form("hf://org/repo@v1/file.pxd") == "hf://org/repo@v1/file.pxd"
+    assert hub_form("hf://org/repo/sub/file.pxd@v1.0") == "hf://org/repo@v1.0/sub/file.pxd"
+    assert hub_form("hf://org/repo/file.pxd@refs/pr/1") == "hf://org/repo@refs%2Fpr%2F1/file.pxd"
+    assert hub_form("hf://org/repo@v1/file.pxd") == "hf://org/repo@v1/file.pxd"
     assert is_remote("hf://org/repo/file.pxd")
     assert not is_remote("C:/x.pxd")
     assert not is_remote("org/repo")

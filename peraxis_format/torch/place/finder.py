@@ -14,7 +14,7 @@ from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.torch.place.renamed import checkpoint_views
 from peraxis_format.torch.place.shards import Box, Shard, ShardView, Target, Views, chunk, whole
 
-__all__ = ["FUSED", "Finder", "local_part", "named"]
+__all__ = ["FUSED", "Finder", "check_target", "local_part", "named"]
 
 # Words that wrappers add to the names of parameters: anywhere, and at the beginning.
 _WITHIN: Final = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|base_layer)\.(?=.)")
@@ -134,6 +134,12 @@ def _inner(model: nn.Module) -> nn.Module:
     return next((module for module, names in kinds if "PreTrainedModel" in names), model)
 
 
+def check_target(target: object) -> None:
+    """Raise LiveModelError unless this is a module or a mapping of names to tensors."""
+    if not isinstance(target, nn.Module | Mapping):
+        raise LiveModelError(f"the model is a {type(target).__name__}: pass a module, or a mapping of names to tensors")
+
+
 def named(target: Target) -> dict[str, Tensor]:
     """Every tensor of a model under each of its names, or the state dict itself; also under names without wrappers.
 
@@ -146,6 +152,7 @@ def named(target: Target) -> dict[str, Tensor]:
             **dict(target.named_parameters(remove_duplicate=False)),
         }
     else:
+        check_target(target)
         live = dict(target)
     flat = next((name for name in live if "_flat_param" in name), None)
     if flat is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, Final
 
 import numpy as np
@@ -40,14 +41,16 @@ def block_ranges(module: ModuleDelta, count: int = _BLOCKS) -> Iterator[tuple[sl
         begin += size
 
 
-def stretches(view: Tensor, module: ModuleDelta) -> Iterator[tuple[Tensor, Tensor]]:
+def stretches(view: Tensor, module: ModuleDelta, *, done: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (live, new): the weights of a tensor, 2^20 at a time (on a GPU 2^24), and the updated weights.
 
-    live are views of a contiguous tensor, and copies of a strided one.
+    done: the number of ranges that are updated already, and are left out. live are views of a contiguous tensor, and
+    copies of a strided one.
     Raises BindingError (E405) if the update does not decode on them.
     """
     flat = view.detach().reshape(-1)
-    for weights, update in block_ranges(module, _BLOCKS * (_ON_DEVICE if view.is_cuda else 1)):
+    ranges = block_ranges(module, _BLOCKS * (_ON_DEVICE if view.is_cuda else 1))
+    for weights, update in islice(ranges, done, None):
         live = flat[weights]
         yield live, moved(live, **update)
 

@@ -218,7 +218,7 @@ def serve(
 ) -> Served:
     """Make a live model with the base's weights serve several variants in one batch.
 
-    backend: "triton" (CUDA), "torch" (anywhere), "numba" (CPU), or "auto" (ops/backend.py). views: see placement.place.
+    backend: "triton" (CUDA), "torch" (anywhere), "numba" (CPU), or "auto". views: as in apply_.
     Every delta is checked in full, and the base's bytes once. Raises the errors of apply_, and BackendError; the model
     is then unchanged.
     """

@@ -26,7 +26,7 @@ from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import device_of
 from peraxis_format.torch.place.binding import check_live, is_sharded, sharded_anywhere
-from peraxis_format.torch.place.claims import refuse_claimed
+from peraxis_format.torch.place.claims import writing
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.ranks import Ranks, agree
 from peraxis_format.torch.place.sharded_exact import exact_pieces
@@ -65,8 +65,9 @@ def apply_(
 ) -> Applied:
     """Turn a live model with the base's weights into the fine-tune, in place, bit for bit (SPEC 6).
 
-    target: a module, or a mapping of checkpoint names to tensors; on the CPU or on one CUDA device. views, shards: see
-    placement.place. group: the torch.distributed group whose ranks have the shards. workers: the number of threads.
+    target: a module, or a mapping of checkpoint names to tensors; on the CPU or on one CUDA device. views: the live
+    tensors of checkpoint names that cannot be found by name. shards: the pieces that plain local tensors are, by
+    checkpoint name. group: the torch.distributed group whose ranks have the shards. workers: the number of threads.
     undo: the place of the old weights' copy until all weights are written.
     Raises PxdError (a damaged file, another base) and LiveModelError (weights that cannot become the fine-tune); the
     model is then unchanged. Existing storage is written, so parameters and pointers stay valid.
@@ -78,7 +79,7 @@ def apply_(
         file = delta if isinstance(delta, DeltaFile) else stack.enter_context(DeltaFile(delta))
         pool = stack.enter_context(ThreadPool(workers))
         placement = place(target, file.manifest, views=views, shards=shards)
-        refuse_claimed(part.live for parts in placement.values() for part in parts)
+        stack.enter_context(writing(part.live for parts in placement.values() for part in parts))
         device = device_of(placement)
         transfers = cut_transfers(file, placement, limit=TRANSFER_LIMIT)
         ring = Ring(device)

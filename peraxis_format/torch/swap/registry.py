@@ -17,6 +17,7 @@ from peraxis_format.torch.device import Device, device_of
 from peraxis_format.torch.place.binding import check_live, is_sharded, sharded_anywhere
 from peraxis_format.torch.place.claims import claim, release
 from peraxis_format.torch.place.digests import inherit
+from peraxis_format.torch.place.finder import check_target
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.sharded_exact import exact_pieces
 from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, copy_aside, storage_key
@@ -72,6 +73,7 @@ class Registry:
         group: Any,
         workers: int | None,
     ) -> None:
+        check_target(model)
         check_choice("base", base, get_args(BasePlace), error=LiveModelError)
         check_least("workers", workers, 1, error=LiveModelError)
         self.workers = ThreadPool(workers)
@@ -149,6 +151,10 @@ class Registry:
         claim((part.live for parts in found.values() for part in parts), self, _CLAIMED)
         device, ring = self._prepared(found)
         chosen = _residency(residency, device, undo=self.base_place == "undo")
+        if direct and chosen != "file":
+            raise LiveModelError(
+                f'direct does nothing with residency="{chosen}"; pass residency="file" or leave it out'
+            )
         placement = self._known(found)
         transfers = cut_transfers(file, placement, limit=TRANSFER_LIMIT)
         ring.reserve(max((transfer.size for transfer in transfers), default=0))

@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from peraxis_format.delta import Encoding, ModuleDelta
-from peraxis_format.dtypes import Array
 from peraxis_format.errors import LiveModelError, PxdError, located
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.place.claims import writing
 from peraxis_format.torch.place.pieces import in_pieces
 from peraxis_format.torch.place.placement import place
-from peraxis_format.torch.place.proof import proven, stretches
+from peraxis_format.torch.place.proof import proven
 from peraxis_format.torch.place.ranks import agree
-from peraxis_format.torch.place.shards import Placement, Shard, Target, increment_versions, storage_key
+from peraxis_format.torch.place.shards import Placement, Shard, Target, increment_versions
 from peraxis_format.torch.updates.errors import refuse_others
 from peraxis_format.torch.updates.staged import stage
+from peraxis_format.torch.updates.write import write_whole
 
 __all__ = ["apply_update"]
 
@@ -46,30 +46,35 @@ def apply_update(
     DTensors, or with `shards` (names whose tensors are a plain local shard), is sharded: every rank of the group calls
     this, and all of them have the new state afterwards, or none.
     Raises PxdError if the file is damaged or the model is in another state (E404, E405), LiveModelError if the model
-    cannot take the update. The model is then unchanged.
+    cannot take the update, or if another thread is writing it. The model is then unchanged. An error while weights are
+    written does not leave half of them: the rest is written too.
     """
     pieces = in_pieces(target, shards)
     failure: Exception | None = None
+    owner: object = None
     with contextlib.ExitStack() as stack:
         try:
             file = update if isinstance(update, DeltaFile) else stack.enter_context(DeltaFile(update))
             placement = place(target, file.manifest, shards=shards)
+            owner = stack.enter_context(writing(part.live for parts in placement.values() for part in parts))
         except (PxdError, LiveModelError, OSError) as error:
             if not pieces:
                 raise
             failure = error
         if pieces:
             agree(failure, group)
-            staged = stage(file, placement, group=group)
+            staged = stage(file, placement, group=group, owner=owner)
             with lock or contextlib.nullcontext():
                 staged.write()
             return
         refuse_others(file, placement)
         with located(file.path):
             modules = list(_proven(file, placement))
-        with lock or contextlib.nullcontext():
-            _write(modules, placement)
-        increment_versions(part for parts in placement.values() for part in parts)
+        try:
+            with lock or contextlib.nullcontext():
+                write_whole(file, modules, placement)
+        finally:
+            increment_versions(part for parts in placement.values() for part in parts)
 
 
 # A model that is whole needs no staged changes: decoding again at the write costs little, and cannot fail after the
@@ -86,21 +91,3 @@ def _proven(file: DeltaFile, placement: Placement) -> Iterator[ModuleDelta]:
                 pass
         if entry.encoding is not Encoding.SAME:
             yield module
-
-
-def _write(modules: list[ModuleDelta], placement: Placement) -> None:
-    written = set()  # equal tensors of the file may share storage in the model, and an update decodes once
-    for module in modules:
-        for part in placement[module.name]:
-            if storage_key(part.live) in written:
-                continue
-            written.add(storage_key(part.live))
-            if module.full is not None:
-                part.view.copy_(_tensor(module.full.copy(), part.view))
-            for live, stretch in stretches(part.view, module):
-                live.copy_(stretch)
-            part.publish()
-
-
-def _tensor(array: Array, like: Tensor) -> Tensor:
-    return torch.from_numpy(array.reshape(-1).view("u1")).view(like.dtype).reshape(like.shape)

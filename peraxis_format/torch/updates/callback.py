@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peraxis_format.arguments import check_least
 from peraxis_format.torch.place.pieces import is_dtensor
 from peraxis_format.torch.updates.publish import UpdateOptions, UpdateWriter
 from peraxis_format.torch.updates.publish_sharded import ShardedUpdateWriter
@@ -24,8 +25,7 @@ class PublishUpdates(TrainerCallback):
     """
 
     def __init__(self, folder: str | Path, *, publish_every: int = 1, **options: Unpack[UpdateOptions]) -> None:
-        if publish_every < 1:
-            raise ValueError(f"publish_every is {publish_every}; it must be 1 or more")
+        check_least("publish_every", publish_every, 1)
         self.writer: UpdateWriter | None = None
         self._folder = folder
         self._every = publish_every

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,15 +15,16 @@ from typing import Any, Final
 
 from peraxis_format.delta import Encoding
 from peraxis_format.dtypes import digest_of
-from peraxis_format.errors import LiveModelError, PxdError
+from peraxis_format.errors import ArgumentError, LiveModelError, PxdError
 from peraxis_format.ops.tensors import storage_array
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.place.finder import check_target
 from peraxis_format.torch.place.pieces import in_pieces, sharded_digest
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.ranks import Ranks
 from peraxis_format.torch.place.shards import Placement, Shard, Target
 from peraxis_format.torch.updates.apply import apply_update
-from peraxis_format.torch.updates.errors import UpdateError
+from peraxis_format.torch.updates.errors import TornError, UpdateError
 from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
 from peraxis_format.torch.updates.source import UpdateFile, list_updates, missing_folder, next_update
@@ -59,7 +61,7 @@ def follow(
 
     target: a module or a mapping of names to tensors, in any state of the chain; in another state it begins with the
     newest anchor. lock: held while weights are written, so that no forward pass sees half an update. on_update: called
-    after each poll that applied an update. shards: see apply_update. group: that of a sharded model, whose ranks see
+    after each poll that applied an update. shards: as in apply_. group: that of a sharded model, whose ranks see
     one folder, or follow one URL, and poll together, equally often; with `start`, a group that no other code uses.
     """
     return Follower(target, source, lock=lock, on_update=on_update, shards=shards, group=group)
@@ -78,6 +80,7 @@ class Follower:
         shards: Mapping[str, Shard] | None = None,
         group: Any = None,
     ) -> None:
+        check_target(target)
         self._mirror: Mirror | SharedMirror | None = None
         if is_url(folder):
             sharded = in_pieces(target, shards)
@@ -113,13 +116,11 @@ class Follower:
         while (chosen := next_update(files, self._state, self.step, skip=waiting)) is not None:
             try:
                 self._apply(chosen)
+            except TornError:
+                raise
             except (PxdError, LiveModelError, OSError) as error:
                 waiting[chosen.path] = str(error)
                 continue
-            except BaseException:
-                # Interrupted, maybe between two weights: the next poll determines the model's state.
-                self._state = self.step = None
-                raise
             self._state, self.step = chosen.result, chosen.step
             applied.append(chosen.path)
         ahead = [file for file in files if not file.is_anchor and file.step > (-1 if self.step is None else self.step)]
@@ -148,7 +149,12 @@ class Follower:
         self._state, self.step = found.result, found.step
 
     def start(self, *, every: float = 1.0) -> Follower:
-        """Poll every `every` seconds on a thread, until `close`. A failure is logged and tried again."""
+        """Poll every `every` seconds on a thread, until `close`. A failure is logged and tried again.
+
+        Raises ArgumentError unless `every` is above 0.
+        """
+        if not 0.0 < every < math.inf:
+            raise ArgumentError(f"every {every!r}: must be a number of seconds above 0")
         if self._thread is not None:
             raise LiveModelError("this follower is already running")
 
@@ -203,11 +209,16 @@ class Follower:
 
     def _apply(self, update: UpdateFile) -> None:
         """Apply a file, which must be the one that was listed. Raises UpdateError, PxdError."""
-        with DeltaFile(self._here(update)) as delta:
-            # All ranks of a sharded model have to agree, which apply_update ensures.
-            if delta.content_id != update.content_id and not in_pieces(self._target, self._shards):
-                raise UpdateError(f"{update.path}: was replaced by another file; it is tried again")
-            apply_update(self._target, delta, lock=self._lock, shards=self._shards, group=self._group)
+        try:
+            with DeltaFile(self._here(update)) as delta:
+                # All ranks of a sharded model have to agree, which apply_update ensures.
+                if delta.content_id != update.content_id and not in_pieces(self._target, self._shards):
+                    raise UpdateError(f"{update.path}: was replaced by another file; it is tried again")
+                apply_update(self._target, delta, lock=self._lock, shards=self._shards, group=self._group)
+        except BaseException as error:
+            if isinstance(error, TornError) or not isinstance(error, (PxdError, LiveModelError, OSError)):
+                self._state = self.step = None  # the next poll determines the model's state
+            raise
 
     def _here(self, file: UpdateFile) -> Path:
         """The file on this rank: the files are listed by the first rank, whose folder may have another path."""

@@ -29,6 +29,7 @@ from peraxis_format.ops.rebuild import reconstruct
 from peraxis_format.ops.tensors import dtype_of, storage_array
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.pieces import is_dtensor
+from peraxis_format.torch.updates.checks import check_publishing
 from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, step_name, step_of
 from peraxis_format.writer import DeltaWriter
@@ -71,7 +72,7 @@ class UpdateOptions(TypedDict, total=False):
 
 
 class UpdateWriter:
-    """Publishes the states of live parameters as a chain of exact updates: into a folder, or to a URL (mirror.py).
+    """Publishes the states of live parameters as a chain of exact updates: into a folder, or to a URL.
 
     model: a module, or a mapping of names to tensors, which is read at each step. dtype: the dtype that float32 tensors
     are published in; None publishes them unchanged. anchor_every: the number of steps between whole states, from which
@@ -92,6 +93,7 @@ class UpdateWriter:
         anchor_every: int | None = None,
     ) -> None:
         """Raises LiveModelError if the folder's chain has other tensors, PxdError if it is damaged, ArgumentError."""
+        check_publishing(model, folder, dtype)
         check_choice("prefer", prefer, get_args(Prefer))
         check_least("anchor_every", anchor_every, 1)
         self._mirror, self.folder = self._placed(folder)
@@ -145,10 +147,9 @@ class UpdateWriter:
     def prune(self, *, anchors: int = 2) -> list[Path]:
         """Delete the files before the oldest of the newest `anchors` anchors. Returns them, oldest first.
 
-        Files are deleted oldest first, so that the rest is always a chain. Raises ValueError for fewer than one.
+        Files are deleted oldest first, so that the rest is always a chain. Raises ArgumentError for fewer than one.
         """
-        if anchors < 1:
-            raise ValueError(f"anchors is {anchors}; at least one must stay as the beginning of the chain")
+        check_least("anchors", anchors, 1)  # one must stay as the beginning of the chain
         names = [path.name for path in self.folder.iterdir()] if self._mirror is None else self._mirror.names()
         # An update leads to the anchor of its own number, which replaces it.
         places = sorted((place, name) for name in names if (place := step_of(name)) is not None)

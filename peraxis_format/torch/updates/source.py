@@ -148,6 +148,8 @@ def _read(path: Path, stamp: tuple[int, int, int]) -> UpdateFile:
         manifest = delta.manifest
         if match is None or manifest.result is None:
             raise OSError(f"{path}: has no result, so it is not an update")
+        if "peraxis.part" in manifest.metadata:  # SPEC 14
+            raise OSError(f"{path}: is a part of an update; join the parts with `peraxis-tools merge`")
         return UpdateFile(
             path=path,
             step=int(match[2]),

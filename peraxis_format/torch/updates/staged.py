@@ -24,6 +24,7 @@ from peraxis_format.dtypes import Array
 from peraxis_format.errors import LiveModelError, fail, located
 from peraxis_format.manifest import ModuleEntry
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.place.claims import refuse_claimed
 from peraxis_format.torch.place.pieces import Layout
 from peraxis_format.torch.place.proof import proven
 from peraxis_format.torch.place.ranks import Ranks, agree
@@ -52,12 +53,13 @@ class _Change:
     def exchange(self) -> None:
         """Exchange values and live weights, so that a second call restores both."""
         flat = words_of(self.part.view).reshape(-1)
-        if self.places is None:
-            old = flat.clone()
-            flat.copy_(self.values)
-        else:
-            old = flat[self.places]
-            flat[self.places] = self.values
+        places = slice(None) if self.places is None else self.places
+        old = flat[places].clone()
+        try:
+            flat[places] = self.values
+        except BaseException:
+            flat[places] = old
+            raise
         self.values.copy_(old)
         self.part.publish()
 
@@ -78,12 +80,12 @@ class StagedUpdate:
         The old weights must still be those of `stage`, and no forward may run. Raises the error of any rank.
         """
         written: list[_Change] = []
-        failure: Exception | None = None
+        failure: BaseException | None = None
         try:
             for change in self._changes:
                 change.exchange()
                 written.append(change)
-        except Exception as error:
+        except BaseException as error:
             failure = error
         try:
             agree(failure, self._group)
@@ -95,16 +97,17 @@ class StagedUpdate:
 
 
 @torch.no_grad()
-def stage(file: DeltaFile, placement: Placement, *, group: Any = None) -> StagedUpdate:
+def stage(file: DeltaFile, placement: Placement, *, group: Any = None, owner: object = None) -> StagedUpdate:
     """Check an exact update, or an anchor, against live weights, on all ranks of a group or on none. Collective.
 
-    placement: that of `place`; tensors may be sharded over `group` (default: all ranks). Raises
-    PxdError if the file is damaged or the weights are in another state (E404, E405), LiveModelError if they cannot take
-    it, on all ranks. Nothing is written then.
+    placement: that of `place`; tensors may be sharded over `group` (default: all ranks). owner: that of the caller's
+    claims on the weights (claims.py). Raises PxdError if the file is damaged or the weights are in another state (E404,
+    E405), LiveModelError if they cannot take it, on all ranks. Nothing is written then.
     """
     ranks, failure = Ranks(group), FirstError()
     with failure:
         refuse_others(file, placement)
+        refuse_claimed((part.live for parts in placement.values() for part in parts), owner)
     agree(failure.error, group)
     layouts = _layouts(ranks, file, placement)
     _check_replicas(ranks, file, placement, layouts)

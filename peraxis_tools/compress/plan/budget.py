@@ -26,7 +26,7 @@ __all__ = ["Choice", "allocate", "choices_of", "is_open", "spend", "target_of"]
 
 # Header bytes of a component: its pair in the manifest.
 _COMPONENT_TEXT = 20
-_CORRECTIONS = 8
+_CORRECTIONS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +132,18 @@ def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpo
     )
     floor = sum(choice.size for choice in least.values())
     budget = target - (predicted_size(plan, fine_tuned, options) - plan.payload_bytes)
-    # The header grows with the masks: spend, compute the size of the file, and correct the budget.
+    # The header grows with the masks, in steps: spend, compute the size of the file, and correct the budget. `ceiling`:
+    # the fewest bytes that were too many, so that each correction leads to another choice.
+    ceiling = target
     for _ in range(_CORRECTIONS):
-        spent = plan.with_choices(
-            {n: (c.encoding, c.components) for n, c in allocate(choices, max(budget, floor)).items()}
-        )
+        chosen = allocate(choices, max(budget, floor))
+        spent = plan.with_choices({name: (c.encoding, c.components) for name, c in chosen.items()})
         left = target - predicted_size(spent, fine_tuned, options)
-        if left >= 0 and spent.payload_bytes > best.payload_bytes:
+        if left < 0:
+            ceiling = min(ceiling, sum(choice.size for choice in chosen.values()))
+        elif spent.payload_bytes > best.payload_bytes:
             best = spent
-        budget += left
+        budget = min(budget + left, ceiling - 1)
     modules = (
         replace(m, reason=UNCHANGED) if m.encoding is Encoding.SAME and errors.get(m.name, (1.0,))[0] == 0.0 else m
         for m in best.modules

@@ -10,6 +10,7 @@ from peraxis_tools.compress.plan.casts import with_casts
 from peraxis_tools.compress.plan.pairing import tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, plan
 from peraxis_tools.positions import checked_length
+from peraxis_tools.vocabulary import check_tokenizer_files
 
 __all__ = ["plan_pair", "with_length"]
 
@@ -26,8 +27,13 @@ def plan_pair(base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions
 
 
 def with_length(options: CompressOptions, fine_tuned: Checkpoint) -> CompressOptions:
-    """The options with the number of tokens in a sample that the model has positions for. Raises OptionError."""
+    """The options with the number of tokens in a sample that the model has positions for.
+
+    Raises OptionError, and ToolError if the text has no tokenizer.
+    """
     if options.resolved_fit == "none":
         return options
     length = checked_length(fine_tuned.config(), options.sequence_length, fine_tuned.tensors.label)
+    if fine_tuned.folder is not None:
+        check_tokenizer_files(fine_tuned.folder, fine_tuned.tensors.label)
     return replace(options, sequence_length=length)

@@ -43,6 +43,7 @@ from peraxis_tools.errors import ToolError
 from peraxis_tools.parameter_names import NameMap, map_names
 from peraxis_tools.quiet import quiet_transformers
 from peraxis_tools.text import Samples, load_samples, unread_tokens
+from peraxis_tools.vocabulary import check_ids
 
 __all__ = ["CalibratedFit"]
 
@@ -175,6 +176,7 @@ def _open_run(
         seed=options.seed,
         text_column=options.text_column,
     )
+    check_ids(text.ids, config.to_dict(), fine_tuned.tensors.label)
     names = map_names(LayerwiseModel(config, dtype=dtype, device=device).model, fine_tuned.tensors)
     digest = inputs_digest(base.tensors, fine_tuned.tensors, text, options, device, dtype)
     work = WorkFolder(output, digest, resume=options.resume, is_main_process=processes.is_main_process)

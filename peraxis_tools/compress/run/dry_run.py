@@ -22,7 +22,8 @@ from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.plan.size import foretold
 from peraxis_tools.errors import ToolError
 from peraxis_tools.optional import require
-from peraxis_tools.text import Source, load_samples
+from peraxis_tools.text import Ids, Source, load_samples
+from peraxis_tools.vocabulary import check_ids
 
 if TYPE_CHECKING:
     from peraxis_tools.compress.run.probe import Probe
@@ -115,7 +116,9 @@ def _text(planned: Plan, tuned: Checkpoint, options: CompressOptions) -> tuple[T
     config = load_config(tuned.folder)
     check_causal(config, tuned.tensors.label, remedy="compress it without text: --fit none")
     dtype = resolve_dtype(options.compute_dtype, device, config)
-    _read_local(options, load_tokenizer(tuned.folder))
+    ids = _read_local(options, load_tokenizer(tuned.folder))
+    if ids is not None:
+        check_ids(ids, config.to_dict(), tuned.tensors.label)
     warm_up()
     map_names(LayerwiseModel(config, dtype=dtype, device=device).model, tuned.tensors)
     text = Text(
@@ -128,18 +131,19 @@ def _text(planned: Plan, tuned: Checkpoint, options: CompressOptions) -> tuple[T
     return text, config if device.type == "cpu" else None
 
 
-def _read_local(options: CompressOptions, tokenizer: Any) -> None:
-    """Read the calibration text as a run does, unless it would have to be downloaded."""
+def _read_local(options: CompressOptions, tokenizer: Any) -> Ids | None:
+    """The samples of the calibration text, read as a run reads them; None if it would have to be downloaded."""
     named = options.calibration or ()
-    if all(Path(Source.parse(text).name).exists() for text in ((named,) if isinstance(named, str) else named)):
-        load_samples(
-            named,
-            tokenizer,
-            samples=options.calibration_samples + options.distill_samples,
-            length=options.sequence_length,
-            seed=options.seed,
-            text_column=options.text_column,
-        )
+    if not all(Path(Source.parse(text).name).exists() for text in ((named,) if isinstance(named, str) else named)):
+        return None
+    return load_samples(
+        named,
+        tokenizer,
+        samples=options.calibration_samples + options.distill_samples,
+        length=options.sequence_length,
+        seed=options.seed,
+        text_column=options.text_column,
+    ).ids
 
 
 def _probe(config: Any, text: Text, options: CompressOptions) -> Probe:

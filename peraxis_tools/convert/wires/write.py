@@ -14,6 +14,7 @@ from peraxis_tools.chain.write import open_chain
 from peraxis_tools.checkpoint import open_checkpoint
 from peraxis_tools.convert.wires import index_value, nemo, xor
 from peraxis_tools.convert.wires.read import WireName
+from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs import claim_file, claim_folder
 from peraxis_tools.progress import Progress, watched
@@ -98,6 +99,7 @@ def to_wire(
 
 def _refuse_others(file: pxd.DeltaFile) -> None:
     """Raise ToolError unless the file is an update of the same tensors."""
+    refuse_part(file.manifest, file.path)
     for entry in file.manifest.modules:
         ref = entry.base
         if ref is None or ref.shape != entry.shape or ref.dtype is not entry.dtype:

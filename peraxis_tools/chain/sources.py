@@ -1,0 +1,54 @@
+"""The files of a chain that a caller names: files, folders, URLs and repositories on the hub."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import peraxis_format as pxd
+from peraxis_tools.chain.order import Link, folds, link_from
+from peraxis_tools.delta_parts import is_part
+from peraxis_tools.errors import ToolError
+from peraxis_tools.progress import ProgressOf, silent
+from peraxis_tools.remote import deltas_of, local_copy
+from peraxis_tools.remote_output import refuse_replaced_url
+from peraxis_tools.urls import without_secrets
+
+__all__ = ["local_updates"]
+
+
+@contextlib.contextmanager
+def local_updates(
+    sources: Sequence[str | Path], *, output: str | None = None, progress: ProgressOf = silent
+) -> Iterator[list[Path]]:
+    """Yield local paths of updates: files, and for a folder (a path, a URL, a repository) every .pxd in it.
+
+    Files of a folder that replace several others (anchors and folded updates) are left out. output: a URL that must be
+    none of the others'; those that are paths are compared later (outputs.py). Copies of remote files are removed at the
+    end. Raises ToolError for a folder of other files, CheckpointError.
+    """
+    with contextlib.ExitStack() as stack:
+        found: list[Path] = []
+        for source in sources:
+            names = deltas_of(source)
+            copies = [stack.enter_context(local_copy(name, progress=progress)) for name in names]
+            left_out: set[Path] = set()
+            if len(copies) > 1:
+                left_out = {link.path for link in folds([_link(path, source, len(copies)) for path in copies])}
+            used = [(name, path) for name, path in zip(names, copies, strict=True) if path not in left_out]
+            if output is not None:
+                refuse_replaced_url(output, [name for name, _ in used])
+            found += [path for _, path in used]
+        yield found
+
+
+def _link(path: Path, source: str | Path, count: int) -> Link:
+    with pxd.open(path) as file:
+        manifest = file.manifest
+    state = f"{without_secrets(str(source))}: has {count} .pxd files, and {path.name}"
+    if is_part(manifest):
+        raise ToolError(f"{state} is a part of a delta; join the parts with `peraxis-tools merge` first")
+    if manifest.result is None:
+        raise ToolError(f"{state} is not an update of a chain; name one file")
+    return link_from(path, manifest)

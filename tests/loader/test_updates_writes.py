@@ -1,0 +1,130 @@
+"""One writer at a time changes a live model, and a write that fails on the way is finished."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peraxis_format.errors import LiveModelError
+from peraxis_format.torch import apply_
+from peraxis_format.torch.place.claims import writing
+from peraxis_format.torch.updates import Poll, UpdateWriter, apply_update, follow
+from peraxis_format.torch.updates.errors import TornError
+
+STEP = "step-00000001.pxd"
+
+
+def weights(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(300, 100, generator=generator).bfloat16() for name in ("a", "b", "c")}
+
+
+def move(model: dict[str, Tensor]) -> None:
+    for tensor in model.values():
+        tensor.view(torch.int16)[::3] += 1
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(tensor.equal(other[name]) for name, tensor in one.items())
+
+
+def publish(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A server's weights before one step, and the trainer's after it."""
+    model, live = weights(), weights()
+    # Moves alone, which would also decode on weights that have them already.
+    writer = UpdateWriter(model, folder, prefer="speed")
+    writer.step()
+    move(model)
+    writer.step()
+    return live, model
+
+
+@contextmanager
+def copies(monkeypatch: pytest.MonkeyPatch, failing: dict[int, type[BaseException]]) -> Iterator[list[int]]:
+    """Let the n-th write of weights write the first half of them and fail."""
+    original, calls = Tensor.copy_, [0]
+
+    def copy(self: Tensor, source: Tensor, *args: Any, **options: Any) -> Tensor:
+        calls[0] += 1
+        if calls[0] in failing:
+            half = self.numel() // 2
+            original(self.reshape(-1)[:half], source.reshape(-1)[:half])
+            raise failing[calls[0]]("no luck")
+        return original(self, source, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "copy_", copy)
+        yield calls
+
+
+def test_two_followers_of_one_model_apply_an_update_once(tmp_path: Path) -> None:
+    live, model = publish(tmp_path)
+    lock, found = threading.Lock(), []
+
+    def poll() -> None:
+        found.append(follow(live, tmp_path, lock=lock).poll())
+
+    threads = [threading.Thread(target=poll) for _ in range(2)]
+    with lock:  # a batch runs, so a follower that has checked the update waits
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(0.4)
+    for thread in threads:
+        thread.join()
+    polls: list[Poll] = found
+    assert same(live, model)
+    assert sorted(len(poll.applied) for poll in polls) == [0, 1]
+    reasons = [reason for poll in polls for reason in poll.waiting.values()]
+    assert reasons == ["another thread is writing these weights; wait for its end, and apply again"]
+
+
+def test_no_other_write_begins_before_the_end_of_one(tmp_path: Path) -> None:
+    live, model = publish(tmp_path)
+    with writing(live.values()):
+        for write in (apply_, apply_update):
+            with pytest.raises(LiveModelError, match="another thread is writing these weights"):
+                write(live, tmp_path / STEP)
+    apply_update(live, tmp_path / STEP)
+    assert same(live, model)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_an_error_while_weights_are_written_does_not_leave_half_of_them(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, model = publish(tmp_path)
+    with copies(monkeypatch, {at: MemoryError}):
+        apply_update(live, tmp_path / STEP)
+    assert same(live, model)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_an_interrupt_is_raised_after_the_last_weight_is_written(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, model = publish(tmp_path)
+    follower = follow(live, tmp_path)
+    with copies(monkeypatch, {at: KeyboardInterrupt}), pytest.raises(KeyboardInterrupt):
+        follower.poll()
+    assert same(live, model)
+    assert follower.poll().step == 1
+
+
+def test_a_write_that_cannot_be_finished_says_so_and_the_follower_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, model = publish(tmp_path)
+    follower = follow(live, tmp_path)
+    with copies(monkeypatch, {2: MemoryError, 3: MemoryError}), pytest.raises(TornError, match="load the model again"):
+        follower.poll()
+    assert not same(live, model)
+    assert [path.name for path in follower.poll().applied] == ["anchor-00000000.pxd", STEP]
+    assert same(live, model)
