@@ -19,7 +19,6 @@ Weights and masks are random, because the bytes of a swap do not depend on their
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from harness import Benchmark, Result, Timing, arguments, timed
+from make_artifact import LLAMA_8B, Shapes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -40,10 +40,10 @@ from peraxis_format.torch.ring import DEPTH
 from peraxis_format.torch.swap.payload import read_transfer
 
 PRESETS = {
-    "8b": {"layers": 32, "hidden": 4096, "mlp": 14336, "kv": 1024, "vocab": 128256},
-    "1b": {"layers": 16, "hidden": 2048, "mlp": 8192, "kv": 512, "vocab": 128256},
-    "tiny": {"layers": 1, "hidden": 64, "mlp": 176, "kv": 32, "vocab": 256},
-    "small": {"layers": 4, "hidden": 1024, "mlp": 2816, "kv": 256, "vocab": 8192},
+    "8b": LLAMA_8B,
+    "1b": Shapes(layers=16, width=2048, mlp=8192, key_value=512, vocabulary=128256),
+    "tiny": Shapes(layers=1, width=64, mlp=176, key_value=32, vocabulary=256),
+    "small": Shapes(layers=4, width=1024, mlp=2816, key_value=256, vocabulary=8192),
 }
 # Upper bounds of a swap relative to its floor, by tier. Lower bounds: the apply kernels' share of the copy bandwidth,
 # and the speed of a swap relative to the fastest full load.
@@ -51,31 +51,12 @@ OF_FLOOR = {"gpu": 1.15, "pinned": 1.25, "page cache": 2.0}
 KERNEL_OF_COPY, OVER_FULL_LOAD = 0.9, 12.0
 
 
-def shapes(layers: int, hidden: int, mlp: int, kv: int, vocab: int) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of a Llama of these sizes with untied embeddings."""
-    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-    for i in range(layers):
-        name = f"model.layers.{i}"
-        out |= {
-            f"{name}.input_layernorm.weight": (hidden,),
-            f"{name}.self_attn.q_proj.weight": (hidden, hidden),
-            f"{name}.self_attn.k_proj.weight": (kv, hidden),
-            f"{name}.self_attn.v_proj.weight": (kv, hidden),
-            f"{name}.self_attn.o_proj.weight": (hidden, hidden),
-            f"{name}.post_attention_layernorm.weight": (hidden,),
-            f"{name}.mlp.gate_proj.weight": (mlp, hidden),
-            f"{name}.mlp.up_proj.weight": (mlp, hidden),
-            f"{name}.mlp.down_proj.weight": (hidden, mlp),
-        }
-    return out | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
-
-
-def random_base(wanted: Mapping[str, tuple[int, ...]], device: torch.device) -> dict[str, Tensor]:
+def random_base(shapes: Shapes, device: torch.device) -> dict[str, Tensor]:
     """Return random BF16 weights on the device, with the standard deviation of a trained model's."""
     torch.manual_seed(0)
     return {
         name: torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=0.02)
-        for name, shape in wanted.items()
+        for name, shape in shapes.tensors()
     }
 
 
@@ -88,8 +69,7 @@ def base_refs(base: Mapping[str, Tensor]) -> dict[str, pf.BaseRef]:
     """Return the base references of a delta. The digests are computed on all processors."""
 
     def ref(tensor: Tensor) -> pf.BaseRef:
-        digest = hashlib.sha256(pf.raw_bytes(bits_of(tensor))).hexdigest()
-        return pf.BaseRef(dtype=pf.DType.BF16, shape=tuple(tensor.shape), sha256=digest)
+        return pf.BaseRef(dtype=pf.DType.BF16, shape=tuple(tensor.shape), sha256=pf.digest_of(bits_of(tensor)))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(base, pool.map(ref, base.values()), strict=True))
@@ -137,7 +117,7 @@ class Run:
         self.repeat, self.few = options.repeat, options.loads
         self.sync = wait(self.device)
         self.folder = folder
-        self.base = random_base(shapes(**PRESETS[options.preset]), self.device)
+        self.base = random_base(PRESETS[options.preset], self.device)
         self.weights = sum(t.nbytes for t in self.base.values())
         self.delta = write_delta(folder / "delta.pxd", self.base, base_refs(self.base))
         self.payload = self.delta.stat().st_size

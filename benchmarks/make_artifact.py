@@ -83,12 +83,12 @@ def _component(rng: np.random.Generator, axis: pxd.Axis, shape: tuple[int, ...])
     return pxd.Component(axis=axis, exponent=row_exponent + col_exponent, mask=mask, row=row, col=col)
 
 
-def write_artifact(path: Path, *, shapes: Shapes = LLAMA_8B, axis: pxd.Axis = pxd.Axis.ROW_COL, seed: int = 0) -> None:
+def write_artifact(path: Path, *, axis: pxd.Axis = pxd.Axis.ROW_COL, seed: int = 0) -> None:
     """Write a delta with one sign component for every matrix and exact norms."""
     rng = np.random.default_rng(seed)
     identity = pxd.Identity(id="example/random-base")
     with pxd.DeltaWriter(path, base=identity, fine_tuned=pxd.Identity(id=f"example/random-{seed}")) as writer:
-        for name, shape in shapes.tensors():
+        for name, shape in LLAMA_8B.tensors():
             matrix = len(shape) == 2
             writer.add(
                 pxd.ModuleDelta(
@@ -125,15 +125,15 @@ def write_variation(path: Path, like: Path, *, flip: float, seed: int = 0) -> No
         writer.finish()
 
 
-def write_checkpoints(folder: Path, *, shapes: Shapes = LLAMA_8B, seed: int = 0) -> None:
+def write_checkpoints(folder: Path, *, seed: int = 0) -> None:
     """Write a base and a fine-tuned checkpoint in BF16, in shards of 5 GB."""
     rng = np.random.Generator(np.random.SFC64(seed))
-    specs = [TensorSpec(name, pxd.DType.BF16, shape) for name, shape in shapes.tensors()]
+    specs = [TensorSpec(name, pxd.DType.BF16, shape) for name, shape in LLAMA_8B.tensors()]
     shards = plan_shards(specs, shard_bytes=5_000_000_000)
     folders = [folder / "base", folder / "fine-tuned"]
     for each in folders:
         each.mkdir(parents=True)
-        (each / "config.json").write_text(json.dumps(_config(shapes), indent=1))
+        (each / "config.json").write_text(json.dumps(_config(LLAMA_8B), indent=1))
         write_index(each, shards)
     for shard in shards:
         with contextlib.ExitStack() as stack:
@@ -167,13 +167,13 @@ def _config(shapes: Shapes) -> dict[str, object]:
     }
 
 
-def write_bitdelta(path: Path, *, shapes: Shapes = LLAMA_8B, seed: int = 0) -> None:
+def write_bitdelta(path: Path, *, seed: int = 0) -> None:
     """Write a `.pt` file in BitDelta's layout: a mask and a scalar for each projection, and the full norms."""
     import torch
 
     rng = np.random.Generator(np.random.SFC64(seed))
     saved = {}
-    for name, shape in shapes.tensors():
+    for name, shape in LLAMA_8B.tensors():
         module = name.removesuffix(".weight")
         if "proj" in name:
             words = rng.bit_generator.random_raw(math.prod(shape) // 64).view(np.int32)

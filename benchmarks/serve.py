@@ -20,11 +20,13 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from harness import Benchmark, Timing, arguments, timed, timed_together
 from load import PRESETS, base_refs, wait, write_delta
+from make_artifact import Shapes
 from torch import Tensor, nn
 
 from peraxis_format.torch import Served
@@ -36,10 +38,11 @@ SIXTEEN_OVER_MERGED, ONE_OF_BASE = 4.0, 1.35
 class Stack(nn.Module):
     """The linears of decoder layers, without attention, activations and norms."""
 
-    def __init__(self, layers: int, hidden: int, mlp: int, kv: int) -> None:
+    def __init__(self, shapes: Shapes) -> None:
         super().__init__()
         self.layers = nn.ModuleList()
-        for _ in range(layers):
+        hidden, kv, mlp = shapes.width, shapes.key_value, shapes.mlp
+        for _ in range(shapes.layers):
             sizes = {"q": (hidden, hidden), "k": (hidden, kv), "v": (hidden, kv), "o": (hidden, hidden),
                      "gate": (hidden, mlp), "up": (hidden, mlp), "down": (mlp, hidden)}  # fmt: skip
             self.layers.append(nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()}))
@@ -53,10 +56,10 @@ class Stack(nn.Module):
         return x
 
 
-def stack_of(sizes: dict[str, int], device: torch.device) -> Stack:
+def stack_of(shapes: Shapes, device: torch.device) -> Stack:
     """Return a stack with random BF16 weights, which are created on the device."""
     with torch.device("meta"):
-        model = Stack(**sizes).to(torch.bfloat16)
+        model = Stack(shapes).to(torch.bfloat16)
     model = model.to_empty(device=device).eval()
     torch.manual_seed(0)
     for parameter in model.parameters():
@@ -128,9 +131,8 @@ class Run:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.device = torch.device(options.device)
-        self.sizes = {**PRESETS[options.preset], "layers": options.layers}
-        del self.sizes["vocab"]
-        self.model = stack_of(self.sizes, self.device)
+        self.shapes = replace(PRESETS[options.preset], layers=options.layers)
+        self.model = stack_of(self.shapes, self.device)
         self.weights = sum(parameter.numel() for parameter in self.model.parameters())
         parameters = {"preset": options.preset, "layers": options.layers, "weights": self.weights}
         self.bench = Benchmark(
@@ -141,7 +143,7 @@ class Run:
 
     def measure(self, served: Served, kind: str, length: int, count: int) -> None:
         """Measure one number of variants. kind: decode or prefill. length: rows per sequence."""
-        x = torch.randn(count, length, self.sizes["hidden"], device=self.device).to(torch.bfloat16)
+        x = torch.randn(count, length, self.shapes.width, device=self.device).to(torch.bfloat16)
         if kind == "decode":
             actions = decoders(served, self.model, x, range(count))
         else:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from harness import Benchmark, arguments, timed
-from load import PRESETS, base_refs, random_base, shapes, wait, work_folder, write_delta
+from load import PRESETS, base_refs, random_base, wait, work_folder, write_delta
 
 from peraxis_format.torch import VariantSwitch
 
@@ -23,7 +23,7 @@ NAMES = ("a", "b")
 
 def measure(bench: Benchmark, device: torch.device, preset: str, folder: Path, repeat: int) -> None:
     """Measure both modes on the same weights, one after the other."""
-    base = random_base(shapes(**PRESETS[preset]), device)
+    base = random_base(PRESETS[preset], device)
     refs = base_refs(base)
     files = [write_delta(folder / f"{name}.pxd", base, refs, seed) for seed, name in enumerate(NAMES)]
     size = sum(tensor.nbytes for tensor in base.values())

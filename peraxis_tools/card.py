@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import peraxis_format as pxd
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.inspection import InspectResult
+from peraxis_tools.names import HUB_ID
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-__all__ = ["HUB_ID", "CardDelta", "card_text", "missing_fields"]
+__all__ = ["CardDelta", "card_text", "missing_fields"]
 
-HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SPECIAL: Final = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&:]|(?<=www)\.)")
 _REVISION: Final = re.compile(r"[\w.-]+(/[\w.-]+)*")
 _TAGS: Final = ("pxd", "delta")

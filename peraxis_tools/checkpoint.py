@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,12 @@ from peraxis_format import open as pxd_open
 from peraxis_format.hub import hub_errors
 from peraxis_tools.assets import FolderAssets, find_assets
 from peraxis_tools.errors import ToolError, first_line
-from peraxis_tools.names import names_a_file
+from peraxis_tools.names import HUB_NAME, names_a_file
 from peraxis_tools.notes import note
 from peraxis_tools.optional import require
 
 __all__ = ["Checkpoint", "is_delta", "open_checkpoint", "parse_identity", "refuse_swapped"]
 
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _HUB_PATTERNS: Final = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
 
@@ -87,7 +85,7 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
             raise CheckpointError(f"{source}: is a delta, not a checkpoint; pass a folder or a safetensors file here")
         folder = path if path.is_dir() else path.parent
         return Checkpoint(_opened(path), _identity(path, folder), folder)
-    if not _HUB_ID.fullmatch(str(source)) or names_a_file(str(source)):
+    if not HUB_NAME.fullmatch(str(source)) or names_a_file(str(source)):
         raise CheckpointError(f"{source}: no such file or folder, and not a hub id (org/name or org/name@revision)")
     hub_id, _, at = str(source).partition("@")
     if at and revision is not None and at != revision:
@@ -123,7 +121,7 @@ def refuse_swapped(checkpoint: str | Path, delta: str | Path) -> None:
 
 def parse_identity(text: str) -> Identity:
     """`org/name` or `org/name@revision`. Raises ToolError for anything else."""
-    if not _HUB_ID.fullmatch(text):
+    if not HUB_NAME.fullmatch(text):
         raise ToolError(f"{text}: not a hub id; pass org/name or org/name@revision")
     hub_id, _, revision = text.partition("@")
     return Identity(id=hub_id, revision=revision or None)

@@ -5,6 +5,7 @@ Each step runs the verb of the same name; `demo` yields them one by one, so that
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,8 +125,5 @@ def _measure(folder: Path, pair: PairFolders, deltas: dict[str, Path], ours: Ins
             rows.append(DemoRow(label="base alone", bytes=0, ratio=None, fidelity=base))
         merged = {domain.domain: domain.candidates["merged"] for domain in found.domains}
         rows.append(DemoRow(label=label, bytes=found.bytes, ratio=ours.full_bytes / found.bytes, fidelity=merged))
-    axes: dict[str, int] = {}
-    for subtype in ours.axes:
-        for axis, count in subtype.counts.items():
-            axes[axis] = axes.get(axis, 0) + count
-    return DemoResult(folder=folder, checkpoint_bytes=ours.full_bytes, rows=tuple(rows), axes=axes)
+    axes = sum((Counter(subtype.counts) for subtype in ours.axes), Counter[str]())
+    return DemoResult(folder=folder, checkpoint_bytes=ours.full_bytes, rows=tuple(rows), axes=dict(axes))

@@ -15,13 +15,13 @@ from typing import Any, Final, Literal, get_args
 import peraxis_format as pxd
 from peraxis_format.hub import hub_errors
 from peraxis_tools.arguments import check_choice, refuse_idle, sequence
-from peraxis_tools.card import HUB_ID, CardDelta, card_text, missing_fields
+from peraxis_tools.card import CardDelta, card_text, missing_fields
 from peraxis_tools.checkpoint import parse_identity
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.folders import atomic_folder
 from peraxis_tools.inspection import inspect
-from peraxis_tools.names import names_a_file
+from peraxis_tools.names import HUB_ID, names_a_file
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import check_folder, claim_folder
 from peraxis_tools.progress import ProgressOf, silent

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Final
 
 import peraxis_format as pxd
 from peraxis_format.hub import hub_errors
 from peraxis_tools.arguments import sequence
 from peraxis_tools.content_ids import parse_content_ids
 from peraxis_tools.errors import CheckFailedError, ToolError, error_line
-from peraxis_tools.names import names_a_file
+from peraxis_tools.names import HUB_NAME, names_a_file
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_files, made_folder
 from peraxis_tools.progress import ProgressOf, silent
@@ -23,8 +21,6 @@ from peraxis_tools.remote import is_remote, local_copy
 from peraxis_tools.urls import without_secrets
 
 __all__ = ["PullResult", "Pulled", "pull"]
-
-_REPOSITORY: Final = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +102,7 @@ def _fetched(source: str, files: Sequence[str], progress: ProgressOf) -> Iterato
         with local_copy(source, progress=progress) as path:
             yield [path]
         return
-    match = _REPOSITORY.fullmatch(source)
+    match = HUB_NAME.fullmatch(source)
     if match is None or names_a_file(source):
         raise ToolError(f"{source}: neither a repository (org/name or org/name@revision) nor a URL")
     yield _from_hub(match["id"], match["revision"], files)

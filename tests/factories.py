@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ def random_storage(
 
 def base_ref(array: pxd.Array, dtype: pxd.DType) -> pxd.BaseRef:
     """Return the manifest's reference to a base tensor."""
-    return pxd.BaseRef(dtype=dtype, shape=array.shape, sha256=hashlib.sha256(array.tobytes()).hexdigest())
+    return pxd.BaseRef(dtype=dtype, shape=array.shape, sha256=pxd.digest_of(array))
 
 
 def component(rng: np.random.Generator, axis: pxd.Axis, covered: tuple[int, ...], scale: float = 1e-2) -> pxd.Component:

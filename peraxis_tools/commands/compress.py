@@ -11,7 +11,7 @@ from peraxis_tools.bars import Stages
 from peraxis_tools.commands.options import SIZE, json_option, masks_option, overwrite_option, quiet_option
 from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, PREFER, RECIPES, read_yaml
-from peraxis_tools.compress.run.dry_run import foretell
+from peraxis_tools.compress.run.dry_run import estimate_run
 from peraxis_tools.report import emit
 from peraxis_tools.report.compress import plan_lines, render_compress, render_dry_run
 from peraxis_tools.text import check_texts
@@ -120,7 +120,7 @@ def command(
     options = CompressOptions.from_mapping(values)
     if dry_run:
         check_texts((options.calibration,) if isinstance(options.calibration, str) else options.calibration or ())
-        found = foretell(
+        found = estimate_run(
             base,
             fine_tuned,
             options=options,

@@ -15,7 +15,7 @@ from peraxis_tools.shown import listed
 
 if TYPE_CHECKING:
     from peraxis_tools.compress import CompressResult, Plan
-    from peraxis_tools.compress.run.dry_run import Foretold
+    from peraxis_tools.compress.run.dry_run import RunEstimate
 
 __all__ = ["plan_lines", "render_compress", "render_dry_run"]
 
@@ -39,7 +39,7 @@ def plan_lines(plan: Plan) -> None:
         print_note(f"plan: {size(whole)} of {size(plan.full_bytes)}, {ratio:.1f} times smaller")
 
 
-def render_dry_run(result: Foretold, console: Console) -> None:
+def render_dry_run(result: RunEstimate, console: Console) -> None:
     """What a run would take, in all and by stage."""
     console.print(
         f"would be  {size(result.size)} of {size(result.full_size)}, {result.ratio:.1f} times smaller: "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import math
-import re
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,13 +18,13 @@ import peraxis_format as pxd
 from peraxis_tools.inspect_details import Details
 from peraxis_tools.inspection import ByteShare, InspectResult, ModuleLine
 from peraxis_tools.kinds import axes_text
+from peraxis_tools.names import HUB_ID
 from peraxis_tools.report.console import size
 from peraxis_tools.shown import visible
 
 __all__ = ["page", "write_page"]
 
 _ASSETS: Final = Path(__file__).with_name("assets")
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _AXES: Final = ("row", "col", "row+col", "tensor")
 
 
@@ -71,7 +70,7 @@ def _heading(result: InspectResult) -> str:
 def _base_link(base: pxd.BaseIdentity) -> str:
     """A link to the base's page on the hub, if its id has the form of a hub id."""
     name = f"<b>{_text(base.id)}</b>"
-    if _HUB_ID.fullmatch(base.id) is None:
+    if HUB_ID.fullmatch(base.id) is None:
         return name
     at = f"/tree/{quote(base.revision, safe='')}" if base.revision else ""
     return f'<a href="https://huggingface.co/{quote(base.id)}{at}" rel="noreferrer">{name}</a>'

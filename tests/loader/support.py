@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def random_module(
     """Return a module with the shape and dtype of the base. A `full` module holds the base plus noise."""
     dtype, shape = dtype_of(base, name), tuple(base.shape)
     array = storage_array(base.detach().contiguous())
-    ref = pf.BaseRef(dtype=dtype, shape=shape, sha256=hashlib.sha256(pf.raw_bytes(array)).hexdigest())
+    ref = pf.BaseRef(dtype=dtype, shape=shape, sha256=pf.digest_of(array))
     components: tuple[pf.Component, ...] = ()
     full = None
     if encoding is pf.Encoding.SIGN:

@@ -13,7 +13,7 @@ from peraxis_format import CheckpointError, DType
 from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.plan.estimate import StageWork, Text, work_of
 from peraxis_tools.compress.plan.plan import plan
-from peraxis_tools.compress.run.dry_run import foretell
+from peraxis_tools.compress.run.dry_run import estimate_run
 from tests.tools.compress_pairs import llama_pair
 
 
@@ -27,7 +27,7 @@ def test_the_size_is_that_of_the_file_within_one_block(
     pair: tuple[Path, Path, Path], tmp_path: Path, masks: int
 ) -> None:
     base, tuned, _ = pair
-    said = foretell(base, tuned, options=CompressOptions(masks=masks))
+    said = estimate_run(base, tuned, options=CompressOptions(masks=masks))
     made = compress(base, tuned, tmp_path / "d.pxd", masks=masks, force=True)
     assert abs(said.size - made.size) <= 4096
     assert (said.full_size, said.modules, said.fit) == (made.full_size, made.modules, made.fit)
@@ -67,9 +67,9 @@ def test_it_names_every_stage_of_a_fit_and_writes_nothing(pair: tuple[Path, Path
 
 def test_without_a_text_it_needs_no_torch(pair: tuple[Path, Path, Path]) -> None:
     code = (
-        "import sys; from pathlib import Path; from peraxis_tools.compress.run.dry_run import foretell;"
+        "import sys; from pathlib import Path; from peraxis_tools.compress.run.dry_run import estimate_run;"
         "from peraxis_tools.compress import CompressOptions;"
-        f"foretell({str(pair[0])!r}, {str(pair[1])!r}, options=CompressOptions());"
+        f"estimate_run({str(pair[0])!r}, {str(pair[1])!r}, options=CompressOptions());"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -77,7 +77,7 @@ def test_without_a_text_it_needs_no_torch(pair: tuple[Path, Path, Path]) -> None
 
 def test_what_is_no_pair_is_refused_as_in_a_run(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
-        foretell(tmp_path / "nothing", pair[1], options=CompressOptions())
+        estimate_run(tmp_path / "nothing", pair[1], options=CompressOptions())
 
 
 def test_seconds_follow_from_the_work_and_what_was_measured() -> None:

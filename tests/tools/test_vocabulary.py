@@ -8,7 +8,7 @@ import pytest
 
 from peraxis_tools.compress import compress
 from peraxis_tools.compress.options import CompressOptions
-from peraxis_tools.compress.run.dry_run import foretell
+from peraxis_tools.compress.run.dry_run import estimate_run
 from peraxis_tools.errors import ToolError
 from peraxis_tools.evaluate import evaluate
 from tests.tools.compress_pairs import FEW, VOCABULARY, llama_config, write_pair, write_text
@@ -27,7 +27,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path, 
     options = CompressOptions(calibration=text, sequence_length=16, calibration_samples=8, generated_samples=0)
     for attempt in (
         lambda: compress(base, tuned, tmp_path / "fitted.pxd", calibration=text, **FEW),
-        lambda: foretell(base, tuned, options=options),
+        lambda: estimate_run(base, tuned, options=options),
         lambda: evaluate(base, tuned, tmp_path / "plain.pxd", {"a": text}, sequence_length=16),
     ):
         with pytest.raises(

@@ -88,7 +88,7 @@ def _named(failure: PxdError, manifest: Manifest) -> PxdError:
 
 def sharded_anywhere(*, here: bool, group: Any = None) -> bool:
     """Whether any rank has only a part of a module, so that all ranks have to act together."""
-    return is_distributed() and any(Ranks(group).gathered(here))
+    return is_distributed() and any(Ranks(group).all_gather(here))
 
 
 def _check_pieces(bound: Sequence[ModuleEntry], placement: Placement, group: Any) -> None:
@@ -98,7 +98,7 @@ def _check_pieces(bound: Sequence[ModuleEntry], placement: Placement, group: Any
     """
     failure: PxdError | None = None
     ranks = Ranks(group)
-    boxes = ranks.gathered({entry.name: placement[entry.name][0].box for entry in bound})
+    boxes = ranks.all_gather({entry.name: placement[entry.name][0].box for entry in bound})
     # One rank may have all of a short tensor, so what is sharded is known from all ranks.
     pieces = [entry for entry in bound if any(found[entry.name] != whole(entry.shape) for found in boxes)]
     for turn, entry in enumerate(pieces):
@@ -114,6 +114,6 @@ def _check_pieces(bound: Sequence[ModuleEntry], placement: Placement, group: Any
                 check_base_digest(entry, digest)
         except PxdError as error:
             failure = failure or error
-    check_replicas({entry.name: placement[entry.name][0] for entry in pieces}, boxes, ranks.gathered)
+    check_replicas({entry.name: placement[entry.name][0] for entry in pieces}, boxes, ranks.all_gather)
     if failure is not None:
         raise failure

@@ -107,12 +107,12 @@ def assembled_digest(ranks: Ranks, owner: int, layout: Layout, part: ShardView, 
 def sharded_digest(entry: ModuleEntry, part: ShardView, turn: int, group: Any) -> str:
     """The hex digest of a sharded live tensor, on every rank; empty if copies of a piece differ. Collective."""
     ranks = Ranks(group)
-    boxes = ranks.gathered({entry.name: part.box})
-    if odd_replica({entry.name: part}, boxes, ranks.gathered) is not None:
+    boxes = ranks.all_gather({entry.name: part.box})
+    if odd_replica({entry.name: part}, boxes, ranks.all_gather) is not None:
         return ""
     layout = Layout.of(entry.shape, [each[entry.name] for each in boxes])
     owner = turn % ranks.count
-    found: str = ranks.said_by(assembled_digest(ranks, owner, layout, part, entry.dtype), rank=owner)
+    found: str = ranks.broadcast(assembled_digest(ranks, owner, layout, part, entry.dtype), rank=owner)
     return found
 
 

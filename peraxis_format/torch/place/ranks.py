@@ -40,7 +40,7 @@ class Ranks:
         """The global rank of a rank of the group."""
         return rank if self.group is None else distributed.get_global_rank(self.group, rank)
 
-    def gathered(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """The value of each rank, on every rank."""
         if self.count == 1:
             return [value]
@@ -48,22 +48,22 @@ class Ranks:
         distributed.all_gather_object(out, value, group=self.group)
         return out
 
-    def collected(self, value: Any, *, on: int) -> list[Any]:
+    def gather(self, value: Any, *, on: int) -> list[Any]:
         """The value of each rank, on one rank; an empty list on the others."""
         out: list[Any] | None = [None] * self.count if self.rank == on else None
         distributed.gather_object(value, out, dst=self.world(on), group=self.group)
         return out or []
 
-    def exchanged(self, outgoing: Sequence[Any]) -> list[Any]:
+    def all_to_all(self, outgoing: Sequence[Any]) -> list[Any]:
         """Send one value to each rank. Returns the values that all ranks sent to this one, in rank order."""
         incoming: list[Any] = []
         for rank in range(self.count):
-            found = self.collected(outgoing[rank], on=rank)
+            found = self.gather(outgoing[rank], on=rank)
             if rank == self.rank:
                 incoming = found
         return incoming
 
-    def said_by(self, value: Any, *, rank: int) -> Any:
+    def broadcast(self, value: Any, *, rank: int) -> Any:
         """One rank's value, on every rank."""
         if self.count == 1:
             return value
@@ -74,7 +74,7 @@ class Ranks:
 
 def agree(error: BaseException | None, group: Any = None) -> None:
     """Raise on every rank if one rank has an error: the rank's own error, else that of the first other rank."""
-    failures = [failure for failure in Ranks(group).gathered(error) if failure is not None]
+    failures = [failure for failure in Ranks(group).all_gather(error) if failure is not None]
     if error is not None:
         raise error
     if failures:

@@ -91,7 +91,7 @@ def exact_pieces(
     """
     ranks, failure = Ranks(group), FirstError()
     entries = [entry for entry in file.manifest.modules if entry.encoding is Encoding.EXACT]
-    boxes = ranks.gathered({entry.name: placement[entry.name][0].box for entry in entries})
+    boxes = ranks.all_gather({entry.name: placement[entry.name][0].box for entry in entries})
     pieces: list[ExactPiece] = []
     for turn, entry in enumerate(entries):
         found = [each[entry.name] for each in boxes]
@@ -100,7 +100,7 @@ def exact_pieces(
         layout, owner = Layout.of(entry.shape, found), turn % ranks.count
         first = placement[entry.name][0]
         base = ShardView(first.box, base_of(first))
-        changes = ranks.said_by(sharded_changes(ranks, owner, file, entry, layout, base, failure), rank=owner)
+        changes = ranks.broadcast(sharded_changes(ranks, owner, file, entry, layout, base, failure), rank=owner)
         if failure.error is None:
             parts = (part for part in placement[entry.name] if part.box != whole(entry.shape))
             pieces += [ExactPiece.cut(entry, part, changes) for part in parts]

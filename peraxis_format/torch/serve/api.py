@@ -226,13 +226,7 @@ def serve(
     check_least("workers", workers, 1, error=LiveModelError)
     if not isinstance(variants, Mapping):
         raise LiveModelError(f"variants is a {type(variants).__name__}: pass a mapping, like {{'legal': 'legal.pxd'}}")
-    if any(isinstance(module.__dict__.get("peraxis"), State) for module in model.modules()):
-        raise LiveModelError("the model is already served; close that `Served` first, or pass all variants at once")
-    if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
-        raise LiveModelError("a compiled model cannot be served on the fly; pass the model that was compiled")
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "placements"):
-            raise LiveModelError(f"{name}: sharded weights (DTensor) cannot be served on the fly; use VariantSwitch")
+    _refuse_model(model)
     served = Served(model, list(variants), _backend(backend, model))
     try:
         ring: Ring | None = None
@@ -254,6 +248,17 @@ def serve(
         served.close()
         raise
     return served
+
+
+def _refuse_model(model: nn.Module) -> None:
+    """Raise LiveModelError for a model that is served already, compiled, or sharded."""
+    if any(isinstance(module.__dict__.get("peraxis"), State) for module in model.modules()):
+        raise LiveModelError("the model is already served; close that `Served` first, or pass all variants at once")
+    if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
+        raise LiveModelError("a compiled model cannot be served on the fly; pass the model that was compiled")
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "placements"):
+            raise LiveModelError(f"{name}: sharded weights (DTensor) cannot be served on the fly; use VariantSwitch")
 
 
 def _looks_up_ids(kind: type[nn.Module]) -> bool:

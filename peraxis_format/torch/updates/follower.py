@@ -208,7 +208,7 @@ class Follower:
         found = files, problems | unreachable
         if not in_pieces(self._target, self._shards):
             return found
-        agreed: tuple[list[UpdateFile], dict[Path, str]] = Ranks(self._group).said_by(found, rank=0)
+        agreed: tuple[list[UpdateFile], dict[Path, str]] = Ranks(self._group).broadcast(found, rank=0)
         return agreed
 
     def _apply(self, update: UpdateFile) -> None:
@@ -248,7 +248,7 @@ class Follower:
         placement: Placement | None = None
         with contextlib.suppress(PxdError, LiveModelError):
             placement = place(self._target, delta.manifest, shards=self._shards)
-        if pieces and not all(Ranks(self._group).gathered(placement is not None)):
+        if pieces and not all(Ranks(self._group).all_gather(placement is not None)):
             return False
         if placement is None:
             return False

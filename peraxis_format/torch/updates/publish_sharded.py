@@ -87,9 +87,9 @@ class ShardedUpdateWriter(UpdateWriter):
             return self._publish_first(parts, tied)
         number = self.step_number + 1
         changes, outgoing = self._compared(parts)
-        incoming = self._ranks.exchanged(outgoing)
+        incoming = self._ranks.all_to_all(outgoing)
         made = self._merged(incoming)
-        collected = self._ranks.collected({name: (module, count) for name, (module, count, _) in made.items()}, on=0)
+        collected = self._ranks.gather({name: (module, count) for name, (module, count, _) in made.items()}, on=0)
         modules = {name: found for each in collected for name, found in each.items()}
         path = self.folder / step_name(number)
         ordered, previous = (modules[name] for name in self._dtypes), self._head.content_id
@@ -122,7 +122,7 @@ class ShardedUpdateWriter(UpdateWriter):
             failure = error
         agree(failure, self._ranks.group)
         if not self._layouts:
-            known = self._ranks.gathered(boxes)
+            known = self._ranks.all_gather(boxes)
             self._layouts = {n: Layout.of(t.shape, [each[n] for each in known]) for n, t in live.items()}
             self._boxes, self._dtypes = boxes, dtypes
         return parts
@@ -183,7 +183,7 @@ class ShardedUpdateWriter(UpdateWriter):
             except Exception as error:
                 failure = error
         agree(failure, self._ranks.group)
-        return self._ranks.said_by(result, rank=0)
+        return self._ranks.broadcast(result, rank=0)
 
     def _is_there(self, path: Path) -> bool:
         found: bool = self._on_first(lambda: UpdateWriter._is_there(self, path))
@@ -197,7 +197,7 @@ class ShardedUpdateWriter(UpdateWriter):
             piece = self._published(part) if self._speaks_for(name) else None
             if piece is not None:
                 self._pieces[name] = piece
-            found = self._ranks.collected(None if piece is None else (self._boxes[name], piece), on=owners[name])
+            found = self._ranks.gather(None if piece is None else (self._boxes[name], piece), on=owners[name])
             if self._ranks.rank == owners[name]:
                 self._snapshot[name] = self._dtypes[name], self._joined(name, found)
                 self._digests[name] = digest_of(self._snapshot[name][1])
@@ -220,7 +220,7 @@ class ShardedUpdateWriter(UpdateWriter):
         try:
             for name, dtype in self._dtypes.items():
                 mine = self._snapshot[name][1] if owners[name] == self._ranks.rank else None
-                found = [array for array in self._ranks.collected(mine, on=0) if array is not None]
+                found = [array for array in self._ranks.gather(mine, on=0) if array is not None]
                 if writer is None or failure is not None:
                     continue
                 try:
@@ -247,7 +247,7 @@ class ShardedUpdateWriter(UpdateWriter):
         except Exception as error:
             failure = error
         agree(failure, self._ranks.group)
-        said: _Written = self._ranks.said_by(result, rank=0)
+        said: _Written = self._ranks.broadcast(result, rank=0)
         return said
 
     def _weights(self) -> int:

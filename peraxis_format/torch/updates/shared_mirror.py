@@ -37,7 +37,7 @@ class SharedMirror:
         except Exception as error:
             failure = error
         agree(failure, group)
-        self.url: str = self._ranks.said_by(self.first.url if self.first is not None else "", rank=0)
+        self.url: str = self._ranks.broadcast(self.first.url if self.first is not None else "", rank=0)
         self._writers: list[int] = []
         self._fetches: dict[str, int] = {}  # on another host: of the files that are here
         self.close: Callable[[], object] = lambda: None
@@ -47,7 +47,7 @@ class SharedMirror:
         """A folder that this rank sees. Its writer is rank 0, or the lowest rank that sees no folder before it."""
         mine: Path | None = None
         folder: Path | None = None
-        while without := [rank for rank, has in enumerate(self._ranks.gathered(folder is not None)) if not has]:
+        while without := [rank for rank, has in enumerate(self._ranks.all_gather(folder is not None)) if not has]:
             writer, token, failure = without[0], secrets.token_hex(8), None
             self._writers.append(writer)
             if self._ranks.rank == writer:
@@ -57,7 +57,7 @@ class SharedMirror:
                 except OSError as error:
                     failure = error
             agree(failure, self._ranks.group)
-            said: tuple[Path, str] = self._ranks.said_by((mine, token), rank=writer)
+            said: tuple[Path, str] = self._ranks.broadcast((mine, token), rank=writer)
             if folder is None and _reads(said[0] / _TOKEN, said[1]):
                 folder = said[0]
         self.close = weakref.finalize(self, _remove, mine, self.first)
@@ -75,7 +75,7 @@ class SharedMirror:
             failure = error
         agree(failure, self._ranks.group)
         if len(self._writers) > 1:
-            self._send(self._ranks.said_by(names, rank=0))
+            self._send(self._ranks.broadcast(names, rank=0))
 
     def doubt(self, names: Iterable[str]) -> None:
         """See Mirror; not collective."""
@@ -93,12 +93,12 @@ class SharedMirror:
             here = {name for name in found & set(names) if self._fetches.get(name) == names[name]}
             for name in found - here:
                 (self.folder / name).unlink()
-        lacking = self._ranks.gathered(set(names) - here)
+        lacking = self._ranks.all_gather(set(names) - here)
         for name in sorted(set().union(*lacking)):
             part = self.folder / f".{name}.part"
-            size = self._ranks.said_by((self.folder / name).stat().st_size if rank == 0 else 0, rank=0)
+            size = self._ranks.broadcast((self.folder / name).stat().st_size if rank == 0 else 0, rank=0)
             for begin in range(0, size, _PIECE):
-                piece = self._ranks.said_by(self._piece(name, begin) if rank == 0 else b"", rank=0)
+                piece = self._ranks.broadcast(self._piece(name, begin) if rank == 0 else b"", rank=0)
                 try:
                     if writes and name in lacking[rank] and failure is None:
                         with open(part, "ab" if begin else "wb") as file:

@@ -116,7 +116,7 @@ def stage(file: DeltaFile, placement: Placement, *, group: Any = None, owner: ob
         parts = placement[entry.name]
         if entry.name in layouts:
             layout, owner = layouts[entry.name], turn % ranks.count
-            found = ranks.said_by(_proven(ranks, owner, file, entry, layout, parts, failure), rank=owner)
+            found = ranks.broadcast(_proven(ranks, owner, file, entry, layout, parts, failure), rank=owner)
             with failure:
                 changes += _cut(found, layout, parts)
                 changes += _replaced(file.load(entry.name), parts) if entry.encoding is Encoding.FULL else ()
@@ -131,8 +131,8 @@ def stage(file: DeltaFile, placement: Placement, *, group: Any = None, owner: ob
 def _layouts(ranks: Ranks, file: DeltaFile, placement: Placement) -> dict[str, Layout]:
     """The layouts of sharded tensors. Raises LiveModelError, on all ranks."""
     entries = file.manifest.modules
-    boxes = ranks.gathered({entry.name: [part.box for part in placement[entry.name]] for entry in entries})
-    if len(set(ranks.gathered(file.content_id))) > 1:
+    boxes = ranks.all_gather({entry.name: [part.box for part in placement[entry.name]] for entry in entries})
+    if len(set(ranks.all_gather(file.content_id))) > 1:
         raise LiveModelError(f"{file.path}: the ranks have different files")
     layouts: dict[str, Layout] = {}
     for entry in entries:
@@ -154,9 +154,9 @@ def _check_replicas(ranks: Ranks, file: DeltaFile, placement: Placement, layouts
     """Check that all copies of a piece are the same, for tensors that have a base. Raises BindingError on all ranks."""
     bound = (entry.name for entry in file.manifest.modules if entry.base is not None and entry.name in layouts)
     parts = {name: placement[name][0] for name in bound}
-    boxes = ranks.gathered({name: part.box for name, part in parts.items()})
+    boxes = ranks.all_gather({name: part.box for name, part in parts.items()})
     with located(file.path):
-        check_replicas(parts, boxes, ranks.gathered)
+        check_replicas(parts, boxes, ranks.all_gather)
 
 
 # --- tensors that are whole on every rank ----------------------------------------------------------------

@@ -28,11 +28,11 @@ from peraxis_tools.vocabulary import check_ids
 if TYPE_CHECKING:
     from peraxis_tools.compress.run.probe import Probe
 
-__all__ = ["Foretold", "StageForetold", "foretell"]
+__all__ = ["RunEstimate", "StageEstimate", "estimate_run"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageForetold:
+class StageEstimate:
     """One stage: bytes beyond the imports, and processor seconds; None where nothing was measured."""
 
     name: str
@@ -41,7 +41,7 @@ class StageForetold:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Foretold:
+class RunEstimate:
     """The result of a dry run. size, full_size: bytes of the file and of the fine-tuned tensors. memory: bytes at the
     peak, imports included. seconds: processor seconds; None for another device than the CPU, and without a text.
     """
@@ -54,10 +54,10 @@ class Foretold:
     signed: int
     memory: int
     seconds: float | None
-    stages: tuple[StageForetold, ...]
+    stages: tuple[StageEstimate, ...]
 
 
-def foretell(
+def estimate_run(
     base: str | Path,
     fine_tuned: str | Path,
     *,
@@ -65,7 +65,7 @@ def foretell(
     base_revision: str | None = None,
     fine_tuned_revision: str | None = None,
     base_id: str | None = None,
-) -> Foretold:
+) -> RunEstimate:
     """What compressing this pair with these options takes. Raises ToolError as `compress` does before its work."""
     if options.resolved_fit != "none":
         require(f"--fit {options.resolved_fit}", "torch", "transformers", "datasets", extra="compress")
@@ -82,13 +82,13 @@ def foretell(
     works = work_of(planned, options, text)
     probe = None if text is None or config is None else _probe(config, text, options)
     stages = tuple(
-        StageForetold(name=work.name, memory=work.memory, seconds=None if probe is None else probe.seconds(work))
+        StageEstimate(name=work.name, memory=work.memory, seconds=None if probe is None else probe.seconds(work))
         for work in works
     )
     if probe is not None:
-        stages = (StageForetold(name="open", memory=0, seconds=spent), *stages)
+        stages = (StageEstimate(name="open", memory=0, seconds=spent), *stages)
     size = planned.file_bytes or planned.payload_bytes
-    return Foretold(
+    return RunEstimate(
         size=size,
         full_size=planned.full_bytes,
         ratio=round(planned.full_bytes / size, 4),
