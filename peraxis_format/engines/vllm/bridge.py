@@ -14,7 +14,7 @@ from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.errors import BindingError
 from peraxis_format.ops.backend import choose
 from peraxis_format.ops.rebuild import rebuild_tensor, reconstruct
-from peraxis_format.ops.rebuild.torch import ComponentTensors, Scratch, component_tensors
+from peraxis_format.ops.rebuild.torch import ComponentTensors, Scratch
 from peraxis_format.ops.signed_matmul import signed_matmul
 from peraxis_format.ops.tensors import storage_array, torch_dtype
 from peraxis_format.reader import DeltaFile
@@ -39,7 +39,6 @@ __all__ = [
     "check_base",
     "check_pads",
     "claim",
-    "component_tensors",
     "fine_tuned",
     "full_tensor",
     "list_updates",

@@ -203,10 +203,12 @@ class VariantStore:
                 continue
             module = file.load(entry)
             for piece in pieces:
-                patch = patch_of(module, piece.box, piece.rows)
                 tensor = getattr(piece.module, piece.parameter)
-                for layer, parameter in owners[tensor.data_ptr()]:
+                places = owners[tensor.data_ptr()]
+                for layer, parameter in places:
                     _refuse_layer(layer, parameter, entry, tensor.ndim)
+                patch = patch_of(module, piece.box, piece.rows)
+                for layer, parameter in places:
                     layers.setdefault(layer, {}).setdefault(parameter, []).append(patch)
         return Variant(name, file.content_id, layers)
 
