@@ -12,15 +12,16 @@ stay until they are removed.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import nn
 
 from peraxis_format.delta import Encoding
 from peraxis_format.engines.vllm.bridge import Placement, agree, check_base, check_pads, claim, place, release
+from peraxis_format.engines.vllm.kept import KeptFile
 from peraxis_format.engines.vllm.layers import Variant
 from peraxis_format.engines.vllm.layout import (
     LinearBase,
@@ -39,6 +40,7 @@ from peraxis_format.reader import DeltaFile
 
 __all__ = ["Counters", "VariantStore"]
 
+T = TypeVar("T")
 _CLAIMED: Final = "variants are served over these weights; swap the model in another server"
 
 
@@ -61,7 +63,7 @@ class VariantStore:
     host: int
     checks_assets: bool = True
     counters: Counters = field(default_factory=Counters)
-    _files: dict[int, tuple[str, DeltaFile]] = field(default_factory=dict)
+    _files: dict[int, tuple[str, KeptFile]] = field(default_factory=dict)
     _host: OrderedDict[int, Variant] = field(default_factory=OrderedDict)
     _resident: OrderedDict[int, Variant] = field(default_factory=OrderedDict)
     _pinned: set[int] = field(default_factory=set)
@@ -79,8 +81,7 @@ class VariantStore:
             self.get(number)
             return False
         group, count = tensor_group()
-        file = open_delta(source, group=group if count > 1 else None)
-        try:
+        with open_delta(source, group=group if count > 1 else None) as file:
             if self.checks_assets:
                 check_assets(file, self.model_config)
             refuse_uncovered(self.model, file.manifest)
@@ -88,18 +89,15 @@ class VariantStore:
             placement = place(plain_tensors(self.model), file.manifest, views=views(self.model, file.manifest))
             claim((part.view for parts in placement.values() for part in parts), self, _CLAIMED)
             check_base(file, placement, group=group if count > 1 else None)
-            variant = self._agreed(name, file, placement)
-        except BaseException:
-            file.close()
-            raise
+            variant, kept = self._agreed(lambda: (self._read(name, file, placement), KeptFile(file)))
         self.remove(number)
-        self._files[number] = name, file
+        self._files[number] = name, kept
         self._keep(number, variant)
         return True
 
     def get(self, number: int) -> Variant:
-        """A variant in device memory, now the most recently used. Raises PxdError, OSError, on all ranks, if it was
-        evicted and cannot be read again.
+        """A variant in device memory, now the most recently used. Raises PxdError, LiveModelError, OSError, on all
+        ranks, if it was evicted and cannot be read again.
         """
         if number in self._resident:
             self._resident.move_to_end(number)
@@ -107,8 +105,13 @@ class VariantStore:
             return self._resident[number]
         variant = self._host.get(number)
         if variant is None:
-            name, file = self._files[number]
-            variant = self._agreed(name, file, None)
+            name, kept = self._files[number]
+
+            def read() -> Variant:
+                with kept.read() as file:
+                    return self._read(name, file, None)
+
+            variant = self._agreed(read)
         self._keep(number, variant)
         return self._resident[number]
 
@@ -129,7 +132,7 @@ class VariantStore:
         for number in wanted:
             try:
                 found[number] = self.get(number)
-            except (PxdError, OSError) as error:
+            except (PxdError, LiveModelError, OSError) as error:
                 failed[number] = error
         return found, failed
 
@@ -176,20 +179,20 @@ class VariantStore:
                 del kept[number]
                 self.counters.evictions += 1
 
-    def _agreed(self, name: str, file: DeltaFile, placement: Placement | None) -> Variant:
-        """`_read`, on all ranks or on none."""
+    def _agreed(self, read: Callable[[], T]) -> T:
+        """The result of reading, on all ranks or on none."""
         group, count = tensor_group()
-        variant: Variant | None = None
+        found: list[T] = []
         failure: BaseException | None = None
         try:
-            variant = self._read(name, file, placement)
+            found.append(read())
         except Exception as error:
             failure = error
         if count > 1:
             agree(failure, group)
-        if failure is not None or variant is None:
-            raise failure or AssertionError
-        return variant
+        if failure is not None:
+            raise failure
+        return found[0]
 
     def _read(self, name: str, file: DeltaFile, placement: Placement | None) -> Variant:
         """Read a file's payload for the layers, and check all digests. placement: None if the base was checked."""
