@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
@@ -39,6 +40,7 @@ __all__ = [
     "check_base",
     "check_pads",
     "claim",
+    "descriptor_of",
     "fine_tuned",
     "full_tensor",
     "list_updates",
@@ -95,6 +97,11 @@ def _rebuilt(delta: DeltaFile, name: str, base: Tensor | None) -> Tensor:
         check_base_bytes(entry, array)
     module = delta.load(name)
     return _as_tensor(reconstruct(module, None if entry.encoding is Encoding.FULL else array), module)
+
+
+def descriptor_of(file: DeltaFile) -> int:
+    """A new descriptor of an open file."""
+    return os.dup(file._file)
 
 
 def full_tensor(module: ModuleDelta) -> Tensor:

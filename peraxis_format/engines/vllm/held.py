@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from peraxis_format.bits import pack_signs, unpack_signs
-from peraxis_format.delta import Component
+from peraxis_format.delta import Axis, Component
 from peraxis_format.engines.vllm.bridge import ComponentTensors
 
 __all__ = ["HeldComponent"]
@@ -28,15 +26,16 @@ __all__ = ["HeldComponent"]
 class HeldComponent:
     """A component of a matrix [d_out, d_in] (SPEC 5.3).
 
-    mask: uint8 [d_out, ceil(d_in/8)]. row: float16 [d_out]; col: float16 [d_in]; None if the axis has none. scale:
-    float32 [1], 2^e times the scalar, shared by equal ones. width: d_in. made: the result of `wide`, if it stays.
+    mask: uint8 [d_out, ceil(d_in/8)]. width: d_in. scales: float16, those of the rows, then those of the columns, as
+    far as the axis has them: one tensor, because each takes half a kilobyte beside its data. factor: float32 [1], 2^e
+    times the scalar, shared by equal ones. made: the result of `wide`, if it stays.
     """
 
+    axis: Axis
     mask: Tensor
-    row: Tensor | None
-    col: Tensor | None
-    scale: Tensor
     width: int
+    scales: Tensor
+    factor: Tensor
     made: ComponentTensors | None = None
 
     @classmethod
@@ -46,41 +45,45 @@ class HeldComponent:
         mask = component.mask[rows]
         if tuple(box[1]) != (0, width):
             mask = pack_signs(unpack_signs(mask, width)[:, columns])
+        scales = np.empty(0, np.float16)
+        for values, part in ((component.row, rows), (component.col, columns)):
+            if values is not None:
+                scales = np.concatenate([scales, values[part]])
         return cls(
-            mask=_copied(mask),
-            row=None if component.row is None else _copied(component.row[rows]),
-            col=None if component.col is None else _copied(component.col[columns]),
-            scale=_scale(component.exponent, 1.0 if component.scalar is None else float(component.scalar[0])),
+            axis=component.axis,
+            mask=torch.tensor(np.ascontiguousarray(mask)),
             width=columns.stop - columns.start,
+            scales=torch.tensor(scales),
+            factor=_factor(component.exponent, 1.0 if component.scalar is None else float(component.scalar[0])),
         )
 
     @property
     def nbytes(self) -> int:
         """The bytes in memory."""
-        own = [self.mask, self.row, self.col]
-        made = [] if self.made is None else [self.made.row, self.made.col]
-        return sum(tensor.nbytes for tensor in own + made if tensor is not None)
+        made = 0 if self.made is None else self.made.row.nbytes + self.made.col.nbytes
+        return self.mask.nbytes + self.scales.nbytes + made
 
     def wide(self) -> ComponentTensors:
         """The component for kernels: the same mask, and scales in binary32, which are exact (SPEC 6.1)."""
         if self.made is not None:
             return self.made
-        row = self.scale.expand(len(self.mask)).contiguous() if self.row is None else self.scale * self.row
-        col = torch.ones(self.width, device=self.mask.device) if self.col is None else self.col.float()
-        return ComponentTensors(self.mask, row, col, self.col is None)
+        height, scales = len(self.mask), self.scales.float()
+        if self.axis in (Axis.ROW, Axis.ROW_COL):
+            row = scales[:height].mul_(self.factor)
+        else:
+            row = self.factor.expand(height).contiguous()
+        if self.axis in (Axis.COL, Axis.ROW_COL):
+            return ComponentTensors(self.mask, row, scales[-self.width :], False)
+        return ComponentTensors(self.mask, row, torch.ones(self.width, device=self.mask.device), True)
 
     def to(self, device: torch.device) -> HeldComponent:
         """The component on this device."""
-        row, col = (None if scales is None else scales.to(device) for scales in (self.row, self.col))
-        moved = replace(self, mask=self.mask.to(device), row=row, col=col, scale=self.scale.to(device))
+        moved = replace(
+            self, mask=self.mask.to(device), scales=self.scales.to(device), factor=self.factor.to(device)
+        )  # fmt: skip
         return moved if device.type == "cpu" else replace(moved, made=moved.wide())
 
 
 @lru_cache(maxsize=1024)
-def _scale(exponent: int, scalar: float) -> Tensor:
+def _factor(exponent: int, scalar: float) -> Tensor:
     return torch.full((1,), 2.0**exponent * scalar, dtype=torch.float32)
-
-
-def _copied(array: NDArray[Any]) -> Tensor:
-    """A copy in memory of torch's own, without a numpy array beside it."""
-    return torch.tensor(np.ascontiguousarray(array))

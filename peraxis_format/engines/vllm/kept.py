@@ -9,6 +9,7 @@ import os
 import weakref
 from pathlib import Path
 
+from peraxis_format.engines.vllm.bridge import descriptor_of
 from peraxis_format.errors import LiveModelError, PxdError
 from peraxis_format.reader import DeltaFile
 
@@ -19,16 +20,10 @@ class KeptFile:
     """The open file of a delta. path: for errors; it may be renamed or removed meanwhile."""
 
     def __init__(self, file: DeltaFile) -> None:
-        """Raises LiveModelError if the path has become another file's; OSError, PxdError."""
         self.path = file.path
         self.content_id = file.content_id
-        self._descriptor = os.open(file.path, os.O_RDONLY)
+        self._descriptor = descriptor_of(file)
         self._closing = weakref.finalize(self, os.close, self._descriptor)
-        try:
-            self.read().close()
-        except BaseException:
-            self.close()
-            raise
 
     def read(self) -> DeltaFile:
         """Open the same file once more. Raises LiveModelError if another one was written in its place; PxdError,

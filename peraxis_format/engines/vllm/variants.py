@@ -2,11 +2,13 @@
 
     resident    in the memory of the model's device      at most `resident`, including those of the step
     host        in host memory                            at most `host`
-    file        open, so that it can be read again even if it is renamed or removed
+    file        open, so that it can be read again even if it is renamed or removed       at most `files`
 
 On the CPU resident and host are the same memory, and only `host` counts. An evicted variant is read from its file and
-all digests are checked. If that fails on one rank, it fails on all of them, and is tried again at the next use. Names
-stay until they are removed.
+all digests are checked. If that fails on one rank, it fails on all of them, and is tried again at the next use.
+
+vLLM's server does not tell its workers that an adapter was unloaded. So of more than `files` variants the least
+recently used one is forgotten; if vLLM still has it, its next request adds it again by its path.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from peraxis_format.reader import DeltaFile
 __all__ = ["Counters", "VariantStore"]
 
 T = TypeVar("T")
+_FILES: Final = 256
 _CLAIMED: Final = "variants are served over these weights; swap the model in another server"
 
 
@@ -54,7 +57,9 @@ class Counters:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class VariantStore:
-    """Variants by adapter id. resident, host: the largest numbers in device and in host memory."""
+    """Variants by adapter id. resident, host, files: the largest numbers in device memory, in host memory, and of open
+    files; files is at least twice the others.
+    """
 
     model: nn.Module
     model_config: Any
@@ -62,8 +67,9 @@ class VariantStore:
     resident: int
     host: int
     checks_assets: bool = True
+    files: int = _FILES
     counters: Counters = field(default_factory=Counters)
-    _files: dict[int, tuple[str, KeptFile]] = field(default_factory=dict)
+    _files: OrderedDict[int, tuple[str, KeptFile]] = field(default_factory=OrderedDict)
     _host: OrderedDict[int, Variant] = field(default_factory=OrderedDict)
     _resident: OrderedDict[int, Variant] = field(default_factory=OrderedDict)
     _pinned: set[int] = field(default_factory=set)
@@ -93,12 +99,14 @@ class VariantStore:
         self.remove(number)
         self._files[number] = name, kept
         self._keep(number, variant)
+        self._forget()
         return True
 
     def get(self, number: int) -> Variant:
         """A variant in device memory, now the most recently used. Raises PxdError, LiveModelError, OSError, on all
         ranks, if it was evicted and cannot be read again.
         """
+        self.touch([number])
         if number in self._resident:
             self._resident.move_to_end(number)
             self._host.move_to_end(number)
@@ -136,6 +144,12 @@ class VariantStore:
                 failed[number] = error
         return found, failed
 
+    def touch(self, numbers: Iterable[int]) -> None:
+        """Mark the files of these variants as used, so that adding others does not close them."""
+        for number in numbers:
+            if number in self._files:
+                self._files.move_to_end(number)
+
     def pin(self, number: int) -> bool:
         """Never evict a variant. Returns whether it is known."""
         if number in self._files:
@@ -170,6 +184,12 @@ class VariantStore:
             for each in list(self._resident):
                 if each not in self._host:
                     del self._resident[each]
+
+    def _forget(self) -> None:
+        most = max(self.files, 2 * self.host, 2 * self.resident)
+        for number in list(self._files)[:-most]:
+            if number not in self._pinned:
+                self.remove(number)
 
     def _evict(self, kept: OrderedDict[int, Variant], most: int, newest: int) -> None:
         for number in list(kept):

@@ -90,6 +90,7 @@ class VariantManager:
         Afterwards `failed` has the requests whose adapter is not available; their rows are the base's.
         """
         failures: dict[int, Exception] = {}
+        self.store.touch(request.lora_int_id for request in requests)
         for request in requests:
             if request.lora_int_id not in self._dummies | self.store.ids():
                 try:
