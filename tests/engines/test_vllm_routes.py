@@ -34,7 +34,8 @@ class Engine:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.vllm_config = SimpleNamespace(
-            load_config=SimpleNamespace(load_format="peraxis", model_loader_extra_config={})
+            load_config=SimpleNamespace(load_format="peraxis", model_loader_extra_config={}),
+            parallel_config=SimpleNamespace(nnodes=1, distributed_executor_backend="mp"),
         )
 
     def __getattr__(self, name: str) -> Any:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from peraxis_format.engines.vllm.fetching import Fetching
 from peraxis_format.engines.vllm.following import Following, RequestError
 from peraxis_format.engines.vllm.offline import BASE_VERSION
 from peraxis_format.engines.vllm.permitted import Permitted
@@ -41,6 +42,7 @@ class Control:
     current: str | None = None
     base_version: str = BASE_VERSION
     following: Following | None = None
+    fetching: Fetching = field(default_factory=lambda: Fetching(one_host=True))
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def status(self) -> dict[str, Any]:
@@ -57,12 +59,11 @@ class Control:
         name, delta = _text(body, "name"), self._source(body, "delta")
         if not _NAME.fullmatch(name):
             raise RequestError(400, f"name is {name!r}; use letters, digits and . _ : @ -, at most 200")
-        async with self._lock:
-            self._refuse_following()
-            if name in self.staged:
-                raise RequestError(409, f"variant {name!r} is staged already; remove it first")
-            content_id = await asyncio.to_thread(content_id_of, delta)
-            await self._initialise({"add": {name: delta}, "content_ids": {name: content_id}})
+        self._refuse_staging(name)  # before a URL is fetched, and again afterwards
+        async with self.fetching.local(delta) as path, self._lock:
+            self._refuse_staging(name)
+            content_id = await asyncio.to_thread(content_id_of, path)
+            await self._initialise({"add": {name: path}, "content_ids": {name: content_id}})
             self.staged[name] = content_id
         return {"name": name, "content_id": content_id}
 
@@ -94,7 +95,8 @@ class Control:
         """Apply one exact update to the weights, permanently."""
         path, pause = self._source(body, "update"), _Pause.of(body)
         self._refuse_following()
-        return await self._updated(path, pause)
+        async with self.fetching.local(path) as local:
+            return await self._updated(local, pause)
 
     async def follow(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Follow the chain of a folder; the first poll runs before this answers."""
@@ -181,6 +183,11 @@ class Control:
     def _check_known(self, name: str) -> None:
         if name not in self.staged:
             raise RequestError(404, f"no variant {name!r}; staged: {', '.join(self.staged) or 'none'}")
+
+    def _refuse_staging(self, name: str) -> None:
+        self._refuse_following()
+        if name in self.staged:
+            raise RequestError(409, f"variant {name!r} is staged already; remove it first")
 
     def _refuse_following(self) -> None:
         if self.following is not None:

@@ -44,6 +44,7 @@ __all__ = [
     "drop_packed",
     "is_cpu",
     "is_eager",
+    "is_one_host",
     "keep_unpacked",
     "placed_tensors",
     "plain_tensors",
@@ -158,6 +159,12 @@ def is_cpu() -> bool:
 def is_eager(config: Any) -> bool:
     """Whether a VllmConfig runs the model's Python code at each step, without compiling or capturing it."""
     return bool(config.model_config.enforce_eager)
+
+
+def is_one_host(config: Any) -> bool:
+    """Whether all ranks of a VllmConfig run on the host of the API server."""
+    parallel = config.parallel_config
+    return bool(parallel.nnodes == 1 and parallel.distributed_executor_backend in (None, "mp", "uni"))
 
 
 def tensor_group() -> tuple[Any, int]:

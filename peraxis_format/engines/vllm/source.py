@@ -23,7 +23,7 @@ from peraxis_format.errors import CheckpointError, LiveModelError, PxdError
 from peraxis_format.hub import hub_path
 from peraxis_format.reader import DeltaFile
 
-__all__ = ["copy_announced", "open_delta", "shown"]
+__all__ = ["copy_announced", "downloaded", "is_url", "open_delta", "shown"]
 
 _SILENCE_SECONDS: Final = 60.0
 _PIECE: Final = 1 << 20
@@ -53,9 +53,9 @@ def open_delta(source: str, *, group: Any = None) -> DeltaFile:
 
 
 def _opened(source: str) -> DeltaFile:
-    if not source.startswith(_URLS):
+    if not is_url(source):
         return DeltaFile(hub_path(source))
-    with _downloaded(source) as path:
+    with downloaded(source) as path:
         try:
             return DeltaFile(path)  # the open file stays readable without its name
         except PxdError as error:
@@ -81,9 +81,14 @@ def _refuse_different(source: str, file: DeltaFile, group: Any) -> None:
         raise LiveModelError(f"{shown(source)}: is another file on another rank; give every host the same file")
 
 
+def is_url(source: str) -> bool:
+    """Whether a source is fetched by HTTP."""
+    return source.startswith(_URLS)
+
+
 def shown(source: str) -> str:
     """The name for errors and logs: of a URL without user, password, query and fragment."""
-    if not source.startswith(_URLS):
+    if not is_url(source):
         return source
     scheme, _, rest = source.partition("://")
     address, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
@@ -108,7 +113,7 @@ def copy_announced(reader: Any, writer: Any) -> None:
 
 
 @contextmanager
-def _downloaded(url: str) -> Iterator[Path]:
+def downloaded(url: str) -> Iterator[Path]:
     """A file with the bytes that a URL has now, during the block. Raises CheckpointError."""
     if "@" in re.split(r"[/?#]", url.partition("://")[2], maxsplit=1)[0]:
         raise CheckpointError(f"{shown(url)}: a user or a password in a URL is not supported; use a signed URL")
