@@ -219,7 +219,7 @@ def _loaded(llm: Any, number: int, paths: dict[str, str]) -> int:
     """Load another adapter, as vLLM's server does after it forgot one. Returns the number of descriptors."""
     from vllm.lora.request import LoRARequest
 
-    llm.llm_engine.add_lora(LoRARequest(f"load{number}", number, paths[sorted(paths)[-1]]))
+    llm.llm_engine.add_lora(LoRARequest(f"load{number}", number, paths[max(paths)]))
     return len(os.listdir("/dev/fd"))
 
 
