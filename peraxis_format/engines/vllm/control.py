@@ -7,6 +7,7 @@ cache, resume. One change or staging runs at a time.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from peraxis_format.engines.vllm.fetching import Fetching
 from peraxis_format.engines.vllm.following import Following, RequestError
 from peraxis_format.engines.vllm.offline import BASE_VERSION
 from peraxis_format.engines.vllm.permitted import Permitted
-from peraxis_format.engines.vllm.source import open_delta
+from peraxis_format.engines.vllm.source import open_delta, shown
 from peraxis_format.engines.vllm.transfer import CALL_WORKER, Calls, changing, staging
 from peraxis_format.errors import CheckpointError, LiveModelError, PxdError
 
@@ -27,6 +28,8 @@ _WAIT_SECONDS: Final = 600.0
 _FOLLOW_SECONDS: Final = 1.0
 _SHORTEST_SECONDS: Final = 0.01
 _LONGEST_SECONDS: Final = 86400.0
+_LONGEST_TEXT: Final = 4096  # the longest path on Linux
+_LONGEST_QUOTE: Final = 100
 _NAME: Final = re.compile(r"\w[\w.:@-]{0,199}")  # fits into a URL's path and into one line
 
 
@@ -58,7 +61,7 @@ class Control:
         """Stage a variant on every rank."""
         name, delta = _text(body, "name"), self._source(body, "delta")
         if not _NAME.fullmatch(name):
-            raise RequestError(400, f"name is {name!r}; use letters, digits and . _ : @ -, at most 200")
+            raise RequestError(400, f"name is {quoted(name)}; use letters, digits and . _ : @ -, at most 200")
         self._refuse_staging(name)  # before a URL is fetched, and again afterwards
         async with self.fetching.local(delta) as path, self._lock:
             self._refuse_staging(name)
@@ -102,8 +105,8 @@ class Control:
         """Follow the chain of a folder; the first poll runs before this answers."""
         folder, pause = Path(self._source(body, "folder")), _Pause.of(body)
         every = _seconds(body, "every", _FOLLOW_SECONDS)
-        if not await asyncio.to_thread(folder.is_dir):
-            raise RequestError(400, f"{folder}: is not a folder")
+        if not await asyncio.to_thread(os.path.isdir, folder):
+            raise RequestError(400, f"{folder}: is not a folder that the server can read")
         self._refuse_following()
 
         async def apply(path: Path) -> None:
@@ -182,7 +185,7 @@ class Control:
 
     def _check_known(self, name: str) -> None:
         if name not in self.staged:
-            raise RequestError(404, f"no variant {name!r}; staged: {', '.join(self.staged) or 'none'}")
+            raise RequestError(404, f"no variant {quoted(name)}; staged: {', '.join(self.staged) or 'none'}")
 
     def _refuse_staging(self, name: str) -> None:
         self._refuse_following()
@@ -205,7 +208,7 @@ class _Pause:
     def of(cls, body: Mapping[str, Any]) -> _Pause:
         requests = body.get("requests", "wait")
         if requests not in ("wait", "abort"):
-            raise RequestError(400, f'requests is {requests!r}; it can be "wait" or "abort"')
+            raise RequestError(400, f'requests is {quoted(requests)}; it can be "wait" or "abort"')
         return cls(requests, _seconds(body, "timeout", _WAIT_SECONDS))
 
 
@@ -213,15 +216,24 @@ def _seconds(body: Mapping[str, Any], key: str, default: float) -> float:
     value = body.get(key, default)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not _SHORTEST_SECONDS <= value <= _LONGEST_SECONDS:
-        raise RequestError(400, f"{key} is {value!r}; it must be a number of seconds, {_SHORTEST_SECONDS} to a day")
+        raise RequestError(
+            400, f"{key} is {quoted(value)}; it must be a number of seconds, {_SHORTEST_SECONDS} to a day"
+        )
     return float(value)
 
 
 def _text(body: Mapping[str, Any], key: str) -> str:
     value = body.get(key)
-    if not isinstance(value, str) or not value or not value.isprintable():
-        raise RequestError(400, f"{key} is {value!r}; it must be a text without control characters that is not empty")
+    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= _LONGEST_TEXT:
+        wanted = f"a text of 1 to {_LONGEST_TEXT} characters without control characters"
+        raise RequestError(400, f"{key} is {quoted(value)}; it must be {wanted}")
     return value
+
+
+def quoted(value: object) -> str:
+    """A value of a request for an error, in one line that a request cannot make long."""
+    text = repr(value) if isinstance(value, str | int | float | bool | None) else f"a JSON {type(value).__name__}"
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}... ({len(text)} characters)"
 
 
 def is_dead(error: BaseException) -> bool:
@@ -234,5 +246,9 @@ def content_id_of(delta: str) -> str:
     try:
         with open_delta(delta) as file:
             return file.content_id
-    except (PxdError, CheckpointError, LiveModelError, OSError) as error:
+    except OSError as error:
+        raise RequestError(
+            400, f"{shown(delta)}: {error.strerror or error}; name a file that the server can read"
+        ) from None
+    except (PxdError, CheckpointError, LiveModelError) as error:
         raise RequestError(400, " ".join(str(error).split())) from None
