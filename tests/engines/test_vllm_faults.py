@@ -132,6 +132,16 @@ def test_a_bad_adapter_is_refused_with_its_reason_and_the_others_are_served(
     assert ask(crowded, "v1") == (200, references["v1"])
 
 
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "\0", "x" * 201])
+def test_a_name_that_would_break_a_log_is_refused(crowded: Server, deltas: dict[str, Path], name: str) -> None:
+    for body in ({"lora_name": name, "lora_path": str(deltas["v2"])}, {"lora_name": "n", "lora_path": 40 * name}):
+        status, answer = crowded.post("/v1/load_lora_adapter", body)
+        assert status in (400, 404, 500), answer
+        assert len(str(answer)) < 1000
+    assert crowded.get("/health")[0] == 200
+    assert len(crowded.get("/v1/models")[1]["data"]) == 3
+
+
 def test_a_rank_that_is_killed_ends_requests_with_an_error_and_the_server_with_a_status(
     untied: dict[str, str], deltas: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -220,6 +220,14 @@ def test_a_url_is_fetched_each_time_and_nothing_stays_on_the_disk(
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("source", ["a\0b.pxd", "a\nb.pxd", "x" * 5000, "http://127.0.0.1:1/\n"])
+def test_a_source_that_is_no_name_is_one_short_line(source: str) -> None:
+    with pytest.raises(CheckpointError, match="without control characters") as caught:
+        open_delta(source)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+
+
 def test_a_url_that_is_not_there_is_one_line(served: str) -> None:
     with pytest.raises(CheckpointError, match="cannot be fetched") as caught:
         open_delta(f"{served}/none.pxd?token=secret")

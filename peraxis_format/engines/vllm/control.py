@@ -18,7 +18,7 @@ from peraxis_format.engines.vllm.fetching import Fetching
 from peraxis_format.engines.vllm.following import Following, RequestError
 from peraxis_format.engines.vllm.offline import BASE_VERSION
 from peraxis_format.engines.vllm.permitted import Permitted
-from peraxis_format.engines.vllm.source import open_delta, shown
+from peraxis_format.engines.vllm.source import LONGEST_SOURCE, NAME_RULE, open_delta, quoted, shown
 from peraxis_format.engines.vllm.transfer import CALL_WORKER, Calls, changing, staging
 from peraxis_format.errors import CheckpointError, LiveModelError, PxdError
 
@@ -28,8 +28,6 @@ _WAIT_SECONDS: Final = 600.0
 _FOLLOW_SECONDS: Final = 1.0
 _SHORTEST_SECONDS: Final = 0.01
 _LONGEST_SECONDS: Final = 86400.0
-_LONGEST_TEXT: Final = 4096  # the longest path on Linux
-_LONGEST_QUOTE: Final = 100
 _NAME: Final = re.compile(r"\w[\w.:@-]{0,199}")  # fits into a URL's path and into one line
 
 
@@ -224,16 +222,9 @@ def _seconds(body: Mapping[str, Any], key: str, default: float) -> float:
 
 def _text(body: Mapping[str, Any], key: str) -> str:
     value = body.get(key)
-    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= _LONGEST_TEXT:
-        wanted = f"a text of 1 to {_LONGEST_TEXT} characters without control characters"
-        raise RequestError(400, f"{key} is {quoted(value)}; it must be {wanted}")
+    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= LONGEST_SOURCE:
+        raise RequestError(400, f"{key} is {quoted(value)}; {NAME_RULE.format(LONGEST_SOURCE)}")
     return value
-
-
-def quoted(value: object) -> str:
-    """A value of a request for an error, in one line that a request cannot make long."""
-    text = repr(value) if isinstance(value, str | int | float | bool | None) else f"a JSON {type(value).__name__}"
-    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}... ({len(text)} characters)"
 
 
 def is_dead(error: BaseException) -> bool:

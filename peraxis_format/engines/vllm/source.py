@@ -23,10 +23,22 @@ from peraxis_format.errors import CheckpointError, LiveModelError, PxdError
 from peraxis_format.hub import hub_path
 from peraxis_format.reader import DeltaFile
 
-__all__ = ["copy_announced", "downloaded", "is_url", "open_delta", "shown"]
+__all__ = [
+    "LONGEST_SOURCE",
+    "NAME_RULE",
+    "copy_announced",
+    "downloaded",
+    "is_url",
+    "open_delta",
+    "quoted",
+    "shown",
+]
 
 _SILENCE_SECONDS: Final = 60.0
 _PIECE: Final = 1 << 20
+LONGEST_SOURCE: Final = 4096  # the longest path on Linux
+NAME_RULE: Final = "it must be a text of 1 to {} characters without control characters"
+_LONGEST_QUOTE: Final = 100
 _URLS: Final = ("http://", "https://")
 
 
@@ -53,6 +65,8 @@ def open_delta(source: str, *, group: Any = None) -> DeltaFile:
 
 
 def _opened(source: str) -> DeltaFile:
+    if not source.isprintable() or len(source) > LONGEST_SOURCE:
+        raise CheckpointError(f"{quoted(source)}: is not a name of a file; {NAME_RULE.format(LONGEST_SOURCE)}")
     if not is_url(source):
         return DeltaFile(hub_path(source))
     with downloaded(source) as path:
@@ -79,6 +93,12 @@ def _refuse_different(source: str, file: DeltaFile, group: Any) -> None:
     distributed.all_gather_object(found, file.content_id, group=group)
     if len(set(found)) > 1:
         raise LiveModelError(f"{shown(source)}: is another file on another rank; give every host the same file")
+
+
+def quoted(value: object) -> str:
+    """A value of a request for an error, in one line that a request cannot make long."""
+    text = repr(value) if isinstance(value, str | int | float | bool | None) else f"a JSON {type(value).__name__}"
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}... ({len(text)} characters)"
 
 
 def is_url(source: str) -> bool:
