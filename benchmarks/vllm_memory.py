@@ -91,6 +91,8 @@ def main() -> int:
     parser.add_argument("--delta", type=Path, help="a .pxd of --pair's base, in the place of all variants")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.variants < 2:
+        parser.error("--variants has to be at least 2, because the growth from one to all is measured")
     if options.delta is not None and options.pair is None:
         parser.error("--delta needs --pair, for its base")
     with tempfile.TemporaryDirectory() as name:
