@@ -121,6 +121,29 @@ def test_a_stream_of_a_variant_that_cannot_be_read_ends_with_an_error_event(
     deltas["v1"].write_bytes(good)
 
 
+def test_another_file_under_the_name_and_path_of_a_first_one_is_refused_because_prefixes_are_cached(
+    crowded: Server, deltas: dict[str, Path], references: dict[str, list[int]]
+) -> None:
+    path = deltas["v1"].with_name("new.pxd")
+    body = {"lora_name": "new", "lora_path": str(path)}
+
+    def load() -> tuple[int, Any]:
+        return crowded.post("/v1/load_lora_adapter", body)
+
+    shutil.copy(deltas["v1"], path)
+    assert load()[0] == 200
+    assert crowded.post("/v1/unload_lora_adapter", {"lora_name": "new"})[0] == 200
+    shutil.copy(deltas["v2"], path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+    status, answer = load()
+    assert (status, "give the new file another path" in str(answer)) == (500, True), answer
+    path = path.rename(path.with_name("newer.pxd"))
+    body["lora_path"] = str(path)
+    assert load()[0] == 200
+    assert ask(crowded, "new") == (200, references["v2"])
+    assert crowded.post("/v1/unload_lora_adapter", {"lora_name": "new"})[0] == 200
+
+
 @pytest.mark.parametrize(("name", "word"), [("damaged", "E301"), ("alien", "E404"), ("outside", ROOT_VARIABLE)])
 def test_a_bad_adapter_is_refused_with_its_reason_and_the_others_are_served(
     crowded: Server, deltas: dict[str, Path], references: dict[str, list[int]], name: str, word: str

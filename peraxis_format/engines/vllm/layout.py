@@ -41,6 +41,7 @@ __all__ = [
     "adapter_not_found",
     "add_worker_method",
     "all_reduce",
+    "caches_prefixes",
     "drop_packed",
     "is_cpu",
     "is_eager",
@@ -159,6 +160,11 @@ def is_cpu() -> bool:
 def is_eager(config: Any) -> bool:
     """Whether a VllmConfig runs the model's Python code at each step, without compiling or capturing it."""
     return bool(config.model_config.enforce_eager)
+
+
+def caches_prefixes(config: Any) -> bool:
+    """Whether a VllmConfig keeps keys and values of prompts for later requests."""
+    return bool(config.cache_config.enable_prefix_caching)
 
 
 def is_one_host(config: Any) -> bool:

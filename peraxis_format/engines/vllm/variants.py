@@ -36,7 +36,7 @@ from peraxis_format.engines.vllm.layout import (
 )
 from peraxis_format.engines.vllm.loader import check_assets
 from peraxis_format.engines.vllm.patches import LayerPatch, Patch, patch_of
-from peraxis_format.engines.vllm.source import open_delta
+from peraxis_format.engines.vllm.source import open_delta, shown
 from peraxis_format.errors import LiveModelError, PxdError
 from peraxis_format.reader import DeltaFile
 
@@ -58,7 +58,8 @@ class Counters:
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class VariantStore:
     """Variants by adapter id. resident, host, files: the largest numbers in device memory, in host memory, and of open
-    files; files is at least twice the others.
+    files; files is at least twice the others. caches_prefixes: vLLM keeps keys and values by a variant's name and path,
+    so another file under both is refused.
     """
 
     model: nn.Module
@@ -67,12 +68,14 @@ class VariantStore:
     resident: int
     host: int
     checks_assets: bool = True
+    caches_prefixes: bool = True
     files: int = _FILES
     counters: Counters = field(default_factory=Counters)
     _files: OrderedDict[int, tuple[str, KeptFile]] = field(default_factory=OrderedDict)
     _host: OrderedDict[int, Variant] = field(default_factory=OrderedDict)
     _resident: OrderedDict[int, Variant] = field(default_factory=OrderedDict)
     _pinned: set[int] = field(default_factory=set)
+    _contents: dict[tuple[str, str], str] = field(default_factory=dict)  # name, source -> the content ID served
 
     def ids(self) -> set[int]:
         """The known adapter ids."""
@@ -90,6 +93,7 @@ class VariantStore:
         with open_delta(source, group=group if count > 1 else None) as file:
             if self.checks_assets:
                 check_assets(file, self.model_config)
+            self._refuse_other_content(name, source, file)
             refuse_uncovered(self.model, file.manifest)
             _refuse_exact(file)
             placement = place(plain_tensors(self.model), file.manifest, views=views(self.model, file.manifest))
@@ -97,6 +101,7 @@ class VariantStore:
             check_base(file, placement, group=group if count > 1 else None)
             variant, kept = self._agreed(lambda: (self._read(name, file, placement), KeptFile(file)))
         self.remove(number)
+        self._contents[name, source] = variant.content_id
         self._files[number] = name, kept
         self._keep(number, variant)
         self._forget()
@@ -184,6 +189,13 @@ class VariantStore:
             for each in list(self._resident):
                 if each not in self._host:
                     del self._resident[each]
+
+    def _refuse_other_content(self, name: str, source: str, file: DeltaFile) -> None:
+        if self.caches_prefixes and self._contents.get((name, source), file.content_id) != file.content_id:
+            raise LiveModelError(
+                f"{shown(source)}: is another file than the one that {name} was loaded from before, and vLLM's prefix "
+                "cache would mix both; give the new file another path"
+            )
 
     def _forget(self) -> None:
         most = max(self.files, 2 * self.host, 2 * self.resident)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from peraxis_format.engines.vllm.batch import StepRows
 from peraxis_format.engines.vllm.bridge import agree
 from peraxis_format.engines.vllm.layers import LayerState, Variant, wrap_layers
-from peraxis_format.engines.vllm.layout import adapter_not_found, is_eager, tensor_group, worker_class
+from peraxis_format.engines.vllm.layout import adapter_not_found, caches_prefixes, is_eager, tensor_group, worker_class
 from peraxis_format.engines.vllm.loader import assets_checked
 from peraxis_format.engines.vllm.permitted import Permitted
 from peraxis_format.engines.vllm.scheduler import ends_failed, marked
@@ -68,6 +68,7 @@ class VariantManager:
             resident=lora.max_loras,
             host=lora.max_cpu_loras or lora.max_loras,
             checks_assets=checks,
+            caches_prefixes=caches_prefixes(vllm_config),
         )
         self.failed: frozenset[str] = frozenset()
         self._requests_of = requests_of if ends_failed(vllm_config) else None
