@@ -27,6 +27,7 @@ from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rows import base_rows
 from peraxis_tools.unpacked import UnpackedFile, unpacked
+from peraxis_tools.words import counted
 
 __all__ = [
     "PART_KEY",
@@ -183,7 +184,7 @@ def _check_weights(paths: Sequence[str | Path], weights: Sequence[float], mixtur
     if not paths:
         raise ToolError("pass the deltas to merge")
     if len(weights) != len(paths):
-        raise ToolError(f"{len(weights)} weights for {len(paths)} deltas; pass one for each")
+        raise ToolError(f"{counted(len(weights), 'weight')} for {counted(len(paths), 'delta')}; pass one for each")
     odd = [weight for weight in weights if not (weight == 0 or _WEIGHT_MIN <= abs(weight) <= _WEIGHT_MAX)]
     if odd:
         raise ToolError(f"weight {odd[0]:g}: must be 0, or {_WEIGHT_MIN:g} to {_WEIGHT_MAX:g} in magnitude")

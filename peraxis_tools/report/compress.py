@@ -11,6 +11,7 @@ from peraxis_format import Encoding
 from peraxis_tools.blocks import blocks_text
 from peraxis_tools.compress.plan.plan import EXACT
 from peraxis_tools.report.console import print_note, size, text
+from peraxis_tools.words import counted
 
 if TYPE_CHECKING:
     from peraxis_tools.compress import CompressResult, Plan
@@ -26,9 +27,11 @@ def plan_lines(plan: Plan) -> None:
     masks = Counter(module.components for module in plan.modules if module.components)
     exact = Counter(module.reason for module in plan.modules if module.encoding is Encoding.FULL)
     kept = Counter(module.reason for module in plan.modules if module.encoding is Encoding.SAME)
-    parts = [f"{count} modules with {k} mask{'s' * (k > 1)}" for k, count in sorted(masks.items())]
+    parts = [f"{counted(count, 'module')} with {counted(k, 'mask')}" for k, count in sorted(masks.items())]
     parts += [f"{count} as in the base ({reason})" for reason, count in sorted(kept.items())]
-    parts += [f"{count} exact ({reason})" for reason, count in sorted(exact.items())]
+    parts += [
+        f"{count} exact ({'asked for' if reason == EXACT else reason})" for reason, count in sorted(exact.items())
+    ]
     whole = plan.payload_bytes if plan.file_bytes is None else plan.file_bytes
     ratio = plan.full_bytes / max(whole, 1)
     print_note(f"plan: {', '.join(parts)}")

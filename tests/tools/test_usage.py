@@ -59,7 +59,7 @@ def test_a_wrong_usage_is_one_line(line: str, said: str, shown: Shown) -> None:
 @pytest.mark.parametrize("masks", ["0", "9"])
 def test_the_limit_of_masks_has_one_wording(masks: str, shown: Shown) -> None:
     for line in ("compress base tuned -o x.pxd", "merge a.pxd b.pxd --weights 1,1 -o x.pxd"):
-        assert f"error: masks {masks}: must be 1 to 8\n" in shown(f"{line} --masks {masks}")[1]
+        assert f"error: --masks {masks}: must be 1 to 8\n" in shown(f"{line} --masks {masks}")[1]
 
 
 @pytest.mark.parametrize(
