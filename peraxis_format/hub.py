@@ -15,7 +15,7 @@ from typing import Final, cast
 
 from peraxis_format.errors import CheckpointError
 
-__all__ = ["HubName", "commit_new_file", "hub_errors", "hub_file", "hub_files", "hub_name", "hub_path"]
+__all__ = ["HubName", "commit_new_file", "hub_errors", "hub_file", "hub_files", "hub_name", "hub_path", "hub_reason"]
 
 _TRIES: Final = 8  # commits of others to other files that may come in between
 _MOVED: Final = 412  # status: the parent commit is no longer the newest one
@@ -65,6 +65,16 @@ def hub_errors() -> tuple[type[Exception], ...]:
     return HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, OSError, ValueError, *library
 
 
+def hub_reason(error: BaseException) -> str:
+    """One line of an error of the hub: that of its cause, if the library only adds that the cache has no copy."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError) and (error.__cause__ or error.__context__) is not None:
+        error = error.__cause__ or error.__context__ or error
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line.removeprefix("Got: ")
+
+
 def hub_path(source: str | os.PathLike[str]) -> Path:
     """The local path of a delta: the source itself, or a path in the hub's cache. Raises CheckpointError."""
     name = hub_name(source)
@@ -86,8 +96,7 @@ def hub_file(name: HubName) -> Path:
         file = name.file or _only_delta(name)
         return Path(hf_hub_download(name.repository, file, revision=name.revision))
     except errors as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointError(f"{name.repository}: cannot be fetched from the hub: {reason}") from None
+        raise CheckpointError(f"{name.repository}: cannot be fetched from the hub: {hub_reason(error)}") from None
 
 
 def hub_files(name: HubName) -> list[str]:
@@ -102,8 +111,7 @@ def hub_files(name: HubName) -> list[str]:
     try:
         there = _listed(name)
     except errors as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointError(f"{name.repository}: cannot be fetched from the hub: {reason}") from None
+        raise CheckpointError(f"{name.repository}: cannot be fetched from the hub: {hub_reason(error)}") from None
     folder = f"{name.file.rstrip('/')}/" if name.file else ""
     found = sorted(
         file for file in there

@@ -19,7 +19,7 @@ import peraxis_format as pxd
 from peraxis_tools.arguments import one_name, sequence
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.delta_parts import PART_KEY, is_part, join_parts, part_metadata, refuse_part, split
-from peraxis_tools.errors import CheckFailedError, ToolError
+from peraxis_tools.errors import CheckFailedError, OptionError, ToolError
 from peraxis_tools.merge.methods import Method, Mixture
 from peraxis_tools.merge.modules import MergedModule, merge_module, needs_base, relative_error
 from peraxis_tools.outputs import claim_delta
@@ -123,7 +123,7 @@ def merge(
     mixture = mixture or Mixture()
     masks = one_name("masks", masks, "bits", bits)
     if masks is not None and not 1 <= masks <= pxd.COMPONENTS_MAX:
-        raise ToolError(f"masks {masks}: must be 1 to {pxd.COMPONENTS_MAX}")
+        raise OptionError(f"masks {masks}: must be 1 to {pxd.COMPONENTS_MAX}")
     output = Path(output)
     paths = sequence(paths)
     weights = [weights] if isinstance(weights, int | float) else list(weights)
@@ -191,7 +191,7 @@ def _check_weights(paths: Sequence[str | Path], weights: Sequence[float], mixtur
     if mixture.normalized and mixture.method != "ties" and abs(math.fsum(weights)) <= _SUM_MIN:
         # `ties` divides by the weights of the elected sign alone, whose sum is not 0.
         shown = ", ".join(f"{weight:g}" for weight in weights)
-        raise ToolError(f"weights {shown}: their sum is 0, so they cannot be normalised (normalize, --normalize)")
+        raise OptionError(f"weights {shown}: their sum is 0; pass normalize=False (--no-normalize)")
 
 
 def _masks(file: pxd.DeltaFile) -> int:

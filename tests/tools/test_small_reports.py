@@ -84,11 +84,17 @@ def test_pull_makes_its_folder_and_leaves_none_behind_after_a_failure(inputs: Pa
     assert pulled.path.is_file()
 
 
-def test_a_licence_is_an_identifier_of_the_hub(inputs: Path) -> None:
-    for licence in ("my license", "Apache-2.0", ""):
+def test_a_license_is_an_identifier_of_the_hub_under_either_spelling(inputs: Path) -> None:
+    for name in ("my license", "Apache-2.0", ""):
         with pytest.raises(peraxis.ToolError, match="not an identifier of the hub"):
-            publish("a/b", "a.pxd", licence=licence, dry_run="repo")
-    publish("a/b", "a.pxd", licence="apache-2.0", dry_run="repo")
+            publish("a/b", "a.pxd", license=name, dry_run="repo")
+    publish("a/b", "a.pxd", license="apache-2.0", dry_run="repo")
+    card = (inputs / "repo" / "README.md").read_bytes()
+    assert b"license: apache-2.0" in card
+    publish("a/b", "a.pxd", licence="apache-2.0", dry_run="repo", overwrite=True)
+    assert (inputs / "repo" / "README.md").read_bytes() == card
+    with pytest.raises(peraxis.ToolError, match="licence is another name of license"):
+        publish("a/b", "a.pxd", license="apache-2.0", licence="mit", dry_run="repo")
 
 
 def test_the_card_shows_the_stable_interface_with_names_that_there_are(inputs: Path) -> None:
