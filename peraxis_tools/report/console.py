@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import logging
+import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
@@ -98,15 +99,19 @@ def emit(result: R, render: Callable[[R, Console], None], *, schema: str, as_jso
 
 def show(result: R, render: Callable[[R, Console], None]) -> None:
     """Print a result as text."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        write(plain_text(result, render, width=console.width))
+        return
     with _standard_output():
-        render(result, Console(highlight=False, soft_wrap=True))
+        render(result, console)
 
 
-def plain_text(result: R, render: Callable[[R, Console], None]) -> str:
-    """The text of a result for a file: without colours, and with lines of any length."""
+def plain_text(result: R, render: Callable[[R, Console], None], *, width: int = 120) -> str:
+    """The text of a result for a file: without colours or blanks at the ends of lines. width: that of tables."""
     lines = io.StringIO()
-    render(result, Console(file=lines, highlight=False, soft_wrap=True, color_system=None, width=120))
-    return lines.getvalue()
+    render(result, Console(file=lines, highlight=False, soft_wrap=True, color_system=None, width=width))
+    return re.sub(" +\n", "\n", lines.getvalue())
 
 
 def write(rendered: str) -> None:
