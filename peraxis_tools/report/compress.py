@@ -49,9 +49,10 @@ def render_dry_run(result: Foretold, console: Console) -> None:
     )
     seconds = "" if result.seconds is None else f", {result.seconds:.0f} processor seconds"
     console.print(f"takes     {size(result.memory)} of memory{seconds}; fit {result.fit}")
+    width = max((len(stage.name) for stage in result.stages), default=0)
     for stage in result.stages:
         seconds = "" if stage.seconds is None else f", {stage.seconds:.0f} s"
-        console.print(f"  {text(stage.name)}  {size(stage.memory)} beyond the imports{seconds}")
+        console.print(f"  {text(stage.name.ljust(width))}  {size(stage.memory)} beyond the imports{seconds}")
 
 
 def render_compress(result: CompressResult, console: Console) -> None:

@@ -128,3 +128,11 @@ def test_the_module_of_the_command_line_runs_it() -> None:
     done = subprocess.run([sys.executable, "-m", "peraxis_tools.cli", "quux"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "no command 'quux'" in done.stderr
+
+
+def test_a_dry_run_needs_no_output_and_a_run_does(shown: Shown) -> None:
+    assert shown("compress base tuned --dry-run --force")[0] == 0
+    assert shown("compress base tuned") == (
+        2,
+        "error: Missing option '--output' / '-o' (see `peraxis-tools compress --help`)\n",
+    )
