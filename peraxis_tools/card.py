@@ -222,8 +222,8 @@ def _facts(delta: CardDelta) -> Iterator[str]:
     calibration = found.manifest.calibration
     if calibration is not None:
         yield (
-            f"- scales fitted on {_md(calibration.source)}, {calibration.samples} samples of "
-            f"{calibration.sequence_length} tokens"
+            f"- scales fitted on {calibration.samples} samples of {calibration.sequence_length} tokens: "
+            f"{_md(calibration.source)}"
         )
     yield f"- written by {_md(found.manifest.producer.name)} {_md(found.manifest.producer.version)}"
     yield ""
