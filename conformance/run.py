@@ -97,7 +97,8 @@ class Adapter:
         reply = call([*self.command, "caps"], seconds=60, mib=4096)
         said = reply.result
         if reply.problem or reply.exit != 0 or not isinstance(said, dict):
-            raise AdapterError(f"`caps` failed: {reply.problem or f'exit status {reply.exit}'}")
+            error = f"; it says {reply.error!r}" if reply.error else ""
+            raise AdapterError(f"`caps` failed: {reply.problem or f'exit status {reply.exit}'}{error}")
         try:
             if said["protocol"] != 1:
                 raise AdapterError(f"the adapter speaks protocol {said['protocol']}, this kit speaks 1")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peraxis_format.torch.updates import UpdateWriter, follow
+from peraxis import UpdateWriter, follow
 
 VOCABULARY, LENGTH, BATCH = 16, 24, 128
 

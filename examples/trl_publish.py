@@ -10,8 +10,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM
 
-from peraxis_format.torch.updates import follow
-from peraxis_format.torch.updates.callback import PublishUpdates
+import peraxis
 
 EVERY = 2  # optimizer steps for each published one
 
@@ -32,14 +31,14 @@ def train(base: str, chain: str, steps: int) -> None:
         args=options,
         train_dataset=Dataset.from_list([{"prompt": "The answer"}] * 64),
         reward_funcs=lambda completions, **_: [float(len(set(text.split()))) for text in completions],
-        callbacks=[PublishUpdates(chain, publish_every=EVERY)],
+        callbacks=[peraxis.PublishUpdates(chain, publish_every=EVERY)],
     ).train()
 
 
 def serve(base: str, chain: str, steps: int) -> torch.nn.Module:
     """Follow until the last step is published, between batches of your own."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    with follow(model, chain) as follower:
+    with peraxis.follow(model, chain) as follower:
         while follower.step != -(-steps // EVERY):
             found = follower.poll()
             if found.applied:

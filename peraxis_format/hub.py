@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
-from peraxis_format.errors import CheckpointError, first_line
+from peraxis_format.errors import CheckpointError
 
-__all__ = ["HubName", "commit_new_file", "hub_errors", "hub_file", "hub_files", "hub_name", "hub_path"]
+__all__ = ["HubName", "commit_new_file", "hub_errors", "hub_file", "hub_files", "hub_name", "hub_path", "hub_reason"]
 
 _TRIES: Final = 8  # commits of others to other files that may come in between
 _MOVED: Final = 412  # status: the parent commit is no longer the newest one
@@ -72,6 +72,16 @@ def _unreachable() -> tuple[type[Exception], ...]:
     return cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
 
 
+def hub_reason(error: BaseException) -> str:
+    """One line of an error of the hub: that of its cause, if the library only adds that the cache has no copy."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError) and (error.__cause__ or error.__context__) is not None:
+        error = error.__cause__ or error.__context__ or error
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line.removeprefix("Got: ")
+
+
 def hub_path(source: str | os.PathLike[str]) -> Path:
     """The local path of a delta: the source itself, or a path in the hub's cache. Raises CheckpointError."""
     name = hub_name(source)
@@ -118,7 +128,7 @@ def _errors_about(name: HubName) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        raise CheckpointError(f"{name.repository}: cannot be fetched from the hub: {first_line(error)}") from None
+        raise CheckpointError(f"{name.repository}: cannot be fetched from the hub: {hub_reason(error)}") from None
 
 
 def _only_delta(name: HubName) -> str:

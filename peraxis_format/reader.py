@@ -14,18 +14,19 @@ import hashlib
 import itertools
 import mmap
 import os
-import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
 
+from peraxis_format.arguments import check_least
 from peraxis_format.container import HEADER_BLOCK, Header, TensorRecord, parts_of, records_of
 from peraxis_format.delta import ModuleDelta
 from peraxis_format.errors import PxdError, fail, located
 from peraxis_format.header import check_start, header_length, parse_header
 from peraxis_format.manifest import Manifest, ModuleEntry
+from peraxis_format.opening import open_regular
 from peraxis_format.payload import build_module, check_pad, check_stored_values, check_values
 from peraxis_format.profile import check_manifest
 from peraxis_format.schema import parse_manifest
@@ -79,7 +80,8 @@ class DeltaFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._closed = False
-        self._file = _open_regular(self.path)
+        with located(self.path):
+            self._file = open_regular(self.path)
         try:
             self.size = os.fstat(self._file).st_size
             with located(self.path):
@@ -243,8 +245,9 @@ class DeltaFile:
         """Yield the bytes of a module's range in order, `size` at a time; steps 9 to 11 follow the last one.
 
         Chunks share a buffer (new memory would cost more than the read), so each is valid until the next one. Results
-        from chunks are valid only after the iteration has ended. Raises PayloadError, KeyError.
+        from chunks are valid only after the iteration has ended. Raises PayloadError, KeyError, ArgumentError.
         """
+        check_least("size", size, 1)
         begin, end = self.span(name)
         digest = hashlib.sha256()
         buffer = memoryview(bytearray(min(size, end - begin)))
@@ -325,15 +328,6 @@ class DeltaFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _open_regular(path: Path) -> int:
-    # SPEC 2.1: check before opening, because opening a pipe would wait for a writer.
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        with located(path):
-            fail("E101", "it is a folder" if stat.S_ISDIR(mode) else "")
-    return os.open(path, os.O_RDONLY)
 
 
 def _records_by_module(records: Sequence[TensorRecord], manifest: Manifest) -> dict[str, TensorRecord | None]:

@@ -9,9 +9,10 @@ from typing import TypeVar
 from peraxis_format import arguments
 from peraxis_tools.errors import OptionError
 
-__all__ = ["check_choice", "check_least", "check_mapping", "check_workers", "masks_of", "refuse_idle", "sequence"]
+__all__ = ["check_choice", "check_least", "check_mapping", "check_workers", "one_name", "refuse_idle", "sequence"]
 
 T = TypeVar("T", str, "str | Path")
+V = TypeVar("V")
 
 
 def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
@@ -42,11 +43,11 @@ def refuse_idle(why: str, **given: object) -> None:
             raise OptionError(f"{name} does nothing {why}; leave it out")
 
 
-def masks_of(masks: int | None, bits: int | None) -> int | None:
-    """The value of the option `masks`, whose former name is `bits`. Raises OptionError if both are given."""
-    if masks is not None and bits is not None:
-        raise OptionError("bits is another name of masks: give only one of them")
-    return bits if masks is None else masks
+def one_name(name: str, value: V | None, former: str, given: V | None) -> V | None:
+    """The value of an option that has two names. Raises OptionError if both are given."""
+    if value is not None and given is not None:
+        raise OptionError(f"{former} is another name of {name}: give only one of them")
+    return given if value is None else value
 
 
 def sequence(value: T | Sequence[T]) -> list[T]:

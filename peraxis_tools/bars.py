@@ -14,6 +14,7 @@ from peraxis_tools.remaining import Remaining
 
 __all__ = ["Advance", "Stages", "progress"]
 
+_OF_BYTES: Final = ("check", "write")  # stages of a run that count bytes
 _REFRESH_SECONDS: Final = 0.05
 
 
@@ -84,7 +85,7 @@ class Stages:
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage != self._stage:
             self._stack.close()
-            unit = "bytes" if stage == "write" else "steps"
+            unit = "bytes" if stage in _OF_BYTES else "steps"
             self._advance = self._stack.enter_context(progress(stage, total, unit=unit, quiet=self._quiet))
             self._stage, self._done = stage, 0
         if self._advance is not None:

@@ -68,12 +68,12 @@ def card_text(
     *,
     existing: str | None = None,
     fine_tuned_card: str | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     relation: str = "finetune",
 ) -> str:
     """The README.md. existing: the repository's card; its text and metadata are extended.
 
-    fine_tuned_card: the fine-tune's own card, for language, licence, pipeline and data sets. Raises ToolError.
+    fine_tuned_card: the fine-tune's own card, for language, license, pipeline and data sets. Raises ToolError.
     """
     card = _parse_card(existing)
     # A ModelCard's data are ModelCardData; the library types them as the base class.
@@ -81,7 +81,7 @@ def card_text(
     text = card.text.strip("\n") if card is not None else f"# {_md(deltas[0].found.manifest.fine_tuned.id)}"
     for delta in deltas:
         text = _with_section(text, delta.file, "\n".join(_section(repository, delta)))
-    merged = _data(repository, deltas, data, _inherited(fine_tuned_card), licence, relation)
+    merged = _data(repository, deltas, data, _inherited(fine_tuned_card), license, relation)
     return f"---\n{merged.to_yaml()}\n---\n\n{text}\n"
 
 
@@ -99,7 +99,7 @@ def _parse_card(content: str | None) -> ModelCard | None:
 
 
 def _inherited(content: str | None) -> dict[str, Any]:
-    """Language, licence, pipeline and data sets of the fine-tune's card."""
+    """Language, license, pipeline and data sets of the fine-tune's card."""
     card = _parse_card(content)
     values = {} if card is None else {key: getattr(card.data, key, None) for key in _INHERITED}
     return {key: value for key, value in values.items() if value}
@@ -117,7 +117,7 @@ def _data(
     deltas: Sequence[CardDelta],
     before: ModelCardData | None,
     theirs: Mapping[str, Any],
-    licence: str | None,
+    license: str | None,
     relation: str,
 ) -> ModelCardData:
     from huggingface_hub import ModelCardData
@@ -129,8 +129,8 @@ def _data(
     if bases:
         values["base_model"] = bases[0] if len(bases) == 1 else bases
         values.setdefault("base_model_relation", relation)
-    if licence is not None:
-        values["license"] = licence
+    if license is not None:
+        values["license"] = license
     pipeline = next((tag for end, tag in _PIPELINES if deltas[0].architecture.endswith(end)), None)
     for key, value in {**({"pipeline_tag": pipeline} if pipeline else {}), **theirs}.items():
         values.setdefault(key, value)
@@ -222,8 +222,8 @@ def _facts(delta: CardDelta) -> Iterator[str]:
     calibration = found.manifest.calibration
     if calibration is not None:
         yield (
-            f"- scales fitted on {_md(calibration.source)}, {calibration.samples} samples of "
-            f"{calibration.sequence_length} tokens"
+            f"- scales fitted on {calibration.samples} samples of {calibration.sequence_length} tokens: "
+            f"{_md(calibration.source)}"
         )
     yield f"- written by {_md(found.manifest.producer.name)} {_md(found.manifest.producer.version)}"
     yield ""

@@ -11,9 +11,9 @@ from typing import Any, Final
 
 from peraxis_format import CheckpointError, Identity, PxdError, Safetensors
 from peraxis_format import open as pxd_open
-from peraxis_format.hub import hub_errors
+from peraxis_format.hub import hub_errors, hub_reason
 from peraxis_tools.assets import FolderAssets, find_assets
-from peraxis_tools.errors import ToolError, first_line
+from peraxis_tools.errors import ToolError
 from peraxis_tools.names import HUB_NAME, names_a_file
 from peraxis_tools.notes import note
 from peraxis_tools.optional import require
@@ -151,4 +151,4 @@ def _download(hub_id: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_PATTERNS))
     except hub_errors() as error:
-        raise CheckpointError(f"{hub_id}: cannot be fetched from the hub: {first_line(error)}") from None
+        raise CheckpointError(f"{hub_id}: cannot be fetched from the hub: {hub_reason(error)}") from None

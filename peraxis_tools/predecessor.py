@@ -11,12 +11,12 @@ __all__ = ["predecessor_named"]
 
 
 @contextlib.contextmanager
-def predecessor_named(first: pxd.DeltaFile) -> Iterator[None]:
-    """Add the update that `first` follows to a BindingError."""
+def predecessor_named(first: pxd.DeltaFile, *, given: bool = False) -> Iterator[None]:
+    """Add the update that `first` follows to a BindingError, unless it was given."""
     try:
         yield
     except pxd.BindingError as error:
-        if (before := first.manifest.previous) is not None:
+        if (before := first.manifest.previous) is not None and not given:
             hint = f"it follows update {before}: pass that one too, or its result as the base"
             error.detail = f"{error.detail}; {hint}" if error.detail else hint
         raise

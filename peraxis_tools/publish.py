@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import peraxis_format as pxd
-from peraxis_format.hub import hub_errors
-from peraxis_tools.arguments import check_choice, refuse_idle, sequence
+from peraxis_format.hub import hub_errors, hub_reason
+from peraxis_tools.arguments import check_choice, one_name, refuse_idle, sequence
 from peraxis_tools.card import CardDelta, card_text, missing_fields
 from peraxis_tools.checkpoint import parse_identity
 from peraxis_tools.delta_parts import refuse_part
-from peraxis_tools.errors import ToolError, first_line
+from peraxis_tools.errors import OptionError, ToolError
 from peraxis_tools.folders import atomic_folder
 from peraxis_tools.inspection import inspect
 from peraxis_tools.names import HUB_ID, names_a_file
@@ -32,7 +32,7 @@ __all__ = ["PublishResult", "PublishedDelta", "Relation", "publish"]
 Relation = Literal["finetune", "adapter", "quantized", "merge"]
 
 _CHUNK: Final = 1 << 22
-_LICENCE: Final = re.compile(r"[a-z0-9]+([.+-][a-z0-9]+)*[+]?")
+_LICENSE: Final = re.compile(r"[a-z0-9]+([.+-][a-z0-9]+)*[+]?")
 _EVALUATION: Final = "peraxis.eval/1"
 
 
@@ -65,6 +65,7 @@ def publish(
     paths: str | Path | Sequence[str | Path],
     *,
     evaluation: str | Path | Sequence[str | Path] | None = None,
+    license: str | None = None,
     licence: str | None = None,
     relation: Relation = "finetune",
     base_id: str | None = None,
@@ -78,12 +79,16 @@ def publish(
     """Verify the files, write a model card, and upload all of it to a repository of the hub.
 
     evaluation: files with the JSON of `peraxis-tools eval`, one for each delta. base_id: the hub id of the base for the
-    card. card_from: a folder or a hub id whose README.md gives the language and the licence. dry_run: write the
-    repository to this folder and upload nothing. Raises ToolError, PxdError, OSError.
+    card. card_from: a folder or a hub id whose README.md gives the language and the license. license: its identifier on
+    the hub, like apache-2.0 (`licence` is another name). dry_run: write the repository to this folder and upload
+    nothing. Raises ToolError, PxdError, OSError.
     """
     check_choice("relation", relation, get_args(Relation))
-    if licence is not None and not _LICENCE.fullmatch(licence):
-        raise ToolError(f"licence {licence!r}: not an identifier of the hub, like apache-2.0; for any other pass other")
+    license = one_name("license", license, "licence", licence)
+    if license is not None and not _LICENSE.fullmatch(license):
+        raise OptionError(
+            f"license {license!r}: not an identifier of the hub, like apache-2.0; pass other for any other"
+        )
     if dry_run is None:
         refuse_idle("without dry_run", overwrite=overwrite)
     else:
@@ -107,7 +112,7 @@ def publish(
         told,
         existing=before.card,
         fine_tuned_card=_readme(card_from),
-        licence=licence,
+        license=license,
         relation=relation,
     )
     attributes = _with_line(before.attributes, _ATTRIBUTES)
@@ -241,7 +246,7 @@ def _from_hub(repository: str, name: str, revision: str | None) -> str | None:
         # Without a connection the present content is unknown.
         if isinstance(error, missing) and not isinstance(error, LocalEntryNotFoundError):
             return None
-        raise ToolError(f"{repository}: {name} cannot be read from the hub: {first_line(error)}") from None
+        raise ToolError(f"{repository}: {name} cannot be read from the hub: {hub_reason(error)}") from None
 
 
 def _with_line(text: str, line: str) -> str:
@@ -283,7 +288,7 @@ def _upload(
         api.create_repo(repository, private=private, exist_ok=True)
         done = api.create_commit(repository, operations, commit_message=message, revision=revision)
     except hub_errors() as error:
-        raise ToolError(f"{repository}: cannot be uploaded: {first_line(error)}; log in with `hf auth login`") from None
+        raise ToolError(f"{repository}: cannot be uploaded: {hub_reason(error)}; log in with `hf auth login`") from None
     return str(done.commit_url)
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import peraxis_format as pxd
-from peraxis_format.hub import hub_errors
+from peraxis_format.hub import hub_errors, hub_reason
 from peraxis_tools.arguments import sequence
 from peraxis_tools.content_ids import parse_content_ids
-from peraxis_tools.errors import CheckFailedError, ToolError, error_line
+from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.names import HUB_NAME, names_a_file
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_files, made_folder
@@ -124,4 +124,4 @@ def _from_hub(repository: str, revision: str | None, files: Sequence[str]) -> li
         signatures = [f"{name}.sig" for name in wanted if f"{name}.sig" in there]
         return [Path(api.hf_hub_download(repository, name, revision=revision)) for name in (*wanted, *signatures)]
     except hub_errors() as error:
-        raise ToolError(f"{repository}: cannot be fetched from the hub: {error_line(error)}") from None
+        raise ToolError(f"{repository}: cannot be fetched from the hub: {hub_reason(error)}") from None

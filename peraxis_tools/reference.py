@@ -33,6 +33,7 @@ for every verb and are checked before any work begins:
 - A folder is replaced with `--overwrite` if its list of files (`.peraxis-output.json`) shows that it is an earlier
 output; for `publish --dry-run`, its card shows that. The files of the list are replaced, and all others remain. Any
 other folder that is not empty is refused.
+- A folder is made together with the folders above it. The folder of a file must exist.
 - Devices, pipes and open files (`/dev/stdout`) are written into.
 - If two runs write one output, the second ends with exit code 2 and names the process of the first. Files of a killed
   run, whose names begin with `.peraxis~`, are removed by the next run in that folder.
@@ -50,8 +51,9 @@ If several files are checked, the code is the worst: 1 before 2, and 2 before 3.
 An unexpected error is one line too, with exit code 2; `PERAXIS_TRACEBACK=1` adds the traceback.
 
 A .pxd may be a path or a URL. URLs are those of fsspec (`https://`, `s3://`, ...), and
-`hf://org/repo/file.pxd@revision` for the Hugging Face hub. `inspect` reads only the header of a URL; other verbs fetch
-the file into a temporary folder. URLs and hub ids need `peraxis[hub]`.
+`hf://org/repo/file.pxd@revision` for the Hugging Face hub. `inspect` and `log` read only the headers of URLs, `extract`
+also the small files; other verbs fetch the file into a temporary folder. `sign` and `publish` take files alone. URLs
+and hub ids need `peraxis[hub]`.
 
 A checkpoint is a folder, a safetensors file or index, or a hub id (`org/name` or `org/name@revision`).
 """
@@ -65,6 +67,7 @@ def reference() -> str:
 def _parts() -> Iterator[str]:
     yield _INTRODUCTION
     parent = click.Context(cli, info_name="peraxis-tools", terminal_width=_WIDTH, max_content_width=_WIDTH)
+    parent.help_option_names = ["-h", "--help"]
     yield f"\n## peraxis-tools\n\n```text\n{cli.get_help(parent)}\n```\n"
     for verb in VERBS:
         command = cli.get_command(parent, verb)

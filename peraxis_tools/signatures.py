@@ -72,7 +72,7 @@ def sign(
                 delta.verify(progress=step)
             content_id = delta.content_id
         signing = _library().signing
-        with _clear(f"{file}: cannot be signed", ToolError), progress("sign", None):
+        with _clear(f"{file}: cannot be signed with {private_key}", ToolError), progress("sign", None):
             config = signing.Config().set_hashing_config(_hashing(bundle))
             if certificate is None:
                 config.use_elliptic_key_signer(private_key=private_key, password=password)
@@ -118,7 +118,7 @@ def check_signature(
     _need(*([public_key] if public_key is not None else []), *chain)
     verifying = _library().verifying
     config = verifying.Config().set_hashing_config(_hashing(bundle))
-    with _clear(f"{file}: the keys cannot be read", ToolError):
+    with _clear(f"{', '.join(map(str, [public_key] if public_key else chain))}: cannot be read", ToolError):
         if public_key is not None:
             config.use_elliptic_key_verifier(public_key=public_key)
         else:

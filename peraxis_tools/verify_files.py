@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 import peraxis_format as pxd
+from peraxis_tools.chain.opened import opened_all
+from peraxis_tools.chain.predecessors import Predecessors
+from peraxis_tools.chain.state import ChainState
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.content_ids import parse_content_ids
 from peraxis_tools.delta_parts import part_of
@@ -27,6 +30,7 @@ from peraxis_tools.progress import ProgressOf
 from peraxis_tools.text import check_texts
 from peraxis_tools.unpacked import check_results
 from peraxis_tools.urls import without_secrets
+from peraxis_tools.words import counted
 
 __all__ = ["Check", "FileVerdict", "Opener", "Signature", "Status", "VerifyReport", "Wanted", "verify_files"]
 
@@ -123,7 +127,8 @@ def verify_files(
         raise ToolError("a bound needs the base, which the delta is applied to: base (--base)")
     check_texts(wanted.texts.values())
     wanted = replace(wanted, content_ids=parse_content_ids(wanted.content_ids))
-    verdicts = tuple(_verdict(file, wanted, open_file, progress, workers) for file in files)
+    chain = Predecessors(files if wanted.base is not None and len(files) > 1 else ())
+    verdicts = tuple(_verdict(file, wanted, chain, open_file, progress, workers) for file in files)
     return VerifyReport(status=_gravest(verdict.status for verdict in verdicts), files=verdicts)
 
 
@@ -132,14 +137,16 @@ def _gravest(statuses: Iterator[Status]) -> Status:
     return min(statuses, key=order.index, default=Status.PASSED)
 
 
-def _verdict(file: str, wanted: Wanted, open_file: Opener, progress: ProgressOf, workers: int | None) -> FileVerdict:
+def _verdict(
+    file: str, wanted: Wanted, chain: Predecessors, open_file: Opener, progress: ProgressOf, workers: int | None
+) -> FileVerdict:
     checks: list[Check] = []
     content_id, size = None, None
     name = "structure"
     try:
         with open_file(file) as path, pxd.open(path) as delta:
             content_id, size = delta.content_id, delta.size
-            for name, check in _checks(path, delta, wanted, progress, workers):
+            for name, check in _checks(path, delta, wanted, chain, progress, workers):
                 checks.append(Check(name=name, status=Status.PASSED, message=check()))
     except (pxd.PxdError, pxd.CheckpointError, ToolError, OSError) as error:
         checks.append(_failed(name, error))
@@ -153,17 +160,22 @@ def _verdict(file: str, wanted: Wanted, open_file: Opener, progress: ProgressOf,
 
 
 def _checks(
-    path: Path, delta: pxd.DeltaFile, wanted: Wanted, progress: ProgressOf, workers: int | None
-) -> Iterator[tuple[str, Callable[[], str]]]:
+    path: Path,
+    delta: pxd.DeltaFile,
+    wanted: Wanted,
+    chain: Predecessors,
+    progress: ProgressOf,
+    workers: int | None,
+) -> Iterator[tuple[str, Callable[[], str | None]]]:
     """The name and action of each check, in order; an action returns a text, or raises."""
-    yield "structure", lambda: part_of(delta.manifest, path) or f"{len(delta)} modules"
+    yield "structure", lambda: part_of(delta.manifest, path) or counted(len(delta), "module")
     yield "payload", lambda: _payload(delta, progress, workers)
     if wanted.content_ids:
         yield "content id", lambda: _content_id(delta, wanted.content_ids)
     if wanted.signature is not None:
         yield "signature", partial(_signature, path, wanted.signature, progress)
     if wanted.base is not None:
-        yield "base", partial(_base, delta, wanted.base, progress, workers)
+        yield "base", partial(_base, delta, wanted.base, chain.of(delta.manifest), progress, workers)
     base, fine_tuned = wanted.base, wanted.fine_tuned
     if base is None or fine_tuned is None:
         return
@@ -185,12 +197,28 @@ def _content_id(delta: pxd.DeltaFile, expected: Sequence[str]) -> str:
     return delta.content_id
 
 
-def _base(delta: pxd.DeltaFile, base: str | Path, progress: ProgressOf, workers: int | None) -> str:
-    with _open_base(base) as checkpoint, progress("base", checkpoint.tensors.size) as step, predecessor_named(delta):
-        pxd.check_base(delta.manifest, checkpoint.tensors, workers=workers, progress=step)
-        exact = check_results(delta, checkpoint.tensors)
-    found = f"{base} is the one that this delta was made for"
-    return f"{found}; {exact} exact updates have the right results" if exact else found
+def _base(
+    delta: pxd.DeltaFile, base: str | Path | None, before: Sequence[Path], progress: ProgressOf, workers: int | None
+) -> str | None:
+    """Check the base, or, for an update after others that are verified too (`before`), the state after them."""
+    if base is None:
+        return None
+    with _open_base(base) as checkpoint, progress("base", checkpoint.tensors.size) as step:
+        bound = any(module.base is not None for module in delta.manifest.modules)
+        found = f"{base} is the one that this delta was made for" if bound else "holds whole tensors and needs no base"
+        tensors: pxd.Safetensors = checkpoint.tensors
+        with opened_all(before) as updates, predecessor_named(delta, given=bool(before)):
+            try:
+                pxd.check_base(delta.manifest, tensors, workers=workers, progress=step)
+            except pxd.BindingError:
+                if not updates:
+                    raise
+                tensors = ChainState(tensors, updates)
+                pxd.check_base(delta.manifest, tensors, workers=workers)
+                found = f"follows {before[-1].name}, whose result is the one that it was made for"
+            exact = check_results(delta, tensors)
+    right = "1 exact update has the right result" if exact == 1 else f"{exact} exact updates have the right results"
+    return f"{found}; {right}" if exact else found
 
 
 def _open_base(source: str | Path) -> Checkpoint:

@@ -32,7 +32,7 @@ FORMAT = (
         "strict_json",
         "canonical",
     ),
-    *("files", "delta", "exact", "manifest", "schema_types"),
+    *("files", "opening", "delta", "exact", "manifest", "schema_types"),
     *(
         "schema",
         "profile",

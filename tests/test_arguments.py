@@ -19,7 +19,7 @@ from peraxis_format.arguments import check_choice, check_least
 from peraxis_format.errors import LiveModelError
 from peraxis_format.torch.updates import UpdateWriter
 from peraxis_format.torch.updates.publish_sharded import ShardedUpdateWriter
-from peraxis_tools.arguments import masks_of, sequence
+from peraxis_tools.arguments import one_name, sequence
 from peraxis_tools.chain import compact, update
 from peraxis_tools.diff import diff_checkpoint
 from peraxis_tools.merge import Mixture
@@ -176,7 +176,7 @@ def test_a_list_in_place_of_a_mapping_is_refused() -> None:
 
 
 def test_two_names_of_one_option_are_refused() -> None:
-    assert masks_of(2, None) == masks_of(None, 2) == 2
+    assert one_name(2, None) == one_name(None, 2) == 2
     for function in ("compress", "merge"):
         with pytest.raises(peraxis.ToolError, match="bits is another name of masks"):
             call(function, masks=2, bits=3)

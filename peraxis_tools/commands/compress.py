@@ -22,7 +22,9 @@ __all__ = ["command"]
 @click.command("compress")
 @click.argument("base", metavar="BASE")
 @click.argument("fine_tuned", metavar="FINE_TUNED")
-@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The .pxd to write.")
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), help="The .pxd to write.  [required, but not for --dry-run]"
+)
 @click.option(
     "--exact",
     is_flag=False,
@@ -93,7 +95,7 @@ __all__ = ["command"]
 def command(
     base: str,
     fine_tuned: str,
-    output: Path,
+    output: Path | None,
     config: Path | None,
     base_revision: str | None,
     fine_tuned_revision: str | None,
@@ -130,6 +132,10 @@ def command(
         )
         emit(found, render_dry_run, schema="peraxis.compress-dry-run/1", as_json=as_json)
         return
+    if output is None:
+        raise click.MissingParameter(
+            param_type="option", param_hint="'--output' / '-o'", ctx=click.get_current_context()
+        )
     with Stages(quiet=quiet) as stages:
         result = compress(
             base,

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from peraxis_tools.bars import progress
-from peraxis_tools.commands.options import json_option, quiet_option, refuse_given
+from peraxis_tools.commands.options import json_option, quiet_option, refuse_given, texts_by_domain
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.evaluate import CANDIDATES, EvaluationDType, evaluate
 from peraxis_tools.report import emit
@@ -16,18 +16,6 @@ from peraxis_tools.report.evaluate import render_evaluate
 from peraxis_tools.urls import without_secrets
 
 __all__ = ["command"]
-
-
-def _texts(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    """Parse `domain=source`; a source alone is a domain of the same name."""
-    texts: dict[str, str] = {}
-    for value in values:
-        domain, _, source = value.partition("=")
-        domain, source = (domain, source) if source else (Path(value).name.split(".")[0], value)
-        if domain in texts:
-            raise click.BadParameter(f"{domain!r} is given twice; name each text: --text name={source}")
-        texts[domain] = source
-    return texts
 
 
 def _names(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
@@ -39,7 +27,7 @@ def _names(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[
 @click.argument("fine_tuned", metavar="FINE_TUNED")
 @click.argument("delta", metavar="DELTA")
 @click.option(
-    "--text", "texts", metavar="[DOMAIN=]TEXT", multiple=True, callback=_texts,
+    "--text", "texts", metavar="[DOMAIN=]TEXT", multiple=True, callback=texts_by_domain,
     help="A held-out text: c4, a datasets id, or a json, jsonl(.gz), parquet or txt file. Repeatable.",
 )  # fmt: skip
 @click.option(

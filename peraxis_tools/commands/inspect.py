@@ -64,7 +64,9 @@ def command(
     if pattern is not None:
         result = select(result, pattern)
         if not result.modules:
-            raise ToolError(f"{delta}: has no module that matches {pattern!r}")
+            raise ToolError(
+                f"{delta}: has no module that matches {pattern!r}; a glob is for the whole name, like '*.q_proj.*'"
+            )
     emit(
         result,
         lambda result, console: render_inspect(result, console, modules=modules or pattern is not None, tree=tree),

@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -24,6 +25,7 @@ __all__ = [
     "prefer_option",
     "quiet_option",
     "refuse_given",
+    "texts_by_domain",
     "workers_option",
 ]
 
@@ -35,6 +37,20 @@ def refuse_given(*names: str, why: str) -> None:
         name = parameter.name or ""
         if name in names and context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT):
             raise ToolError(f"{parameter.opts[0]} does nothing {why}; leave it out")
+
+
+def texts_by_domain(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """Parse `domain=source` for each of these; a source alone is a domain of the same name."""
+    texts: dict[str, str] = {}
+    for value in values:
+        domain, _at, source = value.partition("=")
+        domain, source = (domain, source) if source else (Path(value).name.split(".")[0], value)
+        if not domain or not source:
+            raise click.BadParameter(f"{value!r} is not like chat=held-out.jsonl")
+        if domain in texts:
+            raise click.BadParameter(f"{domain!r} is given twice; name each text: --text name={source}")
+        texts[domain] = source
+    return texts
 
 
 class Finite(click.FloatRange):

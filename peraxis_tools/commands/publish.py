@@ -28,8 +28,8 @@ __all__ = ["command"]
     help="The JSON of `eval --json` for the card, one for each delta. Repeatable.",
 )
 @click.option("--base-id", metavar="ORG/NAME[@REVISION]", help="The hub id of the base, for the card.")
-@click.option("--card-from", metavar="FOLDER|ID", help="The fine-tune: its card gives the language and the licence.")
-@click.option("--license", "licence", help="The identifier of the licence on the hub, like apache-2.0.")
+@click.option("--card-from", metavar="FOLDER|ID", help="The fine-tune: its card gives the language and the license.")
+@click.option("--license", help="The identifier of the license on the hub, like apache-2.0.")
 @click.option(
     "--relation",
     type=click.Choice(["finetune", "adapter", "quantized", "merge"]),
@@ -51,7 +51,7 @@ def command(
     evaluations: tuple[Path, ...],
     base_id: str | None,
     card_from: str | None,
-    licence: str | None,
+    license: str | None,
     relation: Relation,
     private: bool,
     revision: str | None,
@@ -80,7 +80,7 @@ def command(
             evaluation=evaluations,
             base_id=base_id,
             card_from=card_from,
-            licence=licence,
+            license=license,
             relation=relation,
             dry_run=dry_run,
             overwrite=overwrite,

@@ -18,6 +18,7 @@ from peraxis_tools.commands.options import (
     overwrite_option,
     quiet_option,
     refuse_given,
+    texts_by_domain,
     workers_option,
 )
 from peraxis_tools.commands.sources import fetched
@@ -33,13 +34,6 @@ from peraxis_tools.verify_files import Opener, Signature, VerifyReport, Wanted, 
 __all__ = ["command"]
 
 _FORMATS = ("text", "json", "junit", "sarif", "github")
-
-
-def _texts(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Mapping[str, str]:
-    pairs = [value.partition("=") for value in values]
-    if not all(name and at and source for name, at, source in pairs):
-        raise click.BadParameter("must be DOMAIN=SOURCE, like chat=held-out.jsonl")
-    return {name: source for name, _, source in pairs}
 
 
 def _reports(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Sequence[tuple[str, Path]]:
@@ -60,11 +54,16 @@ def _reports(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
     help="A content ID that DELTA may have. Repeatable.",
 )
 @click.option("--fine-tuned", metavar="FOLDER|ID", help="The checkpoint that base + DELTA approximates.")
-@click.option("--max-error", type=Finite(min=0), help="The largest relative error of the weights.")
+@click.option(
+    "--max-error",
+    type=Finite(min=0),
+    help="The largest relative error of the weights. A fit on text lowers the outputs' error instead: see --max-kl.",
+)
 @click.option("--max-kl", type=Finite(min=0), help="The largest KL to the fine-tune, in nats per token.")
 @click.option(
-    "--text", "texts", multiple=True, callback=_texts, metavar="DOMAIN=SOURCE", help="A text for --max-kl, as in eval."
-)
+    "--text", "texts", multiple=True, callback=texts_by_domain, metavar="[DOMAIN=]TEXT",
+    help="A text for --max-kl, as in eval. Repeatable.",
+)  # fmt: skip
 @click.option("--signature", is_flag=True, help="Check the signature in DELTA.sig.")
 @click.option("--bundle", type=click.Path(path_type=Path), help="Read the signature from this file.")
 @click.option("--public-key", type=click.Path(path_type=Path), help="The public key of the signer.")
@@ -115,7 +114,8 @@ def command(
 ) -> None:
     """Check the structure and the payload of each DELTA, and everything that the options ask for.
 
-    DELTA may be a glob, a URL, or a folder, which means every .pxd in it.
+    DELTA may be a glob, a URL, or a folder, which means every .pxd in it. With --base, an update that follows others
+    of these files is checked on the state after them.
 
     All files are checked and the report is written before the command ends. The exit code is the worst outcome: 1
     failed (damaged, another base, above a bound), else 2 (input or I/O), else 3 (not verifiable here: an unknown

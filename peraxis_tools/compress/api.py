@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
-from peraxis_tools.arguments import masks_of
+from peraxis_tools.arguments import one_name
 from peraxis_tools.compress.options import CompressOptions, OptionError
 from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.run.run import CompressResult, Progress
@@ -61,7 +61,7 @@ def compress(
     Raises ToolError before any work if the pair or the options are wrong.
     """
     given = locals()  # the parameters and nothing else: this is the first statement
-    given["masks"] = masks_of(masks, bits)
+    given["masks"] = one_name("masks", masks, "bits", bits)
     choices = {name: given[name] for name in _CHOICES if given[name] is not None}
     if options is not None and choices:
         raise OptionError(f"options: pass a CompressOptions or {', '.join(choices)} by name, not both")

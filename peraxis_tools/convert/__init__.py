@@ -13,7 +13,7 @@ from peraxis_tools.convert.layouts import LAYOUTS, Layout
 from peraxis_tools.convert.lora import LeftOut, LoraModule, LoraResult, to_lora
 from peraxis_tools.convert.to_pxd import ToPxdResult, to_pxd
 from peraxis_tools.convert.wires import WIRES, ToWireResult, WireName, from_wire, recognised, to_wire
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import OptionError, ToolError
 from peraxis_tools.progress import Progress
 
 __all__ = [
@@ -110,4 +110,4 @@ def _check_words(layout: str | None, axis: str | None, prefer: str) -> None:
 def _check_closeness(rank: int | None, max_error: float | None) -> None:
     check_least("rank", rank, 1)
     if max_error is not None and not 0.0 < max_error < 1.0:
-        raise ToolError(f"max_error {max_error}: must be above 0 and below 1")
+        raise OptionError(f"max_error {max_error}: must be above 0 and below 1")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import peraxis_format as pxd
 from peraxis_tools.arguments import check_choice, check_least, check_mapping, refuse_idle, sequence
 from peraxis_tools.checkpoint import refuse_swapped
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import OptionError, ToolError
 from peraxis_tools.evaluate.types import (
     CANDIDATES,
     DomainResult,
@@ -62,7 +62,7 @@ def evaluate(
 
     texts: from the name of a domain to c4, a datasets id, or a file (json, jsonl, parquet, txt, csv; also .gz). A text
     is cut into at most `samples` windows of `sequence_length` tokens, without overlap or padding. candidates: some of
-    base, merged, on-the-fly; the last one always computes in float32, the others in compute_dtype. tasks: names of
+    base, merged and on-the-fly; the last one always computes in float32, the others in compute_dtype. tasks: names of
     lm-eval, with task_limit questions each. task_path: a folder with further task definitions. progress: called with
     (stage, done, total), or True for bars. Raises ToolError, PxdError, CheckpointError.
     """
@@ -121,7 +121,7 @@ def _check_asked(texts: Mapping[str, str | Path], tasks: Sequence[str], candidat
     check_mapping("texts", texts, "{'chat': 'held-out.jsonl'}")
     unknown = sorted(set(candidates) - set(CANDIDATES))
     if unknown:
-        raise ToolError(f"candidates {unknown[0]!r}: choose from {', '.join(CANDIDATES)}")
+        raise OptionError(f"candidates {unknown[0]!r}: choose from {', '.join(CANDIDATES)}")
     check_texts(texts.values())
     if not texts and not tasks:
         raise ToolError("nothing to evaluate on: give texts (--text domain=file) or tasks (--tasks)")

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import peraxis_format as pxd
-from peraxis_tools.arguments import masks_of, sequence
+from peraxis_tools.arguments import one_name, sequence
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.delta_parts import join_parts, refuse_part
-from peraxis_tools.errors import CheckFailedError, ToolError
+from peraxis_tools.errors import CheckFailedError, OptionError, ToolError
 from peraxis_tools.merge.methods import SUM_MIN, Method, Mixture
 from peraxis_tools.merge.modules import MergedModule, merge_module, needs_base, relative_error
 from peraxis_tools.outputs import claim_delta
@@ -27,6 +27,7 @@ from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rows import base_rows
 from peraxis_tools.unpacked import UnpackedFile, unpacked
+from peraxis_tools.words import counted
 
 __all__ = ["MergeInput", "MergeResult", "MergedModule", "Method", "Mixture", "merge", "merge_parts"]
 
@@ -106,9 +107,9 @@ def merge(
     True for a bar. Raises CheckFailedError for different bases, ToolError, PxdError, CheckpointError.
     """
     mixture = mixture or Mixture()
-    masks = masks_of(masks, bits)
+    masks = one_name("masks", masks, "bits", bits)
     if masks is not None and not 1 <= masks <= pxd.COMPONENTS_MAX:
-        raise ToolError(f"masks {masks}: must be 1 to {pxd.COMPONENTS_MAX}")
+        raise OptionError(f"masks {masks}: must be 1 to {pxd.COMPONENTS_MAX}")
     output = Path(output)
     paths = sequence(paths)
     weights = [weights] if isinstance(weights, int | float) else list(weights)
@@ -169,14 +170,14 @@ def _check_weights(paths: Sequence[str | Path], weights: Sequence[float], mixtur
     if not paths:
         raise ToolError("pass the deltas to merge")
     if len(weights) != len(paths):
-        raise ToolError(f"{len(weights)} weights for {len(paths)} deltas; pass one for each")
+        raise ToolError(f"{counted(len(weights), 'weight')} for {counted(len(paths), 'delta')}; pass one for each")
     odd = [weight for weight in weights if not (weight == 0 or _WEIGHT_MIN <= abs(weight) <= _WEIGHT_MAX)]
     if odd:
         raise ToolError(f"weight {odd[0]:g}: must be 0, or {_WEIGHT_MIN:g} to {_WEIGHT_MAX:g} in magnitude")
     if mixture.normalized and mixture.method != "ties" and abs(math.fsum(weights)) <= SUM_MIN:
         # `ties` divides by the weights of the elected sign alone, whose sum is not 0.
         shown = ", ".join(f"{weight:g}" for weight in weights)
-        raise ToolError(f"weights {shown}: their sum is 0, so they cannot be normalised (normalize, --normalize)")
+        raise OptionError(f"weights {shown}: their sum is 0; pass normalize=False (--no-normalize)")
 
 
 def _masks(file: pxd.DeltaFile) -> int:

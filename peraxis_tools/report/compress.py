@@ -12,6 +12,7 @@ from peraxis_tools.blocks import blocks_text
 from peraxis_tools.compress.plan.plan import EXACT
 from peraxis_tools.report.console import print_note, size, text
 from peraxis_tools.shown import listed
+from peraxis_tools.words import counted
 
 if TYPE_CHECKING:
     from peraxis_tools.compress import CompressResult, Plan
@@ -27,9 +28,11 @@ def plan_lines(plan: Plan) -> None:
     masks = Counter(module.components for module in plan.modules if module.components)
     exact = Counter(module.reason for module in plan.modules if module.encoding is Encoding.FULL)
     kept = Counter(module.reason for module in plan.modules if module.encoding is Encoding.SAME)
-    parts = [f"{count} modules with {k} mask{'s' * (k > 1)}" for k, count in sorted(masks.items())]
+    parts = [f"{counted(count, 'module')} with {counted(k, 'mask')}" for k, count in sorted(masks.items())]
     parts += [f"{count} as in the base ({reason})" for reason, count in sorted(kept.items())]
-    parts += [f"{count} exact ({reason})" for reason, count in sorted(exact.items())]
+    parts += [
+        f"{count} exact ({'asked for' if reason == EXACT else reason})" for reason, count in sorted(exact.items())
+    ]
     whole = plan.payload_bytes if plan.file_bytes is None else plan.file_bytes
     ratio = plan.full_bytes / max(whole, 1)
     print_note(f"plan: {', '.join(parts)}")
@@ -47,9 +50,10 @@ def render_dry_run(result: RunEstimate, console: Console) -> None:
     )
     seconds = "" if result.seconds is None else f", {result.seconds:.0f} processor seconds"
     console.print(f"takes     {size(result.memory)} of memory{seconds}; fit {result.fit}")
+    width = max((len(stage.name) for stage in result.stages), default=0)
     for stage in result.stages:
         seconds = "" if stage.seconds is None else f", {stage.seconds:.0f} s"
-        console.print(f"  {text(stage.name)}  {size(stage.memory)} beyond the imports{seconds}")
+        console.print(f"  {text(stage.name.ljust(width))}  {size(stage.memory)} beyond the imports{seconds}")
 
 
 def render_compress(result: CompressResult, console: Console) -> None:

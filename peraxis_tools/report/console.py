@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.markup import escape
 
-from peraxis_tools.consoles import standard_error, standard_output
+from peraxis_tools.consoles import standard_error
 from peraxis_tools.optional import require
 from peraxis_tools.shown import visible
 from peraxis_tools.urls import without_secrets
@@ -95,15 +96,19 @@ def emit(result: R, render: Callable[[R, Console], None], *, schema: str, as_jso
 
 def show(result: R, render: Callable[[R, Console], None]) -> None:
     """Print a result as text."""
+    console = standard_output()
+    if not console.is_terminal:
+        write(plain_text(result, render, width=console.width))
+        return
     with _standard_output():
-        render(result, standard_output())
+        render(result, console)
 
 
-def plain_text(result: R, render: Callable[[R, Console], None]) -> str:
-    """The text of a result for a file: without colours, and with lines of any length."""
+def plain_text(result: R, render: Callable[[R, Console], None], *, width: int = 120) -> str:
+    """The text of a result for a file: without colours or blanks at the ends of lines. width: that of tables."""
     lines = io.StringIO()
-    render(result, Console(file=lines, highlight=False, soft_wrap=True, color_system=None, width=120))
-    return lines.getvalue()
+    render(result, Console(file=lines, highlight=False, soft_wrap=True, color_system=None, width=width))
+    return re.sub(" +\n", "\n", lines.getvalue())
 
 
 def write(rendered: str) -> None:

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from peraxis_tools.convert import LoraResult, ToPxdResult, ToWireResult
 from peraxis_tools.report.console import size, text
+from peraxis_tools.words import counted
 
 __all__ = ["render_lora", "render_to_pxd", "render_to_wire"]
 
@@ -31,7 +32,9 @@ def render_to_wire(result: ToWireResult, console: Console) -> None:
     console.print(f"[bold green]converted[/]  {text(result.path)}  {size(result.bytes)}, to {result.wire}")
     console.print(f"from       {text(result.content_id)}")
     share = f"{result.changed / result.weights:.2%}" if result.weights else "none"
-    console.print(f"changed    {result.changed} of {result.weights} weights, {share}, in {result.tensors} tensors")
+    console.print(
+        f"changed    {result.changed} of {result.weights} weights, {share}, in {counted(result.tensors, 'tensor')}"
+    )
 
 
 def render_lora(result: LoraResult, console: Console) -> None:
@@ -40,7 +43,7 @@ def render_lora(result: LoraResult, console: Console) -> None:
     console.print(f"[bold green]converted[/]  {text(result.folder)}  {size(result.bytes)}, a LoRA adapter for PEFT")
     console.print(f"rank       {min(ranks)}" + (f" to {max(ranks)}" if max(ranks) > min(ranks) else ""))
     console.print(
-        f"fidelity   relative error [bold]{result.error:.4g}[/] over {len(result.modules)} modules "
+        f"fidelity   relative error [bold]{result.error:.4g}[/] over {counted(len(result.modules), 'module')} "
         f"({100 * (1 - result.error**2):.1f}% of the square norm kept)"
     )
     if result.saved_whole:

@@ -294,3 +294,11 @@ def test_the_ten_minute_path_of_the_readme_is_true(tmp_path: Path, capsys: pytes
     assert said[-1] == "PXD 1.0 conformance | 5 of 6"
     for line in (said[0], said[-1], "PXD 1.0 conformance | 4 of 4"):
         assert line in text
+
+
+def test_an_adapter_without_caps_is_shown_with_its_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = tmp_path / "adapter.py"
+    adapter.write_text("raise LookupError('here')", "utf-8")
+    assert cli.main(["run", "--adapter", f"{sys.executable} {adapter}", "--case", "valid/minimal"]) == 2
+    said = capsys.readouterr().err
+    assert said == "peraxis-conformance: `caps` failed: exit status 1; it says 'LookupError: here'\n"

@@ -183,3 +183,16 @@ def test_reading_every_asset_walks_the_list_of_assets_once(tmp_path: Path) -> No
         assert {path: file.asset(path) for path in assets} == assets
         file.verify()
     assert Walked.walks == 1
+
+
+@pytest.mark.parametrize("url", ["https://host/a.pxd", "file:///tmp/a.pxd", "s3://bucket/a.pxd"])
+def test_a_url_is_called_one_and_not_a_missing_file(url: str) -> None:
+    with pytest.raises(FileNotFoundError, match="is a URL and not a file; fetch it first"):
+        pxd.open(url)
+    with pytest.raises(FileNotFoundError, match="No such file"):
+        pxd.open("folder/b.pxd")
+
+
+def test_chunks_have_a_byte_at_least(delta: Path) -> None:
+    with pxd.open(delta) as file, pytest.raises(ValueError, match="size 0: must be 1 or more"):
+        next(file.chunks(next(iter(file)), size=0))

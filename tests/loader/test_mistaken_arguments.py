@@ -64,3 +64,20 @@ def test_a_follower_polls_after_a_pause(every: float, tmp_path: Path) -> None:
     follower = peraxis.follow(torch.nn.Linear(2, 2).bfloat16(), tmp_path)
     with pytest.raises(ArgumentError, match="must be a number of seconds above 0"):
         follower.start(every=every)
+
+
+def test_a_trainers_callback_refuses_an_unknown_option_before_the_training(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(
+        ArgumentError, match="anchors: not an option; known are anchor_every, dtype, group, name, prefer"
+    ):
+        peraxis.PublishUpdates(tmp_path, anchors=3)
+
+
+def test_the_callbacks_options_are_those_of_the_writer() -> None:
+    pytest.importorskip("transformers")
+    import inspect
+
+    from peraxis_format.torch.updates.callback import _OPTIONS
+
+    assert inspect.signature(peraxis.ShardedUpdateWriter).parameters.keys() - {"model", "folder"} == _OPTIONS

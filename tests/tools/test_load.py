@@ -172,3 +172,9 @@ def test_the_command_line_takes_a_repository_in_the_place_of_a_path(cached: dict
     assert done.exit_code == 0, done.output
     with pxd.open(cached["delta"]) as delta:
         assert delta.content_id in done.output
+
+
+def test_the_former_name_of_dtype_is_not_ignored(pair: dict[str, Path]) -> None:
+    for options in ({"dtype": torch.float32}, {"torch_dtype": torch.float32}, {"torch_dtype": "float32"}):
+        assert peraxis_tools.load(pair["delta"], base=pair["base"], **options).model.dtype is torch.float32
+    assert peraxis_tools.load(pair["delta"], base=pair["base"]).model.dtype is torch.bfloat16

@@ -84,11 +84,17 @@ def test_pull_makes_its_folder_and_leaves_none_behind_after_a_failure(inputs: Pa
     assert pulled.path.is_file()
 
 
-def test_a_licence_is_an_identifier_of_the_hub(inputs: Path) -> None:
-    for licence in ("my license", "Apache-2.0", ""):
+def test_a_license_is_an_identifier_of_the_hub_under_either_spelling(inputs: Path) -> None:
+    for name in ("my license", "Apache-2.0", ""):
         with pytest.raises(peraxis.ToolError, match="not an identifier of the hub"):
-            publish("a/b", "a.pxd", licence=licence, dry_run="repo")
-    publish("a/b", "a.pxd", licence="apache-2.0", dry_run="repo")
+            publish("a/b", "a.pxd", license=name, dry_run="repo")
+    publish("a/b", "a.pxd", license="apache-2.0", dry_run="repo")
+    card = (inputs / "repo" / "README.md").read_bytes()
+    assert b"license: apache-2.0" in card
+    publish("a/b", "a.pxd", licence="apache-2.0", dry_run="repo", overwrite=True)
+    assert (inputs / "repo" / "README.md").read_bytes() == card
+    with pytest.raises(peraxis.ToolError, match="licence is another name of license"):
+        publish("a/b", "a.pxd", license="apache-2.0", licence="mit", dry_run="repo")
 
 
 def test_the_card_shows_the_stable_interface_with_names_that_there_are(inputs: Path) -> None:
@@ -145,3 +151,24 @@ def test_a_closed_file_says_that_it_is_closed(inputs: Path) -> None:
     for read in (delta.load, delta.__getitem__, delta.check):
         with pytest.raises(ValueError, match=r"a\.pxd: is closed; open it again"):
             read(name)
+
+
+def test_lines_of_a_report_have_no_blanks_at_their_ends(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "70")
+    CliRunner().invoke(cli, "compress base tuned -o signs.pxd --force".split())
+    for line in ("inspect signs.pxd --modules", "diff signs.pxd a.pxd", "diff signs.pxd tuned --base base"):
+        said = CliRunner().invoke(cli, line.split()).stdout
+        assert said.endswith("\n")
+        assert not [each for each in said.splitlines() if each != each.rstrip()]
+
+
+def test_equal_deltas_need_no_word_on_their_distances(inputs: Path) -> None:
+    said = CliRunner().invoke(cli, "diff a.pxd a.pxd".split()).stdout
+    assert said.startswith("equal")
+    assert "distances" not in said
+
+
+def test_a_plan_counts_one_module_and_says_what_was_asked_for(inputs: Path) -> None:
+    said = CliRunner().invoke(cli, "compress base tuned -o new.pxd --exact".split()).stderr
+    assert "exact (asked for)" in said
+    assert "1 modules" not in said

@@ -59,7 +59,7 @@ def test_a_wrong_usage_is_one_line(line: str, said: str, shown: Shown) -> None:
 @pytest.mark.parametrize("masks", ["0", "9"])
 def test_the_limit_of_masks_has_one_wording(masks: str, shown: Shown) -> None:
     for line in ("compress base tuned -o x.pxd", "merge a.pxd b.pxd --weights 1,1 -o x.pxd"):
-        assert f"error: masks {masks}: must be 1 to 8\n" in shown(f"{line} --masks {masks}")[1]
+        assert f"error: --masks {masks}: must be 1 to 8\n" in shown(f"{line} --masks {masks}")[1]
 
 
 @pytest.mark.parametrize(
@@ -128,3 +128,11 @@ def test_the_module_of_the_command_line_runs_it() -> None:
     done = subprocess.run([sys.executable, "-m", "peraxis_tools.cli", "quux"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "no command 'quux'" in done.stderr
+
+
+def test_a_dry_run_needs_no_output_and_a_run_does(shown: Shown) -> None:
+    assert shown("compress base tuned --dry-run --force")[0] == 0
+    assert shown("compress base tuned") == (
+        2,
+        "error: Missing option '--output' / '-o' (see `peraxis-tools compress --help`)\n",
+    )

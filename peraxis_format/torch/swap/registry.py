@@ -73,9 +73,9 @@ class Registry:
         group: Any,
         workers: int | None,
     ) -> None:
-        check_target(model)
         check_choice("base", base, get_args(BasePlace), error=LiveModelError)
         check_least("workers", workers, 1, error=LiveModelError)
+        check_target(model)
         self.workers = ThreadPool(workers)
         self.group = group
         self.device: Device | None = None

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Final, Unpack
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peraxis_format.arguments import check_least
+from peraxis_format.errors import ArgumentError
 from peraxis_format.torch.place.pieces import is_dtensor
 from peraxis_format.torch.updates.publish import UpdateOptions, UpdateWriter
 from peraxis_format.torch.updates.publish_sharded import ShardedUpdateWriter
 
 __all__ = ["PublishUpdates"]
+
+_OPTIONS: Final = frozenset({"name", "dtype", "prefer", "anchor_every", "group"})  # of ShardedUpdateWriter
 
 
 class PublishUpdates(TrainerCallback):
@@ -21,11 +24,14 @@ class PublishUpdates(TrainerCallback):
 
         Trainer(model=model, ..., callbacks=[PublishUpdates("chain", publish_every=10)])
 
-    options: those of UpdateWriter.
+    options: those of UpdateWriter; of ShardedUpdateWriter for a sharded model. Raises ArgumentError for another one.
     """
 
     def __init__(self, folder: str | Path, *, publish_every: int = 1, **options: Unpack[UpdateOptions]) -> None:
         check_least("publish_every", publish_every, 1)
+        unknown = sorted(options.keys() - _OPTIONS)
+        if unknown:
+            raise ArgumentError(f"{unknown[0]}: not an option; known are {', '.join(sorted(_OPTIONS))}")
         self.writer: UpdateWriter | None = None
         self._folder = folder
         self._every = publish_every

@@ -93,9 +93,9 @@ class UpdateWriter:
         anchor_every: int | None = None,
     ) -> None:
         """Raises LiveModelError if the folder's chain has other tensors, PxdError if it is damaged, ArgumentError."""
-        check_publishing(model, folder, dtype)
         check_choice("prefer", prefer, get_args(Prefer))
         check_least("anchor_every", anchor_every, 1)
+        check_publishing(model, folder, dtype)
         self._mirror, self.folder = self._placed(folder)
         self._url = str(folder).rstrip("/") if is_url(folder) else None
         self.step_number = 0

@@ -1,0 +1,39 @@
+"""The updates before an update among given files, so that each of a chain can be checked on its own base."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import peraxis_format as pxd
+from peraxis_tools.chain.order import Link, link_of
+from peraxis_tools.errors import ToolError
+
+__all__ = ["Predecessors"]
+
+
+class Predecessors:
+    """The links of files on this machine; a file that cannot be read, or is not an update, has none."""
+
+    def __init__(self, files: Iterable[str | Path]) -> None:
+        self._by_id: dict[str, Link] = {}
+        self._by_result: dict[str, Link] = {}
+        for file in files:
+            with contextlib.suppress(pxd.PxdError, ToolError, OSError):
+                link = link_of(file)
+                self._by_id[link.content_id] = link
+                self._by_result.setdefault(link.result, link)
+
+    def of(self, manifest: pxd.Manifest) -> list[Path]:
+        """The updates that lead to the base of this manifest, oldest first; none if its base is no result of them."""
+        found: list[Link] = []
+        known = {manifest.content_id}
+        previous, base = manifest.previous, manifest.base.digest
+        while (link := self._by_id.get(previous or "") or self._by_result.get(base)) is not None:
+            if link.content_id in known:
+                break
+            known.add(link.content_id)
+            found.append(link)
+            previous, base = link.previous, link.base
+        return [link.path for link in reversed(found)]
