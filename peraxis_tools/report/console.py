@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.markup import escape
 
-from peraxis_tools.consoles import standard_error
+from peraxis_tools.consoles import standard_error, standard_output
 from peraxis_tools.optional import require
 from peraxis_tools.shown import visible
 from peraxis_tools.urls import without_secrets
