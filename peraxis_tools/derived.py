@@ -21,6 +21,8 @@ class DerivedCheckpoint(pxd.Safetensors):
         self.files = before.files
         self.ignored = before.ignored
         self._descriptors = {}
+        self._stamps = {}
+        self._read_from = before
         self._tensors = {info.name: info for info in infos}
 
     @abstractmethod
@@ -43,6 +45,10 @@ class DerivedCheckpoint(pxd.Safetensors):
         if progress is not None:
             progress(array.nbytes)
         return pxd.digest_of(array)
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if a file that the tensors are computed from was written meanwhile."""
+        self._read_from.check_unchanged()
 
     def close(self) -> None:
         """Do nothing, because the caller closes what the tensors are read from."""

@@ -55,7 +55,7 @@ def earlier_output(folder: Path) -> Earlier | None:
     A repository that `publish` wrote has no list, because all files are uploaded; its card identifies it.
     """
     try:
-        found = json.loads((folder / MARKER).read_bytes())
+        found = json.loads(_start_of(folder / MARKER, -1))
     except (OSError, ValueError, RecursionError):
         return _earlier_repository(folder)
     if not isinstance(found, dict) or found.get("schema") != _SCHEMA:
@@ -66,6 +66,14 @@ def earlier_output(folder: Path) -> Earlier | None:
     return Earlier(files=frozenset(files) | {MARKER}, finished=found.get("finished") is True)
 
 
+def _start_of(path: Path, size: int) -> bytes:
+    """The first bytes of a file, all of them for -1. Raises OSError for a pipe or a device, which could be endless."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    with open(path, "rb") as file:
+        return file.read(size)
+
+
 def _is_inside(name: str) -> bool:
     """Whether a name of a list stays in its folder: relative, without `..`."""
     parts = name.split("/")
@@ -74,7 +82,7 @@ def _is_inside(name: str) -> bool:
 
 def _earlier_repository(folder: Path) -> Earlier | None:
     try:
-        head = (folder / "README.md").read_bytes()[:_CARD_HEAD]
+        head = _start_of(folder / "README.md", _CARD_HEAD)
     except OSError:
         return None
     if not head.startswith(b"---\n") or b"\nlibrary_name: peraxis\n" not in head:

@@ -229,6 +229,8 @@ def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
             writer.add_asset(path, data)
         writer.metadata[pxd.CHANGED_KEY] = str(changed)
         _prove(job, writer)
+        for state in (job.old, job.new):
+            state.check_unchanged()
         manifest = writer.finish()
     return UpdateResult(
         path=job.output,

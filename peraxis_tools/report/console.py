@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.markup import escape
 
+from peraxis_tools.consoles import standard_error, standard_output
 from peraxis_tools.optional import require
 from peraxis_tools.shown import visible
 from peraxis_tools.urls import without_secrets
@@ -95,7 +96,7 @@ def emit(result: R, render: Callable[[R, Console], None], *, schema: str, as_jso
 def show(result: R, render: Callable[[R, Console], None]) -> None:
     """Print a result as text."""
     with _standard_output():
-        render(result, Console(highlight=False, soft_wrap=True))
+        render(result, standard_output())
 
 
 def plain_text(result: R, render: Callable[[R, Console], None]) -> str:
@@ -128,13 +129,13 @@ def _standard_output() -> Iterator[None]:
 def print_error(message: str) -> None:
     """Print one line on standard error, without passwords of URLs."""
     shown = text(without_secrets(message))
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error[/]: {shown}")
+    standard_error().print(f"[bold red]error[/]: {shown}")
 
 
 def print_note(message: str, *, quiet: bool = False) -> None:
     """Print a note, one line on standard error."""
     if not quiet:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(text(message))
+        standard_error().print(text(message))
 
 
 class _NoteHandler(logging.Handler):
@@ -162,7 +163,7 @@ def hub_progress(*, quiet: bool = False) -> Iterator[None]:
     require("an upload", "huggingface_hub")
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if are_progress_bars_disabled() or (Console(stderr=True).is_terminal and not quiet):
+    if are_progress_bars_disabled() or (standard_error().is_terminal and not quiet):
         yield
         return
     disable_progress_bars()

@@ -171,9 +171,13 @@ def job_variants(
     paths: dict[str, str],
     batches: Sequence[Sequence[str | None]],
     bad: Sequence[str] = (),
+    loads: int = 0,
     **options: Any,
 ) -> Any:
-    """Run an engine that serves variants. Returns the outputs of each batch, counters, and errors of bad adapters."""
+    """Run an engine that serves variants. Returns the outputs of each batch, counters, and errors of bad adapters.
+
+    loads: the number of adapters that are loaded, with room for four open files, before the last batch.
+    """
     from vllm.lora.request import LoRARequest
 
     llm = make_engine(model, worker_cls=WORKER, enable_lora=True, **{"max_loras": 4, "max_cpu_loras": 4, **options})
@@ -185,12 +189,38 @@ def job_variants(
             errors.append(None)
         except Exception as error:
             errors.append(str(error))
+    descriptors = [_few_files(llm, 4), *(_loaded(llm, 200 + i, paths) for i in range(loads))] if loads else []
     store = None
     if options.get("tensor_parallel_size", 1) == 1:
         (store,) = llm.collective_rpc(_store)
     after = generate(llm, variants=batches[0], paths=paths)
     again = llm.llm_engine.add_lora(LoRARequest("again", 99, next(iter(paths.values()))))
-    return {"batches": found, "errors": errors, "store": store, "after": after, "again": again}
+    return {
+        "batches": found,
+        "errors": errors,
+        "store": store,
+        "after": after,
+        "again": again,
+        "descriptors": descriptors,
+    }
+
+
+def _few_files(llm: Any, most: int) -> int:
+    """Let the engine keep this many files of variants. Returns the number of descriptors of the process."""
+
+    def set_most(worker: Any) -> None:
+        worker.model_runner.lora_manager.store.files = most
+
+    llm.collective_rpc(set_most)
+    return len(os.listdir("/dev/fd"))
+
+
+def _loaded(llm: Any, number: int, paths: dict[str, str]) -> int:
+    """Load another adapter, as vLLM's server does after it forgot one. Returns the number of descriptors."""
+    from vllm.lora.request import LoRARequest
+
+    llm.llm_engine.add_lora(LoRARequest(f"load{number}", number, paths[max(paths)]))
+    return len(os.listdir("/dev/fd"))
 
 
 def _store(worker: Any) -> dict[str, Any]:

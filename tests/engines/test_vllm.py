@@ -104,6 +104,7 @@ def found(
             "model": untied["base"],
             "paths": deltas,
             "batches": [["v1"] * 5, ["v2"] * 5, ["v1"] * 5],
+            "loads": 8,
             "additional_config": EXACT,
             "max_loras": 1,
             "max_cpu_loras": 1,
@@ -239,3 +240,10 @@ def test_an_evicted_variant_is_read_again_and_serves_the_same(found: Found) -> N
     assert store["evictions"] >= 2
     assert store["reads"] >= 3
     assert len(store["bytes"]) == 1
+
+
+def test_adapters_that_vllm_forgot_keep_no_files_and_others_are_read_by_their_paths_again(found: Found) -> None:
+    before, *descriptors = found["evicting"]["descriptors"]
+    assert descriptors[-1] <= before + 2  # two variants were loaded before, and four files are the most
+    assert descriptors[-1] == descriptors[-5]
+    assert found["evicting"]["after"] == found["v1"]  # the first of all, forgotten meanwhile

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.vllm_load import counted, possible, verdict
+from benchmarks.vllm_memory import report
 
 BATCH = [[5, 6, 7], [-0.5, -1.0, -0.25]]
 ALONE = [[5, 6, 8], [-0.5, -1.0625, -0.3]]
@@ -33,3 +34,10 @@ def test_an_answer_is_that_of_a_stock_engine_or_near_it_or_wrong(answer: list[li
 
 def test_every_verdict_is_counted() -> None:
     assert counted(["equal", "wrong", "equal"]) == {"equal": 2, "rounded": 0, "wrong": 1}
+
+
+def test_the_memory_of_variants_is_counted_by_files_by_tensors_and_by_growth() -> None:
+    # Growth is from one variant to all, so it is of one less than all.
+    found = {"weights": 100, "variants": [10] * 5, "one": 1000, "every": 1048, "answered": 1050}
+    lines = report(found, [14] * 5).splitlines()
+    assert [line.partition("times")[0].split()[-1] for line in lines[1:]] == ["1.70", "1.50", "1.60"]

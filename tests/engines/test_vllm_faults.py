@@ -121,6 +121,29 @@ def test_a_stream_of_a_variant_that_cannot_be_read_ends_with_an_error_event(
     deltas["v1"].write_bytes(good)
 
 
+def test_another_file_under_the_name_and_path_of_a_first_one_is_refused_because_prefixes_are_cached(
+    crowded: Server, deltas: dict[str, Path], references: dict[str, list[int]]
+) -> None:
+    path = deltas["v1"].with_name("new.pxd")
+    body = {"lora_name": "new", "lora_path": str(path)}
+
+    def load() -> tuple[int, Any]:
+        return crowded.post("/v1/load_lora_adapter", body)
+
+    shutil.copy(deltas["v1"], path)
+    assert load()[0] == 200
+    assert crowded.post("/v1/unload_lora_adapter", {"lora_name": "new"})[0] == 200
+    shutil.copy(deltas["v2"], path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+    status, answer = load()
+    assert (status, "give the new file another path" in str(answer)) == (500, True), answer
+    path = path.rename(path.with_name("newer.pxd"))
+    body["lora_path"] = str(path)
+    assert load()[0] == 200
+    assert ask(crowded, "new") == (200, references["v2"])
+    assert crowded.post("/v1/unload_lora_adapter", {"lora_name": "new"})[0] == 200
+
+
 @pytest.mark.parametrize(("name", "word"), [("damaged", "E301"), ("alien", "E404"), ("outside", ROOT_VARIABLE)])
 def test_a_bad_adapter_is_refused_with_its_reason_and_the_others_are_served(
     crowded: Server, deltas: dict[str, Path], references: dict[str, list[int]], name: str, word: str
@@ -130,6 +153,16 @@ def test_a_bad_adapter_is_refused_with_its_reason_and_the_others_are_served(
     assert word in str(answer)
     assert ask(crowded, name)[0] == 404
     assert ask(crowded, "v1") == (200, references["v1"])
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "\0", "x" * 201])
+def test_a_name_that_would_break_a_log_is_refused(crowded: Server, deltas: dict[str, Path], name: str) -> None:
+    for body in ({"lora_name": name, "lora_path": str(deltas["v2"])}, {"lora_name": "n", "lora_path": 40 * name}):
+        status, answer = crowded.post("/v1/load_lora_adapter", body)
+        assert status in (400, 404, 500), answer
+        assert len(str(answer)) < 1000
+    assert crowded.get("/health")[0] == 200
+    assert len(crowded.get("/v1/models")[1]["data"]) == 3
 
 
 def test_a_rank_that_is_killed_ends_requests_with_an_error_and_the_server_with_a_status(

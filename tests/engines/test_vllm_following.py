@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,41 @@ def test_it_polls_until_it_is_stopped_and_then_no_more(folder: Path) -> None:
         assert len(engine.asked) == asked
 
     asyncio.run(session())
+
+
+def test_a_folder_that_vanishes_and_comes_back_costs_no_update_twice(folder: Path) -> None:
+    engine = Engine()
+    following = Following(folder, 1.0, engine.apply)
+    asyncio.run(following.poll())
+    away = folder.with_name("away")
+    folder.rename(away)
+    for reason in ("no such folder yet", "is not a folder"):
+        asyncio.run(following.poll())
+        assert (following.step, following.lag, list(following.waiting)) == (4, 0, [folder.name])
+        assert reason in following.waiting[folder.name]
+        folder.touch()
+    folder.unlink()
+    away.rename(folder)
+    asyncio.run(following.poll())
+    assert (following.step, following.waiting, len(engine.asked)) == (4, {}, 2)
+
+
+def test_an_update_of_another_trainer_is_a_lag_with_its_reason_until_an_anchor_arrives(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    engine, fork = Engine(), tmp_path_factory.mktemp("fork")
+    following = Following(folder, 1.0, engine.apply)
+    asyncio.run(following.poll())
+    live = {"w": torch.ones(64, dtype=torch.bfloat16)}
+    writer = UpdateWriter(live, fork)
+    for _ in range(2):
+        writer.step()
+        live["w"].add_(1)
+    shutil.copy(fork / "step-00000001.pxd", folder / "step-00000005.pxd")
+    for _ in range(2):
+        asyncio.run(following.poll())
+        assert (following.step, following.lag, len(engine.asked)) == (4, 1, 2)
+        assert "does not continue the model's state" in following.waiting["step-00000005.pxd"]
+    shutil.copy(fork / "anchor-00000000.pxd", folder / "anchor-00000006.pxd")
+    asyncio.run(following.poll())
+    assert (following.step, following.lag, engine.asked[2:]) == (6, 0, ["anchor-00000006"])

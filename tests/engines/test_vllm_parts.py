@@ -19,7 +19,7 @@ from peraxis_format.engines.vllm.batch import StepRows
 from peraxis_format.engines.vllm.bridge import Scratch
 from peraxis_format.engines.vllm.patches import add_terms, embedded, merged_parameter, merged_rows, patch_of
 from peraxis_format.engines.vllm.source import open_delta
-from peraxis_format.errors import CheckpointError, LiveModelError
+from peraxis_format.errors import CheckpointError, LiveModelError, PxdError
 from peraxis_format.ops.tensors import storage_array
 from tests.loader.support import random_module
 
@@ -200,6 +200,32 @@ def served(tmp_path: Path) -> Iterator[str]:
 def test_a_delta_is_opened_by_path_and_by_url(served: str, tmp_path: Path) -> None:
     with open_delta(str(tmp_path / "delta.pxd")) as one, open_delta(f"{served}/delta.pxd") as two:
         assert one.content_id == two.content_id
+
+
+def test_a_url_is_fetched_each_time_and_nothing_stays_on_the_disk(
+    served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    with open_delta(f"{served}/delta.pxd") as one:
+        assert list(folder.iterdir()) == []
+        delta_with(tmp_path, {"chat_template.jinja": b"another"})
+        with open_delta(f"{served}/delta.pxd") as two:
+            assert one.content_id != two.content_id
+        one.verify()
+    (tmp_path / "delta.pxd").write_bytes(b"")
+    with pytest.raises(PxdError, match=f"{served}/delta.pxd"):
+        open_delta(f"{served}/delta.pxd?token=secret")
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("source", ["a\0b.pxd", "a\nb.pxd", "x" * 5000, "http://127.0.0.1:1/\n"])
+def test_a_source_that_is_no_name_is_one_short_line(source: str) -> None:
+    with pytest.raises(CheckpointError, match="without control characters") as caught:
+        open_delta(source)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
 
 
 def test_a_url_that_is_not_there_is_one_line(served: str) -> None:

@@ -49,6 +49,13 @@ def test_nothing_outside_a_root_is_permitted_by_any_spelling(root: Path, name: s
             Permitted.of_environment(any_name=any_name).source(name)
 
 
+def test_a_link_to_itself_is_a_path_that_cannot_be_opened(root: Path) -> None:
+    (root / "loop").symlink_to(root / "loop")
+    path = Permitted.of_environment(any_name=True).source("loop")
+    with pytest.raises(OSError, match="symbolic links"):
+        open_delta(path)
+
+
 def test_a_name_on_the_hub_is_a_path_below_a_root(root: Path) -> None:
     assert Permitted.of_environment(any_name=True).source("org/repo") == str(root.resolve() / "org" / "repo")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,8 @@ class Engine:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.vllm_config = SimpleNamespace(
-            load_config=SimpleNamespace(load_format="peraxis", model_loader_extra_config={})
+            load_config=SimpleNamespace(load_format="peraxis", model_loader_extra_config={}),
+            parallel_config=SimpleNamespace(nnodes=1, distributed_executor_backend="mp"),
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -142,6 +144,14 @@ def test_below_a_root_files_are_opened_and_outside_they_are_not(
         ("/use", {"variant": None, "timeout": float("nan")}),
         ("/follow", {"folder": ".", "every": 1e-9}),
         ("/follow", {"folder": ".", "every": float("inf")}),
+        ("/follow", {"folder": "x" * 300}),  # longer than a name on the disk can be
+        ("/follow", {"folder": "x" * 100_000}),
+        ("/update", {"update": "x" * 300}),
+        ("/update", {"update": ["x" * 100_000]}),
+        ("/use", {"variant": "x" * 100_000}),
+        ("/use", {"variant": {"x": "x" * 100_000}}),
+        ("/use", {"variant": None, "requests": "x" * 100_000}),
+        ("/use", {"variant": None, "timeout": "x" * 100_000}),
     ],
 )
 def test_a_strange_request_is_refused_in_one_line(behind_a_key: Any, engine: Engine, path: str, body: Any) -> None:
@@ -151,6 +161,32 @@ def test_a_strange_request_is_refused_in_one_line(behind_a_key: Any, engine: Eng
     assert answer.status_code == 400, answer.text
     assert "\n" not in answer.json()["error"]
     assert "SECRET" not in answer.json()["error"]
+    assert len(answer.json()["error"]) < 500
+    assert engine.calls == []
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "%0A", "%00", "%FF", "null", "%E2%80%AE"])
+def test_an_unknown_variant_is_one_short_line_whatever_its_name(behind_a_key: Any, engine: Engine, name: str) -> None:
+    answer = behind_a_key.delete(f"/v1/peraxis/variants/{name}", headers=KEY)
+    assert (answer.status_code, engine.calls) == (404, [])
+    assert answer.json()["error"].isprintable()
+    assert len(answer.json()["error"]) < 200
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "loop", "process"])
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(
+    behind_a_key: Any, engine: Engine, tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / kind
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind in ("loop", "process"):
+        path.symlink_to(path if kind == "loop" else "/proc/self/mem")
+    for route, key in (("/variants", "delta"), ("/update", "update")):
+        answer = behind_a_key.post(f"/v1/peraxis{route}", json={"name": "v", key: str(path)}, headers=KEY)
+        assert (answer.status_code, str(path) in answer.json()["error"]) == (400, True), answer.text
     assert engine.calls == []
 
 

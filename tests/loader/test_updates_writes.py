@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from peraxis_format.errors import LiveModelError
+from peraxis_format.reader import DeltaFile
 from peraxis_format.torch import apply_
 from peraxis_format.torch.place.claims import writing
-from peraxis_format.torch.updates import Poll, UpdateWriter, apply_update, follow
+from peraxis_format.torch.place.placement import place
+from peraxis_format.torch.updates import Poll, UpdateWriter, apply_update, follow, staged
 from peraxis_format.torch.updates.errors import TornError
 
 STEP = "step-00000001.pxd"
@@ -127,4 +129,28 @@ def test_a_write_that_cannot_be_finished_says_so_and_the_follower_begins_again(
         follower.poll()
     assert not same(live, model)
     assert [path.name for path in follower.poll().applied] == ["anchor-00000000.pxd", STEP]
+    assert same(live, model)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_an_interrupted_write_of_a_staged_update_restores_the_old_weights(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, model = publish(tmp_path)
+    with DeltaFile(tmp_path / STEP) as file:
+        update = staged.stage(file, place(live, file.manifest))
+    exchange, calls = staged._Change.exchange, [0]
+
+    def interrupted(self: staged._Change) -> None:
+        calls[0] += 1
+        if calls[0] == at:
+            raise KeyboardInterrupt
+        exchange(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staged._Change, "exchange", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            update.write()
+    assert same(live, weights())
+    update.write()
     assert same(live, model)

@@ -17,6 +17,7 @@ from peraxis_format.errors import LiveModelError
 from peraxis_tools.apply import apply
 from peraxis_tools.chain import compact, update
 from peraxis_tools.compress import compress
+from peraxis_tools.compress.plan.quantised import quantisation_of
 from peraxis_tools.diff import diff, diff_checkpoint
 from peraxis_tools.inspect import inspect
 from peraxis_tools.merge import merge
@@ -162,3 +163,11 @@ def test_live_models_hold_none_and_say_so() -> None:
             assert storage_array(tensor).tobytes() == array.tobytes()
     with pytest.raises(LiveModelError, match="float4"):
         dtype_of(torch.empty(2, dtype=torch.float4_e2m1fn_x2), "w")
+
+
+@pytest.mark.parametrize("dtype", DType)
+def test_a_matrix_of_floats_below_16_bits_alone_shows_a_quantised_checkpoint(dtype: DType) -> None:
+    file, end = Path("model.safetensors"), dtype.size_of((4, 8))
+    info = pxd.TensorInfo(name="a.weight", dtype=dtype, shape=(4, 8), file=file, begin=0, end=end)
+    small = dtype.value.startswith("F") and dtype.bits < 16
+    assert (quantisation_of([info], None) is not None) == small

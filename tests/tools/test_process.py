@@ -137,8 +137,31 @@ def test_a_closed_or_full_standard_output_is_one_line(inputs: Path) -> None:
 
 
 def test_a_reader_that_goes_away_is_no_error(inputs: Path) -> None:
-    done = tool(inputs, "inspect", "a.pxd", "--json", shell='{ "$@"; echo "code $?" >&2; } | true')
-    assert done.stderr == "code 0\n"
+    for more in ((), ("--json",)):
+        done = tool(inputs, "inspect", "a.pxd", *more, shell='{ sleep 0.2; "$@"; echo "code $?" >&2; } | true')
+        assert done.stderr == "code 0\n"
+
+
+def test_the_work_goes_on_without_a_reader_of_standard_error(inputs: Path, tmp_path: Path) -> None:
+    more = ("--parts", "2", "-o", str(tmp_path / "out"))
+    shell = '{ sleep 0.2; "$@" 2>&1 >&3; echo "code $?" >&3; } 3>"$RESULT" | true'
+    code = f"""
+import sys
+sys.argv = ["peraxis-tools", "split", "a.pxd", *{more!r}]
+from peraxis_tools.report import print_note
+print_note("nobody reads this")
+print_note("nor this")
+from peraxis_tools.cli import main
+main()
+"""
+    done = subprocess.run(
+        ["sh", "-c", shell, "sh", sys.executable, "-c", code],
+        cwd=inputs, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RESULT": str(tmp_path / "result")},
+    )  # fmt: skip
+    assert done.stderr == ""
+    assert (tmp_path / "result").read_text().endswith("code 0\n")
+    assert len(list((tmp_path / "out").glob("*.pxd"))) == 2
 
 
 def test_closed_streams_do_not_give_their_numbers_to_files(inputs: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.errors import BindingError
 from peraxis_format.ops.backend import choose
 from peraxis_format.ops.rebuild import rebuild_tensor, reconstruct
-from peraxis_format.ops.rebuild.torch import ComponentTensors, Scratch, component_tensors
+from peraxis_format.ops.rebuild.torch import ComponentTensors, Scratch
 from peraxis_format.ops.signed_matmul import signed_matmul
 from peraxis_format.ops.tensors import storage_array, torch_dtype
 from peraxis_format.reader import DeltaFile
@@ -40,7 +41,7 @@ __all__ = [
     "check_base",
     "check_pads",
     "claim",
-    "component_tensors",
+    "descriptor_of",
     "fine_tuned",
     "full_tensor",
     "list_updates",
@@ -97,6 +98,11 @@ def _rebuilt(delta: DeltaFile, name: str, base: Tensor | None) -> Tensor:
         check_base_bytes(entry, array)
     module = delta.load(name)
     return _as_tensor(reconstruct(module, None if entry.encoding is Encoding.FULL else array), module)
+
+
+def descriptor_of(file: DeltaFile) -> int:
+    """A new descriptor of an open file."""
+    return os.dup(file._file)
 
 
 def full_tensor(module: ModuleDelta) -> Tensor:

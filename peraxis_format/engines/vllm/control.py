@@ -7,16 +7,18 @@ cache, resume. One change or staging runs at a time.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from peraxis_format.engines.vllm.fetching import Fetching
 from peraxis_format.engines.vllm.following import Following, RequestError
 from peraxis_format.engines.vllm.offline import BASE_VERSION
 from peraxis_format.engines.vllm.permitted import Permitted
-from peraxis_format.engines.vllm.source import open_delta
+from peraxis_format.engines.vllm.source import LONGEST_SOURCE, NAME_RULE, open_delta, quoted, shown
 from peraxis_format.engines.vllm.transfer import CALL_WORKER, Calls, changing, staging
 from peraxis_format.errors import CheckpointError, LiveModelError, PxdError
 
@@ -41,6 +43,7 @@ class Control:
     current: str | None = None
     base_version: str = BASE_VERSION
     following: Following | None = None
+    fetching: Fetching = field(default_factory=lambda: Fetching(one_host=True))
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def status(self) -> dict[str, Any]:
@@ -56,13 +59,12 @@ class Control:
         """Stage a variant on every rank."""
         name, delta = _text(body, "name"), self._source(body, "delta")
         if not _NAME.fullmatch(name):
-            raise RequestError(400, f"name is {name!r}; use letters, digits and . _ : @ -, at most 200")
-        async with self._lock:
-            self._refuse_following()
-            if name in self.staged:
-                raise RequestError(409, f"variant {name!r} is staged already; remove it first")
-            content_id = await asyncio.to_thread(content_id_of, delta)
-            await self._initialise({"add": {name: delta}, "content_ids": {name: content_id}})
+            raise RequestError(400, f"name is {quoted(name)}; use letters, digits and . _ : @ -, at most 200")
+        self._refuse_staging(name)  # before a URL is fetched, and again afterwards
+        async with self.fetching.local(delta) as path, self._lock:
+            self._refuse_staging(name)
+            content_id = await asyncio.to_thread(content_id_of, path)
+            await self._initialise({"add": {name: path}, "content_ids": {name: content_id}})
             self.staged[name] = content_id
         return {"name": name, "content_id": content_id}
 
@@ -94,14 +96,15 @@ class Control:
         """Apply one exact update to the weights, permanently."""
         path, pause = self._source(body, "update"), _Pause.of(body)
         self._refuse_following()
-        return await self._updated(path, pause)
+        async with self.fetching.local(path) as local:
+            return await self._updated(local, pause)
 
     async def follow(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Follow the chain of a folder; the first poll runs before this answers."""
         folder, pause = Path(self._source(body, "folder")), _Pause.of(body)
         every = _seconds(body, "every", _FOLLOW_SECONDS)
-        if not await asyncio.to_thread(folder.is_dir):
-            raise RequestError(400, f"{folder}: is not a folder")
+        if not await asyncio.to_thread(os.path.isdir, folder):
+            raise RequestError(400, f"{folder}: is not a folder that the server can read")
         self._refuse_following()
 
         async def apply(path: Path) -> None:
@@ -180,7 +183,12 @@ class Control:
 
     def _check_known(self, name: str) -> None:
         if name not in self.staged:
-            raise RequestError(404, f"no variant {name!r}; staged: {', '.join(self.staged) or 'none'}")
+            raise RequestError(404, f"no variant {quoted(name)}; staged: {', '.join(self.staged) or 'none'}")
+
+    def _refuse_staging(self, name: str) -> None:
+        self._refuse_following()
+        if name in self.staged:
+            raise RequestError(409, f"variant {name!r} is staged already; remove it first")
 
     def _refuse_following(self) -> None:
         if self.following is not None:
@@ -198,7 +206,7 @@ class _Pause:
     def of(cls, body: Mapping[str, Any]) -> _Pause:
         requests = body.get("requests", "wait")
         if requests not in ("wait", "abort"):
-            raise RequestError(400, f'requests is {requests!r}; it can be "wait" or "abort"')
+            raise RequestError(400, f'requests is {quoted(requests)}; it can be "wait" or "abort"')
         return cls(requests, _seconds(body, "timeout", _WAIT_SECONDS))
 
 
@@ -206,14 +214,16 @@ def _seconds(body: Mapping[str, Any], key: str, default: float) -> float:
     value = body.get(key, default)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not _SHORTEST_SECONDS <= value <= _LONGEST_SECONDS:
-        raise RequestError(400, f"{key} is {value!r}; it must be a number of seconds, {_SHORTEST_SECONDS} to a day")
+        raise RequestError(
+            400, f"{key} is {quoted(value)}; it must be a number of seconds, {_SHORTEST_SECONDS} to a day"
+        )
     return float(value)
 
 
 def _text(body: Mapping[str, Any], key: str) -> str:
     value = body.get(key)
-    if not isinstance(value, str) or not value or not value.isprintable():
-        raise RequestError(400, f"{key} is {value!r}; it must be a text without control characters that is not empty")
+    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= LONGEST_SOURCE:
+        raise RequestError(400, f"{key} is {quoted(value)}; {NAME_RULE.format(LONGEST_SOURCE)}")
     return value
 
 
@@ -227,5 +237,9 @@ def content_id_of(delta: str) -> str:
     try:
         with open_delta(delta) as file:
             return file.content_id
-    except (PxdError, CheckpointError, LiveModelError, OSError) as error:
+    except OSError as error:
+        raise RequestError(
+            400, f"{shown(delta)}: {error.strerror or error}; name a file that the server can read"
+        ) from None
+    except (PxdError, CheckpointError, LiveModelError) as error:
         raise RequestError(400, " ".join(str(error).split())) from None

@@ -41,9 +41,11 @@ __all__ = [
     "adapter_not_found",
     "add_worker_method",
     "all_reduce",
+    "caches_prefixes",
     "drop_packed",
     "is_cpu",
     "is_eager",
+    "is_one_host",
     "keep_unpacked",
     "placed_tensors",
     "plain_tensors",
@@ -158,6 +160,17 @@ def is_cpu() -> bool:
 def is_eager(config: Any) -> bool:
     """Whether a VllmConfig runs the model's Python code at each step, without compiling or capturing it."""
     return bool(config.model_config.enforce_eager)
+
+
+def caches_prefixes(config: Any) -> bool:
+    """Whether a VllmConfig keeps keys and values of prompts for later requests."""
+    return bool(config.cache_config.enable_prefix_caching)
+
+
+def is_one_host(config: Any) -> bool:
+    """Whether all ranks of a VllmConfig run on the host of the API server."""
+    parallel = config.parallel_config
+    return bool(parallel.nnodes == 1 and parallel.distributed_executor_backend in (None, "mp", "uni"))
 
 
 def tensor_group() -> tuple[Any, int]:

@@ -11,22 +11,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from peraxis_format.bits import pack_signs, unpack_signs
 from peraxis_format.delta import ModuleDelta
 from peraxis_format.engines.vllm.bridge import (
     ComponentTensors,
     Scratch,
-    component_tensors,
     full_tensor,
     patched_rows,
     rebuild_tensor,
     signed_matmul,
 )
+from peraxis_format.engines.vllm.held import HeldComponent
 
 __all__ = ["LayerPatch", "Patch", "add_terms", "embedded", "merged_linear", "merged_parameter", "patch_of"]
 
@@ -37,21 +35,23 @@ class Patch:
 
     begin: int
     end: int
-    factors: tuple[ComponentTensors, ...] = ()
+    held: tuple[HeldComponent, ...] = ()
     full: Tensor | None = None
+
+    @property
+    def factors(self) -> tuple[ComponentTensors, ...]:
+        """The components for kernels; on the CPU with new scales at each call."""
+        return tuple(component.wide() for component in self.held)
 
     @property
     def nbytes(self) -> int:
         """The bytes in memory."""
-        tensors = [t for f in self.factors for t in (f.mask, f.row, f.col)]
-        return sum(t.nbytes for t in tensors) + (0 if self.full is None else self.full.nbytes)
+        return sum(component.nbytes for component in self.held) + (0 if self.full is None else self.full.nbytes)
 
     def to(self, device: torch.device) -> Patch:
-        """The patch on this device; itself if it is there already."""
-        factors = tuple(
-            ComponentTensors(f.mask.to(device), f.row.to(device), f.col.to(device), f.plain) for f in self.factors
-        )
-        return Patch(self.begin, self.end, factors, None if self.full is None else self.full.to(device))
+        """The patch on this device."""
+        held = tuple(component.to(device) for component in self.held)
+        return Patch(self.begin, self.end, held, None if self.full is None else self.full.to(device))
 
 
 LayerPatch = Mapping[str, Sequence[Patch]]
@@ -59,21 +59,13 @@ LayerPatch = Mapping[str, Sequence[Patch]]
 
 
 def patch_of(module: ModuleDelta, box: Sequence[tuple[int, int]], rows: tuple[int, int]) -> Patch:
-    """The patch for a box of a module (this rank's piece), as a copy. rows: those of the live parameter."""
-    index = tuple(slice(begin, end) for begin, end in box)
+    """The patch for a box of a matrix or of an exact tensor (this rank's piece), as a copy. rows: those of the live
+    parameter.
+    """
     if module.full is not None:
+        index = tuple(slice(begin, end) for begin, end in box)
         return Patch(*rows, full=full_tensor(module)[index].clone())
-    (factors,) = component_tensors(module, torch.device("cpu"))
-    return Patch(*rows, factors=tuple(_sliced(f, index[0], box[1]) for f in factors))
-
-
-def _sliced(factors: ComponentTensors, rows: slice, columns: tuple[int, int]) -> ComponentTensors:
-    begin, end = columns
-    mask = factors.mask[rows]
-    if (begin, end) != (0, len(factors.col)):
-        signs = unpack_signs(mask.numpy(), len(factors.col))
-        mask = torch.from_numpy(pack_signs(np.ascontiguousarray(signs[:, begin:end])))
-    return ComponentTensors(mask.clone(), factors.row[rows].clone(), factors.col[begin:end].clone(), factors.plain)
+    return Patch(*rows, held=tuple(HeldComponent.of(each, box, module.shape[-1]) for each in module.components))
 
 
 def add_terms(y: Tensor, x: Tensor, groups: Sequence[tuple[Tensor | slice, Sequence[Patch]]]) -> None:
@@ -83,7 +75,7 @@ def add_terms(y: Tensor, x: Tensor, groups: Sequence[tuple[Tensor | slice, Seque
         part = x[rows]
         total = torch.zeros(len(part), y.shape[1], device=y.device)
         totals.append((rows, total))
-        products += [(part, p.factors, total[:, p.begin : p.end]) for p in patches if p.factors]
+        products += [(part, p.factors, total[:, p.begin : p.end]) for p in patches if p.held]
     signed_matmul(products)
     for rows, total in totals:
         y[rows] = total.add_(y[rows]).to(y.dtype)

@@ -59,7 +59,7 @@ class Permitted:
                 "deltas, or start it with --api-key"
             )
         if "\0" not in name and "://" not in name:
-            path = (self.root / name).resolve()  # links are followed, so that they cannot lead out
+            path = Path(os.path.realpath(self.root / name))  # links are followed, so that they cannot lead out
             if path.is_relative_to(self.root):
                 return str(path)
         raise PermissionError(f"{name!r} is not a path below the {ROOT_VARIABLE} of this server")

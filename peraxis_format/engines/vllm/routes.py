@@ -29,7 +29,9 @@ from fastapi import FastAPI, Request  # type: ignore[import-not-found, unused-ig
 from fastapi.responses import JSONResponse  # type: ignore[import-not-found, unused-ignore]
 
 from peraxis_format.engines.vllm.control import Control, content_id_of, is_dead
+from peraxis_format.engines.vllm.fetching import Fetching
 from peraxis_format.engines.vllm.following import RequestError
+from peraxis_format.engines.vllm.layout import is_one_host
 from peraxis_format.engines.vllm.permitted import Permitted
 
 __all__ = ["PeraxisEndpoints"]
@@ -131,7 +133,9 @@ class PeraxisEndpoints:
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Store the engine's client; a server that started from a delta reports its content ID."""
-        control = state.peraxis_control = Control(engine_client, Permitted.of_server(args))
+        control = state.peraxis_control = Control(
+            engine_client, Permitted.of_server(args), fetching=Fetching(one_host=is_one_host(engine_client.vllm_config))
+        )
         config = engine_client.vllm_config.load_config
         delta = (config.model_loader_extra_config or {}).get("delta") if config.load_format == "peraxis" else None
         if delta is not None:

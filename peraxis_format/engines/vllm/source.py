@@ -1,40 +1,45 @@
 """Open a delta by the operator's name: a path, hf://org/repo/file.pxd, org/repo, or an http(s) URL.
 
-Every rank opens it separately. A URL is fetched into a temporary folder of the process, which is removed with the
-process; the hub's cache is used for the hub (peraxis_format.hub).
+Every rank opens it separately. A URL is fetched at each opening, because its file may be another one by then, into a
+temporary folder that is removed when the file is open; the hub's cache is used for the hub (peraxis_format.hub).
 """
 
 from __future__ import annotations
 
-import atexit
 import errno
 import re
 import shutil
 import tempfile
 import urllib.request
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 from urllib.error import HTTPError
 
 from peraxis_format.engines.vllm.bridge import agree
-from peraxis_format.errors import CheckpointError, LiveModelError
+from peraxis_format.errors import CheckpointError, LiveModelError, PxdError
 from peraxis_format.hub import hub_path
 from peraxis_format.reader import DeltaFile
 
-__all__ = ["copy_announced", "local_path", "open_delta", "shown"]
+__all__ = [
+    "LONGEST_SOURCE",
+    "NAME_RULE",
+    "copy_announced",
+    "downloaded",
+    "is_url",
+    "open_delta",
+    "quoted",
+    "shown",
+]
 
 _SILENCE_SECONDS: Final = 60.0
 _PIECE: Final = 1 << 20
+LONGEST_SOURCE: Final = 4096  # the longest path on Linux
+NAME_RULE: Final = "it must be a text of 1 to {} characters without control characters"
+_LONGEST_QUOTE: Final = 100
 _URLS: Final = ("http://", "https://")
-
-
-def local_path(source: str) -> Path:
-    """The local path of a delta. Raises CheckpointError, OSError."""
-    if source.startswith(_URLS):
-        return _download(source)
-    return hub_path(source)
 
 
 def open_delta(source: str, *, group: Any = None) -> DeltaFile:
@@ -45,7 +50,7 @@ def open_delta(source: str, *, group: Any = None) -> DeltaFile:
     file: DeltaFile | None = None
     failure: BaseException | None = None
     try:
-        file = DeltaFile(local_path(source))
+        file = _opened(source)
     except Exception as error:
         failure = error
     try:
@@ -57,6 +62,19 @@ def open_delta(source: str, *, group: Any = None) -> DeltaFile:
             file.close()
         raise
     return file
+
+
+def _opened(source: str) -> DeltaFile:
+    if not source.isprintable() or len(source) > LONGEST_SOURCE:
+        raise CheckpointError(f"{quoted(source)}: is not a name of a file; {NAME_RULE.format(LONGEST_SOURCE)}")
+    if not is_url(source):
+        return DeltaFile(hub_path(source))
+    with downloaded(source) as path:
+        try:
+            return DeltaFile(path)  # the open file stays readable without its name
+        except PxdError as error:
+            error.file = shown(source)
+            raise
 
 
 def _agree(failure: BaseException | None, group: Any) -> None:
@@ -77,9 +95,20 @@ def _refuse_different(source: str, file: DeltaFile, group: Any) -> None:
         raise LiveModelError(f"{shown(source)}: is another file on another rank; give every host the same file")
 
 
+def quoted(value: object) -> str:
+    """A value of a request for an error, in one line that a request cannot make long."""
+    text = repr(value) if isinstance(value, str | int | float | bool | None) else f"a JSON {type(value).__name__}"
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}... ({len(text)} characters)"
+
+
+def is_url(source: str) -> bool:
+    """Whether a source is fetched by HTTP."""
+    return source.startswith(_URLS)
+
+
 def shown(source: str) -> str:
     """The name for errors and logs: of a URL without user, password, query and fragment."""
-    if not source.startswith(_URLS):
+    if not is_url(source):
         return source
     scheme, _, rest = source.partition("://")
     address, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
@@ -103,23 +132,29 @@ def copy_announced(reader: Any, writer: Any) -> None:
         left -= len(piece)
 
 
-@cache
-def _download(url: str) -> Path:
+@contextmanager
+def downloaded(url: str) -> Iterator[Path]:
+    """A file with the bytes that a URL has now, during the block. Raises CheckpointError."""
     if "@" in re.split(r"[/?#]", url.partition("://")[2], maxsplit=1)[0]:
         raise CheckpointError(f"{shown(url)}: a user or a password in a URL is not supported; use a signed URL")
     folder = Path(tempfile.mkdtemp(prefix="peraxis-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    target = folder / (PurePosixPath(shown(url).partition("://")[2].partition("/")[2]).name or "delta.pxd")
+    try:
+        target = folder / (PurePosixPath(shown(url).partition("://")[2].partition("/")[2]).name or "delta.pxd")
+        _fetch(url, target)
+        yield target
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fetch(url: str, target: Path) -> None:
     try:
         with urllib.request.urlopen(url, timeout=_SILENCE_SECONDS) as reader, open(target, "wb") as writer:
             copy_announced(reader, writer)
     except (HTTPException, ValueError):
-        shutil.rmtree(folder, ignore_errors=True)
         raise CheckpointError(f"{shown(url)}: cannot be fetched; check the address") from None  # errors quote the query
     except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, HTTPError):
             error.close()
-        advice = f"make room in {folder.parent}" if error.errno == errno.ENOSPC else "check the address"
+        folder = target.parent.parent
+        advice = f"make room in {folder}" if error.errno == errno.ENOSPC else "check the address"
         raise CheckpointError(f"{shown(url)}: cannot be fetched ({error}); {advice}") from None
-    return target

@@ -2,25 +2,28 @@
 
     resident    in the memory of the model's device      at most `resident`, including those of the step
     host        in host memory                            at most `host`
-    file        open, so that it can be read again even if it is renamed or removed
+    file        open, so that it can be read again even if it is renamed or removed       at most `files`
 
 On the CPU resident and host are the same memory, and only `host` counts. An evicted variant is read from its file and
-all digests are checked. If that fails on one rank, it fails on all of them, and is tried again at the next use. Names
-stay until they are removed.
+all digests are checked. If that fails on one rank, it fails on all of them, and is tried again at the next use.
+
+vLLM's server does not tell its workers that an adapter was unloaded. So of more than `files` variants the least
+recently used one is forgotten; if vLLM still has it, its next request adds it again by its path.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import nn
 
 from peraxis_format.delta import Encoding
 from peraxis_format.engines.vllm.bridge import Placement, agree, check_base, check_pads, claim, place, release
+from peraxis_format.engines.vllm.kept import KeptFile
 from peraxis_format.engines.vllm.layers import Variant
 from peraxis_format.engines.vllm.layout import (
     LinearBase,
@@ -33,12 +36,14 @@ from peraxis_format.engines.vllm.layout import (
 )
 from peraxis_format.engines.vllm.loader import check_assets
 from peraxis_format.engines.vllm.patches import LayerPatch, Patch, patch_of
-from peraxis_format.engines.vllm.source import open_delta
+from peraxis_format.engines.vllm.source import open_delta, shown
 from peraxis_format.errors import LiveModelError, PxdError
 from peraxis_format.reader import DeltaFile
 
 __all__ = ["Counters", "VariantStore"]
 
+T = TypeVar("T")
+_FILES: Final = 256
 _CLAIMED: Final = "variants are served over these weights; swap the model in another server"
 
 
@@ -52,7 +57,10 @@ class Counters:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class VariantStore:
-    """Variants by adapter id. resident, host: the largest numbers in device and in host memory."""
+    """Variants by adapter id. resident, host, files: the largest numbers in device memory, in host memory, and of open
+    files; files is at least twice the others. caches_prefixes: vLLM keeps keys and values by a variant's name and path,
+    so another file under both is refused.
+    """
 
     model: nn.Module
     model_config: Any
@@ -60,11 +68,14 @@ class VariantStore:
     resident: int
     host: int
     checks_assets: bool = True
+    caches_prefixes: bool = True
+    files: int = _FILES
     counters: Counters = field(default_factory=Counters)
-    _files: dict[int, tuple[str, DeltaFile]] = field(default_factory=dict)
+    _files: OrderedDict[int, tuple[str, KeptFile]] = field(default_factory=OrderedDict)
     _host: OrderedDict[int, Variant] = field(default_factory=OrderedDict)
     _resident: OrderedDict[int, Variant] = field(default_factory=OrderedDict)
     _pinned: set[int] = field(default_factory=set)
+    _contents: dict[tuple[str, str], str] = field(default_factory=dict)  # name, source -> the content ID served
 
     def ids(self) -> set[int]:
         """The known adapter ids."""
@@ -79,36 +90,41 @@ class VariantStore:
             self.get(number)
             return False
         group, count = tensor_group()
-        file = open_delta(source, group=group if count > 1 else None)
-        try:
+        with open_delta(source, group=group if count > 1 else None) as file:
             if self.checks_assets:
                 check_assets(file, self.model_config)
+            self._refuse_other_content(name, source, file)
             refuse_uncovered(self.model, file.manifest)
             _refuse_exact(file)
             placement = place(plain_tensors(self.model), file.manifest, views=views(self.model, file.manifest))
             claim((part.view for parts in placement.values() for part in parts), self, _CLAIMED)
             check_base(file, placement, group=group if count > 1 else None)
-            variant = self._agreed(name, file, placement)
-        except BaseException:
-            file.close()
-            raise
+            variant, kept = self._agreed(lambda: (self._read(name, file, placement), KeptFile(file)))
         self.remove(number)
-        self._files[number] = name, file
+        self._contents[name, source] = variant.content_id
+        self._files[number] = name, kept
         self._keep(number, variant)
+        self._forget()
         return True
 
     def get(self, number: int) -> Variant:
-        """A variant in device memory, now the most recently used. Raises PxdError, OSError, on all ranks, if it was
-        evicted and cannot be read again.
+        """A variant in device memory, now the most recently used. Raises PxdError, LiveModelError, OSError, on all
+        ranks, if it was evicted and cannot be read again.
         """
+        self.touch([number])
         if number in self._resident:
             self._resident.move_to_end(number)
             self._host.move_to_end(number)
             return self._resident[number]
         variant = self._host.get(number)
         if variant is None:
-            name, file = self._files[number]
-            variant = self._agreed(name, file, None)
+            name, kept = self._files[number]
+
+            def read() -> Variant:
+                with kept.read() as file:
+                    return self._read(name, file, None)
+
+            variant = self._agreed(read)
         self._keep(number, variant)
         return self._resident[number]
 
@@ -129,9 +145,15 @@ class VariantStore:
         for number in wanted:
             try:
                 found[number] = self.get(number)
-            except (PxdError, OSError) as error:
+            except (PxdError, LiveModelError, OSError) as error:
                 failed[number] = error
         return found, failed
+
+    def touch(self, numbers: Iterable[int]) -> None:
+        """Mark the files of these variants as used, so that adding others does not close them."""
+        for number in numbers:
+            if number in self._files:
+                self._files.move_to_end(number)
 
     def pin(self, number: int) -> bool:
         """Never evict a variant. Returns whether it is known."""
@@ -168,6 +190,19 @@ class VariantStore:
                 if each not in self._host:
                     del self._resident[each]
 
+    def _refuse_other_content(self, name: str, source: str, file: DeltaFile) -> None:
+        if self.caches_prefixes and self._contents.get((name, source), file.content_id) != file.content_id:
+            raise LiveModelError(
+                f"{shown(source)}: is another file than the one that {name} was loaded from before, and vLLM's prefix "
+                "cache would mix both; give the new file another path"
+            )
+
+    def _forget(self) -> None:
+        most = max(self.files, 2 * self.host, 2 * self.resident)
+        for number in list(self._files)[:-most]:
+            if number not in self._pinned:
+                self.remove(number)
+
     def _evict(self, kept: OrderedDict[int, Variant], most: int, newest: int) -> None:
         for number in list(kept):
             if len(kept) <= most:
@@ -176,20 +211,20 @@ class VariantStore:
                 del kept[number]
                 self.counters.evictions += 1
 
-    def _agreed(self, name: str, file: DeltaFile, placement: Placement | None) -> Variant:
-        """`_read`, on all ranks or on none."""
+    def _agreed(self, read: Callable[[], T]) -> T:
+        """The result of reading, on all ranks or on none."""
         group, count = tensor_group()
-        variant: Variant | None = None
+        found: list[T] = []
         failure: BaseException | None = None
         try:
-            variant = self._read(name, file, placement)
+            found.append(read())
         except Exception as error:
             failure = error
         if count > 1:
             agree(failure, group)
-        if failure is not None or variant is None:
-            raise failure or AssertionError
-        return variant
+        if failure is not None:
+            raise failure
+        return found[0]
 
     def _read(self, name: str, file: DeltaFile, placement: Placement | None) -> Variant:
         """Read a file's payload for the layers, and check all digests. placement: None if the base was checked."""
@@ -203,10 +238,12 @@ class VariantStore:
                 continue
             module = file.load(entry)
             for piece in pieces:
-                patch = patch_of(module, piece.box, piece.rows)
                 tensor = getattr(piece.module, piece.parameter)
-                for layer, parameter in owners[tensor.data_ptr()]:
+                places = owners[tensor.data_ptr()]
+                for layer, parameter in places:
                     _refuse_layer(layer, parameter, entry, tensor.ndim)
+                patch = patch_of(module, piece.box, piece.rows)
+                for layer, parameter in places:
                     layers.setdefault(layer, {}).setdefault(parameter, []).append(patch)
         return Variant(name, file.content_id, layers)
 

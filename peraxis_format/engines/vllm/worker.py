@@ -23,17 +23,18 @@ from torch import Tensor, nn
 from peraxis_format.engines.vllm.batch import StepRows
 from peraxis_format.engines.vllm.bridge import agree
 from peraxis_format.engines.vllm.layers import LayerState, Variant, wrap_layers
-from peraxis_format.engines.vllm.layout import adapter_not_found, is_eager, tensor_group, worker_class
+from peraxis_format.engines.vllm.layout import adapter_not_found, caches_prefixes, is_eager, tensor_group, worker_class
 from peraxis_format.engines.vllm.loader import assets_checked
 from peraxis_format.engines.vllm.permitted import Permitted
 from peraxis_format.engines.vllm.scheduler import ends_failed, marked
-from peraxis_format.engines.vllm.source import shown
+from peraxis_format.engines.vllm.source import NAME_RULE, quoted, shown
 from peraxis_format.engines.vllm.variants import VariantStore
 from peraxis_format.errors import CheckpointError, LiveModelError, PxdError
 
 __all__ = ["PeraxisWorker", "VariantManager"]
 
 _WORKER: Final[Any] = worker_class()
+_LONGEST_NAME: Final = 200
 _LOG: Final = logging.getLogger("peraxis")
 _FAILURES: Final = (PxdError, CheckpointError, LiveModelError, OSError)
 
@@ -67,6 +68,7 @@ class VariantManager:
             resident=lora.max_loras,
             host=lora.max_cpu_loras or lora.max_loras,
             checks_assets=checks,
+            caches_prefixes=caches_prefixes(vllm_config),
         )
         self.failed: frozenset[str] = frozenset()
         self._requests_of = requests_of if ends_failed(vllm_config) else None
@@ -90,6 +92,7 @@ class VariantManager:
         Afterwards `failed` has the requests whose adapter is not available; their rows are the base's.
         """
         failures: dict[int, Exception] = {}
+        self.store.touch(request.lora_int_id for request in requests)
         for request in requests:
             if request.lora_int_id not in self._dummies | self.store.ids():
                 try:
@@ -117,7 +120,9 @@ class VariantManager:
             _LOG.error("variant %s: %s cannot be read again, so its requests fail: %s", name, path, error)
 
     def add_adapter(self, request: Any) -> bool:
-        """Load a variant. Raises the errors of VariantStore.add."""
+        """Load a variant. Raises the errors of VariantStore.add; LiveModelError for a name that would break a log."""
+        if not request.lora_name.isprintable() or len(request.lora_name) > _LONGEST_NAME:
+            raise LiveModelError(f"lora_name is {quoted(request.lora_name)}; {NAME_RULE.format(_LONGEST_NAME)}")
         try:
             path = self._permitted.source(request.lora_path)
             return self.store.add(request.lora_int_id, request.lora_name, path, replace=bool(request.load_inplace))

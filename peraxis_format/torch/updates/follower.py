@@ -111,6 +111,7 @@ class Follower:
         files, problems = self._listed()
         waiting: dict[Path, str] = dict(problems)
         applied: list[Path] = []
+        failed = [path for path in problems if path.parent == self.folder]
         if self._state is None and files:
             self._find_state(files)
         while (chosen := next_update(files, self._state, self.step, skip=waiting)) is not None:
@@ -120,9 +121,12 @@ class Follower:
                 raise
             except (PxdError, LiveModelError, OSError) as error:
                 waiting[chosen.path] = str(error)
+                failed.append(chosen.path)
                 continue
             self._state, self.step = chosen.result, chosen.step
             applied.append(chosen.path)
+        if self._mirror is not None:
+            self._mirror.doubt(path.name for path in failed)
         ahead = [file for file in files if not file.is_anchor and file.step > (-1 if self.step is None else self.step)]
         for file in ahead:
             waiting.setdefault(file.path, f"{file.path}: does not continue the model's state")

@@ -2,6 +2,9 @@
 
 Only files that a follower or a trainer still needs are fetched, one by one and each atomically: the newest anchor if it
 has to begin with one, and the updates after its state. They are sent the same way.
+
+A file is fetched again if the store lists another size, time or tag for it. Some stores list none, and a transfer may
+be faulty, so a file that cannot be used (`doubt`) is also fetched again: at the next sync, then after 2, 4 ... 64 more.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import tempfile
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from peraxis_format.create_remote import create_remote, is_replaced, start_of
 from peraxis_format.errors import LiveModelError, first_line
@@ -22,6 +25,24 @@ __all__ = ["PREFIX", "Mirror", "is_url"]
 
 PREFIX: Final = "peraxis-chain-"  # of temporary folders
 _PART: Final = ".part"
+_LONGEST_PAUSE: Final = 64  # syncs between two fetches of a faulty file
+_SILENCE: Final = 60.0  # seconds that an HTTP server may send nothing
+# Entries of a listing that change with the file.
+_STAMPS: Final = frozenset(
+    {
+        "size",
+        "ETag",
+        "etag",
+        "mtime",
+        "LastModified",
+        "last_modified",
+        "last_commit",
+        "updated",
+        "created",
+        "generation",
+    }
+)
+Stamp: TypeAlias = tuple[tuple[str, str], ...]
 
 
 def is_url(source: str | Path) -> bool:
@@ -41,27 +62,39 @@ class Mirror:
         try:
             import fsspec
 
-            self._system, self._path = fsspec.core.url_to_fs(self.url)
+            self._system, self._path = fsspec.core.url_to_fs(self.url, **_patience(self.url))
         except ImportError as error:
             raise LiveModelError(f"{self.url}: needs a package that is not installed ({error})") from None
         except ValueError as error:
             raise LiveModelError(f"{self.url}: {error}") from None
         self._sent: tuple[str, bytes] | None = None  # name and header of the file that was sent last
+        self.fetches: dict[str, int] = {}  # of the files that are here: the number of the fetch
+        self._stamps: dict[str, Stamp] = {}
+        self._doubted: dict[str, tuple[int, int]] = {}  # name -> syncs until the next fetch, and the pause after it
         self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         self.close = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def names(self) -> list[str]:
-        """The file names of the updates and anchors at the URL."""
+        """The file names of the updates and anchors at the URL. Raises OSError."""
+        return sorted(self._listed())
+
+    def _listed(self) -> dict[str, Stamp]:
+        """The updates and anchors at the URL; none if there is no such folder. Raises OSError if this is not known."""
         with self._errors():
             self._system.invalidate_cache()
-            if not self._system.isdir(self._path):
-                return []
-            found: list[str] = [path.rpartition("/")[2] for path in self._system.ls(self._path, detail=False)]
-        return sorted(name for name in found if step_of(name) is not None)
+            try:
+                found = self._system.ls(self._path, detail=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return {}
+            own = self._path.strip("/")
+            files = [entry for entry in found if entry["type"] != "directory" and entry["name"].strip("/") != own]
+            stamps = {entry["name"].rpartition("/")[2]: _stamp(entry) for entry in files}
+        return {name: stamp for name, stamp in stamps.items() if step_of(name) is not None}
 
     def sync(self, *, after: int | None) -> None:
         """Fetch the updates after step `after`; None: begin with the newest anchor."""
-        found = {name: step_of(name) for name in self.names()}
+        stamps = self._listed()
+        found = {name: step_of(name) for name in stamps}
         anchors = {step: name for name, (step, anchor) in _known(found) if anchor}
         steps = {step: name for name, (step, anchor) in _known(found) if not anchor}
         newest = max(anchors, default=None)
@@ -73,10 +106,29 @@ class Mirror:
             if newest in steps:
                 wanted.append(steps[newest])  # the next update names it
         wanted += [name for step, name in sorted(steps.items()) if begin is None or step > begin]
-        self._keep(wanted)
+        self._keep(name for name in wanted if self._stamps.get(name) == stamps[name] and not self._is_due(name))
         for name in wanted:
             if not (self.folder / name).exists():
                 self._fetch(name)
+                self._stamps[name] = stamps[name]
+                self.fetches[name] = self.fetches.get(name, 0) + 1
+        for known in (self._stamps, self.fetches, self._doubted):
+            for name in known.keys() - set(wanted):
+                del known[name]
+
+    def doubt(self, names: Iterable[str]) -> None:
+        """Fetch these files again later, because they cannot be used."""
+        for name in names:
+            self._doubted.setdefault(name, (1, 2))
+
+    def _is_due(self, name: str) -> bool:
+        """Count this sync for a doubted file: whether it is to be fetched again."""
+        left, pause = self._doubted.get(name, (0, 0))
+        if left > 1:
+            self._doubted[name] = left - 1, pause
+        elif left == 1:
+            self._doubted[name] = pause, min(2 * pause, _LONGEST_PAUSE)
+        return left == 1
 
     def send(self, path: Path) -> None:
         """Publish a local file under its name (create_remote.py).
@@ -128,6 +180,8 @@ class Mirror:
                     )
 
         self._system.get_file(path, str(part), callback=Limit())
+        if part.stat().st_size != size:
+            raise OSError(f"{self.url}: has {part.stat().st_size} bytes of {path.rpartition('/')[2]}, not {size}")
 
     def _keep(self, names: Iterable[str]) -> None:
         kept = set(names)
@@ -144,6 +198,21 @@ class Mirror:
             raise
         except Exception as error:
             raise OSError(f"{self.url}: {type(error).__name__}: {first_line(error)}") from None
+
+
+def _stamp(entry: dict[str, Any]) -> Stamp:
+    return tuple(sorted((key, str(value)) for key, value in entry.items() if key in _STAMPS))
+
+
+def _patience(url: str) -> dict[str, Any]:
+    """Options of the file system of an HTTP server: a download may take long, but not be silent, nor packed."""
+    if not url.startswith(("http://", "https://")):
+        return {}
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)
+    headers = {"Accept-Encoding": "identity"}
+    return {"client_kwargs": {"timeout": timeout, "headers": headers, "auto_decompress": False}}
 
 
 def _known(found: dict[str, tuple[int, bool] | None]) -> list[tuple[str, tuple[int, bool]]]:

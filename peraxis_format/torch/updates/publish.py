@@ -31,7 +31,7 @@ from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.pieces import is_dtensor
 from peraxis_format.torch.updates.checks import check_publishing
 from peraxis_format.torch.updates.mirror import Mirror, is_url
-from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, step_name, step_of
+from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, newer_file, step_name, step_of
 from peraxis_format.writer import DeltaWriter
 
 __all__ = ["Published", "UpdateOptions", "UpdateWriter"]
@@ -129,7 +129,8 @@ class UpdateWriter:
     def step(self) -> Published:
         """Publish the present parameters. The first call in a folder writes an anchor, later ones write updates.
 
-        Raises FileExistsError if another process publishes into the folder, OSError; nothing is published then.
+        Raises FileExistsError if another process publishes into the folder, OSError; nothing is published then. If only
+        the anchor of the step cannot be written, that is raised too, and the step is published: see `step_number`.
         """
         live, tied = self._live()
         if self._head is None:
@@ -178,6 +179,9 @@ class UpdateWriter:
         for name, tensor in named.items():
             if not isinstance(tensor, Tensor):
                 continue
+            if tensor.is_meta or tensor.layout is not torch.strided:
+                kind = "on the meta device" if tensor.is_meta else str(tensor.layout)
+                raise LiveModelError(f"{name}: {kind}, without dense weights; load or convert it first")
             if is_dtensor(tensor) and not self._in_pieces:
                 raise LiveModelError(f"{name}: is sharded; use ShardedUpdateWriter, on every rank")
             key: tuple[object, ...] = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
@@ -225,6 +229,11 @@ class UpdateWriter:
     # --- the published state --------------------------------------------------------------------------
 
     def _writer(self, path: Path, *, previous: str | None) -> DeltaWriter:
+        newer = newer_file(path)
+        if newer is not None:
+            raise FileExistsError(
+                f"{newer}: is newer than {path.name}; another process publishes there: stop one of them"
+            )
         identity = Identity(id=self._name)
         return DeltaWriter(path, base=identity, fine_tuned=identity, previous=previous, chained=True, overwrite=False)
 

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,6 +39,7 @@ class SharedMirror:
         agree(failure, group)
         self.url: str = self._ranks.broadcast(self.first.url if self.first is not None else "", rank=0)
         self._writers: list[int] = []
+        self._fetches: dict[str, int] = {}  # on another host: of the files that are here
         self.close: Callable[[], object] = lambda: None
         self.folder = self._shared_folder()
 
@@ -65,25 +66,33 @@ class SharedMirror:
     def sync(self, *, after: int | None) -> None:
         """Fetch the updates after step `after`, see Mirror. Raises OSError, on all ranks."""
         failure: Exception | None = None
-        names: list[str] = []
+        names: dict[str, int] = {}
         try:
             if self.first is not None:
                 self.first.sync(after=after)
-                names = sorted(path.name for path in self.first.folder.glob("*.pxd"))
+                names = dict(self.first.fetches)
         except Exception as error:
             failure = error
         agree(failure, self._ranks.group)
         if len(self._writers) > 1:
             self._send(self._ranks.broadcast(names, rank=0))
 
-    def _send(self, names: list[str]) -> None:
-        """Give the other writers the files that they do not have, and remove others there."""
+    def doubt(self, names: Iterable[str]) -> None:
+        """See Mirror; not collective."""
+        if self.first is not None:
+            self.first.doubt(names)
+
+    def _send(self, names: dict[str, int]) -> None:
+        """Give the other writers the files that they do not have, and remove others there. names: and their fetches."""
         rank = self._ranks.rank
         failure: Exception | None = None
         writes = rank in self._writers and rank != 0
-        here = {path.name for path in self.folder.glob("*.pxd")} if writes else set(names)
-        for name in here - set(names):
-            (self.folder / name).unlink()
+        here = set(names)
+        if writes:
+            found = {path.name for path in self.folder.glob("*.pxd")}
+            here = {name for name in found & set(names) if self._fetches.get(name) == names[name]}
+            for name in found - here:
+                (self.folder / name).unlink()
         lacking = self._ranks.all_gather(set(names) - here)
         for name in sorted(set().union(*lacking)):
             part = self.folder / f".{name}.part"
@@ -98,6 +107,7 @@ class SharedMirror:
                     failure = error
             if writes and name in lacking[rank] and failure is None:
                 part.rename(self.folder / name)
+                self._fetches[name] = names[name]
         agree(failure, self._ranks.group)
 
     def _piece(self, name: str, begin: int) -> bytes:

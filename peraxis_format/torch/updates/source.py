@@ -18,12 +18,13 @@ __all__ = [
     "chain_of",
     "list_updates",
     "missing_folder",
+    "newer_file",
     "next_update",
     "step_name",
     "step_of",
 ]
 
-_NAME: Final = re.compile(r"(step|anchor)-(\d+)\.pxd")
+_NAME: Final = re.compile(r"(step|anchor)-([0-9]{1,18})\.pxd")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +58,16 @@ def step_of(name: str) -> tuple[int, bool] | None:
     """The step of a file name, and whether it is an anchor; None for any other file."""
     match = _NAME.fullmatch(name)
     return None if match is None else (int(match[2]), match[1] == "anchor")
+
+
+def newer_file(path: Path) -> Path | None:
+    """A file of the same folder with a higher step than that of this one. Raises OSError if there is no such folder."""
+    own = step_of(path.name)
+    for other in path.parent.iterdir():
+        step = step_of(other.name)
+        if own is not None and step is not None and step[0] > own[0]:
+            return other
+    return None
 
 
 def missing_folder(folder: Path) -> str | None:

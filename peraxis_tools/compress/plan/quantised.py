@@ -26,7 +26,7 @@ _SUFFIXES: Final = (
     (".input_scale", "FP8"),
     ("_blocks", "MXFP4"),
 )
-# Types of quantised matrices alone, by the bits of an element.
+# Types of quantised matrices alone, by the bits of an element. Their names begin with these letters; F64 is none.
 _SMALL_FLOATS: Final = {4: "FP4", 6: "FP6", 8: "FP8"}
 
 
@@ -43,7 +43,7 @@ def quantisation_of(infos: Iterable[TensorInfo], config: Mapping[str, Any] | Non
     infos = list(infos)
     names = {info.name for info in infos}
     for info in infos:
-        if info.dtype.value.startswith(("F4", "F6", "F8")) and len(info.shape) >= 2:
+        if info.dtype.value.startswith(("F4", "F6_", "F8")) and len(info.shape) >= 2:
             return Quantisation(method=_SMALL_FLOATS[info.dtype.bits], example=info.name)
         for suffix, method in _SUFFIXES:
             if info.name.endswith(suffix) and (method != "MXFP4" or _is_mxfp4(info, names)):

@@ -259,6 +259,8 @@ def _write(
         writer.metadata.update(fit.metadata)
         if saves(planned, planned.file_bytes or 0):  # otherwise the note was made, and it is forced
             check_saving(planned, base, fine_tuned, size=writer.file_size(), force=force)
+        for checkpoint in (base, fine_tuned):
+            checkpoint.tensors.check_unchanged()
         return writer.finish(), writer.size, blocks
 
 

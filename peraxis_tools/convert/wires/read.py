@@ -36,6 +36,8 @@ def recognised(source: Path) -> WireName | None:
     """The wire of a file or folder, recognised by its first bytes; None if it is none of them."""
     if source.is_dir():
         return "xor" if index_metadata(source) is not None else None
+    if not source.is_file():  # a pipe would be waited for
+        return None
     with contextlib.suppress(OSError), open(source, "rb") as file:
         if file.read(len(zstd.MAGIC)) == zstd.MAGIC:
             return "nemo-rl"
@@ -66,6 +68,8 @@ def from_wire(
     source = Path(source)
     if not source.exists():
         raise ToolError(f"{source}: no such file or folder")
+    if not source.is_dir() and not source.is_file():
+        raise ToolError(f"{source}: not a regular file; copy it to one")
     chosen = wire or recognised(source)
     if chosen is None:
         raise ToolError(f"{source}: is none of the wires {', '.join(WIRES)}; pass --from")

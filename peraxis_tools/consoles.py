@@ -1,0 +1,33 @@
+"""The consoles of rich for both standard streams.
+
+If the reader of a stream goes away (`| head`), a plain Console ends the process with exit code 1, which here means a
+failed check, and whichever stream it was, standard output is discarded.
+"""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+__all__ = ["standard_error", "standard_output"]
+
+
+class _Output(Console):
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError that is being handled; the command line ends with code 0 (cli.py)."""
+        raise  # noqa: PLE0704  within the `except` of rich
+
+
+class _Errors(Console):
+    def on_broken_pipe(self) -> None:
+        """Print nothing more; the work goes on."""
+        self.quiet = True
+
+
+def standard_output() -> Console:
+    """A console for results on standard output."""
+    return _Output(highlight=False, soft_wrap=True)
+
+
+def standard_error() -> Console:
+    """A console for errors, notes and bars on standard error."""
+    return _Errors(stderr=True, highlight=False, soft_wrap=True)

@@ -1,0 +1,56 @@
+"""Mistakes of a trainer are refused with their reason, before anything is published."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peraxis_format.errors import LiveModelError
+from peraxis_format.torch.updates import UpdateWriter, follow
+
+
+def weights() -> dict[str, Any]:
+    return {"a": torch.arange(64).bfloat16()}
+
+
+def test_a_trainer_that_was_overtaken_publishes_nothing_more(tmp_path: Path) -> None:
+    model = weights()
+    writer = UpdateWriter(model, tmp_path, anchor_every=2)
+    for _ in range(2):
+        writer.step()
+    stale = UpdateWriter(model, tmp_path)
+    for _ in range(3):
+        model["a"] += 1
+        writer.step()
+    writer.prune(anchors=1)  # the step that the stale one would write is gone
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(FileExistsError, match="another process publishes there"):
+        stale.step()
+    assert sorted(tmp_path.iterdir()) == before
+    live = {"a": torch.zeros(64).bfloat16()}
+    assert follow(live, tmp_path).poll().step == writer.step().step - 1
+
+
+@pytest.mark.parametrize(
+    ("tensor", "reason"),
+    [
+        (torch.empty(3, 3, device="meta"), "a: on the meta device"),
+        (torch.ones(3, 3).to_sparse(), r"a: torch\.sparse_coo, without dense weights"),
+    ],
+)
+def test_weights_that_are_not_there_are_refused_by_name(tensor: torch.Tensor, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(LiveModelError, match=reason):
+        UpdateWriter({"a": tensor}, tmp_path).step()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_removed_is_named(tmp_path: Path) -> None:
+    writer = UpdateWriter(weights(), tmp_path / "chain")
+    writer.step()
+    shutil.rmtree(tmp_path / "chain")
+    with pytest.raises(FileNotFoundError, match="chain'"):
+        writer.step()

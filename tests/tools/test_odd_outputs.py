@@ -1,0 +1,57 @@
+"""Pipes and devices in the place of files: neither an earlier output nor a source is waited for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import peraxis_format as pxd
+from peraxis_tools.convert import WIRES, WireName, from_wire, recognised, to_pxd
+from peraxis_tools.errors import ToolError
+from peraxis_tools.extract import extract
+from peraxis_tools.folders import MARKER
+from tests.factories import random_storage, sign_module, write_checkpoint, write_delta
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+ODD = pytest.mark.parametrize("make", [pipe, device])
+
+
+@ODD
+@pytest.mark.parametrize("name", [MARKER, "README.md"])
+def test_a_folder_with_a_pipe_as_its_list_is_no_earlier_output(
+    make: Callable[[Path], None], name: str, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    modules = [sign_module(rng, "w", random_storage(rng, (16, 24)))]
+    delta = write_delta(tmp_path / "a.pxd", modules, assets={"config.json": b"{}"})
+    (tmp_path / "out").mkdir()
+    make(tmp_path / "out" / name)
+    with pytest.raises(ToolError, match="no list of an earlier output"):
+        extract(delta, tmp_path / "out", overwrite=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+@ODD
+def test_a_source_of_convert_that_is_no_file_is_refused(make: Callable[[Path], None], tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", {"w": (np.zeros((4, 4), np.uint16), pxd.DType.BF16)})
+    source = tmp_path / "source.safetensors"
+    make(source)
+    assert recognised(source) is None
+    wires: list[WireName | None] = [None, *WIRES]
+    for wire in wires:
+        with pytest.raises(ToolError, match="not a regular file"):
+            from_wire(source, base, tmp_path / "x.pxd", wire=wire)
+    with pytest.raises(ToolError, match="no such file"):
+        to_pxd(source, base, tmp_path / "x.pxd")
