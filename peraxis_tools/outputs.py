@@ -46,7 +46,7 @@ def claim_file(path: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> Ite
 
 
 @contextlib.contextmanager
-def claim_delta(path: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> Iterator[None]:
+def claim_delta(path: str | Path, *, overwrite: bool, inputs: Inputs) -> Iterator[None]:
     """`claim_file` for a .pxd; notes a name that no verb finds in a folder."""
     with claim_file(path, overwrite=overwrite, inputs=inputs):
         file = _plain(path)
@@ -66,7 +66,7 @@ def claim_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs 
         yield
 
 
-def _check_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs = ()) -> None:
+def _check_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs) -> None:
     """Check the rules for output files without a lock, for work before the run such as a download."""
     known = _existing(inputs)
     files = [_plain(path) for path in paths]
@@ -97,7 +97,7 @@ def claim_folder(path: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> I
         yield
 
 
-def check_folder(path: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> Path:
+def check_folder(path: str | Path, *, overwrite: bool, inputs: Inputs) -> Path:
     """Check the rules for an output folder without a lock. Returns it as a path that has a name."""
     folder = _plain(path)
     for source in _existing(inputs):

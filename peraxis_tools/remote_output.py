@@ -24,7 +24,7 @@ __all__ = ["output_file", "refuse_replaced_url"]
 
 
 @contextlib.contextmanager
-def output_file(output: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> Iterator[Path]:
+def output_file(output: str | Path, *, overwrite: bool, inputs: Inputs) -> Iterator[Path]:
     """Yield the path to write an output file to: the path itself, or a temporary one that is sent to a URL at the end.
 
     Raises ToolError, OSError.

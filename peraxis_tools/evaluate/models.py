@@ -100,7 +100,7 @@ def _put(model: PreTrainedModel, name: str, weight: torch.Tensor) -> None:
         parameter[: weight.shape[0]].copy_(weight)
 
 
-def check_model(source: str | Path, *, length: int, revision: str | None = None) -> int:
+def check_model(source: str | Path, *, length: int, revision: str | None) -> int:
     """The number of tokens in a sample (positions.py). Raises ToolError without a causal language model."""
     config = environment.load_config(_folder(source, revision))
     environment.check_causal(config, str(source), remedy="eval compares next-token distributions; use diff or verify")
@@ -114,7 +114,7 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
     return environment.load_tokenizer(folder)
 
 
-def check_tokens(source: str | Path, texts: Iterable[Ids], *, revision: str | None = None) -> None:
+def check_tokens(source: str | Path, texts: Iterable[Ids], *, revision: str | None) -> None:
     """Raise ToolError for a token in these texts that the model does not have."""
     config = environment.load_config(_folder(source, revision)).to_dict()
     for ids in texts:

@@ -28,9 +28,9 @@ def run_tasks(
     tokenizer: Any,
     tasks: Sequence[str],
     *,
-    limit: int | None = None,
-    path: Path | None = None,
-    batch_size: int = 8,
+    limit: int | None,
+    path: Path | None,
+    batch_size: int,
 ) -> tuple[TaskResult, ...]:
     """The metric of each task for each model, with one model in memory at a time.
 

@@ -17,7 +17,7 @@ _WIDTH = 30  # characters of a value
 _BEFORE = 8  # characters before a difference
 
 
-def render_diff(result: DiffResult, console: Console, *, top: int = 12) -> None:
+def render_diff(result: DiffResult, console: Console, *, top: int) -> None:
     """Print verdict, manifest, sub-types, and the `top` modules that differ most."""
     total = result.total
     if result.equal:

@@ -28,7 +28,7 @@ _ASSETS: Final = Path(__file__).with_name("assets")
 _AXES: Final = ("row", "col", "row+col", "tensor")
 
 
-def write_page(result: InspectResult, details: Details, path: Path, *, overwrite: bool = False) -> None:
+def write_page(result: InspectResult, details: Details, path: Path, *, overwrite: bool) -> None:
     """Write the page atomically."""
     with pxd.atomic_file(path, overwrite=overwrite) as file:
         file.write(page(result, details).encode())

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypedDict, get_args
+from typing import TypedDict, get_args
 
 import numpy as np
 import torch
@@ -28,8 +28,7 @@ from peraxis_format.ops.exact import Prefer, apply
 from peraxis_format.ops.rebuild import reconstruct
 from peraxis_format.ops.tensors import dtype_of, storage_array
 from peraxis_format.reader import DeltaFile
-from peraxis_format.torch.place.pieces import is_dtensor
-from peraxis_format.torch.updates.checks import check_publishing
+from peraxis_format.torch.updates.live import check_publishing, live_tensors
 from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, newer_file, step_name, step_of
 from peraxis_format.writer import DeltaWriter
@@ -79,8 +78,6 @@ class UpdateWriter:
     a server can begin, so that older files can be deleted (`prune`). An existing chain in the folder is continued.
     step_number: the number of the last published state. For DTensors use ShardedUpdateWriter.
     """
-
-    _in_pieces: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -132,7 +129,7 @@ class UpdateWriter:
         Raises FileExistsError if another process publishes into the folder, OSError; nothing is published then. If only
         the anchor of the step cannot be written, that is raised too, and the step is published: see `step_number`.
         """
-        live, tied = self._live()
+        live, tied = live_tensors(self._model, in_pieces=False)
         if self._head is None:
             return self._first(live, tied)
         self._check_names(live)
@@ -169,30 +166,6 @@ class UpdateWriter:
             self._mirror.close()
 
     # --- the live state -------------------------------------------------------------------------------
-
-    def _live(self) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
-        """The tensors by name, each storage once, and (module, alias) for further names."""
-        named = self._model.state_dict(keep_vars=True) if isinstance(self._model, nn.Module) else self._model
-        first: dict[tuple[object, ...], str] = {}
-        live: dict[str, Tensor] = {}
-        tied: list[tuple[str, str]] = []
-        for name, tensor in named.items():
-            if not isinstance(tensor, Tensor):
-                continue
-            if tensor.is_meta or tensor.layout is not torch.strided:
-                kind = "on the meta device" if tensor.is_meta else str(tensor.layout)
-                raise LiveModelError(f"{name}: {kind}, without dense weights; load or convert it first")
-            if is_dtensor(tensor) and not self._in_pieces:
-                raise LiveModelError(f"{name}: is sharded; use ShardedUpdateWriter, on every rank")
-            key: tuple[object, ...] = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
-            if is_dtensor(tensor):
-                key = (id(tensor),)  # its address is not meaningful
-            if tensor.numel() and key in first:
-                tied.append((first[key], name))
-                continue
-            first[key] = name
-            live[name] = tensor
-        return live, tied
 
     def _published(self, tensor: Tensor) -> Array:
         plain = tensor.detach()

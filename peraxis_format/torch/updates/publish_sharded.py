@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from peraxis_format.torch.place.finder import local_part
 from peraxis_format.torch.place.pieces import Layout, flat_indices
 from peraxis_format.torch.place.ranks import Ranks, agree
 from peraxis_format.torch.place.shards import Box, slices, whole
+from peraxis_format.torch.updates.live import live_tensors
 from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.publish import Published, UpdateOptions, UpdateWriter, _Written
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
@@ -42,8 +43,6 @@ class ShardedUpdateWriter(UpdateWriter):
     ranks must see the folder, or it is a URL, which only rank 0 reads and writes. group: default all ranks.
     options: those of UpdateWriter. `step` returns or raises the same on every rank.
     """
-
-    _in_pieces: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -81,7 +80,7 @@ class ShardedUpdateWriter(UpdateWriter):
     @torch.no_grad()
     def step(self) -> Published:
         """Publish the present parameters; see UpdateWriter."""
-        live, tied = self._live()
+        live, tied = live_tensors(self._model, in_pieces=True)
         parts = self._parts(live)
         if self._head is None:
             return self._publish_first(parts, tied)
@@ -260,7 +259,7 @@ class ShardedUpdateWriter(UpdateWriter):
         way: Way | None = self._on_first(lambda: chain_of(self.folder))
         if way is None:
             return
-        live, _ = self._live()
+        live, _ = live_tensors(self._model, in_pieces=True)
         paths = [self.folder / file.path.name for file in (way.anchor, *way.updates)]
         with DeltaFile(paths[0]) as anchor:
             known = {entry.name: (entry.shape, entry.dtype) for entry in anchor.manifest.modules}

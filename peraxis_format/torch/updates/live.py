@@ -1,0 +1,54 @@
+"""The live parameters of a trainer: its arguments are checked, and the tensors are found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from peraxis_format.errors import ArgumentError, LiveModelError
+from peraxis_format.torch.place.pieces import is_dtensor
+
+__all__ = ["check_publishing", "live_tensors"]
+
+
+def check_publishing(model: object, folder: str | Path, dtype: object) -> None:
+    """Raise ArgumentError unless a model, a folder or URL, and a floating-point dtype (or None) are given."""
+    if not isinstance(model, nn.Module | Mapping):
+        raise ArgumentError(f"model is a {type(model).__name__}: pass a module, or a mapping of names to tensors")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ArgumentError(f"dtype {dtype!r}: must be a floating-point dtype, like torch.bfloat16, or None")
+    if Path(folder).is_file():
+        raise ArgumentError(f"{folder}: is a file; pass the folder of the chain")
+
+
+def live_tensors(
+    model: nn.Module | Mapping[str, Tensor], *, in_pieces: bool
+) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
+    """The tensors by name, each storage once, and (module, alias) for further names.
+
+    in_pieces: DTensors are allowed. Raises LiveModelError.
+    """
+    named = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
+    first: dict[tuple[object, ...], str] = {}
+    live: dict[str, Tensor] = {}
+    tied: list[tuple[str, str]] = []
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            kind = "on the meta device" if tensor.is_meta else str(tensor.layout)
+            raise LiveModelError(f"{name}: {kind}, without dense weights; load or convert it first")
+        if is_dtensor(tensor) and not in_pieces:
+            raise LiveModelError(f"{name}: is sharded; use ShardedUpdateWriter, on every rank")
+        key: tuple[object, ...] = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        if is_dtensor(tensor):
+            key = (id(tensor),)  # its address is not meaningful
+        if tensor.numel() and key in first:
+            tied.append((first[key], name))
+            continue
+        first[key] = name
+        live[name] = tensor
+    return live, tied
