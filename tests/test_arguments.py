@@ -176,7 +176,7 @@ def test_a_list_in_place_of_a_mapping_is_refused() -> None:
 
 
 def test_two_names_of_one_option_are_refused() -> None:
-    assert one_name(2, None) == one_name(None, 2) == 2
+    assert one_name("masks", 2, "bits", None) == one_name("masks", None, "bits", 2) == 2
     for function in ("compress", "merge"):
         with pytest.raises(peraxis.ToolError, match="bits is another name of masks"):
             call(function, masks=2, bits=3)
