@@ -93,6 +93,27 @@ def damaged(rank: int, world: int, folder: str, shards: dict[str, Shard]) -> Non
         assert bytes_of(live) == before
 
 
+def refused(rank: int, world: int, folder: str, shards: dict[str, Shard]) -> None:
+    """One rank alone has no file, or a tensor of another type: the others do not wait for it."""
+    path = Path(folder)
+    for odd in range(world):
+        file = path / ("missing.pxd" if rank == odd else "d.pxd")
+        live = cut_all(rank, world)
+        other = {**live, "up.weight": live["up.weight"].double()} if rank == odd else live
+        before = bytes_of(live)
+        with pytest.raises(FileNotFoundError):
+            apply_(live, file, shards=shards, workers=1)
+        with pytest.raises(pf.BindingError, match=r"E403: .*up\.weight"):
+            apply_(other, path / "d.pxd", shards=shards, workers=1)
+        with VariantSwitch(live, shards=shards, workers=1) as switch, pytest.raises(FileNotFoundError):
+            switch.add("v", file)
+        with VariantSwitch(other, shards=shards, workers=1) as switch:
+            with pytest.raises(pf.BindingError, match=r"E403: .*up\.weight"):
+                switch.add("v", path / "d.pxd")
+            assert not switch.variants()
+        assert bytes_of(live) == before
+
+
 def job(rank: int, world: int, folder: str, body: Any) -> None:
     start(rank, world, folder)
     pieces._STRETCH = BLOCK  # type: ignore[misc]  # several ranges a tensor
@@ -102,7 +123,7 @@ def job(rank: int, world: int, folder: str, body: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("body", [applied, swapped, damaged])
+@pytest.mark.parametrize("body", [applied, swapped, damaged, refused])
 def test_ranks_decode_exact_tensors_together(world: int, body: Any, tmp_path: Path) -> None:
     base = base_tensors()
     write_mixed(tmp_path / "d.pxd", base, 0, EXACT)

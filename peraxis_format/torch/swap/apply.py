@@ -28,7 +28,7 @@ from peraxis_format.torch.device import device_of
 from peraxis_format.torch.place.binding import check_live, is_sharded, sharded_anywhere
 from peraxis_format.torch.place.claims import writing
 from peraxis_format.torch.place.placement import place
-from peraxis_format.torch.place.ranks import Ranks, agree
+from peraxis_format.torch.place.ranks import Ranks, agree, is_distributed
 from peraxis_format.torch.place.sharded_exact import exact_pieces
 from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, copy_aside, increment_versions
 from peraxis_format.torch.ring import Ring
@@ -76,18 +76,19 @@ def apply_(
     check_least("workers", workers, 1, error=LiveModelError)
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        file = delta if isinstance(delta, DeltaFile) else stack.enter_context(DeltaFile(delta))
         pool = stack.enter_context(ThreadPool(workers))
-        placement = place(target, file.manifest, views=views, shards=shards)
-        stack.enter_context(writing(part.live for parts in placement.values() for part in parts))
-        device = device_of(placement)
-        transfers = cut_transfers(file, placement, limit=TRANSFER_LIMIT)
-        ring = Ring(device)
-        ring.reserve(max((transfer.size for transfer in transfers), default=0))
+        # Each step is collective: a rank that fails must not leave the others in the next one.
+        with together(group, sharded=is_distributed()):
+            file = delta if isinstance(delta, DeltaFile) else stack.enter_context(DeltaFile(delta))
+            placement = place(target, file.manifest, views=views, shards=shards)
+            stack.enter_context(writing(part.live for parts in placement.values() for part in parts))
+            device = device_of(placement)
+            transfers = cut_transfers(file, placement, limit=TRANSFER_LIMIT)
+            ring = Ring(device)
+            ring.reserve(max((transfer.size for transfer in transfers), default=0))
         with located(file.path):
             check_live(file.manifest, placement, ring=ring, workers=pool.count, group=group)
         sharded = sharded_anywhere(here=is_sharded(placement, file.manifest), group=group)
-        # Each step is collective: a rank that fails must not leave the others in the next one.
         with together(group, sharded=sharded):
             verified = verify_share(file, group, pool) if sharded else 0
         pieces = exact_pieces(file, placement, base_of=_view, group=group) if sharded else ()

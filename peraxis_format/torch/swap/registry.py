@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from peraxis_format.torch.place.claims import claim, release
 from peraxis_format.torch.place.digests import inherit
 from peraxis_format.torch.place.finder import check_target
 from peraxis_format.torch.place.placement import place
+from peraxis_format.torch.place.ranks import is_distributed
 from peraxis_format.torch.place.sharded_exact import exact_pieces
 from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, copy_aside, storage_key
 from peraxis_format.torch.place.watch import LiveTensors
@@ -99,13 +101,12 @@ class Registry:
         if name in self.variants:
             raise LiveModelError(f"variant {name!r} is registered already; remove it first")
         owned = not isinstance(delta, DeltaFile)
-        file = delta if isinstance(delta, DeltaFile) else DeltaFile(delta)
-        try:
+        with contextlib.ExitStack() as stack:
+            # Each step is collective: a rank that fails must not leave the others in the next one.
+            with together(self.group, sharded=is_distributed()):
+                file = delta if isinstance(delta, DeltaFile) else stack.enter_context(DeltaFile(delta))
             self.variants[name] = self._registered(name, file, residency, owned=owned, direct=direct)
-        except BaseException:
-            if owned:
-                file.close()
-            raise
+            stack.pop_all()
         return self.variants[name].variant
 
     def find(self, name: str) -> Registered:
@@ -146,22 +147,22 @@ class Registry:
     def _registered(
         self, name: str, file: DeltaFile, residency: Residency | None, *, owned: bool, direct: bool
     ) -> Registered:
-        self.check_tensors(overwrite=True)
-        found = place(self._model, file.manifest, views=self._views, shards=self._shards)
-        claim((part.live for parts in found.values() for part in parts), self, _CLAIMED)
-        device, ring = self._prepared(found)
-        chosen = _residency(residency, device, undo=self.base_place == "undo")
-        if direct and chosen != "file":
-            raise LiveModelError(
-                f'direct does nothing with residency="{chosen}"; pass residency="file" or leave it out'
-            )
-        placement = self._known(found)
-        transfers = cut_transfers(file, placement, limit=TRANSFER_LIMIT)
-        ring.reserve(max((transfer.size for transfer in transfers), default=0))
+        with together(self.group, sharded=is_distributed()):
+            self.check_tensors(overwrite=True)
+            found = place(self._model, file.manifest, views=self._views, shards=self._shards)
+            claim((part.live for parts in found.values() for part in parts), self, _CLAIMED)
+            device, ring = self._prepared(found)
+            chosen = _residency(residency, device, undo=self.base_place == "undo")
+            if direct and chosen != "file":
+                raise LiveModelError(
+                    f'direct does nothing with residency="{chosen}"; pass residency="file" or leave it out'
+                )
+            placement = self._known(found)
+            transfers = cut_transfers(file, placement, limit=TRANSFER_LIMIT)
+            ring.reserve(max((transfer.size for transfer in transfers), default=0))
         self._check(file, placement, ring)
         sharded = self._anywhere_sharded(file, placement)
         if sharded:
-            # Each step is collective: a rank that fails must not leave the others in the next one.
             with together(self.group, sharded=True):
                 verify_share(file, self.group, self.workers)
         pieces = exact_pieces(file, placement, base_of=self._base_of, group=self.group) if sharded else ()
