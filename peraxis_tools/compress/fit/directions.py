@@ -19,6 +19,7 @@ to BF16 (no difference).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from peraxis_format import unpack_signs
 
-__all__ = ["output_error", "output_factors"]
+__all__ = ["output_errors", "output_factors"]
 
 _DIRECTIONS: Final = 32
 _ISOTROPIC: Final = 0.3  # e
@@ -68,15 +69,21 @@ def output_factors(
     return rounded
 
 
-def output_error(residual: NDArray[np.float32], delta: NDArray[np.float32]) -> float:
-    """tr(R H R^T) for what is left of a delta; residual, delta: [d_out, d_in]."""
+def output_errors(residuals: Iterable[NDArray[np.float32]], delta: NDArray[np.float32]) -> list[float]:
+    """tr(R H R^T) for each R that is left of a delta; residuals, delta: [d_out, d_in]."""
     sketch = _sketch(delta)
     energy = float(np.square(sketch).sum())
-    isotropic: float = float(np.square(residual, dtype=np.float64).sum())
-    if not energy > 0.0:
-        return isotropic
-    along = float(np.square(residual.astype(np.float64) @ sketch.T).sum())
-    return (1.0 - _ISOTROPIC) * float(delta.shape[1]) / energy * along + _ISOTROPIC * isotropic
+    share = (1.0 - _ISOTROPIC) * float(delta.shape[1]) / energy if energy > 0.0 else 0.0
+    plain = _ISOTROPIC if energy > 0.0 else 1.0
+    errors = []
+    for residual in residuals:
+        along = isotropic = 0.0
+        for start in range(0, len(residual), _ROWS):
+            block = residual[start : start + _ROWS].astype(np.float64)
+            along += float(np.square(block @ sketch.T).sum())
+            isotropic += float(np.vdot(block, block))
+        errors.append(share * along + plain * isotropic)
+    return errors
 
 
 def _sketch(delta: NDArray[np.float32]) -> Vector:

@@ -22,9 +22,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from peraxis_format import Array, Component, Safetensors, kept_rows, to_float32
+from peraxis_format import Array, Component, ComponentFactors, Safetensors, kept_rows, to_float32
 from peraxis_format.ops.rebuild import rebuild
-from peraxis_tools.compress.fit.directions import output_error
+from peraxis_tools.compress.fit.directions import output_errors
 from peraxis_tools.compress.fit.mean import mean_components
 from peraxis_tools.compress.plan.plan import TABLES, PlannedModule
 from peraxis_tools.compress.plan.unchanged import is_unchanged
@@ -67,7 +67,7 @@ def shares_left(module: PlannedModule, base: Safetensors, fine_tuned: Safetensor
         components=MEASURED_MASKS,
         for_outputs=module.kind not in TABLES,
     )
-    errors = [_error(module, left, right, components[:k]) for k in range(len(components) + 1)]
+    errors = _errors(module, left, right, components)
     nothing = errors[0] or 1.0  # no change in the rows that were measured
     # Three digits, so that the plan does not depend on a library's last bits.
     return [float(f"{error / nothing:.3g}") for error in extended(errors)]
@@ -106,18 +106,30 @@ def _sampled(tensors: Safetensors, module: PlannedModule) -> Array:
     return np.ascontiguousarray(matrices[:_PARTS, ::step])
 
 
-def _error(module: PlannedModule, left: Array, right: Array, components: Sequence[Component]) -> float:
-    """E of the applied weight. left, right: storage arrays [n, d_out, d_in]."""
+def _errors(module: PlannedModule, left: Array, right: Array, components: Sequence[Component]) -> list[float]:
+    """E of the applied weight with the first 0, 1, 2, ... components. left, right: storage arrays [n, d_out, d_in]."""
+    factors = list(zip(*(component.factors(left.shape) for component in components), strict=True))
+    found = np.zeros(1 + len(components))
+    for e, (base, tuned) in enumerate(zip(left, right, strict=True)):
+        its = factors[e] if components else ()
+        residuals = (_residual(module, base, tuned, its[:k]) for k in range(1 + len(components)))
+        if module.kind in TABLES:
+            found += [float(np.square(residual, dtype=np.float64).sum()) for residual in residuals]
+        else:
+            delta = to_float32(tuned, module.dtype) - to_float32(base, module.base_dtype or module.dtype)
+            found += output_errors(residuals, delta)
+    return found.tolist()
+
+
+def _residual(
+    module: PlannedModule, base: Array, tuned: Array, factors: Sequence[ComponentFactors]
+) -> NDArray[np.float32]:
+    """What the applied weight leaves of one matrix."""
     base_dtype = module.base_dtype or module.dtype
-    tuned = to_float32(right, module.dtype)
-    applied: NDArray[np.float32] = to_float32(left, base_dtype)
-    delta = tuned - applied
-    if components:
-        out = np.empty(right.shape, module.dtype.storage)
-        matrices = [list(each) for each in zip(*(c.factors(left.shape) for c in components), strict=True)]
-        rebuild(matrices, left, out, base_dtype=base_dtype, dtype=module.dtype)
+    applied = to_float32(base, base_dtype)
+    if factors:
+        out = np.empty(tuned.shape, module.dtype.storage)
+        rebuild([factors], base[None], out[None], base_dtype=base_dtype, dtype=module.dtype)
         applied = to_float32(out, module.dtype)
-    residual = tuned - applied
-    if module.kind in TABLES:
-        return float(np.square(residual, dtype=np.float64).sum())
-    return sum(output_error(r, d) for r, d in zip(residual, delta, strict=True))
+    residual: NDArray[np.float32] = to_float32(tuned, module.dtype) - applied
+    return residual
