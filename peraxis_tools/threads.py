@@ -1,30 +1,36 @@
-"""The number of threads of a run: torch, the libraries of linear algebra, the pools of this package, child processes.
+"""The number of threads of a run: torch, OpenBLAS, OpenMP, the pools of this package, and child processes.
 
-Libraries read their environment variables when they are loaded, so those that are not loaded yet follow them, and
-those that are loaded are told.
+Libraries read their environment variables when they are loaded. So those that are not loaded yet follow the variables,
+and those that are loaded are told.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["pool_size", "threads"]
+import numpy as np
+
+__all__ = ["limit_torch", "one_blas_thread", "pool_size", "use_threads"]
 
 _VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_PREFIXES: Final = ("scipy_openblas", "openblas")  # of the functions of the OpenBLAS in numpy's wheels
 _limit: int | None = None
 
 
 def pool_size() -> int:
-    """The number of threads of a pool: the limit inside `threads`, else one for each processor."""
+    """The number of threads of a pool: the limit inside `use_threads`, else one for each processor."""
     return _limit or os.cpu_count() or 1
 
 
 @contextmanager
-def threads(count: int | None) -> Iterator[None]:
+def use_threads(count: int | None) -> Iterator[None]:
     """Use this many threads inside the context, here and in child processes; None changes nothing."""
     global _limit
     if count is None:
@@ -36,7 +42,8 @@ def threads(count: int | None) -> Iterator[None]:
     os.environ.update(dict.fromkeys(_VARIABLES, str(count)))
     _set_torch_threads(count)
     try:
-        yield
+        with _blas_threads(count):
+            yield
     finally:
         _limit = before
         for name, value in variables.items():
@@ -46,6 +53,49 @@ def threads(count: int | None) -> Iterator[None]:
                 os.environ[name] = value
         if torch_before is not None:
             _set_torch_threads(torch_before)
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """numpy's products use one thread inside the context: for small products, or where a pool has the threads."""
+    with _blas_threads(1):
+        yield
+
+
+@contextmanager
+def _blas_threads(count: int) -> Iterator[None]:
+    functions = _openblas()
+    if functions is None:
+        yield
+        return
+    read, write = functions
+    before = read()
+    write(count)
+    try:
+        yield
+    finally:
+        write(before)
+
+
+@cache
+def _openblas() -> tuple[Callable[[], int], Callable[[int], None]] | None:
+    """Functions that read and set the threads of numpy's OpenBLAS; None for another library."""
+    package = Path(np.__file__).parent
+    for file in sorted((*package.parent.glob("numpy.libs/*openblas*"), *package.glob(".dylibs/*openblas*"))):
+        try:
+            library = ctypes.CDLL(str(file))  # it is loaded, so this gives the same library
+        except OSError:
+            continue
+        for name in (f"{prefix}_{{}}_num_threads{suffix}" for prefix in _PREFIXES for suffix in ("64_", "")):
+            if hasattr(library, name.format("set")) and hasattr(library, name.format("get")):
+                return getattr(library, name.format("get")), getattr(library, name.format("set"))
+    return None
+
+
+def limit_torch() -> None:
+    """Give torch the limit of `use_threads`, for a caller that may have loaded it inside that context."""
+    if _limit is not None:
+        _set_torch_threads(_limit)
 
 
 def _torch_threads() -> int | None:

@@ -44,6 +44,7 @@ from peraxis_tools.parameter_names import NameMap, map_names
 from peraxis_tools.products import fast_products
 from peraxis_tools.quiet import quiet_transformers
 from peraxis_tools.text import Samples, load_samples, unread_tokens
+from peraxis_tools.threads import limit_torch
 
 __all__ = ["CalibratedFit"]
 
@@ -106,6 +107,7 @@ class CalibratedFit:
     def __enter__(self) -> CalibratedFit:
         self._quiet.enter_context(quiet_transformers())
         self._quiet.enter_context(fast_products())
+        limit_torch()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:

@@ -46,6 +46,7 @@ from peraxis_tools.outputs import claim_delta
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Staged, watched_stages
 from peraxis_tools.text import check_texts
+from peraxis_tools.threads import one_blas_thread
 
 __all__ = ["CompressResult", "Progress", "compress"]
 
@@ -114,6 +115,7 @@ def compress(
     with (
         claim_delta(output, overwrite=overwrite, inputs=inputs) if alone else contextlib.nullcontext(),
         watched_stages(progress) as step,
+        one_blas_thread(),  # numpy's products are small, and tensors have the threads
         open_checkpoint(base, revision=base_revision) as opened_base,
         open_checkpoint(fine_tuned, revision=fine_tuned_revision) as opened,
     ):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -23,6 +23,7 @@ from peraxis_tools.compress.run.distributed import Processes
 
 __all__ = ["Batch", "MomentsCollector", "Side", "Text"]
 
+_ENOUGH: Final = 8  # tokens for each input
 _THREADS: Final = 64  # suspended passes at most
 
 
@@ -45,6 +46,16 @@ class Text:
     total: int
     validated: bool
     crossed: bool = False
+
+    def enough_for(self, width: int) -> Text:
+        """A part of the text, of each kind the same share, that is enough for one fit of inputs of this width."""
+        tokens = sum(batch.ids.numel() for batch in self.batches)
+        share = min(1.0, _ENOUGH * width / max(1, tokens))
+        batches: list[Batch] = []
+        for validation in (False, True):
+            its = [batch for batch in self.batches if batch.validation is validation]
+            batches += its[: max(1, round(share * len(its)))]
+        return replace(self, batches=batches)
 
 
 @dataclass(frozen=True, slots=True)
