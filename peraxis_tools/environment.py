@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -22,7 +22,11 @@ __all__ = [
     "resolve_device",
     "resolve_dtype",
     "trim_heap",
+    "tune_heap",
 ]
+
+# M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+_HEAP: Final = ((-8, 1), (-3, 4 << 20), (-1, 64 << 20))
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -95,6 +99,17 @@ def resolve_dtype(name: str, device: torch.device, config: Any) -> torch.dtype:
         return getattr(torch, name)  # type: ignore[no-any-return]
     own = getattr(config, "dtype", None)
     return own if device.type != "cpu" and isinstance(own, torch.dtype) else torch.float32
+
+
+def tune_heap() -> None:
+    """Let large tensors have memory of their own, and all threads one heap, if the C library can (glibc).
+
+    By default glibc raises the size above which memory is returned at once to 32 MB, and gives each thread a heap, so
+    that freed tensors are kept where no other tensor fits. The settings stay until the process ends.
+    """
+    tune = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    for parameter, value in _HEAP if tune is not None else ():
+        tune(parameter, value)
 
 
 def trim_heap() -> None:

@@ -5,7 +5,7 @@ domain. Sampling is ancestral at temperature 1: this is the model's own distribu
 match. A sample depends on its start, so there are several starts (`starts_of`): the beginning of a text, the end of
 another text, each role of the chat template, and a few prompts. It continues after an end-of-text token, because
 training packs documents in the same way; so calibration reads these tokens too. A long sample is packed from several
-parts, each with a start of its own: more starts are read, and a step of generation, which reads all weights, serves
+pieces, each with a start of its own: more starts are read, and a step of generation, which reads all weights, serves
 more of them.
 
 This needs the whole fine-tuned model in memory.
@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peraxis_tools.compress.calibration.parts import pieces_of
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.text import Ids
 
-__all__ = ["generate", "parts_of", "starts_of"]
+__all__ = ["draw_tokens", "generate", "starts_of"]
 
 _PROMPTS: Final = ("The ", "How do I ", "What is ", "Write a short ", "Explain ", "def ", "Q: ")
-_PART: Final = 128  # tokens of a part, about
 _MARK: Final = "\u241fpart\u241f"  # stands for the text of a turn; no template writes it
 
 
@@ -75,12 +75,6 @@ def _template_starts(tokenizer: Any) -> list[str]:
     return begun
 
 
-def parts_of(length: int) -> tuple[int, int]:
-    """(the number of parts in a sample of `length` tokens, the tokens of a part)."""
-    count = max(1, round(length / _PART))
-    return count, -(-length // count)
-
-
 @torch.no_grad()
 def generate(
     teacher: LayerwiseModel,
@@ -98,7 +92,7 @@ def generate(
     """
     draw = np.random.Generator(np.random.PCG64(seed))
     vocabulary = teacher.model.get_input_embeddings().get_parameter("weight").shape[0]
-    count, tokens = parts_of(length)
+    count, tokens = pieces_of(length)
     starts = [start[: tokens - 1] for start in starts_of(tokenizer)]
     # Without a defined start, each token is as good a start as another.
     starts = starts or [[int(token)] for token in draw.integers(0, vocabulary, min(samples, 8))]
@@ -110,12 +104,12 @@ def generate(
             rows = range(count * first, count * min(first + batch_size, samples))
             batches.append(_continued(teacher, [starts[i % len(starts)] for i in rows], length=tokens))
         progress("generate", samples, samples)
-    parts = np.concatenate(batches)[draw.permutation(count * samples)]
-    return np.ascontiguousarray(parts.reshape(samples, count * tokens)[:, :length])
+    pieces = np.concatenate(batches)[draw.permutation(count * samples)]
+    return np.ascontiguousarray(pieces.reshape(samples, count * tokens)[:, :length])
 
 
 def _continued(teacher: LayerwiseModel, starts: Sequence[Sequence[int]], *, length: int) -> Ids:
-    """Parts int64 [starts, length], all in one batch with the model's key-value cache.
+    """Pieces int64 [starts, length], all in one batch with the model's key-value cache.
 
     Shorter starts are padded on the left and masked, so that all rows continue at the same step.
     """
@@ -158,16 +152,20 @@ def _contiguous(_head: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(value.contiguous() for value in inputs)
 
 
-class _Drawn:
-    """Draws a token of each row at temperature 1; all others get scores of minus infinity.
+def draw_tokens(logits: Tensor) -> Tensor:
+    """A token of each row at temperature 1, int64 [n, 1]. logits: float32 [n, vocabulary].
 
     One random number for each row and the cumulative distribution take a tenth of the time of torch.multinomial, which
     draws a number for each token of the vocabulary.
     """
+    below = torch.softmax(logits, dim=-1).cumsum(dim=-1)
+    draws = torch.rand(len(logits), 1, device=logits.device) * below[:, -1:]
+    return torch.searchsorted(below, draws, right=True).clamp_(max=logits.shape[-1] - 1)
+
+
+class _Drawn:
+    """Leaves a drawn token of each row alone; all others get scores of minus infinity."""
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         """ids: [n, length]; scores: logits [n, vocabulary]."""
-        below = torch.softmax(scores.float(), dim=-1).cumsum(dim=-1)
-        draws = torch.rand(len(scores), 1, device=scores.device) * below[:, -1:]
-        tokens = torch.searchsorted(below, draws, right=True).clamp_(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
+        return torch.full_like(scores, -torch.inf).scatter_(1, draw_tokens(scores.float()), 0.0)

@@ -19,11 +19,11 @@ from peraxis_tools.compress.fit.moments.recorder import Call, RecordedPass, Watc
 from peraxis_tools.compress.fit.moments.stages import Key, Stage, stages_of
 from peraxis_tools.compress.fit.moments.sums import Moments, Statistics, grid_of
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
+from peraxis_tools.compress.plan.estimate import TABLE_TOKENS
 from peraxis_tools.compress.run.distributed import Processes
 
 __all__ = ["Batch", "MomentsCollector", "Side", "Text"]
 
-_ENOUGH: Final = 8  # tokens for each input
 _THREADS: Final = 64  # suspended passes at most
 
 
@@ -50,7 +50,7 @@ class Text:
     def enough_for(self, width: int) -> Text:
         """A part of the text, of each kind the same share, that is enough for one fit of inputs of this width."""
         tokens = sum(batch.ids.numel() for batch in self.batches)
-        share = min(1.0, _ENOUGH * width / max(1, tokens))
+        share = min(1.0, TABLE_TOKENS * width / max(1, tokens))
         batches: list[Batch] = []
         for validation in (False, True):
             its = [batch for batch in self.batches if batch.validation is validation]

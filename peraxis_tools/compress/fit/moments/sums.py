@@ -165,8 +165,11 @@ class Statistics:
         return ways
 
     def merged(self) -> Moments:
-        """The moments of all tokens. This consumes those of the fit."""
+        """The moments of all tokens. This consumes both, so that their memory is free for the fit."""
         self.fit.merge(self.validation)
+        for name in ("G", "E", "F"):
+            setattr(self.validation, name, None if name != "G" else self.fit.G.new_empty(0, 0))
+        self.fit.F = None  # errors are those of the parts
         return self.fit
 
 
