@@ -98,8 +98,8 @@ def threads_option(command: Callable[..., None]) -> Callable[..., None]:
     return click.option(
         "--threads",
         type=click.IntRange(min=1),
-        help="The number of threads, also of child processes. Another number may change a last bit of a fit on text, or of "
-        "a KL.  [default: one for each core]",
+        help="The number of threads, also of child processes; another number may change a last bit of a fit on text.  "
+        "[default: one for each core]",
     )(run)
 
 

@@ -14,8 +14,8 @@ from peraxis_tools import products
 from peraxis_tools.compress import compress
 from peraxis_tools.compress.calibration.generate import draw_tokens
 from peraxis_tools.compress.calibration.parts import pieces_of
+from peraxis_tools.compress.fit.gram import add_gram
 from peraxis_tools.compress.fit.moments.collector import Batch, Text
-from peraxis_tools.compress.fit.moments.gram import add_gram
 from peraxis_tools.compress.fit.scales import fit_scales, start_component
 from peraxis_tools.compress.fit.signs import inverse_factor
 from peraxis_tools.products import fast_products

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from peraxis_format import Axis, encode_scales
-from peraxis_tools.compress.fit.moments.gram import add_gram
+from peraxis_tools.compress.fit.gram import add_gram
 from peraxis_tools.compress.fit.signs import Magnitude, unit
 
 __all__ = ["ComponentFit", "fit_scales", "mean_magnitudes", "start_component", "round_scales_f16"]

@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peraxis_tools.compress.fit.moments.gram import gram_blocks
+from peraxis_tools.compress.fit.gram import gram_blocks
 
 __all__ = ["Moments", "Statistics", "Validation", "grid_of"]
 
