@@ -109,8 +109,9 @@ def tune_heap() -> None:
     settings stay until the process ends.
     """
     tune = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    for parameter, value in _HEAP if tune is not None else ():
-        tune(parameter, value)
+    if tune is not None:
+        for parameter, value in _HEAP:
+            tune(parameter, value)
 
 
 def trim_heap() -> None:
