@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+from peraxis_tools.threads import pool_size
 
 __all__ = ["balanced_map", "ordered_map"]
 
@@ -31,7 +32,7 @@ def ordered_map(
     """
     waiting: deque[tuple[int, Future[R]]] = deque()
     ahead = 0
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(workers or pool_size()) as pool:
         try:
             for item in items:
                 size = cost(item)
@@ -57,7 +58,7 @@ def balanced_map(
     the first failed item is raised, and items that have not started are cancelled.
     """
     longest_first = sorted(range(len(items)), key=lambda place: -cost(items[place]))
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(workers or pool_size()) as pool:
         futures = {place: pool.submit(work, items[place]) for place in longest_first}
         try:
             return [futures[place].result() for place in range(len(items))]

@@ -101,7 +101,8 @@ COMPRESS = (
         "run.work_folder",
         "run.module_delta",
     ),
-    *("run.distributed", "fit.moments.recorder", "fit.signs", "fit.scales", "model", "plan", "calibration"),
+    *("run.distributed", "fit.moments.recorder", "fit.gram", "fit.signs", "fit.scales", "model"),
+    *("calibration.parts", "plan", "calibration"),
     *(
         "fit.moments",
         "fit.adamw",

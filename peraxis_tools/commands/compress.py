@@ -8,7 +8,14 @@ from typing import Any
 import click
 
 from peraxis_tools.bars import Stages
-from peraxis_tools.commands.options import SIZE, json_option, masks_option, overwrite_option, quiet_option
+from peraxis_tools.commands.options import (
+    SIZE,
+    json_option,
+    masks_option,
+    overwrite_option,
+    quiet_option,
+    threads_option,
+)
 from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, PREFER, RECIPES, read_yaml
 from peraxis_tools.compress.run.dry_run import estimate_run
@@ -92,6 +99,7 @@ __all__ = ["command"]
 @overwrite_option
 @json_option
 @quiet_option
+@threads_option
 def command(
     base: str,
     fine_tuned: str,

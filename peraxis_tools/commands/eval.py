@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from peraxis_tools.bars import progress
-from peraxis_tools.commands.options import json_option, quiet_option, refuse_given, texts_by_domain
+from peraxis_tools.commands.options import json_option, quiet_option, refuse_given, texts_by_domain, threads_option
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.evaluate import CANDIDATES, EvaluationDType, evaluate
 from peraxis_tools.report import emit
@@ -70,6 +70,7 @@ def _names(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[
 @click.option("--fine-tuned-revision", help="The revision of a fine-tune on the hub.")
 @json_option
 @quiet_option
+@threads_option
 def command(
     base: str,
     fine_tuned: str,

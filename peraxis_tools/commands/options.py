@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from peraxis_tools.errors import ToolError
 from peraxis_tools.notes import LOGGER
 from peraxis_tools.sizes import parse_size
+from peraxis_tools.threads import use_threads
 
 __all__ = [
     "SIZE",
@@ -26,6 +27,7 @@ __all__ = [
     "quiet_option",
     "refuse_given",
     "texts_by_domain",
+    "threads_option",
     "workers_option",
 ]
 
@@ -99,6 +101,22 @@ workers_option = click.option(
     default=None,
     help="The number of threads.  [default: one for each processor]",
 )
+
+
+def threads_option(command: Callable[..., None]) -> Callable[..., None]:
+    """`--threads`: the command runs with this many threads, and is not passed the number."""
+
+    @functools.wraps(command)
+    def run(*args: Any, threads: int | None, **given: Any) -> None:
+        with use_threads(threads):
+            command(*args, **given)
+
+    return click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        help="The number of threads, also of child processes; another number may change a last bit of a fit on text.  "
+        "[default: one for each core]",
+    )(run)
 
 
 def masks_option(kind: click.ParamType[Any], *, help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -1,14 +1,14 @@
 """Compare two models on the same tokens, batch by batch.
 
 Logits become float32 log-probabilities (log-softmax), sums over tokens are float64. Memory holds the logits of one
-batch for both models, and the log-probabilities of _POSITIONS positions: about 130 MB per copy with a vocabulary of
-128,256 tokens.
+batch for both models, or of those of its samples that fit into 128 MiB, and the log-probabilities of _POSITIONS
+positions: about 130 MB per copy with a vocabulary of 128,256 tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["compare"]
 
 _POSITIONS: Final = 256
+_LOGITS_BYTES: Final = 128 << 20  # of one model, in float32
+_FLOAT: Final = 4
 _WORST: Final = 10  # tokens to show
 _CONTEXT: Final = 12  # tokens up to and including such a token
 _QUANTILE_MOST: Final = 1 << 24  # values that torch.quantile accepts
@@ -46,7 +48,7 @@ def compare(
     each: list[Tensor] = []  # KL at each position, float32 [length - 1] per sample
     read: list[Tensor] = []
     tokens = 0
-    for ids in token_batches:
+    for ids in _bounded(token_batches, candidate_model):
         read.extend(ids)
         ours = _logits(candidate_model, ids)
         theirs = _logits(reference_model, ids).to(ours.device)
@@ -70,6 +72,14 @@ def compare(
         loss_fine_tuned=mean[3],
         tail=_tail(read, each, special),
     )
+
+
+def _bounded(token_batches: Iterable[Tensor], model: Any) -> Iterator[Tensor]:
+    """The batches, in parts whose logits take at most _LOGITS_BYTES, or of one sample each."""
+    config = getattr(model, "config", None)
+    vocabulary = 1 if config is None else config.get_text_config().vocab_size
+    for ids in token_batches:
+        yield from ids.split(max(1, _LOGITS_BYTES // (_FLOAT * ids.shape[1] * vocabulary)))
 
 
 def _tail(read: Sequence[Tensor], each: Sequence[Tensor], special: Collection[int]) -> Tail:

@@ -25,6 +25,7 @@ from peraxis_tools.optional import require
 from peraxis_tools.positions import DEFAULT_LENGTH
 from peraxis_tools.progress import Staged, watched_stages
 from peraxis_tools.text import check_texts
+from peraxis_tools.threads import limit_torch
 
 if TYPE_CHECKING:
     import torch
@@ -85,9 +86,11 @@ def evaluate(
         require("--tasks", "lm_eval")
     from peraxis_tools.environment import resolve_device
     from peraxis_tools.evaluate.models import check_model, check_tokens, load_tokenizer
+    from peraxis_tools.products import fast_products
     from peraxis_tools.quiet import quiet_transformers
 
-    with pxd.open(delta) as file, quiet_transformers(), watched_stages(progress) as step:
+    limit_torch()
+    with pxd.open(delta) as file, quiet_transformers(), fast_products(), watched_stages(progress) as step:
         models = _Models(
             base=base,
             fine_tuned=fine_tuned,

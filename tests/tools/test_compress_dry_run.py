@@ -96,12 +96,12 @@ class _Tensor:
         self.shape, self.dtype = shape, DType.BF16
 
 
-def works(layers: int, text: Text) -> dict[str, StageWork]:
+def works(layers: int, text: Text, masks: int = 1) -> dict[str, StageWork]:
     tensors = {"model.embed_tokens.weight": _Tensor(512, 64), "lm_head.weight": _Tensor(512, 64)}
     for i in range(layers):
         tensors[f"model.layers.{i}.self_attn.q_proj.weight"] = _Tensor(64, 64)
         tensors[f"model.layers.{i}.mlp.down_proj.weight"] = _Tensor(64, 192)
-    options = CompressOptions(calibration="c4")
+    options = CompressOptions(calibration="c4", masks=masks)
     planned = plan(fine_tuned=tensors, base=tensors, options=options)
     return {work.name: work for work in work_of(planned, options, text)}
 
@@ -122,4 +122,5 @@ def test_blocks_take_time_by_the_layer_and_memory_by_the_token() -> None:
 
 def test_nothing_is_said_of_stages_that_will_not_be() -> None:
     found = works(2, Text(samples=8, generated=0, length=64, value_bytes=4))
-    assert list(found) == ["table", "blocks", "write"]
+    assert list(found) == ["plan", "table", "blocks", "write"]
+    assert "plan" not in works(2, Text(samples=8, generated=0, length=64, value_bytes=4), masks=2)

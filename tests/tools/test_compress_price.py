@@ -77,7 +77,7 @@ def test_a_sample_of_the_rows_stands_for_all(tmp_path: Path, monkeypatch: pytest
     name = "model.layers.0.mlp.up_proj.weight"
     base, tuned, planned = opened(tmp_path, {name: drawn(1024, 96, 5)})
     some = shares_left(module(planned, name), base, tuned)
-    monkeypatch.setattr(price, "_ROWS", 1024)
+    monkeypatch.setattr(price, "PRICED_ROWS", 1024)
     assert some[1:4] == pytest.approx(shares_left(module(planned, name), base, tuned)[1:4], rel=0.1)
 
 

@@ -3,8 +3,10 @@
 A fine-tune is made for a domain that a general text such as C4 hardly covers. Text that the model generates is of that
 domain. Sampling is ancestral at temperature 1: this is the model's own distribution, which the compressed model should
 match. A sample depends on its start, so there are several starts (`starts_of`): the beginning of a text, the end of
-another text, each role of the chat template, and a few prompts. A sample continues after an end-of-text token, because
-training packs documents in the same way; so calibration reads these tokens too.
+another text, each role of the chat template, and a few prompts. It continues after an end-of-text token, because
+training packs documents in the same way; so calibration reads these tokens too. A long sample is packed from several
+pieces, each with a start of its own: more starts are read, and a step of generation, which reads all weights, serves
+more of them.
 
 This needs the whole fine-tuned model in memory.
 """
@@ -12,15 +14,18 @@ This needs the whole fine-tuned model in memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Final
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from peraxis_tools.compress.calibration.parts import pieces_of
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.text import Ids
 
-__all__ = ["generate", "starts_of"]
+__all__ = ["draw_tokens", "generate", "starts_of"]
 
 _PROMPTS: Final = ("The ", "How do I ", "What is ", "Write a short ", "Explain ", "def ", "Q: ")
 _MARK: Final = "\u241fpart\u241f"  # stands for the text of a turn; no template writes it
@@ -81,10 +86,14 @@ def generate(
     batch_size: int,
     progress: Callable[[str, int, int], None],
 ) -> Ids:
-    """Generate ids, int64 [samples, length], with a filled teacher. Equal seed, device and threads give equal ids."""
+    """Generate ids, int64 [samples, length], with a filled teacher. Equal seed, device and threads give equal ids.
+
+    batch_size: samples that are generated together.
+    """
     draw = np.random.Generator(np.random.PCG64(seed))
     vocabulary = teacher.model.get_input_embeddings().get_parameter("weight").shape[0]
-    starts = [start[: length - 1] for start in starts_of(tokenizer)]
+    count, tokens = pieces_of(length)
+    starts = [start[: tokens - 1] for start in starts_of(tokenizer)]
     # Without a defined start, each token is as good a start as another.
     starts = starts or [[int(token)] for token in draw.integers(0, vocabulary, min(samples, 8))]
     batches = []
@@ -92,18 +101,19 @@ def generate(
         torch.manual_seed(seed)
         for first in range(0, samples, batch_size):
             progress("generate", first, samples)
-            rows = [starts[i % len(starts)] for i in range(first, min(first + batch_size, samples))]
-            batches.append(_continued(teacher, rows, length=length))
+            rows = range(count * first, count * min(first + batch_size, samples))
+            batches.append(_continued(teacher, [starts[i % len(starts)] for i in rows], length=tokens))
         progress("generate", samples, samples)
-    return np.concatenate(batches)[draw.permutation(samples)]
+    pieces = np.concatenate(batches)[draw.permutation(count * samples)]
+    return np.ascontiguousarray(pieces.reshape(samples, count * tokens)[:, :length])
 
 
 def _continued(teacher: LayerwiseModel, starts: Sequence[Sequence[int]], *, length: int) -> Ids:
-    """Samples int64 [starts, length], all in one batch with the model's key-value cache.
+    """Pieces int64 [starts, length], all in one batch with the model's key-value cache.
 
     Shorter starts are padded on the left and masked, so that all rows continue at the same step.
     """
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
 
     longest = max(map(len, starts))
     pads = [longest - len(start) for start in starts]
@@ -112,21 +122,50 @@ def _continued(teacher: LayerwiseModel, starts: Sequence[Sequence[int]], *, leng
     # The model's own generation configuration would end samples at an end-of-text token and restrict the sampling.
     own = teacher.model.generation_config
     plain = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
+        do_sample=False,  # the most likely token of what _Drawn returns, which is the drawn one
         use_cache=True,
         max_new_tokens=length - longest + max(pads),
         eos_token_id=None,
         pad_token_id=0,
     )
     teacher.model.generation_config = plain
+    model: Any = teacher.model
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(_contiguous) if isinstance(head, torch.nn.Module) else nullcontext()
     try:
-        model: Any = teacher.model
-        ids = model.generate(prompt.to(teacher.device), attention_mask=mask.to(teacher.device), generation_config=plain)
+        with hook:
+            ids = model.generate(
+                prompt.to(teacher.device),
+                attention_mask=mask.to(teacher.device),
+                generation_config=plain,
+                logits_processor=LogitsProcessorList([_Drawn()]),
+            )
     finally:
         teacher.model.generation_config = own
     rows = [row[pad : pad + length] for row, pad in zip(ids.cpu().numpy(), pads, strict=True)]
     found: Ids = np.stack(rows)
     return found
+
+
+def _contiguous(_head: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The states of the last tokens in one piece: torch copies the head's weights once a row for a strided view."""
+    return tuple(value.contiguous() for value in inputs)
+
+
+def draw_tokens(logits: Tensor) -> Tensor:
+    """A token of each row at temperature 1, int64 [n, 1]. logits: float32 [n, vocabulary].
+
+    One random number for each row and the cumulative distribution take a tenth of the time of torch.multinomial, which
+    draws a number for each token of the vocabulary.
+    """
+    below = torch.softmax(logits, dim=-1).cumsum(dim=-1)
+    draws = torch.rand(len(logits), 1, device=logits.device) * below[:, -1:]
+    return torch.searchsorted(below, draws, right=True).clamp_(max=logits.shape[-1] - 1)
+
+
+class _Drawn:
+    """Leaves a drawn token of each row alone; all others get scores of minus infinity."""
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """ids: [n, length]; scores: logits [n, vocabulary]."""
+        return torch.full_like(scores, -torch.inf).scatter_(1, draw_tokens(scores.float()), 0.0)

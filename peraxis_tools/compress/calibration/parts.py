@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from peraxis_tools.text import Ids
 
-__all__ = ["Halves", "Parts", "halves", "partition"]
+__all__ = ["Halves", "Parts", "halves", "partition", "pieces_of"]
+
+_PIECE: Final = 128  # tokens of a piece of a generated sample, about
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,3 +70,9 @@ def partition(sources: Sequence[Ids], *, calibration: float, validation: float) 
         distill=np.concatenate([train, fit, held_out]),
         distill_validation=train_validation,
     )
+
+
+def pieces_of(length: int) -> tuple[int, int]:
+    """(pieces in a generated sample of `length` tokens, tokens of a piece)."""
+    count = max(1, round(length / _PIECE))
+    return count, -(-length // count)

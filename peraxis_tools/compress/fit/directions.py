@@ -19,6 +19,7 @@ to BF16 (no difference).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
@@ -26,13 +27,14 @@ from numpy.typing import NDArray
 
 from peraxis_format import unpack_signs
 
-__all__ = ["output_error", "output_factors"]
+__all__ = ["output_errors", "output_factors"]
 
 _DIRECTIONS: Final = 32
 _ISOTROPIC: Final = 0.3  # e
 _GRID: Final = 256
 _MOST: Final = 8.0  # larger factors come from rows with almost no delta
-_ROWS: Final = 256  # rows of a block
+_DRAWN: Final = 256  # rows whose random signs are drawn together
+_ROWS: Final = 64  # rows of a block, which stays in a processor's cache
 
 Vector = NDArray[np.float64]
 
@@ -68,22 +70,31 @@ def output_factors(
     return rounded
 
 
-def output_error(residual: NDArray[np.float32], delta: NDArray[np.float32]) -> float:
-    """tr(R H R^T) for what is left of a delta; residual, delta: [d_out, d_in]."""
+def output_errors(residuals: Iterable[NDArray[np.float32]], delta: NDArray[np.float32]) -> list[float]:
+    """tr(R H R^T) for each R that is left of a delta; residuals, delta: [d_out, d_in]."""
     sketch = _sketch(delta)
     energy = float(np.square(sketch).sum())
-    isotropic: float = float(np.square(residual, dtype=np.float64).sum())
-    if not energy > 0.0:
-        return isotropic
-    along = float(np.square(residual.astype(np.float64) @ sketch.T).sum())
-    return (1.0 - _ISOTROPIC) * float(delta.shape[1]) / energy * along + _ISOTROPIC * isotropic
+    share = (1.0 - _ISOTROPIC) * float(delta.shape[1]) / energy if energy > 0.0 else 0.0
+    plain = _ISOTROPIC if energy > 0.0 else 1.0
+    errors = []
+    for residual in residuals:
+        along = isotropic = 0.0
+        for start in range(0, len(residual), _ROWS):
+            block = residual[start : start + _ROWS].astype(np.float64)
+            along += float(np.square(block @ sketch.T).sum())
+            isotropic += float(np.vdot(block, block))
+        errors.append(share * along + plain * isotropic)
+    return errors
 
 
 def _sketch(delta: NDArray[np.float32]) -> Vector:
     """Omega D, float64 [_DIRECTIONS, d_in]; Omega depends on the number of rows alone."""
     draw = np.random.Generator(np.random.PCG64(len(delta)))
     found = np.zeros((_DIRECTIONS, delta.shape[1]))
-    for start in range(0, len(delta), _ROWS):
-        block = delta[start : start + _ROWS].astype(np.float64)
-        found += (2.0 * draw.integers(0, 2, (_DIRECTIONS, len(block))) - 1.0) @ block
+    for start in range(0, len(delta), _DRAWN):
+        drawn = delta[start : start + _DRAWN]
+        signs = 2.0 * draw.integers(0, 2, (_DIRECTIONS, len(drawn))) - 1.0
+        for first in range(0, len(drawn), _ROWS):
+            rows = slice(first, first + _ROWS)
+            found += signs[:, rows] @ drawn[rows].astype(np.float64)
     return found

@@ -105,7 +105,7 @@ class FittedMatrix:
 @dataclass(frozen=True)
 class Hessian:
     """H in float32, the factor of its inverse (if signs are chosen); if teacher inputs are known and differ from the
-    student's, E in float32 and L with H = L L^T, float64.
+    student's, E in float32, and, without that factor, L with H = L L^T, float64.
     """
 
     matrix: Tensor
@@ -115,18 +115,24 @@ class Hessian:
 
     def shift(self, fine_tuned: Tensor) -> Tensor:
         """W_f E H^-1, float32 [d_out, d_in], solved for W_f's rows or for E's, whichever are fewer."""
-        if self.cross is None or self.lower is None:
+        if self.cross is None:
             return torch.zeros_like(fine_tuned)
         if len(fine_tuned) < len(self.cross):
-            return torch.cholesky_solve((fine_tuned @ self.cross).t().double(), self.lower).t().float()
+            return self._solved(fine_tuned @ self.cross)
         return fine_tuned @ self._drift
 
     @cached_property
     def _drift(self) -> Tensor:
         """E H^-1, which the modules that read this input share."""
-        if self.cross is None or self.lower is None:
-            return torch.zeros_like(self.matrix)
-        return torch.cholesky_solve(self.cross.t().double(), self.lower).t().float().contiguous()
+        return torch.zeros_like(self.matrix) if self.cross is None else self._solved(self.cross)
+
+    def _solved(self, rows: Tensor) -> Tensor:
+        """rows H^-1, float32."""
+        if self.factor is not None:
+            return self.factor.solved(rows)
+        if self.lower is None:
+            raise ValueError("a Hessian with teacher inputs and without a factor")
+        return torch.cholesky_solve(rows.t().double(), self.lower).t().float().contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +157,7 @@ def hessian_of(moments: Moments, *, signs: bool, damping: float = _DAMPING) -> H
         matrix=hessian.float(),
         factor=inverse_factor(hessian) if signs else None,
         cross=moments.E.float() if moments.E is not None and differs else None,
-        lower=torch.linalg.cholesky(hessian) if differs else None,
+        lower=torch.linalg.cholesky(hessian) if differs and not signs else None,
     )
 
 
@@ -202,6 +208,7 @@ def fit_terms(
                 [term.signs for term in terms],
                 problem.hessian.matrix,
                 sweeps=options.sweeps,
+                gradient=_gradient(problem, terms),
             )
             terms = _refit(_with_signs(terms, signs), problem)
     elif components > 1:
@@ -227,8 +234,18 @@ def _greedy(problem: Quadratic, axis: Axis, components: int, options: FitOptions
     return terms
 
 
+def _gradient(problem: Quadratic, terms: Sequence[ComponentFit]) -> Tensor | None:
+    """(T - Q) H from the images of the components; None if one is not known."""
+    found = problem.target_hessian.clone()
+    for term in terms:
+        if term.image is None:
+            return None
+        found.addcmul_(term.image, term.row[:, None], value=-1.0)
+    return found
+
+
 def _with_signs(terms: Sequence[ComponentFit], signs: Sequence[Tensor]) -> list[ComponentFit]:
-    return [replace(term, signs=sign) for term, sign in zip(terms, signs, strict=True)]
+    return [replace(term, signs=sign, image=None) for term, sign in zip(terms, signs, strict=True)]
 
 
 def _refit(terms: Sequence[ComponentFit], problem: Quadratic) -> list[ComponentFit]:

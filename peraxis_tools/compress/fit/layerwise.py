@@ -8,8 +8,8 @@ holds one block of each model, the hidden states, and the moments of one stage.
 
 The embedding is fitted first, because its rows change all other inputs; it is fitted for the rows that the text reads
 (table.py). lm_head is fitted last, on the final hidden states. A tied pair is both: it is fitted first, on the final
-hidden states of the teacher, which one pass of the teacher gives. The error of its rows as an embedding counts half as
-much as the error of its logits.
+hidden states of the teacher, which one pass of the teacher on a part of the text gives. The error of its rows as an
+embedding counts half as much as the error of its logits.
 
 Experts: the student may route a token to another expert, so teacher inputs cannot be matched. There Z = 0, and experts
 are fitted on the student's own tokens.
@@ -92,8 +92,6 @@ class LayerwiseCalibration:
         self._limit = hidden_limit
         self._progress = progress
         self.device = student.device
-
-    # -- the run ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def run(self) -> dict[str, FittedModule]:
@@ -229,19 +227,19 @@ class LayerwiseCalibration:
 
     def _fit_tied(self, parameter: str) -> list[FittedModule]:
         """Fit an embedding that is tied to the head, on the inputs of the teacher's head."""
-        hidden = self._hidden[0]
-        for i, batch in enumerate(self.text.batches):
+        hidden, text = self._hidden[0], self.text.enough_for(self.teacher.get(parameter).shape[-1])
+        for i, batch in enumerate(text.batches):
             hidden[i] = self.teacher.embed(batch.ids)
         for index in range(len(self.teacher)):
             self.weights.fill(self.teacher, self.weights.teacher, self.teacher.layer_parameters(index))
-            for i, batch in enumerate(self.text.batches):
+            for i, batch in enumerate(text.batches):
                 hidden[i] = self.teacher.run_layer(index, batch.ids, hidden[i])
             self.teacher.empty(index)
             trim_heap()
         done: list[FittedModule] = []
         # The student's final states are not known yet, so the teacher's are used for both.
         side = self._side(self.teacher, hidden, self.teacher.head)
-        with self._collector([side, side], [parameter], outputs=False) as collector:
+        with self._collector([side, side], [parameter], text, outputs=False) as collector:
             for stage in collector.stages:
                 sums = collector.collect(stage)
                 for statistics in sums.values():
@@ -288,13 +286,15 @@ class LayerwiseCalibration:
     def _side(self, model: LayerwiseModel, hidden: SpilledTensors, run: Callable[[Tensor, Tensor], Tensor]) -> Side:
         return Side(model, lambda i: run(self.text.batches[i].ids, hidden[i]))
 
-    def _collector(self, sides: Sequence[Side], names: Sequence[str], *, outputs: bool = True) -> MomentsCollector:
+    def _collector(
+        self, sides: Sequence[Side], names: Sequence[str], text: Text | None = None, *, outputs: bool = True
+    ) -> MomentsCollector:
         teacher, student = sides
         return MomentsCollector(
             teacher,
             student,
             names,
-            text=self.text,
+            text=text or self.text,
             processes=self.processes,
             is_fitted=lambda stage: bool(self._signed(stage.parameters)),
             room=max(0, self._limit - sum(hidden.in_memory for hidden in self._hidden)),
@@ -321,8 +321,6 @@ class LayerwiseCalibration:
 
     def _is_table(self, module: PlannedModule) -> bool:
         return module.kind in TABLES and len(module.shape) == 2 and not self.options.adamw_steps
-
-    # -- one stage -------------------------------------------------------------------------------------------
 
     def _fit_stage(self, stage: Stage, sums: Mapping[Key, Statistics]) -> list[FittedModule]:
         """Fit a stage's modules, each in one process; modules that share an input are fitted together."""

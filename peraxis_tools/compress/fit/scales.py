@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 
 from peraxis_format import Axis, encode_scales
+from peraxis_tools.compress.fit.gram import add_gram
 from peraxis_tools.compress.fit.signs import Magnitude, unit
 
 __all__ = ["ComponentFit", "fit_scales", "mean_magnitudes", "start_component", "round_scales_f16"]
 
 _RIDGE = 1e-3
 _ROUNDS = 3
+_CACHED = 1 << 17  # numbers of float32 that a processor's cache holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,12 +38,14 @@ class ComponentFit:
     """One component during a fit: signs bool [d_out, d_in], row [d_out] and col [d_in] float32, both >= 0.
 
     The axis says which of the two is free; the other is all ones. For `tensor` the one scale fills row.
+    image: (B o col) H, float32 [d_out, d_in], if the fit of the rows has computed it.
     """
 
     axis: Axis
     signs: Tensor
     row: Tensor
     col: Tensor
+    image: Tensor | None = None
 
     @property
     def magnitude(self) -> Magnitude:
@@ -111,10 +115,13 @@ def fit_scales(
     balance = torch.sqrt(term.col.mean() / term.row.mean())
     if not torch.isfinite(balance) or float(balance) == 0.0:
         return term
-    return replace(term, row=term.row * balance, col=term.col / balance)
+    image = None if term.image is None else term.image / balance
+    return replace(term, row=term.row * balance, col=term.col / balance, image=image)
 
 
-def _fold(term: ComponentFit, *, row: Tensor | None = None, col: Tensor | None = None) -> ComponentFit:
+def _fold(
+    term: ComponentFit, *, row: Tensor | None = None, col: Tensor | None = None, image: Tensor | None = None
+) -> ComponentFit:
     signs = term.signs
     if row is not None:
         signs = signs ^ (row < 0)[:, None]
@@ -125,29 +132,45 @@ def _fold(term: ComponentFit, *, row: Tensor | None = None, col: Tensor | None =
         signs=signs,
         row=term.row if row is None else row.abs(),
         col=term.col if col is None else col.abs(),
+        image=image,
     )
 
 
 def _fit_row(term: ComponentFit, target_hessian: Tensor, hessian: Tensor) -> ComponentFit:
-    pattern = unit(term.signs).mul_(term.col)
-    above = torch.sum(pattern * target_hessian, dim=1)
-    below = torch.sum((pattern @ hessian) * pattern, dim=1)
-    row = torch.where(below > 0, above / below, torch.zeros_like(above))
-    return _fold(term, row=row)
+    row, image = torch.empty_like(term.row), torch.empty_like(target_hessian)
+    for rows in _parts(target_hessian, _CACHED):
+        pattern = unit(term.signs[rows]).mul_(term.col)
+        torch.mm(pattern, hessian, out=image[rows])
+        below = torch.sum(image[rows] * pattern, dim=1)
+        above = torch.sum(pattern.mul_(target_hessian[rows]), dim=1)
+        row[rows] = torch.where(below > 0, above / below, torch.zeros_like(above))
+        image[rows].mul_(torch.where(row[rows] < 0, -1.0, 1.0)[:, None])  # the signs of such rows are flipped
+    return _fold(term, row=row, image=image)
 
 
 def _fit_col(term: ComponentFit, target: Tensor, target_hessian: Tensor, hessian: Tensor) -> ComponentFit:
-    pattern = unit(term.signs).mul_(term.row[:, None])
-    system = (pattern.t() @ pattern).mul_(hessian)
-    right = torch.sum(pattern * target_hessian, dim=0, dtype=torch.float64)
+    width = len(hessian)
+    system, right = torch.zeros_like(hessian), torch.zeros(width, dtype=torch.float64, device=hessian.device)
+    prior = torch.zeros_like(right)
+    for rows in _parts(target, max(_CACHED, width * width)):
+        pattern = unit(term.signs[rows]).mul_(term.row[rows, None])
+        add_gram(system, pattern)
+        prior += torch.sum(pattern * target[rows], dim=0)
+        right += torch.sum(pattern.mul_(target_hessian[rows]), dim=0)
+    system.mul_(hessian)
     ridge = _RIDGE * torch.diagonal(system).double().mean()
     if float(ridge) <= 0.0:
         return term
-    weight = term.row.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-    prior = (torch.sum(pattern * target, dim=0) / weight).double()
+    prior /= term.row.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
     system.diagonal().add_(ridge)
     col = _solved(system, right + ridge * prior)
     return term if col is None else _fold(term, col=col.float())
+
+
+def _parts(matrix: Tensor, numbers: int) -> list[slice]:
+    """Rows of the matrix, about so many numbers at a time, so that what is computed from them stays in the cache."""
+    count = max(1, numbers // matrix.shape[1])
+    return [slice(start, start + count) for start in range(0, len(matrix), count)]
 
 
 def _solved(system: Tensor, right: Tensor) -> Tensor | None:

@@ -51,6 +51,12 @@ class Factor:
     order: Tensor
     upper: Tensor
 
+    def solved(self, rows: Tensor) -> Tensor:
+        """rows H^-1. rows: float32 [n, d]."""
+        found = torch.empty_like(rows)
+        found[:, self.order] = (rows[:, self.order] @ self.upper.t()) @ self.upper
+        return found
+
 
 def inverse_factor(hessian: Tensor) -> Factor:
     """Order the columns by decreasing diagonal of H, and factor the inverse in this order.
@@ -101,12 +107,13 @@ def coordinate_descent(
     hessian: Tensor,
     *,
     sweeps: int,
+    gradient: Tensor | None = None,
     backend: str | None = None,
 ) -> list[Tensor]:
     """Flip every sign that lowers J, column by column, for a number of sweeps. Returns new signs; J never grows.
 
-    target: [d_out, d_in] float32; hessian: [d_in, d_in] float32; signs: bool [d_out, d_in] each; backend: see
-    ops/sign_search.
+    target: [d_out, d_in] float32; hessian: [d_in, d_in] float32; signs: bool [d_out, d_in] each; gradient: g, if it is
+    known, which is overwritten; backend: see ops/sign_search.
     """
     values = torch.stack(
         [
@@ -114,7 +121,7 @@ def coordinate_descent(
             for sign, magnitude in zip(signs, magnitudes, strict=True)
         ]
     )
-    gradient = (target - values.sum(dim=0)) @ hessian
+    gradient = (target - values.sum(dim=0)) @ hessian if gradient is None else gradient
     width = block_columns(values, descent=True, backend=backend)
     for _ in range(sweeps):
         changed = False

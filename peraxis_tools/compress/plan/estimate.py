@@ -21,12 +21,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from peraxis_format import Encoding
+from peraxis_tools.compress.calibration.parts import pieces_of
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.plan import TABLES, Plan, PlannedModule
+from peraxis_tools.compress.plan.price import PRICED_ROWS
 from peraxis_tools.kinds import layer_of, subtype_of
 
-__all__ = ["GENERATED_SAMPLES", "SENSITIVITY_SAMPLES", "StageWork", "Text", "fit_operations", "work_of"]
+__all__ = ["GENERATED_SAMPLES", "SENSITIVITY_SAMPLES", "TABLE_TOKENS", "StageWork", "Text", "fit_operations", "work_of"]
 
+TABLE_TOKENS: Final = 8  # for each input of a table that is tied to the head
 GENERATED_SAMPLES: Final = 16  # where none are asked for and memory allows
 SENSITIVITY_SAMPLES: Final = 16
 _OUTPUTS: Final = frozenset({"o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc2", "w2", "dense_4h_to_h"})
@@ -40,7 +43,7 @@ _SUMS: Final = 16  # float64 matrices as wide as an input, while it is fitted
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
     """What is read: samples of the text and of the model, tokens in each; value_bytes: of a computed value, and
-    sampled_bytes: of one of the generation.
+    sampled_bytes: of one of the generation, in which so many samples are written together.
     """
 
     samples: int
@@ -48,6 +51,7 @@ class Text:
     length: int
     value_bytes: int
     sampled_bytes: int = 4
+    together: int = 32
 
     @property
     def tokens(self) -> int:
@@ -59,7 +63,8 @@ class Text:
 class StageWork:
     """One stage. memory: bytes beyond the imports; products: float32 operations of products; passes: tokens through a
     layer; sums: (tokens, width) of each input whose moments are summed; steps: of generation, through `layers` layers;
-    fits: operations of fits; matrices: those that are fitted, (rows, width, masks) each.
+    fits: operations of fits; matrices: those that are fitted, (rows, width, masks) each; priced: weights whose price is
+    measured.
     """
 
     name: str
@@ -71,6 +76,7 @@ class StageWork:
     layers: int = 0
     fits: float = 0.0
     matrices: tuple[tuple[int, int, int], ...] = ()
+    priced: int = 0
 
 
 def work_of(plan: Plan, options: CompressOptions, text: Text | None) -> list[StageWork]:
@@ -79,7 +85,9 @@ def work_of(plan: Plan, options: CompressOptions, text: Text | None) -> list[Sta
     write = StageWork(name="write", memory=4 * _FLOAT * largest)
     if text is None:
         return [write]
-    stages = [_generate(plan, text)] if text.generated else []
+    stages = [_prices(plan)] if options.spends_freely else []
+    if text.generated:
+        stages.append(_generate(plan, text))
     if options.has_target:
         stages.append(_sensitivity(plan, options, text))
     tables = [module for module in plan.modules if module.kind in TABLES and module.encoding is Encoding.SIGN]
@@ -130,14 +138,22 @@ def _input_widths(modules: Sequence[PlannedModule]) -> list[int]:
     return [width for _, _, width in inputs]
 
 
+def _prices(plan: Plan) -> StageWork:
+    """The prices of the default plan (price.py)."""
+    signed = [m for m in plan.modules if m.encoding is Encoding.SIGN]
+    numbers = sum(m.shape[-1] * min(PRICED_ROWS, _values(m) // m.shape[-1]) for m in signed)
+    return StageWork(name="plan", memory=0, priced=numbers)
+
+
 def _generate(plan: Plan, text: Text) -> StageWork:
     keys = sum(m.shape[0] for m in plan.modules if subtype_of(m.name) in _KEYS and len(m.shape) == 2)
     tokens = text.generated * text.length
-    logits = 3 * _FLOAT * text.generated * _vocabulary(plan)
+    pieces, steps = pieces_of(text.length)
+    logits = 3 * _FLOAT * min(text.generated, text.together) * pieces * _vocabulary(plan)
     return StageWork(
         name="generate",
         memory=text.sampled_bytes * (_weights(plan) + 2 * tokens * keys) + logits,
-        steps=text.length,
+        steps=steps * -(-text.generated // text.together),
         layers=len(_layers(plan)),
     )
 
@@ -170,8 +186,9 @@ def _table(plan: Plan, tables: Sequence[PlannedModule], text: Text) -> StageWork
         + (4.0 * m.components + 4.0) * m.shape[0] * m.shape[-1] ** 2
         for m in tables
     )
-    # The teacher's own pass gives a tied table its states.
-    passes = float(len(_layers(plan)) * text.tokens) if plan.tied or len(tables) == 1 else 0.0
+    # The teacher's own pass on a part of the text gives a tied table its states.
+    tokens = min(text.tokens, TABLE_TOKENS * _width(plan))
+    passes = float(len(_layers(plan)) * tokens) if plan.tied or len(tables) == 1 else 0.0
     return StageWork(name="table", memory=text.value_bytes * _outside(plan) + copies, passes=passes, fits=work)
 
 

@@ -9,8 +9,8 @@ anything of the KL across modules. So each matrix counts the same (w: their typi
 own size: of three pairs whose KL was measured module by module, this is nearest to the best use of the bytes; weights
 that count the same, and errors relative to the weight, are worse (docs/decisions/default-plan.md).
 
-Up to _ROWS rows of a module are measured and up to MEASURED_MASKS masks; each further mask leaves the last measured
-share of the one before it.
+Up to PRICED_ROWS rows of a module are measured and up to MEASURED_MASKS masks; each further mask leaves the last
+measured share of the one before it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from peraxis_format import Array, Component, Safetensors, kept_rows, to_float32
+from peraxis_format import Array, Component, ComponentFactors, Safetensors, kept_rows, to_float32
 from peraxis_format.ops.rebuild import rebuild
-from peraxis_tools.compress.fit.directions import output_error
+from peraxis_tools.compress.fit.directions import output_errors
 from peraxis_tools.compress.fit.mean import mean_components
 from peraxis_tools.compress.plan.plan import TABLES, PlannedModule
 from peraxis_tools.compress.plan.unchanged import is_unchanged
 
-__all__ = ["MASKS_MAX", "MEASURED_MASKS", "extended", "prices", "shares_left"]
+__all__ = ["MASKS_MAX", "MEASURED_MASKS", "PRICED_ROWS", "extended", "measured_errors", "prices", "shares_left"]
 
 MASKS_MAX: Final = 8
 _TABLE: Final = 4.0
-_ROWS: Final = 512
+PRICED_ROWS: Final = 512
 _PARTS: Final = 8
 MEASURED_MASKS: Final = 3
 
@@ -58,19 +58,24 @@ def shares_left(module: PlannedModule, base: Safetensors, fine_tuned: Safetensor
         rows = slice(0, kept_rows(module.shape, module.base_shape))
         if _unchanged(module, base.read(module.name, rows), fine_tuned.read(module.name, rows)):
             return [0.0] * (MASKS_MAX + 1)
+    errors = measured_errors(module, left, right)
+    nothing = errors[0] or 1.0  # no change in the rows that were measured
+    # Three digits, so that the plan does not depend on a library's last bits.
+    return [float(f"{error / nothing:.3g}") for error in extended(errors)]
+
+
+def measured_errors(module: PlannedModule, left: Array, right: Array) -> list[float]:
+    """E with 0 to MEASURED_MASKS masks. left, right: storage arrays [n, d_out, d_in] of rows of the module."""
     components = mean_components(
         left,
         right,
-        base_dtype=module.base_dtype,
+        base_dtype=module.base_dtype or module.dtype,
         dtype=module.dtype,
         axis=module.axis,
         components=MEASURED_MASKS,
         for_outputs=module.kind not in TABLES,
     )
-    errors = [_error(module, left, right, components[:k]) for k in range(len(components) + 1)]
-    nothing = errors[0] or 1.0  # no change in the rows that were measured
-    # Three digits, so that the plan does not depend on a library's last bits.
-    return [float(f"{error / nothing:.3g}") for error in extended(errors)]
+    return _errors(module, left, right, components)
 
 
 def extended(errors: Sequence[float]) -> list[float]:
@@ -90,11 +95,11 @@ def _unchanged(module: PlannedModule, left: Array, right: Array) -> bool:
 
 
 def _sampled(tensors: Safetensors, module: PlannedModule) -> Array:
-    """[n, rows, d_in]: at most _ROWS rows of a matrix, in _PARTS parts, or of each of _PARTS matrices. Only they are
-    read.
+    """[n, rows, d_in]: at most PRICED_ROWS rows of a matrix, in _PARTS parts, or of each of _PARTS matrices. Only they
+    are read.
     """
     count = kept_rows(module.shape, module.base_shape or module.shape)
-    size = 1 if len(module.shape) > 2 else max(1, _ROWS // _PARTS)
+    size = 1 if len(module.shape) > 2 else max(1, PRICED_ROWS // _PARTS)
     if count <= size * _PARTS:
         parts = [tensors.read(module.name, slice(0, count))]
     else:
@@ -102,22 +107,34 @@ def _sampled(tensors: Safetensors, module: PlannedModule) -> Array:
         parts = [tensors.read(module.name, slice(start, start + size)) for start in starts]
     whole = np.concatenate(parts)
     matrices = whole.reshape(-1, *whole.shape[-2:])
-    step = -(-matrices.shape[1] // _ROWS)
+    step = -(-matrices.shape[1] // PRICED_ROWS)
     return np.ascontiguousarray(matrices[:_PARTS, ::step])
 
 
-def _error(module: PlannedModule, left: Array, right: Array, components: Sequence[Component]) -> float:
-    """E of the applied weight. left, right: storage arrays [n, d_out, d_in]."""
+def _errors(module: PlannedModule, left: Array, right: Array, components: Sequence[Component]) -> list[float]:
+    """E of the applied weight with the first 0, 1, 2, ... components. left, right: storage arrays [n, d_out, d_in]."""
+    factors = list(zip(*(component.factors(left.shape) for component in components), strict=True))
+    found = np.zeros(1 + len(components))
+    for e, (base, tuned) in enumerate(zip(left, right, strict=True)):
+        its = factors[e] if components else ()
+        residuals = (_residual(module, base, tuned, its[:k]) for k in range(1 + len(components)))
+        if module.kind in TABLES:
+            found += [float(np.square(residual, dtype=np.float64).sum()) for residual in residuals]
+        else:
+            delta = to_float32(tuned, module.dtype) - to_float32(base, module.base_dtype or module.dtype)
+            found += output_errors(residuals, delta)
+    return found.tolist()
+
+
+def _residual(
+    module: PlannedModule, base: Array, tuned: Array, factors: Sequence[ComponentFactors]
+) -> NDArray[np.float32]:
+    """What the applied weight leaves of one matrix."""
     base_dtype = module.base_dtype or module.dtype
-    tuned = to_float32(right, module.dtype)
-    applied: NDArray[np.float32] = to_float32(left, base_dtype)
-    delta = tuned - applied
-    if components:
-        out = np.empty(right.shape, module.dtype.storage)
-        matrices = [list(each) for each in zip(*(c.factors(left.shape) for c in components), strict=True)]
-        rebuild(matrices, left, out, base_dtype=base_dtype, dtype=module.dtype)
+    applied = to_float32(base, base_dtype)
+    if factors:
+        out = np.empty(tuned.shape, module.dtype.storage)
+        rebuild([factors], base[None], out[None], base_dtype=base_dtype, dtype=module.dtype)
         applied = to_float32(out, module.dtype)
-    residual = tuned - applied
-    if module.kind in TABLES:
-        return float(np.square(residual, dtype=np.float64).sum())
-    return sum(output_error(r, d) for r, d in zip(residual, delta, strict=True))
+    residual: NDArray[np.float32] = to_float32(tuned, module.dtype) - applied
+    return residual

@@ -28,7 +28,13 @@ from peraxis_tools.compress.plan.estimate import SENSITIVITY_SAMPLES
 from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.plan.sensitivity import fisher_errors
 from peraxis_tools.compress.run.distributed import Processes
-from peraxis_tools.compress.run.inputs import batches_of, generated_count, inputs_digest, sampling_dtype
+from peraxis_tools.compress.run.inputs import (
+    GENERATED_TOGETHER,
+    batches_of,
+    generated_count,
+    inputs_digest,
+    sampling_dtype,
+)
 from peraxis_tools.compress.run.types import FittedModule, RunFit
 from peraxis_tools.compress.run.work_folder import WorkFolder
 from peraxis_tools.environment import (
@@ -38,11 +44,14 @@ from peraxis_tools.environment import (
     resolve_device,
     resolve_dtype,
     trim_heap,
+    tune_heap,
 )
 from peraxis_tools.errors import ToolError
 from peraxis_tools.parameter_names import NameMap, map_names
+from peraxis_tools.products import fast_products
 from peraxis_tools.quiet import quiet_transformers
 from peraxis_tools.text import Samples, load_samples, unread_tokens
+from peraxis_tools.threads import limit_torch
 from peraxis_tools.vocabulary import check_ids
 
 __all__ = ["CalibratedFit"]
@@ -105,6 +114,9 @@ class CalibratedFit:
 
     def __enter__(self) -> CalibratedFit:
         self._quiet.enter_context(quiet_transformers())
+        self._quiet.enter_context(fast_products())
+        limit_torch()
+        tune_heap()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -213,7 +225,7 @@ def _with_generated(run: _Run, count: int, options: CompressOptions, progress: P
             samples=count,
             length=length,
             seed=options.seed,
-            batch_size=4 * options.batch_size,
+            batch_size=GENERATED_TOGETHER * options.batch_size,
             progress=progress,
         )
         run.work.save_array("generated", ids)

@@ -9,6 +9,7 @@ nothing is read.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from peraxis_tools.text import Ids, Source, load_samples
 from peraxis_tools.vocabulary import check_ids
 
 if TYPE_CHECKING:
-    from peraxis_tools.compress.run.probe import Probe
+    from peraxis_tools.compress.plan.estimate import StageWork
 
 __all__ = ["RunEstimate", "StageEstimate", "estimate_run"]
 
@@ -80,12 +81,12 @@ def estimate_run(
         spent = time.process_time()
     held = _held()
     works = work_of(planned, options, text)
-    probe = None if text is None or config is None else _probe(config, text, options)
+    seconds = None if text is None or config is None else _seconds(works, config, text, options)
     stages = tuple(
-        StageEstimate(name=work.name, memory=work.memory, seconds=None if probe is None else probe.seconds(work))
-        for work in works
+        StageEstimate(name=work.name, memory=work.memory, seconds=None if seconds is None else seconds[i])
+        for i, work in enumerate(works)
     )
-    if probe is not None:
+    if seconds is not None:
         stages = (StageEstimate(name="open", memory=0, seconds=spent), *stages)
     size = planned.file_bytes or planned.payload_bytes
     return RunEstimate(
@@ -96,7 +97,7 @@ def estimate_run(
         modules=len(planned.modules),
         signed=sum(1 for module in planned.modules if module.components),
         memory=held + max(stage.memory for stage in stages),
-        seconds=None if probe is None else sum(stage.seconds or 0.0 for stage in stages),
+        seconds=None if seconds is None else sum(stage.seconds or 0.0 for stage in stages),
         stages=stages,
     )
 
@@ -105,7 +106,7 @@ def _text(planned: Plan, tuned: Checkpoint, options: CompressOptions) -> tuple[T
     """What would be read, and the model's configuration. What a run imports and opens is imported and opened."""
     import peraxis_tools.compress.run.calibrated  # noqa: F401  what a run imports
     from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
-    from peraxis_tools.compress.run.inputs import generated_count, sampling_dtype
+    from peraxis_tools.compress.run.inputs import GENERATED_TOGETHER, generated_count, sampling_dtype
     from peraxis_tools.compress.run.probe import warm_up
     from peraxis_tools.environment import check_causal, load_config, load_tokenizer, resolve_device, resolve_dtype
     from peraxis_tools.parameter_names import map_names
@@ -127,6 +128,7 @@ def _text(planned: Plan, tuned: Checkpoint, options: CompressOptions) -> tuple[T
         length=options.sequence_length,
         value_bytes=dtype.itemsize,
         sampled_bytes=sampling_dtype(planned, device, dtype).itemsize,
+        together=GENERATED_TOGETHER * options.batch_size,
     )
     return text, config if device.type == "cpu" else None
 
@@ -146,18 +148,23 @@ def _read_local(options: CompressOptions, tokenizer: Any) -> Ids | None:
     ).ids
 
 
-def _probe(config: Any, text: Text, options: CompressOptions) -> Probe:
+def _seconds(works: Sequence[StageWork], config: Any, text: Text, options: CompressOptions) -> list[float]:
+    """The processor seconds of each stage, with the threads and the library of products of a run."""
     import torch
 
     from peraxis_tools.compress.run.probe import probe_of
+    from peraxis_tools.products import fast_products
+    from peraxis_tools.threads import one_blas_thread
 
-    return probe_of(
-        config,
-        text,
-        batch=options.batch_size,
-        sampled=torch.bfloat16 if text.sampled_bytes < text.value_bytes else torch.float32,
-        refine=options.resolved_fit == "refined",
-    )
+    with fast_products(), one_blas_thread():
+        probe = probe_of(
+            config,
+            text,
+            batch=options.batch_size,
+            sampled=torch.bfloat16 if text.sampled_bytes < text.value_bytes else torch.float32,
+            refine=options.resolved_fit == "refined",
+        )
+        return [probe.seconds(work) for work in works]
 
 
 def _held() -> int:

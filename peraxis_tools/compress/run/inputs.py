@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Final
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from peraxis_tools.compress.plan.estimate import GENERATED_SAMPLES
 from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.text import Ids, Samples
 
-__all__ = ["batches_of", "generated_count", "inputs_digest", "sampling_dtype"]
+__all__ = ["GENERATED_TOGETHER", "batches_of", "generated_count", "inputs_digest", "sampling_dtype"]
+
+GENERATED_TOGETHER: Final = 4  # batches of samples that are generated together
 
 
 def batches_of(fit: Ids, validation: Ids, size: int, device: torch.device) -> list[Batch]:

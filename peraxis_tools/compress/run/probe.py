@@ -12,13 +12,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
 import torch
 
+from peraxis_format import DType, Encoding, from_float32
+from peraxis_tools.compress.calibration.generate import draw_tokens
+from peraxis_tools.compress.calibration.parts import pieces_of
 from peraxis_tools.compress.fit.choice import fit_matrices
 from peraxis_tools.compress.fit.fit import FitOptions, Matrix
 from peraxis_tools.compress.fit.moments.sums import Moments, Statistics
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.plan.estimate import StageWork, Text, fit_operations
+from peraxis_tools.compress.plan.plan import PlannedModule
+from peraxis_tools.compress.plan.price import PRICED_ROWS, measured_errors
 
 __all__ = ["Probe", "probe_of", "warm_up"]
 
@@ -30,13 +36,16 @@ _TOKENS: Final = 1024
 
 @dataclass(slots=True, kw_only=True)
 class Probe:
-    """Seconds: of a token in a layer, of a step of generation in a layer, of its head and draw; operations a second."""
+    """Seconds: of a token in a layer, of a step of generation in a layer, of its head and draw, of a priced weight;
+    operations a second.
+    """
 
     token: float
     step: float
     draw: float
     products: float
     refine: bool
+    priced: float = 0.0
     _fits: dict[tuple[int, int, int], float] = field(default_factory=dict)
     _sums: dict[int, float] = field(default_factory=dict)
 
@@ -47,7 +56,8 @@ class Probe:
             fits += work.fits / (fit_operations(_WIDTH, _WIDTH, 1) / self.fit(_WIDTH, _WIDTH, 1))
         steps = work.steps * (work.layers * self.step + self.draw)
         sums = sum(tokens * self.sum(width) for tokens, width in work.sums)
-        return work.products / self.products + work.passes * self.token + sums + fits + steps
+        priced = work.priced * self.priced
+        return work.products / self.products + work.passes * self.token + sums + fits + steps + priced
 
     def sum(self, width: int) -> float:
         """Of adding one token's input to the moments."""
@@ -73,11 +83,12 @@ def probe_of(config: Any, text: Text, *, batch: int, sampled: torch.dtype, refin
     token = _layer_seconds(config, torch.float32, (tokens // text.length, text.length)) / tokens
     step = draw = 0.0
     if text.generated:
-        step = _layer_seconds(config, sampled, (text.generated, 1))
-        draw = _draw_seconds(config, sampled, text.generated)
+        rows = min(text.generated, text.together) * pieces_of(text.length)[0]
+        step = _layer_seconds(config, sampled, (rows, 1))
+        draw = _draw_seconds(config, sampled, rows)
     x = torch.randn(_TOKENS, _WIDTH)
     products = 2.0 * _TOKENS * _WIDTH**2 / _seconds(lambda: x.t() @ x)
-    return Probe(token=token, step=step, draw=draw, products=products, refine=refine)
+    return Probe(token=token, step=step, draw=draw, products=products, refine=refine, priced=_priced_seconds())
 
 
 def warm_up() -> None:
@@ -118,10 +129,29 @@ def _draw_seconds(config: Any, dtype: torch.dtype, count: int) -> float:
     weight, x = torch.zeros(vocabulary, width, dtype=dtype), torch.randn(count, width).to(dtype)
 
     def draw() -> None:
-        logits = torch.nn.functional.linear(x, weight).float()
-        torch.multinomial(torch.softmax(logits, dim=-1), 1)
+        draw_tokens(torch.nn.functional.linear(x, weight).float())
 
     return _seconds(draw)
+
+
+def _priced_seconds() -> float:
+    """Of pricing a weight: a BF16 matrix of a typical size."""
+    shape = (PRICED_ROWS, _WIDTH)
+    module = PlannedModule(
+        name="any",
+        kind="linear",
+        dtype=DType.BF16,
+        shape=shape,
+        base_dtype=DType.BF16,
+        base_shape=shape,
+        encoding=Encoding.SIGN,
+        components=1,
+    )
+    draw = np.random.Generator(np.random.PCG64(0))
+    base = draw.standard_normal((1, *shape), np.float32)
+    tuned = base + 0.1 * draw.standard_normal((1, *shape), np.float32)
+    left, right = (from_float32(values, DType.BF16) for values in (base, tuned))
+    return _seconds(lambda: measured_errors(module, left, right)) / base.size
 
 
 def _fit_seconds(rows: int, width: int, masks: int, *, refine: bool) -> float:

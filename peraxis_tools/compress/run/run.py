@@ -47,6 +47,7 @@ from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Staged, watched_stages
 from peraxis_tools.shown import printable_name
 from peraxis_tools.text import check_texts
+from peraxis_tools.threads import one_blas_thread
 
 __all__ = ["CompressResult", "Progress", "compress"]
 
@@ -115,6 +116,7 @@ def compress(
     with (
         claim_delta(output, overwrite=overwrite, inputs=inputs) if alone else contextlib.nullcontext(),
         watched_stages(progress) as step,
+        one_blas_thread(),  # numpy's products are small, and tensors have the threads
         open_checkpoint(base, revision=base_revision) as opened_base,
         open_checkpoint(fine_tuned, revision=fine_tuned_revision) as opened,
     ):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -19,6 +19,7 @@ from peraxis_tools.compress.fit.moments.recorder import Call, RecordedPass, Watc
 from peraxis_tools.compress.fit.moments.stages import Key, Stage, stages_of
 from peraxis_tools.compress.fit.moments.sums import Moments, Statistics, grid_of
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
+from peraxis_tools.compress.plan.estimate import TABLE_TOKENS
 from peraxis_tools.compress.run.distributed import Processes
 
 __all__ = ["Batch", "MomentsCollector", "Side", "Text"]
@@ -45,6 +46,16 @@ class Text:
     total: int
     validated: bool
     crossed: bool = False
+
+    def enough_for(self, width: int) -> Text:
+        """A part of the text, of each kind the same share, that is enough for one fit of inputs of this width."""
+        tokens = sum(batch.ids.numel() for batch in self.batches)
+        share = min(1.0, TABLE_TOKENS * width / max(1, tokens))
+        batches: list[Batch] = []
+        for validation in (False, True):
+            its = [batch for batch in self.batches if batch.validation is validation]
+            batches += its[: max(1, round(share * len(its)))]
+        return replace(self, batches=batches)
 
 
 @dataclass(frozen=True, slots=True)

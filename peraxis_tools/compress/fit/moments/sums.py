@@ -30,9 +30,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from peraxis_tools.compress.fit.gram import gram_blocks
+
 __all__ = ["Moments", "Statistics", "Validation", "grid_of"]
 
-_PARTS = 4  # blocks of a symmetric product; the blocks below the diagonal are not computed
+_CACHED = 1 << 15  # numbers that are rounded at a time
 _MARGIN = 4  # bits: batches may be this much larger than the one that determined the grid
 
 
@@ -74,26 +76,27 @@ class Moments:
         self._add_square(self.G, x)
         if self.E is not None and teacher_inputs is not None:
             z = teacher_inputs.float() - x
-            self.E += self._on_grid(z.t() @ x)
+            self._add_on_grid(self.E, z.t() @ x)
             if self.F is not None:
                 self._add_square(self.F, z)
         self.tokens += x.shape[0]
 
     def _add_square(self, total: Tensor, x: Tensor) -> None:
         """total += X^T X; only the blocks on and right of the diagonal are computed."""
-        width = len(total)
-        step = -(-width // _PARTS)
-        for start in range(0, width, step):
-            stop = min(start + step, width)
-            total[start:stop, start:] += self._on_grid(x[:, start:stop].t() @ x[:, start:])
-            total[stop:, start:stop] = total[start:stop, stop:].t()
+        for part, block in gram_blocks(x):
+            self._add_on_grid(total[part, part.start :], block)
+            total[part.stop :, part] = total[part, part.stop :].t()
 
-    def _on_grid(self, product: Tensor) -> Tensor:
+    def _add_on_grid(self, total: Tensor, product: Tensor) -> None:
+        """total += the product, rounded to the grid, a few rows at a time so that they stay in the cache."""
         if not self.grid:
-            return product
+            total += product
+            return
         # Near 1.5 * 2^52 grids, neighbouring float64 numbers are one grid apart: adding and subtracting rounds.
         far = 1.5 * 2.0**52 * self.grid
-        return product.double().add_(far).sub_(far)
+        count = max(1, _CACHED // max(1, product.shape[1]))
+        for into, rows in zip(total.split(count), product.split(count), strict=True):
+            into += rows.double().add_(far).sub_(far)
 
     def add_isotropic(self, share: float) -> None:
         """Add isotropic inputs: a share of the mean of G's diagonal."""
@@ -162,8 +165,11 @@ class Statistics:
         return ways
 
     def merged(self) -> Moments:
-        """The moments of all tokens. This consumes those of the fit."""
+        """The moments of all tokens. This consumes both, so that their memory is free for the fit."""
         self.fit.merge(self.validation)
+        for name in ("G", "E", "F"):
+            setattr(self.validation, name, None if name != "G" else self.fit.G.new_empty(0, 0))
+        self.fit.F = None  # errors are those of the parts
         return self.fit
 
 

@@ -1,0 +1,28 @@
+"""X^T X in blocks, of which those below the diagonal are not computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from torch import Tensor
+
+__all__ = ["add_gram", "gram_blocks"]
+
+_PARTS: Final = 4
+
+
+def gram_blocks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (columns, X[:, columns]^T X[:, columns.start:]): the blocks on and right of the diagonal. x: [n, d]."""
+    width = x.shape[1]
+    step = max(1, -(-width // _PARTS))
+    for start in range(0, width, step):
+        stop = min(start + step, width)
+        yield slice(start, stop), x[:, start:stop].t() @ x[:, start:]
+
+
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """total += X^T X. total: [d, d], symmetric, in the dtype of x."""
+    for part, block in gram_blocks(x):
+        total[part, part.start :] += block
+        total[part.stop :, part] = total[part, part.stop :].t()
