@@ -119,7 +119,7 @@ def test_random_swaps_have_the_bits_of_the_reference_at_every_residency(
 def test_the_engine_of_a_gpu_writes_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     chosen = engine.choose
-    monkeypatch.setattr(engine, "choose", lambda name, size, kind, _: chosen(name, size, kind, "triton"))
+    monkeypatch.setattr(engine, "choose", lambda name, size, kind: chosen(name, size, kind, "triton"))
     model = Small()
     live: dict[str, Tensor] = {**base_of(model), "long": 0.02 * torch.randn(900).bfloat16()}
     live["turned"] = torch.randn(30, 20).mul_(0.02).bfloat16().t()

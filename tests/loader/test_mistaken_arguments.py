@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 import peraxis
 from peraxis import ArgumentError, LiveModelError
+from peraxis_format.torch.updates.publish import UpdateOptions
 from tests.loader.support import Small, base_of, write_delta
 
 MODEL: Any = "base"
@@ -68,16 +70,10 @@ def test_a_follower_polls_after_a_pause(every: float, tmp_path: Path) -> None:
 
 def test_a_trainers_callback_refuses_an_unknown_option_before_the_training(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    with pytest.raises(
-        ArgumentError, match="anchors: not an option; known are anchor_every, dtype, group, name, prefer"
-    ):
+    with pytest.raises(ArgumentError, match="anchors: not an option; known are anchor_every, dtype, name, prefer"):
         peraxis.PublishUpdates(tmp_path, anchors=3)
 
 
-def test_the_callbacks_options_are_those_of_the_writer() -> None:
-    pytest.importorskip("transformers")
-    import inspect
-
-    from peraxis_format.torch.updates.callback import _OPTIONS
-
-    assert inspect.signature(peraxis.ShardedUpdateWriter).parameters.keys() - {"model", "folder"} == _OPTIONS
+def test_the_options_that_are_passed_on_are_those_of_the_writer() -> None:
+    own = inspect.signature(peraxis.UpdateWriter).parameters.keys() - {"model", "folder"}
+    assert own == UpdateOptions.__annotations__.keys()

@@ -15,7 +15,7 @@ from peraxis_format.torch.updates.publish_sharded import ShardedUpdateWriter
 
 __all__ = ["PublishUpdates"]
 
-_OPTIONS: Final = frozenset({"name", "dtype", "prefer", "anchor_every", "group"})  # of ShardedUpdateWriter
+_OPTIONS: Final = frozenset(UpdateOptions.__annotations__)
 
 
 class PublishUpdates(TrainerCallback):
@@ -24,10 +24,13 @@ class PublishUpdates(TrainerCallback):
 
         Trainer(model=model, ..., callbacks=[PublishUpdates("chain", publish_every=10)])
 
-    options: those of UpdateWriter; of ShardedUpdateWriter for a sharded model. Raises ArgumentError for another one.
+    group: the torch.distributed group of a sharded model (None: all ranks). options: those of UpdateWriter. Raises
+    ArgumentError for another one.
     """
 
-    def __init__(self, folder: str | Path, *, publish_every: int = 1, **options: Unpack[UpdateOptions]) -> None:
+    def __init__(
+        self, folder: str | Path, *, publish_every: int = 1, group: Any = None, **options: Unpack[UpdateOptions]
+    ) -> None:
         check_least("publish_every", publish_every, 1)
         unknown = sorted(options.keys() - _OPTIONS)
         if unknown:
@@ -35,6 +38,7 @@ class PublishUpdates(TrainerCallback):
         self.writer: UpdateWriter | None = None
         self._folder = folder
         self._every = publish_every
+        self._group = group
         self._options = options
         self._last = -1
 
@@ -44,7 +48,7 @@ class PublishUpdates(TrainerCallback):
         """Open the folder and publish the initial state."""
         model = kwargs["model"]
         if any(map(is_dtensor, model.parameters())):
-            self.writer = ShardedUpdateWriter(model, self._folder, **self._options)
+            self.writer = ShardedUpdateWriter(model, self._folder, group=self._group, **self._options)
         elif state.is_world_process_zero:
             self.writer = UpdateWriter(model, self._folder, **self._options)
         self._publish(state)
