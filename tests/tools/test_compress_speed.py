@@ -98,11 +98,21 @@ def test_pieces_fill_a_sample(length: int) -> None:
 
 def test_a_part_of_a_text_is_of_all_kinds_and_large_enough() -> None:
     batches = [Batch(torch.zeros(4, 16, dtype=torch.int64), i >= 6) for i in range(10)]
-    text = Text(batches=batches, total=10, validated=True)
+    text = Text(every=batches, places=range(10))
     part = text.enough_for(40)  # 320 of 640 tokens
     assert [batch.validation for batch in part.batches] == [False] * 3 + [True] * 2
     assert text.enough_for(1000).batches == batches
     assert [batch.validation for batch in text.enough_for(1).batches] == [False, True]
+
+
+@pytest.mark.parametrize("width", [1, 40, 1000])
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_processes_read_the_part_of_a_text_that_one_would(width: int, count: int) -> None:
+    batches = [Batch(torch.zeros(4, 16, dtype=torch.int64), i >= 6) for i in range(10)]
+    whole = Text(every=batches, places=range(10)).enough_for(width)
+    parts = [Text(every=batches, places=range(rank, 10, count)).enough_for(width) for rank in range(count)]
+    assert sorted(i for part in parts if not part.idle for i in part.places) == list(whole.places)
+    assert all(part.places for part in parts)
 
 
 def test_threads_are_set_for_libraries_pools_and_children_and_given_back() -> None:
