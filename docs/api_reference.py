@@ -149,4 +149,6 @@ def _fields(kind: Any) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: python docs/api_reference.py OUTPUT")
     Path(sys.argv[1]).write_text(reference(), "utf-8")

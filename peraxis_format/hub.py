@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
-from peraxis_format.errors import CheckpointError
+from peraxis_format.errors import CheckpointError, first_line
 
 __all__ = ["HubName", "commit_new_file", "hub_errors", "hub_file", "hub_files", "hub_name", "hub_path", "hub_reason"]
 
@@ -78,8 +78,7 @@ def hub_reason(error: BaseException) -> str:
 
     if isinstance(error, LocalEntryNotFoundError) and (error.__cause__ or error.__context__) is not None:
         error = error.__cause__ or error.__context__ or error
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return line.removeprefix("Got: ")
+    return first_line(error).removeprefix("Got: ")
 
 
 def hub_path(source: str | os.PathLike[str]) -> Path:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
+
+from peraxis_tools.process_context import ProcessContext
 
 __all__ = ["fast_products"]
 
@@ -21,8 +23,7 @@ _PERMISSION = "bf16"
 
 
 @contextmanager
-def fast_products() -> Iterator[None]:
-    """Inside this context float32 products on the CPU are those of oneDNN, if it is the faster library and exact."""
+def _fast_products() -> Iterator[None]:
     setting = _setting()
     if setting is None or not _is_amd():
         yield
@@ -57,3 +58,7 @@ def _keeps_float32() -> bool:
     """Whether products keep the last of float32's 24 bits."""
     fine = torch.full((_SIDE, _SIDE), 1.0 + 2.0**-23)
     return all(torch.equal(product, fine) for product in (fine @ torch.eye(_SIDE), torch.eye(_SIDE) @ fine))
+
+
+# Inside this context float32 products on the CPU are those of oneDNN, if it is the faster library and exact.
+fast_products: Final = ProcessContext(_fast_products)

@@ -31,7 +31,8 @@ def output_file(output: str | Path, *, overwrite: bool, inputs: Inputs) -> Itera
     """
     here = file_of(output) or (None if is_remote(output) else Path(output))
     if here is not None:
-        folder = contextlib.nullcontext() if here is output else made_folder(here.parent)
+        # As in a store, the folders of a URL need not exist.
+        folder = made_folder(here.parent) if is_remote(output) else contextlib.nullcontext()
         with folder, claim_delta(here, overwrite=overwrite, inputs=inputs):
             yield here
         return

@@ -10,7 +10,10 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final
+
+from peraxis_tools.process_context import ProcessContext
 
 __all__ = ["limit_torch", "one_blas_thread", "pool_size", "use_threads"]
 
@@ -50,13 +53,6 @@ def use_threads(count: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """numpy's products use one thread inside the context: for small products, or where a pool has the threads."""
-    with _blas_threads(1):
-        yield
-
-
-@contextmanager
 def _blas_threads(count: int) -> Iterator[None]:
     """Limit OpenBLAS, which numpy's wheels have. Without threadpoolctl (extra compress) it keeps its own number."""
     try:
@@ -83,3 +79,7 @@ def _set_torch_threads(count: int) -> None:
     torch: Any = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(count)
+
+
+# numpy's products use one thread inside this context: for small products, or where a pool has the threads.
+one_blas_thread: Final = ProcessContext(partial(_blas_threads, 1))

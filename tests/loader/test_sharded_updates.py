@@ -113,6 +113,13 @@ def publishing(rank: int, world: int, folder: str) -> None:
         (path / "chain" / "step-00000004.pxd").unlink()
     distributed.barrier()
     assert again.step().step == 4
+
+    # Only rank 0 sees that its first anchor cannot be written.
+    late = ShardedUpdateWriter(model, path / "late")
+    if rank == 0:
+        (path / "late" / "step-00000001.pxd").touch()
+    with pytest.raises(FileExistsError, match="another process publishes there"):
+        late.step()
     distributed.destroy_process_group()
 
 

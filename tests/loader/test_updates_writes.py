@@ -154,3 +154,9 @@ def test_an_interrupted_write_of_a_staged_update_restores_the_old_weights(
     assert same(live, weights())
     update.write()
     assert same(live, model)
+
+
+def test_empty_pieces_of_two_models_are_no_shared_weights() -> None:
+    # A rank of a short tensor has an empty piece, and all empty storages have one address.
+    with writing([torch.empty(0, 8), torch.ones(2)]), writing([torch.empty(0, 4), torch.ones(2)]):
+        pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,11 @@ from peraxis_tools.compress.fit.signs import inverse_factor
 from peraxis_tools.products import fast_products
 from peraxis_tools.threads import one_blas_thread, pool_size, use_threads
 from tests.tools.compress_pairs import FEW, llama_pair
+
+
+def blas_threads() -> set[int]:
+    """The numbers of threads of the copies of OpenBLAS, which numpy's wheels have."""
+    return {library["num_threads"] for library in ThreadpoolController().select(internal_api="openblas").info()}
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -55,6 +61,25 @@ def test_products_that_are_rounded_further_are_not_permitted(monkeypatch: pytest
         with fast_products():
             assert setting.fp32_precision == inside
         assert setting.fp32_precision == "none"
+
+
+def test_runs_that_overlap_leave_the_settings_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Setting:
+        fp32_precision = "none"
+
+    setting = Setting()
+    monkeypatch.setattr(products, "_setting", lambda: setting)
+    monkeypatch.setattr(products, "_is_amd", lambda: True)
+    monkeypatch.setattr(products, "_keeps_float32", lambda: True)
+    with use_threads(2):
+        first, second = ExitStack(), ExitStack()
+        for run in (first, second):
+            run.enter_context(fast_products())
+            run.enter_context(one_blas_thread())
+        first.close()
+        assert (setting.fp32_precision, blas_threads()) == ("bf16", {1})
+        second.close()
+        assert (setting.fp32_precision, blas_threads()) == ("none", {2})
 
 
 @pytest.mark.parametrize(("rows", "width"), [(5, 1), (7, 3), (40, 33)])
@@ -98,11 +123,21 @@ def test_pieces_fill_a_sample(length: int) -> None:
 
 def test_a_part_of_a_text_is_of_all_kinds_and_large_enough() -> None:
     batches = [Batch(torch.zeros(4, 16, dtype=torch.int64), i >= 6) for i in range(10)]
-    text = Text(batches=batches, total=10, validated=True)
+    text = Text(every=batches, places=range(10))
     part = text.enough_for(40)  # 320 of 640 tokens
     assert [batch.validation for batch in part.batches] == [False] * 3 + [True] * 2
     assert text.enough_for(1000).batches == batches
     assert [batch.validation for batch in text.enough_for(1).batches] == [False, True]
+
+
+@pytest.mark.parametrize("width", [1, 40, 1000])
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_processes_read_the_part_of_a_text_that_one_would(width: int, count: int) -> None:
+    batches = [Batch(torch.zeros(4, 16, dtype=torch.int64), i >= 6) for i in range(10)]
+    whole = Text(every=batches, places=range(10)).enough_for(width)
+    parts = [Text(every=batches, places=range(rank, 10, count)).enough_for(width) for rank in range(count)]
+    assert sorted(i for part in parts if not part.idle for i in part.places) == list(whole.places)
+    assert all(part.places for part in parts)
 
 
 def test_threads_are_set_for_libraries_pools_and_children_and_given_back() -> None:

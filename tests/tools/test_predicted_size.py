@@ -65,4 +65,4 @@ def test_a_header_that_no_reader_takes_is_refused_before_work(tmp_path: Path, mo
             options=options,
         )
         with pytest.raises(ToolError, match=r"do not fit into one header .*use fewer masks"):
-            size.foretold(planned, a, b, options)
+            size.with_file_bytes(planned, a, b, options)

@@ -58,6 +58,15 @@ def test_an_output_at_a_file_url_never_replaces_a_checkpoint(states: list[Path])
     assert weights.read_bytes() == before
 
 
+def test_the_folder_of_an_output_is_made_for_a_url_alone(states: list[Path], tmp_path: Path) -> None:
+    for output in (tmp_path / "new" / "1.pxd", str(tmp_path / "new" / "1.pxd")):
+        with pytest.raises((ToolError, OSError)):
+            update(states[0], states[1], output)
+        assert not (tmp_path / "new").exists()
+    update(states[0], states[1], f"file://{tmp_path}/new/1.pxd")
+    assert (tmp_path / "new" / "1.pxd").is_file()
+
+
 def test_a_path_never_replaces_an_input_at_a_file_url(states: list[Path], tmp_path: Path) -> None:
     update(states[0], states[1], tmp_path / "a.pxd")
     before = (tmp_path / "a.pxd").read_bytes()

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from peraxis_format.errors import LiveModelError
 
@@ -45,8 +45,8 @@ def refuse_claimed(views: Iterable[Tensor], owner: Any = None) -> None:
 
 
 def _refuse(views: Iterable[Tensor], owner: Any) -> None:
-    for view in views:
-        found = _CLAIMS.get(view.untyped_storage().data_ptr())
+    for storage in _storages(views):
+        found = _CLAIMS.get(storage.data_ptr())
         if found is None or found.storage() is None:
             continue
         other = found.owner()
@@ -54,13 +54,17 @@ def _refuse(views: Iterable[Tensor], owner: Any) -> None:
             raise LiveModelError(found.remedy)
 
 
+def _storages(views: Iterable[Tensor]) -> Iterator[UntypedStorage]:
+    """The storages that hold a weight; all empty ones have one address."""
+    return (storage for view in views if (storage := view.untyped_storage()).nbytes())
+
+
 def claim(views: Iterable[Tensor], owner: Any, remedy: str) -> None:
     """Claim storages for an owner. remedy: the error message for others. Raises LiveModelError as refuse_claimed."""
     views = list(views)
     with _LOCK:
         _refuse(views, owner)
-        for view in views:
-            storage = view.untyped_storage()
+        for storage in _storages(views):
             _CLAIMS[storage.data_ptr()] = _Claim(weakref.ref(owner), weakref.ref(storage), remedy)
 
 

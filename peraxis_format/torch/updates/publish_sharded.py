@@ -32,6 +32,7 @@ from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.publish import Published, UpdateOptions, UpdateWriter, _Written
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
 from peraxis_format.torch.updates.source import Way, anchor_name, chain_of, step_name
+from peraxis_format.writer import DeltaWriter
 
 __all__ = ["ShardedUpdateWriter"]
 
@@ -215,7 +216,12 @@ class ShardedUpdateWriter(UpdateWriter):
         owners = self._owners
         failure: Exception | None = None
         result = None
-        writer = self._writer(path, previous=None) if self._ranks.rank == 0 else None
+        writer: DeltaWriter | None = None
+        try:
+            writer = self._writer(path, previous=None) if self._ranks.rank == 0 else None
+        except OSError as error:
+            failure = error
+        agree(failure, self._ranks.group)
         try:
             for name, dtype in self._dtypes.items():
                 mine = self._snapshot[name][1] if owners[name] == self._ranks.rank else None

@@ -115,8 +115,8 @@ def stage(file: DeltaFile, placement: Placement, *, group: Any = None, owner: ob
     for turn, entry in enumerate(file.manifest.modules):
         parts = placement[entry.name]
         if entry.name in layouts:
-            layout, owner = layouts[entry.name], turn % ranks.count
-            found = ranks.broadcast(_proven(ranks, owner, file, entry, layout, parts, failure), rank=owner)
+            layout, checker = layouts[entry.name], turn % ranks.count
+            found = ranks.broadcast(_proven(ranks, checker, file, entry, layout, parts, failure), rank=checker)
             with failure:
                 changes += _cut(found, layout, parts)
                 changes += _replaced(file.load(entry.name), parts) if entry.encoding is Encoding.FULL else ()

@@ -72,12 +72,7 @@ class LayerwiseCalibration:
     ) -> None:
         self.teacher, self.student = teacher, student
         self.names, self.options, self.work, self.processes = names, options, work, processes
-        self.text = Text(
-            batches=[batches[i] for i in processes.shard_indices(len(batches))],
-            total=len(batches),
-            validated=any(batch.validation for batch in batches),
-            crossed=crossed,
-        )
+        self.text = Text(every=batches, places=processes.shard_indices(len(batches)), crossed=crossed)
         if len(batches) < processes.count:
             raise OptionError(f"{processes.count} processes for {len(batches)} batches: give fewer, or a smaller batch")
         self.modules = {module.name: module for module in plan.modules}
@@ -238,7 +233,7 @@ class LayerwiseCalibration:
             trim_heap()
         done: list[FittedModule] = []
         # The student's final states are not known yet, so the teacher's are used for both.
-        side = self._side(self.teacher, hidden, self.teacher.head)
+        side = self._side(self.teacher, hidden, self.teacher.head, text)
         with self._collector([side, side], [parameter], text, outputs=False) as collector:
             for stage in collector.stages:
                 sums = collector.collect(stage)
@@ -283,8 +278,15 @@ class LayerwiseCalibration:
                     hidden[i] = output
         return done
 
-    def _side(self, model: LayerwiseModel, hidden: SpilledTensors, run: Callable[[Tensor, Tensor], Tensor]) -> Side:
-        return Side(model, lambda i: run(self.text.batches[i].ids, hidden[i]))
+    def _side(
+        self,
+        model: LayerwiseModel,
+        hidden: SpilledTensors,
+        run: Callable[[Tensor, Tensor], Tensor],
+        text: Text | None = None,
+    ) -> Side:
+        batches = (text or self.text).batches
+        return Side(model, lambda i: run(batches[i].ids, hidden[i]))
 
     def _collector(
         self, sides: Sequence[Side], names: Sequence[str], text: Text | None = None, *, outputs: bool = True

@@ -42,8 +42,8 @@ _SUMS: Final = 16  # float64 matrices as wide as an input, while it is fitted
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """What is read: samples of the text and of the model, tokens in each; value_bytes: of a computed value, and
-    sampled_bytes: of one of the generation, in which so many samples are written together.
+    """What is read: samples of the text and of the model, tokens in each. value_bytes: of a computed value, and
+    sampled_bytes: of one of the generation. together: samples that are generated at a time.
     """
 
     samples: int

@@ -27,7 +27,7 @@ from peraxis_tools.compress.plan.plan import Plan, PlannedModule
 from peraxis_tools.compress.plan.record import PLAN_KEY, REPORT_KEY, Line, plan_text, report_text
 from peraxis_tools.errors import ToolError
 
-__all__ = ["foretold", "predicted_size"]
+__all__ = ["predicted_size", "with_file_bytes"]
 
 _NONE: Final = "0" * 64
 _EXPONENT: Final = -20  # typical: two digits and a sign
@@ -39,7 +39,7 @@ def predicted_size(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions)
     return file_size(_manifest(plan, fine_tuned, options), [len(data) for _, data in fine_tuned.assets()])
 
 
-def foretold(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions) -> Plan:
+def with_file_bytes(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions) -> Plan:
     """The plan with the size of its file. Raises ToolError if the header would be too large for a reader."""
     manifest = replace(
         _manifest(plan, fine_tuned, options),

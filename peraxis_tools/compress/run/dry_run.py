@@ -20,7 +20,7 @@ from peraxis_tools.compress.plan.estimate import Text, work_of
 from peraxis_tools.compress.plan.pair_plan import plan_pair, with_length
 from peraxis_tools.compress.plan.pairing import matched
 from peraxis_tools.compress.plan.plan import Plan
-from peraxis_tools.compress.plan.size import foretold
+from peraxis_tools.compress.plan.size import with_file_bytes
 from peraxis_tools.errors import ToolError
 from peraxis_tools.optional import require
 from peraxis_tools.text import Ids, Source, load_samples
@@ -76,7 +76,7 @@ def estimate_run(
     ):
         base_checkpoint, tuned = matched(opened_base, opened, base_id)
         options = with_length(options, tuned)
-        planned = foretold(plan_pair(base_checkpoint, tuned, options), base_checkpoint, tuned, options)
+        planned = with_file_bytes(plan_pair(base_checkpoint, tuned, options), base_checkpoint, tuned, options)
         text, config = (None, None) if options.resolved_fit == "none" else _text(planned, tuned, options)
         spent = time.process_time()
     held = _held()

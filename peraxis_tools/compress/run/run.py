@@ -36,7 +36,7 @@ from peraxis_tools.compress.plan.plan import Plan, PlannedModule
 from peraxis_tools.compress.plan.price import prices
 from peraxis_tools.compress.plan.record import PLAN_KEY, REPORT_KEY, plan_text, report_text
 from peraxis_tools.compress.plan.saving import check_saving, saves
-from peraxis_tools.compress.plan.size import foretold
+from peraxis_tools.compress.plan.size import with_file_bytes
 from peraxis_tools.compress.run.module_delta import module_delta
 from peraxis_tools.compress.run.streamed import StreamedFit
 from peraxis_tools.compress.run.types import Fitting, ModuleReport, RunFit
@@ -190,14 +190,14 @@ def _spent(
     except ShapeError:  # values that are NaN or infinite; the check names the tensor and the index
         check_pair_finite(planned.modules, base.tensors, fine_tuned.tensors, progress)
         raise
-    return foretold(spend(planned, errors, fine_tuned, options), base, fine_tuned, options)
+    return with_file_bytes(spend(planned, errors, fine_tuned, options), base, fine_tuned, options)
 
 
 def _foretold(
     planned: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, *, force: bool
 ) -> Plan:
     """The plan with the size of its file, whose saving is checked."""
-    planned = foretold(planned, base, fine_tuned, options)
+    planned = with_file_bytes(planned, base, fine_tuned, options)
     check_saving(planned, base, fine_tuned, size=planned.file_bytes or 0, force=force)
     return planned
 

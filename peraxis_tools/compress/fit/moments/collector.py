@@ -35,27 +35,41 @@ class Batch:
     validation: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """The batches of this process, the number of batches of all processes, and whether any is for validation.
+    """every: the batches of all processes. places: the numbers of those of this process, at least one.
 
-    crossed: the validation batches are another text, which the others validate too (sums.py).
+    crossed: the validation batches are another text, which the others validate too (sums.py). idle: the batches of this
+    process are not added to the moments; they run, so that it takes part in every step.
     """
 
-    batches: Sequence[Batch]
-    total: int
-    validated: bool
+    every: Sequence[Batch]
+    places: Sequence[int]
     crossed: bool = False
+    idle: bool = False
+
+    @property
+    def batches(self) -> list[Batch]:
+        """The batches of this process."""
+        return [self.every[i] for i in self.places]
+
+    @property
+    def validated(self) -> bool:
+        """Whether any batch is for validation."""
+        return any(batch.validation for batch in self.every)
 
     def enough_for(self, width: int) -> Text:
-        """A part of the text, of each kind the same share, that is enough for one fit of inputs of this width."""
-        tokens = sum(batch.ids.numel() for batch in self.batches)
-        share = min(1.0, TABLE_TOKENS * width / max(1, tokens))
-        batches: list[Batch] = []
+        """A part of the text, of each kind the same share, that is enough for one fit of inputs of this width.
+
+        It does not depend on the number of processes. Those that have none of it are idle.
+        """
+        share = min(1.0, TABLE_TOKENS * width / max(1, sum(batch.ids.numel() for batch in self.every)))
+        chosen: set[int] = set()
         for validation in (False, True):
-            its = [batch for batch in self.batches if batch.validation is validation]
-            batches += its[: max(1, round(share * len(its)))]
-        return replace(self, batches=batches)
+            its = [i for i, batch in enumerate(self.every) if batch.validation is validation]
+            chosen.update(its[: max(1, round(share * len(its)))])
+        places = [i for i in self.places if i in chosen]
+        return replace(self, places=places or self.places[:1], idle=not places)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +163,13 @@ class MomentsCollector:
                 if key not in sums:
                     sums[key] = self._empty(stage, inputs.shape[-1])
                 moments = sums[key].validation if batch.validation else sums[key].fit
-                moments.add(inputs, theirs.get(key))
+                if not self._text.idle:
+                    moments.add(inputs, theirs.get(key))
         self._add_up(stage, sums)
         return sums
 
     def _empty(self, stage: Stage, width: int) -> Statistics:
-        grid = grid_of(stage.energy, self._text.total)
+        grid = grid_of(stage.energy, len(self._text.every))
         device = self._student.model.device
         fit, validation = (
             Moments.zeros(width, paired=not stage.experts, validates=validates, grid=grid, device=device)
