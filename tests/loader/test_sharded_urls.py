@@ -49,6 +49,16 @@ def from_memory(rank: int, world: int, folder: str) -> None:
             assert model.whole() == bytes_of(state(step))
             kept = [each.name for each in follower.folder.glob("*.pxd")]
             assert kept == [name]
+        empty = "step-00000005.pxd"
+        if rank == 0:
+            system.pipe_file(f"/bucket/run/{empty}", b"")
+        torch.distributed.barrier()
+        assert [each.name for each in follower.poll().waiting] == [empty]
+        torch.distributed.barrier()
+        if rank == 0:
+            system.rm_file(f"/bucket/run/{empty}")
+        torch.distributed.barrier()
+        assert dict(follower.poll().waiting) == {}
         plain = shared_mirror.Mirror.sync
         shared_mirror.Mirror.sync = _broken  # type: ignore[method-assign]
         found = follower.poll()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from peraxis_format.torch.place.ranks import Ranks, agree
+from peraxis_format.torch.place.sharded_exact import FirstError
 from peraxis_format.torch.updates.mirror import PREFIX, Mirror
 
 __all__ = ["SharedMirror"]
@@ -84,36 +85,48 @@ class SharedMirror:
 
     def _send(self, names: dict[str, int]) -> None:
         """Give the other writers the files that they do not have, and remove others there. names: and their fetches."""
-        rank = self._ranks.rank
-        failure: Exception | None = None
+        rank, failure = self._ranks.rank, FirstError()
         writes = rank in self._writers and rank != 0
         here = set(names)
         if writes:
             found = {path.name for path in self.folder.glob("*.pxd")}
             here = {name for name in found & set(names) if self._fetches.get(name) == names[name]}
-            for name in found - here:
-                (self.folder / name).unlink()
+            with failure:
+                for name in found - here:
+                    (self.folder / name).unlink()
         lacking = self._ranks.all_gather(set(names) - here)
         for name in sorted(set().union(*lacking)):
-            part = self.folder / f".{name}.part"
-            size = self._ranks.broadcast((self.folder / name).stat().st_size if rank == 0 else 0, rank=0)
+            part = self.folder / f".{name}.part" if writes and name in lacking[rank] else None
+            size = self._ranks.broadcast(self._size(name, failure), rank=0)
+            if part is not None:
+                with failure:
+                    part.write_bytes(b"")
             for begin in range(0, size, _PIECE):
-                piece = self._ranks.broadcast(self._piece(name, begin) if rank == 0 else b"", rank=0)
-                try:
-                    if writes and name in lacking[rank] and failure is None:
-                        with open(part, "ab" if begin else "wb") as file:
-                            file.write(piece)
-                except OSError as error:
-                    failure = error
-            if writes and name in lacking[rank] and failure is None:
-                part.rename(self.folder / name)
-                self._fetches[name] = names[name]
-        agree(failure, self._ranks.group)
+                piece = self._ranks.broadcast(self._piece(name, begin, failure), rank=0)
+                if part is not None and failure.error is None:
+                    with failure, open(part, "ab") as file:
+                        file.write(piece)
+            if part is not None and failure.error is None:
+                with failure:
+                    if part.stat().st_size == size:  # else the first rank could not read it, and has the error
+                        part.rename(self.folder / name)
+                        self._fetches[name] = names[name]
+        agree(failure.error, self._ranks.group)
 
-    def _piece(self, name: str, begin: int) -> bytes:
-        with open(self.folder / name, "rb") as file:
-            file.seek(begin)
-            return file.read(_PIECE)
+    def _size(self, name: str, failure: FirstError) -> int:
+        """The bytes of a file, on the first rank."""
+        with failure:
+            return (self.folder / name).stat().st_size if self._ranks.rank == 0 else 0
+        return 0
+
+    def _piece(self, name: str, begin: int, failure: FirstError) -> bytes:
+        """A piece of a file, on the first rank."""
+        with failure:
+            if self._ranks.rank == 0:
+                with open(self.folder / name, "rb") as file:
+                    file.seek(begin)
+                    return file.read(_PIECE)
+        return b""
 
 
 def _reads(path: Path, token: str) -> bool:

@@ -167,8 +167,8 @@ class Statistics:
     def merged(self) -> Moments:
         """The moments of all tokens. This consumes both, so that their memory is free for the fit."""
         self.fit.merge(self.validation)
-        for name in ("G", "E", "F"):
-            setattr(self.validation, name, None if name != "G" else self.fit.G.new_empty(0, 0))
+        self.validation.G = self.fit.G.new_empty(0, 0)
+        self.validation.E = self.validation.F = None
         self.fit.F = None  # errors are those of the parts
         return self.fit
 
