@@ -27,7 +27,7 @@ __all__ = ["INDEX_NAME", "SINGLE_NAME", "Safetensors", "TensorInfo"]
 _HEADER_MAX: Final = 100_000_000  # safetensors' own bound
 _DIMENSIONS_MAX: Final = 64  # torch's and numpy's own bound
 _CHUNK: Final = 1 << 20
-_Stamp: TypeAlias = tuple[int, int, int]  # inode, size and time of change of a file
+_Stamp: TypeAlias = tuple[int, int]  # size and time of change of a file; inodes of network file systems may change
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ class Safetensors:
 
 
 def _stamp_of(about: os.stat_result) -> _Stamp:
-    return about.st_ino, about.st_size, about.st_mtime_ns
+    return about.st_size, about.st_mtime_ns
 
 
 def _changed(file: Path) -> CheckpointError:

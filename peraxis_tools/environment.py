@@ -1,14 +1,13 @@
-"""The environment of a run: device, dtype, tokenizer, configuration, heap."""
+"""The environment of a run: device, dtype, tokenizer, configuration."""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -21,12 +20,7 @@ __all__ = [
     "parse_config",
     "resolve_device",
     "resolve_dtype",
-    "trim_heap",
-    "tune_heap",
 ]
-
-# M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
-_HEAP: Final = ((-8, 1), (-3, 32 << 20), (-1, 256 << 20))
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -99,26 +93,3 @@ def resolve_dtype(name: str, device: torch.device, config: Any) -> torch.dtype:
         return getattr(torch, name)  # type: ignore[no-any-return]
     own = getattr(config, "dtype", None)
     return own if device.type != "cpu" and isinstance(own, torch.dtype) else torch.float32
-
-
-def tune_heap() -> None:
-    """Let all threads share one heap, and return tensors above 32 MB at once, if the C library can (glibc).
-
-    By default glibc gives each thread a heap, where what one thread frees is of no use to another. A smaller size for
-    what is returned at once lowers the peak by some more, but then a third of the time goes into fresh pages. The
-    settings stay until the process ends.
-    """
-    tune = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if tune is not None:
-        for parameter, value in _HEAP:
-            tune(parameter, value)
-
-
-def trim_heap() -> None:
-    """Return freed memory to the system, if the C library supports it (glibc).
-
-    glibc caches freed memory in a heap for each thread; without this call, peak memory grows with the number of blocks.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)

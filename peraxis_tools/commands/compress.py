@@ -19,6 +19,7 @@ from peraxis_tools.commands.options import (
 from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, PREFER, RECIPES, read_yaml
 from peraxis_tools.compress.run.dry_run import estimate_run
+from peraxis_tools.heap import tune_heap
 from peraxis_tools.report import emit
 from peraxis_tools.report.compress import plan_lines, render_compress, render_dry_run
 from peraxis_tools.text import check_texts
@@ -144,6 +145,7 @@ def command(
         raise click.MissingParameter(
             param_type="option", param_hint="'--output' / '-o'", ctx=click.get_current_context()
         )
+    tune_heap()
     with Stages(quiet=quiet) as stages:
         result = compress(
             base,

@@ -90,7 +90,7 @@ def evaluate(
     from peraxis_tools.quiet import quiet_transformers
 
     limit_torch()
-    with pxd.open(delta) as file, quiet_transformers(), fast_products(), watched_stages(progress) as step:
+    with pxd.open(delta) as file, quiet_transformers(), watched_stages(progress) as step:
         models = _Models(
             base=base,
             fine_tuned=fine_tuned,
@@ -107,7 +107,8 @@ def evaluate(
             for domain, source in texts.items()
         }
         check_tokens(fine_tuned, (its.ids for its in sampled.values()), revision=fine_tuned_revision)
-        found = _compare_all(models, tokenizer, sampled, candidates, batch_size, step)
+        with fast_products():
+            found = _compare_all(models, tokenizer, sampled, candidates, batch_size, step)
         calibration = file.manifest.calibration
         return EvaluateResult(
             base=str(base),

@@ -121,6 +121,12 @@ def test_pieces_fill_a_sample(length: int) -> None:
     assert tokens <= 256
 
 
+def test_a_long_start_has_a_longer_piece() -> None:
+    assert pieces_of(512, start=64) == pieces_of(512) == (4, 128)
+    assert pieces_of(512, start=100) == (2, 256)
+    assert pieces_of(512, start=600) == (1, 512)
+
+
 def test_a_part_of_a_text_is_of_all_kinds_and_large_enough() -> None:
     batches = [Batch(torch.zeros(4, 16, dtype=torch.int64), i >= 6) for i in range(10)]
     text = Text(every=batches, places=range(10))

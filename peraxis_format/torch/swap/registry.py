@@ -178,14 +178,14 @@ class Registry:
                 pieces=pieces,
                 direct=direct,
             )
-        undo = self.base_place == "undo"
-        if not undo:
-            self._keep_base(placement)
-        self.live.add(placement)
-        engine = None if undo else engine_for(transfers, self.bases, device=device, workers=self.workers)
-        if isinstance(engine, HostEngine) and chosen == "pinned":
-            for index, transfer in enumerate(transfers):
-                engine.prepare(transfer, payload.host(index))
+            undo = self.base_place == "undo"
+            if not undo:
+                self._keep_base(placement)
+            self.live.add(placement)
+            engine = None if undo else engine_for(transfers, self.bases, device=device, workers=self.workers)
+            if isinstance(engine, HostEngine) and chosen == "pinned":
+                for index, transfer in enumerate(transfers):
+                    engine.prepare(transfer, payload.host(index))
         variant = Variant(
             name=name,
             content_id=file.content_id,

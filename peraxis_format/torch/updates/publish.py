@@ -33,7 +33,7 @@ from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, newer_file, step_name, step_of
 from peraxis_format.writer import DeltaWriter
 
-__all__ = ["Published", "UpdateOptions", "UpdateWriter"]
+__all__ = ["Published", "UpdateOptions", "UpdateWriter", "Written"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Written:
+class Written:
     """A file that was written and sent. size: its bytes. changed: weights that differ from the state before it."""
 
     manifest: Manifest
@@ -212,7 +212,7 @@ class UpdateWriter:
 
     def _write_update(
         self, path: Path, modules: Iterable[tuple[ModuleDelta, int]], tied: list[tuple[str, str]], *, previous: str
-    ) -> _Written:
+    ) -> Written:
         """Write and send an update. modules: each with the number of its changed weights."""
         changed = 0
         with self._writer(path, previous=previous) as writer:
@@ -224,7 +224,7 @@ class UpdateWriter:
             writer.metadata[CHANGED_KEY] = str(changed)
             manifest = writer.finish()
         self._send(path)
-        return _Written(manifest=manifest, size=writer.size, changed=changed)
+        return Written(manifest=manifest, size=writer.size, changed=changed)
 
     def _send(self, path: Path) -> None:
         """Send a written file to its URL. Raises FileExistsError, OSError; nothing is published then."""
@@ -243,7 +243,7 @@ class UpdateWriter:
         path = self.folder / anchor_name(0)
         return self._done(path, 0, self._anchor(path, tied), tied)
 
-    def _anchor(self, path: Path, tied: list[tuple[str, str]]) -> _Written:
+    def _anchor(self, path: Path, tied: list[tuple[str, str]]) -> Written:
         """Write and send the whole published state."""
         with self._writer(path, previous=None) as writer:
             for name, (dtype, array) in self._snapshot.items():
@@ -252,7 +252,7 @@ class UpdateWriter:
                 writer.tie(name, alias)
             manifest = writer.finish()
         self._send(path)
-        return _Written(manifest=manifest, size=writer.size, changed=self._weights())
+        return Written(manifest=manifest, size=writer.size, changed=self._weights())
 
     def _weights(self) -> int:
         """The number of weights of the published state."""
@@ -267,7 +267,7 @@ class UpdateWriter:
             array[...] = module.full
             self._digests[module.name] = digest_of(array)
 
-    def _done(self, path: Path, number: int, written: _Written, tied: list[tuple[str, str]]) -> Published:
+    def _done(self, path: Path, number: int, written: Written, tied: list[tuple[str, str]]) -> Published:
         """Record a published file, and write an anchor beside it if one is due."""
         manifest = written.manifest
         self._reached(path, number, manifest)

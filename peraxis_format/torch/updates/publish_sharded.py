@@ -29,7 +29,7 @@ from peraxis_format.torch.place.ranks import Ranks, agree
 from peraxis_format.torch.place.shards import Box, slices, whole
 from peraxis_format.torch.updates.live import live_tensors
 from peraxis_format.torch.updates.mirror import Mirror, is_url
-from peraxis_format.torch.updates.publish import Published, UpdateOptions, UpdateWriter, _Written
+from peraxis_format.torch.updates.publish import Published, UpdateOptions, UpdateWriter, Written
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
 from peraxis_format.torch.updates.source import Way, anchor_name, chain_of, step_name
 from peraxis_format.writer import DeltaWriter
@@ -93,7 +93,7 @@ class ShardedUpdateWriter(UpdateWriter):
         modules = {name: found for each in collected for name, found in each.items()}
         path = self.folder / step_name(number)
         ordered, previous = (modules[name] for name in self._dtypes), self._head.content_id
-        written: _Written = self._on_first(lambda: self._write_update(path, ordered, tied, previous=previous))
+        written: Written = self._on_first(lambda: self._write_update(path, ordered, tied, previous=previous))
         for name, (module, _, new) in made.items():
             if module.encoding is not Encoding.SAME:
                 self._snapshot[name] = self._dtypes[name], new
@@ -211,7 +211,7 @@ class ShardedUpdateWriter(UpdateWriter):
                 full[slices(piece[0])] = piece[1]
         return full
 
-    def _anchor(self, path: Path, tied: list[tuple[str, str]]) -> _Written:
+    def _anchor(self, path: Path, tied: list[tuple[str, str]]) -> Written:
         """Write the published state on rank 0, one tensor at a time from its owner."""
         owners = self._owners
         failure: Exception | None = None
@@ -240,7 +240,7 @@ class ShardedUpdateWriter(UpdateWriter):
                 for name, alias in tied:
                     writer.tie(name, alias)
                 try:
-                    result = _Written(manifest=writer.finish(), size=writer.size, changed=self._weights())
+                    result = Written(manifest=writer.finish(), size=writer.size, changed=self._weights())
                 except Exception as error:
                     failure = error
         finally:
@@ -252,7 +252,7 @@ class ShardedUpdateWriter(UpdateWriter):
         except Exception as error:
             failure = error
         agree(failure, self._ranks.group)
-        said: _Written = self._ranks.broadcast(result, rank=0)
+        said: Written = self._ranks.broadcast(result, rank=0)
         return said
 
     def _weights(self) -> int:

@@ -92,8 +92,9 @@ def generate(
     """
     draw = np.random.Generator(np.random.PCG64(seed))
     vocabulary = teacher.model.get_input_embeddings().get_parameter("weight").shape[0]
-    count, tokens = pieces_of(length)
-    starts = [start[: tokens - 1] for start in starts_of(tokenizer)]
+    starts = starts_of(tokenizer)
+    count, tokens = pieces_of(length, start=max(map(len, starts), default=0))
+    starts = [start[: tokens - 1] for start in starts]
     # Without a defined start, each token is as good a start as another.
     starts = starts or [[int(token)] for token in draw.integers(0, vocabulary, min(samples, 8))]
     batches = []

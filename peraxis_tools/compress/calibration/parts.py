@@ -72,7 +72,9 @@ def partition(sources: Sequence[Ids], *, calibration: float, validation: float) 
     )
 
 
-def pieces_of(length: int) -> tuple[int, int]:
-    """(pieces in a generated sample of `length` tokens, tokens of a piece)."""
-    count = max(1, round(length / _PIECE))
+def pieces_of(length: int, *, start: int = 0) -> tuple[int, int]:
+    """(pieces in a generated sample of `length` tokens, tokens of a piece). start: the longest start of a piece, of
+    which the model continues at least as many tokens, if the sample has room for them.
+    """
+    count = max(1, min(round(length / _PIECE), length // max(1, 2 * start)))
     return count, -(-length // count)

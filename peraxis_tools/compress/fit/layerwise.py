@@ -42,7 +42,7 @@ from peraxis_tools.compress.plan.plan import TABLES, Plan, PlannedModule
 from peraxis_tools.compress.run.distributed import Processes
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 from peraxis_tools.compress.run.work_folder import WorkFolder
-from peraxis_tools.environment import trim_heap
+from peraxis_tools.heap import trim_heap
 from peraxis_tools.parameter_names import NameMap, ParameterSlice
 
 __all__ = ["Batch", "LayerwiseCalibration"]

@@ -37,16 +37,9 @@ from peraxis_tools.compress.run.inputs import (
 )
 from peraxis_tools.compress.run.types import FittedModule, RunFit
 from peraxis_tools.compress.run.work_folder import WorkFolder
-from peraxis_tools.environment import (
-    check_causal,
-    load_config,
-    load_tokenizer,
-    resolve_device,
-    resolve_dtype,
-    trim_heap,
-    tune_heap,
-)
+from peraxis_tools.environment import check_causal, load_config, load_tokenizer, resolve_device, resolve_dtype
 from peraxis_tools.errors import ToolError
+from peraxis_tools.heap import trim_heap
 from peraxis_tools.parameter_names import NameMap, map_names
 from peraxis_tools.products import fast_products
 from peraxis_tools.quiet import quiet_transformers
@@ -116,7 +109,6 @@ class CalibratedFit:
         self._quiet.enter_context(quiet_transformers())
         self._quiet.enter_context(fast_products())
         limit_torch()
-        tune_heap()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
