@@ -34,7 +34,9 @@ def c_mutants() -> Iterator[Mutant]:
             for new in news:
                 changed = line[: token.start()] + new + line[token.end() :]
                 source = "".join([*lines[:number], changed, *lines[number + 1 :]])
-                yield Mutant(name=f"pxd.c:{number + 1}: {old} -> {new} in {line.strip()[:70]}", file="c", source=source)
+                near = changed[max(token.start() - 24, 0) : token.start() + len(new) + 24].strip()
+                name = f"pxd.c:{number + 1}: {old} -> {new} in {line.strip()[:70]} as {near}"
+                yield Mutant(name=name, file="c", source=source)
 
 
 def survives_c(mutant: Mutant, corpus: Corpus, teeth: Teeth, folder: Path) -> bool:
