@@ -178,7 +178,15 @@ def entries() -> Iterator[Entry]:
     yield refused("name-dropped-two-underscores", "E206", "3.5", build(simple(dropped=("__",))))
 
 
+def ends() -> Iterator[Entry]:
+    """SPEC 4.1: a header that ends before the tensor that is due."""
+    for count in range(1, 5):
+        modules = tuple(full(f"m{i}", (64,), dtype="U8") for i in range(count + 1))
+        file = build(Content(modules=modules), records=lambda r: r[:-1], data=lambda d: d[:-64])
+        yield refused(f"tensors-end-behind-{count}", "E212", "4.1", file)
+
+
 def refused_edges() -> Iterator[Entry]:
     """Files that every reader refuses."""
-    for group in (texts, endings, sizes, entries):
+    for group in (texts, endings, sizes, entries, ends):
         yield from group()

@@ -188,6 +188,7 @@ static bool same_shape(const shape *a, const shape *b, u32 from) {
 typedef struct { const u8 *p; size_t n, i, values; const char *code; u8 *decoded; } json; /* code: of what differs */
 static json open_json(text s, const char *code) { return (json){s.p, s.n, 0, 0, code, allocate(s.n, 1)}; }
 static u8 peek(const json *j) { return j->i < j->n ? j->p[j->i] : 0; }
+static u8 take_byte(json *j) { return j->i < j->n ? j->p[j->i++] : 0; }
 static void mark(json *j, u8 c) {
     need(peek(j) == c, j->code);
     j->i++;
@@ -202,7 +203,7 @@ static bool more(json *j, u8 close, u32 index) { /* before each element; takes t
 
 static u8 escape(json *j) { /* what stands behind a backslash */
     static const char from[] = "\"\\bfnrt", to[] = "\"\\\b\f\n\r\t", digits[] = "0123456789abcdef";
-    u8 c = j->i < j->n ? j->p[j->i++] : 0;
+    u8 c = take_byte(j);
     if (one_of(c, from)) return (u8)to[strchr(from, c) - from];
     need(c == 'u' && j->n - j->i >= 4 && j->p[j->i] == '0' && j->p[j->i + 1] == '0', j->code);
     need(one_of(j->p[j->i + 2], "01") && one_of(j->p[j->i + 3], digits), j->code);
@@ -216,7 +217,7 @@ static text string(json *j) {
     text made = {j->decoded, 0};
     mark(j, '"');
     for (;; made.n++) {
-        u8 c = j->i < j->n ? j->p[j->i++] : 0;
+        u8 c = take_byte(j);
         if (c == '"') return made;
         need(c >= 0x20, j->code);
         *j->decoded++ = c == '\\' ? escape(j) : c;
@@ -515,8 +516,8 @@ static text result_of(const module *m) { /* SPEC 3.14: where it is known */
 
 static const char *digest_of(const pxd *f, bool results) { /* SPEC 3.11, 3.14; NULL: one is not known */
     module *sorted = allocate(f->module_count, sizeof *sorted);
-    char *made = NULL;
-    size_t n = 0;
+    char *made;
+    size_t n;
     bool known = true;
     FILE *to = open_memstream(&made, &n);
     io(to, "allocate", "memory");
