@@ -216,12 +216,11 @@ static u8 escape(json *j) { /* what stands behind a backslash */
 static text string(json *j) {
     text made = {j->decoded, 0};
     mark(j, '"');
-    for (;; made.n++) {
-        u8 c = take_byte(j);
-        if (c == '"') return made;
+    for (u8 c; (c = take_byte(j)) != '"'; made.n++) {
         need(c >= 0x20, j->code);
         *j->decoded++ = c == '\\' ? escape(j) : c;
     }
+    return made;
 }
 
 static int64_t integer(json *j, int64_t least) { /* SPEC 2.10; zeros or a quotation mark stand behind every text */
