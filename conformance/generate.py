@@ -21,6 +21,7 @@ from typing import Any
 from .generator.applied import applied
 from .generator.build import MAGIC, build, expected
 from .generator.container import container
+from .generator.edges import applied_edges, golden_edges, refused_edges
 from .generator.encoded import encoded
 from .generator.entry import Cut, Entry, Made, Special
 from .generator.hostile import hostile
@@ -76,12 +77,14 @@ def golden() -> Iterator[tuple[str, Entry]]:
 def corpus() -> Iterator[tuple[str, Entry]]:
     """(folder, entry) of every case, in the order of cases.jsonl."""
     yield from golden()
-    for group in (golden_kinds, golden_packed, golden_updates, golden_bits):
+    for group in (golden_kinds, golden_packed, golden_updates, golden_bits, golden_edges):
         yield from (("valid", entry) for entry in group())
-    for group in (container, manifest, profile, payload, refused_kinds, refused_packed, refused_updates, refused_bits):
+    faults = (container, manifest, profile, payload, refused_kinds, refused_packed, refused_updates, refused_bits)
+    for group in (*faults, refused_edges):
         yield from (("invalid", entry) for entry in group())
     yield from (("hostile", entry) for entry in hostile())
-    for group in (applied, applied_kinds, applied_packed, applied_updates, applied_bits, refused_bindings):
+    applications = (applied, applied_kinds, applied_packed, applied_updates, applied_bits, refused_bindings)
+    for group in (*applications, applied_edges):
         yield from (("apply", entry) for entry in group())
     for group in (encoded, encoded_packed, encoded_updates):
         yield from (("encode", entry) for entry in group())

@@ -186,8 +186,9 @@ static bool same_shape(const shape *a, const shape *b, u32 from) {
 
 /* ---- Text by patterns ---- */
 typedef struct { const u8 *p; size_t n, i, values; const char *code; u8 *decoded; } json; /* code: of what differs */
-static json open_json(text s, const char *code) { return (json){s.p, s.n, 0, 0, code, allocate(s.n + 1, 1)}; }
+static json open_json(text s, const char *code) { return (json){s.p, s.n, 0, 0, code, allocate(s.n, 1)}; }
 static u8 peek(const json *j) { return j->i < j->n ? j->p[j->i] : 0; }
+static u8 take_byte(json *j) { return j->i < j->n ? j->p[j->i++] : 0; }
 static void mark(json *j, u8 c) {
     need(peek(j) == c, j->code);
     j->i++;
@@ -202,11 +203,11 @@ static bool more(json *j, u8 close, u32 index) { /* before each element; takes t
 
 static u8 escape(json *j) { /* what stands behind a backslash */
     static const char from[] = "\"\\bfnrt", to[] = "\"\\\b\f\n\r\t", digits[] = "0123456789abcdef";
-    u8 c = j->i < j->n ? j->p[j->i++] : 0, value = 0;
+    u8 c = take_byte(j);
     if (one_of(c, from)) return (u8)to[strchr(from, c) - from];
     need(c == 'u' && j->n - j->i >= 4 && j->p[j->i] == '0' && j->p[j->i + 1] == '0', j->code);
     need(one_of(j->p[j->i + 2], "01") && one_of(j->p[j->i + 3], digits), j->code);
-    value = (u8)((j->p[j->i + 2] - '0') << 4 | (strchr(digits, j->p[j->i + 3]) - digits));
+    u8 value = (u8)((j->p[j->i + 2] - '0') << 4 | (strchr(digits, j->p[j->i + 3]) - digits));
     need(!one_of(value, to), j->code);
     j->i += 4;
     return value;
@@ -215,12 +216,11 @@ static u8 escape(json *j) { /* what stands behind a backslash */
 static text string(json *j) {
     text made = {j->decoded, 0};
     mark(j, '"');
-    for (;; made.n++) {
-        u8 c = j->i < j->n ? j->p[j->i++] : 0;
-        if (c == '"') return made;
+    for (u8 c; (c = take_byte(j)) != '"'; made.n++) {
         need(c >= 0x20, j->code);
         *j->decoded++ = c == '\\' ? escape(j) : c;
     }
+    return made;
 }
 
 static int64_t integer(json *j, int64_t least) { /* SPEC 2.10; zeros or a quotation mark stand behind every text */
@@ -261,7 +261,7 @@ static shape dimensions(json *j) {
 }
 
 /* Take what the pattern says, where ' stands for a quotation mark, and after %: s string, h hex digest, d digest,
- * n natural number, i integer, t dtype, e encoding, a axis, l shape; ? before s, h or d: or null. What stands between
+ * n natural number, i integer, t dtype, e encoding, a axis, l shape; ? before s or d: or null. What stands between
  * < and > takes at most 2^16 bytes (SPEC 3.8). */
 static void scan(json *j, const char *pattern, ...) {
     size_t start = 0;
@@ -277,7 +277,7 @@ static void scan(json *j, const char *pattern, ...) {
         p += p[1] == '?' ? 2 : 1;
         switch (*p) {
         case 's': *va_arg(to, text *) = absent ? (text){0} : string(j); break;
-        case 'h': *va_arg(to, text *) = absent ? (text){0} : digest(j, ""); break;
+        case 'h': *va_arg(to, text *) = digest(j, ""); break;
         case 'd': *va_arg(to, text *) = absent ? (text){0} : digest(j, "sha256:"); break;
         case 'n': *va_arg(to, u64 *) = (u64)integer(j, 0); break;
         case 'i': *va_arg(to, int64_t *) = integer(j, -(int64_t)LIMIT); break;
@@ -290,7 +290,7 @@ static void scan(json *j, const char *pattern, ...) {
 
 static list read_list(json *j, const char *key, u8 open, const char *pattern) {
     scan(j, key);
-    list made = {.json = {j->p + j->i, 0}};
+    list made = {.json.p = j->p + j->i};
     mark(j, open);
     for (u8 close = open + 2; more(j, close, made.count); made.count++) { /* ] follows [ and } follows { by two */
         need(made.count < ENTRIES_MAX, "E208");                           /* SPEC 3.8 */
@@ -359,7 +359,7 @@ static void read_header(pxd *f) {
 /* ---- Steps 7 and 8: profile ---- */
 static text base64(text s, const char *code) { /* as hex: RFC 4648, section 4, without padding, unused bits 0 */
     static const char set[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    u8 *hex = allocate(s.n * 3 / 2 + 1, 1), *p = hex;
+    u8 *hex = allocate(s.n * 3 / 2, 1), *p = hex;
     u32 bits = 0, held = 0;
     for (size_t i = 0; i < s.n; i++) {
         need(one_of(s.p[i], set), code);
@@ -515,8 +515,8 @@ static text result_of(const module *m) { /* SPEC 3.14: where it is known */
 
 static const char *digest_of(const pxd *f, bool results) { /* SPEC 3.11, 3.14; NULL: one is not known */
     module *sorted = allocate(f->module_count, sizeof *sorted);
-    char *made = NULL;
-    size_t n = 0;
+    char *made;
+    size_t n;
     bool known = true;
     FILE *to = open_memstream(&made, &n);
     io(to, "allocate", "memory");
@@ -547,7 +547,7 @@ static void check_digests(const pxd *f) {
 /* SPEC 3.12: the bytes of the path that name a folder, its slash included; 0: none. */
 static size_t folder_of(text path) {
     size_t n = 0;
-    while (n < path.n && n <= 63 && (isalnum(path.p[n]) || one_of(path.p[n], "_-"))) n++;
+    while (n < path.n && (isalnum(path.p[n]) || one_of(path.p[n], "_-"))) n++;
     return n && n <= 63 && n < path.n && path.p[n] == '/' && path.p[0] != '-' ? n + 1 : 0;
 }
 
@@ -875,7 +875,7 @@ static record *read_base(const char *path, u32 *count) { /* sorted */
     errno = EINVAL;
     io(file.n >= 8 && length <= file.n - 8, "read safetensors", path);
     json taken = open_json((text){file.p + 8, length}, "E402"), *j = &taken;
-    record *made = allocate(length / 50 + 1, sizeof *made); /* no record is shorter */
+    record *made = allocate(length / 50, sizeof *made); /* no record is shorter */
     mark(j, '{');
     for (u32 i = 0; more(j, '}', i); i++) {
         scan(j, "%s:", &key);

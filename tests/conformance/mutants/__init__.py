@@ -22,11 +22,11 @@ class Mutant:
 class Teeth:
     """Cases in the order in which they are tried; one that fails a mutant moves to the front.
 
-    seconds: the time for all of them. level: the optimisation level of a compiled mutant.
+    seconds: the time for all of them, in this process. flags: the compiler's.
     """
 
-    def __init__(self, cases: Sequence[Case], seconds: int, level: str) -> None:
-        self.cases, self.seconds, self.level = list(cases), seconds, level
+    def __init__(self, cases: Sequence[Case], seconds: int, flags: Sequence[str]) -> None:
+        self.cases, self.seconds, self.flags = list(cases), seconds, tuple(flags)
 
     def passed(self, adapter: Adapter, corpus: Corpus) -> bool:
         """Whether every case passes."""

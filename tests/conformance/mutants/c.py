@@ -13,15 +13,20 @@ from peraxis_conformance import Adapter, Corpus
 from tests.conformance.helpers import KIT
 from tests.conformance.mutants import Mutant, Teeth
 
-__all__ = ["c_mutants", "survives_c"]
+__all__ = ["c_mutants", "survives_c", "unchanged_c"]
 
 C_TOKEN = re.compile(r"<=|>=|==|!=|&&|\|\||(?<![-<>])[<>](?![<>=])|(?<![\w.])(?:0x[0-9A-Fa-f]+|\d+)(?![\w.])")
 C_SWAPS = {"<=": "<", ">=": ">", "==": "!=", "!=": "==", "&&": "||", "||": "&&", "<": "<=", ">": ">="}
 
 
+def unchanged_c() -> Mutant:
+    """The loader as it is."""
+    return Mutant(name="pxd.c, unchanged", file="c", source=(KIT / "loaders" / "c" / "pxd.c").read_text())
+
+
 def c_mutants() -> Iterator[Mutant]:
     """Every mutant of the loader in C. Comments, strings, directives and the table of SHA-256 stay."""
-    lines = (KIT / "loaders" / "c" / "pxd.c").read_text().splitlines(keepends=True)
+    lines = unchanged_c().source.splitlines(keepends=True)
     table = False
     for number, line in enumerate(lines):
         table = (table or "SHA_K[]" in line) and "};" not in lines[number - 1]
@@ -34,14 +39,16 @@ def c_mutants() -> Iterator[Mutant]:
             for new in news:
                 changed = line[: token.start()] + new + line[token.end() :]
                 source = "".join([*lines[:number], changed, *lines[number + 1 :]])
-                yield Mutant(name=f"pxd.c:{number + 1}: {old} -> {new} in {line.strip()[:70]}", file="c", source=source)
+                near = changed[max(token.start() - 24, 0) : token.start() + len(new) + 24].strip()
+                name = f"pxd.c:{number + 1}: {old} -> {new} in {line.strip()[:70]} as {near}"
+                yield Mutant(name=name, file="c", source=source)
 
 
 def survives_c(mutant: Mutant, corpus: Corpus, teeth: Teeth, folder: Path) -> bool:
     """Whether it compiles and every case passes."""
     source, built = folder / "pxd.c", folder / "pxd"
     source.write_text(mutant.source)
-    command = [shutil.which("cc") or "cc", "-std=c11", teeth.level, "-w", "-o", str(built), str(source)]
+    command = [shutil.which("cc") or "cc", "-std=c11", *teeth.flags, "-w", "-o", str(built), str(source)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         return False
     try:
