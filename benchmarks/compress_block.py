@@ -214,9 +214,13 @@ def _fits(
         base = 0.02 * torch.randn(shape, generator=g, device=device)
         tuned = base + 0.002 * torch.randn(shape, generator=g, device=device)
         matrices.append(Matrix(base=base, fine_tuned=tuned, dtype=dtype))
-    # A fit consumes its statistics.
-    given = Statistics(fit=_copy(statistics.fit), validation=statistics.validation)
-    return lambda: fit_matrices(matrices, statistics=given, options=options)
+
+    def run() -> object:
+        # A fit consumes its statistics. A copy takes little time beside it.
+        given = Statistics(fit=_copy(statistics.fit), validation=_copy(statistics.validation))
+        return fit_matrices(matrices, statistics=given, options=options)
+
+    return run
 
 
 def _copy(moments: Moments) -> Moments:
