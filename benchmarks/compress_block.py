@@ -8,8 +8,8 @@ two operations. n: tokens, d: d_in.
     forward   2 n (weights) + 2 n length width           once for the teacher, once for the student
     sums      2 n d^2 (5/8 G + E + 5/8 F of the validation tokens)              float32
     Hessian   d^3 (1/3 + 2) and, if signs are chosen, d^3 (1/3 + 1)             float64
-    fit       d_out d^2 (8 targets + 10 validation + 1 gptq_signs + rounds (2 + 2 sweeps) + 4 (rounds + 2) scales)
-                                                                               float32
+    fit       d^2 (d_out (10.5 + 3.25 rounds) + 4 min(d_out, d)) of all rows, and 47.5 d^2 for each row that the candidates
+              are tried on; symmetric products take 5/8                         float32
               and d^3 / 3 for each fit of column scales                        float64
 """
 
@@ -231,10 +231,12 @@ def _copy(moments: Moments) -> Moments:
 
 def _fit_work(d_in: int, outs: Sequence[int], options: FitOptions) -> tuple[float, float]:
     """Return the operations of the fits of a stage in float32 and in float64."""
-    # Per row in units of d_in^2; a product takes 2. The sweeps over signs are no matrix products, so this is a bound.
-    whole = 12 + 6 * options.rounds
-    trial = 56  # of the candidates, which are tried on some rows
+    # In units of d_in^2; a product takes 2 a row. The sweeps over signs are no matrix products, so this is a bound.
+    whole = 10.5 + 3.25 * options.rounds
+    shift = 4  # by the factor of H^-1
+    trial = 47.5  # of the candidates, which are tried on some rows
     some = [len(range(0, d_out, max(1, d_out // TRIAL_ROWS))) for d_out in outs]
-    solved = 2 * sum(min(d_out, d_in) for d_out in (*outs, *some))
+    single = whole * sum(outs) + shift * sum(min(d_out, d_in) for d_out in outs) + trial * sum(some)
+    solved = 2 * sum(min(rows, d_in) for rows in some)
     cubes = 2 + len(outs) * (options.rounds + 4) / 3
-    return (whole * sum(outs) + trial * sum(some)) * float(d_in) ** 2, float(d_in) ** 2 * (cubes * d_in + solved)
+    return single * float(d_in) ** 2, float(d_in) ** 2 * (cubes * d_in + solved)
