@@ -8,8 +8,8 @@ two operations. n: tokens, d: d_in.
     forward   2 n (weights) + 2 n length width           once for the teacher, once for the student
     sums      2 n d^2 (5/8 G + E + 5/8 F of the validation tokens)              float32
     Hessian   d^3 (1/3 + 2) and, if signs are chosen, d^3 (1/3 + 1)             float64
-    fit       d^2 (d_out (10.5 + 3.25 rounds) + 4 min(d_out, d)) of all rows, and 47.5 d^2 for each row that the candidates
-              are tried on; symmetric products take 5/8                         float32
+    fit       d^2 (d_out (10.5 + 3.25 rounds) + 4 min(d_out, d)) of all rows, and 47.5 d^2 for each row that the
+              candidates are tried on; symmetric products take 5/8             float32
               and d^3 / 3 for each fit of column scales                        float64
 """
 
