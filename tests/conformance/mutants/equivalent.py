@@ -202,6 +202,7 @@ EQUIVALENT: Final[Mapping[str, str]] = IN_C | {
     "in top = 1 << 8 * size - 1": "only a wrong loader asks for the magnitude",
     "not math.isnan(value) and (not math.isinf": "only a wrong loader computes such numbers",
     "'scalar': 0}": "there is one scale",
+    "b->high - 1 - i) : 1": "a weight that moves has its field within the block, so no bit below it decides",
     "b->high >= i ? bit": "no field begins with the bits below",
     "< -> <= in block b = {": "both are the same for a whole block",
     "4 -> 3 in bool raw": "three bytes are too few for counts, which the block's own check finds",
