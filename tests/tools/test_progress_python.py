@@ -57,7 +57,7 @@ def test_true_shows_a_bar_on_a_terminal_and_nothing_elsewhere(
 
     shown = io.StringIO()
     terminal = lambda **_: Console(file=shown, force_terminal=True, width=80)  # noqa: E731
-    monkeypatch.setattr(bars, "Console", terminal)
+    monkeypatch.setattr(bars, "standard_error", terminal)
     CALLS[name](inputs, tmp_path, True)
     stage = {"join": "merge", "compress": "write"}.get(name, name)
     assert stage in shown.getvalue()
