@@ -1,4 +1,4 @@
-"""Texts and names from files as people read them: in one line, and without characters that a terminal would obey."""
+"""Text as people read it: names from files in one line, without what a terminal would obey; lists and counts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Final
 
-__all__ = ["listed", "printable_name", "visible"]
+__all__ = ["counted", "listed", "printable_name", "visible"]
 
 _HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})  # Unicode's categories
 
@@ -20,6 +20,11 @@ def listed(names: Sequence[str], shown: int = 5) -> str:
     """The first names, and the number of the others."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 module`, `2 modules`. noun: one whose plural ends in s."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def printable_name(path: str) -> str:

@@ -27,10 +27,10 @@ from peraxis_tools.delta_parts import part_of
 from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError, error_line
 from peraxis_tools.predecessor import predecessor_named
 from peraxis_tools.progress import ProgressOf
+from peraxis_tools.shown import counted
 from peraxis_tools.text import check_texts
 from peraxis_tools.unpacked import check_results
 from peraxis_tools.urls import without_secrets
-from peraxis_tools.words import counted
 
 __all__ = ["Check", "FileVerdict", "Opener", "Signature", "Status", "VerifyReport", "Wanted", "verify_files"]
 

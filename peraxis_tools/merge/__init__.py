@@ -26,8 +26,8 @@ from peraxis_tools.outputs import claim_delta
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rows import base_rows
+from peraxis_tools.shown import counted
 from peraxis_tools.unpacked import UnpackedFile, unpacked
-from peraxis_tools.words import counted
 
 __all__ = ["MergeInput", "MergeResult", "MergedModule", "Method", "Mixture", "merge", "merge_parts"]
 

@@ -11,8 +11,7 @@ from peraxis_format import Encoding
 from peraxis_tools.blocks import blocks_text
 from peraxis_tools.compress.plan.plan import EXACT
 from peraxis_tools.report.console import print_note, size, text
-from peraxis_tools.shown import listed
-from peraxis_tools.words import counted
+from peraxis_tools.shown import counted, listed
 
 if TYPE_CHECKING:
     from peraxis_tools.compress import CompressResult, Plan

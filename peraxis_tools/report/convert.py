@@ -7,7 +7,7 @@ from rich.table import Table
 
 from peraxis_tools.convert import LoraResult, ToPxdResult, ToWireResult
 from peraxis_tools.report.console import size, text
-from peraxis_tools.words import counted
+from peraxis_tools.shown import counted
 
 __all__ = ["render_lora", "render_to_pxd", "render_to_wire"]
 

@@ -15,7 +15,7 @@ from peraxis_format import create_remote as creation
 from peraxis_format.create_remote import create_remote
 from peraxis_format.torch.updates import UpdateWriter, follow
 from tests.loader.support import bytes_of
-from tests.loader.test_updates_urls import empty, publish, state
+from tests.loader.test_updates_urls import check_second_trainer_is_refused, empty, publish, state
 
 server = pytest.importorskip("moto.server", reason="moto is not installed (pip install peraxis[stores])")
 boto3 = pytest.importorskip("boto3")
@@ -64,14 +64,7 @@ def test_what_is_published_in_a_bucket_is_what_a_server_follows_from_it(url: str
 
 
 def test_a_second_trainer_at_a_bucket_is_refused(url: str) -> None:
-    live, other = state(0), state(0)
-    first = UpdateWriter(live, url)
-    publish(first, live, range(1))
-    second = UpdateWriter(other, url)
-    publish(first, live, range(1, 2))
-    other.update(state(7))
-    with pytest.raises(FileExistsError, match="another process publishes there"):
-        second.step()
+    check_second_trainer_is_refused(url)
 
 
 @pytest.mark.parametrize("size", [1 << 10, 60 << 20], ids=["one request", "in parts"])

@@ -141,7 +141,8 @@ def test_a_link_that_is_down_changes_nothing_and_is_tried_again(url: str, monkey
     assert bytes_of(server) == bytes_of(state(1))
 
 
-def test_two_trainers_at_one_url_are_noticed(url: str) -> None:
+def check_second_trainer_is_refused(url: str) -> None:
+    """A trainer that opened the chain before another one published a step fails at its own step."""
     live, other = state(0), state(0)
     first = UpdateWriter(live, url)
     publish(first, live, range(1))
@@ -151,6 +152,10 @@ def test_two_trainers_at_one_url_are_noticed(url: str) -> None:
     with pytest.raises(FileExistsError, match="another process publishes there"):
         second.step()
     assert second.step_number == 0
+
+
+def test_two_trainers_at_one_url_are_noticed(url: str) -> None:
+    check_second_trainer_is_refused(url)
 
 
 def test_two_trainers_that_publish_at_one_moment_do_not_replace_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from safetensors.torch import save_file
 
 import peraxis_format as pxd
 from peraxis_format import Encoding, Safetensors
-from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan import price
 from peraxis_tools.compress.plan.budget import spend
@@ -98,8 +100,10 @@ def test_the_cost_in_kl_is_that_of_scales_that_a_fit_will_choose() -> None:
     assert all(error <= np.square(left).mean() for error, left in zip(found, products.T, strict=True))
 
 
-def test_all_changed_modules_get_one_mask_before_any_gets_two(tmp_path: Path) -> None:
-    left, right, _ = llama_pair(tmp_path)
+@contextmanager
+def one_mask_each(folder: Path) -> Iterator[tuple[Plan, Checkpoint, CompressOptions]]:
+    """The plan of a small pair with one mask a module, tables included; its fine-tune, and the options."""
+    left, right, _ = llama_pair(folder)
     options = CompressOptions(masks=1, embeddings="sign")
     with open_checkpoint(left) as base, open_checkpoint(right) as tuned:
         planned = plan(
@@ -107,6 +111,11 @@ def test_all_changed_modules_get_one_mask_before_any_gets_two(tmp_path: Path) ->
             base={info.name: info for info in base.tensors.infos()},
             options=options,
         )
+        yield planned, tuned, options
+
+
+def test_all_changed_modules_get_one_mask_before_any_gets_two(tmp_path: Path) -> None:
+    with one_mask_each(tmp_path) as (planned, tuned, options):
         signed = [m.name for m in planned.modules if m.encoding is Encoding.SIGN]
         # Estimates that know of one module alone.
         errors = {name: extended([1.0, 0.999]) for name in signed} | {signed[0]: extended([1e6, 1e5])}
@@ -124,14 +133,7 @@ def test_all_changed_modules_get_one_mask_before_any_gets_two(tmp_path: Path) ->
 
 
 def test_every_target_is_used_up_to_one_step_and_the_padding_of_the_header(tmp_path: Path) -> None:
-    left, right, _ = llama_pair(tmp_path)
-    options = CompressOptions(masks=1, embeddings="sign")
-    with open_checkpoint(left) as base, open_checkpoint(right) as tuned:
-        planned = plan(
-            fine_tuned={info.name: info for info in tuned.tensors.infos()},
-            base={info.name: info for info in base.tensors.infos()},
-            options=options,
-        )
+    with one_mask_each(tmp_path) as (planned, tuned, options):
         errors = {
             m.name: extended([1.0 + i, (1.0 + i) / 3])
             for i, m in enumerate(planned.modules)
