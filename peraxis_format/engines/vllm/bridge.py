@@ -13,7 +13,6 @@ from torch import Tensor
 from peraxis_format.binding import check_base_bytes
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.errors import BindingError
-from peraxis_format.ops.backend import choose
 from peraxis_format.ops.rebuild import rebuild_tensor, reconstruct
 from peraxis_format.ops.rebuild.torch import ComponentTensors, Scratch
 from peraxis_format.ops.signed_matmul import signed_matmul
@@ -26,6 +25,7 @@ from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.ranks import agree
 from peraxis_format.torch.place.shards import Placement
 from peraxis_format.torch.ring import Ring
+from peraxis_format.torch.serve.linear import many_rows
 from peraxis_format.torch.serve.lookup import patched_rows
 from peraxis_format.torch.swap.payload import check_pads
 from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update
@@ -45,10 +45,10 @@ __all__ = [
     "fine_tuned",
     "full_tensor",
     "list_updates",
+    "many_rows",
     "next_update",
     "patched_rows",
     "place",
-    "rebuild_backend",
     "rebuild_tensor",
     "release",
     "signed_matmul",
@@ -56,11 +56,6 @@ __all__ = [
 ]
 
 _CHECK_BYTES: Final = 32 << 20  # bytes of the ring buffer that reads weights from a CUDA device for hashing
-
-
-def rebuild_backend(weight: Tensor) -> str:
-    """The backend that rebuilds a weight; with numba this is faster from fewer rows on."""
-    return choose("rebuild_tensor", weight.numel(), weight.device.type)
 
 
 def fine_tuned(base: Iterable[tuple[str, Tensor]], delta: DeltaFile) -> Iterator[tuple[str, Tensor]]:
