@@ -244,11 +244,11 @@ def _read_infos(file: Path) -> tuple[list[TensorInfo], _Stamp]:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of a header; a key that occurs twice would hide a tensor."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice[:80]!r} occurs twice")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key[:80]!r} occurs twice")
+        found[key] = value
     return found
 
 

@@ -37,7 +37,7 @@ class Loaded(NamedTuple):
     tokenizer: Any
 
 
-def base_of(manifest: pxd.Manifest, delta: object) -> str:
+def _hub_id(manifest: pxd.Manifest, delta: object) -> str:
     """The base that a manifest names, as `org/name[@revision]`. Raises ToolError if it is not a hub id."""
     base = manifest.base
     named = f"{base.id}@{base.revision}" if base.revision else base.id
@@ -79,7 +79,7 @@ def load_model(
     with (
         local_copy(named) as path,
         pxd.open(path) as file,
-        open_checkpoint(base_of(file.manifest, named) if delta is None else base, revision=base_revision) as checkpoint,
+        open_checkpoint(_hub_id(file.manifest, named) if delta is None else base, revision=base_revision) as checkpoint,
         watched(progress, "load", checkpoint_bytes(file.manifest)) as step,
         predecessor_named(file),
     ):
@@ -124,7 +124,7 @@ def load(delta: str | Path, *, base: str | Path | None = None, progress: Progres
     """
     with local_copy(delta) as path:
         with pxd.open(path) as file:
-            where = base_of(file.manifest, delta) if base is None else base
+            where = _hub_id(file.manifest, delta) if base is None else base
         model = load_model(where, path, progress=progress, **options)
         return Loaded(model, _load_tokenizer_of(path, where))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import peraxis_format as pxd
-from peraxis_tools.arguments import check_choice, check_least, check_mapping, refuse_idle, sequence
+from peraxis_tools.arguments import check_choice, check_least, refuse_idle, sequence
 from peraxis_tools.checkpoint import refuse_swapped
 from peraxis_tools.errors import OptionError, ToolError
 from peraxis_tools.evaluate.types import (
@@ -23,7 +23,7 @@ from peraxis_tools.evaluate.types import (
 )
 from peraxis_tools.optional import require
 from peraxis_tools.positions import DEFAULT_LENGTH
-from peraxis_tools.progress import Staged, watched_stages
+from peraxis_tools.progress import Staged, StagedProgress, watched_stages
 from peraxis_tools.text import check_texts
 from peraxis_tools.threads import limit_torch
 
@@ -32,9 +32,8 @@ if TYPE_CHECKING:
 
     from peraxis_tools.text import Samples
 
-__all__ = ["Progress", "evaluate", "worst_kl"]
+__all__ = ["EvaluationDType", "evaluate", "worst_kl"]
 
-Progress = Staged
 EvaluationDType: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 
@@ -57,7 +56,7 @@ def evaluate(
     text_column: str | None = None,
     base_revision: str | None = None,
     fine_tuned_revision: str | None = None,
-    progress: Progress | bool | None = None,
+    progress: StagedProgress = None,
 ) -> EvaluateResult:
     """Compare base + delta with the fine-tuned checkpoint.
 
@@ -122,7 +121,8 @@ def evaluate(
 
 
 def _check_asked(texts: Mapping[str, str | Path], tasks: Sequence[str], candidates: Sequence[str]) -> None:
-    check_mapping("texts", texts, "{'chat': 'held-out.jsonl'}")
+    if not isinstance(texts, Mapping):
+        raise OptionError(f"texts is a {type(texts).__name__}: pass a mapping, like {{'chat': 'held-out.jsonl'}}")
     unknown = sorted(set(candidates) - set(CANDIDATES))
     if unknown:
         raise OptionError(f"candidates {unknown[0]!r}: choose from {', '.join(CANDIDATES)}")
@@ -193,7 +193,7 @@ def _compare_all(
     sampled: Mapping[str, Samples],
     candidates: Sequence[str],
     batch_size: int,
-    progress: Progress,
+    progress: Staged,
 ) -> dict[str, dict[str, Fidelity]]:
     """domain -> candidate -> Fidelity."""
     import torch

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peraxis_format import DType
-from peraxis_tools.compress.fit.mean import dense_component, mean_components
+from peraxis_tools.compress.fit.mean import mean_components
 from peraxis_tools.compress.plan.sensitivity import inner_products
+from tests.factories import dense_component
 
 
 @given(batch=st.sampled_from([(), (3,)]), d_out=st.integers(1, 9), d_in=st.integers(1, 40), masks=st.integers(0, 4))

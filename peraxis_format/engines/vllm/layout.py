@@ -43,7 +43,6 @@ __all__ = [
     "all_reduce",
     "caches_prefixes",
     "drop_packed",
-    "is_cpu",
     "is_eager",
     "is_one_host",
     "keep_unpacked",
@@ -149,10 +148,10 @@ def adapter_not_found(name: str, path: str) -> Exception:
 
 def worker_class() -> Any:
     """The worker class of this platform: CPU or CUDA."""
-    return _name("v1.worker.cpu_worker", "CPUWorker") if is_cpu() else _name("v1.worker.gpu_worker", "Worker")
+    return _name("v1.worker.cpu_worker", "CPUWorker") if _is_cpu() else _name("v1.worker.gpu_worker", "Worker")
 
 
-def is_cpu() -> bool:
+def _is_cpu() -> bool:
     """Whether this vLLM runs on the CPU."""
     return bool(_platform.is_cpu())
 
@@ -194,7 +193,7 @@ def keep_unpacked(model: nn.Module) -> None:
     By default vLLM packs it for oneDNN, multiplies with the packed copy and empties `weight`. An embedding always keeps
     its weight. Without packing, products are slower: 1.2 times at 64 rows, 1.9 to 2.5 times at one row.
     """
-    if not is_cpu():
+    if not _is_cpu():
         return
     method = _name(_LINEAR, "UnquantizedLinearMethod").process_weights_after_loading
     if _UNPACKED_FLAG not in method.__code__.co_consts:
@@ -210,7 +209,7 @@ def drop_packed(model: nn.Module) -> None:
     vLLM multiplies with a packed copy, which still has the old weights. The bits of a product are the same. One of
     lm_head takes 1.8 times as long for one row and 1.2 times for 32; but packing it again would take a third of a swap.
     """
-    if not is_cpu():
+    if not _is_cpu():
         return
     for module in model.modules():
         if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):

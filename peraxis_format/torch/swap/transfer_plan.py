@@ -31,7 +31,16 @@ from peraxis_format.reader import DeltaFile
 from peraxis_format.sizes import ALIGNMENT, aligned
 from peraxis_format.torch.place.shards import Box, Placement, ShardView, extent, storage_key, whole
 
-__all__ = ["ALIGN", "TRANSFER_LIMIT", "ByteRange", "Field", "ModuleSlice", "Transfer", "cut_transfers", "piece"]
+__all__ = [
+    "ALIGN",
+    "TRANSFER_LIMIT",
+    "ByteRange",
+    "ModuleSlice",
+    "Transfer",
+    "cut_transfers",
+    "piece",
+    "shift_masks",
+]
 
 ALIGN: Final = 4096
 TRANSFER_LIMIT: Final = 64 << 20  # bytes: two layers of an 8B model; four of them are the ring

@@ -47,7 +47,7 @@ from peraxis_tools.parameter_names import NameMap, ParameterSlice
 
 __all__ = ["Batch", "LayerwiseCalibration"]
 
-TIED_INPUT_WEIGHT: Final = 0.5  # weight of a tied table's error as an embedding, relative to that as the head
+_TIED_INPUT_WEIGHT: Final = 0.5  # weight of a tied table's error as an embedding, relative to that as the head
 
 
 class LayerwiseCalibration:
@@ -239,7 +239,7 @@ class LayerwiseCalibration:
                 sums = collector.collect(stage)
                 for statistics in sums.values():
                     for moments in (statistics.fit, statistics.validation):
-                        moments.add_isotropic(TIED_INPUT_WEIGHT)
+                        moments.add_isotropic(_TIED_INPUT_WEIGHT)
                 done.extend(self._fit_stage(stage, sums))
         return done
 

@@ -16,7 +16,7 @@ from peraxis_tools.compress.plan.plan import Plan, PlannedModule
 from peraxis_tools.compress.run.types import FittedModule
 from peraxis_tools.parameter_names import NameMap
 
-__all__ = ["Weights"]
+__all__ = ["Weights", "kept_rows"]
 
 Source = Callable[[str], Tensor]
 

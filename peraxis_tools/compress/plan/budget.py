@@ -22,7 +22,12 @@ from peraxis_tools.compress.plan.plan import TABLES, UNCHANGED, Plan, PlannedMod
 from peraxis_tools.compress.plan.price import MASKS_MAX
 from peraxis_tools.compress.plan.size import predicted_size
 
-__all__ = ["Choice", "allocate", "choices_of", "is_open", "spend", "target_of"]
+__all__ = [
+    "Choice",
+    "allocate",
+    "is_open",
+    "spend",
+]
 
 # Header bytes of a component: its pair in the manifest.
 _COMPONENT_TEXT = 20
@@ -39,7 +44,7 @@ class Choice:
     error: float
 
 
-def choices_of(module: PlannedModule, errors: Sequence[float]) -> list[Choice]:
+def _choices_of(module: PlannedModule, errors: Sequence[float]) -> list[Choice]:
     """The possible encodings of a module: the base's weight, 1 to 8 masks, exact. errors: for 0 to 8 masks."""
     choices = [Choice(Encoding.SAME, 0, module_bytes(module, components=0, axis=None, same=True), errors[0])]
     for k in range(1, min(MASKS_MAX, len(errors) - 1) + 1):
@@ -98,7 +103,7 @@ def _smallest(choices: Mapping[str, Sequence[Choice]]) -> dict[str, Choice]:
     return {name: _hull(its)[0] for name, its in choices.items()}
 
 
-def target_of(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions) -> int:
+def _target_of(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions) -> int:
     """The bytes to spend: the options' target, or the size of the file of this plan."""
     if options.target_size is not None:
         return options.target_size
@@ -108,13 +113,13 @@ def target_of(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions) -> i
 
 
 def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpoint, options: CompressOptions) -> Plan:
-    """The plan of least error for the bytes of `target_of`. errors: for 0 to 8 masks, of the open modules.
+    """The plan of least error for the bytes of the target. errors: for 0 to 8 masks, of the open modules.
 
     Raises OptionError for a target that is too small.
     """
-    target = target_of(plan, fine_tuned, options)
+    target = _target_of(plan, fine_tuned, options)
     choices = {
-        module.name: choices_of(module, errors[module.name])
+        module.name: _choices_of(module, errors[module.name])
         if module.name in errors
         else [Choice(module.encoding, module.components, module.payload_bytes, 0.0)]
         for module in plan.modules

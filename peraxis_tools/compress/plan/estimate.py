@@ -15,6 +15,7 @@ fitted, float32 operations of products, and operations of fits (2 d_in^2 for eac
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def work_of(plan: Plan, options: CompressOptions, text: Text | None) -> list[Sta
     if text.generated:
         stages.append(_generate(plan, text))
     if options.has_target:
-        stages.append(_sensitivity(plan, options, text))
+        stages.append(_sensitivity(plan, text))
     tables = [module for module in plan.modules if module.kind in TABLES and module.encoding is Encoding.SIGN]
     if tables:
         stages.append(_table(plan, tables, text))
@@ -97,10 +98,7 @@ def work_of(plan: Plan, options: CompressOptions, text: Text | None) -> list[Sta
 
 
 def _values(module: PlannedModule) -> int:
-    total = 1
-    for size in module.shape:
-        total *= size
-    return total
+    return math.prod(module.shape)
 
 
 def _weights(plan: Plan) -> int:
@@ -162,7 +160,7 @@ def _vocabulary(plan: Plan) -> int:
     return max((m.shape[0] for m in plan.modules if m.kind in TABLES), default=0)
 
 
-def _sensitivity(plan: Plan, options: CompressOptions, text: Text) -> StageWork:
+def _sensitivity(plan: Plan, text: Text) -> StageWork:
     samples = min(SENSITIVITY_SAMPLES, text.samples + text.generated)
     weights = _weights(plan)
     tokens = samples * text.length

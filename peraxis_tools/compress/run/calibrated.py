@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from peraxis_tools.errors import ToolError
 from peraxis_tools.heap import trim_heap
 from peraxis_tools.parameter_names import NameMap, map_names
 from peraxis_tools.products import fast_products
+from peraxis_tools.progress import Staged
 from peraxis_tools.quiet import quiet_transformers
 from peraxis_tools.text import Samples, load_samples, unread_tokens
 from peraxis_tools.threads import limit_torch
@@ -50,14 +51,11 @@ from peraxis_tools.vocabulary import check_ids
 __all__ = ["CalibratedFit"]
 
 
-Progress: TypeAlias = Callable[[str, int, int], None]  # (step, done, total)
-
-
 class CalibratedFit:
     """A Fitting (types.py) on the calibration text. Text and models are opened at their first use."""
 
     def __init__(
-        self, base: Checkpoint, fine_tuned: Checkpoint, output: Path, options: CompressOptions, progress: Progress
+        self, base: Checkpoint, fine_tuned: Checkpoint, output: Path, options: CompressOptions, progress: Staged
     ) -> None:
         self._base, self._fine_tuned, self._output = base, fine_tuned, output
         self._options, self._progress = options, progress
@@ -159,7 +157,7 @@ def _open_run(
     plan: Plan,
     output: Path,
     options: CompressOptions,
-    progress: Progress,
+    progress: Staged,
 ) -> _Run:
     """Open device, configuration, name map, samples and work folder."""
     folder = fine_tuned.folder
@@ -203,7 +201,7 @@ def _open_run(
     return _with_generated(run, count, options, progress) if count else run
 
 
-def _with_generated(run: _Run, count: int, options: CompressOptions, progress: Progress) -> _Run:
+def _with_generated(run: _Run, count: int, options: CompressOptions, progress: Staged) -> _Run:
     """The run with samples that the fine-tuned model generates; they are saved in the work folder."""
     length = run.samples.ids.shape[1]
     ids = run.work.load_array("generated")
@@ -241,7 +239,7 @@ def _with_generated(run: _Run, count: int, options: CompressOptions, progress: P
     )
 
 
-def _sensitivities(run: _Run, options: CompressOptions, progress: Progress) -> Mapping[str, Sequence[float]]:
+def _sensitivities(run: _Run, options: CompressOptions, progress: Staged) -> Mapping[str, Sequence[float]]:
     errors = run.work.load_text("sensitivity")
     if errors is None and run.processes.is_main_process:
         teacher, _ = run.models()
@@ -257,7 +255,7 @@ def _sensitivities(run: _Run, options: CompressOptions, progress: Progress) -> M
     return errors if errors is not None else run.work.load_text("sensitivity") or {}
 
 
-def _layerwise(run: _Run, options: CompressOptions, progress: Progress) -> Mapping[str, FittedModule]:
+def _layerwise(run: _Run, options: CompressOptions, progress: Staged) -> Mapping[str, FittedModule]:
     teacher, student = run.models()
     text = halves(run.parts, crossed=options.resolved_fit != "adamw")
     return LayerwiseCalibration(
@@ -281,7 +279,7 @@ def _distilled(
     run: _Run,
     modules: Mapping[str, FittedModule],
     options: CompressOptions,
-    progress: Progress,
+    progress: Staged,
 ) -> tuple[Mapping[str, FittedModule], dict[str, str]]:
     """Distill the modules end to end. Returns them and the losses."""
     done = run.work.load("distilled")
