@@ -33,6 +33,7 @@ from peraxis_tools.compress.run.inputs import (
     batches_of,
     generated_count,
     inputs_digest,
+    read_samples,
     sampling_dtype,
 )
 from peraxis_tools.compress.run.types import FittedModule, RunFit
@@ -44,7 +45,7 @@ from peraxis_tools.parameter_names import NameMap, map_names
 from peraxis_tools.products import fast_products
 from peraxis_tools.progress import Staged
 from peraxis_tools.quiet import quiet_transformers
-from peraxis_tools.text import Samples, load_samples, unread_tokens
+from peraxis_tools.text import Samples, unread_tokens
 from peraxis_tools.threads import limit_torch
 from peraxis_tools.vocabulary import check_ids
 
@@ -169,15 +170,8 @@ def _open_run(
     check_causal(config, fine_tuned.tensors.label, remedy="compress it without text: --fit none")
     dtype = resolve_dtype(options.compute_dtype, device, config)
     tokenizer = load_tokenizer(folder)
-    count = options.calibration_samples + options.distill_samples
-    text = load_samples(
-        options.calibration,
-        tokenizer,
-        samples=count,
-        length=options.sequence_length,
-        seed=options.seed,
-        text_column=options.text_column,
-    )
+    share = options.calibration_samples / (options.calibration_samples + options.distill_samples)
+    text = read_samples(options, tokenizer)
     check_ids(text.ids, config.to_dict(), fine_tuned.tensors.label)
     names = map_names(LayerwiseModel(config, dtype=dtype, device=device).model, fine_tuned.tensors)
     digest = inputs_digest(base.tensors, fine_tuned.tensors, text, options, device, dtype)
@@ -191,7 +185,7 @@ def _open_run(
         tokenizer=tokenizer,
         names=names,
         samples=text,
-        parts=partition(text.by_source, calibration=options.calibration_samples / count, validation=options.held_out),
+        parts=partition(text.by_source, calibration=share, validation=options.held_out),
         work=work,
         processes=processes,
         device=device,
