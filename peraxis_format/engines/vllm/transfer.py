@@ -20,13 +20,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from peraxis_format.engines.vllm.layout import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
 from peraxis_format.engines.vllm.live import LiveModel
 from peraxis_format.engines.vllm.loader import assets_checked
+from peraxis_format.engines.vllm.names import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
 __all__ = [
     "CALL_WORKER",
