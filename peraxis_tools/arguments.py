@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from peraxis_format import arguments
 from peraxis_tools.errors import OptionError
 
-__all__ = ["check_choice", "check_least", "check_workers", "one_name", "refuse_idle", "sequence"]
+__all__ = ["check_choice", "check_least", "check_mapping", "check_workers", "one_name", "refuse_idle", "sequence"]
 
 T = TypeVar("T", str, "str | Path")
 V = TypeVar("V")
@@ -28,6 +28,12 @@ def check_least(name: str, value: float | None, least: int) -> None:
 def check_workers(workers: int | None) -> None:
     """Raise OptionError for a number of threads below 1. None means the default."""
     check_least("workers", workers, 1)
+
+
+def check_mapping(name: str, value: object, example: str) -> None:
+    """Raise OptionError unless the value is a mapping."""
+    if not isinstance(value, Mapping):
+        raise OptionError(f"{name} is a {type(value).__name__}: pass a mapping, like {example}")
 
 
 def refuse_idle(why: str, **given: object) -> None:

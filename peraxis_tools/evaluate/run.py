@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import peraxis_format as pxd
-from peraxis_tools.arguments import check_choice, check_least, refuse_idle, sequence
+from peraxis_tools.arguments import check_choice, check_least, check_mapping, refuse_idle, sequence
 from peraxis_tools.checkpoint import refuse_swapped
 from peraxis_tools.errors import OptionError, ToolError
 from peraxis_tools.evaluate.types import (
@@ -121,8 +121,7 @@ def evaluate(
 
 
 def _check_asked(texts: Mapping[str, str | Path], tasks: Sequence[str], candidates: Sequence[str]) -> None:
-    if not isinstance(texts, Mapping):
-        raise OptionError(f"texts is a {type(texts).__name__}: pass a mapping, like {{'chat': 'held-out.jsonl'}}")
+    check_mapping("texts", texts, "{'chat': 'held-out.jsonl'}")
     unknown = sorted(set(candidates) - set(CANDIDATES))
     if unknown:
         raise OptionError(f"candidates {unknown[0]!r}: choose from {', '.join(CANDIDATES)}")
