@@ -20,7 +20,7 @@ from typing import Final, Literal, TypeAlias
 
 from peraxis_format.errors import BackendError
 
-__all__ = ["Operation", "available", "choose", "log"]
+__all__ = ["Operation", "available", "choose"]
 
 _BACKENDS: Final = ("numpy", "numba", "torch", "triton")
 # fmt: off
@@ -35,7 +35,7 @@ Operation: TypeAlias = Literal[
     "merge_rows",
     "exact",
 ]
-log: Final = logging.getLogger("peraxis")
+_log: Final = logging.getLogger("peraxis")
 
 _NEVER: Final = sys.maxsize  # only on request: Triton's interpreter on the CPU
 _Row: TypeAlias = tuple[tuple[str, int], ...]
@@ -93,7 +93,7 @@ def choose(operation: Operation, size: int, device: str = "cpu", backend: str | 
         chosen = _checked(operation, forced, device, names, "PERAXIS_BACKEND") if known else names[-1]
     else:
         chosen = next((name for name, least in row if size >= least and available(name, device)), names[-1])
-    log.debug("%s: %s (size %d, device %s)", operation, chosen, size, device)
+    _log.debug("%s: %s (size %d, device %s)", operation, chosen, size, device)
     return chosen
 
 
@@ -124,5 +124,5 @@ def _configure() -> None:
         raise BackendError(f"PERAXIS_LOG={level.lower()} is not a level; use debug, info, warning or error")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-    log.addHandler(handler)
-    log.setLevel(level)
+    _log.addHandler(handler)
+    _log.setLevel(level)

@@ -19,14 +19,7 @@ from torch import Tensor, nn
 from peraxis_format.engines.vllm.batch import Groups, StepRows
 from peraxis_format.engines.vllm.bridge import Scratch, many_rows
 from peraxis_format.engines.vllm.names import LinearBase, VocabParallelEmbedding, all_reduce
-from peraxis_format.engines.vllm.patches import (
-    LayerPatch,
-    Patch,
-    add_terms,
-    embedded,
-    merged_linear,
-    merged_parameter,
-)
+from peraxis_format.engines.vllm.patches import LayerPatch, Patch, add_terms, embedded, merged_linear, merged_parameter
 from peraxis_format.errors import LiveModelError
 
 __all__ = ["LayerState", "Variant", "wrap_layers"]

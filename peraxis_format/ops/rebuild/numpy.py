@@ -15,10 +15,7 @@ from peraxis_format.bits import unpack_signs
 from peraxis_format.delta import ComponentFactors
 from peraxis_format.dtypes import Array, DType, from_float32, to_float32
 
-__all__ = [
-    "add_terms",
-    "rebuild",
-]
+__all__ = ["add_terms", "rebuild"]
 
 _BLOCK_ELEMENTS = 1 << 18  # 1 MiB of binary32: a block and its temporaries stay in the second-level cache
 

@@ -45,7 +45,7 @@ from peraxis_tools.compress.run.work_folder import WorkFolder
 from peraxis_tools.heap import trim_heap
 from peraxis_tools.parameter_names import NameMap, ParameterSlice
 
-__all__ = ["Batch", "LayerwiseCalibration"]
+__all__ = ["LayerwiseCalibration"]
 
 _TIED_INPUT_WEIGHT: Final = 0.5  # weight of a tied table's error as an embedding, relative to that as the head
 

@@ -24,7 +24,7 @@ from peraxis_tools.errors import ToolError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LayerwiseModel", "UnsupportedModelError", "decoder_layers"]
+__all__ = ["LayerwiseModel", "UnsupportedModelError"]
 
 
 class UnsupportedModelError(ToolError):
@@ -54,7 +54,7 @@ def _parameters_on_meta() -> Iterator[None]:
         PreTrainedModel.initialize_weights = initialize  # type: ignore[method-assign]
 
 
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The name and list of the decoder layers: the longest nn.ModuleList that is not in another one."""
     found: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():
@@ -89,7 +89,7 @@ class LayerwiseModel:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
         self.dtype, self.device = dtype, device
-        self.prefix, self.layers = decoder_layers(model)
+        self.prefix, self.layers = _decoder_layers(model)
         self._returns_tuple: int | None = None  # length of the tuple that a layer returns; 0: a tensor
 
     def __len__(self) -> int:

@@ -22,12 +22,7 @@ from peraxis_tools.compress.plan.plan import TABLES, UNCHANGED, Plan, PlannedMod
 from peraxis_tools.compress.plan.price import MASKS_MAX
 from peraxis_tools.compress.plan.size import predicted_size
 
-__all__ = [
-    "Choice",
-    "allocate",
-    "is_open",
-    "spend",
-]
+__all__ = ["Choice", "allocate", "is_open", "spend"]
 
 # Header bytes of a component: its pair in the manifest.
 _COMPONENT_TEXT = 20

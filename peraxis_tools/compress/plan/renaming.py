@@ -12,10 +12,7 @@ from typing import Final
 
 from peraxis_format import TensorInfo
 
-__all__ = [
-    "base_names",
-    "renaming_text",
-]
+__all__ = ["base_names", "renaming_text"]
 
 _WRAPPERS: Final = ("_orig_mod.", "module.", "base_model.model.")
 # Paths of the same place in checkpoints of one model; each pair is tried both ways.
