@@ -21,7 +21,7 @@ from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.optional import require
 from peraxis_tools.predecessor import predecessor_named
 from peraxis_tools.progress import Progress, watched
-from peraxis_tools.rebuild import aliases_of, assets_of, checkpoint_bytes, rebuild_all
+from peraxis_tools.rebuild import assets_of, checkpoint_bytes, rebuild_all
 from peraxis_tools.remote import local_copy
 
 if TYPE_CHECKING:
@@ -87,10 +87,10 @@ def load_model(
         assets = dict(assets_of(file, checkpoint))
         config = json.loads(assets.get("config.json") or json.dumps(checkpoint.config()))
         state = {}
-        aliases = aliases_of(file.manifest)
+        names = file.manifest.names()
         for entry, array in rebuild_all(file, checkpoint.tensors):
             tensor = from_storage(array, entry.dtype)
-            for name in (entry.name, *aliases.get(entry.name, ())):
+            for name in names[entry.name]:
                 state[name] = tensor
                 step(tensor.nbytes)
     options.setdefault("dtype", config.get("dtype", config.get("torch_dtype", torch.float32)))

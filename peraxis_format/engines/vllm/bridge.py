@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from itertools import repeat
 from typing import Any, Final
 
 import numpy as np
@@ -64,26 +65,19 @@ def fine_tuned(base: Iterable[tuple[str, Tensor]], delta: DeltaFile) -> Iterator
     One tensor is in memory at a time. The digests of base bytes and payload are checked before use.
     Raises BindingError if the base lacks a tensor or has other bytes; PayloadError.
     """
-    aliases: dict[str, list[str]] = {}
-    for name, alias in delta.manifest.tied:
-        aliases.setdefault(name, []).append(alias)
+    names = delta.manifest.names()
     seen = set()
     for name, tensor in base:
         if name not in delta:
             continue  # SPEC 3.7: the manifest names every tensor of the fine-tune
         seen.add(name)
-        yield from _named(_rebuilt(delta, name, tensor), name, aliases)
+        yield from zip(names[name], repeat(_rebuilt(delta, name, tensor)))
     for name in delta:
         if name in seen:
             continue
         if delta.entry(name).base is not None:
             raise BindingError("E402", "the base checkpoint has no such tensor", field=name)
-        yield from _named(_rebuilt(delta, name, None), name, aliases)
-
-
-def _named(tensor: Tensor, name: str, aliases: dict[str, list[str]]) -> Iterator[tuple[str, Tensor]]:
-    for each in (name, *aliases.get(name, ())):
-        yield each, tensor
+        yield from zip(names[name], repeat(_rebuilt(delta, name, None)))
 
 
 def _rebuilt(delta: DeltaFile, name: str, base: Tensor | None) -> Tensor:
