@@ -27,6 +27,7 @@ FORMAT = (
         "digest_table",
         "ops.exact.kinds",
         "ops.backend",
+        "ops.simd",
         "ops.exact",
         "bits",
         "strict_json",
@@ -42,7 +43,6 @@ FORMAT = (
         "checkpoint_files",
         "checkpoint",
         "binding",
-        "ops.simd",
     ),
     *("ops.tensors", "ops.rebuild", "ops.exact.triton", "ops.exact.torch", "reader", "writer", "testing", "ops"),
     *(
