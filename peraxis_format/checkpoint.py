@@ -160,8 +160,8 @@ class Safetensors:
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file was written since its header was read.
 
-        What was read may then be of two states. A writer checks this before its output gets its name. A file that is
-        open may be replaced by another one, because the open one stays what it was.
+        The bytes that were read may then be of two states. A writer checks this before its output gets its name. An
+        open file may be replaced by another one, because the open one does not change.
         """
         for file, descriptor in list(self._descriptors.items()):
             if _stamp_of(os.fstat(descriptor)) != self._stamps[file]:

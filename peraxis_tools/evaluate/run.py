@@ -105,7 +105,7 @@ def evaluate(
             domain: _samples(source, tokenizer, samples, sequence_length, seed, text_column)
             for domain, source in texts.items()
         }
-        check_tokens(fine_tuned, (its.ids for its in sampled.values()), revision=fine_tuned_revision)
+        check_tokens(fine_tuned, (samples.ids for samples in sampled.values()), revision=fine_tuned_revision)
         with fast_products():
             found = _compare_all(models, tokenizer, sampled, candidates, batch_size, step)
         calibration = file.manifest.calibration

@@ -1,4 +1,4 @@
-"""The processes that share a model: what each one has is sent to one of them or to all, and errors reach all.
+"""The processes that share a model: each sends values to one of them or to all, and errors reach all.
 
 Everything here is collective: every rank of the group calls it in the same order. Without torch.distributed there is
 one rank.

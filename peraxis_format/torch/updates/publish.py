@@ -62,7 +62,7 @@ class Written:
 
 
 class UpdateOptions(TypedDict, total=False):
-    """The options of UpdateWriter, for what passes them on to it."""
+    """The options of UpdateWriter, for code that passes them on."""
 
     name: str
     dtype: torch.dtype | None

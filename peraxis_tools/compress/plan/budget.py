@@ -1,12 +1,12 @@
 """Spend one byte budget over all modules: each byte goes to the module where it lowers the error most.
 
-The error of each module with 0 (the base's weight), 1 to 8 masks comes from the fit that will run: from what `--fit
-none` leaves of the applied weight (price.py), or, with a text, from backward passes (sensitivity.py).
+The error of each module with 0 (the base's weight), 1 to 8 masks comes from the fit that will run: from the error that
+`--fit none` leaves (price.py), or, with a text, from backward passes (sensitivity.py).
 
-Every changed module gets one mask before any gets a second one, if the budget allows it: errors are estimates, and that
-of no mask at all is far outside of what they are good for. Then only the points on the lower convex hull of a module's
-(bytes, error) can be optimal for some price of a byte. The steps along all hulls are taken in order of steepness while
-they fit. The result is optimal up to the last step.
+If the budget allows it, every changed module gets one mask before any gets a second one, because the estimate of the
+error without a mask is not reliable. Then only the points on the lower convex hull of a module's (bytes, error) can be
+optimal for some price of a byte. The steps along all hulls are taken in order of steepness while they fit. The result
+is optimal up to the last step.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, 
 def _with_a_mask(choices: Mapping[str, Sequence[Choice]]) -> dict[str, list[Choice]]:
     """The choices without `same`, except where nothing changed."""
     return {
-        name: [c for c in its if c.encoding is not Encoding.SAME or c.error == 0.0 or len(its) == 1]
-        for name, its in choices.items()
+        name: [c for c in options if c.encoding is not Encoding.SAME or c.error == 0.0 or len(options) == 1]
+        for name, options in choices.items()
     }
 
 
 def _smallest(choices: Mapping[str, Sequence[Choice]]) -> dict[str, Choice]:
-    return {name: _hull(its)[0] for name, its in choices.items()}
+    return {name: _hull(options)[0] for name, options in choices.items()}
 
 
 def _target_of(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions) -> int:
@@ -119,7 +119,7 @@ def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpo
         else [Choice(module.encoding, module.components, module.payload_bytes, 0.0)]
         for module in plan.modules
     }
-    floors = [_smallest(its) for its in (_with_a_mask(choices), choices)]
+    floors = [_smallest(allowed) for allowed in (_with_a_mask(choices), choices)]
     bests = [plan.with_choices({name: (c.encoding, c.components) for name, c in floor.items()}) for floor in floors]
     sizes = [predicted_size(best, fine_tuned, options) for best in bests]
     if target < sizes[1]:

@@ -1,6 +1,6 @@
-"""What a compression will take, from shapes alone: memory and operations of each stage.
+"""Estimate the memory and the operations of each stage of a compression, from shapes alone.
 
-A stage's memory is what it holds beyond the imports. With c bytes a computed value, P values of all weights, O of those
+A stage's memory does not include the imports. With c bytes a computed value, P values of all weights, O of those
 outside the layers, N tokens of text in samples of n, and d the width of the hidden states:
 
     generate     g P with g bytes a value, keys and values of all samples, logits of a step
@@ -43,8 +43,10 @@ _SUMS: Final = 16  # float64 matrices as wide as an input, while it is fitted
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """What is read: samples of the text and of the model, tokens in each. value_bytes: of a computed value, and
-    sampled_bytes: of one of the generation. together: samples that are generated at a time.
+    """The samples of a run. samples: those of the text; generated: those of the model; length: tokens in each.
+
+    value_bytes, sampled_bytes: of a computed value, in the fit and in the generation. together: samples that are
+    generated at a time.
     """
 
     samples: int
@@ -56,7 +58,7 @@ class Text:
 
     @property
     def tokens(self) -> int:
-        """Of all samples."""
+        """The tokens of all samples."""
         return (self.samples + self.generated) * self.length
 
 

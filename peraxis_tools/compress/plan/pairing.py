@@ -29,7 +29,7 @@ def _infos(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
 
 
 def matched(base: Checkpoint, fine_tuned: Checkpoint, base_id: str | None) -> tuple[Checkpoint, Checkpoint]:
-    """The pair, held to be one: under the base's names, the base under its hub id. Says what is left behind."""
+    """The checked pair: fine-tune under the base's names, base under its hub id. A note names the files left out."""
     if base_id is not None:
         base = replace(base, identity=parse_identity(base_id))
     fine_tuned = _named_as_base(base, fine_tuned)

@@ -69,7 +69,7 @@ class CalibratedFit:
         return self._opened is None or self._opened.processes.is_main_process
 
     def errors(self, plan: Plan) -> Mapping[str, Sequence[float]]:
-        """What each component of a module leaves of the KL (sensitivity.py); kept in the work folder."""
+        """The KL that each number of components leaves (sensitivity.py); kept in the work folder."""
         return _sensitivities(self._run(plan), self._options, self._progress)
 
     def fit(self, plan: Plan) -> RunFit:

@@ -67,7 +67,7 @@ def estimate_run(
     fine_tuned_revision: str | None = None,
     base_id: str | None = None,
 ) -> RunEstimate:
-    """What compressing this pair with these options takes. Raises ToolError as `compress` does before its work."""
+    """Estimate a run of `compress` on this pair. Raises ToolError as `compress` does before its work."""
     if options.resolved_fit != "none":
         require(f"--fit {options.resolved_fit}", "torch", "transformers", "datasets", extra="compress")
     with (
@@ -103,8 +103,8 @@ def estimate_run(
 
 
 def _text(planned: Plan, tuned: Checkpoint, options: CompressOptions) -> tuple[Text, Any]:
-    """What would be read, and the model's configuration. What a run imports and opens is imported and opened."""
-    import peraxis_tools.compress.run.calibrated  # noqa: F401  what a run imports
+    """The samples of a run, and the model's configuration. This imports and opens the same as a run."""
+    import peraxis_tools.compress.run.calibrated  # noqa: F401  as a run does
     from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
     from peraxis_tools.compress.run.inputs import GENERATED_TOGETHER, generated_count, read_samples, sampling_dtype
     from peraxis_tools.compress.run.probe import warm_up
