@@ -27,7 +27,7 @@ with interrupts_end():
     from peraxis_tools.notes import LOGGER
     from peraxis_tools.option_names import on_the_command_line
     from peraxis_tools.optional import MissingPackageError, missing
-    from peraxis_tools.report.console import print_error, print_notes
+    from peraxis_tools.report import print_error, print_notes
 
 __all__ = ["VERBS", "cli", "main"]
 

@@ -11,7 +11,7 @@ from peraxis_tools.bars import progress
 from peraxis_tools.commands.options import json_option, quiet_option, refuse_given, texts_by_domain, threads_option
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.evaluate import CANDIDATES, EvaluationDType, evaluate
-from peraxis_tools.report.console import emit
+from peraxis_tools.report import emit
 from peraxis_tools.report.evaluate import render_evaluate
 from peraxis_tools.urls import without_secrets
 
