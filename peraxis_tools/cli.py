@@ -29,7 +29,7 @@ with interrupts_end():
     from peraxis_tools.optional import MissingPackageError, missing
     from peraxis_tools.report import print_error, print_notes
 
-__all__ = ["VERBS", "cli", "main"]
+__all__ = ["cli", "main"]
 
 _TRACEBACK: Final = "PERAXIS_TRACEBACK"
 _COMPLETE: Final = "_PERAXIS_TOOLS_COMPLETE"
@@ -56,7 +56,7 @@ VERBS: Final = {
 }
 
 
-class _LazyGroup(click.Group):
+class LazyGroup(click.Group):
     """A group that imports a verb's module when the verb is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -85,7 +85,7 @@ class _LazyGroup(click.Group):
             formatter.write_dl(list(VERBS.items()))
 
 
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="peraxis-tools")
 def cli() -> None:
     """Full fine-tunes as lossy 1-bit differences to a shared base.

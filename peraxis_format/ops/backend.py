@@ -20,9 +20,9 @@ from typing import Final, Literal, TypeAlias
 
 from peraxis_format.errors import BackendError
 
-__all__ = ["Operation", "available", "choose"]
+__all__ = ["BACKENDS", "Operation", "available", "choose", "log"]
 
-_BACKENDS: Final = ("numpy", "numba", "torch", "triton")
+BACKENDS: Final = ("numpy", "numba", "torch", "triton")
 # fmt: off
 Operation: TypeAlias = Literal[
     "rebuild",
@@ -35,7 +35,7 @@ Operation: TypeAlias = Literal[
     "merge_rows",
     "exact",
 ]
-_log: Final = logging.getLogger("peraxis")
+log: Final = logging.getLogger("peraxis")
 
 _NEVER: Final = sys.maxsize  # only on request: Triton's interpreter on the CPU
 _Row: TypeAlias = tuple[tuple[str, int], ...]
@@ -67,8 +67,8 @@ def available(backend: str, device: str = "cpu") -> bool:
 
     Triton runs on the CPU only in its interpreter (TRITON_INTERPRET=1). Raises BackendError for an unknown backend.
     """
-    if backend not in _BACKENDS:
-        raise BackendError(f"backend {backend!r} is unknown; use one of {', '.join(_BACKENDS)}")
+    if backend not in BACKENDS:
+        raise BackendError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
     if backend in ("numpy", "numba"):
         return device == "cpu" and (backend == "numpy" or (sys.byteorder == "little" and _installed("numba")))
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -89,16 +89,16 @@ def choose(operation: Operation, size: int, device: str = "cpu", backend: str | 
         chosen = _checked(operation, backend, device, names, "backend")
     elif forced is not None:
         everywhere = {name for each in _TABLE[operation].values() for name, _ in each}
-        known = forced in everywhere or forced not in _BACKENDS
+        known = forced in everywhere or forced not in BACKENDS
         chosen = _checked(operation, forced, device, names, "PERAXIS_BACKEND") if known else names[-1]
     else:
         chosen = next((name for name, least in row if size >= least and available(name, device)), names[-1])
-    _log.debug("%s: %s (size %d, device %s)", operation, chosen, size, device)
+    log.debug("%s: %s (size %d, device %s)", operation, chosen, size, device)
     return chosen
 
 
 def _checked(operation: Operation, backend: str, device: str, names: list[str], option: str) -> str:
-    if backend in _BACKENDS and not _installed(backend):
+    if backend in BACKENDS and not _installed(backend):
         raise BackendError(f'{option}="{backend}" needs {backend}, which is not installed: pip install {backend}')
     if backend not in names:
         available(backend, device)  # raises for an unknown one
@@ -124,5 +124,5 @@ def _configure() -> None:
         raise BackendError(f"PERAXIS_LOG={level.lower()} is not a level; use debug, info, warning or error")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-    _log.addHandler(handler)
-    _log.setLevel(level)
+    log.addHandler(handler)
+    log.setLevel(level)
