@@ -28,7 +28,7 @@ from peraxis_format.torch.device import device_of
 from peraxis_format.torch.place.binding import check_live, is_sharded, sharded_anywhere
 from peraxis_format.torch.place.claims import writing
 from peraxis_format.torch.place.placement import place
-from peraxis_format.torch.place.ranks import Ranks, agree, is_distributed
+from peraxis_format.torch.place.ranks import Ranks, is_distributed, together
 from peraxis_format.torch.place.sharded_exact import exact_pieces
 from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, copy_aside, increment_versions
 from peraxis_format.torch.ring import Ring
@@ -37,7 +37,7 @@ from peraxis_format.torch.swap.payload import Payload
 from peraxis_format.torch.swap.stream import stream
 from peraxis_format.torch.swap.transfer_plan import TRANSFER_LIMIT, cut_transfers
 
-__all__ = ["Applied", "apply_", "together", "verify_share"]
+__all__ = ["Applied", "apply_", "verify_share"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,20 +120,6 @@ def apply_(
 
 def _view(part: ShardView) -> Tensor:
     return part.view
-
-
-@contextlib.contextmanager
-def together(group: Any, *, sharded: bool) -> Iterator[None]:
-    """If ranks share a model, end the block with success on all of them or with an error on all of them."""
-    failure: BaseException | None = None
-    try:
-        yield
-    except BaseException as error:
-        failure = error
-    if sharded:
-        agree(failure, group)
-    elif failure is not None:
-        raise failure
 
 
 @contextlib.contextmanager

@@ -28,8 +28,8 @@ from torch import nn
 
 from peraxis_format.errors import LiveModelError
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.place.ranks import together
 from peraxis_format.torch.place.shards import Shard, ShardView, Target, Views, increment_versions
-from peraxis_format.torch.swap.apply import together
 from peraxis_format.torch.swap.guard import Guard
 from peraxis_format.torch.swap.lock import SwapLock
 from peraxis_format.torch.swap.payload import Residency

@@ -9,7 +9,9 @@ rename; only then the snapshot of the published state is updated, and a new proc
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, get_args
@@ -90,9 +92,10 @@ class UpdateWriter:
         anchor_every: int | None = None,
     ) -> None:
         """Raises LiveModelError if the folder's chain has other tensors, PxdError if it is damaged, ArgumentError."""
-        check_choice("prefer", prefer, get_args(Prefer))
-        check_least("anchor_every", anchor_every, 1)
-        check_publishing(model, folder, dtype)
+        with self._together():
+            check_choice("prefer", prefer, get_args(Prefer))
+            check_least("anchor_every", anchor_every, 1)
+            check_publishing(model, folder, dtype)
         self._mirror, self.folder = self._placed(folder)
         self._url = str(folder).rstrip("/") if is_url(folder) else None
         self.step_number = 0
@@ -104,11 +107,16 @@ class UpdateWriter:
         self._snapshot: dict[str, tuple[DType, Array]] = {}
         self._digests: dict[str, str] = {}
         self._head: UpdateFile | None = None
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._together():
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._restore()
 
     def __repr__(self) -> str:
         return f"<UpdateWriter to {self._url or self.folder}: step {self.step_number}>"
+
+    def _together(self) -> AbstractContextManager[None]:
+        """The context of a part of a method that is not collective; ShardedUpdateWriter's raises on all ranks."""
+        return contextlib.nullcontext()
 
     def _placed(self, folder: str | Path) -> tuple[Mirror | None, Path]:
         """The mirror of a URL, and the local folder."""
