@@ -23,11 +23,12 @@ def uninterrupted() -> Iterator[None]:
 
     The block must be short. Python runs handlers in the main thread alone, so in other threads this does nothing. A
     handler that raises, like that of Ctrl-C, raises at the end of the block, also in place of the block's own error.
+    A signal that comes several times is handled once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    deferred: list[Callable[[], Any]] = []
+    deferred: dict[int, Callable[[], Any]] = {}
     before: dict[int, _Handler] = {}
     try:
         for number in _SIGNALS:
@@ -43,8 +44,8 @@ def uninterrupted() -> Iterator[None]:
             _run(deferred)
 
 
-def _defer(deferred: list[Callable[[], Any]], handler: _Handler, number: int, frame: FrameType | None) -> None:
-    deferred.append(partial(handler, number, frame))
+def _defer(deferred: dict[int, Callable[[], Any]], handler: _Handler, number: int, frame: FrameType | None) -> None:
+    deferred[number] = partial(handler, number, frame)
 
 
 def _set(handlers: dict[int, _Handler]) -> None:
@@ -59,11 +60,11 @@ def _set(handlers: dict[int, _Handler]) -> None:
             _set(handlers)
 
 
-def _run(deferred: list[Callable[[], Any]]) -> None:
-    """Run the deferred handlers in order, all of them even if one raises."""
+def _run(deferred: dict[int, Callable[[], Any]]) -> None:
+    """Run the deferred handlers, all of them even if one raises."""
     try:
         while deferred:
-            deferred.pop(0)()
+            deferred.pop(next(iter(deferred)))()
     finally:
         if deferred:
             _run(deferred)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from peraxis_format.arguments import check_choice, check_least
 from peraxis_format.errors import LiveModelError, located
+from peraxis_format.interrupts import uninterrupted
 from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import device_of
@@ -138,9 +139,10 @@ def _undo(placement: Placement, where: Literal["device", "host"]) -> Iterator[di
     try:
         yield bases
     except BaseException:
-        for part, old in kept.items():
-            part.view.copy_(old)
-            part.publish()
+        with uninterrupted():
+            for part, old in kept.items():
+                part.view.copy_(old)
+                part.publish()
         raise
 
 

@@ -92,6 +92,7 @@ class Follower:
         self._shards, self._group = shards, group
         self._on_update = on_update
         self._state: str | None = None
+        self._writes = False  # whether an update has begun and not ended, so that the state is not known
         self._files: dict[Path, UpdateFile] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -112,8 +113,7 @@ class Follower:
         waiting: dict[Path, str] = dict(problems)
         applied: list[Path] = []
         failed = [path for path in problems if path.parent == self.folder]
-        if self._state is None and files:
-            self._find_state(files)
+        self._know_state(files)
         while (chosen := next_update(files, self._state, self.step, skip=waiting)) is not None:
             try:
                 self._apply(chosen)
@@ -123,7 +123,6 @@ class Follower:
                 waiting[chosen.path] = str(error)
                 failed.append(chosen.path)
                 continue
-            self._state, self.step = chosen.result, chosen.step
             applied.append(chosen.path)
         if self._mirror is not None:
             self._mirror.doubt(path.name for path in failed)
@@ -141,8 +140,7 @@ class Follower:
         found = next((file for file in files if file.path == Path(path)), None)
         if found is None:
             raise UpdateError(problems.get(Path(path), f"{path}: is not an update of {self.folder}"))
-        if self._state is None:
-            self._find_state(files)
+        self._know_state(files)
         if not found.is_anchor and found.base != self._state:
             known = {file.result: file for file in files}
             if self.step is not None and found.step <= self.step:
@@ -150,7 +148,6 @@ class Follower:
             reason = f"made on {known[found.base].path}" if found.base in known else "a gap in front of it"
             raise UpdateError(f"{path}: {reason}, but the model is at step {self.step}")
         self._apply(found)
-        self._state, self.step = found.result, found.step
 
     def start(self, *, every: float = 1.0) -> Follower:
         """Poll every `every` seconds on a thread, until `close`. A failure is logged and tried again.
@@ -221,6 +218,7 @@ class Follower:
 
     def _apply(self, update: UpdateFile) -> None:
         """Apply a file, which must be the one that was listed. Raises UpdateError, PxdError."""
+        self._writes = True
         try:
             with contextlib.ExitStack() as stack:
                 with together(self._group, sharded=in_pieces(self._target, self._shards)):
@@ -228,14 +226,25 @@ class Follower:
                     if delta.content_id != update.content_id:
                         raise UpdateError(f"{update.path}: was replaced by another file; it is tried again")
                 apply_update(self._target, delta, lock=self._lock, shards=self._shards, group=self._group)
-        except BaseException as error:
-            if isinstance(error, TornError) or not isinstance(error, (PxdError, LiveModelError, OSError)):
-                self._state = self.step = None  # the next poll determines the model's state
+        except TornError:
             raise
+        except (PxdError, LiveModelError, OSError):
+            self._writes = False
+            raise
+        self._state, self.step = update.result, update.step
+        self._writes = False
 
     def _here(self, file: UpdateFile) -> Path:
         """The file on this rank: the files are listed by the first rank, whose folder may have another path."""
         return self.folder / file.path.name
+
+    def _know_state(self, files: list[UpdateFile]) -> None:
+        """Find the model's state if it is not known: at first, and after an update that did not end."""
+        if self._writes:
+            self._state = self.step = None
+            self._writes = False
+        if self._state is None and files:
+            self._find_state(files)
 
     def _find_state(self, files: list[UpdateFile]) -> None:
         """Find the model's state in the chain by the digests of its tensors, the newest state first."""

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from peraxis_format.delta import BaseRef, Encoding, ModuleDelta
@@ -33,7 +32,8 @@ from peraxis_format.torch.place.sharded_exact import FirstError
 from peraxis_format.torch.place.shards import Box, slices, whole
 from peraxis_format.torch.updates.live import live_tensors
 from peraxis_format.torch.updates.mirror import Mirror, is_url
-from peraxis_format.torch.updates.publish import Published, UpdateOptions, UpdateWriter, Written
+from peraxis_format.torch.updates.publish import UpdateWriter
+from peraxis_format.torch.updates.published import Published, UpdateOptions, Written
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
 from peraxis_format.torch.updates.source import Way, anchor_name, chain_of, step_name
 from peraxis_format.writer import DeltaWriter
@@ -85,9 +85,7 @@ class ShardedUpdateWriter(UpdateWriter):
         if self._shared is not None:
             self._shared.close()
 
-    @torch.no_grad()
-    def step(self) -> Published:
-        """Publish the present parameters; see UpdateWriter."""
+    def _step(self) -> Published:
         parts, tied = self._parts()
         if self._head is None:
             return self._publish_first(parts, tied)
@@ -103,12 +101,17 @@ class ShardedUpdateWriter(UpdateWriter):
         path = self.folder / step_name(number)
         ordered, previous = (modules[name] for name in self._dtypes), self._head.content_id
         written: Written = self._on_first(lambda: self._write_update(path, ordered, tied, previous=previous))
-        for name, each in made.items():
-            self._snapshot[name] = self._dtypes[name], each.new
-            self._digests[name] = each.digest
-        for name, (index, values) in changes.items():
-            self._pieces[name].reshape(-1)[index] = values
+        self._broken_off = True
+        with self._together():
+            for name, each in made.items():
+                self._snapshot[name] = self._dtypes[name], each.new
+                self._digests[name] = each.digest
+            for name, (index, values) in changes.items():
+                self._pieces[name].reshape(-1)[index] = values
         return self._done(path, number, written, tied)
+
+    def _is_broken_off(self) -> bool:
+        return any(self._ranks.all_gather(self._broken_off))
 
     # --- the parts of a step --------------------------------------------------------------------------
 
