@@ -9,6 +9,7 @@ The checks of one file run in this order and end with the first that does not pa
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -18,18 +19,14 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 import peraxis_format as pxd
-from peraxis_tools.chain.opened import opened_all
-from peraxis_tools.chain.predecessors import Predecessors
-from peraxis_tools.chain.state import ChainState
+from peraxis_tools.chain.checks import BaseChecks
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.content_ids import parse_content_ids
 from peraxis_tools.delta_parts import part_of
 from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError, error_line
-from peraxis_tools.predecessor import predecessor_named
 from peraxis_tools.progress import ProgressOf
 from peraxis_tools.shown import counted
 from peraxis_tools.text import check_texts
-from peraxis_tools.unpacked import check_results
 from peraxis_tools.urls import without_secrets
 
 __all__ = ["Check", "FileVerdict", "Opener", "Signature", "Status", "VerifyReport", "Wanted", "verify_files"]
@@ -127,8 +124,9 @@ def verify_files(
         raise ToolError("a bound needs the base, which the delta is applied to: base (--base)")
     check_texts(wanted.texts.values())
     wanted = replace(wanted, content_ids=parse_content_ids(wanted.content_ids))
-    chain = Predecessors(files if wanted.base is not None and len(files) > 1 else ())
-    verdicts = tuple(_verdict(file, wanted, chain, open_file, progress, workers) for file in files)
+    together = files if wanted.base is not None and len(files) > 1 else ()
+    with contextlib.closing(BaseChecks(together, partial(_open_base, wanted.base), workers=workers)) as bases:
+        verdicts = tuple(_verdict(file, wanted, bases, open_file, progress, workers) for file in files)
     return VerifyReport(status=_gravest(verdict.status for verdict in verdicts), files=verdicts)
 
 
@@ -138,7 +136,7 @@ def _gravest(statuses: Iterator[Status]) -> Status:
 
 
 def _verdict(
-    file: str, wanted: Wanted, chain: Predecessors, open_file: Opener, progress: ProgressOf, workers: int | None
+    file: str, wanted: Wanted, bases: BaseChecks, open_file: Opener, progress: ProgressOf, workers: int | None
 ) -> FileVerdict:
     checks: list[Check] = []
     content_id, size = None, None
@@ -146,7 +144,7 @@ def _verdict(
     try:
         with open_file(file) as path, pxd.open(path) as delta:
             content_id, size = delta.content_id, delta.size
-            for name, check in _checks(path, delta, wanted, chain, progress, workers):
+            for name, check in _checks(path, delta, wanted, bases, progress, workers):
                 checks.append(Check(name=name, status=Status.PASSED, message=check()))
     except (pxd.PxdError, pxd.CheckpointError, ToolError, OSError) as error:
         checks.append(_failed(name, error))
@@ -163,7 +161,7 @@ def _checks(
     path: Path,
     delta: pxd.DeltaFile,
     wanted: Wanted,
-    chain: Predecessors,
+    bases: BaseChecks,
     progress: ProgressOf,
     workers: int | None,
 ) -> Iterator[tuple[str, Callable[[], str | None]]]:
@@ -175,7 +173,7 @@ def _checks(
     if wanted.signature is not None:
         yield "signature", partial(_signature, path, wanted.signature, progress)
     if wanted.base is not None:
-        yield "base", partial(_base, delta, wanted.base, chain.of(delta.manifest), progress, workers)
+        yield "base", partial(_base, delta, wanted.base, bases, progress)
     base, fine_tuned = wanted.base, wanted.fine_tuned
     if base is None or fine_tuned is None:
         return
@@ -197,33 +195,23 @@ def _content_id(delta: pxd.DeltaFile, expected: Sequence[str]) -> str:
     return delta.content_id
 
 
-def _base(
-    delta: pxd.DeltaFile, base: str | Path | None, before: Sequence[Path], progress: ProgressOf, workers: int | None
-) -> str | None:
-    """Check the base, or, for an update after others that are verified too (`before`), the state after them."""
-    if base is None:
-        return None
-    with _open_base(base) as checkpoint, progress("base", checkpoint.tensors.size) as step:
-        bound = any(module.base is not None for module in delta.manifest.modules)
-        found = f"{base} is the one that this delta was made for" if bound else "holds whole tensors and needs no base"
-        tensors: pxd.Safetensors = checkpoint.tensors
-        with opened_all(before) as updates, predecessor_named(delta, given=bool(before)):
-            try:
-                pxd.check_base(delta.manifest, tensors, workers=workers, progress=step)
-            except pxd.BindingError:
-                if not updates:
-                    raise
-                tensors = ChainState(tensors, updates)
-                pxd.check_base(delta.manifest, tensors, workers=workers)
-                found = f"follows {before[-1].name}, whose result is the one that it was made for"
-            exact = check_results(delta, tensors)
-    right = "1 exact update has the right result" if exact == 1 else f"{exact} exact updates have the right results"
-    return f"{found}; {right}" if exact else found
+def _base(delta: pxd.DeltaFile, base: str | Path, bases: BaseChecks, progress: ProgressOf) -> str:
+    found = bases.check(delta, progress)
+    bound = any(module.base is not None for module in delta.manifest.modules)
+    text = f"{base} is the one that this delta was made for" if bound else "holds whole tensors and needs no base"
+    if found.before is not None:
+        text = f"follows {found.before.name}, whose result is the one that it was made for"
+    if found.results:
+        one = found.results == 1
+        text += f"; {found.results} exact {'update has the right result' if one else 'updates have the right results'}"
+    return text
 
 
-def _open_base(source: str | Path) -> Checkpoint:
+def _open_base(source: str | Path | None) -> Checkpoint:
     """Open the base. A missing base is NotVerifiableError, because it is neither damage nor a wrong base."""
     try:
+        if source is None:
+            raise NotVerifiableError("no base is given")
         return open_checkpoint(source)
     except pxd.CheckpointError as error:
         raise NotVerifiableError(str(error)) from None
