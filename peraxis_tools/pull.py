@@ -42,23 +42,23 @@ class PullResult:
 
 def pull(
     source: str,
-    folder: str | Path = ".",
+    output: str | Path = ".",
     *,
     files: Sequence[str] = (),
-    content_ids: Sequence[str] = (),
+    expect_content_id: str | Sequence[str] = (),
     overwrite: bool = False,
     progress: ProgressOf = silent,
 ) -> PullResult:
     """Fetch the deltas of a repository (`org/name[@revision]`) with their signatures, or the delta of a URL.
 
-    files: names of single deltas in a repository. content_ids: the content IDs that a delta may have. All deltas are
-    verified (steps 1 to 11 of SPEC 8) before any is written. Raises CheckFailedError for another content ID,
-    PxdError, ToolError, OSError.
+    output: the folder for the files. files: names of single deltas in a repository. expect_content_id: the content IDs
+    that a delta may have. All deltas are verified (steps 1 to 11 of SPEC 8) before any is written. Raises
+    CheckFailedError for another content ID, PxdError, ToolError, OSError.
     """
     if not is_remote(source) and not names_a_file(source):
         require(f"{source} (a repository)", "huggingface_hub")
-    folder, files = Path(folder), sequence(files)
-    expected = parse_content_ids(sequence(content_ids))
+    folder, files = Path(output), sequence(files)
+    expected = parse_content_ids(sequence(expect_content_id))
     with _fetched(source, files, progress) as fetched:
         targets = [folder / path.name for path in fetched]
         with made_folder(folder), claim_files(targets, overwrite=overwrite):

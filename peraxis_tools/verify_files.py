@@ -32,7 +32,7 @@ from peraxis_tools.text import check_texts
 from peraxis_tools.unpacked import check_results
 from peraxis_tools.urls import without_secrets
 
-__all__ = ["Check", "FileVerdict", "Opener", "Signature", "Status", "VerifyReport", "Wanted", "verify_files"]
+__all__ = ["Check", "FileVerdict", "Opener", "Signature", "Status", "VerifyResult", "Wanted", "verify_files"]
 
 # Opens a file by the name that the user gave; a remote file is fetched first.
 Opener: TypeAlias = Callable[[str], AbstractContextManager[Path]]
@@ -78,7 +78,7 @@ class FileVerdict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyReport:
+class VerifyResult:
     """All files. status: the gravest, FAILED before ERROR before NOT_VERIFIABLE."""
 
     status: Status
@@ -114,8 +114,9 @@ def verify_files(
     open_file: Opener,
     progress: ProgressOf,
     workers: int | None = None,
-) -> VerifyReport:
-    """Verify each file; a failure is in the file's verdict and does not end the run.
+    keep_going: bool = True,
+) -> VerifyResult:
+    """Verify each file. keep_going: a failure is in the file's verdict and does not end the run; else it is raised.
 
     Raises ToolError for options that contradict each other, before any file is opened.
     """
@@ -128,8 +129,11 @@ def verify_files(
     check_texts(wanted.texts.values())
     wanted = replace(wanted, content_ids=parse_content_ids(wanted.content_ids))
     chain = Predecessors(files if wanted.base is not None and len(files) > 1 else ())
-    verdicts = tuple(_verdict(file, wanted, chain, open_file, progress, workers) for file in files)
-    return VerifyReport(status=_gravest(verdict.status for verdict in verdicts), files=verdicts)
+    run = _Run(
+        wanted=wanted, chain=chain, open_file=open_file, progress=progress, workers=workers, keep_going=keep_going
+    )
+    verdicts = tuple(_verdict(file, run) for file in files)
+    return VerifyResult(status=_gravest(verdict.status for verdict in verdicts), files=verdicts)
 
 
 def _gravest(statuses: Iterator[Status]) -> Status:
@@ -137,18 +141,30 @@ def _gravest(statuses: Iterator[Status]) -> Status:
     return min(statuses, key=order.index, default=Status.PASSED)
 
 
-def _verdict(
-    file: str, wanted: Wanted, chain: Predecessors, open_file: Opener, progress: ProgressOf, workers: int | None
-) -> FileVerdict:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What is the same for all files. chain: the updates among them."""
+
+    wanted: Wanted
+    chain: Predecessors
+    open_file: Opener
+    progress: ProgressOf
+    workers: int | None
+    keep_going: bool
+
+
+def _verdict(file: str, run: _Run) -> FileVerdict:
     checks: list[Check] = []
     content_id, size = None, None
     name = "structure"
     try:
-        with open_file(file) as path, pxd.open(path) as delta:
+        with run.open_file(file) as path, pxd.open(path) as delta:
             content_id, size = delta.content_id, delta.size
-            for name, check in _checks(path, delta, wanted, chain, progress, workers):
+            for name, check in _checks(path, delta, run):
                 checks.append(Check(name=name, status=Status.PASSED, message=check()))
     except (pxd.PxdError, pxd.CheckpointError, ToolError, OSError) as error:
+        if not run.keep_going:
+            raise
         checks.append(_failed(name, error))
     return FileVerdict(
         file=without_secrets(file),
@@ -159,15 +175,9 @@ def _verdict(
     )
 
 
-def _checks(
-    path: Path,
-    delta: pxd.DeltaFile,
-    wanted: Wanted,
-    chain: Predecessors,
-    progress: ProgressOf,
-    workers: int | None,
-) -> Iterator[tuple[str, Callable[[], str | None]]]:
+def _checks(path: Path, delta: pxd.DeltaFile, run: _Run) -> Iterator[tuple[str, Callable[[], str | None]]]:
     """The name and action of each check, in order; an action returns a text, or raises."""
+    wanted, progress, workers = run.wanted, run.progress, run.workers
     yield "structure", lambda: part_of(delta.manifest, path) or counted(len(delta), "module")
     yield "payload", lambda: _payload(delta, progress, workers)
     if wanted.content_ids:
@@ -175,7 +185,7 @@ def _checks(
     if wanted.signature is not None:
         yield "signature", partial(_signature, path, wanted.signature, progress)
     if wanted.base is not None:
-        yield "base", partial(_base, delta, wanted.base, chain.of(delta.manifest), progress, workers)
+        yield "base", partial(_base, delta, wanted.base, run.chain.of(delta.manifest), progress, workers)
     base, fine_tuned = wanted.base, wanted.fine_tuned
     if base is None or fine_tuned is None:
         return
