@@ -6,9 +6,9 @@ exit code of their class.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
+import re
 import sys
 import traceback
 from typing import Final
@@ -23,6 +23,7 @@ with interrupts_end():
     import click
 
     from peraxis_format import BackendError, CheckpointError, PxdError, ShapeError, __version__
+    from peraxis_format.arguments import did_you_mean
     from peraxis_tools.errors import OptionError, ToolError, error_line
     from peraxis_tools.notes import LOGGER
     from peraxis_tools.option_names import on_the_command_line
@@ -31,6 +32,7 @@ with interrupts_end():
 
 __all__ = ["cli", "main"]
 
+_TYPED: Final = re.compile("'([^']*)' is not one of")
 _TRACEBACK: Final = "PERAXIS_TRACEBACK"
 _COMPLETE: Final = "_PERAXIS_TOOLS_COMPLETE"
 # Verb -> its help line, in the usual order of use. The module of this name in peraxis_tools.commands has `command`.
@@ -74,9 +76,7 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in VERBS and not args[0].startswith("-"):
-            close = difflib.get_close_matches(args[0], VERBS, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            ctx.fail(f"no command {args[0]!r}{hint}")
+            ctx.fail(f"no command {args[0]!r}{did_you_mean(args[0], VERBS)}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -99,6 +99,9 @@ def cli() -> None:
 def _usage(error: click.ClickException) -> str:
     """One line for an error of usage, with the command that shows the help."""
     said = " ".join(error.format_message().split()).rstrip(".")
+    kind = error.param.type if isinstance(error, click.BadParameter) and error.param is not None else None
+    if isinstance(kind, click.Choice) and (typed := _TYPED.search(said)):
+        said += did_you_mean(typed[1], map(str, kind.choices))
     context = getattr(error, "ctx", None)
     return said if context is None else f"{said} (see `{context.command_path} --help`)"
 

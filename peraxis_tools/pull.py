@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import peraxis_format as pxd
+from peraxis_format.arguments import did_you_mean
 from peraxis_format.hub import hub_errors, hub_reason
 from peraxis_tools.arguments import sequence
 from peraxis_tools.content_ids import parse_content_ids
@@ -117,7 +118,7 @@ def _from_hub(repository: str, revision: str | None, files: Sequence[str]) -> li
         wanted = list(files) or sorted(name for name in there if name.endswith(".pxd"))
         missing = next((name for name in wanted if name not in there), None)
         if missing is not None or not wanted:
-            raise ToolError(f"{repository}: has no {missing or '.pxd'}")
+            raise ToolError(f"{repository}: has no {missing or '.pxd'}{did_you_mean(missing or '', there)}")
         twice = len({PurePosixPath(name).name for name in wanted}) < len(wanted)
         if twice:
             raise ToolError(f"{repository}: two of its deltas have the same name; pull each with files (--file)")

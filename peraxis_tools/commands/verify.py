@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from peraxis_format import atomic_file
+from peraxis_format.arguments import did_you_mean
 from peraxis_tools.commands.options import (
     Finite,
     base_revision_option,
@@ -35,8 +36,10 @@ _FORMATS = ("text", "json", "junit", "sarif", "github")
 
 def _reports(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Sequence[tuple[str, Path]]:
     pairs = [value.partition("=") for value in values]
-    if not all(kind in _FORMATS and path for kind, _, path in pairs):
-        raise click.BadParameter(f"must be FORMAT=PATH, with {', '.join(_FORMATS)} for FORMAT")
+    for kind, _at, path in pairs:
+        if kind not in _FORMATS or not path:
+            hint = "" if kind in _FORMATS else did_you_mean(kind, _FORMATS)
+            raise click.BadParameter(f"must be FORMAT=PATH, with {', '.join(_FORMATS)} for FORMAT{hint}")
     return [(kind, Path(path)) for kind, _, path in pairs]
 
 
