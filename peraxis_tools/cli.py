@@ -24,11 +24,12 @@ with interrupts_end():
 
     from peraxis_format import BackendError, CheckpointError, PxdError, ShapeError, __version__
     from peraxis_format.arguments import did_you_mean
+    from peraxis_format.ops.compiling import PROGRESS
     from peraxis_tools.errors import OptionError, ToolError, error_line
     from peraxis_tools.notes import LOGGER
     from peraxis_tools.option_names import on_the_command_line
     from peraxis_tools.optional import MissingPackageError, missing
-    from peraxis_tools.report import print_error, print_notes
+    from peraxis_tools.report import print_error, print_notes, print_progress
 
 __all__ = ["cli", "main"]
 
@@ -140,6 +141,7 @@ def _run() -> None:
 def main() -> None:
     """Run the command line and exit with its code."""
     print_notes(LOGGER)
+    print_progress(PROGRESS)
     with prepared_process():
         sys.exit(_exit_code())
 

@@ -20,6 +20,7 @@ from typing import Final, Literal, TypeAlias
 
 from peraxis_format.arguments import did_you_mean
 from peraxis_format.errors import BackendError
+from peraxis_format.ops.compiling import tell_compiling
 
 __all__ = ["BACKENDS", "Operation", "available", "choose", "log"]
 
@@ -95,6 +96,8 @@ def choose(operation: Operation, size: int, device: str = "cpu", backend: str | 
         chosen = _checked(operation, forced, device, names, "PERAXIS_BACKEND") if known else names[-1]
     else:
         chosen = next((name for name, least in row if size >= least and available(name, device)), names[-1])
+    if chosen == "numba":
+        tell_compiling()
     log.debug("%s: %s (size %d, device %s)", operation, chosen, size, device)
     return chosen
 

@@ -13,6 +13,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from peraxis_format.ops.compiling import PROGRESS
 from peraxis_tools.errors import ToolError
 from peraxis_tools.notes import LOGGER
 from peraxis_tools.sizes import parse_size
@@ -106,6 +107,7 @@ class RenamedOption(click.Option):
 
 def _hushed(_: click.Context, __: click.Parameter, quiet: bool) -> bool:
     LOGGER.setLevel(logging.ERROR if quiet else logging.NOTSET)
+    PROGRESS.disabled = quiet
     return quiet
 
 
