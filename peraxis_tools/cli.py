@@ -6,20 +6,20 @@ exit code of their class.
 
 from __future__ import annotations
 
-import importlib
-import os
-import re
-import sys
-import traceback
-from typing import Final
-
-from peraxis_tools.process import INTERRUPTED, Terminated, drop_output, interrupts_end, prepared_process
-
-# The tools distribute tensors over threads themselves, so numpy's own threads would only compete. numpy reads this
-# once, when it is imported.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+from peraxis_tools.interrupts import INTERRUPTED, interrupts_end
 
 with interrupts_end():
+    import importlib
+    import os
+    import re
+    import sys
+    import traceback
+    from typing import Final
+
+    # The tools distribute tensors over threads themselves, so numpy's own threads would only compete. numpy reads this
+    # once, when it is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
     import click
 
     from peraxis_format import BackendError, CheckpointError, PxdError, ShapeError, __version__
@@ -29,6 +29,7 @@ with interrupts_end():
     from peraxis_tools.notes import LOGGER
     from peraxis_tools.option_names import on_the_command_line
     from peraxis_tools.optional import MissingPackageError, missing
+    from peraxis_tools.process import Terminated, drop_output, prepared_process
     from peraxis_tools.report import print_error, print_notes, print_progress
 
 __all__ = ["cli", "main"]
