@@ -16,8 +16,8 @@ def main(base: str, fine_tuned: str, delta: str, calibration: str | None = None)
     print(f"{made.size:,} bytes, {made.ratio:.1f} times smaller, {made.content_id}")
     for share in peraxis.inspect(delta).by_encoding:
         print(f"{share.label:<5} {share.modules:>5} modules {share.bytes:>12,} bytes")
-    proven = peraxis.verify(delta, base=base)
-    print(f"verified {proven.modules} modules against {proven.base}")
+    for check in peraxis.verify(delta, base=base).files[0].checks:
+        print(f"{check.name:<11} {check.status.value}  {check.message}")
 
 
 if __name__ == "__main__":

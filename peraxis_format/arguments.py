@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
+from typing import Final
 
 from peraxis_format.errors import ArgumentError
 
-__all__ = ["check_choice", "check_least"]
+__all__ = ["check_choice", "check_least", "did_you_mean"]
+
+
+_LONGEST: Final = 100  # characters of a name that are compared
+_MOST: Final = 1 << 14  # names that it is compared with
+
+
+def did_you_mean(value: object, known: Iterable[str]) -> str:
+    """`; did you mean NAME?` with the closest of the known names, for the end of a message; empty if none is close."""
+    import difflib
+
+    by_plain = {_plain(name): name for name in itertools.islice(known, _MOST)}
+    close = difflib.get_close_matches(_plain(str(value)[:_LONGEST]), by_plain, n=1)
+    return f"; did you mean {by_plain[close[0]]}?" if close else ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-")
 
 
 def check_choice(name: str, value: object, allowed: Iterable[str], *, error: type[Exception] = ArgumentError) -> None:
     """Raise `error` unless the value is one of those allowed."""
     choices = tuple(allowed)
     if value not in choices:
-        raise error(f"{name} {value!r}: choose one of {', '.join(choices)}")
+        raise error(f"{name} {value!r}: choose one of {', '.join(choices)}{did_you_mean(value, choices)}")
 
 
 def check_least(name: str, value: float | None, least: int, *, error: type[Exception] = ArgumentError) -> None:

@@ -12,12 +12,14 @@ A verb has the name of its module and is imported at its first use. So importing
 
 from __future__ import annotations
 
-import importlib
 import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
+# This module is imported before Ctrl-C is handled (interrupts.py), so only type checkers import `typing` and `types`.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import Any
+
     from peraxis_format import __version__
     from peraxis_tools.apply import apply
     from peraxis_tools.compress import compress
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from peraxis_tools.load import PxdForCausalLM, load, load_model
     from peraxis_tools.merge import merge
     from peraxis_tools.verify import verify
+else:
+    ModuleType = type(sys)
 
 __all__ = [
     "__version__",
@@ -59,6 +63,8 @@ class _Package(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name not in _HOMES:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        import importlib
+
         function = getattr(importlib.import_module(_HOMES[name]), name)
         super().__setattr__(name, function)
         return function

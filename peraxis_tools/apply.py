@@ -46,27 +46,27 @@ class ApplyResult:
 
 def apply(
     base: str | Path,
-    delta: str | Path | Sequence[str | Path],
+    deltas: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     base_revision: str | None = None,
     overwrite: bool = False,
-    shard_bytes: int | str = SHARD_BYTES,
+    shard_size: int | str = SHARD_BYTES,
     workers: int | None = None,
     progress: Progress = None,
 ) -> ApplyResult:
     """Write base + delta as a Hugging Face folder: shards, index, configuration, tokenizer.
 
-    base: a folder, a file or a hub id. delta: one, or the updates of a chain in any order: files, a folder, a URL or a
-    repository on the hub. shard_bytes: a number, or a text like 2GB. progress: called with each number of bytes
+    base: a folder, a file or a hub id. deltas: one, or the updates of a chain in any order: files, a folder, a URL or a
+    repository on the hub. shard_size: a number of bytes, or a text like 2GB. progress: called with each number of bytes
     written, or True for a bar. The folder is written to `output` atomically. Raises PxdError, CheckpointError,
     ToolError, OSError.
     """
     check_workers(workers)
-    shard_bytes = parse_size(shard_bytes)
-    check_least("shard_bytes", shard_bytes, 1)
+    shard_size = parse_size(shard_size)
+    check_least("shard_size", shard_size, 1)
     output = Path(output)
-    deltas = sequence(delta)
+    deltas = sequence(deltas)
     if not deltas:
         raise ToolError("pass a delta to apply")
     refuse_swapped(base, deltas[0])
@@ -80,7 +80,7 @@ def apply(
         refuse_part(file.manifest, file.path)
         _refuse_foreign(file, checkpoint)
         _refuse_repeats(file, opened.tensors.size + sum(path.stat().st_size for path in paths))
-        shards = plan_shards(tensor_specs(file.manifest), shard_bytes=shard_bytes)
+        shards = plan_shards(tensor_specs(file.manifest), shard_bytes=shard_size)
         with atomic_folder(output, overwrite=overwrite) as folder:
             _write_shards(folder, shards, file, checkpoint.tensors, workers, step)
             write_index(folder, shards)

@@ -68,7 +68,7 @@ class FolderAssets:
         """The bytes of an asset. Raises ToolError if it is too large."""
         file = self.folder / path
         size = file.stat().st_size
-        target = _outside(file)
+        target = _outside(file, self.folder)
         if target is not None:
             note(f"{file}: is a link out of the checkpoint, to {target}; its content is taken")
         if size > _ASSET_BYTES_MAX:
@@ -76,11 +76,12 @@ class FolderAssets:
         return file.read_bytes()
 
 
-def _outside(file: Path) -> Path | None:
-    """The target of a link that leaves the checkpoint; None for a file, and for a link into the hub's cache."""
-    if not file.is_symlink():
-        return None
-    target, folder = file.resolve(), file.parent.resolve()
+def _outside(file: Path, folder: Path) -> Path | None:
+    """The target of a link, of the file or of its folder, that leaves the checkpoint; None for any other file.
+
+    Links into the hub's cache do not leave it.
+    """
+    target, folder = file.resolve(), folder.resolve()
     # A snapshot's files are links to the blobs of its repository: REPOSITORY/snapshots/COMMIT/file.
     inside = target.is_relative_to(folder) or any(
         target.is_relative_to(parent / "blobs") for parent in folder.parents if (parent / "snapshots").is_dir()

@@ -74,13 +74,9 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
 
     A name that exists on disk is never looked up on the hub, and has no revision. Raises CheckpointError, ToolError.
     """
+    source = with_revision(source, revision)
     path = Path(source)
     if path.exists():
-        if revision is not None:
-            raise ToolError(
-                f"{source}: is on this machine and has no revision {revision!r}; leave it out, or pass a hub id "
-                "(compress records the id of a folder with base_id (--base-id))"
-            )
         if is_delta(path):
             raise CheckpointError(f"{source}: is a delta, not a checkpoint; pass a folder or a safetensors file here")
         folder = path if path.is_dir() else path.parent
@@ -88,15 +84,31 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     if not HUB_NAME.fullmatch(str(source)) or names_a_file(str(source)):
         raise CheckpointError(f"{source}: no such file or folder, and not a hub id (org/name or org/name@revision)")
     hub_id, _, at = str(source).partition("@")
-    if at and revision is not None and at != revision:
-        raise ToolError(f"{source}: names a revision already, which is not {revision!r}; leave one of them out")
-    folder = _download(hub_id, at or revision)
+    folder = _download(hub_id, at or None)
     # A snapshot's folder is named by the commit of the revision.
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{hub_id}: has no safetensors checkpoint at this revision; save its model with save_pretrained first"
         )
     return Checkpoint(_opened(folder), Identity(id=hub_id, revision=folder.name), folder)
+
+
+def with_revision(source: str | Path, revision: str | None) -> str | Path:
+    """A checkpoint's name as `org/name@revision`; the name itself without a revision.
+
+    Raises ToolError for a name on disk, which has no revision, and for one that has another revision.
+    """
+    if revision is None:
+        return source
+    if Path(source).exists():
+        raise ToolError(
+            f"{source}: is on this machine and has no revision {revision!r}; leave it out, or pass a hub id "
+            "(compress records the id of a folder with base_id (--base-id))"
+        )
+    name, _, named = str(source).partition("@")
+    if named and named != revision:
+        raise ToolError(f"{source}: names a revision already, which is not {revision!r}; leave one of them out")
+    return f"{name}@{revision}"
 
 
 def is_delta(source: str | Path) -> bool:

@@ -6,31 +6,35 @@ exit code of their class.
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import os
-import sys
-import traceback
-from typing import Final
-
-from peraxis_tools.process import INTERRUPTED, Terminated, drop_output, interrupts_end, prepared_process
-
-# The tools distribute tensors over threads themselves, so numpy's own threads would only compete. numpy reads this
-# once, when it is imported.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+from peraxis_tools.interrupts import INTERRUPTED, interrupts_end
 
 with interrupts_end():
+    import importlib
+    import os
+    import re
+    import sys
+    import traceback
+    from typing import Final
+
+    # The tools distribute tensors over threads themselves, so numpy's own threads would only compete. numpy reads this
+    # once, when it is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
     import click
 
     from peraxis_format import BackendError, CheckpointError, PxdError, ShapeError, __version__
+    from peraxis_format.arguments import did_you_mean
+    from peraxis_format.ops.compiling import PROGRESS
     from peraxis_tools.errors import OptionError, ToolError, error_line
     from peraxis_tools.notes import LOGGER
     from peraxis_tools.option_names import on_the_command_line
     from peraxis_tools.optional import MissingPackageError, missing
-    from peraxis_tools.report import print_error, print_notes
+    from peraxis_tools.process import Terminated, drop_output, prepared_process
+    from peraxis_tools.report import print_error, print_notes, print_progress
 
 __all__ = ["cli", "main"]
 
+_TYPED: Final = re.compile("'([^']*)' is not one of")
 _TRACEBACK: Final = "PERAXIS_TRACEBACK"
 _COMPLETE: Final = "_PERAXIS_TOOLS_COMPLETE"
 # Verb -> its help line, in the usual order of use. The module of this name in peraxis_tools.commands has `command`.
@@ -74,9 +78,7 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in VERBS and not args[0].startswith("-"):
-            close = difflib.get_close_matches(args[0], VERBS, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            ctx.fail(f"no command {args[0]!r}{hint}")
+            ctx.fail(f"no command {args[0]!r}{did_you_mean(args[0], VERBS)}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -99,6 +101,9 @@ def cli() -> None:
 def _usage(error: click.ClickException) -> str:
     """One line for an error of usage, with the command that shows the help."""
     said = " ".join(error.format_message().split()).rstrip(".")
+    kind = error.param.type if isinstance(error, click.BadParameter) and error.param is not None else None
+    if isinstance(kind, click.Choice) and (typed := _TYPED.search(said)):
+        said += did_you_mean(typed[1], map(str, kind.choices))
     context = getattr(error, "ctx", None)
     return said if context is None else f"{said} (see `{context.command_path} --help`)"
 
@@ -137,6 +142,7 @@ def _run() -> None:
 def main() -> None:
     """Run the command line and exit with its code."""
     print_notes(LOGGER)
+    print_progress(PROGRESS)
     with prepared_process():
         sys.exit(_exit_code())
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+from peraxis_format.arguments import did_you_mean
 from peraxis_tools.errors import OptionError, first_line
 from peraxis_tools.names import names_a_file
 
@@ -135,7 +136,8 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 def _document(row: Mapping[str, Any], *, text_column: str | None, source: str) -> Document | None:
     if text_column is not None:
         if text_column not in row:
-            raise OptionError(f"text {source}: no column {text_column!r}; it has {', '.join(row)}")
+            hint = did_you_mean(text_column, row)
+            raise OptionError(f"text {source}: no column {text_column!r}; it has {', '.join(row)}{hint}")
         value = row[text_column]
         if not (value is None or isinstance(value, str) or _turns(value)):
             raise OptionError(f"text {source}: column {text_column!r} holds a {_kind(value)}, not text or turns")

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from peraxis_format.errors import first_line
 
 __all__ = ["CheckFailedError", "NotVerifiableError", "OptionError", "ToolError", "error_line", "first_line"]
 
 
+_HEAD: Final = 3000  # characters of a message that are shown: a name in a file may have millions
+_TAIL: Final = 500
+
+
 def error_line(error: BaseException) -> str:
-    """The message of an error on one line; errors of the system begin with the path."""
+    """The message of an error on one line, without the middle of a long one; those of the system begin with the path."""
+    line = _line(error)
+    return line if len(line) <= _HEAD + _TAIL else f"{line[:_HEAD]} [...] {line[-_TAIL:]}"
+
+
+def _line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         other = "" if error.filename2 is None else f" (from {os.fsdecode(error.filename2)})"
         return f"{os.fsdecode(str(error.filename))}: {error.strerror}{other}"

@@ -92,13 +92,13 @@ def summarise(
     )
 
 
-def inspect(path: str | Path) -> InspectResult:
+def inspect(delta: str | Path) -> InspectResult:
     """Read the header of a PXD file (steps 1 to 8 of SPEC 8) and account for every byte.
 
     Raises ContainerError, ProfileError, OSError.
     """
-    with pxd.open(path) as delta:
-        return summarise(str(path), delta.content_id, delta.size, delta.manifest, delta.records)
+    with pxd.open(delta) as file:
+        return summarise(str(delta), file.content_id, file.size, file.manifest, file.records)
 
 
 def select(result: InspectResult, pattern: str) -> InspectResult:

@@ -9,8 +9,10 @@ A delta is a path, a URL, `hf://org/repo/file.pxd`, or a repository with one .px
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -85,7 +87,8 @@ def load_model(
     ):
         refuse_part(file.manifest, named)
         assets = dict(assets_of(file, checkpoint))
-        config = json.loads(assets.get("config.json") or json.dumps(checkpoint.config()))
+        config = _object(assets, "config.json", str(named)) or checkpoint.config()
+        generation = _object(assets, "generation_config.json", str(named))
         state = {}
         names = file.manifest.names()
         for entry, array in rebuild_all(file, checkpoint.tensors):
@@ -97,10 +100,36 @@ def load_model(
     parsed = parse_config(config, label=str(named))
     # Use the class itself, because AutoModelForCausalLM.from_pretrained needs a folder.
     kind = _model_class(parsed, str(named))
-    model: PreTrainedModel = kind.from_pretrained(None, config=parsed, state_dict=state, **options).eval()
-    if "generation_config.json" in assets:
-        model.generation_config = GenerationConfig.from_dict(json.loads(assets["generation_config.json"]))
+    with _told(f"{named}: transformers cannot build its model"):
+        model: PreTrainedModel = kind.from_pretrained(None, config=parsed, state_dict=state, **options).eval()
+    if generation is not None:
+        with _told(f"{named}: its generation_config.json cannot be loaded"):
+            model.generation_config = GenerationConfig.from_dict(generation)
     return model
+
+
+def _object(assets: Mapping[str, bytes], name: str, label: str) -> dict[str, Any] | None:
+    """The JSON object of an asset; None if there is no such asset. Raises ToolError for anything else."""
+    if name not in assets:
+        return None
+    try:
+        found = json.loads(assets[name])
+    except (ValueError, RecursionError) as error:
+        raise ToolError(f"{label}: its {name} is not JSON ({first_line(error)})") from None
+    if not isinstance(found, dict):
+        raise ToolError(f"{label}: its {name} is not a JSON object")
+    return found
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turn the errors of transformers into a ToolError of one line; the original is its cause."""
+    try:
+        yield
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # it raises many types for odd values
+        raise ToolError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _model_class(config: Any, label: str) -> Any:
@@ -131,7 +160,7 @@ def load(delta: str | Path, *, base: str | Path | None = None, progress: Progres
 
 def _load_tokenizer_of(delta: Path, base: str | Path) -> Any:
     """The tokenizer that `apply` would write, with its chat template; None if there is none."""
-    from transformers import AutoTokenizer
+    from peraxis_tools.environment import load_tokenizer
 
     with pxd.open(delta) as file, open_checkpoint(base) as checkpoint, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -141,9 +170,9 @@ def _load_tokenizer_of(delta: Path, base: str | Path) -> Any:
         if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
             return None
         try:
-            return AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise ToolError(f"{delta.name}: its tokenizer cannot be loaded: {first_line(error)}") from None
+            return load_tokenizer(folder)
+        except ToolError as error:
+            raise ToolError(str(error).replace(str(folder), delta.name)) from None
 
 
 class PxdForCausalLM:

@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Final
 
-__all__ = ["INTERRUPTED", "Terminated", "drop_output", "interrupts_end", "prepared_process"]
+__all__ = ["Terminated", "drop_output", "prepared_process"]
 
-INTERRUPTED: Final = 130
 # Signals that ask a process to end. Each is raised as Terminated, so that open contexts clean up.
 _ENDING: Final = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -44,29 +43,6 @@ class _ClosedStream(io.TextIOBase):
 
     def write(self, text: str) -> int:
         raise OSError(errno.EBADF, "is closed, so nothing can be printed", "standard output")
-
-
-@contextlib.contextmanager
-def interrupts_end() -> Iterator[None]:
-    """Let Ctrl-C end the process at once during imports, which lose nothing and cannot be interrupted cleanly."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, _end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    with contextlib.suppress(OSError):
-        os.write(2, b"error: interrupted\n")
-    os._exit(INTERRUPTED)
 
 
 @contextlib.contextmanager

@@ -70,8 +70,8 @@ def staged(*, quiet: bool = False) -> StageOpener:
 
 
 @contextlib.contextmanager
-def watched(progress: Progress, stage: str, total: int) -> Iterator[Steps]:
-    """Yield the function to call with numbers of bytes done in a function's one stage. total: all bytes."""
+def watched(progress: Progress, stage: str, total: int | None) -> Iterator[Steps]:
+    """Yield the function to call with numbers of units done in one stage. total: all units, None if it is unknown."""
     with ExitStack() as stack:
         show: Steps | None = None
         if progress is True:
@@ -114,7 +114,7 @@ def watched_stages(progress: StagedProgress) -> Iterator[Staged]:
 
 
 @contextlib.contextmanager
-def _logged(stage: str, total: int) -> Iterator[_StageLog]:
+def _logged(stage: str, total: int | None) -> Iterator[_StageLog]:
     log = _StageLog(stage, total)
     yield log
     _LOG.info("%s: done in %.1f s", stage, time.monotonic() - log.begin)
@@ -123,7 +123,7 @@ def _logged(stage: str, total: int) -> Iterator[_StageLog]:
 class _StageLog:
     """Logs the progress of one stage, from any thread."""
 
-    def __init__(self, stage: str, total: int) -> None:
+    def __init__(self, stage: str, total: int | None) -> None:
         self.stage = stage
         self.begin = time.monotonic()
         self._total, self._done = total, 0

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, get_args
 
 import peraxis_format as pxd
 from peraxis_format.hub import hub_errors, hub_reason
-from peraxis_tools.arguments import check_choice, one_name, refuse_idle, sequence
+from peraxis_tools.arguments import check_choice, refuse_idle, sequence
 from peraxis_tools.card import CardDelta, card_text, missing_fields
 from peraxis_tools.checkpoint import parse_identity
 from peraxis_tools.delta_parts import refuse_part
@@ -62,11 +62,10 @@ class PublishResult:
 
 def publish(
     repository: str,
-    paths: str | Path | Sequence[str | Path],
+    deltas: str | Path | Sequence[str | Path],
     *,
     evaluation: str | Path | Sequence[str | Path] | None = None,
     license: str | None = None,
-    licence: str | None = None,
     relation: Relation = "finetune",
     base_id: str | None = None,
     card_from: str | Path | None = None,
@@ -80,11 +79,10 @@ def publish(
 
     evaluation: files with the JSON of `peraxis-tools eval`, one for each delta. base_id: the hub id of the base for the
     card. card_from: a folder or a hub id whose README.md gives the language and the license. license: its identifier on
-    the hub, like apache-2.0 (`licence` is another name). dry_run: write the repository to this folder and upload
+    the hub, like apache-2.0. dry_run: write the repository to this folder and upload
     nothing. Raises ToolError, PxdError, OSError.
     """
     check_choice("relation", relation, get_args(Relation))
-    license = one_name("license", license, "licence", licence)
     if license is not None and not _LICENSE.fullmatch(license):
         raise OptionError(
             f"license {license!r}: not an identifier of the hub, like apache-2.0; pass other for any other"
@@ -94,18 +92,18 @@ def publish(
     else:
         refuse_idle("with dry_run", private=private, revision=revision)
     require("a model card", "huggingface_hub")
-    deltas = [Path(path) for path in sequence(paths)]
+    paths = [Path(path) for path in sequence(deltas)]
     dry_run = None if dry_run is None else Path(dry_run)
-    _check_names(repository, deltas)
+    _check_names(repository, paths)
     evaluations = [] if evaluation is None else [Path(path) for path in sequence(evaluation)]
-    bundles = [signature_path(path) for path in deltas]
+    bundles = [signature_path(path) for path in paths]
     if dry_run is not None:
-        check_folder(dry_run, overwrite=overwrite, inputs=(*deltas, *bundles, *evaluations))
+        check_folder(dry_run, overwrite=overwrite, inputs=(*paths, *bundles, *evaluations))
     reports = [_read_evaluation(path) for path in evaluations]
-    for path in deltas:
+    for path in paths:
         _verify(path, progress)
-    told = _told(deltas, reports, base_id)
-    files = {path.name: path for path in (*deltas, *(bundle for bundle in bundles if bundle.is_file()))}
+    told = _told(paths, reports, base_id)
+    files = {path.name: path for path in (*paths, *(bundle for bundle in bundles if bundle.is_file()))}
     before = _in_folder(dry_run) if dry_run is not None else _on_hub(repository, revision)
     card = card_text(
         repository,

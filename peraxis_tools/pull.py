@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import peraxis_format as pxd
+from peraxis_format.arguments import did_you_mean
 from peraxis_format.hub import hub_errors, hub_reason
 from peraxis_tools.arguments import sequence
 from peraxis_tools.content_ids import parse_content_ids
@@ -42,23 +43,23 @@ class PullResult:
 
 def pull(
     source: str,
-    folder: str | Path = ".",
+    output: str | Path = ".",
     *,
     files: Sequence[str] = (),
-    content_ids: Sequence[str] = (),
+    expect_content_id: str | Sequence[str] = (),
     overwrite: bool = False,
     progress: ProgressOf = silent,
 ) -> PullResult:
     """Fetch the deltas of a repository (`org/name[@revision]`) with their signatures, or the delta of a URL.
 
-    files: names of single deltas in a repository. content_ids: the content IDs that a delta may have. All deltas are
-    verified (steps 1 to 11 of SPEC 8) before any is written. Raises CheckFailedError for another content ID,
-    PxdError, ToolError, OSError.
+    output: the folder for the files. files: names of single deltas in a repository. expect_content_id: the content IDs
+    that a delta may have. All deltas are verified (steps 1 to 11 of SPEC 8) before any is written. Raises
+    CheckFailedError for another content ID, PxdError, ToolError, OSError.
     """
     if not is_remote(source) and not names_a_file(source):
         require(f"{source} (a repository)", "huggingface_hub")
-    folder, files = Path(folder), sequence(files)
-    expected = parse_content_ids(sequence(content_ids))
+    folder, files = Path(output), sequence(files)
+    expected = parse_content_ids(sequence(expect_content_id))
     with _fetched(source, files, progress) as fetched:
         targets = [folder / path.name for path in fetched]
         with made_folder(folder), claim_files(targets, overwrite=overwrite):
@@ -117,7 +118,7 @@ def _from_hub(repository: str, revision: str | None, files: Sequence[str]) -> li
         wanted = list(files) or sorted(name for name in there if name.endswith(".pxd"))
         missing = next((name for name in wanted if name not in there), None)
         if missing is not None or not wanted:
-            raise ToolError(f"{repository}: has no {missing or '.pxd'}")
+            raise ToolError(f"{repository}: has no {missing or '.pxd'}{did_you_mean(missing or '', there)}")
         twice = len({PurePosixPath(name).name for name in wanted}) < len(wanted)
         if twice:
             raise ToolError(f"{repository}: two of its deltas have the same name; pull each with files (--file)")

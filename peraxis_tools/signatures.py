@@ -41,7 +41,7 @@ def signature_path(file: str | Path) -> Path:
 
 
 def sign(
-    file: str | Path,
+    delta: str | Path,
     *,
     private_key: str | Path,
     password: str | None = None,
@@ -51,26 +51,26 @@ def sign(
     overwrite: bool = False,
     progress: ProgressOf = silent,
 ) -> SignResult:
-    """Verify a file and sign it with an elliptic-curve key in PEM.
+    """Verify a delta and sign it with an elliptic-curve key in PEM.
 
     password: the password of the key. certificate: sign with this certificate of the key. bundle: the path of the
-    signature, by default `<file>.sig`. Raises ToolError, PxdError.
+    signature, by default `<delta>.sig`. Raises ToolError, PxdError.
     """
     import peraxis_format as pxd
 
     if certificate is None:
         refuse_idle("without certificate", certificate_chain=certificate_chain)
-    file, private_key = Path(file), Path(private_key)
+    file, private_key = Path(delta), Path(private_key)
     certificate = None if certificate is None else Path(certificate)
     chain = [Path(path) for path in sequence(certificate_chain)]
     bundle = signature_path(file) if bundle is None else Path(bundle)
     inputs = (file, private_key, certificate, *chain)
     with claim_file(bundle, overwrite=overwrite, inputs=inputs):
         _need(private_key, *([certificate] if certificate is not None else []), *chain)
-        with pxd.open(file) as delta:
-            with progress("verify", delta.data_size) as step:
-                delta.verify(progress=step)
-            content_id = delta.content_id
+        with pxd.open(file) as opened:
+            with progress("verify", opened.data_size) as step:
+                opened.verify(progress=step)
+            content_id = opened.content_id
         signing = _library().signing
         with _clear(f"{file}: cannot be signed with {private_key}", ToolError), progress("sign", None):
             config = signing.Config().set_hashing_config(_hashing(bundle))

@@ -35,33 +35,33 @@ class SplitResult:
 
 
 def split(
-    path: str | Path,
-    folder: str | Path,
+    delta: str | Path,
+    output: str | Path,
     *,
     parts: int,
     overwrite: bool = False,
     progress: ProgressOf = silent,
 ) -> SplitResult:
-    """Write a delta as `parts` files of about equal size, like `<name>-00001-of-00004.pxd`, into a folder.
+    """Write a delta as `parts` files of about equal size, like `<name>-00001-of-00004.pxd`, into the folder `output`.
 
     The modules keep their order. The folder is written atomically. progress: called with numbers of payload
     bytes. Raises ToolError, PxdError, OSError.
     """
     check_least("parts", parts, 2)
-    folder = Path(folder)
-    with claim_folder(folder, overwrite=overwrite, inputs=(path,)), pxd.open(path) as delta:
-        refuse_part(delta.manifest, path)
-        groups = _groups(delta, parts)
-        stem = Path(path).stem
+    folder = Path(output)
+    with claim_folder(folder, overwrite=overwrite, inputs=(delta,)), pxd.open(delta) as file:
+        refuse_part(file.manifest, delta)
+        groups = _groups(file, parts)
+        stem = Path(delta).stem
         names = [f"{stem}-{i:05d}-of-{len(groups):05d}.pxd" for i in range(1, len(groups) + 1)]
         with (
             atomic_folder(folder, overwrite=overwrite) as temporary,
-            progress("split", delta.data_size) as step,
+            progress("split", file.data_size) as step,
         ):
-            write_parts(delta, groups, [temporary / name for name in names], progress=step)
+            write_parts(file, groups, [temporary / name for name in names], progress=step)
         written = zip(groups, (folder / name for name in names), strict=True)
         return SplitResult(
-            content_id=delta.content_id,
+            content_id=file.content_id,
             parts=tuple(Part(path=o, modules=len(g), bytes=o.stat().st_size) for g, o in written),
         )
 

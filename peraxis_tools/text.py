@@ -20,6 +20,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from peraxis_tools.chat_template import Render, chat_template_of
 from peraxis_tools.documents import Conversation, Document, check_text, read_documents
 from peraxis_tools.errors import OptionError
 
@@ -101,17 +102,18 @@ def load_samples(
     """
     parsed = [Source.parse(name) for name in ([sources] if isinstance(sources, str) else sources)]
     found = []
-    for source, count in zip(parsed, _shares([source.weight for source in parsed], samples), strict=True):
-        documents = read_documents(source.name, text_column=text_column, limit=max(1000, _POOL * count))
-        order = np.random.Generator(np.random.PCG64(seed)).permutation(len(documents))
-        ids: list[int] = []
-        for document in (documents[i] for i in order):
-            ids.extend(_tokens(document, tokenizer))
-            if len(ids) >= count * length:
-                break
-        if len(ids) < 2:
-            raise OptionError(f"text {source.name}: holds no text")
-        found.append(ids[: count * length])
+    with chat_template_of(tokenizer) as render:
+        for source, count in zip(parsed, _shares([source.weight for source in parsed], samples), strict=True):
+            documents = read_documents(source.name, text_column=text_column, limit=max(1000, _POOL * count))
+            order = np.random.Generator(np.random.PCG64(seed)).permutation(len(documents))
+            ids: list[int] = []
+            for document in (documents[i] for i in order):
+                ids.extend(_tokens(document, tokenizer, render))
+                if len(ids) >= count * length:
+                    break
+            if len(ids) < 2:
+                raise OptionError(f"text {source.name}: holds no text")
+            found.append(ids[: count * length])
     length = min(length, *map(len, found))
     arrays = [np.array(ids[: len(ids) // length * length], dtype=np.int64).reshape(-1, length) for ids in found]
     return Samples(
@@ -131,9 +133,15 @@ def _shares(weights: Sequence[float], count: int) -> list[int]:
     return shares
 
 
-def _tokens(document: Document, tokenizer: Any) -> Iterator[int]:
-    """A document's tokens, with the end-of-text token added if the tokenizer has one and the text lacks it."""
-    if isinstance(document, Conversation) and (written := _templated(document, tokenizer)) is not None:
+def _tokens(document: Document, tokenizer: Any, render: Render | None) -> Iterator[int]:
+    """A document's tokens, with the end-of-text token added if the tokenizer has one and the text lacks it.
+
+    render: formats a conversation by the chat template. A conversation that it refuses is read as plain text.
+    """
+    written = None
+    if render is not None and isinstance(document, Conversation):
+        written = render([{"role": role, "content": text} for role, text in document.turns])
+    if written is not None:
         ids = tokenizer(written, verbose=False, add_special_tokens=False)["input_ids"]
     else:
         text = document.text if isinstance(document, Conversation) else document
@@ -142,19 +150,6 @@ def _tokens(document: Document, tokenizer: Any) -> Iterator[int]:
     end = getattr(tokenizer, "eos_token_id", None)
     if end is not None and end not in ids[-_ENDS_WITHIN:]:
         yield end
-
-
-def _templated(conversation: Conversation, tokenizer: Any) -> str | None:
-    """The conversation formatted by the chat template; None without a template, or if it refuses the roles."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    turns = [{"role": role, "content": text} for role, text in conversation.turns]
-    try:
-        written: str = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:
-        # Templates are programs; some raise for a system turn, others for two turns of one role.
-        return None
-    return written
 
 
 def unread_tokens(tokenizer: Any, ids: Ids) -> list[str]:

@@ -1,67 +1,116 @@
-"""The verb verify: check that a PXD file is intact and was made for a base (steps 1 to 12 of SPEC 8)."""
+"""The verb verify: check that PXD files are intact, from the right author, and made for a base (SPEC 8).
+
+verify_files.py has the checks.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import glob
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import peraxis_format as pxd
-from peraxis_tools.arguments import check_workers, refuse_idle
-from peraxis_tools.checkpoint import open_checkpoint
-from peraxis_tools.predecessor import predecessor_named
-from peraxis_tools.progress import Steps, watched
-from peraxis_tools.unpacked import check_results
+from peraxis_tools.arguments import check_least, check_mapping, check_workers, refuse_idle, sequence
+from peraxis_tools.checkpoint import with_revision
+from peraxis_tools.errors import ToolError
+from peraxis_tools.progress import Progress, Steps, watched
+from peraxis_tools.remote import is_remote, local_copy
+from peraxis_tools.verify_files import Signature, VerifyResult, Wanted, verify_files
 
-__all__ = ["VerifyResult", "verify"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyResult:
-    """The result of a verification. base: the checkpoint that the binding was checked against, or None."""
-
-    file: str
-    content_id: str
-    modules: int
-    bytes: int
-    base: str | None
-
-
-def _verify_size(path: str | Path, base: str | Path | None) -> int:
-    """The bytes that `verify` reads, for its progress."""
-    with pxd.open(path) as delta:
-        total = delta.data_size
-    if base is not None:
-        with open_checkpoint(base) as checkpoint:
-            total += checkpoint.tensors.size
-    return total
+__all__ = ["VerifyResult", "delta_files", "verify"]
 
 
 def verify(
-    path: str | Path,
+    deltas: str | Path | Sequence[str | Path],
     *,
     base: str | Path | None = None,
     base_revision: str | None = None,
+    expect_content_id: str | Sequence[str] = (),
+    signature: bool = False,
+    bundle: str | Path | None = None,
+    public_key: str | Path | None = None,
+    certificate_chain: str | Path | Sequence[str | Path] = (),
+    fine_tuned: str | Path | None = None,
+    max_error: float | None = None,
+    max_kl: float | None = None,
+    texts: Mapping[str, str | Path] | None = None,
+    keep_going: bool = False,
     workers: int | None = None,
-    progress: Steps | bool | None = None,
+    progress: Progress = None,
 ) -> VerifyResult:
-    """Check a PXD file: steps 1 to 11 of SPEC 8, and step 12 if a base is given.
+    """Check deltas: steps 1 to 11 of SPEC 8, and everything that the options ask for. Raises at the first failure.
 
-    base: a folder, a file or a hub id. progress: called with numbers of bytes read, or True for a bar. Raises PxdError
-    at the first failure, CheckpointError, ToolError, OSError.
+    deltas: one or several of a path, a URL, a glob, or a folder, which means every .pxd in it. base: a folder, a file
+    or a hub id; step 12 is checked on it, or, for an update that follows others of these files, on the state after
+    them. expect_content_id: the content IDs that a delta may have. signature: check the bundle, by default
+    `<delta>.sig`, by a public key or a chain of certificates; each of these three also asks for this check.
+    max_error, max_kl: bounds on base + delta against fine_tuned: the relative error of the deltas, and KL in nats per
+    token on each of the texts (domain -> text). keep_going: check all files, and return failures instead of raising.
+    progress: called with numbers of bytes, or True for a bar. Raises PxdError, CheckFailedError, CheckpointError,
+    ToolError, OSError.
     """
     check_workers(workers)
+    check_least("max_error", max_error, 0)
+    check_least("max_kl", max_kl, 0)
+    check_mapping("texts", texts or {}, '{"chat": "held-out.jsonl"}')
     if base is None:
-        refuse_idle("without base", base_revision=base_revision)
-    with pxd.open(path) as delta, watched(progress, "verify", _verify_size(path, base)) as step:
-        delta.verify(workers=workers, progress=step)
-        if base is not None:
-            with open_checkpoint(base, revision=base_revision) as checkpoint, predecessor_named(delta):
-                pxd.check_base(delta.manifest, checkpoint.tensors, workers=workers, progress=step)
-                check_results(delta, checkpoint.tensors)
-        return VerifyResult(
-            file=str(path),
-            content_id=delta.content_id,
-            modules=len(delta),
-            bytes=delta.size,
-            base=None if base is None else str(base),
+        refuse_idle("without base (--base)", base_revision=base_revision)
+    if max_kl is None:
+        refuse_idle("without max_kl (--max-kl)", texts=dict(texts or {}) or None)
+    if max_kl is None and max_error is None:
+        refuse_idle("without max_error (--max-error) or max_kl (--max-kl)", fine_tuned=fine_tuned)
+    expected = Signature(
+        public_key=None if public_key is None else Path(public_key),
+        certificate_chain=tuple(map(Path, sequence(certificate_chain))),
+        bundle=None if bundle is None else Path(bundle),
+    )
+    wanted = Wanted(
+        base=base if base is None else with_revision(base, base_revision),
+        content_ids=sequence(expect_content_id),
+        signature=expected if signature or expected != Signature() else None,
+        fine_tuned=fine_tuned,
+        max_error=max_error,
+        max_kl=max_kl,
+        texts=texts or {},
+    )
+    files = delta_files(deltas)
+    if not files:
+        raise ToolError("no deltas to verify: pass at least one")
+
+    def stages(stage: str, total: int | None) -> contextlib.AbstractContextManager[Steps]:
+        return watched(progress, stage, total)
+
+    @contextlib.contextmanager
+    def open_file(file: str) -> Iterator[Path]:
+        _refuse_empty(file)
+        with local_copy(file, progress=stages) as path:
+            yield path
+
+    return verify_files(files, wanted, open_file=open_file, progress=stages, workers=workers, keep_going=keep_going)
+
+
+def delta_files(deltas: str | Path | Sequence[str | Path]) -> list[str]:
+    """Replace folders and globs by their sorted files; those without one remain. An existing name is not a glob."""
+    files: list[str] = []
+    for pattern in map(str, sequence(deltas)):
+        if not is_remote(pattern) and Path(pattern).is_dir():
+            found = sorted(str(path) for path in Path(pattern).rglob("*.pxd") if path.is_file())
+            files.extend(found or [pattern])
+            continue
+        if is_remote(pattern) or Path(pattern).exists() or not glob.has_magic(pattern):
+            files.append(pattern)
+            continue
+        files.extend(sorted(glob.glob(pattern, recursive=True)) or [pattern])
+    return files
+
+
+def _refuse_empty(name: str) -> None:
+    """Raise ToolError for a folder or a glob that `delta_files` found no file for."""
+    if is_remote(name):
+        return
+    if Path(name).is_dir():
+        raise ToolError(
+            f"{name}: has no .pxd; to check an applied folder, pass its delta with --base and --fine-tuned {name}"
         )
+    if glob.has_magic(name) and not Path(name).exists():
+        raise ToolError(f"{name}: matches no file")

@@ -29,7 +29,7 @@ from peraxis_tools.shown import counted
 from peraxis_tools.text import check_texts
 from peraxis_tools.urls import without_secrets
 
-__all__ = ["Check", "FileVerdict", "Opener", "Signature", "Status", "VerifyReport", "Wanted", "verify_files"]
+__all__ = ["Check", "FileVerdict", "Opener", "Signature", "Status", "VerifyResult", "Wanted", "verify_files"]
 
 # Opens a file by the name that the user gave; a remote file is fetched first.
 Opener: TypeAlias = Callable[[str], AbstractContextManager[Path]]
@@ -75,7 +75,7 @@ class FileVerdict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyReport:
+class VerifyResult:
     """All files. status: the gravest, FAILED before ERROR before NOT_VERIFIABLE."""
 
     status: Status
@@ -111,8 +111,9 @@ def verify_files(
     open_file: Opener,
     progress: ProgressOf,
     workers: int | None = None,
-) -> VerifyReport:
-    """Verify each file; a failure is in the file's verdict and does not end the run.
+    keep_going: bool = True,
+) -> VerifyResult:
+    """Verify each file. keep_going: a failure is in the file's verdict and does not end the run; else it is raised.
 
     Raises ToolError for options that contradict each other, before any file is opened.
     """
@@ -126,8 +127,11 @@ def verify_files(
     wanted = replace(wanted, content_ids=parse_content_ids(wanted.content_ids))
     together = files if wanted.base is not None and len(files) > 1 else ()
     with contextlib.closing(BaseChecks(together, partial(_open_base, wanted.base), workers=workers)) as bases:
-        verdicts = tuple(_verdict(file, wanted, bases, open_file, progress, workers) for file in files)
-    return VerifyReport(status=_gravest(verdict.status for verdict in verdicts), files=verdicts)
+        run = _Run(
+            wanted=wanted, bases=bases, open_file=open_file, progress=progress, workers=workers, keep_going=keep_going
+        )
+        verdicts = tuple(_verdict(file, run) for file in files)
+    return VerifyResult(status=_gravest(verdict.status for verdict in verdicts), files=verdicts)
 
 
 def _gravest(statuses: Iterator[Status]) -> Status:
@@ -135,18 +139,30 @@ def _gravest(statuses: Iterator[Status]) -> Status:
     return min(statuses, key=order.index, default=Status.PASSED)
 
 
-def _verdict(
-    file: str, wanted: Wanted, bases: BaseChecks, open_file: Opener, progress: ProgressOf, workers: int | None
-) -> FileVerdict:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What is the same for all files. bases: the checks of their base."""
+
+    wanted: Wanted
+    bases: BaseChecks
+    open_file: Opener
+    progress: ProgressOf
+    workers: int | None
+    keep_going: bool
+
+
+def _verdict(file: str, run: _Run) -> FileVerdict:
     checks: list[Check] = []
     content_id, size = None, None
     name = "structure"
     try:
-        with open_file(file) as path, pxd.open(path) as delta:
+        with run.open_file(file) as path, pxd.open(path) as delta:
             content_id, size = delta.content_id, delta.size
-            for name, check in _checks(path, delta, wanted, bases, progress, workers):
+            for name, check in _checks(path, delta, run):
                 checks.append(Check(name=name, status=Status.PASSED, message=check()))
     except (pxd.PxdError, pxd.CheckpointError, ToolError, OSError) as error:
+        if not run.keep_going:
+            raise
         checks.append(_failed(name, error))
     return FileVerdict(
         file=without_secrets(file),
@@ -157,15 +173,9 @@ def _verdict(
     )
 
 
-def _checks(
-    path: Path,
-    delta: pxd.DeltaFile,
-    wanted: Wanted,
-    bases: BaseChecks,
-    progress: ProgressOf,
-    workers: int | None,
-) -> Iterator[tuple[str, Callable[[], str | None]]]:
+def _checks(path: Path, delta: pxd.DeltaFile, run: _Run) -> Iterator[tuple[str, Callable[[], str | None]]]:
     """The name and action of each check, in order; an action returns a text, or raises."""
+    wanted, progress, workers = run.wanted, run.progress, run.workers
     yield "structure", lambda: part_of(delta.manifest, path) or counted(len(delta), "module")
     yield "payload", lambda: _payload(delta, progress, workers)
     if wanted.content_ids:
@@ -173,7 +183,7 @@ def _checks(
     if wanted.signature is not None:
         yield "signature", partial(_signature, path, wanted.signature, progress)
     if wanted.base is not None:
-        yield "base", partial(_base, delta, wanted.base, bases, progress)
+        yield "base", partial(_base, delta, wanted.base, run.bases, progress)
     base, fine_tuned = wanted.base, wanted.fine_tuned
     if base is None or fine_tuned is None:
         return

@@ -26,6 +26,7 @@ FORMAT = (
         "sizes",
         "digest_table",
         "ops.exact.kinds",
+        "ops.compiling",
         "ops.backend",
         "ops.simd",
         "ops.exact",

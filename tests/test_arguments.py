@@ -80,7 +80,7 @@ def test_the_signatures_have_the_parameters_that_these_laws_are_about() -> None:
     assert {("VariantSwitch", "base"), ("serve", "backend"), ("apply_", "undo"), ("convert", "to")} <= {
         (f, p) for f, p, _ in ENUMERATED
     }
-    assert {("split", "parts"), ("verify", "workers"), ("apply", "shard_bytes"), ("evaluate", "samples")} <= set(COUNTS)
+    assert {("split", "parts"), ("verify", "workers"), ("apply", "shard_size"), ("evaluate", "samples")} <= set(COUNTS)
 
 
 @pytest.mark.parametrize(("function", "parameter", "allowed"), ENUMERATED)
@@ -146,7 +146,7 @@ def test_a_single_string_is_one_item_and_not_its_letters() -> None:
     assert sequence(Path("delta.pxd")) == [Path("delta.pxd")]
     assert sequence(("a", "b")) == ["a", "b"]
     for name in ("merge", "merge_parts", "compact", "apply", "publish"):
-        several = next(p for f, p, _ in parameters() if f == name and p in ("paths", "updates", "delta"))
+        several = next(p for f, p, _ in parameters() if f == name and p in ("deltas", "updates"))
         with pytest.raises((FileNotFoundError, peraxis.ToolError, pxd.CheckpointError)) as caught:
             call(name, **{several: "delta.pxd"})
         assert "'d'" not in str(caught.value)
@@ -156,11 +156,11 @@ def test_a_single_string_is_one_item_and_not_its_letters() -> None:
 @pytest.mark.parametrize(
     ("function", "given"),
     [
-        ("merge", {"paths": [], "weights": []}),
-        ("merge_parts", {"paths": []}),
+        ("merge", {"deltas": [], "weights": []}),
+        ("merge_parts", {"deltas": []}),
         ("compact", {"updates": []}),
-        ("apply", {"delta": []}),
-        ("publish", {"repository": "a/b", "paths": []}),
+        ("apply", {"deltas": []}),
+        ("publish", {"repository": "a/b", "deltas": []}),
     ],
 )
 def test_no_input_at_all_is_refused(function: str, given: dict[str, Any]) -> None:
@@ -217,7 +217,7 @@ def test_an_argument_without_effect_is_refused(function: str, given: dict[str, A
 def test_weights_that_sum_to_zero_cannot_be_normalised() -> None:
     for mixture in (Mixture(normalize=True), Mixture(method="linear"), Mixture(method="dare", normalize=True)):
         with pytest.raises(peraxis.ToolError, match="weights 1, -1: their sum is 0"):
-            call("merge", paths=["a", "b"], weights=[1, -1], mixture=mixture)
+            call("merge", deltas=["a", "b"], weights=[1, -1], mixture=mixture)
 
 
 def test_the_checks_pass_what_is_allowed() -> None:

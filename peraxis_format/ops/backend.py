@@ -18,7 +18,9 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Final, Literal, TypeAlias
 
+from peraxis_format.arguments import did_you_mean
 from peraxis_format.errors import BackendError
+from peraxis_format.ops.compiling import tell_compiling
 
 __all__ = ["BACKENDS", "Operation", "available", "choose", "log"]
 
@@ -68,7 +70,8 @@ def available(backend: str, device: str = "cpu") -> bool:
     Triton runs on the CPU only in its interpreter (TRITON_INTERPRET=1). Raises BackendError for an unknown backend.
     """
     if backend not in BACKENDS:
-        raise BackendError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+        hint = did_you_mean(backend, BACKENDS)
+        raise BackendError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}{hint}")
     if backend in ("numpy", "numba"):
         return device == "cpu" and (backend == "numpy" or (sys.byteorder == "little" and _installed("numba")))
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -93,6 +96,8 @@ def choose(operation: Operation, size: int, device: str = "cpu", backend: str | 
         chosen = _checked(operation, forced, device, names, "PERAXIS_BACKEND") if known else names[-1]
     else:
         chosen = next((name for name, least in row if size >= least and available(name, device)), names[-1])
+    if chosen == "numba":
+        tell_compiling()
     log.debug("%s: %s (size %d, device %s)", operation, chosen, size, device)
     return chosen
 
@@ -121,7 +126,8 @@ def _configure() -> None:
     if not level:
         return
     if level not in logging.getLevelNamesMapping():
-        raise BackendError(f"PERAXIS_LOG={level.lower()} is not a level; use debug, info, warning or error")
+        hint = did_you_mean(level, logging.getLevelNamesMapping()).lower()
+        raise BackendError(f"PERAXIS_LOG={level.lower()} is not a level; use debug, info, warning or error{hint}")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
     log.addHandler(handler)

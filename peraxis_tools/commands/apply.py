@@ -8,7 +8,14 @@ import click
 
 from peraxis_tools.apply import apply
 from peraxis_tools.checkpoint import refuse_swapped
-from peraxis_tools.commands.options import SIZE, json_option, overwrite_option, quiet_option, workers_option
+from peraxis_tools.commands.options import (
+    SIZE,
+    base_revision_option,
+    json_option,
+    overwrite_option,
+    quiet_option,
+    workers_option,
+)
 from peraxis_tools.commands.sources import updates_of
 from peraxis_tools.errors import ToolError
 from peraxis_tools.progress import staged
@@ -27,6 +34,7 @@ _SHARD_MIN = 1_000_000
 @click.option(
     "--shard-size", default="5GB", show_default=True, type=SIZE, help="The size of a shard, 1MB or more, like 2GB."
 )
+@base_revision_option
 @overwrite_option
 @workers_option
 @json_option
@@ -34,6 +42,7 @@ _SHARD_MIN = 1_000_000
 def command(
     base: str,
     deltas: tuple[str, ...],
+    base_revision: str | None,
     output: Path,
     shard_size: int,
     overwrite: bool,
@@ -60,7 +69,8 @@ def command(
             paths,
             output,
             overwrite=overwrite,
-            shard_bytes=shard_size,
+            base_revision=base_revision,
+            shard_size=shard_size,
             workers=workers,
             progress=staged(quiet=quiet),
         )

@@ -10,6 +10,7 @@ import click
 from peraxis_tools.bars import Stages
 from peraxis_tools.commands.options import (
     SIZE,
+    base_revision_option,
     json_option,
     masks_option,
     overwrite_option,
@@ -92,7 +93,7 @@ __all__ = ["command"]
 @click.option(
     "--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A YAML file with these options."
 )
-@click.option("--base-revision", help="The revision of a base on the hub.")
+@base_revision_option
 @click.option("--fine-tuned-revision", help="The revision of a fine-tune on the hub.")
 @click.option("--base-id", metavar="ORG/NAME[@REVISION]", help="The hub id of a base that is given as a folder.")
 @click.option("--dry-run", is_flag=True, help="Only say what it would take: bytes, memory, processor seconds.")

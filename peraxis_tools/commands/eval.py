@@ -8,7 +8,14 @@ from pathlib import Path
 import click
 
 from peraxis_tools.bars import progress
-from peraxis_tools.commands.options import json_option, quiet_option, refuse_given, texts_by_domain, threads_option
+from peraxis_tools.commands.options import (
+    base_revision_option,
+    json_option,
+    quiet_option,
+    refuse_given,
+    texts_by_domain,
+    threads_option,
+)
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.evaluate import CANDIDATES, EvaluationDType, evaluate
 from peraxis_tools.report import emit
@@ -66,7 +73,7 @@ def _names(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[
 @click.option(
     "--compute-dtype", default="float32", show_default=True, type=click.Choice(("float32", "bfloat16", "float16"))
 )
-@click.option("--base-revision", help="The revision of a base on the hub.")
+@base_revision_option
 @click.option("--fine-tuned-revision", help="The revision of a fine-tune on the hub.")
 @json_option
 @quiet_option

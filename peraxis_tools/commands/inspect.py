@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from peraxis_format.arguments import did_you_mean
 from peraxis_format.hub import hub_path
 from peraxis_tools.bars import progress
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, refuse_given
@@ -62,10 +63,12 @@ def command(
         if outputs:
             _write(result, delta, figure, page, overwrite=overwrite, quiet=quiet)
     if pattern is not None:
+        names = [line.name for line in result.modules]
         result = select(result, pattern)
         if not result.modules:
             raise ToolError(
                 f"{delta}: has no module that matches {pattern!r}; a glob is for the whole name, like '*.q_proj.*'"
+                f"{did_you_mean(pattern, names)}"
             )
     emit(
         result,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
+from peraxis_format.ops.compiling import PROGRESS
 from peraxis_tools.errors import ToolError
 from peraxis_tools.notes import LOGGER
 from peraxis_tools.sizes import parse_size
@@ -20,6 +22,8 @@ from peraxis_tools.threads import use_threads
 __all__ = [
     "SIZE",
     "Finite",
+    "RenamedOption",
+    "base_revision_option",
     "json_option",
     "masks_option",
     "overwrite_option",
@@ -80,14 +84,37 @@ class Size(click.ParamType[int]):
 SIZE = Size()
 
 
+class RenamedOption(click.Option):
+    """An option whose last name is its former one, which still works but is not shown."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        with self._shown():
+            return super().get_help_record(ctx)
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        with self._shown():
+            return super().get_error_hint(ctx)
+
+    @contextlib.contextmanager
+    def _shown(self) -> Iterator[None]:
+        names = self.opts
+        self.opts = names[:-1]
+        try:
+            yield
+        finally:
+            self.opts = names
+
+
 def _hushed(_: click.Context, __: click.Parameter, quiet: bool) -> bool:
     LOGGER.setLevel(logging.ERROR if quiet else logging.NOTSET)
+    PROGRESS.disabled = quiet
     return quiet
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON with the version of its schema.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, callback=_hushed, help="Print no progress and no notes.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+base_revision_option = click.option("--base-revision", help="The revision of a base on the hub.")
 prefer_option = click.option(
     "--prefer",
     type=click.Choice(["size", "speed"]),

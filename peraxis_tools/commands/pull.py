@@ -27,7 +27,6 @@ __all__ = ["command"]
 @click.option("--file", "files", multiple=True, metavar="NAME", help="Fetch only this delta of REPO. Repeatable.")
 @click.option(
     "--expect-content-id",
-    "content_ids",
     multiple=True,
     metavar="ID",
     help="A content ID that a delta may have. Repeatable.",
@@ -39,7 +38,7 @@ def command(
     source: str,
     output: Path,
     files: tuple[str, ...],
-    content_ids: tuple[str, ...],
+    expect_content_id: tuple[str, ...],
     overwrite: bool,
     as_json: bool,
     quiet: bool,
@@ -52,6 +51,11 @@ def command(
     """
     with hub_progress(quiet=quiet):
         result = pull(
-            source, output, files=files, content_ids=content_ids, overwrite=overwrite, progress=staged(quiet=quiet)
+            source,
+            output,
+            files=files,
+            expect_content_id=expect_content_id,
+            overwrite=overwrite,
+            progress=staged(quiet=quiet),
         )
     emit(result, render_pull, schema="peraxis.pull/1", as_json=as_json)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, refuse_given
+from peraxis_tools.commands.options import RenamedOption, json_option, overwrite_option, quiet_option, refuse_given
 from peraxis_tools.commands.sources import refuse_urls
 from peraxis_tools.progress import staged
 from peraxis_tools.report import emit
@@ -22,7 +22,9 @@ _PASSWORD = "PERAXIS_KEY_PASSWORD"
 @click.command("sign")
 @click.argument("delta", metavar="DELTA")
 @click.option(
+    "--private-key",
     "--key",
+    cls=RenamedOption,
     required=True,
     type=click.Path(path_type=Path),
     help="The private key: a PEM file with an elliptic-curve key.",
@@ -37,7 +39,7 @@ _PASSWORD = "PERAXIS_KEY_PASSWORD"
 @quiet_option
 def command(
     delta: str,
-    key: Path,
+    private_key: Path,
     certificate: Path | None,
     certificate_chain: tuple[Path, ...],
     bundle: Path | None,
@@ -52,14 +54,14 @@ def command(
     \b
     Example: openssl ecparam -name prime256v1 -genkey -noout -out key.pem
              openssl ec -in key.pem -pubout -out key.pub
-             peraxis-tools sign delta.pxd --key key.pem
+             peraxis-tools sign delta.pxd --private-key key.pem
              peraxis-tools verify delta.pxd --signature --public-key key.pub
     """
     if certificate is None:
         refuse_given("certificate_chain", why="without --certificate")
     result = sign(
         refuse_urls([delta])[0],
-        private_key=key,
+        private_key=private_key,
         password=os.environ.get(_PASSWORD),
         certificate=certificate,
         certificate_chain=certificate_chain,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
 from click.core import ParameterSource
 
 from peraxis_format import atomic_file
+from peraxis_format.arguments import did_you_mean
 from peraxis_tools.commands.options import (
     Finite,
+    base_revision_option,
     json_option,
     overwrite_option,
     quiet_option,
@@ -21,15 +21,13 @@ from peraxis_tools.commands.options import (
     texts_by_domain,
     workers_option,
 )
-from peraxis_tools.commands.sources import fetched
 from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs import claim_files
 from peraxis_tools.progress import staged
-from peraxis_tools.remote import is_remote
 from peraxis_tools.report import json_text, plain_text, show, to_json, write
 from peraxis_tools.report.ci import github, junit, sarif
-from peraxis_tools.report.verify import render_report
-from peraxis_tools.verify_files import Opener, Signature, VerifyReport, Wanted, verify_files
+from peraxis_tools.report.verify import render_verify
+from peraxis_tools.verify import VerifyResult, delta_files, verify
 
 __all__ = ["command"]
 
@@ -38,17 +36,19 @@ _FORMATS = ("text", "json", "junit", "sarif", "github")
 
 def _reports(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Sequence[tuple[str, Path]]:
     pairs = [value.partition("=") for value in values]
-    if not all(kind in _FORMATS and path for kind, _, path in pairs):
-        raise click.BadParameter(f"must be FORMAT=PATH, with {', '.join(_FORMATS)} for FORMAT")
+    for kind, _at, path in pairs:
+        if kind not in _FORMATS or not path:
+            hint = "" if kind in _FORMATS else did_you_mean(kind, _FORMATS)
+            raise click.BadParameter(f"must be FORMAT=PATH, with {', '.join(_FORMATS)} for FORMAT{hint}")
     return [(kind, Path(path)) for kind, _, path in pairs]
 
 
 @click.command("verify")
 @click.argument("deltas", metavar="DELTA...", nargs=-1, required=True)
 @click.option("--base", metavar="FOLDER|ID", help="Also check that DELTA was made for this base.")
+@base_revision_option
 @click.option(
     "--expect-content-id",
-    "content_ids",
     multiple=True,
     metavar="ID",
     help="A content ID that DELTA may have. Repeatable.",
@@ -95,7 +95,8 @@ def command(
     ctx: click.Context,
     deltas: tuple[str, ...],
     base: str | None,
-    content_ids: tuple[str, ...],
+    base_revision: str | None,
+    expect_content_id: tuple[str, ...],
     fine_tuned: str | None,
     max_error: float | None,
     max_kl: float | None,
@@ -129,28 +130,29 @@ def command(
         raise ToolError(f"--json and --format {kind}: give one of them; --report FORMAT=PATH writes a further report")
     if max_kl is None:
         refuse_given("texts", why="without --max-kl")
-    if max_kl is None and max_error is None:
-        refuse_given("fine_tuned", why="without --max-error or --max-kl")
-    expected = Signature(public_key=public_key, certificate_chain=certificate_chain, bundle=bundle)
-    wanted = Wanted(
-        base=base,
-        content_ids=content_ids,
-        signature=expected if signature or expected != Signature() else None,
-        fine_tuned=fine_tuned,
-        max_error=max_error,
-        max_kl=max_kl,
-        texts=texts,
-    )
-
     kind = "json" if as_json else kind
     outputs = [*reports, *([(kind, output)] if output is not None else [])]
     if overwrite and not outputs:
         refuse_given("overwrite", why="without --output or --report")
-    files = _expanded(deltas)
+    files = delta_files(deltas)
     inputs = (*files, base, fine_tuned, *texts.values(), bundle, public_key, *certificate_chain)
     with claim_files([path for _, path in outputs], overwrite=overwrite, inputs=inputs):
-        report = verify_files(
-            files, wanted, open_file=_opener(quiet=quiet), progress=staged(quiet=quiet), workers=workers
+        report = verify(
+            files,
+            base=base,
+            base_revision=base_revision,
+            expect_content_id=expect_content_id,
+            signature=signature,
+            bundle=bundle,
+            public_key=public_key,
+            certificate_chain=certificate_chain,
+            fine_tuned=fine_tuned,
+            max_error=max_error,
+            max_kl=max_kl,
+            texts=texts,
+            keep_going=True,
+            workers=workers,
+            progress=staged(quiet=quiet),
         )
         for its_kind, path in outputs:
             _write(report, its_kind, path, overwrite=overwrite)
@@ -160,58 +162,21 @@ def command(
         ctx.exit(report.status.exit_status)
 
 
-def _opener(*, quiet: bool) -> Opener:
-    @contextlib.contextmanager
-    def open_file(file: str) -> Iterator[Path]:
-        _refuse_empty(file)
-        with fetched([file], quiet=quiet) as (path,):
-            yield path
-
-    return open_file
-
-
-def _expanded(patterns: tuple[str, ...]) -> list[str]:
-    """Replace folders and globs by their sorted files; those without one remain. An existing name is not a glob."""
-    files: list[str] = []
-    for pattern in patterns:
-        if not is_remote(pattern) and Path(pattern).is_dir():
-            found = sorted(str(path) for path in Path(pattern).rglob("*.pxd") if path.is_file())
-            files.extend(found or [pattern])
-            continue
-        if is_remote(pattern) or Path(pattern).exists() or not glob.has_magic(pattern):
-            files.append(pattern)
-            continue
-        files.extend(sorted(glob.glob(pattern, recursive=True)) or [pattern])
-    return files
-
-
-def _refuse_empty(name: str) -> None:
-    """Raise ToolError for a folder or a glob that `_expanded` found no file for."""
-    if is_remote(name):
-        return
-    if Path(name).is_dir():
-        raise ToolError(
-            f"{name}: has no .pxd; to check an applied folder, pass its delta with --base and --fine-tuned {name}"
-        )
-    if glob.has_magic(name) and not Path(name).exists():
-        raise ToolError(f"{name}: matches no file")
-
-
-def _show(report: VerifyReport, kind: str) -> None:
+def _show(report: VerifyResult, kind: str) -> None:
     if kind == "text":
-        show(report, render_report)
+        show(report, render_verify)
     else:
         write(_rendered(report, kind, sys.stdout.encoding))
 
 
-def _write(report: VerifyReport, kind: str, path: Path, *, overwrite: bool) -> None:
+def _write(report: VerifyResult, kind: str, path: Path, *, overwrite: bool) -> None:
     with atomic_file(path, overwrite=overwrite) as file:
         file.write(_rendered(report, kind).encode())
 
 
-def _rendered(report: VerifyReport, kind: str, encoding: str = "utf-8") -> str:
+def _rendered(report: VerifyResult, kind: str, encoding: str = "utf-8") -> str:
     if kind == "json":
         return json_text({"schema": "peraxis.verify/1", **to_json(report)}, encoding=encoding)
     if kind == "text":
-        return plain_text(report, render_report)
+        return plain_text(report, render_verify)
     return {"junit": junit, "sarif": sarif, "github": github}[kind](report)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from peraxis_tools.errors import OptionError, first_line
-from peraxis_tools.optional import require
+from peraxis_format.arguments import did_you_mean
+from peraxis_tools.arguments import check_choice
+from peraxis_tools.errors import OptionError
 from peraxis_tools.positions import DEFAULT_LENGTH
 from peraxis_tools.sizes import parse_size
+from peraxis_tools.yaml_file import read_mapping
 
 __all__ = [
     "AUTO",
@@ -160,8 +162,7 @@ class CompressOptions:
             ("compute_dtype", _COMPUTE),
             ("distill_loss", _LOSSES),
         ):
-            if getattr(self, name) not in allowed:
-                raise OptionError(f"{name} {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+            check_choice(name, getattr(self, name), allowed)
         for name, least, most in (
             ("masks", 1, 8),
             ("calibration_samples", 1, 1 << 24),
@@ -260,16 +261,15 @@ class CompressOptions:
 
         Raises OptionError for unknown keys, and for an option that is given under two names.
         """
-        known = {field.name: field for field in fields(cls)}
         recipe = values.get("recipe")
-        if recipe is not None and recipe not in RECIPES:
-            raise OptionError(f"recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
+        if recipe is not None:
+            check_choice("recipe", recipe, RECIPES)
         given: dict[str, Any] = {} if recipe is None else dict(RECIPES[recipe])
-        for name, value in _named(values).items():
+        named = _named(values)
+        _refuse_unknown(named)
+        for name, value in named.items():
             if name == "recipe":
                 continue
-            if name not in known:
-                raise OptionError(f"unknown option {name!r}; known are {', '.join(sorted(map(_dashed, known)))}")
             given[name] = _texts(value) if name == "calibration" else _typed(name, value)
         return cls(**given)
 
@@ -293,18 +293,17 @@ class CompressOptions:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML (or JSON) file that holds one mapping, by the present names of options. Raises OptionError otherwise."""
-    require(f"{path} (a configuration)", "yaml")
-    import yaml
+    named = _named(read_mapping(path))
+    _refuse_unknown(named, where=f"{path}: ")
+    return named
 
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # an invalid date is a ValueError
-        raise OptionError(f"{path}: not a YAML file: {first_line(error)}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise OptionError(f"{path}: must have lines `option: value`, not a {type(values).__name__}")
-    return _named(values)
+
+def _refuse_unknown(names: Iterable[str], *, where: str = "") -> None:
+    known = sorted((*(_dashed(field.name) for field in fields(CompressOptions)), "recipe"))
+    for name in names:
+        if _dashed(name) not in known:
+            hint = did_you_mean(name, known)
+            raise OptionError(f"{where}unknown option {name!r}; known are {', '.join(known)}{hint}")
 
 
 def _named(values: Mapping[Any, Any]) -> dict[str, Any]:

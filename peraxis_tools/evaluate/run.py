@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import peraxis_format as pxd
 from peraxis_tools.arguments import check_choice, check_least, check_mapping, refuse_idle, sequence
 from peraxis_tools.checkpoint import refuse_swapped
-from peraxis_tools.errors import OptionError, ToolError
+from peraxis_tools.errors import ToolError
 from peraxis_tools.evaluate.types import (
     CANDIDATES,
     DomainResult,
@@ -122,9 +122,8 @@ def evaluate(
 
 def _check_asked(texts: Mapping[str, str | Path], tasks: Sequence[str], candidates: Sequence[str]) -> None:
     check_mapping("texts", texts, "{'chat': 'held-out.jsonl'}")
-    unknown = sorted(set(candidates) - set(CANDIDATES))
-    if unknown:
-        raise OptionError(f"candidates {unknown[0]!r}: choose from {', '.join(CANDIDATES)}")
+    for candidate in candidates:
+        check_choice("candidates", candidate, CANDIDATES)
     check_texts(texts.values())
     if not texts and not tasks:
         raise ToolError("nothing to evaluate on: give texts (--text domain=file) or tasks (--tasks)")

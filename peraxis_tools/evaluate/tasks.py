@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from peraxis_format.arguments import did_you_mean
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.evaluate.types import TaskResult
 from peraxis_tools.optional import require
@@ -53,7 +54,8 @@ def _manager(tasks: Sequence[str], path: Path | None) -> Any:
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         where = "" if path is None else f" or {path}"
-        raise ToolError(f"task {unknown[0]}: not in lm-eval{where}; `lm-eval ls tasks` lists them")
+        hint = did_you_mean(unknown[0], manager.all_tasks)
+        raise ToolError(f"task {unknown[0]}: not in lm-eval{where}; `lm-eval ls tasks` lists them{hint}")
     return manager
 
 

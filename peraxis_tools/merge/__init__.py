@@ -65,7 +65,7 @@ class MergeResult:
 
 
 def merge_parts(
-    paths: str | Path | Sequence[str | Path],
+    deltas: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     overwrite: bool = False,
@@ -73,7 +73,7 @@ def merge_parts(
 ) -> MergeResult:
     """Join the parts of one delta into the file that was split. Raises ToolError, PxdError."""
     output = Path(output)
-    files = [Path(path) for path in sequence(paths)]
+    files = [Path(path) for path in sequence(deltas)]
     if not files:
         raise ToolError("pass the parts to join")
     with claim_delta(output, overwrite=overwrite, inputs=files):
@@ -86,7 +86,7 @@ def merge_parts(
 
 
 def merge(
-    paths: str | Path | Sequence[str | Path],
+    deltas: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     weights: float | Sequence[float],
@@ -100,7 +100,7 @@ def merge(
 ) -> MergeResult:
     """Write the merge of deltas on one base.
 
-    weights: one for each path. masks: the number of masks of a module in the result (`bits` is another name). None
+    weights: one for each delta. masks: the number of masks of a module in the result (`bits` is another name). None
     keeps all components of a weighted sum; for `ties` and `dare` it means the sum of the inputs' masks, at most 8.
     base: the checkpoint of the base. It is needed for exact tensors, except for a sum of equal ones with weights that
     sum to 1. name: the name of the merged checkpoint. progress: called with numbers of payload bytes of the inputs, or
@@ -111,7 +111,7 @@ def merge(
     if masks is not None and not 1 <= masks <= pxd.COMPONENTS_MAX:
         raise OptionError(f"masks {masks}: must be 1 to {pxd.COMPONENTS_MAX}")
     output = Path(output)
-    paths = sequence(paths)
+    paths = sequence(deltas)
     weights = [weights] if isinstance(weights, int | float) else list(weights)
     _check_weights(paths, weights, mixture)
     with ExitStack() as stack:

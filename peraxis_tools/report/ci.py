@@ -16,7 +16,7 @@ from xml.sax.saxutils import quoteattr
 
 import peraxis_format as pxd
 from peraxis_tools.shown import visible
-from peraxis_tools.verify_files import Check, FileVerdict, Status, VerifyReport
+from peraxis_tools.verify_files import Check, FileVerdict, Status, VerifyResult
 
 __all__ = ["github", "junit", "sarif"]
 
@@ -35,14 +35,14 @@ def _sentence(check: Check) -> str:
     return visible("".join(parts))
 
 
-def _bad(report: VerifyReport) -> Iterator[tuple[FileVerdict, Check]]:
+def _bad(report: VerifyResult) -> Iterator[tuple[FileVerdict, Check]]:
     for verdict in report.files:
         for check in verdict.checks:
             if check.status is not Status.PASSED:
                 yield verdict, check
 
 
-def junit(report: VerifyReport) -> str:
+def junit(report: VerifyResult) -> str:
     """A suite for each file, a case for each check. A failed check is a failure; any other outcome is an error."""
     lines = ['<?xml version="1.0" encoding="UTF-8"?>']
     failures = sum(check.status is Status.FAILED for _, check in _bad(report))
@@ -102,7 +102,7 @@ def _uri(file: str) -> str:
     return file if "://" in file else quote(os.fsencode(PurePath(file).as_posix()))
 
 
-def sarif(report: VerifyReport) -> str:
+def sarif(report: VerifyResult) -> str:
     """SARIF 2.1.0 with a result for each check that did not pass; rules are the codes of SPEC 8."""
     rules: dict[str, dict[str, Any]] = {}
     results = []
@@ -143,7 +143,7 @@ def _command_value(value: str) -> str:
     return _command_text(value).replace(":", "%3A").replace(",", "%2C")
 
 
-def github(report: VerifyReport) -> str:
+def github(report: VerifyResult) -> str:
     """An annotation for each check that did not pass, a notice for each file that did."""
     lines = []
     for verdict in report.files:

@@ -34,6 +34,7 @@ __all__ = [
     "print_error",
     "print_note",
     "print_notes",
+    "print_progress",
     "show",
     "size",
     "text",
@@ -155,6 +156,22 @@ class _NoteHandler(logging.Handler):
         if message not in self._said:
             self._said.add(message)
             print_note(f"note: {message}")
+
+
+class _ProgressHandler(logging.Handler):
+    """Prints messages where bars would be shown: on a terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console = standard_error()
+        if console.is_terminal:
+            console.print(text(record.getMessage()))
+
+
+def print_progress(logger: logging.Logger) -> None:
+    """Print the messages of this logger from now on, where bars are shown."""
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers[:] = [_ProgressHandler()]
 
 
 def print_notes(logger: logging.Logger) -> None:

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from peraxis_tools.report.console import size, text
-from peraxis_tools.verify import VerifyResult
-from peraxis_tools.verify_files import FileVerdict, Status, VerifyReport
+from peraxis_tools.report.console import text
+from peraxis_tools.verify_files import FileVerdict, Status, VerifyResult
 
-__all__ = ["render_report", "render_verify"]
-
-
-def render_verify(result: VerifyResult, console: Console) -> None:
-    """Print the passed checks, one in each line."""
-    console.print(f"[bold green]verified[/]  {text(result.file)}  {text(result.content_id)}")
-    console.print(f"structure and payload: {result.modules} modules, {size(result.bytes)}")
-    if result.base is None:
-        console.print("base: not checked (pass --base)")
-    else:
-        console.print(f"base: {text(result.base)} is the one that this delta was made for, byte for byte")
+__all__ = ["render_verify"]
 
 
 _STYLES = {
@@ -29,7 +18,7 @@ _STYLES = {
 }
 
 
-def render_report(report: VerifyReport, console: Console) -> None:
+def render_verify(report: VerifyResult, console: Console) -> None:
     """Print a verdict for each file with its checks, and a sum if there are several files."""
     for verdict in report.files:
         _verdict(verdict, console)

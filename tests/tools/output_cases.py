@@ -18,7 +18,7 @@ FILE_VERBS = {
     "merge": ("merge a.pxd b.pxd --weights 1,1 -q -o {out}", "new.pxd"),
     "join": ("merge part-1.pxd part-2.pxd -q -o {out}", "new.pxd"),
     "convert": ("convert old.pt --base base -q -o {out}", "new.pxd"),
-    "sign": ("sign a.pxd --key key.pem -q --bundle {out}", "new.sig"),
+    "sign": ("sign a.pxd --private-key key.pem -q --bundle {out}", "new.sig"),
     "report": ("verify a.pxd --base base -q --report json={out}", "new.json"),
     "output": ("verify a.pxd --base base -q --format sarif -o {out}", "new.sarif"),
     "html": ("inspect a.pxd -q --html {out}", "new.html"),

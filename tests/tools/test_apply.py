@@ -143,7 +143,7 @@ def test_applied_weights_equal_an_application_from_the_spec_alone(pair: tuple[Pa
 def test_shards_hold_what_one_file_holds_and_the_index_names_them(pair: tuple[Path, Path], tmp_path: Path) -> None:
     base, delta = pair
     apply(base, delta, tmp_path / "one")
-    apply(base, delta, tmp_path / "many", shard_bytes=2048, workers=1)
+    apply(base, delta, tmp_path / "many", shard_size=2048, workers=1)
     one, many = load(tmp_path / "one"), load(tmp_path / "many")
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2

@@ -87,7 +87,7 @@ def test_errors_are_one_line_on_standard_error_with_the_code_of_their_kind(delta
         (("merge", delta, delta, "-o", tmp_path / "out.pxd"), 2),
         (("convert", delta, "-o", tmp_path / "out"), 2),
         (("diff", delta, "no-such-checkpoint"), 2),
-        (("sign", delta, "--key", tmp_path / "no.pem"), 3),
+        (("sign", delta, "--private-key", tmp_path / "no.pem"), 3),
         (("inspect", ROOT / "action.yml"), 1),
     ):
         done = run(*arguments)

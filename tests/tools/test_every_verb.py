@@ -23,7 +23,7 @@ ARGUMENTS = {
     "compress": "base tuned -o new.pxd",
     "inspect": "a.pxd",
     "verify": "a.pxd b.pxd --base base",
-    "sign": "a.pxd --key key.pem",
+    "sign": "a.pxd --private-key key.pem",
     "apply": "base a.pxd -o out",
     "diff": "a.pxd b.pxd",
     "merge": "a.pxd b.pxd --weights 0.7,0.3 --masks 1 -o new.pxd",

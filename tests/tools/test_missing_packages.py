@@ -83,7 +83,7 @@ def test_the_help_of_every_verb_needs_no_optional_package(verb: str) -> None:
         ("pull me/delta", "hub"),
         ("pull https://example.org/delta.pxd", "hub"),
         ("inspect delta.pxd --plot plot.png", "plot"),
-        ("sign delta.pxd --key base/config.json", "sign"),
+        ("sign delta.pxd --private-key base/config.json", "sign"),
         ("convert delta.pxd --to lora -o adapter", "torch"),
         ("convert base/config.json --base base -o out.pxd", "torch"),
         ("eval base tuned delta.pxd --text x=text.jsonl", "compress"),

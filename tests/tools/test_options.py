@@ -98,7 +98,7 @@ def test_a_bound_that_is_none_is_not_met(inputs: Path, monkeypatch: pytest.Monke
         ("publish me/x a.pxd --dry-run new --private", "--private"),
         ("publish me/x a.pxd --dry-run new --revision main", "--revision"),
         ("publish me/x a.pxd --overwrite", "--overwrite"),
-        ("sign a.pxd --key key.pem --certificate-chain key.pem", "--certificate-chain"),
+        ("sign a.pxd --private-key key.pem --certificate-chain key.pem", "--certificate-chain"),
         ("eval base tuned a.pxd --text t.txt --task-limit 3", "--task-limit"),
         ("eval base tuned a.pxd --tasks piqa --samples 3", "--samples"),
         ("compress base tuned -o new.pxd --fit none --distill-samples 3", "distill-samples"),

@@ -190,7 +190,7 @@ def test_apply_to_the_current_folder_fills_it_where_it_is_empty(folder: Path, mo
 
 
 def test_files_of_an_earlier_output_that_the_new_one_has_not_are_gone(folder: Path) -> None:
-    apply("base", "a.pxd", "out", shard_bytes=4096)
+    apply("base", "a.pxd", "out", shard_size=4096)
     assert (folder / "out" / "model.safetensors.index.json").exists()
     apply("base", "a.pxd", "out", overwrite=True)
     assert sorted(os.listdir(folder / "out")) == [MARKER, "config.json", "model.safetensors"]

@@ -70,7 +70,7 @@ def on_terminal(folder: Path, *arguments: str) -> str:
         (("apply", "base", "a.pxd", "-o", "out"), ("apply",)),
         (("publish", "me/delta", "a.pxd", "--dry-run", "repo"), ("verify", "copy")),
         (("convert", "a.pxd", "--to", "checkpoint", "--base", "base", "-o", "full"), ("apply",)),
-        pytest.param(("sign", "a.pxd", "--key", "key.pem"), ("verify", "sign"), marks=NEEDS_SIGNING),
+        pytest.param(("sign", "a.pxd", "--private-key", "key.pem"), ("verify", "sign"), marks=NEEDS_SIGNING),
     ],
 )
 def test_each_stage_has_its_bar_on_a_terminal_and_none_with_quiet(folder: Path, arguments, stages) -> None:

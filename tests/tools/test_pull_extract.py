@@ -82,9 +82,11 @@ def test_a_repository_is_pulled_with_its_signatures(hub: Hub, tmp_path: Path) ->
 
 def test_a_single_delta_and_a_pin_are_held(hub: Hub, tmp_path: Path) -> None:
     own = content_id(hub.folder / "b.pxd")
-    assert [file.path.name for file in pull("me/d", tmp_path, files=["b.pxd"], content_ids=[own]).files] == ["b.pxd"]
+    assert [file.path.name for file in pull("me/d", tmp_path, files=["b.pxd"], expect_content_id=[own]).files] == [
+        "b.pxd"
+    ]
     with pytest.raises(CheckFailedError, match="none of those expected"):
-        pull("me/d", tmp_path, files=["a.pxd"], content_ids=[own])
+        pull("me/d", tmp_path, files=["a.pxd"], expect_content_id=[own])
     with pytest.raises(ToolError, match=r"has no c\.pxd"):
         pull("me/d", tmp_path, files=["c.pxd"])
     with pytest.raises(ToolError, match="neither a repository"):

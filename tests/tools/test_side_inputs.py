@@ -86,8 +86,8 @@ def test_a_malformed_side_file_of_a_verb_is_named(
     for arguments, file in (
         (("publish", "me/x", "a.pxd", "--evaluation", "odd.json", "--dry-run", "new"), "odd.json"),
         (("convert", "odd.pt", "--base", "base", "-o", "new.pxd"), "odd.pt"),
-        (("sign", "a.pxd", "--key", "odd.pem", "--bundle", "new.sig"), "a.pxd"),
-        (("sign", "a.pxd", "--key", "key.pem", "--certificate", "odd.pem", "--bundle", "new.sig"), "a.pxd"),
+        (("sign", "a.pxd", "--private-key", "odd.pem", "--bundle", "new.sig"), "a.pxd"),
+        (("sign", "a.pxd", "--private-key", "key.pem", "--certificate", "odd.pem", "--bundle", "new.sig"), "a.pxd"),
         (("compress", "base", "tuned", "--config", "odd.yaml", "-o", "new.pxd"), ""),
     ):
         if arguments[0] == "compress" and kind in ("object", "null"):

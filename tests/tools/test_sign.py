@@ -50,7 +50,7 @@ def verify(*arguments: object) -> tuple[int, str]:
 def test_a_signature_holds_for_its_key_and_file_and_for_no_other(delta: Path, tmp_path: Path) -> None:
     _, private, public = write_key(tmp_path, "mine")
     _, _, stranger = write_key(tmp_path, "stranger")
-    sign(delta, "--key", private)
+    sign(delta, "--private-key", private)
     assert (tmp_path / "delta.pxd.sig").is_file()
     assert verify(delta, "--signature", "--public-key", public)[0] == 0
     code, shown = verify(delta, "--signature", "--public-key", stranger)
@@ -69,14 +69,14 @@ def test_a_missing_bundle_and_a_missing_key_are_not_verifiable(delta: Path, tmp_
     code, shown = verify(delta, "--signature", "--public-key", public)
     assert code == 3
     assert "no such bundle" in shown
-    sign(delta, "--key", private)
+    sign(delta, "--private-key", private)
     assert verify(delta, "--signature")[0] == 3
     assert verify(delta, "--signature", "--public-key", tmp_path / "gone.pub")[0] == 3
 
 
 def test_the_bundle_moves_with_the_file(delta: Path, tmp_path: Path) -> None:
     _, private, public = write_key(tmp_path, "mine")
-    sign(delta, "--key", private)
+    sign(delta, "--private-key", private)
     (tmp_path / "elsewhere").mkdir()
     moved = delta.rename(tmp_path / "elsewhere" / "renamed.pxd")
     bundle = tmp_path / "delta.pxd.sig"
@@ -124,7 +124,7 @@ def test_certificates_work_in_the_place_of_keys(delta: Path, tmp_path: Path) -> 
     for name, item in (("root", root), ("leaf", leaf), ("strange", strange)):
         paths[name] = tmp_path / f"{name}.crt"
         paths[name].write_bytes(item.public_bytes(serialization.Encoding.PEM))
-    sign(delta, "--key", leaf_private, "--certificate", paths["leaf"], "--certificate-chain", paths["root"])
+    sign(delta, "--private-key", leaf_private, "--certificate", paths["leaf"], "--certificate-chain", paths["root"])
     code, shown = verify(delta, "--signature", "--certificate-chain", paths["root"])
     assert code == 0, shown
     assert verify(delta, "--signature", "--certificate-chain", paths["strange"])[0] == 1

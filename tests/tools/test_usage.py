@@ -117,8 +117,7 @@ def test_every_option_that_is_a_size_takes_the_same_texts() -> None:
 def test_the_shards_of_apply_take_a_size_as_text(tmp_path: Path) -> None:
     make_inputs(tmp_path)
     one, more = (
-        peraxis.apply(tmp_path / "base", tmp_path / "a.pxd", tmp_path / size, shard_bytes=size)
-        for size in ("1GB", "1B")
+        peraxis.apply(tmp_path / "base", tmp_path / "a.pxd", tmp_path / size, shard_size=size) for size in ("1GB", "1B")
     )
     assert sum(name.endswith(".safetensors") for name in one.files) == 1
     assert sum(name.endswith(".safetensors") for name in more.files) == one.tensors > 1

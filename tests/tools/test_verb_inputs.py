@@ -76,7 +76,7 @@ def test_a_folder_of_parts_is_joined_and_not_applied(chain: Path, tmp_path: Path
 def test_sign_and_publish_refuse_a_url_by_its_name(chain: Path, tmp_path: Path) -> None:
     url = f"file://{chain}/1.pxd"
     for arguments in (
-        ("sign", url, "--key", tmp_path / "key.pem"),
+        ("sign", url, "--private-key", tmp_path / "key.pem"),
         ("publish", "me/delta", url, "--dry-run", tmp_path / "repo"),
     ):
         assert f"{url}: is a URL and not a file; fetch it with `pull` first" in str(invoke(*arguments).exception)

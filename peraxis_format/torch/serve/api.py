@@ -22,7 +22,7 @@ from typing import Final, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from peraxis_format.arguments import check_choice, check_least
+from peraxis_format.arguments import check_choice, check_least, did_you_mean
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.errors import BackendError, LiveModelError, located
 from peraxis_format.ops.backend import choose
@@ -128,7 +128,8 @@ class Served:
             return -1
         if isinstance(variant, str):
             if variant not in self._index:
-                raise LiveModelError(f"no variant {variant!r}; served: {', '.join(self.names)}")
+                hint = did_you_mean(variant, self.names)
+                raise LiveModelError(f"no variant {variant!r}; served: {', '.join(self.names)}{hint}")
             return self._index[variant]
         if not isinstance(variant, int) or isinstance(variant, bool):
             raise LiveModelError(

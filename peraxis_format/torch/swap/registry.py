@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, get_args
 
 from torch import Tensor
 
-from peraxis_format.arguments import check_choice, check_least
+from peraxis_format.arguments import check_choice, check_least, did_you_mean
 from peraxis_format.errors import DeviceError, LiveModelError, located
 from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
@@ -113,7 +113,7 @@ class Registry:
         """The registered variant of this name. Raises LiveModelError if there is none."""
         if name not in self.variants:
             known = ", ".join(sorted(self.variants)) or "none"
-            raise LiveModelError(f"no variant {name!r}; registered: {known}")
+            raise LiveModelError(f"no variant {name!r}; registered: {known}{did_you_mean(name, self.variants)}")
         return self.variants[name]
 
     def remove(self, name: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Final, Unpack
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peraxis_format.arguments import check_least
+from peraxis_format.arguments import check_least, did_you_mean
 from peraxis_format.errors import ArgumentError
 from peraxis_format.torch.place.pieces import is_dtensor
 from peraxis_format.torch.updates.publish import UpdateWriter
@@ -35,7 +35,8 @@ class PublishUpdates(TrainerCallback):
         check_least("publish_every", publish_every, 1)
         unknown = sorted(options.keys() - _OPTIONS)
         if unknown:
-            raise ArgumentError(f"{unknown[0]}: not an option; known are {', '.join(sorted(_OPTIONS))}")
+            hint = did_you_mean(unknown[0], _OPTIONS)
+            raise ArgumentError(f"{unknown[0]}: not an option; known are {', '.join(sorted(_OPTIONS))}{hint}")
         self.writer: UpdateWriter | None = None
         self._folder = folder
         self._every = publish_every

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peraxis_tools.chat_template import chat_template_of
 from peraxis_tools.compress.calibration.parts import pieces_of
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.text import Ids
@@ -56,22 +57,20 @@ def starts_of(tokenizer: Any) -> list[list[int]]:
 
 def _template_starts(tokenizer: Any) -> list[str]:
     """The chat template's output up to the first character of a system turn, a user turn and a model turn."""
-    if not getattr(tokenizer, "chat_template", None):
-        return []
-    begun = []
-    for roles in (("user",), ("user", "assistant"), ("system", "user")):
-        turns = [{"role": role, "content": f"{_MARK}{i}"} for i, role in enumerate(roles)]
-        try:
-            written = tokenizer.apply_chat_template(turns, tokenize=False)
-        except Exception:
-            # Templates are programs; some refuse a system turn.
-            continue
-        if roles == ("user", "assistant"):
-            for prompt in _PROMPTS[1:4]:
-                head, _, _ = written.partition(f"{_MARK}1")
-                begun.append(head.replace(f"{_MARK}0", f"{prompt.strip()} this?"))
-        else:
-            begun.append(written.partition(f"{_MARK}0")[0])
+    begun: list[str] = []
+    with chat_template_of(tokenizer) as render:
+        if render is None:
+            return []
+        for roles in (("user",), ("user", "assistant"), ("system", "user")):
+            written = render([{"role": role, "content": f"{_MARK}{i}"} for i, role in enumerate(roles)])
+            if written is None:
+                continue
+            if roles == ("user", "assistant"):
+                for prompt in _PROMPTS[1:4]:
+                    head, _, _ = written.partition(f"{_MARK}1")
+                    begun.append(head.replace(f"{_MARK}0", f"{prompt.strip()} this?"))
+            else:
+                begun.append(written.partition(f"{_MARK}0")[0])
     return begun
 
 

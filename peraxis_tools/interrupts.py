@@ -1,0 +1,37 @@
+"""Ctrl-C during imports, which lose nothing and cannot be interrupted cleanly.
+
+The command line imports this module first, so it imports no module that Python has not loaded at its start.
+"""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found]  # compiled into Python; the rest of `signal` needs many modules
+import os
+
+__all__ = ["INTERRUPTED", "interrupts_end"]
+
+INTERRUPTED = 130
+
+
+class interrupts_end:  # noqa: N801  a context manager, used like contextlib.suppress
+    """Let Ctrl-C end the process at once within the block, if it would raise KeyboardInterrupt otherwise."""
+
+    def __enter__(self) -> None:
+        self._changed = _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler
+        try:
+            if self._changed:
+                _signal.signal(_signal.SIGINT, _end)
+        except ValueError:  # signals belong to the main thread
+            self._changed = False
+
+    def __exit__(self, *_: object) -> None:
+        if self._changed:
+            _signal.signal(_signal.SIGINT, _signal.default_int_handler)
+
+
+def _end(number: int, frame: object) -> None:
+    try:  # noqa: SIM105  contextlib is not loaded yet
+        os.write(2, b"error: interrupted\n")
+    except OSError:
+        pass
+    os._exit(INTERRUPTED)
