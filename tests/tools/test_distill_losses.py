@@ -36,6 +36,7 @@ def ids(count: int) -> Tensor:
 def losses(tmp_path: Path, *, kind: str, limit: int = 1 << 30) -> tuple[Losses, LayerwiseModel, LayerwiseModel]:
     teacher, student = model(1), model(2)
     splits = {"fit": ids(3), "held-out": ids(2)}
+    tmp_path.mkdir(exist_ok=True)
     targets = TeacherLogits(teacher, WorkFolder(tmp_path / "delta.pxd", "digest", resume=False), limit)
     targets.keep(splits, lambda done, total: None)
     return Losses(student=student, built=BuiltWeights(), targets=targets, splits=splits, kind=kind), teacher, student
