@@ -127,6 +127,7 @@ def _text(planned: Plan, tuned: Checkpoint, options: CompressOptions) -> tuple[T
         generated=generated_count(planned, options, dtype),
         length=options.sequence_length,
         value_bytes=dtype.itemsize,
+        distilled=options.distill_samples,
         sampled_bytes=sampling_dtype(planned, device, dtype).itemsize,
         together=GENERATED_TOGETHER * options.batch_size,
     )
