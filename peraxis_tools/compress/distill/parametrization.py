@@ -149,7 +149,7 @@ class BuiltWeights:
         if found is None or found[0]() is None:
             return saved
         _, builder, base = found
-        return _Forgotten(builder, base, tuple(saved.shape), saved.stride(), saved.storage_offset())
+        return _Forgotten(builder, base, tuple(saved.shape), saved.stride(), int(saved.storage_offset()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,11 +205,11 @@ class DeltaParametrization(nn.Module):
         """Views of the matrices that have components: place in the batch of their tensor, rows, numbered components."""
         first = 0
         for (piece, kept), components in zip(self._pieces, self.components, strict=True):
-            numbered = list(enumerate(components, first))  # type: ignore[arg-type]
+            numbered: list[tuple[int, TrainedComponent]] = list(enumerate(components, first))  # type: ignore[arg-type]
             first += len(numbered)
             part = piece.select(value)[:kept]
             for e, matrix in enumerate(part.unsqueeze(0) if part.dim() == 2 else part.flatten(0, -3)):
-                yield e, matrix, numbered  # type: ignore[misc]
+                yield e, matrix, numbered
 
     def build(self, base: Tensor) -> Tensor:
         """The weight, a new tensor of the base's shape."""
@@ -269,7 +269,7 @@ class _Weight(torch.autograd.Function):
         return builder.build(base)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         return None, None, *ctx.builder.gradients(gradient)
 
 

@@ -50,7 +50,7 @@ _BUILDING: Final = 60.0  # operations for each weight and mask: to build it twic
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """The samples of a run. samples: those of the text; generated: those of the model; distilled: only for distillation.
+    """The samples of a run. samples: of the text; generated: of the model; distilled: for distillation alone.
 
     length: tokens in each. value_bytes, sampled_bytes: of a computed value, in the fit and in the generation. together:
     samples that are generated at a time.
