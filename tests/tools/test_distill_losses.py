@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from peraxis_tools.compress.distill import losses as module
 from peraxis_tools.compress.distill.losses import Losses, TeacherLogits
 from peraxis_tools.compress.distill.parametrization import BuiltWeights
+from peraxis_tools.compress.model import layerwise_model as module
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.run.work_folder import WorkFolder
 

@@ -19,8 +19,6 @@ from peraxis_tools.compress.run.work_folder import WorkFolder
 
 __all__ = ["Losses", "TeacherLogits"]
 
-_LOGITS_BYTES = 32 << 20  # the student's logits at a time; a loss and its gradient take some five times as much
-
 
 class TeacherLogits:
     """The teacher's logits of samples: kept in files up to a limit of bytes, recomputed beyond it.
@@ -77,7 +75,7 @@ class Losses:
             with self.built.forgotten():
                 states = self.student.states(ids)
             given = states.detach().requires_grad_()
-            for part in self._parts(ids, target, states):
+            for part in self.student.token_parts(ids, states):
                 with self.built.forgotten():
                     loss = self._sum(target[:, part], self.student.head(ids[:, part], given[:, part]))
                 (loss / (len(rows) * ids.shape[1])).backward()
@@ -91,16 +89,9 @@ class Losses:
         for row in range(len(samples)):
             ids = samples[row : row + 1]
             target, states = self.targets.of(ids, split, [row]), self.student.states(ids)
-            for part in self._parts(ids, target, states):
+            for part in self.student.token_parts(ids, states):
                 total += float(self._sum(target[:, part], self.student.head(ids[:, part], states[:, part])))
         return total / samples.numel()
-
-    def _parts(self, ids: Tensor, target: Tensor, states: Tensor) -> list[slice]:
-        """Parts of the tokens with logits of at most _LOGITS_BYTES; one, if states are not [samples, length, width]."""
-        length = ids.shape[1]
-        count = -(-4 * target.numel() // _LOGITS_BYTES) if states.shape[:-1] == ids.shape else 1
-        step = -(-length // min(count, length))
-        return [slice(first, first + step) for first in range(0, length, step)]
 
     def _sum(self, target: Tensor, logits: Tensor) -> Tensor:
         """The sum of the loss over tokens. target, logits: [samples, tokens, vocabulary]."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["LayerwiseModel", "UnsupportedModelError"]
+
+_LOGITS_BYTES: Final = 32 << 20  # at a time; a loss and its gradient take some five times as much
 
 
 class UnsupportedModelError(ToolError):
@@ -258,6 +260,18 @@ class LayerwiseModel:
         with self._rerouted(None, given):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
             return logits
+
+    def token_parts(self, ids: Tensor, states: Tensor) -> list[slice]:
+        """Parts of the tokens of ids [samples, length] whose logits take at most _LOGITS_BYTES, as float32.
+
+        One part, if the states that `head` wants are not [samples, length, width].
+        """
+        samples, length = ids.shape
+        head = self.model.get_output_embeddings()
+        vocabulary = self.model.config.vocab_size if head is None else head.weight.shape[0]
+        count = -(-4 * samples * length * vocabulary // _LOGITS_BYTES) if states.shape[:-1] == ids.shape else 1
+        step = -(-length // min(count, length))
+        return [slice(first, first + step) for first in range(0, length, step)]
 
     @contextmanager
     def _rerouted(self, index: int | None, given: threading.local) -> Iterator[None]:

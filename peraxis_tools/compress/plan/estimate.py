@@ -43,7 +43,7 @@ _FLOAT: Final = 4
 _SUMS: Final = 16  # float64 matrices as wide as an input, while it is fitted
 _ACTIVATIONS: Final = 4  # values that a backward pass keeps of a token, for each value of an input of a matrix
 _TRAINED: Final = 16  # bytes of a trained value: itself, its gradient, and AdamW's two moments
-_LOGITS: Final = 32 << 20  # of distill/losses.py at a time
+_LOGITS: Final = 32 << 20  # _LOGITS_BYTES of model/layerwise_model.py, which imports torch
 _LOGITS_COPIES: Final = 6
 _BUILDING: Final = 60.0  # operations for each weight and mask: to build it twice, and to reduce its gradient
 
@@ -175,11 +175,10 @@ def _sensitivity(plan: Plan, text: Text) -> StageWork:
     samples = min(SENSITIVITY_SAMPLES, text.samples + text.generated)
     weights = _weights(plan)
     tokens = samples * text.length
-    logits = 4 * text.length * _vocabulary(plan)
-    kept = _activations(plan, text.length) + logits + max(map(_values, plan.modules))
+    kept = _activations(plan, text.length) + max(map(_values, plan.modules))
     return StageWork(
         name="sensitivity",
-        memory=text.value_bytes * (weights + kept) + weights // 2,
+        memory=text.value_bytes * (weights + kept) + _some_logits(plan, text) + weights // 2,
         passes=3.0 * tokens * len(_layers(plan)),
         # Masks are unpacked for each sample: 3 of them, some 10 operations a weight.
         products=6.0 * _outside(plan) * tokens + 30.0 * weights * samples,
@@ -233,6 +232,11 @@ def _activations(plan: Plan, tokens: int) -> int:
     return _ACTIVATIONS * tokens * sum(sum(_input_widths(modules)) for modules in _layers(plan).values())
 
 
+def _some_logits(plan: Plan, text: Text) -> int:
+    """The bytes of a loss on the logits of some tokens, with its gradient."""
+    return _LOGITS_COPIES * min(_FLOAT * text.length * _vocabulary(plan), _LOGITS)
+
+
 def _distillation(plan: Plan, options: CompressOptions, text: Text) -> StageWork:
     signed = [module for module in plan.modules if module.components]
     masked = sum(_values(module) * module.components for module in signed)
@@ -246,7 +250,7 @@ def _distillation(plan: Plan, options: CompressOptions, text: Text) -> StageWork
         + masked // 8
         + trained
         + 2 * logits
-        + _LOGITS_COPIES * min(logits, _LOGITS)
+        + _some_logits(plan, text)
         + 3 * _FLOAT * max(map(_values, signed), default=0)
     )
     validated = options.held_out * text.distilled * (options.distill_epochs + 1)

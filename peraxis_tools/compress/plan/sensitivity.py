@@ -59,20 +59,19 @@ def fisher_errors(
         for module in modules
         if module.name in weights.names.by_tensor
     ]
-    products: dict[str, list[list[float]]] = {its.module.name: [] for its in held}
+    products = {its.module.name: np.zeros((len(samples), 1 + len(its.components))) for its in held}
     generator = torch.Generator(device=samples.device).manual_seed(seed)
-    with _gradients_used(
-        teacher, held, lambda its, gradient: products[its.module.name].append(_products(gradient, its, weights))
-    ):
-        for i, ids in enumerate(samples):
-            progress("sensitivity", i, len(samples))
-            _backward(teacher, ids, generator)
-            for its in held:
-                if len(products[its.module.name]) == i:  # nothing depends on the parameter
-                    products[its.module.name].append([0.0] * (len(its.components) + 1))
+    for i, ids in enumerate(samples):
+        progress("sensitivity", i, len(samples))
+
+        def add(its: _Held, gradient: Tensor, sample: int = i) -> None:
+            products[its.module.name][sample] += _products(gradient, its, weights)
+
+        with _gradients_used(teacher, held, add):
+            _backward(teacher, ids[None], generator)
     progress("sensitivity", len(samples), len(samples))
     scale = 0.5 / samples.shape[1]
-    return {name: extended([scale * error for error in fitted_errors(np.array(its))]) for name, its in products.items()}
+    return {name: extended([scale * error for error in fitted_errors(its)]) for name, its in products.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +87,15 @@ class _Held:
 def _gradients_used(
     teacher: LayerwiseModel, held: Sequence[_Held], use: Callable[[_Held, Tensor], None]
 ) -> Iterator[None]:
-    """In a backward pass inside this context each gradient goes to `use` once it is complete, and is freed then."""
+    """In a backward pass inside this context each gradient goes to `use`, and is freed.
+
+    A parameter's gradient may come in several parts, one from each backward pass.
+    """
     by_parameter: dict[Tensor, list[_Held]] = {}
     for its in held:
         by_parameter.setdefault(teacher.get(its.piece.parameter), []).append(its)
 
-    def complete(parameter: Tensor) -> None:
+    def used(parameter: Tensor) -> None:
         gradient = parameter.grad
         assert gradient is not None
         for its in by_parameter[parameter]:
@@ -103,7 +105,7 @@ def _gradients_used(
     handles = []
     for parameter in by_parameter:
         parameter.requires_grad_(True)
-        handles.append(parameter.register_post_accumulate_grad_hook(complete))
+        handles.append(parameter.register_post_accumulate_grad_hook(used))
     try:
         yield
     finally:
@@ -140,12 +142,16 @@ def _components(module: PlannedModule, weights: Weights) -> tuple[Component, ...
 
 
 def _backward(teacher: LayerwiseModel, ids: Tensor, generator: torch.Generator) -> None:
-    """Add the gradients of the sum over a sample's tokens of log p(y | x), y drawn from the model itself."""
-    logits = teacher.model(input_ids=ids[None], use_cache=False).logits.float()[0]
-    log_p = torch.log_softmax(logits, dim=-1)
-    with torch.no_grad():
-        drawn = torch.multinomial(log_p.exp(), 1, generator=generator)
-    log_p.gather(1, drawn).sum().backward()
+    """The gradients of the sum over a sample's tokens of log p(y | x), y drawn from the model itself."""
+    states = teacher.states(ids)
+    given = states.detach().requires_grad_()
+    for part in teacher.token_parts(ids, states):
+        log_p = torch.log_softmax(teacher.head(ids[:, part], given[:, part]).float()[0], dim=-1)
+        with torch.no_grad():
+            drawn = torch.multinomial(log_p.exp(), 1, generator=generator)
+        log_p.gather(1, drawn).sum().backward()
+    if states.requires_grad:  # otherwise no layer has a module
+        states.backward(given.grad)
 
 
 def _products(gradient: Tensor, its: _Held, weights: Weights) -> list[float]:
