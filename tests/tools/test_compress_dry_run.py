@@ -33,6 +33,15 @@ def test_the_size_is_that_of_the_file_within_one_block(
     assert (said.full_size, said.modules, said.fit) == (made.full_size, made.modules, made.fit)
 
 
+@pytest.mark.parametrize("ratio", [1.5, 2.0])
+def test_the_size_for_a_target_is_that_of_the_file(pair: tuple[Path, Path, Path], tmp_path: Path, ratio: float) -> None:
+    base, tuned, _ = pair
+    said = estimate_run(base, tuned, options=CompressOptions(target_ratio=ratio))
+    made = compress(base, tuned, tmp_path / "d.pxd", target_ratio=ratio, force=True)
+    assert abs(said.size - made.size) <= 4096
+    assert said.size <= said.full_size / ratio
+
+
 def test_it_names_every_stage_of_a_fit_and_writes_nothing(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, tuned, text = pair
     before = sorted(path.name for path in text.parent.rglob("*"))

@@ -8,18 +8,21 @@ nothing is read.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.options import CompressOptions
+from peraxis_tools.compress.plan.budget import is_open, spend
 from peraxis_tools.compress.plan.estimate import Text, work_of
 from peraxis_tools.compress.plan.pair_plan import plan_pair, with_length
 from peraxis_tools.compress.plan.pairing import matched
 from peraxis_tools.compress.plan.plan import Plan
+from peraxis_tools.compress.plan.price import MASKS_MAX
 from peraxis_tools.compress.plan.size import with_file_bytes
 from peraxis_tools.errors import ToolError
 from peraxis_tools.optional import require
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from peraxis_tools.compress.plan.estimate import StageWork
 
 __all__ = ["RunEstimate", "StageEstimate", "estimate_run"]
+
+_LEFT_BY_A_MASK: Final = 0.36  # 1 - 2 / pi: what one mask leaves of the square of a normal distribution
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +81,10 @@ def estimate_run(
     ):
         base_checkpoint, tuned = matched(opened_base, opened, base_id)
         options = with_length(options, tuned)
-        planned = with_file_bytes(plan_pair(base_checkpoint, tuned, options), base_checkpoint, tuned, options)
+        planned = plan_pair(base_checkpoint, tuned, options)
+        if options.has_target:
+            planned = spend(planned, _typical_errors(planned, options), tuned, options)
+        planned = with_file_bytes(planned, base_checkpoint, tuned, options)
         text, config = (None, None) if options.resolved_fit == "none" else _text(planned, tuned, options)
         spent = time.process_time()
     held = _held()
@@ -100,6 +108,15 @@ def estimate_run(
         seconds=None if seconds is None else sum(stage.seconds or 0.0 for stage in stages),
         stages=stages,
     )
+
+
+def _typical_errors(plan: Plan, options: CompressOptions) -> dict[str, list[float]]:
+    """Errors for 0 to 8 masks of the modules whose masks are open, before any is measured: equal for each weight."""
+    return {
+        module.name: [math.prod(module.shape) * _LEFT_BY_A_MASK**masks for masks in range(MASKS_MAX + 1)]
+        for module in plan.modules
+        if is_open(module, options)
+    }
 
 
 def _text(planned: Plan, tuned: Checkpoint, options: CompressOptions) -> tuple[Text, Any]:
