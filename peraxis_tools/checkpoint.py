@@ -18,7 +18,7 @@ from peraxis_tools.names import HUB_NAME, names_a_file
 from peraxis_tools.notes import note
 from peraxis_tools.optional import require
 
-__all__ = ["Checkpoint", "is_delta", "open_checkpoint", "parse_identity", "refuse_swapped"]
+__all__ = ["Checkpoint", "is_delta", "open_checkpoint", "parse_identity", "refuse_swapped", "with_revision"]
 
 _HUB_PATTERNS: Final = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 

@@ -30,9 +30,9 @@ with interrupts_end():
     from peraxis_tools.option_names import on_the_command_line
     from peraxis_tools.optional import MissingPackageError, missing
     from peraxis_tools.process import Terminated, drop_output, prepared_process
-    from peraxis_tools.report import print_error, print_notes, print_progress
+    from peraxis_tools.report.console import print_error, print_notes, print_progress
 
-__all__ = ["cli", "main"]
+__all__ = ["VERBS", "cli", "main"]
 
 _TYPED: Final = re.compile("'([^']*)' is not one of")
 _TRACEBACK: Final = "PERAXIS_TRACEBACK"
@@ -60,7 +60,7 @@ VERBS: Final = {
 }
 
 
-class LazyGroup(click.Group):
+class _LazyGroup(click.Group):
     """A group that imports a verb's module when the verb is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -87,7 +87,7 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(VERBS.items()))
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="peraxis-tools")
 def cli() -> None:
     """Full fine-tunes as lossy 1-bit differences to a shared base.

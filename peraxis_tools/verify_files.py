@@ -187,10 +187,14 @@ def _checks(path: Path, delta: pxd.DeltaFile, run: _Run) -> Iterator[tuple[str, 
     base, fine_tuned = wanted.base, wanted.fine_tuned
     if base is None or fine_tuned is None:
         return
+    from peraxis_tools.bounds import error_within, kl_within
+
     if wanted.max_error is not None:
-        yield "error", partial(_error, wanted.max_error, path, fine_tuned, base, progress, workers)
+        within = partial(error_within, wanted.max_error, path, fine_tuned, base=base)
+        yield "error", partial(within, progress=progress, workers=workers)
     if wanted.max_kl is not None:
-        yield "kl", partial(_kl, wanted.max_kl, path, fine_tuned, base, wanted.texts, progress)
+        largest = partial(kl_within, wanted.max_kl, path, fine_tuned, base=base)
+        yield "kl", partial(largest, texts=wanted.texts, progress=progress)
 
 
 def _payload(delta: pxd.DeltaFile, progress: ProgressOf, workers: int | None) -> str:
@@ -235,32 +239,6 @@ def _signature(path: Path, wanted: Signature, progress: ProgressOf) -> str:
             path, public_key=wanted.public_key, certificate_chain=wanted.certificate_chain, bundle=wanted.bundle
         )
     return "signed with this key" if wanted.public_key else "signed under this certificate"
-
-
-def _error(
-    bound: float,
-    path: Path,
-    fine_tuned: str | Path,
-    base: str | Path,
-    progress: ProgressOf,
-    workers: int | None,
-) -> str:
-    from peraxis_tools.bounds import error_within
-
-    return error_within(bound, path, fine_tuned, base=base, progress=progress, workers=workers)
-
-
-def _kl(
-    bound: float,
-    path: Path,
-    fine_tuned: str | Path,
-    base: str | Path,
-    texts: Mapping[str, str | Path],
-    progress: ProgressOf,
-) -> str:
-    from peraxis_tools.bounds import kl_within
-
-    return kl_within(bound, path, fine_tuned, base=base, texts=texts, progress=progress)
 
 
 def _failed(name: str, error: Exception) -> Check:

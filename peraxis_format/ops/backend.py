@@ -22,9 +22,9 @@ from peraxis_format.arguments import did_you_mean
 from peraxis_format.errors import BackendError
 from peraxis_format.ops.compiling import tell_compiling
 
-__all__ = ["BACKENDS", "Operation", "available", "choose", "log"]
+__all__ = ["Operation", "available", "choose"]
 
-BACKENDS: Final = ("numpy", "numba", "torch", "triton")
+_BACKENDS: Final = ("numpy", "numba", "torch", "triton")
 # fmt: off
 Operation: TypeAlias = Literal[
     "rebuild",
@@ -37,7 +37,7 @@ Operation: TypeAlias = Literal[
     "merge_rows",
     "exact",
 ]
-log: Final = logging.getLogger("peraxis")
+_log: Final = logging.getLogger("peraxis")
 
 _NEVER: Final = sys.maxsize  # only on request: Triton's interpreter on the CPU
 _Row: TypeAlias = tuple[tuple[str, int], ...]
@@ -69,9 +69,9 @@ def available(backend: str, device: str = "cpu") -> bool:
 
     Triton runs on the CPU only in its interpreter (TRITON_INTERPRET=1). Raises BackendError for an unknown backend.
     """
-    if backend not in BACKENDS:
-        hint = did_you_mean(backend, BACKENDS)
-        raise BackendError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}{hint}")
+    if backend not in _BACKENDS:
+        hint = did_you_mean(backend, _BACKENDS)
+        raise BackendError(f"backend {backend!r} is unknown; use one of {', '.join(_BACKENDS)}{hint}")
     if backend in ("numpy", "numba"):
         return device == "cpu" and (backend == "numpy" or (sys.byteorder == "little" and _installed("numba")))
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -92,18 +92,18 @@ def choose(operation: Operation, size: int, device: str = "cpu", backend: str | 
         chosen = _checked(operation, backend, device, names, "backend")
     elif forced is not None:
         everywhere = {name for each in _TABLE[operation].values() for name, _ in each}
-        known = forced in everywhere or forced not in BACKENDS
+        known = forced in everywhere or forced not in _BACKENDS
         chosen = _checked(operation, forced, device, names, "PERAXIS_BACKEND") if known else names[-1]
     else:
         chosen = next((name for name, least in row if size >= least and available(name, device)), names[-1])
     if chosen == "numba":
         tell_compiling()
-    log.debug("%s: %s (size %d, device %s)", operation, chosen, size, device)
+    _log.debug("%s: %s (size %d, device %s)", operation, chosen, size, device)
     return chosen
 
 
 def _checked(operation: Operation, backend: str, device: str, names: list[str], option: str) -> str:
-    if backend in BACKENDS and not _installed(backend):
+    if backend in _BACKENDS and not _installed(backend):
         raise BackendError(f'{option}="{backend}" needs {backend}, which is not installed: pip install {backend}')
     if backend not in names:
         available(backend, device)  # raises for an unknown one
@@ -130,5 +130,5 @@ def _configure() -> None:
         raise BackendError(f"PERAXIS_LOG={level.lower()} is not a level; use debug, info, warning or error{hint}")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-    log.addHandler(handler)
-    log.setLevel(level)
+    _log.addHandler(handler)
+    _log.setLevel(level)

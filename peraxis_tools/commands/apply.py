@@ -19,8 +19,8 @@ from peraxis_tools.commands.options import (
 from peraxis_tools.commands.sources import updates_of
 from peraxis_tools.errors import ToolError
 from peraxis_tools.progress import staged
-from peraxis_tools.report import emit
 from peraxis_tools.report.apply import render_apply
+from peraxis_tools.report.console import emit
 
 __all__ = ["command"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from peraxis_tools.report import write
+from peraxis_tools.report.console import write
 
 __all__ = ["command"]
 

@@ -21,8 +21,8 @@ from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, PREFER, RECIPES, read_yaml
 from peraxis_tools.compress.run.dry_run import estimate_run
 from peraxis_tools.heap import tune_heap
-from peraxis_tools.report import emit
 from peraxis_tools.report.compress import plan_lines, render_compress, render_dry_run
+from peraxis_tools.report.console import emit
 from peraxis_tools.text import check_texts
 
 __all__ = ["command"]

@@ -10,7 +10,7 @@ from peraxis_tools.bars import progress
 from peraxis_tools.commands.options import json_option, quiet_option
 from peraxis_tools.demo import demo
 from peraxis_tools.pair import PairSize
-from peraxis_tools.report import emit, show
+from peraxis_tools.report.console import emit, show
 from peraxis_tools.report.demo import render_demo, render_step
 
 __all__ = ["command"]

@@ -12,7 +12,7 @@ from peraxis_tools.commands.sources import fetched
 from peraxis_tools.diff import diff, diff_checkpoint, names_checkpoint
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.progress import staged
-from peraxis_tools.report import emit
+from peraxis_tools.report.console import emit
 from peraxis_tools.report.diff import render_diff
 from peraxis_tools.urls import without_secrets
 

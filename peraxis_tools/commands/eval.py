@@ -18,7 +18,7 @@ from peraxis_tools.commands.options import (
 )
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.evaluate import CANDIDATES, EvaluationDType, evaluate
-from peraxis_tools.report import emit
+from peraxis_tools.report.console import emit
 from peraxis_tools.report.evaluate import render_evaluate
 from peraxis_tools.urls import without_secrets
 

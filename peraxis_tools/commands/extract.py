@@ -8,7 +8,7 @@ import click
 
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
 from peraxis_tools.extract import extract
-from peraxis_tools.report import emit
+from peraxis_tools.report.console import emit
 from peraxis_tools.report.extract import render_extract
 
 __all__ = ["command"]

@@ -17,7 +17,7 @@ from peraxis_tools.inspection import InspectResult, select
 from peraxis_tools.outputs import claim_files
 from peraxis_tools.progress import staged
 from peraxis_tools.remote import is_remote
-from peraxis_tools.report import emit, print_note
+from peraxis_tools.report.console import emit, print_note
 from peraxis_tools.report.inspect import render_inspect
 
 __all__ = ["command"]

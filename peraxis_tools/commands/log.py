@@ -6,7 +6,7 @@ import click
 
 from peraxis_tools.chain.log import log
 from peraxis_tools.commands.options import json_option, quiet_option
-from peraxis_tools.report import emit
+from peraxis_tools.report.console import emit
 from peraxis_tools.report.update import render_log
 
 __all__ = ["command"]

@@ -21,7 +21,7 @@ from peraxis_tools.errors import ToolError
 from peraxis_tools.merge import MergeResult, Method, Mixture, merge, merge_parts
 from peraxis_tools.progress import StageOpener, staged
 from peraxis_tools.remote import deltas_of
-from peraxis_tools.report import emit
+from peraxis_tools.report.console import emit
 from peraxis_tools.report.merge import render_merge
 
 __all__ = ["command"]

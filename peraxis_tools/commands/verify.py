@@ -24,8 +24,8 @@ from peraxis_tools.commands.options import (
 from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs import claim_files
 from peraxis_tools.progress import staged
-from peraxis_tools.report import json_text, plain_text, show, to_json, write
 from peraxis_tools.report.ci import github, junit, sarif
+from peraxis_tools.report.console import json_text, plain_text, show, to_json, write
 from peraxis_tools.report.verify import render_verify
 from peraxis_tools.verify import VerifyResult, delta_files, verify
 

@@ -13,6 +13,7 @@ import peraxis_format as pxd
 from peraxis_tools.arguments import check_choice, check_least, check_mapping, refuse_idle, sequence
 from peraxis_tools.checkpoint import refuse_swapped
 from peraxis_tools.errors import ToolError
+from peraxis_tools.evaluate.tasks import run_tasks
 from peraxis_tools.evaluate.types import (
     CANDIDATES,
     DomainResult,
@@ -24,13 +25,11 @@ from peraxis_tools.evaluate.types import (
 from peraxis_tools.optional import require
 from peraxis_tools.positions import DEFAULT_LENGTH
 from peraxis_tools.progress import Staged, StagedProgress, watched_stages
-from peraxis_tools.text import check_texts
+from peraxis_tools.text import Samples, check_texts, load_samples
 from peraxis_tools.threads import limit_torch
 
 if TYPE_CHECKING:
     import torch
-
-    from peraxis_tools.text import Samples
 
 __all__ = ["EvaluationDType", "evaluate", "worst_kl"]
 
@@ -102,12 +101,17 @@ def evaluate(
         sequence_length = check_model(fine_tuned, length=sequence_length, revision=fine_tuned_revision)
         tokenizer = load_tokenizer(fine_tuned, revision=fine_tuned_revision)
         sampled = {
-            domain: _samples(source, tokenizer, samples, sequence_length, seed, text_column)
+            domain: load_samples(
+                str(source), tokenizer, samples=samples, length=sequence_length, seed=seed, text_column=text_column
+            )
             for domain, source in texts.items()
         }
-        check_tokens(fine_tuned, (samples.ids for samples in sampled.values()), revision=fine_tuned_revision)
+        check_tokens(fine_tuned, (text.ids for text in sampled.values()), revision=fine_tuned_revision)
         with fast_products():
             found = _compare_all(models, tokenizer, sampled, candidates, batch_size, step)
+        results: tuple[TaskResult, ...] = ()
+        if tasks:
+            results = run_tasks(models.load, tokenizer, tasks, limit=task_limit, path=task_path, batch_size=batch_size)
         calibration = file.manifest.calibration
         return EvaluateResult(
             base=str(base),
@@ -115,8 +119,8 @@ def evaluate(
             delta=str(delta),
             content_id=file.content_id,
             bytes=file.size,
-            domains=tuple(_domain(name, its, found[name], calibration) for name, its in sampled.items()),
-            tasks=_tasks(models, tokenizer, tasks, task_limit, task_path, batch_size),
+            domains=tuple(_domain(name, text, found[name], calibration) for name, text in sampled.items()),
+            tasks=results,
         )
 
 
@@ -175,14 +179,6 @@ class _Models:
         if name == "merged":
             return models.load_merged(self._base, self._delta, revision=self._base_revision, **kind)
         return models.load_on_the_fly(self._base, self._delta, revision=self._base_revision, device=self.device)
-
-
-def _samples(
-    source: str | Path, tokenizer: Any, count: int, length: int, seed: int, text_column: str | None
-) -> Samples:
-    from peraxis_tools.text import load_samples
-
-    return load_samples(str(source), tokenizer, samples=count, length=length, seed=seed, text_column=text_column)
 
 
 def _compare_all(
@@ -248,18 +244,3 @@ def _domain(
         recovered=recovered,
         seen=_seen(samples, calibration),
     )
-
-
-def _tasks(
-    models: _Models,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    limit: int | None,
-    path: Path | None,
-    batch_size: int,
-) -> tuple[TaskResult, ...]:
-    if not tasks:
-        return ()
-    from peraxis_tools.evaluate.tasks import run_tasks
-
-    return run_tasks(models.load, tokenizer, tasks, limit=limit, path=path, batch_size=batch_size)

@@ -148,7 +148,7 @@ def test_the_work_goes_on_without_a_reader_of_standard_error(inputs: Path, tmp_p
     code = f"""
 import sys
 sys.argv = ["peraxis-tools", "split", "a.pxd", *{more!r}]
-from peraxis_tools.report import print_note
+from peraxis_tools.report.console import print_note
 print_note("nobody reads this")
 print_note("nor this")
 from peraxis_tools.cli import main

@@ -16,7 +16,11 @@ vLLM finds the plug-in by its entry points, in every process. docs/engines.md co
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peraxis_format.engines.vllm.offline import remove, update, use
 
 __all__ = ["endpoints", "register", "remove", "update", "use"]
 
@@ -41,29 +45,8 @@ def endpoints() -> Any:
     return PeraxisEndpoints()
 
 
-def use(llm: Any, delta: str | None) -> str:
-    """Swap the whole model of an `LLM` to a fine-tune, or back to the base with None. Returns the weight version.
-
-    The first use of a delta stages it. Raises the engine's error, which quotes the cause; the model is then unchanged.
-    """
-    from peraxis_format.engines.vllm.offline import use as used
-
-    return used(llm, delta)
-
-
-def update(llm: Any, path: str) -> str:
-    """Apply one exact update, or an anchor, to the whole model of an `LLM`, permanently. Returns the version.
-
-    Staged deltas have to be removed before. Raises the engine's error, which quotes the cause; the model is then
-    unchanged.
-    """
-    from peraxis_format.engines.vllm.offline import update as updated
-
-    return updated(llm, path)
-
-
-def remove(llm: Any, delta: str) -> None:
-    """Free a delta that `use` staged and that is not in use."""
-    from peraxis_format.engines.vllm.offline import remove as removed
-
-    removed(llm, delta)
+def __getattr__(name: str) -> Any:
+    """Import the functions for an offline `LLM` at their first use, because they need torch."""
+    if name not in ("remove", "update", "use"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("peraxis_format.engines.vllm.offline"), name)

@@ -23,7 +23,7 @@ from peraxis_format.torch.device import device_of
 from peraxis_format.torch.place.binding import check_live
 from peraxis_format.torch.place.claims import claim, release
 from peraxis_format.torch.place.placement import place
-from peraxis_format.torch.place.ranks import agree
+from peraxis_format.torch.place.ranks import Ranks, agree, together
 from peraxis_format.torch.place.shards import Placement
 from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.serve.linear import many_rows
@@ -35,6 +35,7 @@ from peraxis_format.torch.updates.staged import StagedUpdate, stage
 __all__ = [
     "ComponentTensors",
     "Placement",
+    "Ranks",
     "Scratch",
     "StagedUpdate",
     "UpdateFile",
@@ -54,6 +55,7 @@ __all__ = [
     "release",
     "signed_matmul",
     "stage",
+    "together",
 ]
 
 _CHECK_BYTES: Final = 32 << 20  # bytes of the ring buffer that reads weights from a CUDA device for hashing

@@ -17,7 +17,10 @@ _BASE: Final[WeakKeyDictionary[Any, str]] = WeakKeyDictionary()  # LLM -> the ve
 
 
 def use(llm: Any, delta: str | None) -> str:
-    """See peraxis_format.engines.vllm.use."""
+    """Swap the whole model of an `LLM` to a fine-tune, or back to the base with None. Returns the weight version.
+
+    The first use of a delta stages it. Raises the engine's error, which quotes the cause; the model is then unchanged.
+    """
     staged = _STAGED.setdefault(llm, {})
     if delta is not None and delta not in staged:
         with open_delta(delta) as file:
@@ -30,7 +33,11 @@ def use(llm: Any, delta: str | None) -> str:
 
 
 def update(llm: Any, path: str) -> str:
-    """See peraxis_format.engines.vllm.update."""
+    """Apply one exact update, or an anchor, to the whole model of an `LLM`, permanently. Returns the version.
+
+    Staged deltas have to be removed before. Raises the engine's error, which quotes the cause; the model is then
+    unchanged.
+    """
     with open_delta(path) as file:
         version = file.content_id
     _call(llm, staging({"update": path}))
@@ -47,7 +54,7 @@ def _write(llm: Any, info: dict[str, Any], version: str) -> None:
 
 
 def remove(llm: Any, delta: str) -> None:
-    """See peraxis_format.engines.vllm.remove."""
+    """Free a delta that `use` staged and that is not in use."""
     staged = _STAGED.get(llm, {})
     if delta not in staged:
         raise LiveModelError(f"{delta}: not staged; `use` stages it")

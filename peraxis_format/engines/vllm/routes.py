@@ -64,6 +64,15 @@ async def _answer(request: Request, action: Callable[[Control], Awaitable[dict[s
         return JSONResponse({"error": "a process of the engine has ended; start the server again"}, status_code=503)
 
 
+async def _posted(
+    request: Request, action: Callable[[Control, dict[str, Any]], Awaitable[dict[str, Any]]]
+) -> JSONResponse:
+    async def with_body(control: Control) -> dict[str, Any]:
+        return await action(control, await _body(request))
+
+    return await _answer(request, with_body)
+
+
 async def get_status(request: Request) -> JSONResponse:
     """GET /v1/peraxis."""
     return await _answer(request, lambda control: control.status())
@@ -71,11 +80,7 @@ async def get_status(request: Request) -> JSONResponse:
 
 async def post_variant(request: Request) -> JSONResponse:
     """POST /v1/peraxis/variants."""
-
-    async def action(control: Control) -> dict[str, Any]:
-        return await control.add(await _body(request))
-
-    return await _answer(request, action)
+    return await _posted(request, Control.add)
 
 
 async def delete_variant(request: Request) -> JSONResponse:
@@ -85,29 +90,17 @@ async def delete_variant(request: Request) -> JSONResponse:
 
 async def post_use(request: Request) -> JSONResponse:
     """POST /v1/peraxis/use."""
-
-    async def action(control: Control) -> dict[str, Any]:
-        return await control.use(await _body(request))
-
-    return await _answer(request, action)
+    return await _posted(request, Control.use)
 
 
 async def post_update(request: Request) -> JSONResponse:
     """POST /v1/peraxis/update."""
-
-    async def action(control: Control) -> dict[str, Any]:
-        return await control.update(await _body(request))
-
-    return await _answer(request, action)
+    return await _posted(request, Control.update)
 
 
 async def post_follow(request: Request) -> JSONResponse:
     """POST /v1/peraxis/follow."""
-
-    async def action(control: Control) -> dict[str, Any]:
-        return await control.follow(await _body(request))
-
-    return await _answer(request, action)
+    return await _posted(request, Control.follow)
 
 
 async def delete_follow(request: Request) -> JSONResponse:

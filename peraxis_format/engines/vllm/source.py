@@ -12,13 +12,13 @@ import shutil
 import tempfile
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 from urllib.error import HTTPError
 
-from peraxis_format.engines.vllm.bridge import agree
+from peraxis_format.engines.vllm.bridge import Ranks, together
 from peraxis_format.errors import CheckpointError, LiveModelError, PxdError
 from peraxis_format.hub import hub_path
 from peraxis_format.reader import DeltaFile
@@ -38,20 +38,11 @@ def open_delta(source: str, *, group: Any = None) -> DeltaFile:
 
     Raises CheckpointError, PxdError, OSError; LiveModelError if ranks find different files under one name.
     """
-    file: DeltaFile | None = None
-    failure: BaseException | None = None
-    try:
-        file = _opened(source)
-    except Exception as error:
-        failure = error
-    try:
-        _agree(failure, group)
-        assert file is not None
+    with ExitStack() as stack:
+        with together(group, sharded=group is not None):
+            file = stack.enter_context(_opened(source))
         _refuse_different(source, file, group)
-    except BaseException:
-        if file is not None:
-            file.close()
-        raise
+        stack.pop_all()
     return file
 
 
@@ -68,21 +59,8 @@ def _opened(source: str) -> DeltaFile:
             raise
 
 
-def _agree(failure: BaseException | None, group: Any) -> None:
-    if group is None and failure is not None:
-        raise failure
-    if group is not None:
-        agree(failure, group)
-
-
 def _refuse_different(source: str, file: DeltaFile, group: Any) -> None:
-    if group is None:
-        return
-    import torch.distributed as distributed
-
-    found: list[Any] = [None] * distributed.get_world_size(group)
-    distributed.all_gather_object(found, file.content_id, group=group)
-    if len(set(found)) > 1:
+    if group is not None and len(set(Ranks(group).all_gather(file.content_id))) > 1:
         raise LiveModelError(f"{shown(source)}: is another file on another rank; give every host the same file")
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from peraxis_format.delta import Encoding
-from peraxis_format.engines.vllm.bridge import Placement, agree, check_base, check_pads, claim, place, release
+from peraxis_format.engines.vllm.bridge import Placement, check_base, check_pads, claim, place, release, together
 from peraxis_format.engines.vllm.kept import KeptFile
 from peraxis_format.engines.vllm.layers import Variant
 from peraxis_format.engines.vllm.layout import placed_tensors, plain_tensors, refuse_uncovered, views
@@ -207,17 +207,8 @@ class VariantStore:
     def _agreed(self, read: Callable[[], T]) -> T:
         """The result of reading, on all ranks or on none."""
         group, count = tensor_group()
-        found: list[T] = []
-        failure: BaseException | None = None
-        try:
-            found.append(read())
-        except Exception as error:
-            failure = error
-        if count > 1:
-            agree(failure, group)
-        if failure is not None:
-            raise failure
-        return found[0]
+        with together(group, sharded=count > 1):
+            return read()
 
     def _read(self, name: str, file: DeltaFile, placement: Placement | None) -> Variant:
         """Read a file's payload for the layers, and check all digests. placement: None if the base was checked."""

@@ -64,9 +64,7 @@ def _moved(u, d, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _exponents(
-    old, begin, count, tile, MANTISSA: tl.constexpr, MASK: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr
-):
+def _exponents(old, begin, count, tile, MANTISSA: tl.constexpr, MASK: tl.constexpr, N: tl.constexpr):
     """Places within the block, and exponents (-1 beyond it) of a tile of weights; int32 [N]."""
     lanes = (tile * N).to(tl.int32) + tl.arange(0, N)
     inside = lanes < count
@@ -140,7 +138,7 @@ def _class_0(
     """Every weight of class 0 has a number. Returns low, high, and whether the block is well-formed so far."""
     tile = tl.full((), 0, tl.int64)
     while tile < tl.where(ok == 1, (count + N - 1) // N, 0):
-        lanes, es = _exponents(old, begin, count, tile, MANTISSA, MASK, WIDTH, N)
+        lanes, es = _exponents(old, begin, count, tile, MANTISSA, MASK, N)
         left = (es >= 0) & (es < mode)
         members = tl.sum(left.to(tl.int32))
         if members * 8 > N:
@@ -172,7 +170,7 @@ def count_kernel(
     mode = tl.load(index + block) & 255
     begin = block * SIZE
     if (mode > 0) & (mode < 255):
-        _, es = _exponents(old, begin, tl.minimum(weights - begin, SIZE), tile, MANTISSA, MASK, WIDTH, N)
+        _, es = _exponents(old, begin, tl.minimum(weights - begin, SIZE), tile, MANTISSA, MASK, N)
         cs = tl.where(es >= 0, tl.minimum(es - mode.to(tl.int32) + 1, 15), 0)
         for c in range(1, 16):
             tl.store(counts + (block * (SIZE // N) + tile) * 16 + c, tl.sum((cs == c).to(tl.int32)))
@@ -192,7 +190,7 @@ def _runs(
         while tile < tl.where(ok == 1, (count + N - 1) // N, 0):
             members, taken = tl.load(counts + tile * 16 + c).to(tl.int64), tl.full((), 0, tl.int64)
             if (v >> (15 - c)) < members:
-                lanes, es = _exponents(old, begin, count, tile, MANTISSA, MASK, WIDTH, N)
+                lanes, es = _exponents(old, begin, count, tile, MANTISSA, MASK, N)
                 own = (es >= 0) & (tl.minimum(es - mode + 1, 15) == c)
                 rank = tl.cumsum(own.to(tl.int32)) - 1
                 while (ok == 1) & ((v >> (15 - c)) < members - taken):

@@ -44,6 +44,7 @@ from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 from peraxis_tools.compress.run.work_folder import WorkFolder
 from peraxis_tools.heap import trim_heap
 from peraxis_tools.parameter_names import NameMap, ParameterSlice
+from peraxis_tools.progress import Staged
 
 __all__ = ["LayerwiseCalibration"]
 
@@ -68,7 +69,7 @@ class LayerwiseCalibration:
         work: WorkFolder,
         processes: Processes,
         hidden_limit: int,
-        progress: Callable[[str, int, int], None],
+        progress: Staged,
     ) -> None:
         self.teacher, self.student = teacher, student
         self.names, self.options, self.work, self.processes = names, options, work, processes
@@ -84,6 +85,7 @@ class LayerwiseCalibration:
             SpilledTensors(work.path, f"hidden-{label}-{processes.rank}", limit=hidden_limit // 2)
             for label in ("teacher", "student")
         ]
+        self._both = tuple(zip(self._hidden, (teacher, student), strict=True))
         self._limit = hidden_limit
         self._progress = progress
         self.device = student.device
@@ -96,7 +98,7 @@ class LayerwiseCalibration:
         for model, source in self._sources():
             self.weights.fill_outer(model, source)
         for i, batch in enumerate(self.text.batches):
-            for hidden, model in zip(self._hidden, (self.teacher, self.student), strict=True):
+            for hidden, model in self._both:
                 hidden[i] = model.embed(batch.ids)
         for model in (self.teacher, self.student):
             if not (model.is_tied and self._heads()):  # a head that is fitted last needs its weights
@@ -157,7 +159,7 @@ class LayerwiseCalibration:
 
     def _advance(self, index: int) -> None:
         for i, batch in enumerate(self.text.batches):
-            for hidden, model in zip(self._hidden, (self.teacher, self.student), strict=True):
+            for hidden, model in self._both:
                 hidden[i] = model.run_layer(index, batch.ids, hidden[i])
 
     def _signed(self, parameters: Iterable[str]) -> list[tuple[PlannedModule, ParameterSlice]]:
@@ -259,10 +261,7 @@ class LayerwiseCalibration:
         """Fit a block's modules, and compute the next hidden states of both sides."""
         local = self.student.layer_parameters(index)
         with ExitStack() as stack:
-            sides = [
-                self._side(model, hidden, stack.enter_context(model.at_layer(index)))
-                for hidden, model in zip(self._hidden, (self.teacher, self.student), strict=True)
-            ]
+            sides = [self._side(model, h, stack.enter_context(model.at_layer(index))) for h, model in self._both]
             collector = stack.enter_context(self._collector(sides, local))
             done = [
                 self._plain(module, "its input was not seen: mean |delta|")
@@ -309,10 +308,7 @@ class LayerwiseCalibration:
         done = [self._plain(m, "not a parameter of the model: mean |delta|") for m in heads if m not in mapped]
         if mapped:
             names = sorted({self.names.by_tensor[module.name].parameter for module in mapped})
-            sides = [
-                self._side(model, hidden, model.head)
-                for hidden, model in zip(self._hidden, (self.teacher, self.student), strict=True)
-            ]
+            sides = [self._side(model, hidden, model.head) for hidden, model in self._both]
             with self._collector(sides, names, outputs=False) as collector:
                 for stage in collector.stages:
                     done.extend(self._fit_stage(stage, collector.collect(stage)))

@@ -1,9 +1,8 @@
 """A large table of which the text uses few rows: signs are refined for these alone.
 
-Rows share the columns' scales and nothing else. So the rows that the text uses are fitted with all that a fit has, and
-the others follow with their columns: component after component the sign of what is left, and the row's scale in closed
-form. A text says next to nothing of a row that none of its tokens stands for, and refining such rows would take most of
-the time.
+Rows share only the columns' scales. So the rows that the text uses are fitted in full, and the others with the columns'
+scales of these: each component takes the signs of the residual, and a scale of the row in closed form. A text has
+almost no information about a row whose token it does not contain, and refining such rows would take most of the time.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ _MOST_USED: Final = 0.5
 
 
 def has_unused_rows(matrix: Matrix, axis: Axis) -> bool:
-    """Whether it pays to tell rows apart, and the axis allows it."""
+    """Whether few enough rows are used, and the axis has a scale for each row."""
     if matrix.used is None or axis not in (Axis.ROW, Axis.ROW_COL):
         return False
     return 0.0 < float(matrix.used.float().mean()) < _MOST_USED
 
 
 def fit_used_rows(matrix: Matrix, axis: Axis, hessian: Hessian, options: FitOptions) -> tuple[ComponentFit, ...]:
-    """Terms of all rows; see above."""
+    """Fit the components of all rows; see above."""
     if matrix.used is None:
         raise ValueError("a matrix without known rows")
     used = matrix.used.nonzero()[:, 0]

@@ -228,13 +228,9 @@ class LayerwiseModel:
         first = self.layers[0]
         first.forward = stop
         try:
-            self.model(input_ids=ids, use_cache=False)
-        except StopForward as reached:
-            states: Tensor = reached.value
-            return states
+            return self._stopped(ids, "first")
         finally:
             del first.forward
-        raise UnsupportedModelError("the first decoder layer is never called; use --fit none")
 
     def states(self, ids: Tensor) -> Tensor:
         """The output of the last layer."""
@@ -245,13 +241,18 @@ class LayerwiseModel:
 
         handle = self.layers[-1].register_forward_hook(stop)
         try:
+            return self._stopped(ids, "last")
+        finally:
+            handle.remove()
+
+    def _stopped(self, ids: Tensor, layer: str) -> Tensor:
+        """The hidden states at which a pass was stopped. Raises UnsupportedModelError if the layer did not stop it."""
+        try:
             self.model(input_ids=ids, use_cache=False)
         except StopForward as reached:
             states: Tensor = reached.value
             return states
-        finally:
-            handle.remove()
-        raise UnsupportedModelError("the last decoder layer is never called; use --fit none")
+        raise UnsupportedModelError(f"the {layer} decoder layer is never called; use --fit none")
 
     def head(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """The logits for the output of the last layer, or for some of its tokens; ids: the tokens."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
@@ -11,6 +11,7 @@ from peraxis_format import Array, DType, Encoding, Safetensors
 from peraxis_tools.compress.plan.plan import PlannedModule
 from peraxis_tools.compress.plan.unchanged import is_unchanged
 from peraxis_tools.errors import ToolError
+from peraxis_tools.progress import Staged
 
 __all__ = ["check_finite", "check_pair_finite"]
 
@@ -24,10 +25,7 @@ _BLOCK: Final = 1 << 20  # elements of one block
 
 
 def check_pair_finite(
-    modules: Iterable[PlannedModule],
-    base: Safetensors,
-    fine_tuned: Safetensors,
-    progress: Callable[[str, int, int], None],
+    modules: Iterable[PlannedModule], base: Safetensors, fine_tuned: Safetensors, progress: Staged
 ) -> None:
     """Call check_finite for every module with signs, and read each once. Raises ToolError."""
     signed = [module for module in modules if module.encoding is Encoding.SIGN]

@@ -50,9 +50,8 @@ class RunFit:
 class Fitting(Protocol):
     """A way to compute components: without text (streamed.py) or on a text (calibrated.py).
 
-    Life cycle: entered; `errors` where a byte target is to be spent; `fit` once, with the plan as it is
-    then; the file is written by the process that `writes`; left. Only a run that ends well gives up what it has kept
-    for resuming.
+    Life cycle: it is entered; `errors` is called if there is a byte target; `fit` is called once, with the final plan;
+    the process that `writes` writes the file; it is left. A run that fails keeps its state, so that it can be resumed.
     """
 
     @property

@@ -28,9 +28,9 @@ def _steps(tensor: Tensor, backend: str | None) -> Any:
     return import_module(f"peraxis_tools.ops.sign_search.{chosen}")
 
 
-def block_columns(tensor: Tensor, *, descent: bool = False, backend: str | None = None) -> int:
+def block_columns(tensor: Tensor, *, descent: bool = False) -> int:
     """The number of columns of a block, for a matrix on the tensor's device."""
-    chosen = choose("sign_search", tensor.numel(), tensor.device.type, backend)
+    chosen = choose("sign_search", tensor.numel(), tensor.device.type)
     return _SWEPT if descent and chosen == "numba" else _BLOCK
 
 
