@@ -32,7 +32,7 @@ FORMAT = (
         "strict_json",
         "canonical",
     ),
-    *("files", "opening", "delta", "exact", "manifest", "schema_types"),
+    *("interrupts", "files", "opening", "delta", "exact", "manifest", "schema_types"),
     *(
         "schema",
         "profile",
