@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from peraxis_format.errors import LiveModelError
-from peraxis_format.torch.updates import UpdateWriter, apply_update, follow
+from peraxis_format.torch.updates import UpdateWriter, apply_update, follow, mirror
 from tests.loader.updates_pair import published, server, train, trainer
 
 
@@ -89,3 +89,34 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_file(tmp_path: Path) 
     with pytest.raises(OSError, match="anchor-00000000") as found:
         writer.step()
     assert found.value.filename == "/proc/self/anchor-00000000.pxd"
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_a_store_that_takes_a_file_and_does_not_answer_is_read_again(
+    failed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fsspec")
+    url = f"memory://unanswered-{failed}"
+    model, live, send = trainer(), server(), mirror.Mirror.send
+    writer = UpdateWriter(model, url)
+
+    def unanswered(self: mirror.Mirror, path: Path) -> None:
+        send(self, path)
+        raise TimeoutError("the store does not answer")
+
+    for step in range(3):
+        if step == failed:
+            with monkeypatch.context() as patch:
+                patch.setattr(mirror.Mirror, "send", unanswered)
+                with pytest.raises(TimeoutError):
+                    writer.step()
+            train(model, 10)
+            assert writer.step().step == step + 1
+        elif step != failed + 1:
+            assert writer.step().step == step
+        train(model, step)
+    assert writer.step().step == 3
+    with follow(live, url) as follower:
+        assert follower.poll().step == 3
+    assert published(live) == published(model)
+    writer.close()

@@ -111,7 +111,9 @@ class ShardedUpdateWriter(UpdateWriter):
         return self._done(path, number, written, tied)
 
     def _is_broken_off(self) -> bool:
-        return any(self._ranks.all_gather(self._broken_off))
+        with self._together():
+            mine = super()._is_broken_off()
+        return any(self._ranks.all_gather(mine))
 
     # --- the parts of a step --------------------------------------------------------------------------
 
