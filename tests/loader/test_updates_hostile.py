@@ -8,8 +8,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import peraxis_format as pxd
 from peraxis_format.errors import LiveModelError
 from peraxis_format.torch.updates import UpdateWriter, apply_update, follow, mirror
 from tests.loader.updates_pair import published, server, train, trainer
@@ -120,3 +122,34 @@ def test_a_store_that_takes_a_file_and_does_not_answer_is_read_again(
         assert follower.poll().step == 3
     assert published(live) == published(model)
     writer.close()
+
+
+def rewritten(path: Path, to: Path, *more: pxd.ModuleDelta) -> None:
+    """Write a file again under another name, with further modules."""
+    with pxd.open(path) as file:
+        manifest = file.manifest
+        modules = [file.load(entry.name) for entry in manifest.modules]
+    path.unlink()
+    name = manifest.fine_tuned
+    with pxd.DeltaWriter(to, base=name, fine_tuned=name, previous=manifest.previous, chained=True) as writer:
+        for module in (*modules, *more):
+            writer.add(module)
+        writer.finish()
+
+
+def test_a_trainer_refuses_a_folder_whose_files_are_no_chain_of_its_model(tmp_path: Path) -> None:
+    model = trainer()
+    writer = UpdateWriter(model, tmp_path / "a")
+    writer.step()
+    train(model, 1)
+    step = Path(writer.step().path)
+    more = pxd.ModuleDelta(
+        name="new", shape=(4,), dtype=pxd.DType.F32, encoding=pxd.Encoding.FULL, full=np.zeros(4, np.float32)
+    )
+    rewritten(step, step, more)
+    with pytest.raises(LiveModelError, match=r"new: is in .*step-00000001.pxd, but not before it"):
+        UpdateWriter(model, tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    rewritten(step, tmp_path / "b" / "anchor-00000000.pxd")
+    with pytest.raises(LiveModelError, match=r"anchor-00000000.pxd: .* has a base, so this is no anchor"):
+        UpdateWriter(model, tmp_path / "b")

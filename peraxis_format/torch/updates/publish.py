@@ -323,6 +323,10 @@ class UpdateWriter:
     def _load_anchor(self, anchor: UpdateFile) -> None:
         with DeltaFile(anchor.path) as delta:
             for entry in delta.manifest.modules:
+                if entry.base is not None:
+                    raise LiveModelError(
+                        f"{anchor.path}: {entry.name} has a base, so this is no anchor; use a new folder"
+                    )
                 array = np.array(reconstruct(delta.load(entry.name)))
                 self._snapshot[entry.name] = entry.dtype, array
                 self._digests[entry.name] = digest_of(array)
@@ -330,6 +334,8 @@ class UpdateWriter:
     def _promote_file(self, update: UpdateFile) -> None:
         with DeltaFile(update.path) as delta:
             for entry in delta.manifest.modules:
+                if entry.name not in self._snapshot:
+                    raise LiveModelError(f"{entry.name}: is in {update.path}, but not before it; use a new folder")
                 if entry.encoding is not Encoding.SAME:
                     dtype, array = self._snapshot[entry.name]
                     self._snapshot[entry.name] = dtype, reconstruct(delta.load(entry.name), array)
