@@ -85,7 +85,10 @@ class DeltaWriter:
         self._assets: list[tuple[Asset, int]] = []
         # The spool is beside the file, so that both are on one disk, except if the file is a device.
         spool_folder = None if is_stream(self.path) else self.path.parent
-        self._spool = tempfile.TemporaryFile(dir=spool_folder)  # noqa: SIM115  closed in __exit__
+        try:
+            self._spool = tempfile.TemporaryFile(dir=spool_folder)  # noqa: SIM115  closed in __exit__
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
         self._end = 0
 
     def add(self, module: ModuleDelta) -> ModuleEntry:

@@ -34,7 +34,7 @@ FORMAT = (
         "strict_json",
         "canonical",
     ),
-    *("files", "opening", "interrupts", "delta", "exact", "manifest", "schema_types"),
+    *("interrupts", "files", "opening", "delta", "exact", "manifest", "schema_types"),
     *(
         "schema",
         "profile",

@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import peraxis_format
 from peraxis_format.interrupts import uninterrupted
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch import VariantSwitch
@@ -24,18 +23,25 @@ from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.updates import UpdateWriter, follow, staged
 from tests.loader.test_updates_writes import STEP, move, publish, same, weights
 
-PACKAGE = str(Path(peraxis_format.__file__).parent)
+# A generator or an open file that an interrupt cuts off.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 LINES = 5000  # more than a call has
 STRIDE = int(os.environ.get("PERAXIS_TEST_STRIDE", "7"))  # with 1, all lines are tried, which takes a minute
 
 
 @contextmanager
 def interrupts(at: int, *, within: tuple[str, ...]) -> Iterator[list[int]]:
-    """Send Ctrl-C at the `at`-th line that these files run and at each later one, until it raises.
+    """Send Ctrl-C at the `at`-th line that these files run, and at each later one until it raises.
 
-    A list of the number of lines that were run is yielded. The raised KeyboardInterrupt ends the trace.
+    Then it is sent once more, at the next call of a function. A list of the number of lines that were run is yielded.
     """
-    lines = [0]
+    lines, sent = [0], [False]
+
+    def send() -> None:
+        sent[0] = True
+        signal.raise_signal(signal.SIGINT)
+        for _ in range(2):  # Python runs handlers at the latest at a jump back
+            pass
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         if not frame.f_code.co_filename.endswith(within):
@@ -43,17 +49,21 @@ def interrupts(at: int, *, within: tuple[str, ...]) -> Iterator[list[int]]:
         if event == "line":
             lines[0] += 1
             if lines[0] >= at:
-                signal.raise_signal(signal.SIGINT)
-                for _ in range(2):  # Python runs handlers at the latest at a jump back
-                    pass
+                send()
         return trace
 
+    def again(frame: FrameType, event: str, _: Any) -> None:
+        if sent[0] and event == "call" and frame.f_code.co_filename.endswith(within):
+            send()
+
     before = sys.gettrace()
+    sys.setprofile(again)
     sys.settrace(trace)
     try:
         yield lines
     finally:
         sys.settrace(before)
+        sys.setprofile(None)
 
 
 def at_every_line(run: Callable[[], object], within: tuple[str, ...]) -> Iterator[bool]:
@@ -137,7 +147,6 @@ def test_an_interrupt_at_any_line_of_a_swap_leaves_the_variant_that_it_names(tmp
     assert found == {(True, None), (True, "moved"), (False, "moved")}
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an open file that was cut off
 def test_an_interrupt_at_any_line_of_a_step_leaves_a_chain_that_goes_on(tmp_path: Path) -> None:
     model = weights()
     writer = UpdateWriter(model, tmp_path, anchor_every=10)

@@ -53,6 +53,13 @@ class UnpicklableError(Exception):
         super().__init__(message)
 
 
+class Unwritable(dict[str, Any]):
+    """A mapping that has no room for changes."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise MemoryError("this rank")
+
+
 def publishing(rank: int, world: int, folder: str) -> None:
     """Test the trainer: a rank fails in each part of a step, of resuming, and of an anchor."""
     path, mesh = start(rank, world, folder)
@@ -79,15 +86,21 @@ def publishing(rank: int, world: int, folder: str) -> None:
             assert before == (sorted(chain.iterdir()), writer.step_number, writer.result)
             distributed.barrier()
         assert writer.step().step == step
+    if last:
+        writer._snapshot = Unwritable(writer._snapshot)
+    model.become(state(4, torch.float32), mesh)
+    with pytest.raises(MemoryError, match="this rank"):  # after the file is published
+        writer.step()
+    assert (writer.step_number, (chain / "step-00000004.pxd").exists()) == (3, True)
+    assert writer.step().step == 5
 
     for name in ("DeltaFile", "reconstruct", "live_tensors"):
         for here in (rank == 0, last):
             with failing(publish_sharded, name, broken_disk(), here=here), pytest.raises(OSError, match="cannot read"):
                 ShardedUpdateWriter(model, chain)
     again = ShardedUpdateWriter(model, chain)
-    assert (again.step_number, again.result) == (3, writer.result)
-    model.become(state(4, torch.float32), mesh)
-    assert again.step().step == 4
+    assert (again.step_number, again.result) == (5, writer.result)
+    assert again.step().step == 6
     other = Pieces({name: tensor[:-1] if name == "norm" else tensor for name, tensor in state(4).items()}, mesh)
     with pytest.raises(LiveModelError, match="norm: rank 1 has another shape"):
         ShardedUpdateWriter(other if rank == 1 else model, path / "odd").step()
@@ -182,5 +195,5 @@ def test_an_error_on_one_rank_is_raised_by_all_and_changes_nothing(job: Any, wor
     run(job, tmp_path, world)
     if job is publishing:
         server: dict[str, Tensor] = {name: torch.zeros_like(tensor) for name, tensor in state(0).items()}
-        assert follow(server, tmp_path / "chain").poll().step == 4
+        assert follow(server, tmp_path / "chain").poll().step == 6
         assert bytes_of(server) == bytes_of(state(4))

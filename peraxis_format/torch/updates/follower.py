@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from peraxis_format.delta import Encoding
 from peraxis_format.dtypes import digest_of
-from peraxis_format.errors import ArgumentError, LiveModelError, PxdError
+from peraxis_format.errors import ArgumentError, BindingError, LiveModelError, PxdError
 from peraxis_format.ops.tensors import storage_array
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.finder import check_target
@@ -114,12 +114,17 @@ class Follower:
         applied: list[Path] = []
         failed = [path for path in problems if path.parent == self.folder]
         self._know_state(files)
+        found_again = False
         while (chosen := next_update(files, self._state, self.step, skip=waiting)) is not None:
             try:
                 self._apply(chosen)
             except TornError:
                 raise
             except (PxdError, LiveModelError, OSError) as error:
+                if isinstance(error, BindingError) and not found_again:
+                    found_again = True
+                    if self._has_moved(files):
+                        continue
                 waiting[chosen.path] = str(error)
                 failed.append(chosen.path)
                 continue
@@ -246,8 +251,14 @@ class Follower:
         if self._state is None and files:
             self._find_state(files)
 
+    def _has_moved(self, files: list[UpdateFile]) -> bool:
+        """Whether the model is in another state of the chain than the known one: other code may apply updates too."""
+        before = self._state
+        self._find_state(files)
+        return self._state != before
+
     def _find_state(self, files: list[UpdateFile]) -> None:
-        """Find the model's state in the chain by the digests of its tensors, the newest state first."""
+        """Find the model's state in the chain by the digests of its tensors, the newest first. Else it is kept."""
         digests: dict[str, str] = {}
         for file in reversed(files):
             if self._is_at(file, digests):

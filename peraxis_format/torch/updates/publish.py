@@ -74,6 +74,7 @@ class UpdateWriter:
         self._digests: dict[str, str] = {}
         self._head: UpdateFile | None = None
         self._broken_off = False  # whether the snapshot may not be the last published state
+        self._sending: str | None = None  # the file whose transfer has begun and not ended well
         with self._together():
             self.folder.mkdir(parents=True, exist_ok=True)
         self._restore()
@@ -216,10 +217,15 @@ class UpdateWriter:
     def _send(self, path: Path) -> None:
         """Send a written file to its URL. Raises FileExistsError, OSError; nothing is published then."""
         if self._mirror is not None:
+            self._sending = path.name
             try:
                 self._mirror.send(path)
+            except FileExistsError:
+                self._sending = None
+                raise
             finally:
                 path.unlink(missing_ok=True)
+            self._sending = None
 
     def _is_there(self, path: Path) -> bool:
         return path.exists() if self._mirror is None else self._mirror.exists(path.name)
@@ -294,10 +300,12 @@ class UpdateWriter:
             if self._head is None and before is not None:
                 self._head = before
                 raise LiveModelError(f"{self.folder}: has no chain any more; publish to a new folder")
-            self._broken_off = False
+            self._broken_off, self._sending = False, None
 
     def _is_broken_off(self) -> bool:
-        return self._broken_off
+        # A store may have taken a file and then not answered.
+        taken = self._mirror is not None and self._sending is not None and self._mirror.exists(self._sending)
+        return self._broken_off or taken
 
     def _restore(self) -> None:
         """Update the snapshot to the last state of the folder."""
@@ -315,6 +323,10 @@ class UpdateWriter:
     def _load_anchor(self, anchor: UpdateFile) -> None:
         with DeltaFile(anchor.path) as delta:
             for entry in delta.manifest.modules:
+                if entry.base is not None:
+                    raise LiveModelError(
+                        f"{anchor.path}: {entry.name} has a base, so this is no anchor; use a new folder"
+                    )
                 array = np.array(reconstruct(delta.load(entry.name)))
                 self._snapshot[entry.name] = entry.dtype, array
                 self._digests[entry.name] = digest_of(array)
@@ -322,6 +334,8 @@ class UpdateWriter:
     def _promote_file(self, update: UpdateFile) -> None:
         with DeltaFile(update.path) as delta:
             for entry in delta.manifest.modules:
+                if entry.name not in self._snapshot:
+                    raise LiveModelError(f"{entry.name}: is in {update.path}, but not before it; use a new folder")
                 if entry.encoding is not Encoding.SAME:
                     dtype, array = self._snapshot[entry.name]
                     self._snapshot[entry.name] = dtype, reconstruct(delta.load(entry.name), array)

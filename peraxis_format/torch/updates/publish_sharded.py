@@ -111,7 +111,9 @@ class ShardedUpdateWriter(UpdateWriter):
         return self._done(path, number, written, tied)
 
     def _is_broken_off(self) -> bool:
-        return any(self._ranks.all_gather(self._broken_off))
+        with self._together():
+            mine = super()._is_broken_off()
+        return any(self._ranks.all_gather(mine))
 
     # --- the parts of a step --------------------------------------------------------------------------
 
@@ -312,6 +314,8 @@ class ShardedUpdateWriter(UpdateWriter):
                     entry = known.get(name)
                     if entry is None or (entry.shape, entry.dtype) != (self._layouts[name].shape, dtype):
                         raise LiveModelError(f"{name}: has another shape or dtype than in {path}; use a new folder")
+                    if file is way.anchor and entry.base is not None:
+                        raise LiveModelError(f"{path}: {name} has a base, so this is no anchor; use a new folder")
                     if owners[name] == self._ranks.rank and entry.encoding is not Encoding.SAME:
                         state[name] = np.array(reconstruct(delta.load(name), state.get(name)))
                 odd = sorted(known.keys() - self._dtypes.keys())

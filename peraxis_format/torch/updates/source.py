@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -71,15 +72,22 @@ def newer_file(path: Path) -> Path | None:
 
 
 def missing_folder(folder: Path) -> str | None:
-    """The reason why a folder of updates has none, if it does not exist; a trainer may make it later."""
-    if folder.is_dir():
-        return None
-    return f"{folder}: {'is not a folder' if folder.exists() else 'no such folder yet'}; waiting for the first update"
+    """The reason why a folder of updates has none, if it does not exist or cannot be read; that may change later."""
+    try:
+        with os.scandir(folder):
+            return None
+    except FileNotFoundError:
+        reason = "no such folder yet"
+    except NotADirectoryError:
+        reason = "is not a folder"
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+    return f"{folder}: {reason}; waiting for the first update"
 
 
 def list_updates(folder: Path, known: dict[Path, UpdateFile] | None = None) -> tuple[list[UpdateFile], dict[Path, str]]:
     """The updates and anchors of a folder in the order of their steps, and the faults of files that cannot be read.
-    A folder that does not exist is one of the faults.
+    A folder that does not exist or cannot be read is one of the faults.
 
     known: a cache of the files that were read; it is updated, so that a file is opened once, and again if it was
     replaced.
@@ -118,6 +126,8 @@ def chain_of(folder: Path) -> Way | None:
     Raises LiveModelError for a file that cannot be read, a gap, and updates without an anchor.
     """
     files, problems = list_updates(folder)
+    if folder in problems:
+        raise LiveModelError(problems[folder].partition(";")[0])
     if problems:
         raise LiveModelError(f"{next(iter(problems.values()))}; move it away and publish again")
     anchors = [file for file in files if file.is_anchor]

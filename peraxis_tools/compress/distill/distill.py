@@ -47,6 +47,7 @@ from peraxis_tools.compress.model.weights import Weights, kept_rows
 from peraxis_tools.compress.plan.plan import EXACT, PlannedModule
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 from peraxis_tools.compress.run.work_folder import WorkFolder
+from peraxis_tools.heap import trim_heap
 from peraxis_tools.parameter_names import ParameterSlice
 
 __all__ = ["DistillOptions", "DistillResult", "checkpoint_layers", "distill"]
@@ -104,6 +105,7 @@ def distill(
     targets = TeacherLogits(teacher, work, options.logits_limit)
     targets.keep(splits, partial(progress, "the fine-tuned model's logits"))
     trained = _parametrize(student, weights, modules, options)
+    trim_heap()  # of the teacher, and of the base in float32
     if student.device.type != "cpu":
         checkpoint_layers(student)
     losses = Losses(student=student, built=trained.built, targets=targets, splits=splits, kind=options.loss)

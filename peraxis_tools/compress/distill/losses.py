@@ -16,6 +16,7 @@ from peraxis_tools.compress.distill.parametrization import BuiltWeights
 from peraxis_tools.compress.fit.moments.spill import SpilledTensors
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.run.work_folder import WorkFolder
+from peraxis_tools.heap import trim_heap
 
 __all__ = ["Losses", "TeacherLogits"]
 
@@ -74,6 +75,7 @@ class Losses:
             target = self.targets.of(ids, split, some)
             with self.built.forgotten():
                 states = self.student.states(ids)
+            trim_heap()  # the largest tensors, of the head and its table, come next
             given = states.detach().requires_grad_()
             for part in self.student.token_parts(ids, states):
                 with self.built.forgotten():
