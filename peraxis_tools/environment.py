@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from peraxis_tools.errors import OptionError, ToolError, first_line
+from peraxis_tools.tokenizer_growth import check_growth
 
 __all__ = [
     "check_causal",
@@ -27,6 +28,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a checkpoint's folder. Raises ToolError if it has none."""
     from transformers import AutoTokenizer
 
+    check_growth(folder)
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers and transformers raise many types for a malformed file

@@ -15,7 +15,7 @@ _TAIL: Final = 500
 
 
 def error_line(error: BaseException) -> str:
-    """The message of an error on one line, without the middle of a long one; those of the system begin with the path."""
+    """The message of an error on one line, without the middle of a long one; the system's begin with the path."""
     line = _line(error)
     return line if len(line) <= _HEAD + _TAIL else f"{line[:_HEAD]} [...] {line[-_TAIL:]}"
 
