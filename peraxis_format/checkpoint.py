@@ -160,8 +160,8 @@ class Safetensors:
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file was written since its header was read.
 
-        What was read may then be of two states. A writer checks this before its output gets its name. A file that is
-        open may be replaced by another one, because the open one stays what it was.
+        The bytes that were read may then be of two states. A writer checks this before its output gets its name. An
+        open file may be replaced by another one, because the open one does not change.
         """
         for file, descriptor in list(self._descriptors.items()):
             if _stamp_of(os.fstat(descriptor)) != self._stamps[file]:
@@ -244,11 +244,11 @@ def _read_infos(file: Path) -> tuple[list[TensorInfo], _Stamp]:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of a header; a key that occurs twice would hide a tensor."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice[:80]!r} occurs twice")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key[:80]!r} occurs twice")
+        found[key] = value
     return found
 
 

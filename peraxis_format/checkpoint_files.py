@@ -20,7 +20,7 @@ __all__ = ["INDEX_NAME", "SINGLE_NAME", "CheckpointFiles", "find_files", "foreig
 
 SINGLE_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"
-ADAPTER_NAME: Final = "adapter_model.safetensors"
+_ADAPTER_NAME: Final = "adapter_model.safetensors"
 _INDEX_SUFFIX: Final = ".safetensors.index.json"
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # First bytes of files that are not safetensors, the kind of file, and the remedy.
@@ -80,7 +80,7 @@ def _of_folder(folder: Path) -> CheckpointFiles:
         return _with_ignored(folder, found, f"{SINGLE_NAME} comes first, as in transformers")
     if (folder / INDEX_NAME).is_file():
         return _with_ignored(folder, _indexed(folder / INDEX_NAME), f"{INDEX_NAME} does not list it")
-    files = sorted(path for path in folder.glob("*.safetensors") if path.name != ADAPTER_NAME)
+    files = sorted(path for path in folder.glob("*.safetensors") if path.name != _ADAPTER_NAME)
     if not files:
         raise CheckpointError(f"{folder}: has no safetensors checkpoint; {_hint(folder)}")
     strange = next((path for path in files if not path.is_file()), None)  # reading a pipe would wait for a writer
@@ -139,7 +139,7 @@ def _with_ignored(folder: Path, found: CheckpointFiles, reason: str) -> Checkpoi
 
 
 def _hint(folder: Path) -> str:
-    if (folder / ADAPTER_NAME).is_file() or (folder / "adapter_config.json").is_file():
+    if (folder / _ADAPTER_NAME).is_file() or (folder / "adapter_config.json").is_file():
         return "it is a LoRA adapter: merge it into its base first (PEFT: merge_and_unload, save_pretrained)"
     old = next((path for pattern in _PICKLES for path in sorted(folder.glob(pattern))), None)
     if old is not None:

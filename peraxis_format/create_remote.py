@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -80,9 +81,8 @@ def replace_remote(system: Any, local: Path, target: str) -> None:
     if kinds & (_CONDITIONAL | {"hf"}):  # one request, or one commit
         system.put_file(str(local), target)
         return
-    part, aside = (_beside(target, kind) for kind in ("part", "old"))
-    try:
-        system.put_file(str(local), part)
+    aside = _beside(target, "old")
+    with _uploaded(system, local, target) as part:
         if system.exists(target):  # a rename replaces nothing in some stores
             system.mv(target, aside)
         try:
@@ -91,12 +91,21 @@ def replace_remote(system: Any, local: Path, target: str) -> None:
             if system.exists(aside):
                 system.mv(aside, target)
             raise
+    with contextlib.suppress(Exception):  # the file is there; what may remain is a hidden name
+        system.rm_file(aside)
+
+
+@contextlib.contextmanager
+def _uploaded(system: Any, local: Path, target: str) -> Iterator[str]:
+    """Send a file to a temporary name beside its target, and remove it there if the block fails."""
+    part = _beside(target, "part")
+    try:
+        system.put_file(str(local), part)
+        yield part
     except BaseException:
         with contextlib.suppress(Exception):
             system.rm_file(part)
         raise
-    with contextlib.suppress(Exception):  # the file is there; what may remain is a hidden name
-        system.rm_file(aside)
 
 
 def _beside(target: str, kind: str) -> str:
@@ -144,13 +153,7 @@ def _create(system: Any, local: Path, target: str) -> None:
 
 
 def _renamed(system: Any, local: Path, target: str) -> None:
-    part = _beside(target, "part")
-    try:
-        system.put_file(str(local), part)
+    with _uploaded(system, local, target) as part:
         if system.exists(target):
             raise FileExistsError(target)
         system.mv(part, target)
-    except BaseException:
-        with contextlib.suppress(Exception):
-            system.rm_file(part)
-        raise

@@ -214,7 +214,8 @@ def new_temporary(folder: Path, *, is_folder: bool = False) -> tuple[Path, int]:
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary names of killed runs in a folder. Names of live processes stay."""
     try:
-        names = [entry.name for entry in os.scandir(folder) if _TEMPORARY.fullmatch(entry.name)]
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if _TEMPORARY.fullmatch(entry.name)]
     except OSError:
         return
     for name in names:

@@ -29,7 +29,7 @@ from peraxis_format.strict_json import (
 
 __all__ = ["check_start", "header_length", "parse_header"]
 
-RECORD_NAME_MAX: Final = 1024
+_RECORD_NAME_MAX: Final = 1024
 # A record has at least six values, and is itself a value of its object.
 _RECORDS_MAX: Final = VALUES_MAX // 6
 
@@ -141,7 +141,7 @@ def _record(match: re.Match[bytes], before: int) -> TensorRecord:
     """A record from the parts of its text. before: the end of the record before it, an int object to share."""
     inside, dtype, shape, begin, end = match.groups()
     text = unescaped(inside) if b"\\" in inside else inside
-    if len(text) > RECORD_NAME_MAX:
+    if len(text) > _RECORD_NAME_MAX:
         fail("E118", f"a name of {len(text)} bytes")  # SPEC 2.12
     name = text.decode("utf-8")
     if dtype not in _DTYPES:
@@ -244,7 +244,7 @@ def _integers(value: Json) -> tuple[int, ...] | None:
 
 def _explain_record(name: str, value: Json) -> None:
     field = name[:64]
-    if len(name.encode("utf-8", "surrogatepass")) > RECORD_NAME_MAX:
+    if len(name.encode("utf-8", "surrogatepass")) > _RECORD_NAME_MAX:
         fail("E118", "a name of more than 1024 bytes", field=field)  # SPEC 2.12
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         fail("E118", "keys other than dtype, shape, data_offsets", field=field)  # SPEC 2.12

@@ -175,6 +175,13 @@ class Manifest:
     previous: str | None = None
     result: str | None = None
 
+    def names(self) -> dict[str, list[str]]:
+        """Module -> the names of its tensor in the checkpoint: its own, and its aliases (SPEC 3.7)."""
+        found = {module.name: [module.name] for module in self.modules}
+        for name, alias in self.tied:
+            found[name].append(alias)
+        return found
+
     def to_bytes(self) -> bytes:
         """The canonical JSON (SPEC 3.2)."""
         return canonical_json(_manifest_json(self))

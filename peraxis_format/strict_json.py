@@ -33,7 +33,7 @@ __all__ = [
 Json: TypeAlias = "bool | int | str | list[Json] | dict[str, Json] | None"
 
 INTEGER_MAX: Final = 2**53 - 1
-DEPTH_MAX: Final = 8
+_DEPTH_MAX: Final = 8
 VALUES_MAX: Final = 2**22
 # The longest piece that is parsed into a tree: forty times the longest record or entry.
 PIECE_MAX: Final = 2**16
@@ -116,7 +116,7 @@ def pieces(data: bytes, begin: int, end: int, *, depth: int = 1) -> Iterator[tup
             start = at
         elif mark in _OPENING:
             level += 1
-            if level > DEPTH_MAX:
+            if level > _DEPTH_MAX:
                 raise StrictJsonError("E117", f"depth {level}", at - 1)
         else:
             level -= 1

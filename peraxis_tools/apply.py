@@ -19,7 +19,7 @@ from peraxis_tools.folders import MARKER, atomic_folder
 from peraxis_tools.outputs import claim_folder
 from peraxis_tools.predecessor import predecessor_named
 from peraxis_tools.progress import Progress, watched
-from peraxis_tools.rebuild import aliases_of, assets_of, checkpoint_bytes, rebuild_all, tensor_specs
+from peraxis_tools.rebuild import assets_of, checkpoint_bytes, rebuild_all, tensor_specs
 from peraxis_tools.shards import SHARD_BYTES, Shard, plan_shards, shard_header, write_index, write_tensor
 from peraxis_tools.sizes import parse_size
 
@@ -145,12 +145,8 @@ def _write_shards(
     workers: int | None,
     progress: Callable[[int], None],
 ) -> None:
-    aliases = aliases_of(delta.manifest)
-    arrays = (
-        array
-        for entry, array in rebuild_all(delta, base, workers=workers)
-        for _ in range(1 + len(aliases.get(entry.name, ())))
-    )
+    names = delta.manifest.names()
+    arrays = (array for entry, array in rebuild_all(delta, base, workers=workers) for _ in names[entry.name])
     with contextlib.closing(arrays):
         for shard in shards:
             with open(folder / shard.file_name, "wb") as file:

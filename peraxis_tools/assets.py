@@ -22,13 +22,7 @@ from peraxis_format import ASSET_PATH
 from peraxis_tools.errors import ToolError
 from peraxis_tools.notes import note
 
-__all__ = [
-    "LEFT_BEHIND",
-    "FolderAssets",
-    "Group",
-    "asset_group",
-    "find_assets",
-]
+__all__ = ["LEFT_BEHIND", "FolderAssets", "Group", "asset_group", "find_assets"]
 
 _ASSET_BYTES_MAX: Final = 64 << 20
 LEFT_BEHIND: Final = "peraxis.left_behind"  # metadata key: files that are left out, one in each line

@@ -11,7 +11,7 @@ __all__ = ["DerivedCheckpoint"]
 
 
 class DerivedCheckpoint(pxd.Safetensors):
-    """Tensors computed from those of `before`. The caller closes what they are read from; `close` does nothing.
+    """Tensors computed from those of `before`. The caller closes their sources; `close` does nothing.
 
     infos: the tensors, in name order. A subclass computes one in `_whole`.
     """
@@ -51,4 +51,4 @@ class DerivedCheckpoint(pxd.Safetensors):
         self._read_from.check_unchanged()
 
     def close(self) -> None:
-        """Do nothing, because the caller closes what the tensors are read from."""
+        """Do nothing, because the caller closes the sources of the tensors."""

@@ -14,14 +14,7 @@ import torch
 from peraxis_tools.errors import OptionError, ToolError, first_line
 from peraxis_tools.tokenizer_growth import check_growth
 
-__all__ = [
-    "check_causal",
-    "load_config",
-    "load_tokenizer",
-    "parse_config",
-    "resolve_device",
-    "resolve_dtype",
-]
+__all__ = ["check_causal", "load_config", "load_tokenizer", "parse_config", "resolve_device", "resolve_dtype"]
 
 
 def load_tokenizer(folder: Path) -> Any:

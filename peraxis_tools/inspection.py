@@ -11,15 +11,7 @@ from pathlib import Path
 import peraxis_format as pxd
 from peraxis_tools.kinds import KINDS, kind_of, subtype_of
 
-__all__ = [
-    "ByteShare",
-    "InspectResult",
-    "ModuleLine",
-    "SubtypeAxes",
-    "inspect",
-    "select",
-    "summarise",
-]
+__all__ = ["ByteShare", "InspectResult", "ModuleLine", "SubtypeAxes", "inspect", "select", "summarise"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

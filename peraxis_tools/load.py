@@ -23,7 +23,7 @@ from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.optional import require
 from peraxis_tools.predecessor import predecessor_named
 from peraxis_tools.progress import Progress, watched
-from peraxis_tools.rebuild import aliases_of, assets_of, checkpoint_bytes, rebuild_all
+from peraxis_tools.rebuild import assets_of, checkpoint_bytes, rebuild_all
 from peraxis_tools.remote import local_copy
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Loaded(NamedTuple):
     tokenizer: Any
 
 
-def base_of(manifest: pxd.Manifest, delta: object) -> str:
+def _hub_id(manifest: pxd.Manifest, delta: object) -> str:
     """The base that a manifest names, as `org/name[@revision]`. Raises ToolError if it is not a hub id."""
     base = manifest.base
     named = f"{base.id}@{base.revision}" if base.revision else base.id
@@ -81,7 +81,7 @@ def load_model(
     with (
         local_copy(named) as path,
         pxd.open(path) as file,
-        open_checkpoint(base_of(file.manifest, named) if delta is None else base, revision=base_revision) as checkpoint,
+        open_checkpoint(_hub_id(file.manifest, named) if delta is None else base, revision=base_revision) as checkpoint,
         watched(progress, "load", checkpoint_bytes(file.manifest)) as step,
         predecessor_named(file),
     ):
@@ -90,10 +90,10 @@ def load_model(
         config = _object(assets, "config.json", str(named)) or checkpoint.config()
         generation = _object(assets, "generation_config.json", str(named))
         state = {}
-        aliases = aliases_of(file.manifest)
+        names = file.manifest.names()
         for entry, array in rebuild_all(file, checkpoint.tensors):
             tensor = from_storage(array, entry.dtype)
-            for name in (entry.name, *aliases.get(entry.name, ())):
+            for name in names[entry.name]:
                 state[name] = tensor
                 step(tensor.nbytes)
     options.setdefault("dtype", config.get("dtype", config.get("torch_dtype", torch.float32)))
@@ -153,7 +153,7 @@ def load(delta: str | Path, *, base: str | Path | None = None, progress: Progres
     """
     with local_copy(delta) as path:
         with pxd.open(path) as file:
-            where = base_of(file.manifest, delta) if base is None else base
+            where = _hub_id(file.manifest, delta) if base is None else base
         model = load_model(where, path, progress=progress, **options)
         return Loaded(model, _load_tokenizer_of(path, where))
 

@@ -21,15 +21,7 @@ from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import refuse_folder
 from peraxis_tools.notes import note
 
-__all__ = [
-    "Inputs",
-    "check_folder",
-    "claim_delta",
-    "claim_file",
-    "claim_files",
-    "claim_folder",
-    "made_folder",
-]
+__all__ = ["Inputs", "check_folder", "claim_delta", "claim_file", "claim_files", "claim_folder", "made_folder"]
 
 # Paths, hub ids and URLs of inputs. Only an existing path can be replaced.
 Inputs: TypeAlias = Iterable[str | Path | None]

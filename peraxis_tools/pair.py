@@ -24,6 +24,7 @@ __all__ = ["PairFolders", "PairSize", "train_pair"]
 
 _HELD_OUT: Final = 0.1
 _PARAGRAPH: Final = "\n\n"
+_CODE_MAX: Final = 1_500_000  # characters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,10 +101,10 @@ def _english() -> str:
     return _PARAGRAPH.join(topics[key] for key in sorted(topics))
 
 
-def _python(limit: int = 1_500_000) -> str:
+def _python() -> str:
     folder = Path(sysconfig.get_paths()["stdlib"])
     sources = (path.read_text("utf-8", errors="replace") for path in sorted(folder.glob("[a-z]*.py")))
-    return _PARAGRAPH.join(sources)[:limit]
+    return _PARAGRAPH.join(sources)[:_CODE_MAX]
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -24,6 +24,7 @@ __all__ = [
     "StagedProgress",
     "Steps",
     "silent",
+    "staged",
     "watched",
     "watched_stages",
 ]

@@ -16,7 +16,7 @@ from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.shards import TensorSpec
 
-__all__ = ["aliases_of", "assets_of", "checkpoint_bytes", "rebuild", "rebuild_all", "tensor_specs"]
+__all__ = ["assets_of", "checkpoint_bytes", "rebuild", "rebuild_all", "tensor_specs"]
 
 _AHEAD_BYTES: Final = 384 << 20
 _WORKERS: Final = 4
@@ -58,18 +58,11 @@ def rebuild_all(
     return ordered_map(work, delta.manifest.modules, cost=size, budget=_AHEAD_BYTES, workers=workers or _WORKERS)
 
 
-def aliases_of(manifest: pxd.Manifest) -> dict[str, list[str]]:
-    aliases: dict[str, list[str]] = {}
-    for name, alias in manifest.tied:
-        aliases.setdefault(name, []).append(alias)
-    return aliases
-
-
 def tensor_specs(manifest: pxd.Manifest) -> Iterator[TensorSpec]:
     """The tensors of the fine-tuned checkpoint; an alias follows its module (SPEC 6.5)."""
-    aliases = aliases_of(manifest)
+    names = manifest.names()
     for module in manifest.modules:
-        for name in (module.name, *aliases.get(module.name, ())):
+        for name in names[module.name]:
             yield TensorSpec(name, module.dtype, module.shape)
 
 

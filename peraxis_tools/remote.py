@@ -24,16 +24,7 @@ from peraxis_tools.optional import missing, require
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.urls import file_of, without_secrets
 
-__all__ = [
-    "SILENCE_SECONDS",
-    "RemoteFile",
-    "deltas_of",
-    "hub_form",
-    "is_remote",
-    "local_copy",
-    "patience",
-    "readable",
-]
+__all__ = ["RemoteFile", "deltas_of", "hub_form", "is_remote", "local_copy", "patience", "readable"]
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z][A-Za-z0-9+.-]+)*://")
 _START: Final = 1 << 16  # cached bytes of a file's beginning, at most

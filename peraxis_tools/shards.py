@@ -14,7 +14,7 @@ from typing import BinaryIO, Final
 
 from peraxis_format import INDEX_NAME, SINGLE_NAME, Array, DType, raw_bytes
 
-__all__ = ["Shard", "TensorSpec", "plan_shards", "shard_header", "write_index", "write_tensor"]
+__all__ = ["SHARD_BYTES", "Shard", "TensorSpec", "plan_shards", "shard_header", "write_index", "write_tensor"]
 
 SHARD_BYTES: Final = 5_000_000_000  # the default of save_pretrained
 

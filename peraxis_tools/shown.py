@@ -1,4 +1,4 @@
-"""Text as people read it: names from files in one line, without what a terminal would obey; lists and counts."""
+"""Text as people read it: names from files in one line, without control characters; lists and counts."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def counted(number: int, noun: str) -> str:
 
 
 def printable_name(path: str) -> str:
-    """A name in one line of valid Unicode: what a file system lets into names beside that is escaped."""
+    """A name in one line of valid Unicode: all other characters of a file's name are escaped."""
     text = path.encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -9,6 +9,7 @@ The checks of one file run in this order and end with the first that does not pa
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -18,18 +19,14 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 import peraxis_format as pxd
-from peraxis_tools.chain.opened import opened_all
-from peraxis_tools.chain.predecessors import Predecessors
-from peraxis_tools.chain.state import ChainState
+from peraxis_tools.chain.checks import BaseChecks
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.content_ids import parse_content_ids
 from peraxis_tools.delta_parts import part_of
 from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError, error_line
-from peraxis_tools.predecessor import predecessor_named
 from peraxis_tools.progress import ProgressOf
 from peraxis_tools.shown import counted
 from peraxis_tools.text import check_texts
-from peraxis_tools.unpacked import check_results
 from peraxis_tools.urls import without_secrets
 
 __all__ = ["Check", "FileVerdict", "Opener", "Signature", "Status", "VerifyResult", "Wanted", "verify_files"]
@@ -128,11 +125,12 @@ def verify_files(
         raise ToolError("a bound needs the base, which the delta is applied to: base (--base)")
     check_texts(wanted.texts.values())
     wanted = replace(wanted, content_ids=parse_content_ids(wanted.content_ids))
-    chain = Predecessors(files if wanted.base is not None and len(files) > 1 else ())
-    run = _Run(
-        wanted=wanted, chain=chain, open_file=open_file, progress=progress, workers=workers, keep_going=keep_going
-    )
-    verdicts = tuple(_verdict(file, run) for file in files)
+    together = files if wanted.base is not None and len(files) > 1 else ()
+    with contextlib.closing(BaseChecks(together, partial(_open_base, wanted.base), workers=workers)) as bases:
+        run = _Run(
+            wanted=wanted, bases=bases, open_file=open_file, progress=progress, workers=workers, keep_going=keep_going
+        )
+        verdicts = tuple(_verdict(file, run) for file in files)
     return VerifyResult(status=_gravest(verdict.status for verdict in verdicts), files=verdicts)
 
 
@@ -143,10 +141,10 @@ def _gravest(statuses: Iterator[Status]) -> Status:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    """What is the same for all files. chain: the updates among them."""
+    """What is the same for all files. bases: the checks of their base."""
 
     wanted: Wanted
-    chain: Predecessors
+    bases: BaseChecks
     open_file: Opener
     progress: ProgressOf
     workers: int | None
@@ -185,7 +183,7 @@ def _checks(path: Path, delta: pxd.DeltaFile, run: _Run) -> Iterator[tuple[str, 
     if wanted.signature is not None:
         yield "signature", partial(_signature, path, wanted.signature, progress)
     if wanted.base is not None:
-        yield "base", partial(_base, delta, wanted.base, run.chain.of(delta.manifest), progress, workers)
+        yield "base", partial(_base, delta, wanted.base, run.bases, progress)
     base, fine_tuned = wanted.base, wanted.fine_tuned
     if base is None or fine_tuned is None:
         return
@@ -207,33 +205,23 @@ def _content_id(delta: pxd.DeltaFile, expected: Sequence[str]) -> str:
     return delta.content_id
 
 
-def _base(
-    delta: pxd.DeltaFile, base: str | Path | None, before: Sequence[Path], progress: ProgressOf, workers: int | None
-) -> str | None:
-    """Check the base, or, for an update after others that are verified too (`before`), the state after them."""
-    if base is None:
-        return None
-    with _open_base(base) as checkpoint, progress("base", checkpoint.tensors.size) as step:
-        bound = any(module.base is not None for module in delta.manifest.modules)
-        found = f"{base} is the one that this delta was made for" if bound else "holds whole tensors and needs no base"
-        tensors: pxd.Safetensors = checkpoint.tensors
-        with opened_all(before) as updates, predecessor_named(delta, given=bool(before)):
-            try:
-                pxd.check_base(delta.manifest, tensors, workers=workers, progress=step)
-            except pxd.BindingError:
-                if not updates:
-                    raise
-                tensors = ChainState(tensors, updates)
-                pxd.check_base(delta.manifest, tensors, workers=workers)
-                found = f"follows {before[-1].name}, whose result is the one that it was made for"
-            exact = check_results(delta, tensors)
-    right = "1 exact update has the right result" if exact == 1 else f"{exact} exact updates have the right results"
-    return f"{found}; {right}" if exact else found
+def _base(delta: pxd.DeltaFile, base: str | Path, bases: BaseChecks, progress: ProgressOf) -> str:
+    found = bases.check(delta, progress)
+    bound = any(module.base is not None for module in delta.manifest.modules)
+    text = f"{base} is the one that this delta was made for" if bound else "holds whole tensors and needs no base"
+    if found.before is not None:
+        text = f"follows {found.before.name}, whose result is the one that it was made for"
+    if found.results:
+        one = found.results == 1
+        text += f"; {found.results} exact {'update has the right result' if one else 'updates have the right results'}"
+    return text
 
 
-def _open_base(source: str | Path) -> Checkpoint:
+def _open_base(source: str | Path | None) -> Checkpoint:
     """Open the base. A missing base is NotVerifiableError, because it is neither damage nor a wrong base."""
     try:
+        if source is None:
+            raise NotVerifiableError("no base is given")
         return open_checkpoint(source)
     except pxd.CheckpointError as error:
         raise NotVerifiableError(str(error)) from None

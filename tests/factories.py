@@ -12,7 +12,16 @@ from safetensors.numpy import save_file
 
 import peraxis_format as pxd
 
-__all__ = ["base_ref", "component", "modules_of", "random_storage", "sign_module", "write_checkpoint", "write_delta"]
+__all__ = [
+    "base_ref",
+    "component",
+    "dense_component",
+    "modules_of",
+    "random_storage",
+    "sign_module",
+    "write_checkpoint",
+    "write_delta",
+]
 
 
 def random_storage(
@@ -38,6 +47,15 @@ def component(rng: np.random.Generator, axis: pxd.Axis, covered: tuple[int, ...]
     (name, value), *_ = values.items()
     array, exponent = pxd.encode_scales(value)
     return pxd.Component(axis=axis, exponent=exponent, mask=mask, **{name: array})
+
+
+def dense_component(component: pxd.Component, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return the component's term, sign * scale, as float32 [..., d_out, d_in] (SPEC 5.3)."""
+    terms = [
+        np.where(pxd.unpack_signs(each.mask, shape[-1]), 1, -1) * np.outer(each.row, each.col)
+        for each in component.factors(shape)
+    ]
+    return np.stack(terms).reshape(shape).astype(np.float32)
 
 
 def sign_module(

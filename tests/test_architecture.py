@@ -28,12 +28,13 @@ FORMAT = (
         "ops.exact.kinds",
         "ops.compiling",
         "ops.backend",
+        "ops.simd",
         "ops.exact",
         "bits",
         "strict_json",
         "canonical",
     ),
-    *("files", "opening", "delta", "exact", "manifest", "schema_types"),
+    *("files", "opening", "interrupts", "delta", "exact", "manifest", "schema_types"),
     *(
         "schema",
         "profile",
@@ -43,7 +44,6 @@ FORMAT = (
         "checkpoint_files",
         "checkpoint",
         "binding",
-        "ops.simd",
     ),
     *("ops.tensors", "ops.rebuild", "ops.exact.triton", "ops.exact.torch", "reader", "writer", "testing", "ops"),
     *(
@@ -205,16 +205,16 @@ def test_no_import_is_hidden_in_a_string_that_is_put_together() -> None:
                 continue
             # Only the tables of lazy names in a package, the list of commands and the names of vLLM are imported by a
             # computed name.
-            allowed = path.name in ("__init__.py", "cli.py", "layout.py")
+            allowed = path.name in ("__init__.py", "cli.py", "names.py")
             assert isinstance(node.args[0], ast.Constant) or allowed, f"{path}:{node.lineno}"
 
 
 def test_one_file_of_the_vllm_plug_in_knows_the_names_of_vllm() -> None:
     for path in sources("peraxis_format/engines/vllm"):
         names = {name.split(".")[0] for name in imported(path)}
-        # layout.py looks names up when it needs them, and names a missing one.
-        assert "vllm" not in names or path.name == "layout.py", path
-        if path.name not in ("layout.py", "__init__.py", "worker.py"):
+        # names.py looks names up when it needs them, and names a missing one.
+        assert "vllm" not in names or path.name == "names.py", path
+        if path.name not in ("names.py", "__init__.py", "worker.py"):
             assert "import_module" not in path.read_text("utf-8"), path
 
 

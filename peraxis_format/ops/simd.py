@@ -24,7 +24,7 @@ cgutils: Any = import_module("numba.core.cgutils")
 ir: Any = import_module("llvmlite.ir")
 
 __all__ = [
-    "F16", "F32", "F64", "I1", "I8", "I16", "I32", "LANES", "VIEWS", "WIDE",
+    "F32", "F64", "I1", "I32", "LANES", "VIEWS", "WIDE",
     "eighths", "load", "narrow", "over_groups", "prefetch", "same", "splat", "store", "vector", "widen",
 ]  # fmt: skip
 

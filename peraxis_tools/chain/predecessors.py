@@ -14,23 +14,28 @@ __all__ = ["Predecessors"]
 
 
 class Predecessors:
-    """The links of files on this machine; a file that cannot be read, or is not an update, has none."""
+    """The links of files on this machine by content ID; one that cannot be read, or is not an update, has none."""
 
     def __init__(self, files: Iterable[str | Path]) -> None:
-        self._by_id: dict[str, Link] = {}
+        self.links: dict[str, Link] = {}
         self._by_result: dict[str, Link] = {}
         for file in files:
             with contextlib.suppress(pxd.PxdError, ToolError, OSError):
                 link = link_of(file)
-                self._by_id[link.content_id] = link
+                self.links[link.content_id] = link
                 self._by_result.setdefault(link.result, link)
+
+    def before(self, manifest: pxd.Manifest) -> Link | None:
+        """The update that this one follows: the one that it names, or else one that results in its base."""
+        found = self.links.get(manifest.previous or "") or self._by_result.get(manifest.base.digest)
+        return None if found is None or found.content_id == manifest.content_id else found
 
     def of(self, manifest: pxd.Manifest) -> list[Path]:
         """The updates that lead to the base of this manifest, oldest first; none if its base is no result of them."""
         found: list[Link] = []
         known = {manifest.content_id}
         previous, base = manifest.previous, manifest.base.digest
-        while (link := self._by_id.get(previous or "") or self._by_result.get(base)) is not None:
+        while (link := self.links.get(previous or "") or self._by_result.get(base)) is not None:
             if link.content_id in known:
                 break
             known.add(link.content_id)

@@ -9,7 +9,7 @@ import peraxis_format as pxd
 from peraxis_format.errors import located
 from peraxis_tools.derived import DerivedCheckpoint
 
-__all__ = ["ChainState", "NoState"]
+__all__ = ["ChainState", "NoState", "StateNames"]
 
 
 class ChainState(DerivedCheckpoint):
@@ -31,10 +31,7 @@ class ChainState(DerivedCheckpoint):
 
     def _take_over(self, update: pxd.DeltaFile) -> None:
         pxd.check_base_names(update.manifest, self)
-        aliases = {alias: module for module, alias in update.manifest.tied}
-        known = {entry.name: _info(entry.name, entry, update.path) for entry in update.manifest.modules}
-        known.update({alias: _info(alias, update.entry(module), update.path) for alias, module in aliases.items()})
-        self._tensors = dict(sorted(known.items()))
+        self._tensors = _infos_after(update)
 
     def _whole(self, name: str) -> pxd.Array:
         """A tensor after all updates, from the newest one without a base for it, or from the base."""
@@ -56,6 +53,17 @@ class ChainState(DerivedCheckpoint):
         return array
 
 
+class StateNames(DerivedCheckpoint):
+    """The names, dtypes and shapes of the state after an update, without the tensors."""
+
+    def __init__(self, update: pxd.DeltaFile) -> None:
+        self.label = str(update.path)
+        self._tensors = _infos_after(update)
+
+    def _whole(self, name: str) -> pxd.Array:
+        raise KeyError(name)
+
+
 class NoState(DerivedCheckpoint):
     """The state before an anchor: it has no tensors."""
 
@@ -64,6 +72,12 @@ class NoState(DerivedCheckpoint):
 
     def _whole(self, name: str) -> pxd.Array:
         raise KeyError(name)
+
+
+def _infos_after(update: pxd.DeltaFile) -> dict[str, pxd.TensorInfo]:
+    known = {entry.name: _info(entry.name, entry, update.path) for entry in update.manifest.modules}
+    known |= {alias: _info(alias, update.entry(module), update.path) for module, alias in update.manifest.tied}
+    return dict(sorted(known.items()))
 
 
 def _info(name: str, entry: pxd.ModuleEntry, path: Path) -> pxd.TensorInfo:

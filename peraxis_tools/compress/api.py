@@ -10,8 +10,9 @@ from typing import Final, Literal, TypeAlias
 from peraxis_tools.arguments import one_name
 from peraxis_tools.compress.options import CompressOptions, OptionError
 from peraxis_tools.compress.plan.plan import Plan
-from peraxis_tools.compress.run.run import CompressResult, Progress
+from peraxis_tools.compress.run.run import CompressResult
 from peraxis_tools.compress.run.run import compress as run
+from peraxis_tools.progress import StagedProgress
 
 __all__ = ["compress"]
 
@@ -47,7 +48,7 @@ def compress(
     options: CompressOptions | None = None,
     base_revision: str | None = None, fine_tuned_revision: str | None = None, base_id: str | None = None,
     overwrite: bool = False, force: bool = False,
-    progress: Progress | bool | None = None,
+    progress: StagedProgress = None,
     show_plan: Callable[[Plan], None] | None = None,
 ) -> CompressResult:
     # fmt: on

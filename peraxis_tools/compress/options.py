@@ -26,6 +26,7 @@ __all__ = [
     "RECIPES",
     "CompressOptions",
     "OptionError",
+    "read_yaml",
 ]
 
 FITS: Final = ("auto", "none", "closed-form", "refined", "adamw")

@@ -16,7 +16,7 @@ from typing import Final
 import peraxis_format as pxd
 from peraxis_tools.convert.targets import LayerKind, Place, Targets
 
-__all__ = ["Route", "RouteKind", "routes_of", "unchanged"]
+__all__ = ["Route", "RouteKind", "routes_of"]
 
 
 class RouteKind(Enum):
@@ -42,14 +42,14 @@ _TIED: Final = "is tied, and PEFT would adapt only one of the two"
 _FUSED: Final = "is a part of a parameter in transformers' model (fused experts), in an order that PEFT cannot adapt"
 
 
-def unchanged(entry: pxd.ModuleEntry) -> bool:
+def _unchanged(entry: pxd.ModuleEntry) -> bool:
     """Whether the module equals the base's."""
     return entry.encoding is pxd.Encoding.SAME and entry.tensor() is None
 
 
 def routes_of(entries: Mapping[str, pxd.ModuleEntry], targets: Targets, base: Collection[str]) -> dict[str, Route]:
     """The route of every changed module. base: the names of the base's tensors; empty without a base."""
-    routes = {name: _alone(entry, targets.places.get(name)) for name, entry in entries.items() if not unchanged(entry)}
+    routes = {name: _alone(entry, targets.places.get(name)) for name, entry in entries.items() if not _unchanged(entry)}
     names = {(place.layer, place.parameter): name for name, place in targets.places.items()}
     for name, route in list(routes.items()):
         if route.kind is RouteKind.WHOLE and route.place is not None:

@@ -19,14 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = [
-    "check_model",
-    "check_tokens",
-    "load_checkpoint_model",
-    "load_merged",
-    "load_on_the_fly",
-    "load_tokenizer",
-]
+__all__ = ["check_model", "check_tokens", "load_checkpoint_model", "load_merged", "load_on_the_fly", "load_tokenizer"]
 
 
 def _folder(source: str | Path, revision: str | None) -> Path:

@@ -23,7 +23,7 @@ from peraxis_tools.evaluate.types import (
 )
 from peraxis_tools.optional import require
 from peraxis_tools.positions import DEFAULT_LENGTH
-from peraxis_tools.progress import Staged, watched_stages
+from peraxis_tools.progress import Staged, StagedProgress, watched_stages
 from peraxis_tools.text import check_texts
 from peraxis_tools.threads import limit_torch
 
@@ -32,9 +32,8 @@ if TYPE_CHECKING:
 
     from peraxis_tools.text import Samples
 
-__all__ = ["Progress", "evaluate", "worst_kl"]
+__all__ = ["EvaluationDType", "evaluate", "worst_kl"]
 
-Progress = Staged
 EvaluationDType: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 
@@ -57,7 +56,7 @@ def evaluate(
     text_column: str | None = None,
     base_revision: str | None = None,
     fine_tuned_revision: str | None = None,
-    progress: Progress | bool | None = None,
+    progress: StagedProgress = None,
 ) -> EvaluateResult:
     """Compare base + delta with the fine-tuned checkpoint.
 
@@ -106,7 +105,7 @@ def evaluate(
             domain: _samples(source, tokenizer, samples, sequence_length, seed, text_column)
             for domain, source in texts.items()
         }
-        check_tokens(fine_tuned, (its.ids for its in sampled.values()), revision=fine_tuned_revision)
+        check_tokens(fine_tuned, (samples.ids for samples in sampled.values()), revision=fine_tuned_revision)
         with fast_products():
             found = _compare_all(models, tokenizer, sampled, candidates, batch_size, step)
         calibration = file.manifest.calibration
@@ -192,7 +191,7 @@ def _compare_all(
     sampled: Mapping[str, Samples],
     candidates: Sequence[str],
     batch_size: int,
-    progress: Progress,
+    progress: Staged,
 ) -> dict[str, dict[str, Fidelity]]:
     """domain -> candidate -> Fidelity."""
     import torch

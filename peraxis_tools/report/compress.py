@@ -42,7 +42,7 @@ def plan_lines(plan: Plan) -> None:
 
 
 def render_dry_run(result: RunEstimate, console: Console) -> None:
-    """What a run would take, in all and by stage."""
+    """Print the bytes, memory and time of a run, in total and by stage."""
     console.print(
         f"would be  {size(result.size)} of {size(result.full_size)}, {result.ratio:.1f} times smaller: "
         f"{result.signed} of {result.modules} modules with signs"

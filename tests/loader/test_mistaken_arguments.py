@@ -12,7 +12,7 @@ import torch
 
 import peraxis
 from peraxis import ArgumentError, LiveModelError
-from peraxis_format.torch.updates.publish import UpdateOptions
+from peraxis_format.torch.updates.published import UpdateOptions
 from tests.loader.support import Small, base_of, write_delta
 
 MODEL: Any = "base"

@@ -46,6 +46,8 @@ def test_it_names_every_stage_of_a_fit_and_writes_nothing(pair: tuple[Path, Path
         str(text),
         "--target-ratio",
         "2",
+        "--distill-samples",
+        "4",
     ]
     command = [sys.executable, "-m", "peraxis_tools", *arguments, "--dry-run", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -57,6 +59,7 @@ def test_it_names_every_stage_of_a_fit_and_writes_nothing(pair: tuple[Path, Path
         "sensitivity",
         "table",
         "blocks",
+        "distill",
         "write",
     ]
     assert said["memory"] > max(stage["memory"] for stage in said["stages"]) > 0

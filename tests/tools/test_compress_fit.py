@@ -25,12 +25,13 @@ from peraxis_tools.compress.fit.fit import (
     hessian_of,
     quadratic,
 )
-from peraxis_tools.compress.fit.mean import dense_component, mean_components
+from peraxis_tools.compress.fit.mean import mean_components
 from peraxis_tools.compress.fit.moments.sums import Moments, Statistics, Validation, grid_of
 from peraxis_tools.compress.fit.scales import fit_scales, start_component
 from peraxis_tools.compress.fit.signs import Magnitude, coordinate_descent, gptq_signs, inverse_factor
 from peraxis_tools.compress.model.components import apply_components, components_of
 from peraxis_tools.ops.delta_sums import delta_sums
+from tests.factories import dense_component
 
 AXES = (Axis.ROW, Axis.COL, Axis.ROW_COL, Axis.TENSOR)
 

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peraxis_format import DType
-from peraxis_tools.compress.fit.mean import dense_component, mean_components
+from peraxis_tools.compress.fit.mean import mean_components
 from peraxis_tools.compress.plan.sensitivity import inner_products
+from tests.factories import dense_component
 
 
 @given(batch=st.sampled_from([(), (3,)]), d_out=st.integers(1, 9), d_in=st.integers(1, 40), masks=st.integers(0, 4))
@@ -22,7 +23,8 @@ def test_products_with_packed_masks_are_those_with_dense_terms(
     g = np.random.Generator(np.random.PCG64(d_out * d_in + masks))
     base, tuned, gradient = (g.standard_normal((*batch, d_out, d_in)).astype(np.float32) for _ in range(3))
     components = mean_components(base, tuned, base_dtype=DType.F32, dtype=DType.F32, axis=None, components=masks)
-    found = inner_products(torch.from_numpy(gradient), torch.from_numpy(tuned - base), components)
+    deltas = torch.from_numpy((tuned - base).reshape(-1, d_out, d_in))
+    found = inner_products(torch.from_numpy(gradient), lambda e, rows: deltas[e, rows], components)
     rest = (tuned - base).astype(np.float64)
     expected = [float((gradient * rest).sum())]
     for component in components:
@@ -36,7 +38,7 @@ def test_products_take_less_memory_than_one_dense_term() -> None:
     components = mean_components(base, tuned, base_dtype=DType.F32, dtype=DType.F32, axis=None, components=2)
     gradient, delta = torch.ones(4096, 1024), torch.from_numpy(tuned - base)
     tracemalloc.start()  # numpy's memory; torch's is a chunk of rows too
-    inner_products(gradient, delta, components)
+    inner_products(gradient, lambda _, rows: delta[rows], components)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < base.nbytes / 4

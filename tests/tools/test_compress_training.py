@@ -26,7 +26,7 @@ class Toy:
 
     def run(self, first: int, stop: int) -> None:
         for step in range(first, stop):
-            self.training.step(step, (self.long * (step + 1) - self.short).square().sum())
+            self.training.step(step, (self.long * (step + 1) - self.short).square().sum().backward)
 
     def values(self) -> list[Tensor]:
         return [value.detach().clone() for value in (self.long, self.short, self.idle)]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 import peraxis
+import peraxis_format as pxd
 from peraxis_tools.cli import cli
 from tests.factories import write_checkpoint
 from tests.tools.test_chain import start, stepped
@@ -76,3 +80,89 @@ def test_a_whole_state_says_that_it_has_no_base(folder: Path) -> None:
     code, said = verify(folder, "anchors", base="base")
     assert code == 0
     assert "holds whole tensors and needs no base" in said
+
+
+def test_each_update_of_a_long_chain_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = start()
+    for step in range(9):
+        write_checkpoint(tmp_path / f"{step}", state)
+        state = stepped(state, step, wild=0)
+    publish(tmp_path, 8)
+    loads, load = Counter[tuple[Path, str]](), pxd.DeltaFile.load
+    hashed, sha256 = Counter[str](), pxd.Safetensors.sha256
+
+    def counted_load(self: pxd.DeltaFile, name: str) -> pxd.ModuleDelta:
+        loads[self.path, name] += 1
+        return load(self, name)
+
+    def counted_sha256(self: pxd.Safetensors, name: str, **options: Any) -> str:
+        hashed[name] += 1
+        return sha256(self, name, **options)
+
+    monkeypatch.setattr(pxd.DeltaFile, "load", counted_load)
+    monkeypatch.setattr(pxd.Safetensors, "sha256", counted_sha256)
+    monkeypatch.setattr(pxd.DeltaFile, "verify", lambda *_, **__: None)  # which loads each module to hash it
+    code, said = verify(tmp_path, "chain", base="0")
+    assert (code, said[-15:]) == (0, "8 of 8 verified")
+    assert said.count("3 exact updates have the right results") == 8
+    assert (len(loads), set(loads.values())) == (8 * 3, {1})
+    assert (len(hashed), set(hashed.values())) == (len(state), {1})
+
+
+def test_both_updates_of_a_fork_and_a_chain_after_one_are_verified(folder: Path) -> None:
+    after = [folder / "chain" / "1.pxd"]
+    peraxis.update(folder / "base", folder / "other", folder / "chain" / "fork.pxd", after=after)
+    peraxis.update(
+        folder / "base", folder / "two", folder / "chain" / "back.pxd", after=[*after, folder / "chain" / "fork.pxd"]
+    )
+    code, said = verify(folder, "chain", base="base")
+    assert (code, said.count("follows 1.pxd"), said.count("follows fork.pxd")) == (0, 2, 1)
+
+
+def test_a_chain_is_verified_on_the_state_in_its_middle_as_far_as_it_follows_from_it(folder: Path) -> None:
+    code, said = verify(folder, "chain", base="one")
+    assert code == 1
+    assert said.endswith("1 of 2 verified")
+    assert "base is the one" not in said.partition("2.pxd")[0]
+
+
+def test_a_wrong_result_in_the_chain_fails_this_update_and_those_after_it(folder: Path) -> None:
+    write_checkpoint(folder / "three", stepped(stepped(stepped(start(), 1, wild=0), 2, wild=0), 3, wild=0))
+    peraxis.update(folder / "base", folder / "three", folder / "chain" / "3.pxd", after=folder / "chain")
+    path = folder / "chain" / "2.pxd"
+    with pxd.open(path) as file:
+        modules = [file.load(entry.name) for entry in file.manifest.modules]
+        manifest = file.manifest
+    wrong = [replace(m, result="0" * 64) if m.name.endswith("q_proj.weight") else m for m in modules]
+    path.unlink()
+    with pxd.DeltaWriter(
+        path, base=manifest.fine_tuned, fine_tuned=manifest.fine_tuned, previous=manifest.previous, chained=True
+    ) as writer:
+        for module in wrong:
+            writer.add(module)
+        writer.finish()
+    code, said = verify(folder, "chain/1.pxd", "chain/2.pxd", base="base")
+    assert (code, said.count("E405")) == (1, 1)
+    assert said.endswith("1 of 2 verified")
+
+
+def test_the_updates_of_tied_tensors_are_verified(tmp_path: Path) -> None:
+    states = [start()]
+    for seed in (1, 2, 3):
+        states.append(stepped(states[-1], seed, wild=0))
+    for i, state in enumerate(states):
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        write_checkpoint(tmp_path / f"{i}", state)
+    publish(tmp_path, 3)
+    with pxd.open(tmp_path / "chain" / "1.pxd") as first:
+        assert first.manifest.tied
+    code, said = verify(tmp_path, "chain", base="0")
+    assert (code, said[-15:]) == (0, "3 of 3 verified")
+
+
+def publish(folder: Path, count: int) -> None:
+    """Write the updates between the folders 0, 1, 2 ... into `chain`."""
+    (folder / "chain").mkdir()
+    for step in range(1, count + 1):
+        after = sorted((folder / "chain").iterdir())
+        peraxis.update(folder / "0", folder / f"{step}", folder / "chain" / f"{step}.pxd", after=after)

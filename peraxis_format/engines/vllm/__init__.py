@@ -23,13 +23,8 @@ __all__ = ["endpoints", "register", "remove", "update", "use"]
 
 def register() -> None:
     """The entry point `vllm.general_plugins`. vLLM may call it several times in one process."""
-    from peraxis_format.engines.vllm.layout import (
-        add_worker_method,
-        register_engine,
-        register_loader,
-        replace_scheduler,
-    )
     from peraxis_format.engines.vllm.loader import PeraxisModelLoader
+    from peraxis_format.engines.vllm.names import add_worker_method, register_engine, register_loader, replace_scheduler
     from peraxis_format.engines.vllm.scheduler import maker
     from peraxis_format.engines.vllm.transfer import CALL_WORKER, call_worker
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 from peraxis_format.errors import LiveModelError
 from peraxis_format.reader import DeltaFile
 
-__all__ = ["AssetFolders", "differing_assets", "refuse_other_assets"]
+__all__ = ["AssetFolders", "asset_folders", "refuse_other_assets"]
 
 # Keys of config.json that describe the origin of a checkpoint, not its computation.
 _NOTES: Final = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
@@ -27,7 +27,7 @@ AssetFolders = Mapping[str, Path | None]
 
 def refuse_other_assets(delta: DeltaFile, folders: AssetFolders) -> None:
     """Raise LiveModelError if the engine reads an asset that is not the fine-tune's."""
-    found = sorted(differing_assets(delta, folders))
+    found = sorted(_differing_assets(delta, folders))
     if found:
         raise LiveModelError(
             f"{delta.path.name}: the fine-tune's {', '.join(found)} differ from those that the server reads; write "
@@ -36,7 +36,7 @@ def refuse_other_assets(delta: DeltaFile, folders: AssetFolders) -> None:
         )
 
 
-def differing_assets(delta: DeltaFile, folders: AssetFolders) -> Iterator[str]:
+def _differing_assets(delta: DeltaFile, folders: AssetFolders) -> Iterator[str]:
     """The names of assets that differ in a way that changes the model's outputs."""
     for asset in delta.manifest.assets:
         folder = folders.get(asset.path)

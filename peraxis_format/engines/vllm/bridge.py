@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from itertools import repeat
 from typing import Any, Final
 
 import numpy as np
@@ -13,7 +14,6 @@ from torch import Tensor
 from peraxis_format.binding import check_base_bytes
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.errors import BindingError
-from peraxis_format.ops.backend import choose
 from peraxis_format.ops.rebuild import rebuild_tensor, reconstruct
 from peraxis_format.ops.rebuild.torch import ComponentTensors, Scratch
 from peraxis_format.ops.signed_matmul import signed_matmul
@@ -26,6 +26,7 @@ from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.ranks import agree
 from peraxis_format.torch.place.shards import Placement
 from peraxis_format.torch.ring import Ring
+from peraxis_format.torch.serve.linear import many_rows
 from peraxis_format.torch.serve.lookup import patched_rows
 from peraxis_format.torch.swap.payload import check_pads
 from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update
@@ -45,10 +46,10 @@ __all__ = [
     "fine_tuned",
     "full_tensor",
     "list_updates",
+    "many_rows",
     "next_update",
     "patched_rows",
     "place",
-    "rebuild_backend",
     "rebuild_tensor",
     "release",
     "signed_matmul",
@@ -58,37 +59,25 @@ __all__ = [
 _CHECK_BYTES: Final = 32 << 20  # bytes of the ring buffer that reads weights from a CUDA device for hashing
 
 
-def rebuild_backend(weight: Tensor) -> str:
-    """The backend that rebuilds a weight; with numba this is faster from fewer rows on."""
-    return choose("rebuild_tensor", weight.numel(), weight.device.type)
-
-
 def fine_tuned(base: Iterable[tuple[str, Tensor]], delta: DeltaFile) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) of the fine-tune from the base checkpoint's stream and a delta, with the bits of SPEC 6.
 
     One tensor is in memory at a time. The digests of base bytes and payload are checked before use.
     Raises BindingError if the base lacks a tensor or has other bytes; PayloadError.
     """
-    aliases: dict[str, list[str]] = {}
-    for name, alias in delta.manifest.tied:
-        aliases.setdefault(name, []).append(alias)
+    names = delta.manifest.names()
     seen = set()
     for name, tensor in base:
         if name not in delta:
             continue  # SPEC 3.7: the manifest names every tensor of the fine-tune
         seen.add(name)
-        yield from _named(_rebuilt(delta, name, tensor), name, aliases)
+        yield from zip(names[name], repeat(_rebuilt(delta, name, tensor)))
     for name in delta:
         if name in seen:
             continue
         if delta.entry(name).base is not None:
             raise BindingError("E402", "the base checkpoint has no such tensor", field=name)
-        yield from _named(_rebuilt(delta, name, None), name, aliases)
-
-
-def _named(tensor: Tensor, name: str, aliases: dict[str, list[str]]) -> Iterator[tuple[str, Tensor]]:
-    for each in (name, *aliases.get(name, ())):
-        yield each, tensor
+        yield from zip(names[name], repeat(_rebuilt(delta, name, None)))
 
 
 def _rebuilt(delta: DeltaFile, name: str, base: Tensor | None) -> Tensor:

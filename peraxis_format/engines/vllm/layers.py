@@ -11,28 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peraxis_format.engines.vllm.batch import Groups, StepRows
-from peraxis_format.engines.vllm.bridge import Scratch, rebuild_backend
-from peraxis_format.engines.vllm.layout import LinearBase, VocabParallelEmbedding, all_reduce
-from peraxis_format.engines.vllm.patches import (
-    LayerPatch,
-    Patch,
-    add_terms,
-    embedded,
-    merged_linear,
-    merged_parameter,
-)
+from peraxis_format.engines.vllm.bridge import Scratch, many_rows
+from peraxis_format.engines.vllm.names import LinearBase, VocabParallelEmbedding, all_reduce
+from peraxis_format.engines.vllm.patches import LayerPatch, Patch, add_terms, embedded, merged_linear, merged_parameter
 from peraxis_format.errors import LiveModelError
 
-__all__ = ["MANY_ROWS", "LayerState", "Variant", "wrap_layers"]
-
-MANY_ROWS: Final = 64  # from this many rows of one variant on, its weights are rebuilt
-_MANY_ROWS_NUMBA: Final = 32  # with numba
+__all__ = ["LayerState", "Variant", "wrap_layers"]
 
 
 @dataclass(slots=True, eq=False)
@@ -102,7 +92,7 @@ class _Method:
         self, layer: Any, x: Tensor, bias: Tensor | None, groups: Groups[Variant], members: list[tuple[Variant, Any]]
     ) -> Tensor:
         weight = layer.weight.detach()
-        many = 1 if self._state.exact else (_MANY_ROWS_NUMBA if rebuild_backend(weight) == "numba" else MANY_ROWS)
+        many = 1 if self._state.exact else many_rows(weight)
         if groups.only is not None and len(x) >= many:
             return self._merged(layer, x, weight, bias, groups.only)
         y: Tensor = self._plain.apply(layer, x, bias)

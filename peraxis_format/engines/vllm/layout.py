@@ -1,223 +1,35 @@
-"""All code that depends on vLLM's names: its classes, and the places of checkpoint tensors in its layers.
+"""The places of checkpoint tensors in vLLM's layers.
 
-    vLLM layer                    checkpoint tensor                          piece of rank r of n
-    QKVParallelLinear             q_proj, k_proj, v_proj, or one fused       heads; k and v heads may be repeated
-    MergedColumnParallelLinear    gate_proj, up_proj, or one fused           rows [r, r + 1) / n of each
-    ColumnParallelLinear          itself                                     rows [r, r + 1) / n
-    RowParallelLinear             itself                                     columns [r, r + 1) / n; the bias whole
-    VocabParallelEmbedding        itself, without the padding rows           rows of the vocabulary
-    any other layer               itself                                     whole
-
-Names are looked up when this module is imported; a missing one is a LiveModelError. This was checked with vLLM 0.32.
+vLLM layer                    checkpoint tensor                          piece of rank r of n
+QKVParallelLinear             q_proj, k_proj, v_proj, or one fused       heads; k and v heads may be repeated
+MergedColumnParallelLinear    gate_proj, up_proj, or one fused           rows [r, r + 1) / n of each
+ColumnParallelLinear          itself                                     rows [r, r + 1) / n
+RowParallelLinear             itself                                     columns [r, r + 1) / n; the bias whole
+VocabParallelEmbedding        itself, without the padding rows           rows of the vocabulary
+any other layer               itself                                     whole
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
-from torch.nn import functional
 
+from peraxis_format.engines.vllm.names import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from peraxis_format.errors import LiveModelError
 from peraxis_format.manifest import Manifest
 from peraxis_format.torch import FUSED, ShardView
 
-__all__ = [
-    "AsyncModelRunnerOutput",
-    "DefaultModelLoader",
-    "EngineCoreOutput",
-    "EngineCoreOutputs",
-    "LinearBase",
-    "Placed",
-    "RequestStatus",
-    "Scheduler",
-    "VocabParallelEmbedding",
-    "WeightTransferEngine",
-    "WeightTransferInitInfo",
-    "WeightTransferUpdateInfo",
-    "adapter_not_found",
-    "add_worker_method",
-    "all_reduce",
-    "caches_prefixes",
-    "drop_packed",
-    "is_cpu",
-    "is_eager",
-    "is_one_host",
-    "keep_unpacked",
-    "placed_tensors",
-    "plain_tensors",
-    "planned_scheduler",
-    "register_engine",
-    "refuse_uncovered",
-    "register_loader",
-    "replace_scheduler",
-    "tensor_group",
-    "views",
-    "worker_class",
-]
-
-_TESTED: Final = "0.32"
-_UNPACKED_FLAG: Final = "_cpu_skip_gemm_dispatch"
-_PLANNED: Final = "peraxis_planned"
-
-
-def _name(module: str, name: str) -> Any:
-    """Look up `vllm.<module>.<name>`. Raises LiveModelError if this vLLM does not have it."""
-    try:
-        return getattr(import_module(f"vllm.{module}"), name)
-    except (ImportError, AttributeError):
-        version = getattr(import_module("vllm"), "__version__", "of an unknown version")
-        raise LiveModelError(
-            f"vLLM {version} has no vllm.{module}.{name}, which peraxis needs; use vLLM {_TESTED}"
-        ) from None
-
-
-_LINEAR: Final = "model_executor.layers.linear"
-_VOCAB: Final = "model_executor.layers.vocab_parallel_embedding"
-_TRANSFER: Final = "distributed.weight_transfer.base"
-
-DefaultModelLoader: Any = _name("model_executor.model_loader.default_loader", "DefaultModelLoader")
-LinearBase: Any = _name(_LINEAR, "LinearBase")
-VocabParallelEmbedding: Any = _name(_VOCAB, "VocabParallelEmbedding")
-WeightTransferEngine: Any = _name(_TRANSFER, "WeightTransferEngine")
-WeightTransferInitInfo: Any = _name(_TRANSFER, "WeightTransferInitInfo")
-WeightTransferUpdateInfo: Any = _name(_TRANSFER, "WeightTransferUpdateInfo")
-AsyncModelRunnerOutput: Any = _name("v1.outputs", "AsyncModelRunnerOutput")
-EngineCoreOutput: Any = _name("v1.engine", "EngineCoreOutput")
-EngineCoreOutputs: Any = _name("v1.engine", "EngineCoreOutputs")
-RequestStatus: Any = _name("v1.request", "RequestStatus")
-Scheduler: Any = _name("v1.core.sched.scheduler", "Scheduler")
-_Column: Any = _name(_LINEAR, "ColumnParallelLinear")
-_Merged: Any = _name(_LINEAR, "MergedColumnParallelLinear")
-_QKV: Any = _name(_LINEAR, "QKVParallelLinear")
-_Row: Any = _name(_LINEAR, "RowParallelLinear")
-_platform: Any = _name("platforms", "current_platform")
-_SchedulerConfig: Any = _name("config.scheduler", "SchedulerConfig")
-_tensor_group: Any = _name("distributed.parallel_state", "get_tp_group")
-_all_reduce: Any = _name("distributed", "tensor_model_parallel_all_reduce")
-
-
-# --- the engine's own hooks ------------------------------------------------------------------------------
-
-
-def register_loader(load_format: str, loader: Any) -> None:
-    """Make `--load-format <load_format>` use a loader. Further calls have no effect."""
-    known = _name("model_executor.model_loader", "_LOAD_FORMAT_TO_MODEL_LOADER")
-    if load_format not in known:
-        _name("model_executor.model_loader", "register_model_loader")(load_format)(loader)
-
-
-def register_engine(backend: str, module: str, name: str) -> None:
-    """Make `--weight-transfer-config '{"backend": ...}'` use an engine. Further calls have no effect."""
-    factory = _name("distributed.weight_transfer.factory", "WeightTransferEngineFactory")
-    if backend not in factory._registry:
-        factory.register_engine(backend, module, name)
-
-
-def replace_scheduler(maker: Callable[[Any], Callable[..., Any]]) -> None:
-    """Let engines call `maker(planned)` instead of the planned scheduler class. It has an effect once per process."""
-    planned = _SchedulerConfig.get_scheduler_cls
-    if hasattr(planned, _PLANNED):
-        return
-
-    def get_scheduler_cls(self: Any) -> Any:
-        return maker(planned(self))
-
-    setattr(get_scheduler_cls, _PLANNED, planned)
-    _SchedulerConfig.get_scheduler_cls = get_scheduler_cls
-
-
-def planned_scheduler(config: Any) -> Any:
-    """The scheduler class that a SchedulerConfig plans; None if `replace_scheduler` was not called."""
-    planned = getattr(_SchedulerConfig.get_scheduler_cls, _PLANNED, None)
-    return None if planned is None else planned(config)
-
-
-def add_worker_method(name: str, method: Callable[..., Any]) -> None:
-    """Let `collective_rpc(name, ...)` call this function of a worker."""
-    setattr(_name("v1.worker.worker_base", "WorkerBase"), name, method)
-
-
-def adapter_not_found(name: str, path: str) -> Exception:
-    """The error that vLLM's server answers with 404."""
-    error: Exception = _name("exceptions", "LoRAAdapterNotFoundError")(name, path)
-    return error
-
-
-def worker_class() -> Any:
-    """The worker class of this platform: CPU or CUDA."""
-    return _name("v1.worker.cpu_worker", "CPUWorker") if is_cpu() else _name("v1.worker.gpu_worker", "Worker")
-
-
-def is_cpu() -> bool:
-    """Whether this vLLM runs on the CPU."""
-    return bool(_platform.is_cpu())
-
-
-def is_eager(config: Any) -> bool:
-    """Whether a VllmConfig runs the model's Python code at each step, without compiling or capturing it."""
-    return bool(config.model_config.enforce_eager)
-
-
-def caches_prefixes(config: Any) -> bool:
-    """Whether a VllmConfig keeps keys and values of prompts for later requests."""
-    return bool(config.cache_config.enable_prefix_caching)
-
-
-def is_one_host(config: Any) -> bool:
-    """Whether all ranks of a VllmConfig run on the host of the API server."""
-    parallel = config.parallel_config
-    return bool(parallel.nnodes == 1 and parallel.distributed_executor_backend in (None, "mp", "uni"))
-
-
-def tensor_group() -> tuple[Any, int]:
-    """The torch.distributed group of the tensor-parallel ranks, and their number."""
-    group = _tensor_group()
-    return group.device_group, group.world_size
-
-
-def all_reduce(value: Tensor) -> Tensor:
-    """The sum over the tensor-parallel ranks."""
-    reduced: Tensor = _all_reduce(value)
-    return reduced
-
-
-# --- the CPU's packed weights ----------------------------------------------------------------------------
-
-
-def keep_unpacked(model: nn.Module) -> None:
-    """Make linears on the CPU keep `weight` and multiply with it. Call this before loading.
-
-    By default vLLM packs it for oneDNN, multiplies with the packed copy and empties `weight`. An embedding always keeps
-    its weight. Without packing, products are slower: 1.2 times at 64 rows, 1.9 to 2.5 times at one row.
-    """
-    if not is_cpu():
-        return
-    method = _name(_LINEAR, "UnquantizedLinearMethod").process_weights_after_loading
-    if _UNPACKED_FLAG not in method.__code__.co_consts:
-        raise LiveModelError(f"this vLLM always packs linear weights on the CPU; use vLLM {_TESTED}")
-    for module in model.modules():
-        if isinstance(module, LinearBase):
-            setattr(module, _UNPACKED_FLAG, True)
-
-
-def drop_packed(model: nn.Module) -> None:
-    """Make embeddings and lm_head on the CPU multiply with their weight. Call this when weights were written.
-
-    vLLM multiplies with a packed copy, which still has the old weights. The bits of a product are the same. One of
-    lm_head takes 1.8 times as long for one row and 1.2 times for 32; but packing it again would take a third of a swap.
-    """
-    if not is_cpu():
-        return
-    for module in model.modules():
-        if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
-            module.cpu_linear = functional.linear
-
-
-# --- places of checkpoint tensors ------------------------------------------------------------------------
+__all__ = ["Placed", "placed_tensors", "plain_tensors", "refuse_uncovered", "views"]
 
 _Box: TypeAlias = tuple[tuple[int, int], ...]
 
@@ -292,7 +104,9 @@ def _pieces(owner: str, module: nn.Module, packed: Any) -> Iterator[tuple[str, P
         if tensor is None or not tensor.numel():
             continue
         prefix, _, word = owner.rpartition(".")
-        members = list(packed.get(word, ())) if isinstance(module, _QKV | _Merged) else []
+        members = (
+            list(packed.get(word, ())) if isinstance(module, QKVParallelLinear | MergedColumnParallelLinear) else []
+        )
         segments = _segments(module, tensor)
         if len(members) != len(segments):
             name, at = f"{owner}.{parameter}" if owner else parameter, 0
@@ -316,7 +130,7 @@ def _segments(module: Any, tensor: Tensor) -> list[_Segment]:
         indices = module.shard_indices
         begin, end = int(indices.org_vocab_start_index), int(indices.org_vocab_end_index)
         return [(end, begin, (0, end - begin))]
-    if isinstance(module, _QKV):
+    if isinstance(module, QKVParallelLinear):
         key_rank = rank // module.num_kv_head_replicas
         sizes = [
             (module.total_num_heads, module.num_heads, module.head_size, rank),
@@ -324,9 +138,9 @@ def _segments(module: Any, tensor: Tensor) -> list[_Segment]:
             (module.total_num_kv_heads, module.num_kv_heads, module.v_head_size, key_rank),
         ]
         return _stacked([(total * size, own * size, at) for total, own, size, at in sizes])
-    if isinstance(module, _Merged):
+    if isinstance(module, MergedColumnParallelLinear):
         return _stacked([(size, size // module.tp_size, rank) for size in module.output_sizes])
-    if isinstance(module, _Column):
+    if isinstance(module, ColumnParallelLinear):
         return [(module.output_size, rank * count, (0, count))]
     return [(count, 0, (0, count))]
 
@@ -344,7 +158,7 @@ def _box(module: Any, parameter: str, tensor: Tensor, begin: int, rows: tuple[in
     if not tensor.ndim:
         return ()
     rest = [(0, size) for size in tensor.shape[1:]]
-    if isinstance(module, _Row) and parameter == "weight":
+    if isinstance(module, RowParallelLinear) and parameter == "weight":
         width = tensor.shape[1]
         rest[0] = (module.tp_rank * width, (module.tp_rank + 1) * width)
     return ((begin, begin + rows[1] - rows[0]), *rest)

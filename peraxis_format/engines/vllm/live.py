@@ -13,8 +13,9 @@ from typing import Any
 from torch import nn
 
 from peraxis_format.engines.vllm.bridge import StagedUpdate, place, stage
-from peraxis_format.engines.vllm.layout import drop_packed, plain_tensors, refuse_uncovered, tensor_group, views
+from peraxis_format.engines.vllm.layout import plain_tensors, refuse_uncovered, views
 from peraxis_format.engines.vllm.loader import check_assets
+from peraxis_format.engines.vllm.names import drop_packed, tensor_group
 from peraxis_format.engines.vllm.source import open_delta, shown
 from peraxis_format.errors import LiveModelError
 from peraxis_format.manifest import Manifest

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from peraxis_format.engines.vllm.assets import asset_folders, refuse_other_assets
 from peraxis_format.engines.vllm.bridge import fine_tuned
-from peraxis_format.engines.vllm.layout import DefaultModelLoader, keep_unpacked
+from peraxis_format.engines.vllm.names import DefaultModelLoader, keep_unpacked
 from peraxis_format.engines.vllm.source import open_delta
 from peraxis_format.errors import LiveModelError
 

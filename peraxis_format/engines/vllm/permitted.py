@@ -1,6 +1,6 @@
 """The files, folders and URLs that a request may name.
 
-    VLLM_PERAXIS_ROOT is a folder       what is below it, by a path relative to it or absolute; no URL and no hub name
+    VLLM_PERAXIS_ROOT is a folder       files below it, by a path relative to it or absolute; no URL and no hub name
     no root, and the server has a key   all that the server can read
     no root and no key                  nothing
 

@@ -31,7 +31,7 @@ from fastapi.responses import JSONResponse  # type: ignore[import-not-found, unu
 from peraxis_format.engines.vllm.control import Control, content_id_of, is_dead
 from peraxis_format.engines.vllm.fetching import Fetching
 from peraxis_format.engines.vllm.following import RequestError
-from peraxis_format.engines.vllm.layout import is_one_host
+from peraxis_format.engines.vllm.names import is_one_host
 from peraxis_format.engines.vllm.permitted import Permitted
 
 __all__ = ["PeraxisEndpoints"]

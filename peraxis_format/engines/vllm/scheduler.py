@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Final
 
-from peraxis_format.engines.vllm.layout import (
+from peraxis_format.engines.vllm.names import (
     AsyncModelRunnerOutput,
     EngineCoreOutput,
     EngineCoreOutputs,

@@ -23,16 +23,7 @@ from peraxis_format.errors import CheckpointError, LiveModelError, PxdError
 from peraxis_format.hub import hub_path
 from peraxis_format.reader import DeltaFile
 
-__all__ = [
-    "LONGEST_SOURCE",
-    "NAME_RULE",
-    "copy_announced",
-    "downloaded",
-    "is_url",
-    "open_delta",
-    "quoted",
-    "shown",
-]
+__all__ = ["LONGEST_SOURCE", "NAME_RULE", "copy_announced", "downloaded", "is_url", "open_delta", "quoted", "shown"]
 
 _SILENCE_SECONDS: Final = 60.0
 _PIECE: Final = 1 << 20

@@ -20,23 +20,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from peraxis_format.engines.vllm.layout import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
 from peraxis_format.engines.vllm.live import LiveModel
 from peraxis_format.engines.vllm.loader import assets_checked
+from peraxis_format.engines.vllm.names import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
-__all__ = [
-    "CALL_WORKER",
-    "PeraxisInitInfo",
-    "PeraxisUpdateInfo",
-    "PeraxisWeightTransferEngine",
-    "call_worker",
-    "changing",
-    "staging",
-]
+__all__ = ["CALL_WORKER", "Calls", "PeraxisWeightTransferEngine", "call_worker", "changing", "staging"]
 
 CALL_WORKER: Final = "peraxis_call_worker"  # the name of call_worker among the methods of vLLM's workers
 

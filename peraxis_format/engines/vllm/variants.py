@@ -25,16 +25,9 @@ from peraxis_format.delta import Encoding
 from peraxis_format.engines.vllm.bridge import Placement, agree, check_base, check_pads, claim, place, release
 from peraxis_format.engines.vllm.kept import KeptFile
 from peraxis_format.engines.vllm.layers import Variant
-from peraxis_format.engines.vllm.layout import (
-    LinearBase,
-    VocabParallelEmbedding,
-    placed_tensors,
-    plain_tensors,
-    refuse_uncovered,
-    tensor_group,
-    views,
-)
+from peraxis_format.engines.vllm.layout import placed_tensors, plain_tensors, refuse_uncovered, views
 from peraxis_format.engines.vllm.loader import check_assets
+from peraxis_format.engines.vllm.names import LinearBase, VocabParallelEmbedding, tensor_group
 from peraxis_format.engines.vllm.patches import LayerPatch, Patch, patch_of
 from peraxis_format.engines.vllm.source import open_delta, shown
 from peraxis_format.errors import LiveModelError, PxdError

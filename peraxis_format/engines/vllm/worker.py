@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from peraxis_format.engines.vllm.batch import StepRows
 from peraxis_format.engines.vllm.bridge import agree
 from peraxis_format.engines.vllm.layers import LayerState, Variant, wrap_layers
-from peraxis_format.engines.vllm.layout import adapter_not_found, caches_prefixes, is_eager, tensor_group, worker_class
 from peraxis_format.engines.vllm.loader import assets_checked
+from peraxis_format.engines.vllm.names import adapter_not_found, caches_prefixes, is_eager, tensor_group, worker_class
 from peraxis_format.engines.vllm.permitted import Permitted
 from peraxis_format.engines.vllm.scheduler import ends_failed, marked
 from peraxis_format.engines.vllm.source import NAME_RULE, quoted, shown

@@ -20,7 +20,7 @@ from peraxis_format.ops.backend import choose
 from peraxis_format.ops.exact import numpy as reference
 from peraxis_format.ops.exact.kinds import BLOCK, RAW, FloatKind, block_bytes, blocks_of, kind_of
 
-__all__ = ["BLOCK", "Prefer", "apply", "blocks_of", "check", "encode", "refuse_block"]
+__all__ = ["BLOCK", "Prefer", "apply", "check", "encode", "refuse_block"]
 
 Prefer = Literal["size", "speed"]
 

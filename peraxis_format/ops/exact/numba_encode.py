@@ -36,7 +36,7 @@ def _steps(old: Any, new: Any, steps: Any, width: Any) -> Any:
 
 
 @_jit  # type: ignore[untyped-decorator, unused-ignore]
-def bit_length(z: Any) -> Any:
+def _bit_length(z: Any) -> Any:
     """The bit length of a number below 2^32; 0 for 0."""
     return np.int64(np.float64(z).view(np.int64) >> 52) - 1022 if z else 0
 
@@ -46,14 +46,14 @@ def _bucket_table() -> NDArray[np.uint8]:
     return np.array([z if z < 4 else z.bit_length() + 1 for z in range(1 << 10)], np.uint8)
 
 
-BUCKETS: Final = _bucket_table()
+_BUCKETS: Final = _bucket_table()
 
 
 @_jit  # type: ignore[untyped-decorator, unused-ignore]
 def _survey(old: Any, steps: Any, kind: Any, tables: Any, buckets: Any) -> Any:
     """Count by exponent: weights, steps of one, longer steps, and for each k the unary ones of class 0 (SPEC 11.3).
 
-    buckets: BUCKETS.
+    buckets: _BUCKETS.
     Returns the total numbers of steps of one and of longer steps.
     """
     n, (shift, mask, width) = old.size, kind
@@ -72,14 +72,14 @@ def _survey(old: Any, steps: Any, kind: Any, tables: Any, buckets: Any) -> Any:
         if count(moved) > 20 and (g + 1) << 6 <= n:
             for i in range(g << 6, (g + 1) << 6):
                 z = np.int64(steps[i])
-                bucket = np.int64(buckets[z]) if z < buckets.size else bit_length(z) + 1
+                bucket = np.int64(buckets[z]) if z < buckets.size else _bit_length(z) + 1
                 found[i & 3, (old[i] >> shift) & mask, bucket] += 1
             continue
         while moved:
             i = (g << 6) + trailing(moved)
             moved &= moved - np.uint64(1)
             z = np.int64(steps[i])
-            bucket = np.int64(buckets[z]) if z < buckets.size else bit_length(z) + 1
+            bucket = np.int64(buckets[z]) if z < buckets.size else _bit_length(z) + 1
             found[i & 3, (old[i] >> shift) & mask, bucket] += 1
     moves, exceptions = np.int64(0), np.int64(0)
     for e in range(256):
@@ -213,7 +213,7 @@ def encode_blocks(old: Any, new: Any, shift: Any, mask: Any, size: Any, keyed: A
             length = _gaps(c, steps, width, out[total:], limit * 3 // 4 + 1)
             A = 0 if length <= limit * 3 // 4 else 255
         else:
-            moves, exceptions = _survey(a, steps, kind, tables, BUCKETS)
+            moves, exceptions = _survey(a, steps, kind, tables, _BUCKETS)
             chosen = _choose(tables, width)
             length = keyed_block(a, c, steps, chosen, kind, parts, out[total:], limit)
             if length < limit:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from peraxis_format.ops.exact.kinds import RAW, FloatKind
 
-__all__ = ["LayoutError", "check_gaps", "check_keyed", "choose", "decode_block", "encode_block", "steps"]
+__all__ = ["LayoutError", "check_gaps", "check_keyed", "decode_block", "encode_block"]
 
 _ESCAPE: Final = 8  # ones of a unary number of class 0 whose field is a whole pattern
 _CLASSES: Final = 15
@@ -39,7 +39,7 @@ def _pattern(ordinals: Words, kind: FloatKind) -> Words:
     return ordinals ^ np.where(ordinals & top, top, 2 * top - 1)
 
 
-def steps(old: Words, new: Words, kind: FloatKind) -> Words:
+def _steps(old: Words, new: Words, kind: FloatKind) -> Words:
     """The zigzag step from each old pattern to the new one."""
     d = (_ordinal(new, kind) - _ordinal(old, kind)) & ((1 << kind.width) - 1)
     d -= (d >> (kind.width - 1)) << kind.width
@@ -217,7 +217,7 @@ def check_keyed(data: NDArray[np.uint8], size: int, kind: FloatKind) -> None:
 # --- encoding -----------------------------------------------------------------------------------------
 
 
-def choose(old: Words, z: Words, kind: FloatKind) -> int:
+def _choose(old: Words, z: Words, kind: FloatKind) -> int:
     """The mode from 1 to 254 of least cost by SPEC 11.3; of equals the highest."""
     e = (old >> kind.mantissa) & kind.mask
     members = np.bincount(e, minlength=256)
@@ -245,14 +245,14 @@ def choose(old: Words, z: Words, kind: FloatKind) -> int:
 
 def encode_block(old: Words, new: Words, kind: FloatKind, *, keyed: bool) -> tuple[int, bytes]:
     """Mode and bytes of a block by the writer's choice (SPEC 11.3). keyed: whether keyed blocks are allowed."""
-    z = steps(old, new, kind)
+    z = _steps(old, new, kind)
     if not z.any():
         return 0, b""
     raw = new.astype(f"<u{kind.width // 8}").tobytes()
     gaps = _write_gaps(new, z, kind)
     if not keyed:
         return (0, gaps) if gaps is not None and len(gaps) <= len(raw) * 3 // 4 else (RAW, raw)
-    mode = choose(old, z, kind)
+    mode = _choose(old, z, kind)
     best = mode, _write_keyed(old, new, z, mode, kind)
     if gaps is not None and len(gaps) < min(len(best[1]), len(raw)):
         return 0, gaps

@@ -8,6 +8,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from peraxis_format.ops.simd import splat
+
 # Any: numba's own annotations do not go through mypy --strict.
 numba: Any = import_module("numba")
 types: Any = numba.types
@@ -16,15 +18,8 @@ ir: Any = import_module("llvmlite.ir")
 
 __all__ = ["SELECT", "classes64", "count", "equal64", "load64", "nonzero64", "select", "trailing"]
 
-_I1, _I8, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
+_I1, _I8, _I64 = (ir.IntType(bits) for bits in (1, 8, 64))
 _LANES: Final = 64
-
-
-def _splat(builder: Any, scalar: Any) -> Any:
-    kind = ir.VectorType(scalar.type, _LANES)
-    nothing = ir.Constant(kind, ir.Undefined)
-    first = builder.insert_element(nothing, scalar, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(_I32, _LANES), [0] * _LANES))
 
 
 def _at(builder: Any, address: Any, kind: Any) -> Any:
@@ -67,7 +62,7 @@ def equal64(context: Any, address: Any, value: Any) -> Any:
 
     def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
         here = builder.load(_at(builder, arguments[0], ir.VectorType(_I8, _LANES)), align=1)
-        wanted = _splat(builder, builder.trunc(arguments[1], _I8))
+        wanted = splat(builder, builder.trunc(arguments[1], _I8), _LANES)
         return builder.bitcast(builder.icmp_unsigned("==", here, wanted), _I64)
 
     return types.uint64(types.int64, types.int64), generate
@@ -93,7 +88,7 @@ def classes64(context: Any, weights: Any, source: Any, target: Any, low: Any, sh
     kind = ir.VectorType(word, _LANES)
 
     def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        low, shift, mask = (_splat(builder, builder.trunc(arguments[i], word)) for i in (3, 4, 5))
+        low, shift, mask = (splat(builder, builder.trunc(arguments[i], word), _LANES) for i in (3, 4, 5))
         exponent = builder.and_(builder.lshr(builder.load(_at(builder, arguments[1], kind), align=1), shift), mask)
         zero, most = (ir.Constant(kind, [value] * _LANES) for value in (0, 15))
         above = builder.select(builder.icmp_unsigned(">", exponent, low), builder.sub(exponent, low), zero)

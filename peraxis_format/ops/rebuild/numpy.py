@@ -15,13 +15,13 @@ from peraxis_format.bits import unpack_signs
 from peraxis_format.delta import ComponentFactors
 from peraxis_format.dtypes import Array, DType, from_float32, to_float32
 
-__all__ = ["add_terms", "rebuild", "term"]
+__all__ = ["add_terms", "rebuild"]
 
 _BLOCK_ELEMENTS = 1 << 18  # 1 MiB of binary32: a block and its temporaries stay in the second-level cache
 
 
-def term(component: ComponentFactors, rows: slice) -> NDArray[np.float32]:
-    """The term of SPEC 5.3 for a block of rows: binary32 [rows, d_in]."""
+def _term(component: ComponentFactors, rows: slice) -> NDArray[np.float32]:
+    """The _term of SPEC 5.3 for a block of rows: binary32 [rows, d_in]."""
     size = component.row[rows, None] if component.plain else component.row[rows, None] * component.col
     # b = -1 flips the sign bit of the scale, which is set only where a merge has folded in a negative weight.
     flipped = (~unpack_signs(component.mask[rows], len(component.col))).astype(np.uint32)
@@ -39,7 +39,7 @@ def rebuild(
             # `+` copies, because to_float32 may return a view of the base.
             total = to_float32(base[index][rows], base_dtype)
             for component in components:
-                total = total + term(component, rows)
+                total = total + _term(component, rows)
             out[index][rows] = from_float32(total, dtype)
 
 
@@ -47,7 +47,7 @@ def add_terms(matrices: Sequence[Sequence[ComponentFactors]], total: NDArray[np.
     """total [..., d_out, d_in] += the components in order, each addition in binary32."""
     for index, rows, components in _row_blocks(matrices, total.shape):
         for component in components:
-            total[index][rows] += term(component, rows)
+            total[index][rows] += _term(component, rows)
 
 
 def _row_blocks(

@@ -99,7 +99,7 @@ def _check_pieces(bound: Sequence[ModuleEntry], placement: Placement, group: Any
     failure: PxdError | None = None
     ranks = Ranks(group)
     boxes = ranks.all_gather({entry.name: placement[entry.name][0].box for entry in bound})
-    # One rank may have all of a short tensor, so what is sharded is known from all ranks.
+    # One rank may have all of a short tensor, so only all ranks together know which tensors are sharded.
     pieces = [entry for entry in bound if any(found[entry.name] != whole(entry.shape) for found in boxes)]
     for turn, entry in enumerate(pieces):
         layout = Layout.of(entry.shape, [found[entry.name] for found in boxes])

@@ -36,13 +36,11 @@ def place(
     _refuse_quantised(target)
     _refuse_part(manifest)
     finder = Finder.of(target, manifest, views=views, shards=shards, fused=fused)
-    aliases: dict[str, list[str]] = {}
-    for name, alias in manifest.tied:
-        aliases.setdefault(name, []).append(alias)
+    names = manifest.names()
     placement: Placement = {}
     missing: list[str] = []
     for entry in manifest.modules:
-        parts = [part for name in (entry.name, *aliases.get(entry.name, [])) for part in finder.find(name, entry)]
+        parts = [part for name in names[entry.name] for part in finder.find(name, entry)]
         if not parts:
             missing.append(entry.name)
             continue

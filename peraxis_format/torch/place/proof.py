@@ -1,4 +1,4 @@
-"""What is checked before an exact tensor is written: that it decodes on the live weights, and the digest of the result.
+"""Check an exact tensor before it is written: it decodes on the live weights, and its result has the right digest.
 
 A tensor is decoded one range at a time, so that it is not in memory twice.
 """

@@ -1,4 +1,4 @@
-"""The processes that share a model: what each one has is sent to one of them or to all, and errors reach all.
+"""The processes that share a model: each sends values to one of them or to all, and errors reach all.
 
 Everything here is collective: every rank of the group calls it in the same order. Without torch.distributed there is
 one rank.
@@ -6,13 +6,17 @@ one rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import pickle
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import distributed
 
-__all__ = ["Ranks", "agree", "is_distributed"]
+from peraxis_format.errors import LiveModelError, first_line
+
+__all__ = ["Ranks", "agree", "is_distributed", "together"]
 
 
 def is_distributed() -> bool:
@@ -54,6 +58,16 @@ class Ranks:
         distributed.gather_object(value, out, dst=self.world(on), group=self.group)
         return out or []
 
+    def scatter(self, values: Sequence[Any], *, rank: int) -> Any:
+        """One of the values of a rank, which has as many as there are ranks, on each rank. values: empty on others."""
+        if self.count == 1:
+            return values[0]
+        box: list[Any] = [None]
+        distributed.scatter_object_list(
+            box, list(values) if self.rank == rank else None, src=self.world(rank), group=self.group
+        )
+        return box[0]
+
     def all_to_all(self, outgoing: Sequence[Any]) -> list[Any]:
         """Send one value to each rank. Returns the values that all ranks sent to this one, in rank order."""
         incoming: list[Any] = []
@@ -73,9 +87,42 @@ class Ranks:
 
 
 def agree(error: BaseException | None, group: Any = None) -> None:
-    """Raise on every rank if one rank has an error: the rank's own error, else that of the first other rank."""
-    failures = [failure for failure in Ranks(group).all_gather(error) if failure is not None]
-    if error is not None:
+    """Raise one error on every rank if any rank has one: that of the first such rank, but an interrupt before others.
+
+    So all ranks handle the same error, and go on in the same way.
+    """
+    ranks = Ranks(group)
+    found = ranks.all_gather(None if error is None else _sendable(error))
+    failed = [rank for rank, failure in enumerate(found) if failure is not None]
+    if not failed:
+        return
+    first = next((rank for rank in failed if not isinstance(found[rank], Exception)), failed[0])
+    if first == ranks.rank and error is not None:
         raise error
-    if failures:
-        raise failures[0]
+    raise found[first] from error
+
+
+@contextlib.contextmanager
+def together(group: Any, *, sharded: bool = True) -> Iterator[None]:
+    """If ranks share a model, end the block with success on all of them or with an error on all of them.
+
+    The block must not be collective: a rank that fails in it would leave the others waiting.
+    """
+    failure: BaseException | None = None
+    try:
+        yield
+    except BaseException as error:
+        failure = error
+    if sharded:
+        agree(failure, group)
+    elif failure is not None:
+        raise failure
+
+
+def _sendable(error: BaseException) -> BaseException:
+    """The error, or, if it cannot be pickled, one with its message."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return LiveModelError(f"{type(error).__name__}: {first_line(error)}")
+    return error

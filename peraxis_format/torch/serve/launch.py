@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from peraxis_format.ops.signed_matmul import launch
 from peraxis_format.ops.signed_matmul.launch import DECODE_ROWS, PREFILL_ROWS, FactorTable
-from peraxis_format.torch.serve.linear import MANY_ROWS
+from peraxis_format.torch.serve.linear import MANY_ROWS, row_ranges
 from peraxis_format.torch.serve.rows import Batch
 
 if TYPE_CHECKING:
@@ -77,15 +77,9 @@ class LinearKernels:
         """One table for each range of rows that some variant changes, and for the ranges between them."""
         if self._ranges is None:
             patches = state.patches.get("weight", {})
-            changed = sorted({(p.begin, p.end) for of in patches.values() for p in of})
-            bounds, at = [], 0
-            for begin, end in changed:
-                bounds += [(at, begin), (begin, end)] if begin > at else [(begin, end)]
-                at = end
-            if at < module.out_features:
-                bounds.append((at, module.out_features))
+            changed = {(p.begin, p.end) for of in patches.values() for p in of}
             self._ranges = []
-            for begin, end in bounds:
+            for begin, end in row_ranges(changed, module.out_features):
                 found = {
                     variant: [t for patch in of if (patch.begin, patch.end) == (begin, end) for t in patch.factors]
                     for variant, of in patches.items()

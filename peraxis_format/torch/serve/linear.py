@@ -9,7 +9,7 @@ choose torch or numba.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 import torch
@@ -23,11 +23,20 @@ from peraxis_format.ops.signed_matmul import signed_matmul
 from peraxis_format.torch.serve.modules import Patch, ServedModule, State
 from peraxis_format.torch.serve.rows import Batch
 
-__all__ = ["MANY_ROWS", "ServedLinear", "TorchProducts"]
+__all__ = ["MANY_ROWS", "ServedLinear", "TorchProducts", "many_rows", "row_ranges"]
 
 MANY_ROWS: Final = 64  # from this many rows of one variant on, its weights are rebuilt
 _MANY_ROWS_NUMBA: Final = 32  # with numba a product costs as much as rebuilding from this many rows on
 _BLOCK: Final = 1 << 23  # weights to rebuild at a time, so that they are in the cache when they are multiplied
+
+
+def many_rows(weight: Tensor, backend: str | None = None) -> int:
+    """The number of rows of one variant from which on its weight is rebuilt. backend: that of rebuild_tensor."""
+    return _MANY_ROWS_NUMBA if _chosen(weight, backend) == "numba" else MANY_ROWS
+
+
+def _chosen(weight: Tensor, backend: str | None) -> str:
+    return choose("rebuild_tensor", weight.numel(), weight.device.type, backend)
 
 
 class ServedLinear(ServedModule, nn.Linear):
@@ -83,12 +92,8 @@ class TorchProducts:
     def __init__(self, backend: str | None = None) -> None:
         self._backend = backend
 
-    def chosen(self, weight: Tensor) -> str:
-        """The backend for a weight."""
-        return choose("rebuild_tensor", weight.numel(), weight.device.type, self._backend)
-
     def many(self, module: nn.Linear) -> int:
-        return _MANY_ROWS_NUMBA if self.chosen(module.weight) == "numba" else MANY_ROWS
+        return many_rows(module.weight, self._backend)
 
     def single(self, module: nn.Linear, state: State, x: Tensor, variant: int) -> Tensor | None:
         return None
@@ -108,7 +113,7 @@ class TorchProducts:
                 total[mine] += state.parameter(module, "bias", v).detach().float()
             products += [(part[mine], p.factors, total[mine, p.begin : p.end]) for p in weights.get(v, ())]
             first = mine.stop
-        signed_matmul(products, backend=self.chosen(module.weight))
+        signed_matmul(products, backend=_chosen(module.weight, self._backend))
         out[span] = total.add_(out[span]).to(out.dtype)
 
     def merged(
@@ -119,7 +124,7 @@ class TorchProducts:
         for v in variants:
             span = batch.span([v])
             bias = state.parameter(module, "bias", v) if module.bias is not None else None
-            out[span] = _merged(weight, weights[v], x[span], bias, state.scratch, self.chosen(weight))
+            out[span] = _merged(weight, weights[v], x[span], bias, state.scratch, _chosen(weight, self._backend))
 
 
 def _merged(
@@ -127,7 +132,9 @@ def _merged(
 ) -> Tensor:
     """x times the merged weights, which are rebuilt in blocks."""
     out = x.new_empty(len(x), len(weight))
-    for begin, end, patch in _segments(patches, len(weight)):
+    by_range = {(patch.begin, patch.end): patch for patch in patches}
+    for begin, end in row_ranges(by_range, len(weight)):
+        patch = by_range.get((begin, end))
         step = max(1, _BLOCK // weight.shape[1]) if patch is not None and patch.factors else end - begin
         for first in range(begin, end, step):
             rows = slice(first, min(first + step, end))
@@ -142,13 +149,13 @@ def _merged(
     return out
 
 
-def _segments(patches: Sequence[Patch], rows: int) -> Iterator[tuple[int, int, Patch | None]]:
-    """All rows of a weight in order: the rows of each patch, and the rows between them."""
+def row_ranges(changed: Iterable[tuple[int, int]], rows: int) -> Iterator[tuple[int, int]]:
+    """All rows of a weight in order, as [begin, end): the changed ranges, and the ranges between them."""
     at = 0
-    for patch in sorted(patches, key=lambda patch: patch.begin):
-        if patch.begin > at:
-            yield at, patch.begin, None
-        yield patch.begin, patch.end, patch
-        at = patch.end
+    for begin, end in sorted(changed):
+        if begin > at:
+            yield at, begin
+        yield begin, end
+        at = end
     if at < rows:
-        yield at, rows, None
+        yield at, rows

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from peraxis_format.arguments import check_choice, check_least
 from peraxis_format.errors import LiveModelError, located
+from peraxis_format.interrupts import uninterrupted
 from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import device_of
 from peraxis_format.torch.place.binding import check_live, is_sharded, sharded_anywhere
 from peraxis_format.torch.place.claims import writing
 from peraxis_format.torch.place.placement import place
-from peraxis_format.torch.place.ranks import Ranks, agree, is_distributed
+from peraxis_format.torch.place.ranks import Ranks, is_distributed, together
 from peraxis_format.torch.place.sharded_exact import exact_pieces
 from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, copy_aside, increment_versions
 from peraxis_format.torch.ring import Ring
@@ -37,7 +38,7 @@ from peraxis_format.torch.swap.payload import Payload
 from peraxis_format.torch.swap.stream import stream
 from peraxis_format.torch.swap.transfer_plan import TRANSFER_LIMIT, cut_transfers
 
-__all__ = ["Applied", "apply_", "together", "verify_share"]
+__all__ = ["Applied", "apply_", "verify_share"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,20 +124,6 @@ def _view(part: ShardView) -> Tensor:
 
 
 @contextlib.contextmanager
-def together(group: Any, *, sharded: bool) -> Iterator[None]:
-    """If ranks share a model, end the block with success on all of them or with an error on all of them."""
-    failure: BaseException | None = None
-    try:
-        yield
-    except BaseException as error:
-        failure = error
-    if sharded:
-        agree(failure, group)
-    elif failure is not None:
-        raise failure
-
-
-@contextlib.contextmanager
 def _undo(placement: Placement, where: Literal["device", "host"]) -> Iterator[dict[ShardView, Tensor]]:
     """Yield the bases to rebuild from: copies of the live weights, or (copies on the host) the weights themselves.
 
@@ -152,9 +139,10 @@ def _undo(placement: Placement, where: Literal["device", "host"]) -> Iterator[di
     try:
         yield bases
     except BaseException:
-        for part, old in kept.items():
-            part.view.copy_(old)
-            part.publish()
+        with uninterrupted():
+            for part, old in kept.items():
+                part.view.copy_(old)
+                part.publish()
         raise
 
 

@@ -145,7 +145,7 @@ def engine_for(
 
 
 def _compile(transfers: Sequence[Transfer]) -> None:
-    """Compile what `write` runs, so that the first swap does not."""
+    """Compile the kernels of `write`, so that the first swap does not."""
     from peraxis_format.ops.rebuild.numba import compile_for
 
     entries = [slice_.entry for transfer in transfers for slice_ in transfer.modules]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from peraxis_format.delta import Encoding
-from peraxis_format.dtypes import raw_bytes
+from peraxis_format.dtypes import Array, raw_bytes
 from peraxis_format.errors import DeviceError, LiveModelError, fail, located
 from peraxis_format.ops.tensors import storage_array
 from peraxis_format.payload import check_pad, check_values
@@ -24,7 +26,7 @@ from peraxis_format.torch.place.proof import proven
 from peraxis_format.torch.place.sharded_exact import ExactPiece
 from peraxis_format.torch.place.shards import ShardView
 from peraxis_format.torch.ring import Ring
-from peraxis_format.torch.swap.transfer_plan import ALIGN, ByteRange, ModuleSlice, Transfer, piece, shift_masks
+from peraxis_format.torch.swap.transfer_plan import ALIGN, ByteRange, ModuleSlice, Transfer, piece
 
 __all__ = ["Payload", "Residency", "check_pads", "read_transfer"]
 
@@ -49,8 +51,19 @@ def read_transfer(
     else:
         workers.run(_read_jobs(delta, transfer.runs, raw_bytes(array)))
     for slice_ in transfer.modules:
-        shift_masks(slice_, array)
+        _shift_masks(slice_, array)
     return sum(run.size for run in transfer.runs)
+
+
+def _shift_masks(slice_: ModuleSlice, buffer: Array) -> None:
+    """Shift the bits of masks whose box begins inside a byte, in place."""
+    for f in slice_.fields:
+        if f.shift:
+            rows = math.prod(f.shape[:-1])
+            read = buffer[f.offset : f.offset + rows * f.read_width].reshape(rows, f.read_width)
+            width = slice_.shape[-1]
+            bits = np.unpackbits(read, axis=-1, bitorder="little")[:, f.shift : f.shift + width]
+            buffer[f.offset : f.offset + f.size] = np.packbits(bits, axis=-1, bitorder="little").reshape(-1)
 
 
 def _direct_jobs(descriptor: int, origin: int, target: memoryview) -> Iterator[Callable[[], None]]:

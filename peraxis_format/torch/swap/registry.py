@@ -20,12 +20,12 @@ from peraxis_format.torch.place.claims import claim, release
 from peraxis_format.torch.place.digests import inherit
 from peraxis_format.torch.place.finder import check_target
 from peraxis_format.torch.place.placement import place
-from peraxis_format.torch.place.ranks import is_distributed
+from peraxis_format.torch.place.ranks import is_distributed, together
 from peraxis_format.torch.place.sharded_exact import exact_pieces
 from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, copy_aside, storage_key
 from peraxis_format.torch.place.watch import LiveTensors
 from peraxis_format.torch.ring import Ring
-from peraxis_format.torch.swap.apply import together, verify_share
+from peraxis_format.torch.swap.apply import verify_share
 from peraxis_format.torch.swap.engine import Engine, HostEngine, engine_for
 from peraxis_format.torch.swap.payload import Payload, Residency
 from peraxis_format.torch.swap.reports import Variant

@@ -27,9 +27,10 @@ import torch
 from torch import nn
 
 from peraxis_format.errors import LiveModelError
+from peraxis_format.interrupts import uninterrupted
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.place.ranks import together
 from peraxis_format.torch.place.shards import Shard, ShardView, Target, Views, increment_versions
-from peraxis_format.torch.swap.apply import together
 from peraxis_format.torch.swap.guard import Guard
 from peraxis_format.torch.swap.lock import SwapLock
 from peraxis_format.torch.swap.payload import Residency
@@ -156,8 +157,9 @@ class VariantSwitch:
         """Turn the model into a variant, or into the base (None). The current one costs nothing.
 
         It waits for running forwards. overwrite: swap even if other code has written the weights since the last swap;
-        these changes are lost. Raises SwapError, which names the model's variant afterwards. Raises LiveModelError for
-        an unknown name, or if the model's tensors are no longer those of the registered variants.
+        these changes are lost. Ctrl-C waits for the end of the writes. Raises SwapError, which names the model's
+        variant afterwards. Raises LiveModelError for an unknown name, or if the model's tensors are no longer those of
+        the registered variants.
         """
         self._lock.refuse_inside()
         with self._changes, self._lock.exclusive():
@@ -173,15 +175,8 @@ class VariantSwitch:
                 self._registry.device.wait_all()
             uploads, uploaded = self._uploads()
             read = 0 if target is None else target.payload.bytes_read
-            try:
-                written = self._write(target)
-            except BaseException as error:
-                now = self._restored(error)
-                if not isinstance(error, Exception):
-                    raise  # an interrupt is not wrapped
-                what = "the base" if now is None else f"variant {now!r}"
-                raise SwapError(f"swap to {name!r} failed ({error}); the model is {what}", now=now) from error
-            self._current = name
+            with uninterrupted():
+                written = self._swapped(name, target)
             after = self._uploads()
             return replace(
                 swap,
@@ -193,6 +188,19 @@ class VariantSwitch:
                 uploaded=after[1] - uploaded,
                 written=written,
             )
+
+    def _swapped(self, name: str | None, target: Registered | None) -> int:
+        """Write the target's weights, or revert them on an error. Returns the bytes written. Raises SwapError."""
+        try:
+            written = self._write(target)
+        except BaseException as error:
+            now = self._restored(error)
+            if not isinstance(error, Exception):
+                raise  # an interrupt is not wrapped
+            what = "the base" if now is None else f"variant {now!r}"
+            raise SwapError(f"swap to {name!r} failed ({error}); the model is {what}", now=now) from error
+        self._current = name
+        return written
 
     def _uploads(self) -> tuple[int, int]:
         counters = None if self._registry.device is None else self._registry.device.counters

@@ -20,8 +20,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
-
 from peraxis_format.bits import mask_width
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import Array, DType
@@ -31,7 +29,7 @@ from peraxis_format.reader import DeltaFile
 from peraxis_format.sizes import ALIGNMENT, aligned
 from peraxis_format.torch.place.shards import Box, Placement, ShardView, extent, storage_key, whole
 
-__all__ = ["ALIGN", "TRANSFER_LIMIT", "ByteRange", "Field", "ModuleSlice", "Transfer", "cut_transfers", "piece"]
+__all__ = ["ALIGN", "TRANSFER_LIMIT", "ByteRange", "ModuleSlice", "Transfer", "cut_transfers", "piece"]
 
 ALIGN: Final = 4096
 TRANSFER_LIMIT: Final = 64 << 20  # bytes: two layers of an 8B model; four of them are the ring
@@ -103,17 +101,6 @@ def piece(slice_: ModuleSlice, buffer: Array) -> ModuleDelta:
         f.suffix: buffer[f.offset : f.offset + f.size].view(f.dtype.storage).reshape(f.shape) for f in slice_.fields
     }
     return assemble(slice_.entry, arrays, slice_.shape)
-
-
-def shift_masks(slice_: ModuleSlice, buffer: Array) -> None:
-    """Shift the bits of masks whose box begins inside a byte, in place."""
-    for f in slice_.fields:
-        if f.shift:
-            rows = math.prod(f.shape[:-1])
-            read = buffer[f.offset : f.offset + rows * f.read_width].reshape(rows, f.read_width)
-            width = slice_.shape[-1]
-            bits = np.unpackbits(read, axis=-1, bitorder="little")[:, f.shift : f.shift + width]
-            buffer[f.offset : f.offset + f.size] = np.packbits(bits, axis=-1, bitorder="little").reshape(-1)
 
 
 def cut_transfers(delta: DeltaFile, placement: Placement, *, limit: int) -> tuple[Transfer, ...]:

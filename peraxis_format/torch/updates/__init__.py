@@ -7,8 +7,9 @@ updates.step()                                follower.poll()
 from peraxis_format.torch.updates.apply import apply_update
 from peraxis_format.torch.updates.errors import UpdateError
 from peraxis_format.torch.updates.follower import Follower, Poll, follow
-from peraxis_format.torch.updates.publish import Published, UpdateWriter
+from peraxis_format.torch.updates.publish import UpdateWriter
 from peraxis_format.torch.updates.publish_sharded import ShardedUpdateWriter
+from peraxis_format.torch.updates.published import Published
 from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update
 
 __all__ = [

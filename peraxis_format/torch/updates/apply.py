@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from peraxis_format.delta import Encoding, ModuleDelta
-from peraxis_format.errors import LiveModelError, PxdError, located
+from peraxis_format.errors import located
+from peraxis_format.interrupts import uninterrupted
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.claims import writing
 from peraxis_format.torch.place.pieces import in_pieces
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.proof import proven
-from peraxis_format.torch.place.ranks import agree
+from peraxis_format.torch.place.ranks import together
 from peraxis_format.torch.place.shards import Placement, Shard, Target, increment_versions
 from peraxis_format.torch.updates.errors import refuse_others
 from peraxis_format.torch.updates.staged import stage
@@ -47,34 +48,28 @@ def apply_update(
     this, and all of them have the new state afterwards, or none.
     Raises PxdError if the file is damaged or the model is in another state (E404, E405), LiveModelError if the model
     cannot take the update, or if another thread is writing it. The model is then unchanged. An error while weights are
-    written does not leave half of them: the rest is written too.
+    written does not leave half of them: the rest is written too. Ctrl-C waits for the end of the writes.
     """
     pieces = in_pieces(target, shards)
-    failure: Exception | None = None
-    owner: object = None
     with contextlib.ExitStack() as stack:
-        try:
+        with together(group, sharded=pieces):
             file = update if isinstance(update, DeltaFile) else stack.enter_context(DeltaFile(update))
             placement = place(target, file.manifest, shards=shards)
             owner = stack.enter_context(writing(part.live for parts in placement.values() for part in parts))
-        except (PxdError, LiveModelError, OSError) as error:
-            if not pieces:
-                raise
-            failure = error
         if pieces:
-            agree(failure, group)
             staged = stage(file, placement, group=group, owner=owner)
-            with lock or contextlib.nullcontext():
-                staged.write()
+            with together(group):
+                stack.enter_context(lock or contextlib.nullcontext())
+            staged.write()
             return
         refuse_others(file, placement)
         with located(file.path):
             modules = list(_proven(file, placement))
-        try:
-            with lock or contextlib.nullcontext():
+        with lock or contextlib.nullcontext(), uninterrupted():
+            try:
                 write_whole(file, modules, placement)
-        finally:
-            increment_versions(part for parts in placement.values() for part in parts)
+            finally:
+                increment_versions(part for parts in placement.values() for part in parts)
 
 
 # A model that is whole needs no staged changes: decoding again at the write costs little, and cannot fail after the

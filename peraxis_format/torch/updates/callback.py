@@ -10,8 +10,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from peraxis_format.arguments import check_least, did_you_mean
 from peraxis_format.errors import ArgumentError
 from peraxis_format.torch.place.pieces import is_dtensor
-from peraxis_format.torch.updates.publish import UpdateOptions, UpdateWriter
+from peraxis_format.torch.updates.publish import UpdateWriter
 from peraxis_format.torch.updates.publish_sharded import ShardedUpdateWriter
+from peraxis_format.torch.updates.published import UpdateOptions
 
 __all__ = ["PublishUpdates"]
 

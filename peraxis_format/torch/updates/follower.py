@@ -21,8 +21,8 @@ from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.finder import check_target
 from peraxis_format.torch.place.pieces import in_pieces, sharded_digest
 from peraxis_format.torch.place.placement import place
-from peraxis_format.torch.place.ranks import Ranks
-from peraxis_format.torch.place.shards import Placement, Shard, Target
+from peraxis_format.torch.place.ranks import Ranks, together
+from peraxis_format.torch.place.shards import Shard, Target
 from peraxis_format.torch.updates.apply import apply_update
 from peraxis_format.torch.updates.errors import TornError, UpdateError
 from peraxis_format.torch.updates.mirror import Mirror, is_url
@@ -92,6 +92,7 @@ class Follower:
         self._shards, self._group = shards, group
         self._on_update = on_update
         self._state: str | None = None
+        self._writes = False  # whether an update has begun and not ended, so that the state is not known
         self._files: dict[Path, UpdateFile] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -112,8 +113,7 @@ class Follower:
         waiting: dict[Path, str] = dict(problems)
         applied: list[Path] = []
         failed = [path for path in problems if path.parent == self.folder]
-        if self._state is None and files:
-            self._find_state(files)
+        self._know_state(files)
         while (chosen := next_update(files, self._state, self.step, skip=waiting)) is not None:
             try:
                 self._apply(chosen)
@@ -123,7 +123,6 @@ class Follower:
                 waiting[chosen.path] = str(error)
                 failed.append(chosen.path)
                 continue
-            self._state, self.step = chosen.result, chosen.step
             applied.append(chosen.path)
         if self._mirror is not None:
             self._mirror.doubt(path.name for path in failed)
@@ -141,8 +140,7 @@ class Follower:
         found = next((file for file in files if file.path == Path(path)), None)
         if found is None:
             raise UpdateError(problems.get(Path(path), f"{path}: is not an update of {self.folder}"))
-        if self._state is None:
-            self._find_state(files)
+        self._know_state(files)
         if not found.is_anchor and found.base != self._state:
             known = {file.result: file for file in files}
             if self.step is not None and found.step <= self.step:
@@ -150,26 +148,32 @@ class Follower:
             reason = f"made on {known[found.base].path}" if found.base in known else "a gap in front of it"
             raise UpdateError(f"{path}: {reason}, but the model is at step {self.step}")
         self._apply(found)
-        self._state, self.step = found.result, found.step
 
     def start(self, *, every: float = 1.0) -> Follower:
         """Poll every `every` seconds on a thread, until `close`. A failure is logged and tried again.
 
-        Raises ArgumentError unless `every` is above 0.
+        The ranks of a sharded model poll together, until the first of them calls `close`. Raises ArgumentError unless
+        `every` is above 0.
         """
         if not 0.0 < every < math.inf:
             raise ArgumentError(f"every {every!r}: must be a number of seconds above 0")
         if self._thread is not None:
             raise LiveModelError("this follower is already running")
 
+        sharded = in_pieces(self._target, self._shards) and Ranks(self._group).count > 1
+
         def run() -> None:
-            while not self._stop.wait(every):
+            while not self._stop.wait(every) or sharded:
                 try:
+                    if sharded and any(Ranks(self._group).all_gather(self._stop.is_set())):
+                        return
                     self.poll()
                 except Exception as error:  # a failed poll must not end the thread
                     _LOGGER.error(
                         "%s: cannot be followed: %s; trying again", self.folder, error or type(error).__name__
                     )
+                    if self._stop.is_set():  # the other ranks may be gone
+                        return
 
         self._thread = threading.Thread(target=run, daemon=True, name="peraxis-follow")
         self._thread.start()
@@ -183,7 +187,7 @@ class Follower:
         return self.step is not None and self.step >= step
 
     def close(self) -> None:
-        """End the thread after its current update."""
+        """End the thread after its current update, on all ranks of a sharded model at their next poll."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -204,55 +208,66 @@ class Follower:
                 self._mirror.sync(after=self.step)
             except OSError as error:
                 unreachable[Path(self._mirror.url)] = str(error)
-        files, problems = list_updates(self.folder, self._files)
-        found = files, problems | unreachable
-        if not in_pieces(self._target, self._shards):
-            return found
-        agreed: tuple[list[UpdateFile], dict[Path, str]] = Ranks(self._group).broadcast(found, rank=0)
-        return agreed
+        sharded = in_pieces(self._target, self._shards)
+        found: tuple[list[UpdateFile], dict[Path, str]] = [], {}
+        with together(self._group, sharded=sharded):
+            if not sharded or Ranks(self._group).rank == 0:
+                found = list_updates(self.folder, self._files)
+        files, problems = Ranks(self._group).broadcast(found, rank=0) if sharded else found
+        return files, problems | unreachable
 
     def _apply(self, update: UpdateFile) -> None:
         """Apply a file, which must be the one that was listed. Raises UpdateError, PxdError."""
+        self._writes = True
         try:
-            with DeltaFile(self._here(update)) as delta:
-                # All ranks of a sharded model have to agree, which apply_update ensures.
-                if delta.content_id != update.content_id and not in_pieces(self._target, self._shards):
-                    raise UpdateError(f"{update.path}: was replaced by another file; it is tried again")
+            with contextlib.ExitStack() as stack:
+                with together(self._group, sharded=in_pieces(self._target, self._shards)):
+                    delta = stack.enter_context(DeltaFile(self._here(update)))
+                    if delta.content_id != update.content_id:
+                        raise UpdateError(f"{update.path}: was replaced by another file; it is tried again")
                 apply_update(self._target, delta, lock=self._lock, shards=self._shards, group=self._group)
-        except BaseException as error:
-            if isinstance(error, TornError) or not isinstance(error, (PxdError, LiveModelError, OSError)):
-                self._state = self.step = None  # the next poll determines the model's state
+        except TornError:
             raise
+        except (PxdError, LiveModelError, OSError):
+            self._writes = False
+            raise
+        self._state, self.step = update.result, update.step
+        self._writes = False
 
     def _here(self, file: UpdateFile) -> Path:
         """The file on this rank: the files are listed by the first rank, whose folder may have another path."""
         return self.folder / file.path.name
 
+    def _know_state(self, files: list[UpdateFile]) -> None:
+        """Find the model's state if it is not known: at first, and after an update that did not end."""
+        if self._writes:
+            self._state = self.step = None
+            self._writes = False
+        if self._state is None and files:
+            self._find_state(files)
+
     def _find_state(self, files: list[UpdateFile]) -> None:
         """Find the model's state in the chain by the digests of its tensors, the newest state first."""
         digests: dict[str, str] = {}
         for file in reversed(files):
-            with contextlib.suppress(PxdError, OSError), DeltaFile(self._here(file)) as delta:
-                if self._is_at(delta, digests):
-                    self._state, self.step = file.result, file.step
-                    return
+            if self._is_at(file, digests):
+                self._state, self.step = file.result, file.step
+                return
         first = next((file for file in files if not file.is_anchor), None)
-        if first is not None:
-            with contextlib.suppress(PxdError, OSError), DeltaFile(self._here(first)) as delta:
-                if self._is_at(delta, digests, before=True):
-                    self._state, self.step = first.base, first.step - 1
+        if first is not None and self._is_at(first, digests, before=True):
+            self._state, self.step = first.base, first.step - 1
 
-    def _is_at(self, delta: DeltaFile, digests: dict[str, str], *, before: bool = False) -> bool:
+    def _is_at(self, file: UpdateFile, digests: dict[str, str], *, before: bool = False) -> bool:
         """Whether every tensor of the model equals the result (or, with `before`, the base) of a file."""
         pieces = in_pieces(self._target, self._shards)
-        placement: Placement | None = None
-        with contextlib.suppress(PxdError, LiveModelError):
-            placement = place(self._target, delta.manifest, shards=self._shards)
-        if pieces and not all(Ranks(self._group).all_gather(placement is not None)):
+        try:
+            with together(self._group, sharded=pieces):
+                with DeltaFile(self._here(file)) as delta:
+                    manifest = delta.manifest
+                placement = place(self._target, manifest, shards=self._shards)
+        except (PxdError, LiveModelError, OSError):
             return False
-        if placement is None:
-            return False
-        for turn, entry in enumerate(delta.manifest.modules):
+        for turn, entry in enumerate(manifest.modules):
             base = None if entry.base is None else entry.base.sha256
             wanted = base if before or entry.encoding is Encoding.SAME else entry.result or entry.sha256
             if entry.name not in digests and pieces:

@@ -42,7 +42,7 @@ _STAMPS: Final = frozenset(
         "generation",
     }
 )
-Stamp: TypeAlias = tuple[tuple[str, str], ...]
+_Stamp: TypeAlias = tuple[tuple[str, str], ...]
 
 
 def is_url(source: str | Path) -> bool:
@@ -69,7 +69,7 @@ class Mirror:
             raise LiveModelError(f"{self.url}: {error}") from None
         self._sent: tuple[str, bytes] | None = None  # name and header of the file that was sent last
         self.fetches: dict[str, int] = {}  # of the files that are here: the number of the fetch
-        self._stamps: dict[str, Stamp] = {}
+        self._stamps: dict[str, _Stamp] = {}
         self._doubted: dict[str, tuple[int, int]] = {}  # name -> syncs until the next fetch, and the pause after it
         self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         self.close = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
@@ -78,7 +78,7 @@ class Mirror:
         """The file names of the updates and anchors at the URL. Raises OSError."""
         return sorted(self._listed())
 
-    def _listed(self) -> dict[str, Stamp]:
+    def _listed(self) -> dict[str, _Stamp]:
         """The updates and anchors at the URL; none if there is no such folder. Raises OSError if this is not known."""
         with self._errors():
             self._system.invalidate_cache()
@@ -200,7 +200,7 @@ class Mirror:
             raise OSError(f"{self.url}: {type(error).__name__}: {first_line(error)}") from None
 
 
-def _stamp(entry: dict[str, Any]) -> Stamp:
+def _stamp(entry: dict[str, Any]) -> _Stamp:
     return tuple(sorted((key, str(value)) for key, value in entry.items() if key in _STAMPS))
 
 

@@ -9,10 +9,11 @@ rename; only then the snapshot of the published state is updated, and a new proc
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TypedDict, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -30,44 +31,11 @@ from peraxis_format.ops.tensors import dtype_of, storage_array
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.updates.live import check_publishing, live_tensors
 from peraxis_format.torch.updates.mirror import Mirror, is_url
+from peraxis_format.torch.updates.published import Published, Written
 from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, newer_file, step_name, step_of
 from peraxis_format.writer import DeltaWriter
 
-__all__ = ["Published", "UpdateOptions", "UpdateWriter", "Written"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Published:
-    """One published file. changed: weights that differ from the previous step. bytes: the size of the file.
-
-    path: its URL if it was sent to one.
-    """
-
-    path: Path | str
-    step: int
-    content_id: str
-    result: str
-    changed: int
-    weights: int
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
-    """A file that was written and sent. size: its bytes. changed: weights that differ from the state before it."""
-
-    manifest: Manifest
-    size: int
-    changed: int
-
-
-class UpdateOptions(TypedDict, total=False):
-    """The options of UpdateWriter, for what passes them on to it."""
-
-    name: str
-    dtype: torch.dtype | None
-    prefer: Prefer
-    anchor_every: int | None
+__all__ = ["UpdateWriter"]
 
 
 class UpdateWriter:
@@ -90,9 +58,10 @@ class UpdateWriter:
         anchor_every: int | None = None,
     ) -> None:
         """Raises LiveModelError if the folder's chain has other tensors, PxdError if it is damaged, ArgumentError."""
-        check_choice("prefer", prefer, get_args(Prefer))
-        check_least("anchor_every", anchor_every, 1)
-        check_publishing(model, folder, dtype)
+        with self._together():
+            check_choice("prefer", prefer, get_args(Prefer))
+            check_least("anchor_every", anchor_every, 1)
+            check_publishing(model, folder, dtype)
         self._mirror, self.folder = self._placed(folder)
         self._url = str(folder).rstrip("/") if is_url(folder) else None
         self.step_number = 0
@@ -104,11 +73,17 @@ class UpdateWriter:
         self._snapshot: dict[str, tuple[DType, Array]] = {}
         self._digests: dict[str, str] = {}
         self._head: UpdateFile | None = None
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._broken_off = False  # whether the snapshot may not be the last published state
+        with self._together():
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._restore()
 
     def __repr__(self) -> str:
         return f"<UpdateWriter to {self._url or self.folder}: step {self.step_number}>"
+
+    def _together(self) -> AbstractContextManager[None]:
+        """The context of a part of a method that is not collective; ShardedUpdateWriter's raises on all ranks."""
+        return contextlib.nullcontext()
 
     def _placed(self, folder: str | Path) -> tuple[Mirror | None, Path]:
         """The mirror of a URL, and the local folder."""
@@ -128,7 +103,18 @@ class UpdateWriter:
 
         Raises FileExistsError if another process publishes into the folder, OSError; nothing is published then. If only
         the anchor of the step cannot be written, that is raised too, and the step is published: see `step_number`.
+        After an interrupt the next step first reads from the folder what was published.
         """
+        self._recover()
+        try:
+            return self._step()
+        except Exception:
+            raise  # nothing was published, or `_broken_off` is set
+        except BaseException:
+            self._broken_off = True
+            raise
+
+    def _step(self) -> Published:
         live, tied = live_tensors(self._model, in_pieces=False)
         if self._head is None:
             return self._first(live, tied)
@@ -138,6 +124,7 @@ class UpdateWriter:
         moved: list[ModuleDelta] = []
         written = self._write_update(path, self._encoded(live, moved), tied, previous=self._head.content_id)
         # The update is published; the rest only updates this process's snapshot.
+        self._broken_off = True
         for module in moved:
             self._promote(module)
         return self._done(path, number, written, tied)
@@ -271,6 +258,7 @@ class UpdateWriter:
         """Record a published file, and write an anchor beside it if one is due."""
         manifest = written.manifest
         self._reached(path, number, manifest)
+        self._broken_off = False
         beside = self.folder / anchor_name(number)
         due = self._anchor_every is not None and number > 0 and number % self._anchor_every == 0
         if due and not self._is_there(beside):
@@ -297,6 +285,19 @@ class UpdateWriter:
             base=manifest.base.digest,
             result=manifest.result or "",
         )
+
+    def _recover(self) -> None:
+        """After a step that was broken off, read the published state again. Raises LiveModelError if it is gone."""
+        if self._is_broken_off():
+            before, self._head = self._head, None
+            self._restore()
+            if self._head is None and before is not None:
+                self._head = before
+                raise LiveModelError(f"{self.folder}: has no chain any more; publish to a new folder")
+            self._broken_off = False
+
+    def _is_broken_off(self) -> bool:
+        return self._broken_off
 
     def _restore(self) -> None:
         """Update the snapshot to the last state of the folder."""

@@ -8,13 +8,15 @@ traffic is O(changes). Only the first state is sent whole, once, tensor by tenso
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from peraxis_format.delta import BaseRef, Encoding, ModuleDelta
@@ -25,11 +27,13 @@ from peraxis_format.ops.rebuild import reconstruct
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.finder import local_part
 from peraxis_format.torch.place.pieces import Layout, flat_indices
-from peraxis_format.torch.place.ranks import Ranks, agree
+from peraxis_format.torch.place.ranks import Ranks, agree, together
+from peraxis_format.torch.place.sharded_exact import FirstError
 from peraxis_format.torch.place.shards import Box, slices, whole
 from peraxis_format.torch.updates.live import live_tensors
 from peraxis_format.torch.updates.mirror import Mirror, is_url
-from peraxis_format.torch.updates.publish import Published, UpdateOptions, UpdateWriter, Written
+from peraxis_format.torch.updates.publish import UpdateWriter
+from peraxis_format.torch.updates.published import Published, UpdateOptions, Written
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
 from peraxis_format.torch.updates.source import Way, anchor_name, chain_of, step_name
 from peraxis_format.writer import DeltaWriter
@@ -53,7 +57,7 @@ class ShardedUpdateWriter(UpdateWriter):
         group: Any = None,
         **options: Unpack[UpdateOptions],
     ) -> None:
-        """Raises the errors of UpdateWriter. Collective, like all methods except `prune`."""
+        """Raises the errors of UpdateWriter. Collective, like `step`."""
         self._ranks = Ranks(group)
         self._shared: SharedMirror | None = None
         self._dtypes: dict[str, DType] = {}
@@ -69,6 +73,9 @@ class ShardedUpdateWriter(UpdateWriter):
         self._shared = SharedMirror(str(folder), self._ranks.group)
         return self._shared.first, self._shared.folder
 
+    def _together(self) -> AbstractContextManager[None]:
+        return together(self._ranks.group)
+
     def prune(self, *, anchors: int = 2) -> list[Path]:
         """Delete old files, see UpdateWriter. Rank 0 does this; other ranks return an empty list."""
         return super().prune(anchors=anchors) if self._ranks.rank == 0 else []
@@ -78,29 +85,33 @@ class ShardedUpdateWriter(UpdateWriter):
         if self._shared is not None:
             self._shared.close()
 
-    @torch.no_grad()
-    def step(self) -> Published:
-        """Publish the present parameters; see UpdateWriter."""
-        live, tied = live_tensors(self._model, in_pieces=True)
-        parts = self._parts(live)
+    def _step(self) -> Published:
+        parts, tied = self._parts()
         if self._head is None:
             return self._publish_first(parts, tied)
         number = self.step_number + 1
-        changes, outgoing = self._compared(parts)
+        with self._together():
+            changes, outgoing = self._compared(parts)
         incoming = self._ranks.all_to_all(outgoing)
-        made = self._merged(incoming)
-        collected = self._ranks.gather({name: (module, count) for name, (module, count, _) in made.items()}, on=0)
+        with self._together():
+            made = self._merged(incoming)
+        sent = {name: (each.module, each.changed) for name, each in made.items()}
+        collected = self._ranks.gather(sent, on=0)
         modules = {name: found for each in collected for name, found in each.items()}
         path = self.folder / step_name(number)
         ordered, previous = (modules[name] for name in self._dtypes), self._head.content_id
         written: Written = self._on_first(lambda: self._write_update(path, ordered, tied, previous=previous))
-        for name, (module, _, new) in made.items():
-            if module.encoding is not Encoding.SAME:
-                self._snapshot[name] = self._dtypes[name], new
-                self._digests[name] = module.result or digest_of(new)
-        for name, (index, values) in changes.items():
-            self._pieces[name].reshape(-1)[index] = values
+        self._broken_off = True
+        with self._together():
+            for name, each in made.items():
+                self._snapshot[name] = self._dtypes[name], each.new
+                self._digests[name] = each.digest
+            for name, (index, values) in changes.items():
+                self._pieces[name].reshape(-1)[index] = values
         return self._done(path, number, written, tied)
+
+    def _is_broken_off(self) -> bool:
+        return any(self._ranks.all_gather(self._broken_off))
 
     # --- the parts of a step --------------------------------------------------------------------------
 
@@ -108,36 +119,46 @@ class ShardedUpdateWriter(UpdateWriter):
     def _owners(self) -> dict[str, int]:
         return {name: turn % self._ranks.count for turn, name in enumerate(self._dtypes)}
 
-    def _parts(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's pieces. The first call exchanges the boxes of all ranks."""
-        failure: Exception | None = None
-        parts: dict[str, Tensor] = {}
-        try:
+    def _parts(self) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
+        """This rank's pieces, and (module, alias) of tied tensors. Before the first state boxes are exchanged."""
+        with self._together():
+            live, tied = live_tensors(self._model, in_pieces=True)
             found = {name: local_part(tensor, whole(tensor.shape), name) for name, tensor in live.items()}
-            parts = {name: part.view for name, part in found.items()}
             boxes = {name: part.box for name, part in found.items()}
             dtypes = {name: self._dtype_of(name, tensor) for name, tensor in live.items()}
             self._check_same(live, boxes, dtypes)
-        except LiveModelError as error:
-            failure = error
-        agree(failure, self._ranks.group)
-        if not self._layouts:
-            known = self._ranks.all_gather(boxes)
-            self._layouts = {n: Layout.of(t.shape, [each[n] for each in known]) for n, t in live.items()}
+        if self._head is None:
+            shapes = {name: tuple(tensor.shape) for name, tensor in live.items()}
+            known = self._ranks.all_gather((shapes, dtypes, tied, boxes))
+            self._check_ranks([each[:3] for each in known])
+            self._layouts = {n: _covered(n, Layout.of(shapes[n], [each[3][n] for each in known])) for n in shapes}
             self._boxes, self._dtypes = boxes, dtypes
-        return parts
+        return {name: part.view for name, part in found.items()}, tied
 
     def _check_same(self, live: Mapping[str, Tensor], boxes: Mapping[str, Box], dtypes: Mapping[str, DType]) -> None:
-        if not self._dtypes:
+        """Check that the tensors are those of the published state."""
+        if self._head is None:
             return
         odd = sorted(live.keys() ^ self._dtypes.keys())
         if odd:
             raise LiveModelError(f"{odd[0]}: was added or removed since {self.folder} was begun; use a new folder")
         for name, tensor in live.items():
-            layout = self._layouts.get(name)
-            moved = layout is not None and (layout.shape != tuple(tensor.shape) or self._boxes[name] != boxes[name])
+            moved = self._layouts[name].shape != tuple(tensor.shape) or self._boxes[name] != boxes[name]
             if moved or dtypes[name] is not self._dtypes[name]:
                 raise LiveModelError(f"{name}: has another shape, dtype or placement than before; use a new folder")
+
+    def _check_ranks(self, known: list[tuple[dict[str, Any], ...]]) -> None:
+        """Raise LiveModelError, on all ranks, if a rank has other tensors than the first one."""
+        for rank, (shapes, dtypes, tied) in enumerate(known):
+            for name in sorted(shapes.keys() | known[0][0].keys()):
+                if any(
+                    mine.get(name) != first.get(name) for mine, first in zip((shapes, dtypes), known[0], strict=False)
+                ):
+                    raise LiveModelError(
+                        f"{name}: rank {rank} has another shape or dtype than rank 0, or only one has it"
+                    )
+            if (list(shapes), tied) != (list(known[0][0]), known[0][2]):
+                raise LiveModelError(f"rank {rank} has its tensors in another order than rank 0, or ties others")
 
     def _speaks_for(self, name: str) -> bool:
         return self._layouts[name].senders.get(self._boxes[name]) == self._ranks.rank
@@ -159,9 +180,9 @@ class ShardedUpdateWriter(UpdateWriter):
                 outgoing[owners[name]][name] = flat, now[index]
         return changes, outgoing
 
-    def _merged(self, incoming: list[dict[str, Any]]) -> dict[str, tuple[ModuleDelta, int, Array]]:
-        """The modules of this rank's tensors, their numbers of changed weights, and the new tensors."""
-        made = {}
+    def _merged(self, incoming: list[dict[str, Any]]) -> dict[str, _Made]:
+        """This rank's tensors after the changes of all ranks."""
+        made: dict[str, _Made] = {}
         for name, (dtype, before) in self._snapshot.items():
             new, count = before, 0
             for each in incoming:
@@ -171,7 +192,9 @@ class ShardedUpdateWriter(UpdateWriter):
                     new.reshape(-1)[index] = values
                     count += index.size
             ref = BaseRef(dtype=dtype, shape=before.shape, sha256=self._digests[name])
-            made[name] = lossless_module(name, new, dtype, old=before, base=ref, prefer=self._prefer), count, new
+            module = lossless_module(name, new, dtype, old=before, base=ref, prefer=self._prefer)
+            digest = ref.sha256 if module.encoding is Encoding.SAME else module.result or digest_of(new)
+            made[name] = _Made(module=module, changed=count, new=new, digest=digest)
         return made
 
     def _on_first(self, job: Any) -> Any:
@@ -192,15 +215,19 @@ class ShardedUpdateWriter(UpdateWriter):
     # --- whole states ---------------------------------------------------------------------------------
 
     def _publish_first(self, parts: Mapping[str, Tensor], tied: list[tuple[str, str]]) -> Published:
-        owners = self._owners
+        owners, failure = self._owners, FirstError()
+        self._snapshot, self._digests, self._pieces = {}, {}, {}
         for name, part in parts.items():
-            piece = self._published(part) if self._speaks_for(name) else None
-            if piece is not None:
-                self._pieces[name] = piece
+            piece: Array | None = None
+            with failure:
+                if self._speaks_for(name):
+                    piece = self._pieces[name] = self._published(part)
             found = self._ranks.gather(None if piece is None else (self._boxes[name], piece), on=owners[name])
             if self._ranks.rank == owners[name]:
-                self._snapshot[name] = self._dtypes[name], self._joined(name, found)
-                self._digests[name] = digest_of(self._snapshot[name][1])
+                with failure:
+                    self._snapshot[name] = self._dtypes[name], self._joined(name, found)
+                    self._digests[name] = digest_of(self._snapshot[name][1])
+        agree(failure.error, self._ranks.group)
         path = self.folder / anchor_name(0)
         return self._done(path, 0, self._anchor(path, tied), tied)
 
@@ -213,87 +240,101 @@ class ShardedUpdateWriter(UpdateWriter):
 
     def _anchor(self, path: Path, tied: list[tuple[str, str]]) -> Written:
         """Write the published state on rank 0, one tensor at a time from its owner."""
-        owners = self._owners
-        failure: Exception | None = None
-        result = None
-        writer: DeltaWriter | None = None
-        try:
-            writer = self._writer(path, previous=None) if self._ranks.rank == 0 else None
-        except OSError as error:
-            failure = error
-        agree(failure, self._ranks.group)
-        try:
+        owners, failure = self._owners, FirstError()
+        with contextlib.ExitStack() as stack:
+            writer: DeltaWriter | None = None
+            with self._together():
+                if self._ranks.rank == 0:
+                    writer = stack.enter_context(self._writer(path, previous=None))
             for name, dtype in self._dtypes.items():
                 mine = self._snapshot[name][1] if owners[name] == self._ranks.rank else None
                 found = [array for array in self._ranks.gather(mine, on=0) if array is not None]
-                if writer is None or failure is not None:
-                    continue
-                try:
-                    shape = self._layouts[name].shape
-                    full = found[0].reshape(shape)
-                    writer.add(
-                        ModuleDelta(name=name, shape=shape, dtype=dtype, encoding=Encoding.FULL, full=full)
-                    )  # fmt: skip
-                except Exception as error:
-                    failure = error
-            if writer is not None and failure is None:
-                for name, alias in tied:
-                    writer.tie(name, alias)
-                try:
-                    result = Written(manifest=writer.finish(), size=writer.size, changed=self._weights())
-                except Exception as error:
-                    failure = error
-        finally:
-            if writer is not None:
-                writer.__exit__(None, None, None)
-        try:
-            if result is not None:
-                self._send(path)
-        except Exception as error:
-            failure = error
-        agree(failure, self._ranks.group)
-        said: Written = self._ranks.broadcast(result, rank=0)
-        return said
+                with failure:
+                    if writer is not None and failure.error is None:
+                        full = found[0].reshape(self._layouts[name].shape)
+                        writer.add(
+                            ModuleDelta(name=name, shape=full.shape, dtype=dtype, encoding=Encoding.FULL, full=full)
+                        )  # fmt: skip
+            agree(failure.error, self._ranks.group)
+            written: Written = self._on_first(lambda: self._finished(writer, path, tied))
+            return written
+
+    def _finished(self, writer: DeltaWriter | None, path: Path, tied: list[tuple[str, str]]) -> Written | None:
+        """Finish and send an anchor, on rank 0."""
+        if writer is None:
+            return None
+        for name, alias in tied:
+            writer.tie(name, alias)
+        manifest = writer.finish()
+        self._send(path)
+        return Written(manifest=manifest, size=writer.size, changed=self._weights())
 
     def _weights(self) -> int:
         return sum(math.prod(layout.shape) for layout in self._layouts.values())
 
     def _restore(self) -> None:
-        """Update tensors and pieces to the last state of the folder, one tensor at a time."""
+        """Read the last state of the folder: each owner its tensors, one file after the other, for all ranks."""
         if self._shared is not None:
             self._shared.sync(after=None)
         way: Way | None = self._on_first(lambda: chain_of(self.folder))
         if way is None:
             return
-        live, _ = live_tensors(self._model, in_pieces=True)
-        paths = [self.folder / file.path.name for file in (way.anchor, *way.updates)]
-        with DeltaFile(paths[0]) as anchor:
-            known = {entry.name: (entry.shape, entry.dtype) for entry in anchor.manifest.modules}
-        self._dtypes = {name: dtype for name, (_, dtype) in known.items()}
-        other = next((n for n, (shape, _) in known.items() if n in live and tuple(live[n].shape) != shape), None)
-        if other is not None:
-            raise LiveModelError(f"{other}: has another shape or dtype than in {self.folder}; use a new folder")
-        parts = self._parts(live)
-        files = [DeltaFile(path) for path in paths]
-        try:
-            for name in parts:
-                self._restore_tensor(name, files)
-        finally:
-            for file in files:
-                file.close()
+        self._parts()
+        with self._together():
+            owned = self._owned_state(way)
+            digests = {name: digest_of(array) for name, array in owned.items()}
+        pieces, failure = {}, FirstError()
+        for name, owner in self._owners.items():
+            cut: list[Array | None] = [None] * self._ranks.count
+            with failure:
+                if owner == self._ranks.rank:
+                    for box, sender in self._layouts[name].senders.items():
+                        cut[sender] = np.array(owned[name][slices(box)])
+            piece: Array | None = self._ranks.scatter(cut, rank=owner)
+            if piece is not None:
+                pieces[name] = piece
+        agree(failure.error, self._ranks.group)
+        self._snapshot = {name: (self._dtypes[name], array) for name, array in owned.items()}
+        self._digests, self._pieces = digests, pieces
         self._head = way.head
         self.step_number = way.head.step
 
-    def _restore_tensor(self, name: str, files: list[DeltaFile]) -> None:
-        owner = self._owners[name] == self._ranks.rank
-        if not owner and not self._speaks_for(name):
-            return
-        array = np.array(reconstruct(files[0].load(name)))
-        for file in files[1:]:
-            if file.entry(name).encoding is not Encoding.SAME:
-                array = reconstruct(file.load(name), array)
-        if self._speaks_for(name):
-            self._pieces[name] = np.array(array[slices(self._boxes[name])])
-        if owner:
-            self._snapshot[name] = self._dtypes[name], array
-            self._digests[name] = digest_of(array)
+    def _owned_state(self, way: Way) -> dict[str, Array]:
+        """The tensors that this rank owns, in the last state. Raises LiveModelError if the files are of other ones."""
+        owners, state = self._owners, dict[str, Array]()
+        for file in (way.anchor, *way.updates):
+            path = self.folder / file.path.name
+            with DeltaFile(path) as delta:
+                if delta.content_id != file.content_id:
+                    raise LiveModelError(f"{path}: is another file than on rank 0; all ranks must see one folder")
+                known = {entry.name: entry for entry in delta.manifest.modules}
+                for name, dtype in self._dtypes.items():
+                    entry = known.get(name)
+                    if entry is None or (entry.shape, entry.dtype) != (self._layouts[name].shape, dtype):
+                        raise LiveModelError(f"{name}: has another shape or dtype than in {path}; use a new folder")
+                    if owners[name] == self._ranks.rank and entry.encoding is not Encoding.SAME:
+                        state[name] = np.array(reconstruct(delta.load(name), state.get(name)))
+                odd = sorted(known.keys() - self._dtypes.keys())
+                if odd:
+                    raise LiveModelError(f"{odd[0]}: is in {path}, but not in the model; use a new folder")
+        return state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Made:
+    """A tensor after a step. changed: weights that differ. digest: that of the new tensor."""
+
+    module: ModuleDelta
+    changed: int
+    new: Array
+    digest: str
+
+
+def _covered(name: str, layout: Layout) -> Layout:
+    """The layout, if the ranks have the whole tensor between them. Raises LiveModelError."""
+    if layout.covered != math.prod(layout.shape):
+        raise LiveModelError(
+            f"{name}: the ranks have {layout.covered} of its {math.prod(layout.shape)} weights; pass the group of all "
+            "ranks that share the model"
+        )
+    return layout

@@ -22,16 +22,17 @@ from torch import Tensor
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import Array
 from peraxis_format.errors import LiveModelError, fail, located
+from peraxis_format.interrupts import uninterrupted
 from peraxis_format.manifest import ModuleEntry
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.claims import refuse_claimed
 from peraxis_format.torch.place.pieces import Layout
 from peraxis_format.torch.place.proof import proven
-from peraxis_format.torch.place.ranks import Ranks, agree
+from peraxis_format.torch.place.ranks import Ranks, agree, together
 from peraxis_format.torch.place.replicas import check_replicas
 from peraxis_format.torch.place.sharded_exact import Changes, FirstError, in_box, sharded_changes, words_of
 from peraxis_format.torch.place.shards import Placement, ShardView, increment_versions, slices, whole
-from peraxis_format.torch.updates.errors import refuse_others
+from peraxis_format.torch.updates.errors import TornError, refuse_others
 
 __all__ = ["StagedUpdate", "stage"]
 
@@ -51,17 +52,22 @@ class _Change:
         return self.values.nbytes + (0 if self.places is None else self.places.nbytes)
 
     def exchange(self) -> None:
-        """Exchange values and live weights, so that a second call restores both."""
+        """Exchange values and live weights, so that a second call restores both. On an error both are unchanged."""
         flat = words_of(self.part.view).reshape(-1)
         places = slice(None) if self.places is None else self.places
-        old = flat[places].clone()
+        old, new = flat[places].clone(), self.values.clone()
         try:
-            flat[places] = self.values
-        except BaseException:
-            flat[places] = old
+            flat[places] = new
+            self.values.copy_(old)
+            self.part.publish()
+        except BaseException as error:
+            try:
+                flat[places] = old
+                self.values.copy_(new)
+                self.part.publish()
+            except Exception as again:
+                raise _torn(error, again) from again
             raise
-        self.values.copy_(old)
-        self.part.publish()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,23 +83,40 @@ class StagedUpdate:
     def write(self) -> None:
         """Write the new weights on all ranks of the group, or restore the old ones on all. Collective.
 
-        The old weights must still be those of `stage`, and no forward may run. Raises the error of any rank.
+        The old weights must still be those of `stage`, and no forward may run. Ctrl-C waits for the end. Raises the
+        error of any rank, and TornError where the old weights could not be restored.
         """
-        written: list[_Change] = []
-        failure: BaseException | None = None
-        try:
-            for change in self._changes:
+        with uninterrupted():
+            written: list[_Change] = []
+            try:
+                with together(self._group):
+                    for change in self._changes:
+                        change.exchange()
+                        written.append(change)
+            except BaseException as error:
+                with together(self._group):
+                    self._revert(written, error)
+                raise
+            finally:
+                increment_versions(change.part for change in self._changes)
+
+    def _revert(self, written: list[_Change], error: BaseException) -> None:
+        """Restore the old weights. Raises TornError if a change cannot be reverted; the others are."""
+        failure: Exception | None = None
+        for change in reversed(written):
+            try:
                 change.exchange()
-                written.append(change)
-        except BaseException as error:
-            failure = error
-        try:
-            agree(failure, self._group)
-        except BaseException:
-            for change in reversed(written):
-                change.exchange()
-            raise
-        increment_versions(change.part for change in self._changes)
+            except Exception as again:
+                failure = again
+        if failure is not None:
+            raise _torn(error, failure) from failure
+
+
+def _torn(error: BaseException, failure: Exception) -> TornError:
+    return TornError(
+        f"an update failed while weights were written ({error or type(error).__name__}), and could not be reverted "
+        f"({failure or type(failure).__name__}); load the model again"
+    )
 
 
 @torch.no_grad()

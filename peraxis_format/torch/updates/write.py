@@ -61,7 +61,8 @@ class _Write:
 def write_whole(file: DeltaFile, modules: list[ModuleDelta], placement: Placement) -> None:
     """Write modules that were checked against these weights. Each storage is written once.
 
-    An interrupt is raised after the last weight. Raises TornError if a failed write could not be finished either.
+    The caller defers signals (interrupts.py), so that no second one ends the write. An interrupt is raised after the
+    last weight. Raises TornError if a failed write could not be finished either.
     """
     write = _Write(jobs=list(_jobs(modules, placement)))
     try:

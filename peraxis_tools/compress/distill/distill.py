@@ -13,11 +13,16 @@ the final one. After each epoch the state, with scales rounded to F16 as in the 
 The best state is returned; the state before the first step takes part, so the held-out loss never grows. Samples have
 one length without padding, so no token has to be excluded. There is no dropout, and only the order of the samples is
 random, so a run that is resumed after an epoch ends in the same bytes.
+
+Memory: the teacher's logits are computed first and kept in files, then the teacher is freed. The student is its base in
+the file's dtype, packed signs, and the activations of one sample on a CPU (a batch on another device, which wants large
+products, with the activations of one layer); weights are built where they are used (parametrization.py), and logits of
+some tokens at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,9 +34,14 @@ from torch.utils.checkpoint import checkpoint
 
 from peraxis_format import Encoding
 from peraxis_format.ops.tensors import TORCH_DTYPES
-from peraxis_tools.compress.distill.parametrization import DeltaParametrization, TrainedComponent, TrainedTensor
+from peraxis_tools.compress.distill.losses import Losses, TeacherLogits
+from peraxis_tools.compress.distill.parametrization import (
+    BuiltWeights,
+    DeltaParametrization,
+    TrainedComponent,
+    TrainedTensor,
+)
 from peraxis_tools.compress.distill.training import Group, Training, TrainingState
-from peraxis_tools.compress.fit.moments.spill import SpilledTensors
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.model.weights import Weights, kept_rows
 from peraxis_tools.compress.plan.plan import EXACT, PlannedModule
@@ -86,14 +96,17 @@ def distill(
 ) -> DistillResult:
     """Train all scales of `modules` together; continue from the state in `work`. samples, validation: ids [n, length].
 
-    Both models are loaded whole. After each epoch the training state is saved to `work`.
+    The teacher is freed if its logits of all samples are within the limit. After each epoch the training state is saved
+    to `work`.
     """
+    splits = {"fit": samples, "held-out": validation if len(validation) else samples}
     weights.fill_whole(teacher, weights.teacher)
+    targets = TeacherLogits(teacher, work, options.logits_limit)
+    targets.keep(splits, partial(progress, "the fine-tuned model's logits"))
     trained = _parametrize(student, weights, modules, options)
     if student.device.type != "cpu":
         checkpoint_layers(student)
-    validation = validation if len(validation) else samples
-    cache = _TeacherLogits(teacher, work, options.logits_limit)
+    losses = Losses(student=student, built=trained.built, targets=targets, splits=splits, kind=options.loss)
     batches = -(-len(samples) // options.batch_size)
     steps = options.epochs * batches
     training = Training(trained.groups(options), steps=steps)
@@ -101,7 +114,7 @@ def distill(
     # A run cannot be resumed without the best state.
     stands = training.resume(work) if work.load(_BEST) is not None else None
     if stands is None:
-        loss = _validation_loss(student, trained, cache, validation, options)
+        loss = _validation_loss(trained, losses)
         stands = TrainingState(epochs=0, best=loss, before=loss)
         work.save(_BEST, list(trained.to_array(modules).values()))
     for epoch in range(options.epochs):
@@ -111,8 +124,8 @@ def distill(
         for batch, rows in enumerate(order.split(options.batch_size)):
             step = epoch * batches + batch
             progress("distill", step, steps)
-            training.step(step, _loss(student, cache, samples, "fit", rows.tolist(), options.loss))
-        error = _validation_loss(student, trained, cache, validation, options)
+            training.step(step, partial(losses.backward, "fit", rows.tolist()))
+        error = _validation_loss(trained, losses)
         if error < stands.best:
             work.save(_BEST, list(trained.to_array(modules).values()))
         stands = replace(stands, epochs=epoch + 1, best=min(error, stands.best))
@@ -137,6 +150,7 @@ class _Trained:
 
     components: Mapping[str, nn.ModuleList]
     full: Mapping[str, tuple[TrainedTensor, Tensor]]
+    built: BuiltWeights
 
     def groups(self, options: DistillOptions) -> list[Group]:
         """The parameters by learning rate: scales, latents of signs, full tensors."""
@@ -184,20 +198,33 @@ def _parametrize(
     trained: dict[str, nn.ModuleList] = {}
     by_parameter: dict[str, list[tuple[ParameterSlice, int, nn.ModuleList]]] = {}
     dtypes: dict[str, torch.dtype] = {}
+    built = BuiltWeights()
     for name, module in modules.items():
         piece = weights.names.by_tensor.get(name)
         if piece is None or not module.components:
             continue
         planned: PlannedModule = weights.modules[name]
+        covered = (kept_rows(planned), *planned.shape[1:])
         trained[name] = nn.ModuleList(
-            TrainedComponent(c, planned.shape[-1], signs=options.sign_lr > 0, device=student.device)
-            for c in module.components
+            TrainedComponent(c, covered, signs=options.sign_lr > 0, device=student.device) for c in module.components
         )
         by_parameter.setdefault(piece.parameter, []).append((piece, kept_rows(planned), trained[name]))
         dtypes[piece.parameter] = TORCH_DTYPES[planned.dtype]
     for parameter, pieces in by_parameter.items():
-        _put_over(student, parameter, DeltaParametrization(pieces, dtypes[parameter]))
-    return _Trained(components=trained, full=full)
+        dtype = dtypes[parameter]
+        _compact(student, parameter, dtype)
+        _put_over(student, parameter, DeltaParametrization(pieces, dtype, student.dtype, built))
+    return _Trained(components=trained, full=full, built=built)
+
+
+def _compact(student: LayerwiseModel, parameter: str, dtype: torch.dtype) -> None:
+    """Store a parameter in the file's dtype, if that keeps its values."""
+    value = student.get(parameter)
+    smaller = value.to(dtype)
+    if smaller.element_size() < value.element_size() and torch.equal(smaller.to(value.dtype), value):
+        compact = nn.Parameter(smaller, requires_grad=False)
+        for owner, leaf in student.owners(parameter):
+            owner._parameters[leaf] = compact
 
 
 def _parametrize_full(student: LayerwiseModel, weights: Weights) -> dict[str, tuple[TrainedTensor, Tensor]]:
@@ -223,52 +250,7 @@ def _put_over(student: LayerwiseModel, parameter: str, module: nn.Module) -> Non
         parametrize.register_parametrization(owner, leaf, module, unsafe=True)
 
 
-class _TeacherLogits:
-    """The teacher's logits of samples: cached on disk up to a limit of bytes, recomputed beyond it.
-
-    Each sample is computed alone, so that its logits depend neither on the limit nor on its batch.
-    """
-
-    def __init__(self, teacher: LayerwiseModel, work: WorkFolder, limit: int) -> None:
-        self._teacher, self._limit = teacher, limit
-        self._kept = {split: SpilledTensors(work.path, f"logits-{split}", limit=0) for split in ("fit", "held-out")}
-
-    @torch.no_grad()
-    def __call__(self, samples: Tensor, split: str, rows: Sequence[int]) -> Tensor:
-        """Logits [rows, length, vocabulary] of some samples of a split."""
-        return torch.cat([self._logits(samples[row : row + 1], self._kept[split], row) for row in rows])
-
-    def _logits(self, ids: Tensor, kept: SpilledTensors, row: int) -> Tensor:
-        if row in kept:
-            return kept[row]
-        logits: Tensor = self._teacher.model(input_ids=ids, use_cache=False).logits
-        size = logits.numel() * logits.element_size()
-        if size <= self._limit:
-            self._limit -= size
-            kept[row] = logits
-        return logits
-
-
-def _loss(
-    student: LayerwiseModel, teacher: _TeacherLogits, samples: Tensor, split: str, rows: Sequence[int], kind: str
-) -> Tensor:
-    """The mean loss over the tokens of some samples of a split."""
-    target = teacher(samples, split, rows).float()
-    logits = student.model(input_ids=samples[list(rows)], use_cache=False).logits.float()
-    if kind == "mse":
-        return torch.mean((logits - target).square())
-    log_p, log_q = torch.log_softmax(target, -1), torch.log_softmax(logits, -1)
-    return torch.sum(log_p.exp() * (log_p - log_q), dim=-1).mean()
-
-
-@torch.no_grad()
-def _validation_loss(
-    student: LayerwiseModel, trained: _Trained, teacher: _TeacherLogits, validation: Tensor, options: DistillOptions
-) -> float:
+def _validation_loss(trained: _Trained, losses: Losses) -> float:
     """The held-out loss of the state as the file would store it."""
-    total = 0.0
-    with trained.rounded(), parametrize.cached():
-        for start in range(0, len(validation), options.batch_size):
-            rows = range(start, min(start + options.batch_size, len(validation)))
-            total += float(_loss(student, teacher, validation, "held-out", rows, options.loss)) * len(rows)
-    return total / len(validation)
+    with trained.rounded():
+        return losses.mean("held-out")

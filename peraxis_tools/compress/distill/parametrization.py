@@ -4,34 +4,55 @@
                     B = sign(z) where signs are trained, z a latent for each weight
     full tensor     W = W_0 + rms(W_0) theta                    embeddings, lm_head, norms, biases
 
-W is rounded to its dtype as apply rounds it; gradients pass through roundings and signs (straight-through).
+W is rounded to its dtype as apply rounds it; gradients pass through roundings and signs (straight-through):
+
+    dL/drow_i = sum_j G_ij B_ij col_j      dL/dcol_j = sum_i G_ij B_ij row_i      G = dL/dW
+    dL/dz_ij  = G_ij row_i col_j while |z_ij| is at most a few scales, otherwise 0
+
+Memory: for a signed tensor the graph keeps scales alone. Signs stay packed, the base stays in the module's dtype, and
+W itself, which a product wants again in the backward pass, is built again there (`BuiltWeights`): that is one pass over
+memory beside products that read it for each token. Written as plain torch operations, the graph would keep two dense
+float32 tensors for each mask, and W.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from peraxis_format import Array, Axis, Component, DType, encode_scale_pair, encode_scales, pack_signs, unpack_signs
+from peraxis_format.ops.rebuild import rebuild_tensor
+from peraxis_format.ops.rebuild.torch import ComponentTensors
 from peraxis_format.ops.tensors import TORCH_DTYPES, storage_array
 from peraxis_tools.parameter_names import ParameterSlice
 
-__all__ = ["DeltaParametrization", "TrainedComponent", "TrainedTensor"]
+__all__ = ["BuiltWeights", "DeltaParametrization", "TrainedComponent", "TrainedTensor"]
 
 _CLIP = 3.0  # a latent further than this many scales from zero gets no gradient
+_BLOCK = 1 << 18  # weights whose signs are unpacked at a time: they stay in a processor's cache
 
 
 class TrainedComponent(nn.Module):
-    """One component with relative scales, and latents if signs are trained."""
+    """One component with relative scales, and latents if signs are trained.
 
-    def __init__(self, component: Component, d_in: int, *, signs: bool, device: torch.device) -> None:
+    covered: the shape [..., d_out, d_in] of its tensor, a batch of matrices.
+    """
+
+    def __init__(self, component: Component, covered: tuple[int, ...], *, signs: bool, device: torch.device) -> None:
         super().__init__()
         self.axis = component.axis
+        self._shape = (math.prod(covered[:-2]), *covered[-2:])
+        self._mask_shape = component.mask.shape
         factor = 2.0**component.exponent
-        unpacked = torch.from_numpy(unpack_signs(component.mask, d_in)).to(device)
         for name, array in component.scales().items():
             scale = torch.from_numpy(array.astype(np.float32)).to(device)
             # For row+col the exponent may go into either vector, because both are trained relatively.
@@ -39,36 +60,49 @@ class TrainedComponent(nn.Module):
                 scale = scale * factor
             self.register_buffer(f"{name}_start", scale)
             self.register_parameter(name, nn.Parameter(torch.zeros_like(scale)))
-        self.signs: Tensor
-        self.register_buffer("signs", unpacked)
-        # Latents start half a scale from zero, so that a gradient can flip a sign but noise cannot.
-        self.latent = nn.Parameter(torch.where(unpacked, 0.5, -0.5)) if signs else None
+        self.mask: Tensor | None = None
+        self.latent: Tensor | None = None
+        if signs:
+            # Latents start half a scale from zero, so that a gradient can flip a sign but noise cannot.
+            unpacked = torch.from_numpy(unpack_signs(component.mask, covered[-1])).to(device)
+            self.latent = nn.Parameter(torch.where(unpacked, 0.5, -0.5).reshape(self._shape))
+        else:
+            self.mask = torch.from_numpy(component.mask.copy()).to(device).reshape(*self._shape[:-1], -1)
 
     def scale(self, name: str) -> Tensor:
         return torch.relu(getattr(self, f"{name}_start") * (1 + getattr(self, name)))
 
-    def current_signs(self) -> Tensor:
-        return self.signs if self.latent is None else self.latent >= 0
-
-    def forward(self) -> Tensor:
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """row [batch, d_out] and col [batch, d_in], float32, so that |term| = row_i * col_j for every axis."""
+        batch, d_out, d_in = self._shape
+        start = next(self.buffers())
+        row, col = start.new_ones(batch, d_out), start.new_ones(batch, d_in)
         if self.axis is Axis.TENSOR:
-            size = self.scale("scalar")
-        else:
-            size = torch.ones((), device=self.signs.device)
-            if self.axis is not Axis.COL:
-                size = size * self.scale("row").unsqueeze(-1)
-            if self.axis is not Axis.ROW:
-                size = size * self.scale("col").unsqueeze(-2)
-        if self.latent is None:
-            return torch.where(self.signs, size, -size)
-        hard = torch.where(self.latent >= 0, 1.0, -1.0)
-        soft = self.latent.clamp(-_CLIP, _CLIP)
-        return (soft + (hard - soft).detach()) * size
+            return self.scale("scalar").expand(batch, d_out), col
+        if self.axis is not Axis.COL:
+            row = self.scale("row").reshape(batch, d_out)
+        if self.axis is not Axis.ROW:
+            col = self.scale("col").reshape(batch, d_in)
+        return row, col
+
+    def signs(self, e: int, rows: slice) -> Tensor:
+        """float32 [rows, d_in], +1 or -1: of some rows of matrix e."""
+        if self.latent is not None:
+            return torch.where(self.latent[e, rows] >= 0, 1.0, -1.0)
+        assert self.mask is not None
+        mask = self.mask[e, rows]
+        ones = torch.ones(max(len(mask), self._shape[-1]), device=mask.device)
+        zeros = torch.zeros(len(mask), self._shape[-1], device=mask.device)
+        return rebuild_tensor(zeros, [ComponentTensors(mask, ones[: len(mask)], ones[: self._shape[-1]], True)])
 
     def to_component(self) -> Component:
         """The component as the file stores it."""
         with torch.no_grad():
-            mask = pack_signs(self.current_signs().cpu().numpy())
+            if self.latent is None:
+                assert self.mask is not None
+                mask = self.mask.cpu().numpy().reshape(self._mask_shape)
+            else:
+                mask = pack_signs((self.latent >= 0).cpu().numpy()).reshape(self._mask_shape)
             arrays = {
                 name: self.scale(name).double().cpu().numpy()
                 for name in ("row", "col", "scalar")
@@ -86,41 +120,157 @@ class TrainedComponent(nn.Module):
         """Set the relative scales so that the scales equal the rounded ones of the file."""
         component = self.to_component()
         for name, array in component.scales().items():
-            exact = torch.from_numpy(array.astype(np.float64)).to(self.signs.device)
+            start = getattr(self, f"{name}_start").double()
+            exact = torch.from_numpy(array.astype(np.float64)).to(start.device)
             if name != "col" or component.axis is Axis.COL:
                 exact = exact * 2.0**component.exponent
-            start = getattr(self, f"{name}_start").double()
             relative = torch.where(start > 0, exact / start - 1, torch.zeros_like(exact))
             getattr(self, name).copy_(relative.float())
 
 
-class DeltaParametrization(nn.Module):
-    """Parametrization: base parameter -> base + components, rounded to the module's dtype (gradient passes through)."""
+class BuiltWeights:
+    """The weights that parametrizations have built and that are still in use, by the address of their memory."""
 
-    def __init__(self, pieces: Sequence[tuple[ParameterSlice, int, nn.ModuleList]], dtype: torch.dtype) -> None:
+    def __init__(self) -> None:
+        self._built: dict[int, tuple[weakref.ref[Tensor], DeltaParametrization, Tensor]] = {}
+
+    def add(self, weight: Tensor, builder: DeltaParametrization, base: Tensor) -> None:
+        address = weight.untyped_storage().data_ptr()
+        self._built[address] = weakref.ref(weight, lambda _: self._built.pop(address, None)), builder, base
+
+    @contextmanager
+    def forgotten(self) -> Iterator[None]:
+        """A forward pass inside this context keeps no built weight for its backward pass, which builds it again."""
+        with saved_tensors_hooks(self._pack, _unpack):
+            yield
+
+    def _pack(self, saved: Tensor) -> Tensor | _Forgotten:
+        found = self._built.get(saved.untyped_storage().data_ptr())
+        if found is None or found[0]() is None:
+            return saved
+        _, builder, base = found
+        return _Forgotten(builder, base, tuple(saved.shape), saved.stride(), int(saved.storage_offset()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Forgotten:
+    """A view of a weight: the parametrization that builds it, and the view's shape, strides and offset."""
+
+    builder: DeltaParametrization
+    base: Tensor
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+@torch.no_grad()
+def _unpack(saved: Tensor | _Forgotten) -> Tensor:
+    if isinstance(saved, Tensor):
+        return saved
+    return saved.builder.build(saved.base).as_strided(saved.shape, saved.stride, saved.offset)
+
+
+class DeltaParametrization(nn.Module):
+    """Parametrization: base parameter -> base + components, rounded to `dtype`, in the dtype `result`.
+
+    pieces: the checkpoint tensors in the parameter, each with the rows that its base has and its components.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[tuple[ParameterSlice, int, nn.ModuleList]],
+        dtype: torch.dtype,
+        result: torch.dtype,
+        built: BuiltWeights,
+    ) -> None:
         super().__init__()
         self._pieces = [(piece, kept) for piece, kept, _ in pieces]
         self.components = nn.ModuleList(components for _, _, components in pieces)
-        self._dtype = dtype
+        self._dtype, self._result, self._built = dtype, result, built
 
     def forward(self, base: Tensor) -> Tensor:
-        if len(self._pieces) == 1 and self._pieces[0][0].index is None and self._pieces[0][0].rows is None:
-            total = self._add(base, self._pieces[0][1], self.components[0])
-        else:
-            total = base.clone()
-            for (piece, kept), components in zip(self._pieces, self.components, strict=True):
-                part = piece.select(total)
-                part.copy_(self._add(part.clone(), kept, components))
-        rounded = total.detach().to(self._dtype).to(total.dtype)
-        return (total + (rounded - total).detach()).to(base.dtype)
+        inputs: list[Tensor] = []
+        for component in self._each():
+            row, col = component.factors()
+            inputs += [row, col] if component.latent is None else [row, col, component.latent]
+        weight: Tensor = _Weight.apply(self, base, *inputs)  # type: ignore[no-untyped-call]
+        self._built.add(weight, self, base)
+        return weight
 
-    def _add(self, value: Tensor, kept: int, components: nn.Module) -> Tensor:
-        for component in components:  # type: ignore[attr-defined]
-            dense = component()
-            if kept < value.shape[0]:
-                dense = torch.cat([dense, dense.new_zeros(value.shape[0] - kept, *value.shape[1:])])
-            value = value + dense
-        return value
+    def _each(self) -> Iterator[TrainedComponent]:
+        for components in self.components:
+            yield from components  # type: ignore[misc]
+
+    def _matrices(self, value: Tensor) -> Iterator[tuple[int, Tensor, Sequence[tuple[int, TrainedComponent]]]]:
+        """Views of the matrices that have components: place in the batch of their tensor, rows, numbered components."""
+        first = 0
+        for (piece, kept), components in zip(self._pieces, self.components, strict=True):
+            numbered: list[tuple[int, TrainedComponent]] = list(enumerate(components, first))  # type: ignore[arg-type]
+            first += len(numbered)
+            part = piece.select(value)[:kept]
+            for e, matrix in enumerate(part.unsqueeze(0) if part.dim() == 2 else part.flatten(0, -3)):
+                yield e, matrix, numbered
+
+    def build(self, base: Tensor) -> Tensor:
+        """The weight, a new tensor of the base's shape."""
+        out = base.to(self._dtype, copy=True)
+        factors = [component.factors() for component in self._each()]
+        for (e, target, components), (_, source, _) in zip(self._matrices(out), self._matrices(base), strict=True):
+            scales = [(factors[k][0][e], factors[k][1][e]) for k, _ in components]
+            if all(component.mask is not None for _, component in components):
+                terms = [
+                    ComponentTensors(component.mask[e], row, col)  # type: ignore[index]
+                    for (_, component), (row, col) in zip(components, scales, strict=True)
+                ]
+                rebuild_tensor(source, terms, out=target)
+                continue
+            for rows in _blocks(target):
+                total = source[rows].float()
+                for (_, component), (row, col) in zip(components, scales, strict=True):
+                    total = total + component.signs(e, rows) * (row[rows].unsqueeze(-1) * col)
+                target[rows] = total.to(target.dtype)
+        return out.to(self._result)
+
+    def gradients(self, gradient: Tensor) -> list[Tensor]:
+        """The gradients of each component's row and col, and of its latent if it has one. gradient: the weight's."""
+        each = list(self._each())
+        factors = [component.factors() for component in each]
+        found = [[torch.zeros_like(row), torch.zeros_like(col)] for row, col in factors]
+        for component, its in zip(each, found, strict=True):
+            if component.latent is not None:
+                its.append(torch.zeros_like(component.latent))
+        for e, matrix, components in self._matrices(gradient):
+            for k, component in components:
+                row, col = factors[k][0][e], factors[k][1][e]
+                for rows in _blocks(matrix):
+                    part = matrix[rows].float()
+                    signed = component.signs(e, rows).mul_(part)
+                    found[k][0][e, rows] = signed @ col
+                    found[k][1][e] += row[rows] @ signed
+                    if component.latent is not None:
+                        near = component.latent[e, rows].abs() <= _CLIP
+                        found[k][2][e, rows] = part * (row[rows].unsqueeze(-1) * col) * near
+        return [value for its in found for value in its]
+
+
+def _blocks(matrix: Tensor) -> Iterator[slice]:
+    """Blocks of rows of _BLOCK weights."""
+    d_out, d_in = matrix.shape
+    step = -(-_BLOCK // d_in)
+    return (slice(first, min(first + step, d_out)) for first in range(0, d_out, step))
+
+
+class _Weight(torch.autograd.Function):
+    """The weight of a parametrization, as a function of its scales and latents."""
+
+    @staticmethod
+    def forward(ctx: Any, builder: DeltaParametrization, base: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.builder = builder
+        return builder.build(base)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return None, None, *ctx.builder.gradients(gradient)
 
 
 class TrainedTensor(nn.Module):

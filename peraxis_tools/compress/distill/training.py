@@ -7,12 +7,12 @@ full state is saved in the work folder: parameters, AdamW's moments, and the num
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peraxis_tools.compress.run.work_folder import WorkFolder
 
@@ -52,13 +52,14 @@ class Training:
             parameter.requires_grad_(True)
         self._optimizer = torch.optim.AdamW([{"params": group.parameters} for group in self._groups], weight_decay=0.0)
 
-    def step(self, number: int, loss: Tensor) -> None:
-        """Take one optimizer step for this loss."""
+    def step(self, number: int, backward: Callable[[], None]) -> None:
+        """Take one optimizer step with the gradients that `backward` adds."""
         for group, its in zip(self._groups, self._optimizer.param_groups, strict=True):
             its["lr"] = group.lr * _rate(number, round(group.share * self._steps))
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        backward()
         self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
 
     def save(self, work: WorkFolder, stands: TrainingState) -> None:
         """Save the training state."""

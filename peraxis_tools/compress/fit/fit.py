@@ -144,14 +144,14 @@ class Quadratic:
     hessian: Hessian
 
 
-def hessian_of(moments: Moments, *, signs: bool, damping: float = _DAMPING) -> Hessian | None:
+def hessian_of(moments: Moments, *, signs: bool) -> Hessian | None:
     """The Hessian of these moments; None if they carry no information (no tokens, or all inputs are zero)."""
     diagonal = torch.diagonal(moments.G)
     mean = float(diagonal.mean())
     if not mean > 0.0:
         return None
     hessian = moments.G.clone()
-    hessian.diagonal().add_(damping * diagonal + _PSEUDO_TOKENS * len(hessian) / max(moments.tokens, 1) * mean)
+    hessian.diagonal().add_(_DAMPING * diagonal + _PSEUDO_TOKENS * len(hessian) / max(moments.tokens, 1) * mean)
     differs = moments.E is not None and bool(moments.E.any())
     return Hessian(
         matrix=hessian.float(),

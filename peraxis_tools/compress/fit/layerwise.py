@@ -45,9 +45,9 @@ from peraxis_tools.compress.run.work_folder import WorkFolder
 from peraxis_tools.heap import trim_heap
 from peraxis_tools.parameter_names import NameMap, ParameterSlice
 
-__all__ = ["Batch", "LayerwiseCalibration"]
+__all__ = ["LayerwiseCalibration"]
 
-TIED_INPUT_WEIGHT: Final = 0.5  # weight of a tied table's error as an embedding, relative to that as the head
+_TIED_INPUT_WEIGHT: Final = 0.5  # weight of a tied table's error as an embedding, relative to that as the head
 
 
 class LayerwiseCalibration:
@@ -239,7 +239,7 @@ class LayerwiseCalibration:
                 sums = collector.collect(stage)
                 for statistics in sums.values():
                     for moments in (statistics.fit, statistics.validation):
-                        moments.add_isotropic(TIED_INPUT_WEIGHT)
+                        moments.add_isotropic(_TIED_INPUT_WEIGHT)
                 done.extend(self._fit_stage(stage, sums))
         return done
 

@@ -23,7 +23,7 @@ from peraxis_tools.compress.fit.directions import output_factors
 from peraxis_tools.compress.fit.encode import encode_component
 from peraxis_tools.ops.delta_sums import DeltaSums, delta_sums
 
-__all__ = ["dense_component", "mean_components"]
+__all__ = ["mean_components"]
 
 _AXES = (Axis.ROW, Axis.COL, Axis.ROW_COL, Axis.TENSOR)
 
@@ -101,12 +101,6 @@ def _with(components: Sequence[Component], base: Array, dtype: DType) -> tuple[A
     out = np.empty(base.shape, np.float32)
     rebuild(matrices, base, out, base_dtype=dtype, dtype=DType.F32)
     return out, DType.F32
-
-
-def dense_component(component: Component, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """The component's term, sign * scale, as float32 [..., d_out, d_in]."""
-    dense: NDArray[np.float32] = _with([component], np.zeros(shape, np.float32), DType.F32)[0]
-    return dense
 
 
 def _measure(base: Array, fine_tuned: Array, *, base_dtype: DType, dtype: DType) -> _Matrix:

@@ -72,24 +72,22 @@ def inverse_factor(hessian: Tensor) -> Factor:
     return Factor(order=order, upper=inverse.flip(0, 1).float().contiguous())
 
 
-def gptq_signs(
-    target: Tensor, magnitudes: list[Magnitude], factor: Factor, *, backend: str | None = None
-) -> list[Tensor]:
+def gptq_signs(target: Tensor, magnitudes: list[Magnitude], factor: Factor) -> list[Tensor]:
     """Choose signs, bool [d_out, d_in] for each magnitude, by error feedback; components share each column's residual.
 
-    target: [d_out, d_in] float32; factor: of `inverse_factor`; backend: see ops/sign_search.
+    target: [d_out, d_in] float32; factor: of `inverse_factor`.
     """
     upper = factor.upper
     work = target[:, factor.order]
     rows = torch.stack([magnitude.row for magnitude in magnitudes])
     cols = torch.stack([magnitude.col[factor.order] for magnitude in magnitudes])
     signs = torch.empty(len(magnitudes), *work.shape, dtype=torch.bool, device=work.device)
-    for part in _blocks(work.shape[1], block_columns(work, backend=backend)):
+    for part in _blocks(work.shape[1], block_columns(work)):
         values_block = work[:, part].contiguous()
         errors = torch.empty_like(values_block)
         chosen = torch.empty(len(magnitudes), *values_block.shape, dtype=torch.bool, device=work.device)
         factor_block, cols_block = upper[part, part].contiguous(), cols[:, part].contiguous()
-        gptq_signs_block(values_block, factor_block, rows, cols_block, chosen, errors, backend=backend)
+        gptq_signs_block(values_block, factor_block, rows, cols_block, chosen, errors)
         signs[:, :, part] = chosen
         work[:, part.stop :].addmm_(errors, upper[part, part.stop :], alpha=-1)
     inverse_order = torch.argsort(factor.order)
@@ -108,12 +106,11 @@ def coordinate_descent(
     *,
     sweeps: int,
     gradient: Tensor | None = None,
-    backend: str | None = None,
 ) -> list[Tensor]:
     """Flip every sign that lowers J, column by column, for a number of sweeps. Returns new signs; J never grows.
 
     target: [d_out, d_in] float32; hessian: [d_in, d_in] float32; signs: bool [d_out, d_in] each; gradient: g, if it is
-    known, which is overwritten; backend: see ops/sign_search.
+    known, which is overwritten.
     """
     values = torch.stack(
         [
@@ -122,13 +119,13 @@ def coordinate_descent(
         ]
     )
     gradient = (target - values.sum(dim=0)) @ hessian if gradient is None else gradient
-    width = block_columns(values, descent=True, backend=backend)
+    width = block_columns(values, descent=True)
     for _ in range(sweeps):
         changed = False
         for part in _blocks(gradient.shape[1], width):
             values_block, size = gradient[:, part].contiguous(), values[:, :, part].contiguous()
             change = torch.zeros_like(values_block)
-            coordinate_descent_block(values_block, hessian[part, part].contiguous(), size, change, backend=backend)
+            coordinate_descent_block(values_block, hessian[part, part].contiguous(), size, change)
             if change.any():
                 changed = True
                 gradient[:, part], values[:, :, part] = values_block, size

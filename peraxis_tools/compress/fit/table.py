@@ -29,6 +29,7 @@ from peraxis_tools.compress.run.types import ModuleReport
 
 __all__ = ["FittedTable", "fit_table", "importance"]
 
+_ROUNDS = 3
 _UNSEEN = 0.1
 _CHUNK = 1 << 22  # values of all components in one chunk
 _RIDGE = 1e-6
@@ -48,7 +49,7 @@ def importance(counts: Tensor) -> Tensor:
 
 
 def fit_table(
-    delta: Callable[[slice], Tensor], importance: Tensor, start: Sequence[Component], *, signs: bool, rounds: int = 3
+    delta: Callable[[slice], Tensor], importance: Tensor, start: Sequence[Component], *, signs: bool
 ) -> FittedTable:
     """Fit a table from `start`. delta: rows of D, float32 [n, d], on the device of importance [rows].
 
@@ -58,7 +59,7 @@ def fit_table(
     error_none, error_same = table.errors()
     if not error_same > 0.0 or any(component.axis is Axis.TENSOR for component in start):
         return FittedTable(components=tuple(start), report=ModuleReport())
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         table.improve(signs=signs)
     fitted = table.components()
     error, _ = _Table(delta, importance, fitted).errors()

@@ -24,7 +24,7 @@ from peraxis_tools.errors import ToolError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LayerwiseModel", "UnsupportedModelError", "decoder_layers"]
+__all__ = ["LayerwiseModel", "UnsupportedModelError"]
 
 
 class UnsupportedModelError(ToolError):
@@ -54,7 +54,7 @@ def _parameters_on_meta() -> Iterator[None]:
         PreTrainedModel.initialize_weights = initialize  # type: ignore[method-assign]
 
 
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The name and list of the decoder layers: the longest nn.ModuleList that is not in another one."""
     found: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():
@@ -89,7 +89,7 @@ class LayerwiseModel:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
         self.dtype, self.device = dtype, device
-        self.prefix, self.layers = decoder_layers(model)
+        self.prefix, self.layers = _decoder_layers(model)
         self._returns_tuple: int | None = None  # length of the tuple that a layer returns; 0: a tensor
 
     def __len__(self) -> int:
@@ -157,10 +157,11 @@ class LayerwiseModel:
 
     def empty(self, index: int) -> None:
         """Free a layer's parameters."""
-        for module in self.layers[index].modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        _to_meta(self.layers[index])
+
+    def empty_whole(self) -> None:
+        """Free all parameters."""
+        _to_meta(self.model)
 
     @property
     def is_tied(self) -> bool:
@@ -233,8 +234,25 @@ class LayerwiseModel:
             del first.forward
         raise UnsupportedModelError("the first decoder layer is never called; use --fit none")
 
+    def states(self, ids: Tensor) -> Tensor:
+        """The output of the last layer."""
+
+        def stop(_: nn.Module, __: Any, result: Any) -> None:
+            self._returns_tuple = len(result) if isinstance(result, tuple) else 0
+            raise StopForward(result[0] if isinstance(result, tuple) else result)
+
+        handle = self.layers[-1].register_forward_hook(stop)
+        try:
+            self.model(input_ids=ids, use_cache=False)
+        except StopForward as reached:
+            states: Tensor = reached.value
+            return states
+        finally:
+            handle.remove()
+        raise UnsupportedModelError("the last decoder layer is never called; use --fit none")
+
     def head(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """The logits for the output of the last layer."""
+        """The logits for the output of the last layer, or for some of its tokens; ids: the tokens."""
         given = threading.local()
         given.hidden = hidden
         with self._rerouted(None, given):
@@ -244,13 +262,16 @@ class LayerwiseModel:
     @contextmanager
     def _rerouted(self, index: int | None, given: threading.local) -> Iterator[None]:
         """Let only layer `index` run, on given.hidden, and end the pass after it; None: end the pass before layer 0."""
+        before = [layer.__dict__.get("forward") for layer in self.layers]
         for i, layer in enumerate(self.layers):
             layer.forward = self._forward(i, layer, index, given)
         try:
             yield
         finally:
-            for layer in self.layers:
+            for layer, forward in zip(self.layers, before, strict=True):
                 del layer.forward
+                if forward is not None:
+                    layer.forward = forward
 
     def _forward(self, i: int, layer: nn.Module, index: int | None, given: threading.local) -> Callable[..., Any]:
         real = type(layer).forward
@@ -268,6 +289,14 @@ class LayerwiseModel:
             return (value, *[None] * (self._returns_tuple - 1)) if self._returns_tuple else value
 
         return run if i == index else through
+
+
+def _to_meta(owner: nn.Module) -> None:
+    """Replace the parameters of a module by ones on the meta device."""
+    for module in owner.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

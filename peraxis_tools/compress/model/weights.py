@@ -16,7 +16,7 @@ from peraxis_tools.compress.plan.plan import Plan, PlannedModule
 from peraxis_tools.compress.run.types import FittedModule
 from peraxis_tools.parameter_names import NameMap
 
-__all__ = ["Weights"]
+__all__ = ["Weights", "kept_rows"]
 
 Source = Callable[[str], Tensor]
 
@@ -59,20 +59,22 @@ class Weights:
         return self._student(name, self._fitted)
 
     def base_only(self, name: str) -> Tensor:
-        """As `student`, without components: the base for modules with signs, in float32 and unrounded."""
-        return self._student(name, {})
+        """As `student`, without components: the base for modules with signs, unrounded."""
+        module = self.modules[self._aliases.get(name, name)]
+        return self._student(name, {}, unrounded=module.encoding is Encoding.SIGN)
 
-    def _student(self, name: str, fitted: Mapping[str, FittedModule]) -> Tensor:
+    def _student(self, name: str, fitted: Mapping[str, FittedModule], *, unrounded: bool = False) -> Tensor:
         module = self.modules[self._aliases.get(name, name)]
         if module.encoding is Encoding.FULL or module.base_shape is None:
             return self.read(self.fine_tuned, module.name)
         kept = kept_rows(module)
         base = self.read(self.base, module.name, slice(0, kept))
         found = fitted.get(module.name)
-        covered = apply_components(base, found.components if found else (), TORCH_DTYPES[module.dtype])
+        dtype = base.dtype if unrounded else TORCH_DTYPES[module.dtype]
+        covered = apply_components(base, found.components if found else (), dtype)
         if kept == module.shape[0]:
             return covered
-        return torch.cat([covered, self.read(self.fine_tuned, module.name, slice(kept, None))])
+        return torch.cat([covered, self.read(self.fine_tuned, module.name, slice(kept, None)).to(dtype)])
 
     def parameter(self, name: str, source: Source, model: LayerwiseModel) -> Tensor | None:
         """A parameter's value, assembled from the checkpoint's tensors; None if the checkpoint has none of them."""

@@ -1,12 +1,12 @@
 """Spend one byte budget over all modules: each byte goes to the module where it lowers the error most.
 
-The error of each module with 0 (the base's weight), 1 to 8 masks comes from the fit that will run: from what `--fit
-none` leaves of the applied weight (price.py), or, with a text, from backward passes (sensitivity.py).
+The error of each module with 0 (the base's weight), 1 to 8 masks comes from the fit that will run: from the error that
+`--fit none` leaves (price.py), or, with a text, from backward passes (sensitivity.py).
 
-Every changed module gets one mask before any gets a second one, if the budget allows it: errors are estimates, and that
-of no mask at all is far outside of what they are good for. Then only the points on the lower convex hull of a module's
-(bytes, error) can be optimal for some price of a byte. The steps along all hulls are taken in order of steepness while
-they fit. The result is optimal up to the last step.
+If the budget allows it, every changed module gets one mask before any gets a second one, because the estimate of the
+error without a mask is not reliable. Then only the points on the lower convex hull of a module's (bytes, error) can be
+optimal for some price of a byte. The steps along all hulls are taken in order of steepness while they fit. The result
+is optimal up to the last step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from peraxis_tools.compress.plan.plan import TABLES, UNCHANGED, Plan, PlannedMod
 from peraxis_tools.compress.plan.price import MASKS_MAX
 from peraxis_tools.compress.plan.size import predicted_size
 
-__all__ = ["Choice", "allocate", "choices_of", "is_open", "spend", "target_of"]
+__all__ = ["Choice", "allocate", "is_open", "spend"]
 
 # Header bytes of a component: its pair in the manifest.
 _COMPONENT_TEXT = 20
@@ -39,7 +39,7 @@ class Choice:
     error: float
 
 
-def choices_of(module: PlannedModule, errors: Sequence[float]) -> list[Choice]:
+def _choices_of(module: PlannedModule, errors: Sequence[float]) -> list[Choice]:
     """The possible encodings of a module: the base's weight, 1 to 8 masks, exact. errors: for 0 to 8 masks."""
     choices = [Choice(Encoding.SAME, 0, module_bytes(module, components=0, axis=None, same=True), errors[0])]
     for k in range(1, min(MASKS_MAX, len(errors) - 1) + 1):
@@ -89,16 +89,16 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, 
 def _with_a_mask(choices: Mapping[str, Sequence[Choice]]) -> dict[str, list[Choice]]:
     """The choices without `same`, except where nothing changed."""
     return {
-        name: [c for c in its if c.encoding is not Encoding.SAME or c.error == 0.0 or len(its) == 1]
-        for name, its in choices.items()
+        name: [c for c in options if c.encoding is not Encoding.SAME or c.error == 0.0 or len(options) == 1]
+        for name, options in choices.items()
     }
 
 
 def _smallest(choices: Mapping[str, Sequence[Choice]]) -> dict[str, Choice]:
-    return {name: _hull(its)[0] for name, its in choices.items()}
+    return {name: _hull(options)[0] for name, options in choices.items()}
 
 
-def target_of(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions) -> int:
+def _target_of(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions) -> int:
     """The bytes to spend: the options' target, or the size of the file of this plan."""
     if options.target_size is not None:
         return options.target_size
@@ -108,18 +108,18 @@ def target_of(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions) -> i
 
 
 def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpoint, options: CompressOptions) -> Plan:
-    """The plan of least error for the bytes of `target_of`. errors: for 0 to 8 masks, of the open modules.
+    """The plan of least error for the bytes of the target. errors: for 0 to 8 masks, of the open modules.
 
     Raises OptionError for a target that is too small.
     """
-    target = target_of(plan, fine_tuned, options)
+    target = _target_of(plan, fine_tuned, options)
     choices = {
-        module.name: choices_of(module, errors[module.name])
+        module.name: _choices_of(module, errors[module.name])
         if module.name in errors
         else [Choice(module.encoding, module.components, module.payload_bytes, 0.0)]
         for module in plan.modules
     }
-    floors = [_smallest(its) for its in (_with_a_mask(choices), choices)]
+    floors = [_smallest(allowed) for allowed in (_with_a_mask(choices), choices)]
     bests = [plan.with_choices({name: (c.encoding, c.components) for name, c in floor.items()}) for floor in floors]
     sizes = [predicted_size(best, fine_tuned, options) for best in bests]
     if target < sizes[1]:

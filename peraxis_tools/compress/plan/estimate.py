@@ -1,12 +1,14 @@
-"""What a compression will take, from shapes alone: memory and operations of each stage.
+"""Estimate the memory and the operations of each stage of a compression, from shapes alone.
 
-A stage's memory is what it holds beyond the imports. With c bytes a computed value, P values of all weights, O of those
+A stage's memory does not include the imports. With c bytes a computed value, P values of all weights, O of those
 outside the layers, N tokens of text in samples of n, and d the width of the hidden states:
 
     generate     g P with g bytes a value, keys and values of all samples, logits of a step
-    sensitivity  2 c P (weights and gradients), packed masks, logits of one sample, the largest terms
+    sensitivity  c P, packed masks; activations, logits and the largest gradient of one sample
     table        c O, and 4 float32 copies of the table with its masks
     blocks       hidden states 2 c N d, inputs that passes keep, two layers, sums, copies of the largest matrix
+    distill      the teacher, then the base in the file's dtype, packed signs (or 16 bytes a trained sign), activations
+                 and some logits of one sample, copies of the largest matrix
     write        4 copies of the largest tensor (run.py)
 
 A probe (run/probe.py) turns the work into seconds: tokens that pass a layer, steps of generation, matrices that are
@@ -15,6 +17,7 @@ fitted, float32 operations of products, and operations of fits (2 d_in^2 for eac
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,24 +41,32 @@ _TRIAL_ROWS: Final = 128
 _TABLE_COPIES: Final = 4
 _FLOAT: Final = 4
 _SUMS: Final = 16  # float64 matrices as wide as an input, while it is fitted
+_ACTIVATIONS: Final = 4  # values that a backward pass keeps of a token, for each value of an input of a matrix
+_TRAINED: Final = 16  # bytes of a trained value: itself, its gradient, and AdamW's two moments
+_LOGITS: Final = 32 << 20  # of distill/losses.py at a time
+_LOGITS_COPIES: Final = 6
+_BUILDING: Final = 60.0  # operations for each weight and mask: to build it twice, and to reduce its gradient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """What is read: samples of the text and of the model, tokens in each. value_bytes: of a computed value, and
-    sampled_bytes: of one of the generation. together: samples that are generated at a time.
+    """The samples of a run. samples: of the text; generated: of the model; distilled: for distillation alone.
+
+    length: tokens in each. value_bytes, sampled_bytes: of a computed value, in the fit and in the generation. together:
+    samples that are generated at a time.
     """
 
     samples: int
     generated: int
     length: int
     value_bytes: int
+    distilled: int = 0
     sampled_bytes: int = 4
     together: int = 32
 
     @property
     def tokens(self) -> int:
-        """Of all samples."""
+        """The tokens of all samples."""
         return (self.samples + self.generated) * self.length
 
 
@@ -89,18 +100,16 @@ def work_of(plan: Plan, options: CompressOptions, text: Text | None) -> list[Sta
     if text.generated:
         stages.append(_generate(plan, text))
     if options.has_target:
-        stages.append(_sensitivity(plan, options, text))
+        stages.append(_sensitivity(plan, text))
     tables = [module for module in plan.modules if module.kind in TABLES and module.encoding is Encoding.SIGN]
     if tables:
         stages.append(_table(plan, tables, text))
-    return [*stages, _blocks(plan, text), write]
+    stages.append(_blocks(plan, text))
+    return [*stages, _distillation(plan, options, text), write] if text.distilled else [*stages, write]
 
 
 def _values(module: PlannedModule) -> int:
-    total = 1
-    for size in module.shape:
-        total *= size
-    return total
+    return math.prod(module.shape)
 
 
 def _weights(plan: Plan) -> int:
@@ -162,14 +171,15 @@ def _vocabulary(plan: Plan) -> int:
     return max((m.shape[0] for m in plan.modules if m.kind in TABLES), default=0)
 
 
-def _sensitivity(plan: Plan, options: CompressOptions, text: Text) -> StageWork:
+def _sensitivity(plan: Plan, text: Text) -> StageWork:
     samples = min(SENSITIVITY_SAMPLES, text.samples + text.generated)
     weights = _weights(plan)
     tokens = samples * text.length
     logits = 4 * text.length * _vocabulary(plan)
+    kept = _activations(plan, text.length) + logits + max(map(_values, plan.modules))
     return StageWork(
         name="sensitivity",
-        memory=text.value_bytes * (2 * weights + logits) + weights + 4 * _FLOAT * max(map(_values, plan.modules)),
+        memory=text.value_bytes * (weights + kept) + weights // 2,
         passes=3.0 * tokens * len(_layers(plan)),
         # Masks are unpacked for each sample: 3 of them, some 10 operations a weight.
         products=6.0 * _outside(plan) * tokens + 30.0 * weights * samples,
@@ -215,6 +225,39 @@ def _blocks(plan: Plan, text: Text) -> StageWork:
         passes=passes,
         sums=tuple((text.tokens, width) for its in widths.values() for width in its),
         matrices=matrices,
+    )
+
+
+def _activations(plan: Plan, tokens: int) -> int:
+    """Values that a backward pass keeps of so many tokens."""
+    return _ACTIVATIONS * tokens * sum(sum(_input_widths(modules)) for modules in _layers(plan).values())
+
+
+def _distillation(plan: Plan, options: CompressOptions, text: Text) -> StageWork:
+    signed = [module for module in plan.modules if module.components]
+    masked = sum(_values(module) * module.components for module in signed)
+    base = sum(_values(module) * module.dtype.itemsize for module in signed)
+    rest = _weights(plan) - sum(map(_values, signed))
+    logits = _FLOAT * text.length * _vocabulary(plan)
+    trained = _TRAINED * (masked * (options.distill_sign_lr > 0) + rest * (options.distill_full_lr > 0))
+    student = (
+        base
+        + text.value_bytes * (rest + _activations(plan, text.length))
+        + masked // 8
+        + trained
+        + 2 * logits
+        + _LOGITS_COPIES * min(logits, _LOGITS)
+        + 3 * _FLOAT * max(map(_values, signed), default=0)
+    )
+    validated = options.held_out * text.distilled * (options.distill_epochs + 1)
+    learned = (text.samples + text.generated + text.distilled) * options.distill_epochs
+    # A backward pass takes as long as two passes; the teacher's own pass is one.
+    tokens = (3.0 * learned + validated + text.samples + text.generated + text.distilled) * text.length
+    return StageWork(
+        name="distill",
+        memory=max(text.value_bytes * _weights(plan) + logits, student),
+        passes=len(_layers(plan)) * tokens,
+        products=2.0 * _outside(plan) * tokens + _BUILDING * masked * learned,
     )
 
 

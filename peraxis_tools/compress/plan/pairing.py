@@ -18,7 +18,7 @@ from peraxis_tools.kinds import kind_of
 from peraxis_tools.notes import note
 from peraxis_tools.shown import listed
 
-__all__ = ["check_pair", "matched", "named_as_base", "tied_pairs"]
+__all__ = ["check_pair", "matched", "quantised_side", "tied_pairs"]
 
 _SHOWN: Final = 3
 _DIMENSIONS_MAX: Final = 8
@@ -29,10 +29,10 @@ def _infos(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
 
 
 def matched(base: Checkpoint, fine_tuned: Checkpoint, base_id: str | None) -> tuple[Checkpoint, Checkpoint]:
-    """The pair, held to be one: under the base's names, the base under its hub id. Says what is left behind."""
+    """The checked pair: fine-tune under the base's names, base under its hub id. A note names the files left out."""
     if base_id is not None:
         base = replace(base, identity=parse_identity(base_id))
-    fine_tuned = named_as_base(base, fine_tuned)
+    fine_tuned = _named_as_base(base, fine_tuned)
     check_pair(base, fine_tuned)
     left = fine_tuned.folder_assets().left
     if left:
@@ -40,7 +40,7 @@ def matched(base: Checkpoint, fine_tuned: Checkpoint, base_id: str | None) -> tu
     return base, fine_tuned
 
 
-def named_as_base(base: Checkpoint, fine_tuned: Checkpoint) -> Checkpoint:
+def _named_as_base(base: Checkpoint, fine_tuned: Checkpoint) -> Checkpoint:
     """The fine-tuned checkpoint with the base's names if they differ by a prefix; a note says what was renamed."""
     names = base_names(_infos(fine_tuned), _infos(base))
     if not names:

@@ -1,4 +1,4 @@
-"""What `--fit none` leaves of each module, as a price that the modules of one pair share. No text, no torch.
+"""The error that `--fit none` leaves in each module, as a price that the modules of one pair share. No text, no torch.
 
     price_mk = w_m E(R_mk) / E(D_m)        R_mk = fine-tuned weight - applied weight with k masks, D_m: with none
 
@@ -129,7 +129,7 @@ def _errors(module: PlannedModule, left: Array, right: Array, components: Sequen
 def _residual(
     module: PlannedModule, base: Array, tuned: Array, factors: Sequence[ComponentFactors]
 ) -> NDArray[np.float32]:
-    """What the applied weight leaves of one matrix."""
+    """One matrix of the fine-tune minus the applied one, in binary32."""
     base_dtype = module.base_dtype or module.dtype
     applied = to_float32(base, base_dtype)
     if factors:

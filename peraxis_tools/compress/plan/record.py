@@ -14,11 +14,11 @@ from typing import Any, Final
 from peraxis_format import canonical_json
 from peraxis_tools.compress.plan.plan import Plan
 
-__all__ = ["OTHERS", "PLAN_KEY", "REPORT_KEY", "Line", "plan_text", "report_text"]
+__all__ = ["PLAN_KEY", "REPORT_KEY", "Line", "plan_text", "report_text"]
 
 PLAN_KEY: Final = "peraxis.plan"
 REPORT_KEY: Final = "peraxis.report"
-OTHERS: Final = "all others"
+_OTHERS: Final = "all others"
 
 # (error of the fit, of `none`, of `same` (None: unknown), a note ("": none))
 Line = tuple[float | None, float | None, float | None, str]
@@ -27,7 +27,7 @@ Line = tuple[float | None, float | None, float | None, str]
 def plan_text(planned: Plan) -> str:
     """The plan as JSON: the predicted bytes, and the modules of each choice.
 
-    A choice is encoding, masks and axis, or the reason of a full module. The most frequent one has no names (OTHERS).
+    A choice is encoding, masks and axis, or the reason of a full module. The most frequent one has no names (_OTHERS).
     """
     choices: dict[str, list[str]] = defaultdict(list)
     for module in planned.modules:
@@ -36,7 +36,7 @@ def plan_text(planned: Plan) -> str:
         choices[signed if module.components else f"{module.encoding.value}: {module.reason}"].append(module.name)
     frequent = max(choices, key=lambda choice: len(choices[choice]), default=None)
     lines: dict[str, Any] = {
-        choice: OTHERS if choice == frequent else " ".join(names) for choice, names in choices.items()
+        choice: _OTHERS if choice == frequent else " ".join(names) for choice, names in choices.items()
     }
     return canonical_json({"choices": lines, "payload_bytes": planned.payload_bytes}).decode()
 

@@ -12,9 +12,9 @@ from typing import Final
 
 from peraxis_format import TensorInfo
 
-__all__ = ["base_names", "renaming_text", "unwrapped"]
+__all__ = ["base_names", "renaming_text"]
 
-WRAPPERS: Final = ("_orig_mod.", "module.", "base_model.model.")
+_WRAPPERS: Final = ("_orig_mod.", "module.", "base_model.model.")
 # Paths of the same place in checkpoints of one model; each pair is tried both ways.
 _PATHS: Final = (
     ("model.language_model.", "model."),
@@ -26,10 +26,10 @@ _PATHS: Final = (
 )
 
 
-def unwrapped(name: str) -> str:
+def _unwrapped(name: str) -> str:
     """The name without the prefixes and infixes of wrappers (`_orig_mod.`)."""
     name = name.replace("_orig_mod.", "")
-    while wrapper := next((prefix for prefix in WRAPPERS if name.startswith(prefix)), None):
+    while wrapper := next((prefix for prefix in _WRAPPERS if name.startswith(prefix)), None):
         name = name.removeprefix(wrapper)
     return name
 
@@ -39,7 +39,7 @@ def base_names(fine_tuned: Mapping[str, TensorInfo], base: Mapping[str, TensorIn
 
     The shapes are equal except for the first dimension, and no two tensors get the same name.
     """
-    by_plain = {unwrapped(name): name for name in base}
+    by_plain = {_unwrapped(name): name for name in base}
     base_is_wrapped = any(plain != name for plain, name in by_plain.items())
     found: dict[str, str] = {}
     taken = set(fine_tuned)
@@ -48,8 +48,8 @@ def base_names(fine_tuned: Mapping[str, TensorInfo], base: Mapping[str, TensorIn
             continue
         matches = (by_plain[plain] for plain in _candidates(name) if plain in by_plain)
         new = next((match for match in matches if base[match].shape[1:] == info.shape[1:]), None)
-        if new is None and not base_is_wrapped and unwrapped(name) != name:
-            new = unwrapped(name)  # not in the base, but with the same prefix as the others
+        if new is None and not base_is_wrapped and _unwrapped(name) != name:
+            new = _unwrapped(name)  # not in the base, but with the same prefix as the others
         if new is not None and new not in taken:
             found[name] = new
             taken.add(new)
@@ -58,7 +58,7 @@ def base_names(fine_tuned: Mapping[str, TensorInfo], base: Mapping[str, TensorIn
 
 def _candidates(name: str) -> Iterator[str]:
     """The unwrapped names that this tensor may have in the base."""
-    plain = unwrapped(name)
+    plain = _unwrapped(name)
     yield plain
     for left, right in _PATHS:
         for old, new in ((left, right), (right, left)):

@@ -11,12 +11,14 @@ mean magnitudes Q_j of the delta and the f_k of least cost: mean magnitudes alon
 leaves where the fine-tune hardly moved. Fits lower the errors further, by similar factors. A few masks are measured,
 and further ones extrapolated (price.py).
 
-Memory holds the model, its gradients of one sample, and the packed masks of all modules, one bit per weight and mask.
+Memory holds the model, one gradient at a time, and the packed masks of all modules, one bit per weight and mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -52,24 +54,62 @@ def fisher_errors(
 
     A module that is in no parameter of the model is left out.
     """
-    found = [(m, weights.names.by_tensor[m.name]) for m in modules if m.name in weights.names.by_tensor]
-    parameters = {piece.parameter: teacher.get(piece.parameter) for _, piece in found}
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    products: dict[str, list[list[float]]] = {module.name: [] for module, _ in found}
+    held = [
+        _Held(module=module, piece=weights.names.by_tensor[module.name], components=_components(module, weights))
+        for module in modules
+        if module.name in weights.names.by_tensor
+    ]
+    products: dict[str, list[list[float]]] = {its.module.name: [] for its in held}
     generator = torch.Generator(device=samples.device).manual_seed(seed)
-    held = [(module, piece, _components(module, weights)) for module, piece in found]
-    for i, ids in enumerate(samples):
-        progress("sensitivity", i, len(samples))
-        gradients = dict(zip(parameters, _gradients(teacher, ids, list(parameters.values()), generator), strict=True))
-        for module, piece, components in held:
-            products[module.name].append(_products(gradients[piece.parameter], module, piece, components, weights))
-        gradients.clear()  # memory has those of one sample at a time
-    for parameter in parameters.values():
-        parameter.requires_grad_(False)
+    with _gradients_used(
+        teacher, held, lambda its, gradient: products[its.module.name].append(_products(gradient, its, weights))
+    ):
+        for i, ids in enumerate(samples):
+            progress("sensitivity", i, len(samples))
+            _backward(teacher, ids, generator)
+            for its in held:
+                if len(products[its.module.name]) == i:  # nothing depends on the parameter
+                    products[its.module.name].append([0.0] * (len(its.components) + 1))
     progress("sensitivity", len(samples), len(samples))
     scale = 0.5 / samples.shape[1]
     return {name: extended([scale * error for error in fitted_errors(np.array(its))]) for name, its in products.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Held:
+    """A module, its place in the model, and signs and mean magnitudes of a few masks (none if it is unchanged)."""
+
+    module: PlannedModule
+    piece: ParameterSlice
+    components: tuple[Component, ...]
+
+
+@contextmanager
+def _gradients_used(
+    teacher: LayerwiseModel, held: Sequence[_Held], use: Callable[[_Held, Tensor], None]
+) -> Iterator[None]:
+    """In a backward pass inside this context each gradient goes to `use` once it is complete, and is freed then."""
+    by_parameter: dict[Tensor, list[_Held]] = {}
+    for its in held:
+        by_parameter.setdefault(teacher.get(its.piece.parameter), []).append(its)
+
+    def complete(parameter: Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        for its in by_parameter[parameter]:
+            use(its, gradient)
+        parameter.grad = None
+
+    handles = []
+    for parameter in by_parameter:
+        parameter.requires_grad_(True)
+        handles.append(parameter.register_post_accumulate_grad_hook(complete))
+    try:
+        yield
+    finally:
+        for parameter, handle in zip(by_parameter, handles, strict=True):
+            handle.remove()
+            parameter.requires_grad_(False)
 
 
 def fitted_errors(products: NDArray[np.float64]) -> list[float]:
@@ -99,48 +139,50 @@ def _components(module: PlannedModule, weights: Weights) -> tuple[Component, ...
     )
 
 
-def _gradients(
-    teacher: LayerwiseModel, ids: Tensor, parameters: Sequence[Tensor], generator: torch.Generator
-) -> tuple[Tensor | None, ...]:
-    """Of the sum over a sample's tokens of log p(y | x), y drawn from the model itself; None: it does not depend."""
+def _backward(teacher: LayerwiseModel, ids: Tensor, generator: torch.Generator) -> None:
+    """Add the gradients of the sum over a sample's tokens of log p(y | x), y drawn from the model itself."""
     logits = teacher.model(input_ids=ids[None], use_cache=False).logits.float()[0]
     log_p = torch.log_softmax(logits, dim=-1)
     with torch.no_grad():
         drawn = torch.multinomial(log_p.exp(), 1, generator=generator)
-    return torch.autograd.grad(log_p.gather(1, drawn).sum(), list(parameters), allow_unused=True)
+    log_p.gather(1, drawn).sum().backward()
 
 
-def _products(
-    gradient: Tensor | None,
-    module: PlannedModule,
-    piece: ParameterSlice,
-    components: Sequence[Component],
-    weights: Weights,
-) -> list[float]:
-    """`inner_products`; zeros where nothing depends on the parameter."""
-    if gradient is None or not components:
-        return [0.0] * (len(components) + 1)
-    base, tuned = weights.pair(module)
-    return inner_products(piece.select(gradient)[: kept_rows(module)], tuned - base, components)
+def _products(gradient: Tensor, its: _Held, weights: Weights) -> list[float]:
+    """`inner_products` of a module."""
+    if not its.components:
+        return [0.0]
+
+    def delta(rows: slice) -> Tensor:
+        base, tuned = (weights.read(side, its.module.name, rows).float() for side in (weights.base, weights.fine_tuned))
+        return tuned - base
+
+    covered = its.piece.select(gradient)[: kept_rows(its.module)]
+    if covered.dim() == 2:
+        return inner_products(covered, lambda _, rows: delta(rows), its.components)
+    matrices = delta(slice(0, len(covered))).flatten(0, -3)
+    return inner_products(covered, lambda e, rows: matrices[e, rows], its.components)
 
 
 @torch.no_grad()
-def inner_products(gradient: Tensor, delta: Tensor, components: Sequence[Component]) -> list[float]:
+def inner_products(
+    gradient: Tensor, delta: Callable[[int, slice], Tensor], components: Sequence[Component]
+) -> list[float]:
     """<gradient, residual of the delta> with the first 0, 1, 2, ... components.
 
-    gradient, delta: [..., d_out, d_in] of one shape.
+    gradient: [..., d_out, d_in]. delta: the float32 rows [rows, d_in] of a matrix of the batch.
     """
-    shape = tuple(delta.shape)
+    shape = tuple(gradient.shape)
     d_out, d_in = shape[-2:]
-    gradients, deltas = (value.reshape(-1, d_out, d_in) for value in (gradient, delta))
+    gradients = gradient.reshape(-1, d_out, d_in)
     factors = [component.factors(shape) for component in components]
     whole, parts = 0.0, [0.0] * len(components)
     step = max(1, _CHUNK // d_in)
-    for e in range(len(deltas)):
+    for e, matrix in enumerate(gradients):
         for start in range(0, d_out, step):
-            rows = slice(start, start + step)
-            chunk = gradients[e, rows].float()
-            whole += float(torch.sum(chunk * deltas[e, rows], dtype=torch.float64))
+            rows = slice(start, min(start + step, d_out))
+            chunk = matrix[rows].float()
+            whole += float(torch.sum(chunk * delta(e, rows), dtype=torch.float64))
             for k, each in enumerate(factors):
                 row, col = (torch.from_numpy(v).to(chunk.device) for v in (each[e].row[rows], each[e].col))
                 signs = unit(torch.from_numpy(unpack_signs(each[e].mask[rows], d_in)).to(chunk.device))

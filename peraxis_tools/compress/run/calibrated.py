@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from peraxis_tools.compress.run.inputs import (
     batches_of,
     generated_count,
     inputs_digest,
+    read_samples,
     sampling_dtype,
 )
 from peraxis_tools.compress.run.types import FittedModule, RunFit
@@ -42,22 +43,20 @@ from peraxis_tools.errors import ToolError
 from peraxis_tools.heap import trim_heap
 from peraxis_tools.parameter_names import NameMap, map_names
 from peraxis_tools.products import fast_products
+from peraxis_tools.progress import Staged
 from peraxis_tools.quiet import quiet_transformers
-from peraxis_tools.text import Samples, load_samples, unread_tokens
+from peraxis_tools.text import Samples, unread_tokens
 from peraxis_tools.threads import limit_torch
 from peraxis_tools.vocabulary import check_ids
 
 __all__ = ["CalibratedFit"]
 
 
-Progress: TypeAlias = Callable[[str, int, int], None]  # (step, done, total)
-
-
 class CalibratedFit:
     """A Fitting (types.py) on the calibration text. Text and models are opened at their first use."""
 
     def __init__(
-        self, base: Checkpoint, fine_tuned: Checkpoint, output: Path, options: CompressOptions, progress: Progress
+        self, base: Checkpoint, fine_tuned: Checkpoint, output: Path, options: CompressOptions, progress: Staged
     ) -> None:
         self._base, self._fine_tuned, self._output = base, fine_tuned, output
         self._options, self._progress = options, progress
@@ -70,7 +69,7 @@ class CalibratedFit:
         return self._opened is None or self._opened.processes.is_main_process
 
     def errors(self, plan: Plan) -> Mapping[str, Sequence[float]]:
-        """What each component of a module leaves of the KL (sensitivity.py); kept in the work folder."""
+        """The KL that each number of components leaves (sensitivity.py); kept in the work folder."""
         return _sensitivities(self._run(plan), self._options, self._progress)
 
     def fit(self, plan: Plan) -> RunFit:
@@ -159,7 +158,7 @@ def _open_run(
     plan: Plan,
     output: Path,
     options: CompressOptions,
-    progress: Progress,
+    progress: Staged,
 ) -> _Run:
     """Open device, configuration, name map, samples and work folder."""
     folder = fine_tuned.folder
@@ -171,15 +170,8 @@ def _open_run(
     check_causal(config, fine_tuned.tensors.label, remedy="compress it without text: --fit none")
     dtype = resolve_dtype(options.compute_dtype, device, config)
     tokenizer = load_tokenizer(folder)
-    count = options.calibration_samples + options.distill_samples
-    text = load_samples(
-        options.calibration,
-        tokenizer,
-        samples=count,
-        length=options.sequence_length,
-        seed=options.seed,
-        text_column=options.text_column,
-    )
+    share = options.calibration_samples / (options.calibration_samples + options.distill_samples)
+    text = read_samples(options, tokenizer)
     check_ids(text.ids, config.to_dict(), fine_tuned.tensors.label)
     names = map_names(LayerwiseModel(config, dtype=dtype, device=device).model, fine_tuned.tensors)
     digest = inputs_digest(base.tensors, fine_tuned.tensors, text, options, device, dtype)
@@ -193,7 +185,7 @@ def _open_run(
         tokenizer=tokenizer,
         names=names,
         samples=text,
-        parts=partition(text.by_source, calibration=options.calibration_samples / count, validation=options.held_out),
+        parts=partition(text.by_source, calibration=share, validation=options.held_out),
         work=work,
         processes=processes,
         device=device,
@@ -203,7 +195,7 @@ def _open_run(
     return _with_generated(run, count, options, progress) if count else run
 
 
-def _with_generated(run: _Run, count: int, options: CompressOptions, progress: Progress) -> _Run:
+def _with_generated(run: _Run, count: int, options: CompressOptions, progress: Staged) -> _Run:
     """The run with samples that the fine-tuned model generates; they are saved in the work folder."""
     length = run.samples.ids.shape[1]
     ids = run.work.load_array("generated")
@@ -241,7 +233,7 @@ def _with_generated(run: _Run, count: int, options: CompressOptions, progress: P
     )
 
 
-def _sensitivities(run: _Run, options: CompressOptions, progress: Progress) -> Mapping[str, Sequence[float]]:
+def _sensitivities(run: _Run, options: CompressOptions, progress: Staged) -> Mapping[str, Sequence[float]]:
     errors = run.work.load_text("sensitivity")
     if errors is None and run.processes.is_main_process:
         teacher, _ = run.models()
@@ -257,7 +249,7 @@ def _sensitivities(run: _Run, options: CompressOptions, progress: Progress) -> M
     return errors if errors is not None else run.work.load_text("sensitivity") or {}
 
 
-def _layerwise(run: _Run, options: CompressOptions, progress: Progress) -> Mapping[str, FittedModule]:
+def _layerwise(run: _Run, options: CompressOptions, progress: Staged) -> Mapping[str, FittedModule]:
     teacher, student = run.models()
     text = halves(run.parts, crossed=options.resolved_fit != "adamw")
     return LayerwiseCalibration(
@@ -281,7 +273,7 @@ def _distilled(
     run: _Run,
     modules: Mapping[str, FittedModule],
     options: CompressOptions,
-    progress: Progress,
+    progress: Staged,
 ) -> tuple[Mapping[str, FittedModule], dict[str, str]]:
     """Distill the modules end to end. Returns them and the losses."""
     done = run.work.load("distilled")

@@ -23,7 +23,7 @@ from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.plan.size import with_file_bytes
 from peraxis_tools.errors import ToolError
 from peraxis_tools.optional import require
-from peraxis_tools.text import Ids, Source, load_samples
+from peraxis_tools.text import Source
 from peraxis_tools.vocabulary import check_ids
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def estimate_run(
     fine_tuned_revision: str | None = None,
     base_id: str | None = None,
 ) -> RunEstimate:
-    """What compressing this pair with these options takes. Raises ToolError as `compress` does before its work."""
+    """Estimate a run of `compress` on this pair. Raises ToolError as `compress` does before its work."""
     if options.resolved_fit != "none":
         require(f"--fit {options.resolved_fit}", "torch", "transformers", "datasets", extra="compress")
     with (
@@ -103,10 +103,10 @@ def estimate_run(
 
 
 def _text(planned: Plan, tuned: Checkpoint, options: CompressOptions) -> tuple[Text, Any]:
-    """What would be read, and the model's configuration. What a run imports and opens is imported and opened."""
-    import peraxis_tools.compress.run.calibrated  # noqa: F401  what a run imports
+    """The samples of a run, and the model's configuration. This imports and opens the same as a run."""
+    import peraxis_tools.compress.run.calibrated  # noqa: F401  as a run does
     from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
-    from peraxis_tools.compress.run.inputs import GENERATED_TOGETHER, generated_count, sampling_dtype
+    from peraxis_tools.compress.run.inputs import GENERATED_TOGETHER, generated_count, read_samples, sampling_dtype
     from peraxis_tools.compress.run.probe import warm_up
     from peraxis_tools.environment import check_causal, load_config, load_tokenizer, resolve_device, resolve_dtype
     from peraxis_tools.parameter_names import map_names
@@ -117,9 +117,9 @@ def _text(planned: Plan, tuned: Checkpoint, options: CompressOptions) -> tuple[T
     config = load_config(tuned.folder)
     check_causal(config, tuned.tensors.label, remedy="compress it without text: --fit none")
     dtype = resolve_dtype(options.compute_dtype, device, config)
-    ids = _read_local(options, load_tokenizer(tuned.folder))
-    if ids is not None:
-        check_ids(ids, config.to_dict(), tuned.tensors.label)
+    tokenizer = load_tokenizer(tuned.folder)
+    if _is_local(options):
+        check_ids(read_samples(options, tokenizer).ids, config.to_dict(), tuned.tensors.label)
     warm_up()
     map_names(LayerwiseModel(config, dtype=dtype, device=device).model, tuned.tensors)
     text = Text(
@@ -127,25 +127,17 @@ def _text(planned: Plan, tuned: Checkpoint, options: CompressOptions) -> tuple[T
         generated=generated_count(planned, options, dtype),
         length=options.sequence_length,
         value_bytes=dtype.itemsize,
+        distilled=options.distill_samples,
         sampled_bytes=sampling_dtype(planned, device, dtype).itemsize,
         together=GENERATED_TOGETHER * options.batch_size,
     )
     return text, config if device.type == "cpu" else None
 
 
-def _read_local(options: CompressOptions, tokenizer: Any) -> Ids | None:
-    """The samples of the calibration text, read as a run reads them; None if it would have to be downloaded."""
+def _is_local(options: CompressOptions) -> bool:
+    """Whether the calibration text is read without a download."""
     named = options.calibration or ()
-    if not all(Path(Source.parse(text).name).exists() for text in ((named,) if isinstance(named, str) else named)):
-        return None
-    return load_samples(
-        named,
-        tokenizer,
-        samples=options.calibration_samples + options.distill_samples,
-        length=options.sequence_length,
-        seed=options.seed,
-        text_column=options.text_column,
-    ).ids
+    return all(Path(Source.parse(text).name).exists() for text in ((named,) if isinstance(named, str) else named))
 
 
 def _seconds(works: Sequence[StageWork], config: Any, text: Text, options: CompressOptions) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -14,11 +14,23 @@ from peraxis_tools.compress.fit.moments.collector import Batch
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.estimate import GENERATED_SAMPLES
 from peraxis_tools.compress.plan.plan import Plan
-from peraxis_tools.text import Ids, Samples
+from peraxis_tools.text import Ids, Samples, load_samples
 
-__all__ = ["GENERATED_TOGETHER", "batches_of", "generated_count", "inputs_digest", "sampling_dtype"]
+__all__ = ["GENERATED_TOGETHER", "batches_of", "generated_count", "inputs_digest", "read_samples", "sampling_dtype"]
 
 GENERATED_TOGETHER: Final = 4  # batches of samples that are generated together
+
+
+def read_samples(options: CompressOptions, tokenizer: Any) -> Samples:
+    """The samples of the calibration text, for the fit and for distillation."""
+    return load_samples(
+        options.calibration or (),
+        tokenizer,
+        samples=options.calibration_samples + options.distill_samples,
+        length=options.sequence_length,
+        seed=options.seed,
+        text_column=options.text_column,
+    )
 
 
 def batches_of(fit: Ids, validation: Ids, size: int, device: torch.device) -> list[Batch]:

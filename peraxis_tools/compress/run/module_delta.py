@@ -11,7 +11,6 @@ from peraxis_format import (
     ModuleDelta,
     Safetensors,
     ShapeError,
-    TensorInfo,
     digest_of,
     lossless_module,
 )
@@ -37,7 +36,7 @@ def module_delta(
     if module.base_shape is None or module.base_dtype is None:
         return _full(module, None, tuned_array), None
     base_array = base.read(module.name)
-    ref = _base_ref(base[module.name], base_array)
+    ref = BaseRef(dtype=module.base_dtype, shape=module.base_shape, sha256=digest_of(base_array))
     kept = shared_rows(module.shape, module.base_shape)
     grown = kept is not None and module.shape and kept < module.shape[0]
     tail = module.dtype.rows_from(tuned_array, module.shape, kept) if kept is not None and grown else None
@@ -47,7 +46,7 @@ def module_delta(
         base_dtype=module.base_dtype,
         dtype=module.dtype,
     ):
-        return _same(module, ref, tail), None
+        return _signed(module, ref, (), tail), None
     if module.encoding is Encoding.FULL:
         if options.is_exact(module.name) or (options.exact == AUTO and (fitted is None or fitted.full is None)):
             return _lossless(module, base_array, ref, tuned_array, options), None
@@ -63,16 +62,7 @@ def module_delta(
         except ShapeError:  # scales that are NaN or infinite; check_finite names the tensor and the index
             check_finite(module, base_array, tuned_array, base.label, fine_tuned.label)
             raise
-    encoding = Encoding.SIGN if components else Encoding.SAME
-    delta = ModuleDelta(
-        name=module.name,
-        shape=module.shape,
-        dtype=module.dtype,
-        encoding=encoding,
-        base=ref,
-        components=components,
-        tail=tail,
-    )
+    delta = _signed(module, ref, components, tail)
     if options.exact == AUTO:
         lossless = _lossless(module, base_array, ref, tuned_array, options)
         if _payload_bytes(lossless) < _payload_bytes(delta):
@@ -102,18 +92,20 @@ def _payload_bytes(module: ModuleDelta) -> int:
     return sum(array.nbytes for _, array in module.tensors())
 
 
-def _base_ref(info: TensorInfo, array: Array) -> BaseRef:
-    """The reference to a base tensor, from its bytes in memory."""
-    return BaseRef(dtype=info.dtype, shape=info.shape, sha256=digest_of(array))
-
-
 def _full(module: PlannedModule, ref: BaseRef | None, array: Array) -> ModuleDelta:
     return ModuleDelta(
         name=module.name, shape=module.shape, dtype=module.dtype, encoding=Encoding.FULL, base=ref, full=array
     )
 
 
-def _same(module: PlannedModule, ref: BaseRef, tail: Array | None) -> ModuleDelta:
+def _signed(module: PlannedModule, ref: BaseRef, components: tuple[Component, ...], tail: Array | None) -> ModuleDelta:
+    """The module with these components; `same` without any."""
     return ModuleDelta(
-        name=module.name, shape=module.shape, dtype=module.dtype, encoding=Encoding.SAME, base=ref, tail=tail
+        name=module.name,
+        shape=module.shape,
+        dtype=module.dtype,
+        encoding=Encoding.SIGN if components else Encoding.SAME,
+        base=ref,
+        components=components,
+        tail=tail,
     )

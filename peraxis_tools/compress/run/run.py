@@ -44,18 +44,16 @@ from peraxis_tools.notes import note
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_delta
 from peraxis_tools.parallel import ordered_map
-from peraxis_tools.progress import Staged, watched_stages
+from peraxis_tools.progress import Staged, StagedProgress, watched_stages
 from peraxis_tools.shown import printable_name
 from peraxis_tools.text import check_texts
 from peraxis_tools.threads import one_blas_thread
 
-__all__ = ["CompressResult", "Progress", "compress"]
+__all__ = ["CompressResult", "compress"]
 
 # A tensor in work takes its own bytes, its base's, and twice that in binary32 if a second mask is fitted.
-BYTES_IN_FLIGHT_PER_TENSOR = 4
+_BYTES_IN_FLIGHT_PER_TENSOR = 4
 _AHEAD_BYTES = 512 << 20
-
-Progress = Staged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +94,7 @@ def compress(
     base_id: str | None = None,
     overwrite: bool = False,
     force: bool = False,
-    progress: Progress | bool | None = None,
+    progress: StagedProgress = None,
     show_plan: Callable[[Plan], None] | None = None,
 ) -> CompressResult:
     """Compress a fine-tuned checkpoint against its base into `output`.
@@ -132,7 +130,7 @@ def _compress_pair(
     fine_tuned: Checkpoint,
     output: Path,
     options: CompressOptions,
-    progress: Progress,
+    progress: Staged,
     show_plan: Callable[[Plan], None] | None,
     *,
     overwrite: bool,
@@ -160,7 +158,7 @@ def _compress_pair(
 
 
 def _fitting(
-    base: Checkpoint, fine_tuned: Checkpoint, output: Path, options: CompressOptions, progress: Progress
+    base: Checkpoint, fine_tuned: Checkpoint, output: Path, options: CompressOptions, progress: Staged
 ) -> Fitting:
     if options.resolved_fit == "none":
         return StreamedFit(base, fine_tuned, options)
@@ -170,7 +168,7 @@ def _fitting(
 
 
 def _planned(
-    base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, progress: Progress, *, force: bool
+    base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, progress: Staged, *, force: bool
 ) -> Plan:
     """The plan; without a target its saving is checked. Reads the pair's weights if a fit will use them."""
     planned = plan_pair(base, fine_tuned, options)
@@ -181,9 +179,7 @@ def _planned(
     return planned
 
 
-def _spent(
-    planned: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, progress: Progress
-) -> Plan:
+def _spent(planned: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, progress: Staged) -> Plan:
     """The bytes of this plan, spent by the prices that need no text."""
     try:
         errors = prices([m for m in planned.modules if is_open(m, options)], base.tensors, fine_tuned.tensors)
@@ -208,7 +204,7 @@ def _write(
     fit: RunFit,
     output: Path,
     options: CompressOptions,
-    progress: Progress,
+    progress: Staged,
     *,
     overwrite: bool,
     force: bool,
@@ -233,7 +229,7 @@ def _write(
             return module_delta(module, base.tensors, fine_tuned.tensors, fit.modules.get(module.name), options)
 
         def held(module: PlannedModule) -> int:
-            return BYTES_IN_FLIGHT_PER_TENSOR * fine_tuned.tensors[module.name].size
+            return _BYTES_IN_FLIGHT_PER_TENSOR * fine_tuned.tensors[module.name].size
 
         # One tensor is read and hashed while another is fitted.
         for delta, report in ordered_map(made, planned.modules, cost=held, budget=_AHEAD_BYTES):

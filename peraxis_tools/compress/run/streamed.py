@@ -27,7 +27,7 @@ class StreamedFit:
         self._base, self._fine_tuned, self._options = base, fine_tuned, options
 
     def errors(self, plan: Plan) -> Mapping[str, Sequence[float]]:
-        """What the file's components leave of each module."""
+        """The error that each number of components leaves (price.py)."""
         modules = [module for module in plan.modules if is_open(module, self._options)]
         return prices(modules, self._base.tensors, self._fine_tuned.tensors)
 

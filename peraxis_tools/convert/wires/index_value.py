@@ -53,16 +53,16 @@ class IndexValueFile:
         """See WireFile."""
         indices, values = self._tensors[name + _INDICES], self._tensors[name + _VALUES]
         where = f"{self._path}: {name}"
-        if indices.dtype not in (pxd.DType.I32, pxd.DType.I64) or indices.shape != (info_size(values),):
+        if indices.dtype not in (pxd.DType.I32, pxd.DType.I64) or indices.shape != (_size(values),):
             raise ToolError(
-                f"{where}: its indices are {indices.dtype.value} {list(indices.shape)} for {info_size(values)} values; "
+                f"{where}: its indices are {indices.dtype.value} {list(indices.shape)} for {_size(values)} values; "
                 "they must be I32 or I64, one per value"
             )
         if values.dtype is not info.dtype:
             raise CheckFailedError(f"{where}: its values are {values.dtype.value}, the base's {info.dtype.value}")
         index = self._tensors.read(name + _INDICES).astype(np.int64)
         words = words_of(self._tensors.read(name + _VALUES))
-        order = checked_index(where, index, info_size(info))
+        order = checked_index(where, index, _size(info))
         if order is not None:
             index, words = index[order], words[order]
         return Patch(index=index, words=words, is_xor=False)
@@ -75,7 +75,7 @@ class IndexValueFile:
         self._tensors.close()
 
 
-def info_size(info: pxd.TensorInfo) -> int:
+def _size(info: pxd.TensorInfo) -> int:
     """The number of elements of a tensor."""
     return info.size // info.dtype.itemsize
 

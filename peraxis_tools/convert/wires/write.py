@@ -18,7 +18,6 @@ from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs import claim_file, claim_folder
 from peraxis_tools.progress import Progress, watched
-from peraxis_tools.rebuild import aliases_of
 
 __all__ = ["ToWireResult", "to_wire"]
 
@@ -64,7 +63,7 @@ def to_wire(
     ):
         _refuse_others(file)
         pxd.check_base_names(file.manifest, state)
-        packed, changed, aliases = [], 0, aliases_of(file.manifest)
+        packed, changed, names = [], 0, file.manifest.names()
         with watched(progress, "convert", state.size) as step:
             for entry in file.manifest.modules:
                 old = state.read(entry.name)
@@ -77,7 +76,7 @@ def to_wire(
                     new = pxd.reconstruct(file.load(entry.name), old)
                 if (moved := pxd.count_changed(old, new)) == 0:
                     continue
-                for name in (entry.name, *(alias for alias in aliases.get(entry.name, ()) if alias in state)):
+                for name in (name for name in names[entry.name] if name in state):
                     packed.append(_WRITE[wire].pack(name, entry.dtype, old, new))
                     changed += moved
         options: dict[str, Any] = {}

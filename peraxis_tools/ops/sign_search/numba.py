@@ -19,7 +19,7 @@ __all__ = ["coordinate_descent_block", "gptq_signs_block"]
 
 _ROWS: Final = 256  # rows that a thread takes at a time
 
-ROWS_PER_TASK = 8  # rows that share a pass over the factor
+_ROWS_PER_TASK = 8  # rows that share a pass over the factor
 _MATRIX: Final = types.float32[:, ::1]
 _MATRICES: Final = types.float32[:, :, ::1]
 _MASKS: Final = types.boolean[:, :, ::1]
@@ -43,9 +43,9 @@ def _compiled(*arrays: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]
 def _gptq_signs(first: int, last: int, work: Any, block: Any, rows: Any, cols: Any, signs: Any, errors: Any) -> None:
     """See gptq_signs_block."""
     width = work.shape[1]
-    error = np.empty(ROWS_PER_TASK, np.float32)
-    for start in range(first, last, ROWS_PER_TASK):
-        count = min(ROWS_PER_TASK, last - start)
+    error = np.empty(_ROWS_PER_TASK, np.float32)
+    for start in range(first, last, _ROWS_PER_TASK):
+        count = min(_ROWS_PER_TASK, last - start)
         for j in range(width):
             for i in range(count):
                 r = start + i

@@ -1,0 +1,148 @@
+"""The bases of several files: that each was made for the checkpoint, or for the state after others of the files."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import peraxis_format as pxd
+from peraxis_tools.chain.opened import opened_all
+from peraxis_tools.chain.order import Link
+from peraxis_tools.chain.predecessors import Predecessors
+from peraxis_tools.chain.rolling import Node, below, check_states
+from peraxis_tools.chain.state import ChainState, StateNames
+from peraxis_tools.checkpoint import Checkpoint
+from peraxis_tools.parallel import ordered_map
+from peraxis_tools.predecessor import predecessor_named
+from peraxis_tools.progress import ProgressOf, silent
+from peraxis_tools.unpacked import check_results
+
+__all__ = ["BaseChecks", "FoundBase"]
+
+_AHEAD_BYTES: Final = 512 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundBase:
+    """The base that a file was made for. before: the update with this result; None: the checkpoint.
+
+    results: the number of exact modules, whose results were checked.
+    """
+
+    before: Path | None
+    results: int
+
+
+class BaseChecks:
+    """Step 12 of SPEC 8 for several files. The checkpoint is hashed once, and each update of a chain decoded once.
+
+    files: the names of all files. open_base: opens the checkpoint, when it is needed first; `close` closes it.
+    """
+
+    def __init__(
+        self, files: Iterable[str | Path], open_base: Callable[[], Checkpoint], *, workers: int | None
+    ) -> None:
+        self._known = Predecessors(files)
+        self._open_base = open_base
+        self._workers = workers
+        self._base: Checkpoint | None = None
+        self._digests: dict[str, str] = {}
+        self._nodes: dict[str, tuple[Link | None, Exception | None]] | None = None
+
+    def check(self, delta: pxd.DeltaFile, progress: ProgressOf) -> FoundBase:
+        """Check the base of a file, and the results of its exact modules.
+
+        Raises BindingError, PxdError for a damaged update before it, and the errors of `open_base`.
+        """
+        self._base = base = self._base or self._open_base()
+        if delta.content_id in self._known.links:
+            return self._of_chain(delta, base.tensors, progress)
+        before = self._known.of(delta.manifest)
+        with predecessor_named(delta, given=bool(before)):
+            try:
+                self._check_base(delta.manifest, base.tensors, progress)
+                return FoundBase(before=None, results=check_results(delta, base.tensors))
+            except pxd.BindingError:
+                if not before:
+                    raise
+            with opened_all(before) as updates:
+                state = ChainState(base.tensors, updates)
+                pxd.check_base(delta.manifest, state, workers=self._workers)
+                return FoundBase(before=before[-1], results=check_results(delta, state))
+
+    def close(self) -> None:
+        """Close the checkpoint."""
+        if self._base is not None:
+            self._base.close()
+
+    def _check_base(self, manifest: pxd.Manifest, base: pxd.Safetensors, progress: ProgressOf) -> None:
+        """Check names and digests of the checkpoint, each tensor of which is hashed once for all files."""
+        pxd.check_base_names(manifest, base)
+        bound = [module for module in manifest.modules if module.base is not None]
+        missing = [module.name for module in bound if module.name not in self._digests]
+        if missing:
+            with progress("base", sum(base[name].size for name in missing)) as step:
+                self._hash(missing, base, step)
+        for module in bound:
+            pxd.check_base_digest(module, self._digests[module.name])
+
+    def _hash(self, names: Sequence[str], base: pxd.Safetensors, step: Callable[[int], None]) -> None:
+        digests = ordered_map(
+            lambda name: (name, base.sha256(name, progress=step)),
+            names,
+            cost=lambda name: base[name].size,
+            budget=_AHEAD_BYTES,
+            workers=self._workers,
+        )
+        with contextlib.closing(digests):
+            self._digests.update(digests)
+
+    def _of_chain(self, delta: pxd.DeltaFile, base: pxd.Safetensors, progress: ProgressOf) -> FoundBase:
+        if self._nodes is None:
+            with opened_all([link.path for link in self._known.links.values()]) as files:
+                self._nodes = self._checked(files, base, progress)
+        before, error = self._nodes[delta.content_id]
+        if error is not None:
+            with predecessor_named(delta, given=before is not None):
+                raise error
+        exact = sum(module.encoding is pxd.Encoding.EXACT for module in delta.manifest.modules)
+        return FoundBase(before=None if before is None else before.path, results=exact)
+
+    def _checked(
+        self, files: list[pxd.DeltaFile], base: pxd.Safetensors, progress: ProgressOf
+    ) -> dict[str, tuple[Link | None, Exception | None]]:
+        """For each update the one before it (None: it was made for the checkpoint), and its error."""
+        nodes = {file.content_id: Node(file=file) for file in files}
+        before: dict[str, Link | None] = {}
+        roots: list[Node] = []
+        for content_id, node in nodes.items():
+            try:
+                self._check_base(node.file.manifest, base, progress)
+                link = None
+            except pxd.BindingError as error:
+                link, node.error = self._known.before(node.file.manifest), error
+            before[content_id] = link
+            if link is None:
+                roots.append(node)
+            else:
+                nodes[link.content_id].children.append(node)
+        for node in below(roots):
+            for child in node.children:
+                child.error = _other_names(node, child)  # nodes of a ring keep the error of the checkpoint
+        size = sum(base[name].size for name in base)
+        with progress("chain", size) if len(roots) < len(nodes) else silent("chain", size) as step:
+            check_states(roots, base, self._digests, workers=self._workers, step=step)
+        return {content_id: (before[content_id], node.error) for content_id, node in nodes.items()}
+
+
+def _other_names(node: Node, child: Node) -> pxd.BindingError | None:
+    """The error if an update was made for other tensors than those after the one before it (SPEC 7.1, 7.2)."""
+    try:
+        pxd.check_base_names(child.file.manifest, StateNames(node.file))
+    except pxd.BindingError as error:
+        error.file = str(child.file.path)
+        return error
+    return None

@@ -1,0 +1,111 @@
+"""The teacher's logits and the student's losses, one part of the logits at a time.
+
+kl    sum over the vocabulary of p (log p - log q)      p: teacher, q: student
+mse   mean over the vocabulary of (x_q - x_p)^2         of the logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peraxis_tools.compress.distill.parametrization import BuiltWeights
+from peraxis_tools.compress.fit.moments.spill import SpilledTensors
+from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
+from peraxis_tools.compress.run.work_folder import WorkFolder
+
+__all__ = ["Losses", "TeacherLogits"]
+
+_LOGITS_BYTES = 32 << 20  # the student's logits at a time; a loss and its gradient take some five times as much
+
+
+class TeacherLogits:
+    """The teacher's logits of samples: kept in files up to a limit of bytes, recomputed beyond it.
+
+    Each sample is computed alone, so that its logits depend neither on the limit nor on its batch.
+    """
+
+    def __init__(self, teacher: LayerwiseModel, work: WorkFolder, limit: int) -> None:
+        self._teacher, self._limit = teacher, limit
+        self._kept = {split: SpilledTensors(work.path, f"logits-{split}", limit=0) for split in ("fit", "held-out")}
+
+    def keep(self, splits: Mapping[str, Tensor], progress: Callable[[int, int], None]) -> None:
+        """Compute the logits of all samples of the splits within the limit. Free the teacher if those are all."""
+        rows = [(split, row) for split, samples in splits.items() for row in range(len(samples))]
+        for done, (split, row) in enumerate(rows):
+            progress(done, len(rows))
+            logits = self._computed(splits[split][row : row + 1])
+            size = logits.numel() * logits.element_size()
+            if size > self._limit:
+                return
+            self._limit -= size
+            self._kept[split][row] = logits
+        progress(len(rows), len(rows))
+        self._teacher.empty_whole()
+
+    def of(self, ids: Tensor, split: str, rows: Sequence[int]) -> Tensor:
+        """Logits [rows, length, vocabulary] of some samples of a split. ids: their tokens [rows, length]."""
+        kept = self._kept[split]
+        return torch.cat([kept[row] if row in kept else self._computed(ids[i : i + 1]) for i, row in enumerate(rows)])
+
+    @torch.no_grad()
+    def _computed(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self._teacher.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Losses:
+    """The student's losses on samples of the splits. kind: kl or mse."""
+
+    student: LayerwiseModel
+    built: BuiltWeights
+    targets: TeacherLogits
+    splits: Mapping[str, Tensor]
+    kind: str
+
+    def backward(self, split: str, rows: Sequence[int]) -> None:
+        """Add the gradients of the mean loss over the tokens of some samples of a split."""
+        together = 1 if self.student.device.type == "cpu" else len(rows)
+        for first in range(0, len(rows), together):
+            some = rows[first : first + together]
+            ids = self.splits[split][list(some)]
+            target = self.targets.of(ids, split, some)
+            with self.built.forgotten():
+                states = self.student.states(ids)
+            given = states.detach().requires_grad_()
+            for part in self._parts(ids, target, states):
+                with self.built.forgotten():
+                    loss = self._sum(target[:, part], self.student.head(ids[:, part], given[:, part]))
+                (loss / (len(rows) * ids.shape[1])).backward()
+            states.backward(given.grad)
+
+    @torch.no_grad()
+    def mean(self, split: str) -> float:
+        """The mean loss over all tokens of a split."""
+        samples = self.splits[split]
+        total = 0.0
+        for row in range(len(samples)):
+            ids = samples[row : row + 1]
+            target, states = self.targets.of(ids, split, [row]), self.student.states(ids)
+            for part in self._parts(ids, target, states):
+                total += float(self._sum(target[:, part], self.student.head(ids[:, part], states[:, part])))
+        return total / samples.numel()
+
+    def _parts(self, ids: Tensor, target: Tensor, states: Tensor) -> list[slice]:
+        """Parts of the tokens with logits of at most _LOGITS_BYTES; one, if states are not [samples, length, width]."""
+        length = ids.shape[1]
+        count = -(-4 * target.numel() // _LOGITS_BYTES) if states.shape[:-1] == ids.shape else 1
+        step = -(-length // min(count, length))
+        return [slice(first, first + step) for first in range(0, length, step)]
+
+    def _sum(self, target: Tensor, logits: Tensor) -> Tensor:
+        """The sum of the loss over tokens. target, logits: [samples, tokens, vocabulary]."""
+        target, logits = target.float(), logits.float()
+        if self.kind == "mse":
+            return torch.mean((logits - target).square(), dim=-1).sum()
+        log_p, log_q = torch.log_softmax(target, -1), torch.log_softmax(logits, -1)
+        return torch.sum(log_p.exp() * (log_p - log_q))

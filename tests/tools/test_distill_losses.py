@@ -1,0 +1,77 @@
+"""The losses of distillation: logits in parts, and a teacher that is freed once its logits are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from peraxis_tools.compress.distill import losses as module
+from peraxis_tools.compress.distill.losses import Losses, TeacherLogits
+from peraxis_tools.compress.distill.parametrization import BuiltWeights
+from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
+from peraxis_tools.compress.run.work_folder import WorkFolder
+
+VOCABULARY, LENGTH = 32, 12
+
+
+def model(seed: int) -> LayerwiseModel:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    made = LayerwiseModel(config, dtype=torch.float32, device=torch.device("cpu"))
+    draw = torch.Generator().manual_seed(seed)
+    for name, value in list(made.model.named_parameters()):
+        made.set(name, torch.randn(value.shape, generator=draw) * 0.2)
+    return made
+
+
+def ids(count: int) -> Tensor:
+    return torch.randint(0, VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(7))
+
+
+def losses(tmp_path: Path, *, kind: str, limit: int = 1 << 30) -> tuple[Losses, LayerwiseModel, LayerwiseModel]:
+    teacher, student = model(1), model(2)
+    splits = {"fit": ids(3), "held-out": ids(2)}
+    tmp_path.mkdir(exist_ok=True)
+    targets = TeacherLogits(teacher, WorkFolder(tmp_path / "delta.pxd", "digest", resume=False), limit)
+    targets.keep(splits, lambda done, total: None)
+    return Losses(student=student, built=BuiltWeights(), targets=targets, splits=splits, kind=kind), teacher, student
+
+
+def reference(student: LayerwiseModel, samples: Tensor, kind: str) -> Tensor:
+    """The mean loss in one piece."""
+    target = model(1).model(input_ids=samples).logits.double()
+    logits = student.model(input_ids=samples).logits.double()
+    if kind == "mse":
+        return (logits - target).square().mean()
+    log_p, log_q = torch.log_softmax(target, -1), torch.log_softmax(logits, -1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+@pytest.mark.parametrize("kind", ["kl", "mse"])
+@pytest.mark.parametrize("tokens", [1, 5, LENGTH])
+def test_logits_in_parts_give_the_loss_and_the_gradients_of_all_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, tokens: int
+) -> None:
+    monkeypatch.setattr(module, "_LOGITS_BYTES", 4 * VOCABULARY * tokens)
+    found, _, student = losses(tmp_path, kind=kind)
+    parameters = [p.requires_grad_(True) for p in student.model.parameters()]
+    found.backward("fit", [2, 0])
+    gradients = [p.grad for p in parameters]
+    expected = torch.autograd.grad(reference(student, ids(3)[[2, 0]], kind), parameters)
+    for a, b in zip(gradients, expected, strict=True):
+        assert a is not None
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert found.mean("held-out") == pytest.approx(reference(student, ids(2), kind).item(), rel=1e-5)
+
+
+def test_a_teacher_is_freed_once_all_its_logits_are_kept_and_stays_beyond_the_limit(tmp_path: Path) -> None:
+    kept, freed, _ = losses(tmp_path / "all", kind="kl")
+    assert all(parameter.is_meta for parameter in freed.model.parameters())
+    computed, stays, _ = losses(tmp_path / "none", kind="kl", limit=4 * VOCABULARY * LENGTH)  # one sample
+    assert not any(parameter.is_meta for parameter in stays.model.parameters())
+    assert kept.mean("held-out") == computed.mean("held-out")
