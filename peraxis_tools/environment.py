@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from peraxis_tools.config_bounds import check_counts
 from peraxis_tools.errors import OptionError, ToolError, first_line
 from peraxis_tools.tokenizer_growth import check_growth
 
@@ -32,6 +33,7 @@ def load_config(folder: Path) -> Any:
     """The configuration of a checkpoint's folder, read by transformers. Raises ToolError if that fails."""
     from transformers import AutoConfig
 
+    check_counts(folder)
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # as above
