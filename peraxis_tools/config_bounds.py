@@ -1,6 +1,7 @@
-"""Refuse a configuration whose counts no model has, before transformers builds as many layers.
+"""Refuse a configuration whose counts no model has, or that names code, before transformers builds the model.
 
-A model is built from config.json alone, before its weights are read, so one number could keep it busy for days.
+A model is built from config.json alone, before its weights are read, so one number could keep it busy for days. An
+implementation of attention may be the name of a repository, whose kernel transformers would fetch and run.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Final
 
 from peraxis_tools.errors import ToolError
 
-__all__ = ["check_counts"]
+__all__ = ["check_config_bounds"]
 
 _MOST: Final = 4096  # layers, and experts of one layer; the largest models have a few hundred
 _COUNTS: Final = re.compile(
@@ -21,27 +22,32 @@ _COUNTS: Final = re.compile(
 )
 
 
-def check_counts(folder: Path) -> None:
-    """Raise ToolError if the config.json of a folder has more than 4096 layers or experts, at any depth.
+_IMPLEMENTATION: Final = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+
+
+def check_config_bounds(folder: Path) -> None:
+    """Raise ToolError if the config.json of a folder has more than 4096 layers or experts, or names code, at any depth.
 
     A missing or malformed file is no error here; loading it says more.
     """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_bytes()) if path.is_file() else None
-        large = next(_large("", config), None)
+        wrong = next(_wrong("", config), None)
     except (OSError, ValueError, RecursionError):
         return
-    if large is not None:
-        raise ToolError(f"{path}: {large}, which is more than {_MOST}; correct it")
+    if wrong is not None:
+        raise ToolError(f"{path}: {wrong}; correct it")
 
 
-def _large(name: str, value: Any) -> Iterator[str]:
+def _wrong(name: str, value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _large(str(key), inner)
+            yield from _wrong(str(key), inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from _large(name, inner)
+            yield from _wrong(name, inner)
     elif isinstance(value, int | float) and value > _MOST and _COUNTS.fullmatch(name):
-        yield f"{name} is {value:.6g}"
+        yield f"{name} is {value:.6g}, which is more than {_MOST}"
+    elif isinstance(value, str) and "/" in value and _IMPLEMENTATION.fullmatch(name):
+        yield f"{name} names code of a repository, which is never run"

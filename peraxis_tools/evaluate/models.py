@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import peraxis_format as pxd
 from peraxis_tools import environment
 from peraxis_tools.checkpoint import open_checkpoint
-from peraxis_tools.config_bounds import check_counts
+from peraxis_tools.config_bounds import check_config_bounds
 from peraxis_tools.errors import ToolError
 from peraxis_tools.load import load_model
 from peraxis_tools.positions import checked_length
@@ -38,8 +38,8 @@ def load_checkpoint_model(
     from transformers import AutoModelForCausalLM
 
     folder = _folder(source, revision)
-    check_counts(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    check_config_bounds(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     return _on(model.eval(), device)
 
 

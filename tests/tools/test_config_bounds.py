@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import transformers
 
-from peraxis_tools.config_bounds import check_counts
+from peraxis_tools.config_bounds import check_config_bounds
 from peraxis_tools.environment import load_config, parse_config
 from peraxis_tools.errors import ToolError
 
@@ -40,11 +40,11 @@ def test_a_count_that_no_model_has_is_named_with_its_file(odd: dict[str, Any], t
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_defaults_of_transformers_are_within_the_bound(kind: str, tmp_path: Path) -> None:
     transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path)
-    check_counts(tmp_path)
+    check_config_bounds(tmp_path)
 
 
 @pytest.mark.parametrize("data", [b"", b"[" * 20000, b"\xff", b"null", b"[5000]", b'{"num_hidden_layers": "many"}'])
 def test_a_file_of_another_kind_is_left_to_its_reader(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(data)
-    check_counts(tmp_path)
-    check_counts(tmp_path / "nowhere")
+    check_config_bounds(tmp_path)
+    check_config_bounds(tmp_path / "nowhere")
