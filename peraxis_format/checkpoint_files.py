@@ -116,11 +116,13 @@ def _indexed(index: Path) -> CheckpointFiles:
         plain, owners = False, {}
     if not plain or not owners:
         raise CheckpointError(f"{index}: not a safetensors index (a weight_map of plain file names)")
-    files = tuple(sorted(index.parent / name for name in set(owners.values())))
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing, although {index.name} lists it; fetch the checkpoint again")
-    return CheckpointFiles(files=files, owners=owners)
+    names = sorted(set(owners.values()))  # an index may name a million files; paths are made of those that exist
+    lost = next((name for name in names if not (index.parent / name).is_file()), None)
+    if lost is not None:
+        raise CheckpointError(
+            f"{index.parent / lost}: missing, although {index.name} lists it; fetch the checkpoint again"
+        )
+    return CheckpointFiles(files=tuple(index.parent / name for name in names), owners=owners)
 
 
 def _with_ignored(folder: Path, found: CheckpointFiles, reason: str) -> CheckpointFiles:

@@ -17,6 +17,7 @@ import peraxis_format as pxd
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.inspection import InspectResult
 from peraxis_tools.names import HUB_ID
+from peraxis_tools.yaml_file import check_yaml
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -25,6 +26,9 @@ __all__ = ["CardDelta", "card_text", "missing_fields"]
 
 _SPECIAL: Final = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&:]|(?<=www)\.)")
 _REVISION: Final = re.compile(r"[\w.-]+(/[\w.-]+)*")
+_FRONT: Final = re.compile(
+    r"(\s*---(?:\r\n|\r|\n))([\S\s]*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$)"
+)  # as in huggingface_hub
 _TAGS: Final = ("pxd", "delta")
 _INHERITED: Final = ("language", "license", "license_name", "license_link", "pipeline_tag", "datasets")
 _PIPELINES: Final = (
@@ -92,7 +96,11 @@ def _parse_card(content: str | None) -> ModelCard | None:
     if content is None:
         return None
     try:
+        if front := _FRONT.match(content):
+            check_yaml(front[2], "README.md: its front matter")
         return ModelCard(content, ignore_metadata_errors=True)
+    except ToolError:
+        raise
     except Exception as error:  # yaml has its own hierarchy, and the card is untrusted
         reason = first_line(error)
         raise ToolError(f"README.md: its front matter cannot be read ({reason}); correct it first") from None

@@ -34,6 +34,7 @@ _LOADERS: Final = {
     ".csv": "csv",
 }
 _CHUNK: Final = 1000  # rows
+_COLUMNS: Final = 1000
 _ROLES: Final = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 _ASKED: Final = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
 _LABELS: Final = frozenset(
@@ -130,6 +131,8 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 if not isinstance(row, dict):
                     raise ValueError(f"a line is a {type(row).__name__}, not an object")
                 columns.update(dict.fromkeys(row))
+                if len(columns) > _COLUMNS:  # every row gets every column
+                    raise ValueError(f"its rows have more than {_COLUMNS} columns")
             yield from ({column: row.get(column) for column in columns} for row in chunk)
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from peraxis_tools.config_bounds import check_config_bounds
 from peraxis_tools.errors import OptionError, ToolError, first_line
+from peraxis_tools.tokenizer_growth import check_growth
 
 __all__ = ["check_causal", "load_config", "load_tokenizer", "parse_config", "resolve_device", "resolve_dtype"]
 
@@ -20,8 +22,9 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a checkpoint's folder. Raises ToolError if it has none."""
     from transformers import AutoTokenizer
 
+    check_growth(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers and transformers raise many types for a malformed file
         raise ToolError(f"{folder}: its tokenizer cannot be loaded: {_reason(error)}") from None
 
@@ -30,13 +33,16 @@ def load_config(folder: Path) -> Any:
     """The configuration of a checkpoint's folder, read by transformers. Raises ToolError if that fails."""
     from transformers import AutoConfig
 
+    check_config_bounds(folder)
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # as above
         raise ToolError(f"{folder}: its config.json cannot be loaded: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own (auto_map), which is never run"
     line = first_line(error)
     return line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
 

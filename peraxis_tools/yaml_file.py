@@ -8,9 +8,33 @@ from typing import Any, Final
 from peraxis_tools.errors import OptionError, first_line
 from peraxis_tools.optional import require
 
-__all__ = ["read_mapping"]
+__all__ = ["check_yaml", "read_mapping"]
 
-_SIZE: Final = 1 << 16  # bytes of a file of options
+_SIZE: Final = 1 << 16  # of a file of options, or of the front matter of a model card
+_DEPTH: Final = 64  # of values in values: the time of the parser grows with its square
+
+
+def check_yaml(text: str, label: str) -> None:
+    """Raise OptionError for a text of more than 64 KiB, for one with references (`*name`), and for one of many levels.
+
+    A few lines of references to references stand for any number of values. Raises yaml.YAMLError, ValueError,
+    RecursionError for a text that is not YAML.
+    """
+    import yaml
+
+    _refuse_large(len(text), label)
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise OptionError(f"{label}: has a reference (*name); write the value itself")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEPTH:
+            raise OptionError(f"{label}: has values at more than {_DEPTH} levels; write it flatter")
+
+
+def _refuse_large(size: int, label: str) -> None:
+    if size > _SIZE:
+        raise OptionError(f"{label}: is larger than {_SIZE} bytes; shorten it")
 
 
 def read_mapping(path: Path) -> dict[Any, Any]:
@@ -24,12 +48,10 @@ def read_mapping(path: Path) -> dict[Any, Any]:
 
     with open(path, "rb") as file:
         data = file.read(_SIZE + 1)
-    if len(data) > _SIZE:
-        raise OptionError(f"{path}: is larger than {_SIZE} bytes; pass a file of options")
+    _refuse_large(len(data), str(path))
     try:
         text = data.decode("utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise OptionError(f"{path}: has a reference (*name); write the value itself")
+        check_yaml(text, str(path))
         values = yaml.safe_load(text)
         repr(values)  # a ValueError for an integer that is too large to be shown
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # an invalid date is a ValueError

@@ -222,7 +222,7 @@ def _model(config: Mapping[str, Any]) -> nn.Module | None:
             parsed = transformers.AutoConfig.for_model(**_plain(config))
             kind = getattr(transformers, str(next(iter(config.get("architectures") or []), "")), None)
             if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-                built: nn.Module = transformers.AutoModelForCausalLM.from_config(parsed)
+                built: nn.Module = transformers.AutoModelForCausalLM.from_config(parsed, trust_remote_code=False)
                 return built
             model: nn.Module = kind(parsed)
             return model

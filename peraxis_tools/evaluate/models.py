@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import peraxis_format as pxd
 from peraxis_tools import environment
 from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.config_bounds import check_config_bounds
 from peraxis_tools.errors import ToolError
 from peraxis_tools.load import load_model
 from peraxis_tools.positions import checked_length
@@ -36,7 +37,9 @@ def load_checkpoint_model(
     """The unchanged checkpoint, computing in `dtype`."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(_folder(source, revision), dtype=dtype)
+    folder = _folder(source, revision)
+    check_config_bounds(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     return _on(model.eval(), device)
 
 

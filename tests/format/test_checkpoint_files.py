@@ -148,3 +148,21 @@ def test_a_dtype_that_is_not_carried_is_named_with_its_tensor(tmp_path: Path, dt
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\x07")
     with pytest.raises(CheckpointError, match=r"'a\.weight' has dtype .*which PXD does not allow"):
         pxd.Safetensors.open(tmp_path)
+
+
+def test_an_index_of_many_files_that_are_not_there_is_refused_at_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {f"x{i}": f"model-{i:06d}.safetensors" for i in range(100_000)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    looked: list[Path] = []
+    is_file = Path.is_file
+
+    def look(path: Path) -> bool:
+        looked.append(path)
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", look)
+    with pytest.raises(CheckpointError, match=r"model-000000\.safetensors: missing"):
+        pxd.Safetensors.open(tmp_path)
+    assert len([path for path in looked if path.name.startswith("model-0")]) == 1

@@ -170,6 +170,22 @@ def test_the_github_action_annotates_reports_and_fails(delta: Path, tmp_path: Pa
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_the_github_action_runs_no_module_of_the_repository_that_it_checks(delta: Path, tmp_path: Path) -> None:
+    for name in ("click", "numpy", "json", "sitecustomize", "peraxis_format", "peraxis_tools"):
+        (tmp_path / f"{name}.py").write_text("open('pwned', 'w'); raise SystemExit(0)")
+    (tmp_path / "bad.pxd").write_bytes(delta.read_bytes()[:-1])
+    assert run_action(tmp_path, files="bad.pxd").returncode == 1
+    assert not (tmp_path / "pwned").exists()
+    assert all('" -P -m ' in line for step in ("Install", "Verify") for line in modules_run(step))
+
+
+def modules_run(step: str) -> list[str]:
+    found = [line for line in action_step(step)["run"].splitlines() if " -m " in line]
+    assert found
+    return found
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_a_file_name_is_never_an_option_of_the_github_action(delta: Path, tmp_path: Path) -> None:
     with pxd.open(delta) as file:
         own = file.content_id

@@ -39,7 +39,7 @@ def delta(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def with_asset(delta: Path, path: str, data: bytes, output: Path) -> Path:
     with (
         pxd.open(delta) as file,
-        pxd.DeltaWriter(output, base=file.manifest.base, fine_tuned=file.manifest.fine_tuned) as writer,
+        pxd.DeltaWriter(output, base=pxd.Identity(id="base"), fine_tuned=file.manifest.fine_tuned) as writer,
     ):
         for name in file:
             writer.add(file.load(name))

@@ -210,7 +210,7 @@ def test_the_github_action_installs_what_its_inputs_need(
     done = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     lines = PROJECT["optional-dependencies"]
     assert done.stdout.split() == [
-        *("-m", "pip", "install", "--quiet", "peraxis"),
+        *("-P", "-m", "pip", "install", "--quiet", "peraxis"),
         *(requirement for extra in extras for requirement in lines[extra]),
     ]
 

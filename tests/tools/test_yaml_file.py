@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from peraxis_tools.card import missing_fields
 from peraxis_tools.compress import CompressOptions
+from peraxis_tools.documents import read_documents
 from peraxis_tools.errors import OptionError
 from peraxis_tools.yaml_file import read_mapping
 
@@ -24,7 +26,8 @@ BOMB = "\n".join(
         ("masks: 0x" + "f" * 20000, "not a YAML file"),
         ("masks: " + "9" * 20000, "not a YAML file"),
         ("masks: [0x" + "f" * 20000 + "]", "not a YAML file"),
-        ("[" * 20000, "not a YAML file"),
+        ("[" * 20000, "has values at more than 64 levels"),
+        ("a: " + "{a: " * 2000, "has values at more than 64 levels"),
         ("a: " + "x" * 70000, "is larger than 65536 bytes"),
         ("masks: !!python/object/apply:os.system [ls]", "not a YAML file"),
         ("- masks", "must have lines"),
@@ -51,3 +54,21 @@ def test_an_ordinary_configuration_is_read_as_it_was(tmp_path: Path) -> None:
     assert read_mapping(path) == {"recipe": "fit", "calibration": ["a.jsonl", "b.jsonl:0.5"], "seed": 16}
     path.write_text("")
     assert read_mapping(path) == {}
+
+
+@pytest.mark.parametrize(
+    ("front", "said"), [(BOMB, r"has a reference"), ("a: " + "x" * 70000, "is larger than 65536 bytes")]
+)
+@pytest.mark.parametrize("line", ["\n", "\r\n"])
+def test_the_front_matter_of_a_card_is_bounded_too(front: str, said: str, line: str) -> None:
+    pytest.importorskip("huggingface_hub")
+    with pytest.raises(OptionError, match=rf"README\.md: its front matter: {said}"):
+        missing_fields(f"---\n{front}\n---\n# model\n".replace("\n", line))
+    assert "license" not in missing_fields(f"---{line}license: mit{line}---{line}# *model* and `*a`{line}")
+
+
+def test_rows_of_unlike_columns_are_refused_and_do_not_multiply(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"c{i}": {i}}}\n' for i in range(20_000)))
+    with pytest.raises(OptionError, match="its rows have more than 1000 columns"):
+        read_documents(str(path), text_column=None, limit=10)

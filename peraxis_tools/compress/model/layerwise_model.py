@@ -76,7 +76,7 @@ class LayerwiseModel:
 
         try:
             with _parameters_on_meta(), torch.random.fork_rng(devices=[]):
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         except Exception as error:  # a malformed configuration can raise any exception
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise UnsupportedModelError(
