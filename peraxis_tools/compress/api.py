@@ -33,7 +33,7 @@ def compress(
     *,
     recipe: Recipe | None = None,
     fit: Fit | None = None, axis: AxisChoice | None = None,
-    masks: int | None = None, bits: int | None = None,
+    masks: int | Literal["auto"] | None = None, bits: int | None = None,
     target_size: int | str | None = None, target_ratio: float | None = None, embeddings: Embeddings | None = None,
     exact: str | None = None, prefer: Literal["size", "speed"] | None = None,
     calibration: str | Path | Sequence[str | Path] | None = None, text_column: str | None = None,

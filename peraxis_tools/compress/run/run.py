@@ -54,6 +54,10 @@ __all__ = ["CompressResult", "compress"]
 # A tensor in work takes its own bytes, its base's, and twice that in binary32 if a second mask is fitted.
 _BYTES_IN_FLIGHT_PER_TENSOR = 4
 _AHEAD_BYTES = 512 << 20
+_NO_TEXT = (
+    "no calibration text: scales are mean magnitudes; calibration (--calibration c4, or your own text) gives a better "
+    "fit of the same size"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +141,8 @@ def _compress_pair(
     force: bool,
 ) -> CompressResult:
     planned = _planned(base, fine_tuned, options, progress, force=force)
+    if options.fit == "auto" and options.calibration is None and any(module.components for module in planned.modules):
+        note(_NO_TEXT)
     written: tuple[Manifest, int, Mapping[str, int]] | None = None
     with _fitting(base, fine_tuned, output, options, progress) as fitting:
         if options.has_target:
