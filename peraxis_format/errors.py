@@ -223,8 +223,14 @@ def located(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not blank, or its type: for libraries that add long advice."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of an error's message that is not blank, or its type: for libraries that add long advice.
+
+    A line that ends with a colon has the next one too.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def fail(

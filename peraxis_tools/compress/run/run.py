@@ -27,6 +27,7 @@ from peraxis_format import open as open_delta
 from peraxis_tools.assets import LEFT_BEHIND
 from peraxis_tools.blocks import count_blocks
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.completeness import note_missing
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import is_open, spend
 from peraxis_tools.compress.plan.finite import check_pair_finite
@@ -124,6 +125,7 @@ def compress(
     ):
         base_checkpoint, tuned_checkpoint = matched(opened_base, opened, base_id)
         options = with_length(options, tuned_checkpoint)
+        note_missing(base_checkpoint, tuned_checkpoint)
         return _compress_pair(
             base_checkpoint, tuned_checkpoint, output, options, step, show_plan, overwrite=overwrite, force=force
         )
