@@ -148,11 +148,13 @@ def _model_class(config: Any, label: str) -> Any:
     return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
-def load(delta: str | Path, *, base: str | Path | None = None, progress: Progress = None, **options: Any) -> Loaded:
+def load(delta: str | Path, base: str | Path | None = None, *, progress: Progress = None, **options: Any) -> Loaded:
     """Load the fine-tune of a delta. base: a folder or hub id, by default the one that the manifest names.
 
     options are passed to `AutoModelForCausalLM.from_pretrained`. Raises PxdError, CheckpointError, ToolError.
     """
+    if base is not None:
+        refuse_swapped(base, delta)
     with local_copy(delta) as path:
         with pxd.open(path) as file:
             where = _hub_id(file.manifest, delta) if base is None else base

@@ -152,7 +152,7 @@ class CompressOptions:
         ):
             check_choice(name, getattr(self, name), allowed)
         if self.masks != AUTO and not (isinstance(self.masks, int) and 1 <= self.masks <= 8):
-            raise OptionError(f"masks {self.masks}: must be auto, or 1 to 8")
+            raise OptionError(f"masks {self.masks}: must be 1 to 8")
         if self.target_ratio is not None and not 1 < self.target_ratio <= 1e6:
             raise OptionError(f"target_ratio {self.target_ratio:g}: must be above 1, up to 1000000; 12 means a twelfth")
         for name, least, most in (
