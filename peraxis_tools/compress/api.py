@@ -66,9 +66,10 @@ def compress(
     device, seed, resume  where it runs, the random choices, whether a killed run goes on
 
     CompressOptions explains all; they are those of the command line. None means the default, or the value of `recipe`.
-    Pass either options by name or one CompressOptions as `options`. base_id: the hub id of a base that is a folder. force: write the delta even if
-    it saves little. Sizes are bytes, or texts like 1.2GB. bits: another name of masks. progress is called as
-    progress(step, done, total); True shows bars. show_plan is called once with the plan before the weights are fitted.
+    Pass either options by name or one CompressOptions as `options`. base_id: the hub id of a base that is a folder.
+    force: write the delta even if it saves little. Sizes are bytes, or texts like 1.2GB. bits: another name of masks.
+    progress is called as progress(step, done, total); True shows bars. show_plan is called once with the plan before
+    the weights are fitted.
     Raises ToolError before any work if the pair or the options are wrong.
     """
     given = locals()  # the parameters and nothing else: this is the first statement
