@@ -9,10 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from peraxis_format.arguments import check_least
 from peraxis_format.checkpoint import Safetensors, TensorInfo
 from peraxis_format.dtypes import Array, digest_of
-from peraxis_format.errors import fail
+from peraxis_format.errors import BindingError, base_advice, fail
 from peraxis_format.manifest import Manifest, ModuleEntry
 
-__all__ = ["check_base", "check_base_bytes", "check_base_digest", "check_base_names", "check_base_tensor"]
+__all__ = [
+    "check_base",
+    "check_base_bytes",
+    "check_base_digest",
+    "check_base_names",
+    "check_base_tensor",
+    "name_base",
+]
 
 
 def check_base_names(manifest: Manifest, base: Safetensors) -> None:
@@ -70,3 +77,13 @@ def check_base(
         digests = pool.map(lambda module: base.sha256(module.name, progress=progress), bound)
         for module, digest in zip(bound, digests, strict=True):
             check_base_digest(module, digest)
+
+
+def name_base(error: BaseException | None, manifest: Manifest, file: str | os.PathLike[str]) -> None:
+    """Make the remedy of a BindingError of this file name the base, or the update that the file follows."""
+    if not isinstance(error, BindingError) or error.advice is not None or error.file not in (None, os.fspath(file)):
+        return
+    if manifest.previous is not None:
+        error.advice = f"it follows update {manifest.previous}: pass that one too, or its result as the base"
+    else:
+        error.advice = base_advice(manifest.base.id, manifest.base.revision)

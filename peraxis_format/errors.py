@@ -27,6 +27,7 @@ __all__ = [
     "PxdError",
     "ShapeError",
     "UnsupportedError",
+    "base_advice",
     "fail",
     "first_line",
     "located",
@@ -106,7 +107,7 @@ class PxdError(Exception):
 
     code: a key of CODES. detail: what was found. clause: of SPEC.md, by default the code's first one. file, offset
     (bytes from the start of the file), field (path in the header, like `modules[3].components[0].axis`): the place, if
-    known.
+    known. advice: a remedy for this file, where more is known than the code says.
     """
 
     phase: ClassVar[str]
@@ -128,12 +129,13 @@ class PxdError(Exception):
         self.file = file
         self.offset = offset
         self.field = field
+        self.advice: str | None = None
         super().__init__(code, detail)
 
     @property
     def remedy(self) -> str:
         """The remedy, as an imperative phrase."""
-        return CODES[self.code].remedy
+        return self.advice or CODES[self.code].remedy
 
     def __str__(self) -> str:
         parts = [f"{self.code}: "]
@@ -149,6 +151,12 @@ class PxdError(Exception):
         ]
         parts.append(f" ({', '.join(where)}); {self.remedy}")
         return "".join(parts)
+
+
+def base_advice(name: str, revision: str | None) -> str:
+    """A remedy for another base than that of a delta: its name, and its revision if it is on the hub."""
+    at = f" at revision {revision}" if revision else ""
+    return f"the delta was made for {name}{at}: pass that checkpoint as the base"
 
 
 class ContainerError(PxdError):
@@ -223,8 +231,14 @@ def located(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not blank, or its type: for libraries that add long advice."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of an error's message that is not blank, or its type: for libraries that add long advice.
+
+    A line that ends with a colon has the next one too.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def fail(

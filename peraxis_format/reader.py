@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from peraxis_format.arguments import check_least
+from peraxis_format.binding import name_base
 from peraxis_format.container import HEADER_BLOCK, Header, TensorRecord, parts_of, records_of
 from peraxis_format.delta import ModuleDelta
 from peraxis_format.errors import PxdError, fail, located
@@ -326,7 +327,8 @@ class DeltaFile:
     def __enter__(self) -> DeltaFile:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: object) -> None:
+        name_base(error, self.manifest, self.path)
         self.close()
 
 

@@ -13,6 +13,7 @@ from peraxis_tools.arguments import check_least, check_workers, sequence
 from peraxis_tools.assets import LEFT_BEHIND
 from peraxis_tools.chain.sources import local_updates
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint, refuse_swapped
+from peraxis_tools.completeness import note_borrowed
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.folders import MARKER, atomic_folder
@@ -80,6 +81,7 @@ def apply(
         refuse_part(file.manifest, file.path)
         _refuse_foreign(file, checkpoint)
         _refuse_repeats(file, opened.tensors.size + sum(path.stat().st_size for path in paths))
+        note_borrowed(file, checkpoint)
         shards = plan_shards(tensor_specs(file.manifest), shard_bytes=shard_size)
         with atomic_folder(output, overwrite=overwrite) as folder:
             _write_shards(folder, shards, file, checkpoint.tensors, workers, step)

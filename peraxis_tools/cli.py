@@ -25,6 +25,7 @@ with interrupts_end():
     from peraxis_format import BackendError, CheckpointError, PxdError, ShapeError, __version__
     from peraxis_format.arguments import did_you_mean
     from peraxis_format.ops.compiling import PROGRESS
+    from peraxis_tools.completing import completing_files
     from peraxis_tools.errors import OptionError, ToolError, error_line
     from peraxis_tools.notes import LOGGER
     from peraxis_tools.option_names import on_the_command_line
@@ -72,7 +73,7 @@ class _LazyGroup(click.Group):
         with interrupts_end():
             module = importlib.import_module(f"peraxis_tools.commands.{cmd_name}")
         command: click.Command = module.command
-        return command
+        return completing_files(command)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

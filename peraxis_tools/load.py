@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import open_checkpoint, parse_identity, refuse_swapped
+from peraxis_tools.completeness import has_vocabulary, note_borrowed
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.optional import require
@@ -86,6 +87,7 @@ def load_model(
         predecessor_named(file),
     ):
         refuse_part(file.manifest, named)
+        note_borrowed(file, checkpoint)
         assets = dict(assets_of(file, checkpoint))
         config = _object(assets, "config.json", str(named)) or checkpoint.config()
         generation = _object(assets, "generation_config.json", str(named))
@@ -146,11 +148,13 @@ def _model_class(config: Any, label: str) -> Any:
     return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
-def load(delta: str | Path, *, base: str | Path | None = None, progress: Progress = None, **options: Any) -> Loaded:
+def load(delta: str | Path, base: str | Path | None = None, *, progress: Progress = None, **options: Any) -> Loaded:
     """Load the fine-tune of a delta. base: a folder or hub id, by default the one that the manifest names.
 
     options are passed to `AutoModelForCausalLM.from_pretrained`. Raises PxdError, CheckpointError, ToolError.
     """
+    if base is not None:
+        refuse_swapped(base, delta)
     with local_copy(delta) as path:
         with pxd.open(path) as file:
             where = _hub_id(file.manifest, delta) if base is None else base
@@ -167,7 +171,7 @@ def _load_tokenizer_of(delta: Path, base: str | Path) -> Any:
         for path, data in assets_of(file, checkpoint):
             (folder / path).parent.mkdir(exist_ok=True)
             (folder / path).write_bytes(data)
-        if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+        if not has_vocabulary([path.name for path in folder.iterdir()]):
             return None
         try:
             return load_tokenizer(folder)

@@ -13,6 +13,7 @@ import peraxis_format as pxd
 from peraxis_format.errors import located
 from peraxis_tools.assets import asset_group
 from peraxis_tools.checkpoint import Checkpoint
+from peraxis_tools.completeness import has_vocabulary, takes_tokenizer
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.shards import TensorSpec
 
@@ -72,9 +73,16 @@ def checkpoint_bytes(manifest: pxd.Manifest) -> int:
 
 
 def assets_of(delta: pxd.DeltaFile, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
-    """The delta's assets, and those of the base in groups without an asset in the delta."""
+    """The delta's assets, and those of the base in groups without an asset in the delta.
+
+    The settings of a tokenizer without its vocabulary are no tokenizer: the base's other files of that group are added.
+    """
     own = dict.fromkeys(asset.path for asset in delta.manifest.assets)
     groups = {asset_group(path) for path in own}
+    if takes_tokenizer(delta, base):
+        groups.discard("tokenizer")
+    elif not has_vocabulary(own):
+        groups.add("tokenizer")  # that of the base has a vocabulary of another size
     for path in own:
         yield path, delta.asset(path)
     found = base.folder_assets()

@@ -65,13 +65,18 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileVerdict:
-    """The outcome of one file. content_id and bytes are None if it could not be opened."""
+    """The outcome of one file. content_id and bytes are None if it could not be opened.
+
+    unchecked: base, if the file needs one and none was given; signature, if one lies beside the file and was not asked
+    for.
+    """
 
     file: str
     status: Status
     content_id: str | None
     bytes: int | None
     checks: tuple[Check, ...]
+    unchecked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,10 +159,12 @@ class _Run:
 def _verdict(file: str, run: _Run) -> FileVerdict:
     checks: list[Check] = []
     content_id, size = None, None
+    unchecked: tuple[str, ...] = ()
     name = "structure"
     try:
         with run.open_file(file) as path, pxd.open(path) as delta:
             content_id, size = delta.content_id, delta.size
+            unchecked = _unchecked(path, delta, run.wanted)
             for name, check in _checks(path, delta, run):
                 checks.append(Check(name=name, status=Status.PASSED, message=check()))
     except (pxd.PxdError, pxd.CheckpointError, ToolError, OSError) as error:
@@ -170,6 +177,17 @@ def _verdict(file: str, run: _Run) -> FileVerdict:
         content_id=content_id,
         bytes=size,
         checks=tuple(checks),
+        unchecked=unchecked,
+    )
+
+
+def _unchecked(path: Path, delta: pxd.DeltaFile, wanted: Wanted) -> tuple[str, ...]:
+    """The checks that could be made of this file and were not asked for."""
+    bound = any(module.base is not None for module in delta.manifest.modules)
+    signed = path.with_name(f"{path.name}.sig").exists()
+    return (
+        *(["signature"] if signed and wanted.signature is None else []),
+        *(["base"] if bound and wanted.base is None else []),
     )
 
 

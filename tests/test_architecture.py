@@ -83,7 +83,9 @@ FORMAT = (
 )
 COMPRESS = (
     *(
+        "recipes",
         "options",
+        "options_file",
         "fit.encode",
         "fit.directions",
         "fit.mean",

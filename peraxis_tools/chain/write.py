@@ -24,6 +24,7 @@ from peraxis_tools.compress.plan.pairing import check_pair, tied_pairs
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.kinds import execution_key
 from peraxis_tools.parallel import ordered_map
+from peraxis_tools.predecessor import predecessor_named
 from peraxis_tools.progress import Progress, Steps, watched
 from peraxis_tools.remote import is_remote
 from peraxis_tools.remote_output import output_file
@@ -65,7 +66,10 @@ def open_chain(base: Checkpoint, updates: Sequence[str | Path]) -> Iterator[tupl
     """
     with local_updates(updates) as paths:
         ordered = chain_order(map(link_of, paths)) if paths else []
-        with opened_all([link.path for link in ordered]) as files:
+        with contextlib.ExitStack() as stack:
+            files = stack.enter_context(opened_all([link.path for link in ordered]))
+            if files:
+                stack.enter_context(predecessor_named(files[0]))
             yield ChainState(base.tensors, files), ordered
 
 

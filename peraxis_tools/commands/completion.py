@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import click
 from click.shell_completion import get_completion_class
 
@@ -11,6 +13,9 @@ __all__ = ["command"]
 
 _PROGRAM = "peraxis-tools"
 _VARIABLE = "_PERAXIS_TOOLS_COMPLETE"
+# Where we have no completion, as after the `=` of FORMAT=PATH, bash completes file names.
+_BASH_ASKS: Final = "complete -o nosort -F"
+_BASH_FALLS_BACK: Final = "complete -o bashdefault -o default -o nosort -F"
 
 
 @click.command("completion")
@@ -30,4 +35,5 @@ def command(shell: str) -> None:
         raise click.UsageError(f"no completion for {shell}")
     complete = kind(cli, {}, _PROGRAM, _VARIABLE)
     # Use the template itself, because `source()` would start the shell to ask for its version.
-    write(complete.source_template % complete.source_vars())
+    template = complete.source_template.replace(_BASH_ASKS, _BASH_FALLS_BACK)
+    write(template % complete.source_vars())

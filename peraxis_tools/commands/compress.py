@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import click
 
 from peraxis_tools.bars import Stages
 from peraxis_tools.commands.options import (
+    MASKS,
     SIZE,
     base_revision_option,
     json_option,
@@ -18,7 +20,8 @@ from peraxis_tools.commands.options import (
     threads_option,
 )
 from peraxis_tools.compress import CompressOptions, compress
-from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, PREFER, RECIPES, read_yaml
+from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, PREFER, RECIPES
+from peraxis_tools.compress.options_file import read_options
 from peraxis_tools.compress.run.dry_run import estimate_run
 from peraxis_tools.heap import tune_heap
 from peraxis_tools.report.compress import plan_lines, render_compress, render_dry_run
@@ -28,7 +31,25 @@ from peraxis_tools.text import check_texts
 __all__ = ["command"]
 
 
-@click.command("compress")
+class _Compress(click.Command):
+    """The command, whose --exact may have no value."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.MissingParameter as error:
+            taken = next((after for name, after in pairwise(given) if name == "--exact"), "-")
+            if taken.startswith("-"):
+                raise
+            raise click.UsageError(
+                f"{error.format_message().rstrip('.')}; --exact took {taken!r} as its value: "
+                f"write --exact={EVERYTHING} for all tensors, or --exact at the end",
+                ctx,
+            ) from None
+
+
+@click.command("compress", cls=_Compress)
 @click.argument("base", metavar="BASE")
 @click.argument("fine_tuned", metavar="FINE_TUNED")
 @click.option(
@@ -57,9 +78,11 @@ __all__ = ["command"]
 @click.option(
     "--axis", type=click.Choice(AXES), help="The axis of the scales; auto takes the best one for each module."
 )
-@masks_option(click.INT, help="Masks for each module, 1 to 8.  [default: 1]")
+@masks_option(
+    MASKS, help="Masks for each module, 1 to 8, or auto: one, and these bytes go where they help most.  [default: auto]"
+)
 @click.option("--target-size", type=SIZE, help="The size of the file, like 1.2GB. Masks go where they help most.")
-@click.option("--target-ratio", type=float, help="The size as a fraction of the checkpoint: 12 means a twelfth.")
+@click.option("--target-ratio", type=float, help="The checkpoint's size over that of the file: 12 means a twelfth.")
 @click.option(
     "--embeddings", type=click.Choice(EMBEDDINGS), help="How embed_tokens and lm_head are stored.  [default: auto]"
 )
@@ -91,7 +114,9 @@ __all__ = ["command"]
 @click.option("--logits-limit", type=SIZE, help="Teacher logits above this size are recomputed.  [default: 4GiB]")
 @click.option("--resume/--no-resume", default=None, help="Continue a run that was killed.  [default: resume]")
 @click.option(
-    "--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A YAML file with these options."
+    "--config",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A YAML file with these options, or a .pxd, for those it was written with.",
 )
 @base_revision_option
 @click.option("--fine-tuned-revision", help="The revision of a fine-tune on the hub.")
@@ -122,12 +147,13 @@ def command(
     The recipes are: quick (signs of the delta and mean magnitudes, no text), fit (signs and scales fitted on the text),
     distilled (then all scales end to end, with the whole model in memory), best (also signs and full tensors end to
     end, with 12 bytes per weight). Options on the command line override --config, and --config overrides --recipe. The
-    options of a run are recorded in the file (inspect --json, metadata peraxis.config); pass them to --config to
-    repeat it.
+    options of a run are recorded in its .pxd; --config delta.pxd repeats them.
 
     Example: peraxis-tools compress meta-llama/Llama-3.1-8B my/fine-tune -o delta.pxd --calibration c4
     """
-    values = read_yaml(config) if config is not None else {}
+    values = read_options(config) if config is not None else {}
+    if given["masks"] is not None:
+        values.pop("bits", None)  # the former name, which a .pxd has
     values.update({name: value for name, value in given.items() if value not in (None, ())})
     options = CompressOptions.from_mapping(values)
     if dry_run:

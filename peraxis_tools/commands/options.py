@@ -20,6 +20,7 @@ from peraxis_tools.sizes import parse_size
 from peraxis_tools.threads import use_threads
 
 __all__ = [
+    "MASKS",
     "SIZE",
     "Finite",
     "RenamedOption",
@@ -82,6 +83,18 @@ class Size(click.ParamType[int]):
 
 
 SIZE = Size()
+
+
+class Masks(click.ParamType[Any]):
+    """A number of masks, or auto."""
+
+    name = "integer|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "auto" else click.INT.convert(value, param, ctx)
+
+
+MASKS = Masks()
 
 
 class RenamedOption(click.Option):

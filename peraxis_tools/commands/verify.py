@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import click
@@ -120,7 +121,8 @@ def command(
 
     All files are checked and the report is written before the command ends. The exit code is the worst outcome: 1
     failed (damaged, another base, above a bound), else 2 (input or I/O), else 3 (not verifiable here: an unknown
-    version, a missing base, key or package), else 0 (all verified). A wrong usage is 2, before any work.
+    version, a missing base, key or package), else 0 (all verified). A wrong usage is 2, before any work. With --quiet
+    only files that are not verified are reported.
 
     \b
     Example: peraxis-tools verify delta.pxd --base meta-llama/Llama-3.1-8B
@@ -157,14 +159,14 @@ def command(
         for its_kind, path in outputs:
             _write(report, its_kind, path, overwrite=overwrite)
     if output is None:
-        _show(report, kind)
+        _show(report, kind, quiet=quiet)
     if report.status.exit_status:
         ctx.exit(report.status.exit_status)
 
 
-def _show(report: VerifyResult, kind: str) -> None:
+def _show(report: VerifyResult, kind: str, *, quiet: bool) -> None:
     if kind == "text":
-        show(report, render_verify)
+        show(report, partial(render_verify, quiet=quiet))
     else:
         write(_rendered(report, kind, sys.stdout.encoding))
 

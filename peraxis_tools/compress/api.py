@@ -33,7 +33,7 @@ def compress(
     *,
     recipe: Recipe | None = None,
     fit: Fit | None = None, axis: AxisChoice | None = None,
-    masks: int | None = None, bits: int | None = None,
+    masks: int | Literal["auto"] | None = None, bits: int | None = None,
     target_size: int | str | None = None, target_ratio: float | None = None, embeddings: Embeddings | None = None,
     exact: str | None = None, prefer: Literal["size", "speed"] | None = None,
     calibration: str | Path | Sequence[str | Path] | None = None, text_column: str | None = None,
@@ -54,11 +54,22 @@ def compress(
     # fmt: on
     """Compress a fine-tuned checkpoint against its base into the file `output`.
 
-    base, fine_tuned: a folder, a safetensors file or a hub id. The options are those of the command line and of
-    CompressOptions, which explains them; None means the default, or the value of `recipe`. Pass either options by name
-    or one CompressOptions as `options`. base_id: the hub id of a base that is a folder. force: write the delta even if
-    it saves little. Sizes are bytes, or texts like 1.2GB. bits: another name of masks. progress is called as
-    progress(step, done, total); True shows bars. show_plan is called once with the plan before the weights are fitted.
+    base, fine_tuned: a folder, a safetensors file or a hub id. The options that most calls need:
+
+    calibration    the text that signs and scales are fitted on: c4, a `datasets` id, or a file; without it the scales
+                   are mean magnitudes, which is worse at the same size
+    target_size, target_ratio  the size of the file, or the checkpoint's size over it (12: a twelfth)
+    masks          masks of each module, 1 to 8; auto: one, and these bytes are spent where they help most
+    exact          a regular expression of tensors that are stored bit for bit (.* all); auto: where that is smaller
+    embeddings     how embed_tokens and lm_head are stored: sign, full or auto
+    recipe         quick, fit, distilled or best: a set of options
+    device, seed, resume  where it runs, the random choices, whether a killed run goes on
+
+    CompressOptions explains all; they are those of the command line. None means the default, or the value of `recipe`.
+    Pass either options by name or one CompressOptions as `options`. base_id: the hub id of a base that is a folder.
+    force: write the delta even if it saves little. Sizes are bytes, or texts like 1.2GB. bits: another name of masks.
+    progress is called as progress(step, done, total); True shows bars. show_plan is called once with the plan before
+    the weights are fitted.
     Raises ToolError before any work if the pair or the options are wrong.
     """
     given = locals()  # the parameters and nothing else: this is the first statement

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 
 from peraxis_format.arguments import did_you_mean
 from peraxis_tools.arguments import check_choice
+from peraxis_tools.compress.recipes import RECIPES
 from peraxis_tools.errors import OptionError
 from peraxis_tools.positions import DEFAULT_LENGTH
 from peraxis_tools.sizes import parse_size
@@ -33,25 +34,10 @@ FITS: Final = ("auto", "none", "closed-form", "refined", "adamw")
 AXES: Final = ("auto", "row", "col", "row+col", "tensor")
 EMBEDDINGS: Final = ("auto", "sign", "full")
 PREFER: Final = ("size", "speed")
-AUTO: Final = "auto"
+AUTO: Final[Literal["auto"]] = "auto"
 EVERYTHING: Final = ".*"  # a value of `exact`
 _COMPUTE: Final = ("auto", "float32", "bfloat16", "float16")
 _LOSSES: Final = ("kl", "mse")
-# Named sets of options; a single option wins over its recipe.
-RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
-    "quick": {"fit": "none"},
-    "fit": {"fit": "refined"},
-    "distilled": {"distill_samples": 150, "generated_samples": 300},
-    "best": {
-        "distill_samples": 550,
-        "generated_samples": 400,
-        "held_out": 0.1,
-        "distill_epochs": 8,
-        "distill_batch_size": 4,
-        "distill_sign_lr": 0.05,
-        "distill_full_lr": 0.003,
-    },
-}
 # Options of the machine and the process; the bytes of the file do not depend on them.
 _OF_DISTILLATION: Final = (
     "distill_epochs",
@@ -77,10 +63,11 @@ _OF_TEXT: Final = (
 _RATE_MIN: Final = 1e-9
 _SIZES: Final = ("target_size", "hidden_limit", "logits_limit")
 _NOT_CONTENT: Final = ("device", "resume", "hidden_limit", "logits_limit")
-# The types of options whose default is None.
-_KINDS_OF_NONE: Final[Mapping[str, type]] = {
+# Options whose default has another type.
+_KINDS: Final[Mapping[str, type]] = {
     "target_ratio": float,
     "target_size": int,
+    "masks": int,
     "generated_samples": int,
     "exact": str,
     "text_column": str,
@@ -102,14 +89,15 @@ class CompressOptions:
     fit            none: mean |delta|, without text; closed-form: scales from the calibration text; refined: signs
                    too; adamw: the paper's method; auto: refined if a calibration text is given, else none
     axis           the axis of the scales; auto takes the best one for each module
-    masks          the number of sign masks (components) of a module, 1 to 8; `bits` is another name. With 1 and
-                   embeddings auto, the bytes of this plan are spent where they help most
+    masks          the number of sign masks (components) of each module, 1 to 8; `bits` is another name. auto: one, and
+                   with embeddings auto the bytes of this plan are spent where they help most
     target_size    the size of the file; or target_ratio, the fine-tuned size over it. Masks go where they help most
     exact          None; a regular expression: the tensors that it finds are stored losslessly, as `same`, an exact
                    update or `full`, the smallest of them (.* means all: a lossless file); auto: the tensors that
                    are smaller losslessly than as signs
     prefer         how exact updates are written: size, with the fewest bytes; speed, for the fastest application
-    embeddings     how embed_tokens and lm_head are stored: sign (with `masks`), full (exact), auto (with more masks)
+    embeddings     how embed_tokens and lm_head are stored: sign (with `masks`), full (exact), auto (sign; with more
+                   masks if `masks` is auto)
     calibration    c4, a `datasets` id, or a file of json, jsonl(.gz), parquet or txt; or several of them, each
                    with a weight if one is wanted: ("c4:0.5", "chat.jsonl:0.5")
     held_out       the share of the calibration samples that is kept for validation: of a single text's fit, and of the
@@ -125,7 +113,7 @@ class CompressOptions:
 
     fit: str = "auto"
     axis: str = "auto"
-    masks: int = 1
+    masks: int | Literal["auto"] = AUTO
     target_size: int | None = None
     target_ratio: float | None = None
     exact: str | None = None
@@ -163,8 +151,11 @@ class CompressOptions:
             ("distill_loss", _LOSSES),
         ):
             check_choice(name, getattr(self, name), allowed)
+        if self.masks != AUTO and not (isinstance(self.masks, int) and 1 <= self.masks <= 8):
+            raise OptionError(f"masks {self.masks}: must be 1 to 8")
+        if self.target_ratio is not None and not 1 < self.target_ratio <= 1e6:
+            raise OptionError(f"target_ratio {self.target_ratio:g}: must be above 1, up to 1000000; 12 means a twelfth")
         for name, least, most in (
-            ("masks", 1, 8),
             ("calibration_samples", 1, 1 << 24),
             ("sequence_length", 2, 1 << 24),
             ("batch_size", 1, 1 << 16),
@@ -178,13 +169,10 @@ class CompressOptions:
             ("distill_sign_lr", 0.0, 1e6),
             ("distill_full_lr", 0.0, 1e6),
             ("target_size", 1, 1 << 53),
-            ("target_ratio", 0.01, 1e6),
             ("hidden_limit", 0, 1 << 60),
             ("logits_limit", 0, 1 << 60),
         ):
-            if getattr(self, name) is None:
-                continue
-            if not least <= getattr(self, name) <= most:
+            if getattr(self, name) is not None and not least <= getattr(self, name) <= most:
                 raise OptionError(f"{name} {getattr(self, name)}: must be {least:.16g} to {most:.16g}")
         if not 0.0 <= self.held_out < 1.0:
             raise OptionError(f"held_out {self.held_out}: a share, at least 0 and below 1")
@@ -193,9 +181,9 @@ class CompressOptions:
         if self.target_size is not None and self.target_ratio is not None:
             raise OptionError("target_size (--target-size) and target_ratio (--target-ratio): give one of them")
         self._check_exact()
-        if self.fit == "adamw" and (self.masks > 1 or self.has_target):
+        if self.fit == "adamw" and (self.least_masks > 1 or self.has_target):
             raise OptionError("fit adamw is the paper's: one mask a module, no target")
-        if self.masks > 1 and self.has_target:
+        if self.masks != AUTO and self.has_target:
             raise OptionError("masks and a target size exclude each other: the target decides the masks of each module")
         for name in ("distill_sign_lr", "distill_full_lr"):
             if 0.0 < getattr(self, name) < _RATE_MIN:
@@ -238,6 +226,11 @@ class CompressOptions:
         return self.exact not in (None, AUTO) and re.search(str(self.exact), name) is not None
 
     @property
+    def least_masks(self) -> int:
+        """The number of masks of each module, before any bytes are spent."""
+        return 1 if self.masks == AUTO else self.masks
+
+    @property
     def has_target(self) -> bool:
         """Whether a byte budget decides the masks of each module."""
         return self.target_size is not None or self.target_ratio is not None
@@ -245,7 +238,7 @@ class CompressOptions:
     @property
     def spends_freely(self) -> bool:
         """Whether the bytes of the plan are spent where they lower the error most, as nothing else is asked for."""
-        plain = self.masks == 1 and self.embeddings == "auto" and self.exact is None
+        plain = self.masks == AUTO and self.embeddings == "auto" and self.exact is None
         return plain and not self.has_target and self.resolved_fit != "adamw"
 
     @property
@@ -280,8 +273,10 @@ class CompressOptions:
 
     def content(self) -> dict[str, Any]:
         """The options that determine the bytes of the file, for the manifest and for resuming; floats as strings."""
-        names = {new: old for old, new in _OTHER_NAMES.items()}
-        values = {names.get(name, name): value for name, value in asdict(self).items() if name not in _NOT_CONTENT}
+        values = {name: value for name, value in asdict(self).items() if name not in _NOT_CONTENT}
+        if self.masks != 1:  # files of earlier versions have bits, where 1 is this auto
+            values["bits"] = self.least_masks
+            del values["masks"]
         if self.prefer == "size":
             del values["prefer"]  # files of earlier versions do not have it
         return {name: repr(value) if isinstance(value, float) else value for name, value in values.items()}
@@ -315,7 +310,10 @@ def _named(values: Mapping[Any, Any]) -> dict[str, Any]:
         if name in keys:
             raise OptionError(f"{key} is another name of {keys[name]}: give only one of them")
         keys[name] = key
-    return {name: values[key] for name, key in keys.items()}
+    found = {name: values[key] for name, key in keys.items()}
+    if keys.get("masks") == "bits" and found["masks"] == 1:
+        found["masks"] = AUTO  # as the files mean it
+    return found
 
 
 def _dashed(name: str) -> str:
@@ -334,8 +332,10 @@ def _texts(value: Any) -> str | tuple[str, ...] | None:
 def _typed(name: str, value: Any) -> Any:
     if name in _SIZES and isinstance(value, str):
         return parse_size(value)
+    if name == "masks" and value == AUTO:
+        return value
     default = CompressOptions.__dataclass_fields__[name].default
-    kind: type = _KINDS_OF_NONE.get(name, type(default))
+    kind: type = _KINDS.get(name, type(default))
     if value is None or kind is type(None):
         return value
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
@@ -345,4 +345,5 @@ def _typed(name: str, value: Any) -> Any:
             pass
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise OptionError(f"{name} {value!r}: must be {_KIND_NAMES[kind]}")
+    allowed = "auto, or 1 to 8" if name == "masks" else _KIND_NAMES[kind]
+    raise OptionError(f"{name} {value!r}: must be {allowed}")

@@ -43,8 +43,9 @@ def plan_lines(plan: Plan) -> None:
 
 def render_dry_run(result: RunEstimate, console: Console) -> None:
     """Print the bytes, memory and time of a run, in total and by stage."""
+    bound, ratio = ("at most ", "") if result.upper_bound else ("", f", {result.ratio:.1f} times smaller")
     console.print(
-        f"would be  {size(result.size)} of {size(result.full_size)}, {result.ratio:.1f} times smaller: "
+        f"would be  {bound}{size(result.size)} of {size(result.full_size)}{ratio}: "
         f"{result.signed} of {result.modules} modules with signs"
     )
     seconds = "" if result.seconds is None else f", {result.seconds:.0f} processor seconds"

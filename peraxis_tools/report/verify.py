@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from rich.console import Console
 
 from peraxis_tools.report.console import text
@@ -18,13 +20,23 @@ _STYLES = {
 }
 
 
-def render_verify(report: VerifyResult, console: Console) -> None:
-    """Print a verdict for each file with its checks, and a sum if there are several files."""
-    for verdict in report.files:
+# The option that asks for a check.
+_OPTIONS: Final = {"base": "--base", "signature": "--signature"}
+
+
+def render_verify(report: VerifyResult, console: Console, *, quiet: bool = False) -> None:
+    """Print a verdict for each file with its checks. Several files have a sum, and at the end a list of the failures.
+
+    quiet: print no verdict of a file that is verified.
+    """
+    failed = [verdict for verdict in report.files if verdict.status is not Status.PASSED]
+    for verdict in failed if quiet else report.files:
         _verdict(verdict, console)
-    if len(report.files) > 1:
-        passed = sum(verdict.status is Status.PASSED for verdict in report.files)
-        console.print(f"{passed} of {len(report.files)} verified")
+    if len(report.files) == 1:
+        return
+    console.print(f"{len(report.files) - len(failed)} of {len(report.files)} verified")
+    for verdict in [] if quiet else failed:
+        console.print(f"{_STYLES[verdict.status]}  {text(verdict.file)}  {verdict.checks[-1].name}")
 
 
 def _verdict(verdict: FileVerdict, console: Console) -> None:
@@ -42,3 +54,5 @@ def _verdict(verdict: FileVerdict, console: Console) -> None:
             console.print(f"{indent}at {text(', '.join(where))} (SPEC {check.clause})")
         if check.remedy is not None:
             console.print(f"{indent}{text(check.remedy)}")
+    for name in verdict.unchecked if verdict.status is Status.PASSED else ():
+        console.print(f"  {name:<11} not checked ({_OPTIONS[name]})")

@@ -12,6 +12,7 @@ import torch
 
 import peraxis
 from peraxis import ArgumentError, LiveModelError
+from peraxis_format import BindingError
 from peraxis_format.torch.updates.published import UpdateOptions
 from tests.loader.support import Small, base_of, write_delta
 
@@ -31,6 +32,30 @@ def test_a_name_in_the_place_of_a_model_is_refused(attempt: Callable[[Path], obj
     path = write_delta(tmp_path / "a.pxd", base_of(Small()))
     with pytest.raises(LiveModelError, match=r"^the model is a str: pass a module, or a mapping of names to tensors$"):
         attempt(path)
+
+
+def test_a_model_and_a_delta_in_the_wrong_order_are_told_apart(tmp_path: Path) -> None:
+    path = write_delta(tmp_path / "a.pxd", base_of(Small()))
+    swapped: Any = Small()
+    with pytest.raises(LiveModelError, match="the delta is a Small: pass them in the other order"):
+        peraxis.apply_(path, swapped)  # type: ignore[arg-type]
+    (tmp_path / "base").mkdir()
+    with pytest.raises(peraxis.ToolError, match=r"a.pxd is a delta and .*base is not: pass them in the other order"):
+        peraxis.load(tmp_path / "base", path)
+
+
+def test_a_delta_that_was_applied_already_is_not_a_wrong_base(tmp_path: Path) -> None:
+    model = Small()
+    path = write_delta(tmp_path / "a.pxd", base_of(model))
+    peraxis.apply_(model, path)
+    with pytest.raises(BindingError, match="this delta was applied to this model before"):
+        peraxis.apply_(model, path)
+    other = Small()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    with pytest.raises(BindingError, match="the delta was made for"):
+        peraxis.apply_(other, path)
 
 
 def test_direct_reads_are_refused_where_no_file_is_read(tmp_path: Path) -> None:

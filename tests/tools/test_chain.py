@@ -143,7 +143,7 @@ def test_updates_without_those_before_them_name_the_one_that_they_follow(
     late = chain[0][1 : 1 + count]
     with (
         pxd.open(late[0]) as file,
-        pytest.raises(pxd.PxdError, match=f"E404.*follows update {file.manifest.previous}:"),
+        pytest.raises(pxd.PxdError, match=f"E404.*follows update {file.manifest.previous} "),
     ):
         apply(tmp_path / "state-0", late, tmp_path / "out")
 

@@ -100,9 +100,26 @@ def test_what_cannot_or_should_not_carry_signs_is_exact_and_says_why() -> None:
     assert all(module.reason for module in modules.values() if module.encoding is pxd.Encoding.FULL)
     assert modules["model.layers.0.q.weight"].components == 2
     assert result.dropped == ("old.weight",)
-    # 90 rows have signs (3 masks and their scales), 10 new rows are exact
+    # 90 rows have signs (2 masks and their scales), 10 new rows are exact
     embedding = modules["model.embed_tokens.weight"]
-    assert embedding.payload_bytes == 3 * (768 + 192 + 128) + 1280
+    assert embedding.payload_bytes == 2 * (768 + 192 + 128) + 1280
+
+
+def test_a_number_of_masks_that_is_given_is_that_of_every_module() -> None:
+    tensors = shapes(1, 64, 64, 64, 128, 100, fused=False)
+    for masks in (1, 2, 5):
+        options = CompressOptions(masks=masks)
+        found = {module.components for module in planned(tensors, masks=masks).modules}
+        assert found == {0, masks}
+        assert not options.spends_freely
+    assert CompressOptions().spends_freely
+    assert CompressOptions(masks="auto") == CompressOptions()
+
+
+def test_a_number_of_masks_and_a_target_exclude_each_other_and_a_ratio_is_above_1() -> None:
+    for values in ({"masks": 1, "target_ratio": 12}, {"target_ratio": 0.5}, {"target_ratio": 1}, {"masks": 0}):
+        with pytest.raises(OptionError):
+            CompressOptions(**values)
 
 
 def test_a_budget_is_spent_where_a_byte_saves_most() -> None:
@@ -122,8 +139,12 @@ def test_a_budget_is_spent_where_a_byte_saves_most() -> None:
 def test_options_survive_their_own_json_and_refuse_what_they_do_not_know() -> None:
     import json
 
-    options = CompressOptions(calibration="c4", target_ratio=12.5, held_out=0.3, distill_samples=4)
-    assert CompressOptions.from_mapping(json.loads(options.canonical_json())) == options
+    for options in (
+        CompressOptions(calibration="c4", target_ratio=12.5, held_out=0.3, distill_samples=4),
+        *(CompressOptions(masks=masks) for masks in ("auto", 1, 2)),
+    ):
+        assert CompressOptions.from_mapping(json.loads(options.canonical_json())) == options
+    assert CompressOptions().content()["bits"] == 1  # as files of earlier versions have it
     for values in ({"nonsense": 1}, {"bits": 9}, {"masks": "two"}, {"axis": "diagonal"}, {"fit": "refined"}):
         with pytest.raises(OptionError):
             CompressOptions.from_mapping(values)

@@ -104,7 +104,7 @@ def test_the_cost_in_kl_is_that_of_scales_that_a_fit_will_choose() -> None:
 def one_mask_each(folder: Path) -> Iterator[tuple[Plan, Checkpoint, CompressOptions]]:
     """The plan of a small pair with one mask a module, tables included; its fine-tune, and the options."""
     left, right, _ = llama_pair(folder)
-    options = CompressOptions(masks=1, embeddings="sign")
+    options = CompressOptions(embeddings="sign")
     with open_checkpoint(left) as base, open_checkpoint(right) as tuned:
         planned = plan(
             fine_tuned={info.name: info for info in tuned.tensors.infos()},

@@ -243,3 +243,25 @@ def test_verdicts_fit_a_terminal(pair) -> None:
     assert shown.splitlines()[0].startswith("failed  ")
     assert "E301" in shown
     assert all(len(line) <= 80 or "/" in line for line in shown.splitlines())
+
+
+def test_several_files_end_with_a_list_of_the_failures_and_quiet_prints_no_others(pair, tmp_path: Path) -> None:
+    base, good = pair
+    bad, other = damaged(good), tmp_path / "other.pxd"
+    other.write_bytes(good.read_bytes())
+    code, shown = run(bad, good, other, "--base", base)
+    assert (code, shown.endswith(f"2 of 3 verified\nfailed  {bad}  payload\n")) == (1, True)
+    code, shown = run(bad, good, other, "--base", base, "-q")
+    assert (code, shown.startswith(f"failed  {bad}\n"), shown.endswith("2 of 3 verified\n")) == (1, True, True)
+    assert str(good) not in shown
+    assert str(other) not in shown
+    assert run(good, "-q") == (0, "")
+
+
+def test_a_check_that_was_not_made_is_named(pair) -> None:
+    base, good = pair
+    assert "base        not checked (--base)" in run(good)[1]
+    assert "not checked" not in run(good, "--base", base)[1]
+    good.with_name("good.pxd.sig").write_text("{}")
+    assert "signature   not checked (--signature)" in run(good, "--base", base)[1]
+    assert json.loads(run(good, "--json")[1])["files"][0]["unchecked"] == ["signature", "base"]

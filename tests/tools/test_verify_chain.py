@@ -46,7 +46,7 @@ def test_a_chain_is_verified_on_its_base_in_any_order(folder: Path) -> None:
         assert code == 0
         assert "base is the one that this delta was made for" in said
         assert "follows 1.pxd, whose result is the one that it was made for" in said
-        assert said.endswith("2 of 2 verified")
+        assert "2 of 2 verified" in said
 
 
 def test_a_chain_on_another_base_fails_as_a_whole(folder: Path) -> None:
@@ -70,7 +70,7 @@ def test_an_update_whose_predecessor_is_damaged_is_not_verified_on_it(folder: Pa
     path.write_bytes(data)
     code, said = verify(folder, "chain", base="base")
     assert code == 1
-    assert said.endswith("0 of 2 verified")
+    assert "0 of 2 verified" in said
 
 
 def test_a_whole_state_says_that_it_has_no_base(folder: Path) -> None:
@@ -122,7 +122,7 @@ def test_both_updates_of_a_fork_and_a_chain_after_one_are_verified(folder: Path)
 def test_a_chain_is_verified_on_the_state_in_its_middle_as_far_as_it_follows_from_it(folder: Path) -> None:
     code, said = verify(folder, "chain", base="one")
     assert code == 1
-    assert said.endswith("1 of 2 verified")
+    assert "1 of 2 verified" in said
     assert "base is the one" not in said.partition("2.pxd")[0]
 
 
@@ -143,7 +143,7 @@ def test_a_wrong_result_in_the_chain_fails_this_update_and_those_after_it(folder
         writer.finish()
     code, said = verify(folder, "chain/1.pxd", "chain/2.pxd", base="base")
     assert (code, said.count("E405")) == (1, 1)
-    assert said.endswith("1 of 2 verified")
+    assert "1 of 2 verified" in said
 
 
 def test_the_updates_of_tied_tensors_are_verified(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peraxis_format.binding import check_base_digest
-from peraxis_format.errors import BindingError, LiveModelError, PxdError
+from peraxis_format.errors import BindingError, LiveModelError, PxdError, base_advice
 from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.torch.place.digests import digests
 from peraxis_format.torch.place.pieces import Layout, assembled_digest
@@ -77,10 +77,9 @@ def check_live(
 
 def _named(failure: PxdError, manifest: Manifest) -> PxdError:
     """The error with the name of the delta's base."""
-    base = manifest.base
-    revision = f" at revision {base.revision}" if base.revision else ""
-    detail = f"; {failure.detail}" if failure.detail else ""
-    return BindingError(failure.code, f"the delta was made for {base.id}{revision}{detail}", field=failure.field)
+    error = BindingError(failure.code, failure.detail, field=failure.field)
+    error.advice = base_advice(manifest.base.id, manifest.base.revision)
+    return error
 
 
 # --- pieces on several ranks ---------------------------------------------------------------------------

@@ -12,16 +12,17 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
 from peraxis_format.arguments import check_choice, check_least
-from peraxis_format.errors import LiveModelError, located
+from peraxis_format.errors import BindingError, LiveModelError, located
 from peraxis_format.interrupts import uninterrupted
 from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
@@ -53,6 +54,21 @@ class Applied:
     seconds: float
 
 
+# The content ID of the delta that was last applied to a model.
+_LAST: Final[weakref.WeakKeyDictionary[torch.nn.Module, str]] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def _applied_already(target: Target, content_id: str) -> Iterator[None]:
+    """Say so in a BindingError if the model is no longer the base because it has this delta's result."""
+    try:
+        yield
+    except BindingError as error:
+        if isinstance(target, torch.nn.Module) and _LAST.get(target) == content_id:
+            error.advice = "this delta was applied to this model before; it is not applied twice"
+        raise
+
+
 @torch.no_grad()
 def apply_(
     target: Target,
@@ -73,6 +89,10 @@ def apply_(
     Raises PxdError (a damaged file, another base) and LiveModelError (weights that cannot become the fine-tune); the
     model is then unchanged. Existing storage is written, so parameters and pointers stay valid.
     """
+    if not isinstance(delta, DeltaFile | str | os.PathLike):
+        raise LiveModelError(
+            f"the delta is a {type(delta).__name__}: pass them in the other order, apply_(model, delta)"
+        )
     check_choice("undo", undo, ("device", "host"), error=LiveModelError)
     check_least("workers", workers, 1, error=LiveModelError)
     started = time.perf_counter()
@@ -87,7 +107,7 @@ def apply_(
             transfers = cut_transfers(file, placement, limit=TRANSFER_LIMIT)
             ring = Ring(device)
             ring.reserve(max((transfer.size for transfer in transfers), default=0))
-        with located(file.path):
+        with located(file.path), _applied_already(target, file.content_id):
             check_live(file.manifest, placement, ring=ring, workers=pool.count, group=group)
         sharded = sharded_anywhere(here=is_sharded(placement, file.manifest), group=group)
         with together(group, sharded=sharded):
@@ -109,6 +129,8 @@ def apply_(
             engine = engine_for(transfers, bases, device=device, workers=pool)
             stream(payload, engine, device=device, ring=ring, workers=pool)
         increment_versions(part for parts in placement.values() for part in parts)
+        if isinstance(target, torch.nn.Module):
+            _LAST[target] = file.content_id
         return Applied(
             content_id=file.content_id,
             modules=len(file),

@@ -164,11 +164,12 @@ def _plan_module(name: str, tensor: TensorLike, base: TensorLike | None, options
         return replace(module, reason="a bias" if module.kind == "bias" else "a norm")
     if not module.compressible:
         return replace(module, reason="dtype or shape allows no delta")
-    masks = options.masks
+    masks = options.least_masks
     if module.kind in TABLES:
         if options.embeddings == "full":
             return replace(module, reason="embeddings are stored full")
-        masks = max(masks, _AUTO_EMBEDDING_MASKS) if options.embeddings == "auto" else masks
+        if options.embeddings == "auto" and options.masks == "auto":
+            masks = _AUTO_EMBEDDING_MASKS
     elif shape[-2] * 16 <= shape[-1]:
         return replace(module, reason="few rows: a router or a small head")
     axis = None if options.axis == "auto" else Axis(options.axis)

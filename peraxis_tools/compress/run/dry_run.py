@@ -49,7 +49,8 @@ class StageEstimate:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunEstimate:
     """The result of a dry run. size, full_size: bytes of the file and of the fine-tuned tensors. memory: bytes at the
-    peak, imports included. seconds: processor seconds; None for another device than the CPU, and without a text.
+    peak, imports included. upper_bound: the file can be smaller, as bytes of exact tensors follow from what changed.
+    seconds: processor seconds; None for another device than the CPU, and without a text.
     """
 
     size: int
@@ -61,6 +62,7 @@ class RunEstimate:
     memory: int
     seconds: float | None
     stages: tuple[StageEstimate, ...]
+    upper_bound: bool = False
 
 
 def estimate_run(
@@ -107,6 +109,7 @@ def estimate_run(
         memory=held + max(stage.memory for stage in stages),
         seconds=None if seconds is None else sum(stage.seconds or 0.0 for stage in stages),
         stages=stages,
+        upper_bound=options.exact is not None,
     )
 
 

@@ -27,6 +27,7 @@ from peraxis_format import open as open_delta
 from peraxis_tools.assets import LEFT_BEHIND
 from peraxis_tools.blocks import count_blocks
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.completeness import note_missing
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import is_open, spend
 from peraxis_tools.compress.plan.finite import check_pair_finite
@@ -54,6 +55,10 @@ __all__ = ["CompressResult", "compress"]
 # A tensor in work takes its own bytes, its base's, and twice that in binary32 if a second mask is fitted.
 _BYTES_IN_FLIGHT_PER_TENSOR = 4
 _AHEAD_BYTES = 512 << 20
+_NO_TEXT = (
+    "no calibration text: scales are mean magnitudes; calibration (--calibration c4, or your own text) gives a better "
+    "fit of the same size"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +125,7 @@ def compress(
     ):
         base_checkpoint, tuned_checkpoint = matched(opened_base, opened, base_id)
         options = with_length(options, tuned_checkpoint)
+        note_missing(base_checkpoint, tuned_checkpoint)
         return _compress_pair(
             base_checkpoint, tuned_checkpoint, output, options, step, show_plan, overwrite=overwrite, force=force
         )
@@ -137,6 +143,8 @@ def _compress_pair(
     force: bool,
 ) -> CompressResult:
     planned = _planned(base, fine_tuned, options, progress, force=force)
+    if options.fit == "auto" and options.calibration is None and any(module.components for module in planned.modules):
+        note(_NO_TEXT)
     written: tuple[Manifest, int, Mapping[str, int]] | None = None
     with _fitting(base, fine_tuned, output, options, progress) as fitting:
         if options.has_target:
