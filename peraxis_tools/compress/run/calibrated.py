@@ -41,7 +41,9 @@ from peraxis_tools.compress.run.work_folder import WorkFolder
 from peraxis_tools.environment import check_causal, load_config, load_tokenizer, resolve_device, resolve_dtype
 from peraxis_tools.errors import ToolError
 from peraxis_tools.heap import trim_heap
+from peraxis_tools.notes import note
 from peraxis_tools.parameter_names import NameMap, map_names
+from peraxis_tools.process import Terminated
 from peraxis_tools.products import fast_products
 from peraxis_tools.progress import Staged
 from peraxis_tools.quiet import quiet_transformers
@@ -104,6 +106,11 @@ class CalibratedFit:
             self._opened = _open_run(self._base, self._fine_tuned, plan, self._output, self._options, self._progress)
         return self._opened
 
+    def _kept(self) -> str | None:
+        if self._opened is None or (finished := self._opened.work.finished()) is None:
+            return None
+        return f"{self._opened.work.path} keeps {finished}; the same command continues"
+
     def __enter__(self) -> CalibratedFit:
         self._quiet.enter_context(quiet_transformers())
         self._quiet.enter_context(fast_products())
@@ -112,6 +119,8 @@ class CalibratedFit:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._quiet.close()
+        if isinstance(error, (KeyboardInterrupt, Terminated, MemoryError, OSError)) and (kept := self._kept()):
+            error.add_note(kept)
         if self._opened is not None and error is None:
             self._opened.processes.close()
             if self._opened.processes.is_main_process:
@@ -176,6 +185,8 @@ def _open_run(
     names = map_names(LayerwiseModel(config, dtype=dtype, device=device).model, fine_tuned.tensors)
     digest = inputs_digest(base.tensors, fine_tuned.tensors, text, options, device, dtype)
     work = WorkFolder(output, digest, resume=options.resume, is_main_process=processes.is_main_process)
+    if processes.is_main_process and (finished := work.finished()) is not None:
+        note(f"{work.path}: an interrupted run is continued after {finished}; resume=False (--no-resume) begins anew")
     processes.barrier()
     run = _Run(
         base=base,
