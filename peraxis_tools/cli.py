@@ -30,6 +30,7 @@ with interrupts_end():
     from peraxis_tools.option_names import on_the_command_line
     from peraxis_tools.optional import MissingPackageError, missing
     from peraxis_tools.process import Terminated, drop_output, prepared_process
+    from peraxis_tools.quiet import hush_hub
     from peraxis_tools.report import print_error, print_notes, print_progress
 
 __all__ = ["cli", "main"]
@@ -148,6 +149,7 @@ def main() -> None:
     """Run the command line and exit with its code."""
     print_notes(LOGGER)
     print_progress(PROGRESS)
+    hush_hub()
     with prepared_process():
         sys.exit(_exit_code())
 

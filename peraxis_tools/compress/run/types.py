@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from peraxis_format import Array, Calibration, Component
 from peraxis_tools.compress.plan.plan import Plan
 
-__all__ = ["FittedModule", "Fitting", "ModuleReport", "RunFit"]
+__all__ = ["OPEN_STEPS", "FittedModule", "Fitting", "ModuleReport", "RunFit"]
+
+OPEN_STEPS: Final = 2  # steps of the stage `open` of a fit on text: the text is read, the models are mapped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +52,14 @@ class RunFit:
 class Fitting(Protocol):
     """A way to compute components: without text (streamed.py) or on a text (calibrated.py).
 
-    Life cycle: entered; `errors` where a byte target is to be spent; `fit` once, with the plan as it is
+    Life cycle: entered; `open`, which reads the text, so that a text that cannot be read is an error before the plan is
+    shown; `errors` where a byte target is to be spent; `fit` once, with the plan as it is
     then; the file is written by the process that `writes`; left. Only a run that ends well gives up what it has kept
     for resuming.
     """
+
+    def open(self) -> None:
+        """Read the inputs beside the pair. Raises OptionError, ToolError."""
 
     @property
     def writes(self) -> bool:
