@@ -31,6 +31,7 @@ with interrupts_end():
     from peraxis_tools.option_names import on_the_command_line
     from peraxis_tools.optional import MissingPackageError, missing
     from peraxis_tools.process import Terminated, drop_output, prepared_process
+    from peraxis_tools.quiet import hush_hub
     from peraxis_tools.report.console import print_error, print_notes, print_progress
 
 __all__ = ["VERBS", "cli", "main"]
@@ -117,6 +118,11 @@ def _said(error: BaseException) -> str:
     return on_the_command_line(error_line(error), options)
 
 
+def _with_notes(line: str, error: BaseException) -> str:
+    """A line with the notes of an error: what is left of an interrupted run."""
+    return "; ".join([line, *getattr(error, "__notes__", ())])
+
+
 def _unexpected(error: Exception) -> str:
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{os.path.basename(place.filename)}:{place.lineno}"
@@ -144,6 +150,7 @@ def main() -> None:
     """Run the command line and exit with its code."""
     print_notes(LOGGER)
     print_progress(PROGRESS)
+    hush_hub()
     with prepared_process():
         sys.exit(_exit_code())
 
@@ -170,11 +177,11 @@ def _exit_code() -> int:
     except click.ClickException as error:
         print_error(_usage(error))
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        print_error("interrupted; nothing was written under the final name")
+    except (click.Abort, KeyboardInterrupt) as error:
+        print_error(_with_notes("interrupted", error))
         return INTERRUPTED
     except Terminated as signalled:
-        print_error(f"ended by {signalled.name}; nothing was written under the final name")
+        print_error(_with_notes(f"ended by {signalled.name}", signalled))
         return signalled.exit_status
     except (BackendError, PxdError, CheckpointError, ToolError) as error:
         print_error(_said(error))
@@ -185,10 +192,10 @@ def _exit_code() -> int:
         drop_output()
         if isinstance(error, BrokenPipeError) and error.filename is None:
             return 0  # the reader of standard output closed it (`| head`), which is not an error
-        print_error(error_line(error))
+        print_error(_with_notes(error_line(error), error))
         return ToolError.exit_status
-    except MemoryError:
-        print_error("out of memory; use a machine with more memory, or smaller batches and samples")
+    except MemoryError as error:
+        print_error(_with_notes("out of memory; use a machine with more memory, or smaller batches and samples", error))
         return ToolError.exit_status
     except Exception as error:
         _show_traceback()

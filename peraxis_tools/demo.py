@@ -19,6 +19,7 @@ from peraxis_tools.inspect import InspectResult, inspect
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_folder
 from peraxis_tools.pair import PairFolders, PairSize, train_pair
+from peraxis_tools.process import told_on_interrupt
 from peraxis_tools.verify import verify
 
 __all__ = ["DemoResult", "DemoRow", "DemoStep", "demo"]
@@ -67,7 +68,8 @@ def demo(
         folder.mkdir(exist_ok=True)
         # The marker says unfinished, so that the next demo may replace the folder.
         write_marker(folder, [], finished=False)
-        yield from _steps(folder, size=size, seed=seed, progress=progress)
+        with told_on_interrupt(lambda: "the next demo begins with the training again"):
+            yield from _steps(folder, size=size, seed=seed, progress=progress)
 
 
 def _steps(

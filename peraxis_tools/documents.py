@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,14 +92,22 @@ def read_documents(source: str, *, text_column: str | None, limit: int) -> list[
         raise
     except Exception as error:
         # `datasets` raises many types, its own and those of file systems; all mean that the source cannot be read.
-        detail = f"{type(error).__name__}: {first_line(error)}"
-        raise OptionError(f"text {source}: cannot be read: {detail}") from error
+        raise OptionError(f"text {source}: cannot be read: {_reason(error)}") from error
     if not found:
         held = ", ".join(f"{name} ({kind})" for name, kind in columns.items()) or "no rows"
         raise OptionError(
             f"text {source}: holds no text; its columns: {held}; name one with text_column (--text-column)"
         )
     return found
+
+
+def _reason(error: Exception) -> str:
+    """One line of an error of `datasets`. Without a connection it names only the class of the cause, in brackets."""
+    line = first_line(error)
+    if (unreached := re.fullmatch(r"(Couldn't reach .*) \((\w+)\)", line)) is not None:
+        why = "HF_HUB_OFFLINE is set" if unreached[2] == "OfflineModeIsEnabled" else "it does not answer"
+        return f"{unreached[1]}: {why}, and the cache has no copy"
+    return f"{type(error).__name__}: {line}"
 
 
 def _rows(source: str) -> Iterable[dict[str, Any]]:

@@ -12,7 +12,7 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,6 +20,7 @@ from peraxis_format import is_stream, name_lock, remove_leftovers
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import refuse_folder
 from peraxis_tools.notes import note
+from peraxis_tools.process import told_on_interrupt
 
 __all__ = ["Inputs", "check_folder", "claim_delta", "claim_file", "claim_files", "claim_folder", "made_folder"]
 
@@ -55,6 +56,7 @@ def claim_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs 
         for file in map(_plain, paths):
             if not is_stream(file):
                 stack.enter_context(_only_run(file))
+                stack.enter_context(told_on_interrupt(_unwritten(file)))
         yield
 
 
@@ -86,7 +88,8 @@ def claim_folder(path: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> I
     with made_folder(folder.parent), _only_run(folder):
         # Check again, because another run may have finished while this one waited for the lock.
         refuse_folder(folder, overwrite=overwrite)
-        yield
+        with told_on_interrupt(_unwritten(folder)):
+            yield
 
 
 def check_folder(path: str | Path, *, overwrite: bool, inputs: Inputs) -> Path:
@@ -97,6 +100,21 @@ def check_folder(path: str | Path, *, overwrite: bool, inputs: Inputs) -> Path:
             raise ToolError(f"{folder}: contains the input {source}; choose another output")
     refuse_folder(folder, overwrite=overwrite)
     return folder
+
+
+def _unwritten(path: Path) -> Callable[[], str | None]:
+    """A function that says, after an interrupt, that an output was not written; None if it has changed since now."""
+    before = _identity(path)
+    return lambda: f"{path} was not written" if _identity(path) == before else None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What changes when a path is replaced or written; None if it does not exist."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _plain(path: str | Path) -> Path:

@@ -12,11 +12,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Final
 
-__all__ = ["Terminated", "drop_output", "prepared_process"]
+__all__ = ["Terminated", "drop_output", "prepared_process", "told_on_interrupt"]
 
 # Signals that ask a process to end. Each is raised as Terminated, so that open contexts clean up.
 _ENDING: Final = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -29,6 +29,20 @@ class Terminated(BaseException):
         super().__init__(number)
         self.name = signal.Signals(number).name
         self.exit_status = 128 + number
+
+
+@contextlib.contextmanager
+def told_on_interrupt(said: Callable[[], str | None]) -> Iterator[None]:
+    """If the block is interrupted, add a note that the command line prints.
+
+    said: gives one sentence about what is left, or None.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated) as error:
+        if (sentence := said()) is not None:
+            error.add_note(sentence)
+        raise
 
 
 class _ClosedStream(io.TextIOBase):

@@ -17,6 +17,7 @@ from peraxis_tools.errors import CheckFailedError, ToolError
 __all__ = ["Link", "chain_order", "folds", "link_from", "link_of"]
 
 _NAMES: Final = 3  # files that an error names at most
+_UNFORK: Final = "leave one of them out, or write it again with `update --after`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +75,7 @@ def chain_order(links: Iterable[Link]) -> list[Link]:
             continue
         if known.content_id in after:
             other = after[known.content_id]
-            raise CheckFailedError(f"{link.path} and {other.path}: a fork; both follow {known.path}")
+            raise CheckFailedError(f"{link.path} and {other.path}: a fork; both follow {known.path}; {_UNFORK}")
         after[known.content_id] = link
         if link.base != known.result:
             raise CheckFailedError(f"{link.path}: follows {known.path}, but was not made on its result")
@@ -184,7 +185,7 @@ def _refuse_gaps(first: Sequence[Link], given: Sequence[Link]) -> None:
         return
     same = [link for link in first if link.base == first[0].base]
     if len(same) > 1:
-        raise CheckFailedError(f"{same[1].path} and {same[0].path}: a fork; both were made on one state")
+        raise CheckFailedError(f"{same[1].path} and {same[0].path}: a fork; both were made on one state; {_UNFORK}")
     # The link that names a predecessor is the one whose predecessor is missing.
     late = next((link for link in first if link.previous is not None), first[1])
     wanted = f"update {late.previous}" if late.previous else f"an update that results in {late.base}"

@@ -17,6 +17,7 @@ from peraxis_tools.arguments import check_choice, sequence
 from peraxis_tools.blocks import count_blocks
 from peraxis_tools.chain.opened import opened_all
 from peraxis_tools.chain.order import Link, chain_order, link_of
+from peraxis_tools.chain.siblings import refuse_disorder
 from peraxis_tools.chain.sources import local_updates
 from peraxis_tools.chain.state import ChainState, NoState
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
@@ -258,33 +259,10 @@ def _prove(job: UpdateJob, writer: pxd.DeltaWriter) -> None:
         raise CheckFailedError(
             f"{job.output}: tensors were added or removed since the last update, so it cannot follow; start a new chain"
         )
-    if job.previous is None and job.result is None:
-        _refuse_ring(job.output, writer.base_digest, writer.result)
+    if job.previous is None and job.result is None and writer.result is not None:
+        refuse_disorder(job.output, writer.base_digest, writer.result)
     if job.result is not None and writer.result != job.result:
         raise CheckFailedError(f"{job.output}: would result in {writer.result}, not in {job.result}")
-
-
-def _refuse_ring(output: Path, base: str, result: str | None) -> None:
-    """Refuse an update without a predecessor if other updates of its folder lead from its result back to its base.
-
-    Such updates would all follow each other, so that their order could not be known.
-    """
-    begins: dict[str, tuple[str, Path]] = {}
-    for path in output.parent.glob("*.pxd"):
-        if path.name != output.name:
-            with contextlib.suppress(pxd.PxdError, ToolError, OSError):
-                link = link_of(path)
-                begins[link.base] = (link.result, path)
-    state, through = result, None
-    for _ in range(len(begins)):
-        if state not in begins or state == base:
-            break
-        state, through = begins[state]
-    if through is not None and state == base:
-        raise CheckFailedError(
-            f"{output}: returns to an earlier state, from which {through} leads back, so the order would "
-            "not be known; pass the updates so far as after (--after)"
-        )
 
 
 def _count_changed_packed(old: pxd.Array, new: pxd.Array, dtype: pxd.DType) -> int:

@@ -112,7 +112,11 @@ class _Compress(click.Command):
 @click.option("--compute-dtype", type=click.Choice(("auto", "float32", "bfloat16", "float16")))
 @click.option("--hidden-limit", type=SIZE, help="Hidden states above this size go to disk.  [default: 4GiB]")
 @click.option("--logits-limit", type=SIZE, help="Teacher logits above this size are recomputed.  [default: 4GiB]")
-@click.option("--resume/--no-resume", default=None, help="Continue a run that was killed.  [default: resume]")
+@click.option(
+    "--resume/--no-resume",
+    default=None,
+    help="Continue an interrupted run from OUTPUT.peraxis-work.  [default: resume]",
+)
 @click.option(
     "--config",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),

@@ -73,7 +73,7 @@ def command(
     else:
         refuse_given("overwrite", why="without --dry-run")
     paths = refuse_urls(deltas)
-    with hub_progress(quiet=quiet) if dry_run is None else contextlib.nullcontext():
+    with hub_progress("an upload", quiet=quiet) if dry_run is None else contextlib.nullcontext():
         result = publish(
             repository,
             paths,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import click
@@ -9,6 +10,7 @@ import click
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
 from peraxis_tools.progress import staged
 from peraxis_tools.pull import pull
+from peraxis_tools.remote import is_remote
 from peraxis_tools.report.console import emit, hub_progress
 from peraxis_tools.report.pull import render_pull
 
@@ -49,7 +51,8 @@ def command(
     Example: peraxis-tools pull me/my-delta --expect-content-id sha256:...
              peraxis-tools apply BASE my-delta.pxd -o model
     """
-    with hub_progress(quiet=quiet):
+    hub = contextlib.nullcontext() if is_remote(source) else hub_progress(f"{source} (a repository)", quiet=quiet)
+    with hub:
         result = pull(
             source,
             output,

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from peraxis_format import atomic_file
 from peraxis_format.arguments import did_you_mean
+from peraxis_tools.chain.siblings import order_fault
 from peraxis_tools.commands.options import (
     Finite,
     base_revision_option,
@@ -23,6 +24,7 @@ from peraxis_tools.commands.options import (
     workers_option,
 )
 from peraxis_tools.errors import ToolError
+from peraxis_tools.notes import note
 from peraxis_tools.outputs import claim_files
 from peraxis_tools.progress import staged
 from peraxis_tools.report.ci import github, junit, sarif
@@ -160,6 +162,9 @@ def command(
             _write(report, its_kind, path, overwrite=overwrite)
     if output is None:
         _show(report, kind, quiet=quiet)
+    for folder in filter(Path.is_dir, map(Path, deltas)):
+        if (fault := order_fault(folder)) is not None:
+            note(f"{folder} is not one chain, so `log` and `apply` refuse it: {fault}")
     if report.status.exit_status:
         ctx.exit(report.status.exit_status)
 

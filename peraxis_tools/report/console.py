@@ -180,9 +180,9 @@ def print_notes(logger: logging.Logger) -> None:
 
 
 @contextlib.contextmanager
-def hub_progress(*, quiet: bool = False) -> Iterator[None]:
-    """Show the hub library's bars of an upload if ours would be shown."""
-    require("an upload", "huggingface_hub")
+def hub_progress(work: str, *, quiet: bool = False) -> Iterator[None]:
+    """Show the hub library's bars if ours would be shown. work: what needs the library, for the error without it."""
+    require(work, "huggingface_hub")
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled() or (standard_error().is_terminal and not quiet):

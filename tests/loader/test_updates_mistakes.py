@@ -54,3 +54,30 @@ def test_a_folder_that_was_removed_is_named(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "chain")
     with pytest.raises(FileNotFoundError, match="chain'"):
         writer.step()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param({"b": torch.zeros(64).bfloat16()}, id="name"),
+        pytest.param({"a": torch.zeros(8).bfloat16()}, id="shape"),
+        pytest.param({"a": torch.zeros(64).half()}, id="dtype"),
+        pytest.param({"a": torch.zeros(64).bfloat16(), "b": torch.zeros(1).bfloat16()}, id="one more"),
+    ],
+)
+def test_a_chain_of_other_tensors_is_refused_when_the_writer_is_made(other: dict[str, Any], tmp_path: Path) -> None:
+    UpdateWriter(weights(), tmp_path).step()
+    with pytest.raises(LiveModelError, match="use a new folder"):
+        UpdateWriter(other, tmp_path)
+    assert UpdateWriter(weights(), tmp_path).step_number == 0
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_the_second_of_two_trainers_is_told_of_the_first(steps: int, tmp_path: Path) -> None:
+    model = weights()
+    for _ in range(steps):
+        UpdateWriter(model, tmp_path).step()
+    first, second = UpdateWriter(model, tmp_path), UpdateWriter(model, tmp_path)
+    first.step()
+    with pytest.raises(FileExistsError, match=r"0\d\.pxd: exists already; another process publishes there: stop one"):
+        second.step()

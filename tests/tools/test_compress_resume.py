@@ -122,7 +122,7 @@ def test_distillation_goes_on_from_its_last_epoch_to_the_same_bytes(
     options = {"calibration": str(text), "distill_sign_lr": 0.05, "distill_full_lr": 3e-3, **LONG}
     stages: dict[str, int] = {}
     compress(base, tuned, tmp_path / "whole.pxd", progress=lambda step, done, _: stages.update({step: done}), **options)
-    assert list(stages) == ["check", "generate", "fit", "distill", "write"]
+    assert list(stages) == ["check", "open", "generate", "fit", "the fine-tuned model's logits", "distill", "write"]
     assert all(stages.values())
     steps: list[int] = []
 

@@ -31,7 +31,7 @@ from peraxis_format.ops.tensors import dtype_of, storage_array
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.updates.live import check_publishing, live_tensors
 from peraxis_format.torch.updates.mirror import Mirror, is_url
-from peraxis_format.torch.updates.published import Published, Written
+from peraxis_format.torch.updates.published import Published, Written, finished
 from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, newer_file, step_name, step_of
 from peraxis_format.writer import DeltaWriter
 
@@ -78,6 +78,7 @@ class UpdateWriter:
         with self._together():
             self.folder.mkdir(parents=True, exist_ok=True)
         self._restore()
+        self._check_continued()
 
     def __repr__(self) -> str:
         return f"<UpdateWriter to {self._url or self.folder}: step {self.step_number}>"
@@ -173,6 +174,11 @@ class UpdateWriter:
                 moved.append(module)
             yield module, count_changed(before, after) if module.encoding is not Encoding.SAME else 0
 
+    def _check_continued(self) -> None:
+        """Check that the tensors are those of the chain that is continued."""
+        if self._head is not None:
+            self._check_names(live_tensors(self._model, in_pieces=False)[0])
+
     def _check_names(self, live: Mapping[str, Tensor]) -> None:
         odd = sorted(live.keys() ^ self._snapshot.keys())
         if odd:
@@ -210,7 +216,7 @@ class UpdateWriter:
             for name, alias in tied:
                 writer.tie(name, alias)
             writer.metadata[CHANGED_KEY] = str(changed)
-            manifest = writer.finish()
+            manifest = finished(writer)
         self._send(path)
         return Written(manifest=manifest, size=writer.size, changed=changed)
 
@@ -243,7 +249,7 @@ class UpdateWriter:
                 writer.add(ModuleDelta(name=name, shape=array.shape, dtype=dtype, encoding=Encoding.FULL, full=array))
             for name, alias in tied:
                 writer.tie(name, alias)
-            manifest = writer.finish()
+            manifest = finished(writer)
         self._send(path)
         return Written(manifest=manifest, size=writer.size, changed=self._weights())
 

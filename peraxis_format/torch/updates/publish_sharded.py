@@ -33,7 +33,7 @@ from peraxis_format.torch.place.shards import Box, slices, whole
 from peraxis_format.torch.updates.live import live_tensors
 from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.publish import UpdateWriter
-from peraxis_format.torch.updates.published import Published, UpdateOptions, Written
+from peraxis_format.torch.updates.published import Published, UpdateOptions, Written, finished
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
 from peraxis_format.torch.updates.source import Way, anchor_name, chain_of, step_name
 from peraxis_format.writer import DeltaWriter
@@ -267,12 +267,15 @@ class ShardedUpdateWriter(UpdateWriter):
             return None
         for name, alias in tied:
             writer.tie(name, alias)
-        manifest = writer.finish()
+        manifest = finished(writer)
         self._send(path)
         return Written(manifest=manifest, size=writer.size, changed=self._weights())
 
     def _weights(self) -> int:
         return sum(math.prod(layout.shape) for layout in self._layouts.values())
+
+    def _check_continued(self) -> None:
+        """`_owned_state` has compared the tensors."""
 
     def _restore(self) -> None:
         """Read the last state of the folder: each owner its tensors, one file after the other, for all ranks."""

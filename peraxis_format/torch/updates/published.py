@@ -1,4 +1,4 @@
-"""What a trainer publishes: its options, and the results of its steps."""
+"""What a trainer publishes: its options, the results of its steps, and the end of each file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 
 from peraxis_format.manifest import Manifest
 from peraxis_format.ops.exact import Prefer
+from peraxis_format.writer import DeltaWriter
 
-__all__ = ["Published", "UpdateOptions", "Written"]
+__all__ = ["Published", "UpdateOptions", "Written", "finished"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,3 +47,14 @@ class UpdateOptions(TypedDict, total=False):
     dtype: torch.dtype | None
     prefer: Prefer
     anchor_every: int | None
+
+
+def finished(writer: DeltaWriter) -> Manifest:
+    """Give a written file its name. Raises FileExistsError if another process published one there."""
+    try:
+        return writer.finish()
+    except FileExistsError:
+        raise FileExistsError(
+            f"{writer.path}: exists already; another process publishes there: stop one of them, or give each its own "
+            "folder"
+        ) from None

@@ -30,30 +30,32 @@ from peraxis_tools.compress.plan.sensitivity import fisher_errors
 from peraxis_tools.compress.run.distributed import Processes
 from peraxis_tools.compress.run.inputs import (
     GENERATED_TOGETHER,
+    TextInputs,
     batches_of,
     generated_count,
     inputs_digest,
-    read_samples,
     sampling_dtype,
+    text_inputs,
 )
-from peraxis_tools.compress.run.types import FittedModule, RunFit
+from peraxis_tools.compress.run.types import OPEN_STEPS, FittedModule, RunFit
 from peraxis_tools.compress.run.work_folder import WorkFolder
-from peraxis_tools.environment import check_causal, load_config, load_tokenizer, resolve_device, resolve_dtype
+from peraxis_tools.environment import resolve_dtype
 from peraxis_tools.errors import ToolError
 from peraxis_tools.heap import trim_heap
+from peraxis_tools.notes import note
 from peraxis_tools.parameter_names import NameMap, map_names
+from peraxis_tools.process import Terminated
 from peraxis_tools.products import fast_products
 from peraxis_tools.progress import Staged
 from peraxis_tools.quiet import quiet_transformers
 from peraxis_tools.text import Samples, unread_tokens
 from peraxis_tools.threads import limit_torch
-from peraxis_tools.vocabulary import check_ids
 
 __all__ = ["CalibratedFit"]
 
 
 class CalibratedFit:
-    """A Fitting (types.py) on the calibration text. Text and models are opened at their first use."""
+    """A Fitting (types.py) on the calibration text. Models are opened at their first use."""
 
     def __init__(
         self, base: Checkpoint, fine_tuned: Checkpoint, output: Path, options: CompressOptions, progress: Staged
@@ -61,12 +63,18 @@ class CalibratedFit:
         self._base, self._fine_tuned, self._output = base, fine_tuned, output
         self._options, self._progress = options, progress
         self._quiet = ExitStack()
+        self._given: TextInputs | None = None
         self._opened: _Run | None = None
 
     @property
     def writes(self) -> bool:
         """Whether this process writes the file."""
         return self._opened is None or self._opened.processes.is_main_process
+
+    def open(self) -> None:
+        """Read the text and the tokenizer."""
+        self._given = text_inputs(self._fine_tuned, self._options)
+        self._progress("open", 1, OPEN_STEPS)
 
     def errors(self, plan: Plan) -> Mapping[str, Sequence[float]]:
         """The KL that each number of components leaves (sensitivity.py); kept in the work folder."""
@@ -101,8 +109,16 @@ class CalibratedFit:
 
     def _run(self, plan: Plan) -> _Run:
         if self._opened is None:
-            self._opened = _open_run(self._base, self._fine_tuned, plan, self._output, self._options, self._progress)
+            self._given = self._given or text_inputs(self._fine_tuned, self._options)
+            self._opened = _open_run(
+                self._base, self._fine_tuned, plan, self._output, self._given, self._options, self._progress
+            )
         return self._opened
+
+    def _kept(self) -> str | None:
+        if self._opened is None or (finished := self._opened.work.finished()) is None:
+            return None
+        return f"{self._opened.work.path} keeps {finished}; the same command continues"
 
     def __enter__(self) -> CalibratedFit:
         self._quiet.enter_context(quiet_transformers())
@@ -112,6 +128,8 @@ class CalibratedFit:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._quiet.close()
+        if isinstance(error, (KeyboardInterrupt, Terminated, MemoryError, OSError)) and (kept := self._kept()):
+            error.add_note(kept)
         if self._opened is not None and error is None:
             self._opened.processes.close()
             if self._opened.processes.is_main_process:
@@ -157,32 +175,27 @@ def _open_run(
     fine_tuned: Checkpoint,
     plan: Plan,
     output: Path,
+    given: TextInputs,
     options: CompressOptions,
     progress: Staged,
 ) -> _Run:
-    """Open device, configuration, name map, samples and work folder."""
-    folder = fine_tuned.folder
-    if folder is None or options.calibration is None:
-        raise ToolError(f"{fine_tuned.tensors.label}: a fit on text needs the checkpoint's folder, with its tokenizer")
-    device = resolve_device(options.device)
+    """Open name map and work folder, and generate samples."""
+    device, config, text = given.device, given.config, given.samples
     processes = Processes(device)
-    config = load_config(folder)
-    check_causal(config, fine_tuned.tensors.label, remedy="compress it without text: --fit none")
     dtype = resolve_dtype(options.compute_dtype, device, config)
-    tokenizer = load_tokenizer(folder)
     share = options.calibration_samples / (options.calibration_samples + options.distill_samples)
-    text = read_samples(options, tokenizer)
-    check_ids(text.ids, config.to_dict(), fine_tuned.tensors.label)
     names = map_names(LayerwiseModel(config, dtype=dtype, device=device).model, fine_tuned.tensors)
     digest = inputs_digest(base.tensors, fine_tuned.tensors, text, options, device, dtype)
     work = WorkFolder(output, digest, resume=options.resume, is_main_process=processes.is_main_process)
+    if processes.is_main_process and (finished := work.finished()) is not None:
+        note(f"{work.path}: an interrupted run is continued after {finished}; resume=False (--no-resume) begins anew")
     processes.barrier()
     run = _Run(
         base=base,
         fine_tuned=fine_tuned,
         plan=plan,
         config=config,
-        tokenizer=tokenizer,
+        tokenizer=given.tokenizer,
         names=names,
         samples=text,
         parts=partition(text.by_source, calibration=share, validation=options.held_out),
@@ -191,6 +204,7 @@ def _open_run(
         device=device,
         dtype=dtype,
     )
+    progress("open", OPEN_STEPS, OPEN_STEPS)
     count = generated_count(plan, options, dtype)
     return _with_generated(run, count, options, progress) if count else run
 

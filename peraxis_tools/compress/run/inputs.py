@@ -4,21 +4,59 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import torch
 
 from peraxis_format import DType, Safetensors, __version__
+from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.fit.moments.collector import Batch
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.estimate import GENERATED_SAMPLES
 from peraxis_tools.compress.plan.plan import Plan
+from peraxis_tools.environment import check_causal, load_config, load_tokenizer, resolve_device
+from peraxis_tools.errors import ToolError
 from peraxis_tools.text import Ids, Samples, load_samples
+from peraxis_tools.vocabulary import check_ids
 
-__all__ = ["GENERATED_TOGETHER", "batches_of", "generated_count", "inputs_digest", "read_samples", "sampling_dtype"]
+__all__ = [
+    "GENERATED_TOGETHER",
+    "TextInputs",
+    "batches_of",
+    "generated_count",
+    "inputs_digest",
+    "read_samples",
+    "sampling_dtype",
+    "text_inputs",
+]
 
 GENERATED_TOGETHER: Final = 4  # batches of samples that are generated together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextInputs:
+    """The device, and the inputs of a fit on text beside the pair: configuration, tokenizer, samples of the text."""
+
+    device: torch.device
+    config: Any
+    tokenizer: Any
+    samples: Samples
+
+
+def text_inputs(fine_tuned: Checkpoint, options: CompressOptions) -> TextInputs:
+    """Read the inputs of a fit on text. Raises ToolError, and OptionError for a text that cannot be read."""
+    folder, label = fine_tuned.folder, fine_tuned.tensors.label
+    if folder is None or options.calibration is None:
+        raise ToolError(f"{label}: a fit on text needs the checkpoint's folder, with its tokenizer")
+    device = resolve_device(options.device)
+    config = load_config(folder)
+    check_causal(config, label, remedy="compress it without text: --fit none")
+    tokenizer = load_tokenizer(folder)
+    samples = read_samples(options, tokenizer)
+    check_ids(samples.ids, config.to_dict(), label)
+    return TextInputs(device=device, config=config, tokenizer=tokenizer, samples=samples)
 
 
 def read_samples(options: CompressOptions, tokenizer: Any) -> Samples:

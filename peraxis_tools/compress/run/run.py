@@ -40,7 +40,7 @@ from peraxis_tools.compress.plan.saving import check_saving, saves
 from peraxis_tools.compress.plan.size import with_file_bytes
 from peraxis_tools.compress.run.module_delta import module_delta
 from peraxis_tools.compress.run.streamed import StreamedFit
-from peraxis_tools.compress.run.types import Fitting, ModuleReport, RunFit
+from peraxis_tools.compress.run.types import OPEN_STEPS, Fitting, ModuleReport, RunFit
 from peraxis_tools.notes import note
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_delta
@@ -146,7 +146,10 @@ def _compress_pair(
     if options.fit == "auto" and options.calibration is None and any(module.components for module in planned.modules):
         note(_NO_TEXT)
     written: tuple[Manifest, int, Mapping[str, int]] | None = None
+    if options.resolved_fit != "none":
+        progress("open", 0, OPEN_STEPS)  # imports of the next line included
     with _fitting(base, fine_tuned, output, options, progress) as fitting:
+        fitting.open()
         if options.has_target:
             planned = spend(planned, fitting.errors(planned), fine_tuned, options)
             planned = _foretold(planned, base, fine_tuned, options, force=force)

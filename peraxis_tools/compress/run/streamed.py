@@ -26,6 +26,9 @@ class StreamedFit:
             raise OptionError("fit none reads and writes: run it in one process, without torchrun")
         self._base, self._fine_tuned, self._options = base, fine_tuned, options
 
+    def open(self) -> None:
+        """The pair is all that is read."""
+
     def errors(self, plan: Plan) -> Mapping[str, Sequence[float]]:
         """The error that each number of components leaves (price.py)."""
         modules = [module for module in plan.modules if is_open(module, self._options)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from peraxis_format import Array, Calibration, Component
 from peraxis_tools.compress.plan.plan import Plan
 
-__all__ = ["FittedModule", "Fitting", "ModuleReport", "RunFit"]
+__all__ = ["OPEN_STEPS", "FittedModule", "Fitting", "ModuleReport", "RunFit"]
+
+OPEN_STEPS: Final = 2  # steps of the stage `open` of a fit on text: the text is read, the models are mapped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +52,13 @@ class RunFit:
 class Fitting(Protocol):
     """A way to compute components: without text (streamed.py) or on a text (calibrated.py).
 
-    Life cycle: it is entered; `errors` is called if there is a byte target; `fit` is called once, with the final plan;
-    the process that `writes` writes the file; it is left. A run that fails keeps its state, so that it can be resumed.
+    Life cycle: it is entered; `open` reads the text, so that one that cannot be read is an error before the plan is
+    shown; `errors` is called if there is a byte target; `fit` is called once, with the final plan; the process that
+    `writes` writes the file; it is left. A run that fails keeps its state, so that it can be resumed.
     """
+
+    def open(self) -> None:
+        """Read the inputs beside the pair. Raises OptionError, ToolError."""
 
     @property
     def writes(self) -> bool:

@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ import numpy as np
 
 from peraxis_format import Array, Axis, Component, atomic_file, raw_bytes
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
+from peraxis_tools.shown import counted
 
 __all__ = ["WorkFolder", "pack_modules", "unpack_modules"]
 
@@ -59,6 +61,18 @@ class WorkFolder:
             return str(json.loads((self.path / _INPUTS).read_bytes())["digest"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    def finished(self) -> str | None:
+        """The finished work in this folder as a phrase, like `3 blocks`; None if there is none."""
+        names = {path.name for path in self.path.glob("*")} - {_INPUTS}
+        blocks = sum(re.fullmatch(r"block-\d+\.json", name) is not None for name in names)
+        if "distilled.json" in names:
+            return "the distilled modules"
+        if "distilling.npz" in names:
+            return "the fit, and a part of the distillation"
+        if blocks:
+            return counted(blocks, "block")
+        return "the samples of the fine-tuned model" if "generated.npy" in names else None
 
     def load(self, part: str) -> list[FittedModule] | None:
         """The modules of a finished part; None if it is not finished, or damaged."""
