@@ -10,9 +10,9 @@ from peraxis_format import open as open_delta
 from peraxis_tools.checkpoint import is_delta
 from peraxis_tools.compress.options import OptionError, read_yaml
 
-__all__ = ["CONFIG_KEY", "read_options"]
+__all__ = ["read_options"]
 
-CONFIG_KEY: Final = "peraxis.config"  # metadata key: the options of a run, as JSON
+_CONFIG_KEY: Final = "peraxis.config"  # metadata key: the options of a run, as JSON
 
 
 def read_options(path: Path) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def read_options(path: Path) -> dict[str, Any]:
     if not is_delta(path):
         return read_yaml(path)
     with open_delta(path) as delta:
-        said = delta.manifest.metadata.get(CONFIG_KEY)
+        said = delta.manifest.metadata.get(_CONFIG_KEY)
     try:
         values = None if said is None else json.loads(said)
     except (ValueError, RecursionError):
