@@ -33,8 +33,9 @@ _INTRODUCTION = """# A session
 <!-- Written by benchmarks/session.py; not run by the tests: it needs a trained pair. -->
 
 This page shows the commands and their output on a real pair: `base` is a 260 K-parameter Llama trained on TinyStories,
-and `tuned` is its full fine-tune on Shakespeare. Long outputs are cut at `...`. Every command has `--help` with an
-example. docs/commands.md describes all commands.
+and `tuned` is its full fine-tune on Shakespeare. They are not in the repository; the commands work on any pair, for
+example on that of `make demo`. Long outputs are cut at `...`. Every command has `--help` with an example.
+docs/commands.md describes all commands.
 """
 _LARGE = """## An 8B model
 
