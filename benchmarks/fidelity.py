@@ -2,7 +2,7 @@
 
     python benchmarks/fidelity.py BASE FINE_TUNED --calibration train.jsonl --tuning other.jsonl \\
         --text domain=held-out.jsonl --text c4=held-out-c4.jsonl --json fidelity.json
-    python benchmarks/fidelity.py --stories FOLDER --json fidelity.json  # c4/, text/ and pairs/ : see stories()
+    python benchmarks/fidelity.py --stories FOLDER --json fidelity.json        folders as in stories()
     python benchmarks/fidelity.py BASE FINE_TUNED ... --methods scalar,scalar-distilled,adamw,refined,scales,default \\
         --fit-samples 16 --distill-samples 28 --samples 16        a model of 100 M parameters and more
     python benchmarks/fidelity.py BASE FINE_TUNED ... --methods ratio-6,ratio-8,ratio-12        KL over bytes
