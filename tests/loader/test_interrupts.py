@@ -161,6 +161,7 @@ def test_an_interrupt_at_any_line_of_a_step_leaves_a_chain_that_goes_on(tmp_path
         ends.add((interrupted, (tmp_path / f"step-{writer.step_number:08d}.pxd").exists()))
         move(model)
         writer.step()
+        writer.prune()
     assert {interrupted for interrupted, _ in ends} == {True, False}
     server = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
     assert follow(server, tmp_path).poll().step == writer.step_number
