@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from peraxis_tools.config_bounds import check_config_bounds
+from peraxis_tools.encoding import tokenizer_errors
 from peraxis_tools.errors import OptionError, ToolError, first_line
 from peraxis_tools.tokenizer_growth import check_growth
 
@@ -23,10 +24,8 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     check_growth(folder)
-    try:
+    with tokenizer_errors(f"{folder}: its tokenizer cannot be loaded"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers and transformers raise many types for a malformed file
-        raise ToolError(f"{folder}: its tokenizer cannot be loaded: {_reason(error)}") from None
 
 
 def load_config(folder: Path) -> Any:
@@ -36,7 +35,7 @@ def load_config(folder: Path) -> Any:
     check_config_bounds(folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # as above
+    except Exception as error:  # transformers raises many types for a malformed file
         raise ToolError(f"{folder}: its config.json cannot be loaded: {_reason(error)}") from None
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from peraxis_tools.chat_template import Render, chat_template_of
 from peraxis_tools.documents import Conversation, Document, check_text, read_documents
+from peraxis_tools.encoding import token_ids
 from peraxis_tools.errors import OptionError
 
 __all__ = ["Ids", "Samples", "Source", "check_texts", "load_samples", "unread_tokens"]
@@ -142,10 +143,10 @@ def _tokens(document: Document, tokenizer: Any, render: Render | None) -> Iterat
     if render is not None and isinstance(document, Conversation):
         written = render([{"role": role, "content": text} for role, text in document.turns])
     if written is not None:
-        ids = tokenizer(written, verbose=False, add_special_tokens=False)["input_ids"]
+        ids = token_ids(tokenizer, written, special=False)
     else:
         text = document.text if isinstance(document, Conversation) else document
-        ids = tokenizer(text, verbose=False)["input_ids"]
+        ids = token_ids(tokenizer, text)
     yield from ids
     end = getattr(tokenizer, "eos_token_id", None)
     if end is not None and end not in ids[-_ENDS_WITHIN:]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from peraxis_tools.chat_template import chat_template_of
 from peraxis_tools.compress.calibration.parts import pieces_of
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
+from peraxis_tools.encoding import token_ids
 from peraxis_tools.text import Ids
 
 __all__ = ["draw_tokens", "generate", "starts_of"]
@@ -37,17 +38,14 @@ def starts_of(tokenizer: Any) -> list[list[int]]:
     begin: Any = getattr(tokenizer, "bos_token_id", None)
     end: Any = getattr(tokenizer, "eos_token_id", None)
     # Consecutive documents are joined as the tokenizer joins them: each with a start token, or without.
-    led = begin is not None and begin in tokenizer("a", verbose=False)["input_ids"][:1]
+    led = begin is not None and begin in token_ids(tokenizer, "a")[:1]
     after_end = [end, begin] if led and end != begin else [end]
     starts: list[list[int]] = [start for start in ([begin], after_end) if None not in start]
     if not starts:
         return []
 
-    def ids_of(text: str) -> list[int]:
-        return list(tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"])
-
-    starts += [ids_of(text) for text in _template_starts(tokenizer)]
-    starts += [[*starts[0], *ids_of(prompt)] for prompt in _PROMPTS]
+    starts += [token_ids(tokenizer, text, special=False) for text in _template_starts(tokenizer)]
+    starts += [[*starts[0], *token_ids(tokenizer, prompt, special=False)] for prompt in _PROMPTS]
     found: list[list[int]] = []
     for start in starts:
         if start and start not in found:

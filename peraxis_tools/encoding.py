@@ -1,0 +1,35 @@
+"""Encode a text with a tokenizer of a stranger, whose errors name the tokenizer's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peraxis_tools.errors import ToolError, first_line
+
+__all__ = ["token_ids", "tokenizer_errors"]
+
+
+def token_ids(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
+    """The token ids of a text. special: with the tokens that the tokenizer adds to each text. Raises ToolError."""
+    name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
+    with tokenizer_errors(f"{name}: its tokenizer cannot encode a text"):
+        return list(tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"])
+
+
+@contextmanager
+def tokenizer_errors(what: str) -> Iterator[None]:
+    """Turn the errors of tokenizers into a ToolError: it raises many types, and panics, which are no Exception."""
+    try:
+        yield
+    except (ToolError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        line = first_line(error)
+        reason = line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
+        if "trust_remote_code" in str(error):
+            reason = "it needs code of its own (auto_map), which is never run"
+        raise ToolError(f"{what}: {reason}") from None
