@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 from typing import Final
 
+from peraxis_tools.shown import visible
+
 __all__ = ["LOGGER", "note"]
 
 LOGGER: Final = logging.getLogger("peraxis")
 
 
 def note(message: str) -> None:
-    """Log one sentence that the user should read although nothing failed."""
-    LOGGER.warning("%s", message)
+    """Log one sentence that the user should read although nothing failed, with names of files in one line of text."""
+    LOGGER.warning("%s", visible(message))

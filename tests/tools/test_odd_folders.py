@@ -25,7 +25,9 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return write_checkpoint(tmp_path / "base", pair[0]), write_checkpoint(tmp_path / "tuned", pair[1])
 
 
-def test_names_that_are_no_text_are_named_in_one_line_each(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_names_that_are_no_text_are_named_in_one_line_each(
+    folders: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     base, tuned = folders
     for name in (b"\xff.json", b"a\nb.json", b"\x1b[31mred.py", "caf\u00e9.json".encode(), b"plain.py"):
         (tuned / os.fsdecode(name)).write_bytes(b"x")
@@ -34,6 +36,8 @@ def test_names_that_are_no_text_are_named_in_one_line_each(folders: tuple[Path, 
         left = file.manifest.metadata[LEFT_BEHIND].split("\n")
     assert left == [r"\x1b[31mred.py", r"a\nb.json", "caf\u00e9.json", "plain.py", r"\udcff.json", ""]
     assert apply(base, tmp_path / "d.pxd", tmp_path / "out").left_behind == tuple(left[:-1])
+    assert r"\u001b[31mred.py" in caplog.text
+    assert all(record.getMessage().isprintable() for record in caplog.records)
 
 
 def make_odd(path: Path, kind: str) -> None:
