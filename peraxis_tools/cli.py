@@ -58,6 +58,7 @@ VERBS: Final = {
     "extract": "Write the configuration and tokenizer of a .pxd.",
     "demo": "Train a small pair and show all steps, offline.",
     "completion": "Print the completion script of a shell.",
+    "help": "Show the help of a verb.",
 }
 
 
