@@ -9,6 +9,7 @@ from __future__ import annotations
 from peraxis_tools.interrupts import INTERRUPTED, interrupts_end
 
 with interrupts_end():
+    import gc
     import importlib
     import os
     import re
@@ -146,7 +147,10 @@ def main() -> None:
     print_notes(LOGGER)
     print_progress(PROGRESS)
     with prepared_process():
-        sys.exit(_exit_code())
+        code = _exit_code()
+    # The interpreter would search every object of torch for cycles at its end, which takes seconds. Exit handlers run.
+    gc.freeze()
+    sys.exit(code)
 
 
 def _import_failed(error: ImportError) -> int:

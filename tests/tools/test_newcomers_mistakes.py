@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -93,3 +95,24 @@ def test_the_help_of_eval_explains_each_word_of_its_report() -> None:
     assert command is not None
     words = str(command.help)
     assert all(word in words for word in ("KL", "±", "99%", "top-1", "recovered", "merged", "on the fly", "worst"))
+
+
+@pytest.mark.parametrize("options", [[], ["--base", "base"]])
+def test_a_source_of_another_kind_is_not_asked_for_its_base(folder: Path, options: list[str]) -> None:
+    text = folder / "notes.jsonl"
+    text.write_text("{}")
+    output = folder / "converted.pxd"
+    assert "notes.jsonl: is neither a .pt delta nor" in said("convert", text, "-o", output, *options)
+    checkpoint = said("convert", folder / "tuned", "-o", output, *options)
+    assert "tuned: is a checkpoint and not a delta" in checkpoint
+
+
+def test_the_end_of_the_process_keeps_its_code_and_runs_exit_handlers_without_a_search_for_cycles() -> None:
+    lines = [
+        "import atexit, gc, sys",
+        "atexit.register(lambda: print('frozen', gc.get_freeze_count() > 1000))",
+        "sys.argv = ['peraxis-tools', 'inspect', 'no-such.pxd']",
+        "from peraxis_tools.cli import main; main()",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "frozen True\n")
