@@ -4,11 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test quick lint type format conformance mutants fuzz docs bench vllm test-vllm bench-vllm clean
+.PHONY: help demo test quick lint type format conformance mutants fuzz docs bench vllm test-vllm bench-vllm clean
 
 # The main job: train a small real pair, compress, inspect, verify, apply, measure. Offline.
 demo: $(INSTALLED)
 	$(BIN)/peraxis-tools demo
+
+help:
+	@echo 'make demo         train a small pair and show all steps; minutes'
+	@echo 'make test         lint, types and all tests'
+	@echo 'make quick        the tests that take under a minute'
+	@echo 'make lint         ruff and mypy; format: rewrite the sources'
+	@echo 'make conformance  the corpus against the loaders; mutants, fuzz: further checks of them'
+	@echo 'make docs         write docs/commands.md and docs/api.md'
+	@echo 'make bench        the programs of the figures'
+	@echo 'make vllm         install vLLM beside; test-vllm, bench-vllm: its tests and figures'
+	@echo 'make clean        remove what the targets made'
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest

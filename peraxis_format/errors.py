@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final, NoReturn
 
@@ -171,6 +171,12 @@ class ProfileError(PxdError):
     phase = "profile"
 
 
+class FileKindError(ContainerError):
+    """E101: a folder, a pipe or a device in the place of a file, which is an error of input."""
+
+    exit_status = 2
+
+
 class UnsupportedError(ProfileError):
     """E201, E204: made for a newer reader. The file cannot be verified here, but it may be intact."""
 
@@ -241,9 +247,16 @@ def first_line(error: BaseException) -> str:
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
+_OF_CODE: Final[Mapping[str, type[PxdError]]] = {
+    "E101": FileKindError,
+    "E201": UnsupportedError,
+    "E204": UnsupportedError,
+}
+
+
 def fail(
     code: str, detail: str = "", *, clause: str | None = None, offset: int | None = None, field: str | None = None
 ) -> NoReturn:
     """Raise the error class of the code's phase. clause: given if it is not the code's first one in SPEC 8."""
-    kind = UnsupportedError if code in ("E201", "E204") else _PHASES[code[1]]
+    kind = _OF_CODE.get(code, _PHASES[code[1]])
     raise kind(code, detail, clause=clause, offset=offset, field=field)

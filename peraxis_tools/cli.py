@@ -9,6 +9,7 @@ from __future__ import annotations
 from peraxis_tools.interrupts import INTERRUPTED, interrupts_end
 
 with interrupts_end():
+    import gc
     import importlib
     import os
     import re
@@ -59,6 +60,7 @@ VERBS: Final = {
     "extract": "Write the configuration and tokenizer of a .pxd.",
     "demo": "Train a small pair and show all steps, offline.",
     "completion": "Print the completion script of a shell.",
+    "help": "Show the help of a verb.",
 }
 
 
@@ -152,7 +154,10 @@ def main() -> None:
     print_progress(PROGRESS)
     hush_hub()
     with prepared_process():
-        sys.exit(_exit_code())
+        code = _exit_code()
+    # The interpreter would search every object of torch for cycles at its end, which takes seconds. Exit handlers run.
+    gc.freeze()
+    sys.exit(code)
 
 
 def _import_failed(error: ImportError) -> int:

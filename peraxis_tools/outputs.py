@@ -3,6 +3,7 @@
 - An output never replaces an input, nor another output of the same run.
 - An existing output is replaced only with `overwrite`. Devices, pipes and open files are written into.
 - A folder is replaced only if it is an earlier output (see folders.py).
+- The folder that an output stands in exists already. Only a URL's folders are made, as in a store.
 - One run at a time writes an output: a lock beside it is held for the whole run, work folder included.
 """
 
@@ -22,7 +23,16 @@ from peraxis_tools.folders import refuse_folder
 from peraxis_tools.notes import note
 from peraxis_tools.process import told_on_interrupt
 
-__all__ = ["Inputs", "check_folder", "claim_delta", "claim_file", "claim_files", "claim_folder", "made_folder"]
+__all__ = [
+    "Inputs",
+    "check_folder",
+    "claim_delta",
+    "claim_file",
+    "claim_files",
+    "claim_folder",
+    "made_folder",
+    "refuse_missing",
+]
 
 # Paths, hub ids and URLs of inputs. Only an existing path can be replaced.
 Inputs: TypeAlias = Iterable[str | Path | None]
@@ -69,8 +79,7 @@ def _check_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs
             continue
         if any(_same(file, other) for other in files[:place]):
             raise ToolError(f"{file}: is named for two outputs; name another file for one of them")
-        if not file.parent.is_dir():
-            raise ToolError(f"{file.parent}: no such folder; make it first")
+        refuse_missing(file.parent)
         if file.is_dir():
             raise ToolError(f"{file}: is a folder; name a file")
         _refuse_replaced_input(file, known)
@@ -80,12 +89,9 @@ def _check_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs
 
 @contextlib.contextmanager
 def claim_folder(path: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> Iterator[None]:
-    """Check the rules for an output folder, and hold its lock until the end. Makes the folders above it.
-
-    Raises ToolError, OSError.
-    """
+    """Check the rules for an output folder, and hold its lock until the end. Raises ToolError, OSError."""
     folder = check_folder(path, overwrite=overwrite, inputs=inputs)
-    with made_folder(folder.parent), _only_run(folder):
+    with _only_run(folder):
         # Check again, because another run may have finished while this one waited for the lock.
         refuse_folder(folder, overwrite=overwrite)
         with told_on_interrupt(_unwritten(folder)):
@@ -98,6 +104,7 @@ def check_folder(path: str | Path, *, overwrite: bool, inputs: Inputs) -> Path:
     for source in _existing(inputs):
         if _within(source, folder):
             raise ToolError(f"{folder}: contains the input {source}; choose another output")
+    refuse_missing(folder.parent)
     refuse_folder(folder, overwrite=overwrite)
     return folder
 
@@ -115,6 +122,12 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns
+
+
+def refuse_missing(folder: Path) -> None:
+    """Raise ToolError if the folder that an output is written to does not exist: its name may be mistyped."""
+    if not folder.is_dir():
+        raise ToolError(f"{folder}: no such folder; make it first")
 
 
 def _plain(path: str | Path) -> Path:

@@ -16,7 +16,7 @@ import peraxis_format as pxd
 from peraxis_format.hub import hub_errors, hub_reason
 from peraxis_tools.arguments import check_choice, refuse_idle, sequence
 from peraxis_tools.card import CardDelta, card_text, missing_fields
-from peraxis_tools.checkpoint import parse_identity
+from peraxis_tools.checkpoint import is_delta, parse_identity
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import OptionError, ToolError
 from peraxis_tools.folders import atomic_folder
@@ -153,6 +153,8 @@ class _Before:
 
 
 def _check_names(repository: str, deltas: Sequence[Path]) -> None:
+    if (is_delta(repository) or repository.endswith(".pxd")) and any(HUB_ID.fullmatch(str(path)) for path in deltas):
+        raise ToolError(f"{repository} is a delta and {deltas[0]} is not: pass them in the other order")
     if not HUB_ID.fullmatch(repository):
         raise ToolError(f"{repository}: not a name of a repository; pass org/name")
     for path in deltas:

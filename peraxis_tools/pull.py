@@ -16,7 +16,7 @@ from peraxis_tools.content_ids import parse_content_ids
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.names import HUB_NAME, names_a_file
 from peraxis_tools.optional import require
-from peraxis_tools.outputs import claim_files, made_folder
+from peraxis_tools.outputs import claim_files, made_folder, refuse_missing
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.remote import is_remote, local_copy
 from peraxis_tools.urls import without_secrets
@@ -59,6 +59,7 @@ def pull(
     if not is_remote(source) and not names_a_file(source):
         require(f"{source} (a repository)", "huggingface_hub")
     folder, files = Path(output), sequence(files)
+    refuse_missing(folder.absolute().parent)
     expected = parse_content_ids(sequence(expect_content_id))
     with _fetched(source, files, progress) as fetched:
         targets = [folder / path.name for path in fetched]

@@ -113,9 +113,9 @@ def check_signature(
     bundle = signature_path(file) if bundle is None else Path(bundle)
     if public_key is None and not chain:
         raise NotVerifiableError(f"{file}: a signature needs a key or certificates (--public-key, --certificate-chain)")
+    _need(*([public_key] if public_key is not None else []), *chain)
     if not bundle.is_file():
         raise NotVerifiableError(f"{bundle}: no such bundle; fetch it from the source of {file.name}")
-    _need(*([public_key] if public_key is not None else []), *chain)
     verifying = _library().verifying
     config = verifying.Config().set_hashing_config(_hashing(bundle))
     with _clear(f"{', '.join(map(str, [public_key] if public_key else chain))}: cannot be read", ToolError):

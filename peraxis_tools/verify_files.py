@@ -122,12 +122,7 @@ def verify_files(
 
     Raises ToolError for options that contradict each other, before any file is opened.
     """
-    if wanted.max_kl is not None and not wanted.texts:
-        raise ToolError("a bound on KL needs a text to measure it on: texts (--text domain=FILE)")
-    if (wanted.max_error is not None or wanted.max_kl is not None) and wanted.fine_tuned is None:
-        raise ToolError("a bound needs the checkpoint to compare with: fine_tuned (--fine-tuned)")
-    if (wanted.max_error is not None or wanted.max_kl is not None) and wanted.base is None:
-        raise ToolError("a bound needs the base, which the delta is applied to: base (--base)")
+    _check_bounds(wanted)
     check_texts(wanted.texts.values())
     wanted = replace(wanted, content_ids=parse_content_ids(wanted.content_ids))
     together = files if wanted.base is not None and len(files) > 1 else ()
@@ -137,6 +132,19 @@ def verify_files(
         )
         verdicts = tuple(_verdict(file, run) for file in files)
     return VerifyResult(status=_gravest(verdict.status for verdict in verdicts), files=verdicts)
+
+
+def _check_bounds(wanted: Wanted) -> None:
+    """Raise ToolError for a bound without all that it needs; the error names all of it."""
+    if wanted.max_error is None and wanted.max_kl is None:
+        return
+    missing = [
+        *(["a text: texts (--text domain=FILE)"] if wanted.max_kl is not None and not wanted.texts else []),
+        *(["the checkpoint to compare with: fine_tuned (--fine-tuned)"] if wanted.fine_tuned is None else []),
+        *(["the base, which the delta is applied to: base (--base)"] if wanted.base is None else []),
+    ]
+    if missing:
+        raise ToolError(f"a bound needs {'; and '.join(missing)}")
 
 
 def _gravest(statuses: Iterator[Status]) -> Status:

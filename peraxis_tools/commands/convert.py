@@ -31,6 +31,7 @@ from peraxis_tools.convert import (
     convert,
     recognised,
 )
+from peraxis_tools.convert.torch_files import is_torch_file
 from peraxis_tools.errors import ToolError
 from peraxis_tools.progress import staged
 from peraxis_tools.report.apply import render_apply
@@ -104,6 +105,8 @@ def command(
     """
     if target in ("pxd", None) and source.partition("?")[0].endswith(".pxd"):
         raise ToolError(f"{source}: is already a .pxd; pass --to lora or --to checkpoint")
+    if target in ("pxd", None):
+        _refuse_other(source, layout)
     if target in ("pxd", "checkpoint", None) and base is None:
         raise ToolError(f"{source}: pass --base, the checkpoint that this delta is for")
     if target in WIRES and base is None:
@@ -147,6 +150,20 @@ def command(
             emit(result, render_lora, schema="peraxis.convert-lora/1", as_json=as_json)
         case ToPxdResult():
             emit(result, render_to_pxd, schema="peraxis.convert/1", as_json=as_json)
+
+
+def _refuse_other(source: str, layout: str) -> None:
+    """Raise ToolError for a file or folder on this machine that is neither a .pt file nor a wire."""
+    path = Path(source)
+    if layout != "auto" or not path.exists() or recognised(path) is not None:
+        return
+    if path.is_dir() and any(path.glob("*.safetensors")):
+        raise ToolError(
+            f"{source}: is a checkpoint and not a delta, nor an xor wire (its index has no delta_encoding); "
+            "make a delta of it with `compress`"
+        )
+    if path.is_file() and not is_torch_file(path):
+        raise ToolError(f"{source}: is neither a .pt delta nor a .pxd nor a wire")
 
 
 def _wire(path: Path, layout: Literal["auto"] | Layout | WireName) -> WireName | None:

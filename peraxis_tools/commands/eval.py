@@ -103,6 +103,15 @@ def command(
 
     Use text that is not in the calibration, from the fine-tune's own domain and from others.
 
+    \b
+    KL          the divergence of the next-token distributions, in nats per token; 0 is the fine-tune
+    ±           the standard error of KL over the samples
+    99%         KL that 99% of the tokens stay below
+    top-1       how often both models have the same most likely token
+    recovered   the share of the fine-tune's gain in loss over the base; none where it gains nothing
+    merged      weights rounded as `apply` writes them; on the fly: unrounded, as a server of many variants
+    after, worst  KL after special tokens, and the text before the tokens with the largest KL
+
     Example: peraxis-tools eval org/base my/fine-tune delta.pxd --text code=held-out.jsonl --text c4=other.jsonl
     """
     if not tasks:

@@ -89,7 +89,7 @@ class CompressOptions:
     fit            none: mean |delta|, without text; closed-form: scales from the calibration text; refined: signs
                    too; adamw: the paper's method; auto: refined if a calibration text is given, else none
     axis           the axis of the scales; auto takes the best one for each module
-    masks          the number of sign masks (components) of each module, 1 to 8; `bits` is another name. auto: one, and
+    masks          the number of sign masks (components) of each module, 1 to 8; auto (in files `bits: 1`): one, and
                    with embeddings auto the bytes of this plan are spent where they help most
     target_size    the size of the file; or target_ratio, the fine-tuned size over it. Masks go where they help most
     exact          None; a regular expression: the tensors that it finds are stored losslessly, as `same`, an exact

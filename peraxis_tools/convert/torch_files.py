@@ -22,15 +22,22 @@ from peraxis_tools.errors import ToolError, first_line
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["check_plain", "load_plain"]
+__all__ = ["check_plain", "is_torch_file", "load_plain"]
 
 _ZIP: Final = b"PK\x03\x04"
+_PICKLE: Final = b"\x80"
 _PICKLES: Final = 5  # of a file older than torch 1.6: magic, version, system, content, keys of the storages
 # Names of dense tensors, their storages, dtypes and shapes.
 _PLAIN: Final = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)"
     r"|torch(\.storage)? \w+Storage|torch Size|torch [a-z]\w*"
 )
+
+
+def is_torch_file(path: Path) -> bool:
+    """Whether a file begins as torch.save writes it: a zip archive, or a pickle of torch before 1.6."""
+    with open(path, "rb") as file:
+        return file.read(len(_ZIP)).startswith((_ZIP, _PICKLE))
 
 
 def load_plain(source: Path | bytes, *, where: str, kind: str) -> Any:

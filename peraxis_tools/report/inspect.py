@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
-from peraxis_tools.delta_parts import part_of
+from peraxis_tools.delta_parts import is_part, part_of
 from peraxis_tools.inspection import InspectResult, ModuleLine
 from peraxis_tools.kinds import axes_text
 from peraxis_tools.report.console import size, text
@@ -43,7 +43,8 @@ def _summary(result: InspectResult, console: Console) -> None:
     console.print(f"[bold]{text(result.file)}[/]  PXD {result.version}")
     console.print(f"[dim]{text(result.content_id)}[/]")
     console.print(f"fine-tuned   {text(manifest.fine_tuned.id)}")
-    console.print(f"base         {text(manifest.base.id)}{revision}  {text(manifest.base.digest[:23])}…")
+    of = " of the part's tensors" if is_part(manifest) else ""
+    console.print(f"base         {text(manifest.base.id)}{revision}  {text(manifest.base.digest[:23])}…{of}")
     if manifest.features:
         console.print(f"result       {text(manifest.result or 'not known without the base')}")
         console.print(f"previous     {text(manifest.previous or 'none')}")

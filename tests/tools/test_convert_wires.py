@@ -150,4 +150,4 @@ def test_the_command_recognises_a_wire_and_writes_one(wire: WireName, tmp_path: 
     assert "pass --base" in str(done.exception)
     done = CliRunner().invoke(cli, ["convert", base, "--base", base, "-o", str(tmp_path / "x")])
     assert isinstance(done.exception, ToolError)
-    assert "is a folder but not an xor wire" in str(done.exception)
+    assert "nor an xor wire" in str(done.exception)

@@ -219,9 +219,9 @@ def test_a_list_that_is_no_list_is_none(tmp_path: Path) -> None:
         assert folders.earlier_output(tmp_path) is None
 
 
-def test_folders_made_on_the_way_to_a_refusal_are_removed(folder: Path) -> None:
-    with pytest.raises(pxd.CheckpointError):
-        apply("no-base", "a.pxd", "x/y/z")
+def test_no_folder_is_made_above_an_output(folder: Path) -> None:
+    with pytest.raises(ToolError, match="x/y: no such folder; make it first"):
+        apply("base", "a.pxd", "x/y/z")
     assert not (folder / "x").exists()
 
 

@@ -133,10 +133,10 @@ def test_verify_of_a_folder_checks_every_delta_in_it(tmp_path: Path) -> None:
     for name in ("a.pxd", "b.pxd"):
         delta(tmp_path / "repo" / name)
     (tmp_path / "repo" / "README.md").write_text("card")
-    done = CliRunner().invoke(verify, [str(tmp_path / "repo"), "--quiet"])
+    done = CliRunner().invoke(verify, [str(tmp_path / "repo")])
     assert done.exit_code == 0
     assert done.stdout.count("a.pxd") == done.stdout.count("b.pxd") == 1
     damaged(tmp_path / "repo" / "b.pxd")
-    assert CliRunner().invoke(verify, [str(tmp_path / "repo"), "--quiet"]).exit_code == 1
+    assert CliRunner().invoke(verify, [str(tmp_path / "repo")]).exit_code == 1
     (tmp_path / "empty").mkdir()
     assert "has no .pxd" in CliRunner().invoke(verify, [str(tmp_path / "empty")]).stdout

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peraxis_format.errors import ArgumentError, LiveModelError
 from peraxis_format.torch.place.pieces import is_dtensor
+from peraxis_format.torch.updates.mirror import is_url
 
 __all__ = ["check_publishing", "live_tensors"]
 
@@ -22,6 +23,8 @@ def check_publishing(model: object, folder: str | Path, dtype: object) -> None:
         raise ArgumentError(f"dtype {dtype!r}: must be a floating-point dtype, like torch.bfloat16, or None")
     if Path(folder).is_file():
         raise ArgumentError(f"{folder}: is a file; pass the folder of the chain")
+    if not is_url(folder) and not (above := Path(folder).absolute().parent).is_dir():
+        raise ArgumentError(f"{above}: no such folder; make it first")
 
 
 def live_tensors(
