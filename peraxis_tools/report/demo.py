@@ -59,9 +59,8 @@ def render_demo(result: DemoResult, console: Console) -> None:
             *(f"{row.fidelity[domain].kl:.4f}" for domain in domains),
             *(f"{row.fidelity[domain].top1:.1%}" for domain in domains),
         )
-    console.print(
-        f"[bold]beside other files of this pair[/]; full checkpoint {size(result.checkpoint_bytes)}; KL(fine-tuned || other) in nats per token"
-    )
+    console.print("[bold]beside other files of this pair[/]")
+    console.print(f"full checkpoint {size(result.checkpoint_bytes)}; KL(fine-tuned || other) in nats per token")
     console.print(table)
     axes = ", ".join(f"{axis} {count}" for axis, count in result.axes.items())
     console.print(f"axes of delta.pxd: {axes}; all files stay in {text(result.folder)}")

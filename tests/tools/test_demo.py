@@ -14,6 +14,8 @@ from peraxis_tools.pair import PairSize
 from peraxis_tools.report import plain_text
 from peraxis_tools.report.demo import render_step
 
+pytestmark = pytest.mark.slow
+
 SMALL = PairSize(vocabulary=300, width=32, mlp_width=44, layers=2, heads=2, kv_heads=1, base_steps=2, fine_tune_steps=2)
 
 
