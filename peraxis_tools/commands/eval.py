@@ -103,6 +103,17 @@ def command(
 
     Use text that is not in the calibration, from the fine-tune's own domain and from others.
 
+    \b
+    KL          mean divergence of the next-token distribution from the fine-tune's, in nats; 0: the same model
+    ±           the standard error of KL over the windows
+    99%         the KL that 99% of the tokens stay below
+    top-1       the share of tokens for which both have the same most likely next token
+    recovered   the share of the fine-tune's gain in loss over the base; -: the fine-tune gains nothing there
+    merged      weights as `apply` writes them, rounded to their dtype
+    on the fly  unrounded weights, as a server of many variants computes them
+    after 'X'   the mean KL after the special token X
+    worst       the largest KL, and the text before it
+
     Example: peraxis-tools eval org/base my/fine-tune delta.pxd --text code=held-out.jsonl --text c4=other.jsonl
     """
     if not tasks:
