@@ -135,8 +135,8 @@ def call(command: Sequence[str], *, seconds: float, mib: int, address_space_mib:
         printed = stdout.read(LARGEST_REPLY)
         result, said = parse(printed), last_line(stderr)
         text = "" if isinstance(result, dict) else printed[:SHOWN].decode("utf-8", "replace").strip()
-        mib = max(peaks) or None
-        return Reply(exit=process.returncode, result=result, seconds=elapsed, error=said, text=text, mib=mib)
+        peak = max(peaks) or None
+        return Reply(exit=process.returncode, result=result, seconds=elapsed, error=said, text=text, mib=peak)
 
 
 def ended_peak(maxrss: int) -> int | None:

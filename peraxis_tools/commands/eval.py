@@ -18,7 +18,7 @@ from peraxis_tools.commands.options import (
 )
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.evaluate import CANDIDATES, EvaluationDType, evaluate
-from peraxis_tools.report import emit
+from peraxis_tools.report.console import emit
 from peraxis_tools.report.evaluate import render_evaluate
 from peraxis_tools.urls import without_secrets
 
@@ -102,17 +102,6 @@ def command(
     """Measure how close BASE + DELTA is to FINE_TUNED: KL, top-1 agreement, perplexity, tasks.
 
     Use text that is not in the calibration, from the fine-tune's own domain and from others.
-
-    \b
-    KL          mean divergence of the next-token distribution from the fine-tune's, in nats; 0: the same model
-    ±           the standard error of KL over the windows
-    99%         the KL that 99% of the tokens stay below
-    top-1       the share of tokens for which both have the same most likely next token
-    recovered   the share of the fine-tune's gain in loss over the base; -: the fine-tune gains nothing there
-    merged      weights as `apply` writes them, rounded to their dtype
-    on the fly  unrounded weights, as a server of many variants computes them
-    after 'X'   the mean KL after the special token X
-    worst       the largest KL, and the text before it
 
     Example: peraxis-tools eval org/base my/fine-tune delta.pxd --text code=held-out.jsonl --text c4=other.jsonl
     """
