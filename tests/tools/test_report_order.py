@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_merge_names_its_files_with_their_weights_in_the_order_given(files: tupl
         with peraxis.open(part.file) as delta:
             assert delta.content_id == part.content_id
     lines = said(f"merge {' '.join(files)} --weights 0.7,0.3 --base base -o cli.pxd").splitlines()
-    rows = [line.split()[:2] for line in lines if ".pxd  sha256:" in line]
+    rows = [line.split() for line in lines if re.match(r" *0\.\d  ", line)]
     assert rows == [["0.7", files[0]], ["0.3", files[1]]]
     assert any("--masks" in line for line in lines)
 
@@ -46,8 +47,7 @@ def test_merge_names_its_files_with_their_weights_in_the_order_given(files: tupl
 def test_joined_parts_are_named(inputs: Path) -> None:
     said("split one.pxd --parts 2 -o parts")
     shown = said("merge parts -o joined.pxd")
-    assert "part  parts/one-00001-of-00002.pxd  sha256:" in shown
-    assert "part  parts/one-00002-of-00002.pxd  sha256:" in shown
+    assert re.findall(r"part  (\S+)\n +sha256:", shown) == [f"parts/one-0000{i}-of-00002.pxd" for i in (1, 2)]
 
 
 def test_diff_prints_fields_of_the_manifest_after_its_results(inputs: Path) -> None:
