@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 from . import report
@@ -25,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="peraxis-conformance", description="Test a loader or writer of PXD files against SPEC.md."
     )
+    made.add_argument("--version", action="version", version=f"%(prog)s of peraxis {installed_version()}")
     verbs = made.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser(
         "run",
@@ -68,6 +70,14 @@ def parser() -> argparse.ArgumentParser:
     copy = verbs.add_parser("copy", help="write the corpus into a folder, every file of every case")
     copy.add_argument("directory", type=Path)
     return made
+
+
+def installed_version() -> str:
+    """The version of the package that the kit is a part of; the kit imports none of it."""
+    try:
+        return metadata.version("peraxis")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def positive(text: str) -> int:

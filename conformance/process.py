@@ -18,6 +18,7 @@ from typing import Any
 __all__ = ["AdapterError", "Reply", "Server", "call"]
 
 LARGEST_REPLY = 64 << 20
+SHOWN = 80  # bytes of an odd reply that an error shows
 
 
 class AdapterError(Exception):
@@ -28,6 +29,7 @@ class AdapterError(Exception):
 class Reply:
     """The reply: an exit status and a JSON value, or a problem. error: the last line of standard error.
 
+    text: the beginning of standard output, if it is no JSON object.
     mib: the peak of resident memory, if the system gives it.
     """
 
@@ -35,6 +37,7 @@ class Reply:
     result: Any = None
     problem: str = ""
     error: str = ""
+    text: str = ""
     seconds: float = 0.0
     mib: int | None = None
 
@@ -58,7 +61,8 @@ def start(command: Sequence[str], **streams: Any) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(command, start_new_session=True, **streams)
     except OSError as error:
-        raise AdapterError(f"cannot start {command[0]!r}: {error.strerror}") from None
+        script = f'; name its interpreter too, like "python {command[0]}"' if os.path.isfile(command[0]) else ""
+        raise AdapterError(f"cannot start {command[0]!r}: {error.strerror}{script}") from None
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
@@ -128,9 +132,11 @@ def call(command: Sequence[str], *, seconds: float, mib: int, address_space_mib:
         if process.returncode < 0:
             return Reply(problem=f"ended by {signal.Signals(-process.returncode).name}", seconds=elapsed)
         stdout.seek(0)
-        result = parse(stdout.read(LARGEST_REPLY))
-        said = last_line(stderr)
-        return Reply(exit=process.returncode, result=result, seconds=elapsed, error=said, mib=max(peaks) or None)
+        printed = stdout.read(LARGEST_REPLY)
+        result, said = parse(printed), last_line(stderr)
+        text = "" if isinstance(result, dict) else printed[:SHOWN].decode("utf-8", "replace").strip()
+        peak = max(peaks) or None
+        return Reply(exit=process.returncode, result=result, seconds=elapsed, error=said, text=text, mib=peak)
 
 
 def ended_peak(maxrss: int) -> int | None:

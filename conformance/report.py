@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 from xml.sax.saxutils import quoteattr
@@ -42,15 +43,15 @@ def show_case(outcome: Outcome, *, verbose: bool) -> None:
 
 
 def show_summary(summary: Summary) -> None:
-    """Show totals, the cases that were not run with the reason, and the badge line."""
+    """Show totals, equal failures, the cases that were not run with the reason, and the badge line."""
     named = f"{escaped(summary.caps.implementation)} {escaped(summary.caps.version)}"
     parts = [f"{summary.count(status)} {status}" for status in ("passed", "failed", "unsupported", "skipped")]
     show(f"{named}: {', '.join(parts)} in {summary.seconds:.1f} s")
-    for status in ("unsupported", "skipped"):
-        reasons = sorted({o.detail for o in summary.outcomes if o.status == status})
-        for reason in reasons:
-            count = sum(o.status == status and o.detail == reason for o in summary.outcomes)
-            show(f"  {status}: {count} ({escaped(reason)})")
+    for status in ("failed", "unsupported", "skipped"):
+        reasons = Counter(o.detail for o in summary.outcomes if o.status == status)
+        for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])):
+            if count > 1 or status != "failed":  # each failure has its own line already
+                show(f"  {status}: {count} ({escaped(reason)})")
     if summary.other_codes:
         show(
             f"  {summary.other_codes} rejections in the right phase name another code than SPEC 8 recommends "

@@ -98,7 +98,10 @@ class Adapter:
         said = reply.result
         if reply.problem or reply.exit != 0 or not isinstance(said, dict):
             error = f"; it says {reply.error!r}" if reply.error else ""
-            raise AdapterError(f"`caps` failed: {reply.problem or f'exit status {reply.exit}'}{error}")
+            why = (
+                f"no JSON object on standard output: {reply.text!r}" if reply.exit == 0 else f"exit status {reply.exit}"
+            )
+            raise AdapterError(f"`caps` failed: {reply.problem or why}{error}")
         try:
             if said["protocol"] != 1:
                 raise AdapterError(f"the adapter speaks protocol {said['protocol']}, this kit speaks 1")
@@ -246,7 +249,10 @@ def run_cases(
     stop_at_first: bool = False,
     progress: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Summary:
-    """Run the cases; outcomes are in their order. Ends the adapter. Raises CorpusError if a file is damaged."""
+    """Run the cases; outcomes are in their order, also for progress. Ends the adapter.
+
+    Raises CorpusError if a file is damaged.
+    """
     started = time.monotonic()
     stop = threading.Event()
 
@@ -256,16 +262,22 @@ def run_cases(
         outcome = run_case(adapter, corpus, case)
         if stop_at_first and outcome.status == "failed":
             stop.set()
-        progress(outcome)
         return outcome
+
+    outcomes: list[Outcome] = []
+
+    def take(results: Iterable[Outcome | None]) -> None:
+        for outcome in results:
+            if outcome is not None:
+                progress(outcome)
+                outcomes.append(outcome)
 
     try:
         if jobs == 1:
-            results = [one(case) for case in cases]
+            take(map(one, cases))
         else:
             with ThreadPoolExecutor(max_workers=jobs) as pool:
-                results = list(pool.map(one, cases))
+                take(pool.map(one, cases))
     finally:
         adapter.close()
-    outcomes = tuple(outcome for outcome in results if outcome is not None)
-    return Summary(caps=adapter.caps, outcomes=outcomes, seconds=time.monotonic() - started)
+    return Summary(caps=adapter.caps, outcomes=tuple(outcomes), seconds=time.monotonic() - started)

@@ -48,4 +48,6 @@ def serve(base: str, chain: str, steps: int) -> torch.nn.Module:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (4, 5) or sys.argv[1] not in ("train", "serve"):
+        sys.exit(__doc__)
     {"train": train, "serve": serve}[sys.argv[1]](sys.argv[2], sys.argv[3], int((*sys.argv, "4")[4]))

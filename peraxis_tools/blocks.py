@@ -32,4 +32,4 @@ def count_blocks(module: pxd.ModuleDelta) -> Counter[str]:
 def blocks_text(blocks: Mapping[str, int], prefer: str) -> str:
     """The counts as a text, with the writer's preference."""
     counted = ", ".join(f"{blocks[mode]} {mode}" for mode in _MODES if blocks.get(mode))
-    return f"{counted or 'none'}; written for {prefer}"
+    return f"{counted or 'none'} (SPEC 5.6); written for {prefer} (--prefer)"

@@ -6,9 +6,13 @@ failed check, and whichever stream it was, standard output is discarded.
 
 from __future__ import annotations
 
+from typing import Final
+
 from rich.console import Console
 
-__all__ = ["standard_error", "standard_output"]
+__all__ = ["LEAST_WIDTH", "standard_error", "standard_output"]
+
+LEAST_WIDTH: Final = 80  # columns that tables are laid out for
 
 
 class _Output(Console):
@@ -24,8 +28,10 @@ class _Errors(Console):
 
 
 def standard_output() -> Console:
-    """A console for results on standard output."""
-    return _Output(highlight=False, soft_wrap=True)
+    """A console for results on standard output. Where it is narrow, lines wrap, and no column of a table is cropped."""
+    console = _Output(highlight=False, soft_wrap=True)
+    console.width = max(console.width, LEAST_WIDTH)
+    return console
 
 
 def standard_error() -> Console:

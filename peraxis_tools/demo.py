@@ -5,6 +5,7 @@ Each step runs the verb of the same name; `demo` yields them one by one, so that
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, Final
 
 from peraxis_tools.apply import apply
 from peraxis_tools.compress import compress
-from peraxis_tools.evaluate import Fidelity, evaluate
+from peraxis_tools.evaluate import EvaluateResult, Fidelity, evaluate
 from peraxis_tools.folders import write_marker
 from peraxis_tools.inspect import InspectResult, inspect
 from peraxis_tools.optional import require
@@ -50,9 +51,9 @@ class DemoResult:
 
 @dataclass(frozen=True, slots=True)
 class DemoStep:
-    """One finished step: the equivalent command, and its result."""
+    """One finished step: the command that gives this result, and the result; no command for the table at the end."""
 
-    command: str
+    command: str | None
     result: Any
 
 
@@ -76,43 +77,54 @@ def _steps(
     folder: Path, *, size: PairSize | None, seed: int, progress: Callable[[int], None] | None
 ) -> Iterator[DemoStep]:
     pair = train_pair(folder, size=size, seed=seed, progress=progress)
+    base, fine_tuned, calibration = pair.base, pair.fine_tuned, str(pair.calibration)
+    delta, applied = folder / "delta.pxd", folder / "applied"
     text: dict[str, Any] = {"calibration_samples": _SAMPLES, "sequence_length": _LENGTH}
-    ours = compress(
-        pair.base, pair.fine_tuned, folder / "delta.pxd", calibration=str(pair.calibration), overwrite=True, **text
-    )
-    yield DemoStep(f"compress base fine-tuned -o delta.pxd --calibration {pair.calibration.name}", ours)
-    yield DemoStep("inspect delta.pxd", inspect(ours.path))
-    yield DemoStep("verify delta.pxd --base base", verify(ours.path, base=pair.base))
-    yield DemoStep("apply base delta.pxd -o applied", apply(pair.base, ours.path, folder / "applied", overwrite=True))
-    same_size = compress(
-        pair.base,
-        pair.fine_tuned,
+    length = ("--sequence-length", _LENGTH)
+    ours = compress(base, fine_tuned, delta, calibration=calibration, overwrite=True, **text)
+    options = ("--calibration", calibration, "--calibration-samples", _SAMPLES, *length, "--overwrite")
+    yield DemoStep(_command("compress", base, fine_tuned, "-o", delta, *options), ours)
+    yield DemoStep(_command("inspect", delta), inspect(delta))
+    yield DemoStep(_command("verify", delta, "--base", base), verify(delta, base=base))
+    done = apply(base, delta, applied, overwrite=True)
+    yield DemoStep(_command("apply", base, delta, "-o", applied, "--overwrite"), done)
+    measured = evaluate(base, fine_tuned, delta, pair.held_out, samples=_SAMPLES, sequence_length=_LENGTH)
+    texts = [word for name, path in pair.held_out.items() for word in ("--text", f"{name}={path}")]
+    yield DemoStep(_command("eval", base, fine_tuned, delta, *texts, "--samples", _SAMPLES, *length), measured)
+    one_mask = compress(
+        base,
+        fine_tuned,
         folder / "one-mask.pxd",
-        calibration=str(pair.calibration),
+        calibration=calibration,
         embeddings="sign",
         overwrite=True,
         **text,
     )
     scalar = compress(
-        pair.base,
-        pair.fine_tuned,
+        base,
+        fine_tuned,
         folder / "one-scalar.pxd",
         fit="none",
         axis="tensor",
         embeddings="sign",
         overwrite=True,
     )
-    deltas = {
-        "one scalar": scalar.path,
-        "peraxis 1 mask": same_size.path,
-        "peraxis default": ours.path,
-    }
-    yield DemoStep("eval base fine-tuned delta.pxd --text ...", _measure(folder, pair, deltas, inspect(ours.path)))
+    others = {"one scalar": scalar.path, "peraxis 1 mask": one_mask.path}
+    yield DemoStep(None, _compared(folder, pair, others, measured, inspect(delta)))
 
 
-def _measure(folder: Path, pair: PairFolders, deltas: dict[str, Path], ours: InspectResult) -> DemoResult:
-    rows: list[DemoRow] = []
-    for label, path in deltas.items():
+def _command(*words: object) -> str:
+    """A command line of peraxis-tools, as a shell reads it."""
+    return shlex.join(map(str, words))
+
+
+def _compared(
+    folder: Path, pair: PairFolders, others: dict[str, Path], ours: EvaluateResult, inspected: InspectResult
+) -> DemoResult:
+    """The table of all candidates. others: label -> delta; ours: the evaluation of the default delta."""
+    full = inspected.full_bytes
+    rows = [DemoRow(label="base alone", bytes=0, ratio=None, fidelity=_fidelity(ours, "base"))]
+    for label, path in others.items():
         found = evaluate(
             pair.base,
             pair.fine_tuned,
@@ -120,12 +132,17 @@ def _measure(folder: Path, pair: PairFolders, deltas: dict[str, Path], ours: Ins
             pair.held_out,
             samples=_SAMPLES,
             sequence_length=_LENGTH,
-            candidates=("merged",) if rows else ("base", "merged"),
+            candidates=("merged",),
         )
-        if not rows:
-            base = {domain.domain: domain.candidates["base"] for domain in found.domains}
-            rows.append(DemoRow(label="base alone", bytes=0, ratio=None, fidelity=base))
-        merged = {domain.domain: domain.candidates["merged"] for domain in found.domains}
-        rows.append(DemoRow(label=label, bytes=found.bytes, ratio=ours.full_bytes / found.bytes, fidelity=merged))
-    axes = sum((Counter(subtype.counts) for subtype in ours.axes), Counter[str]())
-    return DemoResult(folder=folder, checkpoint_bytes=ours.full_bytes, rows=tuple(rows), axes=dict(axes))
+        rows.append(_row(label, found, full))
+    rows.append(_row("peraxis default", ours, full))
+    axes = sum((Counter(subtype.counts) for subtype in inspected.axes), Counter[str]())
+    return DemoResult(folder=folder, checkpoint_bytes=full, rows=tuple(rows), axes=dict(axes))
+
+
+def _row(label: str, found: EvaluateResult, full_bytes: int) -> DemoRow:
+    return DemoRow(label=label, bytes=found.bytes, ratio=full_bytes / found.bytes, fidelity=_fidelity(found, "merged"))
+
+
+def _fidelity(found: EvaluateResult, candidate: str) -> dict[str, Fidelity]:
+    return {domain.domain: domain.candidates[candidate] for domain in found.domains}

@@ -22,6 +22,8 @@ def error_line(error: BaseException) -> str:
 
 def _line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        if str(error.filename) == "-":
+            return f"-: {error.strerror}; standard input is not read, because a file is read in parts: name a file"
         other = "" if error.filename2 is None else f" (from {os.fsdecode(error.filename2)})"
         return f"{os.fsdecode(str(error.filename))}: {error.strerror}{other}"
     return " ".join(str(error).split()) or type(error).__name__

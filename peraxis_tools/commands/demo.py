@@ -30,7 +30,7 @@ __all__ = ["command"]
 def command(folder: Path, seed: int, as_json: bool, quiet: bool) -> None:
     """Train a small pair of models, then compress, inspect, verify, apply and measure it.
 
-    It works offline and takes some minutes on two cores.
+    It works offline and takes some minutes on two cores. If it is interrupted, it begins again with the training.
 
     Example: peraxis-tools demo --folder /tmp/demo
     """

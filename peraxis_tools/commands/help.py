@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from peraxis_tools.report import write
+from peraxis_tools.report.console import write
 
 __all__ = ["command"]
 

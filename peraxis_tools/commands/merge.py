@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import click
@@ -23,6 +24,7 @@ from peraxis_tools.progress import StageOpener, staged
 from peraxis_tools.remote import deltas_of
 from peraxis_tools.report.console import emit
 from peraxis_tools.report.merge import render_merge
+from peraxis_tools.urls import without_secrets
 
 __all__ = ["command"]
 
@@ -85,7 +87,8 @@ def command(
              peraxis-tools merge parts -o delta.pxd
     """
     step = staged(quiet=quiet)
-    with fetched([name for source in deltas for name in deltas_of(source)], quiet=quiet) as paths:
+    names = [name for source in deltas for name in deltas_of(source)]
+    with fetched(names, quiet=quiet) as paths:
         if _all_parts(paths):
             others = ("weights", "method", "masks", "density", "normalize", "seed", "base", "name")
             refuse_given(*others, why="for parts of one delta, which are joined unchanged")
@@ -97,6 +100,9 @@ def command(
                 refuse_given("seed", why="without --method dare")
             mixture = Mixture(method=method or "sum", density=density, normalize=normalize, seed=seed)
             result = _sum(paths, output, weights, mixture, masks, base, name, overwrite, step)
+    given = {str(path): without_secrets(str(name)) for path, name in zip(paths, names, strict=True)}
+    inputs = tuple(dataclasses.replace(part, file=given[part.file]) for part in result.inputs)
+    result = dataclasses.replace(result, inputs=inputs)
     emit(result, render_merge, schema="peraxis.merge/1", as_json=as_json)
 
 

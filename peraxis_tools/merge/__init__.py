@@ -40,8 +40,9 @@ _MERGE_KEY: Final = "peraxis.merge"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeInput:
-    """One input; weight is None for a part."""
+    """One input. file: its name as it was given. weight: None for a part."""
 
+    file: str
     content_id: str
     weight: float | None = None
 
@@ -49,6 +50,7 @@ class MergeInput:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeResult:
     """The result of `merge`. kind: parts, sum (all components kept) or fit. method: mergekit's name; None for parts.
+    inputs: in the order given; parts in that of their modules.
 
     error: ||sum - fit|| / ||sum|| over the fitted modules; 0 if nothing was fitted.
     """
@@ -81,8 +83,14 @@ def merge_parts(
     modules = tuple(
         MergedModule(name=m.name, encoding=m.encoding.value, components=len(m.components)) for m in manifest.modules
     )
-    ids = tuple(MergeInput(content_id=content_id) for content_id in inputs)
+    names = {_content_id(path): str(path) for path in files}
+    ids = tuple(MergeInput(file=names[content_id], content_id=content_id) for content_id in inputs)
     return _result(output, manifest, size, "parts", None, ids, modules)
+
+
+def _content_id(path: Path) -> str:
+    with pxd.open(path) as file:
+        return file.content_id
 
 
 def merge(
@@ -138,7 +146,8 @@ def merge(
             _add_rest(writer, files, ordered)
             manifest = writer.finish()
     inputs = tuple(
-        MergeInput(content_id=file.content_id, weight=weight) for file, weight in zip(files, ordered, strict=True)
+        MergeInput(file=str(path), content_id=file.content_id, weight=float(weight))
+        for path, file, weight in zip(paths, opened, weights, strict=True)
     )
     return _result(output, manifest, writer.size, "sum" if masks is None else "fit", mixture.method, inputs, modules)
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 
 from peraxis_tools.apply import ApplyResult
 from peraxis_tools.compress import CompressResult
 from peraxis_tools.demo import DemoResult, DemoStep
+from peraxis_tools.evaluate.types import EvaluateResult
 from peraxis_tools.inspection import InspectResult
 from peraxis_tools.report.apply import render_apply
 from peraxis_tools.report.compress import render_compress
-from peraxis_tools.report.console import size
+from peraxis_tools.report.console import size, text
+from peraxis_tools.report.evaluate import render_evaluate
 from peraxis_tools.report.inspect import render_inspect
 from peraxis_tools.report.verify import render_verify
 from peraxis_tools.verify import VerifyResult
@@ -21,7 +27,7 @@ __all__ = ["render_demo", "render_step"]
 
 def render_step(step: DemoStep, console: Console) -> None:
     """Print the command, then its report."""
-    console.print(f"\n[bold cyan]$ peraxis-tools {step.command}[/]")
+    console.print("" if step.command is None else f"\n[bold cyan]$ peraxis-tools {text(step.command)}[/]")
     match step.result:
         case CompressResult():
             render_compress(step.result, console)
@@ -31,6 +37,8 @@ def render_step(step: DemoStep, console: Console) -> None:
             render_verify(step.result, console)
         case ApplyResult():
             render_apply(step.result, console)
+        case EvaluateResult():
+            render_evaluate(step.result, console)
         case DemoResult():
             render_demo(step.result, console)
 
@@ -51,7 +59,20 @@ def render_demo(result: DemoResult, console: Console) -> None:
             *(f"{row.fidelity[domain].kl:.4f}" for domain in domains),
             *(f"{row.fidelity[domain].top1:.1%}" for domain in domains),
         )
+    console.print("[bold]beside other files of this pair[/]")
     console.print(f"full checkpoint {size(result.checkpoint_bytes)}; KL(fine-tuned || other) in nats per token")
     console.print(table)
     axes = ", ".join(f"{axis} {count}" for axis, count in result.axes.items())
-    console.print(f"axes of delta.pxd: {axes}; all files stay in {result.folder}")
+    console.print(f"axes of delta.pxd: {axes}; all files stay in {text(result.folder)}")
+    console.print("\n[bold]try next[/]")
+    for words in _next(result.folder):
+        console.print(f"  peraxis-tools {text(shlex.join(map(str, words)))}")
+
+
+def _next(folder: Path) -> Iterator[tuple[object, ...]]:
+    """Commands that a reader of the demo may run on its files."""
+    base, fine_tuned, delta = folder / "base", folder / "fine-tuned", folder / "delta.pxd"
+    text_file = folder / "calibration.jsonl"
+    yield "compress", base, fine_tuned, "-o", folder / "small.pxd", "--calibration", text_file, "--target-ratio", 12
+    yield "diff", delta, folder / "one-mask.pxd"
+    yield "inspect", delta, "--tree"

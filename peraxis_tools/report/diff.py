@@ -18,7 +18,7 @@ _BEFORE = 8  # characters before a difference
 
 
 def render_diff(result: DiffResult, console: Console, *, top: int) -> None:
-    """Print verdict, manifest, sub-types, and the `top` modules that differ most."""
+    """Print verdict, sub-types, the `top` modules that differ most, and the manifest."""
     total = result.total
     if result.equal:
         console.print("[bold green]equal[/]      the same content")
@@ -31,10 +31,6 @@ def render_diff(result: DiffResult, console: Console, *, top: int) -> None:
         console.print(f"{label}  {text(name)}\n   {text(content_id or 'a checkpoint')}")
     if total.measured < total.modules and not result.equal:
         console.print(f"distances are over {total.measured} of {total.modules} modules: exact tensors need --base")
-    for change in result.manifest[:_CHANGES_SHOWN]:
-        console.print(f"{text(change.field)}: {' -> '.join(_around_difference(change.a, change.b))}")
-    if len(result.manifest) > _CHANGES_SHOWN:
-        console.print(f"and {len(result.manifest) - _CHANGES_SHOWN} more fields of the manifest (--json)")
     for label, names in (("a", result.only_in_a), ("b", result.only_in_b)):
         if names:
             console.print(f"only in {label}: {text(listed(names, _NAMES_SHOWN))}")
@@ -42,6 +38,17 @@ def render_diff(result: DiffResult, console: Console, *, top: int) -> None:
         console.print(_groups(result))
         if top:
             console.print(_modules(_worst(result, top), console.width))
+    _manifest(result, console)
+
+
+def _manifest(result: DiffResult, console: Console) -> None:
+    """Print the fields of the manifest that differ; they follow the results, because most only record a run."""
+    if result.manifest:
+        console.print("[bold]manifest[/]")
+    for change in result.manifest[:_CHANGES_SHOWN]:
+        console.print(f"{text(change.field)}: {' -> '.join(_around_difference(change.a, change.b))}")
+    if len(result.manifest) > _CHANGES_SHOWN:
+        console.print(f"and {len(result.manifest) - _CHANGES_SHOWN} more fields of the manifest (--json)")
 
 
 def _worst(result: DiffResult, top: int) -> list[ModuleDiff]:

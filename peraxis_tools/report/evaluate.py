@@ -55,7 +55,7 @@ def _domain_table(domain: DomainResult) -> Table:
             f"{its.tail.percentile_99:.3g}",
             f"{100 * its.top1:.1f}%",
             f"{its.perplexity:.4g}",
-            "" if recovered is None else f"{100 * recovered:.1f}%",
+            "-" if recovered is None else f"{100 * recovered:.1f}%",
         )
     table.add_row("fine-tuned", "", "", "", "", f"{domain.perplexity_fine_tuned:.4g}", "")
     return table

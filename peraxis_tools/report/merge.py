@@ -21,7 +21,7 @@ def render_merge(result: MergeResult, console: Console) -> None:
     console.print(f"        {text(result.content_id)}")
     for part in result.inputs:
         weight = "part" if part.weight is None else f"{part.weight:g}"
-        console.print(f"{weight:>6}  {text(part.content_id)}")
+        console.print(f"{weight:>6}  {text(part.file)}\n        {text(part.content_id)}")
     if result.kind == "fit":
         console.print(f"masks   {result.masks_max} per module; relative error of the fit [bold]{result.error:.4g}[/]")
         worst = max(result.modules, key=lambda m: m.square_error / m.square_norm if m.square_norm else 0.0)
@@ -29,7 +29,9 @@ def render_merge(result: MergeResult, console: Console) -> None:
             share = (worst.square_error / worst.square_norm) ** 0.5
             console.print(f"worst   {text(worst.name)}  {share:.4g}")
     elif result.kind == "sum":
-        console.print(f"masks   up to {result.masks_max} per module; each scale rounded to F16 at most once")
+        console.print(
+            f"masks   up to {result.masks_max} per module, each scale rounded to F16 at most once; fewer with --masks"
+        )
 
 
 def render_split(result: SplitResult, console: Console) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.console import Console
 from rich.table import Table
 
@@ -41,13 +43,24 @@ def render_log(chain: ChainLog, console: Console) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("update", "changed", "bytes", "result"):
         table.add_column(name, justify="right" if name in ("changed", "bytes") else "left", overflow="fold")
-    for entry in (*chain.updates, *chain.folded):
+    for entry in _in_order(chain):
         table.add_row(text(entry.file), _changed(entry), size(entry.bytes), text(_short(entry.result)))
     console.print(table)
     console.print(f"made on  {text(chain.updates[0].base)}")
     if chain.folded:
         names = ", ".join(entry.file for entry in chain.folded)
         console.print(f"folded   {text(names)}: each replaces several of the others")
+
+
+def _in_order(chain: ChainLog) -> Iterator[LogEntry]:
+    """The updates, each followed by the folded ones with its result."""
+    left = list(chain.folded)
+    for entry in chain.updates:
+        yield entry
+        same = [folded for folded in left if folded.result == entry.result]
+        yield from same
+        left = [folded for folded in left if folded not in same]
+    yield from left
 
 
 def _changed(entry: LogEntry) -> str:

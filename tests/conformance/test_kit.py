@@ -285,8 +285,10 @@ def test_the_ten_minute_path_of_the_readme_is_true(tmp_path: Path, capsys: pytes
     mine = tmp_path / "mine.py"
     mine.write_text(first)
     adapter = f"{sys.executable} {mine}"
-    assert cli.main(["run", "--adapter", adapter, "--case", "invalid/html*", "--case", "invalid/empty"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "PXD 1.0 conformance | 4 of 4"
+    assert cli.main(["run", "--adapter", adapter, "--case", "invalid/html*", "--case", "invalid/empty", "-v"]) == 0
+    *passed, _, _, badge = capsys.readouterr().out.splitlines()
+    assert badge == "PXD 1.0 conformance | 4 of 4"
+    assert "".join(f"{line}\n" for line in passed) in text
     mine.write_text(first.replace("    sys.exit(77)\n", second))
     assert cli.main(["run", "--adapter", adapter, "--case", "valid/minimal", "--case", "cut/minimal-*"]) == 1
     said = capsys.readouterr().out.splitlines()
@@ -302,3 +304,46 @@ def test_an_adapter_without_caps_is_shown_with_its_error(tmp_path: Path, capsys:
     assert cli.main(["run", "--adapter", f"{sys.executable} {adapter}", "--case", "valid/minimal"]) == 2
     said = capsys.readouterr().err
     assert said == "peraxis-conformance: `caps` failed: exit status 1; it says 'LookupError: here'\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("print('hi')", "no JSON object on standard output: 'hi'"),
+        ("print([1])", "no JSON object on standard output: '[1]'"),
+        ("", "no JSON object on standard output: ''"),
+        ("print('hi'); exit(3)", "exit status 3"),
+    ],
+)
+def test_caps_that_are_no_object_are_shown(
+    body: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "adapter.py").write_text(body, "utf-8")
+    adapter = f"{sys.executable} {tmp_path / 'adapter.py'}"
+    assert cli.main(["run", "--adapter", adapter, "--case", "valid/minimal"]) == 2
+    assert capsys.readouterr().err == f"peraxis-conformance: `caps` failed: {reason}\n"
+
+
+def test_a_script_without_its_interpreter_is_told_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("", "utf-8")
+    for command, told in (("mine.py", True), ("./mine.py", True), ("no-such-program", False)):
+        assert cli.main(["run", "--adapter", command, "--case", "valid/minimal"]) == 2
+        assert (f'name its interpreter too, like "python {command}"' in capsys.readouterr().err) == told
+
+
+def test_equal_failures_are_counted_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = " ".join(script(tmp_path, "raise KeyError('encoding')"))
+    assert cli.main(["run", "--adapter", adapter, "--case", "invalid/html*", "--jobs", "3"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("FAIL") for line in said) == 3
+    assert sum(line.startswith("  failed: 3 (") and "KeyError: " in line for line in said) == 1
+
+
+def test_the_kit_has_a_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli.main(["--version"])
+    assert done.value.code == 0
+    assert re.fullmatch(r"peraxis-conformance of peraxis \S.*\n", capsys.readouterr().out)

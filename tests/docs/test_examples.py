@@ -28,7 +28,7 @@ def test_an_example_runs(
     assert said in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, "trl_publish"])
 @pytest.mark.parametrize("arguments", [[], ["one"], ["1", "2", "3", "4", "5", "6"]])
 def test_an_example_with_other_arguments_says_how_it_is_called(
     name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch

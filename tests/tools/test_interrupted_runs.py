@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,8 @@ from peraxis_tools.outputs import claim_file, claim_folder
 from peraxis_tools.process import Terminated
 from tests.tools.compress_pairs import FEW, llama_pair
 
+FIT: dict[str, Any] = dict(FEW)
+
 
 def notes(error: BaseException) -> list[str]:
     return list(getattr(error, "__notes__", []))
@@ -22,7 +26,7 @@ def notes(error: BaseException) -> list[str]:
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, lambda: Terminated(15)])
 @pytest.mark.parametrize("claim", [claim_file, claim_folder])
 def test_an_output_that_was_not_written_is_named(
-    claim: type[claim_file], stop: Callable[[], BaseException], tmp_path: Path
+    claim: Callable[..., AbstractContextManager[None]], stop: Callable[[], BaseException], tmp_path: Path
 ) -> None:
     error = stop()
     with pytest.raises(type(error)) as found, claim(tmp_path / "out", overwrite=False):
@@ -78,9 +82,9 @@ def test_an_interrupted_fit_says_what_it_kept_and_the_next_run_that_it_continues
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as found:
-        compress(base, tuned, output, calibration=str(text), progress=interrupt, **FEW)
+        compress(base, tuned, output, calibration=str(text), progress=interrupt, **FIT)
     kept = f"{output}.peraxis-work keeps 3 blocks; the same command continues"
     assert notes(found.value) == [kept, f"{output} was not written"]
     assert not any("continued" in message for message in caplog.messages)
-    compress(base, tuned, output, calibration=str(text), **FEW)
+    compress(base, tuned, output, calibration=str(text), **FIT)
     assert any("is continued after 3 blocks" in message and "--no-resume" in message for message in caplog.messages)

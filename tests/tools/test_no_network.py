@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,8 @@ from peraxis_tools.compress import compress
 from peraxis_tools.errors import OptionError
 from peraxis_tools.quiet import hush_hub
 from tests.tools.compress_pairs import FEW, llama_pair
+
+FIT: dict[str, Any] = dict(FEW)
 
 ATTEMPTS = (
     "'[Errno -2] Name or service not known' thrown while requesting HEAD https://huggingface.co/x",
@@ -58,5 +61,5 @@ def test_a_text_that_cannot_be_fetched_is_an_error_with_its_reason_before_the_pl
     plans: list[object] = []
     message = f"text c4: cannot be read: Couldn't reach 'allenai/c4' on the Hub: {reason}, and the cache has no copy"
     with pytest.raises(OptionError, match=f"^{re.escape(message)}$"):
-        compress(base, tuned, tmp_path / "x.pxd", calibration="c4", show_plan=plans.append, **FEW)
+        compress(base, tuned, tmp_path / "x.pxd", calibration="c4", show_plan=plans.append, **FIT)
     assert not plans

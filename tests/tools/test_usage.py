@@ -81,6 +81,11 @@ def test_an_input_in_the_place_of_another_is_named(line: str, said: str, shown: 
     assert said in shown(line)[1]
 
 
+@pytest.mark.parametrize("line", ["inspect -", "apply base - -o x", "extract - -o x", "diff - a.pxd"])
+def test_a_dash_for_a_file_says_that_standard_input_is_not_read(line: str, shown: Shown) -> None:
+    assert "-: No such file or directory; standard input is not read" in " ".join(shown(line)[1].split())
+
+
 def test_an_update_whose_predecessor_is_missing_names_it(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     states = [

@@ -134,7 +134,10 @@ def chain_of(folder: Path) -> Way | None:
     if not files:
         return None
     if not anchors:
-        raise LiveModelError(f"{folder}: has updates but no anchor to begin with; use a new folder")
+        raise LiveModelError(
+            f"{folder}: has updates but no anchor to begin with, like a chain of `peraxis-tools update`; publish to a "
+            "new folder, where the first file is an anchor"
+        )
     steps = {file.step: file for file in files if not file.is_anchor}
     head = steps.get(anchors[-1].step, anchors[-1])
     updates: list[UpdateFile] = []
