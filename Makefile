@@ -21,8 +21,10 @@ help:
 	@echo 'make vllm         install vLLM beside; test-vllm, bench-vllm: its tests and figures'
 	@echo 'make clean        remove what the targets made'
 
+# Two files of tests at a time: `make test JOBS=4` for more.
+JOBS := 2
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # Under a minute on two cores: no training, no real data, no kernels to compile.
 QUICK := tests/format tests/test_architecture.py tests/test_map.py tests/test_packaging.py \
