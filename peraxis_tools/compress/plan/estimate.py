@@ -255,8 +255,8 @@ def _distillation(plan: Plan, options: CompressOptions, text: Text) -> StageWork
     )
     validated = options.held_out * text.distilled * (options.distill_epochs + 1)
     learned = (text.samples + text.generated + text.distilled) * options.distill_epochs
-    # A backward pass takes as long as two passes; the teacher's own pass is one.
-    tokens = (3.0 * learned + validated + text.samples + text.generated + text.distilled) * text.length
+    # A step's two passes, which keep and use a graph, take as long as four without one; the teacher's own is one.
+    tokens = (4.0 * learned + validated + text.samples + text.generated + text.distilled) * text.length
     return StageWork(
         name="distill",
         memory=max(text.value_bytes * _weights(plan) + logits, student),
