@@ -37,6 +37,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for tuned, delta in (("tuned", "delta.pxd"), ("other", "second.pxd")):
         done = run_bare("compress", "base", tuned, "-o", delta, "--fit", "none", cwd=folder)
         assert done.returncode == 0, done.stderr
+    (folder / "diff.pt").write_bytes(b"PK\x03\x04")
     return folder
 
 
@@ -85,7 +86,7 @@ def test_the_help_of_every_verb_needs_no_optional_package(verb: str) -> None:
         ("inspect delta.pxd --plot plot.png", "plot"),
         ("sign delta.pxd --private-key base/config.json", "sign"),
         ("convert delta.pxd --to lora -o adapter", "torch"),
-        ("convert base/config.json --base base -o out.pxd", "torch"),
+        ("convert diff.pt --base base -o out.pxd", "torch"),
         ("eval base tuned delta.pxd --text x=text.jsonl", "compress"),
         ("demo --folder demo", "compress"),
     ],

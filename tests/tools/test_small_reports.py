@@ -77,10 +77,12 @@ def test_a_dash_is_no_name_of_an_output(line: str, inputs: Path) -> None:
 def test_pull_makes_its_folder_and_leaves_none_behind_after_a_failure(inputs: Path) -> None:
     url = (inputs / "a.pxd").as_uri()
     with pytest.raises(peraxis.ToolError):
-        peraxis.pull(url, inputs / "new" / "deep", expect_content_id="sha256:0")
+        peraxis.pull(url, inputs / "new", expect_content_id="sha256:" + "0" * 64)
+    with pytest.raises(peraxis.ToolError, match="new: no such folder; make it first"):
+        peraxis.pull(url, inputs / "new" / "deep")
     assert not (inputs / "new").exists()
-    (pulled,) = peraxis.pull(url, inputs / "new" / "deep").files
-    assert pulled.path == inputs / "new" / "deep" / "a.pxd"
+    (pulled,) = peraxis.pull(url, inputs / "new").files
+    assert pulled.path == inputs / "new" / "a.pxd"
     assert pulled.path.is_file()
 
 
