@@ -101,6 +101,7 @@ def distill(
     to `work`.
     """
     splits = {"fit": samples, "held-out": validation if len(validation) else samples}
+    trim_heap()  # of the fit
     weights.fill_whole(teacher, weights.teacher)
     targets = TeacherLogits(teacher, work, options.logits_limit)
     targets.keep(splits, partial(progress, "the fine-tuned model's logits"))
