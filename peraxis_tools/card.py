@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CardDelta", "card_text", "missing_fields"]
 
+_FRONT_MATTER: Final = 1 << 20  # bytes: those of a model may list hundreds of results
 _SPECIAL: Final = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&:]|(?<=www)\.)")
 _REVISION: Final = re.compile(r"[\w.-]+(/[\w.-]+)*")
 _FRONT: Final = re.compile(
@@ -97,7 +98,7 @@ def _parse_card(content: str | None) -> ModelCard | None:
         return None
     try:
         if front := _FRONT.match(content):
-            check_yaml(front[2], "README.md: its front matter")
+            check_yaml(front[2], "README.md: its front matter", limit=_FRONT_MATTER)
         return ModelCard(content, ignore_metadata_errors=True)
     except ToolError:
         raise

@@ -18,10 +18,8 @@ __all__ = ["check_config_bounds"]
 
 _MOST: Final = 4096  # layers, and experts of one layer; the largest models have a few hundred
 _COUNTS: Final = re.compile(
-    r"(num|n)_(\w+_)?(layers?|blocks?|experts?|stages?)|(encoder|decoder|text|vision)_layers|num_\w+_layers|depth|layers"
+    r"(\w+_)?(num|n)_(\w+_)?(layers?|blocks?|experts?|stages?)|(encoder|decoder|text|vision)_layers|num_\w+_layers|depth|layers"
 )
-
-
 _IMPLEMENTATION: Final = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 
 

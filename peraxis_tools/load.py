@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import peraxis_format as pxd
-from peraxis_tools.checkpoint import open_checkpoint, parse_identity, refuse_swapped
+from peraxis_tools.checkpoint import open_checkpoint, parse_identity, refuse_swapped, with_revision
 from peraxis_tools.completeness import has_vocabulary, note_borrowed
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError, first_line
@@ -148,16 +148,23 @@ def _model_class(config: Any, label: str) -> Any:
     return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
-def load(delta: str | Path, base: str | Path | None = None, *, progress: Progress = None, **options: Any) -> Loaded:
+def load(
+    delta: str | Path,
+    base: str | Path | None = None,
+    *,
+    base_revision: str | None = None,
+    progress: Progress = None,
+    **options: Any,
+) -> Loaded:
     """Load the fine-tune of a delta. base: a folder or hub id, by default the one that the manifest names.
 
-    options are passed to `AutoModelForCausalLM.from_pretrained`. Raises PxdError, CheckpointError, ToolError.
+    options are passed to `load_model`. Raises PxdError, CheckpointError, ToolError.
     """
     if base is not None:
         refuse_swapped(base, delta)
     with local_copy(delta) as path:
         with pxd.open(path) as file:
-            where = _hub_id(file.manifest, delta) if base is None else base
+            where = with_revision(_hub_id(file.manifest, delta) if base is None else base, base_revision)
         model = load_model(where, path, progress=progress, **options)
         return Loaded(model, _load_tokenizer_of(path, where))
 

@@ -10,19 +10,19 @@ from peraxis_tools.optional import require
 
 __all__ = ["check_yaml", "read_mapping"]
 
-_SIZE: Final = 1 << 16  # of a file of options, or of the front matter of a model card
+_SIZE: Final = 1 << 16  # of a file of options
 _DEPTH: Final = 64  # of values in values: the time of the parser grows with its square
 
 
-def check_yaml(text: str, label: str) -> None:
-    """Raise OptionError for a text of more than 64 KiB, for one with references (`*name`), and for one of many levels.
+def check_yaml(text: str, label: str, *, limit: int = _SIZE) -> None:
+    """Raise OptionError for a text of more bytes than the limit, with references (`*name`), or of many levels.
 
     A few lines of references to references stand for any number of values. Raises yaml.YAMLError, ValueError,
     RecursionError for a text that is not YAML.
     """
     import yaml
 
-    _refuse_large(len(text), label)
+    _refuse_large(len(text.encode()), limit, label)
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
@@ -32,9 +32,9 @@ def check_yaml(text: str, label: str) -> None:
             raise OptionError(f"{label}: has values at more than {_DEPTH} levels; write it flatter")
 
 
-def _refuse_large(size: int, label: str) -> None:
-    if size > _SIZE:
-        raise OptionError(f"{label}: is larger than {_SIZE} bytes; shorten it")
+def _refuse_large(size: int, limit: int, label: str) -> None:
+    if size > limit:
+        raise OptionError(f"{label}: is larger than {limit} bytes; shorten it")
 
 
 def read_mapping(path: Path) -> dict[Any, Any]:
@@ -48,7 +48,7 @@ def read_mapping(path: Path) -> dict[Any, Any]:
 
     with open(path, "rb") as file:
         data = file.read(_SIZE + 1)
-    _refuse_large(len(data), str(path))
+    _refuse_large(len(data), _SIZE, str(path))
     try:
         text = data.decode("utf-8")
         check_yaml(text, str(path))

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from peraxis_tools.bars import Stages
+from peraxis_tools.checkpoint import is_delta
 from peraxis_tools.commands.options import (
     MASKS,
     SIZE,
@@ -17,6 +18,7 @@ from peraxis_tools.commands.options import (
     masks_option,
     overwrite_option,
     quiet_option,
+    refuse_given,
     threads_option,
 )
 from peraxis_tools.compress import CompressOptions, compress
@@ -155,6 +157,8 @@ def command(
 
     Example: peraxis-tools compress meta-llama/Llama-3.1-8B my/fine-tune -o delta.pxd --calibration c4
     """
+    if config is not None and given["recipe"] is not None and is_delta(config):
+        refuse_given("recipe", why=f"beside --config {config}, which has every option")
     values = read_options(config) if config is not None else {}
     if given["masks"] is not None:
         values.pop("bits", None)  # the former name, which a .pxd has

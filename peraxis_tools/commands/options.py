@@ -43,7 +43,8 @@ def refuse_given(*names: str, why: str) -> None:
     for parameter in context.command.params:
         name = parameter.name or ""
         if name in names and context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT):
-            raise ToolError(f"{parameter.opts[0]} does nothing {why}; leave it out")
+            option = "/".join((parameter.opts[0], *parameter.secondary_opts))
+            raise ToolError(f"{option} does nothing {why}; leave it out")
 
 
 def texts_by_domain(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:

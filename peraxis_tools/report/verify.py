@@ -18,8 +18,6 @@ _STYLES = {
     Status.ERROR: "[bold red]error[/]",
     Status.NOT_VERIFIABLE: "[bold yellow]not verifiable[/]",
 }
-
-
 # The option that asks for a check.
 _OPTIONS: Final = {"base": "--base", "signature": "--signature"}
 
@@ -32,7 +30,7 @@ def render_verify(report: VerifyResult, console: Console, *, quiet: bool = False
     failed = [verdict for verdict in report.files if verdict.status is not Status.PASSED]
     for verdict in failed if quiet else report.files:
         _verdict(verdict, console)
-    if len(report.files) == 1:
+    if len(report.files) == 1 or (quiet and not failed):
         return
     console.print(f"{len(report.files) - len(failed)} of {len(report.files)} verified")
     for verdict in [] if quiet else failed:

@@ -266,3 +266,18 @@ def test_the_shared_pair_is_compressed_and_rebuilt(shared: Path, tmp_path: Path)
     assert result.signed == 36
     apply(base, tmp_path / "s.pxd", tmp_path / "applied")
     assert os.listdir(tmp_path / "applied")
+
+
+@pytest.mark.parametrize("masks", ["auto", 1])
+def test_distillation_of_a_pair_whose_head_alone_differs_ends_well(
+    pair: tuple[Path, Path, Path], tmp_path: Path, masks: Any
+) -> None:
+    base, _, text = pair
+    head = load_file(base / "model.safetensors")["lm_head.weight"]
+    moved = head + 0.01 * torch.randn(head.shape, generator=torch.Generator().manual_seed(0)).to(head.dtype)
+    tuned = edited(tmp_path / "tuned", base, **{"lm_head.weight": moved})
+    path = tmp_path / "d.pxd"
+    compress(base, tuned, path, calibration=str(text), masks=masks, distill_samples=4, **FEW)
+    with pxd.open(path) as delta:
+        before, after = map(float, delta.manifest.metadata["peraxis.distillation"].split(": ")[1].split(" -> "))
+    assert after <= before

@@ -75,3 +75,14 @@ def test_a_teacher_is_freed_once_all_its_logits_are_kept_and_stays_beyond_the_li
     computed, stays, _ = losses(tmp_path / "none", kind="kl", limit=4 * VOCABULARY * LENGTH)  # one sample
     assert not any(parameter.is_meta for parameter in stays.model.parameters())
     assert kept.mean("held-out") == computed.mean("held-out")
+
+
+def test_a_head_is_trained_alone(tmp_path: Path) -> None:
+    found, _, student = losses(tmp_path, kind="kl")
+    for parameter in student.model.parameters():
+        parameter.requires_grad_(False)
+    head = student.model.get_output_embeddings().weight.requires_grad_(True)
+    found.backward("fit", [0, 1])
+    (expected,) = torch.autograd.grad(reference(student, ids(3)[[0, 1]], "kl"), [head])
+    assert head.grad is not None
+    torch.testing.assert_close(head.grad, expected, rtol=1e-4, atol=1e-6)

@@ -153,3 +153,27 @@ def test_the_graph_keeps_no_built_weight_and_gives_the_same_gradients() -> None:
     assert without.count(weight) <= 1  # the copy that the model made itself
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_experts_of_one_parameter_are_built_once_for_all_that_read_them() -> None:
+    covered = (4, 6, 16)
+    parametrization, built, trained = parametrized([component(Axis.ROW_COL, covered, 2)], covered, DType.BF16)
+    base, x = base_of(covered, DType.BF16), torch.randn(4, 3, 16)
+    parameters = [p for each in trained for p in each.parameters()]
+
+    def loss() -> Tensor:
+        return torch.stack([functional.linear(x[e], parametrization(base)[e]).square().sum() for e in range(4)]).sum()
+
+    builds, build = [], parametrization.build
+    parametrization.build = lambda value: (builds.append(1), build(value))[1]  # type: ignore[method-assign]
+    with built.forgotten():
+        found = torch.autograd.grad(loss(), parameters)
+    assert len(builds) == 1
+    plain = dense(base, trained)
+    rounded = plain + (parametrization(base) - plain).detach()
+    expected = torch.autograd.grad(torch.einsum("eod,end->eno", rounded, x).square().sum(), parameters)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    built.clear()
+    parametrization(base)
+    assert len(builds) == 2

@@ -14,7 +14,8 @@ The best state is returned; the state before the first step takes part, so the h
 one length without padding, so no token has to be excluded. There is no dropout, and only the order of the samples is
 random, so a run that is resumed after an epoch ends in the same bytes.
 
-Memory: the teacher's logits are computed first and kept in files, then the teacher is freed. The student is its base in
+Memory: the teacher's logits are computed first and kept in files, then the teacher is freed (it stays if they
+exceed the limit). The student is its base in
 the file's dtype, packed signs, and the activations of one sample on a CPU (a batch on another device, which wants large
 products, with the activations of one layer); weights are built where they are used (parametrization.py), and logits of
 some tokens at a time.
@@ -110,6 +111,9 @@ def distill(
     if student.device.type != "cpu":
         checkpoint_layers(student)
     losses = Losses(student=student, built=trained.built, targets=targets, splits=splits, kind=options.loss)
+    if not any(group.parameters for group in trained.groups(options)):  # every module is exact, or as in the base
+        loss = _validation_loss(trained, losses)
+        return DistillResult(modules=modules, before=loss, after=loss)
     batches = -(-len(samples) // options.batch_size)
     steps = options.epochs * batches
     training = Training(trained.groups(options), steps=steps)

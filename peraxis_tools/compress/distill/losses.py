@@ -68,6 +68,7 @@ class Losses:
 
     def backward(self, split: str, rows: Sequence[int]) -> None:
         """Add the gradients of the mean loss over the tokens of some samples of a split."""
+        self.built.clear()
         together = 1 if self.student.device.type == "cpu" else len(rows)
         for first in range(0, len(rows), together):
             some = rows[first : first + together]
@@ -81,11 +82,13 @@ class Losses:
                 with self.built.forgotten():
                     loss = self._sum(target[:, part], self.student.head(ids[:, part], given[:, part]))
                 (loss / (len(rows) * ids.shape[1])).backward()
-            states.backward(given.grad)
+            if states.requires_grad:  # otherwise the head alone is trained
+                states.backward(given.grad)
 
     @torch.no_grad()
     def mean(self, split: str) -> float:
         """The mean loss over all tokens of a split."""
+        self.built.clear()
         samples = self.splits[split]
         total = 0.0
         for row in range(len(samples)):

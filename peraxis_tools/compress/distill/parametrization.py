@@ -133,10 +133,30 @@ class BuiltWeights:
 
     def __init__(self) -> None:
         self._built: dict[int, tuple[weakref.ref[Tensor], DeltaParametrization, Tensor]] = {}
+        self._experts: list[tuple[DeltaParametrization, Tensor]] = []
 
     def add(self, weight: Tensor, builder: DeltaParametrization, base: Tensor) -> None:
         address = weight.untyped_storage().data_ptr()
-        self._built[address] = weakref.ref(weight, lambda _: self._built.pop(address, None)), builder, base
+
+        def gone(reference: weakref.ref[Tensor]) -> None:
+            if address in self._built and self._built[address][0] is reference:
+                del self._built[address]
+
+        self._built[address] = weakref.ref(weight, gone), builder, base
+
+    def build(self, builder: DeltaParametrization, base: Tensor) -> Tensor:
+        """The weight. The last two of experts in one parameter are kept, because a model reads them once an expert."""
+        if base.dim() != 3:
+            return builder.build(base)
+        for its, weight in self._experts:
+            if its is builder:
+                return weight.detach()
+        self._experts = [*self._experts[-1:], (builder, builder.build(base))]
+        return self._experts[-1][1].detach()
+
+    def clear(self) -> None:
+        """Forget the weights of experts: the scales have changed."""
+        self._experts = []
 
     @contextmanager
     def forgotten(self) -> Iterator[None]:
@@ -149,13 +169,15 @@ class BuiltWeights:
         if found is None or found[0]() is None:
             return saved
         _, builder, base = found
-        return _Forgotten(builder, base, tuple(saved.shape), saved.stride(), int(saved.storage_offset()))
+        view = tuple(saved.shape), saved.stride(), int(saved.storage_offset())
+        return _Forgotten(self, builder, base, *view)
 
 
 @dataclass(frozen=True, slots=True)
 class _Forgotten:
     """A view of a weight: the parametrization that builds it, and the view's shape, strides and offset."""
 
+    built: BuiltWeights
     builder: DeltaParametrization
     base: Tensor
     shape: tuple[int, ...]
@@ -167,7 +189,7 @@ class _Forgotten:
 def _unpack(saved: Tensor | _Forgotten) -> Tensor:
     if isinstance(saved, Tensor):
         return saved
-    return saved.builder.build(saved.base).as_strided(saved.shape, saved.stride, saved.offset)
+    return saved.built.build(saved.builder, saved.base).as_strided(saved.shape, saved.stride, saved.offset)
 
 
 class DeltaParametrization(nn.Module):
@@ -193,7 +215,7 @@ class DeltaParametrization(nn.Module):
         for component in self._each():
             row, col = component.factors()
             inputs += [row, col] if component.latent is None else [row, col, component.latent]
-        weight: Tensor = _Weight.apply(self, base, *inputs)  # type: ignore[no-untyped-call]
+        weight: Tensor = _Weight.apply(self, self._built, base, *inputs)  # type: ignore[no-untyped-call]
         self._built.add(weight, self, base)
         return weight
 
@@ -240,6 +262,8 @@ class DeltaParametrization(nn.Module):
             if component.latent is not None:
                 its.append(torch.zeros_like(component.latent))
         for e, matrix, components in self._matrices(gradient):
+            if gradient.dim() == 3 and not matrix.any():
+                continue  # the gradient is that of a product with another expert
             for k, component in components:
                 row, col = factors[k][0][e], factors[k][1][e]
                 for rows in _blocks(matrix):
@@ -264,13 +288,13 @@ class _Weight(torch.autograd.Function):
     """The weight of a parametrization, as a function of its scales and latents."""
 
     @staticmethod
-    def forward(ctx: Any, builder: DeltaParametrization, base: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, builder: DeltaParametrization, built: BuiltWeights, base: Tensor, *inputs: Tensor) -> Tensor:
         ctx.builder = builder
-        return builder.build(base)
+        return built.build(builder, base)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return None, None, *ctx.builder.gradients(gradient)
+        return None, None, None, *ctx.builder.gradients(gradient)
 
 
 class TrainedTensor(nn.Module):

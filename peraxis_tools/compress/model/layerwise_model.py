@@ -269,7 +269,7 @@ class LayerwiseModel:
         """
         samples, length = ids.shape
         head = self.model.get_output_embeddings()
-        vocabulary = self.model.config.vocab_size if head is None else head.weight.shape[0]
+        vocabulary = getattr(head, "out_features", None) or self.model.config.vocab_size
         count = -(-4 * samples * length * vocabulary // _LOGITS_BYTES) if states.shape[:-1] == ids.shape else 1
         step = -(-length // min(count, length))
         return [slice(first, first + step) for first in range(0, length, step)]

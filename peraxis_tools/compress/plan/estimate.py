@@ -253,10 +253,15 @@ def _distillation(plan: Plan, options: CompressOptions, text: Text) -> StageWork
         + _some_logits(plan, text)
         + 3 * _FLOAT * max(map(_values, signed), default=0)
     )
+    every = text.samples + text.generated + text.distilled
     validated = options.held_out * text.distilled * (options.distill_epochs + 1)
-    learned = (text.samples + text.generated + text.distilled) * options.distill_epochs
+    learned = every * options.distill_epochs
+    # The share of samples whose logits the teacher computes anew each time; then it stays beside the student.
+    anew = max(0.0, 1 - options.logits_limit / max(1, logits * every))
+    if anew > 0:
+        student += text.value_bytes * _weights(plan)
     # A step's two passes, which keep and use a graph, take as long as four without one; the teacher's own is one.
-    tokens = (4.0 * learned + validated + text.samples + text.generated + text.distilled) * text.length
+    tokens = (4.0 * learned + validated + every + anew * (learned + validated)) * text.length
     return StageWork(
         name="distill",
         memory=max(text.value_bytes * _weights(plan) + logits, student),
