@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -184,12 +185,14 @@ def test_a_rank_that_is_killed_ends_requests_with_an_error_and_the_server_with_a
         after = ask(server, "base")
         assert before[0] == after[0] == 200
         assert before != after
-        body = {"model": "base", "prompt": PROMPTS[0], "max_tokens": 200, "temperature": 0, "ignore_eos": True}
-        events = server.stream("/v1/completions", body)
-        next(events)
         killed, *_ = [number for number, command in family_of(server).items() if "Worker" in command]
+        body = {"model": "base", "prompt": PROMPTS[0], "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+        streams = [server.stream("/v1/completions", body) for _ in range(8)]
+        for events in streams:
+            next(events)
         os.kill(killed, signal.SIGKILL)
-        assert any("error" in event for event in events)
+        # On a busy machine the first requests may have ended before.
+        assert any("error" in event for event in itertools.chain(*streams))
         try:
             status, answer = server.post("/v1/peraxis/use", {"variant": None})
             assert (status, "start the server again" in answer["error"]) == (503, True)
