@@ -253,6 +253,7 @@ def test_a_forward_sees_one_variant_from_its_first_to_its_last_layer(tmp_path: P
         while swaps < 60 or (len(seen) < 3 and time.monotonic() < deadline):
             live.use(chooser.choice([None, "0", "1", "2"]))
             swaps += 1
+            time.sleep(0.001)  # otherwise this thread may take the lock again before another one wakes up
         stop.set()
         for thread in threads:
             thread.join()

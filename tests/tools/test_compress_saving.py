@@ -44,7 +44,7 @@ def test_a_checkpoint_so_small_that_the_header_eats_the_saving_is_refused_before
     with caplog.at_level(logging.WARNING, "peraxis"):
         result = compress(base, tuned, tmp_path / "d.pxd", force=True, show_plan=plans.append, **options)
     assert result.size == plans[0].file_bytes
-    assert [record.getMessage().count("would take") for record in caplog.records] == [1]
+    assert sum("would take" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_what_is_written_is_held_to_the_same(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_verify_holds_results_to_their_digests(pair: tuple[Path, Path, Tensors],
     base, tuned, _ = pair
     path = compress(base, tuned, tmp_path / "a.pxd", exact=EVERYTHING).path
     verify(path, base=base)
-    done = CliRunner().invoke(cli, ["verify", str(path), "--base", str(base), "--quiet"])
+    done = CliRunner().invoke(cli, ["verify", str(path), "--base", str(base)])
     assert done.exit_code == 0
     assert "3 exact updates have the right results" in done.output
     bad = tmp_path / "bad.pxd"
