@@ -131,7 +131,7 @@ def test_a_killed_run_leaves_nothing_under_the_final_name(verb: str, pair: tuple
     whole = time.monotonic() - begin
     rng = random.Random(5)
     killed = 0
-    for _ in range(5):
+    for _ in range(20):
         if target.is_dir():
             subprocess.run(["rm", "-r", str(target)], check=True)
         else:
@@ -139,7 +139,10 @@ def test_a_killed_run_leaves_nothing_under_the_final_name(verb: str, pair: tuple
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(whole * rng.uniform(0.5, 0.98))
         process.kill()
-        killed += process.wait() == -signal.SIGKILL
+        if process.wait() == -signal.SIGKILL:
+            killed += 1
+        else:
+            whole *= 0.8  # the machine had more to do when the time was taken
         if target.exists():
             if verb == "compress":
                 with pxd.open(target) as file:
@@ -147,5 +150,7 @@ def test_a_killed_run_leaves_nothing_under_the_final_name(verb: str, pair: tuple
             else:
                 assert (target / "config.json").exists()
                 assert len(pxd.Safetensors.open(target)) == 24
+        if killed == 5:
+            break
     assert killed > 0
     assert os.path.exists(base)

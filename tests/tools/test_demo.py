@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from peraxis_tools.cli import cli
 from peraxis_tools.demo import DemoStep, demo
 from peraxis_tools.pair import PairSize
-from peraxis_tools.report import plain_text
+from peraxis_tools.report.console import plain_text
 from peraxis_tools.report.demo import render_step
 
 pytestmark = pytest.mark.slow

@@ -57,7 +57,7 @@ def test_an_ordinary_configuration_is_read_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("front", "said"), [(BOMB, r"has a reference"), ("a: " + "x" * 70000, "is larger than 65536 bytes")]
+    ("front", "said"), [(BOMB, r"has a reference"), ("a: " + "x" * 1_100_000, "is larger than 1048576 bytes")]
 )
 @pytest.mark.parametrize("line", ["\n", "\r\n"])
 def test_the_front_matter_of_a_card_is_bounded_too(front: str, said: str, line: str) -> None:
