@@ -168,9 +168,11 @@ def _verdict(file: str, run: _Run) -> FileVerdict:
     checks: list[Check] = []
     content_id, size = None, None
     unchecked: tuple[str, ...] = ()
+    opened: Path | None = None
     name = "structure"
     try:
         with run.open_file(file) as path, pxd.open(path) as delta:
+            opened = path
             content_id, size = delta.content_id, delta.size
             unchecked = _unchecked(path, delta, run.wanted)
             for name, check in _checks(path, delta, run):
@@ -178,7 +180,7 @@ def _verdict(file: str, run: _Run) -> FileVerdict:
     except (pxd.PxdError, pxd.CheckpointError, ToolError, OSError) as error:
         if not run.keep_going:
             raise
-        checks.append(_failed(name, error))
+        checks.append(_failed(name, error, opened))
     return FileVerdict(
         file=without_secrets(file),
         status=_gravest(check.status for check in checks),
@@ -267,18 +269,21 @@ def _signature(path: Path, wanted: Signature, progress: ProgressOf) -> str:
     return "signed with this key" if wanted.public_key else "signed under this certificate"
 
 
-def _failed(name: str, error: Exception) -> Check:
+def _failed(name: str, error: Exception, opened: Path | None) -> Check:
+    """The check that failed. opened: the file; the error may be that of an update before it."""
     status = {1: Status.FAILED, 2: Status.ERROR, 3: Status.NOT_VERIFIABLE}[getattr(error, "exit_status", 2)]
     if isinstance(error, pxd.PxdError):
         meaning = pxd.CODES[error.code].meaning
+        message = f"{meaning}: {error.detail}" if error.detail else meaning
+        before = opened is not None and error.file is not None and Path(error.file).resolve() != opened.resolve()
         return Check(
             name=name,
             status=status,
-            message=f"{meaning}: {error.detail}" if error.detail else meaning,
+            message=f"after {error.file}, which failed: {message}" if before else message,
             code=error.code,
             clause=error.clause,
-            field=error.field,
-            offset=error.offset,
+            field=None if before else error.field,
+            offset=None if before else error.offset,
             remedy=error.remedy,
         )
     return Check(name=name, status=status, message=error_line(error))

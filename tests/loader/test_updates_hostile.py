@@ -13,7 +13,7 @@ import pytest
 
 import peraxis_format as pxd
 from peraxis_format.errors import LiveModelError
-from peraxis_format.torch.updates import UpdateWriter, apply_update, follow, mirror
+from peraxis_format.torch.updates import ShardedUpdateWriter, UpdateWriter, apply_update, follow, mirror
 from tests.loader.updates_pair import published, server, train, trainer
 
 
@@ -153,3 +153,37 @@ def test_a_trainer_refuses_a_folder_whose_files_are_no_chain_of_its_model(tmp_pa
     rewritten(step, tmp_path / "b" / "anchor-00000000.pxd")
     with pytest.raises(LiveModelError, match=r"anchor-00000000.pxd: .* has a base, so this is no anchor"):
         UpdateWriter(model, tmp_path / "b")
+
+
+def test_a_trainer_that_cannot_recover_does_not_begin_a_second_chain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = trainer()
+    writer = UpdateWriter(model, tmp_path)
+    writer.step()
+    train(model, 1)
+    with monkeypatch.context() as broken:
+        broken.setattr(UpdateWriter, "_step", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            writer.step()
+    (anchor,) = tmp_path.iterdir()
+    data = bytearray(anchor.read_bytes())
+    data[-1] ^= 1
+    anchor.write_bytes(data)
+    with pytest.raises(pxd.PxdError):
+        writer.step()
+    anchor.unlink()
+    for _ in range(2):
+        with pytest.raises(LiveModelError, match="has no chain any more"):
+            writer.step()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_without_a_group_publishes_with_a_sharded_writer(tmp_path: Path) -> None:
+    model, live = trainer(), server()
+    writer = ShardedUpdateWriter(model, tmp_path)
+    writer.step()
+    train(model, 1)
+    writer.step()
+    follow(live, tmp_path).poll()
+    assert published(live) == published(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -158,6 +159,26 @@ def test_the_updates_of_tied_tensors_are_verified(tmp_path: Path) -> None:
         assert first.manifest.tied
     code, said = verify(tmp_path, "chain", base="0")
     assert (code, said[-15:]) == (0, "3 of 3 verified")
+
+
+def test_an_update_after_a_damaged_one_names_that_one_and_not_its_place(tmp_path: Path) -> None:
+    states = [start()]
+    for seed in (1, 2, 3):
+        states.append(stepped(states[-1], seed, wild=0))
+    for i, state in enumerate(states):
+        write_checkpoint(tmp_path / f"{i}", state)
+    publish(tmp_path, 3)
+    second = tmp_path / "chain" / "2.pxd"
+    data = bytearray(second.read_bytes())
+    data[-1] ^= 1
+    second.write_bytes(data)
+    found = peraxis.verify(tmp_path / "chain", base=tmp_path / "0", keep_going=True)
+    checks = [verdict.checks[-1] for verdict in found.files]
+    assert [check.code for check in checks] == [None, "E301", "E301"]
+    assert checks[1].offset is not None
+    assert (checks[2].field, checks[2].offset) == (None, None)
+    assert checks[2].message is not None
+    assert re.match(r"after .*2\.pxd, which failed: ", checks[2].message)
 
 
 def publish(folder: Path, count: int) -> None:

@@ -21,7 +21,7 @@ _BLOCK_ELEMENTS = 1 << 18  # 1 MiB of binary32: a block and its temporaries stay
 
 
 def _term(component: ComponentFactors, rows: slice) -> NDArray[np.float32]:
-    """The _term of SPEC 5.3 for a block of rows: binary32 [rows, d_in]."""
+    """The term of SPEC 5.3 for a block of rows: binary32 [rows, d_in]."""
     size = component.row[rows, None] if component.plain else component.row[rows, None] * component.col
     # b = -1 flips the sign bit of the scale, which is set only where a merge has folded in a negative weight.
     flipped = (~unpack_signs(component.mask[rows], len(component.col))).astype(np.uint32)

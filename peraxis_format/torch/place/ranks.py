@@ -54,6 +54,8 @@ class Ranks:
 
     def gather(self, value: Any, *, on: int) -> list[Any]:
         """The value of each rank, on one rank; an empty list on the others."""
+        if self.count == 1:
+            return [value]
         out: list[Any] | None = [None] * self.count if self.rank == on else None
         distributed.gather_object(value, out, dst=self.world(on), group=self.group)
         return out or []

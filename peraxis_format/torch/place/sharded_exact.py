@@ -38,14 +38,13 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class FirstError:
     """A context that keeps the first error of this rank, which goes on because others wait for its pieces."""
 
-    error: Exception | None = None
+    error: BaseException | None = None
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> bool:
-        if isinstance(error, Exception):
-            self.error = self.error or error
-        return error is None or isinstance(error, Exception)
+        self.error = self.error or error
+        return True
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -275,6 +275,8 @@ class Follower:
             with together(self._group, sharded=pieces):
                 with DeltaFile(self._here(file)) as delta:
                     manifest = delta.manifest
+                if delta.content_id != file.content_id:  # ranks that read different files would wait for each other
+                    raise LiveModelError(f"{file.path}: was replaced after the folder was listed")
                 placement = place(self._target, manifest, shards=self._shards)
         except (PxdError, LiveModelError, OSError):
             return False

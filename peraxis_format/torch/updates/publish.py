@@ -103,9 +103,10 @@ class UpdateWriter:
     def step(self) -> Published:
         """Publish the present parameters. The first call in a folder writes an anchor, later ones write updates.
 
-        Raises FileExistsError if another process publishes into the folder, OSError; nothing is published then. If only
-        the anchor of the step cannot be written, that is raised too, and the step is published: see `step_number`.
-        After an interrupt the next step first reads from the folder what was published.
+        Raises FileExistsError if another process publishes into the folder, OSError; nothing is published then, unless
+        a store took the file and did not answer. If only the anchor of the step cannot be written, that is raised too,
+        and the step is published: see `step_number`. After an interrupt, and after such a store, the next step first
+        reads what was published.
         """
         self._recover()
         try:
@@ -302,7 +303,11 @@ class UpdateWriter:
         """After a step that was broken off, read the published state again. Raises LiveModelError if it is gone."""
         if self._is_broken_off():
             before, self._head = self._head, None
-            self._restore()
+            try:
+                self._restore()
+            except BaseException:
+                self._head, self._broken_off = before, True
+                raise
             if self._head is None and before is not None:
                 self._head = before
                 raise LiveModelError(f"{self.folder}: has no chain any more; publish to a new folder")

@@ -201,11 +201,12 @@ class ShardedUpdateWriter(UpdateWriter):
 
     def _on_first(self, job: Any) -> Any:
         """Run a job on rank 0. Every rank returns its result or raises its error."""
-        failure, result = None, None
+        failure: BaseException | None = None
+        result = None
         if self._ranks.rank == 0:
             try:
                 result = job()
-            except Exception as error:
+            except BaseException as error:  # an interrupt too: `agree` raises it again on every rank
                 failure = error
         agree(failure, self._ranks.group)
         return self._ranks.broadcast(result, rank=0)
