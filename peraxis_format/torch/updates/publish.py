@@ -104,17 +104,14 @@ class UpdateWriter:
         """Publish the present parameters. The first call in a folder writes an anchor, later ones write updates.
 
         Raises FileExistsError if another process publishes into the folder, OSError; nothing is published then, unless
-        a store took the file and did not answer. If only the anchor of the step cannot be written, that is raised too,
-        and the step is published: see `step_number`. After an interrupt, and after such a store, the next step first
-        reads what was published.
+        a store took the file without an answer, or only the anchor of the step cannot be written: see `step_number`.
+        After an interrupt, and after such a store, the next step first reads what was published.
         """
         self._recover()
         try:
             return self._step()
-        except Exception:
-            raise  # nothing was published, or `_broken_off` is set
-        except BaseException:
-            self._broken_off = True
+        except BaseException as error:  # after an Exception nothing was published, or `_broken_off` is set
+            self._broken_off = self._broken_off or not isinstance(error, Exception)
             raise
 
     def _step(self) -> Published:
