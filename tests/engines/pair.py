@@ -107,6 +107,7 @@ def make_chain(folder: Path, base: Path, *, steps: int) -> dict[str, str]:
     chain: the folder with anchor-00000000.pxd, step-00000001.pxd, ...; step1, step2, ...: ordinary checkpoints.
     """
     live = load_file(base / "model.safetensors")
+    folder.mkdir(parents=True, exist_ok=True)
     writer = UpdateWriter(live, folder / "chain")
     writer.step()
     paths = {"chain": str(folder / "chain")}

@@ -1,11 +1,16 @@
-"""The benchmarks' judgement of answers, without an engine."""
+"""The benchmarks' inputs and judgement of answers, without an engine."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from safetensors.torch import load_file
 
 from benchmarks.vllm_load import counted, possible, verdict
 from benchmarks.vllm_memory import report
+from benchmarks.vllm_walkthrough import STATES, applied_chain
+from tests.engines.pair import make_base
 
 BATCH = [[5, 6, 7], [-0.5, -1.0, -0.25]]
 ALONE = [[5, 6, 8], [-0.5, -1.0625, -0.3]]
@@ -41,3 +46,17 @@ def test_the_memory_of_variants_is_counted_by_files_by_tensors_and_by_growth() -
     found = {"weights": 100, "variants": [10] * 5, "one": 1000, "every": 1048, "answered": 1050}
     lines = report(found, [14] * 5).splitlines()
     assert [line.partition("times")[0].split()[-1] for line in lines[1:]] == ["1.70", "1.50", "1.60"]
+
+
+def test_the_walkthrough_makes_a_chain_and_applies_it(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tied=False)
+    paths = applied_chain(tmp_path, str(base))
+    assert sorted(path.name for path in Path(paths["chain"]).iterdir() if path.suffix == ".pxd") == [
+        "anchor-00000000.pxd",
+        "step-00000001.pxd",
+        "step-00000002.pxd",
+    ]
+    for name in STATES:
+        applied = load_file(f"{paths[name]}/model.safetensors")
+        trained = load_file(tmp_path / "trainer" / name / "model.safetensors")
+        assert all(bool((applied[key] == tensor).all()) for key, tensor in trained.items())

@@ -65,27 +65,16 @@ def test_actions_are_measured_in_turns(harness: Any) -> None:
     ("script", "options"),
     [
         ("apply_cpu.py", ["--rows", "128", "--columns", "256"]),
-        ("load.py", ["--preset", "tiny"]),
-        ("undo.py", ["--preset", "tiny"]),
-        ("serve.py", ["--preset", "tiny", "--variants", "1", "2", "--prompt", "8"]),
+        ("load.py", ["--preset", "tiny", "--device", "cpu"]),
+        ("undo.py", ["--preset", "tiny", "--device", "cpu"]),
+        ("serve.py", ["--preset", "tiny", "--variants", "1", "2", "--prompt", "8", "--device", "cpu"]),
+        ("updates.py", ["--weights", "65536"]),
     ],
 )
 def test_every_benchmark_runs_small_and_writes_json(script: str, options: list[str], tmp_path: Path) -> None:
     pytest.importorskip("numba")
     target = tmp_path / "out.json"
-    command = [
-        sys.executable,
-        str(FOLDER / script),
-        *options,
-        "--repeat",
-        "2",
-        "--json",
-        str(target),
-        "--device",
-        "cpu",
-    ]
-    if script == "apply_cpu.py":
-        command = command[:-2]
+    command = [sys.executable, str(FOLDER / script), *options, "--repeat", "2", "--json", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     document = json.loads(target.read_text())
