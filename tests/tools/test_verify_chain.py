@@ -112,7 +112,8 @@ def test_each_update_of_a_long_chain_is_decoded_once(tmp_path: Path, monkeypatch
 
 def test_both_updates_of_a_fork_and_a_chain_after_one_are_verified(folder: Path) -> None:
     after = [folder / "chain" / "1.pxd"]
-    peraxis.update(folder / "base", folder / "other", folder / "chain" / "fork.pxd", after=after)
+    peraxis.update(folder / "base", folder / "other", folder / "fork.pxd", after=after)
+    (folder / "fork.pxd").rename(folder / "chain" / "fork.pxd")
     peraxis.update(
         folder / "base", folder / "two", folder / "chain" / "back.pxd", after=[*after, folder / "chain" / "fork.pxd"]
     )
