@@ -31,6 +31,7 @@ __all__ = [
     "fail",
     "first_line",
     "located",
+    "previous_advice",
 ]
 
 _FETCH = "fetch the file again from its publisher"
@@ -157,6 +158,11 @@ def base_advice(name: str, revision: str | None) -> str:
     """A remedy for another base than that of a delta: its name, and its revision if it is on the hub."""
     at = f" at revision {revision}" if revision else ""
     return f"the delta was made for {name}{at}: pass that checkpoint as the base"
+
+
+def previous_advice(content_id: str, named: str = "") -> str:
+    """A remedy for a missing update before this one. named: where it is, in parentheses."""
+    return f"it follows update {content_id}{named}: pass that one too, or its result as the base"
 
 
 class ContainerError(PxdError):

@@ -70,7 +70,7 @@ def open_chain(base: Checkpoint, updates: Sequence[str | Path]) -> Iterator[tupl
         with contextlib.ExitStack() as stack:
             files = stack.enter_context(opened_all([link.path for link in ordered]))
             if files:
-                stack.enter_context(predecessor_named(files[0]))
+                stack.enter_context(predecessor_named(*files))
             yield ChainState(base.tensors, files), ordered
 
 
