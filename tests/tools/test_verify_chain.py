@@ -14,6 +14,7 @@ from click.testing import CliRunner
 import peraxis
 import peraxis_format as pxd
 from peraxis_tools.cli import cli
+from peraxis_tools.verify_files import Status
 from tests.factories import write_checkpoint
 from tests.tools.test_chain import start, stepped
 
@@ -108,6 +109,23 @@ def test_each_update_of_a_long_chain_is_decoded_once(tmp_path: Path, monkeypatch
     assert said.count("3 exact updates have the right results") == 8
     assert (len(loads), set(loads.values())) == (8 * 3, {1})
     assert (len(hashed), set(hashed.values())) == (len(state), {1})
+
+
+def test_only_the_tensors_that_the_chain_changes_are_read_from_the_base(
+    five: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, found = pxd.Safetensors.read, Counter[str]()
+
+    def counted(self: pxd.Safetensors, name: str) -> pxd.Array:
+        found[name] += 1
+        return read(self, name)
+
+    monkeypatch.setattr(pxd.Safetensors, "read", counted)
+    assert peraxis.verify(five / "chain", base=five / "0").status is Status.PASSED
+    with pxd.open(five / "chain" / "1.pxd") as file:
+        changed = [entry.name for entry in file.manifest.modules if entry.encoding is pxd.Encoding.EXACT]
+        assert len(changed) < len(file.manifest.modules)
+    assert found == Counter(changed)
 
 
 def test_both_updates_of_a_fork_and_a_chain_after_one_are_verified(folder: Path) -> None:
