@@ -26,6 +26,7 @@ __all__ = [
     "ProfileError",
     "PxdError",
     "ShapeError",
+    "TornError",
     "UnsupportedError",
     "base_advice",
     "fail",
@@ -211,6 +212,10 @@ class LiveModelError(Exception):
     """A live model (or state dict) cannot take a delta; the message says where and what to do."""
 
     exit_status: ClassVar[int] = 2
+
+
+class TornError(LiveModelError):
+    """Weights of a live model were written in part, and could be neither finished nor reverted."""
 
 
 class DeviceError(LiveModelError):

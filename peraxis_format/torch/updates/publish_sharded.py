@@ -25,8 +25,7 @@ from peraxis_format.errors import LiveModelError
 from peraxis_format.exact import lossless_module
 from peraxis_format.torch.place.finder import local_part
 from peraxis_format.torch.place.pieces import Layout, flat_indices
-from peraxis_format.torch.place.ranks import Ranks, agree, together
-from peraxis_format.torch.place.sharded_exact import FirstError
+from peraxis_format.torch.place.ranks import FirstError, Ranks, agree, together
 from peraxis_format.torch.place.shards import Box, slices, whole
 from peraxis_format.torch.updates.live import live_tensors
 from peraxis_format.torch.updates.mirror import Mirror, is_url
@@ -136,8 +135,9 @@ class ShardedUpdateWriter(UpdateWriter):
         if self._head is None:
             shapes = {name: tuple(tensor.shape) for name, tensor in live.items()}
             known = self._ranks.all_gather((shapes, dtypes, tied, boxes))
-            check_ranks([each[:3] for each in known])
-            self._layouts = {n: covered(n, Layout.of(shapes[n], [each[3][n] for each in known])) for n in shapes}
+            with self._together():
+                check_ranks([each[:3] for each in known])
+                self._layouts = {n: covered(n, Layout.of(shapes[n], [each[3][n] for each in known])) for n in shapes}
             self._boxes, self._dtypes = boxes, dtypes
         return {name: part.view for name, part in found.items()}, tied
 
