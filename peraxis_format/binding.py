@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from peraxis_format.arguments import check_least
 from peraxis_format.checkpoint import Safetensors, TensorInfo
 from peraxis_format.dtypes import Array, digest_of
-from peraxis_format.errors import BindingError, base_advice, fail
+from peraxis_format.errors import BindingError, base_advice, fail, previous_advice
 from peraxis_format.manifest import Manifest, ModuleEntry
 
 __all__ = [
@@ -84,6 +84,6 @@ def name_base(error: BaseException | None, manifest: Manifest, file: str | os.Pa
     if not isinstance(error, BindingError) or error.advice is not None or error.file not in (None, os.fspath(file)):
         return
     if manifest.previous is not None:
-        error.advice = f"it follows update {manifest.previous}: pass that one too, or its result as the base"
+        error.advice = previous_advice(manifest.previous)
     else:
         error.advice = base_advice(manifest.base.id, manifest.base.revision)

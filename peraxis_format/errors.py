@@ -26,11 +26,13 @@ __all__ = [
     "ProfileError",
     "PxdError",
     "ShapeError",
+    "TornError",
     "UnsupportedError",
     "base_advice",
     "fail",
     "first_line",
     "located",
+    "previous_advice",
 ]
 
 _FETCH = "fetch the file again from its publisher"
@@ -159,6 +161,11 @@ def base_advice(name: str, revision: str | None) -> str:
     return f"the delta was made for {name}{at}: pass that checkpoint as the base"
 
 
+def previous_advice(content_id: str, named: str = "") -> str:
+    """A remedy for a missing update before this one. named: where it is, in parentheses."""
+    return f"it follows update {content_id}{named}: pass that one too, or its result as the base"
+
+
 class ContainerError(PxdError):
     """E1xx: the bytes are not a well-formed container."""
 
@@ -205,6 +212,10 @@ class LiveModelError(Exception):
     """A live model (or state dict) cannot take a delta; the message says where and what to do."""
 
     exit_status: ClassVar[int] = 2
+
+
+class TornError(LiveModelError):
+    """Weights of a live model were written in part, and could be neither finished nor reverted."""
 
 
 class DeviceError(LiveModelError):

@@ -48,7 +48,8 @@ class DeltaWriter:
     """Writes one PXD file. A context manager; without `finish` no file appears under `path`.
 
     Modules are written in the order of `add`, which must be the execution order (SPEC 3.7). Equal calls give equal
-    bytes. size: the size of the file in bytes, after `finish`.
+    bytes. size: the size of the file in bytes, after `finish`. content_id: that of the file, from the moment that
+    `finish` begins to write it.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class DeltaWriter:
         """
         self.path = Path(path)
         self.size = 0
+        self.content_id: str | None = None
         self._overwrite = overwrite
         self._base = base
         self._fine_tuned = fine_tuned
@@ -163,6 +165,7 @@ class DeltaWriter:
         # SPEC 11.2: checked as a reader would, because a caller's metadata can contain anything.
         check_manifest(parse_manifest(text))
         header = header_bytes(text, layout(manifest.modules, [size for _, size in self._assets]))
+        self.content_id = manifest.content_id
         with atomic_file(self.path, overwrite=self._overwrite) as file:
             file.write(header)
             self._spool.flush()

@@ -128,7 +128,7 @@ def _opened(deltas: Sequence[str | Path], base: Checkpoint) -> Iterator[tuple[px
                     f"{path}: is a delta and not an update of a chain, so it is applied alone; "
                     "to add several deltas up, use merge"
                 )
-    with opened_all([link.path for link in chain_order(map(link_of, deltas))]) as files, predecessor_named(files[0]):
+    with opened_all([link.path for link in chain_order(map(link_of, deltas))]) as files, predecessor_named(*files):
         yield files[-1], Checkpoint(ChainState(base.tensors, files[:-1]), base.identity, base.folder)
 
 

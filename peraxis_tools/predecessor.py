@@ -1,37 +1,55 @@
-"""Name the update before one whose base does not match, because that one may be missing."""
+"""Remedies for an update on another base: which update fails, and which one is missing before it."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import peraxis_format as pxd
-from peraxis_format.errors import base_advice
+from peraxis_format.errors import base_advice, previous_advice
 
-__all__ = ["predecessor_named"]
+__all__ = ["advise", "predecessor_named"]
+
+# The base of an exact tensor is checked before its result.
+_WRONG_RESULT: Final = "its base is right: fetch it again, or if the publisher's is the same, write it again"
 
 
 @contextlib.contextmanager
-def predecessor_named(first: pxd.DeltaFile, *, given: bool = False) -> Iterator[None]:
-    """Make the remedy of a BindingError name the update that `first` follows, unless it was given, or else the base."""
+def predecessor_named(*files: pxd.DeltaFile) -> Iterator[None]:
+    """Give a BindingError the remedy for the file that has it. files: a chain, in order; those before it are given."""
     try:
         yield
     except pxd.BindingError as error:
-        before = first.manifest.previous
-        if before is None or given:
-            error.advice = base_advice(first.manifest.base.id, first.manifest.base.revision)
-        else:
-            beside = _file_of(before, first.path.parent)
-            named = "" if beside is None else f" ({beside})"
-            error.advice = f"it follows update {before}{named}: pass that one too, or its result as the base"
+        at = next((i for i, file in enumerate(files) if error.file == str(file.path)), 0)
+        advise(error, files[at], given=files[at - 1].path if at else None)
         raise
 
 
-def _file_of(content_id: str, folder: Path) -> Path | None:
-    """The update with this content ID among the files of a folder; None if there is none."""
+def advise(error: pxd.PxdError, file: pxd.DeltaFile, *, given: Path | None = None) -> None:
+    """Set the remedy of an error of an update, if it is a BindingError. given: the update before it, if it is known."""
+    if not isinstance(error, pxd.BindingError):
+        return
+    previous = file.manifest.previous
+    if error.code == "E405":
+        error.advice = _WRONG_RESULT
+    elif given is not None:
+        error.advice = f"it was not made on the result of {given}: write it again with `update --after`"
+    elif previous is None:
+        error.advice = base_advice(file.manifest.base.id, file.manifest.base.revision)
+    else:
+        error.advice = previous_advice(previous, _named(previous, file.path.parent))
+
+
+def _named(content_id: str, folder: Path) -> str:
+    """The file with this content ID in a folder, in parentheses, or else one that cannot be read."""
+    unreadable: Path | None = None
     for path in sorted(folder.glob("*.pxd")):
-        with contextlib.suppress(pxd.PxdError, OSError), pxd.open(path) as file:
-            if file.content_id == content_id:
-                return path
-    return None
+        try:
+            with pxd.open(path) as file:
+                if file.content_id == content_id:
+                    return f" ({path})"
+        except (pxd.PxdError, OSError):
+            unreadable = unreadable or path
+    return "" if unreadable is None else f" (perhaps {unreadable}, which cannot be read)"

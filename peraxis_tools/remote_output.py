@@ -15,12 +15,13 @@ from peraxis_format.create_remote import create_remote, replace_remote
 from peraxis_format.hub import hub_name
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import scratch_folder
+from peraxis_tools.http_reads import is_http
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import Inputs, claim_delta, made_folder
 from peraxis_tools.remote import hub_form, is_remote, patience, readable
 from peraxis_tools.urls import file_of, without_secrets
 
-__all__ = ["output_file", "refuse_replaced_url"]
+__all__ = ["names_beside", "output_file", "refuse_replaced_url"]
 
 
 @contextlib.contextmanager
@@ -61,6 +62,24 @@ def refuse_replaced_url(output: str | Path, inputs: Inputs) -> None:
             continue
         if (is_remote(source) or hub_name(source) is not None) and _identity(str(source)) == wanted:
             raise ToolError(f"{without_secrets(str(output))}: is an input of this run; choose another output")
+
+
+def names_beside(url: str) -> list[str]:
+    """The URLs of every .pxd in the folder of an output's URL; none if there is no such folder, or over HTTP.
+
+    Raises ToolError if the store cannot be read, MissingPackageError.
+    """
+    if is_http(url):
+        return []
+    system, path = _place(url)
+    folder = path.rpartition("/")[0]
+    with readable(url):
+        system.invalidate_cache()
+        try:
+            names = system.ls(folder, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return [system.unstrip_protocol(name) for name in sorted(names) if name.endswith(".pxd")]
 
 
 def _identity(url: str) -> tuple[frozenset[str], str]:

@@ -284,6 +284,6 @@ def _failed(name: str, error: Exception, opened: Path | None) -> Check:
             clause=error.clause,
             field=None if before else error.field,
             offset=None if before else error.offset,
-            remedy=error.remedy,
+            remedy=f"{error.file}: {error.remedy}" if before else error.remedy,
         )
     return Check(name=name, status=status, message=error_line(error))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import peraxis_format as pxd
+from peraxis_format.errors import located
 from peraxis_tools.chain.opened import opened_all
 from peraxis_tools.chain.order import Link
 from peraxis_tools.chain.predecessors import Predecessors
@@ -16,7 +17,7 @@ from peraxis_tools.chain.rolling import Node, below, check_states
 from peraxis_tools.chain.state import ChainState, StateNames
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.parallel import ordered_map
-from peraxis_tools.predecessor import predecessor_named
+from peraxis_tools.predecessor import advise, predecessor_named
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.unpacked import check_results
 
@@ -61,15 +62,15 @@ class BaseChecks:
         if delta.content_id in self._known.links:
             return self._of_chain(delta, base.tensors, progress)
         before = self._known.of(delta.manifest)
-        with predecessor_named(delta, given=bool(before)):
+        with opened_all(before) as updates, predecessor_named(*updates, delta):
             try:
                 self._check_base(delta.manifest, base.tensors, progress)
                 return FoundBase(before=None, results=check_results(delta, base.tensors))
             except pxd.BindingError:
                 if not before:
                     raise
-            with opened_all(before) as updates:
-                state = ChainState(base.tensors, updates)
+            state = ChainState(base.tensors, updates)
+            with located(delta.path):
                 pxd.check_base(delta.manifest, state, workers=self._workers)
                 return FoundBase(before=before[-1], results=check_results(delta, state))
 
@@ -106,8 +107,7 @@ class BaseChecks:
                 self._nodes = self._checked(files, base, progress)
         before, error = self._nodes[delta.content_id]
         if error is not None:
-            with predecessor_named(delta, given=before is not None):
-                raise error
+            raise error  # its own, or that of an update before it
         exact = sum(module.encoding is pxd.Encoding.EXACT for module in delta.manifest.modules)
         return FoundBase(before=None if before is None else before.path, results=exact)
 
@@ -123,6 +123,7 @@ class BaseChecks:
                 self._check_base(node.file.manifest, base, progress)
                 link = None
             except pxd.BindingError as error:
+                error.file = str(node.file.path)
                 link, node.error = self._known.before(node.file.manifest), error
             before[content_id] = link
             if link is None:
@@ -135,6 +136,10 @@ class BaseChecks:
         size = sum(base[name].size for name in base)
         with progress("chain", size) if len(roots) < len(nodes) else silent("chain", size) as step:
             check_states(roots, base, self._digests, workers=self._workers, step=step)
+        for content_id, node in nodes.items():
+            if isinstance(node.error, pxd.PxdError) and node.error.file == str(node.file.path):
+                link = before[content_id]
+                advise(node.error, node.file, given=None if link is None else link.path)
         return {content_id: (before[content_id], node.error) for content_id, node in nodes.items()}
 
 

@@ -14,7 +14,7 @@ import peraxis_format as pxd
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import CheckFailedError, ToolError
 
-__all__ = ["Link", "chain_order", "folds", "link_from", "link_of"]
+__all__ = ["Link", "chain_order", "folds", "link_from", "link_of", "predecessors"]
 
 _NAMES: Final = 3  # files that an error names at most
 _UNFORK: Final = "leave one of them out, or write it again with `update --after`"
@@ -65,8 +65,7 @@ def chain_order(links: Iterable[Link]) -> list[Link]:
         if link.content_id in by_id:
             raise CheckFailedError(f"{link.path}: is the same update as {by_id[link.content_id].path}")
         by_id[link.content_id] = link
-    known_links = _Known(given)
-    before = {link.content_id: _before(link, by_id, known_links) for link in given}
+    before = predecessors(given)
     first = [link for link in given if before[link.content_id] is None]
     after: dict[str, Link] = {}
     for link in given:
@@ -87,6 +86,16 @@ def chain_order(links: Iterable[Link]) -> list[Link]:
         left = next(link for link in given if link not in ordered)
         raise CheckFailedError(f"{left.path}: a ring; following its predecessors leads back to it")
     return ordered
+
+
+def predecessors(links: Sequence[Link]) -> dict[str, Link | None]:
+    """By content ID the update that each of these follows; None if it is not among them.
+
+    Raises CheckFailedError for one that could follow several.
+    """
+    by_id = {link.content_id: link for link in links}
+    known = _Known(links)
+    return {link.content_id: _before(link, by_id, known) for link in links}
 
 
 def folds(links: Sequence[Link]) -> list[Link]:

@@ -10,6 +10,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import peraxis_format as pxd
@@ -22,7 +23,23 @@ __all__ = ["Node", "below", "check_states"]
 _AHEAD_BYTES: Final = 512 << 20
 _HELD: Final = 3  # times a tensor's bytes: the old one, its update, and the new one
 
-_State = dict[str, tuple[pxd.Array, str]]  # tensors and their digests, by name
+
+class _Tensor:
+    """A tensor of a state: its digest, and its weights, which are read when an update needs them."""
+
+    def __init__(self, digest: str, read: Callable[[], pxd.Array]) -> None:
+        self.digest = digest
+        self._read = read
+        self._array: pxd.Array | None = None
+
+    @property
+    def array(self) -> pxd.Array:
+        if self._array is None:
+            self._array = self._read()
+        return self._array
+
+
+_State = dict[str, _Tensor]
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -101,7 +118,8 @@ def _walk(
     places: Mapping[int, Mapping[str, int]],
 ) -> Iterator[_Failure]:
     """Yield the failures of these tensors. The state of a node is dropped when those that follow it are done."""
-    ahead: list[tuple[Node, _State | None]] = [(root, None) for root in reversed(roots)]
+    begin = {name: _Tensor(digests[name], partial(base.read, name)) for name in names if name in digests}
+    ahead: list[tuple[Node, _State]] = [(root, begin) for root in reversed(roots)]
     while ahead:
         node, before = ahead.pop()
         if node.error is not None:
@@ -112,7 +130,7 @@ def _walk(
             if place is None:
                 continue
             try:
-                after = _after(node, name, _base_of(node.file.entry(name), before, base, digests))
+                after = _after(node, name, before)
             except (pxd.PxdError, pxd.CheckpointError, ToolError, OSError) as error:
                 yield _Failure(node=node, place=place, error=error)
                 break
@@ -123,26 +141,20 @@ def _walk(
             ahead += [(child, state) for child in node.children]
 
 
-def _base_of(
-    entry: pxd.ModuleEntry, before: _State | None, base: pxd.Safetensors, digests: Mapping[str, str]
-) -> tuple[pxd.Array, str] | None:
-    """The tensor before an update and its digest; None if it needs none."""
-    if entry.base is None:
-        return None
-    return (base.read(entry.name), digests[entry.name]) if before is None else before[entry.name]
-
-
-def _after(node: Node, name: str, before: tuple[pxd.Array, str] | None) -> tuple[pxd.Array, str] | None:
+def _after(node: Node, name: str, state: _State) -> _Tensor | None:
     """Check a tensor's base and its result. Returns the new one, if an update may need it. Raises E404, E405."""
     entry = node.file.entry(name)
+    before = None if entry.base is None else state[name]
     with located(node.file.path):
         if before is not None:
-            pxd.check_base_digest(entry, before[1])
+            pxd.check_base_digest(entry, before.digest)
         same = entry.encoding is pxd.Encoding.SAME and entry.base is not None and entry.base.shape == entry.shape
         if same or not (node.children or entry.encoding is pxd.Encoding.EXACT):
             return before
-        array = pxd.reconstruct(node.file.load(name), None if before is None else before[0])
-        return array, (entry.result or pxd.digest_of(array)) if node.children else ""
+        changes = before is not None and entry.encoding is not pxd.Encoding.FULL
+        array = pxd.reconstruct(node.file.load(name), before.array if before is not None and changes else None)
+        digest = (entry.result or pxd.digest_of(array)) if node.children else ""
+        return _Tensor(digest, lambda: array)
 
 
 def _tied_together(nodes: Sequence[Node]) -> list[tuple[str, ...]]:

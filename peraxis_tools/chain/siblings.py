@@ -1,35 +1,44 @@
-"""The updates beside a new one: a folder of updates must keep one order."""
+"""The updates beside a new one: a folder of updates, here or at a URL, must keep one order."""
 
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 import peraxis_format as pxd
-from peraxis_tools.chain.order import Link, chain_order, folds, link_of
+from peraxis_tools.chain.order import Link, chain_order, folds, link_from, link_of, predecessors
 from peraxis_tools.errors import CheckFailedError, ToolError
+from peraxis_tools.remote import RemoteFile, is_remote
+from peraxis_tools.remote_output import names_beside
+from peraxis_tools.urls import file_of, without_secrets
 
 __all__ = ["order_fault", "refuse_disorder"]
 
 _NEW: Final = "the new update"  # its content ID, which is not known before it is written
 
 
-def refuse_disorder(output: Path, base: str, result: str) -> None:
-    """Refuse an update without a predecessor that would be a fork or a ring with other updates of its folder.
+def refuse_disorder(output: str | Path, *, previous: str | None, base: str, result: str) -> None:
+    """Refuse an update that would be a fork or a ring with other updates of its folder, here or at a URL.
 
-    base, result: digests over all tensors before and after it. Raises CheckFailedError.
+    previous: content ID of the update before it. base, result: digests over all tensors before and after it. Of a URL
+    only headers are fetched. Raises CheckFailedError, ToolError if the URL cannot be read.
     """
-    new = Link(path=output, content_id=_NEW, previous=None, base=base, result=result)
-    links = [link for link in _links(output.parent) if link.path.name != output.name]
-    _refuse_ring(new, links)
-    _refuse_fork(new, links)
+    here = file_of(output) or (None if is_remote(output) else Path(output))
+    shown = without_secrets(str(output)) if here is None else str(here)
+    new = Link(path=Path(shown), content_id=_NEW, previous=previous, base=base, result=result)
+    links = list(_remote_links(str(output)) if here is None else _links(here.parent))
+    others = [link for link in links if link.path.name != new.path.name]
+    if previous is None:
+        _refuse_ring(shown, new, others)
+    _refuse_fork(shown, new, others)
 
 
 def order_fault(folder: Path) -> str | None:
     """The reason why the updates of a folder are not one chain; None if they are, or if other files are among them."""
     paths = sorted(folder.glob("*.pxd"))
-    links = _links(folder)
+    links = list(_links(folder))
     if len(links) < max(2, len(paths)):
         return None
     left_out = {link.content_id for link in folds(links)}
@@ -40,30 +49,49 @@ def order_fault(folder: Path) -> str | None:
     return None
 
 
-def _links(folder: Path) -> list[Link]:
+def _links(folder: Path) -> Iterator[Link]:
     """The links of the updates in a folder; a file that is none has no link."""
-    found: list[Link] = []
     for path in sorted(folder.glob("*.pxd")):
         with contextlib.suppress(pxd.PxdError, ToolError, OSError):
-            found.append(link_of(path))
-    return found
+            yield link_of(path)
 
 
-def _refuse_fork(new: Link, links: list[Link]) -> None:
+def _remote_links(url: str) -> Iterator[Link]:
+    """`_links` of the folder of a URL, by file names. Raises ToolError if the store cannot be read."""
+    for other in names_beside(url):
+        file = RemoteFile(other)
+        with contextlib.suppress(pxd.PxdError):
+            manifest = file.header()[1]
+            with contextlib.suppress(ToolError):  # a delta that is no update
+                yield link_from(PurePosixPath(other).name, manifest)
+
+
+def _refuse_fork(shown: str, new: Link, links: list[Link]) -> None:
     # An update with the result of a chain is no fork: it replaces the chain.
     left_out = {link.content_id for link in folds([*links, new])}
     if new.content_id in left_out:
         return
-    for link in links:
-        alike = link.base == new.base and link.previous is None
-        if alike and link.result != new.result and link.content_id not in left_out:
+    kept = [link for link in links if link.content_id not in left_out]
+    try:
+        before = predecessors(kept)
+    except CheckFailedError:
+        return  # the others have no order already
+    try:
+        before = predecessors([*kept, new])
+    except CheckFailedError as error:
+        raise CheckFailedError(f"{shown}: would leave the folder without an order: {error}") from None
+    own = before[new.content_id]
+    for link in kept:
+        other = before[link.content_id]
+        alike = other is own and (own is not None or link.base == new.base)
+        if alike and link.result != new.result:
             raise CheckFailedError(
-                f"{new.path}: would be a fork, because {link.path} was made on the same state; pass the updates so "
+                f"{shown}: would be a fork, because {link.path} was made on the same state; pass the updates so "
                 "far as after (--after) to follow them, or write to another folder"
             )
 
 
-def _refuse_ring(new: Link, links: list[Link]) -> None:
+def _refuse_ring(shown: str, new: Link, links: list[Link]) -> None:
     """Refuse an update from whose result others lead back to its base: all would follow each other."""
     begins = {link.base: (link.result, link.path) for link in links}
     state, through = new.result, None
@@ -73,6 +101,6 @@ def _refuse_ring(new: Link, links: list[Link]) -> None:
         state, through = begins[state]
     if through is not None and state == new.base:
         raise CheckFailedError(
-            f"{new.path}: returns to an earlier state, from which {through} leads back, so the order would "
+            f"{shown}: returns to an earlier state, from which {through} leads back, so the order would "
             "not be known; pass the updates so far as after (--after)"
         )

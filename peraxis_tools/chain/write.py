@@ -70,7 +70,7 @@ def open_chain(base: Checkpoint, updates: Sequence[str | Path]) -> Iterator[tupl
         with contextlib.ExitStack() as stack:
             files = stack.enter_context(opened_all([link.path for link in ordered]))
             if files:
-                stack.enter_context(predecessor_named(files[0]))
+                stack.enter_context(predecessor_named(*files))
             yield ChainState(base.tensors, files), ordered
 
 
@@ -110,6 +110,7 @@ def update(
             assets=assets,
             prefer=prefer,
             overwrite=overwrite,
+            name=output,
             base=links[-1].result if links else None,
         )
         with watched(progress, "update", job.new.size) as step:
@@ -156,6 +157,7 @@ def compact(
             assets=assets,
             prefer=prefer,
             overwrite=overwrite,
+            name=output,
             base=links[0].base,
             result=links[-1].result,
         )
@@ -170,7 +172,10 @@ def _named(result: UpdateResult, output: str | Path) -> UpdateResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateJob:
-    """The file from one state to another. base, result: the digests that it must have, if they are known."""
+    """The file from one state to another. base, result: the digests that it must have, if they are known.
+
+    name: of the output, a path or URL; output: where it is written first.
+    """
 
     output: Path
     old: pxd.Safetensors
@@ -180,6 +185,7 @@ class UpdateJob:
     assets: dict[str, bytes]
     prefer: pxd.Prefer
     overwrite: bool
+    name: str | Path
     base: str | None = None
     result: str | None = None
 
@@ -254,15 +260,16 @@ def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
 
 
 def _prove(job: UpdateJob, writer: pxd.DeltaWriter) -> None:
-    """Check that the file fits into its chain. Raises CheckFailedError before it is written."""
+    """Check that the file fits into its chain and its folder. Raises CheckFailedError before it is written."""
+    shown = without_secrets(str(job.name))
     if job.base is not None and writer.base_digest != job.base:
         raise CheckFailedError(
-            f"{job.output}: tensors were added or removed since the last update, so it cannot follow; start a new chain"
+            f"{shown}: tensors were added or removed since the last update, so it cannot follow; start a new chain"
         )
-    if job.previous is None and job.result is None and writer.result is not None:
-        refuse_disorder(job.output, writer.base_digest, writer.result)
+    if writer.result is not None:
+        refuse_disorder(job.name, previous=job.previous, base=writer.base_digest, result=writer.result)
     if job.result is not None and writer.result != job.result:
-        raise CheckFailedError(f"{job.output}: would result in {writer.result}, not in {job.result}")
+        raise CheckFailedError(f"{shown}: would result in {writer.result}, not in {job.result}")
 
 
 def _count_changed_packed(old: pxd.Array, new: pxd.Array, dtype: pxd.DType) -> int:

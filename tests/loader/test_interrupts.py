@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from peraxis_format.interrupts import uninterrupted
 from peraxis_format.reader import DeltaFile
-from peraxis_format.torch import VariantSwitch
+from peraxis_format.torch import VariantSwitch, apply_
 from peraxis_format.torch.place.placement import place
+from peraxis_format.torch.swap import apply
 from peraxis_format.torch.updates import UpdateWriter, follow, staged
 from tests.loader.test_updates_writes import STEP, move, publish, same, weights
 
@@ -30,12 +32,13 @@ STRIDE = int(os.environ.get("PERAXIS_TEST_STRIDE", "7"))  # with 1, all lines ar
 
 
 @contextmanager
-def interrupts(at: int, *, within: tuple[str, ...]) -> Iterator[list[int]]:
+def interrupts(at: int, *, within: tuple[str, ...], second: int = 1) -> Iterator[list[int]]:
     """Send Ctrl-C at the `at`-th line that these files run, and at each later one until it raises.
 
-    Then it is sent once more, at the next call of a function. A list of the number of lines that were run is yielded.
+    Then it is sent once more, at the `second`-th next call of a function. Yields a list of the number of lines that
+    were run.
     """
-    lines, sent = [0], [False]
+    lines, sent, calls = [0], [False], [0]
 
     def send() -> None:
         sent[0] = True
@@ -54,7 +57,9 @@ def interrupts(at: int, *, within: tuple[str, ...]) -> Iterator[list[int]]:
 
     def again(frame: FrameType, event: str, _: Any) -> None:
         if sent[0] and event == "call" and frame.f_code.co_filename.endswith(within):
-            send()
+            calls[0] += 1
+            if calls[0] >= second:
+                send()
 
     before = sys.gettrace()
     sys.setprofile(again)
@@ -66,10 +71,12 @@ def interrupts(at: int, *, within: tuple[str, ...]) -> Iterator[list[int]]:
         sys.setprofile(None)
 
 
-def at_every_line(run: Callable[[], object], within: tuple[str, ...]) -> Iterator[bool]:
-    """Run with Ctrl-C from each STRIDE-th line on. Yields after each run whether it was interrupted."""
-    for at in range(1, LINES, STRIDE):
-        with interrupts(at, within=within) as lines:
+def at_every_line(
+    run: Callable[[], object], within: tuple[str, ...], *, stride: int = STRIDE, second: int = 1
+) -> Iterator[bool]:
+    """Run with Ctrl-C from each stride-th line on. Yields after each run whether it was interrupted."""
+    for at in range(1, LINES, stride):
+        with interrupts(at, within=within, second=second) as lines:
             try:
                 run()
                 interrupted = False
@@ -128,6 +135,45 @@ def test_an_interrupt_at_any_line_of_a_staged_write_leaves_a_whole_state(tmp_pat
         reset(live)
         held[0] = stage()
     assert found == {(True, False), (True, True), (False, True)}
+
+
+@pytest.mark.parametrize("second", [1, 3])
+def test_two_interrupts_at_any_line_of_apply_leave_a_whole_state(second: int, tmp_path: Path) -> None:
+    live, model = publish(tmp_path)
+    before, found = weights(), set()
+    files = ("swap/apply.py", "swap/stream.py", "torch/place/ranks.py", "peraxis_format/interrupts.py")
+    run = partial(apply_, live, tmp_path / STEP, workers=1)
+    for interrupted in at_every_line(run, files, stride=1, second=second):
+        found.add((interrupted, same(live, model)))
+        assert same(live, model) or same(live, before)
+        reset(live)
+    assert found == {(True, False), (True, True), (False, True)}
+
+
+def test_an_interrupt_at_the_begin_of_a_revert_does_not_prevent_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, _ = publish(tmp_path)
+
+    def broken(*_: Any, **__: Any) -> None:
+        for tensor in live.values():
+            tensor.zero_()  # written in part
+        failed.append(True)
+        raise MemoryError
+
+    @contextmanager
+    def late() -> Iterator[None]:
+        if failed:
+            signal.raise_signal(signal.SIGINT)
+        with uninterrupted():
+            yield
+
+    failed: list[bool] = []
+    monkeypatch.setattr(apply, "stream", broken)
+    monkeypatch.setattr(apply, "uninterrupted", late)
+    with pytest.raises((MemoryError, KeyboardInterrupt)):
+        apply_(live, tmp_path / STEP)
+    assert same(live, weights())
 
 
 def test_an_interrupt_at_any_line_of_a_swap_leaves_the_variant_that_it_names(tmp_path: Path) -> None:

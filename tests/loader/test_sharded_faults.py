@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 
 from peraxis_format.torch import LiveModelError
 from peraxis_format.torch.place.ranks import Ranks, agree
-from peraxis_format.torch.updates import ShardedUpdateWriter, follow, follower, publish_sharded
+from peraxis_format.torch.updates import ShardedUpdateWriter, follow, follower, owned, publish_sharded
 from peraxis_format.writer import DeltaWriter
 from tests.loader.support import bytes_of
 from tests.loader.test_sharded_updates import Pieces, publish_alone, run, start, state
@@ -94,9 +94,9 @@ def publishing(rank: int, world: int, folder: str) -> None:
     assert (writer.step_number, (chain / "step-00000004.pxd").exists()) == (3, True)
     assert writer.step().step == 5
 
-    for name in ("DeltaFile", "reconstruct", "live_tensors"):
+    for owner, name in ((owned, "DeltaFile"), (owned, "reconstruct"), (publish_sharded, "live_tensors")):
         for here in (rank == 0, last):
-            with failing(publish_sharded, name, broken_disk(), here=here), pytest.raises(OSError, match="cannot read"):
+            with failing(owner, name, broken_disk(), here=here), pytest.raises(OSError, match="cannot read"):
                 ShardedUpdateWriter(model, chain)
     again = ShardedUpdateWriter(model, chain)
     assert (again.step_number, again.result) == (5, writer.result)

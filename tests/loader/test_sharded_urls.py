@@ -133,7 +133,7 @@ def to_memory(rank: int, world: int, folder: str) -> None:
     if rank == 0:
         system.rm_file("/bucket/run/step-00000003.pxd")
     assert again.step().step == 3
-    assert (again.prune(anchors=1) != []) == (rank == 0)
+    assert again.prune(anchors=1) != []
     if rank == 0:
         names = ["anchor-00000002.pxd", "step-00000003.pxd"]
         assert sorted(name.rpartition("/")[2] for name in system.find("/bucket/run")) == names

@@ -14,8 +14,12 @@ import pytest
 from peraxis_format import create_remote as creation
 from peraxis_format.create_remote import create_remote
 from peraxis_format.torch.updates import UpdateWriter, follow
+from peraxis_tools.chain import log, update
+from peraxis_tools.errors import CheckFailedError
+from tests.factories import write_checkpoint
 from tests.loader.support import bytes_of
 from tests.loader.test_updates_urls import check_second_trainer_is_refused, empty, publish, state
+from tests.tools.test_chain import start
 
 server = pytest.importorskip("moto.server", reason="moto is not installed (pip install peraxis[stores])")
 boto3 = pytest.importorskip("boto3")
@@ -61,6 +65,14 @@ def test_what_is_published_in_a_bucket_is_what_a_server_follows_from_it(url: str
     listed = tools("log", url)
     assert (listed.returncode, listed.stdout.count("step-")) == (0, 3), listed.stderr
     assert tools("verify", f"{url}/step-00000002.pxd").returncode == 0
+
+
+def test_a_fork_at_a_bucket_is_not_written(url: str, tmp_path: Path) -> None:
+    base, *states = (write_checkpoint(tmp_path / str(seed), start(seed)) for seed in range(3))
+    update(base, states[0], f"{url}/1.pxd")
+    with pytest.raises(CheckFailedError, match=r"/2\.pxd: would be a fork, because 1\.pxd was made on the same state"):
+        update(base, states[1], f"{url}/2.pxd")
+    assert [entry.file for entry in log(url).updates] == ["1.pxd"]
 
 
 def test_a_second_trainer_at_a_bucket_is_refused(url: str) -> None:

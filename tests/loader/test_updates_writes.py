@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from peraxis_format.errors import LiveModelError
+from peraxis_format.errors import LiveModelError, TornError
 from peraxis_format.reader import DeltaFile
-from peraxis_format.torch import apply_
+from peraxis_format.torch import VariantSwitch, apply_
 from peraxis_format.torch.place.claims import writing
 from peraxis_format.torch.place.placement import place
+from peraxis_format.torch.swap import apply, switch
 from peraxis_format.torch.updates import Poll, UpdateWriter, apply_update, follow, staged
-from peraxis_format.torch.updates.errors import TornError
 
 STEP = "step-00000001.pxd"
 
@@ -154,6 +154,53 @@ def test_an_interrupted_write_of_a_staged_update_restores_the_old_weights(
     assert same(live, weights())
     update.write()
     assert same(live, model)
+
+
+def broken_stream(*_: Any, **__: Any) -> None:
+    raise MemoryError("no room")
+
+
+@pytest.mark.parametrize("undo", ["device", "host"])
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_delta_that_cannot_be_reverted_says_so_and_restores_the_other_weights(
+    undo: Any, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, _ = publish(tmp_path)
+    monkeypatch.setattr(apply, "stream", broken_stream)
+    originals = apply._copies
+
+    def copied(*arguments: Any) -> Any:
+        found = originals(*arguments)
+        for tensor in live.values():
+            tensor.zero_()  # written in part
+        return found
+
+    monkeypatch.setattr(apply, "_copies", copied)
+    with copies(monkeypatch, {5 if undo == "host" else 2: error}), pytest.raises(TornError, match=r"no room.*no luck"):
+        apply_(live, tmp_path / STEP, undo=undo)
+    assert [tensor.equal(weights()[name]) for name, tensor in live.items()] == [True, False, True]
+
+
+def test_a_swap_that_cannot_be_reverted_says_so_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, model = publish(tmp_path)
+    with VariantSwitch(live, base="device") as variants:
+        variants.add("moved", tmp_path / STEP)
+        variants.use("moved")
+        with monkeypatch.context() as patch:
+            patch.setattr(switch, "stream", broken_stream)
+            with (
+                copies(monkeypatch, {1: OSError, 2: MemoryError}),
+                pytest.raises(TornError, match=r"use\(None\) tries"),
+            ):
+                variants.use(None)
+        assert not same(live, model)
+        assert not same(live, weights())
+        variants.use(None)
+        assert same(live, weights())
+        variants.use("moved")
+        assert same(live, model)
 
 
 def test_empty_pieces_of_two_models_are_no_shared_weights() -> None:

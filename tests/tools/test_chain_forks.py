@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from click.testing import CliRunner
 
 import peraxis
 from peraxis_tools.cli import cli
-from peraxis_tools.errors import CheckFailedError
+from peraxis_tools.errors import CheckFailedError, ToolError
 from tests.factories import write_checkpoint
 from tests.tools.test_chain import start, stepped
 
@@ -26,6 +27,20 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(params=["folder", "memory"])
+def place(request: pytest.FixtureRequest, folder: Path) -> str:
+    """A folder or a URL with an update from base to one, 1.pxd."""
+    return str(folder / "chain") if request.param == "folder" else at_url(folder)
+
+
+def at_url(folder: Path) -> str:
+    """A URL with an update from base to one, 1.pxd."""
+    pytest.importorskip("fsspec")
+    url = f"memory://{uuid.uuid4().hex}/run"
+    peraxis.update(folder / "base", folder / "one", f"{url}/1.pxd")
+    return url
+
+
 def said(*words: str | Path) -> tuple[int, str]:
     found = CliRunner().invoke(cli, list(map(str, words)))
     return found.exit_code, " ".join(found.output.split()) or str(found.exception)
@@ -36,6 +51,52 @@ def test_an_update_that_would_fork_its_folder_is_not_written(folder: Path) -> No
         peraxis.update(folder / "base", folder / "two", folder / "chain" / "2.pxd")
     assert [path.name for path in (folder / "chain").iterdir()] == ["1.pxd"]
     peraxis.update(folder / "base", folder / "two", folder / "chain" / "2.pxd", after=folder / "chain")
+
+
+def test_an_update_that_would_fork_its_folder_or_url_is_not_written(folder: Path, place: str) -> None:
+    with pytest.raises(CheckFailedError, match=r"/2\.pxd: would be a fork, because .*1\.pxd was made .*--after"):
+        peraxis.update(folder / "base", folder / "two", f"{place}/2.pxd")
+    assert [entry.file for entry in peraxis.log(place).updates] == ["1.pxd"]
+    peraxis.update(folder / "base", folder / "two", f"{place}/1.pxd", overwrite=True)
+    assert [entry.file for entry in peraxis.log(place).updates] == ["1.pxd"]
+
+
+@pytest.mark.parametrize("old", ["base", "one"])
+def test_a_second_successor_of_an_update_is_not_written(folder: Path, place: str, old: str) -> None:
+    peraxis.update(folder / "base", folder / "two", f"{place}/2.pxd", after=f"{place}/1.pxd")
+    write_checkpoint(folder / "three", stepped(start(), 3))
+    after = [f"{place}/1.pxd"] if old == "base" else []
+    with pytest.raises(CheckFailedError, match=r"/3\.pxd: would be a fork, because .*2\.pxd was made .*--after"):
+        peraxis.update(folder / old, folder / "three", f"{place}/3.pxd", after=after)
+    assert [entry.file for entry in peraxis.log(place).updates] == ["1.pxd", "2.pxd"]
+    peraxis.update(folder / "base", folder / "three", f"{place}/3.pxd", after=[f"{place}/1.pxd", f"{place}/2.pxd"])
+    peraxis.compact(folder / "base", [f"{place}/{i}.pxd" for i in (1, 2)], f"{place}/1-2.pxd")
+    assert [entry.file for entry in peraxis.log(place).updates] == ["1.pxd", "2.pxd", "3.pxd"]
+
+
+def test_an_update_that_returns_to_an_earlier_state_follows_by_its_name(folder: Path, place: str) -> None:
+    with pytest.raises(CheckFailedError, match=r"/2\.pxd: returns to an earlier state.*--after"):
+        peraxis.update(folder / "one", folder / "base", f"{place}/2.pxd")
+    names = [f"{place}/{i}.pxd" for i in range(1, 6)]
+    for i in range(1, 5):
+        peraxis.update(folder / "base", folder / ("base", "one")[i % 2], names[i], after=names[:i])
+    assert [entry.file for entry in peraxis.log(place).updates] == [f"{i}.pxd" for i in range(1, 6)]
+
+
+def test_a_file_at_a_url_that_is_no_update_is_passed_over_and_one_that_cannot_be_read_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec, place = pytest.importorskip("fsspec"), at_url(folder)
+    system = fsspec.filesystem("memory")
+    system.pipe(f"{place}/0.pxd", b"nothing")
+    peraxis.update(folder / "base", folder / "two", f"{place}/2.pxd", after=f"{place}/1.pxd")
+
+    def broken(*_: object, **__: object) -> bytes:
+        raise OSError("the link is down")
+
+    monkeypatch.setattr(type(system), "cat_file", broken)
+    with pytest.raises(ToolError, match=r"0\.pxd: cannot be read .*the link is down"):
+        peraxis.update(folder / "base", folder / "two", f"{place}/3.pxd")
 
 
 def test_an_update_may_be_replaced_repeated_elsewhere_and_folded(folder: Path) -> None:

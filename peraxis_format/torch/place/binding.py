@@ -17,7 +17,7 @@ from peraxis_format.errors import BindingError, LiveModelError, PxdError, base_a
 from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.torch.place.digests import digests
 from peraxis_format.torch.place.pieces import Layout, assembled_digest
-from peraxis_format.torch.place.ranks import Ranks, agree, is_distributed
+from peraxis_format.torch.place.ranks import FirstError, Ranks, agree, is_distributed
 from peraxis_format.torch.place.replicas import check_replicas
 from peraxis_format.torch.place.shards import Placement, whole
 from peraxis_format.torch.ring import Ring
@@ -55,7 +55,7 @@ def check_live(
     bound = [entry for entry in manifest.modules if entry.base is not None and entry.name not in known]
     local = [(entry, part) for entry in bound for part in placement[entry.name] if part.box == whole(entry.shape)]
     piece = next((e for e in bound if any(part.box != whole(e.shape) for part in placement[e.name])), None)
-    error: Exception | None = None
+    error: BaseException | None = None
     try:
         views = [part.view for _, part in local]
         with contextlib.closing(digests(views, device=ring.device, ring=ring, workers=workers)) as found:
@@ -63,11 +63,15 @@ def check_live(
                 check_base_digest(entry, digest)
     except PxdError as failure:
         error = _named(failure, manifest)
+    except BaseException as failure:
+        error = failure
     if sharded_anywhere(here=piece is not None, group=group):
         try:
             _check_pieces(bound, placement, group)
         except PxdError as failure:
             error = error or _named(failure, manifest)
+        except BaseException as failure:
+            error = error or failure
         agree(error, group)
     elif error is not None:
         raise error
@@ -95,8 +99,7 @@ def _check_pieces(bound: Sequence[ModuleEntry], placement: Placement, group: Any
 
     The first failure is raised last. Raises LiveModelError if the ranks do not have all of a tensor.
     """
-    failure: PxdError | None = None
-    ranks = Ranks(group)
+    ranks, failure = Ranks(group), FirstError()
     boxes = ranks.all_gather({entry.name: placement[entry.name][0].box for entry in bound})
     # One rank may have all of a short tensor, so only all ranks together know which tensors are sharded.
     pieces = [entry for entry in bound if any(found[entry.name] != whole(entry.shape) for found in boxes)]
@@ -107,12 +110,10 @@ def _check_pieces(bound: Sequence[ModuleEntry], placement: Placement, group: Any
                 f"{entry.name}: the ranks have {layout.covered} of its {math.prod(entry.shape)} weights; check `shards`"
             )
         part = placement[entry.name][0]
-        digest = assembled_digest(ranks, turn % ranks.count, layout, part, entry.dtype)
-        try:
+        digest = assembled_digest(ranks, turn % ranks.count, layout, part, entry.dtype, failure)
+        with failure:
             if digest is not None:
                 check_base_digest(entry, digest)
-        except PxdError as error:
-            failure = failure or error
     check_replicas({entry.name: placement[entry.name][0] for entry in pieces}, boxes, ranks.all_gather)
-    if failure is not None:
-        raise failure
+    if failure.error is not None:
+        raise failure.error

@@ -23,7 +23,7 @@ from peraxis_format.manifest import ModuleEntry
 from peraxis_format.ops.exact import BLOCK
 from peraxis_format.ops.tensors import as_bytes, storage_array
 from peraxis_format.torch.place.finder import named
-from peraxis_format.torch.place.ranks import Ranks
+from peraxis_format.torch.place.ranks import FirstError, Ranks, raise_first, sendable
 from peraxis_format.torch.place.replicas import odd_replica
 from peraxis_format.torch.place.shards import Box, Shard, ShardView, Target, extent, slices
 
@@ -79,70 +79,89 @@ def in_pieces(target: Target, shards: Mapping[str, Shard] | None) -> bool:
 
 
 def assembled(
-    ranks: Ranks, owner: int, layout: Layout, part: ShardView, dtype: DType
+    ranks: Ranks, owner: int, layout: Layout, part: ShardView, dtype: DType, failure: FirstError
 ) -> Iterator[tuple[slice, Array | None]]:
     """Yield the flat ranges of a tensor, each with its weights: a writable storage array on the owner, None elsewhere.
 
     A range is of whole blocks of the exact encoding: 2^20 weights, or a row of the first dimension if that is longer.
+    failure: keeps the errors of this rank, so that it goes on; the weights are then None, or wrong.
     """
     total, row = math.prod(layout.shape), max(layout.row, 1)
     length = max(_STRETCH, -(-row // BLOCK) * BLOCK)  # so that a row is sent at most twice
     for begin in range(0, max(total, 1), length):
         end = min(begin + length, total)
         rows = slice(begin // row, -(-end // row))
-        found = _rows_on(ranks, owner, layout, rows, mine=part.view, box=part.box, dtype=dtype)
+        found = _rows_on(ranks, owner, layout, rows, mine=part.view, box=part.box, dtype=dtype, failure=failure)
         first = rows.start * row
         yield slice(begin, end), None if found is None else found.reshape(-1)[begin - first : end - first]
 
 
-def assembled_digest(ranks: Ranks, owner: int, layout: Layout, part: ShardView, dtype: DType) -> str | None:
-    """The hex digest of a sharded tensor, on the owner; None elsewhere."""
+def assembled_digest(
+    ranks: Ranks, owner: int, layout: Layout, part: ShardView, dtype: DType, failure: FirstError
+) -> str | None:
+    """The hex digest of a sharded tensor, on the owner; None elsewhere. failure: see `assembled`."""
     digest = hashlib.sha256()
-    for _, weights in assembled(ranks, owner, layout, part, dtype):
-        if weights is not None:
-            digest.update(raw_bytes(weights))
+    for _, weights in assembled(ranks, owner, layout, part, dtype, failure):
+        with failure:
+            if weights is not None:
+                digest.update(raw_bytes(weights))
     return digest.hexdigest() if ranks.rank == owner else None
 
 
 def sharded_digest(entry: ModuleEntry, part: ShardView, turn: int, group: Any) -> str:
     """The hex digest of a sharded live tensor, on every rank; empty if copies of a piece differ. Collective."""
-    ranks = Ranks(group)
+    ranks, failure = Ranks(group), FirstError()
     boxes = ranks.all_gather({entry.name: part.box})
     if odd_replica({entry.name: part}, boxes, ranks.all_gather) is not None:
         return ""
     layout = Layout.of(entry.shape, [each[entry.name] for each in boxes])
     owner = turn % ranks.count
-    found: str = ranks.broadcast(assembled_digest(ranks, owner, layout, part, entry.dtype), rank=owner)
-    return found
+    mine = assembled_digest(ranks, owner, layout, part, entry.dtype, failure)
+    found = ranks.all_gather(mine if failure.error is None else sendable(failure.error))
+    raise_first(found, failure.error)
+    digest: str = found[owner]
+    return digest
 
 
 def _rows_on(
-    ranks: Ranks, owner: int, layout: Layout, rows: slice, *, mine: Tensor, box: Box, dtype: DType
+    ranks: Ranks,
+    owner: int,
+    layout: Layout,
+    rows: slice,
+    *,
+    mine: Tensor,
+    box: Box,
+    dtype: DType,
+    failure: FirstError,
 ) -> Array | None:
     """Rows of the first dimension, assembled on the owner as a storage array; None on the other ranks.
 
-    mine: this rank's piece; box: its box. A scalar has no rows, so it is taken whole.
+    mine: this rank's piece; box: its box. A scalar has no rows, so it is taken whole. A rank with an error sends and
+    receives as many bytes as without it.
     """
     out: Array | None = None
-    if ranks.rank == owner:
-        out = np.zeros((rows.stop - rows.start, *layout.shape[1:]) if layout.shape else (), dtype.storage)
+    with failure:
+        if ranks.rank == owner:
+            out = np.zeros((rows.stop - rows.start, *layout.shape[1:]) if layout.shape else (), dtype.storage)
     for piece, sender in layout.senders.items():
         begin, end = (max(rows.start, piece[0][0]), min(rows.stop, piece[0][1])) if piece else (0, 1)
         if begin >= end or ranks.rank not in (sender, owner):
             continue
+        data: Tensor | None = None
         if ranks.rank == sender:
-            part = mine.detach()[begin - box[0][0] : end - box[0][0]] if box else mine.detach()
-            if out is None:
-                distributed.send(as_bytes(part), dst=ranks.world(owner), group=ranks.group)
-                continue
-            data = as_bytes(part)
-        else:
+            with failure:
+                data = as_bytes(mine.detach()[begin - box[0][0] : end - box[0][0]] if box else mine.detach())
+        if data is None:
             size = dtype.itemsize * (end - begin) * math.prod(last - first for first, last in piece[1:])
             data = torch.empty(size, dtype=torch.uint8, device=mine.device)
+        if sender != owner and ranks.rank == sender:
+            distributed.send(data, dst=ranks.world(owner), group=ranks.group)
+        elif sender != owner:
             distributed.recv(data, src=ranks.world(sender), group=ranks.group)
-        if out is not None:
-            where = (slice(begin - rows.start, end - rows.start), *slices(piece[1:])) if piece else ()
-            out[where] = storage_array(data.cpu()).view(dtype.storage).reshape(out[where].shape)
+        with failure:
+            if out is not None:
+                where = (slice(begin - rows.start, end - rows.start), *slices(piece[1:])) if piece else ()
+                out[where] = storage_array(data.cpu()).view(dtype.storage).reshape(out[where].shape)
     return out
 
 

@@ -10,13 +10,14 @@ import contextlib
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 from torch import distributed
 
 from peraxis_format.errors import LiveModelError, first_line
 
-__all__ = ["Ranks", "agree", "is_distributed", "together"]
+__all__ = ["FirstError", "Ranks", "agree", "is_distributed", "raise_first", "sendable", "together"]
 
 
 def is_distributed() -> bool:
@@ -94,14 +95,27 @@ def agree(error: BaseException | None, group: Any = None) -> None:
     So all ranks handle the same error, and go on in the same way.
     """
     ranks = Ranks(group)
-    found = ranks.all_gather(None if error is None else _sendable(error))
-    failed = [rank for rank, failure in enumerate(found) if failure is not None]
+    if ranks.count > 1:
+        mine = None if error is None else sendable(error)
+        found = ranks.all_gather(mine)
+        found[ranks.rank] = mine  # with its traceback
+        raise_first(found, error)
+    elif error is not None:
+        raise error
+
+
+def raise_first(found: Sequence[object], cause: BaseException | None) -> None:
+    """Raise the first error of these values of all ranks, if there is one, but an interrupt before others.
+
+    cause: the error of this rank.
+    """
+    failed = [each for each in found if isinstance(each, BaseException)]
     if not failed:
         return
-    first = next((rank for rank in failed if not isinstance(found[rank], Exception)), failed[0])
-    if first == ranks.rank and error is not None:
-        raise error
-    raise found[first] from error
+    first = next((error for error in failed if not isinstance(error, Exception)), failed[0])
+    if first is cause:
+        raise first
+    raise first from cause
 
 
 @contextlib.contextmanager
@@ -121,8 +135,20 @@ def together(group: Any, *, sharded: bool = True) -> Iterator[None]:
         raise failure
 
 
-def _sendable(error: BaseException) -> BaseException:
-    """The error, or, if it cannot be pickled, one with its message."""
+class FirstError:
+    """A context that keeps the first error of this rank, which goes on because others wait for its pieces."""
+
+    error: BaseException | None = None
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> bool:
+        self.error = self.error or error
+        return True
+
+
+def sendable(error: BaseException) -> BaseException:
+    """The error, or, if it cannot be pickled, one with its message: all ranks must raise the same type."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

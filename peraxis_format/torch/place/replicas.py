@@ -19,6 +19,7 @@ from peraxis_format.errors import fail
 from peraxis_format.ops.tensors import as_bytes, storage_array
 from peraxis_format.thread_pool import run_jobs
 from peraxis_format.torch.device import current_device
+from peraxis_format.torch.place.ranks import raise_first, sendable
 from peraxis_format.torch.place.shards import Box, ShardView
 
 __all__ = ["OddReplica", "check_replicas", "odd_replica"]
@@ -59,8 +60,13 @@ def odd_replica(
         for name, part in parts.items()
         if part.view.numel() and sum(each[name] == part.box for each in boxes) > 1
     ]
-    run_jobs(jobs)
-    found = gather(digests)
+    failure: BaseException | None = None
+    try:
+        run_jobs(jobs)
+    except BaseException as error:
+        failure = error
+    found = gather(digests if failure is None else sendable(failure))
+    raise_first(found, failure)
     for name in parts:
         first: dict[Box, int] = {}
         for rank, each in enumerate(found):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -24,27 +23,15 @@ from peraxis_format.manifest import ModuleEntry
 from peraxis_format.ops.exact import BLOCK, apply
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.pieces import Layout, assembled, boxed_indices
-from peraxis_format.torch.place.ranks import Ranks, agree
+from peraxis_format.torch.place.ranks import FirstError, Ranks, agree, together
 from peraxis_format.torch.place.shards import Box, Placement, ShardView, whole
 
-__all__ = ["Changes", "ExactPiece", "FirstError", "exact_pieces", "in_box", "sharded_changes", "words_of"]
+__all__ = ["Changes", "ExactPiece", "exact_pieces", "in_box", "sharded_changes", "words_of"]
 
 Changes = Sequence[tuple[NDArray[np.int64], Array]]
 """Flat places of a tensor, and the new patterns there as signed words; for each decoded range."""
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class FirstError:
-    """A context that keeps the first error of this rank, which goes on because others wait for its pieces."""
-
-    error: BaseException | None = None
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> bool:
-        self.error = self.error or error
-        return True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,16 +78,18 @@ def exact_pieces(
     ranks, failure = Ranks(group), FirstError()
     entries = [entry for entry in file.manifest.modules if entry.encoding is Encoding.EXACT]
     boxes = ranks.all_gather({entry.name: placement[entry.name][0].box for entry in entries})
+    with together(group):
+        layouts = {entry.name: Layout.of(entry.shape, [each[entry.name] for each in boxes]) for entry in entries}
     pieces: list[ExactPiece] = []
     for turn, entry in enumerate(entries):
-        found = [each[entry.name] for each in boxes]
-        if all(box == whole(entry.shape) for box in found):
+        if all(each[entry.name] == whole(entry.shape) for each in boxes):
             continue
-        layout, owner = Layout.of(entry.shape, found), turn % ranks.count
-        first = placement[entry.name][0]
-        base = ShardView(first.box, base_of(first))
+        layout, owner = layouts[entry.name], turn % ranks.count
+        base = first = placement[entry.name][0]
+        with failure:
+            base = ShardView(first.box, base_of(first))
         changes = ranks.broadcast(sharded_changes(ranks, owner, file, entry, layout, base, failure), rank=owner)
-        if failure.error is None:
+        with failure:
             parts = (part for part in placement[entry.name] if part.box != whole(entry.shape))
             pieces += [ExactPiece.cut(entry, part, changes) for part in parts]
     with located(file.path):
@@ -126,7 +115,7 @@ def sharded_changes(
         module = file.load(entry.name) if ranks.rank == owner and entry.encoding is Encoding.EXACT else None
     digest = hashlib.sha256()
     changes: list[tuple[NDArray[np.int64], Array]] = []
-    for flat, weights in assembled(ranks, owner, layout, part, entry.dtype):
+    for flat, weights in assembled(ranks, owner, layout, part, entry.dtype, failure):
         if weights is None or failure.error is not None:
             continue
         with failure:

@@ -13,7 +13,7 @@ import contextlib
 import os
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from peraxis_format.arguments import check_choice, check_least
-from peraxis_format.errors import BindingError, LiveModelError, located
+from peraxis_format.errors import BindingError, LiveModelError, TornError, located
 from peraxis_format.interrupts import uninterrupted
 from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
@@ -87,7 +87,8 @@ def apply_(
     checkpoint name. group: the torch.distributed group whose ranks have the shards. workers: the number of threads.
     undo: the place of the old weights' copy until all weights are written.
     Raises PxdError (a damaged file, another base) and LiveModelError (weights that cannot become the fine-tune); the
-    model is then unchanged. Existing storage is written, so parameters and pointers stay valid.
+    model is then unchanged. Existing storage is written, so parameters and pointers stay valid. Ctrl-C waits for the
+    end of the writes. Raises TornError if a failed write could not be reverted.
     """
     if not isinstance(delta, DeltaFile | str | os.PathLike):
         raise LiveModelError(
@@ -125,10 +126,14 @@ def apply_(
                 pieces=pieces,
             )
         before = device.counters.uploads
-        with _undo(placement, undo) as bases, together(group, sharded=sharded):
+        with together(group, sharded=sharded):
+            kept, bases = _copies(placement, undo)
+
+        def write() -> None:
             engine = engine_for(transfers, bases, device=device, workers=pool)
             stream(payload, engine, device=device, ring=ring, workers=pool)
-        increment_versions(part for parts in placement.values() for part in parts)
+
+        _all_or_none(write, kept, group=group, sharded=sharded)
         if isinstance(target, torch.nn.Module):
             _LAST[target] = file.content_id
         return Applied(
@@ -145,27 +150,51 @@ def _view(part: ShardView) -> Tensor:
     return part.view
 
 
-@contextlib.contextmanager
-def _undo(placement: Placement, where: Literal["device", "host"]) -> Iterator[dict[ShardView, Tensor]]:
-    """Yield the bases to rebuild from: copies of the live weights, or (copies on the host) the weights themselves.
+def _copies(
+    placement: Placement, where: Literal["device", "host"]
+) -> tuple[dict[ShardView, Tensor], dict[ShardView, Tensor]]:
+    """Copies of the live weights, and the bases to rebuild from: these, or (copies on the host) the weights themselves.
 
-    If the block raises, the copies are restored.
+    In place, because each weight is read before it is written. Strided ones are rebuilt in another buffer.
     """
     kept = copy_aside(placement, host=where == "host")
-    bases = kept
-    if where == "host":
-        # In place, because each weight is read before it is written. Strided ones are rebuilt in another buffer.
-        bases = {
-            part: part.view if part.view.is_contiguous() else old.to(part.view.device) for part, old in kept.items()
-        }
-    try:
-        yield bases
-    except BaseException:
-        with uninterrupted():
-            for part, old in kept.items():
-                part.view.copy_(old)
-                part.publish()
-        raise
+    if where == "device":
+        return kept, kept
+    return kept, {
+        part: part.view if part.view.is_contiguous() else old.to(part.view.device) for part, old in kept.items()
+    }
+
+
+def _all_or_none(write: Callable[[], None], kept: Mapping[ShardView, Tensor], *, group: Any, sharded: bool) -> None:
+    """Write the weights; on any error, on any rank, restore the kept ones. No signal comes in between.
+
+    Raises the error, or TornError if a weight could not be restored; the others are.
+    """
+    with uninterrupted():
+        try:
+            with together(group, sharded=sharded):
+                write()
+        except BaseException as error:
+            with together(group, sharded=sharded):
+                _restore(kept, error)
+            raise
+        finally:
+            increment_versions(kept)
+
+
+def _restore(kept: Mapping[ShardView, Tensor], error: BaseException) -> None:
+    failure: BaseException | None = None
+    for part, old in kept.items():
+        try:
+            part.view.copy_(old)
+            part.publish()
+        except BaseException as again:
+            failure = failure or again
+    if failure is not None:
+        raise TornError(
+            f"a delta failed while weights were written ({error or type(error).__name__}), and could not be reverted "
+            f"({failure or type(failure).__name__}); load the model again"
+        ) from failure
 
 
 def verify_share(delta: DeltaFile, group: Any, workers: ThreadPool) -> int:

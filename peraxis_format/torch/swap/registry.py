@@ -42,7 +42,8 @@ _ROOM: Final = 0.9  # share of the free memory that a second copy of the weights
 @dataclass(frozen=True, slots=True, eq=False)
 class Registered:
     """A variant that is ready for use. owned: the file was opened here. parts: the storages that it changes; weights:
-    their size in bytes. engine: rebuilds it from the base; with base="undo" there is a log instead.
+    their size in bytes. engine: rebuilds it from the base; with base="undo" there is a log instead. sharded: whether
+    several ranks write it together.
     """
 
     variant: Variant
@@ -54,6 +55,7 @@ class Registered:
     log: UndoLog | None
     parts: frozenset[ShardView]
     weights: int
+    sharded: bool
 
     def close(self) -> None:
         """Free the payload, and close the file if it was opened here."""
@@ -131,9 +133,10 @@ class Registry:
                 "base; load the base again and make a new VariantSwitch"
             )
 
-    def is_sharded(self, registered: Registered) -> bool:
-        """Whether several ranks have to write it together."""
-        return self._anywhere_sharded(registered.file, registered.placement)
+    @property
+    def is_sharded(self) -> bool:
+        """Whether several ranks have to swap together."""
+        return any(registered.sharded for registered in self.variants.values())
 
     def close(self) -> None:
         """Free all variants and the base, and end the threads."""
@@ -186,6 +189,7 @@ class Registry:
             if isinstance(engine, HostEngine) and chosen == "pinned":
                 for index, transfer in enumerate(transfers):
                     engine.prepare(transfer, payload.host(index))
+            log = UndoLog(payload) if undo else None
         variant = Variant(
             name=name,
             content_id=file.content_id,
@@ -197,8 +201,7 @@ class Registry:
         slices = (slice_ for transfer in transfers for slice_ in transfer.modules)
         parts = frozenset((*(part for slice_ in slices for part in slice_.views), *(piece.part for piece in pieces)))
         weights = sum(part.view.nbytes for part in parts)
-        log = UndoLog(payload) if undo else None
-        return Registered(variant, file, owned, placement, payload, engine, log, parts, weights)
+        return Registered(variant, file, owned, placement, payload, engine, log, parts, weights, sharded)
 
     def _prepared(self, placement: Placement) -> tuple[Device, Ring]:
         if self.device is None or self.ring is None:

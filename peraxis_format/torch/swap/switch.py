@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peraxis_format.errors import LiveModelError
+from peraxis_format.errors import LiveModelError, TornError
 from peraxis_format.interrupts import uninterrupted
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.ranks import together
@@ -65,7 +65,7 @@ class VariantSwitch:
         workers: int | None = None,
     ) -> None:
         self._registry = Registry(model, base=base, views=views, shards=shards, group=group, workers=workers)
-        self._lost = False  # with base="undo": an error that could not be reverted
+        self._torn = False  # whether a failed swap could not be reverted
         self._lock = SwapLock()
         self._changes = threading.Lock()  # one thread at a time registers or swaps
         self._current: str | None = None
@@ -165,14 +165,15 @@ class VariantSwitch:
         with self._changes, self._lock.exclusive():
             self._refuse_closed()
             target = None if name is None else self._registry.find(name)
-            self._registry.check_tensors(overwrite=overwrite)
+            with together(self._registry.group, sharded=self._registry.is_sharded):
+                self._registry.check_tensors(overwrite=overwrite)
+                if self._registry.device is not None:
+                    self._registry.device.wait_all()
             started = time.perf_counter()
             swap = Swap(name=name, previous=self._current, residency=None, epoch=self._epoch, seconds=0.0)
-            if name == self._current and not overwrite:
+            if name == self._current and not (overwrite or self._torn):
                 return replace(swap, residency=None if target is None else target.variant.residency)
             self._dirty |= self._registry.live.written()
-            if self._registry.device is not None:
-                self._registry.device.wait_all()
             uploads, uploaded = self._uploads()
             read = 0 if target is None else target.payload.bytes_read
             with uninterrupted():
@@ -199,7 +200,7 @@ class VariantSwitch:
                 raise  # an interrupt is not wrapped
             what = "the base" if now is None else f"variant {now!r}"
             raise SwapError(f"swap to {name!r} failed ({error}); the model is {what}", now=now) from error
-        self._current = name
+        self._current, self._torn = name, False
         return written
 
     def _uploads(self) -> tuple[int, int]:
@@ -218,29 +219,28 @@ class VariantSwitch:
         self._dirty = touched
         self._epoch += 1
         increment_versions(touched)
-        for part in restored:
-            part.view.copy_(registry.bases[part], non_blocking=True)
-            part.publish()
         device, ring = registry.device, registry.ring
-        if device is not None and ring is not None:
-            sharded = target is not None and registry.is_sharded(target)
-            with together(registry.group, sharded=sharded):
-                if target is not None and target.engine is not None:
-                    stream(target.payload, target.engine, device=device, ring=ring, workers=registry.workers)
-            device.synchronize()
+        try:
+            with together(registry.group, sharded=registry.is_sharded):
+                for part in restored:
+                    part.view.copy_(registry.bases[part], non_blocking=True)
+                    part.publish()
+                if device is not None and ring is not None:
+                    if target is not None and target.engine is not None:
+                        stream(target.payload, target.engine, device=device, ring=ring, workers=registry.workers)
+                    device.synchronize()
+        finally:
+            registry.live.remember(touched)
         self._dirty = parts
-        registry.live.remember(touched)
         return sum(part.view.nbytes for part in restored) + (0 if target is None else target.weights)
 
     def _write_in_place(self, target: Registered | None, weights: InPlace) -> int:
         registry = self._registry
-        before = None if self._current is None else registry.find(self._current)
         touched = weights.parts() | (frozenset() if target is None else target.parts)
-        sharded = any(registry.is_sharded(one) for one in (before, target) if one is not None)
         self._epoch += 1
         increment_versions(touched)
         try:
-            with together(registry.group, sharded=sharded):
+            with together(registry.group, sharded=registry.is_sharded):
                 return weights.write(None if target is None else target.log)
         finally:
             if registry.device is not None:
@@ -248,17 +248,19 @@ class VariantSwitch:
             registry.live.remember(touched)
 
     def _restored(self, error: BaseException) -> str | None:
-        """Revert a failed swap. Raises LiveModelError if that fails too, which is possible only with base="undo"."""
+        """Revert a failed swap. Raises TornError if that fails too; a copy of the base makes another try possible."""
+        self._torn = True
         try:
-            return self._restore()
-        except Exception as failure:
-            if self._registry.in_place is None:
-                raise
-            self._lost = True
-            raise LiveModelError(
-                f"a swap failed ({error}) and could not be reverted ({failure}); the weights are neither the base's "
-                "nor a variant's: load the base again and make a new VariantSwitch"
+            now = self._restore()
+        except BaseException as failure:
+            undo = self._registry.in_place is not None
+            remedy = "load the base again and make a new VariantSwitch" if undo else "use(None) tries it again"
+            raise TornError(
+                f"a swap failed ({error or type(error).__name__}) and could not be reverted "
+                f"({failure or type(failure).__name__}); the weights are neither the base's nor a variant's: {remedy}"
             ) from error
+        self._torn = False
+        return now
 
     def _restore(self) -> str | None:
         """Restore the previous variant, or else the base. Returns the name of the current variant."""
@@ -284,7 +286,7 @@ class VariantSwitch:
     def _refuse_closed(self) -> None:
         if self._closed:
             raise LiveModelError("the VariantSwitch is closed; make a new one for the model")
-        if self._lost:
+        if self._torn and self._registry.in_place is not None:
             raise LiveModelError("a swap could not be reverted; load the base again and make a new VariantSwitch")
 
     def __enter__(self) -> VariantSwitch:

@@ -7,15 +7,11 @@ from peraxis_format.errors import LiveModelError
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.shards import Placement
 
-__all__ = ["TornError", "UpdateError", "refuse_others"]
+__all__ = ["UpdateError", "refuse_others"]
 
 
 class UpdateError(LiveModelError):
     """An update does not continue the model's state; the message names it and the reason."""
-
-
-class TornError(UpdateError):
-    """An update was written in part and could be neither finished nor reverted, so the model is in no known state."""
 
 
 def refuse_others(file: DeltaFile, placement: Placement) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from peraxis_format.delta import Encoding
 from peraxis_format.dtypes import digest_of
-from peraxis_format.errors import ArgumentError, BindingError, LiveModelError, PxdError
+from peraxis_format.errors import ArgumentError, BindingError, LiveModelError, PxdError, TornError
 from peraxis_format.ops.tensors import storage_array
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.finder import check_target
@@ -24,7 +24,7 @@ from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.ranks import Ranks, together
 from peraxis_format.torch.place.shards import Shard, Target
 from peraxis_format.torch.updates.apply import apply_update
-from peraxis_format.torch.updates.errors import TornError, UpdateError
+from peraxis_format.torch.updates.errors import UpdateError
 from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
 from peraxis_format.torch.updates.source import UpdateFile, list_updates, missing_folder, next_update
@@ -135,8 +135,10 @@ class Follower:
         for file in ahead:
             waiting.setdefault(file.path, f"{file.path}: does not continue the model's state")
         poll = Poll(step=self.step, applied=tuple(applied), lag=len(ahead), waiting=waiting)
-        if applied and self._on_update is not None:
-            self._on_update(poll)
+        if applied:
+            with together(self._group, sharded=in_pieces(self._target, self._shards)):
+                if self._on_update is not None:
+                    self._on_update(poll)
         return poll
 
     def apply(self, path: str | Path) -> None:

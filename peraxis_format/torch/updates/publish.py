@@ -24,16 +24,16 @@ from peraxis_format.delta import BaseRef, Encoding, ModuleDelta
 from peraxis_format.dtypes import Array, DType, digest_of
 from peraxis_format.errors import LiveModelError
 from peraxis_format.exact import count_changed, lossless_module
-from peraxis_format.manifest import CHANGED_KEY, Identity, Manifest
+from peraxis_format.manifest import CHANGED_KEY, Manifest
 from peraxis_format.ops.exact import Prefer, apply
 from peraxis_format.ops.rebuild import reconstruct
 from peraxis_format.ops.tensors import dtype_of, storage_array
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.updates.destination import Destination
 from peraxis_format.torch.updates.live import check_publishing, live_tensors
 from peraxis_format.torch.updates.mirror import Mirror, is_url
-from peraxis_format.torch.updates.published import Published, Written, finished
-from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, newer_file, step_name, step_of
-from peraxis_format.writer import DeltaWriter
+from peraxis_format.torch.updates.published import Published, Written
+from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, step_name
 
 __all__ = ["UpdateWriter"]
 
@@ -64,9 +64,9 @@ class UpdateWriter:
             check_publishing(model, folder, dtype)
         self._mirror, self.folder = self._placed(folder)
         self._url = str(folder).rstrip("/") if is_url(folder) else None
+        self._to = Destination(self.folder, name=name, mirror=self._mirror)
         self.step_number = 0
         self._model = model
-        self._name = name
         self._dtype = dtype
         self._prefer: Prefer = prefer
         self._anchor_every = anchor_every
@@ -74,14 +74,13 @@ class UpdateWriter:
         self._digests: dict[str, str] = {}
         self._head: UpdateFile | None = None
         self._broken_off = False  # whether the snapshot may not be the last published state
-        self._sending: str | None = None  # the file whose transfer has begun and not ended well
         with self._together():
             self.folder.mkdir(parents=True, exist_ok=True)
         self._restore()
         self._check_continued()
 
     def __repr__(self) -> str:
-        return f"<UpdateWriter to {self._url or self.folder}: step {self.step_number}>"
+        return f"<{type(self).__name__} to {self._url or self.folder}: step {self.step_number}>"
 
     def _together(self) -> AbstractContextManager[None]:
         """The context of a part of a method that is not collective; ShardedUpdateWriter's raises on all ranks."""
@@ -104,8 +103,8 @@ class UpdateWriter:
         """Publish the present parameters. The first call in a folder writes an anchor, later ones write updates.
 
         Raises FileExistsError if another process publishes into the folder, OSError; nothing is published then, unless
-        a store took the file without an answer, or only the anchor of the step cannot be written: see `step_number`.
-        After an interrupt, and after such a store, the next step first reads what was published.
+        the folder or store took the file and only then failed, or only the anchor of the step cannot be written: see
+        `step_number`. After an interrupt, and after such a failure, the next step first reads what was published.
         """
         self._recover()
         try:
@@ -135,17 +134,7 @@ class UpdateWriter:
         Files are deleted oldest first, so that the rest is always a chain. Raises ArgumentError for fewer than one.
         """
         check_least("anchors", anchors, 1)  # one must stay as the beginning of the chain
-        names = [path.name for path in self.folder.iterdir()] if self._mirror is None else self._mirror.names()
-        # An update leads to the anchor of its own number, which replaces it.
-        places = sorted((place, name) for name in names if (place := step_of(name)) is not None)
-        kept = [step for (step, is_anchor), _ in places if is_anchor][-anchors:]
-        old = [name for place, name in places if kept and place < (kept[0], True)]
-        for name in old:
-            if self._mirror is None:
-                (self.folder / name).unlink()
-            else:
-                self._mirror.remove(name)
-        return [self.folder / name for name in old]
+        return self._to.prune(anchors)
 
     def close(self) -> None:
         """Remove the local files of a chain at a URL."""
@@ -193,46 +182,23 @@ class UpdateWriter:
 
     # --- the published state --------------------------------------------------------------------------
 
-    def _writer(self, path: Path, *, previous: str | None) -> DeltaWriter:
-        newer = newer_file(path)
-        if newer is not None:
-            raise FileExistsError(
-                f"{newer}: is newer than {path.name}; another process publishes there: stop one of them"
-            )
-        identity = Identity(id=self._name)
-        return DeltaWriter(path, base=identity, fine_tuned=identity, previous=previous, chained=True, overwrite=False)
-
     def _write_update(
         self, path: Path, modules: Iterable[tuple[ModuleDelta, int]], tied: list[tuple[str, str]], *, previous: str
     ) -> Written:
         """Write and send an update. modules: each with the number of its changed weights."""
         changed = 0
-        with self._writer(path, previous=previous) as writer:
+        with self._to.writer(path, previous=previous) as writer:
             for module, count in modules:
                 writer.add(module)
                 changed += count
             for name, alias in tied:
                 writer.tie(name, alias)
             writer.metadata[CHANGED_KEY] = str(changed)
-            manifest = finished(writer)
-        self._send(path)
+            manifest = self._to.finish(writer)
         return Written(manifest=manifest, size=writer.size, changed=changed)
 
-    def _send(self, path: Path) -> None:
-        """Send a written file to its URL. Raises FileExistsError, OSError; nothing is published then."""
-        if self._mirror is not None:
-            self._sending = path.name
-            try:
-                self._mirror.send(path)
-            except FileExistsError:
-                self._sending = None
-                raise
-            finally:
-                path.unlink(missing_ok=True)
-            self._sending = None
-
     def _is_there(self, path: Path) -> bool:
-        return path.exists() if self._mirror is None else self._mirror.exists(path.name)
+        return self._to.has(path.name)
 
     def _first(self, live: Mapping[str, Tensor], tied: list[tuple[str, str]]) -> Published:
         self._snapshot = {name: (self._dtype_of(name, t), self._published(t)) for name, t in live.items()}
@@ -242,13 +208,12 @@ class UpdateWriter:
 
     def _anchor(self, path: Path, tied: list[tuple[str, str]]) -> Written:
         """Write and send the whole published state."""
-        with self._writer(path, previous=None) as writer:
+        with self._to.writer(path, previous=None) as writer:
             for name, (dtype, array) in self._snapshot.items():
                 writer.add(ModuleDelta(name=name, shape=array.shape, dtype=dtype, encoding=Encoding.FULL, full=array))
             for name, alias in tied:
                 writer.tie(name, alias)
-            manifest = finished(writer)
-        self._send(path)
+            manifest = self._to.finish(writer)
         return Written(manifest=manifest, size=writer.size, changed=self._weights())
 
     def _weights(self) -> int:
@@ -302,18 +267,21 @@ class UpdateWriter:
             before, self._head = self._head, None
             try:
                 self._restore()
+                self._check_own(before)
             except BaseException:
                 self._head, self._broken_off = before, True
                 raise
             if self._head is None and before is not None:
                 self._head = before
                 raise LiveModelError(f"{self.folder}: has no chain any more; publish to a new folder")
-            self._broken_off, self._sending = False, None
+            self._broken_off = False
 
     def _is_broken_off(self) -> bool:
-        # A store may have taken a file and then not answered.
-        taken = self._mirror is not None and self._sending is not None and self._mirror.exists(self._sending)
-        return self._broken_off or taken
+        return self._broken_off or self._to.is_in_doubt()
+
+    def _check_own(self, before: UpdateFile | None) -> None:
+        """Check that no other process has published since `before`."""
+        self._to.check_own(self._head, before)
 
     def _restore(self) -> None:
         """Update the snapshot to the last state of the folder."""

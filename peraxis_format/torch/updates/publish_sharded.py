@@ -23,19 +23,17 @@ from peraxis_format.delta import BaseRef, Encoding, ModuleDelta
 from peraxis_format.dtypes import Array, DType, digest_of
 from peraxis_format.errors import LiveModelError
 from peraxis_format.exact import lossless_module
-from peraxis_format.ops.rebuild import reconstruct
-from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.finder import local_part
 from peraxis_format.torch.place.pieces import Layout, flat_indices
-from peraxis_format.torch.place.ranks import Ranks, agree, together
-from peraxis_format.torch.place.sharded_exact import FirstError
+from peraxis_format.torch.place.ranks import FirstError, Ranks, agree, together
 from peraxis_format.torch.place.shards import Box, slices, whole
 from peraxis_format.torch.updates.live import live_tensors
 from peraxis_format.torch.updates.mirror import Mirror, is_url
+from peraxis_format.torch.updates.owned import check_ranks, covered, owned_state
 from peraxis_format.torch.updates.publish import UpdateWriter
-from peraxis_format.torch.updates.published import Published, UpdateOptions, Written, finished
+from peraxis_format.torch.updates.published import Published, UpdateOptions, Written
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
-from peraxis_format.torch.updates.source import Way, anchor_name, chain_of, step_name
+from peraxis_format.torch.updates.source import UpdateFile, Way, anchor_name, chain_of, step_name
 from peraxis_format.writer import DeltaWriter
 
 __all__ = ["ShardedUpdateWriter"]
@@ -77,8 +75,9 @@ class ShardedUpdateWriter(UpdateWriter):
         return together(self._ranks.group)
 
     def prune(self, *, anchors: int = 2) -> list[Path]:
-        """Delete old files, see UpdateWriter. Rank 0 does this; other ranks return an empty list."""
-        return super().prune(anchors=anchors) if self._ranks.rank == 0 else []
+        """Delete old files, see UpdateWriter. Collective: rank 0 does this, and every rank returns them."""
+        deleted: list[Path] = self._on_first(lambda: UpdateWriter.prune(self, anchors=anchors))
+        return deleted
 
     def close(self) -> None:
         """Remove the local files of a chain at a URL."""
@@ -115,6 +114,10 @@ class ShardedUpdateWriter(UpdateWriter):
             mine = super()._is_broken_off()
         return any(self._ranks.all_gather(mine))
 
+    def _check_own(self, before: UpdateFile | None) -> None:
+        """Rank 0 knows what it has written."""
+        self._on_first(lambda: UpdateWriter._check_own(self, before))
+
     # --- the parts of a step --------------------------------------------------------------------------
 
     @property
@@ -132,8 +135,9 @@ class ShardedUpdateWriter(UpdateWriter):
         if self._head is None:
             shapes = {name: tuple(tensor.shape) for name, tensor in live.items()}
             known = self._ranks.all_gather((shapes, dtypes, tied, boxes))
-            self._check_ranks([each[:3] for each in known])
-            self._layouts = {n: _covered(n, Layout.of(shapes[n], [each[3][n] for each in known])) for n in shapes}
+            with self._together():
+                check_ranks([each[:3] for each in known])
+                self._layouts = {n: covered(n, Layout.of(shapes[n], [each[3][n] for each in known])) for n in shapes}
             self._boxes, self._dtypes = boxes, dtypes
         return {name: part.view for name, part in found.items()}, tied
 
@@ -148,19 +152,6 @@ class ShardedUpdateWriter(UpdateWriter):
             moved = self._layouts[name].shape != tuple(tensor.shape) or self._boxes[name] != boxes[name]
             if moved or dtypes[name] is not self._dtypes[name]:
                 raise LiveModelError(f"{name}: has another shape, dtype or placement than before; use a new folder")
-
-    def _check_ranks(self, known: list[tuple[dict[str, Any], ...]]) -> None:
-        """Raise LiveModelError, on all ranks, if a rank has other tensors than the first one."""
-        for rank, (shapes, dtypes, tied) in enumerate(known):
-            for name in sorted(shapes.keys() | known[0][0].keys()):
-                if any(
-                    mine.get(name) != first.get(name) for mine, first in zip((shapes, dtypes), known[0], strict=False)
-                ):
-                    raise LiveModelError(
-                        f"{name}: rank {rank} has another shape or dtype than rank 0, or only one has it"
-                    )
-            if (list(shapes), tied) != (list(known[0][0]), known[0][2]):
-                raise LiveModelError(f"rank {rank} has its tensors in another order than rank 0, or ties others")
 
     def _speaks_for(self, name: str) -> bool:
         return self._layouts[name].senders.get(self._boxes[name]) == self._ranks.rank
@@ -248,7 +239,7 @@ class ShardedUpdateWriter(UpdateWriter):
             writer: DeltaWriter | None = None
             with self._together():
                 if self._ranks.rank == 0:
-                    writer = stack.enter_context(self._writer(path, previous=None))
+                    writer = stack.enter_context(self._to.writer(path, previous=None))
             for name, dtype in self._dtypes.items():
                 mine = self._snapshot[name][1] if owners[name] == self._ranks.rank else None
                 found = [array for array in self._ranks.gather(mine, on=0) if array is not None]
@@ -268,15 +259,14 @@ class ShardedUpdateWriter(UpdateWriter):
             return None
         for name, alias in tied:
             writer.tie(name, alias)
-        manifest = finished(writer)
-        self._send(path)
+        manifest = self._to.finish(writer)
         return Written(manifest=manifest, size=writer.size, changed=self._weights())
 
     def _weights(self) -> int:
         return sum(math.prod(layout.shape) for layout in self._layouts.values())
 
     def _check_continued(self) -> None:
-        """`_owned_state` has compared the tensors."""
+        """Nothing to do: `_restore` compares the tensors with those of the chain."""
 
     def _restore(self) -> None:
         """Read the last state of the folder: each owner its tensors, one file after the other, for all ranks."""
@@ -287,7 +277,8 @@ class ShardedUpdateWriter(UpdateWriter):
             return
         self._parts()
         with self._together():
-            owned = self._owned_state(way)
+            mine = {name for name, owner in self._owners.items() if owner == self._ranks.rank}
+            owned = owned_state(way, self.folder, self._dtypes, self._layouts, mine=mine)
             digests = {name: digest_of(array) for name, array in owned.items()}
         pieces, failure = {}, FirstError()
         for name, owner in self._owners.items():
@@ -305,28 +296,6 @@ class ShardedUpdateWriter(UpdateWriter):
         self._head = way.head
         self.step_number = way.head.step
 
-    def _owned_state(self, way: Way) -> dict[str, Array]:
-        """The tensors that this rank owns, in the last state. Raises LiveModelError if the files are of other ones."""
-        owners, state = self._owners, dict[str, Array]()
-        for file in (way.anchor, *way.updates):
-            path = self.folder / file.path.name
-            with DeltaFile(path) as delta:
-                if delta.content_id != file.content_id:
-                    raise LiveModelError(f"{path}: is another file than on rank 0; all ranks must see one folder")
-                known = {entry.name: entry for entry in delta.manifest.modules}
-                for name, dtype in self._dtypes.items():
-                    entry = known.get(name)
-                    if entry is None or (entry.shape, entry.dtype) != (self._layouts[name].shape, dtype):
-                        raise LiveModelError(f"{name}: has another shape or dtype than in {path}; use a new folder")
-                    if file is way.anchor and entry.base is not None:
-                        raise LiveModelError(f"{path}: {name} has a base, so this is no anchor; use a new folder")
-                    if owners[name] == self._ranks.rank and entry.encoding is not Encoding.SAME:
-                        state[name] = np.array(reconstruct(delta.load(name), state.get(name)))
-                odd = sorted(known.keys() - self._dtypes.keys())
-                if odd:
-                    raise LiveModelError(f"{odd[0]}: is in {path}, but not in the model; use a new folder")
-        return state
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Made:
@@ -336,13 +305,3 @@ class _Made:
     changed: int
     new: Array
     digest: str
-
-
-def _covered(name: str, layout: Layout) -> Layout:
-    """The layout, if the ranks have the whole tensor between them. Raises LiveModelError."""
-    if layout.covered != math.prod(layout.shape):
-        raise LiveModelError(
-            f"{name}: the ranks have {layout.covered} of its {math.prod(layout.shape)} weights; pass the group of all "
-            "ranks that share the model"
-        )
-    return layout

@@ -1,4 +1,4 @@
-"""What a trainer publishes: its options, the results of its steps, and the end of each file."""
+"""What a trainer publishes: its options, and the results of its steps."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 
 from peraxis_format.manifest import Manifest
 from peraxis_format.ops.exact import Prefer
-from peraxis_format.writer import DeltaWriter
 
-__all__ = ["Published", "UpdateOptions", "Written", "finished"]
+__all__ = ["Published", "UpdateOptions", "Written"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,14 +46,3 @@ class UpdateOptions(TypedDict, total=False):
     dtype: torch.dtype | None
     prefer: Prefer
     anchor_every: int | None
-
-
-def finished(writer: DeltaWriter) -> Manifest:
-    """Give a written file its name. Raises FileExistsError if another process published one there."""
-    try:
-        return writer.finish()
-    except FileExistsError:
-        raise FileExistsError(
-            f"{writer.path}: exists already; another process publishes there: stop one of them, or give each its own "
-            "folder"
-        ) from None

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from peraxis_format.torch.place.ranks import Ranks, agree
-from peraxis_format.torch.place.sharded_exact import FirstError
+from peraxis_format.torch.place.ranks import FirstError, Ranks, agree, together
 from peraxis_format.torch.updates.mirror import PREFIX, Mirror
 
 __all__ = ["SharedMirror"]
@@ -32,12 +31,8 @@ class SharedMirror:
         """Raises LiveModelError on all ranks, as Mirror."""
         self._ranks = Ranks(group)
         self.first: Mirror | None = None  # on the first rank
-        failure: Exception | None = None
-        try:
+        with together(group):
             self.first = Mirror(url) if self._ranks.rank == 0 else None
-        except Exception as error:
-            failure = error
-        agree(failure, group)
         self.url: str = self._ranks.broadcast(self.first.url if self.first is not None else "", rank=0)
         self._writers: list[int] = []
         self._fetches: dict[str, int] = {}  # on another host: of the files that are here
@@ -49,15 +44,12 @@ class SharedMirror:
         mine: Path | None = None
         folder: Path | None = None
         while without := [rank for rank, has in enumerate(self._ranks.all_gather(folder is not None)) if not has]:
-            writer, token, failure = without[0], secrets.token_hex(8), None
+            writer, token = without[0], secrets.token_hex(8)
             self._writers.append(writer)
-            if self._ranks.rank == writer:
-                try:
+            with together(self._ranks.group):
+                if self._ranks.rank == writer:
                     folder = mine = Path(tempfile.mkdtemp(prefix=PREFIX)) if self.first is None else self.first.folder
                     (mine / _TOKEN).write_text(token, "utf-8")
-                except OSError as error:
-                    failure = error
-            agree(failure, self._ranks.group)
             said: tuple[Path, str] = self._ranks.broadcast((mine, token), rank=writer)
             if folder is None and _reads(said[0] / _TOKEN, said[1]):
                 folder = said[0]
@@ -66,15 +58,11 @@ class SharedMirror:
 
     def sync(self, *, after: int | None) -> None:
         """Fetch the updates after step `after`, see Mirror. Raises OSError, on all ranks."""
-        failure: Exception | None = None
         names: dict[str, int] = {}
-        try:
+        with together(self._ranks.group):
             if self.first is not None:
                 self.first.sync(after=after)
                 names = dict(self.first.fetches)
-        except Exception as error:
-            failure = error
-        agree(failure, self._ranks.group)
         if len(self._writers) > 1:
             self._send(self._ranks.broadcast(names, rank=0))
 
@@ -88,10 +76,10 @@ class SharedMirror:
         rank, failure = self._ranks.rank, FirstError()
         writes = rank in self._writers and rank != 0
         here = set(names)
-        if writes:
-            found = {path.name for path in self.folder.glob("*.pxd")}
-            here = {name for name in found & set(names) if self._fetches.get(name) == names[name]}
-            with failure:
+        with failure:
+            if writes:
+                found = {path.name for path in self.folder.glob("*.pxd")}
+                here = {name for name in found & set(names) if self._fetches.get(name) == names[name]}
                 for name in found - here:
                     (self.folder / name).unlink()
         lacking = self._ranks.all_gather(set(names) - here)

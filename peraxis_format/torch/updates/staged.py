@@ -21,18 +21,18 @@ from torch import Tensor
 
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import Array
-from peraxis_format.errors import LiveModelError, fail, located
+from peraxis_format.errors import LiveModelError, TornError, fail, located
 from peraxis_format.interrupts import uninterrupted
 from peraxis_format.manifest import ModuleEntry
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.claims import refuse_claimed
 from peraxis_format.torch.place.pieces import Layout
 from peraxis_format.torch.place.proof import proven
-from peraxis_format.torch.place.ranks import Ranks, agree, together
+from peraxis_format.torch.place.ranks import FirstError, Ranks, agree, together
 from peraxis_format.torch.place.replicas import check_replicas
-from peraxis_format.torch.place.sharded_exact import Changes, FirstError, in_box, sharded_changes, words_of
-from peraxis_format.torch.place.shards import Placement, ShardView, increment_versions, slices, whole
-from peraxis_format.torch.updates.errors import TornError, refuse_others
+from peraxis_format.torch.place.sharded_exact import Changes, in_box, sharded_changes, words_of
+from peraxis_format.torch.place.shards import Box, Placement, ShardView, increment_versions, slices, whole
+from peraxis_format.torch.updates.errors import refuse_others
 
 __all__ = ["StagedUpdate", "stage"]
 
@@ -65,7 +65,7 @@ class _Change:
                 flat[places] = old
                 self.values.copy_(new)
                 self.part.publish()
-            except Exception as again:
+            except BaseException as again:
                 raise _torn(error, again) from again
             raise
 
@@ -102,17 +102,17 @@ class StagedUpdate:
 
     def _revert(self, written: list[_Change], error: BaseException) -> None:
         """Restore the old weights. Raises TornError if a change cannot be reverted; the others are."""
-        failure: Exception | None = None
+        failure: BaseException | None = None
         for change in reversed(written):
             try:
                 change.exchange()
-            except Exception as again:
+            except BaseException as again:
                 failure = again
         if failure is not None:
             raise _torn(error, failure) from failure
 
 
-def _torn(error: BaseException, failure: Exception) -> TornError:
+def _torn(error: BaseException, failure: BaseException) -> TornError:
     return TornError(
         f"an update failed while weights were written ({error or type(error).__name__}), and could not be reverted "
         f"({failure or type(failure).__name__}); load the model again"
@@ -157,20 +157,27 @@ def _layouts(ranks: Ranks, file: DeltaFile, placement: Placement) -> dict[str, L
     boxes = ranks.all_gather({entry.name: [part.box for part in placement[entry.name]] for entry in entries})
     if len(set(ranks.all_gather(file.content_id))) > 1:
         raise LiveModelError(f"{file.path}: the ranks have different files")
-    layouts: dict[str, Layout] = {}
+    with together(ranks.group):
+        return dict(_pieces(entries, boxes))
+
+
+def _pieces(
+    entries: Sequence[ModuleEntry], boxes: Sequence[Mapping[str, Sequence[Box]]]
+) -> Iterator[tuple[str, Layout]]:
+    """The layouts of tensors that some rank has only a piece of. boxes: those of every rank, for each alias."""
     for entry in entries:
         if all(box == whole(entry.shape) for found in boxes for box in found[entry.name]):
             continue
         if any(box != found[entry.name][0] for found in boxes for box in found[entry.name]):
             raise LiveModelError(f"{entry.name}: its aliases are sharded in other ways; tie them, or untie the model")
-        layout = layouts[entry.name] = Layout.of(entry.shape, [found[entry.name][0] for found in boxes])
+        layout = Layout.of(entry.shape, [found[entry.name][0] for found in boxes])
         wanted = int(np.prod(entry.shape, dtype=np.int64))
         if layout.covered != wanted:
             raise LiveModelError(
                 f"{entry.name}: the ranks have {layout.covered} of its {wanted} weights; check `shards`, and that "
                 "torch.distributed is initialised"
             )
-    return layouts
+        yield entry.name, layout
 
 
 def _check_replicas(ranks: Ranks, file: DeltaFile, placement: Placement, layouts: Mapping[str, Layout]) -> None:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from peraxis_format.delta import ModuleDelta
 from peraxis_format.dtypes import Array
+from peraxis_format.errors import TornError
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.proof import stretches
 from peraxis_format.torch.place.shards import Placement, ShardView, storage_key
-from peraxis_format.torch.updates.errors import TornError
 
 __all__ = ["write_whole"]
 

@@ -93,6 +93,7 @@ def from_wire(
             assets={},
             prefer=prefer,
             overwrite=overwrite,
+            name=output,
             base=links[-1].result if links else None,
         )
         with watched(progress, "convert", job.new.size) as step:
