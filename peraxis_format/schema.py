@@ -123,9 +123,9 @@ _CHAIN_KEYS: Final = " previous result"
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """Parse the manifest's bytes into typed values (SPEC 3.1 to 3.4, 3.7, and the lengths of 3.8).
+    """Parse the manifest's bytes into typed values (SPEC 3.1 to 3.4, 3.7, 3.13, and the lengths of 3.8).
 
-    Raises ProfileError (E202, E203, E205, E208) or UnsupportedError (E204).
+    Raises ProfileError (E202, E203, E205, E208, E213) or UnsupportedError (E204).
     """
     try:
         check_text(data)
