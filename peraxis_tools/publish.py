@@ -156,7 +156,7 @@ class _Before:
 
 def _check_names(repository: str, deltas: Sequence[Path]) -> None:
     if (is_delta(repository) or repository.endswith(".pxd")) and any(HUB_ID.fullmatch(str(path)) for path in deltas):
-        raise ToolError(f"{repository} is a delta and {deltas[0]} is not: pass them in the other order")
+        raise ToolError(f"{repository} is a delta and {deltas[0]} is not; pass them in the other order")
     if not HUB_ID.fullmatch(repository):
         raise ToolError(f"{repository}: not a name of a repository; pass org/name")
     for path in deltas:
@@ -164,8 +164,10 @@ def _check_names(repository: str, deltas: Sequence[Path]) -> None:
             raise ToolError(f"{str(path)!r}: not a file name for a repository; rename the file")
     names = [path.name for path in deltas]
     twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None or not names:
-        raise ToolError(f"{twice}: two of the files have this name; rename one" if twice else "pass a .pxd to publish")
+    if twice is not None:
+        raise ToolError(f"{twice}: two of the files have this name; rename one")
+    if not names:
+        raise ToolError("no .pxd to publish; pass at least one")
 
 
 def _told(deltas: Sequence[Path], reports: Sequence[Mapping[str, Any]], base_id: str | None) -> list[CardDelta]:

@@ -131,7 +131,7 @@ def command(
              peraxis-tools verify 'releases/*.pxd' --format github --report sarif=report.sarif
     """
     if as_json and ctx.get_parameter_source("kind") is not ParameterSource.DEFAULT and kind != "json":
-        raise ToolError(f"--json and --format {kind}: give one of them; --report FORMAT=PATH writes a further report")
+        raise ToolError(f"--json and --format {kind} exclude each other; give one of them, --report adds others")
     if max_kl is None:
         refuse_given("texts", why="without --max-kl")
     kind = "json" if as_json else kind

@@ -41,10 +41,10 @@ __all__ = ["UpdateWriter"]
 class UpdateWriter:
     """Publishes the states of live parameters as a chain of exact updates: into a folder, or to a URL.
 
-    model: a module, or a mapping of names to tensors, which is read at each step. dtype: the dtype that float32 tensors
-    are published in; None publishes them unchanged. anchor_every: the number of steps between whole states, from which
-    a server can begin, so that older files can be deleted (`prune`). An existing chain in the folder is continued.
-    step_number: the number of the last published state. For DTensors use ShardedUpdateWriter.
+    model: a module, or a mapping of names to tensors, which is read at each step. name: its id in the files. dtype: of
+    published float32 tensors; None publishes them unchanged. prefer: size or speed, as in `update`. anchor_every: steps
+    between whole states, from which a server can begin, so that older files can be deleted (`prune`). An existing chain
+    in the folder is continued. step_number: that of the last published state. For DTensors use ShardedUpdateWriter.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class UpdateWriter:
         newer = newer_file(path)
         if newer is not None:
             raise FileExistsError(
-                f"{newer}: is newer than {path.name}; another process publishes there: stop one of them"
+                f"{newer}: is newer than {path.name}; another process publishes there; stop one of them"
             )
         identity = Identity(id=self._name)
         return DeltaWriter(path, base=identity, fine_tuned=identity, previous=previous, chained=True, overwrite=False)
