@@ -71,7 +71,11 @@ def _names(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[
 )
 @click.option("--device", default="auto", show_default=True, help="The device, like cpu, cuda or cuda:1.")
 @click.option(
-    "--compute-dtype", default="float32", show_default=True, type=click.Choice(("float32", "bfloat16", "float16"))
+    "--compute-dtype",
+    default="float32",
+    show_default=True,
+    type=click.Choice(("float32", "bfloat16", "float16")),
+    help="The dtype of forward passes; on the fly is always float32.",
 )
 @base_revision_option
 @click.option("--fine-tuned-revision", help="The revision of a fine-tune on the hub.")

@@ -79,6 +79,7 @@ def _reports(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
     type=click.Choice(_FORMATS),
     default="text",
     show_default=True,
+    help="The format of the report.",
 )
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the report of --format to this file.")
 @click.option(
