@@ -66,9 +66,15 @@ def parser() -> argparse.ArgumentParser:
             metavar="GLOB",
             help="leave out cases whose id matches; may be repeated",
         )
-        verb.add_argument("--corpus", type=Path, metavar="DIR", help="another corpus than the installed one")
     copy = verbs.add_parser("copy", help="write the corpus into a folder, every file of every case")
     copy.add_argument("directory", type=Path)
+    for verb in (run, show, copy):
+        verb.add_argument(
+            "--corpus",
+            type=Path,
+            metavar="DIR",
+            help="the folder of the cases (default: that of this package in a clone)",
+        )
     return made
 
 
@@ -135,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.verb == "list":
             report.show_list(corpus_of(given).select(given.case, given.skip), as_json=given.json)
         else:
-            report.show(f"{Corpus().copy(given.directory)} cases in {given.directory}")
+            report.show(f"{corpus_of(given).copy(given.directory)} cases in {given.directory}")
     except BrokenPipeError:  # the reader of the report closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

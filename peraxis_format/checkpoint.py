@@ -101,7 +101,7 @@ class Safetensors:
         infos = [replace(info, name=names.get(name, name)) for name, info in self._tensors.items()]
         other._tensors = {info.name: info for info in sorted(infos, key=lambda info: info.name)}
         if len(other._tensors) != len(self._tensors):
-            raise CheckpointError(f"{self.label}: two tensors would have one name")
+            raise CheckpointError(f"{self.label}: two tensors would have one name; save the checkpoint again")
         return other
 
     def read(self, name: str, rows: slice | None = None) -> Array:

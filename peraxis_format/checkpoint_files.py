@@ -102,7 +102,9 @@ def _explicit(folder: Path) -> str | None:
 
 def _named(folder: Path, name: str) -> CheckpointFiles:
     if name != Path(name).name:
-        raise CheckpointError(f"{folder}/config.json: transformers_weights names {name!r}, not a plain file name")
+        raise CheckpointError(
+            f"{folder}/config.json: transformers_weights names {name!r}, not a plain file name; correct it"
+        )
     if not (folder / name).is_file():
         raise CheckpointError(f"{folder}/{name}: missing, although config.json names it; fetch the checkpoint again")
     return find_files(folder / name)
@@ -115,7 +117,7 @@ def _indexed(index: Path) -> CheckpointFiles:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         plain, owners = False, {}
     if not plain or not owners:
-        raise CheckpointError(f"{index}: not a safetensors index (a weight_map of plain file names)")
+        raise CheckpointError(f"{index}: not a safetensors index (a weight_map of plain file names); fetch it again")
     names = sorted(set(owners.values()))  # an index may name a million files; paths are made of those that exist
     lost = next((name for name in names if not (index.parent / name).is_file()), None)
     if lost is not None:

@@ -123,7 +123,7 @@ def _there(system: Any, target: str, start: bytes, size: int) -> tuple[bool, boo
 
 def _taken(url: str) -> FileExistsError:
     return FileExistsError(
-        f"{url}: exists already; another process publishes there: stop one of them, or give each its own URL"
+        f"{url}: exists already; another process publishes there; stop one of them, or give each its own URL"
     )
 
 

@@ -112,7 +112,7 @@ def hub_files(name: HubName) -> list[str]:
         if file.startswith(folder) and file.endswith(".pxd") and "/" not in file[len(folder) :]
     )  # fmt: skip
     if not found:
-        raise CheckpointError(f"{name.repository}/{folder}: has no .pxd files")
+        raise CheckpointError(f"{name.repository}/{folder}: has no .pxd files; check the name")
     at = f"@{name.revision.replace('/', '%2F')}" if name.revision else ""
     return [f"hf://{name.repository}{at}/{file}" for file in found]
 

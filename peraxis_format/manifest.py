@@ -4,7 +4,7 @@ The text leaves out usual values of a module and has all digests in one field (`
 field.
 
 Reading has two steps: schema.py turns bytes into these types (SPEC 3.1 to 3.4), profile.py checks their content by
-clauses 3.5 to 3.12. After that the values are trusted.
+clauses 3.5 to 3.12 and 3.14. After that the values are trusted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Check a parsed manifest: names, limits, encodings, base digest, assets (SPEC 3.5 to 3.12)."""
+"""Check a parsed manifest: names, limits, encodings, base digest, assets, result (SPEC 3.5 to 3.12, 3.14)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAME: Final = re.compile(r"(?!__)[!-.0-\[\]-~]{1,512}")
 
 
 def check_manifest(manifest: Manifest) -> None:
-    """Check a parsed manifest by SPEC 3.5 to 3.12. Raises ProfileError (E206 to E211)."""
+    """Check a parsed manifest by SPEC 3.5 to 3.12 and 3.14. Raises ProfileError (E206 to E211, E214)."""
     _check_names(manifest)
     _check_limits(manifest)
     for i, module in enumerate(manifest.modules):

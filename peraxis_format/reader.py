@@ -200,7 +200,7 @@ class DeltaFile:
     # --- checks --------------------------------------------------------------------------------------
 
     def verify(self, *, workers: int | None = None, progress: Callable[[int], None] | None = None) -> None:
-        """Steps 9 to 11 of SPEC 8: digests, unused bits and pads, scales.
+        """Steps 9 to 11 of SPEC 8: digests, unused bits and pads, scales and exact blocks.
 
         workers: the number of threads (default: one per processor). progress: called with each number of bytes done,
         from any thread. Raises the first PayloadError in file order, for any number of threads.

@@ -57,13 +57,16 @@ def _value(data: bytes, span: Span, path: str, most: int = PIECE_MAX) -> Json:
     return value
 
 
-def _members(data: bytes, span: Span, path: str, depth: int) -> Iterator[tuple[str, Span]]:
-    """The key and the span of the value of each member of an object, checked by SPEC 2.9 and 3.2."""
+def _members(data: bytes, span: Span, path: str, depth: int, most: int = PIECE_MAX) -> Iterator[tuple[str, Span]]:
+    """The key and the span of the value of each member of an object, checked by SPEC 2.9 and 3.2.
+
+    most: the bytes of the longest key that is possible.
+    """
     before, canonical = b"", True
     for i, (begin, end) in enumerate(pieces(data, *span, depth=depth)):
         if i >= ENTRIES_MAX:
             fail("E208", f"more than {ENTRIES_MAX} members", field=path)  # SPEC 3.8
-        match = _KEY.match(data, begin, min(end, begin + PIECE_MAX))
+        match = _KEY.match(data, begin, min(end, begin + most))
         if match is None:
             if end - begin <= PIECE_MAX and not parse_piece(b"{" + data[begin:end] + b"}", begin):
                 raise StrictJsonError("E114", "nothing beside a comma", begin)
@@ -101,7 +104,7 @@ def _metadata(data: bytes, span: Span) -> dict[str, str]:
         _value(data, span, "metadata")
         fail("E205", "not an object", field="metadata")
     texts: dict[str, str] = {}
-    for key, value in _members(data, span, "metadata", depth=2):
+    for key, value in _members(data, span, "metadata", depth=2, most=METADATA_MAX):
         path = f"metadata[{key[:64]!r}]"
         texts[key] = text(_value(data, value, path, METADATA_MAX if data[value[0]] == 0x22 else PIECE_MAX), path)
     return texts
@@ -120,9 +123,9 @@ _CHAIN_KEYS: Final = " previous result"
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """Parse the manifest's bytes into typed values (SPEC 3.1 to 3.4, 3.7, and the lengths of 3.8).
+    """Parse the manifest's bytes into typed values (SPEC 3.1 to 3.4, 3.7, 3.13, and the lengths of 3.8).
 
-    Raises ProfileError (E202, E203, E205, E208) or UnsupportedError (E204).
+    Raises ProfileError (E202, E203, E205, E208, E213) or UnsupportedError (E204).
     """
     try:
         check_text(data)

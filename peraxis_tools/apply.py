@@ -69,7 +69,7 @@ def apply(
     output = Path(output)
     deltas = sequence(deltas)
     if not deltas:
-        raise ToolError("pass a delta to apply")
+        raise ToolError("no delta to apply; pass one")
     refuse_swapped(base, deltas[0])
     with (
         claim_folder(output, overwrite=overwrite, inputs=(base, *deltas)),

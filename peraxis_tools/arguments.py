@@ -33,7 +33,7 @@ def check_workers(workers: int | None) -> None:
 def check_mapping(name: str, value: object, example: str) -> None:
     """Raise OptionError unless the value is a mapping."""
     if not isinstance(value, Mapping):
-        raise OptionError(f"{name} is a {type(value).__name__}: pass a mapping, like {example}")
+        raise OptionError(f"{name} is a {type(value).__name__}; pass a mapping, like {example}")
 
 
 def refuse_idle(why: str, **given: object) -> None:
@@ -46,7 +46,7 @@ def refuse_idle(why: str, **given: object) -> None:
 def one_name(name: str, value: V | None, former: str, given: V | None) -> V | None:
     """The value of an option that has two names. Raises OptionError if both are given."""
     if value is not None and given is not None:
-        raise OptionError(f"{former} is another name of {name}: give only one of them")
+        raise OptionError(f"{former} is another name of {name}; give only one of them")
     return given if value is None else value
 
 

@@ -53,9 +53,9 @@ class Checkpoint:
         try:
             config = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
-            raise ToolError(f"{path}: not JSON ({error})") from None
+            raise ToolError(f"{path}: not JSON ({error}); correct it") from None
         if not isinstance(config, dict):
-            raise ToolError(f"{path}: not a JSON object")
+            raise ToolError(f"{path}: not a JSON object; correct it")
         return config
 
     def close(self) -> None:
@@ -128,7 +128,7 @@ def is_delta(source: str | Path) -> bool:
 def refuse_swapped(checkpoint: str | Path, delta: str | Path) -> None:
     """Raise ToolError if a delta is in the place of a checkpoint and a checkpoint's folder in that of a delta."""
     if is_delta(checkpoint) and Path(delta).is_dir():
-        raise ToolError(f"{checkpoint} is a delta and {delta} is not: pass them in the other order")
+        raise ToolError(f"{checkpoint} is a delta and {delta} is not; pass them in the other order")
 
 
 def parse_identity(text: str) -> Identity:

@@ -54,9 +54,11 @@ def _whole(manifest: pxd.Manifest, file: object) -> list[str]:
     except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ToolError(f"{file}: its metadata key {pxd.PART_KEY} is not an array of names; it cannot be joined")
+        raise ToolError(f"{file}: its metadata key {pxd.PART_KEY} is not an array of names; write the parts again")
     if not {module.name for module in manifest.modules} <= set(names):
-        raise ToolError(f"{file}: has modules that its metadata key {pxd.PART_KEY} does not list; it cannot be joined")
+        raise ToolError(
+            f"{file}: has modules that its metadata key {pxd.PART_KEY} does not list; write the parts again"
+        )
     return names
 
 

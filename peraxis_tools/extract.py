@@ -35,7 +35,7 @@ def extract(delta: str | Path, output: str | Path, *, overwrite: bool = False) -
     output = Path(output)
     with claim_folder(output, overwrite=overwrite, inputs=(delta,)), _opened(delta) as (content_id, paths, read):
         if not paths:
-            raise ToolError(f"{delta}: has no assets")
+            raise ToolError(f"{delta}: has no assets, so there is nothing to extract")
         with atomic_folder(output, overwrite=overwrite) as folder:
             size = 0
             for path in paths:

@@ -156,9 +156,10 @@ def load(
     progress: Progress = None,
     **options: Any,
 ) -> Loaded:
-    """Load the fine-tune of a delta. base: a folder or hub id, by default the one that the manifest names.
+    """Load the fine-tune of a delta: (model, tokenizer), the tokenizer None if neither fine-tune nor base has one.
 
-    options are passed to `load_model`. Raises PxdError, CheckpointError, ToolError.
+    delta: a path, a URL, or a repository on the hub. base: a folder or hub id, by default that of the manifest. options
+    and progress are passed to `load_model`. Raises PxdError, CheckpointError, ToolError.
     """
     if base is not None:
         refuse_swapped(base, delta)

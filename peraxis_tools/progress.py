@@ -25,6 +25,7 @@ __all__ = [
     "Steps",
     "silent",
     "staged",
+    "stages_of",
     "watched",
     "watched_stages",
 ]
@@ -46,8 +47,8 @@ class StageOpener:
         return self._opened(description, total)
 
 
-# The argument of a function with one stage: a function called with numbers of units done, True for a bar, or a
-# StageOpener.
+# The argument of a function that counts in one unit: a function called with numbers of units done, True for a bar, or
+# a StageOpener.
 Progress: TypeAlias = Steps | StageOpener | bool | None
 # progress(stage, done, total): the name of the stage, the units done, and their total.
 Staged: TypeAlias = Callable[[str, int, int], None]
@@ -88,6 +89,11 @@ def watched(progress: Progress, stage: str, total: int | None) -> Iterator[Steps
                 show(done)
 
         yield step
+
+
+def stages_of(progress: Progress) -> ProgressOf:
+    """`watched` for a function with several stages that count in one unit, like bytes."""
+    return lambda stage, total: watched(progress, stage, total)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from peraxis_tools.inspection import inspect
 from peraxis_tools.names import HUB_ID, names_a_file
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import check_folder, claim_folder
-from peraxis_tools.progress import ProgressOf, silent
+from peraxis_tools.progress import Progress, ProgressOf, stages_of
 from peraxis_tools.signatures import signature_path
 
 __all__ = ["PublishResult", "PublishedDelta", "Relation", "publish"]
@@ -73,14 +73,15 @@ def publish(
     overwrite: bool = False,
     private: bool = False,
     revision: str | None = None,
-    progress: ProgressOf = silent,
+    progress: Progress = None,
 ) -> PublishResult:
     """Verify the files, write a model card, and upload all of it to a repository of the hub.
 
     evaluation: files with the JSON of `peraxis-tools eval`, one for each delta. base_id: the hub id of the base for the
     card. card_from: a folder or a hub id whose README.md gives the language and the license. license: its identifier on
-    the hub, like apache-2.0. dry_run: write the repository to this folder and upload
-    nothing. Raises ToolError, PxdError, OSError.
+    the hub, like apache-2.0. relation: the hub's name of the relation to the base. dry_run: write the repository to
+    this folder and upload nothing. private: make a new repository private. revision: the branch to commit to.
+    progress: called with numbers of bytes, or True for bars. Raises ToolError, PxdError, OSError.
     """
     check_choice("relation", relation, get_args(Relation))
     if license is not None and not _LICENSE.fullmatch(license):
@@ -100,8 +101,9 @@ def publish(
     if dry_run is not None:
         check_folder(dry_run, overwrite=overwrite, inputs=(*paths, *bundles, *evaluations))
     reports = [_read_evaluation(path) for path in evaluations]
+    stages = stages_of(progress)
     for path in paths:
-        _verify(path, progress)
+        _verify(path, stages)
     told = _told(paths, reports, base_id)
     files = {path.name: path for path in (*paths, *(bundle for bundle in bundles if bundle.is_file()))}
     before = _in_folder(dry_run) if dry_run is not None else _on_hub(repository, revision)
@@ -124,7 +126,7 @@ def publish(
         with claim, atomic_folder(dry_run, overwrite=overwrite, marker=False) as folder:
             (folder / "README.md").write_text(card, "utf-8")
             (folder / ".gitattributes").write_text(attributes, "utf-8")
-            with progress("copy", sum(source.stat().st_size for source in files.values())) as step:
+            with stages("copy", sum(source.stat().st_size for source in files.values())) as step:
                 for name, source in files.items():
                     _copy(source, folder / name, step)
     return PublishResult(
@@ -154,7 +156,7 @@ class _Before:
 
 def _check_names(repository: str, deltas: Sequence[Path]) -> None:
     if (is_delta(repository) or repository.endswith(".pxd")) and any(HUB_ID.fullmatch(str(path)) for path in deltas):
-        raise ToolError(f"{repository} is a delta and {deltas[0]} is not: pass them in the other order")
+        raise ToolError(f"{repository} is a delta and {deltas[0]} is not; pass them in the other order")
     if not HUB_ID.fullmatch(repository):
         raise ToolError(f"{repository}: not a name of a repository; pass org/name")
     for path in deltas:
@@ -162,8 +164,10 @@ def _check_names(repository: str, deltas: Sequence[Path]) -> None:
             raise ToolError(f"{str(path)!r}: not a file name for a repository; rename the file")
     names = [path.name for path in deltas]
     twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None or not names:
-        raise ToolError(f"{twice}: two of the files have this name; rename one" if twice else "pass a .pxd to publish")
+    if twice is not None:
+        raise ToolError(f"{twice}: two of the files have this name; rename one")
+    if not names:
+        raise ToolError("no .pxd to publish; pass at least one")
 
 
 def _told(deltas: Sequence[Path], reports: Sequence[Mapping[str, Any]], base_id: str | None) -> list[CardDelta]:

@@ -17,7 +17,7 @@ from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.names import HUB_NAME, names_a_file
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_files, made_folder, refuse_missing
-from peraxis_tools.progress import ProgressOf, silent
+from peraxis_tools.progress import Progress, ProgressOf, stages_of
 from peraxis_tools.remote import is_remote, local_copy
 from peraxis_tools.urls import without_secrets
 
@@ -48,23 +48,25 @@ def pull(
     files: Sequence[str] = (),
     expect_content_id: str | Sequence[str] = (),
     overwrite: bool = False,
-    progress: ProgressOf = silent,
+    progress: Progress = None,
 ) -> PullResult:
     """Fetch the deltas of a repository (`org/name[@revision]`) with their signatures, or the delta of a URL.
 
     output: the folder for the files. files: names of single deltas in a repository. expect_content_id: the content IDs
-    that a delta may have. All deltas are verified (steps 1 to 11 of SPEC 8) before any is written. Raises
-    CheckFailedError for another content ID, PxdError, ToolError, OSError.
+    that a delta may have. All deltas are verified (steps 1 to 11 of SPEC 8) before any is written. progress: called
+    with numbers of bytes, or True for bars. Raises CheckFailedError for another content ID, PxdError, ToolError,
+    OSError.
     """
     if not is_remote(source) and not names_a_file(source):
         require(f"{source} (a repository)", "huggingface_hub")
     folder, files = Path(output), sequence(files)
     refuse_missing(folder.absolute().parent)
     expected = parse_content_ids(sequence(expect_content_id))
-    with _fetched(source, files, progress) as fetched:
+    stages = stages_of(progress)
+    with _fetched(source, files, stages) as fetched:
         targets = [folder / path.name for path in fetched]
         with made_folder(folder), claim_files(targets, overwrite=overwrite):
-            ids = [_verified(path, expected, progress, source) for path in fetched]
+            ids = [_verified(path, expected, stages, source) for path in fetched]
             for path, target in zip(fetched, targets, strict=True):
                 with pxd.atomic_file(target, overwrite=overwrite) as writer, open(path, "rb") as reader:
                     shutil.copyfileobj(reader, writer, 1 << 22)

@@ -19,7 +19,7 @@ from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError
 from peraxis_tools.folders import scratch_folder
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_file
-from peraxis_tools.progress import ProgressOf, silent
+from peraxis_tools.progress import Progress, stages_of
 
 __all__ = ["SignResult", "check_signature", "sign", "signature_path"]
 
@@ -49,12 +49,13 @@ def sign(
     certificate_chain: str | Path | Sequence[str | Path] = (),
     bundle: str | Path | None = None,
     overwrite: bool = False,
-    progress: ProgressOf = silent,
+    progress: Progress = None,
 ) -> SignResult:
     """Verify a delta and sign it with an elliptic-curve key in PEM.
 
-    password: the password of the key. certificate: sign with this certificate of the key. bundle: the path of the
-    signature, by default `<delta>.sig`. Raises ToolError, PxdError.
+    password: the password of the key. certificate: sign with this certificate of the key. certificate_chain: those
+    above it. bundle: the path of the signature, by default `<delta>.sig`. progress: called with numbers of verified
+    bytes, or True for bars. Raises ToolError, PxdError, OSError.
     """
     import peraxis_format as pxd
 
@@ -65,14 +66,15 @@ def sign(
     chain = [Path(path) for path in sequence(certificate_chain)]
     bundle = signature_path(file) if bundle is None else Path(bundle)
     inputs = (file, private_key, certificate, *chain)
+    stages = stages_of(progress)
     with claim_file(bundle, overwrite=overwrite, inputs=inputs):
         _need(private_key, *([certificate] if certificate is not None else []), *chain)
         with pxd.open(file) as opened:
-            with progress("verify", opened.data_size) as step:
+            with stages("verify", opened.data_size) as step:
                 opened.verify(progress=step)
             content_id = opened.content_id
         signing = _library().signing
-        with _clear(f"{file}: cannot be signed with {private_key}", ToolError), progress("sign", None):
+        with _clear(f"{file}: cannot be signed with {private_key}", ToolError), stages("sign", None):
             config = signing.Config().set_hashing_config(_hashing(bundle))
             if certificate is None:
                 config.use_elliptic_key_signer(private_key=private_key, password=password)

@@ -12,7 +12,7 @@ from peraxis_tools.delta_parts import split as write_parts
 from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import atomic_folder
 from peraxis_tools.outputs import claim_folder
-from peraxis_tools.progress import ProgressOf, silent
+from peraxis_tools.progress import Progress, watched
 
 __all__ = ["Part", "SplitResult", "split"]
 
@@ -40,12 +40,12 @@ def split(
     *,
     parts: int,
     overwrite: bool = False,
-    progress: ProgressOf = silent,
+    progress: Progress = None,
 ) -> SplitResult:
     """Write a delta as `parts` files of about equal size, like `<name>-00001-of-00004.pxd`, into the folder `output`.
 
-    The modules keep their order. The folder is written atomically. progress: called with numbers of payload
-    bytes. Raises ToolError, PxdError, OSError.
+    The modules keep their order. The folder is written atomically. progress: called with numbers of payload bytes, or
+    True for a bar. Raises ToolError, PxdError, OSError.
     """
     check_least("parts", parts, 2)
     folder = Path(output)
@@ -56,7 +56,7 @@ def split(
         names = [f"{stem}-{i:05d}-of-{len(groups):05d}.pxd" for i in range(1, len(groups) + 1)]
         with (
             atomic_folder(folder, overwrite=overwrite) as temporary,
-            progress("split", file.data_size) as step,
+            watched(progress, "split", file.data_size) as step,
         ):
             write_parts(file, groups, [temporary / name for name in names], progress=step)
         written = zip(groups, (folder / name for name in names), strict=True)
@@ -70,7 +70,7 @@ def _groups(delta: pxd.DeltaFile, parts: int) -> list[list[str]]:
     """Groups of consecutive modules; a new group starts when the groups before it have their share of the bytes."""
     names = list(delta)
     if parts > len(names):
-        raise ToolError(f"{delta.path}: has {len(names)} modules and cannot become {parts} parts")
+        raise ToolError(f"{delta.path}: has {len(names)} modules, not {parts}; pass parts (--parts) of at most that")
     total = sum(map(delta.payload_bytes, names))
     groups: list[list[str]] = [[]]
     done = 0

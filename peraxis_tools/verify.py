@@ -13,7 +13,7 @@ from pathlib import Path
 from peraxis_tools.arguments import check_least, check_mapping, check_workers, refuse_idle, sequence
 from peraxis_tools.checkpoint import with_revision
 from peraxis_tools.errors import ToolError
-from peraxis_tools.progress import Progress, Steps, watched
+from peraxis_tools.progress import Progress, stages_of
 from peraxis_tools.remote import is_remote, local_copy
 from peraxis_tools.verify_files import Signature, VerifyResult, Wanted, verify_files
 
@@ -75,10 +75,9 @@ def verify(
     )
     files = delta_files(deltas)
     if not files:
-        raise ToolError("no deltas to verify: pass at least one")
+        raise ToolError("no deltas to verify; pass at least one")
 
-    def stages(stage: str, total: int | None) -> contextlib.AbstractContextManager[Steps]:
-        return watched(progress, stage, total)
+    stages = stages_of(progress)
 
     @contextlib.contextmanager
     def open_file(file: str) -> Iterator[Path]:

@@ -169,9 +169,9 @@ def test_no_input_at_all_is_refused(function: str, given: dict[str, Any]) -> Non
 
 
 def test_a_list_in_place_of_a_mapping_is_refused() -> None:
-    with pytest.raises(peraxis.ToolError, match="texts is a list: pass a mapping"):
+    with pytest.raises(peraxis.ToolError, match="texts is a list; pass a mapping"):
         call("evaluate", texts=["f.txt"])
-    with pytest.raises(LiveModelError, match="variants is a list: pass a mapping"):
+    with pytest.raises(LiveModelError, match="variants is a list; pass a mapping"):
         call("serve", variants=["a.pxd"])
 
 

@@ -59,7 +59,7 @@ def chain_order(links: Iterable[Link]) -> list[Link]:
     """
     given = list(links)
     if not given:
-        raise ToolError("no updates are given")
+        raise ToolError("no updates are given; pass at least one")
     by_id: dict[str, Link] = {}
     for link in given:
         if link.content_id in by_id:
@@ -187,8 +187,8 @@ class _Known:
 def _refuse_gaps(first: Sequence[Link], given: Sequence[Link]) -> None:
     if not first:
         raise CheckFailedError(
-            f"{given[0].path}: a ring; each of these updates begins at the result of another one. Write updates that "
-            "return to an earlier state with `--after`, which says what they follow"
+            f"{given[0].path}: a ring; each of these updates begins at the result of another one; write updates that "
+            "return to an earlier state with `--after`, which names those before them"
         )
     if len(first) == 1:
         return

@@ -87,8 +87,8 @@ def update(
     """Write the changes from `old` to `new`, bit for bit.
 
     old, new: a folder, a safetensors file or a hub id; the old state is `old` after the updates `after`: files, a
-    folder, a URL or a repository on the hub. output: a path or a URL. progress is called with bytes of `new`. Raises
-    ToolError, CheckpointError, PxdError.
+    folder, a URL or a repository on the hub. output: a path or a URL. prefer: size (the fewest bytes) or speed (the
+    fastest to apply). progress is called with bytes of `new`. Raises ToolError, CheckpointError, PxdError.
     """
     check_choice("prefer", prefer, get_args(pxd.Prefer))
     after = sequence(after)
@@ -129,13 +129,13 @@ def compact(
     """Fold a chain into one update with the same result, which is checked before the file is written.
 
     base: the checkpoint that the first of them was made on; changes are coded relative to its weights. If the first one
-    is an anchor, so is the result. updates: files, a folder, a URL or a repository on the hub. Raises CheckFailedError
-    if the results differ, ToolError, CheckpointError, PxdError.
+    is an anchor, so is the result. updates: files, a folder, a URL or a repository on the hub. prefer: see `update`.
+    Raises CheckFailedError if the results differ, ToolError, CheckpointError, PxdError.
     """
     check_choice("prefer", prefer, get_args(pxd.Prefer))
     updates = sequence(updates)
     if not updates:
-        raise ToolError("pass the updates to fold")
+        raise ToolError("no updates to fold; pass at least one")
     with (
         output_file(output, overwrite=overwrite, inputs=(base, *updates)) as target,
         open_checkpoint(base) as checkpoint,

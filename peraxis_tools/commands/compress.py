@@ -111,7 +111,11 @@ class _Compress(click.Command):
 @click.option("--distill-loss", type=click.Choice(("kl", "mse")), help="The loss on the logits.  [default: kl]")
 @click.option("--seed", type=int, help="The seed of all random choices.  [default: 0]")
 @click.option("--device", help="The device, like cpu, cuda or cuda:1.  [default: cuda if there is one]")
-@click.option("--compute-dtype", type=click.Choice(("auto", "float32", "bfloat16", "float16")))
+@click.option(
+    "--compute-dtype",
+    type=click.Choice(("auto", "float32", "bfloat16", "float16")),
+    help="The dtype of forward passes.  [default: auto: float32 on a CPU, else that of the model]",
+)
 @click.option("--hidden-limit", type=SIZE, help="Hidden states above this size go to disk.  [default: 4GiB]")
 @click.option("--logits-limit", type=SIZE, help="Teacher logits above this size are recomputed.  [default: 4GiB]")
 @click.option(

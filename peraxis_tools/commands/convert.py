@@ -46,15 +46,22 @@ __all__ = ["command"]
 @click.argument("source", metavar="SOURCE")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file or folder to write.")
 @click.option("--base", metavar="FOLDER|ID", help="The base of the delta. Optional for LoRA.")
-@click.option("--from", "layout", type=click.Choice(["auto", *LAYOUTS, *WIRES]), default="auto", show_default=True)
 @click.option(
-    "--axis", type=click.Choice(["row", "col"]), help="Which variant to take if a .pt file holds both for a module."
+    "--from",
+    "layout",
+    type=click.Choice(["auto", *LAYOUTS, *WIRES]),
+    default="auto",
+    show_default=True,
+    help="The format of SOURCE; auto recognises it.",
+)
+@click.option(
+    "--axis", type=click.Choice(["row", "col"]), help="The variant to take if a .pt file holds both for a module."
 )
 @click.option(
     "--to",
     "target",
     type=click.Choice(["pxd", "lora", "checkpoint", *WIRES]),
-    help="What to write.  [default: pxd, from another format]",
+    help="The format to write.  [default: pxd, from another format]",
 )
 @click.option("--rank", type=click.IntRange(min=1), help=f"The rank of the LoRA adapter.  [default: {DEFAULT_RANK}]")
 @click.option(

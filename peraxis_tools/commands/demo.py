@@ -24,7 +24,7 @@ __all__ = ["command"]
     show_default=True,
     help="The folder for all files.",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="The seed of the training.")
 @json_option
 @quiet_option
 def command(folder: Path, seed: int, as_json: bool, quiet: bool) -> None:

@@ -38,21 +38,21 @@ def _names(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[
     help="A held-out text: c4, a datasets id, or a json, jsonl(.gz), parquet or txt file. Repeatable.",
 )  # fmt: skip
 @click.option(
-    "--samples", default=50, show_default=True, type=click.IntRange(min=1), help="The number of windows of each text."
+    "--samples", default=50, show_default=True, type=click.IntRange(min=1), help="The number of samples of each text."
 )
 @click.option(
     "--sequence-length",
     default=512,
     show_default=True,
     type=click.IntRange(min=2),
-    help="The number of tokens in a window.",
+    help="The number of tokens in a sample.",
 )
 @click.option(
     "--batch-size",
     default=8,
     show_default=True,
     type=click.IntRange(min=1),
-    help="The number of windows in one forward pass.",
+    help="The number of samples in one forward pass.",
 )
 @click.option("--text-column", help="The column of the text.  [default: text, else all text columns]")
 @click.option("--on-the-fly/--no-on-the-fly", default=True, help="Also measure unrounded weights, which serving uses.")
@@ -71,7 +71,11 @@ def _names(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[
 )
 @click.option("--device", default="auto", show_default=True, help="The device, like cpu, cuda or cuda:1.")
 @click.option(
-    "--compute-dtype", default="float32", show_default=True, type=click.Choice(("float32", "bfloat16", "float16"))
+    "--compute-dtype",
+    default="float32",
+    show_default=True,
+    type=click.Choice(("float32", "bfloat16", "float16")),
+    help="The dtype of forward passes; on the fly is always float32.",
 )
 @base_revision_option
 @click.option("--fine-tuned-revision", help="The revision of a fine-tune on the hub.")

@@ -167,7 +167,7 @@ def masks_option(kind: click.ParamType[Any], *, help: str) -> Callable[[Callable
         @functools.wraps(command)
         def run(*args: Any, masks: Any = None, bits: Any = None, **given: Any) -> None:
             if masks is not None and bits is not None:
-                raise ToolError("--bits is another name of --masks: give only one of them")
+                raise ToolError("--bits is another name of --masks; give only one of them")
             command(*args, masks=bits if masks is None else masks, **given)
 
         return click.option("--masks", type=kind, help=help)(click.option("--bits", type=kind, hidden=True)(run))

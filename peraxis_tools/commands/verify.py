@@ -79,6 +79,7 @@ def _reports(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
     type=click.Choice(_FORMATS),
     default="text",
     show_default=True,
+    help="The format of the report.",
 )
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the report of --format to this file.")
 @click.option(
@@ -131,7 +132,7 @@ def command(
              peraxis-tools verify 'releases/*.pxd' --format github --report sarif=report.sarif
     """
     if as_json and ctx.get_parameter_source("kind") is not ParameterSource.DEFAULT and kind != "json":
-        raise ToolError(f"--json and --format {kind}: give one of them; --report FORMAT=PATH writes a further report")
+        raise ToolError(f"--json and --format {kind} exclude each other; give one of them, --report adds others")
     if max_kl is None:
         refuse_given("texts", why="without --max-kl")
     kind = "json" if as_json else kind

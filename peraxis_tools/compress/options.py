@@ -175,11 +175,11 @@ class CompressOptions:
             if getattr(self, name) is not None and not least <= getattr(self, name) <= most:
                 raise OptionError(f"{name} {getattr(self, name)}: must be {least:.16g} to {most:.16g}")
         if not 0.0 <= self.held_out < 1.0:
-            raise OptionError(f"held_out {self.held_out}: a share, at least 0 and below 1")
+            raise OptionError(f"held_out {self.held_out}: must be at least 0 and below 1")
         if self.calibration is None and (self.fit not in ("auto", "none") or self.distill_samples):
-            raise OptionError("this fit needs a text: give calibration (--calibration c4, a datasets id, or a file)")
+            raise OptionError("this fit needs a text; give calibration (--calibration c4, a datasets id, or a file)")
         if self.target_size is not None and self.target_ratio is not None:
-            raise OptionError("target_size (--target-size) and target_ratio (--target-ratio): give one of them")
+            raise OptionError("target_size (--target-size) excludes target_ratio (--target-ratio); give one of them")
         self._check_exact()
         if self.fit == "adamw" and (self.least_masks > 1 or self.has_target):
             raise OptionError("fit adamw is the paper's: one mask a module, no target")
@@ -218,7 +218,7 @@ class CompressOptions:
             raise OptionError("exact and a target size exclude each other: a lossless file has one size")
         if self.exact == EVERYTHING and self.resolved_fit != "none":
             raise OptionError(
-                "a lossless file needs no text: leave out calibration (--calibration), or name tensors for exact"
+                "a lossless file needs no text; leave out calibration (--calibration), or name tensors for exact"
             )
 
     def is_exact(self, name: str) -> bool:
@@ -308,7 +308,7 @@ def _named(values: Mapping[Any, Any]) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         name = _OTHER_NAMES.get(name, name)
         if name in keys:
-            raise OptionError(f"{key} is another name of {keys[name]}: give only one of them")
+            raise OptionError(f"{key} is another name of {keys[name]}; give only one of them")
         keys[name] = key
     found = {name: values[key] for name, key in keys.items()}
     if keys.get("masks") == "bits" and found["masks"] == 1:

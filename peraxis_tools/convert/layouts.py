@@ -153,15 +153,19 @@ def _words(path: Path, key: str, tensors: Mapping[str, Any], base: pxd.Safetenso
 
     tensor = tensors[key]
     if tensor.dtype is not torch.int32 or tensor.ndim != 2:
-        raise ToolError(f"{path}: {key!r} is {tensor.dtype} {list(tensor.shape)}, not int32 [d_in/32, d_out]")
+        raise ToolError(
+            f"{path}: {key!r} is {tensor.dtype} {list(tensor.shape)}, not int32 [d_in/32, d_out]; save the file again"
+        )
     name, shape = f"{key.rpartition('.')[0]}.weight", (tensor.shape[1], tensor.shape[0] * 32)
     if name not in base:
-        raise CheckFailedError(f"{path}: has a mask for {name}, which {base.label} lacks; another base")
+        raise CheckFailedError(
+            f"{path}: has a mask for {name}, which {base.label} lacks; pass the base that it was made for"
+        )
     info = base[name]
     if info.shape != shape or not info.dtype.is_float:
         raise CheckFailedError(
             f"{path}: its mask for {name} is of {list(shape)}, the base's tensor is {info.dtype.value} "
-            f"{list(info.shape)}; another base"
+            f"{list(info.shape)}; pass the base that it was made for"
         )
     words: NDArray[np.int32] = tensor.numpy()
     return words
@@ -172,10 +176,10 @@ def _scale(path: Path, key: str, tensors: Mapping[str, Any], count: int) -> NDAr
     if tensor is None:
         raise ToolError(f"{path}: has no {key!r} for its mask; save the file again")
     if tensor.numel() != count or not tensor.is_floating_point():
-        raise ToolError(f"{path}: {key!r} has {tensor.numel()} values instead of {count}")
+        raise ToolError(f"{path}: {key!r} has {tensor.numel()} values instead of {count}; save the file again")
     scale: NDArray[np.float64] = tensor.detach().double().reshape(-1).numpy()
     if not np.all(np.isfinite(scale)):
-        raise ToolError(f"{path}: {key!r} has values that are not finite")
+        raise ToolError(f"{path}: {key!r} has values that are not finite; save the file again")
     return scale
 
 

@@ -222,7 +222,7 @@ def _tensor(adapter: _Adapter, name: str) -> Tensor:
     if entry.encoding is pxd.Encoding.FULL:
         return from_storage(np.array(adapter.delta.load(name).full), entry.dtype)
     if adapter.base is None:
-        raise ToolError(f"{name}: pass --base")
+        raise ToolError(f"{name}: needs the base; pass base (--base)")
     return from_storage(rebuild(adapter.delta, adapter.base.tensors, name), entry.dtype)
 
 

@@ -60,7 +60,7 @@ def evaluate(
     """Compare base + delta with the fine-tuned checkpoint.
 
     texts: from the name of a domain to c4, a datasets id, or a file (json, jsonl, parquet, txt, csv; also .gz). A text
-    is cut into at most `samples` windows of `sequence_length` tokens, without overlap or padding. candidates: some of
+    is cut into at most `samples` samples of `sequence_length` tokens, without overlap or padding. candidates: some of
     base, merged and on-the-fly; the last one always computes in float32, the others in compute_dtype. tasks: names of
     lm-eval, with task_limit questions each. task_path: a folder with further task definitions. progress: called with
     (stage, done, total), or True for bars. Raises ToolError, PxdError, CheckpointError.
@@ -130,7 +130,7 @@ def _check_asked(texts: Mapping[str, str | Path], tasks: Sequence[str], candidat
         check_choice("candidates", candidate, CANDIDATES)
     check_texts(texts.values())
     if not texts and not tasks:
-        raise ToolError("nothing to evaluate on: give texts (--text domain=file) or tasks (--tasks)")
+        raise ToolError("nothing to evaluate on; give texts (--text domain=file) or tasks (--tasks)")
 
 
 def worst_kl(

@@ -77,7 +77,7 @@ def merge_parts(
     output = Path(output)
     files = [Path(path) for path in sequence(deltas)]
     if not files:
-        raise ToolError("pass the parts to join")
+        raise ToolError("no parts to join; pass all parts of one delta")
     with claim_delta(output, overwrite=overwrite, inputs=files):
         manifest, inputs, size = join_parts(files, output, overwrite=overwrite, progress=progress)
     modules = tuple(
@@ -108,11 +108,12 @@ def merge(
 ) -> MergeResult:
     """Write the merge of deltas on one base.
 
-    weights: one for each delta. masks: the number of masks of a module in the result (`bits` is another name). None
-    keeps all components of a weighted sum; for `ties` and `dare` it means the sum of the inputs' masks, at most 8.
-    base: the checkpoint of the base. It is needed for exact tensors, except for a sum of equal ones with weights that
-    sum to 1. name: the name of the merged checkpoint. progress: called with numbers of payload bytes of the inputs, or
-    True for a bar. Raises CheckFailedError for different bases, ToolError, PxdError, CheckpointError.
+    weights: one for each delta. mixture: the method, by default the weighted sum. masks: the number of masks of a
+    module in the result (`bits` is another name). None keeps all components of a weighted sum; for `ties` and `dare` it
+    means the sum of the inputs' masks, at most 8. base: the checkpoint of the base. It is needed for exact tensors,
+    except for a sum of equal ones with weights that sum to 1. name: the name of the merged checkpoint. progress: called
+    with numbers of payload bytes of the inputs, or True for a bar. Raises CheckFailedError for different bases,
+    ToolError, PxdError, CheckpointError.
     """
     mixture = mixture or Mixture()
     masks = one_name("masks", masks, "bits", bits)
@@ -177,7 +178,7 @@ def _result(
 
 def _check_weights(paths: Sequence[str | Path], weights: Sequence[float], mixture: Mixture) -> None:
     if not paths:
-        raise ToolError("pass the deltas to merge")
+        raise ToolError("no deltas to merge; pass at least one")
     if len(weights) != len(paths):
         raise ToolError(f"{counted(len(weights), 'weight')} for {counted(len(paths), 'delta')}; pass one for each")
     odd = [weight for weight in weights if not (weight == 0 or _WEIGHT_MIN <= abs(weight) <= _WEIGHT_MAX)]

@@ -34,7 +34,7 @@ _STYLE: Final[Any] = {"svg.hashsalt": "peraxis", "font.size": 9, "axes.spines.to
 def plot(result: InspectResult, details: Details, path: Path, *, overwrite: bool = False) -> None:
     """Write the figure to path, in the format of its suffix. Raises ToolError for another suffix."""
     if path.suffix.lower() not in (".png", ".svg"):
-        raise ToolError(f"{path}: a plot is a .png or an .svg")
+        raise ToolError(f"{path}: a plot is a .png or an .svg; name it so")
     require("a plot", "matplotlib")
     import matplotlib as mpl
     from matplotlib.figure import Figure

@@ -74,7 +74,7 @@ def test_a_file_is_created_whole_and_never_replaced(system: Any, files: list[Pat
     target = f"{folder}/step-00000001.pxd"
     create_remote(store, files[0], target, url="u://x")
     assert held(store, target) == files[0].read_bytes()
-    with pytest.raises(FileExistsError, match=r"^u://x: exists already; another process publishes there: stop one"):
+    with pytest.raises(FileExistsError, match=r"^u://x: exists already; another process publishes there; stop one"):
         create_remote(store, files[1], target, url="u://x")
     assert held(store, target) == files[0].read_bytes()
     assert [path.rpartition("/")[2] for path in store.find(folder)] == ["step-00000001.pxd"]

@@ -122,6 +122,16 @@ def test_a_pad_within_a_module_is_checked_by_load_too(delta: Path) -> None:
     assert caught.value.code == "E304"
 
 
+@pytest.mark.parametrize("size", [2**16 - 3, 2**16, 2**20])
+def test_a_key_of_metadata_may_be_as_long_as_metadata(delta: Path, size: int) -> None:
+    with pxd.open(delta) as file:
+        manifest = replace(file.manifest, metadata={"k" * size: "value"})
+        header, data = pxd.header_bytes(manifest.to_bytes(), file.records), delta.read_bytes()[file.header_size :]
+    delta.write_bytes(header + data)
+    with pxd.open(delta) as file:
+        assert dict(file.manifest.metadata) == {"k" * size: "value"}
+
+
 def test_opening_reads_the_header_alone(delta: Path) -> None:
     calls: list[tuple[int, int]] = []
     data = delta.read_bytes()

@@ -30,17 +30,17 @@ MODEL: Any = "base"
 )
 def test_a_name_in_the_place_of_a_model_is_refused(attempt: Callable[[Path], object], tmp_path: Path) -> None:
     path = write_delta(tmp_path / "a.pxd", base_of(Small()))
-    with pytest.raises(LiveModelError, match=r"^the model is a str: pass a module, or a mapping of names to tensors$"):
+    with pytest.raises(LiveModelError, match=r"^the model is a str; pass a module, or a mapping of names to tensors$"):
         attempt(path)
 
 
 def test_a_model_and_a_delta_in_the_wrong_order_are_told_apart(tmp_path: Path) -> None:
     path = write_delta(tmp_path / "a.pxd", base_of(Small()))
     swapped: Any = Small()
-    with pytest.raises(LiveModelError, match="the delta is a Small: pass them in the other order"):
+    with pytest.raises(LiveModelError, match="the delta is a Small; pass them in the other order"):
         peraxis.apply_(path, swapped)  # type: ignore[arg-type]
     (tmp_path / "base").mkdir()
-    with pytest.raises(peraxis.ToolError, match=r"a.pxd is a delta and .*base is not: pass them in the other order"):
+    with pytest.raises(peraxis.ToolError, match=r"a.pxd is a delta and .*base is not; pass them in the other order"):
         peraxis.load(tmp_path / "base", path)
 
 
@@ -70,7 +70,7 @@ def test_direct_reads_are_refused_where_no_file_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"model": MODEL}, "model is a str: pass a module"),
+        ({"model": MODEL}, "model is a str; pass a module"),
         ({"dtype": torch.int8}, "dtype torch.int8: must be a floating-point dtype"),
         ({"dtype": "bfloat16"}, "dtype 'bfloat16': must be a floating-point dtype"),
         ({"folder": "a.pxd"}, "a.pxd: is a file; pass the folder of the chain"),

@@ -60,6 +60,14 @@ def test_options_that_mean_the_same_are_called_the_same(verb: str) -> None:
     assert ("--output" in options) == ("-o" in options)
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_has_a_help_text(verb: str) -> None:
+    command = cli.get_command(click.Context(cli), verb)
+    assert command is not None
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    assert [option.name for option in options if not option.hidden and not option.help] == []
+
+
 def test_the_reference_is_what_the_code_says(tmp_path: Path) -> None:
     path = ROOT / "docs" / "commands.md"
     message = "stale: run python -m peraxis_tools.reference docs/commands.md"

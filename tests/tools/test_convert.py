@@ -169,7 +169,7 @@ def test_what_could_run_code_is_not_opened(tmp_path: Path) -> None:
         (
             {"model.layers.0.self_attn.q_proj.mask": torch.zeros(2, 33, dtype=torch.int32)},
             CheckFailedError,
-            "another base",
+            "pass the base that it was made for",
         ),
         (
             {"model.layers.0.self_attn.q_proj.mask_row": torch.zeros(2, 32, dtype=torch.int32)},

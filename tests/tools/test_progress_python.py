@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
+import peraxis
 import peraxis_tools
 from peraxis_tools import bars
 from peraxis_tools import progress as progress_module
@@ -35,8 +36,20 @@ CALLS: dict[str, Callable[[Path, Path, Any], Any]] = {
         [i / "a.pxd", i / "b.pxd"], o / "new.pxd", weights=[1.0, 1.0], progress=p
     ),
     "join": lambda i, o, p: merge_parts([i / "part-1.pxd", i / "part-2.pxd"], o / "new.pxd", progress=p),
+    "split": lambda i, o, p: peraxis.split(i / "a.pxd", o / "parts", parts=2, progress=p),
+    "sign": lambda i, o, p: peraxis.sign(i / "a.pxd", private_key=i / "key.pem", bundle=o / "a.sig", progress=p),
+    "publish": lambda i, o, p: peraxis.publish("me/delta", i / "a.pxd", dry_run=o / "repo", progress=p),
+    "pull": lambda i, o, p: peraxis.pull(f"file://{i / 'a.pxd'}", o / "here", progress=p),
     "compress": lambda i, o, p: peraxis_tools.compress(i / "base", i / "tuned", o / "new.pxd", fit="none", progress=p),
 }
+
+STAGES = {
+    "join": "merge",
+    "compress": "write",
+    "sign": "verify",
+    "publish": "copy",
+    "pull": "verify",
+}  # those with another name
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -59,7 +72,7 @@ def test_true_shows_a_bar_on_a_terminal_and_nothing_elsewhere(
     terminal = lambda **_: Console(file=shown, force_terminal=True, width=80)  # noqa: E731
     monkeypatch.setattr(bars, "standard_error", terminal)
     CALLS[name](inputs, tmp_path, True)
-    stage = {"join": "merge", "compress": "write"}.get(name, name)
+    stage = STAGES.get(name, name)
     assert stage in shown.getvalue()
     assert "\x1b[?25h" in shown.getvalue()  # the bar has ended, and the cursor is visible again
     assert capsys.readouterr() == ("", "")
@@ -71,7 +84,7 @@ def test_the_logger_is_told_where_each_stage_begins_and_ends(
 ) -> None:
     with caplog.at_level(logging.INFO, "peraxis"):
         CALLS[name](inputs, tmp_path, None)
-    stage = {"join": "merge", "compress": "write"}.get(name, name)
+    stage = STAGES.get(name, name)
     assert f"{stage}: begins" in caplog.messages
     assert any(line.startswith(f"{stage}: done in") for line in caplog.messages)
 

@@ -65,12 +65,12 @@ def test_the_limit_of_masks_has_one_wording(masks: str, shown: Shown) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("apply a.pxd base -o x", "a.pxd is a delta and base is not: pass them in the other order"),
+        ("apply a.pxd base -o x", "a.pxd is a delta and base is not; pass them in the other order"),
         ("apply base a.pxd b.pxd -o x", "a.pxd: is a delta and not an update of a chain"),
         ("apply base a.pxd b.pxd -o x", "use merge"),
         ("diff tuned a.pxd --base base", "tuned: is a checkpoint and not a delta; pass the delta first"),
         ("diff tuned base", "tuned: is a checkpoint and not a delta"),
-        ("eval base a.pxd tuned --tasks x", "a.pxd is a delta and tuned is not: pass them in the other order"),
+        ("eval base a.pxd tuned --tasks x", "a.pxd is a delta and tuned is not; pass them in the other order"),
         ("compress base a.pxd -o x.pxd", "a.pxd: is a delta, not a checkpoint"),
         ("compress a.pxd tuned -o x.pxd", "a.pxd: is a delta, not a checkpoint"),
         ("update a.pxd base -o x.pxd", "a.pxd: is a delta, not a checkpoint"),

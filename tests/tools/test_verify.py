@@ -214,7 +214,7 @@ def test_the_default_format_goes_to_a_file_too_and_two_formats_are_refused(pair,
     assert (tmp_path / "report.txt").read_text() == run(good)[1]
     result = CliRunner().invoke(command, [str(good), "--format", "junit", "--json"])
     assert isinstance(result.exception, ToolError)
-    assert "--json and --format junit: give one of them" in str(result.exception)
+    assert "--json and --format junit exclude each other; give one of them" in str(result.exception)
     assert run(good, "--format", "json", "--json")[0] == 0
 
 

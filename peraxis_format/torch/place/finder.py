@@ -117,7 +117,9 @@ def _shard_box(tensor: Any, box: Box, placements: Sequence[Any], name: str) -> B
     """This rank's box of a DTensor; mesh dimensions are cut one after the other."""
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
-        raise LiveModelError(f"{name}: this rank is not in the tensor's device mesh")
+        raise LiveModelError(
+            f"{name}: this rank is not in the tensor's device mesh; call this on the ranks of the mesh alone"
+        )
     cut = list(box)
     for dim, placed in enumerate(placements):
         if placed.is_replicate():
@@ -137,7 +139,7 @@ def _inner(model: nn.Module) -> nn.Module:
 def check_target(target: object) -> None:
     """Raise LiveModelError unless this is a module or a mapping of names to tensors."""
     if not isinstance(target, nn.Module | Mapping):
-        raise LiveModelError(f"the model is a {type(target).__name__}: pass a module, or a mapping of names to tensors")
+        raise LiveModelError(f"the model is a {type(target).__name__}; pass a module, or a mapping of names to tensors")
 
 
 def named(target: Target) -> dict[str, Tensor]:

@@ -110,7 +110,7 @@ def _check(entry: ModuleEntry, part: ShardView) -> None:
     if dtype is not entry.dtype or tuple(view.shape) != local or (base is not None and base.shape != entry.shape):
         raise LiveModelError(
             f"{name}: the fine-tune has {entry.dtype.value} {list(entry.shape)}, the live model {dtype.value} "
-            f"{list(view.shape)}; storage cannot change in place: write the checkpoint with `peraxis-tools apply`"
+            f"{list(view.shape)}; storage cannot change in place; write the checkpoint with `peraxis-tools apply`"
         )
 
 

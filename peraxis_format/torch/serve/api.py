@@ -226,7 +226,7 @@ def serve(
     check_choice("backend", backend, get_args(Backend), error=BackendError)
     check_least("workers", workers, 1, error=LiveModelError)
     if not isinstance(variants, Mapping):
-        raise LiveModelError(f"variants is a {type(variants).__name__}: pass a mapping, like {{'legal': 'legal.pxd'}}")
+        raise LiveModelError(f"variants is a {type(variants).__name__}; pass a mapping, like {{'legal': 'legal.pxd'}}")
     _refuse_model(model)
     served = Served(model, list(variants), _backend(backend, model))
     try:

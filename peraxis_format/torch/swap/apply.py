@@ -92,7 +92,7 @@ def apply_(
     """
     if not isinstance(delta, DeltaFile | str | os.PathLike):
         raise LiveModelError(
-            f"the delta is a {type(delta).__name__}: pass them in the other order, apply_(model, delta)"
+            f"the delta is a {type(delta).__name__}; pass them in the other order, apply_(model, delta)"
         )
     check_choice("undo", undo, ("device", "host"), error=LiveModelError)
     check_least("workers", workers, 1, error=LiveModelError)

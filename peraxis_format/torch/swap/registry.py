@@ -261,7 +261,7 @@ def _residency(asked: Residency | None, device: Device, *, undo: bool) -> Reside
     cuda = device.torch_device.type == "cuda"
     if undo and asked not in (None, "pinned"):
         raise DeviceError(
-            f'base="undo" reverts a variant with its own payload, which must stay in host memory: '
+            f'base="undo" reverts a variant with its own payload, which must stay in host memory; '
             f'use residency="pinned", not {asked!r}'
         )
     if asked == "gpu" and not cuda:

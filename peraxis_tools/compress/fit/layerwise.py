@@ -75,7 +75,7 @@ class LayerwiseCalibration:
         self.names, self.options, self.work, self.processes = names, options, work, processes
         self.text = Text(every=batches, places=processes.shard_indices(len(batches)), crossed=crossed)
         if len(batches) < processes.count:
-            raise OptionError(f"{processes.count} processes for {len(batches)} batches: give fewer, or a smaller batch")
+            raise OptionError(f"{processes.count} processes for {len(batches)} batches; give fewer, or a smaller batch")
         self.modules = {module.name: module for module in plan.modules}
         self.fitted: dict[str, FittedModule] = {}
         self.weights = Weights(

@@ -23,7 +23,7 @@ class StreamedFit:
 
     def __init__(self, base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise OptionError("fit none reads and writes: run it in one process, without torchrun")
+            raise OptionError("fit none gains nothing from several processes; run it without torchrun")
         self._base, self._fine_tuned, self._options = base, fine_tuned, options
 
     def open(self) -> None:
