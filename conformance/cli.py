@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -19,6 +20,10 @@ from .run import Adapter, Summary, laid_out, run_cases
 __all__ = ["main"]
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
+CORPUS_HELP = (
+    "the folder of the cases: `conformance` of a clone, or a folder that `copy` wrote; "
+    "needed unless peraxis is installed from a clone with `pip install -e`"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,8 +52,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="MIB",
         help="RLIMIT_AS of each process; not for run-times that reserve much address space",
     )
-    run.add_argument("--json", type=Path, metavar="FILE", help="write a JSON report")
-    run.add_argument("--junit", type=Path, metavar="FILE", help="write a JUnit XML report")
+    run.add_argument("--json", type=report_path, metavar="FILE", help="write a JSON report")
+    run.add_argument("--junit", type=report_path, metavar="FILE", help="write a JUnit XML report")
     run.add_argument("--verbose", "-v", action="store_true", help="name every case")
     run.add_argument(
         "--verbose-codes", action="store_true", help="name rejections with another code than the recommended one"
@@ -66,9 +71,10 @@ def parser() -> argparse.ArgumentParser:
             metavar="GLOB",
             help="leave out cases whose id matches; may be repeated",
         )
-        verb.add_argument("--corpus", type=Path, metavar="DIR", help="another corpus than the installed one")
     copy = verbs.add_parser("copy", help="write the corpus into a folder, every file of every case")
     copy.add_argument("directory", type=Path)
+    for verb in (run, show, copy):
+        verb.add_argument("--corpus", type=Path, metavar="DIR", help=CORPUS_HELP)
     return made
 
 
@@ -85,6 +91,20 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
+
+
+def report_path(text: str) -> Path:
+    """A report's path, checked before any case runs."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file")
+    if path.exists() and not path.is_file():
+        return path  # a pipe or a device, written into
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path}: the folder {path.parent} cannot be written to")
+    return path
 
 
 def run(given: argparse.Namespace) -> int:
@@ -117,9 +137,18 @@ def run_adapter(given: argparse.Namespace, command: str, corpus: Corpus, cases: 
 
 
 def write(path: Path, text: str) -> None:
+    """Write a report, whole or not at all; into a pipe or a device as it comes. Raises OSError that names it."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def corpus_of(given: argparse.Namespace) -> Corpus:
@@ -135,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.verb == "list":
             report.show_list(corpus_of(given).select(given.case, given.skip), as_json=given.json)
         else:
-            report.show(f"{Corpus().copy(given.directory)} cases in {given.directory}")
+            report.show(f"{corpus_of(given).copy(given.directory)} cases in {given.directory}")
     except BrokenPipeError:  # the reader of the report closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
