@@ -34,7 +34,8 @@ for every verb and are checked before any work begins:
 output; for `publish --dry-run`, its card shows that. The files of the list are replaced, and all others remain. Any
 other folder that is not empty is refused.
 - A folder is made together with the folders above it. The folder of a file must exist.
-- Devices, pipes and open files (`/dev/stdout`) are written into.
+- Devices, pipes and open files (`/dev/stdout`) are written into. If an output is standard output, the report goes to
+  standard error.
 - If two runs write one output, the second ends with exit code 2 and names the process of the first. Files of a killed
   run, whose names begin with `.peraxis~`, are removed by the next run in that folder.
 
