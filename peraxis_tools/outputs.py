@@ -95,24 +95,27 @@ def _check_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs
 
 
 @contextlib.contextmanager
-def claim_folder(path: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> Iterator[None]:
-    """Check the rules for an output folder, and hold its lock until the end. Raises ToolError, OSError."""
-    folder = check_folder(path, overwrite=overwrite, inputs=inputs)
+def claim_folder(path: str | Path, *, overwrite: bool, inputs: Inputs = (), repository: bool = False) -> Iterator[None]:
+    """Check the rules for an output folder, and hold its lock until the end. Raises ToolError, OSError.
+
+    repository: whether `publish` writes it, which alone replaces a repository (folders.earlier_output).
+    """
+    folder = check_folder(path, overwrite=overwrite, inputs=inputs, repository=repository)
     with _only_run(folder):
         # Check again, because another run may have finished while this one waited for the lock.
-        refuse_folder(folder, overwrite=overwrite)
+        refuse_folder(folder, overwrite=overwrite, repository=repository)
         with told_on_interrupt(_unwritten(folder)):
             yield
 
 
-def check_folder(path: str | Path, *, overwrite: bool, inputs: Inputs) -> Path:
+def check_folder(path: str | Path, *, overwrite: bool, inputs: Inputs, repository: bool = False) -> Path:
     """Check the rules for an output folder without a lock. Returns it as a path that has a name."""
     folder = _plain(path)
     for source in _existing(inputs):
         if _within(source, folder):
             raise ToolError(f"{folder}: contains the input {source}; choose another output")
     refuse_missing(folder.parent)
-    refuse_folder(folder, overwrite=overwrite)
+    refuse_folder(folder, overwrite=overwrite, repository=repository)
     return folder
 
 

@@ -221,6 +221,29 @@ def test_a_folder_that_holds_an_input_is_never_replaced(
     assert snapshot(folder) == before
 
 
+@pytest.mark.parametrize("verb", [verb for verb in FOLDER_VERBS if verb != "publish"])
+def test_a_repository_is_replaced_by_publish_alone(
+    verb: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its card is no list of its files, so another verb would leave some of them beside its own."""
+    assert run(monkeypatch, FOLDER_VERBS["publish"], out="out") == 0
+    before = snapshot(folder)
+    assert run(monkeypatch, f"{FOLDER_VERBS[verb]} --overwrite", out="out") == 2
+    assert "no list of an earlier output" in capsys.readouterr().err
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("second", ["publish", "apply", "split"])
+@pytest.mark.parametrize("first", ["apply", "split"])
+def test_an_output_of_another_verb_is_replaced_whole(
+    first: str, second: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(monkeypatch, FOLDER_VERBS[first], out="out") == 0
+    assert run(monkeypatch, f"{FOLDER_VERBS[second]} --overwrite", out="out") == 0
+    assert run(monkeypatch, FOLDER_VERBS[second], out="alone") == 0
+    assert snapshot(folder / "out") == snapshot(folder / "alone")
+
+
 def test_apply_to_the_current_folder_fills_it_where_it_is_empty(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "here").mkdir()
     monkeypatch.chdir(folder / "here")
