@@ -20,10 +20,6 @@ from .run import Adapter, Summary, laid_out, run_cases
 __all__ = ["main"]
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
-CORPUS_HELP = (
-    "the folder of the cases: `conformance` of a clone, or a folder that `copy` wrote; "
-    "needed unless peraxis is installed from a clone with `pip install -e`"
-)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,7 +70,12 @@ def parser() -> argparse.ArgumentParser:
     copy = verbs.add_parser("copy", help="write the corpus into a folder, every file of every case")
     copy.add_argument("directory", type=Path)
     for verb in (run, show, copy):
-        verb.add_argument("--corpus", type=Path, metavar="DIR", help=CORPUS_HELP)
+        verb.add_argument(
+            "--corpus",
+            type=Path,
+            metavar="DIR",
+            help="the folder of the cases (default: that of this package in a clone)",
+        )
     return made
 
 

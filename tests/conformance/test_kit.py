@@ -250,7 +250,7 @@ def test_every_command_of_an_installed_kit_finds_a_named_corpus(tmp_path: Path) 
 def test_the_readme_of_the_kit_starts_with_an_installation_that_has_the_corpus() -> None:
     text = (KIT / "README.md").read_text(encoding="utf-8")
     first = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[0]
-    assert first.splitlines() == ["pip install -e .", 'peraxis-conformance run --adapter "node my-adapter.js"']
+    assert first.splitlines() == ["pip install --editable .", 'peraxis-conformance run --adapter "node my-adapter.js"']
     assert "--corpus CLONE/conformance" in text.split("- [Ten minutes")[0]
 
 
