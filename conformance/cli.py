@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -47,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="MIB",
         help="RLIMIT_AS of each process; not for run-times that reserve much address space",
     )
-    run.add_argument("--json", type=Path, metavar="FILE", help="write a JSON report")
-    run.add_argument("--junit", type=Path, metavar="FILE", help="write a JUnit XML report")
+    run.add_argument("--json", type=report_path, metavar="FILE", help="write a JSON report")
+    run.add_argument("--junit", type=report_path, metavar="FILE", help="write a JUnit XML report")
     run.add_argument("--verbose", "-v", action="store_true", help="name every case")
     run.add_argument(
         "--verbose-codes", action="store_true", help="name rejections with another code than the recommended one"
@@ -93,6 +94,20 @@ def positive(text: str) -> int:
     return value
 
 
+def report_path(text: str) -> Path:
+    """A report's path, checked before any case runs."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file")
+    if path.exists() and not path.is_file():
+        return path  # a pipe or a device, written into
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path}: the folder {path.parent} cannot be written to")
+    return path
+
+
 def run(given: argparse.Namespace) -> int:
     with laid_out(given.corpus) as corpus:
         cases = corpus.select(given.case, given.skip)
@@ -123,9 +138,18 @@ def run_adapter(given: argparse.Namespace, command: str, corpus: Corpus, cases: 
 
 
 def write(path: Path, text: str) -> None:
+    """Write a report, whole or not at all; into a pipe or a device as it comes. Raises OSError that names it."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def corpus_of(given: argparse.Namespace) -> Corpus:

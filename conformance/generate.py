@@ -1,7 +1,7 @@
 """Write the corpus: valid/ invalid/ hostile/ apply/ encode/ and cases.jsonl.
 
     python -m peraxis_conformance.generate [DIR]       write
-    python -m peraxis_conformance.generate --check     compare with the corpus in the package
+    python -m peraxis_conformance.generate --check     compare with the corpus of the clone
 
 It uses the standard library and integers only, and not the reference writer. The same version of this program writes
 the same bytes everywhere. A released corpus is immutable; later versions add cases.

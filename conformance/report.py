@@ -77,8 +77,10 @@ def show_list(cases: Iterable[Case], *, as_json: bool) -> None:
                         "id": case.id,
                         "clause": case.clause,
                         "operation": case.operation,
-                        "accepts": case.accepts,
+                        "expectation": "accept" if case.accepts else "reject",
+                        "phase": case.phase,
                         "codes": case.codes,
+                        "features": case.features,
                     }
                 )
             )

@@ -140,7 +140,29 @@ def _show_traceback() -> None:
         traceback.print_exc()
 
 
+def _interrupt_within(error: BaseException) -> BaseException | None:
+    """The interrupt or signal that led to another error: Python and libraries wrap one that comes during an import."""
+    seen: set[int] = set()
+    cause = error.__cause__ or error.__context__
+    while cause is not None and id(cause) not in seen:
+        if isinstance(cause, (KeyboardInterrupt, Terminated)):
+            return cause
+        seen.add(id(cause))
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
 def _run() -> None:
+    """Run the verb. An error that an interrupt led to is raised as the interrupt."""
+    try:
+        _run_verb()
+    except Exception as error:
+        if (interrupt := _interrupt_within(error)) is None:
+            raise
+        raise interrupt from None
+
+
+def _run_verb() -> None:
     if _COMPLETE in os.environ:
         cli.main(prog_name="peraxis-tools")
     with cli.make_context("peraxis-tools", sys.argv[1:]) as context:

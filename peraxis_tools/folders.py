@@ -49,15 +49,16 @@ class Earlier:
     finished: bool
 
 
-def earlier_output(folder: Path) -> Earlier | None:
+def earlier_output(folder: Path, *, repository: bool = False) -> Earlier | None:
     """The list of an earlier run in a folder; None if there is none.
 
-    A repository that `publish` wrote has no list, because all files are uploaded; its card identifies it.
+    repository: whether `publish` asks. The repository that it wrote has no list, because all files are uploaded; its
+    card identifies it. To other verbs it is no earlier output, because nothing tells them its other files.
     """
     try:
         found = json.loads(_start_of(folder / MARKER, -1))
     except (OSError, ValueError, RecursionError):
-        return _earlier_repository(folder)
+        return _earlier_repository(folder) if repository else None
     if not isinstance(found, dict) or found.get("schema") != _SCHEMA:
         return None
     files = found.get("files")
@@ -96,17 +97,18 @@ def write_marker(folder: Path, files: Sequence[str], *, finished: bool = True) -
         file.write(json.dumps({"schema": _SCHEMA, "finished": finished, "files": sorted(files)}, indent=1).encode())
 
 
-def refuse_folder(path: Path, *, overwrite: bool) -> None:
+def refuse_folder(path: Path, *, overwrite: bool, repository: bool = False) -> None:
     """Raise ToolError if a folder cannot become the output. Call this before any work.
 
     It can if it does not exist or is empty; with overwrite also if it is an earlier output, finished or not.
+    repository: as in `earlier_output`.
     """
     if not os.path.lexists(path):
         return
     if not path.is_dir():
         raise ToolError(f"{path}: exists already and is not a folder; choose another output")
     others = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith(".peraxis~"))
-    earlier = earlier_output(path)
+    earlier = earlier_output(path, repository=repository)
     if not others:
         return
     if not overwrite:
@@ -122,15 +124,15 @@ def refuse_folder(path: Path, *, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, *, overwrite: bool = False, marker: bool = True) -> Iterator[Path]:
+def atomic_folder(path: Path, *, overwrite: bool = False, repository: bool = False) -> Iterator[Path]:
     """Make a temporary folder; on success rename it to `path`, else remove it.
 
     Claim the folder first (outputs.claim_folder). With overwrite, the files of an earlier output are replaced and all
-    other files of its folder remain. marker: whether the list of its files is written into it.
+    other files of its folder remain. repository: whether `publish` writes it, so that it has no list of its files.
     """
     path = Path(os.path.realpath(path))
     _restore(path)
-    refuse_folder(path, overwrite=overwrite)
+    refuse_folder(path, overwrite=overwrite, repository=repository)
     path.parent.mkdir(parents=True, exist_ok=True)
     fixed = _is_fixed(path)
     remove_leftovers(path if fixed else path.parent)
@@ -139,16 +141,18 @@ def atomic_folder(path: Path, *, overwrite: bool = False, marker: bool = True) -
         with _errors_about(path, temporary):
             yield temporary
         files = [file.relative_to(temporary).as_posix() for file in temporary.rglob("*") if not file.is_dir()]
-        if marker and not fixed:
+        if not repository and not fixed:
             write_marker(temporary, files)
         _sync(temporary)
         # Check again, because the folder may have been filled in the meantime.
-        refuse_folder(path, overwrite=overwrite)
+        refuse_folder(path, overwrite=overwrite, repository=repository)
+        earlier = earlier_output(path, repository=repository)
+        replaced = earlier.files if earlier is not None else frozenset()
         if fixed:
-            _move_in(temporary, path, files)
+            _move_in(temporary, path, files, replaced - {MARKER})
         else:
             if path.exists():
-                _link_rest(path, temporary)
+                _link_rest(path, temporary, replaced)
                 sync_folder(temporary)
             _give_name(temporary, path)
     finally:
@@ -210,10 +214,8 @@ def _sync(folder: Path) -> None:
     sync_folder(folder)
 
 
-def _link_rest(old: Path, new: Path) -> None:
-    """Make hard links in `new` to the other files of an earlier output's folder."""
-    earlier = earlier_output(old)
-    replaced = earlier.files if earlier is not None else frozenset()
+def _link_rest(old: Path, new: Path, replaced: frozenset[str]) -> None:
+    """Make hard links in `new` to the other files of an earlier output's folder. replaced: the files of the output."""
     for entry in sorted(old.rglob("*")):
         name = entry.relative_to(old)
         target = new / name
@@ -277,10 +279,11 @@ def _exchange(a: Path, b: Path) -> bool:
     raise OSError(number, os.strerror(number), str(b))
 
 
-def _move_in(temporary: Path, path: Path, files: Sequence[str]) -> None:
-    """Move the files of a finished folder into one that cannot be moved, and remove those of an earlier output."""
-    earlier = earlier_output(path)
-    old = earlier.files - {MARKER} if earlier is not None else frozenset()
+def _move_in(temporary: Path, path: Path, files: Sequence[str], old: frozenset[str]) -> None:
+    """Move the files of a finished folder into one that cannot be moved, and remove `old`, those of an earlier output.
+
+    The folder has a list afterwards, also that of a repository: the list says which files remain if the run is killed.
+    """
     linked = next((name for name in files if _passes_link(path, name)), None)
     if linked is not None:
         raise ToolError(f"{path / linked}: is behind a symbolic link; remove the link or choose another output")

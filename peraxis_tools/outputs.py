@@ -1,7 +1,8 @@
 """The rules for outputs. They are the same for every verb and are checked before any work begins.
 
 - An output never replaces an input, nor another output of the same run.
-- An existing output is replaced only with `overwrite`. Devices, pipes and open files are written into.
+- An existing output is replaced only with `overwrite`. Devices, pipes and open files are written into; if that is
+  standard output, the report goes to standard error.
 - A folder is replaced only if it is an earlier output (see folders.py).
 - The folder that an output stands in exists already. Only a URL's folders are made, as in a store.
 - One run at a time writes an output: a lock beside it is held for the whole run, work folder included.
@@ -22,6 +23,7 @@ from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import refuse_folder
 from peraxis_tools.notes import note
 from peraxis_tools.process import told_on_interrupt
+from peraxis_tools.standard_streams import claim_stream, refuse_notes, same_stream
 
 __all__ = [
     "Inputs",
@@ -50,9 +52,11 @@ def claim_file(path: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> Ite
 
 @contextlib.contextmanager
 def claim_delta(path: str | Path, *, overwrite: bool, inputs: Inputs) -> Iterator[None]:
-    """`claim_file` for a .pxd; notes a name that no verb finds in a folder."""
+    """`claim_file` for a .pxd; notes a name that no verb finds in a folder. Standard error is refused."""
+    file = _plain(path)
+    if is_stream(file):
+        refuse_notes(file)
     with claim_file(path, overwrite=overwrite, inputs=inputs):
-        file = _plain(path)
         if file.suffix != ".pxd" and not is_stream(file):
             note(f"{file}: verify finds only *.pxd in a folder; call it {file.name}.pxd to have it found")
         yield
@@ -64,7 +68,9 @@ def claim_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs 
     _check_files(paths, overwrite=overwrite, inputs=inputs)
     with contextlib.ExitStack() as stack:
         for file in map(_plain, paths):
-            if not is_stream(file):
+            if is_stream(file):
+                claim_stream(file)
+            else:
                 stack.enter_context(_only_run(file))
                 stack.enter_context(told_on_interrupt(_unwritten(file)))
         yield
@@ -75,10 +81,11 @@ def _check_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs
     known = _existing(inputs)
     files = [_plain(path) for path in paths]
     for place, file in enumerate(files):
+        same = same_stream if is_stream(file) else _same
+        if any(same(file, other) for other in files[:place]):
+            raise ToolError(f"{file}: is named for two outputs; name another file for one of them")
         if is_stream(file):
             continue
-        if any(_same(file, other) for other in files[:place]):
-            raise ToolError(f"{file}: is named for two outputs; name another file for one of them")
         refuse_missing(file.parent)
         if file.is_dir():
             raise ToolError(f"{file}: is a folder; name a file")
@@ -88,24 +95,27 @@ def _check_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs
 
 
 @contextlib.contextmanager
-def claim_folder(path: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> Iterator[None]:
-    """Check the rules for an output folder, and hold its lock until the end. Raises ToolError, OSError."""
-    folder = check_folder(path, overwrite=overwrite, inputs=inputs)
+def claim_folder(path: str | Path, *, overwrite: bool, inputs: Inputs = (), repository: bool = False) -> Iterator[None]:
+    """Check the rules for an output folder, and hold its lock until the end. Raises ToolError, OSError.
+
+    repository: whether `publish` writes it, which alone replaces a repository (folders.earlier_output).
+    """
+    folder = check_folder(path, overwrite=overwrite, inputs=inputs, repository=repository)
     with _only_run(folder):
         # Check again, because another run may have finished while this one waited for the lock.
-        refuse_folder(folder, overwrite=overwrite)
+        refuse_folder(folder, overwrite=overwrite, repository=repository)
         with told_on_interrupt(_unwritten(folder)):
             yield
 
 
-def check_folder(path: str | Path, *, overwrite: bool, inputs: Inputs) -> Path:
+def check_folder(path: str | Path, *, overwrite: bool, inputs: Inputs, repository: bool = False) -> Path:
     """Check the rules for an output folder without a lock. Returns it as a path that has a name."""
     folder = _plain(path)
     for source in _existing(inputs):
         if _within(source, folder):
             raise ToolError(f"{folder}: contains the input {source}; choose another output")
     refuse_missing(folder.parent)
-    refuse_folder(folder, overwrite=overwrite)
+    refuse_folder(folder, overwrite=overwrite, repository=repository)
     return folder
 
 

@@ -99,7 +99,7 @@ def publish(
     evaluations = [] if evaluation is None else [Path(path) for path in sequence(evaluation)]
     bundles = [signature_path(path) for path in paths]
     if dry_run is not None:
-        check_folder(dry_run, overwrite=overwrite, inputs=(*paths, *bundles, *evaluations))
+        check_folder(dry_run, overwrite=overwrite, inputs=(*paths, *bundles, *evaluations), repository=True)
     reports = [_read_evaluation(path) for path in evaluations]
     stages = stages_of(progress)
     for path in paths:
@@ -121,9 +121,9 @@ def publish(
         message = f"Add {', '.join(delta.found.content_id for delta in told)}"
         url = _upload(repository, files, card, attributes, private=private, revision=revision, message=message)
     else:
-        claim = claim_folder(dry_run, overwrite=overwrite, inputs=(*files.values(), *evaluations))
+        claim = claim_folder(dry_run, overwrite=overwrite, inputs=(*files.values(), *evaluations), repository=True)
         # No list of files is written, because all files are for the hub; the card identifies the folder.
-        with claim, atomic_folder(dry_run, overwrite=overwrite, marker=False) as folder:
+        with claim, atomic_folder(dry_run, overwrite=overwrite, repository=True) as folder:
             (folder / "README.md").write_text(card, "utf-8")
             (folder / ".gitattributes").write_text(attributes, "utf-8")
             with stages("copy", sum(source.stat().st_size for source in files.values())) as step:

@@ -24,8 +24,9 @@ from peraxis_tools.chat_template import Render, chat_template_of
 from peraxis_tools.documents import Conversation, Document, check_text, read_documents
 from peraxis_tools.encoding import token_ids
 from peraxis_tools.errors import OptionError
+from peraxis_tools.names import names_a_file
 
-__all__ = ["Ids", "Samples", "Source", "check_texts", "load_samples", "unread_tokens"]
+__all__ = ["Ids", "Samples", "Source", "check_texts", "load_samples", "unread_tokens", "without_folders"]
 
 _POOL: Final = 20  # documents to read for each sample, and at least 1000; the seed shuffles them
 _ENDS_WITHIN: Final = 3  # last tokens that may include the end-of-text token: templates add a line break after it
@@ -53,8 +54,9 @@ class Source:
 
     @property
     def label(self) -> str:
-        """The name without folders."""
-        return Path(self.name).name if Path(self.name).exists() else self.name
+        """The name for a manifest: a file's without its folders, another's as it is."""
+        is_file = Path(self.name).exists() or names_a_file(self.name.partition(":")[0])
+        return Path(self.name).name if is_file else self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +80,14 @@ class Samples:
     def by_source(self) -> list[Ids]:
         """The ids of each source: [its samples, length]."""
         return np.split(self.ids, np.cumsum(self.counts)[:-1].tolist())
+
+
+def without_folders(texts: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    """Texts (`NAME` or `NAME:WEIGHT`) for a manifest, which must not show a folder of this machine or depend on it."""
+    if texts is None or not isinstance(texts, str):
+        return texts and tuple(str(without_folders(text)) for text in texts)
+    source = Source.parse(texts)
+    return source.label + texts.removeprefix(source.name)
 
 
 def check_texts(texts: Iterable[str | Path]) -> list[str]:

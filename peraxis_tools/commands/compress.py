@@ -157,7 +157,8 @@ def command(
     The recipes are: quick (signs of the delta and mean magnitudes, no text), fit (signs and scales fitted on the text),
     distilled (then all scales end to end, with the whole model in memory), best (also signs and full tensors end to
     end, with 12 bytes per weight). Options on the command line override --config, and --config overrides --recipe. The
-    options of a run are recorded in its .pxd; --config delta.pxd repeats them.
+    options of a run are recorded in its .pxd; --config delta.pxd repeats them. A file of text is recorded without its
+    folder: repeat the run in that folder, or pass --calibration too.
 
     Example: peraxis-tools compress meta-llama/Llama-3.1-8B my/fine-tune -o delta.pxd --calibration c4
     """

@@ -15,6 +15,7 @@ from peraxis_tools.compress.recipes import RECIPES
 from peraxis_tools.errors import OptionError
 from peraxis_tools.positions import DEFAULT_LENGTH
 from peraxis_tools.sizes import parse_size
+from peraxis_tools.text import without_folders
 from peraxis_tools.yaml_file import read_mapping
 
 __all__ = [
@@ -38,7 +39,6 @@ AUTO: Final[Literal["auto"]] = "auto"
 EVERYTHING: Final = ".*"  # a value of `exact`
 _COMPUTE: Final = ("auto", "float32", "bfloat16", "float16")
 _LOSSES: Final = ("kl", "mse")
-# Options of the machine and the process; the bytes of the file do not depend on them.
 _OF_DISTILLATION: Final = (
     "distill_epochs",
     "distill_batch_size",
@@ -62,6 +62,7 @@ _OF_TEXT: Final = (
 )
 _RATE_MIN: Final = 1e-9
 _SIZES: Final = ("target_size", "hidden_limit", "logits_limit")
+# Options of the machine and the process; the bytes of the file do not depend on them.
 _NOT_CONTENT: Final = ("device", "resume", "hidden_limit", "logits_limit")
 # Options whose default has another type.
 _KINDS: Final[Mapping[str, type]] = {
@@ -261,9 +262,8 @@ class CompressOptions:
         named = _named(values)
         _refuse_unknown(named)
         for name, value in named.items():
-            if name == "recipe":
-                continue
-            given[name] = _texts(value) if name == "calibration" else _typed(name, value)
+            if name != "recipe":
+                given[name] = _texts(value) if name == "calibration" else _typed(name, value)
         return cls(**given)
 
     @classmethod
@@ -273,7 +273,8 @@ class CompressOptions:
 
     def content(self) -> dict[str, Any]:
         """The options that determine the bytes of the file, for the manifest and for resuming; floats as strings."""
-        values = {name: value for name, value in asdict(self).items() if name not in _NOT_CONTENT}
+        chosen = asdict(self) | {"calibration": without_folders(self.calibration)}
+        values = {name: value for name, value in chosen.items() if name not in _NOT_CONTENT}
         if self.masks != 1:  # files of earlier versions have bits, where 1 is this auto
             values["bits"] = self.least_masks
             del values["masks"]
@@ -282,7 +283,7 @@ class CompressOptions:
         return {name: repr(value) if isinstance(value, float) else value for name, value in values.items()}
 
     def canonical_json(self) -> str:
-        """`content` as canonical JSON. Law: from_mapping(json.loads(o.canonical_json())) == o, in these options."""
+        """`content` as canonical JSON. Law: from_mapping(json.loads(o.canonical_json())).content() == o.content()."""
         return json.dumps(self.content(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 

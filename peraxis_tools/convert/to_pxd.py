@@ -22,6 +22,7 @@ from peraxis_tools.errors import ToolError
 from peraxis_tools.kinds import execution_key
 from peraxis_tools.outputs import claim_delta
 from peraxis_tools.progress import Progress, watched
+from peraxis_tools.whole_tensors import note_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,6 +94,7 @@ def to_pxd(
         ):
             _write(writer, found, checkpoint, counts, step)
             manifest = writer.finish()
+    note_whole(output, manifest, size=writer.size, reason=f"{source} has them whole")
     kinds = [module.encoding for module in manifest.modules]
     return ToPxdResult(
         path=output,

@@ -28,6 +28,7 @@ from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rows import base_rows
 from peraxis_tools.shown import counted
 from peraxis_tools.unpacked import UnpackedFile, unpacked
+from peraxis_tools.whole_tensors import full_bytes, note_whole
 
 __all__ = ["MergeInput", "MergeResult", "MergedModule", "Method", "Mixture", "merge", "merge_parts"]
 
@@ -36,6 +37,7 @@ _WEIGHT_MIN, _WEIGHT_MAX = 1e-6, 1e6
 _AHEAD_BYTES: Final = 128 << 20
 _INPUTS_KEY: Final = "peraxis.inputs"
 _MERGE_KEY: Final = "peraxis.merge"
+_WHOLE: Final = "a term of each is exact; to save more, apply this merge and compress the result"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,7 @@ class MergeResult:
     method: Method | None
     inputs: tuple[MergeInput, ...]
     bytes: int
+    full_bytes: int
     masks_max: int
     error: float
     modules: tuple[MergedModule, ...]
@@ -150,6 +153,7 @@ def merge(
         MergeInput(file=str(path), content_id=file.content_id, weight=float(weight))
         for path, file, weight in zip(paths, opened, weights, strict=True)
     )
+    note_whole(output, manifest, size=writer.size, reason=_WHOLE)
     return _result(output, manifest, writer.size, "sum" if masks is None else "fit", mixture.method, inputs, modules)
 
 
@@ -170,6 +174,7 @@ def _result(
         method=method,
         inputs=inputs,
         bytes=size,
+        full_bytes=full_bytes(manifest),
         masks_max=max(module.components for module in modules),
         error=relative_error(error, math.fsum(module.square_norm for module in modules)),
         modules=modules,

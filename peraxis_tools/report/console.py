@@ -1,7 +1,8 @@
 """Consoles, escaping, JSON, progress and errors, which all reports share.
 
-Results go to standard output, everything else to standard error. Colour and progress appear only on terminals (rich
-honours NO_COLOR). Text from files passes through `text`, which escapes control and bidirectional characters.
+Results go to standard output, everything else to standard error, and a result too whose output takes standard output.
+Colour and progress appear only on terminals (rich honours NO_COLOR). Text from files passes through `text`, which
+escapes control and bidirectional characters.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rich.markup import escape
 from peraxis_tools.consoles import standard_error, standard_output
 from peraxis_tools.optional import require
 from peraxis_tools.shown import visible
+from peraxis_tools.standard_streams import report_stream
 from peraxis_tools.urls import without_secrets
 
 __all__ = [
@@ -90,14 +92,14 @@ def emit(result: R, render: Callable[[R, Console], None], *, schema: str, as_jso
     schema: like `peraxis.inspect/1`; the number grows when a field changes its meaning or is removed.
     """
     if as_json:
-        write(json_text({"schema": schema, **to_json(result)}, encoding=sys.stdout.encoding))
+        write(json_text({"schema": schema, **to_json(result)}, encoding=report_stream().encoding))
     else:
         show(result, render)
 
 
 def show(result: R, render: Callable[[R, Console], None]) -> None:
     """Print a result as text."""
-    console = standard_output()
+    console = standard_output() if report_stream() is sys.stdout else standard_error()
     if not console.is_terminal:
         write(plain_text(result, render, width=console.width))
         return
@@ -114,9 +116,10 @@ def plain_text(result: R, render: Callable[[R, Console], None], *, width: int = 
 
 def write(rendered: str) -> None:
     """Print formatted text."""
+    stream = report_stream()
     with _standard_output():
-        sys.stdout.write(rendered)
-        sys.stdout.flush()
+        stream.write(rendered)
+        stream.flush()
 
 
 @contextlib.contextmanager

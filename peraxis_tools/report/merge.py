@@ -17,7 +17,10 @@ _KINDS = {"parts": "parts joined, byte for byte", "sum": "every mask kept", "fit
 def render_merge(result: MergeResult, console: Console) -> None:
     """Print the path, the inputs, and the error."""
     how = "" if result.method is None else f"{_METHODS.get(result.method, result.method)}, "
-    console.print(f"[bold green]merged[/]  {text(result.path)}  {size(result.bytes)}, {how}{_KINDS[result.kind]}")
+    console.print(
+        f"[bold green]merged[/]  {text(result.path)}  {size(result.bytes)} of {size(result.full_bytes)}, "
+        f"{how}{_KINDS[result.kind]}"
+    )
     console.print(f"        {text(result.content_id)}")
     for part in result.inputs:
         weight = "part" if part.weight is None else f"{part.weight:g}"

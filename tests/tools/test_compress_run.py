@@ -70,8 +70,11 @@ def test_the_same_inputs_give_the_same_bytes(pair: tuple[Path, Path, Path], tmp_
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_run_can_be_repeated_from_its_artifact(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_a_run_can_be_repeated_from_its_artifact(
+    pair: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, tuned, text = pair
+    monkeypatch.chdir(text.parent)  # the artifact names the text without its folder
     compress(base, tuned, tmp_path / "one.pxd", calibration=str(text), masks=2, axis="col", held_out=0.3, **FEW)
     with pxd.open(tmp_path / "one.pxd") as delta:
         (tmp_path / "run.yaml").write_text(delta.manifest.metadata["peraxis.config"], "utf-8")

@@ -9,6 +9,10 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
+
+from peraxis_tools import cli
+from peraxis_tools.errors import ToolError
 from peraxis_tools.interrupts import interrupts_end
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +46,43 @@ def test_the_command_line_handles_signals_before_its_other_imports() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ
     )
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [
+        (signal.SIGINT, 130, "error: interrupted\n"),
+        (signal.SIGTERM, 143, "error: ended by SIGTERM\n"),
+        (signal.SIGHUP, 129, "error: ended by SIGHUP\n"),
+    ],
+)
+@pytest.mark.parametrize(
+    "wrapping",
+    [
+        "class Broken:\n    def __set_name__(self, owner, name): end()\ntype('Owner', (), {'name': Broken()})",
+        "try: end()\nexcept BaseException as error: raise ImportError('no module') from error",
+        "try: end()\nexcept BaseException as error: raise ToolError('cannot be loaded') from None",
+        "try: end()\nexcept BaseException as error: raise OSError(5, 'cannot be read') from error",
+    ],
+    ids=["set-name", "import", "tool", "system"],
+)
+def test_a_signal_that_a_library_turns_into_an_error_of_its_own_ends_the_run_as_itself(
+    number: signal.Signals,
+    status: int,
+    said: str,
+    wrapping: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """CPython 3.11 turns what `__set_name__` raises into a RuntimeError, as while numba is imported."""
+
+    def verb() -> None:
+        exec(wrapping, {"end": lambda: os.kill(os.getpid(), number), "ToolError": ToolError})
+
+    monkeypatch.setattr(cli, "_run_verb", verb)
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    assert (done.value.code, capsys.readouterr().err) == (status, said)
 
 
 def test_the_former_handler_is_restored_and_a_program_keeps_its_own() -> None:

@@ -158,6 +158,20 @@ def test_different_bases_too_many_masks_and_odd_weights_are_refused(tmp_path: Pa
     assert not (tmp_path / "x.pxd").exists()
 
 
+def test_a_merge_that_stores_most_tensors_whole_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The sum of an exact update and a delta of signs is exact, so it takes the bytes of a checkpoint."""
+    base, a, b = pair_of_deltas(1, (64, 256), (pxd.Axis.ROW,), (pxd.Axis.COL,))
+    checkpoint = write_checkpoint(tmp_path / "base", {"m.weight": (base, BF16)})
+    whole = write_delta(tmp_path / "whole.pxd", [exact("m.weight", base, base ^ np.uint16(1))])
+    signs = [write_delta(tmp_path / name, [module]) for name, module in (("a.pxd", a), ("b.pxd", b))]
+    mixed = merge([whole, signs[0]], tmp_path / "mixed.pxd", weights=[1, 1], base=checkpoint)
+    assert mixed.full_bytes == 2 * 64 * 256 < mixed.bytes
+    assert f"takes {mixed.bytes} of {mixed.full_bytes} bytes, with 1 tensor stored whole" in caplog.text
+    caplog.clear()
+    merge(signs, tmp_path / "signs.pxd", weights=[1, 1])
+    assert caplog.text == ""
+
+
 def test_the_command_merges_and_says_so(tmp_path: Path) -> None:
     _, a, b = pair_of_deltas(1, (16, 24), (pxd.Axis.ROW,), (pxd.Axis.COL,))
     paths = [str(write_delta(tmp_path / name, [m])) for name, m in (("a.pxd", a), ("b.pxd", b))]

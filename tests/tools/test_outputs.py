@@ -87,6 +87,55 @@ def test_a_report_goes_to_standard_output_by_its_name(folder: Path) -> None:
     assert json.loads(done.stdout)["schema"] == "peraxis.verify/1"
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("verb", [*(verb for verb in FILE_VERBS if verb != "plot"), "update", "compact"])
+def test_an_output_on_standard_output_is_alone_there_and_the_report_on_standard_error(
+    verb: str,
+    as_json: bool,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfdbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    more = {
+        "update": "update base tuned -q -o {out}",
+        "compact": "compact step.pxd --base base -q -o {out}",
+    }
+    if verb == "compact":
+        assert run(monkeypatch, "update base tuned -q -o {out}", out="step.pxd") == 0
+    line = more[verb] if verb in more else FILE_VERBS[verb][0]
+    if as_json and verb not in ("output", "report"):
+        line += " --json"
+    assert run(monkeypatch, line, out="file.pxd") == 0
+    expected = (folder / "file.pxd").read_bytes()
+    capfdbinary.readouterr()
+    assert run(monkeypatch, line, out="/dev/stdout") == 0
+    found = capfdbinary.readouterr()
+    if verb == "sign":  # a signature of an elliptic curve is another one each time
+        json.loads(found.out)
+    elif verb in ("report", "output"):
+        json.loads(found.out)
+        assert len(found.out) == len(expected)
+    else:
+        assert found.out == expected
+    if "--json" in line:
+        assert json.loads(found.err)["schema"].startswith("peraxis.")
+    elif verb not in ("report", "output"):
+        assert found.err
+
+
+def test_two_reports_do_not_go_to_one_pipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "verify a.pxd --base base -q --report sarif={out} --report json={out}"
+    assert run(monkeypatch, line, out="/dev/stdout") == 2
+    assert run(monkeypatch, line, out="/dev/null") == 0
+
+
+def test_a_delta_is_not_written_where_notes_go(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, FILE_VERBS["compress"][0], out="/dev/stderr") == 2
+    assert "standard error too" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["", "no/such/folder/new", "base", "n" * 256])
 @pytest.mark.parametrize("verb", ["compress", "merge", "html"])
 def test_an_output_that_cannot_be_is_refused_in_one_line_that_names_it(
@@ -170,6 +219,29 @@ def test_a_folder_that_holds_an_input_is_never_replaced(
         assert run(monkeypatch, f"{FOLDER_VERBS[verb]} --overwrite", out=target) == 2
         assert "contains the input" in capsys.readouterr().err
     assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("verb", [verb for verb in FOLDER_VERBS if verb != "publish"])
+def test_a_repository_is_replaced_by_publish_alone(
+    verb: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its card is no list of its files, so another verb would leave some of them beside its own."""
+    assert run(monkeypatch, FOLDER_VERBS["publish"], out="out") == 0
+    before = snapshot(folder)
+    assert run(monkeypatch, f"{FOLDER_VERBS[verb]} --overwrite", out="out") == 2
+    assert "no list of an earlier output" in capsys.readouterr().err
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("second", ["publish", "apply", "split"])
+@pytest.mark.parametrize("first", ["apply", "split"])
+def test_an_output_of_another_verb_is_replaced_whole(
+    first: str, second: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(monkeypatch, FOLDER_VERBS[first], out="out") == 0
+    assert run(monkeypatch, f"{FOLDER_VERBS[second]} --overwrite", out="out") == 0
+    assert run(monkeypatch, FOLDER_VERBS[second], out="alone") == 0
+    assert snapshot(folder / "out") == snapshot(folder / "alone")
 
 
 def test_apply_to_the_current_folder_fills_it_where_it_is_empty(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from peraxis_format.writer import DeltaWriter
 
 __all__ = ["Destination"]
 
-_OTHER = "another process publishes there: stop one of them"
+_OTHER = "another process publishes there; stop one of them"
 
 
 class Destination:

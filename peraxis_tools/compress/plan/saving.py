@@ -6,22 +6,20 @@ A lossless delta (`exact`) is not checked: its size depends on the number of cha
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Final
 
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.plan.pairing import quantised_side
 from peraxis_tools.compress.plan.plan import EXACT, WITHIN_BUDGET, Plan
 from peraxis_tools.errors import ToolError
 from peraxis_tools.notes import note
+from peraxis_tools.whole_tensors import SAVING_MIN
 
 __all__ = ["check_saving", "saves"]
-
-_SAVING_MIN: Final = 1.25  # the checkpoint's bytes divided by the file's; a smaller ratio needs --force
 
 
 def saves(plan: Plan, size: int) -> bool:
     """Whether a file of `size` bytes saves enough of the plan's checkpoint, or is exempt from the check."""
-    return plan.full_bytes >= _SAVING_MIN * size or _largest_loss(plan)[0] == EXACT
+    return plan.full_bytes >= SAVING_MIN * size or _largest_loss(plan)[0] == EXACT
 
 
 def check_saving(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, *, size: int, force: bool) -> None:
@@ -30,7 +28,7 @@ def check_saving(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, *, size: 
         return
     reason, count = _largest_loss(plan)
     why = quantised_side(base, fine_tuned)
-    if why is None and plan.full_bytes >= _SAVING_MIN * plan.payload_bytes:
+    if why is None and plan.full_bytes >= SAVING_MIN * plan.payload_bytes:
         why = f"{size - plan.payload_bytes} of them are header and files such as the tokenizer's; so small a checkpoint"
         why += " is best shipped whole"
     if why is None and reason == WITHIN_BUDGET:
