@@ -54,6 +54,7 @@ from peraxis_format.errors import (
 )
 from peraxis_format.exact import count_changed, lossless_module
 from peraxis_format.files import atomic_file, is_stream, name_lock, new_temporary, remove_leftovers, sync_folder
+from peraxis_format.header import read_header
 from peraxis_format.manifest import (
     ASSET_PATH,
     CHANGED_KEY,
@@ -71,7 +72,7 @@ from peraxis_format.manifest import (
 from peraxis_format.ops.exact import Prefer
 from peraxis_format.ops.rebuild import dense_delta, reconstruct
 from peraxis_format.profile import NAME
-from peraxis_format.reader import DeltaFile, open, read_header
+from peraxis_format.reader import DeltaFile, open
 from peraxis_format.sizes import ALIGNMENT, aligned, payload_size
 from peraxis_format.strict_json import parse_strict_json
 from peraxis_format.version import __version__

@@ -1,4 +1,4 @@
-"""Parse header bytes into tensor records (SPEC 2); the first failure is reported.
+"""Read a header: its bytes become tensor records (SPEC 2) and a manifest; the first failure is reported.
 
 The grammar of SPEC 2 is regular: a valid header is read by two regular expressions, record after record, without a JSON
 parser. Only an invalid header is parsed as JSON, to find its fault (`_explain`).
@@ -7,13 +7,26 @@ parser. Only an invalid header is parsed as JSON, to find its fault (`_explain`)
 from __future__ import annotations
 
 import functools
+import itertools
 import re
+from collections.abc import Callable, Sequence
 from typing import Final
 
-from peraxis_format.container import FILE_MAX, HEADER_BLOCK, HEADER_MAX, MAGIC, VERSION, Header, TensorRecord
+from peraxis_format.container import (
+    FILE_MAX,
+    HEADER_BLOCK,
+    HEADER_MAX,
+    MAGIC,
+    VERSION,
+    Header,
+    TensorRecord,
+    records_of,
+)
 from peraxis_format.dtypes import DType
 from peraxis_format.errors import ContainerError, fail
-from peraxis_format.manifest import DIMENSIONS_MAX, TENSOR_MAX
+from peraxis_format.manifest import DIMENSIONS_MAX, TENSOR_MAX, Manifest
+from peraxis_format.profile import check_manifest
+from peraxis_format.schema import parse_manifest
 from peraxis_format.strict_json import (
     INTEGER_MAX,
     PIECE_MAX,
@@ -27,7 +40,7 @@ from peraxis_format.strict_json import (
     unescaped,
 )
 
-__all__ = ["check_start", "header_length", "parse_header"]
+__all__ = ["read_header"]
 
 _RECORD_NAME_MAX: Final = 1024
 # A record has at least six values, and is itself a value of its object.
@@ -50,7 +63,7 @@ _LONG: Final = re.compile(
 _LONG_NUMBER: Final = re.compile(rb"[\[,:]-?[0-9]{17}")
 
 
-def check_start(start: bytes, file_size: int) -> None:
+def _check_start(start: bytes, file_size: int) -> None:
     """Refuse a file that is not PXD by its first bytes (SPEC 2.2). start: up to the first 4096 bytes."""
     if file_size >= FILE_MAX:
         fail("E102", f"{file_size} bytes")  # SPEC 2.1
@@ -74,7 +87,7 @@ def check_start(start: bytes, file_size: int) -> None:
         fail("E103", f"{file_size} bytes")
 
 
-def header_length(start: bytes, file_size: int) -> int:
+def _header_length(start: bytes, file_size: int) -> int:
     """N, checked by SPEC 2.3 and 2.4. start: the first 8 bytes."""
     length = int.from_bytes(start[:8], "little")
     if (8 + length) % HEADER_BLOCK or not HEADER_BLOCK - 8 <= length <= HEADER_MAX:
@@ -84,7 +97,7 @@ def header_length(start: bytes, file_size: int) -> int:
     return length
 
 
-def parse_header(header: bytes, file_size: int) -> Header:
+def _parse_header(header: bytes, file_size: int) -> Header:
     """Parse the N bytes of a header (SPEC 2.5 to 2.18). Raises ContainerError, UnsupportedError for E201."""
     _check_magic(header)
     try:
@@ -254,3 +267,37 @@ def _explain_record(name: str, value: Json) -> None:
     if dtype not in DType.__members__:
         fail("E119", repr(dtype[:32]), field=f"{field}.dtype")  # SPEC 2.13
     _check_span(field, DType(dtype), shape, *offsets)
+
+
+def read_header(read: Callable[[int, int], bytes], file_size: int) -> tuple[Header, Manifest]:
+    """Steps 1 (without the kind of file) to 8 of SPEC 8, for any source of bytes.
+
+    read(offset, size) returns the bytes there, fewer at the end of the file. It is called at most twice, for
+    the header alone. Raises ContainerError, ProfileError.
+    """
+    start = read(0, HEADER_BLOCK)
+    _check_start(start, file_size)
+    length = _header_length(start, file_size)
+    header = _parse_header(start[8:] if length < HEADER_BLOCK else read(8, length), file_size)
+    manifest = parse_manifest(header.manifest)
+    check_manifest(manifest)
+    _check_tensors(header.records, manifest)
+    return header, manifest
+
+
+def _check_tensors(records: Sequence[TensorRecord], manifest: Manifest) -> None:
+    # SPEC 4.1, 4.2: the records must equal the layout of the manifest.
+    sizes = [r.end - r.begin for r in records if r.name.startswith("__asset__.")]
+    if len(sizes) != len(manifest.assets):
+        fail("E212", f"{len(sizes)} assets in the data, {len(manifest.assets)} in the manifest", field="assets")
+    for record, wanted in itertools.zip_longest(records, records_of(manifest.modules, sizes)):
+        if record != wanted:
+            detail = f"{_describe(record)} instead of {_describe(wanted)}"
+            pad = record is not None and any(r and r.name.startswith("__pad__.") for r in (record, wanted))
+            fail("E212", detail, clause="4.2" if pad else "4.1", field=record.name if record else None)
+
+
+def _describe(record: TensorRecord | None) -> str:
+    if record is None:
+        return "nothing"
+    return f"{record.name!r} {record.dtype.value} {list(record.shape)} at {record.begin}"

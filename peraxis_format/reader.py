@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import mmap
 import os
 import threading
@@ -22,54 +21,18 @@ from typing import Final
 
 from peraxis_format.arguments import check_least
 from peraxis_format.binding import name_base
-from peraxis_format.container import HEADER_BLOCK, Header, TensorRecord, parts_of, records_of
+from peraxis_format.container import TensorRecord, parts_of
 from peraxis_format.delta import ModuleDelta
 from peraxis_format.errors import PxdError, fail, located
-from peraxis_format.header import check_start, header_length, parse_header
+from peraxis_format.header import read_header
 from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.opening import open_regular
 from peraxis_format.payload import build_module, check_pad, check_stored_values, check_values
-from peraxis_format.profile import check_manifest
-from peraxis_format.schema import parse_manifest
 from peraxis_format.thread_pool import run_jobs
 
-__all__ = ["DeltaFile", "open", "read_header"]
+__all__ = ["DeltaFile", "open"]
 
 _CHUNK: Final = 1 << 19  # hashed while still in the second-level cache
-
-
-def read_header(read: Callable[[int, int], bytes], file_size: int) -> tuple[Header, Manifest]:
-    """Steps 1 (without the kind of file) to 8 of SPEC 8, for any source of bytes.
-
-    read(offset, size) returns the bytes there, fewer at the end of the file. It is called at most twice, for
-    the header alone. Raises ContainerError, ProfileError.
-    """
-    start = read(0, HEADER_BLOCK)
-    check_start(start, file_size)
-    length = header_length(start, file_size)
-    header = parse_header(start[8:] if length < HEADER_BLOCK else read(8, length), file_size)
-    manifest = parse_manifest(header.manifest)
-    check_manifest(manifest)
-    _check_tensors(header.records, manifest)
-    return header, manifest
-
-
-def _check_tensors(records: Sequence[TensorRecord], manifest: Manifest) -> None:
-    # SPEC 4.1, 4.2: the records must equal the layout of the manifest.
-    sizes = [r.end - r.begin for r in records if r.name.startswith("__asset__.")]
-    if len(sizes) != len(manifest.assets):
-        fail("E212", f"{len(sizes)} assets in the data, {len(manifest.assets)} in the manifest", field="assets")
-    for record, wanted in itertools.zip_longest(records, records_of(manifest.modules, sizes)):
-        if record != wanted:
-            detail = f"{_describe(record)} instead of {_describe(wanted)}"
-            pad = record is not None and any(r and r.name.startswith("__pad__.") for r in (record, wanted))
-            fail("E212", detail, clause="4.2" if pad else "4.1", field=record.name if record else None)
-
-
-def _describe(record: TensorRecord | None) -> str:
-    if record is None:
-        return "nothing"
-    return f"{record.name!r} {record.dtype.value} {list(record.shape)} at {record.begin}"
 
 
 class DeltaFile:

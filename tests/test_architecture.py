@@ -84,6 +84,7 @@ FORMAT = (
 COMPRESS = (
     *(
         "recipes",
+        "option_values",
         "options",
         "options_file",
         "fit.encode",

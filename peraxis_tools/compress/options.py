@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from peraxis_format.arguments import did_you_mean
 from peraxis_tools.arguments import check_choice
+from peraxis_tools.compress.option_values import AUTO, named, texts, typed
 from peraxis_tools.compress.recipes import RECIPES
 from peraxis_tools.errors import OptionError
 from peraxis_tools.positions import DEFAULT_LENGTH
-from peraxis_tools.sizes import parse_size
 from peraxis_tools.text import without_folders
 from peraxis_tools.yaml_file import read_mapping
 
@@ -35,7 +35,6 @@ FITS: Final = ("auto", "none", "closed-form", "refined", "adamw")
 AXES: Final = ("auto", "row", "col", "row+col", "tensor")
 EMBEDDINGS: Final = ("auto", "sign", "full")
 PREFER: Final = ("size", "speed")
-AUTO: Final[Literal["auto"]] = "auto"
 EVERYTHING: Final = ".*"  # a value of `exact`
 _COMPUTE: Final = ("auto", "float32", "bfloat16", "float16")
 _LOSSES: Final = ("kl", "mse")
@@ -61,26 +60,8 @@ _OF_TEXT: Final = (
     *_OF_DISTILLATION,
 )
 _RATE_MIN: Final = 1e-9
-_SIZES: Final = ("target_size", "hidden_limit", "logits_limit")
 # Options of the machine and the process; the bytes of the file do not depend on them.
 _NOT_CONTENT: Final = ("device", "resume", "hidden_limit", "logits_limit")
-# Options whose default has another type.
-_KINDS: Final[Mapping[str, type]] = {
-    "target_ratio": float,
-    "target_size": int,
-    "masks": int,
-    "generated_samples": int,
-    "exact": str,
-    "text_column": str,
-}
-_KIND_NAMES: Final[Mapping[type, str]] = {
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    bool: "true or false",
-}
-# Former names of options; files and their digests still use them.
-_OTHER_NAMES: Final[Mapping[str, str]] = {"bits": "masks"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,11 +240,13 @@ class CompressOptions:
         if recipe is not None:
             check_choice("recipe", recipe, RECIPES)
         given: dict[str, Any] = {} if recipe is None else dict(RECIPES[recipe])
-        named = _named(values)
-        _refuse_unknown(named)
-        for name, value in named.items():
-            if name != "recipe":
-                given[name] = _texts(value) if name == "calibration" else _typed(name, value)
+        options = named(values)
+        _refuse_unknown(options)
+        for name, value in options.items():
+            if name == "recipe":
+                continue
+            default = cls.__dataclass_fields__[name].default
+            given[name] = texts(value) if name == "calibration" else typed(name, value, default)
         return cls(**given)
 
     @classmethod
@@ -289,9 +272,9 @@ class CompressOptions:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML (or JSON) file that holds one mapping, by the present names of options. Raises OptionError otherwise."""
-    named = _named(read_mapping(path))
-    _refuse_unknown(named, where=f"{path}: ")
-    return named
+    options = named(read_mapping(path))
+    _refuse_unknown(options, where=f"{path}: ")
+    return options
 
 
 def _refuse_unknown(names: Iterable[str], *, where: str = "") -> None:
@@ -302,49 +285,5 @@ def _refuse_unknown(names: Iterable[str], *, where: str = "") -> None:
             raise OptionError(f"{where}unknown option {name!r}; known are {', '.join(known)}{hint}")
 
 
-def _named(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """The values by the present names of options. Raises OptionError for an option under two names."""
-    keys: dict[str, object] = {}
-    for key in values:
-        name = str(key).replace("-", "_")
-        name = _OTHER_NAMES.get(name, name)
-        if name in keys:
-            raise OptionError(f"{key} is another name of {keys[name]}; give only one of them")
-        keys[name] = key
-    found = {name: values[key] for name, key in keys.items()}
-    if keys.get("masks") == "bits" and found["masks"] == 1:
-        found["masks"] = AUTO  # as the files mean it
-    return found
-
-
 def _dashed(name: str) -> str:
     return name.replace("_", "-")
-
-
-def _texts(value: Any) -> str | tuple[str, ...] | None:
-    """Normalise the calibration texts: one text is a string, as in files of earlier versions; several are a tuple."""
-    if value is None or isinstance(value, str | Path):
-        return None if value is None else str(value)
-    if isinstance(value, list | tuple) and all(isinstance(text, str | Path) for text in value):
-        return None if not value else str(value[0]) if len(value) == 1 else tuple(map(str, value))
-    raise OptionError(f"calibration {value!r}: must be a text, or a list of them")
-
-
-def _typed(name: str, value: Any) -> Any:
-    if name in _SIZES and isinstance(value, str):
-        return parse_size(value)
-    if name == "masks" and value == AUTO:
-        return value
-    default = CompressOptions.__dataclass_fields__[name].default
-    kind: type = _KINDS.get(name, type(default))
-    if value is None or kind is type(None):
-        return value
-    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (ValueError, OverflowError):
-            pass
-    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    allowed = "auto, or 1 to 8" if name == "masks" else _KIND_NAMES[kind]
-    raise OptionError(f"{name} {value!r}: must be {allowed}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peraxis_format.torch.updates import UpdateFile, list_updates, next_update
+from peraxis_format.torch.updates import UpdateFile, list_updates, next_update, other_chain
 
 __all__ = ["Following", "RequestError"]
 
@@ -73,6 +73,9 @@ class Following:
         ahead = [file for file in files if not file.is_anchor and file.step > (-1 if self.step is None else self.step)]
         for file in ahead:
             waiting.setdefault(file.path, f"{file.path}: does not continue the model's state")
+        other = other_chain(files, self._state, self.step, source=self.folder, problems=waiting)
+        if other is not None:
+            waiting[self.folder] = other
         self.lag = len(ahead)
         self.waiting = {path.name: reason for path, reason in waiting.items()}
 

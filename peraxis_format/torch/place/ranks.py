@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import distributed
 
-from peraxis_format.errors import LiveModelError, first_line
+from peraxis_format.errors import LiveModelError, PxdError, first_line
 
 __all__ = ["FirstError", "Ranks", "agree", "is_distributed", "raise_first", "sendable", "together"]
 
@@ -90,7 +90,7 @@ class Ranks:
 
 
 def agree(error: BaseException | None, group: Any = None) -> None:
-    """Raise one error on every rank if any rank has one: that of the first such rank, but an interrupt before others.
+    """Raise one error on every rank if any rank has one: an interrupt, else the first that is no PxdError, else that.
 
     So all ranks handle the same error, and go on in the same way.
     """
@@ -105,17 +105,22 @@ def agree(error: BaseException | None, group: Any = None) -> None:
 
 
 def raise_first(found: Sequence[object], cause: BaseException | None) -> None:
-    """Raise the first error of these values of all ranks, if there is one, but an interrupt before others.
+    """Raise the gravest of the errors among these values of all ranks, the first of equals; see `agree`.
 
     cause: the error of this rank.
     """
     failed = [each for each in found if isinstance(each, BaseException)]
     if not failed:
         return
-    first = next((error for error in failed if not isinstance(error, Exception)), failed[0])
+    first = min(failed, key=_gravity)
     if first is cause:
         raise first
     raise first from cause
+
+
+def _gravity(error: BaseException) -> int:
+    """Interrupts come first. Wrong bytes come last, because a rank with another error sends others wrong bytes."""
+    return 0 if not isinstance(error, Exception) else 2 if isinstance(error, PxdError) else 1
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from peraxis_format.torch.updates.follower import Follower, Poll, follow
 from peraxis_format.torch.updates.publish import UpdateWriter
 from peraxis_format.torch.updates.publish_sharded import ShardedUpdateWriter
 from peraxis_format.torch.updates.published import Published
-from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update
+from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update, other_chain
 
 __all__ = [
     "Follower",
@@ -24,4 +24,5 @@ __all__ = [
     "follow",
     "list_updates",
     "next_update",
+    "other_chain",
 ]

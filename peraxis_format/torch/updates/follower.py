@@ -27,7 +27,7 @@ from peraxis_format.torch.updates.apply import apply_update
 from peraxis_format.torch.updates.errors import UpdateError
 from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
-from peraxis_format.torch.updates.source import UpdateFile, list_updates, missing_folder, next_update
+from peraxis_format.torch.updates.source import UpdateFile, list_updates, missing_folder, next_update, other_chain
 
 __all__ = ["Follower", "Poll", "follow"]
 
@@ -39,7 +39,7 @@ class Poll:
     """The result of one poll of the folder. step: the model's step now, None if its state is not in the chain.
 
     applied: files, in order. lag: the number of newer updates in the folder. waiting: the reason of a delay, by file;
-    the folder's own reason is that it does not exist.
+    the folder's own reason is that it does not exist, or that it has another chain now.
     """
 
     step: int | None
@@ -93,6 +93,7 @@ class Follower:
         self._on_update = on_update
         self._state: str | None = None
         self._writes = False  # whether an update has begun and not ended, so that the state is not known
+        self._noticed: str | None = None  # the reported other chain
         self._files: dict[Path, UpdateFile] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -134,12 +135,23 @@ class Follower:
         ahead = [file for file in files if not file.is_anchor and file.step > (-1 if self.step is None else self.step)]
         for file in ahead:
             waiting.setdefault(file.path, f"{file.path}: does not continue the model's state")
+        self._notice_other(files, waiting)
         poll = Poll(step=self.step, applied=tuple(applied), lag=len(ahead), waiting=waiting)
         if applied:
             with together(self._group, sharded=in_pieces(self._target, self._shards)):
                 if self._on_update is not None:
                     self._on_update(poll)
         return poll
+
+    def _notice_other(self, files: list[UpdateFile], waiting: dict[Path, str]) -> None:
+        """Report a chain that was put in the place of the model's, and log it once."""
+        source = self.folder if self._mirror is None else self._mirror.url
+        other = other_chain(files, self._state, self.step, source=source, problems=waiting)
+        if other is not None:
+            waiting[Path(source)] = other
+            if other != self._noticed:
+                _LOGGER.error("%s", other)
+        self._noticed = other
 
     def apply(self, path: str | Path) -> None:
         """Apply one file, which must continue the model's state. Raises UpdateError with its name, PxdError."""

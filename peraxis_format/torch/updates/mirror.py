@@ -1,7 +1,7 @@
 """A chain at a URL (any that fsspec reads and writes: s3, gs, hf, memory, ...), and its local folder.
 
 Only files that a follower or a trainer still needs are fetched, one by one and each atomically: the newest anchor if it
-has to begin with one, and the updates after its state. They are sent the same way.
+has to begin with one, the updates after its state, and the last file. They are sent the same way.
 
 A file is fetched again if the store lists another size, time or tag for it. Some stores list none, and a transfer may
 be faulty, so a file that cannot be used (`doubt`) is also fetched again: at the next sync, then after 2, 4 ... 64 more.
@@ -106,6 +106,8 @@ class Mirror:
             if newest in steps:
                 wanted.append(steps[newest])  # the next update names it
         wanted += [name for step, name in sorted(steps.items()) if begin is None or step > begin]
+        # The last file shows whether this is still the same chain.
+        wanted += [name for name, _ in sorted(_known(found), key=_last)[-1:] if name not in wanted]
         self._keep(name for name in wanted if self._stamps.get(name) == stamps[name] and not self._is_due(name))
         for name in wanted:
             if not (self.folder / name).exists():
@@ -217,6 +219,11 @@ def _patience(url: str) -> dict[str, Any]:
 
 def _known(found: dict[str, tuple[int, bool] | None]) -> list[tuple[str, tuple[int, bool]]]:
     return [(name, place) for name, place in found.items() if place is not None]
+
+
+def _last(file: tuple[str, tuple[int, bool]]) -> tuple[int, bool]:
+    """A key by which the file of the last state is the greatest: an update before the anchor of its number."""
+    return file[1][0], not file[1][1]
 
 
 def _leads(steps: dict[int, str], after: int) -> bool:

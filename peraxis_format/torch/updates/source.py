@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,6 +21,7 @@ __all__ = [
     "missing_folder",
     "newer_file",
     "next_update",
+    "other_chain",
     "step_name",
     "step_of",
 ]
@@ -164,6 +165,27 @@ def next_update(
             return file
     anchors = [file for file in usable if file.is_anchor and file.step > at and file.result != state]
     return anchors[-1] if anchors else None
+
+
+def other_chain(
+    files: Sequence[UpdateFile], state: str | None, step: int | None, *, source: object, problems: Iterable[Path] = ()
+) -> str | None:
+    """The reason why no file of a source will ever continue a state: they are those of another chain, which is behind.
+
+    state, step: as in next_update. problems: files that cannot be read. None if there is no such reason.
+    """
+    if not files or state is None or step is None:
+        return None
+    unread = any(step_of(path.name) is not None for path in problems)
+    if unread or files[-1].step > step or any(file.result == state for file in files):
+        return None
+    first, last = files[0], files[-1]
+    named = f"{first.path.name} ({first.content_id})"
+    named += "" if first is last else f" to {last.path.name} ({last.content_id})"
+    return (
+        f"{source}: has another chain, {named}; the model is at step {step} of the one with the result {state}; follow "
+        "again from the beginning to take the new chain, or restore the old one"
+    )
 
 
 def _read(path: Path, stamp: tuple[int, int, int]) -> UpdateFile:

@@ -1,0 +1,76 @@
+"""The values of options in a mapping (YAML, JSON): their names and types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from peraxis_tools.errors import OptionError
+from peraxis_tools.sizes import parse_size
+
+__all__ = ["AUTO", "named", "texts", "typed"]
+
+AUTO: Final[Literal["auto"]] = "auto"
+_SIZES: Final = ("target_size", "hidden_limit", "logits_limit")
+# Options whose default has another type.
+_KINDS: Final[Mapping[str, type]] = {
+    "target_ratio": float,
+    "target_size": int,
+    "masks": int,
+    "generated_samples": int,
+    "exact": str,
+    "text_column": str,
+}
+_KIND_NAMES: Final[Mapping[type, str]] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+}
+# Former names of options; files and their digests still use them.
+_OTHER_NAMES: Final[Mapping[str, str]] = {"bits": "masks"}
+
+
+def named(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """The values by the present names of options. Raises OptionError for an option under two names."""
+    keys: dict[str, object] = {}
+    for key in values:
+        name = str(key).replace("-", "_")
+        name = _OTHER_NAMES.get(name, name)
+        if name in keys:
+            raise OptionError(f"{key} is another name of {keys[name]}; give only one of them")
+        keys[name] = key
+    found = {name: values[key] for name, key in keys.items()}
+    if keys.get("masks") == "bits" and found["masks"] == 1:
+        found["masks"] = AUTO  # as the files mean it
+    return found
+
+
+def texts(value: Any) -> str | tuple[str, ...] | None:
+    """Normalise the calibration texts: one text is a string, as in files of earlier versions; several are a tuple."""
+    if value is None or isinstance(value, str | Path):
+        return None if value is None else str(value)
+    if isinstance(value, list | tuple) and all(isinstance(text, str | Path) for text in value):
+        return None if not value else str(value[0]) if len(value) == 1 else tuple(map(str, value))
+    raise OptionError(f"calibration {value!r}: must be a text, or a list of them")
+
+
+def typed(name: str, value: Any, default: object) -> Any:
+    """The value of an option with this default, in its type. Raises OptionError."""
+    if name in _SIZES and isinstance(value, str):
+        return parse_size(value)
+    if name == "masks" and value == AUTO:
+        return value
+    kind: type = _KINDS.get(name, type(default))
+    if value is None or kind is type(None):
+        return value
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (ValueError, OverflowError):
+            pass
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    allowed = "auto, or 1 to 8" if name == "masks" else _KIND_NAMES[kind]
+    raise OptionError(f"{name} {value!r}: must be {allowed}")

@@ -1,0 +1,103 @@
+"""A follower notices that its chain was replaced by another one, which is behind its state, and names both."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+
+from peraxis_format.engines.vllm.following import Following
+from peraxis_format.torch.updates import UpdateWriter, follow
+from tests.loader.test_updates_writes import move, same, weights
+
+
+def publish(folder: str | Path, steps: int, seed: int = 0) -> tuple[UpdateWriter, dict[str, torch.Tensor]]:
+    model = weights(seed)
+    writer = UpdateWriter(model, folder)
+    writer.step()
+    for _ in range(steps):
+        move(model)
+        writer.step()
+    return writer, model
+
+
+def empty() -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(tensor) for name, tensor in weights().items()}
+
+
+@pytest.fixture(params=["folder", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "folder":
+        return str(tmp_path / "chain")
+    pytest.importorskip("fsspec")
+    return f"memory://{uuid.uuid4().hex}/chain"
+
+
+def remove(place: str) -> None:
+    if "://" not in place:
+        shutil.rmtree(place)
+        return
+    import fsspec
+
+    fsspec.filesystem("memory").rm(place.removeprefix("memory:/"), recursive=True)
+
+
+@pytest.mark.parametrize("steps", [0, 2, 3])
+def test_another_chain_that_is_behind_is_reported_with_both_names_and_logged_once(
+    steps: int, place: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, model = publish(place, 3)
+    live = empty()
+    with follow(live, place) as follower:
+        for _ in range(3):
+            assert (follower.poll().step, dict(follower.poll().waiting)) == (3, {})
+        remove(place)
+        new, other = publish(place, steps, seed=1)
+        assert new._head is not None
+        with caplog.at_level(logging.ERROR, "peraxis"):
+            for _ in range(3):
+                found = follower.poll()
+                reason = found.waiting[Path(place)]
+                assert "has another chain, " in reason
+                assert f"{new._head.path.name} ({new._head.content_id})" in reason
+                assert f"the model is at step 3 of the one with the result {old.result}" in reason
+                assert (found.step, found.applied) == (3, ())
+        assert caplog.text.count("has another chain") == 1
+        assert same(live, model)
+        with follow(live, place) as again:
+            assert again.poll().step == steps
+        assert same(live, other)
+
+
+def test_a_chain_that_is_only_read_again_or_pruned_is_no_other_one(place: str) -> None:
+    model = weights()
+    writer = UpdateWriter(model, place, anchor_every=2)
+    live = empty()
+    with follow(live, place) as follower:
+        for step in range(8):
+            writer.step()
+            move(model)
+            found = follower.poll()
+            assert (found.step, dict(found.waiting)) == (step, {})
+            writer.prune(anchors=1)
+            assert dict(follower.poll().waiting) == {}
+
+
+def test_a_server_of_vllm_notices_it_too(tmp_path: Path) -> None:
+    old, _ = publish(tmp_path / "chain", 2)
+
+    async def apply(path: Path) -> None: ...
+
+    following = Following(tmp_path / "chain", 1.0, apply)
+    asyncio.run(following.poll())
+    assert (following.step, following.waiting) == (2, {})
+    remove(str(tmp_path / "chain"))
+    publish(tmp_path / "chain", 1, seed=1)
+    asyncio.run(following.poll())
+    assert following.step == 2
+    assert f"at step 2 of the one with the result {old.result}" in following.waiting["chain"]
