@@ -63,7 +63,7 @@ def chain_order(links: Iterable[Link]) -> list[Link]:
     by_id: dict[str, Link] = {}
     for link in given:
         if link.content_id in by_id:
-            raise CheckFailedError(f"{link.path}: is the same update as {by_id[link.content_id].path}")
+            raise CheckFailedError(f"{link.path}: is the same update as {by_id[link.content_id].path}; pass it once")
         by_id[link.content_id] = link
     known_links = _Known(given)
     before = {link.content_id: _before(link, by_id, known_links) for link in given}

@@ -128,7 +128,9 @@ class VariantStore:
         """
         wanted = sorted(set(numbers))
         if len(wanted) > max(self.resident, 1):
-            raise LiveModelError(f"{len(wanted)} variants in one step, but --max-loras is {self.resident}")
+            raise LiveModelError(
+                f"{len(wanted)} variants in one step, but --max-loras is {self.resident}; start with more"
+            )
         # Mark those in memory as used first, so that reading the others does not evict them.
         for number in wanted:
             if number in self._resident:

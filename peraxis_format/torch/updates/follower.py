@@ -164,7 +164,7 @@ class Follower:
         if not 0.0 < every < math.inf:
             raise ArgumentError(f"every {every!r}: must be a number of seconds above 0")
         if self._thread is not None:
-            raise LiveModelError("this follower is already running")
+            raise LiveModelError("this follower is already running; close it first")
 
         sharded = in_pieces(self._target, self._shards) and Ranks(self._group).count > 1
 
