@@ -238,8 +238,8 @@ def _refuse_exact(file: DeltaFile) -> None:
     exact = next((entry.name for entry in file.manifest.modules if entry.encoding is Encoding.EXACT), None)
     if exact is not None:
         raise LiveModelError(
-            f"{file.path}: {exact} is stored exactly, which variants in one batch cannot use; serve this fine-tune with "
-            "a live swap, or from a folder that `peraxis-tools apply` writes"
+            f"{file.path}: {exact} is stored exactly, which variants in one batch cannot use; serve this fine-tune "
+            "with a live swap, or from a folder that `peraxis-tools apply` writes"
         )
 
 
