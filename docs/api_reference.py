@@ -63,7 +63,8 @@ inputs. Both carry `exit_status`, the exit code that the command line gives.
 
 A delta is a file on this machine. `apply`, `update(after=)`, `compact`, `log`, `load`, `load_model` and `pull` also
 take URLs and repositories on the hub, `extract` URLs; the first four of them also take a folder of updates. `verify`
-takes several files, URLs, globs and folders. It raises at the first failure, or returns all failures with `keep_going=True`.
+takes several files, URLs, globs and folders. It raises at the first failure, or returns all failures with
+`keep_going=True`.
 
 The stable interface is `peraxis` and the public names of `peraxis_format` and `peraxis_format.torch`.
 """
