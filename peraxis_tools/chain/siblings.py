@@ -58,8 +58,8 @@ def _refuse_fork(new: Link, links: list[Link]) -> None:
         alike = link.base == new.base and link.previous is None
         if alike and link.result != new.result and link.content_id not in left_out:
             raise CheckFailedError(
-                f"{new.path}: would be a fork, because {link.path} was made on the same state; pass the updates "
-                "before this one with after (--after) to follow them, or write to another folder"
+                f"{new.path}: would be a fork, because {link.path} was made on the same state; pass the updates so "
+                "far as after (--after) to follow them, or write to another folder"
             )
 
 
@@ -74,5 +74,5 @@ def _refuse_ring(new: Link, links: list[Link]) -> None:
     if through is not None and state == new.base:
         raise CheckFailedError(
             f"{new.path}: returns to an earlier state, from which {through} leads back, so the order would "
-            "not be known; pass the updates before this one with after (--after)"
+            "not be known; pass the updates so far as after (--after)"
         )
