@@ -223,5 +223,5 @@ def deltas_of(source: str | Path) -> list[str | Path]:
 
 def _some(source: str | Path, found: list[Any]) -> list[Any]:
     if not found:
-        raise ToolError(f"{source}: has no .pxd files")
+        raise ToolError(f"{source}: has no .pxd files; check the name")
     return found

@@ -308,7 +308,7 @@ def _named(values: Mapping[Any, Any]) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         name = _OTHER_NAMES.get(name, name)
         if name in keys:
-            raise OptionError(f"{key} is another name of {keys[name]}: give only one of them")
+            raise OptionError(f"{key} is another name of {keys[name]}; give only one of them")
         keys[name] = key
     found = {name: values[key] for name, key in keys.items()}
     if keys.get("masks") == "bits" and found["masks"] == 1:

@@ -161,7 +161,7 @@ def test_what_cannot_be_taken_back_at_all_is_said_and_nothing_more_is_done(
             raise RuntimeError("the device is lost")
 
         monkeypatch.setattr(undo.InPlace, "write", failing)
-        with pytest.raises(LiveModelError, match=r"neither the base's nor a variant's: load the base again"):
+        with pytest.raises(LiveModelError, match=r"neither the base's nor a variant's; load the base again"):
             live.use("0")
         with pytest.raises(LiveModelError, match="load the base again"):
             live.use(None)

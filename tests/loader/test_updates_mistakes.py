@@ -79,5 +79,5 @@ def test_the_second_of_two_trainers_is_told_of_the_first(steps: int, tmp_path: P
         UpdateWriter(model, tmp_path).step()
     first, second = UpdateWriter(model, tmp_path), UpdateWriter(model, tmp_path)
     first.step()
-    with pytest.raises(FileExistsError, match=r"0\d\.pxd: exists already; another process publishes there: stop one"):
+    with pytest.raises(FileExistsError, match=r"0\d\.pxd: exists already; another process publishes there; stop one"):
         second.step()

@@ -257,7 +257,7 @@ class VariantSwitch:
             self._lost = True
             raise LiveModelError(
                 f"a swap failed ({error}) and could not be reverted ({failure}); the weights are neither the base's "
-                "nor a variant's: load the base again and make a new VariantSwitch"
+                "nor a variant's; load the base again and make a new VariantSwitch"
             ) from error
 
     def _restore(self) -> str | None:

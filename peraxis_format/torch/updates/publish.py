@@ -197,7 +197,7 @@ class UpdateWriter:
         newer = newer_file(path)
         if newer is not None:
             raise FileExistsError(
-                f"{newer}: is newer than {path.name}; another process publishes there: stop one of them"
+                f"{newer}: is newer than {path.name}; another process publishes there; stop one of them"
             )
         identity = Identity(id=self._name)
         return DeltaWriter(path, base=identity, fine_tuned=identity, previous=previous, chained=True, overwrite=False)

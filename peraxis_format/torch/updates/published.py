@@ -55,6 +55,6 @@ def finished(writer: DeltaWriter) -> Manifest:
         return writer.finish()
     except FileExistsError:
         raise FileExistsError(
-            f"{writer.path}: exists already; another process publishes there: stop one of them, or give each its own "
+            f"{writer.path}: exists already; another process publishes there; stop one of them, or give each its own "
             "folder"
         ) from None
