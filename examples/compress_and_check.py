@@ -2,7 +2,7 @@
 
     python examples/compress_and_check.py BASE FINE_TUNED DELTA [CALIBRATION]
 
-Without a calibration text the scales are mean magnitudes (`fit none`), which needs neither torch nor a model.
+Without a calibration text the scales are mean magnitudes (`fit="none"`), which needs neither torch nor a model.
 """
 
 import sys

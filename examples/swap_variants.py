@@ -1,6 +1,6 @@
 """One model in memory, several fine-tunes, one at a time.
 
-python examples/swap_variants.py BASE DELTA...
+python examples/swap_variants.py BASE DELTA DELTA
 """
 
 import sys
@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 import peraxis
 
 
-def main(base: str, *deltas: str) -> None:
+def main(base: str, first: str, second: str) -> None:
     """Use each variant once, then the base again."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
     prompt = torch.tensor([[5, 6, 7, 8]])
     with peraxis.VariantSwitch(model) as switch, torch.no_grad():
-        for delta in deltas:
+        for delta in (first, second):
             switch.add(Path(delta).stem, delta)
         for variant in switch.variants():
             swap = switch.use(variant.name)

@@ -38,7 +38,7 @@ def check_base_names(manifest: Manifest, base: Safetensors) -> None:
 
 
 def check_base_tensor(module: ModuleEntry, found: TensorInfo) -> None:
-    """Check the dtype and shape of one base tensor (SPEC 7.2)."""
+    """Check the dtype and shape of one base tensor (SPEC 7.2). Raises BindingError (E403)."""
     wanted = module.base
     if wanted is not None and (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
         fail(
@@ -49,13 +49,13 @@ def check_base_tensor(module: ModuleEntry, found: TensorInfo) -> None:
 
 
 def check_base_digest(module: ModuleEntry, sha256: str) -> None:
-    """Check the bytes of one base tensor (SPEC 7.3). sha256: hex digest of its raw bytes."""
+    """Check the bytes of one base tensor (SPEC 7.3). sha256: their hex digest. Raises BindingError (E404)."""
     if module.base is not None and sha256 != module.base.sha256:
         fail("E404", field=module.name)
 
 
 def check_base_bytes(module: ModuleEntry, tensor: Array) -> None:
-    """`check_base_digest` on a contiguous storage array, so that the checked bytes are those that are used."""
+    """`check_base_digest` on a storage array, so that the checked bytes are those that are used."""
     check_base_digest(module, digest_of(tensor))
 
 

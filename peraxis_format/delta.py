@@ -73,7 +73,7 @@ class BaseRef:
 
 
 def scale_shapes(axis: Axis, covered: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the scales of one component, in file order (SPEC 5.3)."""
+    """Names and shapes of the scales of one component, in file order (SPEC 5.3). covered: [..., d_out, d_in]."""
     row, col = covered[:-1], (*covered[:-2], covered[-1])
     shapes: dict[Axis, dict[str, tuple[int, ...]]] = {
         Axis.ROW: {"row": row},

@@ -155,7 +155,9 @@ def _owners(files: Sequence[pxd.DeltaFile], names: list[str]) -> dict[str, pxd.D
             owners[name] = file
     missing = [name for name in names if name not in owners]
     if missing:
-        raise ToolError(f"{len(missing)} of {len(names)} modules are in none of the parts, for example {missing[0]}")
+        raise ToolError(
+            f"{len(missing)} of {len(names)} modules are in none of the parts, for example {missing[0]}; pass all parts"
+        )
     return owners
 
 

@@ -117,9 +117,9 @@ def _object(assets: Mapping[str, bytes], name: str, label: str) -> dict[str, Any
     try:
         found = json.loads(assets[name])
     except (ValueError, RecursionError) as error:
-        raise ToolError(f"{label}: its {name} is not JSON ({first_line(error)})") from None
+        raise ToolError(f"{label}: its {name} is not JSON ({first_line(error)}); correct it") from None
     if not isinstance(found, dict):
-        raise ToolError(f"{label}: its {name} is not a JSON object")
+        raise ToolError(f"{label}: its {name} is not a JSON object; correct it")
     return found
 
 

@@ -91,7 +91,9 @@ def _verified(path: Path, content_ids: Sequence[str], progress: ProgressOf, sour
 def _content_id(path: Path, content_ids: Sequence[str], progress: ProgressOf) -> str:
     with pxd.open(path) as delta:
         if content_ids and delta.content_id not in content_ids:
-            raise CheckFailedError(f"{path.name}: is {delta.content_id}, which is none of those expected")
+            raise CheckFailedError(
+                f"{path.name}: is {delta.content_id}, which is none of those expected; this is another file"
+            )
         with progress("verify", delta.data_size) as step:
             delta.verify(progress=step)
         return delta.content_id

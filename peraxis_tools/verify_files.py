@@ -253,7 +253,7 @@ def _open_base(source: str | Path | None) -> Checkpoint:
     """Open the base. A missing base is NotVerifiableError, because it is neither damage nor a wrong base."""
     try:
         if source is None:
-            raise NotVerifiableError("no base is given")
+            raise NotVerifiableError("no base is given; pass base (--base)")
         return open_checkpoint(source)
     except pxd.CheckpointError as error:
         raise NotVerifiableError(str(error)) from None

@@ -11,7 +11,21 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-__all__ = ["BLOCK", "FORMS", "Block", "Form", "best", "fastest", "gaps", "keyed", "key", "packed", "patterns", "steps"]
+__all__ = [
+    "BLOCK",
+    "FORMS",
+    "Block",
+    "Form",
+    "best",
+    "fastest",
+    "gaps",
+    "keyed",
+    "key",
+    "numbers",
+    "packed",
+    "patterns",
+    "steps",
+]
 
 BLOCK = 65_536
 RAW = 255

@@ -53,6 +53,7 @@ def golden() -> Iterator[tuple[str, str, Content]]:
     yield "metadata-prefixes", "3.2", simple(metadata=keys)
     controls = {f"{c:x}": chr(c) for c in range(0x20)} | {f"{c:x}-": f"{chr(c)}-" for c in range(0x20)}
     yield "metadata-each-control", "3.2", simple(metadata=controls)
+    yield "metadata-key-of-64-kib", "3.8", simple(metadata={"k" * 2**16: ""})
     yield "mask-of-64-bytes", "4.2", Content(modules=(sign("w", (64, 3)), sign("v", (32, 11), ("col",))))
 
 

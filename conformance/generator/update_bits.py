@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from .blocks import BLOCK, FORMS, packed
+from .blocks import BLOCK, FORMS, numbers, packed
 from .build import build, expected
 from .content import Content, Module, words
 from .entry import Entry
@@ -53,6 +53,21 @@ def contents() -> Iterator[tuple[str, str, Content]]:
     old = spread("places", "BF16", 400)
     like = [3, 300, *old[2:300], moved(old[300], 1, FORMS["BF16"]), *old[301:]]
     yield "gaps-patterns-like-places", "5.8", one(update("w", old, like, coder=by_gaps))
+    yield from overridden()
+
+
+def overridden() -> Iterator[tuple[str, str, Content]]:
+    """A keyed block whose exception is a weight with a number of class 0, or one that moves."""
+    form, key = FORMS["BF16"], 121
+    old = spread("overridden", "BF16", 200)
+    dense = next(i for i, value in enumerate(old) if form.exponent(value) < key)
+    sparse = next(i for i, value in enumerate(old) if form.exponent(value) > key)
+    for slug, place, step in (("in-class-0", dense, 3), ("that-moves", sparse, -1)):
+        coded = [moved(value, step, form) if i == place else value for i, value in enumerate(old)]
+        new = [value ^ 0x8000 if i == place else value for i, value in enumerate(old)]
+        (_, *unary), fields = numbers(old, coded, form, key)
+        block = packed([1, *unary], [(place, 16), (new[place], 16), *fields])
+        yield f"keyed-exception-{slug}", "5.9", one(update("w", old, new, blocks=[(key, block)]))
 
 
 def sixteen() -> Module:

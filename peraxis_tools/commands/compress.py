@@ -75,13 +75,16 @@ class _Compress(click.Command):
 )  # fmt: skip
 @click.option("--recipe", type=click.Choice(tuple(RECIPES)), help="A set of options. Single options override it.")
 @click.option(
-    "--fit", type=click.Choice(FITS), help="The method.  [default: refined with a calibration text, else none]"
+    "--fit",
+    type=click.Choice(FITS),
+    help="The method that chooses signs and scales.  [default: refined with a calibration text, else none]",
 )
 @click.option(
     "--axis", type=click.Choice(AXES), help="The axis of the scales; auto takes the best one for each module."
 )
 @masks_option(
-    MASKS, help="Masks for each module, 1 to 8, or auto: one, and these bytes go where they help most.  [default: auto]"
+    MASKS,
+    help="Masks for each module, 1 to 8. auto: the bytes of one for each go where they help most.  [default: auto]",
 )
 @click.option("--target-size", type=SIZE, help="The size of the file, like 1.2GB. Masks go where they help most.")
 @click.option("--target-ratio", type=float, help="The checkpoint's size over that of the file: 12 means a twelfth.")

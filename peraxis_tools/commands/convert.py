@@ -170,7 +170,7 @@ def _refuse_other(source: str, layout: str) -> None:
             "make a delta of it with `compress`"
         )
     if path.is_file() and not is_torch_file(path):
-        raise ToolError(f"{source}: is neither a .pt delta nor a .pxd nor a wire")
+        raise ToolError(f"{source}: is neither a .pt delta nor a .pxd nor a wire; pass one of these")
 
 
 def _wire(path: Path, layout: Literal["auto"] | Layout | WireName) -> WireName | None:

@@ -62,8 +62,9 @@ def evaluate(
     texts: from the name of a domain to c4, a datasets id, or a file (json, jsonl, parquet, txt, csv; also .gz). A text
     is cut into at most `samples` samples of `sequence_length` tokens, without overlap or padding. candidates: some of
     base, merged and on-the-fly; the last one always computes in float32, the others in compute_dtype. tasks: names of
-    lm-eval, with task_limit questions each. task_path: a folder with further task definitions. progress: called with
-    (stage, done, total), or True for bars. Raises ToolError, PxdError, CheckpointError.
+    lm-eval, with task_limit questions each. task_path: a folder with further task definitions. batch_size: samples in
+    one forward pass. seed: of the order of documents. progress: called with (stage, done, total), or True for bars.
+    Raises ToolError, PxdError, CheckpointError.
     """
     candidates, tasks = sequence(candidates), sequence(tasks)
     task_path = None if task_path is None else Path(task_path)

@@ -162,6 +162,7 @@ SWITCHES = {
     "quotients-without-end": "5.9",
     "fields-of-any-width": "5.9",
     "runs-end-with-class": "5.9",
+    "exceptions-before-moves": "5.9",
     "steps-on-patterns": "6.6",
     "steps-saturate": "6.6",
     "blocks-read-in-part": "7.4",

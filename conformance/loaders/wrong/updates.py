@@ -153,6 +153,8 @@ class Updates:
         bits, new = Bits(data), list(old)
         classes: list[list[int]] = [[] for _ in range(16)]
         exceptions = self.exceptions(bits, len(old), "E405")
+        if self.wrong("exceptions-before-moves"):
+            self.put(new, exceptions)
         exponents = [(word & (1 << (self.width - 1)) - 1) >> self.mantissa for word in old]
         for i, e in enumerate(exponents):
             classes[min(max(e - a + 1, 0), 15)].append(i)
@@ -173,7 +175,8 @@ class Updates:
         spare = bits.up[bits.low : bits.count - bits.taken]
         read = len(spare) < 8 and "1" not in spare and 0 <= run - bits.ahead() < 1 << 15
         need(read or self.wrong("blocks-read-in-part"), "E405")
-        self.put(new, exceptions)
+        if not self.wrong("exceptions-before-moves"):
+            self.put(new, exceptions)
         return new
 
     def run(self, bits: Bits) -> int:

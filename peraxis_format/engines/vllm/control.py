@@ -104,7 +104,7 @@ class Control:
         folder, pause = Path(self._source(body, "folder")), _Pause.of(body)
         every = _seconds(body, "every", _FOLLOW_SECONDS)
         if not await asyncio.to_thread(os.path.isdir, folder):
-            raise RequestError(400, f"{folder}: is not a folder that the server can read")
+            raise RequestError(400, f"{folder}: is not a folder that the server can read; name another")
         self._refuse_following()
 
         async def apply(path: Path) -> None:

@@ -38,7 +38,7 @@ class Permitted:
             return cls(root=None, any_name=any_name)
         root = Path(named).resolve()
         if not root.is_dir():
-            raise LiveModelError(f"{ROOT_VARIABLE} is {named!r}, which is not a folder")
+            raise LiveModelError(f"{ROOT_VARIABLE} is {named!r}, which is not a folder; name one")
         return cls(root=root, any_name=any_name)
 
     @classmethod

@@ -128,7 +128,9 @@ class VariantStore:
         """
         wanted = sorted(set(numbers))
         if len(wanted) > max(self.resident, 1):
-            raise LiveModelError(f"{len(wanted)} variants in one step, but --max-loras is {self.resident}")
+            raise LiveModelError(
+                f"{len(wanted)} variants in one step, but --max-loras is {self.resident}; start with more"
+            )
         # Mark those in memory as used first, so that reading the others does not evict them.
         for number in wanted:
             if number in self._resident:
@@ -236,8 +238,8 @@ def _refuse_exact(file: DeltaFile) -> None:
     exact = next((entry.name for entry in file.manifest.modules if entry.encoding is Encoding.EXACT), None)
     if exact is not None:
         raise LiveModelError(
-            f"{file.path}: {exact} is stored exact, which variants in one batch cannot use; serve this fine-tune with "
-            "a live swap, or from a folder that `peraxis-tools apply` writes"
+            f"{file.path}: {exact} is stored exactly, which variants in one batch cannot use; serve this fine-tune "
+            "with a live swap, or from a folder that `peraxis-tools apply` writes"
         )
 
 

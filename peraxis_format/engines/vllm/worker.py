@@ -57,7 +57,7 @@ class VariantManager:
         checks = assets_checked(options)
         exact = bool(options.pop("exact", False))
         if options:
-            raise LiveModelError(f"additional_config: peraxis has no option {min(options)!r}; assets and exact")
+            raise LiveModelError(f"additional_config: peraxis has no option {min(options)!r}; use assets or exact")
         lora = vllm_config.lora_config
         self._permitted = Permitted.of_environment(any_name=True)  # without a root, vLLM's own rules hold
         self._rows: StepRows[Variant] = StepRows(device)

@@ -20,4 +20,4 @@ def refuse_others(file: DeltaFile, placement: Placement) -> None:
         if entry.encoding is Encoding.SIGN or (entry.base is not None and entry.base.dtype is not entry.dtype):
             raise UpdateError(f"{file.path}: {entry.name} is not an exact update; use it as a variant")
         if not all(part.view.is_contiguous() for part in placement[entry.name]):
-            raise UpdateError(f"{entry.name}: is strided, which exact updates do not support")
+            raise UpdateError(f"{entry.name}: is strided, which exact updates do not support; make it contiguous")

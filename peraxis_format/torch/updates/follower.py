@@ -63,6 +63,7 @@ def follow(
     newest anchor. lock: held while weights are written, so that no forward pass sees half an update. on_update: called
     after each poll that applied an update. shards: as in apply_. group: that of a sharded model, whose ranks see
     one folder, or follow one URL, and poll together, equally often; with `start`, a group that no other code uses.
+    Raises LiveModelError for a target that is no model, and for a URL whose package is not installed.
     """
     return Follower(target, source, lock=lock, on_update=on_update, shards=shards, group=group)
 
@@ -177,7 +178,7 @@ class Follower:
         if not 0.0 < every < math.inf:
             raise ArgumentError(f"every {every!r}: must be a number of seconds above 0")
         if self._thread is not None:
-            raise LiveModelError("this follower is already running")
+            raise LiveModelError("this follower is already running; close it first")
 
         sharded = in_pieces(self._target, self._shards) and Ranks(self._group).count > 1
 

@@ -64,7 +64,7 @@ class Mirror:
 
             self._system, self._path = fsspec.core.url_to_fs(self.url, **_patience(self.url))
         except ImportError as error:
-            raise LiveModelError(f"{self.url}: needs a package that is not installed ({error})") from None
+            raise LiveModelError(f"{self.url}: needs a package that is not installed ({error}); install it") from None
         except ValueError as error:
             raise LiveModelError(f"{self.url}: {error}") from None
         self._sent: tuple[str, bytes] | None = None  # name and header of the file that was sent last

@@ -96,7 +96,7 @@ def _check_tensors(fine_tuned: Checkpoint, base: Mapping[str, TensorInfo], base_
     """Raise ToolError for a tensor that a .pxd cannot store, or bind (SPEC 2.14, 3.5)."""
     label, infos = fine_tuned.tensors.label, fine_tuned.tensors.infos()
     if not infos:
-        raise ToolError(f"{label}: holds no tensors")
+        raise ToolError(f"{label}: holds no tensors; fetch the checkpoint again")
     lora = unmerged_adapter(info.name for info in infos)
     if lora is not None:
         raise ToolError(f"{label}: {lora} is of an adapter that is not merged; call merge_and_unload and save it again")

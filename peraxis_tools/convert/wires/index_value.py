@@ -59,7 +59,9 @@ class IndexValueFile:
                 "they must be I32 or I64, one per value"
             )
         if values.dtype is not info.dtype:
-            raise CheckFailedError(f"{where}: its values are {values.dtype.value}, the base's {info.dtype.value}")
+            raise CheckFailedError(
+                f"{where}: its values are {values.dtype.value}, the base's {info.dtype.value}; pass the step's base"
+            )
         index = self._tensors.read(name + _INDICES).astype(np.int64)
         words = words_of(self._tensors.read(name + _VALUES))
         order = checked_index(where, index, _size(info))

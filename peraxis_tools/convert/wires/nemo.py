@@ -67,7 +67,9 @@ class NemoFile:
         item, where = self._items[name], f"{self._path}: {name}"
         shape, dtype = item.get("shape"), _word(item, "dtype", where)
         if not isinstance(shape, tuple | list) or not all(isinstance(extent, int) for extent in shape):
-            raise ToolError(f"{where}: its shape is {type(shape).__name__}, not a tuple of numbers")
+            raise ToolError(
+                f"{where}: its shape is {type(shape).__name__}, not a tuple of numbers; write the wire again"
+            )
         if list(shape) != list(info.shape) or dtype != _DTYPES.get(info.dtype):
             raise CheckFailedError(
                 f"{where}: is {dtype[:32]} {list(shape[:8])}, "
@@ -75,7 +77,9 @@ class NemoFile:
             )
         operation = _word(item, "operation", where)
         if operation not in ("xor", "overwrite"):
-            raise ToolError(f"{where}: its operation is {operation[:32]!r}, neither 'xor' nor 'overwrite'")
+            raise ToolError(
+                f"{where}: its operation is {operation[:32]!r}, neither 'xor' nor 'overwrite'; write the wire again"
+            )
         words = self._values(item, info.dtype, where)
         index = self._index(item, words.size, where)
         order = checked_index(where, index, math.prod(info.shape))
@@ -101,7 +105,9 @@ class NemoFile:
         if encoding == "range":
             return np.arange(count, dtype=np.int64) + _number(item, "range_start", where)
         if encoding != "deltas":
-            raise ToolError(f"{where}: its index_encoding is {encoding[:32]!r}, neither 'range' nor 'deltas'")
+            raise ToolError(
+                f"{where}: its index_encoding is {encoding[:32]!r}, neither 'range' nor 'deltas'; write the wire again"
+            )
         begin, end = (_number(item, key, where) for key in ("index_start", "index_end"))
         width = (end - begin) // count
         if not begin <= end <= self._locations.size or (end - begin) != width * count or width not in _WIDTHS:
@@ -123,7 +129,7 @@ class NemoFile:
 def _word(item: Mapping[str, Any], key: str, where: str) -> str:
     value = item.get(key)
     if not isinstance(value, str):
-        raise ToolError(f"{where}: its {key} is {type(value).__name__}, not a word")
+        raise ToolError(f"{where}: its {key} is {type(value).__name__}, not a word; write the wire again")
     return value
 
 
@@ -131,7 +137,7 @@ def _number(item: Mapping[str, Any], key: str, where: str) -> int:
     value = item.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 48:
         shown = value if isinstance(value, int) else type(value).__name__
-        raise ToolError(f"{where}: its {key} is {shown}, not a number of at least 0")
+        raise ToolError(f"{where}: its {key} is {shown}, not a number of at least 0; write the wire again")
     return value
 
 

@@ -74,7 +74,9 @@ def checked_index(where: str, index: NDArray[np.int64], weights: int) -> NDArray
     wrong = np.flatnonzero((index < 0) | (index >= weights))
     if wrong.size:
         at = int(wrong[0])
-        raise CheckFailedError(f"{where}: index {int(index[at])} at {at} is outside of the base's {weights} weights")
+        raise CheckFailedError(
+            f"{where}: index {int(index[at])} at {at} is outside of the base's {weights} weights; pass the step's base"
+        )
     steps = np.diff(index)
     if np.all(steps > 0):
         return None

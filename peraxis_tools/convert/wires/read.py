@@ -83,7 +83,7 @@ def from_wire(
     ):
         missing = next((item for item in opened.names if item not in state), None)
         if missing is not None:
-            raise CheckFailedError(f"{source}: changes {missing}, which {state.label} lacks; pass the base of the step")
+            raise CheckFailedError(f"{source}: changes {missing}, which {state.label} lacks; pass the step's base")
         job = UpdateJob(
             output=Path(output),
             old=state,

@@ -82,7 +82,9 @@ class XorFolder:
         found = self._tensors[name]
         where = f"{self._path}: {name}"
         if found.dtype is not pxd.DType.U8 or len(found.shape) != 1:
-            raise ToolError(f"{where}: is {found.dtype.value} {list(found.shape)}, not U8 [bytes]")
+            raise ToolError(
+                f"{where}: is {found.dtype.value} {list(found.shape)}, not U8 [bytes]; write the wire again"
+            )
         data = zstd.decompress(pxd.raw_bytes(self._tensors.read(name)), limit=info.size, where=where)
         if len(data) != info.size:
             raise CheckFailedError(
