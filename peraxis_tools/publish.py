@@ -6,6 +6,7 @@ The card is made in card.py. The card and .gitattributes of an existing reposito
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def publish(
     for path in paths:
         _verify(path, progress)
     told = _told(paths, reports, base_id)
-    files = {path.name: path for path in (*paths, *(bundle for bundle in bundles if bundle.is_file()))}
+    files = {path.name: path for path in (*paths, *(bundle for bundle in bundles if os.path.isfile(bundle)))}
     before = _in_folder(dry_run) if dry_run is not None else _on_hub(repository, revision)
     card = card_text(
         repository,

@@ -8,10 +8,11 @@ path that it names. remote_output.py writes outputs.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from glob import glob
+from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -24,7 +25,7 @@ from peraxis_tools.optional import missing, require
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.urls import file_of, without_secrets
 
-__all__ = ["RemoteFile", "deltas_of", "hub_form", "is_remote", "local_copy", "patience", "readable"]
+__all__ = ["RemoteFile", "deltas_of", "hub_form", "is_remote", "local_copy", "patience", "readable", "refuse_closed"]
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z][A-Za-z0-9+.-]+)*://")
 _START: Final = 1 << 16  # cached bytes of a file's beginning, at most
@@ -221,7 +222,19 @@ def deltas_of(source: str | Path) -> list[str | Path]:
         return _some(without_secrets(url), [system.unstrip_protocol(name) for name in sorted(system.glob(wanted))])
 
 
+def refuse_closed(pattern: str) -> None:
+    """Raise OSError if the folder of a glob cannot be listed; one with a glob in its own name is not looked at."""
+    folder = os.path.dirname(pattern) or "."
+    if not has_magic(folder) and os.path.isdir(folder):
+        os.listdir(folder)
+
+
 def _some(source: str | Path, found: list[Any]) -> list[Any]:
     if not found:
+        here = str(file_of(source) or source)
+        if os.path.isdir(here):
+            os.listdir(here)
+        elif has_magic(here):
+            refuse_closed(here)
         raise ToolError(f"{source}: has no .pxd files")
     return found

@@ -10,6 +10,7 @@ The checks of one file run in this order and end with the first that does not pa
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -194,7 +195,7 @@ def _verdict(file: str, run: _Run) -> FileVerdict:
 def _unchecked(path: Path, delta: pxd.DeltaFile, wanted: Wanted) -> tuple[str, ...]:
     """The checks that could be made of this file and were not asked for."""
     bound = any(module.base is not None for module in delta.manifest.modules)
-    signed = path.with_name(f"{path.name}.sig").exists()
+    signed = os.path.exists(path.with_name(f"{path.name}.sig"))  # False too where the name is too long to exist
     return (
         *(["signature"] if signed and wanted.signature is None else []),
         *(["base"] if bound and wanted.base is None else []),
