@@ -181,7 +181,7 @@ def _verdict(file: str, run: _Run) -> FileVerdict:
     except (pxd.PxdError, pxd.CheckpointError, ToolError, OSError) as error:
         if not run.keep_going:
             raise
-        checks.append(_failed(name, error, opened))
+        checks.append(_failed(name, error, opened, shown=without_secrets(file)))
     return FileVerdict(
         file=without_secrets(file),
         status=_gravest(check.status for check in checks),
@@ -270,13 +270,17 @@ def _signature(path: Path, wanted: Signature, progress: ProgressOf) -> str:
     return "signed with this key" if wanted.public_key else "signed under this certificate"
 
 
-def _failed(name: str, error: Exception, opened: Path | None) -> Check:
-    """The check that failed. opened: the file; the error may be that of an update before it."""
+def _failed(name: str, error: Exception, opened: Path | None, *, shown: str) -> Check:
+    """The check that failed. opened: the file; the error may be that of an update before it. shown: the file's name."""
     status = {1: Status.FAILED, 2: Status.ERROR, 3: Status.NOT_VERIFIABLE}[getattr(error, "exit_status", 2)]
     if isinstance(error, pxd.PxdError):
         meaning = pxd.CODES[error.code].meaning
         message = f"{meaning}: {error.detail}" if error.detail else meaning
-        before = opened is not None and error.file is not None and Path(error.file).resolve() != opened.resolve()
+        before = (
+            opened is not None
+            and error.file not in (None, shown)
+            and Path(str(error.file)).resolve() != opened.resolve()
+        )
         return Check(
             name=name,
             status=status,
