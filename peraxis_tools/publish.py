@@ -39,9 +39,9 @@ _EVALUATION: Final = "peraxis.eval/1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedDelta:
-    """One delta of a repository."""
+    """One delta of a repository, by its name there."""
 
-    file: str
+    name: str
     content_id: str
 
 
@@ -57,7 +57,7 @@ class PublishResult:
     deltas: tuple[PublishedDelta, ...]
     missing: tuple[str, ...]
     files: tuple[str, ...]
-    folder: Path | None
+    path: Path | None
     url: str | None
 
 
@@ -130,10 +130,10 @@ def publish(
                     _copy(source, folder / name, step)
     return PublishResult(
         repository=repository,
-        deltas=tuple(PublishedDelta(file=delta.file, content_id=delta.found.content_id) for delta in told),
+        deltas=tuple(PublishedDelta(name=delta.file, content_id=delta.found.content_id) for delta in told),
         missing=tuple(missing_fields(card)),
         files=("README.md", ".gitattributes", *files),
-        folder=dry_run,
+        path=dry_run,
         url=url,
     )
 

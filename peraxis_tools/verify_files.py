@@ -72,7 +72,7 @@ class FileVerdict:
     for.
     """
 
-    file: str
+    path: str
     status: Status
     content_id: str | None
     bytes: int | None
@@ -183,7 +183,7 @@ def _verdict(file: str, run: _Run) -> FileVerdict:
             raise
         checks.append(_failed(name, error, opened, shown=without_secrets(file)))
     return FileVerdict(
-        file=without_secrets(file),
+        path=without_secrets(file),
         status=_gravest(check.status for check in checks),
         content_id=content_id,
         bytes=size,

@@ -171,7 +171,7 @@ def test_inspect_says_the_same_of_a_url_as_of_the_file(delta: Path, server: Serv
 def test_verify_fetches_and_names_the_url(server: Server, delta: Path) -> None:
     good = CliRunner().invoke(verify_command.command, [server.url, "--json"])
     assert good.exit_code == 0, good.output
-    assert json.loads(good.stdout)["files"][0]["file"] == server.url
+    assert json.loads(good.stdout)["files"][0]["path"] == server.url
     assert server.sent == delta.stat().st_size
     data = bytearray(delta.read_bytes())
     data[-1] ^= 1
