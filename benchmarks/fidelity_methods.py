@@ -124,7 +124,7 @@ def _lora(inputs: Inputs, output: Path, *, distilled: bool) -> Written:
     found = inspected(output)
     payload = sum(line.bytes for line in found.modules) - replaced
     note = f"rank {rank}" + (", lr 1e-4" if distilled else "")
-    return Written(note=note, bytes=found.file_bytes - replaced, payload=payload)
+    return Written(note=note, bytes=found.bytes - replaced, payload=payload)
 
 
 def tokens(inputs: Inputs) -> tuple[Any, Any]:
@@ -156,7 +156,7 @@ def _ours(inputs: Inputs, output: Path, **options: Any) -> Written:
         overwrite=True,
         **options,
     )
-    return Written(note=", ".join(f"{count} {axis}" for axis, count in result.axes.items()))
+    return Written(note=", ".join(f"{count} {axis}" for axis, count in result.axis_counts.items()))
 
 
 def _distilled(inputs: Inputs) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def _distilled(inputs: Inputs) -> dict[str, Any]:
 def _half(path: Path) -> int:
     """The size of a file with half the payload of this one: header and assets cannot be halved."""
     found = inspected(path)
-    return found.file_bytes - sum(line.bytes for line in found.modules) // 2
+    return found.bytes - sum(line.bytes for line in found.modules) // 2
 
 
 def inspected(path: Path) -> Any:

@@ -13,9 +13,9 @@ import peraxis
 def main(base: str, fine_tuned: str, delta: str, calibration: str | None = None) -> None:
     """Compress, inspect, verify."""
     made = peraxis.compress(base, fine_tuned, delta, calibration=calibration, overwrite=True)
-    print(f"{made.size:,} bytes, {made.ratio:.1f} times smaller, {made.content_id}")
+    print(f"{made.bytes:,} bytes, {made.ratio:.1f} times smaller, {made.content_id}")
     for share in peraxis.inspect(delta).by_encoding:
-        print(f"{share.label:<5} {share.modules:>5} modules {share.bytes:>12,} bytes")
+        print(f"{share.label:<5} {share.module_count:>5} modules {share.bytes:>12,} bytes")
     for check in peraxis.verify(delta, base=base).files[0].checks:
         print(f"{check.name:<11} {check.status.value}  {check.message}")
 

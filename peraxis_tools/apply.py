@@ -34,10 +34,10 @@ _SMALL: Final = 1 << 26  # bytes that may be written from any base
 class ApplyResult:
     """The result of `apply`.
 
-    files: paths in the folder. left_behind: files of the fine-tuned folder that the delta does not contain.
+    path: the folder. files: paths in it. left_behind: files of the fine-tuned folder that the delta does not contain.
     """
 
-    folder: Path
+    path: Path
     content_id: str
     tensors: int
     bytes: int
@@ -93,7 +93,7 @@ def apply(
             names = tuple(sorted(name for name in written if name != MARKER))
         tensors = [tensor for shard in shards for tensor in shard.tensors]
         return ApplyResult(
-            folder=output,
+            path=output,
             content_id=file.content_id,
             tensors=len(tensors),
             bytes=sum(tensor.size for tensor in tensors),

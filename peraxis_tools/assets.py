@@ -65,7 +65,7 @@ class FolderAssets:
     left: tuple[str, ...] = ()
 
     def read(self, path: str) -> bytes:
-        """The bytes of an asset. Raises ToolError if it is too large."""
+        """The bytes of an asset. Raises ToolError if it is too large, or named .json and no receiver could read it."""
         file = self.folder / path
         size = file.stat().st_size
         target = _outside(file, self.folder)
@@ -73,7 +73,21 @@ class FolderAssets:
             note(f"{file}: is a link out of the checkpoint, to {target}; its content is taken")
         if size > _ASSET_BYTES_MAX:
             raise ToolError(f"{file}: {size} bytes is too much for an asset; move it out of the folder")
-        return file.read_bytes()
+        data = file.read_bytes()
+        if file.suffix == ".json":
+            _check_json(file, data)
+        return data
+
+
+def _check_json(file: Path, data: bytes) -> None:
+    """Raise ToolError unless the content is JSON, and an object in a configuration."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ToolError(f"{file}: not JSON ({reason}); correct it or move it out of the folder") from None
+    if asset_group(file.name) == "configuration" and not isinstance(found, dict):
+        raise ToolError(f"{file}: not a JSON object; correct it or move it out of the folder")
 
 
 def _outside(file: Path, folder: Path) -> Path | None:
@@ -107,8 +121,14 @@ def _is_index(name: str) -> bool:
 
 
 def _files(folder: Path, inner: set[str]) -> list[Path]:
+    """The files of the folder and of those inner ones; notes what has the name of an asset and is no file."""
     places = [folder, *(folder / name for name in sorted(inner))]
-    return [path for place in places if place.is_dir() for path in sorted(place.iterdir()) if path.is_file()]
+    found = [path for place in places if place.is_dir() for path in sorted(place.iterdir()) if not path.is_dir()]
+    for path in found:
+        if not path.is_file() and asset_group(path.relative_to(folder).as_posix()) is not None:
+            kind = "a pipe or a device, not a file" if path.exists() else "a link to nothing"
+            note(f"{path}: is {kind}, so it is left out")
+    return [path for path in found if path.is_file()]
 
 
 def _pipeline_folders(folder: Path) -> set[str]:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Final, Protocol
 
-from peraxis_tools.consoles import standard_error
+from peraxis_tools.consoles import shows_progress, standard_error
 from peraxis_tools.remaining import Remaining
+from peraxis_tools.shown import visible
 
 __all__ = ["Advance", "Stages", "progress"]
 
@@ -30,19 +31,19 @@ def progress(description: str, total: int | None, *, unit: str = "bytes", quiet:
 
     total: with it the bar shows the share that is done and the time left; without it (None) the time so far.
     """
-    console = standard_error()
-    if quiet or not console.is_terminal:
+    if quiet or not shows_progress():
         yield lambda _: None
         return
+    console = standard_error()
     from rich import progress as bars
 
-    columns: list[bars.ProgressColumn] = [bars.TextColumn("{task.description}"), bars.BarColumn()]
+    columns: list[bars.ProgressColumn] = [bars.TextColumn("{task.description}", markup=False), bars.BarColumn()]
     if total is None:
         columns += [bars.TimeElapsedColumn()]
     else:
         columns += [bars.DownloadColumn() if unit == "bytes" else bars.MofNCompleteColumn(), Remaining()]
     with bars.Progress(*columns, console=console, transient=True) as bar:
-        steps = _Steps(partial(bar.advance, bar.add_task(description, total=total)))
+        steps = _Steps(partial(bar.advance, bar.add_task(visible(description), total=total)))
         yield steps
         steps.flush()
 

@@ -207,7 +207,7 @@ def _section(repository: str, delta: CardDelta) -> Iterator[str]:
     yield f"## {_md(delta.file)}"
     yield ""
     yield (
-        f"A full fine-tune of {_md(delta.base.id)} as {kind} in the PXD format: {found.file_bytes:,} bytes "
+        f"A full fine-tune of {_md(delta.base.id)} as {kind} in the PXD format: {found.bytes:,} bytes "
         f"for a checkpoint of {found.full_bytes:,}, **{found.ratio:.1f} times smaller**."
     )
     yield ""
@@ -267,7 +267,7 @@ def _sizes(found: InspectResult) -> Iterator[str]:
     yield "|---|---:|---:|---:|---:|"
     for share in found.by_kind:
         ratio = f"{share.full_bytes / share.bytes:.1f}" if share.bytes else "-"
-        yield f"| {share.label} | {share.modules} | {share.bytes:,} | {share.full_bytes:,} | {ratio} |"
+        yield f"| {share.label} | {share.module_count} | {share.bytes:,} | {share.full_bytes:,} | {ratio} |"
     yield ""
 
 

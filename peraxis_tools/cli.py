@@ -31,7 +31,7 @@ with interrupts_end():
     from peraxis_tools.notes import LOGGER
     from peraxis_tools.option_names import on_the_command_line
     from peraxis_tools.optional import MissingPackageError, missing
-    from peraxis_tools.process import Terminated, drop_output, prepared_process
+    from peraxis_tools.process import Terminated, drop_output, interrupt_behind, prepared_process
     from peraxis_tools.quiet import hush_hub
     from peraxis_tools.report.console import print_error, print_notes, print_progress
 
@@ -140,24 +140,12 @@ def _show_traceback() -> None:
         traceback.print_exc()
 
 
-def _interrupt_within(error: BaseException) -> BaseException | None:
-    """The interrupt or signal that led to another error: Python and libraries wrap one that comes during an import."""
-    seen: set[int] = set()
-    cause = error.__cause__ or error.__context__
-    while cause is not None and id(cause) not in seen:
-        if isinstance(cause, (KeyboardInterrupt, Terminated)):
-            return cause
-        seen.add(id(cause))
-        cause = cause.__cause__ or cause.__context__
-    return None
-
-
 def _run() -> None:
     """Run the verb. An error that an interrupt led to is raised as the interrupt."""
     try:
         _run_verb()
     except Exception as error:
-        if (interrupt := _interrupt_within(error)) is None:
+        if (interrupt := interrupt_behind(error)) is None:
             raise
         raise interrupt from None
 

@@ -6,11 +6,12 @@ failed check, and whichever stream it was, standard output is discarded.
 
 from __future__ import annotations
 
+import sys
 from typing import Final
 
 from rich.console import Console
 
-__all__ = ["LEAST_WIDTH", "standard_error", "standard_output"]
+__all__ = ["LEAST_WIDTH", "shows_progress", "standard_error", "standard_output"]
 
 LEAST_WIDTH: Final = 80  # columns that tables are laid out for
 
@@ -29,11 +30,19 @@ class _Errors(Console):
 
 def standard_output() -> Console:
     """A console for results on standard output. Where it is narrow, lines wrap, and no column of a table is cropped."""
-    console = _Output(highlight=False, soft_wrap=True)
+    console = _Output(highlight=False, soft_wrap=True, emoji=False)
     console.width = max(console.width, LEAST_WIDTH)
     return console
 
 
 def standard_error() -> Console:
     """A console for errors, notes and bars on standard error."""
-    return _Errors(stderr=True, highlight=False, soft_wrap=True)
+    return _Errors(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+
+def shows_progress() -> bool:
+    """Whether bars and messages of progress are shown: standard error is a terminal.
+
+    FORCE_COLOR, which many CI systems set, asks for colour alone; it does not make a file a terminal.
+    """
+    return sys.stderr is not None and sys.stderr.isatty() and standard_error().is_terminal

@@ -43,10 +43,10 @@ class DemoRow:
 class DemoResult:
     """The result of the demo. rows: the base alone, one scalar per tensor, peraxis with 1 mask, peraxis by default."""
 
-    folder: Path
-    checkpoint_bytes: int
+    path: Path
+    full_bytes: int
     rows: tuple[DemoRow, ...]
-    axes: dict[str, int]
+    axis_counts: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +136,8 @@ def _compared(
         )
         rows.append(_row(label, found, full))
     rows.append(_row("peraxis default", ours, full))
-    axes = sum((Counter(subtype.counts) for subtype in inspected.axes), Counter[str]())
-    return DemoResult(folder=folder, checkpoint_bytes=full, rows=tuple(rows), axes=dict(axes))
+    axes = sum((Counter(group.axis_counts) for group in inspected.axes_by_group), Counter[str]())
+    return DemoResult(path=folder, full_bytes=full, rows=tuple(rows), axis_counts=dict(axes))
 
 
 def _row(label: str, found: EvaluateResult, full_bytes: int) -> DemoRow:

@@ -19,9 +19,9 @@ __all__ = ["ExtractResult", "extract"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractResult:
-    """The result of `extract`. files: paths in the folder. bytes: their total size."""
+    """The result of `extract`. path: the folder. files: paths in it. bytes: their total size."""
 
-    folder: Path
+    path: Path
     content_id: str
     files: tuple[str, ...]
     bytes: int
@@ -43,7 +43,7 @@ def extract(delta: str | Path, output: str | Path, *, overwrite: bool = False) -
                 size += len(data)
                 (folder / path).parent.mkdir(exist_ok=True)
                 (folder / path).write_bytes(data)
-    return ExtractResult(folder=output, content_id=content_id, files=tuple(sorted(paths)), bytes=size)
+    return ExtractResult(path=output, content_id=content_id, files=tuple(sorted(paths)), bytes=size)
 
 
 @contextlib.contextmanager

@@ -13,10 +13,11 @@ from typing import Any, BinaryIO, Final
 
 from peraxis_tools.errors import ToolError
 
-__all__ = ["SILENCE_SECONDS", "http_options", "is_http", "read_range", "save_all"]
+__all__ = ["SILENCE_SECONDS", "http_options", "is_http", "read_range", "refusal", "save_all"]
 
 SILENCE_SECONDS: Final = 60.0
 _PIECE: Final = 1 << 20
+_PULL: Final = "fetch the whole file with `pull`"
 
 
 def is_http(url: str) -> bool:
@@ -66,22 +67,50 @@ async def _answer(system: Any, path: str, headers: dict[str, str]) -> AsyncItera
         answer.raise_for_status()
         encoding = answer.headers.get("Content-Encoding", "identity").strip().lower()
         if encoding not in ("", "identity"):
-            raise ToolError(f"the server sent {encoding[:32]!r} data, although identity was asked for; download it")
+            raise ToolError(f"the server sent {encoding[:32]!r} data, which was not asked for; fetch it elsewhere")
         yield answer
+
+
+def refusal(error: BaseException | None) -> str | None:
+    """What a server answered instead of a file, with a remedy; None for other errors.
+
+    fsspec says FileNotFoundError for all of them, so the causes are searched.
+    """
+    while error is not None:
+        status = getattr(error, "status", None)
+        if type(error).__module__.startswith("aiohttp") and isinstance(status, int) and status >= 400:
+            return f"the server answered {status}{_meaning(status)}"
+        if type(error).__name__ == "TooManyRedirects":
+            return "the server redirects without an end; name the file's own address"
+        if type(error).__name__ == "NonHttpUrlRedirectClientError":
+            return "the server redirects to an address that is not http; name the file's own address"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _meaning(status: int) -> str:
+    if status in (401, 403, 407):
+        return ", which means that a login or a permission is missing; get a URL that you may read"
+    if status == 429 or status >= 500:
+        return ", which is a fault of the server; try again later"
+    return "; check the address"
 
 
 async def _range(system: Any, path: str, offset: int, end: int) -> bytes:
     wanted = end - offset
     async with _answer(system, path, {"Range": f"bytes={offset}-{end - 1}"}) as answer:
         if answer.status != 206 and offset:
-            raise ToolError("the server does not send ranges; download it")
+            raise ToolError(f"the server does not send ranges; {_PULL}")
         data = bytearray()
         while len(data) <= wanted and (piece := await answer.content.read(_PIECE)):
             data += piece
+        sent_range = answer.status == 206
+    if len(data) > wanted and not sent_range:
+        raise ToolError(f"the server does not send ranges; {_PULL}")
     if len(data) > wanted:
-        raise ToolError(f"the server sent more than the {wanted} bytes of a range; download it")
+        raise ToolError(f"the server sent more than the {wanted} bytes of a range; {_PULL}")
     if len(data) < wanted:
-        raise ToolError(f"the server sent {len(data)} bytes for a range of {wanted}; download it")
+        raise ToolError(f"the server sent {len(data)} bytes for a range of {wanted}; {_PULL}")
     return bytes(data)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 import peraxis_format as pxd
-from peraxis_tools.kinds import layer_of, subtype_of
+from peraxis_tools.kinds import group_of, layer_of
 from peraxis_tools.progress import ProgressOf, silent
 
 __all__ = ["Details", "ScaleLine", "details"]
@@ -27,7 +27,7 @@ class ScaleLine:
     """Quantiles of the scales of one module's first component, over its rows or columns; the other axis at its mean."""
 
     name: str
-    subtype: str
+    group: str
     layer: int | None
     low: float
     median: float
@@ -101,7 +101,7 @@ def _scale_line(module: pxd.ModuleDelta) -> ScaleLine:
     low, median, high = (float(value) for value in np.quantile(values, _QUANTILES))
     return ScaleLine(
         name=module.name,
-        subtype=subtype_of(module.name),
+        group=group_of(module.name),
         layer=layer_of(module.name),
         low=low,
         median=median,

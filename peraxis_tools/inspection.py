@@ -9,9 +9,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import peraxis_format as pxd
-from peraxis_tools.kinds import KINDS, kind_of, subtype_of
+from peraxis_tools.kinds import KINDS, group_of, kind_of
 
-__all__ = ["ByteShare", "InspectResult", "ModuleLine", "SubtypeAxes", "inspect", "select", "summarise"]
+__all__ = ["ByteShare", "InspectResult", "ModuleLine", "GroupAxes", "inspect", "select", "summarise"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +20,7 @@ class ModuleLine:
 
     name: str
     kind: str
-    subtype: str
+    group: str
     encoding: str
     axes: tuple[str, ...]
     shape: tuple[int, ...]
@@ -34,35 +34,35 @@ class ByteShare:
     """The bytes of one encoding or kind of tensor, in the file and in the full checkpoint."""
 
     label: str
-    modules: int
+    module_count: int
     bytes: int
     full_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SubtypeAxes:
-    """The number of components by axis, for one sub-type of modules (Figure 2 of the paper)."""
+class GroupAxes:
+    """The number of components by axis, for one group of modules (Figure 2 of the paper)."""
 
-    subtype: str
-    counts: dict[str, int]
+    group: str
+    axis_counts: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InspectResult:
-    """The result of `inspect`. overhead_bytes: the bytes of header and pads. ratio: full_bytes / file_bytes."""
+    """The result of `inspect`. overhead_bytes: the bytes of header and pads. ratio: full_bytes / bytes."""
 
-    file: str
+    path: str
     version: str
     content_id: str
     manifest: pxd.Manifest
-    file_bytes: int
+    bytes: int
     full_bytes: int
     asset_bytes: int
     overhead_bytes: int
     ratio: float
     by_encoding: tuple[ByteShare, ...]
     by_kind: tuple[ByteShare, ...]
-    axes: tuple[SubtypeAxes, ...]
+    axes_by_group: tuple[GroupAxes, ...]
     modules: tuple[ModuleLine, ...]
 
 
@@ -76,18 +76,18 @@ def summarise(
     stored = sum(line.bytes for line in lines)
     full = sum(line.full_bytes for line in lines)
     return InspectResult(
-        file=label,
+        path=label,
         version="1.0",
         content_id=content_id,
         manifest=manifest,
-        file_bytes=file_bytes,
+        bytes=file_bytes,
         full_bytes=full,
         asset_bytes=assets,
         overhead_bytes=file_bytes - stored - assets,
         ratio=full / file_bytes,
         by_encoding=_shares(lines, [e.value for e in pxd.Encoding], lambda line: line.encoding),
         by_kind=_shares(lines, list(KINDS), lambda line: line.kind),
-        axes=_axes(lines),
+        axes_by_group=_axes(lines),
         modules=lines,
     )
 
@@ -111,7 +111,7 @@ def _line(module: pxd.ModuleEntry, sizes: dict[str, int]) -> ModuleLine:
     return ModuleLine(
         name=module.name,
         kind=kind_of(module.name, module.shape),
-        subtype=subtype_of(module.name),
+        group=group_of(module.name),
         encoding=module.encoding.value,
         axes=tuple(component.axis.value for component in module.components),
         shape=module.shape,
@@ -130,7 +130,7 @@ def _shares(lines: Iterable[ModuleLine], labels: list[str], key: Callable[[Modul
             shares.append(
                 ByteShare(
                     label=label,
-                    modules=len(chosen),
+                    module_count=len(chosen),
                     bytes=sum(line.bytes for line in chosen),
                     full_bytes=sum(line.full_bytes for line in chosen),
                 )
@@ -138,13 +138,13 @@ def _shares(lines: Iterable[ModuleLine], labels: list[str], key: Callable[[Modul
     return tuple(shares)
 
 
-def _axes(lines: Iterable[ModuleLine]) -> tuple[SubtypeAxes, ...]:
+def _axes(lines: Iterable[ModuleLine]) -> tuple[GroupAxes, ...]:
     counts: dict[str, Counter[str]] = {}
     for line in lines:
         if line.axes:
-            counts.setdefault(line.subtype, Counter()).update(line.axes)
+            counts.setdefault(line.group, Counter()).update(line.axes)
     order = [axis.value for axis in pxd.Axis]
     return tuple(
-        SubtypeAxes(subtype=subtype, counts={axis: found[axis] for axis in order if found[axis]})
-        for subtype, found in counts.items()
+        GroupAxes(group=group, axis_counts={axis: found[axis] for axis in order if found[axis]})
+        for group, found in counts.items()
     )

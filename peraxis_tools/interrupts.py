@@ -8,16 +8,25 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]  # compiled into Python; the rest of `signal` needs many modules
 import os
 
-__all__ = ["INTERRUPTED", "interrupts_end"]
+__all__ = ["INTERRUPTED", "interrupts_end", "raise_interrupt", "received"]
 
 INTERRUPTED = 130
+# The signals that asked this process to end, so that an error that one of them led to is told from others.
+received: list[int] = []
+
+
+def raise_interrupt(number: int, frame: object) -> None:
+    """The handler of SIGINT while a verb runs."""
+    received.append(number)
+    raise KeyboardInterrupt
 
 
 class interrupts_end:  # noqa: N801  a context manager, used like contextlib.suppress
     """Let Ctrl-C end the process at once within the block, if it would raise KeyboardInterrupt otherwise."""
 
     def __enter__(self) -> None:
-        self._changed = _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler
+        self._before = _signal.getsignal(_signal.SIGINT)
+        self._changed = self._before in (_signal.default_int_handler, raise_interrupt)
         try:
             if self._changed:
                 _signal.signal(_signal.SIGINT, _end)
@@ -26,7 +35,7 @@ class interrupts_end:  # noqa: N801  a context manager, used like contextlib.sup
 
     def __exit__(self, *_: object) -> None:
         if self._changed:
-            _signal.signal(_signal.SIGINT, _signal.default_int_handler)
+            _signal.signal(_signal.SIGINT, self._before)
 
 
 def _end(number: int, frame: object) -> None:

@@ -1,4 +1,4 @@
-"""Classify a tensor by its name: kind and sub-type for reports and plans, and the execution order.
+"""Classify a tensor by its name: kind and group for reports and plans, and the execution order.
 
 Names are conventions of checkpoints, so nothing here changes the meaning of a file: a wrong guess can give a wrong line
 in a table or another order in the file, but never a wrong weight.
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["KINDS", "axes_text", "execution_key", "kind_of", "layer_of", "subtype_of"]
+__all__ = ["KINDS", "axes_text", "execution_key", "kind_of", "layer_of", "group_of"]
 
 KINDS: Final = ("embedding", "attention", "mlp", "norm", "bias", "lm_head", "other")
 
@@ -39,7 +39,7 @@ def layer_of(name: str) -> int | None:
     return next((int(token) for token in _tokens(name) if token.isdigit()), None)
 
 
-def subtype_of(name: str) -> str:
+def group_of(name: str) -> str:
     """The name of the projection or layer: `q_proj` of `model.layers.0.self_attn.q_proj.weight`."""
     tokens = [token for token in _tokens(name) if not token.isdigit() and token not in ("weight", "bias")]
     return tokens[-1] if tokens else name
@@ -55,7 +55,7 @@ def kind_of(name: str, shape: tuple[int, ...]) -> str:
     if tokens & _HEADS:
         return "lm_head"
     if len(shape) < 2:
-        return "norm" if _NORM.search(subtype_of(name)) else "other"
+        return "norm" if _NORM.search(group_of(name)) else "other"
     if tokens & _ATTENTION:
         return "attention"
     return "mlp" if tokens & _MLP else "other"
@@ -77,4 +77,4 @@ def execution_key(name: str) -> tuple[int, int, int, str]:
         stage = 0
     else:
         stage = 3 if tokens & _HEADS else 2
-    return stage, layer or 0, _FLOW_RANK.get(subtype_of(name), len(_FLOW)), name
+    return stage, layer or 0, _FLOW_RANK.get(group_of(name), len(_FLOW)), name

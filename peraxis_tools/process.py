@@ -1,6 +1,6 @@
 """The process of a command line: standard streams that are closed or not UTF-8, and signals.
 
-This module imports the standard library alone, so that it can run before slow imports.
+This module imports the standard library and `interrupts` alone, so that it can run before slow imports.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Final
 
-__all__ = ["Terminated", "drop_output", "prepared_process", "told_on_interrupt"]
+from peraxis_tools.interrupts import raise_interrupt, received
+
+__all__ = ["Terminated", "drop_output", "interrupt_behind", "prepared_process", "told_on_interrupt"]
 
 # Signals that ask a process to end. Each is raised as Terminated, so that open contexts clean up.
 _ENDING: Final = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -31,6 +33,20 @@ class Terminated(BaseException):
         self.exit_status = 128 + number
 
 
+def interrupt_behind(error: BaseException) -> BaseException | None:
+    """The interrupt that led to an error, with the notes of the error; None if no signal came.
+
+    Python and libraries turn an interrupt into errors of their own, above all while modules are imported.
+    """
+    if not received:
+        return None
+    number = received[0]
+    interrupt = KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
+    for sentence in getattr(error, "__notes__", ()):
+        interrupt.add_note(sentence)
+    return interrupt
+
+
 @contextlib.contextmanager
 def told_on_interrupt(said: Callable[[], str | None]) -> Iterator[None]:
     """If the block is interrupted, add a note that the command line prints.
@@ -39,7 +55,9 @@ def told_on_interrupt(said: Callable[[], str | None]) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyboardInterrupt, Terminated) as error:
+    except BaseException as error:
+        if not isinstance(error, (KeyboardInterrupt, Terminated)) and not received:
+            raise
         if (sentence := said()) is not None:
             error.add_note(sentence)
         raise
@@ -77,8 +95,11 @@ def prepared_process() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         # An ignored signal (nohup) stays ignored.
         before = {number: signal.getsignal(number) for number in _ENDING if signal.getsignal(number) == signal.SIG_DFL}
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            before[signal.SIGINT] = signal.default_int_handler
+    received.clear()
     for number in before:
-        signal.signal(number, _terminate)
+        signal.signal(number, raise_interrupt if number == signal.SIGINT else _terminate)
     try:
         yield
     finally:
@@ -89,6 +110,7 @@ def prepared_process() -> Iterator[None]:
 def _terminate(number: int, frame: FrameType | None) -> None:
     for each in _ENDING:
         signal.signal(each, signal.SIG_IGN)  # do not interrupt the cleanup
+    received.append(number)
     raise Terminated(number)
 
 

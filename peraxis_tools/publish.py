@@ -6,6 +6,7 @@ The card is made in card.py. The card and .gitattributes of an existing reposito
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,9 +39,9 @@ _EVALUATION: Final = "peraxis.eval/1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedDelta:
-    """One delta of a repository."""
+    """One delta of a repository, by its name there."""
 
-    file: str
+    name: str
     content_id: str
 
 
@@ -56,7 +57,7 @@ class PublishResult:
     deltas: tuple[PublishedDelta, ...]
     missing: tuple[str, ...]
     files: tuple[str, ...]
-    folder: Path | None
+    path: Path | None
     url: str | None
 
 
@@ -105,7 +106,7 @@ def publish(
     for path in paths:
         _verify(path, stages)
     told = _told(paths, reports, base_id)
-    files = {path.name: path for path in (*paths, *(bundle for bundle in bundles if bundle.is_file()))}
+    files = {path.name: path for path in (*paths, *(bundle for bundle in bundles if os.path.isfile(bundle)))}
     before = _in_folder(dry_run) if dry_run is not None else _on_hub(repository, revision)
     card = card_text(
         repository,
@@ -131,10 +132,10 @@ def publish(
                     _copy(source, folder / name, step)
     return PublishResult(
         repository=repository,
-        deltas=tuple(PublishedDelta(file=delta.file, content_id=delta.found.content_id) for delta in told),
+        deltas=tuple(PublishedDelta(name=delta.file, content_id=delta.found.content_id) for delta in told),
         missing=tuple(missing_fields(card)),
         files=("README.md", ".gitattributes", *files),
-        folder=dry_run,
+        path=dry_run,
         url=url,
     )
 

@@ -24,7 +24,8 @@ _INTRODUCTION: Final = """\
 Results go to standard output. Errors (one line each), notes and progress go to standard error. Colour and progress
 appear on terminals alone; `NO_COLOR=1` turns colour off, and `--quiet` turns notes and progress off. `--json` prints
 one JSON object. Its `schema` names its kind and version, like `peraxis.inspect/1`; the number grows when a field
-changes its meaning or is removed. An option that would have no effect is refused.
+changes its meaning or is removed. A concept has one name in all of them: `path`, `bytes` (of the file), `full_bytes`
+(of the fine-tuned tensors), `content_id`. An option that would have no effect is refused.
 
 Outputs are written atomically: they appear under their final name whole or not at all. The rules for them are the same
 for every verb and are checked before any work begins:

@@ -8,10 +8,11 @@ path that it names. remote_output.py writes outputs.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from glob import glob
+from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -19,12 +20,12 @@ import peraxis_format as pxd
 from peraxis_format.hub import hub_file, hub_files, hub_name
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.folders import scratch_folder
-from peraxis_tools.http_reads import SILENCE_SECONDS, http_options, is_http, read_range, save_all
+from peraxis_tools.http_reads import SILENCE_SECONDS, http_options, is_http, read_range, refusal, save_all
 from peraxis_tools.optional import missing, require
 from peraxis_tools.progress import ProgressOf, silent
 from peraxis_tools.urls import file_of, without_secrets
 
-__all__ = ["RemoteFile", "deltas_of", "hub_form", "is_remote", "local_copy", "patience", "readable"]
+__all__ = ["RemoteFile", "deltas_of", "hub_form", "is_remote", "local_copy", "patience", "readable", "refuse_closed"]
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z][A-Za-z0-9+.-]+)*://")
 _START: Final = 1 << 16  # cached bytes of a file's beginning, at most
@@ -59,7 +60,7 @@ class RemoteFile:
             self._system, self._path = fsspec.core.url_to_fs(hub_form(url), **patience(url))
             size = self._system.size(self._path)
         if size is None:
-            raise ToolError(f"{self.url}: the server does not say how large the file is; download it first")
+            raise ToolError(f"{self.url}: the server does not say how large the file is; fetch it elsewhere")
         self.size = int(size)
 
     def read(self, offset: int, size: int) -> bytes:
@@ -82,7 +83,7 @@ class RemoteFile:
                 data = self._system.cat_file(self._path, start=offset, end=end)
         self.requested += len(data)
         if len(data) != end - offset:
-            raise ToolError(f"{self.url}: the server sent {len(data)} bytes for a range of {end - offset}; download it")
+            raise ToolError(f"{self.url}: the server sent {len(data)} bytes for a range of {end - offset}; try again")
         return data
 
     def header(self) -> tuple[pxd.Header, pxd.Manifest]:
@@ -101,8 +102,9 @@ class RemoteFile:
         """
         room = shutil.disk_usage(target.parent).free
         if self.size > room:
+            shown = next(folder for folder in target.parents if not folder.name.startswith(".peraxis~"))
             raise ToolError(
-                f"{self.url}: has {self.size} bytes; {target.parent} has room for {room}; set TMPDIR to another disk"
+                f"{self.url}: has {self.size} bytes; {shown} has room for {room}; set TMPDIR to another disk"
             )
         step = progress or (lambda _: None)
         with readable(self.url):
@@ -156,6 +158,8 @@ def readable(url: str, *, done: str = "read") -> Iterator[None]:
         if _is_timeout(error):
             silence = f"the server sent nothing for {SILENCE_SECONDS:g} s; try again later"
             raise ToolError(f"{shown}: {silence}") from None
+        if (answered := refusal(error)) is not None:
+            raise ToolError(f"{shown}: {answered}") from None
         reason = f"{type(error).__name__}: {without_secrets(first_line(error))}"
         raise ToolError(f"{shown}: cannot be {done} ({reason}); check the address") from None
 
@@ -190,7 +194,12 @@ def local_copy(source: str | Path, *, progress: ProgressOf = silent) -> Iterator
         target = folder / file_name
         with progress(f"fetch {file_name}", remote.size) as step:
             remote.download(target, progress=step)
-        yield target
+        try:
+            yield target
+        except pxd.PxdError as error:
+            if error.file == str(target):
+                error.file = remote.url  # the user knows no other name of it
+            raise
 
 
 def deltas_of(source: str | Path) -> list[str | Path]:
@@ -221,7 +230,19 @@ def deltas_of(source: str | Path) -> list[str | Path]:
         return _some(without_secrets(url), [system.unstrip_protocol(name) for name in sorted(system.glob(wanted))])
 
 
+def refuse_closed(pattern: str) -> None:
+    """Raise OSError if the folder of a glob cannot be listed; one with a glob in its own name is not looked at."""
+    folder = os.path.dirname(pattern) or "."
+    if not has_magic(folder) and os.path.isdir(folder):
+        os.listdir(folder)
+
+
 def _some(source: str | Path, found: list[Any]) -> list[Any]:
     if not found:
+        here = str(file_of(source) or source)
+        if os.path.isdir(here):
+            os.listdir(here)
+        elif has_magic(here):
+            refuse_closed(here)
         raise ToolError(f"{source}: has no .pxd files; check the name")
     return found

@@ -28,7 +28,7 @@ __all__ = ["SignResult", "check_signature", "sign", "signature_path"]
 class SignResult:
     """The result of `sign`: the signed file and its signature."""
 
-    file: Path
+    path: Path
     content_id: str
     bundle: Path
     method: str
@@ -86,7 +86,7 @@ def sign(
         with pxd.atomic_file(bundle, overwrite=overwrite) as target:
             target.write(signature)
     return SignResult(
-        file=file, content_id=content_id, bundle=bundle, method="key" if certificate is None else "certificate"
+        path=file, content_id=content_id, bundle=bundle, method="key" if certificate is None else "certificate"
     )
 
 

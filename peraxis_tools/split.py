@@ -22,7 +22,7 @@ class Part:
     """One written file."""
 
     path: Path
-    modules: int
+    module_count: int
     bytes: int
 
 
@@ -62,7 +62,7 @@ def split(
         written = zip(groups, (folder / name for name in names), strict=True)
         return SplitResult(
             content_id=file.content_id,
-            parts=tuple(Part(path=o, modules=len(g), bytes=o.stat().st_size) for g, o in written),
+            parts=tuple(Part(path=o, module_count=len(g), bytes=o.stat().st_size) for g, o in written),
         )
 
 

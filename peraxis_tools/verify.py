@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from peraxis_tools.arguments import check_least, check_mapping, check_workers, r
 from peraxis_tools.checkpoint import with_revision
 from peraxis_tools.errors import ToolError
 from peraxis_tools.progress import Progress, stages_of
-from peraxis_tools.remote import is_remote, local_copy
+from peraxis_tools.remote import is_remote, local_copy, refuse_closed
 from peraxis_tools.verify_files import Signature, VerifyResult, Wanted, verify_files
 
 __all__ = ["VerifyResult", "delta_files", "verify"]
@@ -89,27 +90,41 @@ def verify(
 
 
 def delta_files(deltas: str | Path | Sequence[str | Path]) -> list[str]:
-    """Replace folders and globs by their sorted files; those without one remain. An existing name is not a glob."""
+    """Replace folders and globs by their sorted files; those without one remain. An existing name is not a glob.
+
+    Nothing is raised for a name that cannot be looked up, and a folder that cannot be listed remains too: opening it is
+    an error of its own row.
+    """
     files: list[str] = []
     for pattern in map(str, sequence(deltas)):
-        if not is_remote(pattern) and Path(pattern).is_dir():
-            found = sorted(str(path) for path in Path(pattern).rglob("*.pxd") if path.is_file())
-            files.extend(found or [pattern])
+        if not is_remote(pattern) and os.path.isdir(pattern):
+            files.extend(_files_below(pattern) or [pattern])
             continue
-        if is_remote(pattern) or Path(pattern).exists() or not glob.has_magic(pattern):
+        if is_remote(pattern) or os.path.exists(pattern) or not glob.has_magic(pattern):
             files.append(pattern)
             continue
         files.extend(sorted(glob.glob(pattern, recursive=True)) or [pattern])
     return files
 
 
+def _files_below(folder: str) -> list[str]:
+    """The sorted .pxd of a folder and of those in it, and its folders that cannot be listed."""
+    found: list[str] = []
+    for place, _, names in os.walk(folder, onerror=lambda error: found.append(str(error.filename))):
+        paths = (str(Path(place, name)) for name in names if name.endswith(".pxd"))
+        found.extend(path for path in paths if os.path.isfile(path))
+    return sorted(found)
+
+
 def _refuse_empty(name: str) -> None:
-    """Raise ToolError for a folder or a glob that `delta_files` found no file for."""
+    """Raise ToolError for a folder or a glob that `delta_files` found no file for; OSError for a closed folder."""
     if is_remote(name):
         return
-    if Path(name).is_dir():
+    if os.path.isdir(name):
+        os.listdir(name)
         raise ToolError(
             f"{name}: has no .pxd; to check an applied folder, pass its delta with --base and --fine-tuned {name}"
         )
-    if glob.has_magic(name) and not Path(name).exists():
+    if glob.has_magic(name) and not os.path.exists(name):
+        refuse_closed(name)
         raise ToolError(f"{name}: matches no file")

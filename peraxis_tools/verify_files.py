@@ -10,6 +10,7 @@ The checks of one file run in this order and end with the first that does not pa
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -71,7 +72,7 @@ class FileVerdict:
     for.
     """
 
-    file: str
+    path: str
     status: Status
     content_id: str | None
     bytes: int | None
@@ -180,9 +181,9 @@ def _verdict(file: str, run: _Run) -> FileVerdict:
     except (pxd.PxdError, pxd.CheckpointError, ToolError, OSError) as error:
         if not run.keep_going:
             raise
-        checks.append(_failed(name, error, opened))
+        checks.append(_failed(name, error, opened, shown=without_secrets(file)))
     return FileVerdict(
-        file=without_secrets(file),
+        path=without_secrets(file),
         status=_gravest(check.status for check in checks),
         content_id=content_id,
         bytes=size,
@@ -194,7 +195,7 @@ def _verdict(file: str, run: _Run) -> FileVerdict:
 def _unchecked(path: Path, delta: pxd.DeltaFile, wanted: Wanted) -> tuple[str, ...]:
     """The checks that could be made of this file and were not asked for."""
     bound = any(module.base is not None for module in delta.manifest.modules)
-    signed = path.with_name(f"{path.name}.sig").exists()
+    signed = os.path.exists(path.with_name(f"{path.name}.sig"))  # False too where the name is too long to exist
     return (
         *(["signature"] if signed and wanted.signature is None else []),
         *(["base"] if bound and wanted.base is None else []),
@@ -269,13 +270,17 @@ def _signature(path: Path, wanted: Signature, progress: ProgressOf) -> str:
     return "signed with this key" if wanted.public_key else "signed under this certificate"
 
 
-def _failed(name: str, error: Exception, opened: Path | None) -> Check:
-    """The check that failed. opened: the file; the error may be that of an update before it."""
+def _failed(name: str, error: Exception, opened: Path | None, *, shown: str) -> Check:
+    """The check that failed. opened: the file; the error may be that of an update before it. shown: the file's name."""
     status = {1: Status.FAILED, 2: Status.ERROR, 3: Status.NOT_VERIFIABLE}[getattr(error, "exit_status", 2)]
     if isinstance(error, pxd.PxdError):
         meaning = pxd.CODES[error.code].meaning
         message = f"{meaning}: {error.detail}" if error.detail else meaning
-        before = opened is not None and error.file is not None and Path(error.file).resolve() != opened.resolve()
+        before = (
+            opened is not None
+            and error.file not in (None, shown)
+            and Path(str(error.file)).resolve() != opened.resolve()
+        )
         return Check(
             name=name,
             status=status,

@@ -20,7 +20,7 @@ __all__ = ["ChainLog", "LogEntry", "log"]
 class LogEntry:
     """One update. changed: the number of weights that it changes, None if unknown. bytes: the size of the file."""
 
-    file: str
+    name: str
     content_id: str
     previous: str | None
     base: str
@@ -34,7 +34,7 @@ class LogEntry:
 class ChainLog:
     """The updates in order, and those that replace several of them (anchors, folded updates)."""
 
-    folder: str
+    path: str
     updates: tuple[LogEntry, ...]
     folded: tuple[LogEntry, ...]
 
@@ -51,7 +51,7 @@ def log(source: str | Path) -> ChainLog:
     left_out = {link.content_id for link in folded}
     ordered = chain_order([link for link in links if link.content_id not in left_out])
     return ChainLog(
-        folder=without_secrets(str(source)),
+        path=without_secrets(str(source)),
         updates=tuple(entries[link.content_id] for link in ordered),
         folded=tuple(entries[link.content_id] for link in folded),
     )
@@ -72,7 +72,7 @@ def _read(file: str | Path) -> tuple[Link, LogEntry]:
 def _entry(link: Link, manifest: pxd.Manifest, size: int) -> LogEntry:
     weights = sum(math.prod(module.shape) for module in manifest.modules)
     return LogEntry(
-        file=link.path.name,
+        name=link.path.name,
         content_id=link.content_id,
         previous=link.previous,
         base=link.base,

@@ -50,8 +50,8 @@ class UpdateResult:
     previous: str | None
     base: str
     result: str
-    size: int
-    full_size: int
+    bytes: int
+    full_bytes: int
     weights: int
     changed: int
     encodings: dict[str, int]
@@ -249,8 +249,8 @@ def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
         previous=job.previous,
         base=manifest.base.digest,
         result=manifest.result or "",
-        size=writer.size,
-        full_size=sum(job.new[name].size for name in names),
+        bytes=writer.size,
+        full_bytes=sum(job.new[name].size for name in names),
         weights=sum(math.prod(module.shape) for module in manifest.modules),
         changed=changed,
         encodings=dict(sorted(Counter(module.encoding.value for module in manifest.modules).items())),

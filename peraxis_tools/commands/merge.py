@@ -101,7 +101,7 @@ def command(
             mixture = Mixture(method=method or "sum", density=density, normalize=normalize, seed=seed)
             result = _sum(paths, output, weights, mixture, masks, base, name, overwrite, step)
     given = {str(path): without_secrets(str(name)) for path, name in zip(paths, names, strict=True)}
-    inputs = tuple(dataclasses.replace(part, file=given[part.file]) for part in result.inputs)
+    inputs = tuple(dataclasses.replace(part, path=given[part.path]) for part in result.inputs)
     result = dataclasses.replace(result, inputs=inputs)
     emit(result, render_merge, schema="peraxis.merge/1", as_json=as_json)
 

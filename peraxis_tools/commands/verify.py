@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -163,7 +164,7 @@ def command(
             _write(report, its_kind, path, overwrite=overwrite)
     if output is None:
         _show(report, kind, quiet=quiet)
-    for folder in filter(Path.is_dir, map(Path, deltas)):
+    for folder in map(Path, filter(os.path.isdir, deltas)):
         if (fault := order_fault(folder)) is not None:
             note(f"{folder} is not one chain, so `log` and `apply` refuse it: {fault}")
     if report.status.exit_status:

@@ -74,7 +74,7 @@ class LoraResult:
     Exact tensors are included if the base was given. uncounted: exact tensors that are left out and not in `error`.
     """
 
-    folder: Path
+    path: Path
     content_id: str
     error: float
     bytes: int
@@ -151,7 +151,7 @@ def to_lora(
         _fuse_experts(adapter)
         _save(adapter, output, _config(adapter, delta.manifest, targets.task), overwrite=overwrite)
         return LoraResult(
-            folder=output,
+            path=output,
             content_id=delta.content_id,
             error=math.sqrt(adapter.square_error / adapter.square_norm) if adapter.square_norm else 0.0,
             bytes=sum(file.stat().st_size for file in output.glob("adapter_*")),

@@ -179,9 +179,9 @@ def _result(
     only_in_a: tuple[str, ...],
     only_in_b: tuple[str, ...],
 ) -> DiffResult:
-    subtypes: dict[str, list[ModuleDiff]] = {}
+    groups: dict[str, list[ModuleDiff]] = {}
     for module in modules:
-        subtypes.setdefault(module.subtype, []).append(module)
+        groups.setdefault(module.group, []).append(module)
 
     def weights(name: str) -> int:
         return math.prod(file.entry(name).shape)
@@ -193,10 +193,10 @@ def _result(
         content_id_a=file.content_id,
         content_id_b=content_id_b,
         equal=equal,
-        manifest=manifest,
+        manifest_changes=manifest,
         only_in_a=only_in_a,
         only_in_b=only_in_b,
         total=group("total", modules, weights, against=against),
-        by_subtype=tuple(group(label, members, weights, against=against) for label, members in subtypes.items()),
+        by_group=tuple(group(label, members, weights, against=against) for label, members in groups.items()),
         modules=tuple(modules),
     )

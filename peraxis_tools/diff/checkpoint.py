@@ -15,7 +15,7 @@ import numpy as np
 
 import peraxis_format as pxd
 from peraxis_tools.diff.result import ModuleDiff, relative_distance
-from peraxis_tools.kinds import subtype_of
+from peraxis_tools.kinds import group_of
 from peraxis_tools.rows import delta_rows, has_delta, restrict, row_blocks
 
 __all__ = ["compare_with_checkpoint"]
@@ -50,17 +50,17 @@ def compare_with_checkpoint(
         if a != b
     )
     if changes:
-        return ModuleDiff(name=name, subtype=subtype_of(name), identical=False, changes=changes, note="not comparable")
+        return ModuleDiff(name=name, group=group_of(name), identical=False, changes=changes, note="not comparable")
     module = delta.load(name)
     if not has_delta(module):
         same = bytes(pxd.raw_bytes(_exact(module, name, base))) == bytes(pxd.raw_bytes(fine_tuned.read(name)))
-        return ModuleDiff(name=name, subtype=subtype_of(name), identical=same, note="has no delta: compared bit by bit")
+        return ModuleDiff(name=name, group=group_of(name), identical=same, note="has no delta: compared bit by bit")
     sums = _sums(module, name, base, fine_tuned)
     norm_b = math.sqrt(sums.square_b)
     distance = math.sqrt(sums.square_distance)
     return ModuleDiff(
         name=name,
-        subtype=subtype_of(name),
+        group=group_of(name),
         identical=sums.identical,
         sign_agreement=sums.same_sign / sums.changed if sums.changed and module.components else None,
         norm_a=math.sqrt(sums.square_a),

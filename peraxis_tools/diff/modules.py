@@ -13,7 +13,7 @@ import peraxis_format as pxd
 from peraxis_tools.diff.packed import Moments, Packed, magnitude, moments, square
 from peraxis_tools.diff.result import ModuleDiff, relative_distance
 from peraxis_tools.diff.stream import checked_blocks, packed_components
-from peraxis_tools.kinds import axes_text, subtype_of
+from peraxis_tools.kinds import axes_text, group_of
 from peraxis_tools.rows import BaseRows, delta_rows, has_delta, row_blocks
 
 __all__ = ["compare_modules"]
@@ -62,7 +62,7 @@ def compare_modules(a: pxd.DeltaFile, b: pxd.DeltaFile, name: str, base: BaseRow
     norm_a = None if found is None else math.sqrt(found.square_a)
     return ModuleDiff(
         name=name,
-        subtype=subtype_of(name),
+        group=group_of(name),
         identical=False,
         changes=(*_entry_changes(entry_a, entry_b), *_new_rows(a, b, name)),
         sign_agreement=None if found is None else found.agreement,
@@ -85,7 +85,7 @@ def _identical(file: pxd.DeltaFile, name: str, base: BaseRows | None) -> ModuleD
         norm = math.sqrt(_dense_moments(module, module, base).square_a)
     return ModuleDiff(
         name=name,
-        subtype=subtype_of(name),
+        group=group_of(name),
         identical=True,
         sign_agreement=1.0 if entry.components else None,
         scale_change=1.0 if entry.components else None,

@@ -1,4 +1,4 @@
-"""The results of `diff`: by module, by sub-type, in total."""
+"""The results of `diff`: by module, by group, in total."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ModuleDiff:
     """
 
     name: str
-    subtype: str
+    group: str
     identical: bool
     changes: tuple[str, ...] = ()
     sign_agreement: float | None = None
@@ -47,7 +47,7 @@ class GroupDiff:
     """Several modules together. relative is over the `measured` ones, by root of sums of squares."""
 
     label: str
-    modules: int
+    module_count: int
     different: int
     measured: int
     sign_agreement: float | None
@@ -67,11 +67,11 @@ class DiffResult:
     content_id_a: str
     content_id_b: str | None
     equal: bool
-    manifest: tuple[ManifestChange, ...]
+    manifest_changes: tuple[ManifestChange, ...]
     only_in_a: tuple[str, ...]
     only_in_b: tuple[str, ...]
     total: GroupDiff
-    by_subtype: tuple[GroupDiff, ...]
+    by_group: tuple[GroupDiff, ...]
     modules: tuple[ModuleDiff, ...]
 
 
@@ -100,7 +100,7 @@ def group(
     count = sum(weight for _, weight in signed)
     return GroupDiff(
         label=label,
-        modules=len(modules),
+        module_count=len(modules),
         different=sum(not m.identical for m in modules),
         measured=len(measured),
         sign_agreement=math.fsum(share * weight for share, weight in signed) / count if count else None,

@@ -42,9 +42,9 @@ _WHOLE: Final = "a term of each is exact; to save more, apply this merge and com
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeInput:
-    """One input. file: its name as it was given. weight: None for a part."""
+    """One input. path: as it was given. weight: None for a part."""
 
-    file: str
+    path: str
     content_id: str
     weight: float | None = None
 
@@ -87,7 +87,7 @@ def merge_parts(
         MergedModule(name=m.name, encoding=m.encoding.value, components=len(m.components)) for m in manifest.modules
     )
     names = {_content_id(path): str(path) for path in files}
-    ids = tuple(MergeInput(file=names[content_id], content_id=content_id) for content_id in inputs)
+    ids = tuple(MergeInput(path=names[content_id], content_id=content_id) for content_id in inputs)
     return _result(output, manifest, size, "parts", None, ids, modules)
 
 
@@ -150,7 +150,7 @@ def merge(
             _add_rest(writer, files, ordered)
             manifest = writer.finish()
     inputs = tuple(
-        MergeInput(file=str(path), content_id=file.content_id, weight=float(weight))
+        MergeInput(path=str(path), content_id=file.content_id, weight=float(weight))
         for path, file, weight in zip(paths, opened, weights, strict=True)
     )
     note_whole(output, manifest, size=writer.size, reason=_WHOLE)

@@ -50,7 +50,7 @@ def junit(report: VerifyResult) -> str:
     total = sum(len(verdict.checks) for verdict in report.files)
     lines.append(f'<testsuites name="peraxis verify" tests="{total}" failures="{failures}" errors="{errors}">')
     for verdict in report.files:
-        name = quoteattr(visible(verdict.file))
+        name = quoteattr(visible(verdict.path))
         failed = sum(check.status is Status.FAILED for check in verdict.checks)
         bad = sum(check.status is not Status.PASSED for check in verdict.checks)
         lines.append(
@@ -111,7 +111,7 @@ def sarif(report: VerifyResult) -> str:
         rules.setdefault(rule, _rule(check))
         # GitHub uses only the line of a result, and a binary file has one line; the byte offset is for the reader.
         region = {"startLine": 1, "byteOffset": check.offset or 0, "byteLength": 0}
-        place = {"artifactLocation": {"uri": _uri(verdict.file)}, "region": region}
+        place = {"artifactLocation": {"uri": _uri(verdict.path)}, "region": region}
         results.append(
             {
                 "ruleId": rule,
@@ -129,7 +129,7 @@ def sarif(report: VerifyResult) -> str:
     }
     run = {
         "tool": {"driver": driver},
-        "artifacts": [{"location": {"uri": _uri(verdict.file)}} for verdict in report.files],
+        "artifacts": [{"location": {"uri": _uri(verdict.path)}} for verdict in report.files],
         "results": results,
     }
     return json.dumps({"$schema": _SARIF_SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2) + "\n"
@@ -147,7 +147,7 @@ def github(report: VerifyResult) -> str:
     """An annotation for each check that did not pass, a notice for each file that did."""
     lines = []
     for verdict in report.files:
-        file = _command_value(visible(verdict.file))
+        file = _command_value(visible(verdict.path))
         if verdict.status is Status.PASSED:
             checks = ", ".join(check.name for check in verdict.checks)
             lines.append(f"::notice file={file},title=verified::{verdict.content_id} ({checks})")

@@ -45,8 +45,8 @@ def render_dry_run(result: RunEstimate, console: Console) -> None:
     """Print the bytes, memory and time of a run, in total and by stage."""
     bound, ratio = ("at most ", "") if result.upper_bound else ("", f", {result.ratio:.1f} times smaller")
     console.print(
-        f"would be  {bound}{size(result.size)} of {size(result.full_size)}{ratio}: "
-        f"{result.signed} of {result.modules} modules with signs"
+        f"would be  {bound}{size(result.bytes)} of {size(result.full_bytes)}{ratio}: "
+        f"{result.signed} of {result.module_count} modules with signs"
     )
     seconds = "" if result.seconds is None else f", {result.seconds:.0f} processor seconds"
     console.print(f"takes     {size(result.memory)} of memory{seconds}; fit {result.fit}")
@@ -59,11 +59,11 @@ def render_dry_run(result: RunEstimate, console: Console) -> None:
 def render_compress(result: CompressResult, console: Console) -> None:
     """Print the file, its sizes, the fit, and the modules that differ from the plan."""
     console.print(
-        f"[bold green]compressed[/]  {text(result.path)}  {size(result.size)} of {size(result.full_size)}, "
+        f"[bold green]compressed[/]  {text(result.path)}  {size(result.bytes)} of {size(result.full_bytes)}, "
         f"{result.ratio:.1f} times smaller"
     )
     console.print(f"content  {text(result.content_id)}")
-    axes = ", ".join(f"{axis} {count}" for axis, count in result.axes.items()) or "none"
+    axes = ", ".join(f"{axis} {count}" for axis, count in result.axis_counts.items()) or "none"
     console.print(
         f"modules  {result.signed} with signs, {result.unchanged} as in the base, "
         f"{result.exact} exact"

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.markup import escape
 
-from peraxis_tools.consoles import standard_error, standard_output
+from peraxis_tools.consoles import shows_progress, standard_error, standard_output
 from peraxis_tools.optional import require
 from peraxis_tools.shown import visible
 from peraxis_tools.standard_streams import report_stream
@@ -110,7 +110,7 @@ def show(result: R, render: Callable[[R, Console], None]) -> None:
 def plain_text(result: R, render: Callable[[R, Console], None], *, width: int = 120) -> str:
     """The text of a result for a file: without colours or blanks at the ends of lines. width: that of tables."""
     lines = io.StringIO()
-    render(result, Console(file=lines, highlight=False, soft_wrap=True, color_system=None, width=width))
+    render(result, Console(file=lines, highlight=False, soft_wrap=True, color_system=None, width=width, emoji=False))
     return re.sub(" +\n", "\n", lines.getvalue())
 
 
@@ -165,9 +165,8 @@ class _ProgressHandler(logging.Handler):
     """Prints messages where bars would be shown: on a terminal."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        console = standard_error()
-        if console.is_terminal:
-            console.print(text(record.getMessage()))
+        if shows_progress():
+            standard_error().print(text(record.getMessage()))
 
 
 def print_progress(logger: logging.Logger) -> None:
@@ -188,7 +187,7 @@ def hub_progress(work: str, *, quiet: bool = False) -> Iterator[None]:
     require(work, "huggingface_hub")
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if are_progress_bars_disabled() or (standard_error().is_terminal and not quiet):
+    if are_progress_bars_disabled() or (shows_progress() and not quiet):
         yield
         return
     disable_progress_bars()

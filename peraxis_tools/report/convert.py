@@ -40,7 +40,7 @@ def render_to_wire(result: ToWireResult, console: Console) -> None:
 def render_lora(result: LoraResult, console: Console) -> None:
     """Print the path, the ranks, and the fidelity to the delta."""
     ranks = [module.rank for module in result.modules]
-    console.print(f"[bold green]converted[/]  {text(result.folder)}  {size(result.bytes)}, a LoRA adapter for PEFT")
+    console.print(f"[bold green]converted[/]  {text(result.path)}  {size(result.bytes)}, a LoRA adapter for PEFT")
     console.print(f"rank       {min(ranks)}" + (f" to {max(ranks)}" if max(ranks) > min(ranks) else ""))
     console.print(
         f"fidelity   relative error [bold]{result.error:.4g}[/] over {counted(len(result.modules), 'module')} "

@@ -60,12 +60,12 @@ def render_demo(result: DemoResult, console: Console) -> None:
             *(f"{row.fidelity[domain].top1:.1%}" for domain in domains),
         )
     console.print("[bold]beside other files of this pair[/]")
-    console.print(f"full checkpoint {size(result.checkpoint_bytes)}; KL(fine-tuned || other) in nats per token")
+    console.print(f"full checkpoint {size(result.full_bytes)}; KL(fine-tuned || other) in nats per token")
     console.print(table)
-    axes = ", ".join(f"{axis} {count}" for axis, count in result.axes.items())
-    console.print(f"axes of delta.pxd: {axes}; all files stay in {text(result.folder)}")
+    axes = ", ".join(f"{axis} {count}" for axis, count in result.axis_counts.items())
+    console.print(f"axes of delta.pxd: {axes}; all files stay in {text(result.path)}")
     console.print("\n[bold]try next[/]")
-    for words in _next(result.folder):
+    for words in _next(result.path):
         console.print(f"  peraxis-tools {text(shlex.join(map(str, words)))}")
 
 

@@ -18,19 +18,19 @@ _BEFORE = 8  # characters before a difference
 
 
 def render_diff(result: DiffResult, console: Console, *, top: int) -> None:
-    """Print verdict, sub-types, the `top` modules that differ most, and the manifest."""
+    """Print verdict, groups, the `top` modules that differ most, and the manifest."""
     total = result.total
     if result.equal:
         console.print("[bold green]equal[/]      the same content")
     else:
         console.print(
-            f"[bold yellow]different[/]  {total.different} of {total.modules} modules differ; "
+            f"[bold yellow]different[/]  {total.different} of {total.module_count} modules differ; "
             f"relative distance [bold]{_number(total.relative)}[/], signs agree {_percent(total.sign_agreement)}"
         )
     for label, name, content_id in (("a", result.a, result.content_id_a), ("b", result.b, result.content_id_b)):
         console.print(f"{label}  {text(name)}\n   {text(content_id or 'a checkpoint')}")
-    if total.measured < total.modules and not result.equal:
-        console.print(f"distances are over {total.measured} of {total.modules} modules: exact tensors need --base")
+    if total.measured < total.module_count and not result.equal:
+        console.print(f"distances are over {total.measured} of {total.module_count} modules: exact tensors need --base")
     for label, names in (("a", result.only_in_a), ("b", result.only_in_b)):
         if names:
             console.print(f"only in {label}: {text(listed(names, _NAMES_SHOWN))}")
@@ -43,12 +43,12 @@ def render_diff(result: DiffResult, console: Console, *, top: int) -> None:
 
 def _manifest(result: DiffResult, console: Console) -> None:
     """Print the fields of the manifest that differ; they follow the results, because most only record a run."""
-    if result.manifest:
+    if result.manifest_changes:
         console.print("[bold]manifest[/]")
-    for change in result.manifest[:_CHANGES_SHOWN]:
+    for change in result.manifest_changes[:_CHANGES_SHOWN]:
         console.print(f"{text(change.field)}: {' -> '.join(_around_difference(change.a, change.b))}")
-    if len(result.manifest) > _CHANGES_SHOWN:
-        console.print(f"and {len(result.manifest) - _CHANGES_SHOWN} more fields of the manifest (--json)")
+    if len(result.manifest_changes) > _CHANGES_SHOWN:
+        console.print(f"and {len(result.manifest_changes) - _CHANGES_SHOWN} more fields of the manifest (--json)")
 
 
 def _worst(result: DiffResult, top: int) -> list[ModuleDiff]:
@@ -59,16 +59,16 @@ def _worst(result: DiffResult, top: int) -> list[ModuleDiff]:
 
 def _groups(result: DiffResult) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("sub-type", min_width=16)
+    table.add_column("group", min_width=16)
     for title in ("modules", "differ", "signs agree", "rel. distance"):
         table.add_column(title, justify="right")
-    for row in (*result.by_subtype, result.total):
+    for row in (*result.by_group, result.total):
         table.add_row(text(row.label), *_group_cells(row))
     return table
 
 
 def _group_cells(row: GroupDiff) -> tuple[str, ...]:
-    return str(row.modules), str(row.different), _percent(row.sign_agreement), _number(row.relative)
+    return str(row.module_count), str(row.different), _percent(row.sign_agreement), _number(row.relative)
 
 
 def _modules(modules: list[ModuleDiff], width: int) -> Table:

@@ -12,6 +12,6 @@ __all__ = ["render_extract"]
 
 def render_extract(result: ExtractResult, console: Console) -> None:
     """Print the folder and its files."""
-    console.print(f"[bold green]extracted[/]  {text(result.folder)}  {len(result.files)} files, {size(result.bytes)}")
+    console.print(f"[bold green]extracted[/]  {text(result.path)}  {len(result.files)} files, {size(result.bytes)}")
     console.print(f"content  {text(result.content_id)}")
     console.print(f"files    {text(', '.join(result.files))}")

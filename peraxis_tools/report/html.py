@@ -91,10 +91,10 @@ def _fidelity(details: Details) -> tuple[tuple[str, str], ...]:
 
 
 def _cards(result: InspectResult, details: Details) -> str:
-    signed = sum(share.modules for share in result.by_encoding if share.label == "sign")
+    signed = sum(share.module_count for share in result.by_encoding if share.label == "sign")
     cards = (
         *_fidelity(details),
-        ("file", size(result.file_bytes)),
+        ("file", size(result.bytes)),
         ("checkpoint", size(result.full_bytes)),
         ("smaller", f"{result.ratio:.1f} ×"),
         ("modules", f"{len(result.modules)}"),
@@ -110,7 +110,9 @@ def _bar(parts: Iterable[tuple[str, float]]) -> str:
 
 
 def _bytes(title: str, result: InspectResult) -> str:
-    rest = ByteShare(label="assets, header", modules=0, bytes=result.asset_bytes + result.overhead_bytes, full_bytes=0)
+    rest = ByteShare(
+        label="assets, header", module_count=0, bytes=result.asset_bytes + result.overhead_bytes, full_bytes=0
+    )
     shares = (*result.by_kind, rest)
     largest = max((share.bytes for share in shares), default=0) or 1
     rows = "".join(
@@ -128,18 +130,18 @@ def _times(share: ByteShare) -> str:
 
 
 def _axes(result: InspectResult) -> str:
-    if not result.axes:
+    if not result.axes_by_group:
         return ""
-    largest = max(sum(row.counts.values()) for row in result.axes)
+    largest = max(sum(row.axis_counts.values()) for row in result.axes_by_group)
     rows = "".join(
-        f"<tr><th scope=row>{_text(row.subtype)}</th><td>"
-        + _bar((f"a{_AXES.index(axis)}", row.counts.get(axis, 0) / largest) for axis in _AXES)
-        + f"</td><td class=n>{' + '.join(map(str, row.counts.values()))}</td></tr>"
-        for row in result.axes
+        f"<tr><th scope=row>{_text(row.group)}</th><td>"
+        + _bar((f"a{_AXES.index(axis)}", row.axis_counts.get(axis, 0) / largest) for axis in _AXES)
+        + f"</td><td class=n>{' + '.join(map(str, row.axis_counts.values()))}</td></tr>"
+        for row in result.axes_by_group
     )
-    used = {axis for row in result.axes for axis in row.counts}
+    used = {axis for row in result.axes_by_group for axis in row.axis_counts}
     legend = "".join(f'<span><i class="a{i}"></i>{axis}</span>' for i, axis in enumerate(_AXES) if axis in used)
-    return f"<section><h2>Axis by sub-type</h2><p class=legend>{legend}</p><table class=bars>{rows}</table></section>"
+    return f"<section><h2>Axis by group</h2><p class=legend>{legend}</p><table class=bars>{rows}</table></section>"
 
 
 def _manifest(result: InspectResult) -> str:

@@ -40,7 +40,7 @@ def render_inspect(result: InspectResult, console: Console, *, modules: bool = F
 def _summary(result: InspectResult, console: Console) -> None:
     manifest = result.manifest
     revision = f" @ {text(manifest.base.revision)}" if manifest.base.revision else ""
-    console.print(f"[bold]{text(result.file)}[/]  PXD {result.version}")
+    console.print(f"[bold]{text(result.path)}[/]  PXD {result.version}")
     console.print(f"[dim]{text(result.content_id)}[/]")
     console.print(f"fine-tuned   {text(manifest.fine_tuned.id)}")
     of = " of the part's tensors" if is_part(manifest) else ""
@@ -49,11 +49,11 @@ def _summary(result: InspectResult, console: Console) -> None:
         console.print(f"result       {text(manifest.result or 'not known without the base')}")
         console.print(f"previous     {text(manifest.previous or 'none')}")
     console.print(
-        f"size         {size(result.file_bytes)} for a checkpoint of {size(result.full_bytes)}: "
+        f"size         {size(result.bytes)} for a checkpoint of {size(result.full_bytes)}: "
         f"[bold green]{result.ratio:.1f} times smaller[/]"
     )
     console.print(f"             assets {size(result.asset_bytes)}, header and alignment {size(result.overhead_bytes)}")
-    part = part_of(manifest, result.file)
+    part = part_of(manifest, result.path)
     if part is not None:
         console.print(f"part         {part}; join the parts with `peraxis-tools merge`")
     calibration = manifest.calibration
@@ -78,7 +78,7 @@ def _bytes_table(result: InspectResult) -> Table:
     for share in result.by_encoding:
         table.add_row(
             f"[{_STYLES[share.label]}]{share.label}[/]",
-            str(share.modules),
+            str(share.module_count),
             size(share.bytes),
             size(share.full_bytes),
             _ratio(share.full_bytes, share.bytes),
@@ -91,10 +91,10 @@ def _ratio(full: int, stored: int) -> str:
 
 
 def _group_table(result: InspectResult, width: int) -> Table:
-    """A line for each sub-type, in the order of the file: its encodings and axes."""
+    """A line for each group, in the order of the file: its encodings and axes."""
     groups: dict[str, list[ModuleLine]] = {}
     for line in result.modules:
-        groups.setdefault(line.subtype, []).append(line)
+        groups.setdefault(line.group, []).append(line)
     table = Table(box=None, pad_edge=False, header_style="bold")
     names = [wrapped(text(name), _GROUP_WIDTH) for name in groups]
     table.add_column("sub-type", min_width=18, no_wrap=True)
@@ -140,7 +140,7 @@ def _tree(result: InspectResult) -> Tree:
             totals[path] += line.bytes
             children.setdefault(path[:-1], set()).add(path)
     whole = sum(line.bytes for line in result.modules)
-    nodes: dict[tuple[str, ...], Tree] = {(): Tree(f"{text(result.file)}  {size(whole)}")}
+    nodes: dict[tuple[str, ...], Tree] = {(): Tree(f"{text(result.path)}  {size(whole)}")}
     modules = {tuple(line.name.split(".")): line for line in result.modules}
     for line in result.modules:
         shown: list[str] = []

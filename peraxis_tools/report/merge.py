@@ -24,7 +24,7 @@ def render_merge(result: MergeResult, console: Console) -> None:
     console.print(f"        {text(result.content_id)}")
     for part in result.inputs:
         weight = "part" if part.weight is None else f"{part.weight:g}"
-        console.print(f"{weight:>6}  {text(part.file)}\n        {text(part.content_id)}")
+        console.print(f"{weight:>6}  {text(part.path)}\n        {text(part.content_id)}")
     if result.kind == "fit":
         console.print(f"masks   {result.masks_max} per module; relative error of the fit [bold]{result.error:.4g}[/]")
         worst = max(result.modules, key=lambda m: m.square_error / m.square_norm if m.square_norm else 0.0)
@@ -41,4 +41,4 @@ def render_split(result: SplitResult, console: Console) -> None:
     """Print the parts, one in each line."""
     console.print(f"[bold green]split[/]  into {len(result.parts)} parts\n       {text(result.content_id)}")
     for part in result.parts:
-        console.print(f"{text(part.path)}  {part.modules} modules, {size(part.bytes)}")
+        console.print(f"{text(part.path)}  {part.module_count} modules, {size(part.bytes)}")

@@ -1,4 +1,4 @@
-"""Plots of one file: axes by sub-type and depth (Figure 2 of the paper), scales, bytes, errors. PNG or SVG.
+"""Plots of one file: axes by group and depth (Figure 2 of the paper), scales, bytes, errors. PNG or SVG.
 
 Equal files give equal bytes, because plots have no dates and no random identifiers.
 """
@@ -45,7 +45,7 @@ def plot(result: InspectResult, details: Details, path: Path, *, overwrite: bool
         figure = Figure(figsize=(11, 3.6 * rows), layout="constrained")
         grid = figure.add_gridspec(rows, 2)
         name = _plain(result.manifest.fine_tuned.id)
-        figure.suptitle(f"{name}   {size(result.file_bytes)}, {result.ratio:.1f} times smaller", fontsize=11)
+        figure.suptitle(f"{name}   {size(result.bytes)}, {result.ratio:.1f} times smaller", fontsize=11)
         for i, panel in enumerate(panels):
             # An odd panel at the end takes the whole row.
             columns = slice(None) if i == 2 * rows - 2 == len(panels) - 1 else i % 2
@@ -67,7 +67,7 @@ def _panels(result: InspectResult, details: Details) -> list[Callable[[Axes], No
     if details.errors:
         panels.append(lambda axes: _errors(axes, details))
     if len({axis for line in _signed(result) for axis in line.axes}) != 1:
-        panels.append(lambda axes: _axes_by_subtype(axes, result))
+        panels.append(lambda axes: _axes_by_group(axes, result))
         panels.append(lambda axes: _axes_by_depth(axes, result))
     return panels
 
@@ -107,13 +107,13 @@ def _signed(result: InspectResult) -> list[ModuleLine]:
     return [line for line in result.modules if line.axes]
 
 
-def _axes_by_subtype(axes: Axes, result: InspectResult) -> None:
+def _axes_by_group(axes: Axes, result: InspectResult) -> None:
     counts: dict[str, Counter[str]] = {}
     for line in _signed(result):
-        counts.setdefault(line.subtype, Counter()).update(line.axes)
+        counts.setdefault(line.group, Counter()).update(line.axes)
     _stacked(axes, list(counts), list(counts.values()))
     axes.set_xticks(range(len(counts)), [_plain(name) for name in counts], rotation=30, ha="right")
-    axes.set_title("Axis by sub-type", loc="right")
+    axes.set_title("Axis by group", loc="right")
 
 
 def _axes_by_depth(axes: Axes, result: InspectResult) -> None:
@@ -131,12 +131,12 @@ def _axes_by_depth(axes: Axes, result: InspectResult) -> None:
 
 
 def _scales(axes: Axes, details: Details) -> None:
-    by_subtype: dict[str, list[tuple[int, float, float, float]]] = {}
+    by_group: dict[str, list[tuple[int, float, float, float]]] = {}
     for line in details.scales:
         if line.layer is not None and line.median > 0.0:
-            by_subtype.setdefault(line.subtype, []).append((line.layer, line.low, line.median, line.high))
-    colours = _subtype_colours(details)
-    for name, points in by_subtype.items():
+            by_group.setdefault(line.group, []).append((line.layer, line.low, line.median, line.high))
+    colours = _group_colours(details)
+    for name, points in by_group.items():
         points.sort()
         layers, low, median, high = zip(*points, strict=True)
         colour = colours[name]
@@ -146,7 +146,7 @@ def _scales(axes: Axes, details: Details) -> None:
     axes.set_xlabel("layer")
     axes.set_ylabel("|scale|")
     axes.set_title("Scales by depth: median, dashed 5% and 95%", loc="right")
-    if by_subtype:
+    if by_group:
         axes.set_yscale("log")
         _whole_numbers(axes.xaxis)
         _legend_below(axes)
@@ -165,9 +165,9 @@ def _legend_below(axes: Axes) -> None:
     )
 
 
-def _subtype_colours(details: Details) -> dict[str, str]:
-    """The colour of each sub-type, the same in all panels, in the order of the file."""
-    names = dict.fromkeys(line.subtype for line in details.scales)
+def _group_colours(details: Details) -> dict[str, str]:
+    """The colour of each group, the same in all panels, in the order of the file."""
+    names = dict.fromkeys(line.group for line in details.scales)
     return {name: _SUBTYPES[i % len(_SUBTYPES)] for i, name in enumerate(names)}
 
 
@@ -197,14 +197,14 @@ def _errors(axes: Axes, details: Details) -> None:
 
 
 def _by_module(axes: Axes, details: Details, values: Mapping[str, float]) -> None:
-    """Plot a point for each module: its layer and its value, with a colour for each sub-type."""
-    subtypes = {line.name: line.subtype for line in details.scales}
-    points = [(layer_of(name), error, subtypes.get(name, "other")) for name, error in values.items()]
-    for subtype, colour in {**_subtype_colours(details), "other": _GREY}.items():
-        chosen = [(layer if layer is not None else -1, error) for layer, error, kind in points if kind == subtype]
+    """Plot a point for each module: its layer and its value, with a colour for each group."""
+    groups = {line.name: line.group for line in details.scales}
+    points = [(layer_of(name), error, groups.get(name, "other")) for name, error in values.items()]
+    for group, colour in {**_group_colours(details), "other": _GREY}.items():
+        chosen = [(layer if layer is not None else -1, error) for layer, error, kind in points if kind == group]
         if chosen:
             layers, errors = zip(*chosen, strict=True)
-            axes.scatter(layers, errors, s=14, label=_plain(subtype), color=colour)
+            axes.scatter(layers, errors, s=14, label=_plain(group), color=colour)
     _whole_numbers(axes.xaxis)
     if all(error > 0.0 for _, error, _ in points):
         axes.set_yscale("log")

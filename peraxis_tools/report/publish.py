@@ -13,11 +13,11 @@ __all__ = ["render_publish"]
 def render_publish(result: PublishResult, console: Console) -> None:
     """Print the place and the content of the repository."""
     if result.url is None:
-        console.print(f"[bold yellow]not uploaded[/] (dry run)  {text(result.folder)}")
+        console.print(f"[bold yellow]not uploaded[/] (dry run)  {text(result.path)}")
     else:
         console.print(f"[bold green]published[/]  {text(result.url)}")
     for delta in result.deltas:
-        console.print(f"delta    {text(delta.file)}")
+        console.print(f"delta    {text(delta.name)}")
         console.print(f"content  {text(delta.content_id)}")
     console.print(f"files    {text(', '.join(result.files))}")
     if "base_model" in result.missing:

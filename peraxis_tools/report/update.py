@@ -28,7 +28,7 @@ def render_compact(result: UpdateResult, console: Console) -> None:
 
 
 def _render(word: str, result: UpdateResult, console: Console) -> None:
-    console.print(f"[bold green]{word}[/]  {text(result.path)}  {size(result.size)} of {size(result.full_size)}")
+    console.print(f"[bold green]{word}[/]  {text(result.path)}  {size(result.bytes)} of {size(result.full_bytes)}")
     console.print(f"content  {text(result.content_id)}")
     share = f"{result.changed / result.weights:.2%}" if result.weights else "none"
     modules = ", ".join(f"{count} {encoding}" for encoding, count in result.encodings.items())
@@ -44,11 +44,11 @@ def render_log(chain: ChainLog, console: Console) -> None:
     for name in ("update", "changed", "bytes", "result"):
         table.add_column(name, justify="right" if name in ("changed", "bytes") else "left", overflow="fold")
     for entry in _in_order(chain):
-        table.add_row(text(entry.file), _changed(entry), size(entry.bytes), text(_short(entry.result)))
+        table.add_row(text(entry.name), _changed(entry), size(entry.bytes), text(_short(entry.result)))
     console.print(table)
     console.print(f"made on  {text(chain.updates[0].base)}")
     if chain.folded:
-        names = ", ".join(entry.file for entry in chain.folded)
+        names = ", ".join(entry.name for entry in chain.folded)
         console.print(f"folded   {text(names)}: each replaces several of the others")
 
 

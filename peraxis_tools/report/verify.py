@@ -34,11 +34,11 @@ def render_verify(report: VerifyResult, console: Console, *, quiet: bool = False
         return
     console.print(f"{len(report.files) - len(failed)} of {len(report.files)} verified")
     for verdict in [] if quiet else failed:
-        console.print(f"{_STYLES[verdict.status]}  {text(verdict.file)}  {verdict.checks[-1].name}")
+        console.print(f"{_STYLES[verdict.status]}  {text(verdict.path)}  {verdict.checks[-1].name}")
 
 
 def _verdict(verdict: FileVerdict, console: Console) -> None:
-    console.print(f"{_STYLES[verdict.status]}  {text(verdict.file)}")
+    console.print(f"{_STYLES[verdict.status]}  {text(verdict.path)}")
     if verdict.content_id is not None:
         console.print(f"  {text(verdict.content_id)}")
     width = max((len(check.status.value) for check in verdict.checks), default=0)

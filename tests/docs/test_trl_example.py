@@ -45,12 +45,12 @@ def test_a_server_follows_a_grpo_run_of_trl(workspace: Path, tmp_path: Path) -> 
         server.kill()
     assert "serving step 2" in said
     entries = log(chain).updates
-    assert [entry.file for entry in entries] == ["anchor-00000000.pxd", "step-00000001.pxd", "step-00000002.pxd"]
+    assert [entry.name for entry in entries] == ["anchor-00000000.pxd", "step-00000001.pxd", "step-00000002.pxd"]
     assert all(entry.changed for entry in entries[1:])
     # A live model that follows has the bits that the tools write.
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     assert follow(model, chain).poll().step == 2
-    apply(base, [chain / entry.file for entry in entries], tmp_path / "out")
+    apply(base, [chain / entry.name for entry in entries], tmp_path / "out")
     with open_checkpoint(tmp_path / "out") as out:
         written = {name: out.tensors.read(name).tobytes() for name in out.tensors}
     live = {name: storage_array(tensor.contiguous()).tobytes() for name, tensor in model.state_dict().items()}

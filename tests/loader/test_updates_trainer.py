@@ -147,12 +147,12 @@ def test_the_tools_read_what_a_trainer_published(tmp_path: Path) -> None:
         train(model, step)
     writer.step()
     found = log(tmp_path / "chain")
-    assert [entry.file for entry in found.updates] == ["anchor-00000000.pxd"] + [
+    assert [entry.name for entry in found.updates] == ["anchor-00000000.pxd"] + [
         f"step-{step:08d}.pxd" for step in range(1, 6)
     ]
-    assert [entry.file for entry in found.folded] == ["anchor-00000002.pxd", "anchor-00000004.pxd"]
+    assert [entry.name for entry in found.folded] == ["anchor-00000002.pxd", "anchor-00000004.pxd"]
     write_checkpoint(tmp_path / "base", {"unrelated": (np.zeros(3, np.float32), pxd.DType.F32)})
-    files = [tmp_path / "chain" / entry.file for entry in found.updates]
+    files = [tmp_path / "chain" / entry.name for entry in found.updates]
     apply(tmp_path / "base", files, tmp_path / "out")
     with open_checkpoint(tmp_path / "out") as out:
         assert {name: bytes(out.tensors.read(name).tobytes()) for name in out.tensors} == published(model)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 import peraxis_format as pxd
 from peraxis_tools import apply
 from peraxis_tools.assets import find_assets
+from peraxis_tools.chain import update
 from peraxis_tools.compress import compress
 from peraxis_tools.errors import ToolError
 from tests.tools.compress_pairs import llama_config, write_tokenizer
@@ -135,3 +138,41 @@ def test_a_file_that_is_too_large_is_named(tmp_path: Path) -> None:
         file.truncate((64 << 20) + 1)
     with pytest.raises(ToolError, match=r"tokenizer\.json: 67108865 bytes"):
         compress(base, tuned, tmp_path / "d.pxd")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("config.json", b"{", "not JSON"),
+        ("config.json", b"\xff\x00", "not JSON"),
+        ("config.json", b"[" * 100_000, "nested too deeply"),
+        ("config.json", b"[]", "not a JSON object"),
+        ("generation_config.json", b"7", "not a JSON object"),
+        ("tokenizer.json", b"{'a': 1}", "not JSON"),
+    ],
+)
+@pytest.mark.parametrize("writer", ["compress", "update"])
+def test_a_small_file_that_no_receiver_could_read_is_refused_by_the_writer(
+    writer: str, name: str, content: bytes, part: str, tmp_path: Path
+) -> None:
+    base, tuned = small_pair(tmp_path)
+    (tuned / name).write_bytes(content)
+    write = partial(compress, fit="none") if writer == "compress" else update
+    with pytest.raises(ToolError, match=part) as found:
+        write(base, tuned, tmp_path / "d.pxd")
+    assert str(tuned / name) in str(found.value)
+    assert not (tmp_path / "d.pxd").exists()
+
+
+@pytest.mark.parametrize(("kind", "part"), [("pipe", "a pipe or a device"), ("nothing", "a link to nothing")])
+def test_a_configuration_that_is_no_file_is_left_out_with_a_note(
+    kind: str, part: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, tuned = small_pair(tmp_path)
+    (tuned / "config.json").unlink()
+    if kind == "pipe":
+        os.mkfifo(tuned / "config.json")
+    else:
+        (tuned / "config.json").symlink_to("gone.json")
+    assert find_assets(tuned).carried == ()
+    assert f"{tuned / 'config.json'}: is {part}" in caplog.text

@@ -206,8 +206,8 @@ def test_a_folded_chain_has_the_same_result_and_the_chain_goes_on_behind_it(
     apply(tmp_path / "state-0", [files[3], middle.path, files[0]], tmp_path / "again")
     assert_holds(tmp_path / "again", states[4])
     found = log(tmp_path / "updates")
-    assert [entry.file for entry in found.updates] == [path.name for path in files]
-    assert [entry.file for entry in found.folded] == ["1-to-3.pxd"]
+    assert [entry.name for entry in found.updates] == [path.name for path in files]
+    assert [entry.name for entry in found.folded] == ["1-to-3.pxd"]
     changed = sum(
         int(np.count_nonzero(a.view(f"u{d.itemsize}") != states[1][name][0].view(f"u{d.itemsize}")))
         for name, (a, d) in states[0].items()
@@ -261,7 +261,7 @@ def test_a_state_reads_rows_and_digests_like_a_checkpoint(
 def test_the_verbs_speak_of_chains(chain: tuple[list[Path], list[Tensors]], tmp_path: Path) -> None:
     run = CliRunner()
     done = run.invoke(cli, ["log", str(tmp_path / "updates"), "--json"])
-    assert [entry["file"] for entry in json.loads(done.stdout)["updates"]] == [path.name for path in chain[0]]
+    assert [entry["name"] for entry in json.loads(done.stdout)["updates"]] == [path.name for path in chain[0]]
     arguments = ["update", str(tmp_path / "state-0"), str(tmp_path / "state-2"), "--after", str(chain[0][0])]
     done = run.invoke(cli, [*arguments, "-o", str(tmp_path / "x.pxd"), "--quiet", "--prefer", "speed"])
     assert done.exit_code == 0, done.output

@@ -105,7 +105,7 @@ def test_an_update_may_be_replaced_repeated_elsewhere_and_folded(folder: Path) -
     peraxis.update(folder / "base", folder / "two", folder / "elsewhere.pxd")
     peraxis.update(folder / "base", folder / "two", chain / "2.pxd", after=chain)
     peraxis.update(folder / "base", folder / "two", chain / "1-2.pxd")
-    assert [entry.file for entry in peraxis.log(chain).updates] == ["1.pxd", "2.pxd"]
+    assert [entry.name for entry in peraxis.log(chain).updates] == ["1.pxd", "2.pxd"]
 
 
 def test_a_fork_is_named_with_its_remedy_by_each_verb_that_reads_the_folder(folder: Path) -> None:

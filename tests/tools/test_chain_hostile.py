@@ -82,7 +82,7 @@ def test_a_chain_may_be_longer_than_a_process_has_files_and_frames(tmp_path: Pat
 def test_a_chain_that_returns_to_an_earlier_state_is_listed_whole(tmp_path: Path, way: tuple[int, ...]) -> None:
     paths = write_chain(tmp_path, [STATES[i] for i in way])
     found = log(tmp_path / "updates")
-    assert [entry.file for entry in found.updates] == [path.name for path in paths]
+    assert [entry.name for entry in found.updates] == [path.name for path in paths]
     assert found.folded == ()
     apply(tmp_path / "base", paths, tmp_path / "out")
     assert weights(tmp_path / "out") == STATES[way[-1]].tobytes()

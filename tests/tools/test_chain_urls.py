@@ -66,8 +66,8 @@ def test_a_chain_is_written_to_a_url_listed_and_applied_from_it(
         patch.setattr(remote.RemoteFile, "download", lambda *_, **__: pytest.fail("log fetches a whole file"))
         done = run("log", url, "--json")
     found = json.loads(done.stdout)
-    assert found["folder"] == url
-    assert [entry["file"] for entry in found["updates"]] == ["step-1.pxd", "step-2.pxd", "step-3.pxd"]
+    assert found["path"] == url
+    assert [entry["name"] for entry in found["updates"]] == ["step-1.pxd", "step-2.pxd", "step-3.pxd"]
     # A copy of the chain in a folder gives the same result.
     (tmp_path / "here").mkdir()
     for name in names:
@@ -81,7 +81,7 @@ def test_a_folded_update_beside_the_chain_is_written_and_left_out(
     publish(states, url, tmp_path)
     done = run("compact", url, "--base", tmp_path / "state-0", "-o", f"{url}/1-to-3.pxd", "-q")
     assert done.exit_code == 0, (done.output, done.exception)
-    assert [entry.file for entry in log(url).folded] == ["1-to-3.pxd"]
+    assert [entry.name for entry in log(url).folded] == ["1-to-3.pxd"]
     for source in (url, f"{url}/1-to-3.pxd"):
         done = run("apply", tmp_path / "state-0", source, "-o", tmp_path / "out", "--overwrite", "-q")
         assert done.exit_code == 0, (done.output, done.exception)
@@ -160,7 +160,7 @@ def test_a_repository_on_the_hub_is_a_folder_too(
     done = run("apply", tmp_path / "state-0", "hf://me/run@v1/run", "-o", tmp_path / "out", "-q")
     assert done.exit_code == 0, (done.output, done.exception)
     assert_holds(tmp_path / "out", states[3])
-    assert [entry.file for entry in log("hf://me/run/run@v1").updates] == [path.name for path in files]
+    assert [entry.name for entry in log("hf://me/run/run@v1").updates] == [path.name for path in files]
     for path in files:
         path.rename(repository / path.name)
-    assert [entry.file for entry in log("me/run@v1").updates] == [path.name for path in files]
+    assert [entry.name for entry in log("me/run@v1").updates] == [path.name for path in files]

@@ -43,7 +43,7 @@ def test_a_checkpoint_so_small_that_the_header_eats_the_saving_is_refused_before
     assert [path.name for path in tmp_path.iterdir() if path not in (base, tuned)] == []
     with caplog.at_level(logging.WARNING, "peraxis"):
         result = compress(base, tuned, tmp_path / "d.pxd", force=True, show_plan=plans.append, **options)
-    assert result.size == plans[0].file_bytes
+    assert result.bytes == plans[0].file_bytes
     assert sum("would take" in record.getMessage() for record in caplog.records) == 1
 
 

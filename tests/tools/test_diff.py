@@ -257,5 +257,5 @@ def test_the_command_says_equal_or_different_by_its_exit_code_and_its_json(tmp_p
 
 
 def test_relative_is_unknown_rather_than_infinite() -> None:
-    assert ModuleDiff(name="m", subtype="m", identical=False, distance=1.0, norm_a=0.0).relative is None
+    assert ModuleDiff(name="m", group="m", identical=False, distance=1.0, norm_a=0.0).relative is None
     assert math.isclose(square([]), 0.0)

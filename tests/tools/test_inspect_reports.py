@@ -239,4 +239,4 @@ def test_panels_of_one_colour_give_way_to_ones_that_inform(fitted: Path, delta: 
 
     assert not any(title.startswith("Axis") for title in titles(fitted))
     assert "Relative error by module" in titles(fitted)
-    assert [title for title in titles(delta) if title.startswith("Axis")] == ["Axis by sub-type", "Axis by depth"]
+    assert [title for title in titles(delta) if title.startswith("Axis")] == ["Axis by group", "Axis by depth"]

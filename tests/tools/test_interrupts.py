@@ -63,8 +63,9 @@ def test_the_command_line_handles_signals_before_its_other_imports() -> None:
         "try: end()\nexcept BaseException as error: raise ImportError('no module') from error",
         "try: end()\nexcept BaseException as error: raise ToolError('cannot be loaded') from None",
         "try: end()\nexcept BaseException as error: raise OSError(5, 'cannot be read') from error",
+        "try: end()\nexcept BaseException: pass\nlen(3)",
     ],
-    ids=["set-name", "import", "tool", "system"],
+    ids=["set-name", "import", "tool", "system", "swallowed"],
 )
 def test_a_signal_that_a_library_turns_into_an_error_of_its_own_ends_the_run_as_itself(
     number: signal.Signals,

@@ -26,7 +26,7 @@ def test_the_plan_foretells_the_file_within_one_block(tmp_path: Path, bits: int,
     )
     assert plans[0].file_bytes is not None
     # Exponents may have one digit more or less, and the header is a multiple of 4096 bytes.
-    assert abs(plans[0].file_bytes - result.size) <= 4096
+    assert abs(plans[0].file_bytes - result.bytes) <= 4096
 
 
 @pytest.mark.parametrize("encoding", list(pxd.Encoding))

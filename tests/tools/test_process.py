@@ -185,7 +185,7 @@ def test_any_encoding_of_the_streams_takes_any_text(inputs: Path, environment: d
     shown = tool(inputs, "inspect", name, **environment)
     assert (shown.returncode, shown.stderr) == (0, "")
     report = tool(inputs, "verify", name, "--format", "json", **environment)
-    assert json.loads(report.stdout)["files"][0]["file"] == name
+    assert json.loads(report.stdout)["files"][0]["path"] == name
     missing = tool(inputs, "inspect", f"{BYTES}no.pxd", **environment)
     assert missing.stderr == "error: \\udcffno.pxd: No such file or directory\n"
 

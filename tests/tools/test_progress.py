@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import peraxis_format as pxd
-from peraxis_tools.bars import _Steps
+from peraxis_tools.bars import _Steps, progress
 from peraxis_tools.verify_files import Wanted, verify_files
 from tests.factories import random_storage, sign_module, write_checkpoint, write_delta
 
@@ -116,3 +116,40 @@ def test_steps_from_many_threads_add_up() -> None:
     steps.flush()
     assert sum(seen) == 4000
     assert len(seen) < 400
+
+
+@pytest.mark.parametrize("force", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_a_variable_that_forces_colour_shows_no_bar_where_there_is_no_terminal(folder: Path, force: str) -> None:
+    """CI systems set it for logs, where a bar would be a line for each step, with codes that move the cursor."""
+    done = subprocess.run(
+        [sys.executable, "-m", "peraxis_tools", "verify", "a.pxd", "--base", "base"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, force: "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+def test_a_name_that_looks_like_markup_or_an_emoji_is_shown_as_it_is(folder: Path) -> None:
+    name = "[bold]a:-1:b:smile:.pxd"
+    done = subprocess.run(
+        [sys.executable, "-m", "peraxis_tools", "inspect", f"gone-{name}"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.stderr == f"error: gone-{name}: No such file or directory\n"
+
+
+def test_a_bar_shows_a_name_as_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress("fetch [red]a:smile:\x1b[2J.pxd", 3) as step:
+        step(3)
+    shown = capsys.readouterr().err
+    assert "fetch [red]a:smile:\\u001b[2J.pxd" in shown

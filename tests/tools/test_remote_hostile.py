@@ -80,7 +80,7 @@ def served(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
 
 WORDS = {
     "endless": "sent more than the 4096 bytes of a range",
-    "whole": "sent more than the 4096 bytes of a range",
+    "whole": "does not send ranges",
     "gzip": "sent 'gzip' data",
 }
 

@@ -74,7 +74,7 @@ def test_globs_are_files_sorted_and_an_empty_one_is_an_error(pair, tmp_path: Pat
     _, good = pair
     damaged(good)
     code, shown = run(tmp_path / "*.pxd", "--json")
-    assert [Path(v["file"]).name for v in json.loads(shown)["files"]] == ["damaged.pxd", "good.pxd"]
+    assert [Path(v["path"]).name for v in json.loads(shown)["files"]] == ["damaged.pxd", "good.pxd"]
     assert code == 1
     report = tmp_path / "report.xml"
     code, shown = run(tmp_path / "*.nothing", good, "--report", f"junit={report}")

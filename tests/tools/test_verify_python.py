@@ -37,7 +37,7 @@ def test_several_files_a_folder_and_a_glob_have_a_verdict_each(folder: Path) -> 
     (folder / "sub").mkdir()
     (folder / "a.pxd").rename(folder / "sub" / "a.pxd")
     result = peraxis.verify([folder / "sub", "[b].pxd", "b.pxd"], base="base")
-    assert [verdict.file for verdict in result.files] == [str(folder / "sub" / "a.pxd"), "b.pxd", "b.pxd"]
+    assert [verdict.path for verdict in result.files] == [str(folder / "sub" / "a.pxd"), "b.pxd", "b.pxd"]
     assert result.status is Status.PASSED
     assert checks(result) == {"structure": "passed", "payload": "passed", "base": "passed"}
 

@@ -28,7 +28,7 @@ from peraxis_tools.compress.calibration.parts import pieces_of
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.plan import TABLES, Plan, PlannedModule
 from peraxis_tools.compress.plan.price import PRICED_ROWS
-from peraxis_tools.kinds import layer_of, subtype_of
+from peraxis_tools.kinds import group_of, layer_of
 
 __all__ = ["GENERATED_SAMPLES", "SENSITIVITY_SAMPLES", "TABLE_TOKENS", "StageWork", "Text", "fit_operations", "work_of"]
 
@@ -140,7 +140,7 @@ def _width(plan: Plan) -> int:
 def _input_widths(modules: Sequence[PlannedModule]) -> list[int]:
     """d_in of each input that matrices of a layer read: one for q, k and v, one for gate and up."""
     inputs = {
-        (module.name.rpartition(subtype_of(module.name))[0], subtype_of(module.name) in _OUTPUTS, module.shape[-1])
+        (module.name.rpartition(group_of(module.name))[0], group_of(module.name) in _OUTPUTS, module.shape[-1])
         for module in modules
         if module.encoding is Encoding.SIGN
     }
@@ -155,7 +155,7 @@ def _prices(plan: Plan) -> StageWork:
 
 
 def _generate(plan: Plan, text: Text) -> StageWork:
-    keys = sum(m.shape[0] for m in plan.modules if subtype_of(m.name) in _KEYS and len(m.shape) == 2)
+    keys = sum(m.shape[0] for m in plan.modules if group_of(m.name) in _KEYS and len(m.shape) == 2)
     tokens = text.generated * text.length
     pieces, steps = pieces_of(text.length)
     logits = 3 * _FLOAT * min(text.generated, text.together) * pieces * _vocabulary(plan)

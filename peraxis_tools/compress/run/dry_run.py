@@ -48,16 +48,16 @@ class StageEstimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunEstimate:
-    """The result of a dry run. size, full_size: bytes of the file and of the fine-tuned tensors. memory: bytes at the
+    """The result of a dry run. bytes, full_bytes: those of the file and of the fine-tuned tensors. memory: bytes at the
     peak, imports included. upper_bound: the file can be smaller, as bytes of exact tensors follow from what changed.
     seconds: processor seconds; None for another device than the CPU, and without a text.
     """
 
-    size: int
-    full_size: int
+    bytes: int
+    full_bytes: int
     ratio: float
     fit: str
-    modules: int
+    module_count: int
     signed: int
     memory: int
     seconds: float | None
@@ -100,11 +100,11 @@ def estimate_run(
         stages = (StageEstimate(name="open", memory=0, seconds=spent), *stages)
     size = planned.file_bytes or planned.payload_bytes
     return RunEstimate(
-        size=size,
-        full_size=planned.full_bytes,
+        bytes=size,
+        full_bytes=planned.full_bytes,
         ratio=round(planned.full_bytes / size, 4),
         fit=options.resolved_fit,
-        modules=len(planned.modules),
+        module_count=len(planned.modules),
         signed=sum(1 for module in planned.modules if module.components),
         memory=held + max(stage.memory for stage in stages),
         seconds=None if seconds is None else sum(stage.seconds or 0.0 for stage in stages),

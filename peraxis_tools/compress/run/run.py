@@ -70,18 +70,18 @@ class CompressResult:
 
     path: Path
     content_id: str
-    size: int
-    full_size: int
+    bytes: int
+    full_bytes: int
     ratio: float
     fit: str
-    modules: int
+    module_count: int
     signed: int
     unchanged: int
     exact: int
     exact_updates: int
     exact_blocks: Mapping[str, int]
     prefer: str
-    axes: Mapping[str, int]
+    axis_counts: Mapping[str, int]
     notes: Mapping[str, str]
     calibration_samples: int
     calibration_tokens: int
@@ -284,18 +284,18 @@ def _result(
     return CompressResult(
         path=output,
         content_id=manifest.content_id,
-        size=size,
-        full_size=fit.plan.full_bytes,
+        bytes=size,
+        full_bytes=fit.plan.full_bytes,
         ratio=round(fit.plan.full_bytes / size, 4),
         fit=options.resolved_fit,
-        modules=len(manifest.modules),
+        module_count=len(manifest.modules),
         signed=counts[Encoding.SIGN],
         unchanged=counts[Encoding.SAME],
         exact=counts[Encoding.FULL] + counts[Encoding.EXACT],
         exact_updates=counts[Encoding.EXACT],
         exact_blocks=dict(blocks),
         prefer=options.prefer,
-        axes=dict(sorted(axes.items())),
+        axis_counts=dict(sorted(axes.items())),
         notes={name: module.report.note for name, module in fit.modules.items() if module.report.note},
         calibration_samples=fit.calibration.samples if fit.calibration else 0,
         calibration_tokens=fit.tokens,
