@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import peraxis_conformance
 import pytest
 
 __all__ = [
+    "CAPS",
     "C_FLAGS",
     "KIT",
     "SANITIZED",
@@ -21,6 +23,7 @@ __all__ = [
     "compiled_loader",
     "node_loader",
     "reference_loader",
+    "script",
     "wrong_loader",
 ]
 
@@ -38,6 +41,14 @@ SLOW = (
 )
 C_FLAGS = ("-std=c11", "-g", "-O1", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror")
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+CAPS = {
+    "protocol": 1,
+    "implementation": "script",
+    "version": "1",
+    "spec": ["1.0"],
+    "features": [],
+    "operations": ["decode"],
+}
 
 
 def reference_loader() -> list[str]:
@@ -75,3 +86,12 @@ def compiled_loader(folder: Path) -> list[str]:
     os.environ["ASAN_OPTIONS"] = "exitcode=99"
     os.environ["UBSAN_OPTIONS"] = "halt_on_error=1:exitcode=99"
     return [str(_build(folder))]
+
+
+def script(folder: Path, body: str) -> list[str]:
+    """Write an adapter with correct caps. `body` is the rest of its code."""
+    path = folder / "adapter.py"
+    caps = json.dumps(json.dumps(CAPS))
+    start = f"import json, os, sys, time\nif sys.argv[1] == 'caps':\n    print({caps}); sys.exit(0)\n"
+    path.write_text(start + body)
+    return [sys.executable, "-S", str(path)]

@@ -4,39 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import stat
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 from peraxis_conformance import Adapter, Corpus, cli, generate, laid_out, run_cases
 from peraxis_conformance.process import AdapterError
 
-from tests.conformance.helpers import KIT, wrong_loader
+from tests.conformance.helpers import CAPS, KIT, script, wrong_loader
 
-CAPS = {
-    "protocol": 1,
-    "implementation": "script",
-    "version": "1",
-    "spec": ["1.0"],
-    "features": [],
-    "operations": ["decode"],
-}
 RIGHT = " ".join(wrong_loader())
-
-
-def script(folder: Path, body: str) -> list[str]:
-    """Write an adapter with correct caps. `body` is the rest of its code."""
-    path = folder / "adapter.py"
-    caps = json.dumps(json.dumps(CAPS))
-    start = f"import json, os, sys, time\nif sys.argv[1] == 'caps':\n    print({caps}); sys.exit(0)\n"
-    path.write_text(start + body)
-    return [sys.executable, "-S", str(path)]
 
 
 def verdict(command: list[str], pattern: str) -> list[tuple[str, str]]:
@@ -152,158 +131,6 @@ def test_the_served_loader_and_the_command_agree() -> None:
         (o.case.id, o.status, o.code) for o in single.outcomes
     ]
     assert served.passed
-
-
-def test_reports_say_the_same_in_text_json_and_junit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = " ".join(wrong_loader("exponent-ignored"))
-    paths = {"--json": tmp_path / "report.json", "--junit": tmp_path / "report.xml"}
-    arguments = [
-        "run",
-        "--adapter",
-        wrong,
-        "--case",
-        "apply/exponent-*",
-        *(str(x) for pair in paths.items() for x in pair),
-    ]
-    assert cli.main(arguments) == 1
-    [report] = json.loads(paths["--json"].read_text())["adapters"]
-    failures = ElementTree.parse(paths["--junit"]).getroot().findall(".//failure")
-    text = capsys.readouterr().out
-    assert report["counts"]["failed"] == len(failures) == text.count("FAIL ") > 0
-    assert (
-        text.splitlines()[-1]
-        == report["badge"]
-        == f"PXD 1.0 conformance | {report['counts']['passed']} of {len(report['cases'])}"
-    )
-    assert "apply/exponent-63" in text
-    assert "must be 0x" in text
-
-
-def test_select_and_skip_are_globs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["list", "--case", "valid/axis-*", "--skip", "*-batch", "--skip", "*-1x1"]) == 0
-    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed == ["valid/axis-row", "valid/axis-col", "valid/axis-row-col", "valid/axis-tensor"]
-    assert cli.main(["run", "--adapter", "true", "--case", "nothing/*"]) == 2
-
-
-def test_a_copy_holds_every_file_and_runs_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    corpus = Corpus()
-    few = tuple(case for case in corpus.cases if case.id.startswith(("valid/simple", "cut/simple-")))
-    assert len(few) > 5
-    lines = (KIT / "cases.jsonl").read_text().splitlines(keepends=True)
-    small = tmp_path / "small"
-    small.mkdir()
-    (small / "valid").symlink_to(KIT / "valid")
-    (small / "cases.jsonl").write_text(
-        "".join(line for line in lines if json.loads(line)["id"] in {case.id for case in few})
-    )
-    assert cli.main(["copy", "--corpus", str(small), str(tmp_path / "copy")]) == 0
-    copied = Corpus(tmp_path / "copy")
-    assert len(copied.cases) == len(few)
-    assert all(
-        isinstance(copied.path(case, "file"), Path) and copied.path(case, "file").is_file() for case in copied.cases
-    )
-    assert cli.main(["run", "--corpus", str(tmp_path / "copy"), "--adapter", RIGHT]) == 0
-
-
-def without_a_corpus(folder: Path) -> Path:
-    """The kit as `pip install .` installs it: its code alone. Returns the folder for PYTHONPATH."""
-    package = folder / "peraxis_conformance"
-    (package / "generator").mkdir(parents=True)
-    for path in [*KIT.glob("*.py"), *KIT.glob("generator/*.py")]:
-        (package / path.relative_to(KIT)).symlink_to(path)
-    shutil.copyfile(KIT / "cases.py", folder / "cases.py")
-    (package / "cases.py").unlink()
-    (folder / "cases.py").rename(package / "cases.py")  # its own place says where the corpus would be
-    return folder
-
-
-def test_every_command_of_an_installed_kit_finds_a_named_corpus(tmp_path: Path) -> None:
-    """`list`, `run`, `copy` and the plugin; without --corpus, one line says where the corpus is."""
-    small = tmp_path / "small"
-    small.mkdir()
-    (small / "invalid").symlink_to(KIT / "invalid")
-    lines = (KIT / "cases.jsonl").read_text().splitlines(keepends=True)
-    (small / "cases.jsonl").write_text("".join(line for line in lines if json.loads(line)["id"] == "invalid/html-tag"))
-    path = without_a_corpus(tmp_path / "site")
-    environment = os.environ | {"PYTHONPATH": f"{path}"}
-    plugin = ["pytest", "-q", "-p", "peraxis_conformance.plugin", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
-    plugin += ["--pyargs", "peraxis_conformance.suite", "--pxd-adapter", RIGHT]
-    commands = [["list"], ["run", "--adapter", RIGHT], ["copy", str(tmp_path / "copy")]]
-    runs = [(["peraxis_conformance.cli", *command], "--corpus") for command in commands] + [(plugin, "--pxd-corpus")]
-    for command, option in runs:
-        for given, status in (([], (2, 4)), ([option, str(small)], (0,))):
-            done = subprocess.run(
-                [sys.executable, "-m", *command, *given],
-                capture_output=True,
-                text=True,
-                cwd=tmp_path,
-                env=environment,
-            )
-            assert done.returncode in status, (command, given, done.stdout + done.stderr)
-            assert bool(given) != (f"pass {option} REPOSITORY/conformance" in done.stdout + done.stderr), (
-                command,
-                done.stderr,
-            )
-    assert (tmp_path / "copy" / "cases.jsonl").is_file()
-
-
-def test_the_readme_of_the_kit_starts_with_an_installation_that_has_the_corpus() -> None:
-    text = (KIT / "README.md").read_text(encoding="utf-8")
-    first = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[0]
-    assert first.splitlines() == ["pip install --editable .", 'peraxis-conformance run --adapter "node my-adapter.js"']
-    assert "--corpus CLONE/conformance" in text.split("- [Ten minutes")[0]
-
-
-@pytest.mark.parametrize("option", ["--json", "--junit"])
-@pytest.mark.parametrize(("path", "part"), [("absent/report", "there is no folder"), (".", "is a folder")])
-def test_a_report_that_cannot_be_written_is_refused_before_a_case_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, path: str, part: str
-) -> None:
-    ran = tmp_path / "ran"
-    adapter = " ".join(script(tmp_path, f"open({str(ran)!r}, 'w'); sys.exit(77)"))
-    with pytest.raises(SystemExit) as done:
-        cli.main(["run", "--adapter", adapter, "--case", "invalid/empty", option, str(tmp_path / path)])
-    said = capsys.readouterr().err
-    assert done.value.code == 2
-    assert part in said
-    assert ".tmp" not in said
-    assert not ran.exists()
-
-
-def test_a_report_that_fails_at_the_end_names_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = tmp_path / "report.json"
-    (tmp_path / ".report.json.tmp").mkdir()  # in the way of the temporary file
-    assert cli.main(["run", "--adapter", RIGHT, "--case", "invalid/empty", "--json", str(report)]) == 2
-    said = capsys.readouterr().err
-    assert str(report) in said
-    assert ".tmp" not in said
-
-
-def test_the_list_has_the_keys_of_the_corpus(capsys: pytest.CaptureFixture[str]) -> None:
-    """`list --json` names and fills each key as cases.jsonl does."""
-    assert cli.main(["list", "--json"]) == 0
-    listed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    stored = [json.loads(line) for line in (KIT / "cases.jsonl").read_text().splitlines()]
-    assert listed == [{key: case[key] for key in listed[0]} for case in stored]
-    assert {"expectation", "phase", "codes", "features"} < set(listed[0])
-
-
-def test_a_damaged_corpus_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = next(line for line in (KIT / "cases.jsonl").read_text().splitlines() if '"id":"valid/simple"' in line)
-    (tmp_path / "valid").mkdir()
-    (tmp_path / "valid/simple.pxd").write_bytes(b"other")
-    (tmp_path / "cases.jsonl").write_text(line + "\n")
-    assert cli.main(["run", "--corpus", str(tmp_path), "--adapter", RIGHT]) == 2
-    assert "its SHA-256 differs" in capsys.readouterr().err
-
-
-def test_special_files_are_what_they_say(tmp_path: Path) -> None:
-    corpus = Corpus(scratch=tmp_path)
-    kinds = {"invalid/directory": stat.S_ISDIR, "invalid/fifo": stat.S_ISFIFO, "hostile/symbolic-link": stat.S_ISREG}
-    for id, test in kinds.items():
-        [case] = corpus.select([id])
-        assert test(corpus.path(case, "file").stat().st_mode), id
 
 
 def test_the_plugin_runs_one_test_a_case(tmp_path: Path) -> None:
@@ -426,10 +253,3 @@ def test_equal_failures_are_counted_in_one_line(tmp_path: Path, capsys: pytest.C
     said = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("FAIL") for line in said) == 3
     assert sum(line.startswith("  failed: 3 (") and "KeyError: " in line for line in said) == 1
-
-
-def test_the_kit_has_a_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as done:
-        cli.main(["--version"])
-    assert done.value.code == 0
-    assert re.fullmatch(r"peraxis-conformance of peraxis \S.*\n", capsys.readouterr().out)
