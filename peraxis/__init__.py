@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from peraxis_format import ArgumentError, BackendError, CheckpointError, DeltaFile, PxdError, __version__, open
-    from peraxis_format.errors import LiveModelError
+    from peraxis_format.errors import LiveModelError, TornError
     from peraxis_format.torch import (
         Applied,
         Served,
@@ -119,6 +119,7 @@ __all__ = [
     "LiveModelError",
     "SwapError",
     "UpdateError",
+    "TornError",
     "BackendError",
     "ArgumentError",
     "__version__",
@@ -135,7 +136,7 @@ _MODULES: Final[Mapping[str, tuple[str, ...]]] = {
         "ArgumentError",
         "__version__",
     ),
-    "peraxis_format.errors": ("LiveModelError",),
+    "peraxis_format.errors": ("LiveModelError", "TornError"),
     "peraxis_format.torch": (
         "apply_",
         "VariantSwitch",

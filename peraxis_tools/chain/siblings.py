@@ -86,8 +86,8 @@ def _refuse_fork(shown: str, new: Link, links: list[Link]) -> None:
         alike = other is own and (own is not None or link.base == new.base)
         if alike and link.result != new.result:
             raise CheckFailedError(
-                f"{shown}: would be a fork, because {link.path} was made on the same state; pass the updates so "
-                "far as after (--after) to follow them, or write to another folder"
+                f"{shown}: would be a fork, because {link.path} was made on the same state; pass the updates "
+                "before this one with after (--after) to follow them, or write to another folder"
             )
 
 
@@ -102,5 +102,5 @@ def _refuse_ring(shown: str, new: Link, links: list[Link]) -> None:
     if through is not None and state == new.base:
         raise CheckFailedError(
             f"{shown}: returns to an earlier state, from which {through} leads back, so the order would "
-            "not be known; pass the updates so far as after (--after)"
+            "not be known; pass the updates before this one with after (--after)"
         )

@@ -257,7 +257,7 @@ class VariantSwitch:
             remedy = "load the base again and make a new VariantSwitch" if undo else "use(None) tries it again"
             raise TornError(
                 f"a swap failed ({error or type(error).__name__}) and could not be reverted "
-                f"({failure or type(failure).__name__}); the weights are neither the base's nor a variant's: {remedy}"
+                f"({failure or type(failure).__name__}); the weights are neither the base's nor a variant's; {remedy}"
             ) from error
         self._torn = False
         return now

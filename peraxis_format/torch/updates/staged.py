@@ -156,7 +156,7 @@ def _layouts(ranks: Ranks, file: DeltaFile, placement: Placement) -> dict[str, L
     entries = file.manifest.modules
     boxes = ranks.all_gather({entry.name: [part.box for part in placement[entry.name]] for entry in entries})
     if len(set(ranks.all_gather(file.content_id))) > 1:
-        raise LiveModelError(f"{file.path}: the ranks have different files")
+        raise LiveModelError(f"{file.path}: the ranks have different files; give all of them one folder")
     with together(ranks.group):
         return dict(_pieces(entries, boxes))
 
