@@ -14,7 +14,7 @@ import peraxis_format as pxd
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import CheckFailedError, ToolError
 
-__all__ = ["Link", "chain_order", "folds", "link_from", "link_of", "predecessors"]
+__all__ = ["Link", "beside_chain", "chain_order", "folds", "link_from", "link_of", "predecessors"]
 
 _NAMES: Final = 3  # files that an error names at most
 _UNFORK: Final = "leave one of them out, or write it again with `update --after`"
@@ -22,13 +22,17 @@ _UNFORK: Final = "leave one of them out, or write it again with `update --after`
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """The place of one update, from its header. base, result: digests over all tensors before and after."""
+    """The place of one update, from its header. base, result: digests over all tensors before and after.
+
+    whole: whether it is a whole state, which needs no base.
+    """
 
     path: Path
     content_id: str
     previous: str | None
     base: str
     result: str
+    whole: bool = False
 
 
 def link_of(path: str | Path) -> Link:
@@ -48,6 +52,7 @@ def link_from(path: str | Path, manifest: pxd.Manifest) -> Link:
         previous=manifest.previous,
         base=manifest.base.digest,
         result=manifest.result,
+        whole=all(module.base is None for module in manifest.modules),
     )
 
 
@@ -88,14 +93,24 @@ def chain_order(links: Iterable[Link]) -> list[Link]:
     return ordered
 
 
-def predecessors(links: Sequence[Link]) -> dict[str, Link | None]:
+def predecessors(links: Sequence[Link], *, strict: bool = True) -> dict[str, Link | None]:
     """By content ID the update that each of these follows; None if it is not among them.
 
-    Raises CheckFailedError for one that could follow several.
+    One that could follow several raises CheckFailedError, or, if not `strict`, follows the first of them.
     """
     by_id = {link.content_id: link for link in links}
     known = _Known(links)
-    return {link.content_id: _before(link, by_id, known) for link in links}
+    return {link.content_id: _before(link, by_id, known, strict=strict) for link in links}
+
+
+def beside_chain(links: Sequence[Link]) -> set[Link]:
+    """The updates of a folder that are no links of its chain: those that others replace, and repeated whole states.
+
+    A trainer that changes nothing, or returns to an earlier state, writes equal anchors.
+    """
+    first: dict[str, Link] = {}
+    repeated = {link for link in links if first.setdefault(link.content_id, link) is not link and link.whole}
+    return repeated.union(folds([link for link in links if link not in repeated]))
 
 
 def folds(links: Sequence[Link]) -> list[Link]:
@@ -148,14 +163,14 @@ def _noted(origins: dict[str, set[str]], key: str, origin: str) -> bool:
     return True
 
 
-def _before(link: Link, by_id: Mapping[str, Link], known: _Known) -> Link | None:
+def _before(link: Link, by_id: Mapping[str, Link], known: _Known, *, strict: bool) -> Link | None:
     named = by_id.get(link.previous or "")
     if named is not None:
         return named
     # Its predecessor is not here: it is the first, or the predecessor is folded into another update.
     later = known.descendants(link)
     candidates = [other for other in known.by_result.get(link.base, ()) if other.content_id not in later]
-    if len(candidates) > 1:
+    if len(candidates) > 1 and strict:
         names = " and ".join(str(other.path) for other in candidates[:_NAMES])
         more = f" and {len(candidates) - _NAMES} more" if len(candidates) > _NAMES else ""
         raise CheckFailedError(f"{link.path}: could follow {names}{more}, which have one result; leave one of them out")
