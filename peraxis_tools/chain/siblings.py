@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 import peraxis_format as pxd
+from peraxis_format import is_stream, name_lock
 from peraxis_tools.chain.order import Link, beside_chain, chain_order, link_from, link_of, predecessors
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.notes import note
@@ -15,9 +16,10 @@ from peraxis_tools.remote import RemoteFile, is_remote
 from peraxis_tools.remote_output import names_beside
 from peraxis_tools.urls import file_of, without_secrets
 
-__all__ = ["order_fault", "refuse_disorder"]
+__all__ = ["order_fault", "own_turn", "refuse_disorder"]
 
 _NEW: Final = "the new update"  # its content ID, which is not known before it is written
+_TURN: Final = "00c4a117"  # the lock's name
 _AFTER: Final = "pass the updates so far as after (--after)"
 
 
@@ -33,6 +35,19 @@ def refuse_disorder(output: str | Path, *, previous: str | None, base: str, resu
     links = list(_remote_links(str(output)) if here is None else _links(here.parent))
     others = [link for link in links if link.path.name != new.path.name]
     _refuse(shown, new, others)
+
+
+@contextlib.contextmanager
+def own_turn(output: Path) -> Iterator[None]:
+    """Wait until no other run checks the folder of an output and writes into it. Raises OSError."""
+    if is_stream(output):
+        yield
+        return
+    while True:
+        with name_lock(output.parent, _TURN) as other:
+            if other is None:
+                yield
+                return
 
 
 def order_fault(folder: Path) -> str | None:

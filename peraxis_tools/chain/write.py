@@ -17,7 +17,7 @@ from peraxis_tools.arguments import check_choice, sequence
 from peraxis_tools.blocks import count_blocks
 from peraxis_tools.chain.opened import opened_all
 from peraxis_tools.chain.order import Link, chain_order, link_of
-from peraxis_tools.chain.siblings import refuse_disorder
+from peraxis_tools.chain.siblings import own_turn, refuse_disorder
 from peraxis_tools.chain.sources import local_updates
 from peraxis_tools.chain.state import ChainState, NoState
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
@@ -242,10 +242,11 @@ def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
         for path, data in job.assets.items():
             writer.add_asset(path, data)
         writer.metadata[pxd.CHANGED_KEY] = str(changed)
-        _prove(job, writer)
-        for state in (job.old, job.new):
-            state.check_unchanged()
-        manifest = writer.finish()
+        with own_turn(job.output):
+            _prove(job, writer)
+            for state in (job.old, job.new):
+                state.check_unchanged()
+            manifest = writer.finish()
     return UpdateResult(
         path=job.output,
         content_id=manifest.content_id,
