@@ -32,7 +32,7 @@ class LogEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChainLog:
-    """The updates in order, and those that replace several of them (anchors, folded updates)."""
+    """The updates in order, and those that the chain does not need (anchors, folded updates, half of a deletion)."""
 
     folder: str
     updates: tuple[LogEntry, ...]

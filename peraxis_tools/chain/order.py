@@ -104,13 +104,38 @@ def predecessors(links: Sequence[Link], *, strict: bool = True) -> dict[str, Lin
 
 
 def beside_chain(links: Sequence[Link]) -> set[Link]:
-    """The updates of a folder that are no links of its chain: those that others replace, and repeated whole states.
+    """The updates of a folder that are no links of its chain.
 
-    A trainer that changes nothing, or returns to an earlier state, writes equal anchors.
+    These replace several others. Or they are equal whole states (a trainer that changes nothing, or returns to an
+    earlier state, writes equal anchors), or whole states within a chain, or a beginning of the chain that cannot be
+    used, because a trainer that ended while it deleted old files has deleted only those before it.
     """
     first: dict[str, Link] = {}
-    repeated = {link for link in links if first.setdefault(link.content_id, link) is not link and link.whole}
-    return repeated.union(folds([link for link in links if link not in repeated]))
+    beside = {link for link in links if first.setdefault(link.content_id, link) is not link and link.whole}
+    beside.update(folds([link for link in links if link not in beside]))
+    return beside | _cut_off([link for link in links if link not in beside])
+
+
+def _cut_off(links: Sequence[Link]) -> set[Link]:
+    """The whole states that are results of other updates; or, of a chain without its beginning, what is before the
+    first of them. Such a chain begins with an update that names another one, which is not here.
+    """
+    before = predecessors(links, strict=False)
+    ends = {link.result: link for link in links if not link.whole}
+    found = {link for link in links if link.whole and link.result in ends}.difference(before.values())
+    first = [link for link in links if before[link.content_id] is None and link not in found]
+    if not found or len(first) != 1 or first[0].whole or first[0].previous is None:
+        return found
+    ways: list[tuple[Link, list[Link]]] = []
+    for whole in found:
+        way: dict[Link, None] = {}
+        at: Link | None = ends[whole.result]
+        while at is not None and at not in way:
+            way[at] = None
+            at = before[at.content_id]
+        ways.append((whole, list(way)))
+    begin, unused = min(ways, key=lambda each: len(each[1]))
+    return found - {begin} | set(unused)
 
 
 def folds(links: Sequence[Link]) -> list[Link]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import peraxis_format as pxd
-from peraxis_tools.chain.order import Link, link_of, predecessors
+from peraxis_tools.chain.order import Link, beside_chain, link_of, predecessors
 from peraxis_tools.errors import ToolError
 
 __all__ = ["Predecessors"]
@@ -22,7 +22,10 @@ class Predecessors:
             with contextlib.suppress(pxd.PxdError, ToolError, OSError):
                 link = link_of(file)
                 self.links[link.content_id] = link
-        self._before = predecessors(list(self.links.values()), strict=False)
+        links = list(self.links.values())
+        beside = beside_chain(links)
+        self._before = predecessors(links, strict=False)
+        self._before |= predecessors([link for link in links if link not in beside], strict=False)
         self._by_result: dict[str, Link] = {}
         for link in self.links.values():
             self._by_result.setdefault(link.result, link)

@@ -86,6 +86,40 @@ def test_equal_whole_states_at_several_steps_are_one(tmp_path: Path) -> None:
     assert peraxis.verify(tmp_path / "chain", base=base).status is Status.PASSED
 
 
+@pytest.mark.parametrize("deleted", range(8))
+def test_a_chain_of_which_the_deletion_of_old_files_was_broken_off_begins_at_its_anchor(
+    deleted: int, tmp_path: Path
+) -> None:
+    model, chain = {"w": torch.zeros(4, 8, dtype=torch.bfloat16)}, tmp_path / "chain"
+    writer = peraxis.UpdateWriter(model, chain, anchor_every=3)
+    for value in range(8):
+        model["w"].fill_(value)
+        writer.step()
+    order = [f"{kind}-{step:08d}.pxd" for step in range(7) for kind in ("step", "anchor")]
+    for name in [name for name in order if (chain / name).exists()][:deleted]:
+        (chain / name).unlink()
+    anchor = 0 if deleted == 0 else 3 if deleted < 5 else 6
+    found = [entry.file for entry in peraxis.log(chain).updates]
+    assert found == [f"anchor-{anchor:08d}.pxd", *(f"step-{i:08d}.pxd" for i in range(anchor + 1, 8))]
+    base = write_checkpoint(tmp_path / "base", {"w": (np.zeros((4, 8), np.uint16), pxd.DType.BF16)})
+    peraxis.apply(base, chain, tmp_path / "out")
+    assert_holds(tmp_path / "out", {"w": (np.full((4, 8), 0x40E0, np.uint16), pxd.DType.BF16)})
+    verdicts = peraxis.verify(chain, base=base, keep_going=True).files
+    failed = {Path(verdict.file).name for verdict in verdicts if verdict.status is not Status.PASSED}
+    assert not failed & set(found)
+
+
+def test_a_missing_update_within_a_chain_is_still_a_gap(tmp_path: Path) -> None:
+    model, chain = {"w": torch.zeros(4, 8, dtype=torch.bfloat16)}, tmp_path / "chain"
+    writer = peraxis.UpdateWriter(model, chain, anchor_every=3)
+    for value in range(6):
+        model["w"].fill_(value)
+        writer.step()
+    (chain / "step-00000002.pxd").unlink()
+    with pytest.raises(CheckFailedError, match=r"step-00000003\.pxd: a gap"):
+        peraxis.log(chain)
+
+
 def test_a_tensor_that_goes_and_comes_back_is_folded(tmp_path: Path) -> None:
     states: list[Tensors] = [start(), start(), stepped(start(), 1)]
     del states[1]["position_ids"]
