@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import peraxis_format as pxd
 from peraxis_format.hub import hub_name
-from peraxis_tools.chain.order import Link, chain_order, folds, link_from
+from peraxis_tools.chain.order import Link, beside_chain, chain_order, link_from
 from peraxis_tools.remote import RemoteFile, deltas_of, is_remote, local_copy
 from peraxis_tools.urls import without_secrets
 
@@ -32,7 +32,7 @@ class LogEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChainLog:
-    """The updates in order, and those that replace several of them (anchors, folded updates)."""
+    """The updates in order, and those that the chain does not need (anchors, folded updates, half of a deletion)."""
 
     path: str
     updates: tuple[LogEntry, ...]
@@ -45,15 +45,13 @@ def log(source: str | Path) -> ChainLog:
     From a URL only headers are fetched. Raises ToolError, PxdError, CheckFailedError for a broken chain.
     """
     read = [_read(file) for file in deltas_of(source)]
-    entries = {link.content_id: entry for link, entry in read}
-    links = [link for link, _ in read]
-    folded = folds(links)
-    left_out = {link.content_id for link in folded}
-    ordered = chain_order([link for link in links if link.content_id not in left_out])
+    entries = dict(read)
+    folded = beside_chain(list(entries))
+    ordered = chain_order([link for link in entries if link not in folded])
     return ChainLog(
         path=without_secrets(str(source)),
-        updates=tuple(entries[link.content_id] for link in ordered),
-        folded=tuple(entries[link.content_id] for link in folded),
+        updates=tuple(entries[link] for link in ordered),
+        folded=tuple(entry for link, entry in read if link in folded),
     )
 
 

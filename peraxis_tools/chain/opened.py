@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,9 +21,20 @@ _UNKNOWN: Final = 256  # descriptors in use, where the system does not list them
 @contextlib.contextmanager
 def opened_all(paths: Sequence[Path]) -> Iterator[list[pxd.DeltaFile]]:
     """Yield the open updates. Raises PxdError, OSError with the path."""
-    _allow_files(_in_use() + _DESCRIPTORS * len(paths) + _OTHERS)
+    wanted = _in_use() + _DESCRIPTORS * len(paths) + _OTHERS
+    _allow_files(wanted)
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(pxd.open(path)) for path in paths]
+        yield [stack.enter_context(_opened(path, wanted)) for path in paths]
+
+
+def _opened(path: Path, wanted: int) -> pxd.DeltaFile:
+    try:
+        return pxd.open(path)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        reason = f"{error.strerror}; this chain needs {wanted}: raise the limit (ulimit -n), or take fewer updates"
+        raise OSError(error.errno, reason, str(path)) from None
 
 
 def _in_use() -> int:

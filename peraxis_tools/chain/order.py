@@ -14,7 +14,7 @@ import peraxis_format as pxd
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import CheckFailedError, ToolError
 
-__all__ = ["Link", "chain_order", "folds", "link_from", "link_of", "predecessors"]
+__all__ = ["Link", "beside_chain", "chain_order", "folds", "link_from", "link_of", "predecessors"]
 
 _NAMES: Final = 3  # files that an error names at most
 _UNFORK: Final = "leave one of them out, or write it again with `update --after`"
@@ -22,13 +22,17 @@ _UNFORK: Final = "leave one of them out, or write it again with `update --after`
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """The place of one update, from its header. base, result: digests over all tensors before and after."""
+    """The place of one update, from its header. base, result: digests over all tensors before and after.
+
+    whole: whether it is a whole state, which needs no base.
+    """
 
     path: Path
     content_id: str
     previous: str | None
     base: str
     result: str
+    whole: bool = False
 
 
 def link_of(path: str | Path) -> Link:
@@ -48,6 +52,7 @@ def link_from(path: str | Path, manifest: pxd.Manifest) -> Link:
         previous=manifest.previous,
         base=manifest.base.digest,
         result=manifest.result,
+        whole=all(module.base is None for module in manifest.modules),
     )
 
 
@@ -88,14 +93,49 @@ def chain_order(links: Iterable[Link]) -> list[Link]:
     return ordered
 
 
-def predecessors(links: Sequence[Link]) -> dict[str, Link | None]:
+def predecessors(links: Sequence[Link], *, strict: bool = True) -> dict[str, Link | None]:
     """By content ID the update that each of these follows; None if it is not among them.
 
-    Raises CheckFailedError for one that could follow several.
+    One that could follow several raises CheckFailedError, or, if not `strict`, follows the first of them.
     """
     by_id = {link.content_id: link for link in links}
     known = _Known(links)
-    return {link.content_id: _before(link, by_id, known) for link in links}
+    return {link.content_id: _before(link, by_id, known, strict=strict) for link in links}
+
+
+def beside_chain(links: Sequence[Link]) -> set[Link]:
+    """The updates of a folder that are no links of its chain.
+
+    These replace several others. Or they are equal whole states (a trainer that changes nothing, or returns to an
+    earlier state, writes equal anchors), or whole states within a chain, or a beginning of the chain that cannot be
+    used, because a trainer that ended while it deleted old files has deleted only those before it.
+    """
+    first: dict[str, Link] = {}
+    beside = {link for link in links if first.setdefault(link.content_id, link) is not link and link.whole}
+    beside.update(folds([link for link in links if link not in beside]))
+    return beside | _cut_off([link for link in links if link not in beside])
+
+
+def _cut_off(links: Sequence[Link]) -> set[Link]:
+    """The whole states that are results of other updates; or, of a chain without its beginning, what is before the
+    first of them. Such a chain begins with an update that names another one, which is not here.
+    """
+    before = predecessors(links, strict=False)
+    ends = {link.result: link for link in links if not link.whole}
+    found = {link for link in links if link.whole and link.result in ends}.difference(before.values())
+    first = [link for link in links if before[link.content_id] is None and link not in found]
+    if not found or len(first) != 1 or first[0].whole or first[0].previous is None:
+        return found
+    ways: list[tuple[Link, list[Link]]] = []
+    for whole in found:
+        way: dict[Link, None] = {}
+        at: Link | None = ends[whole.result]
+        while at is not None and at not in way:
+            way[at] = None
+            at = before[at.content_id]
+        ways.append((whole, list(way)))
+    begin, unused = min(ways, key=lambda each: len(each[1]))
+    return found - {begin} | set(unused)
 
 
 def folds(links: Sequence[Link]) -> list[Link]:
@@ -148,14 +188,14 @@ def _noted(origins: dict[str, set[str]], key: str, origin: str) -> bool:
     return True
 
 
-def _before(link: Link, by_id: Mapping[str, Link], known: _Known) -> Link | None:
+def _before(link: Link, by_id: Mapping[str, Link], known: _Known, *, strict: bool) -> Link | None:
     named = by_id.get(link.previous or "")
     if named is not None:
         return named
     # Its predecessor is not here: it is the first, or the predecessor is folded into another update.
     later = known.descendants(link)
     candidates = [other for other in known.by_result.get(link.base, ()) if other.content_id not in later]
-    if len(candidates) > 1:
+    if len(candidates) > 1 and strict:
         names = " and ".join(str(other.path) for other in candidates[:_NAMES])
         more = f" and {len(candidates) - _NAMES} more" if len(candidates) > _NAMES else ""
         raise CheckFailedError(f"{link.path}: could follow {names}{more}, which have one result; leave one of them out")

@@ -8,15 +8,19 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 import peraxis_format as pxd
-from peraxis_tools.chain.order import Link, chain_order, folds, link_from, link_of, predecessors
+from peraxis_format import is_stream, name_lock
+from peraxis_tools.chain.order import Link, beside_chain, chain_order, link_from, link_of, predecessors
 from peraxis_tools.errors import CheckFailedError, ToolError
+from peraxis_tools.notes import note
 from peraxis_tools.remote import RemoteFile, is_remote
 from peraxis_tools.remote_output import names_beside
 from peraxis_tools.urls import file_of, without_secrets
 
-__all__ = ["order_fault", "refuse_disorder"]
+__all__ = ["order_fault", "own_turn", "refuse_disorder"]
 
 _NEW: Final = "the new update"  # its content ID, which is not known before it is written
+_TURN: Final = "00c4a117"  # the lock's name
+_AFTER: Final = "pass the updates so far as after (--after)"
 
 
 def refuse_disorder(output: str | Path, *, previous: str | None, base: str, result: str) -> None:
@@ -30,9 +34,20 @@ def refuse_disorder(output: str | Path, *, previous: str | None, base: str, resu
     new = Link(path=Path(shown), content_id=_NEW, previous=previous, base=base, result=result)
     links = list(_remote_links(str(output)) if here is None else _links(here.parent))
     others = [link for link in links if link.path.name != new.path.name]
-    if previous is None:
-        _refuse_ring(shown, new, others)
-    _refuse_fork(shown, new, others)
+    _refuse(shown, new, others)
+
+
+@contextlib.contextmanager
+def own_turn(output: Path) -> Iterator[None]:
+    """Wait until no other run checks the folder of an output and writes into it. Raises OSError."""
+    if is_stream(output):
+        yield
+        return
+    while True:
+        with name_lock(output.parent, _TURN) as other:
+            if other is None:
+                yield
+                return
 
 
 def order_fault(folder: Path) -> str | None:
@@ -41,9 +56,9 @@ def order_fault(folder: Path) -> str | None:
     links = list(_links(folder))
     if len(links) < max(2, len(paths)):
         return None
-    left_out = {link.content_id for link in folds(links)}
+    beside = beside_chain(links)
     try:
-        chain_order([link for link in links if link.content_id not in left_out])
+        chain_order([link for link in links if link not in beside])
     except CheckFailedError as error:
         return str(error)
     return None
@@ -66,41 +81,49 @@ def _remote_links(url: str) -> Iterator[Link]:
                 yield link_from(PurePosixPath(other).name, manifest)
 
 
-def _refuse_fork(shown: str, new: Link, links: list[Link]) -> None:
+def _refuse(shown: str, new: Link, links: list[Link]) -> None:
     # An update with the result of a chain is no fork: it replaces the chain.
-    left_out = {link.content_id for link in folds([*links, new])}
-    if new.content_id in left_out:
+    beside = beside_chain([*links, new])
+    if new in beside:
         return
-    kept = [link for link in links if link.content_id not in left_out]
+    kept = [link for link in links if link not in beside]
     try:
-        before = predecessors(kept)
+        predecessors(kept)
     except CheckFailedError:
         return  # the others have no order already
     try:
         before = predecessors([*kept, new])
     except CheckFailedError as error:
-        raise CheckFailedError(f"{shown}: would leave the folder without an order: {error}") from None
-    own = before[new.content_id]
+        reason = str(error).partition(";")[0]
+        raise CheckFailedError(f"{shown}: its place would not be known ({reason}); {_AFTER}") from None
+    own = at = before[new.content_id]
+    for _ in kept:
+        at = None if at is None else before[at.content_id]
+        if at is new and own is not None:
+            raise CheckFailedError(
+                f"{shown}: returns to an earlier state, from which {own.path} leads back, so the order would not be "
+                f"known; {_AFTER}"
+            )
     for link in kept:
         other = before[link.content_id]
         alike = other is own and (own is not None or link.base == new.base)
         if alike and link.result != new.result:
             raise CheckFailedError(
-                f"{shown}: would be a fork, because {link.path} was made on the same state; pass the updates "
-                "before this one with after (--after) to follow them, or write to another folder"
+                f"{shown}: would be a fork, because {link.path} was made on the same state; {_AFTER} to follow them, "
+                "or write to another folder"
             )
+    _note_gap(shown, new, kept)
 
 
-def _refuse_ring(shown: str, new: Link, links: list[Link]) -> None:
-    """Refuse an update from whose result others lead back to its base: all would follow each other."""
-    begins = {link.base: (link.result, link.path) for link in links}
-    state, through = new.result, None
-    for _ in range(len(begins)):
-        if state not in begins or state == new.base:
-            break
-        state, through = begins[state]
-    if through is not None and state == new.base:
-        raise CheckFailedError(
-            f"{shown}: returns to an earlier state, from which {through} leads back, so the order would "
-            "not be known; pass the updates before this one with after (--after)"
-        )
+def _note_gap(shown: str, new: Link, kept: list[Link]) -> None:
+    """Note that an update is no part of the chain in its folder; one before it may be written later."""
+    if not kept:
+        return
+    try:
+        chain_order(kept)
+        with contextlib.suppress(CheckFailedError):
+            chain_order([*kept, new])
+            return
+    except CheckFailedError:
+        return
+    note(f"{shown}: does not follow the updates in its folder, so `log` and `apply` will refuse the folder; {_AFTER}")

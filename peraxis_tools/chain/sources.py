@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import peraxis_format as pxd
-from peraxis_tools.chain.order import Link, folds, link_from
+from peraxis_tools.chain.order import Link, beside_chain, link_from
 from peraxis_tools.delta_parts import is_part
 from peraxis_tools.errors import ToolError
 from peraxis_tools.progress import ProgressOf, silent
@@ -24,7 +24,7 @@ def local_updates(
 ) -> Iterator[list[Path]]:
     """Yield local paths of updates: files, and for a folder (a path, a URL, a repository) every .pxd in it.
 
-    Files of a folder that replace several others (anchors and folded updates) are left out. output: a URL that must be
+    Files of a folder that replace others (anchors and folded updates) are left out. output: a URL that must be
     none of the others'; those that are paths are compared later (outputs.py). Copies of remote files are removed at the
     end. Raises ToolError for a folder of other files, CheckpointError.
     """
@@ -35,7 +35,8 @@ def local_updates(
             copies = [stack.enter_context(local_copy(name, progress=progress)) for name in names]
             left_out: set[Path] = set()
             if len(copies) > 1:
-                left_out = {link.path for link in folds([_link(path, source, len(copies)) for path in copies])}
+                links = [_link(path, source, len(copies)) for path in copies]
+                left_out = {link.path for link in beside_chain(links)}
             used = [(name, path) for name, path in zip(names, copies, strict=True) if path not in left_out]
             if output is not None:
                 refuse_replaced_url(output, [name for name, _ in used])

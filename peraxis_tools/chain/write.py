@@ -17,7 +17,7 @@ from peraxis_tools.arguments import check_choice, sequence
 from peraxis_tools.blocks import count_blocks
 from peraxis_tools.chain.opened import opened_all
 from peraxis_tools.chain.order import Link, chain_order, link_of
-from peraxis_tools.chain.siblings import refuse_disorder
+from peraxis_tools.chain.siblings import own_turn, refuse_disorder
 from peraxis_tools.chain.sources import local_updates
 from peraxis_tools.chain.state import ChainState, NoState
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
@@ -143,14 +143,14 @@ def compact(
     ):
         assets: dict[str, bytes] = {}
         with pxd.open(links[0].path) as file:
-            is_anchor = all(entry.base is None for entry in file.manifest.modules)
+            bound = {entry.name for entry in file.manifest.modules if entry.base is not None}
         for link in links:
             with pxd.open(link.path) as file:
                 assets.update({asset.path: file.asset(asset.path) for asset in file.manifest.assets})
                 fine_tuned = file.manifest.fine_tuned
         job = UpdateJob(
             output=target,
-            old=NoState(checkpoint.tensors) if is_anchor else ChainState(checkpoint.tensors, ()),
+            old=ChainState(checkpoint.tensors, ()) if bound else NoState(checkpoint.tensors),
             new=state,
             ids=(checkpoint.identity, fine_tuned),
             previous=links[0].previous,
@@ -160,6 +160,7 @@ def compact(
             name=output,
             base=links[0].base,
             result=links[-1].result,
+            unbound=frozenset(checkpoint.tensors) - bound,  # dropped by the first update, and added again
         )
         with watched(progress, "compact", job.new.size) as step:
             return _named(write_update(job, step), output)
@@ -174,7 +175,8 @@ def _named(result: UpdateResult, output: str | Path) -> UpdateResult:
 class UpdateJob:
     """The file from one state to another. base, result: the digests that it must have, if they are known.
 
-    name: of the output, a path or URL; output: where it is written first.
+    name: of the output, a path or URL; output: where it is written first. unbound: tensors of the old state that are
+    not used as a base, as if they were new.
     """
 
     output: Path
@@ -188,12 +190,13 @@ class UpdateJob:
     name: str | Path
     base: str | None = None
     result: str | None = None
+    unbound: frozenset[str] = frozenset()
 
 
 def _module(job: UpdateJob, name: str) -> tuple[pxd.ModuleDelta, int]:
     """A tensor for the writer, and the number of its elements that differ."""
     array, (dtype, shape) = job.new.read(name), (job.new[name].dtype, job.new[name].shape)
-    if name not in job.old:
+    if name not in job.old or name in job.unbound:
         return pxd.lossless_module(name, array, dtype, shape=shape), math.prod(shape)
     before, info = job.old.read(name), job.old[name]
     ref = pxd.BaseRef(dtype=info.dtype, shape=info.shape, sha256=pxd.digest_of(before))
@@ -239,10 +242,11 @@ def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
         for path, data in job.assets.items():
             writer.add_asset(path, data)
         writer.metadata[pxd.CHANGED_KEY] = str(changed)
-        _prove(job, writer)
-        for state in (job.old, job.new):
-            state.check_unchanged()
-        manifest = writer.finish()
+        with own_turn(job.output):
+            _prove(job, writer)
+            for state in (job.old, job.new):
+                state.check_unchanged()
+            manifest = writer.finish()
     return UpdateResult(
         path=job.output,
         content_id=manifest.content_id,
@@ -264,7 +268,8 @@ def _prove(job: UpdateJob, writer: pxd.DeltaWriter) -> None:
     shown = without_secrets(str(job.name))
     if job.base is not None and writer.base_digest != job.base:
         raise CheckFailedError(
-            f"{shown}: tensors were added or removed since the last update, so it cannot follow; start a new chain"
+            f"{shown}: tensors were removed, or tied in another way, since the last update, so it cannot follow; start "
+            "a new chain"
         )
     if writer.result is not None:
         refuse_disorder(job.name, previous=job.previous, base=writer.base_digest, result=writer.result)

@@ -49,7 +49,7 @@ def render_log(chain: ChainLog, console: Console) -> None:
     console.print(f"made on  {text(chain.updates[0].base)}")
     if chain.folded:
         names = ", ".join(entry.name for entry in chain.folded)
-        console.print(f"folded   {text(names)}: each replaces several of the others")
+        console.print(f"folded   {text(names)}: not needed by the chain")
 
 
 def _in_order(chain: ChainLog) -> Iterator[LogEntry]:

@@ -82,6 +82,26 @@ def test_a_local_file_that_failed_before_it_was_sent_does_not_remain(monkeypatch
     assert same(server, model)
 
 
+def test_a_trainer_whose_last_update_was_pruned_goes_on_from_its_anchor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = weights()
+    writer = UpdateWriter(model, tmp_path, anchor_every=1)
+    for _ in range(3):
+        writer.step()
+        move(model)
+    writer.prune(anchors=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_give_name", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            writer.step()
+    assert writer.step().step == 3
+
+
+def broken_off(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("the disk is full")])
 def test_a_file_that_another_process_wrote_meanwhile_is_not_continued(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -48,6 +48,16 @@ def test_weights_that_are_not_there_are_refused_by_name(tensor: torch.Tensor, re
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("others", [{}, {"w": torch.ones(3)}])
+def test_a_model_with_nothing_to_publish_and_a_tensor_without_elements_are_refused(
+    others: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    reason = r"none: has no elements \(shape \[0, 5\]\)" if others else "has no tensors to publish"
+    model = others | {"none": torch.empty(0, 5)} if others else {}
+    with pytest.raises(LiveModelError, match=reason):
+        UpdateWriter(model, tmp_path / "chain").step()
+
+
 def test_a_folder_that_was_removed_is_named(tmp_path: Path) -> None:
     writer = UpdateWriter(weights(), tmp_path / "chain")
     writer.step()

@@ -88,6 +88,21 @@ def test_a_chain_that_is_only_read_again_or_pruned_is_no_other_one(place: str) -
             assert dict(follower.poll().waiting) == {}
 
 
+def test_a_state_that_did_not_change_has_the_step_of_its_anchor_where_the_update_was_pruned(place: str) -> None:
+    model, live = weights(), empty()
+    writer = UpdateWriter(model, place, anchor_every=1)
+    with follow(live, place) as follower:
+        writer.step()
+        assert follower.poll().step == 0
+        writer.step()
+        writer.prune(anchors=1)
+        assert (follower.poll().step, follower.wait(1, seconds=0)) == (1, True)
+        move(model)
+        writer.step()
+        assert follower.poll().step == 2
+    assert same(live, model)
+
+
 def test_a_server_of_vllm_notices_it_too(tmp_path: Path) -> None:
     old, _ = publish(tmp_path / "chain", 2)
 

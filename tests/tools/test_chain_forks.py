@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 import peraxis
+from peraxis_tools.chain.siblings import refuse_disorder
 from peraxis_tools.cli import cli
 from peraxis_tools.errors import CheckFailedError, ToolError
 from tests.factories import write_checkpoint
@@ -97,6 +101,33 @@ def test_a_file_at_a_url_that_is_no_update_is_passed_over_and_one_that_cannot_be
     monkeypatch.setattr(type(system), "cat_file", broken)
     with pytest.raises(ToolError, match=r"0\.pxd: cannot be read .*the link is down"):
         peraxis.update(folder / "base", folder / "two", f"{place}/3.pxd")
+
+
+def test_of_two_runs_at_one_moment_the_second_sees_the_update_of_the_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def slow(*arguments: Any, **options: Any) -> None:
+        refuse_disorder(*arguments, **options)
+        time.sleep(0.3)
+
+    def run(name: str) -> None:
+        try:
+            peraxis.update(folder / "one", folder / name, folder / "chain" / f"{name}.pxd")
+        except CheckFailedError as error:
+            told.append(str(error))
+
+    write_checkpoint(folder / "three", stepped(start(), 3))
+    monkeypatch.setattr("peraxis_tools.chain.write.refuse_disorder", slow)
+    threads = [threading.Thread(target=run, args=(name,)) for name in ("two", "three")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ["would be a fork" in text for text in told] == [True]
+    assert len(peraxis.log(folder / "chain").updates) == 2
+    assert not list((folder / "chain").glob(".*"))
 
 
 def test_an_update_may_be_replaced_repeated_elsewhere_and_folded(folder: Path) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peraxis_format.torch.updates import UpdateFile, list_updates, next_update, other_chain
+from peraxis_format.torch.updates import UpdateFile, list_updates, next_update, other_chain, reached_step
 
 __all__ = ["Following", "RequestError"]
 
@@ -70,6 +70,7 @@ class Following:
                 continue
             self._state, self.step = chosen.result, chosen.step
             self._tried.clear()
+        self.step = reached_step(files, self._state, self.step)
         ahead = [file for file in files if not file.is_anchor and file.step > (-1 if self.step is None else self.step)]
         for file in ahead:
             waiting.setdefault(file.path, f"{file.path}: does not continue the model's state")

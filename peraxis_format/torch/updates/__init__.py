@@ -10,7 +10,7 @@ from peraxis_format.torch.updates.follower import Follower, Poll, follow
 from peraxis_format.torch.updates.publish import UpdateWriter
 from peraxis_format.torch.updates.publish_sharded import ShardedUpdateWriter
 from peraxis_format.torch.updates.published import Published
-from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update, other_chain
+from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update, other_chain, reached_step
 
 __all__ = [
     "Follower",
@@ -25,4 +25,5 @@ __all__ = [
     "list_updates",
     "next_update",
     "other_chain",
+    "reached_step",
 ]

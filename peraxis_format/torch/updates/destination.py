@@ -70,11 +70,13 @@ class Destination:
         return self._in_doubt and self._last is not None and self.has(self._last.path.name)
 
     def check_own(self, head: UpdateFile | None, before: UpdateFile | None) -> None:
-        """Raise FileExistsError unless the last file of the chain is `before`, or the one that was written last."""
-        own = {before.content_id} if before is not None else set()
-        if self._last is not None and self._last.content_id is not None:
-            own.add(self._last.content_id)
-        if head is not None and head.content_id not in own:
+        """Raise FileExistsError unless the last file of the chain is `before`, or the one that was written last.
+
+        Where `before` was pruned, the anchor of its number has its state.
+        """
+        last = None if self._last is None else self._last.content_id
+        is_before = before is not None and head is not None and (head.step, head.result) == (before.step, before.result)
+        if head is not None and not is_before and head.content_id != last:
             raise FileExistsError(f"{self.shown(head.path)}: is not of this process; {_OTHER}")
         self._in_doubt = False
 

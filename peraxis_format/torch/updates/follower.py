@@ -27,7 +27,14 @@ from peraxis_format.torch.updates.apply import apply_update
 from peraxis_format.torch.updates.errors import UpdateError
 from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
-from peraxis_format.torch.updates.source import UpdateFile, list_updates, missing_folder, next_update, other_chain
+from peraxis_format.torch.updates.source import (
+    UpdateFile,
+    list_updates,
+    missing_folder,
+    next_update,
+    other_chain,
+    reached_step,
+)
 
 __all__ = ["Follower", "Poll", "follow"]
 
@@ -133,6 +140,7 @@ class Follower:
             applied.append(chosen.path)
         if self._mirror is not None:
             self._mirror.doubt(path.name for path in failed)
+        self.step = reached_step(files, self._state, self.step)
         ahead = [file for file in files if not file.is_anchor and file.step > (-1 if self.step is None else self.step)]
         for file in ahead:
             waiting.setdefault(file.path, f"{file.path}: does not continue the model's state")

@@ -44,14 +44,21 @@ def live_tensors(
         if tensor.is_meta or tensor.layout is not torch.strided:
             kind = "on the meta device" if tensor.is_meta else str(tensor.layout)
             raise LiveModelError(f"{name}: {kind}, without dense weights; load or convert it first")
+        if not tensor.numel():
+            raise LiveModelError(
+                f"{name}: has no elements (shape {list(tensor.shape)}), and no file can have it; pass a mapping of the "
+                "other tensors"
+            )
         if is_dtensor(tensor) and not in_pieces:
             raise LiveModelError(f"{name}: is sharded; use ShardedUpdateWriter, on every rank")
         key: tuple[object, ...] = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
         if is_dtensor(tensor):
             key = (id(tensor),)  # its address is not meaningful
-        if tensor.numel() and key in first:
+        if key in first:
             tied.append((first[key], name))
             continue
         first[key] = name
         live[name] = tensor
+    if not live:
+        raise LiveModelError("the model has no tensors to publish")
     return live, tied

@@ -22,6 +22,7 @@ __all__ = [
     "newer_file",
     "next_update",
     "other_chain",
+    "reached_step",
     "step_name",
     "step_of",
 ]
@@ -165,6 +166,17 @@ def next_update(
             return file
     anchors = [file for file in usable if file.is_anchor and file.step > at and file.result != state]
     return anchors[-1] if anchors else None
+
+
+def reached_step(files: Sequence[UpdateFile], state: str | None, step: int | None) -> int | None:
+    """The step of the newest anchor if it has this state, which did not change or came back; else `step`.
+
+    Arguments: see next_update.
+    """
+    anchors = [file for file in files if file.is_anchor]
+    if step is None or not anchors or anchors[-1].result != state:
+        return step
+    return max(step, anchors[-1].step)
 
 
 def other_chain(

@@ -144,7 +144,8 @@ def _vocabularies(base: Checkpoint, fine_tuned: Checkpoint) -> set[tuple[int, in
 
 def _is_table(name: str, shape: tuple[int, ...], base_shape: tuple[int, ...]) -> bool:
     """Whether this is a vocabulary's table of which only the number of rows differs."""
-    return table_or_kind(name, shape) in TABLES and len(shape) == len(base_shape) and shape[1:] == base_shape[1:]
+    alike = len(shape) == len(base_shape) > 0 and shape[1:] == base_shape[1:]
+    return alike and table_or_kind(name, shape) in TABLES
 
 
 def _is_resized(
