@@ -333,11 +333,9 @@ def _texts(value: Any) -> str | tuple[str, ...] | None:
 def _typed(name: str, value: Any) -> Any:
     if name in _SIZES and isinstance(value, str):
         return parse_size(value)
-    if name == "masks" and value == AUTO:
-        return value
     default = CompressOptions.__dataclass_fields__[name].default
     kind: type = _KINDS.get(name, type(default))
-    if value is None or kind is type(None):
+    if (name == "masks" and value == AUTO) or kind is type(None) or (value is None and default is None):
         return value
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
