@@ -165,6 +165,7 @@ def main() -> None:
     hush_hub()
     with prepared_process():
         code = _exit_code()
+    exec("")  # else `python -m` dies by SIGINT if one passed a text that was run by `exec`, as dataclasses do
     # The interpreter would search every object of torch for cycles at its end, which takes seconds. Exit handlers run.
     gc.freeze()
     sys.exit(code)

@@ -24,6 +24,7 @@ from typing import Any, Final, TypeAlias
 from peraxis_format.arguments import did_you_mean
 from peraxis_tools.errors import OptionError, first_line
 from peraxis_tools.names import names_a_file
+from peraxis_tools.quiet import quiet_datasets
 
 __all__ = ["Conversation", "Document", "check_text", "read_documents"]
 
@@ -80,9 +81,8 @@ def read_documents(source: str, *, text_column: str | None, limit: int) -> list[
     Raises OptionError if the source cannot be read, or has no document.
     """
     try:
-        rows = _rows(source)
         found, columns = [], {}
-        for row in rows:
+        for row in _rows(source):
             columns.update({name: _kind(value) for name, value in row.items() if value is not None})
             if (document := _document(row, text_column=text_column, source=source)) is not None:
                 found.append(document)
@@ -94,7 +94,9 @@ def read_documents(source: str, *, text_column: str | None, limit: int) -> list[
         # `datasets` raises many types, its own and those of file systems; all mean that the source cannot be read.
         raise OptionError(f"text {source}: cannot be read: {_reason(error)}") from error
     if not found:
-        held = ", ".join(f"{name} ({kind})" for name, kind in columns.items()) or "no rows"
+        if not columns:
+            raise OptionError(f"text {source}: is empty; name another text")
+        held = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
         raise OptionError(
             f"text {source}: holds no text; its columns: {held}; name one with text_column (--text-column)"
         )
@@ -115,19 +117,23 @@ def _rows(source: str) -> Iterable[dict[str, Any]]:
     path = Path(source)
     if path.suffix == ".jsonl" and path.is_file():
         return _json_lines(path)
+    return _of_datasets(source, path)
+
+
+def _of_datasets(source: str, path: Path) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
 
-    if source == "c4":
-        rows = load_dataset("allenai/c4", "en", split="train", streaming=True)
-    elif path.exists():
-        kind = _LOADERS[_suffix(path)]
-        extra = {"sample_by": "paragraph"} if kind == "text" else {}
-        rows = load_dataset(kind, data_files=str(path.resolve()), split="train", streaming=True, **extra)
-    else:
-        name, _, config = source.partition(":")
-        rows = load_dataset(name, config or None, split="train", streaming=True)
-    found: Iterable[dict[str, Any]] = rows
-    return found
+    with quiet_datasets():
+        if source == "c4":
+            rows = load_dataset("allenai/c4", "en", split="train", streaming=True)
+        elif path.exists():
+            kind = _LOADERS[_suffix(path)]
+            extra = {"sample_by": "paragraph"} if kind == "text" else {}
+            rows = load_dataset(kind, data_files=str(path.resolve()), split="train", streaming=True, **extra)
+        else:
+            name, _, config = source.partition(":")
+            rows = load_dataset(name, config or None, split="train", streaming=True)
+        yield from rows
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:

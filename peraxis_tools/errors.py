@@ -26,7 +26,17 @@ def _line(error: BaseException) -> str:
             return f"-: {error.strerror}; standard input is not read, because a file is read in parts: name a file"
         other = "" if error.filename2 is None else f" (from {os.fsdecode(error.filename2)})"
         return f"{os.fsdecode(str(error.filename))}: {error.strerror}{other}"
+    if isinstance(error, FileNotFoundError) and error.filename is None and not _has_current_folder():
+        return "the current folder was removed; change to another one"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _has_current_folder() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 class ToolError(Exception):

@@ -27,6 +27,7 @@ from peraxis_tools.standard_streams import claim_stream, refuse_notes, same_stre
 
 __all__ = [
     "Inputs",
+    "check_files",
     "check_folder",
     "claim_delta",
     "claim_file",
@@ -65,7 +66,7 @@ def claim_delta(path: str | Path, *, overwrite: bool, inputs: Inputs) -> Iterato
 @contextlib.contextmanager
 def claim_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs = ()) -> Iterator[None]:
     """`claim_file` for several output files of one run, in existing folders."""
-    _check_files(paths, overwrite=overwrite, inputs=inputs)
+    check_files(paths, overwrite=overwrite, inputs=inputs)
     with contextlib.ExitStack() as stack:
         for file in map(_plain, paths):
             if is_stream(file):
@@ -76,8 +77,8 @@ def claim_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs 
         yield
 
 
-def _check_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs) -> None:
-    """Check the rules for output files without a lock, for work before the run such as a download."""
+def check_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs) -> None:
+    """Check the rules for output files without a lock: for work before the run such as a download, and a dry run."""
     known = _existing(inputs)
     files = [_plain(path) for path in paths]
     for place, file in enumerate(files):

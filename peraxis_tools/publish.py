@@ -6,6 +6,7 @@ The card is made in card.py. The card and .gitattributes of an existing reposito
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -306,23 +307,25 @@ def _read_evaluation(path: Path) -> Mapping[str, Any]:
     if not isinstance(found, dict) or found.get("schema") != _EVALUATION:
         raise ToolError(f"{path}: not the JSON of an evaluation ({_EVALUATION}); write it with `eval --json`")
     if not _is_evaluation(found):
-        raise ToolError(f"{path}: lacks figures of an evaluation, or they are not numbers; write it with `eval --json`")
+        raise ToolError(
+            f"{path}: lacks figures of an evaluation, or they are not finite numbers; write it with `eval --json`"
+        )
     return found
 
 
 def _is_evaluation(found: Mapping[str, Any]) -> bool:
-    """Whether the figures of the card are present: for each domain, the numbers of each candidate."""
+    """Whether the figures of the card are present: for each domain, finite numbers of each candidate."""
     domains = found.get("domains")
     return isinstance(domains, list) and all(isinstance(domain, dict) and _is_domain(domain) for domain in domains)
 
 
 def _is_domain(domain: Mapping[str, Any]) -> bool:
     candidates, perplexity = domain.get("candidates"), domain.get("perplexity")
-    if not isinstance(candidates, dict) or not isinstance(perplexity, dict) or "domain" not in domain:
+    if not candidates or not isinstance(candidates, dict) or not isinstance(perplexity, dict) or "domain" not in domain:
         return False
     numbers = [domain.get("perplexity_fine_tuned")]
     for name, fidelity in candidates.items():
         if not isinstance(fidelity, dict):
             return False
         numbers += [fidelity.get("kl"), fidelity.get("top1"), perplexity.get(name)]
-    return all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
+    return all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)

@@ -1,4 +1,4 @@
-"""Silence transformers and the hub library: their bars and log lines do not help our users."""
+"""Silence transformers, datasets and the hub library: their bars and log lines do not help our users."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 
 from peraxis_tools.notes import note
 
-__all__ = ["hush_hub", "quiet_transformers"]
+__all__ = ["hush_hub", "quiet_datasets", "quiet_transformers"]
 
 _HUB_LOGGER: Final = "huggingface_hub.utils._http"
 
@@ -26,6 +26,20 @@ def _is_no_attempt(record: logging.LogRecord) -> bool:
         note("the hub does not answer; trying again for half a minute (HF_HUB_OFFLINE=1 uses the cache alone)")
         return False
     return "thrown while requesting" not in message
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Within the block, the library `datasets` logs nothing: its errors are raised too, and become one line of ours."""
+    import datasets  # it sets the level of its logger when it is imported
+
+    logger = logging.getLogger(datasets.__name__)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

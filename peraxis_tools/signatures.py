@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,9 @@ def check_signature(
 
 def _need(*paths: Path) -> None:
     for path in paths:
-        if not path.is_file():
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ToolError(f"{path}: is a folder or a pipe; name a file, because it is read more than once")
+        if not os.path.isfile(path):
             raise NotVerifiableError(f"{path}: no such key or certificate")
 
 

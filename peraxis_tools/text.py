@@ -25,6 +25,7 @@ from peraxis_tools.documents import Conversation, Document, check_text, read_doc
 from peraxis_tools.encoding import token_ids
 from peraxis_tools.errors import OptionError
 from peraxis_tools.names import names_a_file
+from peraxis_tools.notes import note
 
 __all__ = ["Ids", "Samples", "Source", "check_texts", "load_samples", "unread_tokens", "without_folders"]
 
@@ -125,6 +126,12 @@ def load_samples(
             if len(ids) < 2:
                 raise OptionError(f"text {source.name}: holds no text")
             found.append(ids[: count * length])
+    for source, read in zip(parsed, found, strict=True):
+        if len(read) < length:
+            note(
+                f"text {source.name}: has {len(read)} tokens, less than one sample of {length}; a result on so little "
+                "text says next to nothing"
+            )
     length = min(length, *map(len, found))
     arrays = [np.array(ids[: len(ids) // length * length], dtype=np.int64).reshape(-1, length) for ids in found]
     return Samples(

@@ -37,11 +37,21 @@ def _refuse_large(size: int, limit: int, label: str) -> None:
         raise OptionError(f"{label}: is larger than {limit} bytes; shorten it")
 
 
+def _refuse_twice(node: Any, label: str) -> None:
+    """Raise OptionError for a key that stands twice in the mapping of a file; YAML would take the last value."""
+    seen: dict[str, int] = {}
+    for key, _ in getattr(node, "value", ()) if getattr(node, "id", "") == "mapping" else ():
+        line = key.start_mark.line + 1
+        if str(key.value) in seen:
+            raise OptionError(f"{label}: {key.value} stands in lines {seen[str(key.value)]} and {line}; keep one")
+        seen[str(key.value)] = line
+
+
 def read_mapping(path: Path) -> dict[Any, Any]:
     """The mapping of a YAML (or JSON) file; an empty file is an empty one.
 
-    Raises OptionError for another file, a larger one than 64 KiB, and for one with references (`*name`), because a few
-    lines of references to references stand for any number of values.
+    Raises OptionError for another file, a larger one than 64 KiB, one with a key twice, and one with references
+    (`*name`), because a few lines of references to references stand for any number of values.
     """
     require(f"{path} (a configuration)", "yaml")
     import yaml
@@ -52,6 +62,7 @@ def read_mapping(path: Path) -> dict[Any, Any]:
     try:
         text = data.decode("utf-8")
         check_yaml(text, str(path))
+        _refuse_twice(yaml.compose(text, yaml.SafeLoader), str(path))
         values = yaml.safe_load(text)
         repr(values)  # a ValueError for an integer that is too large to be shown
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # an invalid date is a ValueError

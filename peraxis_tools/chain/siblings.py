@@ -20,7 +20,7 @@ __all__ = ["order_fault", "own_turn", "refuse_disorder"]
 
 _NEW: Final = "the new update"  # its content ID, which is not known before it is written
 _TURN: Final = "00c4a117"  # the lock's name
-_AFTER: Final = "pass the updates so far as after (--after)"
+_AFTER: Final = "pass the updates before this one with after (--after)"
 
 
 def refuse_disorder(output: str | Path, *, previous: str | None, base: str, result: str) -> None:

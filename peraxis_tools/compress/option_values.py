@@ -60,10 +60,8 @@ def typed(name: str, value: Any, default: object) -> Any:
     """The value of an option with this default, in its type. Raises OptionError."""
     if name in _SIZES and isinstance(value, str):
         return parse_size(value)
-    if name == "masks" and value == AUTO:
-        return value
     kind: type = _KINDS.get(name, type(default))
-    if value is None or kind is type(None):
+    if (name == "masks" and value == AUTO) or kind is type(None) or (value is None and default is None):
         return value
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import stat
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 from peraxis_conformance import Corpus, cli
 
-from tests.conformance.helpers import KIT, script, wrong_loader
+from tests.conformance.helpers import KIT, wrong_loader
 
 RIGHT = " ".join(wrong_loader())
 
@@ -70,89 +66,6 @@ def test_a_copy_holds_every_file_and_runs_by_itself(tmp_path: Path, monkeypatch:
         isinstance(copied.path(case, "file"), Path) and copied.path(case, "file").is_file() for case in copied.cases
     )
     assert cli.main(["run", "--corpus", str(tmp_path / "copy"), "--adapter", RIGHT]) == 0
-
-
-def without_a_corpus(folder: Path) -> Path:
-    """The kit as `pip install .` installs it: its code alone. Returns the folder for PYTHONPATH."""
-    package = folder / "peraxis_conformance"
-    (package / "generator").mkdir(parents=True)
-    for path in [*KIT.glob("*.py"), *KIT.glob("generator/*.py")]:
-        (package / path.relative_to(KIT)).symlink_to(path)
-    shutil.copyfile(KIT / "cases.py", folder / "cases.py")
-    (package / "cases.py").unlink()
-    (folder / "cases.py").rename(package / "cases.py")  # its own place says where the corpus would be
-    return folder
-
-
-def test_every_command_of_an_installed_kit_finds_a_named_corpus(tmp_path: Path) -> None:
-    """`list`, `run`, `copy` and the plugin; without --corpus, one line says where the corpus is."""
-    small = tmp_path / "small"
-    small.mkdir()
-    (small / "invalid").symlink_to(KIT / "invalid")
-    lines = (KIT / "cases.jsonl").read_text().splitlines(keepends=True)
-    (small / "cases.jsonl").write_text("".join(line for line in lines if json.loads(line)["id"] == "invalid/html-tag"))
-    path = without_a_corpus(tmp_path / "site")
-    environment = os.environ | {"PYTHONPATH": f"{path}"}
-    plugin = ["pytest", "-q", "-p", "peraxis_conformance.plugin", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
-    plugin += ["--pyargs", "peraxis_conformance.suite", "--pxd-adapter", RIGHT]
-    commands = [["list"], ["run", "--adapter", RIGHT], ["copy", str(tmp_path / "copy")]]
-    runs = [(["peraxis_conformance.cli", *command], "--corpus") for command in commands] + [(plugin, "--pxd-corpus")]
-    for command, option in runs:
-        for given, status in (([], (2, 4)), ([option, str(small)], (0,))):
-            done = subprocess.run(
-                [sys.executable, "-m", *command, *given],
-                capture_output=True,
-                text=True,
-                cwd=tmp_path,
-                env=environment,
-            )
-            assert done.returncode in status, (command, given, done.stdout + done.stderr)
-            assert bool(given) != (f"pass {option} REPOSITORY/conformance" in done.stdout + done.stderr), (
-                command,
-                done.stderr,
-            )
-    assert (tmp_path / "copy" / "cases.jsonl").is_file()
-
-
-def test_the_readme_of_the_kit_starts_with_an_installation_that_has_the_corpus() -> None:
-    text = (KIT / "README.md").read_text(encoding="utf-8")
-    first = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[0]
-    assert first.splitlines() == ["pip install --editable .", 'peraxis-conformance run --adapter "node my-adapter.js"']
-    assert "--corpus CLONE/conformance" in text.split("- [Ten minutes")[0]
-
-
-@pytest.mark.parametrize("option", ["--json", "--junit"])
-@pytest.mark.parametrize(("path", "part"), [("absent/report", "there is no folder"), (".", "is a folder")])
-def test_a_report_that_cannot_be_written_is_refused_before_a_case_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, path: str, part: str
-) -> None:
-    ran = tmp_path / "ran"
-    adapter = " ".join(script(tmp_path, f"open({str(ran)!r}, 'w'); sys.exit(77)"))
-    with pytest.raises(SystemExit) as done:
-        cli.main(["run", "--adapter", adapter, "--case", "invalid/empty", option, str(tmp_path / path)])
-    said = capsys.readouterr().err
-    assert done.value.code == 2
-    assert part in said
-    assert ".tmp" not in said
-    assert not ran.exists()
-
-
-def test_a_report_that_fails_at_the_end_names_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = tmp_path / "report.json"
-    (tmp_path / ".report.json.tmp").mkdir()  # in the way of the temporary file
-    assert cli.main(["run", "--adapter", RIGHT, "--case", "invalid/empty", "--json", str(report)]) == 2
-    said = capsys.readouterr().err
-    assert str(report) in said
-    assert ".tmp" not in said
-
-
-def test_the_list_has_the_keys_of_the_corpus(capsys: pytest.CaptureFixture[str]) -> None:
-    """`list --json` names and fills each key as cases.jsonl does."""
-    assert cli.main(["list", "--json"]) == 0
-    listed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    stored = [json.loads(line) for line in (KIT / "cases.jsonl").read_text().splitlines()]
-    assert listed == [{key: case[key] for key in listed[0]} for case in stored]
-    assert {"expectation", "phase", "codes", "features"} < set(listed[0])
 
 
 def test_a_damaged_corpus_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -199,7 +199,7 @@ def test_a_folded_chain_has_the_same_result_and_the_chain_goes_on_behind_it(
     files, states = chain
     folded = compact(tmp_path / "state-0", files[:3], tmp_path / "updates" / "1-to-3.pxd")
     assert folded.result == link_of(files[2]).result
-    assert folded.size < sum(path.stat().st_size for path in files[:3])
+    assert folded.bytes < sum(path.stat().st_size for path in files[:3])
     apply(tmp_path / "state-0", [folded.path, files[3]], tmp_path / "out")
     assert_holds(tmp_path / "out", states[4])
     middle = compact(tmp_path / "state-1", files[1:3], tmp_path / "2-to-3.pxd")

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from click.testing import CliRunner
 
 from peraxis_format import CheckpointError, DType
+from peraxis_tools.cli import cli
 from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.plan.estimate import StageWork, Text, work_of
 from peraxis_tools.compress.plan.plan import plan
@@ -41,6 +43,17 @@ def test_the_size_for_a_target_is_that_of_the_file(pair: tuple[Path, Path, Path]
     made = compress(base, tuned, tmp_path / "d.pxd", target_ratio=ratio, force=True)
     assert abs(said.bytes - made.bytes) <= 4096
     assert said.bytes <= said.full_bytes / ratio
+
+
+def test_a_dry_run_refuses_an_output_that_the_run_would_refuse(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, tuned, _ = pair
+    (tmp_path / "d.pxd").write_bytes(b"mine")
+    command = ["compress", str(base), str(tuned), "--dry-run", "-o"]
+    for output, part in ((tmp_path / "d.pxd", "exists already"), (tmp_path / "no" / "d.pxd", "no such folder")):
+        done = CliRunner().invoke(cli, [*command, str(output)])
+        assert part in str(done.exception)
+    assert CliRunner().invoke(cli, [*command, str(tmp_path / "d.pxd"), "--overwrite"]).exit_code == 0
+    assert (tmp_path / "d.pxd").read_bytes() == b"mine"
 
 
 def test_it_names_every_stage_of_a_fit_and_writes_nothing(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:

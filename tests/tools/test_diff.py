@@ -194,7 +194,7 @@ def test_metadata_that_is_json_differs_by_key(tmp_path: Path) -> None:
             writer.finish()
     found = diff(*paths)
     key = "metadata['peraxis.config']"
-    assert {change.field: (change.a, change.b) for change in found.manifest} == {
+    assert {change.field: (change.a, change.b) for change in found.manifest_changes} == {
         "metadata['note']": ("a", "b"),
         f"{key}.bits": ("1", "2"),
         f"{key}.seed": ("0", None),

@@ -86,6 +86,24 @@ def test_a_signal_that_a_library_turns_into_an_error_of_its_own_ends_the_run_as_
     assert (done.value.code, capsys.readouterr().err) == (status, said)
 
 
+def test_an_interrupt_within_a_text_that_is_run_leaves_the_exit_status(tmp_path: Path) -> None:
+    """Python ends `-m` by SIGINT itself, after our own exit status, if one passed `exec` or `eval` of a text."""
+    (tmp_path / "program.py").write_text(
+        "from peraxis_tools import cli\n"
+        "cli._run_verb = lambda: exec('import os, signal; os.kill(os.getpid(), signal.SIGINT)')\n"
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\ncli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "program"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
 def test_the_former_handler_is_restored_and_a_program_keeps_its_own() -> None:
     before = signal.getsignal(signal.SIGINT)
     with interrupts_end():

@@ -93,7 +93,7 @@ def test_auto_takes_exact_where_it_is_smaller_than_signs(tmp_path: Path) -> None
     assert found["model.layers.0.self_attn.q_proj.weight"] == "same"
     plain = compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "b.pxd", bits=1)
     assert "exact" not in encodings(plain.path).values()
-    assert (tmp_path / "a.pxd").stat().st_size < plain.size
+    assert (tmp_path / "a.pxd").stat().st_size < plain.bytes
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_the_writer_is_told_what_to_prefer_and_says_how_the_blocks_are_stored(
     assert small.exact_blocks["keyed"] == 3
     assert "keyed" not in fast.exact_blocks
     assert sum(small.exact_blocks.values()) == sum(fast.exact_blocks.values()) == 3
-    assert small.size < fast.size
+    assert small.bytes < fast.bytes
     for result in (small, fast):
         found: Counter[str] = Counter()
         with pxd.open(result.path) as delta:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,20 @@ def test_what_is_no_file_is_neither_waited_for_nor_read(
     compress(base, tuned, tmp_path / "d.pxd", fit="none")
     apply(base, tmp_path / "d.pxd", tmp_path / "out")
     assert not (tmp_path / "out" / name).exists()
+
+
+def test_a_current_folder_that_was_removed_is_named(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    program = f"import os; os.chdir({str(gone)!r}); os.rmdir({str(gone)!r}); from peraxis_tools.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "compress", "base", "tuned", "-o", "new.pxd"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: the current folder was removed; change to another one\n"
 
 
 @pytest.mark.parametrize("name", ["model-1.safetensors", "model.safetensors", "a.safetensors"])

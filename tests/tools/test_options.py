@@ -123,7 +123,7 @@ def test_a_target_that_is_too_small_says_the_smallest_possible_which_is_possible
 
     def made(target: int) -> int:
         output = tmp_path / "new.pxd"
-        return compress(tmp_path / "base", tmp_path / "tuned", output, target_size=target, overwrite=True).size
+        return compress(tmp_path / "base", tmp_path / "tuned", output, target_size=target, overwrite=True).bytes
 
     with pytest.raises(ToolError, match=r"target too small: 10 bytes; the smallest possible is (\d+)") as caught:
         made(10)

@@ -85,6 +85,25 @@ def test_an_evaluation_of_another_file_is_refused(delta: Path, tmp_path: Path) -
     assert not (tmp_path / "repo").exists()
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"kl": 0.0123', '"kl": NaN'),
+        ('"top1": 0.95', '"top1": Infinity'),
+        ('"perplexity_fine_tuned": 9.1', '"perplexity_fine_tuned": -Infinity'),
+        ('{"merged": {"kl": 0.0123, "top1": 0.95}}', "{}"),
+    ],
+)
+def test_an_evaluation_without_finite_figures_is_refused(delta: Path, tmp_path: Path, old: str, new: str) -> None:
+    with pxd.open(delta) as file:
+        report = evaluation(tmp_path / "eval.json", file.content_id)
+    assert old in report.read_text()
+    report.write_text(report.read_text().replace(old, new))
+    with pytest.raises(ToolError, match="lacks figures of an evaluation"):
+        publish("me/delta", delta, evaluation=report, dry_run=tmp_path / "repo")
+    assert not (tmp_path / "repo").exists()
+
+
 def test_a_damaged_file_is_never_published(delta: Path, tmp_path: Path) -> None:
     data = bytearray(delta.read_bytes())
     data[-1] ^= 1
@@ -180,7 +199,7 @@ def test_several_deltas_are_published_at_once_each_with_its_evaluation(delta: Pa
         with pxd.open(path) as file:
             reports.append(evaluation(tmp_path / f"{path.name}.json", file.content_id))
     result = publish("me/delta", [delta, other], evaluation=reports)
-    assert [item.file for item in result.deltas] == ["delta.pxd", "other.pxd"]
+    assert [item.name for item in result.deltas] == ["delta.pxd", "other.pxd"]
     index = front_matter(hub.held["README.md"])["model-index"][0]["results"]
     assert [metric["config"] for item in index for metric in item["metrics"]] == ["delta.pxd"] * 2 + ["other.pxd"] * 2
     assert hub.calls[1][1][0] == ["delta.pxd", "other.pxd", "README.md", ".gitattributes"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from pathlib import Path
 
 import numpy as np
@@ -128,3 +129,17 @@ def test_certificates_work_in_the_place_of_keys(delta: Path, tmp_path: Path) -> 
     code, shown = verify(delta, "--signature", "--certificate-chain", paths["root"])
     assert code == 0, shown
     assert verify(delta, "--signature", "--certificate-chain", paths["strange"])[0] == 1
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_a_key_that_is_no_file_is_not_called_missing(kind: str, delta: Path, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    if kind == "pipe":
+        os.mkfifo(key)
+    else:
+        key.mkdir()
+    done = CliRunner().invoke(sign_command, [str(delta), "--private-key", str(key)])
+    assert str(done.exception) == f"{key}: is a folder or a pipe; name a file, because it is read more than once"
+    code, shown = verify(delta, "--public-key", key)
+    assert code == 2
+    assert "is a folder or a pipe" in shown

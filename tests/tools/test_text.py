@@ -65,6 +65,32 @@ def test_rows_without_text_are_refused_with_what_they_hold(tmp_path: Path) -> No
         read_documents(source, text_column="score", limit=9)
 
 
+def test_a_text_that_holds_nothing_is_called_empty(tmp_path: Path) -> None:
+    for rows in ((), ({},)):
+        with pytest.raises(OptionError, match="is empty; name another text"):
+            read_documents(rows_file(tmp_path / "rows.jsonl", *rows), text_column=None, limit=9)
+
+
+def test_a_damaged_table_is_one_line_of_ours_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "table.parquet").write_bytes(b"PAR1" + bytes(100))
+    with pytest.raises(OptionError, match="cannot be read") as found:
+        read_documents(str(tmp_path / "table.parquet"), text_column=None, limit=9)
+    assert "\n" not in str(found.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_text_shorter_than_one_sample_is_noted(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = rows_file(tmp_path / "short.jsonl", {"text": "sun"})
+    long = rows_file(tmp_path / "long.jsonl", *[{"text": "sun moon red blue"}] * 30)
+    load_samples(long, tokenizer, samples=2, length=16, seed=0)
+    assert caplog.text == ""
+    load_samples([long, short], tokenizer, samples=2, length=16, seed=0)
+    assert "short.jsonl: has 4 tokens, less than one sample of 16" in caplog.text
+    assert "long.jsonl" not in caplog.text
+
+
 def test_each_document_ends_with_one_end_of_text_token(tmp_path: Path, tokenizer: Any) -> None:
     source = str(write_text(tmp_path / "text.jsonl", documents=12, words=5))
     ids = load_samples(source, tokenizer, samples=64, length=8, seed=0).ids.flatten().tolist()

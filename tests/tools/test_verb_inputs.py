@@ -43,7 +43,7 @@ def weights(folder: Path) -> dict[str, Any]:
 def test_python_takes_a_folder_or_a_url_of_updates_as_the_command_line_does(chain: Path, tmp_path: Path) -> None:
     wanted = weights(tmp_path / "two")
     for number, source in enumerate((chain, f"file://{chain}", sorted(chain.glob("*.pxd")))):
-        found = weights(peraxis.apply(tmp_path / "base", source, tmp_path / f"state{number}").folder)
+        found = weights(peraxis.apply(tmp_path / "base", source, tmp_path / f"state{number}").path)
         assert found.keys() == wanted.keys()
         assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
     folded = peraxis.compact(tmp_path / "base", chain, tmp_path / "folded.pxd")

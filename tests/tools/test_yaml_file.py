@@ -31,6 +31,7 @@ BOMB = "\n".join(
         ("a: " + "x" * 70000, "is larger than 65536 bytes"),
         ("masks: !!python/object/apply:os.system [ls]", "not a YAML file"),
         ("- masks", "must have lines"),
+        ("masks: 2\nseed: 1\nmasks: 3", "masks stands in lines 1 and 3; keep one"),
         ("seed: 2026-99-99", "not a YAML file"),
         ("\x00", "not a YAML file"),
     ],
@@ -46,6 +47,13 @@ def test_a_hostile_configuration_is_refused_in_one_line_and_little_memory(text: 
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("option", ["masks", "fit", "seed", "held_out", "resume"])
+def test_an_option_without_a_value_is_refused(option: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"{option}: ~\n")
+    with pytest.raises(OptionError, match=f"{option} None: must be"):
+        CompressOptions.from_yaml(tmp_path / "run.yaml")
 
 
 def test_an_ordinary_configuration_is_read_as_it_was(tmp_path: Path) -> None:
