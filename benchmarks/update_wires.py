@@ -10,7 +10,7 @@ keyed, gaps  the two modes of the encoding `exact` (SPEC 5.6 to 5.9)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Final, Literal
 
@@ -25,16 +25,23 @@ __all__ = ["MODES", "Wire", "Words", "bound", "ours", "peers"]
 
 Words = NDArray[np.uint16]
 MODES: Final[dict[str, Literal["size", "speed"]]] = {"keyed": "size", "gaps": "speed"}
-ZSTD: Any = import_module("pyarrow").Codec("zstd", compression_level=1)
+ARROW: Any = import_module("pyarrow")
+ZSTD: Any = ARROW.Codec("zstd", compression_level=1)
+
+
+def _pool() -> Any:
+    """A memory pool of Arrow that counts its own bytes."""
+    return ARROW.proxy_memory_pool(ARROW.default_memory_pool())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wire:
-    """One wire's bytes of an update. apply: writes the update into weights, in place."""
+    """One wire of an update. size: bytes. apply: writes it into weights, in place. pool: what it decompresses into."""
 
     name: str
     size: int
     apply: Callable[[Words], None]
+    pool: Any = field(default_factory=_pool)
 
 
 def ours(old: Words, new: Words, threads: int) -> Iterator[Wire]:
@@ -52,19 +59,12 @@ def peers(old: Words, new: Words) -> Iterator[Wire]:
     """The wires of other systems. Their loops run on one thread."""
     index = np.flatnonzero(old != new).astype(np.int32)
     values, xored = new[index], old ^ new
-    yield Wire(name="int32", size=6 * index.size, apply=lambda w: _scatter(w, index, values))
     steps = np.diff(index, prepend=-1) - 1
     short = steps.astype(np.uint16 if steps.max(initial=0) < 65536 else np.uint32)
-    gaps, unpacked_gaps = _compressed(short)
-    patterns, unpacked_xor = _compressed(xored[index])
-    size = len(gaps) + len(patterns)
-    yield Wire(name="gaps + XOR", size=size, apply=lambda w: _scatter_gaps(w, unpacked_gaps(), unpacked_xor(), True))
-    coo, unpacked_coo = _compressed(steps)
-    plain, unpacked_values = _compressed(values)
-    size = len(coo) + len(plain)
-    yield Wire(name="COO + zstd", size=size, apply=lambda w: _scatter_gaps(w, unpacked_coo(), unpacked_values(), False))
-    whole, unpacked_whole = _compressed(xored)
-    yield Wire(name="XOR + zstd", size=len(whole), apply=lambda w: _xor(w, unpacked_whole()))
+    yield Wire(name="int32", size=6 * index.size, apply=lambda w: _scatter(w, index, values))
+    yield _zstd("gaps + XOR", (short, xored[index]), lambda w, gaps, values: _scatter_gaps(w, gaps, values, True))
+    yield _zstd("COO + zstd", (steps, values), lambda w, gaps, values: _scatter_gaps(w, gaps, values, False))
+    yield _zstd("XOR + zstd", (xored,), _xor)
 
 
 def bound(old: Words, new: Words) -> float:
@@ -87,10 +87,16 @@ def bound(old: Words, new: Words) -> float:
     return bits / 8
 
 
-def _compressed(array: NDArray[Any]) -> tuple[bytes, Callable[[], NDArray[Any]]]:
-    packed = ZSTD.compress(array, asbytes=True)
-    # As bytes, so that tracemalloc counts them.
-    return packed, lambda: np.frombuffer(ZSTD.decompress(packed, array.nbytes, asbytes=True), array.dtype)
+def _zstd(name: str, arrays: tuple[NDArray[Any], ...], write: Callable[..., None]) -> Wire:
+    """A wire of compressed arrays. write: writes the decompressed arrays into weights."""
+    packed = [(ZSTD.compress(array, asbytes=True), array.nbytes, array.dtype) for array in arrays]
+    pool = _pool()
+
+    def apply(weights: Words) -> None:
+        buffers = (ZSTD.decompress(data, size, memory_pool=pool) for data, size, _ in packed)
+        write(weights, *(np.frombuffer(b, dtype) for b, (_, _, dtype) in zip(buffers, packed, strict=True)))
+
+    return Wire(name=name, size=sum(len(data) for data, _, _ in packed), apply=apply, pool=pool)
 
 
 @numba.njit

@@ -79,7 +79,7 @@ def allocated(wire: Wire, old: Words, new: Words) -> int:
     tracemalloc.stop()
     if not np.array_equal(weights, new):
         raise RuntimeError(f"{wire.name}: applying it gives other weights")
-    return peak
+    return peak + (wire.pool.max_memory() or 0)
 
 
 def measure(bench: Benchmark, update: Update, options: argparse.Namespace) -> Figures:
