@@ -25,11 +25,13 @@ from peraxis_tools.chat_template import chat_template_of
 from peraxis_tools.compress.calibration.parts import pieces_of
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.encoding import token_ids
+from peraxis_tools.heap import trim_heap
 from peraxis_tools.text import Ids
 
 __all__ = ["draw_tokens", "generate", "starts_of"]
 
 _PROMPTS: Final = ("The ", "How do I ", "What is ", "Write a short ", "Explain ", "def ", "Q: ")
+_TRIM_STEPS: Final = 16
 _MARK: Final = "\u241fpart\u241f"  # stands for the text of a turn; no template writes it
 
 
@@ -162,8 +164,13 @@ def draw_tokens(logits: Tensor) -> Tensor:
 
 
 class _Drawn:
-    """Leaves a drawn token of each row alone; all others get scores of minus infinity."""
+    """Leaves a drawn token of each row alone; all others get scores of minus infinity.
+
+    At times it returns freed memory: each step makes longer keys and values, which do not fit where the former were.
+    """
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         """ids: [n, length]; scores: logits [n, vocabulary]."""
+        if ids.shape[1] % _TRIM_STEPS == 0:
+            trim_heap()
         return torch.full_like(scores, -torch.inf).scatter_(1, draw_tokens(scores.float()), 0.0)

@@ -90,7 +90,7 @@ class _Trial:
     def __init__(self, matrix: Matrix, options: FitOptions, tokens: int) -> None:
         self._matrix, self._options, self._all_tokens = matrix, options, tokens
         rows = slice(None, None, max(1, len(matrix.base) // TRIAL_ROWS))
-        self._some = replace(matrix, base=matrix.base[rows], fine_tuned=matrix.fine_tuned[rows])
+        self._some = matrix.rows(rows)
         self._plain = _plain(self._some)
         self._share = len(matrix.base) / len(self._some.base)
         self._axis = matrix.axes[0] if len(matrix.axes) == 1 else None
@@ -103,7 +103,7 @@ class _Trial:
         self._tokens.append(max(validation.tokens, 1))
         candidates: dict[str, Sequence[ComponentFit]] = {_NONE: self._plain, _SAME: ()}
         if hessian is not None:
-            candidates.update(self._fitted(quadratic(_delta(self._some), self._some.fine_tuned, hessian), validation))
+            candidates.update(self._fitted(quadratic(self._some.delta, self._some.fine_tuned, hessian), validation))
         for kind, terms in candidates.items():
             self._errors.setdefault(kind, []).append(self._error(terms, validation))
 
@@ -175,7 +175,8 @@ class _Trial:
         matrix, options = self._matrix, self._options if refined else FitOptions(refine=False)
         if refined and has_unused_rows(matrix, axis):
             return fit_used_rows(matrix, axis, hessian, options)
-        return self._terms(quadratic(_delta(matrix), matrix.fine_tuned, hessian), axis, options)
+        whole = matrix.rows()
+        return self._terms(quadratic(whole.delta, whole.fine_tuned, hessian), axis, options)
 
     def _why_none(self) -> str:
         why = "calibration does not improve it" if _SCALES in self._errors else "no calibration token reaches it"
@@ -197,13 +198,9 @@ def _share(errors: Sequence[float], of: Sequence[float]) -> float:
     return sum(shares) / len(shares)
 
 
-def _delta(matrix: Matrix) -> Tensor:
-    return matrix.fine_tuned - matrix.base
-
-
 def _plain(matrix: Matrix) -> tuple[ComponentFit, ...]:
     """`none`."""
-    return _rounded(residual_terms(_delta(matrix), matrix.axes, matrix.components))
+    return _rounded(residual_terms(matrix.delta, matrix.axes, matrix.components))
 
 
 def _rounded(terms: Sequence[ComponentFit]) -> tuple[ComponentFit, ...]:
@@ -211,13 +208,13 @@ def _rounded(terms: Sequence[ComponentFit]) -> tuple[ComponentFit, ...]:
 
 
 def _applied(matrix: Matrix, terms: Sequence[ComponentFit]) -> Tensor:
-    """The weight that apply gives, float32."""
+    """The weight that apply gives, float32. matrix: in float32."""
     return (matrix.base + dense(terms, matrix.base)).to(matrix.dtype).float()
 
 
 def _fit_adamw(matrix: Matrix, statistics: Statistics, options: FitOptions) -> FittedMatrix:
     """The paper's fit. Like the paper, it does not check that the fit is better than none."""
-    delta = _delta(matrix)
+    matrix = matrix.rows()
     (_, held_out), *_ = statistics.directions()
     validation = Validation(matrix.fine_tuned, held_out.float32())
 
@@ -230,7 +227,7 @@ def _fit_adamw(matrix: Matrix, statistics: Statistics, options: FitOptions) -> F
     if not statistics.fit.tokens:
         return replace(fitted, note="no calibration token reaches it: mean |delta|")
     terms = [
-        round_scales_f16(adamw_component(delta, matrix.fine_tuned, statistics.fit, a, steps=options.adamw_steps))
+        round_scales_f16(adamw_component(matrix.delta, matrix.fine_tuned, statistics.fit, a, steps=options.adamw_steps))
         for a in matrix.axes
     ]
     best = min(terms, key=lambda term: error((term,)))

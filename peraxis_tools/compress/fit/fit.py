@@ -73,7 +73,7 @@ class FitOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
-    """One matrix to fit. base, fine_tuned: float32 [d_out, d_in].
+    """One matrix to fit. base, fine_tuned: [d_out, d_in], as stored; fits want them as float32 (`rows`).
 
     dtype: what base + delta is rounded to when applied. axes: candidates. components: masks, 1 to 8. used: of a table,
     the rows whose tokens the text has, bool [d_out]; None: all.
@@ -85,6 +85,15 @@ class Matrix:
     axes: tuple[Axis, ...] = AUTO_AXES
     components: int = 1
     used: Tensor | None = None
+
+    def rows(self, chosen: slice | Tensor = slice(None)) -> Matrix:
+        """The matrix of these rows, in float32."""
+        return replace(self, base=self.base[chosen].float(), fine_tuned=self.fine_tuned[chosen].float(), used=None)
+
+    @property
+    def delta(self) -> Tensor:
+        """float32 [d_out, d_in]."""
+        return self.fine_tuned.float() - self.base.float()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

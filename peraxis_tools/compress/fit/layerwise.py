@@ -48,6 +48,7 @@ from peraxis_tools.progress import Staged
 
 __all__ = ["LayerwiseCalibration"]
 
+_LARGE_SUMS: Final = 64 << 20
 _TIED_INPUT_WEIGHT: Final = 0.5  # weight of a tied table's error as an embedding, relative to that as the head
 
 
@@ -127,7 +128,6 @@ class LayerwiseCalibration:
             self._advance(index)
         for model in (self.teacher, self.student):
             model.empty(index)
-        trim_heap()
 
     def _part(self, part: str, fit: Callable[[], list[FittedModule]]) -> list[FittedModule]:
         """A part from the work folder; if it is not there, it is fitted and saved."""
@@ -233,16 +233,19 @@ class LayerwiseCalibration:
                 hidden[i] = self.teacher.run_layer(index, batch.ids, hidden[i])
             self.teacher.empty(index)
             trim_heap()
-        done: list[FittedModule] = []
         # The student's final states are not known yet, so the teacher's are used for both.
         side = self._side(self.teacher, hidden, self.teacher.head, text)
         with self._collector([side, side], [parameter], text, outputs=False) as collector:
-            for stage in collector.stages:
-                sums = collector.collect(stage)
-                for statistics in sums.values():
-                    for moments in (statistics.fit, statistics.validation):
-                        moments.add_isotropic(_TIED_INPUT_WEIGHT)
-                done.extend(self._fit_stage(stage, sums))
+            collected = [(stage, collector.collect(stage)) for stage in collector.stages]
+        self.teacher.empty_whole()  # a table is large, and `run` fills it again
+        trim_heap()
+        done: list[FittedModule] = []
+        for stage, sums in collected:
+            for statistics in sums.values():
+                for moments in (statistics.fit, statistics.validation):
+                    moments.add_isotropic(_TIED_INPUT_WEIGHT)
+            done.extend(self._fit_stage(stage, sums))
+        trim_heap()
         return done
 
     def _plain(self, module: PlannedModule, note: str) -> FittedModule:
@@ -269,6 +272,8 @@ class LayerwiseCalibration:
             ]
             self._install(done)
             for stage in collector.stages:
+                if self._sums_bytes(stage) >= _LARGE_SUMS:
+                    trim_heap()  # what earlier stages freed is in pieces that large sums do not fit into
                 fitted = self._fit_stage(stage, collector.collect(stage))
                 self._install(fitted)
                 done.extend(fitted)
@@ -276,6 +281,11 @@ class LayerwiseCalibration:
                 for hidden, output in zip(self._hidden, outputs, strict=True):
                     hidden[i] = output
         return done
+
+    def _sums_bytes(self, stage: Stage) -> int:
+        """The bytes of the sums of a stage with one input: G, E and F of the fit and of its validation."""
+        shapes = [(self.student.get(name).shape, transposed) for name, transposed in stage.transposed.items()]
+        return 6 * 8 * max(shape[-2 if transposed else -1] ** 2 for shape, transposed in shapes)
 
     def _side(
         self,

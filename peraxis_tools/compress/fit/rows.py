@@ -33,17 +33,15 @@ def fit_used_rows(matrix: Matrix, axis: Axis, hessian: Hessian, options: FitOpti
     if matrix.used is None:
         raise ValueError("a matrix without known rows")
     used = matrix.used.nonzero()[:, 0]
-    tuned = matrix.fine_tuned[used]
-    refined = fit_terms(
-        quadratic(tuned - matrix.base[used], tuned, hessian), axis, options, components=matrix.components
-    )
-    signs = [torch.empty(matrix.base.shape, dtype=torch.bool, device=tuned.device) for _ in refined]
-    rows = [matrix.base.new_empty(len(matrix.base)) for _ in refined]
+    some = matrix.rows(used)
+    refined = fit_terms(quadratic(some.delta, some.fine_tuned, hessian), axis, options, components=matrix.components)
+    signs = [torch.empty(matrix.base.shape, dtype=torch.bool, device=used.device) for _ in refined]
+    rows = [some.base.new_empty(len(matrix.base)) for _ in refined]
     for k, term in enumerate(refined):
         signs[k][used], rows[k][used] = term.signs, term.row
     for chosen in (~matrix.used).nonzero()[:, 0].split(_ROWS):
-        tuned = matrix.fine_tuned[chosen]
-        rest = quadratic(tuned - matrix.base[chosen], tuned, hessian).target
+        some = matrix.rows(chosen)
+        rest = quadratic(some.delta, some.fine_tuned, hessian).target
         for k, term in enumerate(refined):
             start = ComponentFit(axis=Axis.ROW, signs=rest >= 0, row=rest.new_ones(len(rest)), col=term.col)
             found = fit_scales(start, rest, hessian.matrix)

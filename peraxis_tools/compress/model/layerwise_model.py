@@ -177,15 +177,35 @@ class LayerwiseModel:
         For layers that run on given hidden states. An embedding that does more than read rows is kept.
         """
         table: Any = self.model.get_input_embeddings()
-        kind = type(table)
-        if kind is not nn.Embedding:
+        if type(table) is not nn.Embedding:
             return
-        width = table.embedding_dim
         name = next(name for name, value in self.model.named_parameters() if value is table.weight)
         empty = nn.Parameter(table.weight.to("meta"), requires_grad=False)
         for module, leaf in self.owners(name):
             module._parameters[leaf] = empty
-        table.forward = lambda ids: torch.zeros((), dtype=self.dtype, device=self.device).expand(*ids.shape, width)
+        table.forward = self._zeros
+
+    def _zeros(self, ids: Tensor) -> Tensor:
+        """Zeros in place of the rows of the table of input embeddings, which takes no memory."""
+        width = self.model.get_input_embeddings().embedding_dim
+        return torch.zeros((), dtype=self.dtype, device=self.device).expand(*ids.shape, width)
+
+    @contextmanager
+    def _unread_embedding(self) -> Iterator[None]:
+        """Passes inside this context, on given hidden states, do not read the table: it may have to be built first.
+
+        An embedding that does more than read rows is read.
+        """
+        table: Any = self.model.get_input_embeddings()
+        plain = isinstance(table, nn.Embedding) and type(table).forward is nn.Embedding.forward
+        if not plain or "forward" in vars(table):
+            yield
+            return
+        table.forward = self._zeros
+        try:
+            yield
+        finally:
+            del table.forward
 
     def write(self, name: str, value: Tensor) -> None:
         """Write values into a parameter's memory, so that running passes see them too."""
@@ -258,7 +278,7 @@ class LayerwiseModel:
         """The logits for the output of the last layer, or for some of its tokens; ids: the tokens."""
         given = threading.local()
         given.hidden = hidden
-        with self._rerouted(None, given):
+        with self._rerouted(None, given), self._unread_embedding():
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
             return logits
 

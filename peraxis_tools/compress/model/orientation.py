@@ -30,7 +30,7 @@ _SWAPPED: Final = {Axis.ROW: Axis.COL, Axis.COL: Axis.ROW}
 
 @dataclass(frozen=True, slots=True)
 class OrientedModule:
-    """A module in its storage orientation: base and fine-tuned, float32 [..., rows, cols]; the key of each matrix.
+    """A module in its storage orientation: base and fine-tuned as stored, [..., rows, cols]; the key of each matrix.
 
     An unchanged module has no keys, because there is nothing to fit.
     """
@@ -46,7 +46,7 @@ class OrientedModule:
         base, tuned = weights.pair(planned)
         batch = base.shape[:-2].numel() if base.dim() > 2 else None
         keys: tuple[Key, ...] = ((piece.parameter, piece.index),)
-        if torch.equal(base, tuned):
+        if base.dtype is tuned.dtype and torch.equal(base, tuned):
             keys = ()
         elif batch is not None:
             keys = tuple((piece.parameter, e) for e in range(batch))

@@ -44,11 +44,11 @@ class Weights:
         return from_storage(tensors.read(name, rows), tensors[name].dtype).to(self.device)
 
     def pair(self, module: PlannedModule) -> tuple[Tensor, Tensor]:
-        """(base, fine-tuned) of the rows that both have, as float32; equal if one is a cast of the other."""
+        """(base, fine-tuned) of the rows that both have, as stored; equal if one is a cast of the other."""
         rows = slice(0, kept_rows(module))
         base, tuned = self.read(self.base, module.name, rows), self.read(self.fine_tuned, module.name, rows)
         cast = base.dtype is not tuned.dtype and torch.equal(base.to(tuned.dtype), tuned)
-        return (tuned if cast else base).float(), tuned.float()
+        return tuned if cast else base, tuned
 
     def teacher(self, name: str) -> Tensor:
         """A tensor of the fine-tuned checkpoint."""
