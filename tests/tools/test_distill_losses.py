@@ -86,3 +86,19 @@ def test_a_head_is_trained_alone(tmp_path: Path) -> None:
     (expected,) = torch.autograd.grad(reference(student, ids(3)[[0, 1]], "kl"), [head])
     assert head.grad is not None
     torch.testing.assert_close(head.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_head_does_not_read_the_table_of_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = model(2)
+    states = student.states(ids(2))
+    expected = student.model(input_ids=ids(2)).logits
+    table = student.model.get_input_embeddings()
+
+    def build(_: object) -> Tensor:
+        raise AssertionError("the table is built")
+
+    monkeypatch.setattr(type(table), "forward", build)  # a class's forward, as a parametrized table has
+    monkeypatch.setattr(torch.nn.functional, "embedding", build)
+    assert torch.equal(student.head(ids(2), states), expected)
+    monkeypatch.undo()
+    torch.testing.assert_close(student.model(input_ids=ids(2)).logits, expected)

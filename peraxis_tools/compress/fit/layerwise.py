@@ -48,7 +48,6 @@ from peraxis_tools.progress import Staged
 
 __all__ = ["LayerwiseCalibration"]
 
-_LARGE_SUMS: Final = 64 << 20
 _TIED_INPUT_WEIGHT: Final = 0.5  # weight of a tied table's error as an embedding, relative to that as the head
 
 
@@ -272,8 +271,6 @@ class LayerwiseCalibration:
             ]
             self._install(done)
             for stage in collector.stages:
-                if self._sums_bytes(stage) >= _LARGE_SUMS:
-                    trim_heap()  # what earlier stages freed is in pieces that large sums do not fit into
                 fitted = self._fit_stage(stage, collector.collect(stage))
                 self._install(fitted)
                 done.extend(fitted)
@@ -281,11 +278,6 @@ class LayerwiseCalibration:
                 for hidden, output in zip(self._hidden, outputs, strict=True):
                     hidden[i] = output
         return done
-
-    def _sums_bytes(self, stage: Stage) -> int:
-        """The bytes of the sums of a stage with one input: G, E and F of the fit and of its validation."""
-        shapes = [(self.student.get(name).shape, transposed) for name, transposed in stage.transposed.items()]
-        return 6 * 8 * max(shape[-2 if transposed else -1] ** 2 for shape, transposed in shapes)
 
     def _side(
         self,

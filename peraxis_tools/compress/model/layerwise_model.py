@@ -177,7 +177,8 @@ class LayerwiseModel:
         For layers that run on given hidden states. An embedding that does more than read rows is kept.
         """
         table: Any = self.model.get_input_embeddings()
-        if type(table) is not nn.Embedding:
+        kind = type(table)
+        if kind is not nn.Embedding:
             return
         name = next(name for name, value in self.model.named_parameters() if value is table.weight)
         empty = nn.Parameter(table.weight.to("meta"), requires_grad=False)
@@ -187,8 +188,8 @@ class LayerwiseModel:
 
     def _zeros(self, ids: Tensor) -> Tensor:
         """Zeros in place of the rows of the table of input embeddings, which takes no memory."""
-        width = self.model.get_input_embeddings().embedding_dim
-        return torch.zeros((), dtype=self.dtype, device=self.device).expand(*ids.shape, width)
+        table: Any = self.model.get_input_embeddings()
+        return torch.zeros((), dtype=self.dtype, device=self.device).expand(*ids.shape, table.embedding_dim)
 
     @contextmanager
     def _unread_embedding(self) -> Iterator[None]:

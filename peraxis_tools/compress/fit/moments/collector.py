@@ -21,10 +21,12 @@ from peraxis_tools.compress.fit.moments.sums import Moments, Statistics, grid_of
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.plan.estimate import TABLE_TOKENS
 from peraxis_tools.compress.run.distributed import Processes
+from peraxis_tools.heap import trim_heap
 
 __all__ = ["Batch", "MomentsCollector", "Side", "Text"]
 
 _THREADS: Final = 64  # suspended passes at most
+_LARGE_SUMS: Final = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,8 @@ class MomentsCollector:
 
     def collect(self, stage: Stage) -> dict[Key, Statistics]:
         """The moments of a stage, over the batches of all processes."""
+        if self._sums_bytes(stage) >= _LARGE_SUMS:
+            trim_heap()  # what earlier stages freed is in pieces that large sums do not fit into
         sums: dict[Key, Statistics] = {}
         for batch, teacher, student in zip(self._text.batches, self._teachers, self._students, strict=True):
             ours = student.inputs(stage)
@@ -167,6 +171,11 @@ class MomentsCollector:
                     moments.add(inputs, theirs.get(key))
         self._add_up(stage, sums)
         return sums
+
+    def _sums_bytes(self, stage: Stage) -> int:
+        """The bytes of G, E and F of one input of the stage, for the fit and for its validation."""
+        shapes = [(self._student.model.get(name).shape, swapped) for name, swapped in stage.transposed.items()]
+        return 6 * 8 * max(shape[-2 if swapped else -1] ** 2 for shape, swapped in shapes)
 
     def _empty(self, stage: Stage, width: int) -> Statistics:
         grid = grid_of(stage.energy, len(self._text.every))
