@@ -87,6 +87,11 @@ def _refuse(shown: str, new: Link, links: list[Link]) -> None:
     if new in beside:
         return
     kept = [link for link in links if link not in beside]
+    place = (new.previous, new.base, new.result)
+    twin = next((link for link in kept if (link.previous, link.base, link.result) == place), None)
+    if twin is not None:
+        note(f"{shown}: repeats {twin.path}, so `log` and `apply` will refuse the folder; delete one of them")
+        return
     try:
         predecessors(kept)
     except CheckFailedError:
@@ -106,8 +111,7 @@ def _refuse(shown: str, new: Link, links: list[Link]) -> None:
             )
     for link in kept:
         other = before[link.content_id]
-        alike = other is own and (own is not None or link.base == new.base)
-        if alike and link.result != new.result:
+        if other is own and (own is not None or link.base == new.base) and link.result != new.result:
             raise CheckFailedError(
                 f"{shown}: would be a fork, because {link.path} was made on the same state; {_AFTER} to follow them, "
                 "or write to another folder"
