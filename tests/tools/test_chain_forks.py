@@ -60,9 +60,9 @@ def test_an_update_that_would_fork_its_folder_is_not_written(folder: Path) -> No
 def test_an_update_that_would_fork_its_folder_or_url_is_not_written(folder: Path, place: str) -> None:
     with pytest.raises(CheckFailedError, match=r"/2\.pxd: would be a fork, because .*1\.pxd was made .*--after"):
         peraxis.update(folder / "base", folder / "two", f"{place}/2.pxd")
-    assert [entry.file for entry in peraxis.log(place).updates] == ["1.pxd"]
+    assert [entry.name for entry in peraxis.log(place).updates] == ["1.pxd"]
     peraxis.update(folder / "base", folder / "two", f"{place}/1.pxd", overwrite=True)
-    assert [entry.file for entry in peraxis.log(place).updates] == ["1.pxd"]
+    assert [entry.name for entry in peraxis.log(place).updates] == ["1.pxd"]
 
 
 @pytest.mark.parametrize("old", ["base", "one"])
@@ -72,10 +72,10 @@ def test_a_second_successor_of_an_update_is_not_written(folder: Path, place: str
     after = [f"{place}/1.pxd"] if old == "base" else []
     with pytest.raises(CheckFailedError, match=r"/3\.pxd: would be a fork, because .*2\.pxd was made .*--after"):
         peraxis.update(folder / old, folder / "three", f"{place}/3.pxd", after=after)
-    assert [entry.file for entry in peraxis.log(place).updates] == ["1.pxd", "2.pxd"]
+    assert [entry.name for entry in peraxis.log(place).updates] == ["1.pxd", "2.pxd"]
     peraxis.update(folder / "base", folder / "three", f"{place}/3.pxd", after=[f"{place}/1.pxd", f"{place}/2.pxd"])
     peraxis.compact(folder / "base", [f"{place}/{i}.pxd" for i in (1, 2)], f"{place}/1-2.pxd")
-    assert [entry.file for entry in peraxis.log(place).updates] == ["1.pxd", "2.pxd", "3.pxd"]
+    assert [entry.name for entry in peraxis.log(place).updates] == ["1.pxd", "2.pxd", "3.pxd"]
 
 
 def test_an_update_that_returns_to_an_earlier_state_follows_by_its_name(folder: Path, place: str) -> None:
@@ -84,7 +84,7 @@ def test_an_update_that_returns_to_an_earlier_state_follows_by_its_name(folder: 
     names = [f"{place}/{i}.pxd" for i in range(1, 6)]
     for i in range(1, 5):
         peraxis.update(folder / "base", folder / ("base", "one")[i % 2], names[i], after=names[:i])
-    assert [entry.file for entry in peraxis.log(place).updates] == [f"{i}.pxd" for i in range(1, 6)]
+    assert [entry.name for entry in peraxis.log(place).updates] == [f"{i}.pxd" for i in range(1, 6)]
 
 
 def test_a_file_at_a_url_that_is_no_update_is_passed_over_and_one_that_cannot_be_read_is_named(

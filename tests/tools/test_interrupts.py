@@ -81,8 +81,13 @@ def test_a_signal_that_a_library_turns_into_an_error_of_its_own_ends_the_run_as_
         exec(wrapping, {"end": lambda: os.kill(os.getpid(), number), "ToolError": ToolError})
 
     monkeypatch.setattr(cli, "_run_verb", verb)
-    with pytest.raises(SystemExit) as done:
-        cli.main()
+    before = signal.getsignal(number)
+    signal.signal(number, signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL)  # nohup ignores it
+    try:
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+    finally:
+        signal.signal(number, before)
     assert (done.value.code, capsys.readouterr().err) == (status, said)
 
 

@@ -67,10 +67,10 @@ def test_a_callable_is_called_and_the_end_is_reached(name: str, inputs: Path, tm
 def test_true_shows_a_bar_on_a_terminal_and_nothing_elsewhere(
     name: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-
     shown = io.StringIO()
     terminal = lambda **_: Console(file=shown, force_terminal=True, width=80)  # noqa: E731
     monkeypatch.setattr(bars, "standard_error", terminal)
+    monkeypatch.setattr(bars, "shows_progress", lambda: True)
     CALLS[name](inputs, tmp_path, True)
     stage = STAGES.get(name, name)
     assert stage in shown.getvalue()

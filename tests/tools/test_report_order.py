@@ -34,9 +34,9 @@ def said(line: str) -> str:
 @pytest.mark.parametrize("files", [("one.pxd", "two.pxd"), ("two.pxd", "one.pxd")])
 def test_merge_names_its_files_with_their_weights_in_the_order_given(files: tuple[str, str], inputs: Path) -> None:
     found = peraxis.merge(files, "sum.pxd", weights=(0.7, 0.3), base="base")
-    assert [(part.file, part.weight) for part in found.inputs] == [(files[0], 0.7), (files[1], 0.3)]
+    assert [(part.path, part.weight) for part in found.inputs] == [(files[0], 0.7), (files[1], 0.3)]
     for part in found.inputs:
-        with peraxis.open(part.file) as delta:
+        with peraxis.open(part.path) as delta:
             assert delta.content_id == part.content_id
     lines = said(f"merge {' '.join(files)} --weights 0.7,0.3 --base base -o cli.pxd").splitlines()
     rows = [line.split() for line in lines if re.match(r" *0\.\d  ", line)]
@@ -78,7 +78,7 @@ def test_a_wide_terminal_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def entry(name: str, result: str) -> LogEntry:
     return LogEntry(
-        file=name, content_id=name, previous=None, base="sha256:b", result=result, changed=1, weights=2, bytes=3
+        name=name, content_id=name, previous=None, base="sha256:b", result=result, changed=1, weights=2, bytes=3
     )
 
 
