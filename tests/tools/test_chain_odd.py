@@ -45,7 +45,7 @@ def test_an_empty_update_that_names_no_other_one_is_verified_after_it(names: str
         else:
             peraxis.update(folder / old, folder / new, chain / f"{name}.pxd")
         assert verified(chain)
-    assert [entry.file for entry in peraxis.log(chain).updates] == [f"{name}.pxd" for name in names]
+    assert [entry.name for entry in peraxis.log(chain).updates] == [f"{name}.pxd" for name in names]
 
 
 def test_a_second_empty_update_without_a_name_before_it_is_noted(chain: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -59,7 +59,7 @@ def test_a_second_empty_update_without_a_name_before_it_is_noted(chain: Path, ca
     with pytest.raises(CheckFailedError, match=r"c\.pxd: its place would not be known .*--after"):
         peraxis.update(folder / "zero", folder / "one", chain / "c.pxd")
     peraxis.update(folder / "zero", folder / "one", chain / "c.pxd", after=chain)
-    assert [entry.file for entry in peraxis.log(chain).updates] == ["a.pxd", "b.pxd", "c.pxd"]
+    assert [entry.name for entry in peraxis.log(chain).updates] == ["a.pxd", "b.pxd", "c.pxd"]
 
 
 def test_an_update_that_does_not_follow_the_others_is_noted(chain: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -80,8 +80,8 @@ def test_equal_whole_states_at_several_steps_are_one(tmp_path: Path) -> None:
         writer.step()
     found = peraxis.log(tmp_path / "chain")
     steps = [f"step-{i:08d}.pxd" for i in range(1, 6)]
-    assert [entry.file for entry in found.updates] == ["anchor-00000000.pxd", *steps]
-    assert [entry.file for entry in found.folded] == [f"anchor-{i:08d}.pxd" for i in range(1, 6)]
+    assert [entry.name for entry in found.updates] == ["anchor-00000000.pxd", *steps]
+    assert [entry.name for entry in found.folded] == [f"anchor-{i:08d}.pxd" for i in range(1, 6)]
     base = write_checkpoint(tmp_path / "base", {"w": (np.zeros((4, 8), np.uint16), pxd.DType.BF16)})
     peraxis.apply(base, tmp_path / "chain", tmp_path / "out")
     assert_holds(tmp_path / "out", {"w": (np.full((4, 8), 0x3F80, np.uint16), pxd.DType.BF16)})
@@ -101,13 +101,13 @@ def test_a_chain_of_which_the_deletion_of_old_files_was_broken_off_begins_at_its
     for name in [name for name in order if (chain / name).exists()][:deleted]:
         (chain / name).unlink()
     anchor = 0 if deleted == 0 else 3 if deleted < 5 else 6
-    found = [entry.file for entry in peraxis.log(chain).updates]
+    found = [entry.name for entry in peraxis.log(chain).updates]
     assert found == [f"anchor-{anchor:08d}.pxd", *(f"step-{i:08d}.pxd" for i in range(anchor + 1, 8))]
     base = write_checkpoint(tmp_path / "base", {"w": (np.zeros((4, 8), np.uint16), pxd.DType.BF16)})
     peraxis.apply(base, chain, tmp_path / "out")
     assert_holds(tmp_path / "out", {"w": (np.full((4, 8), 0x40E0, np.uint16), pxd.DType.BF16)})
     verdicts = peraxis.verify(chain, base=base, keep_going=True).files
-    failed = {Path(verdict.file).name for verdict in verdicts if verdict.status is not Status.PASSED}
+    failed = {Path(verdict.path).name for verdict in verdicts if verdict.status is not Status.PASSED}
     assert not failed & set(found)
 
 

@@ -85,6 +85,6 @@ def entry(name: str, result: str) -> LogEntry:
 def test_log_shows_a_folded_update_after_the_one_with_its_result() -> None:
     updates = tuple(entry(f"step-{i}.pxd", f"sha256:{i}") for i in range(3))
     folded = (entry("first.pxd", "sha256:1"), entry("other.pxd", "sha256:9"))
-    lines = plain_text(ChainLog(folder="chain", updates=updates, folded=folded), render_log).splitlines()
+    lines = plain_text(ChainLog(path="chain", updates=updates, folded=folded), render_log).splitlines()
     names = [line.split()[0] for line in lines[1:6]]
     assert names == ["step-0.pxd", "step-1.pxd", "first.pxd", "step-2.pxd", "other.pxd"]
