@@ -40,7 +40,7 @@ class ApplyResult:
     path: Path
     content_id: str
     tensors: int
-    bytes: int
+    full_bytes: int
     files: tuple[str, ...]
     left_behind: tuple[str, ...] = ()
 
@@ -96,7 +96,7 @@ def apply(
             path=output,
             content_id=file.content_id,
             tensors=len(tensors),
-            bytes=sum(tensor.size for tensor in tensors),
+            full_bytes=sum(tensor.size for tensor in tensors),
             files=names,
             left_behind=tuple(file.manifest.metadata.get(LEFT_BEHIND, "").split("\n")[:-1]),
         )

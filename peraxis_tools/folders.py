@@ -149,7 +149,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False, repository: bool = Fal
         earlier = earlier_output(path, repository=repository)
         replaced = earlier.files if earlier is not None else frozenset()
         if fixed:
-            _move_in(temporary, path, files, replaced - {MARKER})
+            _move_in(temporary, path, files, replaced - {MARKER}, repository=repository)
         else:
             if path.exists():
                 _link_rest(path, temporary, replaced)
@@ -279,10 +279,11 @@ def _exchange(a: Path, b: Path) -> bool:
     raise OSError(number, os.strerror(number), str(b))
 
 
-def _move_in(temporary: Path, path: Path, files: Sequence[str], old: frozenset[str]) -> None:
+def _move_in(temporary: Path, path: Path, files: Sequence[str], old: frozenset[str], *, repository: bool) -> None:
     """Move the files of a finished folder into one that cannot be moved, and remove `old`, those of an earlier output.
 
-    The folder has a list afterwards, also that of a repository: the list says which files remain if the run is killed.
+    The list says which files remain if the run is killed. A repository has none in the end, because all its files are
+    uploaded.
     """
     linked = next((name for name in files if _passes_link(path, name)), None)
     if linked is not None:
@@ -295,7 +296,10 @@ def _move_in(temporary: Path, path: Path, files: Sequence[str], old: frozenset[s
     for name in files:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary / name, path / name)
-    write_marker(path, files)
+    if repository:
+        (path / MARKER).unlink()
+    else:
+        write_marker(path, files)
     sync_folder(path)
 
 

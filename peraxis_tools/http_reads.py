@@ -67,7 +67,9 @@ async def _answer(system: Any, path: str, headers: dict[str, str]) -> AsyncItera
         answer.raise_for_status()
         encoding = answer.headers.get("Content-Encoding", "identity").strip().lower()
         if encoding not in ("", "identity"):
-            raise ToolError(f"the server sent {encoding[:32]!r} data, which was not asked for; fetch it elsewhere")
+            raise ToolError(
+                f"the server sent {encoding[:32]!r} data, which was not asked for; download it and pass the file"
+            )
         yield answer
 
 
@@ -120,7 +122,9 @@ async def _save(system: Any, path: str, file: BinaryIO, size: int, step: Callabl
         while piece := await answer.content.read(_PIECE):
             done += len(piece)
             if done > size:
-                raise ToolError(f"the server sends more than the {size} bytes that it announced; fetch it elsewhere")
+                raise ToolError(
+                    f"the server sends more than the {size} bytes that it announced; download it and pass the file"
+                )
             file.write(piece)
             step(len(piece))
     if done < size:

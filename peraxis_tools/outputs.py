@@ -27,7 +27,7 @@ from peraxis_tools.standard_streams import claim_stream, refuse_notes, same_stre
 
 __all__ = [
     "Inputs",
-    "check_files",
+    "check_delta",
     "check_folder",
     "claim_delta",
     "claim_file",
@@ -54,9 +54,8 @@ def claim_file(path: str | Path, *, overwrite: bool, inputs: Inputs = ()) -> Ite
 @contextlib.contextmanager
 def claim_delta(path: str | Path, *, overwrite: bool, inputs: Inputs) -> Iterator[None]:
     """`claim_file` for a .pxd; notes a name that no verb finds in a folder. Standard error is refused."""
+    check_delta(path, overwrite=overwrite, inputs=inputs)
     file = _plain(path)
-    if is_stream(file):
-        refuse_notes(file)
     with claim_file(path, overwrite=overwrite, inputs=inputs):
         if file.suffix != ".pxd" and not is_stream(file):
             note(f"{file}: verify finds only *.pxd in a folder; call it {file.name}.pxd to have it found")
@@ -66,7 +65,7 @@ def claim_delta(path: str | Path, *, overwrite: bool, inputs: Inputs) -> Iterato
 @contextlib.contextmanager
 def claim_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs = ()) -> Iterator[None]:
     """`claim_file` for several output files of one run, in existing folders."""
-    check_files(paths, overwrite=overwrite, inputs=inputs)
+    _check_files(paths, overwrite=overwrite, inputs=inputs)
     with contextlib.ExitStack() as stack:
         for file in map(_plain, paths):
             if is_stream(file):
@@ -77,7 +76,14 @@ def claim_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs 
         yield
 
 
-def check_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs) -> None:
+def check_delta(path: str | Path, *, overwrite: bool, inputs: Inputs) -> None:
+    """`_check_files` for a .pxd. Standard error is refused."""
+    if is_stream(_plain(path)):
+        refuse_notes(_plain(path))
+    _check_files([path], overwrite=overwrite, inputs=inputs)
+
+
+def _check_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs) -> None:
     """Check the rules for output files without a lock: for work before the run such as a download, and a dry run."""
     known = _existing(inputs)
     files = [_plain(path) for path in paths]

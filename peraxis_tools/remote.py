@@ -60,7 +60,7 @@ class RemoteFile:
             self._system, self._path = fsspec.core.url_to_fs(hub_form(url), **patience(url))
             size = self._system.size(self._path)
         if size is None:
-            raise ToolError(f"{self.url}: the server does not say how large the file is; fetch it elsewhere")
+            raise ToolError(f"{self.url}: the server does not say how large the file is; download it and pass the file")
         self.size = int(size)
 
     def read(self, offset: int, size: int) -> bytes:

@@ -26,7 +26,7 @@ from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, P
 from peraxis_tools.compress.options_file import read_options
 from peraxis_tools.compress.run.dry_run import estimate_run
 from peraxis_tools.heap import tune_heap
-from peraxis_tools.outputs import check_files
+from peraxis_tools.outputs import check_delta
 from peraxis_tools.report.compress import plan_lines, render_compress, render_dry_run
 from peraxis_tools.report.console import emit
 from peraxis_tools.text import check_texts
@@ -174,9 +174,10 @@ def command(
     values.update({name: value for name, value in given.items() if value not in (None, ())})
     options = CompressOptions.from_mapping(values)
     if dry_run:
+        named = (options.calibration,) if isinstance(options.calibration, str) else options.calibration or ()
+        texts = check_texts(named)
         if output is not None:
-            check_files([output], overwrite=overwrite, inputs=(base, fine_tuned))
-        check_texts((options.calibration,) if isinstance(options.calibration, str) else options.calibration or ())
+            check_delta(output, overwrite=overwrite, inputs=(base, fine_tuned, *texts))
         found = estimate_run(
             base,
             fine_tuned,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from peraxis_tools.progress import staged
 from peraxis_tools.report.ci import github, junit, sarif
 from peraxis_tools.report.console import json_text, plain_text, show, to_json, write
 from peraxis_tools.report.verify import render_verify
+from peraxis_tools.standard_streams import report_stream
 from peraxis_tools.verify import VerifyResult, delta_files, verify
 
 __all__ = ["command"]
@@ -175,7 +175,7 @@ def _show(report: VerifyResult, kind: str, *, quiet: bool) -> None:
     if kind == "text":
         show(report, partial(render_verify, quiet=quiet))
     else:
-        write(_rendered(report, kind, sys.stdout.encoding))
+        write(_rendered(report, kind, report_stream().encoding))
 
 
 def _write(report: VerifyResult, kind: str, path: Path, *, overwrite: bool) -> None:

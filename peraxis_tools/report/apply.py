@@ -13,7 +13,7 @@ __all__ = ["render_apply"]
 
 def render_apply(result: ApplyResult, console: Console) -> None:
     """Print the path of the checkpoint and its files."""
-    console.print(f"[bold green]applied[/]  {text(result.path)}  {result.tensors} tensors, {size(result.bytes)}")
+    console.print(f"[bold green]applied[/]  {text(result.path)}  {result.tensors} tensors, {size(result.full_bytes)}")
     console.print(f"delta    {text(result.content_id)}")
     console.print(f"files    {text(', '.join(result.files))}")
     if result.left_behind:

@@ -24,7 +24,7 @@ _STYLES: Final = {"sign": "green", "exact": "cyan", "full": "yellow", "same": "d
 
 
 def render_inspect(result: InspectResult, console: Console, *, modules: bool = False, tree: bool = False) -> None:
-    """Print a summary, bytes by encoding and by sub-type, and on request a line per module, or a tree."""
+    """Print a summary, bytes by encoding and by group, and on request a line per module, or a tree."""
     width = min(console.width, _WIDEST) if console.is_terminal else _PIPED
     _summary(result, console)
     tables: list[Table | Tree] = [_bytes_table(result), _group_table(result, width)]
@@ -97,7 +97,7 @@ def _group_table(result: InspectResult, width: int) -> Table:
         groups.setdefault(line.group, []).append(line)
     table = Table(box=None, pad_edge=False, header_style="bold")
     names = [wrapped(text(name), _GROUP_WIDTH) for name in groups]
-    table.add_column("sub-type", min_width=18, no_wrap=True)
+    table.add_column("group", min_width=18, no_wrap=True)
     table.add_column("stored as", max_width=max(16, width - 62))
     for title in ("modules", "stored", "full", "ratio"):
         table.add_column(title, justify="right", no_wrap=True)

@@ -26,7 +26,7 @@ __all__ = ["plot"]
 
 # Okabe and Ito's colours, for colour-blind readers; brown replaces their yellow, which is faint on white.
 _COLOURS: Final = {"row": "#0072B2", "col": "#E69F00", "row+col": "#009E73", "tensor": "#CC79A7"}
-_SUBTYPES: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31", "#666666")
+_GROUP_COLOURS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31", "#666666")
 _GREY: Final = "#666666"
 _STYLE: Final[Any] = {"svg.hashsalt": "peraxis", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
@@ -168,7 +168,7 @@ def _legend_below(axes: Axes) -> None:
 def _group_colours(details: Details) -> dict[str, str]:
     """The colour of each group, the same in all panels, in the order of the file."""
     names = dict.fromkeys(line.group for line in details.scales)
-    return {name: _SUBTYPES[i % len(_SUBTYPES)] for i, name in enumerate(names)}
+    return {name: _GROUP_COLOURS[i % len(_GROUP_COLOURS)] for i, name in enumerate(names)}
 
 
 def _bytes(axes: Axes, result: InspectResult) -> None:

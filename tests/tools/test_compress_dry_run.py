@@ -46,9 +46,12 @@ def test_the_size_for_a_target_is_that_of_the_file(pair: tuple[Path, Path, Path]
 
 
 def test_a_dry_run_refuses_an_output_that_the_run_would_refuse(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    base, tuned, _ = pair
+    base, tuned, text = pair
     (tmp_path / "d.pxd").write_bytes(b"mine")
     command = ["compress", str(base), str(tuned), "--dry-run", "-o"]
+    calibrated = [*command, str(text), "--overwrite", "--calibration", str(text)]
+    assert "is an input" in str(CliRunner().invoke(cli, calibrated).exception)
+    assert "standard error" in str(CliRunner().invoke(cli, [*command, "/dev/stderr"]).exception)
     for output, part in ((tmp_path / "d.pxd", "exists already"), (tmp_path / "no" / "d.pxd", "no such folder")):
         done = CliRunner().invoke(cli, [*command, str(output)])
         assert part in str(done.exception)

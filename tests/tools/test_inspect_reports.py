@@ -183,7 +183,7 @@ def fitted(tmp_path: Path) -> Path:
 def test_plain_inspect_prints_a_line_a_group_and_leaves_a_line_between_tables(delta: Path) -> None:
     shown = CliRunner().invoke(command, [str(delta)]).stdout
     blocks = [block.splitlines() for block in shown.split("\n\n")]
-    assert [block[0].split()[0] for block in blocks[1:]] == ["encoding", "sub-type"]
+    assert [block[0].split()[0] for block in blocks[1:]] == ["encoding", "group"]
     numbers = {line.split()[0]: re.findall(r"(\d+)  +\d+ B", line) for line in blocks[2][1:]}
     assert numbers["q_proj"][0] == numbers["up_proj"][0] == "3"
     assert "layers.0" not in shown

@@ -13,7 +13,7 @@ import peraxis_format as pxd
 from peraxis_tools.convert import WIRES, WireName, from_wire, recognised, to_pxd
 from peraxis_tools.errors import ToolError
 from peraxis_tools.extract import extract
-from peraxis_tools.folders import MARKER
+from peraxis_tools.folders import MARKER, atomic_folder
 from tests.factories import random_storage, sign_module, write_checkpoint, write_delta
 
 
@@ -55,3 +55,15 @@ def test_a_source_of_convert_that_is_no_file_is_refused(make: Callable[[Path], N
             from_wire(source, base, tmp_path / "x.pxd", wire=wire)
     with pytest.raises(ToolError, match="no such file"):
         to_pxd(source, base, tmp_path / "x.pxd")
+
+
+def test_a_repository_that_is_written_into_the_current_folder_has_no_list_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for repository in (True, False):
+        with atomic_folder(Path(), overwrite=True, repository=repository) as folder:
+            (folder / "own.txt").write_text("new")
+        assert (tmp_path / MARKER).exists() is not repository
+        (tmp_path / MARKER).unlink(missing_ok=True)
+        (tmp_path / "own.txt").unlink()
