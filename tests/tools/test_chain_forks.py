@@ -157,3 +157,12 @@ def test_verify_tells_that_a_folder_is_not_one_chain(folder: Path, caplog: pytes
     (folder / "2.pxd").rename(chain / "2.pxd")
     assert said("verify", chain, "--base", folder / "base")[0] == 0
     assert any("is not one chain" in message and "a fork" in message for message in caplog.messages)
+
+
+def test_folds_from_one_base_stand_side_by_side(folder: Path) -> None:
+    chain, folds = folder / "chain", folder / "folds"
+    folds.mkdir()
+    peraxis.compact(folder / "base", chain, folds / "1.pxd")
+    peraxis.update(folder / "base", folder / "two", chain / "2.pxd", after=chain)
+    peraxis.compact(folder / "base", chain, folds / "1-2.pxd")
+    assert sorted(path.name for path in folds.iterdir()) == ["1-2.pxd", "1.pxd"]
