@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -20,6 +21,7 @@ __all__ = ["order_fault", "own_turn", "refuse_disorder"]
 
 _NEW: Final = "the new update"  # its content ID, which is not known before it is written
 _TURN: Final = "00c4a117"  # the lock's name
+_TURN_SECONDS: Final = 600.0  # that a run waits for one other process, which copies a whole file in its turn
 _AFTER: Final = "pass the updates before this one with after (--after)"
 
 
@@ -39,15 +41,27 @@ def refuse_disorder(output: str | Path, *, previous: str | None, base: str, resu
 
 @contextlib.contextmanager
 def own_turn(output: Path) -> Iterator[None]:
-    """Wait until no other run checks the folder of an output and writes into it. Raises OSError."""
+    """Wait until no other run checks the folder of an output and writes into it.
+
+    Raises OSError, and ToolError if one process does so for too long.
+    """
     if is_stream(output):
         yield
         return
+    holder, since = "", 0.0
     while True:
         with name_lock(output.parent, _TURN) as other:
             if other is None:
                 yield
                 return
+        who = f"process {other}" if other else "another process"
+        if not holder:
+            note(f"{output}: waits for {who}, which is writing into its folder")
+        if who != holder:
+            holder, since = who, time.monotonic()
+        elif time.monotonic() - since >= _TURN_SECONDS:
+            told = f"another run ({who}) is writing into its folder; wait for its end or choose another folder"
+            raise ToolError(f"{output}: {told}")
 
 
 def order_fault(folder: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import uuid
@@ -12,6 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 import peraxis
+from peraxis_format import files, name_lock
+from peraxis_tools.chain import siblings
 from peraxis_tools.chain.siblings import refuse_disorder
 from peraxis_tools.cli import cli
 from peraxis_tools.errors import CheckFailedError, ToolError
@@ -128,6 +131,19 @@ def test_of_two_runs_at_one_moment_the_second_sees_the_update_of_the_first(
     assert ["would be a fork" in text for text in told] == [True]
     assert len(peraxis.log(folder / "chain").updates) == 2
     assert not list((folder / "chain").glob(".*"))
+
+
+def test_a_run_says_for_which_process_it_waits_and_ends_when_that_takes_too_long(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(siblings, "_TURN_SECONDS", 0.2)
+    monkeypatch.setattr(files, "_PATIENCE", 0.05)
+    told = rf"2\.pxd: another run \(process {os.getpid()}\) is writing into its folder"
+    with name_lock(folder / "chain", siblings._TURN), pytest.raises(ToolError, match=told) as caught:
+        peraxis.update(folder / "one", folder / "two", folder / "chain" / "2.pxd")
+    assert caught.value.exit_status == 2
+    assert [f"waits for process {os.getpid()}, " in message for message in caplog.messages] == [True]
+    peraxis.update(folder / "one", folder / "two", folder / "chain" / "2.pxd")
 
 
 def test_an_update_may_be_replaced_repeated_elsewhere_and_folded(folder: Path) -> None:
