@@ -88,11 +88,16 @@ def _links(folder: Path) -> Iterator[Link]:
 def _remote_links(url: str) -> Iterator[Link]:
     """`_links` of the folder of a URL, by file names. Raises ToolError if the store cannot be read."""
     for other in names_beside(url):
-        file = RemoteFile(other)
-        with contextlib.suppress(pxd.PxdError):
-            manifest = file.header()[1]
-            with contextlib.suppress(ToolError):  # a delta that is no update
-                yield link_from(PurePosixPath(other).name, manifest)
+        try:
+            manifest = RemoteFile(other).header()[1]
+        except pxd.PxdError:
+            continue
+        except ToolError:
+            if other in names_beside(url):
+                raise
+            continue  # it was deleted meanwhile
+        with contextlib.suppress(ToolError):  # a delta that is no update
+            yield link_from(PurePosixPath(other).name, manifest)
 
 
 def _refuse(shown: str, new: Link, links: list[Link]) -> None:

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import uuid
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from peraxis_tools.chain import siblings
 from peraxis_tools.chain.siblings import refuse_disorder
 from peraxis_tools.cli import cli
 from peraxis_tools.errors import CheckFailedError, ToolError
+from peraxis_tools.remote_output import names_beside
 from tests.factories import write_checkpoint
 from tests.tools.test_chain import start, stepped
 
@@ -104,6 +105,24 @@ def test_a_file_at_a_url_that_is_no_update_is_passed_over_and_one_that_cannot_be
     monkeypatch.setattr(type(system), "cat_file", broken)
     with pytest.raises(ToolError, match=r"0\.pxd: cannot be read .*the link is down"):
         peraxis.update(folder / "base", folder / "two", f"{place}/3.pxd")
+
+
+@pytest.mark.parametrize("call", ["size", "cat_file"])
+def test_an_update_at_a_url_that_is_deleted_while_its_folder_is_read_is_passed_over(
+    call: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec, place = pytest.importorskip("fsspec"), at_url(folder)
+    system = fsspec.filesystem("memory")
+    read = getattr(type(system), call)
+
+    def after_it_is_deleted(its: Any, path: str, *arguments: Any, **options: Any) -> Any:
+        if path.endswith("1.pxd") and its.exists(path):
+            its.rm(path)
+        return read(its, path, *arguments, **options)
+
+    monkeypatch.setattr(type(system), call, after_it_is_deleted)
+    peraxis.update(folder / "one", folder / "two", f"{place}/2.pxd")
+    assert [PurePosixPath(name).name for name in names_beside(f"{place}/2.pxd")] == ["2.pxd"]
 
 
 def test_of_two_runs_at_one_moment_the_second_sees_the_update_of_the_first(
