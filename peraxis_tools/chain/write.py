@@ -99,7 +99,7 @@ def update(
         open_chain(before, after) as (state, links),
     ):
         check_pair(Checkpoint(state, before.identity, before.folder), fine_tuned)
-        known = dict(before.assets())
+        known = dict(before.assets(checked=False))
         assets = {path: data for path, data in fine_tuned.assets() if known.get(path) != data}
         job = UpdateJob(
             output=target,
