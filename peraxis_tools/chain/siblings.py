@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -106,15 +107,14 @@ def _refuse(shown: str, new: Link, links: list[Link]) -> None:
     if new in beside:
         return
     kept = [link for link in links if link not in beside]
-    place = (new.previous, new.base, new.result)
-    twin = next((link for link in kept if (link.previous, link.base, link.result) == place), None)
+    try:
+        known = predecessors(kept)
+    except CheckFailedError:
+        return  # the others have no order already
+    twin = _twin(new, kept, known)
     if twin is not None:
         note(f"{shown}: repeats {twin.path}, so `log` and `apply` will refuse the folder; delete one of them")
         return
-    try:
-        predecessors(kept)
-    except CheckFailedError:
-        return  # the others have no order already
     try:
         before = predecessors([*kept, new])
     except CheckFailedError as error:
@@ -136,6 +136,18 @@ def _refuse(shown: str, new: Link, links: list[Link]) -> None:
                 "or write to another folder"
             )
     _note_gap(shown, new, kept)
+
+
+def _twin(new: Link, links: list[Link], before: Mapping[str, Link | None]) -> Link | None:
+    """The update that a new one repeats: in its place it would follow the same one. before: predecessors of `links`."""
+    for link in links:
+        if (link.base, link.result) != (new.base, new.result):
+            continue
+        swapped = [other for other in links if other is not link] + [replace(new, content_id=link.content_id)]
+        with contextlib.suppress(CheckFailedError):
+            if predecessors(swapped)[link.content_id] == before[link.content_id]:
+                return link
+    return None
 
 
 def _note_gap(shown: str, new: Link, kept: list[Link]) -> None:

@@ -174,6 +174,22 @@ def test_an_update_may_be_replaced_repeated_elsewhere_and_folded(folder: Path) -
     assert [entry.name for entry in peraxis.log(chain).updates] == ["1.pxd", "2.pxd"]
 
 
+@pytest.mark.parametrize("followed", [False, True])
+def test_an_update_written_twice_is_noted_as_such_though_it_names_no_predecessor(
+    followed: bool, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chain = folder / "chain"
+    peraxis.update(folder / "base", folder / "two", chain / "2.pxd", after=chain)
+    if followed:
+        write_checkpoint(folder / "three", stepped(start(), 3))
+        peraxis.update(folder / "two", folder / "three", chain / "3.pxd")
+    assert not caplog.messages
+    peraxis.update(folder / "one", folder / "two", chain / "again.pxd")
+    assert [f"again.pxd: repeats {chain / '2.pxd'}, " in message for message in caplog.messages] == [True]
+    (chain / "again.pxd").unlink()
+    assert len(peraxis.log(chain).updates) == 2 + followed
+
+
 def test_a_fork_is_named_with_its_remedy_by_each_verb_that_reads_the_folder(folder: Path) -> None:
     chain = folder / "chain"
     peraxis.update(folder / "base", folder / "two", folder / "2.pxd")
