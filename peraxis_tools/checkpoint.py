@@ -35,11 +35,14 @@ class Checkpoint:
     identity: Identity
     folder: Path | None
 
-    def assets(self) -> Iterator[tuple[str, bytes]]:
-        """Configuration, tokenizer, processor and chat templates: path and bytes, in path order (SPEC 3.12)."""
+    def assets(self, *, checked: bool = True) -> Iterator[tuple[str, bytes]]:
+        """Configuration, tokenizer, processor and chat templates: path and bytes, in path order (SPEC 3.12).
+
+        checked: see FolderAssets.read.
+        """
         found = self.folder_assets()
         for path in found.carried:
-            yield path, found.read(path)
+            yield path, found.read(path, checked=checked)
 
     def folder_assets(self) -> FolderAssets:
         """The files of the folder that a delta contains, and those that it leaves out."""

@@ -70,7 +70,7 @@ def note_missing(base: Checkpoint, fine_tuned: Checkpoint) -> None:
 
 
 def _config_of(base: Checkpoint) -> bytes:
-    return next((data for path, data in base.assets() if path == _CONFIG), b"")
+    return next((data for path, data in base.assets(checked=False) if path == _CONFIG), b"")
 
 
 def _rows(config: bytes) -> Any:

@@ -13,7 +13,9 @@ from peraxis_format.errors import base_advice, previous_advice
 __all__ = ["advise", "predecessor_named"]
 
 # The base of an exact tensor is checked before its result.
-_WRONG_RESULT: Final = "its base is right: fetch it again, or if the publisher's is the same, write it again"
+_WRONG_RESULT: Final = (
+    "fetch this update again; if the publisher's copy has this content ID, the publisher must write it again"
+)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import peraxis_format as pxd
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import CheckFailedError, ToolError
 
-__all__ = ["Link", "beside_chain", "chain_order", "folds", "link_from", "link_of", "predecessors"]
+__all__ = ["Link", "beside_chain", "chain_order", "link_from", "link_of", "predecessors"]
 
 _NAMES: Final = 3  # files that an error names at most
 _UNFORK: Final = "leave one of them out, or write it again with `update --after`"
@@ -112,7 +112,7 @@ def beside_chain(links: Sequence[Link]) -> set[Link]:
     """
     first: dict[str, Link] = {}
     beside = {link for link in links if first.setdefault(link.content_id, link) is not link and link.whole}
-    beside.update(folds([link for link in links if link not in beside]))
+    beside.update(_folds([link for link in links if link not in beside]))
     return beside | _cut_off([link for link in links if link not in beside])
 
 
@@ -138,7 +138,7 @@ def _cut_off(links: Sequence[Link]) -> set[Link]:
     return found - {begin} | set(unused)
 
 
-def folds(links: Sequence[Link]) -> list[Link]:
+def _folds(links: Sequence[Link]) -> list[Link]:
     """The updates that a chain of two or more others replaces: one with the same base and the same result."""
     known = {link.content_id for link in links}
     after: dict[str, list[Link]] = {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -20,6 +22,7 @@ __all__ = ["order_fault", "own_turn", "refuse_disorder"]
 
 _NEW: Final = "the new update"  # its content ID, which is not known before it is written
 _TURN: Final = "00c4a117"  # the lock's name
+_TURN_SECONDS: Final = 600.0  # that a run waits for one other process, which copies a whole file in its turn
 _AFTER: Final = "pass the updates before this one with after (--after)"
 
 
@@ -39,15 +42,27 @@ def refuse_disorder(output: str | Path, *, previous: str | None, base: str, resu
 
 @contextlib.contextmanager
 def own_turn(output: Path) -> Iterator[None]:
-    """Wait until no other run checks the folder of an output and writes into it. Raises OSError."""
+    """Wait until no other run checks the folder of an output and writes into it.
+
+    Raises OSError, and ToolError if one process does so for too long.
+    """
     if is_stream(output):
         yield
         return
+    holder, since = "", 0.0
     while True:
         with name_lock(output.parent, _TURN) as other:
             if other is None:
                 yield
                 return
+        who = f"process {other}" if other else "another process"
+        if not holder:
+            note(f"{output}: waits for {who}, which is writing into its folder")
+        if who != holder:
+            holder, since = who, time.monotonic()
+        elif time.monotonic() - since >= _TURN_SECONDS:
+            told = f"another run ({who}) is writing into its folder; wait for its end or choose another folder"
+            raise ToolError(f"{output}: {told}")
 
 
 def order_fault(folder: Path) -> str | None:
@@ -74,11 +89,16 @@ def _links(folder: Path) -> Iterator[Link]:
 def _remote_links(url: str) -> Iterator[Link]:
     """`_links` of the folder of a URL, by file names. Raises ToolError if the store cannot be read."""
     for other in names_beside(url):
-        file = RemoteFile(other)
-        with contextlib.suppress(pxd.PxdError):
-            manifest = file.header()[1]
-            with contextlib.suppress(ToolError):  # a delta that is no update
-                yield link_from(PurePosixPath(other).name, manifest)
+        try:
+            manifest = RemoteFile(other).header()[1]
+        except pxd.PxdError:
+            continue
+        except ToolError:
+            if other in names_beside(url):
+                raise
+            continue  # it was deleted meanwhile
+        with contextlib.suppress(ToolError):  # a delta that is no update
+            yield link_from(PurePosixPath(other).name, manifest)
 
 
 def _refuse(shown: str, new: Link, links: list[Link]) -> None:
@@ -87,15 +107,14 @@ def _refuse(shown: str, new: Link, links: list[Link]) -> None:
     if new in beside:
         return
     kept = [link for link in links if link not in beside]
-    place = (new.previous, new.base, new.result)
-    twin = next((link for link in kept if (link.previous, link.base, link.result) == place), None)
+    try:
+        known = predecessors(kept)
+    except CheckFailedError:
+        return  # the others have no order already
+    twin = _twin(new, kept, known)
     if twin is not None:
         note(f"{shown}: repeats {twin.path}, so `log` and `apply` will refuse the folder; delete one of them")
         return
-    try:
-        predecessors(kept)
-    except CheckFailedError:
-        return  # the others have no order already
     try:
         before = predecessors([*kept, new])
     except CheckFailedError as error:
@@ -117,6 +136,18 @@ def _refuse(shown: str, new: Link, links: list[Link]) -> None:
                 "or write to another folder"
             )
     _note_gap(shown, new, kept)
+
+
+def _twin(new: Link, links: list[Link], before: Mapping[str, Link | None]) -> Link | None:
+    """The update that a new one repeats: in its place it would follow the same one. before: predecessors of `links`."""
+    for link in links:
+        if (link.base, link.result) != (new.base, new.result):
+            continue
+        swapped = [other for other in links if other is not link] + [replace(new, content_id=link.content_id)]
+        with contextlib.suppress(CheckFailedError):
+            if predecessors(swapped)[link.content_id] == before[link.content_id]:
+                return link
+    return None
 
 
 def _note_gap(shown: str, new: Link, kept: list[Link]) -> None:

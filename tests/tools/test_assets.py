@@ -164,6 +164,16 @@ def test_a_small_file_that_no_receiver_could_read_is_refused_by_the_writer(
     assert not (tmp_path / "d.pxd").exists()
 
 
+def test_a_small_file_of_the_base_that_no_receiver_could_read_is_compared_without_a_check(tmp_path: Path) -> None:
+    base, tuned = small_pair(tmp_path)
+    (base / "config.json").write_bytes(b"{bad")
+    update(base, tuned, tmp_path / "d.pxd")
+    with pxd.open(tmp_path / "d.pxd") as file:
+        assert file.asset("config.json") == (tuned / "config.json").read_bytes()
+    apply(base, tmp_path / "d.pxd", tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_bytes() == (tuned / "config.json").read_bytes()
+
+
 @pytest.mark.parametrize(("kind", "part"), [("pipe", "a pipe or a device"), ("nothing", "a link to nothing")])
 def test_a_configuration_that_is_no_file_is_left_out_with_a_note(
     kind: str, part: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import uuid
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 import peraxis
+from peraxis_format import files, name_lock
+from peraxis_tools.chain import siblings
 from peraxis_tools.chain.siblings import refuse_disorder
 from peraxis_tools.cli import cli
 from peraxis_tools.errors import CheckFailedError, ToolError
+from peraxis_tools.remote_output import names_beside
 from tests.factories import write_checkpoint
 from tests.tools.test_chain import start, stepped
 
@@ -103,6 +107,24 @@ def test_a_file_at_a_url_that_is_no_update_is_passed_over_and_one_that_cannot_be
         peraxis.update(folder / "base", folder / "two", f"{place}/3.pxd")
 
 
+@pytest.mark.parametrize("call", ["size", "cat_file"])
+def test_an_update_at_a_url_that_is_deleted_while_its_folder_is_read_is_passed_over(
+    call: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec, place = pytest.importorskip("fsspec"), at_url(folder)
+    system = fsspec.filesystem("memory")
+    read = getattr(type(system), call)
+
+    def after_it_is_deleted(its: Any, path: str, *arguments: Any, **options: Any) -> Any:
+        if path.endswith("1.pxd") and its.exists(path):
+            its.rm(path)
+        return read(its, path, *arguments, **options)
+
+    monkeypatch.setattr(type(system), call, after_it_is_deleted)
+    peraxis.update(folder / "one", folder / "two", f"{place}/2.pxd")
+    assert [PurePosixPath(name).name for name in names_beside(f"{place}/2.pxd")] == ["2.pxd"]
+
+
 def test_of_two_runs_at_one_moment_the_second_sees_the_update_of_the_first(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +152,19 @@ def test_of_two_runs_at_one_moment_the_second_sees_the_update_of_the_first(
     assert not list((folder / "chain").glob(".*"))
 
 
+def test_a_run_says_for_which_process_it_waits_and_ends_when_that_takes_too_long(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(siblings, "_TURN_SECONDS", 0.2)
+    monkeypatch.setattr(files, "_PATIENCE", 0.05)
+    told = rf"2\.pxd: another run \(process {os.getpid()}\) is writing into its folder"
+    with name_lock(folder / "chain", siblings._TURN), pytest.raises(ToolError, match=told) as caught:
+        peraxis.update(folder / "one", folder / "two", folder / "chain" / "2.pxd")
+    assert caught.value.exit_status == 2
+    assert [f"waits for process {os.getpid()}, " in message for message in caplog.messages] == [True]
+    peraxis.update(folder / "one", folder / "two", folder / "chain" / "2.pxd")
+
+
 def test_an_update_may_be_replaced_repeated_elsewhere_and_folded(folder: Path) -> None:
     chain = folder / "chain"
     peraxis.update(folder / "base", folder / "one", chain / "1.pxd", overwrite=True)
@@ -137,6 +172,22 @@ def test_an_update_may_be_replaced_repeated_elsewhere_and_folded(folder: Path) -
     peraxis.update(folder / "base", folder / "two", chain / "2.pxd", after=chain)
     peraxis.update(folder / "base", folder / "two", chain / "1-2.pxd")
     assert [entry.name for entry in peraxis.log(chain).updates] == ["1.pxd", "2.pxd"]
+
+
+@pytest.mark.parametrize("followed", [False, True])
+def test_an_update_written_twice_is_noted_as_such_though_it_names_no_predecessor(
+    followed: bool, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chain = folder / "chain"
+    peraxis.update(folder / "base", folder / "two", chain / "2.pxd", after=chain)
+    if followed:
+        write_checkpoint(folder / "three", stepped(start(), 3))
+        peraxis.update(folder / "two", folder / "three", chain / "3.pxd")
+    assert not caplog.messages
+    peraxis.update(folder / "one", folder / "two", chain / "again.pxd")
+    assert [f"again.pxd: repeats {chain / '2.pxd'}, " in message for message in caplog.messages] == [True]
+    (chain / "again.pxd").unlink()
+    assert len(peraxis.log(chain).updates) == 2 + followed
 
 
 def test_a_fork_is_named_with_its_remedy_by_each_verb_that_reads_the_folder(folder: Path) -> None:
@@ -157,3 +208,12 @@ def test_verify_tells_that_a_folder_is_not_one_chain(folder: Path, caplog: pytes
     (folder / "2.pxd").rename(chain / "2.pxd")
     assert said("verify", chain, "--base", folder / "base")[0] == 0
     assert any("is not one chain" in message and "a fork" in message for message in caplog.messages)
+
+
+def test_folds_from_one_base_stand_side_by_side(folder: Path) -> None:
+    chain, folds = folder / "chain", folder / "folds"
+    folds.mkdir()
+    peraxis.compact(folder / "base", chain, folds / "1.pxd")
+    peraxis.update(folder / "base", folder / "two", chain / "2.pxd", after=chain)
+    peraxis.compact(folder / "base", chain, folds / "1-2.pxd")
+    assert sorted(path.name for path in folds.iterdir()) == ["1-2.pxd", "1.pxd"]

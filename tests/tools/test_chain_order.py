@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peraxis_tools.chain import order
-from peraxis_tools.chain.order import Link, chain_order, folds
+from peraxis_tools.chain.order import Link, _folds, chain_order
 from peraxis_tools.errors import CheckFailedError
 
 
@@ -54,7 +54,7 @@ def replaced_by_search(links: Sequence[Link]) -> list[Link]:
 @given(graphs())
 @settings(max_examples=300, deadline=None)
 def test_folds_are_those_of_a_search_from_each_update(links: list[Link]) -> None:
-    assert folds(links) == replaced_by_search(links)
+    assert _folds(links) == replaced_by_search(links)
 
 
 @pytest.mark.parametrize("shape", ["one state", "one start", "anchors"])
@@ -73,7 +73,7 @@ def test_the_work_for_folds_grows_as_the_number_of_updates(shape: str, monkeypat
         if shape == "anchors":
             links += [link(f"s{i}", "A" if i == 0 else f"r{i - 1}", f"r{i}") for i in range(count)]
         calls.clear()
-        folds(links)
+        _folds(links)
         return len(calls)
 
     assert work(400) <= 2.1 * work(200)

@@ -236,7 +236,9 @@ def test_every_update_after_one_with_a_wrong_result_or_damage_has_the_remedy_of_
     third = five / "chain" / "3.pxd"
     rewrite(third, previous=pxd.open(second).content_id)
     found = remedies(five)
-    assert found[1] == "its base is right: fetch it again, or if the publisher's is the same, write it again"
+    assert found[1] == (
+        "fetch this update again; if the publisher's copy has this content ID, the publisher must write it again"
+    )
     assert found[2] == f"{second}: {found[1]}"
 
 
