@@ -9,7 +9,14 @@ import pytest
 
 from peraxis_format.errors import BindingError
 from peraxis_format.torch.place import binding
-from peraxis_format.torch.place.ranks import FirstError
+from peraxis_format.torch.place.ranks import FirstError, sendable
+
+
+class UnpicklableInterrupt(BaseException):
+    """An interrupt that another process cannot make from its arguments."""
+
+    def __init__(self, message: str, *, required: int) -> None:
+        super().__init__(message)
 
 
 def raised(error: BaseException) -> Any:
@@ -63,3 +70,10 @@ def test_an_interrupt_while_pieces_are_hashed_is_not_lost_when_copies_differ(mon
     part: Any = SimpleNamespace(box=((0, 2),))
     with pytest.raises(KeyboardInterrupt):
         binding._check_pieces([entry], {"one": [part]}, None)
+
+
+def test_an_interrupt_that_cannot_be_pickled_is_sent_as_an_interrupt() -> None:
+    sent = sendable(UnpicklableInterrupt("stopped", required=1))
+    assert (type(sent), str(sent)) == (KeyboardInterrupt, "stopped")
+    given = KeyboardInterrupt()
+    assert sendable(given) is given

@@ -161,9 +161,14 @@ class FirstError:
 
 
 def sendable(error: BaseException) -> BaseException:
-    """The error, or, if it cannot be pickled, one with its message: all ranks must raise the same type."""
+    """The error, or, if it cannot be pickled, one with its message: all ranks must raise the same type.
+
+    An interrupt stays one.
+    """
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
+        if not isinstance(error, Exception):
+            return KeyboardInterrupt(first_line(error))
         return LiveModelError(f"{type(error).__name__}: {first_line(error)}")
     return error
