@@ -82,7 +82,13 @@ def following(rank: int, world: int, folder: str) -> None:
             raise RuntimeError("this rank")
 
     server = follow(model, path / "later", on_update=on_update)
-    for owner, name in ((pieces, "as_bytes"), (pieces, "storage_array"), (pieces, "raw_bytes"), (staged, "_pieces")):
+    for owner, name in (
+        (pieces, "as_bytes"),
+        (pieces, "storage_array"),
+        (pieces, "raw_bytes"),
+        (pieces, "_buffer"),
+        (staged, "_pieces"),
+    ):
         for error in errors():
             for here in (rank == 0, last):
                 before = model.whole()
@@ -111,6 +117,7 @@ def swapping(rank: int, world: int, folder: str) -> None:
     for error in errors():
         for owner, name in (
             (pieces, "as_bytes"),
+            (pieces, "_buffer"),
             (sharded_exact, "in_box"),
             (apply, "copy_aside"),
             (apply, "stream"),
