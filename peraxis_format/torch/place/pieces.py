@@ -152,8 +152,8 @@ def _rows_on(
 ) -> Array | None:
     """Rows of the first dimension, assembled on the owner as a storage array; None on the other ranks.
 
-    mine: this rank's piece; box: its box; buffer: for pieces of others. A scalar has no rows, so it is taken whole. A rank with an error sends and
-    receives as many bytes as without it.
+    mine: this rank's piece; box: its box; buffer: for pieces of others. A scalar has no rows, so it is taken whole.
+    A rank with an error sends and receives as many bytes as without it.
     """
     out: Array | None = None
     with failure:
