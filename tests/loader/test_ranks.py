@@ -69,7 +69,7 @@ def test_an_interrupt_while_pieces_are_hashed_is_not_lost_when_copies_differ(mon
     entry: Any = SimpleNamespace(name="one", shape=(2,), dtype=None)
     part: Any = SimpleNamespace(box=((0, 2),))
     with pytest.raises(KeyboardInterrupt):
-        binding._check_pieces([entry], {"one": [part]}, None)
+        binding._check_pieces([entry], {"one": (part,)}, None)
 
 
 def test_an_interrupt_that_cannot_be_pickled_is_sent_as_an_interrupt() -> None:

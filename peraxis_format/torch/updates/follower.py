@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from peraxis_format.delta import Encoding
 from peraxis_format.dtypes import digest_of
-from peraxis_format.errors import ArgumentError, BindingError, LiveModelError, PxdError, TornError
+from peraxis_format.errors import ArgumentError, BindingError, LiveModelError, PxdError, TornError, first_line
 from peraxis_format.ops.tensors import storage_array
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.finder import check_target
@@ -197,9 +197,7 @@ class Follower:
                         return
                     self.poll()
                 except Exception as error:  # a failed poll must not end the thread
-                    _LOGGER.error(
-                        "%s: cannot be followed: %s; trying again", self.folder, error or type(error).__name__
-                    )
+                    _LOGGER.error("%s: cannot be followed: %s; trying again", self.folder, first_line(error))
                     if self._stop.is_set():  # the other ranks may be gone
                         return
 
