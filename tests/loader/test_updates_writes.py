@@ -215,9 +215,7 @@ def test_a_failed_swap_without_a_message_names_the_type(tmp_path: Path, monkeypa
         with pytest.raises(SwapError, match=r"failed \(MemoryError\); the model is the base"):
             variants.use("moved")
         monkeypatch.setattr(variants, "_write", out_of_memory)
-        with pytest.raises(
-            TornError, match=r"^a swap .*\(MemoryError\).* reverted \(MemoryError\); .* tries it"
-        ):
+        with pytest.raises(TornError, match=r"^a swap .*\(MemoryError\).* reverted \(MemoryError\); .* tries it"):
             variants.use("moved")
 
 
