@@ -158,8 +158,8 @@ class VariantSwitch:
 
         It waits for running forwards. overwrite: swap even if other code has written the weights since the last swap;
         these changes are lost. Ctrl-C waits for the end of the writes. Raises SwapError, which names the model's
-        variant afterwards. Raises LiveModelError for an unknown name, or if the model's tensors are no longer those of
-        the registered variants.
+        variant afterwards, or TornError if the model could not be reverted to one. Raises LiveModelError for an unknown
+        name, or if the model's tensors are no longer those of the registered variants.
         """
         self._lock.refuse_inside()
         with self._changes, self._lock.exclusive():

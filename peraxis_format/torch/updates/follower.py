@@ -117,6 +117,8 @@ class Follower:
 
         Files that cannot be applied are reported in `waiting` and tried again at the next poll, because a file may be
         incomplete. If the update to the next state is missing, the newest anchor ahead is taken.
+        Raises TornError if weights were written in part, and the error of `on_update`, which comes after the updates
+        were applied; on all ranks of a sharded model.
         """
         files, problems = self._listed()
         waiting: dict[Path, str] = dict(problems)
@@ -163,7 +165,10 @@ class Follower:
         self._noticed = other
 
     def apply(self, path: str | Path) -> None:
-        """Apply one file, which must continue the model's state. Raises UpdateError with its name, PxdError."""
+        """Apply one file, which must continue the model's state.
+
+        Raises UpdateError with its name, PxdError, LiveModelError if the model cannot take it, TornError if weights were written in part.
+        """
         files, problems = self._listed()
         found = next((file for file in files if file.path == Path(path)), None)
         if found is None:
