@@ -167,7 +167,8 @@ class Follower:
     def apply(self, path: str | Path) -> None:
         """Apply one file, which must continue the model's state.
 
-        Raises UpdateError with its name, PxdError, LiveModelError if the model cannot take it, TornError if weights were written in part.
+        Raises UpdateError with its name, PxdError, LiveModelError if the model cannot take it, TornError if weights
+        were written in part.
         """
         files, problems = self._listed()
         found = next((file for file in files if file.path == Path(path)), None)
