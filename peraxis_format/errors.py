@@ -33,6 +33,7 @@ __all__ = [
     "first_line",
     "located",
     "previous_advice",
+    "torn",
 ]
 
 _FETCH = "fetch the file again from its publisher"
@@ -256,6 +257,21 @@ def first_line(error: BaseException) -> str:
     if not lines:
         return type(error).__name__
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def torn(
+    what: str,
+    error: BaseException,
+    again: BaseException,
+    *,
+    undone: str = "reverted",
+    advice: str = "load the model again",
+) -> TornError:
+    """The error of a write that failed, and that could not be reverted, or `undone`, because of the error `again`."""
+    return TornError(
+        f"{what} failed while weights were written ({first_line(error)}), and could not be {undone} "
+        f"({first_line(again)}); {advice}"
+    )
 
 
 _OF_CODE: Final[Mapping[str, type[PxdError]]] = {

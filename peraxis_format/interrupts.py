@@ -21,9 +21,9 @@ _SIGNALS: Final = tuple(getattr(signal, name) for name in _NAMES if hasattr(sign
 def uninterrupted() -> Iterator[None]:
     """Defer Ctrl-C, and other signals that Python code handles, to the end of the block.
 
-    The block must be short. Python runs handlers in the main thread alone, so in other threads this does nothing. A
-    handler that raises, like that of Ctrl-C, raises at the end of the block, also in place of the block's own error.
-    A signal that comes several times is handled once.
+    Ctrl-C waits for the whole block, which should hold nothing but the change of state. Python runs handlers in the
+    main thread alone, so in other threads this does nothing. A handler that raises, like that of Ctrl-C, raises at the
+    end of the block, also in place of the block's own error. A signal that comes several times is handled once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,10 +65,14 @@ def publishing(rank: int, world: int, folder: str) -> None:
             writer.prune(anchors=1)
     assert [file.name for file in writer.prune(anchors=1)] == ["anchor-00000000.pxd", STEP, "step-00000002.pxd"]
     pytest.importorskip("fsspec")
-    for name, here in (("Mirror", rank == 0), ("tempfile", False)):
-        for error in errors() if here or name == "Mirror" else ():
-            with failing(shared_mirror, name, error, here=here), raised_by_all():
-                ShardedUpdateWriter(model, f"memory://{path.name}")
+    for error in errors():
+        with failing(shared_mirror, "Mirror", error, here=rank == 0), raised_by_all():
+            ShardedUpdateWriter(model, f"memory://{path.name}")
+    if last:
+        shared_mirror._reads = lambda *_: False  # as on another host, where this rank makes a folder
+    for error in errors():
+        with failing(tempfile, "mkdtemp", error, here=last), raised_by_all():
+            ShardedUpdateWriter(model, f"memory://{path.name}")
     distributed.destroy_process_group()
 
 
@@ -75,14 +80,21 @@ def following(rank: int, world: int, folder: str) -> None:
     """Test the server."""
     path, mesh = start(rank, world, folder)
     model, last = Pieces(state(0), mesh), rank == world - 1
-    told = [True]
+    refused: list[bool] = []
 
     def on_update(_: Any) -> None:
-        if last and told.pop():
+        if last and refused:
+            refused.clear()
             raise RuntimeError("this rank")
 
     server = follow(model, path / "later", on_update=on_update)
-    for owner, name in ((pieces, "as_bytes"), (pieces, "storage_array"), (pieces, "raw_bytes"), (staged, "_pieces")):
+    for owner, name in (
+        (pieces, "as_bytes"),
+        (pieces, "storage_array"),
+        (pieces, "raw_bytes"),
+        (pieces, "_buffer"),
+        (staged, "_pieces"),
+    ):
         for error in errors():
             for here in (rank == 0, last):
                 before = model.whole()
@@ -97,9 +109,9 @@ def following(rank: int, world: int, folder: str) -> None:
                 if model.whole() != before:
                     model.become(state(0), mesh)
                     server = follow(model, path / "later", on_update=on_update)
-    if told:
-        with raised_by_all():
-            server.poll()
+    refused.append(True)
+    with raised_by_all():
+        server.poll()
     assert server.poll().step == 4
     distributed.destroy_process_group()
 
@@ -111,6 +123,7 @@ def swapping(rank: int, world: int, folder: str) -> None:
     for error in errors():
         for owner, name in (
             (pieces, "as_bytes"),
+            (pieces, "_buffer"),
             (sharded_exact, "in_box"),
             (apply, "copy_aside"),
             (apply, "stream"),

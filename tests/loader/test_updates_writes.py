@@ -14,11 +14,11 @@ from torch import Tensor
 
 from peraxis_format.errors import LiveModelError, TornError
 from peraxis_format.reader import DeltaFile
-from peraxis_format.torch import VariantSwitch, apply_
+from peraxis_format.torch import SwapError, VariantSwitch, apply_
 from peraxis_format.torch.place.claims import writing
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.swap import apply, switch
-from peraxis_format.torch.updates import Poll, UpdateWriter, apply_update, follow, staged
+from peraxis_format.torch.updates import Follower, Poll, UpdateWriter, apply_update, follow, staged
 
 STEP = "step-00000001.pxd"
 
@@ -201,6 +201,55 @@ def test_a_swap_that_cannot_be_reverted_says_so_and_is_tried_again(
         assert same(live, weights())
         variants.use("moved")
         assert same(live, model)
+
+
+def out_of_memory(*_: Any, **__: Any) -> None:
+    raise MemoryError
+
+
+def test_a_failed_swap_without_a_message_names_the_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    live, _ = publish(tmp_path)
+    with VariantSwitch(live, base="device") as variants:
+        variants.add("moved", tmp_path / STEP)
+        monkeypatch.setattr(switch, "stream", out_of_memory)
+        with pytest.raises(SwapError, match=r"failed \(MemoryError\); the model is the base"):
+            variants.use("moved")
+        monkeypatch.setattr(variants, "_write", out_of_memory)
+        with pytest.raises(TornError, match=r"^a swap .*\(MemoryError\).* reverted \(MemoryError\); .* tries it"):
+            variants.use("moved")
+
+
+def test_a_torn_update_without_a_message_names_the_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    live, _ = publish(tmp_path)
+    with DeltaFile(tmp_path / STEP) as file:
+        update = staged.stage(file, place(live, file.manifest))
+    exchange, calls = staged._Change.exchange, [0]
+
+    def once(self: staged._Change) -> None:
+        calls[0] += 1
+        if calls[0] > 1:
+            raise MemoryError
+        exchange(self)
+
+    monkeypatch.setattr(staged._Change, "exchange", once)
+    with pytest.raises(TornError, match=r"^an update failed .*\(MemoryError\).* reverted \(MemoryError\); load the"):
+        update.write()
+
+
+def test_a_failed_poll_without_a_message_is_logged_with_its_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    live, _ = publish(tmp_path)
+    polled = threading.Event()
+
+    def poll(_: Follower) -> Poll:
+        polled.set()
+        raise MemoryError
+
+    monkeypatch.setattr(Follower, "poll", poll)
+    with follow(live, tmp_path).start(every=0.001):
+        assert polled.wait(30)
+    assert caplog.messages[0].endswith("cannot be followed: MemoryError; trying again")
 
 
 def test_empty_pieces_of_two_models_are_no_shared_weights() -> None:

@@ -17,7 +17,7 @@ from peraxis_format.errors import BindingError, LiveModelError, PxdError, base_a
 from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.torch.place.digests import digests
 from peraxis_format.torch.place.pieces import Layout, assembled_digest
-from peraxis_format.torch.place.ranks import FirstError, Ranks, agree, is_distributed
+from peraxis_format.torch.place.ranks import FirstError, Ranks, agree, graver, is_distributed
 from peraxis_format.torch.place.replicas import check_replicas
 from peraxis_format.torch.place.shards import Placement, whole
 from peraxis_format.torch.ring import Ring
@@ -69,9 +69,9 @@ def check_live(
         try:
             _check_pieces(bound, placement, group)
         except PxdError as failure:
-            error = error or _named(failure, manifest)
+            error = graver(error, _named(failure, manifest))
         except BaseException as failure:
-            error = error or failure
+            error = graver(error, failure)
         agree(error, group)
     elif error is not None:
         raise error
@@ -97,23 +97,26 @@ def sharded_anywhere(*, here: bool, group: Any = None) -> bool:
 def _check_pieces(bound: Sequence[ModuleEntry], placement: Placement, group: Any) -> None:
     """Hash each module that is sharded on one rank, which differs each time. Equal pieces are sent once, and compared.
 
-    The first failure is raised last. Raises LiveModelError if the ranks do not have all of a tensor.
+    A failure is raised last, the gravest. Raises LiveModelError if the ranks do not have all of a tensor.
     """
     ranks, failure = Ranks(group), FirstError()
     boxes = ranks.all_gather({entry.name: placement[entry.name][0].box for entry in bound})
     # One rank may have all of a short tensor, so only all ranks together know which tensors are sharded.
     pieces = [entry for entry in bound if any(found[entry.name] != whole(entry.shape) for found in boxes)]
-    for turn, entry in enumerate(pieces):
-        layout = Layout.of(entry.shape, [found[entry.name] for found in boxes])
+    layouts = {entry.name: Layout.of(entry.shape, [found[entry.name] for found in boxes]) for entry in pieces}
+    for entry in pieces:
+        layout = layouts[entry.name]
         if layout.covered != math.prod(entry.shape):  # equal on all ranks
             raise LiveModelError(
                 f"{entry.name}: the ranks have {layout.covered} of its {math.prod(entry.shape)} weights; check `shards`"
             )
-        part = placement[entry.name][0]
+    for turn, entry in enumerate(pieces):
+        layout, part = layouts[entry.name], placement[entry.name][0]
         digest = assembled_digest(ranks, turn % ranks.count, layout, part, entry.dtype, failure)
         with failure:
             if digest is not None:
                 check_base_digest(entry, digest)
-    check_replicas({entry.name: placement[entry.name][0] for entry in pieces}, boxes, ranks.all_gather)
+    with failure:  # it fails on all ranks or on none
+        check_replicas({entry.name: placement[entry.name][0] for entry in pieces}, boxes, ranks.all_gather)
     if failure.error is not None:
         raise failure.error

@@ -84,14 +84,23 @@ def assembled(
     """Yield the flat ranges of a tensor, each with its weights: a writable storage array on the owner, None elsewhere.
 
     A range is of whole blocks of the exact encoding: 2^20 weights, or a row of the first dimension if that is longer.
-    failure: keeps the errors of this rank, so that it goes on; the weights are then None, or wrong.
+    failure: keeps the errors of this rank, so that it goes on; the weights are then None, or wrong. Without memory for
+    pieces on some rank, which keeps that error, nothing is yielded on any.
     """
     total, row = math.prod(layout.shape), max(layout.row, 1)
     length = max(_STRETCH, -(-row // BLOCK) * BLOCK)  # so that a row is sent at most twice
+    buffer: Tensor | None = None
+    with failure:
+        buffer = _buffer(layout, dtype, rows=min(total // row, length // row + 2), device=part.view.device)
+    room = ranks.all_gather(buffer is not None)
+    if buffer is None or not all(room):
+        return
     for begin in range(0, max(total, 1), length):
         end = min(begin + length, total)
         rows = slice(begin // row, -(-end // row))
-        found = _rows_on(ranks, owner, layout, rows, mine=part.view, box=part.box, dtype=dtype, failure=failure)
+        found = _rows_on(
+            ranks, owner, layout, rows, mine=part.view, box=part.box, dtype=dtype, buffer=buffer, failure=failure
+        )
         first = rows.start * row
         yield slice(begin, end), None if found is None else found.reshape(-1)[begin - first : end - first]
 
@@ -123,6 +132,12 @@ def sharded_digest(entry: ModuleEntry, part: ShardView, turn: int, group: Any) -
     return digest
 
 
+def _buffer(layout: Layout, dtype: DType, *, rows: int, device: torch.device) -> Tensor:
+    """Room for the largest piece of this many rows, as bytes."""
+    widths = (math.prod(extent(piece[1:])) for piece in layout.senders)
+    return torch.empty(dtype.itemsize * rows * max(widths, default=0), dtype=torch.uint8, device=device)
+
+
 def _rows_on(
     ranks: Ranks,
     owner: int,
@@ -132,12 +147,13 @@ def _rows_on(
     mine: Tensor,
     box: Box,
     dtype: DType,
+    buffer: Tensor,
     failure: FirstError,
 ) -> Array | None:
     """Rows of the first dimension, assembled on the owner as a storage array; None on the other ranks.
 
-    mine: this rank's piece; box: its box. A scalar has no rows, so it is taken whole. A rank with an error sends and
-    receives as many bytes as without it.
+    mine: this rank's piece; box: its box; buffer: for pieces of others. A scalar has no rows, so it is taken whole.
+    A rank with an error sends and receives as many bytes as without it.
     """
     out: Array | None = None
     with failure:
@@ -153,7 +169,7 @@ def _rows_on(
                 data = as_bytes(mine.detach()[begin - box[0][0] : end - box[0][0]] if box else mine.detach())
         if data is None:
             size = dtype.itemsize * (end - begin) * math.prod(last - first for first, last in piece[1:])
-            data = torch.empty(size, dtype=torch.uint8, device=mine.device)
+            data = buffer[:size]
         if sender != owner and ranks.rank == sender:
             distributed.send(data, dst=ranks.world(owner), group=ranks.group)
         elif sender != owner:

@@ -17,7 +17,7 @@ from torch import distributed
 
 from peraxis_format.errors import LiveModelError, PxdError, first_line
 
-__all__ = ["FirstError", "Ranks", "agree", "is_distributed", "raise_first", "sendable", "together"]
+__all__ = ["FirstError", "Ranks", "agree", "graver", "is_distributed", "raise_first", "sendable", "together"]
 
 
 def is_distributed() -> bool:
@@ -90,9 +90,9 @@ class Ranks:
 
 
 def agree(error: BaseException | None, group: Any = None) -> None:
-    """Raise one error on every rank if any rank has one: an interrupt, else the first that is no PxdError, else that.
+    """Raise one error on every rank if any rank has one: an interrupt, else one that is no PxdError, else a PxdError.
 
-    So all ranks handle the same error, and go on in the same way.
+    Of several of a kind, it is that of the lowest rank. So all ranks handle the same error, and go on in the same way.
     """
     ranks = Ranks(group)
     if ranks.count > 1:
@@ -118,6 +118,11 @@ def raise_first(found: Sequence[object], cause: BaseException | None) -> None:
     raise first from cause
 
 
+def graver(kept: BaseException | None, new: BaseException | None) -> BaseException | None:
+    """The graver of two errors of this rank, the kept one of equals; see `agree`."""
+    return new if kept is None or (new is not None and _gravity(new) < _gravity(kept)) else kept
+
+
 def _gravity(error: BaseException) -> int:
     """Interrupts come first. Wrong bytes come last, because a rank with another error sends others wrong bytes."""
     return 0 if not isinstance(error, Exception) else 2 if isinstance(error, PxdError) else 1
@@ -141,21 +146,29 @@ def together(group: Any, *, sharded: bool = True) -> Iterator[None]:
 
 
 class FirstError:
-    """A context that keeps the first error of this rank, which goes on because others wait for its pieces."""
+    """A context that keeps an error of this rank, which goes on because others wait for its pieces.
+
+    error: the gravest, the first of equals (see `agree`). It may be an interrupt.
+    """
 
     error: BaseException | None = None
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> bool:
-        self.error = self.error or error
+        self.error = graver(self.error, error)
         return True
 
 
 def sendable(error: BaseException) -> BaseException:
-    """The error, or, if it cannot be pickled, one with its message: all ranks must raise the same type."""
+    """The error, or, if it cannot be pickled, one with its message: all ranks must raise the same type.
+
+    An interrupt stays one.
+    """
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
+        if not isinstance(error, Exception):
+            return KeyboardInterrupt(first_line(error))
         return LiveModelError(f"{type(error).__name__}: {first_line(error)}")
     return error

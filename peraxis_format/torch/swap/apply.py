@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from peraxis_format.arguments import check_choice, check_least
-from peraxis_format.errors import BindingError, LiveModelError, TornError, located
+from peraxis_format.errors import BindingError, LiveModelError, located, torn
 from peraxis_format.interrupts import uninterrupted
 from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
@@ -191,10 +191,7 @@ def _restore(kept: Mapping[ShardView, Tensor], error: BaseException) -> None:
         except BaseException as again:
             failure = failure or again
     if failure is not None:
-        raise TornError(
-            f"a delta failed while weights were written ({error or type(error).__name__}), and could not be reverted "
-            f"({failure or type(failure).__name__}); load the model again"
-        ) from failure
+        raise torn("a delta", error, failure) from failure
 
 
 def verify_share(delta: DeltaFile, group: Any, workers: ThreadPool) -> int:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peraxis_format.errors import LiveModelError, TornError
+from peraxis_format.errors import LiveModelError, first_line, torn
 from peraxis_format.interrupts import uninterrupted
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.ranks import together
@@ -158,8 +158,8 @@ class VariantSwitch:
 
         It waits for running forwards. overwrite: swap even if other code has written the weights since the last swap;
         these changes are lost. Ctrl-C waits for the end of the writes. Raises SwapError, which names the model's
-        variant afterwards. Raises LiveModelError for an unknown name, or if the model's tensors are no longer those of
-        the registered variants.
+        variant afterwards, or TornError if the model could not be reverted to one. Raises LiveModelError for an unknown
+        name, or if the model's tensors are no longer those of the registered variants.
         """
         self._lock.refuse_inside()
         with self._changes, self._lock.exclusive():
@@ -199,7 +199,7 @@ class VariantSwitch:
             if not isinstance(error, Exception):
                 raise  # an interrupt is not wrapped
             what = "the base" if now is None else f"variant {now!r}"
-            raise SwapError(f"swap to {name!r} failed ({error}); the model is {what}", now=now) from error
+            raise SwapError(f"swap to {name!r} failed ({first_line(error)}); the model is {what}", now=now) from error
         self._current, self._torn = name, False
         return written
 
@@ -255,10 +255,8 @@ class VariantSwitch:
         except BaseException as failure:
             undo = self._registry.in_place is not None
             remedy = "load the base again and make a new VariantSwitch" if undo else "use(None) tries it again"
-            raise TornError(
-                f"a swap failed ({error or type(error).__name__}) and could not be reverted "
-                f"({failure or type(failure).__name__}); the weights are neither the base's nor a variant's; {remedy}"
-            ) from error
+            advice = f"the weights are neither the base's nor a variant's; {remedy}"
+            raise torn("a swap", error, failure, advice=advice) from error
         self._torn = False
         return now
 

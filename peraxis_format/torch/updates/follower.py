@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from peraxis_format.delta import Encoding
 from peraxis_format.dtypes import digest_of
-from peraxis_format.errors import ArgumentError, BindingError, LiveModelError, PxdError, TornError
+from peraxis_format.errors import ArgumentError, BindingError, LiveModelError, PxdError, TornError, first_line
 from peraxis_format.ops.tensors import storage_array
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.finder import check_target
@@ -117,6 +117,8 @@ class Follower:
 
         Files that cannot be applied are reported in `waiting` and tried again at the next poll, because a file may be
         incomplete. If the update to the next state is missing, the newest anchor ahead is taken.
+        Raises TornError if weights were written in part, and the error of `on_update`, which comes after the updates
+        were applied; on all ranks of a sharded model.
         """
         files, problems = self._listed()
         waiting: dict[Path, str] = dict(problems)
@@ -163,7 +165,11 @@ class Follower:
         self._noticed = other
 
     def apply(self, path: str | Path) -> None:
-        """Apply one file, which must continue the model's state. Raises UpdateError with its name, PxdError."""
+        """Apply one file, which must continue the model's state.
+
+        Raises UpdateError with its name, PxdError, LiveModelError if the model cannot take it, TornError if weights
+        were written in part.
+        """
         files, problems = self._listed()
         found = next((file for file in files if file.path == Path(path)), None)
         if found is None:
@@ -197,9 +203,7 @@ class Follower:
                         return
                     self.poll()
                 except Exception as error:  # a failed poll must not end the thread
-                    _LOGGER.error(
-                        "%s: cannot be followed: %s; trying again", self.folder, error or type(error).__name__
-                    )
+                    _LOGGER.error("%s: cannot be followed: %s; trying again", self.folder, first_line(error))
                     if self._stop.is_set():  # the other ranks may be gone
                         return
 

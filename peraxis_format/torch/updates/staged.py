@@ -21,7 +21,7 @@ from torch import Tensor
 
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import Array
-from peraxis_format.errors import LiveModelError, TornError, fail, located
+from peraxis_format.errors import LiveModelError, fail, located, torn
 from peraxis_format.interrupts import uninterrupted
 from peraxis_format.manifest import ModuleEntry
 from peraxis_format.reader import DeltaFile
@@ -66,7 +66,7 @@ class _Change:
                 self.values.copy_(new)
                 self.part.publish()
             except BaseException as again:
-                raise _torn(error, again) from again
+                raise torn("an update", error, again) from again
             raise
 
 
@@ -109,14 +109,7 @@ class StagedUpdate:
             except BaseException as again:
                 failure = again
         if failure is not None:
-            raise _torn(error, failure) from failure
-
-
-def _torn(error: BaseException, failure: BaseException) -> TornError:
-    return TornError(
-        f"an update failed while weights were written ({error or type(error).__name__}), and could not be reverted "
-        f"({failure or type(failure).__name__}); load the model again"
-    )
+            raise torn("an update", error, failure) from failure
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peraxis_format.delta import ModuleDelta
 from peraxis_format.dtypes import Array
-from peraxis_format.errors import TornError
+from peraxis_format.errors import torn
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.proof import stretches
 from peraxis_format.torch.place.shards import Placement, ShardView, storage_key
@@ -71,10 +71,7 @@ def write_whole(file: DeltaFile, modules: list[ModuleDelta], placement: Placemen
         try:
             write.run()
         except BaseException as again:
-            raise TornError(
-                f"{file.path}: failed while weights were written ({error or type(error).__name__}), and could not be "
-                f"finished ({again or type(again).__name__}); load the model again"
-            ) from again
+            raise torn(f"{file.path}:", error, again, undone="finished") from again
         if not isinstance(error, Exception):
             raise
 
