@@ -153,10 +153,10 @@ class Mirror:
             return bool(self._system.exists(f"{self._path}/{name}"))
 
     def remove(self, name: str) -> None:
-        """Delete a file."""
+        """Delete a file; if it is gone already, nothing is done."""
         if self._sent is not None and self._sent[0] == name:
             self._sent = None
-        with self._errors():
+        with self._errors(), contextlib.suppress(FileNotFoundError):
             self._system.rm_file(f"{self._path}/{name}")
 
     def _fetch(self, name: str) -> None:

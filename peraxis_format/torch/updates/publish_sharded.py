@@ -74,9 +74,9 @@ class ShardedUpdateWriter(UpdateWriter):
     def _together(self) -> AbstractContextManager[None]:
         return together(self._ranks.group)
 
-    def prune(self, *, anchors: int = 2) -> list[Path]:
+    def prune(self, *, anchors: int = 2) -> list[Path | str]:
         """Delete old files, see UpdateWriter. Collective: rank 0 does this, and every rank returns them."""
-        deleted: list[Path] = self._on_first(lambda: UpdateWriter.prune(self, anchors=anchors))
+        deleted: list[Path | str] = self._on_first(lambda: UpdateWriter.prune(self, anchors=anchors))
         return deleted
 
     def close(self) -> None:
@@ -147,7 +147,7 @@ class ShardedUpdateWriter(UpdateWriter):
             return
         odd = sorted(live.keys() ^ self._dtypes.keys())
         if odd:
-            raise LiveModelError(f"{odd[0]}: was added or removed since {self.folder} was begun; use a new folder")
+            raise LiveModelError(f"{odd[0]}: was added or removed since {self._place} was begun; use a new folder")
         for name, tensor in live.items():
             moved = self._layouts[name].shape != tuple(tensor.shape) or self._boxes[name] != boxes[name]
             if moved or dtypes[name] is not self._dtypes[name]:
