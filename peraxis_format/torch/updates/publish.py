@@ -33,7 +33,7 @@ from peraxis_format.torch.updates.destination import Destination
 from peraxis_format.torch.updates.live import check_publishing, live_tensors
 from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.published import Published, Written
-from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, step_name
+from peraxis_format.torch.updates.source import UpdateFile, Way, anchor_name, chain_of, step_name
 
 __all__ = ["UpdateWriter"]
 
@@ -275,8 +275,10 @@ class UpdateWriter:
         if self._is_broken_off():
             before, self._head = self._head, None
             try:
-                self._restore()
-                self._check_own(before)
+                way = self._way()
+                self._check_own(None if way is None else way.head, before)  # only then the own state may change
+                if way is not None:
+                    self._load(way)
             except BaseException:
                 self._head, self._broken_off = before, True
                 raise
@@ -288,17 +290,24 @@ class UpdateWriter:
     def _is_broken_off(self) -> bool:
         return self._broken_off or self._to.is_in_doubt()
 
-    def _check_own(self, before: UpdateFile | None) -> None:
-        """Check that no other process has published since `before`."""
-        self._to.check_own(self._head, before)
+    def _check_own(self, head: UpdateFile | None, before: UpdateFile | None) -> None:
+        """Check that no other process has published since `before`. head: the last file of the folder."""
+        self._to.check_own(head, before)
 
     def _restore(self) -> None:
-        """Update the snapshot to the last state of the folder."""
+        """Update the snapshot to the last state of the folder, if it has a chain."""
+        way = self._way()
+        if way is not None:
+            self._load(way)
+
+    def _way(self) -> Way | None:
+        """The way to the last state of the folder, by the headers of its files."""
         if self._mirror is not None:
             self._mirror.sync(after=None)
-        way = chain_of(self.folder)
-        if way is None:
-            return
+        return chain_of(self.folder)
+
+    def _load(self, way: Way) -> None:
+        """Update the snapshot to the last state of a way."""
         self._load_anchor(way.anchor)
         for update in way.updates:
             self._promote_file(update)
