@@ -9,8 +9,10 @@ exponent of the old weight. Each wire is decoded and applied in place, in turns 
 other wires; `ratio` is its speed relative to that copy. Times are CPU seconds of one thread, or with --threads wall
 seconds. Peers have one thread. Memory: what applying allocates beside the weights and the update.
 
-With --check the exit code is 1 if a bound is missed. Shares of the bytes of the best peer: 0.6 from 0.2 to 50% changed,
-1 elsewhere. 1.15 of the bound. `keyed` is as fast as XOR + zstd, `gaps` twice as fast. Encoding: 0.3 GB/s.
+Updates that change nothing are named on standard error and left out.
+
+With --check the exit code is 1 if a limit is missed. Shares of the bytes of the best peer: 0.6 from 0.2 to 50% changed,
+1 elsewhere. 1.15 of `bound`. `keyed` is as fast as XOR + zstd, `gaps` twice as fast. Encoding: 0.3 GB/s.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ WHOLE = "XOR + zstd"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """What the bounds are about, of one update. bytes: for each changed weight; pace: against the copy; by wire."""
+    """What the limits are about, of one update. bytes: for each changed weight; pace: against the copy; by wire."""
 
     label: str
     changed: float
@@ -82,12 +84,15 @@ def allocated(wire: Wire, old: Words, new: Words) -> int:
     return peak + (wire.pool.max_memory() or 0)
 
 
-def measure(bench: Benchmark, update: Update, options: argparse.Namespace) -> Figures:
-    """Add the lines of one update."""
+def measure(bench: Benchmark, update: Update, options: argparse.Namespace) -> Figures | None:
+    """Add the lines of one update. None if it changes nothing."""
     old, new, threads = update.old, update.new, options.threads
-    wires = [*ours(old, new, threads), *peers(old, new)]
     changed = int(np.count_nonzero(old != new))
-    label, share, least = f"{update.label}, {changed / old.size:.2%}", changed / old.size, bound(old, new) / changed
+    if not changed:
+        return None
+    wires = [*ours(old, new, threads), *peers(old, new)]
+    share, least = changed / old.size, bound(old, new) / changed
+    label = f"{update.label}, {share:.2%}"
     sizes = {wire.name: wire.size / changed for wire in wires}
     memory = {wire.name: allocated(wire, old, new) for wire in wires}
     other = np.empty_like(old)
@@ -119,7 +124,7 @@ def measure(bench: Benchmark, update: Update, options: argparse.Namespace) -> Fi
 
 
 def check(bench: Benchmark, rows: list[Figures]) -> None:
-    """Check the bounds of the module's docstring, each on the update that is furthest from it."""
+    """Check the limits of the module's docstring, each on the update that is furthest from it."""
 
     def most(name: str, value: Callable[[Figures], float], limit: float, some: list[Figures]) -> None:
         if some:
@@ -143,7 +148,7 @@ def check(bench: Benchmark, rows: list[Figures]) -> None:
 
 
 def main() -> int:
-    """Measure all updates. Returns 1 if a bound is missed and --check is given."""
+    """Measure all updates. Returns 1 if a limit is missed and --check is given."""
     parser = arguments(__doc__)
     parser.set_defaults(repeat=5)
     parser.add_argument("--weights", type=int, default=5 << 20, help="weights of a drawn update; 0: no drawn updates")
@@ -151,7 +156,7 @@ def main() -> int:
     parser.add_argument("--text", type=Path, help="the rows that --model trains on, and takes prompts from")
     parser.add_argument("--steps", type=int, default=8, help="steps of a sequence; the first and the last are measured")
     parser.add_argument("--threads", type=int, default=1, help="threads of exact updates")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a bound is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a limit is missed")
     options = parser.parse_args()
     if options.model is not None and options.text is None:
         parser.error("--model needs --text")
@@ -163,8 +168,11 @@ def main() -> int:
     bench = Benchmark("updates", parameters={"weights": options.weights, "threads": options.threads})
     rows = []
     for update in itertools.chain(*updates):
-        rows.append(measure(bench, update, options))
-        print(rows[-1].label, file=sys.stderr, flush=True)
+        figures = measure(bench, update, options)
+        if figures is not None:
+            rows.append(figures)
+        label = f"{update.label}: changes nothing; left out" if figures is None else figures.label
+        print(label, file=sys.stderr, flush=True)
     if rows:
         check(bench, rows)
     passed = bench.finish(options.json, options.plot)

@@ -99,13 +99,18 @@ def report_path(text: str) -> Path:
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a folder; name a file")
-    if path.exists() and not path.is_file():
-        return path  # a pipe or a device, written into
+    if is_written_into(path):
+        return path
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{path}: there is no folder {path.parent}; make it first")
     if not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{path}: the folder {path.parent} cannot be written to")
     return path
+
+
+def is_written_into(path: Path) -> bool:
+    """Whether a path stays and is written into: a pipe, a device or a link, such as /dev/stdout."""
+    return path.is_symlink() or (path.exists() and not path.is_file())
 
 
 def run(given: argparse.Namespace) -> int:
@@ -138,9 +143,12 @@ def run_adapter(given: argparse.Namespace, command: str, corpus: Corpus, cases: 
 
 
 def write(path: Path, text: str) -> None:
-    """Write a report, whole or not at all; into a pipe or a device as it comes. Raises OSError that names it."""
-    if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
+    """Write a report, whole or not at all; into a pipe, device or link as it comes. Raises OSError that names it."""
+    if is_written_into(path):
+        if is_stdout(path):  # opened again, it would be written from its beginning, over the lines on it
+            report.show(text.removesuffix("\n"))
+        else:
+            path.write_text(text, encoding="utf-8")
         return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -150,6 +158,14 @@ def write(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def is_stdout(path: Path) -> bool:
+    """Whether a path is the standard output of this process."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno()))
+    except OSError:  # no such file, or an output without a descriptor
+        return False
 
 
 def corpus_of(given: argparse.Namespace) -> Corpus:

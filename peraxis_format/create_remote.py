@@ -16,23 +16,34 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from peraxis_format.files import atomic_file
 from peraxis_format.hub import commit_new_file
 
-__all__ = ["create_remote", "is_replaced", "replace_remote", "start_of"]
+__all__ = ["create_remote", "head_of", "is_replaced", "replace_remote", "start_of"]
 
 _CONDITIONAL: Final = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"})
 _LENGTH: Final = 8  # bytes of the header's length at the start of a file
 _LONGEST: Final = 1 << 26  # bytes to compare at most
+_BLOCK: Final = 1 << 20  # bytes of a request for a header
 
 
 def start_of(local: Path) -> bytes:
     """The header of a .pxd file."""
     with open(local, "rb") as file:
-        length = file.read(_LENGTH)
-        return length + file.read(min(int.from_bytes(length, "little"), _LONGEST))
+        return _head(file)
+
+
+def head_of(system: Any, target: str) -> bytes:
+    """The header of a .pxd file at `target`. Raises the errors of the file system."""
+    with system.open(target, "rb", block_size=_BLOCK) as file:
+        return _head(file)
+
+
+def _head(file: BinaryIO) -> bytes:
+    length = file.read(_LENGTH)
+    return length + file.read(min(int.from_bytes(length, "little"), _LONGEST))
 
 
 def is_replaced(system: Any, target: str, start: bytes) -> bool:

@@ -83,6 +83,30 @@ def test_a_report_that_cannot_be_written_is_refused_before_a_case_runs(
     assert not ran.exists()
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_report_at_a_link_is_written_into_its_file(tmp_path: Path, exists: bool) -> None:
+    report, link = tmp_path / "report.json", tmp_path / "link"
+    if exists:
+        report.write_text("the report before, which is longer than the new one" * 1000)
+    link.symlink_to(report)
+    assert cli.main(["run", "--adapter", RIGHT, "--case", "invalid/empty", "--json", str(link)]) == 0
+    assert link.is_symlink()
+    assert len(json.loads(report.read_text())["adapters"]) == 1
+
+
+def test_a_report_to_standard_output_comes_after_the_lines_on_it(tmp_path: Path) -> None:
+    link, out = tmp_path / "stdout", tmp_path / "out"
+    link.symlink_to("/proc/self/fd/1" if Path("/proc/self/fd/1").exists() else "/dev/fd/1")
+    given = ["run", "--adapter", RIGHT, "--case", "invalid/empty", "--json", str(link)]
+    with out.open("w") as file:
+        command = [sys.executable, "-c", f"from peraxis_conformance import cli; cli.main({given})"]
+        subprocess.run(command, stdout=file, check=True)
+    lines, _, report = out.read_text().partition("\n{")
+    assert "conformance | 1 of 1" in lines
+    assert len(json.loads("{" + report)["adapters"]) == 1
+    assert link.is_symlink()
+
+
 def test_a_report_that_fails_at_the_end_names_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "report.json"
     (tmp_path / ".report.json.tmp").mkdir()  # in the way of the temporary file

@@ -60,6 +60,16 @@ def test_actions_are_measured_in_turns(harness: Any) -> None:
     assert [len(timing.seconds) for timing in timings] == [2, 2]
 
 
+def test_an_update_that_changes_nothing_is_left_out_and_named(tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    target = tmp_path / "out.json"
+    command = [sys.executable, str(FOLDER / "updates.py"), "--weights", "1000", "--repeat", "1", "--json", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[0] == "step 3e-09: changes nothing; left out"
+    assert all(result["changed"] > 0 for result in json.loads(target.read_text())["results"] if "changed" in result)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "options"),

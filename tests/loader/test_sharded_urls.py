@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import multiprocessing
 
+from peraxis_format.reader import DeltaFile
 from peraxis_format.torch import LiveModelError
-from peraxis_format.torch.updates import ShardedUpdateWriter, follow, mirror, shared_mirror
+from peraxis_format.torch.updates import ShardedUpdateWriter, UpdateWriter, follow, mirror, shared_mirror
 from tests.loader.support import bytes_of
 from tests.loader.test_sharded_updates import Pieces, publish_alone, start, state
 
@@ -59,6 +60,23 @@ def from_memory(rank: int, world: int, folder: str) -> None:
             system.rm_file(f"/bucket/run/{empty}")
         torch.distributed.barrier()
         assert dict(follower.poll().waiting) == {}
+        anchor = "anchor-00000004.pxd"
+        if rank == 0:
+            UpdateWriter(state(4), path / "whole").step()
+            whole = (path / "whole" / NAMES[0]).read_bytes()
+            system.pipe_file(f"/bucket/run/{anchor}", whole)
+            system.rm_file(f"/bucket/run/{NAMES[4]}")
+        torch.distributed.barrier()
+        found = follower.poll()
+        assert (found.step, found.applied, dict(found.waiting)) == (4, (), {})
+        [kept_file] = follower.folder.glob("*.pxd")
+        sizes: list[Any] = [None] * world
+        torch.distributed.all_gather_object(sizes, (kept_file.name, kept_file.stat().st_size))
+        assert set(sizes) == {(anchor, sizes[0][1])}
+        with DeltaFile(kept_file) as delta:
+            header_size = delta.header_size
+        assert not any(kept_file.read_bytes()[header_size:])  # its data was not fetched
+        torch.distributed.barrier()
         plain = shared_mirror.Mirror.sync
         shared_mirror.Mirror.sync = _broken  # type: ignore[method-assign]
         found = follower.poll()

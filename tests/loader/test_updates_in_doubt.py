@@ -108,7 +108,8 @@ def test_a_file_that_another_process_wrote_meanwhile_is_not_continued(
 ) -> None:
     model = weights()
     writer = UpdateWriter(model, tmp_path)
-    writer.step()
+    first = writer.step()
+    arrays = {name: array for name, (_, array) in writer._snapshot.items()}
     other = UpdateWriter(weights(), tmp_path)
     move(model)
 
@@ -124,4 +125,6 @@ def test_a_file_that_another_process_wrote_meanwhile_is_not_continued(
     for _ in range(2):
         with pytest.raises(FileExistsError, match="another process publishes there"):
             writer.step()
+        assert (writer.step_number, writer.result, writer._snapshot.keys()) == (0, first.result, arrays.keys())
+        assert all(writer._snapshot[name][1] is array for name, array in arrays.items())
         assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -98,6 +98,67 @@ def test_a_file_that_was_replaced_is_fetched_again(folder: str, tmp_path: Path) 
     assert live["a"].equal(last)
 
 
+def noted_fetches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that are fetched whole."""
+    fetched: list[str] = []
+    plain = Mirror._fetch
+
+    def noted(self: Mirror, name: str) -> None:
+        fetched.append(name)
+        plain(self, name)
+
+    monkeypatch.setattr(Mirror, "_fetch", noted)
+    return fetched
+
+
+def test_an_anchor_of_the_state_where_a_follower_is_already_is_not_fetched(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, url = {"a": torch.arange(1 << 16).bfloat16()}, f"memory:/{folder}"
+    live = {"a": torch.zeros(1 << 16).bfloat16()}
+    writer = UpdateWriter(model, url, anchor_every=2)
+    fetched = noted_fetches(monkeypatch)
+    with follow(live, url) as follower:
+        for step in range(7):
+            model["a"] += 1
+            writer.step()
+            assert follower.poll().step == step
+            writer.prune(anchors=1)
+            for _ in range(2):
+                found = follower.poll()
+                assert (found.step, dict(found.waiting)) == (step, {})
+        assert fetched == [ANCHOR, *(f"step-{step:08d}.pxd" for step in range(1, 7))]
+        assert live["a"].equal(model["a"])
+        # Of another state the whole file is fetched: here other code has changed the model.
+        live["a"].zero_()
+        follower.step = None
+        follower._state = None
+        assert follower.poll().step == 6
+    assert live["a"].equal(model["a"])
+    assert fetched[-1] == "anchor-00000006.pxd"
+
+
+def test_a_store_that_gives_no_part_of_a_file_gives_the_whole(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, url = {"a": torch.arange(64).bfloat16()}, f"memory:/{folder}"
+    writer = UpdateWriter(model, url, anchor_every=1)
+    fetched = noted_fetches(monkeypatch)
+    with follow({"a": torch.zeros(64).bfloat16()}, url) as follower:
+        writer.step()
+        follower.poll()
+        model["a"] += 1
+        writer.step()
+        follower.poll()
+        writer.prune(anchors=1)
+        monkeypatch.setattr("peraxis_format.torch.updates.mirror.head_of", no_ranges)
+        found = follower.poll()
+        assert (found.step, dict(found.waiting)) == (1, {})
+    assert fetched == [ANCHOR, STEP, "anchor-00000001.pxd"]
+
+
+def no_ranges(*_: Any) -> bytes:
+    raise ValueError("the server does not support range requests")
+
+
 def test_a_store_that_fails_is_told_from_a_folder_without_a_chain(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, url = {"a": torch.arange(64).bfloat16()}, f"memory:/{folder}"
     writer = UpdateWriter(model, url, anchor_every=1)

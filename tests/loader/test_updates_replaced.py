@@ -103,7 +103,7 @@ def test_a_state_that_did_not_change_has_the_step_of_its_anchor_where_the_update
     assert same(live, model)
 
 
-def test_a_server_of_vllm_notices_it_too(tmp_path: Path) -> None:
+def test_a_server_of_vllm_notices_it_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     old, _ = publish(tmp_path / "chain", 2)
 
     async def apply(path: Path) -> None: ...
@@ -113,6 +113,9 @@ def test_a_server_of_vllm_notices_it_too(tmp_path: Path) -> None:
     assert (following.step, following.waiting) == (2, {})
     remove(str(tmp_path / "chain"))
     publish(tmp_path / "chain", 1, seed=1)
-    asyncio.run(following.poll())
+    with caplog.at_level(logging.ERROR, "peraxis"):
+        for _ in range(2):
+            asyncio.run(following.poll())
+    assert caplog.text.count("has another chain") == 1
     assert following.step == 2
     assert f"at step 2 of the one with the result {old.result}" in following.waiting["chain"]

@@ -95,8 +95,37 @@ def test_a_trainer_goes_on_from_the_url_and_a_late_server_begins_at_the_newest_a
         assert bytes_of(server) == bytes_of(state(7))
     assert fetched == ["anchor-00000006.pxd", "step-00000006.pxd", "step-00000007.pxd"]
     gone = again.prune(anchors=1)
-    assert [path.name for path in gone][:2] == ["anchor-00000000.pxd", "step-00000001.pxd"]
+    assert gone[:2] == [f"{url}/anchor-00000000.pxd", f"{url}/step-00000001.pxd"]
     assert there(url) == ["anchor-00000006.pxd", "step-00000007.pxd"]
+
+
+def test_files_that_another_program_deletes_meanwhile_do_not_stop_a_prune(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = state(0)
+    writer = UpdateWriter(live, url, anchor_every=2)
+    publish(writer, live, range(5))
+    names, memory = Mirror.names, fsspec.filesystem("memory")
+
+    def then_deleted(self: Mirror) -> list[str]:
+        found = names(self)
+        memory.rm(f"{url.removeprefix('memory:/')}/step-00000001.pxd")
+        return found
+
+    monkeypatch.setattr(Mirror, "names", then_deleted)
+    writer.prune(anchors=1)
+    assert there(url) == ["anchor-00000004.pxd"]
+
+
+def test_a_chain_that_is_gone_is_named_by_its_url(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = state(0)
+    writer = UpdateWriter(live, url)
+    publish(writer, live, range(1))
+    fsspec.filesystem("memory").rm(url.removeprefix("memory:/"), recursive=True)
+    monkeypatch.setattr(writer, "_broken_off", True)
+    with pytest.raises(LiveModelError) as failed:
+        writer.step()
+    assert str(failed.value) == f"{url}: has no chain any more; publish to a new folder"
 
 
 def test_a_missing_link_is_skipped_at_the_next_anchor(url: str) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peraxis_format.torch.updates import UpdateFile, list_updates, next_update, other_chain, reached_step
+from peraxis_format.torch.updates import UpdateFile, list_updates, next_update, standing
 
 __all__ = ["Following", "RequestError"]
 
@@ -42,6 +42,7 @@ class Following:
     lag: int = 0
     waiting: dict[str, str] = field(default_factory=dict)
     _state: str | None = None
+    _noticed: str | None = None  # the reported other chain
     _known: dict[Path, UpdateFile] = field(default_factory=dict)
     _tried: dict[Path, tuple[Any, str]] = field(default_factory=dict)
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
@@ -70,14 +71,8 @@ class Following:
                 continue
             self._state, self.step = chosen.result, chosen.step
             self._tried.clear()
-        self.step = reached_step(files, self._state, self.step)
-        ahead = [file for file in files if not file.is_anchor and file.step > (-1 if self.step is None else self.step)]
-        for file in ahead:
-            waiting.setdefault(file.path, f"{file.path}: does not continue the model's state")
-        other = other_chain(files, self._state, self.step, source=self.folder, problems=waiting)
-        if other is not None:
-            waiting[self.folder] = other
-        self.lag = len(ahead)
+        found = standing(files, self._state, self.step, waiting, source=self.folder, noticed=self._noticed)
+        self.step, self.lag, self._noticed = found.step, found.lag, found.other
         self.waiting = {path.name: reason for path, reason in waiting.items()}
 
     def _circumstances(self, path: Path) -> Any:

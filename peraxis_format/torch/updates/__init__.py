@@ -10,7 +10,14 @@ from peraxis_format.torch.updates.follower import Follower, Poll, follow
 from peraxis_format.torch.updates.publish import UpdateWriter
 from peraxis_format.torch.updates.publish_sharded import ShardedUpdateWriter
 from peraxis_format.torch.updates.published import Published
-from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update, other_chain, reached_step
+from peraxis_format.torch.updates.source import (
+    UpdateFile,
+    list_updates,
+    next_update,
+    other_chain,
+    reached_step,
+    standing,
+)
 
 __all__ = [
     "Follower",
@@ -26,4 +33,5 @@ __all__ = [
     "next_update",
     "other_chain",
     "reached_step",
+    "standing",
 ]

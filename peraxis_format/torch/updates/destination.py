@@ -39,7 +39,7 @@ class Destination:
         """Begin a file. Raises FileExistsError if the folder has a newer one, OSError."""
         newer = newer_file(path)
         if newer is not None:
-            raise FileExistsError(f"{newer}: is newer than {path.name}; {_OTHER}")
+            raise FileExistsError(f"{self.shown(newer)}: is newer than {path.name}; {_OTHER}")
         identity = Identity(id=self._name)
         return DeltaWriter(path, base=identity, fine_tuned=identity, previous=previous, chained=True, overwrite=False)
 
@@ -54,7 +54,8 @@ class Destination:
             self._in_doubt = False
             if error.errno is None:  # it says what to do
                 raise
-            raise FileExistsError(f"{writer.path}: exists already; {_OTHER}, or give each its own folder") from None
+            shown = self.shown(writer.path)
+            raise FileExistsError(f"{shown}: exists already; {_OTHER}, or give each its own folder") from None
         finally:
             if self._mirror is not None:
                 writer.path.unlink(missing_ok=True)
@@ -80,7 +81,7 @@ class Destination:
             raise FileExistsError(f"{self.shown(head.path)}: is not of this process; {_OTHER}")
         self._in_doubt = False
 
-    def prune(self, anchors: int) -> list[Path]:
+    def prune(self, anchors: int) -> list[Path | str]:
         """Delete the files before the oldest of the newest `anchors` anchors, oldest first. Returns them."""
         names = [path.name for path in self.folder.iterdir()] if self._mirror is None else self._mirror.names()
         # An update leads to the anchor of its own number, which replaces it.
@@ -92,4 +93,4 @@ class Destination:
                 (self.folder / name).unlink(missing_ok=True)
             else:
                 self._mirror.remove(name)
-        return [self.folder / name for name in old]
+        return [self.shown(self.folder / name) for name in old]

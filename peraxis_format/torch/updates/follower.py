@@ -32,8 +32,7 @@ from peraxis_format.torch.updates.source import (
     list_updates,
     missing_folder,
     next_update,
-    other_chain,
-    reached_step,
+    standing,
 )
 
 __all__ = ["Follower", "Poll", "follow"]
@@ -142,27 +141,15 @@ class Follower:
             applied.append(chosen.path)
         if self._mirror is not None:
             self._mirror.doubt(path.name for path in failed)
-        self.step = reached_step(files, self._state, self.step)
-        ahead = [file for file in files if not file.is_anchor and file.step > (-1 if self.step is None else self.step)]
-        for file in ahead:
-            waiting.setdefault(file.path, f"{file.path}: does not continue the model's state")
-        self._notice_other(files, waiting)
-        poll = Poll(step=self.step, applied=tuple(applied), lag=len(ahead), waiting=waiting)
+        source = self.folder if self._mirror is None else self._mirror.url
+        found = standing(files, self._state, self.step, waiting, source=source, noticed=self._noticed)
+        self.step, self._noticed = found.step, found.other
+        poll = Poll(step=self.step, applied=tuple(applied), lag=found.lag, waiting=waiting)
         if applied:
             with together(self._group, sharded=in_pieces(self._target, self._shards)):
                 if self._on_update is not None:
                     self._on_update(poll)
         return poll
-
-    def _notice_other(self, files: list[UpdateFile], waiting: dict[Path, str]) -> None:
-        """Report a chain that was put in the place of the model's, and log it once."""
-        source = self.folder if self._mirror is None else self._mirror.url
-        other = other_chain(files, self._state, self.step, source=source, problems=waiting)
-        if other is not None:
-            waiting[Path(source)] = other
-            if other != self._noticed:
-                _LOGGER.error("%s", other)
-        self._noticed = other
 
     def apply(self, path: str | Path) -> None:
         """Apply one file, which must continue the model's state.

@@ -1,7 +1,8 @@
 """A chain at a URL (any that fsspec reads and writes: s3, gs, hf, memory, ...), and its local folder.
 
 Only files that a follower or a trainer still needs are fetched, one by one and each atomically: the newest anchor if it
-has to begin with one, the updates after its state, and the last file. They are sent the same way.
+has to begin with one, the updates after its state, and the last file. They are sent the same way. Of the last file,
+only the header is fetched if it is an anchor that the follower does not need: the rest is a hole in the local file.
 
 A file is fetched again if the store lists another size, time or tag for it. Some stores list none, and a transfer may
 be faulty, so a file that cannot be used (`doubt`) is also fetched again: at the next sync, then after 2, 4 ... 64 more.
@@ -17,8 +18,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from peraxis_format.create_remote import create_remote, is_replaced, start_of
+from peraxis_format.create_remote import create_remote, head_of, is_replaced, start_of
 from peraxis_format.errors import LiveModelError, first_line
+from peraxis_format.header import read_header
 from peraxis_format.torch.updates.source import step_of
 
 __all__ = ["PREFIX", "Mirror", "is_url"]
@@ -69,6 +71,7 @@ class Mirror:
             raise LiveModelError(f"{self.url}: {error}") from None
         self._sent: tuple[str, bytes] | None = None  # name and header of the file that was sent last
         self.fetches: dict[str, int] = {}  # of the files that are here: the number of the fetch
+        self.headers: dict[str, int] = {}  # of the files that are here by their header alone: its bytes
         self._stamps: dict[str, _Stamp] = {}
         self._doubted: dict[str, tuple[int, int]] = {}  # name -> syncs until the next fetch, and the pause after it
         self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
@@ -107,14 +110,20 @@ class Mirror:
                 wanted.append(steps[newest])  # the next update names it
         wanted += [name for step, name in sorted(steps.items()) if begin is None or step > begin]
         # The last file shows whether this is still the same chain.
-        wanted += [name for name, _ in sorted(_known(found), key=_last)[-1:] if name not in wanted]
-        self._keep(name for name in wanted if self._stamps.get(name) == stamps[name] and not self._is_due(name))
+        last = [name for name, _ in sorted(_known(found), key=_last)[-1:] if name not in wanted]
+        behind = after is not None and newest is not None and newest <= after
+        unneeded = {name for name in last if behind and name in anchors.values()}
+        wanted += last
+        whole = [name for name in wanted if name in unneeded or name not in self.headers]
+        self._keep(name for name in whole if self._stamps.get(name) == stamps[name] and not self._is_due(name))
         for name in wanted:
             if not (self.folder / name).exists():
-                self._fetch(name)
+                self.headers.pop(name, None)
+                if name not in unneeded or not self._fetch_header(name):
+                    self._fetch(name)
                 self._stamps[name] = stamps[name]
                 self.fetches[name] = self.fetches.get(name, 0) + 1
-        for known in (self._stamps, self.fetches, self._doubted):
+        for known in (self._stamps, self.fetches, self._doubted, self.headers):
             for name in known.keys() - set(wanted):
                 del known[name]
 
@@ -153,10 +162,10 @@ class Mirror:
             return bool(self._system.exists(f"{self._path}/{name}"))
 
     def remove(self, name: str) -> None:
-        """Delete a file."""
+        """Delete a file; if it is gone already, nothing is done."""
         if self._sent is not None and self._sent[0] == name:
             self._sent = None
-        with self._errors():
+        with self._errors(), contextlib.suppress(FileNotFoundError):
             self._system.rm_file(f"{self._path}/{name}")
 
     def _fetch(self, name: str) -> None:
@@ -164,6 +173,26 @@ class Mirror:
         with self._errors():
             self._download(f"{self._path}/{name}", part)
             part.rename(self.folder / name)
+
+    def _fetch_header(self, name: str) -> bool:
+        """Fetch the header of a file, and leave a hole for its data. Whether it has one that can be read."""
+        part = self.folder / f".{name}{_PART}"
+        path = f"{self._path}/{name}"
+        with self._errors():
+            size = self._system.info(path).get("size")
+            if size is None:
+                return False
+            try:
+                start = head_of(self._system, path)
+                read_header(lambda offset, count: start[offset : offset + count], size)
+            except Exception:  # an error of the store comes again when the whole file is fetched
+                return False
+            with open(part, "wb") as file:
+                file.write(start)
+                file.truncate(size)
+            part.rename(self.folder / name)
+        self.headers[name] = len(start)
+        return True
 
     def _download(self, path: str, part: Path) -> None:
         """Fetch a file of the size that the store announces; more bytes would fill the disk."""
@@ -222,7 +251,7 @@ def _known(found: dict[str, tuple[int, bool] | None]) -> list[tuple[str, tuple[i
 
 
 def _last(file: tuple[str, tuple[int, bool]]) -> tuple[int, bool]:
-    """A key by which the file of the last state is the greatest: an update before the anchor of its number."""
+    """A key by which the file of the last state is the greatest: the update of a number after its anchor."""
     return file[1][0], not file[1][1]
 
 

@@ -33,7 +33,7 @@ from peraxis_format.torch.updates.destination import Destination
 from peraxis_format.torch.updates.live import check_publishing, live_tensors
 from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.published import Published, Written
-from peraxis_format.torch.updates.source import UpdateFile, anchor_name, chain_of, step_name
+from peraxis_format.torch.updates.source import UpdateFile, Way, anchor_name, chain_of, step_name
 
 __all__ = ["UpdateWriter"]
 
@@ -80,7 +80,16 @@ class UpdateWriter:
         self._check_continued()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} to {self._url or self.folder}: step {self.step_number}>"
+        return f"<{type(self).__name__} to {self._place}: step {self.step_number}>"
+
+    @property
+    def _place(self) -> Path | str:
+        """The folder or the URL of the chain."""
+        return self._url or self.folder
+
+    def _shown(self, path: Path) -> Path | str:
+        """The place of a file of the chain: its path or URL."""
+        return path if self._url is None else f"{self._url}/{path.name}"
 
     def _together(self) -> AbstractContextManager[None]:
         """The context of a part of a method that is not collective; ShardedUpdateWriter's raises on all ranks."""
@@ -128,8 +137,8 @@ class UpdateWriter:
             self._promote(module)
         return self._done(path, number, written, tied)
 
-    def prune(self, *, anchors: int = 2) -> list[Path]:
-        """Delete the files before the oldest of the newest `anchors` anchors. Returns them, oldest first.
+    def prune(self, *, anchors: int = 2) -> list[Path | str]:
+        """Delete the files before the oldest of the newest `anchors` anchors. Returns paths or URLs, oldest first.
 
         Files are deleted oldest first, so that the rest is always a chain. Raises ArgumentError for fewer than one.
         """
@@ -169,11 +178,11 @@ class UpdateWriter:
     def _check_names(self, live: Mapping[str, Tensor]) -> None:
         odd = sorted(live.keys() ^ self._snapshot.keys())
         if odd:
-            raise LiveModelError(f"{odd[0]}: was added or removed since {self.folder} was begun; use a new folder")
+            raise LiveModelError(f"{odd[0]}: was added or removed since {self._place} was begun; use a new folder")
         for name, tensor in live.items():
             dtype, array = self._snapshot[name]
             if tuple(tensor.shape) != array.shape or self._dtype_of(name, tensor) is not dtype:
-                raise LiveModelError(f"{name}: has another shape or dtype than in {self.folder}; use a new folder")
+                raise LiveModelError(f"{name}: has another shape or dtype than in {self._place}; use a new folder")
 
     def _dtype_of(self, name: str, tensor: Tensor) -> DType:
         if self._dtype is not None and tensor.dtype is torch.float32:
@@ -239,7 +248,7 @@ class UpdateWriter:
         if due and not self._is_there(beside):
             self._anchor(beside, tied)
         return Published(
-            path=path if self._url is None else f"{self._url}/{path.name}",
+            path=self._shown(path),
             step=number,
             content_id=manifest.content_id,
             result=manifest.result or "",
@@ -266,30 +275,39 @@ class UpdateWriter:
         if self._is_broken_off():
             before, self._head = self._head, None
             try:
-                self._restore()
-                self._check_own(before)
+                way = self._way()
+                self._check_own(None if way is None else way.head, before)  # only then the own state may change
+                if way is not None:
+                    self._load(way)
             except BaseException:
                 self._head, self._broken_off = before, True
                 raise
             if self._head is None and before is not None:
                 self._head = before
-                raise LiveModelError(f"{self.folder}: has no chain any more; publish to a new folder")
+                raise LiveModelError(f"{self._place}: has no chain any more; publish to a new folder")
             self._broken_off = False
 
     def _is_broken_off(self) -> bool:
         return self._broken_off or self._to.is_in_doubt()
 
-    def _check_own(self, before: UpdateFile | None) -> None:
-        """Check that no other process has published since `before`."""
-        self._to.check_own(self._head, before)
+    def _check_own(self, head: UpdateFile | None, before: UpdateFile | None) -> None:
+        """Check that no other process has published since `before`. head: the last file of the folder."""
+        self._to.check_own(head, before)
 
     def _restore(self) -> None:
-        """Update the snapshot to the last state of the folder."""
+        """Update the snapshot to the last state of the folder, if it has a chain."""
+        way = self._way()
+        if way is not None:
+            self._load(way)
+
+    def _way(self) -> Way | None:
+        """The way to the last state of the folder, by the headers of its files."""
         if self._mirror is not None:
             self._mirror.sync(after=None)
-        way = chain_of(self.folder)
-        if way is None:
-            return
+        return chain_of(self.folder)
+
+    def _load(self, way: Way) -> None:
+        """Update the snapshot to the last state of a way."""
         self._load_anchor(way.anchor)
         for update in way.updates:
             self._promote_file(update)
@@ -301,7 +319,7 @@ class UpdateWriter:
             for entry in delta.manifest.modules:
                 if entry.base is not None:
                     raise LiveModelError(
-                        f"{anchor.path}: {entry.name} has a base, so this is no anchor; use a new folder"
+                        f"{self._shown(anchor.path)}: {entry.name} has a base, so this is no anchor; use a new folder"
                     )
                 array = np.array(reconstruct(delta.load(entry.name)))
                 self._snapshot[entry.name] = entry.dtype, array
@@ -311,7 +329,9 @@ class UpdateWriter:
         with DeltaFile(update.path) as delta:
             for entry in delta.manifest.modules:
                 if entry.name not in self._snapshot:
-                    raise LiveModelError(f"{entry.name}: is in {update.path}, but not before it; use a new folder")
+                    raise LiveModelError(
+                        f"{entry.name}: is in {self._shown(update.path)}, but not before it; use a new folder"
+                    )
                 if entry.encoding is not Encoding.SAME:
                     dtype, array = self._snapshot[entry.name]
                     self._snapshot[entry.name] = dtype, reconstruct(delta.load(entry.name), array)

@@ -74,9 +74,9 @@ class ShardedUpdateWriter(UpdateWriter):
     def _together(self) -> AbstractContextManager[None]:
         return together(self._ranks.group)
 
-    def prune(self, *, anchors: int = 2) -> list[Path]:
+    def prune(self, *, anchors: int = 2) -> list[Path | str]:
         """Delete old files, see UpdateWriter. Collective: rank 0 does this, and every rank returns them."""
-        deleted: list[Path] = self._on_first(lambda: UpdateWriter.prune(self, anchors=anchors))
+        deleted: list[Path | str] = self._on_first(lambda: UpdateWriter.prune(self, anchors=anchors))
         return deleted
 
     def close(self) -> None:
@@ -114,9 +114,9 @@ class ShardedUpdateWriter(UpdateWriter):
             mine = super()._is_broken_off()
         return any(self._ranks.all_gather(mine))
 
-    def _check_own(self, before: UpdateFile | None) -> None:
+    def _check_own(self, head: UpdateFile | None, before: UpdateFile | None) -> None:
         """Rank 0 knows what it has written."""
-        self._on_first(lambda: UpdateWriter._check_own(self, before))
+        self._on_first(lambda: UpdateWriter._check_own(self, head, before))
 
     # --- the parts of a step --------------------------------------------------------------------------
 
@@ -147,7 +147,7 @@ class ShardedUpdateWriter(UpdateWriter):
             return
         odd = sorted(live.keys() ^ self._dtypes.keys())
         if odd:
-            raise LiveModelError(f"{odd[0]}: was added or removed since {self.folder} was begun; use a new folder")
+            raise LiveModelError(f"{odd[0]}: was added or removed since {self._place} was begun; use a new folder")
         for name, tensor in live.items():
             moved = self._layouts[name].shape != tuple(tensor.shape) or self._boxes[name] != boxes[name]
             if moved or dtypes[name] is not self._dtypes[name]:
@@ -266,15 +266,16 @@ class ShardedUpdateWriter(UpdateWriter):
         return sum(math.prod(layout.shape) for layout in self._layouts.values())
 
     def _check_continued(self) -> None:
-        """Nothing to do: `_restore` compares the tensors with those of the chain."""
+        """Nothing to do: `_load` compares the tensors with those of the chain."""
 
-    def _restore(self) -> None:
-        """Read the last state of the folder: each owner its tensors, one file after the other, for all ranks."""
+    def _way(self) -> Way | None:
         if self._shared is not None:
             self._shared.sync(after=None)
         way: Way | None = self._on_first(lambda: chain_of(self.folder))
-        if way is None:
-            return
+        return way
+
+    def _load(self, way: Way) -> None:
+        """Read the last state of a way: each owner its tensors, one file after the other, for all ranks."""
         self._parts()
         with self._together():
             mine = {name for name, owner in self._owners.items() if owner == self._ranks.rank}

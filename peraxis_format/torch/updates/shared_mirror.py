@@ -7,6 +7,7 @@ host the lowest rank gets the bytes from the first one, in pieces, and writes th
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import tempfile
@@ -85,35 +86,38 @@ class SharedMirror:
         lacking = self._ranks.all_gather(set(names) - here)
         for name in sorted(set().union(*lacking)):
             part = self.folder / f".{name}.part" if writes and name in lacking[rank] else None
-            size = self._ranks.broadcast(self._size(name, failure), rank=0)
+            size, sent = self._ranks.broadcast(self._sizes(name, failure), rank=0)
             if part is not None:
                 with failure:
                     part.write_bytes(b"")
-            for begin in range(0, size, _PIECE):
-                piece = self._ranks.broadcast(self._piece(name, begin, failure), rank=0)
+            for begin in range(0, sent, _PIECE):
+                piece = self._ranks.broadcast(self._piece(name, begin, sent, failure), rank=0)
                 if part is not None and failure.error is None:
                     with failure, open(part, "ab") as file:
                         file.write(piece)
             if part is not None and failure.error is None:
                 with failure:
-                    if part.stat().st_size == size:  # else the first rank could not read it, and has the error
+                    if part.stat().st_size == sent:  # else the first rank could not read it, and has the error
+                        os.truncate(part, size)
                         part.rename(self.folder / name)
                         self._fetches[name] = names[name]
         agree(failure.error, self._ranks.group)
 
-    def _size(self, name: str, failure: FirstError) -> int:
-        """The bytes of a file, on the first rank."""
+    def _sizes(self, name: str, failure: FirstError) -> tuple[int, int]:
+        """The bytes of a file, and those of them to send: its header, if only that was fetched. On the first rank."""
         with failure:
-            return (self.folder / name).stat().st_size if self._ranks.rank == 0 else 0
-        return 0
+            if self.first is not None:
+                size = (self.folder / name).stat().st_size
+                return size, self.first.headers.get(name, size)
+        return 0, 0
 
-    def _piece(self, name: str, begin: int, failure: FirstError) -> bytes:
-        """A piece of a file, on the first rank."""
+    def _piece(self, name: str, begin: int, end: int, failure: FirstError) -> bytes:
+        """A piece of the bytes before `end` of a file, on the first rank."""
         with failure:
             if self._ranks.rank == 0:
                 with open(self.folder / name, "rb") as file:
                     file.seek(begin)
-                    return file.read(_PIECE)
+                    return file.read(min(_PIECE, end - begin))
         return b""
 
 

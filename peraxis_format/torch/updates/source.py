@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Container, Iterable, Sequence
@@ -13,6 +14,7 @@ from peraxis_format.errors import LiveModelError, PxdError
 from peraxis_format.reader import DeltaFile
 
 __all__ = [
+    "Standing",
     "UpdateFile",
     "Way",
     "anchor_name",
@@ -23,10 +25,12 @@ __all__ = [
     "next_update",
     "other_chain",
     "reached_step",
+    "standing",
     "step_name",
     "step_of",
 ]
 
+_LOGGER: Final = logging.getLogger("peraxis")
 _NAME: Final = re.compile(r"(step|anchor)-([0-9]{1,18})\.pxd")
 
 
@@ -198,6 +202,40 @@ def other_chain(
         f"{source}: has another chain, {named}; the model is at step {step} of the one with the result {state}; follow "
         "again from the beginning to take the new chain, or restore the old one"
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """The place of a state in its chain after a poll. lag: the number of updates ahead. other: see other_chain."""
+
+    step: int | None
+    lag: int
+    other: str | None
+
+
+def standing(
+    files: Sequence[UpdateFile],
+    state: str | None,
+    step: int | None,
+    waiting: dict[Path, str],
+    *,
+    source: str | Path,
+    noticed: str | None,
+) -> Standing:
+    """Where a state stands after a poll. `waiting` gets the reasons why the files ahead, and the source, wait.
+
+    state, step: as in next_update. noticed: `other` after the poll before; another chain is logged once.
+    """
+    step = reached_step(files, state, step)
+    ahead = [file for file in files if not file.is_anchor and file.step > (-1 if step is None else step)]
+    for file in ahead:
+        waiting.setdefault(file.path, f"{file.path}: does not continue the model's state")
+    other = other_chain(files, state, step, source=source, problems=waiting)
+    if other is not None:
+        waiting[Path(source)] = other
+        if other != noticed:
+            _LOGGER.error("%s", other)
+    return Standing(step=step, lag=len(ahead), other=other)
 
 
 def _read(path: Path, stamp: tuple[int, int, int]) -> UpdateFile:
