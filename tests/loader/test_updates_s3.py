@@ -72,7 +72,7 @@ def test_a_fork_at_a_bucket_is_not_written(url: str, tmp_path: Path) -> None:
     update(base, states[0], f"{url}/1.pxd")
     with pytest.raises(CheckFailedError, match=r"/2\.pxd: would be a fork, because 1\.pxd was made on the same state"):
         update(base, states[1], f"{url}/2.pxd")
-    assert [entry.file for entry in log(url).updates] == ["1.pxd"]
+    assert [entry.name for entry in log(url).updates] == ["1.pxd"]
 
 
 def test_a_second_trainer_at_a_bucket_is_refused(url: str) -> None:
