@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import signal
@@ -51,14 +53,20 @@ class Server:
         return self.request("POST", path, body)
 
     def stream(self, path: str, body: Any) -> Iterator[Any]:
-        """Yield the events of a streamed answer as they arrive."""
+        """Yield the events of a streamed answer as they arrive; an answer that is cut off ends with an error."""
         data = json.dumps(body | {"stream": True}).encode()
         asked = urllib.request.Request(self.url + path, data=data, headers=self.headers)
-        with urllib.request.urlopen(asked, timeout=_ANSWER_SECONDS) as answer:
+        with (
+            urllib.request.urlopen(asked, timeout=_ANSWER_SECONDS) as answer,
+            contextlib.suppress(http.client.HTTPException, OSError),
+        ):
             for line in answer:
-                data = line.decode().removeprefix("data:").strip()
-                if data and data != "[DONE]":
-                    yield json.loads(data)
+                event = line.decode().removeprefix("data:").strip()
+                if event == "[DONE]":
+                    return
+                if event:
+                    yield json.loads(event)
+        yield {"error": "the answer was cut off"}
 
     def complete(self, model: str, prompt: Sequence[int], *, tokens: int = 12) -> Any:
         """Return [tokens, log-probabilities] of a greedy completion."""
