@@ -9,7 +9,7 @@ import pytest
 
 from peraxis_format.errors import BindingError
 from peraxis_format.torch.place import binding
-from peraxis_format.torch.place.ranks import FirstError, sendable
+from peraxis_format.torch.place.ranks import KeptError, sendable
 
 
 class UnpicklableInterrupt(BaseException):
@@ -39,7 +39,7 @@ def raised(error: BaseException) -> Any:
     ],
 )
 def test_the_gravest_error_of_a_rank_is_kept(errors: tuple[BaseException, ...], kept: int) -> None:
-    failure = FirstError()
+    failure = KeptError()
     for error in errors:
         with failure:
             raise error

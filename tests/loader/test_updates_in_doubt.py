@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from peraxis_format import files
 from peraxis_format.torch.updates import UpdateWriter, follow
@@ -25,6 +26,17 @@ def fail_syncs(monkeypatch: pytest.MonkeyPatch, *, after: int = 0) -> None:
         sync(folder)
 
     monkeypatch.setattr(files, "sync_folder", broken)
+
+
+def fail_step(
+    writer: UpdateWriter, model: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, *, after: int = 0
+) -> None:
+    """Change the model, and let a step fail as `fail_syncs` says."""
+    move(model)
+    with monkeypatch.context() as patch:
+        fail_syncs(patch, after=after)
+        with pytest.raises(OSError, match="the disk is gone"):
+            writer.step()
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
@@ -54,11 +66,7 @@ def test_an_anchor_that_got_its_name_before_the_disk_failed_is_left_there(
     model = weights()
     writer = UpdateWriter(model, tmp_path, anchor_every=1)
     writer.step()
-    move(model)
-    with monkeypatch.context() as patch:
-        fail_syncs(patch, after=1)
-        with pytest.raises(OSError, match="the disk is gone"):
-            writer.step()
+    fail_step(writer, model, monkeypatch, after=1)
     assert writer.step_number == 1
     move(model)
     assert writer.step().step == 2
@@ -70,11 +78,7 @@ def test_a_local_file_that_failed_before_it_was_sent_does_not_remain(monkeypatch
     model, url = weights(), "memory://in-doubt/run"
     writer = UpdateWriter(model, url)
     writer.step()
-    move(model)
-    with monkeypatch.context() as patch:
-        fail_syncs(patch)
-        with pytest.raises(OSError, match="the disk is gone"):
-            writer.step()
+    fail_step(writer, model, monkeypatch)
     assert writer.step().step == 1
     server = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
     with follow(server, url) as follower:

@@ -17,7 +17,7 @@ from peraxis_format.errors import BindingError, LiveModelError, PxdError, base_a
 from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.torch.place.digests import digests
 from peraxis_format.torch.place.pieces import Layout, assembled_digest
-from peraxis_format.torch.place.ranks import FirstError, Ranks, agree, graver, is_distributed
+from peraxis_format.torch.place.ranks import KeptError, Ranks, agree, graver, is_distributed
 from peraxis_format.torch.place.replicas import check_replicas
 from peraxis_format.torch.place.shards import Placement, whole
 from peraxis_format.torch.ring import Ring
@@ -99,7 +99,7 @@ def _check_pieces(bound: Sequence[ModuleEntry], placement: Placement, group: Any
 
     A failure is raised last, the gravest. Raises LiveModelError if the ranks do not have all of a tensor.
     """
-    ranks, failure = Ranks(group), FirstError()
+    ranks, failure = Ranks(group), KeptError()
     boxes = ranks.all_gather({entry.name: placement[entry.name][0].box for entry in bound})
     # One rank may have all of a short tensor, so only all ranks together know which tensors are sharded.
     pieces = [entry for entry in bound if any(found[entry.name] != whole(entry.shape) for found in boxes)]

@@ -23,7 +23,7 @@ from peraxis_format.manifest import ModuleEntry
 from peraxis_format.ops.exact import BLOCK
 from peraxis_format.ops.tensors import as_bytes, storage_array
 from peraxis_format.torch.place.finder import named
-from peraxis_format.torch.place.ranks import FirstError, Ranks, raise_first, sendable
+from peraxis_format.torch.place.ranks import KeptError, Ranks, raise_first, sendable
 from peraxis_format.torch.place.replicas import odd_replica
 from peraxis_format.torch.place.shards import Box, Shard, ShardView, Target, extent, slices
 
@@ -79,7 +79,7 @@ def in_pieces(target: Target, shards: Mapping[str, Shard] | None) -> bool:
 
 
 def assembled(
-    ranks: Ranks, owner: int, layout: Layout, part: ShardView, dtype: DType, failure: FirstError
+    ranks: Ranks, owner: int, layout: Layout, part: ShardView, dtype: DType, failure: KeptError
 ) -> Iterator[tuple[slice, Array | None]]:
     """Yield the flat ranges of a tensor, each with its weights: a writable storage array on the owner, None elsewhere.
 
@@ -106,7 +106,7 @@ def assembled(
 
 
 def assembled_digest(
-    ranks: Ranks, owner: int, layout: Layout, part: ShardView, dtype: DType, failure: FirstError
+    ranks: Ranks, owner: int, layout: Layout, part: ShardView, dtype: DType, failure: KeptError
 ) -> str | None:
     """The hex digest of a sharded tensor, on the owner; None elsewhere. failure: see `assembled`."""
     digest = hashlib.sha256()
@@ -119,7 +119,7 @@ def assembled_digest(
 
 def sharded_digest(entry: ModuleEntry, part: ShardView, turn: int, group: Any) -> str:
     """The hex digest of a sharded live tensor, on every rank; empty if copies of a piece differ. Collective."""
-    ranks, failure = Ranks(group), FirstError()
+    ranks, failure = Ranks(group), KeptError()
     boxes = ranks.all_gather({entry.name: part.box})
     if odd_replica({entry.name: part}, boxes, ranks.all_gather) is not None:
         return ""
@@ -148,7 +148,7 @@ def _rows_on(
     box: Box,
     dtype: DType,
     buffer: Tensor,
-    failure: FirstError,
+    failure: KeptError,
 ) -> Array | None:
     """Rows of the first dimension, assembled on the owner as a storage array; None on the other ranks.
 

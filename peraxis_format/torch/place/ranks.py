@@ -17,7 +17,7 @@ from torch import distributed
 
 from peraxis_format.errors import LiveModelError, PxdError, first_line
 
-__all__ = ["FirstError", "Ranks", "agree", "graver", "is_distributed", "raise_first", "sendable", "together"]
+__all__ = ["KeptError", "Ranks", "agree", "graver", "is_distributed", "raise_first", "sendable", "together"]
 
 
 def is_distributed() -> bool:
@@ -145,7 +145,7 @@ def together(group: Any, *, sharded: bool = True) -> Iterator[None]:
         raise failure
 
 
-class FirstError:
+class KeptError:
     """A context that keeps an error of this rank, which goes on because others wait for its pieces.
 
     error: the gravest, the first of equals (see `agree`). It may be an interrupt.

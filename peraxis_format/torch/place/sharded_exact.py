@@ -23,7 +23,7 @@ from peraxis_format.manifest import ModuleEntry
 from peraxis_format.ops.exact import BLOCK, apply
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.pieces import Layout, assembled, boxed_indices
-from peraxis_format.torch.place.ranks import FirstError, Ranks, agree, together
+from peraxis_format.torch.place.ranks import KeptError, Ranks, agree, together
 from peraxis_format.torch.place.shards import Box, Placement, ShardView, whole
 
 __all__ = ["Changes", "ExactPiece", "exact_pieces", "in_box", "sharded_changes", "words_of"]
@@ -75,7 +75,7 @@ def exact_pieces(
     placement: whose weights have been checked to be the base's. base_of: the base's weights of a part. Raises PxdError
     (a damaged file, E405), LiveModelError.
     """
-    ranks, failure = Ranks(group), FirstError()
+    ranks, failure = Ranks(group), KeptError()
     entries = [entry for entry in file.manifest.modules if entry.encoding is Encoding.EXACT]
     boxes = ranks.all_gather({entry.name: placement[entry.name][0].box for entry in entries})
     with together(group):
@@ -104,7 +104,7 @@ def sharded_changes(
     entry: ModuleEntry,
     layout: Layout,
     part: ShardView,
-    failure: FirstError,
+    failure: KeptError,
 ) -> Changes:
     """Decode and check a tensor on its owner. Returns the changes there; nothing on the other ranks, or on an error.
 

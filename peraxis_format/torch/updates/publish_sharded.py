@@ -25,7 +25,7 @@ from peraxis_format.errors import LiveModelError
 from peraxis_format.exact import lossless_module
 from peraxis_format.torch.place.finder import local_part
 from peraxis_format.torch.place.pieces import Layout, flat_indices
-from peraxis_format.torch.place.ranks import FirstError, Ranks, agree, together
+from peraxis_format.torch.place.ranks import KeptError, Ranks, agree, together
 from peraxis_format.torch.place.shards import Box, slices, whole
 from peraxis_format.torch.updates.live import live_tensors
 from peraxis_format.torch.updates.mirror import Mirror, is_url
@@ -209,7 +209,7 @@ class ShardedUpdateWriter(UpdateWriter):
     # --- whole states ---------------------------------------------------------------------------------
 
     def _publish_first(self, parts: Mapping[str, Tensor], tied: list[tuple[str, str]]) -> Published:
-        owners, failure = self._owners, FirstError()
+        owners, failure = self._owners, KeptError()
         self._snapshot, self._digests, self._pieces = {}, {}, {}
         for name, part in parts.items():
             piece: Array | None = None
@@ -234,7 +234,7 @@ class ShardedUpdateWriter(UpdateWriter):
 
     def _anchor(self, path: Path, tied: list[tuple[str, str]]) -> Written:
         """Write the published state on rank 0, one tensor at a time from its owner."""
-        owners, failure = self._owners, FirstError()
+        owners, failure = self._owners, KeptError()
         with contextlib.ExitStack() as stack:
             writer: DeltaWriter | None = None
             with self._together():
@@ -281,7 +281,7 @@ class ShardedUpdateWriter(UpdateWriter):
             mine = {name for name, owner in self._owners.items() if owner == self._ranks.rank}
             owned = owned_state(way, self.folder, self._dtypes, self._layouts, mine=mine)
             digests = {name: digest_of(array) for name, array in owned.items()}
-        pieces, failure = {}, FirstError()
+        pieces, failure = {}, KeptError()
         for name, owner in self._owners.items():
             cut: list[Array | None] = [None] * self._ranks.count
             with failure:

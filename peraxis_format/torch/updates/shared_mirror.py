@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from peraxis_format.torch.place.ranks import FirstError, Ranks, agree, together
+from peraxis_format.torch.place.ranks import KeptError, Ranks, agree, together
 from peraxis_format.torch.updates.mirror import PREFIX, Mirror
 
 __all__ = ["SharedMirror"]
@@ -74,7 +74,7 @@ class SharedMirror:
 
     def _send(self, names: dict[str, int]) -> None:
         """Give the other writers the files that they do not have, and remove others there. names: and their fetches."""
-        rank, failure = self._ranks.rank, FirstError()
+        rank, failure = self._ranks.rank, KeptError()
         writes = rank in self._writers and rank != 0
         here = set(names)
         with failure:
@@ -103,7 +103,7 @@ class SharedMirror:
                         self._fetches[name] = names[name]
         agree(failure.error, self._ranks.group)
 
-    def _sizes(self, name: str, failure: FirstError) -> tuple[int, int]:
+    def _sizes(self, name: str, failure: KeptError) -> tuple[int, int]:
         """The bytes of a file, and those of them to send: its header, if only that was fetched. On the first rank."""
         with failure:
             if self.first is not None:
@@ -111,7 +111,7 @@ class SharedMirror:
                 return size, self.first.headers.get(name, size)
         return 0, 0
 
-    def _piece(self, name: str, begin: int, end: int, failure: FirstError) -> bytes:
+    def _piece(self, name: str, begin: int, end: int, failure: KeptError) -> bytes:
         """A piece of the bytes before `end` of a file, on the first rank."""
         with failure:
             if self._ranks.rank == 0:

@@ -28,7 +28,7 @@ from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.claims import refuse_claimed
 from peraxis_format.torch.place.pieces import Layout
 from peraxis_format.torch.place.proof import proven
-from peraxis_format.torch.place.ranks import FirstError, Ranks, agree, together
+from peraxis_format.torch.place.ranks import KeptError, Ranks, agree, together
 from peraxis_format.torch.place.replicas import check_replicas
 from peraxis_format.torch.place.sharded_exact import Changes, in_box, sharded_changes, words_of
 from peraxis_format.torch.place.shards import Box, Placement, ShardView, increment_versions, slices, whole
@@ -120,7 +120,7 @@ def stage(file: DeltaFile, placement: Placement, *, group: Any = None, owner: ob
     claims on the weights (claims.py). Raises PxdError if the file is damaged or the weights are in another state (E404,
     E405), LiveModelError if they cannot take it, on all ranks. Nothing is written then.
     """
-    ranks, failure = Ranks(group), FirstError()
+    ranks, failure = Ranks(group), KeptError()
     with failure:
         refuse_others(file, placement)
         refuse_claimed((part.live for parts in placement.values() for part in parts), owner)
@@ -212,7 +212,7 @@ def _proven(
     entry: ModuleEntry,
     layout: Layout,
     parts: Sequence[ShardView],
-    failure: FirstError,
+    failure: KeptError,
 ) -> Changes:
     """Check the tensor on its owner. Returns the changes there; nothing elsewhere."""
     if entry.encoding is not Encoding.EXACT and entry.base is None:
