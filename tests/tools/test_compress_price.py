@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 
 import peraxis_format as pxd
 from peraxis_format import Encoding, Safetensors
-from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.checkpoint import open_checkpoint
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan import price
 from peraxis_tools.compress.plan.budget import spend
+from peraxis_tools.compress.plan.pair_plan import plan_pair
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule, plan
 from peraxis_tools.compress.plan.price import MASKS_MAX, extended, prices, shares_left
 from peraxis_tools.compress.plan.sensitivity import fitted_errors
@@ -101,29 +102,24 @@ def test_the_cost_in_kl_is_that_of_scales_that_a_fit_will_choose() -> None:
 
 
 @contextmanager
-def one_mask_each(folder: Path) -> Iterator[tuple[Plan, Checkpoint, CompressOptions]]:
+def one_mask_each(folder: Path) -> Iterator[tuple[Plan, CompressOptions]]:
     """The plan of a small pair with one mask a module, tables included; its fine-tune, and the options."""
     left, right, _ = llama_pair(folder)
     options = CompressOptions(embeddings="sign")
     with open_checkpoint(left) as base, open_checkpoint(right) as tuned:
-        planned = plan(
-            fine_tuned={info.name: info for info in tuned.tensors.infos()},
-            base={info.name: info for info in base.tensors.infos()},
-            options=options,
-        )
-        yield planned, tuned, options
+        yield plan_pair(base, tuned, options), options
 
 
 def test_all_changed_modules_get_one_mask_before_any_gets_two(tmp_path: Path) -> None:
-    with one_mask_each(tmp_path) as (planned, tuned, options):
+    with one_mask_each(tmp_path) as (planned, options):
         signed = [m.name for m in planned.modules if m.encoding is Encoding.SIGN]
         # Estimates that know of one module alone.
         errors = {name: extended([1.0, 0.999]) for name in signed} | {signed[0]: extended([1e6, 1e5])}
-        one = predicted_size(planned, tuned, options)
+        one = predicted_size(planned, options)
 
         def bare(target: int) -> int:
-            spent = spend(planned, errors, tuned, replace(options, target_size=target))
-            assert predicted_size(spent, tuned, options) <= target
+            spent = spend(planned, errors, replace(options, target_size=target))
+            assert predicted_size(spent, options) <= target
             first = module(spent, signed[0])
             assert first.encoding is Encoding.FULL or first.components > 1
             return sum(m.encoding is Encoding.SAME for m in spent.modules if m.name in errors)
@@ -133,17 +129,17 @@ def test_all_changed_modules_get_one_mask_before_any_gets_two(tmp_path: Path) ->
 
 
 def test_every_target_is_used_up_to_one_step_and_the_padding_of_the_header(tmp_path: Path) -> None:
-    with one_mask_each(tmp_path) as (planned, tuned, options):
+    with one_mask_each(tmp_path) as (planned, options):
         errors = {
             m.name: extended([1.0 + i, (1.0 + i) / 3])
             for i, m in enumerate(planned.modules)
             if m.encoding is Encoding.SIGN
         }
-        one = predicted_size(planned, tuned, options)
+        one = predicted_size(planned, options)
         step = max(m.payload_bytes for m in planned.modules if m.name in errors)  # a further mask, at most
         whole = planned.full_bytes + one - planned.payload_bytes
         for target in range(one, whole, max(1, (whole - one) // 60)):
-            spent = spend(planned, errors, tuned, replace(options, target_size=target))
-            left_over = target - predicted_size(spent, tuned, options)
+            spent = spend(planned, errors, replace(options, target_size=target))
+            left_over = target - predicted_size(spent, options)
             exact = all(m.encoding is Encoding.FULL for m in spent.modules)
             assert 0 <= left_over <= step + 4096 or exact, target

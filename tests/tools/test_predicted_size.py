@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import peraxis_format as pxd
+from peraxis_tools.assets import FolderAssets
 from peraxis_tools.checkpoint import open_checkpoint
 from peraxis_tools.compress import Plan, compress
 from peraxis_tools.compress.options import CompressOptions
@@ -66,3 +68,19 @@ def test_a_header_that_no_reader_takes_is_refused_before_work(tmp_path: Path, mo
         )
         with pytest.raises(ToolError, match=r"do not fit into one header .*use fewer masks"):
             size.with_file_bytes(planned, a, b, options)
+
+
+def test_a_run_reads_each_asset_twice_however_often_it_predicts_a_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned = write_pair(tmp_path, llama_config())
+    (tuned / "tokenizer.json").write_text("{}")
+    read, seen = FolderAssets.read, Counter[str]()
+
+    def counted(assets: FolderAssets, path: str, *, checked: bool = True) -> bytes:
+        seen[path] += assets.folder == tuned
+        return read(assets, path, checked=checked)
+
+    monkeypatch.setattr(FolderAssets, "read", counted)
+    compress(base, tuned, tmp_path / "delta.pxd", fit="none", force=True)
+    assert seen["tokenizer.json"] == 2  # for the plan, and for the file

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from peraxis_format import Encoding
-from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.options import CompressOptions, OptionError
 from peraxis_tools.compress.plan.plan import TABLES, UNCHANGED, Plan, PlannedModule, module_bytes
 from peraxis_tools.compress.plan.price import MASKS_MAX
@@ -98,21 +97,21 @@ def _smallest(choices: Mapping[str, Sequence[Choice]]) -> dict[str, Choice]:
     return {name: _hull(options)[0] for name, options in choices.items()}
 
 
-def _target_of(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions) -> int:
+def _target_of(plan: Plan, options: CompressOptions) -> int:
     """The bytes to spend: the options' target, or the size of the file of this plan."""
     if options.target_size is not None:
         return options.target_size
     if options.target_ratio is not None:
         return int(plan.full_bytes / options.target_ratio)
-    return predicted_size(plan, fine_tuned, options)
+    return predicted_size(plan, options)
 
 
-def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpoint, options: CompressOptions) -> Plan:
+def spend(plan: Plan, errors: Mapping[str, Sequence[float]], options: CompressOptions) -> Plan:
     """The plan of least error for the bytes of the target. errors: for 0 to 8 masks, of the open modules.
 
     Raises OptionError for a target that is too small.
     """
-    target = _target_of(plan, fine_tuned, options)
+    target = _target_of(plan, options)
     choices = {
         module.name: _choices_of(module, errors[module.name])
         if module.name in errors
@@ -121,7 +120,7 @@ def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpo
     }
     floors = [_smallest(allowed) for allowed in (_with_a_mask(choices), choices)]
     bests = [plan.with_choices({name: (c.encoding, c.components) for name, c in floor.items()}) for floor in floors]
-    sizes = [predicted_size(best, fine_tuned, options) for best in bests]
+    sizes = [predicted_size(best, options) for best in bests]
     if target < sizes[1]:
         raise OptionError(
             f"target too small: {target} bytes; the smallest possible is {sizes[1]}, with every tensor that allows it "
@@ -131,14 +130,14 @@ def spend(plan: Plan, errors: Mapping[str, Sequence[float]], fine_tuned: Checkpo
         (_with_a_mask(choices), bests[0], floors[0]) if target >= sizes[0] else (choices, bests[1], floors[1])
     )
     floor = sum(choice.size for choice in least.values())
-    budget = target - (predicted_size(plan, fine_tuned, options) - plan.payload_bytes)
+    budget = target - (predicted_size(plan, options) - plan.payload_bytes)
     # The header grows with the masks, in steps: spend, compute the size of the file, and correct the budget. `ceiling`:
     # the fewest bytes that were too many, so that each correction leads to another choice.
     ceiling = target
     for _ in range(_CORRECTIONS):
         chosen = allocate(choices, max(budget, floor))
         spent = plan.with_choices({name: (c.encoding, c.components) for name, c in chosen.items()})
-        left = target - predicted_size(spent, fine_tuned, options)
+        left = target - predicted_size(spent, options)
         if left < 0:
             ceiling = min(ceiling, sum(choice.size for choice in chosen.values()))
         elif spent.payload_bytes > best.payload_bytes:

@@ -16,14 +16,15 @@ __all__ = ["plan_pair", "with_length"]
 
 
 def plan_pair(base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions) -> Plan:
-    """The plan without predicted sizes. Reads the tensors that may be casts of the base's."""
+    """The plan without predicted sizes. Reads the assets, and the tensors that may be casts of the base's."""
     planned = plan(
         fine_tuned={info.name: info for info in fine_tuned.tensors.infos()},
         base={info.name: info for info in base.tensors.infos()},
         options=options,
         tied=tied_pairs(fine_tuned.tensors),
     )
-    return with_casts(planned, base.tensors, fine_tuned.tensors)
+    assets = tuple((path, len(data)) for path, data in fine_tuned.assets())
+    return with_casts(replace(planned, assets=assets), base.tensors, fine_tuned.tensors)
 
 
 def with_length(options: CompressOptions, fine_tuned: Checkpoint) -> CompressOptions:

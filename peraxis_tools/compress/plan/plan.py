@@ -78,12 +78,14 @@ class PlannedModule:
 class Plan:
     """All modules in execution order, aliases, and the base's tensors that the fine-tuned checkpoint lacks.
 
+    assets: path and bytes of each file of the fine-tuned folder that the delta contains (SPEC 3.12).
     file_bytes: the predicted size of the file, with header and assets; None: not computed yet (size.py).
     """
 
     modules: tuple[PlannedModule, ...]
     tied: tuple[tuple[str, str], ...]
     dropped: tuple[str, ...]
+    assets: tuple[tuple[str, int], ...] = ()
     file_bytes: int | None = None
 
     @property

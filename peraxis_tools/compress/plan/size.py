@@ -34,30 +34,33 @@ _EXPONENT: Final = -20  # typical: two digits and a sign
 _LINE: Final[Line] = (1.23e-05, 1.23e-05, 0.00123, "")
 
 
-def predicted_size(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions) -> int:
+def predicted_size(plan: Plan, options: CompressOptions) -> int:
     """The bytes of the file of this plan. Open axes count as row+col, exponents as two digits."""
-    return file_size(_manifest(plan, fine_tuned, options), [len(data) for _, data in fine_tuned.assets()])
+    return file_size(_manifest(plan, options), _asset_bytes(plan))
 
 
 def with_file_bytes(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions) -> Plan:
     """The plan with the size of its file. Raises ToolError if the header would be too large for a reader."""
     manifest = replace(
-        _manifest(plan, fine_tuned, options),
+        _manifest(plan, options),
         base=BaseIdentity(digest=f"sha256:{_NONE}", id=base.identity.id, revision=base.identity.revision),
         fine_tuned=fine_tuned.identity,
     )
-    sizes = [len(data) for _, data in fine_tuned.assets()]
     try:
-        header_bytes(manifest.to_bytes(), layout(manifest.modules, sizes))
+        header_bytes(manifest.to_bytes(), layout(manifest.modules, _asset_bytes(plan)))
     except PxdError as error:
         raise ToolError(
             f"{fine_tuned.tensors.label}: {len(plan.modules)} tensors do not fit into one header ({error.detail}); "
             "use fewer masks (--masks)"
         ) from None
-    return replace(plan, file_bytes=file_size(manifest, sizes))
+    return replace(plan, file_bytes=file_size(manifest, _asset_bytes(plan)))
 
 
-def _manifest(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions) -> Manifest:
+def _asset_bytes(plan: Plan) -> list[int]:
+    return [size for _, size in plan.assets]
+
+
+def _manifest(plan: Plan, options: CompressOptions) -> Manifest:
     names = [module.name for module in plan.modules]
     fitted = {module.name: _LINE for module in plan.modules if module.components}
     metadata = {"peraxis.config": options.canonical_json(), PLAN_KEY: plan_text(plan)}
@@ -70,7 +73,7 @@ def _manifest(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions) -> M
         modules=tuple(_entry(module) for module in plan.modules),
         tied=plan.tied,
         dropped=plan.dropped,
-        assets=tuple(Asset(path=path, sha256=_NONE) for path, _ in fine_tuned.assets()),
+        assets=tuple(Asset(path=path, sha256=_NONE) for path, _ in plan.assets),
         metadata=metadata,
     )
 

@@ -85,7 +85,7 @@ def estimate_run(
         options = with_length(options, tuned)
         planned = plan_pair(base_checkpoint, tuned, options)
         if options.has_target:
-            planned = spend(planned, _typical_errors(planned, options), tuned, options)
+            planned = spend(planned, _typical_errors(planned, options), options)
         planned = with_file_bytes(planned, base_checkpoint, tuned, options)
         text, config = (None, None) if options.resolved_fit == "none" else _text(planned, tuned, options)
         spent = time.process_time()

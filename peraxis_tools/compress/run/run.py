@@ -151,7 +151,7 @@ def _compress_pair(
     with _fitting(base, fine_tuned, output, options, progress) as fitting:
         fitting.open()
         if options.has_target:
-            planned = spend(planned, fitting.errors(planned), fine_tuned, options)
+            planned = spend(planned, fitting.errors(planned), options)
             planned = _foretold(planned, base, fine_tuned, options, force=force)
         elif options.spends_freely:
             planned = _spent(planned, base, fine_tuned, options, progress)
@@ -197,7 +197,7 @@ def _spent(planned: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: Com
     except ShapeError:  # values that are NaN or infinite; the check names the tensor and the index
         check_pair_finite(planned.modules, base.tensors, fine_tuned.tensors, progress)
         raise
-    return with_file_bytes(spend(planned, errors, fine_tuned, options), base, fine_tuned, options)
+    return with_file_bytes(spend(planned, errors, options), base, fine_tuned, options)
 
 
 def _foretold(
