@@ -242,3 +242,17 @@ def test_a_plan_says_which_modules_stay_as_in_the_base(capsys: pytest.CaptureFix
     result = planned({"model.layers.0.q.weight": Info(BF16, (64, 64))})
     plan_lines(result.with_choices({"model.layers.0.q.weight": (pxd.Encoding.SAME, 0)}))
     assert "plan: 1 as in the base (the budget buys more elsewhere)" in capsys.readouterr().err
+
+
+def test_signs_never_take_more_bytes_than_the_tensor_itself() -> None:
+    # Of GOT-OCR 2: kernels outside of all layers, whose last dimension is 3, in four bytes a number.
+    kernels = {
+        "conv_upsampler.weight": Info(pxd.DType.F32, (512, 256, 3, 3)),
+        "projection.weight": Info(pxd.DType.F32, (96, 96)),
+        "vision_tower.layers.0.narrow.weight": Info(BF16, (4, 4)),
+    }
+    for masks in ("auto", 1, 3, 8):
+        for module in planned(kernels, masks=masks).modules:
+            assert module.payload_bytes <= module.dtype.size_of(module.shape) + 63, (module.name, masks)
+    found = {module.name: module.components for module in planned(kernels).modules}
+    assert found == {"conv_upsampler.weight": 1, "projection.weight": 3, "vision_tower.layers.0.narrow.weight": 0}

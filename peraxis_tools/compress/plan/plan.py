@@ -113,8 +113,8 @@ class Plan:
 def table_or_kind(name: str, shape: tuple[int, ...]) -> str:
     """The kind by kinds.py; matrices outside of all layers are tables."""
     kind = kind_of(name, shape)
-    # A matrix outside of all layers is a table of a vocabulary, whatever its name.
-    return "embedding" if kind == "other" and len(shape) >= 2 and layer_of(name) is None else kind
+    # A matrix outside of all layers is a table of a vocabulary, whatever its name; a convolution is none.
+    return "embedding" if kind == "other" and len(shape) == 2 and layer_of(name) is None else kind
 
 
 def module_bytes(module: PlannedModule, *, components: int, axis: Axis | None, same: bool = False) -> int:
@@ -175,7 +175,8 @@ def _plan_module(name: str, tensor: TensorLike, base: TensorLike | None, options
     elif shape[-2] * 16 <= shape[-1]:
         return replace(module, reason="few rows: a router or a small head")
     axis = None if options.axis == "auto" else Axis(options.axis)
-    if 2 * module_bytes(module, components=masks, axis=axis) > masks * module.payload_bytes and shape[-1] < 32:
+    one, every = (module_bytes(module, components=count, axis=axis) for count in (1, masks))
+    if (2 * one > module.payload_bytes and shape[-1] < 32) or every >= module.payload_bytes:
         return replace(module, reason="signs would not make it smaller")
     return replace(module, encoding=Encoding.SIGN, components=masks, axis=axis)
 
