@@ -8,7 +8,6 @@ all ranks agree.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -104,12 +103,8 @@ def _check_pieces(bound: Sequence[ModuleEntry], placement: Placement, group: Any
     # One rank may have all of a short tensor, so only all ranks together know which tensors are sharded.
     pieces = [entry for entry in bound if any(found[entry.name] != whole(entry.shape) for found in boxes)]
     layouts = {entry.name: Layout.of(entry.shape, [found[entry.name] for found in boxes]) for entry in pieces}
-    for entry in pieces:
-        layout = layouts[entry.name]
-        if layout.covered != math.prod(entry.shape):  # equal on all ranks
-            raise LiveModelError(
-                f"{entry.name}: the ranks have {layout.covered} of its {math.prod(entry.shape)} weights; check `shards`"
-            )
+    for name, layout in layouts.items():
+        layout.check_complete(name, "check `shards`")  # equal on all ranks
     for turn, entry in enumerate(pieces):
         layout, part = layouts[entry.name], placement[entry.name][0]
         digest = assembled_digest(ranks, turn % ranks.count, layout, part, entry.dtype, failure)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed
 
 from peraxis_format.dtypes import Array, DType, raw_bytes
+from peraxis_format.errors import LiveModelError
 from peraxis_format.manifest import ModuleEntry
 from peraxis_format.ops.exact import BLOCK
 from peraxis_format.ops.tensors import as_bytes, storage_array
@@ -62,10 +63,11 @@ class Layout:
         """The number of weights of one index of the first dimension."""
         return math.prod(self.shape[1:])
 
-    @property
-    def covered(self) -> int:
-        """The number of weights that some rank has."""
-        return sum(math.prod(extent(box)) for box in self.senders)
+    def check_complete(self, name: str, remedy: str) -> None:
+        """Raise LiveModelError, with this remedy, unless the ranks have the whole tensor between them."""
+        found, wanted = sum(math.prod(extent(box)) for box in self.senders), math.prod(self.shape)
+        if found != wanted:
+            raise LiveModelError(f"{name}: the ranks have {found} of its {wanted} weights; {remedy}")
 
 
 def is_dtensor(tensor: object) -> bool:

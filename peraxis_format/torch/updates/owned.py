@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.pieces import Layout
 from peraxis_format.torch.updates.source import Way
 
-__all__ = ["check_ranks", "covered", "owned_state"]
+__all__ = ["check_ranks", "owned_state"]
 
 
 def owned_state(
@@ -56,13 +55,3 @@ def check_ranks(known: list[tuple[dict[str, Any], ...]]) -> None:
                 raise LiveModelError(f"{name}: rank {rank} has another shape or dtype than rank 0, or only one has it")
         if (list(shapes), tied) != (list(known[0][0]), known[0][2]):
             raise LiveModelError(f"rank {rank} has its tensors in another order than rank 0, or ties others")
-
-
-def covered(name: str, layout: Layout) -> Layout:
-    """The layout, if the ranks have the whole tensor between them. Raises LiveModelError."""
-    if layout.covered != math.prod(layout.shape):
-        raise LiveModelError(
-            f"{name}: the ranks have {layout.covered} of its {math.prod(layout.shape)} weights; pass the group of all "
-            "ranks that share the model"
-        )
-    return layout

@@ -29,7 +29,7 @@ from peraxis_format.torch.place.ranks import KeptError, Ranks, agree, together
 from peraxis_format.torch.place.shards import Box, slices, whole
 from peraxis_format.torch.updates.live import live_tensors
 from peraxis_format.torch.updates.mirror import Mirror, is_url
-from peraxis_format.torch.updates.owned import check_ranks, covered, owned_state
+from peraxis_format.torch.updates.owned import check_ranks, owned_state
 from peraxis_format.torch.updates.publish import UpdateWriter
 from peraxis_format.torch.updates.published import Published, UpdateOptions, Written
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
@@ -137,7 +137,9 @@ class ShardedUpdateWriter(UpdateWriter):
             known = self._ranks.all_gather((shapes, dtypes, tied, boxes))
             with self._together():
                 check_ranks([each[:3] for each in known])
-                self._layouts = {n: covered(n, Layout.of(shapes[n], [each[3][n] for each in known])) for n in shapes}
+                self._layouts = {n: Layout.of(shapes[n], [each[3][n] for each in known]) for n in shapes}
+                for name, layout in self._layouts.items():
+                    layout.check_complete(name, "pass the group of all ranks that share the model")
             self._boxes, self._dtypes = boxes, dtypes
         return {name: part.view for name, part in found.items()}, tied
 

@@ -164,12 +164,7 @@ def _pieces(
         if any(box != found[entry.name][0] for found in boxes for box in found[entry.name]):
             raise LiveModelError(f"{entry.name}: its aliases are sharded in other ways; tie them, or untie the model")
         layout = Layout.of(entry.shape, [found[entry.name][0] for found in boxes])
-        wanted = int(np.prod(entry.shape, dtype=np.int64))
-        if layout.covered != wanted:
-            raise LiveModelError(
-                f"{entry.name}: the ranks have {layout.covered} of its {wanted} weights; check `shards`, and that "
-                "torch.distributed is initialised"
-            )
+        layout.check_complete(entry.name, "check `shards`, and that torch.distributed is initialised")
         yield entry.name, layout
 
 
