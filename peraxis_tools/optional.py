@@ -22,7 +22,6 @@ EXTRAS: Final[Mapping[str, str]] = {
     "datasets": "compress",
     "safetensors": "compress",
     "yaml": "compress",
-    "threadpoolctl": "compress",
     "huggingface_hub": "hub",
     "fsspec": "hub",
     "aiohttp": "hub",

@@ -54,12 +54,9 @@ def use_threads(count: int | None) -> Iterator[None]:
 
 @contextmanager
 def _blas_threads(count: int) -> Iterator[None]:
-    """Limit OpenBLAS, which numpy's wheels have. Without threadpoolctl (extra compress) it keeps its own number."""
-    try:
-        from threadpoolctl import ThreadpoolController
-    except ImportError:
-        yield
-        return
+    """Limit OpenBLAS, which numpy's wheels have."""
+    from threadpoolctl import ThreadpoolController  # not for every verb
+
     with ThreadpoolController().select(internal_api="openblas").limit(limits=count):
         yield
 

@@ -1,4 +1,4 @@
-"""Run commands and Python code as if only numpy, click and rich were installed: imports of other packages fail."""
+"""Run commands and Python code with the dependencies of no extra: imports of other packages fail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ __all__ = ["run_bare"]
 ROOT = Path(__file__).parents[1]
 _PREAMBLE = """
 import sys
-ALLOWED = {"numpy", "click", "rich", "pygments", "markdown_it", "mdurl", "peraxis", "peraxis_format", "peraxis_tools"}
+ALLOWED = {"numpy", "click", "rich", "pygments", "markdown_it", "mdurl", "threadpoolctl"}
+ALLOWED |= {"peraxis", "peraxis_format", "peraxis_tools"}
 class Bare:
     # `import` fails and `find_spec` is None for all other packages, as where they are missing.
     def __init__(self, inner):

@@ -1,4 +1,4 @@
-"""`pip install peraxis` installs numpy, click and rich. Commands run with these or name the missing package."""
+"""A plain `pip install peraxis` runs commands, or they name the package that is missing."""
 
 from __future__ import annotations
 
@@ -144,6 +144,7 @@ def test_every_third_party_import_of_the_tools_has_an_extra() -> None:
         "numpy",
         "click",
         "rich",
+        "threadpoolctl",
         "peraxis_format",
         "peraxis_tools",
     }
