@@ -37,6 +37,7 @@ class IndexValueFile:
         """Raises CheckpointError, ToolError."""
         self._path = path
         self._tensors = pxd.Safetensors.open(path)
+        self._tensors.check_dtypes()
         names = {name.removesuffix(_INDICES).removesuffix(_VALUES) for name in self._tensors}
         for name in sorted(names):
             for suffix in (_INDICES, _VALUES):

@@ -58,6 +58,7 @@ class XorFolder:
             if metadata.get(key) != value:
                 raise ToolError(f"{path}: {key} is {metadata.get(key)!r}; only {value!r} is read")
         self._tensors = pxd.Safetensors.open(path)
+        self._tensors.check_dtypes()
         self._checksums: dict[str, str] = {}
         self._has_checksums = metadata.get("checksum_format") == _ADLER32
         if not self._has_checksums:
