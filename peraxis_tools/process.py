@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Final
 
-from peraxis_tools.interrupts import raise_interrupt, received
+from peraxis_tools.interrupts import end_at_once, raise_interrupt, received
 
 __all__ = ["Terminated", "drop_output", "interrupt_behind", "prepared_process", "told_on_interrupt"]
 
@@ -95,8 +95,8 @@ def prepared_process() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         # An ignored signal (nohup) stays ignored.
         before = {number: signal.getsignal(number) for number in _ENDING if signal.getsignal(number) == signal.SIG_DFL}
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            before[signal.SIGINT] = signal.default_int_handler
+        if (handler := signal.getsignal(signal.SIGINT)) in (signal.default_int_handler, end_at_once):
+            before[signal.SIGINT] = handler
     received.clear()
     for number in before:
         signal.signal(number, raise_interrupt if number == signal.SIGINT else _terminate)
