@@ -59,6 +59,7 @@ class StateNames(DerivedCheckpoint):
     def __init__(self, update: pxd.DeltaFile) -> None:
         self.label = str(update.path)
         self._tensors = _infos_after(update)
+        self._foreign = {}
 
     def _whole(self, name: str) -> pxd.Array:
         raise KeyError(name)

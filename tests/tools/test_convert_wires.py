@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,12 +81,24 @@ def test_there_and_back_again_is_the_same_update(wire: WireName, tmp_path: Path)
     target = tmp_path / "sent"
     sent = to_wire(files[2], folders[0], target, wire=wire, after=[files[1]])
     assert sent.tensors == 4
-    assert sent.bytes > 0
+    files_of_it = target.glob("[!.]*") if target.is_dir() else [target]
+    assert sent.bytes == sum(path.stat().st_size for path in files_of_it)
     back = from_wire(target, folders[0], tmp_path / "back.pxd", wire=wire, after=[files[1]], name="2")
     with pxd.open(files[2]) as first, pxd.open(tmp_path / "back.pxd") as second:
         assert back.previous == first.manifest.previous
         assert first.manifest.result == second.manifest.result
         assert [m.sha256 for m in first.manifest.modules] == [m.sha256 for m in second.manifest.modules]
+
+
+@pytest.mark.parametrize("wire", ["index-value", "nemo-rl"])
+def test_a_wire_on_a_pipe_has_the_size_of_its_bytes(wire: WireName, tmp_path: Path) -> None:
+    old, new = (
+        write_checkpoint(tmp_path / name, state) for name, state in (("0", start()), ("1", stepped(start(), 1)))
+    )
+    update(old, new, tmp_path / "step.pxd")
+    command = ["convert", str(tmp_path / "step.pxd"), "--to", wire, "--base", str(old), "-o", "/dev/stdout", "--json"]
+    done = subprocess.run([sys.executable, "-m", "peraxis_tools", *command], capture_output=True, check=True)
+    assert json.loads(done.stderr)["bytes"] == len(done.stdout) > 0
 
 
 def test_what_is_written_is_what_the_projects_read(tmp_path: Path) -> None:
