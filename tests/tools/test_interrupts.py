@@ -110,6 +110,56 @@ def test_an_interrupt_within_a_text_that_is_run_leaves_the_exit_status(tmp_path:
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
+@pytest.mark.parametrize("first", ["SIGTERM", "SIGHUP", "SIGINT"])
+@pytest.mark.parametrize("second", ["SIGTERM", "SIGHUP", "SIGINT"])
+@pytest.mark.parametrize("when", ["cleanup", "report", "both at once"])
+def test_a_second_signal_does_not_end_what_the_first_one_began(
+    first: str, second: str, when: str, tmp_path: Path
+) -> None:
+    """The exit code is that of the first signal, the cleanup is done, and there is no traceback."""
+    if (first, when) == ("SIGINT", "cleanup"):
+        pytest.skip("a second Ctrl-C may end a cleanup that hangs")
+    (tmp_path / "program.py").write_text(
+        "import os, signal, sys\n"
+        f"first, second, when = signal.{first}, signal.{second}, {when!r}\n"
+        "for number in (signal.SIGTERM, signal.SIGHUP): signal.signal(number, signal.SIG_DFL)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "def end(*numbers):\n"
+        "    for number in numbers: os.kill(os.getpid(), number)\n"
+        "    len([])\n"
+        "import peraxis_tools.cli as cli\n"
+        "def verb():\n"
+        "    try:\n"
+        "        signal.pthread_sigmask(signal.SIG_BLOCK, {first, second})\n"
+        "        end(first, *([second] if when == 'both at once' else []))\n"
+        "        signal.pthread_sigmask(signal.SIG_UNBLOCK, {first, second})\n"
+        "    finally:\n"
+        "        if when == 'cleanup': end(second)\n"
+        "        print('cleaned', flush=True)\n"
+        "cli._run_verb = verb\n"
+        "told = cli._with_notes\n"
+        "def notes(line, error):\n"
+        "    if when == 'report': end(second)\n"
+        "    return told(line, error)\n"
+        "cli._with_notes = notes\n"
+        "from peraxis_tools.entry import main\nmain()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "program.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    said = {"SIGINT": (130, "error: interrupted\n")}
+    said |= {name: (128 + getattr(signal, name), f"error: ended by {name}\n") for name in ("SIGTERM", "SIGHUP")}
+    # Of two signals at once the system may deliver either first.
+    possible = [said[first], said[second]] if when == "both at once" else [said[first]]
+    assert (done.returncode, done.stderr) in possible, done
+    assert when == "both at once" or done.stdout == "cleaned\n"
+
+
 MOMENTS = {
     "before the verb": ("import peraxis_tools.cli as c; c.print_notes = lambda *_: end()", 130, "error: interrupted\n"),
     "before signals are exceptions": ("import peraxis_tools.cli as c; c.hush_hub = end", 130, "error: interrupted\n"),
